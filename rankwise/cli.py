@@ -1,0 +1,191 @@
+"""The table of commands. Imports nothing heavy: `rankwise --help` and most `--help`s answer at once.
+
+rankwise ranks BASE TUNED --budget uniform:16 --dry-run
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rankwise import config, options
+from rankwise.errors import RankwiseError, UsageError
+
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One row of the table: where it stands in the help, what it is told, and which function runs it."""
+
+    group: str
+    help: str
+    stage: str
+    config: Any
+    positionals: tuple[str, ...] = ()
+    takes_file: bool = True
+    trainer: bool = False
+    function: str = "run"
+
+
+COMMANDS = {
+    "ranks": Command(
+        "MEASURE",
+        "two checkpoints or one adapter → spectra → rank plan",
+        "ranks",
+        config.RanksConfig(),
+        ("base", "tuned"),
+    ),
+    "ranks diff": Command(
+        "MEASURE",
+        "what two rank plans disagree on",
+        "ranks",
+        config.DiffConfig(),
+        ("first", "second"),
+        takes_file=False,
+        function="diff",
+    ),
+    "extract": Command(
+        "MEASURE", "checkpoint pair → LoRA adapter", "extract", config.ExtractConfig(), ("base", "tuned")
+    ),
+    "compress": Command(
+        "MEASURE", "adapter → smaller adapter, exact", "compress", config.CompressConfig(), ("adapter",)
+    ),
+    "finetune": Command(
+        "TRAIN",
+        "short full fine-tune, for a meaningful delta",
+        "finetune",
+        config.FinetuneConfig(),
+        trainer=True,
+    ),
+    "train": Command(
+        "TRAIN",
+        "LoRA/QLoRA training, with a rank plan or a uniform rank",
+        "train",
+        config.TrainConfig(),
+        trainer=True,
+    ),
+    "evaluate": Command("PROVE", "generate and score a task", "evaluate", config.EvaluateConfig(), ("model_path",)),
+    "report": Command("PROVE", "one page for a run folder", "report", config.ReportConfig(), ("run",)),
+    "merge": Command("SHIP", "adapter into base, checked", "merge", config.MergeConfig(), ("adapter",)),
+    "run": Command(
+        "MORE", "a pipeline of stages from one file", "run", config.RunConfig(), ("recipe",), takes_file=False
+    ),
+    "demo": Command("MORE", "the whole flow, offline, on a CPU, in about three minutes", "demo", config.DemoConfig()),
+}
+GROUPS = ("MEASURE", "TRAIN", "PROVE", "SHIP", "MORE")
+DRY_RUN = options.Option("dry_run", bool, False, "print the resolved config and what would be done, and stop")
+
+
+def overview() -> str:
+    lines = [
+        "usage: rankwise COMMAND [FILE] [--option value …]",
+        "",
+        "Find where a model needs rank, train exactly that, prove it, ship it.",
+    ]
+    for group in GROUPS:
+        rows = [(name, row.help) for name, row in COMMANDS.items() if row.group == group]
+        lines += ["", group, *(f"  {name:<12}{text}" for name, text in rows)]
+    lines += [
+        "",
+        "`rankwise COMMAND --help` shows a command's options. A YAML or JSON file may come first; flags win over it.",
+    ]
+    return "\n".join(lines)
+
+
+def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The command's name (one word or two) and the rest."""
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if len(argv) >= words and name in COMMANDS:
+            return name, list(argv[words:])
+    raise options.unknown(argv[0], [name.split()[0] for name in COMMANDS], "rankwise")
+
+
+def command_options(command: Command) -> list[options.Option]:
+    """Our own options, and those of TrainingArguments where the command trains (that import takes seconds)."""
+    own = list(options.options_of(command.config))
+    if command.trainer:
+        own += importlib.import_module("rankwise.train.arguments").training_options(own)
+    return own
+
+
+def take_positionals(command: Command, words: list[str], prog: str) -> tuple[Path | None, dict[str, str]]:
+    """A leading config file, if any, and the fields that the other words fill."""
+    path = None
+    if command.takes_file and words and words[0].endswith(CONFIG_SUFFIXES):
+        path, words = Path(words[0]), words[1:]
+    if len(words) > len(command.positionals):
+        expected = " ".join(name.upper() for name in command.positionals) or "no positional arguments"
+        raise UsageError(f"{prog}: too many arguments: {' '.join(words)}; expected {expected}")
+    return path, dict(zip(command.positionals, words, strict=False))
+
+
+def resolve(name: str, argv: Sequence[str]) -> tuple[Any, bool]:
+    """The command's config from file and flags, and whether this is a dry run."""
+    command = COMMANDS[name]
+    prog = f"rankwise {name}"
+    known = [*command_options(command), DRY_RUN]
+    shown = " ".join(["[CONFIG]"] * command.takes_file + [f"[{word.upper()}]" for word in command.positionals])
+    parser = options.build_parser(prog, type(command.config).__doc__ or "", known, shown)
+    words, flags = options.parse_flags(parser, known, argv)
+    path, positionals = take_positionals(command, words, prog)
+    values = (options.file_values(path, known) if path else {}) | positionals | flags
+    return assemble(command, values), bool(values.get("dry_run"))
+
+
+def assemble(command: Command, values: dict[str, Any]) -> Any:
+    """The config object; what is TrainingArguments' own goes to its `training` mapping."""
+    own = {item.name for item in options.options_of(command.config)} | {"dry_run"}
+    built = options.build(command.config, values)
+    if command.trainer:
+        built = replace(built, training={name: value for name, value in values.items() if name not in own})
+    return built
+
+
+def dispatch(argv: Sequence[str]) -> None:
+    """Run one command line. Raises RankwiseError; `main` turns that into an exit code."""
+    name, rest = split_command(argv)
+    built, dry_run = resolve(name, rest)
+    stage = importlib.import_module(f"rankwise.stages.{COMMANDS[name].stage}")
+    if dry_run:
+        import yaml
+
+        print(yaml.safe_dump(options.flatten(built), sort_keys=False, allow_unicode=True), end="")
+        print("\n".join(f"would {line}" for line in stage.describe(built)))
+    else:
+        getattr(stage, COMMANDS[name].function)(built)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `rankwise` command. Returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if words[0] in ("-V", "--version"):
+        from rankwise import __version__
+
+        print(f"rankwise {__version__}")
+        return 0
+    try:
+        dispatch(words)
+    except RankwiseError as error:
+        if os.environ.get("RANKWISE_DEBUG"):
+            traceback.print_exc()
+        print(f"rankwise: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("rankwise: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

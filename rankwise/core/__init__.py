@@ -1,0 +1,1 @@
+"""Mathematics on tensors: sites, spectra, plans, factors. Imports torch and nothing else."""

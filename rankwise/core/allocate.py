@@ -1,0 +1,249 @@
+"""From spectra to ranks: the energy rule with bounds and smoothing, and the budget allocator.
+
+Order of the energy rule: r_raw → bounds → smoothing (floor) → rounding → bounds again; never above ⌊mn/(m+n)⌋,
+where a LoRA pair would have more parameters than the matrix. With a budget, threshold and smoothing are off and
+rounding is the allocator's step.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rankwise.core.plan import PlannedSite, RankPlan
+from rankwise.core.site import Site
+from rankwise.core.spectrum import Spectrum, Undecided
+from rankwise.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How spectra become ranks. The defaults are the documented ones."""
+
+    threshold: float = 0.9
+    min_rank: int = 4
+    max_rank: int = 128
+    smoothing: float = 0.8
+    round: str = "none"
+    per: str = "site"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold <= 1:
+            raise UsageError(f"--svd_threshold is a share of the energy, 0 < t ≤ 1; got {self.threshold}")
+        if not 0 <= self.min_rank <= self.max_rank or self.max_rank < 1:
+            raise UsageError(f"bounds need 0 ≤ --min_rank ≤ --max_rank; got {self.min_rank} and {self.max_rank}")
+        if not 0 <= self.smoothing <= 1:
+            raise UsageError(f"--smoothing_factor lies between 0 and 1; got {self.smoothing}")
+
+    def most(self, site: Site) -> int:
+        return max(self.least(site), min(self.max_rank, site.largest_rank))
+
+    def least(self, site: Site) -> int:
+        return min(self.min_rank, site.full_rank)
+
+
+def rounded(rank: float, rule: str) -> int:
+    """Nearest power of two or multiple of eight, ties up; `none` keeps the rank."""
+    if rule == "power-of-two":
+        low = 1 << math.floor(math.log2(max(rank, 1)))
+        return low if rank - low < 2 * low - rank else 2 * low
+    if rule == "multiple-of-8":
+        return 8 * math.floor(rank / 8 + 0.5)
+    return int(rank)
+
+
+def smoothed(ranks: Sequence[int], factor: float) -> list[int]:
+    """r' = ⌊s·mean + (1 − s)·r⌋ over the layers of one projection."""
+    mean = statistics.fmean(ranks)
+    return [math.floor(factor * mean + (1 - factor) * rank + 1e-9) for rank in ranks]
+
+
+def raw_rank(spectrum: Spectrum, rule: Rule) -> int:
+    """r_raw, or the number just above what was computed where the threshold lies beyond (saturated)."""
+    low, high = spectrum.rank_bounds(rule.threshold)
+    if high > len(spectrum) or low == high:
+        return high
+    return spectrum.rank_for(rule.threshold, rule.min_rank, rule.max_rank)
+
+
+def by_threshold(spectra: Mapping[Site, Spectrum], rule: Rule) -> tuple[PlannedSite, ...]:
+    """The energy rule over all sites. Spectra must decide `rule.threshold` within the bounds (see `measure`)."""
+    raw = {site: raw_rank(spectrum, rule) for site, spectrum in spectra.items()}
+    bounded = {site: min(max(rank, rule.least(site)), rule.most(site)) for site, rank in raw.items()}
+    final: dict[Site, int] = {}
+    for group in groups(bounded):
+        ranks = [bounded[site] for site in group]
+        if rule.per == "type":
+            ranks = [int(statistics.median(ranks))] * len(group)
+        else:
+            ranks = smoothed(ranks, rule.smoothing)
+        final |= dict(zip(group, ranks, strict=True))
+    rows = []
+    for site, rank in final.items():
+        least, most = rule.least(site), rule.most(site)
+        chosen = min(max(rounded(rank, rule.round), least), most)
+        clipped = "min" if raw[site] < least else "max" if raw[site] > rule.max_rank else None
+        if raw[site] > most and most < rule.max_rank:
+            clipped = f"⌊mn/(m+n)⌋ = {site.largest_rank}"
+        row = explain(site, spectra[site], chosen)
+        saturated = spectra[site].saturated(rule.threshold, rule.max_rank)
+        rows.append(replace(row, r_raw=raw[site], clipped=clipped, saturated=saturated))
+    return tuple(rows)
+
+
+def groups(sites: Iterable[Site]) -> list[list[Site]]:
+    """Sites of one projection of one tower, by layer."""
+    found: dict[tuple[str, str], list[Site]] = {}
+    for site in sites:
+        found.setdefault((site.tower, site.projection), []).append(site)
+    return list(found.values())
+
+
+def explain(site: Site, spectrum: Spectrum, rank: int) -> PlannedSite:
+    """A planned site with what its spectrum says about the chosen rank."""
+    try:
+        kept = spectrum.energy(rank).low
+    except Undecided:
+        kept = None
+    return PlannedSite(
+        site=site,
+        rank=rank,
+        energy_retained=kept,
+        decay_rate=spectrum.decay_rate,
+        stable_rank=spectrum.stable_rank,
+        entropy_rank=spectrum.entropy_rank,
+        method="zero delta" if spectrum.is_zero else spectrum.method,
+    )
+
+
+def parse_budget(text: str, sites: Iterable[Site]) -> int:
+    """Parameters that a plan may spend: `N`, `uniform:R`, or `0.5%` of the analysed matrices' parameters."""
+    sites = list(sites)
+    try:
+        if text.startswith("uniform:"):
+            rank = int(text.removeprefix("uniform:"))
+            budget = sum(site.parameters(rank) for site in sites)
+        elif text.endswith("%"):
+            budget = int(float(text[:-1]) / 100 * sum(site.size for site in sites))
+        else:
+            budget = int(float(text))
+    except ValueError:
+        raise UsageError(f"--budget takes N, uniform:R or P%; got {text!r}") from None
+    if budget <= 0:
+        raise UsageError(f"--budget {text} is no parameters at all")
+    return budget
+
+
+def spectral_gains(spectra: Mapping[Site, Spectrum], normalise: str = "none") -> dict[Site, Tensor]:
+    """Marginal energy of every further rank: σ², or σ²/‖Δ‖² of its own site."""
+    return {
+        site: spectrum.values.square() / (spectrum.energy_total or 1.0 if normalise == "site" else 1.0)
+        for site, spectrum in spectra.items()
+    }
+
+
+def decreasing(gains: Tensor) -> Tensor:
+    """The closest non-increasing sequence in the sense of the concave majorant of the cumulative sum.
+
+    Greedy allocation is optimal for concave gains; shares of a loss need not be concave in the rank, and
+    pooling adjacent violators makes each step worth what reaching the end of its block is worth.
+    """
+    blocks: list[tuple[float, int]] = []
+    for gain in gains.tolist():
+        total, count = gain, 1
+        while blocks and blocks[-1][0] / blocks[-1][1] < total / count:
+            total, count = total + blocks[-1][0], count + blocks[-1][1]
+            blocks.pop()
+        blocks.append((total, count))
+    return torch.tensor([total / count for total, count in blocks for _ in range(count)], dtype=torch.float64)
+
+
+def by_budget(gains: Mapping[Site, Tensor], budget: int, rule: Rule) -> dict[Site, int]:
+    """Ranks that maximise Σ gains subject to Σ r(m + n) ≤ budget, between the bounds.
+
+    Minima first, then greedily by gain per parameter; optimal for non-increasing gains up to one step's
+    granularity. The budget is never exceeded. Raises UsageError where the minima alone exceed it.
+    """
+    step = 8 if rule.round == "multiple-of-8" else 1
+    ranks = {site: rule.least(site) for site in gains}
+    spent = sum(site.parameters(rank) for site, rank in ranks.items())
+    if spent > budget:
+        raise UsageError(
+            f"--budget {budget:,} is below what --min_rank {rule.min_rank} alone takes ({spent:,} parameters); "
+            "lower --min_rank or raise the budget"
+        )
+    curves = {site: decreasing(gain) for site, gain in gains.items()}
+    heap: list[tuple[float, int, Site, int]] = []
+
+    def offer(order: int, site: Site) -> None:
+        target = next_rank(ranks[site], step, rule)
+        curve = curves[site]
+        if target <= min(rule.most(site), len(curve)):
+            worth = float(curve[ranks[site] : target].sum()) / site.parameters(target - ranks[site])
+            if worth > 0:
+                heapq.heappush(heap, (-worth, order, site, target))
+
+    for order, site in enumerate(gains):
+        offer(order, site)
+    while heap:
+        _, order, site, target = heapq.heappop(heap)
+        cost = site.parameters(target - ranks[site])
+        if spent + cost <= budget:
+            ranks[site], spent = target, spent + cost
+            offer(order, site)
+    return ranks
+
+
+def next_rank(rank: int, step: int, rule: Rule) -> int:
+    if rule.round == "power-of-two":
+        return 1 << rank.bit_length() if rank else 1
+    return (rank // step + 1) * step
+
+
+def uniform(sites: Sequence[Site], parameters: int) -> dict[Site, int]:
+    """One rank everywhere within these parameters; the rest buys one more rank for the first sites that fit."""
+    rank = parameters // sum(sum(site.shape) for site in sites)
+    ranks = {site: min(rank, site.full_rank) for site in sites}
+    left = parameters - sum(site.parameters(rank) for site, rank in ranks.items())
+    for site in sites:
+        if site.parameters(1) <= left and ranks[site] < site.full_rank:
+            ranks[site] += 1
+            left -= site.parameters(1)
+    return ranks
+
+
+def shape_classes(sites: Iterable[Site]) -> list[list[Site]]:
+    """Sites whose ranks can be exchanged without changing the number of parameters."""
+    found: dict[tuple[int, int], list[Site]] = {}
+    for site in sites:
+        found.setdefault((min(site.shape), max(site.shape)), []).append(site)
+    return list(found.values())
+
+
+def shuffled(ranks: Mapping[Site, int], generator: torch.Generator) -> dict[Site, int]:
+    """The same ranks dealt out at random within each shape class: the null of every claim about a plan."""
+    result = dict(ranks)
+    for members in shape_classes(ranks):
+        order = torch.randperm(len(members), generator=generator).tolist()
+        result |= {site: ranks[members[i]] for site, i in zip(members, order, strict=True)}
+    return result
+
+
+def inverted(ranks: Mapping[Site, int]) -> dict[Site, int]:
+    """The same ranks the wrong way round within each shape class: largest where the plan has the smallest."""
+    result = dict(ranks)
+    for members in shape_classes(ranks):
+        ordered = sorted(members, key=lambda site: ranks[site])
+        result |= {site: ranks[other] for site, other in zip(ordered, reversed(ordered), strict=True)}
+    return result
+
+
+def plan_of(ranks: Mapping[Site, int], spectra: Mapping[Site, Spectrum], model_name: str = "") -> RankPlan:
+    """A plan from chosen ranks, with what each spectrum says about them."""
+    return RankPlan(tuple(explain(site, spectra[site], rank) for site, rank in ranks.items()), model_name)

@@ -1,0 +1,147 @@
+"""A site: one adaptable weight matrix, named by its module path. The only place that parses a module path.
+
+describe("model.layers.3.mlp.down_proj", (64, 172))  →  kind mlp, layer 3, projection down_proj
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+TOWERS = ("language", "vision", "projector", "depth", "unknown")
+KINDS = ("attention", "mlp", "embed", "head", "other")
+
+ATTENTION = frozenset(
+    [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "out_proj",
+        "qkv_proj",
+        "qkv",
+        "c_attn",
+        "query_key_value",
+        "Wqkv",
+        "query",
+        "key",
+        "value",
+        "q_lin",
+        "k_lin",
+        "v_lin",
+        "out_lin",
+        "attn_out",
+        "q_a_proj",
+        "q_b_proj",
+        "kv_a_proj_with_mqa",
+        "kv_b_proj",
+        "in_proj",
+    ]
+)
+MLP = frozenset(
+    [
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "gate_up_proj",
+        "fc1",
+        "fc2",
+        "c_fc",
+        "lin1",
+        "lin2",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+        "w1",
+        "w2",
+        "w3",
+        "fc_in",
+        "fc_out",
+    ]
+)
+EMBED = frozenset(
+    ["embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings", "embed_positions", "embed_in"]
+)
+HEAD = frozenset(["lm_head", "embed_out", "score", "classifier", "pre_classifier", "output_projection"])
+ATTENTION_PARENT = re.compile(r"attn|attention", re.IGNORECASE)
+MLP_PARENT = re.compile(r"mlp|feed_forward|ffn|intermediate", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adaptable matrix.
+
+    `shape` is (out_features, in_features) = (m, n) whatever the file's orientation; `transposed` says that the
+    stored weight is (in, out), as in GPT-2's Conv1D. `projection` is the name shared by the layers (q_proj …).
+    """
+
+    path: str
+    shape: tuple[int, int]
+    tower: str = "unknown"
+    kind: str = "other"
+    layer: int | None = None
+    projection: str = ""
+    transposed: bool = False
+
+    def parameters(self, rank: int) -> int:
+        """Trainable parameters of a LoRA pair of this rank: r·(m + n)."""
+        return rank * sum(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Entries of the matrix, m·n."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.shape)
+
+    @property
+    def largest_rank(self) -> int:
+        """⌊mn/(m+n)⌋: above it a LoRA pair has more parameters than the matrix itself."""
+        return max(1, self.size // sum(self.shape))
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"shape": list(self.shape)}
+
+
+def describe(path: str, shape: tuple[int, ...], tower: str = "unknown", transposed: bool = False) -> Site:
+    """The site at a module path. Raises ValueError where the shape is not that of a matrix."""
+    if len(shape) != 2:
+        raise ValueError(f"{path}: a site is a matrix, got shape {tuple(shape)}")
+    parts = path.split(".")
+    numbers = [int(part) for part in parts if part.isdigit()]
+    names = [part for part in parts if not part.isdigit()]
+    projection = names[-1] if names else path
+    return Site(
+        path=path,
+        shape=(int(shape[0]), int(shape[1])),
+        tower=tower,
+        kind=kind_of(projection, ".".join(names[:-1])),
+        layer=numbers[0] if numbers else None,
+        projection=projection,
+        transposed=transposed,
+    )
+
+
+def kind_of(projection: str, parent: str) -> str:
+    """Kind by the projection's own name, else by the module that holds it (`attn.c_proj`, `mlp.c_proj`)."""
+    for kind, names in (("attention", ATTENTION), ("mlp", MLP), ("embed", EMBED), ("head", HEAD)):
+        if projection in names:
+            return kind
+    holder = parent.rsplit(".", 1)[-1]
+    if ATTENTION_PARENT.search(holder):
+        return "attention"
+    return "mlp" if MLP_PARENT.search(holder) else "other"
+
+
+def pattern(path: str) -> str:
+    """The anchored regex of a path: PEFT matches keys with a free prefix, and the first match wins."""
+    return "^" + re.escape(path) + "$"
+
+
+def nearest(path: str, known: Iterable[str]) -> list[str]:
+    """Up to three known paths that look like this one, for error messages."""
+    return difflib.get_close_matches(path, list(known), n=3, cutoff=0.5)

@@ -1,0 +1,168 @@
+"""Singular values of a delta with its exact energy. A spectrum refuses a question that it cannot answer.
+
+Notation: Δ is m×n with singular values σ₁ ≥ σ₂ ≥ …; energy E(k) = Σ_{i≤k} σᵢ² / ‖Δ‖²_F.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Interval(NamedTuple):
+    """Certified bounds of a number."""
+
+    low: float
+    high: float
+
+
+class Undecided(ValueError):
+    """The computed part of a spectrum does not decide the question; the exact path does."""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Leading singular values (float64, descending), the shape, and the exact total energy ‖Δ‖²_F.
+
+    `residual` bounds the spectral norm of what the values leave out: ‖Δ − QQᵀΔ‖₂ for a sketch with basis Q,
+    0 where the values are exact. With it (Weyl's inequality for QQᵀΔ, which is a compression of Δ)
+    Ê(k) ≤ E(k) ≤ Ê(k) + k·residual²/‖Δ‖²_F. `complete` says that no singular value is missing.
+    """
+
+    values: Tensor
+    energy_total: float
+    shape: tuple[int, int]
+    residual: float = 0.0
+    method: str = "exact"
+    complete: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.values.dim() == 1 and self.values.dtype == torch.float64, "values: float64 vector"
+        assert self.energy_total >= 0, "energy is a sum of squares"
+
+    @property
+    def is_zero(self) -> bool:
+        return self.energy_total == 0.0
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def cumulative(self) -> Tensor:
+        """Ê(k) for k = 1 … len(self), clipped at 1 against rounding."""
+        if self.is_zero:
+            return torch.ones_like(self.values)
+        return (self.values.square().cumsum(0) / self.energy_total).clamp(max=1.0)
+
+    def energy(self, k: int) -> Interval:
+        """Bounds of E(k). Beyond the computed values only a complete spectrum answers."""
+        if k <= 0 or self.is_zero:
+            return Interval(float(self.is_zero), float(self.is_zero))
+        if k > len(self) and not self.complete:
+            raise Undecided(f"energy at rank {k}: only {len(self)} of {min(self.shape)} values were computed")
+        low = float(self.cumulative()[min(k, len(self)) - 1]) if len(self) else 0.0
+        return Interval(low, min(1.0, low + k * self.residual**2 / self.energy_total))
+
+    def rank_bounds(self, threshold: float) -> tuple[int, int]:
+        """Certified least and greatest value of r = min{k: E(k) ≥ threshold}.
+
+        A bound above len(self) means only "more than the computed values reach".
+        """
+        if self.is_zero:
+            return 0, 0
+        lower = self.cumulative()
+        steps = torch.arange(1, len(self) + 1, dtype=torch.float64)
+        upper = lower + steps * self.residual**2 / self.energy_total
+        slack = 1e-12  # float64 rounding of the sums
+        surely = int((lower < threshold - slack).sum()) + 1
+        possibly = int((upper < threshold - slack).sum()) + 1
+        if self.complete:
+            surely = min(surely, len(self))
+        return min(possibly, surely), surely
+
+    def rank_for(self, threshold: float, least: int = 1, most: int | None = None) -> int:
+        """Least k with E(k) ≥ threshold, clipped to [least, most]. Raises Undecided where the bounds differ."""
+        most = most if most is not None else min(self.shape)
+        low, high = self.rank_bounds(threshold)
+        if high > len(self) and most > len(self) and not self.complete:
+            raise Undecided(f"energy {threshold} is not reached within the {len(self)} computed values")
+        clipped = {min(max(low, least), most), min(max(high, least), most)}
+        if len(clipped) > 1:
+            raise Undecided(f"energy {threshold} is reached at a rank between {low} and {high}")
+        return clipped.pop()
+
+    def saturated(self, threshold: float, max_rank: int) -> bool:
+        """Whether the threshold is certainly not reached within `max_rank` values."""
+        return not self.is_zero and self.rank_bounds(threshold)[1] > max_rank
+
+    @property
+    def stable_rank(self) -> float:
+        """‖Δ‖²_F / σ₁² (Rudelson and Vershynin): at most the rank, and insensitive to small values."""
+        return 0.0 if self.is_zero else self.energy_total / float(self.values[0]) ** 2
+
+    @property
+    def decay_rate(self) -> float:
+        """−ln(σ_k/σ_0) with k = min(10, n − 1), counted from 0; infinite where σ_k is 0."""
+        k = min(10, len(self) - 1)
+        if self.is_zero or k < 1:
+            return 0.0
+        ratio = float(self.values[k] / self.values[0])
+        return -math.log(ratio) if ratio > 0 else math.inf
+
+    @property
+    def entropy_rank(self) -> float | None:
+        """exp of the entropy of σ²/Σσ² (Roy and Vetterli's effective rank); None where values are missing."""
+        if not self.complete or self.is_zero:
+            return 0.0 if self.is_zero else None
+        share = self.values.square() / self.values.square().sum()
+        share = share[share > 0]
+        return float(torch.exp(-(share * share.log()).sum()))
+
+    def without_noise(self, energy: float) -> Spectrum:
+        """The spectrum after removing white noise of known total energy (in the units of ‖Δ‖²_F).
+
+        Each value is shrunk as is optimal for the Frobenius norm under white noise of level σ = √(energy/mn)
+        (Gavish and Donoho 2017, "Optimal shrinkage of singular values"), and the energy loses the noise's.
+        """
+        m, n = max(self.shape), min(self.shape)
+        beta, level = n / m, math.sqrt(energy / self.shape[0] / self.shape[1])
+        if level == 0.0:
+            return self
+        y = self.values / (level * math.sqrt(m))
+        inside = ((y.square() - beta - 1).square() - 4 * beta).clamp(min=0).sqrt() / y
+        shrunk = torch.where(y > 1 + math.sqrt(beta), inside, torch.zeros_like(y)) * level * math.sqrt(m)
+        total = max(self.energy_total - energy, float(shrunk.square().sum()))
+        ended = bool(shrunk[-1] == 0)  # the missing values are smaller still, so they are noise as well
+        return replace(
+            self,
+            values=shrunk,
+            energy_total=total,
+            residual=0.0,
+            method=f"{self.method}, noise removed",
+            complete=self.complete or ended,
+        )
+
+    def cut(self, rule: str) -> Spectrum:
+        """The values above a noise floor estimated from the spectrum itself; the rest counts as noise.
+
+        gavish-donoho: τ = ω(β)·median(σ), ω(β) ≈ 0.56β³ − 0.95β² + 1.82β + 1.43 (2014, unknown noise level).
+        marchenko-pastur: the bulk's upper edge σ(√m + √n), σ from the median value of the bulk.
+        Both need every value: Undecided from a truncated spectrum.
+        """
+        if not self.complete:
+            raise Undecided(f"--noise-floor {rule} needs every singular value: add --exact")
+        m, n = max(self.shape), min(self.shape)
+        beta, median = n / m, float(self.values.median())
+        omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
+        if rule == "gavish-donoho":
+            floor = omega * median
+        else:  # median(σ) = level·√m·√μ(β), and ω(β) = λ(β)/√μ(β) with λ the optimal hard threshold
+            optimal = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
+            floor = median * omega / optimal * (1 + math.sqrt(beta))
+        kept = self.values[self.values > floor]
+        if not len(kept):
+            kept = self.values[:1]
+        return replace(self, values=kept, energy_total=float(kept.square().sum()), method=f"{self.method}, {rule}")

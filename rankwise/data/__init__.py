@@ -1,0 +1,29 @@
+"""From files on disk to batches: sources read, `render` makes tokens and labels, `collate` pads, `split` divides.
+
+files ── sources.load ──▶ Example* ── split, subset ──▶ Example* ── Renderer ──▶ Rendered* ── Collator ──▶ batch
+"""
+
+from __future__ import annotations
+
+from rankwise.data.collate import Collator
+from rankwise.data.example import Example, Examples, Turn, one_per_prompt
+from rankwise.data.render import Rendered, Renderer
+from rankwise.data.rendered import RenderedDataset
+from rankwise.data.sources import load
+from rankwise.data.split import Split, recorded_split, split_groups, subset
+
+__all__ = [
+    "Collator",
+    "Example",
+    "Examples",
+    "Rendered",
+    "RenderedDataset",
+    "Renderer",
+    "Split",
+    "Turn",
+    "load",
+    "one_per_prompt",
+    "recorded_split",
+    "split_groups",
+    "subset",
+]

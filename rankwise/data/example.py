@@ -1,0 +1,109 @@
+"""One record, for text and for vision alike: what every source yields and everything after it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+ROLES = ("system", "user", "assistant")
+IMAGE_SLOT = "<image>"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One piece of a sample: who says it, what, and the heading it stands under in the sections form.
+
+    Several user turns in a row are the sections of one prompt (instruction, table, question …).
+    """
+
+    role: str
+    text: str
+    heading: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.role in ROLES, self.role
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample.
+
+    group: samples that must not be parted by a split (meaning representation, dialogue, image).
+    references: every accepted answer to this prompt, for scoring; training uses the last turn.
+    stratum: `task_type` where the rows have one; a subset takes its share of each.
+    images: as named in the file, in the order of their slots.
+    """
+
+    id: str
+    group: str
+    turns: tuple[Turn, ...]
+    references: tuple[str, ...] = ()
+    stratum: str | None = None
+    images: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.turns and self.turns[-1].role == "assistant", self.id
+
+    @property
+    def answer(self) -> str:
+        return self.turns[-1].text
+
+    @property
+    def prompt(self) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+        """What the answer is given to: samples with equal prompts are one question with several answers."""
+        return self.turns[:-1], self.images
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a source read, in file order, with the files it came from and the rows that were left out."""
+
+    items: tuple[Example, ...]
+    files: tuple[Path, ...] = ()
+    skipped: tuple[str, ...] = field(default=(), repr=False)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.items)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.items[index]
+
+    @property
+    def with_images(self) -> int:
+        """Number of samples that carry images."""
+        return sum(bool(example.images) for example in self.items)
+
+    def notes(self, *, sees_images: bool = False) -> list[str]:
+        """Sentences for the user about rows left out and images not used; empty when there is nothing to say."""
+        lines = []
+        if self.skipped:
+            shown = "".join(f"\n    {reason}" for reason in self.skipped[:5])
+            more = f"\n    … and {len(self.skipped) - 5} more" if len(self.skipped) > 5 else ""
+            lines.append(f"warning: {len(self.skipped)} bad rows skipped:{shown}{more}")
+        if self.with_images and not sees_images:
+            lines.append(
+                f"warning: {self.with_images} of {len(self)} samples have images; this run uses their text only"
+            )
+        return lines
+
+
+def one_per_prompt(examples: Iterable[Example]) -> list[Example]:
+    """The first sample of every distinct prompt, in order: what to generate from, with all its references."""
+    first: dict[Hashable, Example] = {}
+    for example in examples:
+        first.setdefault(example.prompt, example)
+    return list(first.values())
+
+
+def share_references(examples: Iterable[Example]) -> list[Example]:
+    """Give every sample the answers of all samples with its prompt as references."""
+    rows = list(examples)
+    answers: dict[Hashable, list[str]] = {}
+    for example in rows:
+        answers.setdefault(example.prompt, []).append(example.answer)
+    shared = {prompt: tuple(texts) for prompt, texts in answers.items()}
+    return [replace(example, references=shared[example.prompt]) for example in rows]

@@ -1,0 +1,124 @@
+"""From turns to text: which text surrounds each answer, in the sections form or through a chat template.
+
+A layout holds texts only; `render` makes tokens of it, piece by piece, so that an answer's tokens never depend on
+what stands before it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rankwise.data.example import Example, Turn
+from rankwise.errors import DataError, UsageError
+
+IMAGE_MARKER = re.compile(r"<image>|<IMAGE>|<__media__>")
+HEADINGS = {"system": "System", "user": "User", "assistant": "Assistant"}
+SENTINEL = "\ue000{}\ue001"  # private-use characters: no template touches them, no text holds them
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Texts in order: before[0] answers[0] before[1] answers[1] … after. The end token opens the text that follows
+    an answer, or is absent."""
+
+    before: tuple[str, ...]
+    answers: tuple[str, ...]
+    after: str = ""
+
+
+def without_images(example: Example) -> Example:
+    """The sample as a text-only run sees it: image slots cut out of its texts."""
+    if not example.images:
+        return example
+    turns = tuple(replace(turn, text=IMAGE_MARKER.sub("", turn.text).strip()) for turn in example.turns)
+    return replace(example, turns=turns, images=())
+
+
+def sections(example: Example, end: str) -> Layout:
+    """Headed sections with a blank line between, the answer last, `end` (the end token) after each earlier answer."""
+    before, answers, text = [], [], ""
+    for turn in example.turns:
+        text += f"{heading(turn)}\n"
+        if turn.role == "assistant":
+            before.append(text)
+            answers.append(turn.text)
+            text = f"{end}\n\n"
+        else:
+            text += f"{turn.text}\n\n"
+    return Layout(tuple(before), tuple(answers))
+
+
+def heading(turn: Turn) -> str:
+    return f"### {turn.heading or HEADINGS[turn.role]}:"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A tokenizer's chat template, tried out once: how it takes content, and what it puts before an answer.
+
+    typed: content goes in as [{"type": "text", …}], because the template loses plain strings. lead: whitespace
+    between the generation prompt and the answer; it belongs to the answer, or a prompt for generation would end
+    in a token that training never saw there.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    typed: bool
+    lead: str
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+        """Try the template on one exchange; UsageError where there is none, or it drops the texts."""
+        if not tokenizer.chat_template:
+            raise UsageError("the tokenizer has no chat template; use --prompt sections")
+        question, answer = SENTINEL.format("question"), SENTINEL.format("answer")
+        for typed in (False, True):
+            form = cls(tokenizer, typed, "")
+            asked = [("user", question)]
+            text = form.text([*asked, ("assistant", answer)])
+            if question in text and answer in text:
+                return replace(form, lead=_lead(text.split(answer)[0], form.text(asked, generate=True)))
+        raise UsageError("the chat template does not reproduce the texts of a conversation; use --prompt sections")
+
+    def text(self, messages: Sequence[tuple[str, str]], *, generate: bool = False) -> str:
+        content = [(role, [{"type": "text", "text": text}] if self.typed else text) for role, text in messages]
+        conversation: list[dict[str, Any]] = [{"role": role, "content": value} for role, value in content]
+        return str(self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generate))
+
+    def layout(self, example: Example) -> Layout:
+        """Render with a sentinel in place of every answer, then cut at the sentinels."""
+        answers = [turn.text for turn in example.turns if turn.role == "assistant"]
+        marks = [SENTINEL.format(number) for number in range(len(answers))]
+        text = self.text(_messages(example, marks))
+        pieces = re.split("|".join(marks), text)
+        if len(pieces) != len(marks) + 1 or [text.count(mark) for mark in marks] != [1] * len(marks):
+            raise DataError(
+                f"sample {example.id}: the chat template does not reproduce every answer once and verbatim; "
+                "use --prompt sections"
+            )
+        before = [piece.removesuffix(self.lead) for piece in pieces[:-1]]
+        return Layout(tuple(before), tuple(self.lead + answer for answer in answers), pieces[-1])
+
+
+def _lead(before: str, generation_prompt: str) -> str:
+    rest = before.removeprefix(generation_prompt)
+    return rest if rest.isspace() else ""
+
+
+def _messages(example: Example, marks: Sequence[str]) -> list[tuple[str, str]]:
+    """(role, content) with marks for answers; the sections of one prompt become one message."""
+    messages, unused = [], iter(marks)
+    for role, group in groupby(example.turns, key=lambda turn: turn.role):
+        turns = list(group)
+        if role == "assistant":
+            messages += [(role, next(unused)) for _ in turns]
+        elif len(turns) == 1:
+            messages.append((role, turns[0].text))
+        else:
+            messages.append((role, "\n\n".join(f"{heading(turn)}\n{turn.text}" for turn in turns)))
+    return messages

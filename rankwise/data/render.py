@@ -1,0 +1,234 @@
+"""From samples to token ids and labels: one renderer for training, evaluation and the device.
+
+    Example ── layout (sections or chat) ──▶ texts ── tokenizer, piece by piece ──▶ Rendered(input_ids, labels)
+
+Labels are -100 except on answers and the end token behind each. What is masked is known from where a piece came
+from, never from its ids: the pad token may be the end token.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from transformers import PreTrainedTokenizerBase
+
+from rankwise.data.example import Example
+from rankwise.data.layout import ChatTemplate, Layout, sections, without_images
+from rankwise.errors import DataError, UsageError
+
+IGNORED = -100
+STYLES = ("sections", "chat")
+OVERLONG = ("error", "drop", "truncate_source")
+
+
+class Overlong(DataError):
+    """A sample needs more tokens than the limit."""
+
+    def __init__(self, sample: str, needed: int, limit: int) -> None:
+        self.needed = needed
+        super().__init__(
+            f"sample {sample} needs {needed} tokens, the limit is {limit}; "
+            "raise --max_seq_length, or pass --overlong drop or truncate_source"
+        )
+
+
+class NothingToLearn(DataError):
+    """Every label of a sample is masked."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Token ids of one sample; labels of the same length, -100 where nothing is learnt."""
+
+    input_ids: list[int]
+    labels: list[int]
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class _Piece:
+    ids: list[int]
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """How samples become tokens.
+
+    max_length: most tokens of a sample; `positions`, the model's own limit, lowers it. reserve: tokens of it that a
+    prompt leaves free for what is generated. overlong: `error` and `drop` raise Overlong (a data set drops),
+    `truncate_source` shortens the longest user turn at its end, never the answer. generation_eos: end tokens of
+    the model's generation config; they end an answer too, and replace a missing end token of the tokenizer.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    style: str = "sections"
+    max_length: int = 2048
+    overlong: str = "error"
+    positions: int | None = None
+    reserve: int = 0
+    generation_eos: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        for value, allowed in ((self.style, STYLES), (self.overlong, OVERLONG)):
+            if value not in allowed:
+                raise UsageError(f"{value!r} is none of {', '.join(allowed)}")
+        if self.reserve >= self.limit:
+            raise UsageError(
+                f"{self.reserve} tokens to generate leave no room for a prompt within {self.limit}; "
+                "lower --max_new_tokens or raise --max_seq_length"
+            )
+        assert self.end_ids
+
+    @cached_property
+    def limit(self) -> int:
+        return min(self.max_length, self.positions or self.max_length)
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer; the first one is put behind an answer that nothing else ends."""
+        given = self.generation_eos
+        configured = [given] if isinstance(given, int) else list(given or ())
+        own = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        if not own + configured:
+            raise UsageError("neither the tokenizer nor the generation config names an end token (eos)")
+        return tuple(dict.fromkeys(own + configured))
+
+    def training(self, example: Example) -> Rendered:
+        """Ids and labels of a whole sample; the ids start with exactly `prompt_ids` of it, reserve apart."""
+        pieces, truncated = self._fitted(example, self.limit, with_answer=True)
+        ids = [token for piece in pieces for token in piece.ids]
+        labels = [token if piece.trained else IGNORED for piece in pieces for token in piece.ids]
+        return Rendered(ids, labels, truncated)
+
+    def prompt(self, example: Example) -> Rendered:
+        """Everything before the last answer, all of it masked; it leaves `reserve` tokens of the limit free."""
+        pieces, truncated = self._fitted(example, self.limit - self.reserve, with_answer=False)
+        ids = [token for piece in pieces for token in piece.ids]
+        return Rendered(ids, [IGNORED] * len(ids), truncated)
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        """Ids of the prompt: what the model is given to generate from."""
+        return self.prompt(example).input_ids
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Ids as a text, special tokens included, for records and for eyes."""
+        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+    def answer(self, ids: Sequence[int]) -> str:
+        """What was generated, up to the first end token, as a text without special tokens or outer whitespace."""
+        end = next((place for place, token in enumerate(ids) if token in self.end_ids), len(ids))
+        text = self.tokenizer.decode(list(ids[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text).strip()
+
+    @property
+    def settings(self) -> dict[str, str | int]:
+        """What decides how samples are rendered, for records and to tell runs apart."""
+        return {"prompt": self.style, "max_seq_length": self.limit, "overlong": self.overlong}
+
+    def _fitted(self, example: Example, limit: int, *, with_answer: bool) -> tuple[list[_Piece], bool]:
+        """Pieces within the limit, and whether the source was shortened for it."""
+        example = without_images(example)
+        pieces = self._pieces(example, with_answer)
+        if _length(pieces) <= limit:
+            return pieces, False
+        if self.overlong != "truncate_source":
+            raise Overlong(example.id, _length(pieces), limit)
+        return self._shortened(example, limit, with_answer), True
+
+    def _shortened(self, example: Example, limit: int, with_answer: bool) -> list[_Piece]:
+        """Pieces with as much of the longest user turn's beginning as fits, found by bisection."""
+        users = [number for number, turn in enumerate(example.turns) if turn.role == "user"]
+        source = max(users, key=lambda number: len(example.turns[number].text))
+        pieces = self._pieces(_cut(example, source, 0), with_answer)
+        if _length(pieces) > limit:
+            raise Overlong(f"{example.id} without its source", _length(pieces), limit)
+        fits, too_long = 0, len(example.turns[source].text)
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            shorter = self._pieces(_cut(example, source, middle), with_answer)
+            if _length(shorter) <= limit:
+                fits, pieces = middle, shorter
+            else:
+                too_long = middle
+        return pieces
+
+    def _pieces(self, example: Example, with_answer: bool) -> list[_Piece]:
+        """Prompt and answer pieces in turn; without the answer, those before the last one."""
+        layout = self._layout(example)
+        last = len(layout.answers) - 1
+        follows = [self._encode(text) if text else [] for text in (*layout.before[1:], layout.after)]
+        pieces = [_Piece(self._opening(layout.before[0]), False)]
+        for number, answer in enumerate(layout.answers):
+            if number == last and not with_answer:
+                break
+            closing = self._closing(follows[number])
+            if not closing and number < last:
+                raise DataError(f"sample {example.id}: the chat template puts no end token behind answer {number + 1}")
+            end = follows[number][:closing] or [self.end_ids[0]]
+            pieces.append(_Piece(self._answer(example.id, answer) + end, True))
+            if number < last:
+                pieces.append(_Piece(follows[number][closing:], False))
+        return pieces
+
+    def _layout(self, example: Example) -> Layout:
+        if self.style == "chat":
+            return self._template.layout(example)
+        return sections(example, end=str(self.tokenizer.convert_ids_to_tokens(self.end_ids[0])))
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate.of(self.tokenizer)
+
+    @cached_property
+    def _prefix(self) -> list[int]:
+        """The begin token, where the tokenizer puts one before a text."""
+        begin = self.tokenizer.bos_token_id
+        adds = begin is not None and self.tokenizer("a")["input_ids"][:1] == [begin]
+        return [begin] if adds else []
+
+    def _opening(self, text: str) -> list[int]:
+        ids = self._encode(text)
+        return ids if ids[: len(self._prefix)] == self._prefix else self._prefix + ids
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _answer(self, sample: str, text: str) -> list[int]:
+        """Ids of an answer, checked to say what the text says (up to Unicode form and outer whitespace)."""
+        ids = self._encode(text)
+        if not ids or not text.strip():
+            raise NothingToLearn(f"sample {sample}: its answer is empty, so all its labels are masked")
+        read = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if _plain(read) != _plain(text):
+            raise DataError(
+                f"sample {sample}: the tokenizer does not reproduce its answer: "
+                f"{text[:80]!r} reads back as {read[:80]!r}"
+            )
+        return ids
+
+    def _closing(self, ids: list[int]) -> int:
+        """How many leading ids end an answer: an end token and the whitespace before it; 0 where none follows."""
+        for count, token in enumerate(ids, 1):
+            if token in self.end_ids:
+                return count
+            if self.tokenizer.decode([token]).strip():
+                return 0
+        return 0
+
+
+def _length(pieces: Sequence[_Piece]) -> int:
+    return sum(len(piece.ids) for piece in pieces)
+
+
+def _cut(example: Example, turn: int, characters: int) -> Example:
+    turns = list(example.turns)
+    turns[turn] = replace(turns[turn], text=turns[turn].text[:characters])
+    return replace(example, turns=tuple(turns))
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).strip()

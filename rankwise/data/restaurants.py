@@ -1,0 +1,148 @@
+"""The demo's world: restaurants drawn from a small grammar, described in words.
+
+Two kinds of text come out of it. `guide` pages are plain prose, several wordings of the same restaurants: what the
+demo's base model reads. Task rows pair a meaning representation with its wording, in the official CSV form of E2E
+NLG: what the fine-tune reads. Both leave out the (name, food) pairs that only the held-out rows have.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankwise.store.files import atomic_write
+
+VALUES = {
+    "name": (
+        "The Blue Lantern", "Willow House", "The Copper Kettle", "Harbour Lights", "The Old Mill", "Green Olive",
+        "The Silver Spoon", "Maple Corner", "The Red Fox", "Stone Bridge", "The Golden Pear", "River Garden",
+        "The Black Swan", "Lemon Tree", "The White Hart", "Cedar Room",
+    ),  # fmt: skip
+    "eatType": ("restaurant", "pub", "coffee shop"),
+    "food": ("Italian", "French", "Indian", "Chinese", "Japanese", "English", "Spanish", "Greek"),
+    "priceRange": ("cheap", "moderate", "high"),
+    "customer rating": ("low", "average", "5 out of 5"),
+    "area": ("city centre", "riverside", "old town"),
+    "familyFriendly": ("yes", "no"),
+    "near": (
+        "Kings Theatre", "Central Station", "Market Hall", "Park Hotel", "Tower Bridge", "Rose Museum",
+        "Green Park", "North Pier",
+    ),  # fmt: skip
+}  # fmt: skip
+ALWAYS = ("name", "eatType", "food")
+OPTIONAL_SHARE = 0.7
+HELD_OUT_OF = 6
+PRICE = {
+    "cheap": ("cheap", "low cost"),
+    "moderate": ("moderately priced", "mid-range"),
+    "high": ("expensive", "high priced"),
+}
+PLACE = {
+    "city centre": ("in the city centre", "in the centre of the city"),
+    "riverside": ("by the riverside", "on the riverside"),
+    "old town": ("in the old town", "in the old part of town"),
+}
+RATING = {
+    "low": ("It is poorly rated", "Its customer rating is low"),
+    "average": ("It has an average rating", "Its customer rating is average"),
+    "5 out of 5": ("It is rated 5 out of 5", "Its customer rating is 5 out of 5"),
+}
+FAMILY = {
+    "yes": ("welcomes families", "is family friendly"),
+    "no": ("is not for children", "is not family friendly"),
+}
+
+
+@dataclass(frozen=True)
+class Restaurant:
+    """Its facts, attribute → value, in the order of `VALUES`."""
+
+    facts: dict[str, str]
+
+    @property
+    def meaning(self) -> str:
+        """The meaning representation: `name[The Red Fox], eatType[pub], food[Greek]`."""
+        return ", ".join(f"{attribute}[{value}]" for attribute, value in self.facts.items())
+
+    @property
+    def held_out(self) -> bool:
+        """Whether its (name, food) pair is kept for the held-out rows; one pair in `HELD_OUT_OF` is."""
+        name = VALUES["name"].index(self.facts["name"])
+        return (name + VALUES["food"].index(self.facts["food"])) % HELD_OUT_OF == 0
+
+
+def draw(random_state: random.Random) -> Restaurant:
+    """A restaurant with a name, a type, a food and some of the other facts."""
+    return Restaurant(
+        {
+            attribute: random_state.choice(values)
+            for attribute, values in VALUES.items()
+            if attribute in ALWAYS or random_state.random() < OPTIONAL_SHARE
+        }
+    )
+
+
+def restaurants(random_state: random.Random, *, held_out: bool) -> Iterator[Restaurant]:
+    """Endless different restaurants of one side of the split."""
+    seen: set[str] = set()
+    while True:
+        restaurant = draw(random_state)
+        if restaurant.held_out == held_out and restaurant.meaning not in seen:
+            seen.add(restaurant.meaning)
+            yield restaurant
+
+
+def describe(restaurant: Restaurant, random_state: random.Random) -> str:
+    """One wording: an opening sentence with the kind and the place, then rating and families."""
+    sentences = [_opening(restaurant.facts, random_state), *_opinions(restaurant.facts, random_state)]
+    return " ".join(sentences)
+
+
+def _opening(facts: dict[str, str], random_state: random.Random) -> str:
+    choose = random_state.choice
+    price = choose(PRICE[facts["priceRange"]]) if "priceRange" in facts else ""
+    kind = " ".join(filter(None, [price, facts["food"], facts["eatType"]]))
+    kind = f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
+    places = [choose(PLACE[facts["area"]])] if "area" in facts else []
+    places += [f"near {facts['near']}"] if "near" in facts else []
+    place = " ".join(places)
+    name = facts["name"]
+    forms = [f"{name} is {kind} {place}".rstrip()]
+    if place:
+        forms += [f"{place[0].upper()}{place[1:]} there is {kind} called {name}", f"{name}, {place}, is {kind}"]
+    return choose(forms) + "."
+
+
+def _opinions(facts: dict[str, str], random_state: random.Random) -> list[str]:
+    choose = random_state.choice
+    rating = choose(RATING[facts["customer rating"]]) if "customer rating" in facts else ""
+    family = choose(FAMILY[facts["familyFriendly"]]) if "familyFriendly" in facts else ""
+    if rating and family:
+        return [choose((f"{rating} and it {family}.", f"It {family}. {rating}."))]
+    return [f"{rating}."] if rating else [f"It {family}."] if family else []
+
+
+def guide(random_state: random.Random, pages: int, *, wordings: int = 3) -> list[str]:
+    """Plain text: each page is one restaurant in several wordings, no meaning representation anywhere."""
+    source = restaurants(random_state, held_out=False)
+    return [_page(next(source), random_state, wordings) for _ in range(pages)]
+
+
+def _page(restaurant: Restaurant, random_state: random.Random, wordings: int) -> str:
+    return "\n".join(describe(restaurant, random_state) for _ in range(wordings))
+
+
+def write_task(path: Path, random_state: random.Random, *, count: int, references: int, held_out: bool) -> Path:
+    """`count` meaning representations with their references as an E2E CSV file (`mr`, `ref`)."""
+    source = restaurants(random_state, held_out=held_out)
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("mr", "ref"))
+        for _ in range(count):
+            restaurant = next(source)
+            wordings = {describe(restaurant, random_state) for _ in range(references)}
+            table.writerows((restaurant.meaning, text) for text in sorted(wordings))
+    return path

@@ -1,0 +1,73 @@
+"""CoTA: a question (with an image), a chain of thought, tool actions, an answer.
+
+Rows `{id, task_type, image, question, chain_of_thought: [str], actions: [{action, params}], answer}` in a JSON list,
+`{"data": […]}` or JSON Lines; `question` and `answer` are needed, the rest may be missing. Samples of one image
+are one group, `task_type` is the stratum.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from rankwise.data.example import Example, Turn
+from rankwise.data.sources.rows import BadRow, RowFile, json_samples
+
+INSTRUCTION = "Answer the question. Think step by step, name the actions you take, then give the answer."
+
+
+def read(source: RowFile) -> Iterator[Example]:
+    """One sample per row; a row without id is named by the file and its number."""
+    return json_samples(source, _example)
+
+
+def _example(identity: str, row: dict[str, Any]) -> Example:
+    image, stratum = row.get("image"), row.get("task_type")
+    turns = (
+        Turn("user", INSTRUCTION, "Instruction"),
+        Turn("user", _text(row, "question"), "Question"),
+        Turn("assistant", _response(row), "Response"),
+    )
+    return Example(
+        id=identity,
+        group=str(image or identity),
+        turns=turns,
+        stratum=None if stratum is None else str(stratum),
+        images=(image,) if isinstance(image, str) and image else (),
+    )
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+    value = row.get(key)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise BadRow(f"{key} must be a text, found {json.dumps(value)[:60]}")
+    return value.strip()
+
+
+def _response(row: dict[str, Any]) -> str:
+    """Thoughts and actions one a line, then the answer: what the model learns to write."""
+    thoughts = row.get("chain_of_thought") or []
+    thoughts = [thoughts] if isinstance(thoughts, str) else thoughts
+    if not isinstance(thoughts, list) or not all(isinstance(thought, str) for thought in thoughts):
+        raise BadRow("chain_of_thought must be a list of texts")
+    lines = [f"Thought: {thought.strip()}" for thought in thoughts]
+    lines += [_action(action) for action in _actions(row)]
+    return "\n".join([*lines, f"Answer: {_text(row, 'answer')}"])
+
+
+def _actions(row: dict[str, Any]) -> list[dict[str, Any]]:
+    actions = row.get("actions") or []
+    named = isinstance(actions, list) and all(
+        isinstance(action, dict) and isinstance(action.get("action"), str) for action in actions
+    )
+    if not named:
+        raise BadRow("actions must be a list of {action, params}")
+    return actions
+
+
+def _action(action: dict[str, Any]) -> str:
+    parameters = json.dumps(action.get("params") or {}, ensure_ascii=False)
+    return f"Action: {action['action']} {parameters}"

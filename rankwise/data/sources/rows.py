@@ -1,0 +1,148 @@
+"""Rows of CSV, JSON and JSON Lines files with their line numbers; what is wrong is named, raised or counted."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rankwise.data.example import Example
+from rankwise.errors import DataError
+from rankwise.store.files import read_json
+
+LONGEST_LINE = 64 * 2**20  # bytes; a line beyond it is a broken file, not a sample
+Row = tuple[int, dict[str, Any]]
+
+
+class BadRow(Exception):
+    """Why a row can't be a sample; raised by a source, located and reported by `json_samples`."""
+
+
+@dataclass
+class RowFile:
+    """A file being read and its bad rows: the first one raises, or with `skip` all are listed with their reasons."""
+
+    path: Path
+    skip: bool = False
+    rejected: list[str] = field(default_factory=list)
+
+    def reject(self, line: int, reason: str) -> None:
+        message = f"{self.path}, line {line}: {reason}"
+        if not self.skip:
+            raise DataError(f"{message}; correct the row, or pass --skip-bad to leave such rows out and count them")
+        self.rejected.append(message)
+
+
+def csv_rows(source: RowFile) -> Iterator[Row]:
+    """Records of a CSV file with a header, as dictionaries; the line is that on which the record starts."""
+    records = _csv_records(source)
+    header = [name.strip() for name in next(records, (0, []))[1]]
+    for line, record in records:
+        if len(record) == len(header):
+            yield line, dict(zip(header, record, strict=True))
+        elif record:
+            source.reject(line, f"{len(record)} fields, the header has {len(header)} ({', '.join(header)})")
+
+
+def json_rows(source: RowFile) -> Iterator[Row]:
+    """Objects of a JSON list, a `{"data": […]}` object or, by suffix .jsonl or .ndjson, of JSON Lines."""
+    lines = source.path.suffix.lower() in {".jsonl", ".ndjson"}
+    for line, row in _json_lines(source) if lines else _json_list(source.path):
+        if isinstance(row, dict):
+            yield line, row
+        else:
+            source.reject(line, f"a sample must be a JSON object, this is {_kind(row)}")
+
+
+def json_samples(source: RowFile, build: Callable[[str, dict[str, Any]], Example]) -> Iterator[Example]:
+    """Samples built from JSON rows; a row without `id` is named by the file and its number, ids must be unique."""
+    seen: set[str] = set()
+    for number, (line, row) in enumerate(json_rows(source), 1):
+        given = row.get("id")
+        identity = f"{source.path.stem}-{number}" if given is None else str(given)
+        try:
+            if identity in seen:
+                raise BadRow("this id occurred before; ids must be unique")
+            sample = build(identity, row)
+        except BadRow as reason:
+            source.reject(line, f"sample {identity}: {reason}")
+            continue
+        seen.add(identity)
+        yield sample
+
+
+def _csv_records(source: RowFile) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(_text_lines(source), strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            yield line, next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            source.reject(line, f"not valid CSV ({error})")
+
+
+def _text_lines(source: RowFile) -> Iterator[str]:
+    """Lines with their ends, decoded one by one so that a wrong byte has a line number.
+
+    A line that can't be decoded is passed on as an empty one: line numbers stay right.
+    """
+    with source.path.open("rb") as stream:
+        for number, raw in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), 1):
+            if len(raw) > LONGEST_LINE:
+                raise DataError(
+                    f"{source.path}, line {number}: longer than {LONGEST_LINE:,} bytes; is this a data file?"
+                )
+            try:
+                yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                source.reject(number, f"not UTF-8 at byte {error.start}")
+                yield "\n"
+
+
+def _json_lines(source: RowFile) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(_text_lines(source), 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            source.reject(number, f"not valid JSON ({error.msg} at column {error.colno})")
+
+
+def _json_list(file: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        content = read_json(file)
+    except DataError as error:
+        if "Extra data" in str(error):
+            raise DataError(f"{error}; if it has one object a line, name the file .jsonl") from error
+        raise
+    rows = content.get("data") if isinstance(content, dict) else content
+    if not isinstance(rows, list):
+        raise DataError(f'{file}: expected a JSON list or {{"data": [...]}}, found {_kind(content)}')
+    text = file.read_text(encoding="utf-8-sig")
+    return zip(_line_numbers(text, len(rows), nested=isinstance(content, dict)), rows, strict=True)
+
+
+def _line_numbers(text: str, count: int, *, nested: bool) -> Iterator[int]:
+    """The line on which each element of the (already parsed) list starts."""
+    found = re.search(r'"data"\s*:\s*\[' if nested else r"\[", text)
+    assert found
+    position, line, decoder = found.end(), text.count("\n", 0, found.end()) + 1, json.JSONDecoder()
+    for _ in range(count):
+        separator = re.compile(r"[\s,]*").match(text, position)
+        assert separator
+        line += text.count("\n", position, separator.end())
+        yield line
+        position = decoder.raw_decode(text, separator.end())[1]
+        line += text.count("\n", separator.end(), position)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", type(None): "null", bool: "a truth value"}
+    return names.get(type(value), "a number")

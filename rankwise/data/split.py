@@ -1,0 +1,88 @@
+"""Which samples: a stratified subset for the preliminary fine-tune, and a train/validation split by group."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rankwise.data.example import Example
+from rankwise.errors import DataError, UsageError
+
+FORMAT = "rankwise-split/1"
+
+
+def subset(examples: Sequence[Example], ratio: float, cap: int | None, generator: random.Random) -> list[Example]:
+    """max(1, round(n · ratio)) samples of every stratum, in file order; a cap is shared in proportion.
+
+    generator: the run's seed decides, and nothing else.
+    """
+    if not 0 < ratio <= 1:
+        raise UsageError(f"--subset-ratio must be above 0 and at most 1, got {ratio}")
+    if cap is not None and cap < 1:
+        raise UsageError(f"--max-samples must be at least 1, got {cap}")
+    strata: dict[str, list[int]] = {}
+    for position, example in enumerate(examples):
+        strata.setdefault(example.stratum or "", []).append(position)
+    wanted = {name: max(1, round(len(positions) * ratio)) for name, positions in strata.items()}
+    if cap is not None and sum(wanted.values()) > cap:
+        wanted = _share(wanted, cap)
+    chosen = [position for name in sorted(strata) for position in generator.sample(strata[name], wanted[name])]
+    return [examples[position] for position in sorted(chosen)]
+
+
+def _share(wanted: Mapping[str, int], cap: int) -> dict[str, int]:
+    """Largest-remainder shares of the cap; one of each stratum first, as far as the cap goes."""
+    names = sorted(wanted, key=lambda name: (-wanted[name], name))
+    shares = dict.fromkeys(names, 0) | dict.fromkeys(names[:cap], 1)
+    exact = {name: cap * wanted[name] / sum(wanted.values()) for name in names}
+    while sum(shares.values()) < cap:
+        neediest = max(names, key=lambda name: exact[name] - shares[name])
+        shares[neediest] += 1
+    return shares
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training and validation samples; no group is in both."""
+
+    train: tuple[Example, ...]
+    val: tuple[Example, ...]
+
+    def record(self) -> dict[str, Any]:
+        """Content of `split.json`: ids, so that a later run trains and validates on the same samples."""
+        return {
+            "format": FORMAT,
+            "train": [example.id for example in self.train],
+            "val": [example.id for example in self.val],
+        }
+
+
+def split_groups(examples: Sequence[Example], fraction: float, generator: random.Random) -> Split:
+    """Put a fraction of the groups, one at least, aside for validation; 0 puts none aside."""
+    if not 0 <= fraction < 1:
+        raise UsageError(f"--val_fraction must be at least 0 and below 1, got {fraction}")
+    if fraction == 0:
+        return Split(tuple(examples), ())
+    groups = list(dict.fromkeys(example.group for example in examples))
+    if len(groups) < 2:
+        raise DataError(
+            f"all {len(examples)} samples are of one group, so none can be set aside for validation; "
+            "pass --val_path, or --val_fraction 0"
+        )
+    count = min(max(1, round(len(groups) * fraction)), len(groups) - 1)
+    held_out = set(generator.sample(groups, count))
+    train = tuple(example for example in examples if example.group not in held_out)
+    return Split(train, tuple(example for example in examples if example.group in held_out))
+
+
+def recorded_split(examples: Sequence[Example], record: Mapping[str, Any]) -> Split:
+    """The split that `split.json` holds; DataError where the samples are not those it was made from."""
+    if record.get("format") != FORMAT:
+        raise DataError(f"not a split file: format is {record.get('format')!r}, expected {FORMAT!r}")
+    by_id = {example.id: example for example in examples}
+    lost = [name for part in ("train", "val") for name in record[part] if name not in by_id]
+    if lost:
+        raise DataError(f"{len(lost)} samples of the saved split are not in the data, the first is {lost[0]!r}")
+    return Split(tuple(by_id[name] for name in record["train"]), tuple(by_id[name] for name in record["val"]))

@@ -1,0 +1,121 @@
+"""From a name to a model, a tokenizer, or a model's structure without its weights. The only place that does this."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+
+from rankwise.errors import DataError, UsageError, need
+from rankwise.store.checkpoint import resolve
+
+COMMIT_LENGTH = 40
+
+
+def check_remote_code(name: str, trust_remote_code: bool, revision: str | None) -> None:
+    """Remote code runs only when asked for, and from the hub only at a pinned commit."""
+    if trust_remote_code and not Path(name).exists() and len(revision or "") != COMMIT_LENGTH:
+        raise UsageError(
+            f"{name}: --trust_remote_code runs the repository's own code; pin it with --revision and the full "
+            f"{COMMIT_LENGTH}-character commit hash that you have read"
+        )
+
+
+def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's config. Never prompts: a repository that needs its own code is an error that says so."""
+    check_remote_code(name, trust_remote_code, revision)
+    folder = resolve(name, revision)
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{folder}: no config.json, so this is not a Hugging Face model folder")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise DataError(
+                f"{name}: this model needs code from its repository; read that code, then pass "
+                "--trust_remote_code --revision COMMIT"
+            ) from error
+        raise DataError(f"{folder}/config.json: {error}") from error
+
+
+def model_class(config: Any) -> Any:
+    """The class that the config names, else the task's auto class."""
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+
+
+def meta_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model's modules with no weights: what its sites are called, for a few kilobytes."""
+    config = load_config(name, revision, trust_remote_code)
+    found = model_class(config)
+    with torch.device("meta"):
+        model = found.from_config(config) if hasattr(found, "from_config") else found(config)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def quantization_config(kind: str, model_config: Any) -> Any:
+    """bitsandbytes settings: NF4 with double quantization, or int8; head and vision tower stay as they are."""
+    need("bitsandbytes", extra="quant")
+    skip = ["lm_head", "visual", "vision_model", "vision_tower", "connector", "multi_modal_projector"]
+    modules = skip if hasattr(model_config, "vision_config") else None
+    if kind == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=modules)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+        llm_int8_skip_modules=modules,
+    )
+
+
+def load_model(
+    name: str,
+    dtype: torch.dtype,
+    *,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: str | None = None,
+) -> PreTrainedModel:
+    """The model with its weights, on the CPU (quantized ones where bitsandbytes puts them).
+
+    dtype is explicit: transformers 5 would load a bf16 file as bf16 even on a CPU. Raises DataError where the
+    files lack weights that the model has.
+    """
+    config = load_config(name, revision, trust_remote_code)
+    extra: dict[str, Any] = {}
+    if attn_implementation:
+        extra["attn_implementation"] = attn_implementation
+    if quantization:
+        extra["quantization_config"] = quantization_config(quantization, config)
+    folder = resolve(name, revision)
+    try:
+        model, info = model_class(config).from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code, **extra
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"{folder}: cannot load the model: {error}") from error
+    if info["missing_keys"]:
+        shown = ", ".join(sorted(info["missing_keys"])[:5])
+        raise DataError(f"{folder}: the files lack {len(info['missing_keys'])} weights of the model: {shown} …")
+    return model
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer, with a pad token (its eos where it has none: padding is masked by attention, never by id)."""
+    folder = resolve(name, revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: cannot load a tokenizer: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,108 @@
+"""A probe: whatever shows how the weights moved (checkpoint pair, saved deltas, adapter), opened and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rankwise.core.measure import Delta, from_difference
+from rankwise.core.site import Site, describe
+from rankwise.core.spectrum import Spectrum
+from rankwise.nets.load import meta_model
+from rankwise.nets.pair import SiteFilter, open_pair
+from rankwise.nets.sites import model_sites
+from rankwise.store.adapter import LoraAdapter, read_adapter
+from rankwise.store.checkpoint import resolve
+from rankwise.store.deltas import DELTAS_FILE, DeltaSource, SavedDeltas, open_deltas
+from rankwise.store.spectra import Measured, MeasureSettings, measure_adapter, measure_sites
+
+Question = Callable[[Site, Spectrum], object]
+
+
+@dataclass(frozen=True)
+class AdapterDeltas:
+    """An adapter as a source of dense deltas, for whoever needs them; its spectra come from the factors."""
+
+    adapter: LoraAdapter
+    sites: dict[str, Site]
+    description: str
+
+    def read(self, site: Site) -> Delta:
+        return from_difference(self.adapter.pairs[site.path].factors().product())
+
+    def prefetch(self, site: Site) -> None:
+        """Nothing to prefetch: the factors are in memory."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """An opened source with its spectra. `notes`: what was left out or assumed, printed and never silent."""
+
+    name: str
+    source: DeltaSource
+    measured: dict[Site, Measured]
+    model_name: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def spectra(self) -> dict[Site, Spectrum]:
+        return {site: row.spectrum for site, row in self.measured.items()}
+
+
+def open_source(
+    *,
+    base: str | None,
+    tuned: str | None,
+    deltas: str | None,
+    adapter: str | None,
+    filter_: SiteFilter,
+    notes: list[str],
+    model_name: str | None = None,
+    scale: float | None = None,
+) -> DeltaSource:
+    """The deltas of exactly one of: a checkpoint pair, a finetune run, an adapter."""
+    if deltas:
+        saved = open_deltas(Path(deltas))
+        return replace(saved, sites=filter_.apply(saved.sites))
+    if adapter:
+        return adapter_source(adapter, model_name, filter_, notes, scale)
+    assert base is not None
+    assert tuned is not None
+    return open_pair(base, tuned, filter_, notes)
+
+
+def adapter_source(
+    path: str, model_name: str | None, filter_: SiteFilter, notes: list[str], scale: float | None = None
+) -> AdapterDeltas:
+    adapter = read_adapter(Path(path), scale)
+    known = model_sites(meta_model(model_name)) if model_name else {}
+    sites = {
+        name: known.get(name) or describe(name, pair.shape, transposed=pair.fan_in_fan_out)
+        for name, pair in adapter.pairs.items()
+    }
+    if not model_name:
+        notes.append("no --model_name: sites are the adapter's keys, their tower is unknown, `train` refuses the plan")
+    return AdapterDeltas(adapter, filter_.apply(sites), str(path))
+
+
+def measure_source(source: DeltaSource, settings: MeasureSettings, question: Question) -> dict[Site, Measured]:
+    if isinstance(source, AdapterDeltas):
+        return measure_adapter(source.adapter, source.sites)
+    return measure_sites(source, settings, question)
+
+
+def other_probe(path: str, base: str | None, filter_: SiteFilter, notes: list[str]) -> DeltaSource:
+    """A further probe of the same sites: saved deltas, an adapter, or another tuned checkpoint of the same base."""
+    folder = resolve(path)
+    if (folder / DELTAS_FILE).is_file() or (folder / "deltas" / DELTAS_FILE).is_file():
+        return open_source(base=None, tuned=None, deltas=str(folder), adapter=None, filter_=filter_, notes=notes)
+    if (folder / "adapter_config.json").is_file():
+        return adapter_source(str(folder), None, filter_, notes)
+    return open_pair(base or path, path, filter_, notes)
+
+
+def source_metadata(source: DeltaSource) -> Mapping[str, Any]:
+    return source.metadata if isinstance(source, SavedDeltas) else {}

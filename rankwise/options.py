@@ -1,0 +1,263 @@
+"""From dataclasses to flags, files and resolved values: the one builder behind every command.
+
+A command is a frozen dataclass whose fields are options or sections (dataclasses again); flags and file keys
+are flat. Precedence: flag > file > default. Strict: unknown names are errors with a suggestion, abbreviations
+are off, `--foo-bar` and `--foo_bar` are the same flag, booleans work bare and with True/False.
+
+argparse rather than tyro or jsonargparse: those take a boolean bare or with a value, not both, and want the
+400 fields of TrainingArguments up front, which costs seconds at every `--help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rankwise.errors import UsageError
+
+TRUE, FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+
+
+def option(
+    default: Any = None,
+    *,
+    help: str,
+    aliases: Sequence[str] = (),
+    choices: Sequence[str] | None = None,
+    short: str | None = None,
+    commas: bool = True,
+) -> Any:
+    """A dataclass field that becomes a flag. A list default is copied for every instance.
+
+    A list takes commas and repeated flags; with `commas=False` (regexes, assignments) repeated flags only.
+    """
+    metadata = {"help": help, "aliases": tuple(aliases), "choices": choices, "short": short, "commas": commas}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One flag: its name, annotation, default and how it is shown."""
+
+    name: str
+    annotation: Any
+    default: Any
+    help: str = ""
+    aliases: tuple[str, ...] = ()
+    choices: Sequence[str] | None = None
+    short: str | None = None
+    commas: bool = True
+    section: str = "options"
+
+    @property
+    def is_bool(self) -> bool:
+        return bool in plain_types(self.annotation) and str not in plain_types(self.annotation)
+
+    @property
+    def is_list(self) -> bool:
+        return any(typing.get_origin(kind) is list or kind is list for kind in plain_types(self.annotation))
+
+
+def plain_types(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of a union without None: `float | None` → (float,)."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return tuple(kind for kind in typing.get_args(annotation) if kind is not type(None))
+    return (annotation,)
+
+
+def options_of(defaults: Any, section: str = "options") -> Iterator[Option]:
+    """All options of a command (given as an instance: its defaults), sections flattened, as declared."""
+    hints = typing.get_type_hints(type(defaults))
+    for field in dataclasses.fields(defaults):
+        default = getattr(defaults, field.name)
+        if dataclasses.is_dataclass(default):
+            yield from options_of(default, field.name)
+        elif "help" in field.metadata:
+            yield Option(field.name, hints[field.name], default, section=section, **field.metadata)
+
+
+def convert(option: Option, value: Any, where: str) -> Any:
+    """A value from a flag (text) or a file (any JSON type) as the option's type; errors name the place."""
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+        return None
+    if option.is_list:
+        parts = value if isinstance(value, list) else [value]
+        return [text for part in parts for text in (split_list(str(part)) if option.commas else [str(part)])]
+    failures = []
+    for kind in plain_types(option.annotation):
+        try:
+            converted = convert_plain(kind, value)
+        except (ValueError, TypeError) as error:
+            failures.append(str(error))
+            continue
+        if option.choices and converted not in option.choices:
+            raise UsageError(f"{where}: {option.name} takes {', '.join(option.choices)}; got {value!r}")
+        return converted
+    raise UsageError(f"{where}: {option.name}: {'; '.join(dict.fromkeys(failures))}")
+
+
+def split_list(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def convert_plain(kind: Any, value: Any) -> Any:
+    """One value as one plain type. Text may become a number; a number never becomes another kind silently."""
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in TRUE | FALSE:
+            return str(value).lower() in TRUE
+        raise ValueError(f"expected true or false, got {value!r}")
+    if kind in (int, float):
+        if isinstance(value, bool):
+            raise ValueError(f"expected a number, got {value!r}")
+        if kind is int and isinstance(value, float) and not value.is_integer():
+            raise ValueError(f"expected a whole number, got {value!r}")
+        try:
+            return kind(value)
+        except ValueError:
+            raise ValueError(f"expected a {'whole ' if kind is int else ''}number, got {value!r}") from None
+    if kind is dict or typing.get_origin(kind) is dict:
+        parsed = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(parsed, dict):
+            raise ValueError(f"expected a JSON object, got {value!r}")
+        return parsed
+    if isinstance(value, (dict, list)):
+        raise ValueError(f"expected text, got {value!r}")
+    return str(value)
+
+
+def unknown(name: str, known: Sequence[str], where: str) -> UsageError:
+    """The error for a name that nothing answers to, with the nearest names there are."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return UsageError(f"{where}: unknown option {name!r}{hint}")
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """A YAML or JSON file of options. `2e-4` is a number once its option says so (see `convert`)."""
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the config file: {error.strerror}") from error
+    try:
+        loaded = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UsageError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(loaded, dict):
+        raise UsageError(f"{path}: expected option names with values, got {type(loaded).__name__}")
+    return {str(name): value for name, value in loaded.items()}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message}; see `{self.prog} --help`")
+
+
+def build_parser(prog: str, description: str, options: Sequence[Option], positionals: str) -> _Parser:
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False, add_help=True)
+    parser.add_argument("positionals", nargs="*", help=positionals, metavar="FILE")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for item in options:
+        group = groups.setdefault(item.section, parser.add_argument_group(item.section.replace("_", " ")))
+        names = [f"--{name}" for name in (item.name, *item.aliases)] + ([item.short] if item.short else [])
+        shown = "" if item.default in (None, "", [], False) else f" [{item.default}]"
+        choices = f" ({', '.join(item.choices)})" if item.choices else ""
+        group.add_argument(
+            *names,
+            dest=item.name,
+            action="append" if item.is_list else "store",
+            default=argparse.SUPPRESS,
+            metavar="BOOL" if item.is_bool else (item.name.split("_")[-1].upper() or None),
+            help=(item.help + choices + shown).replace("%", "%%"),
+        )
+    return parser
+
+
+def normalise(argv: Sequence[str], bools: set[str]) -> list[str]:
+    """`--foo-bar` → `--foo_bar`; a bare boolean flag → `--flag=true`; `--flag False` → `--flag=False`."""
+    result: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            result.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name in bools and not equals:
+            takes_next = bool(words) and words[0].lower() in TRUE | FALSE
+            equals, value = "=", words.pop(0) if takes_next else "true"
+        result.append(f"--{name}{equals}{value}")
+    return result
+
+
+def parse_flags(parser: _Parser, options: Sequence[Option], argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Positional words, and the values of the flags that were given (converted, by canonical name)."""
+    by_name = {item.name: item for item in options}
+    bools = {name for item in options if item.is_bool for name in (item.name, *item.aliases)}
+    namespace, rest = parser.parse_known_intermixed_args(normalise(argv, bools))
+    for word in rest:
+        if word.startswith("-"):
+            known = [name for item in options for name in (item.name, *item.aliases)]
+            raise unknown(word.lstrip("-").split("=")[0], known, parser.prog)
+    given = {name: value for name, value in vars(namespace).items() if name != "positionals"}
+    return [*namespace.positionals, *rest], {
+        name: convert(by_name[name], value, f"--{name}") for name, value in given.items()
+    }
+
+
+def file_values(path: Path, options: Sequence[Option]) -> dict[str, Any]:
+    """The options that a config file sets, converted; an option named twice under two aliases is an error."""
+    canonical = {name: item for item in options for name in (item.name, *item.aliases)}
+    values: dict[str, Any] = {}
+    for name, value in load_file(path).items():
+        plain = name.replace("-", "_")
+        if plain not in canonical:
+            raise unknown(name, list(canonical), str(path))
+        item = canonical[plain]
+        if item.name in values:
+            raise UsageError(f"{path}: {item.name} is set twice (as {name} and under another name)")
+        values[item.name] = convert(item, value, str(path))
+    return values
+
+
+def build(defaults: Any, values: Mapping[str, Any]) -> Any:
+    """The command's dataclass, sections filled, from its defaults and flat values."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(defaults):
+        default = getattr(defaults, field.name)
+        if dataclasses.is_dataclass(default):
+            changes[field.name] = build(default, values)
+        elif field.name in values:
+            changes[field.name] = values[field.name]
+    return dataclasses.replace(defaults, **changes)
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """A config as the flat mapping that, saved as a file, reproduces it."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value)
+        elif field.name == "training":
+            flat |= value
+        else:
+            flat[field.name] = value
+    return flat

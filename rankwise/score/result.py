@@ -1,0 +1,86 @@
+"""Numbers of an evaluation with their intervals, and the file `evaluation_results.json` that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import DataError
+from rankwise.store.files import read_object, write_json
+
+FORMAT = "rankwise-evaluation/1"
+FILE = "evaluation_results.json"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a scorer found.
+
+    intervals: 95 %, by metric; a metric of one item has none. unavailable: metrics that could not be computed, and
+    why. details: how the numbers were made (signatures, tokenisation, scale).
+    """
+
+    n: int
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluationResult(Mapping[str, float]):
+    """One evaluation. Reads like a mapping of its metrics, with `num_samples` for n: `result["bleu"]`."""
+
+    task: str
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    n: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> float:
+        if name == "num_samples":
+            return self.n
+        if name in self.unavailable:
+            raise KeyError(f"{name} could not be computed: {self.unavailable[name]}")
+        return self.metrics[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self.metrics, "num_samples"))
+
+    def __len__(self) -> int:
+        return len(self.metrics) + 1
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `evaluation_results.json` in the folder; returns its path."""
+        content = {
+            "format": FORMAT,
+            "task": self.task,
+            "n": self.n,
+            "metrics": self.metrics,
+            "intervals_95": self.intervals,
+            "unavailable": self.unavailable,
+            "settings": self.settings,
+            "versions": self.versions,
+        }
+        return write_json(Path(folder) / FILE, content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> EvaluationResult:
+        """Read a results file, or that of a folder; DataError where it is none."""
+        file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        content = read_object(file)
+        if content.get("format") != FORMAT:
+            raise DataError(f"{file}: not an evaluation result (format is {content.get('format')!r})")
+        return cls(
+            task=content["task"],
+            metrics=content["metrics"],
+            intervals={name: (low, high) for name, (low, high) in content["intervals_95"].items()},
+            n=content["n"],
+            settings=content["settings"],
+            versions=content["versions"],
+            unavailable=content["unavailable"],
+        )

@@ -1,0 +1,160 @@
+"""Scores of generated texts against one or more references: BLEU (sacrebleu), ROUGE (rouge-score), METEOR (nltk).
+
+All on the scale 0 to 100. With sacrebleu's 13a tokenisation and lowercase, BLEU equals the official E2E script.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rankwise.errors import DataError, need
+from rankwise.score import bootstrap
+from rankwise.score.result import Scores
+
+ORDERS = (1, 2, 3, 4)
+ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL", "rouge_lsum": "rougeLsum"}
+NO_WORDNET = (
+    "WordNet is not installed, so METEOR without synonyms is given as meteor_exact_stem; "
+    "to have it: python -m nltk.downloader wordnet"
+)
+References = Sequence[Sequence[str]]
+
+
+def check_installed() -> None:
+    """UsageError naming the extra where a metric's library is missing: before hours of generation, not after."""
+    for module in ("sacrebleu", "rouge_score.rouge_scorer", "nltk.translate.meteor_score", "scipy.stats"):
+        need(module, extra="eval")
+
+
+def score_text(predictions: Sequence[str], references: References, *, lowercase: bool = True, seed: int = 42) -> Scores:
+    """BLEU-1…4, n-gram precisions, ROUGE-1/2/L/Lsum and METEOR of texts, each with its bootstrap interval.
+
+    references: one or more per prediction. `bleu` is BLEU-4. ROUGE is the F1 of each item's best reference.
+    """
+    if not predictions:
+        raise DataError("nothing to score: there are no predictions")
+    assert len(predictions) == len(references)
+    assert all(references)
+    parts = (
+        _bleu(predictions, references, lowercase, seed),
+        _rouge(predictions, references, seed),
+        _meteor(predictions, references, seed),
+    )
+    return Scores(
+        n=len(predictions),
+        metrics={name: value for part in parts for name, value in part.metrics.items()},
+        intervals={name: value for part in parts for name, value in part.intervals.items()},
+        unavailable={name: value for part in parts for name, value in part.unavailable.items()},
+        details={name: value for part in parts for name, value in part.details.items()} | {"scale": "0-100"},
+    )
+
+
+def _scores(
+    names: Sequence[str], values: Sequence[float], spread: Sequence[tuple[float, float]] | None, n: int, **more: Any
+) -> Scores:
+    metrics = dict(zip(names, map(float, values), strict=True))
+    return Scores(n, metrics, dict(zip(names, spread, strict=True)) if spread else {}, **more)
+
+
+# --- BLEU --------------------------------------------------------------------------------------------------------
+
+
+def _bleu(predictions: Sequence[str], references: References, lowercase: bool, seed: int) -> Scores:
+    """Corpus BLEU from per-item counts: the same counts, resampled and summed again, give the intervals."""
+    module = need("sacrebleu.metrics", extra="eval")
+    streams = [
+        [group[number] if number < len(group) else None for group in references]
+        for number in range(max(map(len, references)))
+    ]
+    corpus = module.BLEU(lowercase=lowercase)
+    corpus.corpus_score(predictions, streams)  # for its signature
+    by_item = module.BLEU(lowercase=lowercase, effective_order=True)
+    counts = np.array([_counts(by_item, *item) for item in zip(predictions, references, strict=True)])
+
+    def resampled(positions: NDArray[np.intp]) -> bootstrap.Array:
+        return np.array([_from_counts(module.BLEU, row) for row in counts[positions].sum(axis=1)]).T
+
+    names = ["bleu", *(f"bleu_{n}" for n in ORDERS), *(f"precision_{n}" for n in ORDERS)]
+    values = _from_counts(module.BLEU, counts.sum(axis=0))
+    spread = bootstrap.intervals(resampled, len(predictions), seed=seed)
+    return _scores(names, values, spread, len(predictions), details={"bleu": str(corpus.get_signature())})
+
+
+def _counts(bleu: Any, prediction: str, references: Sequence[str]) -> list[int]:
+    score = bleu.sentence_score(prediction, list(references))
+    return [score.sys_len, score.ref_len, *score.counts, *score.totals]
+
+
+def _from_counts(bleu: Any, row: NDArray[np.int64]) -> list[float]:
+    """BLEU-4, cumulative BLEU-1…4 and the n-gram precisions, from summed counts."""
+    lengths, matches, totals = row[:2], row[2:6], row[6:]
+    scores = [
+        bleu.compute_bleu(list(matches[:n]), list(totals[:n]), *map(int, lengths), "exp", max_ngram_order=n).score
+        for n in ORDERS
+    ]
+    return [scores[-1], *scores, *(100 * matches / np.maximum(totals, 1))]
+
+
+# --- ROUGE -------------------------------------------------------------------------------------------------------
+
+
+def _rouge(predictions: Sequence[str], references: References, seed: int) -> Scores:
+    scorer = need("rouge_score.rouge_scorer", extra="eval").RougeScorer(list(ROUGE.values()), use_stemmer=False)
+    best = [scorer.score_multi(group, text) for text, group in zip(predictions, references, strict=True)]
+    values = 100 * np.array([[item[kind].fmeasure for item in best] for kind in ROUGE.values()])
+    how = "rouge-score, F1 of the best reference per item, no stemming, Lsum's sentences end at line breaks"
+    return _scores(
+        list(ROUGE), values.mean(axis=1), bootstrap.means(values, seed=seed), len(predictions), details={"rouge": how}
+    )
+
+
+# --- METEOR ------------------------------------------------------------------------------------------------------
+
+
+class _NoSynonyms:
+    """Stands in for WordNet where it is not installed: METEOR then matches exact words and stems."""
+
+    def synsets(self, word: str) -> list[Any]:
+        return []
+
+
+class _CachedStemmer:
+    def __init__(self, stem: Callable[[str], str]) -> None:
+        self.stem = lru_cache(maxsize=None)(stem)
+
+
+def _meteor(predictions: Sequence[str], references: References, seed: int) -> Scores:
+    meteor = need("nltk.translate.meteor_score", extra="eval").meteor_score
+    split = need("nltk.tokenize", extra="eval").NLTKWordTokenizer().tokenize
+    stemmer = _CachedStemmer(need("nltk.stem", extra="eval").PorterStemmer().stem)
+    wordnet = _wordnet()
+    values = 100 * np.array(
+        [
+            meteor([split(reference) for reference in group], split(text), stemmer=stemmer, wordnet=wordnet)
+            for text, group in zip(predictions, references, strict=True)
+        ]
+    )
+    complete = not isinstance(wordnet, _NoSynonyms)
+    return _scores(
+        ["meteor" if complete else "meteor_exact_stem"],
+        [values.mean()],
+        bootstrap.means(values[None], seed=seed),
+        len(predictions),
+        unavailable={} if complete else {"meteor": NO_WORDNET},
+        details={"meteor": "nltk (2007 parameters), best reference per item, mean of items, Treebank tokens"},
+    )
+
+
+def _wordnet() -> Any:
+    """The installed WordNet; nltk only looks on this machine for it, and downloads nothing."""
+    wordnet = need("nltk.corpus", extra="eval").wordnet
+    try:
+        wordnet.ensure_loaded()
+    except LookupError:
+        return _NoSynonyms()
+    return wordnet

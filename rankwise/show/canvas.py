@@ -1,0 +1,76 @@
+"""Paper and ink of every plot: a figure without pyplot's global state, one palette, an atomic save.
+
+The colours are cividis's: they differ in lightness, so they survive grey printing and colour blindness; lines
+that share a panel also differ in style or marker.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import need
+from rankwise.store.files import atomic_write
+
+INK, BLUE, GREY, YELLOW = "#222222", "#123570", "#7d7c78", "#cfb93f"
+FAINT = "#d9d9d6"
+SEQUENCE = "cividis"
+DPI = 150
+
+
+def new_figure(
+    width: float, height: float, columns: int = 1, rows: int = 1, margins: dict[str, float] | None = None
+) -> tuple[Any, Any]:
+    """A matplotlib figure of this size in inches and its axes (one, or an array of them).
+
+    Room for labels is found by matplotlib's constrained layout, or given as `margins` (twice as fast).
+    """
+    layout = None if margins else "constrained"
+    figure = need("matplotlib.figure", extra="plots").Figure(figsize=(width, height), layout=layout)
+    if margins:
+        figure.subplots_adjust(**margins)
+    figure.set_facecolor("white")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        plain(axis)
+    return figure, axes[0, 0] if rows * columns == 1 else axes
+
+
+def plain(axis: Any) -> None:
+    """Two spines, a faint grid behind the data, small labels."""
+    axis.set_facecolor("white")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(GREY)
+    axis.tick_params(colors=INK, labelsize=8, length=3)
+    axis.grid(True, color=FAINT, linewidth=0.6)
+    axis.set_axisbelow(True)
+
+
+def name_axes(axis: Any, x: str, y: str, title: str = "") -> None:
+    """Labels and a left-aligned title. Text from files is never read as mathematics ($…$)."""
+    for label in (axis.set_xlabel(x, fontsize=9, color=INK), axis.set_ylabel(y, fontsize=9, color=INK)):
+        label.set_parse_math(False)
+    axis.set_title(title, fontsize=10, color=INK, loc="left").set_parse_math(False)
+
+
+def legend(axis: Any, **where: Any) -> None:
+    axis.legend(fontsize=8, frameon=True, framealpha=0.85, edgecolor="none", **where)
+
+
+def save(figure: Any, path: Path | str, dpi: int = DPI) -> Path:
+    """Write the picture whole or not at all; the suffix chooses the format."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, facecolor="white")
+    return Path(path)
+
+
+def colormap(name: str = SEQUENCE) -> Any:
+    """The colour map, with blank (white) for missing cells."""
+    return need("matplotlib", extra="plots").colormaps[name].with_extremes(bad="white")
+
+
+def readable_on(colour: tuple[float, float, float, float]) -> str:
+    """Black or white ink, whichever contrasts more with this background (relative luminance, WCAG 2)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "black" if luminance > 0.179 else "white"

@@ -1,0 +1,163 @@
+"""The pictures of training and of evidence: loss curves, scores before and after, gain kept.
+
+plot_loss(csv.DictReader(open("training_log.csv")), plots / "training_loss.png")
+plot_scores({"base": results_a, "adapter": results_b}, plots / "scores.png")
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import DataError
+from rankwise.show.canvas import BLUE, GREY, INK, YELLOW, legend, name_axes, new_figure, save
+from rankwise.show.format import clip, score
+
+Point = tuple[float, float]
+SHADES = (GREY, BLUE, YELLOW, "#4a566c", "#b0a473", "#222222")
+HATCHES = ("", "", "///", "...", "\\\\\\", "xxx")
+MOST_PANELS = 8
+
+
+def plot_loss(rows: Iterable[Mapping[str, Any]], path: Path | str) -> Path:
+    """Training and validation loss by optimizer step, the minimum of each marked.
+
+    Args:
+        rows: of `training_log.csv`: `step`, `loss`, `eval_loss`; a blank cell is a value that was not logged.
+        path: file to write.
+
+    Raises:
+        DataError: no row holds a loss.
+    """
+    rows = list(rows)
+    training, validation = points(rows, "loss"), points(rows, "eval_loss")
+    if not training and not validation:
+        raise DataError("the training log holds no loss: its columns are step, loss, eval_loss")
+    figure, axis = new_figure(7.2, 3.4)
+    draw_curve(axis, training, "training", BLUE, "-", "v")
+    draw_curve(axis, validation, "validation", INK, "--", "D")
+    name_axes(axis, "optimizer step", "loss (nats per token)")
+    legend(axis, loc="upper right")
+    return save(figure, path)
+
+
+def points(rows: Sequence[Mapping[str, Any]], column: str) -> list[Point]:
+    """(step, value) of the rows that have both, finite."""
+    found = []
+    for row in rows:
+        step, value = row.get("step"), row.get(column)
+        if step in (None, "") or value in (None, ""):
+            continue
+        try:
+            point = (float(step), float(value))
+        except ValueError:
+            raise DataError(f"training log, step {step!r}: {column} {value!r} is not a number") from None
+        found += [point] if math.isfinite(point[1]) else []
+    return found
+
+
+def draw_curve(axis: Any, curve: list[Point], name: str, colour: str, style: str, marker: str) -> None:
+    if not curve:
+        return
+    steps, values = zip(*curve, strict=True)
+    dots = "o" if len(curve) <= 12 else None
+    axis.plot(steps, values, color=colour, linestyle=style, linewidth=1.5, marker=dots, markersize=3)
+    step, least = min(curve, key=lambda point: point[1])
+    label = f"{name}, least {least:.3f} at step {step:.0f}"
+    axis.plot([step], [least], color=colour, linestyle=style, marker=marker, markersize=8, label=label)
+
+
+def plot_scores(results: Mapping[str, Mapping[str, Any]], path: Path | str) -> Path:
+    """One panel per metric, one bar per result, 95 % intervals.
+
+    Args:
+        results: label → content of an `evaluation_results.json` (`metrics`, `intervals`), in the order shown.
+        path: file to write.
+
+    Raises:
+        DataError: the results share no numeric metric.
+    """
+    names = shared_metrics(results)[:MOST_PANELS]
+    if not names:
+        raise DataError("these results share no numeric metric to draw")
+    columns = len(names) if len(names) <= 4 else -(-len(names) // 2)
+    rows = -(-len(names) // columns)
+    figure, axes = new_figure(2.1 * max(columns, 2), 0.5 + 2.4 * rows, columns=columns, rows=rows)
+    panels = [axes] if len(names) == 1 else list(axes.flat)
+    for panel, name in zip(panels, names, strict=False):
+        draw_metric(panel, name, results)
+    for panel in panels[len(names) :]:
+        panel.set_axis_off()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8, frameon=False)
+    return save(figure, path)
+
+
+def shared_metrics(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Numeric metrics that every result has, in the first one's order; those with intervals come first."""
+    contents = list(results.values())
+    names = [name for name, value in contents[0].get("metrics", {}).items() if is_number(value)] if contents else []
+    names = [name for name in names if all(is_number(other.get("metrics", {}).get(name)) for other in contents)]
+    return sorted(names, key=lambda name: not any(interval_of(other, name) for other in contents))
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def interval_of(result: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
+    """The 95 % interval of a metric, where the result has one."""
+    found = (result.get("intervals") or {}).get(metric)
+    if isinstance(found, (list, tuple)) and len(found) == 2 and all(is_number(end) for end in found):
+        return float(found[0]), float(found[1])
+    return None
+
+
+def draw_metric(axis: Any, name: str, results: Mapping[str, Mapping[str, Any]]) -> None:
+    tallest = 0.0
+    for i, (label, result) in enumerate(results.items()):
+        value = float(result["metrics"][name])
+        interval = interval_of(result, name)
+        low, high = interval or (value, value)
+        shade, hatch = SHADES[i % len(SHADES)], HATCHES[i % len(HATCHES)]
+        axis.bar(i, value, color=shade, hatch=hatch, edgecolor="white", linewidth=0, width=0.7, label=clip(label, 40))
+        if interval:
+            error = [[max(0.0, value - low)], [max(0.0, high - value)]]
+            axis.errorbar(i, value, yerr=error, color=INK, capsize=4, linewidth=1.2)
+        axis.annotate(score(value), (i, max(value, high)), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+        tallest = max(tallest, value, high)
+    axis.set_xticks([])
+    axis.set_xlim(-0.7, max(1, len(results) - 1) + 0.7)
+    axis.set_ylim(min(0.0, axis.get_ylim()[0]), (tallest or 1.0) * 1.15)
+    axis.grid(False, axis="x")
+    name_axes(axis, "", "", name)
+
+
+def plot_gain(gain: Mapping[str, Any], path: Path | str) -> Path:
+    """Share of the loss gain that the plan keeps, against uniform rank and shuffles of its own ranks.
+
+    Args:
+        gain: content of `gain.json`: `arms`, each with `name`, `kept`, `low`, `high` (95 % interval).
+        path: file to write.
+    """
+    arms = gain["arms"]
+    shuffles = [arm for arm in arms if is_shuffle(arm)]
+    others = [arm for arm in arms if not is_shuffle(arm)]
+    figure, axis = new_figure(7.2, 0.9 + 0.36 * (len(others) + bool(shuffles)))
+    for y, arm in enumerate(others):
+        marker, colour = ("D", BLUE) if arm["name"] == "plan" else ("o", GREY)
+        error = [[max(0.0, arm["kept"] - arm["low"])], [max(0.0, arm["high"] - arm["kept"])]]
+        axis.errorbar(arm["kept"], y, xerr=error, color=colour, marker=marker, markersize=7, capsize=4, linestyle="")
+    for arm in shuffles:
+        axis.plot([arm["kept"]], [len(others)], color=INK, marker="|", markersize=13, linestyle="")
+    names = [arm["name"] for arm in others] + ([f"{len(shuffles)} shuffles"] if shuffles else [])
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    name_axes(axis, "share of the loss gain kept (95 % interval)", "")
+    return save(figure, path)
+
+
+def is_shuffle(arm: Mapping[str, Any]) -> bool:
+    return str(arm["name"]).startswith("shuffled")

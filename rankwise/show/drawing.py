@@ -1,0 +1,58 @@
+"""The pictures that a report draws itself from the tables and plans of a run folder."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankwise.show.blocks import Picture
+from rankwise.show.contents import Contents, Scores
+from rankwise.show.curves import plot_gain, plot_loss, plot_scores, points, shared_metrics
+from rankwise.show.plots import plot_energy_heatmap, plot_ranks_heatmap
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """What was drawn: (folder or task, name) → picture. Empty where matplotlib is not installed."""
+
+    pictures: dict[tuple[str, str], Picture]
+    possible: bool
+
+    @property
+    def names(self) -> set[str]:
+        return {name for _, name in self.pictures}
+
+    def of(self, where: str, name: str) -> Sequence[Picture]:
+        found = self.pictures.get((where, name))
+        return () if found is None else (found,)
+
+
+def draw(contents: Contents, tasks: dict[str, list[Scores]], folder: Path) -> Drawings:
+    """Draw every plan, training log, gain and task of scores into `folder`."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return Drawings({}, possible=False)
+    found: dict[tuple[str, str], Picture] = {}
+
+    def target(where: str, name: str, caption: str) -> Path:
+        path = folder / f"{len(found):02d}_{name}.png"
+        found[where, name] = Picture(path, caption)
+        return path
+
+    for where, plan in contents.plans:
+        plot_ranks_heatmap(plan, target(where, "ranks_heatmap", "Rank of every site: projection types × layers"))
+        if any(row.energy_retained is not None for row in plan.sites):
+            caption = "Share of each delta's energy that its rank keeps"
+            plot_energy_heatmap(plan, target(where, "energy_heatmap", caption))
+    for where, gain in contents.gains:
+        caption = "Share of the loss gain kept: the plan against uniform rank and shuffles of its own ranks"
+        plot_gain(gain, target(where, "gain_kept", caption))
+    for where, rows in contents.logs:
+        if points(rows, "loss") or points(rows, "eval_loss"):
+            plot_loss(rows, target(where, "training_loss", "Training and validation loss, minima marked"))
+    for task, results in tasks.items():
+        if shared_metrics({one.label: one.content for one in results}):
+            caption = "Scores with 95 % intervals, each metric on its own scale"
+            plot_scores({one.label: one.content for one in results}, target(task, "scores", caption))
+    return Drawings(found, possible=True)

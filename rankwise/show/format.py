@@ -1,0 +1,63 @@
+"""How numbers are written for people: durations, sizes, counts, shares. Used by the summary and the report."""
+
+from __future__ import annotations
+
+import math
+
+
+def duration(seconds: float) -> str:
+    """0.8 s · 12 s · 3 min 20 s · 2 h 05 min"""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def memory(count: float) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def amount(count: float) -> str:
+    """A count in full with separators up to a million, then as 3.15M or 7.62B."""
+    for size, unit in ((1e9, "B"), (1e6, "M")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}" if count < 999.5 * size else f"{count / size:,.0f}{unit}"
+    return f"{count:,.0f}"
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with about three significant digits, so that 0.0004 is not "0 %"."""
+    value = 100 * share
+    if value and abs(value) < 10:
+        digits = min(6, 1 - math.floor(math.log10(abs(value))))
+        return f"{value:.{max(1, digits)}f} %"
+    return f"{value:.0f} %"
+
+
+def score(value: float) -> str:
+    """A metric: 61.42 on a scale to 100, 0.682 on a scale to 1."""
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
+
+
+def number(value: float) -> str:
+    """A score or setting: whole numbers as such, others with four significant digits."""
+    if isinstance(value, int) or (value == int(value) and abs(value) < 1e15):
+        return f"{int(value):,}"
+    return f"{value:.2f}" if 10 <= abs(value) < 1000 else f"{value:,.4g}"
+
+
+def clip(text: str, width: int) -> str:
+    """The text within `width` columns; the middle goes first, because both ends of a path tell more."""
+    if len(text) <= width:
+        return text
+    head = (width - 1) // 2
+    return text[:head] + "…" + text[len(text) - (width - 1 - head) :]
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

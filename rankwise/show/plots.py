@@ -1,0 +1,181 @@
+"""The pictures of spectra and plans: decay of one site, heatmaps of a plan. (Losses and scores: `curves.py`.)
+
+plot_decay(spectrum, planned_site, threshold=0.9, path=plots / "q_proj.png", null_edge=edge)
+plot_ranks_heatmap(plan, plots / "ranks_heatmap.png")
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankwise.core.plan import PlannedSite, RankPlan
+from rankwise.core.spectrum import Spectrum
+from rankwise.errors import need
+from rankwise.show.canvas import BLUE, GREY, INK, colormap, legend, name_axes, new_figure, readable_on, save
+from rankwise.show.format import clip
+
+Cells = dict[tuple[str, int | None], float]
+CELL, MOST_WIDTH, LEAST_WIDTH_FOR_TEXT = 0.42, 11.0, 0.27  # inches
+MANY_POINTS = 40
+DECAY_MARGINS = {"left": 0.075, "right": 0.99, "top": 0.88, "bottom": 0.16, "wspace": 0.2}
+
+
+def plot_decay(
+    spectrum: Spectrum,
+    site: PlannedSite,
+    threshold: float,
+    path: Path | str,
+    null_edge: float | None = None,
+) -> Path:
+    """Singular values (log scale) and cumulative energy of one site, with the chosen rank in both.
+
+    Args:
+        spectrum: of the site's delta; a truncated one is drawn as far as it goes, and says so.
+        site: the site with its rank.
+        threshold: energy share of the rank rule, drawn as a line.
+        path: file to write; the suffix chooses the format.
+        null_edge: largest singular value of the same entries permuted, where it was measured.
+    """
+    figure, axes = new_figure(8.4, 3.2, columns=2, margins=DECAY_MARGINS)
+    decay, energy = axes[0]
+    if spectrum.is_zero or not len(spectrum):
+        for axis in (decay, energy):
+            axis.text(0.5, 0.5, "the delta is zero", ha="center", va="center", transform=axis.transAxes)
+    else:
+        draw_values(decay, spectrum, site.rank, null_edge)
+        draw_energy(energy, spectrum, site.rank, threshold)
+    shape = f"{site.site.shape[0]}×{site.site.shape[1]}"
+    known = "" if spectrum.complete else f", first {len(spectrum)} of {min(spectrum.shape)} values"
+    name_axes(decay, f"index ({shape}{known})", "singular value")
+    name_axes(energy, "rank k", "energy kept, E(k)")
+    title = figure.suptitle(clip(site.site.path, 90), fontsize=10, color=INK, x=0.01, ha="left")
+    title.set_parse_math(False)
+    return save(figure, path, dpi=110)
+
+
+def draw_values(axis: Any, spectrum: Spectrum, rank: int, null_edge: float | None) -> None:
+    positive = spectrum.values[spectrum.values > 0]
+    marker = "o" if len(positive) <= MANY_POINTS else None
+    index = range(1, len(positive) + 1)
+    axis.plot(index, positive.tolist(), color=BLUE, linewidth=1.6, marker=marker, markersize=3)
+    axis.set_yscale("log")
+    if null_edge:
+        label = "largest of permuted entries"
+        axis.axhline(null_edge, color=GREY, linestyle=":", linewidth=1.4, label=label)
+    draw_rank(axis, rank)
+    legend(axis, loc="upper right")
+
+
+def draw_energy(axis: Any, spectrum: Spectrum, rank: int, threshold: float) -> None:
+    """E(k) from 0, the band that the sketch's certificate leaves open, threshold and rank."""
+    kept = torch.cat([torch.zeros(1, dtype=torch.float64), spectrum.cumulative()])
+    index = torch.arange(len(kept), dtype=torch.float64)
+    axis.plot(index.tolist(), kept.tolist(), color=BLUE, linewidth=1.6)
+    if spectrum.residual > 0:
+        most = (kept + index * spectrum.residual**2 / spectrum.energy_total).clamp(max=1.0)
+        axis.fill_between(
+            index.tolist(), kept.tolist(), most.tolist(), color=BLUE, alpha=0.15, linewidth=0, label="certified bound"
+        )
+    axis.axhline(threshold, color=GREY, linestyle="-.", linewidth=1.2, label=f"threshold {threshold:g}")
+    axis.set_ylim(0, 1.03)
+    draw_rank(axis, rank)
+    legend(axis, loc="lower right")
+
+
+def draw_rank(axis: Any, rank: int) -> None:
+    axis.axvline(rank, color=INK, linestyle="--", linewidth=1.2, label=f"rank {rank}")
+
+
+def plot_ranks_heatmap(plan: RankPlan, path: Path | str) -> Path:
+    """Ranks, projection types × layers, on a logarithmic colour scale; cells without a site stay blank."""
+    cells = gather(plan.sites, lambda row: float(row.rank))
+    colors = need("matplotlib.colors", extra="plots")
+    positive = [value for value in cells.values() if value > 0]
+    low, high = min(positive, default=1.0), max(positive, default=1.0)
+    norm = colors.LogNorm(low, high if high > low else 2 * low)
+    return draw_heatmap(cells, norm, "Rank of each site", "rank", lambda value: f"{value:.0f}", path)
+
+
+def plot_energy_heatmap(plan: RankPlan, path: Path | str) -> Path:
+    """Share of each delta's energy that its rank keeps; cells without a site or an answer stay blank."""
+    cells = gather(plan.sites, lambda row: row.energy_retained)
+    norm = need("matplotlib.colors", extra="plots").Normalize(0.0, 1.0)
+    return draw_heatmap(cells, norm, "Energy kept at each site", "share of ‖Δ‖²", short_share, path)
+
+
+def short_share(share: float) -> str:
+    """Two digits that fit a cell: .07, .93, 1.0"""
+    return "1.0" if share >= 0.995 else f"{share:.2f}"[1:]
+
+
+def gather(rows: Sequence[PlannedSite], value: Callable[[PlannedSite], float | None]) -> Cells:
+    """(row name, layer) → value. Sites that share a cell (experts, cross-attention) give their median."""
+    towers = {row.site.tower for row in rows}
+    found: dict[tuple[str, int | None], list[float]] = {}
+    for row in rows:
+        name = row.site.projection if len(towers) == 1 else f"{row.site.tower} · {row.site.projection}"
+        answers = found.setdefault((name, row.site.layer), [])
+        answer = value(row)
+        answers += [] if answer is None else [answer]
+    return {key: statistics.median(values) if values else float("nan") for key, values in found.items()}
+
+
+def draw_heatmap(
+    cells: Cells, norm: Any, title: str, unit: str, text: Callable[[float], str], path: Path | str
+) -> Path:
+    names = list(dict.fromkeys(name for name, _ in cells))
+    layers = sorted({layer for _, layer in cells}, key=lambda layer: (layer is None, layer or 0))
+    width = min(MOST_WIDTH, 2.6 + CELL * max(4, len(layers)))
+    figure, axis = new_figure(width, 1.25 + 0.34 * max(2, len(names)))
+    nothing = float("nan")
+    grid = [[cells.get((name, layer), nothing) for layer in layers] for name in names]
+    masked = need("numpy.ma", extra="plots").masked_invalid([[v if v > 0 else nothing for v in row] for row in grid])
+    image = axis.imshow(masked, cmap=colormap(), norm=norm, aspect="auto", interpolation="nearest")
+    if (width - 2.6) / max(1, len(layers)) >= LEAST_WIDTH_FOR_TEXT:
+        write_cells(axis, grid, image, text)
+    frame_heatmap(axis, names, layers)
+    bar = figure.colorbar(image, ax=axis, pad=0.015, aspect=14)
+    bar.set_label(unit, fontsize=8, color=INK)
+    bar.ax.tick_params(labelsize=7)
+    bar.ax.yaxis.set_major_formatter(need("matplotlib.ticker", extra="plots").FormatStrFormatter("%g"))
+    bar.ax.minorticks_off()
+    bar.set_ticks(ticks_between(norm.vmin, norm.vmax))
+    name_axes(axis, "layer", "", title)
+    return save(figure, path)
+
+
+def write_cells(axis: Any, grid: list[list[float]], image: Any, text: Callable[[float], str]) -> None:
+    for y, row in enumerate(grid):
+        for x, value in enumerate(row):
+            if value == value:
+                ink = readable_on(image.cmap(image.norm(value))) if value > 0 else INK
+                axis.text(x, y, text(value), ha="center", va="center", fontsize=7.5, color=ink)
+
+
+def frame_heatmap(axis: Any, names: Sequence[str], layers: Sequence[int | None]) -> None:
+    """Ticks that do not crowd, and white lines between cells while these are large enough."""
+    step = -(-len(layers) // 32)
+    shown = range(0, len(layers), step)
+    axis.set_xticks(list(shown), ["none" if layers[i] is None else str(layers[i]) for i in shown])
+    axis.set_yticks(range(len(names)), [clip(name, 30) for name in names])
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    if len(layers) <= 64:
+        axis.set_xticks([i - 0.5 for i in range(1, len(layers))], minor=True)
+        axis.set_yticks([i - 0.5 for i in range(1, len(names))], minor=True)
+        axis.grid(True, which="minor", color="white", linewidth=1.2)
+        axis.tick_params(which="minor", length=0)
+
+
+def ticks_between(low: float, high: float) -> list[float]:
+    """Powers of two inside a rank scale and its ends; quarters of a share."""
+    if high <= 1.0:
+        return [0, 0.25, 0.5, 0.75, 1.0]
+    powers = [2.0**i for i in range(16) if low * 1.3 < 2**i < high / 1.3]
+    return [low, *powers, high]

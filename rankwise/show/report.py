@@ -1,0 +1,161 @@
+"""One self-contained page for a run folder: report.html, and report.md beside it.
+
+    build_report(Path("runs/demo"))        # → runs/demo/report.html
+
+The headline comes first (scores, parameters, the rank heatmap), then every stage in order of time, then versions
+and settings. The page holds its images, asks nothing of the network, and everything from files is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import os
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from rankwise.show.blocks import Block, Figure, Page, Picture, Section, Words
+from rankwise.show.contents import BEFORE, Contents, Scores, Stage, printable, read_run
+from rankwise.show.curves import interval_of, is_number, shared_metrics
+from rankwise.show.drawing import Drawings, draw
+from rankwise.show.format import amount, duration, percent, plural, score
+from rankwise.show.sections import appendix, numeric, score_blocks, sections_of
+from rankwise.store.files import read_bytes, write_text
+
+HEADLINE_METRICS = 3
+MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~>])")
+
+
+def build_report(run: Path, out: Path | None = None, title: str | None = None) -> Path:
+    """Write the page of a run folder and its Markdown twin.
+
+    Args:
+        run: folder that rankwise commands wrote; whatever it holds is shown, what is missing is left out.
+        out: the page [report.html in the run folder]; Markdown and pictures lie beside it.
+        title: heading [the folder's name].
+
+    Returns:
+        The path of the HTML page.
+
+    Raises:
+        DataError: no such folder, nothing in it to report, or a broken file (named).
+    """
+    run = Path(run)
+    out = Path(out) if out else run / "report.html"
+    contents = read_run(run)
+    tasks = by_task(contents.scores)
+    drawings = draw(contents, tasks, out.with_name(f"{out.stem}_files"))
+    page = compose(contents, tasks, drawings, title or run.resolve().name)
+    write_text(out.with_suffix(".md"), render(page, "report.md.j2", out.parent))
+    return write_text(out.with_suffix(".html"), render(page, "report.html.j2", out.parent))
+
+
+def by_task(scores: Sequence[Scores]) -> dict[str, list[Scores]]:
+    tasks: dict[str, list[Scores]] = {}
+    for one in scores:
+        tasks.setdefault(one.task, []).append(one)
+    return tasks
+
+
+def compose(contents: Contents, tasks: dict[str, list[Scores]], drawings: Drawings, title: str) -> Page:
+    """The page in no format yet."""
+    heat = [picture for where, _ in contents.plans for picture in drawings.of(where, "ranks_heatmap")]
+    lead: list[Block] = list(heat)
+    if not drawings.possible:
+        lead.append(Words("Pictures are not drawn: matplotlib is not installed (pip install 'rankwise[plots]')."))
+    scored = [
+        Section(f"Scores · {task}" if task else "Scores", score_blocks(results, drawings.of(task, "scores")))
+        for task, results in tasks.items()
+    ]
+    return Page(
+        title=printable(title, 120),
+        subtitle=subtitle(contents),
+        headline=headline(contents, tasks),
+        lead=lead,
+        sections=[*scored, *sections_of(contents, drawings)],
+        appendix=appendix(contents),
+    )
+
+
+def subtitle(contents: Contents) -> str:
+    """Which model, how long, when."""
+    models = dict.fromkeys(plan.model_name for _, plan in contents.plans if plan.model_name)
+    parts = [printable(name, 80) for name in models]
+    times = [stage.seconds for stage in contents.stages if stage.seconds is not None]
+    if times:
+        parts.append(f"{plural(len(times), 'stage')} in {duration(sum(times))}")
+    parts.append(datetime.now(UTC).strftime("%Y-%m-%d"))
+    return " · ".join(parts)
+
+
+def headline(contents: Contents, tasks: dict[str, list[Scores]]) -> list[Figure]:
+    """Scores before → after, and trainable parameters against full fine-tuning."""
+    figures = []
+    for results in list(tasks.values())[:1]:
+        shared = shared_metrics({one.label: one.content for one in results})
+        figures += [score_figure(name, results) for name in shared[:HEADLINE_METRICS]]
+    return [*figures, *parameters_figure(contents)]
+
+
+def score_figure(metric: str, results: Sequence[Scores]) -> Figure:
+    last = results[-1]
+    compared = len(results) > 1 and bool(BEFORE.search(f"{results[0].folder}/{results[0].label}") or len(results) == 2)
+    values = {one.label: dict(numeric(one))[metric] for one in results}
+    interval = interval_of(last.content, metric)
+    detail = f"95 % interval {score(interval[0])} to {score(interval[1])}" if interval else ""
+    before = score(values[results[0].label]) if compared else ""
+    return Figure(printable(metric, 40), score(values[last.label]), before, detail)
+
+
+def parameters_figure(contents: Contents) -> list[Figure]:
+    """From the training stage's own count where it left one, else the plan against the analysed matrices."""
+    trained = fact(contents.stages, "train", "trainable_parameters")
+    full = fact(contents.stages, "finetune", "trainable_parameters") or fact(
+        contents.stages, "train", "total_parameters"
+    )
+    whole = "parameters of full fine-tuning"
+    if contents.plans and (trained is None or full is None):
+        plan = contents.plans[-1][1]
+        trained, full = plan.parameters, sum(row.site.size for row in plan.sites)
+        whole = "entries of the adapted matrices"
+    if not trained or not full:
+        return []
+    return [Figure("trainable parameters", amount(trained), "", f"{percent(trained / full)} of {amount(full)} {whole}")]
+
+
+def fact(stages: Sequence[Stage], kind: str, name: str) -> float | None:
+    """The last entry of this kind that has the number."""
+    found = [stage.entry[name] for stage in stages if stage.name.startswith(kind) and is_number(stage.entry.get(name))]
+    return float(found[-1]) if found else None
+
+
+def render(page: Page, template: str, folder: Path) -> str:
+    environment = Environment(
+        loader=PackageLoader("rankwise.show", "templates"),
+        autoescape=template.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"data_uri": data_uri, "md": markdown, "link": lambda picture: link(picture, folder)}
+    return environment.get_template(template).render(page=page)
+
+
+def data_uri(picture: Picture) -> str:
+    return "data:image/png;base64," + base64.b64encode(read_bytes(picture.path)).decode()
+
+
+def link(picture: Picture, folder: Path) -> str:
+    """The image's path as Markdown takes it, relative to the page."""
+    path = Path(os.path.relpath(picture.path, folder)).as_posix()
+    return "".join(c if c.isalnum() or c in "/._-" else "".join(f"%{byte:02X}" for byte in c.encode()) for c in path)
+
+
+def markdown(text: str) -> str:
+    """Text that Markdown, and the HTML inside it, shows as it is, on one line."""
+    escaped = MARKDOWN.sub(r"\\\1", html.escape(str(text), quote=False).replace("\\", "&#92;"))
+    return "<br>".join(escaped.split("\n"))

@@ -1,0 +1,238 @@
+"""From the contents of a run folder to the sections of its report: what was found, in order of time.
+
+An artefact belongs to the stage of its kind whose folder holds it; without a manifest it gets a section of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rankwise.core.plan import RankPlan
+from rankwise.show.blocks import Block, Examples, Folded, Picture, Section, Table, Words
+from rankwise.show.contents import Contents, Scores, Stage, printable
+from rankwise.show.curves import interval_of, is_number, is_shuffle
+from rankwise.show.drawing import Drawings
+from rankwise.show.format import amount, clip, duration, memory, number, percent, plural, score
+from rankwise.show.summary import layer_ranges
+
+ORDER = ("finetune", "ranks", "extract", "compress", "train", "evaluate", "merge")
+STAGE_KEYS = {"stage", "started", "finished", "seconds", "python", "versions", "inputs", "outputs"}
+MOST_ROWS, MOST_EXAMPLES, MOST_PICTURES, MOST_FACTS = 14, 3, 8, 16
+Owned = tuple[Stage | None, str]
+
+
+def sections_of(contents: Contents, drawings: Drawings) -> list[Section]:
+    """Every stage with what it left behind, in order of time; pieces without a stage follow in the flow's order."""
+    pieces: dict[Owned, list[Block]] = {(stage, stage.name): [] for stage in contents.stages}
+    for kinds, where, blocks in found_blocks(contents, drawings):
+        stage = owner(contents.stages, kinds, where)
+        pieces.setdefault((stage, stage.name if stage else kinds[0]), []).extend(blocks)
+    timed = [key for key in pieces if key[0] is not None]
+    loose = sorted((key for key in pieces if key[0] is None), key=lambda key: position(key[1]))
+    return [section(stage, name, pieces[stage, name]) for stage, name in [*timed, *loose]]
+
+
+def found_blocks(contents: Contents, drawings: Drawings) -> list[tuple[tuple[str, ...], str, list[Block]]]:
+    """(kinds of stage that make it, folder, blocks) of every artefact but the scores, which have the headline."""
+    found: list[tuple[tuple[str, ...], str, list[Block]]] = []
+    for where, plan in contents.plans:
+        found.append((("ranks",), where, plan_blocks(plan, drawings.of(where, "energy_heatmap"))))
+    for where, gain in contents.gains:
+        found.append((("ranks",), where, gain_blocks(gain, drawings.of(where, "gain_kept"))))
+    for where, _ in contents.logs:
+        found.append((("train", "finetune"), where, list(drawings.of(where, "training_loss"))))
+    for path, rows in contents.fidelity:
+        found.append((("extract", "compress", "merge"), path, fidelity_blocks(rows)))
+    for where, pictures in loose_pictures(contents, drawings).items():
+        found.append((ORDER, where, pictures))
+    return [row for row in found if row[2]]
+
+
+def owner(stages: Sequence[Stage], kinds: Sequence[str], where: str) -> Stage | None:
+    """The stage of one of these kinds in the deepest folder that holds `where`."""
+    fitting = [
+        stage
+        for stage in stages
+        if stage.name.startswith(tuple(kinds)) and (stage.folder == "." or f"{where}/".startswith(f"{stage.folder}/"))
+    ]
+    rank = {kind: -i for i, kind in enumerate(kinds)}
+    return max(
+        fitting,
+        key=lambda stage: (stage.folder != ".", len(stage.folder), rank.get(stage.name, -len(kinds))),
+        default=None,
+    )
+
+
+def position(name: str) -> int:
+    return ORDER.index(name) if name in ORDER else len(ORDER)
+
+
+def section(stage: Stage | None, name: str, blocks: list[Block]) -> Section:
+    if stage is None:
+        return Section(name, blocks)
+    facts = stage_facts(stage.entry)
+    aside = "" if stage.seconds is None else duration(stage.seconds)
+    title = name if stage.folder == "." else f"{name} · {stage.folder}"
+    return Section(printable(title, 90), [*facts, *blocks], stage.started, aside)
+
+
+def stage_facts(entry: Mapping[str, Any]) -> list[Block]:
+    """The stage's plain facts (numbers, words) and where its outputs are."""
+    rows = []
+    for name, value in entry.items():
+        if name in STAGE_KEYS or isinstance(value, (dict, list)) or value is None:
+            continue
+        shown = memory(value) if name.endswith("_bytes") and is_number(value) else plain(value)
+        rows.append((printable(name.removesuffix("_bytes").replace("_", " "), 60), shown))
+    outputs = entry.get("outputs")
+    if isinstance(outputs, dict) and outputs:
+        paths = [str(row.get("path", name)) if isinstance(row, dict) else str(row) for name, row in outputs.items()]
+        rows.append(("written", clip(printable(", ".join(paths), 400), 160)))
+    return [Table((), rows[:MOST_FACTS])] if rows else []
+
+
+def plain(value: Any) -> str:
+    return number(value) if is_number(value) else clip(printable(value, 200), 120)
+
+
+def plan_blocks(plan: RankPlan, energy: Sequence[Picture]) -> list[Block]:
+    """The plan in a sentence, its ranks as a table, and the energy they keep."""
+    ranks = [row.rank for row in plan.sites]
+    saturated = sum(row.saturated for row in plan.sites)
+    said = f"{plural(len(plan.ranks), 'site')} with ranks from {min(ranks)} to {max(ranks)}: {plan.parameters:,} "
+    said += f"trainable parameters, {percent(plan.kept_fraction)} of the analysed matrices."
+    if saturated:
+        said += f" {plural(saturated, 'site')} did not reach the energy threshold within the largest rank."
+    budget = plan.metadata.get("budget")
+    said += f" Chosen within a budget of {printable(budget, 40)}." if budget else ""
+    return [Words(said), *energy, Folded("Ranks by layer", [ranks_table(plan)])]
+
+
+def ranks_table(plan: RankPlan) -> Table:
+    columns = list(dict.fromkeys(row.site.projection for row in plan.sites))
+    rows = []
+    for name, members in layer_ranges(plan.sites, len(plan.sites)):
+        ranks = {column: [row.rank for row in members if row.site.projection == column] for column in columns}
+        cells = [" ".join(map(str, sorted(set(ranks[column])))) for column in columns]
+        rows.append((name, *(clip(cell, 24) for cell in cells)))
+    return Table(("", *columns), rows)
+
+
+def gain_blocks(gain: Mapping[str, Any], picture: Sequence[Picture]) -> list[Block]:
+    """Share of the loss gain that each arm keeps, shuffles summed up in one row."""
+    rows = [
+        (printable(arm["name"], 40), percent(arm["kept"]), f"{percent(arm['low'])} to {percent(arm['high'])}")
+        for arm in gain["arms"]
+        if not is_shuffle(arm)
+    ]
+    shuffles = [arm["kept"] for arm in gain["arms"] if is_shuffle(arm)]
+    if shuffles:
+        spread = f"{percent(min(shuffles))} to {percent(max(shuffles))}"
+        rows.append((f"{len(shuffles)} shuffles, mean and range", percent(sum(shuffles) / len(shuffles)), spread))
+    note = "Share of the preliminary fine-tune's loss improvement that survives truncation to the plan's parameters."
+    if gain.get("defined") is False:
+        note = "The fine-tune's own gain is not clearly above zero, so these shares mean nothing. " + note
+    return [*picture, Table(("gain kept", "share", "95 % interval"), rows, note=note)]
+
+
+def fidelity_blocks(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """The first rows of a fidelity table, as it was written."""
+    if not rows:
+        return []
+    header = list(rows[0])[:6]
+    shown = [[cell_text(row.get(name)) for name in header] for row in rows[:MOST_ROWS]]
+    note = f"The first {len(shown)} of {plural(len(rows), 'row')}." if len(rows) > len(shown) else ""
+    return [Table([printable(name, 40) for name in header], shown, note=note)]
+
+
+def cell_text(value: Any) -> str:
+    """Numbers short, texts as they are; numbers in CSV files are texts too."""
+    try:
+        return number(float(value)) if not isinstance(value, bool) and value not in (None, "") else ""
+    except (TypeError, ValueError, OverflowError):
+        return clip(printable(value), 60)
+
+
+def loose_pictures(contents: Contents, drawings: Drawings) -> dict[str, list[Block]]:
+    """Plots of the run that the report has not drawn itself, a few of each folder, by folder."""
+    folders: dict[str, list[str]] = {}
+    for picture in contents.pictures:
+        if picture.rsplit("/", 1)[-1].removesuffix(".png") not in drawings.names:
+            folders.setdefault(picture.rpartition("/")[0] or ".", []).append(picture)
+    found: dict[str, list[Block]] = {}
+    for where, names in folders.items():
+        step = -(-len(names) // MOST_PICTURES)
+        shown = [Picture(contents.run / name, clip(name.rsplit("/", 1)[-1].removesuffix(".png"), 90)) for name in names]
+        kept: list[Block] = list(shown[::step])
+        title = f"{plural(len(names), 'plot')} in {where}" + (f", {len(kept)} shown" if step > 1 else "")
+        found[where] = [Folded(title, kept)]
+    return found
+
+
+def score_blocks(results: Sequence[Scores], pictures: Sequence[Picture]) -> list[Block]:
+    """One table of all results of a task, the bars, and the first items side by side."""
+    metrics = list(dict.fromkeys(name for one in results for name, _ in numeric(one)))
+    rows = [[name, *(score_cell(one, name) for one in results)] for name in metrics[:24]]
+    rows.append(["items", *(number(n) if is_number(n := one.content.get("n")) else "" for one in results)])
+    note = "In brackets: bootstrap 95 % intervals." if any(one.content.get("intervals") for one in results) else ""
+    table = Table(("", *(printable(one.label, 40) for one in results)), rows, note=note)
+    return [table, *pictures, *examples(results)]
+
+
+def numeric(result: Scores) -> list[tuple[str, float]]:
+    return [(name, value) for name, value in (result.content.get("metrics") or {}).items() if is_number(value)]
+
+
+def score_cell(result: Scores, metric: str) -> str:
+    value = (result.content.get("metrics") or {}).get(metric)
+    if not is_number(value):
+        return "not measured"
+    interval = interval_of(result.content, metric)
+    return score(value) + (f" [{score(interval[0])}, {score(interval[1])}]" if interval else "")
+
+
+def examples(results: Sequence[Scores]) -> list[Block]:
+    """The first items that every result has answered: not the best ones."""
+    answered = [one for one in results if one.predictions]
+    if not answered:
+        return []
+    ids = [key for key in answered[0].predictions if all(key in one.predictions for one in answered)]
+    items = [example(key, answered) for key in ids[:MOST_EXAMPLES]]
+    return [Examples(items, "The first items of the file, not chosen.")] if items else []
+
+
+def example(key: str, results: Sequence[Scores]) -> list[tuple[str, str]]:
+    row = results[0].predictions[key]
+    parts = [("input", first_of(row, "input", "prompt", "source")), ("reference", first_of(row, "references", "reference"))]
+    parts += [(printable(one.label, 40), first_of(one.predictions[key], "prediction", "output")) for one in results]
+    return [(title, text) for title, text in parts if text is not None]
+
+
+def first_of(row: Mapping[str, Any], *names: str) -> str | None:
+    """The first of these fields that the row has, a list as its first member."""
+    for name in names:
+        value = row.get(name)
+        value = value[0] if isinstance(value, list) and value else value
+        if value is not None:
+            return printable(value)
+    return None
+
+
+def appendix(contents: Contents) -> list[Block]:
+    """Versions and settings, for those who want to repeat it."""
+    found: list[Block] = []
+    versions = {f"{name} {version}" for stage in contents.stages for name, version in known_versions(stage)}
+    if versions:
+        found.append(Folded("Versions", [Words(", ".join(printable(text, 80) for text in sorted(versions)))]))
+    for path, settings in contents.settings:
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        found.append(Folded(f"Settings · {printable(path, 120)}", verbatim=printable(text, 8000)))
+    return found
+
+
+def known_versions(stage: Stage) -> list[tuple[str, str]]:
+    listed = stage.entry.get("versions")
+    found = [(name, version) for name, version in (listed if isinstance(listed, dict) else {}).items() if version]
+    return found + ([("Python", stage.entry["python"])] if stage.entry.get("python") else [])

@@ -1,0 +1,270 @@
+"""rankwise ranks: two checkpoints (or saved deltas, or one adapter) → spectra → rank plan, with the evidence for it.
+
+rankwise ranks BASE TUNED --budget uniform:16 --gain data/devset.csv --task e2e_nlg
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rankwise.config import DiffConfig, RanksConfig
+from rankwise.core.allocate import Rule
+from rankwise.core.compare import repeatability
+from rankwise.core.plan import RankPlan
+from rankwise.core.site import Site
+from rankwise.core.spectrum import Spectrum
+from rankwise.errors import UsageError
+from rankwise.nets.pair import SiteFilter
+from rankwise.nets.probe import Probe, measure_source, open_source, other_probe, source_metadata
+from rankwise.score.decision import Decision, DecisionSettings, decide
+from rankwise.show.rank_files import (
+    SVD_FOLDER,
+    Evidence,
+    write_delta_weights,
+    write_emitted,
+    write_plots,
+    write_raw_data,
+)
+from rankwise.show.rank_summary import summarise
+from rankwise.show.summary import render
+from rankwise.stages.running import measure_gain, running_model
+from rankwise.store.files import fingerprint
+from rankwise.store.plan_file import PLAN_FILE, read_plan, write_plan
+from rankwise.store.processes import finish, process_index
+from rankwise.store.run import RunFolder
+from rankwise.store.spectra import MeasureSettings, refuse_noise
+
+
+def run(config: RanksConfig) -> RankPlan | None:
+    """The whole command. Processes other than rank 0 measure their share and return None."""
+    check(config)
+    started = time.perf_counter()
+    folder = RunFolder(config.out)
+    try:
+        probe = first_probe(config)
+        others = [further_probe(config, path) for path in config.probe2]
+    finally:
+        finish()
+    if process_index()[0] != 0:
+        return None
+    with folder.lock(), folder.recording("ranks", inputs(config)) as record:
+        refuse_noise(probe.measured, config.allow_noise, probe.notes)
+        running = running_model(config, probe) if decision_settings(config).runs_the_model else None
+        decision = decide(decision_settings(config), probe.spectra, probe.source.read, running)
+        plan = described(config, decision.plan, probe)
+        evidence = Evidence(
+            gain=measure_gain(config, plan, probe) if config.gain else None,
+            repeats=repeats_of(config, probe, others),
+            explained_loss=decision.explained_loss,
+        )
+        record.outputs["plan"] = write_plan(folder / str(PLAN_FILE), plan)
+        files = write_outputs(config, plan, probe, evidence)
+        folder.save_config(config)
+        report(config, plan, probe, decision, evidence, [folder / str(PLAN_FILE), *files], started)
+    return plan
+
+
+def check(config: RanksConfig) -> None:
+    """Combinations that cannot work, before anything is read."""
+    rule_of(config)
+    given = [bool(config.base and config.tuned), bool(config.deltas), bool(config.adapter)]
+    if sum(given) != 1 or bool(config.base) != bool(config.tuned):
+        raise UsageError("ranks needs one of: BASE TUNED (two checkpoints), --deltas DIR, --adapter DIR")
+    if config.signal in ("uniform", "random") and not config.spectrum.budget:
+        raise UsageError(f"--signal {config.signal} has no spectrum to read ranks from; it needs --budget")
+    if config.metric == "loss" and not config.spectrum.budget:
+        raise UsageError(
+            "--metric loss gives shares of a loss, to which no energy threshold applies; it needs --budget"
+        )
+    if config.metric != "weight" and config.signal != "delta":
+        raise UsageError("--metric and --signal are alternatives: give one of them")
+    if decision_settings(config).runs_the_model and not config.data.data_path:
+        raise UsageError("--metric activation|loss and --signal activation|gradient run the model: give --data_path")
+    if (config.gain or config.data.data_path) and not config.data.task:
+        raise UsageError("--gain and --data_path need --task, which says how rows become text")
+
+
+def rule_of(config: RanksConfig) -> Rule:
+    spectrum = config.spectrum
+    return Rule(
+        threshold=spectrum.svd_threshold,
+        min_rank=spectrum.min_rank,
+        max_rank=spectrum.max_rank,
+        smoothing=spectrum.smoothing_factor,
+        round=spectrum.round,
+        per=spectrum.per,
+    )
+
+
+def decision_settings(config: RanksConfig) -> DecisionSettings:
+    return DecisionSettings(
+        rule=rule_of(config),
+        budget=config.spectrum.budget,
+        normalise=config.spectrum.normalise,
+        signal=config.signal,
+        metric=config.metric,
+        seed=config.seed,
+    )
+
+
+def site_filter(config: RanksConfig) -> SiteFilter:
+    sites = config.sites
+    return SiteFilter(
+        include=sites.include,
+        exclude=sites.exclude,
+        towers=tuple(sites.towers),
+        rename=tuple(sites.rename),
+        allow_unmatched=sites.allow_unmatched,
+        flatten_conv=sites.flatten_conv,
+    )
+
+
+def first_probe(config: RanksConfig) -> Probe:
+    notes: list[str] = []
+    source = open_source(
+        base=config.base,
+        tuned=config.tuned,
+        deltas=config.deltas,
+        adapter=config.adapter,
+        filter_=site_filter(config),
+        notes=notes,
+        model_name=config.model_name,
+    )
+    metadata = source_metadata(source)
+    model_name = config.model_name or config.base or str(metadata.get("model_name") or "")
+    name = config.deltas or config.adapter or str(config.tuned)
+    return Probe(name, source, measured(config, source), model_name, metadata, notes)
+
+
+def further_probe(config: RanksConfig, path: str) -> Probe:
+    notes: list[str] = []
+    source = other_probe(path, config.base, site_filter(config), notes)
+    return Probe(path, source, measured(config, source), "", source_metadata(source), notes)
+
+
+def measured(config: RanksConfig, source: Any) -> Any:
+    """Spectra that can answer the threshold question; with a budget any leading values will do."""
+    rule = rule_of(config)
+
+    def question(site: Site, spectrum: Spectrum) -> object:
+        if config.spectrum.budget:
+            return None
+        return spectrum.rank_for(rule.threshold, rule.least(site), rule.most(site))
+
+    settings = MeasureSettings(
+        up_to=rule.max_rank,
+        exact=config.spectrum.exact,
+        noise_floor=config.spectrum.noise_floor,
+        device=config.device,
+        seed=config.seed,
+    )
+    return measure_source(source, settings, question)
+
+
+def inputs(config: RanksConfig) -> dict[str, Path | str]:
+    names = {"base": config.base, "tuned": config.tuned, "deltas": config.deltas, "adapter": config.adapter}
+    return {name: value for name, value in names.items() if value}
+
+
+def described(config: RanksConfig, plan: RankPlan, probe: Probe) -> RankPlan:
+    """The plan with what a reader of the file wants to know of its making."""
+    spectrum = config.spectrum
+    asked = {"svd_threshold", "min_rank", "max_rank", "smoothing_factor", "round", "per", "budget", "normalise"}
+    hashes = {name: fingerprint(Path(value)) for name, value in inputs(config).items() if Path(value).exists()}
+    return replace(
+        plan,
+        model_name=probe.model_name,
+        description=f"ranks from {probe.source.description}",
+        timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
+        metadata={
+            "num_samples": probe.metadata.get("num_samples"),
+            **{name: value for name, value in vars(spectrum).items() if name in asked},
+            "signal": config.signal,
+            "metric": config.metric,
+            "seed": config.seed,
+            "inputs": hashes,
+        },
+    )
+
+
+def wanted_ranks(config: RanksConfig, probe: Probe) -> dict[Site, float]:
+    """What a probe's own spectra ask for: ranks under the budget, or r_raw before bounds and smoothing."""
+    settings = replace(decision_settings(config), signal="delta", metric="weight")
+    plan = decide(settings, probe.spectra, probe.source.read, None).plan
+    return {row.site: float(row.rank if config.spectrum.budget else row.r_raw or 0) for row in plan.sites}
+
+
+def repeats_of(config: RanksConfig, probe: Probe, others: Sequence[Probe]) -> Mapping[str, Any] | None:
+    """Spearman's ρ of the wanted ranks, first probe against each other one (a sensitivity table where several)."""
+    if not others:
+        return None
+    first = wanted_ranks(config, probe)
+    by_path = {site.path: site for site in first}
+    table = []
+    for other in others:
+        second = {by_path[s.path]: rank for s, rank in wanted_ranks(config, other).items() if s.path in by_path}
+        overall, within = repeatability(first, second)
+        table.append({"probe": other.name, "sites": len(second), "rho_all": overall, "rho_within": within})
+    return {"first": probe.name, "compared": table}
+
+
+def write_outputs(config: RanksConfig, plan: RankPlan, probe: Probe, evidence: Evidence) -> list[Path]:
+    folder, threshold = Path(config.out) / SVD_FOLDER, config.spectrum.svd_threshold
+    files = write_raw_data(folder, plan, probe.measured, threshold, evidence)
+    if not config.no_plots:
+        write_plots(folder, plan, probe.measured, threshold, evidence)
+        files.append(folder / "plots")
+    if config.save_delta_weights:
+        files.append(write_delta_weights(folder, probe.source, list(probe.measured)))
+    return files + write_emitted(Path(config.out) / "configs", plan, config.emit, probe.notes)
+
+
+def report(
+    config: RanksConfig,
+    plan: RankPlan,
+    probe: Probe,
+    decision: Decision,
+    evidence: Evidence,
+    files: Sequence[Path],
+    started: float,
+) -> None:
+    """The one-screen summary, after the notes that are too long for it."""
+    for note in probe.notes:
+        print(f"note: {note}")
+    rule = rule_of(config)
+    summary = summarise(plan, probe.measured, rule, decision.budget, evidence, time.perf_counter() - started)
+    task = f" --task {config.data.task} --data_path …" if config.data.task else " --task … --data_path …"
+    command = f"rankwise train --lora-config {files[0]} --model_name {probe.model_name or '…'}{task}"
+    print(render(replace(summary, next_commands=(command,), files=tuple(map(str, files)))))
+
+
+def describe(config: RanksConfig | DiffConfig) -> list[str]:
+    if isinstance(config, DiffConfig):
+        return [f"compare the rank plans {config.first} and {config.second}"]
+    check(config)
+    source = config.deltas or config.adapter or f"{config.base} and {config.tuned}"
+    how = f"within {config.spectrum.budget}" if config.spectrum.budget else f"at {config.spectrum.svd_threshold} energy"
+    return [
+        f"measure the spectra of {source} ({', '.join(config.sites.towers)} tower)",
+        f"plan ranks {how}, between {config.spectrum.min_rank} and {config.spectrum.max_rank}",
+        f"write {Path(config.out) / PLAN_FILE} and {Path(config.out) / SVD_FOLDER}",
+    ]
+
+
+def diff(config: DiffConfig) -> dict[str, Any]:
+    """What two plans disagree on: printed as a table of the sites whose ranks differ."""
+    if not config.first or not config.second:
+        raise UsageError("usage: rankwise ranks diff A.json B.json")
+    first, second = read_plan(Path(config.first)), read_plan(Path(config.second))
+    paths = [path for path in {**first.ranks, **second.ranks} if first.ranks.get(path) != second.ranks.get(path)]
+    print(f"{config.first}: {len(first.ranks)} sites, {first.parameters:,} parameters")
+    print(f"{config.second}: {len(second.ranks)} sites, {second.parameters:,} parameters")
+    print(f"{len(paths)} sites differ" + (":" if paths else ""))
+    for path in paths:
+        print(f"  {path}: {first.ranks.get(path, '-')} → {second.ranks.get(path, '-')}")
+    return {"differing": paths, "parameters": (first.parameters, second.parameters)}

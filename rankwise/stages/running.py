@@ -1,0 +1,62 @@
+"""What of `ranks` runs a model on text: loading it, the batches, and the gain kept."""
+
+from __future__ import annotations
+
+import functools
+import random
+from pathlib import Path
+
+import torch
+
+from rankwise.config import RanksConfig
+from rankwise.core.plan import RankPlan
+from rankwise.data import Renderer, one_per_prompt
+from rankwise.data.sources import load
+from rankwise.errors import UsageError
+from rankwise.nets.load import load_model, load_tokenizer
+from rankwise.nets.probe import Probe
+from rankwise.score.decision import Running
+from rankwise.score.gain import Gain, arms_of, gain_kept
+from rankwise.score.likelihood import Batch, answer_losses, training_batches
+
+
+def running_model(config: RanksConfig, probe: Probe, path: str | None = None, split: str = "train") -> Running:
+    """The base model and up to `num_samples` items, one per prompt, drawn with the seed."""
+    name = probe.model_name
+    if not name:
+        raise UsageError("give the base model with --model_name: --gain, --metric and --signal run it")
+    tokenizer = load_tokenizer(name)
+    model = load_model(name, torch.float32).to(config.device).eval()
+    batches = text_batches(
+        config, tokenizer, model.config.max_position_embeddings, path or config.data.data_path, split
+    )
+    return Running(model, [{key: value.to(config.device) for key, value in batch.items()} for batch in batches])
+
+
+def text_batches(config: RanksConfig, tokenizer: object, positions: int, path: str | None, split: str) -> list[Batch]:
+    assert config.data.task is not None
+    assert path is not None
+    data = config.data
+    examples = load(data.task, Path(path), split, skip_bad=data.skip_bad)
+    for note in examples.notes():
+        print(note)
+    items = one_per_prompt(examples)
+    random.Random(config.seed).shuffle(items)
+    renderer = Renderer(
+        tokenizer,  # type: ignore[arg-type]
+        style=data.prompt,
+        max_length=data.max_seq_length,
+        positions=positions,
+        overlong=data.overlong,
+    )
+    return training_batches(items[: config.num_samples], renderer, config.batch_size)
+
+
+def measure_gain(config: RanksConfig, plan: RankPlan, probe: Probe) -> Gain:
+    """The share of the loss gain that the plan keeps, against uniform, inverted and shuffled plans."""
+    running = running_model(config, probe, config.gain, "dev")
+    ranks = {row.site: row.rank for row in plan.sites}
+    generator = torch.Generator().manual_seed(config.seed)
+    deltas = {site: probe.source.read(site).matrix.to(config.device) for site in ranks}
+    losses = functools.partial(answer_losses, batches=running.batches)
+    return gain_kept(running.model, deltas, arms_of(ranks, generator), losses, config.seed)

@@ -1,0 +1,231 @@
+"""LoRA adapters in PEFT's format: read strictly, written atomically. PEFT itself is not needed.
+
+adapter = read_adapter("runs/train")                 # a run folder, an adapter folder or a weight file
+smaller = {path: LoraPair.of(pair.factors().compress(8), pair.scale) for path, pair in adapter.pairs.items()}
+write_adapter("runs/compressed", replace(adapter, pairs=smaller))
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rankwise.core.factors import Factors
+from rankwise.errors import DataError, UsageError
+from rankwise.store.adapter_config import completed, rank_of, require_plain, scale_of
+from rankwise.store.checkpoint import ADAPTER_NAMES, SAFETENSORS, open_checkpoint
+from rankwise.store.files import atomic_files, read_object, write_json
+from rankwise.store.pickled import SUFFIXES
+
+CONFIG_NAME = "adapter_config.json"
+FOLDERS = ("", "final_model", "lora_adapter")
+PREFIX = "base_model.model."
+# PEFT: <path>.lora_A[.<adapter>].weight, <path>.lora_embedding_A[.<adapter>]; loralib: <path>.lora_A
+PAIR_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(\.[^.]+)?(\.weight)?")
+# Tensors of other methods, which belong to a pair but are not halves of it.
+FOREIGN = {
+    "lora_magnitude_vector": "DoRA",
+    "lora_E": "AdaLoRA",
+    "ranknum": "AdaLoRA",
+    "lora_B.bias": "LoRA with a bias on B",
+    "hada_w1_a": "LoHa",
+    "lokr_w1": "LoKr",
+    "lora_down": "the kohya format (convert it to PEFT's first)",
+}
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """One adapted matrix: the delta is scale·B·A, (m, n), with A (r, n) and B (m, r) in the stored dtype.
+
+    `fan_in_fan_out`: the base stores the weight as (n, m), as Conv1D and embeddings do. `embedding`: the pair
+    adapts an embedding table, which has key names of its own.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scale: float
+    fan_in_fan_out: bool = False
+    embedding: bool = False
+
+    @classmethod
+    def of(cls, factors: Factors, scale: float = 2.0, fan_in_fan_out: bool = False) -> Self:
+        """The pair whose scale·B·A is the factors' product."""
+        return cls(*factors.lora(scale), scale, fan_in_fan_out)
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n): (out_features, in_features) of the adapted layer."""
+        return self.lora_B.shape[0], self.lora_A.shape[1]
+
+    def factors(self) -> Factors:
+        """The delta as float32 factors, the scale within the left one."""
+        return Factors(self.lora_B.float() * self.scale, self.lora_A.float())
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """An adapter's config, its pairs by module path, and the tensors that it carries besides (module path.name)."""
+
+    config: Mapping[str, Any]
+    pairs: Mapping[str, LoraPair]
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def base_model(self) -> str | None:
+        """The base as the config names it; may be a path on its author's machine."""
+        return self.config.get("base_model_name_or_path")
+
+
+def read_adapter(path: Path | str, scale: float | None = None) -> LoraAdapter:
+    """Read a plain LoRA adapter: PEFT's folder or file, a run folder that holds one, or a loralib state dict.
+
+    `scale` (alpha / r) is for files without an adapter_config.json, and needed there: the tensors do not tell.
+    DataError, naming file and tensor, for other methods, for NaN and infinity, and for halves that do not fit.
+    """
+    weights, config_file = adapter_files(Path(path))
+    config = read_object(config_file) if config_file else {}
+    if config_file:
+        require_plain(config, config_file)
+    _check_scale(weights, config_file, scale)
+    tensors = _tensors(weights)
+    halves, extra = _sorted_out(tensors, weights)
+    pairs = {}
+    for (site, embedding), found in halves.items():
+        lora_A, lora_B = _matching(site, found, weights)
+        if config_file:
+            _check_rank(config, site, lora_A.shape[0], config_file)
+        factor = scale_of(config, site, config_file) if config_file else float(scale or 0)
+        pairs[site] = LoraPair(lora_A, lora_B, factor, embedding or bool(config.get("fan_in_fan_out")), embedding)
+    return LoraAdapter(config, pairs, extra)
+
+
+def adapter_files(path: Path) -> tuple[Path, Path | None]:
+    """(weight file, config or None) of an adapter folder, a run folder or a weight file."""
+    if path.is_file():
+        config = path.parent / CONFIG_NAME
+        return path, config if config.is_file() else None
+    if not path.is_dir():
+        raise DataError(f"{path}: no such adapter file or folder")
+    for folder in (path / name for name in FOLDERS):
+        for name in ADAPTER_NAMES:
+            if (folder / name).is_file():
+                return adapter_files(folder / name)
+        if (folder / CONFIG_NAME).is_file():
+            raise DataError(f"{folder}: has {CONFIG_NAME} but neither of {', '.join(ADAPTER_NAMES)}")
+    alone = [file for file in sorted(path.iterdir()) if file.suffix in (SAFETENSORS, *SUFFIXES)]
+    if len(alone) == 1:
+        return alone[0], None
+    raise DataError(f"{path}: no adapter here, nor in {' or '.join(FOLDERS[1:])} below it ({ADAPTER_NAMES[0]})")
+
+
+def _check_scale(weights: Path, config_file: Path | None, scale: float | None) -> None:
+    if config_file and scale is not None:
+        raise UsageError(f"{config_file} gives the scale: leave the explicit scale ({scale:g}) out")
+    if not config_file and scale is None:
+        raise DataError(
+            f"{weights}: no {CONFIG_NAME} beside it, and the tensors do not tell the scale: give it explicitly "
+            "(lora_alpha / r of the training, 1 for B·A as it is)"
+        )
+
+
+def _tensors(weights: Path) -> dict[str, Tensor]:
+    """Every tensor, PEFT's prefix off; DataError for NaN and infinity."""
+    checkpoint = open_checkpoint(weights)
+    tensors = {key: checkpoint.tensor(key) for key in checkpoint}
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise DataError(f"{weights}: tensor {key} has NaN or infinite values: the run it comes from diverged")
+    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+
+
+Halves = dict[tuple[str, bool], dict[str, Tensor]]
+
+
+def _sorted_out(tensors: Mapping[str, Tensor], weights: Path) -> tuple[Halves, dict[str, Tensor]]:
+    """{(path, is embedding): {"A": …, "B": …}} and the rest; tensors of other methods are refused."""
+    halves: Halves = {}
+    extra = {}
+    for key, tensor in tensors.items():
+        for part, method in FOREIGN.items():
+            if f".{part}" in key:
+                raise DataError(f"{weights}: {key} belongs to {method}; only plain LoRA adapters can be read")
+        match = PAIR_KEY.fullmatch(key)
+        if match is None:
+            extra[key] = tensor
+            continue
+        pair = halves.setdefault((match["path"], bool(match["embedding"])), {})
+        if match["half"] in pair:
+            raise DataError(f"{weights}: several adapters in one file: {match['path']} has lora_{match['half']} twice")
+        pair[match["half"]] = tensor
+    if not halves:
+        raise DataError(f"{weights}: no lora_A and lora_B tensors in it ({len(extra)} others)")
+    return halves, extra
+
+
+def _matching(site: str, found: Mapping[str, Tensor], weights: Path) -> tuple[Tensor, Tensor]:
+    """A and B of one site, checked against each other."""
+    if len(found) < 2:
+        present = next(iter(found))
+        absent = "A" if present == "B" else "B"
+        raise DataError(f"{weights}: {site} has lora_{present} but no lora_{absent}")
+    lora_A, lora_B = found["A"], found["B"]
+    shapes = f"lora_A {tuple(lora_A.shape)}, lora_B {tuple(lora_B.shape)}"
+    if lora_A.dim() != 2 or lora_B.dim() != 2:
+        raise DataError(f"{weights}: {site}: {shapes}: not matrices (convolutions and experts are not supported)")
+    if lora_A.shape[0] != lora_B.shape[1]:
+        merged = lora_B.shape[1] > 0 and lora_A.shape[0] % lora_B.shape[1] == 0
+        hint = " (loralib's MergedLinear looks like this and is not supported)" if merged else ""
+        raise DataError(f"{weights}: {site}: {shapes}: the ranks differ{hint}")
+    if lora_A.shape[0] == 0:
+        raise DataError(f"{weights}: {site}: {shapes}: empty (saved from a sharded model without gathering it?)")
+    return lora_A, lora_B
+
+
+def _check_rank(config: Mapping[str, Any], site: str, rank: int, config_file: Path) -> None:
+    expected = rank_of(config, site, config_file)
+    if expected != rank:
+        raise DataError(f"{config_file}: gives {site} the rank {expected}, but its tensors have rank {rank}")
+
+
+def write_adapter(folder: Path | str, adapter: LoraAdapter) -> Path:
+    """Write adapter_model.safetensors and adapter_config.json as PEFT does; both or neither. Returns the folder.
+
+    The config keeps what the tensors do not determine; rank, alpha, patterns and targets are written anew.
+    """
+    folder = Path(folder)
+    for path, pair in adapter.pairs.items():
+        if pair.rank == 0:
+            raise DataError(f"{path}: rank 0 cannot be written as an adapter; leave the site out")
+    if not adapter.pairs:
+        raise DataError(f"{folder}: an adapter without a single site cannot be written")
+    config = completed(
+        adapter.config,
+        {path: pair.rank for path, pair in adapter.pairs.items()},
+        {path: pair.scale for path, pair in adapter.pairs.items()},
+        any(pair.fan_in_fan_out and not pair.embedding for pair in adapter.pairs.values()),
+    )
+    with atomic_files(folder / ADAPTER_NAMES[0], folder / CONFIG_NAME) as (weights_file, config_file):
+        save_file(peft_tensors(adapter), weights_file, metadata={"format": "pt"})
+        write_json(config_file, config)
+    return folder
+
+
+def peft_tensors(adapter: LoraAdapter) -> dict[str, Tensor]:
+    """The state dict under PEFT's key names; every tensor on the CPU with a storage of its own."""
+    tensors = dict(adapter.extra)
+    for path, pair in adapter.pairs.items():
+        for half, tensor in (("A", pair.lora_A), ("B", pair.lora_B)):
+            tensors[f"{path}.lora_embedding_{half}" if pair.embedding else f"{path}.lora_{half}.weight"] = tensor
+    return {PREFIX + key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}

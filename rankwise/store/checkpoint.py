@@ -1,0 +1,213 @@
+"""A checkpoint as named, lazy tensors, whatever files hold it. First step of `ranks`, `extract` and `merge`.
+
+    base = open_checkpoint(resolve("org/model"))
+    for key in base:
+        base.tensor(key)        # safetensors: a view of the mapped file, in no one's anonymous memory
+
+Every file is checked against its header, and every key of an index against its shard, before this returns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.core.site import nearest
+from rankwise.errors import DataError, UsageError
+from rankwise.store.files import read_object
+from rankwise.store.pickled import SUFFIXES, load_pickle
+from rankwise.store.shard import Shard
+
+SAFETENSORS = ".safetensors"
+INDEX = ".index.json"
+# In transformers' order of preference; safetensors before pickles.
+NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+HUB_IGNORED = ["*/*", "consolidated*"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Named tensors of one model. Tensors must not be written into: they may be views of the files.
+
+    `path` is what was opened, `files` the weight files below it. A key lies either in a shard (safetensors)
+    or among the `loaded` tensors (pickles).
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    shards: Mapping[str, Shard] = field(default_factory=dict, repr=False)
+    loaded: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def keys(self) -> list[str]:
+        return [*self.shards, *self.loaded]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.shards or key in self.loaded
+
+    def __len__(self) -> int:
+        return len(self.shards) + len(self.loaded)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Without reading the tensor."""
+        self._require(key)
+        return self.shards[key].entries[key].shape if key in self.shards else tuple(self.loaded[key].shape)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """As stored, without reading the tensor."""
+        self._require(key)
+        return self.shards[key].entries[key].dtype if key in self.shards else self.loaded[key].dtype
+
+    def file(self, key: str) -> Path:
+        """The file that holds the tensor."""
+        self._require(key)
+        return self.shards[key].path if key in self.shards else self.files[0]
+
+    def tensor(self, key: str) -> Tensor:
+        """The tensor as stored, on the CPU; safetensors: a view whose pages are read when they are used."""
+        self._require(key)
+        return self.shards[key].tensor(key) if key in self.shards else self.loaded[key]
+
+    def prefetch(self, key: str) -> None:
+        """Have the tensor's bytes read from the disk while the caller works on something else."""
+        self._require(key)
+        if key in self.shards:
+            self.shards[key].prefetch(key)
+
+    @cached_property
+    def config(self) -> dict[str, Any] | None:
+        """config.json beside the weights, None where there is none."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return read_object(folder / "config.json") if (folder / "config.json").is_file() else None
+
+    def _require(self, key: str) -> None:
+        if key not in self:
+            near = ", ".join(nearest(key, self.keys())) or "none"
+            raise DataError(f"{self.path}: no tensor {key!r} (nearest names: {near})")
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Open a folder, a single weight file, or a shard index.
+
+    DataError, naming the file, for anything missing, cut off, altered, or that would need code to load.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    weights = weights_of(path) if path.is_dir() else path
+    if weights.name.endswith(INDEX):
+        return _open_index(path, weights)
+    if weights.suffix == SAFETENSORS:
+        shard = Shard(weights)
+        return Checkpoint(path, (weights,), shards=dict.fromkeys(shard.entries, shard))
+    if weights.suffix in SUFFIXES:
+        return Checkpoint(path, (weights,), loaded=load_pickle(weights))
+    raise DataError(f"{weights}: not a weight file that is known here ({SAFETENSORS}, {', '.join(SUFFIXES)})")
+
+
+def weights_of(folder: Path) -> Path:
+    """The weight file or index of a folder: the standard names first, else the only weight file there is."""
+    for name in NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(file for file in folder.iterdir() if file.suffix in (SAFETENSORS, *SUFFIXES))
+    indices = sorted(folder.glob(f"*{INDEX}"))
+    for candidates in (indices, [file for file in found if file.suffix == SAFETENSORS], found):
+        if len(candidates) == 1 and candidates[0].name not in ADAPTER_NAMES:
+            return candidates[0]
+    if any(file.name in ADAPTER_NAMES for file in found):
+        raise DataError(f"{folder}: holds a LoRA adapter, not a checkpoint; give it as --adapter")
+    names = ", ".join(file.name for file in found) or "none"
+    raise DataError(f"{folder}: which weights are meant? No {NAMES[0]} and no index; weight files there: {names}")
+
+
+def _open_index(path: Path, index: Path) -> Checkpoint:
+    """All shards of an index, each key found in the shard that the index names for it."""
+    places = _weight_map(index)
+    files = {name: index.parent / name for name in dict.fromkeys(places.values())}
+    missing = [name for name, file in files.items() if not file.is_file()]
+    if missing:
+        raise DataError(f"{index.parent}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing)}")
+    checkpoint = _open_shards(path, files, places)
+    absent = [f"{key} ({place})" for key, place in places.items() if key not in checkpoint]
+    if absent:
+        shown = ", ".join(absent[:5]) + (", …" if len(absent) > 5 else "")
+        raise DataError(f"{index}: {len(absent)} tensors are not in the shard that the index names: {shown}")
+    return checkpoint
+
+
+def _open_shards(path: Path, files: dict[str, Path], places: dict[str, str]) -> Checkpoint:
+    if all(name.endswith(SAFETENSORS) for name in files):
+        shards = {name: Shard(file) for name, file in files.items()}
+        found = {key: shards[place] for key, place in places.items() if key in shards[place].entries}
+        return Checkpoint(path, tuple(files.values()), shards=found)
+    pickles = {name: load_pickle(file) for name, file in files.items()}
+    tensors = {key: pickles[place][key] for key, place in places.items() if key in pickles[place]}
+    return Checkpoint(path, tuple(files.values()), loaded=tensors)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """tensor → file name of an index; DataError where it is not one, or leaves its own folder."""
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise DataError(f"{index}: no weight_map from tensor names to file names in it")
+    for name in set(places.values()):
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise DataError(f"{index}: names the file {name!r} outside its folder")
+    return places
+
+
+def resolve(name_or_path: Path | str, revision: str | None = None) -> Path:
+    """A local path, or the local copy of a hub model (`org/name`), downloaded where it is not there yet.
+
+    Only weights, configuration and tokenizer files are fetched, never code. DataError where there is neither.
+    """
+    local = Path(name_or_path).expanduser()
+    if local.exists():
+        if revision is not None:
+            raise UsageError(f"{local} is a local path: a revision applies to hub ids only")
+        return local
+    name = str(name_or_path)
+    if not HUB_ID.fullmatch(name):
+        raise DataError(f"{name}: no such file or folder (and not a hub id of the form org/name)")
+    folder = _download(name, revision, HUB_FILES)
+    if not any(folder.glob("*.safetensors")):
+        folder = _download(name, revision, [*HUB_FILES, "*.bin"])
+    return folder
+
+
+def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """huggingface_hub's snapshot folder. Imported here: `store` works without it on local files."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=HUB_IGNORED
+            )
+        )
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        at = f" at revision {revision}" if revision else ""
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(
+            f"{name}: no such local path, and not available from the Hugging Face hub{at} ({reason}). Check "
+            "the spelling, the network and (gated models) `hf auth login`, or give a downloaded copy's path."
+        ) from error

@@ -1,0 +1,207 @@
+"""Deltas from the disk, one site at a time: of two checkpoints, of a saved probe, or of a foreign pair.
+
+source = CheckpointPair(base, tuned, sites, base_weights, tuned_weights)
+for site, delta in source.deltas(list_of_sites): ...
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rankwise.core.measure import Delta, from_difference, subtract
+from rankwise.core.site import Site, describe
+from rankwise.errors import DataError, UsageError
+from rankwise.store.checkpoint import Checkpoint, open_checkpoint
+from rankwise.store.files import read_json
+
+DELTAS_FILE = "deltas.json"
+NOT_ANALYSED = re.compile(r"(running_mean|running_var|num_batches_tracked)$")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where a matrix lies: a key, and for fused tensors which of how many equal row blocks."""
+
+    key: str
+    part: tuple[int, int] = (0, 1)
+
+    def read(self, checkpoint: Checkpoint) -> Tensor:
+        tensor = checkpoint.tensor(self.key)
+        index, count = self.part
+        return tensor if count == 1 else tensor.chunk(count, dim=0)[index]
+
+
+class DeltaSource(Protocol):
+    """Sites, and the delta of each on demand."""
+
+    sites: dict[str, Site]
+    description: str
+
+    def read(self, site: Site) -> Delta: ...
+
+    def prefetch(self, site: Site) -> None: ...
+
+
+def deltas(source: DeltaSource, sites: Sequence[Site]) -> Iterator[tuple[Site, Delta]]:
+    """Site after site, the next one's bytes requested from the disk while this one is worked on."""
+    for index, site in enumerate(sites):
+        if index + 1 < len(sites):
+            source.prefetch(sites[index + 1])
+        yield site, source.read(site)
+
+
+def logical(tensor: Tensor, site: Site) -> Tensor:
+    """The stored tensor as (out, in): Conv1D transposed, a convolution flattened."""
+    if site.transposed:
+        return tensor.T
+    return tensor.reshape(tensor.shape[0], -1) if tensor.dim() > 2 else tensor
+
+
+@dataclass(frozen=True)
+class CheckpointPair:
+    """Two checkpoints with, for each site, the place of its weight in both."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    sites: dict[str, Site]
+    base_weights: Mapping[str, Weight]
+    tuned_weights: Mapping[str, Weight]
+    description: str = ""
+
+    def read(self, site: Site) -> Delta:
+        base = self.base_weights[site.path].read(self.base)
+        tuned = self.tuned_weights[site.path].read(self.tuned)
+        return subtract(logical(base, site), logical(tuned, site))
+
+    def prefetch(self, site: Site) -> None:
+        self.base.prefetch(self.base_weights[site.path].key)
+        self.tuned.prefetch(self.tuned_weights[site.path].key)
+
+
+@dataclass(frozen=True)
+class SavedDeltas:
+    """The float32 deltas of a `rankwise finetune` run: `deltas/` with one tensor `<path>.weight` per matrix."""
+
+    checkpoint: Checkpoint
+    sites: dict[str, Site]
+    metadata: Mapping[str, Any]
+    description: str = ""
+
+    def read(self, site: Site) -> Delta:
+        matrix = logical(self.checkpoint.tensor(f"{site.path}.weight"), site)
+        return from_difference(matrix, float(self.metadata.get("base_energy", {}).get(site.path, 0.0)))
+
+    def prefetch(self, site: Site) -> None:
+        self.checkpoint.prefetch(f"{site.path}.weight")
+
+
+def open_deltas(path: Path) -> SavedDeltas:
+    """Deltas from a finetune run folder, or from the `deltas/` folder in it."""
+    folder = path / "deltas" if (path / "deltas").is_dir() else path
+    if not (folder / DELTAS_FILE).is_file():
+        raise DataError(
+            f"{path}: no deltas/{DELTAS_FILE} here; `rankwise finetune` writes it (two checkpoints go in as BASE TUNED)"
+        )
+    metadata = read_json(folder / DELTAS_FILE)
+    rows = [describe(row["path"], row["shape"], row["tower"], row["transposed"]) for row in metadata["sites"]]
+    return SavedDeltas(open_checkpoint(folder), {row.path: row for row in rows}, metadata, str(path))
+
+
+def renamed(keys: Iterable[str], rules: Sequence[str]) -> dict[str, str]:
+    """New name → key, after the REGEX=TEXT rules in order. Two keys that get one name are an error."""
+    compiled = []
+    for rule in rules:
+        regex, equals, text = rule.partition("=")
+        if not equals:
+            raise UsageError(f"--rename takes REGEX=TEXT; got {rule!r}")
+        try:
+            compiled.append((re.compile(regex), text))
+        except re.error as error:
+            raise UsageError(f"--rename {rule!r}: {error}") from error
+    names: dict[str, str] = {}
+    for key in keys:
+        name = key
+        for regex_, text in compiled:
+            name = regex_.sub(text, name)
+        if name in names:
+            raise DataError(f"--rename gives {key} and {names[name]} the same name {name}")
+        names[name] = key
+    return names
+
+
+@dataclass(frozen=True)
+class Matching:
+    """What two foreign checkpoints have in common, and what not: everything is counted, nothing silent."""
+
+    shared: dict[str, tuple[str, str]]
+    only_base: tuple[str, ...]
+    only_tuned: tuple[str, ...]
+    other_shape: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+    @property
+    def unmatched(self) -> int:
+        return len(self.only_base) + len(self.only_tuned) + len(self.other_shape)
+
+    def explain(self) -> str:
+        """The lists, three names each, for the error and for the printed count."""
+        parts = [
+            (self.only_base, "only in the base"),
+            (self.only_tuned, "only in the tuned checkpoint"),
+            (self.other_shape, "of different shapes"),
+        ]
+        return "; ".join(f"{len(names)} {what} ({', '.join(names[:3])} …)" for names, what in parts if names)
+
+
+def match_keys(base: Checkpoint, tuned: Checkpoint, rules: Sequence[str], flatten_conv: bool) -> Matching:
+    """Matrices that both have. 1-D, integer and running-statistics tensors are skipped, and so are convolutions
+    unless they are to be flattened."""
+    before, after = renamed(base.keys(), rules), renamed(tuned.keys(), rules)
+
+    def analysed(checkpoint: Checkpoint, key: str) -> bool:
+        dims = len(checkpoint.shape(key))
+        fits = dims == 2 or (dims > 2 and flatten_conv)
+        return fits and checkpoint.dtype(key).is_floating_point and not NOT_ANALYSED.search(key)
+
+    left = {name for name, key in before.items() if analysed(base, key)}
+    right = {name for name, key in after.items() if analysed(tuned, key)}
+    both = [name for name in before if name in left & right]
+    same = [name for name in both if base.shape(before[name]) == tuned.shape(after[name])]
+    return Matching(
+        shared={name: (before[name], after[name]) for name in same},
+        only_base=tuple(sorted(left - right)),
+        only_tuned=tuple(sorted(right - left)),
+        other_shape=tuple(name for name in both if name not in set(same)),
+        skipped=tuple(name for name in before if name not in left),
+    )
+
+
+def foreign_sites(base: Checkpoint, matching: Matching) -> dict[str, Site]:
+    """Sites of a pair that has no config.json: the key is the path, the tower is unknown."""
+    sites = {}
+    for name, (key, _) in matching.shared.items():
+        shape = base.shape(key)
+        rest = 1
+        for size in shape[1:]:
+            rest *= size
+        path = name.removesuffix(".weight")
+        sites[path] = describe(path, (shape[0], rest))
+    return sites
+
+
+def flat_site_weights(matching: Matching) -> tuple[dict[str, Weight], dict[str, Weight]]:
+    paths = {name.removesuffix(".weight"): keys for name, keys in matching.shared.items()}
+    return {p: Weight(k[0]) for p, k in paths.items()}, {p: Weight(k[1]) for p, k in paths.items()}
+
+
+def check_finite(site: Site, delta: Delta) -> None:
+    """NaN and Inf name their tensor."""
+    if not torch.isfinite(torch.tensor(delta.energy)):
+        raise DataError(f"{site.path}.weight: the delta has NaN or infinite entries; the run it comes from diverged")

@@ -1,0 +1,58 @@
+"""Several processes on one job: who takes which sites, and how the results come together.
+
+Started by `torchrun --nproc-per-node N -m rankwise …` (or accelerate launch); alone, nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch.distributed as dist
+
+Item = TypeVar("Item")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+def process_index() -> tuple[int, int]:
+    """(rank, number of processes) as torchrun tells them."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def announce(text: str) -> None:
+    """Print once, whatever the number of processes: from the first."""
+    if process_index()[0] == 0:
+        print(text)
+
+
+def own_share(items: Sequence[Item], costs: Sequence[float]) -> list[Item]:
+    """This process's items: largest first, each to the process with the least work so far."""
+    rank, count = process_index()
+    load = [0.0] * count
+    mine: list[Item] = []
+    for index in sorted(range(len(items)), key=lambda i: -costs[i]):
+        target = load.index(min(load))
+        load[target] += costs[index]
+        if target == rank:
+            mine.append(items[index])
+    return mine
+
+
+def gathered(results: Mapping[Key, Value]) -> dict[Key, Value]:
+    """The results of all processes, in every process."""
+    _, count = process_index()
+    if count == 1:
+        return dict(results)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    parts: list[Mapping[Key, Value]] = [{} for _ in range(count)]
+    dist.all_gather_object(parts, dict(results))
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def finish() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,198 @@
+"""A run folder: everything one run reads and writes, held by one process at a time.
+
+run = RunFolder("runs/first")
+with run.lock(), run.recording("ranks", {"pretrained": base, "finetuned": tuned}) as record:
+    run.save_config(config)
+    record.outputs["plan"] = plan.save(run / "lora_rank_config.json")
+# leaving the block without an error writes manifest.json, last
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from rankwise.errors import UsageError
+from rankwise.store.files import fingerprint, read_object, write_json
+
+if sys.platform != "win32":
+    import resource
+
+LOCK, HOLDER = ".rankwise.lock", ".rankwise.lock.json"
+CONFIG, MANIFEST = "resolved_config.json", "manifest.json"
+FORMAT = "rankwise-manifest/1"
+LIBRARIES = ("rankwise", "torch", "transformers", "peft")
+
+
+@dataclass
+class Record:
+    """What a stage reports of itself while it runs: outputs by name (paths), and any further facts."""
+
+    outputs: dict[str, Path | str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class RunFolder:
+    """A folder and its conventions: `run / "name"` is a path in it."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @contextmanager
+    def lock(self) -> Iterator[RunFolder]:
+        """Hold the folder for this process. UsageError where another one holds it.
+
+        The operating system frees the lock when its process ends, however it ends: nothing to clean up after a
+        kill. Of several processes of one run only rank 0 takes it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UsageError(
+                f"{self.path}: in use by {_holder(self / HOLDER)}; wait for it, stop it, or choose another folder"
+            ) from error
+        try:
+            now = {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "since": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            write_json(self / HOLDER, now)
+            yield self
+        finally:
+            (self / HOLDER).unlink(missing_ok=True)
+            lock.release()
+
+    def save_config(self, config: Any, name: str = CONFIG) -> Path:
+        """Save a resolved config: a mapping or a dataclass."""
+        is_dataclass = dataclasses.is_dataclass(config) and not isinstance(config, type)
+        return write_json(self / name, dataclasses.asdict(config) if is_dataclass else dict(config))
+
+    @contextmanager
+    def recording(self, stage: str, inputs: Mapping[str, Path | str]) -> Iterator[Record]:
+        """Measure a stage, and enter it in the manifest when the block ends without an error.
+
+        Inputs are fingerprinted before the block: they are what the stage started from.
+        """
+        started, clock = datetime.now(UTC), time.monotonic()
+        described = {name: describe_input(value) for name, value in inputs.items()}
+        record = Record()
+        yield record
+        self._enter(stage, described, record, started, time.monotonic() - clock)
+
+    def record(
+        self,
+        stage: str,
+        inputs: Mapping[str, Path | str],
+        outputs: Mapping[str, Path | str],
+        seconds: float,
+        **facts: Any,
+    ) -> None:
+        """Enter a stage that has just finished and was timed by the caller."""
+        described = {name: describe_input(value) for name, value in inputs.items()}
+        started = datetime.now(UTC) - timedelta(seconds=seconds)
+        self._enter(stage, described, Record(dict(outputs), facts), started, seconds)
+
+    def _enter(self, stage: str, inputs: Mapping[str, Any], record: Record, started: datetime, seconds: float) -> None:
+        """Write manifest.json anew with this stage's entry; the other stages' entries stay."""
+        entry = {
+            "stage": stage,
+            "started": started.isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(seconds, 3),
+            **peak_memory(),
+            "python": platform.python_version(),
+            "versions": versions(),
+            "inputs": dict(inputs),
+            "outputs": {name: self._describe_output(Path(path)) for name, path in record.outputs.items()},
+            **record.facts,
+        }
+        write_json(self / MANIFEST, {"format": FORMAT, "stages": {**self.stages(), stage: entry}})
+
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """The manifest's entries by stage; empty where no stage has finished yet."""
+        path = self / MANIFEST
+        stages: dict[str, dict[str, Any]] = read_object(path).get("stages", {}) if path.is_file() else {}
+        return stages
+
+    def is_done(self, stage: str, inputs: Mapping[str, Path | str]) -> bool:
+        """Whether the stage has finished on inputs with these fingerprints, and its outputs are as it left them."""
+        entry = self.stages().get(stage)
+        if entry is None:
+            return False
+        before = {name: row.get("fingerprint", row.get("name")) for name, row in entry["inputs"].items()}
+        rows = {name: describe_input(value) for name, value in inputs.items()}
+        if before != {name: row.get("fingerprint", row.get("name")) for name, row in rows.items()}:
+            return False
+        return all(self._unchanged(row) for row in entry["outputs"].values())
+
+    def _describe_output(self, path: Path) -> dict[str, str]:
+        inside = path.is_relative_to(self.path)
+        shown = path.relative_to(self.path) if inside else path
+        return {"path": shown.as_posix(), "fingerprint": fingerprint(path)}
+
+    def _unchanged(self, row: Mapping[str, str]) -> bool:
+        path = self.path / row["path"]
+        return path.exists() and fingerprint(path) == row["fingerprint"]
+
+
+def describe_input(value: Path | str) -> dict[str, str]:
+    """A path with the fingerprint of what it holds; a name (a hub id, say) as it is."""
+    path = Path(value)
+    if path.exists():
+        return {"path": str(value), "fingerprint": fingerprint(path)}
+    return {"name": str(value)}
+
+
+def peak_memory() -> dict[str, int]:
+    """The process's peaks so far: resident bytes (mapped files included), and on a GPU allocated bytes."""
+    peaks = {}
+    if sys.platform != "win32":
+        unit = 1 if sys.platform == "darwin" else 1024
+        peaks["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if torch.cuda.is_available():
+        peaks["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+    return peaks
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of the libraries that results depend on; None where one is absent."""
+    found: dict[str, str | None] = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _holder(path: Path) -> str:
+    """Who holds the lock, as far as it has said so by now."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {content['pid']} on {content['host']} since {content['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

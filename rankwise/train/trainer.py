@@ -1,0 +1,175 @@
+"""The one Trainer subclass: guarded steps, checkpoints sealed by a manifest, signals that end in a safe checkpoint.
+
+    trainer = RankwiseTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collator, identity=...)
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+What it adds lives in functions and small classes of its siblings (guard, checkpoints, tables, interruption); here
+they are only hooked in. `before_step` is the place for whatever looks at gradients before clipping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft.optimizers import create_loraplus_optimizer
+from torch import Tensor, nn
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from rankwise.errors import RankwiseError
+from rankwise.store.files import explained
+from rankwise.train.checkpoints import CheckpointKeeper, discard_unsealed
+from rankwise.train.guard import StepGuard, diverged, memory_advice
+from rankwise.train.interruption import Interruption
+from rankwise.train.tables import TrainingLog
+
+SAMPLE_INDEX = "sample_index"
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends training after the step in which a signal came, with a checkpoint; `done` says that it did."""
+
+    def __init__(self, trainer: RankwiseTrainer) -> None:
+        self.trainer = trainer
+        self.done = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.trainer.stop_signal is not None:
+            self.done = True
+            control.should_training_stop = control.should_save = control.should_log = True
+            control.should_evaluate = control.should_evaluate and args.load_best_model_at_end
+
+
+class RankwiseTrainer(Trainer):
+    """transformers' Trainer with a guard before every step and checkpoints that can be trusted.
+
+    Args:
+        identity: what the run is (model, data, plan, rates …); saved with each checkpoint, compared on resume.
+        loraplus_lr_ratio: learning rate of B over that of A (LoRA+, Hayou et al. 2024).
+        The rest are the Trainer's own. `args.save_total_limit` is taken over: complete checkpoints are rotated
+        after a new one is complete. A batch may carry `sample_index`; the data set's `sample_id` names it.
+
+    Raises (from `train`): DivergedError before a step with a loss or gradient that is not finite; Interrupted
+    after the checkpoint that a signal asked for; DataError on a full disk; RankwiseError when memory runs out.
+    """
+
+    def __init__(
+        self,
+        *,
+        args: TrainingArguments,
+        identity: Mapping[str, Any] | None = None,
+        loraplus_lr_ratio: float | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        **rest: Any,
+    ) -> None:
+        keep, args.save_total_limit = args.save_total_limit, None
+        self.guard = StepGuard()
+        self.interruption = Interruption(args.world_size)
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self._agreed_signal: int | None = None
+        self._stop = StopOnSignal(self)
+        own = [TrainingLog(Path(args.output_dir)), CheckpointKeeper(identity or {}, keep), self._stop]
+        super().__init__(args=args, callbacks=[*own, *callbacks], **rest)
+        self.remove_callback(PrinterCallback)
+
+    def train(self, resume_from_checkpoint: str | Path | None = None, **rest: Any) -> Any:
+        """Train, from a checkpoint that `checkpoints.resume_point` has found sound where one is given."""
+        folder = Path(self.args.output_dir)
+        checkpoint = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
+        self.guard.reset()
+        try:
+            with self.interruption, explained(folder), memory_advice():
+                result = super().train(resume_from_checkpoint=checkpoint, **rest)
+        except RankwiseError:
+            if self.is_world_process_zero():
+                discard_unsealed(folder, self.state.global_step)
+            raise
+        if self._stop.done:
+            self.interruption.requested = self.stop_signal
+            self.interruption.raise_if_requested(str(folder))
+        return result
+
+    @property
+    def stop_signal(self) -> int | None:
+        """The signal that all processes stop for; several processes agree on it at each step."""
+        return self.interruption.requested if self.args.world_size == 1 else self._agreed_signal
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        index = inputs.pop(SAMPLE_INDEX, None)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.guard.losses.append(loss)
+        if index is not None:
+            self.guard.samples.append(index)
+        if self.accelerator.sync_gradients:
+            self.before_step(model)
+        return loss
+
+    def before_step(self, model: nn.Module) -> None:
+        """All gradients of the step are there, unclipped; with a gradient scaler they are still scaled.
+
+        The only synchronisation of a step: loss and gradient norm come to the host together.
+        """
+        loss, norm = self.guard.values(self.trained_parameters()).tolist()
+        reason = self.guard.check(loss, norm, scaled=self.accelerator.scaler is not None)
+        if self.args.world_size > 1:
+            reason = self.agree(reason)
+        if reason:
+            names = self.sample_names(self.guard.samples)
+            raise diverged(reason, self.state.global_step + 1, names, str(self.args.output_dir))
+        self.guard.reset()
+
+    def agree(self, reason: str | None) -> str | None:
+        """One collective call: a bad step or a signal in one process is one in all, so none waits for another."""
+        flags = torch.tensor(
+            [int(bool(reason)), self.interruption.requested or 0], device=self.args.device, dtype=torch.int32
+        )
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        bad, number = flags.tolist()
+        self._agreed_signal = number or None
+        return reason or ("another process found its loss or gradient not finite" if bad else None)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Everything that the optimizer holds."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def sample_names(self, indices: Sequence[Tensor]) -> list[str]:
+        name = getattr(self.train_dataset, "sample_id", str)
+        return [name(index) for batch in indices for index in batch.tolist()]
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **rest: Any) -> Any:
+        inputs.pop(SAMPLE_INDEX, None)
+        return super().prediction_step(model, inputs, *args, **rest)
+
+    def evaluate(self, *args: Any, **rest: Any) -> dict[str, float]:
+        """Evaluation draws no random number from training's stream: how often one evaluates changes no weight."""
+        device = self.args.device
+        devices = [] if device.type == "cpu" else [device]
+        kind = "cuda" if device.type == "cpu" else device.type
+        with torch.random.fork_rng(devices=devices, device_type=kind):
+            return super().evaluate(*args, **rest)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, or with LoRA+ PEFT's grouping of A and B."""
+        if self.loraplus_lr_ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = create_loraplus_optimizer(
+            self.model,
+            kind,
+            loraplus_lr_ratio=self.loraplus_lr_ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            **settings,
+        )
+        return self.optimizer

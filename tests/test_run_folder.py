@@ -1,0 +1,140 @@
+"""Laws of run folders: one process at a time, and a manifest that is written last."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from rankwise.errors import DataError, UsageError
+from rankwise.store.files import write_text
+from rankwise.store.run import HOLDER, RunFolder
+
+HOLD = """
+import sys
+from rankwise.store.run import RunFolder
+with RunFolder(sys.argv[1]).lock():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def holder(folder: Path) -> subprocess.Popen[str]:
+    """Another process that has the folder's lock."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def take(folder: Path) -> None:
+    with RunFolder(folder).lock():
+        assert json.loads((folder / HOLDER).read_text())["pid"] == os.getpid()
+
+
+def test_a_second_process_is_refused_by_name_until_the_first_is_killed(tmp_path: Path) -> None:
+    process = holder(tmp_path)
+    try:
+        with pytest.raises(UsageError, match=rf"in use by process {process.pid} on ") as caught:
+            take(tmp_path)
+        assert caught.value.exit_code == 2
+    finally:
+        process.kill()
+        process.communicate()
+    take(tmp_path)
+
+
+def fail_while_held(folder: Path, other: Path) -> None:
+    with RunFolder(folder).lock():
+        take(other)
+        raise KeyError
+
+
+def test_the_lock_is_free_after_an_error_and_other_folders_are_not_held(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            fail_while_held(tmp_path / "a", tmp_path / "b")
+    assert not (tmp_path / "a" / HOLDER).exists()
+
+
+def finish(run: RunFolder, base: Path) -> None:
+    with run.recording("ranks", {"base": base, "hub": "org/model"}) as record:
+        record.outputs["plan"] = write_text(run / "plan.json", "{}")
+        record.facts["sites"] = 7
+
+
+def test_the_manifest_says_what_was_made_from_what(tmp_path: Path) -> None:
+    run, base = RunFolder(tmp_path / "run"), write_text(tmp_path / "base.bin", "weights")
+    finish(run, base)
+    entry = run.stages()["ranks"]
+    assert entry["inputs"]["base"]["path"] == str(base)
+    assert entry["inputs"]["hub"] == {"name": "org/model"}
+    assert entry["outputs"]["plan"]["path"] == "plan.json"
+    assert entry["versions"]["torch"] is not None
+    assert entry["started"] <= entry["finished"]
+    assert entry["seconds"] >= 0
+    assert entry["peak_resident_bytes"] > 2**20
+    assert entry["sites"] == 7
+
+
+def test_stages_in_one_folder_keep_their_entries(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.record("train", {}, {"adapter": write_text(run / "a", "x")}, seconds=2.5, steps=10)
+    run.record("evaluate", {}, {}, seconds=1.0)
+    assert list(run.stages()) == ["train", "evaluate"]
+    assert (run.stages()["train"]["seconds"], run.stages()["train"]["steps"]) == (2.5, 10)
+
+
+def test_a_failed_stage_is_not_in_the_manifest(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    with pytest.raises(KeyError), run.recording("ranks", {}):
+        raise KeyError
+    assert run.stages() == {}
+    assert not run.is_done("ranks", {})
+
+
+def test_done_means_same_inputs_and_untouched_outputs(tmp_path: Path) -> None:
+    run, base = RunFolder(tmp_path / "run"), write_text(tmp_path / "base.bin", "weights")
+    inputs = {"base": base, "hub": "org/model"}
+    assert not run.is_done("ranks", inputs)
+    finish(run, base)
+    assert run.is_done("ranks", inputs)
+    assert not run.is_done("ranks", inputs | {"hub": "org/other"})
+    write_text(run / "plan.json", "[]")
+    assert not run.is_done("ranks", inputs)
+    write_text(run / "plan.json", "{}")
+    assert run.is_done("ranks", inputs)
+    write_text(base, "other weights")
+    assert not run.is_done("ranks", inputs)
+
+
+def test_a_folder_that_moved_is_still_done(tmp_path: Path) -> None:
+    base = write_text(tmp_path / "base.bin", "weights")
+    finish(RunFolder(tmp_path / "run"), base)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert RunFolder(tmp_path / "moved").is_done("ranks", {"base": base, "hub": "org/model"})
+
+
+def test_an_output_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such"):
+        RunFolder(tmp_path).record("train", {}, {"adapter": tmp_path / "absent"}, seconds=1.0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    rank: int
+    output: Path
+
+
+@pytest.mark.parametrize("config", [Settings(4, Path("out")), {"rank": 4, "output": Path("out")}])
+def test_the_config_is_saved_as_json(tmp_path: Path, config: object) -> None:
+    saved = RunFolder(tmp_path).save_config(config)
+    assert saved.parent == tmp_path
+    assert json.loads(saved.read_text()) == {"rank": 4, "output": "out"}
