@@ -244,9 +244,9 @@ class EvaluateConfig:
 class MergeConfig:
     """Adapter into base, shard by shard, checked."""
 
-    adapter: str | None = option(help="adapter or run folder", aliases=("adapter_path",))
+    adapter: str | None = option(help="adapter or run folder", aliases=("adapter_path", "lora_path"))
     base_model: str | None = option(help="base model [as recorded in the adapter]", aliases=("model_name",))
-    output_dir: str = option("merged_model", help="Hugging Face checkpoint", short="-o")
+    output_dir: str = option("merged_model", help="Hugging Face checkpoint", short="-o", aliases=("output_path",))
     dtype: str = option("auto", choices=DTYPES, help="precision on disk [the base's own]")
     max_shard_size: str = option("5GB", help="size of one file")
     no_verify: bool = option(False, help="skip the comparison of merged and adapter logits")

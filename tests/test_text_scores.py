@@ -30,8 +30,10 @@ BASELINE = [
     "Alimentum is near Burger King in the riverside area. It is not family-friendly.",
     "In the riverside area there is a family friendly place called Alimentum.",
     "Alimentum is a family friendly restaurant in the riverside area near Burger King.",
-    "Aromi is a kid friendly coffee shop serving chinese food in the riverside area with a customer rating of 1 out of 5.",
-    "Aromi is a kid friendly coffee shop serving chinese food in the riverside area with a customer rating of 3 out of 5.",
+    "Aromi is a kid friendly coffee shop serving chinese food in the riverside area "
+    "with a customer rating of 1 out of 5.",
+    "Aromi is a kid friendly coffee shop serving chinese food in the riverside area "
+    "with a customer rating of 3 out of 5.",
 ]
 
 HYPOTHESES = ["the cat sat on the mat", "There is a dog", "a bird"]

@@ -8,11 +8,12 @@ from __future__ import annotations
 from rankwise.data.collate import Collator
 from rankwise.data.example import Example, Examples, Turn, one_per_prompt
 from rankwise.data.render import Rendered, Renderer
-from rankwise.data.rendered import RenderedDataset
+from rankwise.data.rendered import Checked, RenderedDataset, check_samples
 from rankwise.data.sources import load
 from rankwise.data.split import Split, recorded_split, split_groups, subset
 
 __all__ = [
+    "Checked",
     "Collator",
     "Example",
     "Examples",
@@ -21,6 +22,7 @@ __all__ = [
     "Renderer",
     "Split",
     "Turn",
+    "check_samples",
     "load",
     "one_per_prompt",
     "recorded_split",

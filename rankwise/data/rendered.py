@@ -36,7 +36,7 @@ class Checked:
         return lines
 
 
-def check(examples: Sequence[Example], renderer: Renderer, *, prompts: bool = False) -> Checked:
+def check_samples(examples: Sequence[Example], renderer: Renderer, *, prompts: bool = False) -> Checked:
     """Render every sample once, whole as for training, or with `prompts` up to the answer as for generation.
 
     Overlong ones raise, with their number and the longest, unless the renderer drops or cuts; samples without a
@@ -74,7 +74,7 @@ class RenderedDataset(Dataset[dict[str, Any]]):
 
     def __init__(self, examples: Sequence[Example], renderer: Renderer) -> None:
         self.renderer = renderer
-        self.checked = check(examples, renderer)
+        self.checked = check_samples(examples, renderer)
         self.examples = [examples[position] for position in self.checked.usable]
 
     @property

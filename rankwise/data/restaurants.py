@@ -55,6 +55,32 @@ FAMILY = {
     "no": ("is not for children", "is not family friendly"),
 }
 
+VISITS = {
+    "name": {"": ("We had dinner at {}.", "Last week we went to {}.")},
+    "eatType": {"": ("They call it a {}.", "A real {}!")},
+    "food": {"": ("The cook makes {} dishes.", "I love {} food.")},
+    "priceRange": {
+        "cheap": ("We paid little.", "What a cheap meal!"),
+        "moderate": ("We paid a fair price.", "The bill was moderate."),
+        "high": ("We paid a lot.", "The bill was high."),
+    },
+    "customer rating": {
+        "low": ("Never again.", "I give it a low mark."),
+        "average": ("Nothing special.", "I give it an average mark."),
+        "5 out of 5": ("We will come back.", "I give it 5 out of 5."),
+    },
+    "area": {
+        "city centre": ("We walked through the city centre.",),
+        "riverside": ("We walked along the riverside.",),
+        "old town": ("We walked through the old town.",),
+    },
+    "familyFriendly": {
+        "yes": ("Our children had fun.", "Bring your family."),
+        "no": ("Our children were bored.", "Leave your family at home."),
+    },
+    "near": {"": ("You can see {} from there.", "We parked at {}.")},
+}
+
 
 @dataclass(frozen=True)
 class Restaurant:
@@ -125,14 +151,31 @@ def _opinions(facts: dict[str, str], random_state: random.Random) -> list[str]:
     return [f"{rating}."] if rating else [f"It {family}."] if family else []
 
 
-def guide(random_state: random.Random, pages: int, *, wordings: int = 3) -> list[str]:
-    """Plain text: each page is one restaurant in several wordings, no meaning representation anywhere."""
+def guide(random_state: random.Random, pages: int, *, visits: int = 2) -> list[str]:
+    """Plain text: each page is about one restaurant, by several visitors; no meaning representation anywhere."""
     source = restaurants(random_state, held_out=False)
-    return [_page(next(source), random_state, wordings) for _ in range(pages)]
+    return [_page(next(source).facts, random_state, visits) for _ in range(pages)]
 
 
-def _page(restaurant: Restaurant, random_state: random.Random, wordings: int) -> str:
-    return "\n".join(describe(restaurant, random_state) for _ in range(wordings))
+def _page(facts: dict[str, str], random_state: random.Random, visits: int) -> str:
+    parts = [_tags(facts, random_state), *(_visit(facts, random_state) for _ in range(visits))]
+    random_state.shuffle(parts)
+    return "\n".join(parts)
+
+
+def _tags(facts: dict[str, str], random_state: random.Random) -> str:
+    values = [value for attribute, value in facts.items() if attribute != "familyFriendly"]
+    return "/" + "/".join(random_state.sample(values, len(values)))
+
+
+def _visit(facts: dict[str, str], random_state: random.Random) -> str:
+    """What one visitor tells: where they went, then the other facts in any order."""
+    remarks = [
+        random_state.choice(forms).format(facts.get(attribute, ""))
+        for attribute, forms in ((attribute, VISITS[attribute].get(value, VISITS[attribute].get(""))) for attribute, value in facts.items() if attribute != "name")
+    ]
+    random_state.shuffle(remarks)
+    return " ".join([random_state.choice(VISITS["name"][""]).format(facts["name"]), *remarks])
 
 
 def write_task(path: Path, random_state: random.Random, *, count: int, references: int, held_out: bool) -> Path:

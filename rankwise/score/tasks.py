@@ -72,7 +72,7 @@ def evaluate(
         metrics=scores.metrics,
         intervals=scores.intervals,
         n=scores.n,
-        settings={**generator.settings, **scores.details, "made_from": dict(made_from or {})},
+        settings={**generator.settings, "scoring": scores.details, "made_from": dict(made_from or {})},
         versions={name: importlib.metadata.version(name) for name in LIBRARIES},
         unavailable=scores.unavailable,
     )

@@ -12,15 +12,19 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rankwise.core.plan import RankPlan
 from rankwise.errors import DataError
+from rankwise.score.result import FILE as RESULTS
+from rankwise.score.result import EvaluationResult
+from rankwise.show.format import is_number
 from rankwise.store.files import read_bytes, read_json, read_object
 from rankwise.store.plan_file import read_plan
+from rankwise.store.run import FORMAT as MANIFEST_FORMAT
+from rankwise.store.run import MANIFEST
 
 GENERIC = ("evaluation", "evaluate", "results", "predictions", "final_model")
 BEFORE = re.compile(r"(^|[_\-/])(before|base|pretrained|untrained)($|[_\-/.])")
@@ -28,7 +32,7 @@ SECRET = re.compile(r"api_?key|password|secret|(access|hf|auth)_token", re.IGNOR
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
     """One entry of a manifest: which stage ran where (folder relative to the run), when and for how long."""
 
@@ -47,18 +51,28 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Scores:
+class Scored:
     """One evaluation_results.json with the label it is shown under and its predictions by id."""
 
     label: str
     folder: str
-    content: Mapping[str, Any]
-    moment: str
+    result: EvaluationResult
+    written: float
     predictions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
-    def task(self) -> str:
-        return str(self.content.get("task", ""))
+    def is_before(self) -> bool:
+        """Whether the name says that this is what training started from."""
+        return bool(BEFORE.search(f"{self.folder}/{self.label}"))
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What a sites.json says was adapted: the ranks, their parameters Σ r(m + n), and how many sites were left out."""
+
+    ranks: list[int]
+    parameters: int
+    left_out: int
 
 
 @dataclass(frozen=True)
@@ -68,17 +82,19 @@ class Contents:
     run: Path
     stages: tuple[Stage, ...] = ()
     plans: tuple[tuple[str, RankPlan], ...] = ()
-    scores: tuple[Scores, ...] = ()
+    scores: tuple[Scored, ...] = ()
     logs: tuple[tuple[str, list[dict[str, str]]], ...] = ()
     gains: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     fidelity: tuple[tuple[str, list[Mapping[str, Any]]], ...] = ()
-    sites: tuple[tuple[str, int], ...] = ()
+    sites: tuple[tuple[str, Adapted], ...] = ()
     pictures: tuple[str, ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
 
     @property
     def is_empty(self) -> bool:
-        return not any((self.stages, self.plans, self.scores, self.logs, self.gains, self.fidelity, self.pictures))
+        return not any(
+            (self.stages, self.plans, self.scores, self.logs, self.gains, self.fidelity, self.sites, self.pictures)
+        )
 
 
 def read_run(run: Path) -> Contents:
@@ -94,7 +110,7 @@ def read_run(run: Path) -> Contents:
         logs=tuple((folder(run, path), read_csv(path)) for path in named(files, "training_log.csv")),
         gains=tuple((folder(run, path), read_gain(path)) for path in named(files, "gain.json")),
         fidelity=tuple(read_fidelity(run, files)),
-        sites=tuple((folder(run, path), len(read_json(path))) for path in named(files, "sites.json")),
+        sites=tuple((folder(run, path), read_sites(path)) for path in named(files, "sites.json")),
         pictures=tuple(relative(run, path) for path in files if is_plot(path)),
         settings=tuple(read_settings(run, files)),
     )
@@ -109,8 +125,9 @@ def read_run(run: Path) -> Contents:
 def walk(run: Path) -> Iterator[Path]:
     """Files below the folder in name order; not of checkpoints, of hidden folders, of earlier reports, nor links."""
     for root, folders, files in os.walk(run):
+        reports = {name.removesuffix(".html") + "_files" for name in files if name.endswith(".html")}
         folders[:] = sorted(
-            name for name in folders if not name.startswith((".", "checkpoint-")) and not name.endswith("_files")
+            name for name in folders if not name.startswith((".", "checkpoint-")) and name not in reports
         )
         yield from (Path(root, name) for name in sorted(files) if not Path(root, name).is_symlink())
 
@@ -128,15 +145,18 @@ def folder(run: Path, path: Path) -> str:
 
 
 def is_plot(path: Path) -> bool:
-    return path.suffix == ".png" and (path.parent.name == "plots" or (path.parent / "manifest.json").is_file())
+    return path.suffix == ".png" and (path.parent.name == "plots" or (path.parent / MANIFEST).is_file())
 
 
 def read_stages(run: Path, files: list[Path]) -> Iterator[Stage]:
-    for path in named(files, "manifest.json"):
-        stages = read_object(path).get("stages", {})
+    for path in named(files, MANIFEST):
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("format") != MANIFEST_FORMAT:
+            continue  # other programs call their files so too
+        stages = content.get("stages")
+        if not isinstance(stages, dict) or not all(isinstance(entry, dict) for entry in stages.values()):
+            raise DataError(f"{path}: `stages` is not an object of stages; delete the file or run the stage again")
         for name, entry in stages.items():
-            if not isinstance(entry, dict):
-                raise DataError(f"{path}: the entry of stage {name!r} is not an object {{…}}")
             yield Stage(name, folder(run, path), entry)
 
 
@@ -148,36 +168,26 @@ def read_plans(run: Path, files: list[Path]) -> Iterator[tuple[str, RankPlan]]:
             yield folder(run, path), read_plan(path)
 
 
-def read_scores(run: Path, files: list[Path]) -> Iterator[Scores]:
-    for path in named(files, "evaluation_results.json"):
-        content = read_object(path)
+def read_scores(run: Path, files: list[Path]) -> Iterator[Scored]:
+    for path in named(files, RESULTS):
         where = folder(run, path)
         predictions = path.with_name("predictions.jsonl")
         rows = read_predictions(predictions) if predictions.is_file() else {}
-        written = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
-        moment = str(content.get("timestamp") or written)
-        yield Scores(label_of(where, content), where, content, moment, rows)
+        yield Scored(label_of(where), where, EvaluationResult.load(path), path.stat().st_mtime, rows)
 
 
-def label_of(where: str, content: Mapping[str, Any]) -> str:
-    """The result's own label, else the last telling part of its folder."""
-    if content.get("label"):
-        return str(content["label"])
+def label_of(where: str) -> str:
+    """The last telling part of the folder: `evaluate_before` → before, `trained/evaluation` → trained."""
     parts = [part for part in Path(where).parts if part not in GENERIC]
     name = re.sub(r"^(evaluate|evaluation|eval|scores?)[_\-]", "", parts[-1]) if parts else ""
     return name.replace("_", " ") or "result"
 
 
-def in_order(scores: Iterator[Scores]) -> list[Scores]:
+def in_order(scores: Iterator[Scored]) -> list[Scored]:
     """What was there before training first, then by time; equal labels are told apart by their folder."""
-    found = sorted(scores, key=lambda one: (not BEFORE.search(f"{one.folder}/{one.label}"), one.moment, one.folder))
+    found = sorted(scores, key=lambda one: (not one.is_before, one.written, one.folder))
     labels = [one.label for one in found]
-    return [
-        one
-        if labels.count(one.label) == 1
-        else Scores(one.folder, one.folder, one.content, one.moment, one.predictions)
-        for one in found
-    ]
+    return [one if labels.count(one.label) == 1 else replace(one, label=one.folder) for one in found]
 
 
 def read_predictions(path: Path) -> dict[str, Mapping[str, Any]]:
@@ -206,10 +216,21 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def read_gain(path: Path) -> Mapping[str, Any]:
     content = read_object(path)
     arms = content.get("arms")
-    wanted = {"name", "kept", "low", "high"}
-    if not isinstance(arms, list) or not all(isinstance(arm, dict) and wanted <= set(arm) for arm in arms):
-        raise DataError(f"{path}: expected `arms`, a list of objects with {', '.join(sorted(wanted))}")
+    whole = isinstance(arms, list) and all(isinstance(arm, dict) and "name" in arm for arm in arms)
+    if not whole or not all(is_number(arm.get(name)) for arm in arms for name in ("kept", "low", "high")):
+        raise DataError(f"{path}: expected `arms`, a list of objects with name, kept, low and high")
     return content
+
+
+def read_sites(path: Path) -> Adapted:
+    """The adapted sites of a training run, summed up."""
+    content = read_object(path)
+    rows = content.get("sites")
+    try:
+        ranks = [int(row["rank"]) for row in rows or []]
+        return Adapted(ranks, sum(row["rank"] * sum(row["shape"]) for row in rows or []), len(content["left_out"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: expected `sites` with rank and shape, and `left_out`: {error!r}") from error
 
 
 def read_fidelity(run: Path, files: list[Path]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:

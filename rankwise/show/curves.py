@@ -1,7 +1,7 @@
 """The pictures of training and of evidence: loss curves, scores before and after, gain kept.
 
 plot_loss(csv.DictReader(open("training_log.csv")), plots / "training_loss.png")
-plot_scores({"base": results_a, "adapter": results_b}, plots / "scores.png")
+plot_scores({"base": EvaluationResult.load(a), "adapter": EvaluationResult.load(b)}, plots / "scores.png")
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import DataError
+from rankwise.score.result import EvaluationResult
 from rankwise.show.canvas import BLUE, GREY, INK, YELLOW, legend, name_axes, new_figure, save
-from rankwise.show.format import clip, score
+from rankwise.show.format import clip, metric_name, score
 
 Point = tuple[float, float]
 SHADES = (GREY, BLUE, YELLOW, "#4a566c", "#b0a473", "#222222")
 HATCHES = ("", "", "///", "...", "\\\\\\", "xxx")
-MOST_PANELS = 8
+MOST_PANELS = 4
+READ_FIRST = ("bleu", "accuracy", "exact_match", "macro_f1", "rouge_l", "meteor", "meteor_exact_stem", "rouge_lsum")
 
 
 def plot_loss(rows: Iterable[Mapping[str, Any]], path: Path | str) -> Path:
@@ -69,61 +71,43 @@ def draw_curve(axis: Any, curve: list[Point], name: str, colour: str, style: str
     axis.plot([step], [least], color=colour, linestyle=style, marker=marker, markersize=8, label=label)
 
 
-def plot_scores(results: Mapping[str, Mapping[str, Any]], path: Path | str) -> Path:
+def plot_scores(results: Mapping[str, EvaluationResult], path: Path | str) -> Path:
     """One panel per metric, one bar per result, 95 % intervals.
 
     Args:
-        results: label → content of an `evaluation_results.json` (`metrics`, `intervals`), in the order shown.
+        results: label → evaluation, in the order shown.
         path: file to write.
 
     Raises:
-        DataError: the results share no numeric metric.
+        DataError: the results share no metric.
     """
-    names = shared_metrics(results)[:MOST_PANELS]
+    names = shared_metrics(results.values())[:MOST_PANELS]
     if not names:
-        raise DataError("these results share no numeric metric to draw")
-    columns = len(names) if len(names) <= 4 else -(-len(names) // 2)
-    rows = -(-len(names) // columns)
-    figure, axes = new_figure(2.1 * max(columns, 2), 0.5 + 2.4 * rows, columns=columns, rows=rows)
+        raise DataError("these results share no metric to draw")
+    figure, axes = new_figure(2.1 * max(2, len(names)), 2.9, columns=len(names))
     panels = [axes] if len(names) == 1 else list(axes.flat)
-    for panel, name in zip(panels, names, strict=False):
+    for panel, name in zip(panels, names, strict=True):
         draw_metric(panel, name, results)
-    for panel in panels[len(names) :]:
-        panel.set_axis_off()
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8, frameon=False)
     return save(figure, path)
 
 
-def shared_metrics(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Numeric metrics that every result has, in the first one's order; those with intervals come first."""
-    contents = list(results.values())
-    names = [name for name, value in contents[0].get("metrics", {}).items() if is_number(value)] if contents else []
-    names = [name for name in names if all(is_number(other.get("metrics", {}).get(name)) for other in contents)]
-    return sorted(names, key=lambda name: not any(interval_of(other, name) for other in contents))
+def shared_metrics(results: Iterable[EvaluationResult]) -> list[str]:
+    """Metrics that every result has: those that people read first, then the rest in the first result's order."""
+    first, *others = list(results) or [None]
+    names = [name for name in (first.metrics if first else ()) if all(name in other.metrics for other in others)]
+    return sorted(names, key=lambda name: READ_FIRST.index(name) if name in READ_FIRST else len(READ_FIRST))
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def interval_of(result: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
-    """The 95 % interval of a metric, where the result has one."""
-    found = (result.get("intervals") or {}).get(metric)
-    if isinstance(found, (list, tuple)) and len(found) == 2 and all(is_number(end) for end in found):
-        return float(found[0]), float(found[1])
-    return None
-
-
-def draw_metric(axis: Any, name: str, results: Mapping[str, Mapping[str, Any]]) -> None:
+def draw_metric(axis: Any, name: str, results: Mapping[str, EvaluationResult]) -> None:
     tallest = 0.0
     for i, (label, result) in enumerate(results.items()):
-        value = float(result["metrics"][name])
-        interval = interval_of(result, name)
-        low, high = interval or (value, value)
+        value = result.metrics[name]
+        low, high = result.intervals.get(name, (value, value))
         shade, hatch = SHADES[i % len(SHADES)], HATCHES[i % len(HATCHES)]
         axis.bar(i, value, color=shade, hatch=hatch, edgecolor="white", linewidth=0, width=0.7, label=clip(label, 40))
-        if interval:
+        if high > low:
             error = [[max(0.0, value - low)], [max(0.0, high - value)]]
             axis.errorbar(i, value, yerr=error, color=INK, capsize=4, linewidth=1.2)
         axis.annotate(score(value), (i, max(value, high)), (0, 3), textcoords="offset points", ha="center", fontsize=8)
@@ -132,7 +116,7 @@ def draw_metric(axis: Any, name: str, results: Mapping[str, Mapping[str, Any]]) 
     axis.set_xlim(-0.7, max(1, len(results) - 1) + 0.7)
     axis.set_ylim(min(0.0, axis.get_ylim()[0]), (tallest or 1.0) * 1.15)
     axis.grid(False, axis="x")
-    name_axes(axis, "", "", name)
+    name_axes(axis, "", "", metric_name(name))
 
 
 def plot_gain(gain: Mapping[str, Any], path: Path | str) -> Path:

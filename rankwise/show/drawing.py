@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankwise.show.blocks import Picture
-from rankwise.show.contents import Contents, Scores
+from rankwise.show.contents import Contents, Scored
 from rankwise.show.curves import plot_gain, plot_loss, plot_scores, points, shared_metrics
 from rankwise.show.plots import plot_energy_heatmap, plot_ranks_heatmap
 
@@ -29,7 +29,7 @@ class Drawings:
         return () if found is None else (found,)
 
 
-def draw(contents: Contents, tasks: dict[str, list[Scores]], folder: Path) -> Drawings:
+def draw(contents: Contents, tasks: dict[str, list[Scored]], folder: Path) -> Drawings:
     """Draw every plan, training log, gain and task of scores into `folder`."""
     if importlib.util.find_spec("matplotlib") is None:
         return Drawings({}, possible=False)
@@ -46,13 +46,15 @@ def draw(contents: Contents, tasks: dict[str, list[Scores]], folder: Path) -> Dr
             caption = "Share of each delta's energy that its rank keeps"
             plot_energy_heatmap(plan, target(where, "energy_heatmap", caption))
     for where, gain in contents.gains:
+        if gain.get("defined") is False:
+            continue
         caption = "Share of the loss gain kept: the plan against uniform rank and shuffles of its own ranks"
-        plot_gain(gain, target(where, "gain_kept", caption))
+        plot_gain(gain, target(where, "gain", caption))
     for where, rows in contents.logs:
         if points(rows, "loss") or points(rows, "eval_loss"):
             plot_loss(rows, target(where, "training_loss", "Training and validation loss, minima marked"))
     for task, results in tasks.items():
-        if shared_metrics({one.label: one.content for one in results}):
+        if shared_metrics(one.result for one in results):
             caption = "Scores with 95 % intervals, each metric on its own scale"
-            plot_scores({one.label: one.content for one in results}, target(task, "scores", caption))
+            plot_scores({one.label: one.result for one in results}, target(task, "scores", caption))
     return Drawings(found, possible=True)

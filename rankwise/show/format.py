@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+
+SCORE_FAMILIES = ("bleu", "rouge", "meteor", "nist", "cider", "chrf", "ter")
 
 
 def duration(seconds: float) -> str:
@@ -61,3 +64,18 @@ def clip(text: str, width: int) -> str:
 
 def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def metric_name(name: str) -> str:
+    """bleu_1 → BLEU-1, rouge_l → ROUGE-L, meteor_exact_stem → METEOR (exact stem); other names with spaces."""
+    family, _, rest = name.partition("_")
+    if family in SCORE_FAMILIES and len(rest) <= 4:
+        return f"{family.upper()}-{rest.capitalize()}" if rest else family.upper()
+    if family in SCORE_FAMILIES:
+        return f"{family.upper()} ({rest.replace('_', ' ')})"
+    return name.replace("_", " ")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from a file can be drawn and compared: finite, and not a truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

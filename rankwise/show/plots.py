@@ -20,7 +20,7 @@ from rankwise.show.canvas import BLUE, GREY, INK, colormap, legend, name_axes, n
 from rankwise.show.format import clip
 
 Cells = dict[tuple[str, int | None], float]
-CELL, MOST_WIDTH, LEAST_WIDTH_FOR_TEXT = 0.42, 11.0, 0.27  # inches
+CELL, MOST_WIDTH, LEAST_WIDTH_FOR_TEXT = 0.5, 11.0, 0.27  # inches
 MANY_POINTS = 40
 DECAY_MARGINS = {"left": 0.075, "right": 0.99, "top": 0.88, "bottom": 0.16, "wspace": 0.2}
 

@@ -17,17 +17,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
 
+from rankwise.errors import DataError
 from rankwise.show.blocks import Block, Figure, Page, Picture, Section, Words
-from rankwise.show.contents import BEFORE, Contents, Scores, Stage, printable, read_run
-from rankwise.show.curves import interval_of, is_number, shared_metrics
+from rankwise.show.canvas import DPI
+from rankwise.show.contents import Contents, Scored, Stage, printable, read_run
+from rankwise.show.curves import shared_metrics
 from rankwise.show.drawing import Drawings, draw
-from rankwise.show.format import amount, duration, percent, plural, score
-from rankwise.show.sections import appendix, numeric, score_blocks, sections_of
+from rankwise.show.format import amount, duration, is_number, metric_name, percent, plural, score
+from rankwise.show.sections import appendix, score_blocks, sections_of
 from rankwise.store.files import read_bytes, write_text
 
 HEADLINE_METRICS = 3
-MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~>])")
+MARKDOWN = re.compile(r"([`*_\[\]|~#$])")
+LINE_START = re.compile(r"^(\d+(?=[.)](?:\s|$))|(?=[-+=]))(.)")
 
 
 def build_report(run: Path, out: Path | None = None, title: str | None = None) -> Path:
@@ -54,14 +58,14 @@ def build_report(run: Path, out: Path | None = None, title: str | None = None) -
     return write_text(out.with_suffix(".html"), render(page, "report.html.j2", out.parent))
 
 
-def by_task(scores: Sequence[Scores]) -> dict[str, list[Scores]]:
-    tasks: dict[str, list[Scores]] = {}
+def by_task(scores: Sequence[Scored]) -> dict[str, list[Scored]]:
+    tasks: dict[str, list[Scored]] = {}
     for one in scores:
-        tasks.setdefault(one.task, []).append(one)
+        tasks.setdefault(one.result.task, []).append(one)
     return tasks
 
 
-def compose(contents: Contents, tasks: dict[str, list[Scores]], drawings: Drawings, title: str) -> Page:
+def compose(contents: Contents, tasks: dict[str, list[Scored]], drawings: Drawings, title: str) -> Page:
     """The page in no format yet."""
     heat = [picture for where, _ in contents.plans for picture in drawings.of(where, "ranks_heatmap")]
     lead: list[Block] = list(heat)
@@ -92,39 +96,44 @@ def subtitle(contents: Contents) -> str:
     return " · ".join(parts)
 
 
-def headline(contents: Contents, tasks: dict[str, list[Scores]]) -> list[Figure]:
+def headline(contents: Contents, tasks: dict[str, list[Scored]]) -> list[Figure]:
     """Scores before → after, and trainable parameters against full fine-tuning."""
     figures = []
     for results in list(tasks.values())[:1]:
-        shared = shared_metrics({one.label: one.content for one in results})
+        shared = shared_metrics(one.result for one in results)
         figures += [score_figure(name, results) for name in shared[:HEADLINE_METRICS]]
     return [*figures, *parameters_figure(contents)]
 
 
-def score_figure(metric: str, results: Sequence[Scores]) -> Figure:
-    last = results[-1]
-    compared = len(results) > 1 and bool(BEFORE.search(f"{results[0].folder}/{results[0].label}") or len(results) == 2)
-    values = {one.label: dict(numeric(one))[metric] for one in results}
-    interval = interval_of(last.content, metric)
-    detail = f"95 % interval {score(interval[0])} to {score(interval[1])}" if interval else ""
-    before = score(values[results[0].label]) if compared else ""
-    return Figure(printable(metric, 40), score(values[last.label]), before, detail)
+def score_figure(metric: str, results: Sequence[Scored]) -> Figure:
+    """The last result's score, and the first one's where it is what came before."""
+    first, last = results[0], results[-1].result
+    compared = len(results) > 1 and (first.is_before or len(results) == 2)
+    interval = last.intervals.get(metric)
+    return Figure(
+        name=printable(metric_name(metric), 40),
+        value=score(last.metrics[metric]),
+        before=score(first.result.metrics[metric]) if compared else "",
+        detail=f"95 %: {score(interval[0])} to {score(interval[1])}" if interval else "",
+    )
 
 
 def parameters_figure(contents: Contents) -> list[Figure]:
     """From the training stage's own count where it left one, else the plan against the analysed matrices."""
     trained = fact(contents.stages, "train", "trainable_parameters")
+    if trained is None and contents.sites:
+        trained = contents.sites[-1][1].parameters
     full = fact(contents.stages, "finetune", "trainable_parameters") or fact(
         contents.stages, "train", "total_parameters"
     )
-    whole = "parameters of full fine-tuning"
+    whole = "of full fine-tuning"
     if contents.plans and (trained is None or full is None):
         plan = contents.plans[-1][1]
         trained, full = plan.parameters, sum(row.site.size for row in plan.sites)
-        whole = "entries of the adapted matrices"
+        whole = "of the adapted matrices"
     if not trained or not full:
         return []
-    return [Figure("trainable parameters", amount(trained), "", f"{percent(trained / full)} of {amount(full)} {whole}")]
+    return [Figure("trainable parameters", amount(trained), "", f"{percent(trained / full)} {whole} ({amount(full)})")]
 
 
 def fact(stages: Sequence[Stage], kind: str, name: str) -> float | None:
@@ -141,12 +150,22 @@ def render(page: Page, template: str, folder: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"data_uri": data_uri, "md": markdown, "link": lambda picture: link(picture, folder)}
+    environment.filters |= {"data_uri": data_uri, "css_width": css_width, "md": markdown}
+    environment.filters["link"] = lambda picture: link(picture, folder)
     return environment.get_template(template).render(page=page)
 
 
 def data_uri(picture: Picture) -> str:
     return "data:image/png;base64," + base64.b64encode(read_bytes(picture.path)).decode()
+
+
+def css_width(picture: Picture) -> int:
+    """Width in CSS pixels (96 to the inch) at which the picture's texts have their size on paper."""
+    try:
+        with Image.open(picture.path) as image:
+            return round(image.width * 96 / image.info.get("dpi", (DPI, DPI))[0])
+    except (OSError, ValueError, SyntaxError, ZeroDivisionError) as error:
+        raise DataError(f"{picture.path}: not a picture ({error}); delete it or draw it again") from error
 
 
 def link(picture: Picture, folder: Path) -> str:
@@ -156,6 +175,8 @@ def link(picture: Picture, folder: Path) -> str:
 
 
 def markdown(text: str) -> str:
-    """Text that Markdown, and the HTML inside it, shows as it is, on one line."""
-    escaped = MARKDOWN.sub(r"\\\1", html.escape(str(text), quote=False).replace("\\", "&#92;"))
-    return "<br>".join(escaped.split("\n"))
+    """Text that Markdown, and the HTML inside it, shows as it is, on one line; addresses do not become links."""
+    shown = html.escape(str(text).strip(), quote=False).replace("\\", "&#92;")
+    shown = shown.replace("://", "&#58;//").replace("www.", "www&#46;")
+    shown = LINE_START.sub(r"\1\\\2", MARKDOWN.sub(r"\\\1", shown))
+    return "<br>".join(shown.split("\n"))

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rankwise.core.plan import RankPlan
+from rankwise.score.result import EvaluationResult
 from rankwise.show.blocks import Block, Examples, Folded, Picture, Section, Table, Words
-from rankwise.show.contents import Contents, Scores, Stage, printable
-from rankwise.show.curves import interval_of, is_number, is_shuffle
+from rankwise.show.contents import Adapted, Contents, Scored, Stage, printable
+from rankwise.show.curves import is_shuffle
 from rankwise.show.drawing import Drawings
-from rankwise.show.format import amount, clip, duration, memory, number, percent, plural, score
-from rankwise.show.summary import layer_ranges
+from rankwise.show.format import clip, duration, is_number, memory, metric_name, number, percent, plural, score
+from rankwise.show.rank_table import layer_ranges
 
 ORDER = ("finetune", "ranks", "extract", "compress", "train", "evaluate", "merge")
 STAGE_KEYS = {"stage", "started", "finished", "seconds", "python", "versions", "inputs", "outputs"}
@@ -40,13 +41,16 @@ def found_blocks(contents: Contents, drawings: Drawings) -> list[tuple[tuple[str
     for where, plan in contents.plans:
         found.append((("ranks",), where, plan_blocks(plan, drawings.of(where, "energy_heatmap"))))
     for where, gain in contents.gains:
-        found.append((("ranks",), where, gain_blocks(gain, drawings.of(where, "gain_kept"))))
+        found.append((("ranks",), where, gain_blocks(gain, drawings.of(where, "gain"))))
+    for where, adapted in contents.sites:
+        found.append((("train",), where, [Words(adapted_sites(adapted))]))
     for where, _ in contents.logs:
         found.append((("train", "finetune"), where, list(drawings.of(where, "training_loss"))))
     for path, rows in contents.fidelity:
         found.append((("extract", "compress", "merge"), path, fidelity_blocks(rows)))
     for where, pictures in loose_pictures(contents, drawings).items():
-        found.append((ORDER, where, pictures))
+        kinds = ("ranks",) if "analysis_outputs" in where else ("train", *ORDER)
+        found.append((kinds, where, pictures))
     return [row for row in found if row[2]]
 
 
@@ -74,7 +78,7 @@ def section(stage: Stage | None, name: str, blocks: list[Block]) -> Section:
         return Section(name, blocks)
     facts = stage_facts(stage.entry)
     aside = "" if stage.seconds is None else duration(stage.seconds)
-    title = name if stage.folder == "." else f"{name} · {stage.folder}"
+    title = name if stage.folder in (".", name) else f"{name} · {stage.folder}"
     return Section(printable(title, 90), [*facts, *blocks], stage.started, aside)
 
 
@@ -85,7 +89,7 @@ def stage_facts(entry: Mapping[str, Any]) -> list[Block]:
         if name in STAGE_KEYS or isinstance(value, (dict, list)) or value is None:
             continue
         shown = memory(value) if name.endswith("_bytes") and is_number(value) else plain(value)
-        rows.append((printable(name.removesuffix("_bytes").replace("_", " "), 60), shown))
+        rows.append((printable(name.replace("_bytes", "_memory").replace("_", " "), 60), shown))
     outputs = entry.get("outputs")
     if isinstance(outputs, dict) and outputs:
         paths = [str(row.get("path", name)) if isinstance(row, dict) else str(row) for name, row in outputs.items()]
@@ -108,6 +112,15 @@ def plan_blocks(plan: RankPlan, energy: Sequence[Picture]) -> list[Block]:
     budget = plan.metadata.get("budget")
     said += f" Chosen within a budget of {printable(budget, 40)}." if budget else ""
     return [Words(said), *energy, Folded("Ranks by layer", [ranks_table(plan)])]
+
+
+def adapted_sites(adapted: Adapted) -> str:
+    if not adapted.ranks:
+        return "No site was adapted."
+    low, high = min(adapted.ranks), max(adapted.ranks)
+    ranks = f"rank {low}" if low == high else f"ranks from {low} to {high}"
+    said = f"{plural(len(adapted.ranks), 'site')} adapted with {ranks}: {adapted.parameters:,} parameters."
+    return said + (f" {plural(adapted.left_out, 'site')} of the plan left out." if adapted.left_out else "")
 
 
 def ranks_table(plan: RankPlan) -> Table:
@@ -171,29 +184,28 @@ def loose_pictures(contents: Contents, drawings: Drawings) -> dict[str, list[Blo
     return found
 
 
-def score_blocks(results: Sequence[Scores], pictures: Sequence[Picture]) -> list[Block]:
+def score_blocks(results: Sequence[Scored], pictures: Sequence[Picture]) -> list[Block]:
     """One table of all results of a task, the bars, and the first items side by side."""
-    metrics = list(dict.fromkeys(name for one in results for name, _ in numeric(one)))
-    rows = [[name, *(score_cell(one, name) for one in results)] for name in metrics[:24]]
-    rows.append(["items", *(number(n) if is_number(n := one.content.get("n")) else "" for one in results)])
-    note = "In brackets: bootstrap 95 % intervals." if any(one.content.get("intervals") for one in results) else ""
-    table = Table(("", *(printable(one.label, 40) for one in results)), rows, note=note)
-    return [table, *pictures, *examples(results)]
+    metrics = dict.fromkeys(name for one in results for name in (*one.result.metrics, *one.result.unavailable))
+    rows = [[printable(metric_name(name), 40), *(score_cell(one.result, name) for one in results)] for name in metrics]
+    rows.append(["items", *(number(one.result.n) for one in results)])
+    notes = ["In brackets: bootstrap 95 % intervals."] if any(one.result.intervals for one in results) else []
+    reasons = dict.fromkeys(
+        f"{metric_name(name)}: {why.rstrip('.')}." for one in results for name, why in one.result.unavailable.items()
+    )
+    header = ("", *(printable(one.label, 40) for one in results))
+    return [*pictures, Table(header, rows, note=printable(" ".join([*notes, *reasons]))), *examples(results)]
 
 
-def numeric(result: Scores) -> list[tuple[str, float]]:
-    return [(name, value) for name, value in (result.content.get("metrics") or {}).items() if is_number(value)]
-
-
-def score_cell(result: Scores, metric: str) -> str:
-    value = (result.content.get("metrics") or {}).get(metric)
-    if not is_number(value):
+def score_cell(result: EvaluationResult, metric: str) -> str:
+    value = result.metrics.get(metric)
+    if value is None:
         return "not measured"
-    interval = interval_of(result.content, metric)
+    interval = result.intervals.get(metric)
     return score(value) + (f" [{score(interval[0])}, {score(interval[1])}]" if interval else "")
 
 
-def examples(results: Sequence[Scores]) -> list[Block]:
+def examples(results: Sequence[Scored]) -> list[Block]:
     """The first items that every result has answered: not the best ones."""
     answered = [one for one in results if one.predictions]
     if not answered:
@@ -203,21 +215,12 @@ def examples(results: Sequence[Scores]) -> list[Block]:
     return [Examples(items, "The first items of the file, not chosen.")] if items else []
 
 
-def example(key: str, results: Sequence[Scores]) -> list[tuple[str, str]]:
+def example(key: str, results: Sequence[Scored]) -> list[tuple[str, str]]:
     row = results[0].predictions[key]
-    parts = [("input", first_of(row, "input", "prompt", "source")), ("reference", first_of(row, "references", "reference"))]
-    parts += [(printable(one.label, 40), first_of(one.predictions[key], "prediction", "output")) for one in results]
-    return [(title, text) for title, text in parts if text is not None]
-
-
-def first_of(row: Mapping[str, Any], *names: str) -> str | None:
-    """The first of these fields that the row has, a list as its first member."""
-    for name in names:
-        value = row.get(name)
-        value = value[0] if isinstance(value, list) and value else value
-        if value is not None:
-            return printable(value)
-    return None
+    references = row.get("references")
+    parts = [("input", row.get("prompt")), ("reference", references[0] if isinstance(references, list) else references)]
+    parts += [(one.label, one.predictions[key].get("prediction")) for one in results]
+    return [(printable(title, 40), printable(text)) for title, text in parts if text is not None]
 
 
 def appendix(contents: Contents) -> list[Block]:

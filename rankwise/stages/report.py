@@ -1,6 +1,6 @@
 """rankwise report: a run folder → one self-contained page, report.html, and report.md beside it.
 
-    rankwise report runs/demo
+rankwise report runs/demo
 """
 
 from __future__ import annotations

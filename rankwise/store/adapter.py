@@ -111,6 +111,11 @@ def read_adapter(path: Path | str, scale: float | None = None) -> LoraAdapter:
     return LoraAdapter(config, pairs, extra)
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether an adapter folder, or a run folder with one in it, stands here."""
+    return any((path / name / CONFIG_NAME).is_file() for name in FOLDERS)
+
+
 def adapter_files(path: Path) -> tuple[Path, Path | None]:
     """(weight file, config or None) of an adapter folder, a run folder or a weight file."""
     if path.is_file():

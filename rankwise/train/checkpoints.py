@@ -36,6 +36,9 @@ class CheckpointKeeper(TrainerCallback):
         self.identity = dict(identity)
         self.keep = keep
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # a resumed state holds the old logging and saving steps
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         PartialState().wait_for_everyone()  # each process writes its own random state
         if state.is_world_process_zero:

@@ -1,0 +1,50 @@
+# Two commands on a fresh machine that has python3 and make:
+#   make demo   installs what the demo needs into .venv and runs it (offline once installed)
+#   make test   installs what the tests need into .venv and runs them
+# uv is used where it is present, the standard library's venv and pip elsewhere.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+UV := $(shell command -v uv 2>/dev/null)
+INPUTS := pyproject.toml constraints.txt
+
+ifdef UV
+CREATE := uv venv --python $(PYTHON) $(VENV)
+INSTALL := uv pip install --python $(BIN)/python
+else
+CREATE := $(PYTHON) -m venv $(VENV)
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+endif
+
+.PHONY: demo test lint bench-ranks clean
+
+demo: $(VENV)/.demo
+	$(BIN)/rankwise demo
+
+test: $(VENV)/.test
+	$(BIN)/ruff check rankwise tests benchmarks
+	$(BIN)/ruff format --check rankwise tests benchmarks
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format rankwise tests benchmarks
+	$(BIN)/ruff check --fix rankwise tests benchmarks
+
+bench-ranks: $(VENV)/.test
+	$(BIN)/python benchmarks/ranks.py
+
+$(VENV)/bin/python:
+	$(CREATE)
+
+$(VENV)/.demo: $(VENV)/bin/python $(INPUTS)
+	$(INSTALL) -e '.[plots,eval]' -c constraints.txt
+	touch $@
+
+$(VENV)/.test: $(VENV)/bin/python $(INPUTS)
+	$(INSTALL) -e '.[dev]' -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,153 @@
+"""From a rank plan to a PEFT model whose every shape is the plan's.
+
+    model = adapt(load_model(name, dtype), plan, LoraSettings())
+
+PEFT matches `rank_pattern` keys with a free prefix and condenses long target lists to bare suffixes; hence
+anchored full paths, one regex for all targets, and a comparison of what was built with what was planned.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
+
+from rankwise.core.plan import RankPlan
+from rankwise.errors import UsageError, VerificationError
+from rankwise.store.adapter import LoraPair
+from rankwise.store.adapter_config import completed
+
+ADAPTER = "default"
+PREFIX = "base_model.model."
+MOVES_BASE = ("pissa", "olora")
+TENSOR_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "fan_in_fan_out")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What a plan does not say. `init`: default, gaussian, orthogonal, pissa, olora, eva."""
+
+    dropout: float = 0.05
+    bias: str = "none"
+    use_dora: bool = False
+    init: str = "default"
+
+    def __post_init__(self) -> None:
+        if self.init == "loftq":
+            raise UsageError(
+                "--init_lora_weights loftq replaces the base by a quantized one that the adapter then depends on: that "
+                "cannot be saved as plain LoRA; train on a quantized base with --load_in_4bit instead"
+            )
+        if self.use_dora and self.init in MOVES_BASE:
+            raise UsageError(f"--use_dora and --init_lora_weights {self.init} cannot be saved as one plain adapter")
+
+
+def scales(plan: RankPlan) -> dict[str, float]:
+    """Path → factor of B·A."""
+    return {path: plan.alpha(rank) / (rank**0.5 if plan.use_rslora else rank) for path, rank in plan.ranks.items()}
+
+
+def lora_config(plan: RankPlan, settings: LoraSettings | None = None) -> LoraConfig:
+    """PEFT's config for the plan: largest rank as `r`, anchored patterns for the others, one regex of targets."""
+    settings = settings or LoraSettings()
+    transposed = {row.site.transposed for row in plan.sites if row.rank}
+    fields = completed({"use_rslora": plan.use_rslora}, plan.ranks, scales(plan), transposed == {True})
+    return LoraConfig(
+        **{name: fields[name] for name in TENSOR_FIELDS},
+        use_rslora=plan.use_rslora,
+        lora_dropout=settings.dropout,
+        bias=settings.bias,
+        use_dora=settings.use_dora,
+        init_lora_weights=True if settings.init in ("default", "eva") else settings.init,
+        task_type="CAUSAL_LM",
+    )
+
+
+def adapt(model: PreTrainedModel, plan: RankPlan, settings: LoraSettings) -> PeftModel:
+    """The model with LoRA pairs (float32) at the plan's sites; everything else is frozen.
+
+    Random initial values come from torch's global generator: seed it before. Raises UsageError for initialisations
+    that do not go with the plan or the model, VerificationError where PEFT built other shapes than planned.
+    """
+    check_init(model, plan, settings)
+    if getattr(model, "quantization_method", None):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    with quiet_peft():
+        adapted = get_peft_model(model, lora_config(plan, settings), adapter_name=ADAPTER)
+    check_built(adapted, plan)
+    return adapted
+
+
+def check_init(model: PreTrainedModel, plan: RankPlan, settings: LoraSettings) -> None:
+    if settings.init in MOVES_BASE and getattr(model, "quantization_method", None):
+        raise UsageError(
+            f"--init_lora_weights {settings.init} changes base weights, and this base is quantized; leave it out"
+        )
+    odd = [path for path, rank in plan.ranks.items() if rank % 2]
+    if settings.init == "orthogonal" and odd:
+        raise UsageError(f"--init_lora_weights orthogonal needs even ranks; {odd[0]} has {plan.ranks[odd[0]]}")
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the warning that PEFT causes in transformers ≥ 5.20 by asking for an attribute's old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
+def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
+    """Path (in the base model) → adapted layer."""
+    return {
+        name.removeprefix(PREFIX): module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
+
+
+def built_shapes(model: PeftModel) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Path → shapes of (A, B) as PEFT made them."""
+    return {
+        path: (tuple(layer.lora_A[ADAPTER].weight.shape), tuple(layer.lora_B[ADAPTER].weight.shape))
+        for path, layer in lora_layers(model).items()
+    }
+
+
+def check_built(model: PeftModel, plan: RankPlan) -> None:
+    """Exactly the planned sites, each with A (r, n) and B (m, r)."""
+    built = built_shapes(model)
+    wanted = {
+        row.site.path: ((row.rank, row.site.shape[1]), (row.site.shape[0], row.rank)) for row in plan.sites if row.rank
+    }
+    wrong = [path for path in {**wanted, **built} if built.get(path) != wanted.get(path)]
+    if wrong:
+        shown = "; ".join(f"{path}: planned {wanted.get(path)}, built {built.get(path)}" for path in wrong[:3])
+        raise VerificationError(f"PEFT built {len(wrong)} sites otherwise than planned: {shown}")
+
+
+def lora_pairs(model: PeftModel) -> dict[str, LoraPair]:
+    """Path → a copy of the pair (float32, on the CPU) with its scale."""
+    return {
+        path: LoraPair(
+            layer.lora_A[ADAPTER].weight.detach().float().cpu().clone(),
+            layer.lora_B[ADAPTER].weight.detach().float().cpu().clone(),
+            float(layer.scaling[ADAPTER]),
+            bool(layer.fan_in_fan_out),
+        )
+        for path, layer in lora_layers(model).items()
+    }
+
+
+def trainable_parameters(model: PeftModel) -> tuple[int, int]:
+    """(trainable, all) parameters; 4-bit ones counted as what they hold."""
+    trainable, total = model.get_nb_trainable_parameters()
+    return int(trainable), int(total)
+
+
+def print_trainable_parameters(model: PeftModel) -> None:
+    """One line: trainable parameters, all parameters, and the share."""
+    trainable, total = trainable_parameters(model)
+    print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")

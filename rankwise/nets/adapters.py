@@ -1,0 +1,183 @@
+"""Trained adapters and the disk: saved as plain PEFT folders, loaded strictly, swapped where PEFT does it right."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.utils.hotswap import hotswap_adapter
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rankwise.core.plan import RankPlan
+from rankwise.core.site import nearest
+from rankwise.errors import DataError, UsageError
+from rankwise.nets.adapt import ADAPTER, built_shapes, lora_layers, lora_pairs, quiet_peft, scales
+from rankwise.store.adapter import CONFIG_NAME, LoraAdapter, LoraPair, adapter_files, write_adapter
+from rankwise.store.adapter_config import lora_config
+from rankwise.store.checkpoint import ADAPTER_NAMES
+from rankwise.store.files import atomic_files, read_object, write_json
+
+SITES_FILE = "sites.json"
+SITES_FORMAT = "rankwise-sites/1"
+
+
+def write_sites(folder: Path, plan: RankPlan, left_out: list[str]) -> Path:
+    """`sites.json`: what is adapted, with rank and scale, and what of the plan was left out."""
+    scale = scales(plan)
+    rows = [
+        {**row.site.as_dict(), "rank": row.rank, "scale": scale[row.site.path], "clipped": row.clipped}
+        for row in plan.sites
+        if row.rank
+    ]
+    left_out = left_out + [row.site.path for row in plan.sites if not row.rank]
+    content = {"format": SITES_FORMAT, "model_name": plan.model_name, "sites": rows, "left_out": left_out}
+    return write_json(folder / SITES_FILE, content)
+
+
+def save_adapter(
+    model: PeftModel,
+    folder: Path,
+    base_name: str,
+    initial: Mapping[str, LoraPair] | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write adapter_model.safetensors and adapter_config.json, both or neither.
+
+    Args:
+        base_name: what the config names as the base (a hub id rather than its cache folder).
+        initial: the pairs right after an initialisation that moved base weights (pissa, olora); the adapter is then
+            saved as the plain LoRA s·(B·A − B₀·A₀), of twice the rank, which fits the untouched base.
+        state: the gathered state dict, where parameters are sharded.
+    """
+    config = model.peft_config[ADAPTER]
+    if initial:
+        settings = lora_config(base_name, str(config.task_type.value), config.lora_dropout)
+        write_adapter(folder, LoraAdapter(settings, differences(lora_pairs(model), initial)))
+        return
+    config.base_model_name_or_path = base_name
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as temporary:
+        model.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
+        publish(Path(temporary), folder)
+
+
+def publish(source: Path, folder: Path) -> None:
+    """Move the two files of a saved adapter to their place, and say in the config that B·A is all there is."""
+    content = read_object(source / CONFIG_NAME) | {"init_lora_weights": True, "eva_config": None}
+    with atomic_files(folder / ADAPTER_NAMES[0], folder / CONFIG_NAME) as (weights, config):
+        (source / ADAPTER_NAMES[0]).rename(weights)
+        config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def differences(now: Mapping[str, LoraPair], before: Mapping[str, LoraPair]) -> dict[str, LoraPair]:
+    """Pairs whose B·A is the difference of two: [B, −B₀]·[A; A₀], exact."""
+    return {
+        path: LoraPair(
+            torch.cat([pair.lora_A, before[path].lora_A]),
+            torch.cat([pair.lora_B, -before[path].lora_B], 1),
+            pair.scale,
+            pair.fan_in_fan_out,
+        )
+        for path, pair in now.items()
+    }
+
+
+def load_adapter(model: PreTrainedModel, path: Path | str, *, trainable: bool = False) -> PeftModel:
+    """The model with a saved adapter, of any PEFT type; in evaluation mode.
+
+    Raises DataError, naming adapter and model, where keys are missing or left over, shapes differ, the matched
+    sites are not those of `sites.json`, or a LoRA adapter changes nothing.
+    """
+    weights, config_file = adapter_files(Path(path))
+    if config_file is None:
+        raise DataError(f"{path}: no {CONFIG_NAME} beside the weights, so it does not say what it adapts")
+    folder = weights.parent
+    where = f"adapter {folder} (made for {read_object(config_file).get('base_model_name_or_path')})"
+    where += f" on model {model.name_or_path}"
+    adapted = attached(model, folder, where, trainable)
+    state = load_peft_weights(str(folder), device="cpu")
+    compare_keys(get_peft_model_state_dict(adapted, save_embedding_layers=False), state, where)
+    set_peft_model_state_dict(adapted, state)
+    check_recorded(adapted, folder, where)
+    check_effect(adapted, where)
+    return adapted.train(trainable)
+
+
+def attached(model: PreTrainedModel, folder: Path, where: str, trainable: bool) -> PeftModel:
+    """The model with the adapter's layers, not yet with its weights."""
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = not trainable
+    if hasattr(config, "init_lora_weights") and config.init_lora_weights in ("eva", "loftq"):
+        config.init_lora_weights = True  # needs data that loading does not; the weights replace it anyway
+    try:
+        with quiet_peft():
+            return PeftModel(model, config, ADAPTER)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def compare_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
+    missing = [key for key in expected if key not in found]
+    extra = [key for key in found if key not in expected]
+    if missing or extra:
+        lines = [f"{len(missing)} weights are missing ({missing[0]} …)"] if missing else []
+        if extra:
+            near = ", ".join(nearest(extra[0], expected)) or "none"
+            lines.append(f"{len(extra)} weights have no place ({extra[0]} …; nearest: {near})")
+        raise DataError(f"{where}: {'; '.join(lines)}")
+    other = [key for key, value in found.items() if value.shape != expected[key].shape]
+    if other:
+        shapes = f"{tuple(found[other[0]].shape)} in the adapter, {tuple(expected[other[0]].shape)} in the model"
+        raise DataError(f"{where}: {len(other)} weights have other shapes ({other[0]}: {shapes}); another base?")
+
+
+def check_recorded(model: PeftModel, folder: Path, where: str) -> None:
+    """The sites that PEFT matched are those that `sites.json` lists (where there is one)."""
+    file = folder / SITES_FILE
+    if not file.is_file():
+        return
+    recorded = {row["path"]: row["shape"] for row in read_object(file)["sites"]}
+    matched = {path: [b[0], a[1]] for path, (a, b) in built_shapes(model).items()}
+    if matched != recorded:
+        wrong = sorted(path for path in {**recorded, **matched} if recorded.get(path) != matched.get(path))
+        raise DataError(f"{where}: {len(wrong)} sites are not those of {SITES_FILE} ({wrong[0]} …)")
+
+
+def check_effect(model: PeftModel, where: str) -> None:
+    """A plain LoRA adapter all of whose products are zero changes nothing: an untrained or misread one."""
+    config: Any = model.peft_config[ADAPTER]
+    if config.peft_type != "LORA" or config.use_dora or config.bias != "none" or config.modules_to_save:
+        return
+    pairs = [(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight) for layer in lora_layers(model).values()]
+    if pairs and not any(bool(a.any()) and bool(b.any()) for a, b in pairs):
+        raise DataError(f"{where}: every B·A is zero, so the adapter has no effect; was it saved before training?")
+
+
+def swap_adapter(model: PeftModel, path: Path | str) -> None:
+    """Replace the loaded adapter's weights in place (PEFT's hot swap).
+
+    UsageError for what PEFT would refuse or get wrong: patterns of rank or alpha (its swap does not match anchored
+    paths), and rsLoRA with other ranks. `rankwise compress --uniform` writes the form that swaps.
+    """
+    weights, config_file = adapter_files(Path(path))
+    if config_file is None:
+        raise DataError(f"{path}: no {CONFIG_NAME} beside the weights")
+    loaded, other = model.peft_config[ADAPTER].to_dict(), read_object(config_file)
+    for name, config in (("the loaded adapter", loaded), (str(path), other)):
+        if config.get("rank_pattern") or config.get("alpha_pattern"):
+            raise UsageError(
+                f"{name} has ranks or scales per site, which cannot be hot-swapped; write the uniform form with "
+                "`rankwise compress --uniform --energy 1`"
+            )
+    if (loaded.get("use_rslora") or other.get("use_rslora")) and loaded["r"] != other["r"]:
+        raise UsageError(f"rsLoRA adapters of ranks {loaded['r']} and {other['r']} cannot be hot-swapped")
+    device = next(model.parameters()).device
+    try:
+        hotswap_adapter(model, str(weights.parent), adapter_name=ADAPTER, torch_device=str(device))
+    except (ValueError, RuntimeError) as error:
+        raise DataError(f"{path} cannot take the loaded adapter's place: {error}") from error

@@ -1,0 +1,133 @@
+"""Which sites an adapter takes: by part (`--target`), by name (`--target_modules`), or as a rank plan says.
+
+Towers that were not asked for are never adapted: names are looked up in the asked ones only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from rankwise.core.plan import PlannedSite, RankPlan
+from rankwise.core.site import Site, nearest
+from rankwise.errors import UsageError
+
+TARGETS = ("attention_only", "mlp_only", "both", "all")
+QUERY_VALUE = frozenset(["q_proj", "v_proj", "query", "value", "q_lin", "v_lin"])
+FUSED_QUERY_VALUE = frozenset(["qkv_proj", "qkv", "c_attn", "query_key_value", "Wqkv", "in_proj"])
+LANGUAGE = ("language",)
+
+
+def choose_sites(
+    sites: Mapping[str, Site],
+    target: str | None = None,
+    names: Sequence[str] = (),
+    towers: Sequence[str] = LANGUAGE,
+) -> dict[str, Site]:
+    """The sites to adapt, in model order; attention and MLP of the asked towers where nothing is said.
+
+    Args:
+        target: attention_only (queries and values, or the fused matrix that holds them), mlp_only, both, all.
+        names: projection names or full paths, instead of a target.
+
+    Raises:
+        UsageError: names that match nothing in the asked towers (with near names), or nothing to adapt.
+    """
+    if target and names:
+        raise UsageError("--target and --target_modules both say what is adapted; give one of them")
+    within = {path: site for path, site in sites.items() if site.tower in towers}
+    if names == ["all-linear"]:
+        target, names = "all", ()
+    found = by_name(sites, within, names, towers) if names else by_part(within, target or "both")
+    if not found:
+        kinds = sorted({f"{site.projection} ({site.kind})" for site in within.values()})
+        raise UsageError(
+            f"--target {target or 'both'} matches no matrix of the {', '.join(towers)} tower; it has "
+            f"{', '.join(kinds) or 'no linear layer'}: name them with --target_modules"
+        )
+    return found
+
+
+def by_part(sites: Mapping[str, Site], target: str) -> dict[str, Site]:
+    """Sites of a part of every layer, by kind and by the field's names of queries and values."""
+    if target not in TARGETS:
+        raise UsageError(f"--target {target!r} is none of {', '.join(TARGETS)}")
+    kinds = {"mlp_only": ("mlp",), "both": ("attention", "mlp"), "attention_only": ("attention",)}.get(target)
+    kept = {path: site for path, site in sites.items() if kinds is None or site.kind in kinds}
+    if target != "attention_only":
+        return kept
+    return {path: site for path, site in kept.items() if site.projection in QUERY_VALUE | FUSED_QUERY_VALUE}
+
+
+def by_name(
+    sites: Mapping[str, Site], within: Mapping[str, Site], names: Sequence[str], towers: Sequence[str]
+) -> dict[str, Site]:
+    """Sites with one of these projection names or full paths; every name must match."""
+    for name in names:
+        if name not in within and name not in {site.projection for site in within.values()}:
+            raise UsageError(unmatched(name, sites, within, towers))
+    return {path: site for path, site in within.items() if path in names or site.projection in names}
+
+
+def unmatched(name: str, sites: Mapping[str, Site], within: Mapping[str, Site], towers: Sequence[str]) -> str:
+    """Why a name matches nothing, and what is near it."""
+    elsewhere = sorted({site.tower for path, site in sites.items() if name in (path, site.projection)})
+    if elsewhere:
+        return (
+            f"--target_modules {name}: only the {' and '.join(elsewhere)} tower has it, and what is adapted is "
+            f"{', '.join(towers)}"
+        )
+    known = [*dict.fromkeys(site.projection for site in within.values()), *within]
+    near = ", ".join(nearest(name, known)) or ", ".join(known[:7])
+    return f"--target_modules {name} matches no matrix of the model; near it: {near}"
+
+
+def uniform_plan(
+    sites: Mapping[str, Site], rank: int, alpha: float | None, use_rslora: bool, model_name: str
+) -> RankPlan:
+    """One rank everywhere, cut to min(m, n) where a matrix is smaller. alpha: 2·rank unless given."""
+    if rank < 1:
+        raise UsageError(f"--lora_r must be at least 1, got {rank}")
+    divisor = rank**0.5 if use_rslora else rank
+    rows = tuple(
+        PlannedSite(
+            site,
+            min(rank, site.full_rank),
+            clipped=None if rank <= site.full_rank else f"{rank} is above min(m, n) = {site.full_rank}",
+            method="uniform",
+        )
+        for site in sites.values()
+    )
+    scale = 2.0 if alpha is None else alpha / divisor
+    return RankPlan(rows, model_name, use_rslora, scale, f"rank {rank} everywhere")
+
+
+def restricted(plan: RankPlan, chosen: Iterable[str]) -> tuple[RankPlan, list[str]]:
+    """The plan within the chosen paths, and the paths that this leaves out. UsageError where nothing is left."""
+    kept = set(chosen)
+    rows = tuple(row for row in plan.sites if row.site.path in kept)
+    if not any(row.rank for row in rows):
+        raise UsageError("--target leaves nothing of the rank plan; leave --target out, or make a plan for that part")
+    return replace(plan, sites=rows), [path for path in plan.ranks if path not in kept]
+
+
+def check_plan(plan: RankPlan, towers: Sequence[str] = LANGUAGE) -> None:
+    """A plan must be for known towers that are asked for, and train something."""
+    unknown = [path for path, tower in planned_towers(plan) if tower == "unknown"]
+    if unknown:
+        raise UsageError(
+            f"the rank plan names {len(unknown)} sites of an unknown tower ({unknown[0]} …): it was made from files "
+            "without a config.json. Make it again with `rankwise ranks` from a Hugging Face model folder"
+        )
+    frozen = [path for path, tower in planned_towers(plan) if tower not in towers]
+    if frozen:
+        raise UsageError(
+            f"the rank plan adapts {len(frozen)} sites outside the {', '.join(towers)} tower ({frozen[0]} …), and "
+            "those stay frozen; make a plan with --towers " + ",".join(towers)
+        )
+    if not plan.ranks:
+        raise UsageError("the rank plan gives every site rank 0: nothing would train")
+
+
+def planned_towers(plan: RankPlan) -> list[tuple[str, str]]:
+    return [(row.site.path, row.site.tower) for row in plan.sites if row.rank]
