@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rankwise import config, options
+from rankwise import __version__, config, options
 from rankwise.errors import RankwiseError, UsageError
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
@@ -105,7 +105,7 @@ def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
         name = " ".join(argv[:words])
         if len(argv) >= words and name in COMMANDS:
             return name, list(argv[words:])
-    raise options.unknown(argv[0], [name.split()[0] for name in COMMANDS], "rankwise")
+    raise options.unknown(argv[0], [name.split()[0] for name in COMMANDS], "rankwise", "command")
 
 
 def command_options(command: Command) -> list[options.Option]:
@@ -136,6 +136,9 @@ def resolve(name: str, argv: Sequence[str]) -> tuple[Any, bool]:
     parser = options.build_parser(prog, type(command.config).__doc__ or "", known, shown)
     words, flags = options.parse_flags(parser, known, argv)
     path, positionals = take_positionals(command, words, prog)
+    twice = [name for name in positionals if name in flags]
+    if twice:
+        raise UsageError(f"{prog}: {twice[0]} is given twice: as {positionals[twice[0]]} and as --{twice[0]}")
     values = (options.file_values(path, known) if path else {}) | positionals | flags
     return assemble(command, values), bool(values.get("dry_run"))
 
@@ -158,7 +161,8 @@ def dispatch(argv: Sequence[str]) -> None:
         import yaml
 
         print(yaml.safe_dump(options.flatten(built), sort_keys=False, allow_unicode=True), end="")
-        print("\n".join(f"would {line}" for line in stage.describe(built)))
+        for line in stage.describe(built):
+            print("# would " + line.replace("\n", "\n#   "))
     else:
         getattr(stage, COMMANDS[name].function)(built)
 
@@ -170,8 +174,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(overview())
         return 0
     if words[0] in ("-V", "--version"):
-        from rankwise import __version__
-
         print(f"rankwise {__version__}")
         return 0
     try:

@@ -14,6 +14,8 @@ from rankwise.options import option
 
 TASKS = ("e2e_nlg", "cota", "conversations")
 SCORED_TASKS = ("e2e_nlg",)
+TOWERS = ("language", "vision", "projector", "depth", "unknown")
+TRAINERS = ("peft", "axolotl", "swift", "unsloth", "llamafactory")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -73,7 +75,7 @@ class SitesSection:
 
     include: str | None = option(help="regex of site paths to analyse")
     exclude: str | None = option(help="regex of site paths to leave out")
-    towers: list[str] = option(["language"], help="language, vision, projector, unknown (comma-separated)")
+    towers: list[str] = option(["language"], choices=TOWERS, help="comma-separated")
     rename: list[str] = option([], commas=False, help="REGEX=TEXT applied to the checkpoints' keys; repeatable")
     allow_unmatched: bool = option(False, help="analyse what matches, list and count the rest")
     flatten_conv: bool = option(False, help="analyse convolutions as (out, rest) matrices")
@@ -130,7 +132,7 @@ class RanksConfig:
     model_name: str | None = option(help="model to run for --gain, --metric and --signal [the base]")
     num_samples: int = option(256, help="items of the data that --gain, --metric and --signal look at")
     batch_size: int = option(16, help="items per forward pass")
-    emit: list[str] = option([], help="plan as config for: peft, axolotl, swift, unsloth, llamafactory")
+    emit: list[str] = option([], choices=TRAINERS, help="the plan as a config for another trainer")
     allow_noise: bool = option(False, help="plan although the delta is mostly rounding noise (the plan says so)")
     no_plots: bool = option(False, help="no PNG files")
     save_delta_weights: bool = option(False, help="also write the deltas as float32 safetensors")

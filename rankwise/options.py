@@ -16,7 +16,8 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -57,6 +58,7 @@ class Option:
     short: str | None = None
     commas: bool = True
     section: str = "options"
+    nullable: bool = True
 
     @property
     def is_bool(self) -> bool:
@@ -82,16 +84,22 @@ def options_of(defaults: Any, section: str = "options") -> Iterator[Option]:
         if dataclasses.is_dataclass(default):
             yield from options_of(default, field.name)
         elif "help" in field.metadata:
-            yield Option(field.name, hints[field.name], default, section=section, **field.metadata)
+            nullable = type(None) in typing.get_args(hints[field.name])
+            yield Option(field.name, hints[field.name], default, section=section, nullable=nullable, **field.metadata)
 
 
 def convert(option: Option, value: Any, where: str) -> Any:
-    """A value from a flag (text) or a file (any JSON type) as the option's type; errors name the place."""
-    if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+    """A value from a flag (text) or a file (any JSON type) as the option's type; errors name the place.
+
+    `none` and `null` mean "not set" unless they are among the choices; what always has a value refuses them.
+    """
+    named = option.choices is not None and value in option.choices
+    if not named and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+        if not option.nullable:
+            raise UsageError(f"{where}: {option.name} needs a value; got {value!r}")
         return None
     if option.is_list:
-        parts = value if isinstance(value, list) else [value]
-        return [text for part in parts for text in (split_list(str(part)) if option.commas else [str(part)])]
+        return convert_list(option, value, where)
     failures = []
     for kind in plain_types(option.annotation):
         try:
@@ -99,10 +107,32 @@ def convert(option: Option, value: Any, where: str) -> Any:
         except (ValueError, TypeError) as error:
             failures.append(str(error))
             continue
-        if option.choices and converted not in option.choices:
-            raise UsageError(f"{where}: {option.name} takes {', '.join(option.choices)}; got {value!r}")
-        return converted
+        return chosen(option, converted, where)
     raise UsageError(f"{where}: {option.name}: {'; '.join(dict.fromkeys(failures))}")
+
+
+def convert_list(option: Option, value: Any, where: str) -> list[str]:
+    """A list from a file, or from repeated flags, each of which may hold several items with commas between."""
+    parts = value if isinstance(value, list) else [value]
+    for part in parts:
+        if isinstance(part, (dict, list)) or part is None:
+            raise UsageError(f"{where}: {option.name}: expected a list of texts, got {value!r}")
+    texts = [text for part in parts for text in (split_list(str(part)) if option.commas else [str(part)])]
+    return [chosen(option, text, where) for text in texts]
+
+
+def chosen(option: Option, value: Any, where: str) -> Any:
+    """The value, once it is one of the choices. YAML reads a bare `no` or `off` as false: it is taken back."""
+    choices = option.choices
+    if not choices or value in choices:
+        return value
+    words = FALSE if str(value).lower() == "false" else TRUE if str(value).lower() == "true" else set()
+    found = [choice for choice in choices if choice in words]
+    if len(found) == 1:
+        return found[0]
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UsageError(f"{where}: {option.name} takes {', '.join(choices)}; got {value!r}{hint}")
 
 
 def split_list(text: str) -> list[str]:
@@ -124,34 +154,45 @@ def convert_plain(kind: Any, value: Any) -> Any:
             raise ValueError(f"expected a whole number, got {value!r}")
         try:
             return kind(value)
-        except ValueError:
+        except (ValueError, TypeError):
             raise ValueError(f"expected a {'whole ' if kind is int else ''}number, got {value!r}") from None
     if kind is dict or typing.get_origin(kind) is dict:
-        parsed = json.loads(value) if isinstance(value, str) else value
-        if not isinstance(parsed, dict):
-            raise ValueError(f"expected a JSON object, got {value!r}")
-        return parsed
+        return convert_object(value)
     if isinstance(value, (dict, list)):
         raise ValueError(f"expected text, got {value!r}")
     return str(value)
 
 
-def unknown(name: str, known: Sequence[str], where: str) -> UsageError:
+def convert_object(value: Any) -> dict[str, Any]:
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected a JSON object, got {value!r} ({error.msg})") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"expected a JSON object, got {value!r}")
+    return parsed
+
+
+def unknown(name: str, known: Iterable[str], where: str, what: str = "option") -> UsageError:
     """The error for a name that nothing answers to, with the nearest names there are."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    names = list(dict.fromkeys(known))
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6) or [n for n in names if n.startswith(name)][:3]
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return UsageError(f"{where}: unknown option {name!r}{hint}")
+    return UsageError(f"{where}: unknown {what} {name!r}{hint}")
 
 
-def load_file(path: Path) -> dict[str, Any]:
-    """A YAML or JSON file of options. `2e-4` is a number once its option says so (see `convert`)."""
+def load_file(path: Path) -> list[tuple[str, Any]]:
+    """The names and values of a YAML or JSON file. `2e-4` is a number once its option says so (see `convert`)."""
     import yaml
 
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{path}: cannot read the config file: {error.strerror}") from error
+        raise UsageError(f"{path}: cannot read the config file: {error.strerror}{neighbours(path)}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text: {error.reason}") from error
     try:
+        names = repeatable_names(text, path.suffix)
         loaded = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except json.JSONDecodeError as error:
         raise UsageError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
@@ -161,7 +202,28 @@ def load_file(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from error
     if not isinstance(loaded, dict):
         raise UsageError(f"{path}: expected option names with values, got {type(loaded).__name__}")
-    return {str(name): value for name, value in loaded.items()}
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise UsageError(f"{path}: {repeated[0]} is set twice")
+    return [(str(name), value) for name, value in loaded.items()]
+
+
+def repeatable_names(text: str, suffix: str) -> list[str]:
+    """The names at the top of a file as they are written: parsers keep the last of two equal ones, silently."""
+    import yaml
+
+    if suffix == ".json":
+        pairs: Any = json.loads(text, object_pairs_hook=list)
+        return [str(pair[0]) for pair in pairs if isinstance(pair, tuple)] if isinstance(pairs, list) else []
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    return [str(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+
+
+def neighbours(path: Path) -> str:
+    """Files beside a missing one whose names look like it."""
+    names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=2)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -172,13 +234,14 @@ class _Parser(argparse.ArgumentParser):
 def build_parser(prog: str, description: str, options: Sequence[Option], positionals: str) -> _Parser:
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, add_help=True)
     parser.add_argument("positionals", nargs="*", help=positionals, metavar="FILE")
-    groups: dict[str, argparse._ArgumentGroup] = {}
+    groups: dict[str, argparse._ActionsContainer] = {"options": parser}
     for item in options:
-        group = groups.setdefault(item.section, parser.add_argument_group(item.section.replace("_", " ")))
+        if item.section not in groups:
+            groups[item.section] = parser.add_argument_group(item.section.replace("_", " "))
         names = [f"--{name}" for name in (item.name, *item.aliases)] + ([item.short] if item.short else [])
         shown = "" if item.default in (None, "", [], False) else f" [{item.default}]"
         choices = f" ({', '.join(item.choices)})" if item.choices else ""
-        group.add_argument(
+        groups[item.section].add_argument(
             *names,
             dest=item.name,
             action="append" if item.is_list else "store",
@@ -226,7 +289,7 @@ def file_values(path: Path, options: Sequence[Option]) -> dict[str, Any]:
     """The options that a config file sets, converted; an option named twice under two aliases is an error."""
     canonical = {name: item for item in options for name in (item.name, *item.aliases)}
     values: dict[str, Any] = {}
-    for name, value in load_file(path).items():
+    for name, value in load_file(path):
         plain = name.replace("-", "_")
         if plain not in canonical:
             raise unknown(name, list(canonical), str(path))

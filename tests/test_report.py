@@ -124,8 +124,12 @@ def demo_run(run: Path, layers: int = 6) -> Path:
     write_scores(run / "evaluate_before", 3.12, ["name name pub pub", "[[[", "eat eat", ""])
     compressed = {"started": "2026-11-20T10:05:00+00:00", "seconds": 0.4}
     write_manifest(run / "compressed", compress=compressed)
-    rows = [f"{row.site.path},{row.rank},{row.rank // 2},0.95" for row in plan.sites]
-    write(run / "compressed" / "fidelity.csv", "\n".join(["site,rank_before,rank_after,energy_kept", *rows]))
+    rows = [
+        {"path": row.site.path, "rank_before": row.rank, "rank": 2, "energy_kept": 0.9 + i / 500, "parameters": 256}
+        for i, row in enumerate(plan.sites)
+    ]
+    kept = {"format": "rankwise-fidelity/1", "energy_kept": 0.953, "parameters": 10_752, "sites": rows}
+    write(run / "compressed" / "fidelity.json", json.dumps(kept))
     return run
 
 
@@ -157,19 +161,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_headline_comes_first_then_stages_in_order_of_time(run: Path) -> None:
-    text = read(run / "report.html").text
-    wanted = ["3.12 →", "61.42", "% of full fine-tuning (1.18M)", "Rank of every site", "before", "after"]
-    wanted += [
-        "Aromi is Italian.",
-        "41 s",
-        "3.4 s",
-        "trainable parameters",
-        "1 min 17 s",
-        "0.4 s",
-        "Versions and settings",
-    ]
-    positions = [text.find(part) for part in wanted]
-    assert -1 not in positions
+    text = read(run / "report.html").text.partition("Versions and settings")
+    wanted = ["3.12 →", "% of full fine-tuning (1.18M)", "Rank of every site", "58.35, 64.49", "Aromi is Italian."]
+    wanted += ["41 s", "3.4 s", "uniform", "1 min 17 s", "21 sites adapted", "1 site of the plan left out"]
+    wanted += ["0.4 s", "95.30 %", "rank before"]
+    positions = [text[0].find(part) for part in wanted]
+    assert -1 not in positions and positions == sorted(positions)
+    assert "peft 0.21.2" in text[2] and "peft" not in text[0]
     headings = re.findall(r"<h2>(.*?)(?:<|\s·)", (run / "report.html").read_text(encoding="utf-8"))
     assert headings == ["Scores", "finetune", "ranks", "train", "compress", "Versions and settings"]
 
@@ -244,8 +242,21 @@ def test_scores_alone_make_a_page(tmp_path: Path) -> None:
 def test_every_result_of_several_is_in_one_table_with_the_base_first(tmp_path: Path) -> None:
     for name, bleu in (("after_uniform", 50.0), ("after_plan", 60.0), ("base", 2.0)):
         EvaluationResult("e2e_nlg", {"bleu": bleu}, {}, 10).save(tmp_path / name / "evaluation")
-    html = build_report(tmp_path).read_text(encoding="utf-8")
-    assert re.findall(r'<th scope="col" class="number">([^<]*)</th>', html)[0] == "base"
+    assert_base_first(tmp_path)
+
+
+def test_the_model_that_an_adapter_was_put_on_is_what_came_before(tmp_path: Path) -> None:
+    made_from = {"model": "abc", "data": "d"}
+    for name, bleu, more in (("x", 60.0, {"adapter": "a1"}), ("y", 50.0, {"adapter": "a2"}), ("llama", 2.0, {})):
+        settings = {"made_from": made_from | more}
+        EvaluationResult("e2e_nlg", {"bleu": bleu}, {}, 10, settings).save(tmp_path / name)
+    assert_base_first(tmp_path, "llama")
+
+
+def assert_base_first(folder: Path, name: str = "base") -> None:
+    html = build_report(folder).read_text(encoding="utf-8")
+    assert re.findall(r'<th scope="col" class="number">([^<]*)</th>', html)[0] == name
+    assert "2.00 →" in html
     row = re.search(r'<th scope="row">BLEU</th>(.*?)</tr>', html)
     assert row and {"2.00", "60.00", "50.00"} == set(re.findall(r">([\d.]+)<", row[1]))
 
@@ -275,6 +286,8 @@ def test_nothing_to_report_is_bad_data(tmp_path: Path) -> None:
         ("gain.json", '{"arms": [{"name": "plan"}]}', "kept, low and high"),
         ("training_log.csv", "step,loss\n1,abc\n", "not a number"),
         ("plots/ranks_heatmap.png", "not a PNG", "not a picture"),
+        ("fidelity.json", '{"sites": [{"path": "x"}]}', "energy_kept"),
+        ("sites.json", '{"sites": [1]}', "rank and shape"),
         ("manifest.json", '{"format": "rankwise-manifest/1", "stages": []}', "stages"),
     ],
 )

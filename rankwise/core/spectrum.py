@@ -30,7 +30,8 @@ class Spectrum:
 
     `residual` bounds the spectral norm of what the values leave out: ‖Δ − QQᵀΔ‖₂ for a sketch with basis Q,
     0 where the values are exact. With it (Weyl's inequality for QQᵀΔ, which is a compression of Δ)
-    Ê(k) ≤ E(k) ≤ Ê(k) + k·residual²/‖Δ‖²_F. `complete` says that no singular value is missing.
+    Ê(k) ≤ E(k) ≤ Ê(k) + k·residual²/‖Δ‖²_F. `excess` is a closer bound of Σ_{i≤k}σᵢ² − Σ_{i≤k}σ̂ᵢ², where one was
+    computed. `complete` says that no singular value is missing.
     """
 
     values: Tensor
@@ -39,6 +40,7 @@ class Spectrum:
     residual: float = 0.0
     method: str = "exact"
     complete: bool = False
+    excess: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.values.dim() == 1 and self.values.dtype == torch.float64, "values: float64 vector"
@@ -57,14 +59,23 @@ class Spectrum:
             return torch.ones_like(self.values)
         return (self.values.square().cumsum(0) / self.energy_total).clamp(max=1.0)
 
+    def upper(self) -> Tensor:
+        """Certified upper bound of E(k) for k = 1 … len(self)."""
+        if self.is_zero:
+            return torch.ones_like(self.values)
+        missed = torch.arange(1, len(self) + 1, dtype=torch.float64) * self.residual**2
+        if self.excess is not None:
+            missed = torch.minimum(missed, self.excess)
+        return (self.cumulative() + missed / self.energy_total).clamp(max=1.0)
+
     def energy(self, k: int) -> Interval:
         """Bounds of E(k). Beyond the computed values only a complete spectrum answers."""
         if k <= 0 or self.is_zero:
             return Interval(float(self.is_zero), float(self.is_zero))
         if k > len(self) and not self.complete:
             raise Undecided(f"energy at rank {k}: only {len(self)} of {min(self.shape)} values were computed")
-        low = float(self.cumulative()[min(k, len(self)) - 1]) if len(self) else 0.0
-        return Interval(low, min(1.0, low + k * self.residual**2 / self.energy_total))
+        index = min(k, len(self)) - 1
+        return Interval(float(self.cumulative()[index]), float(self.upper()[index]))
 
     def rank_bounds(self, threshold: float) -> tuple[int, int]:
         """Certified least and greatest value of r = min{k: E(k) ≥ threshold}.
@@ -73,9 +84,7 @@ class Spectrum:
         """
         if self.is_zero:
             return 0, 0
-        lower = self.cumulative()
-        steps = torch.arange(1, len(self) + 1, dtype=torch.float64)
-        upper = lower + steps * self.residual**2 / self.energy_total
+        lower, upper = self.cumulative(), self.upper()
         slack = 1e-12  # float64 rounding of the sums
         surely = int((lower < threshold - slack).sum()) + 1
         possibly = int((upper < threshold - slack).sum()) + 1
@@ -141,6 +150,7 @@ class Spectrum:
             values=shrunk,
             energy_total=total,
             residual=0.0,
+            excess=None,
             method=f"{self.method}, noise removed",
             complete=self.complete or ended,
         )

@@ -43,8 +43,11 @@ class LoraSettings:
                 "--init_lora_weights loftq replaces the base by a quantized one that the adapter then depends on: that "
                 "cannot be saved as plain LoRA; train on a quantized base with --load_in_4bit instead"
             )
-        if self.use_dora and self.init in MOVES_BASE:
-            raise UsageError(f"--use_dora and --init_lora_weights {self.init} cannot be saved as one plain adapter")
+        if self.init in MOVES_BASE and (self.use_dora or self.bias != "none"):
+            raise UsageError(
+                f"--init_lora_weights {self.init} changes the base; with --use_dora or --lora_bias it cannot be saved as "
+                "one plain adapter"
+            )
 
 
 def scales(plan: RankPlan) -> dict[str, float]:

@@ -57,7 +57,7 @@ def save_adapter(
     """
     config = model.peft_config[ADAPTER]
     if initial:
-        settings = lora_config(base_name, str(config.task_type.value), config.lora_dropout)
+        settings = lora_config(base_name, dropout=config.lora_dropout)
         write_adapter(folder, LoraAdapter(settings, differences(lora_pairs(model), initial)))
         return
     config.base_model_name_or_path = base_name

@@ -95,8 +95,9 @@ def plot_scores(results: Mapping[str, EvaluationResult], path: Path | str) -> Pa
 
 def shared_metrics(results: Iterable[EvaluationResult]) -> list[str]:
     """Metrics that every result has: those that people read first, then the rest in the first result's order."""
-    first, *others = list(results) or [None]
-    names = [name for name in (first.metrics if first else ()) if all(name in other.metrics for other in others)]
+    everything = list(results)
+    names = list(dict.fromkeys(name for one in everything for name in one.metrics))
+    names = [name for name in names if all(name in one.metrics for one in everything)]
     return sorted(names, key=lambda name: READ_FIRST.index(name) if name in READ_FIRST else len(READ_FIRST))
 
 

@@ -77,7 +77,7 @@ def draw_energy(axis: Any, spectrum: Spectrum, rank: int, threshold: float) -> N
     index = torch.arange(len(kept), dtype=torch.float64)
     axis.plot(index.tolist(), kept.tolist(), color=BLUE, linewidth=1.6)
     if spectrum.residual > 0:
-        most = (kept + index * spectrum.residual**2 / spectrum.energy_total).clamp(max=1.0)
+        most = torch.cat([torch.zeros(1, dtype=torch.float64), spectrum.upper()])
         axis.fill_between(
             index.tolist(), kept.tolist(), most.tolist(), color=BLUE, alpha=0.15, linewidth=0, label="certified bound"
         )

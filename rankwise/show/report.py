@@ -22,10 +22,11 @@ from PIL import Image
 from rankwise.errors import DataError
 from rankwise.show.blocks import Block, Figure, Page, Picture, Section, Words
 from rankwise.show.canvas import DPI
-from rankwise.show.contents import Contents, Scored, Stage, printable, read_run
+from rankwise.show.contents import Contents, Scored, Stage, printable
 from rankwise.show.curves import shared_metrics
 from rankwise.show.drawing import Drawings, draw
 from rankwise.show.format import amount, duration, is_number, metric_name, percent, plural, score
+from rankwise.show.reading import read_run
 from rankwise.show.sections import appendix, score_blocks, sections_of
 from rankwise.store.files import read_bytes, write_text
 
@@ -163,7 +164,7 @@ def css_width(picture: Picture) -> int:
     """Width in CSS pixels (96 to the inch) at which the picture's texts have their size on paper."""
     try:
         with Image.open(picture.path) as image:
-            return round(image.width * 96 / image.info.get("dpi", (DPI, DPI))[0])
+            return round(image.width * 96 / float(image.info.get("dpi", (DPI, DPI))[0]))
     except (OSError, ValueError, SyntaxError, ZeroDivisionError) as error:
         raise DataError(f"{picture.path}: not a picture ({error}); delete it or draw it again") from error
 

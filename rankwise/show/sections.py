@@ -12,14 +12,14 @@ from typing import Any
 from rankwise.core.plan import RankPlan
 from rankwise.score.result import EvaluationResult
 from rankwise.show.blocks import Block, Examples, Folded, Picture, Section, Table, Words
-from rankwise.show.contents import Adapted, Contents, Scored, Stage, printable
+from rankwise.show.contents import Adapted, Contents, Fidelity, Scored, Stage, printable
 from rankwise.show.curves import is_shuffle
 from rankwise.show.drawing import Drawings
 from rankwise.show.format import clip, duration, is_number, memory, metric_name, number, percent, plural, score
 from rankwise.show.rank_table import layer_ranges
 
 ORDER = ("finetune", "ranks", "extract", "compress", "train", "evaluate", "merge")
-STAGE_KEYS = {"stage", "started", "finished", "seconds", "python", "versions", "inputs", "outputs"}
+STAGE_KEYS = {"stage", "energy_kept", "started", "finished", "seconds", "python", "versions", "inputs", "outputs"}
 MOST_ROWS, MOST_EXAMPLES, MOST_PICTURES, MOST_FACTS = 14, 3, 8, 16
 Owned = tuple[Stage | None, str]
 
@@ -46,8 +46,8 @@ def found_blocks(contents: Contents, drawings: Drawings) -> list[tuple[tuple[str
         found.append((("train",), where, [Words(adapted_sites(adapted))]))
     for where, _ in contents.logs:
         found.append((("train", "finetune"), where, list(drawings.of(where, "training_loss"))))
-    for path, rows in contents.fidelity:
-        found.append((("extract", "compress", "merge"), path, fidelity_blocks(rows)))
+    for where, fidelity in contents.fidelity:
+        found.append((("extract", "compress", "merge"), where, fidelity_blocks(fidelity)))
     for where, pictures in loose_pictures(contents, drawings).items():
         kinds = ("ranks",) if "analysis_outputs" in where else ("train", *ORDER)
         found.append((kinds, where, pictures))
@@ -150,22 +150,22 @@ def gain_blocks(gain: Mapping[str, Any], picture: Sequence[Picture]) -> list[Blo
     return [*picture, Table(("gain kept", "share", "95 % interval"), rows, note=note)]
 
 
-def fidelity_blocks(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
-    """The first rows of a fidelity table, as it was written."""
-    if not rows:
-        return []
-    header = list(rows[0])[:6]
-    shown = [[cell_text(row.get(name)) for name in header] for row in rows[:MOST_ROWS]]
-    note = f"The first {len(shown)} of {plural(len(rows), 'row')}." if len(rows) > len(shown) else ""
-    return [Table([printable(name, 40) for name in header], shown, note=note)]
+def fidelity_blocks(fidelity: Fidelity) -> list[Block]:
+    """What is kept in total, and the sites that lose most."""
+    totals = [(name.replace("_", " "), share_or_number(name, value)) for name, value in fidelity.totals.items()]
+    before = any("rank_before" in row for row in fidelity.rows)
+    columns = ["rank_before"] * before + ["rank", "parameters", "energy_kept"]
+    worst = sorted(fidelity.rows, key=lambda row: float(row["energy_kept"]))[:MOST_ROWS]
+    rows = [[printable(row["path"], 120), *(share_or_number(name, row.get(name)) for name in columns)] for row in worst]
+    note = f"The {len(rows)} of {plural(len(fidelity.rows), 'site')} that lose most." if len(rows) > 1 else ""
+    table = Table(("site", *(name.replace("_", " ") for name in columns)), rows, note=note)
+    return [Table((), totals), Folded("Sites", [table])]
 
 
-def cell_text(value: Any) -> str:
-    """Numbers short, texts as they are; numbers in CSV files are texts too."""
-    try:
-        return number(float(value)) if not isinstance(value, bool) and value not in (None, "") else ""
-    except (TypeError, ValueError, OverflowError):
-        return clip(printable(value), 60)
+def share_or_number(name: str, value: Any) -> str:
+    if not is_number(value):
+        return ""
+    return f"{100 * value:.2f} %" if name == "energy_kept" else number(value)
 
 
 def loose_pictures(contents: Contents, drawings: Drawings) -> dict[str, list[Block]]:

@@ -107,7 +107,8 @@ def energy_finding(summary: RanksSummary) -> str:
     if not saturated:
         said = f"{percent(summary.threshold)} of the energy is reached within rank {summary.max_rank} at every site."
     if summary.energy_rank_share is not None:
-        said += f" It needs {percent(summary.energy_rank_share)} of full rank (median site)."
+        least = "at least " if 2 * saturated >= sites else ""  # beyond the computed values nothing is known
+        said += f" It needs {least}{percent(summary.energy_rank_share)} of full rank (median site)."
     if clips(summary) and summary.budget is None:
         said += " Nearly all ranks are the bounds: this is uniform rank. --budget N lets sites compete for parameters."
     return said

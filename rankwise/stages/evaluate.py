@@ -25,7 +25,7 @@ from rankwise.store.checkpoint import resolve
 from rankwise.store.files import fingerprint
 from rankwise.store.run import RunFolder
 
-HEADLINES = ("bleu", "bleu_1", "rougeL", "meteor", "meteor_exact_stem", "exact_match", "accuracy")
+HEADLINES = ("bleu", "bleu_1", "rouge_l", "meteor", "meteor_exact_stem", "exact_match", "accuracy")
 
 
 def run(config: EvaluateConfig) -> EvaluationResult:

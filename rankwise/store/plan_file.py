@@ -29,4 +29,5 @@ def read_plan(path: Path, sites: Mapping[str, Site] | None = None) -> RankPlan:
 
 
 def write_plan(path: Path, plan: RankPlan) -> Path:
+    """Write the plan as JSON, whole or not at all; returns the path."""
     return write_text(path, plan.dumps() + "\n")

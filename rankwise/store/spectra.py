@@ -81,6 +81,7 @@ def measure_sites(
     found: dict[str, Measured] = {}
     for site, delta in deltas(source, mine):
         found[site.path] = measure_site(site, delta, settings, question)
+        del delta  # or the next one would be read while this one is still held
         bar.update()
     bar.close()
     everything = gathered(found)

@@ -6,7 +6,7 @@ checkpoint = resume_point("true", output_dir, identity)     # None: start from t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from rankwise.store.processes import announce
 from rankwise.train.checkpoints import MANIFEST, checkpoints, remove, unsound
 
 MAY_RISE = ("num_train_epochs", "max_steps")
+SHOWN = 20
 # Every training argument that changes which weights come out; logging, saving and evaluation do not.
 DECISIVE = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"),
@@ -30,11 +31,22 @@ DECISIVE = (
 
 
 def identity_of(arguments: TrainingArguments, **facts: Any) -> dict[str, Any]:
-    """What a run is: the decisive training arguments and the caller's facts (model, data, plan …), as plain JSON."""
+    """What a run is: the decisive training arguments and the caller's facts (model, data, plan …), as plain JSON.
+
+    A nested mapping becomes entries of its own (`ranks.model.layers.0…: 8`), so that a difference names its place.
+    """
     settings = {name: getattr(arguments, name) for name in DECISIVE if hasattr(arguments, name)}
     whole = {**settings, "processes": arguments.world_size, **facts}
-    plain: dict[str, Any] = json.loads(json.dumps(whole, default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(dict(leaves(whole)), default=str))
     return plain
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def state_files(processes: int) -> tuple[str, ...]:
@@ -115,13 +127,14 @@ def named(folder: Path) -> Path:
 
 
 def refuse_other_run(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Raise UsageError with every difference between the run that was saved and this one."""
+    """Raise UsageError with the differences between the run that was saved and this one."""
     found = differences(read_object(folder / MANIFEST)["identity"], identity)
     if found:
+        more = [f"… and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
         raise UsageError(
-            f"{folder} belongs to another run; what differs:\n  " + "\n  ".join(found) + "\nChange these back, or "
-            "start over in another --output_dir (epochs and max_steps may be raised; logging, saving and "
-            "evaluation may change)"
+            f"{folder} belongs to another run; what differs:\n  " + "\n  ".join(found[:SHOWN] + more) + "\nChange "
+            "these back, or start over in another --output_dir (epochs and max_steps may be raised; logging, saving "
+            "and evaluation may change)"
         )
 
 

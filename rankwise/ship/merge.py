@@ -1,0 +1,299 @@
+"""Adapter into base: every name and shape checked first, then written tensor by tensor in the base's own layout.
+
+    plan = plan_merge("org/base", Path("saved_models/adapter"))      # nothing is written yet
+    with atomic_folder("merged_model") as folder:
+        write_merged(plan, folder, "5GB")
+
+PEFT's own layers merge (so DoRA is right as well), on a skeleton of the model whose base weights take no memory:
+a layer gets its weight, merges, hands it over, and is empty again. Merged in float32, rounded once on writing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from rankwise.core.site import nearest
+from rankwise.errors import DataError, VerificationError
+from rankwise.nets.adapt import ADAPTER, PREFIX, lora_layers
+from rankwise.nets.adapters import attached, check_recorded, compare_keys
+from rankwise.nets.load import meta_model
+from rankwise.nets.sites import weight_table
+from rankwise.ship.shards import Entry, write_shards
+from rankwise.store.adapter import CONFIG_NAME, adapter_files
+from rankwise.store.adapter_config import require_plain
+from rankwise.store.checkpoint import Checkpoint, open_checkpoint, resolve
+from rankwise.store.deltas import Weight
+from rankwise.store.files import read_object, write_json
+from rankwise.store.run import CONFIG, MANIFEST
+
+COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
+NOT_COPIED = (CONFIG, MANIFEST, CONFIG_NAME, "config.json", "sites.json", "trainer_state.json")
+TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a merged tensor comes from: a key of the base, and the module parameters that are its equal row blocks."""
+
+    key: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge that will work: what is written, from what, and what changes it on the way.
+
+    `layers`: PEFT layers by the name of the parameter that they change; `replaced`: parameters that the adapter
+    carries whole (a trained head, biases). `untied`: parameters that shared another one's storage and no longer do.
+    """
+
+    base: Checkpoint
+    adapter: Path
+    entries: tuple[Entry, ...]
+    sources: Mapping[str, Source]
+    layers: Mapping[str, LoraLayer]
+    replaced: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    untied: tuple[str, ...]
+
+    @cached_property
+    def touched(self) -> frozenset[str]:
+        return frozenset([*self.layers, *self.replaced])
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """What the changed tensors are written as, the coarsest first."""
+        changed = {entry.dtype for entry in self.entries if self.touched & set(self.sources[entry.key].names)}
+        return sorted(changed, key=lambda dtype: -torch.finfo(dtype).eps)
+
+    def tensor(self, entry: Entry) -> Tensor:
+        """The merged tensor as it is written. DataError where it has entries that are not finite."""
+        source = self.sources[entry.key]
+        stored = self.base.tensor(source.key)
+        if not self.touched & set(source.names):
+            return stored.to(entry.dtype)
+        blocks = zip(source.names, stored.chunk(len(source.names)), strict=True)
+        merged = [self.merged(name, block).to(entry.dtype) for name, block in blocks]
+        whole = torch.cat(merged) if len(merged) > 1 else merged[0]
+        if not bool(torch.isfinite(whole).all()):
+            raise DataError(f"{entry.key}: merged weights are not finite in {entry.dtype}; try --dtype float32")
+        return whole
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        weight = self.replaced.get(name, weight)
+        layer = self.layers.get(name)
+        return weight if layer is None else merge_layer(layer, weight)
+
+
+def merge_layer(layer: LoraLayer, weight: Tensor) -> Tensor:
+    """PEFT's merge of one layer, in float32 on a copy of the weight."""
+    base = layer.get_base_layer()
+    empty = base.weight
+    base.weight = nn.Parameter(weight.to(torch.float32, copy=True), requires_grad=False)
+    layer.merge(adapter_names=[ADAPTER])
+    merged: Tensor = base.weight.data
+    base.weight = empty
+    layer.merged_adapters.clear()
+    return merged
+
+
+def plan_merge(base: str, adapter: Path, dtype: str = "auto") -> MergePlan:
+    """Check that the adapter fits the base, name by name and shape by shape.
+
+    DataError, naming both, where it does not, for adapters that cannot be merged, and for quantized bases;
+    VerificationError where the adapter has no effect, or needs embeddings untied that the architecture ties.
+    """
+    folder = mergeable(adapter)
+    checkpoint, model = open_checkpoint(resolve(base)), meta_model(base)
+    refuse_quantized(base, checkpoint.config or {})
+    where = f"adapter {folder} (made for {read_object(folder / CONFIG_NAME).get('base_model_name_or_path')}) on {base}"
+    table = weight_table(model, checkpoint.keys())
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = dict(model.all_tied_weights_keys)
+    layers, replaced = filled_skeleton(model, folder, shapes, where)
+    touched = {*layers, *replaced}
+    refuse_no_effect(layers, replaced, where)
+    partner = {one: other for pair in tied.items() if touched & set(pair) for one, other in (pair, pair[::-1])}
+    lacking = [name for name in touched if name not in table.weights and name not in partner]
+    if lacking:
+        raise DataError(f"{where}: the files hold {lacking[0]} in another form (fused?): it cannot be merged")
+    config = merged_config(checkpoint.config or {}, dtype, bool(partner))
+    if partner:
+        check_untied(model, config, partner)
+    sources = all_sources(checkpoint, table.weights, partner)
+    entries = tuple(
+        Entry(key, checkpoint.shape(source.key), written_as(checkpoint.dtype(source.key), dtype))
+        for key, source in sources.items()
+    )
+    return MergePlan(checkpoint, folder, entries, sources, layers, replaced, config, tuple(partner))
+
+
+def mergeable(adapter: Path) -> Path:
+    """The adapter's folder. DataError for what is not LoRA or DoRA, or would need the base changed first."""
+    weights, config_file = adapter_files(adapter)
+    if config_file is None:
+        raise DataError(
+            f"{weights}: no {CONFIG_NAME} beside it; `rankwise compress {weights} --scale S --energy 1` writes it as a "
+            "PEFT adapter"
+        )
+    config = read_object(config_file)
+    require_plain(config | {"use_dora": False}, config_file)
+    if config.get("trainable_token_indices"):
+        raise DataError(f"{config_file}: trainable_token_indices: trained single tokens cannot be merged here")
+    return weights.parent
+
+
+def refuse_quantized(base: str, config: Mapping[str, Any]) -> None:
+    quantization = config.get("quantization_config")
+    if quantization:
+        kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise DataError(
+            f"{base}: its files are quantized ({kind}), and merging into rounded weights would round the adapter away; "
+            "give the full-precision model it was made from with --base_model"
+        )
+
+
+def filled_skeleton(
+    model: PreTrainedModel, folder: Path, shapes: Mapping[str, tuple[int, ...]], where: str
+) -> tuple[dict[str, LoraLayer], dict[str, Tensor]]:
+    """(PEFT layers with their trained factors, parameters that the adapter carries whole), by parameter name."""
+    skeleton = attached(without_weights(model), folder, where, False)
+    state = load_peft_weights(str(folder), device="cpu")
+    broken = [key for key, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise DataError(f"{where}: {broken[0]} has NaN or infinite values: the run it comes from diverged")
+    expected = get_peft_model_state_dict(skeleton, save_embedding_layers=False)
+    whole = {parameter_name(key): tensor for key, tensor in state.items() if not is_factor(key)}
+    compare_keys(expected, {key: tensor for key, tensor in state.items() if is_factor(key) or key in expected}, where)
+    for name, tensor in whole.items():
+        if shapes.get(name) != tuple(tensor.shape):
+            near = ", ".join(nearest(name, shapes)) or "none"
+            raise DataError(
+                f"{where}: the adapter carries {name} {tuple(tensor.shape)}, the base has "
+                f"{shapes.get(name) or f'no such weight (nearest: {near})'}"
+            )
+    set_peft_model_state_dict(skeleton, {key: tensor for key, tensor in state.items() if is_factor(key)})
+    check_recorded(skeleton, folder, where)
+    return {f"{path}.weight": layer for path, layer in lora_layers(skeleton).items()}, whole
+
+
+def without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with weights that are views of one zero: adapters can be put on them, and they take no memory."""
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            zeros = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+            setattr(module, name, nn.Parameter(zeros, requires_grad=False))
+    return model
+
+
+def is_factor(key: str) -> bool:
+    """Whether a tensor of a PEFT file belongs to a LoRA layer (lora_A, lora_embedding_B, lora_magnitude_vector …)."""
+    return any(part.startswith("lora_") for part in key.split("."))
+
+
+def parameter_name(key: str) -> str:
+    """Name in the base model of a tensor that an adapter carries whole; PEFT wraps adapted layers once."""
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
+
+
+def refuse_no_effect(layers: Mapping[str, LoraLayer], replaced: Mapping[str, Tensor], where: str) -> None:
+    pairs = [[tensor for name, tensor in layer.named_parameters() if "lora_" in name] for layer in layers.values()]
+    if not replaced and not any(all(bool(tensor.any()) for tensor in pair) for pair in pairs):
+        raise VerificationError(f"{where}: every B·A is zero, so the adapter has no effect; was it saved untrained?")
+
+
+def all_sources(
+    base: Checkpoint, weights: Mapping[str, Weight], partner: Mapping[str, str]
+) -> dict[str, Source]:
+    """Output key → source: the base's own keys, and a key of their own for parameters that no file holds yet."""
+    names: dict[str, list[str]] = {}
+    for name, _ in sorted(weights.items(), key=lambda item: item[1].part[0]):
+        names.setdefault(weights[name].key, []).append(name)
+    sources = {key: Source(key, tuple(names.get(key, ()))) for key in base}
+    untied = {name: Source(weights[other].key, (name,)) for name, other in partner.items() if name not in weights}
+    return sources | untied
+
+
+def written_as(stored: torch.dtype, asked: str) -> torch.dtype:
+    if asked == "auto" or not stored.is_floating_point:
+        return stored
+    dtype: torch.dtype = getattr(torch, asked)
+    return dtype
+
+
+def merged_config(config: Mapping[str, Any], dtype: str, untie: bool) -> dict[str, Any]:
+    """config.json of the merged model: the base's, with what the merge has changed, in its sub-configs as well."""
+    changed = {
+        name: merged_config(value, dtype, untie) if isinstance(value, dict) and name.endswith("_config") else value
+        for name, value in config.items()
+    }
+    if dtype != "auto":
+        changed.pop("torch_dtype", None)
+        changed["dtype"] = dtype
+    if untie and ("architectures" in config or "tie_word_embeddings" in config):
+        changed["tie_word_embeddings"] = False
+    return changed
+
+
+def check_untied(model: PreTrainedModel, config: Mapping[str, Any], partner: Mapping[str, str]) -> None:
+    """The architecture really has two weights once its config says so."""
+    with torch.device("meta"):
+        fresh = type(model)(type(model.config).from_dict(dict(config)))
+    stuck = [name for name in partner if name in fresh.all_tied_weights_keys]
+    if stuck:
+        raise VerificationError(
+            f"the adapter changes {stuck[0]}, which {type(model).__name__} always ties to {partner[stuck[0]]}: "
+            "such a model cannot hold the merged weights; leave that site out of the adapter"
+        )
+
+
+def write_merged(plan: MergePlan, folder: Path, max_shard_size: str) -> list[Path]:
+    """Weights, config and the files beside them. Returns all files, the weights first."""
+    entries = {entry.key: entry for entry in plan.entries}
+    following = dict(zip(list(entries)[:-1], list(entries)[1:], strict=True))
+    bar = tqdm(total=len(entries), desc="merge", unit="tensor", disable=not sys.stderr.isatty())
+
+    def tensor(key: str) -> Tensor:
+        if key in following:
+            plan.base.prefetch(plan.sources[following[key]].key)
+        bar.update()
+        return plan.tensor(entries[key])
+
+    files = write_shards(folder, plan.entries, tensor, max_shard_size)
+    bar.close()
+    return [*files, write_json(folder / "config.json", plan.config), *copy_beside(plan, folder)]
+
+
+def copy_beside(plan: MergePlan, folder: Path) -> list[Path]:
+    """Tokenizer, processor, generation config … of the base; the tokenizer of the adapter where it has its own."""
+    own = (plan.adapter / "tokenizer_config.json").is_file()
+    base = [file for file in sorted(plan.base.path.iterdir()) if is_beside(file)]
+    files = [file for file in base if not (own and file.name.startswith(TOKENIZER))]
+    if own:
+        files += [f for f in sorted(plan.adapter.iterdir()) if is_beside(f) and f.name.startswith(TOKENIZER)]
+    return [Path(shutil.copyfile(file, folder / file.name)) for file in files]
+
+
+def is_beside(file: Path) -> bool:
+    return (
+        file.is_file()
+        and file.suffix in COPIED
+        and not file.name.startswith(".")
+        and not file.name.endswith(".index.json")
+        and file.name not in NOT_COPIED
+    )
+
+

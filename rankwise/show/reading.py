@@ -1,0 +1,207 @@
+"""Reading a run folder for the report: missing pieces are empty, broken ones are errors that name the file.
+
+Found anywhere below the folder (checkpoints, hidden folders, earlier reports and links aside): manifest.json,
+resolved_config*.json, lora_rank_config.json, evaluation_results.json with predictions.jsonl beside it,
+training_log.csv, gain.json, fidelity.json, sites.json, and the PNGs of `plots/` folders.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rankwise.core.plan import RankPlan
+from rankwise.errors import DataError
+from rankwise.score.result import FILE as RESULTS
+from rankwise.score.result import EvaluationResult
+from rankwise.show.contents import Adapted, Contents, Fidelity, Scored, Stage
+from rankwise.show.format import is_number
+from rankwise.store.files import read_bytes, read_json, read_object
+from rankwise.store.plan_file import read_plan
+from rankwise.store.run import FORMAT as MANIFEST_FORMAT
+from rankwise.store.run import MANIFEST
+
+GENERIC = ("evaluation", "evaluate", "results", "predictions", "final_model")
+BEFORE = re.compile(r"(^|[_\-/])(before|base|pretrained|untrained)($|[_\-/.])")
+SECRET = re.compile(r"api_?key|password|secret|(access|hf|auth)_token", re.IGNORECASE)
+
+
+def read_run(run: Path) -> Contents:
+    """Read a run folder. DataError (exit 3): no such folder, nothing to report, or a file that is broken."""
+    if not run.is_dir():
+        raise DataError(f"{run}: no such folder; `rankwise report` takes the folder that a run has written")
+    files = list(walk(run))
+    contents = Contents(
+        run=run,
+        stages=tuple(sorted(read_stages(run, files), key=lambda stage: stage.started)),
+        plans=tuple(read_plans(run, files)),
+        scores=tuple(in_order(read_scores(run, files))),
+        logs=tuple((folder(run, path), read_csv(path)) for path in named(files, "training_log.csv")),
+        gains=tuple((folder(run, path), read_gain(path)) for path in named(files, "gain.json")),
+        fidelity=tuple((folder(run, path), read_fidelity(path)) for path in named(files, "fidelity.json")),
+        sites=tuple((folder(run, path), read_sites(path)) for path in named(files, "sites.json")),
+        pictures=tuple(relative(run, path) for path in files if is_plot(path)),
+        settings=tuple(read_settings(run, files)),
+    )
+    if contents.is_empty:
+        raise DataError(
+            f"{run}: nothing to report: no manifest.json, lora_rank_config.json, evaluation_results.json, "
+            "training_log.csv or plots below it. Name the folder that a rankwise command wrote."
+        )
+    return contents
+
+
+def walk(run: Path) -> Iterator[Path]:
+    """Files below the folder in name order; not of checkpoints, of hidden folders, of earlier reports, nor links."""
+    for root, folders, files in os.walk(run):
+        reports = {name.removesuffix(".html") + "_files" for name in files if name.endswith(".html")}
+        folders[:] = sorted(
+            name for name in folders if not name.startswith((".", "checkpoint-")) and name not in reports
+        )
+        yield from (Path(root, name) for name in sorted(files) if not Path(root, name).is_symlink())
+
+
+def named(files: list[Path], name: str) -> list[Path]:
+    return [path for path in files if path.name == name]
+
+
+def relative(run: Path, path: Path) -> str:
+    return path.relative_to(run).as_posix()
+
+
+def folder(run: Path, path: Path) -> str:
+    return relative(run, path.parent)
+
+
+def is_plot(path: Path) -> bool:
+    return path.suffix == ".png" and (path.parent.name == "plots" or (path.parent / MANIFEST).is_file())
+
+
+def read_stages(run: Path, files: list[Path]) -> Iterator[Stage]:
+    for path in named(files, MANIFEST):
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("format") != MANIFEST_FORMAT:
+            continue  # other programs call their files so too
+        stages = content.get("stages")
+        if not isinstance(stages, dict) or not all(isinstance(entry, dict) for entry in stages.values()):
+            raise DataError(f"{path}: `stages` is not an object of stages; delete the file or run the stage again")
+        for name, entry in stages.items():
+            yield Stage(name, folder(run, path), entry)
+
+
+def read_plans(run: Path, files: list[Path]) -> Iterator[tuple[str, RankPlan]]:
+    """Plans that name their sites; the minimal form with `layer_ranks` alone has nothing to draw."""
+    for path in named(files, "lora_rank_config.json"):
+        content = read_object(path)
+        if content.get("rank_pattern") and content.get("layer_metadata"):
+            yield folder(run, path), read_plan(path)
+
+
+def read_scores(run: Path, files: list[Path]) -> Iterator[Scored]:
+    for path in named(files, RESULTS):
+        where = folder(run, path)
+        predictions = path.with_name("predictions.jsonl")
+        rows = read_predictions(predictions) if predictions.is_file() else {}
+        result, label = EvaluationResult.load(path), label_of(where)
+        is_before = bool(BEFORE.search(f"{where}/{label}"))
+        yield Scored(label, where, result, path.stat().st_mtime, is_before, rows)
+
+
+def label_of(where: str) -> str:
+    """The last telling part of the folder: `evaluate_before` → before, `trained/evaluation` → trained."""
+    parts = [part for part in Path(where).parts if part not in GENERIC]
+    name = re.sub(r"^(evaluate|evaluation|eval|scores?)[_\-]", "", parts[-1]) if parts else ""
+    return name.replace("_", " ") or "result"
+
+
+def in_order(scores: Iterator[Scored]) -> list[Scored]:
+    """What was there before training first, then by time; equal labels are told apart by their folder."""
+    found = list(scores)
+    sources = [one.result.settings.get("made_from") or {} for one in found]
+    bases = {source.get("model") for source in sources if "adapter" in source}
+    known = [
+        replace(one, is_before=one.is_before or ("adapter" not in source and source.get("model") in bases - {None}))
+        for one, source in zip(found, sources, strict=True)
+    ]
+    labels = [one.label for one in known]
+    ordered = sorted(known, key=lambda one: (not one.is_before, one.written, one.folder))
+    return [one if labels.count(one.label) == 1 else replace(one, label=one.folder) for one in ordered]
+
+
+def read_predictions(path: Path) -> dict[str, Mapping[str, Any]]:
+    """id → row. A last line without its end is what an interrupted evaluation leaves, and is left out."""
+    rows: dict[str, Mapping[str, Any]] = {}
+    text = read_bytes(path).decode("utf-8", errors="replace")
+    complete = text if text.endswith("\n") else text[: text.rfind("\n") + 1]
+    for line, row in enumerate(complete.split("\n"), start=1):
+        if not row.strip():
+            continue
+        try:
+            content = json.loads(row)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {line}: not JSON: {error.msg}") from error
+        if not isinstance(content, dict):
+            raise DataError(f"{path}, line {line}: expected an object {{…}}, found {type(content).__name__}")
+        rows[str(content.get("id", line))] = content
+    return rows
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    text = read_bytes(path).decode("utf-8-sig", errors="replace")
+    return [{key: value for key, value in row.items() if key is not None} for row in csv.DictReader(text.splitlines())]
+
+
+def read_gain(path: Path) -> Mapping[str, Any]:
+    content = read_object(path)
+    arms = content.get("arms")
+    if not isinstance(arms, list) or not all(is_arm(arm) for arm in arms):
+        raise DataError(f"{path}: expected `arms`, a list of objects with name, kept, low and high")
+    return content
+
+
+def read_sites(path: Path) -> Adapted:
+    """The adapted sites of a training run, summed up."""
+    content = read_object(path)
+    try:
+        rows = content["sites"]
+        parameters = sum(row["rank"] * sum(row["shape"]) for row in rows)
+        return Adapted([int(row["rank"]) for row in rows], parameters, len(content["left_out"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: expected `sites` with rank and shape, and `left_out`: {error!r}") from error
+
+
+def is_arm(arm: Any) -> bool:
+    return isinstance(arm, dict) and "name" in arm and all(is_number(arm.get(name)) for name in ("kept", "low", "high"))
+
+
+def read_fidelity(path: Path) -> Fidelity:
+    content = read_object(path)
+    rows = content.get("sites")
+    numbers = ("rank", "energy_kept", "parameters")
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and "path" in row and all(is_number(row.get(name)) for name in numbers) for row in rows
+    ):
+        raise DataError(f"{path}: expected `sites`, a list of objects with path, {', '.join(numbers)}")
+    return Fidelity({name: value for name, value in content.items() if is_number(value)}, rows)
+
+
+def read_settings(run: Path, files: list[Path]) -> Iterator[tuple[str, Any]]:
+    for path in files:
+        if path.name.startswith("resolved_config") and path.suffix == ".json":
+            yield relative(run, path), without_secrets(read_json(path))
+
+
+def without_secrets(content: Any) -> Any:
+    """The settings with the values of keys that name a secret struck out."""
+    if isinstance(content, dict):
+        return {
+            key: "(not shown)" if SECRET.search(str(key)) and isinstance(value, str) else without_secrets(value)
+            for key, value in content.items()
+        }
+    return [without_secrets(item) for item in content] if isinstance(content, list) else content

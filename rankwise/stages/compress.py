@@ -1,0 +1,152 @@
+"""rankwise compress: adapter → smaller adapter. Exact: QR of both factors and an r×r SVD, never the dense matrix.
+
+rankwise compress saved_models/high_rank --energy 0.95 -o smaller/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rankwise.config import CompressConfig
+from rankwise.core.allocate import Rule, by_budget, parse_budget, spectral_gains
+from rankwise.core.factors import Factors, balanced
+from rankwise.core.site import Site, describe as describe_site
+from rankwise.core.spectrum import Spectrum
+from rankwise.errors import DataError, UsageError
+from rankwise.stages.fidelity import Fidelity, SiteFidelity
+from rankwise.store.adapter import CONFIG_NAME, LoraAdapter, LoraPair, adapter_files, read_adapter, write_adapter
+from rankwise.store.adapter_config import lora_config
+from rankwise.store.checkpoint import ADAPTER_NAMES
+from rankwise.store.run import RunFolder
+
+SCALE = 2.0  # alpha = 2r at every site, so that one rank and one alpha describe a uniform adapter
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """A site's product as factors in the order of its singular values: the first k columns are its best rank k."""
+
+    factors: Factors
+    spectrum: Spectrum
+
+    @classmethod
+    def of(cls, factors: Factors) -> Ordered:
+        u, values, vt = factors.svd()
+        energy = float(values.square().sum())
+        return cls(balanced(u, values, vt), Spectrum(values, energy, factors.shape, method="factors", complete=True))
+
+    def first(self, rank: int) -> Factors:
+        return Factors(self.factors.left[:, :rank], self.factors.right[:rank])
+
+
+def run(config: CompressConfig) -> Fidelity:
+    check(config)
+    folder = RunFolder(config.output_dir)
+    with folder.lock(), folder.recording("compress", {"adapter": str(config.adapter)}) as record:
+        adapter = read_adapter(str(config.adapter), config.scale)
+        smaller, fidelity = compressed(adapter, config)
+        write_adapter(folder.path, smaller)
+        record.outputs |= {name: folder / name for name in (ADAPTER_NAMES[0], CONFIG_NAME)}
+        record.outputs["fidelity"] = fidelity.write(folder.path)
+        record.facts["energy_kept"] = fidelity.energy_kept
+        folder.save_config(config)
+    report(config, fidelity, smaller)
+    return fidelity
+
+
+def check(config: CompressConfig) -> None:
+    """Combinations that cannot work, before anything is read."""
+    if not config.adapter:
+        raise UsageError("compress needs an adapter: rankwise compress ADAPTER --energy 0.95 -o smaller/")
+    if config.energy is not None and config.budget:
+        raise UsageError("--energy and --budget are alternatives: give one of them")
+    if config.energy is None and not config.budget and not config.uniform:
+        raise UsageError("how small? give --energy 0.95 or --budget N|uniform:R|P% (or --uniform alone: same product)")
+    if config.energy is not None and not 0 < config.energy <= 1:
+        raise UsageError(f"--energy is a share, 0 < e ≤ 1; got {config.energy}")
+    if config.scale is not None and config.scale <= 0:
+        raise UsageError(f"--scale is lora_alpha / r of the training, above 0; got {config.scale}")
+    if Path(config.output_dir).resolve() == adapter_files(Path(config.adapter))[0].parent.resolve():
+        raise UsageError(f"--output_dir {config.output_dir} is where the adapter is: choose another folder")
+
+
+def compressed(adapter: LoraAdapter, config: CompressConfig) -> tuple[LoraAdapter, Fidelity]:
+    """The smaller adapter, in float32 whatever the original's dtype: rounding it again would not be exact."""
+    sites = {
+        path: describe_site(path, pair.shape, transposed=pair.fan_in_fan_out) for path, pair in adapter.pairs.items()
+    }
+    ordered = {site: Ordered.of(adapter.pairs[path].factors()) for path, site in sites.items()}
+    if all(one.spectrum.is_zero for one in ordered.values()):
+        raise DataError(
+            f"{config.adapter}: every B·A is zero, so the adapter has no effect; was it saved before training?"
+        )
+    ranks = chosen_ranks(config, {site: one.spectrum for site, one in ordered.items()})
+    width = max(ranks.values()) if config.uniform else None
+    pairs = {
+        site.path: shrunk(adapter.pairs[site.path], ordered[site], rank, width)
+        for site, rank in ranks.items()
+        if rank or width
+    }
+    table = tuple(fidelity_of(adapter, site, ordered[site].spectrum, rank, width) for site, rank in ranks.items())
+    return replace(adapter, config=settings(adapter), pairs=pairs), Fidelity(table)
+
+
+def chosen_ranks(config: CompressConfig, spectra: Mapping[Site, Spectrum]) -> dict[Site, int]:
+    """Ranks by energy, by budget, or (--uniform alone) as they are. A site whose product is zero gets rank 0."""
+    if config.energy is not None:
+        return {site: spectrum.rank_for(config.energy, least=0) for site, spectrum in spectra.items()}
+    if config.budget:
+        rule = Rule(min_rank=0, max_rank=max(len(spectrum) for spectrum in spectra.values()))
+        gains = spectral_gains(spectra, config.normalise)
+        return by_budget(gains, parse_budget(config.budget, spectra), rule)
+    return {site: 0 if spectrum.is_zero else len(spectrum) for site, spectrum in spectra.items()}
+
+
+def shrunk(pair: LoraPair, ordered: Ordered, rank: int, width: int | None) -> LoraPair:
+    """The pair of this rank, zero-padded to `width` where one rank is wanted everywhere (the same product)."""
+    factors = ordered.first(rank)
+    right, left = (factors.padded(width) if width else factors).lora(SCALE)
+    return LoraPair(right, left, SCALE, pair.fan_in_fan_out, pair.embedding)
+
+
+def fidelity_of(adapter: LoraAdapter, site: Site, spectrum: Spectrum, rank: int, width: int | None) -> SiteFidelity:
+    kept = 0.0 if spectrum.is_zero else spectrum.energy(rank).low
+    note = "" if rank else "its product is zero" if spectrum.is_zero else "the budget gives it no rank"
+    if note:
+        note += ": all zeros" if width else ": left out"
+    return SiteFidelity(
+        site, width or rank, spectrum.energy_total, kept, rank_before=adapter.pairs[site.path].rank, note=note
+    )
+
+
+def settings(adapter: LoraAdapter) -> dict[str, Any]:
+    """The adapter's own config; one without (loralib) gets PEFT's, its other tensors as modules to save."""
+    if adapter.config:
+        return dict(adapter.config) | {"use_rslora": False}
+    modules = sorted({name.rpartition(".")[0] for name in adapter.extra})
+    return lora_config(None, task_type=None, modules_to_save=modules or None)
+
+
+def report(config: CompressConfig, fidelity: Fidelity, smaller: LoraAdapter) -> None:
+    for note in fidelity.notes():
+        print(f"note: {note}")
+    if smaller.extra:
+        print(f"note: {len(smaller.extra)} further tensors kept as they are ({', '.join(list(smaller.extra)[:3])} …)")
+    form = " · one rank, no patterns" if config.uniform else ""
+    print(f"compressed {config.adapter}: {fidelity.summary()}{form}")
+    print(f"adapter (float32) and fidelity.json in {config.output_dir}")
+    print(f"next: rankwise merge {config.output_dir}, or rankwise evaluate {config.output_dir} --task … --data_path …")
+
+
+def describe(config: CompressConfig) -> list[str]:
+    check(config)
+    how = f"{config.energy} of its energy at every site" if config.energy is not None else f"{config.budget} parameters"
+    if config.energy is None and not config.budget:
+        how = "the same product, zero-padded to one rank"
+    return [
+        f"compress the adapter {config.adapter} to {how}, exactly, from its factors",
+        f"write the adapter and fidelity.json to {config.output_dir}",
+    ]

@@ -1,0 +1,110 @@
+"""Laws of the package's form: layers, no cycles, imports on the minimal install, public names."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grimp
+import pytest
+from importlinter.cli import lint_imports
+
+import rankwise
+
+PACKAGE = Path(rankwise.__file__).parent
+REPOSITORY = PACKAGE.parent
+STANDARD_ONLY = ("errors.py", "options.py", "config.py", "cli.py", "__init__.py")
+OWN_LIBRARIES = {"core": {"torch"}, "store": {"torch", "safetensors", "filelock", "tqdm"}}
+# What the extras bring: none of it may be needed to import a module.
+EXTRAS = (
+    "matplotlib sacrebleu rouge_score nltk scipy sklearn pandas bitsandbytes wandb deepspeed openai pydantic "
+    "aiolimiter gguf xllamacpp llama_cpp datasets trl tensorboard statsmodels"
+).split()
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path, *, nested: bool) -> Iterator[str]:
+    """Modules that a file imports: at its top level, or inside its functions."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    inside = {id(node) for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        if (id(node) in inside) is nested:
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: relative import"
+                yield str(node.module)
+            elif isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+
+
+def test_imports_point_inward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    assert lint_imports(config_filename="pyproject.toml", no_cache=True) == 0
+
+
+def test_no_cycle_of_modules() -> None:
+    graph = grimp.build_graph("rankwise", cache_dir=None)
+    open_modules = {module: set(graph.find_modules_directly_imported_by(module)) for module in graph.modules}
+    while open_modules:
+        leaves = {module for module, needed in open_modules.items() if not needed & set(open_modules)}
+        assert leaves, f"a cycle among {sorted(open_modules)}"
+        open_modules = {module: needed for module, needed in open_modules.items() if module not in leaves}
+
+
+def test_no_function_imports_our_own_package() -> None:
+    found = {str(path): name for path in sources() for name in imports(path, nested=True) if name.startswith("rankwise")}
+    assert not found
+
+
+def test_inner_layers_need_no_more_than_they_say() -> None:
+    for path in sources():
+        place = path.relative_to(PACKAGE)
+        if str(place) in STANDARD_ONLY or place.parts[0] in OWN_LIBRARIES:
+            known = OWN_LIBRARIES.get(place.parts[0], set()) | set(sys.stdlib_module_names) | {"rankwise"}
+            outside = {name.split(".")[0] for name in imports(path, nested=False)} - known
+            assert not outside, f"{place} imports {outside}"
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+from importlib.machinery import PathFinder
+
+class WithoutExtras(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in sys.argv[1:] else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutExtras
+import rankwise
+assert "torch" not in sys.modules, "import rankwise loads torch"
+for module in pkgutil.walk_packages(rankwise.__path__, "rankwise."):
+    importlib.import_module(module.name)
+    print(module.name)
+assert not set(sys.argv[1:]) & set(sys.modules)
+"""
+
+
+def test_every_module_imports_on_the_minimal_install() -> None:
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", IMPORT_ALL, *EXTRAS], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert len(result.stdout.split()) >= len(sources()) - 1
+
+
+def test_public_names_resolve_and_explain_themselves() -> None:
+    for name in rankwise.__all__:
+        found = getattr(rankwise, name)
+        assert name.startswith("__") or (found.__doc__ or "").strip(), f"{name} has no docstring"
+    assert set(rankwise.__all__) == set(dir(rankwise))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        rankwise.nonsense  # noqa: B018
+
+
+def test_every_module_opens_with_its_place_in_the_flow() -> None:
+    missing = [str(path) for path in sources() if path.stat().st_size and not ast.get_docstring(ast.parse(path.read_text()))]
+    assert not missing

@@ -1,0 +1,309 @@
+"""Laws of the command line: strict names, one meaning per value, file and flags, exit codes, answers at once."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rankwise import cli, options
+from rankwise.config import RanksConfig, TrainConfig
+from rankwise.errors import DataError, DivergedError, Interrupted, RankwiseError, ServiceError, VerificationError
+
+LIGHT = [name for name, command in cli.COMMANDS.items() if not command.trainer]
+
+
+def resolved(*argv: str) -> Any:
+    """The config that a command line gives."""
+    return cli.resolve(argv[0], argv[1:])[0]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The message of a command line that must exit with 2."""
+    assert cli.main(argv) == 2
+    return capsys.readouterr().err
+
+
+def python(code: str, *argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False)
+
+
+HELP = """
+import contextlib, io, sys
+from rankwise import cli
+for name in sys.argv[1:]:
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        cli.main([*name.split(), "--help"])
+    assert "usage: rankwise" in shown.getvalue(), name
+    assert not {"torch", "transformers", "numpy", "peft", "yaml"} & set(sys.modules), (name, "loads what is heavy")
+print("answered")
+"""
+
+
+def test_help_imports_nothing_heavy() -> None:
+    result = python(HELP, "", *LIGHT)
+    assert result.stdout == "answered\n", result.stderr
+
+
+def test_overview_names_every_command_in_its_group(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == cli.main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in cli.COMMANDS)
+    assert {command.group for command in cli.COMMANDS.values()} == set(cli.GROUPS)
+
+
+def test_the_module_is_the_command() -> None:
+    result = subprocess.run([sys.executable, "-m", "rankwise.cli", "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout.split()[0]) == (0, "rankwise")
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_no_name_means_two_options_and_every_option_has_help(name: str) -> None:
+    rows = [*options.options_of(cli.COMMANDS[name].config), cli.DRY_RUN]
+    names = [word for row in rows for word in (row.name, *row.aliases)]
+    assert len(names) == len(set(names))
+    assert all(row.help for row in rows)
+    assert all(row.default in row.choices for row in rows if row.choices and isinstance(row.default, str))
+
+
+@pytest.mark.parametrize(
+    ("argv", "suggestion"),
+    [
+        (("rank", "a", "b"), "ranks"),
+        (("ranks", "a", "b", "--budgett", "1"), "did you mean budget?"),
+        (("ranks", "a", "b", "--svd_thresh", "1"), "did you mean svd_threshold?"),
+        (("ranks", "a", "b", "--svd", "1"), "svd_threshold"),
+        (("ranks", "a", "b", "--min-ran=1"), "min_rank"),
+        (("ranks", "a", "b", "--per", "sites"), "did you mean site?"),
+        (("ranks", "a", "b", "--emit", "pefft"), "did you mean peft?"),
+        (("ranks", "a", "b", "--towers", "vison"), "did you mean vision?"),
+    ],
+)
+def test_unknown_and_abbreviated_names_are_refused_with_a_suggestion(
+    capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], suggestion: str
+) -> None:
+    assert suggestion in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("ranks", "a", "b", "--max_rank", "many"), "expected a whole number, got 'many'"),
+        (("ranks", "a", "b", "--max_rank", "2.5"), "expected a whole number"),
+        (("ranks", "a", "b", "--svd_threshold", "high"), "expected a number"),
+        (("ranks", "a", "b", "--exact=maybe"), "expected true or false"),
+        (("ranks", "a", "b", "--max_rank", "none"), "max_rank needs a value"),
+        (("ranks", "a", "b", "--max_rank"), "expected one argument"),
+        (("ranks", "a", "b", "c"), "too many arguments"),
+        (("ranks", "a", "b", "--base", "c"), "given twice"),
+        (("ranks", "no/such.yaml"), "cannot read the config file"),
+        (("ranks", "--svd_threshold", "1.5", "a", "b"), "--svd_threshold"),
+        (("ranks", "a"), "two checkpoints"),
+    ],
+)
+def test_wrong_values_are_usage_errors(
+    capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str
+) -> None:
+    assert message in refused(capsys, *argv, "--dry-run")
+
+
+def test_a_missing_config_file_names_its_neighbours(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "ranks.yaml").write_text("max_rank: 8\n")
+    assert "did you mean ranks.yaml?" in refused(capsys, "ranks", str(tmp_path / "rank.yaml"))
+
+
+def test_both_spellings_and_aliases_are_one_option() -> None:
+    for words in (["--svd-threshold", "0.5"], ["--svd_threshold=0.5"], ["--energy", "0.5"]):
+        assert resolved("ranks", *words).spectrum.svd_threshold == 0.5
+    assert resolved("ranks", "--pretrained", "x", "--finetuned", "y") == resolved("ranks", "x", "y")
+    assert resolved("ranks", "-o", "x").out == resolved("ranks", "--output-dir", "x").out == "x"
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--exact"], True),
+        (["--exact", "True"], True),
+        (["--exact", "false"], False),
+        (["--exact=False"], False),
+        (["--exact", "--no-plots"], True),
+        ([], False),
+    ],
+)
+def test_booleans_work_bare_and_with_a_value(words: list[str], value: bool) -> None:
+    config = resolved("ranks", *words, "base", "tuned")
+    assert config.spectrum.exact is value
+    assert (config.base, config.tuned) == ("base", "tuned"), "a bare flag takes no path"
+
+
+def test_lists_take_commas_and_repetition_but_regexes_keep_their_commas() -> None:
+    config = resolved("ranks", "--towers", "language,vision", "--towers", "projector", "--rename", "a{1,2}=b,c")
+    assert config.sites.towers == ["language", "vision", "projector"]
+    assert config.sites.rename == ["a{1,2}=b,c"]
+
+
+def test_none_is_a_choice_where_it_is_one_and_no_value_elsewhere() -> None:
+    config = resolved("ranks", "--noise_floor", "none", "--round", "none", "--budget", "none")
+    assert (config.spectrum.noise_floor, config.spectrum.round, config.spectrum.budget) == ("none", "none", None)
+
+
+def save(path: Path, content: str) -> str:
+    path.write_text(content, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("content", ["learning-rate: 2e-4\n", "lr: 2.0E-4\n", '{"learning_rate": 2e-4}'])
+def test_numbers_in_files_are_numbers(tmp_path: Path, content: str) -> None:
+    """YAML 1.1 reads 2e-4 as text."""
+    file = save(tmp_path / ("c.json" if content.startswith("{") else "c.yml"), content)
+    rate = resolved("finetune", file).learning_rate
+    assert isinstance(rate, float)
+    assert math.isclose(rate, 2e-4)
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    file = save(tmp_path / "c.yaml", "max_rank: 32\nmin-rank: 2\npretrained: x\n")
+    config = resolved("ranks", file, "--max_rank", "64")
+    assert (config.spectrum.max_rank, config.spectrum.min_rank, config.base) == (64, 2, "x")
+    assert config.spectrum.svd_threshold == RanksConfig().spectrum.svd_threshold
+    assert resolved("ranks", file, "y", "z").base == "y"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.yaml", "energy: 0.8\nsvd-threshold: 0.9\n", "svd_threshold is set twice"),
+        ("c.yaml", "max_rank: 8\nmax_rank: 9\n", "max_rank is set twice"),
+        ("c.json", '{"max_rank": 8, "max_rank": 9}', "max_rank is set twice"),
+        ("c.yaml", "max_rnk: 8\n", "did you mean max_rank"),
+        ("c.yaml", "spectrum: {max_rank: 8}\n", "unknown option 'spectrum'"),
+        ("c.yaml", "max_rank: [8]\n", "expected a whole number"),
+        ("c.yaml", "max_rank: true\n", "expected a number"),
+        ("c.yaml", "base: [a, b]\n", "expected text"),
+        ("c.yaml", "towers: [{a: b}]\n", "expected a list of texts"),
+        ("c.yaml", "max_rank: 8\n  min_rank: 3\n", "c.yaml:2: not YAML"),
+        ("c.json", '{"max_rank": 8,\n}', "c.json:2: not JSON"),
+        ("c.yaml", "- max_rank\n", "expected option names with values"),
+        ("c.yaml", "", "expected option names with values"),
+    ],
+)
+def test_bad_config_files_are_usage_errors_that_name_the_place(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    error = refused(capsys, "ranks", save(tmp_path / name, content))
+    assert message in error
+    assert name in error
+
+
+def test_bytes_that_are_no_text_are_a_usage_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_bytes(b"base: \xff\xfe\n")
+    assert "not UTF-8" in refused(capsys, "ranks", str(tmp_path / "c.yaml"))
+
+
+def test_yaml_takes_a_bare_no_for_false_where_no_is_the_word(tmp_path: Path) -> None:
+    config = resolved("train", save(tmp_path / "c.yaml", "eval_strategy: no\nsave_strategy: steps\n"))
+    assert config.training == {"eval_strategy": "no", "save_strategy": "steps"}
+
+
+def test_what_is_not_ours_goes_to_the_trainer_and_not_elsewhere() -> None:
+    config = resolved("train", "--lr", "1e-4", "--lora-r", "8", "--max_steps", "3")
+    assert isinstance(config, TrainConfig)
+    assert config.training == {"learning_rate": 1e-4, "max_steps": 3}
+    assert config.lora.lora_r == 8
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert cli.main([*argv, "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_dry_run_prints_a_config_and_does_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = dry_run(capsys, "ranks", "base", "tuned", "--max-rank", "8", "--rename", "a=b")
+    assert "# would measure the spectra of base and tuned" in shown
+    assert list(tmp_path.iterdir()) == []
+    config = resolved("ranks", save(tmp_path / "c.yaml", shown))
+    assert config == resolved("ranks", "base", "tuned", "--max-rank", "8", "--rename", "a=b")
+
+
+def values_of(row: options.Option) -> st.SearchStrategy[Any]:
+    """Values that an option may have once it is resolved."""
+    text = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(
+        lambda word: word.lower() not in ("none", "null")
+    )
+    if row.choices:
+        one: st.SearchStrategy[Any] = st.sampled_from(list(row.choices))
+    else:
+        kind = options.plain_types(row.annotation)[0]
+        one = {bool: st.booleans(), int: st.integers(), float: st.floats(allow_nan=False)}.get(kind, text)
+    if row.is_list:
+        plain = one if row.choices or not row.commas else one.map(lambda s: s.replace(",", "").strip()).filter(bool)
+        return st.lists(plain, max_size=3)
+    return one | st.none() if row.nullable else one
+
+
+@pytest.mark.parametrize("name", LIGHT)
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_a_printed_config_read_back_is_the_same_config(
+    tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
+) -> None:
+    command = cli.COMMANDS[name]
+    rows = list(options.options_of(command.config))
+    places = data.draw(st.sets(st.integers(0, len(rows) - 1), max_size=6))
+    chosen = [rows[place] for place in places]
+    config = options.build(command.config, {row.name: data.draw(values_of(row), label=row.name) for row in chosen})
+    shown = options.flatten(config)
+    folder = tmp_path_factory.mktemp("config")
+    for file, text in (
+        (folder / "c.yaml", yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)),
+        (folder / "c.json", json.dumps(shown)),
+    ):
+        file.write_text(text, encoding="utf-8")
+        assert options.build(command.config, options.file_values(file, rows)) == config
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (DataError("x"), 3),
+        (DivergedError("x"), 4),
+        (ServiceError("x"), 5),
+        (VerificationError("x"), 6),
+        (Interrupted("x", 2), 130),
+        (Interrupted("x", 15), 143),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_every_kind_of_failure_has_its_exit_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
+    def fail(argv: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "dispatch", fail)
+    assert cli.main(["ranks"]) == code
+    message = capsys.readouterr().err
+    assert message.startswith("rankwise: ")
+    assert "Traceback" not in message
+
+
+def test_every_error_of_ours_has_a_code_of_its_own() -> None:
+    codes = [kind.exit_code for kind in RankwiseError.__subclasses__() if kind is not Interrupted]
+    assert sorted(codes) == [2, 3, 4, 5, 6]
+
+
+def test_a_missing_checkpoint_is_bad_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["ranks", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")]) == 3
+    assert "no such file or folder" in capsys.readouterr().err
