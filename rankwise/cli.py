@@ -22,7 +22,7 @@ CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 @dataclass(frozen=True)
 class Command:
-    """One row of the table: where it stands in the help, what it is told, and which function runs it."""
+    """One row of the table: where it stands in the help, what it is told, and which stage runs it."""
 
     group: str
     help: str
@@ -31,7 +31,6 @@ class Command:
     positionals: tuple[str, ...] = ()
     takes_file: bool = True
     trainer: bool = False
-    function: str = "run"
 
 
 COMMANDS = {
@@ -45,11 +44,10 @@ COMMANDS = {
     "ranks diff": Command(
         "MEASURE",
         "what two rank plans disagree on",
-        "ranks",
+        "ranks_diff",
         config.DiffConfig(),
         ("first", "second"),
         takes_file=False,
-        function="diff",
     ),
     "extract": Command(
         "MEASURE", "checkpoint pair → LoRA adapter", "extract", config.ExtractConfig(), ("base", "tuned")
@@ -164,7 +162,7 @@ def dispatch(argv: Sequence[str]) -> None:
         for line in stage.describe(built):
             print("# would " + line.replace("\n", "\n#   "))
     else:
-        getattr(stage, COMMANDS[name].function)(built)
+        stage.run(built)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

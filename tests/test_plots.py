@@ -133,6 +133,15 @@ def test_heatmap_shows_every_rank_in_its_cell_and_nothing_where_there_is_no_site
     assert int(axis.images[0].get_array().mask.sum()) == 9 - 4
 
 
+def test_nearly_uniform_ranks_look_nearly_uniform(tmp_path: Path, figures: list[Any]) -> None:
+    plot_ranks_heatmap(RankPlan((planned("layers.0.q_proj", 16), planned("layers.1.q_proj", 18))), tmp_path / "x.png")
+    image = figures[0].axes[0].images[0]
+    assert image.norm(18) - image.norm(16) < 0.1
+    plot_ranks_heatmap(ragged_plan(), tmp_path / "x.png")
+    image = figures[1].axes[0].images[0]
+    assert (image.norm(2), image.norm(16)) == (0.0, 1.0)
+
+
 def test_energy_heatmap_leaves_unknown_energy_blank(tmp_path: Path, figures: list[Any]) -> None:
     rows = (
         planned("layers.0.q_proj", energy=0.123),

@@ -42,16 +42,16 @@ class Rule:
             raise UsageError(f"--smoothing_factor lies between 0 and 1; got {self.smoothing}")
 
     def most(self, site: Site) -> int:
-        return max(self.least(site), min(self.max_rank, site.largest_rank))
+        return min(self.max_rank, site.largest_rank)
 
     def least(self, site: Site) -> int:
-        return min(self.min_rank, site.full_rank)
+        return min(self.min_rank, self.most(site))
 
 
 def rounded(rank: float, rule: str) -> int:
     """Nearest power of two or multiple of eight, ties up; `none` keeps the rank."""
-    if rule == "power-of-two":
-        low = 1 << math.floor(math.log2(max(rank, 1)))
+    if rule == "power-of-two" and rank > 0:
+        low = 1 << math.floor(math.log2(rank))
         return low if rank - low < 2 * low - rank else 2 * low
     if rule == "multiple-of-8":
         return 8 * math.floor(rank / 8 + 0.5)
@@ -64,17 +64,17 @@ def smoothed(ranks: Sequence[int], factor: float) -> list[int]:
     return [math.floor(factor * mean + (1 - factor) * rank + 1e-9) for rank in ranks]
 
 
-def raw_rank(spectrum: Spectrum, rule: Rule) -> int:
-    """r_raw, or the number just above what was computed where the threshold lies beyond (saturated)."""
+def raw_rank(site: Site, spectrum: Spectrum, rule: Rule) -> int:
+    """r_raw; the number just above what was computed where the threshold lies beyond (saturated), and the bound
+    itself where all that is known of r_raw is on which side of a bound it lies. Raises Undecided."""
     low, high = spectrum.rank_bounds(rule.threshold)
-    if high > len(spectrum) or low == high:
-        return high
-    return spectrum.rank_for(rule.threshold, rule.min_rank, rule.max_rank)
+    bounded = spectrum.rank_for(rule.threshold, rule.least(site), rule.most(site))
+    return high if low == high else bounded
 
 
 def by_threshold(spectra: Mapping[Site, Spectrum], rule: Rule) -> tuple[PlannedSite, ...]:
     """The energy rule over all sites. Spectra must decide `rule.threshold` within the bounds (see `measure`)."""
-    raw = {site: raw_rank(spectrum, rule) for site, spectrum in spectra.items()}
+    raw = {site: raw_rank(site, spectrum, rule) for site, spectrum in spectra.items()}
     bounded = {site: min(max(rank, rule.least(site)), rule.most(site)) for site, rank in raw.items()}
     final: dict[Site, int] = {}
     for group in groups(bounded):
@@ -86,22 +86,27 @@ def by_threshold(spectra: Mapping[Site, Spectrum], rule: Rule) -> tuple[PlannedS
         final |= dict(zip(group, ranks, strict=True))
     rows = []
     for site, rank in final.items():
-        least, most = rule.least(site), rule.most(site)
-        chosen = min(max(rounded(rank, rule.round), least), most)
-        clipped = "min" if raw[site] < least else "max" if raw[site] > rule.max_rank else None
-        if raw[site] > most and most < rule.max_rank:
-            clipped = f"⌊mn/(m+n)⌋ = {site.largest_rank}"
+        chosen = min(max(rounded(rank, rule.round), rule.least(site)), rule.most(site))
         row = explain(site, spectra[site], chosen)
         saturated = spectra[site].saturated(rule.threshold, rule.max_rank)
-        rows.append(replace(row, r_raw=raw[site], clipped=clipped, saturated=saturated))
+        rows.append(replace(row, r_raw=raw[site], clipped=clip_reason(raw[site], site, rule), saturated=saturated))
     return tuple(rows)
 
 
+def clip_reason(raw: int, site: Site, rule: Rule) -> str | None:
+    """Which bound r_raw ran into: `min`, `max`, or the rank above which a LoRA pair is larger than its matrix."""
+    if raw < rule.least(site):
+        return "min"
+    if raw <= rule.most(site):
+        return None
+    return "max" if rule.max_rank <= site.largest_rank else f"⌊mn/(m+n)⌋ = {site.largest_rank}"
+
+
 def groups(sites: Iterable[Site]) -> list[list[Site]]:
-    """Sites of one projection of one tower, by layer."""
-    found: dict[tuple[str, str], list[Site]] = {}
+    """Sites that are the same projection in different layers."""
+    found: dict[str, list[Site]] = {}
     for site in sites:
-        found.setdefault((site.tower, site.projection), []).append(site)
+        found.setdefault(site.type_path, []).append(site)
     return list(found.values())
 
 
@@ -133,7 +138,7 @@ def parse_budget(text: str, sites: Iterable[Site]) -> int:
             budget = int(float(text[:-1]) / 100 * sum(site.size for site in sites))
         else:
             budget = int(float(text))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UsageError(f"--budget takes N, uniform:R or P%; got {text!r}") from None
     if budget <= 0:
         raise UsageError(f"--budget {text} is no parameters at all")
@@ -178,7 +183,7 @@ def by_budget(gains: Mapping[Site, Tensor], budget: int, rule: Rule) -> dict[Sit
             f"--budget {budget:,} is below what --min_rank {rule.min_rank} alone takes ({spent:,} parameters); "
             "lower --min_rank or raise the budget"
         )
-    curves = {site: decreasing(gain) for site, gain in gains.items()}
+    curves = {site: torch.cat([gain[: ranks[site]], decreasing(gain[ranks[site] :])]) for site, gain in gains.items()}
     heap: list[tuple[float, int, Site, int]] = []
 
     def offer(order: int, site: Site) -> None:
@@ -207,12 +212,18 @@ def next_rank(rank: int, step: int, rule: Rule) -> int:
 
 
 def uniform(sites: Sequence[Site], parameters: int) -> dict[Site, int]:
-    """One rank everywhere within these parameters; the rest buys one more rank for the first sites that fit."""
-    rank = parameters // sum(sum(site.shape) for site in sites)
-    ranks = {site: min(rank, site.full_rank) for site in sites}
-    left = parameters - sum(site.parameters(rank) for site, rank in ranks.items())
-    for site in sites:
-        if site.parameters(1) <= left and ranks[site] < site.full_rank:
+    """One rank everywhere within these parameters, ⌊mn/(m+n)⌋ where that is less; what sites at that limit leave
+    goes to the others alike, and the rest buys one more rank for the first sites that fit."""
+    ranks = dict.fromkeys(sites, 0)
+    left, growing = parameters, list(sites)
+    while growing and (step := left // sum(site.parameters(1) for site in growing)):
+        for site in growing:
+            more = min(step, site.largest_rank - ranks[site])
+            ranks[site] += more
+            left -= site.parameters(more)
+        growing = [site for site in growing if ranks[site] < site.largest_rank]
+    for site in growing:
+        if site.parameters(1) <= left:
             ranks[site] += 1
             left -= site.parameters(1)
     return ranks
@@ -242,6 +253,19 @@ def inverted(ranks: Mapping[Site, int]) -> dict[Site, int]:
         ordered = sorted(members, key=lambda site: ranks[site])
         result |= {site: ranks[other] for site, other in zip(ordered, reversed(ordered), strict=True)}
     return result
+
+
+def explained_by(rows: Iterable[PlannedSite], spectra: Mapping[Site, Spectrum]) -> tuple[PlannedSite, ...]:
+    """Ranks that other spectra decided (of inputs, of gradients), with what the deltas' own say about them."""
+    return tuple(
+        replace(
+            explain(row.site, spectra[row.site], row.rank),
+            r_raw=row.r_raw,
+            clipped=row.clipped,
+            saturated=row.saturated,
+        )
+        for row in rows
+    )
 
 
 def plan_of(ranks: Mapping[Site, int], spectra: Mapping[Site, Spectrum], model_name: str = "") -> RankPlan:

@@ -37,7 +37,7 @@ def repeatability(first: Mapping[Site, float], second: Mapping[Site, float]) -> 
     overall = spearman([first[site] for site in common], [second[site] for site in common])
     types: dict[str, list[Site]] = {}
     for site in common:
-        types.setdefault(site.projection, []).append(site)
+        types.setdefault(site.type_path, []).append(site)
     within = [
         rho
         for members in types.values()

@@ -25,6 +25,7 @@ SMALL_SIDE = 4  # a matrix whose short side is within 4× the sketch's width is 
 SAFETY = (
     1.2  # block power iteration nears ‖R‖₂ from below: at most 9 % short on white noise up to 3584², the worst case
 )
+ROUNDING = 2e-6  # of E(k) by a sketch in float32: up to 3e-7 was seen on flat, polynomial and low-rank spectra
 SIGNIFICAND = {torch.bfloat16: 8, torch.float16: 11}
 
 Question = Callable[[Spectrum], object]
@@ -83,9 +84,7 @@ def subtract(base: Tensor, tuned: Tensor) -> Delta:
         torch.sub(tuned[rows].float(), before, out=matrix[rows])
         base_energy += float(torch.linalg.vector_norm(before, dtype=torch.float64)) ** 2
         changed += int(torch.count_nonzero(matrix[rows]))
-    dtype = effective_dtype(tuned)
-    if dtype not in SIGNIFICAND:
-        dtype = effective_dtype(base)
+    dtype = effective_dtype(tuned)  # a 16-bit base is where the run started, exactly: only the result was rounded
     return Delta(
         matrix=matrix,
         energy=energy_of(matrix),
@@ -193,7 +192,7 @@ class Sketch:
 
     def spectrum(self) -> Spectrum:
         values = self.values[: self.up_to].cpu()
-        return Spectrum(values, self.energy, self.shape, residual=self.residual, method="sketch")
+        return Spectrum(values, self.energy, self.shape, residual=self.residual, method="sketch", rounding=ROUNDING)
 
     def refined(self) -> Spectrum:
         """The same values with a closer bound, for one more multiplication by Δ.
@@ -216,7 +215,7 @@ def sketch(matrix: Tensor, energy: float, up_to: int, generator: torch.Generator
     basis = range_basis(wide, min(up_to + OVERSAMPLE, wide.shape[0]), power_iterations=1, generator=generator)
     projected = basis.T @ wide
     values = gram_values(projected)
-    left_over = math.sqrt(max(0.0, energy - float(values.square().sum())))
+    left_over = math.sqrt(max(0.0, energy - float(values.square().sum())) + ROUNDING * energy)
     residual = min(left_over, residual_norm(wide, basis, projected, generator))
     shape = (matrix.shape[0], matrix.shape[1])
     return Sketch(wide, basis, projected, values, residual, energy, shape, up_to)

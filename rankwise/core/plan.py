@@ -1,20 +1,19 @@
-"""The rank plan: site → rank and scale, with the reason for each, and its file form.
+"""The rank plan: site → rank and scale, with the reason for each, and the content of its file (read: `plan_content`).
 
-The file is a superset of the documented `lora_rank_config.json`; a file with `layer_ranks` alone loads too.
+plan = RankPlan(by_threshold(spectra, Rule()))
+plan.rank_pattern, plan.alpha_pattern, plan.parameters, plan.dumps()
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from rankwise.core.site import Site, describe, nearest, pattern
-from rankwise.errors import DataError
+from rankwise.core.site import Site, pattern
 
 FORMAT = "rankwise-rank-plan/1"
 
@@ -143,128 +142,3 @@ class RankPlan:
 
     def dumps(self) -> str:
         return json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-
-
-KNOWN_KEYS = {
-    *[
-        "format",
-        "description",
-        "timestamp",
-        "model_name",
-        "layer_ranks",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_rslora",
-        "alpha_over_rank",
-        "layer_metadata",
-        "total_parameters",
-        "compression_ratio",
-        "analysis_metadata",
-    ]
-}
-
-
-def recorded_sites(content: Mapping[str, Any]) -> dict[str, Site]:
-    """The sites as the plan's own `layer_metadata` describes them, for readers that have no model at hand."""
-    return {
-        row["path"]: replace(
-            describe(row["path"], row["shape"], row.get("tower", "unknown"), row.get("transposed", False)),
-            kind=row.get("kind", "other"),
-        )
-        for rows in content.get("layer_metadata", {}).values()
-        for row in rows
-        if "path" in row
-    }
-
-
-def load_plan(content: Mapping[str, Any], sites: Mapping[str, Site] | None, where: str) -> RankPlan:
-    """A plan from a file's content, matched with the sites of the model it is for.
-
-    Args:
-        content: the parsed JSON.
-        sites: path → site of the model; a `layer_ranks`-only file expands over its language tower. None: the
-            sites that the plan itself records.
-        where: the file's name, for messages.
-
-    Raises:
-        DataError: unknown fields, ranks that are not whole numbers ≥ 0, sites that the model lacks (with the
-            nearest names), shapes that differ.
-    """
-    unknown = set(content) - KNOWN_KEYS
-    if unknown:
-        raise DataError(f"{where}: unknown fields {sorted(unknown)}; a rank plan has {sorted(KNOWN_KEYS)}")
-    if "format" in content and content["format"] != FORMAT:
-        raise DataError(f"{where}: format {content['format']!r} is not {FORMAT!r}")
-    if sites is None:
-        sites = recorded_sites(content)
-    if content.get("rank_pattern"):
-        rows = rows_from_patterns(content, sites, where)
-    elif content.get("layer_ranks"):
-        rows = rows_from_types(content["layer_ranks"], sites, where)
-    else:
-        raise DataError(f"{where}: neither rank_pattern nor layer_ranks: not a rank plan")
-    return RankPlan(
-        sites=tuple(rows),
-        model_name=str(content.get("model_name", "")),
-        use_rslora=bool(content.get("use_rslora", False)),
-        alpha_over_rank=float(content.get("alpha_over_rank", 2.0)),
-        description=str(content.get("description", "")),
-        timestamp=str(content.get("timestamp", "")),
-        metadata=content.get("analysis_metadata", {}),
-    )
-
-
-def whole_rank(rank: Any, name: str, where: str) -> int:
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-        raise DataError(f"{where}: rank of {name} is {rank!r}; a rank is a whole number ≥ 0")
-    return rank
-
-
-def rows_from_patterns(content: Mapping[str, Any], sites: Mapping[str, Site], where: str) -> list[PlannedSite]:
-    rows = []
-    details = {
-        row["path"]: row for rows_ in content.get("layer_metadata", {}).values() for row in rows_ if "path" in row
-    }
-    for key, value in content["rank_pattern"].items():
-        path = re.sub(r"\\(.)", r"\1", key.removeprefix("^").removesuffix("$"))
-        if path not in sites:
-            near = ", ".join(nearest(path, sites)) or "none that look alike"
-            raise DataError(f"{where}: the model has no site {path}; nearest: {near}. Is this plan for another model?")
-        row = details.get(path, {})
-        if row.get("shape") and tuple(row["shape"]) != sites[path].shape:
-            raise DataError(
-                f"{where}: {path} is {tuple(row['shape'])} in the plan and {sites[path].shape} in the model"
-            )
-        rows.append(clamped(sites[path], whole_rank(value, path, where), row))
-    return rows
-
-
-def rows_from_types(layer_ranks: Mapping[str, Any], sites: Mapping[str, Site], where: str) -> list[PlannedSite]:
-    """One rank per projection name, over the language tower."""
-    language = [site for site in sites.values() if site.tower in ("language", "unknown")]
-    names = {site.projection for site in language}
-    missing = [name for name in layer_ranks if name not in names]
-    if missing:
-        raise DataError(f"{where}: the model has no projection {', '.join(missing)}; it has {', '.join(sorted(names))}")
-    return [
-        clamped(site, whole_rank(layer_ranks[site.projection], site.projection, where), {})
-        for site in language
-        if site.projection in layer_ranks
-    ]
-
-
-def clamped(site: Site, rank: int, row: Mapping[str, Any]) -> PlannedSite:
-    """A rank above min(m, n) is cut to it, and says so."""
-    fits = min(rank, site.full_rank)
-    return PlannedSite(
-        site=site,
-        rank=fits,
-        r_raw=row.get("r_raw"),
-        energy_retained=row.get("energy_retained"),
-        decay_rate=row.get("decay_rate"),
-        stable_rank=row.get("stable_rank"),
-        entropy_rank=row.get("entropy_rank"),
-        saturated=bool(row.get("saturated", False)),
-        clipped=row.get("clipped") if fits == rank else f"{rank} is above min(m, n) = {site.full_rank}",
-        method=row.get("method", "given"),
-    )

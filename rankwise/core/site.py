@@ -103,6 +103,12 @@ class Site:
         """⌊mn/(m+n)⌋: above it a LoRA pair has more parameters than the matrix itself."""
         return max(1, self.size // sum(self.shape))
 
+    @property
+    def type_path(self) -> str:
+        """What the layers share: the path without its numbers. Two modules of a layer may share a projection's
+        name (GPT-2's attn.c_proj and mlp.c_proj), never this."""
+        return ".".join(part for part in self.path.split(".") if not part.isdigit())
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"shape": list(self.shape)}
 
@@ -127,14 +133,17 @@ def describe(path: str, shape: tuple[int, ...], tower: str = "unknown", transpos
 
 
 def kind_of(projection: str, parent: str) -> str:
-    """Kind by the projection's own name, else by the module that holds it (`attn.c_proj`, `mlp.c_proj`)."""
+    """Kind by the projection's own name, else by the nearest module around it that tells (`attn.c_proj`,
+    `mlp.c_proj`, BERT's `attention.output.dense`; its `output.dense` is the MLP's)."""
     for kind, names in (("attention", ATTENTION), ("mlp", MLP), ("embed", EMBED), ("head", HEAD)):
         if projection in names:
             return kind
-    holder = parent.rsplit(".", 1)[-1]
-    if ATTENTION_PARENT.search(holder):
-        return "attention"
-    return "mlp" if MLP_PARENT.search(holder) else "other"
+    for holder in reversed(parent.split(".")):
+        if ATTENTION_PARENT.search(holder):
+            return "attention"
+        if MLP_PARENT.search(holder):
+            return "mlp"
+    return "mlp" if parent.endswith("output") else "other"
 
 
 def pattern(path: str) -> str:

@@ -31,7 +31,8 @@ class Spectrum:
     `residual` bounds the spectral norm of what the values leave out: ‖Δ − QQᵀΔ‖₂ for a sketch with basis Q,
     0 where the values are exact. With it (Weyl's inequality for QQᵀΔ, which is a compression of Δ)
     Ê(k) ≤ E(k) ≤ Ê(k) + k·residual²/‖Δ‖²_F. `excess` is a closer bound of Σ_{i≤k}σᵢ² − Σ_{i≤k}σ̂ᵢ², where one was
-    computed. `complete` says that no singular value is missing.
+    computed, and `rounding` what float32 arithmetic may have added to or taken from E(k). `complete` says that no
+    singular value is missing.
     """
 
     values: Tensor
@@ -41,6 +42,7 @@ class Spectrum:
     method: str = "exact"
     complete: bool = False
     excess: Tensor | None = None
+    rounding: float = 0.0
 
     def __post_init__(self) -> None:
         assert self.values.dim() == 1 and self.values.dtype == torch.float64, "values: float64 vector"
@@ -75,7 +77,8 @@ class Spectrum:
         if k > len(self) and not self.complete:
             raise Undecided(f"energy at rank {k}: only {len(self)} of {min(self.shape)} values were computed")
         index = min(k, len(self)) - 1
-        return Interval(float(self.cumulative()[index]), float(self.upper()[index]))
+        low, high = float(self.cumulative()[index]), float(self.upper()[index])
+        return Interval(max(0.0, low - self.rounding), min(1.0, high + self.rounding))
 
     def rank_bounds(self, threshold: float) -> tuple[int, int]:
         """Certified least and greatest value of r = min{k: E(k) ≥ threshold}.
@@ -86,8 +89,8 @@ class Spectrum:
             return 0, 0
         lower, upper = self.cumulative(), self.upper()
         slack = 1e-12  # float64 rounding of the sums
-        surely = int((lower < threshold - slack).sum()) + 1
-        possibly = int((upper < threshold - slack).sum()) + 1
+        surely = int((lower - self.rounding < threshold - slack).sum()) + 1
+        possibly = int((upper + self.rounding < threshold - slack).sum()) + 1
         if self.complete:
             surely = min(surely, len(self))
         return min(possibly, surely), surely
@@ -105,12 +108,18 @@ class Spectrum:
 
     def saturated(self, threshold: float, max_rank: int) -> bool:
         """Whether the threshold is certainly not reached within `max_rank` values."""
-        return not self.is_zero and self.rank_bounds(threshold)[1] > max_rank
+        return not self.is_zero and self.rank_bounds(threshold)[0] > max_rank
 
     @property
-    def stable_rank(self) -> float:
-        """‖Δ‖²_F / σ₁² (Rudelson and Vershynin): at most the rank, and insensitive to small values."""
-        return 0.0 if self.is_zero else self.energy_total / float(self.values[0]) ** 2
+    def stable_rank(self) -> float | None:
+        """‖Δ‖²_F / σ₁² (Rudelson and Vershynin): at most the rank, and insensitive to small values.
+
+        None where noise removal left no direction standing: the energy is spread too evenly to tell.
+        """
+        top = float(self.values[0]) if len(self) else 0.0
+        if top == 0.0:
+            return 0.0 if self.is_zero else None
+        return self.energy_total / top**2
 
     @property
     def decay_rate(self) -> float:
@@ -124,9 +133,10 @@ class Spectrum:
     @property
     def entropy_rank(self) -> float | None:
         """exp of the entropy of σ²/Σσ² (Roy and Vetterli's effective rank); None where values are missing."""
-        if not self.complete or self.is_zero:
+        total = self.values.square().sum()
+        if not self.complete or total == 0.0:
             return 0.0 if self.is_zero else None
-        share = self.values.square() / self.values.square().sum()
+        share = self.values.square() / total
         share = share[share > 0]
         return float(torch.exp(-(share * share.log()).sum()))
 
@@ -151,6 +161,7 @@ class Spectrum:
             energy_total=total,
             residual=0.0,
             excess=None,
+            rounding=0.0,
             method=f"{self.method}, noise removed",
             complete=self.complete or ended,
         )

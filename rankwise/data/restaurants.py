@@ -16,19 +16,22 @@ from pathlib import Path
 from rankwise.store.files import atomic_write
 
 VALUES = {
-    "name": (),
+    "name": (
+        "The Blue Lantern", "Willow House", "The Copper Kettle", "Harbour Lights", "The Old Mill", "Green Olive",
+        "The Silver Spoon", "Maple Corner", "The Red Fox", "Stone Bridge", "The Golden Pear", "River Garden",
+        "The Black Swan", "Lemon Tree", "The White Hart", "Cedar Room",
+    ),  # fmt: skip
     "eatType": ("restaurant", "pub", "coffee shop"),
     "food": ("Italian", "French", "Indian", "Chinese", "Japanese", "English", "Spanish", "Greek"),
     "priceRange": ("cheap", "moderate", "high"),
     "customer rating": ("low", "average", "5 out of 5"),
     "area": ("city centre", "riverside", "old town"),
     "familyFriendly": ("yes", "no"),
-    "near": (),
+    "near": (
+        "Kings Theatre", "Central Station", "Market Hall", "Park Hotel", "Tower Bridge", "Rose Museum",
+        "Green Park", "North Pier",
+    ),  # fmt: skip
 }  # fmt: skip
-SYLLABLES = (
-    "ba be bo da de do fa fi ga go ka ki la le lo ma mi mo na ni no pa pe po ra ri ro sa se so ta te to va ve vi".split()
-)
-SIGHTS = ("Hall", "Park", "Station", "Bridge", "Hotel", "Theatre")
 ALWAYS = ("name", "eatType", "food")
 OPTIONAL_SHARE = 0.7
 HELD_OUT_OF = 6
@@ -92,19 +95,15 @@ class Restaurant:
 
     @property
     def held_out(self) -> bool:
-        return SYLLABLES.index(self.facts["name"][:2].lower())%HELD_OUT_OF==VALUES["food"].index(self.facts["food"])%HELD_OUT_OF
-
-
-def coined(attribute: str, random_state: random.Random) -> str:
-    word = "".join(random_state.choices(SYLLABLES, k=random_state.choice((2, 3)))).capitalize()
-    return word if attribute == "name" else f"{word} {random_state.choice(SIGHTS)}"
+        name = VALUES["name"].index(self.facts["name"])
+        return (name + VALUES["food"].index(self.facts["food"])) % HELD_OUT_OF == 0
 
 
 def draw(random_state: random.Random) -> Restaurant:
     """A restaurant with a name, a type, a food and some of the other facts."""
     return Restaurant(
         {
-            attribute: coined(attribute, random_state) if not values else random_state.choice(values)
+            attribute: random_state.choice(values)
             for attribute, values in VALUES.items()
             if attribute in ALWAYS or random_state.random() < OPTIONAL_SHARE
         }
@@ -159,7 +158,6 @@ def guide(random_state: random.Random, pages: int, *, visits: int = 2) -> list[s
 
 def _page(facts: dict[str, str], random_state: random.Random, visits: int) -> str:
     parts = [_tags(facts, random_state), *(_visit(facts, random_state) for _ in range(visits))]
-    random_state.shuffle(parts)
     return "\n".join(parts)
 
 

@@ -45,8 +45,8 @@ class LoraSettings:
             )
         if self.init in MOVES_BASE and (self.use_dora or self.bias != "none"):
             raise UsageError(
-                f"--init_lora_weights {self.init} changes the base; with --use_dora or --lora_bias it cannot be saved as "
-                "one plain adapter"
+                f"--init_lora_weights {self.init} changes the base; with --use_dora or --lora_bias it cannot be saved "
+                "as one plain adapter"
             )
 
 

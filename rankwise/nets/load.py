@@ -31,12 +31,12 @@ def check_remote_code(name: str, trust_remote_code: bool, revision: str | None) 
 def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The model's config. Never prompts: a repository that needs its own code is an error that says so."""
     check_remote_code(name, trust_remote_code, revision)
-    folder = resolve(name, revision)
+    folder = resolve(name, revision, code=trust_remote_code)
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder}: no config.json, so this is not a Hugging Face model folder")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if "trust_remote_code" in str(error):
             raise DataError(
                 f"{name}: this model needs code from its repository; read that code, then pass "
@@ -59,7 +59,10 @@ def meta_model(name: str, revision: str | None = None, trust_remote_code: bool =
     config = load_config(name, revision, trust_remote_code)
     found = model_class(config)
     with torch.device("meta"):
-        model = found.from_config(config) if hasattr(found, "from_config") else found(config)
+        if hasattr(found, "from_config"):
+            model = found.from_config(config, trust_remote_code=trust_remote_code)
+        else:
+            model = found(config)
     assert isinstance(model, PreTrainedModel)
     return model
 
@@ -100,7 +103,7 @@ def load_model(
         extra["attn_implementation"] = attn_implementation
     if quantization:
         extra["quantization_config"] = quantization_config(quantization, config)
-    folder = resolve(name, revision)
+    folder = resolve(name, revision, code=trust_remote_code)
     try:
         model, info = model_class(config).from_pretrained(
             folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code, **extra
@@ -115,7 +118,7 @@ def load_model(
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer, with a pad token (its eos where it has none: padding is masked by attention, never by id)."""
-    folder = resolve(name, revision)
+    folder = resolve(name, revision, code=trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

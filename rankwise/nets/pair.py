@@ -12,7 +12,14 @@ from rankwise.errors import DataError, UsageError
 from rankwise.nets.load import meta_model
 from rankwise.nets.sites import fused_experts, model_sites, site_weights, weight_table
 from rankwise.store.checkpoint import Checkpoint, open_checkpoint, resolve
-from rankwise.store.deltas import CheckpointPair, Weight, flat_site_weights, foreign_sites, match_keys
+from rankwise.store.deltas import (
+    WEIGHT_TYPES,
+    CheckpointPair,
+    Weight,
+    flat_site_weights,
+    foreign_sites,
+    match_keys,
+)
 
 
 @dataclass(frozen=True)
@@ -63,34 +70,39 @@ def open_pair(base: str, tuned: str, filter_: SiteFilter, notes: list[str]) -> C
     before, after = open_checkpoint(resolve(base)), open_checkpoint(resolve(tuned))
     if before.config is None or filter_.rename:
         return foreign_pair(before, after, filter_, notes)
-    return model_pair(base, before, after, filter_, notes)
+    return model_pair(before, after, filter_, notes)
 
 
-def model_pair(
-    base: str, before: Checkpoint, after: Checkpoint, filter_: SiteFilter, notes: list[str]
-) -> CheckpointPair:
-    model = meta_model(base)
+def model_pair(before: Checkpoint, after: Checkpoint, filter_: SiteFilter, notes: list[str]) -> CheckpointPair:
+    model = meta_model(str(before.path if before.path.is_dir() else before.path.parent))
     sites = filter_.apply(model_sites(model))
     tables = [weight_table(model, list(checkpoint.keys())) for checkpoint in (before, after)]
     left, right = (site_weights(sites, table) for table in tables)
     experts = fused_experts(model)
     if experts:
         notes.append(f"{len(experts)} fused expert tensors are not analysed ({experts[0]} …)")
-    missing = [
-        f"{path} is missing in {'both' if path not in left and path not in right else where}"
-        for path in sites
-        for where, table in (("the base", left), ("the tuned checkpoint", right))
-        if path not in table
-    ]
-    missing += [
-        f"{path} is {before.shape(left[path].key)} in the base and {after.shape(right[path].key)} in the tuned one"
-        for path in sites
-        if path in left and path in right and before.shape(left[path].key) != after.shape(right[path].key)
-    ]
-    refuse_unmatched(missing, before.path, after.path, filter_.allow_unmatched, notes)
-    named = {line.split(" is ")[0] for line in missing}
-    sites = {path: site for path, site in sites.items() if path not in named}
-    return CheckpointPair(before, after, sites, left, right, f"{before.path} → {after.path}")
+    reasons = {path: mismatch(path, before, left, after, right) for path in sites}
+    lines = [f"{path} {reason}" for path, reason in reasons.items() if reason]
+    refuse_unmatched(lines, before.path, after.path, filter_.allow_unmatched, notes)
+    matching = {path: site for path, site in sites.items() if not reasons[path]}
+    if not matching:
+        raise DataError(f"{before.path} and {after.path} have no site in common ({lines[0]} …)")
+    return CheckpointPair(before, after, matching, left, right, f"{before.path} → {after.path}")
+
+
+def mismatch(
+    path: str, before: Checkpoint, left: Mapping[str, Weight], after: Checkpoint, right: Mapping[str, Weight]
+) -> str | None:
+    """Why this site's two weights cannot be subtracted; None where they can."""
+    absent = [where for where, table in (("base", left), ("tuned checkpoint", right)) if path not in table]
+    if absent:
+        return f"is missing in the {' and the '.join(absent)}"
+    shapes = before.shape(left[path].key), after.shape(right[path].key)
+    if shapes[0] != shapes[1]:
+        return f"is {shapes[0]} in the base and {shapes[1]} in the tuned checkpoint"
+    types = [before.dtype(left[path].key), after.dtype(right[path].key)]
+    odd = [str(dtype).removeprefix("torch.") for dtype in types if dtype not in WEIGHT_TYPES]
+    return f"is stored as {odd[0]}, which is not a plain weight: dequantize it first" if odd else None
 
 
 def foreign_pair(before: Checkpoint, after: Checkpoint, filter_: SiteFilter, notes: list[str]) -> CheckpointPair:

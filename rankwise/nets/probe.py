@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.core.measure import Delta, from_difference
-from rankwise.core.site import Site, describe
+from rankwise.core.site import Site, describe, nearest
 from rankwise.core.spectrum import Spectrum
+from rankwise.errors import DataError, UsageError
 from rankwise.nets.load import meta_model
 from rankwise.nets.pair import SiteFilter, open_pair
 from rankwise.nets.sites import model_sites
@@ -79,6 +80,7 @@ def adapter_source(
 ) -> AdapterDeltas:
     adapter = read_adapter(Path(path), scale)
     known = model_sites(meta_model(model_name)) if model_name else {}
+    check_base(adapter, known, f"{path} and {model_name}")
     sites = {
         name: known.get(name) or describe(name, pair.shape, transposed=pair.fan_in_fan_out)
         for name, pair in adapter.pairs.items()
@@ -86,6 +88,18 @@ def adapter_source(
     if not model_name:
         notes.append("no --model_name: sites are the adapter's keys, their tower is unknown, `train` refuses the plan")
     return AdapterDeltas(adapter, filter_.apply(sites), str(path))
+
+
+def check_base(adapter: LoraAdapter, known: Mapping[str, Site], where: str) -> None:
+    """DataError where the adapter was made for another model: other shapes, or not one site in common."""
+    common = [path for path in adapter.pairs if path in known]
+    if known and not common:
+        first = next(iter(adapter.pairs))
+        near = ", ".join(nearest(first, known)) or "none that look alike"
+        raise DataError(f"{where} have no site in common: the adapter's {first} …, the model's nearest: {near}")
+    for path in common:
+        if adapter.pairs[path].shape != known[path].shape:
+            raise DataError(f"{where} differ: {path} is {adapter.pairs[path].shape} and {known[path].shape}")
 
 
 def measure_source(source: DeltaSource, settings: MeasureSettings, question: Question) -> dict[Site, Measured]:
@@ -101,7 +115,9 @@ def other_probe(path: str, base: str | None, filter_: SiteFilter, notes: list[st
         return open_source(base=None, tuned=None, deltas=str(folder), adapter=None, filter_=filter_, notes=notes)
     if (folder / "adapter_config.json").is_file():
         return adapter_source(str(folder), None, filter_, notes)
-    return open_pair(base or path, path, filter_, notes)
+    if base is None:
+        raise UsageError(f"--probe2 {path}: a tuned checkpoint is compared with its base: give it as BASE or --base")
+    return open_pair(base, path, filter_, notes)
 
 
 def source_metadata(source: DeltaSource) -> Mapping[str, Any]:

@@ -37,8 +37,11 @@ def model_sites(model: PreTrainedModel) -> dict[str, Site]:
     sites = {}
     for path, module in model.named_modules():
         shape = linear_shape(module)
-        if shape is not None and module is not head:
-            sites[path] = describe(path, shape, tower_of(path, towers), transposed=isinstance(module, Conv1D))
+        if shape is None or module is head:
+            continue
+        site = describe(path, shape, tower_of(path, towers), transposed=isinstance(module, Conv1D))
+        if site.kind != "head":
+            sites[path] = site
     return sites
 
 

@@ -112,14 +112,8 @@ def restricted(plan: RankPlan, chosen: Iterable[str]) -> tuple[RankPlan, list[st
 
 
 def check_plan(plan: RankPlan, towers: Sequence[str] = LANGUAGE) -> None:
-    """A plan must be for known towers that are asked for, and train something."""
-    unknown = [path for path, tower in planned_towers(plan) if tower == "unknown"]
-    if unknown:
-        raise UsageError(
-            f"the rank plan names {len(unknown)} sites of an unknown tower ({unknown[0]} …): it was made from files "
-            "without a config.json. Make it again with `rankwise ranks` from a Hugging Face model folder"
-        )
-    frozen = [path for path, tower in planned_towers(plan) if tower not in towers]
+    """A plan must keep to the towers that are asked for, and train something."""
+    frozen = [row.site.path for row in plan.sites if row.rank and row.site.tower not in towers]
     if frozen:
         raise UsageError(
             f"the rank plan adapts {len(frozen)} sites outside the {', '.join(towers)} tower ({frozen[0]} …), and "
@@ -127,7 +121,3 @@ def check_plan(plan: RankPlan, towers: Sequence[str] = LANGUAGE) -> None:
         )
     if not plan.ranks:
         raise UsageError("the rank plan gives every site rank 0: nothing would train")
-
-
-def planned_towers(plan: RankPlan) -> list[tuple[str, str]]:
-    return [(row.site.path, row.site.tower) for row in plan.sites if row.rank]

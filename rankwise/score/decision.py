@@ -11,7 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rankwise.core.allocate import Rule, by_budget, by_threshold, parse_budget, plan_of, spectral_gains, uniform
+from rankwise.core.allocate import (
+    Rule,
+    by_budget,
+    by_threshold,
+    explained_by,
+    parse_budget,
+    plan_of,
+    spectral_gains,
+    uniform,
+)
 from rankwise.core.measure import Delta
 from rankwise.core.plan import RankPlan
 from rankwise.core.site import Site
@@ -62,8 +71,7 @@ def decide(
     """Ranks of all sites. Whatever decides, the plan's rows are explained by the deltas' own spectra."""
     if settings.budget is None:
         deciding = deciding_spectra(settings, spectra, read, running)
-        plan = RankPlan(by_threshold(deciding, settings.rule))
-        return Decision(plan)
+        return Decision(RankPlan(explained_by(by_threshold(deciding, settings.rule), spectra)))
     budget = parse_budget(settings.budget, spectra)
     if settings.signal == "uniform":
         return Decision(plan_of(uniform(list(spectra), budget), spectra), budget)

@@ -65,23 +65,26 @@ class Gain:
         return tuple(arm for arm in self.arms if arm.name.startswith("shuffled"))
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"defined": self.defined}
+        """For JSON. Where the gain is not defined there are no shares of it, only the losses."""
+        shares: dict[str, Any] = {} if self.defined else {"arms": [], "margin": None}
+        losses = {arm.name: arm.loss for arm in self.arms}
+        return asdict(self) | shares | {"defined": self.defined, "losses": losses}
 
 
 @contextmanager
-def moved(model: nn.Module, moves: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-    """The model with matrices added to its sites' weights (path → (out, in)); put back bit for bit afterwards."""
-    kept = {path: model.get_submodule(path).weight.detach().clone() for path in moves}
+def moved(model: nn.Module, moves: Mapping[Site, Tensor]) -> Iterator[nn.Module]:
+    """The model with (out, in) matrices added to its sites' weights; put back bit for bit afterwards."""
+    kept = {site: model.get_submodule(site.path).weight.detach().clone() for site in moves}
     try:
         with torch.no_grad():
-            for path, move in moves.items():
-                weight = model.get_submodule(path).weight
-                weight.add_((move if move.shape == weight.shape else move.T).to(weight.dtype))
+            for site, move in moves.items():
+                weight = model.get_submodule(site.path).weight
+                weight.add_((move.T if site.transposed else move).to(weight.dtype))
         yield model
     finally:
         with torch.no_grad():
-            for path, weight in kept.items():
-                model.get_submodule(path).weight.copy_(weight)
+            for site, weight in kept.items():
+                model.get_submodule(site.path).weight.copy_(weight)
 
 
 def arms_of(plan: Ranks, generator: torch.Generator, shuffles: int = SHUFFLES) -> dict[str, Ranks]:
@@ -97,11 +100,12 @@ def truncations(deltas: Mapping[Site, Tensor], arms: Mapping[str, Ranks]) -> dic
     return {site: leading_svd(delta, most[site]) for site, delta in deltas.items()}
 
 
-def at_ranks(triplets: Mapping[Site, Triplets], ranks: Ranks) -> dict[str, Tensor]:
+def at_ranks(triplets: Mapping[Site, Triplets], ranks: Ranks) -> dict[Site, Tensor]:
+    """The deltas cut to these ranks."""
     moves = {}
     for site, (u, values, vt) in triplets.items():
         rank = ranks[site]
-        moves[site.path] = (u[:, :rank] * values[:rank]) @ vt[:rank]
+        moves[site] = (u[:, :rank] * values[:rank]) @ vt[:rank]
     return moves
 
 
@@ -119,7 +123,7 @@ def gain_kept(
     """
     triplets = truncations(deltas, arms)
     base, tokens = losses(model)
-    with moved(model, {site.path: delta for site, delta in deltas.items()}):
+    with moved(model, deltas):
         tuned, _ = losses(model)
     results = {}
     for name, ranks in arms.items():

@@ -90,7 +90,7 @@ def path_gradients(model: nn.Module, deltas: Mapping[Site, Tensor], batches: Seq
     sites = list(deltas)
     total = {site: torch.zeros_like(delta) for site, delta in deltas.items()}
     for node, weight in zip(NODES, WEIGHTS, strict=True):
-        with moved(model, {site.path: node * delta for site, delta in deltas.items()}):
+        with moved(model, {site: node * delta for site, delta in deltas.items()}):
             for site, gradient in mean_gradients(model, sites, batches).items():
                 total[site] += weight * gradient
     return total

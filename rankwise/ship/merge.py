@@ -19,21 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rankwise.core.site import nearest
 from rankwise.errors import DataError, VerificationError
-from rankwise.nets.adapt import ADAPTER, PREFIX, lora_layers
-from rankwise.nets.adapters import attached, check_recorded, compare_keys
 from rankwise.nets.load import meta_model
 from rankwise.nets.sites import weight_table
 from rankwise.ship.shards import Entry, write_shards
-from rankwise.store.adapter import CONFIG_NAME, adapter_files
-from rankwise.store.adapter_config import require_plain
+from rankwise.ship.skeleton import filled_skeleton, merge_layer, mergeable
+from rankwise.store.adapter import CONFIG_NAME
 from rankwise.store.checkpoint import Checkpoint, open_checkpoint, resolve
 from rankwise.store.deltas import Weight
 from rankwise.store.files import read_object, write_json
@@ -98,18 +94,6 @@ class MergePlan:
         return weight if layer is None else merge_layer(layer, weight)
 
 
-def merge_layer(layer: LoraLayer, weight: Tensor) -> Tensor:
-    """PEFT's merge of one layer, in float32 on a copy of the weight."""
-    base = layer.get_base_layer()
-    empty = base.weight
-    base.weight = nn.Parameter(weight.to(torch.float32, copy=True), requires_grad=False)
-    layer.merge(adapter_names=[ADAPTER])
-    merged: Tensor = base.weight.data
-    base.weight = empty
-    layer.merged_adapters.clear()
-    return merged
-
-
 def plan_merge(base: str, adapter: Path, dtype: str = "auto") -> MergePlan:
     """Check that the adapter fits the base, name by name and shape by shape.
 
@@ -141,21 +125,6 @@ def plan_merge(base: str, adapter: Path, dtype: str = "auto") -> MergePlan:
     return MergePlan(checkpoint, folder, entries, sources, layers, replaced, config, tuple(partner))
 
 
-def mergeable(adapter: Path) -> Path:
-    """The adapter's folder. DataError for what is not LoRA or DoRA, or would need the base changed first."""
-    weights, config_file = adapter_files(adapter)
-    if config_file is None:
-        raise DataError(
-            f"{weights}: no {CONFIG_NAME} beside it; `rankwise compress {weights} --scale S --energy 1` writes it as a "
-            "PEFT adapter"
-        )
-    config = read_object(config_file)
-    require_plain(config | {"use_dora": False}, config_file)
-    if config.get("trainable_token_indices"):
-        raise DataError(f"{config_file}: trainable_token_indices: trained single tokens cannot be merged here")
-    return weights.parent
-
-
 def refuse_quantized(base: str, config: Mapping[str, Any]) -> None:
     quantization = config.get("quantization_config")
     if quantization:
@@ -166,58 +135,13 @@ def refuse_quantized(base: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def filled_skeleton(
-    model: PreTrainedModel, folder: Path, shapes: Mapping[str, tuple[int, ...]], where: str
-) -> tuple[dict[str, LoraLayer], dict[str, Tensor]]:
-    """(PEFT layers with their trained factors, parameters that the adapter carries whole), by parameter name."""
-    skeleton = attached(without_weights(model), folder, where, False)
-    state = load_peft_weights(str(folder), device="cpu")
-    broken = [key for key, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
-        raise DataError(f"{where}: {broken[0]} has NaN or infinite values: the run it comes from diverged")
-    expected = get_peft_model_state_dict(skeleton, save_embedding_layers=False)
-    whole = {parameter_name(key): tensor for key, tensor in state.items() if not is_factor(key)}
-    compare_keys(expected, {key: tensor for key, tensor in state.items() if is_factor(key) or key in expected}, where)
-    for name, tensor in whole.items():
-        if shapes.get(name) != tuple(tensor.shape):
-            near = ", ".join(nearest(name, shapes)) or "none"
-            raise DataError(
-                f"{where}: the adapter carries {name} {tuple(tensor.shape)}, the base has "
-                f"{shapes.get(name) or f'no such weight (nearest: {near})'}"
-            )
-    set_peft_model_state_dict(skeleton, {key: tensor for key, tensor in state.items() if is_factor(key)})
-    check_recorded(skeleton, folder, where)
-    return {f"{path}.weight": layer for path, layer in lora_layers(skeleton).items()}, whole
-
-
-def without_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with weights that are views of one zero: adapters can be put on them, and they take no memory."""
-    for module in model.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            zeros = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
-            setattr(module, name, nn.Parameter(zeros, requires_grad=False))
-    return model
-
-
-def is_factor(key: str) -> bool:
-    """Whether a tensor of a PEFT file belongs to a LoRA layer (lora_A, lora_embedding_B, lora_magnitude_vector …)."""
-    return any(part.startswith("lora_") for part in key.split("."))
-
-
-def parameter_name(key: str) -> str:
-    """Name in the base model of a tensor that an adapter carries whole; PEFT wraps adapted layers once."""
-    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
-
-
 def refuse_no_effect(layers: Mapping[str, LoraLayer], replaced: Mapping[str, Tensor], where: str) -> None:
     pairs = [[tensor for name, tensor in layer.named_parameters() if "lora_" in name] for layer in layers.values()]
     if not replaced and not any(all(bool(tensor.any()) for tensor in pair) for pair in pairs):
         raise VerificationError(f"{where}: every B·A is zero, so the adapter has no effect; was it saved untrained?")
 
 
-def all_sources(
-    base: Checkpoint, weights: Mapping[str, Weight], partner: Mapping[str, str]
-) -> dict[str, Source]:
+def all_sources(base: Checkpoint, weights: Mapping[str, Weight], partner: Mapping[str, str]) -> dict[str, Source]:
     """Output key → source: the base's own keys, and a key of their own for parameters that no file holds yet."""
     names: dict[str, list[str]] = {}
     for name, _ in sorted(weights.items(), key=lambda item: item[1].part[0]):
@@ -295,5 +219,3 @@ def is_beside(file: Path) -> bool:
         and not file.name.endswith(".index.json")
         and file.name not in NOT_COPIED
     )
-
-

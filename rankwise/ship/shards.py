@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from huggingface_hub import split_state_dict_into_shards_factory
-from huggingface_hub.serialization._base import parse_size_to_int
 from torch import Tensor
 
 from rankwise.errors import UsageError
@@ -41,13 +41,13 @@ class Entry:
 
 
 def shard_bytes(text: str) -> int:
-    """"5GB" → bytes."""
+    """ "5GB" → bytes."""
     try:
-        size = parse_size_to_int(text)
+        size = int(convert_file_size_to_int(text))
     except ValueError:
-        raise UsageError(f"--max_shard_size takes a number with KB, MB, GB or TB; got {text!r}") from None
+        size = 0
     if size <= 0:
-        raise UsageError(f"--max_shard_size {text} is no size at all")
+        raise UsageError(f"--max_shard_size takes a number with KB, MB or GB, such as 5GB; got {text!r}")
     return size
 
 
@@ -66,9 +66,7 @@ def write_shards(
         write_file(folder / name, [by_key[key] for key in keys], tensor)
     files = [folder / name for name in split.filename_to_tensors]
     if split.is_sharded:
-        files.append(
-            write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
-        )
+        files.append(write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename}))
     return files
 
 

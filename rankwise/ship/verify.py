@@ -1,13 +1,12 @@
 """The proof of a merge: the merged model's logits against those of base + adapter, by PEFT, in float32.
 
-    reference = reference_logits("org/base", adapter)       # base and base + adapter, then freed
-    agreement = compare(reference, logits_of(merged, reference.ids))
-    agreement.require(torch.bfloat16)
+reference = reference_logits("org/base", adapter)       # base and base + adapter, then freed
+agreement = compare(reference, logits_of(merged, reference.ids))
+agreement.require(torch.bfloat16)
 """
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from typing import Any
 import torch
 from accelerate.utils import get_max_memory
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankwise.errors import UsageError, VerificationError
-from rankwise.nets.adapt import quiet_peft
 from rankwise.nets.load import load_model
+from rankwise.ship.skeleton import quiet_ties
 from rankwise.store.checkpoint import Checkpoint
 
 SEQUENCES, TOKENS, SEED = 4, 32, 0
@@ -100,8 +99,7 @@ def reference_logits(base: str, adapter: Path) -> Reference:
     model = load_model(base, torch.float32)
     ids = token_ids(model)
     before = logits(model, ids)
-    with quiet_peft(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*", category=UserWarning)
+    with quiet_ties():
         adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
     reference = Reference(ids, before, logits(adapted, ids))
     require_effect(relative(reference.adapted - before, reference.adapted))
@@ -128,7 +126,7 @@ def token_ids(model: Any) -> Tensor:
 
 
 @torch.inference_mode()
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
+def logits(model: Any, ids: Tensor) -> Tensor:
     """The model's first output (logits, or hidden states where it has no head)."""
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
@@ -146,7 +144,7 @@ def compare(reference: Reference, merged: Tensor) -> Agreement:
         effect=relative(adapted - reference.base, adapted),
         max_difference=float((merged - adapted).abs().max()),
         same_top1=float((merged.argmax(-1) == adapted.argmax(-1)).float().mean()),
-        kl=float((log_adapted.exp() * (log_adapted - log_merged)).sum(-1).mean()),
+        kl=max(0.0, float((log_adapted.exp() * (log_adapted - log_merged)).sum(-1).mean())),
     )
 
 

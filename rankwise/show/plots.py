@@ -22,6 +22,7 @@ from rankwise.show.format import clip
 Cells = dict[tuple[str, int | None], float]
 CELL, MOST_WIDTH, LEAST_WIDTH_FOR_TEXT = 0.5, 11.0, 0.27  # inches
 MANY_POINTS = 40
+LEAST_SPAN = 4  # ranks from 6 to 9 are nearly uniform, and must not fill the whole colour scale
 DECAY_MARGINS = {"left": 0.075, "right": 0.99, "top": 0.88, "bottom": 0.16, "wspace": 0.2}
 
 
@@ -97,7 +98,7 @@ def plot_ranks_heatmap(plan: RankPlan, path: Path | str) -> Path:
     colors = need("matplotlib.colors", extra="plots")
     positive = [value for value in cells.values() if value > 0]
     low, high = min(positive, default=1.0), max(positive, default=1.0)
-    norm = colors.LogNorm(low, high if high > low else 2 * low)
+    norm = colors.LogNorm(low, max(high, LEAST_SPAN * low))
     return draw_heatmap(cells, norm, "Rank of each site", "rank", lambda value: f"{value:.0f}", path)
 
 

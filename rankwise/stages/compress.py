@@ -13,7 +13,8 @@ from typing import Any
 from rankwise.config import CompressConfig
 from rankwise.core.allocate import Rule, by_budget, parse_budget, spectral_gains
 from rankwise.core.factors import Factors, balanced
-from rankwise.core.site import Site, describe as describe_site
+from rankwise.core.site import Site
+from rankwise.core.site import describe as describe_site
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, UsageError
 from rankwise.stages.fidelity import Fidelity, SiteFidelity
@@ -44,9 +45,8 @@ class Ordered:
 
 def run(config: CompressConfig) -> Fidelity:
     check(config)
-    folder = RunFolder(config.output_dir)
+    adapter, folder = read_adapter(str(config.adapter), config.scale), RunFolder(config.output_dir)
     with folder.lock(), folder.recording("compress", {"adapter": str(config.adapter)}) as record:
-        adapter = read_adapter(str(config.adapter), config.scale)
         smaller, fidelity = compressed(adapter, config)
         write_adapter(folder.path, smaller)
         record.outputs |= {name: folder / name for name in (ADAPTER_NAMES[0], CONFIG_NAME)}
@@ -98,11 +98,18 @@ def chosen_ranks(config: CompressConfig, spectra: Mapping[Site, Spectrum]) -> di
     """Ranks by energy, by budget, or (--uniform alone) as they are. A site whose product is zero gets rank 0."""
     if config.energy is not None:
         return {site: spectrum.rank_for(config.energy, least=0) for site, spectrum in spectra.items()}
-    if config.budget:
+    if not config.budget:
+        return {site: 0 if spectrum.is_zero else len(spectrum) for site, spectrum in spectra.items()}
+    budget = parse_budget(config.budget, spectra)
+    if config.uniform:  # one rank for all spends the budget without padding
+        rank = budget // sum(site.parameters(1) for site in spectra)
+        ranks = {site: 0 if spectrum.is_zero else min(rank, len(spectrum)) for site, spectrum in spectra.items()}
+    else:
         rule = Rule(min_rank=0, max_rank=max(len(spectrum) for spectrum in spectra.values()))
-        gains = spectral_gains(spectra, config.normalise)
-        return by_budget(gains, parse_budget(config.budget, spectra), rule)
-    return {site: 0 if spectrum.is_zero else len(spectrum) for site, spectrum in spectra.items()}
+        ranks = by_budget(spectral_gains(spectra, config.normalise), budget, rule)
+    if not any(ranks.values()):
+        raise UsageError(f"--budget {config.budget} ({budget:,} parameters) is below rank 1 of any site")
+    return ranks
 
 
 def shrunk(pair: LoraPair, ordered: Ordered, rank: int, width: int | None) -> LoraPair:

@@ -1,6 +1,6 @@
 """rankwise evaluate: generate and score a task with a base model, an adapter or a merged model.
 
-    rankwise evaluate saved_models/dynamic_lora_model --task e2e_nlg --data_path data/e2e_nlg
+rankwise evaluate saved_models/dynamic_lora_model --task e2e_nlg --data_path data/e2e_nlg
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from rankwise.nets.sites import torch_dtype
 from rankwise.score.generate import GenerationSettings, HFGenerator
 from rankwise.score.result import FILE, EvaluationResult
 from rankwise.score.tasks import evaluate, task
+from rankwise.show.curves import READ_FIRST
 from rankwise.store.adapter import adapter_files, is_adapter, read_adapter
 from rankwise.store.checkpoint import resolve
 from rankwise.store.files import fingerprint
 from rankwise.store.run import RunFolder
-
-HEADLINES = ("bleu", "bleu_1", "rouge_l", "meteor", "meteor_exact_stem", "exact_match", "accuracy")
 
 
 def run(config: EvaluateConfig) -> EvaluationResult:
@@ -121,7 +120,7 @@ def decoding(config: EvaluateConfig) -> GenerationSettings:
 def summary(result: EvaluationResult, folder: Path) -> str:
     """One line of scores with their 95 % intervals, then what could not be computed and why."""
     shown = []
-    for name in dict.fromkeys((task(result.task).headline, *HEADLINES)):
+    for name in dict.fromkeys((task(result.task).headline, *READ_FIRST)):
         if name in result.metrics:
             low, high = result.intervals.get(name, (None, None))
             span = "" if low is None else f" [{low:.2f}, {high:.2f}]"

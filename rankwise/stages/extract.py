@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from rankwise.config import ExtractConfig
 from rankwise.core.factors import Factors, truncate
-from rankwise.core.plan import PlannedSite, RankPlan, clamped
+from rankwise.core.plan import PlannedSite, RankPlan
+from rankwise.core.plan_content import clamped
 from rankwise.core.site import TOWERS
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.pair import SiteFilter
@@ -36,10 +37,11 @@ TASK_TYPES = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": 
 
 def run(config: ExtractConfig) -> Fidelity:
     check(config)
-    folder, notes = RunFolder(config.output_dir), []
+    notes: list[str] = []
+    source = open_pair_or_deltas(config, notes)
+    plan = planned(config, source, notes)
+    folder = RunFolder(config.output_dir)
     with folder.lock(), folder.recording("extract", inputs(config)) as record:
-        source = open_pair_or_deltas(config, notes)
-        plan = planned(config, source, notes)
         pairs, fidelity = extracted(source, plan, config.device, config.seed)
         notes += changes_elsewhere(source, plan)
         write_adapter(folder.path, LoraAdapter(settings(config, source, plan), pairs))
@@ -70,8 +72,14 @@ def inputs(config: ExtractConfig) -> dict[str, Path | str]:
 
 
 def site_filter(config: ExtractConfig) -> SiteFilter:
-    values = vars(config.sites)
-    return SiteFilter(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    sites = config.sites
+    return SiteFilter(
+        include=sites.include,
+        exclude=sites.exclude,
+        towers=tuple(sites.towers),
+        rename=tuple(sites.rename),
+        allow_unmatched=sites.allow_unmatched,
+    )
 
 
 def open_pair_or_deltas(config: ExtractConfig, notes: list[str]) -> DeltaSource:
@@ -99,9 +107,7 @@ def planned(config: ExtractConfig, source: DeltaSource, notes: list[str]) -> Ran
     return replace(plan, sites=tuple(row for row in plan.sites if row.site.path in kept))
 
 
-def extracted(
-    source: DeltaSource, plan: RankPlan, device: str, seed: int
-) -> tuple[dict[str, LoraPair], Fidelity]:
+def extracted(source: DeltaSource, plan: RankPlan, device: str, seed: int) -> tuple[dict[str, LoraPair], Fidelity]:
     """Pairs and their fidelity, one delta in memory at a time. DataError for entries that are not finite."""
     rows = {row.site.path: row for row in plan.sites}
     pairs: dict[str, LoraPair] = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.core.site import Site
-from rankwise.show.format import amount, percent, plural
+from rankwise.show.format import amount, plural
 from rankwise.store.files import write_json
 
 FILE = "fidelity.json"
@@ -84,8 +84,8 @@ class Fidelity:
         before = f"{amount(self.parameters_before)} → " if self.parameters_before else ""
         return (
             f"{plural(len(kept), 'site')} · rank {spread(row.rank for row in kept)} · "
-            f"{before}{amount(self.parameters)} parameters · energy kept {percent(self.energy_kept)} "
-            f"(lowest: {percent(lowest.energy_kept)} at {lowest.site.path})"
+            f"{before}{amount(self.parameters)} parameters · energy kept {self.energy_kept:.1%} "
+            f"(lowest: {lowest.energy_kept:.1%} at {lowest.site.path})"
         )
 
     def notes(self) -> list[str]:

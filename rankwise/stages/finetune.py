@@ -8,55 +8,25 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments
 
 from rankwise.config import FinetuneConfig
-from rankwise.core.plan import RankPlan
-from rankwise.core.site import Site
-from rankwise.data import Example, Examples, RenderedDataset, Renderer, subset
+from rankwise.data import Example, Examples, subset
 from rankwise.errors import UsageError
-from rankwise.nets.adapt import LoraSettings, adapt, trainable_parameters
-from rankwise.nets.adapters import save_adapter, write_sites
-from rankwise.nets.delta_files import BaseWeights, write_deltas
-from rankwise.nets.sites import model_sites, tower_of, tower_prefixes, weight_table
-from rankwise.nets.targets import choose_sites, uniform_plan
 from rankwise.show.format import amount, duration
 from rankwise.stages import training as shared
-from rankwise.store.checkpoint import open_checkpoint, resolve
-from rankwise.store.files import atomic_folder
-from rankwise.store.processes import announce, process_index
+from rankwise.stages.probing import language_parameters, train_full, train_lora
+from rankwise.store.processes import announce
 from rankwise.store.run import Record, RunFolder
-from rankwise.train.arguments import FINETUNE_DEFAULTS, build_arguments, frozen_dtype
+from rankwise.train.arguments import FINETUNE_DEFAULTS, build_arguments
 from rankwise.train.memory import memory_available, memory_needed, refuse_too_large
-from rankwise.train.resume import identity_of
 from rankwise.train.tables import TRAINING_LOG
 from rankwise.train.trainer import RankwiseTrainer
 
 FEW_UPDATES = 50
-LORA_RATE = 1e-4
-MAX_SHARD = "5GB"
-TRAINED_TOWERS = ("language",)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that is known before a weight is loaded."""
-
-    name: str
-    arguments: TrainingArguments
-    skeleton: PreTrainedModel
-    sites: Mapping[str, Site]
-    renderer: Renderer
-    rows: RenderedDataset
-    identity: Mapping[str, Any]
-    checkpoint: Path | None
 
 
 def run(config: FinetuneConfig) -> Path:
@@ -66,17 +36,14 @@ def run(config: FinetuneConfig) -> Path:
     assert name is not None
     arguments = arguments_of(config)
     folder = RunFolder(config.output_dir)
-    with shared.held(folder, "finetune", config, {"model": name, "data": str(config.data.data_path)}) as record:
-        prepared = prepare(config, name, arguments, folder)
+    with shared.held(folder, "finetune", {"model": name, "data": str(config.data.data_path)}) as record:
+        skeleton = shared.structure(config.model, name)
+        job = prepare(config, name, arguments, skeleton)
+        checkpoint = shared.starting_point(config, job)
         started = time.monotonic()
-        trainer = (train_lora if config.method == "lora" else train_full)(config, prepared, folder.path)
-        record.facts |= {
-            "steps": trainer.state.global_step,
-            "samples": len(prepared.rows),
-            "training_seconds": round(time.monotonic() - started, 2),
-        }
+        trainer = (train_lora if config.method == "lora" else train_full)(config, job, skeleton, checkpoint)
         if trainer.is_world_process_zero():
-            finish(config, trainer, record)
+            finish(config, trainer, len(job.rows), record, time.monotonic() - started)
     return folder.path
 
 
@@ -89,9 +56,9 @@ def check(config: FinetuneConfig) -> None:
         raise UsageError(f"--skip_shards must be at least 0, got {config.skip_shards}")
     if config.method == "lora" and config.save != "deltas":
         raise UsageError("--method lora saves its adapter, whose spectra are exact; --save is for --method full")
-    if config.method == "full" and (config.training.get("fsdp") or config.training.get("deepspeed")):
-        if config.save != "checkpoints":
-            raise UsageError("with sharded parameters, --save checkpoints is what finetune can write")
+    sharded = config.training.get("fsdp") or config.training.get("deepspeed")
+    if config.method == "full" and sharded and config.save != "checkpoints":
+        raise UsageError("with sharded parameters, --save checkpoints is what finetune can write")
 
 
 def arguments_of(config: FinetuneConfig) -> TrainingArguments:
@@ -108,9 +75,8 @@ def arguments_of(config: FinetuneConfig) -> TrainingArguments:
     return build_arguments(config.output_dir, config.seed, given, FINETUNE_DEFAULTS, config.model.dtype)
 
 
-def prepare(config: FinetuneConfig, name: str, arguments: TrainingArguments, folder: RunFolder) -> Prepared:
-    """Names, rows, memory and the starting point, all checked."""
-    skeleton = shared.structure(config.model, name)
+def prepare(config: FinetuneConfig, name: str, arguments: TrainingArguments, skeleton: PreTrainedModel) -> shared.Job:
+    """The subset, rendered and checked, and the memory that training on it takes."""
     examples = shared.read_examples(config.data, str(config.data.data_path))
     renderer = shared.renderer_for(config.data, config.model, name, skeleton.config)
     rows = shared.rendered(chosen(config, examples), renderer)
@@ -125,15 +91,7 @@ def prepare(config: FinetuneConfig, name: str, arguments: TrainingArguments, fol
         "subset": [config.subset_ratio, config.max_samples, config.skip_shards],
         "method": [config.method, config.lora_r if config.method == "lora" else None],
     }
-    identity = identity_of(arguments, **facts)
-    checkpoint = shared.starting_point(
-        config.resume_from_checkpoint,
-        config.allow_partial_resume,
-        bool(config.training.get("overwrite_output_dir")),
-        folder,
-        identity,
-    )
-    return Prepared(name, arguments, skeleton, model_sites(skeleton), renderer, rows, identity, checkpoint)
+    return shared.Job(name, arguments, renderer, rows, facts=facts)
 
 
 def chosen(config: FinetuneConfig, examples: Examples) -> list[Example]:
@@ -162,102 +120,6 @@ def warn_few_updates(samples: int, arguments: TrainingArguments) -> None:
         )
 
 
-def language_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Every parameter of the trained towers, embeddings, norms and head included, by name."""
-    towers = tower_prefixes(model)
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if tower_of(name.rpartition(".")[0], towers) in TRAINED_TOWERS
-    }
-
-
-def train_full(config: FinetuneConfig, prepared: Prepared, folder: Path) -> RankwiseTrainer:
-    """All language parameters in float32; then the deltas, or both checkpoints."""
-    model = shared.loaded(config.model, prepared.name, torch.float32)
-    model.requires_grad_(False)
-    trained = language_parameters(model)
-    for parameter in trained.values():
-        parameter.requires_grad_(True)
-    checkpoint = open_checkpoint(resolve(prepared.name, config.model.revision))
-    base = BaseWeights.before_training(checkpoint, weight_table(prepared.skeleton, checkpoint.keys()), trained)
-    first = process_index()[0] == 0
-    if config.save != "deltas" and first:
-        save_checkpoint(model, prepared.renderer, folder / "pretrained")
-    trainer = trained_by(model, prepared)
-    if config.save != "deltas":
-        state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
-        if first:
-            save_checkpoint(
-                trainer.accelerator.unwrap_model(trainer.model), prepared.renderer, folder / "finetuned", state
-            )
-    if config.save != "checkpoints" and first:
-        write_deltas(
-            folder / "deltas", trained, base, prepared.sites, delta_facts(config, prepared, trainer, checkpoint.files)
-        )
-    return trainer
-
-
-def trained_by(model: Any, prepared: Prepared) -> RankwiseTrainer:
-    set_seed(prepared.arguments.seed)
-    trainer = RankwiseTrainer(
-        model=model,
-        args=prepared.arguments,
-        train_dataset=prepared.rows,
-        data_collator=shared.collator_for(prepared.renderer, prepared.arguments),
-        identity=prepared.identity,
-    )
-    trainer.train(prepared.checkpoint)
-    return trainer
-
-
-def save_checkpoint(
-    model: PreTrainedModel, renderer: Renderer, folder: Path, state: Mapping[str, Tensor] | None = None
-) -> None:
-    """A Hugging Face folder in float32 with its tokenizer, whole or not at all."""
-    with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary, state_dict=state, max_shard_size=MAX_SHARD)
-        renderer.tokenizer.save_pretrained(temporary)
-
-
-def delta_facts(
-    config: FinetuneConfig, prepared: Prepared, trainer: RankwiseTrainer, files: Sequence[Path]
-) -> dict[str, Any]:
-    """What the deltas are deltas of, and how they came about."""
-    return {
-        "model_name": prepared.name,
-        "revision": config.model.revision,
-        "base_fingerprints": shared.fingerprints(files),
-        "num_samples": len(prepared.rows),
-        "seed": config.seed,
-        "optimizer": str(prepared.arguments.optim.value),
-        "learning_rate": config.learning_rate,
-        "steps": trainer.state.global_step,
-        "task": config.data.task,
-    }
-
-
-def train_lora(config: FinetuneConfig, prepared: Prepared, folder: Path) -> RankwiseTrainer:
-    """A high-rank LoRA as the probe; `ranks --adapter` reads its spectra from the factors."""
-    if config.learning_rate < LORA_RATE:
-        announce(
-            f"note: --learning_rate {config.learning_rate:g} suits full fine-tuning; LoRA usually takes 1e-4 or more"
-        )
-    plan = lora_plan(config, prepared)
-    model = shared.loaded(config.model, prepared.name, frozen_dtype(config.model.dtype, prepared.arguments))
-    set_seed(config.seed)
-    trainer = trained_by(adapt(model, plan, LoraSettings(dropout=0.0)), prepared)
-    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
-    if trainer.is_world_process_zero():
-        save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder, prepared.name, state=state)
-        write_sites(folder, plan, [])
-    return trainer
-
-
-def lora_plan(config: FinetuneConfig, prepared: Prepared) -> RankPlan:
-    return uniform_plan(choose_sites(prepared.sites), config.lora_r, None, False, prepared.name)
-
-
 def outputs(config: FinetuneConfig) -> list[Path]:
     folder = Path(config.output_dir)
     if config.method == "lora":
@@ -275,21 +137,23 @@ def next_command(config: FinetuneConfig) -> str:
     return f"rankwise ranks --deltas {folder}"
 
 
-def finish(config: FinetuneConfig, trainer: RankwiseTrainer, record: Record) -> None:
+def finish(config: FinetuneConfig, trainer: RankwiseTrainer, samples: int, record: Record, seconds: float) -> None:
     """Enter the run in its manifest, and say in a few lines what came out and what comes next."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if config.method == "lora":
-        trainable = trainable_parameters(model)[0]
-    else:
-        record.facts["trained"] = [name for name, value in model.named_parameters() if value.requires_grad]
-        trainable = sum(value.numel() for value in model.parameters() if value.requires_grad)
-    record.facts["trainable_parameters" if config.method == "full" else "probe_parameters"] = trainable
-    record.outputs |= {path.name: path for path in outputs(config)}
-    record.outputs["log"] = Path(config.output_dir) / TRAINING_LOG
+    trained = {
+        name: value.numel() for name, value in shared.plain_model(trainer).named_parameters() if value.requires_grad
+    }
+    full = config.method == "full"
+    record.facts |= {
+        "steps": trainer.state.global_step,
+        "samples": samples,
+        "training_seconds": round(seconds, 2),
+        "trainable_parameters" if full else "probe_parameters": sum(trained.values()),
+        **({"trained": list(trained)} if full else {}),
+    }
+    record.outputs |= {path.name: path for path in (*outputs(config), Path(config.output_dir) / TRAINING_LOG)}
     print(
-        f"finetune: {trainer.state.global_step:,} updates on {record.facts['samples']:,} samples in "
-        f"{duration(record.facts['training_seconds'])}, {shared.losses(trainer.state.log_history)}; "
-        f"{amount(trainable)} parameters trained"
+        f"finetune: {trainer.state.global_step:,} updates on {samples:,} samples in {duration(seconds)}, "
+        f"{shared.losses(trainer.state.log_history)}; {amount(sum(trained.values()))} parameters trained"
     )
     print("wrote " + ", ".join(str(path) for path in outputs(config)))
     print(f"next: {next_command(config)}")

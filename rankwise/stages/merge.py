@@ -1,4 +1,4 @@
-"""rankwise merge: adapter into base → a Hugging Face checkpoint, checked against base + adapter before it gets its name.
+"""rankwise merge: adapter into base → Hugging Face checkpoint, compared with base + adapter before it gets its name.
 
 rankwise merge saved_models/dynamic_lora_model -o merged_model
 """
@@ -9,10 +9,10 @@ from pathlib import Path
 
 from rankwise.config import MergeConfig
 from rankwise.errors import DataError, UsageError
-from rankwise.show.format import memory, plural
 from rankwise.ship.merge import MergePlan, plan_merge, write_merged
 from rankwise.ship.shards import shard_bytes
 from rankwise.ship.verify import Agreement, compare, merged_logits, reference_logits, require_memory
+from rankwise.show.format import memory, plural
 from rankwise.store.adapter import CONFIG_NAME, adapter_files
 from rankwise.store.checkpoint import HUB_ID
 from rankwise.store.files import atomic_folder, read_object
@@ -67,7 +67,9 @@ def refuse_other_content(out: RunFolder) -> None:
     """The output replaces the folder as a whole, so nothing may lie in it but an earlier merge."""
     visible = [entry.name for entry in out.path.iterdir() if not entry.name.startswith(".")]
     if visible and "merge" not in out.stages():
-        raise UsageError(f"{out.path}: holds other files ({', '.join(sorted(visible)[:3])} …); choose a new --output_dir")
+        raise UsageError(
+            f"{out.path}: holds other files ({', '.join(sorted(visible)[:3])} …); choose a new --output_dir"
+        )
 
 
 def report(config: MergeConfig, plan: MergePlan, base: str, agreement: Agreement | None) -> None:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import DiffConfig, RanksConfig
+from rankwise.config import RanksConfig
 from rankwise.core.allocate import Rule
 from rankwise.core.compare import repeatability
 from rankwise.core.plan import RankPlan
@@ -34,7 +34,7 @@ from rankwise.show.rank_summary import summarise
 from rankwise.show.summary import render
 from rankwise.stages.running import measure_gain, running_model
 from rankwise.store.files import fingerprint
-from rankwise.store.plan_file import PLAN_FILE, read_plan, write_plan
+from rankwise.store.plan_file import PLAN_FILE, write_plan
 from rankwise.store.processes import finish, process_index
 from rankwise.store.run import RunFolder
 from rankwise.store.spectra import MeasureSettings, refuse_noise
@@ -44,16 +44,15 @@ def run(config: RanksConfig) -> RankPlan | None:
     """The whole command. Processes other than rank 0 measure their share and return None."""
     check(config)
     started = time.perf_counter()
-    folder = RunFolder(config.out)
-    try:
-        probe = first_probe(config)
-        others = [further_probe(config, path) for path in config.probe2]
-    finally:
-        finish()
     if process_index()[0] != 0:
+        probes(config)
         return None
+    folder = RunFolder(config.out)
     with folder.lock(), folder.recording("ranks", inputs(config)) as record:
-        refuse_noise(probe.measured, config.allow_noise, probe.notes)
+        probe, *others = probes(config)
+        warnings: list[str] = []
+        for each in (probe, *others):
+            refuse_noise(each.measured, config.allow_noise, warnings)
         running = running_model(config, probe) if decision_settings(config).runs_the_model else None
         decision = decide(decision_settings(config), probe.spectra, probe.source.read, running)
         plan = described(config, decision.plan, probe)
@@ -65,15 +64,25 @@ def run(config: RanksConfig) -> RankPlan | None:
         record.outputs["plan"] = write_plan(folder / str(PLAN_FILE), plan)
         files = write_outputs(config, plan, probe, evidence)
         folder.save_config(config)
-        report(config, plan, probe, decision, evidence, [folder / str(PLAN_FILE), *files], started)
+        written = [folder / str(PLAN_FILE), *files]
+        report(config, plan, probe, decision, evidence, warnings, written, time.perf_counter() - started)
     return plan
+
+
+def probes(config: RanksConfig) -> list[Probe]:
+    """The first probe and the further ones, measured by all processes together."""
+    try:
+        return [first_probe(config), *(further_probe(config, path) for path in config.probe2)]
+    finally:
+        finish()
 
 
 def check(config: RanksConfig) -> None:
     """Combinations that cannot work, before anything is read."""
     rule_of(config)
     given = [bool(config.base and config.tuned), bool(config.deltas), bool(config.adapter)]
-    if sum(given) != 1 or bool(config.base) != bool(config.tuned):
+    half = (config.tuned and not config.base) or (config.base and not config.tuned and not config.probe2)
+    if sum(given) != 1 or half:
         raise UsageError("ranks needs one of: BASE TUNED (two checkpoints), --deltas DIR, --adapter DIR")
     if config.signal in ("uniform", "random") and not config.spectrum.budget:
         raise UsageError(f"--signal {config.signal} has no spectrum to read ranks from; it needs --budget")
@@ -85,6 +94,8 @@ def check(config: RanksConfig) -> None:
         raise UsageError("--metric and --signal are alternatives: give one of them")
     if decision_settings(config).runs_the_model and not config.data.data_path:
         raise UsageError("--metric activation|loss and --signal activation|gradient run the model: give --data_path")
+    if config.adapter and config.spectrum.noise_floor != "none":
+        raise UsageError("--noise_floor estimates the noise of a dense delta; an adapter's B·A has none")
     if (config.gain or config.data.data_path) and not config.data.task:
         raise UsageError("--gain and --data_path need --task, which says how rows become text")
 
@@ -167,15 +178,22 @@ def measured(config: RanksConfig, source: Any) -> Any:
 
 
 def inputs(config: RanksConfig) -> dict[str, Path | str]:
-    names = {"base": config.base, "tuned": config.tuned, "deltas": config.deltas, "adapter": config.adapter}
-    return {name: value for name, value in names.items() if value}
+    """Everything the result depends on, for the manifest."""
+    further = {f"probe {index}": path for index, path in enumerate(config.probe2, 2)}
+    named = {**sources(config), **further, "data": config.data.data_path, "gain": config.gain}
+    return {name: value for name, value in named.items() if value}
+
+
+def sources(config: RanksConfig) -> dict[str, str | None]:
+    return {"base": config.base, "tuned": config.tuned, "deltas": config.deltas, "adapter": config.adapter}
 
 
 def described(config: RanksConfig, plan: RankPlan, probe: Probe) -> RankPlan:
     """The plan with what a reader of the file wants to know of its making."""
     spectrum = config.spectrum
     asked = {"svd_threshold", "min_rank", "max_rank", "smoothing_factor", "round", "per", "budget", "normalise"}
-    hashes = {name: fingerprint(Path(value)) for name, value in inputs(config).items() if Path(value).exists()}
+    found = {name: Path(value) for name, value in sources(config).items() if value}
+    hashes = {name: fingerprint(path) for name, path in found.items() if path.exists()}
     return replace(
         plan,
         model_name=probe.model_name,
@@ -230,22 +248,22 @@ def report(
     probe: Probe,
     decision: Decision,
     evidence: Evidence,
+    warnings: Sequence[str],
     files: Sequence[Path],
-    started: float,
+    seconds: float,
 ) -> None:
     """The one-screen summary, after the notes that are too long for it."""
     for note in probe.notes:
         print(f"note: {note}")
-    rule = rule_of(config)
-    summary = summarise(plan, probe.measured, rule, decision.budget, evidence, time.perf_counter() - started)
+    for warning in warnings:
+        print(f"warning: {warning}")
+    summary = summarise(plan, probe.measured, rule_of(config), decision.budget, evidence, seconds)
     task = f" --task {config.data.task} --data_path …" if config.data.task else " --task … --data_path …"
     command = f"rankwise train --lora-config {files[0]} --model_name {probe.model_name or '…'}{task}"
-    print(render(replace(summary, next_commands=(command,), files=tuple(map(str, files)))))
+    print(render(replace(summary, warnings=tuple(warnings), next_commands=(command,), files=tuple(map(str, files)))))
 
 
-def describe(config: RanksConfig | DiffConfig) -> list[str]:
-    if isinstance(config, DiffConfig):
-        return [f"compare the rank plans {config.first} and {config.second}"]
+def describe(config: RanksConfig) -> list[str]:
     check(config)
     source = config.deltas or config.adapter or f"{config.base} and {config.tuned}"
     how = f"within {config.spectrum.budget}" if config.spectrum.budget else f"at {config.spectrum.svd_threshold} energy"
@@ -254,17 +272,3 @@ def describe(config: RanksConfig | DiffConfig) -> list[str]:
         f"plan ranks {how}, between {config.spectrum.min_rank} and {config.spectrum.max_rank}",
         f"write {Path(config.out) / PLAN_FILE} and {Path(config.out) / SVD_FOLDER}",
     ]
-
-
-def diff(config: DiffConfig) -> dict[str, Any]:
-    """What two plans disagree on: printed as a table of the sites whose ranks differ."""
-    if not config.first or not config.second:
-        raise UsageError("usage: rankwise ranks diff A.json B.json")
-    first, second = read_plan(Path(config.first)), read_plan(Path(config.second))
-    paths = [path for path in {**first.ranks, **second.ranks} if first.ranks.get(path) != second.ranks.get(path)]
-    print(f"{config.first}: {len(first.ranks)} sites, {first.parameters:,} parameters")
-    print(f"{config.second}: {len(second.ranks)} sites, {second.parameters:,} parameters")
-    print(f"{len(paths)} sites differ" + (":" if paths else ""))
-    for path in paths:
-        print(f"  {path}: {first.ranks.get(path, '-')} → {second.ranks.get(path, '-')}")
-    return {"differing": paths, "parameters": (first.parameters, second.parameters)}

@@ -27,9 +27,8 @@ def running_model(config: RanksConfig, probe: Probe, path: str | None = None, sp
         raise UsageError("give the base model with --model_name: --gain, --metric and --signal run it")
     tokenizer = load_tokenizer(name)
     model = load_model(name, torch.float32).to(config.device).eval()
-    batches = text_batches(
-        config, tokenizer, model.config.max_position_embeddings, path or config.data.data_path, split
-    )
+    positions = model.config.get_text_config().max_position_embeddings
+    batches = text_batches(config, tokenizer, positions, path or config.data.data_path, split)
     return Running(model, [{key: value.to(config.device) for key, value in batch.items()} for batch in batches])
 
 

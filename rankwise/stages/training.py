@@ -1,36 +1,64 @@
-"""What `finetune` and `train` share: the run folder held by one process, data read and rendered, the base's identity."""
+"""What `finetune` and `train` share: the run folder held by one process, rows, the run's identity, training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 
-from rankwise.config import DataSection, ModelSection
+from rankwise.config import DataSection, FinetuneConfig, ModelSection, TrainConfig
+from rankwise.core.plan import RankPlan
 from rankwise.data import Collator, Example, Examples, RenderedDataset, Renderer, load
 from rankwise.errors import UsageError
+from rankwise.nets.adapters import save_adapter, write_sites
 from rankwise.nets.load import load_model, load_tokenizer, meta_model
 from rankwise.options import flatten
+from rankwise.store.adapter import LoraPair
 from rankwise.store.checkpoint import resolve
 from rankwise.store.files import fingerprint
 from rankwise.store.processes import announce, process_index
 from rankwise.store.run import Record, RunFolder
 from rankwise.train.arguments import frozen_dtype
-from rankwise.train.resume import resume_point, start_over
+from rankwise.train.resume import identity_of, resume_point, start_over
+from rankwise.train.trainer import RankwiseTrainer
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained on and from where, checked before a weight is loaded.
+
+    `facts` make the run this run, beside the training arguments: a checkpoint with other facts is refused.
+    """
+
+    name: str
+    arguments: TrainingArguments
+    renderer: Renderer
+    rows: RenderedDataset
+    validation: RenderedDataset | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def collator(self) -> Collator:
+        return Collator.of(self.renderer.tokenizer, multiple_of=1 if self.arguments.use_cpu else 8)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return identity_of(self.arguments, **self.facts)
 
 
 @contextmanager
-def held(folder: RunFolder, stage: str, config: Any, inputs: Mapping[str, Path | str]) -> Iterator[Record]:
+def held(folder: RunFolder, stage: str, inputs: Mapping[str, Path | str]) -> Iterator[Record]:
     """The run folder, locked and recorded by the first process; the others work beside it."""
     if process_index()[0] != 0:
         yield Record()
         return
     with folder.lock(), folder.recording(stage, inputs) as record:
-        folder.save_config(flatten(config))
         yield record
 
 
@@ -87,10 +115,6 @@ def rendered(examples: Sequence[Example], renderer: Renderer) -> RenderedDataset
     return rows
 
 
-def collator_for(renderer: Renderer, arguments: TrainingArguments) -> Collator:
-    return Collator.of(renderer.tokenizer, multiple_of=1 if arguments.use_cpu else 8)
-
-
 def base_facts(model: ModelSection, name: str, arguments: TrainingArguments) -> dict[str, Any]:
     """The base as part of a run's identity: its files' content, not where they lie."""
     return {
@@ -122,24 +146,69 @@ def data_facts(data: DataSection, examples: Examples, samples: int) -> dict[str,
     }
 
 
-def starting_point(
-    asked: str | None, allow_partial: bool, overwrite: bool, folder: RunFolder, identity: Mapping[str, Any]
-) -> Path | None:
-    """The checkpoint to resume from, or None for a fresh run that mixes with no earlier one."""
-    _, processes = process_index()
-    checkpoint = resume_point(asked, folder.path, identity, allow_partial=allow_partial, processes=processes)
-    if checkpoint is None and process_index()[0] == 0:
-        start_over(folder.path, overwrite)
+def starting_point(config: FinetuneConfig | TrainConfig, job: Job) -> Path | None:
+    """The checkpoint to resume from, or None for a fresh run that mixes with no earlier one; the config is saved."""
+    index, processes = process_index()
+    folder = RunFolder(config.output_dir)
+    checkpoint = resume_point(
+        config.resume_from_checkpoint,
+        folder.path,
+        job.identity,
+        allow_partial=config.allow_partial_resume,
+        processes=processes,
+    )
+    if index == 0:
+        if checkpoint is None:
+            start_over(folder.path, bool(config.training.get("overwrite_output_dir")))
+        folder.save_config(flatten(config))
     return checkpoint
+
+
+def trained(
+    model: nn.Module, job: Job, checkpoint: Path | None, loraplus_lr_ratio: float | None = None
+) -> RankwiseTrainer:
+    """Train a model on the job's rows; returns the trainer, which holds the trained model."""
+    trainer = RankwiseTrainer(
+        model=model,
+        args=job.arguments,
+        train_dataset=job.rows,
+        eval_dataset=job.validation,
+        data_collator=job.collator,
+        identity=job.identity,
+        loraplus_lr_ratio=loraplus_lr_ratio,
+    )
+    trainer.train(checkpoint)
+    return trainer
+
+
+def whole_state(trainer: RankwiseTrainer) -> Mapping[str, Tensor] | None:
+    """The state dict gathered from all processes where parameters are sharded; every process must ask for it."""
+    return trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+
+
+def plain_model(trainer: RankwiseTrainer) -> Any:
+    return trainer.accelerator.unwrap_model(trainer.model)
+
+
+def write_adapter_files(
+    trainer: RankwiseTrainer,
+    folder: Path,
+    name: str,
+    plan: RankPlan,
+    left_out: list[str],
+    initial: Mapping[str, LoraPair] | None = None,
+) -> None:
+    """The adapter at the root of the run folder, and sites.json beside it."""
+    state = whole_state(trainer)
+    if trainer.is_world_process_zero():
+        save_adapter(plain_model(trainer), folder, name, initial, state)
+        write_sites(folder, plan, left_out)
 
 
 def losses(history: Sequence[Mapping[str, Any]]) -> str:
     """`loss 2.31 → 0.52, validation 0.61`, from the Trainer's log."""
     training = [row["loss"] for row in history if "loss" in row]
+    training = training or [row["train_loss"] for row in history if "train_loss" in row]
     validation = [row["eval_loss"] for row in history if "eval_loss" in row]
-    parts = []
-    if training:
-        parts.append(f"loss {training[0]:.3f}" + (f" → {training[-1]:.3f}" if len(training) > 1 else ""))
-    if validation:
-        parts.append(f"validation {validation[-1]:.3f}")
-    return ", ".join(parts) or "no loss was logged"
+    first_and_last = [f"{value:.3f}" for value in dict.fromkeys((training[0], training[-1]))]
+    return f"loss {' → '.join(first_and_last)}" + (f", validation {validation[-1]:.3f}" if validation else "")

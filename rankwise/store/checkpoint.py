@@ -174,10 +174,11 @@ def _weight_map(index: Path) -> dict[str, str]:
     return places
 
 
-def resolve(name_or_path: Path | str, revision: str | None = None) -> Path:
+def resolve(name_or_path: Path | str, revision: str | None = None, *, code: bool = False) -> Path:
     """A local path, or the local copy of a hub model (`org/name`), downloaded where it is not there yet.
 
-    Only weights, configuration and tokenizer files are fetched, never code. DataError where there is neither.
+    Only weights, configuration and tokenizer files are fetched; Python files only with `code`, which whoever asks
+    for it must have pinned to a revision. DataError where there is neither.
     """
     local = Path(name_or_path).expanduser()
     if local.exists():
@@ -187,9 +188,10 @@ def resolve(name_or_path: Path | str, revision: str | None = None) -> Path:
     name = str(name_or_path)
     if not HUB_ID.fullmatch(name):
         raise DataError(f"{name}: no such file or folder (and not a hub id of the form org/name)")
-    folder = _download(name, revision, HUB_FILES)
+    wanted = [*HUB_FILES, "*.py"] if code else HUB_FILES
+    folder = _download(name, revision, wanted)
     if not any(folder.glob("*.safetensors")):
-        folder = _download(name, revision, [*HUB_FILES, "*.bin"])
+        folder = _download(name, revision, [*wanted, "*.bin"])
     return folder
 
 

@@ -19,9 +19,10 @@ from rankwise.core.measure import Delta, from_difference, subtract
 from rankwise.core.site import Site, describe
 from rankwise.errors import DataError, UsageError
 from rankwise.store.checkpoint import Checkpoint, open_checkpoint
-from rankwise.store.files import read_json
+from rankwise.store.files import read_object
 
 DELTAS_FILE = "deltas.json"
+WEIGHT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NOT_ANALYSED = re.compile(r"(running_mean|running_var|num_batches_tracked)$")
 
 
@@ -109,9 +110,17 @@ def open_deltas(path: Path) -> SavedDeltas:
         raise DataError(
             f"{path}: no deltas/{DELTAS_FILE} here; `rankwise finetune` writes it (two checkpoints go in as BASE TUNED)"
         )
-    metadata = read_json(folder / DELTAS_FILE)
-    rows = [describe(row["path"], row["shape"], row["tower"], row["transposed"]) for row in metadata["sites"]]
-    return SavedDeltas(open_checkpoint(folder), {row.path: row for row in rows}, metadata, str(path))
+    metadata = read_object(folder / DELTAS_FILE)
+    checkpoint = open_checkpoint(folder)
+    try:
+        rows = [describe(row["path"], row["shape"], row["tower"], row["transposed"]) for row in metadata["sites"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder / DELTAS_FILE}: not what `rankwise finetune` writes: {error!r}") from error
+    for row in rows:
+        shape = checkpoint.shape(f"{row.path}.weight")
+        if shape != (row.shape[::-1] if row.transposed else row.shape):
+            raise DataError(f"{folder}: {row.path} is {shape} in the weights and {row.shape} in {DELTAS_FILE}")
+    return SavedDeltas(checkpoint, {row.path: row for row in rows}, metadata, str(path))
 
 
 def renamed(keys: Iterable[str], rules: Sequence[str]) -> dict[str, str]:
@@ -168,7 +177,7 @@ def match_keys(base: Checkpoint, tuned: Checkpoint, rules: Sequence[str], flatte
     def analysed(checkpoint: Checkpoint, key: str) -> bool:
         dims = len(checkpoint.shape(key))
         fits = dims == 2 or (dims > 2 and flatten_conv)
-        return fits and checkpoint.dtype(key).is_floating_point and not NOT_ANALYSED.search(key)
+        return fits and checkpoint.dtype(key) in WEIGHT_TYPES and not NOT_ANALYSED.search(key)
 
     left = {name for name, key in before.items() if analysed(base, key)}
     right = {name for name, key in after.items() if analysed(tuned, key)}

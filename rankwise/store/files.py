@@ -48,6 +48,7 @@ def atomic_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
                 path.parent.mkdir(parents=True, exist_ok=True)
             yield temporaries
             for temporary in temporaries:
+                as_created(temporary)
                 flush(temporary)
             for temporary, path in zip(temporaries, paths, strict=True):
                 os.replace(temporary, path)
@@ -72,6 +73,8 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             yield temporary
             for entry in sorted(temporary.rglob("*")):
+                if entry.is_file():
+                    as_created(entry)
                 flush(entry)
             flush(temporary)
             _swap(temporary, path)
@@ -99,6 +102,13 @@ def _swap(new: Path, path: Path) -> None:
 def _beside(path: Path, role: str) -> Path:
     """A fresh hidden name in the same folder (so that a rename stays within one file system)."""
     return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.{role}{path.suffix}")
+
+
+def as_created(path: Path) -> None:
+    """Permissions as the user's umask has them: safetensors writes files that only their owner can read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def flush(path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from rankwise.core.plan import RankPlan, load_plan
+from rankwise.core.plan import RankPlan
+from rankwise.core.plan_content import load_plan
 from rankwise.core.site import Site
 from rankwise.errors import DataError
 from rankwise.store.files import read_object, write_text
@@ -23,7 +24,7 @@ def find_plan(path: Path) -> Path:
 
 
 def read_plan(path: Path, sites: Mapping[str, Site] | None = None) -> RankPlan:
-    """A plan matched with a model's sites, or with the sites it records itself (see `core.plan.load_plan`)."""
+    """A plan matched with a model's sites, or with the sites it records itself (see `core.plan_content.load_plan`)."""
     file = find_plan(path)
     return load_plan(read_object(file), sites, str(file))
 

@@ -164,6 +164,9 @@ def refuse_noise(measured: Mapping[Site, Measured], allowed: bool, warnings: lis
         warnings.append(f"{finding}: THESE RANKS DESCRIBE NOISE (--allow_noise)")
     elif noise > NEGLIGIBLE:
         warnings.append(f"{finding}; spectra corrected for it (optimal shrinkage): ranks are estimates")
+    lost = [site.path for site, row in rounded.items() if row.noise_share > NEGLIGIBLE and not row.corrected]
+    if lost and noise <= TOO_NOISY and unchanged <= TOO_NOISY:
+        warnings.append(f"{len(lost)} sites are mostly rounding and could not be corrected ({lost[0]} …)")
 
 
 def dtypes(measured: Mapping[Site, Measured]) -> tuple[str, ...]:

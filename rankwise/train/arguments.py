@@ -76,6 +76,7 @@ FINETUNE_DEFAULTS: Mapping[str, Any] = {
     **TRAIN_DEFAULTS,
     "weight_decay": 0.01,
     "warmup_steps": 0.1,
+    "logging_steps": 1,
     "eval_strategy": "no",
     "save_strategy": "no",
 }

@@ -1,0 +1,115 @@
+"""From the LoRA options to a PEFT model: which sites, which ranks, which start."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import set_seed
+
+from rankwise.config import LoraSection, TrainConfig
+from rankwise.core.plan import RankPlan
+from rankwise.core.plan_content import recorded_sites
+from rankwise.core.site import Site
+from rankwise.errors import UsageError
+from rankwise.nets.adapt import LoraSettings, adapt
+from rankwise.nets.starts import eva_start, input_directions, warm_start
+from rankwise.nets.targets import check_plan, choose_sites, restricted, uniform_plan
+from rankwise.stages import training as shared
+from rankwise.store.deltas import open_deltas
+from rankwise.store.files import read_object
+from rankwise.store.plan_file import find_plan, read_plan
+from rankwise.store.processes import announce
+from rankwise.train.arguments import frozen_dtype
+
+EVA_BATCHES, EVA_ROWS = 16, 8
+
+
+def check_lora(lora: LoraSection) -> None:
+    """Combinations of LoRA options that cannot work."""
+    settings_of(lora)
+    if lora.lora_config and (lora.lora_alpha is not None or lora.use_rslora):
+        raise UsageError(
+            "--lora_alpha and --use_rslora do not go with a rank plan: the plan owns the scale (alpha = 2·r at every "
+            "site, or its own use_rslora)"
+        )
+    if lora.load_in_8bit and lora.load_in_4bit:
+        raise UsageError("--load_in_8bit and --load_in_4bit exclude each other")
+    if (lora.warm_start == "delta") != bool(lora.deltas):
+        raise UsageError("--warm_start delta and --deltas FINETUNE_RUN go together")
+    if lora.warm_start == "delta" and (lora.use_dora or lora.init_lora_weights != "default"):
+        raise UsageError("--warm_start delta is an initialisation: leave --use_dora and --init_lora_weights out")
+    if not 0 <= lora.lora_dropout < 1:
+        raise UsageError(f"--lora_dropout must be at least 0 and below 1, got {lora.lora_dropout}")
+
+
+def settings_of(lora: LoraSection) -> LoraSettings:
+    return LoraSettings(lora.lora_dropout, lora.lora_bias, lora.use_dora, lora.init_lora_weights)
+
+
+def quantization(lora: LoraSection) -> str | None:
+    return "8bit" if lora.load_in_8bit else "4bit" if lora.load_in_4bit else None
+
+
+def described_target(lora: LoraSection) -> str:
+    return ", ".join(lora.target_modules) or lora.target or "all attention and MLP projections"
+
+
+def planned(lora: LoraSection, sites: Mapping[str, Site], name: str) -> tuple[RankPlan, list[str]]:
+    """What is adapted with which rank, checked against the model; and what of a plan is left out."""
+    if not lora.lora_config:
+        chosen = choose_sites(sites, lora.target, lora.target_modules)
+        return uniform_plan(chosen, lora.lora_r, lora.lora_alpha, lora.use_rslora, name), []
+    plan, left_out = checked_plan(Path(lora.lora_config), sites), []
+    if lora.target or lora.target_modules:
+        plan, left_out = restricted(plan, choose_sites(sites, lora.target, lora.target_modules))
+        announce(f"note: {len(left_out)} sites of the plan are outside the targets and are left out")
+    for row in plan.sites:
+        if row.clipped and "above min" in row.clipped:
+            announce(f"note: {row.site.path}: rank {row.clipped}; cut to it")
+    return plan, left_out
+
+
+def checked_plan(path: Path, sites: Mapping[str, Site]) -> RankPlan:
+    """A plan from its file, for this model and of a known tower."""
+    file = find_plan(path)
+    recorded = recorded_sites(read_object(file))
+    if any(site.tower == "unknown" for site in recorded.values()):
+        raise UsageError(
+            f"{file} was made from files without a config.json: its sites are named by checkpoint keys and their tower "
+            "is unknown. Make it again with `rankwise ranks` from Hugging Face model folders"
+        )
+    plan = read_plan(file, sites)
+    check_plan(plan)
+    return plan
+
+
+def adapted(config: TrainConfig, job: shared.Job, plan: RankPlan) -> PeftModel:
+    """The base with its adapter at the planned start. The one seed decides the random part."""
+    dtype = frozen_dtype(config.model.dtype, job.arguments)
+    base = shared.loaded(config.model, job.name, dtype, quantization(config.lora))
+    settings = settings_of(config.lora)
+    set_seed(config.seed)
+    if settings.init == "eva":
+        directions = input_directions(base, plan, eva_batches(job, config.seed))
+        model = adapt(base, plan, settings)
+        eva_start(model, directions)
+        return model
+    model = adapt(base, plan, settings)
+    if config.lora.deltas:
+        generator = torch.Generator().manual_seed(config.seed)
+        warm_start(model, plan, open_deltas(Path(config.lora.deltas)), generator)
+    return model
+
+
+def eva_batches(job: shared.Job, seed: int) -> list[dict[str, torch.Tensor]]:
+    """A few batches of training rows, drawn with the seed, as model inputs without labels."""
+    rows, collator = job.rows, job.collator
+    count = min(len(rows), EVA_BATCHES * EVA_ROWS)
+    chosen = random.Random(seed).sample(range(len(rows)), count)
+    parts = [chosen[start : start + EVA_ROWS] for start in range(0, count - count % EVA_ROWS or count, EVA_ROWS)]
+    batches = [collator([rows[index] for index in part]) for part in parts]
+    return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]

@@ -1,0 +1,103 @@
+"""The two kinds of preliminary run: all parameters in float32, or a LoRA of high rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, set_seed
+
+from rankwise.config import FinetuneConfig
+from rankwise.data import Renderer
+from rankwise.nets.adapt import LoraSettings, adapt
+from rankwise.nets.delta_files import BaseWeights, write_deltas
+from rankwise.nets.sites import model_sites, tower_of, tower_prefixes, weight_table
+from rankwise.nets.targets import choose_sites, uniform_plan
+from rankwise.stages import training as shared
+from rankwise.store.checkpoint import open_checkpoint, resolve
+from rankwise.store.files import atomic_folder
+from rankwise.store.processes import announce, process_index
+from rankwise.train.arguments import frozen_dtype
+from rankwise.train.trainer import RankwiseTrainer
+
+LORA_RATE = 1e-4
+MAX_SHARD = "5GB"
+TRAINED_TOWERS = ("language",)
+
+
+def language_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every parameter of the trained towers, embeddings, norms and head included, by name."""
+    towers = tower_prefixes(model)
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if tower_of(name.rpartition(".")[0], towers) in TRAINED_TOWERS
+    }
+
+
+def train_full(
+    config: FinetuneConfig, job: shared.Job, skeleton: PreTrainedModel, checkpoint: Path | None
+) -> RankwiseTrainer:
+    """All language parameters in float32; then the deltas, or both checkpoints."""
+    folder, first = Path(config.output_dir), process_index()[0] == 0
+    model = shared.loaded(config.model, job.name, torch.float32)
+    model.requires_grad_(False)
+    trained = language_parameters(model)
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    files = open_checkpoint(resolve(job.name, config.model.revision))
+    base = BaseWeights.before_training(files, weight_table(skeleton, files.keys()), trained)
+    if config.save != "deltas" and first:
+        save_checkpoint(model, job.renderer, folder / "pretrained")
+    set_seed(config.seed)
+    trainer = shared.trained(model, job, checkpoint)
+    state = shared.whole_state(trainer)
+    if config.save != "deltas" and first:
+        save_checkpoint(shared.plain_model(trainer), job.renderer, folder / "finetuned", state)
+    if config.save != "checkpoints" and first:
+        facts = delta_facts(config, job, trainer, files.files)
+        write_deltas(folder / "deltas", trained, base, model_sites(skeleton), facts)
+    return trainer
+
+
+def train_lora(
+    config: FinetuneConfig, job: shared.Job, skeleton: PreTrainedModel, checkpoint: Path | None
+) -> RankwiseTrainer:
+    """A high-rank LoRA as the probe; `ranks --adapter` reads its spectra from the factors."""
+    if config.learning_rate < LORA_RATE:
+        announce(f"note: --learning_rate {config.learning_rate:g} suits full fine-tuning; LoRA takes 1e-4 or more")
+    plan = uniform_plan(choose_sites(model_sites(skeleton)), config.lora_r, None, False, job.name)
+    model = shared.loaded(config.model, job.name, frozen_dtype(config.model.dtype, job.arguments))
+    set_seed(config.seed)
+    trainer = shared.trained(adapt(model, plan, LoraSettings(dropout=0.0)), job, checkpoint)
+    shared.write_adapter_files(trainer, Path(config.output_dir), job.name, plan, [])
+    return trainer
+
+
+def save_checkpoint(
+    model: PreTrainedModel, renderer: Renderer, folder: Path, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """A Hugging Face folder in float32 with its tokenizer, whole or not at all."""
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary, state_dict=state, max_shard_size=MAX_SHARD)
+        renderer.tokenizer.save_pretrained(temporary)
+
+
+def delta_facts(
+    config: FinetuneConfig, job: shared.Job, trainer: RankwiseTrainer, files: Sequence[Path]
+) -> dict[str, Any]:
+    """What the deltas are deltas of, and how they came about."""
+    return {
+        "model_name": job.name,
+        "revision": config.model.revision,
+        "base_fingerprints": shared.fingerprints(files),
+        "num_samples": len(job.rows),
+        "seed": config.seed,
+        "optimizer": str(job.arguments.optim.value),
+        "learning_rate": config.learning_rate,
+        "steps": trainer.state.global_step,
+        "task": config.data.task,
+    }

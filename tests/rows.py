@@ -1,0 +1,94 @@
+"""Token rows and a small trainer for the tests of training; no tokenizer, no files of others."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, set_seed
+
+from rankwise.data import Collator
+from rankwise.nets.adapt import LoraSettings, adapt
+from rankwise.nets.load import load_model
+from rankwise.nets.sites import model_sites
+from rankwise.nets.targets import choose_sites, uniform_plan
+from rankwise.train.arguments import build_arguments
+from rankwise.train.resume import identity_of, resume_point
+from rankwise.train.trainer import RankwiseTrainer
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """`count` rows of ids that follow from their position."""
+
+    def __init__(self, count: int = 24, length: int = 8) -> None:
+        self.count, self.length = count, length
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        ids = [4 + (index * 31 + place * 17) % 300 for place in range(self.length)]
+        return {"input_ids": ids, "labels": ids, "sample_index": index}
+
+    def sample_id(self, index: int) -> str:
+        return f"row-{index}"
+
+
+SETTINGS: Mapping[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "num_train_epochs": 2,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+}
+
+
+def adapted_base(base: Path, dropout: float = 0.1) -> torch.nn.Module:
+    set_seed(0)
+    model = load_model(str(base), torch.float32)
+    plan = uniform_plan(choose_sites(model_sites(model)), 4, None, False, "tiny")
+    return adapt(model, plan, LoraSettings(dropout=dropout))
+
+
+def make_trainer(
+    base: Path, folder: Path, *, rows: Any = None, facts: Mapping[str, Any] | None = None, **given: Any
+) -> RankwiseTrainer:
+    """A LoRA trainer with dropout and accumulation: 6 optimizer steps an epoch, 12 in all."""
+    extra = {name: given.pop(name) for name in ("callbacks", "loraplus_lr_ratio") if name in given}
+    arguments = build_arguments(folder, 1, {**SETTINGS, **given})
+    return RankwiseTrainer(
+        model=adapted_base(base),
+        args=arguments,
+        train_dataset=rows or Rows(),
+        eval_dataset=Rows(4),
+        data_collator=Collator(0),
+        identity=identity_of(arguments, **(facts or {})),
+        **extra,
+    )
+
+
+def resumed(trainer: RankwiseTrainer, asked: str = "true", **options: Any) -> RankwiseTrainer:
+    """The same, after training on from where the folder's checkpoints end."""
+    identity = identity_of(trainer.args, **options.pop("facts", {}))
+    trainer.train(resume_point(asked, Path(trainer.args.output_dir), identity, **options))
+    return trainer
+
+
+def logged(folder: Path) -> list[dict[str, str]]:
+    """The rows of the run's training_log.csv."""
+    return list(csv.DictReader((folder / "training_log.csv").read_text().splitlines()))
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
+
+
+def equal(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
