@@ -1,84 +1,22 @@
-"""The table of commands. Imports nothing heavy: `rankwise --help` and most `--help`s answer at once.
+"""The `rankwise` command. Imports nothing heavy: `rankwise --help` and most `--help`s answer at once.
 
 rankwise ranks BASE TUNED --budget uniform:16 --dry-run
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rankwise import __version__, config, options
+from rankwise import __version__, options
 from rankwise.errors import RankwiseError, UsageError
+from rankwise.stages.commands import COMMANDS, DRY_RUN, GROUPS, Command, assemble, command_options, stage_of
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
-
-
-@dataclass(frozen=True)
-class Command:
-    """One row of the table: where it stands in the help, what it is told, and which stage runs it."""
-
-    group: str
-    help: str
-    stage: str
-    config: Any
-    positionals: tuple[str, ...] = ()
-    takes_file: bool = True
-    trainer: bool = False
-
-
-COMMANDS = {
-    "ranks": Command(
-        "MEASURE",
-        "two checkpoints or one adapter → spectra → rank plan",
-        "ranks",
-        config.RanksConfig(),
-        ("base", "tuned"),
-    ),
-    "ranks diff": Command(
-        "MEASURE",
-        "what two rank plans disagree on",
-        "ranks_diff",
-        config.DiffConfig(),
-        ("first", "second"),
-        takes_file=False,
-    ),
-    "extract": Command(
-        "MEASURE", "checkpoint pair → LoRA adapter", "extract", config.ExtractConfig(), ("base", "tuned")
-    ),
-    "compress": Command(
-        "MEASURE", "adapter → smaller adapter, exact", "compress", config.CompressConfig(), ("adapter",)
-    ),
-    "finetune": Command(
-        "TRAIN",
-        "short full fine-tune, for a meaningful delta",
-        "finetune",
-        config.FinetuneConfig(),
-        trainer=True,
-    ),
-    "train": Command(
-        "TRAIN",
-        "LoRA/QLoRA training, with a rank plan or a uniform rank",
-        "train",
-        config.TrainConfig(),
-        trainer=True,
-    ),
-    "evaluate": Command("PROVE", "generate and score a task", "evaluate", config.EvaluateConfig(), ("model_path",)),
-    "report": Command("PROVE", "one page for a run folder", "report", config.ReportConfig(), ("run",)),
-    "merge": Command("SHIP", "adapter into base, checked", "merge", config.MergeConfig(), ("adapter",)),
-    "run": Command(
-        "MORE", "a pipeline of stages from one file", "run", config.RunConfig(), ("recipe",), takes_file=False
-    ),
-    "demo": Command("MORE", "the whole flow, offline, on a CPU, in about three minutes", "demo", config.DemoConfig()),
-}
-GROUPS = ("MEASURE", "TRAIN", "PROVE", "SHIP", "MORE")
-DRY_RUN = options.Option("dry_run", bool, False, "print the resolved config and what would be done, and stop")
 
 
 def overview() -> str:
@@ -104,14 +42,6 @@ def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
         if len(argv) >= words and name in COMMANDS:
             return name, list(argv[words:])
     raise options.unknown(argv[0], [name.split()[0] for name in COMMANDS], "rankwise", "command")
-
-
-def command_options(command: Command) -> list[options.Option]:
-    """Our own options, and those of TrainingArguments where the command trains (that import takes seconds)."""
-    own = list(options.options_of(command.config))
-    if command.trainer:
-        own += importlib.import_module("rankwise.train.arguments").training_options(own)
-    return own
 
 
 def take_positionals(command: Command, words: list[str], prog: str) -> tuple[Path | None, dict[str, str]]:
@@ -141,20 +71,11 @@ def resolve(name: str, argv: Sequence[str]) -> tuple[Any, bool]:
     return assemble(command, values), bool(values.get("dry_run"))
 
 
-def assemble(command: Command, values: dict[str, Any]) -> Any:
-    """The config object; what is TrainingArguments' own goes to its `training` mapping."""
-    own = {item.name for item in options.options_of(command.config)} | {"dry_run"}
-    built = options.build(command.config, values)
-    if command.trainer:
-        built = replace(built, training={name: value for name, value in values.items() if name not in own})
-    return built
-
-
 def dispatch(argv: Sequence[str]) -> None:
     """Run one command line. Raises RankwiseError; `main` turns that into an exit code."""
     name, rest = split_command(argv)
     built, dry_run = resolve(name, rest)
-    stage = importlib.import_module(f"rankwise.stages.{COMMANDS[name].stage}")
+    stage = stage_of(name)
     if dry_run:
         import yaml
 

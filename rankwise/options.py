@@ -286,17 +286,24 @@ def parse_flags(parser: _Parser, options: Sequence[Option], argv: Sequence[str])
 
 
 def file_values(path: Path, options: Sequence[Option]) -> dict[str, Any]:
-    """The options that a config file sets, converted; an option named twice under two aliases is an error."""
+    """The options that a config file sets, converted."""
+    return typed_values(load_file(path), options, str(path))
+
+
+def typed_values(
+    raw: Mapping[str, Any] | Iterable[tuple[str, Any]], options: Sequence[Option], where: str
+) -> dict[str, Any]:
+    """Canonical name → converted value; an option named twice under two aliases is an error."""
     canonical = {name: item for item in options for name in (item.name, *item.aliases)}
     values: dict[str, Any] = {}
-    for name, value in load_file(path):
+    for name, value in raw.items() if isinstance(raw, Mapping) else raw:
         plain = name.replace("-", "_")
         if plain not in canonical:
-            raise unknown(name, list(canonical), str(path))
+            raise unknown(name, list(canonical), where)
         item = canonical[plain]
         if item.name in values:
-            raise UsageError(f"{path}: {item.name} is set twice (as {name} and under another name)")
-        values[item.name] = convert(item, value, str(path))
+            raise UsageError(f"{where}: {item.name} is set twice (as {name} and under another name)")
+        values[item.name] = convert(item, value, where)
     return values
 
 

@@ -39,6 +39,7 @@ class Rows(Dataset[dict[str, Any]]):
 
 
 SETTINGS: Mapping[str, Any] = {
+    "use_cpu": True,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
     "num_train_epochs": 2,
@@ -65,18 +66,18 @@ def make_trainer(
     return RankwiseTrainer(
         model=adapted_base(base),
         args=arguments,
-        train_dataset=rows or Rows(),
+        train_dataset=Rows(),
         eval_dataset=Rows(4),
         data_collator=Collator(0),
-        identity=identity_of(arguments, **(facts or {})),
+        identity=identity_of(arguments),
         **extra,
     )
 
 
 def resumed(trainer: RankwiseTrainer, asked: str = "true", **options: Any) -> RankwiseTrainer:
     """The same, after training on from where the folder's checkpoints end."""
-    identity = identity_of(trainer.args, **options.pop("facts", {}))
-    trainer.train(resume_point(asked, Path(trainer.args.output_dir), identity, **options))
+    folder = Path(trainer.args.output_dir)
+    trainer.train(resume_point(asked, folder, identity_of(trainer.args), **options))
     return trainer
 
 

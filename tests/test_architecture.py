@@ -58,7 +58,9 @@ def test_no_cycle_of_modules() -> None:
 
 
 def test_no_function_imports_our_own_package() -> None:
-    found = {str(path): name for path in sources() for name in imports(path, nested=True) if name.startswith("rankwise")}
+    found = {
+        str(path): name for path in sources() for name in imports(path, nested=True) if name.startswith("rankwise")
+    }
     assert not found
 
 
@@ -106,5 +108,7 @@ def test_public_names_resolve_and_explain_themselves() -> None:
 
 
 def test_every_module_opens_with_its_place_in_the_flow() -> None:
-    missing = [str(path) for path in sources() if path.stat().st_size and not ast.get_docstring(ast.parse(path.read_text()))]
+    missing = [
+        str(path) for path in sources() if path.stat().st_size and not ast.get_docstring(ast.parse(path.read_text()))
+    ]
     assert not missing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_what_training_arguments_refuses_is_a_usage_error(tmp_path: Path) -> Non
         built(tmp_path, "--load_best_model_at_end", "--eval_strategy", "no")
     with pytest.raises(UsageError, match="cosine"):
         built(tmp_path, "--lr_scheduler_type", "cosin")
-    with pytest.raises(UsageError, match="did you mean.*learning_rate"):
+    with pytest.raises(UsageError, match=r"did you mean.*learning_rate"):
         built(tmp_path, "--learning_rat", "1")
 
 
@@ -112,3 +113,9 @@ def test_one_process_with_several_gpus_is_told_to_use_torchrun(tmp_path: Path, m
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 4))
     with pytest.raises(UsageError, match="torchrun --nproc-per-node 4"):
         built(tmp_path)
+
+
+def test_a_tracker_that_is_not_installed_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UsageError, match=r"rankwise\[track\]"):
+        built(tmp_path, "--use_wandb")

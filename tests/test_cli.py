@@ -110,9 +110,7 @@ def test_unknown_and_abbreviated_names_are_refused_with_a_suggestion(
         (("ranks", "a"), "two checkpoints"),
     ],
 )
-def test_wrong_values_are_usage_errors(
-    capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str
-) -> None:
+def test_wrong_values_are_usage_errors(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str) -> None:
     assert message in refused(capsys, *argv, "--dry-run")
 
 

@@ -1,4 +1,4 @@
-"""Laws of `compress`: exactly the asked energy and not one rank more, the best factors there are, the rest untouched."""
+"""Laws of `compress`: the asked energy and not one rank more, the best factors there are, the rest untouched."""
 
 from __future__ import annotations
 
@@ -203,6 +203,8 @@ def test_peft_loads_it_and_computes_the_same(tmp_path: Path, use_rslora: bool) -
     expected = logits_with(original)
     for form in ("same", "uniform"):
         torch.testing.assert_close(logits_with(tmp_path / form), expected, rtol=1e-3, atol=1e-4)
+        config = json.loads((tmp_path / form / "adapter_config.json").read_text())
+        assert config["use_rslora"] is False and config["lora_alpha"] == 2 * config["r"]
 
 
 def test_the_uniform_forms_of_two_adapters_swap_in_a_running_model(tmp_path: Path) -> None:

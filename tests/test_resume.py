@@ -116,13 +116,12 @@ def test_what_may_change_and_what_may_not() -> None:
 
 
 def test_more_epochs_and_other_logging_go_on(base: Path, stopped: Path) -> None:
-    trainer = resumed(
-        again(base, stopped, num_train_epochs=3, logging_steps=2, save_steps=3, eval_strategy="steps", eval_steps=5)
-    )
+    evaluating = {"eval_strategy": "steps", "eval_steps": 5}
+    trainer = resumed(again(base, stopped, num_train_epochs=3, logging_steps=2, save_steps=3, **evaluating))
     assert trainer.state.global_step == 18
     rows = logged(stopped)
     assert [int(row["step"]) for row in rows if row["loss"]] == [*range(1, 9), 10, 12, 14, 16, 18]
-    assert [int(row["step"]) for row in rows if row["eval_loss"]] == [10, 15]
+    assert [int(row["step"]) for row in rows if row["eval_loss"]] == [10, 15, 18]
     assert (stopped / "checkpoint-9").is_dir()
 
 
@@ -140,8 +139,10 @@ def test_a_fresh_run_does_not_mix_with_an_earlier_one(stopped: Path) -> None:
     with pytest.raises(UsageError, match="--overwrite_output_dir"):
         start_over(stopped, overwrite=False)
     start_over(stopped, overwrite=True)
-    assert newest_complete(stopped) is None
+    assert not list(stopped.glob("checkpoint-*"))
+    made(stopped, 4, complete=False)
     start_over(stopped, overwrite=False)
+    assert not list(stopped.glob("checkpoint-*")), "what was never finished is in nobody's way"
 
 
 def made(folder: Path, step: int, *, complete: bool = True) -> Path:

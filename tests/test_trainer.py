@@ -214,12 +214,13 @@ class Send(TrainerCallback):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_in_a_checkpoint_that_goes_on_exactly(base: Path, tmp_path: Path, number: int) -> None:
     before = signal.getsignal(number)
-    trainer = make_trainer(base, tmp_path / "stopped", callbacks=[Send(number)])
+    trainer = make_trainer(base, tmp_path / "stopped", callbacks=[Send(number)], eval_strategy="epoch")
     with pytest.raises(Interrupted, match="--resume_from_checkpoint true") as raised:
         trainer.train()
     assert raised.value.exit_code == 128 + number
     assert signal.getsignal(number) is before
     assert newest_complete(tmp_path / "stopped") == tmp_path / "stopped" / "checkpoint-3"
+    assert not any(row["eval_loss"] for row in logged(tmp_path / "stopped")), "whoever sent it does not wait for that"
     continued = resumed(make_trainer(base, tmp_path / "stopped"))
     straight = make_trainer(base, tmp_path / "straight")
     straight.train()
@@ -227,21 +228,43 @@ def test_a_signal_ends_in_a_checkpoint_that_goes_on_exactly(base: Path, tmp_path
 
 
 SCRIPT = """
-    import signal, sys
+    import os, signal, sys
     from pathlib import Path
     sys.path[:0] = [{tests!r}, {repository!r}]
+    import torch
     from test_trainer import Send, make_trainer
 
-    signals = Send(signal.SIGTERM, signal.SIGTERM)
-    make_trainer(Path({base!r}), Path({out!r}), callbacks=[signals], save_strategy="steps", save_steps=2).train()
+    def save(content, path, real=torch.save):
+        if "checkpoint-4" in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(content, path)
+
+    if {killed}:
+        torch.save = save
+    callbacks = [] if {killed} else [Send(signal.SIGTERM, signal.SIGTERM)]
+    make_trainer(Path({base!r}), Path({out!r}), callbacks=callbacks, save_strategy="steps", save_steps=2).train()
 """
 
 
-def test_a_second_signal_stops_at_once(base: Path, tmp_path: Path) -> None:
+def ended(base: Path, out: Path, *, killed: bool) -> int:
+    """Exit status of a run that is killed within its second save, or gets two signals in its third step."""
     tests = Path(__file__).parent
-    names = {"tests": str(tests), "repository": str(tests.parent), "base": str(base), "out": str(tmp_path)}
-    script = textwrap.dedent(SCRIPT).format(**names)
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    names = {"tests": str(tests), "repository": str(tests.parent), "base": str(base), "out": str(out)}
+    script = textwrap.dedent(SCRIPT).format(killed=killed, **names)
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode
+
+
+def test_a_second_signal_stops_at_once(base: Path, tmp_path: Path) -> None:
+    assert ended(base, tmp_path, killed=False) == 128 + signal.SIGTERM
     assert newest_complete(tmp_path) == tmp_path / "checkpoint-2"
     assert not (tmp_path / "checkpoint-3").exists()
+
+
+def test_killed_while_saving_the_previous_checkpoint_goes_on(base: Path, tmp_path: Path) -> None:
+    assert ended(base, tmp_path / "killed", killed=True) == -signal.SIGKILL
+    assert (tmp_path / "killed" / "checkpoint-4" / "adapter_model.safetensors").exists()
+    assert newest_complete(tmp_path / "killed") == tmp_path / "killed" / "checkpoint-2"
+    continued = resumed(make_trainer(base, tmp_path / "killed"))
+    straight = make_trainer(base, tmp_path / "straight")
+    straight.train()
+    assert equal(weights(continued), weights(straight))

@@ -85,8 +85,8 @@ def by_threshold(spectra: Mapping[Site, Spectrum], rule: Rule) -> tuple[PlannedS
             ranks = smoothed(ranks, rule.smoothing)
         final |= dict(zip(group, ranks, strict=True))
     rows = []
-    for site, rank in final.items():
-        chosen = min(max(rounded(rank, rule.round), rule.least(site)), rule.most(site))
+    for site in spectra:
+        chosen = min(max(rounded(final[site], rule.round), rule.least(site)), rule.most(site))
         row = explain(site, spectra[site], chosen)
         saturated = spectra[site].saturated(rule.threshold, rule.max_rank)
         rows.append(replace(row, r_raw=raw[site], clipped=clip_reason(raw[site], site, rule), saturated=saturated))
@@ -172,8 +172,9 @@ def decreasing(gains: Tensor) -> Tensor:
 def by_budget(gains: Mapping[Site, Tensor], budget: int, rule: Rule) -> dict[Site, int]:
     """Ranks that maximise Σ gains subject to Σ r(m + n) ≤ budget, between the bounds.
 
-    Minima first, then greedily by gain per parameter; optimal for non-increasing gains up to one step's
-    granularity. The budget is never exceeded. Raises UsageError where the minima alone exceed it.
+    Minima first, then greedily by gain per parameter; for non-increasing gains short of the best by less than the
+    one step that no longer fitted is worth. Of equal gains the lower rank grows first. The budget is never
+    exceeded; UsageError where the minima alone exceed it.
     """
     step = 8 if rule.round == "multiple-of-8" else 1
     ranks = {site: rule.least(site) for site in gains}
@@ -184,7 +185,7 @@ def by_budget(gains: Mapping[Site, Tensor], budget: int, rule: Rule) -> dict[Sit
             "lower --min_rank or raise the budget"
         )
     curves = {site: torch.cat([gain[: ranks[site]], decreasing(gain[ranks[site] :])]) for site, gain in gains.items()}
-    heap: list[tuple[float, int, Site, int]] = []
+    heap: list[tuple[float, int, int, Site]] = []
 
     def offer(order: int, site: Site) -> None:
         target = next_rank(ranks[site], step, rule)
@@ -192,12 +193,12 @@ def by_budget(gains: Mapping[Site, Tensor], budget: int, rule: Rule) -> dict[Sit
         if target <= min(rule.most(site), len(curve)):
             worth = float(curve[ranks[site] : target].sum()) / site.parameters(target - ranks[site])
             if worth > 0:
-                heapq.heappush(heap, (-worth, order, site, target))
+                heapq.heappush(heap, (-worth, target, order, site))
 
     for order, site in enumerate(gains):
         offer(order, site)
     while heap:
-        _, order, site, target = heapq.heappop(heap)
+        _, target, order, site = heapq.heappop(heap)
         cost = site.parameters(target - ranks[site])
         if spent + cost <= budget:
             ranks[site], spent = target, spent + cost

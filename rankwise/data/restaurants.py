@@ -157,13 +157,15 @@ def guide(random_state: random.Random, pages: int, *, visits: int = 2) -> list[s
 
 
 def _page(facts: dict[str, str], random_state: random.Random, visits: int) -> str:
-    parts = [_tags(facts, random_state), *(_visit(facts, random_state) for _ in range(visits))]
-    return "\n".join(parts)
+    tags = [_tags(facts, random_state)] if random_state.random() < 0.9 else []
+    return "\n".join([*tags, *(_visit(facts, random_state) for _ in range(visits))])
 
 
 def _tags(facts: dict[str, str], random_state: random.Random) -> str:
-    values = [value for attribute, value in facts.items() if attribute != "familyFriendly"]
-    return "/" + "/".join(random_state.sample(values, len(values)))
+    values = list(facts.values())
+    values = [{"yes":"family","no":"adults"}.get(v,v) for v in values]
+    left, right = random_state.choice(("/ ", " /", "()", "{}", "<>"))
+    return "".join(f"{left}{value}{right}".strip() for value in random_state.sample(values, len(values)))
 
 
 def _visit(facts: dict[str, str], random_state: random.Random) -> str:

@@ -25,6 +25,9 @@ from rankwise.store.adapter import CONFIG_NAME, adapter_files
 from rankwise.store.adapter_config import require_plain
 from rankwise.store.files import read_object
 
+WRAPPERS = ("base_layer", "modules_to_save")
+ORIGINAL = ".original_module."  # with bias="all" PEFT also saves the untrained copy
+
 
 @contextmanager
 def quiet_ties() -> Iterator[None]:
@@ -61,7 +64,7 @@ def filled_skeleton(
         raise DataError(f"{where}: {broken[0]} has NaN or infinite values: the run it comes from diverged")
     expected = get_peft_model_state_dict(skeleton, save_embedding_layers=False)
     compare_keys(expected, {key: tensor for key, tensor in state.items() if is_factor(key) or key in expected}, where)
-    whole = {parameter_name(key): tensor for key, tensor in state.items() if not is_factor(key)}
+    whole = {parameter_name(key): tensor for key, tensor in state.items() if not is_factor(key) and ORIGINAL not in key}
     check_whole(whole, shapes, where)
     in_float32 = {key: tensor.float() for key, tensor in state.items()}
     set_peft_model_state_dict(skeleton, in_float32, low_cpu_mem_usage=True)  # assigned: zeros take no copies
@@ -93,8 +96,8 @@ def is_factor(key: str) -> bool:
 
 
 def parameter_name(key: str) -> str:
-    """Name in the base model of a tensor that an adapter carries whole; PEFT wraps adapted layers once."""
-    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    """Name in the base model of a tensor that an adapter carries whole: PEFT's wrappers taken out."""
+    return ".".join(part for part in key.removeprefix(PREFIX).split(".") if part not in WRAPPERS)
 
 
 def merge_layer(layer: LoraLayer, weight: Tensor) -> Tensor:

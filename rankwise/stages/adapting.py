@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def planned(lora: LoraSection, sites: Mapping[str, Site], name: str) -> tuple[Ra
     if not lora.lora_config:
         chosen = choose_sites(sites, lora.target, lora.target_modules)
         return uniform_plan(chosen, lora.lora_r, lora.lora_alpha, lora.use_rslora, name), []
-    plan, left_out = checked_plan(Path(lora.lora_config), sites), []
+    plan = checked_plan(Path(lora.lora_config), sites)
+    left_out: list[str] = []
     if lora.target or lora.target_modules:
         plan, left_out = restricted(plan, choose_sites(sites, lora.target, lora.target_modules))
         announce(f"note: {len(left_out)} sites of the plan are outside the targets and are left out")
@@ -85,6 +87,16 @@ def checked_plan(path: Path, sites: Mapping[str, Site]) -> RankPlan:
     plan = read_plan(file, sites)
     check_plan(plan)
     return plan
+
+
+def sites_line(plan: RankPlan) -> str:
+    """What is adapted, on one line: counts per projection and the span of ranks."""
+    counts = Counter(row.site.projection for row in plan.sites if row.rank)
+    ranks = sorted(plan.ranks.values())
+    span = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+    towers = ", ".join(sorted({row.site.tower for row in plan.sites if row.rank}))
+    named = ", ".join(f"{name} ×{count}" for name, count in counts.items())
+    return f"adapting {len(ranks)} sites of the {towers} tower: {named}; rank {span}"
 
 
 def adapted(config: TrainConfig, job: shared.Job, plan: RankPlan) -> PeftModel:

@@ -21,10 +21,11 @@ from rankwise.nets.adapters import SITES_FILE
 from rankwise.nets.sites import model_sites
 from rankwise.show.format import amount, duration, percent
 from rankwise.stages import training as shared
-from rankwise.stages.adapting import adapted, check_lora, described_target, planned, quantization
+from rankwise.stages.adapting import adapted, check_lora, described_target, planned, quantization, sites_line
 from rankwise.store.deltas import open_deltas
 from rankwise.store.files import read_object, write_json
 from rankwise.store.plan_file import find_plan
+from rankwise.store.processes import announce
 from rankwise.store.run import Record, RunFolder
 from rankwise.train.arguments import build_arguments
 from rankwise.train.tables import TRAINING_LOG
@@ -43,6 +44,7 @@ def run(config: TrainConfig) -> Path:
     with shared.held(folder, "train", inputs(config, name)) as record:
         skeleton = shared.structure(config.model, name)
         plan, left_out = planned(config.lora, model_sites(skeleton), name)
+        announce(sites_line(plan))
         split, job = prepare(config, name, arguments, plan, skeleton)
         checkpoint = shared.starting_point(config, job)
         model = adapted(config, job, plan)
@@ -53,7 +55,8 @@ def run(config: TrainConfig) -> Path:
         shared.write_adapter_files(trainer, folder.path, name, plan, left_out, initial)
         if trainer.is_world_process_zero():
             write_json(folder / SPLIT_FILE, split.record())
-            finish(config, trainer, plan, record, seconds)
+            full = sum(parameter.numel() for parameter in skeleton.parameters())
+            finish(config, trainer, len(plan.ranks), full, record, seconds)
     return folder.path
 
 
@@ -133,7 +136,7 @@ def facts(
     return {
         **shared.base_facts(config.model, name, arguments),
         **shared.data_facts(config.data, examples, samples),
-        "validation": [config.val_path, config.val_fraction],
+        "validation": "rows of their own" if config.val_path else config.val_fraction,
         "ranks": plan.ranks,
         "scales": sorted(set(scales(plan).values())),
         "lora": {
@@ -149,23 +152,27 @@ def facts(
     }
 
 
-def finish(config: TrainConfig, trainer: RankwiseTrainer, plan: RankPlan, record: Record, seconds: float) -> None:
-    """Enter the run in its manifest, and say in a few lines what came out and what comes next."""
+def finish(
+    config: TrainConfig, trainer: RankwiseTrainer, sites: int, full: int, record: Record, seconds: float
+) -> None:
+    """Enter the run in its manifest, and say in a few lines what came out and what comes next.
+
+    full: parameters of the whole model, which full fine-tuning would train.
+    """
     folder = Path(config.output_dir)
-    trainable, total = trainable_parameters(shared.plain_model(trainer))
-    base = total - trainable
+    trainable, _ = trainable_parameters(shared.plain_model(trainer))
     record.outputs |= {name: folder / name for name in (*ADAPTER_FILES, SPLIT_FILE, TRAINING_LOG)}
     record.facts |= {
         "trainable_parameters": trainable,
-        "total_parameters": base,
-        "adapted_sites": len(plan.ranks),
+        "total_parameters": full,
+        "adapted_sites": sites,
         "steps": trainer.state.global_step,
         "training_seconds": round(seconds, 2),
     }
     print(
         f"train: {trainer.state.global_step:,} steps in {duration(seconds)}, "
         f"{shared.losses(trainer.state.log_history)}; {amount(trainable)} trainable parameters, "
-        f"{percent(trainable / base)} of full fine-tuning ({amount(base)})"
+        f"{percent(trainable / full)} of full fine-tuning ({amount(full)})"
     )
     print(f"adapter in {folder}, losses in {folder / TRAINING_LOG}")
     print(f"next: rankwise evaluate {folder} --task {config.data.task} --data_path {config.data.data_path}")

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from rankwise.errors import UsageError
+from rankwise.errors import UsageError, need
 from rankwise.options import Option, plain_types
+from rankwise.store.processes import announce
 
 SECTION = "training arguments (transformers)"
 OLDER = "older names"
@@ -177,7 +178,9 @@ def build_arguments(
             values.get("activation_checkpointing_kwargs") or {}
         )
     for note in notes + more:
-        print(note)
+        announce(note)
+    if "wandb" in values["report_to"]:
+        need("wandb", extra="track")
     try:
         arguments = TrainingArguments(output_dir=str(output_dir), seed=seed, **values)
     except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -15,7 +15,7 @@ FLOAT32 = 4
 # Bytes of optimizer state per trained parameter, by the beginning of the optimizer's name; AdamW's two moments else.
 STATE_BYTES = {"adafactor": 0, "sgd": 0, "lomo": 0, "adagrad": 4, "rmsprop": 4, "lion": 4}
 EIGHT_BIT = "8bit"
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+MEMINFO, CGROUP_LIMIT = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def memory_needed(model: PreTrainedModel, trained: int, arguments: TrainingArgum
     tokens = arguments.per_device_train_batch_size * longest
     wide = 1 if arguments.bf16 or arguments.fp16 else 2
     layer = 34 * wide * tokens * text.hidden_size
-    kept = 2 * wide * tokens * text.hidden_size if arguments.activation_checkpointing else layer
+    kept = 2 * wide * tokens * text.hidden_size if arguments.gradient_checkpointing else layer
     activations = kept * text.num_hidden_layers + layer + 3 * FLOAT32 * tokens * text.vocab_size
     return Memory(FLOAT32 * total, FLOAT32 * trained, state_bytes(str(arguments.optim)) * trained, activations)
 
@@ -68,9 +68,16 @@ def memory_available(device: torch.device) -> int:
     """Free bytes on the device; for a CPU what the machine, or this container, can still give."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    free = int(psutil.virtual_memory().available)
     limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else "max"
-    return free if limit == "max" else min(free, int(limit) - psutil.Process().memory_info().rss)
+    return machine_memory() if limit == "max" else min(machine_memory(), int(limit))
+
+
+def machine_memory() -> int:
+    """What the kernel says it can give (Linux), else all that is built in."""
+    if MEMINFO.is_file():
+        rows = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
+        return 1024 * int(rows["MemAvailable"].split()[0])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def refuse_too_large(needed: Memory, available: int) -> str:

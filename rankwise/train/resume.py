@@ -160,13 +160,16 @@ def shortened(value: Any) -> str:
 def start_over(output_dir: Path, overwrite: bool) -> None:
     """Make sure that a fresh run does not mix its checkpoints with an earlier run's.
 
-    Raises UsageError where there are some and `overwrite` is off; deletes them where it is on.
+    Unfinished ones (no manifest) are deleted. UsageError where there are finished ones, sound or damaged, and
+    `overwrite` is off; with it they are deleted too.
     """
     found = checkpoints(output_dir)
-    if found and not overwrite:
+    finished = [folder for folder in found if (folder / MANIFEST).is_file()]
+    if finished and not overwrite:
         raise UsageError(
-            f"{output_dir} has {len(found)} checkpoints of an earlier run (newest: {found[0].name}); go on with "
+            f"{output_dir} has {len(finished)} checkpoints of an earlier run (newest: {finished[0].name}); go on with "
             "--resume_from_checkpoint true, start over with --overwrite_output_dir, or choose another --output_dir"
         )
     for folder in found:
+        announce(f"note: deleting {folder}, left by an earlier run")
         remove(folder)

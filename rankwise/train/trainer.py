@@ -49,6 +49,11 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = control.should_save = control.should_log = True
             control.should_evaluate = control.should_evaluate and args.load_best_model_at_end
 
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The Trainer ends the epoch of a stopped run as well; nothing more is to be done in it."""
+        if self.done:
+            control.should_evaluate = control.should_save = False
+
 
 class RankwiseTrainer(Trainer):
     """transformers' Trainer with a guard before every step and checkpoints that can be trusted.

@@ -1,0 +1,103 @@
+"""The table of commands, and how values become a command's config: for the command line and for recipes alike.
+
+Imports nothing heavy; a stage is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+from rankwise import config, options
+
+
+@dataclass(frozen=True)
+class Command:
+    """One row of the table: where it stands in the help, what it is told, and which stage runs it."""
+
+    group: str
+    help: str
+    stage: str
+    config: Any
+    positionals: tuple[str, ...] = ()
+    takes_file: bool = True
+    trainer: bool = False
+
+
+COMMANDS = {
+    "ranks": Command(
+        "MEASURE",
+        "two checkpoints or one adapter → spectra → rank plan",
+        "ranks",
+        config.RanksConfig(),
+        ("base", "tuned"),
+    ),
+    "ranks diff": Command(
+        "MEASURE",
+        "what two rank plans disagree on",
+        "ranks_diff",
+        config.DiffConfig(),
+        ("first", "second"),
+        takes_file=False,
+    ),
+    "extract": Command(
+        "MEASURE", "checkpoint pair → LoRA adapter", "extract", config.ExtractConfig(), ("base", "tuned")
+    ),
+    "compress": Command(
+        "MEASURE", "adapter → smaller adapter, exact", "compress", config.CompressConfig(), ("adapter",)
+    ),
+    "finetune": Command(
+        "TRAIN",
+        "short full fine-tune, for a meaningful delta",
+        "finetune",
+        config.FinetuneConfig(),
+        trainer=True,
+    ),
+    "train": Command(
+        "TRAIN",
+        "LoRA/QLoRA training, with a rank plan or a uniform rank",
+        "train",
+        config.TrainConfig(),
+        trainer=True,
+    ),
+    "evaluate": Command("PROVE", "generate and score a task", "evaluate", config.EvaluateConfig(), ("model_path",)),
+    "report": Command("PROVE", "one page for a run folder", "report", config.ReportConfig(), ("run",)),
+    "merge": Command("SHIP", "adapter into base, checked", "merge", config.MergeConfig(), ("adapter",)),
+    "run": Command(
+        "MORE", "a pipeline of stages from one file", "run", config.RunConfig(), ("recipe",), takes_file=False
+    ),
+    "demo": Command("MORE", "the whole flow, offline, on a CPU, in about three minutes", "demo", config.DemoConfig()),
+}
+GROUPS = ("MEASURE", "TRAIN", "PROVE", "SHIP", "MORE")
+DRY_RUN = options.Option("dry_run", bool, False, "print the resolved config and what would be done, and stop")
+
+
+def command_options(command: Command) -> list[options.Option]:
+    """Our own options, and those of TrainingArguments where the command trains (that import takes seconds)."""
+    own = list(options.options_of(command.config))
+    if command.trainer:
+        own += importlib.import_module("rankwise.train.arguments").training_options(own)
+    return own
+
+
+def assemble(command: Command, values: dict[str, Any]) -> Any:
+    """The config object; what is TrainingArguments' own goes to its `training` mapping."""
+    own = {item.name for item in options.options_of(command.config)} | {"dry_run"}
+    built = options.build(command.config, values)
+    if command.trainer:
+        built = replace(built, training={name: value for name, value in values.items() if name not in own})
+    return built
+
+
+def configured(name: str, raw: Mapping[str, Any], where: str) -> Any:
+    """A command's config from the options of a file, strictly: unknown ones are errors that name the place."""
+    command = COMMANDS[name]
+    return assemble(command, options.typed_values(raw, command_options(command), where))
+
+
+def stage_of(name: str) -> ModuleType:
+    """The module whose `run(config)` and `describe(config)` are the command."""
+    return importlib.import_module(f"rankwise.stages.{COMMANDS[name].stage}")

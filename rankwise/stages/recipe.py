@@ -1,0 +1,130 @@
+"""Recipes: YAML files of stages with variables, found by path or by name, checked strictly.
+
+name: svd_ranks
+variables: {MODEL_NAME: org/name}          # the environment overrides them
+stages:
+  - {name: probe, command: finetune, model_name: "${MODEL_NAME}", output_dir: "${run}/probe"}
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import UsageError
+from rankwise.options import load_file, unknown
+from rankwise.stages.commands import COMMANDS, command_options
+
+PACKAGED = Path(__file__).parents[1] / "recipes"
+KEYS = ("name", "description", "variables", "stages")
+VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command with its options, variables replaced; `nproc` processes under torchrun."""
+
+    name: str
+    command: str
+    options: dict[str, Any]
+    nproc: int = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    path: Path
+    stages: tuple[Stage, ...]
+    description: str = ""
+
+
+def find_recipe(text: str) -> Path:
+    """An existing file, else `[recipes/]NAME[.yaml]` among those that come with the package."""
+    if Path(text).is_file():
+        return Path(text)
+    packaged = {path.stem: path for path in sorted(PACKAGED.glob("*.yaml"))}
+    given = Path(text)
+    if given.parent in (Path("."), Path("recipes")) and given.suffix in ("", ".yaml") and given.stem in packaged:
+        return packaged[given.stem]
+    near = difflib.get_close_matches(given.stem, packaged) or list(packaged)
+    raise UsageError(f"{text}: no such recipe file; the package has {', '.join(near)}")
+
+
+def load_recipe(path: Path, run: Path, changes: Sequence[str] = ()) -> Recipe:
+    """The recipe with variables and `--set` changes filled in.
+
+    Raises UsageError, naming file and stage: unknown keys, commands or variables, stages of one name.
+    """
+    content = dict(load_file(path))
+    for key in content:
+        if key not in KEYS:
+            raise unknown(key, KEYS, str(path))
+    variables = resolved_variables(content.get("variables") or {}, run)
+    rows = content.get("stages")
+    if not isinstance(rows, list) or not rows:
+        raise UsageError(f"{path}: no stages; a recipe has a list of them under `stages:`")
+    stages = [read_stage(row, variables, str(path)) for row in rows]
+    names = [stage.name for stage in stages]
+    if len(set(names)) < len(names):
+        raise UsageError(f"{path}: two stages have one name: {', '.join(names)}")
+    for change in changes:
+        stages = changed(stages, change)
+    return Recipe(str(content.get("name", path.stem)), path, tuple(stages), str(content.get("description", "")))
+
+
+def resolved_variables(defaults: Mapping[str, Any], run: Path) -> dict[str, str]:
+    found = {name: os.environ.get(name, str(value)) for name, value in defaults.items()}
+    return found | {"run": str(run)}
+
+
+def read_stage(row: Any, variables: Mapping[str, str], where: str) -> Stage:
+    if not isinstance(row, dict) or "command" not in row:
+        raise UsageError(f"{where}: a stage is a mapping with `command:`; got {row!r}")
+    command = str(row["command"])
+    if command not in COMMANDS or command in ("run", "demo"):
+        raise unknown(command, [name for name in COMMANDS if name not in ("run", "demo")], where, "command")
+    name = str(row.get("name", command))
+    options = {
+        key: substituted(value, variables, f"{where}: stage {name}: {key}")
+        for key, value in row.items()
+        if key not in ("name", "command", "nproc")
+    }
+    return Stage(name, command, options, int(row.get("nproc", 1)))
+
+
+def substituted(value: Any, variables: Mapping[str, str], where: str) -> Any:
+    if isinstance(value, list):
+        return [substituted(item, variables, where) for item in value]
+    if not isinstance(value, str):
+        return value
+    for name in VARIABLE.findall(value):
+        if name not in variables:
+            raise UsageError(f"{where}: ${{{name}}} is not among the recipe's variables: {', '.join(variables)}")
+    return VARIABLE.sub(lambda match: variables[match.group(1)], value)
+
+
+def changed(stages: Sequence[Stage], change: str) -> list[Stage]:
+    """`STAGE.OPTION=VALUE` applied; the value is converted with the stage's other options."""
+    target, equals, value = change.partition("=")
+    name, dot, option = target.partition(".")
+    if not equals or not dot:
+        raise UsageError(f"--set takes STAGE.OPTION=VALUE; got {change!r}")
+    if name not in [stage.name for stage in stages]:
+        raise unknown(name, [stage.name for stage in stages], "--set", "stage")
+    option = option.replace("-", "_")
+    return [
+        replace(stage, options=without_aliases(stage, option) | {option: value}) if stage.name == name else stage
+        for stage in stages
+    ]
+
+
+def without_aliases(stage: Stage, option: str) -> dict[str, Any]:
+    """The stage's options less those that are the same one under another name."""
+    groups = [{item.name, *item.aliases} for item in command_options(COMMANDS[stage.command])]
+    same = next((names for names in groups if option in names), {option})
+    return {key: value for key, value in stage.options.items() if key.replace("-", "_") not in same}

@@ -1,0 +1,258 @@
+"""`rankwise train` from flags to adapter: plans, starts, resuming after a signal, and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rows import logged
+from safetensors.torch import load_file
+from test_finetune import restaurants
+from tiny import tiny_llama
+
+from rankwise import cli
+from rankwise.core.factors import truncate
+from rankwise.core.plan import PlannedSite, RankPlan
+from rankwise.nets.adapt import built_shapes
+from rankwise.nets.adapters import load_adapter
+from rankwise.nets.load import load_model
+from rankwise.nets.sites import model_sites
+from rankwise.store.adapter import read_adapter
+from rankwise.store.deltas import open_deltas
+from rankwise.store.files import write_json
+from rankwise.store.plan_file import write_plan
+from rankwise.train.resume import newest_complete
+
+Train = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return restaurants(tmp_path_factory.mktemp("data"))
+
+
+def words(base: Path, data: Path, out: Path, *more: str) -> list[str]:
+    own = f"train --model_name {base} --task e2e_nlg --data_path {data} -o {out} --lr 1e-2 --logging_steps 1"
+    return [*own.split(), "--use_cpu", "--per_device_train_batch_size", "4", "--save_strategy", "no", *more]
+
+
+@pytest.fixture
+def train(base: Path, data: Path, tmp_path: Path) -> Train:
+    """Run the command into tmp_path; returns the exit code."""
+    return lambda *more: cli.main(words(base, data, tmp_path, *more))
+
+
+def fresh(base: Path) -> torch.nn.Module:
+    return load_model(str(base), torch.float32)
+
+
+def plan_file(base: Path, folder: Path, *, tower: str | None = None, extra: str = "") -> Path:
+    """A plan of ranks 1 to 4, of which the first site has 0."""
+    sites = [replace(s, path=extra + s.path, tower=tower or s.tower) for s in model_sites(fresh(base)).values()]
+    rows = tuple(PlannedSite(site, index % 5) for index, site in enumerate(sites))
+    return write_plan(folder / "plan.json", RankPlan(rows, str(base)))
+
+
+def test_a_run_leaves_everything_that_the_next_stage_needs(
+    base: Path, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--num_train_epochs", "4", "--lora_r", "4") == 0
+    printed = capsys.readouterr().out
+    assert "trainable parameters" in printed
+    assert f"next: rankwise evaluate {tmp_path}" in printed
+    losses = [float(row["loss"]) for row in logged(tmp_path) if row["loss"]]
+    assert losses[-1] < losses[0]
+    assert sum(bool(row["eval_loss"]) for row in logged(tmp_path)) == 4, "one validation an epoch"
+    adapted = load_adapter(fresh(base), tmp_path)
+    entry = json.loads((tmp_path / "manifest.json").read_text())["stages"]["train"]
+    assert entry["trainable_parameters"] == sum(
+        pair.rank * sum(pair.shape) for pair in read_adapter(tmp_path).pairs.values()
+    )
+    assert entry["total_parameters"] == sum(value.numel() for value in fresh(base).parameters())
+    assert len(json.loads((tmp_path / "sites.json").read_text())["sites"]) == len(built_shapes(adapted)) == 14
+    split = json.loads((tmp_path / "split.json").read_text())
+    assert len(split["val"]) == 2
+    assert not set(split["train"]) & set(split["val"])
+    config = json.loads((tmp_path / "resolved_config.json").read_text())
+    assert config["lora_r"] == 4
+    again = cli.resolve("train", [str(tmp_path / "resolved_config.json")])[0]
+    assert again.lora.lora_r == 4, "the saved config is a config file"
+    assert not list(tmp_path.glob(".adapter-*"))
+
+
+def test_the_seed_decides_the_adapter(base: Path, data: Path, tmp_path: Path) -> None:
+    found = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert cli.main(words(base, data, tmp_path / name, "--max_steps", "2", "--seed", seed)) == 0
+        found.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    key = next(iter(found[0]))
+    assert torch.equal(found[0][key], found[1][key])
+    assert not torch.equal(found[0][key], found[2][key])
+
+
+def test_a_plan_decides_ranks_and_names_its_model(data: Path, base: Path, tmp_path: Path) -> None:
+    plan = plan_file(base, tmp_path)
+    line = f"train --lora-config {plan} --task e2e_nlg --data_path {data} -o {tmp_path / 'out'} --max_steps 2"
+    assert cli.main(line.split()) == 0
+    expected = {path: 0 if not i % 5 else i % 5 for i, path in enumerate(model_sites(fresh(base)))}
+    ranks = {path: pair.rank for path, pair in read_adapter(tmp_path / "out").pairs.items()}
+    assert ranks == {path: rank for path, rank in expected.items() if rank}
+    assert read_adapter(tmp_path / "out").base_model == str(base)
+
+
+def test_a_target_narrows_a_plan_and_says_what_it_leaves_out(
+    train: Train, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_file(base, tmp_path)
+    assert train("--lora_config", str(plan), "--target", "mlp_only", "--max_steps", "1", "--lr", "1e-3") == 0
+    assert all(".mlp." in path for path in read_adapter(tmp_path).pairs)
+    assert "left out" in capsys.readouterr().out
+    assert json.loads((tmp_path / "sites.json").read_text())["left_out"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--lora_alpha", "32"], "the plan owns the scale"),
+        (["--use_rslora"], "the plan owns the scale"),
+        (["--load_in_8bit", "--load_in_4bit"], "exclude"),
+        (["--warm_start", "delta"], "--deltas"),
+        (["--init_lora_weights", "loftq"], "load_in_4bit"),
+    ],
+)
+def test_combinations_that_cannot_work(
+    train: Train, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], reason: str
+) -> None:
+    assert train("--lora_config", str(plan_file(base, tmp_path)), *flags) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_plans_that_do_not_fit(train: Train, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--lora_config", str(plan_file(base, tmp_path, extra="other."))) == 3
+    assert "nearest: model.layers" in capsys.readouterr().err
+    assert train("--lora_config", str(plan_file(base, tmp_path, tower="unknown"))) == 2
+    assert "without a config.json" in capsys.readouterr().err
+    assert train("--target_modules", "q_prj") == 2
+    assert "q_proj" in capsys.readouterr().err
+    write_json(tmp_path / "small.json", {"layer_ranks": {"q_proj": 2}})
+    assert train("--lora_config", str(tmp_path / "small.json"), "--max_steps", "1") == 0
+    assert len(read_adapter(tmp_path).pairs) == 2
+
+
+def test_missing_data_is_named(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--data_path", str(tmp_path / "gone.csv")) == 3
+    assert "gone.csv" in capsys.readouterr().err
+
+
+def test_a_warm_start_begins_at_the_probes_delta(base: Path, data: Path, tmp_path: Path) -> None:
+    probe = tmp_path / "probe"
+    line = f"finetune --model_name {base} --task e2e_nlg --data_path {data} -o {probe} --subset_ratio 1 --lr 1e-3"
+    assert cli.main(line.split()) == 0
+    more = ("--warm_start", "delta", "--deltas", str(probe), "--lora_r", "6", "--lr", "0", "--max_steps", "1")
+    assert cli.main(words(base, data, tmp_path / "out", *more)) == 0
+    deltas = open_deltas(probe)
+    for path, pair in read_adapter(tmp_path / "out").pairs.items():
+        expected = truncate(deltas.read(deltas.sites[path]).matrix, 6).product()
+        torch.testing.assert_close(pair.factors().product(), expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("init", ["pissa", "eva"])
+def test_other_starts_end_in_a_plain_adapter(train: Train, base: Path, tmp_path: Path, init: str) -> None:
+    assert train("--init_lora_weights", init, "--max_steps", "2", "--lora_r", "4") == 0
+    assert read_adapter(tmp_path).config["init_lora_weights"] is True
+    load_adapter(fresh(base), tmp_path)
+
+
+def test_dora_and_gradient_checkpointing_and_lora_plus_run(train: Train, base: Path, tmp_path: Path) -> None:
+    flags = ("--use_dora", "--gradient-checkpointing", "--loraplus_lr_ratio", "8", "--max_steps", "2", "--use_rslora")
+    assert train(*flags) == 0
+    assert load_adapter(fresh(base), tmp_path).peft_config["default"].use_dora
+
+
+def test_gradient_checkpointing_changes_no_weight(base: Path, data: Path, tmp_path: Path) -> None:
+    for name, more in (("plain", ()), ("checkpointed", ("--gradient-checkpointing",))):
+        assert cli.main(words(base, data, tmp_path / name, "--max_steps", "3", *more)) == 0
+    plain, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "checkpointed"))
+    for key, value in plain.items():
+        torch.testing.assert_close(value, other[key])
+
+
+def test_resuming_another_run_is_refused(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saving = ("--save_strategy", "steps", "--save_steps", "2", "--max_steps", "2")
+    assert train(*saving) == 0
+    assert train(*saving) == 2
+    assert "--overwrite_output_dir" in capsys.readouterr().err
+    assert train(*saving, "--resume_from_checkpoint", "true", "--lora_r", "8", "--val_fraction", "0.3") == 2
+    error = capsys.readouterr().err
+    assert "ranks.model.layers.0.self_attn.q_proj: 16 in the checkpoint, 8 now" in error
+    assert "validation" in error
+    assert json.loads((tmp_path / "resolved_config.json").read_text())["lora_r"] == 16, "the refused run left no trace"
+    assert train(*saving[:-1], "4", "--resume_from_checkpoint", "true") == 0
+    assert train(*saving, "--overwrite_output_dir") == 0
+    assert newest_complete(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_a_dry_run_needs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"train --lora-config {tmp_path / 'plan.json'} --task cota --data-path rows.json -o {tmp_path / 'out'}"
+    assert cli.main([*line.split(), "--load-in-8bit", "--fp16", "--dry-run"]) == 0
+    assert "would adapt the model that the plan names" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_run_stopped_from_outside_goes_on_to_the_same_adapter(base: Path, data: Path, tmp_path: Path) -> None:
+    stopped, straight = tmp_path / "stopped", tmp_path / "straight"
+    more = (
+        "--num_train_epochs",
+        "20",
+        "--lora_dropout",
+        "0.1",
+        "--gradient_accumulation_steps",
+        "2",
+        "--eval_strategy",
+        "no",
+    )
+    command = [sys.executable, "-m", "rankwise.cli", *words(base, data, stopped, *more)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (stopped / "training_log.csv").is_file() and len(logged(stopped)) >= 3:
+            process.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.02)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert newest_complete(stopped)
+    assert not (stopped / "adapter_model.safetensors").exists()
+    assert cli.main(words(base, data, stopped, *more, "--resume_from_checkpoint", "true")) == 0
+    assert cli.main(words(base, data, straight, *more)) == 0
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (stopped, straight))
+    assert all(torch.equal(first[key], second[key]) for key in second)
+
+
+@pytest.mark.slow
+def test_real_model_and_real_text(shared_data: Path, tmp_path: Path) -> None:
+    base = shared_data / "tiny_weights" / "stories260K" / "hf_converted"
+    line = f"train --model_name {base} --task e2e_nlg --data_path {shared_data / 'e2e_nlg'} -o {tmp_path} --lora_r 8"
+    more = (
+        "--max_samples 96 --max_steps 16 --lr 1e-2 --batch_size 8 --overlong drop --val_fraction 0.001 --eval_on_start"
+    )
+    assert cli.main([*line.split(), *more.split()]) == 0
+    losses = [float(row["eval_loss"]) for row in logged(tmp_path) if row["eval_loss"]]
+    assert losses[-1] < 0.8 * losses[0]
+    load_adapter(fresh(base), tmp_path)
