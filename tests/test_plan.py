@@ -18,7 +18,7 @@ from tiny import tiny_llama
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import Site, describe, pattern
 from rankwise.errors import DataError, UsageError
-from rankwise.nets.adapt import quiet_peft
+from rankwise.nets.adapt import lora_layers, quiet_peft
 from rankwise.nets.load import load_model
 from rankwise.nets.sites import model_sites
 from rankwise.show.emit import TRAINERS, emit
@@ -201,8 +201,7 @@ def test_the_emitted_peft_config_builds_exactly_the_plan(tiny: Path) -> None:
         if ".lora_A." in name
     }
     assert (built, suffix) == (plan.ranks, "json")
-    layers = [module for module in adapted.modules() if hasattr(module, "scaling")]
-    assert {layer.scaling["default"] for layer in layers} == {2.0}
+    assert {layer.scaling["default"] for layer in lora_layers(adapted).values()} == {2.0}
 
 
 def test_axolotl_gets_the_patterns_and_the_others_say_that_they_cannot(tiny: Path) -> None:

@@ -80,10 +80,19 @@ def adapt(model: PreTrainedModel, plan: RankPlan, settings: LoraSettings) -> Pef
     check_init(model, plan, settings)
     if getattr(model, "quantization_method", None):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        keep_trainable_layout(model)
     with quiet_peft():
         adapted = get_peft_model(model, lora_config(plan, settings), adapter_name=ADAPTER)
     check_built(adapted, plan)
     return adapted
+
+
+def keep_trainable_layout(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for inference, as it does at the first evaluation on a CPU with
+    AVX512-BF16: what is packed has no gradient, and training would silently go on wrong."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def check_init(model: PreTrainedModel, plan: RankPlan, settings: LoraSettings) -> None:

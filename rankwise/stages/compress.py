@@ -120,7 +120,7 @@ def shrunk(pair: LoraPair, ordered: Ordered, rank: int, width: int | None) -> Lo
 
 
 def fidelity_of(adapter: LoraAdapter, site: Site, spectrum: Spectrum, rank: int, width: int | None) -> SiteFidelity:
-    kept = 0.0 if spectrum.is_zero else spectrum.energy(rank).low
+    kept = spectrum.energy(rank).low
     note = "" if rank else "its product is zero" if spectrum.is_zero else "the budget gives it no rank"
     if note:
         note += ": all zeros" if width else ": left out"
@@ -150,7 +150,7 @@ def report(config: CompressConfig, fidelity: Fidelity, smaller: LoraAdapter) -> 
 
 def describe(config: CompressConfig) -> list[str]:
     check(config)
-    how = f"{config.energy} of its energy at every site" if config.energy is not None else f"{config.budget} parameters"
+    how = f"{config.energy} of its energy at every site" if config.energy is not None else f"the budget {config.budget}"
     if config.energy is None and not config.budget:
         how = "the same product, zero-padded to one rank"
     return [

@@ -21,9 +21,9 @@ from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.plan_content import clamped
 from rankwise.core.site import TOWERS
 from rankwise.errors import DataError, UsageError
-from rankwise.nets.pair import SiteFilter
 from rankwise.nets.probe import open_source, source_metadata
 from rankwise.stages.fidelity import Fidelity, SiteFidelity
+from rankwise.stages.sites import site_filter
 from rankwise.store.adapter import CONFIG_NAME, LoraAdapter, LoraPair, write_adapter
 from rankwise.store.adapter_config import lora_config
 from rankwise.store.checkpoint import ADAPTER_NAMES
@@ -71,21 +71,10 @@ def inputs(config: ExtractConfig) -> dict[str, Path | str]:
     return {name: value for name, value in names.items() if value}
 
 
-def site_filter(config: ExtractConfig) -> SiteFilter:
-    sites = config.sites
-    return SiteFilter(
-        include=sites.include,
-        exclude=sites.exclude,
-        towers=tuple(sites.towers),
-        rename=tuple(sites.rename),
-        allow_unmatched=sites.allow_unmatched,
-    )
-
-
 def open_pair_or_deltas(config: ExtractConfig, notes: list[str]) -> DeltaSource:
     """With a plan every site is opened, so that a site that the plan names and the model lacks can be told from one
     that --towers, --include and --exclude leave out."""
-    chosen = site_filter(config)
+    chosen = site_filter(config.sites)
     if config.plan:
         chosen = replace(chosen, towers=TOWERS, include=None, exclude=None)
     return open_source(
@@ -98,7 +87,7 @@ def planned(config: ExtractConfig, source: DeltaSource, notes: list[str]) -> Ran
     if config.rank is not None:
         return RankPlan(tuple(clamped(site, config.rank, {}) for site in source.sites.values()))
     plan = read_plan(Path(config.plan or ""), source.sites)
-    kept = site_filter(config).apply({row.site.path: row.site for row in plan.sites})
+    kept = site_filter(config.sites).apply({row.site.path: row.site for row in plan.sites})
     left_out = [row.site.path for row in plan.sites if row.site.path not in kept]
     if left_out:
         notes.append(
@@ -125,7 +114,7 @@ def extracted(source: DeltaSource, plan: RankPlan, device: str, seed: int) -> tu
             table.append(SiteFidelity(site, row.rank, delta.energy, kept, note=clip_note(row)))
         else:
             why = "rank 0 in the plan: left out" if delta.energy else "the delta is zero: left out"
-            table.append(SiteFidelity(site, 0, delta.energy, 0.0, note=why))
+            table.append(SiteFidelity(site, 0, delta.energy, float(not delta.energy), note=why))
         bar.update()
     bar.close()
     if not pairs:

@@ -19,7 +19,6 @@ from rankwise.core.plan import RankPlan
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import UsageError
-from rankwise.nets.pair import SiteFilter
 from rankwise.nets.probe import Probe, measure_source, open_source, other_probe, source_metadata
 from rankwise.score.decision import Decision, DecisionSettings, decide
 from rankwise.show.rank_files import (
@@ -33,6 +32,7 @@ from rankwise.show.rank_files import (
 from rankwise.show.rank_summary import summarise
 from rankwise.show.summary import render
 from rankwise.stages.running import measure_gain, running_model
+from rankwise.stages.sites import site_filter
 from rankwise.store.files import fingerprint
 from rankwise.store.plan_file import PLAN_FILE, write_plan
 from rankwise.store.processes import finish, process_index
@@ -123,18 +123,6 @@ def decision_settings(config: RanksConfig) -> DecisionSettings:
     )
 
 
-def site_filter(config: RanksConfig) -> SiteFilter:
-    sites = config.sites
-    return SiteFilter(
-        include=sites.include,
-        exclude=sites.exclude,
-        towers=tuple(sites.towers),
-        rename=tuple(sites.rename),
-        allow_unmatched=sites.allow_unmatched,
-        flatten_conv=sites.flatten_conv,
-    )
-
-
 def first_probe(config: RanksConfig) -> Probe:
     notes: list[str] = []
     source = open_source(
@@ -142,7 +130,7 @@ def first_probe(config: RanksConfig) -> Probe:
         tuned=config.tuned,
         deltas=config.deltas,
         adapter=config.adapter,
-        filter_=site_filter(config),
+        filter_=site_filter(config.sites),
         notes=notes,
         model_name=config.model_name,
     )
@@ -154,7 +142,7 @@ def first_probe(config: RanksConfig) -> Probe:
 
 def further_probe(config: RanksConfig, path: str) -> Probe:
     notes: list[str] = []
-    source = other_probe(path, config.base, site_filter(config), notes)
+    source = other_probe(path, config.base, site_filter(config.sites), notes)
     return Probe(path, source, measured(config, source), "", source_metadata(source), notes)
 
 
