@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from planted import planted
 from safetensors.torch import load_file
 from tiny import tiny_llama
 
@@ -47,7 +48,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("base"))
+    return tiny_llama(tmp_path_factory.mktemp("base"), num_hidden_layers=3)
 
 
 def fine_tuned(base: Path, rows: Path, folder: Path, seed: int, steps: int = 25) -> Path:
@@ -80,7 +81,7 @@ def probe2(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def ranks(out: Path, *argv: str) -> None:
-    assert cli.main(["ranks", *argv, "--out", str(out), *([] if "--no-plots" in argv else [])]) == 0
+    assert cli.main(["ranks", *argv, "--out", str(out)]) == 0
 
 
 def refused(capsys: pytest.CaptureFixture[str], out: Path, code: int, *argv: str) -> str:
@@ -100,10 +101,11 @@ def plan_content(out: Path) -> dict[str, Any]:
 
 
 def test_everything_that_is_documented_is_written(
-    base: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, tuned: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--energy", "0.8", "--max-rank", "12", "--smoothing-factor", "0", "--save-delta-weights", "--emit", "peft"]
-    ranks(tmp_path, str(base), str(tuned), *flags, "--emit", "swift")
+    flags += ["--emit", "swift", "--task", "e2e_nlg", "--gain", str(rows), "--num-samples", "12"]
+    ranks(tmp_path, str(base), str(tuned), *flags)
     content, sites = plan_content(tmp_path), model_sites(load_model(str(base), torch.float32))
     assert content["format"] == "rankwise-rank-plan/1"
     assert set(content["layer_metadata"]) == set(content["layer_ranks"]) == {s.projection for s in sites.values()}
@@ -138,6 +140,7 @@ def test_everything_that_is_documented_is_written(
     assert {file.name for file in plots.iterdir()} == {f"{p}.png" for p in sites} | {
         "ranks_heatmap.png",
         "energy_heatmap.png",
+        "gain.png",
     }
     saved = load_file(tmp_path / "analysis_outputs/svd/delta_weights.safetensors")
     assert set(saved) == {f"{path}.weight" for path in sites}
@@ -147,7 +150,7 @@ def test_everything_that_is_documented_is_written(
     assert "Verdict" in shown
     assert "rankwise train --lora-config" in shown
     manifest = json.loads((tmp_path / "manifest.json").read_text())["stages"]["ranks"]
-    assert set(manifest["inputs"]) == {"base", "tuned"}
+    assert set(manifest["inputs"]) == {"base", "tuned", "gain"}
     assert (tmp_path / "resolved_config.json").is_file()
 
 
@@ -159,9 +162,17 @@ def test_the_plan_depends_on_the_inputs_alone(base: Path, tuned: Path, tmp_path:
     assert not (tmp_path / "a/analysis_outputs/svd/plots").exists()
 
 
-def test_two_processes_give_the_plan_of_one(base: Path, tuned: Path, tmp_path: Path) -> None:
-    argv = ["ranks", str(base), str(tuned), "--no-plots", "--max-rank", "2", "--min-rank", "1"]
+def test_two_processes_give_the_plan_of_one(tmp_path: Path) -> None:
+    """Also where spectra are sketched: the random numbers belong to the site, not to the process or the order."""
+    base = tiny_llama(tmp_path / "base", hidden_size=64, intermediate_size=80, num_key_value_heads=4)
+    model = load_model(str(base), torch.float32)
+    for index, path in enumerate(model_sites(model)):
+        weight = model.get_submodule(path).weight.data
+        weight += planted(*weight.shape, 3, 0.01, index)
+    model.save_pretrained(tmp_path / "tuned")
+    argv = ["ranks", str(base), str(tmp_path / "tuned"), "--no-plots", "--max-rank", "4", "--min-rank", "1"]
     ranks(tmp_path / "one", *argv[1:])
+    assert {row.method for row in read_plan(tmp_path / "one").sites} == {"sketch"}
     torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
         [*torchrun, "-m", "rankwise.cli", *argv, "--out", str(tmp_path / "two")],
@@ -201,16 +212,16 @@ def test_a_probe_repeats_itself_and_others_are_compared(
     flags = ["--no-plots", "--min-rank", "1", "--max-rank", "32", "--energy", "0.5"]
     ranks(tmp_path, str(base), str(tuned), *flags, "--probe2", str(tuned), "--probe2", str(probe2))
     same, other = raw(tmp_path, "repeatability")["compared"]
-    assert (same["rho_all"], same["rho_within"], same["sites"]) == (pytest.approx(1.0), pytest.approx(1.0), 14)
+    assert (same["rho_all"], same["rho_within"], same["sites"]) == (pytest.approx(1.0), pytest.approx(1.0), 21)
     assert other["rho_all"] < 1
     assert f"Spearman ρ {other['rho_all']:.2f}" in capsys.readouterr().out, "as good as the worst comparison"
 
 
 def test_gain_kept_is_the_share_of_the_real_gain(base: Path, tuned: Path, rows: Path, tmp_path: Path) -> None:
     """At full rank all of it, at the same parameters less for the inverted plan; losses are the models' own."""
-    data = ["--task", "e2e_nlg", "--gain", str(rows), "--num-samples", "16"]
+    data = ["--task", "e2e_nlg", "--gain", str(rows), "--num-samples", "16", "--no-plots"]
     ranks(tmp_path / "full", str(base), str(tuned), "--energy", "1", "--smoothing-factor", "0", *data)
-    ranks(tmp_path / "part", str(base), str(tuned), "--budget", "uniform:2", "--min-rank", "0", "--no-plots", *data)
+    ranks(tmp_path / "part", str(base), str(tuned), "--budget", "uniform:2", "--min-rank", "0", *data)
     full, part = raw(tmp_path / "full", "gain"), raw(tmp_path / "part", "gain")
     config = cli.resolve("ranks", ["--task", "e2e_nlg", "--num-samples", "16"])[0]
     batches = text_batches(config, load_tokenizer(str(base)), 512, str(rows), "dev")
@@ -226,7 +237,6 @@ def test_gain_kept_is_the_share_of_the_real_gain(base: Path, tuned: Path, rows: 
     assert kept["plan"]["low"] <= kept["plan"]["kept"] <= kept["plan"]["high"]
     expected = (full["base_loss"] - kept["plan"]["loss"]) / (full["base_loss"] - full["tuned_loss"])
     assert kept["plan"]["kept"] == pytest.approx(expected, rel=1e-4)
-    assert (tmp_path / "full/analysis_outputs/svd/plots/gain.png").stat().st_size > 0
     sites = model_sites(load_model(str(base), torch.float32)).values()
     whole = {path: min(site.largest_rank, 128) for path, site in ((s.path, s) for s in sites)}
     assert read_plan(tmp_path / "full").ranks == whole
@@ -237,7 +247,7 @@ def test_without_a_gain_there_is_no_share_of_it(
 ) -> None:
     """The base against itself: every delta is zero, and so is the gain."""
     data = ["--task", "e2e_nlg", "--gain", str(rows), "--num-samples", "8"]
-    ranks(tmp_path, str(base), str(base), *data)
+    ranks(tmp_path, str(base), str(base), *data, "--no-plots")
     gain = raw(tmp_path, "gain")
     assert (gain["defined"], gain["arms"], gain["margin"]) == (False, [], None)
     assert gain["losses"]["plan"] == pytest.approx(gain["base_loss"])
@@ -254,7 +264,7 @@ def test_loss_shares_add_up_to_the_loss_drop(base: Path, tuned: Path, rows: Path
     before, after = (answer_losses(load_model(str(folder), torch.float32), batches) for folder in (base, tuned))
     drop = float((before[0].sum() - after[0].sum()) / before[1].sum())
     assert drop > 0.1
-    assert raw(tmp_path)["explained_loss"] == pytest.approx(drop, rel=1e-3)
+    assert raw(tmp_path)["explained_loss"] == pytest.approx(drop, rel=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +305,7 @@ def test_every_signal_gives_a_plan_within_the_budget(
         (["--metric", "activation"], "give --data_path"),
         (["--gain", "x"], "need --task"),
         (["--include", "("], "not a regular expression"),
-        (["--include", "nothing"], "no site is left of 14"),
+        (["--include", "nothing"], "no site is left of 21"),
         (["--budget", "some"], "--budget takes"),
     ],
 )
@@ -345,13 +355,15 @@ def test_an_adapter_of_gpt2_has_gpt2_s_sites(
     shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its A and B do not tell that the base stores weights the other way round; the model does."""
-    adapter, model = adapter_of(shared_data, "gpt2-cls_r8"), str(shared_data / "model_configs" / "gpt2")
+    adapter, model = adapter_of(shared_data, "gpt2-medium-therapy_r8"), str(shared_data / "model_configs" / "gpt2")
     ranks(tmp_path, "--adapter", adapter, "--model-name", model, "--no-plots")
     plan = read_plan(tmp_path)
-    assert len(plan.sites) == 12
+    assert len(plan.sites) == 24
     assert {(row.site.shape, row.site.transposed, row.site.tower) for row in plan.sites} == {
-        ((2304, 768), True, "language")
+        ((3072, 1024), True, "language")
     }
+    smaller = ["--adapter", adapter_of(shared_data, "gpt2-cls_r8"), "--model-name", model]
+    assert "(2304, 768) and (3072, 1024)" in refused(capsys, tmp_path / "other", 3, *smaller)
     llama = str(shared_data / "model_configs" / "TinyLlama-1.1B-Chat-v1.0")
     assert "have no site in common" in refused(
         capsys, tmp_path / "other", 3, "--adapter", adapter, "--model-name", llama

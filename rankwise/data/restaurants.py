@@ -163,7 +163,7 @@ def _page(facts: dict[str, str], random_state: random.Random, visits: int) -> st
 
 def _tags(facts: dict[str, str], random_state: random.Random) -> str:
     values = list(facts.values())
-    values = [{"yes":"family","no":"adults"}.get(v,v) for v in values]
+    values = [{"yes": "family", "no": "adults"}.get(v, v) for v in values]
     left, right = random_state.choice(("/ ", " /", "()", "{}", "<>"))
     return "".join(f"{left}{value}{right}".strip() for value in random_state.sample(values, len(values)))
 
@@ -172,7 +172,11 @@ def _visit(facts: dict[str, str], random_state: random.Random) -> str:
     """What one visitor tells: where they went, then the other facts in any order."""
     remarks = [
         random_state.choice(forms).format(facts.get(attribute, ""))
-        for attribute, forms in ((attribute, VISITS[attribute].get(value, VISITS[attribute].get(""))) for attribute, value in facts.items() if attribute != "name")
+        for attribute, forms in (
+            (attribute, VISITS[attribute].get(value, VISITS[attribute].get("")))
+            for attribute, value in facts.items()
+            if attribute != "name"
+        )
     ]
     return " ".join([random_state.choice(VISITS["name"][""]).format(facts["name"]), *remarks])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,6 @@ from rankwise.errors import DataError, UsageError, need
 from rankwise.store.checkpoint import resolve
 
 COMMIT_LENGTH = 40
-
-if not sys.stderr.isatty():  # bars belong on a terminal, not in a log file
-    transformers.utils.logging.disable_progress_bar()
 
 
 def check_remote_code(name: str, trust_remote_code: bool, revision: str | None) -> None:

@@ -20,9 +20,10 @@ from rankwise.store.files import atomic_write
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 352,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "initializer_range": 0.08,
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,

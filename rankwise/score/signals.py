@@ -20,9 +20,12 @@ from rankwise.score.gain import moved
 
 Batch = Mapping[str, Tensor]
 
-# Gauss–Legendre nodes and weights on [0, 1]: four points integrate polynomials of degree 7 exactly.
-NODES = (0.06943184, 0.33000948, 0.66999052, 0.93056816)
-WEIGHTS = (0.17392742, 0.32607258, 0.32607258, 0.17392742)
+# Gauss–Legendre on [0, 1] with eight points: on a tiny model that 25 steps of AdamW moved far, the shares' sum was
+# 3e-5 off the real loss drop (four points: 1.4 %).
+HALF = (0.1834346424956498, 0.5255324099163290, 0.7966664774136267, 0.9602898564975363)
+HALF_WEIGHTS = (0.3626837833783620, 0.3137066458778873, 0.2223810344533745, 0.1012285362903763)
+NODES = tuple((1 + sign * node) / 2 for sign in (-1, 1) for node in HALF)
+WEIGHTS = tuple(weight / 2 for weight in HALF_WEIGHTS * 2)
 
 
 def covariances(model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch]) -> dict[Site, Tensor]:

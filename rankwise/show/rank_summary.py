@@ -33,7 +33,7 @@ def summarise(
         seconds=seconds,
         peak_memory=peak_memory().get("peak_resident_bytes", 0),
         noise_share=noise_share(measured) or None,
-        exact_sites=sum(row.spectrum.method.startswith("exact") for row in measured.values()),
+        exact_sites=sum("undecided" in row.spectrum.method for row in measured.values()),
         threshold=rule.threshold,
         max_rank=rule.max_rank,
         saturated_sites=sum(row.spectrum.saturated(rule.threshold, rule.max_rank) for row in measured.values()),

@@ -97,11 +97,15 @@ def fingerprint_of(stage: Stage, config: Any) -> str:
 
 
 def resuming(stage: Stage, config: Any, before: Mapping[str, Any], mark: str) -> Any:
-    """A training stage that was stopped in the middle goes on from its newest complete checkpoint."""
-    resumable = COMMANDS[stage.command].trainer and before.get("started") == mark
-    if resumable and not config.resume_from_checkpoint and any(Path(config.output_dir).glob("checkpoint-*")):
+    """A training stage that was stopped in the middle goes on from its newest complete checkpoint; one whose options
+    or inputs have changed since starts over."""
+    if not COMMANDS[stage.command].trainer or config.resume_from_checkpoint:
+        return config
+    if not any(Path(config.output_dir).glob("checkpoint-*")):
+        return config
+    if before.get("started") == mark:
         return replace(config, resume_from_checkpoint="true")
-    return config
+    return replace(config, training=config.training | {"overwrite_output_dir": True})
 
 
 def execute(stage: Stage, config: Any, folder: Path) -> None:

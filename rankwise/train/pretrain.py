@@ -1,0 +1,48 @@
+"""Language-model training of a small model on plain texts: how the demo's base learns to speak."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rankwise.data import Collator
+from rankwise.train.arguments import build_arguments
+from rankwise.train.trainer import RankwiseTrainer
+
+
+def pretrain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> float:
+    """Train all weights in place, every text one sample with an end token; returns the last logged loss in nats."""
+    encoded = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(texts))["input_ids"]]
+    rows = [{"input_ids": ids, "labels": ids, "sample_index": index} for index, ids in enumerate(encoded)]
+    settings = {
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": min(50, steps),
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+        "logging_steps": max(1, steps // 20),
+        "save_strategy": "no",
+        "eval_strategy": "no",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = RankwiseTrainer(
+            model=model,
+            args=build_arguments(folder, seed, settings),
+            train_dataset=rows,
+            data_collator=Collator.of(tokenizer),
+        )
+        trainer.train()
+    return float(next(row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row))
