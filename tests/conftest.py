@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is not a failure.
+settings.register_profile("rankwise", deadline=None)
+settings.load_profile("rankwise")
 
 
 @pytest.fixture(scope="session")

@@ -205,7 +205,7 @@ def total(gains: dict[Site, Tensor], ranks: dict[Site, int]) -> float:
     return sum(float(gains[s][:rank].sum()) for s, rank in ranks.items())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(rows=gains_of, budget=st.integers(0, 300), least=st.integers(0, 2))
 def test_a_budget_is_kept_and_spent_as_well_as_possible(
     rows: list[tuple[tuple[int, int], list[int]]], budget: int, least: int
@@ -231,6 +231,13 @@ def test_a_budget_is_kept_and_spent_as_well_as_possible(
         assert total(gains, ranks) == best
     unspent = [s for s in growing if s.parameters(1) <= budget - spent]
     assert all(float(gains[s][ranks[s]]) == 0 for s in unspent), "nothing affordable and useful is left"
+
+
+def test_it_is_gain_per_parameter_that_counts() -> None:
+    """Two cheap directions of 9 before one of 10 at twice the price."""
+    large, small = site(0, (16, 16)), site(1, (8, 8))
+    gains = {large: torch.tensor([10.0, 0.0]), small: torch.tensor([9.0, 9.0])}
+    assert by_budget(gains, 32, Rule(min_rank=0, max_rank=2)) == {large: 0, small: 2}
 
 
 def test_gains_that_grow_are_judged_by_what_they_lead_to() -> None:

@@ -252,7 +252,7 @@ def values_of(row: options.Option) -> st.SearchStrategy[Any]:
 
 
 @pytest.mark.parametrize("name", LIGHT)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_a_printed_config_read_back_is_the_same_config(
     tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject

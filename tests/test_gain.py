@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 
@@ -63,9 +64,9 @@ def test_a_moved_model_computes_with_the_delta_and_comes_back_bit_for_bit(
     site = next(s for s in deltas if s.path.endswith(("attn.c_proj", "o_proj")))
     inputs = torch.randn(5, site.shape[1], generator=generator(0))
     plain = model.get_submodule(site.path)(inputs)
-    with moved(model, deltas), pytest.raises(RuntimeError, match="in between"):
+    with contextlib.suppress(KeyboardInterrupt), moved(model, deltas):
         assert torch.allclose(model.get_submodule(site.path)(inputs) - plain, inputs @ deltas[site].T, atol=1e-5)
-        raise RuntimeError("in between")
+        raise KeyboardInterrupt
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -139,7 +140,7 @@ def test_gradients_foretell_the_loss_and_leave_no_trace(llama: nn.Module) -> Non
     gradients = mean_gradients(llama, sites, data)
     assert [parameter.requires_grad for parameter in llama.parameters()] == state
     assert all(parameter.grad is None for parameter in llama.parameters())
-    step = {s: 1e-2 * torch.sign(g) for s, g in gradients.items()}
+    step = {s: 1e-4 * torch.sign(g) for s, g in gradients.items()}
     ends = []
     for direction in (1, -1):
         with moved(llama, {s: direction * d for s, d in step.items()}):
@@ -151,9 +152,9 @@ def test_gradients_foretell_the_loss_and_leave_no_trace(llama: nn.Module) -> Non
 
 def test_a_failure_in_between_gives_gradients_back_to_their_state(llama: nn.Module) -> None:
     sites = list(model_sites(llama).values())[:1]
-    with pytest.raises(RuntimeError), only_trainable(llama, sites):
+    with contextlib.suppress(KeyboardInterrupt), only_trainable(llama, sites):
         assert sum(parameter.requires_grad for parameter in llama.parameters()) == 1
-        raise RuntimeError
+        raise KeyboardInterrupt
     assert all(parameter.requires_grad for parameter in llama.parameters())
 
 

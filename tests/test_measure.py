@@ -60,7 +60,7 @@ def test_energy_does_not_drift_where_float32_sums_would() -> None:
     assert energy_of(matrix) == pytest.approx(2048**2 * float(matrix[0, 0]) ** 2, rel=1e-10)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     shape=st.sampled_from([(90, 90), (64, 200), (200, 64)]),
     rank=st.integers(1, 12),
@@ -137,7 +137,7 @@ def fine_tune(m: int, n: int, rms: float, dtype: torch.dtype, base: torch.dtype 
     return weight, (weight.float() + change * rms / change.square().mean().sqrt()).to(dtype)
 
 
-@pytest.mark.parametrize(("m", "n", "seen"), [(256, 256, 53), (512, 512, 106), (512, 1024, 146)])
+@pytest.mark.parametrize(("m", "n", "seen"), [(256, 256, 53), (512, 512, 106), (512, 1024, 146), (1024, 1024, 207)])
 def test_the_documented_rounding_example_is_refused(m: int, n: int, seen: int) -> None:
     """True rank 6; saved in bf16 with rms Δ 5e-5 on weights of 0.02 the energy rule reads dozens."""
     before, after = fine_tune(m, n, 5e-5, torch.bfloat16)
@@ -164,7 +164,7 @@ def test_moderate_rounding_is_corrected_with_a_warning(dtype: torch.dtype) -> No
     assert "corrected" in warnings[0]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(rms=st.floats(1e-4, 1e-3), dtype=st.sampled_from([torch.bfloat16, torch.float16]))
 def test_the_rounding_estimate_is_the_rounding(rms: float, dtype: torch.dtype) -> None:
     before, after = fine_tune(128, 256, rms, dtype)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama
@@ -65,7 +65,6 @@ def by_path(plan: RankPlan) -> dict[str, PlannedSite]:
     return {row.site.path: row for row in plan.sites}
 
 
-@settings(deadline=None)
 @given(plan=plans, with_model=st.booleans())
 def test_a_plan_read_back_is_the_same_plan(
     tmp_path_factory: pytest.TempPathFactory, plan: RankPlan, with_model: bool

@@ -31,7 +31,7 @@ matrices = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(matrix=matrices, up_to=st.integers(1, 12), seed=st.integers(0, 99))
 def test_the_certificate_holds(matrix: Tensor, up_to: int, seed: int) -> None:
     """True energies lie between the bounds, the refined bounds are closer, and no true rank is excluded."""
@@ -53,7 +53,7 @@ def test_the_certificate_holds(matrix: Tensor, up_to: int, seed: int) -> None:
     assert bool((found.refined().upper() <= found.spectrum().upper() + 1e-12).all())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(matrix=matrices)
 def test_exact_values_are_those_of_the_svd(matrix: Tensor) -> None:
     spectrum, values = exact_spectrum(matrix, energy_of(matrix)), truth(matrix)
@@ -145,7 +145,7 @@ def test_the_edge_of_noise_is_where_theory_has_it(m: int, n: int) -> None:
     assert marchenko_pastur_edge(energy_of(noise), (m, n)) == pytest.approx(float(truth(noise)[0]), rel=0.03)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(rank=st.integers(1, 6), level=st.floats(0.05, 0.3), seed=st.integers(0, 999))
 def test_removing_known_noise_finds_the_signal_s_energy(rank: int, level: float, seed: int) -> None:
     clean = planted(150, 250, rank, 0.0, seed, decay=0.9)

@@ -15,23 +15,25 @@ from pathlib import Path
 
 from rankwise.store.files import atomic_write
 
+NAMES = (
+    *("The Blue Lantern", "Willow House", "The Copper Kettle", "Harbour Lights", "The Old Mill", "Green Olive"),
+    *("The Silver Spoon", "Maple Corner", "The Red Fox", "Stone Bridge", "The Golden Pear", "River Garden"),
+    *("The Black Swan", "Lemon Tree", "The White Hart", "Cedar Room"),
+)
+SIGHTS = (
+    *("Kings Theatre", "Central Station", "Market Hall", "Park Hotel", "Tower Bridge", "Rose Museum"),
+    *("Green Park", "North Pier"),
+)
 VALUES = {
-    "name": (
-        "The Blue Lantern", "Willow House", "The Copper Kettle", "Harbour Lights", "The Old Mill", "Green Olive",
-        "The Silver Spoon", "Maple Corner", "The Red Fox", "Stone Bridge", "The Golden Pear", "River Garden",
-        "The Black Swan", "Lemon Tree", "The White Hart", "Cedar Room",
-    ),  # fmt: skip
+    "name": NAMES,
     "eatType": ("restaurant", "pub", "coffee shop"),
     "food": ("Italian", "French", "Indian", "Chinese", "Japanese", "English", "Spanish", "Greek"),
     "priceRange": ("cheap", "moderate", "high"),
     "customer rating": ("low", "average", "5 out of 5"),
     "area": ("city centre", "riverside", "old town"),
     "familyFriendly": ("yes", "no"),
-    "near": (
-        "Kings Theatre", "Central Station", "Market Hall", "Park Hotel", "Tower Bridge", "Rose Museum",
-        "Green Park", "North Pier",
-    ),  # fmt: skip
-}  # fmt: skip
+    "near": SIGHTS,
+}
 ALWAYS = ("name", "eatType", "food")
 OPTIONAL_SHARE = 0.7
 HELD_OUT_OF = 6
@@ -55,6 +57,7 @@ FAMILY = {
     "no": ("is not for children", "is not family friendly"),
 }
 
+# What a visitor says of each attribute: of any value under "", else of this one.
 VISITS = {
     "name": {"": ("We had dinner at {}.", "Last week we went to {}.")},
     "eatType": {"": ("They call it a {}.", "A real {}!")},
@@ -81,6 +84,9 @@ VISITS = {
     "near": {"": ("You can see {} from there.", "We parked at {}.")},
 }
 
+TAGS = {"yes": "family", "no": "adults"}
+MARKS = ("/ ", " /", "()", "{}", "<>")
+
 
 @dataclass(frozen=True)
 class Restaurant:
@@ -95,6 +101,7 @@ class Restaurant:
 
     @property
     def held_out(self) -> bool:
+        """Whether its (name, food) pair is kept for the held-out rows; one pair in `HELD_OUT_OF` is."""
         name = VALUES["name"].index(self.facts["name"])
         return (name + VALUES["food"].index(self.facts["food"])) % HELD_OUT_OF == 0
 
@@ -162,23 +169,21 @@ def _page(facts: dict[str, str], random_state: random.Random, visits: int) -> st
 
 
 def _tags(facts: dict[str, str], random_state: random.Random) -> str:
-    values = list(facts.values())
-    values = [{"yes": "family", "no": "adults"}.get(v, v) for v in values]
-    left, right = random_state.choice(("/ ", " /", "()", "{}", "<>"))
+    """The values alone, in any order, between marks: `(Greek)(pub)(The Red Fox)`."""
+    values = [TAGS.get(value, value) for value in facts.values()]
+    left, right = random_state.choice(MARKS)
     return "".join(f"{left}{value}{right}".strip() for value in random_state.sample(values, len(values)))
 
 
 def _visit(facts: dict[str, str], random_state: random.Random) -> str:
-    """What one visitor tells: where they went, then the other facts in any order."""
-    remarks = [
-        random_state.choice(forms).format(facts.get(attribute, ""))
-        for attribute, forms in (
-            (attribute, VISITS[attribute].get(value, VISITS[attribute].get("")))
-            for attribute, value in facts.items()
-            if attribute != "name"
-        )
-    ]
-    return " ".join([random_state.choice(VISITS["name"][""]).format(facts["name"]), *remarks])
+    """What one visitor tells: where they went, then the other facts in their order."""
+    remarks = [_remark(attribute, value, random_state) for attribute, value in facts.items() if attribute != "name"]
+    return " ".join([_remark("name", facts["name"], random_state), *remarks])
+
+
+def _remark(attribute: str, value: str, random_state: random.Random) -> str:
+    forms = VISITS[attribute]
+    return random_state.choice(forms.get(value) or forms[""]).format(value)
 
 
 def write_task(path: Path, random_state: random.Random, *, count: int, references: int, held_out: bool) -> Path:

@@ -43,12 +43,17 @@ def run(config: MergeConfig) -> Agreement | None:
     return agreement
 
 
-def check(config: MergeConfig) -> tuple[Path, str]:
-    """The adapter and the name of its base: the option's, else what the adapter records."""
+def check_options(config: MergeConfig) -> Path:
+    """What can be said before anything is read; returns the adapter's path."""
     if not config.adapter:
         raise UsageError("merge needs an adapter: rankwise merge ADAPTER [--base_model BASE] -o merged_model")
     shard_bytes(config.max_shard_size)
-    adapter = Path(config.adapter)
+    return Path(config.adapter)
+
+
+def check(config: MergeConfig) -> tuple[Path, str]:
+    """The adapter and the name of its base: the option's, else what the adapter records."""
+    adapter = check_options(config)
     recorded = recorded_base(adapter)
     base = config.base_model or recorded
     if not base:
@@ -97,7 +102,8 @@ def verdict(agreement: Agreement | None) -> str:
 
 
 def describe(config: MergeConfig) -> list[str]:
-    adapter, base = check(config)
+    adapter = check_options(config)  # in a recipe an earlier stage may still have to make it
+    base = check(config)[1] if adapter.exists() else config.base_model or "the base that it records"
     lines = [f"merge the adapter {adapter} ({CONFIG_NAME} and weights checked first) into {base}"]
     if not config.no_verify:
         lines.append("compare the merged model's logits with those of base + adapter, and write nothing if they differ")
