@@ -79,7 +79,7 @@ def moved(model: nn.Module, moves: Mapping[Site, Tensor]) -> Iterator[nn.Module]
         with torch.no_grad():
             for site, move in moves.items():
                 weight = model.get_submodule(site.path).weight
-                weight.add_((move.T if site.transposed else move).to(weight.dtype))
+                weight.add_((move.T if site.transposed else move).to(weight))
         yield model
     finally:
         with torch.no_grad():

@@ -95,7 +95,7 @@ def path_gradients(model: nn.Module, deltas: Mapping[Site, Tensor], batches: Seq
     for node, weight in zip(NODES, WEIGHTS, strict=True):
         with moved(model, {site: node * delta for site, delta in deltas.items()}):
             for site, gradient in mean_gradients(model, sites, batches).items():
-                total[site] += weight * gradient
+                total[site] += weight * gradient.to(total[site])
     return total
 
 

@@ -64,7 +64,10 @@ def load_recipe(path: Path, run: Path, changes: Sequence[str] = ()) -> Recipe:
     for key in content:
         if key not in KEYS:
             raise unknown(key, KEYS, str(path))
-    variables = resolved_variables(content.get("variables") or {}, run)
+    defaults = content.get("variables") or {}
+    if not isinstance(defaults, dict) or "run" in defaults:
+        raise UsageError(f"{path}: variables: a mapping of names to defaults is needed (`run` is the run folder)")
+    variables = resolved_variables(defaults, run)
     rows = content.get("stages")
     if not isinstance(rows, list) or not rows:
         raise UsageError(f"{path}: no stages; a recipe has a list of them under `stages:`")
@@ -94,12 +97,17 @@ def read_stage(row: Any, variables: Mapping[str, str], where: str) -> Stage:
         for key, value in row.items()
         if key not in ("name", "command", "nproc")
     }
-    return Stage(name, command, options, int(row.get("nproc", 1)))
+    processes = substituted(row.get("nproc", 1), variables, f"{where}: stage {name}: nproc")
+    if not str(processes).isdecimal() or int(processes) < 1:
+        raise UsageError(f"{where}: stage {name}: nproc is a number of processes; got {processes!r}")
+    return Stage(name, command, options, int(processes))
 
 
 def substituted(value: Any, variables: Mapping[str, str], where: str) -> Any:
     if isinstance(value, list):
         return [substituted(item, variables, where) for item in value]
+    if isinstance(value, dict):
+        return {key: substituted(item, variables, where) for key, item in value.items()}
     if not isinstance(value, str):
         return value
     for name in VARIABLE.findall(value):

@@ -1,0 +1,238 @@
+"""Laws of `rankwise run`: all of a recipe is checked first, what is done is skipped, what changed runs with all after it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from tiny import tiny_llama
+
+from rankwise import cli
+from rankwise.errors import UsageError
+from rankwise.stages.recipe import PACKAGED, find_recipe, load_recipe
+from rankwise.stages.run import STATE
+from rankwise.store.plan_file import PLAN_FILE
+from rankwise.store.run import RunFolder
+
+RECIPE = """
+name: pair
+variables:
+  BASE: {base}
+  TUNED: {tuned}
+  BUDGET: uniform:2
+stages:
+  - command: ranks
+    base: ${{BASE}}
+    tuned: ${{TUNED}}
+    budget: ${{BUDGET}}
+    min_rank: 1
+    no_plots: true
+    out: ${{run}}/ranks
+  - {{name: page, command: report, run: "${{run}}"}}
+"""
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe of two cheap stages on a base and a nudged copy of it."""
+    base = tiny_llama(tmp_path / "base", num_hidden_layers=1)
+    tuned = Path(shutil.copytree(base, tmp_path / "tuned"))
+    nudge(tuned, 0)
+    path = tmp_path / "pair.yaml"
+    path.write_text(RECIPE.format(base=base, tuned=tuned), encoding="utf-8")
+    return path
+
+
+def nudge(folder: Path, seed: int) -> None:
+    """Every matrix moved a little in a few directions of its own."""
+    draw = torch.Generator().manual_seed(seed)
+    weights = load_file(folder / "model.safetensors")
+    for name, value in weights.items():
+        if value.ndim == 2:
+            move = torch.randn(len(value), 3, generator=draw) @ torch.randn(3, value.shape[1], generator=draw)
+            weights[name] = value + 0.01 * move
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def run(tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the recipe; returns the exit code, what it printed and what went wrong."""
+
+    def once(*flags: str, file: Path | str = recipe) -> tuple[int, str, str]:
+        code = cli.main(["run", str(file), "-o", str(tmp_path / "out"), *flags])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return once
+
+
+def ran(output: str) -> list[str]:
+    """Names of the stages that ran, from the lines `[1/2] ranks: rankwise ranks`."""
+    return [
+        line.split("] ")[1].split(":")[0] for line in output.splitlines() if line.startswith("[") and ": rank" in line
+    ]
+
+
+def edited(recipe: Path, old: str, new: str) -> Path:
+    text = recipe.read_text(encoding="utf-8")
+    assert old in text
+    other = recipe.with_name("edited.yaml")
+    other.write_text(text.replace(old, new), encoding="utf-8")
+    return other
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("budget:", "budgte:", ("stage ranks", "'budgte'", "did you mean budget")),
+        ("command: report", "command: raport", ("command 'raport'", "did you mean report")),
+        ("${BASE}", "${BSE}", ("stage ranks: base", "${BSE}", "BASE, TUNED")),
+        ("min_rank: 1", "min_rank: one", ("stage ranks", "min_rank", "'one'")),
+        ("name: page", "name: ranks", ("two stages", "ranks, ranks")),
+        ("name: pair", "nmae: pair", ("'nmae'", "did you mean name")),
+        ("min_rank: 1", "nproc: few", ("stage ranks", "nproc", "'few'")),
+        ("stages:\n", "stages: []\nrest:\n", ("'rest'",)),
+        ("  BUDGET: uniform:2", "  run: elsewhere", ("variables", "run folder")),
+        ("command: report, run", "run", ("`command:`",)),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_anything_runs(
+    run: Run, recipe: Path, tmp_path: Path, old: str, new: str, said: tuple[str, ...]
+) -> None:
+    file = edited(recipe, old, new)
+    code, output, error = run(file=file)
+    assert code == 2
+    assert "edited.yaml" in error
+    assert not [part for part in said if part not in error], error
+    assert not ran(output)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--set", "rank.budget=uniform:1"), "did you mean ranks"),
+        (("--set", "ranks.budgte=uniform:1"), "did you mean budget"),
+        (("--set", "ranks.budget"), "STAGE.OPTION=VALUE"),
+        (("--set", "ranks.min_rank=many"), "'many'"),
+        (("--only", "pgae"), "did you mean page"),
+        (("--from", "rnaks"), "did you mean ranks"),
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_runs(
+    run: Run, tmp_path: Path, flags: tuple[str, ...], said: str
+) -> None:
+    code, _, error = run(*flags)
+    assert (code, said in error) == (2, True), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_done_is_skipped_and_what_changed_runs_with_all_after_it(run: Run, tmp_path: Path) -> None:
+    code, output, error = run()
+    assert code == 0, error
+    assert ran(output) == ["ranks", "page"]
+    assert str(tmp_path / "out") in output.splitlines()[-1]
+    assert (tmp_path / "out" / "ranks" / PLAN_FILE).is_file()
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert ran(run()[1]) == []
+    assert ran(run("--set", "page.title=Another")[1]) == ["page"], "what comes before a change stays"
+    assert ran(run("--set", "page.title=Another", "--set", "ranks.budget=uniform:3")[1]) == ["ranks", "page"]
+    assert ran(run("--set", "page.title=Another", "--set", "ranks.budget=uniform:3")[1]) == []
+    nudge(tmp_path / "tuned", 1)
+    again = ("--set", "page.title=Another", "--set", "ranks.budget=uniform:3")
+    assert ran(run(*again)[1]) == ["ranks", "page"], "another content under the same name is another input"
+    (tmp_path / "out" / "report.html").rename(tmp_path / "elsewhere.html")
+    (tmp_path / "out" / "ranks").rename(tmp_path / "taken away")
+    assert ran(run(*again)[1]) == ["ranks", "page"], "an output that is gone is made again"
+
+
+def test_parts_can_be_asked_for(run: Run) -> None:
+    assert ran(run("--only", "ranks")[1]) == ["ranks"]
+    assert ran(run()[1]) == ["page"]
+    assert ran(run("--from", "page")[1]) == ["page"]
+    assert ran(run("--force")[1]) == ["ranks", "page"]
+    assert ran(run("--only", "ranks", "--set", "ranks.budget=uniform:1")[1]) == ["ranks"]
+    assert ran(run("--set", "ranks.budget=uniform:1")[1]) == ["page"], "what stands after a stage that ran is old"
+
+
+def test_a_stage_that_failed_is_not_done(run: Run, tmp_path: Path) -> None:
+    weights = tmp_path / "tuned" / "model.safetensors"
+    sound = weights.read_bytes()
+    weights.write_bytes(sound[: len(sound) // 2])
+    code, output, _ = run()
+    assert (code, ran(output)) == (3, ["ranks"])
+    weights.write_bytes(sound)
+    assert ran(run()[1]) == ["ranks", "page"]
+
+
+def test_the_environment_overrides_variables_and_set_overrides_both(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def budget(*changes: str) -> str:
+        return str(load_recipe(recipe, tmp_path / "out", changes).stages[0].options["budget"])
+
+    assert budget() == "uniform:2"
+    monkeypatch.setenv("BUDGET", "uniform:5")
+    assert budget() == "uniform:5"
+    assert budget("ranks.budget=uniform:7") == "uniform:7"
+    monkeypatch.setenv("SOMETHING_ELSE", "1")
+    with pytest.raises(UsageError, match="SOMETHING_ELSE"):
+        load_recipe(edited(recipe, "${BUDGET}", "${SOMETHING_ELSE}"), tmp_path / "out")
+
+
+def test_set_replaces_an_option_under_whatever_name(recipe: Path, tmp_path: Path) -> None:
+    for name in ("pretrained", "base"):
+        options = load_recipe(recipe, tmp_path, [f"ranks.{name}=elsewhere"]).stages[0].options
+        assert [options.get(key) for key in ("base", "pretrained") if key in options] == ["elsewhere"]
+
+
+def test_a_dry_run_shows_every_stage_and_writes_nothing(run: Run, tmp_path: Path) -> None:
+    code, output, error = run("--dry-run")
+    assert code == 0, error
+    assert f"--base {tmp_path / 'base'}" in output
+    assert "--svd_threshold 0.9" in output, "defaults are part of a resolved config"
+    assert "page: rankwise report" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_are_found_by_path_and_by_name(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe(str(recipe)) == recipe
+    for name in ("svd_ranks", "svd_ranks.yaml", "recipes/svd_ranks.yaml"):
+        assert find_recipe(name) == PACKAGED / "svd_ranks.yaml"
+    (tmp_path / "recipes").mkdir()
+    own = Path(shutil.copy(recipe, tmp_path / "recipes" / "svd_ranks.yaml"))
+    assert find_recipe("recipes/svd_ranks.yaml") == Path("recipes") / own.name, "a file of one's own comes first"
+    with pytest.raises(UsageError, match="svd_ranks"):
+        find_recipe("svd_rank")
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_packaged_recipes_are_sound(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", str(path), "-o", str(tmp_path / "out"), "--dry-run"]) == 0
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert content["name"] == path.stem and content["description"]
+    assert "would run" in capsys.readouterr().out
+
+
+def test_the_documented_variables_reach_their_stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given = {"MODEL_NAME": "org/model", "DATA_PATH": "rows", "SUBSET_RATIO": "0.03", "SVD_THRESHOLD": "0.8"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    stages = {stage.name: stage.options for stage in load_recipe(find_recipe("svd_ranks"), tmp_path).stages}
+    finetune, ranks, train = stages["finetune"], stages["ranks"], stages["train"]
+    assert [finetune["model_name"], finetune["data_path"], finetune["subset_ratio"]] == ["org/model", "rows", "0.03"]
+    assert ranks["svd_threshold"] == "0.8"
+    assert train["model_name"] == "org/model"
+
+
+def test_two_runs_of_one_folder_exclude_each_other(tmp_path: Path, run: Run) -> None:
+    with RunFolder(tmp_path / "out" / STATE).lock():
+        code, _, error = run()
+    assert (code, "in use by process" in error) == (2, True)
