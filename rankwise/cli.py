@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise import __version__, options
+from rankwise import __version__, flags, options
 from rankwise.errors import RankwiseError, UsageError
 from rankwise.stages.commands import COMMANDS, DRY_RUN, GROUPS, Command, assemble, command_options, stage_of
 
@@ -61,13 +61,13 @@ def resolve(name: str, argv: Sequence[str]) -> tuple[Any, bool]:
     prog = f"rankwise {name}"
     known = [*command_options(command), DRY_RUN]
     shown = " ".join(["[CONFIG]"] * command.takes_file + [f"[{word.upper()}]" for word in command.positionals])
-    parser = options.build_parser(prog, type(command.config).__doc__ or "", known, shown)
-    words, flags = options.parse_flags(parser, known, argv)
+    parser = flags.build_parser(prog, type(command.config).__doc__ or "", known, shown)
+    words, given = flags.parse_flags(parser, known, argv)
     path, positionals = take_positionals(command, words, prog)
-    twice = [name for name in positionals if name in flags]
+    twice = [name for name in positionals if name in given]
     if twice:
         raise UsageError(f"{prog}: {twice[0]} is given twice: as {positionals[twice[0]]} and as --{twice[0]}")
-    values = (options.file_values(path, known) if path else {}) | positionals | flags
+    values = (options.file_values(path, known) if path else {}) | positionals | given
     return assemble(command, values), bool(values.get("dry_run"))
 
 

@@ -1,16 +1,12 @@
-"""From dataclasses to flags, files and resolved values: the one builder behind every command.
+"""What an option is: from dataclasses to typed values, from config files to values, and back to what can be saved.
 
 A command is a frozen dataclass whose fields are options or sections (dataclasses again); flags and file keys
-are flat. Precedence: flag > file > default. Strict: unknown names are errors with a suggestion, abbreviations
-are off, `--foo-bar` and `--foo_bar` are the same flag, booleans work bare and with True/False.
-
-argparse rather than tyro or jsonargparse: those take a boolean bare or with a value, not both, and want the
-400 fields of TrainingArguments up front, which costs seconds at every `--help`.
+are flat. Precedence: flag > file > default. Strict: unknown names are errors with a suggestion. `flags.py` reads
+command lines into the same options.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import json
@@ -19,7 +15,7 @@ import typing
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rankwise.errors import UsageError
 
@@ -224,65 +220,6 @@ def neighbours(path: Path) -> str:
     names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=2)
     return f"; did you mean {' or '.join(near)}?" if near else ""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{self.prog}: {message}; see `{self.prog} --help`")
-
-
-def build_parser(prog: str, description: str, options: Sequence[Option], positionals: str) -> _Parser:
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False, add_help=True)
-    parser.add_argument("positionals", nargs="*", help=positionals, metavar="FILE")
-    groups: dict[str, argparse._ActionsContainer] = {"options": parser}
-    for item in options:
-        if item.section not in groups:
-            groups[item.section] = parser.add_argument_group(item.section.replace("_", " "))
-        names = [f"--{name}" for name in (item.name, *item.aliases)] + ([item.short] if item.short else [])
-        shown = "" if item.default in (None, "", [], False) else f" [{item.default}]"
-        choices = f" ({', '.join(item.choices)})" if item.choices else ""
-        groups[item.section].add_argument(
-            *names,
-            dest=item.name,
-            action="append" if item.is_list else "store",
-            default=argparse.SUPPRESS,
-            metavar="BOOL" if item.is_bool else (item.name.split("_")[-1].upper() or None),
-            help=(item.help + choices + shown).replace("%", "%%"),
-        )
-    return parser
-
-
-def normalise(argv: Sequence[str], bools: set[str]) -> list[str]:
-    """`--foo-bar` → `--foo_bar`; a bare boolean flag → `--flag=true`; `--flag False` → `--flag=False`."""
-    result: list[str] = []
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--") or word == "--":
-            result.append(word)
-            continue
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if name in bools and not equals:
-            takes_next = bool(words) and words[0].lower() in TRUE | FALSE
-            equals, value = "=", words.pop(0) if takes_next else "true"
-        result.append(f"--{name}{equals}{value}")
-    return result
-
-
-def parse_flags(parser: _Parser, options: Sequence[Option], argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Positional words, and the values of the flags that were given (converted, by canonical name)."""
-    by_name = {item.name: item for item in options}
-    bools = {name for item in options if item.is_bool for name in (item.name, *item.aliases)}
-    namespace, rest = parser.parse_known_intermixed_args(normalise(argv, bools))
-    for word in rest:
-        if word.startswith("-"):
-            known = [name for item in options for name in (item.name, *item.aliases)]
-            raise unknown(word.lstrip("-").split("=")[0], known, parser.prog)
-    given = {name: value for name, value in vars(namespace).items() if name != "positionals"}
-    return [*namespace.positionals, *rest], {
-        name: convert(by_name[name], value, f"--{name}") for name, value in given.items()
-    }
 
 
 def file_values(path: Path, options: Sequence[Option]) -> dict[str, Any]:

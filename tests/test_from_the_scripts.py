@@ -26,7 +26,9 @@ def test_the_page_has_the_documented_workflow() -> None:
 
 
 @pytest.mark.parametrize("command", documented_commands())
-def test_dry_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     code = main([*shlex.split(command)[1:], "--dry-run"])
     printed = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Laws of `rankwise run`: all of a recipe is checked first, what is done is skipped, what changed runs with all after it."""
+"""Laws of `rankwise run`: a recipe is checked whole before it starts; what changed runs again, what is done does not."""
 
 from __future__ import annotations
 

@@ -246,9 +246,19 @@ def report(
     for warning in warnings:
         print(f"warning: {warning}")
     summary = summarise(plan, probe.measured, rule_of(config), decision.budget, evidence, seconds)
-    task = f" --task {config.data.task} --data_path …" if config.data.task else " --task … --data_path …"
-    command = f"rankwise train --lora-config {files[0]} --model_name {probe.model_name or '…'}{task}"
+    command = next_command(config, plan, probe, files[0])
     print(render(replace(summary, warnings=tuple(warnings), next_commands=(command,), files=tuple(map(str, files)))))
+
+
+def next_command(config: RanksConfig, plan: RankPlan, probe: Probe, file: Path) -> str:
+    """Training with the plan; where no model is known, what can be done with the files alone."""
+    if all(row.site.tower == "unknown" for row in plan.sites):
+        if config.adapter:
+            return f"rankwise compress {config.adapter} --energy {config.spectrum.svd_threshold}"
+        renamed = "".join(f" --rename '{rule}'" for rule in config.sites.rename)
+        return f"rankwise extract {config.base} {config.tuned} --plan {file}{renamed}"
+    task = f" --task {config.data.task} --data_path …" if config.data.task else " --task … --data_path …"
+    return f"rankwise train --lora-config {file} --model_name {probe.model_name or '…'}{task}"
 
 
 def describe(config: RanksConfig) -> list[str]:

@@ -1,0 +1,100 @@
+"""Laws of the demo: its world is split honestly, its two tokenizer files agree, and it makes everything it promises."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer
+
+from rankwise import cli
+from rankwise.data import load
+from rankwise.data.restaurants import VALUES, describe, guide, restaurants, write_task
+from rankwise.errors import VerificationError
+from rankwise.nets.tiny import check_same_ids, save_tokenizer
+from rankwise.score.result import EvaluationResult
+
+
+def some(*, held_out: bool, count: int = 300) -> list[dict[str, str]]:
+    return [one.facts for one in islice(restaurants(random.Random(0), held_out=held_out), count)]
+
+
+def test_held_out_pairs_are_never_met_in_training() -> None:
+    train, dev = some(held_out=False), some(held_out=True)
+    pairs = [{(facts["name"], facts["food"]) for facts in side} for side in (train, dev)]
+    assert not pairs[0] & pairs[1]
+    for attribute in VALUES:
+        values = [{facts[attribute] for facts in side if attribute in facts} for side in (train, dev)]
+        assert values[1] <= values[0], "a held-out row combines anew what training has shown, and no more"
+
+
+def test_the_base_reads_no_meaning_representation_and_no_held_out_pair() -> None:
+    pages = "\n".join(guide(random.Random(0), 500))
+    assert not [attribute for attribute in VALUES if f"{attribute}[" in pages]
+    references = {describe(one, random.Random(1)) for one in islice(restaurants(random.Random(0), held_out=False), 200)}
+    assert not [text for text in references if text in pages], "nor any sentence of the task"
+
+
+def test_rows_are_the_official_form_with_several_references(tmp_path: Path) -> None:
+    write_task(tmp_path / "devset.csv", random.Random(0), count=20, references=3, held_out=True)
+    examples = load("e2e_nlg", tmp_path, "dev")
+    assert len({example.group for example in examples}) == 20
+    assert len(examples) > 40
+    first, second = (tmp_path / name for name in ("first.csv", "second.csv"))
+    for path in (first, second):
+        write_task(path, random.Random(5), count=10, references=2, held_out=False)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_every_fact_with_words_of_its_own_is_in_the_reference(tmp_path: Path) -> None:
+    write_task(tmp_path / "rows.csv", random.Random(0), count=100, references=2, held_out=False)
+    with (tmp_path / "rows.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            facts = dict(part.rstrip("]").split("[") for part in row["mr"].split(", "))
+            named = [facts[name] for name in ("name", "food", "eatType", "near") if name in facts]
+            assert not [value for value in named if value not in row["ref"]]
+
+
+def test_both_tokenizer_files_give_the_same_ids(tmp_path: Path) -> None:
+    pages = guide(random.Random(0), 150)
+    save_tokenizer(tmp_path, pages, 320)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    others = ["### Input:\nname[Ünïcode  Café], area[123]\n\n### Output:\n", "", "two\n\nbreaks", "£5 €6"]
+    check_same_ids(pieces, loaded, [*guide(random.Random(9), 50), *others])
+    ids = loaded(pages[0])["input_ids"]
+    assert ids[0] == loaded.bos_token_id
+    assert loaded.decode(ids, skip_special_tokens=True) == pages[0]
+    other = sentencepiece.SentencePieceProcessor(model_file=str(retrained(tmp_path / "other")))
+    with pytest.raises(VerificationError, match=r"tokenizer\.model disagree"):
+        check_same_ids(other, loaded, pages)
+
+
+def retrained(folder: Path) -> Path:
+    folder.mkdir()
+    save_tokenizer(folder, ["quite another text", "of other words"] * 20, 290)
+    return folder / "tokenizer.model"
+
+
+@pytest.mark.slow
+def test_the_quick_demo_makes_every_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "demo"
+    assert cli.main(["demo", "--quick", "-o", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert str(folder / "report.html") in printed.splitlines()[-1]
+    wanted = (
+        *("data/trainset.csv", "data/devset.csv", "base/model.safetensors", "base/tokenizer.model"),
+        *("base/tokenizer.json", "probe/deltas", "ranks/configs/lora_rank_config.json", "train/adapter_config.json"),
+        *("before/evaluation_results.json", "after/predictions.jsonl", "report.html", "report.md"),
+    )
+    assert not [name for name in wanted if not (folder / name).exists()]
+    assert EvaluationResult.load(folder / "after").n == EvaluationResult.load(folder / "before").n > 0
+    plan = json.loads((folder / "ranks" / "configs" / "lora_rank_config.json").read_text(encoding="utf-8"))
+    assert len(plan["rank_pattern"]) == 7 * 3
+    assert cli.main(["demo", "--quick", "-o", str(folder)]) == 0
+    assert capsys.readouterr().out.count("done already") == 6, "a second demo does nothing again"
