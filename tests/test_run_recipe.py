@@ -1,4 +1,4 @@
-"""Laws of `rankwise run`: a recipe is checked whole before it starts; what changed runs again, what is done does not."""
+"""Laws of `rankwise run`: recipes are checked whole before they start; what changed runs again, the rest does not."""
 
 from __future__ import annotations
 
