@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -79,6 +80,7 @@ def write_pair(folder: Path, layers: int, dtype: torch.dtype) -> None:
             file = f"model-{layer:05d}.safetensors"
             save_file(tensors, str(folder / name / file))
             maps[name] |= dict.fromkeys(tensors, file)
+    os.sync()  # or the disk still writes while the first sites are read
     for name, weight_map in maps.items():
         (folder / name / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
