@@ -18,13 +18,13 @@ from torch import Tensor
 
 from rankwise.core.spectrum import Spectrum, Undecided
 
-BLOCK = 1 << 20  # entries converted to float32 at a time: bounds the memory beside the delta itself
+BLOCK = 1 << 18  # entries converted at a time: stays in the cache, and bounds the memory beside the delta itself
+PERMUTED = 1 << 20  # entries up to which the null is measured rather than predicted
 SAMPLE = 1 << 18  # entries that the rounding estimate looks at: its relative error is far below 1 %
 OVERSAMPLE = 10  # Halko et al. recommend 5 to 10
 SMALL_SIDE = 4  # a matrix whose short side is within 4× the sketch's width is faster to do exactly
-SAFETY = (
-    1.2  # block power iteration nears ‖R‖₂ from below: at most 9 % short on white noise up to 3584², the worst case
-)
+# Block power iteration nears ‖R‖₂ from below: at most 15 % short on white noise up to 3584², which is the worst case.
+SAFETY = 1.25
 ROUNDING = 2e-6  # of E(k) by a sketch in float32: up to 3e-7 was seen on flat, polynomial and low-rank spectra
 SIGNIFICAND = {torch.bfloat16: 8, torch.float16: 11}
 
@@ -71,23 +71,31 @@ def energy_of(matrix: Tensor) -> float:
     """‖·‖²_F, accumulated in float64 block by block."""
     total = 0.0
     for rows in row_blocks(matrix):
-        total += float(torch.linalg.vector_norm(matrix[rows], dtype=torch.float64)) ** 2
+        total += block_energy(matrix[rows])
     return total
 
 
+def block_energy(block: Tensor) -> float:
+    return float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
+
+
 def subtract(base: Tensor, tuned: Tensor) -> Delta:
-    """The delta of two matrices of equal shape and any float types, subtracted in float32, block by block."""
+    """The delta of two matrices of equal shape and any float types, subtracted in float32, block by block.
+
+    Its energy is exact; the base's, of which only a ratio is reported, sums float32 norms of blocks.
+    """
     matrix = torch.empty(base.shape, dtype=torch.float32, device=base.device)
-    changed, base_energy = 0, 0.0
+    changed, energy, base_energy = 0, 0.0, 0.0
     for rows in row_blocks(matrix):
-        before = base[rows].float()
-        torch.sub(tuned[rows].float(), before, out=matrix[rows])
-        base_energy += float(torch.linalg.vector_norm(before, dtype=torch.float64)) ** 2
-        changed += int(torch.count_nonzero(matrix[rows]))
+        before, block = base[rows].float(), matrix[rows]
+        torch.sub(tuned[rows].float(), before, out=block)
+        energy += block_energy(block)  # here, while the block is in the cache
+        base_energy += float(torch.linalg.vector_norm(before)) ** 2
+        changed += int(torch.count_nonzero(block))
     dtype = effective_dtype(tuned)  # a 16-bit base is where the run started, exactly: only the result was rounded
     return Delta(
         matrix=matrix,
-        energy=energy_of(matrix),
+        energy=energy,
         base_energy=base_energy,
         unchanged=1 - changed / max(1, matrix.numel()),
         rounding_energy=rounding_energy(tuned, dtype),
@@ -245,7 +253,7 @@ def residual_norm(
     projected: Tensor,
     generator: torch.Generator | None,
     width: int = 16,
-    steps: int = 3,
+    steps: int = 2,
 ) -> float:
     """Upper estimate of ‖Δ − QQᵀΔ‖₂ by block power iteration with a safety factor; never forms the residual."""
     probe = torch.randn(wide.shape[1], width, generator=generator, dtype=wide.dtype, device=wide.device)
@@ -263,7 +271,7 @@ def null_edge(delta: Delta, generator: torch.Generator | None = None) -> float:
     the same energy, level·(√m + √n), which the permuted matrix tends to.
     """
     m, n = delta.matrix.shape
-    if delta.matrix.numel() > BLOCK:
+    if delta.matrix.numel() > PERMUTED:
         return marchenko_pastur_edge(delta.energy, (m, n))
     flat = delta.matrix.reshape(-1)
     order = torch.randperm(flat.numel(), generator=generator, device=flat.device)
