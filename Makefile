@@ -33,6 +33,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check --fix rankwise tests benchmarks
 
 bench-ranks: $(VENV)/.test
+	$(INSTALL) -e ".[bench]" -c constraints.txt
 	$(BIN)/python benchmarks/ranks.py
 
 $(VENV)/bin/python:

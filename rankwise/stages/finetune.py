@@ -78,6 +78,7 @@ def arguments_of(config: FinetuneConfig) -> TrainingArguments:
 def prepare(config: FinetuneConfig, name: str, arguments: TrainingArguments, skeleton: PreTrainedModel) -> shared.Job:
     """The subset, rendered and checked, and the memory that training on it takes."""
     examples = shared.read_examples(config.data, str(config.data.data_path))
+    shared.refuse_images(examples, skeleton)
     renderer = shared.renderer_for(config.data, config.model, name, skeleton.config)
     rows = shared.rendered(chosen(config, examples), renderer)
     warn_few_updates(len(rows), arguments)

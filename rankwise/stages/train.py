@@ -120,6 +120,7 @@ def prepare(
 ) -> tuple[Split, shared.Job]:
     """Rows, rendered and checked, and what the run is."""
     examples, split = read_split(config)
+    shared.refuse_images(examples, skeleton)
     renderer = shared.renderer_for(config.data, config.model, name, skeleton.config)
     rows = shared.rendered(split.train, renderer)
     evaluates = split.val and arguments.eval_strategy != "no"

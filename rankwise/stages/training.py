@@ -77,6 +77,15 @@ def read_examples(data: DataSection, path: str, split: str = "train") -> Example
     return examples
 
 
+def refuse_images(examples: Examples, skeleton: PreTrainedModel) -> None:
+    """A model that sees images must not be trained as if there were none."""
+    if examples.with_images and hasattr(skeleton.config, "vision_config"):
+        raise UsageError(
+            f"{examples.with_images} of {len(examples)} samples have images and {type(skeleton).__name__} sees images, "
+            "but training on images is not in this version; use a text model, or rows without images"
+        )
+
+
 def structure(model: ModelSection, name: str) -> PreTrainedModel:
     """The model without weights: names and sizes, checked before anything large is read."""
     return meta_model(name, model.revision, model.trust_remote_code)
