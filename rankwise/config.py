@@ -42,7 +42,6 @@ class DataSection:
 
     task: str | None = option(help="kind of data", choices=TASKS, aliases=("dataset",))
     data_path: str | None = option(help="file, folder or hub id of the data", aliases=("dataset_dir",))
-    image_folder: str | None = option(help="folder that image paths are relative to")
     prompt: str = option("sections", choices=("sections", "chat"), help="headed sections, or the chat template")
     max_seq_length: int = option(2048, help="tokens of one sample, prompt and answer", aliases=("max_length",))
     overlong: str = option(

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from rankwise.cli import resolve
 from rankwise.errors import DataError, UsageError
+from rankwise.stages.commands import COMMANDS
 from rankwise.store.files import write_text
 from rankwise.store.run import HOLDER, RunFolder
 
@@ -138,3 +140,11 @@ def test_the_config_is_saved_as_json(tmp_path: Path, config: object) -> None:
     saved = RunFolder(tmp_path).save_config(config)
     assert saved.parent == tmp_path
     assert json.loads(saved.read_text()) == {"rank": 4, "output": "out"}
+
+
+@pytest.mark.parametrize("name", [name for name, row in COMMANDS.items() if row.takes_file])
+def test_a_saved_config_given_back_as_the_file_is_the_same_config(tmp_path: Path, name: str) -> None:
+    config = COMMANDS[name].config
+    saved = RunFolder(tmp_path).save_config(config)
+    again, _ = resolve(name, [str(saved)])
+    assert again == config

@@ -36,7 +36,7 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
         if "trust_remote_code" in str(error):
             raise DataError(
                 f"{name}: this model needs code from its repository; read that code, then pass "
-                "--trust_remote_code --revision COMMIT"
+                "--trust_remote_code --revision COMMIT to `finetune` or `train` (`ranks --deltas` needs no model)"
             ) from error
         raise DataError(f"{folder}/config.json: {error}") from error
 

@@ -18,7 +18,6 @@ from rankwise.data import Collator, Example, Examples, RenderedDataset, Renderer
 from rankwise.errors import UsageError
 from rankwise.nets.adapters import save_adapter, write_sites
 from rankwise.nets.load import load_model, load_tokenizer, meta_model
-from rankwise.options import flatten
 from rankwise.store.adapter import LoraPair
 from rankwise.store.checkpoint import resolve
 from rankwise.store.files import fingerprint
@@ -169,7 +168,7 @@ def starting_point(config: FinetuneConfig | TrainConfig, job: Job) -> Path | Non
     if index == 0:
         if checkpoint is None:
             start_over(folder.path, bool(config.training.get("overwrite_output_dir")))
-        folder.save_config(flatten(config))
+        folder.save_config(config)
     return checkpoint
 
 

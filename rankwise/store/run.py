@@ -28,6 +28,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from rankwise.errors import UsageError
+from rankwise.options import flatten
 from rankwise.store.files import fingerprint, read_object, write_json
 
 if sys.platform != "win32":
@@ -87,9 +88,9 @@ class RunFolder:
             lock.release()
 
     def save_config(self, config: Any, name: str = CONFIG) -> Path:
-        """Save a resolved config: a mapping or a dataclass."""
+        """Save a resolved config (mapping or dataclass) flat: the file, given to its command, reproduces it."""
         is_dataclass = dataclasses.is_dataclass(config) and not isinstance(config, type)
-        return write_json(self / name, dataclasses.asdict(config) if is_dataclass else dict(config))
+        return write_json(self / name, flatten(config) if is_dataclass else dict(config))
 
     @contextmanager
     def recording(self, stage: str, inputs: Mapping[str, Path | str]) -> Iterator[Record]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -171,11 +171,6 @@ def refuse_noise(measured: Mapping[Site, Measured], allowed: bool, warnings: lis
 
 def dtypes(measured: Mapping[Site, Measured]) -> tuple[str, ...]:
     return tuple(sorted({row.stored_as for row in measured.values()}))
-
-
-def as_rows(measured: Mapping[Site, Measured], sites: Sequence[Site]) -> list[dict[str, Any]]:
-    """Facts per site, for `detailed_svd_analysis.json`."""
-    return [measured[site].facts() | {"path": site.path} for site in sites]
 
 
 def measure_adapter(adapter: LoraAdapter, sites: Mapping[str, Site]) -> dict[Site, Measured]:
