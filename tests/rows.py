@@ -50,6 +50,9 @@ SETTINGS: Mapping[str, Any] = {
 }
 
 
+TRAINER_OWN = ("callbacks", "loraplus_lr_ratio", "phases", "gradients")
+
+
 def adapted_base(base: Path, dropout: float = 0.1) -> torch.nn.Module:
     set_seed(0)
     model = load_model(str(base), torch.float32)
@@ -61,10 +64,11 @@ def make_trainer(
     base: Path, folder: Path, *, rows: Any = None, facts: Mapping[str, Any] | None = None, **given: Any
 ) -> RankwiseTrainer:
     """A LoRA trainer with dropout and accumulation: 6 optimizer steps an epoch, 12 in all."""
-    extra = {name: given.pop(name) for name in ("callbacks", "loraplus_lr_ratio") if name in given}
+    extra = {name: given.pop(name) for name in TRAINER_OWN if name in given}
+    dropout = given.pop("dropout", 0.1)
     arguments = build_arguments(folder, 1, {**SETTINGS, **given})
     return RankwiseTrainer(
-        model=adapted_base(base),
+        model=adapted_base(base, dropout),
         args=arguments,
         train_dataset=Rows(),
         eval_dataset=Rows(4),

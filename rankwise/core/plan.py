@@ -80,6 +80,11 @@ class RankPlan:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def adapted(self) -> dict[str, Site]:
+        """Path → site of what gets a LoRA pair."""
+        return {row.site.path: row.site for row in self.sites if row.rank}
+
+    @property
     def ranks(self) -> dict[str, int]:
         """Path → rank, of the sites that train (rank 0 leaves a site out)."""
         return {row.site.path: row.rank for row in self.sites if row.rank > 0}

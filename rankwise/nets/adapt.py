@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import PreTrainedModel
 
 from rankwise.core.plan import RankPlan
@@ -117,6 +118,14 @@ def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
     """Path (in the base model) → adapted layer."""
     return {
         name.removeprefix(PREFIX): module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
+
+
+def site_parameters(model: PeftModel) -> dict[str, list[nn.Parameter]]:
+    """Path → what trains at that site: A, B, DoRA's magnitudes, a bias that trains with them."""
+    return {
+        path: [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        for path, layer in lora_layers(model).items()
     }
 
 

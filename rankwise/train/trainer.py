@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,11 @@ from rankwise.store.files import explained
 from rankwise.train.checkpoints import CheckpointKeeper, discard_unsealed
 from rankwise.train.guard import StepGuard, diverged, memory_advice
 from rankwise.train.interruption import Interruption
+from rankwise.train.phases import PhaseKeeper
 from rankwise.train.tables import TrainingLog
+
+if TYPE_CHECKING:
+    from rankwise.train.gradients import GradientNorms
 
 SAMPLE_INDEX = "sample_index"
 
@@ -61,6 +65,8 @@ class RankwiseTrainer(Trainer):
     Args:
         identity: what the run is (model, data, plan, rates …); saved with each checkpoint, compared on resume.
         loraplus_lr_ratio: learning rate of B over that of A (LoRA+, Hayou et al. 2024).
+        phases: freezes and thaws adapters between steps.
+        gradients: writes the table of gradient norms.
         The rest are the Trainer's own. `args.save_total_limit` is taken over: complete checkpoints are rotated
         after a new one is complete. A batch may carry `sample_index`; the data set's `sample_id` names it.
 
@@ -74,6 +80,8 @@ class RankwiseTrainer(Trainer):
         args: TrainingArguments,
         identity: Mapping[str, Any] | None = None,
         loraplus_lr_ratio: float | None = None,
+        phases: PhaseKeeper | None = None,
+        gradients: GradientNorms | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **rest: Any,
     ) -> None:
@@ -81,10 +89,12 @@ class RankwiseTrainer(Trainer):
         self.guard = StepGuard()
         self.interruption = Interruption(args.world_size)
         self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.phases, self.gradients = phases, gradients
         self._agreed_signal: int | None = None
         self._stop = StopOnSignal(self)
-        own = [TrainingLog(Path(args.output_dir)), CheckpointKeeper(identity or {}, keep), self._stop]
-        super().__init__(args=args, callbacks=[*own, *callbacks], **rest)
+        keeper = CheckpointKeeper(identity or {}, keep)  # seals what those before it have written
+        own = [TrainingLog(Path(args.output_dir)), phases, gradients, keeper, self._stop]
+        super().__init__(args=args, callbacks=[*filter(None, own), *callbacks], **rest)
         self.remove_callback(PrinterCallback)
 
     def train(self, resume_from_checkpoint: str | Path | None = None, **rest: Any) -> Any:
@@ -92,6 +102,8 @@ class RankwiseTrainer(Trainer):
         folder = Path(self.args.output_dir)
         checkpoint = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
         self.guard.reset()
+        if self.phases is not None and checkpoint is not None:
+            self.phases.restore(Path(checkpoint))
         try:
             with self.interruption, explained(folder), memory_advice():
                 result = super().train(resume_from_checkpoint=checkpoint, **rest)
@@ -124,15 +136,24 @@ class RankwiseTrainer(Trainer):
     def before_step(self, model: nn.Module) -> None:
         """All gradients of the step are there, unclipped; with a gradient scaler they are still scaled.
 
-        The only synchronisation of a step: loss and gradient norm come to the host together.
+        The only synchronisation of a step: loss, gradient norm and the norms of the table come to the host together.
         """
-        loss, norm = self.guard.values(self.trained_parameters()).tolist()
-        reason = self.guard.check(loss, norm, scaled=self.accelerator.scaler is not None)
+        step, scaler = self.state.global_step, self.accelerator.scaler
+        if self.phases is not None:
+            self.phases.before_clipping(step)
+        table = self.gradients if self.gradients is not None and self.gradients.wanted(step + 1) else None
+        values = [self.guard.values(self.trained_parameters())]
+        if table is not None:
+            values.append(table.values().to(values[0].device))
+        loss, norm, *norms = torch.cat(values).tolist()
+        reason = self.guard.check(loss, norm, scaled=scaler is not None)
         if self.args.world_size > 1:
             reason = self.agree(reason)
         if reason:
             names = self.sample_names(self.guard.samples)
-            raise diverged(reason, self.state.global_step + 1, names, str(self.args.output_dir))
+            raise diverged(reason, step + 1, names, str(self.args.output_dir))
+        if table is not None and self.is_world_process_zero():
+            table.record(step + 1, norms, 1.0 if scaler is None else scaler.get_scale(), self.args.max_grad_norm)
         self.guard.reset()
 
     def agree(self, reason: str | None) -> str | None:

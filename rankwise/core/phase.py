@@ -1,0 +1,246 @@
+"""Phases: which sites train for how many optimizer steps. A schedule is a list of lengths, so no gap can exist.
+
+    schedule = bind(parse_schedule("both:300 > mlp layers 0-10:300 > attention"), sites, seed=42)   # schedule.py reads
+    schedule.active(step)        # the sites that train in the step that starts when `step` steps are done
+
+A site out of phase is frozen, and still acts in the forward pass. What trains is a function of the step alone, so a
+resumed run continues inside its phase. `norm:N` is too, once its choices are known: they are saved with checkpoints.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Protocol
+
+from rankwise.core.site import Site
+from rankwise.errors import UsageError
+
+
+class Schedule(Protocol):
+    """A schedule bound to the sites of a model."""
+
+    def active(self, step: int) -> frozenset[str]:
+        """Paths of the sites that train in the optimizer step that starts when `step` steps are done."""
+
+    def name(self, step: int) -> str:
+        """What the phase of that step is called."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some sites: of these kinds and this tower, in this range of layers; what is None does not restrict.
+
+    half: early or late, of the layers on either side of `cut` (the first of the late ones; None: the middle).
+    at_random: as many sites as the rest of the part says, drawn from all sites: the null of a phase.
+    """
+
+    kinds: tuple[str, ...] = ()
+    tower: str | None = None
+    layers: tuple[int, int] | None = None
+    half: str | None = None
+    cut: int | None = None
+    at_random: bool = False
+
+    def chosen(self, sites: Mapping[str, Site], generator: random.Random) -> frozenset[str]:
+        first, last = self.span(sites)
+        found = {
+            path
+            for path, site in sites.items()
+            if (not self.kinds or site.kind in self.kinds)
+            and (self.tower is None or site.tower == self.tower)
+            and (last is None or (site.layer is not None and first <= site.layer <= last))
+        }
+        return frozenset(generator.sample(sorted(sites), len(found)) if self.at_random else found)
+
+    def span(self, sites: Mapping[str, Site]) -> tuple[int, int | None]:
+        """First and last layer; the last is None where layers do not matter."""
+        if self.half is None:
+            return self.layers or (0, None)
+        count = 1 + max((site.layer for site in sites.values() if site.layer is not None), default=0)
+        cut = count // 2 if self.cut is None else self.cut
+        return (0, cut - 1) if self.half == "early" else (cut, count - 1)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The sites of any of these parts, for a number of optimizer steps; None is to the end."""
+
+    name: str
+    parts: tuple[Part, ...]
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Phases one after the other; the last one runs to the end."""
+
+    phases: tuple[Phase, ...]
+
+    def __post_init__(self) -> None:
+        for phase in self.phases[:-1]:
+            if not phase.steps or phase.steps < 1:
+                raise UsageError(f"--schedule: phase {phase.name!r} needs a length in steps, as in {phase.name}:300")
+        if self.phases[-1].steps is not None:
+            name = self.phases[-1].name
+            raise UsageError(f"--schedule: the last phase runs to the end of training: write {name!r} without a length")
+
+    def __str__(self) -> str:
+        return " > ".join(f"{one.name}:{one.steps}" if one.steps else one.name for one in self.phases)
+
+
+@dataclass(frozen=True)
+class Lisa:
+    """LISA (Pan et al. 2024): `layers` random layers, drawn anew every `every` steps from (seed, step // every)."""
+
+    layers: int
+    every: int
+
+    def __str__(self) -> str:
+        return f"lisa:{self.layers}@{self.every}"
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Every `every` steps the kind of sites with the largest gradient norm per √parameter is chosen to train next."""
+
+    every: int
+
+    def __str__(self) -> str:
+        return f"norm:{self.every}"
+
+
+Form = Phases | Lisa | Norm
+
+
+@dataclass(frozen=True)
+class BoundPhases:
+    """Phases with the sites of each."""
+
+    form: Phases
+    sets: tuple[frozenset[str], ...]
+
+    def index(self, step: int) -> int:
+        end = 0
+        for number, phase in enumerate(self.form.phases):
+            end += phase.steps or 0
+            if phase.steps is None or step < end:
+                return number
+        raise AssertionError("the last phase has no end")
+
+    def active(self, step: int) -> frozenset[str]:
+        return self.sets[self.index(step)]
+
+    def name(self, step: int) -> str:
+        return self.form.phases[self.index(step)].name
+
+    def starts(self) -> list[int]:
+        """The step at which each phase begins."""
+        lengths = [phase.steps or 0 for phase in self.form.phases]
+        return [sum(lengths[:number]) for number in range(len(lengths))]
+
+
+@dataclass(frozen=True)
+class BoundLisa:
+    """LISA over the layers of these sites; sites outside the layers train all the time, as in the paper."""
+
+    form: Lisa
+    sites: Mapping[str, Site]
+    seed: int
+
+    def layers(self, step: int) -> list[int]:
+        there = sorted({site.layer for site in self.sites.values() if site.layer is not None})
+        drawn = random.Random(f"{self.seed} {step // self.form.every}").sample(there, self.form.layers)
+        return sorted(drawn)
+
+    def active(self, step: int) -> frozenset[str]:
+        drawn = {None, *self.layers(step)}
+        return frozenset(path for path, site in self.sites.items() if site.layer in drawn)
+
+    def name(self, step: int) -> str:
+        return "layers " + ", ".join(map(str, self.layers(step)))
+
+
+@dataclass(frozen=True)
+class BoundNorm:
+    """Kinds chosen by measurement. `choices`: one kind per window of `every` steps, as far as they are known.
+
+    A window opens with a step in which every site gets a gradient and the choice is made; what moves in that step is
+    still what the window before had chosen, and before the first choice everything.
+    """
+
+    form: Norm
+    sites: Mapping[str, Site]
+    choices: tuple[str, ...] = ()
+
+    def measures(self, step: int) -> bool:
+        return step % self.form.every == 0
+
+    def kind(self, step: int) -> str | None:
+        window = step // self.form.every - self.measures(step)
+        return None if window < 0 else self.choices[window]
+
+    def active(self, step: int) -> frozenset[str]:
+        kind = self.kind(step)
+        return frozenset(path for path, site in self.sites.items() if kind in (None, site.kind))
+
+    def name(self, step: int) -> str:
+        return self.kind(step) or "all"
+
+    def chosen(self, norms: Mapping[str, float]) -> BoundNorm:
+        """With the kind of the largest norm chosen next; of equal ones the first by name."""
+        return replace(self, choices=(*self.choices, max(sorted(norms), key=norms.__getitem__)))
+
+    def replay(self, steps: int) -> Phases:
+        """The fixed schedule that trains the same sites at each of the first `steps` steps: a yoked run's."""
+        runs = [(name, len(list(group))) for name, group in groupby(self.name(step) for step in range(steps))]
+        phases = [Phase(name, (Part(kinds=() if name == "all" else (name,)),), length) for name, length in runs]
+        return Phases((*phases[:-1], replace(phases[-1], steps=None)))
+
+
+Bound = BoundPhases | BoundLisa | BoundNorm
+
+
+def bind(form: Form, sites: Mapping[str, Site], seed: int) -> Bound:
+    """The schedule over the sites that are adapted. UsageError: a phase without a site, layers that do not exist."""
+    if isinstance(form, Lisa):
+        count = len({site.layer for site in sites.values()} - {None})
+        if form.layers > count:
+            raise UsageError(f"--schedule {form}: {form.layers} layers asked for, {count} are adapted")
+        return BoundLisa(form, sites, seed)
+    if isinstance(form, Norm):
+        kinds = {site.kind for site in sites.values()}
+        if len(kinds) < 2:
+            raise UsageError(f"--schedule {form} chooses between kinds of sites; only {', '.join(kinds)} is adapted")
+        return BoundNorm(form, sites)
+    sets = []
+    for number, phase in enumerate(form.phases):
+        generator = random.Random(f"{seed} {number}")
+        sets.append(frozenset().union(*(part.chosen(sites, generator) for part in phase.parts)))
+        if not sets[-1]:
+            raise UsageError(f"--schedule: phase {phase.name!r} trains nothing: {described(sites)}")
+        check_layers(phase, sites)
+    return BoundPhases(form, tuple(sets))
+
+
+def check_layers(phase: Phase, sites: Mapping[str, Site]) -> None:
+    """Layers that are named must exist: a range that reaches beyond the model is a mistake about the model."""
+    top = max((site.layer for site in sites.values() if site.layer is not None), default=0)
+    for part in phase.parts:
+        last = part.layers[1] if part.layers else part.cut
+        if last is not None and last > top:
+            raise UsageError(f"--schedule: phase {phase.name!r} names layer {last}; {described(sites)}")
+
+
+def described(sites: Mapping[str, Site]) -> str:
+    layers = sorted({site.layer for site in sites.values() if site.layer is not None})
+    kinds = ", ".join(sorted({site.kind for site in sites.values()}))
+    return f"adapted are {len(sites)} sites ({kinds}) of layers {layers[0]} to {layers[-1]}" if layers else kinds
+
+
+def boundaries(schedule: Schedule, steps: int) -> Sequence[tuple[int, str]]:
+    """(step, name) of every change within the first `steps` steps, the beginning included."""
+    names = [schedule.name(step) for step in range(steps)]
+    return [(step, name) for step, name in enumerate(names) if step == 0 or name != names[step - 1]]

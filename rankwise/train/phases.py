@@ -1,0 +1,159 @@
+"""Freezing and thawing adapters as a schedule says, between steps and before clipping.
+
+schedule ──▶ PhaseKeeper: on_step_begin (requires_grad) ──▶ backward ──▶ before_clipping (grad = None) ──▶ step
+
+All adapters are in the optimizer from the start. In one process a frozen site does not require gradients, so that
+backward ends at the first layer that trains. Several processes leave `requires_grad` alone, because DDP's reducer
+counts on every gradient, and drop the gradients of frozen sites instead. Either way AdamW never sees a gradient of
+zero, which would move a parameter: frozen weights stay as they are, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rankwise.core.phase import Bound, BoundNorm
+from rankwise.errors import DataError
+from rankwise.nets.adapt import site_parameters
+from rankwise.store.files import read_object, write_json
+from rankwise.store.processes import announce
+from rankwise.train.guard import gradient_norm
+from rankwise.train.tables import StepTable
+
+PHASES_TABLE, PHASES_STATE = "phases.csv", "phases.json"
+COLUMNS = ("step", "phase", "sites", "parameters")
+
+
+class PhaseKeeper(TrainerCallback):
+    """Keeps the sites out of phase frozen.
+
+    Args:
+        schedule: bound to the adapted sites.
+        reset: forget the optimizer's state of a site when it becomes active again (default: keep it).
+        output_dir: `phases.csv` there gets a row per change of phase.
+    """
+
+    def __init__(self, schedule: Bound, output_dir: Path, *, reset: bool = False) -> None:
+        self.schedule = schedule
+        self.reset = reset
+        self.table = StepTable(output_dir / PHASES_TABLE, COLUMNS)
+        self.parameters: dict[str, list[nn.Parameter]] = {}
+        self._toggles = True
+
+    # --- at the beginning, and between steps -------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        self._toggles = args.world_size == 1
+        self.parameters = site_parameters(model)
+        if args.activation_checkpointing:
+            # Its hook makes the embeddings require gradients; then backward passes through every frozen layer.
+            model.get_base_model().disable_input_require_grads()
+        if state.is_world_process_zero:
+            self.table.cut(state.global_step)
+        self.warn_unreached(state.max_steps)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+    ) -> None:
+        step = state.global_step
+        active = self.schedule.active(step)
+        if self._toggles:
+            self.require(frozenset(self.parameters) if self.measures(step) else active)
+        before = self.schedule.active(step - 1) if step else None
+        if active == before:
+            return
+        if self.reset and before is not None:
+            self.forget(active - before, optimizer)
+        if state.is_world_process_zero:
+            self.enter(step, active)
+
+    def require(self, active: frozenset[str]) -> None:
+        for path, parameters in self.parameters.items():
+            for parameter in parameters:
+                parameter.requires_grad_(path in active)
+
+    def forget(self, paths: frozenset[str], optimizer: Any) -> None:
+        for path in paths:
+            for parameter in self.parameters[path]:
+                optimizer.state.pop(parameter, None)
+
+    def enter(self, step: int, active: frozenset[str]) -> None:
+        """Say and record which phase begins. The table counts steps as finished ones, like the other tables."""
+        name = self.schedule.name(step)
+        count = sum(parameter.numel() for path in active for parameter in self.parameters[path])
+        self.table.append({"step": step + 1, "phase": name, "sites": len(active), "parameters": count})
+        announce(f"phase from step {step + 1}: {name} ({len(active)} sites, {count:,} parameters)")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.require(frozenset(self.parameters))
+
+    def warn_unreached(self, steps: int) -> None:
+        starts = getattr(self.schedule, "starts", list)()
+        late = [self.schedule.name(start) for start in starts if start >= steps]
+        if late:
+            announce(f"warning: training ends at step {steps}, before the phases {', '.join(late)} begin")
+
+    # --- between backward and clipping ---------------------------------------------------------------------------
+
+    def before_clipping(self, step: int) -> None:
+        """Drop the gradients of frozen sites, after a choice that needs them. `step` steps are done."""
+        if self.measures(step) and step // self.schedule.form.every == len(self.schedule.choices):
+            self.schedule = self.schedule.chosen(self.norms_by_kind())
+        active = self.schedule.active(step)
+        for path, parameters in self.parameters.items():
+            if path not in active:
+                for parameter in parameters:
+                    parameter.grad = None
+
+    def measures(self, step: int) -> bool:
+        """Whether this step lets every site have a gradient, to choose by."""
+        return isinstance(self.schedule, BoundNorm) and self.schedule.measures(step)
+
+    def norms_by_kind(self) -> dict[str, float]:
+        """Gradient norm per √parameter of each kind of sites (a gradient scaler's factor cancels)."""
+        kinds: dict[str, list[nn.Parameter]] = {}
+        for path, parameters in self.parameters.items():
+            kinds.setdefault(self.schedule.sites[path].kind, []).extend(parameters)
+        norms = torch.stack([gradient_norm(parameters) for parameters in kinds.values()]).tolist()
+        counts = [sum(parameter.numel() for parameter in parameters) for parameters in kinds.values()]
+        return {kind: norm / math.sqrt(n) for kind, norm, n in zip(kinds, norms, counts, strict=True)}
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """What the schedule has chosen so far goes into the checkpoint, before it is sealed."""
+        if state.is_world_process_zero:
+            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / PHASES_STATE, self.record(state))
+
+    def record(self, state: TrainerState) -> dict[str, Any]:
+        done = max(state.global_step - 1, 0)
+        record: dict[str, Any] = {"schedule": str(self.schedule.form), "phase": self.schedule.name(done)}
+        if isinstance(self.schedule, BoundNorm):
+            record |= {"choices": list(self.schedule.choices), "replay": str(self.schedule.replay(state.global_step))}
+        return record
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take up the choices that a checkpoint holds. DataError where a schedule needs them and they are gone."""
+        if not isinstance(self.schedule, BoundNorm):
+            return
+        file = checkpoint / PHASES_STATE
+        if not file.is_file():
+            raise DataError(f"{file} is missing: without it the choices of {self.schedule.form} cannot be replayed")
+        content: Mapping[str, Any] = read_object(file)
+        self.schedule = replace(self.schedule, choices=tuple(content["choices"]))
+
+
+def phase_of(checkpoint: Path) -> str | None:
+    """The phase that a checkpoint was saved in; None where training had none."""
+    file = checkpoint / PHASES_STATE
+    return str(read_object(file)["phase"]) if file.is_file() else None
