@@ -70,7 +70,7 @@ def make_trainer(
     return RankwiseTrainer(
         model=adapted_base(base, dropout),
         args=arguments,
-        train_dataset=Rows(),
+        train_dataset=Rows() if rows is None else rows,
         eval_dataset=Rows(4),
         data_collator=Collator(0),
         identity=identity_of(arguments),

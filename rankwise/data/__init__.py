@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from rankwise.data.collate import Collator
 from rankwise.data.example import Example, Examples, Turn, one_per_prompt
+from rankwise.data.packing import PackedDataset
 from rankwise.data.render import Rendered, Renderer
 from rankwise.data.rendered import Checked, RenderedDataset, check_samples
 from rankwise.data.sources import load
@@ -17,6 +18,7 @@ __all__ = [
     "Collator",
     "Example",
     "Examples",
+    "PackedDataset",
     "Rendered",
     "RenderedDataset",
     "Renderer",

@@ -18,7 +18,9 @@ from rankwise.data.render import IGNORED
 
 @dataclass(frozen=True)
 class Collator:
-    """Batch of samples {input_ids, labels, sample_index} → tensors (batch, length), `sample_index` (batch,).
+    """Batch of samples {input_ids, labels, sample_index} → tensors (batch, length), `sample_index` (samples,).
+
+    Rows of several samples carry `position_ids`, which part them, and get no attention mask.
 
     pad_id may equal the end token: attention mask and labels come from lengths. multiple_of: pad lengths up to it
     (8 suits tensor cores).
@@ -38,11 +40,14 @@ class Collator:
         width = -(-max(lengths) // self.multiple_of) * self.multiple_of
         batch = {
             "input_ids": pad([sample["input_ids"] for sample in samples], width, self.pad_id),
-            "attention_mask": pad([[1] * length for length in lengths], width, 0),
             "labels": pad([sample["labels"] for sample in samples], width, IGNORED),
         }
+        if "position_ids" in samples[0]:
+            batch["position_ids"] = pad([sample["position_ids"] for sample in samples], width, 0)
+        else:
+            batch["attention_mask"] = pad([[1] * length for length in lengths], width, 0)
         if "sample_index" in samples[0]:
-            batch["sample_index"] = torch.tensor([sample["sample_index"] for sample in samples])
+            batch["sample_index"] = torch.cat([torch.tensor(sample["sample_index"]).view(-1) for sample in samples])
         return batch
 
 

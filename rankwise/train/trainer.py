@@ -32,6 +32,7 @@ from rankwise.train.checkpoints import CheckpointKeeper, discard_unsealed
 from rankwise.train.guard import StepGuard, diverged, memory_advice
 from rankwise.train.interruption import Interruption
 from rankwise.train.phases import PhaseKeeper
+from rankwise.train.sampling import LengthGrouped
 from rankwise.train.tables import TrainingLog
 
 if TYPE_CHECKING:
@@ -173,6 +174,15 @@ class RankwiseTrainer(Trainer):
     def sample_names(self, indices: Sequence[Tensor]) -> list[str]:
         name = getattr(self.train_dataset, "sample_id", str)
         return [name(index) for batch in indices for index in batch.tolist()]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The Trainer's, but for rows of like length: those lengths are known, and the order must survive a resume."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        lengths = getattr(rows, "lengths", None)
+        if self.args.train_sampling_strategy != "group_by_length" or lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGrouped(lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps, seed)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **rest: Any) -> Any:
         inputs.pop(SAMPLE_INDEX, None)
