@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 ROLES = ("system", "user", "assistant")
 IMAGE_SLOT = "<image>"
@@ -33,6 +34,8 @@ class Example:
     references: every accepted answer to this prompt, for scoring; training uses the last turn.
     stratum: `task_type` where the rows have one; a subset takes its share of each.
     images: as named in the file, in the order of their slots.
+    facts: what a scorer needs beside the texts, by the source's own names (WikiSQL: table_id, header, sql …; MNLI:
+    label); no part of a sample's identity.
     """
 
     id: str
@@ -41,6 +44,7 @@ class Example:
     references: tuple[str, ...] = ()
     stratum: str | None = None
     images: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         assert self.turns and self.turns[-1].role == "assistant", self.id
@@ -57,11 +61,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """What a source read, in file order, with the files it came from and the rows that were left out."""
+    """What a source read, in file order, with the files it came from and the rows that are not among the items.
+
+    skipped: bad rows, each with its place and reason. left_out: how many rows the official files hold that are no
+    samples, by reason.
+    """
 
     items: tuple[Example, ...]
     files: tuple[Path, ...] = ()
     skipped: tuple[str, ...] = field(default=(), repr=False)
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -79,7 +88,7 @@ class Examples:
 
     def notes(self, *, sees_images: bool = False) -> list[str]:
         """Sentences for the user about rows left out and images not used; empty when there is nothing to say."""
-        lines = []
+        lines = [f"note: {count:,} left out: {reason}" for reason, count in self.left_out.items()]
         if self.skipped:
             shown = "".join(f"\n    {reason}" for reason in self.skipped[:5])
             more = f"\n    … and {len(self.skipped) - 5} more" if len(self.skipped) > 5 else ""

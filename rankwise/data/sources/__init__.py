@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rankwise.data.example import Example, Examples, share_references
-from rankwise.data.sources import conversations, cota, e2e_nlg
-from rankwise.data.sources.files import find_file
+from rankwise.data.sources import conversations, cota, e2e_nlg, multi_nli, samsum, wikisql
+from rankwise.data.sources.download import Download, fetch
+from rankwise.data.sources.files import Sought, find_file, first_of
 from rankwise.data.sources.rows import RowFile
 from rankwise.errors import DataError, UsageError
 
-SPLITS = {"train": "train", "dev": "dev", "val": "dev", "validation": "dev", "test": "test"}
+SPLITS = {"train": "train", "dev": "dev", "val": "dev", "validation": "dev", "test": "test"} | {
+    "dev_matched": "dev",
+    "validation_matched": "dev",
+    "dev_mismatched": "dev_mismatched",
+    "validation_mismatched": "dev_mismatched",
+}
 
 
 @dataclass(frozen=True)
@@ -25,20 +31,35 @@ class Source:
     """One kind of data set.
 
     read: file → samples; bad rows go to the file's `reject`. files: the official file names of each split, to look
-    for in folders and on the hub; empty where any file will do.
+    for in folders, archives and on the hub; empty where any file will do. archives: official archives of those files.
+    companions: suffixes of files that belong beside each. downloads: where the official files can be had.
     """
 
     name: str
     read: Callable[[RowFile], Iterator[Example]]
-    files: Mapping[str, tuple[str, ...]]
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    archives: tuple[str, ...] = ()
+    companions: tuple[str, ...] = ()
+    downloads: tuple[Download, ...] = ()
+
+    def sought(self, split: str) -> Sought:
+        """What to look for; UsageError where the official data have no such split with answers."""
+        wanted = SPLITS[split]
+        if self.files and wanted not in self.files:
+            raise UsageError(f"{self.name} has no split {split} with answers; it has {', '.join(self.files)}")
+        names = self.files.get(wanted, ())
+        return Sought(f"the {wanted} split of {self.name}", names, self.archives, self.companions)
 
 
 SOURCES = {
     source.name: source
     for source in (
-        Source("e2e_nlg", e2e_nlg.read, e2e_nlg.FILES),
-        Source("cota", cota.read, {}),
-        Source("conversations", conversations.read, {}),
+        Source("e2e_nlg", e2e_nlg.read, e2e_nlg.FILES, downloads=e2e_nlg.DOWNLOADS),
+        Source("samsum", samsum.read, samsum.FILES, samsum.ARCHIVES, downloads=samsum.DOWNLOADS),
+        Source("wikisql", wikisql.read, wikisql.FILES, wikisql.ARCHIVES, wikisql.COMPANIONS, wikisql.DOWNLOADS),
+        Source("multi_nli", multi_nli.read, multi_nli.FILES, multi_nli.ARCHIVES, downloads=multi_nli.DOWNLOADS),
+        Source("cota", cota.read),
+        Source("conversations", conversations.read),
     )
 }
 
@@ -51,18 +72,36 @@ def source(name: str) -> Source:
     return SOURCES[name]
 
 
-def load(name: str, path: str | Path, split: str = "train", *, skip_bad: bool = False) -> Examples:
-    """Read a data set from its official file, the folder of its files, or a hub id.
+def load(
+    name: str, path: str | Path, split: str = "train", *, skip_bad: bool = False, download: bool = False
+) -> Examples:
+    """Read a data set from its official file, the folder of its files, its archive, or a hub id.
 
-    split: which file of a folder or hub data set; a path to one file is read whatever the split. Bad rows are a
-    DataError with file and line, or with `skip_bad` left out and listed in the result's `skipped`.
+    split: which file of a folder, archive or hub data set; a path to one file is read whatever the split. Bad rows are
+    a DataError with file and line, or with `skip_bad` left out and listed in the result's `skipped`. download: `path`
+    is a folder; official files that it lacks are fetched into it and checked (ServiceError where that fails).
     """
     if split not in SPLITS:
         raise UsageError(f"no split is called {split!r}; there are {', '.join(SPLITS)}")
     chosen = source(name)
-    file = find_file(path, chosen.files.get(SPLITS[split], ()), what=f"the {SPLITS[split]} split of {name}")
-    rows = RowFile(file, skip=skip_bad)
+    sought = chosen.sought(split)
+    if download:
+        _complete(chosen, Path(path).expanduser(), sought)
+    rows = RowFile(find_file(path, sought), skip=skip_bad)
     examples = share_references(chosen.read(rows))
     if not examples:
-        raise DataError(f"{file}: no usable samples ({len(rows.rejected)} bad rows); is it a {name} file?")
-    return Examples(tuple(examples), (file,), tuple(rows.rejected))
+        raise DataError(f"{rows.path}: no usable samples ({len(rows.rejected)} bad rows); is it a {name} file?")
+    return Examples(tuple(examples), (rows.path, *rows.companions), tuple(rows.rejected), dict(rows.left_out))
+
+
+def _complete(source: Source, folder: Path, sought: Sought) -> None:
+    """Fetch what the split needs, unless the folder has a file of that split already."""
+    downloads = [download for download in source.downloads if download.name in sought.all_names]
+    if not downloads:
+        raise UsageError(f"--download: {source.name} has no official files to fetch; pass a file with --data_path")
+    if folder.is_file():
+        raise UsageError(f"--download fetches into a folder, and {folder} is a file; leave --download out to read it")
+    found = first_of(folder, sought.all_names)
+    for download in downloads:
+        if found is None or found == folder / download.name:
+            fetch(download, folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rankwise.data.example import Example, Turn
+from rankwise.data.sources.download import Download
 from rankwise.data.sources.rows import RowFile, csv_rows
 from rankwise.errors import DataError
 
@@ -19,6 +20,14 @@ FILES = {
     "dev": ("devset.csv", "devel-fixed.no-ol.csv"),
     "test": ("testset_w_refs.csv", "test-fixed.csv"),
 }
+OFFICIAL = "https://raw.githubusercontent.com/tuetschek/e2e-dataset/master/"
+DOWNLOADS = (
+    Download(f"{OFFICIAL}trainset.csv", "f27d48df45815288ab15619d47a79028c300fbb7f42e373668aba0b98c1d57c6", 9_340_189),
+    Download(f"{OFFICIAL}devset.csv", "fc26b78cdb849c80545f513b223d1e051138b43882eeb79e3eb153e689c864f9", 1_161_305),
+    Download(
+        f"{OFFICIAL}testset_w_refs.csv", "edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd", 1_310_822
+    ),
+)
 
 
 def read(source: RowFile) -> Iterator[Example]:

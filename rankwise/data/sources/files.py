@@ -1,53 +1,112 @@
-"""Which file a `--data-path` means: a file, a folder of official files, or a data set of the hub."""
+"""Which file a `--data-path` means: a file, a folder of official files, an archive, or a data set of the hub."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from rankwise.data.sources.archives import is_archive, unpacked
 from rankwise.errors import DataError
 
 HUB_ID = re.compile(r"(hf://)?(?P<id>[\w.-]+/[\w.-]+)")
-DATA_SUFFIXES = {".csv", ".json", ".jsonl", ".ndjson", ".tsv", ".txt", ".7z", ".bz2", ".zip"}
+DATA_SUFFIXES = {".csv", ".json", ".jsonl", ".ndjson", ".tsv", ".txt", ".7z", ".bz2", ".zip", ".gz", ".tgz", ".tar"}
 
 
-def find_file(path: str | Path, names: tuple[str, ...], what: str) -> Path:
-    """The file that `path` means; `names` are the official names to look for in a folder or on the hub.
+@dataclass(frozen=True)
+class Sought:
+    """The official names of what is looked for, best first; `what` is for messages.
+
+    archives: official archives that hold such a file. companions: suffixes of files that belong beside it and are
+    fetched or unpacked with it where they exist.
+    """
+
+    what: str
+    names: tuple[str, ...] = ()
+    archives: tuple[str, ...] = ()
+    companions: tuple[str, ...] = ()
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        return (*self.names, *self.archives)
+
+    def beside(self, name: str) -> list[str]:
+        """Names of the companions of a file."""
+        return [str(Path(name).with_suffix(suffix)) for suffix in self.companions]
+
+    @property
+    def members(self) -> list[str]:
+        """File names that are taken out of an archive."""
+        files = {Path(name).name for name in self.names}
+        return sorted(files | {companion for name in files for companion in self.beside(name)})
+
+
+def find_file(path: str | Path, sought: Sought) -> Path:
+    """The file that `path` means; an archive is unpacked, a hub data set asked for the official names.
 
     A path that exists is never taken for a hub id, and neither is one with the suffix of a data file.
     """
     local = Path(path).expanduser()
     if local.is_dir():
-        return _in_folder(local, names, what)
+        return _opened(_in_folder(local, sought), sought)
     if local.exists():
-        return local
+        return _opened(local, sought)
     hub = HUB_ID.fullmatch(str(path))
-    if hub and local.suffix not in DATA_SUFFIXES and names:
-        return _on_hub(hub["id"], names, what)
+    if hub and local.suffix not in DATA_SUFFIXES and sought.names:
+        return _opened(_on_hub(hub["id"], sought), sought)
     raise DataError(f"{local} does not exist; pass the path of a data file, or of the folder that holds it")
 
 
-def _in_folder(folder: Path, names: tuple[str, ...], what: str) -> Path:
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    if not names:
-        raise DataError(f"{folder} is a folder; pass the path of the file that holds {what}")
-    raise DataError(f"{folder} lacks {what}: looked for {', '.join(names)}; pass the file itself if its name differs")
+def first_of(folder: Path, names: Collection[str]) -> Path | None:
+    """The first of the names that the folder holds."""
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _on_hub(repository: str, names: tuple[str, ...], what: str) -> Path:
+def _opened(file: Path, sought: Sought) -> Path:
+    if not is_archive(file) or not sought.names:
+        return file
+    folder = unpacked(file, sought.members)
+    found = first_of(folder, [Path(name).name for name in sought.names])
+    if found is None:
+        raise DataError(f"{file} lacks {sought.what}")
+    return found
+
+
+def _in_folder(folder: Path, sought: Sought) -> Path:
+    found = first_of(folder, sought.all_names)
+    if found:
+        return found
+    if not sought.names:
+        raise DataError(f"{folder} is a folder; pass the path of the file that holds {sought.what}")
+    names = ", ".join(sought.all_names)
+    raise DataError(f"{folder} lacks {sought.what}: looked for {names}; pass the file itself if its name differs")
+
+
+def _on_hub(repository: str, sought: Sought) -> Path:
     reasons = []
-    for name in names:
+    for name in sought.all_names:
         try:
-            return Path(hf_hub_download(repository, name, repo_type="dataset"))
+            file = Path(hf_hub_download(repository, name, repo_type="dataset"))
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             reasons.append(f"{name}: {str(error).splitlines()[0]}")
+            continue
+        for companion in sought.beside(name) if name in sought.names else []:
+            _fetched_too(repository, companion)
+        return file
     tried = "\n    ".join(reasons)
     raise DataError(
-        f"no file or folder {repository}, and {what} could not be fetched from the hub data set of that name:"
+        f"no file or folder {repository}, and {sought.what} could not be fetched from the hub data set of that name:"
         f"\n    {tried}\n  Without a network, pass the path of the official file."
     )
+
+
+def _fetched_too(repository: str, name: str) -> None:
+    """Fetch a companion where the hub has it; a source that cannot do without says so when it reads."""
+    try:
+        hf_hub_download(repository, name, repo_type="dataset")
+    except (HfHubHTTPError, OSError):
+        return

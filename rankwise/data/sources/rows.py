@@ -1,11 +1,12 @@
-"""Rows of CSV, JSON and JSON Lines files with their line numbers; what is wrong is named, raised or counted."""
+"""Rows of CSV, TSV, JSON and JSON Lines files with their line numbers; what is wrong is named, raised or counted."""
 
 from __future__ import annotations
 
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,30 @@ from rankwise.store.files import read_json
 
 LONGEST_LINE = 64 * 2**20  # bytes; a line beyond it is a broken file, not a sample
 Row = tuple[int, dict[str, Any]]
+Build = Callable[[str, dict[str, Any]], Example]  # (id, row) → sample
 
 
 class BadRow(Exception):
-    """Why a row can't be a sample; raised by a source, located and reported by `json_samples`."""
+    """Why a row can't be a sample; raised by a source, located and reported by `samples`."""
+
+
+class LeftOut(Exception):
+    """Why a row of the official files is not a sample although nothing is wrong with the file; `samples` counts it."""
 
 
 @dataclass
 class RowFile:
-    """A file being read and its bad rows: the first one raises, or with `skip` all are listed with their reasons."""
+    """A file being read and its bad rows: the first one raises, or with `skip` all are listed with their reasons.
+
+    left_out: rows that the official files are known to hold and that are no samples, by reason: never an error.
+    companions: other files that the source read with this one.
+    """
 
     path: Path
     skip: bool = False
     rejected: list[str] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    companions: list[Path] = field(default_factory=list)
 
     def reject(self, line: int, reason: str) -> None:
         message = f"{self.path}, line {line}: {reason}"
@@ -48,6 +60,19 @@ def csv_rows(source: RowFile) -> Iterator[Row]:
             source.reject(line, f"{len(record)} fields, the header has {len(header)} ({', '.join(header)})")
 
 
+def tsv_rows(source: RowFile) -> Iterator[Row]:
+    """Records of a tab-separated file with a header, as dictionaries. Quotation marks are characters like others."""
+    header: list[str] = []
+    for number, line in enumerate(_text_lines(source), 1):
+        record = line.rstrip("\r\n").split("\t")
+        if number == 1:
+            header = record
+        elif len(record) == len(header):
+            yield number, dict(zip(header, record, strict=True))
+        elif record != [""]:
+            source.reject(number, f"{len(record)} fields, the header has {len(header)}")
+
+
 def json_rows(source: RowFile) -> Iterator[Row]:
     """Objects of a JSON list, a `{"data": […]}` object or, by suffix .jsonl or .ndjson, of JSON Lines."""
     lines = source.path.suffix.lower() in {".jsonl", ".ndjson"}
@@ -58,11 +83,16 @@ def json_rows(source: RowFile) -> Iterator[Row]:
             source.reject(line, f"a sample must be a JSON object, this is {_kind(row)}")
 
 
-def json_samples(source: RowFile, build: Callable[[str, dict[str, Any]], Example]) -> Iterator[Example]:
-    """Samples built from JSON rows; a row without `id` is named by the file and its number, ids must be unique."""
+def json_samples(source: RowFile, build: Build) -> Iterator[Example]:
+    """Samples built from JSON rows."""
+    return samples(source, json_rows(source), build)
+
+
+def samples(source: RowFile, rows: Iterable[Row], build: Build, id_key: str = "id") -> Iterator[Example]:
+    """Samples built from rows; a row without an id is named by the file and its number, ids must be unique."""
     seen: set[str] = set()
-    for number, (line, row) in enumerate(json_rows(source), 1):
-        given = row.get("id")
+    for number, (line, row) in enumerate(rows, 1):
+        given = row.get(id_key)
         identity = f"{source.path.stem}-{number}" if given is None else str(given)
         try:
             if identity in seen:
@@ -71,8 +101,19 @@ def json_samples(source: RowFile, build: Callable[[str, dict[str, Any]], Example
         except BadRow as reason:
             source.reject(line, f"sample {identity}: {reason}")
             continue
+        except LeftOut as reason:
+            source.left_out[str(reason)] += 1
+            continue
         seen.add(identity)
         yield sample
+
+
+def text_of(row: Mapping[str, Any], key: str) -> str:
+    """A text of a row, without space around it and with plain line ends; BadRow where there is none."""
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise BadRow(f"{key} must be a text, found {value!r:.60}")
+    return value.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 def _csv_records(source: RowFile) -> Iterator[tuple[int, list[str]]]:
