@@ -89,6 +89,17 @@ def test_rouge_takes_the_best_reference_of_each_item() -> None:
     assert metrics["rouge_l"] == pytest.approx(100 * np.mean(unigram_f1))
 
 
+def test_stems_and_case_count_as_asked_and_are_recorded() -> None:
+    """The settings of dialogue summaries: stemmed ROUGE, cased BLEU."""
+    plain = score_text(["The dogs barked"], [["the dog barks"]])
+    other = score_text(["The dogs barked"], [["the dog barks"]], lowercase=False, stem=True)
+    assert plain.metrics["rouge_1"] == pytest.approx(100 / 3)
+    assert other.metrics["rouge_1"] == pytest.approx(100)
+    assert (plain.metrics["precision_1"], other.metrics["precision_1"]) == (pytest.approx(100 / 3), 0)
+    assert "case:lc" in plain.details["bleu"] and "tok:13a" in plain.details["bleu"]
+    assert "case:mixed" in other.details["bleu"] and "stems" in other.details["rouge"]
+
+
 def test_perfect_and_hopeless_texts() -> None:
     perfect = score_text([group[0] for group in REFERENCES], REFERENCES).metrics
     assert [perfect[name] for name in ("bleu_1", "rouge_1", "rouge_l")] == pytest.approx([100] * 3)

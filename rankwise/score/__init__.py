@@ -5,7 +5,8 @@ Example* ── Generator ──▶ predictions.jsonl ── Task.score ──�
 
 from __future__ import annotations
 
-from rankwise.score.generate import Generated, GenerationSettings, Generator, HFGenerator
+from rankwise.score.classify import ByLikelihood, score_labels
+from rankwise.score.generate import Generated, GenerationSettings, Generator, HFGenerator, LabelScores
 from rankwise.score.likelihood import answer_losses, training_batches
 from rankwise.score.predictions import Prediction, predict
 from rankwise.score.result import EvaluationResult, Scores
@@ -14,17 +15,20 @@ from rankwise.score.text import score_text
 
 __all__ = [
     "TASKS",
+    "ByLikelihood",
     "EvaluationResult",
     "Generated",
     "GenerationSettings",
     "Generator",
     "HFGenerator",
+    "LabelScores",
     "Prediction",
     "Scores",
     "Task",
     "answer_losses",
     "evaluate",
     "predict",
+    "score_labels",
     "score_text",
     "task",
     "training_batches",

@@ -14,6 +14,11 @@ LEVEL = 0.95
 Array = NDArray[np.float64]
 
 
+def check_installed() -> None:
+    """UsageError naming the extra where scipy is missing: before hours of evaluation, not after."""
+    need("scipy.stats", extra="eval")
+
+
 def intervals(
     statistic: Callable[[NDArray[np.intp]], Array], n: int, *, seed: int = 42, resamples: int = RESAMPLES
 ) -> list[tuple[float, float]] | None:

@@ -1,6 +1,9 @@
-"""From samples to generated texts, recorded one by one so that a killed evaluation goes on where it stopped.
+"""From samples to generated texts, or to how likely each of a few labels is.
 
 Any engine that is a `Generator` will do; `HFGenerator` is the one of transformers models.
+
+    Example* ── generate ─────▶ Generated*     (predictions.py records them one by one)
+    Example* ── label_scores ─▶ LabelScores*   (classify.py chooses the likeliest label)
 """
 
 from __future__ import annotations
@@ -14,14 +17,18 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from rankwise.data import Example, Renderer
+from rankwise.data import Collator, Example, Rendered, Renderer
 from rankwise.data.collate import pad
 from rankwise.errors import UsageError
+from rankwise.score.likelihood import answered, batch_losses, prompt_of
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """Decoding. Greedy unless `do_sample` or `num_beams` says otherwise; top_k never cuts."""
+    """Decoding. Greedy unless `do_sample` or `num_beams` says otherwise; top_k never cuts.
+
+    batch_size and length_sorted (longest prompts first) decide the speed, not the texts.
+    """
 
     max_new_tokens: int = 128
     batch_size: int = 16
@@ -31,6 +38,7 @@ class GenerationSettings:
     num_beams: int = 1
     length_penalty: float = 1.0
     seed: int = 42
+    length_sorted: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size", "num_beams"):
@@ -41,23 +49,55 @@ class GenerationSettings:
         if not self.do_sample and (self.temperature != 1 or self.top_p != 1):
             raise UsageError("--temperature and --top_p act on sampling only; add --do_sample")
 
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """What decides the texts: those of other values must not be mixed in."""
+        return {name: value for name, value in asdict(self).items() if name not in ("batch_size", "length_sorted")}
+
+    def order(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Positions in the order of work. Longest first: rows of a batch are alike, so little of it is padding, and
+        what does not fit the memory shows at once."""
+        positions = range(len(prompts))
+        return sorted(positions, key=lambda p: -len(prompts[p])) if self.length_sorted else list(positions)
+
 
 @dataclass(frozen=True)
 class Generated:
-    """One text as it is ready: the position of its sample, the prompt and the text."""
+    """One text as it is ready: the position of its sample, the prompt and the text; for a label that was chosen by
+    its likelihood, the log-likelihoods of all labels."""
 
     position: int
     prompt: str
     text: str
+    scores: Mapping[str, float] | None = None
 
 
-class Generator(Protocol):
-    """An engine: samples → texts, in any order. `settings` holds all that decides the texts, as JSON values."""
+@dataclass(frozen=True)
+class LabelScores:
+    """Label → log p(label and the end token behind it | prompt) in nats, for the sample at `position`."""
+
+    position: int
+    prompt: str
+    log_likelihoods: dict[str, float]
+
+
+class Answering(Protocol):
+    """Whatever gives a text for each sample, in any order. `settings`: all that decides the texts, as JSON values."""
 
     @property
     def settings(self) -> Mapping[str, Any]: ...
 
     def generate(self, examples: Sequence[Example]) -> Iterator[Generated]: ...
+
+
+class Generator(Answering, Protocol):
+    """An engine: it generates, and it says how likely given labels are, in any order too. Its prompts are the
+    renderer's."""
+
+    @property
+    def renderer(self) -> Renderer: ...
+
+    def label_scores(self, examples: Sequence[Example], labels: Sequence[str]) -> Iterator[LabelScores]: ...
 
 
 @dataclass(frozen=True)
@@ -77,20 +117,43 @@ class HFGenerator:
 
     @property
     def settings(self) -> dict[str, Any]:
-        decoding = {name: value for name, value in asdict(self.decoding).items() if name != "batch_size"}
         dtype = str(self.model.dtype).removeprefix("torch.")
-        return {"engine": "transformers", "dtype": dtype, **self.renderer.settings, **decoding}
+        return {"engine": "transformers", "dtype": dtype, **self.renderer.settings, **self.decoding.deciding}
 
     def generate(self, examples: Sequence[Example]) -> Iterator[Generated]:
-        """Longest prompts first: what does not fit the memory shows at once, and rows of a batch are alike."""
+        """Greedy, sampled or beam-searched texts, batch by batch in the order of the settings."""
         prompts = [self.renderer.prompt_ids(example) for example in examples]
-        order = sorted(range(len(prompts)), key=lambda position: -len(prompts[position]))
+        order = self.decoding.order(prompts)
         with _evaluating(self.model), _seeded(self.decoding.seed, self._device):
             for start in range(0, len(order), self.decoding.batch_size):
                 batch = order[start : start + self.decoding.batch_size]
                 for position, ids in zip(batch, self._batch([prompts[p] for p in batch]), strict=True):
                     prompt = self.renderer.text(prompts[position])
                     yield Generated(position, prompt, self.renderer.answer(ids))
+
+    def label_scores(self, examples: Sequence[Example], labels: Sequence[str]) -> Iterator[LabelScores]:
+        """A forward pass over prompt and label for every pair of them; all labels of a sample are in one batch.
+
+        The renderer's `reserve` should be the longest label's tokens, its end token included.
+        """
+        rows = answered(self.renderer, examples, labels)
+        order = self.decoding.order([group[0].input_ids for group in rows])
+        step = max(1, self.decoding.batch_size // len(labels))
+        with _evaluating(self.model):
+            for start in range(0, len(order), step):
+                batch = order[start : start + step]
+                sums = self._log_likelihoods([row for position in batch for row in rows[position]])
+                for number, position in enumerate(batch):
+                    values = sums[number * len(labels) : (number + 1) * len(labels)]
+                    prompt = self.renderer.text(prompt_of(rows[position][0]))
+                    yield LabelScores(position, prompt, dict(zip(labels, values, strict=True)))
+
+    @torch.inference_mode()
+    def _log_likelihoods(self, rows: Sequence[Rendered]) -> list[float]:
+        features = [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
+        batch = Collator.of(self.renderer.tokenizer)(features)
+        losses, _ = batch_losses(self.model, batch, self._device)
+        return [-loss for loss in losses.tolist()]
 
     @property
     def _device(self) -> torch.device:

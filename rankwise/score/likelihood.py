@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from rankwise.data import Collator, Example, RenderedDataset, Renderer
+from rankwise.data import Collator, Example, Rendered, RenderedDataset, Renderer
 from rankwise.data.render import IGNORED
 
-Batch = dict[str, Tensor]
+Batch = Mapping[str, Tensor]
+
+
+def answered(renderer: Renderer, examples: Sequence[Example], answers: Sequence[str]) -> list[list[Rendered]]:
+    """Each sample with each of the answers in place of its own, all of a sample over one and the same prompt.
+
+    The ids are those of training: `renderer.prompt_ids`, then the answer and its end token as `renderer.training`
+    ends with them. Pieces are tokenised apart, so the answers' ids are the same behind every prompt. Where the source
+    was cut to the limit, training may have cut it elsewhere.
+    """
+    prompts = [renderer.prompt_ids(example) for example in examples]
+    ends = [answer_ids(renderer, examples[0], answer) for answer in answers]
+    return [[Rendered(prompt + end, [IGNORED] * len(prompt) + end) for end in ends] for prompt in prompts]
+
+
+def answer_ids(renderer: Renderer, example: Example, answer: str) -> list[int]:
+    """Ids of an answer to this sample and of the end token behind it, as training sees them."""
+    turns = (*example.turns[:-1], replace(example.turns[-1], text=answer))
+    whole = renderer.training(replace(example, turns=turns))
+    masked = max(place for place, label in enumerate(whole.labels) if label == IGNORED)
+    return whole.input_ids[masked + 1 :]
+
+
+def prompt_of(rendered: Rendered) -> list[int]:
+    """The ids of a sample before its last answer."""
+    masked = max(place for place, label in enumerate(rendered.labels) if label == IGNORED)
+    return rendered.input_ids[: masked + 1]
 
 
 def training_batches(examples: Sequence[Example], renderer: Renderer, batch_size: int = 8) -> list[Batch]:
@@ -35,7 +62,7 @@ def answer_losses(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, T
     losses, counts = [], []
     try:
         for batch in tqdm(batches, desc="loss", unit="batch", disable=None, leave=False):
-            loss, count = _batch_losses(model, batch["input_ids"], batch["attention_mask"], batch["labels"], device)
+            loss, count = batch_losses(model, batch, device)
             losses.append(loss)
             counts.append(count)
     finally:
@@ -43,13 +70,14 @@ def answer_losses(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, T
     return torch.cat(losses), torch.cat(counts)
 
 
-def _batch_losses(
-    model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Only the predictions of learnt tokens are made float32: a whole batch × length × vocabulary would not fit."""
-    targets = labels[:, 1:].to(device)
+def batch_losses(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Summed loss (n,) float64 and learnt tokens (n,) of the rows of one batch.
+
+    Only the predictions of learnt tokens are made float32: a whole batch × length × vocabulary would not fit.
+    """
+    ids, targets = batch["input_ids"].to(device), batch["labels"][:, 1:].to(device)
     learnt = targets != IGNORED
-    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, :-1][learnt]
+    logits = model(input_ids=ids, attention_mask=batch["attention_mask"].to(device)).logits[:, :-1][learnt]
     token_losses = F.cross_entropy(logits.float(), targets[learnt], reduction="none").double()
     rows = learnt.nonzero()[:, 0]
     sums = torch.zeros(len(ids), dtype=torch.float64, device=device).index_add(0, rows, token_losses)

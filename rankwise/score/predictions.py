@@ -1,7 +1,8 @@
 """The file of predictions: one JSON line each, on the disk as soon as it is known, with what made them beside it.
 
-predictions.jsonl            {"id", "prompt", "prediction", "references"} per line
+predictions.jsonl            {"id", "prompt", "prediction", "references"} per line, and "scores" of labels
 predictions.settings.json    engine, decoding, model and data that made them: others must not be mixed in
+predictions.part1.jsonl      what process 1 of several has made so far; the first process joins the parts at the end
 """
 
 from __future__ import annotations
@@ -16,50 +17,108 @@ from tqdm.auto import tqdm
 
 from rankwise.data import Example
 from rankwise.errors import DataError, UsageError
-from rankwise.score.generate import Generator
+from rankwise.score.generate import Answering
 from rankwise.store.files import read_object, write_json
+from rankwise.store.processes import gathered, own_share, process_index
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One generated text with what it was made from and is compared with."""
+    """One generated text, or chosen label, with what it was made from and is compared with.
+
+    scores: log-likelihood of every label where the label was chosen by them.
+    """
 
     id: str
     prompt: str
     prediction: str
     references: tuple[str, ...]
+    scores: dict[str, float] | None = None
+
+    def line(self) -> str:
+        row = asdict(self)
+        if self.scores is None:
+            del row["scores"]
+        return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def predict(
-    generator: Generator, examples: Sequence[Example], path: str | Path, made_from: Mapping[str, Any] | None = None
+    generator: Answering, examples: Sequence[Example], path: str | Path, made_from: Mapping[str, Any] | None = None
 ) -> list[Prediction]:
     """Texts for all samples, in their order; those already in the file are not generated again.
+
+    Several processes (torchrun) share the samples; every process returns all of them.
 
     made_from: fingerprints of model and data; with the generator's settings they must be those of the file.
     """
     path = Path(path)
     names = [example.id for example in examples]
     assert len(set(names)) == len(names), "ids must be unique"
-    _claim(path, {"generator": dict(generator.settings), "made_from": dict(made_from or {})})
-    done = _resume(path, {example.id: example.references for example in examples})
+    rank, count = process_index()
+    if rank == 0:
+        _claim(path, {"generator": dict(generator.settings), "made_from": dict(made_from or {})})
+        _join(path)
+    gathered({rank: True})  # nobody reads the file before the first process has made it whole
+    done = _read(path, {example.id: example.references for example in examples})
     missing = [example for example in examples if example.id not in done]
-    bar = tqdm(total=len(names), initial=len(done), desc="generate", unit="text", disable=None)
-    with path.open("a", encoding="utf-8", newline="\n") as file, bar:
-        for generated in generator.generate(missing) if missing else ():
-            example = missing[generated.position]
-            prediction = Prediction(example.id, generated.prompt, generated.text, example.references)
-            file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
-            file.flush()
-            done[example.id] = prediction
-            bar.update()
+    own = own_share(missing, [_length(example) for example in missing]) if count > 1 else missing
+    made = _generate(generator, own, path if count == 1 else _part(path, rank), len(done))
+    done |= gathered(made)
+    if rank == 0:
+        _join(path)
     return [done[name] for name in names]
+
+
+def _length(example: Example) -> int:
+    return sum(len(turn.text) for turn in example.turns)
+
+
+def _generate(generator: Answering, examples: Sequence[Example], path: Path, before: int) -> dict[str, Prediction]:
+    """Predictions by id, each appended to the file as soon as it is known."""
+    made: dict[str, Prediction] = {}
+    quiet = True if process_index()[0] else None
+    bar = tqdm(total=before + len(examples), initial=before, desc="generate", unit="text", disable=quiet)
+    with path.open("a", encoding="utf-8", newline="\n") as file, bar:
+        for generated in generator.generate(examples) if examples else ():
+            example = examples[generated.position]
+            scores = None if generated.scores is None else dict(generated.scores)
+            prediction = Prediction(example.id, generated.prompt, generated.text, example.references, scores)
+            file.write(prediction.line())
+            file.flush()
+            made[example.id] = prediction
+            bar.update()
+    return made
+
+
+def _part(path: Path, rank: int) -> Path:
+    return path.with_suffix(f".part{rank}{path.suffix}")
+
+
+def _join(path: Path) -> None:
+    """Make the file whole: the parts of several processes go to its end; lines that a kill cut short go."""
+    for file in (path, *sorted(path.parent.glob(f"{path.stem}.part*{path.suffix}"))):
+        _cut_back(file)
+        if file != path and file.exists():
+            with path.open("ab") as whole:
+                whole.write(file.read_bytes())
+            file.unlink()
+
+
+def _cut_back(path: Path) -> None:
+    """Take off a last line without its end, as a kill leaves it."""
+    content = path.read_bytes() if path.exists() else b""
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
 
 
 def _claim(path: Path, settings: dict[str, Any]) -> None:
     """Write what makes the predictions, or check that it is what made those already there."""
     record = path.with_suffix(".settings.json")
     settings = json.loads(json.dumps(settings))
-    if not path.exists():
+    parts = list(path.parent.glob(f"{path.stem}.part*{path.suffix}"))
+    if not path.exists() and not parts:
         write_json(record, settings)
         return
     if not record.exists():
@@ -78,18 +137,12 @@ def _claim(path: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _resume(path: Path, references: Mapping[str, tuple[str, ...]]) -> dict[str, Prediction]:
-    """Predictions of the wanted samples that the file holds; a last line cut by a kill is taken off the file."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
+def _read(path: Path, references: Mapping[str, tuple[str, ...]]) -> dict[str, Prediction]:
+    """Predictions of the wanted samples that the file holds."""
     done = {}
-    for number, line in enumerate(content[:whole].decode("utf-8").split("\n")[:-1], 1):
-        prediction = _read(line, path, number)
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        prediction = _parsed(line, path, number)
         if prediction.id not in references:
             continue
         if prediction.references != references[prediction.id]:
@@ -101,9 +154,9 @@ def _resume(path: Path, references: Mapping[str, tuple[str, ...]]) -> dict[str, 
     return done
 
 
-def _read(line: str, path: Path, number: int) -> Prediction:
+def _parsed(line: str, path: Path, number: int) -> Prediction:
     try:
         row = json.loads(line)
-        return Prediction(row["id"], row["prompt"], row["prediction"], tuple(row["references"]))
+        return Prediction(row["id"], row["prompt"], row["prediction"], tuple(row["references"]), row.get("scores"))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise DataError(f"{path}, line {number}: not a prediction ({error}); delete the file to start anew") from error

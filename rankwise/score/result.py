@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import importlib.metadata
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,8 @@ class EvaluationResult(Mapping[str, float]):
     def __len__(self) -> int:
         return len(self.metrics) + 1
 
-    def save(self, folder: str | Path) -> Path:
-        """Write `evaluation_results.json` in the folder; returns its path."""
+    def save(self, folder: str | Path, name: str = FILE) -> Path:
+        """Write `evaluation_results.json`, or a file of that form and another name, in the folder; returns its path."""
         content = {
             "format": FORMAT,
             "task": self.task,
@@ -66,7 +67,7 @@ class EvaluationResult(Mapping[str, float]):
             "settings": self.settings,
             "versions": self.versions,
         }
-        return write_json(Path(folder) / FILE, content)
+        return write_json(Path(folder) / name, content)
 
     @classmethod
     def load(cls, path: str | Path) -> EvaluationResult:
@@ -84,3 +85,14 @@ class EvaluationResult(Mapping[str, float]):
             versions=content["versions"],
             unavailable=content["unavailable"],
         )
+
+
+def installed(names: Sequence[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -3,45 +3,80 @@
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rankwise.data import Example, Examples, load, one_per_prompt
+from rankwise.data.sources import multi_nli
 from rankwise.errors import UsageError
+from rankwise.score import classify, sql
 from rankwise.score.generate import Generator
 from rankwise.score.predictions import Prediction, predict
-from rankwise.score.result import EvaluationResult, Scores
+from rankwise.score.result import EvaluationResult, Scores, installed
 from rankwise.score.text import check_installed, score_text
+from rankwise.store.processes import process_index
 
-LIBRARIES = ("rankwise", "torch", "transformers", "sacrebleu", "rouge-score", "nltk", "scipy")
+LIBRARIES = ("rankwise", "torch", "transformers", "sacrebleu", "rouge-score", "nltk", "scikit-learn", "scipy")
+CLASSIFY = ("likelihood", "generation")
+Scorer = Callable[[Sequence[Prediction], Sequence[Example]], Scores]
 
 
-def score_predictions(predictions: Sequence[Prediction]) -> Scores:
+def score_texts(predictions: Sequence[Prediction], _: Sequence[Example], **how: Any) -> Scores:
     """Text scores of predictions against all their references."""
-    return score_text([p.prediction for p in predictions], [p.references for p in predictions])
+    return score_text([p.prediction for p in predictions], [p.references for p in predictions], **how)
+
+
+def score_queries(predictions: Sequence[Prediction], examples: Sequence[Example]) -> Scores:
+    """Scores of SQL texts; the tables are named in the examples' facts."""
+    return sql.score_sql([p.prediction for p in predictions], examples)
 
 
 @dataclass(frozen=True)
 class Task:
     """What can be evaluated: `source` names its data, `score` turns predictions into numbers, `headline` is the
-    one number to show first."""
+    one number to show first.
+
+    labels: the classes of a classification task. several_references: samples with one prompt are one item that may
+    be answered in several ways; else every row is an item with its own answer, as the official counts have it.
+    """
 
     name: str
     source: str
     headline: str
-    score: Callable[[Sequence[Prediction]], Scores]
+    score: Scorer
     check: Callable[[], None]
+    labels: tuple[str, ...] = ()
+    several_references: bool = False
 
-    def examples(self, path: str | Path, split: str = "test", *, skip_bad: bool = False) -> Examples:
-        """One sample per distinct prompt, with all its references."""
-        read = load(self.source, path, split, skip_bad=skip_bad)
-        return Examples(tuple(one_per_prompt(read)), read.files, read.skipped)
+    def examples(self, path: str | Path, split: str = "test", *, skip_bad: bool = False, **how: Any) -> Examples:
+        """The items to answer, each with its references. Further options are those of `data.load`."""
+        read = load(self.source, path, split, skip_bad=skip_bad, **how)
+        if self.several_references:
+            return replace(read, items=tuple(one_per_prompt(read)))
+        return replace(read, items=tuple(replace(example, references=(example.answer,)) for example in read))
 
 
-TASKS = {task.name: task for task in (Task("e2e_nlg", "e2e_nlg", "bleu", score_predictions, check_installed),)}
+TASKS = {
+    task.name: task
+    for task in (
+        # As the official E2E script does: lowercase.
+        Task("e2e_nlg", "e2e_nlg", "bleu", score_texts, check_installed, several_references=True),
+        # As the field reports dialogue summaries: stemmed ROUGE; BLEU with sacrebleu's own defaults.
+        Task("samsum", "samsum", "rouge_l", partial(score_texts, lowercase=False, stem=True), check_installed),
+        Task("wikisql", "wikisql", "exact_match", score_queries, sql.check_installed),
+        Task(
+            "multi_nli",
+            "multi_nli",
+            "accuracy",
+            partial(classify.score_labels, labels=multi_nli.LABELS),
+            classify.check_installed,
+            labels=multi_nli.LABELS,
+        ),
+    )
+}
 
 
 def task(name: str) -> Task:
@@ -58,22 +93,30 @@ def evaluate(
     examples: Sequence[Example],
     folder: str | Path,
     made_from: Mapping[str, Any] | None = None,
-) -> EvaluationResult:
+    by: str = "likelihood",
+) -> EvaluationResult | None:
     """Generate, score, and write `predictions.jsonl` and `evaluation_results.json` in the folder.
 
-    made_from: fingerprints of model and data; a folder with predictions made from others is refused.
+    by: how a classification task's label is chosen, `likelihood` or `generation` (see classify.py). made_from:
+    fingerprints of model and data; a folder with predictions made from others is refused. Of several processes the
+    first one scores and writes; the others return None.
     """
+    assert by in CLASSIFY, by
     task.check()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    scores = task.score(predict(generator, examples, folder / "predictions.jsonl", made_from))
+    engine = classify.ByLikelihood(generator, task.labels) if task.labels and by == "likelihood" else generator
+    predictions = predict(engine, examples, folder / "predictions.jsonl", made_from)
+    if process_index()[0] != 0:
+        return None
+    scores = task.score(predictions, examples)
     result = EvaluationResult(
         task=task.name,
         metrics=scores.metrics,
         intervals=scores.intervals,
         n=scores.n,
-        settings={**generator.settings, "scoring": scores.details, "made_from": dict(made_from or {})},
-        versions={name: importlib.metadata.version(name) for name in LIBRARIES},
+        settings={**engine.settings, "scoring": scores.details, "made_from": dict(made_from or {})},
+        versions=installed(LIBRARIES),
         unavailable=scores.unavailable,
     )
     result.save(folder)

@@ -31,10 +31,18 @@ def check_installed() -> None:
         need(module, extra="eval")
 
 
-def score_text(predictions: Sequence[str], references: References, *, lowercase: bool = True, seed: int = 42) -> Scores:
+def score_text(
+    predictions: Sequence[str],
+    references: References,
+    *,
+    lowercase: bool = True,
+    stem: bool = False,
+    seed: int = 42,
+) -> Scores:
     """BLEU-1…4, n-gram precisions, ROUGE-1/2/L/Lsum and METEOR of texts, each with its bootstrap interval.
 
-    references: one or more per prediction. `bleu` is BLEU-4. ROUGE is the F1 of each item's best reference.
+    references: one or more per prediction. `bleu` is BLEU-4. ROUGE is the F1 of each item's best reference, always
+    caseless, and with `stem` of stems. lowercase: of BLEU.
     """
     if not predictions:
         raise DataError("nothing to score: there are no predictions")
@@ -42,7 +50,7 @@ def score_text(predictions: Sequence[str], references: References, *, lowercase:
     assert all(references)
     parts = (
         _bleu(predictions, references, lowercase, seed),
-        _rouge(predictions, references, seed),
+        _rouge(predictions, references, stem, seed),
         _meteor(predictions, references, seed),
     )
     return Scores(
@@ -103,11 +111,12 @@ def _from_counts(bleu: Any, row: NDArray[np.int64]) -> list[float]:
 # --- ROUGE -------------------------------------------------------------------------------------------------------
 
 
-def _rouge(predictions: Sequence[str], references: References, seed: int) -> Scores:
-    scorer = need("rouge_score.rouge_scorer", extra="eval").RougeScorer(list(ROUGE.values()), use_stemmer=False)
+def _rouge(predictions: Sequence[str], references: References, stem: bool, seed: int) -> Scores:
+    scorer = need("rouge_score.rouge_scorer", extra="eval").RougeScorer(list(ROUGE.values()), use_stemmer=stem)
     best = [scorer.score_multi(group, text) for text, group in zip(predictions, references, strict=True)]
     values = 100 * np.array([[item[kind].fmeasure for item in best] for kind in ROUGE.values()])
-    how = "rouge-score, F1 of the best reference per item, no stemming, Lsum's sentences end at line breaks"
+    stemming = "Porter stems" if stem else "no stemming"
+    how = f"rouge-score, F1 of the best reference per item, {stemming}, Lsum's sentences end at line breaks"
     return _scores(
         list(ROUGE), values.mean(axis=1), bootstrap.means(values, seed=seed), len(predictions), details={"rouge": how}
     )

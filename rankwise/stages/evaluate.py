@@ -1,61 +1,133 @@
-"""rankwise evaluate: generate and score a task with a base model, an adapter or a merged model.
+"""rankwise evaluate: score a task with a base model, an adapter or a merged model; measure what was forgotten.
 
 rankwise evaluate saved_models/dynamic_lora_model --task e2e_nlg --data_path data/e2e_nlg
+rankwise evaluate saved_models/dynamic_lora_model --forget other_text.txt
+torchrun --nproc-per-node 2 -m rankwise.cli evaluate …    (the processes share the items)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rankwise.config import SCORED_TASKS, EvaluateConfig
-from rankwise.data import Example, Renderer, check_samples
-from rankwise.errors import DataError, UsageError
-from rankwise.nets.adapters import load_adapter
-from rankwise.nets.load import load_model, load_tokenizer
-from rankwise.nets.sites import torch_dtype
-from rankwise.score.generate import GenerationSettings, HFGenerator
+from rankwise.data import Examples
+from rankwise.errors import UsageError
+from rankwise.score import forgetting, harness, vllm_engine
+from rankwise.score.classify import class_table, confusion_table
 from rankwise.score.result import FILE, EvaluationResult
-from rankwise.score.tasks import evaluate, task
+from rankwise.score.tasks import TASKS, Task, evaluate, task
 from rankwise.show.curves import READ_FIRST
-from rankwise.store.adapter import adapter_files, is_adapter, read_adapter
+from rankwise.stages.engines import Subject, base_and_adapter, compared_base, fitting, generator, subject
+from rankwise.stages.training import base_files, fingerprints, held
+from rankwise.store.adapter import adapter_files
 from rankwise.store.checkpoint import resolve
-from rankwise.store.files import fingerprint
-from rankwise.store.run import RunFolder
+from rankwise.store.files import fingerprint, write_text
+from rankwise.store.processes import announce, finish, gathered, process_index
+from rankwise.store.run import CONFIG, RunFolder
+
+CONFUSION, BESIDE = "confusion.csv", "resolved_config.evaluate.json"
+WINDOW = 1024  # tokens of a piece of text for --forget
 
 
-def run(config: EvaluateConfig) -> EvaluationResult:
-    model_path, data_path = check(config)
+def run(config: EvaluateConfig) -> EvaluationResult | None:
+    """The whole command; the task's result, else that of --forget. Processes other than rank 0 return None."""
+    check(config)
+    check_installed(config)
+    try:
+        return evaluated(config)
+    finally:
+        finish()
+
+
+def evaluated(config: EvaluateConfig) -> EvaluationResult | None:
     folder = output_folder(config)
-    base, adapter = base_and_adapter(config, model_path)
-    inputs: dict[str, Path | str] = {"model": base, "data": data_path} | ({"adapter": adapter} if adapter else {})
-    with folder.lock(), folder.recording("evaluate", inputs) as record:
-        examples = task(config.data.task or "").examples(data_path, config.split, skip_bad=config.data.skip_bad)
-        for note in examples.notes():
-            print(note)
-        model, renderer = model_and_renderer(config, base, adapter)
-        chosen = fitting(examples.items[: config.num_samples], renderer)
-        generator = HFGenerator(model, renderer, decoding(config))
-        made_from = {name: fingerprint(Path(value)) for name, value in inputs.items() if Path(value).exists()}
-        result = evaluate(task(config.data.task or ""), generator, chosen, folder.path, made_from)
-        folder.save_config(config)
-        record.outputs["results"] = folder / FILE
-    print(summary(result, folder.path))
-    return result
+    base, adapter = base_and_adapter(config)
+    made_from = model_facts(base, adapter)
+    with held(folder, "evaluate", inputs(config, base, adapter)) as record:
+        tested = subject(config, base, adapter)
+        result = scored(config, tested, folder, made_from) if config.data.task else None
+        lost = forgotten(config, tested, folder, made_from) if config.forget else None
+        if process_index()[0] == 0:
+            folder.save_config(config, config_name(folder))
+            found = {"results": (result, FILE), "forgetting": (lost, forgetting.FILE)}
+            record.outputs |= {name: folder / file for name, (each, file) in found.items() if each}
+    if result:
+        announce(summary(result))
+    if lost:
+        announce(forgetting.in_words(lost))
+    announce(f"results in {folder.path}")
+    return result or lost
 
 
-def check(config: EvaluateConfig) -> tuple[str, str]:
-    """The two paths that nothing works without, and a task that has scores."""
+def config_name(folder: RunFolder) -> str:
+    """In the folder of another stage, a training run's say, that one's config keeps its name."""
+    return BESIDE if set(folder.stages()) - {"evaluate"} else CONFIG
+
+
+def check(config: EvaluateConfig) -> None:
+    """What nothing works without, and combinations that cannot work."""
+    name = config.data.task
     if not config.model_path:
         raise UsageError("evaluate needs a model: rankwise evaluate MODEL_OR_ADAPTER --task … --data_path …")
-    if config.data.task not in SCORED_TASKS:
-        raise UsageError(f"--task: scores exist for {', '.join(SCORED_TASKS)}; got {config.data.task}")
-    if not config.data.data_path:
-        raise UsageError(f"--data_path is missing: where are the official files of {config.data.task}?")
-    return config.model_path, config.data.data_path
+    if not name and not config.forget:
+        raise UsageError(
+            f"evaluate needs --task ({', '.join(SCORED_TASKS)} or {harness.PREFIX}NAME), or --forget FILE, or both"
+        )
+    if name and not harness.is_harness(name):
+        if name not in SCORED_TASKS:
+            raise UsageError(f"--task: scores exist for {', '.join(SCORED_TASKS)} and {harness.PREFIX}NAME; got {name}")
+        if not config.data.data_path:
+            raise UsageError(f"--data_path is missing: where are the official files of {name}?")
+    if not harness.is_harness(name) and (config.lm_eval_tasks_path or config.num_fewshot is not None):
+        raise UsageError("--lm_eval_tasks_path and --num_fewshot act on --task lm_eval:NAME only")
+    if config.lm_eval_tasks_path and not Path(config.lm_eval_tasks_path).is_dir():
+        raise UsageError(f"--lm_eval_tasks_path: {config.lm_eval_tasks_path} is no folder of task files")
+    if config.num_samples is not None and config.num_samples < 1:
+        raise UsageError(f"--num_samples must be at least 1, got {config.num_samples}")
+    check_engine(config)
+
+
+def check_engine(config: EvaluateConfig) -> None:
+    several = process_index()[1] > 1
+    if harness.is_harness(config.data.task) and (several or config.engine != "transformers"):
+        raise UsageError("--task lm_eval:NAME runs in one process and with --engine transformers")
+    if config.engine == "vllm" and several:
+        raise UsageError("--engine vllm shares the work itself: start it without torchrun")
+    if config.engine == "vllm" and config.forget:
+        raise UsageError("--forget needs the logits of both models, which vLLM does not give: --engine transformers")
+
+
+def check_installed(config: EvaluateConfig) -> None:
+    """UsageError naming the extra, before a model is loaded and hours are spent."""
+    if config.engine == "vllm":
+        vllm_engine.check_installed()
+    if harness.is_harness(config.data.task):
+        harness.check_installed()
+    elif config.data.task:
+        task(config.data.task).check()
+    if config.forget:
+        forgetting.check_installed()
+
+
+def inputs(config: EvaluateConfig, base: str, adapter: Path | None) -> dict[str, Path | str]:
+    data = None if harness.is_harness(config.data.task) or not config.data.task else config.data.data_path
+    named = {"model": base, "data": data, "forget": config.forget}
+    if adapter:
+        named["adapter"] = str(adapter_files(adapter)[0])
+    elif config.forget:
+        named["base"] = config.base_model_id
+    return {name: value for name, value in named.items() if value}
+
+
+def model_facts(base: str, adapter: Path | None) -> dict[str, Any]:
+    """What answers, by content. Files are listed one by one: the scores may be written into the model's own folder."""
+    files = [file for file in adapter_files(adapter) if file] if adapter else []
+    facts = {"model": fingerprints(base_files(resolve(base)))}
+    return facts | ({"adapter": fingerprints(files)} if files else {})
 
 
 def output_folder(config: EvaluateConfig) -> RunFolder:
@@ -67,72 +139,112 @@ def output_folder(config: EvaluateConfig) -> RunFolder:
     return RunFolder((local if local.is_dir() else Path.cwd()) / "evaluation")
 
 
-def base_and_adapter(config: EvaluateConfig, model_path: str) -> tuple[str, Path | None]:
-    """(base model, adapter folder or None). Whatever takes an adapter accepts the run folder."""
-    folder = resolve(model_path)
-    if not is_adapter(folder):
-        return model_path, None
-    base = config.base_model_id or read_adapter(folder).base_model
-    if not base:
-        raise DataError(f"{folder}: the adapter doesn't say what its base model is; give it with --base_model_id")
-    return base, adapter_files(folder)[0].parent
+def scored(
+    config: EvaluateConfig, tested: Subject, folder: RunFolder, made_from: Mapping[str, Any]
+) -> EvaluationResult | None:
+    """The task's scores, written into the folder."""
+    name = str(config.data.task)
+    if harness.is_harness(name):
+        result = harness.evaluate_harness(
+            name, tested.model, tested.renderer.tokenizer, harness_settings(config), made_from
+        )
+        result.save(folder.path)
+        return result
+    chosen = task(name)
+    examples = read_items(config, chosen)
+    items = examples.items[: config.num_samples]
+    engine = generator(config, tested, chosen, items)
+    usable = fitting(items, engine.renderer)
+    made_from = {**made_from, "data": fingerprints(examples.files)}
+    found = evaluate(chosen, engine, usable, folder.path, made_from, by=config.classify)
+    if found and chosen.labels:
+        write_confusion(folder / CONFUSION, found.settings["scoring"])
+    return found
 
 
-def model_and_renderer(config: EvaluateConfig, base: str, adapter: Path | None) -> tuple[Any, Renderer]:
-    device = pick_device(config.device)
-    tokenizer = load_tokenizer(base)
-    model = load_model(base, torch_dtype(config.dtype, trained=False, device=device))
-    positions, eos = model.config.get_text_config().max_position_embeddings, model.generation_config.eos_token_id
-    if adapter:
-        model = load_adapter(model, adapter)
-    renderer = Renderer(
-        tokenizer,
-        style=config.data.prompt,
-        max_length=config.data.max_seq_length,
-        overlong=config.data.overlong,
-        positions=positions,
-        reserve=config.generation.max_new_tokens,
-        generation_eos=eos,
+def read_items(config: EvaluateConfig, chosen: Task) -> Examples:
+    """The task's items. Of several processes the first one downloads; the others read when it has read."""
+    first = process_index()[0] == 0
+    if not first:
+        gathered({})
+    how = {"skip_bad": config.data.skip_bad, "download": config.data.download and first}
+    examples = chosen.examples(str(config.data.data_path), config.split, **how)
+    if first:
+        gathered({})
+    for note in examples.notes():
+        announce(note)
+    return examples
+
+
+def harness_settings(config: EvaluateConfig) -> harness.HarnessSettings:
+    return harness.HarnessSettings(
+        tasks_path=config.lm_eval_tasks_path,
+        num_fewshot=config.num_fewshot,
+        limit=config.num_samples,
+        batch_size=config.batch_size,
+        chat=config.data.prompt == "chat",
+        seed=config.seed,
     )
-    return model.to(device).eval(), renderer
 
 
-def fitting(examples: Sequence[Example], renderer: Renderer) -> list[Example]:
-    """The items whose prompts fit; the others are counted aloud."""
-    checked = check_samples(examples, renderer, prompts=True)
-    for note in checked.notes():
-        print(note)
-    return [examples[index] for index in checked.usable]
+def write_confusion(path: Path, details: Mapping[str, Any]) -> Path:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(confusion_table(details))
+    return write_text(path, text.getvalue())
 
 
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no GPU is visible to torch here")
-    return torch.device(name)
+def forgotten(
+    config: EvaluateConfig, tested: Subject, folder: RunFolder, made_from: Mapping[str, Any]
+) -> EvaluationResult | None:
+    """What the model lost on other text, against its base; written into the folder by the first process."""
+    documents = forgetting.read_documents(str(config.forget))
+    if tested.adapter:
+        base = forgetting.logits_without_adapter(tested.model)
+    else:
+        base = forgetting.logits_of(compared_base(config, tested, documents))
+    result = forgetting.forgetting(
+        base,
+        forgetting.logits_of(tested.model),
+        tested.renderer.tokenizer,
+        documents,
+        tested.device,
+        forgetting.ForgettingSettings(window=min(tested.renderer.limit, WINDOW), seed=config.seed),
+        {**made_from, "text": fingerprint(str(config.forget))},
+    )
+    if process_index()[0] != 0:
+        return None
+    result.save(folder.path, forgetting.FILE)
+    return result
 
 
-def decoding(config: EvaluateConfig) -> GenerationSettings:
-    return GenerationSettings(batch_size=config.batch_size, seed=config.seed, **vars(config.generation))
-
-
-def summary(result: EvaluationResult, folder: Path) -> str:
-    """One line of scores with their 95 % intervals, then what could not be computed and why."""
-    shown = []
-    for name in dict.fromkeys((task(result.task).headline, *READ_FIRST)):
-        if name in result.metrics:
-            low, high = result.intervals.get(name, (None, None))
-            span = "" if low is None else f" [{low:.2f}, {high:.2f}]"
-            shown.append(f"{name} {result.metrics[name]:.2f}{span}")
+def summary(result: EvaluationResult) -> str:
+    """One line of scores with their 95 % intervals, the classes, and what could not be computed and why."""
+    headline = TASKS[result.task].headline if result.task in TASKS else ""
+    names = [name for name in dict.fromkeys((headline, *READ_FIRST)) if name in result.metrics]
+    shown = [with_interval(result, name) for name in names or result.metrics]
     lines = [f"{result.task}, n = {result.n}: " + " · ".join(shown)]
+    details = result.settings.get("scoring", {})
+    lines += class_table(details) if "by_class" in details else []
     lines += [f"not computed: {name}: {why}" for name, why in result.unavailable.items()]
-    return "\n".join([*lines, f"scores and predictions in {folder}"])
+    return "\n".join(lines)
+
+
+def with_interval(result: EvaluationResult, name: str) -> str:
+    digits = 2 if result.task in TASKS else 4
+    low, high = result.intervals.get(name, (None, None))
+    span = "" if low is None else f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{name} {result.metrics[name]:.{digits}f}{span}"
 
 
 def describe(config: EvaluateConfig) -> list[str]:
     check(config)
-    return [
-        f"generate answers to the {config.split} items of {config.data.data_path} with {config.model_path}",
-        f"score them as {config.data.task} and write {output_folder(config) / FILE}",
-    ]
+    folder, lines = output_folder(config), []
+    if harness.is_harness(config.data.task):
+        lines.append(f"run {config.data.task} of lm-evaluation-harness on {config.model_path}")
+    elif config.data.task:
+        lines.append(f"answer the {config.split} items of {config.data.data_path} with {config.model_path}")
+    if config.data.task:
+        lines.append(f"score them as {config.data.task} and write {folder / FILE}")
+    if config.forget:
+        lines.append(f"compare it with its base on {config.forget} and write {folder / forgetting.FILE}")
+    return lines

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
 
+LONGEST = timedelta(days=7)  # a process may wait for another that trains
 Item = TypeVar("Item")
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -46,7 +48,7 @@ def gathered(results: Mapping[Key, Value]) -> dict[Key, Value]:
     if count == 1:
         return dict(results)
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=LONGEST)
     parts: list[Mapping[Key, Value]] = [{} for _ in range(count)]
     dist.all_gather_object(parts, dict(results))
     return {key: value for part in parts for key, value in part.items()}

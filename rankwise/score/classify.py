@@ -1,0 +1,179 @@
+"""Classification: a label chosen by its likelihood or found in a generated text, and what such guesses are worth.
+
+    Generator ── ByLikelihood ──▶ predictions with log-likelihoods ─┐
+    Generator ────────────────▶ predictions with texts ─────────────┴─ score_labels ──▶ Scores
+
+All numbers on the scale 0 to 100. `confusion_table` and `class_table` read the details of a result for files and eyes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rankwise.data import Example
+from rankwise.errors import DataError, need
+from rankwise.score import bootstrap
+from rankwise.score.generate import Generated, GenerationSettings, Generator
+from rankwise.score.predictions import Prediction
+from rankwise.score.result import Scores
+
+UNPARSED = "unparsed"
+BY_CLASS = ("precision", "recall", "f1")
+LIKELIHOOD = "log-likelihood of the label and its end token, not normalised by length; a tie goes to the first label"
+GENERATION = "first label named in the generated text; none named counts as wrong (unparsed)"
+
+
+@dataclass(frozen=True)
+class ByLikelihood:
+    """An engine whose answer is the likeliest of the labels, with the log-likelihoods of all.
+
+    A label counts with the end token behind it, as training sees it: "this answer and nothing more". These are
+    disjoint events, so their probabilities compare as they are, whatever the labels' lengths.
+    """
+
+    generator: Generator
+    labels: tuple[str, ...]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of the engine without decoding, which has no part in this."""
+        decoding = GenerationSettings().deciding
+        kept = {name: value for name, value in self.generator.settings.items() if name not in decoding}
+        return kept | {"classify": "likelihood", "labels": list(self.labels)}
+
+    def generate(self, examples: Sequence[Example]) -> Iterator[Generated]:
+        for found in self.generator.label_scores(examples, self.labels):
+            best = max(self.labels, key=found.log_likelihoods.__getitem__)
+            yield Generated(found.position, found.prompt, best, found.log_likelihoods)
+
+
+def found_label(text: str, labels: Sequence[str]) -> str | None:
+    """The label that a text names first, as a whole word in any case; None where it names none."""
+    longest_first = sorted(labels, key=len, reverse=True)
+    match = re.search(rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b", text, re.IGNORECASE)
+    return {label.casefold(): label for label in labels}[match[0].casefold()] if match else None
+
+
+def check_installed() -> None:
+    """UsageError naming the extra where a library is missing: before hours of evaluation, not after."""
+    for module in ("sklearn.metrics", "scipy.stats"):
+        need(module, extra="eval")
+
+
+def score_labels(
+    predictions: Sequence[Prediction], examples: Sequence[Example], *, labels: Sequence[str], seed: int = 42
+) -> Scores:
+    """Accuracy, macro F1, and precision, recall and F1 of each class (`f1_neutral`), with bootstrap intervals.
+
+    A sample's own answer is its true label. Details hold the confusion matrix (rows: true labels, in the order of
+    `labels`; columns: guesses, `unparsed` last), the numbers by class, and the majority baseline.
+    """
+    if not predictions:
+        raise DataError("nothing to score: there are no predictions")
+    gold = [_gold(example, labels) for example in examples]
+    by_likelihood = all(prediction.scores is not None for prediction in predictions)
+    guesses = [_guess(prediction, labels) for prediction in predictions]
+    counts = need("sklearn.metrics", extra="eval").confusion_matrix(gold, guesses, labels=[*labels, UNPARSED])
+    by_class = _by_class(gold, guesses, labels)
+    names = ["accuracy", "macro_f1", *(f"{kind}_{label}" for kind in BY_CLASS for label in labels)]
+    accuracy = need("sklearn.metrics", extra="eval").accuracy_score(gold, guesses)
+    rows = [by_class[label][kind] for kind in BY_CLASS for label in labels]
+    values = [100 * accuracy, float(np.mean([by_class[label]["f1"] for label in labels])), *rows]
+    spread = bootstrap.intervals(_resampled(gold, guesses, labels), len(gold), seed=seed)
+    ties = sum(_tied(prediction.scores) for prediction in predictions if prediction.scores is not None)
+    return Scores(
+        n=len(gold),
+        metrics=dict(zip(names, map(float, values), strict=True)),
+        intervals=dict(zip(names, spread, strict=True)) if spread else {},
+        details={
+            "scale": "0-100",
+            "classify": LIKELIHOOD if by_likelihood else GENERATION,
+            "labels": list(labels),
+            "unparsed": guesses.count(UNPARSED),
+            "ties": ties,
+            "majority_baseline": _majority(gold),
+            "by_class": by_class,
+            "confusion": counts[: len(labels)].tolist(),
+        },
+    )
+
+
+def _gold(example: Example, labels: Sequence[str]) -> str:
+    if example.answer not in labels:
+        raise DataError(f"sample {example.id}: its label {example.answer!r} is none of {', '.join(labels)}")
+    return example.answer
+
+
+def _guess(prediction: Prediction, labels: Sequence[str]) -> str:
+    if prediction.scores is not None:
+        return prediction.prediction
+    return found_label(prediction.prediction, labels) or UNPARSED
+
+
+def _by_class(gold: Sequence[str], guesses: Sequence[str], labels: Sequence[str]) -> dict[str, dict[str, float]]:
+    score = need("sklearn.metrics", extra="eval").precision_recall_fscore_support
+    *found, support = score(gold, guesses, labels=list(labels), zero_division=0)
+    columns = dict(zip(BY_CLASS, found, strict=True))
+    return {
+        label: {kind: 100 * float(column[number]) for kind, column in columns.items()} | {"n": int(support[number])}
+        for number, label in enumerate(labels)
+    }
+
+
+def _majority(gold: Sequence[str]) -> dict[str, Any]:
+    """What always naming the most frequent label of these samples would score."""
+    label, count = Counter(gold).most_common(1)[0]
+    return {"label": label, "accuracy": 100 * count / len(gold)}
+
+
+def _tied(scores: Mapping[str, float]) -> bool:
+    return sorted(scores.values())[-1] == sorted(scores.values())[-2]
+
+
+def _resampled(gold: Sequence[str], guesses: Sequence[str], labels: Sequence[str]) -> Any:
+    """positions (batch, n) → metrics (k, batch), from the confusion counts of every resample."""
+    names = [*labels, UNPARSED]
+    size = len(names)
+    cells = np.array([names.index(a) * size + names.index(b) for a, b in zip(gold, guesses, strict=True)])
+
+    def metrics(positions: NDArray[np.intp]) -> bootstrap.Array:
+        rows = np.arange(len(positions))[:, None] * size**2
+        counts = np.bincount((cells[positions] + rows).ravel(), minlength=len(positions) * size**2)
+        tables = counts.reshape(-1, size, size)[:, : len(labels)]
+        right = np.diagonal(tables, axis1=1, axis2=2).astype(float)
+        named = np.maximum(tables.sum(axis=1)[:, : len(labels)], 1)
+        true = np.maximum(tables.sum(axis=2), 1)
+        precision, recall = right / named, right / true
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        parts = [right.sum(1, keepdims=True) / positions.shape[1], f1.mean(1, keepdims=True), precision, recall, f1]
+        return 100 * np.concatenate(parts, axis=1).T
+
+    return metrics
+
+
+def confusion_table(details: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of a CSV file: true labels downwards, guesses across."""
+    head = ["true \\ guessed", *details["labels"], UNPARSED]
+    rows = zip(details["labels"], details["confusion"], strict=True)
+    return [head, *([label, *map(str, row)] for label, row in rows)]
+
+
+def class_table(details: Mapping[str, Any]) -> list[str]:
+    """Lines for the terminal: one per class, then the baseline and what could not be read."""
+    width = max(len(label) for label in details["labels"])
+    lines = [f"  {'':<{width}}  precision  recall     f1       n"]
+    for label, row in details["by_class"].items():
+        numbers = f"{row['precision']:9.2f}  {row['recall']:6.2f} {row['f1']:6.2f} {row['n']:7d}"
+        lines.append(f"  {label:<{width}}  {numbers}")
+    baseline = details["majority_baseline"]
+    lines.append(f"  always {baseline['label']}: accuracy {baseline['accuracy']:.2f}")
+    if details["unparsed"]:
+        lines.append(f"  {details['unparsed']} texts name no label; they count as wrong")
+    return lines

@@ -1,0 +1,124 @@
+"""What `rankwise evaluate` puts to the test: the model with its adapter, its renderer, and the engine that runs it.
+
+MODEL_OR_ADAPTER ── base_and_adapter ──▶ (base, adapter) ── subject ──▶ Subject ── generator ──▶ texts, labels
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankwise.config import EvaluateConfig, ModelSection
+from rankwise.data import Example, Renderer, check_samples
+from rankwise.errors import DataError, UsageError
+from rankwise.nets.adapters import load_adapter
+from rankwise.nets.load import load_config, load_model, load_tokenizer
+from rankwise.nets.sites import torch_dtype
+from rankwise.score.generate import GenerationSettings, Generator, HFGenerator
+from rankwise.score.likelihood import answer_ids
+from rankwise.score.tasks import Task
+from rankwise.score.vllm_engine import VLLMGenerator
+from rankwise.stages.training import renderer_for
+from rankwise.store.adapter import adapter_files, is_adapter, read_adapter
+from rankwise.store.checkpoint import resolve
+from rankwise.store.processes import announce, process_index
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under test. `model` is on its device, in evaluation mode; None where vLLM loads it itself."""
+
+    base: str
+    adapter: Path | None
+    renderer: Renderer
+    model: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+
+def base_and_adapter(config: EvaluateConfig) -> tuple[str, Path | None]:
+    """(base model, adapter folder or None). Whatever takes an adapter accepts the run folder."""
+    path = str(config.model_path)
+    folder = resolve(path)
+    if not is_adapter(folder):
+        return path, None
+    base = config.base_model_id or read_adapter(folder).base_model
+    if not base:
+        raise DataError(f"{folder}: the adapter doesn't say what its base model is; give it with --base_model_id")
+    return base, adapter_files(folder)[0].parent
+
+
+def subject(config: EvaluateConfig, base: str, adapter: Path | None) -> Subject:
+    """The model with its adapter, and the renderer that its training used."""
+    renderer = renderer_for(config.data, ModelSection(model_name=base), base, load_config(base))
+    if config.engine == "vllm":
+        return Subject(base, adapter, renderer)
+    device = pick_device(config.device)
+    model: Any = plain_model(base, config.dtype, device)
+    if adapter:
+        model = load_adapter(model, adapter)
+    return Subject(base, adapter, renderer, model.to(device).eval())
+
+
+def plain_model(name: str, dtype: str, device: torch.device) -> Any:
+    return load_model(name, torch_dtype(dtype, trained=False, device=device)).to(device).eval()
+
+
+def compared_base(config: EvaluateConfig, tested: Subject, documents: Sequence[str]) -> Any:
+    """The base of a merged or fully tuned model, with the same tokens."""
+    name = config.base_model_id
+    if not name:
+        raise UsageError(
+            f"--forget: {config.model_path} is no adapter; give the model that it was made from with --base_model_id"
+        )
+    tokenizer, own = load_tokenizer(name), tested.renderer.tokenizer
+    if any(tokenizer(text)["input_ids"] != own(text)["input_ids"] for text in documents):
+        raise DataError(
+            f"{name} and {config.model_path} cut the text into different tokens, so nothing can be compared"
+        )
+    return plain_model(name, config.dtype, tested.device)
+
+
+def generator(config: EvaluateConfig, tested: Subject, task: Task, examples: Sequence[Example]) -> Generator:
+    """The engine, with a renderer that leaves room for what is generated, or for the longest label."""
+    if by_likelihood(config, task):
+        cutting = replace(tested.renderer, overlong="truncate_source")
+        reserve = max(len(answer_ids(cutting, examples[0], label)) for label in task.labels)
+    else:
+        reserve = config.generation.max_new_tokens
+    renderer = replace(tested.renderer, reserve=reserve)
+    decoding = GenerationSettings(batch_size=config.batch_size, seed=config.seed, **vars(config.generation))
+    if config.engine == "vllm":
+        return VLLMGenerator(tested.base, renderer, decoding, tested.adapter, config.dtype)
+    return HFGenerator(tested.model, renderer, decoding)
+
+
+def by_likelihood(config: EvaluateConfig, task: Task) -> bool:
+    return bool(task.labels) and config.classify == "likelihood"
+
+
+def fitting(examples: Sequence[Example], renderer: Renderer) -> list[Example]:
+    """The items whose prompts fit; the others are counted aloud."""
+    checked = check_samples(examples, renderer, prompts=True)
+    for note in checked.notes():
+        announce(note)
+    return [examples[index] for index in checked.usable]
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: a GPU if there is one; of several processes each takes its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no GPU is visible to torch here")
+    if name == "cuda" and process_index()[1] > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return torch.device(name)
