@@ -6,6 +6,7 @@ that share a panel also differ in style or marker.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,23 @@ def name_axes(axis: Any, x: str, y: str, title: str = "") -> None:
 
 def legend(axis: Any, **where: Any) -> None:
     axis.legend(fontsize=8, frameon=True, framealpha=0.85, edgecolor="none", **where)
+
+
+def whole_ticks(axis: Any, most: int = 9) -> None:
+    """Whole numbers at the ticks of an axis that counts something."""
+    ticker = need("matplotlib.ticker", extra="plots")
+    axis.set_major_locator(ticker.MaxNLocator(most, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+
+
+def log_ticks(axis: Any) -> None:
+    """Plain numbers on a logarithmic axis, also within a decade."""
+    ticker = need("matplotlib.ticker", extra="plots")
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low) if 0 < low < high else 1.0
+    steps = (1,) if decades > 3 else (1, 2, 5)
+    axis.set_major_locator(ticker.MaxNLocator(5) if decades < 0.7 else ticker.LogLocator(subs=steps))
+    axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def save(figure: Any, path: Path | str, dpi: int = DPI) -> Path:

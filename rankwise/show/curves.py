@@ -20,15 +20,20 @@ Point = tuple[float, float]
 SHADES = (GREY, BLUE, YELLOW, "#4a566c", "#b0a473", "#222222")
 HATCHES = ("", "", "///", "...", "\\\\\\", "xxx")
 MOST_PANELS = 4
-READ_FIRST = ("bleu", "accuracy", "exact_match", "macro_f1", "rouge_l", "meteor", "meteor_exact_stem", "rouge_lsum")
+MOST_NAMES, MOST_PHASES = 5, 12
+READ_FIRST = (
+    *("bleu", "accuracy", "exact_match", "logical_form", "execution_accuracy", "macro_f1"),
+    *("rouge_l", "meteor", "meteor_exact_stem", "rouge_lsum", "rouge_1", "rouge_2"),
+)
 
 
-def plot_loss(rows: Iterable[Mapping[str, Any]], path: Path | str) -> Path:
+def plot_loss(rows: Iterable[Mapping[str, Any]], path: Path | str, phases: Sequence[tuple[int, str]] = ()) -> Path:
     """Training and validation loss by optimizer step, the minimum of each marked.
 
     Args:
         rows: of `training_log.csv`: `step`, `loss`, `eval_loss`; a blank cell is a value that was not logged.
         path: file to write.
+        phases: (first step, name) of every phase of training, marked as well.
 
     Raises:
         DataError: no row holds a loss.
@@ -40,6 +45,7 @@ def plot_loss(rows: Iterable[Mapping[str, Any]], path: Path | str) -> Path:
     figure, axis = new_figure(7.2, 3.4)
     draw_curve(axis, training, "training", BLUE, "-", "v")
     draw_curve(axis, validation, "validation", INK, "--", "D")
+    draw_phases(axis, [(step - 0.5, name) for step, name in phases])
     name_axes(axis, "optimizer step", "loss (nats per token)")
     legend(axis, loc="upper right")
     return save(figure, path)
@@ -69,6 +75,18 @@ def draw_curve(axis: Any, curve: list[Point], name: str, colour: str, style: str
     step, least = min(curve, key=lambda point: point[1])
     label = f"{name}, least {least:.3f} at step {step:.0f}"
     axis.plot([step], [least], color=colour, linestyle=style, marker=marker, markersize=8, label=label)
+
+
+def draw_phases(axis: Any, phases: Sequence[tuple[float, str]], named: bool = True) -> None:
+    """A line where each phase begins (x, name), its name above. Where they are many, names or lines would hide the
+    curves, and are left out."""
+    left = axis.get_xlim()[0]
+    for x, _ in phases[1:] if len(phases) <= MOST_PHASES else ():
+        axis.axvline(x, color=INK, linestyle=(0, (1, 2)), linewidth=1.1)
+    for x, name in phases if named and len(phases) <= MOST_NAMES else ():
+        label = f" {clip(name, 22)}"
+        text = axis.text(max(x, left), 1.01, label, fontsize=7.5, color=INK, transform=axis.get_xaxis_transform())
+        text.set_parse_math(False)
 
 
 def plot_scores(results: Mapping[str, EvaluationResult], path: Path | str) -> Path:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,18 @@ class StepTable:
     path: Path
     columns: Sequence[str]
 
+    def read(self) -> Iterator[dict[str, str]]:
+        if self.path.is_file():
+            with open(self.path, newline="", encoding="utf-8") as file:
+                yield from csv.DictReader(file)
+
     def rows(self) -> list[dict[str, str]]:
-        if not self.path.is_file():
-            return []
-        with open(self.path, newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        return list(self.read())
 
     def cut(self, step: int) -> None:
         """Drop what lies after a step, so that a resumed run continues the table it had at its checkpoint."""
-        kept = [row for row in self.rows() if row["step"].isdigit() and int(row["step"]) <= step]
+        whole = (row for row in self.read() if None not in row.values())  # a power cut may leave half a row
+        kept = (row for row in whole if row["step"].isdigit() and int(row["step"]) <= step)
         with atomic_write(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
             writer.writeheader()
@@ -41,6 +45,13 @@ class StepTable:
     def append(self, row: Mapping[str, Any]) -> None:
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns, restval="", extrasaction="ignore").writerow(row)
+
+    def extend(self, rows: Iterable[Sequence[Any]]) -> None:
+        """Append rows of cells that are in the order of the columns, in one piece; None is blank."""
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows(rows)
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            file.write(text.getvalue())
 
 
 class TrainingLog(TrainerCallback):

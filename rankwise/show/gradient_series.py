@@ -1,0 +1,180 @@
+"""Tables of gradient norms as curves over the steps, ready to draw and to sum up.
+
+training ──▶ gradient_analysis.*.csv ──▶ Series ──▶ gradients.py (pictures), gradient_summary.py (words)
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import DataError
+from rankwise.train.gradient_table import GROUPS, LAYERS, NORMS, PER_LAYER, SiteNorm, stored, views
+
+LAYER = re.compile(r"(?:(?P<tower>\w+)_)?layer_(?P<number>\d+)_(?P<kind>attention|mlp)")
+WINDOW = 5  # steps of the moving average that the documented plots have
+NAN = float("nan")
+
+Change = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Columns over steps. NaN: blank in the table, so a group that did not train. `phases`: one name per step."""
+
+    steps: list[int]
+    columns: dict[str, list[float]]
+    phases: list[str]
+
+    def changes(self) -> list[Change]:
+        """(first step, name) of every phase; one alone is no phase."""
+        named = list(zip(self.steps, self.phases, strict=True))
+        found = [(step, name) for i, (step, name) in enumerate(named) if not i or name != named[i - 1][1]]
+        return found if len(found) > 1 else []
+
+    def boundaries(self) -> list[tuple[float, str]]:
+        """(place on the axis of steps, name) of every phase: between the last step before it and its first."""
+        before = dict(zip(self.steps[1:], self.steps, strict=False))
+        return [((step + before.get(step, step - 1)) / 2, name) for step, name in self.changes()]
+
+    def smoothed(self, values: Sequence[float]) -> list[float]:
+        """The moving average, phase by phase; of a short run the values themselves."""
+        if len(self.steps) < 4 * WINDOW:
+            return list(values)
+        starts = [self.steps.index(step) for step, _ in self.changes()] or [0]
+        parts = [smooth(values[first:end]) for first, end in pairwise([*starts, len(values)])]
+        return [value for part in parts for value in part]
+
+    def filled(self) -> dict[str, list[float]]:
+        """The columns that have a value at some step."""
+        return {name: values for name, values in self.columns.items() if any(map(math.isfinite, values))}
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Norms of one kind by layer: names of the layers from the first on, and one curve each."""
+
+    names: list[str]
+    curves: list[list[float]]
+
+
+def series(rows: Iterable[Mapping[str, Any]]) -> Series:
+    """The curves of a table's rows. DataError: a step or norm that is not a number."""
+    kept = list(rows)
+    names = dict.fromkeys(name for row in kept for name in row if name not in ("step", "phase"))
+    try:
+        steps = [int(row["step"]) for row in kept]
+        columns = {name: [cell(row.get(name)) for row in kept] for name in names}
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"gradient norms: expected a step and numbers or blanks in every row: {error!r}") from error
+    return Series(steps, columns, [str(row.get("phase") or "") for row in kept])
+
+
+def cell(value: Any) -> float:
+    return NAN if value in (None, "") else float(value)
+
+
+def by_kind(table: Series) -> dict[str, Layers]:
+    """attention, mlp → its layers, those of the language model first; kinds that never train are left out."""
+    found: dict[str, list[tuple[tuple[bool, str, int], str]]] = {kind: [] for kind in PER_LAYER}
+    for column in table.columns:
+        match = LAYER.fullmatch(column)
+        if match:
+            tower, number = match["tower"] or "", int(match["number"])
+            found[match["kind"]].append(((bool(tower), tower, number), column))
+    kinds = {}
+    for kind, rows in found.items():
+        curves = [table.columns[column] for _, column in sorted(rows)]
+        if any(math.isfinite(value) for curve in curves for value in curve):
+            names = [f"{tower} {number}".strip() for (_, tower, number), _ in sorted(rows)]
+            kinds[kind] = Layers(names, curves)
+    return kinds
+
+
+def smooth(values: Sequence[float], window: int = WINDOW) -> list[float]:
+    """Centred moving average within each stretch of values; it never bridges a gap, and is shorter at its ends."""
+    half = window // 2
+    found = [NAN] * len(values)
+    for first, last in stretches(values):
+        for i in range(first, last):
+            near = values[max(first, i - half) : min(last, i + half + 1)]
+            found[i] = math.fsum(near) / len(near)
+    return found
+
+
+def stretches(values: Sequence[float]) -> list[tuple[int, int]]:
+    """(first, end) of every run of finite values."""
+    edges = [i for i in range(len(values) + 1) if finite_at(values, i) != finite_at(values, i - 1)]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def finite_at(values: Sequence[float], i: int) -> bool:
+    return 0 <= i < len(values) and math.isfinite(values[i])
+
+
+def mean(values: Iterable[float]) -> float:
+    """Of those that are there; NaN where none is."""
+    there = [value for value in values if math.isfinite(value)]
+    return math.fsum(there) / len(there) if there else NAN
+
+
+def positive(values: Sequence[float]) -> list[float]:
+    """A norm of exactly 0 has no place on a logarithmic scale."""
+    return [value if value > 0 else NAN for value in values]
+
+
+@dataclass(frozen=True)
+class GradientTables:
+    """What a run folder says of gradient norms: rows of the two documented tables, curves of the LoRA factors."""
+
+    groups: Sequence[Mapping[str, Any]]
+    layers: Sequence[Mapping[str, Any]]
+    factors: Series
+
+    def boundaries(self) -> list[tuple[float, str]]:
+        return series(self.groups).boundaries()
+
+
+def read_tables(folder: Path) -> GradientTables | None:
+    """The tables of a run folder; None where it has none. Views that are missing are computed from the long table."""
+    long = folder / NORMS
+    factors = factor_series(stored(long)) if long.is_file() else series(())
+    if (folder / GROUPS).is_file() and (folder / LAYERS).is_file():
+        return GradientTables(read_rows(folder / GROUPS), read_rows(folder / LAYERS), factors)
+    if not long.is_file():
+        return None
+    found = views(stored(long))
+    return GradientTables(found.groups, found.layers, factors)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    if rows and "step" not in rows[0]:
+        raise DataError(f"{path}: no column `step`; a table of gradient norms has one row per step")
+    try:
+        series(rows)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    return rows
+
+
+def factor_series(rows: Iterable[SiteNorm]) -> Series:
+    """√Σx² over the sites of a kind, by step: attention_norm_a, attention_norm_b, attention_delta_norm, mlp_…"""
+    steps: dict[tuple[int, str], dict[str, float]] = {}
+    for row in rows:
+        squares = steps.setdefault((row.step, row.phase), {})
+        for name in ("norm_a", "norm_b", "delta_norm") if row.kind in PER_LAYER else ():
+            value = getattr(row, name)
+            if value is not None:
+                squares[f"{row.kind}_{name}"] = squares.get(f"{row.kind}_{name}", 0.0) + value * value
+    return series(
+        {"step": step, "phase": phase, **{name: math.sqrt(square) for name, square in found.items()}}
+        for (step, phase), found in steps.items()
+    )
