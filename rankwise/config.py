@@ -12,8 +12,9 @@ from typing import Any
 
 from rankwise.options import option
 
-TASKS = ("e2e_nlg", "cota", "conversations")
-SCORED_TASKS = ("e2e_nlg",)
+TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli", "cota", "conversations")
+SCORED_TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli")
+SPLITS = ("train", "dev", "test", "dev_matched", "dev_mismatched")
 TOWERS = ("language", "vision", "projector", "depth", "unknown")
 TRAINERS = ("peft", "axolotl", "swift", "unsloth", "llamafactory")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -48,6 +49,7 @@ class DataSection:
         "error", choices=("error", "drop", "truncate_source"), help="what happens to samples over the limit"
     )
     skip_bad: bool = option(False, help="leave broken rows out, counted, instead of stopping at the first")
+    download: bool = option(False, help="fetch the official files that the folder --data_path lacks (extra: data)")
 
 
 @dataclass(frozen=True)
@@ -196,16 +198,39 @@ class LoraSection:
 
 
 @dataclass(frozen=True)
+class PhasesSection:
+    """Which sites train when, and what is recorded of their gradients."""
+
+    dynamic_lora: bool = option(False, help="train in phases, by --phase_strategy")
+    phase_strategy: str | None = option(
+        help="both-mlp-attn (recommended), attn-mlp-both, both-mlp-both, early-late[@LAYER], lisa:K@N, norm:N"
+    )
+    phase1_end: int = option(300, help="optimizer steps after which the first phase ends")
+    phase2_end: int = option(600, help="optimizer steps after which the second phase ends, where there is a third")
+    schedule: str | None = option(help="phases in the general form: 'both:300 > mlp layers 0-10:300 > attention'")
+    phase_state: str = option(
+        "keep", choices=("keep", "reset"), help="a site's optimizer state when it becomes active again"
+    )
+    log_frequency: int = option(1, help="gradient norms every N optimizer steps; 0: none")
+    no_plots: bool = option(False, help="no PNG files")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
-    """LoRA/QLoRA training, with a rank plan or a uniform rank."""
+    """LoRA/QLoRA training, with a rank plan or a uniform rank, in phases or not."""
 
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     lora: LoraSection = field(default_factory=LoraSection)
+    phases: PhasesSection = field(default_factory=PhasesSection)
     output_dir: str = option("saved_models/dynamic_lora_model", help="adapter and run folder", short="-o")
+    adapter_folder: str = option(
+        ".", choices=(".", "final_model", "lora_adapter"), help="where in the run folder the adapter goes"
+    )
     val_path: str | None = option(help="validation rows [a share of the training groups]")
     val_fraction: float = option(0.05, help="share of the groups held out where no --val_path is given")
     max_samples: int | None = option(help="most rows to train on", aliases=("num_samples",))
+    packing: bool = option(False, help="several samples in a row of up to --max_seq_length tokens, kept apart")
     seed: int = option(42, help="one seed for everything")
     resume_from_checkpoint: str | None = option(help="checkpoint folder, or true for the newest complete one")
     allow_partial_resume: bool = option(False, help="resume although optimizer or random state is missing")
@@ -225,20 +250,115 @@ class GenerationSection:
 
 
 @dataclass(frozen=True)
+class ScoredData(DataSection):
+    """Rows of a task that has scores."""
+
+    task: str | None = option(
+        help="e2e_nlg, samsum, wikisql, multi_nli, or lm_eval:NAME of the evaluation harness", aliases=("dataset",)
+    )
+    overlong: str = option(
+        "truncate_source", choices=("error", "drop", "truncate_source"), help="what happens to samples over the limit"
+    )
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
-    """Generate and score a task with a base model, an adapter or a merged model."""
+    """Score a task with a base model, an adapter or a merged model; measure what was forgotten."""
 
     model_path: str | None = option(help="base model, merged model, adapter or run folder", aliases=("adapter",))
     base_model_id: str | None = option(help="base of an adapter [as recorded in it]", aliases=("base_model",))
-    data: DataSection = field(default_factory=lambda: DataSection(overlong="truncate_source"))
-    split: str = option("dev", choices=("train", "dev", "test"), help="which official split")
+    data: ScoredData = field(default_factory=ScoredData)
+    split: str = option("dev", choices=SPLITS, help="which official split; MultiNLI's dev is dev_matched")
     num_samples: int | None = option(help="first N items, in file order")
     batch_size: int = option(16, help="prompts per step")
     generation: GenerationSection = field(default_factory=GenerationSection)
+    classify: str = option(
+        "likelihood", choices=("likelihood", "generation"), help="labels by log-likelihood, or the first one generated"
+    )
+    engine: str = option("transformers", choices=("transformers", "vllm"), help="what runs the model (extra: vllm)")
+    forget: str | None = option(help="other text (.txt, .jsonl): KL from the base and perplexities on it")
+    lm_eval_tasks_path: str | None = option(help="folder with task files of one's own, for lm_eval:NAME")
+    num_fewshot: int | None = option(help="worked examples in a prompt, for lm_eval:NAME [the task's own number]")
     dtype: str = option("auto", choices=DTYPES, help="precision of the model")
     output_dir: str | None = option(help="where the scores go [evaluation/ below the model]", short="-o")
     device: str = option("auto", help="auto, cpu or cuda")
     seed: int = option(42, help="seed of sampling and of the bootstrap")
+
+
+@dataclass(frozen=True)
+class ProbeSection:
+    """Where the deltas come from that plans are made of: finished runs, or short full fine-tunes of the study's own."""
+
+    deltas: list[str] = option([], help="folders of finished `rankwise finetune` runs; seeds take them in turn")
+    probes: int = option(1, help="own probes, each on rows of its own drawn from the training part; seeds take turns")
+    probe_rows: int = option(500, help="rows of a probe")
+    probe_steps: int = option(100, help="updates of a probe")
+    probe_batch_size: int = option(8, help="rows per update of a probe")
+    probe_learning_rate: float = option(2e-5, help="learning rate of a probe")
+
+
+@dataclass(frozen=True)
+class GridSection:
+    """What is tuned for every arm alike, and on how many seeds."""
+
+    grid_low: float = option(1e-4, help="smallest learning rate of the grid")
+    grid_high: float = option(1e-1, help="largest learning rate of the grid")
+    grid_points: int = option(7, help="learning rates, evenly spaced on a log scale (3 where compute is short)")
+    grid_growth: int = option(4, help="most points added beyond an edge that is best")
+    full_grid_low: float = option(1e-5, help="smallest learning rate of the arm `full`")
+    full_grid_high: float = option(1e-2, help="largest learning rate of the arm `full`")
+    tuning_seeds: int = option(3, help="seeds of the tuning, disjoint from those that are reported")
+    scales: list[str] = option(
+        ["constant"],
+        choices=("constant", "alpha", "rslora"),
+        help="factor of B·A: the same everywhere (alpha/r constant), one alpha over r, one alpha over √r; tuned too",
+    )
+    lr_schedulers: list[str] = option(["constant"], choices=("constant", "cosine", "linear"), help="crossed for phases")
+    phase_states: list[str] = option(["keep"], choices=("keep", "reset"), help="crossed for phases")
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Arms with equal parameters, compared by a protocol that is fixed and hashed before the first run."""
+
+    question: str | None = option(help="what the study asks, for the report")
+    kind: str = option("plans", choices=("plans", "phases"), help="what the arms are")
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    probe: ProbeSection = field(default_factory=ProbeSection)
+    grid: GridSection = field(default_factory=GridSection)
+    dev_path: str | None = option(help="rows to tune on [groups held out from the training rows]")
+    test_path: str | None = option(help="rows to report on, read once [groups held out from the training rows]")
+    train_size: int = option(2000, help="training rows")
+    dev_size: int = option(250, help="items to tune on, one per prompt")
+    test_size: int = option(250, help="items to report on, one per prompt")
+    target: str | None = option(
+        choices=("attention_only", "mlp_only", "both", "all"), help="which matrices [all attention and MLP]"
+    )
+    budgets: list[str] = option(
+        ["uniform:2", "uniform:4", "uniform:8"], help="N parameters, uniform:R, or 0.5%; one of them starved"
+    )
+    arms: list[str] = option([], help="what is compared; see docs/study.md [by kind]")
+    primary: list[str] = option([], help="contrasts that get a verdict, as `energy vs uniform` [every arm's own]")
+    metric: str = option("loss", choices=("loss",), help="nats per answer token")
+    smallest_effect: float = option(0.02, help="δ: differences below it are of no interest", aliases=("delta",))
+    schedule_plan: str = option("uniform", help="phases: the plan whose ranks all arms share")
+    steps: int = option(200, help="optimizer steps of every arm", aliases=("max_steps",))
+    batch_size: int = option(8, help="rows per step")
+    warmup_steps: int = option(0, help="steps in which the learning rate rises")
+    weight_decay: float = option(0.0, help="of AdamW")
+    max_grad_norm: float = option(1.0, help="gradients are clipped to it")
+    max_rank: int = option(128, help="largest rank of a site")
+    first_seeds: int = option(8, help="seeds that are reported at least")
+    more_seeds: int = option(4, help="seeds added at a time, until every primary half-width is at most δ/2")
+    most_seeds: int = option(30, help="seeds that are reported at most")
+    resamples: int = option(2000, help="of the bootstrap over seeds and items")
+    seed: int = option(42, help="one seed for everything")
+    output_dir: str = option("runs/study", help="run folder", short="-o")
+    batch_arms: int = option(16, help="arms that are trained together; changes the time, not the numbers")
+    device: str = option("auto", help="auto, cpu or cuda")
+    deviation: str | None = option(help="why a study that has begun goes on otherwise than registered; is reported")
+    time_only: bool = option(False, help="train one batch of arms, print runs per hour and what is left, and stop")
 
 
 @dataclass(frozen=True)
@@ -281,6 +401,25 @@ class RunConfig:
     only: list[str] = option([], help="these stages only")
     from_: str | None = option(help="run this stage and all after it again", aliases=("from",))
     force: bool = option(False, help="run every stage again")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Several recipes, one after the other, each in a folder of its own."""
+
+    recipes: list[str] = option([], commas=False, help="recipe files, or names of those that come with the package")
+    output_dir: str = option("runs/batch", help="folder of the run folders", short="-o")
+    set: list[str] = option([], commas=False, help="STAGE.OPTION=VALUE, over every recipe; repeatable")
+    force: bool = option(False, help="run every stage again")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Finished runs side by side: parameters, time, losses, gradient norms, scores."""
+
+    runs: list[str] = option([], commas=False, help="run folders")
+    output_dir: str = option("comparison", help="where the tables and the picture go", short="-o")
+    no_plots: bool = option(False, help="no PNG file")
 
 
 @dataclass(frozen=True)

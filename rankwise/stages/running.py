@@ -36,7 +36,9 @@ def text_batches(config: RanksConfig, tokenizer: object, positions: int, path: s
     assert config.data.task is not None
     assert path is not None
     data = config.data
-    examples = load(data.task, Path(path), split, skip_bad=data.skip_bad)
+    examples = load(
+        data.task, Path(path), split, skip_bad=data.skip_bad, download=data.download and not Path(path).is_file()
+    )
     for note in examples.notes():
         print(note)
     items = one_per_prompt(examples)

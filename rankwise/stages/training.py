@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 
 from rankwise.config import DataSection, FinetuneConfig, ModelSection, TrainConfig
 from rankwise.core.plan import RankPlan
-from rankwise.data import Collator, Example, Examples, RenderedDataset, Renderer, load
-from rankwise.errors import UsageError
+from rankwise.data import Collator, Example, Examples, PackedDataset, RenderedDataset, Renderer, load
+from rankwise.data.packing import unpacked_difference
+from rankwise.errors import UsageError, VerificationError
 from rankwise.nets.adapters import save_adapter, write_sites
 from rankwise.nets.load import load_model, load_tokenizer, meta_model
 from rankwise.store.adapter import LoraPair
@@ -26,6 +28,8 @@ from rankwise.store.run import Record, RunFolder
 from rankwise.train.arguments import frozen_dtype
 from rankwise.train.resume import identity_of, resume_point, start_over
 from rankwise.train.trainer import RankwiseTrainer
+
+PACKING_EXACT, PACKING_ROUNDED = 1e-3, 0.1  # largest relative difference of logits in float32, and at 16 bits
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Job:
     name: str
     arguments: TrainingArguments
     renderer: Renderer
-    rows: RenderedDataset
+    rows: RenderedDataset | PackedDataset
     validation: RenderedDataset | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -69,8 +73,11 @@ def check_data(data: DataSection, command: str) -> None:
 
 
 def read_examples(data: DataSection, path: str, split: str = "train") -> Examples:
-    """The rows of a data set, with what was left out said aloud."""
-    examples = load(data.task or "", path, split, skip_bad=data.skip_bad)
+    """The rows of a data set, with what was left out said aloud. `--download` fills the folder of --data_path; a file
+    named beside it is read as it is. Of several processes the first one downloads while the others wait."""
+    fetches = data.download and path == data.data_path
+    with PartialState().local_main_process_first() if fetches else nullcontext():
+        examples = load(data.task or "", path, split, skip_bad=data.skip_bad, download=fetches)
     for note in examples.notes():
         announce(note)
     return examples
@@ -123,6 +130,17 @@ def rendered(examples: Sequence[Example], renderer: Renderer) -> RenderedDataset
     return rows
 
 
+def check_packing(model: nn.Module, rows: PackedDataset, collator: Collator) -> None:
+    """VerificationError where this model lets the samples of a row see each other."""
+    exact = next(model.parameters()).dtype == torch.float32
+    difference = unpacked_difference(model, rows, collator)
+    if not difference <= (PACKING_EXACT if exact else PACKING_ROUNDED):
+        raise VerificationError(
+            f"--packing: {type(model).__name__} does not keep samples of one row apart: logits differ by "
+            f"{difference:.1%} from those of each sample alone; leave --packing out (--group_by_length saves padding)"
+        )
+
+
 def base_facts(model: ModelSection, name: str, arguments: TrainingArguments) -> dict[str, Any]:
     """The base as part of a run's identity: its files' content, not where they lie."""
     return {
@@ -172,10 +190,11 @@ def starting_point(config: FinetuneConfig | TrainConfig, job: Job) -> Path | Non
     return checkpoint
 
 
-def trained(
-    model: nn.Module, job: Job, checkpoint: Path | None, loraplus_lr_ratio: float | None = None
-) -> RankwiseTrainer:
-    """Train a model on the job's rows; returns the trainer, which holds the trained model."""
+def trained(model: nn.Module, job: Job, checkpoint: Path | None, **extras: Any) -> RankwiseTrainer:
+    """Train a model on the job's rows; returns the trainer, which holds the trained model.
+
+    extras: `loraplus_lr_ratio`, `phases`, `gradients` of the trainer.
+    """
     trainer = RankwiseTrainer(
         model=model,
         args=job.arguments,
@@ -183,7 +202,7 @@ def trained(
         eval_dataset=job.validation,
         data_collator=job.collator,
         identity=job.identity,
-        loraplus_lr_ratio=loraplus_lr_ratio,
+        **extras,
     )
     trainer.train(checkpoint)
     return trainer
@@ -206,9 +225,10 @@ def write_adapter_files(
     left_out: list[str],
     initial: Mapping[str, LoraPair] | None = None,
 ) -> None:
-    """The adapter at the root of the run folder, and sites.json beside it."""
+    """The adapter in this folder, and sites.json beside it."""
     state = whole_state(trainer)
     if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
         save_adapter(plain_model(trainer), folder, name, initial, state)
         write_sites(folder, plan, left_out)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,14 +29,12 @@ from transformers import (
 from rankwise.errors import RankwiseError
 from rankwise.store.files import explained
 from rankwise.train.checkpoints import CheckpointKeeper, discard_unsealed
+from rankwise.train.gradients import GradientNorms
 from rankwise.train.guard import StepGuard, diverged, memory_advice
 from rankwise.train.interruption import Interruption
 from rankwise.train.phases import PhaseKeeper
 from rankwise.train.sampling import LengthGrouped
 from rankwise.train.tables import TrainingLog
-
-if TYPE_CHECKING:
-    from rankwise.train.gradients import GradientNorms
 
 SAMPLE_INDEX = "sample_index"
 

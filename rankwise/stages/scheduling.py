@@ -1,0 +1,62 @@
+"""From the phase options to a schedule over the adapted sites, and what watches the gradients meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from rankwise.config import PhasesSection
+from rankwise.core.phase import Bound, Form, bind
+from rankwise.core.schedule import parse_schedule, strategy
+from rankwise.core.site import Site
+from rankwise.errors import UsageError
+from rankwise.store.processes import announce
+from rankwise.train.gradients import GradientNorms
+from rankwise.train.phases import PhaseKeeper
+
+RECOMMENDED = "both-mlp-attn"
+
+
+def schedule_of(phases: PhasesSection) -> Form | None:
+    """The schedule as it was asked for; None where everything trains all the time."""
+    if phases.log_frequency < 0:
+        raise UsageError(f"--log_frequency must be at least 0, got {phases.log_frequency}")
+    named = phases.phase_strategy or (RECOMMENDED if phases.dynamic_lora else None)
+    if phases.schedule and named:
+        raise UsageError(
+            "--schedule and --phase_strategy (or --dynamic_lora) both say which phases there are; give one"
+        )
+    if named:
+        return parse_schedule(strategy(named, phases.phase1_end, phases.phase2_end))
+    return parse_schedule(phases.schedule) if phases.schedule else None
+
+
+def phase_keeper(
+    phases: PhasesSection, sites: Mapping[str, Site], seed: int, arguments: TrainingArguments
+) -> PhaseKeeper | None:
+    """What freezes and thaws, bound to the sites that will be adapted: wrong phases are refused before the model loads.
+
+    Raises UsageError for phases that train nothing, and under DeepSpeed, whose wrapper steps inside backward.
+    """
+    form = schedule_of(phases)
+    if form is None:
+        return None
+    if arguments.deepspeed:
+        raise UsageError("phases do not work under DeepSpeed, which steps inside backward; use FSDP2 (--fsdp) instead")
+    schedule: Bound = bind(form, sites, seed)
+    return PhaseKeeper(schedule, Path(arguments.output_dir), reset=phases.phase_state == "reset")
+
+
+def gradient_norms(
+    phases: PhasesSection, keeper: PhaseKeeper | None, arguments: TrainingArguments
+) -> GradientNorms | None:
+    """The table of gradient norms, where one is wanted and can be had."""
+    if not phases.log_frequency:
+        return None
+    if arguments.deepspeed:
+        announce("note: no gradient norms under DeepSpeed, which steps inside backward; FSDP2 (--fsdp) has them")
+        return None
+    name = None if keeper is None else lambda step: keeper.schedule.name(step - 1)
+    return GradientNorms(Path(arguments.output_dir), phases.log_frequency, name)
