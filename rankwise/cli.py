@@ -17,6 +17,7 @@ from rankwise.errors import RankwiseError, UsageError
 from rankwise.stages.commands import COMMANDS, DRY_RUN, GROUPS, Command, assemble, command_options, stage_of
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+RECIPES = Path(__file__).parent / "recipes"
 
 
 def overview() -> str:
@@ -44,11 +45,24 @@ def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
     raise options.unknown(argv[0], [name.split()[0] for name in COMMANDS], "rankwise", "command")
 
 
-def take_positionals(command: Command, words: list[str], prog: str) -> tuple[Path | None, dict[str, str]]:
+def packaged_file(folder: str, name: str, prog: str) -> Path:
+    """A config file that comes with the package, by its name."""
+    found = {path.stem: path for path in sorted((RECIPES / folder).glob("*.yaml"))}
+    if name not in found:
+        raise options.unknown(name, list(found), prog, "config file (.yaml or .json), nor one of the package's")
+    return found[name]
+
+
+def take_positionals(command: Command, words: list[str], prog: str) -> tuple[Path | None, dict[str, Any]]:
     """A leading config file, if any, and the fields that the other words fill."""
     path = None
     if command.takes_file and words and words[0].endswith(CONFIG_SUFFIXES):
         path, words = Path(words[0]), words[1:]
+    elif command.packaged and words:
+        path, words = packaged_file(command.packaged, words[0], prog), words[1:]
+    if command.repeated and words:
+        before = len(command.positionals) - 1
+        return path, dict(zip(command.positionals, [*words[:before], words[before:]], strict=False))
     if len(words) > len(command.positionals):
         expected = " ".join(name.upper() for name in command.positionals) or "no positional arguments"
         raise UsageError(f"{prog}: too many arguments: {' '.join(words)}; expected {expected}")
@@ -61,6 +75,7 @@ def resolve(name: str, argv: Sequence[str]) -> tuple[Any, bool]:
     prog = f"rankwise {name}"
     known = [*command_options(command), DRY_RUN]
     shown = " ".join(["[CONFIG]"] * command.takes_file + [f"[{word.upper()}]" for word in command.positionals])
+    shown += " …" * command.repeated
     parser = flags.build_parser(prog, type(command.config).__doc__ or "", known, shown)
     words, given = flags.parse_flags(parser, known, argv)
     path, positionals = take_positionals(command, words, prog)

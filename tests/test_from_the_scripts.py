@@ -22,7 +22,7 @@ def documented_commands() -> list[str]:
 
 def test_the_page_has_the_documented_workflow() -> None:
     verbs = {command.split()[1] for command in documented_commands()}
-    assert {"finetune", "ranks", "run", "train", "evaluate", "merge"} <= verbs
+    assert {"finetune", "ranks", "run", "batch", "compare", "train", "evaluate", "merge"} <= verbs
 
 
 @pytest.mark.parametrize("command", documented_commands())

@@ -10,6 +10,7 @@ from typing import Any
 
 from rankwise.core.plan import RankPlan
 from rankwise.score.result import EvaluationResult
+from rankwise.show.gradient_series import GradientTables
 
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
@@ -76,6 +77,9 @@ class Contents:
     gains: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     fidelity: tuple[tuple[str, Fidelity], ...] = ()
     sites: tuple[tuple[str, Adapted], ...] = ()
+    studies: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    gradients: tuple[tuple[str, GradientTables], ...] = ()
+    phases: tuple[tuple[str, list[tuple[int, str]]], ...] = ()
     pictures: tuple[str, ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
 

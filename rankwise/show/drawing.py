@@ -10,7 +10,9 @@ from pathlib import Path
 from rankwise.show.blocks import Picture
 from rankwise.show.contents import Contents, Scored
 from rankwise.show.curves import plot_gain, plot_loss, plot_scores, points, shared_metrics
+from rankwise.show.gradients import gradient_pictures
 from rankwise.show.plots import plot_energy_heatmap, plot_ranks_heatmap
+from rankwise.show.study_plots import PLOTS as STUDY_PLOTS
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Drawings:
 
 
 def draw(contents: Contents, tasks: dict[str, list[Scored]], folder: Path) -> Drawings:
-    """Draw every plan, training log, gain and task of scores into `folder`."""
+    """Draw every plan, training log, table of gradient norms, gain and task of scores into `folder`."""
     if importlib.util.find_spec("matplotlib") is None:
         return Drawings({}, possible=False)
     found: dict[tuple[str, str], Picture] = {}
@@ -52,7 +54,14 @@ def draw(contents: Contents, tasks: dict[str, list[Scored]], folder: Path) -> Dr
         plot_gain(gain, target(where, "gain", caption))
     for where, rows in contents.logs:
         if points(rows, "loss") or points(rows, "eval_loss"):
-            plot_loss(rows, target(where, "training_loss", "Training and validation loss, minima marked"))
+            path = target(where, "training_loss", "Training and validation loss, minima marked")
+            plot_loss(rows, path, dict(contents.phases).get(where, ()))
+    for where, tables in contents.gradients:
+        for name, caption, plot in gradient_pictures(tables):
+            plot(target(where, name, caption))
+    for where, study in contents.studies:
+        for name, (plot, caption) in STUDY_PLOTS.items():
+            plot(study, target(where, name, caption))
     for task, results in tasks.items():
         if shared_metrics(one.result for one in results):
             caption = "Scores with 95 % intervals, each metric on its own scale"

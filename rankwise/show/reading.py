@@ -2,7 +2,8 @@
 
 Found anywhere below the folder (checkpoints, hidden folders, earlier reports and links aside): manifest.json,
 resolved_config*.json, lora_rank_config.json, evaluation_results.json with predictions.jsonl beside it,
-training_log.csv, gain.json, fidelity.json, sites.json, and the PNGs of `plots/` folders.
+training_log.csv, phases.csv, the tables of gradient norms, gain.json, fidelity.json, sites.json, study.json, and the
+PNGs of `plots/` folders.
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ from rankwise.score.result import FILE as RESULTS
 from rankwise.score.result import EvaluationResult
 from rankwise.show.contents import Adapted, Contents, Fidelity, Scored, Stage
 from rankwise.show.format import is_number
+from rankwise.show.gradient_series import GradientTables, read_tables
+from rankwise.show.study_words import FORMAT as STUDY_FORMAT
+from rankwise.show.study_words import PARTS as STUDY_PARTS
 from rankwise.store.files import read_bytes, read_json, read_object
 from rankwise.store.plan_file import read_plan
 from rankwise.store.run import FORMAT as MANIFEST_FORMAT
 from rankwise.store.run import MANIFEST
+from rankwise.train.gradient_table import GROUPS, NORMS
 
 GENERIC = ("evaluation", "evaluate", "results", "predictions", "final_model")
 BEFORE = re.compile(r"(^|[_\-/])(before|base|pretrained|untrained)($|[_\-/.])")
@@ -46,6 +51,9 @@ def read_run(run: Path) -> Contents:
         gains=tuple((folder(run, path), read_gain(path)) for path in named(files, "gain.json")),
         fidelity=tuple((folder(run, path), read_fidelity(path)) for path in named(files, "fidelity.json")),
         sites=tuple((folder(run, path), read_sites(path)) for path in named(files, "sites.json")),
+        studies=tuple((folder(run, path), read_study(path)) for path in named(files, "study.json")),
+        gradients=tuple(read_gradients(run, files)),
+        phases=tuple((folder(run, path), read_phases(path)) for path in named(files, "phases.csv")),
         pictures=tuple(relative(run, path) for path in files if is_plot(path)),
         settings=tuple(read_settings(run, files)),
     )
@@ -124,9 +132,9 @@ def in_order(scores: Iterator[Scored]) -> list[Scored]:
     """What was there before training first, then by time; equal labels are told apart by their folder."""
     found = list(scores)
     sources = [one.result.settings.get("made_from") or {} for one in found]
-    bases = {source.get("model") for source in sources if "adapter" in source}
+    bases = [source["model"] for source in sources if "adapter" in source and "model" in source]
     known = [
-        replace(one, is_before=one.is_before or ("adapter" not in source and source.get("model") in bases - {None}))
+        replace(one, is_before=one.is_before or ("adapter" not in source and source.get("model") in bases))
         for one, source in zip(found, sources, strict=True)
     ]
     labels = [one.label for one in known]
@@ -157,6 +165,23 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     return [{key: value for key, value in row.items() if key is not None} for row in csv.DictReader(text.splitlines())]
 
 
+def read_gradients(run: Path, files: list[Path]) -> Iterator[tuple[str, GradientTables]]:
+    """The tables of every folder that has measurements in them."""
+    for where in sorted({path.parent for path in files if path.name in (NORMS, GROUPS)}):
+        tables = read_tables(where)
+        if tables is not None and tables.groups:
+            yield relative(run, where), tables
+
+
+def read_phases(path: Path) -> list[tuple[int, str]]:
+    """(first step, name) of every phase; one alone is no phase."""
+    try:
+        found = [(int(row["step"]), row["phase"]) for row in read_csv(path)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: expected the columns step and phase: {error!r}") from error
+    return found if len(found) > 1 else []
+
+
 def read_gain(path: Path) -> Mapping[str, Any]:
     content = read_object(path)
     arms = content.get("arms")
@@ -174,6 +199,14 @@ def read_sites(path: Path) -> Adapted:
         return Adapted([int(row["rank"]) for row in rows], parameters, len(content["left_out"]))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: expected `sites` with rank and shape, and `left_out`: {error!r}") from error
+
+
+def read_study(path: Path) -> Mapping[str, Any]:
+    content = read_object(path)
+    missing = [name for name in STUDY_PARTS if name not in content]
+    if content.get("format") != STUDY_FORMAT or missing:
+        raise DataError(f"{path}: not a whole study: its format is {content.get('format')!r}, it lacks {missing}")
+    return content
 
 
 def is_arm(arm: Any) -> bool:

@@ -16,9 +16,12 @@ from rankwise.show.contents import Adapted, Contents, Fidelity, Scored, Stage, p
 from rankwise.show.curves import is_shuffle
 from rankwise.show.drawing import Drawings
 from rankwise.show.format import clip, duration, is_number, memory, metric_name, number, percent, plural, score
+from rankwise.show.gradient_blocks import GRADIENT_PLOTS, gradient_blocks
 from rankwise.show.rank_table import layer_ranges
+from rankwise.show.study_blocks import study_blocks
+from rankwise.show.study_plots import PLOTS as STUDY_PLOTS
 
-ORDER = ("finetune", "ranks", "extract", "compress", "train", "evaluate", "merge")
+ORDER = ("finetune", "ranks", "extract", "compress", "train", "evaluate", "study", "merge")
 STAGE_KEYS = {"stage", "energy_kept", "started", "finished", "seconds", "python", "versions", "inputs", "outputs"}
 MOST_ROWS, MOST_EXAMPLES, MOST_PICTURES, MOST_FACTS = 14, 3, 8, 16
 Owned = tuple[Stage | None, str]
@@ -46,6 +49,12 @@ def found_blocks(contents: Contents, drawings: Drawings) -> list[tuple[tuple[str
         found.append((("train",), where, [Words(adapted_sites(adapted))]))
     for where, _ in contents.logs:
         found.append((("train", "finetune"), where, list(drawings.of(where, "training_loss"))))
+    for where, tables in contents.gradients:
+        drawn = [picture for name in GRADIENT_PLOTS for picture in drawings.of(where, name)]
+        found.append((("train", "finetune"), where, gradient_blocks(tables, drawn)))
+    for where, study in contents.studies:
+        drawn = [picture for name in STUDY_PLOTS for picture in drawings.of(where, name)]
+        found.append((("study",), where, study_blocks(study, drawn)))
     for where, fidelity in contents.fidelity:
         found.append((("extract", "compress", "merge"), where, fidelity_blocks(fidelity)))
     for where, pictures in loose_pictures(contents, drawings).items():

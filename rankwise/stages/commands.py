@@ -16,7 +16,11 @@ from rankwise import config, options
 
 @dataclass(frozen=True)
 class Command:
-    """One row of the table: where it stands in the help, what it is told, and which stage runs it."""
+    """One row of the table: where it stands in the help, what it is told, and which stage runs it.
+
+    packaged: a folder of the package's recipes whose files can be given by name, as the command's config file.
+    repeated: the last positional takes all further words.
+    """
 
     group: str
     help: str
@@ -25,6 +29,8 @@ class Command:
     positionals: tuple[str, ...] = ()
     takes_file: bool = True
     trainer: bool = False
+    packaged: str = ""
+    repeated: bool = False
 
 
 COMMANDS = {
@@ -64,10 +70,35 @@ COMMANDS = {
         trainer=True,
     ),
     "evaluate": Command("PROVE", "generate and score a task", "evaluate", config.EvaluateConfig(), ("model_path",)),
+    "study": Command(
+        "PROVE",
+        "rank plans or schedules compared at equal parameters, over seeds",
+        "study",
+        config.StudyConfig(),
+        packaged="studies",
+    ),
+    "compare": Command(
+        "PROVE",
+        "finished runs side by side, one table and one picture",
+        "compare",
+        config.CompareConfig(),
+        ("runs",),
+        takes_file=False,
+        repeated=True,
+    ),
     "report": Command("PROVE", "one page for a run folder", "report", config.ReportConfig(), ("run",)),
     "merge": Command("SHIP", "adapter into base, checked", "merge", config.MergeConfig(), ("adapter",)),
     "run": Command(
         "MORE", "a pipeline of stages from one file", "run", config.RunConfig(), ("recipe",), takes_file=False
+    ),
+    "batch": Command(
+        "MORE",
+        "several recipes, one after the other",
+        "batch",
+        config.BatchConfig(),
+        ("recipes",),
+        takes_file=False,
+        repeated=True,
     ),
     "demo": Command("MORE", "the whole flow, offline, on a CPU, in about three minutes", "demo", config.DemoConfig()),
 }

@@ -4,6 +4,9 @@ name: svd_ranks
 variables: {MODEL_NAME: org/name}          # the environment overrides them
 stages:
   - {name: probe, command: finetune, model_name: "${MODEL_NAME}", output_dir: "${run}/probe"}
+
+`extends: NAME` takes another recipe's content and changes it: variables and options of stages of the same name are
+replaced one by one, further stages follow.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from rankwise.options import load_file, unknown
 from rankwise.stages.commands import COMMANDS, command_options
 
 PACKAGED = Path(__file__).parents[1] / "recipes"
-KEYS = ("name", "description", "variables", "stages")
+KEYS = ("extends", "name", "description", "variables", "stages")
+PIPELINES = ("run", "batch", "demo")  # commands that run recipes themselves
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
@@ -60,10 +64,7 @@ def load_recipe(path: Path, run: Path, changes: Sequence[str] = ()) -> Recipe:
 
     Raises UsageError, naming file and stage: unknown keys, commands or variables, stages of one name.
     """
-    content = dict(load_file(path))
-    for key in content:
-        if key not in KEYS:
-            raise unknown(key, KEYS, str(path))
+    content = read_content(path)
     defaults = content.get("variables") or {}
     if not isinstance(defaults, dict) or "run" in defaults:
         raise UsageError(f"{path}: variables: a mapping of names to defaults is needed (`run` is the run folder)")
@@ -72,12 +73,55 @@ def load_recipe(path: Path, run: Path, changes: Sequence[str] = ()) -> Recipe:
     if not isinstance(rows, list) or not rows:
         raise UsageError(f"{path}: no stages; a recipe has a list of them under `stages:`")
     stages = [read_stage(row, variables, str(path)) for row in rows]
-    names = [stage.name for stage in stages]
-    if len(set(names)) < len(names):
-        raise UsageError(f"{path}: two stages have one name: {', '.join(names)}")
     for change in changes:
         stages = changed(stages, change)
-    return Recipe(str(content.get("name", path.stem)), path, tuple(stages), str(content.get("description", "")))
+    return Recipe(str(content.get("name") or path.stem), path, tuple(stages), str(content.get("description", "")))
+
+
+def read_content(path: Path, below: Sequence[Path] = ()) -> dict[str, Any]:
+    """The file's keys, over those of the recipe that it extends (found beside it, or by name in the package)."""
+    content = dict(load_file(path))
+    for key in content:
+        if key not in KEYS:
+            raise unknown(key, KEYS, str(path))
+    rows = content.get("stages")
+    names = [stage_name(row) for row in rows] if isinstance(rows, list) else []
+    if len(set(names)) < len(names):
+        raise UsageError(f"{path}: two stages have one name: {', '.join(names)}")
+    if path in below:
+        raise UsageError(f"{path}: extends itself, by way of {', '.join(str(each) for each in below)}")
+    parent = content.pop("extends", None)
+    if parent is None:
+        return content
+    beside = path.parent / f"{parent}.yaml"
+    return extended(read_content(beside if beside.is_file() else find_recipe(str(parent)), [*below, path]), content)
+
+
+def extended(parent: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's content with another's over it. What has not the form of a recipe is left for `load_recipe` to say."""
+    merged = {**parent, "name": None, **content}
+    for key, value in content.items():
+        before = parent.get(key)
+        if value is None:
+            merged[key] = before
+        elif isinstance(value, dict) and isinstance(before, dict):
+            merged[key] = {**before, **value}
+        elif isinstance(value, list) and isinstance(before, list):
+            merged[key] = merged_stages(before, value)
+    return merged
+
+
+def merged_stages(before: Sequence[Any], rows: Sequence[Any]) -> list[Any]:
+    """Rows with a stage's name change its options; the others come after all stages."""
+    stages = {stage_name(row): row for row in before}
+    for row in rows:
+        known = stages.get(stage_name(row))
+        stages[stage_name(row)] = {**known, **row} if isinstance(known, dict) and isinstance(row, dict) else row
+    return list(stages.values())
+
+
+def stage_name(row: Any) -> str:
+    return str(row.get("name", row.get("command"))) if isinstance(row, dict) else repr(row)
 
 
 def resolved_variables(defaults: Mapping[str, Any], run: Path) -> dict[str, str]:
@@ -89,8 +133,8 @@ def read_stage(row: Any, variables: Mapping[str, str], where: str) -> Stage:
     if not isinstance(row, dict) or "command" not in row:
         raise UsageError(f"{where}: a stage is a mapping with `command:`; got {row!r}")
     command = str(row["command"])
-    if command not in COMMANDS or command in ("run", "demo"):
-        raise unknown(command, [name for name in COMMANDS if name not in ("run", "demo")], where, "command")
+    if command not in COMMANDS or command in PIPELINES:
+        raise unknown(command, [name for name in COMMANDS if name not in PIPELINES], where, "command")
     name = str(row.get("name", command))
     options = {
         key: substituted(value, variables, f"{where}: stage {name}: {key}")

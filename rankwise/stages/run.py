@@ -25,6 +25,8 @@ from rankwise.store.files import fingerprint, read_object, write_json
 from rankwise.store.run import RunFolder
 
 STATE, MARKS = ".stages", "done.json"
+RECORD = "resolved_config.recipe.json"  # a stage may write into the run folder itself, and its config beside this one
+PREDICTIONS = "predictions*.json*"
 OUTPUTS = ("output_dir", "out", "run")
 
 
@@ -33,7 +35,7 @@ def run(config: RunConfig) -> Path:
     recipe, configs = prepared(config)
     folder = RunFolder(run_folder(config))
     with RunFolder(folder / STATE).lock():
-        folder.save_config(record_of(recipe))
+        folder.save_config(record_of(recipe), RECORD)
         chosen, again = selection(config, recipe)
         for index, stage in enumerate(recipe.stages):
             if stage.name in chosen:
@@ -132,7 +134,10 @@ def fingerprint_of(stage: Stage, config: Any, previous: str | None) -> str:
 
 def resuming(stage: Stage, config: Any, before: Mapping[str, Any], mark: str) -> Any:
     """A training stage that was stopped in the middle goes on from its newest complete checkpoint; one whose options
-    or inputs have changed since starts over."""
+    or inputs have changed since starts over. So does an evaluation, whose answers of before are deleted."""
+    if stage.command == "evaluate" and before and before.get("started") != mark:
+        for file in stage_of(stage.command).output_folder(config).path.glob(PREDICTIONS):
+            file.unlink()
     if not COMMANDS[stage.command].trainer or config.resume_from_checkpoint:
         return config
     if not any(Path(config.output_dir).glob("checkpoint-*")):

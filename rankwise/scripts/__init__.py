@@ -1,0 +1,86 @@
+"""The documented Python names of the training scripts that Rankwise grew from, over Rankwise's own types.
+
+    from rankwise.scripts import ExperimentConfig, PRESETS, run_experiment
+
+    config = PRESETS["e2e_attention"]()
+    config.lora.r = 8
+    run_experiment(config)                     # what `rankwise train` does with the same options
+
+Nothing else imports this package: code that starts today uses the commands, or the names in `rankwise` itself.
+"""
+
+from __future__ import annotations
+
+from rankwise.nets.adapt import print_trainable_parameters
+from rankwise.scripts.evaluation import (
+    ModelEvaluator,
+    evaluate_e2e,
+    evaluate_multi_nli,
+    evaluate_samsum,
+    evaluate_wikisql,
+)
+from rankwise.scripts.experiment import (
+    ATTENTION_ONLY,
+    BOTH,
+    MLP_ONLY,
+    DataConfig,
+    DatasetType,
+    DynamicLoRAConfig,
+    ExperimentConfig,
+    GradientAnalysisConfig,
+    LoRAConfig,
+    ModelConfig,
+    TrainingConfig,
+)
+from rankwise.scripts.gradients import GradientMeasuringTrainer, GradientNormCallback, GradientNormLog
+from rankwise.scripts.phases import DynamicLoRACallback, create_layerwise_lora_config, create_phased_lora_config
+from rankwise.scripts.plots import (
+    generate_summary_report,
+    plot_gradient_evolution,
+    plot_gradient_norms,
+    plot_layer_comparison,
+    plot_layer_heatmap,
+    plot_training_loss,
+)
+from rankwise.scripts.running import PRESETS, experiment_command, run_experiment
+from rankwise.scripts.setup import get_data_collator, load_and_preprocess_dataset, setup_model_with_lora
+from rankwise.train.gradients import measure_gradient_norms
+
+__all__ = [
+    "ATTENTION_ONLY",
+    "BOTH",
+    "MLP_ONLY",
+    "PRESETS",
+    "DataConfig",
+    "DatasetType",
+    "DynamicLoRACallback",
+    "DynamicLoRAConfig",
+    "ExperimentConfig",
+    "GradientAnalysisConfig",
+    "GradientMeasuringTrainer",
+    "GradientNormCallback",
+    "GradientNormLog",
+    "LoRAConfig",
+    "ModelConfig",
+    "ModelEvaluator",
+    "TrainingConfig",
+    "create_layerwise_lora_config",
+    "create_phased_lora_config",
+    "evaluate_e2e",
+    "evaluate_multi_nli",
+    "evaluate_samsum",
+    "evaluate_wikisql",
+    "experiment_command",
+    "generate_summary_report",
+    "get_data_collator",
+    "load_and_preprocess_dataset",
+    "measure_gradient_norms",
+    "plot_gradient_evolution",
+    "plot_gradient_norms",
+    "plot_layer_comparison",
+    "plot_layer_heatmap",
+    "plot_training_loss",
+    "print_trainable_parameters",
+    "run_experiment",
+    "setup_model_with_lora",
+]

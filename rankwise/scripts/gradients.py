@@ -1,0 +1,119 @@
+"""Gradient norms as the documented scripts measure them: a callback that names the folder, and a Trainer.
+
+gradients = GradientNormCallback(config=GradientAnalysisConfig(), output_dir="results/experiment")
+trainer = GradientMeasuringTrainer(model=model, args=arguments, train_dataset=rows, gradient_callback=gradients,
+                                   callbacks=[gradients, dynamic_lora])
+trainer.train()
+GradientNormLog.load("results/experiment").groups["attention_norm"]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rankwise.data import Collator, RenderedDataset
+from rankwise.errors import DataError, UsageError
+from rankwise.scripts.experiment import GradientAnalysisConfig
+from rankwise.scripts.phases import DynamicLoRACallback
+from rankwise.show.gradient_series import read_tables, series
+from rankwise.train.gradient_table import GROUPS, summary
+from rankwise.train.gradients import GradientNorms
+from rankwise.train.phases import PhaseKeeper
+from rankwise.train.trainer import RankwiseTrainer
+
+
+@dataclass(frozen=True)
+class GradientNormLog:
+    """The measured norms as columns beside `steps`; NaN where a group or layer did not train.
+
+    groups: attention_norm, mlp_norm, embed_norm, lm_head_norm, total_norm … layers: layer_0_attention,
+    layer_0_mlp … summary: group → mean, std, max, min, peak_step.
+    """
+
+    steps: list[int]
+    groups: dict[str, list[float]]
+    layers: dict[str, list[float]]
+    summary: dict[str, dict[str, float | int]]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> GradientNormLog:
+        """Read the tables of a run folder; DataError where it has none."""
+        tables = read_tables(Path(folder))
+        if tables is None:
+            raise DataError(f"{folder}: no {GROUPS}: nothing was measured there")
+        groups, layers = series(tables.groups), series(tables.layers)
+        return cls(groups.steps, groups.columns, layers.columns, summary(tables.groups))
+
+
+class GradientNormCallback(TrainerCallback):
+    """Where and how often a GradientMeasuringTrainer writes norms: two tables and a summary, and the long table.
+
+    Alone it measures nothing, because a callback sees gradients after they are clipped: in another Trainer it is an
+    error when training begins.
+    """
+
+    def __init__(self, config: GradientAnalysisConfig | None = None, output_dir: str | Path = ".") -> None:
+        self.config = config or GradientAnalysisConfig()
+        self.output_dir = Path(output_dir)
+
+    def norms(self, phases: PhaseKeeper | None) -> GradientNorms | None:
+        """What measures; None where the config turns it off."""
+        if not self.config.enabled or not self.config.log_frequency:
+            return None
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        named = None if phases is None else lambda step: phases.schedule.name(step - 1)
+        return GradientNorms(self.output_dir, self.config.log_frequency, named)
+
+    @property
+    def log(self) -> GradientNormLog:
+        """What has been measured so far."""
+        return GradientNormLog.load(self.output_dir)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        raise UsageError(
+            "GradientNormCallback measures nothing in this Trainer; use GradientMeasuringTrainer(gradient_callback=…)"
+        )
+
+
+class GradientMeasuringTrainer(RankwiseTrainer):
+    """RankwiseTrainer, built as the documented scripts build theirs.
+
+    Args:
+        gradient_callback: says where norms go; it may also be among the callbacks.
+        callbacks: a DynamicLoRACallback among them sets the phases.
+        The rest are the Trainer's own. Rows of `load_and_preprocess_dataset` get their collator where none is given.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        args: TrainingArguments,
+        gradient_callback: GradientNormCallback | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        **rest: Any,
+    ) -> None:
+        measuring = [one for one in (gradient_callback, *callbacks) if isinstance(one, GradientNormCallback)]
+        dynamic = [one for one in callbacks if isinstance(one, DynamicLoRACallback)]
+        if len(dynamic) > 1 or len({id(one) for one in measuring}) > 1:
+            raise UsageError("one DynamicLoRACallback and one GradientNormCallback at most")
+        phases = dynamic[0].keeper(model, Path(args.output_dir)) if dynamic else None
+        if data_collator is None and isinstance(train_dataset, RenderedDataset):
+            data_collator = Collator.of(train_dataset.renderer.tokenizer)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            data_collator=data_collator,
+            phases=phases,
+            gradients=measuring[0].norms(phases) if measuring else None,
+            callbacks=[one for one in callbacks if one not in (*measuring, *dynamic)],
+            **rest,
+        )
