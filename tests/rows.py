@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 
 from rankwise.data import Collator
-from rankwise.nets.adapt import LoraSettings, adapt
+from rankwise.nets.adapt import LoraSettings, adapt, lora_layers
 from rankwise.nets.load import load_model
 from rankwise.nets.sites import model_sites
 from rankwise.nets.targets import choose_sites, uniform_plan
@@ -97,3 +98,26 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 def equal(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
     """Bit for bit."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Watch(TrainerCallback):
+    """Which sites moved in each optimizer step, seen from the weights themselves."""
+
+    def __init__(self) -> None:
+        self.moved: list[frozenset[str]] = []
+        self.before: dict[str, torch.Tensor] = {}
+
+    def on_step_begin(self, *_: Any, model: nn.Module, **__: Any) -> None:
+        self.before = factors(model)
+
+    def on_step_end(self, *_: Any, model: nn.Module, **__: Any) -> None:
+        now = factors(model)
+        self.moved.append(frozenset(path for path in now if not torch.equal(now[path], self.before[path])))
+
+
+def factors(model: nn.Module) -> dict[str, torch.Tensor]:
+    layers = lora_layers(model)
+    return {
+        path: torch.cat([layer.lora_A["default"].weight.flatten(), layer.lora_B["default"].weight.flatten()]).clone()
+        for path, layer in layers.items()
+    }

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rows import equal, make_trainer, resumed, weights
+from rows import Watch, equal, factors, make_trainer, resumed, weights
 from tiny import tiny_llama
 from torch import nn
 from transformers import TrainerCallback
@@ -19,7 +19,6 @@ from rankwise.core.phase import BoundNorm, BoundPhases, Lisa, Phases, bind, boun
 from rankwise.core.schedule import STRATEGIES, parse_schedule, strategy
 from rankwise.core.site import Site, describe
 from rankwise.errors import DataError, UsageError
-from rankwise.nets.adapt import lora_layers
 from rankwise.nets.load import meta_model
 from rankwise.nets.sites import model_sites
 from rankwise.train.phases import PHASES_STATE, PhaseKeeper, phase_of
@@ -47,29 +46,6 @@ def sites(base: Path) -> dict[str, Site]:
 
 def bound(text: str, sites: dict[str, Site], seed: int = 1) -> Any:
     return bind(parse_schedule(text), sites, seed)
-
-
-class Watch(TrainerCallback):
-    """Which sites moved in each optimizer step, seen from the weights themselves."""
-
-    def __init__(self) -> None:
-        self.moved: list[frozenset[str]] = []
-        self.before: dict[str, torch.Tensor] = {}
-
-    def on_step_begin(self, *_: Any, model: nn.Module, **__: Any) -> None:
-        self.before = factors(model)
-
-    def on_step_end(self, *_: Any, model: nn.Module, **__: Any) -> None:
-        now = factors(model)
-        self.moved.append(frozenset(path for path in now if not torch.equal(now[path], self.before[path])))
-
-
-def factors(model: nn.Module) -> dict[str, torch.Tensor]:
-    layers = lora_layers(model)
-    return {
-        path: torch.cat([layer.lora_A["default"].weight.flatten(), layer.lora_B["default"].weight.flatten()]).clone()
-        for path, layer in layers.items()
-    }
 
 
 def phased(

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from rows import Rows, adapted_base
-from test_phases import Watch
+from rows import Rows, Watch, adapted_base
 from tiny import tiny_llama
 from transformers import Trainer, TrainingArguments
 

@@ -8,9 +8,7 @@ The result is a schedule of `core.phase`, and `train.phases.PhaseKeeper` does th
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -128,14 +126,6 @@ def adapted_sites(model: PeftModel) -> dict[str, Site]:
     }
 
 
-class QuietKeeper(PhaseKeeper):
-    """The same without a line per change of phase; `phases.csv` has them all the same."""
-
-    def enter(self, step: int, active: frozenset[str]) -> None:
-        with redirect_stdout(io.StringIO()):
-            super().enter(step, active)
-
-
 class DynamicLoRACallback(TrainerCallback):
     """Trains the adapters of a PEFT model in phases.
 
@@ -160,7 +150,7 @@ class DynamicLoRACallback(TrainerCallback):
     def keeper(self, model: PeftModel, output_dir: Path) -> PhaseKeeper:
         """What freezes and thaws in this model."""
         schedule = bind(self.phase_configs, adapted_sites(model), self.seed)
-        return (PhaseKeeper if self.verbose else QuietKeeper)(schedule, output_dir, reset=self.reset)
+        return PhaseKeeper(schedule, output_dir, reset=self.reset, verbose=self.verbose)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **rest: Any

@@ -27,7 +27,7 @@ READ_FIRST = (
 )
 
 
-def plot_loss(rows: Iterable[Mapping[str, Any]], path: Path | str, phases: Sequence[tuple[int, str]] = ()) -> Path:
+def plot_loss(rows: Iterable[Mapping[str, Any]], path: Path | str, phases: Sequence[tuple[float, str]] = ()) -> Path:
     """Training and validation loss by optimizer step, the minimum of each marked.
 
     Args:

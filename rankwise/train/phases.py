@@ -39,11 +39,13 @@ class PhaseKeeper(TrainerCallback):
         schedule: bound to the adapted sites.
         reset: forget the optimizer's state of a site when it becomes active again (default: keep it).
         output_dir: `phases.csv` there gets a row per change of phase.
+        verbose: say so as well.
     """
 
-    def __init__(self, schedule: Bound, output_dir: Path, *, reset: bool = False) -> None:
+    def __init__(self, schedule: Bound, output_dir: Path, *, reset: bool = False, verbose: bool = True) -> None:
         self.schedule = schedule
         self.reset = reset
+        self.verbose = verbose
         self.table = StepTable(output_dir / PHASES_TABLE, COLUMNS)
         self.parameters: dict[str, list[nn.Parameter]] = {}
         self._toggles = True
@@ -92,7 +94,8 @@ class PhaseKeeper(TrainerCallback):
         name = self.schedule.name(step)
         count = sum(parameter.numel() for path in active for parameter in self.parameters[path])
         self.table.append({"step": step + 1, "phase": name, "sites": len(active), "parameters": count})
-        announce(f"phase from step {step + 1}: {name} ({len(active)} sites, {count:,} parameters)")
+        if self.verbose:
+            announce(f"phase from step {step + 1}: {name} ({len(active)} sites, {count:,} parameters)")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.require(frozenset(self.parameters))

@@ -1,0 +1,104 @@
+"""The names of arms and contrasts: what may stand in `arms:` and `primary:`, and what each of them means.
+
+plans    uniform  energy  loss …  shuffled  inverted:loss  compress  warm  plan-warm  uniform+compute  full  base
+phases   static   both:60 > mlp:60 > attention   reversed:…  permuted:…  random:…   static@…   full  base
+"""
+
+from __future__ import annotations
+
+from rankwise.config import StudyConfig
+from rankwise.core.controls import permuted_form, random_form, reversed_form, with_lengths
+from rankwise.core.phase import Form, Norm, Phases
+from rankwise.core.schedule import parse_schedule
+from rankwise.errors import UsageError
+from rankwise.options import unknown
+from rankwise.score.contenders import RULES
+
+UNIFORM, STATIC, INVERTED, BASE = "uniform", "static", "inverted", "base"
+NULLS = ("shuffled", INVERTED)
+REFERENCES = ("full", BASE)
+OTHERS = ("compress", "warm", "plan-warm", "uniform+compute")
+PLAN_ARMS = (UNIFORM, *RULES, *NULLS, *OTHERS, *REFERENCES)
+OF_A_RULE = (*NULLS, "plan-warm")
+CONTROLS = ("reversed", "permuted", "random")
+VERSUS = " vs "
+
+
+def rule_of(arm: str) -> str:
+    """The rule whose ranks an arm takes, shuffles or inverts: energy unless it says so (`shuffled:loss`)."""
+    name, _, rule = arm.partition(":")
+    return rule or (name if name in RULES else "energy")
+
+
+def control_of(arm: str) -> tuple[str, str]:
+    """(reversed, permuted, random or nothing; the schedule's text)."""
+    name, _, rest = arm.partition(":")
+    return (name, rest) if name in CONTROLS else ("", arm)
+
+
+def timed_like(arm: str) -> str | None:
+    """The schedule whose wall clock a `static@SCHEDULE` arm is given."""
+    name, at, schedule = arm.partition("@")
+    return schedule if name == STATIC and at else None
+
+
+def has_phases(arm: str, config: StudyConfig) -> bool:
+    return config.kind == "phases" and arm not in (STATIC, *REFERENCES) and timed_like(arm) is None
+
+
+def schedule_of(arm: str, steps: int, seed: int) -> Form | None:
+    """The schedule of a phase arm for a seed; None where everything trains all the time."""
+    if arm in (STATIC, *REFERENCES) or timed_like(arm) is not None:
+        return None
+    control, text = control_of(arm)
+    form = parse_schedule(text)
+    if isinstance(form, Norm):
+        raise UsageError(
+            f"{arm}: arms of a study are trained together, and `norm` chooses phases from its own gradients on the "
+            "way; compare runs of `rankwise train --phase_strategy norm:N` and of the schedule that it replays"
+        )
+    if isinstance(form, Phases):
+        with_lengths(form, steps)
+    if control == "reversed":
+        return reversed_form(form, steps)
+    if control == "permuted":
+        return permuted_form(form, steps, seed)
+    return random_form(form) if control == "random" else form
+
+
+def default_arms(config: StudyConfig) -> list[str]:
+    if config.kind == "plans":
+        return list(PLAN_ARMS)
+    third = max(1, config.steps // 3)
+    schedule = f"both:{third} > mlp:{third} > attention"
+    return [STATIC, schedule, *(f"{control}:{schedule}" for control in CONTROLS), f"{STATIC}@{schedule}"]
+
+
+def check_arm(arm: str, config: StudyConfig) -> None:
+    """An arm of the study's kind, written as it must be."""
+    if config.kind == "phases":
+        timed = timed_like(arm)
+        schedule_of(timed if timed is not None else arm, config.steps, 0)
+        return
+    name, colon, rule = arm.partition(":")
+    if name not in PLAN_ARMS or (colon and (name not in OF_A_RULE or rule not in RULES)):
+        known = [*PLAN_ARMS, *(f"{null}:{rule}" for null in OF_A_RULE for rule in RULES)]
+        raise unknown(arm, known, "--arms", "arm")
+
+
+def contrast(text: str, arms: tuple[str, ...]) -> tuple[str, str]:
+    first, versus, second = (part.strip() for part in text.partition(VERSUS))
+    if not versus.strip() or first == second:
+        raise UsageError(f"--primary takes `ARM vs ARM`; got {text!r}")
+    for arm in (first, second):
+        if arm not in arms:
+            raise unknown(arm, arms, f"--primary {text!r}", "arm")
+    return first, second
+
+
+def default_contrasts(arms: tuple[str, ...], config: StudyConfig) -> tuple[tuple[str, str], ...]:
+    """Every rule against uniform rank; every schedule against training everything all the time."""
+    if config.kind == "plans":
+        return tuple((arm, UNIFORM) for arm in arms if arm in RULES and UNIFORM in arms)
+    own = [arm for arm in arms if has_phases(arm, config) and not control_of(arm)[0]]
+    return tuple((arm, STATIC) for arm in own if STATIC in arms)

@@ -1,0 +1,213 @@
+"""What a study is going to do, as values: arms, contrasts, grids, seeds. Checked before anything is read.
+
+design = designed(config)
+design.contenders        arm × budget × scheduler × phase state
+design.contrasts         (first, second) pairs that get a verdict
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rankwise.config import StudyConfig
+from rankwise.errors import UsageError
+from rankwise.options import flatten
+from rankwise.stages import training as shared
+from rankwise.stages.study.arms import (
+    BASE,
+    REFERENCES,
+    VERSUS,
+    check_arm,
+    contrast,
+    default_arms,
+    default_contrasts,
+    has_phases,
+)
+
+NOT_DESIGN = ("output_dir", "batch_arms", "device", "deviation", "time_only")
+TUNING_OFFSET = 500
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An arm at one budget, in one way of training; its learning rate and scale are still to be tuned.
+
+    `budget` is empty for references, which have none.
+    """
+
+    arm: str
+    budget: str
+    scheduler: str
+    state: str
+
+    @property
+    def is_reference(self) -> bool:
+        return self.arm in REFERENCES
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: what the ledger keeps. purpose: tune or report."""
+
+    contender: Contender
+    scale: str
+    learning_rate: float
+    seed: int
+    purpose: str
+    recipe: str
+
+    @property
+    def key(self) -> dict[str, Any]:
+        own = {name: value for name, value in vars(self).items() if name != "contender"}
+        return vars(self.contender) | own
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Learning rates low·ratio^k; k below 0 and above the last point continue it."""
+
+    low: float
+    high: float
+    points: int
+
+    def rate(self, k: int) -> float:
+        ratio = (self.high / self.low) ** (1 / (self.points - 1))
+        return float(f"{self.low * ratio**k:.6g}")
+
+
+@dataclass(frozen=True)
+class Design:
+    """A checked study."""
+
+    config: StudyConfig
+    arms: tuple[str, ...]
+    contrasts: tuple[tuple[str, str], ...]
+
+    @property
+    def contenders(self) -> list[Contender]:
+        """Every arm at every budget, with every scheduler and phase state that matters to it; references last."""
+        grid = self.config.grid
+        found = []
+        for budget, scheduler, arm in itertools.product(self.config.budgets, grid.lr_schedulers, self.arms):
+            states = grid.phase_states if has_phases(arm, self.config) else ["keep"]
+            way = grid.lr_schedulers[0] if arm == BASE else scheduler
+            found += [Contender(arm, "" if arm in REFERENCES else budget, way, state) for state in states]
+        return sorted(dict.fromkeys(found), key=lambda each: each.is_reference)
+
+    def grid(self, contender: Contender) -> Grid:
+        own = self.config.grid
+        if contender.arm == "full":
+            return Grid(own.full_grid_low, own.full_grid_high, own.grid_points)
+        return Grid(own.grid_low, own.grid_high, own.grid_points)
+
+    def pairs(self) -> list[tuple[Contender, Contender]]:
+        """The primary contrasts in every budget and way of training."""
+        return [pair for first, second in self.contrasts for pair in self.paired(first, second)]
+
+    def paired(self, first: str, second: str) -> list[tuple[Contender, Contender]]:
+        """first and second in the same budget and scheduler; phase states are matched where both have them."""
+        return [
+            (one, other)
+            for one, other in itertools.product(self.contenders, repeat=2)
+            if (one.arm, other.arm) == (first, second)
+            and (one.scheduler == other.scheduler or BASE in (one.arm, other.arm))
+            and (one.budget == other.budget or not one.budget or not other.budget)
+            and (one.state == other.state or not (has_phases(first, self.config) and has_phases(second, self.config)))
+        ]
+
+    def label(self, contender: Contender) -> str:
+        """The arm, with its phase state where there are several."""
+        several = len(self.config.grid.phase_states) > 1 and has_phases(contender.arm, self.config)
+        return f"{contender.arm}, {contender.state}" if several else contender.arm
+
+    def tuning_seeds(self) -> list[int]:
+        return [self.config.seed * 1000 + TUNING_OFFSET + i for i in range(self.config.grid.tuning_seeds)]
+
+    def report_seeds(self, count: int) -> list[int]:
+        return [self.config.seed * 1000 + i for i in range(count)]
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """Everything that was decided beforehand: what is hashed."""
+        rest = {name: value for name, value in flatten(self.config).items() if name not in NOT_DESIGN}
+        return rest | {"arms": list(self.arms), "primary": [VERSUS.join(pair) for pair in self.contrasts]}
+
+    @property
+    def recipe(self) -> str:
+        """Hash of what decides how one run trains and is scored: runs of another recipe are not reused."""
+        asked = ("question", "arms", "primary", "budgets", "smallest_effect", "resamples", "kind", "metric")
+        grids = tuple(flatten(self.config.grid))
+        counts = ("first_seeds", "more_seeds", "most_seeds")
+        rest = {name: value for name, value in self.content.items() if name not in (*asked, *grids, *counts)}
+        return digest(rest)[:16]
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of the content as canonical JSON."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def designed(config: StudyConfig) -> Design:
+    """The study of a config. UsageError names what cannot be."""
+    check(config)
+    arms = tuple(dict.fromkeys(config.arms or default_arms(config)))
+    for arm in arms:
+        check_arm(arm, config)
+    contrasts = tuple(contrast(text, arms) for text in config.primary) or default_contrasts(arms, config)
+    if not contrasts:
+        raise UsageError(f"no primary contrast among the arms {', '.join(arms)}; name them, as in --primary 'a vs b'")
+    return Design(config, arms, contrasts)
+
+
+def check(config: StudyConfig) -> None:
+    """Numbers and combinations that cannot work."""
+    shared.check_data(config.data, "study")
+    grid = config.grid
+    if not config.model.model_name:
+        raise UsageError("study needs a model: --model_name FOLDER_OR_HUB_ID")
+    if config.smallest_effect <= 0:
+        raise UsageError("--smallest_effect is the δ below which a difference is of no interest: above 0")
+    if not 2 <= config.first_seeds <= config.most_seeds < TUNING_OFFSET or config.more_seeds < 1:
+        raise UsageError(
+            f"seeds need 2 ≤ --first_seeds ≤ --most_seeds < {TUNING_OFFSET} and --more_seeds ≥ 1; got "
+            f"{config.first_seeds}, {config.most_seeds} and {config.more_seeds}"
+        )
+    for low, high in ((grid.grid_low, grid.grid_high), (grid.full_grid_low, grid.full_grid_high)):
+        if not 0 < low < high:
+            raise UsageError(f"a grid of learning rates needs 0 < low < high; got {low:g} and {high:g}")
+    if grid.grid_points < 2 or grid.tuning_seeds < 1 or grid.grid_growth < 0:
+        raise UsageError("--grid_points must be at least 2, --tuning_seeds at least 1, --grid_growth at least 0")
+    if config.kind == "plans" and (len(grid.lr_schedulers) > 1 or len(grid.phase_states) > 1):
+        raise UsageError("--lr_schedulers and --phase_states are crossed in a study of phases; give one of each")
+    if not config.budgets:
+        raise UsageError("study needs --budgets: what every arm may spend")
+    if min(config.steps, config.batch_size, config.batch_arms, config.probe.probes) < 1:
+        raise UsageError("--steps, --batch_size, --batch_arms and --probes must be at least 1")
+    if min(config.dev_size, config.test_size) < 2:
+        raise UsageError("--dev_size and --test_size need two items at least: one has no spread")
+
+
+def run_counts(design: Design) -> Mapping[str, int]:
+    """How many runs the plan has: for tuning without growth, and for reporting at least and at most."""
+    config, tuned = design.config, [each for each in design.contenders if each.arm != "base"]
+    scales = {each: 1 if each.is_reference else len(config.grid.scales) for each in tuned}
+    tuning = sum(scales.values()) * config.grid.grid_points * config.grid.tuning_seeds
+    base = len(design.contenders) - len(tuned)
+    return {
+        "tuning": tuning,
+        "least": tuning + base + len(tuned) * config.first_seeds,
+        "most": tuning + base + len(tuned) * config.most_seeds,
+    }
+
+
+def further_counts(config: StudyConfig) -> list[int]:
+    """Numbers of seeds at which the stop rule is asked."""
+    steps = math.ceil((config.most_seeds - config.first_seeds) / config.more_seeds)
+    return [min(config.first_seeds + i * config.more_seeds, config.most_seeds) for i in range(steps + 1)]
