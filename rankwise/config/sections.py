@@ -1,0 +1,146 @@
+"""The options that commands share: each section is one dataclass, used by as many commands as need it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rankwise.options import option
+
+TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli", "cota", "conversations")
+SCORED_TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli")
+SPLITS = ("train", "dev", "test", "dev_matched", "dev_mismatched")
+TOWERS = ("language", "vision", "projector", "depth", "unknown")
+TRAINERS = ("peft", "axolotl", "swift", "unsloth", "llamafactory")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Which model, and how it is loaded."""
+
+    model_name: str | None = option(
+        help="base model: folder or hub id", aliases=("model_path", "base_model", "model_name_or_path")
+    )
+    revision: str | None = option(help="hub revision (a commit hash where remote code is allowed)")
+    trust_remote_code: bool = option(False, help="run the repository's own code; needs --revision COMMIT")
+    dtype: str = option(
+        "auto",
+        choices=DTYPES,
+        help="auto: trained weights float32, frozen ones bf16 on a GPU and float32 on a CPU",
+    )
+    attn_implementation: str | None = option(help="attention kernel (sdpa, eager, flash_attention_2 …)")
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Which rows, and how they become tokens."""
+
+    task: str | None = option(help="kind of data", choices=TASKS, aliases=("dataset",))
+    data_path: str | None = option(help="file, folder or hub id of the data", aliases=("dataset_dir",))
+    prompt: str = option("sections", choices=("sections", "chat"), help="headed sections, or the chat template")
+    max_seq_length: int = option(2048, help="tokens of one sample, prompt and answer", aliases=("max_length",))
+    overlong: str = option(
+        "error", choices=("error", "drop", "truncate_source"), help="what happens to samples over the limit"
+    )
+    skip_bad: bool = option(False, help="leave broken rows out, counted, instead of stopping at the first")
+    download: bool = option(False, help="fetch the official files that the folder --data_path lacks (extra: data)")
+
+
+@dataclass(frozen=True)
+class SpectrumSection:
+    """From a delta to a rank."""
+
+    svd_threshold: float = option(0.9, help="energy (share of Σσ²) that a rank must keep", aliases=("energy",))
+    min_rank: int = option(4, help="smallest rank of a site")
+    max_rank: int = option(128, help="largest rank of a site; also how many singular values are computed")
+    smoothing_factor: float = option(0.8, help="0: each layer its own rank; 1: one rank per projection type")
+    round: str = option("none", choices=("none", "power-of-two", "multiple-of-8"), help="applied last")
+    per: str = option("site", choices=("site", "type"), help="one rank per matrix, or per projection type")
+    budget: str | None = option(help="N parameters, uniform:R, or 0.5% of the analysed matrices: the allocator")
+    normalise: str = option("none", choices=("none", "site"), help="budget by absolute energy or by each site's share")
+    noise_floor: str = option(
+        "none", choices=("none", "gavish-donoho", "marchenko-pastur"), help="cut noise before the energy rule"
+    )
+    exact: bool = option(False, help="every singular value from the Gram matrix, no sketch")
+
+
+@dataclass(frozen=True)
+class SitesSection:
+    """Which matrices are analysed, and how the two checkpoints' names are brought together."""
+
+    include: str | None = option(help="regex of site paths to analyse")
+    exclude: str | None = option(help="regex of site paths to leave out")
+    towers: list[str] = option(["language"], choices=TOWERS, help="comma-separated")
+    rename: list[str] = option([], commas=False, help="REGEX=TEXT applied to the checkpoints' keys; repeatable")
+    allow_unmatched: bool = option(False, help="analyse what matches, list and count the rest")
+    flatten_conv: bool = option(False, help="analyse convolutions as (out, rest) matrices")
+
+
+@dataclass(frozen=True)
+class LoraSection:
+    """What is adapted, with which rank and scale."""
+
+    lora_config: str | None = option(help="rank plan (lora_rank_config.json)", aliases=("plan",))
+    lora_r: int = option(16, help="rank where no plan is given", aliases=("r",))
+    lora_alpha: float | None = option(help="scale numerator [2·r]; with a plan the plan owns the scale")
+    lora_dropout: float = option(0.05, help="dropout on the adapter's input")
+    lora_bias: str = option("none", choices=("none", "all", "lora_only"), help="which biases train")
+    target: str | None = option(
+        choices=("attention_only", "mlp_only", "both", "all"),
+        help="q, v · gate, up, down · all seven · every linear",
+    )
+    target_modules: list[str] = option([], help="projection names or full paths, in the trained towers only")
+    use_rslora: bool = option(False, help="scale alpha/√r (where no plan is given)")
+    use_dora: bool = option(False, help="weight-decomposed variant")
+    init_lora_weights: str = option(
+        "default",
+        choices=("default", "gaussian", "pissa", "olora", "eva", "loftq", "orthogonal"),
+        help="PEFT's initialisations",
+    )
+    loraplus_lr_ratio: float | None = option(help="LoRA+: learning rate of B over that of A")
+    warm_start: str = option("none", choices=("none", "delta"), help="start from the preliminary run's delta")
+    deltas: str | None = option(help="the preliminary run, for --warm_start delta")
+    load_in_8bit: bool = option(False, help="8-bit base (extra: quant)")
+    load_in_4bit: bool = option(False, help="4-bit base, NF4 (extra: quant)")
+
+
+@dataclass(frozen=True)
+class PhasesSection:
+    """Which sites train when, and what is recorded of their gradients."""
+
+    dynamic_lora: bool = option(False, help="train in phases, by --phase_strategy")
+    phase_strategy: str | None = option(
+        help="both-mlp-attn (recommended), attn-mlp-both, both-mlp-both, early-late[@LAYER], lisa:K@N, norm:N"
+    )
+    phase1_end: int = option(300, help="optimizer steps after which the first phase ends")
+    phase2_end: int = option(600, help="optimizer steps after which the second phase ends, where there is a third")
+    schedule: str | None = option(help="phases in the general form: 'both:300 > mlp layers 0-10:300 > attention'")
+    phase_state: str = option(
+        "keep", choices=("keep", "reset"), help="a site's optimizer state when it becomes active again"
+    )
+    log_frequency: int = option(1, help="gradient norms every N optimizer steps; 0: none")
+    no_plots: bool = option(False, help="no PNG files")
+
+
+@dataclass(frozen=True)
+class GenerationSection:
+    """How answers are generated."""
+
+    max_new_tokens: int = option(128, help="longest answer")
+    num_beams: int = option(1, help="beams")
+    length_penalty: float = option(1.0, help="of beam search")
+    do_sample: bool = option(False, help="sample instead of greedy")
+    temperature: float = option(1.0, help="of sampling")
+    top_p: float = option(1.0, help="of sampling")
+
+
+@dataclass(frozen=True)
+class ScoredData(DataSection):
+    """Rows of a task that has scores."""
+
+    task: str | None = option(
+        help="e2e_nlg, samsum, wikisql, multi_nli, or lm_eval:NAME of the evaluation harness", aliases=("dataset",)
+    )
+    overlong: str = option(
+        "truncate_source", choices=("error", "drop", "truncate_source"), help="what happens to samples over the limit"
+    )
