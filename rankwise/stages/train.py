@@ -5,40 +5,30 @@ rankwise train --model_name MODEL --lora_config configs/lora_rank_config.json --
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import time
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from rankwise.config import TrainConfig
 from rankwise.core.plan import RankPlan
 from rankwise.data import Examples, PackedDataset, Split, split_groups, subset
 from rankwise.errors import UsageError
-from rankwise.nets.adapt import MOVES_BASE, lora_pairs, scales, trainable_parameters
-from rankwise.nets.adapters import SITES_FILE
+from rankwise.nets.adapt import MOVES_BASE, lora_pairs, scales
 from rankwise.nets.sites import model_sites
-from rankwise.options import flatten
-from rankwise.show.format import amount, duration, percent
-from rankwise.show.gradients import plot_gradients
 from rankwise.stages import training as shared
 from rankwise.stages.adapting import adapted, check_lora, described_target, planned, quantization, sites_line
+from rankwise.stages.outcome import SPLIT_FILE, adapter_folder, finish
 from rankwise.stages.scheduling import gradient_norms, phase_keeper, schedule_of
 from rankwise.store.deltas import open_deltas
 from rankwise.store.files import read_object, write_json
 from rankwise.store.plan_file import find_plan
 from rankwise.store.processes import announce
-from rankwise.store.run import Record, RunFolder
+from rankwise.store.run import RunFolder
 from rankwise.train.arguments import build_arguments
-from rankwise.train.gradients import GRADIENT_FILES, GRADIENT_SUMMARY
-from rankwise.train.phases import PHASES_TABLE, phase_of
 from rankwise.train.tables import TRAINING_LOG
-from rankwise.train.trainer import RankwiseTrainer
-
-SPLIT_FILE, RESULTS_SUMMARY = "split.json", "results_summary.json"
-ADAPTER_FILES = (*("adapter_model.safetensors", "adapter_config.json"), SITES_FILE)
 
 
 def run(config: TrainConfig) -> Path:
@@ -55,8 +45,6 @@ def run(config: TrainConfig) -> Path:
         split, job = prepare(config, name, arguments, plan, skeleton)
         checkpoint = shared.starting_point(config, job)
         model = adapted(config, job, plan)
-        if isinstance(job.rows, PackedDataset):
-            shared.check_packing(model, job.rows, job.collator)
         initial = lora_pairs(model) if config.lora.init_lora_weights in MOVES_BASE else None
         started = time.monotonic()
         trainer = shared.trained(
@@ -95,11 +83,6 @@ def base_name(config: TrainConfig) -> str:
     if not name:
         raise UsageError(f"{plan} does not name its model; give it with --model_name")
     return str(name)
-
-
-def adapter_folder(config: TrainConfig) -> Path:
-    """The root of the run folder, unless a recipe documents another place."""
-    return Path(config.output_dir) / config.adapter_folder
 
 
 def arguments_of(config: TrainConfig) -> TrainingArguments:
@@ -178,67 +161,6 @@ def facts(
         "packing": config.packing,
         "schedule": None if form is None else [str(form), config.phases.phase_state],
     }
-
-
-def finish(
-    config: TrainConfig, trainer: RankwiseTrainer, sites: int, full: int, record: Record, seconds: float
-) -> None:
-    """Enter the run in its manifest, and say in a few lines what came out and what comes next.
-
-    full: parameters of the whole model, which full fine-tuning would train.
-    """
-    folder, state = Path(config.output_dir), trainer.state
-    trainable, _ = trainable_parameters(shared.plain_model(trainer))
-    adapter = {name: adapter_folder(config) / name for name in ADAPTER_FILES}
-    record.outputs |= adapter | {name: folder / name for name in (SPLIT_FILE, TRAINING_LOG)}
-    record.outputs |= {path.name: path for path in tables_and_plots(config)}
-    record.facts |= {
-        "trainable_parameters": trainable,
-        "total_parameters": full,
-        "adapted_sites": sites,
-        "steps": state.global_step,
-        "training_seconds": round(seconds, 2),
-        **({"best_checkpoint": best_checkpoint(state)} if state.best_model_checkpoint else {}),
-    }
-    write_results_summary(config, state)
-    print(
-        f"train: {state.global_step:,} steps in {duration(seconds)}, {shared.losses(state.log_history)}; "
-        f"{amount(trainable)} trainable parameters, {percent(trainable / full)} of full fine-tuning ({amount(full)})"
-    )
-    if state.best_model_checkpoint:
-        print(f"kept the best checkpoint: {best_checkpoint(state)}")
-    print(f"adapter in {adapter_folder(config)}, losses in {folder / TRAINING_LOG}")
-    print(f"next: rankwise evaluate {folder} --task {config.data.task} --data_path {config.data.data_path}")
-
-
-def best_checkpoint(state: TrainerState) -> str:
-    """Its step, and the phase that it was saved in."""
-    folder = Path(state.best_model_checkpoint)
-    phase = phase_of(folder)
-    return folder.name + (f" (phase {phase})" if phase else "")
-
-
-def tables_and_plots(config: TrainConfig) -> list[Path]:
-    """What was recorded of gradients and phases, and its pictures where matplotlib is there to draw them."""
-    folder = Path(config.output_dir)
-    tables = [folder / name for name in (*GRADIENT_FILES, PHASES_TABLE) if (folder / name).is_file()]
-    drawable = importlib.util.find_spec("matplotlib") is not None and not config.phases.no_plots
-    return tables + (plot_gradients(folder) if drawable and config.phases.log_frequency else [])
-
-
-def write_results_summary(config: TrainConfig, state: TrainerState) -> None:
-    """`results_summary.json`: config, train_loss and gradient_stats in one file, for tables over many runs."""
-    folder = Path(config.output_dir)
-    stats = folder / GRADIENT_SUMMARY
-    losses = [row["train_loss"] for row in state.log_history if "train_loss" in row]
-    write_json(
-        folder / RESULTS_SUMMARY,
-        {
-            "config": flatten(config),
-            "train_loss": losses[-1] if losses else None,
-            "gradient_stats": read_object(stats) if stats.is_file() else {},
-        },
-    )
 
 
 def describe(config: TrainConfig) -> list[str]:

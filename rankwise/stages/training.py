@@ -191,10 +191,12 @@ def starting_point(config: FinetuneConfig | TrainConfig, job: Job) -> Path | Non
 
 
 def trained(model: nn.Module, job: Job, checkpoint: Path | None, **extras: Any) -> RankwiseTrainer:
-    """Train a model on the job's rows; returns the trainer, which holds the trained model.
+    """Train a model on the job's rows, packed ones once it is sure that the model keeps them apart.
 
-    extras: `loraplus_lr_ratio`, `phases`, `gradients` of the trainer.
+    Returns the trainer, which holds the trained model. extras: `loraplus_lr_ratio`, `phases`, `gradients` of it.
     """
+    if isinstance(job.rows, PackedDataset):
+        check_packing(model, job.rows, job.collator)
     trainer = RankwiseTrainer(
         model=model,
         args=job.arguments,

@@ -1,0 +1,91 @@
+"""What a training run leaves besides its adapter: the manifest's entry, a summary, plots, and its last words."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from transformers import TrainerState
+
+from rankwise.config import TrainConfig
+from rankwise.nets.adapt import trainable_parameters
+from rankwise.nets.adapters import SITES_FILE
+from rankwise.options import flatten
+from rankwise.show.format import amount, duration, percent
+from rankwise.show.gradients import plot_gradients
+from rankwise.stages import training as shared
+from rankwise.store.files import read_object, write_json
+from rankwise.store.run import Record
+from rankwise.train.gradients import GRADIENT_FILES, GRADIENT_SUMMARY
+from rankwise.train.phases import PHASES_TABLE, phase_of
+from rankwise.train.tables import TRAINING_LOG
+from rankwise.train.trainer import RankwiseTrainer
+
+SPLIT_FILE, RESULTS_SUMMARY = "split.json", "results_summary.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", SITES_FILE)
+
+
+def adapter_folder(config: TrainConfig) -> Path:
+    """The root of the run folder, unless a recipe documents another place."""
+    return Path(config.output_dir) / config.adapter_folder
+
+
+def finish(
+    config: TrainConfig, trainer: RankwiseTrainer, sites: int, full: int, record: Record, seconds: float
+) -> None:
+    """Enter the run in its manifest, and say in a few lines what came out and what comes next.
+
+    full: parameters of the whole model, which full fine-tuning would train.
+    """
+    folder, state = Path(config.output_dir), trainer.state
+    trainable, _ = trainable_parameters(shared.plain_model(trainer))
+    adapter = {name: adapter_folder(config) / name for name in ADAPTER_FILES}
+    record.outputs |= adapter | {name: folder / name for name in (SPLIT_FILE, TRAINING_LOG)}
+    record.outputs |= {path.name: path for path in tables_and_plots(config)}
+    record.facts |= {
+        "trainable_parameters": trainable,
+        "total_parameters": full,
+        "adapted_sites": sites,
+        "steps": state.global_step,
+        "training_seconds": round(seconds, 2),
+        **({"best_checkpoint": best_checkpoint(state)} if state.best_model_checkpoint else {}),
+    }
+    write_results_summary(config, state)
+    print(
+        f"train: {state.global_step:,} steps in {duration(seconds)}, {shared.losses(state.log_history)}; "
+        f"{amount(trainable)} trainable parameters, {percent(trainable / full)} of full fine-tuning ({amount(full)})"
+    )
+    if state.best_model_checkpoint:
+        print(f"kept the best checkpoint: {best_checkpoint(state)}")
+    print(f"adapter in {adapter_folder(config)}, losses in {folder / TRAINING_LOG}")
+    print(f"next: rankwise evaluate {folder} --task {config.data.task} --data_path {config.data.data_path}")
+
+
+def best_checkpoint(state: TrainerState) -> str:
+    """Its step, and the phase that it was saved in."""
+    folder = Path(state.best_model_checkpoint)
+    phase = phase_of(folder)
+    return folder.name + (f" (phase {phase})" if phase else "")
+
+
+def tables_and_plots(config: TrainConfig) -> list[Path]:
+    """What was recorded of gradients and phases, and its pictures where matplotlib is there to draw them."""
+    folder = Path(config.output_dir)
+    tables = [folder / name for name in (*GRADIENT_FILES, PHASES_TABLE) if (folder / name).is_file()]
+    drawable = importlib.util.find_spec("matplotlib") is not None and not config.phases.no_plots
+    return tables + (plot_gradients(folder) if drawable and config.phases.log_frequency else [])
+
+
+def write_results_summary(config: TrainConfig, state: TrainerState) -> None:
+    """`results_summary.json`: config, train_loss and gradient_stats in one file, for tables over many runs."""
+    folder = Path(config.output_dir)
+    stats = folder / GRADIENT_SUMMARY
+    losses = [row["train_loss"] for row in state.log_history if "train_loss" in row]
+    write_json(
+        folder / RESULTS_SUMMARY,
+        {
+            "config": flatten(config),
+            "train_loss": losses[-1] if losses else None,
+            "gradient_stats": read_object(stats) if stats.is_file() else {},
+        },
+    )
