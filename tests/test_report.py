@@ -332,3 +332,16 @@ def test_stage_writes_where_it_is_told_and_checks_its_arguments(
         stage.run(ReportConfig())
     with pytest.raises(UsageError, match="html"):
         stage.run(ReportConfig(run=str(tmp_path), out="page.pdf"))
+
+
+def test_a_classification_shows_what_was_taken_for_what_and_forgetting_comes_last(tmp_path: Path) -> None:
+    EvaluationResult("forgetting", {"kl": 0.125, "perplexity_ratio": 1.1}, {}, 7).save(tmp_path)
+    (tmp_path / "evaluation_results.json").rename(tmp_path / "forgetting.json")
+    scoring = {"labels": ["neutral", "entailment"], "confusion": [[31, 4, 0], [7, 29, 2]]}
+    EvaluationResult("multi_nli", {"accuracy": 82.19}, {}, 73, {"scoring": scoring}).save(tmp_path)
+    page = build_report(tmp_path).with_suffix(".md").read_text()
+    assert page.index("Scores · multi\\_nli") < page.index("Scores · forgetting")
+    assert "0.125" in page
+    assert "What was taken for what" in page
+    row = next(line for line in page.splitlines() if "entailment" in line and "29" in line)
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["entailment", "7", "29", "2"]

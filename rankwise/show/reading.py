@@ -2,8 +2,8 @@
 
 Found anywhere below the folder (checkpoints, hidden folders, earlier reports and links aside): manifest.json,
 resolved_config*.json, lora_rank_config.json, evaluation_results.json with predictions.jsonl beside it,
-training_log.csv, phases.csv, the tables of gradient norms, gain.json, fidelity.json, sites.json, study.json, and the
-PNGs of `plots/` folders.
+forgetting.json, training_log.csv, phases.csv, the tables of gradient norms, gain.json, fidelity.json, sites.json,
+study.json, and the PNGs of `plots/` folders.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from rankwise.core.plan import RankPlan
 from rankwise.errors import DataError
+from rankwise.score.forgetting import FILE as FORGETTING
 from rankwise.score.result import FILE as RESULTS
 from rankwise.score.result import EvaluationResult
 from rankwise.show.contents import Adapted, Contents, Fidelity, Scored, Stage
@@ -112,10 +113,10 @@ def read_plans(run: Path, files: list[Path]) -> Iterator[tuple[str, RankPlan]]:
 
 
 def read_scores(run: Path, files: list[Path]) -> Iterator[Scored]:
-    for path in named(files, RESULTS):
+    for path in [*named(files, RESULTS), *named(files, FORGETTING)]:
         where = folder(run, path)
         predictions = path.with_name("predictions.jsonl")
-        rows = read_predictions(predictions) if predictions.is_file() else {}
+        rows = read_predictions(predictions) if path.name == RESULTS and predictions.is_file() else {}
         result, label = EvaluationResult.load(path), label_of(where)
         is_before = bool(BEFORE.search(f"{where}/{label}"))
         yield Scored(label, where, result, path.stat().st_mtime, is_before, rows)

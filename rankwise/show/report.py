@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from rankwise.errors import DataError
+from rankwise.score import forgetting
 from rankwise.show.blocks import Block, Figure, Page, Picture, Section, Words
 from rankwise.show.canvas import DPI
 from rankwise.show.contents import Contents, Scored, Stage, printable
@@ -27,7 +28,8 @@ from rankwise.show.curves import shared_metrics
 from rankwise.show.drawing import Drawings, draw
 from rankwise.show.format import amount, duration, is_number, metric_name, percent, plural, score
 from rankwise.show.reading import read_run
-from rankwise.show.sections import appendix, score_blocks, sections_of
+from rankwise.show.score_blocks import score_blocks
+from rankwise.show.sections import appendix, sections_of
 from rankwise.store.files import read_bytes, write_text
 
 HEADLINE_METRICS = 3
@@ -60,8 +62,9 @@ def build_report(run: Path, out: Path | None = None, title: str | None = None) -
 
 
 def by_task(scores: Sequence[Scored]) -> dict[str, list[Scored]]:
+    """Results by task, in order; what was forgotten comes after what was learnt."""
     tasks: dict[str, list[Scored]] = {}
-    for one in scores:
+    for one in sorted(scores, key=lambda one: one.result.task == forgetting.TASK):
         tasks.setdefault(one.result.task, []).append(one)
     return tasks
 

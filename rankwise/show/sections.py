@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rankwise.core.plan import RankPlan
-from rankwise.score.result import EvaluationResult
-from rankwise.show.blocks import Block, Examples, Folded, Picture, Section, Table, Words
-from rankwise.show.contents import Adapted, Contents, Fidelity, Scored, Stage, printable
+from rankwise.show.blocks import Block, Folded, Picture, Section, Table, Words
+from rankwise.show.contents import Adapted, Contents, Fidelity, Stage, printable
 from rankwise.show.curves import is_shuffle
 from rankwise.show.drawing import Drawings
-from rankwise.show.format import clip, duration, is_number, memory, metric_name, number, percent, plural, score
+from rankwise.show.format import clip, duration, is_number, memory, number, percent, plural
 from rankwise.show.gradient_blocks import GRADIENT_PLOTS, gradient_blocks
 from rankwise.show.rank_table import layer_ranges
 from rankwise.show.study_blocks import study_blocks
@@ -23,7 +22,7 @@ from rankwise.show.study_plots import PLOTS as STUDY_PLOTS
 
 ORDER = ("finetune", "ranks", "extract", "compress", "train", "evaluate", "study", "merge")
 STAGE_KEYS = {"stage", "energy_kept", "started", "finished", "seconds", "python", "versions", "inputs", "outputs"}
-MOST_ROWS, MOST_EXAMPLES, MOST_PICTURES, MOST_FACTS = 14, 3, 8, 16
+MOST_ROWS, MOST_PICTURES, MOST_FACTS = 14, 8, 16
 Owned = tuple[Stage | None, str]
 
 
@@ -191,45 +190,6 @@ def loose_pictures(contents: Contents, drawings: Drawings) -> dict[str, list[Blo
         title = f"{plural(len(names), 'plot')} in {where}" + (f", {len(kept)} shown" if step > 1 else "")
         found[where] = [Folded(title, kept)]
     return found
-
-
-def score_blocks(results: Sequence[Scored], pictures: Sequence[Picture]) -> list[Block]:
-    """One table of all results of a task, the bars, and the first items side by side."""
-    metrics = dict.fromkeys(name for one in results for name in (*one.result.metrics, *one.result.unavailable))
-    rows = [[printable(metric_name(name), 40), *(score_cell(one.result, name) for one in results)] for name in metrics]
-    rows.append(["items", *(number(one.result.n) for one in results)])
-    notes = ["In brackets: bootstrap 95 % intervals."] if any(one.result.intervals for one in results) else []
-    reasons = dict.fromkeys(
-        f"{metric_name(name)}: {why.rstrip('.')}." for one in results for name, why in one.result.unavailable.items()
-    )
-    header = ("", *(printable(one.label, 40) for one in results))
-    return [*pictures, Table(header, rows, note=printable(" ".join([*notes, *reasons]))), *examples(results)]
-
-
-def score_cell(result: EvaluationResult, metric: str) -> str:
-    value = result.metrics.get(metric)
-    if value is None:
-        return "not measured"
-    interval = result.intervals.get(metric)
-    return score(value) + (f" [{score(interval[0])}, {score(interval[1])}]" if interval else "")
-
-
-def examples(results: Sequence[Scored]) -> list[Block]:
-    """The first items that every result has answered: not the best ones."""
-    answered = [one for one in results if one.predictions]
-    if not answered:
-        return []
-    ids = [key for key in answered[0].predictions if all(key in one.predictions for one in answered)]
-    items = [example(key, answered) for key in ids[:MOST_EXAMPLES]]
-    return [Examples(items, "The first items of the file, not chosen.")] if items else []
-
-
-def example(key: str, results: Sequence[Scored]) -> list[tuple[str, str]]:
-    row = results[0].predictions[key]
-    references = row.get("references")
-    parts = [("input", row.get("prompt")), ("reference", references[0] if isinstance(references, list) else references)]
-    parts += [(one.label, one.predictions[key].get("prediction")) for one in results]
-    return [(printable(title, 40), printable(text)) for title, text in parts if text is not None]
 
 
 def appendix(contents: Contents) -> list[Block]:
