@@ -103,7 +103,7 @@ def padding(options: argparse.Namespace) -> tuple[dict[str, list[float]], str]:
         "--packing": (packed, {"batch_size": alike}),
     }
     rates: dict[str, list[float]] = {name: [] for name in forms}
-    for number in range(options.rounds + 1):
+    for number in range(options.epochs + 1):
         for name, (data, settings) in forms.items():
             steps = -(-len(data) // settings.get("batch_size", options.batch_size))
             times = seconds(RankwiseTrainer, model, data, options, steps=steps, **settings)
@@ -114,11 +114,12 @@ def padding(options: argparse.Namespace) -> tuple[dict[str, list[float]], str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    for name, value in (("hidden", 512), ("layers", 8), ("vocabulary", 4000), ("length", 128), ("batch_size", 8)):
+    for name, value in (("hidden", 384), ("layers", 6), ("vocabulary", 4000), ("length", 128), ("batch_size", 8)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--samples", type=int, default=320, help="samples of the epoch that padding is measured on")
+    parser.add_argument("--samples", type=int, default=160, help="samples of the epoch that padding is measured on")
     parser.add_argument("--limit", type=int, default=512, help="tokens of a packed row")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="of the comparison with the plain Trainer")
+    parser.add_argument("--epochs", type=int, default=2, help="rounds of the comparison of orders")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a block; the first is not counted")
     parser.add_argument("--model", type=Path, help="folder of a tokenizer, for --data")
     parser.add_argument("--data", type=Path, help="folder of the E2E files")
