@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,23 +16,25 @@ from torch import Tensor
 from torch.utils.data import Subset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from rankwise.core.phase import Bound, bind
+from rankwise.core.phase import Bound, BoundNorm, bind, boundaries
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.schedule import parse_schedule
 from rankwise.data import Collator
 from rankwise.data.render import IGNORED
-from rankwise.errors import UsageError, VerificationError
+from rankwise.errors import Interrupted, UsageError, VerificationError
 from rankwise.nets.adapt import ADAPTER, LoraSettings, adapt, lora_layers
 from rankwise.nets.sites import model_sites
 from rankwise.nets.targets import choose_sites
 from rankwise.score.likelihood import answer_losses
 from rankwise.train import batched
+from rankwise.train.alone import train_alone
 from rankwise.train.arguments import build_arguments
 from rankwise.train.batched import Arm, ArmSettings, TrainedArm, losses_together, train_together
-from rankwise.train.phases import PhaseKeeper
+from rankwise.train.phases import COLUMNS, PHASES_TABLE, PhaseKeeper
 from rankwise.train.stacked import Stack
 from rankwise.train.stacked_adamw import Course, Hyperparameters, StackedAdamW, rate_factors
 from rankwise.train.stacked_model import running
+from rankwise.train.tables import StepTable
 from rankwise.train.trainer import RankwiseTrainer
 
 STEPS, BATCH = 24, 3
@@ -176,6 +180,74 @@ def test_together_is_one_after_the_other(family: str, schedules: Sequence[str | 
         assert trained[number].losses == pytest.approx(expected.losses, abs=1e-5)
         assert trained[number].norms == pytest.approx(expected.norms, rel=1e-4)
         assert trained[number].diverged == expected.diverged
+
+
+def choosing(model: PreTrainedModel, every: int = 5) -> BoundNorm:
+    found = bound(model, f"norm:{every}")
+    assert isinstance(found, BoundNorm)
+    return found
+
+
+@pytest.mark.parametrize("state", ["keep", "reset"])
+def test_an_arm_that_chooses_is_the_trainers_and_its_replay_is_the_same_together(state: str, tmp_path: Path) -> None:
+    model, settings = tiny("gpt2"), dataclasses.replace(SETTINGS, phase_state=state)
+    arm = make_arms(model)[1]
+    found, replay = train_alone(model, arm, choosing(model, 2), Answers(), Collator(0), settings)  # type: ignore[arg-type]
+    expected = alone(tiny("gpt2"), arm, tmp_path, settings, "norm:2")
+    table = StepTable(tmp_path / PHASES_TABLE, COLUMNS).rows()
+    assert [(int(row["step"]) - 1, row["phase"]) for row in table] == boundaries(bound(model, str(replay)), STEPS)
+    assert len(table) > 4, "it has changed its mind"
+    assert distance(found.pairs, expected.pairs) == 0
+    assert found.losses == expected.losses and found.norms == expected.norms
+    (again,) = together(model, [dataclasses.replace(arm, active=bound(model, str(replay)).active)], settings)
+    assert distance(again.pairs, found.pairs) < 1e-5
+    assert again.losses == pytest.approx(found.losses, abs=1e-5)
+
+
+def test_an_arm_that_trains_alone_leaves_the_model_as_it_was_and_drops_nothing_out() -> None:
+    model = tiny("gpt2").eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    model.lm_head.requires_grad_(False)
+    before = {name: (value.clone(), value.requires_grad) for name, value in model.named_parameters()}
+    modules = [(name, type(module)) for name, module in model.named_modules()]
+    arm, settings = make_arms(model)[0], dataclasses.replace(SETTINGS, steps=6)
+    first, replay = train_alone(model, arm, choosing(model, 2), Answers(), Collator(0), settings)  # type: ignore[arg-type]
+    (again,) = together(model, [dataclasses.replace(arm, active=bound(model, str(replay)).active)], settings)
+    assert distance(again.pairs, first.pairs) < 1e-5
+    assert modules == [(name, type(module)) for name, module in model.named_modules()]
+    assert not model.training and not hasattr(model, "peft_config")
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name][0]) and value.requires_grad == before[name][1]
+
+
+def test_an_arm_that_diverges_alone_is_told_as_one_that_does_together() -> None:
+    model, settings = tiny("llama"), dataclasses.replace(SETTINGS, lr_scheduler="constant", warmup_steps=0)
+    arm = dataclasses.replace(make_arms(model)[1], learning_rate=1e36)
+    found, replay = train_alone(model, arm, choosing(model), Answers(), Collator(0), settings)  # type: ignore[arg-type]
+    (again,) = together(model, [dataclasses.replace(arm, active=bound(model, str(replay)).active)], settings)
+    assert found.diverged and again.diverged
+    assert found.losses == pytest.approx(again.losses, rel=1e-3, nan_ok=True) and len(found.losses) == STEPS
+
+
+def test_a_signal_stops_an_arm_that_trains_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun as well, whose variables are the Trainer's no more than those of the run beside it."""
+    variables = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    model, asked = tiny("llama"), []
+
+    def collate(rows: Any) -> Any:
+        asked.append(len(rows))
+        if len(asked) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return Collator(0)(rows)
+
+    with pytest.raises(Interrupted, match="same command") as stopped:
+        train_alone(model, make_arms(model)[0], choosing(model), Answers(), collate, SETTINGS)  # type: ignore[arg-type]
+    assert stopped.value.exit_code == 130 and 3 <= len(asked) < STEPS
+    assert {name: os.environ[name] for name in variables} == variables
 
 
 def test_state_kept_or_reset_is_not_the_same() -> None:

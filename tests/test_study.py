@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_llama
+from transformers import LlamaForCausalLM
 
 from rankwise import cli
 from rankwise.config import DataSection, GridSection, ModelSection, ProbeSection, StudyConfig
 from rankwise.core.controls import permuted_form, random_form, reversed_form
 from rankwise.core.equalise import TOLERANCE, equalised, is_equal, spent
 from rankwise.core.phase import bind
+from rankwise.core.returning import returns
 from rankwise.core.schedule import parse_schedule
 from rankwise.core.site import Site, describe
 from rankwise.data import Example, Turn
@@ -34,6 +36,7 @@ from rankwise.stages.study.design import designed, digest
 from rankwise.stages.study.registration import DEVIATIONS, FILE, TEST_READ, Registration
 from rankwise.store.ledger import Ledger
 from rankwise.train.arms import random_start, row_order, scales_of
+from rankwise.train.batched import Arm, train_together
 
 NAMES = ("The Vaults", "Alimentum", "Cotto", "Zizzi", "Aromi", "Fitzbillies", "Strada", "Giraffe")
 AREAS = ("riverside", "city centre", "north", "old town")
@@ -64,8 +67,8 @@ def small(base: Path, data: Path, out: Path, **changes: Any) -> StudyConfig:
         model=ModelSection(model_name=str(base)),
         data=DataSection(task="e2e_nlg", data_path=str(data)),
         probe=ProbeSection(probe_rows=16, probe_steps=4, probe_batch_size=4, probe_learning_rate=1e-2),
-        grid=GridSection(grid_low=1e-3, grid_high=1e-2, grid_points=2, grid_growth=1, tuning_seeds=1),
-        **{"train_size": 30, "dev_size": 5, "test_size": 6, "budgets": ["uniform:3"], "arms": ARMS}
+        **{"grid": GridSection(grid_low=1e-3, grid_high=1e-2, grid_points=2, grid_growth=1, tuning_seeds=1)}
+        | {"train_size": 30, "dev_size": 5, "test_size": 6, "budgets": ["uniform:3"], "arms": ARMS}
         | {"steps": 2, "batch_size": 4, "first_seeds": 2, "more_seeds": 1, "most_seeds": 3, "resamples": 200}
         | {"smallest_effect": 1e-6, "output_dir": str(out), "device": "cpu"}
         | changes,
@@ -221,6 +224,166 @@ def test_phases_with_their_controls(base: Path, data: Path, tmp_path: Path) -> N
     ]
 
 
+@pytest.fixture(scope="module")
+def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose attention and MLP have gradients of like norm, so that `norm` has a choice."""
+    folder = tiny_llama(tmp_path_factory.mktemp("even"), initializer_range=0.1)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight.data *= 2
+    model.save_pretrained(folder)
+    return folder
+
+
+def choosing(base: Path, data: Path, out: Path, **changes: Any) -> StudyConfig:
+    """A study of `norm:1` and of what replays it; phases change at once, so few steps are enough."""
+    grid = GridSection(grid_low=1e-2, grid_high=1e-1, grid_points=2, tuning_seeds=2, grid_growth=1)
+    arms = ["static", "yoked:norm:1", "norm:1"]
+    return small(base, data, out, **{"kind": "phases", "arms": arms, "steps": 6, "grid": grid} | changes)
+
+
+@pytest.fixture(scope="module")
+def chosen(even: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Arm]]:
+    """A finished study of `norm:1`, and every arm that was trained together with others."""
+    out, stacked = tmp_path_factory.mktemp("norm"), []
+
+    def noted(model: Any, arms: Any, *rest: Any) -> Any:
+        stacked.extend(arms)
+        return train_together(model, arms, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execution, "train_together", noted)
+        stage.run(choosing(even, data, out))
+    return out, stacked
+
+
+def test_a_yoked_arm_replays_another_seeds_choices(chosen: tuple[Path, list[Arm]]) -> None:
+    folder, stacked = chosen
+    rows = list(Ledger(folder).rows.values())
+    made = {
+        (row["key"]["purpose"], row["key"]["learning_rate"], row["key"]["seed"]): row
+        for row in rows
+        if row["key"]["arm"] == "norm:1"
+    }
+    yoked = [row["key"] for row in rows if row["key"]["arm"] == "yoked:norm:1"]
+    sites = {path: describe(path, (1, 1)) for path in stacked[0].start}
+    assert len(yoked) >= 2 * 2 + 3 and len({row["replay"] for row in made.values()}) > 1
+    for key in yoked:
+        source = key["replays"]
+        assert source["seed"] != key["seed"] and abs(source["seed"] - key["seed"]) == 1
+        assert key["purpose"] == "report" or source["learning_rate"] == key["learning_rate"]
+        text = made[key["purpose"], source["learning_rate"], source["seed"]]["replay"]
+        expected = bind(parse_schedule(text), sites, 0)
+        (arm,) = [
+            arm
+            for arm in stacked
+            if arm.active is not None
+            and arm.learning_rate == key["learning_rate"]
+            and list(arm.order) == row_order(30, 24, key["seed"])
+        ]
+        assert [arm.active(step) for step in range(6)] == [expected.active(step) for step in range(6)]
+
+
+def test_choosing_is_compared_with_static_and_with_its_replay(chosen: tuple[Path, list[Arm]]) -> None:
+    study = content(chosen[0])
+    assert [row["contrast"] for row in study["verdicts"]] == ["norm:1 vs static", "norm:1 vs yoked:norm:1"]
+    tuned = {row["arm"]: row["learning_rate"] for row in study["tuning"]}
+    reported = [row["key"] for row in Ledger(chosen[0]).rows.values() if row["key"]["purpose"] == "report"]
+    for key in reported:
+        assert "replays" not in key or key["replays"]["learning_rate"] == tuned["norm:1"]
+
+
+def test_a_killed_study_of_choices_goes_on_and_ends_the_same(
+    chosen: tuple[Path, list[Arm]], even: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, left = execution.Bench.make, [6]
+
+    def stopped(bench: execution.Bench, runs: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        whole(bench, runs)
+
+    monkeypatch.setattr(execution.Bench, "make", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        stage.run(choosing(even, data, tmp_path))
+    assert 0 < len(Ledger(tmp_path)) < len(Ledger(chosen[0]))
+    monkeypatch.undo()
+    stage.run(choosing(even, data, tmp_path))
+    assert content(tmp_path) == content(chosen[0])
+
+
+def test_state_is_crossed_only_where_a_site_rests_and_comes_back(base: Path, data: Path, tmp_path: Path) -> None:
+    comes_back, goes = "both:1 > mlp:1 > attention", "early:1 > late"
+    arms = ["static", comes_back, goes, f"permuted:{goes}", f"random:{comes_back}", "norm:1", "yoked:norm:1"]
+    grid = GridSection(tuning_seeds=2, phase_states=["keep", "reset"])
+    primary = [f"{comes_back} vs static", f"{goes} vs static", f"{comes_back} vs {goes}", "norm:1 vs yoked:norm:1"]
+    design = designed(small(base, data, tmp_path, kind="phases", arms=arms, steps=4, grid=grid, primary=primary))
+    twice = [comes_back, f"random:{comes_back}", "norm:1", "yoked:norm:1"]
+    assert [each.arm for each in design.contenders if each.state == "reset"] == twice
+    pairs = [(one.arm, one.state, other.arm, other.state) for one, other in design.pairs()]
+    assert pairs == [
+        (comes_back, "keep", "static", "keep"),
+        (comes_back, "reset", "static", "keep"),
+        (goes, "keep", "static", "keep"),
+        (comes_back, "keep", goes, "keep"),
+        (comes_back, "reset", goes, "keep"),
+        ("norm:1", "keep", "yoked:norm:1", "keep"),
+        ("norm:1", "reset", "yoked:norm:1", "reset"),
+    ]
+    labels = [design.label(each) for each in design.contenders]
+    assert labels.count(goes) == 1 and f"{comes_back}, reset" in labels
+
+
+SCHEDULES = (
+    "both:2 > mlp:2 > attention",
+    "mlp:2 > attention:2 > both",
+    "all:2 > both:2 > attention",
+    "early:2 > late",
+    "early:2 > late:2 > early",
+    "early:2 > late:2 > mlp",
+    "layers 0-0:2 > layers 1-1:2 > layers 2-2",
+    "layers 0-1:2 > layers 1-2:2 > layers 0-0",
+    "attention early:2 > mlp:2 > attention late",
+    "random both:2 > mlp:2 > attention",
+    "mlp:1 > random all:1 > mlp",
+)
+
+
+@pytest.mark.parametrize("text", SCHEDULES)
+def test_what_never_returns_never_returns(text: str) -> None:
+    """The text alone never says "no" where sites of a model do rest and come back."""
+    form = parse_schedule(text)
+    bound = bind(form, {site.path: site for site in some_sites()}, 1)
+    steps = [bound.active(step) for step in range(8)]
+    back = any((steps[step] - steps[step - 1]) & frozenset().union(*steps[: step - 1]) for step in range(2, len(steps)))
+    assert returns(form) >= back and returns(form, any_order=True) >= returns(form)
+    assert returns(form) == back or "random" in text, "nor does it say yes for nothing"
+
+
+@pytest.mark.slow
+def test_two_processes_choose_what_one_chooses(
+    chosen: tuple[Path, list[Arm]], even: Path, data: Path, tmp_path: Path
+) -> None:
+    in_processes(choosing(even, data, tmp_path / "two"), tmp_path)
+    assert content(tmp_path / "two") == content(chosen[0])
+
+
+def in_processes(config: StudyConfig, folder: Path) -> str:
+    """The study in two processes; what they print."""
+    stage.RunFolder(folder).save_config(config, "study.json")
+    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*torchrun, "-m", "rankwise.cli", "study", str(folder / "study.json")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[1],
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
 @pytest.mark.slow
 def test_all_arms_of_a_study_of_plans(base: Path, data: Path, tmp_path: Path) -> None:
     config = small(base, data, tmp_path, arms=[], most_seeds=2, budgets=["uniform:2"])
@@ -243,17 +406,8 @@ def test_all_arms_of_a_study_of_plans(base: Path, data: Path, tmp_path: Path) ->
 def test_two_processes_share_the_runs_and_find_what_one_finds(base: Path, data: Path, tmp_path: Path) -> None:
     config = small(base, data, tmp_path / "one", most_seeds=2, batch_arms=4)
     stage.run(config)
-    stage.RunFolder(tmp_path).save_config(replace(config, output_dir=str(tmp_path / "two")), "study.json")
-    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*torchrun, "-m", "rankwise.cli", "study", str(tmp_path / "study.json")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.count("registered") == 1, "one process speaks"
+    printed = in_processes(replace(config, output_dir=str(tmp_path / "two")), tmp_path)
+    assert printed.count("registered") == 1, "one process speaks"
     shares = [len((tmp_path / "two" / name).read_text().splitlines()) for name in ("runs.jsonl", "runs.1.jsonl")]
     assert min(shares) > 0 and sum(shares) == len(Ledger(tmp_path / "one"))
     assert content(tmp_path / "one") == content(tmp_path / "two")
@@ -284,7 +438,11 @@ def test_without_a_measured_rate_no_time_is_guessed(base: Path, data: Path, tmp_
         ({"primary": ["loss vs uniform"]}, "unknown arm"),
         ({"first_seeds": 1}, "first_seeds"),
         ({"smallest_effect": 0.0}, "above 0"),
-        ({"kind": "phases", "arms": ["static", "norm:2"]}, "trained together"),
+        ({"kind": "phases", "arms": ["static", "yoked:norm:2"]}, "name that arm as well"),
+        ({"kind": "phases", "arms": ["static", "norm:2", "yoked:norm:2"]}, "tuning_seeds at least 2"),
+        ({"kind": "phases", "arms": ["static", "yoked:mlp:1 > attention"]}, "what is replayed is"),
+        ({"kind": "phases", "arms": ["static", "static@norm:2"]}, "not known beforehand"),
+        ({"kind": "phases", "arms": ["static", "reversed:norm:2"]}, "only a list of phases"),
         ({"kind": "phases", "arms": ["static", "mlp:9 > attention"]}, "9 steps before the last"),
         ({"arms": ["shuffled", "base"]}, "no primary contrast"),
     ],

@@ -3,7 +3,8 @@
     parse_schedule(strategy("both-mlp-attn", 300, 600))      # both:300 > mlp:300 > attention
 
 A phase is parts joined by `+` and a length in optimizer steps; a part is words that each narrow it down: a kind (both,
-attention, mlp, all), a tower, layers A-B, early or late (half of the layers, or from @CUT), random.
+attention, mlp, all; embed, head, other where such sites are adapted), a tower, layers A-B, early or late (half of the
+layers, or from @CUT), random.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ KINDS = {
     "attention": ("attention",),
     "attn": ("attention",),
     "mlp": ("mlp",),
+    "embed": ("embed",),
+    "head": ("head",),
+    "other": ("other",),
     "all": (),
 }
 TOWERS = ("language", "vision", "projector", "depth")

@@ -2,6 +2,7 @@
 
 plans    uniform  energy  loss …  shuffled  inverted:loss  compress  warm  plan-warm  uniform+compute  full  base
 phases   static   both:60 > mlp:60 > attention   reversed:…  permuted:…  random:…   static@…   full  base
+         norm:20  yoked:norm:20
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 from rankwise.config import StudyConfig
 from rankwise.core.controls import permuted_form, random_form, reversed_form, with_lengths
 from rankwise.core.phase import Form, Norm, Phases
+from rankwise.core.returning import returns
 from rankwise.core.schedule import parse_schedule
 from rankwise.errors import UsageError
 from rankwise.options import unknown
 from rankwise.score.contenders import RULES
 
-UNIFORM, STATIC, INVERTED, BASE = "uniform", "static", "inverted", "base"
+UNIFORM, STATIC, INVERTED, BASE, YOKED = "uniform", "static", "inverted", "base", "yoked"
 NULLS = ("shuffled", INVERTED)
 REFERENCES = ("full", BASE)
 OTHERS = ("compress", "warm", "plan-warm", "uniform+compute")
@@ -42,21 +44,39 @@ def timed_like(arm: str) -> str | None:
     return schedule if name == STATIC and at else None
 
 
+def chooses(arm: str) -> bool:
+    """`norm:N` chooses its phases on the way: such an arm is trained by itself."""
+    return arm.partition(":")[0] == "norm"
+
+
+def yoked_to(arm: str) -> str | None:
+    """The arm `norm:N` whose choices of another seed a `yoked:norm:N` arm replays."""
+    name, colon, rest = arm.partition(":")
+    return rest if name == YOKED and colon else None
+
+
 def has_phases(arm: str, config: StudyConfig) -> bool:
     return config.kind == "phases" and arm not in (STATIC, *REFERENCES) and timed_like(arm) is None
 
 
+def has_state(arm: str, config: StudyConfig) -> bool:
+    """Whether keeping or resetting the optimizer state makes a difference: some site rests and then trains again."""
+    if not has_phases(arm, config):
+        return False
+    control, text = control_of(yoked_to(arm) or arm)
+    form = parse_schedule(text)
+    if control == "permuted":
+        return returns(form, any_order=True)
+    return returns(schedule_of(arm, config.steps, 0) or form) if control else returns(form)
+
+
 def schedule_of(arm: str, steps: int, seed: int) -> Form | None:
-    """The schedule of a phase arm for a seed; None where everything trains all the time."""
+    """The schedule of a phase arm for a seed; None where everything trains all the time. A yoked arm's comes from the
+    run that it replays."""
     if arm in (STATIC, *REFERENCES) or timed_like(arm) is not None:
         return None
     control, text = control_of(arm)
     form = parse_schedule(text)
-    if isinstance(form, Norm):
-        raise UsageError(
-            f"{arm}: arms of a study are trained together, and `norm` chooses phases from its own gradients on the "
-            "way; compare runs of `rankwise train --phase_strategy norm:N` and of the schedule that it replays"
-        )
     if isinstance(form, Phases):
         with_lengths(form, steps)
     if control == "reversed":
@@ -77,8 +97,13 @@ def default_arms(config: StudyConfig) -> list[str]:
 def check_arm(arm: str, config: StudyConfig) -> None:
     """An arm of the study's kind, written as it must be."""
     if config.kind == "phases":
-        timed = timed_like(arm)
-        schedule_of(timed if timed is not None else arm, config.steps, 0)
+        timed, yoked = timed_like(arm), yoked_to(arm)
+        if yoked is not None and not isinstance(parse_schedule(yoked), Norm):
+            raise UsageError(f"{arm}: what is replayed is `norm:N`, as in yoked:norm:20; others never change")
+        if timed is not None and (chooses(timed) or yoked_to(timed)):
+            raise UsageError(f"{arm}: the time of a schedule that chooses on the way is not known beforehand")
+        if yoked is None:
+            schedule_of(timed if timed is not None else arm, config.steps, 0)
         return
     name, colon, rule = arm.partition(":")
     if name not in PLAN_ARMS or (colon and (name not in OF_A_RULE or rule not in RULES)):
@@ -97,8 +122,10 @@ def contrast(text: str, arms: tuple[str, ...]) -> tuple[str, str]:
 
 
 def default_contrasts(arms: tuple[str, ...], config: StudyConfig) -> tuple[tuple[str, str], ...]:
-    """Every rule against uniform rank; every schedule against training everything all the time."""
+    """Every rule against uniform rank; every schedule against training everything all the time, and one that chooses
+    against what it chose for another seed."""
     if config.kind == "plans":
         return tuple((arm, UNIFORM) for arm in arms if arm in RULES and UNIFORM in arms)
-    own = [arm for arm in arms if has_phases(arm, config) and not control_of(arm)[0]]
-    return tuple((arm, STATIC) for arm in own if STATIC in arms)
+    own = [arm for arm in arms if has_phases(arm, config) and not control_of(arm)[0] and yoked_to(arm) is None]
+    yoked = [(str(yoked_to(arm)), arm) for arm in arms if yoked_to(arm) is not None]
+    return (*((arm, STATIC) for arm in own if STATIC in arms), *yoked)

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rankwise.config import StudyConfig
@@ -24,10 +24,12 @@ from rankwise.stages.study.arms import (
     REFERENCES,
     VERSUS,
     check_arm,
+    chooses,
     contrast,
     default_arms,
     default_contrasts,
-    has_phases,
+    has_state,
+    yoked_to,
 )
 
 NOT_DESIGN = ("output_dir", "batch_arms", "device", "deviation", "time_only")
@@ -50,10 +52,21 @@ class Contender:
     def is_reference(self) -> bool:
         return self.arm in REFERENCES
 
+    @property
+    def trains_alone(self) -> bool:
+        """All weights, or phases that are chosen on the way: nothing that adapters in a stack could share."""
+        return self.is_reference or chooses(self.arm)
+
+    @property
+    def replayed(self) -> Contender | None:
+        """The contender whose choices a yoked arm replays."""
+        arm = yoked_to(self.arm)
+        return replace(self, arm=arm) if arm is not None else None
+
 
 @dataclass(frozen=True)
 class Run:
-    """One training: what the ledger keeps. purpose: tune or report."""
+    """One training: what the ledger keeps. purpose: tune or report. source: the run that a yoked one replays."""
 
     contender: Contender
     scale: str
@@ -61,11 +74,14 @@ class Run:
     seed: int
     purpose: str
     recipe: str
+    source: Run | None = None
 
     @property
     def key(self) -> dict[str, Any]:
-        own = {name: value for name, value in vars(self).items() if name != "contender"}
-        return vars(self.contender) | own
+        own = {name: value for name, value in vars(self).items() if name not in ("contender", "source")}
+        told = ("scale", "learning_rate", "seed")
+        replays = {"replays": {name: vars(self.source)[name] for name in told}} if self.source is not None else {}
+        return vars(self.contender) | own | replays
 
 
 @dataclass(frozen=True)
@@ -95,7 +111,7 @@ class Design:
         grid = self.config.grid
         found = []
         for budget, scheduler, arm in itertools.product(self.config.budgets, grid.lr_schedulers, self.arms):
-            states = grid.phase_states if has_phases(arm, self.config) else ["keep"]
+            states = grid.phase_states if has_state(arm, self.config) else ["keep"]
             way = grid.lr_schedulers[0] if arm == BASE else scheduler
             found += [Contender(arm, "" if arm in REFERENCES else budget, way, state) for state in states]
         return sorted(dict.fromkeys(found), key=lambda each: each.is_reference)
@@ -111,19 +127,19 @@ class Design:
         return [pair for first, second in self.contrasts for pair in self.paired(first, second)]
 
     def paired(self, first: str, second: str) -> list[tuple[Contender, Contender]]:
-        """first and second in the same budget and scheduler; phase states are matched where both have them."""
+        """first and second in the same budget and scheduler; phase states are matched where they matter to both."""
         return [
             (one, other)
             for one, other in itertools.product(self.contenders, repeat=2)
             if (one.arm, other.arm) == (first, second)
             and (one.scheduler == other.scheduler or BASE in (one.arm, other.arm))
             and (one.budget == other.budget or not one.budget or not other.budget)
-            and (one.state == other.state or not (has_phases(first, self.config) and has_phases(second, self.config)))
+            and (one.state == other.state or not (has_state(first, self.config) and has_state(second, self.config)))
         ]
 
     def label(self, contender: Contender) -> str:
         """The arm, with its phase state where there are several."""
-        several = len(self.config.grid.phase_states) > 1 and has_phases(contender.arm, self.config)
+        several = len(self.config.grid.phase_states) > 1 and has_state(contender.arm, self.config)
         return f"{contender.arm}, {contender.state}" if several else contender.arm
 
     def tuning_seeds(self) -> list[int]:
@@ -160,10 +176,26 @@ def designed(config: StudyConfig) -> Design:
     arms = tuple(dict.fromkeys(config.arms or default_arms(config)))
     for arm in arms:
         check_arm(arm, config)
+    check_yoked(arms, config)
     contrasts = tuple(contrast(text, arms) for text in config.primary) or default_contrasts(arms, config)
     if not contrasts:
         raise UsageError(f"no primary contrast among the arms {', '.join(arms)}; name them, as in --primary 'a vs b'")
     return Design(config, arms, contrasts)
+
+
+def check_yoked(arms: tuple[str, ...], config: StudyConfig) -> None:
+    """What is replayed must be made, and for another seed."""
+    for arm in arms:
+        if config.kind == "phases" and yoked_to(arm) not in (None, *arms):
+            raise UsageError(f"{arm} replays the runs of {yoked_to(arm)}: name that arm as well")
+        if config.kind == "phases" and yoked_to(arm) and config.grid.tuning_seeds < 2:
+            raise UsageError(f"{arm} replays the run of another seed, in tuning as well: --tuning_seeds at least 2")
+
+
+def another_seed(seed: int, first: int) -> int:
+    """The seed whose run a yoked one replays: the one before, of the first the second. Seeds that are added later
+    change nothing about it."""
+    return seed - 1 if seed > first else seed + 1
 
 
 def check(config: StudyConfig) -> None:

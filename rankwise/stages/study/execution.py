@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rankwise.core.phase import BoundNorm
 from rankwise.score.contenders import compressed
 from rankwise.score.likelihood import answer_losses
 from rankwise.stages.probing import language_parameters
@@ -24,8 +25,9 @@ from rankwise.stages.study.material import Material, Scored
 from rankwise.stages.study.plans import Plans
 from rankwise.store.ledger import Ledger
 from rankwise.store.processes import gathered, own_share
+from rankwise.train.alone import train_alone
 from rankwise.train.arms import row_order
-from rankwise.train.batched import ArmSettings, TrainedArm, losses_together, train_together
+from rankwise.train.batched import Arm, ArmSettings, TrainedArm, losses_together, train_together
 from rankwise.train.reference import borrowed, train_weights
 
 LAST = 0.1
@@ -59,7 +61,14 @@ class Bench:
         return row_order(len(self.material.rows), settings.steps * settings.batch_size, run.seed)
 
     def finish(self, runs: Sequence[Run], what: str) -> None:
-        """Make those of the runs that are not in the ledger; processes share the batches of them."""
+        """Make those of the runs that are not in the ledger, and before them what some of them replay."""
+        sources = [run.source for run in runs if run.source is not None]
+        self.share([*dict.fromkeys([*sources, *(run for run in runs if run.source is None)])], what)
+        if sources:
+            self.share([run for run in runs if run.source is not None], what)
+
+    def share(self, runs: Sequence[Run], what: str) -> None:
+        """Processes share the batches; all of them wait for the last, and read what the others have made."""
         batches = batches_of(runs, self)
         mine = own_share(batches, [cost(batch, self) for batch in batches])
         left = [batch for batch in mine if any(run.key not in self.ledger for run in batch)]
@@ -71,17 +80,17 @@ class Bench:
     def make(self, runs: Sequence[Run]) -> None:
         """One batch, from start to ledger."""
         started = time.monotonic()
-        alone = runs[0].contender.is_reference
-        facts, matrices = self.reference(runs[0]) if alone else self.together(runs)
+        reference = runs[0].contender.is_reference
+        facts, matrices = self.reference(runs[0]) if reference else self.together(runs)
         seconds = round((time.monotonic() - started) / len(runs), 3)
         rows = [{"key": run.key, **fact, "seconds": seconds} for run, fact in zip(runs, facts, strict=True)]
         self.ledger.add(rows, matrices)
 
     def together(self, runs: Sequence[Run]) -> tuple[list[Row], Matrices]:
-        """Adapters: trained in one stack, scored in one stack."""
+        """Adapters: trained in one stack but where phases are chosen on the way, scored in one stack."""
         material, settings = self.material, self.settings(runs[0])
-        arms = [self.plans.arm(run, settings.steps, self.order(run, settings)) for run in runs]
-        trained = train_together(material.model, arms, material.rows, material.collate, settings)
+        arms = [self.plans.arm(run, settings.steps, self.order(run, settings), self.replay(run)) for run in runs]
+        trained, replays = self.trained(runs, arms, settings)
         pairs = [self.final(run, result, arm.scales) for run, result, arm in zip(runs, trained, arms, strict=True)]
         scales = [arm.scales for arm in arms]
         matrices = {
@@ -97,10 +106,26 @@ class Bench:
                 "diverged": bool(matrices["dev"][index].isnan().any()),
                 "train_loss": last_loss(result.losses),
                 "steps": settings.steps,
+                **replay,
             }
-            for index, (pair, result) in enumerate(zip(pairs, trained, strict=True))
+            for index, (pair, result, replay) in enumerate(zip(pairs, trained, replays, strict=True))
         ]
         return facts, matrices
+
+    def replay(self, run: Run) -> str | None:
+        """What the run that a yoked one replays has chosen."""
+        return None if run.source is None else str(self.ledger[run.source.key]["replay"])
+
+    def trained(
+        self, runs: Sequence[Run], arms: Sequence[Arm], settings: ArmSettings
+    ) -> tuple[list[TrainedArm], list[dict[str, str]]]:
+        """What came of them; and of one that chooses its phases, which is alone, the schedule that it amounts to."""
+        material, shared = self.material, (self.material.rows, self.material.collate, settings)
+        schedule = self.plans.schedule(runs[0], settings.steps, self.replay(runs[0]))
+        if not isinstance(schedule, BoundNorm):
+            return train_together(material.model, arms, *shared), [{}] * len(runs)
+        result, replay = train_alone(material.model, arms[0], schedule, *shared)
+        return [result], [{"replay": str(replay)}]
 
     def final(self, run: Run, result: TrainedArm, scales: Mapping[str, float]) -> Mapping[str, Any]:
         """What is scored: the trained pairs, or for `compress` what is left of them within the budget."""
@@ -142,11 +167,11 @@ class Bench:
 
 def batches_of(runs: Sequence[Run], bench: Bench) -> list[list[Run]]:
     """Runs that can train together, in their order: equal settings. What differs much in rank is kept apart, for ranks
-    are padded to the widest; what trains all weights is alone."""
+    are padded to the widest; what trains alone is one by one."""
     kinds: dict[Any, list[Run]] = {}
     for run in runs:
         contender = run.contender
-        alone = run if contender.is_reference else None
+        alone = run if contender.trains_alone else None
         kind = (run.purpose, bench.settings(run), contender.budget, contender.arm == "compress", alone)
         kinds.setdefault(kind, []).append(run)
     most = bench.material.config.batch_arms

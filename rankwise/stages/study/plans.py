@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rankwise.core.allocate import inverted, parse_budget, plan_of, shuffled, uniform
 from rankwise.core.equalise import is_equal, spent
-from rankwise.core.phase import bind
+from rankwise.core.phase import Bound, BoundNorm, bind
+from rankwise.core.schedule import parse_schedule
 from rankwise.core.site import Site
 from rankwise.errors import UsageError, VerificationError
 from rankwise.nets.starts import input_directions
@@ -159,15 +160,22 @@ class Plans:
             return steps + extra
         return self.timed_steps.get(contender.arm, steps)
 
-    def arm(self, run: Run, steps: int, order: Sequence[int]) -> Arm:
-        """Everything about one run but what it shares with those that train beside it."""
+    def schedule(self, run: Run, steps: int, replay: str | None) -> Bound | None:
+        """The run's schedule over the sites that train. replay: the text of what another run chose."""
+        if self.material.config.kind != "phases":
+            return None
+        form = schedule_of(run.contender.arm, steps, run.seed) if replay is None else parse_schedule(replay)
+        ranks = self.ranks(run.contender, run.seed)
+        trained = {site.path: site for site, rank in ranks.items() if rank}
+        return None if form is None else bind(form, trained, run.seed)
+
+    def arm(self, run: Run, steps: int, order: Sequence[int], replay: str | None = None) -> Arm:
+        """Everything about one run but what it shares with those that train beside it. What a schedule chooses on the
+        way is not known yet."""
         ranks = self.checked_ranks(run.contender, run.seed)
         scales = self.scales(run, ranks)
-        active = None
-        if self.material.config.kind == "phases":
-            form = schedule_of(run.contender.arm, steps, run.seed)
-            trained = {site.path: site for site, rank in ranks.items() if rank}
-            active = None if form is None else bind(form, trained, run.seed).active
+        schedule = self.schedule(run, steps, replay)
+        active = None if schedule is None or isinstance(schedule, BoundNorm) else schedule.active
         return Arm(self.start(run, ranks, scales), scales, run.learning_rate, order, active)
 
 

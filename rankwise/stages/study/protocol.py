@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rankwise.score.evidence import Array, Effect, by_group, decides, measured
-from rankwise.stages.study.design import Contender, Design, Run, further_counts
+from rankwise.stages.study.design import Contender, Design, Run, another_seed, further_counts
 from rankwise.stages.study.execution import Bench
 from rankwise.stages.study.material import Material, Scored
 from rankwise.stages.study.tuning import Tuned
@@ -29,11 +29,14 @@ class Reported:
 
 
 def report_run(design: Design, bench: Bench, tuned: dict[Contender, Tuned], contender: Contender, seed: int) -> Run:
-    """A contender at its tuned rate and scale; the base needs neither, nor a seed."""
+    """A contender at its tuned rate and scale; the base needs neither, nor a seed. A yoked one replays what was chosen
+    for another seed at the rate that is best for choosing."""
     if contender.arm == "base":
         return Run(contender, "constant", 0.0, design.report_seeds(1)[0], "report", bench.recipe)
-    found = tuned[contender]
-    return Run(contender, found.scale, design.grid(contender).rate(found.k), seed, "report", bench.recipe)
+    found, replayed, source = tuned[contender], contender.replayed, None
+    if replayed is not None:
+        source = report_run(design, bench, tuned, replayed, another_seed(seed, design.report_seeds(1)[0]))
+    return Run(contender, found.scale, design.grid(contender).rate(found.k), seed, "report", bench.recipe, source)
 
 
 def report(design: Design, bench: Bench, tuned: dict[Contender, Tuned]) -> Reported:

@@ -6,12 +6,12 @@ tuned = tune(design, bench)                  # contender → learning rate and s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from rankwise.config import StudyConfig
 from rankwise.errors import DivergedError
-from rankwise.stages.study.design import Contender, Design, Run
+from rankwise.stages.study.design import Contender, Design, Run, another_seed
 from rankwise.stages.study.execution import Bench, batches_of
 from rankwise.stages.study.plans import Plans
 from rankwise.train.arms import scales_of
@@ -63,12 +63,21 @@ def tuning_runs(design: Design, bench: Bench, wanted: Wanted) -> dict[tuple[Cont
     """The runs of each point, one per tuning seed."""
     return {
         (contender, scale, k): [
-            Run(contender, scale, design.grid(contender).rate(k), seed, "tune", bench.recipe)
+            tuning_run(Run(contender, scale, design.grid(contender).rate(k), seed, "tune", bench.recipe), design)
             for seed in design.tuning_seeds()
         ]
         for (contender, scale), points in wanted.items()
         for k in points
     }
+
+
+def tuning_run(run: Run, design: Design) -> Run:
+    """A yoked one replays the choices of another tuning seed at its own rate and scale."""
+    replayed = run.contender.replayed
+    if replayed is None:
+        return run
+    seed = another_seed(run.seed, design.tuning_seeds()[0])
+    return replace(run, source=replace(run, contender=replayed, seed=seed))
 
 
 def tuning_batch(design: Design, bench: Bench) -> list[Run]:
