@@ -13,7 +13,7 @@ import pytest
 from rankwise import cli
 from rankwise.score.result import EvaluationResult
 from rankwise.show.comparison import SUMMARY, Row, markdown, plot_comparison, read_rows
-from rankwise.stages.train import RESULTS_SUMMARY
+from rankwise.stages.outcome import RESULTS_SUMMARY
 from rankwise.store.files import write_json
 from rankwise.train.gradient_table import SiteNorm, views
 
