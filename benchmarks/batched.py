@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from workload import command
 
 from rankwise.core.plan import RankPlan
 from rankwise.data import Collator, RenderedDataset, Renderer, load
@@ -182,7 +183,7 @@ def text(result: dict[str, Any], work: Work, options: argparse.Namespace) -> str
         "",
         f"{date.today()} · {platform.machine()}, {torch.get_num_threads()} threads · torch {torch.__version__} · "
         f"{what}, {size:,} parameters, rank {options.rank} at {len(work.plan.ranks)} sites · {settings.steps} steps of "
-        f"{settings.batch_size} rows of {length:.0f} tokens · `python benchmarks/batched.py`",
+        f"{settings.batch_size} rows of {length:.0f} tokens · `{command()}`",
         "",
         f"One by one with the Trainer: {result['alone_runs_per_hour']:.0f} runs per hour "
         f"({min(spread):.2f} to {max(spread):.2f} s a run).",

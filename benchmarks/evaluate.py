@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from workload import command
 
 from rankwise.data import Example, Renderer, Turn
 from rankwise.nets.load import load_model, load_tokenizer
@@ -120,7 +121,7 @@ def markdown(rows: Sequence[Row], facts: dict[str, Any]) -> str:
         "",
         f"{facts['date']} · {facts['machine']}, {facts['threads']} threads · torch {facts['torch']} · "
         f"{facts['model']} · {facts['prompts']} prompts ({facts['data']}), batches of {facts['batch_size']}, up to "
-        f"{facts['max_new_tokens']} tokens · `python benchmarks/evaluate.py`",
+        f"{facts['max_new_tokens']} tokens · `{command()}`",
         "",
         "Medians of the runs; the ratio is the median of unsorted ÷ sorted within each pair of runs.",
         "",

@@ -16,7 +16,7 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
-from workload import Clock, RandomRows, arguments, llama, machine, spread, with_lora
+from workload import Clock, RandomRows, arguments, command, llama, machine, spread, with_lora
 
 from rankwise.core.phase import bind
 from rankwise.core.schedule import parse_schedule
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     size = f"random Llama, {options.layers} layers of {options.hidden}, {options.batch_size} × {options.length} tokens"
-    lines = ["# What a phase saves", "", f"{date.today()} · {machine()} · {size} · `python benchmarks/phases.py`", ""]
+    lines = ["# What a phase saves", "", f"{date.today()} · {machine()} · {size} · `{command()}`", ""]
     raw = {}
     for checkpointing in (False, True):
         turns = step_times(options, checkpointing)

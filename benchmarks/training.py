@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer
-from workload import Clock, RandomRows, arguments, llama, machine, spread, with_lora
+from workload import Clock, RandomRows, arguments, command, llama, machine, spread, with_lora
 
 from rankwise.data import Collator, PackedDataset, RenderedDataset, Renderer, load
 from rankwise.nets.load import load_tokenizer
@@ -131,7 +131,7 @@ def main() -> None:
         "# Training throughput",
         "",
         f"{date.today()} · {machine()} · random Llama, {options.layers} layers of {options.hidden}, batch "
-        f"{options.batch_size}, rank {RANK} · `python benchmarks/training.py`",
+        f"{options.batch_size}, rank {RANK} · `{command()}`",
         "",
         f"Against plain PEFT + Trainer, same rows, {options.length} tokens each; everything measured at every step: "
         f"**{spread(ratios)}** times its speed over {options.rounds} alternating rounds.",

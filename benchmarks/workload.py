@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,3 +92,9 @@ def spread(values: Sequence[float]) -> str:
 def machine() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return f"{device} · torch {torch.__version__}"
+
+
+def command() -> str:
+    """This run's command line, folders by their last name: what to type to repeat it."""
+    given = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *given])
