@@ -24,7 +24,7 @@ from rankwise.nets.adapters import save_adapter
 from rankwise.nets.load import load_config
 from rankwise.score import TASKS, EvaluationResult, task
 from rankwise.score.forgetting import FILE as FORGETTING
-from rankwise.stages.training import renderer_for
+from rankwise.stages.rendering import renderer_for
 
 LABELS = ("entailment", "neutral", "contradiction")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

@@ -13,7 +13,8 @@ import torch
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from rankwise.data import Example, Renderer, Turn
+from rankwise.data import Example, Rendered, Renderer, Turn
+from rankwise.data.render import IGNORED
 from rankwise.errors import DataError, UsageError
 from rankwise.score import (
     EvaluationResult,
@@ -139,8 +140,9 @@ def test_a_real_model_continues_its_story(shared_data: Path) -> None:
     prompt, expected = reference["text"], reference["greedy_text"].strip()
 
     class Plain(Renderer):
-        def prompt_ids(self, example: Example) -> list[int]:
-            return list(self.tokenizer(example.turns[0].text)["input_ids"])
+        def prompt(self, example: Example) -> Rendered:
+            ids = list(self.tokenizer(example.turns[0].text)["input_ids"])
+            return Rendered(ids, [IGNORED] * len(ids))
 
     row = Example("story", "story", (Turn("user", prompt), Turn("assistant", "x")))
     settings = GenerationSettings(max_new_tokens=20)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,13 +22,10 @@ from tiny import tiny_llama
 from rankwise import cli
 from rankwise.core.factors import truncate
 from rankwise.core.plan import PlannedSite, RankPlan
-from rankwise.data import load
-from rankwise.errors import UsageError
 from rankwise.nets.adapt import built_shapes
 from rankwise.nets.adapters import load_adapter
 from rankwise.nets.load import load_model
 from rankwise.nets.sites import model_sites
-from rankwise.stages import training
 from rankwise.store.adapter import read_adapter
 from rankwise.store.deltas import open_deltas
 from rankwise.store.files import write_json
@@ -260,15 +256,3 @@ def test_real_model_and_real_text(shared_data: Path, tmp_path: Path) -> None:
     losses = [float(row["eval_loss"]) for row in logged(tmp_path) if row["eval_loss"]]
     assert losses[-1] < 0.8 * losses[0]
     load_adapter(fresh(base), tmp_path)
-
-
-def test_a_model_that_sees_images_is_not_trained_without_them(tmp_path: Path) -> None:
-    """Vision-language training comes later; until then images are refused rather than ignored."""
-    rows = [{"id": "1", "question": "What is this?", "answer": "A cat.", "image": "cat.png"}]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    examples = load("cota", tmp_path / "rows.json")
-    assert examples.with_images == 1
-    seeing = SimpleNamespace(config=SimpleNamespace(vision_config=object()))
-    with pytest.raises(UsageError, match="1 of 1 samples have images"):
-        training.refuse_images(examples, seeing)  # type: ignore[arg-type]
-    training.refuse_images(examples, SimpleNamespace(config=object()))  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli", "cota", "conversations")
 SCORED_TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli")
 SPLITS = ("train", "dev", "test", "dev_matched", "dev_mismatched")
 TOWERS = ("language", "vision", "projector", "depth", "unknown")
+TRAINED_TOWERS = ("language", "vision", "projector")
 TRAINERS = ("peft", "axolotl", "swift", "unsloth", "llamafactory")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -37,12 +38,20 @@ class DataSection:
 
     task: str | None = option(help="kind of data", choices=TASKS, aliases=("dataset",))
     data_path: str | None = option(help="file, folder or hub id of the data", aliases=("dataset_dir",))
-    prompt: str = option("sections", choices=("sections", "chat"), help="headed sections, or the chat template")
+    prompt: str = option(
+        "auto",
+        choices=("auto", "sections", "chat"),
+        help="headed sections, or the chat template; auto: the template where a model sees images",
+    )
     max_seq_length: int = option(2048, help="tokens of one sample, prompt and answer", aliases=("max_length",))
     overlong: str = option(
         "error", choices=("error", "drop", "truncate_source"), help="what happens to samples over the limit"
     )
     skip_bad: bool = option(False, help="leave broken rows out, counted, instead of stopping at the first")
+    image_folder: str | None = option(help="where the rows' image paths start [the folder of the data file]")
+    allow_outside: bool = option(False, help="read images by absolute paths, `..` and links out of the image folder")
+    allow_urls: bool = option(False, help="fetch images by http(s) from public addresses")
+    repeat_image: bool = option(False, help="one image may fill several <image> placeholders of a row")
     download: bool = option(False, help="fetch the official files that the folder --data_path lacks (extra: data)")
 
 
@@ -102,6 +111,18 @@ class LoraSection:
     deltas: str | None = option(help="the preliminary run, for --warm_start delta")
     load_in_8bit: bool = option(False, help="8-bit base (extra: quant)")
     load_in_4bit: bool = option(False, help="4-bit base, NF4 (extra: quant)")
+
+
+@dataclass(frozen=True)
+class TowersSection:
+    """What happens to each tower of a vision-language model. A tower that is named in no list keeps its default."""
+
+    freeze: list[str] = option([], choices=TRAINED_TOWERS, help="towers that stay as they are: vision and projector do")
+    lora: list[str] = option([], choices=TRAINED_TOWERS, help="towers that get an adapter (train: language does)")
+    full: list[str] = option([], choices=TRAINED_TOWERS, help="towers trained in full (finetune: language is)")
+    language_lr: float | None = option(help="learning rate of the language tower [--learning_rate]")
+    vision_lr: float | None = option(help="learning rate of the vision tower [--learning_rate]")
+    projector_lr: float | None = option(help="learning rate of the projector [--learning_rate]")
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.data.render import IGNORED
+from rankwise.data.sight import Sight
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Batch of samples {input_ids, labels, sample_index} → tensors (batch, length), `sample_index` (samples,).
+    """Batch of samples {input_ids, labels, sample_index, images} → tensors (batch, length), `sample_index` (samples,).
 
-    Rows of several samples carry `position_ids`, which part them, and get no attention mask.
+    Rows of several samples carry `position_ids`, which part them, and get no attention mask. The images of all
+    samples, in order, become what the model's family takes (`Sight.inputs`); they are decoded here, in the workers of
+    a data loader.
 
     pad_id may equal the end token: attention mask and labels come from lengths. multiple_of: pad lengths up to it
     (8 suits tensor cores).
@@ -28,12 +31,13 @@ class Collator:
 
     pad_id: int
     multiple_of: int = 1
+    sight: Sight | None = None
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, multiple_of: int = 1) -> Collator:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, multiple_of: int = 1, sight: Sight | None = None) -> Collator:
         """The tokenizer's pad token; without one any id will do, since it is masked."""
         pad = tokenizer.pad_token_id
-        return cls(0 if pad is None else pad, multiple_of)
+        return cls(0 if pad is None else pad, multiple_of, sight)
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         lengths = [len(sample["input_ids"]) for sample in samples]
@@ -48,7 +52,14 @@ class Collator:
             batch["attention_mask"] = pad([[1] * length for length in lengths], width, 0)
         if "sample_index" in samples[0]:
             batch["sample_index"] = torch.cat([torch.tensor(sample["sample_index"]).view(-1) for sample in samples])
-        return batch
+        return batch | seen(self.sight, batch["input_ids"], [sample.get("images", ()) for sample in samples])
+
+
+def seen(sight: Sight | None, ids: Tensor, images: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+    """What a model that sees takes beside ids (batch, length): the images of all rows, and which tokens are theirs."""
+    if sight is None:
+        return {}
+    return sight.row_inputs(ids) | sight.inputs([reference for row in images for reference in row])
 
 
 def pad(rows: Sequence[Sequence[int]], width: int, value: int, *, left: bool = False) -> Tensor:

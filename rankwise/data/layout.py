@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.data.example import Example, Turn
+from rankwise.data.example import IMAGE_SLOT, Example, Turn
 from rankwise.errors import DataError, UsageError
 
 IMAGE_MARKER = re.compile(r"<image>|<IMAGE>|<__media__>")
+SLOT = re.compile(rf"\n?{IMAGE_SLOT}\n?")  # a line break beside a slot parts marker and text, and is no part of either
 HEADINGS = {"system": "System", "user": "User", "assistant": "Assistant"}
 SENTINEL = "\ue000{}\ue001"  # private-use characters: no template touches them, no text holds them
 
@@ -25,7 +27,7 @@ SENTINEL = "\ue000{}\ue001"  # private-use characters: no template touches them,
 @dataclass(frozen=True)
 class Layout:
     """Texts in order: before[0] answers[0] before[1] answers[1] … after. The end token opens the text that follows
-    an answer, or is absent."""
+    an answer, or is absent. Image tokens stand in the texts before answers, one for each image."""
 
     before: tuple[str, ...]
     answers: tuple[str, ...]
@@ -62,33 +64,48 @@ def heading(turn: Turn) -> str:
 class ChatTemplate:
     """A tokenizer's chat template, tried out once: how it takes content, and what it puts before an answer.
 
-    typed: content goes in as [{"type": "text", …}], because the template loses plain strings. lead: whitespace
-    between the generation prompt and the answer; it belongs to the answer, or a prompt for generation would end
-    in a token that training never saw there.
+    typed: content goes in as [{"type": "text", …}], because the template loses plain strings or images. lead:
+    whitespace between the generation prompt and the answer; it belongs to the answer, or a prompt for generation
+    would end in a token that training never saw there. image_token: what the template puts where an image part is.
     """
 
     tokenizer: PreTrainedTokenizerBase
     typed: bool
     lead: str
+    image_token: str | None = None
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-        """Try the template on one exchange; UsageError where there is none, or it drops the texts."""
+    def of(cls, tokenizer: PreTrainedTokenizerBase, image_token: str | None = None) -> ChatTemplate:
+        """Try the template on one exchange; UsageError where there is none, or it drops the texts or the image."""
         if not tokenizer.chat_template:
             raise UsageError("the tokenizer has no chat template; use --prompt sections")
         question, answer = SENTINEL.format("question"), SENTINEL.format("answer")
-        for typed in (False, True):
-            form = cls(tokenizer, typed, "")
-            asked = [("user", question)]
-            text = form.text([*asked, ("assistant", answer)])
-            if question in text and answer in text:
-                return replace(form, lead=_lead(text.split(answer)[0], form.text(asked, generate=True)))
-        raise UsageError("the chat template does not reproduce the texts of a conversation; use --prompt sections")
+        asked = question if image_token is None else IMAGE_SLOT + question
+        for typed in (False, True) if image_token is None else (True, False):
+            form = cls(tokenizer, typed, "", image_token)
+            try:
+                text = form.text([("user", asked), ("assistant", answer)])
+            except (TypeError, TemplateError):  # this template takes content in the other form
+                continue
+            if question in text and answer in text and text.count(image_token or question) == 1:
+                prompt = form.text([("user", asked)], generate=True)
+                return replace(form, lead=_lead(text.split(answer)[0], prompt))
+        if image_token is None:
+            raise UsageError("the chat template does not reproduce the texts of a conversation; use --prompt sections")
+        raise UsageError(f"the chat template does not put one {image_token} where an image is; is it this model's own?")
 
     def text(self, messages: Sequence[tuple[str, str]], *, generate: bool = False) -> str:
-        content = [(role, [{"type": "text", "text": text}] if self.typed else text) for role, text in messages]
-        conversation: list[dict[str, Any]] = [{"role": role, "content": value} for role, value in content]
+        conversation = [{"role": role, "content": self._content(text)} for role, text in messages]
         return str(self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generate))
+
+    def _content(self, text: str) -> str | list[dict[str, Any]]:
+        """A message with its image slots as the template takes them."""
+        if not self.typed:
+            return text if self.image_token is None else SLOT.sub(lambda _: str(self.image_token), text)
+        if self.image_token is None:
+            return [{"type": "text", "text": text}]
+        pieces = [[{"type": "text", "text": piece}] if piece else [] for piece in SLOT.split(text)]
+        return [part for piece in pieces for part in ({"type": "image"}, *piece)][1:]
 
     def layout(self, example: Example) -> Layout:
         """Render with a sentinel in place of every answer, then cut at the sentinels."""

@@ -1,6 +1,7 @@
 """From samples to token ids and labels: one renderer for training, evaluation and the device.
 
     Example ── layout (sections or chat) ──▶ texts ── tokenizer, piece by piece ──▶ Rendered(input_ids, labels)
+    images ── Sight.expansion ──▶ image tokens in the texts before answers
 
 Labels are -100 except on answers and the end token behind each. What is masked is known from where a piece came
 from, never from its ids: the pad token may be the end token.
@@ -8,6 +9,7 @@ from, never from its ids: the pad token may be the end token.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +17,9 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.data.example import Example
+from rankwise.data.example import IMAGE_SLOT, Example
 from rankwise.data.layout import ChatTemplate, Layout, sections, without_images
+from rankwise.data.sight import Sight
 from rankwise.errors import DataError, UsageError
 
 IGNORED = -100
@@ -25,13 +28,15 @@ OVERLONG = ("error", "drop", "truncate_source")
 
 
 class Overlong(DataError):
-    """A sample needs more tokens than the limit."""
+    """A sample needs more tokens than the limit. One with images is never shortened: an image cut off is none."""
 
-    def __init__(self, sample: str, needed: int, limit: int) -> None:
+    def __init__(self, sample: str, needed: int, limit: int, image_tokens: int = 0) -> None:
         self.needed = needed
+        images = f", {image_tokens} of them for its images" if image_tokens else ""
+        ways = "--overlong drop" if image_tokens else "--overlong drop or truncate_source"
         super().__init__(
-            f"sample {sample} needs {needed} tokens, the limit is {limit}; "
-            "raise --max_seq_length, or pass --overlong drop or truncate_source"
+            f"sample {sample} needs {needed} tokens{images}, the limit is {limit}; raise --max_seq_length, "
+            f"or pass {ways}"
         )
 
 
@@ -41,11 +46,13 @@ class NothingToLearn(DataError):
 
 @dataclass(frozen=True)
 class Rendered:
-    """Token ids of one sample; labels of the same length, -100 where nothing is learnt."""
+    """Token ids of one sample; labels of the same length, -100 where nothing is learnt; the images that its image
+    tokens stand for, in order."""
 
     input_ids: list[int]
     labels: list[int]
     truncated: bool = False
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,8 @@ class Renderer:
     max_length: most tokens of a sample; `positions`, the model's own limit, lowers it. reserve: tokens of it that a
     prompt leaves free for what is generated. overlong: `error` and `drop` raise Overlong (a data set drops),
     `truncate_source` shortens the longest user turn at its end, never the answer. generation_eos: end tokens of
-    the model's generation config; they end an answer too, and replace a missing end token of the tokenizer.
+    the model's generation config; they end an answer too, and replace a missing end token of the tokenizer. sight:
+    how the model takes images; without it a sample's text is rendered alone.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -71,6 +79,7 @@ class Renderer:
     positions: int | None = None
     reserve: int = 0
     generation_eos: int | Sequence[int] | None = None
+    sight: Sight | None = None
 
     def __post_init__(self) -> None:
         for value, allowed in ((self.style, STYLES), (self.overlong, OVERLONG)):
@@ -102,13 +111,13 @@ class Renderer:
         pieces, truncated = self._fitted(example, self.limit, with_answer=True)
         ids = [token for piece in pieces for token in piece.ids]
         labels = [token if piece.trained else IGNORED for piece in pieces for token in piece.ids]
-        return Rendered(ids, labels, truncated)
+        return Rendered(ids, labels, truncated, self._images(example))
 
     def prompt(self, example: Example) -> Rendered:
         """Everything before the last answer, all of it masked; it leaves `reserve` tokens of the limit free."""
         pieces, truncated = self._fitted(example, self.limit - self.reserve, with_answer=False)
         ids = [token for piece in pieces for token in piece.ids]
-        return Rendered(ids, [IGNORED] * len(ids), truncated)
+        return Rendered(ids, [IGNORED] * len(ids), truncated, self._images(example))
 
     def prompt_ids(self, example: Example) -> list[int]:
         """Ids of the prompt: what the model is given to generate from."""
@@ -129,15 +138,24 @@ class Renderer:
         """What decides how samples are rendered, for records and to tell runs apart."""
         return {"prompt": self.style, "max_seq_length": self.limit, "overlong": self.overlong}
 
+    def _images(self, example: Example) -> tuple[str, ...]:
+        return () if self.sight is None else example.images
+
     def _fitted(self, example: Example, limit: int, *, with_answer: bool) -> tuple[list[_Piece], bool]:
         """Pieces within the limit, and whether the source was shortened for it."""
-        example = without_images(example)
+        if self.sight is None:
+            example = without_images(example)
         pieces = self._pieces(example, with_answer)
         if _length(pieces) <= limit:
             return pieces, False
-        if self.overlong != "truncate_source":
-            raise Overlong(example.id, _length(pieces), limit)
+        if self.overlong != "truncate_source" or example.images:
+            raise Overlong(example.id, _length(pieces), limit, self._image_tokens(pieces))
         return self._shortened(example, limit, with_answer), True
+
+    def _image_tokens(self, pieces: Sequence[_Piece]) -> int:
+        if self.sight is None:
+            return 0
+        return sum(piece.ids.count(self.sight.image_token_id) for piece in pieces)
 
     def _shortened(self, example: Example, limit: int, with_answer: bool) -> list[_Piece]:
         """Pieces with as much of the longest user turn's beginning as fits, found by bisection."""
@@ -160,8 +178,9 @@ class Renderer:
         """Prompt and answer pieces in turn; without the answer, those before the last one."""
         layout = self._layout(example)
         last = len(layout.answers) - 1
-        follows = [self._encode(text) if text else [] for text in (*layout.before[1:], layout.after)]
-        pieces = [_Piece(self._opening(layout.before[0]), False)]
+        before = layout.before if self.sight is None else self._seen(example, layout.before, self.sight)
+        follows = [self._encode(text) if text else [] for text in (*before[1:], layout.after)]
+        pieces = [_Piece(self._opening(before[0]), False)]
         for number, answer in enumerate(layout.answers):
             if number == last and not with_answer:
                 break
@@ -174,14 +193,23 @@ class Renderer:
                 pieces.append(_Piece(follows[number][closing:], False))
         return pieces
 
+    def _seen(self, example: Example, before: Sequence[str], sight: Sight) -> list[str]:
+        """The texts before answers with each image token replaced by what stands for that image."""
+        expansions = iter([sight.expansion(reference) for reference in example.images])
+        return [re.sub(re.escape(sight.image_token), lambda _: next(expansions), text) for text in before]
+
     def _layout(self, example: Example) -> Layout:
+        if self.sight is not None:
+            check_slots(example, self.sight.image_token)
         if self.style == "chat":
             return self._template.layout(example)
+        if example.images:
+            raise UsageError("images need the model's chat template: --prompt chat")
         return sections(example, end=str(self.tokenizer.convert_ids_to_tokens(self.end_ids[0])))
 
     @cached_property
     def _template(self) -> ChatTemplate:
-        return ChatTemplate.of(self.tokenizer)
+        return ChatTemplate.of(self.tokenizer, None if self.sight is None else self.sight.image_token)
 
     @cached_property
     def _prefix(self) -> list[int]:
@@ -218,6 +246,19 @@ class Renderer:
             if self.tokenizer.decode([token]).strip():
                 return 0
         return 0
+
+
+def check_slots(example: Example, image_token: str) -> None:
+    """DataError unless a sample's texts ask for as many images as it has; the model's image token is never text."""
+    asked = [turn.text.count(IMAGE_SLOT) for turn in example.turns]
+    answered = [count for turn, count in zip(example.turns, asked, strict=True) if turn.role == "assistant"]
+    if sum(asked) != len(example.images) or any(answered):
+        raise DataError(
+            f"sample {example.id}: {sum(asked)} image slots ({IMAGE_SLOT}) in its texts, {sum(answered)} of them in "
+            f"answers, and {len(example.images)} images; each image needs one slot, before the last answer"
+        )
+    if image_token != IMAGE_SLOT and any(image_token in turn.text for turn in example.turns):
+        raise DataError(f"sample {example.id}: its text holds {image_token}, which stands for an image in this model")
 
 
 def _length(pieces: Sequence[_Piece]) -> int:

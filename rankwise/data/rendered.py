@@ -67,7 +67,7 @@ def check_samples(examples: Sequence[Example], renderer: Renderer, *, prompts: b
 
 
 class RenderedDataset(Dataset[dict[str, Any]]):
-    """Samples as {input_ids, labels, sample_index}; `sample_index` is the position here, `sample_id` its name.
+    """Samples as {input_ids, labels, sample_index, images}; `sample_index` is the position here, `sample_id` its name.
 
     With the Trainer pass `remove_unused_columns=False`, or the index is taken out before the collator sees it.
     """
@@ -92,7 +92,12 @@ class RenderedDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rendered = self.renderer.training(self.examples[index])
-        return {"input_ids": rendered.input_ids, "labels": rendered.labels, "sample_index": index}
+        return {
+            "input_ids": rendered.input_ids,
+            "labels": rendered.labels,
+            "sample_index": index,
+            "images": rendered.images,
+        }
 
 
 def _too_long(overlong: Sequence[tuple[int, str]], total: int, limit: int) -> DataError:

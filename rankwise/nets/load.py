@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from rankwise.errors import DataError, UsageError, need
 from rankwise.store.checkpoint import resolve
@@ -113,12 +121,47 @@ def load_model(
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer, with a pad token (its eos where it has none: padding is masked by attention, never by id)."""
+    """The tokenizer, with a pad token."""
     folder = resolve(name, revision, code=trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: cannot load a tokenizer: {error}") from error
+    return with_pad(tokenizer)
+
+
+def load_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The processor of a vision-language model: images and text. Its chat template is its tokenizer's too.
+
+    DataError where the files make none; UsageError where torchvision, which processors need, is missing or broken.
+    """
+    check_torchvision()
+    folder = resolve(name, revision, code=trust_remote_code)
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ImportError, OSError, ValueError) as error:
+        raise DataError(f"{folder}: cannot load a processor: {error}") from error
+    if not hasattr(processor, "image_processor"):
+        raise DataError(f"{folder}: no processor of images there (preprocessor_config.json or processor_config.json)")
+    if getattr(processor, "chat_template", None):
+        processor.tokenizer.chat_template = processor.chat_template
+    return with_pad(processor)
+
+
+def check_torchvision() -> None:
+    """UsageError where torchvision cannot be imported: a build that does not fit torch fails with a RuntimeError."""
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(
+            f"torchvision cannot be used ({error}), and models that see images need it; install torch and torchvision "
+            "together, from one source: pip install --force-reinstall torch torchvision"
+        ) from error
+
+
+def with_pad(holder: Any) -> Any:
+    """A pad token for a tokenizer, or for a processor's: its eos where it has none (padding is masked, never by id)."""
+    tokenizer = getattr(holder, "tokenizer", holder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return holder

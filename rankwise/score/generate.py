@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from rankwise.data import Collator, Example, Rendered, Renderer
-from rankwise.data.collate import pad
+from rankwise.data.collate import pad, seen
 from rankwise.errors import UsageError
 from rankwise.score.likelihood import answered, batch_losses, prompt_of
 
@@ -122,13 +122,15 @@ class HFGenerator:
 
     def generate(self, examples: Sequence[Example]) -> Iterator[Generated]:
         """Greedy, sampled or beam-searched texts, batch by batch in the order of the settings."""
-        prompts = [self.renderer.prompt_ids(example) for example in examples]
-        order = self.decoding.order(prompts)
+        prompts = [self.renderer.prompt(example) for example in examples]
+        if self.decoding.num_beams > 1 and any(prompt.images for prompt in prompts):
+            raise UsageError("beam search mixes up the images of a batch in most model families; leave --num_beams out")
+        order = self.decoding.order([prompt.input_ids for prompt in prompts])
         with _evaluating(self.model), _seeded(self.decoding.seed, self._device):
             for start in range(0, len(order), self.decoding.batch_size):
                 batch = order[start : start + self.decoding.batch_size]
                 for position, ids in zip(batch, self._batch([prompts[p] for p in batch]), strict=True):
-                    prompt = self.renderer.text(prompts[position])
+                    prompt = self.renderer.text(prompts[position].input_ids)
                     yield Generated(position, prompt, self.renderer.answer(ids))
 
     def label_scores(self, examples: Sequence[Example], labels: Sequence[str]) -> Iterator[LabelScores]:
@@ -150,8 +152,7 @@ class HFGenerator:
 
     @torch.inference_mode()
     def _log_likelihoods(self, rows: Sequence[Rendered]) -> list[float]:
-        features = [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
-        batch = Collator.of(self.renderer.tokenizer)(features)
+        batch = Collator.of(self.renderer.tokenizer, sight=self.renderer.sight)([vars(row) for row in rows])
         losses, _ = batch_losses(self.model, batch, self._device)
         return [-loss for loss in losses.tolist()]
 
@@ -161,14 +162,16 @@ class HFGenerator:
         return device
 
     @torch.inference_mode()
-    def _batch(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        width = max(map(len, prompts))
-        ids = pad(prompts, width, self._pad_id, left=True)
-        mask = pad([[1] * len(prompt) for prompt in prompts], width, 0, left=True)
+    def _batch(self, prompts: Sequence[Rendered]) -> list[list[int]]:
+        rows = [prompt.input_ids for prompt in prompts]
+        width = max(map(len, rows))
+        ids = pad(rows, width, self._pad_id, left=True)
+        mask = pad([[1] * len(row) for row in rows], width, 0, left=True)
         assert bool(mask[:, -1].all()), "decoder-only models need their padding on the left"
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        inputs |= seen(self.renderer.sight, ids, [prompt.images for prompt in prompts])
         output: Tensor = self.model.generate(
-            input_ids=ids.to(self._device),
-            attention_mask=mask.to(self._device),
+            **{name: value.to(self._device) for name, value in inputs.items()},
             generation_config=self._configuration(),
         )
         generated: list[list[int]] = output[:, width:].tolist()

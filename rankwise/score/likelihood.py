@@ -14,6 +14,7 @@ from rankwise.data import Collator, Example, Rendered, RenderedDataset, Renderer
 from rankwise.data.render import IGNORED
 
 Batch = Mapping[str, Tensor]
+BESIDE = ("labels", "sample_index")  # what a batch holds for the loss and for messages, not for the model
 
 
 def answered(renderer: Renderer, examples: Sequence[Example], answers: Sequence[str]) -> list[list[Rendered]]:
@@ -23,9 +24,14 @@ def answered(renderer: Renderer, examples: Sequence[Example], answers: Sequence[
     ends with them. Pieces are tokenised apart, so the answers' ids are the same behind every prompt. Where the source
     was cut to the limit, training may have cut it elsewhere.
     """
-    prompts = [renderer.prompt_ids(example) for example in examples]
+    prompts = [renderer.prompt(example) for example in examples]
     ends = [answer_ids(renderer, examples[0], answer) for answer in answers]
-    return [[Rendered(prompt + end, [IGNORED] * len(prompt) + end) for end in ends] for prompt in prompts]
+    return [[continued(prompt, end) for end in ends] for prompt in prompts]
+
+
+def continued(prompt: Rendered, end: list[int]) -> Rendered:
+    """A prompt with an answer's ids behind it, which alone are learnt."""
+    return Rendered(prompt.input_ids + end, prompt.labels + end, images=prompt.images)
 
 
 def answer_ids(renderer: Renderer, example: Example, answer: str) -> list[int]:
@@ -45,7 +51,7 @@ def prompt_of(rendered: Rendered) -> list[int]:
 def training_batches(examples: Sequence[Example], renderer: Renderer, batch_size: int = 8) -> list[Batch]:
     """Padded batches of whole samples in their order, as `answer_losses` takes them."""
     data = RenderedDataset(examples, renderer)
-    collate = Collator.of(renderer.tokenizer)
+    collate = Collator.of(renderer.tokenizer, sight=renderer.sight)
     starts = range(0, len(data), batch_size)
     return [collate([data[index] for index in range(s, min(s + batch_size, len(data)))]) for s in starts]
 
@@ -75,10 +81,11 @@ def batch_losses(model: nn.Module, batch: Batch, device: torch.device) -> tuple[
 
     Only the predictions of learnt tokens are made float32: a whole batch × length × vocabulary would not fit.
     """
-    ids, targets = batch["input_ids"].to(device), batch["labels"][:, 1:].to(device)
+    targets = batch["labels"][:, 1:].to(device)
     learnt = targets != IGNORED
-    logits = model(input_ids=ids, attention_mask=batch["attention_mask"].to(device)).logits[:, :-1][learnt]
+    inputs = {name: value.to(device) for name, value in batch.items() if name not in BESIDE}
+    logits = model(**inputs).logits[:, :-1][learnt]
     token_losses = F.cross_entropy(logits.float(), targets[learnt], reduction="none").double()
     rows = learnt.nonzero()[:, 0]
-    sums = torch.zeros(len(ids), dtype=torch.float64, device=device).index_add(0, rows, token_losses)
+    sums = torch.zeros(len(targets), dtype=torch.float64, device=device).index_add(0, rows, token_losses)
     return sums.cpu(), learnt.sum(dim=1).cpu()

@@ -19,6 +19,7 @@ from rankwise.errors import UsageError
 from rankwise.nets.adapt import LoraSettings, adapt
 from rankwise.nets.starts import eva_start, input_directions, warm_start
 from rankwise.nets.targets import check_plan, choose_sites, restricted, uniform_plan
+from rankwise.score.likelihood import BESIDE
 from rankwise.stages import training as shared
 from rankwise.store.deltas import open_deltas
 from rankwise.store.files import read_object
@@ -124,4 +125,4 @@ def eva_batches(job: shared.Job, seed: int) -> list[dict[str, torch.Tensor]]:
     chosen = random.Random(seed).sample(range(len(rows)), count)
     parts = [chosen[start : start + EVA_ROWS] for start in range(0, count - count % EVA_ROWS or count, EVA_ROWS)]
     batches = [collator([rows[index] for index in part]) for part in parts]
-    return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
+    return [{name: value for name, value in batch.items() if name not in BESIDE} for batch in batches]

@@ -23,7 +23,7 @@ from rankwise.score.generate import GenerationSettings, Generator, HFGenerator
 from rankwise.score.likelihood import answer_ids
 from rankwise.score.tasks import Task
 from rankwise.score.vllm_engine import VLLMGenerator
-from rankwise.stages.training import renderer_for
+from rankwise.stages.rendering import renderer_for
 from rankwise.store.adapter import adapter_files, is_adapter, read_adapter
 from rankwise.store.checkpoint import resolve
 from rankwise.store.processes import announce, process_index
@@ -60,6 +60,8 @@ def subject(config: EvaluateConfig, base: str, adapter: Path | None) -> Subject:
     """The model with its adapter, and the renderer that its training used."""
     renderer = renderer_for(config.data, ModelSection(model_name=base), base, load_config(base))
     if config.engine == "vllm":
+        if renderer.sight is not None:
+            raise UsageError("--engine vllm answers text only here; images need --engine transformers")
         return Subject(base, adapter, renderer)
     device = pick_device(config.device)
     model: Any = plain_model(base, config.dtype, device)

@@ -151,7 +151,7 @@ def scored(
         result.save(folder.path)
         return result
     chosen = task(name)
-    examples = read_items(config, chosen)
+    examples = read_items(config, chosen, sees_images=tested.renderer.sight is not None)
     items = examples.items[: config.num_samples]
     engine = generator(config, tested, chosen, items)
     usable = fitting(items, engine.renderer)
@@ -162,7 +162,7 @@ def scored(
     return found
 
 
-def read_items(config: EvaluateConfig, chosen: Task) -> Examples:
+def read_items(config: EvaluateConfig, chosen: Task, *, sees_images: bool) -> Examples:
     """The task's items. Of several processes the first one downloads; the others read when it has read."""
     first = process_index()[0] == 0
     if not first:
@@ -171,7 +171,7 @@ def read_items(config: EvaluateConfig, chosen: Task) -> Examples:
     examples = chosen.examples(str(config.data.data_path), config.split, **how)
     if first:
         gathered({})
-    for note in examples.notes():
+    for note in examples.notes(sees_images=sees_images):
         announce(note)
     return examples
 

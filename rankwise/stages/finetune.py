@@ -19,6 +19,7 @@ from rankwise.errors import UsageError
 from rankwise.show.format import amount, duration
 from rankwise.stages import training as shared
 from rankwise.stages.probing import language_parameters, train_full, train_lora
+from rankwise.stages.rendering import renderer_for
 from rankwise.store.processes import announce
 from rankwise.store.run import Record, RunFolder
 from rankwise.train.arguments import FINETUNE_DEFAULTS, build_arguments
@@ -77,9 +78,9 @@ def arguments_of(config: FinetuneConfig) -> TrainingArguments:
 
 def prepare(config: FinetuneConfig, name: str, arguments: TrainingArguments, skeleton: PreTrainedModel) -> shared.Job:
     """The subset, rendered and checked, and the memory that training on it takes."""
-    examples = shared.read_examples(config.data, str(config.data.data_path))
-    shared.refuse_images(examples, skeleton)
-    renderer = shared.renderer_for(config.data, config.model, name, skeleton.config)
+    renderer = renderer_for(config.data, config.model, name, skeleton.config)
+    sees_images = renderer.sight is not None
+    examples = shared.read_examples(config.data, str(config.data.data_path), sees_images=sees_images)
     rows = shared.rendered(chosen(config, examples), renderer)
     warn_few_updates(len(rows), arguments)
     if config.method == "full":
@@ -88,7 +89,7 @@ def prepare(config: FinetuneConfig, name: str, arguments: TrainingArguments, ske
         announce(refuse_too_large(needed, memory_available(arguments.device)))
     facts = {
         **shared.base_facts(config.model, name, arguments),
-        **shared.data_facts(config.data, examples, len(rows)),
+        **shared.data_facts(config.data, renderer, examples, len(rows)),
         "subset": [config.subset_ratio, config.max_samples, config.skip_shards],
         "method": [config.method, config.lora_r if config.method == "lora" else None],
     }

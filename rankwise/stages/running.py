@@ -8,16 +8,17 @@ from pathlib import Path
 
 import torch
 
-from rankwise.config import RanksConfig
+from rankwise.config import ModelSection, RanksConfig
 from rankwise.core.plan import RankPlan
 from rankwise.data import Renderer, one_per_prompt
 from rankwise.data.sources import load
 from rankwise.errors import UsageError
-from rankwise.nets.load import load_model, load_tokenizer
+from rankwise.nets.load import load_model
 from rankwise.nets.probe import Probe
 from rankwise.score.decision import Running
 from rankwise.score.gain import Gain, arms_of, gain_kept
 from rankwise.score.likelihood import Batch, answer_losses, training_batches
+from rankwise.stages.rendering import renderer_for
 
 
 def running_model(config: RanksConfig, probe: Probe, path: str | None = None, split: str = "train") -> Running:
@@ -25,31 +26,23 @@ def running_model(config: RanksConfig, probe: Probe, path: str | None = None, sp
     name = probe.model_name
     if not name:
         raise UsageError("give the base model with --model_name: --gain, --metric and --signal run it")
-    tokenizer = load_tokenizer(name)
     model = load_model(name, torch.float32).to(config.device).eval()
-    positions = model.config.get_text_config().max_position_embeddings
-    batches = text_batches(config, tokenizer, positions, path or config.data.data_path, split)
+    renderer = renderer_for(config.data, ModelSection(model_name=name), name, model.config)
+    batches = probe_batches(config, renderer, path or config.data.data_path, split)
     return Running(model, [{key: value.to(config.device) for key, value in batch.items()} for batch in batches])
 
 
-def text_batches(config: RanksConfig, tokenizer: object, positions: int, path: str | None, split: str) -> list[Batch]:
+def probe_batches(config: RanksConfig, renderer: Renderer, path: str | None, split: str) -> list[Batch]:
     assert config.data.task is not None
     assert path is not None
     data = config.data
     examples = load(
         data.task, Path(path), split, skip_bad=data.skip_bad, download=data.download and not Path(path).is_file()
     )
-    for note in examples.notes():
+    for note in examples.notes(sees_images=renderer.sight is not None):
         print(note)
     items = one_per_prompt(examples)
     random.Random(config.seed).shuffle(items)
-    renderer = Renderer(
-        tokenizer,  # type: ignore[arg-type]
-        style=data.prompt,
-        max_length=data.max_seq_length,
-        positions=positions,
-        overlong=data.overlong,
-    )
     return training_batches(items[: config.num_samples], renderer, config.batch_size)
 
 

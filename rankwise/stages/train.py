@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from rankwise.config import TrainConfig
 from rankwise.core.plan import RankPlan
-from rankwise.data import Examples, PackedDataset, Split, split_groups, subset
+from rankwise.data import Examples, PackedDataset, Renderer, Split, split_groups, subset
 from rankwise.errors import UsageError
 from rankwise.nets.adapt import MOVES_BASE, lora_pairs, scales
 from rankwise.nets.sites import model_sites
 from rankwise.stages import training as shared
 from rankwise.stages.adapting import adapted, check_lora, described_target, planned, quantization, sites_line
 from rankwise.stages.outcome import SPLIT_FILE, adapter_folder, finish
+from rankwise.stages.rendering import renderer_for
 from rankwise.stages.scheduling import gradient_norms, phase_keeper, schedule_of
 from rankwise.store.deltas import open_deltas
 from rankwise.store.files import read_object, write_json
@@ -105,14 +106,15 @@ def inputs(config: TrainConfig, name: str) -> dict[str, Path | str]:
     return {key: value for key, value in found.items() if value}
 
 
-def read_split(config: TrainConfig) -> tuple[Examples, Split]:
+def read_split(config: TrainConfig, *, sees_images: bool) -> tuple[Examples, Split]:
     """Training and validation rows: from two files, or a share of the groups held out with the seed."""
     path = config.data.data_path
     assert path is not None
     generator = random.Random(config.seed)
-    examples = shared.read_examples(config.data, path)
+    examples = shared.read_examples(config.data, path, sees_images=sees_images)
     if config.val_path:
-        split = Split(examples.items, shared.read_examples(config.data, config.val_path, "dev").items)
+        validation = shared.read_examples(config.data, config.val_path, "dev", sees_images=sees_images)
+        split = Split(examples.items, validation.items)
     else:
         split = split_groups(examples.items, config.val_fraction, generator)
     if config.max_samples is not None:
@@ -124,27 +126,38 @@ def prepare(
     config: TrainConfig, name: str, arguments: TrainingArguments, plan: RankPlan, skeleton: PreTrainedModel
 ) -> tuple[Split, shared.Job]:
     """Rows, rendered and checked, and what the run is."""
-    examples, split = read_split(config)
-    shared.refuse_images(examples, skeleton)
-    renderer = shared.renderer_for(config.data, config.model, name, skeleton.config)
+    renderer = renderer_for(config.data, config.model, name, skeleton.config)
+    examples, split = read_split(config, sees_images=renderer.sight is not None)
     rows = shared.rendered(split.train, renderer)
     evaluates = split.val and arguments.eval_strategy != "no"
     validation = shared.rendered(split.val, renderer) if evaluates else None
-    what = facts(config, name, arguments, plan, examples, len(rows))
+    what = facts(config, name, arguments, plan, renderer, examples, len(rows))
     chosen = PackedDataset(rows, renderer.limit) if config.packing else rows
     if config.packing:
+        refuse_packed_images(examples, renderer)
         announce(f"packing: {len(rows):,} samples in {len(chosen):,} rows of up to {renderer.limit:,} tokens")
     return split, shared.Job(name, arguments, renderer, chosen, validation, what)
 
 
+def refuse_packed_images(examples: Examples, renderer: Renderer) -> None:
+    if renderer.sight is not None and examples.with_images:
+        raise UsageError("--packing takes rows of text only: in one row, images of several samples would mix")
+
+
 def facts(
-    config: TrainConfig, name: str, arguments: TrainingArguments, plan: RankPlan, examples: Examples, samples: int
+    config: TrainConfig,
+    name: str,
+    arguments: TrainingArguments,
+    plan: RankPlan,
+    renderer: Renderer,
+    examples: Examples,
+    samples: int,
 ) -> dict[str, Any]:
     """What makes this run this run, beside the training arguments."""
     lora, form = config.lora, schedule_of(config.phases)
     return {
         **shared.base_facts(config.model, name, arguments),
-        **shared.data_facts(config.data, examples, samples),
+        **shared.data_facts(config.data, renderer, examples, samples),
         "validation": "rows of their own" if config.val_path else config.val_fraction,
         "ranks": plan.ranks,
         "scales": sorted(set(scales(plan).values())),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from rankwise.config import DataSection, FinetuneConfig, ModelSection, TrainConfig
 from rankwise.core.plan import RankPlan
@@ -19,7 +19,7 @@ from rankwise.data import Collator, Example, Examples, PackedDataset, RenderedDa
 from rankwise.data.packing import unpacked_difference
 from rankwise.errors import UsageError, VerificationError
 from rankwise.nets.adapters import save_adapter, write_sites
-from rankwise.nets.load import load_model, load_tokenizer, meta_model
+from rankwise.nets.load import load_model, meta_model
 from rankwise.store.adapter import LoraPair
 from rankwise.store.checkpoint import resolve
 from rankwise.store.files import fingerprint
@@ -48,7 +48,8 @@ class Job:
 
     @property
     def collator(self) -> Collator:
-        return Collator.of(self.renderer.tokenizer, multiple_of=1 if self.arguments.use_cpu else 8)
+        multiple_of = 1 if self.arguments.use_cpu else 8
+        return Collator.of(self.renderer.tokenizer, multiple_of, self.renderer.sight)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -72,24 +73,15 @@ def check_data(data: DataSection, command: str) -> None:
         raise UsageError(f"{command}: --data_path is missing: where are the rows?")
 
 
-def read_examples(data: DataSection, path: str, split: str = "train") -> Examples:
+def read_examples(data: DataSection, path: str, split: str = "train", *, sees_images: bool = False) -> Examples:
     """The rows of a data set, with what was left out said aloud. `--download` fills the folder of --data_path; a file
     named beside it is read as it is. Of several processes the first one downloads while the others wait."""
     fetches = data.download and path == data.data_path
     with PartialState().local_main_process_first() if fetches else nullcontext():
         examples = load(data.task or "", path, split, skip_bad=data.skip_bad, download=fetches)
-    for note in examples.notes():
+    for note in examples.notes(sees_images=sees_images):
         announce(note)
     return examples
-
-
-def refuse_images(examples: Examples, skeleton: PreTrainedModel) -> None:
-    """A model that sees images must not be trained as if there were none."""
-    if examples.with_images and hasattr(skeleton.config, "vision_config"):
-        raise UsageError(
-            f"{examples.with_images} of {len(examples)} samples have images and {type(skeleton).__name__} sees images, "
-            "but training on images is not in this version; use a text model, or rows without images"
-        )
 
 
 def structure(model: ModelSection, name: str) -> PreTrainedModel:
@@ -105,21 +97,6 @@ def loaded(model: ModelSection, name: str, dtype: torch.dtype, quantization: str
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         quantization=quantization,
-    )
-
-
-def renderer_for(data: DataSection, model: ModelSection, name: str, config: Any) -> Renderer:
-    """The renderer that evaluation uses too: the model's positions bound the length, its end tokens end answers."""
-    folder = resolve(name, model.revision)
-    has_own = (folder / "generation_config.json").is_file()
-    eos = GenerationConfig.from_pretrained(folder).eos_token_id if has_own else config.eos_token_id
-    return Renderer(
-        load_tokenizer(name, model.revision, model.trust_remote_code),
-        style=data.prompt,
-        max_length=data.max_seq_length,
-        overlong=data.overlong,
-        positions=getattr(config.get_text_config(), "max_position_embeddings", None),
-        generation_eos=eos,
     )
 
 
@@ -160,14 +137,12 @@ def fingerprints(files: Sequence[Path]) -> dict[str, str]:
     return {file.name: fingerprint(file) for file in files}
 
 
-def data_facts(data: DataSection, examples: Examples, samples: int) -> dict[str, Any]:
+def data_facts(data: DataSection, renderer: Renderer, examples: Examples, samples: int) -> dict[str, Any]:
     """The rows as part of a run's identity."""
     return {
         "data": fingerprints(examples.files),
         "task": data.task,
-        "prompt": data.prompt,
-        "max_seq_length": data.max_seq_length,
-        "overlong": data.overlong,
+        **renderer.settings,
         "samples": samples,
     }
 

@@ -27,6 +27,7 @@ from rankwise.nets.targets import choose_sites
 from rankwise.score.likelihood import Batch, training_batches
 from rankwise.stages import training as shared
 from rankwise.stages.probing import language_parameters
+from rankwise.stages.rendering import renderer_for
 from rankwise.store.checkpoint import open_checkpoint, resolve
 from rankwise.store.deltas import SavedDeltas, open_deltas
 from rankwise.store.files import fingerprint, read_object
@@ -100,7 +101,7 @@ def gathered_material(config: StudyConfig) -> Material:
     name = str(config.model.model_name)
     skeleton = shared.structure(config.model, name)
     sites = tuple(choose_sites(model_sites(skeleton), config.target).values())
-    renderer = shared.renderer_for(config.data, config.model, name, skeleton.config)
+    renderer = renderer_for(config.data, config.model, name, skeleton.config)
     parts, files = read_parts(config)
     data = shared.rendered(parts.train, renderer)
     dtype = torch.float32 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)

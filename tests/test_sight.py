@@ -1,0 +1,288 @@
+"""What a vision-language model is given: image tokens, labels, pixels; for every family, proven by decoding."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CHAT_TEMPLATE, tiny_tokenizer
+from tiny_vision import FAMILIES, drawn_image
+from torch import Tensor
+from transformers import AutoProcessor
+
+from rankwise.data import Collator, Example, ImageReader, Renderer, Sight, Turn
+from rankwise.data.render import IGNORED, Overlong
+from rankwise.errors import DataError, UsageError
+from rankwise.nets.load import load_model, load_processor
+from rankwise.score.generate import GenerationSettings, HFGenerator
+
+SIZES = ((64, 48), (48, 64), (100, 20), (33, 97))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a family's tiny model; made once."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = FAMILIES[family](tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, size in enumerate(SIZES):
+        drawn_image(number, size).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def renderer(request: pytest.FixtureRequest, models: Callable[[str], Path], pictures: Path) -> Renderer:
+    return renderer_of(models(request.param), pictures)
+
+
+def renderer_of(folder: Path, pictures: Path, **changes: Any) -> Renderer:
+    processor = load_processor(str(folder))
+    return Renderer(processor.tokenizer, style="chat", sight=Sight(processor, ImageReader(pictures)), **changes)
+
+
+def talk(*texts: str, images: tuple[int, ...] = (), system: str = "") -> Example:
+    """User and assistant in turn."""
+    turns = [Turn(role, text) for role, text in zip(("user", "assistant") * 9, texts, strict=False)]
+    turns = [Turn("system", system), *turns] if system else turns
+    return Example("1", "1", tuple(turns), images=tuple(f"{number}.png" for number in images))
+
+
+CONVERSATIONS = {
+    "one image": talk("<image>\nWhat colour is it?", "It is red.", images=(0,)),
+    "image last": talk("What is this? <image>", "A square.", images=(1,)),
+    "two images": talk("<image><image>\nWhich is larger?", "The first.", images=(2, 3)),
+    "image within": talk("Is <image> the same as <image>?", "No.", images=(0, 2)),
+    "turns": talk("<image>\nWhat is it?", "A dog.", "And here?\n<image>", "Two cats.", "Sure?", "Yes.", images=(3, 1)),
+    "system": talk("<image>\nWhat is it?", "It is red.", images=(0,), system="Answer in a few words."),
+    "no image": talk("What is red?", "A rose."),
+}
+
+
+def parts(example: Example) -> list[dict[str, Any]]:
+    """The sample as transformers' processors take it, slots and line breaks beside them taken out by hand."""
+    messages = []
+    for turn in example.turns:
+        content: list[dict[str, str]] = []
+        for number, piece in enumerate(turn.text.split("<image>")):
+            content += [{"type": "image"}] if number else []
+            content += [{"type": "text", "text": piece.strip("\n")}] if piece.strip("\n") else []
+        messages.append({"role": turn.role, "content": content})
+    return messages
+
+
+def decoded(renderer: Renderer, ids: list[int]) -> str:
+    return str(renderer.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def learnt_texts(renderer: Renderer, example: Example) -> list[str]:
+    """Each run of unmasked labels, as text."""
+    rendered, runs = renderer.training(example), [[]]
+    for token, label in zip(rendered.input_ids, rendered.labels, strict=True):
+        assert label in (IGNORED, token)
+        if label == IGNORED:
+            runs += [[]] if runs[-1] else []
+        else:
+            runs[-1].append(label)
+    return [decoded(renderer, run) for run in runs if run]
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_labels_are_the_answers_and_their_end_tokens(renderer: Renderer, name: str) -> None:
+    example = CONVERSATIONS[name]
+    end = renderer.tokenizer.eos_token
+    answers = [turn.text for turn in example.turns if turn.role == "assistant"]
+    assert [text.strip() for text in learnt_texts(renderer, example)] == [answer + end for answer in answers]
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_prompts_are_what_the_familys_own_processor_makes(renderer: Renderer, name: str) -> None:
+    example = CONVERSATIONS[name]
+    assert renderer.sight is not None
+    processor, messages = renderer.sight.processor, parts(example)
+    text = processor.apply_chat_template(messages[:-1], add_generation_prompt=True)
+    images = [renderer.sight.reader.open(reference) for reference in example.images] or None
+    own = processor(text=[text], images=images, add_special_tokens=False)
+    prompt = renderer.prompt(example)
+    begin = renderer.tokenizer.bos_token_id
+    expected = list(own["input_ids"][0])
+    assert prompt.input_ids in (expected, [begin, *expected])
+    assert prompt.images == example.images
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_training_starts_with_the_prompt_of_evaluation(renderer: Renderer, name: str) -> None:
+    example = CONVERSATIONS[name]
+    prompt, training = renderer.prompt_ids(example), renderer.training(example)
+    assert training.input_ids[: len(prompt)] == prompt
+    assert training.labels[len(prompt) - 1] == IGNORED
+    assert IGNORED not in training.labels[len(prompt) :]
+
+
+def batch_of(renderer: Renderer, examples: list[Example]) -> dict[str, Tensor]:
+    rows = [renderer.training(example) for example in examples]
+    return Collator.of(renderer.tokenizer, sight=renderer.sight)([vars(row) for row in rows])
+
+
+def losses(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Mean negative log-likelihood of each row's labels."""
+    labels = batch.pop("labels")
+    logits = model(**batch).logits[:, :-1].log_softmax(-1)
+    mask = labels[:, 1:] != IGNORED
+    picked = logits.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+    return -(picked * mask).sum(1) / mask.sum(1)
+
+
+@torch.inference_mode()
+def test_a_batch_is_its_samples_alone(renderer: Renderer, models: Callable[[str], Path]) -> None:
+    """Several images of several sizes, text-only rows between them, padding: none changes a sample's loss."""
+    model = model_of(renderer, models)
+    examples = list(CONVERSATIONS.values())
+    together = losses(model, batch_of(renderer, examples))
+    alone = torch.cat([losses(model, batch_of(renderer, [example])) for example in examples])
+    torch.testing.assert_close(together, alone, atol=2e-5, rtol=0)
+
+
+def model_of(renderer: Renderer, models: Callable[[str], Path]) -> Any:
+    assert renderer.sight is not None
+    kind = type(renderer.sight.processor)
+    family = next(name for name in FAMILIES if type(AutoProcessor.from_pretrained(models(name))) is kind)
+    return load_model(str(models(family)), torch.float32).eval()
+
+
+@torch.inference_mode()
+def test_the_pictures_reach_the_answer(renderer: Renderer, models: Callable[[str], Path]) -> None:
+    """Another picture, or the same two in the other order, changes what the model thinks of the answer."""
+    model = model_of(renderer, models)
+    example = CONVERSATIONS["two images"]
+    swapped = replace(example, images=example.images[::-1])
+    first, second = (losses(model, batch_of(renderer, [each])) for each in (example, swapped))
+    assert (first - second).abs() > 1e-4
+
+
+def test_answers_are_generated_alike_alone_and_together(renderer: Renderer, models: Callable[[str], Path]) -> None:
+    model = model_of(renderer, models)
+    examples = list(CONVERSATIONS.values())
+    settings = GenerationSettings(max_new_tokens=6, batch_size=4)
+    generator = HFGenerator(model, replace(renderer, reserve=6), settings)
+    together = {found.position: found.text for found in generator.generate(examples)}
+    single = HFGenerator(model, generator.renderer, replace(settings, batch_size=1))
+    assert together == {found.position: found.text for found in single.generate(examples)}
+    labels = ["red", "a square"]
+    scores = {found.position: found.log_likelihoods for found in generator.label_scores(examples, labels)}
+    for found in single.label_scores(examples, labels):
+        assert found.log_likelihoods == pytest.approx(scores[found.position], abs=1e-3)
+
+
+def test_generation_continues_the_forward_pass(renderer: Renderer, models: Callable[[str], Path]) -> None:
+    """Greedy tokens with the cache are those that a whole forward pass finds likeliest."""
+    model = model_of(renderer, models)
+    assert renderer.sight is not None
+    prompt = renderer.prompt(CONVERSATIONS["two images"])
+    ids, images = torch.tensor([prompt.input_ids]), renderer.sight.inputs(prompt.images)
+    made = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, eos_token_id=None,
+        **images, **renderer.sight.row_inputs(ids),
+    )  # fmt: skip
+    whole = model(input_ids=made, attention_mask=torch.ones_like(made), **images, **renderer.sight.row_inputs(made))
+    assert whole.logits[0, ids.shape[1] - 1 : -1].argmax(-1).tolist() == made[0, ids.shape[1] :].tolist()
+
+
+def test_beams_with_images_are_refused(renderer: Renderer, models: Callable[[str], Path]) -> None:
+    generator = HFGenerator(model_of(renderer, models), renderer, GenerationSettings(num_beams=2))
+    with pytest.raises(UsageError, match="num_beams"):
+        list(generator.generate([CONVERSATIONS["one image"]]))
+
+
+@pytest.mark.parametrize(
+    ("example", "reason"),
+    [
+        (talk("<image>\nWhat?", "Red."), "1 image slots .* and 0 images"),
+        (talk("What?", "Red.", images=(0,)), "0 image slots .* and 1 images"),
+        (talk("<image> or <image>?", "Red.", images=(0,)), "2 image slots .* and 1 images"),
+        (talk("What?", "This: <image>", images=(0,)), "1 image slots .*, 1 of them in answers"),
+    ],
+)
+def test_slots_and_images_must_agree(renderer: Renderer, example: Example, reason: str) -> None:
+    with pytest.raises(DataError, match=f"sample 1: {reason}"):
+        renderer.training(example)
+
+
+def test_the_image_token_is_never_text(models: Callable[[str], Path], pictures: Path) -> None:
+    renderer = renderer_of(models("qwen25vl"), pictures)
+    with pytest.raises(DataError, match=r"sample 1: its text holds <\|image_pad\|>"):
+        renderer.training(talk("<image> and <|image_pad|>", "Red.", images=(0,)))
+
+
+@pytest.mark.parametrize("overlong", ["error", "truncate_source"])
+def test_an_image_is_never_cut(models: Callable[[str], Path], pictures: Path, overlong: str) -> None:
+    renderer = renderer_of(models("llava"), pictures, max_length=30, overlong=overlong)
+    example = talk("<image><image>\nWhat?", "Red.", images=(0, 1))
+    with pytest.raises(Overlong, match=r"sample 1 needs \d+ tokens, 32 of them for its images, the limit is 30"):
+        renderer.training(example)
+
+
+def test_images_need_a_chat_template(models: Callable[[str], Path], pictures: Path) -> None:
+    renderer = replace(renderer_of(models("llava"), pictures), style="sections")
+    assert renderer.training(CONVERSATIONS["no image"]).images == ()
+    with pytest.raises(UsageError, match="--prompt chat"):
+        renderer.training(CONVERSATIONS["one image"])
+
+
+def test_a_template_that_loses_images_is_refused(models: Callable[[str], Path], pictures: Path) -> None:
+    renderer = renderer_of(models("qwen25vl"), pictures)
+    renderer.tokenizer.chat_template = CHAT_TEMPLATE.replace("m['content']", "m['content'] | string | replace('<','')")
+    with pytest.raises(UsageError, match="does not put one"):
+        renderer.training(CONVERSATIONS["one image"])
+
+
+def test_a_template_that_takes_strings_gets_the_image_token(models: Callable[[str], Path], pictures: Path) -> None:
+    """Old LLaVA models have templates that only paste the content."""
+    renderer = renderer_of(models("llava"), pictures)
+    renderer.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %} "
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    rendered = renderer.training(CONVERSATIONS["two images"])
+    token = renderer.sight.image_token_id  # type: ignore[union-attr]
+    assert rendered.input_ids.count(token) == 32
+    assert learnt_texts(renderer, CONVERSATIONS["two images"]) == ["The first.</s>"]
+
+
+def test_a_text_model_has_no_sight(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(tmp_path, chat_template=CHAT_TEMPLATE)
+    rendered = Renderer(tokenizer, style="chat").training(CONVERSATIONS["one image"])
+    assert rendered.images == ()
+    assert "<image>" not in tokenizer.decode(rendered.input_ids)
+
+
+def real_renderer(folder: Path, pictures: Path, **changes: Any) -> Renderer:
+    processor = load_processor(str(folder))
+    eos = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    sight = Sight(processor, ImageReader(pictures))
+    return Renderer(processor.tokenizer, style="chat", max_length=8192, sight=sight, generation_eos=eos, **changes)
+
+
+@pytest.mark.parametrize("name", ["SmolVLM-256M-Instruct", "Qwen2.5-VL-7B-Instruct"])
+def test_real_processors(shared_data: Path, pictures: Path, name: str) -> None:
+    """The released tokenizers, templates and processors: prompts as they make them, labels the answers."""
+    renderer = real_renderer(shared_data / "model_configs" / name, pictures)
+    for each, example in CONVERSATIONS.items():
+        test_prompts_are_what_the_familys_own_processor_makes(renderer, each)
+        learnt = [text.strip() for text in learnt_texts(renderer, example)]
+        answers = [turn.text for turn in example.turns if turn.role == "assistant"]
+        assert learnt == [answer + renderer.tokenizer.eos_token for answer in answers]
