@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 import torch
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
-from tiny_vision import FAMILIES, drawn_image
+from tiny_isaac import tiny_isaac
+from tiny_vision import FAMILIES as NATIVE
+from tiny_vision import drawn_image
 from torch import Tensor
 from transformers import AutoProcessor
 
-from rankwise.data import Collator, Example, ImageReader, Renderer, Sight, Turn
+from rankwise.data import BadImage, Collator, Example, ImageReader, Renderer, Sight, Turn
 from rankwise.data.render import IGNORED, Overlong
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.load import load_model, load_processor
 from rankwise.score.generate import GenerationSettings, HFGenerator
 
+FAMILIES = {**NATIVE, "isaac": tiny_isaac}
 SIZES = ((64, 48), (48, 64), (100, 20), (33, 97))
 
 
@@ -234,6 +237,14 @@ def test_an_image_is_never_cut(models: Callable[[str], Path], pictures: Path, ov
     example = talk("<image><image>\nWhat?", "Red.", images=(0, 1))
     with pytest.raises(Overlong, match=r"sample 1 needs \d+ tokens, 32 of them for its images, the limit is 30"):
         renderer.training(example)
+
+
+def test_a_size_that_the_processor_refuses_is_named(models: Callable[[str], Path], tmp_path: Path) -> None:
+    """Qwen's processor takes no picture of more than 200:1."""
+    drawn_image(0, (3000, 8)).save(tmp_path / "0.png")
+    renderer = renderer_of(models("qwen25vl"), tmp_path)
+    with pytest.raises(BadImage, match=r"sample 1: image 0.png: the processor refuses 3000×8 pixels"):
+        renderer.training(CONVERSATIONS["one image"])
 
 
 def test_images_need_a_chat_template(models: Callable[[str], Path], pictures: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+import re
+from array import array
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 ROLES = ("system", "user", "assistant")
 IMAGE_SLOT = "<image>"
+IMAGE_MARKER = re.compile(r"<image>|<IMAGE>|<__media__>")  # how files and other programs write a slot
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Example:
     stratum: `task_type` where the rows have one; a subset takes its share of each.
     images: as named in the file, in the order of their slots.
     facts: what a scorer needs beside the texts, by the source's own names (WikiSQL: table_id, header, sql …; MNLI:
-    label); no part of a sample's identity.
+    label); no part of a sample's identity. line: where in its file the sample starts, 0 where there is no file; none
+    either.
     """
 
     id: str
@@ -45,6 +50,7 @@ class Example:
     stratum: str | None = None
     images: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    line: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         assert self.turns and self.turns[-1].role == "assistant", self.id
@@ -60,16 +66,59 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Chosen(Sequence[Example]):
+    """Some samples of a sequence, by their positions in it: a view that holds no sample."""
+
+    whole: Sequence[Example]
+    positions: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        if isinstance(index, slice):
+            return Chosen(self.whole, self.positions[index])
+        return self.whole[self.positions[index]]
+
+
+def chosen(examples: Sequence[Example], positions: Iterable[int]) -> Sequence[Example]:
+    """The samples at these positions: a tuple of those in memory, a view of those that are parsed when asked for."""
+    if isinstance(examples, tuple | list):
+        return tuple(examples[position] for position in positions)
+    return Chosen(examples, array("Q", positions))
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row of a file that is no sample. sample: its id, where the row could be read that far."""
+
+    file: Path
+    line: int
+    reason: str
+    sample: str | None = None
+
+    def __str__(self) -> str:
+        named = "" if self.sample is None else f"sample {self.sample}: "
+        return f"{self.file}, line {self.line}: {named}{self.reason}"
+
+
+@dataclass(frozen=True)
 class Examples:
     """What a source read, in file order, with the files it came from and the rows that are not among the items.
 
-    skipped: bad rows, each with its place and reason. left_out: how many rows the official files hold that are no
-    samples, by reason.
+    items: a tuple, or of a big file a sequence that parses a row when it is asked for. skipped: bad rows, each with its
+    place and reason. left_out: how many rows the official files hold that are no samples, by reason.
     """
 
-    items: tuple[Example, ...]
+    items: Sequence[Example]
     files: tuple[Path, ...] = ()
-    skipped: tuple[str, ...] = field(default=(), repr=False)
+    skipped: tuple[Rejected, ...] = field(default=(), repr=False)
     left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -81,7 +130,7 @@ class Examples:
     def __getitem__(self, index: int) -> Example:
         return self.items[index]
 
-    @property
+    @cached_property
     def with_images(self) -> int:
         """Number of samples that carry images."""
         return sum(bool(example.images) for example in self.items)

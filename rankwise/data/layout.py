@@ -15,10 +15,9 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.data.example import IMAGE_SLOT, Example, Turn
+from rankwise.data.example import IMAGE_MARKER, IMAGE_SLOT, Example, Turn
 from rankwise.errors import DataError, UsageError
 
-IMAGE_MARKER = re.compile(r"<image>|<IMAGE>|<__media__>")
 SLOT = re.compile(rf"\n?{IMAGE_SLOT}\n?")  # a line break beside a slot parts marker and text, and is no part of either
 HEADINGS = {"system": "System", "user": "User", "assistant": "Assistant"}
 SENTINEL = "\ue000{}\ue001"  # private-use characters: no template touches them, no text holds them

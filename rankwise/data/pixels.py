@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 # Without the formats that run other programs (EPS), hold several sizes (ICO) or are documents (PDF).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -55,11 +55,11 @@ def picture(stream: BinaryIO, max_pixels: int) -> Image.Image:
     and palettes are converted. A photograph that carries a second picture (MPO) is its first one. Raises Unreadable.
     """
     with _explained():
+        if ImageFile.LOAD_TRUNCATED_IMAGES:
+            raise Unreadable("cannot be checked: something in this process set Pillow's LOAD_TRUNCATED_IMAGES")
         image = _header(stream, max_pixels)
         if getattr(image, "is_animated", False) and image.format != "MPO":
             raise Unreadable("has several frames or pages; save the one that is meant as a picture of its own")
-        if ImageFile.LOAD_TRUNCATED_IMAGES:
-            raise Unreadable("cannot be checked: something in this process set Pillow's LOAD_TRUNCATED_IMAGES")
         image.load()
         turned = _orientation(image)
         image = _rgb(image)
@@ -133,7 +133,7 @@ def _explained() -> Iterator[None]:
         with _warnings_lock, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise Unreadable(f"is not a picture that Pillow can read (known: {', '.join(FORMATS)})") from error
     except Image.DecompressionBombError as error:
         raise Unreadable(f"is a decompression bomb: {error}") from error

@@ -18,6 +18,7 @@ from functools import cached_property
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.data.example import IMAGE_SLOT, Example
+from rankwise.data.images import BadImage
 from rankwise.data.layout import ChatTemplate, Layout, sections, without_images
 from rankwise.data.sight import Sight
 from rankwise.errors import DataError, UsageError
@@ -195,7 +196,10 @@ class Renderer:
 
     def _seen(self, example: Example, before: Sequence[str], sight: Sight) -> list[str]:
         """The texts before answers with each image token replaced by what stands for that image."""
-        expansions = iter([sight.expansion(reference) for reference in example.images])
+        try:
+            expansions = iter([sight.expansion(reference) for reference in example.images])
+        except BadImage as error:
+            raise BadImage(f"sample {example.id}: {error}") from error
         return [re.sub(re.escape(sight.image_token), lambda _: next(expansions), text) for text in before]
 
     def _layout(self, example: Example) -> Layout:

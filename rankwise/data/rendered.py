@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from rankwise.data.example import Example
+from rankwise.data.example import Example, chosen
 from rankwise.data.render import NothingToLearn, Overlong, Renderer
 from rankwise.errors import DataError
 
@@ -75,7 +75,7 @@ class RenderedDataset(Dataset[dict[str, Any]]):
     def __init__(self, examples: Sequence[Example], renderer: Renderer) -> None:
         self.renderer = renderer
         self.checked = check_samples(examples, renderer)
-        self.examples = [examples[position] for position in self.checked.usable]
+        self.examples = chosen(examples, self.checked.usable)
 
     @property
     def lengths(self) -> tuple[int, ...]:

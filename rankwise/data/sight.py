@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from rankwise.data.images import ImageReader
+from rankwise.data.images import BadImage, ImageReader, short_name
 from rankwise.errors import UsageError
 
 ROW_INPUTS = ("mm_token_type_ids", "token_type_ids")  # one value per token: 1 on image tokens, 0 elsewhere
@@ -58,10 +58,17 @@ class Sight:
         return int(self.processor.tokenizer.convert_tokens_to_ids(self.image_token))
 
     def expansion(self, reference: str) -> str:
-        """The text that the processor puts in place of its image token. It depends on the picture's size alone."""
+        """The text that the processor puts in place of its image token. It depends on the picture's size alone.
+
+        BadImage where the processor takes no picture of that size.
+        """
         size = self.reader.size(reference)
         if size not in self._expansions:
-            self._expansions[size] = self._expanded(size)
+            try:
+                self._expansions[size] = self._expanded(size)
+            except ValueError as error:
+                shape = f"{size[0]}×{size[1]} pixels"
+                raise BadImage(f"image {short_name(reference)}: the processor refuses {shape}: {error}") from error
         return self._expansions[size]
 
     def _expanded(self, size: tuple[int, int]) -> str:

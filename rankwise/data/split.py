@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rankwise.data.example import Example
+from rankwise.data.example import Example, chosen
 from rankwise.errors import DataError, UsageError
 
 FORMAT = "rankwise-split/1"
 
 
-def subset(examples: Sequence[Example], ratio: float, cap: int | None, generator: random.Random) -> list[Example]:
+def subset(examples: Sequence[Example], ratio: float, cap: int | None, generator: random.Random) -> Sequence[Example]:
     """max(1, round(n · ratio)) samples of every stratum, in file order; a cap is shared in proportion.
 
     generator: the run's seed decides, and nothing else.
@@ -28,8 +28,8 @@ def subset(examples: Sequence[Example], ratio: float, cap: int | None, generator
     wanted = {name: max(1, round(len(positions) * ratio)) for name, positions in strata.items()}
     if cap is not None and sum(wanted.values()) > cap:
         wanted = _share(wanted, cap)
-    chosen = [position for name in sorted(strata) for position in generator.sample(strata[name], wanted[name])]
-    return [examples[position] for position in sorted(chosen)]
+    drawn = [position for name in sorted(strata) for position in generator.sample(strata[name], wanted[name])]
+    return chosen(examples, sorted(drawn))
 
 
 def _share(wanted: Mapping[str, int], cap: int) -> dict[str, int]:
@@ -47,8 +47,8 @@ def _share(wanted: Mapping[str, int], cap: int) -> dict[str, int]:
 class Split:
     """Training and validation samples; no group is in both."""
 
-    train: tuple[Example, ...]
-    val: tuple[Example, ...]
+    train: Sequence[Example]
+    val: Sequence[Example]
 
     def record(self) -> dict[str, Any]:
         """Content of `split.json`: ids, so that a later run trains and validates on the same samples."""
@@ -64,8 +64,9 @@ def split_groups(examples: Sequence[Example], fraction: float, generator: random
     if not 0 <= fraction < 1:
         raise UsageError(f"--val_fraction must be at least 0 and below 1, got {fraction}")
     if fraction == 0:
-        return Split(tuple(examples), ())
-    groups = list(dict.fromkeys(example.group for example in examples))
+        return Split(chosen(examples, range(len(examples))), ())
+    group_of = [example.group for example in examples]
+    groups = list(dict.fromkeys(group_of))
     if len(groups) < 2:
         raise DataError(
             f"all {len(examples)} samples are of one group, so none can be set aside for validation; "
@@ -73,16 +74,19 @@ def split_groups(examples: Sequence[Example], fraction: float, generator: random
         )
     count = min(max(1, round(len(groups) * fraction)), len(groups) - 1)
     held_out = set(generator.sample(groups, count))
-    train = tuple(example for example in examples if example.group not in held_out)
-    return Split(train, tuple(example for example in examples if example.group in held_out))
+    train = [position for position, group in enumerate(group_of) if group not in held_out]
+    return Split(
+        chosen(examples, train),
+        chosen(examples, [position for position, group in enumerate(group_of) if group in held_out]),
+    )
 
 
 def recorded_split(examples: Sequence[Example], record: Mapping[str, Any]) -> Split:
     """The split that `split.json` holds; DataError where the samples are not those it was made from."""
     if record.get("format") != FORMAT:
         raise DataError(f"not a split file: format is {record.get('format')!r}, expected {FORMAT!r}")
-    by_id = {example.id: example for example in examples}
-    lost = [name for part in ("train", "val") for name in record[part] if name not in by_id]
+    places = {example.id: position for position, example in enumerate(examples)}
+    lost = [name for part in ("train", "val") for name in record[part] if name not in places]
     if lost:
         raise DataError(f"{len(lost)} samples of the saved split are not in the data, the first is {lost[0]!r}")
-    return Split(tuple(by_id[name] for name in record["train"]), tuple(by_id[name] for name in record["val"]))
+    return Split(*(chosen(examples, [places[name] for name in record[part]]) for part in ("train", "val")))

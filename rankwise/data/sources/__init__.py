@@ -7,7 +7,7 @@ invents rows, and names file and line of what it can't read.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from rankwise.data.example import Example, Examples, share_references
 from rankwise.data.sources import conversations, cota, e2e_nlg, multi_nli, samsum, wikisql
 from rankwise.data.sources.download import Download, fetch
 from rankwise.data.sources.files import Sought, find_file, first_of
-from rankwise.data.sources.rows import RowFile
+from rankwise.data.sources.indexed import LARGE, indexed
+from rankwise.data.sources.rows import Build, RowFile
 from rankwise.errors import DataError, UsageError
 
 SPLITS = {"train": "train", "dev": "dev", "val": "dev", "validation": "dev", "test": "test"} | {
@@ -32,7 +33,9 @@ class Source:
 
     read: file → samples; bad rows go to the file's `reject`. files: the official file names of each split, to look
     for in folders, archives and on the hub; empty where any file will do. archives: official archives of those files.
-    companions: suffixes of files that belong beside each. downloads: where the official files can be had.
+    companions: suffixes of files that belong beside each. downloads: where the official files can be had. build: how
+    one JSON row becomes a sample, where rows need nothing of each other: such a source's big files are indexed and not
+    held in memory. Of the other sources, samples with one prompt share their references.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Source:
     archives: tuple[str, ...] = ()
     companions: tuple[str, ...] = ()
     downloads: tuple[Download, ...] = ()
+    build: Callable[[RowFile], Build] | None = None
 
     def sought(self, split: str) -> Sought:
         """What to look for; UsageError where the official data have no such split with answers."""
@@ -58,8 +62,8 @@ SOURCES = {
         Source("samsum", samsum.read, samsum.FILES, samsum.ARCHIVES, downloads=samsum.DOWNLOADS),
         Source("wikisql", wikisql.read, wikisql.FILES, wikisql.ARCHIVES, wikisql.COMPANIONS, wikisql.DOWNLOADS),
         Source("multi_nli", multi_nli.read, multi_nli.FILES, multi_nli.ARCHIVES, downloads=multi_nli.DOWNLOADS),
-        Source("cota", cota.read),
-        Source("conversations", conversations.read),
+        Source("cota", cota.read, build=cota.build),
+        Source("conversations", conversations.read, build=conversations.build),
     )
 }
 
@@ -73,13 +77,21 @@ def source(name: str) -> Source:
 
 
 def load(
-    name: str, path: str | Path, split: str = "train", *, skip_bad: bool = False, download: bool = False
+    name: str,
+    path: str | Path,
+    split: str = "train",
+    *,
+    skip_bad: bool = False,
+    download: bool = False,
+    repeat_image: bool = False,
+    allow_empty: bool = False,
 ) -> Examples:
     """Read a data set from its official file, the folder of its files, its archive, or a hub id.
 
     split: which file of a folder, archive or hub data set; a path to one file is read whatever the split. Bad rows are
     a DataError with file and line, or with `skip_bad` left out and listed in the result's `skipped`. download: `path`
     is a folder; official files that it lacks are fetched into it and checked (ServiceError where that fails).
+    repeat_image: one image of a row may fill several placeholders. allow_empty: a file without a sample is no error.
     """
     if split not in SPLITS:
         raise UsageError(f"no split is called {split!r}; there are {', '.join(SPLITS)}")
@@ -87,11 +99,19 @@ def load(
     sought = chosen.sought(split)
     if download:
         _complete(chosen, Path(path).expanduser(), sought)
-    rows = RowFile(find_file(path, sought), skip=skip_bad)
-    examples = share_references(chosen.read(rows))
-    if not examples:
+    rows = RowFile(find_file(path, sought), skip=skip_bad, repeat_image=repeat_image)
+    items = _items(chosen, rows)
+    if not items and not allow_empty:
         raise DataError(f"{rows.path}: no usable samples ({len(rows.rejected)} bad rows); is it a {name} file?")
-    return Examples(tuple(examples), (rows.path, *rows.companions), tuple(rows.rejected), dict(rows.left_out))
+    return Examples(items, (rows.path, *rows.companions), tuple(rows.rejected), dict(rows.left_out))
+
+
+def _items(source: Source, rows: RowFile) -> Sequence[Example]:
+    if source.build is None:
+        return tuple(share_references(source.read(rows)))
+    if rows.is_lines and rows.path.stat().st_size > LARGE:
+        return indexed(rows, source.build(rows))
+    return tuple(source.read(rows))
 
 
 def _complete(source: Source, folder: Path, sought: Sought) -> None:

@@ -1,40 +1,53 @@
-"""CoTA: a question (with an image), a chain of thought, tool actions, an answer.
+"""CoTA: a question (with images), a chain of thought, tool actions, an answer.
 
 Rows `{id, task_type, image, question, chain_of_thought: [str], actions: [{action, params}], answer}` in a JSON list,
-`{"data": […]}` or JSON Lines; `question` and `answer` are needed, the rest may be missing. Samples of one image
-are one group, `task_type` is the stratum.
+`{"data": […]}` or JSON Lines; `question` and `answer` are needed, the rest may be missing. A question without
+placeholders comes after its images. Samples of one image are one group, `task_type` is the stratum.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-from rankwise.data.example import Example, Turn
-from rankwise.data.sources.rows import BadRow, RowFile, json_samples
+from rankwise.data.example import IMAGE_SLOT, Example, Turn
+from rankwise.data.sources.rows import BadRow, Build, RowFile, json_samples
+from rankwise.data.sources.slots import filled, group_of, listed_images, refuse_in_answers, slotted
 
 INSTRUCTION = "Answer the question. Think step by step, name the actions you take, then give the answer."
 
 
 def read(source: RowFile) -> Iterator[Example]:
     """One sample per row; a row without id is named by the file and its number."""
-    return json_samples(source, _example)
+    return json_samples(source, build(source))
 
 
-def _example(identity: str, row: dict[str, Any]) -> Example:
-    image, stratum = row.get("image"), row.get("task_type")
+def build(source: RowFile) -> Build:
+    """How a row of this file becomes a sample; no row needs another one."""
+    return partial(_example, source.repeat_image)
+
+
+def _example(repeat_image: bool, identity: str, row: dict[str, Any]) -> Example:
+    listed, stratum = listed_images(row), row.get("task_type")
+    question, slots = slotted(_text(row, "question"))
+    if not slots:
+        question, slots = f"{IMAGE_SLOT}\n" * len(listed) + question, len(listed)
     turns = (
         Turn("user", INSTRUCTION, "Instruction"),
-        Turn("user", _text(row, "question"), "Question"),
-        Turn("assistant", _response(row), "Response"),
+        Turn("user", question, "Question"),
+        Turn("assistant", slotted(_response(row))[0], "Response"),
     )
+    refuse_in_answers(turns)
+    images = filled([None] * slots, listed, repeat=repeat_image)
     return Example(
         id=identity,
-        group=str(image or identity),
+        group=group_of(images) or identity,
         turns=turns,
+        references=(turns[-1].text,),
         stratum=None if stratum is None else str(stratum),
-        images=(image,) if isinstance(image, str) and image else (),
+        images=images,
     )
 
 

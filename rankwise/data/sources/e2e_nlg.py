@@ -41,7 +41,7 @@ def read(source: RowFile) -> Iterator[Example]:
             )
         facts, text = columns["mr"].strip(), columns["ref"].strip()
         if facts and text:
-            yield Example(f"{source.path.stem}-{line}", facts, _turns(facts, text))
+            yield Example(f"{source.path.stem}-{line}", facts, _turns(facts, text), line=line)
         else:
             source.reject(line, f"empty {'ref' if facts else 'mr'}")
 

@@ -7,11 +7,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rankwise.data.example import Example
+from rankwise.data.example import Example, Rejected
 from rankwise.errors import DataError
 from rankwise.store.files import read_json
 
@@ -33,20 +33,29 @@ class RowFile:
     """A file being read and its bad rows: the first one raises, or with `skip` all are listed with their reasons.
 
     left_out: rows that the official files are known to hold and that are no samples, by reason: never an error.
-    companions: other files that the source read with this one.
+    companions: other files that the source read with this one. repeat_image: one image may fill several placeholders.
+    start, number: the byte at which the line read last starts, and the number of its row, for an index.
     """
 
     path: Path
     skip: bool = False
-    rejected: list[str] = field(default_factory=list)
+    repeat_image: bool = False
+    rejected: list[Rejected] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     companions: list[Path] = field(default_factory=list)
+    start: int = 0
+    number: int = 0
 
-    def reject(self, line: int, reason: str) -> None:
-        message = f"{self.path}, line {line}: {reason}"
+    @property
+    def is_lines(self) -> bool:
+        """Whether the file has one JSON object a line."""
+        return self.path.suffix.lower() in {".jsonl", ".ndjson"}
+
+    def reject(self, line: int, reason: str, sample: str | None = None) -> None:
+        rejected = Rejected(self.path, line, reason, sample)
         if not self.skip:
-            raise DataError(f"{message}; correct the row, or pass --skip-bad to leave such rows out and count them")
-        self.rejected.append(message)
+            raise DataError(f"{rejected}; correct the row, or pass --skip-bad to leave such rows out and count them")
+        self.rejected.append(rejected)
 
 
 def csv_rows(source: RowFile) -> Iterator[Row]:
@@ -75,8 +84,7 @@ def tsv_rows(source: RowFile) -> Iterator[Row]:
 
 def json_rows(source: RowFile) -> Iterator[Row]:
     """Objects of a JSON list, a `{"data": […]}` object or, by suffix .jsonl or .ndjson, of JSON Lines."""
-    lines = source.path.suffix.lower() in {".jsonl", ".ndjson"}
-    for line, row in _json_lines(source) if lines else _json_list(source.path):
+    for line, row in _json_lines(source) if source.is_lines else _json_list(source):
         if isinstance(row, dict):
             yield line, row
         else:
@@ -92,20 +100,31 @@ def samples(source: RowFile, rows: Iterable[Row], build: Build, id_key: str = "i
     """Samples built from rows; a row without an id is named by the file and its number, ids must be unique."""
     seen: set[str] = set()
     for number, (line, row) in enumerate(rows, 1):
-        given = row.get(id_key)
-        identity = f"{source.path.stem}-{number}" if given is None else str(given)
+        source.number = number
+        identity = identity_of(row, source.path, number, id_key)
         try:
             if identity in seen:
                 raise BadRow("this id occurred before; ids must be unique")
             sample = build(identity, row)
         except BadRow as reason:
-            source.reject(line, f"sample {identity}: {reason}")
+            source.reject(line, str(reason), identity)
             continue
         except LeftOut as reason:
             source.left_out[str(reason)] += 1
             continue
         seen.add(identity)
-        yield sample
+        yield located(sample, line)
+
+
+def identity_of(row: Mapping[str, Any], file: Path, number: int, id_key: str = "id") -> str:
+    """The id that a row gives, else the name of its file and its number there."""
+    given = row.get(id_key)
+    return f"{file.stem}-{number}" if given is None else str(given)
+
+
+def located(sample: Example, line: int) -> Example:
+    """The sample, knowing the line on which its row starts."""
+    return replace(sample, line=line)
 
 
 def text_of(row: Mapping[str, Any], key: str) -> str:
@@ -133,8 +152,10 @@ def _text_lines(source: RowFile) -> Iterator[str]:
 
     A line that can't be decoded is passed on as an empty one: line numbers stay right.
     """
+    following = 0
     with source.path.open("rb") as stream:
         for number, raw in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), 1):
+            source.start, following = following, following + len(raw)
             if len(raw) > LONGEST_LINE:
                 raise DataError(
                     f"{source.path}, line {number}: longer than {LONGEST_LINE:,} bytes; is this a data file?"
@@ -151,12 +172,34 @@ def _json_lines(source: RowFile) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             source.reject(number, f"not valid JSON ({error.msg} at column {error.colno})")
+        except (ValueError, RecursionError) as error:
+            source.reject(number, f"cannot be read ({error})")
+        else:
+            if not _may_be_halves(line) or _is_text(row, source, number):
+                yield number, row
 
 
-def _json_list(file: Path) -> Iterator[tuple[int, Any]]:
+def _may_be_halves(written: str) -> bool:
+    """Whether JSON holds escapes that can be halves of characters."""
+    return "\\ud" in written or "\\uD" in written
+
+
+def _is_text(row: Any, source: RowFile, line: int) -> bool:
+    """Whether all of a row is text: an escape of half a character (\\ud83d) is valid JSON, and nothing in UTF-8."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        source.reject(line, f"holds {half!a}, half of a character (a surrogate without its other half)")
+        return False
+    return True
+
+
+def _json_list(source: RowFile) -> Iterator[tuple[int, Any]]:
+    file = source.path
     try:
         content = read_json(file)
     except DataError as error:
@@ -167,7 +210,11 @@ def _json_list(file: Path) -> Iterator[tuple[int, Any]]:
     if not isinstance(rows, list):
         raise DataError(f'{file}: expected a JSON list or {{"data": [...]}}, found {_kind(content)}')
     text = file.read_text(encoding="utf-8-sig")
-    return zip(_line_numbers(text, len(rows), nested=isinstance(content, dict)), rows, strict=True)
+    numbers = _line_numbers(text, len(rows), nested=isinstance(content, dict))
+    suspicious = _may_be_halves(text)
+    for line, row in zip(numbers, rows, strict=True):
+        if not suspicious or _is_text(row, source, line):
+            yield line, row
 
 
 def _line_numbers(text: str, count: int, *, nested: bool) -> Iterator[int]:

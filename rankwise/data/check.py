@@ -1,0 +1,207 @@
+"""A data set gone over before a GPU is touched: every picture decoded, every sample made tokens, all that is bad named.
+
+    findings = examined(load("conversations", "train.json", skip_bad=True), reader, renderer)
+    findings.problems      # sample, line, kind, reason: all of them, not the first
+
+Training refuses the same samples by the same code; this finds them all at once.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from rankwise.data.example import Example, Examples, Rejected
+from rankwise.data.images import BadImage, ImageReader
+from rankwise.data.render import IGNORED, NothingToLearn, Overlong, Rendered, Renderer
+from rankwise.data.sources.slots import short_name
+from rankwise.errors import DataError, UsageError
+
+KINDS = ("row", "image", "overlong", "labels", "text")
+MOST_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a sample cannot be used.
+
+    kind: `row` (it is no sample), `image` (one that cannot be used), `overlong` (`needed` tokens are over the limit),
+    `labels` (nothing to learn) or `text` (the tokenizer or the chat template cannot say it).
+    """
+
+    kind: str
+    reason: str
+    sample: str | None
+    line: int | None
+    needed: int | None = None
+
+    @classmethod
+    def of_row(cls, rejected: Rejected) -> Problem:
+        return cls("row", rejected.reason, rejected.sample, rejected.line)
+
+    @classmethod
+    def of(cls, example: Example, error: Exception) -> Problem:
+        kind = next(name for error_class, name in _KIND_OF.items() if isinstance(error, error_class))
+        needed = error.needed if isinstance(error, Overlong) else None
+        return cls(kind, str(error), example.id, example.line or None, needed)
+
+    def __str__(self) -> str:
+        where = f"line {self.line}: " if self.line else ""
+        known = self.sample is None or self.reason.startswith(f"sample {self.sample}")
+        return f"{where}{self.reason}" if known else f"{where}sample {self.sample}: {self.reason}"
+
+    def record(self) -> dict[str, Any]:
+        """One line of the list of bad samples."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+# A plain ValueError is what an image processor says of a picture's form (too long and thin, say).
+_KIND_OF = {BadImage: "image", Overlong: "overlong", NothingToLearn: "labels", DataError: "text", ValueError: "image"}
+
+
+@dataclass
+class Findings:
+    """What an examination found.
+
+    samples: rows that are samples, good or bad. images: how often samples name one; pictures: how many different ones
+    were decoded, None where none was looked at.
+    lengths: tokens of each sample that could be rendered, of those over the limit too. The token counts are of the
+    usable samples. truncated: samples whose source was cut to the limit.
+    """
+
+    samples: int = 0
+    images: int = 0
+    pictures: int | None = None
+    problems: list[Problem] = field(default_factory=list)
+    lengths: array[int] = field(default_factory=lambda: array("Q"))
+    usable: int = 0
+    tokens: int = 0
+    image_tokens: int = 0
+    label_tokens: int = 0
+    truncated: int = 0
+
+    def count(self, rendered: Rendered, image_token_id: int | None) -> None:
+        """Add a usable sample."""
+        self.usable += 1
+        self.lengths.append(len(rendered.input_ids))
+        self.tokens += len(rendered.input_ids)
+        self.label_tokens += sum(label != IGNORED for label in rendered.labels)
+        self.truncated += rendered.truncated
+        if image_token_id is not None:
+            self.image_tokens += rendered.input_ids.count(image_token_id)
+
+    def bad(self, kind: str) -> int:
+        return sum(problem.kind == kind for problem in self.problems)
+
+
+def examined(
+    examples: Examples, reader: ImageReader | None, renderer: Renderer | None, workers: int | None = None
+) -> Findings:
+    """Everything that training would stumble over.
+
+    reader: where the images are; None leaves them alone, as a text model does. renderer: None leaves tokens out.
+    workers: processes that decode; one per core by default, 8 at most, 0 for this one.
+    """
+    findings = Findings(len(examples), problems=[Problem.of_row(row) for row in examples.skipped])
+    unusable: dict[str, str] = {}
+    if reader is not None and examples.with_images:
+        places = _first_places(examples.items)
+        findings.pictures = len(places)
+        unusable = _undecodable(_Pictures(examples.items, places, reader), workers)
+    for example in tqdm(examples.items, desc="samples", unit="sample", disable=None, leave=False):
+        findings.images += len(example.images)
+        named = dict.fromkeys(map(short_name, example.images))
+        broken = [BadImage(unusable[name]) for name in named if name in unusable]
+        findings.problems += [Problem.of(example, error) for error in broken]
+        if not broken:
+            _render(example, renderer, findings)
+    return findings
+
+
+def _render(example: Example, renderer: Renderer | None, findings: Findings) -> None:
+    if renderer is None:
+        findings.usable += 1
+        return
+    try:
+        rendered = renderer.training(example)
+    except UsageError:
+        raise
+    except ValueError as error:
+        problem = Problem.of(example, error)
+        findings.problems.append(problem)
+        if problem.needed is not None:
+            findings.lengths.append(problem.needed)
+    else:
+        findings.count(rendered, None if renderer.sight is None else renderer.sight.image_token_id)
+
+
+def _first_places(examples: Sequence[Example]) -> list[tuple[int, int]]:
+    """(sample, image of it) where each different picture is named first."""
+    seen: set[str] = set()
+    places = []
+    for position, example in enumerate(examples):
+        for number, reference in enumerate(example.images):
+            name = short_name(reference)
+            if name not in seen:
+                seen.add(name)
+                places.append((position, number))
+    return places
+
+
+class _Pictures(Dataset[tuple[str, str]]):
+    """(short name, why it cannot be used or "") of each different picture, decoded when asked."""
+
+    def __init__(self, examples: Sequence[Example], places: Sequence[tuple[int, int]], reader: ImageReader) -> None:
+        self.examples, self.places, self.reader = examples, places, reader
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[str, str]:
+        position, number = self.places[index]
+        reference = self.examples[position].images[number]
+        try:
+            self.reader.open(reference)
+        except BadImage as error:
+            return short_name(reference), str(error)
+        return short_name(reference), ""
+
+
+def _undecodable(pictures: _Pictures, workers: int | None) -> dict[str, str]:
+    """Short name → reason of every picture that cannot be used."""
+    count = min(default_workers() if workers is None else workers, len(pictures))
+    loaded = DataLoader(pictures, batch_size=None, num_workers=count)
+    found = tqdm(loaded, desc="decode", total=len(pictures), unit="image", disable=None, leave=False)
+    return {name: reason for name, reason in found if reason}
+
+
+def default_workers() -> int:
+    return min(MOST_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Samples of low to high tokens, both included."""
+
+    low: int
+    high: int
+    count: int
+
+
+def histogram(lengths: Sequence[int], most: int = 12) -> list[Bin]:
+    """Lengths in at most `most` bins of one round width (1, 2 or 5 times a power of ten); none for no lengths."""
+    if not lengths:
+        return []
+    widths = (factor * 10**power for power in range(19) for factor in (1, 2, 5))
+    width = next(width for width in widths if max(lengths) // width - min(lengths) // width < most)
+    first, last = min(lengths) // width, max(lengths) // width
+    counts = [0] * (last - first + 1)
+    for length in lengths:
+        counts[length // width - first] += 1
+    return [Bin((first + place) * width, (first + place + 1) * width - 1, count) for place, count in enumerate(counts)]

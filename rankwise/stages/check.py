@@ -1,0 +1,104 @@
+"""rankwise check: a whole data set gone over before a GPU is touched.
+
+rankwise check --model_name MODEL --task conversations --data_path train.json --image_folder images
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rankwise.config import CheckConfig
+from rankwise.data import Examples, Renderer, load
+from rankwise.data.check import Findings, Problem, examined
+from rankwise.errors import DataError
+from rankwise.show.check import in_words, report
+from rankwise.stages import training as shared
+from rankwise.stages.rendering import image_reader, renderer_for
+from rankwise.store.files import write_json, write_text
+from rankwise.store.run import RunFolder
+
+REPORT, BAD = "check.json", "bad_samples.jsonl"
+
+
+def run(config: CheckConfig) -> Findings:
+    """Print and write what was found. DataError (exit 3) where samples are bad, once the report is written."""
+    config = shared.settled(config)
+    check(config)
+    folder = RunFolder(config.output_dir)
+    with folder.lock(), folder.recording("check", inputs(config)) as record:
+        folder.save_config(config)
+        examples = rows(config)
+        renderer = renderer_of(config)
+        seen = renderer is None or renderer.sight is not None
+        findings = examined(examples, image_reader(config.data) if seen else None, renderer, config.workers)
+        limit = None if renderer is None else renderer.limit
+        write_json(folder / REPORT, report(findings, limit) | {"model": config.model.model_name})
+        write_text(folder / BAD, "".join(f"{json.dumps(one.record(), ensure_ascii=False)}\n" for one in bad(findings)))
+        record.outputs |= {"report": folder / REPORT, "bad samples": folder / BAD}
+        print("\n".join(in_words(findings, limit)))
+        refuse(findings, config)
+    return findings
+
+
+def check(config: CheckConfig) -> None:
+    shared.check_data(config.data, "check")
+
+
+def inputs(config: CheckConfig) -> dict[str, Path | str]:
+    found = {"model": config.model.model_name, "data": config.data.data_path}
+    return {name: value for name, value in found.items() if value}
+
+
+def rows(config: CheckConfig) -> Examples:
+    """All samples, with the bad rows beside them."""
+    data = config.data
+    assert data.task and data.data_path
+    examples = load(
+        data.task,
+        data.data_path,
+        config.split,
+        skip_bad=True,
+        download=data.download,
+        repeat_image=data.repeat_image,
+        allow_empty=True,
+    )
+    for reason, count in examples.left_out.items():
+        print(f"note: {count:,} left out: {reason}")
+    return examples
+
+
+def renderer_of(config: CheckConfig) -> Renderer | None:
+    """The one that training will use; None without a model."""
+    name = config.model.model_name
+    if name is None:
+        return None
+    return renderer_for(config.data, config.model, name, shared.structure(config.model, name).config)
+
+
+def bad(findings: Findings) -> list[Problem]:
+    """In the order of the file."""
+    return sorted(findings.problems, key=lambda problem: problem.line or 0)
+
+
+def refuse(findings: Findings, config: CheckConfig) -> None:
+    """DataError where training would refuse a sample, or has none; what the flags let it leave out is no reason."""
+    accepted = {"row": config.data.skip_bad, "overlong": config.data.overlong == "drop"}
+    refused = [problem for problem in bad(findings) if not accepted.get(problem.kind)]
+    place = Path(config.output_dir) / BAD
+    if refused:
+        samples = len({(problem.line, problem.sample) for problem in refused})
+        raise DataError(f"{samples:,} bad samples in {config.data.data_path}; each is named with its reason in {place}")
+    if not findings.usable:
+        raise DataError(f"{config.data.data_path}: no usable samples; is it a {config.data.task} file?")
+    print(f"nothing is in the way of training; report in {config.output_dir}")
+
+
+def describe(config: CheckConfig) -> list[str]:
+    config = shared.settled(config)
+    check(config)
+    lines = [f"read every row of {config.data.data_path} as {config.data.task}", "decode every image it names"]
+    if config.model.model_name:
+        limit = f"up to {config.data.max_seq_length:,} tokens"
+        lines.append(f"make tokens of every sample as training does for {config.model.model_name}, {limit}")
+    return [*lines, f"write {REPORT} and {BAD} to {config.output_dir}"]
