@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from rankwise.data.images import BadImage, ImageReader, short_name
+from rankwise.data.images import BadImage, ImageReader, shown
 from rankwise.errors import UsageError
 
 ROW_INPUTS = ("mm_token_type_ids", "token_type_ids")  # one value per token: 1 on image tokens, 0 elsewhere
@@ -68,7 +68,7 @@ class Sight:
                 self._expansions[size] = self._expanded(size)
             except ValueError as error:
                 shape = f"{size[0]}×{size[1]} pixels"
-                raise BadImage(f"image {short_name(reference)}: the processor refuses {shape}: {error}") from error
+                raise BadImage(f"image {shown(reference)}: the processor refuses {shape}: {error}") from error
         return self._expansions[size]
 
     def _expanded(self, size: tuple[int, int]) -> str:
