@@ -29,6 +29,8 @@ _HOMES = {
     "nets.adapt": ("adapt",),
     "data": ("Example", "Renderer"),
     "score": ("EvaluationResult", "evaluate"),
+    "stages.depth_processor": ("depth_processor",),
+    "stages.loading": ("Trained", "load"),
     "errors": (
         "DataError",
         "DivergedError",

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from tiny import tiny_llama
 
 from rankwise import cli
+from rankwise.data import Renderer
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.load import load_model, load_tokenizer
 from rankwise.nets.sites import model_sites
 from rankwise.score.likelihood import answer_losses
-from rankwise.stages.running import text_batches
+from rankwise.stages.running import probe_batches
 from rankwise.store.plan_file import PLAN_FILE, read_plan
 
 RAW = Path("analysis_outputs/svd/raw_data")
@@ -57,7 +58,7 @@ def fine_tuned(base: Path, rows: Path, folder: Path, seed: int, steps: int = 25)
     config = cli.resolve(
         "ranks", ["--task", "e2e_nlg", "--seed", str(seed), "--num-samples", "24", "--batch-size", "8"]
     )[0]
-    batches = text_batches(config, load_tokenizer(str(base)), 512, str(rows), "dev")
+    batches = probe_batches(config, Renderer(load_tokenizer(str(base)), positions=512), str(rows), "dev")
     optimizer = torch.optim.AdamW([m.weight for m in map(model.get_submodule, model_sites(model))], lr=3e-3)
     for step in range(steps):
         batch = batches[step % len(batches)]
@@ -224,7 +225,7 @@ def test_gain_kept_is_the_share_of_the_real_gain(base: Path, tuned: Path, rows: 
     ranks(tmp_path / "part", str(base), str(tuned), "--budget", "uniform:2", "--min-rank", "0", *data)
     full, part = raw(tmp_path / "full", "gain"), raw(tmp_path / "part", "gain")
     config = cli.resolve("ranks", ["--task", "e2e_nlg", "--num-samples", "16"])[0]
-    batches = text_batches(config, load_tokenizer(str(base)), 512, str(rows), "dev")
+    batches = probe_batches(config, Renderer(load_tokenizer(str(base)), positions=512), str(rows), "dev")
     for name, folder in (("base_loss", base), ("tuned_loss", tuned)):
         losses, tokens = answer_losses(load_model(str(folder), torch.float32), batches)
         assert full[name] == pytest.approx(float(losses.sum() / tokens.sum()), rel=1e-4)
@@ -260,7 +261,7 @@ def test_loss_shares_add_up_to_the_loss_drop(base: Path, tuned: Path, rows: Path
     data = ["--task", "e2e_nlg", "--data_path", str(rows), "--num-samples", "16", "--no-plots"]
     ranks(tmp_path, str(base), str(tuned), "--metric", "loss", "--budget", "uniform:3", "--min-rank", "0", *data)
     config = cli.resolve("ranks", ["--task", "e2e_nlg", "--num-samples", "16"])[0]
-    batches = text_batches(config, load_tokenizer(str(base)), 512, str(rows), "train")
+    batches = probe_batches(config, Renderer(load_tokenizer(str(base)), positions=512), str(rows), "train")
     before, after = (answer_losses(load_model(str(folder), torch.float32), batches) for folder in (base, tuned))
     drop = float((before[0].sum() - after[0].sum()) / before[1].sum())
     assert drop > 0.1

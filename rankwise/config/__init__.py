@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from rankwise.config.commands import (
     BatchConfig,
+    CheckConfig,
     CompareConfig,
     CompressConfig,
     DemoConfig,
@@ -30,6 +31,9 @@ from rankwise.config.sections import (
     TOWERS,
     TRAINERS,
     DataSection,
+    DepthSection,
+    DepthUseSection,
+    EstimateSection,
     GenerationSection,
     LoraSection,
     ModelSection,
@@ -37,6 +41,7 @@ from rankwise.config.sections import (
     ScoredData,
     SitesSection,
     SpectrumSection,
+    TowersSection,
 )
 from rankwise.config.study import GridSection, ProbeSection, StudyConfig
 
@@ -48,11 +53,15 @@ __all__ = [
     "TOWERS",
     "TRAINERS",
     "BatchConfig",
+    "CheckConfig",
     "CompareConfig",
     "CompressConfig",
     "DataSection",
     "DemoConfig",
+    "DepthSection",
+    "DepthUseSection",
     "DiffConfig",
+    "EstimateSection",
     "EvaluateConfig",
     "ExtractConfig",
     "FinetuneConfig",
@@ -70,5 +79,6 @@ __all__ = [
     "SitesSection",
     "SpectrumSection",
     "StudyConfig",
+    "TowersSection",
     "TrainConfig",
 ]

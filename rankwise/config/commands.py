@@ -10,6 +10,9 @@ from rankwise.config.sections import (
     SPLITS,
     TRAINERS,
     DataSection,
+    DepthSection,
+    DepthUseSection,
+    EstimateSection,
     GenerationSection,
     LoraSection,
     ModelSection,
@@ -17,6 +20,7 @@ from rankwise.config.sections import (
     ScoredData,
     SitesSection,
     SpectrumSection,
+    TowersSection,
 )
 from rankwise.options import option
 
@@ -27,6 +31,7 @@ class FinetuneConfig:
 
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
+    towers: TowersSection = field(default_factory=TowersSection)
     output_dir: str = option("saved_models/preliminary_finetune", help="where the result goes", short="-o")
     subset_ratio: float = option(0.01, help="share of the rows, per task type")
     max_samples: int = option(1000, help="most rows to train on")
@@ -115,7 +120,10 @@ class TrainConfig:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     lora: LoraSection = field(default_factory=LoraSection)
+    towers: TowersSection = field(default_factory=TowersSection)
+    depth: DepthSection = field(default_factory=DepthSection)
     phases: PhasesSection = field(default_factory=PhasesSection)
+    estimate: EstimateSection = field(default_factory=EstimateSection)
     output_dir: str = option("saved_models/dynamic_lora_model", help="adapter and run folder", short="-o")
     adapter_folder: str = option(
         ".", choices=(".", "final_model", "lora_adapter"), help="where in the run folder the adapter goes"
@@ -131,6 +139,17 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class CheckConfig:
+    """A data set gone over before a GPU is touched: rows, images, tokens, labels."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    split: str = option("train", choices=SPLITS, help="which official split")
+    workers: int | None = option(help="processes that decode images, 0 for none [one per core, 8 at most]")
+    output_dir: str = option("check", help="where check.json and bad_samples.jsonl go", short="-o")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Score a task with a base model, an adapter or a merged model; measure what was forgotten."""
 
@@ -141,6 +160,7 @@ class EvaluateConfig:
     num_samples: int | None = option(help="first N items, in file order")
     batch_size: int = option(16, help="prompts per step")
     generation: GenerationSection = field(default_factory=GenerationSection)
+    depth: DepthUseSection = field(default_factory=DepthUseSection)
     classify: str = option(
         "likelihood", choices=("likelihood", "generation"), help="labels by log-likelihood, or the first one generated"
     )

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from rankwise.options import option
 
 TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli", "cota", "conversations")
-SCORED_TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli")
+SCORED_TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli", "conversations")
 SPLITS = ("train", "dev", "test", "dev_matched", "dev_mismatched")
 TOWERS = ("language", "vision", "projector", "depth", "unknown")
 TRAINED_TOWERS = ("language", "vision", "projector")
 TRAINERS = ("peft", "axolotl", "swift", "unsloth", "llamafactory")
+DEPTH_CONTROLS = ("estimated", "off", "shuffled", "constant", "luminance", "ramp", "permuted", "file")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -126,6 +127,47 @@ class TowersSection:
 
 
 @dataclass(frozen=True)
+class DepthUseSection:
+    """Where a depth-aware model gets depth from."""
+
+    depth_checkpoint_path: str | None = option(
+        help="Depth Anything V2: .pth, Hugging Face folder or id [Small, Apache-2.0; of a trained model: its own]"
+    )
+    depth_control: str | None = option(
+        choices=DEPTH_CONTROLS,
+        help="what stands in for estimated depth, with the same parameters; file: --depth_maps [as trained]",
+    )
+    depth_maps: str | None = option(help="16-bit PNG depth (far = large): a folder, or a CSV image_path,depth_path")
+    depth_cache: str | None = option(help="folder of computed maps [~/.cache/rankwise/depth]")
+
+
+@dataclass(frozen=True)
+class DepthSection(DepthUseSection):
+    """Depth of each image token, added to the projector's output."""
+
+    use_depth: bool = option(False, help="train with depth (models with image tokens on a grid)")
+    depth_alpha: float = option(100.0, help="depth in [0, 1] is multiplied by it before the encoding")
+    depth_input_size: int = option(518, help="shorter side of an image as the estimator sees it, in pixels")
+    depth_gate: str = option(
+        "learned", choices=("learned", "none"), help="learned: a scalar that starts at 0; none: 1, as first documented"
+    )
+    depth_layout: str = option("split", choices=("split", "interleaved"), help="sines before cosines, or by turns")
+
+
+@dataclass(frozen=True)
+class EstimateSection:
+    """Memory, time and cost of a run, before anything of it runs."""
+
+    estimate: bool = option(False, help="print memory, time, cost and the largest batch that fits, and stop")
+    gpu: str | None = option(help="a card (rtx4090, a100-80gb, …) or a memory size (24GB) [this machine]")
+    usd_per_hour: float | None = option(help="price of the machine, for the cost")
+    utilisation: float | None = option(
+        help="share of the card's rates that training reaches [0.6 of a data sheet's]", aliases=("utilization",)
+    )
+    estimate_out: str | None = option(help="also write the estimate to this JSON file")
+
+
+@dataclass(frozen=True)
 class PhasesSection:
     """Which sites train when, and what is recorded of their gradients."""
 
@@ -160,7 +202,8 @@ class ScoredData(DataSection):
     """Rows of a task that has scores."""
 
     task: str | None = option(
-        help="e2e_nlg, samsum, wikisql, multi_nli, or lm_eval:NAME of the evaluation harness", aliases=("dataset",)
+        help="e2e_nlg, samsum, wikisql, multi_nli, conversations, or lm_eval:NAME of the evaluation harness",
+        aliases=("dataset",),
     )
     overlong: str = option(
         "truncate_source", choices=("error", "drop", "truncate_source"), help="what happens to samples over the limit"

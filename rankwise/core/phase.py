@@ -33,7 +33,8 @@ class Schedule(Protocol):
 class Part:
     """Some sites: of these kinds and this tower, in this range of layers; what is None does not restrict.
 
-    half: early or late, of the layers on either side of `cut` (the first of the late ones; None: the middle).
+    half: early or late, of the layers on either side of `cut` (the first of the late ones; None: the middle of each
+    tower's layers).
     at_random: as many sites as the rest of the part says, drawn from all sites: the null of a phase.
     """
 
@@ -45,23 +46,29 @@ class Part:
     at_random: bool = False
 
     def chosen(self, sites: Mapping[str, Site], generator: random.Random) -> frozenset[str]:
-        first, last = self.span(sites)
+        towers = {site.tower for site in sites.values()}
+        spans = {tower: self.span([site for site in sites.values() if site.tower == tower]) for tower in towers}
         found = {
             path
             for path, site in sites.items()
             if (not self.kinds or site.kind in self.kinds)
             and (self.tower is None or site.tower == self.tower)
-            and (last is None or (site.layer is not None and first <= site.layer <= last))
+            and within(site.layer, spans[site.tower])
         }
         return frozenset(generator.sample(sorted(sites), len(found)) if self.at_random else found)
 
-    def span(self, sites: Mapping[str, Site]) -> tuple[int, int | None]:
-        """First and last layer; the last is None where layers do not matter."""
+    def span(self, sites: Sequence[Site]) -> tuple[int, int | None]:
+        """First and last layer among the sites of a tower; the last is None where layers do not matter."""
         if self.half is None:
             return self.layers or (0, None)
-        count = 1 + max((site.layer for site in sites.values() if site.layer is not None), default=0)
+        count = 1 + max((site.layer for site in sites if site.layer is not None), default=0)
         cut = count // 2 if self.cut is None else self.cut
         return (0, cut - 1) if self.half == "early" else (cut, count - 1)
+
+
+def within(layer: int | None, span: tuple[int, int | None]) -> bool:
+    first, last = span
+    return last is None or (layer is not None and first <= layer <= last)
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,11 @@ class Phases:
 
     def __str__(self) -> str:
         return " > ".join(f"{one.name}:{one.steps}" if one.steps else one.name for one in self.phases)
+
+    @property
+    def towers(self) -> frozenset[str]:
+        """The towers that some phase names."""
+        return frozenset(part.tower for phase in self.phases for part in phase.parts if part.tower)
 
 
 @dataclass(frozen=True)
@@ -227,8 +239,9 @@ def bind(form: Form, sites: Mapping[str, Site], seed: int) -> Bound:
 
 def check_layers(phase: Phase, sites: Mapping[str, Site]) -> None:
     """Layers that are named must exist: a range that reaches beyond the model is a mistake about the model."""
-    top = max((site.layer for site in sites.values() if site.layer is not None), default=0)
     for part in phase.parts:
+        meant = [site for site in sites.values() if part.tower in (None, site.tower)]
+        top = max((site.layer for site in meant if site.layer is not None), default=0)
         last = part.layers[1] if part.layers else part.cut
         if last is not None and last > top:
             raise UsageError(f"--schedule: phase {phase.name!r} names layer {last}; {described(sites)}")

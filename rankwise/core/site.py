@@ -66,6 +66,7 @@ EMBED = frozenset(
 )
 HEAD = frozenset(["lm_head", "embed_out", "score", "classifier", "pre_classifier", "output_projection"])
 ATTENTION_PARENT = re.compile(r"attn|attention", re.IGNORECASE)
+LAYER_LIST = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)(?=\.|$)")
 MLP_PARENT = re.compile(r"mlp|feed_forward|ffn|intermediate", re.IGNORECASE)
 
 
@@ -118,7 +119,6 @@ def describe(path: str, shape: tuple[int, ...], tower: str = "unknown", transpos
     if len(shape) != 2:
         raise ValueError(f"{path}: a site is a matrix, got shape {tuple(shape)}")
     parts = path.split(".")
-    numbers = [int(part) for part in parts if part.isdigit()]
     names = [part for part in parts if not part.isdigit()]
     projection = names[-1] if names else path
     return Site(
@@ -126,10 +126,19 @@ def describe(path: str, shape: tuple[int, ...], tower: str = "unknown", transpos
         shape=(int(shape[0]), int(shape[1])),
         tower=tower,
         kind=kind_of(projection, ".".join(names[:-1])),
-        layer=numbers[0] if numbers else None,
+        layer=layer_of(path),
         projection=projection,
         transposed=transposed,
     )
+
+
+def layer_of(path: str) -> int | None:
+    """The number after `layers` (or layer, block, blocks, h), else the first one: a list of other modules may stand
+    around the layers (`vision_embedding.0.encoder.layers.3`)."""
+    found = LAYER_LIST.search(path)
+    if found:
+        return int(found[1])
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
 def kind_of(projection: str, parent: str) -> str:

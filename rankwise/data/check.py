@@ -8,7 +8,6 @@ Training refuses the same samples by the same code; this finds them all at once.
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,9 +21,9 @@ from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.render import IGNORED, NothingToLearn, Overlong, Rendered, Renderer
 from rankwise.data.sources.slots import short_name
 from rankwise.errors import DataError, UsageError
+from rankwise.store.processes import default_workers
 
 KINDS = ("row", "image", "overlong", "labels", "text")
-MOST_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -179,10 +178,6 @@ def _undecodable(pictures: _Pictures, workers: int | None) -> dict[str, str]:
     loaded = DataLoader(pictures, batch_size=None, num_workers=count)
     found = tqdm(loaded, desc="decode", total=len(pictures), unit="image", disable=None, leave=False)
     return {name: reason for name, reason in found if reason}
-
-
-def default_workers() -> int:
-    return min(MOST_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)

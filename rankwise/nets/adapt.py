@@ -9,12 +9,13 @@ anchored full paths, one regex for all targets, and a comparison of what was bui
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -31,12 +32,16 @@ TENSOR_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_mod
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What a plan does not say. `init`: default, gaussian, orthogonal, pissa, olora, eva."""
+    """What a plan does not say. `init`: default, gaussian, orthogonal, pissa, olora, eva.
+
+    full: modules (paths) of which a copy trains in full beside the adapter, and is saved with it.
+    """
 
     dropout: float = 0.05
     bias: str = "none"
     use_dora: bool = False
     init: str = "default"
+    full: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.init == "loftq":
@@ -68,15 +73,17 @@ def lora_config(plan: RankPlan, settings: LoraSettings | None = None) -> LoraCon
         bias=settings.bias,
         use_dora=settings.use_dora,
         init_lora_weights=True if settings.init in ("default", "eva") else settings.init,
+        modules_to_save=list(settings.full) or None,
         task_type="CAUSAL_LM",
     )
 
 
 def adapt(model: PreTrainedModel, plan: RankPlan, settings: LoraSettings) -> PeftModel:
-    """The model with LoRA pairs (float32) at the plan's sites; everything else is frozen.
+    """The model with LoRA pairs at the plan's sites and copies of the `full` modules, float32; the rest is frozen.
 
     Random initial values come from torch's global generator: seed it before. Raises UsageError for initialisations
-    that do not go with the plan or the model, VerificationError where PEFT built other shapes than planned.
+    that do not go with the plan or the model, VerificationError where PEFT built other shapes than planned, or copied
+    other modules (it takes every module whose path ends like a given one).
     """
     check_init(model, plan, settings)
     if getattr(model, "quantization_method", None):
@@ -85,6 +92,9 @@ def adapt(model: PreTrainedModel, plan: RankPlan, settings: LoraSettings) -> Pef
     with quiet_peft():
         adapted = get_peft_model(model, lora_config(plan, settings), adapter_name=ADAPTER)
     check_built(adapted, plan)
+    check_copied(adapted, settings.full)
+    for module in full_copies(adapted).values():
+        module.float()
     return adapted
 
 
@@ -129,6 +139,25 @@ def site_parameters(model: PeftModel) -> dict[str, list[nn.Parameter]]:
     }
 
 
+def full_copies(model: PeftModel) -> dict[str, nn.Module]:
+    """Path (in the base model) → the copy that trains, of every module that is trained in full."""
+    return {
+        name.removeprefix(PREFIX): module.modules_to_save[ADAPTER]
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+
+
+def full_parameters(model: PeftModel) -> dict[str, list[nn.Parameter]]:
+    """Path → parameters of its own, of every module inside the copies: the places of `towers.full_sites`."""
+    return {
+        f"{path}.{name}".rstrip("."): own
+        for path, copy in full_copies(model).items()
+        for name, module in copy.named_modules()
+        if (own := list(module.parameters(recurse=False)))
+    }
+
+
 def built_shapes(model: PeftModel) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Path → shapes of (A, B) as PEFT made them."""
     return {
@@ -147,6 +176,16 @@ def check_built(model: PeftModel, plan: RankPlan) -> None:
     if wrong:
         shown = "; ".join(f"{path}: planned {wanted.get(path)}, built {built.get(path)}" for path in wrong[:3])
         raise VerificationError(f"PEFT built {len(wrong)} sites otherwise than planned: {shown}")
+
+
+def check_copied(model: PeftModel, full: Iterable[str]) -> None:
+    """Exactly these modules are trained in full."""
+    copied, wanted = set(full_copies(model)), set(full)
+    if copied != wanted:
+        raise VerificationError(
+            f"to be trained in full: {', '.join(sorted(wanted)) or 'nothing'}; PEFT copied "
+            f"{', '.join(sorted(copied)) or 'nothing'}"
+        )
 
 
 def lora_pairs(model: PeftModel) -> dict[str, LoraPair]:

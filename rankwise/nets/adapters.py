@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from rankwise.core.plan import RankPlan
 from rankwise.core.site import nearest
 from rankwise.errors import DataError, UsageError
-from rankwise.nets.adapt import ADAPTER, built_shapes, lora_layers, lora_pairs, quiet_peft, scales
+from rankwise.nets.adapt import ADAPTER, built_shapes, full_copies, lora_layers, lora_pairs, quiet_peft, scales
 from rankwise.store.adapter import CONFIG_NAME, LoraAdapter, LoraPair, adapter_files, write_adapter
 from rankwise.store.adapter_config import lora_config
 from rankwise.store.checkpoint import ADAPTER_NAMES
@@ -27,8 +27,11 @@ SITES_FILE = "sites.json"
 SITES_FORMAT = "rankwise-sites/1"
 
 
-def write_sites(folder: Path, plan: RankPlan, left_out: list[str]) -> Path:
-    """`sites.json`: what is adapted, with rank and scale, and what of the plan was left out."""
+def write_sites(folder: Path, plan: RankPlan, left_out: list[str], full: Mapping[str, str] | None = None) -> Path:
+    """`sites.json`: what is adapted, with rank and scale; what of the plan was left out; what is trained in full.
+
+    full: path → tower of the modules that are trained in full.
+    """
     scale = scales(plan)
     rows = [
         {**row.site.as_dict(), "rank": row.rank, "scale": scale[row.site.path], "clipped": row.clipped}
@@ -36,8 +39,9 @@ def write_sites(folder: Path, plan: RankPlan, left_out: list[str]) -> Path:
         if row.rank
     ]
     left_out = left_out + [row.site.path for row in plan.sites if not row.rank]
+    whole = [{"path": path, "tower": tower} for path, tower in (full or {}).items()]
     content = {"format": SITES_FORMAT, "model_name": plan.model_name, "sites": rows, "left_out": left_out}
-    return write_json(folder / SITES_FILE, content)
+    return write_json(folder / SITES_FILE, {**content, "full": whole})
 
 
 def save_adapter(
@@ -57,13 +61,22 @@ def save_adapter(
     """
     config = model.peft_config[ADAPTER]
     if initial:
-        settings = lora_config(base_name, dropout=config.lora_dropout)
-        write_adapter(folder, LoraAdapter(settings, differences(lora_pairs(model), initial)))
+        settings = lora_config(base_name, dropout=config.lora_dropout, modules_to_save=config.modules_to_save)
+        write_adapter(folder, LoraAdapter(settings, differences(lora_pairs(model), initial), full_weights(model)))
         return
     config.base_model_name_or_path = base_name
     with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as temporary:
         model.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
         publish(Path(temporary), folder)
+
+
+def full_weights(model: PeftModel) -> dict[str, Tensor]:
+    """Name in the base model → weight, of what is trained in full."""
+    return {
+        f"{path}.{name}": tensor
+        for path, copy in full_copies(model).items()
+        for name, tensor in copy.state_dict().items()
+    }
 
 
 def publish(source: Path, folder: Path) -> None:
@@ -137,11 +150,15 @@ def compare_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], wh
 
 
 def check_recorded(model: PeftModel, folder: Path, where: str) -> None:
-    """The sites that PEFT matched are those that `sites.json` lists (where there is one)."""
+    """The sites and whole modules that PEFT matched are those that `sites.json` lists (where there is one)."""
     file = folder / SITES_FILE
     if not file.is_file():
         return
-    recorded = {row["path"]: row["shape"] for row in read_object(file)["sites"]}
+    content = read_object(file)
+    whole = {row["path"] for row in content.get("full", ())} ^ set(full_copies(model))
+    if whole and "full" in content:
+        raise DataError(f"{where}: modules trained in full are not those of {SITES_FILE} ({min(whole)} …)")
+    recorded = {row["path"]: row["shape"] for row in content["sites"]}
     matched = {path: [b[0], a[1]] for path, (a, b) in built_shapes(model).items()}
     if matched != recorded:
         wrong = sorted(path for path in {**recorded, **matched} if recorded.get(path) != matched.get(path))
@@ -174,6 +191,8 @@ def swap_adapter(model: PeftModel, path: Path | str) -> None:
                 f"{name} has ranks or scales per site, which cannot be hot-swapped; write the uniform form with "
                 "`rankwise compress --uniform --energy 1`"
             )
+    if loaded.get("modules_to_save") or other.get("modules_to_save"):
+        raise UsageError(f"{path} or the loaded adapter carries modules trained in full, which cannot be hot-swapped")
     if (loaded.get("use_rslora") or other.get("use_rslora")) and loaded["r"] != other["r"]:
         raise UsageError(f"rsLoRA adapters of ranks {loaded['r']} and {other['r']} cannot be hot-swapped")
     device = next(model.parameters()).device

@@ -18,9 +18,12 @@ from transformers import (
 )
 
 from rankwise.errors import DataError, UsageError, need
+from rankwise.nets.isaac import IsaacForConditionalGeneration
+from rankwise.nets.towers import outside_language
 from rankwise.store.checkpoint import resolve
 
 COMMIT_LENGTH = 40
+OURS = {"IsaacForConditionalGeneration": IsaacForConditionalGeneration}
 
 
 def check_remote_code(name: str, trust_remote_code: bool, revision: str | None) -> None:
@@ -52,7 +55,7 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
 def model_class(config: Any) -> Any:
     """The class that the config names, else the task's auto class."""
     for name in config.architectures or ():
-        found = getattr(transformers, name, None)
+        found = OURS.get(name) or getattr(transformers, name, None)
         if found is not None:
             return found
     return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
@@ -71,11 +74,17 @@ def meta_model(name: str, revision: str | None = None, trust_remote_code: bool =
     return model
 
 
-def quantization_config(kind: str, model_config: Any) -> Any:
-    """bitsandbytes settings: NF4 with double quantization, or int8; head and vision tower stay as they are."""
+def kept_whole(model: PreTrainedModel) -> list[str] | None:
+    """Modules that a quantized base keeps as they are; None: transformers' own choice, which a list would replace."""
+    towers = outside_language(model)
+    return ["lm_head", *towers] if towers else None
+
+
+def quantization_config(kind: str, model: PreTrainedModel) -> Any:
+    """bitsandbytes settings: NF4 with double quantization, or int8. Head, vision tower and projector stay as they are:
+    they hold few of the weights, and may train in full. `model` may be on the meta device."""
     need("bitsandbytes", extra="quant")
-    skip = ["lm_head", "visual", "vision_model", "vision_tower", "connector", "multi_modal_projector"]
-    modules = skip if hasattr(model_config, "vision_config") else None
+    modules = kept_whole(model)
     if kind == "8bit":
         return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=modules)
     return transformers.BitsAndBytesConfig(
@@ -106,7 +115,8 @@ def load_model(
     if attn_implementation:
         extra["attn_implementation"] = attn_implementation
     if quantization:
-        extra["quantization_config"] = quantization_config(quantization, config)
+        skeleton = meta_model(name, revision, trust_remote_code)
+        extra["quantization_config"] = quantization_config(quantization, skeleton)
     folder = resolve(name, revision, code=trust_remote_code)
     try:
         model, info = model_class(config).from_pretrained(

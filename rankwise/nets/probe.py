@@ -81,6 +81,11 @@ def adapter_source(
     adapter = read_adapter(Path(path), scale)
     known = model_sites(meta_model(model_name)) if model_name else {}
     check_base(adapter, known, f"{path} and {model_name}")
+    whole = adapter.config.get("modules_to_save")
+    if whole:
+        notes.append(
+            f"{path} also carries modules trained in full ({whole[0]} …): they have no factors, and no spectrum"
+        )
     sites = {
         name: known.get(name) or describe(name, pair.shape, transposed=pair.fan_in_fan_out)
         for name, pair in adapter.pairs.items()

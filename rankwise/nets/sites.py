@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -19,6 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.core.site import Site, describe
 from rankwise.store.deltas import Weight
+
+DEPTH_MODULES = frozenset(["depth_model", "depth_preproc"])
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,21 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(out, in) of a linear module of any of the kinds PEFT adapts; None for everything else."""
     if isinstance(module, Conv1D):
         return module.nf, module.nx
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return None  # inside nn.MultiheadAttention, which reads the weight past any adapter
     if isinstance(module, nn.Linear) or hasattr(module, "quant_state"):
         return module.out_features, module.in_features
     return None
 
 
 def tower_prefixes(model: PreTrainedModel) -> dict[str, str]:
-    """Module prefix → tower, by which part of the config each sub-model was built from. Empty: one tower, language."""
+    """Module prefix → tower, by which part of the config each sub-model was built from. Empty: one tower, language.
+
+    A model class that declares `towers` (prefix → tower) knows better.
+    """
+    declared = getattr(model, "towers", None)
+    if isinstance(declared, Mapping):
+        return dict(declared)
     parts = {
         type(part): tower
         for name, tower in (("vision_config", "vision"), ("text_config", "language"))
@@ -71,15 +82,19 @@ def tower_prefixes(model: PreTrainedModel) -> dict[str, str]:
 
 
 def tower_of(path: str, towers: Mapping[str, str]) -> str:
-    """The tower of a module path. What stands between the towers, a vision tower's own merger included, projects."""
+    """The tower of a module path: that of the longest prefix. What stands between the towers, a vision tower's own
+    merger included, projects; what a depth encoder has added to the model is the depth tower."""
+    parts = path.split(".")
+    if not DEPTH_MODULES.isdisjoint(parts):
+        return "depth"
     if not towers:
         return "language"
-    if "merger" in path.split("."):
-        return "projector"
-    owners = [prefix for prefix in towers if path.startswith(prefix + ".")]
-    if owners:
-        return towers[max(owners, key=len)]
-    return "language" if path == "lm_head" else "projector"
+    owners = [prefix for prefix in towers if path == prefix or path.startswith(prefix + ".")]
+    owner = max(owners, key=len, default=None)
+    if owner is None:
+        return "language" if path == "lm_head" else "projector"
+    inside = path.removeprefix(owner).split(".")
+    return "projector" if towers[owner] == "vision" and any("merger" in part for part in inside) else towers[owner]
 
 
 def fused_experts(model: PreTrainedModel) -> list[str]:

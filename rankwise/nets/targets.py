@@ -1,6 +1,7 @@
 """Which sites an adapter takes: by part (`--target`), by name (`--target_modules`), or as a rank plan says.
 
-Towers that were not asked for are never adapted: names are looked up in the asked ones only.
+Towers that were not asked for are never adapted: names are looked up in the asked ones only, and every asked one must
+get an adapter.
 """
 
 from __future__ import annotations
@@ -24,27 +25,33 @@ def choose_sites(
     names: Sequence[str] = (),
     towers: Sequence[str] = LANGUAGE,
 ) -> dict[str, Site]:
-    """The sites to adapt, in model order; attention and MLP of the asked towers where nothing is said.
+    """The sites to adapt, in model order. Where nothing is said: every linear layer of the asked towers of a model with
+    several, attention and MLP of a language model.
 
     Args:
         target: attention_only (queries and values, or the fused matrix that holds them), mlp_only, both, all.
         names: projection names or full paths, instead of a target.
 
     Raises:
-        UsageError: names that match nothing in the asked towers (with near names), or nothing to adapt.
+        UsageError: names that match nothing in the asked towers (with near names), or nothing to adapt in one of them.
     """
     if target and names:
         raise UsageError("--target and --target_modules both say what is adapted; give one of them")
     within = {path: site for path, site in sites.items() if site.tower in towers}
     if names == ["all-linear"]:
         target, names = "all", ()
-    found = by_name(sites, within, names, towers) if names else by_part(within, target or "both")
-    if not found:
-        kinds = sorted({f"{site.projection} ({site.kind})" for site in within.values()})
-        raise UsageError(
-            f"--target {target or 'both'} matches no matrix of the {', '.join(towers)} tower; it has "
-            f"{', '.join(kinds) or 'no linear layer'}: name them with --target_modules"
-        )
+    target = target or ("both" if {site.tower for site in sites.values()} <= set(LANGUAGE) else "all")
+    found = by_name(sites, within, names, towers) if names else by_part(within, target)
+    for tower in towers:
+        if all(site.tower != tower for site in found.values()):
+            kinds = sorted({f"{site.projection} ({site.kind})" for site in within.values() if site.tower == tower})
+            asked = f"--target_modules {','.join(names)}" if names else f"--target {target}"
+            if not kinds:
+                raise UsageError(f"the {tower} tower has no linear layer to adapt; --full {tower} trains what it has")
+            raise UsageError(
+                f"{asked} matches no matrix of the {tower} tower; it has {', '.join(kinds)}: name them with "
+                "--target_modules, or take `--target all`"
+            )
     return found
 
 

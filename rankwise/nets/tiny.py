@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import torch
@@ -30,8 +31,11 @@ SIZES = {
 }
 
 
-def train_vocabulary(texts: Sequence[str], vocab_size: int) -> bytes:
-    """A SentencePiece model (byte-pair merges, byte fallback, no normalisation: as Llama's) of `texts`."""
+def train_vocabulary(texts: Sequence[str], vocab_size: int, **more: Any) -> bytes:
+    """A SentencePiece model (byte-pair merges, byte fallback, no normalisation: as Llama's) of `texts`.
+
+    more: options of SentencePiece's trainer.
+    """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -46,12 +50,18 @@ def train_vocabulary(texts: Sequence[str], vocab_size: int) -> bytes:
         hard_vocab_limit=False,
         num_threads=1,
         minloglevel=2,
+        **more,
     )
     return model.getvalue()
 
 
 def tokenizer_of(pieces: sentencepiece.SentencePieceProcessor) -> LlamaTokenizer:
-    """The same vocabulary for transformers; merges in the order of the pieces, which is their rank."""
+    """The same vocabulary for transformers."""
+    return LlamaTokenizer(**vocabulary_and_merges(pieces), pad_token="<unk>", add_bos_token=True)
+
+
+def vocabulary_and_merges(pieces: sentencepiece.SentencePieceProcessor) -> dict[str, Any]:
+    """As transformers takes them: `vocab` and `merges`, these in the order of the pieces, which is their rank."""
     vocabulary = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
     merges = [
         (piece[:cut], piece[cut:])
@@ -60,7 +70,7 @@ def tokenizer_of(pieces: sentencepiece.SentencePieceProcessor) -> LlamaTokenizer
         for cut in range(1, len(piece))
         if piece[:cut] in vocabulary and piece[cut:] in vocabulary
     ]
-    return LlamaTokenizer(vocab=vocabulary, merges=merges, pad_token="<unk>", add_bos_token=True)
+    return {"vocab": vocabulary, "merges": merges}
 
 
 def save_tokenizer(folder: Path, texts: Sequence[str], vocab_size: int) -> LlamaTokenizer:

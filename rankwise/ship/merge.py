@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rankwise.errors import DataError, VerificationError
+from rankwise.nets.depth import ENCODER, attach_depth
+from rankwise.nets.depth_settings import FILE as DEPTH_FILE
+from rankwise.nets.depth_settings import DepthSettings, read_depth, write_depth
 from rankwise.nets.load import meta_model
-from rankwise.nets.sites import weight_table
+from rankwise.nets.sites import tower_of, tower_prefixes, weight_table
 from rankwise.ship.shards import Entry, write_shards
 from rankwise.ship.skeleton import filled_skeleton, merge_layer, mergeable
 from rankwise.store.adapter import CONFIG_NAME
@@ -36,7 +39,7 @@ from rankwise.store.files import read_object, write_json
 from rankwise.store.run import CONFIG, MANIFEST
 
 COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
-NOT_COPIED = (CONFIG, MANIFEST, CONFIG_NAME, "config.json", "sites.json", "trainer_state.json")
+NOT_COPIED = (CONFIG, MANIFEST, CONFIG_NAME, "config.json", "sites.json", "trainer_state.json", DEPTH_FILE)
 TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece")
 
 
@@ -53,7 +56,9 @@ class MergePlan:
     """A merge that will work: what is written, from what, and what changes it on the way.
 
     `layers`: PEFT layers by the name of the parameter that they change; `replaced`: parameters that the adapter
-    carries whole (a trained head, biases). `untied`: parameters that shared another one's storage and no longer do.
+    carries whole (a trained head, biases, modules trained in full). `untied`: parameters that shared another one's
+    storage and no longer do. `sees`: something of a vision tower or projector changes, which only images show. `depth`:
+    how the merged model takes depth, with the trained gate's value.
     """
 
     base: Checkpoint
@@ -64,6 +69,8 @@ class MergePlan:
     replaced: Mapping[str, Tensor]
     config: Mapping[str, Any]
     untied: tuple[str, ...]
+    sees: bool = False
+    depth: DepthSettings | None = None
 
     @cached_property
     def touched(self) -> frozenset[str]:
@@ -105,9 +112,13 @@ def plan_merge(base: str, adapter: Path, dtype: str = "auto") -> MergePlan:
     refuse_quantized(base, checkpoint.config or {})
     where = f"adapter {folder} (made for {read_object(folder / CONFIG_NAME).get('base_model_name_or_path')}) on {base}"
     table = weight_table(model, checkpoint.keys())
+    depth = read_depth(folder) or read_depth(checkpoint.path)
+    if depth:
+        attach_depth(model, depth)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = dict(model.all_tied_weights_keys)
+    tied, towers = dict(model.all_tied_weights_keys), tower_prefixes(model)
     layers, replaced = filled_skeleton(model, folder, shapes, where)
+    depth = with_gate_value(depth, model, replaced)
     touched = {*layers, *replaced}
     refuse_no_effect(layers, replaced, where)
     partner = {one: other for pair in tied.items() if touched & set(pair) for one, other in (pair, pair[::-1])}
@@ -122,7 +133,16 @@ def plan_merge(base: str, adapter: Path, dtype: str = "auto") -> MergePlan:
         Entry(key, checkpoint.shape(source.key), written_as(checkpoint.dtype(source.key), dtype))
         for key, source in sources.items()
     )
-    return MergePlan(checkpoint, folder, entries, sources, layers, replaced, config, tuple(partner))
+    sees = any(tower_of(name.rpartition(".")[0], towers) in ("vision", "projector") for name in touched)
+    return MergePlan(checkpoint, folder, entries, sources, layers, replaced, config, tuple(partner), sees, depth)
+
+
+def with_gate_value(
+    depth: DepthSettings | None, model: PreTrainedModel, replaced: dict[str, Tensor]
+) -> DepthSettings | None:
+    """The settings with the adapter's own gate, taken out of what it carries whole: checkpoints hold none."""
+    gate = replaced.pop(f"{model.base_model_prefix}.{ENCODER}.gate", None)
+    return depth if depth is None or gate is None else replace(depth, gate_value=float(gate))
 
 
 def refuse_quantized(base: str, config: Mapping[str, Any]) -> None:
@@ -198,7 +218,8 @@ def write_merged(plan: MergePlan, folder: Path, max_shard_size: str) -> list[Pat
 
     files = write_shards(folder, plan.entries, tensor, max_shard_size)
     bar.close()
-    return [*files, write_json(folder / "config.json", plan.config), *copy_beside(plan, folder)]
+    depth = [write_depth(folder, plan.depth)] if plan.depth else []
+    return [*files, write_json(folder / "config.json", plan.config), *depth, *copy_beside(plan, folder)]
 
 
 def copy_beside(plan: MergePlan, folder: Path) -> list[Path]:

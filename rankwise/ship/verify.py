@@ -1,12 +1,13 @@
 """The proof of a merge: the merged model's logits against those of base + adapter, by PEFT, in float32.
 
 reference = reference_logits("org/base", adapter)       # base and base + adapter, then freed
-agreement = compare(reference, logits_of(merged, reference.ids))
+agreement = compare(reference, merged_logits(folder, reference.batches))
 agreement.require(torch.bfloat16)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from rankwise.errors import UsageError, VerificationError
 from rankwise.nets.load import load_model
+from rankwise.ship.samples import TOKENS, Batch, image_batch, text_batch
 from rankwise.ship.skeleton import quiet_ties
 from rankwise.store.checkpoint import Checkpoint
 
-SEQUENCES, TOKENS, SEED = 4, 32, 0
 NO_EFFECT = 1e-6  # relative: what float32 sums in another order differ by
 # Relative error of the logits (rms) that rounding the merged weights may cause; a few times what was measured.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -29,9 +30,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 @dataclass(frozen=True)
 class Reference:
-    """Logits of the base and of base + adapter on the same tokens, float32."""
+    """Logits of the base and of base + adapter on the same inputs, float32."""
 
-    ids: Tensor
+    batches: Sequence[Batch]
     base: Tensor
     adapted: Tensor
 
@@ -94,46 +95,32 @@ def require_memory(base: Checkpoint) -> None:
         )
 
 
-def reference_logits(base: str, adapter: Path) -> Reference:
-    """Run the base, put the adapter on it, run it again. VerificationError where that changes nothing."""
+def reference_logits(base: str, adapter: Path, *, pictures: bool = False) -> Reference:
+    """Run the base, put the adapter on it, run it again. VerificationError where that changes nothing.
+
+    pictures: look at images as well; an adapter of the vision tower or the projector shows only there.
+    """
     model = load_model(base, torch.float32)
-    ids = token_ids(model)
-    before = logits(model, ids)
+    batches = (text_batch(model), image_batch(model, base)) if pictures else (text_batch(model),)
+    before = logits(model, batches)
     with quiet_ties():
         adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
-    reference = Reference(ids, before, logits(adapted, ids))
+    reference = Reference(batches, before, logits(adapted, batches))
     require_effect(relative(reference.adapted - before, reference.adapted))
     return reference
 
 
-def merged_logits(folder: Path, ids: Tensor) -> Tensor:
-    return logits(load_model(str(folder), torch.float32), ids)
-
-
-def token_ids(model: Any) -> Tensor:
-    """(4, 32) random ordinary tokens: none that stands for an image, padding, or a beginning or end."""
-    config = model.config.get_text_config()
-    special = {
-        value
-        for part in (model.config.to_dict(), config.to_dict())
-        for name, value in part.items()
-        if name.endswith("token_id") and isinstance(value, int)
-    }
-    ordinary = torch.tensor([token for token in range(config.vocab_size) if token not in special])
-    length = min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS)
-    generator = torch.Generator().manual_seed(SEED)
-    return ordinary[torch.randint(len(ordinary), (SEQUENCES, length), generator=generator)]
+def merged_logits(folder: Path, batches: Sequence[Batch]) -> Tensor:
+    return logits(load_model(str(folder), torch.float32), batches)
 
 
 @torch.inference_mode()
-def logits(model: Any, ids: Tensor) -> Tensor:
-    """The model's first output (logits, or hidden states where it has no head)."""
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    output = model(**inputs)
-    found: Tensor = output.logits if "logits" in output else output[0]
-    return found.float().clone()
+def logits(model: Any, batches: Sequence[Batch]) -> Tensor:
+    """(positions, vocabulary): the model's first output (logits, or hidden states where it has no head) at the end of
+    every row, where the ordinary tokens are."""
+    outputs = [model(**batch) for batch in batches]
+    found = [output.logits if "logits" in output else output[0] for output in outputs]
+    return torch.cat([(one[:, -TOKENS:] if one.dim() > 2 else one).flatten(0, -2).float() for one in found])
 
 
 def compare(reference: Reference, merged: Tensor) -> Agreement:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
 from rankwise.config import LoraSection, TrainConfig
 from rankwise.core.plan import RankPlan
@@ -17,8 +16,10 @@ from rankwise.core.plan_content import recorded_sites
 from rankwise.core.site import Site
 from rankwise.errors import UsageError
 from rankwise.nets.adapt import LoraSettings, adapt
+from rankwise.nets.depth import attach_depth
+from rankwise.nets.sites import tower_of
 from rankwise.nets.starts import eva_start, input_directions, warm_start
-from rankwise.nets.targets import check_plan, choose_sites, restricted, uniform_plan
+from rankwise.nets.targets import LANGUAGE, check_plan, choose_sites, restricted, uniform_plan
 from rankwise.score.likelihood import BESIDE
 from rankwise.stages import training as shared
 from rankwise.store.deltas import open_deltas
@@ -48,8 +49,8 @@ def check_lora(lora: LoraSection) -> None:
         raise UsageError(f"--lora_dropout must be at least 0 and below 1, got {lora.lora_dropout}")
 
 
-def settings_of(lora: LoraSection) -> LoraSettings:
-    return LoraSettings(lora.lora_dropout, lora.lora_bias, lora.use_dora, lora.init_lora_weights)
+def settings_of(lora: LoraSection, full: Iterable[str] = ()) -> LoraSettings:
+    return LoraSettings(lora.lora_dropout, lora.lora_bias, lora.use_dora, lora.init_lora_weights, tuple(full))
 
 
 def quantization(lora: LoraSection) -> str | None:
@@ -60,24 +61,29 @@ def described_target(lora: LoraSection) -> str:
     return ", ".join(lora.target_modules) or lora.target or "all attention and MLP projections"
 
 
-def planned(lora: LoraSection, sites: Mapping[str, Site], name: str) -> tuple[RankPlan, list[str]]:
-    """What is adapted with which rank, checked against the model; and what of a plan is left out."""
+def planned(
+    lora: LoraSection, sites: Mapping[str, Site], name: str, towers: Sequence[str] = LANGUAGE
+) -> tuple[RankPlan, list[str]]:
+    """What is adapted with which rank, in these towers, checked against the model; and what of a plan is left out."""
     if not lora.lora_config:
-        chosen = choose_sites(sites, lora.target, lora.target_modules)
+        chosen = choose_sites(sites, lora.target, lora.target_modules, towers)
         return uniform_plan(chosen, lora.lora_r, lora.lora_alpha, lora.use_rslora, name), []
-    plan = checked_plan(Path(lora.lora_config), sites)
+    plan = checked_plan(Path(lora.lora_config), sites, towers)
     left_out: list[str] = []
     if lora.target or lora.target_modules:
-        plan, left_out = restricted(plan, choose_sites(sites, lora.target, lora.target_modules))
+        plan, left_out = restricted(plan, choose_sites(sites, lora.target, lora.target_modules, towers))
         announce(f"note: {len(left_out)} sites of the plan are outside the targets and are left out")
+    for tower in towers:
+        if all(row.site.tower != tower for row in plan.sites if row.rank):
+            announce(f"note: the plan has nothing of the {tower} tower, which stays frozen")
     for row in plan.sites:
         if row.clipped and "above min" in row.clipped:
             announce(f"note: {row.site.path}: rank {row.clipped}; cut to it")
     return plan, left_out
 
 
-def checked_plan(path: Path, sites: Mapping[str, Site]) -> RankPlan:
-    """A plan from its file, for this model and of a known tower."""
+def checked_plan(path: Path, sites: Mapping[str, Site], towers: Sequence[str] = LANGUAGE) -> RankPlan:
+    """A plan from its file, for this model and within these towers."""
     file = find_plan(path)
     recorded = recorded_sites(read_object(file))
     if any(site.tower == "unknown" for site in recorded.values()):
@@ -86,25 +92,19 @@ def checked_plan(path: Path, sites: Mapping[str, Site]) -> RankPlan:
             "is unknown. Make it again with `rankwise ranks` from Hugging Face model folders"
         )
     plan = read_plan(file, sites)
-    check_plan(plan)
+    check_plan(plan, towers)
     return plan
 
 
-def sites_line(plan: RankPlan) -> str:
-    """What is adapted, on one line: counts per projection and the span of ranks."""
-    counts = Counter(row.site.projection for row in plan.sites if row.rank)
-    ranks = sorted(plan.ranks.values())
-    span = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
-    towers = ", ".join(sorted({row.site.tower for row in plan.sites if row.rank}))
-    named = ", ".join(f"{name} ×{count}" for name, count in counts.items())
-    return f"adapting {len(ranks)} sites of the {towers} tower: {named}; rank {span}"
-
-
-def adapted(config: TrainConfig, job: shared.Job, plan: RankPlan) -> PeftModel:
-    """The base with its adapter at the planned start. The one seed decides the random part."""
+def adapted(config: TrainConfig, job: shared.Job, plan: RankPlan, full: Iterable[str] = ()) -> PeftModel:
+    """The base with its adapter at the planned start, and copies of the `full` modules. The one seed decides the random
+    part."""
     dtype = frozen_dtype(config.model.dtype, job.arguments)
+    settings = settings_of(config.lora, full)
+    check_precision(settings, dtype, job.arguments)
     base = shared.loaded(config.model, job.name, dtype, quantization(config.lora))
-    settings = settings_of(config.lora)
+    if job.depth:
+        attach_depth(base, job.depth)
     set_seed(config.seed)
     if settings.init == "eva":
         directions = input_directions(base, plan, eva_batches(job, config.seed))
@@ -116,6 +116,14 @@ def adapted(config: TrainConfig, job: shared.Job, plan: RankPlan) -> PeftModel:
         generator = torch.Generator().manual_seed(config.seed)
         warm_start(model, plan, open_deltas(Path(config.lora.deltas)), generator)
     return model
+
+
+def check_precision(settings: LoraSettings, dtype: torch.dtype, arguments: TrainingArguments) -> None:
+    """Modules trained in full are float32: among half-precision ones only autocast lets them work. A depth gate sees
+    to that itself."""
+    whole = [path for path in settings.full if tower_of(path, {}) != "depth"]
+    if whole and dtype != torch.float32 and not (arguments.bf16 or arguments.fp16):
+        raise UsageError(f"--full among weights in {dtype} needs mixed precision: --bf16 or --fp16, or --dtype float32")
 
 
 def eva_batches(job: shared.Job, seed: int) -> list[dict[str, torch.Tensor]]:

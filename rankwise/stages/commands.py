@@ -69,6 +69,9 @@ COMMANDS = {
         config.TrainConfig(),
         trainer=True,
     ),
+    "check": Command(
+        "TRAIN", "a data set before training: every image, token count and label mask", "check", config.CheckConfig()
+    ),
     "evaluate": Command("PROVE", "generate and score a task", "evaluate", config.EvaluateConfig(), ("model_path",)),
     "study": Command(
         "PROVE",

@@ -17,6 +17,7 @@ from rankwise.core.site import Site
 from rankwise.core.site import describe as describe_site
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, UsageError
+from rankwise.nets.depth_settings import read_depth, write_depth
 from rankwise.stages.fidelity import Fidelity, SiteFidelity
 from rankwise.store.adapter import CONFIG_NAME, LoraAdapter, LoraPair, adapter_files, read_adapter, write_adapter
 from rankwise.store.adapter_config import lora_config
@@ -50,6 +51,8 @@ def run(config: CompressConfig) -> Fidelity:
         smaller, fidelity = compressed(adapter, config)
         write_adapter(folder.path, smaller)
         record.outputs |= {name: folder / name for name in (ADAPTER_NAMES[0], CONFIG_NAME)}
+        if depth := read_depth(adapter_files(Path(str(config.adapter)))[0].parent):
+            record.outputs["depth"] = write_depth(folder.path, depth)
         record.outputs["fidelity"] = fidelity.write(folder.path)
         record.facts["energy_kept"] = fidelity.energy_kept
         folder.save_config(config)

@@ -17,12 +17,15 @@ from rankwise.config import EvaluateConfig, ModelSection
 from rankwise.data import Example, Renderer, check_samples
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.adapters import load_adapter
+from rankwise.nets.depth import attach_depth
+from rankwise.nets.depth_settings import DepthSettings
 from rankwise.nets.load import load_config, load_model, load_tokenizer
 from rankwise.nets.sites import torch_dtype
 from rankwise.score.generate import GenerationSettings, Generator, HFGenerator
 from rankwise.score.likelihood import answer_ids
 from rankwise.score.tasks import Task
 from rankwise.score.vllm_engine import VLLMGenerator
+from rankwise.stages.depth import prepared, trained_with
 from rankwise.stages.rendering import renderer_for
 from rankwise.store.adapter import adapter_files, is_adapter, read_adapter
 from rankwise.store.checkpoint import resolve
@@ -31,12 +34,14 @@ from rankwise.store.processes import announce, process_index
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under test. `model` is on its device, in evaluation mode; None where vLLM loads it itself."""
+    """A model under test. `model` is on its device, in evaluation mode; None where vLLM loads it itself. depth: how it
+    takes depth, if it does."""
 
     base: str
     adapter: Path | None
     renderer: Renderer
     model: Any = None
+    depth: DepthSettings | None = None
 
     @property
     def device(self) -> torch.device:
@@ -44,13 +49,12 @@ class Subject:
         return device
 
 
-def base_and_adapter(config: EvaluateConfig) -> tuple[str, Path | None]:
+def base_and_adapter(path: str, base_model: str | None) -> tuple[str, Path | None]:
     """(base model, adapter folder or None). Whatever takes an adapter accepts the run folder."""
-    path = str(config.model_path)
     folder = resolve(path)
     if not is_adapter(folder):
         return path, None
-    base = config.base_model_id or read_adapter(folder).base_model
+    base = base_model or read_adapter(folder).base_model
     if not base:
         raise DataError(f"{folder}: the adapter doesn't say what its base model is; give it with --base_model_id")
     return base, adapter_files(folder)[0].parent
@@ -59,15 +63,29 @@ def base_and_adapter(config: EvaluateConfig) -> tuple[str, Path | None]:
 def subject(config: EvaluateConfig, base: str, adapter: Path | None) -> Subject:
     """The model with its adapter, and the renderer that its training used."""
     renderer = renderer_for(config.data, ModelSection(model_name=base), base, load_config(base))
+    depth = trained_with(base, adapter, config.depth)
     if config.engine == "vllm":
+        if depth:
+            raise UsageError("--engine vllm knows no depth, and this model was trained with it")
         if renderer.sight is not None:
             raise UsageError("--engine vllm answers text only here; images need --engine transformers")
         return Subject(base, adapter, renderer)
     device = pick_device(config.device)
     model: Any = plain_model(base, config.dtype, device)
+    if depth:
+        attach_depth(model, depth)
     if adapter:
         model = load_adapter(model, adapter)
-    return Subject(base, adapter, renderer, model.to(device).eval())
+    return Subject(base, adapter, renderer, model.to(device).eval(), depth)
+
+
+def seeing(config: EvaluateConfig, tested: Subject, examples: Sequence[Example]) -> Subject:
+    """The subject with depth for the images of these samples, made where the cache lacks it."""
+    sight = tested.renderer.sight
+    if tested.depth is None or sight is None or not any(example.images for example in examples):
+        return tested
+    depth, sight = prepared(tested.depth, config.depth, sight, examples, seed=config.seed, device=tested.device)
+    return replace(tested, renderer=replace(tested.renderer, sight=sight), depth=depth)
 
 
 def plain_model(name: str, dtype: str, device: torch.device) -> Any:

@@ -21,7 +21,8 @@ from rankwise.score.classify import class_table, confusion_table
 from rankwise.score.result import FILE, EvaluationResult
 from rankwise.score.tasks import TASKS, Task, evaluate, task
 from rankwise.show.curves import READ_FIRST
-from rankwise.stages.engines import Subject, base_and_adapter, compared_base, fitting, generator, subject
+from rankwise.stages.depth import depth_facts
+from rankwise.stages.engines import Subject, base_and_adapter, compared_base, fitting, generator, seeing, subject
 from rankwise.stages.training import base_files, fingerprints, held
 from rankwise.store.adapter import adapter_files
 from rankwise.store.checkpoint import resolve
@@ -45,7 +46,7 @@ def run(config: EvaluateConfig) -> EvaluationResult | None:
 
 def evaluated(config: EvaluateConfig) -> EvaluationResult | None:
     folder = output_folder(config)
-    base, adapter = base_and_adapter(config)
+    base, adapter = base_and_adapter(str(config.model_path), config.base_model_id)
     made_from = model_facts(base, adapter)
     with held(folder, "evaluate", inputs(config, base, adapter)) as record:
         tested = subject(config, base, adapter)
@@ -153,9 +154,10 @@ def scored(
     chosen = task(name)
     examples = read_items(config, chosen, sees_images=tested.renderer.sight is not None)
     items = examples.items[: config.num_samples]
+    tested = seeing(config, tested, items)
     engine = generator(config, tested, chosen, items)
     usable = fitting(items, engine.renderer)
-    made_from = {**made_from, "data": fingerprints(examples.files)}
+    made_from = {**made_from, "data": fingerprints(examples.files), **depth_facts(tested.depth)}
     found = evaluate(chosen, engine, usable, folder.path, made_from, by=config.classify)
     if found and chosen.labels:
         write_confusion(folder / CONFUSION, found.settings["scoring"])

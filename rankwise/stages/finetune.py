@@ -13,13 +13,15 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, TrainingArguments
 
-from rankwise.config import FinetuneConfig
+from rankwise.config import FinetuneConfig, TowersSection
 from rankwise.data import Example, Examples, subset
 from rankwise.errors import UsageError
+from rankwise.nets.towers import check_towers, tower_parameters
 from rankwise.show.format import amount, duration
 from rankwise.stages import training as shared
-from rankwise.stages.probing import language_parameters, train_full, train_lora
-from rankwise.stages.rendering import renderer_for
+from rankwise.stages.probing import train_full, train_lora
+from rankwise.stages.rendering import decode_aside, renderer_for
+from rankwise.stages.towers import check_rates, finetune_use
 from rankwise.store.processes import announce
 from rankwise.store.run import Record, RunFolder
 from rankwise.train.arguments import FINETUNE_DEFAULTS, build_arguments
@@ -32,6 +34,7 @@ FEW_UPDATES = 50
 
 def run(config: FinetuneConfig) -> Path:
     """The whole command; returns the run folder."""
+    config = shared.settled(config)
     check(config)
     name = config.model.model_name
     assert name is not None
@@ -55,6 +58,7 @@ def check(config: FinetuneConfig) -> None:
         raise UsageError("finetune needs a model: --model_name FOLDER_OR_HUB_ID")
     if config.skip_shards < 0:
         raise UsageError(f"--skip_shards must be at least 0, got {config.skip_shards}")
+    check_rates(finetune_use(config.towers, config.method), config.training)
     if config.method == "lora" and config.save != "deltas":
         raise UsageError("--method lora saves its adapter, whose spectra are exact; --save is for --method full")
     sharded = config.training.get("fsdp") or config.training.get("deepspeed")
@@ -78,13 +82,16 @@ def arguments_of(config: FinetuneConfig) -> TrainingArguments:
 
 def prepare(config: FinetuneConfig, name: str, arguments: TrainingArguments, skeleton: PreTrainedModel) -> shared.Job:
     """The subset, rendered and checked, and the memory that training on it takes."""
+    towers = finetune_use(config.towers, config.method)
+    check_towers(skeleton, towers.trained)
     renderer = renderer_for(config.data, config.model, name, skeleton.config)
+    decode_aside(arguments, config.training, renderer)
     sees_images = renderer.sight is not None
     examples = shared.read_examples(config.data, str(config.data.data_path), sees_images=sees_images)
     rows = shared.rendered(chosen(config, examples), renderer)
     warn_few_updates(len(rows), arguments)
     if config.method == "full":
-        trained = sum(parameter.numel() for parameter in language_parameters(skeleton).values())
+        trained = sum(parameter.numel() for parameter in tower_parameters(skeleton, towers.full).values())
         needed = memory_needed(skeleton, trained, arguments, max(rows.lengths))
         announce(refuse_too_large(needed, memory_available(arguments.device)))
     facts = {
@@ -92,11 +99,16 @@ def prepare(config: FinetuneConfig, name: str, arguments: TrainingArguments, ske
         **shared.data_facts(config.data, renderer, examples, len(rows)),
         "subset": [config.subset_ratio, config.max_samples, config.skip_shards],
         "method": [config.method, config.lora_r if config.method == "lora" else None],
+        **(
+            {"towers": list(towers.trained), "tower_rates": dict(towers.rates)}
+            if config.towers != TowersSection()
+            else {}
+        ),
     }
     return shared.Job(name, arguments, renderer, rows, facts=facts)
 
 
-def chosen(config: FinetuneConfig, examples: Examples) -> list[Example]:
+def chosen(config: FinetuneConfig, examples: Examples) -> Sequence[Example]:
     """The subset of the seed; with --skip_shards N the (N+1)-th of disjoint subsets of equal size."""
     generator = random.Random(config.seed)
     rest: Sequence[Example] = examples.items
@@ -131,12 +143,13 @@ def outputs(config: FinetuneConfig) -> list[Path]:
 
 
 def next_command(config: FinetuneConfig) -> str:
-    folder = Path(config.output_dir)
+    folder, towers = Path(config.output_dir), finetune_use(config.towers, config.method).trained
+    more = "" if towers == ("language",) else f" --towers {','.join(towers)}"
     if config.method == "lora":
-        return f"rankwise ranks --adapter {folder} --model_name {config.model.model_name}"
+        return f"rankwise ranks --adapter {folder} --model_name {config.model.model_name}{more}"
     if config.save == "checkpoints":
-        return f"rankwise ranks {folder / 'pretrained'} {folder / 'finetuned'}"
-    return f"rankwise ranks --deltas {folder}"
+        return f"rankwise ranks {folder / 'pretrained'} {folder / 'finetuned'}{more}"
+    return f"rankwise ranks --deltas {folder}{more}"
 
 
 def finish(config: FinetuneConfig, trainer: RankwiseTrainer, samples: int, record: Record, seconds: float) -> None:
@@ -162,8 +175,10 @@ def finish(config: FinetuneConfig, trainer: RankwiseTrainer, samples: int, recor
 
 
 def describe(config: FinetuneConfig) -> list[str]:
+    config = shared.settled(config)
     check(config)
-    what = "every language parameter" if config.method == "full" else f"a LoRA of rank {config.lora_r}"
+    towers = " and ".join(finetune_use(config.towers, config.method).trained)
+    what = f"every {towers} parameter" if config.method == "full" else f"a LoRA of rank {config.lora_r} ({towers})"
     return [
         f"fine-tune {what} of {config.model.model_name} on {config.subset_ratio:.3%} of {config.data.data_path} "
         f"(at most {config.max_samples:,} rows) as {config.data.task}",

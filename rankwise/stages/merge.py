@@ -28,13 +28,13 @@ def run(config: MergeConfig) -> Agreement | None:
         refuse_other_content(out)
         if not config.no_verify:
             require_memory(plan.base)
-        reference = None if config.no_verify else reference_logits(base, plan.adapter)
+        reference = None if config.no_verify else reference_logits(base, plan.adapter, pictures=plan.sees)
         with atomic_folder(out.path) as temporary:
             inside = RunFolder(temporary)
             with inside.recording("merge", {"base": base, "adapter": plan.adapter}) as record:
                 files = write_merged(plan, temporary, config.max_shard_size)
                 if reference:
-                    agreement = compare(reference, merged_logits(temporary, reference.ids))
+                    agreement = compare(reference, merged_logits(temporary, reference.batches))
                     agreement.require(plan.dtypes[0])
                     record.facts["verification"] = agreement.as_dict()
                 record.outputs |= {file.name: file for file in files}

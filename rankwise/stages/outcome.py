@@ -58,7 +58,8 @@ def finish(
     if state.best_model_checkpoint:
         print(f"kept the best checkpoint: {best_checkpoint(state)}")
     print(f"adapter in {adapter_folder(config)}, losses in {folder / TRAINING_LOG}")
-    print(f"next: rankwise evaluate {folder} --task {config.data.task} --data_path {config.data.data_path}")
+    images = f" --image_folder {config.data.image_folder}" if config.data.image_folder else ""
+    print(f"next: rankwise evaluate {folder} --task {config.data.task} --data_path {config.data.data_path}{images}")
 
 
 def best_checkpoint(state: TrainerState) -> str:

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from rankwise.config import FinetuneConfig
 from rankwise.data import Renderer
 from rankwise.nets.adapt import LoraSettings, adapt
 from rankwise.nets.delta_files import BaseWeights, write_deltas
-from rankwise.nets.sites import model_sites, tower_of, tower_prefixes, weight_table
+from rankwise.nets.sites import model_sites, weight_table
 from rankwise.nets.targets import choose_sites, uniform_plan
+from rankwise.nets.towers import tower_parameters
 from rankwise.stages import training as shared
+from rankwise.stages.towers import finetune_use, trained_lines
 from rankwise.store.checkpoint import open_checkpoint, resolve
 from rankwise.store.files import atomic_folder
 from rankwise.store.processes import announce, process_index
@@ -25,27 +27,22 @@ from rankwise.train.trainer import RankwiseTrainer
 
 LORA_RATE = 1e-4
 MAX_SHARD = "5GB"
-TRAINED_TOWERS = ("language",)
 
 
-def language_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Every parameter of the trained towers, embeddings, norms and head included, by name."""
-    towers = tower_prefixes(model)
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if tower_of(name.rpartition(".")[0], towers) in TRAINED_TOWERS
-    }
+def language_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Every parameter of the language tower, embeddings, norms and head included, by name."""
+    return tower_parameters(model, ["language"])
 
 
 def train_full(
     config: FinetuneConfig, job: shared.Job, skeleton: PreTrainedModel, checkpoint: Path | None
 ) -> RankwiseTrainer:
-    """All language parameters in float32; then the deltas, or both checkpoints."""
+    """All parameters of the towers set to `full`, in float32; then the deltas, or both checkpoints."""
     folder, first = Path(config.output_dir), process_index()[0] == 0
     model = shared.loaded(config.model, job.name, torch.float32)
     model.requires_grad_(False)
-    trained = language_parameters(model)
+    towers = finetune_use(config.towers, config.method)
+    trained = tower_parameters(model, towers.full)
     for parameter in trained.values():
         parameter.requires_grad_(True)
     files = open_checkpoint(resolve(job.name, config.model.revision))
@@ -53,7 +50,7 @@ def train_full(
     if config.save != "deltas" and first:
         save_checkpoint(model, job.renderer, folder / "pretrained")
     set_seed(config.seed)
-    trainer = shared.trained(model, job, checkpoint)
+    trainer = shared.trained(model, job, checkpoint, tower_rates=towers.rates)
     state = shared.whole_state(trainer)
     if config.save != "deltas" and first:
         save_checkpoint(shared.plain_model(trainer), job.renderer, folder / "finetuned", state)
@@ -69,10 +66,15 @@ def train_lora(
     """A high-rank LoRA as the probe; `ranks --adapter` reads its spectra from the factors."""
     if config.learning_rate < LORA_RATE:
         announce(f"note: --learning_rate {config.learning_rate:g} suits full fine-tuning; LoRA takes 1e-4 or more")
-    plan = uniform_plan(choose_sites(model_sites(skeleton)), config.lora_r, None, False, job.name)
+    towers = finetune_use(config.towers, config.method)
+    sites = choose_sites(model_sites(skeleton), towers=towers.lora)
+    plan = uniform_plan(sites, config.lora_r, None, False, job.name)
+    for line in trained_lines(skeleton, plan, {}):
+        announce(line)
     model = shared.loaded(config.model, job.name, frozen_dtype(config.model.dtype, job.arguments))
     set_seed(config.seed)
-    trainer = shared.trained(adapt(model, plan, LoraSettings(dropout=0.0)), job, checkpoint)
+    adapted = adapt(model, plan, LoraSettings(dropout=0.0))
+    trainer = shared.trained(adapted, job, checkpoint, tower_rates=towers.rates)
     shared.write_adapter_files(trainer, Path(config.output_dir), job.name, plan, [])
     return trainer
 

@@ -258,7 +258,10 @@ def next_command(config: RanksConfig, plan: RankPlan, probe: Probe, file: Path) 
         renamed = "".join(f" --rename '{rule}'" for rule in config.sites.rename)
         return f"rankwise extract {config.base} {config.tuned} --plan {file}{renamed}"
     task = f" --task {config.data.task} --data_path …" if config.data.task else " --task … --data_path …"
-    return f"rankwise train --lora-config {file} --model_name {probe.model_name or '…'}{task}"
+    towers = {row.site.tower for row in plan.sites if row.rank}
+    more = "" if towers <= {"language"} else f" --lora {','.join(sorted(towers))}"
+    more += "" if not more or "language" in towers else " --freeze language"
+    return f"rankwise train --lora-config {file} --model_name {probe.model_name or '…'}{task}{more}"
 
 
 def describe(config: RanksConfig) -> list[str]:

@@ -24,6 +24,7 @@ from rankwise.options import load_file, unknown
 from rankwise.stages.commands import COMMANDS, command_options
 
 PACKAGED = Path(__file__).parents[1] / "recipes"
+DEFAULT_RUNS = Path("runs")
 KEYS = ("extends", "name", "description", "variables", "stages")
 PIPELINES = ("run", "batch", "demo")  # commands that run recipes themselves
 VARIABLE = re.compile(r"\$\{(\w+)\}")
@@ -49,14 +50,35 @@ class Recipe:
 
 def find_recipe(text: str) -> Path:
     """An existing file, else `[recipes/]NAME[.yaml]` among those that come with the package."""
-    if Path(text).is_file():
-        return Path(text)
-    packaged = {path.stem: path for path in sorted(PACKAGED.glob("*.yaml"))}
     given = Path(text)
-    if given.parent in (Path("."), Path("recipes")) and given.suffix in ("", ".yaml") and given.stem in packaged:
-        return packaged[given.stem]
-    near = difflib.get_close_matches(given.stem, packaged) or list(packaged)
-    raise UsageError(f"{text}: no such recipe file; the package has {', '.join(near)}")
+    if given.is_file():
+        return given
+    found = packaged_recipe(given)
+    if found is None:
+        names = sorted(path.stem for path in PACKAGED.glob("*.yaml"))
+        near = difflib.get_close_matches(given.stem, names) or names
+        raise UsageError(f"{text}: no such recipe file; the package has {', '.join(near)}")
+    return found
+
+
+def packaged_recipe(given: Path) -> Path | None:
+    """The recipe of the package that a missing file's name means: `[recipes/]NAME[.yaml]`."""
+    path = PACKAGED / f"{given.stem}.yaml"
+    means = given.parent in (Path("."), Path("recipes")) and given.suffix in ("", ".yaml")
+    return path if means and path.is_file() else None
+
+
+def options_for(path: Path, command: str) -> dict[str, Any]:
+    """The options of a recipe's one stage of this command, for running it alone: below `runs/<recipe>`, as `run` does."""
+    recipe = load_recipe(path, DEFAULT_RUNS / path.stem)
+    found = [stage for stage in recipe.stages if stage.command == command]
+    if len(found) != 1:
+        commands = ", ".join(dict.fromkeys(stage.command for stage in recipe.stages))
+        raise UsageError(
+            f"{path} is a recipe with {len(found)} stages of the command {command!r} (it has {commands}); `rankwise run` "
+            "runs all of it"
+        )
+    return found[0].options
 
 
 def load_recipe(path: Path, run: Path, changes: Sequence[str] = ()) -> Recipe:

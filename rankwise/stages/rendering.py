@@ -5,15 +5,17 @@ model folder, data options ── renderer_for ──▶ Renderer ( + Sight wher
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TrainingArguments
 
 from rankwise.config import DataSection, ModelSection
 from rankwise.data import ImageReader, Renderer, Sight
 from rankwise.nets.load import load_processor, load_tokenizer
 from rankwise.store.checkpoint import resolve
+from rankwise.store.processes import default_workers
 
 SEEN_TASKS = ("conversations", "cota")  # sources whose rows may have images
 
@@ -33,10 +35,24 @@ def renderer_for(data: DataSection, model: ModelSection, name: str, config: Any)
         style=style,
         max_length=data.max_seq_length,
         overlong=data.overlong,
-        positions=getattr(config.get_text_config(), "max_position_embeddings", None),
+        positions=positions(config),
         generation_eos=eos,
         sight=sight,
     )
+
+
+def positions(config: Any) -> int | None:
+    """Tokens that a sequence may have: the model's positions, or fewer where its config says so (Isaac's does)."""
+    text = config.get_text_config()
+    limits = (getattr(text, name, None) for name in ("max_position_embeddings", "max_sequence_length"))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def decode_aside(arguments: TrainingArguments, given: Mapping[str, Any], renderer: Renderer) -> None:
+    """On a GPU, images are decoded by worker processes unless --dataloader_num_workers says otherwise: decoding in the
+    training process would keep the GPU waiting. On a CPU they would take cores from training."""
+    if renderer.sight is not None and not arguments.use_cpu and "dataloader_num_workers" not in given:
+        arguments.dataloader_num_workers = default_workers()
 
 
 def sees(data: DataSection, config: Any) -> bool:

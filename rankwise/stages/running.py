@@ -37,7 +37,12 @@ def probe_batches(config: RanksConfig, renderer: Renderer, path: str | None, spl
     assert path is not None
     data = config.data
     examples = load(
-        data.task, Path(path), split, skip_bad=data.skip_bad, download=data.download and not Path(path).is_file()
+        data.task,
+        Path(path),
+        split,
+        skip_bad=data.skip_bad,
+        download=data.download and not Path(path).is_file(),
+        repeat_image=data.repeat_image,
     )
     for note in examples.notes(sees_images=renderer.sight is not None):
         print(note)

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from rankwise.config import PhasesSection
-from rankwise.core.phase import Bound, Form, bind
+from rankwise.core.phase import Bound, Form, Phases, bind
 from rankwise.core.schedule import parse_schedule, strategy
 from rankwise.core.site import Site
 from rankwise.errors import UsageError
@@ -34,9 +34,16 @@ def schedule_of(phases: PhasesSection) -> Form | None:
 
 
 def phase_keeper(
-    phases: PhasesSection, sites: Mapping[str, Site], seed: int, arguments: TrainingArguments
+    phases: PhasesSection,
+    sites: Mapping[str, Site],
+    seed: int,
+    arguments: TrainingArguments,
+    full: Mapping[str, Site] | None = None,
 ) -> PhaseKeeper | None:
     """What freezes and thaws, bound to the sites that will be adapted: wrong phases are refused before the model loads.
+
+    full: modules that are trained in full. They take part in the phases where a phase names their tower; else they
+    train all the time, as the words of a schedule mean adapted matrices.
 
     Raises UsageError for phases that train nothing, and under DeepSpeed, whose wrapper steps inside backward.
     """
@@ -45,8 +52,14 @@ def phase_keeper(
         return None
     if arguments.deepspeed:
         raise UsageError("phases do not work under DeepSpeed, which steps inside backward; use FSDP2 (--fsdp) instead")
-    schedule: Bound = bind(form, sites, seed)
-    return PhaseKeeper(schedule, Path(arguments.output_dir), reset=phases.phase_state == "reset")
+    named = form.towers if isinstance(form, Phases) else frozenset()
+    taking_part = {path: site for path, site in (full or {}).items() if site.tower in named}
+    always = sorted({site.tower for site in (full or {}).values()} - named)
+    if always:
+        announce(f"note: no phase names {', '.join(always)}, which is trained in full: it trains in every phase")
+    schedule: Bound = bind(form, {**sites, **taking_part}, seed)
+    reset = phases.phase_state == "reset"
+    return PhaseKeeper(schedule, Path(arguments.output_dir), reset=reset, full=taking_part)
 
 
 def gradient_norms(

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from rankwise.config import DataSection, FinetuneConfig, ModelSection, TrainConfig
+from rankwise.config import CheckConfig, DataSection, FinetuneConfig, ModelSection, TrainConfig
 from rankwise.core.plan import RankPlan
 from rankwise.data import Collator, Example, Examples, PackedDataset, RenderedDataset, Renderer, load
 from rankwise.data.packing import unpacked_difference
 from rankwise.errors import UsageError, VerificationError
 from rankwise.nets.adapters import save_adapter, write_sites
+from rankwise.nets.depth_settings import DepthSettings
 from rankwise.nets.load import load_model, meta_model
 from rankwise.store.adapter import LoraPair
 from rankwise.store.checkpoint import resolve
@@ -29,6 +30,8 @@ from rankwise.train.arguments import frozen_dtype
 from rankwise.train.resume import identity_of, resume_point, start_over
 from rankwise.train.trainer import RankwiseTrainer
 
+Configured = TypeVar("Configured", FinetuneConfig, TrainConfig, CheckConfig)
+CONVERSATION_SUFFIXES = (".json", ".jsonl", ".ndjson")
 PACKING_EXACT, PACKING_ROUNDED = 1e-3, 0.1  # largest relative difference of logits in float32, and at 16 bits
 
 
@@ -45,6 +48,7 @@ class Job:
     rows: RenderedDataset | PackedDataset
     validation: RenderedDataset | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    depth: DepthSettings | None = None
 
     @property
     def collator(self) -> Collator:
@@ -66,6 +70,14 @@ def held(folder: RunFolder, stage: str, inputs: Mapping[str, Path | str]) -> Ite
         yield record
 
 
+def settled(config: Configured) -> Configured:
+    """The config with its task filled in: without --task, rows of JSON are conversations."""
+    data = config.data
+    if data.task or not str(data.data_path).lower().endswith(CONVERSATION_SUFFIXES):
+        return config
+    return replace(config, data=replace(data, task="conversations"))
+
+
 def check_data(data: DataSection, command: str) -> None:
     if not data.task:
         raise UsageError(f"{command}: --task says how rows become text; it is missing")
@@ -78,7 +90,9 @@ def read_examples(data: DataSection, path: str, split: str = "train", *, sees_im
     named beside it is read as it is. Of several processes the first one downloads while the others wait."""
     fetches = data.download and path == data.data_path
     with PartialState().local_main_process_first() if fetches else nullcontext():
-        examples = load(data.task or "", path, split, skip_bad=data.skip_bad, download=fetches)
+        examples = load(
+            data.task or "", path, split, skip_bad=data.skip_bad, download=fetches, repeat_image=data.repeat_image
+        )
     for note in examples.notes(sees_images=sees_images):
         announce(note)
     return examples
@@ -168,7 +182,8 @@ def starting_point(config: FinetuneConfig | TrainConfig, job: Job) -> Path | Non
 def trained(model: nn.Module, job: Job, checkpoint: Path | None, **extras: Any) -> RankwiseTrainer:
     """Train a model on the job's rows, packed ones once it is sure that the model keeps them apart.
 
-    Returns the trainer, which holds the trained model. extras: `loraplus_lr_ratio`, `phases`, `gradients` of it.
+    Returns the trainer, which holds the trained model. extras: its `loraplus_lr_ratio`, `tower_rates`, `phases`,
+    `gradients`.
     """
     if isinstance(job.rows, PackedDataset):
         check_packing(model, job.rows, job.collator)
@@ -201,13 +216,14 @@ def write_adapter_files(
     plan: RankPlan,
     left_out: list[str],
     initial: Mapping[str, LoraPair] | None = None,
+    full: Mapping[str, str] | None = None,
 ) -> None:
-    """The adapter in this folder, and sites.json beside it."""
+    """The adapter in this folder, and sites.json beside it. full: path → tower of the modules trained in full."""
     state = whole_state(trainer)
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
         save_adapter(plain_model(trainer), folder, name, initial, state)
-        write_sites(folder, plan, left_out)
+        write_sites(folder, plan, left_out, full)
 
 
 def losses(history: Sequence[Mapping[str, Any]]) -> str:

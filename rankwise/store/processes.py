@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 LONGEST = timedelta(days=7)  # a process may wait for another that trains
+MOST_WORKERS = 8  # beyond it the disk is what one waits for
 Item = TypeVar("Item")
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -21,6 +22,12 @@ Value = TypeVar("Value")
 def process_index() -> tuple[int, int]:
     """(rank, number of processes) as torchrun tells them."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def default_workers() -> int:
+    """Processes to decode images with: the cores that this one may use, shared among those of the job; 8 at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, max(1, cores // process_index()[1]))
 
 
 def announce(text: str) -> None:

@@ -11,7 +11,7 @@ zero, which would move a parameter: frozen weights stay as they are, bit for bit
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rankwise.core.phase import Bound, BoundNorm
 from rankwise.errors import DataError
-from rankwise.nets.adapt import site_parameters
+from rankwise.nets.adapt import full_parameters, site_parameters
 from rankwise.store.files import read_object, write_json
 from rankwise.store.processes import announce
 from rankwise.train.guard import gradient_norm
@@ -36,14 +36,24 @@ class PhaseKeeper(TrainerCallback):
     """Keeps the sites out of phase frozen.
 
     Args:
-        schedule: bound to the adapted sites.
+        schedule: bound to the adapted sites, and to those modules trained in full that take part in the phases.
         reset: forget the optimizer's state of a site when it becomes active again (default: keep it).
         output_dir: `phases.csv` there gets a row per change of phase.
         verbose: say so as well.
+        full: paths of those modules; all else that is trained in full trains in every phase.
     """
 
-    def __init__(self, schedule: Bound, output_dir: Path, *, reset: bool = False, verbose: bool = True) -> None:
+    def __init__(
+        self,
+        schedule: Bound,
+        output_dir: Path,
+        *,
+        reset: bool = False,
+        verbose: bool = True,
+        full: Collection[str] = (),
+    ) -> None:
         self.schedule = schedule
+        self.full = frozenset(full)
         self.reset = reset
         self.verbose = verbose
         self.table = StepTable(output_dir / PHASES_TABLE, COLUMNS)
@@ -56,7 +66,8 @@ class PhaseKeeper(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         self._toggles = args.world_size == 1
-        self.parameters = site_parameters(model)
+        whole = full_parameters(model)
+        self.parameters = site_parameters(model) | {path: whole[path] for path in sorted(self.full)}
         if args.activation_checkpointing:
             # Its hook makes the embeddings require gradients; then backward passes through every frozen layer.
             model.get_base_model().disable_input_require_grads()

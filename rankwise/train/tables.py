@@ -55,10 +55,13 @@ class StepTable:
 
 
 class TrainingLog(TrainerCallback):
-    """Writes what the Trainer logs to `training_log.csv`. `seconds` counts training time over all resumed parts."""
+    """Writes what the Trainer logs to `training_log.csv`. `seconds` counts training time over all resumed parts.
 
-    def __init__(self, output_dir: Path) -> None:
-        self.table = StepTable(output_dir / TRAINING_LOG, COLUMNS)
+    more: names of further columns.
+    """
+
+    def __init__(self, output_dir: Path, more: Sequence[str] = ()) -> None:
+        self.table = StepTable(output_dir / TRAINING_LOG, (*COLUMNS, *more))
         self._started = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -75,7 +78,7 @@ class TrainingLog(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **_: Any,
     ) -> None:
-        values = {name: number(logs[name]) for name in COLUMNS if logs and name in logs and name != "epoch"}
+        values = {name: number(logs[name]) for name in self.table.columns if logs and name in logs and name != "epoch"}
         if state.is_world_process_zero and values:
             seconds = round(time.monotonic() - self._started, 2)
             epoch = number(state.epoch or 0.0)

@@ -69,8 +69,7 @@ def trained_model(model: nn.Module) -> TrainedModel:
     The adapters of LoRA layers count even where they are frozen at the moment, because a phase may thaw them.
     """
     model = extract_model_from_parallel(model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    towers = tower_prefixes(base) if isinstance(base, PreTrainedModel) else {}
+    towers = prefixes(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     pairs = {name: pair for name, layer in layers.items() if (pair := factors(layer))}
     parts = {id(pair[i]): part for pair in pairs.values() for i, part in ((0, A), (1, B))}
@@ -85,6 +84,19 @@ def trained_model(model: nn.Module) -> TrainedModel:
         parameters=tuple(found),
         pairs=tuple(Pair(paths[bare(name)], *pair) for name, pair in pairs.items() if bare(name) in paths),
     )
+
+
+def prefixes(model: Any) -> dict[str, str]:
+    """Module prefix → tower, of the base model where this one has adapters."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return tower_prefixes(base) if isinstance(base, PreTrainedModel) else {}
+
+
+def parameter_towers(model: nn.Module) -> dict[int, str]:
+    """id of a parameter → tower, for all parameters of a model as in `trained_model`."""
+    model = extract_model_from_parallel(model)
+    towers = prefixes(model)
+    return {id(parameter): tower_of(path, towers) for path, parameter in owners(model)}
 
 
 def place(path: str, tower: str) -> Place:

@@ -27,14 +27,17 @@ from transformers import (
 )
 
 from rankwise.errors import RankwiseError
+from rankwise.nets.adapt import full_parameters
 from rankwise.store.files import explained
 from rankwise.train.checkpoints import CheckpointKeeper, discard_unsealed
 from rankwise.train.gradients import GradientNorms
 from rankwise.train.guard import StepGuard, diverged, memory_advice
 from rankwise.train.interruption import Interruption
 from rankwise.train.phases import PhaseKeeper
+from rankwise.train.rates import RATE_COLUMN, RateWatch, full_at_common_rate, split_by_tower
 from rankwise.train.sampling import LengthGrouped
 from rankwise.train.tables import TrainingLog
+from rankwise.train.trained import parameter_towers
 
 SAMPLE_INDEX = "sample_index"
 
@@ -58,12 +61,27 @@ class StopOnSignal(TrainerCallback):
             control.should_evaluate = control.should_save = False
 
 
+def within_reach(model: nn.Module, _: Any, output: Any) -> None:
+    """A forward hook. Text does not reach a vision tower: where nothing else trains, its gradient is zero, no error.
+
+    Inside the model, because DDP looks from its output for parameters that were used.
+    """
+    if not isinstance(output, Mapping):
+        return
+    name = "loss" if output.get("loss") is not None else "logits"
+    if torch.is_grad_enabled() and not output[name].requires_grad:
+        trained = next((parameter for parameter in model.parameters() if parameter.requires_grad), None)
+        if trained is not None:
+            output[name] = output[name] + 0.0 * trained.flatten()[0]
+
+
 class RankwiseTrainer(Trainer):
     """transformers' Trainer with a guard before every step and checkpoints that can be trusted.
 
     Args:
         identity: what the run is (model, data, plan, rates …); saved with each checkpoint, compared on resume.
         loraplus_lr_ratio: learning rate of B over that of A (LoRA+, Hayou et al. 2024).
+        tower_rates: tower → learning rate instead of the common one.
         phases: freezes and thaws adapters between steps.
         gradients: writes the table of gradient norms.
         The rest are the Trainer's own. `args.save_total_limit` is taken over: complete checkpoints are rotated
@@ -79,6 +97,7 @@ class RankwiseTrainer(Trainer):
         args: TrainingArguments,
         identity: Mapping[str, Any] | None = None,
         loraplus_lr_ratio: float | None = None,
+        tower_rates: Mapping[str, float] | None = None,
         phases: PhaseKeeper | None = None,
         gradients: GradientNorms | None = None,
         callbacks: Sequence[TrainerCallback] = (),
@@ -88,11 +107,14 @@ class RankwiseTrainer(Trainer):
         self.guard = StepGuard()
         self.interruption = Interruption(args.world_size)
         self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.tower_rates = {t: rate for t, rate in (tower_rates or {}).items() if rate != args.learning_rate}
         self.phases, self.gradients = phases, gradients
         self._agreed_signal: int | None = None
         self._stop = StopOnSignal(self)
         keeper = CheckpointKeeper(identity or {}, keep)  # seals what those before it have written
-        own = [TrainingLog(Path(args.output_dir)), phases, gradients, keeper, self._stop]
+        log = TrainingLog(Path(args.output_dir), [RATE_COLUMN.format(tower) for tower in self.tower_rates])
+        self._rates = RateWatch()
+        own = [log, phases, gradients, keeper, self._stop, self._rates]
         super().__init__(args=args, callbacks=[*filter(None, own), *callbacks], **rest)
         self.remove_callback(PrinterCallback)
 
@@ -103,6 +125,7 @@ class RankwiseTrainer(Trainer):
         self.guard.reset()
         if self.phases is not None and checkpoint is not None:
             self.phases.restore(Path(checkpoint))
+        hook = self.model.register_forward_hook(within_reach)
         try:
             with self.interruption, explained(folder), memory_advice():
                 result = super().train(resume_from_checkpoint=checkpoint, **rest)
@@ -110,6 +133,8 @@ class RankwiseTrainer(Trainer):
             if self.is_world_process_zero():
                 discard_unsealed(folder, self.state.global_step)
             raise
+        finally:
+            hook.remove()
         if self._stop.done:
             self.interruption.requested = self.stop_signal
             self.interruption.raise_if_requested(str(folder))
@@ -195,9 +220,17 @@ class RankwiseTrainer(Trainer):
             return super().evaluate(*args, **rest)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, or with LoRA+ PEFT's grouping of A and B."""
-        if self.loraplus_lr_ratio is None or self.optimizer is not None:
+        """The Trainer's optimizer, or LoRA+'s; its groups are split by tower where towers have rates of their own."""
+        if self.optimizer is not None:
             return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model) if self.loraplus_lr_ratio is None else self.loraplus_optimizer()
+        if self.tower_rates:
+            towers = parameter_towers(self.model if model is None else model)
+            split_by_tower(optimizer, towers, self.tower_rates, self.args.learning_rate)
+        return optimizer
+
+    def loraplus_optimizer(self) -> torch.optim.Optimizer:
+        """With PEFT's grouping of A and B."""
         kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         self.optimizer = create_loraplus_optimizer(
             self.model,
@@ -206,4 +239,12 @@ class RankwiseTrainer(Trainer):
             loraplus_weight_decay=self.args.weight_decay,
             **settings,
         )
+        full = {id(one) for ones in full_parameters(self.model).values() for one in ones}
+        full_at_common_rate(self.optimizer, full, self.args.learning_rate)
         return self.optimizer
+
+    def log(self, logs: dict[str, float], *args: Any, **rest: Any) -> None:
+        """Beside the learning rate stand those of towers that have their own."""
+        if "learning_rate" in logs:
+            logs |= self._rates.rates
+        super().log(logs, *args, **rest)

@@ -1,0 +1,148 @@
+"""What trains of each tower: from the tower options to sites, whole modules and learning rates.
+
+--lora language,projector --full vision --vision_lr 1e-5     (train; a tower that is not named keeps its default)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from rankwise.config import TowersSection
+from rankwise.core.plan import RankPlan
+from rankwise.errors import UsageError
+from rankwise.nets.sites import tower_of, tower_prefixes
+from rankwise.nets.towers import check_towers, full_modules, towers_of
+from rankwise.show.format import plural
+from rankwise.store.processes import announce
+
+LORA, FULL, FROZEN = "lora", "full", "freeze"
+
+
+@dataclass(frozen=True)
+class TowerUse:
+    """Which towers get an adapter, which train in full, and the rates of those that have their own."""
+
+    lora: tuple[str, ...] = ()
+    full: tuple[str, ...] = ()
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return (*self.lora, *self.full)
+
+
+def tower_use(section: TowersSection, language: str) -> TowerUse:
+    """The options, over the defaults: `language` (lora or full) for the language tower, the rest frozen.
+
+    UsageError where a tower stands in two lists, nothing trains, or a frozen tower has a learning rate.
+    """
+    lists = ((FROZEN, section.freeze), (LORA, section.lora), (FULL, section.full))
+    uses = {"language": language, "vision": FROZEN, "projector": FROZEN}
+    given: dict[str, str] = {}
+    for use, towers in lists:
+        for tower in towers:
+            if given.setdefault(tower, use) != use:
+                raise UsageError(f"--{given[tower]} {tower} and --{use} {tower} exclude each other; give one of them")
+    uses |= given
+    chosen = {use: tuple(tower for tower, its in uses.items() if its == use) for use in (LORA, FULL)}
+    if not any(chosen.values()):
+        raise UsageError("every tower is frozen: name one with --lora or --full")
+    found = TowerUse(chosen[LORA], chosen[FULL], rates_of(section))
+    for tower in found.rates:
+        if tower not in found.trained:
+            raise UsageError(f"--{tower}_lr: the {tower} tower is frozen; --lora {tower} or --full {tower} trains it")
+    return found
+
+
+def rates_of(section: TowersSection) -> dict[str, float]:
+    rates = {"language": section.language_lr, "vision": section.vision_lr, "projector": section.projector_lr}
+    found = {tower: rate for tower, rate in rates.items() if rate is not None}
+    for tower, rate in found.items():
+        if not 0 <= rate < float("inf"):
+            raise UsageError(f"--{tower}_lr must be at least 0, got {rate}")
+    return found
+
+
+def check_rates(use: TowerUse, training: Mapping[str, Any]) -> None:
+    """UsageError where DeepSpeed makes the optimizer, which knows one rate."""
+    if use.rates and training.get("deepspeed"):
+        raise UsageError("learning rates per tower do not work under DeepSpeed; use FSDP2 (--fsdp) instead")
+
+
+def train_use(section: TowersSection) -> TowerUse:
+    """Of `train`: adapters, and other towers in full beside them.
+
+    UsageError for the language tower in full: PEFT would keep a copy of nearly the whole model beside the model, could
+    not tie it to its embeddings, and what comes out is no adapter. Also where there is no adapter at all.
+    """
+    use = tower_use(section, LORA)
+    if "language" in use.full:
+        raise UsageError(
+            "train adapts the language tower; `rankwise finetune --full language` trains it in full, without a second "
+            "copy of it in memory and in the adapter"
+        )
+    if not use.lora:
+        towers = ",".join(use.full)
+        raise UsageError(
+            f"nothing gets an adapter; `rankwise finetune --freeze language --full {towers} --save both` trains "
+            f"{' and '.join(use.full)} alone"
+        )
+    return use
+
+
+def finetune_use(section: TowersSection, method: str) -> TowerUse:
+    """Of `finetune`: towers in full with `--method full`, adapters with `--method lora`."""
+    use = tower_use(section, FULL if method == "full" else LORA)
+    odd, way = (use.lora, LORA) if method == "full" else (use.full, FULL)
+    if odd:
+        raise UsageError(f"--{way} {','.join(odd)} goes with --method {way}, and this is --method {method}")
+    return use
+
+
+def words(use: TowerUse) -> str:
+    """`adapters in language, projector; in full: vision (rate 1e-05)`, for --dry-run."""
+    rated = {tower: tower + (f" (rate {use.rates[tower]:g})" if tower in use.rates else "") for tower in use.trained}
+    parts = {"adapters in": use.lora, "in full:": use.full}
+    lists = {how: ", ".join(rated[tower] for tower in towers) for how, towers in parts.items() if towers}
+    return "train " + "; ".join(f"{how} {towers}" for how, towers in lists.items())
+
+
+def full_of(model: PreTrainedModel, use: TowerUse) -> dict[str, str]:
+    """Path → tower of the modules to train in full beside an adapter, after a look at what the model has."""
+    check_towers(model, use.trained)
+    found = full_modules(model, use.full)
+    if found.loose:
+        announce(f"note: {', '.join(found.loose)}: held by no module that PEFT can carry, so it stays frozen")
+    prefixes = tower_prefixes(model)
+    return {path: tower_of(path, prefixes) for path in found.paths}
+
+
+def trained_lines(model: PreTrainedModel, plan: RankPlan, full: Mapping[str, str]) -> list[str]:
+    """One line per tower: what is adapted with which ranks, what trains in full, what is frozen."""
+    adapted = [row.site.tower for row in plan.sites if row.rank]
+    lines = [sites_line(plan, tower) for tower in dict.fromkeys(adapted)]
+    for tower in dict.fromkeys(full.values()):
+        lines.append(full_line(model, [path for path, its in full.items() if its == tower], tower))
+    frozen = [tower for tower in towers_of(model) if tower not in {*adapted, *full.values()}]
+    return [*lines, f"frozen: {', '.join(frozen)}"] if frozen else lines
+
+
+def sites_line(plan: RankPlan, tower: str) -> str:
+    """What is adapted of a tower: counts per projection and the span of ranks."""
+    rows = [row for row in plan.sites if row.rank and row.site.tower == tower]
+    counts = Counter(row.site.projection for row in rows)
+    ranks = sorted(row.rank for row in rows)
+    span = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+    named = ", ".join(f"{name} ×{count}" for name, count in counts.items())
+    return f"adapting {plural(len(rows), 'site')} of the {tower} tower: {named}; rank {span}"
+
+
+def full_line(model: PreTrainedModel, paths: Sequence[str], tower: str) -> str:
+    count = sum(parameter.numel() for path in paths for parameter in model.get_submodule(path).parameters())
+    shown = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+    return f"training the {tower} tower in full: {shown} ({count:,} parameters)"

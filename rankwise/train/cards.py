@@ -1,0 +1,146 @@
+"""How much memory a GPU has and how fast it is: a table from the vendors' data sheets, or this machine, measured.
+
+card("rtx4090")  ─▶ [Card]          card("24GB")  ─▶ the cards of about that memory, with the memory as given
+"""
+
+from __future__ import annotations
+
+import difflib
+import platform
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from rankwise.errors import UsageError
+from rankwise.train.memory import memory_available
+
+GIB = 2**30
+UNITS = {"gb": 10**9, "gib": GIB, "g": 10**9}
+ALIKE = 0.12  # cards count as being of a given size when their memory differs by no more than this share
+MEASURED_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Card:
+    """memory: usable bytes. half, single: FLOP/s of dense matrix products with 16-bit inputs and float32 sums, and in
+    float32. bandwidth: bytes per second. bf16: whether it computes in bfloat16. measured: rates that were reached here,
+    not those of a data sheet."""
+
+    name: str
+    memory: float
+    half: float
+    single: float
+    bandwidth: float
+    bf16: bool = True
+    measured: bool = False
+    cpu: bool = False
+
+    def flops(self, dtype: torch.dtype | None) -> float:
+        """For autocast to `dtype`; None computes in float32."""
+        return self.single if dtype is None else self.half
+
+
+# name: GiB that the driver shows, then TFLOP/s at 16 bits (dense, float32 sums) and in float32, and GB/s
+SHEETS = {
+    "t4": (15.0, 65, 8.1, 320, False),
+    "v100-16gb": (15.8, 125, 15.7, 900, False),
+    "v100-32gb": (31.7, 125, 15.7, 900, False),
+    "rtx3080": (10.0, 59.5, 29.8, 760),
+    "rtx3090": (24.0, 71, 35.6, 936),
+    "rtx4080": (16.0, 97.5, 48.7, 717),
+    "rtx4090": (24.0, 165.2, 82.6, 1008),
+    "rtx5090": (31.8, 209.5, 104.8, 1792),
+    "a10": (22.5, 125, 31.2, 600),
+    "a10g": (22.5, 70, 35, 600),
+    "a6000": (48.0, 154.8, 38.7, 768),
+    "l4": (22.5, 121, 30.3, 300),
+    "l40s": (45.0, 362, 91.6, 864),
+    "rtx6000-ada": (48.0, 364, 91.1, 960),
+    "a100-40gb": (40.0, 312, 19.5, 1555),
+    "a100-80gb": (80.0, 312, 19.5, 2039),
+    "h100": (79.6, 989, 67, 3350),
+    "h100-pcie": (79.6, 756, 51, 2000),
+    "h200": (140.4, 989, 67, 4800),
+    "b200": (179.0, 2250, 75, 7700),
+    "mi300x": (191.7, 1307, 163.4, 5300),
+}
+CARDS = {
+    name: Card(name, gib * GIB, half * 1e12, single * 1e12, bandwidth * 1e9, *rest)
+    for name, (gib, half, single, bandwidth, *rest) in SHEETS.items()
+}
+
+
+def cards(text: str) -> list[Card]:
+    """The cards that are meant: one by its name, or all of about a memory size, which they then have exactly.
+
+    UsageError for a name that is not in the table, with near ones, and for a size that says nothing.
+    """
+    word = text.strip().lower().replace("_", "-").replace(" ", "-")
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)-?(gib|gb|g)", word)
+    if found is None:
+        return [named(word, text)]
+    count = float(found[1]) * UNITS[found[2]]
+    if not count:
+        raise UsageError(f"--gpu {text}: no memory, no training")
+    return [replace(card, memory=count) for card in CARDS.values() if abs(card.memory / count - 1) <= ALIKE] or [
+        Card(text, count, 0, 0, 0)
+    ]
+
+
+def named(word: str, text: str) -> Card:
+    plain = {name.replace("-", ""): card for name, card in CARDS.items()}
+    card = plain.get(word.replace("-", "").removeprefix("nvidia").removeprefix("geforce"))
+    if card is None:
+        near = difflib.get_close_matches(word, CARDS, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UsageError(f"--gpu {text}: unknown card; {hint}Known: {', '.join(CARDS)}; or its memory: 24GB")
+    return card
+
+
+def this_machine(device: torch.device, autocast: torch.dtype | None) -> Card:
+    """The device as it is now: free memory, and rates measured in about a second. A CPU computes with as many threads
+    as torch uses."""
+    product = measured_flops(device, autocast or torch.float32)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return Card(
+        name,
+        memory_available(device),
+        product,
+        product,
+        measured_bandwidth(device),
+        measured=True,
+        cpu=device.type == "cpu",
+    )
+
+
+def cpu_name() -> str:
+    return f"this CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of matrix products of the size that a model's are."""
+    side = 4096 if device.type == "cuda" else 1024
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / seconds_of(lambda: left @ right, device)
+
+
+def measured_bandwidth(device: torch.device) -> float:
+    """Bytes per second that adding two arrays reads and writes, with a new result each time as in training."""
+    count = 2**26 if device.type == "cuda" else 2**22
+    left, right = torch.ones(count, device=device), torch.ones(count, device=device)
+    return 3 * 4 * count / seconds_of(lambda: left + right, device)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Of the fastest of as many runs as fit into the time: others may use the machine too."""
+    times: list[float] = []
+    while sum(times) < MEASURED_SECONDS or len(times) < 3:
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times)
