@@ -15,6 +15,7 @@ from typing import Any
 from rankwise import __version__, flags, options
 from rankwise.errors import RankwiseError, UsageError
 from rankwise.stages.commands import COMMANDS, DRY_RUN, GROUPS, Command, assemble, command_options, stage_of
+from rankwise.stages.recipe import options_for, packaged_recipe
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 RECIPES = Path(__file__).parent / "recipes"
@@ -57,7 +58,8 @@ def take_positionals(command: Command, words: list[str], prog: str) -> tuple[Pat
     """A leading config file, if any, and the fields that the other words fill."""
     path = None
     if command.takes_file and words and words[0].endswith(CONFIG_SUFFIXES):
-        path, words = Path(words[0]), words[1:]
+        given = Path(words[0])
+        path, words = given if given.is_file() else packaged_recipe(given) or given, words[1:]
     elif command.packaged and words:
         path, words = packaged_file(command.packaged, words[0], prog), words[1:]
     if command.repeated and words:
@@ -67,6 +69,14 @@ def take_positionals(command: Command, words: list[str], prog: str) -> tuple[Pat
         expected = " ".join(name.upper() for name in command.positionals) or "no positional arguments"
         raise UsageError(f"{prog}: too many arguments: {' '.join(words)}; expected {expected}")
     return path, dict(zip(command.positionals, words, strict=False))
+
+
+def file_values(path: Path, name: str, known: Sequence[options.Option]) -> dict[str, Any]:
+    """The options that a config file sets, or a recipe in its stage of this command."""
+    content = dict(options.load_file(path))
+    if "stages" in content:
+        return options.typed_values(options_for(path, name), known, str(path))
+    return options.file_values(path, known)
 
 
 def resolve(name: str, argv: Sequence[str]) -> tuple[Any, bool]:
@@ -82,7 +92,7 @@ def resolve(name: str, argv: Sequence[str]) -> tuple[Any, bool]:
     twice = [name for name in positionals if name in given]
     if twice:
         raise UsageError(f"{prog}: {twice[0]} is given twice: as {positionals[twice[0]]} and as --{twice[0]}")
-    values = (options.file_values(path, known) if path else {}) | positionals | given
+    values = (file_values(path, name, known) if path else {}) | positionals | given
     return assemble(command, values), bool(values.get("dry_run"))
 
 
