@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +22,10 @@ from tiny_vision import FAMILIES, drawn_image, tiny_smolvlm
 from rankwise import cli
 from rankwise.config import DataSection, ModelSection
 from rankwise.data import load
+from rankwise.nets.adapt import adapt
 from rankwise.nets.adapters import load_adapter
 from rankwise.nets.load import load_config, load_model
+from rankwise.nets.sites import tower_of, tower_prefixes
 from rankwise.score.generate import GenerationSettings, HFGenerator
 from rankwise.stages.rendering import decode_aside, renderer_for
 from rankwise.store.processes import default_workers
@@ -200,3 +203,28 @@ def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_workers() == 3
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     assert default_workers() == 1
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "qwen25vl", "isaac"])
+def test_checkpointing_leaves_a_frozen_vision_tower_alone(
+    family: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is computed once a step and nothing flows back through it; the language layers are computed twice."""
+    base = {**FAMILIES, "isaac": tiny_isaac}[family](tmp_path / "base")
+    calls: Counter[str] = Counter()
+
+    def counted(model: torch.nn.Module, *rest: Any) -> Any:
+        towers = tower_prefixes(model)
+        for path, module in model.named_modules():
+            if type(module).__name__.endswith("Attention"):  # within a layer: its own hooks lie around the checkpoint
+                tower = tower_of(path, towers)
+                module.register_forward_pre_hook(lambda *_, tower=tower: calls.update([tower]))
+        return adapt(model, *rest)
+
+    monkeypatch.setattr("rankwise.stages.adapting.adapt", counted)
+    more = "--max_steps 2 --gradient_checkpointing --eval_strategy no --val_fraction 0".split()
+    assert cli.main(words(base, data, tmp_path / "run", *more)) == 0
+    config = load_config(str(base))
+    vision_layers = getattr(config.vision_config, "num_hidden_layers", None) or config.vision_config.depth
+    assert calls["vision"] == 2 * vision_layers
+    assert calls["language"] == 2 * 2 * config.get_text_config().num_hidden_layers

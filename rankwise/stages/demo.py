@@ -1,28 +1,28 @@
 """rankwise demo: the whole flow on a model and data that it makes itself. No network, no GPU, about three minutes.
 
-It makes a world (a grammar of restaurants), a base model that has read about it, and a task that the base has never
-seen, and then runs `recipes/demo.yaml` like anyone would.
+It makes a world (a grammar of restaurants; with --vision, drawings: demo_vision.py), a base model that has read about
+it, and a task that the base has never seen, and then runs `recipes/demo.yaml` like anyone would.
 """
 
 from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rankwise.config import DemoConfig, RunConfig
-from rankwise.data import load
+from rankwise.data import Collator, load
 from rankwise.data.layout import sections
 from rankwise.data.restaurants import guide, write_task
 from rankwise.nets.tiny import random_llama, save_tokenizer
 from rankwise.score.result import EvaluationResult
 from rankwise.show.format import amount, duration
+from rankwise.stages import demo_vision
 from rankwise.stages import run as recipes
 from rankwise.store.files import atomic_folder, read_object
-from rankwise.train.pretrain import pretrain
-
-RECIPE = "demo"
+from rankwise.train.pretrain import pretrain, text_rows
 
 
 @dataclass(frozen=True)
@@ -42,24 +42,42 @@ class World:
 QUICK = World(pages=200, vocabulary=400, steps=4, train_rows=24, dev_rows=6)
 QUICK_CHANGES = ("train.max_steps=4", "probe.subset_ratio=0.5", "ranks.num_samples=6", "before.num_samples=4")
 QUICK_CHANGES += ("after.num_samples=4", "before.max_new_tokens=8", "after.max_new_tokens=8", "ranks.no_plots=true")
+METRICS = {False: ("bleu", "rouge_l"), True: ("exact_match", "token_f1")}
 
 
 def run(config: DemoConfig) -> Path:
     """Make the base and the data where they are not there yet, run the recipe, and sum up."""
     started = time.monotonic()
-    folder = Path(config.output_dir)
+    folder = run_folder(config)
+    make(config, folder)
+    recipes.run(recipe_config(config))
+    print(summary(folder, time.monotonic() - started, METRICS[config.vision]))
+    return folder / "report.html"
+
+
+def run_folder(config: DemoConfig) -> Path:
+    return Path(config.output_dir or f"runs/{recipe_name(config)}")
+
+
+def recipe_name(config: DemoConfig) -> str:
+    """The recipe, whose name the run folder has too."""
+    return "demo-vision" if config.vision else "demo"
+
+
+def make(config: DemoConfig, folder: Path) -> None:
+    if config.vision:
+        demo_vision.make(folder, demo_vision.QUICK if config.quick else demo_vision.World(), config.seed)
+        return
     world = QUICK if config.quick else World()
     make_data(folder / "data", world, config.seed)
     make_base(folder / "base", folder / "data", world, config.seed)
-    recipes.run(recipe_config(config))
-    print(summary(folder, time.monotonic() - started))
-    return folder / "report.html"
 
 
 def recipe_config(config: DemoConfig) -> RunConfig:
     changes = [f"{name}.seed={config.seed}" for name in ("probe", "ranks", "train", "before", "after")]
     changes += QUICK_CHANGES if config.quick else ()
-    return RunConfig(recipe=RECIPE, output_dir=config.output_dir, set=changes)
+    recipe = recipe_name(config).replace("-", "_")
+    return RunConfig(recipe=recipe, output_dir=str(run_folder(config)), set=changes)
 
 
 def make_data(folder: Path, world: World, seed: int) -> None:
@@ -85,8 +103,8 @@ def make_base(folder: Path, data: Path, world: World, seed: int) -> None:
         print(f"base: a Llama of {amount(model.num_parameters())} parameters reads {world.pages:,} pages", flush=True)
         loss = pretrain(
             model,
-            tokenizer,
-            pages,
+            text_rows(tokenizer, pages),
+            Collator.of(tokenizer),
             steps=world.steps,
             batch_size=world.batch_size,
             learning_rate=world.learning_rate,
@@ -102,11 +120,11 @@ def prompts(data: Path) -> list[str]:
     return [sections(example, "").before[-1] for example in examples.items[:300]]
 
 
-def summary(folder: Path, seconds: float) -> str:
+def summary(folder: Path, seconds: float, metrics: Sequence[str]) -> str:
     before, after = (EvaluationResult.load(folder / name) for name in ("before", "after"))
     facts = read_object(folder / "train" / "manifest.json")["stages"]["train"]
     trained, full = facts["trainable_parameters"], facts["total_parameters"]
-    lines = [f"{name:<8}{before[name]:6.1f} → {after[name]:5.1f}" for name in ("bleu", "rouge_l")]
+    lines = [f"{name:<12}{before[name]:6.1f} → {after[name]:5.1f}" for name in metrics]
     lines.append(f"trained {trained:,} parameters of {full:,}: {trained / full:.1%} of full fine-tuning")
     lines.append(f"{duration(seconds)} in all; the report: {folder / 'report.html'}")
     return "\n".join(["", *lines])
@@ -114,8 +132,11 @@ def summary(folder: Path, seconds: float) -> str:
 
 def describe(config: DemoConfig) -> list[str]:
     world = QUICK if config.quick else World()
+    seen = demo_vision.QUICK if config.quick else demo_vision.World()
+    made = f"{seen.train_rows} conversations about drawings" if config.vision else ""
+    made = made or f"{world.train_rows} meaning representations"
     return [
-        f"make a task of {world.train_rows} meaning representations and a base model in {config.output_dir}",
-        f"pretrain the base for {world.steps} steps",
-        f"run the recipe {RECIPE!r} (finetune, ranks, train, evaluate before and after, report)",
+        f"make a task of {made} and a base model in {run_folder(config)}",
+        f"pretrain the base for {seen.steps if config.vision else world.steps} steps",
+        f"run the recipe {recipe_config(config).recipe!r} (finetune, ranks, train, evaluate before and after, report)",
     ]

@@ -192,13 +192,13 @@ class Shapes:
         self.set_checkpointing(way.checkpointing, dict(getattr(arguments, CHECKPOINTING + "_kwargs") or {}))
 
     def set_checkpointing(self, on: bool, settings: dict[str, Any]) -> None:
-        """As the Trainer does it, which lets gradients flow from the embeddings on, a frozen vision tower's too."""
-        if not on:
+        """As training does it, which passes through no frozen prefix (`train.trainer.FrozenPrefix`)."""
+        if on:
+            how = {name: settings.pop(name) for name in ("every_n_layers", "offload") if name in settings}
+            getattr(self.model, f"{CHECKPOINTING}_enable")({"use_reentrant": False} | settings, **how)
+        else:
             getattr(self.model, f"{CHECKPOINTING}_disable")()
-            self.base.disable_input_require_grads()
-            return
-        how = {name: settings.pop(name) for name in ("every_n_layers", "offload") if name in settings}
-        getattr(self.model, f"{CHECKPOINTING}_enable")({"use_reentrant": False} | settings, **how)
+        self.base.disable_input_require_grads()
 
     def unquantized(self) -> frozenset[str]:
         """Parameters that a quantized base has in float32."""

@@ -68,9 +68,6 @@ class PhaseKeeper(TrainerCallback):
         self._toggles = args.world_size == 1
         whole = full_parameters(model)
         self.parameters = site_parameters(model) | {path: whole[path] for path in sorted(self.full)}
-        if args.activation_checkpointing:
-            # Its hook makes the embeddings require gradients; then backward passes through every frozen layer.
-            model.get_base_model().disable_input_require_grads()
         if state.is_world_process_zero:
             self.table.cut(state.global_step)
         self.warn_unreached(state.max_steps)

@@ -1,30 +1,38 @@
-"""Language-model training of a small model on plain texts: how the demo's base learns to speak."""
+"""Training of all weights of a small model on its own: how the demos' bases learn to speak, and to see."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.data import Collator
 from rankwise.train.arguments import build_arguments
 from rankwise.train.trainer import RankwiseTrainer
 
+Rows = Sequence[dict[str, Any]] | Dataset[dict[str, Any]]
+
+
+def text_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Plain texts as samples of a language model: every text one sample with an end token, every token a label."""
+    encoded = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(texts))["input_ids"]]
+    return [{"input_ids": ids, "labels": ids, "sample_index": index} for index, ids in enumerate(encoded)]
+
 
 def pretrain(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    rows: Rows,
+    collator: Collator,
     *,
     steps: int,
     batch_size: int,
     learning_rate: float,
     seed: int,
 ) -> float:
-    """Train all weights in place, every text one sample with an end token; returns the last logged loss in nats."""
-    encoded = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(texts))["input_ids"]]
-    rows = [{"input_ids": ids, "labels": ids, "sample_index": index} for index, ids in enumerate(encoded)]
+    """Train all weights in place on samples as the collator takes them; returns the last logged loss in nats."""
     settings = {
         "max_steps": steps,
         "per_device_train_batch_size": batch_size,
@@ -39,10 +47,7 @@ def pretrain(
     }
     with tempfile.TemporaryDirectory() as folder:
         trainer = RankwiseTrainer(
-            model=model,
-            args=build_arguments(folder, seed, settings),
-            train_dataset=rows,
-            data_collator=Collator.of(tokenizer),
+            model=model, args=build_arguments(folder, seed, settings), train_dataset=rows, data_collator=collator
         )
         trainer.train()
     return float(next(row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row))

@@ -75,6 +75,23 @@ def within_reach(model: nn.Module, _: Any, output: Any) -> None:
             output[name] = output[name] + 0.0 * trained.flatten()[0]
 
 
+class FrozenPrefix(TrainerCallback):
+    """Keeps backward from going further than the first thing that trains.
+
+    With checkpointing transformers makes the embeddings' outputs require gradients, a vision tower's too; then all
+    frozen layers are computed twice and passed through. Only reentrant checkpointing needs that.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        reentrant = (args.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
+        if args.activation_checkpointing and not reentrant:
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            if hasattr(base, "disable_input_require_grads"):
+                base.disable_input_require_grads()
+
+
 class RankwiseTrainer(Trainer):
     """transformers' Trainer with a guard before every step and checkpoints that can be trusted.
 
@@ -114,7 +131,7 @@ class RankwiseTrainer(Trainer):
         keeper = CheckpointKeeper(identity or {}, keep)  # seals what those before it have written
         log = TrainingLog(Path(args.output_dir), [RATE_COLUMN.format(tower) for tower in self.tower_rates])
         self._rates = RateWatch()
-        own = [log, phases, gradients, keeper, self._stop, self._rates]
+        own = [FrozenPrefix(), log, phases, gradients, keeper, self._stop, self._rates]
         super().__init__(args=args, callbacks=[*filter(None, own), *callbacks], **rest)
         self.remove_callback(PrinterCallback)
 

@@ -1,0 +1,91 @@
+"""What `rankwise demo --vision` makes before its recipe runs: pictures that it draws, and a base that has seen some.
+
+captioned pictures ── pretrain ──▶ base/          it says what is where, and has never been asked anything
+questions about others ──────────▶ data/          train.json, and heldout.json about pairs that train.json lacks
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankwise.data import Collator, Example, ImageReader, RenderedDataset, Renderer, Sight
+from rankwise.data.drawings import captioned, write_conversations
+from rankwise.data.layout import without_images
+from rankwise.data.sources import load
+from rankwise.nets.tiny_vision import processor_of, random_smolvlm, save_tokenizer
+from rankwise.show.format import amount, duration
+from rankwise.store.files import atomic_folder
+from rankwise.train.pretrain import pretrain
+
+TRAIN, HELD_OUT = "train.json", "heldout.json"
+
+
+@dataclass(frozen=True)
+class World:
+    """How large everything is. The defaults take about four minutes on two cores."""
+
+    pictures: int = 6000
+    vocabulary: int = 400
+    steps: int = 1200
+    batch_size: int = 16
+    learning_rate: float = 3e-3
+    train_rows: int = 400
+    turns: int = 3
+    held_out_rows: int = 100
+
+
+QUICK = World(pictures=60, vocabulary=340, steps=4, train_rows=24, held_out_rows=10)
+
+
+def make(folder: Path, world: World, seed: int) -> None:
+    """`data` and `base` below the run folder, each where it is not there yet."""
+    make_data(folder / "data", world, seed)
+    make_base(folder / "base", folder / "data", world, seed)
+
+
+def make_data(folder: Path, world: World, seed: int) -> None:
+    """Conversations in LLaVA form with their pictures; held-out (colour, shape) pairs never met in training."""
+    if folder.is_dir():
+        return
+    generator = random.Random(seed)
+    with atomic_folder(folder) as made:
+        write_conversations(made / TRAIN, generator, count=world.train_rows, turns=world.turns, held_out=False)
+        write_conversations(made / HELD_OUT, generator, count=world.held_out_rows, turns=1, held_out=True)
+
+
+def make_base(folder: Path, data: Path, world: World, seed: int) -> None:
+    """A SmolVLM of a million parameters that has learnt to describe pictures, and has never been asked a question."""
+    if folder.is_dir():
+        return
+    started = time.monotonic()
+    examples = captioned(random.Random(seed), world.pictures)
+    asked = list(load("conversations", data / TRAIN))
+    with atomic_folder(folder) as made:
+        tokenizer = save_tokenizer(made, spoken([*asked, *examples[:2000]]), world.vocabulary)
+        processor = processor_of(tokenizer)
+        processor.save_pretrained(made)
+        model = random_smolvlm(tokenizer, seed)
+        what = f"a SmolVLM of {amount(model.num_parameters())} parameters sees {world.pictures:,} pictures"
+        print(f"base: {what}", flush=True)
+        sight = Sight(processor, ImageReader(data))
+        renderer = Renderer(tokenizer, style="chat", sight=sight)
+        loss = pretrain(
+            model,
+            RenderedDataset(examples, renderer),
+            Collator.of(tokenizer, sight=sight),
+            steps=world.steps,
+            batch_size=world.batch_size,
+            learning_rate=world.learning_rate,
+            seed=seed,
+        )
+        model.save_pretrained(made)
+    print(f"base: loss {loss:.2f} nats per token after {duration(time.monotonic() - started)}", flush=True)
+
+
+def spoken(examples: list[Example]) -> list[str]:
+    """What the vocabulary should have words for: all turns, as the chat template opens them."""
+    turns = [turn for example in examples for turn in without_images(example).turns]
+    return [f"{turn.role.capitalize()}: {turn.text}" for turn in turns]

@@ -1,0 +1,132 @@
+"""What `train` trains on and what makes the run this run: rows split, rendered and checked, depth beside the images.
+
+files ── read_split ──▶ training and validation rows ── prepare ──▶ Job
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, TrainingArguments
+
+from rankwise.config import TrainConfig
+from rankwise.core.plan import RankPlan
+from rankwise.data import Example, Examples, PackedDataset, Renderer, Split, split_groups, subset
+from rankwise.errors import UsageError
+from rankwise.nets.adapt import scales
+from rankwise.nets.depth_settings import DepthSettings
+from rankwise.stages import training as shared
+from rankwise.stages.adapting import quantization
+from rankwise.stages.depth import asked, depth_facts, idle, prepared
+from rankwise.stages.rendering import decode_aside, renderer_for
+from rankwise.stages.scheduling import schedule_of
+from rankwise.stages.towers import train_use
+from rankwise.store.deltas import open_deltas
+from rankwise.store.processes import announce
+
+
+def read_split(config: TrainConfig, *, sees_images: bool) -> tuple[Examples, Split]:
+    """Training and validation rows: from two files, or a share of the groups held out with the seed."""
+    path = config.data.data_path
+    assert path is not None
+    generator = random.Random(config.seed)
+    examples = shared.read_examples(config.data, path, sees_images=sees_images)
+    if config.val_path:
+        validation = shared.read_examples(config.data, config.val_path, "dev", sees_images=sees_images)
+        split = Split(examples.items, validation.items)
+    else:
+        split = split_groups(examples.items, config.val_fraction, generator)
+    if config.max_samples is not None:
+        split = Split(subset(split.train, 1.0, config.max_samples, generator), split.val)
+    return examples, split
+
+
+def prepare(
+    config: TrainConfig,
+    name: str,
+    arguments: TrainingArguments,
+    plan: RankPlan,
+    skeleton: PreTrainedModel,
+    full: Sequence[str] = (),
+) -> tuple[Split, shared.Job]:
+    """Rows, rendered and checked, and what the run is."""
+    renderer = renderer_for(config.data, config.model, name, skeleton.config)
+    decode_aside(arguments, config.training, renderer)
+    examples, split = read_split(config, sees_images=renderer.sight is not None)
+    rows = shared.rendered(split.train, renderer)
+    evaluates = split.val and arguments.eval_strategy != "no"
+    validation = shared.rendered(split.val, renderer) if evaluates else None
+    depth, renderer = with_depth(
+        config, renderer, [*rows.examples, *(validation.examples if validation else ())], arguments
+    )
+    what = facts(config, name, arguments, plan, renderer, examples, len(rows)) | tower_facts(config, full)
+    what |= depth_facts(depth)
+    chosen = PackedDataset(rows, renderer.limit) if config.packing else rows
+    if config.packing:
+        refuse_packed_images(examples, renderer)
+        announce(f"packing: {len(rows):,} samples in {len(chosen):,} rows of up to {renderer.limit:,} tokens")
+    return split, shared.Job(name, arguments, renderer, chosen, validation, what, depth)
+
+
+def with_depth(
+    config: TrainConfig, renderer: Renderer, examples: Sequence[Example], arguments: TrainingArguments
+) -> tuple[DepthSettings | None, Renderer]:
+    """With --use_depth: depth of every image, made before anything is trained, and a renderer whose sight gives it."""
+    for note in idle(config.depth):
+        announce(note)
+    settings = asked(config.depth)
+    if settings is None:
+        return None, renderer
+    if renderer.sight is None or not any(example.images for example in examples):
+        raise UsageError("--use_depth needs a model that sees images, and rows that have some")
+    settings, sight = prepared(
+        settings, config.depth, renderer.sight, examples, seed=config.seed, device=arguments.device
+    )
+    return settings, replace(renderer, sight=sight)
+
+
+def refuse_packed_images(examples: Examples, renderer: Renderer) -> None:
+    if renderer.sight is not None and examples.with_images:
+        raise UsageError("--packing takes rows of text only: in one row, images of several samples would mix")
+
+
+def facts(
+    config: TrainConfig,
+    name: str,
+    arguments: TrainingArguments,
+    plan: RankPlan,
+    renderer: Renderer,
+    examples: Examples,
+    samples: int,
+) -> dict[str, Any]:
+    """What makes this run this run, beside the training arguments."""
+    lora, form = config.lora, schedule_of(config.phases)
+    return {
+        **shared.base_facts(config.model, name, arguments),
+        **shared.data_facts(config.data, renderer, examples, samples),
+        "validation": "rows of their own" if config.val_path else config.val_fraction,
+        "ranks": plan.ranks,
+        "scales": sorted(set(scales(plan).values())),
+        "lora": {
+            "dropout": lora.lora_dropout,
+            "bias": lora.lora_bias,
+            "dora": lora.use_dora,
+            "rslora": plan.use_rslora,
+            "init": lora.init_lora_weights,
+            "loraplus_lr_ratio": lora.loraplus_lr_ratio,
+            "warm_start": shared.fingerprints(open_deltas(Path(lora.deltas)).checkpoint.files) if lora.deltas else None,
+        },
+        "quantization": quantization(lora),
+        "packing": config.packing,
+        "schedule": None if form is None else [str(form), config.phases.phase_state],
+    }
+
+
+def tower_facts(config: TrainConfig, full: Sequence[str]) -> dict[str, Any]:
+    """Of a run in which not all is an adapter at one rate."""
+    rates = train_use(config.towers).rates
+    return {**({"full": list(full)} if full else {}), **({"tower_rates": dict(rates)} if rates else {})}
