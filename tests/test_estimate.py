@@ -17,7 +17,8 @@ from rankwise.errors import UsageError
 from rankwise.nets.adapt import LoraSettings, adapt
 from rankwise.nets.sites import model_sites
 from rankwise.nets.targets import choose_sites, uniform_plan
-from rankwise.stages.estimate import Measured, Place, Rows, Shapes, Way, measured
+from rankwise.stages.estimate.rows import Rows
+from rankwise.stages.estimate.shapes import Measured, Place, Shapes, Way, measured
 from rankwise.store.files import read_object
 from rankwise.train.arguments import build_arguments
 from rankwise.train.cards import CARDS, GIB, Card, cards

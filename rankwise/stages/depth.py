@@ -53,6 +53,18 @@ def asked(section: DepthSection) -> DepthSettings | None:
     )
 
 
+def gate_rate(section: DepthSection) -> dict[str, float]:
+    """The rate of the gate's tower where it has one of its own. UsageError where there is no gate to train."""
+    rate = section.depth_lr
+    if rate is None or not section.use_depth:
+        return {}
+    if section.depth_gate != "learned":
+        raise UsageError(f"--depth_lr: with --depth_gate {section.depth_gate} there is no gate to train")
+    if not 0 <= rate < float("inf"):
+        raise UsageError(f"--depth_lr must be at least 0, got {rate}")
+    return {"depth": rate}
+
+
 def idle(section: DepthSection) -> list[str]:
     """A note on depth options that do nothing, as in a recipe with depth that runs with `--use_depth False`."""
     given = [f"--{name}" for name, value in vars(section).items() if value != getattr(DepthSection(), name)]

@@ -58,7 +58,7 @@ def check(config: FinetuneConfig) -> None:
         raise UsageError("finetune needs a model: --model_name FOLDER_OR_HUB_ID")
     if config.skip_shards < 0:
         raise UsageError(f"--skip_shards must be at least 0, got {config.skip_shards}")
-    check_rates(finetune_use(config.towers, config.method), config.training)
+    check_rates(finetune_use(config.towers, config.method).rates, config.training)
     if config.method == "lora" and config.save != "deltas":
         raise UsageError("--method lora saves its adapter, whose spectra are exact; --save is for --method full")
     sharded = config.training.get("fsdp") or config.training.get("deepspeed")

@@ -21,7 +21,7 @@ from rankwise.nets.adapt import scales
 from rankwise.nets.depth_settings import DepthSettings
 from rankwise.stages import training as shared
 from rankwise.stages.adapting import quantization
-from rankwise.stages.depth import asked, depth_facts, idle, prepared
+from rankwise.stages.depth import asked, depth_facts, gate_rate, idle, prepared
 from rankwise.stages.rendering import decode_aside, renderer_for
 from rankwise.stages.scheduling import schedule_of
 from rankwise.stages.towers import train_use
@@ -126,7 +126,12 @@ def facts(
     }
 
 
+def rates_of(config: TrainConfig) -> dict[str, float]:
+    """Tower → learning rate, of those with one of their own; the depth tower is the gate."""
+    return {**train_use(config.towers).rates, **gate_rate(config.depth)}
+
+
 def tower_facts(config: TrainConfig, full: Sequence[str]) -> dict[str, Any]:
     """Of a run in which not all is an adapter at one rate."""
-    rates = train_use(config.towers).rates
-    return {**({"full": list(full)} if full else {}), **({"tower_rates": dict(rates)} if rates else {})}
+    rates = rates_of(config)
+    return {**({"full": list(full)} if full else {}), **({"tower_rates": rates} if rates else {})}

@@ -69,14 +69,14 @@ def packaged_recipe(given: Path) -> Path | None:
 
 
 def options_for(path: Path, command: str) -> dict[str, Any]:
-    """The options of a recipe's one stage of this command, for running it alone: below `runs/<recipe>`, as `run` does."""
+    """The options of a recipe's one stage of this command, for running it alone, below `runs/<recipe>` as `run` does."""
     recipe = load_recipe(path, DEFAULT_RUNS / path.stem)
     found = [stage for stage in recipe.stages if stage.command == command]
     if len(found) != 1:
         commands = ", ".join(dict.fromkeys(stage.command for stage in recipe.stages))
         raise UsageError(
-            f"{path} is a recipe with {len(found)} stages of the command {command!r} (it has {commands}); `rankwise run` "
-            "runs all of it"
+            f"{path} is a recipe with {len(found)} stages of the command {command!r} (it has {commands}); "
+            "`rankwise run` runs all of it"
         )
     return found[0].options
 

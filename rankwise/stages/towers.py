@@ -68,9 +68,9 @@ def rates_of(section: TowersSection) -> dict[str, float]:
     return found
 
 
-def check_rates(use: TowerUse, training: Mapping[str, Any]) -> None:
+def check_rates(rates: Mapping[str, float], training: Mapping[str, Any]) -> None:
     """UsageError where DeepSpeed makes the optimizer, which knows one rate."""
-    if use.rates and training.get("deepspeed"):
+    if rates and training.get("deepspeed"):
         raise UsageError("learning rates per tower do not work under DeepSpeed; use FSDP2 (--fsdp) instead")
 
 

@@ -8,22 +8,20 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 
 from rankwise.config import TrainConfig
-from rankwise.data import PackedDataset
 from rankwise.errors import UsageError
 from rankwise.nets.adapt import MOVES_BASE, lora_pairs
 from rankwise.nets.depth import attach_depth
 from rankwise.nets.sites import model_sites
 from rankwise.nets.towers import full_sites
 from rankwise.stages import training as shared
-from rankwise.stages.adapting import adapted, check_lora, described_target, planned, quantization, settings_of
+from rankwise.stages.adapting import adapted, check_lora, described_target, planned, quantization
 from rankwise.stages.depth import asked, depth_lines, gate_module, save_depth
-from rankwise.stages.estimate import Rows, check_estimate, estimate, show
+from rankwise.stages.estimate import check_estimate, estimated
 from rankwise.stages.outcome import SPLIT_FILE, adapter_folder, finish
-from rankwise.stages.preparing import prepare, read_split
-from rankwise.stages.rendering import renderer_for
+from rankwise.stages.preparing import prepare, rates_of
 from rankwise.stages.scheduling import gradient_norms, phase_keeper, schedule_of
 from rankwise.stages.towers import check_rates, full_of, train_use, trained_lines, words
 from rankwise.store.files import read_object, write_json
@@ -65,7 +63,7 @@ def run(config: TrainConfig) -> Path:
             job,
             checkpoint,
             loraplus_lr_ratio=config.lora.loraplus_lr_ratio,
-            tower_rates=towers.rates,
+            tower_rates=rates_of(config),
             phases=keeper,
             gradients=gradient_norms(config.phases, keeper, arguments),
         )
@@ -88,31 +86,9 @@ def check(config: TrainConfig) -> None:
     if not config.model.model_name and not config.lora.lora_config:
         raise UsageError("train needs a base model: --model_name FOLDER_OR_HUB_ID")
     check_lora(config.lora)
-    check_rates(train_use(config.towers), config.training)
+    check_rates(rates_of(config), config.training)
     schedule_of(config.phases)
     asked(config.depth)
-
-
-def estimated(config: TrainConfig, name: str, arguments: TrainingArguments) -> Path:
-    """Print what the run would take instead of running it; returns the folder that it would have."""
-    skeleton, towers = shared.structure(config.model, name), train_use(config.towers)
-    full = full_of(skeleton, towers)
-    plan, _ = planned(config.lora, model_sites(skeleton), name, towers.lora)
-    settings = settings_of(config.lora, full)
-    rows = estimated_rows(config, name, skeleton)
-    show(estimate(config, name, arguments, skeleton, plan, settings, quantization(config.lora), rows), config.estimate)
-    return Path(config.output_dir)
-
-
-def estimated_rows(config: TrainConfig, name: str, skeleton: PreTrainedModel) -> Rows:
-    """The training rows as they would be, or rows of the greatest length where none are given."""
-    if not config.data.data_path:
-        return Rows(None, 0, None, config.data.max_seq_length)
-    renderer = renderer_for(config.data, config.model, name, skeleton.config)
-    _, split = read_split(config, sees_images=renderer.sight is not None)
-    rows = shared.rendered(split.train, renderer)
-    chosen = PackedDataset(rows, renderer.limit) if config.packing else rows
-    return Rows(chosen, renderer.tokenizer.pad_token_id or 0, renderer.sight, renderer.limit)
 
 
 def base_name(config: TrainConfig) -> str:
