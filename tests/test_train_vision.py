@@ -24,7 +24,7 @@ from rankwise.config import DataSection, ModelSection
 from rankwise.data import load
 from rankwise.nets.adapt import adapt
 from rankwise.nets.adapters import load_adapter
-from rankwise.nets.load import load_config, load_model
+from rankwise.nets.load import load_config, load_model, load_processor
 from rankwise.nets.sites import tower_of, tower_prefixes
 from rankwise.score.generate import GenerationSettings, HFGenerator
 from rankwise.stages.rendering import decode_aside, renderer_for
@@ -174,6 +174,21 @@ def test_pictures_that_differ_only_in_content_make_the_same_prompt(smolvlm: Path
     assert renderer.sight is not None
     assert renderer.sight.expansion("0.png") == renderer.sight.expansion("1.png")
     assert len(renderer.sight._expansions) == 1
+
+
+def test_a_fine_tuned_model_is_saved_with_its_processor(smolvlm: Path, data: Path, tmp_path: Path) -> None:
+    """--save checkpoints makes folders that load as the model they came from, ready to see."""
+    line = f"finetune --model_name {smolvlm} --data_path {data} --image_folder {data.parent / 'images'} -o {tmp_path}"
+    more = "--subset_ratio 0.2 --full projector,vision --freeze language --save checkpoints --use_cpu --batch_size 4"
+    assert cli.main([*line.split(), *more.split()]) == 0
+    for name in ("pretrained", "finetuned"):
+        processor = load_processor(str(tmp_path / name))
+        assert type(processor) is type(load_processor(str(smolvlm)))
+        assert processor.tokenizer.chat_template
+    before, after = (load_model(str(tmp_path / name), torch.float32) for name in ("pretrained", "finetuned"))
+    towers = tower_prefixes(before)
+    moved = {name for name, value in before.named_parameters() if not torch.equal(value, after.get_parameter(name))}
+    assert {tower_of(name, towers) for name in moved} == {"vision", "projector"}
 
 
 def test_worker_processes_change_nothing(smolvlm: Path, data: Path, tmp_path: Path) -> None:

@@ -199,7 +199,8 @@ class ReportConfig:
 class DemoConfig:
     """The whole flow on a model and data that it makes itself, offline, on a CPU."""
 
-    output_dir: str = option("runs/demo", help="run folder", short="-o")
+    output_dir: str | None = option(help="run folder [runs/demo, or runs/demo-vision]", short="-o")
+    vision: bool = option(False, help="a model that sees, and questions about pictures that it draws itself")
     seed: int = option(42, help="one seed for everything")
     quick: bool = option(False, help="a few steps of everything: for tests; the scores mean nothing")
 

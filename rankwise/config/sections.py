@@ -151,6 +151,7 @@ class DepthSection(DepthUseSection):
     depth_gate: str = option(
         "learned", choices=("learned", "none"), help="learned: a scalar that starts at 0; none: 1, as first documented"
     )
+    depth_lr: float | None = option(help="learning rate of the learned gate [0.03: it has far to go from 0]")
     depth_layout: str = option("split", choices=("split", "interleaved"), help="sines before cosines, or by turns")
 
 

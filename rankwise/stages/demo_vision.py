@@ -1,21 +1,29 @@
 """What `rankwise demo --vision` makes before its recipe runs: pictures that it draws, and a base that has seen some.
 
-captioned pictures ── pretrain ──▶ base/          it says what is where, and has never been asked anything
-questions about others ──────────▶ data/          train.json, and heldout.json about pairs that train.json lacks
+pictures ── pretrain (Eye) ──────▶ vision tower   it tells what is in each quarter of a picture
+captions ── pretrain ────────────▶ base/          it says what is where, and has never been asked anything
+questions about other pictures ──▶ data/          train.json, and heldout.json about pairs that train.json lacks
 """
 
 from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from rankwise.data import Collator, Example, ImageReader, RenderedDataset, Renderer, Sight
-from rankwise.data.drawings import captioned, write_conversations
+from rankwise.data.drawing_talk import captioned, seen, write_conversations
+from rankwise.data.drawings import FEATURES, contents
 from rankwise.data.layout import without_images
 from rankwise.data.sources import load
-from rankwise.nets.tiny_vision import processor_of, random_smolvlm, save_tokenizer
+from rankwise.nets.tiny_vision import Eye, processor_of, random_smolvlm, save_tokenizer
 from rankwise.show.format import amount, duration
 from rankwise.store.files import atomic_folder
 from rankwise.train.pretrain import pretrain
@@ -29,15 +37,17 @@ class World:
 
     pictures: int = 6000
     vocabulary: int = 400
-    steps: int = 1200
+    eye_steps: int = 180
+    eye_batch_size: int = 32
+    steps: int = 1400
     batch_size: int = 16
     learning_rate: float = 3e-3
-    train_rows: int = 400
+    train_rows: int = 800
     turns: int = 3
-    held_out_rows: int = 100
+    held_out_rows: int = 200
 
 
-QUICK = World(pictures=60, vocabulary=340, steps=4, train_rows=24, held_out_rows=10)
+QUICK = World(pictures=60, vocabulary=340, eye_steps=2, steps=4, train_rows=24, held_out_rows=10)
 
 
 def make(folder: Path, world: World, seed: int) -> None:
@@ -61,7 +71,9 @@ def make_base(folder: Path, data: Path, world: World, seed: int) -> None:
     if folder.is_dir():
         return
     started = time.monotonic()
-    examples = captioned(random.Random(seed), world.pictures)
+    generator = random.Random(seed)
+    pictures = seen(generator, world.pictures)
+    examples = captioned(pictures, generator)
     asked = list(load("conversations", data / TRAIN))
     with atomic_folder(folder) as made:
         tokenizer = save_tokenizer(made, spoken([*asked, *examples[:2000]]), world.vocabulary)
@@ -72,6 +84,16 @@ def make_base(folder: Path, data: Path, world: World, seed: int) -> None:
         print(f"base: {what}", flush=True)
         sight = Sight(processor, ImageReader(data))
         renderer = Renderer(tokenizer, style="chat", sight=sight)
+        lesson = [{"url": url, "contents": contents(scene)} for scene, url in pictures]
+        pretrain(
+            Eye(model, [1 + len(names) for names in FEATURES.values()]),
+            lesson,
+            partial(eye_batch, sight),
+            steps=world.eye_steps,
+            batch_size=world.eye_batch_size,
+            learning_rate=world.learning_rate,
+            seed=seed,
+        )
         loss = pretrain(
             model,
             RenderedDataset(examples, renderer),
@@ -83,6 +105,12 @@ def make_base(folder: Path, data: Path, world: World, seed: int) -> None:
         )
         model.save_pretrained(made)
     print(f"base: loss {loss:.2f} nats per token after {duration(time.monotonic() - started)}", flush=True)
+
+
+def eye_batch(sight: Sight, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Pictures as the processor makes them, (pictures, 3, side, side), and what is in their quarters."""
+    pixels = sight.inputs([row["url"] for row in rows])["pixel_values"]
+    return {"pixel_values": pixels.flatten(0, 1), "labels": torch.tensor([row["contents"] for row in rows])}
 
 
 def spoken(examples: list[Example]) -> list[str]:

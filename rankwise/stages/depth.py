@@ -6,7 +6,7 @@ settings + images ── prepared ──▶ depth.json's settings, and a Sight t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from rankwise.nets.depth_settings import DepthSettings, read_depth, write_depth
 from rankwise.store.checkpoint import resolve
 from rankwise.store.processes import announce, gathered, own_share, process_index
 
+GATE_RATE = 0.03  # at an adapter's rate the gate stays near its start, 0 (benchmarks/depth_evidence.py)
 CACHE = Path("~/.cache/rankwise/depth")
 ESTIMATED = ("estimated", "shuffled", "permuted")  # controls that look at estimated depth
 PATH_FREE = ("estimator", "gate_value")
@@ -53,15 +54,20 @@ def asked(section: DepthSection) -> DepthSettings | None:
     )
 
 
-def gate_rate(section: DepthSection) -> dict[str, float]:
-    """The rate of the gate's tower where it has one of its own. UsageError where there is no gate to train."""
+def gate_rate(section: DepthSection, training: Mapping[str, Any]) -> dict[str, float]:
+    """The rate of the gate's tower. Under DeepSpeed, whose optimizer knows one rate, the common one by default.
+
+    UsageError where --depth_lr is no rate, or there is no gate to train.
+    """
     rate = section.depth_lr
-    if rate is None or not section.use_depth:
-        return {}
-    if section.depth_gate != "learned":
+    if rate is not None and section.use_depth and section.depth_gate != "learned":
         raise UsageError(f"--depth_lr: with --depth_gate {section.depth_gate} there is no gate to train")
-    if not 0 <= rate < float("inf"):
+    if rate is not None and not 0 <= rate < float("inf"):
         raise UsageError(f"--depth_lr must be at least 0, got {rate}")
+    if not section.use_depth or section.depth_gate != "learned":
+        return {}
+    if rate is None:
+        return {} if training.get("deepspeed") else {"depth": GATE_RATE}
     return {"depth": rate}
 
 

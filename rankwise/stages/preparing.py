@@ -128,7 +128,7 @@ def facts(
 
 def rates_of(config: TrainConfig) -> dict[str, float]:
     """Tower → learning rate, of those with one of their own; the depth tower is the gate."""
-    return {**train_use(config.towers).rates, **gate_rate(config.depth)}
+    return {**train_use(config.towers).rates, **gate_rate(config.depth, config.training)}
 
 
 def tower_facts(config: TrainConfig, full: Sequence[str]) -> dict[str, Any]:

@@ -82,10 +82,10 @@ def train_lora(
 def save_checkpoint(
     model: PreTrainedModel, renderer: Renderer, folder: Path, state: Mapping[str, Tensor] | None = None
 ) -> None:
-    """A Hugging Face folder in float32 with its tokenizer, whole or not at all."""
+    """A Hugging Face folder in float32 with its tokenizer or processor, whole or not at all."""
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary, state_dict=state, max_shard_size=MAX_SHARD)
-        renderer.tokenizer.save_pretrained(temporary)
+        (renderer.sight.processor if renderer.sight else renderer.tokenizer).save_pretrained(temporary)
 
 
 def delta_facts(

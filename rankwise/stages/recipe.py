@@ -69,7 +69,7 @@ def packaged_recipe(given: Path) -> Path | None:
 
 
 def options_for(path: Path, command: str) -> dict[str, Any]:
-    """The options of a recipe's one stage of this command, for running it alone, below `runs/<recipe>` as `run` does."""
+    """The options of a recipe's one stage of this command, to run it alone, below `runs/<recipe>` as `run` does."""
     recipe = load_recipe(path, DEFAULT_RUNS / path.stem)
     found = [stage for stage in recipe.stages if stage.command == command]
     if len(found) != 1:
