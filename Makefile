@@ -17,10 +17,13 @@ CREATE := $(PYTHON) -m venv $(VENV)
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 endif
 
-.PHONY: demo test lint bench-ranks clean
+.PHONY: demo demo-vision test lint bench-ranks clean
 
 demo: $(VENV)/.demo
 	$(BIN)/rankwise demo
+
+demo-vision: $(VENV)/.demo
+	$(BIN)/rankwise demo --vision
 
 test: $(VENV)/.test
 	$(BIN)/ruff check rankwise tests benchmarks

@@ -179,7 +179,7 @@ def test_pictures_that_differ_only_in_content_make_the_same_prompt(smolvlm: Path
 def test_a_fine_tuned_model_is_saved_with_its_processor(smolvlm: Path, data: Path, tmp_path: Path) -> None:
     """--save checkpoints makes folders that load as the model they came from, ready to see."""
     line = f"finetune --model_name {smolvlm} --data_path {data} --image_folder {data.parent / 'images'} -o {tmp_path}"
-    more = "--subset_ratio 0.2 --full projector,vision --freeze language --save checkpoints --use_cpu --batch_size 4"
+    more = "--subset_ratio 0.2 --full projector,vision --freeze language --save checkpoints --use_cpu --num_epochs 9"
     assert cli.main([*line.split(), *more.split()]) == 0
     for name in ("pretrained", "finetuned"):
         processor = load_processor(str(tmp_path / name))

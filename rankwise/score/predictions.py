@@ -1,6 +1,6 @@
 """The file of predictions: one JSON line each, on the disk as soon as it is known, with what made them beside it.
 
-predictions.jsonl            {"id", "prompt", "prediction", "references"} per line, and "scores" of labels
+predictions.jsonl            {"id", "prompt", "prediction", "references"} per line, and "scores" of labels, "images"
 predictions.settings.json    engine, decoding, model and data that made them: others must not be mixed in
 predictions.part1.jsonl      what process 1 of several has made so far; the first process joins the parts at the end
 """
@@ -16,6 +16,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from rankwise.data import Example
+from rankwise.data.layout import without_images
 from rankwise.errors import DataError, UsageError
 from rankwise.score.generate import Answering
 from rankwise.store.files import read_object, write_json
@@ -26,7 +27,8 @@ from rankwise.store.processes import gathered, own_share, process_index
 class Prediction:
     """One generated text, or chosen label, with what it was made from and is compared with.
 
-    scores: log-likelihood of every label where the label was chosen by them.
+    scores: log-likelihood of every label where the label was chosen by them. images: references as the data have
+    them; question: the last user turn without its image slots, for rows with images.
     """
 
     id: str
@@ -34,11 +36,15 @@ class Prediction:
     prediction: str
     references: tuple[str, ...]
     scores: dict[str, float] | None = None
+    images: tuple[str, ...] = ()
+    question: str | None = None
 
     def line(self) -> str:
         row = asdict(self)
         if self.scores is None:
             del row["scores"]
+        if not self.images:
+            del row["images"], row["question"]
         return json.dumps(row, ensure_ascii=False) + "\n"
 
 
@@ -82,12 +88,21 @@ def _generate(generator: Answering, examples: Sequence[Example], path: Path, bef
         for generated in generator.generate(examples) if examples else ():
             example = examples[generated.position]
             scores = None if generated.scores is None else dict(generated.scores)
-            prediction = Prediction(example.id, generated.prompt, generated.text, example.references, scores)
+            answer = (generated.prompt, generated.text, example.references)
+            prediction = Prediction(example.id, *answer, scores, example.images, _question(example))
             file.write(prediction.line())
             file.flush()
             made[example.id] = prediction
             bar.update()
     return made
+
+
+def _question(example: Example) -> str | None:
+    """What is asked about the pictures, for eyes: the prompt has it between the family's image tokens."""
+    if not example.images:
+        return None
+    asked = [turn.text for turn in without_images(example).turns if turn.role == "user"]
+    return asked[-1]
 
 
 def _part(path: Path, rank: int) -> Path:
@@ -157,6 +172,8 @@ def _read(path: Path, references: Mapping[str, tuple[str, ...]]) -> dict[str, Pr
 def _parsed(line: str, path: Path, number: int) -> Prediction:
     try:
         row = json.loads(line)
-        return Prediction(row["id"], row["prompt"], row["prediction"], tuple(row["references"]), row.get("scores"))
+        answer = (row["prompt"], row["prediction"], tuple(row["references"]))
+        seen = (tuple(row.get("images", ())), row.get("question"))
+        return Prediction(row["id"], *answer, row.get("scores"), *seen)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise DataError(f"{path}, line {number}: not a prediction ({error}); delete the file to start anew") from error

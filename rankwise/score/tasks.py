@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any
 from rankwise.data import Example, Examples, load, one_per_prompt
 from rankwise.data.sources import multi_nli
 from rankwise.errors import UsageError
-from rankwise.score import classify, sql
+from rankwise.score import answers, classify, sql
 from rankwise.score.generate import Generator
 from rankwise.score.predictions import Prediction, predict
 from rankwise.score.result import EvaluationResult, Scores, installed
@@ -75,6 +76,7 @@ TASKS = {
             classify.check_installed,
             labels=multi_nli.LABELS,
         ),
+        Task("conversations", "conversations", "exact_match", answers.score_answers, answers.check_installed),
     )
 }
 
@@ -115,9 +117,20 @@ def evaluate(
         metrics=scores.metrics,
         intervals=scores.intervals,
         n=scores.n,
-        settings={**engine.settings, "scoring": scores.details, "made_from": dict(made_from or {})},
+        settings={
+            **engine.settings,
+            **pictures_of(generator, predictions, folder),
+            "scoring": scores.details,
+            "made_from": dict(made_from or {}),
+        },
         versions=installed(LIBRARIES),
         unavailable=scores.unavailable,
     )
     result.save(folder)
     return result
+
+
+def pictures_of(generator: Generator, predictions: Sequence[Prediction], folder: Path) -> dict[str, str]:
+    """`image_folder`: where the predictions' image paths start, as a path from `folder`; {} where none has images."""
+    sight = generator.renderer.sight if any(prediction.images for prediction in predictions) else None
+    return {"image_folder": Path(os.path.relpath(sight.reader.folder, folder)).as_posix()} if sight else {}

@@ -48,6 +48,33 @@ class Examples:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What somebody said; `right` is None where nothing can be right or wrong."""
+
+    said_by: str
+    text: str
+    right: bool | None = None
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A picture, what was asked about it, and the answers."""
+
+    picture: Picture
+    asked: str
+    answers: Sequence[Answer]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Small pictures with what was said about them, in a grid."""
+
+    shots: Sequence[Shot]
+    note: str = ""
+    kind: str = "gallery"
+
+
+@dataclass(frozen=True)
 class Folded:
     """Details that are closed until asked for: blocks, or one verbatim text."""
 
@@ -57,7 +84,7 @@ class Folded:
     kind: str = "folded"
 
 
-Block = Table | Picture | Words | Examples | Folded
+Block = Table | Picture | Words | Examples | Gallery | Folded
 
 
 @dataclass(frozen=True)

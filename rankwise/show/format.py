@@ -73,7 +73,7 @@ def metric_name(name: str) -> str:
         return f"{family.upper()}-{rest.capitalize()}" if rest else family.upper()
     if family in SCORE_FAMILIES:
         return f"{family.upper()} ({rest.replace('_', ' ')})"
-    return name.replace("_", " ")
+    return name.replace("_", " ").replace(" f1", " F1")
 
 
 def is_number(value: Any) -> bool:

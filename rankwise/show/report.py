@@ -21,12 +21,13 @@ from PIL import Image
 
 from rankwise.errors import DataError
 from rankwise.score import forgetting
-from rankwise.show.blocks import Block, Figure, Page, Picture, Section, Words
+from rankwise.show.blocks import Block, Figure, Gallery, Page, Picture, Section, Words
 from rankwise.show.canvas import DPI
 from rankwise.show.contents import Contents, Scored, Stage, printable
 from rankwise.show.curves import shared_metrics
 from rankwise.show.drawing import Drawings, draw
 from rankwise.show.format import amount, duration, is_number, metric_name, percent, plural, score
+from rankwise.show.gallery import gallery
 from rankwise.show.reading import read_run
 from rankwise.show.score_blocks import score_blocks
 from rankwise.show.sections import appendix, sections_of
@@ -55,8 +56,10 @@ def build_report(run: Path, out: Path | None = None, title: str | None = None) -
     out = Path(out) if out else run / "report.html"
     contents = read_run(run)
     tasks = by_task(contents.scores)
-    drawings = draw(contents, tasks, out.with_name(f"{out.stem}_files"))
-    page = compose(contents, tasks, drawings, title or run.resolve().name)
+    files = out.with_name(f"{out.stem}_files")
+    drawings = draw(contents, tasks, files)
+    seen = {task: gallery(results, run, files) for task, results in tasks.items()}
+    page = compose(contents, tasks, drawings, seen, title or run.resolve().name)
     write_text(out.with_suffix(".md"), render(page, "report.md.j2", out.parent))
     return write_text(out.with_suffix(".html"), render(page, "report.html.j2", out.parent))
 
@@ -69,14 +72,22 @@ def by_task(scores: Sequence[Scored]) -> dict[str, list[Scored]]:
     return tasks
 
 
-def compose(contents: Contents, tasks: dict[str, list[Scored]], drawings: Drawings, title: str) -> Page:
+def compose(
+    contents: Contents,
+    tasks: dict[str, list[Scored]],
+    drawings: Drawings,
+    seen: dict[str, Gallery | None],
+    title: str,
+) -> Page:
     """The page in no format yet."""
     heat = [picture for where, _ in contents.plans for picture in drawings.of(where, "ranks_heatmap")]
     lead: list[Block] = list(heat)
     if not drawings.possible:
         lead.append(Words("Pictures are not drawn: matplotlib is not installed (pip install 'rankwise[plots]')."))
     scored = [
-        Section(f"Scores · {task}" if task else "Scores", score_blocks(results, drawings.of(task, "scores")))
+        Section(
+            f"Scores · {task}" if task else "Scores", score_blocks(results, drawings.of(task, "scores"), seen[task])
+        )
         for task, results in tasks.items()
     ]
     return Page(

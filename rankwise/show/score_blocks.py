@@ -6,15 +6,16 @@ from collections.abc import Sequence
 
 from rankwise.score.classify import confusion_table
 from rankwise.score.result import EvaluationResult
-from rankwise.show.blocks import Block, Examples, Folded, Picture, Table
+from rankwise.show.blocks import Block, Examples, Folded, Gallery, Picture, Table
 from rankwise.show.contents import Scored, printable
 from rankwise.show.format import metric_name, number, score
+from rankwise.show.gallery import MARKED
 
 MOST_EXAMPLES = 3
 
 
-def score_blocks(results: Sequence[Scored], pictures: Sequence[Picture]) -> list[Block]:
-    """One table of all results of a task, the bars, and the first items side by side."""
+def score_blocks(results: Sequence[Scored], pictures: Sequence[Picture], seen: Gallery | None = None) -> list[Block]:
+    """One table of all results of a task, the bars, and the first items side by side: with their pictures, if any."""
     metrics = dict.fromkeys(name for one in results for name in (*one.result.metrics, *one.result.unavailable))
     rows = [[printable(metric_name(name), 40), *(score_cell(one.result, name) for one in results)] for name in metrics]
     rows.append(["items", *(number(one.result.n) for one in results)])
@@ -24,7 +25,20 @@ def score_blocks(results: Sequence[Scored], pictures: Sequence[Picture]) -> list
     )
     header = ("", *(printable(one.label, 40) for one in results))
     table = Table(header, rows, note=printable(" ".join([*notes, *reasons])))
-    return [*pictures, table, *confusions(results), *examples(results)]
+    shown = [seen] if seen else examples(results)
+    return [*pictures, table, *confusions(results), *types(results), *shown]
+
+
+def types(results: Sequence[Scored]) -> list[Block]:
+    """Exact match by type of item, where the rows have types: one column a result."""
+    found = [one.result.settings.get("scoring", {}).get("by_type") for one in results]
+    if not all(isinstance(one, dict) for one in found):
+        return []
+    names = dict.fromkeys(name for one in found for name in one)
+    rows = [
+        [printable(name, 40), *(score(one[name][MARKED]) if name in one else "" for one in found)] for name in names
+    ]
+    return [Table(("exact match of", *(printable(one.label, 40) for one in results)), rows)]
 
 
 def confusions(results: Sequence[Scored]) -> list[Block]:

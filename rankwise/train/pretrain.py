@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from rankwise.data import Collator
 from rankwise.train.arguments import build_arguments
 from rankwise.train.trainer import RankwiseTrainer
 
@@ -23,9 +23,9 @@ def text_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
 
 
 def pretrain(
-    model: PreTrainedModel,
+    model: nn.Module,
     rows: Rows,
-    collator: Collator,
+    collator: Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]],
     *,
     steps: int,
     batch_size: int,

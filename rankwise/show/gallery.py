@@ -1,0 +1,97 @@
+"""The part of a report that shows what was seen: pictures with their question, reference and every result's answer.
+
+predictions.jsonl (question, images) + the image folder of evaluation_results.json ──▶ thumbnails ──▶ Gallery
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from rankwise.data import BadImage, ImageReader
+from rankwise.score.answers import exact_match
+from rankwise.show.blocks import Answer, Gallery, Picture, Shot
+from rankwise.show.contents import Scored, printable
+from rankwise.show.format import plural
+from rankwise.store.files import atomic_write
+
+MOST_SHOTS = 12
+THUMBNAIL = 192  # pixels of the longer side: sharp at 128 CSS pixels, and twelve of them stay below a megabyte
+MOST_WORDS = 100  # characters of a question or an answer
+NOTHING = "(nothing)"
+MARKED = "exact_match"  # a task with this metric has right and wrong answers
+
+
+def gallery(results: Sequence[Scored], run: Path, folder: Path) -> Gallery | None:
+    """Pictures that every result of a task has answered, their thumbnails written into `folder`.
+
+    They are spread evenly over the file: its order is that of the work, which puts like questions together.
+
+    None where the items have no pictures. A picture that cannot be read is left out, and the note says how many.
+    """
+    answered = [one for one in results if one.predictions]
+    source = next((one for one in answered if "image_folder" in one.result.settings), None)
+    if source is None:
+        return None
+    reader = ImageReader(run / source.folder / str(source.result.settings["image_folder"]))
+    seen = {key: row for key, row in source.predictions.items() if pictures_of(row)}
+    ids = spread([key for key in seen if all(key in one.predictions for one in answered)])
+    shots, lost = [], []
+    for number, key in enumerate(ids):
+        path = folder / f"seen_{source.result.task}_{number:02d}.png"
+        try:
+            picture = thumbnail(reader, seen[key], path)
+        except BadImage as reason:
+            lost.append(str(reason))
+        else:
+            shots.append(shot(picture, key, seen[key], answered))
+    return Gallery(shots, note(len(ids), len(seen), lost)) if ids else None
+
+
+def spread(ids: Sequence[str]) -> list[str]:
+    """Up to `MOST_SHOTS` of them, the first one and others at equal distances."""
+    step = max(1.0, len(ids) / MOST_SHOTS)
+    return [ids[int(number * step)] for number in range(min(len(ids), MOST_SHOTS))]
+
+
+def pictures_of(row: Mapping[str, Any]) -> list[str]:
+    images = row.get("images")
+    return [image for image in images if isinstance(image, str)] if isinstance(images, list) else []
+
+
+def thumbnail(reader: ImageReader, row: Mapping[str, Any], path: Path) -> Picture:
+    """The row's first picture, made smaller where it is large."""
+    references = pictures_of(row)
+    image = reader.open(references[0])
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    content = io.BytesIO()
+    image.save(content, "PNG", optimize=True)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content.getvalue())
+    more = f" (the first of {len(references)})" if len(references) > 1 else ""
+    return Picture(path, printable(references[0], 80) + more)
+
+
+def shot(picture: Picture, key: str, row: Mapping[str, Any], results: Sequence[Scored]) -> Shot:
+    references = [str(text) for text in row.get("references") or [""]]
+    asked = printable(row.get("question", row.get("prompt", key)), MOST_WORDS)
+    given = [answer(one, str(one.predictions[key].get("prediction", "")), references) for one in results]
+    return Shot(picture, asked, [Answer("reference", printable(references[0], MOST_WORDS)), *given])
+
+
+def answer(one: Scored, text: str, references: Sequence[str]) -> Answer:
+    right = None
+    if MARKED in one.result.metrics:
+        right = any(exact_match(text, reference) for reference in references)
+    return Answer(printable(one.label, 40), printable(text, MOST_WORDS).strip() or NOTHING, right)
+
+
+def note(shown: int, count: int, lost: Sequence[str]) -> str:
+    said = f"{shown} pictures of {count}, spread evenly over the file and not chosen." if shown < count else ""
+    if lost:
+        said += f"{' ' if said else ''}{plural(len(lost), 'picture')} could not be read: {printable(lost[0], 200)}."
+    return said
