@@ -138,8 +138,8 @@ def parameters_figure(contents: Contents) -> list[Figure]:
     trained = fact(contents.stages, "train", "trainable_parameters")
     if trained is None and contents.sites:
         trained = contents.sites[-1][1].parameters
-    full = fact(contents.stages, "finetune", "trainable_parameters") or fact(
-        contents.stages, "train", "total_parameters"
+    full = fact(contents.stages, "train", "total_parameters") or fact(
+        contents.stages, "finetune", "trainable_parameters"
     )
     whole = "of full fine-tuning"
     if contents.plans and (trained is None or full is None):

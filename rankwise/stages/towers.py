@@ -145,4 +145,4 @@ def sites_line(plan: RankPlan, tower: str) -> str:
 def full_line(model: PreTrainedModel, paths: Sequence[str], tower: str) -> str:
     count = sum(parameter.numel() for path in paths for parameter in model.get_submodule(path).parameters())
     shown = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-    return f"training the {tower} tower in full: {shown} ({count:,} parameters)"
+    return f"training the {tower} tower in full: {shown} ({plural(count, 'parameter')})"
