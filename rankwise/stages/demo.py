@@ -122,8 +122,8 @@ def prompts(data: Path) -> list[str]:
 
 def summary(folder: Path, seconds: float, metrics: Sequence[str]) -> str:
     before, after = (EvaluationResult.load(folder / name) for name in ("before", "after"))
-    trained = read_object(folder / "train" / "manifest.json")["stages"]["train"]["trainable_parameters"]
-    full = read_object(folder / "probe" / "manifest.json")["stages"]["finetune"]["trainable_parameters"]
+    facts = read_object(folder / "train" / "manifest.json")["stages"]["train"]
+    trained, full = facts["trainable_parameters"], facts["total_parameters"]
     lines = [f"{name:<12}{before[name]:6.1f} → {after[name]:5.1f}" for name in metrics]
     lines.append(f"trained {trained:,} parameters of {full:,}: {trained / full:.1%} of full fine-tuning")
     lines.append(f"{duration(seconds)} in all; the report: {folder / 'report.html'}")
