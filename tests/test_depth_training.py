@@ -81,7 +81,7 @@ def test_training_learns_the_gate(family: str, place: Path, tmp_path: Path, caps
     assert cli.main(words(place, family, out)) == 0
     said = capsys.readouterr().out
     assert "depth: 12 maps made" in said
-    assert "training the depth tower in full: model.depth_preproc (1 parameters)" in said
+    assert "training the depth tower in full: model.depth_preproc (1 parameter)" in said
     weights = load_file(out / "adapter_model.safetensors")
     gates = [value for name, value in weights.items() if "depth_preproc" in name]
     assert len(gates) == 1 and gates[0] != 0
