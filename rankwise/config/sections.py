@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from rankwise.options import option
 
-TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli", "cota", "conversations")
-SCORED_TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli", "conversations")
+TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli", "labels", "cota", "conversations")
+SCORED_TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli", "labels", "conversations")
 SPLITS = ("train", "dev", "test", "dev_matched", "dev_mismatched")
 TOWERS = ("language", "vision", "projector", "depth", "unknown")
 TRAINED_TOWERS = ("language", "vision", "projector")
@@ -41,8 +41,8 @@ class DataSection:
     data_path: str | None = option(help="file, folder or hub id of the data", aliases=("dataset_dir",))
     prompt: str = option(
         "auto",
-        choices=("auto", "sections", "chat"),
-        help="headed sections, or the chat template; auto: the template where a model sees images",
+        choices=("auto", "sections", "chat", "raw"),
+        help="headed sections, the chat template, or the texts alone; auto: the template where a model sees images",
     )
     max_seq_length: int = option(2048, help="tokens of one sample, prompt and answer", aliases=("max_length",))
     overlong: str = option(
@@ -53,7 +53,14 @@ class DataSection:
     allow_outside: bool = option(False, help="read images by absolute paths, `..` and links out of the image folder")
     allow_urls: bool = option(False, help="fetch images by http(s) from public addresses")
     repeat_image: bool = option(False, help="one image may fill several <image> placeholders of a row")
+    aux_reason: bool = option(
+        False, help="labels: learn the teacher's reason too, as the answer to a second question; never in the prompt"
+    )
     download: bool = option(False, help="fetch the official files that the folder --data_path lacks (extra: data)")
+    device_target: str | None = option(
+        help="device.json or a folder with one: images and prompts as on that device; none: without one [the one "
+        "beside the data or the model, where there is one]"
+    )
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,7 @@ class ScoredData(DataSection):
     """Rows of a task that has scores."""
 
     task: str | None = option(
-        help="e2e_nlg, samsum, wikisql, multi_nli, conversations, or lm_eval:NAME of the evaluation harness",
+        help="e2e_nlg, samsum, wikisql, multi_nli, labels, conversations, or lm_eval:NAME of the evaluation harness",
         aliases=("dataset",),
     )
     overlong: str = option(

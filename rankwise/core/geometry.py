@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -137,3 +138,25 @@ def scaled_blocks(height: int, width: int, block: int, fewest: int, most: int) -
         crossing = (rows - 1) * width - (columns - 1) * height
         rows, columns = rows - (crossing >= 0), columns - (crossing <= 0)
     return rows, columns
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """An image scaled to fit a square and set in its middle: the scaled size and its top left corner, in pixels."""
+
+    width: int
+    height: int
+    left: int
+    top: int
+
+
+def letterbox(width: int, height: int, size: int) -> Letterbox:
+    """Where an image of this size lies in a square of `size` pixels, as the phone app computes it.
+
+    The factor and both products are single precision and cut down to whole pixels; the longest side is `size` by
+    definition (its product can come out as 255.99998, which would leave a line of padding).
+    """
+    sides = torch.tensor([width, height], dtype=torch.float32)
+    wide, tall = (max(1, int(side)) for side in sides * (size / sides).min())
+    wide, tall = (size if width >= height else wide), (size if height >= width else tall)
+    return Letterbox(wide, tall, (size - wide) // 2, (size - tall) // 2)

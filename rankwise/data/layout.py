@@ -55,6 +55,21 @@ def sections(example: Example, end: str) -> Layout:
     return Layout(tuple(before), tuple(answers))
 
 
+def raw(example: Example, image_token: str | None, end: str) -> Layout:
+    """The turns' texts and nothing else, an answer behind a space, `end` after each earlier answer: what an app without
+    a chat template sends."""
+    before, answers, text = [], [], ""
+    for turn in example.turns:
+        if turn.role == "assistant":
+            before.append(text)
+            answers.append(f" {turn.text}")
+            text = end
+        else:
+            slot = IMAGE_SLOT if image_token is None else image_token
+            text += ("\n" if text and not text.endswith(end) else "") + turn.text.replace(IMAGE_SLOT, slot)
+    return Layout(tuple(before), tuple(answers))
+
+
 def heading(turn: Turn) -> str:
     return f"### {turn.heading or HEADINGS[turn.role]}:"
 

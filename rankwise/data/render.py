@@ -14,17 +14,18 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.data.example import IMAGE_SLOT, Example
 from rankwise.data.images import BadImage
-from rankwise.data.layout import ChatTemplate, Layout, sections, without_images
+from rankwise.data.layout import ChatTemplate, Layout, raw, sections, without_images
 from rankwise.data.sight import Sight
 from rankwise.errors import DataError, UsageError
 
 IGNORED = -100
-STYLES = ("sections", "chat")
+STYLES = ("sections", "chat", "raw")
 OVERLONG = ("error", "drop", "truncate_source")
 
 
@@ -135,9 +136,11 @@ class Renderer:
         return str(text).strip()
 
     @property
-    def settings(self) -> dict[str, str | int]:
+    def settings(self) -> dict[str, Any]:
         """What decides how samples are rendered, for records and to tell runs apart."""
-        return {"prompt": self.style, "max_seq_length": self.limit, "overlong": self.overlong}
+        target = self.sight.target if self.sight else None
+        device = {"device": target.geometry} if target else {}
+        return {"prompt": self.style, "max_seq_length": self.limit, "overlong": self.overlong, **device}
 
     def _images(self, example: Example) -> tuple[str, ...]:
         return () if self.sight is None else example.images
@@ -207,9 +210,12 @@ class Renderer:
             check_slots(example, self.sight.image_token)
         if self.style == "chat":
             return self._template.layout(example)
+        end = str(self.tokenizer.convert_ids_to_tokens(self.end_ids[0]))
+        if self.style == "raw":
+            return raw(example, None if self.sight is None else self.sight.image_token, end)
         if example.images:
-            raise UsageError("images need the model's chat template: --prompt chat")
-        return sections(example, end=str(self.tokenizer.convert_ids_to_tokens(self.end_ids[0])))
+            raise UsageError("images need the model's chat template: --prompt chat (or raw)")
+        return sections(example, end)
 
     @cached_property
     def _template(self) -> ChatTemplate:

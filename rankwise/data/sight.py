@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from rankwise.data.device import DeviceReader, DeviceTarget
 from rankwise.data.images import BadImage, ImageReader, shown
 from rankwise.errors import UsageError
 
@@ -35,12 +36,13 @@ class ImageDepth(Protocol):
 class Sight:
     """A processor of transformers (or one with its interface), and where images come from.
 
-    depth: maps to give to a depth-aware model beside the pixels.
+    depth: maps to give to a depth-aware model beside the pixels. target: the device that processor and reader work as.
     """
 
     processor: ProcessorMixin
-    reader: ImageReader
+    reader: ImageReader | DeviceReader
     depth: ImageDepth | None = None
+    target: DeviceTarget | None = None
     _expansions: dict[tuple[int, int], str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:

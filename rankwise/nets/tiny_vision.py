@@ -52,7 +52,8 @@ TEXT = {
 SHUFFLE = 2
 IMAGE_TOKENS = (SIDE // int(VISION["patch_size"]) // SHUFFLE) ** 2
 START, END, PAD, IMAGE = "<|im_start|>", "<end_of_utterance>", "<|im_end|>", "<image>"
-SPECIALS = (START, PAD, END, "<fake_token_around_image>", IMAGE, "<global-img>")
+# The name of a tile is a token of its own, as in the family's vocabulary: llama.cpp cuts every image into tiles.
+SPECIALS = (START, PAD, END, "<fake_token_around_image>", IMAGE, "<global-img>", "<row_1_col_1>")
 BREAK = "\n\n"  # one token, as in the family's vocabulary; llama.cpp looks for it
 TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from rankwise.data import Collator, Example, ImageReader, RenderedDataset, Renderer, Sight
+from rankwise.data.device import DeviceReader, DeviceTarget
+from rankwise.data.device_processor import device_processor
 from rankwise.data.drawing_talk import captioned, seen, write_conversations
 from rankwise.data.drawings import FEATURES, contents
 from rankwise.data.layout import without_images
 from rankwise.data.sources import load
-from rankwise.nets.tiny_vision import Eye, processor_of, random_smolvlm, save_tokenizer
+from rankwise.nets.tiny_vision import SIDE, Eye, processor_of, random_smolvlm, save_tokenizer
 from rankwise.show.format import amount, duration
 from rankwise.store.files import atomic_folder
 from rankwise.train.pretrain import pretrain
@@ -82,13 +84,15 @@ def make_base(folder: Path, data: Path, world: World, seed: int) -> None:
         model = random_smolvlm(tokenizer, seed)
         what = f"a SmolVLM of {amount(model.num_parameters())} parameters sees {world.pictures:,} pictures"
         print(f"base: {what}", flush=True)
-        sight = Sight(processor, ImageReader(data))
+        target, reader = DeviceTarget(image_size=SIDE), ImageReader(data)
+        target.save(made)  # from here on everything sees pictures as llama.cpp will show them
+        sight = Sight(device_processor(processor, target), DeviceReader(reader, target), target=target)
         renderer = Renderer(tokenizer, style="chat", sight=sight)
         lesson = [{"url": url, "contents": contents(scene)} for scene, url in pictures]
         pretrain(
             Eye(model, [1 + len(names) for names in FEATURES.values()]),
             lesson,
-            partial(eye_batch, sight),
+            partial(eye_batch, Sight(processor, reader)),
             steps=world.eye_steps,
             batch_size=world.eye_batch_size,
             learning_rate=world.learning_rate,

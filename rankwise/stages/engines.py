@@ -21,8 +21,9 @@ from rankwise.nets.depth import attach_depth
 from rankwise.nets.depth_settings import DepthSettings
 from rankwise.nets.load import load_config, load_model, load_tokenizer
 from rankwise.nets.sites import torch_dtype
+from rankwise.score.classify import label_set
 from rankwise.score.generate import GenerationSettings, Generator, HFGenerator
-from rankwise.score.likelihood import answer_ids
+from rankwise.score.likelihood import longest_answer
 from rankwise.score.tasks import Task
 from rankwise.score.vllm_engine import VLLMGenerator
 from rankwise.stages.depth import prepared, trained_with
@@ -62,7 +63,7 @@ def base_and_adapter(path: str, base_model: str | None) -> tuple[str, Path | Non
 
 def subject(config: EvaluateConfig, base: str, adapter: Path | None) -> Subject:
     """The model with its adapter, and the renderer that its training used."""
-    renderer = renderer_for(config.data, ModelSection(model_name=base), base, load_config(base))
+    renderer = renderer_for(config.data, ModelSection(model_name=base), base, load_config(base), adapter)
     depth = trained_with(base, adapter, config.depth)
     if config.engine == "vllm":
         if depth:
@@ -110,8 +111,7 @@ def compared_base(config: EvaluateConfig, tested: Subject, documents: Sequence[s
 def generator(config: EvaluateConfig, tested: Subject, task: Task, examples: Sequence[Example]) -> Generator:
     """The engine, with a renderer that leaves room for what is generated, or for the longest label."""
     if by_likelihood(config, task):
-        cutting = replace(tested.renderer, overlong="truncate_source")
-        reserve = max(len(answer_ids(cutting, examples[0], label)) for label in task.labels)
+        reserve = longest_answer(tested.renderer, examples[0], label_set(examples))
     else:
         reserve = config.generation.max_new_tokens
     renderer = replace(tested.renderer, reserve=reserve)
@@ -122,7 +122,7 @@ def generator(config: EvaluateConfig, tested: Subject, task: Task, examples: Seq
 
 
 def by_likelihood(config: EvaluateConfig, task: Task) -> bool:
-    return bool(task.labels) and config.classify == "likelihood"
+    return task.classifies and config.classify == "likelihood"
 
 
 def fitting(examples: Sequence[Example], renderer: Renderer) -> list[Example]:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.config import DepthUseSection
+from rankwise.data.device import DeviceTarget, read_target
+from rankwise.data.device_processor import device_processor
 from rankwise.nets.adapters import load_adapter
 from rankwise.nets.depth import ESTIMATOR, attach_depth
 from rankwise.nets.depth_settings import DepthSettings
@@ -20,16 +22,19 @@ from rankwise.nets.sites import torch_dtype
 from rankwise.stages.depth import estimator_of, trained_with
 from rankwise.stages.depth_processor import with_depth_output
 from rankwise.stages.engines import base_and_adapter, pick_device
+from rankwise.store.checkpoint import resolve
 
 
 @dataclass(frozen=True)
 class Trained:
     """model: on its device, in evaluation mode; PEFT-wrapped where there is an adapter. processor: of images and text
-    (with depth where the model takes it), or the tokenizer of a text model."""
+    (with depth where the model takes it, as the runtime where it was trained for a device), or the tokenizer of a text
+    model. target: that device; `target.resize` makes the pictures that the model was trained on."""
 
     model: Any
     processor: Any
     depth: DepthSettings | None = None
+    target: DeviceTarget | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -59,6 +64,9 @@ def load(
     place = pick_device(device)
     model: Any = load_model(base, torch_dtype(dtype, trained=False, device=place)).to(place)
     processor = load_processor(base) if hasattr(load_config(base), "vision_config") else load_tokenizer(base)
+    target = (read_target(adapter) if adapter else None) or read_target(resolve(base))
+    if target:
+        processor = device_processor(processor, target)
     if settings:
         attach_depth(model, settings)
         processor = with_depth_output(processor, settings, estimator)
@@ -67,4 +75,4 @@ def load(
         setattr(model, ESTIMATOR, estimator)
     if adapter:
         model = load_adapter(model, adapter)
-    return Trained(model.to(place).eval(), processor, settings)
+    return Trained(model.to(place).eval(), processor, settings, target)

@@ -22,6 +22,7 @@ from rankwise.stages.depth import asked, depth_lines, gate_module, save_depth
 from rankwise.stages.estimate import check_estimate, estimated
 from rankwise.stages.outcome import SPLIT_FILE, adapter_folder, finish
 from rankwise.stages.preparing import prepare, rates_of
+from rankwise.stages.rendering import save_target
 from rankwise.stages.scheduling import gradient_norms, phase_keeper, schedule_of
 from rankwise.stages.towers import check_rates, full_of, train_use, trained_lines, words
 from rankwise.store.files import read_object, write_json
@@ -70,6 +71,7 @@ def run(config: TrainConfig) -> Path:
         seconds = time.monotonic() - started
         shared.write_adapter_files(trainer, adapter_folder(config), name, plan, left_out, initial, full)
         record.outputs |= save_depth(job.depth, adapter_folder(config))
+        record.outputs |= save_target(job.renderer, adapter_folder(config))
         if trainer.is_world_process_zero():
             write_json(folder / SPLIT_FILE, split.record())
             total = sum(parameter.numel() for parameter in skeleton.parameters())

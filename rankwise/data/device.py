@@ -1,0 +1,142 @@
+"""What the phone does to an image and a prompt, declared once: labels, training, evaluation and validation all use it.
+
+    photo ── resize (letterbox, bilinear, black) ──▶ 256 × 256 ── the runtime's own processor ──▶ tiles ──▶ tokens
+
+target = read_target(folder) or DeviceTarget()
+target.resize(photo)          # the pixels of the device
+target.jpeg(photo)            # those pixels as the teacher gets them
+target.save(folder)           # device.json, beside the data, the adapter, the merged model, the GGUF files
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.nn import functional
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from rankwise.core.geometry import letterbox
+from rankwise.data.images import ImageReader
+from rankwise.errors import DataError
+from rankwise.store.files import read_object, write_json
+
+FILE, FORMAT = "device.json", "rankwise-device/1"
+SIZE, MAX_NEW_TOKENS, MARKER = 256, 32, "<__media__>"
+CHOICES = {"prompt": ("chat", "raw"), "tiling": ("runtime", "processor")}
+
+
+@dataclass(frozen=True)
+class DeviceTarget:
+    """The contract between training and the device.
+
+    image_size: side of the square that an image becomes, in pixels. marker: what stands for an image in a prompt
+    given to the runtime; never text to train on. max_new_tokens: longest answer, greedy. prompt: `chat`, the model's
+    template, or `raw`, the prompt's text alone. longest_edge: what the model's own processor scales the image to, in
+    pixels; None for one tile of the model's (512 for SmolVLM). tiling: `runtime` lays an image out as llama.cpp does
+    (SmolVLM: always tiles and the whole image, though there be only one tile), `processor` as transformers does.
+    jpeg_quality: of the image that a teacher sees. runtime, runtime_build: what the answers were validated on.
+    """
+
+    image_size: int = SIZE
+    marker: str = MARKER
+    max_new_tokens: int = MAX_NEW_TOKENS
+    prompt: str = "chat"
+    longest_edge: int | None = None
+    tiling: str = "runtime"
+    jpeg_quality: int = 90
+    runtime: str = "llama.cpp"
+    runtime_build: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("image_size", 1), ("max_new_tokens", 1), ("longest_edge", 1), ("jpeg_quality", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise DataError(f"device target: {name} must be a whole number of at least {least}, got {value!r}")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise DataError(f"device target: {name} is one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """The pixels that the device gives to the model."""
+        return resize_for_device(image, self.image_size)
+
+    def jpeg(self, image: Image.Image) -> bytes:
+        """What a teacher sees: the device's pixels as a JPEG."""
+        return encoded(self.resize(image), "JPEG", quality=self.jpeg_quality)
+
+    def png(self, image: Image.Image) -> bytes:
+        """The device's pixels, exactly."""
+        return encoded(self.resize(image), "PNG")
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """What decides the tokens that a model sees: training and the device must agree on it."""
+        return {name: getattr(self, name) for name in ("image_size", "prompt", "longest_edge", "tiling")}
+
+    def save(self, folder: Path | str) -> Path:
+        return write_json(Path(folder) / FILE, {"format": FORMAT, **asdict(self)})
+
+
+def read_target(folder: Path | str) -> DeviceTarget | None:
+    """The target of a folder (or of a file); None where it has none. DataError where device.json is not one."""
+    path = Path(folder)
+    path = path / FILE if path.is_dir() else path
+    if not path.is_file():
+        return None
+    content = read_object(path)
+    known = {field.name for field in fields(DeviceTarget)}
+    unknown = sorted(set(content) - known - {"format"})
+    if content.get("format") != FORMAT or unknown:
+        found = f"unknown keys: {', '.join(unknown)}" if unknown else f"format is {content.get('format')!r}"
+        raise DataError(f"{path}: not a device target of this version ({found}; expected {FORMAT!r})")
+    return DeviceTarget(**{name: value for name, value in content.items() if name in known})
+
+
+def resize_for_device(image: Image.Image, size: int = SIZE) -> Image.Image:
+    """The image as RGB, scaled into a square of `size` pixels by the app's filtered scaling, centred on black.
+
+    Bilinear without antialiasing, as phones scale bitmaps: Pillow's BILINEAR widens its filter when shrinking.
+    """
+    image = image.convert("RGB")
+    if image.size == (size, size):
+        return image
+    place = letterbox(*image.size, size)
+    pixels = pil_to_tensor(image)[None].float()
+    scaled = functional.interpolate(pixels, (place.height, place.width), mode="bilinear", align_corners=False)
+    square = torch.zeros(3, size, size, dtype=torch.uint8)
+    rows, columns = slice(place.top, place.top + place.height), slice(place.left, place.left + place.width)
+    square[:, rows, columns] = scaled[0].round().clamp(0, 255).byte()
+    return to_pil_image(square)
+
+
+def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+@dataclass(frozen=True)
+class DeviceReader:
+    """An ImageReader whose pictures have gone through the device's geometry. Raises BadImage as it does."""
+
+    reader: ImageReader
+    target: DeviceTarget
+
+    @property
+    def folder(self) -> Path:
+        return self.reader.folder
+
+    def open(self, reference: str) -> Image.Image:
+        return self.target.resize(self.reader.open(reference))
+
+    def size(self, reference: str) -> tuple[int, int]:
+        self.reader.size(reference)  # a picture that is not there has no size
+        return self.target.image_size, self.target.image_size
+
+    def digest(self, reference: str) -> str:
+        return self.reader.digest(reference)
