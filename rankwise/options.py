@@ -30,15 +30,18 @@ def option(
     choices: Sequence[str] | None = None,
     short: str | None = None,
     commas: bool = True,
+    secret: bool = False,
 ) -> Any:
     """A dataclass field that becomes a flag. A list default is copied for every instance.
 
-    A list takes commas and repeated flags; with `commas=False` (regexes, assignments) repeated flags only.
+    A list takes commas and repeated flags; with `commas=False` (regexes, assignments) repeated flags only. What is
+    secret is in no saved or printed config, and configs that differ in nothing else are equal.
     """
     metadata = {"help": help, "aliases": tuple(aliases), "choices": choices, "short": short, "commas": commas}
+    metadata["secret"] = secret
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret, compare=not secret)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Option:
     choices: Sequence[str] | None = None
     short: str | None = None
     commas: bool = True
+    secret: bool = False
     section: str = "options"
     nullable: bool = True
 
@@ -257,7 +261,7 @@ def build(defaults: Any, values: Mapping[str, Any]) -> Any:
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """A config as the flat mapping that, saved as a file, reproduces it."""
+    """A config as the flat mapping that, saved as a file, reproduces it; what is secret is left out."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -265,6 +269,6 @@ def flatten(config: Any) -> dict[str, Any]:
             flat |= flatten(value)
         elif field.name == "training":
             flat |= value
-        else:
+        elif not field.metadata.get("secret"):
             flat[field.name] = value
     return flat

@@ -125,6 +125,19 @@ class Renderer:
         """Ids of the prompt: what the model is given to generate from."""
         return self.prompt(example).input_ids
 
+    def prompt_text(self, example: Example, slot: str) -> str:
+        """The prompt as a text with `slot` where each image goes, for an engine that makes tokens and images by itself.
+
+        It begins with the begin token's text where the prompt's ids begin with that token. Nothing is cut off it.
+        """
+        example = example if self.sight else without_images(example)
+        layout = self._layout(example)
+        pieces = zip(layout.answers, layout.before[1:], strict=False)
+        text = layout.before[0] + "".join(piece for pair in pieces for piece in pair)
+        begin = self._prefix if self._encode(text)[:1] != self._prefix else []
+        slotted = text if self.sight is None else text.replace(self.sight.image_token, slot)
+        return "".join(self.tokenizer.convert_ids_to_tokens(begin)) + slotted
+
     def text(self, ids: Sequence[int]) -> str:
         """Ids as a text, special tokens included, for records and for eyes."""
         return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))

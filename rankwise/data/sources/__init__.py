@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rankwise.data.example import Example, Examples, share_references
-from rankwise.data.sources import conversations, cota, e2e_nlg, multi_nli, samsum, wikisql
+from rankwise.data.sources import conversations, cota, e2e_nlg, labels, multi_nli, samsum, wikisql
 from rankwise.data.sources.download import Download, fetch
 from rankwise.data.sources.files import Sought, find_file, first_of
 from rankwise.data.sources.indexed import LARGE, indexed
@@ -35,7 +35,8 @@ class Source:
     for in folders, archives and on the hub; empty where any file will do. archives: official archives of those files.
     companions: suffixes of files that belong beside each. downloads: where the official files can be had. build: how
     one JSON row becomes a sample, where rows need nothing of each other: such a source's big files are indexed and not
-    held in memory. Of the other sources, samples with one prompt share their references.
+    held in memory. Of the other sources, samples with one prompt share their references. reasons: rows say why their
+    answer is right, for `aux_reason`.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Source:
     companions: tuple[str, ...] = ()
     downloads: tuple[Download, ...] = ()
     build: Callable[[RowFile], Build] | None = None
+    reasons: bool = False
 
     def sought(self, split: str) -> Sought:
         """What to look for; UsageError where the official data have no such split with answers."""
@@ -62,6 +64,7 @@ SOURCES = {
         Source("samsum", samsum.read, samsum.FILES, samsum.ARCHIVES, downloads=samsum.DOWNLOADS),
         Source("wikisql", wikisql.read, wikisql.FILES, wikisql.ARCHIVES, wikisql.COMPANIONS, wikisql.DOWNLOADS),
         Source("multi_nli", multi_nli.read, multi_nli.FILES, multi_nli.ARCHIVES, downloads=multi_nli.DOWNLOADS),
+        Source("labels", labels.read, labels.FILES, reasons=True),
         Source("cota", cota.read, build=cota.build),
         Source("conversations", conversations.read, build=conversations.build),
     )
@@ -84,6 +87,7 @@ def load(
     skip_bad: bool = False,
     download: bool = False,
     repeat_image: bool = False,
+    aux_reason: bool = False,
     allow_empty: bool = False,
 ) -> Examples:
     """Read a data set from its official file, the folder of its files, its archive, or a hub id.
@@ -91,7 +95,8 @@ def load(
     split: which file of a folder, archive or hub data set; a path to one file is read whatever the split. Bad rows are
     a DataError with file and line, or with `skip_bad` left out and listed in the result's `skipped`. download: `path`
     is a folder; official files that it lacks are fetched into it and checked (ServiceError where that fails).
-    repeat_image: one image of a row may fill several placeholders. allow_empty: a file without a sample is no error.
+    repeat_image: one image of a row may fill several placeholders. aux_reason: the reasons of a labelled data set are
+    learnt too. allow_empty: a file without a sample is no error.
     """
     if split not in SPLITS:
         raise UsageError(f"no split is called {split!r}; there are {', '.join(SPLITS)}")
@@ -99,7 +104,9 @@ def load(
     sought = chosen.sought(split)
     if download:
         _complete(chosen, Path(path).expanduser(), sought)
-    rows = RowFile(find_file(path, sought), skip=skip_bad, repeat_image=repeat_image)
+    if aux_reason and not chosen.reasons:
+        raise UsageError(f"--aux_reason: rows of {name} have no reasons; those of a labelled data set (labels) have")
+    rows = RowFile(find_file(path, sought), skip=skip_bad, repeat_image=repeat_image, aux_reason=aux_reason)
     items = _items(chosen, rows)
     if not items and not allow_empty:
         raise DataError(f"{rows.path}: no usable samples ({len(rows.rejected)} bad rows); is it a {name} file?")

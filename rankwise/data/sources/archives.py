@@ -64,6 +64,16 @@ def unpacked(archive: Path, wanted: Collection[str]) -> Path:
     return folder
 
 
+def unpacked_into(archive: Path, wanted: Collection[str], folder: Path) -> Path:
+    """`unpacked` into a folder of the user's that is not there yet; it appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if not folder.is_dir():
+            with atomic_folder(folder) as temporary, _readable(archive):
+                _unpack(archive, frozenset(wanted), temporary)
+    return folder
+
+
 def cache() -> Path:
     """Where unpacked archives are kept; nothing there is needed once it is gone."""
     own, general = os.environ.get("RANKWISE_CACHE"), os.environ.get("XDG_CACHE_HOME")

@@ -58,4 +58,4 @@ def _example(identity: str, row: dict[str, Any]) -> Example:
         Turn("user", text_of(row, "sentence2"), "Hypothesis"),
         Turn("assistant", label, "Classification"),
     )
-    return Example(identity, premise, turns, facts={"label": label, "genre": row.get("genre")})
+    return Example(identity, premise, turns, facts={"label": label, "labels": LABELS, "genre": row.get("genre")})

@@ -34,12 +34,14 @@ class RowFile:
 
     left_out: rows that the official files are known to hold and that are no samples, by reason: never an error.
     companions: other files that the source read with this one. repeat_image: one image may fill several placeholders.
+    aux_reason: the reason of a label is learnt too, behind it.
     start, number: the byte at which the line read last starts, and the number of its row, for an index.
     """
 
     path: Path
     skip: bool = False
     repeat_image: bool = False
+    aux_reason: bool = False
     rejected: list[Rejected] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     companions: list[Path] = field(default_factory=list)

@@ -1,0 +1,69 @@
+"""A labelled data set: a folder of pictures, each with its class, as `rankwise label` writes it (or you do).
+
+    task.json                  the classes and what the student is asked
+    train.jsonl, val.jsonl     {"image_id", "image_path", "element": "fire", "reason": …} a line; `element` is the
+    images/*.png               task's own field
+
+Pictures of one content are one group, the class is the stratum. The reason never stands in the prompt: it names the
+answer, and a device has none. With `aux_reason` it is the answer to a second question, so that the label stays a bare
+word with its end token behind it and is compared with other labels exactly as without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rankwise.data.example import IMAGE_SLOT, Example, Turn
+from rankwise.data.label_task import FILE as TASK_FILE
+from rankwise.data.label_task import LabelTask, read_task
+from rankwise.data.sources.rows import BadRow, RowFile, json_rows, samples, text_of
+
+FILES = {"train": ("train.jsonl",), "dev": ("val.jsonl",)}
+WHY = "Why?"
+
+
+def is_dataset(path: str | Path | None) -> bool:
+    """Whether a path is the folder of a labelled data set: its task beside its training rows."""
+    folder = Path(path or "").expanduser()
+    return bool(path) and all((folder / name).is_file() for name in (TASK_FILE, *FILES["train"]))
+
+
+def own_validation(path: str | Path) -> str | None:
+    """The folder again where it has validation rows of its own, for the split `dev`."""
+    file = Path(path).expanduser() / FILES["dev"][0]
+    return str(path) if file.is_file() and file.stat().st_size else None
+
+
+def read(source: RowFile) -> Iterator[Example]:
+    """One sample per row, named by its image_id. The task is read from the folder of the rows."""
+    task = task_of(source)
+    return samples(source, json_rows(source), partial(_example, task, source.aux_reason), id_key="image_id")
+
+
+def task_of(source: RowFile) -> LabelTask:
+    """The task of the rows' folder; it is part of what was read."""
+    task = read_task(source.path.parent)
+    source.companions.append(source.path.parent / TASK_FILE)
+    return task
+
+
+def _example(task: LabelTask, aux_reason: bool, identity: str, row: dict[str, Any]) -> Example:
+    label = row.get(task.field)
+    if label not in task.labels:
+        raise BadRow(f"{task.field} must be {', '.join(task.labels)} ({TASK_FILE}), found {label!r:.60}")
+    image = text_of(row, "image_path")
+    turns = [Turn("user", f"{IMAGE_SLOT}\n{task.student_prompt}"), Turn("assistant", str(label))]
+    if aux_reason:
+        turns += [Turn("user", WHY), Turn("assistant", text_of(row, "reason"))]
+    return Example(
+        id=identity,
+        group=str(row.get("image_sha256") or image),
+        turns=tuple(turns),
+        references=(str(label),),
+        stratum=str(label),
+        images=(image,),
+        facts={"label": str(label), "labels": task.labels},
+    )

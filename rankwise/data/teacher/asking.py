@@ -1,0 +1,164 @@
+"""Images in, verdicts out: asks the teacher what the ledger doesn't know yet, and no more than is needed.
+
+    pictures, in order ──▶ at most `concurrency` at a time ──▶ verdicts ──▶ until enough are kept
+
+A picture is taken up only while those kept and those being asked could not be enough together. So never more are kept
+than wanted, and which ones are asked does not depend on how fast which answer came: a run that was killed and run again
+ends with the same rows as one that was not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from rankwise.data.label_task import LabelTask
+from rankwise.data.teacher.answers import Content, Unusable, Verdict, checked, verdict
+from rankwise.data.teacher.client import Teacher, TeacherStopped, Unanswered
+from rankwise.data.teacher.ledger import AnswerLedger, Entry, Key
+from rankwise.data.teacher.stopping import Stopping
+from rankwise.errors import ServiceError
+
+ATTEMPTS = 2  # an answer that cannot be used is asked for once more
+UNANSWERED_IN_A_ROW = 3  # after so many questions without any answer, each with all its retries, the service is down
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image to label. digest: of the device's pixels. jpeg: those pixels, as the teacher sees them."""
+
+    image_id: str
+    digest: str
+    jpeg: bytes
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every picture. detail: how closely the service looks. form: json_schema, json_object or none."""
+
+    task: LabelTask
+    detail: str = "high"
+    form: str = "json_schema"
+    temperature: float | None = None
+    jpeg_quality: int = 90
+
+    @property
+    def response_format(self) -> dict[str, Any] | None:
+        forms = {"json_schema": self.task.response_format, "json_object": {"type": "json_object"}, "none": None}
+        return forms[self.form]
+
+    @property
+    def text(self) -> str:
+        """The prompt; where the service is not given the schema, it stands in the text."""
+        if self.form == "json_schema":
+            return self.task.teacher_prompt
+        schema = json.dumps(self.task.schema, ensure_ascii=False)
+        return f"{self.task.teacher_prompt}\n\nAnswer with one JSON object of this JSON schema:\n{schema}"
+
+    def messages(self, jpeg: bytes) -> list[dict[str, Any]]:
+        url = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+        image = {"type": "image_url", "image_url": {"url": url, "detail": self.detail}}
+        return [{"role": "user", "content": [{"type": "text", "text": self.text}, image]}]
+
+    @property
+    def digest(self) -> str:
+        """Hash of all that is asked but the picture: the ledger's `task`."""
+        asked = [self.text, self.response_format, self.detail, self.temperature, self.jpeg_quality]
+        return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()
+
+    @property
+    def text_bytes(self) -> int:
+        """Size of what goes with every picture: more tokens than this it cannot be."""
+        return len(self.text.encode()) + len(json.dumps(self.response_format).encode())
+
+
+class Asker:
+    """A teacher with its ledger: `verdict(picture)` asks for the votes that the ledger lacks."""
+
+    def __init__(self, teacher: Teacher, ledger: AnswerLedger, question: Question, votes: int = 1) -> None:
+        self.teacher, self.ledger, self.question, self.votes = teacher, ledger, question, votes
+        self.in_a_row = 0
+        self._digest, self._format = question.digest, question.response_format
+
+    async def verdict(self, picture: Picture) -> Verdict:
+        """Raises ServiceError where going on is pointless, TeacherStopped where work was stopped before an answer."""
+        outcomes = await asyncio.gather(
+            *(self._vote(picture, number) for number in range(self.votes)), return_exceptions=True
+        )
+        failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        for failure in failures:
+            if not isinstance(failure, Unusable | Unanswered):
+                raise failure
+        unanswered = [failure for failure in failures if isinstance(failure, Unanswered)]
+        if unanswered:
+            return Verdict(picture.image_id, problem=str(unanswered[0]), answered=False)
+        return verdict(picture.image_id, outcomes, self.question.task)  # type: ignore[arg-type]
+
+    async def _vote(self, picture: Picture, number: int) -> Content:
+        key = Key(picture.digest, self._digest, self.teacher.settings.model, number)
+        while True:
+            entries = self.ledger.of(key)
+            try:
+                if entries:
+                    return checked(entries[-1].reply, self.question.task)
+            except Unusable:
+                if len(entries) >= ATTEMPTS:
+                    raise
+            await self._ask(key, picture, len(entries) + 1)
+
+    async def _ask(self, key: Key, picture: Picture, attempt: int) -> None:
+        """One answer, in the ledger before anything else happens to it."""
+        try:
+            reply = await self.teacher.ask(self.question.messages(picture.jpeg), self._format)
+        except Unanswered as error:
+            self.in_a_row += 1
+            if self.in_a_row >= UNANSWERED_IN_A_ROW:
+                raise ServiceError(f"{self.in_a_row} questions in a row got no answer; the last: {error}") from error
+            raise
+        self.in_a_row = 0
+        usd = self.teacher.spending.cost(reply.input_tokens, reply.output_tokens)
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        self.ledger.add(Entry(key, attempt, picture.image_id, reply, usd, at))
+        self.teacher.spending.enter(reply.input_tokens, reply.output_tokens, usd)
+
+
+async def collect(
+    asker: Asker,
+    pictures: Iterable[Picture],
+    wanted: int,
+    keep: Callable[[Verdict], bool],
+    seen: Callable[[Verdict], None] = lambda verdict: None,
+) -> list[Verdict]:
+    """Verdicts on the first pictures of which `wanted` are kept (on all, where there are not so many), in order.
+
+    pictures: made one by one, in a thread, one ahead of the requests and none in vain. seen: called with each verdict
+    as it comes. SIGINT and SIGTERM stop the work: Interrupted. Whatever ends it early, no new question is sent, and
+    those that are on their way are waited for a while, since they are paid for.
+    """
+    stream, order, kept = iter(pictures), list[asyncio.Task[Verdict]](), 0
+    open_tasks, picture = set[asyncio.Task[Verdict]](), None
+    with Stopping() as stopping:
+        try:
+            while True:
+                if picture is None and kept + len(open_tasks) < wanted:  # once true for a picture, it stays true
+                    picture = await asyncio.to_thread(next, stream, None)
+                room = picture is not None and len(open_tasks) < asker.teacher.settings.concurrency
+                if picture is not None and room:
+                    order.append(asyncio.create_task(asker.verdict(picture)))
+                    open_tasks.add(order[-1])
+                    picture = None
+                elif not open_tasks:
+                    return [task.result() for task in order]
+                for task in await stopping.next_done(open_tasks, wait=not room):
+                    open_tasks.discard(task)
+                    kept += keep(task.result())
+                    seen(task.result())
+        finally:
+            asker.teacher.stop(TeacherStopped())
+            await stopping.wind_down(order)
