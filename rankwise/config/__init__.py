@@ -7,6 +7,8 @@ belongs to its own workflow (r 128 of the depth guide, say) it lives in that wor
 
 from __future__ import annotations
 
+from rankwise.config.bundle import BundleConfig
+from rankwise.config.card import CardConfig
 from rankwise.config.commands import (
     BatchConfig,
     CheckConfig,
@@ -21,8 +23,11 @@ from rankwise.config.commands import (
     RanksConfig,
     ReportConfig,
     RunConfig,
+    TinyConfig,
     TrainConfig,
 )
+from rankwise.config.export import ExportConfig
+from rankwise.config.label import LabelConfig, TeacherSection
 from rankwise.config.sections import (
     DTYPES,
     SCORED_TASKS,
@@ -39,11 +44,13 @@ from rankwise.config.sections import (
     ModelSection,
     PhasesSection,
     ScoredData,
+    SelectionSection,
     SitesSection,
     SpectrumSection,
     TowersSection,
 )
 from rankwise.config.study import GridSection, ProbeSection, StudyConfig
+from rankwise.config.validate import ValidateConfig
 
 __all__ = [
     "DTYPES",
@@ -53,6 +60,8 @@ __all__ = [
     "TOWERS",
     "TRAINERS",
     "BatchConfig",
+    "BundleConfig",
+    "CardConfig",
     "CheckConfig",
     "CompareConfig",
     "CompressConfig",
@@ -63,10 +72,12 @@ __all__ = [
     "DiffConfig",
     "EstimateSection",
     "EvaluateConfig",
+    "ExportConfig",
     "ExtractConfig",
     "FinetuneConfig",
     "GenerationSection",
     "GridSection",
+    "LabelConfig",
     "LoraSection",
     "MergeConfig",
     "ModelSection",
@@ -76,9 +87,13 @@ __all__ = [
     "ReportConfig",
     "RunConfig",
     "ScoredData",
+    "SelectionSection",
     "SitesSection",
     "SpectrumSection",
     "StudyConfig",
+    "TeacherSection",
+    "TinyConfig",
     "TowersSection",
     "TrainConfig",
+    "ValidateConfig",
 ]

@@ -18,6 +18,7 @@ from rankwise.config.sections import (
     ModelSection,
     PhasesSection,
     ScoredData,
+    SelectionSection,
     SitesSection,
     SpectrumSection,
     TowersSection,
@@ -123,6 +124,7 @@ class TrainConfig:
     towers: TowersSection = field(default_factory=TowersSection)
     depth: DepthSection = field(default_factory=DepthSection)
     phases: PhasesSection = field(default_factory=PhasesSection)
+    selection: SelectionSection = field(default_factory=SelectionSection)
     estimate: EstimateSection = field(default_factory=EstimateSection)
     output_dir: str = option("saved_models/dynamic_lora_model", help="adapter and run folder", short="-o")
     adapter_folder: str = option(
@@ -181,8 +183,14 @@ class MergeConfig:
     adapter: str | None = option(help="adapter or run folder", aliases=("adapter_path", "lora_path"))
     base_model: str | None = option(help="base model [as recorded in the adapter]", aliases=("model_name",))
     output_dir: str = option("merged_model", help="Hugging Face checkpoint", short="-o", aliases=("output_path",))
-    dtype: str = option("auto", choices=DTYPES, help="precision on disk [the base's own]")
+    dtype: str = option(
+        "auto", choices=DTYPES, help="precision on disk [the base's own]; float16 is the one for export"
+    )
     max_shard_size: str = option("5GB", help="size of one file")
+    data: DataSection = field(default_factory=DataSection)
+    split: str = option("dev", choices=SPLITS, help="which official split the prompts of --data_path come from")
+    num_samples: int = option(8, help="prompts of --data_path to compare on; without it, random tokens")
+    max_memory: str | None = option(help="memory of the comparison; a larger model goes layer by layer [what is free]")
     no_verify: bool = option(False, help="skip the comparison of merged and adapter logits")
 
 
@@ -206,6 +214,15 @@ class DemoConfig:
 
 
 @dataclass(frozen=True)
+class TinyConfig:
+    """A tiny model that sees and a few drawn photos: what `rankwise run quickstart` starts from."""
+
+    output_dir: str = option("runs/tiny", help="base/ and photos/ go here", short="-o")
+    seed: int = option(42, help="one seed for everything")
+    quick: bool = option(False, help="a few steps of everything: for tests; the base has learnt nothing")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A pipeline of stages from one file."""
 
@@ -215,6 +232,8 @@ class RunConfig:
     only: list[str] = option([], help="these stages only")
     from_: str | None = option(help="run this stage and all after it again", aliases=("from",))
     force: bool = option(False, help="run every stage again")
+    log_file: str | None = option(help="write what is printed to this file too; auto: logs/TIME.log in the run folder")
+    background: bool = option(False, help="start it as a process that outlives the terminal, and say where its log is")
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class DataSection:
     )
     download: bool = option(False, help="fetch the official files that the folder --data_path lacks (extra: data)")
     device_target: str | None = option(
-        help="device.json or a folder with one: images and prompts as on that device; none: without one [the one "
+        help="device.json or a folder with one: images and prompts as on that device; off: without one [the one "
         "beside the data or the model, where there is one]"
     )
 
@@ -191,6 +191,27 @@ class PhasesSection:
     )
     log_frequency: int = option(1, help="gradient norms every N optimizer steps; 0: none")
     no_plots: bool = option(False, help="no PNG files")
+
+
+@dataclass(frozen=True)
+class SelectionSection:
+    """Which checkpoint is kept, when training has gone on long enough, and how often rare classes are seen."""
+
+    select: str | None = option(
+        choices=("loss", "accuracy"),
+        help="keep the checkpoint with the best validation loss, or accuracy on rows with a class [the last one]",
+    )
+    select_by: str = option(
+        "likelihood",
+        choices=("likelihood", "generation"),
+        help="accuracy of the likeliest label, or of the first one named in 32 generated tokens",
+    )
+    early_stopping: int | None = option(help="stop after N evaluations without a better one [by loss, or by --select]")
+    balance: str = option(
+        "none",
+        choices=("none", "oversample", "sqrt"),
+        help="rows of rarer classes again: until all classes are equal, or half-way there",
+    )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from rankwise import config, options
+from rankwise.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ COMMANDS = {
     "check": Command(
         "TRAIN", "a data set before training: every image, token count and label mask", "check", config.CheckConfig()
     ),
+    "label": Command(
+        "TRAIN", "images → a teacher's labels → a data set to train on", "label", config.LabelConfig(), ("images",)
+    ),
     "evaluate": Command("PROVE", "generate and score a task", "evaluate", config.EvaluateConfig(), ("model_path",)),
     "study": Command(
         "PROVE",
@@ -91,6 +95,24 @@ COMMANDS = {
     ),
     "report": Command("PROVE", "one page for a run folder", "report", config.ReportConfig(), ("run",)),
     "merge": Command("SHIP", "adapter into base, checked", "merge", config.MergeConfig(), ("adapter",)),
+    "export": Command("SHIP", "merged model → GGUF for llama.cpp, proven", "export", config.ExportConfig(), ("model",)),
+    "validate": Command(
+        "SHIP",
+        "the exported files in llama.cpp: scores, and the proof that they do what was trained",
+        "validate",
+        config.ValidateConfig(),
+        ("export",),
+    ),
+    "bundle": Command(
+        "SHIP",
+        "all that an app needs, with golden vectors; --replay asks a phone for them",
+        "bundle",
+        config.BundleConfig(),
+        ("export",),
+    ),
+    "card": Command(
+        "SHIP", "model card from a run's records; files and card to the hub", "card", config.CardConfig(), ("run",)
+    ),
     "run": Command(
         "MORE", "a pipeline of stages from one file", "run", config.RunConfig(), ("recipe",), takes_file=False
     ),
@@ -103,6 +125,7 @@ COMMANDS = {
         takes_file=False,
         repeated=True,
     ),
+    "tiny": Command("MORE", "a tiny model that sees, and photos for it: drawn here", "tiny", config.TinyConfig()),
     "demo": Command("MORE", "the whole flow, offline, on a CPU, in about three minutes", "demo", config.DemoConfig()),
 }
 GROUPS = ("MEASURE", "TRAIN", "PROVE", "SHIP", "MORE")
@@ -127,9 +150,17 @@ def assemble(command: Command, values: dict[str, Any]) -> Any:
 
 
 def configured(name: str, raw: Mapping[str, Any], where: str) -> Any:
-    """A command's config from the options of a file, strictly: unknown ones are errors that name the place."""
+    """A command's config from the options of a recipe, strictly: unknown ones are errors that name the place.
+
+    What is secret is refused: a recipe is saved beside what it makes.
+    """
     command = COMMANDS[name]
-    return assemble(command, options.typed_values(raw, command_options(command), where))
+    known = command_options(command)
+    values = options.typed_values(raw, known, where)
+    for item in known:
+        if item.secret and values.get(item.name) is not None:
+            raise UsageError(f"{where}: {item.name}: recipes are saved with their values; {item.help}")
+    return assemble(command, values)
 
 
 def stage_of(name: str) -> ModuleType:
