@@ -54,6 +54,14 @@ class ByLikelihood:
             yield Generated(found.position, found.prompt, best, found.log_likelihoods)
 
 
+def label_set(examples: Sequence[Example]) -> tuple[str, ...]:
+    """The classes of these samples' task, in its own order; every sample names all of them."""
+    named = examples[0].facts.get("labels") if examples else None
+    if not named:
+        raise DataError("nothing to classify: no sample names the classes that there are")
+    return tuple(named)
+
+
 def found_label(text: str, labels: Sequence[str]) -> str | None:
     """The label that a text names first, as a whole word in any case; None where it names none."""
     longest_first = sorted(labels, key=len, reverse=True)

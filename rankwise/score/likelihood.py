@@ -42,6 +42,12 @@ def answer_ids(renderer: Renderer, example: Example, answer: str) -> list[int]:
     return whole.input_ids[masked + 1 :]
 
 
+def longest_answer(renderer: Renderer, example: Example, answers: Sequence[str]) -> int:
+    """Tokens of the longest of the answers with its end token: the `reserve` of a renderer that compares them."""
+    cutting = replace(renderer, overlong="truncate_source")
+    return max(len(answer_ids(cutting, example, answer)) for answer in answers)
+
+
 def prompt_of(rendered: Rendered) -> list[int]:
     """The ids of a sample before its last answer."""
     masked = max(place for place, label in enumerate(rendered.labels) if label == IGNORED)

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.data import Example, Examples, load, one_per_prompt
-from rankwise.data.sources import multi_nli
 from rankwise.errors import UsageError
 from rankwise.score import answers, classify, sql
-from rankwise.score.generate import Generator
+from rankwise.score.generate import Answering, Generator
 from rankwise.score.predictions import Prediction, predict
 from rankwise.score.result import EvaluationResult, Scores, installed
 from rankwise.score.text import check_installed, score_text
@@ -35,13 +34,19 @@ def score_queries(predictions: Sequence[Prediction], examples: Sequence[Example]
     return sql.score_sql([p.prediction for p in predictions], examples)
 
 
+def score_classes(predictions: Sequence[Prediction], examples: Sequence[Example]) -> Scores:
+    """Scores of chosen labels; the classes are named in the examples' facts."""
+    return classify.score_labels(predictions, examples, labels=classify.label_set(examples))
+
+
 @dataclass(frozen=True)
 class Task:
     """What can be evaluated: `source` names its data, `score` turns predictions into numbers, `headline` is the
     one number to show first.
 
-    labels: the classes of a classification task. several_references: samples with one prompt are one item that may
-    be answered in several ways; else every row is an item with its own answer, as the official counts have it.
+    classifies: each item has a class, named with all there are in the items' facts. several_references: samples with
+    one prompt are one item that may be answered in several ways; else every row is an item with its own answer, as the
+    official counts have it.
     """
 
     name: str
@@ -49,7 +54,7 @@ class Task:
     headline: str
     score: Scorer
     check: Callable[[], None]
-    labels: tuple[str, ...] = ()
+    classifies: bool = False
     several_references: bool = False
 
     def examples(self, path: str | Path, split: str = "test", *, skip_bad: bool = False, **how: Any) -> Examples:
@@ -68,14 +73,8 @@ TASKS = {
         # As the field reports dialogue summaries: stemmed ROUGE; BLEU with sacrebleu's own defaults.
         Task("samsum", "samsum", "rouge_l", partial(score_texts, lowercase=False, stem=True), check_installed),
         Task("wikisql", "wikisql", "exact_match", score_queries, sql.check_installed),
-        Task(
-            "multi_nli",
-            "multi_nli",
-            "accuracy",
-            partial(classify.score_labels, labels=multi_nli.LABELS),
-            classify.check_installed,
-            labels=multi_nli.LABELS,
-        ),
+        Task("multi_nli", "multi_nli", "accuracy", score_classes, classify.check_installed, classifies=True),
+        Task("labels", "labels", "accuracy", score_classes, classify.check_installed, classifies=True),
         Task("conversations", "conversations", "exact_match", answers.score_answers, answers.check_installed),
     )
 }
@@ -107,7 +106,9 @@ def evaluate(
     task.check()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    engine = classify.ByLikelihood(generator, task.labels) if task.labels and by == "likelihood" else generator
+    engine: Answering = generator
+    if task.classifies and by == "likelihood":
+        engine = classify.ByLikelihood(generator, classify.label_set(examples))
     predictions = predict(engine, examples, folder / "predictions.jsonl", made_from)
     if process_index()[0] != 0:
         return None

@@ -12,6 +12,12 @@ Nothing else imports this package: code that starts today uses the commands, or 
 from __future__ import annotations
 
 from rankwise.nets.adapt import print_trainable_parameters
+from rankwise.scripts.android import (
+    ANDROID_IMAGE_MARKER,
+    ANDROID_IMAGE_SIZE,
+    ANDROID_MAX_TOKENS,
+    resize_for_android,
+)
 from rankwise.scripts.evaluation import (
     ModelEvaluator,
     evaluate_e2e,
@@ -47,6 +53,9 @@ from rankwise.scripts.setup import get_data_collator, load_and_preprocess_datase
 from rankwise.train.gradients import measure_gradient_norms
 
 __all__ = [
+    "ANDROID_IMAGE_MARKER",
+    "ANDROID_IMAGE_SIZE",
+    "ANDROID_MAX_TOKENS",
     "ATTENTION_ONLY",
     "BOTH",
     "MLP_ONLY",
@@ -81,6 +90,7 @@ __all__ = [
     "plot_layer_heatmap",
     "plot_training_loss",
     "print_trainable_parameters",
+    "resize_for_android",
     "run_experiment",
     "setup_model_with_lora",
 ]

@@ -61,6 +61,7 @@ def rows(config: CheckConfig) -> Examples:
         skip_bad=True,
         download=data.download,
         repeat_image=data.repeat_image,
+        aux_reason=data.aux_reason,
         allow_empty=True,
     )
     for reason, count in examples.left_out.items():

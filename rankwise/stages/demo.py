@@ -16,12 +16,16 @@ from rankwise.config import DemoConfig, RunConfig
 from rankwise.data import Collator, load
 from rankwise.data.layout import sections
 from rankwise.data.restaurants import guide, write_task
+from rankwise.errors import UsageError, need
 from rankwise.nets.tiny import random_llama, save_tokenizer
 from rankwise.score.result import EvaluationResult
+from rankwise.ship.converter import find_converter
 from rankwise.show.format import amount, duration
 from rankwise.stages import demo_vision
 from rankwise.stages import run as recipes
+from rankwise.stages.recipe import find_recipe, load_recipe
 from rankwise.store.files import atomic_folder, read_object
+from rankwise.store.run import RunFolder
 from rankwise.train.pretrain import pretrain, text_rows
 
 
@@ -42,6 +46,8 @@ class World:
 QUICK = World(pages=200, vocabulary=400, steps=4, train_rows=24, dev_rows=6)
 QUICK_CHANGES = ("train.max_steps=4", "probe.subset_ratio=0.5", "ranks.num_samples=6", "before.num_samples=4")
 QUICK_CHANGES += ("after.num_samples=4", "before.max_new_tokens=8", "after.max_new_tokens=8", "ranks.no_plots=true")
+QUICK_CHANGES += ("validate.num_samples=4", "validate.parity_samples=4", "validate.max_new_tokens=8")
+SHIPPING = ("merge", "export", "validate")  # stages that lead to llama.cpp and need its parts
 METRICS = {False: ("bleu", "rouge_l"), True: ("exact_match", "token_f1")}
 
 
@@ -50,9 +56,25 @@ def run(config: DemoConfig) -> Path:
     started = time.monotonic()
     folder = run_folder(config)
     make(config, folder)
-    recipes.run(recipe_config(config))
+    lacking = lacking_parts()
+    if lacking:
+        RunFolder(folder).record("demo", {}, {}, 0.0, left_out=f"{', '.join(SHIPPING)}: {lacking}")
+    recipes.run(recipe_config(config, shipping=not lacking))
     print(summary(folder, time.monotonic() - started, METRICS[config.vision]))
+    if lacking:
+        print(f"left out: {', '.join(SHIPPING)}: {lacking}")
     return folder / "report.html"
+
+
+def lacking_parts() -> str:
+    """What of llama.cpp is not installed here, as a sentence; nothing where all of it is."""
+    try:
+        need("gguf", extra="device")
+        need("xllamacpp", extra="device")
+        find_converter(None)
+    except UsageError as error:
+        return str(error)
+    return ""
 
 
 def run_folder(config: DemoConfig) -> Path:
@@ -73,11 +95,15 @@ def make(config: DemoConfig, folder: Path) -> None:
     make_base(folder / "base", folder / "data", world, config.seed)
 
 
-def recipe_config(config: DemoConfig) -> RunConfig:
-    changes = [f"{name}.seed={config.seed}" for name in ("probe", "ranks", "train", "before", "after")]
-    changes += QUICK_CHANGES if config.quick else ()
+def recipe_config(config: DemoConfig, *, shipping: bool = True) -> RunConfig:
+    """shipping: to llama.cpp and back as well."""
     recipe = recipe_name(config).replace("-", "_")
-    return RunConfig(recipe=recipe, output_dir=str(run_folder(config)), set=changes)
+    changes = [f"{name}.seed={config.seed}" for name in ("probe", "ranks", "train", "before", "after", "validate")]
+    changes += QUICK_CHANGES if config.quick else ()
+    path = find_recipe(recipe)
+    names = [stage.name for stage in load_recipe(path, run_folder(config)).stages if stage.name not in SHIPPING]
+    only = [] if shipping else names
+    return RunConfig(recipe=recipe, output_dir=str(run_folder(config)), set=changes, only=only)
 
 
 def make_data(folder: Path, world: World, seed: int) -> None:
@@ -138,5 +164,6 @@ def describe(config: DemoConfig) -> list[str]:
     return [
         f"make a task of {made} and a base model in {run_folder(config)}",
         f"pretrain the base for {seen.steps if config.vision else world.steps} steps",
-        f"run the recipe {recipe_config(config).recipe!r} (finetune, ranks, train, evaluate before and after, report)",
+        f"run the recipe {recipe_config(config).recipe!r} (finetune, ranks, train, evaluate before and after, merge, "
+        "export, validate, report)",
     ]

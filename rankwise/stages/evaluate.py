@@ -89,6 +89,8 @@ def check(config: EvaluateConfig) -> None:
         raise UsageError(f"--lm_eval_tasks_path: {config.lm_eval_tasks_path} is no folder of task files")
     if config.num_samples is not None and config.num_samples < 1:
         raise UsageError(f"--num_samples must be at least 1, got {config.num_samples}")
+    if config.data.aux_reason:
+        raise UsageError("--aux_reason acts on training; a model that learnt reasons is asked for labels as any other")
     check_engine(config)
 
 
@@ -159,7 +161,7 @@ def scored(
     usable = fitting(items, engine.renderer)
     made_from = {**made_from, "data": fingerprints(examples.files), **depth_facts(tested.depth)}
     found = evaluate(chosen, engine, usable, folder.path, made_from, by=config.classify)
-    if found and chosen.labels:
+    if found and chosen.classifies:
         write_confusion(folder / CONFUSION, found.settings["scoring"])
     return found
 

@@ -1,22 +1,34 @@
 """rankwise merge: adapter into base → Hugging Face checkpoint, compared with base + adapter before it gets its name.
 
 rankwise merge saved_models/dynamic_lora_model -o merged_model
+rankwise merge RUN --task conversations --data_path val.jsonl --dtype float16 -o merged_model
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rankwise.config import MergeConfig
 from rankwise.errors import DataError, UsageError
-from rankwise.ship.merge import MergePlan, plan_merge, write_merged
+from rankwise.ship.merge import MergePlan, Written, plan_merge, require_space, write_merged
 from rankwise.ship.shards import shard_bytes
-from rankwise.ship.verify import Agreement, compare, merged_logits, reference_logits, require_memory
+from rankwise.ship.verify import (
+    Agreement,
+    Reference,
+    compare,
+    free_memory,
+    merged_logits,
+    needs_layers,
+    reference_logits,
+    whole_bytes,
+)
 from rankwise.show.format import memory, plural
+from rankwise.stages.prompts import check_prompts, compared_on, prompts_of
 from rankwise.store.adapter import CONFIG_NAME, adapter_files
 from rankwise.store.checkpoint import HUB_ID
 from rankwise.store.files import atomic_folder, read_object
-from rankwise.store.run import RunFolder
+from rankwise.store.run import Record, RunFolder
 
 
 def run(config: MergeConfig) -> Agreement | None:
@@ -26,20 +38,21 @@ def run(config: MergeConfig) -> Agreement | None:
     out, agreement = RunFolder(config.output_dir), None
     with out.lock():
         refuse_other_content(out)
-        if not config.no_verify:
-            require_memory(plan.base)
-        reference = None if config.no_verify else reference_logits(base, plan.adapter, pictures=plan.sees)
+        require_space(plan, out.path)
+        layered = not config.no_verify and goes_by_layers(config, plan)
+        reference = None if config.no_verify else reference_of(config, plan, base, layered)
         with atomic_folder(out.path) as temporary:
             inside = RunFolder(temporary)
             with inside.recording("merge", {"base": base, "adapter": plan.adapter}) as record:
-                files = write_merged(plan, temporary, config.max_shard_size)
+                written = write_merged(plan, temporary, config.max_shard_size)
                 if reference:
-                    agreement = compare(reference, merged_logits(temporary, reference.batches))
+                    agreement = compare(reference, merged_logits(temporary, reference.batches, layered=layered))
                     agreement.require(plan.dtypes[0])
-                    record.facts["verification"] = agreement.as_dict()
-                record.outputs |= {file.name: file for file in files}
+                    how = {"on": compared_on(config), "layer_by_layer": layered}
+                    record.facts["verification"] = agreement.as_dict() | how
+                enter(record, written)
                 inside.save_config(config)
-    report(config, plan, base, agreement)
+    report(config, plan, base, written, agreement)
     return agreement
 
 
@@ -48,6 +61,9 @@ def check_options(config: MergeConfig) -> Path:
     if not config.adapter:
         raise UsageError("merge needs an adapter: rankwise merge ADAPTER [--base_model BASE] -o merged_model")
     shard_bytes(config.max_shard_size)
+    if config.max_memory:
+        shard_bytes(config.max_memory, "--max_memory")
+    check_prompts(config)
     return Path(config.adapter)
 
 
@@ -77,27 +93,55 @@ def refuse_other_content(out: RunFolder) -> None:
         )
 
 
-def report(config: MergeConfig, plan: MergePlan, base: str, agreement: Agreement | None) -> None:
+def goes_by_layers(config: MergeConfig, plan: MergePlan) -> bool:
+    """Whether the comparison must do with one layer in memory, which is said aloud: it reads the files once a pass."""
+    allowed = shard_bytes(config.max_memory, "--max_memory") if config.max_memory else free_memory()
+    if not needs_layers(plan.base, allowed):
+        return False
+    print(
+        f"note: compared layer by layer: the whole model takes {memory(whole_bytes(plan.base))} in float32, and "
+        f"{memory(allowed)} may be used (--max_memory)"
+    )
+    return True
+
+
+def reference_of(config: MergeConfig, plan: MergePlan, base: str, layered: bool) -> Reference:
+    prompts = prompts_of(config, base, plan.adapter)
+    return reference_logits(base, plan.adapter, pictures=plan.sees, prompts=prompts, layered=layered)
+
+
+def enter(record: Record, written: Written) -> None:
+    """The manifest's account: every file, where those that were taken over came from, and what rounding cost."""
+    record.outputs |= {file.name: file for file in written.files}
+    facts: dict[str, Any] = {"copied": {name: copied.as_dict() for name, copied in written.copied.items()}}
+    rounding = written.rounding.as_dict()
+    record.facts |= facts | ({"rounding": rounding} if rounding else {})
+
+
+def report(config: MergeConfig, plan: MergePlan, base: str, written: Written, agreement: Agreement | None) -> None:
     recorded = recorded_base(Path(str(config.adapter)))
     if recorded and recorded != base:
         print(f"note: the adapter records the base {recorded}; merged into {base}, whose names and shapes fit")
     if plan.untied:
         print(f"note: {' and '.join(sorted(plan.untied))} were one weight and are two now (tie_word_embeddings false)")
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in plan.dtypes)
-    size = memory(sum(entry.bytes for entry in plan.entries))
-    print(f"merged {plural(len(plan.touched), 'weight')} of {config.adapter} into {base} ({dtypes}, {size})")
-    print(verdict(agreement))
+    print(
+        f"merged {plural(len(plan.touched), 'weight')} of {config.adapter} into {base} ({dtypes}, {memory(plan.bytes)})"
+    )
+    if written.rounding.sentence():
+        print(written.rounding.sentence())
+    print(verdict(agreement, compared_on(config)))
     print(f"checkpoint in {config.output_dir}")
     print(f"next: rankwise evaluate {config.output_dir} --task … --data_path …")
 
 
-def verdict(agreement: Agreement | None) -> str:
+def verdict(agreement: Agreement | None, on: str) -> str:
     if agreement is None:
         return "not verified (--no_verify)"
     return (
-        f"verified: logits within {agreement.error:.1e} (relative rms) of base + adapter's, same top token at "
-        f"{agreement.same_top1:.1%}, KL {agreement.kl:.1e}; the adapter's own effect is {agreement.effect:.1e}, of "
-        f"which rounding costs {agreement.effect_lost:.2%}"
+        f"verified on {on}: logits within {agreement.error:.1e} (relative rms; {agreement.max_difference:.1e} at most) "
+        f"of base + adapter's, same top token at {agreement.same_top1:.1%}, KL {agreement.kl:.1e}; the adapter's own "
+        f"effect is {agreement.effect:.1e}, of which rounding costs {agreement.effect_lost:.2%}"
     )
 
 
@@ -106,5 +150,8 @@ def describe(config: MergeConfig) -> list[str]:
     base = check(config)[1] if adapter.exists() else config.base_model or "the base that it records"
     lines = [f"merge the adapter {adapter} ({CONFIG_NAME} and weights checked first) into {base}"]
     if not config.no_verify:
-        lines.append("compare the merged model's logits with those of base + adapter, and write nothing if they differ")
+        lines.append(
+            f"compare the merged model's logits on {compared_on(config)} with those of base + adapter, and write "
+            "nothing if they differ"
+        )
     return [*lines, f"write a Hugging Face checkpoint to {config.output_dir}, in files of {config.max_shard_size}"]

@@ -56,7 +56,7 @@ def finish(
         f"{amount(trainable)} trainable parameters, {percent(trainable / full)} of full fine-tuning ({amount(full)})"
     )
     if state.best_model_checkpoint:
-        print(f"kept the best checkpoint: {best_checkpoint(state)}")
+        print(f"kept the best checkpoint: {best_checkpoint(state)}, {best_metric(trainer)}")
     print(f"adapter in {adapter_folder(config)}, losses in {folder / TRAINING_LOG}")
     images = f" --image_folder {config.data.image_folder}" if config.data.image_folder else ""
     print(f"next: rankwise evaluate {folder} --task {config.data.task} --data_path {config.data.data_path}{images}")
@@ -67,6 +67,11 @@ def best_checkpoint(state: TrainerState) -> str:
     folder = Path(state.best_model_checkpoint)
     phase = phase_of(folder)
     return folder.name + (f" (phase {phase})" if phase else "")
+
+
+def best_metric(trainer: RankwiseTrainer) -> str:
+    """`accuracy 0.9130`: what it was chosen by."""
+    return f"{str(trainer.args.metric_for_best_model).removeprefix('eval_')} {trainer.state.best_metric:.4f}"
 
 
 def tables_and_plots(config: TrainConfig) -> list[Path]:

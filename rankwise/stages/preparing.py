@@ -24,6 +24,7 @@ from rankwise.stages.adapting import quantization
 from rankwise.stages.depth import asked, depth_facts, gate_rate, idle, prepared
 from rankwise.stages.rendering import decode_aside, renderer_for
 from rankwise.stages.scheduling import schedule_of
+from rankwise.stages.selecting import selection_facts
 from rankwise.stages.towers import train_use
 from rankwise.store.deltas import open_deltas
 from rankwise.store.processes import announce
@@ -64,7 +65,7 @@ def prepare(
         config, renderer, [*rows.examples, *(validation.examples if validation else ())], arguments
     )
     what = facts(config, name, arguments, plan, renderer, examples, len(rows)) | tower_facts(config, full)
-    what |= depth_facts(depth)
+    what |= depth_facts(depth) | selection_facts(config.selection)
     chosen = PackedDataset(rows, renderer.limit) if config.packing else rows
     if config.packing:
         refuse_packed_images(examples, renderer)

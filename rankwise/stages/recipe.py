@@ -6,7 +6,7 @@ stages:
   - {name: probe, command: finetune, model_name: "${MODEL_NAME}", output_dir: "${run}/probe"}
 
 `extends: NAME` takes another recipe's content and changes it: variables and options of stages of the same name are
-replaced one by one, further stages follow.
+replaced one by one, further stages stand before the stage that they precede in the list, or last.
 """
 
 from __future__ import annotations
@@ -134,12 +134,19 @@ def extended(parent: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str,
 
 
 def merged_stages(before: Sequence[Any], rows: Sequence[Any]) -> list[Any]:
-    """Rows with a stage's name change its options; the others come after all stages."""
+    """Rows with a stage's name change its options; the others come before the known stage that follows them in the
+    list, or after all stages."""
     stages = {stage_name(row): row for row in before}
+    order, waiting = list(stages), list[str]()
     for row in rows:
-        known = stages.get(stage_name(row))
-        stages[stage_name(row)] = {**known, **row} if isinstance(known, dict) and isinstance(row, dict) else row
-    return list(stages.values())
+        name = stage_name(row)
+        known = stages.get(name)
+        stages[name] = {**known, **row} if isinstance(known, dict) and isinstance(row, dict) else row
+        waiting.append(name)
+        if known is not None:
+            place = order.index(name)
+            order[place : place + 1], waiting = waiting, []
+    return [stages[name] for name in order + waiting]
 
 
 def stage_name(row: Any) -> str:
@@ -147,7 +154,7 @@ def stage_name(row: Any) -> str:
 
 
 def resolved_variables(defaults: Mapping[str, Any], run: Path) -> dict[str, str]:
-    found = {name: os.environ.get(name, str(value)) for name, value in defaults.items()}
+    found = {name: os.environ.get(name, str(value)).replace("${run}", str(run)) for name, value in defaults.items()}
     return found | {"run": str(run)}
 
 

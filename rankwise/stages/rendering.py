@@ -74,7 +74,7 @@ def target_for(data: DataSection, models: Sequence[Path]) -> DeviceTarget | None
 
     DataError where they are for different devices.
     """
-    if data.device_target == "none":
+    if data.device_target == "off":
         return None
     if data.device_target:
         given = read_target(data.device_target)

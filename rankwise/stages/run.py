@@ -1,6 +1,10 @@
 """rankwise run: a pipeline of stages from one recipe; skips what is done, goes on where it was stopped.
 
 MODEL_NAME=… DATA_PATH=… rankwise run recipes/svd_ranks.yaml --set train.learning_rate=1e-3
+rankwise run smolvlm_android --background
+
+Why not doit: it tells whether a task is up to date, ten lines here (`fingerprint_of`). That a stage which was stopped
+goes on from its checkpoint and one that changed starts over, for which the mark of its start is kept, it cannot say.
 """
 
 from __future__ import annotations
@@ -10,21 +14,30 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rankwise.config import RunConfig
-from rankwise.errors import UsageError
+from rankwise.errors import Interrupted, UsageError
 from rankwise.options import flatten, unknown
+from rankwise.show.contents import StageTime
+from rankwise.show.format import duration
+from rankwise.show.pipeline import BEFORE, UNASKED, UNFINISHED, UNREACHED, time_lines
+from rankwise.stages import background
 from rankwise.stages.commands import COMMANDS, configured, stage_of
 from rankwise.stages.recipe import Recipe, Stage, find_recipe, load_recipe
 from rankwise.stages.torchrun import run_in_processes
-from rankwise.store.files import fingerprint, read_object, write_json
+from rankwise.store.files import fingerprint
+from rankwise.store.log import logged
+from rankwise.store.monitor import Monitor, usage_of
 from rankwise.store.run import RunFolder
+from rankwise.store.stage_marks import STATE, read_marks, write_mark
 
-STATE, MARKS = ".stages", "done.json"
+LOGS, MONITOR, AUTO = "logs", "monitor.csv", "auto"
 RECORD = "resolved_config.recipe.json"  # a stage may write into the run folder itself, and its config beside this one
 PREDICTIONS = "predictions*.json*"
 OUTPUTS = ("output_dir", "out", "run")
@@ -34,46 +47,89 @@ def run(config: RunConfig) -> Path:
     """Run the stages in order. Returns the run folder."""
     recipe, configs = prepared(config)
     folder = RunFolder(run_folder(config))
-    with RunFolder(folder / STATE).lock():
+    state = RunFolder(folder / STATE)
+    if config.background:
+        with state.lock():  # UsageError where a run holds it
+            pass
+        background.start(config, folder.path, log_path(config))
+        return folder.path
+    with logging(config), background.stoppable("the same command goes on from here"), state.lock():
         folder.save_config(record_of(recipe), RECORD)
         chosen, again = selection(config, recipe)
-        for index, stage in enumerate(recipe.stages):
-            if stage.name in chosen:
-                again = step(folder, recipe, index, configs[stage.name], again) or again
-                gc.collect()
-    print(f"{recipe.name}: everything is in {folder.path}")
+        times = {stage.name: StageTime(stage.name, note=UNASKED) for stage in recipe.stages}
+        times |= {name: StageTime(name, note=UNREACHED) for name in chosen}
+        with Monitor(folder / LOGS / MONITOR) as monitor, telling(times):
+            print(f"watching: {monitor.said}")
+            for index, stage in enumerate(recipe.stages):
+                if stage.name in chosen:
+                    with unfinished(times, stage.name):
+                        times[stage.name] = step(folder, recipe, index, configs[stage.name], again, monitor)
+                    again = times[stage.name].ran or again
+                    gc.collect()
+        print(f"{recipe.name}: everything is in {folder.path}")
     return folder.path
 
 
-def step(folder: RunFolder, recipe: Recipe, index: int, config: Any, again: bool) -> bool:
-    """One stage, unless it is done and nothing asks for it again; whether it ran."""
+@contextmanager
+def logging(config: RunConfig) -> Iterator[None]:
+    if not config.log_file:
+        yield
+        return
+    with logged(log_path(config)) as path:
+        print(f"log: {path}")
+        yield
+
+
+def log_path(config: RunConfig) -> Path:
+    if config.log_file and config.log_file != AUTO:
+        return Path(config.log_file)
+    return run_folder(config) / LOGS / f"{datetime.now():%Y%m%d-%H%M%S}.log"
+
+
+@contextmanager
+def unfinished(times: dict[str, StageTime], stage: str) -> Iterator[None]:
+    """How long it went until it was stopped, or failed."""
+    started = time.monotonic()
+    try:
+        yield
+    except BaseException:
+        times[stage] = StageTime(stage, time.monotonic() - started, note=UNFINISHED)
+        raise
+
+
+@contextmanager
+def telling(times: Mapping[str, StageTime]) -> Iterator[None]:
+    """The table of times, however the run ends."""
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt):
+        print("stopped; the same command goes on from here")
+        raise
+    finally:
+        print("\n".join(["", *time_lines(list(times.values())), ""]), flush=True)
+
+
+def step(folder: RunFolder, recipe: Recipe, index: int, config: Any, again: bool, monitor: Monitor) -> StageTime:
+    """One stage, unless it is done and nothing asks for it again; how long it took, now or then."""
     stage, title = recipe.stages[index], f"[{index + 1}/{len(recipe.stages)}] {recipe.stages[index].name}"
-    before = marks(folder).get(stage.name, {})
-    previous = marks(folder).get(recipe.stages[index - 1].name, {}).get("done") if index else None
+    entries = read_marks(folder.path)
+    before = entries.get(stage.name, {})
+    previous = entries.get(recipe.stages[index - 1].name, {}).get("done") if index else None
     mark = fingerprint_of(stage, config, previous)
     if not again and before.get("done") == mark and all(path.exists() for path in outputs(config)):
-        print(f"{title}: done already in {before['seconds']:.0f} s, skipped")
-        return False
+        print(f"{title}: done already in {duration(before['seconds'])}, skipped")
+        return StageTime(stage.name, before["seconds"], before, BEFORE)
     started = time.monotonic()
     print(f"{title}: rankwise {stage.command}", flush=True)
     ready = resuming(stage, config, before, mark)
-    remember(folder, stage, {"started": mark})
-    execute(stage, ready, folder / STATE)
-    seconds = round(time.monotonic() - started, 1)
+    write_mark(folder.path, stage.name, {"started": mark})
+    with monitor.watching(stage.name) as samples:
+        execute(stage, ready, folder / STATE)
+    seconds, usage = round(time.monotonic() - started, 1), usage_of(samples).as_dict()
     # A stage may write beside what it reads: the mark is that of the finished run.
-    remember(folder, stage, {"done": fingerprint_of(stage, config, previous), "seconds": seconds})
-    print(f"{title}: {seconds:.0f} s", flush=True)
-    return True
-
-
-def marks(folder: RunFolder) -> dict[str, Any]:
-    """What the run folder knows of each stage: {"started": mark}, or {"done": mark, "seconds"}."""
-    file = folder / STATE / MARKS
-    return read_object(file) if file.is_file() else {}
-
-
-def remember(folder: RunFolder, stage: Stage, entry: Mapping[str, Any]) -> None:
-    write_json(folder / STATE / MARKS, marks(folder) | {stage.name: entry})
+    write_mark(folder.path, stage.name, {"done": fingerprint_of(stage, config, previous), "seconds": seconds, **usage})
+    print(f"{title}: {duration(seconds)}", flush=True)
+    return StageTime(stage.name, seconds, usage)
 
 
 def record_of(recipe: Recipe) -> dict[str, Any]:

@@ -24,6 +24,15 @@ from rankwise.stages.outcome import SPLIT_FILE, adapter_folder, finish
 from rankwise.stages.preparing import prepare, rates_of
 from rankwise.stages.rendering import save_target
 from rankwise.stages.scheduling import gradient_norms, phase_keeper, schedule_of
+from rankwise.stages.selecting import (
+    accuracy_of,
+    arguments_for,
+    callbacks_of,
+    check_selection,
+    sampler_of,
+    save_task,
+    selection_lines,
+)
 from rankwise.stages.towers import check_rates, full_of, train_use, trained_lines, words
 from rankwise.store.files import read_object, write_json
 from rankwise.store.plan_file import find_plan
@@ -67,11 +76,15 @@ def run(config: TrainConfig) -> Path:
             tower_rates=rates_of(config),
             phases=keeper,
             gradients=gradient_norms(config.phases, keeper, arguments),
+            accuracy=accuracy_of(config.selection, job),
+            sampler=sampler_of(config.selection, job),
+            callbacks=callbacks_of(config.selection),
         )
         seconds = time.monotonic() - started
         shared.write_adapter_files(trainer, adapter_folder(config), name, plan, left_out, initial, full)
         record.outputs |= save_depth(job.depth, adapter_folder(config))
         record.outputs |= save_target(job.renderer, adapter_folder(config))
+        record.outputs |= save_task(config.data, adapter_folder(config))
         if trainer.is_world_process_zero():
             write_json(folder / SPLIT_FILE, split.record())
             total = sum(parameter.numel() for parameter in skeleton.parameters())
@@ -89,6 +102,7 @@ def check(config: TrainConfig) -> None:
         raise UsageError("train needs a base model: --model_name FOLDER_OR_HUB_ID")
     check_lora(config.lora)
     check_rates(rates_of(config), config.training)
+    check_selection(config.selection, config.data.task, config.training, packing=config.packing)
     schedule_of(config.phases)
     asked(config.depth)
 
@@ -111,6 +125,7 @@ def arguments_of(config: TrainConfig) -> TrainingArguments:
         if given.get("eval_strategy", "no") != "no":
             raise UsageError("--eval_strategy needs validation rows: --val_path, or a --val_fraction above 0")
         given["eval_strategy"] = "no"
+    given = arguments_for(config.selection, given)
     return build_arguments(config.output_dir, config.seed, given, dtype=config.model.dtype)
 
 
@@ -140,6 +155,7 @@ def describe(config: TrainConfig) -> list[str]:
     form = schedule_of(config.phases)
     if form is not None:
         lines.append(f"train in phases: {form}")
+    lines += selection_lines(config.selection)
     held_out = config.val_path or f"{config.val_fraction:.0%} of the groups held out"
     lines.append(f"train on {config.data.data_path} as {config.data.task}, validate on {held_out}")
     return [*lines, f"write the adapter, sites.json, {TRAINING_LOG} and checkpoints to {config.output_dir}"]

@@ -17,6 +17,7 @@ from rankwise.config import CheckConfig, DataSection, FinetuneConfig, ModelSecti
 from rankwise.core.plan import RankPlan
 from rankwise.data import Collator, Example, Examples, PackedDataset, RenderedDataset, Renderer, load
 from rankwise.data.packing import unpacked_difference
+from rankwise.data.sources.labels import is_dataset, own_validation
 from rankwise.errors import UsageError, VerificationError
 from rankwise.nets.adapters import save_adapter, write_sites
 from rankwise.nets.depth_settings import DepthSettings
@@ -28,7 +29,7 @@ from rankwise.store.processes import announce, process_index
 from rankwise.store.run import Record, RunFolder
 from rankwise.train.arguments import frozen_dtype
 from rankwise.train.resume import identity_of, resume_point, start_over
-from rankwise.train.trainer import RankwiseTrainer
+from rankwise.train.trainer import ACCURACY, RankwiseTrainer
 
 Configured = TypeVar("Configured", FinetuneConfig, TrainConfig, CheckConfig)
 CONVERSATION_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -71,11 +72,22 @@ def held(folder: RunFolder, stage: str, inputs: Mapping[str, Path | str]) -> Ite
 
 
 def settled(config: Configured) -> Configured:
-    """The config with its task filled in: without --task, rows of JSON are conversations."""
-    data = config.data
-    if data.task or not str(data.data_path).lower().endswith(CONVERSATION_SUFFIXES):
+    """The config with what its data say by themselves: without --task, rows of JSON are conversations, and a folder
+    with a task.json is a labelled data set, which brings its own validation rows."""
+    config = replace(config, data=replace(config.data, task=task_of(config.data)))
+    if config.data.task != "labels" or not isinstance(config, TrainConfig) or config.val_path:
         return config
-    return replace(config, data=replace(data, task="conversations"))
+    assert config.data.data_path
+    return replace(config, val_path=own_validation(config.data.data_path) if config.val_fraction else None)
+
+
+def task_of(data: DataSection) -> str | None:
+    """The task as given, else as the data show it."""
+    if data.task or data.data_path is None:
+        return data.task
+    if is_dataset(data.data_path):
+        return "labels"
+    return "conversations" if data.data_path.lower().endswith(CONVERSATION_SUFFIXES) else None
 
 
 def check_data(data: DataSection, command: str) -> None:
@@ -91,7 +103,13 @@ def read_examples(data: DataSection, path: str, split: str = "train", *, sees_im
     fetches = data.download and path == data.data_path
     with PartialState().local_main_process_first() if fetches else nullcontext():
         examples = load(
-            data.task or "", path, split, skip_bad=data.skip_bad, download=fetches, repeat_image=data.repeat_image
+            data.task or "",
+            path,
+            split,
+            skip_bad=data.skip_bad,
+            download=fetches,
+            repeat_image=data.repeat_image,
+            aux_reason=data.aux_reason,
         )
     for note in examples.notes(sees_images=sees_images):
         announce(note)
@@ -158,6 +176,7 @@ def data_facts(data: DataSection, renderer: Renderer, examples: Examples, sample
         "task": data.task,
         **renderer.settings,
         "samples": samples,
+        **({"aux_reason": True} if data.aux_reason else {}),
     }
 
 
@@ -183,7 +202,7 @@ def trained(model: nn.Module, job: Job, checkpoint: Path | None, **extras: Any) 
     """Train a model on the job's rows, packed ones once it is sure that the model keeps them apart.
 
     Returns the trainer, which holds the trained model. extras: its `loraplus_lr_ratio`, `tower_rates`, `phases`,
-    `gradients`.
+    `gradients`, `accuracy`, `sampler`, `callbacks`.
     """
     if isinstance(job.rows, PackedDataset):
         check_packing(model, job.rows, job.collator)
@@ -227,9 +246,11 @@ def write_adapter_files(
 
 
 def losses(history: Sequence[Mapping[str, Any]]) -> str:
-    """`loss 2.31 → 0.52, validation 0.61`, from the Trainer's log."""
+    """`loss 2.31 → 0.52, validation 0.61, accuracy 0.93`, from the Trainer's log."""
     training = [row["loss"] for row in history if "loss" in row]
     training = training or [row["train_loss"] for row in history if "train_loss" in row]
     validation = [row["eval_loss"] for row in history if "eval_loss" in row]
+    accuracy = [row[ACCURACY] for row in history if ACCURACY in row]
     first_and_last = [f"{value:.3f}" for value in dict.fromkeys((training[0], training[-1]))]
-    return f"loss {' → '.join(first_and_last)}" + (f", validation {validation[-1]:.3f}" if validation else "")
+    last = {"validation": validation[-1:], "accuracy": accuracy[-1:]}
+    return f"loss {' → '.join(first_and_last)}" + "".join(f", {name} {row:.3f}" for name in last for row in last[name])

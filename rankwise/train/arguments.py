@@ -169,6 +169,11 @@ def build_arguments(
     TrainingArguments refuses, and where one process sees several GPUs.
     """
     values, notes = translated(without_none(given))
+    if values.get("push_to_hub"):
+        raise UsageError(
+            "--push_to_hub: training uploads nothing, for nothing is proven yet; afterwards `rankwise card RUN "
+            "--push_to_hub ORG/NAME` uploads the adapter, the merged model or the export, with a model card"
+        )
     values = {**defaults, "disable_tqdm": not sys.stderr.isatty(), **values}
     values["use_cpu"] = bool(values.get("use_cpu")) or not torch.accelerator.is_available()
     precision, more = autocast(dtype, values, on_cpu=values["use_cpu"])

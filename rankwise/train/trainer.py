@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -25,9 +26,11 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import EvalLoopOutput
 
-from rankwise.errors import RankwiseError
+from rankwise.errors import RankwiseError, UsageError
 from rankwise.nets.adapt import full_parameters
+from rankwise.score.selection import LabelAccuracy
 from rankwise.store.files import explained
 from rankwise.train.checkpoints import CheckpointKeeper, discard_unsealed
 from rankwise.train.gradients import GradientNorms
@@ -39,7 +42,7 @@ from rankwise.train.sampling import LengthGrouped
 from rankwise.train.tables import TrainingLog
 from rankwise.train.trained import parameter_towers
 
-SAMPLE_INDEX = "sample_index"
+SAMPLE_INDEX, ACCURACY = "sample_index", "eval_accuracy"
 
 
 class StopOnSignal(TrainerCallback):
@@ -101,6 +104,8 @@ class RankwiseTrainer(Trainer):
         tower_rates: tower → learning rate instead of the common one.
         phases: freezes and thaws adapters between steps.
         gradients: writes the table of gradient norms.
+        accuracy: measured at each evaluation, as `eval_accuracy` in [0, 1]; the processes share its samples.
+        sampler: the order of the training rows, instead of the Trainer's; drawn from seed and epoch (`set_epoch`).
         The rest are the Trainer's own. `args.save_total_limit` is taken over: complete checkpoints are rotated
         after a new one is complete. A batch may carry `sample_index`; the data set's `sample_id` names it.
 
@@ -117,6 +122,8 @@ class RankwiseTrainer(Trainer):
         tower_rates: Mapping[str, float] | None = None,
         phases: PhaseKeeper | None = None,
         gradients: GradientNorms | None = None,
+        accuracy: LabelAccuracy | None = None,
+        sampler: Sampler[int] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         **rest: Any,
     ) -> None:
@@ -126,14 +133,21 @@ class RankwiseTrainer(Trainer):
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.tower_rates = {t: rate for t, rate in (tower_rates or {}).items() if rate != args.learning_rate}
         self.phases, self.gradients = phases, gradients
+        self.accuracy, self.sampler = accuracy, sampler
         self._agreed_signal: int | None = None
         self._stop = StopOnSignal(self)
         keeper = CheckpointKeeper(identity or {}, keep)  # seals what those before it have written
-        log = TrainingLog(Path(args.output_dir), [RATE_COLUMN.format(tower) for tower in self.tower_rates])
+        more = [RATE_COLUMN.format(tower) for tower in self.tower_rates]
+        log = TrainingLog(Path(args.output_dir), more + ([ACCURACY] if accuracy else []))
         self._rates = RateWatch()
         own = [FrozenPrefix(), log, phases, gradients, keeper, self._stop, self._rates]
         super().__init__(args=args, callbacks=[*filter(None, own), *callbacks], **rest)
         self.remove_callback(PrinterCallback)
+        if accuracy is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise UsageError(
+                "--select accuracy needs the whole model in every process, which asks it for a share of the labels; "
+                "under FSDP or DeepSpeed choose by loss (--select loss) and score the result with `rankwise evaluate`"
+            )
 
     def train(self, resume_from_checkpoint: str | Path | None = None, **rest: Any) -> Any:
         """Train, from a checkpoint that `checkpoints.resume_point` has found sound where one is given."""
@@ -217,6 +231,8 @@ class RankwiseTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """The Trainer's, but for rows of like length: those lengths are known, and the order must survive a resume."""
+        if self.sampler is not None:
+            return self.sampler
         rows = self.train_dataset if train_dataset is None else train_dataset
         lengths = getattr(rows, "lengths", None)
         if self.args.train_sampling_strategy != "group_by_length" or lengths is None:
@@ -227,6 +243,18 @@ class RankwiseTrainer(Trainer):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **rest: Any) -> Any:
         inputs.pop(SAMPLE_INDEX, None)
         return super().prediction_step(model, inputs, *args, **rest)
+
+    def evaluation_loop(self, *args: Any, **rest: Any) -> EvalLoopOutput:
+        """The Trainer's, and how many labels are right: callbacks and the choice of the best checkpoint see it too."""
+        output = super().evaluation_loop(*args, **rest)
+        if self.accuracy is not None and output.metrics is not None:
+            tally = self.accuracy.right(self.model)
+            counts = torch.tensor([tally.right, tally.asked], device=self.args.device)
+            if self.args.world_size > 1:
+                dist.all_reduce(counts)
+            right, asked = counts.tolist()
+            output.metrics[ACCURACY] = right / asked
+        return output
 
     def evaluate(self, *args: Any, **rest: Any) -> dict[str, float]:
         """Evaluation draws no random number from training's stream: how often one evaluates changes no weight."""

@@ -1,0 +1,229 @@
+"""rankwise bundle: what an app needs to run the model, with golden vectors; and their replay on any runtime.
+
+rankwise bundle exported_model --validation validation -o bundle
+rankwise bundle --replay bundle --server http://192.168.1.20:8080
+
+export, validation ── sound? ──▶ files, prompt, labels, threshold ─┐
+trained model, float32 ── golden vectors ──────────────────────────┴─▶ bundle/ ── replayed here ──▶ named
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from rankwise.config import BundleConfig
+from rankwise.data.device import DeviceTarget, read_target
+from rankwise.data.label_task import FILE as TASK_FILE
+from rankwise.data.label_task import LabelTask, read_task
+from rankwise.errors import UsageError, VerificationError
+from rankwise.ship.abstain import Abstention, abstention
+from rankwise.ship.bundle import (
+    GRAMMAR,
+    copy_model,
+    label_answers,
+    prompt_of,
+    read_bundle,
+    write_manifest,
+    write_parts,
+)
+from rankwise.ship.export import Exported
+from rankwise.ship.gguf import GGUFFile
+from rankwise.ship.golden import FOLDER as GOLDEN
+from rankwise.ship.golden import Golden, read_golden, write_golden
+from rankwise.ship.parity import Ladder, climb
+from rankwise.ship.runtime import LlamaServer, RemoteServer
+from rankwise.ship.server_api import ServerRuntime
+from rankwise.show.bundle import ladder_lines, readme
+from rankwise.stages.bundling import Source, source_of
+from rankwise.stages.validating import ROOM, Trained, context
+from rankwise.store.files import atomic_folder, write_text
+from rankwise.store.run import RunFolder
+
+STAGE = "bundle"
+
+
+def run(config: BundleConfig) -> dict[str, Any] | Ladder:
+    """The whole command; returns bundle.json's content, or the ladder of a replay. VerificationError where a rung of
+    the golden vectors differs: a bundle does not get its name then."""
+    check(config)
+    if config.replay:
+        return replay(config, Path(config.replay))
+    source = source_of(config)
+    trained = source.trained(config)
+    out = RunFolder(config.output_dir)
+    with out.lock():
+        refuse_other_content(out)
+        with atomic_folder(out.path) as temporary:
+            inside = RunFolder(temporary)
+            with inside.recording(STAGE, {"export": source.exported.folder, "model": trained.name}) as record:
+                content = write_bundle(config, source, trained, temporary)
+                record.outputs["golden"] = temporary / GOLDEN
+            inside.save_config(config)
+            write_manifest(temporary, content)
+            ladder = replayed(config, temporary)
+            require(ladder, str(out.path))
+    report(config, content, ladder)
+    return content
+
+
+def check(config: BundleConfig) -> None:
+    """What can be said before anything is read."""
+    if not config.replay and not config.export:
+        raise UsageError("bundle needs an export: rankwise bundle EXPORT_FOLDER -o bundle, or --replay BUNDLE")
+    if config.server and not config.replay:
+        raise UsageError("--server is asked for the golden vectors of a bundle: give it with --replay BUNDLE")
+    if not 0 < config.min_precision < 1:
+        raise UsageError(f"--min_precision is a share between 0 and 1, got {config.min_precision}")
+    for name, least in (("num_golden", 1), ("top", 2)):
+        if getattr(config, name) < least:
+            raise UsageError(f"--{name} must be at least {least}, got {getattr(config, name)}")
+    if config.tolerance <= 0:
+        raise UsageError(f"--tolerance must be above 0, got {config.tolerance}")
+
+
+def refuse_other_content(out: RunFolder) -> None:
+    """The output replaces the folder as a whole, so nothing may lie in it but an earlier bundle."""
+    visible = [entry.name for entry in out.path.iterdir() if not entry.name.startswith(".")]
+    if visible and STAGE not in out.stages():
+        raise UsageError(
+            f"{out.path}: holds other files ({', '.join(sorted(visible)[:3])} …); choose a new --output_dir"
+        )
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_bundle(config: BundleConfig, source: Source, trained: Trained, folder: Path) -> dict[str, Any]:
+    """All files of the bundle; returns what bundle.json says beside them."""
+    task = task_of(source.exported)
+    target = shipped_target(source, trained)
+    answers = label_answers(task, trained.items[0], trained.renderer) if task else []
+    unsure = abstention(source.predictions, config.min_precision)
+    prompt = prompt_of(trained.items, trained.renderer, GGUFFile(source.text))
+    copy_model(folder, source.files)
+    write_parts(folder, prompt, target, task, answers, trained.renderer.end_ids, unsure.as_dict())
+    floor = trained.floor()
+    assert floor
+    limits = floor.thresholds(source.form, config.tolerance)
+    write_golden(folder, trained.cases, trained.reference, trained.renderer, limits, source.form, config.top)
+    facts = described(source, trained, unsure)
+    write_text(folder / "README.md", readme(facts, prompt.as_dict(), [one.name for one in answers], target, unsure))
+    return facts
+
+
+def task_of(exported: Exported) -> LabelTask | None:
+    return read_task(exported.folder) if (exported.folder / TASK_FILE).is_file() else None
+
+
+def shipped_target(source: Source, trained: Trained) -> DeviceTarget | None:
+    """The contract, with the runtime that the answers were validated on."""
+    target = read_target(source.exported.folder) or trained.target
+    return dataclasses.replace(target, runtime_build=source.build or target.runtime_build) if target else None
+
+
+def described(source: Source, trained: Trained, unsure: Abstention) -> dict[str, Any]:
+    """bundle.json without its list of files."""
+    return {
+        "outtype": source.form,
+        "model": source.text.name,
+        "mmproj": source.mmproj.name if source.mmproj else None,
+        "made_from": dict(source.exported.content["model"]),
+        "max_new_tokens": trained.max_new_tokens,
+        "context": context(trained.renderer),
+        "validation": source.scores,
+        "threshold": unsure.threshold,
+        "not_verified": list(source.doubts),
+    }
+
+
+# --- replaying -------------------------------------------------------------------------------------------------------
+
+
+def replay(config: BundleConfig, folder: Path) -> Ladder:
+    """The ladder of a bundle's golden vectors. VerificationError where a rung differs."""
+    ladder = replayed(config, folder)
+    for line in ladder_lines(ladder):
+        print(line)
+    require(ladder, str(folder))
+    print(f"{folder}: what {config.server or 'llama.cpp here'} does is what was trained")
+    return ladder
+
+
+def replayed(config: BundleConfig, folder: Path) -> Ladder:
+    content = read_bundle(folder)
+    golden = read_golden(folder, read_target(folder))
+    with runtime_for(config, folder, content, golden) as runtime:
+        ladder = climb(golden, runtime, golden.cases, golden.thresholds, golden.top)
+        check_grammar(folder, runtime, golden)
+    return ladder
+
+
+def runtime_for(
+    config: BundleConfig, folder: Path, content: Mapping[str, Any], golden: Golden
+) -> AbstractContextManager[ServerRuntime]:
+    if config.server:
+        return RemoteServer(config.server)
+    needed = max(len(golden.known[case.id].ids) for case in golden.cases) + ROOM
+    mmproj = folder / content["mmproj"] if content["mmproj"] else None
+    held = config.context or min(needed, int(content["context"]))
+    return LlamaServer(folder / content["model"], mmproj, held, config.threads)
+
+
+def check_grammar(folder: Path, runtime: ServerRuntime, golden: Golden) -> None:
+    """The grammar lets the model say what it says, where that is a label. VerificationError where it does not."""
+    if not (folder / GRAMMAR).is_file():
+        return
+    rules = (folder / GRAMMAR).read_text(encoding="utf-8")
+    ids = [rule.split("::=")[1].split() for rule in rules.splitlines() if rule.startswith("label-")]
+    allowed = {tuple(int(one.strip("<[]>")) for one in rule) for rule in ids}
+    for case in golden.cases:
+        expected = golden.expected(case)
+        said = tuple(token for token in expected.answer if token not in expected.end_ids)
+        found = runtime.complete(case.prompt, case.images, max_new_tokens=len(expected.answer) + 8, grammar=rules)
+        words = found.tokens[:-1] if found.ended else found.tokens
+        if words not in allowed or (said in allowed and golden_sure(golden, case.id) and words != said):
+            raise VerificationError(f"{folder / GRAMMAR}: under it the runtime says {found.text!r} to {case.id}")
+
+
+def golden_sure(golden: Golden, name: str) -> bool:
+    """Whether the trained model's answer is no near tie at any place."""
+    rows = golden.known[name].log_probs.nan_to_num(nan=-1e9).topk(2).values
+    return bool((rows[:, 0] - rows[:, 1] > golden.thresholds.margin).all())
+
+
+def require(ladder: Ladder, where: str) -> None:
+    broken = ladder.first_broken
+    if broken:
+        raise VerificationError(f"{where}: golden vectors: the rung `{broken.name}` differs: {broken.why}")
+
+
+# --- what people read ------------------------------------------------------------------------------------------------
+
+
+def report(config: BundleConfig, content: Mapping[str, Any], ladder: Ladder) -> None:
+    for doubt in content["not_verified"]:
+        print(f"warning: bundled though {doubt}")
+    for line in ladder_lines(ladder):
+        print(line)
+    threshold = content["threshold"]
+    print(
+        f"answer from a confidence of {threshold:.3f} on" if threshold is not None else "no threshold; see abstain.json"
+    )
+    print(f"bundle in {config.output_dir}")
+    print(f"next: rankwise bundle --replay {config.output_dir} --server http://PHONE:8080")
+
+
+def describe(config: BundleConfig) -> list[str]:
+    check(config)
+    if config.replay:
+        asked = config.server or "a llama.cpp of our own"
+        return [f"put the golden vectors of {config.replay} to {asked}; exit 6 where a rung differs"]
+    return [
+        f"check that the export {config.export} and its validation {config.validation} found nothing wrong",
+        f"write the files, prompt, labels, threshold and {config.num_golden} golden vectors to {config.output_dir}",
+        "replay the golden vectors in llama.cpp; the folder gets its name if no rung differs",
+    ]

@@ -1,0 +1,245 @@
+"""The sections of a model card, each from the records of one stage; a stage that has left none gives no lines.
+
+Folders are named by their last part only: where they lie on whose machine is nobody's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rankwise.ship.card import Metric, table
+from rankwise.ship.export import FILE as EXPORT
+from rankwise.ship.validation import FILE as VALIDATION
+from rankwise.show.contents import Scored
+from rankwise.show.format import amount, duration, memory, metric_name, number, percent, score
+from rankwise.stages.card_sources import Recorded, Sources
+from rankwise.store.checkpoint import HUB_ID
+
+# Settings worth a line, where the run has them: name in the config → as a card says it.
+SETTINGS = {
+    "task": "task",
+    "max_seq_length": "longest sample, tokens",
+    "learning_rate": "learning rate",
+    "lr_scheduler_type": "schedule",
+    "warmup_ratio": "warm-up, share of the steps",
+    "per_device_train_batch_size": "batch",
+    "gradient_accumulation_steps": "gradient accumulation",
+    "num_train_epochs": "epochs",
+    "weight_decay": "weight decay",
+    "lora_dropout": "LoRA dropout",
+    "init_lora_weights": "LoRA initialisation",
+    "use_dora": "DoRA",
+    "use_rslora": "rsLoRA",
+    "load_in_4bit": "base in 4 bits while training",
+    "load_in_8bit": "base in 8 bits while training",
+    "use_depth": "depth",
+    "balance": "classes balanced",
+    "packing": "packing",
+    "seed": "seed",
+}
+NOT_WORTH_SAYING = (None, False, "", "default", "none")
+
+
+def public(name: str | None) -> str:
+    """A hub id as it is, of a path its last part."""
+    if not name:
+        return "not recorded"
+    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else Path(name).name
+
+
+def training(sources: Sources) -> list[str]:
+    trained = sources.stage("train")
+    if trained is None:
+        return []
+    settings = trained.config
+    rows = [("data", data_of(trained)), *ranks_of(sources, trained)]
+    rows += [("phases", " → ".join(sources.phases))] if sources.phases else []
+    rows += [(label, shown(settings[name])) for name, label in SETTINGS.items() if said(settings.get(name))]
+    entry = trained.entry
+    if "steps" in entry:
+        rows.append(("optimizer steps", f"{entry['steps']:,} in {duration(float(entry.get('training_seconds', 0)))}"))
+    return table(("", ""), rows) + versions_of(trained)
+
+
+def said(value: Any) -> bool:
+    return not any(value is other or value == other for other in NOT_WORTH_SAYING) or (
+        value == 0 and value is not False
+    )
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes"
+    return number(value) if isinstance(value, (int, float)) and abs(value) >= 1e-3 else f"{value}"
+
+
+def data_of(trained: Recorded) -> str:
+    row = trained.entry.get("inputs", {}).get("data", {})
+    mark = row.get("fingerprint")
+    return public(trained.input("data")) + (f" (fingerprint {mark[:12]})" if mark else "")
+
+
+def ranks_of(sources: Sources, trained: Recorded) -> Iterator[tuple[str, str]]:
+    adapted = next((one for content in sources.contents for _, one in content.sites), None)
+    plan = "a rank plan" if trained.input("plan") else "one rank"
+    if adapted and adapted.ranks:
+        least, most = min(adapted.ranks), max(adapted.ranks)
+        ranks = f"rank {least}" if least == most else f"ranks {least} to {most}"
+        yield "adapted", f"{len(adapted.ranks)} matrices by {plan}: {ranks}"
+    entry = trained.entry
+    if "trainable_parameters" in entry and entry.get("total_parameters"):
+        trainable, total = entry["trainable_parameters"], entry["total_parameters"]
+        yield "trained parameters", f"{amount(trainable)} of {amount(total)} ({percent(trainable / total)})"
+    if entry.get("trained_in_full"):
+        yield "trained in full", f"{len(entry['trained_in_full'])} modules"
+
+
+def versions_of(trained: Recorded) -> list[str]:
+    found = {"python": trained.entry.get("python"), **trained.entry.get("versions", {})}
+    words = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    return ["", f"Made with {words}."] if words else []
+
+
+def scores(found: Iterable[Scored]) -> list[str]:
+    rows = [
+        (one.label, one.result.task, metric_name(name), score(value), interval(one, name), f"{one.result.n:,}")
+        for one in found
+        for name, value in one.result.metrics.items()
+    ]
+    return table(("model", "task", "metric", "score", "95 % interval", "n"), rows)
+
+
+def interval(scored: Scored, name: str) -> str:
+    low, high = scored.result.intervals.get(name, (None, None))
+    return "not measured" if low is None or high is None else f"{score(low)} to {score(high)}"
+
+
+def metrics(found: Iterable[Scored]) -> list[Metric]:
+    """Of the models after training, for the metadata."""
+    after = [one for one in found if not one.is_before]
+    return [
+        Metric(one.result.task, one.result.task, name, round(value, 4))
+        for one in after[-1:]
+        for name, value in one.result.metrics.items()
+    ]
+
+
+def merge(sources: Sources) -> list[str]:
+    merged = sources.stage("merge")
+    if merged is None:
+        return []
+    proof = merged.entry.get("verification")
+    if not proof:
+        return ["The merged weights were not verified (`--no_verify`)."]
+    how = ", layer by layer" if proof.get("layer_by_layer") else ""
+    lines = [
+        f"The merged model was compared with base + adapter on {on_what(proof)}{how}, in float32: logits within "
+        f"{proof['error']:.1e} (relative rms; at most {proof['max_difference']:.1e}), the same top token at "
+        f"{proof['same_top1']:.1%} of the places, KL {proof['kl']:.1e} nats. The adapter's own effect on the logits is "
+        f"{proof['effect']:.1e}, of which rounding the merged weights costs {proof['effect_lost']:.2%}."
+    ]
+    lost = merged.entry.get("rounding", {}).get("share_of_change_lost", {})
+    dtype = merged.config.get("dtype")
+    if dtype in lost:
+        lines.append(f"Rounding to {dtype} changes the weights by {lost[dtype]:.1%} of what the adapter changes.")
+    return lines
+
+
+def on_what(proof: Mapping[str, Any]) -> str:
+    words = str(proof.get("on", "random tokens"))
+    head, of, path = words.partition(" of ")
+    return f"{head} of {public(path)}" if of else words
+
+
+def export(sources: Sources) -> list[str]:
+    lines: list[str] = []
+    for _, content in sources.json(EXPORT):
+        rows = [
+            (files[kind], outtype, memory(files["bytes"][kind]), files["sha256"][kind][:12])
+            for outtype, files in content.get("files", {}).items()
+            for kind in ("text", "mmproj")
+            if files.get(kind)
+        ]
+        lines += table(("file", "type", "size", "sha256"), rows)
+        converter = content.get("converter", {})
+        proven = (
+            "every tensor was compared with the merged checkpoint" if content.get("verification") else "not verified"
+        )
+        lines += [
+            "",
+            f"Converted by llama.cpp's own converter ({converter.get('version', 'unknown version')}); {proven}.",
+        ]
+    return lines
+
+
+def device(sources: Sources) -> list[str]:
+    """What the files do in llama.cpp: scores by form, and how far up the parity ladder they agree."""
+    lines: list[str] = []
+    for _, content in sources.json(VALIDATION):
+        forms = content.get("by_outtype") or {content.get("outtype", ""): content}
+        rows = [(name, *accuracy(one)) for name, one in forms.items() if isinstance(one, Mapping)]
+        lines += table(("form", "accuracy", "95 % interval", "n"), [row for row in rows if row[1] != "not measured"])
+        lines += [""] if lines else []
+        lines += [f"- {name}: {ladder_words(ladder)}" for name, ladder in (content.get("parity") or {}).items()]
+    return lines
+
+
+def accuracy(content: Mapping[str, Any]) -> tuple[str, str, str]:
+    value, span = content.get("accuracy"), content.get("interval")
+    if value is None:
+        return "not measured", "not measured", f"{content.get('n', 0):,}"
+    return percent(value), f"{percent(span[0])} to {percent(span[1])}" if span else "not measured", f"{content['n']:,}"
+
+
+def ladder_words(ladder: Mapping[str, Any]) -> str:
+    """The parity ladder in one line: which rungs agree, which one breaks first, which were not measured."""
+    by_status: dict[str, list[str]] = {}
+    for rung in ladder.get("rungs", ()):
+        by_status.setdefault(rung["status"], []).append(rung["name"])
+    words = [f"{', '.join(names)} {meaning}" for status, meaning in STATUS.items() if (names := by_status.get(status))]
+    return "; ".join(words) or "the parity ladder was not climbed"
+
+
+STATUS = {
+    "ok": "agree with the trained model",
+    "broken": "**broken**",
+    "not measured": "not measured",
+}
+
+
+def limitations(sources: Sources, kind: str) -> list[str]:
+    """What nobody measured, and what no measurement here covers."""
+    found = sources.scores
+    rows = [
+        (not found, "No score was measured, neither before nor after training."),
+        (bool(found) and not any(one.is_before for one in found), "The model before training was not scored."),
+        (bool(found) and all(one.is_before for one in found), "The model after training was not scored."),
+        (kind != "adapter" and not merge(sources), "The merge left no record."),
+        (kind in ("export", "bundle") and not sources.files(VALIDATION), "Not validated in llama.cpp."),
+        (True, "Safety, bias and other languages or domains than those of the training data were not measured."),
+    ]
+    return [f"- {text}" for applies, text in rows if applies]
+
+
+def failures(sources: Sources, kind: str) -> list[str]:
+    """Why these files should not go out: verifications that failed or were skipped."""
+    lines = []
+    merged = sources.stage("merge")
+    if kind != "adapter" and merged is not None and not merged.entry.get("verification"):
+        lines.append("the merge was not verified (--no_verify)")
+    if kind not in ("export", "bundle"):
+        return lines
+    for folder, content in sources.json(EXPORT):
+        lines += [] if content.get("verification") else [f"{folder.name}/{EXPORT}: the export was not verified"]
+    for folder, content in sources.json(VALIDATION):
+        where = f"{folder.name}/{VALIDATION}"
+        lines += [f"{where}: {failure}" for failure in content.get("failures") or ()]
+        broken = {name: ladder.get("first_broken") for name, ladder in (content.get("parity") or {}).items()}
+        lines += [
+            f"{where}: {name}: the rung `{rung}` is broken"
+            for name, rung in broken.items()
+            if rung and not content.get("failures")
+        ]
+    return lines

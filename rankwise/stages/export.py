@@ -1,0 +1,198 @@
+"""rankwise export: merged checkpoint → GGUF files and their mmproj, proven tensor by tensor before they are named.
+
+rankwise export merged_model -o exported_model
+rankwise export --install-converter
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rankwise.config import ExportConfig
+from rankwise.data.device import DeviceTarget, read_target
+from rankwise.errors import DataError, UsageError
+from rankwise.ship.adapter_gguf import largest_rank, read_plain, write_adapter_gguf
+from rankwise.ship.converter import OUTTYPES, Converter, converter_folder, find_converter
+from rankwise.ship.export import FILE, FORMAT, Exported, read_export, write_export
+from rankwise.ship.export_plan import ExportPlan, plan_export, require_model, require_space
+from rankwise.ship.install_converter import install_converter
+from rankwise.show.format import plural
+from rankwise.store.checkpoint import resolve
+from rankwise.store.files import atomic_folder, fingerprint, sha256, write_json
+from rankwise.store.run import RunFolder
+
+STAGE = "export"
+
+
+def run(config: ExportConfig) -> Exported | Path | None:
+    """The whole command; returns the export, the adapter's GGUF, or None where only the converter was installed."""
+    check_options(config)
+    converter = the_converter(config)
+    if config.adapter_gguf:
+        return export_adapter(config, Path(config.adapter_gguf), converter)
+    if not config.model:
+        return None
+    started = time.monotonic()
+    plan = plan_of(config, converter)
+    out = RunFolder(config.output_dir)
+    require_space(plan, out.path)
+    with out.lock():
+        refuse_other_content(out)
+        print(f"converting {config.model} ({', '.join(plan.kinds)}: {', '.join(plan.outtypes)})", flush=True)
+        with atomic_folder(out.path) as temporary:
+            inside = RunFolder(temporary)
+            with inside.recording(STAGE, {"model": plan.model}) as record:
+                content = write_export(plan, temporary)
+                record.outputs |= {name: temporary / name for name in (FILE, *file_names(content))}
+                record.facts["converter"] = content["converter"]
+                inside.save_config(config)
+    report(plan, content, config, time.monotonic() - started)
+    return read_export(out.path)
+
+
+def check_options(config: ExportConfig) -> None:
+    """What can be said before anything is read."""
+    if not (config.model or config.adapter_gguf or config.install_converter):
+        raise UsageError("export needs a merged model: rankwise export merged_model -o exported_model")
+    unknown = [kind for kind in config.outtype if kind not in OUTTYPES]
+    if unknown or not config.outtype:
+        raise UsageError(f"--outtype takes {', '.join(OUTTYPES)}; got {', '.join(unknown) or 'nothing'}")
+    if config.adapter_gguf and config.mmproj:
+        raise UsageError("--adapter_gguf writes a LoRA for the text model; --mmproj does not go with it")
+
+
+def the_converter(config: ExportConfig) -> Converter:
+    if config.install_converter:
+        converter = install_converter()
+        print(f"llama.cpp's converter (llama-cpp-python {converter.version}) is in {converter.folder}")
+        if not config.llama_cpp_dir:
+            return converter
+    return find_converter(config.llama_cpp_dir)
+
+
+def plan_of(config: ExportConfig, converter: Converter) -> ExportPlan:
+    return plan_export(
+        str(config.model),
+        outtypes=config.outtype,
+        converter=converter,
+        mmproj=config.mmproj,
+        name=config.name,
+        base=config.base_model,
+        target=given_target(config),
+        verify=not config.no_verify,
+    )
+
+
+def given_target(config: ExportConfig) -> DeviceTarget | None:
+    if not config.target:
+        return None
+    target = read_target(config.target)
+    if target is None:
+        raise DataError(f"--target {config.target}: no device.json there")
+    return target
+
+
+def file_names(content: Mapping[str, Any]) -> list[str]:
+    return [name for files in content["files"].values() for name in (files["text"], files["mmproj"]) if name]
+
+
+def refuse_other_content(out: RunFolder) -> None:
+    """The output replaces the folder as a whole, so nothing may lie in it but an earlier export."""
+    visible = [entry.name for entry in out.path.iterdir() if not entry.name.startswith(".")]
+    if visible and STAGE not in out.stages():
+        raise UsageError(
+            f"{out.path}: holds other files ({', '.join(sorted(visible)[:3])} …); choose a new --output_dir"
+        )
+
+
+# --- what people read --------------------------------------------------------------------------------------------
+
+
+def report(plan: ExportPlan, content: Mapping[str, Any], config: ExportConfig, seconds: float) -> None:
+    for note in content["notes"]:
+        print(f"note: {note}")
+    for outtype, files in content["files"].items():
+        for kind, size in files["bytes"].items():
+            print(f"  {files[kind]}  {size / 1e6:,.1f} MB{wider(content['kept_wider'][files[kind]], outtype)}")
+    print(verdict(plan, content["verification"]))
+    print(f"exported to {config.output_dir} in {seconds:.0f} s")
+    print(f"next: rankwise validate {config.output_dir} --data_path …")
+
+
+def wider(kept: Mapping[str, str], outtype: str) -> str:
+    return f" ({plural(len(kept), 'tensor')} wider than {outtype}: {', '.join(kept)})" if kept else ""
+
+
+def verdict(plan: ExportPlan, proof: Mapping[str, Any] | None) -> str:
+    if proof is None:
+        return "not verified (--no_verify)"
+    tensors = sum(proof["checkpoint"]["tensors"].values())
+    lines = [
+        f"verified: {plural(tensors, 'tensor')} of the checkpoint, tokenizer and template as transformers has them"
+    ]
+    for outtype, kinds in proof["errors"].items():
+        worst = max(one["largest_rms"] for one in kinds.values())
+        lines.append(f"  {outtype}: at most {worst:.1e} (relative rms) from the float32 weights in any tensor")
+    lines += [
+        f"  {name}: keeps at least {one['least_kept']:.2%} of the tuning in each of {plural(one['tensors'], 'tensor')}"
+        for name, one in (proof["tuned"] or {}).items()
+    ]
+    if plan.base is None:
+        lines.append("  not compared with the base (give it with --base_model)")
+    return "\n".join(lines)
+
+
+def describe(config: ExportConfig) -> list[str]:
+    check_options(config)
+    lines = []
+    if config.install_converter:
+        lines.append(f"download llama.cpp's converter into {converter_folder()}, unless it is there")
+    if config.adapter_gguf:
+        return [*lines, f"write the adapter {config.adapter_gguf} as GGUF to {config.output_dir}, its scales in B"]
+    if not config.model:
+        return lines
+    if Path(config.model).exists():  # in a recipe an earlier stage may still have to make it
+        require_model(resolve(config.model))
+    lines.append(f"convert {config.model} to GGUF: {', '.join(config.outtype)}; and its vision tower, if it has one")
+    if not config.no_verify:
+        lines.append("compare every tensor with the checkpoint, and write nothing if one is not what it should be")
+    return [*lines, f"write the files and {FILE} to {config.output_dir}"]
+
+
+# --- an adapter --------------------------------------------------------------------------------------------------
+
+
+def export_adapter(config: ExportConfig, adapter: Path, converter: Converter) -> Path:
+    """The adapter's GGUF in the output folder, with an export.json that names it."""
+    found = read_plain(adapter)
+    base = config.model or config.base_model or found.base_model
+    if not base:
+        raise UsageError(f"{adapter}: does not say what its base is; give it with --base_model")
+    out = RunFolder(config.output_dir)
+    name = f"{config.name or adapter.resolve().name}-lora-f32.gguf"
+    with out.lock():
+        refuse_other_content(out)
+        with atomic_folder(out.path) as temporary:
+            inside = RunFolder(temporary)
+            with inside.recording(STAGE, {"adapter": adapter, "base": base}) as record:
+                file = write_adapter_gguf(adapter, resolve(base), temporary / name, converter)
+                write_json(temporary / FILE, adapter_description(adapter, base, file, converter))
+                record.outputs |= {FILE: temporary / FILE, name: file}
+                inside.save_config(config)
+    sites, rank = len(found.pairs), largest_rank(found)
+    print(f"wrote {plural(sites, 'site')} (largest rank {rank}) of {adapter} to {out / name}, checked factor by factor")
+    print(f"next: llama.cpp's --lora {out / name}, on the GGUF of {base}")
+    return out / name
+
+
+def adapter_description(adapter: Path, base: str, file: Path, converter: Converter) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "adapter": {"path": str(adapter), "fingerprint": fingerprint(adapter), "base": base},
+        "converter": {"version": converter.version, "sha256": converter.sha256},
+        "files": {},
+        "adapter_file": {"name": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)},
+    }

@@ -1,0 +1,153 @@
+"""rankwise validate: scores under the device's conditions, and the proof that what runs there is what was trained.
+
+rankwise validate exported_model --task labels --data_path dataset -o validation
+
+GGUF files ── LlamaServer ──┬── answers to every item ──▶ accuracy, confusion matrix, latency
+merged model ── HFReference ┴── parity ladder on some ──▶ the first rung that breaks, if one does
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.config import ValidateConfig
+from rankwise.errors import UsageError, VerificationError
+from rankwise.score.tasks import TASKS
+from rankwise.score.tasks import task as task_named
+from rankwise.ship.gain import change, gain_kept
+from rankwise.ship.validation import FILE, FORMAT, items, scores
+from rankwise.ship.verdict import verdict
+from rankwise.show.validation import draw, summary
+from rankwise.stages.shipped import Shipment, shipment
+from rankwise.stages.sweeping import SWEPT, sweep_forms
+from rankwise.stages.validating import Answers, Trained, Validated, answers_of, trained_side, validated
+from rankwise.store.files import write_json
+from rankwise.store.processes import announce
+from rankwise.store.run import RunFolder
+
+
+def run(config: ValidateConfig) -> dict[str, Any]:
+    """The whole command; returns the content of validation.json. VerificationError, after everything is written, where
+    a rung is broken or a limit is missed."""
+    check(config)
+    shipped = shipment(config)
+    out = RunFolder(config.output_dir)
+    with out.lock(), out.recording("validate", inputs(config, shipped)) as record:
+        trained = trained_side(config, shipped)
+        tuned = answers_of(trained, out / "reference")
+        base = answers_of(trained.on(config.base_model), out / "base") if config.base_model else None
+        floor = trained.floor()
+        found = {one.form: validated(config, trained, one, floor, out.path) for one in shipped.forms}
+        content = described(config, trained, found, tuned, base) | {"floor": floor.as_dict() if floor else None}
+        if config.sweep:
+            content["sweep"] = sweep_forms(config, trained, shipped, out.path).as_dict()
+            record.outputs["sweep"] = out / SWEPT
+        record.outputs["validation"] = write_json(out / FILE, content)
+        record.outputs |= draw(content, out.path)
+        out.save_config(config)
+    for line in summary(content):
+        announce(line)
+    announce(f"results in {out.path}")
+    if content["failures"]:
+        raise VerificationError("; ".join(content["failures"]))
+    return content
+
+
+def check(config: ValidateConfig) -> None:
+    """What can be said before anything is read."""
+    if not config.data.task or not config.data.data_path:
+        raise UsageError("validate needs the items to answer: --task labels --data_path DATASET")
+    if config.data.task not in TASKS:
+        raise UsageError(f"--task: {', '.join(TASKS)} can be validated; got {config.data.task}")
+    for name, least in (("num_samples", 1), ("parity_samples", 0), ("top", 2), ("max_new_tokens", 1)):
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise UsageError(f"--{name} must be at least {least}, got {value}")
+    for name in ("min_accuracy", "min_agreement"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value <= 1:
+            raise UsageError(f"--{name} is a share between 0 and 1, got {value}")
+    if config.min_agreement and not config.parity_samples:
+        raise UsageError("--min_agreement is measured on the parity ladder, which --parity_samples 0 leaves out")
+    if config.tolerance <= 0:
+        raise UsageError(f"--tolerance must be above 0, got {config.tolerance}")
+    if config.sweep and config.server:
+        raise UsageError("--sweep runs files on this machine; leave --server out")
+    task_named(config.data.task).check()
+
+
+def inputs(config: ValidateConfig, shipped: Shipment) -> dict[str, Path | str]:
+    named = {"data": config.data.data_path, "reference": shipped.reference, "base": config.base_model}
+    files = {file.name: str(file) for one in shipped.forms for file in one.files}
+    return {name: value for name, value in {**named, **files}.items() if value}
+
+
+def described(
+    config: ValidateConfig, trained: Trained, found: Mapping[str, Validated], tuned: Answers, base: Answers | None
+) -> dict[str, Any]:
+    """The content of validation.json: the scores of the form to ship, then the comparisons."""
+    form, shipped = list(found.items())[-1]
+    ladders = {name: one.ladder for name, one in found.items() if one.ladder}
+    content = {
+        "format": FORMAT,
+        "outtype": form,
+        **shipped.facts(trained.items),
+        "target": vars(trained.target) if trained.target else None,
+        "reference": scores(tuned.result, tuned.predictions, trained.items),
+        "base": scores(base.result, base.predictions, trained.items) if base else None,
+        "by_outtype": {name: one.facts(trained.items) for name, one in found.items()},
+        "against_reference": compared(tuned, found, trained),
+        "gain": gains(tuned, base, found, trained),
+        "parity": {name: ladder.as_dict() for name, ladder in ladders.items()},
+        "verdict": verdict(ladders) if ladders else ["The parity ladder was left out (--parity_samples 0)."],
+        "predictions": items(shipped.answers.result.task, shipped.answers.predictions, trained.items, shipped.records),
+    }
+    return content | {"failures": failures(config, found)}
+
+
+def compared(tuned: Answers, found: Mapping[str, Validated], trained: Trained) -> dict[str, Any] | None:
+    """McNemar of each form against the trained model, on right and wrong; None for texts without either."""
+    before = tuned.rights(trained.items)
+    if before is None:
+        return None
+    return {name: change(before, one.answers.rights(trained.items) or []).as_dict() for name, one in found.items()}
+
+
+def gains(
+    tuned: Answers, base: Answers | None, found: Mapping[str, Validated], trained: Trained
+) -> dict[str, Any] | None:
+    """How much of training's gain each form keeps; None without --base_model, or where no answer is right or wrong."""
+    before, after = (one.rights(trained.items) if one else None for one in (base, tuned))
+    if before is None or after is None:
+        return None
+    rows: Mapping[str, Sequence[bool]] = {name: one.answers.rights(trained.items) or [] for name, one in found.items()}
+    return {name: gain_kept(before, after, right).as_dict() for name, right in rows.items()}
+
+
+def failures(config: ValidateConfig, found: Mapping[str, Validated]) -> list[str]:
+    """Why the command ends with exit 6; empty where all is well."""
+    lines = []
+    for form, one in found.items():
+        rung = one.ladder.first_broken if one.ladder else None
+        if rung:
+            lines.append(f"{form}: the rung `{rung.name}` is broken: {rung.why}")
+        accuracy = one.accuracy
+        if config.min_accuracy is not None and accuracy is not None and accuracy < config.min_accuracy:
+            lines.append(f"{form}: accuracy {accuracy:.3f} is below --min_accuracy {config.min_accuracy:g}")
+    return lines
+
+
+def describe(config: ValidateConfig) -> list[str]:
+    check(config)
+    what = config.server or config.export
+    lines = [f"answer the items of {config.data.data_path} ({config.data.task}) with {what}, in llama.cpp, greedily"]
+    if config.parity_samples:
+        lines.append(
+            f"climb the parity ladder on up to {config.parity_samples} items for each form, against the merged model "
+            "in float32; floors are measured on that model"
+        )
+    if config.sweep:
+        lines.append(f"make and compare the forms {', '.join(config.sweep)}")
+    return [*lines, f"write {FILE}, predictions and plots to {config.output_dir}; exit 6 where a rung is broken"]

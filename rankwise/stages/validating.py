@@ -1,0 +1,215 @@
+"""The two sides of `rankwise validate`: the trained model in transformers, and one GGUF form in llama.cpp.
+
+config ── trained_side ──▶ Trained ── answers_of ──▶ Answers (of the reference, of the base)
+                              └── floor ── validated(form) ──▶ Validated (answers, ladder, memory)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankwise.config import DataSection, ModelSection, ValidateConfig
+from rankwise.data import Example, Renderer
+from rankwise.data.device import DeviceTarget, read_target
+from rankwise.errors import DataError, UsageError
+from rankwise.nets.load import load_config, load_model
+from rankwise.score.generate import GenerationSettings, HFGenerator
+from rankwise.score.predictions import Prediction, predict
+from rankwise.score.result import EvaluationResult
+from rankwise.score.tasks import Task, evaluate, task
+from rankwise.ship.cases import Case, blind, case_of, pick
+from rankwise.ship.embedder import Embedder
+from rankwise.ship.floor import Floor, measure_floor
+from rankwise.ship.gguf_generator import GGUFGenerator
+from rankwise.ship.parity import Ladder, climb
+from rankwise.ship.reference import HFReference
+from rankwise.ship.server_api import ServerRuntime
+from rankwise.ship.validation import latency, rights, scores
+from rankwise.ship.witness import Answered, Witness
+from rankwise.stages.engines import fitting, pick_device
+from rankwise.stages.rendering import renderer_for
+from rankwise.stages.shipped import Shipment, Shipped
+from rankwise.stages.training import base_files, fingerprints
+from rankwise.store.checkpoint import resolve
+from rankwise.store.files import fingerprint
+from rankwise.store.processes import announce
+
+ROOM = (
+    1024  # tokens of llama.cpp's context beyond the longest sample: a picture cut into more tiles shall show, not fail
+)
+LONGEST = 128
+BLIND = 4  # prompts without their pictures on the ladder
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A model's answers to all items, and what they are worth."""
+
+    result: EvaluationResult
+    predictions: Sequence[Prediction]
+
+    def rights(self, items: Sequence[Example]) -> list[bool] | None:
+        return rights(self.result.task, self.predictions, items)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trained model with the items. renderer: as training had it, with room for an answer. read: the files that
+    the items came from."""
+
+    config: ValidateConfig
+    name: str
+    task: Task
+    renderer: Renderer
+    items: Sequence[Example]
+    max_new_tokens: int
+    model: Any
+    read: tuple[Path, ...] = ()
+
+    @property
+    def target(self) -> DeviceTarget | None:
+        return self.renderer.sight.target if self.renderer.sight else None
+
+    @property
+    def decoding(self) -> GenerationSettings:
+        return GenerationSettings(self.max_new_tokens, self.config.batch_size, seed=self.config.seed)
+
+    def on(self, base: str) -> Trained:
+        """The same items for another model, the base."""
+        return replace(self, name=base, model=loaded(self.config, base))
+
+    @cached_property
+    def reference(self) -> HFReference:
+        return HFReference(self.model, self.renderer, self.max_new_tokens, embeds=Embedder.available())
+
+    @cached_property
+    def cases(self) -> list[Case]:
+        """The items of the ladder, and a few of them without their pictures."""
+        folder = self.renderer.sight.reader.folder if self.renderer.sight else None
+        chosen = pick(self.items, self.config.parity_samples, folder)
+        seeing = [example for example in chosen if example.images and self.renderer.sight][:BLIND]
+        return [case_of(one, self.renderer) for one in chosen] + [blind(one, self.renderer) for one in seeing]
+
+    def floor(self) -> Floor | None:
+        return measure_floor(self.reference, self.cases, self.config.top) if self.config.parity_samples else None
+
+    def made_from(self, *files: Path | str) -> dict[str, Any]:
+        return {"data": fingerprints(self.read), **{Path(file).name: fingerprint(file) for file in files}}
+
+
+@dataclass(frozen=True)
+class Validated:
+    """One form under the device's conditions. records: seconds and confidence by item."""
+
+    form: str
+    build: str
+    answers: Answers
+    records: Mapping[str, Answered]
+    memory: int | None
+    ladder: Ladder | None
+    unlike: int
+
+    @property
+    def accuracy(self) -> float | None:
+        found = self.answers.result.metrics
+        name = "accuracy" if "accuracy" in found else "exact_match" if "exact_match" in found else ""
+        return found[name] / 100 if name else None
+
+    def facts(self, items: Sequence[Example]) -> dict[str, Any]:
+        return {
+            **scores(self.answers.result, self.answers.predictions, items),
+            "latency": latency(self.records),
+            "memory": self.memory,
+            "runtime": self.build,
+            "prompts_of_another_length": self.unlike,
+        }
+
+
+def trained_side(config: ValidateConfig, shipped: Shipment) -> Trained:
+    """DataError where model, data and export are for different devices; UsageError where no reference is known."""
+    name = shipped.reference
+    if not name:
+        raise UsageError("which model were the files made from? Give the merged one with --reference MERGED")
+    if not Path(name).exists() and not config.reference:
+        raise DataError(f"{name}, which the files were made from, is not there; give it with --reference MERGED")
+    chosen = task(str(config.data.task))
+    renderer = renderer_for(as_exported(config, shipped), ModelSection(model_name=name), name, load_config(name))
+    target = renderer.sight.target if renderer.sight else None
+    longest = config.max_new_tokens or (target.max_new_tokens if target else LONGEST)
+    renderer = replace(renderer, reserve=longest)
+    items = chosen.examples(str(config.data.data_path), config.split, skip_bad=config.data.skip_bad)
+    for note in items.notes(sees_images=renderer.sight is not None):
+        announce(note)
+    usable = fitting(items.items[: config.num_samples], renderer)
+    if not usable:
+        raise DataError(f"{config.data.data_path}: no item to answer")
+    return Trained(config, name, chosen, renderer, usable, longest, loaded(config, name), items.files)
+
+
+def loaded(config: ValidateConfig, name: str) -> Any:
+    return load_model(name, torch.float32).to(pick_device(config.device)).eval()
+
+
+def as_exported(config: ValidateConfig, shipped: Shipment) -> DataSection:
+    """The data options, with the export's device where nothing else says which; DataError where they disagree."""
+    own = read_target(shipped.folder) if shipped.folder else None
+    if own is None or config.data.device_target or shipped.folder is None:
+        return config.data
+    places = [Path(str(config.data.data_path)), resolve(str(shipped.reference))]
+    for place in places:
+        other = read_target(place if place.is_dir() else place.parent)
+        if other and other.geometry != own.geometry:
+            raise DataError(
+                f"{shipped.folder} and {place} are for different devices ({own.geometry} against {other.geometry}): "
+                "export again, or say which one with --device_target"
+            )
+    return replace(config.data, device_target=str(shipped.folder))
+
+
+def answers_of(trained: Trained, folder: Path) -> Answers:
+    """The transformers model's own greedy answers to all items."""
+    engine = HFGenerator(trained.model, trained.renderer, trained.decoding)
+    made_from = trained.made_from() | {"model": fingerprints(base_files(resolve(trained.name)))}
+    return answered(trained, engine, folder, made_from)
+
+
+def answered(trained: Trained, engine: Any, folder: Path, made_from: Mapping[str, Any]) -> Answers:
+    result = evaluate(trained.task, engine, trained.items, folder, made_from, by="generation")
+    assert result
+    return Answers(result, predict(engine, trained.items, folder / "predictions.jsonl", made_from))
+
+
+def validated(config: ValidateConfig, trained: Trained, one: Shipped, floor: Floor | None, out: Path) -> Validated:
+    """One form: all items answered, some of them on the ladder."""
+    limits = floor.thresholds(one.form, config.tolerance, config.min_agreement) if floor else None
+    with one.start(config.context or context(trained.renderer), config.threads) as runtime:
+        ladder = climb(trained.reference, runtime, trained.cases, limits, config.top, embedder(one)) if limits else None
+        return scored(trained, one, runtime, ladder, out / one.form)
+
+
+def scored(trained: Trained, one: Shipped, runtime: ServerRuntime, ladder: Ladder | None, folder: Path) -> Validated:
+    folder.mkdir(parents=True, exist_ok=True)
+    engine = GGUFGenerator(runtime, trained.renderer, trained.decoding)
+    witness = Witness(engine, folder / "answers.jsonl")
+    answers = answered(trained, witness, folder, trained.made_from(*one.files))
+    unlike = len(witness.generator.unlike)
+    if unlike:
+        announce(f"warning: {one.form}: {unlike} prompts are of another length in llama.cpp than in training")
+    records = witness.answers()
+    return Validated(one.form, runtime.info.build, answers, records, runtime.memory(), ladder, unlike)
+
+
+def context(renderer: Renderer) -> int:
+    """Tokens that llama.cpp is asked to hold."""
+    return min(renderer.limit + ROOM, renderer.positions or renderer.limit + ROOM)
+
+
+def embedder(one: Shipped) -> Embedder | None:
+    """llama-cpp-python on the same files, where it is installed and they are on this machine."""
+    return Embedder(one.text, one.mmproj) if one.text and one.mmproj and Embedder.available() else None
