@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -70,6 +71,16 @@ def meta_model(name: str, revision: str | None = None, trust_remote_code: bool =
             model = found.from_config(config, trust_remote_code=trust_remote_code)
         else:
             model = found(config)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def weightless_model(name: str) -> PreTrainedModel:
+    """`meta_model` whose buffers are real: what a forward pass needs beside weights that come and go."""
+    config = load_config(name)
+    found = model_class(config)
+    with init_empty_weights(include_buffers=False):
+        model = found.from_config(config) if hasattr(found, "from_config") else found(config)
     assert isinstance(model, PreTrainedModel)
     return model
 

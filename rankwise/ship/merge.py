@@ -26,21 +26,17 @@ from transformers import PreTrainedModel
 
 from rankwise.errors import DataError, VerificationError
 from rankwise.nets.depth import ENCODER, attach_depth
-from rankwise.nets.depth_settings import FILE as DEPTH_FILE
 from rankwise.nets.depth_settings import DepthSettings, read_depth, write_depth
 from rankwise.nets.load import meta_model
 from rankwise.nets.sites import tower_of, tower_prefixes, weight_table
+from rankwise.ship.beside import Copied, copy_beside
+from rankwise.ship.rounding import Rounding
 from rankwise.ship.shards import Entry, write_shards
 from rankwise.ship.skeleton import filled_skeleton, merge_layer, mergeable
 from rankwise.store.adapter import CONFIG_NAME
 from rankwise.store.checkpoint import Checkpoint, open_checkpoint, resolve
 from rankwise.store.deltas import Weight
 from rankwise.store.files import read_object, write_json
-from rankwise.store.run import CONFIG, MANIFEST
-
-COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
-NOT_COPIED = (CONFIG, MANIFEST, CONFIG_NAME, "config.json", "sites.json", "trainer_state.json", DEPTH_FILE)
-TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece")
 
 
 @dataclass(frozen=True)
@@ -82,15 +78,25 @@ class MergePlan:
         changed = {entry.dtype for entry in self.entries if self.touched & set(self.sources[entry.key].names)}
         return sorted(changed, key=lambda dtype: -torch.finfo(dtype).eps)
 
-    def tensor(self, entry: Entry) -> Tensor:
-        """The merged tensor as it is written. DataError where it has entries that are not finite."""
+    @property
+    def bytes(self) -> int:
+        return sum(entry.bytes for entry in self.entries)
+
+    def tensor(self, entry: Entry, rounding: Rounding | None = None) -> Tensor:
+        """The merged tensor as it is written; `rounding` counts what that costs. DataError where it has entries that
+        are not finite."""
         source = self.sources[entry.key]
         stored = self.base.tensor(source.key)
         if not self.touched & set(source.names):
             return stored.to(entry.dtype)
-        blocks = zip(source.names, stored.chunk(len(source.names)), strict=True)
-        merged = [self.merged(name, block).to(entry.dtype) for name, block in blocks]
-        whole = torch.cat(merged) if len(merged) > 1 else merged[0]
+        written = []
+        for name, block in zip(source.names, stored.chunk(len(source.names)), strict=True):
+            merged = self.merged(name, block)
+            if rounding is not None and name in self.touched:
+                rounding.add(name, block, merged, entry.dtype)
+            written.append(merged.to(entry.dtype))
+            del merged
+        whole = torch.cat(written) if len(written) > 1 else written[0]
         if not bool(torch.isfinite(whole).all()):
             raise DataError(f"{entry.key}: merged weights are not finite in {entry.dtype}; try --dtype float32")
         return whole
@@ -204,39 +210,42 @@ def check_untied(model: PreTrainedModel, config: Mapping[str, Any], partner: Map
         )
 
 
-def write_merged(plan: MergePlan, folder: Path, max_shard_size: str) -> list[Path]:
-    """Weights, config and the files beside them. Returns all files, the weights first."""
+def require_space(plan: MergePlan, folder: Path) -> None:
+    """DataError where the disk below `folder` has no room for the merged weights."""
+    free = shutil.disk_usage(folder).free
+    if plan.bytes > free:
+        raise DataError(
+            f"{folder}: the merged weights take {plan.bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
+            "free some space, or choose another --output_dir"
+        )
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a merge has written: all files, the weights first; where those that were taken over came from; what rounding
+    cost."""
+
+    files: tuple[Path, ...]
+    copied: Mapping[str, Copied]
+    rounding: Rounding
+
+
+def write_merged(plan: MergePlan, folder: Path, max_shard_size: str) -> Written:
+    """Weights, config and the files beside them."""
     entries = {entry.key: entry for entry in plan.entries}
     following = dict(zip(list(entries)[:-1], list(entries)[1:], strict=True))
     bar = tqdm(total=len(entries), desc="merge", unit="tensor", disable=not sys.stderr.isatty())
+    rounding = Rounding()
 
     def tensor(key: str) -> Tensor:
         if key in following:
             plan.base.prefetch(plan.sources[following[key]].key)
         bar.update()
-        return plan.tensor(entries[key])
+        return plan.tensor(entries[key], rounding)
 
     files = write_shards(folder, plan.entries, tensor, max_shard_size)
     bar.close()
-    depth = [write_depth(folder, plan.depth)] if plan.depth else []
-    return [*files, write_json(folder / "config.json", plan.config), *depth, *copy_beside(plan, folder)]
-
-
-def copy_beside(plan: MergePlan, folder: Path) -> list[Path]:
-    """Tokenizer, processor, generation config … of the base; the tokenizer of the adapter where it has its own."""
-    own = (plan.adapter / "tokenizer_config.json").is_file()
-    base = [file for file in sorted(plan.base.path.iterdir()) if is_beside(file)]
-    files = [file for file in base if not (own and file.name.startswith(TOKENIZER))]
-    if own:
-        files += [f for f in sorted(plan.adapter.iterdir()) if is_beside(f) and f.name.startswith(TOKENIZER)]
-    return [Path(shutil.copyfile(file, folder / file.name)) for file in files]
-
-
-def is_beside(file: Path) -> bool:
-    return (
-        file.is_file()
-        and file.suffix in COPIED
-        and not file.name.startswith(".")
-        and not file.name.endswith(".index.json")
-        and file.name not in NOT_COPIED
-    )
+    own = [write_json(folder / "config.json", plan.config)]
+    own += [write_depth(folder, plan.depth)] if plan.depth else []
+    copied = copy_beside(plan.base.path, plan.adapter, folder)
+    return Written((*files, *own, *(folder / name for name in copied)), copied, rounding)

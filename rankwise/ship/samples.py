@@ -1,11 +1,14 @@
-"""What a merged model is compared on: random tokens, and random pictures where the adapter changes how a model sees.
+"""What a merged model is compared on: prompts of a data set, else random tokens, and random pictures where the adapter
+changes how a model sees.
 
-text_batch(model)               (4, 32) ordinary tokens
-image_batch(model, folder)      two rows: a picture's tokens as the family's processor makes them, then 32 tokens
+prompt_batch(renderer, examples)    the prompts, images included, as training rendered them
+text_batch(model)                   (4, 32) ordinary tokens
+image_batch(model, folder)          two rows: a picture's tokens as the family's processor makes them, then 32 tokens
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rankwise.data import Sight
+from rankwise.data import Example, Renderer, Sight
+from rankwise.data.collate import pad, seen
 from rankwise.nets.load import load_processor
 
 SEQUENCES, PICTURES, TOKENS, SEED = 4, 2, 32, 0
@@ -36,11 +40,24 @@ class Noise:
         return Image.fromarray(pixels)
 
 
+def prompt_batch(renderer: Renderer, examples: Sequence[Example]) -> Batch:
+    """Prompts as one batch (rows, length), padded on the right."""
+    rows = [renderer.prompt(example) for example in examples]
+    width = max(len(row.input_ids) for row in rows)
+    ids = pad([row.input_ids for row in rows], width, renderer.tokenizer.pad_token_id or 0)
+    mask = pad([[1] * len(row.input_ids) for row in rows], width, 0)
+    return {"input_ids": ids, "attention_mask": mask} | seen(renderer.sight, ids, [row.images for row in rows])
+
+
 def text_batch(model: Any) -> Batch:
     """Random ordinary tokens: none that stands for an image, padding, or a beginning or end."""
     ids = ordinary_tokens(model, SEQUENCES)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return batch | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    return for_decoder(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def for_decoder(model: Any, batch: Batch) -> Batch:
+    """The same tokens for the decoder, where there is one of its own."""
+    return batch | ({"decoder_input_ids": batch["input_ids"]} if model.config.is_encoder_decoder else {})
 
 
 def image_batch(model: Any, folder: str) -> Batch:

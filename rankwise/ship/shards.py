@@ -40,14 +40,14 @@ class Entry:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def shard_bytes(text: str) -> int:
-    """ "5GB" → bytes."""
+def shard_bytes(text: str, flag: str = "--max_shard_size") -> int:
+    """ "5GB" → bytes. UsageError, naming the flag, for what is no size."""
     try:
         size = int(convert_file_size_to_int(text))
     except ValueError:
         size = 0
     if size <= 0:
-        raise UsageError(f"--max_shard_size takes a number with KB, MB or GB, such as 5GB; got {text!r}")
+        raise UsageError(f"{flag} takes a number with KB, MB or GB, such as 5GB; got {text!r}")
     return size
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,6 +23,7 @@ from rankwise.nets.adapt import ADAPTER, PREFIX, lora_layers, quiet_peft
 from rankwise.nets.adapters import attached, check_recorded, compare_keys
 from rankwise.store.adapter import CONFIG_NAME, adapter_files
 from rankwise.store.adapter_config import require_plain
+from rankwise.store.checkpoint import open_checkpoint
 from rankwise.store.files import read_object
 
 WRAPPERS = ("base_layer", "modules_to_save")
@@ -58,7 +59,7 @@ def filled_skeleton(
     """(PEFT layers with their trained factors, parameters that the adapter carries whole), by parameter name."""
     with quiet_ties():
         skeleton = attached(without_weights(model), folder, where, False)
-    state = load_peft_weights(str(folder), device="cpu")
+    state = adapter_state(folder)
     broken = [key for key, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise DataError(f"{where}: {broken[0]} has NaN or infinite values: the run it comes from diverged")
@@ -66,10 +67,23 @@ def filled_skeleton(
     compare_keys(expected, {key: tensor for key, tensor in state.items() if is_factor(key) or key in expected}, where)
     whole = {parameter_name(key): tensor for key, tensor in state.items() if not is_factor(key) and ORIGINAL not in key}
     check_whole(whole, shapes, where)
-    in_float32 = {key: tensor.float() for key, tensor in state.items()}
-    set_peft_model_state_dict(skeleton, in_float32, low_cpu_mem_usage=True)  # assigned: zeros take no copies
+    filled(skeleton, state)
     check_recorded(skeleton, folder, where)
     return {f"{path}.weight": layer for path, layer in lora_layers(skeleton).items()}, whole
+
+
+def adapter_state(folder: Path) -> dict[str, Tensor]:
+    """The adapter's tensors by PEFT's names. DataError, naming the file, where it cannot be read or is no plain weight
+    file: one that was cut off, or a pickle with code in it."""
+    weights = open_checkpoint(adapter_files(folder)[0])
+    return {key: weights.tensor(key) for key in weights}
+
+
+def filled(skeleton: PeftModel, state: Mapping[str, Tensor]) -> PeftModel:
+    """The skeleton with the adapter's tensors, in float32; assigned, so that weights which are one zero stay that."""
+    in_float32 = {key: tensor.float() for key, tensor in state.items()}
+    set_peft_model_state_dict(skeleton, in_float32, low_cpu_mem_usage=True)
+    return skeleton
 
 
 def check_whole(whole: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:

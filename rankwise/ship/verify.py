@@ -3,11 +3,14 @@
 reference = reference_logits("org/base", adapter)       # base and base + adapter, then freed
 agreement = compare(reference, merged_logits(folder, reference.batches))
 agreement.require(torch.bfloat16)
+
+`layered=True`: the same comparison with one layer in memory at a time (`layered.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +19,12 @@ import torch
 from accelerate.utils import get_max_memory
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rankwise.errors import UsageError, VerificationError
 from rankwise.nets.load import load_model
-from rankwise.ship.samples import TOKENS, Batch, image_batch, text_batch
+from rankwise.ship.layered import INSTEAD, layered_adapted, layered_model, require_all_came
+from rankwise.ship.samples import TOKENS, Batch, for_decoder, image_batch, text_batch
 from rankwise.ship.skeleton import quiet_ties
 from rankwise.store.checkpoint import Checkpoint
 
@@ -84,43 +89,105 @@ def require_effect(effect: float) -> None:
         )
 
 
-def require_memory(base: Checkpoint) -> None:
-    """UsageError where the model in float32 is larger than the memory that is free."""
-    needed = 4 * sum(torch.Size(base.shape(key)).numel() for key in base)
-    free = get_max_memory()["cpu"]
-    if needed > free:
+def free_memory() -> int:
+    """Bytes that a comparison may take where nobody says how many."""
+    return int(get_max_memory()["cpu"])
+
+
+def needs_layers(base: Checkpoint, allowed: int) -> bool:
+    """Whether the model in float32 is larger than the memory allowed, so that it must be compared layer by layer.
+
+    UsageError where not even its largest matrix fits, as stored and in float32.
+    """
+    sizes = [torch.Size(base.shape(key)).numel() for key in base]
+    if whole_bytes(base) <= allowed:
+        return False
+    if 8 * max(sizes) > allowed:
         raise UsageError(
-            f"the comparison of logits needs {needed / 2**30:.1f} GiB for {base.path} in float32, and "
-            f"{free / 2**30:.1f} GiB are free; free some, or merge with --no_verify"
+            f"{base.path}: its largest matrix needs {8 * max(sizes) / 2**30:.1f} GiB to be compared, and "
+            f"{allowed / 2**30:.1f} GiB may be used; raise --max_memory, or {INSTEAD}"
         )
+    return True
 
 
-def reference_logits(base: str, adapter: Path, *, pictures: bool = False) -> Reference:
+def whole_bytes(base: Checkpoint) -> int:
+    """Bytes of the model in float32."""
+    return 4 * sum(torch.Size(base.shape(key)).numel() for key in base)
+
+
+def reference_logits(
+    base: str, adapter: Path, *, pictures: bool = False, prompts: Batch | None = None, layered: bool = False
+) -> Reference:
     """Run the base, put the adapter on it, run it again. VerificationError where that changes nothing.
 
-    pictures: look at images as well; an adapter of the vision tower or the projector shows only there.
+    pictures: look at images as well; an adapter of the vision tower or the projector shows only there. prompts: what
+    to run them on, instead of random tokens. layered: one layer in memory at a time.
     """
-    model = load_model(base, torch.float32)
-    batches = (text_batch(model), image_batch(model, base)) if pictures else (text_batch(model),)
+    model = loaded(base, layered)
+    batches = [for_decoder(model, prompts) if prompts else text_batch(model)]
+    if pictures and "pixel_values" not in batches[0]:
+        batches.append(image_batch(model, base))
     before = logits(model, batches)
-    with quiet_ties():
-        adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
+    if layered:
+        require_all_came(before, model)
+        adapted = layered_adapted(base, adapter)
+    else:
+        with quiet_ties():
+            adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
     reference = Reference(batches, before, logits(adapted, batches))
     require_effect(relative(reference.adapted - before, reference.adapted))
     return reference
 
 
-def merged_logits(folder: Path, batches: Sequence[Batch]) -> Tensor:
-    return logits(load_model(str(folder), torch.float32), batches)
+def merged_logits(folder: Path, batches: Sequence[Batch], *, layered: bool = False) -> Tensor:
+    return logits(loaded(str(folder), layered), batches)
+
+
+def loaded(name: str, layered: bool) -> PreTrainedModel:
+    return layered_model(name) if layered else load_model(name, torch.float32)
 
 
 @torch.inference_mode()
 def logits(model: Any, batches: Sequence[Batch]) -> Tensor:
-    """(positions, vocabulary): the model's first output (logits, or hidden states where it has no head) at the end of
-    every row, where the ordinary tokens are."""
-    outputs = [model(**batch) for batch in batches]
-    found = [output.logits if "logits" in output else output[0] for output in outputs]
-    return torch.cat([(one[:, -TOKENS:] if one.dim() > 2 else one).flatten(0, -2).float() for one in found])
+    """(positions, vocabulary): the model's first output (logits, or hidden states where it has no head) at the last
+    tokens of every row."""
+    return torch.cat([at_the_ends(model, batch) for batch in batches])
+
+
+def at_the_ends(model: Any, batch: Batch) -> Tensor:
+    places = last_tokens(batch["attention_mask"])
+    with head_sees(model, places):
+        output = model(**batch)
+    found = output.logits if "logits" in output else output[0]
+    everywhere = found.dim() > 2 and found.shape[:2] == places.shape
+    chosen: Tensor = found[places] if everywhere else found.flatten(0, -2)
+    return chosen.float()
+
+
+def last_tokens(mask: Tensor) -> Tensor:
+    """(rows, length), true at the last 32 tokens of every row, padding apart."""
+    from_the_end = mask.flip(1).cumsum(1).flip(1)
+    return mask.bool() & (from_the_end <= TOKENS)
+
+
+@contextmanager
+def head_sees(model: Any, places: Tensor) -> Iterator[None]:
+    """Logits at these places only: at all of a few long prompts they would take gigabytes."""
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = plain.get_output_embeddings()
+    if head is None:
+        yield
+        return
+
+    def narrowed(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = inputs[0]
+        return (hidden[places][None], *inputs[1:]) if hidden.shape[:2] == places.shape else inputs
+
+    hook = head.register_forward_pre_hook(narrowed)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def compare(reference: Reference, merged: Tensor) -> Agreement:

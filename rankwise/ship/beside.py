@@ -1,0 +1,92 @@
+"""The files beside a merged model's weights: whose copy of each is taken, and what of them follows the device.
+
+base     tokenizer, processor, chat template, generation config …
+adapter  what of these it carries itself, device.json and task.json
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rankwise.data.device import DeviceTarget, read_target
+from rankwise.nets.depth_settings import FILE as DEPTH_FILE
+from rankwise.store.adapter import CONFIG_NAME
+from rankwise.store.files import read_object, write_json
+from rankwise.store.run import CONFIG, MANIFEST
+
+COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
+NOT_COPIED = (CONFIG, MANIFEST, CONFIG_NAME, "config.json", "sites.json", "trainer_state.json", DEPTH_FILE)
+TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece")
+PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+OF_THE_TRAINING = ("device.json", "task.json")
+
+
+@dataclass(frozen=True)
+class Copied:
+    """One file that was taken over: from where, and what was changed in it."""
+
+    source: Path
+    owner: str
+    changed: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        found = {"from": self.owner, "path": str(self.source)}
+        return found | ({"changed": self.changed} if self.changed else {})
+
+
+def copy_beside(base: Path, adapter: Path, folder: Path) -> dict[str, Copied]:
+    """File name → where it came from. The adapter's tokenizer, processor, device and task replace the base's."""
+    files = dict(taken_over(base, adapter))
+    for name, copied in files.items():
+        shutil.copyfile(copied.source, folder / name)
+    target = read_target(folder)
+    return files if target is None else files | dict(follow_device(folder, files, target))
+
+
+def taken_over(base: Path, adapter: Path) -> Iterator[tuple[str, Copied]]:
+    found = {file.name: Copied(file, "base") for file in sorted(base.iterdir()) if is_beside(file)}
+    own = [file for file in sorted(adapter.iterdir()) if is_beside(file)]
+    if any(file.name == "tokenizer_config.json" for file in own):
+        found = {name: copied for name, copied in found.items() if not name.startswith(TOKENIZER)}
+        found |= {file.name: Copied(file, "adapter") for file in own if file.name.startswith(TOKENIZER)}
+    found |= {file.name: Copied(file, "adapter") for file in own if file.name in (*PROCESSOR, *OF_THE_TRAINING)}
+    yield from sorted(found.items())
+
+
+def follow_device(folder: Path, files: dict[str, Copied], target: DeviceTarget) -> Iterator[tuple[str, Copied]]:
+    """What the device scales an image's longest side to, in the saved processor: the image encoder's converter reads it
+    there. Yields the changed files."""
+    for name in PROCESSOR[:2]:
+        if name not in files:
+            continue
+        content = read_object(folder / name)
+        pixels = set_longest_edge(content, target.longest_edge)
+        if pixels:
+            write_json(folder / name, content)
+            yield name, Copied(files[name].source, files[name].owner, f"longest_edge {pixels}, as on the device")
+
+
+def set_longest_edge(content: dict[str, Any], pixels: int | None) -> int | None:
+    """Set `longest_edge` of a processor that cuts images into tiles, by default to one tile; what it was changed to."""
+    settings = content.get("image_processor", content)
+    if not isinstance(settings, dict) or not isinstance(settings.get("max_image_size"), dict):
+        return None
+    wanted = {"longest_edge": pixels or settings["max_image_size"].get("longest_edge")}
+    if wanted["longest_edge"] is None or settings.get("size") == wanted:
+        return None
+    settings["size"] = wanted
+    return wanted["longest_edge"]
+
+
+def is_beside(file: Path) -> bool:
+    return (
+        file.is_file()
+        and file.suffix in COPIED
+        and not file.name.startswith(".")
+        and not file.name.endswith(".index.json")
+        and file.name not in NOT_COPIED
+    )

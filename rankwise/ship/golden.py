@@ -1,0 +1,193 @@
+"""Golden vectors: what the trained model makes of a few inputs, written down, so that any runtime can be held to it.
+
+    cases, HFReference ── write_golden ──▶ golden/golden.json, 00-source.png, 00-device.png …
+    golden/ ── read_golden ──▶ Golden(cases, thresholds) ── climb ──▶ the first rung that differs
+
+No model is needed to replay them: they are a `Reference` of the parity ladder with the values of that day.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rankwise.data import Example, Renderer
+from rankwise.data.device import DeviceTarget, encoded
+from rankwise.data.example import Turn
+from rankwise.errors import DataError
+from rankwise.ship.cases import Case
+from rankwise.ship.divergence import top_of
+from rankwise.ship.floor import Thresholds
+from rankwise.ship.reference import Expected, Pixels, Reference
+from rankwise.store.files import read_object, write_text
+
+FOLDER, FILE, FORMAT = "golden", "golden.json", "rankwise-golden/1"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Cases with what is expected of each, by id. top: tokens known at each place. facts: as written."""
+
+    cases: tuple[Case, ...]
+    known: Mapping[str, Expected]
+    thresholds: Thresholds
+    form: str
+    top: int
+
+    def expected(self, case: Case) -> Expected:
+        """Golden values are a `Reference`."""
+        return self.known[case.id]
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_golden(
+    folder: Path,
+    cases: Sequence[Case],
+    reference: Reference,
+    renderer: Renderer,
+    thresholds: Thresholds,
+    form: str,
+    top: int,
+) -> Path:
+    """golden.json and its pictures below `folder`/golden. reference: float32, or its values are no measure."""
+    place = folder / FOLDER
+    place.mkdir(parents=True)
+    rows = [row_of(number, case, reference.expected(case), renderer, place, top) for number, case in enumerate(cases)]
+    vocabulary = reference.expected(cases[0]).log_probs.shape[-1] if cases else 0
+    content = {
+        "format": FORMAT,
+        "outtype": form,
+        "vocabulary": vocabulary,
+        "top": top,
+        "tolerance": thresholds.as_dict(),
+        "cases": rows,
+    }
+    return write_text(place / FILE, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def row_of(number: int, case: Case, expected: Expected, renderer: Renderer, place: Path, top: int) -> Row:
+    tops = [sorted(one.items(), key=lambda pair: -pair[1]) for one in top_of(expected.log_probs, top)]
+    return {
+        "id": case.id,
+        "prompt": case.prompt,
+        "marker": case.marker,
+        "images": pictures_of(number, case, expected, renderer, place),
+        "ids": list(expected.ids),
+        "image_ids": [list(one) for one in expected.expansions],
+        "image_id": expected.image_id,
+        "tiles": [list(one) for one in expected.tiles],
+        "begin_id": expected.begin_id,
+        "end_ids": list(expected.end_ids),
+        "answer": list(expected.answer),
+        "text": expected.text,
+        "top_logprobs": [[[token, rounded(value)] for token, value in one] for one in tops],
+        "template": {"messages": expected.template[0], "text": expected.template[1]} if expected.template else None,
+        "kind": case.stratum,
+    }
+
+
+def rounded(value: float) -> float:
+    """Seven digits hold a float32; what is impossible has the smallest logarithm that JSON can have."""
+    return float(f"{value:.7g}") if math.isfinite(value) else -1e30
+
+
+def pictures_of(number: int, case: Case, expected: Expected, renderer: Renderer, place: Path) -> list[Row]:
+    """The source and the device's pixels of each picture, both as PNG, upright."""
+    if not expected.pixels:
+        return []
+    assert renderer.sight
+    reader, rows = renderer.sight.reader, []
+    source_reader = getattr(reader, "reader", reader)
+    for position, (reference, pixels) in enumerate(zip(case.example.images, expected.pixels, strict=True)):
+        stem = f"{number:02d}" + (f"-{position}" if position else "")
+        names = {"source": f"{stem}-source.png", "device": f"{stem}-device.png"}
+        (place / names["source"]).write_bytes(encoded(source_reader.open(reference), "PNG"))
+        (place / names["device"]).write_bytes(encoded(Image.fromarray(pixels), "PNG"))
+        height, width = pixels.shape[:2]
+        rows.append({**names, "width": width, "height": height, "sha256_rgb": sha256_rgb(pixels)})
+    return rows
+
+
+def sha256_rgb(pixels: Pixels) -> str:
+    """Of the bytes R G B, row by row from the top left: what an app can compute without a PNG library."""
+    return hashlib.sha256(np.ascontiguousarray(pixels, dtype=np.uint8).tobytes()).hexdigest()
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_golden(folder: Path, target: DeviceTarget | None) -> Golden:
+    """DataError where the file is not one, or a picture is not the one that was written.
+
+    target: what the device does to a source picture; each case sends what it makes of it now.
+    """
+    file = folder / FOLDER / FILE
+    content = read_object(file)
+    if content.get("format") != FORMAT:
+        raise DataError(f"{file}: no golden vectors of this version (expected format {FORMAT!r})")
+    try:
+        rows, tolerance = content["cases"], Thresholds(**content["tolerance"])
+        known = {row["id"]: expected_of(row, int(content["vocabulary"]), file.parent) for row in rows}
+        cases = tuple(case_of_row(row, file.parent, target) for row in rows)
+        return Golden(cases, known, tolerance, str(content["outtype"]), int(content["top"]))
+    except (KeyError, TypeError, IndexError) as error:
+        raise DataError(f"{file}: not whole: {error!r}") from error
+
+
+def case_of_row(row: Row, folder: Path, target: DeviceTarget | None) -> Case:
+    images = []
+    for one in row["images"]:
+        with Image.open(folder / one["source"]) as picture:
+            images.append(target.png(picture) if target else encoded(picture.convert("RGB"), "PNG"))
+    example = Example(row["id"], row["id"], (Turn("user", row["prompt"]), Turn("assistant", row["text"])))
+    return Case(row["id"], example, tuple(images), row["prompt"], None, row["kind"], row["marker"])
+
+
+def expected_of(row: Row, vocabulary: int, folder: Path) -> Expected:
+    template = row["template"]
+    return Expected(
+        ids=tuple(row["ids"]),
+        answer=tuple(row["answer"]),
+        log_probs=known_log_probs(row["top_logprobs"], vocabulary),
+        text=row["text"],
+        end_ids=tuple(row["end_ids"]),
+        pixels=tuple(pixels_of(one, folder) for one in row["images"]),
+        tiles=tuple((one[0], one[1], one[2]) for one in row["tiles"]),
+        expansions=tuple(tuple(one) for one in row["image_ids"]),
+        image_id=row["image_id"],
+        begin_id=row["begin_id"],
+        template=(template["messages"], template["text"]) if template else None,
+    )
+
+
+def known_log_probs(tops: Sequence[Sequence[Sequence[float]]], vocabulary: int) -> Tensor:
+    """(answer, vocabulary), NaN where a token is not among those that were written down."""
+    table = torch.full((len(tops), vocabulary), math.nan)
+    for place, top in enumerate(tops):
+        for token, value in top:
+            table[place, int(token)] = value
+    return table
+
+
+def pixels_of(row: Row, folder: Path) -> Pixels:
+    file = folder / row["device"]
+    if not file.is_file():
+        raise DataError(f"{file}: missing; bundle the model again")
+    with Image.open(file) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    if sha256_rgb(pixels) != row["sha256_rgb"]:
+        raise DataError(f"{file}: its pixels are not those that were written (sha256 of the raw RGB differs)")
+    return pixels

@@ -1,0 +1,90 @@
+"""Tiny models with SentencePiece tokenizers, saved and exported on the spot: model folder and GGUF files side by side.
+
+    folder/base ── tuned ──▶ folder/model ── exported, verified ──▶ folder/export: model-f16.gguf …, export.json
+
+The weights are random: for what a trained model answers, train one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rankwise.data.device import DeviceTarget
+from rankwise.errors import UsageError
+from rankwise.nets import tiny, tiny_vision
+from rankwise.ship.converter import Converter, find_converter
+from rankwise.ship.export import write_export
+from rankwise.ship.export_plan import plan_export
+
+OUTTYPES = ("f32", "f16", "q8_0")
+TUNED = ("q_proj", "k_proj", "down_proj")
+TEXTS = (
+    "name[The Vaults], eatType[pub], priceRange[more than £30], customer rating[5 out of 5], near[Café Adriatic]",
+    "The Vaults pub near Café Adriatic has a 5 star rating. Prices start at £30.",
+    "Alimentum is a family-friendly restaurant in the city centre.",
+    "What colour is the round thing left of the square? It is red. Water, land, fire, wood or metal?",
+)
+
+
+def installed_converter() -> Converter:
+    """The converter of this machine; skips the test where there is none."""
+    try:
+        return find_converter()
+    except UsageError as error:
+        pytest.skip(str(error))
+
+
+def text_model(folder: Path, seed: int = 0) -> Path:
+    """A random Llama whose tokenizer adds a start token."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tiny.save_tokenizer(folder, TEXTS, 400)
+    tiny.random_llama(tokenizer, seed).save_pretrained(folder)
+    return folder
+
+
+def vision_model(folder: Path, seed: int = 0) -> Path:
+    """A random SmolVLM and its processor; its chat template writes the start token."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tiny_vision.save_tokenizer(folder, TEXTS, 400)
+    tiny_vision.random_smolvlm(tokenizer, seed).save_pretrained(folder)
+    tiny_vision.processor_of(tokenizer).save_pretrained(folder)
+    return folder
+
+
+def tuned_model(base: Path, folder: Path, seed: int = 1) -> Path:
+    """The base with a small random change of some matrices of its language tower, as merging an adapter leaves it."""
+    shutil.copytree(base, folder)
+    weights = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    for key, weight in weights.items():
+        if key.endswith(tuple(f"{name}.weight" for name in TUNED)) and "vision" not in key:
+            weights[key] = weight + 0.02 * torch.randn(weight.shape, generator=generator)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def export_model(model: Path, folder: Path, base: Path, target: DeviceTarget | None = None) -> Path:
+    """f32, f16 and q8_0 files of a model folder, all proofs made."""
+    converter = installed_converter()
+    plan = plan_export(str(model), outtypes=OUTTYPES, converter=converter, base=str(base), target=target)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_export(plan, folder)
+    return folder
+
+
+def exported_text(folder: Path) -> Path:
+    """`folder`/export for the text model in `folder`/model."""
+    base = text_model(folder / "base")
+    return export_model(tuned_model(base, folder / "model"), folder / "export", base)
+
+
+def exported_vision(folder: Path) -> Path:
+    """`folder`/export for the vision model in `folder`/model; its device target has images of the model's own size."""
+    target = DeviceTarget(image_size=tiny_vision.SIDE, longest_edge=tiny_vision.SIDE)
+    base = vision_model(folder / "base")
+    return export_model(tuned_model(base, folder / "model"), folder / "export", base, target)

@@ -1,0 +1,303 @@
+"""The model card says what the records say and nothing else, and nothing leaves the machine unasked or unproven."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from test_merge import adapter_on
+from tiny import tiny_llama
+
+from rankwise.cli import main
+from rankwise.config import MergeConfig
+from rankwise.errors import ServiceError, UsageError
+from rankwise.score.result import EvaluationResult
+from rankwise.ship import hub
+from rankwise.ship.card import MARK, CardFacts, Metric, license_of, model_card, table
+from rankwise.ship.hub import Upload, upload
+from rankwise.stages.merge import run as merge
+from rankwise.store.run import RunFolder
+from rankwise.train.arguments import build_arguments
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+TRAINED = {"task": "e2e_nlg", "learning_rate": 2e-4, "num_train_epochs": 3.0, "lora_dropout": 0.05, "use_dora": False}
+RUNGS = ("pixels", "image tokens", "token ids", "embeddings", "logprobs", "text")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run: a trained adapter, scores before and after, merged, exported, validated."""
+    root = tmp_path_factory.mktemp("made")
+    base = tiny_llama(root / "secret_place" / "base")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    (root / "rows.json").write_text("[]")
+    train = adapter_on(base, root / "run" / "train")
+    with RunFolder(train).recording("train", {"model": str(base), "data": str(root / "rows.json")}) as record:
+        RunFolder(train).save_config({**TRAINED, "hub_token": "hf_abcdefgh"})
+        record.facts |= {"trainable_parameters": 1234, "total_parameters": 50_000, "steps": 40, "training_seconds": 61}
+    (train / "checkpoint-40").mkdir()
+    (train / "checkpoint-40" / "optimizer.pt").write_bytes(b"state")
+    for name, value in (("before", 10.0), ("after", 61.25)):
+        (root / "run" / name).mkdir()
+        intervals = {"bleu": (value - 1, value + 1)}
+        EvaluationResult("e2e_nlg", {"bleu": value}, intervals, 547).save(root / "run" / name)
+    merge(MergeConfig(adapter=str(train), output_dir=str(root / "run" / "merged"), dtype="bfloat16"))
+    sites = [{"path": f"s{rank}", "rank": rank, "shape": [32, 32]} for rank in (2, 6)]
+    (train / "sites.json").write_text(json.dumps({"sites": sites, "left_out": []}))
+    exported(root / "run" / "gguf", root / "run" / "merged")
+    validated(root / "run" / "validation")
+    return root
+
+
+def exported(folder: Path, model: Path, verification: Any = None) -> None:
+    folder.mkdir()
+    (folder / "tiny-q8_0.gguf").write_bytes(b"G" * 5_000_000)
+    (folder / "device.json").write_text("{}")
+    files = {"text": "tiny-q8_0.gguf", "mmproj": None, "bytes": {"text": 5_000_000}, "sha256": {"text": "c0ffee" * 9}}
+    content = {
+        "format": "rankwise-export/1",
+        "model": {"path": str(model), "fingerprint": "0"},
+        "converter": {"version": "0.3.36", "sha256": "832d"},
+        "files": {"q8_0": files},
+        "verification": {"errors": {}} if verification is None else verification,
+    }
+    (folder / "export.json").write_text(json.dumps(content))
+
+
+def validated(folder: Path, broken: str | None = None) -> None:
+    folder.mkdir(exist_ok=True)
+    rungs = [{"name": name, "status": "broken" if name == broken else "ok"} for name in RUNGS]
+    rungs[3]["status"] = "not measured"
+    one = {"accuracy": 0.871, "interval": [0.801, 0.922], "n": 120}
+    content = {
+        "format": "rankwise-validation/1",
+        "outtype": "q8_0",
+        **one,
+        "reference": one,
+        "verdict": ["q8_0: as trained"],
+        "by_outtype": {"q8_0": one},
+        "parity": {"q8_0": {"first_broken": broken, "rungs": rungs}},
+        "failures": [f"q8_0: the rung `{broken}` is broken"] if broken else [],
+    }
+    (folder / "validation.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made / "run", tmp_path / "phone"))
+
+
+class StandIn:
+    """Keeps what the hub would have been told."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def create_repo(self, repo_id: str, **options: Any) -> str:
+        self.calls.append(("create", {"repo_id": repo_id, **options}))
+        return f"https://hub.example/{repo_id}"
+
+    def upload_folder(self, **options: Any) -> None:
+        self.calls.append(("folder", options))
+
+    def upload_file(self, **options: Any) -> None:
+        self.calls.append(("file", options))
+
+    @property
+    def sent(self) -> Mapping[str, Any]:
+        return dict(self.calls)
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    stand_in = StandIn()
+    monkeypatch.setattr(hub, "HfApi", lambda: stand_in)
+    return stand_in
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("something asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def front(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(text.split("---")[1])
+    return found
+
+
+@pytest.mark.usefixtures("no_network")
+def test_the_card_says_what_was_recorded(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["card", str(run)]) == 0
+    assert "card of the export" in capsys.readouterr().out
+    text = (run / "README.md").read_text()
+    for words in (
+        "rows.json",
+        "ranks 2 to 6",
+        "1,234 of 50,000",
+        "| learning rate | 0.0002 |",
+        "40 in 1 min 01 s",
+        "| after | e2e_nlg | BLEU |",
+        "61.25",
+        "60.25 to 62.25",
+        "compared with base + adapter on random tokens",
+        "Rounding to bfloat16",
+        "tiny-q8_0.gguf",
+        "5 MiB",
+        "87 %",
+        "pixels, image tokens, token ids, logprobs, text agree with the trained model; embeddings not measured",
+        f"torch {torch.__version__.split('+')[0]}",
+        "Safety, bias",
+    ):
+        assert words in text, words
+    data = front(text)
+    assert data["license"] == "apache-2.0" and data["library_name"] == "llama.cpp" and "gguf" in data["tags"]
+    assert "base_model" not in data, "a folder is no hub id"
+    [result] = data["model-index"][0]["results"]
+    assert result["metrics"] == [{"type": "bleu", "value": 61.25}]
+    for private in ("secret_place", str(run.parent), "hf_abcdefgh", "DoRA"):
+        assert private not in text
+
+
+def test_the_records_of_a_model_alone_lead_to_its_training(run: Path, made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "card.md"
+    assert main(["card", str(run / "gguf"), "--out", str(out), "--base_model", "org/base"]) == 0
+    text = out.read_text()
+    assert "ranks 2 to 6" in text and "compared with base + adapter" in text, "merged model and adapter are found"
+    assert "No score was measured" in text and "Not validated in llama.cpp" in text
+    assert front(text)["base_model"] == "org/base" and front(text)["base_model_relation"] == "quantized"
+    for kind, library in (("adapter", "peft"), ("merged", "transformers")):
+        assert main(["card", str(run), "--files", kind, "--out", str(out)]) == 0
+        assert front(out.read_text())["library_name"] == library
+        assert "gguf" not in out.read_text()
+    assert main(["card", str(made / "gone"), "--out", str(out)]) == 3
+    assert main(["card", str(made / "secret_place"), "--out", str(out)]) == 3
+    assert main(["card", str(run), "--files", "bundle", "--out", str(out)]) == 3
+
+
+def test_what_was_not_measured_is_said(run: Path) -> None:
+    for name in ("after", "validation"):
+        shutil.rmtree(run / name)
+    assert main(["card", str(run)]) == 0
+    text = (run / "README.md").read_text()
+    assert "The model after training was not scored." in text and "Not validated in llama.cpp." in text
+    assert "model-index" not in front(text) and "61.25" not in text
+
+
+def test_another_ones_readme_is_kept(run: Path, tmp_path: Path) -> None:
+    (run / "README.md").write_text("# Mine\n")
+    assert main(["card", str(run)]) == 2
+    assert (run / "README.md").read_text() == "# Mine\n"
+    assert main(["card", str(run), "--out", str(tmp_path / "card.md")]) == 0
+    assert main(["card", str(run), "--out", str(tmp_path / "card.md")]) == 0
+    assert (tmp_path / "card.md").read_text().count(MARK) == 1
+
+
+FILES = {
+    "export": {"tiny-q8_0.gguf", "device.json"},
+    "adapter": {"adapter_model.safetensors", "adapter_config.json", "sites.json"},
+    "merged": {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"},
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_exactly_the_named_files_are_uploaded(kind: str, run: Path, api: StandIn) -> None:
+    words = ["card", str(run), "--files", kind, "--push_to_hub", "org/tiny", "--private"]
+    assert main(words) == 0
+    assert [name for name, _ in api.calls] == ["create", "folder", "file"]
+    assert api.sent["create"] == {"repo_id": "org/tiny", "repo_type": "model", "private": True, "exist_ok": True}
+    assert set(api.sent["folder"]["allow_patterns"]) == FILES[kind]
+    assert api.sent["folder"]["repo_id"] == "org/tiny"
+    place = Path(api.sent["folder"]["folder_path"])
+    assert all((place / name).is_file() for name in FILES[kind])
+    card = api.sent["file"]
+    assert card["path_in_repo"] == "README.md" and card["path_or_fileobj"] == (run / "README.md").read_bytes()
+    assert "# tiny\n" in card["path_or_fileobj"].decode()
+
+
+BROKEN = {
+    "ladder": lambda run: validated(run / "validation", "logprobs"),
+    "export": lambda run: (shutil.rmtree(run / "gguf"), exported(run / "gguf", run / "merged", {})),
+    "merge": lambda run: edit_merge(run / "merged" / "manifest.json"),
+}
+
+
+def edit_merge(manifest: Path) -> None:
+    content = json.loads(manifest.read_text())
+    del content["stages"]["merge"]["verification"]
+    manifest.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_not_proven_is_not_uploaded(
+    what: str, run: Path, api: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    BROKEN[what](run)
+    words = ["card", str(run), "--push_to_hub", "org/tiny"]
+    assert main(words) == 6
+    assert api.calls == [] and "--allow_unverified" in capsys.readouterr().err
+    assert main([*words, "--files", "adapter"]) == 0, "the adapter is not what failed"
+    assert main([*words, "--allow_unverified"]) == 0
+    text = (run / "README.md").read_text()
+    assert {"ladder": "`logprobs` is broken", "export": "not verified", "merge": "not verified"}[what] in text
+    if what == "ladder":
+        assert "logprobs **broken**" in text
+
+
+@pytest.mark.usefixtures("no_network")
+def test_nothing_is_uploaded_unasked(run: Path, api: StandIn) -> None:
+    assert main(["card", str(run)]) == 0
+    assert main(["card", str(run), "--push_to_hub", "org/tiny", "--dry-run"]) == 0
+    assert main(["card", str(run), "--private"]) == 2
+    assert main(["card", str(run), "--push_to_hub", "no name"]) == 2
+    assert main(["card"]) == 2
+    assert api.calls == []
+
+
+@pytest.mark.parametrize("error", [LocalTokenNotFoundError, ConnectionError, OSError])
+def test_a_hub_that_refuses_is_a_services_error_without_the_token(
+    error: type[Exception], api: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error("401 for token hf_abcDEF123 with Bearer xyz\nmore")
+
+    monkeypatch.setattr(api, "create_repo", refuse)
+    with pytest.raises(ServiceError, match=r"org/tiny.*hf auth login") as caught:
+        upload(Upload("org/tiny", tmp_path, (), "card"))
+    assert "hf_abc" not in str(caught.value) and "xyz" not in str(caught.value)
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+    assert issubclass(HfHubHTTPError, OSError)
+
+
+def test_training_uploads_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"rankwise card RUN --push_to_hub"):
+        build_arguments(tmp_path, 0, {"push_to_hub": True})
+    assert not build_arguments(tmp_path, 0, {"use_cpu": True}).push_to_hub
+
+
+def test_text_from_files_stays_text() -> None:
+    hostile = "a|b <script>\nalert `x`"
+    [_, _, row] = table(("h",), [(hostile,)])
+    assert row.count("|") == 2 and "<" not in row and "`" not in row and "\n" not in row
+    facts = CardFacts("x: [y", "merged", "../base", metrics=[Metric("t", "d", "bleu", 1.0)], datasets=["/home/me/data"])
+    assert front(model_card(facts))["model-index"][0]["name"] == "x: [y"
+    assert "base_model" not in front(model_card(facts)) and "datasets" not in front(model_card(facts))
+
+
+def test_a_license_is_only_what_the_base_says(tmp_path: Path) -> None:
+    assert license_of(tmp_path) is None
+    for said, found in (("license: mit", "mit"), ("license: unknown", None), ("tags: [x]", None)):
+        (tmp_path / "README.md").write_text(f"---\n{said}\n---\n")
+        assert license_of(tmp_path) == found
