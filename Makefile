@@ -43,11 +43,13 @@ $(VENV)/bin/python:
 	$(CREATE)
 
 $(VENV)/.demo: $(VENV)/bin/python $(INPUTS)
-	$(INSTALL) -e '.[plots,eval]' -c constraints.txt
+	$(INSTALL) -e '.[plots,eval,device,label]' -c constraints.txt
+	-$(BIN)/rankwise export --install-converter
 	touch $@
 
 $(VENV)/.test: $(VENV)/bin/python $(INPUTS)
 	$(INSTALL) -e '.[dev]' -c constraints.txt
+	$(BIN)/rankwise export --install-converter
 	touch $@
 
 clean:

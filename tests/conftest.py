@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from rankwise.ship.converter import Converter
 
 # A busy machine is not a failure.
 settings.register_profile("rankwise", deadline=None)
@@ -21,3 +26,24 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder} (set RANKWISE_SHARED)")
     return folder
+
+
+# exported.py imports transformers, so only the tests that ask for it pay for that.
+
+
+@pytest.fixture(scope="session")
+def converter() -> Converter:
+    """llama.cpp's converter as `rankwise export --install-converter` leaves it; skips where there is none."""
+    return importlib.import_module("exported").installed_converter()
+
+
+@pytest.fixture(scope="session")
+def text_export(converter: Converter, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama exported as f32, f16 and q8_0; its checkpoint is in ../model, tuned from ../base."""
+    return importlib.import_module("exported").exported_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def vision_export(converter: Converter, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SmolVLM exported as f32, f16 and q8_0, with mmproj files; checkpoint in ../model, its base in ../base."""
+    return importlib.import_module("exported").exported_vision(tmp_path_factory.mktemp("vision"))

@@ -51,7 +51,7 @@ SETTINGS: Mapping[str, Any] = {
 }
 
 
-TRAINER_OWN = ("callbacks", "loraplus_lr_ratio", "phases", "gradients")
+TRAINER_OWN = ("callbacks", "loraplus_lr_ratio", "phases", "gradients", "accuracy", "sampler")
 
 
 def adapted_base(base: Path, dropout: float = 0.1) -> torch.nn.Module:

@@ -16,11 +16,11 @@ import rankwise
 PACKAGE = Path(rankwise.__file__).parent
 REPOSITORY = PACKAGE.parent
 STANDARD_ONLY = ("errors.py", "options.py", "flags.py", "config", "cli.py", "__init__.py")
-OWN_LIBRARIES = {"core": {"torch"}, "store": {"torch", "safetensors", "filelock", "tqdm"}}
+OWN_LIBRARIES = {"core": {"torch"}, "store": {"torch", "safetensors", "filelock", "tqdm", "psutil"}}
 # What the extras bring: none of it may be needed to import a module.
 EXTRAS = (
     "matplotlib sacrebleu rouge_score nltk scipy sklearn pandas bitsandbytes wandb deepspeed openai pydantic "
-    "aiolimiter gguf xllamacpp llama_cpp datasets trl tensorboard statsmodels pooch py7zr lm_eval vllm"
+    "aiolimiter gguf xllamacpp llama_cpp datasets trl tensorboard statsmodels pooch py7zr lm_eval vllm pynvml"
 ).split()
 
 

@@ -40,7 +40,7 @@ def example(name: str, label: str = "neutral", premise: str = "A man sleeps.") -
         Turn("user", "A person rests.", "Hypothesis"),
         Turn("assistant", label, "Classification"),
     )
-    return Example(name, name, turns, references=(label,))
+    return Example(name, name, turns, references=(label,), facts={"label": label, "labels": LABELS})
 
 
 MIXED = [

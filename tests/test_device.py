@@ -52,7 +52,7 @@ def sampled(pixels: np.ndarray, wide: int, tall: int) -> np.ndarray:
         for column in range(wide):
             y = min(max((row + 0.5) * height / tall - 0.5, 0), height - 1)
             x = min(max((column + 0.5) * width / wide - 0.5, 0), width - 1)
-            top, left = int(math.floor(y)), int(math.floor(x))
+            top, left = math.floor(y), math.floor(x)
             down, right = min(top + 1, height - 1), min(left + 1, width - 1)
             above = pixels[top, left] * (1 - (x - left)) + pixels[top, right] * (x - left)
             below = pixels[down, left] * (1 - (x - left)) + pixels[down, right] * (x - left)
@@ -193,5 +193,5 @@ def test_the_target_travels_with_data_model_and_adapter(smolvlm: Path, tmp_path:
     assert tokens(asked, adapter) == 2 * one
     (data / "device.json").unlink()
     assert tokens(adapter=adapter) == 2 * one
-    none = DataSection(task="conversations", data_path=section.data_path, device_target="none")
+    none = DataSection(task="conversations", data_path=section.data_path, device_target="off")
     assert tokens(none, adapter) == plain

@@ -73,7 +73,7 @@ def test_preset_and_recipe_are_one_run(name: str) -> None:
 def test_names_of_presets_and_of_the_files_agree() -> None:
     assert set(NAMES) == set(DOCUMENTED) == set(PRESETS)
     extending = {path.stem for path in PACKAGED.glob("*.yaml") if "extends" in yaml.safe_load(path.read_text())}
-    assert extending == set(NAMES) - {"e2e_attention"}
+    assert extending & set(NAMES) == set(NAMES) - {"e2e_attention"}
 
 
 # --- extends -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from rows import Rows, Watch, adapted_base
 from tiny import tiny_llama
 from transformers import Trainer, TrainingArguments
@@ -18,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 from rankwise import cli, scripts
 from rankwise.core.phase import bind
 from rankwise.core.schedule import parse_schedule, strategy
+from rankwise.data.device import DeviceTarget
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.adapt import lora_layers
 from rankwise.nets.load import meta_model
@@ -92,11 +94,12 @@ def test_every_documented_name_is_there_and_explains_itself() -> None:
         measure_gradient_norms DynamicLoRACallback create_phased_lora_config create_layerwise_lora_config
         load_and_preprocess_dataset get_data_collator ModelEvaluator evaluate_e2e evaluate_samsum evaluate_wikisql
         evaluate_multi_nli setup_model_with_lora print_trainable_parameters plot_gradient_norms plot_layer_heatmap
-        plot_layer_comparison plot_gradient_evolution plot_training_loss generate_summary_report""".split()
+        plot_layer_comparison plot_gradient_evolution plot_training_loss generate_summary_report resize_for_android
+        ANDROID_IMAGE_SIZE ANDROID_MAX_TOKENS ANDROID_IMAGE_MARKER""".split()
     assert set(documented) <= set(scripts.__all__)
     for name in scripts.__all__:
         found = getattr(scripts, name)
-        assert isinstance(found, (list, dict)) or (found.__doc__ or "").strip(), name
+        assert isinstance(found, (list, dict, int, str)) or (found.__doc__ or "").strip(), name
 
 
 def test_the_snippet_of_the_configuration(base: Path) -> None:
@@ -125,6 +128,20 @@ def test_the_lists_of_modules_are_those_of_the_targets(base: Path) -> None:
     for target, listed in (("attention_only", ATTENTION_ONLY), ("mlp_only", MLP_ONLY), ("both", BOTH)):
         assert choose_sites(sites, target) == choose_sites(sites, names=listed)
         assert {site.projection for site in choose_sites(sites, target).values()} == set(listed)
+
+
+# --- the Android app ------------------------------------------------------------------------------------------------
+
+
+def test_the_snippet_of_the_android_geometry() -> None:
+    """The documents' constants, and what the app does to a photo: into the square, black where it does not reach."""
+    assert (scripts.ANDROID_IMAGE_SIZE, scripts.ANDROID_MAX_TOKENS) == (256, 32)
+    assert scripts.ANDROID_IMAGE_MARKER == "<__media__>"
+    image = Image.new("RGB", (512, 128), (200, 100, 50))
+    image_256 = scripts.resize_for_android(image, 256)
+    assert image_256.size == (256, 256) == scripts.resize_for_android(image).size
+    assert (image_256.getpixel((128, 128)), image_256.getpixel((128, 60))) == ((200, 100, 50), (0, 0, 0))
+    assert image_256.tobytes() == DeviceTarget().resize(image).tobytes()
 
 
 # --- phases --------------------------------------------------------------------------------------------------------

@@ -108,7 +108,8 @@ def test_multi_nli_official_forms_agree(shared_data: Path) -> None:
     first = load("multi_nli", folder)[0]
     assert list(sections(first)) == ["Instruction", "Premise", "Hypothesis", "Classification"]
     assert (first.id, first.group, first.answer) == ("31193n", sections(first)["Premise"], "neutral")
-    assert first.facts == {"label": "neutral", "genre": "government"}
+    classes = ("entailment", "neutral", "contradiction")
+    assert first.facts == {"label": "neutral", "labels": classes, "genre": "government"}
 
 
 def test_a_cut_table_is_a_bad_row(shared_data: Path) -> None:

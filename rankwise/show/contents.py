@@ -66,6 +66,20 @@ class Fidelity:
 
 
 @dataclass(frozen=True)
+class StageTime:
+    """How long a recipe's stage took (None: it did not finish), and what it used, as store.monitor.Usage names it."""
+
+    name: str
+    seconds: float | None = None
+    usage: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def ran(self) -> bool:
+        return self.seconds is not None and not self.note
+
+
+@dataclass(frozen=True)
 class Contents:
     """Everything found; the first member of each pair is the file's folder (or path) relative to the run."""
 
@@ -79,7 +93,9 @@ class Contents:
     sites: tuple[tuple[str, Adapted], ...] = ()
     studies: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     gradients: tuple[tuple[str, GradientTables], ...] = ()
+    validations: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     phases: tuple[tuple[str, list[tuple[int, str]]], ...] = ()
+    times: tuple[StageTime, ...] = ()
     pictures: tuple[str, ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
 

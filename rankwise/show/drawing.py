@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankwise.show.blocks import Picture
-from rankwise.show.contents import Contents, Scored
+from rankwise.show.confusion import plot_confusion
+from rankwise.show.contents import Contents, Scored, printable
 from rankwise.show.curves import plot_gain, plot_loss, plot_scores, points, shared_metrics
 from rankwise.show.gradients import gradient_pictures
 from rankwise.show.plots import plot_energy_heatmap, plot_ranks_heatmap
 from rankwise.show.study_plots import PLOTS as STUDY_PLOTS
+from rankwise.show.validation import CONFUSION
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ def draw(contents: Contents, tasks: dict[str, list[Scored]], folder: Path) -> Dr
     for where, study in contents.studies:
         for name, (plot, caption) in STUDY_PLOTS.items():
             plot(study, target(where, name, caption))
+    for where, validation in contents.validations:
+        if CONFUSION in validation:
+            path = target(where, CONFUSION, "What was taken for what: rows are true classes, columns answers")
+            plot_confusion(validation["labels"], validation[CONFUSION], path, printable(validation["outtype"], 20))
     for task, results in tasks.items():
         if shared_metrics(one.result for one in results):
             caption = "Scores with 95 % intervals, each metric on its own scale"

@@ -3,7 +3,7 @@
 Found anywhere below the folder (checkpoints, hidden folders, earlier reports and links aside): manifest.json,
 resolved_config*.json, lora_rank_config.json, evaluation_results.json with predictions.jsonl beside it,
 forgetting.json, training_log.csv, phases.csv, the tables of gradient norms, gain.json, fidelity.json, sites.json,
-study.json, and the PNGs of `plots/` folders.
+study.json, validation.json, and the PNGs of `plots/` folders.
 """
 
 from __future__ import annotations
@@ -22,20 +22,23 @@ from rankwise.errors import DataError
 from rankwise.score.forgetting import FILE as FORGETTING
 from rankwise.score.result import FILE as RESULTS
 from rankwise.score.result import EvaluationResult
+from rankwise.ship.validation import FILE as VALIDATION
 from rankwise.show.contents import Adapted, Contents, Fidelity, Scored, Stage
 from rankwise.show.format import is_number
 from rankwise.show.gradient_series import GradientTables, read_tables
+from rankwise.show.pipeline import read_times
 from rankwise.show.study_words import FORMAT as STUDY_FORMAT
 from rankwise.show.study_words import PARTS as STUDY_PARTS
+from rankwise.show.validation import read_validation
 from rankwise.store.files import read_bytes, read_json, read_object
 from rankwise.store.plan_file import read_plan
 from rankwise.store.run import FORMAT as MANIFEST_FORMAT
 from rankwise.store.run import MANIFEST
+from rankwise.store.secrets import without_secrets
 from rankwise.train.gradient_table import GROUPS, NORMS
 
 GENERIC = ("evaluation", "evaluate", "results", "predictions", "final_model")
 BEFORE = re.compile(r"(^|[_\-/])(before|base|pretrained|untrained)($|[_\-/.])")
-SECRET = re.compile(r"api_?key|password|secret|(access|hf|auth)_token", re.IGNORECASE)
 
 
 def read_run(run: Path) -> Contents:
@@ -54,7 +57,9 @@ def read_run(run: Path) -> Contents:
         sites=tuple((folder(run, path), read_sites(path)) for path in named(files, "sites.json")),
         studies=tuple((folder(run, path), read_study(path)) for path in named(files, "study.json")),
         gradients=tuple(read_gradients(run, files)),
+        validations=tuple((folder(run, path), read_validation(path)) for path in named(files, VALIDATION)),
         phases=tuple((folder(run, path), read_phases(path)) for path in named(files, "phases.csv")),
+        times=read_times(run),
         pictures=tuple(relative(run, path) for path in files if is_plot(path)),
         settings=tuple(read_settings(run, files)),
     )
@@ -229,13 +234,3 @@ def read_settings(run: Path, files: list[Path]) -> Iterator[tuple[str, Any]]:
     for path in files:
         if path.name.startswith("resolved_config") and path.suffix == ".json":
             yield relative(run, path), without_secrets(read_json(path))
-
-
-def without_secrets(content: Any) -> Any:
-    """The settings with the values of keys that name a secret struck out."""
-    if isinstance(content, dict):
-        return {
-            key: "(not shown)" if SECRET.search(str(key)) and isinstance(value, str) else without_secrets(value)
-            for key, value in content.items()
-        }
-    return [without_secrets(item) for item in content] if isinstance(content, list) else content

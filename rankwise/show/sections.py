@@ -16,11 +16,13 @@ from rankwise.show.curves import is_shuffle
 from rankwise.show.drawing import Drawings
 from rankwise.show.format import clip, duration, is_number, memory, number, percent, plural
 from rankwise.show.gradient_blocks import GRADIENT_PLOTS, gradient_blocks
+from rankwise.show.pipeline import time_table
 from rankwise.show.rank_table import layer_ranges
 from rankwise.show.study_blocks import study_blocks
 from rankwise.show.study_plots import PLOTS as STUDY_PLOTS
+from rankwise.show.validation import CONFUSION, validation_blocks
 
-ORDER = ("finetune", "ranks", "extract", "compress", "train", "evaluate", "study", "merge")
+ORDER = ("finetune", "ranks", "extract", "compress", "train", "evaluate", "study", "merge", "validate")
 STAGE_KEYS = {"stage", "energy_kept", "started", "finished", "seconds", "python", "versions", "inputs", "outputs"}
 MOST_ROWS, MOST_PICTURES, MOST_FACTS = 14, 8, 16
 Owned = tuple[Stage | None, str]
@@ -34,7 +36,8 @@ def sections_of(contents: Contents, drawings: Drawings) -> list[Section]:
         pieces.setdefault((stage, stage.name if stage else kinds[0]), []).extend(blocks)
     timed = [key for key in pieces if key[0] is not None]
     loose = sorted((key for key in pieces if key[0] is None), key=lambda key: position(key[1]))
-    return [section(stage, name, pieces[stage, name]) for stage, name in [*timed, *loose]]
+    spent = [Section("time and memory", [time_table(contents.times)])] if contents.times else []
+    return [*(section(stage, name, pieces[stage, name]) for stage, name in [*timed, *loose]), *spent]
 
 
 def found_blocks(contents: Contents, drawings: Drawings) -> list[tuple[tuple[str, ...], str, list[Block]]]:
@@ -54,6 +57,8 @@ def found_blocks(contents: Contents, drawings: Drawings) -> list[tuple[tuple[str
     for where, study in contents.studies:
         drawn = [picture for name in STUDY_PLOTS for picture in drawings.of(where, name)]
         found.append((("study",), where, study_blocks(study, drawn)))
+    for where, validation in contents.validations:
+        found.append((("validate",), where, validation_blocks(validation, drawings.of(where, CONFUSION))))
     for where, fidelity in contents.fidelity:
         found.append((("extract", "compress", "merge"), where, fidelity_blocks(fidelity)))
     for where, pictures in loose_pictures(contents, drawings).items():

@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from rankwise.errors import UsageError
 from rankwise.options import flatten
 from rankwise.store.files import fingerprint, read_object, write_json
+from rankwise.store.secrets import without_secrets
 
 if sys.platform != "win32":
     import resource
@@ -88,9 +89,10 @@ class RunFolder:
             lock.release()
 
     def save_config(self, config: Any, name: str = CONFIG) -> Path:
-        """Save a resolved config (mapping or dataclass) flat: the file, given to its command, reproduces it."""
+        """Save a resolved config (mapping or dataclass) flat: the file, given to its command, reproduces it. Secrets
+        are left out."""
         is_dataclass = dataclasses.is_dataclass(config) and not isinstance(config, type)
-        return write_json(self / name, flatten(config) if is_dataclass else dict(config))
+        return write_json(self / name, without_secrets(flatten(config) if is_dataclass else dict(config), None))
 
     @contextmanager
     def recording(self, stage: str, inputs: Mapping[str, Path | str]) -> Iterator[Record]:

@@ -1,0 +1,80 @@
+"""Where a pipeline's time and memory went: a table in the terminal when it ends, and in its report.
+
+stage        time    memory  GPU memory  GPU use
+train     2 h 05 min  9.1 GiB   29.7 GiB     94 %
+merge        1 min 02 s …                             done before
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.show.blocks import Table
+from rankwise.show.contents import StageTime, printable
+from rankwise.show.format import duration, is_number, memory
+from rankwise.store.stage_marks import read_marks
+
+HEADER = ("stage", "time", "memory", "GPU memory", "GPU use", "")
+BEFORE, UNFINISHED, UNREACHED, UNASKED = "done before", "not finished", "not reached", "not asked for"
+NOTE = (
+    "Peak memory of the process and its children. GPU memory is the most that one GPU held, whoever held it; GPU use "
+    "is the mean share of time in which it computed. A resumed stage counts from its last start. Every sample is in "
+    "logs/monitor.csv."
+)
+
+
+def cells(time: StageTime) -> list[str]:
+    took = "" if time.seconds is None else duration(time.seconds)
+    sizes = [in_words(time.usage.get(name), memory) for name in ("peak_memory", "peak_gpu_memory")]
+    return [printable(time.name, 60), took, *sizes, in_words(time.usage.get("gpu_utilisation"), share), time.note]
+
+
+def in_words(value: Any, words: Callable[[float], str]) -> str:
+    return words(value) if is_number(value) else ""
+
+
+def share(percent: float) -> str:
+    return f"{percent:.0f} %"
+
+
+def read_times(run: Path) -> tuple[StageTime, ...]:
+    """The finished stages of a run folder, in order; the stage that writes the report is not finished yet."""
+    entries = read_marks(run)
+    finished = [(name, entry) for name, entry in entries.items() if is_number(entry.get("seconds"))]
+    return tuple(StageTime(name, entry["seconds"], entry) for name, entry in finished)
+
+
+def total(times: Sequence[StageTime]) -> list[str]:
+    seconds = sum(time.seconds for time in times if time.note != BEFORE and time.seconds is not None)
+    before = sum(time.seconds for time in times if time.note == BEFORE and time.seconds is not None)
+    return ["total", duration(seconds), "", "", "", f"and {duration(before)} before" if before else ""]
+
+
+def time_table(times: Sequence[StageTime]) -> Table:
+    """For the report. Columns that say nothing are left out."""
+    header, *rows = columns([HEADER, *map(cells, times), total(times)])
+    return Table(header, rows, note=NOTE)
+
+
+def time_lines(times: Sequence[StageTime]) -> list[str]:
+    """For the terminal."""
+    rows = columns([HEADER, *map(cells, times), total(times)])
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    return [line(row, widths, notes=len(rows[0]) - 1 if rows[0][-1] == "" else None) for row in rows]
+
+
+def line(row: Sequence[str], widths: Sequence[int], notes: int | None) -> str:
+    """Numbers to the right, the name and the note to the left."""
+    cells = [
+        cell.ljust(width) if place in (0, notes) else cell.rjust(width)
+        for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    return "  ".join(cells).rstrip()
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The rows without the columns that are empty below the header."""
+    kept = [place for place in range(len(rows[0])) if place < 2 or any(row[place] for row in rows[1:])]
+    return [[row[place] for place in kept] for row in rows]

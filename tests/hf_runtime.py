@@ -1,0 +1,117 @@
+"""A runtime that is transformers itself: a llama.cpp without any difference, and what can be set wrong in it.
+
+HFRuntime(model, renderer)                     agrees on every rung
+HFRuntime(model, renderer, begin=3)            puts a BOS before every prompt, as llama.cpp does by default
+HFRuntime(other_model, renderer)               another model's weights
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+
+from rankwise.data import Renderer
+from rankwise.data.device import MARKER
+from rankwise.data.layout import ChatTemplate
+from rankwise.errors import DataError
+from rankwise.ship.divergence import top_of
+from rankwise.ship.runtime import Completion, RuntimeInfo
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Decoded pictures where a reader of files stands."""
+
+    images: tuple[Image.Image, ...]
+
+    def open(self, reference: str) -> Image.Image:
+        return self.images[int(reference)]
+
+    def size(self, reference: str) -> tuple[int, int]:
+        return self.images[int(reference)].size
+
+
+@dataclass(frozen=True)
+class HFRuntime:
+    """end_ids: where it stops; None for the renderer's. template: what its chat template appends, to differ."""
+
+    model: Any
+    renderer: Renderer
+    begin: int | None = None
+    end_ids: tuple[int, ...] | None = None
+    template: str = ""
+
+    @property
+    def info(self) -> RuntimeInfo:
+        text = "" if self.begin is None else self.detokenize([self.begin])
+        return RuntimeInfo("transformers", MARKER, "", 512, self.renderer.sight is not None, self.begin, text)
+
+    def tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        ids = self.renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [self.begin, *ids] if add_special and self.begin is not None else list(ids)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return self.renderer.text(ids)
+
+    def apply_template(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        sight = self.renderer.sight
+        template = ChatTemplate.of(self.renderer.tokenizer, sight.image_token if sight else None)
+        return template.text([(one["role"], one["content"]) for one in messages], generate=True) + self.template
+
+    def memory(self) -> None:
+        return None
+
+    @torch.inference_mode()
+    def complete(
+        self,
+        prompt: str | Sequence[int],
+        images: Sequence[bytes] = (),
+        *,
+        max_new_tokens: int = 32,
+        top: int = 0,
+        grammar: str | None = None,
+        force: Sequence[int] | str | None = None,
+        reuse: bool = False,
+    ) -> Completion:
+        ids, inputs = self._read(prompt, images)
+        answer: list[int] = []
+        tops: list[Mapping[int, float]] = []
+        ends = self.end_ids or self.renderer.end_ids
+        while len(answer) < (max_new_tokens if force is None else len(force)):
+            whole = torch.tensor([ids + answer])
+            row = inputs | (self.renderer.sight.row_inputs(whole) if self.renderer.sight else {})
+            logits = self.model(input_ids=whole, attention_mask=torch.ones_like(whole), **row).logits[0, -1:]
+            tops += top_of(logits.float().log_softmax(-1), max(top, 1))
+            answer.append(int(logits.argmax()) if force is None else int(force[len(answer)]))
+            if force is None and answer[-1] in ends:
+                break
+        logprobs = tuple(found.get(token, -100.0) for found, token in zip(tops, answer, strict=True))
+        text, written = self.renderer.answer(answer), [token for token in ids if token != self._image_id]
+        shown = self.detokenize(written)
+        return Completion(text, tuple(answer), len(ids), shown, 0.01, answer[-1] in ends, logprobs, tuple(tops))
+
+    @property
+    def _image_id(self) -> int:
+        return self.renderer.sight.image_token_id if self.renderer.sight else -1
+
+    def _read(self, prompt: str | Sequence[int], images: Sequence[bytes]) -> tuple[list[int], dict[str, Any]]:
+        if not isinstance(prompt, str):
+            return list(prompt), {}
+        if prompt.count(MARKER) != len(images):
+            raise DataError(f"{prompt.count(MARKER)} slots and {len(images)} images")
+        begin = self.info.begin_text
+        text = prompt.removeprefix(begin) if begin else prompt
+        if not images:
+            return self.tokenize(text, add_special=True), {}
+        assert self.renderer.sight
+        pictures = Pictures(tuple(Image.open(io.BytesIO(image)).convert("RGB") for image in images))
+        sight = replace(self.renderer.sight, reader=pictures)
+        names = [str(number) for number in range(len(images))]
+        for name in names:
+            text = text.replace(MARKER, sight.expansion(name), 1)
+        return self.tokenize(text, add_special=True), sight.inputs(names)

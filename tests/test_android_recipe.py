@@ -1,0 +1,106 @@
+"""From photos to a phone: the recipes say what the documents say, and the small one really walks the whole way."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rankwise import cli
+from rankwise.errors import UsageError
+from rankwise.ship.converter import find_converter
+from rankwise.stages.recipe import find_recipe, load_recipe
+
+WAY = ("label", "check", "before", "train", "after", "merge", "export", "validate", "report")
+
+
+def stages(name: str, run: Path) -> dict[str, dict[str, Any]]:
+    return {stage.name: stage.options for stage in load_recipe(find_recipe(name), run).stages}
+
+
+def test_the_way_in_its_order(tmp_path: Path) -> None:
+    android, quick = stages("smolvlm_android", tmp_path), stages("quickstart", tmp_path)
+    shared = [name for name in android if name in WAY]
+    assert tuple(shared) == WAY
+    assert list(quick) == ["tiny", *android], "the same way, from a model of its own"
+
+
+def test_the_documented_values(tmp_path: Path) -> None:
+    found = stages("smolvlm_android", tmp_path)
+    label, train = found["label"], found["train"]
+    assert (label["num_images"], label["teacher_model"], label["min_confidence"]) == ("1000", "gpt-4o", 0.75)
+    assert (train["lora_r"], train["lora_alpha"], train["lora_dropout"], train["num_epochs"]) == (16, 32, 0.05, "3")
+    assert (train["batch_size"], train["gradient_accumulation"], train["learning_rate"]) == (4, 4, "2e-4")
+    assert found["export"]["outtype"] == ["f16", "q8_0"] and found["export"]["mmproj"] is True
+    assert found["merge"]["dtype"] == "float16"
+
+
+def test_the_environment_reaches_the_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"NUM_IMAGES": "40", "TEACHER_MODEL": "mine", "BASE_MODEL": "org/vlm", "IMAGES": "photos", "EPOCHS": "1"}
+    given |= {"TEACHER_URL": "http://127.0.0.1:1/v1", "DATASET": "elsewhere"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    found = stages("smolvlm_android", tmp_path)
+    label = found["label"]
+    assert [label[key] for key in ("num_images", "teacher_model", "images")] == ["40", "mine", "photos"]
+    assert label["base_url"] == given["TEACHER_URL"]
+    assert {found[name]["data_path"] for name in ("check", "before", "train", "after", "merge", "validate")} == {
+        "elsewhere"
+    }
+    assert label["output_dir"] == "elsewhere"
+    assert {found["train"]["model_name"], found["merge"]["base_model"], found["validate"]["base_model"]} == {"org/vlm"}
+
+
+def test_every_stage_works_in_the_run_folder(tmp_path: Path) -> None:
+    for options in stages("quickstart", tmp_path / "here").values():
+        places = [options[key] for key in ("output_dir", "run", "data_path", "images") if key in options]
+        assert places and all(str(place).startswith(str(tmp_path / "here")) for place in places)
+
+
+def test_new_stages_stand_before_the_one_that_they_precede(tmp_path: Path) -> None:
+    rows = {"a": "ranks", "b": "train", "c": "report"}
+    parent = {"name": "parent", "stages": [{"name": name, "command": command} for name, command in rows.items()]}
+    (tmp_path / "parent.yaml").write_text(yaml.safe_dump(parent), encoding="utf-8")
+
+    def order(*names: str) -> list[str]:
+        content = [{"name": name} if name in rows else {"name": name, "command": "merge"} for name in names]
+        child = tmp_path / "child.yaml"
+        child.write_text(yaml.safe_dump({"extends": "parent", "name": "child", "stages": content}), encoding="utf-8")
+        return [stage.name for stage in load_recipe(child, tmp_path).stages]
+
+    assert order("x", "y", "a") == ["x", "y", "a", "b", "c"]
+    assert order("b", "x") == ["a", "b", "c", "x"]
+    assert order("x", "c", "y") == ["a", "b", "x", "c", "y"]
+    assert order("x", "c", "y", "a") == ["y", "a", "b", "x", "c"], "each before its own"
+    (tmp_path / "child.yaml").write_text("extends: parent\nstages: [{name: x}]\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="command"):
+        load_recipe(tmp_path / "child.yaml", tmp_path)
+
+
+def can_convert() -> bool:
+    if any(importlib.util.find_spec(name) is None for name in ("xllamacpp", "gguf", "openai", "aiolimiter")):
+        return False
+    try:
+        find_converter(None)
+    except UsageError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_convert(), reason="no converter (rankwise export --install-converter), or no device extra")
+def test_quickstart_walks_the_whole_way_and_is_done_then(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert cli.main(["run", "quickstart", "-o", str(out)]) == 0
+    capsys.readouterr()
+    found = json.loads((out / "validation" / "validation.json").read_text(encoding="utf-8"))
+    assert found["n"] == 5
+    assert (out / "export" / "tiny-elements-q8_0.gguf").is_file()
+    page = (out / "report.md").read_text(encoding="utf-8")
+    assert "no rung is broken" in page and "confusion" in page and "## time and memory" in page
+    assert cli.main(["run", "quickstart", "-o", str(out)]) == 0
+    assert capsys.readouterr().out.count("done already") == len(WAY) + 1

@@ -1,0 +1,352 @@
+"""Laws of `bundle`: what an app is given answers as the trained model does, and whoever replays it learns where not."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rankwise.cli import main
+from rankwise.config import BundleConfig, ScoredData
+from rankwise.data import Example, Turn
+from rankwise.data.device import MARKER, read_target
+from rankwise.data.label_task import LabelClass, LabelTask, task_from
+from rankwise.errors import DataError, UsageError, VerificationError
+from rankwise.ship.abstain import abstention, fewest, lower_bound
+from rankwise.ship.bundle import INPUT, LabelAnswer, grammar, label_answers, read_bundle
+from rankwise.ship.golden import read_golden
+from rankwise.ship.parity import climb
+from rankwise.ship.runtime import LlamaServer
+from rankwise.stages import bundle
+from rankwise.stages.bundling import source_of
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+TASK = task_from({"classes": {"water": "wet", "fire": "hot", "wood": ""}, "field": "element"}, "the test", "elements")
+
+
+# --- when to say unsure ----------------------------------------------------------------------------------------------
+
+
+def rows(*pairs: tuple[float, bool]) -> list[dict[str, Any]]:
+    return [{"confidence": confidence, "correct": right} for confidence, right in pairs]
+
+
+def test_the_least_number_of_items_is_the_textbooks() -> None:
+    """All right: the lower bound is α^(1/n), so 29 items show 90 % and 59 show 95 %."""
+    assert (fewest(0.9, wrong=0), fewest(0.95, wrong=0)) == (29, 59)
+    assert lower_bound(29, 29) == pytest.approx(0.05 ** (1 / 29))
+    assert fewest(0.9, wrong=1) == 46
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "no validated answer is right or wrong"),
+        (rows(*[(0.9, True)] * 20), "20 validated items are too few"),
+        (rows(*[(0.9, True)] * 20, *[(0.8, False)] * 30), "50 validated"),
+        ([{"confidence": None, "correct": True}, {"confidence": 0.5, "correct": None}], "no validated answer"),
+    ],
+)
+def test_where_nothing_is_shown_there_is_no_threshold(given: list[dict[str, Any]], said: str) -> None:
+    found = abstention(given, 0.9)
+    assert found.threshold is None
+    assert found.why
+    if said != "50 validated":
+        assert said in found.why
+
+
+def test_sure_answers_are_answered_and_wrong_ones_are_not() -> None:
+    given = rows(*[(0.5 + n / 200, True) for n in range(80)], *[(n / 100, False) for n in range(40)])
+    random.Random(0).shuffle(given)
+    found = abstention(given, 0.9)
+    assert found.threshold is not None and found.low is not None
+    assert 0.3 < found.threshold <= 0.5
+    assert found.low >= 0.9
+    assert found.answered == sum(row["confidence"] >= found.threshold for row in given)
+    assert found.right == sum(row["confidence"] >= found.threshold and row["correct"] for row in given)
+
+
+def test_items_of_one_confidence_are_not_parted() -> None:
+    """All alike: either all are answered or none is."""
+    assert abstention(rows(*[(0.7, True)] * 60), 0.9).answered == 60
+    assert abstention(rows(*[(0.7, n % 3 > 0) for n in range(60)]), 0.9).threshold is None
+
+
+def test_the_promise_is_kept_19_times_of_20() -> None:
+    """Confidence c is right with probability c² + 0.1: what is promised above a threshold must hold for new items."""
+    state, broken, known = np.random.default_rng(0), 0, 0
+    for _ in range(200):
+        confidence = state.random(150)
+        right = state.random(150) < np.minimum(1, confidence**2 + 0.1)
+        found = abstention(rows(*zip(confidence.tolist(), right.tolist(), strict=True)), 0.8)
+        if found.threshold is None:
+            continue
+        above = np.linspace(found.threshold, 1, 2000)
+        known += 1
+        broken += float(np.minimum(1, above**2 + 0.1).mean()) < 0.8
+    assert known > 60
+    assert broken <= 0.05 * 200 + 4 * (0.05 * 0.95 * 200) ** 0.5
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_grammar_has_each_label_once_without_its_end() -> None:
+    rules = grammar([LabelAnswer("a", "", (4, 9, 2)), LabelAnswer("b", "", (7, 2))], end_ids=(2,))
+    assert rules.splitlines()[0] == "root ::= label-0 | label-1"
+    assert [line.split(" ::= ")[1] for line in rules.splitlines() if line.startswith("label-")] == [
+        "<[4]> <[9]>",
+        "<[7]>",
+    ]
+
+
+def test_labels_of_the_same_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankwise.ship.bundle.answer_ids", lambda *_: [1, 2])
+    task = LabelTask("t", "kind", (LabelClass("a"), LabelClass("b")), "a b", "a b Kind:")
+    example = Example("x", "x", (Turn("user", "?"), Turn("assistant", "a")))
+    with pytest.raises(VerificationError, match="same tokens"):
+        label_answers(task, example, None)  # type: ignore[arg-type]
+
+
+# --- what is refused before anything is read -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({}, "bundle needs an export"),
+        ({"export": "e", "server": "http://phone:1"}, "--replay"),
+        ({"export": "e", "min_precision": 90.0}, "between 0 and 1"),
+        ({"export": "e", "num_golden": 0}, "--num_golden"),
+        ({"export": "e", "tolerance": 0.0}, "--tolerance"),
+    ],
+)
+def test_what_cannot_work_is_refused(how: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        bundle.check(replace(BundleConfig(), **how))
+
+
+def test_dry_run_says_what_would_be_done(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not main(["bundle", "exported", "-o", "b", "--dry-run"])
+    assert "golden vectors" in capsys.readouterr().out
+
+
+# --- a real one ------------------------------------------------------------------------------------------------------
+
+
+def dataset(folder: Path) -> Path:
+    """Six pictures of three shapes, labelled."""
+    (folder / "images").mkdir(parents=True)
+    noise, kept = np.random.default_rng(0), []
+    for number in range(6):
+        width, height = ((90, 40), (40, 80), (64, 64))[number % 3]
+        name = f"images/{number}.png"
+        Image.fromarray(noise.integers(1, 256, (height, width, 3), dtype=np.uint8)).save(folder / name)
+        kept.append({"image_id": str(number), "image_path": name, "element": TASK.labels[number % 3]})
+    for file in ("train.jsonl", "val.jsonl"):
+        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    TASK.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shipped(vision_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with export/, dataset/ and validation/: as the three commands before this one leave them."""
+    pytest.importorskip("xllamacpp")
+    folder = tmp_path_factory.mktemp("shipped")
+    shutil.copytree(vision_export, folder / "export")
+    TASK.save(folder / "export")
+    data = dataset(folder / "dataset")
+    arguments = ["--task", "labels", "--data_path", str(data), "--outtype", "q8_0", "--parity_samples", "3"]
+    out = ["--max_new_tokens", "6", "--threads", "1", "-o", str(folder / "validation")]
+    assert main(["validate", str(folder / "export"), *arguments, *out]) == 0
+    return folder
+
+
+def asked(shipped: Path, **how: Any) -> BundleConfig:
+    config = BundleConfig(
+        export=str(shipped / "export"),
+        validation=str(shipped / "validation"),
+        output_dir=str(shipped / "bundle"),
+        num_golden=3,
+        top=16,
+        threads=1,
+    )
+    return replace(config, **how)
+
+
+@pytest.fixture(scope="module")
+def made(shipped: Path) -> Path:
+    bundle.run(asked(shipped))
+    return shipped / "bundle"
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.mark.slow
+def test_a_bundle_has_what_an_app_needs(made: Path, shipped: Path) -> None:
+    content = read_bundle(made)
+    assert {"model-q8_0.gguf", "mmproj-model-q8_0.gguf", "labels.gbnf", "device.json", "README.md"} <= set(
+        content["files"]
+    )
+    listed = {path.relative_to(made).as_posix() for path in made.rglob("*") if path.is_file()}
+    assert listed == {*content["files"], "bundle.json"}
+    prompt = (made / "prompt.txt").read_text(encoding="utf-8")
+    assert prompt.count(MARKER) == 1
+    assert prompt.endswith("Assistant:")
+    assert TASK.student_prompt in prompt
+    assert json.loads((made / "prompt.json").read_text())["input"] is None
+    labels = json.loads((made / "labels.json").read_text())["labels"]
+    assert [(row["name"], row["definition"]) for row in labels] == [(one.name, one.definition) for one in TASK.classes]
+    target = read_target(made)
+    assert target and target.runtime_build and target.runtime_build.startswith("xllamacpp")
+    unsure = json.loads((made / "abstain.json").read_text())
+    assert unsure["threshold"] is None
+    assert "6 validated items are too few" in unsure["why"]
+    assert "too few" in (made / "README.md").read_text(encoding="utf-8")
+    assert content["not_verified"] == []
+
+
+@pytest.mark.slow
+def test_golden_pictures_are_the_devices(made: Path) -> None:
+    """An independent look: the stored pixels are what the target makes of the stored source."""
+    target, facts = read_target(made), json.loads((made / "golden" / "golden.json").read_text())
+    assert target and len(facts["cases"]) == 6  # three with pictures, and the same three without
+    for row in [row for row in facts["cases"] if row["images"]]:
+        picture = row["images"][0]
+        with Image.open(made / "golden" / picture["source"]) as source:
+            again = np.asarray(target.resize(source))
+        assert np.array_equal(again, np.asarray(Image.open(made / "golden" / picture["device"])))
+        assert len(row["top_logprobs"]) == len(row["answer"])
+        assert sum(np.exp([value for _, value in row["top_logprobs"][0]])) <= 1 + 1e-5
+
+
+@pytest.fixture(scope="module")
+def altered() -> Iterator[Any]:
+    """The benchmark's editor of GGUF files."""
+    sys.path.insert(0, str(BENCHMARKS))
+    from shipbench_gguf import altered
+
+    yield altered
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.mark.slow
+def test_a_sound_server_agrees_and_another_model_does_not(
+    made: Path, altered: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a phone would be asked: by its address."""
+    model, mmproj = made / "model-q8_0.gguf", made / "mmproj-model-q8_0.gguf"
+    with LlamaServer(model, mmproj, 512, 1) as runtime:
+        assert main(["bundle", "--replay", str(made), "--server", runtime.talk.url]) == 0
+        smaller = replace(read_target(made), image_size=48)  # an app that scales to another size
+        golden = read_golden(made, smaller)
+        first = climb(golden, runtime, golden.cases, golden.thresholds, golden.top).first_broken
+        assert first and first.name == "pixels"
+    with altered(model, tmp_path / "other.gguf") as draft:
+        draft.put("output_norm.weight", 3 * draft.floats("output_norm.weight"))
+    with LlamaServer(tmp_path / "other.gguf", mmproj, 512, 1) as runtime:
+        assert main(["bundle", "--replay", str(made), "--server", runtime.talk.url]) == 6
+    assert "the rung `logprobs` differs" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["prompt.txt", "model-q8_0.gguf", "golden/00-device.png"])
+def test_a_file_that_is_not_the_bundled_one_is_named(copy: Path, name: str) -> None:
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(VerificationError, match=name):
+        read_bundle(copy)
+    (copy / name).unlink()
+    with pytest.raises(VerificationError, match="missing"):
+        bundle.run(BundleConfig(replay=str(copy)))
+
+
+@pytest.mark.slow
+def test_golden_pixels_that_were_altered_are_an_error(copy: Path) -> None:
+    file = copy / "golden" / "00-device.png"
+    pixels = np.array(Image.open(file))
+    pixels[0, 0, 0] ^= 1
+    Image.fromarray(pixels).save(file)
+    with pytest.raises(DataError, match="sha256"):
+        read_golden(copy, read_target(copy))
+
+
+@pytest.mark.slow
+def test_what_is_not_proven_is_not_bundled(shipped: Path, tmp_path: Path) -> None:
+    """No validation; one that found something; one of another form; files that changed since; an export unverified."""
+    with pytest.raises(VerificationError, match="no validation"):
+        source_of(asked(shipped, validation=str(tmp_path)))
+    with pytest.raises(VerificationError, match="f16 was not validated"):
+        source_of(asked(shipped, outtype="f16"))
+    broken = shutil.copytree(shipped / "validation", tmp_path / "validation")
+    content = json.loads((broken / "validation.json").read_text())
+    content["failures"] = ["q8_0: the rung `pixels` is broken: so it is"]
+    (broken / "validation.json").write_text(json.dumps(content))
+    with pytest.raises(VerificationError, match="rung `pixels` is broken"):
+        source_of(asked(shipped, validation=str(broken)))
+    export = shutil.copytree(shipped / "export", tmp_path / "export")
+    with (export / "model-q8_0.gguf").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(VerificationError, match=r"that was exported.*that was validated"):
+        source_of(asked(shipped, export=str(export)))
+    facts = json.loads((shipped / "export" / "export.json").read_text())
+    (export / "export.json").write_text(json.dumps(facts | {"verification": None}))
+    allowed = source_of(asked(shipped, export=str(export), allow_unverified=True))
+    assert any("not verified" in doubt for doubt in allowed.doubts)
+    assert any("not the file that was validated" in doubt for doubt in allowed.doubts)
+
+
+@pytest.mark.slow
+def test_another_folders_content_is_not_replaced(shipped: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="other files"):
+        bundle.run(asked(shipped, output_dir=str(tmp_path)))
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_a_text_model_is_bundled_with_a_place_for_its_input(text_export: Path, tmp_path: Path) -> None:
+    """No pictures, no labels, no validation: and its golden vectors hold."""
+    pytest.importorskip("xllamacpp")
+    facts = "name[Alimentum], area[city centre], familyFriendly[yes]"
+    table = [f'"{facts}","Alimentum is a family-friendly restaurant."'] * 3
+    lines = ["mr,ref", *(row.replace("Alimentum", name) for row, name in zip(table, "ABC", strict=True))]
+    for file in ("trainset.csv", "devset.csv"):
+        (tmp_path / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    config = BundleConfig(
+        export=str(text_export),
+        validation=None,
+        data=ScoredData(task="e2e_nlg", data_path=str(tmp_path)),
+        output_dir=str(tmp_path / "bundle"),
+        num_golden=2,
+        top=16,
+        allow_unverified=True,
+    )
+    content = bundle.run(config)
+    assert isinstance(content, dict) and content["not_verified"]
+    made = tmp_path / "bundle"
+    files = set(read_bundle(made)["files"])
+    assert not files & {"labels.gbnf", "labels.json", "device.json"}
+    prompt = json.loads((made / "prompt.json").read_text())
+    assert prompt["prompt"].count(INPUT) == 1
+    assert prompt["start_token"]["put_by"] == "the runtime"  # its GGUF says so; the text must not have it too
+    assert not prompt["prompt"].startswith(prompt["start_token"]["text"])
+    assert "Not verified" in (made / "README.md").read_text(encoding="utf-8")

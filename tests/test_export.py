@@ -1,0 +1,480 @@
+"""Laws of `export`: what bears the final name is the checkpoint, for llama.cpp as for transformers, or nothing does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import exported
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoTokenizer
+
+from rankwise.cli import main
+from rankwise.config import ExportConfig
+from rankwise.data.device import DeviceTarget
+from rankwise.errors import DataError, UsageError, VerificationError
+from rankwise.nets.load import load_model
+from rankwise.ship import export_plan as planning
+from rankwise.ship.adapter_gguf import check_adapter, fold_scales, read_plain, write_adapter_gguf
+from rankwise.ship.converter import Converter, own_converter
+from rankwise.ship.export import read_export
+from rankwise.ship.export_plan import ExportPlan, plan_export, require_space
+from rankwise.ship.gguf import GGUFFile
+from rankwise.ship.origin import origins
+from rankwise.ship.runtime import LlamaServer
+from rankwise.ship.verify_export import compare_tensors
+from rankwise.ship.view import changes_for, shown
+from rankwise.ship.vocabulary import Vocabulary, check_forms, check_metadata
+from rankwise.stages.export import describe, run
+from rankwise.store.checkpoint import open_checkpoint
+from rankwise.store.files import read_object, sha256, write_json
+
+pytest.importorskip("gguf")
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+TABLES = """
+TEXT_MODEL_MAP = {"LlamaForCausalLM": "a", "VLlama3ForCausalLM": "a"}
+MMPROJ_MODEL_MAP = {"SmolVLMForConditionalGeneration": "b"}
+"""
+HALF = """
+import sys
+def main():
+    with open(sys.argv[sys.argv.index("--outfile") + 1], "w") as file:
+        file.write("GG")
+    raise OSError("half")
+"""
+# llama.cpp with a LoRA, in a process of its own: the likeliest next tokens of a prompt, by log-probability.
+ASK = """
+import json, sys, urllib.request, xllamacpp
+model, lora, prompt = sys.argv[1:]
+settings = xllamacpp.CommonParams()
+settings.model.path, settings.n_ctx, settings.n_parallel, settings.verbosity = model, 256, 1, -1
+info = xllamacpp.CommonAdapterLoraInfo()
+info.path, info.scale = lora, 1.0
+settings.lora_adapters = [info]
+server = xllamacpp.Server(settings)
+body = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": 8, "post_sampling_probs": False}
+request = urllib.request.Request(server.listening_address + "/completion", json.dumps(body).encode())
+request.add_header("Content-Type", "application/json")
+with urllib.request.urlopen(request) as answer:
+    (first,) = json.load(answer)["completion_probabilities"]
+print(json.dumps({one["id"]: one["logprob"] for one in first["top_logprobs"]}), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory: pytest.TempPathFactory) -> Converter:
+    """A converter that knows our models and fails after writing half a file."""
+    folder = tmp_path_factory.mktemp("failing")
+    (folder / "conversion").mkdir()
+    (folder / "conversion" / "__init__.py").write_text(TABLES)
+    (folder / "convert_hf_to_gguf.py").write_text(HALF)
+    return own_converter(folder, "--llama_cpp_dir")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported.text_model(tmp_path_factory.mktemp("text") / "model")
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported.vision_model(tmp_path_factory.mktemp("vision") / "model")
+
+
+@pytest.fixture
+def copied(text: Path, tmp_path: Path) -> Path:
+    """The text model, to be broken."""
+    return Path(shutil.copytree(text, tmp_path / "copied"))
+
+
+def planned(model: Path, converter: Converter, **options: Any) -> ExportPlan:
+    return plan_export(str(model), converter=converter, **{"outtypes": ["q8_0"]} | options)
+
+
+# --- what a whole export holds -----------------------------------------------------------------------------------
+
+
+def test_the_files_are_those_that_export_json_lists(vision_export: Path) -> None:
+    found = read_export(vision_export)
+    assert found.outtypes == exported.OUTTYPES
+    for outtype in found.outtypes:
+        files = found.content["files"][outtype]
+        for kind, path in (("text", found.text(outtype)), ("mmproj", found.mmproj(outtype))):
+            assert path and path.name.endswith(f"model-{outtype}.gguf")
+            assert files["sha256"][kind] == sha256(path) and files["bytes"][kind] == path.stat().st_size
+    assert not list(vision_export.glob(".*"))
+    with pytest.raises(UsageError, match="no q4_k_m files"):
+        found.text("q4_k_m")
+
+
+def test_the_proof_covers_every_tensor_and_the_tuning(vision_export: Path, text_export: Path) -> None:
+    for folder, kinds in ((vision_export, {"text", "mmproj"}), (text_export, {"text"})):
+        content = read_export(folder).content
+        proof = content["verification"]
+        tensors = len(open_checkpoint(folder.parent / "model"))
+        assert set(proof["checkpoint"]["tensors"]) == kinds
+        assert sum(proof["checkpoint"]["tensors"].values()) == tensors and proof["checkpoint"]["left_out"] == []
+        assert proof["checkpoint"]["how"]["text"]["rope order"] == 6  # q and k of three layers
+        worst = {kind: max(one["largest_rms"] for one in each.values()) for kind, each in proof["errors"].items()}
+        assert worst["f32"] == 0 and worst["f16"] < 3e-4 < worst["q8_0"] < 8e-3
+        tuned = {name: one for name, one in proof["tuned"].items() if "q8_0" in name}
+        (rows,) = tuned.values()
+        assert rows["tensors"] == 3 * len(exported.TUNED) and rows["least_kept"] > 0.9
+
+
+def test_tensors_that_stay_wider_are_listed(vision_export: Path) -> None:
+    kept = read_export(vision_export).content["kept_wider"]
+    assert set(kept["mmproj-model-q8_0.gguf"]) == {"v.patch_embd.weight", "v.position_embd.weight"}
+    assert kept["model-q8_0.gguf"] == {}
+
+
+def test_the_device_target_goes_along(vision_export: Path, text_export: Path) -> None:
+    assert read_object(vision_export / "device.json")["image_size"] == 64
+    assert not (text_export / "device.json").exists()
+
+
+def test_missing_files_of_an_export_are_named(text_export: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(text_export, tmp_path / "export"))
+    (folder / "model-q8_0.gguf").unlink()
+    with pytest.raises(DataError, match=r"lacks model-q8_0\.gguf"):
+        read_export(folder)
+    write_json(folder / "export.json", {"format": "something else"})
+    with pytest.raises(DataError, match="not an export of this version"):
+        read_export(folder)
+    with pytest.raises(DataError, match=r"no export\.json"):
+        read_export(tmp_path)
+
+
+# --- tampering (row 34) --------------------------------------------------------------------------------------------
+
+
+def tampered(export: Path, name: str, tmp_path: Path) -> tuple[Path, Any]:
+    """A copy of one GGUF file, and its reader for writing."""
+    gguf = pytest.importorskip("gguf")
+    copy = Path(shutil.copyfile(export / name, tmp_path / name))
+    return copy, gguf.GGUFReader(copy, "r+")
+
+
+def test_a_truncated_file_is_named(text_export: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copyfile(text_export / "model-f16.gguf", tmp_path / "model-f16.gguf"))
+    copy.write_bytes(copy.read_bytes()[:-4096])
+    with pytest.raises(VerificationError, match=r"model-f16\.gguf: not a whole GGUF"):
+        GGUFFile(copy)
+
+
+def test_swapped_projector_tensors_are_found(vision_export: Path, tmp_path: Path) -> None:
+    copy, reader = tampered(vision_export, "mmproj-model-f32.gguf", tmp_path)
+    by_name = {tensor.name: tensor.data for tensor in reader.tensors}
+    one, other = by_name["v.blk.0.attn_q.weight"], by_name["v.blk.0.attn_k.weight"]
+    first, second = one.copy(), other.copy()
+    one[:], other[:] = second, first
+    reader.data.flush()
+    with pytest.raises(VerificationError, match=r"v\.blk\.0\.attn_[qk]\.weight is not model\.vision_model"):
+        origins(GGUFFile(copy), open_checkpoint(vision_export.parent / "model"))
+
+
+def test_one_changed_scale_of_one_block_is_found(text_export: Path, tmp_path: Path) -> None:
+    copy, reader = tampered(text_export, "model-q8_0.gguf", tmp_path)
+    data = next(tensor for tensor in reader.tensors if tensor.name == "blk.1.ffn_up.weight").data
+    data[5, 1] ^= 0x04  # a bit of the exponent of the block's float16 scale
+    reader.data.flush()
+    with pytest.raises(VerificationError, match=r"blk\.1\.ffn_up\.weight"):
+        compare_tensors(GGUFFile(copy), GGUFFile(text_export / "model-f32.gguf"), "q8_0")
+
+
+# --- the tokenizer -------------------------------------------------------------------------------------------------
+
+
+def test_llama_cpp_reads_prompts_as_transformers_does(vision_export: Path, text_export: Path) -> None:
+    """Special tokens are tokens; the start token stands once: by the template here, added by the tokenizer there."""
+    pytest.importorskip("xllamacpp")
+    prompt = "<|im_start|>User: What colour?\n\nRed<end_of_utterance>\nAssistant:<fake_token_around_image><global-img>"
+    for folder, spoken in ((vision_export, prompt), (text_export, "name[The Vaults], near[Café Adriatic]")):
+        tokenizer = AutoTokenizer.from_pretrained(folder.parent / "model")
+        with LlamaServer(read_export(folder).text("q8_0")) as runtime:
+            assert runtime.tokenize(spoken, add_special=True) == tokenizer(spoken)["input_ids"]
+            evaluated = runtime.complete(spoken, max_new_tokens=1).prompt_tokens
+        assert evaluated == len(tokenizer(spoken)["input_ids"])
+
+
+def test_the_model_that_adds_no_start_token_says_so(vision_export: Path, text_export: Path) -> None:
+    stated = {folder: GGUFFile(folder / "model-q8_0.gguf").metadata for folder in (vision_export, text_export)}
+    assert stated[vision_export]["tokenizer.ggml.add_bos_token"] is False
+    assert stated[text_export]["tokenizer.ggml.add_bos_token"] is True
+    assert any("no start token" in note for note in read_export(vision_export).content["notes"])
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"add_bos": True}, "does not add a start token, and the tokenizer does"),
+        ({"template": "{{ other }}"}, "chat template"),
+        ({"eos": 0}, "end token 5 instead of 0"),
+        ({"bos": 0}, "start token 3 instead of 0"),
+        ({"pad": 0}, "padding token 4 instead of 0"),
+        ({"tokens": ("<unk>", "changed")}, "1 tokens differ, the first is 1: '<s>' instead of 'changed'"),
+        ({"tokens": ("a",) * 4000}, "tokens where the tokenizer has 4000"),
+        ({"added": {300: "plain"}}, "1 added tokens would be read as plain text, the first is 'plain'"),
+    ],
+)
+def test_metadata_of_another_tokenizer_is_found(vision_export: Path, other: dict[str, Any], message: str) -> None:
+    file = GGUFFile(vision_export / "model-f16.gguf")
+    own = Vocabulary.of(vision_export.parent / "model", sees=True)
+    assert check_metadata(file, own)["chat_template"]
+    with pytest.raises(VerificationError, match=message):
+        check_metadata(file, replace(own, **other))
+
+
+def test_two_forms_that_disagree_are_refused_with_a_text(copied: Path, failing: Converter) -> None:
+    content = json.loads((copied / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    one, other = "▁the", "▁p"
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (copied / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(VerificationError, match=r"tokenizer\.json and tokenizer\.model disagree on 'The quick"):
+        planned(copied, failing)
+
+
+def test_a_real_tokenizer_in_both_forms_agrees(shared_data: Path) -> None:
+    assert len(check_forms(shared_data / "model_configs" / "TinyLlama-1.1B-Chat-v1.0")) <= 1
+
+
+# --- what the converter is told ------------------------------------------------------------------------------------
+
+
+def view_of(model: Path, converter: Converter, target: DeviceTarget | None = None) -> dict[str, Any]:
+    sees = "vision_config" in read_object(model / "config.json")
+    changes = changes_for(model, converter, Vocabulary.of(model, sees), target, mmproj=sees)
+    with shown(model, changes) as view:
+        assert (view / "model.safetensors").is_symlink()
+        files = {path.name: read_object(path) for path in view.glob("*.json")}
+    assert not view.exists()
+    return files
+
+
+def test_the_model_folder_is_shown_and_left_as_it_is(vision: Path, failing: Converter) -> None:
+    before = {path.name: sha256(path) for path in vision.iterdir()}
+    files = view_of(vision, failing)
+    added = files["tokenizer_config.json"]["added_tokens_decoder"]
+    assert added["8"] == {"content": "<global-img>", "special": True}
+    assert files["tokenizer_config.json"]["add_bos_token"] is False
+    assert before == {path.name: sha256(path) for path in vision.iterdir()}
+
+
+def test_a_tower_without_a_name_gets_the_one_that_the_converter_wants(
+    vision: Path, tmp_path: Path, failing: Converter
+) -> None:
+    model = Path(shutil.copytree(vision, tmp_path / "model"))
+    config = read_object(model / "config.json")
+    del config["text_config"]["architectures"], config["vision_config"]["layer_norm_eps"]
+    write_json(model / "config.json", config)
+    shown_config = view_of(model, failing)["config.json"]
+    assert shown_config["text_config"]["architectures"] == ["VLlama3ForCausalLM"]
+    assert shown_config["vision_config"]["layer_norm_eps"] == 1e-6  # the class's; the converter would guess 1e-5
+    notes = planned(model, failing).changes.notes
+    assert sum("language tower" in note or "layer_norm_eps" in note for note in notes) == 2
+
+
+def test_the_devices_image_size_reaches_the_projector(vision: Path, failing: Converter) -> None:
+    files = view_of(vision, failing, DeviceTarget(longest_edge=128))
+    assert files["processor_config.json"]["image_processor"]["size"] == {"longest_edge": 128}
+    kept = view_of(vision, failing, DeviceTarget(longest_edge=64))
+    assert kept["processor_config.json"] == read_object(vision / "processor_config.json")
+
+
+# --- refused before anything is written ----------------------------------------------------------------------------
+
+
+def set_config(model: Path, **values: Any) -> Path:
+    write_json(model / "config.json", read_object(model / "config.json") | values)
+    return model
+
+
+def test_unknown_architectures_are_named(copied: Path, failing: Converter) -> None:
+    with pytest.raises(UsageError, match=r"GPTNeoXForCausalLM cannot be exported: llama\.cpp's converter"):
+        planned(set_config(copied, architectures=["GPTNeoXForCausalLM"]), failing)
+    with pytest.raises(UsageError, match="names no architecture"):
+        planned(set_config(copied, architectures=None), failing)
+
+
+def test_isaac_is_refused_by_name(copied: Path, failing: Converter) -> None:
+    with pytest.raises(UsageError, match=r"IsaacForConditionalGeneration cannot be exported: llama\.cpp has no Isaac"):
+        planned(set_config(copied, architectures=["IsaacForConditionalGeneration"]), failing)
+
+
+def test_a_model_that_takes_depth_is_refused(copied: Path, failing: Converter) -> None:
+    write_json(copied / "depth.json", {})
+    with pytest.raises(UsageError, match=r"llama\.cpp has no depth"):
+        planned(copied, failing)
+
+
+def test_quantized_weights_adapters_and_other_folders_are_refused(
+    copied: Path, tmp_path: Path, failing: Converter
+) -> None:
+    with pytest.raises(UsageError, match="quantized"):
+        planned(set_config(copied, quantization_config={"load_in_4bit": True}), failing)
+    write_json(copied / "adapter_config.json", {})
+    with pytest.raises(UsageError, match="rankwise merge"):
+        planned(copied, failing)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no config\.json"):
+        planned(tmp_path / "empty", failing)
+
+
+def test_a_projector_is_only_for_models_that_see(text: Path, vision: Path, failing: Converter) -> None:
+    with pytest.raises(UsageError, match="no vision_config"):
+        planned(text, failing, mmproj=True)
+    assert planned(vision, failing).kinds == ("text", "mmproj")
+    assert planned(vision, failing, mmproj=False).kinds == ("text",)
+
+
+def test_a_disk_without_room_is_said_before(text: Path, failing: Converter, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(text, failing)
+    free = type("Usage", (), {"free": plan.bytes - 1})
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda path: free)
+    with pytest.raises(DataError, match=r"GiB are free.*--no_verify"):
+        require_space(plan, Path("exported"))
+    assert replace(plan, verify=False).bytes < plan.bytes
+    require_space(replace(plan, verify=False), Path("exported"))
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_converter_leaves_no_folder_and_exits_6(text: Path, failing: Converter, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["export", str(text), "-o", str(out), "--llama_cpp_dir", str(failing.folder)]
+    assert main(words) == 6
+    assert [entry.name for entry in out.iterdir() if not entry.name.startswith(".rankwise.lock")] == []
+
+
+def test_an_earlier_export_survives_a_failing_one(
+    text: Path, failing: Converter, text_export: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(text_export, tmp_path / "out"))
+    write_json(out / "manifest.json", {"format": "rankwise-manifest/1", "stages": {"export": {}}})
+    with pytest.raises(VerificationError, match="half"):
+        run(ExportConfig(model=str(text), output_dir=str(out), llama_cpp_dir=str(failing.folder)))
+    assert read_export(out).text("q8_0").read_bytes() == read_export(text_export).text("q8_0").read_bytes()
+
+
+def test_a_folder_with_other_things_is_not_replaced(text: Path, failing: Converter, tmp_path: Path) -> None:
+    (tmp_path / "thesis.md").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds other files \(thesis\.md"):
+        run(ExportConfig(model=str(text), output_dir=str(tmp_path), llama_cpp_dir=str(failing.folder)))
+
+
+def test_options_are_checked_before_anything_is_read() -> None:
+    for config, message in (
+        (ExportConfig(), "needs a merged model"),
+        (ExportConfig(model="x", outtype=["q4"]), "q4"),
+        (ExportConfig(model="x", outtype=[]), "nothing"),
+        (ExportConfig(adapter_gguf="x", mmproj=True), "--mmproj"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(config)
+
+
+def test_a_dry_run_tells_what_would_happen(text: Path) -> None:
+    lines = " ".join(describe(ExportConfig(model=str(text), install_converter=True)))
+    assert "f16, q8_0" in lines and "compare every tensor" in lines and "download" in lines
+    assert "compare" not in " ".join(describe(ExportConfig(model="later/merged", no_verify=True)))
+
+
+@pytest.mark.slow
+def test_the_command_end_to_end(
+    vision_export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], converter: Converter
+) -> None:
+    model, out = vision_export.parent / "model", tmp_path / "out"
+    write_json(out.parent / "device.json", read_object(vision_export / "device.json"))
+    words = ["export", str(model), "--outtype", "q8_0", "--name", "tiny", "-o", str(out), "--target", str(tmp_path)]
+    assert main([*words, "--base_model", str(vision_export.parent / "base")]) == 0
+    printed = capsys.readouterr().out
+    assert "keeps at least" in printed and "tiny-q8_0.gguf" in printed and "2 tensors wider than q8_0" in printed
+    names = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+    files = {"tiny-q8_0.gguf", "mmproj-tiny-q8_0.gguf", "export.json", "device.json"}
+    assert names == files | {"manifest.json", "resolved_config.json"}
+    manifest = read_object(out / "manifest.json")["stages"]["export"]
+    assert manifest["converter"]["sha256"] == converter.sha256
+    assert GGUFFile(out / "tiny-q8_0.gguf").tensors == GGUFFile(read_export(vision_export).text("q8_0")).tensors
+
+
+# --- an adapter as GGUF --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(text_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRA of several ranks and scales on the exported text model."""
+    base, folder = text_export.parent / "model", tmp_path_factory.mktemp("adapter")
+    patterns = {"rank_pattern": {"k_proj": 2, "down_proj": 8}, "alpha_pattern": {"q_proj": 12, "down_proj": 3}}
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "down_proj"], **patterns)
+    model = get_peft_model(load_model(str(base), torch.float32), config)
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter_file(
+    adapter: Path, text_export: Path, converter: Converter, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    outfile = tmp_path_factory.mktemp("lora") / "lora.gguf"
+    return write_adapter_gguf(adapter, text_export.parent / "model", outfile, converter)
+
+
+def test_folding_keeps_every_delta(adapter: Path) -> None:
+    plain = read_plain(adapter)
+    folded = fold_scales(plain)
+    for site, pair in plain.pairs.items():
+        assert torch.allclose(folded.pairs[site].factors().product(), pair.factors().product(), atol=1e-6)
+        assert folded.pairs[site].scale == 8 / pair.rank
+    assert {pair.rank for pair in plain.pairs.values()} == {2, 4, 8}
+
+
+def test_an_adapter_on_its_base_answers_as_peft_does(adapter: Path, adapter_file: Path, text_export: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    model = text_export.parent / "model"
+    prompt = "The Vaults pub near"
+    command = [sys.executable, "-c", ASK, str(read_export(text_export).text("f32")), str(adapter_file), prompt]
+    answered = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    ids = AutoTokenizer.from_pretrained(model)(prompt, return_tensors="pt")["input_ids"]
+    base = load_model(str(model), torch.float32)
+    with torch.inference_mode():
+        plain = base(ids).logits[0, -1].log_softmax(-1)
+        adapted = PeftModel.from_pretrained(base, str(adapter)).eval()(ids).logits[0, -1].log_softmax(-1)
+    difference = max(abs(float(adapted[int(token)]) - value) for token, value in answered.items())
+    effect = max(abs(float(plain[int(token)]) - value) for token, value in answered.items())
+    assert difference < 5e-3 < 0.1 < effect
+
+
+def test_another_adapters_factors_are_found(adapter: Path, adapter_file: Path) -> None:
+    file = GGUFFile(adapter_file)
+    folded = fold_scales(read_plain(adapter))
+    check_adapter(file, folded, exact=True)
+    site, pair = next(iter(folded.pairs.items()))
+    with pytest.raises(VerificationError, match="not the adapter's factors"):
+        check_adapter(file, replace(folded, pairs={**folded.pairs, site: replace(pair, lora_B=2 * pair.lora_B)}), True)
+    with pytest.raises(VerificationError, match="9 of the adapter's 10 sites"):
+        check_adapter(file, replace(folded, pairs={**folded.pairs, "model.vision.x": pair}), True)
+
+
+@pytest.mark.parametrize("kind", ["dora", "whole"])
+def test_only_plain_lora_becomes_gguf(kind: str, text: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"use_dora": True} if kind == "dora" else {"modules_to_save": ["norm"]}
+    model = get_peft_model(load_model(str(text), torch.float32), LoraConfig(target_modules=["q_proj"], **options))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(DataError, match=r"DoRA" if kind == "dora" else "carries .*norm"):
+        read_plain(tmp_path)

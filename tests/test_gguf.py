@@ -1,0 +1,365 @@
+"""Laws of reading GGUF: every promised byte is there or it is an error; damage is told from rounding."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rankwise.errors import VerificationError
+from rankwise.ship.gguf import GGUFFile
+from rankwise.ship.gguf_names import gguf_names
+from rankwise.ship.origin import Origin, holds, origins, relation, require_complete, rope_order
+from rankwise.ship.verify_export import (
+    changed_keys,
+    compare_tensors,
+    kept_wider,
+    rounding,
+    tuning_kept,
+    tuning_of,
+)
+from rankwise.store.checkpoint import Checkpoint, open_checkpoint
+
+gguf = pytest.importorskip("gguf")
+
+HEADS, HEADS_KV, WIDTH = 4, 2, 64
+TYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16", "Q8_0": "Q8_0"}
+LAYER = "model.layers.0."
+NAMES = {  # a Llama of one layer, and what llama.cpp calls its tensors
+    "model.embed_tokens.weight": ("token_embd.weight", (96, WIDTH)),
+    LAYER + "self_attn.q_proj.weight": ("blk.0.attn_q.weight", (WIDTH, WIDTH)),
+    LAYER + "self_attn.k_proj.weight": ("blk.0.attn_k.weight", (WIDTH // 2, WIDTH)),
+    LAYER + "mlp.down_proj.weight": ("blk.0.ffn_down.weight", (WIDTH, 2 * WIDTH)),
+    LAYER + "input_layernorm.weight": ("blk.0.attn_norm.weight", (WIDTH,)),
+}
+ROTATED = {"blk.0.attn_q.weight": HEADS, "blk.0.attn_k.weight": HEADS_KV}
+
+
+def write(path: Path, tensors: dict[str, Tensor], kind: str = "F32") -> Path:
+    """A GGUF of a one-layer Llama by the gguf package; one-dimensional tensors stay F32, as the converter has it."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS_KV)
+    writer.add_chat_template("{{ messages }}")
+    writer.add_token_list(["<unk>", "a", "b"])
+    for name, tensor in tensors.items():
+        stored = gguf.GGMLQuantizationType[kind if tensor.dim() > 1 else "F32"]
+        writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def weights(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {key: torch.randn(shape, generator=generator) for key, (_, shape) in NAMES.items()}
+
+
+def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As llama.cpp's converter writes a Llama."""
+    named = {NAMES[key][0]: tensor for key, tensor in state.items()}
+    return {name: rope_order(tensor, ROTATED[name]) if name in ROTATED else tensor for name, tensor in named.items()}
+
+
+def checkpoint(folder: Path, state: dict[str, Tensor]) -> Checkpoint:
+    folder.mkdir(exist_ok=True)
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / "model.safetensors")
+    return open_checkpoint(folder)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_tensors_come_back_as_the_package_decodes_them(tmp_path: Path, kind: str) -> None:
+    tensors = converted(weights())
+    file = GGUFFile(write(tmp_path / "x.gguf", tensors, kind))
+    assert list(file.tensors) == list(tensors)
+    for name, tensor in tensors.items():
+        info, read = file.tensors[name], file.tensor(name)
+        assert info.shape == tuple(tensor.shape) == tuple(read.shape)
+        assert read.dtype == torch.float32 and info.type == (kind if tensor.dim() > 1 else "F32")
+        assert bool(((read - tensor).abs() <= rounding(tensor, info.type) * 1.001).all())
+    assert file.of_architecture("attention.head_count_kv") == HEADS_KV
+    assert file.metadata["tokenizer.ggml.tokens"] == ["<unk>", "a", "b"]
+
+
+def test_a_tensor_that_is_not_there_is_named(tmp_path: Path) -> None:
+    file = GGUFFile(write(tmp_path / "x.gguf", converted(weights())))
+    with pytest.raises(VerificationError, match=r"has no tensor blk\.7\.attn_q\.weight"):
+        file.tensor("blk.7.attn_q.weight")
+
+
+def test_every_truncation_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.gguf", converted(weights()), "Q8_0").read_bytes()
+    generator, cut = random.Random(0), tmp_path / "cut.gguf"
+    used = len(whole.rstrip(b"\0"))  # the file ends with padding that no tensor needs
+    for length in [0, 3, 4, 20, used - 33, *(generator.randrange(used - 32) for _ in range(60))]:
+        cut.write_bytes(whole[:length])
+        with pytest.raises(VerificationError, match=r"cut\.gguf"):
+            GGUFFile(cut)
+
+
+def test_damage_is_an_error_of_ours_or_harmless(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.gguf", converted(weights())).read_bytes()
+    generator, refused = random.Random(1), 0
+    for _ in range(80):
+        content, place = bytearray(whole), generator.randrange(1200)
+        content[place : place + 8] = generator.randbytes(8)
+        (tmp_path / "bad.gguf").write_bytes(content)
+        try:
+            file = GGUFFile(tmp_path / "bad.gguf")
+            assert file.metadata and all(info.elements for info in file.tensors.values())
+        except VerificationError:
+            refused += 1
+    assert refused > 20
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a model", b"GGUF" + b"\xff" * 40])
+def test_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(VerificationError, match="not a whole GGUF file"):
+        GGUFFile(tmp_path / "x.gguf")
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match="cannot be read"):
+        GGUFFile(tmp_path / "none.gguf")
+
+
+# --- rounding ----------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(-12, 4), st.sampled_from(["F16", "BF16", "Q8_0"]))
+def test_no_type_rounds_further_than_its_bound(seed: int, exponent: int, kind: str) -> None:
+    """The gguf package's own quantizers, equal to ggml's bit for bit, are the oracle; sizes as weights have them."""
+    values = torch.randn(4, 64, generator=torch.Generator().manual_seed(seed)) * 10.0**exponent
+    values[0, ::5] = 0
+    stored = gguf.GGMLQuantizationType[kind]
+    back = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(values.numpy(), stored), stored))
+    assert bool(((back.float() - values).abs() <= rounding(values, kind) * 1.001).all())
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])
+def test_the_bound_is_tight(kind: str) -> None:
+    """A bound that no rounding comes near would let damage through."""
+    values = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    stored = gguf.GGMLQuantizationType[kind]
+    back = torch.from_numpy(np.array(gguf.quants.dequantize(gguf.quants.quantize(values.numpy(), stored), stored)))
+    assert float(((back.float() - values).abs() / rounding(values, kind)).max()) > 0.8
+
+
+# --- compared with the float32 file --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GGUFFile]:
+    folder = tmp_path_factory.mktemp("pair")
+    return folder, GGUFFile(write(folder / "f32.gguf", converted(weights())))
+
+
+@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])
+def test_a_sound_file_passes_with_small_errors(pair: tuple[Path, GGUFFile], outtype: str) -> None:
+    folder, reference = pair
+    file = GGUFFile(write(folder / f"{outtype}.gguf", converted(weights()), outtype.upper()))
+    rows = compare_tensors(file, reference, outtype)
+    limit = {"f32": 0.0, "f16": 3e-4, "bf16": 3e-3, "q8_0": 8e-3}[outtype]
+    assert len(rows) == len(NAMES) and max(row.rms for row in rows) <= limit
+    assert kept_wider(file, outtype) == {}
+
+
+def damaged(state: dict[str, Tensor], fault: str) -> dict[str, Tensor]:
+    name, tensors = "blk.0.ffn_down.weight", converted(state)
+    changed = tensors[name].clone()
+    if fault == "missing":
+        return {other: tensor for other, tensor in tensors.items() if other != name}
+    if fault == "unknown":
+        return tensors | {"blk.0.extra.weight": changed}
+    if fault == "shape":
+        return tensors | {name: changed[:32]}
+    if fault == "value":
+        changed[3, 7] += 0.05
+    if fault == "nan":
+        changed[3, 7] = float("nan")
+    if fault == "rows":
+        changed = changed.flip(0)
+    return tensors | {name: changed}
+
+
+@pytest.mark.parametrize("outtype", ["f16", "q8_0"])
+@pytest.mark.parametrize("fault", ["missing", "unknown", "shape", "value", "nan", "rows"])
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
+def test_each_fault_is_found_and_named(pair: tuple[Path, GGUFFile], fault: str, outtype: str) -> None:
+    folder, reference = pair
+    state = damaged(weights(), fault)
+    file = GGUFFile(write(folder / f"{fault}-{outtype}.gguf", state, outtype.upper()))
+    with pytest.raises(VerificationError, match=r"extra|ffn_down"):
+        compare_tensors(file, reference, outtype)
+
+
+def test_another_type_than_asked_for_is_found(pair: tuple[Path, GGUFFile]) -> None:
+    folder, reference = pair
+    file = GGUFFile(write(folder / "wrong.gguf", converted(weights()), "Q8_0"))
+    with pytest.raises(VerificationError, match="of a type that f16 does not have"):
+        compare_tensors(file, reference, "f16")
+    assert set(kept_wider(reference, "q8_0")) == {name for name, shape in NAMES.values() if len(shape) > 1}
+
+
+# --- compared with the checkpoint ----------------------------------------------------------------------------------
+
+
+def test_names_lead_to_keys(pair: tuple[Path, GGUFFile]) -> None:
+    found = gguf_names(NAMES, pair[1])
+    assert found == {name: key for key, (name, _) in NAMES.items()}
+    inside = [key.replace("model.", "model.text_model.", 1) for key in NAMES]
+    assert set(gguf_names(inside, pair[1])) == set(found)
+
+
+def test_a_converted_llama_is_its_checkpoint_up_to_the_rope_order(pair: tuple[Path, GGUFFile], tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", weights())
+    found = origins(pair[1], model)
+    assert {name: (origin.how, origin.heads) for name, origin in found.found.items()} == {
+        name: ("rope order", ROTATED[name]) if name in ROTATED else ("same", None) for name, _ in NAMES.values()
+    }
+    assert found.counts() == {"same": 3, "rope order": 2} and require_complete(model, [found]) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_checkpoints_are_exact_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = {key: tensor.to(dtype) for key, tensor in weights().items()}
+    file = GGUFFile(write(tmp_path / "x.gguf", converted({key: tensor.float() for key, tensor in state.items()})))
+    assert len(origins(file, checkpoint(tmp_path / "model", state)).found) == len(NAMES)
+
+
+def broken_conversion(fault: str) -> dict[str, Tensor]:
+    state = weights()
+    tensors = converted(state)
+    if fault == "unpermuted":
+        return tensors | {"blk.0.attn_q.weight": state[LAYER + "self_attn.q_proj.weight"]}
+    if fault == "wrong heads":
+        return tensors | {"blk.0.attn_q.weight": rope_order(state[LAYER + "self_attn.q_proj.weight"], 2) * 1.0001}
+    if fault == "base":
+        return tensors | {"blk.0.ffn_down.weight": weights(1)[LAYER + "mlp.down_proj.weight"]}
+    return tensors | {"blk.0.attn_norm.weight": tensors["blk.0.attn_norm.weight"] * 2}
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [("unpermuted", "attn_q"), ("wrong heads", "attn_q"), ("base", "ffn_down"), ("norm", "attn_norm")],
+)
+def test_a_wrong_conversion_is_named(tmp_path: Path, fault: str, name: str) -> None:
+    file = GGUFFile(write(tmp_path / "x.gguf", broken_conversion(fault)))
+    with pytest.raises(VerificationError, match=rf"x\.gguf is not .*blk\.0\.{name}\.weight is not"):
+        origins(file, checkpoint(tmp_path / "model", weights()))
+
+
+def test_a_matrix_from_nowhere_is_an_error_and_a_vector_is_listed(tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", weights())
+    made = converted(weights()) | {"rope_freqs.weight": torch.rand(8)}
+    assert origins(GGUFFile(write(tmp_path / "x.gguf", made)), model).made == ("rope_freqs.weight",)
+    strange = made | {"blk.0.strange.weight": torch.rand(8, 32)}
+    with pytest.raises(VerificationError, match=r"blk\.0\.strange\.weight is in no tensor"):
+        origins(GGUFFile(write(tmp_path / "y.gguf", strange)), model)
+
+
+def test_what_was_not_shipped_needs_a_reason(tmp_path: Path, pair: tuple[Path, GGUFFile]) -> None:
+    state = weights() | {
+        "lm_head.weight": weights()["model.embed_tokens.weight"].clone(),
+        LAYER + "self_attn.rotary_emb.inv_freq": torch.rand(8),
+    }
+    model = checkpoint(tmp_path / "model", state)
+    reasons = require_complete(model, [origins(pair[1], model)])
+    assert any("the same as model.embed_tokens.weight" in one for one in reasons) and len(reasons) == 2
+    lost = checkpoint(tmp_path / "lost", state | {LAYER + "mlp.up_proj.weight": torch.rand(8, 8)})
+    with pytest.raises(VerificationError, match=r"in no GGUF file: .*up_proj"):
+        require_complete(lost, [origins(pair[1], lost)])
+    sees = checkpoint(tmp_path / "sees", state | {"model.vision_model.patch.weight": torch.rand(8, 8)})
+    reasons = require_complete(sees, [origins(pair[1], sees)], pair[1])
+    assert any("without --mmproj" in one for one in reasons)
+
+
+@pytest.mark.parametrize(
+    ("make", "how"),
+    [
+        (lambda w: w, "same"),
+        (lambda w: rope_order(w, 4), "rope order"),
+        (lambda w: w.flip(0), "rows reordered"),
+        (lambda w: w.T.contiguous(), "transposed"),
+        (lambda w: w[:8], "part of it"),
+        (lambda w: w.reshape(4, 4, 24), "same"),
+        (lambda w: w + 1e-6, None),
+        (lambda w: w[:, torch.randperm(24, generator=torch.Generator().manual_seed(0))], None),
+        (lambda w: torch.cat([w[:8], w[:8] + 1]), None),
+    ],
+)
+def test_relations(make: Any, how: str | None) -> None:
+    weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
+    found = relation(make(weight), weight, (4,))
+    assert (found[0] if found else None) == how
+
+
+def test_a_norm_may_be_stored_plus_one_and_a_kernel_in_slices() -> None:
+    norm, kernel = torch.rand(16), torch.randn(8, 3, 2, 4, 4)
+    found = relation(norm + 1, norm)
+    assert found and found[0] == "plus one"
+    assert holds(kernel, kernel[:, :, 1]) and not holds(kernel, kernel[:, :, 1] + 1)
+    bias = torch.randn(24)  # query, key and value in one
+    assert holds(bias, bias[16:20]) and not holds(bias, bias[16:20].flip(0)) and not holds(bias, bias)
+
+
+# --- the tuning -----------------------------------------------------------------------------------------------------
+
+
+def tuned(state: dict[str, Tensor], size: float = 0.01) -> dict[str, Tensor]:
+    key = LAYER + "self_attn.q_proj.weight"
+    change = torch.randn(state[key].shape, generator=torch.Generator().manual_seed(5))
+    return state | {key: state[key] + size * change}
+
+
+def test_tuning_survives_rounding_and_a_base_tensor_is_found(tmp_path: Path) -> None:
+    base, merged = checkpoint(tmp_path / "base", weights()), checkpoint(tmp_path / "merged", tuned(weights()))
+    reference = GGUFFile(write(tmp_path / "f32.gguf", converted(tuned(weights()))))
+    sources, changed = origins(reference, merged), changed_keys(base, merged)
+    assert changed == [LAYER + "self_attn.q_proj.weight"]
+    for kind in ("F16", "Q8_0"):
+        file = GGUFFile(write(tmp_path / f"{kind}.gguf", converted(tuned(weights())), kind))
+        (row,) = tuning_kept(file, sources, base, merged, changed)
+        assert row.name == "blk.0.attn_q.weight" and abs(row.kept - 1) < 0.05
+    shipped = GGUFFile(write(tmp_path / "base-q8_0.gguf", converted(weights()), "Q8_0"))
+    with pytest.raises(VerificationError, match=r"attn_q\.weight: nearer to the base"):
+        tuning_kept(shipped, sources, base, merged, changed)
+
+
+def test_exporting_the_base_itself_is_found(tmp_path: Path) -> None:
+    base, same = checkpoint(tmp_path / "base", weights()), checkpoint(tmp_path / "same", weights())
+    with pytest.raises(VerificationError, match="no tensor differs from the base"):
+        changed_keys(base, same)
+
+
+def test_a_change_below_the_roundings_noise_is_no_alarm() -> None:
+    """A cast between half-precision formats changes entries by far less than Q8_0 rounds: nothing can be said."""
+    before = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    after = before + 1e-9
+    noise = 1e-2 * torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    after[0, 0] += 1e-6
+    row = tuning_of("x", after + noise, before, after)
+    assert row.noise > 1 and not row.lost
+    assert replace(row, kept=0.0, noise=0.01).lost
+
+
+def test_an_origin_maps_the_base_as_the_converter_did() -> None:
+    weight = torch.randn(16, 8)
+    assert torch.equal(Origin("k", "rope order", 4).apply(weight), rope_order(weight, 4))
+    assert Origin("k", "same").apply(weight) is weight and Origin("k", "transposed").apply(weight) is None

@@ -1,0 +1,275 @@
+"""rankwise validate: what it refuses, what it writes, what it says; and the whole command on real files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from parity_models import SIZES, TARGET, draw, exported_in
+
+from rankwise.cli import main
+from rankwise.config import ScoredData, ValidateConfig
+from rankwise.data import Example, Turn
+from rankwise.data.label_task import LabelClass, LabelTask
+from rankwise.errors import DataError, UsageError
+from rankwise.score.classify import score_labels
+from rankwise.score.predictions import Prediction
+from rankwise.score.result import EvaluationResult
+from rankwise.ship.runtime import Completion
+from rankwise.ship.validation import FORMAT, items, scores
+from rankwise.ship.witness import Answered, Overheard, answered
+from rankwise.show.report import build_report
+from rankwise.show.validation import draw as draw_validation
+from rankwise.show.validation import read_validation, summary
+from rankwise.stages import validate
+from rankwise.stages.shipped import shipment
+
+LABELS = ("water", "land", "fire")
+
+
+def config(**how: Any) -> ValidateConfig:
+    data = ScoredData(task="labels", data_path="dataset")
+    return replace(ValidateConfig(export="exported", data=data), **how)
+
+
+# --- refused before anything is read ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"data": ScoredData()}, "--task labels --data_path"),
+        ({"data": ScoredData(task="cota", data_path="x")}, "can be validated"),
+        ({"num_samples": 0}, "--num_samples must be at least 1"),
+        ({"top": 1}, "--top must be at least 2"),
+        ({"min_accuracy": 85}, "share between 0 and 1"),
+        ({"min_agreement": 0.9, "parity_samples": 0}, "--parity_samples 0"),
+        ({"tolerance": 0}, "--tolerance"),
+        ({"sweep": ["q4_0"], "server": "http://phone:8080"}, "--sweep"),
+    ],
+)
+def test_what_cannot_work_is_refused(how: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said.replace("(", r"\(")):
+        validate.check(config(**how))
+
+
+def test_it_must_be_clear_what_runs(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="EXPORT_FOLDER"):
+        shipment(config(export=None))
+    with pytest.raises(UsageError, match="--outtype"):
+        shipment(config(export=None, server="http://phone:8080"))
+    with pytest.raises(DataError, match=r"export\.json"):
+        shipment(config(export=str(tmp_path)))
+    remote = shipment(config(export=None, server="http://phone:8080", outtype=["q8_0"], reference="merged"))
+    assert (remote.shipped.url, remote.shipped.form, remote.reference) == ("http://phone:8080", "q8_0", "merged")
+
+
+def test_dry_run_says_what_would_be_done(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not main(
+        ["validate", "exported", "--task", "labels", "--data_path", "dataset", "--sweep", "q4_0", "--dry-run"]
+    )
+    said = capsys.readouterr().out
+    assert "parity ladder on up to 32 items" in said
+    assert "q4_0" in said
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def labelled(answers: list[tuple[str, str]]) -> tuple[list[Prediction], list[Example]]:
+    """(true label, text) pairs as predictions with their examples."""
+    examples = [
+        Example(
+            f"{number:05d}",
+            str(number),
+            (Turn("user", "<image>\nElement:"), Turn("assistant", label)),
+            references=(label,),
+            images=(f"{number}.png",),
+            facts={"label": label, "labels": LABELS},
+        )
+        for number, (label, _) in enumerate(answers)
+    ]
+    predictions = [
+        Prediction(one.id, "…", said, one.references, None, one.images)
+        for one, (_, said) in zip(examples, answers, strict=True)
+    ]
+    return predictions, examples
+
+
+ANSWERS = [("water", "water"), ("water", "Water."), ("land", "fire"), ("fire", "it is fire"), ("fire", "metal?")]
+
+
+@pytest.fixture
+def content() -> dict[str, Any]:
+    """A validation of five items, as the stage writes it."""
+    predictions, examples = labelled(ANSWERS)
+    found = score_labels(predictions, examples, labels=LABELS)
+    result = EvaluationResult("labels", found.metrics, found.intervals, found.n, {"scoring": found.details})
+    facts = scores(result, predictions, examples) | {"latency": {"median": 0.2, "p95": 0.3}, "memory": 2**30}
+    rung = {"name": "pixels", "status": "broken", "measured": {"pictures": 5}, "threshold": {}, "why": "white | margin"}
+    return {
+        "format": FORMAT,
+        "outtype": "q8_0",
+        **facts,
+        "reference": scores(result, predictions, examples),
+        "base": None,
+        "by_outtype": {"f16": facts, "q8_0": facts},
+        "against_reference": None,
+        "gain": {"q8_0": {"gain": {}, "kept": None, "why": "too little"}},
+        "parity": {form: {"first_broken": "pixels", "rungs": [rung]} for form in ("f16", "q8_0")},
+        "verdict": ["Conversion error: f16."],
+        "failures": ["f16: the rung `pixels` is broken"],
+        "predictions": items("labels", predictions, examples, {"00000": Answered(0.2, 0.9, 2, 50)}),
+    }
+
+
+def test_numbers_of_labels_are_shares_counted_by_hand(content: dict[str, Any]) -> None:
+    assert content["accuracy"] == pytest.approx(3 / 5)
+    assert content["interval"][0] < 0.6 < content["interval"][1]
+    assert content["majority_baseline"] == {"label": "water", "accuracy": 0.4}
+    assert content["confusion_matrix"] == [[2, 0, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert content["confusion_columns"] == ["water", "land", "fire", "unparsed"]
+    assert content["unparsed"] == 1
+    assert content["per_class"]["fire"] == {"precision": 0.5, "recall": 0.5, "f1_score": 0.5, "support": 2}
+    assert content["macro_f1"] == pytest.approx((1 + 0 + 0.5) / 3)
+    first, *_, last = content["predictions"]
+    assert first == {
+        "image_id": "00000",
+        "images": ["0.png"],
+        "true_label": "water",
+        "predicted_label": "water",
+        "raw_output": "water",
+        "correct": True,
+        "confidence": 0.9,
+        "latency": 0.2,
+    }
+    assert (last["predicted_label"], last["correct"], last["confidence"]) == ("unparsed", False, None)
+
+
+def test_confidence_is_the_probability_of_the_whole_answer() -> None:
+    def completion(logprobs: tuple[float, ...]) -> Completion:
+        return Completion("a b", (1, 2), 9, "…", 0.5, True, logprobs)
+
+    assert answered(completion((-0.5, -0.25))).confidence == pytest.approx(2.718281828**-0.75)
+    assert answered(completion(())).confidence is None  # not told is not certain
+
+    class Asked:
+        def complete(self, prompt: str, images: Any = (), **how: Any) -> Completion:
+            assert how["top"] == 1
+            return completion((-0.5,))
+
+    overheard = Overheard(Asked())  # type: ignore[arg-type]
+    overheard.complete("a")
+    assert overheard.last == completion((-0.5,))
+
+
+def test_limits_that_are_missed_are_failures(content: dict[str, Any]) -> None:
+    class Missed:
+        accuracy, ladder = 0.6, None
+
+    assert validate.failures(config(min_accuracy=0.5), {"q8_0": Missed()}) == []  # type: ignore[dict-item]
+    lines = validate.failures(config(min_accuracy=0.7), {"q8_0": Missed()})  # type: ignore[dict-item]
+    assert lines == ["q8_0: accuracy 0.600 is below --min_accuracy 0.7"]
+
+
+# --- shown -----------------------------------------------------------------------------------------------------------
+
+
+def test_summary_and_report_tell_the_verdict_and_the_classes(tmp_path: Path, content: dict[str, Any]) -> None:
+    lines = "\n".join(summary(content))
+    assert lines.startswith("Conversion error: f16.")
+    assert "accuracy 60.0 %" in lines
+    assert "gain kept by q8_0 is undefined: too little" in lines
+    (tmp_path / "validation.json").write_text(json.dumps(content))
+    drawn = draw_validation(content, tmp_path)
+    assert drawn["confusion_matrix"].read_bytes()[:4] == b"\x89PNG"
+    page = build_report(tmp_path).read_text()
+    assert "Conversion error: f16." in page
+    assert "white | margin" in page
+    assert page.count("What was taken for what") >= 1
+    assert "Always water: accuracy 0.400." in page
+    (tmp_path / "validation.json").write_text(json.dumps({"format": FORMAT}))
+    with pytest.raises(DataError, match="not a whole validation"):
+        read_validation(tmp_path / "validation.json")
+
+
+# --- the whole command -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tuned/ and base/ of `exported_in`, and dataset/: four pictures in three classes."""
+    pytest.importorskip("xllamacpp")
+    folder = exported_in(tmp_path_factory.getbasetemp())
+    dataset = folder / "dataset"
+    draw(dataset / "images")
+    TARGET.save(dataset)
+    classes = tuple(LabelClass(name) for name in LABELS)
+    question = f"{', '.join(LABELS)}: which one is it?"
+    LabelTask("elements", "element", classes, question, f"{question} Element:").save(dataset)
+    rows = [
+        {"image_id": f"{n:05d}_{name}", "image_path": f"images/{name}.png", "element": LABELS[n % 3], "reason": "so"}
+        for n, name in enumerate(SIZES)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    for name in ("train.jsonl", "val.jsonl"):
+        (dataset / name).write_text(lines)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_whole_command(shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "validation"
+    arguments = [
+        *("validate", str(shipped / "tuned" / "export"), "--task", "labels", "--data_path", str(shipped / "dataset")),
+        *("--base_model", str(shipped / "base" / "model"), "--threads", "1", "-o", str(out)),
+        *("--sweep", "q8_0"),
+    ]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "What runs in llama.cpp is what was trained (f16, q8_0)" in said
+    content = json.loads((out / "validation.json").read_text())
+    assert content["outtype"] == "q8_0"
+    assert content["n"] == 4
+    assert content["accuracy"] == sum(row["correct"] for row in content["predictions"]) / 4
+    assert all(row["latency"] > 0 for row in content["predictions"])
+    assert all(row["confidence"] is None or 0 <= row["confidence"] <= 1 for row in content["predictions"])
+    assert set(content["parity"]) == {"f16", "q8_0"}
+    assert content["parity"]["f16"]["first_broken"] is None
+    assert set(content["floor"]) >= {"attention", "padded", "float16", "bfloat16", "q8_0"}
+    assert content["gain"]["q8_0"]["kept"] is None  # a random model gains nothing
+    assert content["memory"] > 2**20
+    assert [form["form"] for form in content["sweep"]["forms"]] == ["f16", "q8_0"]
+    assert json.loads((out / "sweep.json").read_text()) == content["sweep"]
+    assert "against the largest" in build_report(out).read_text()
+    assert (out / "plots" / "confusion_matrix.png").is_file()
+    assert (out / "q8_0" / "predictions.jsonl").is_file()
+    before = (out / "q8_0" / "answers.jsonl").read_text()
+    assert main([*arguments, "--min_accuracy", "1.0"]) == 6  # nothing is answered again, and the limit is looked at
+    assert (out / "q8_0" / "answers.jsonl").read_text() == before
+    assert json.loads((out / "validation.json").read_text())["failures"]
+    assert "--min_accuracy" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_file_of_the_base_is_found_out(shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The reference is not the model that the file was made from: exit 6 after everything is written."""
+    arguments = [
+        *("validate", str(shipped / "tuned" / "export" / "model-f16.gguf")),
+        *(
+            "--mmproj",
+            str(shipped / "tuned" / "export" / "mmproj-model-f16.gguf"),
+            "--reference",
+            str(shipped / "base" / "model"),
+        ),
+        *("--task", "labels", "--data_path", str(shipped / "dataset"), "-o", str(tmp_path / "out")),
+        *("--threads", "1"),
+    ]
+    assert main(arguments) == 6
+    content = json.loads((tmp_path / "out" / "validation.json").read_text())
+    assert content["outtype"] == "f16"
+    assert content["parity"]["f16"]["first_broken"] == "logprobs"
+    assert "Conversion error" in capsys.readouterr().out
