@@ -133,8 +133,8 @@ def report(found: dict[str, Any], repeats: int) -> str:
     lines = [
         "# Exporting to GGUF",
         "",
-        f"{date.today()} · {machine()} · llama-cpp-python {found['converter']['version']}'s converter · random Llama of "
-        f"{found['parameters'] / 1e6:.0f} M parameters in bfloat16 ({sizes}) · medians of {repeats} · `{command()}`",
+        f"{date.today()} · {machine()} · converter of llama-cpp-python {found['converter']['version']} · random Llama "
+        f"of {found['parameters'] / 1e6:.0f} M parameters in bfloat16 ({sizes}) · medians of {repeats} · `{command()}`",
         "",
         "| f16 and q8_0 | s | peak RssAnon, MiB | time ÷ bare |",
         "|---|---:|---:|---:|",
@@ -143,11 +143,11 @@ def report(found: dict[str, Any], repeats: int) -> str:
             for name, row in rows.items()
         ),
         "",
-        "`rankwise export` converts a third file, float32, and compares every tensor of the other two with it and it with "
-        "the checkpoint; all files come from one process of the converter.",
+        "`rankwise export` converts a third file, float32, and compares every tensor of the other two with it and it "
+        "with the checkpoint; all files come from one process of the converter.",
         "",
-        f"{found['tensors']} tensors. Largest relative rms error of a tensor: {errors}. Least share of a tensor's tuning "
-        f"that is kept: {kept}.",
+        f"{found['tensors']} tensors. Largest relative rms error of a tensor: {errors}. Least share of a tensor's "
+        f"tuning that is kept: {kept}.",
     ]
     return "\n".join(lines) + "\n"
 

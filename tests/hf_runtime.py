@@ -78,7 +78,7 @@ class HFRuntime:
         force: Sequence[int] | str | None = None,
         reuse: bool = False,
     ) -> Completion:
-        ids, inputs = self._read(prompt, images)
+        ids, inputs = self.read(prompt, images)
         answer: list[int] = []
         tops: list[Mapping[int, float]] = []
         ends = self.end_ids or self.renderer.end_ids
@@ -99,7 +99,8 @@ class HFRuntime:
     def _image_id(self) -> int:
         return self.renderer.sight.image_token_id if self.renderer.sight else -1
 
-    def _read(self, prompt: str | Sequence[int], images: Sequence[bytes]) -> tuple[list[int], dict[str, Any]]:
+    def read(self, prompt: str | Sequence[int], images: Sequence[bytes]) -> tuple[list[int], dict[str, Any]]:
+        """A prompt's ids, and what the model takes beside them."""
         if not isinstance(prompt, str):
             return list(prompt), {}
         if prompt.count(MARKER) != len(images):

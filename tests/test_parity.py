@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import gguf
 import numpy as np
@@ -14,18 +15,21 @@ from exported import vision_model
 from hf_runtime import HFRuntime
 from hypothesis import given
 from hypothesis import strategies as st
-from parity_models import Scene, renderer_of, scene_in
+from parity_models import Scene, exported_in, renderer_of, scene_in
 from PIL import Image
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 from torch.nn import functional as F
 
 from rankwise.core.geometry import letterbox
+from rankwise.data import Renderer
 from rankwise.data.device import MARKER, encoded
 from rankwise.errors import ServiceError
 from rankwise.nets.load import load_model
 from rankwise.ship.cases import BLIND, pick, stratum_of
 from rankwise.ship.divergence import compare, divergence, joined, top_of
+from rankwise.ship.embedder import Embedder
+from rankwise.ship.export import read_export
 from rankwise.ship.floor import LEAST_KL, Floor, Thresholds, measure_floor
 from rankwise.ship.gain import change, gain_kept
 from rankwise.ship.lower_precision import q8_0, rounding
@@ -278,6 +282,58 @@ def test_another_vision_tower_is_told_from_other_language_weights(
     ladder = climb(scene.reference, HFRuntime(mixed, scene.renderer), scene.cases, limits)
     assert first(ladder) == "logprobs"
     assert "mmproj" in ladder["logprobs"].why
+
+
+@dataclass(frozen=True)
+class Embeds:
+    """A file's embeddings of pictures, by transformers."""
+
+    model: torch.nn.Module
+    renderer: Renderer
+
+    def of(self, images: Sequence[bytes]) -> list[np.ndarray]:
+        runtime = HFRuntime(self.model, self.renderer)
+        found = [self.model.model.get_image_features(**runtime.read(MARKER, [image])[1]) for image in images]
+        return [torch.cat(tuple(one.pooler_output)).flatten(0, -2).detach().numpy() for one in found]
+
+
+def test_embeddings_are_compared_where_something_tells_them(scene: Scene, other_model: torch.nn.Module) -> None:
+    reference = HFReference(scene.model, scene.renderer, 2, embeds=True)
+    cases = scene.cases[:6]
+    floor = measure_floor(reference, cases, names=["padded", "float16", "q8_0"])
+    assert 0 < floor.embeddings["float16"] < floor.embeddings["q8_0"] < 0.1
+    limits, runtime = floor.thresholds("f16"), HFRuntime(scene.model, scene.renderer)
+    sound = climb(reference, runtime, cases, limits, embedder=Embeds(scene.model, scene.renderer))
+    assert sound["embeddings"].status == "ok"
+    assert sound["embeddings"].measured["pictures"] == 4
+    assert sound["embeddings"].measured["largest_distance"] < 1e-5
+    mixed = copy.deepcopy(scene.model)
+    mixed.model.vision_model = other_model.model.vision_model
+    wrong = HFRuntime(mixed, scene.renderer)
+    ladder = climb(reference, wrong, cases, limits, embedder=Embeds(mixed, scene.renderer))
+    assert first(ladder) == "embeddings"
+    assert "mmproj" in ladder["embeddings"].why
+    half = renderer_of(scene.folder / "model", scene.folder / "photos", replace(scene.target, tiling="processor"))
+    fewer = climb(reference, runtime, cases, limits, embedder=Embeds(scene.model, half))
+    assert first(fewer) == "embeddings"
+    assert fewer["embeddings"].measured["largest_distance"] is None
+
+
+@pytest.mark.slow
+def test_llama_cpp_python_gives_the_embeddings(tmp_path_factory: pytest.TempPathFactory) -> None:
+    pytest.importorskip("llama_cpp")
+    folder = exported_in(tmp_path_factory.getbasetemp()) / "tuned"
+    scene, exported = scene_in(folder), read_export(folder / "export")
+    reference = HFReference(scene.model, scene.renderer, 2, embeds=True)
+    for form in ("f16", "q8_0"):
+        mmproj = exported.mmproj(form)
+        assert mmproj
+        embedder = Embedder(exported.text(form), mmproj)
+        limits = measure_floor(reference, scene.cases[:4]).thresholds(form)
+        runtime = HFRuntime(scene.model, scene.renderer)
+        ladder = climb(reference, runtime, scene.cases[:4], limits, embedder=embedder)
+        assert ladder["embeddings"].status == "ok", ladder["embeddings"]
+        assert ladder["embeddings"].measured["largest_distance"] > 0
 
 
 def test_agreement_that_was_asked_for_is_held(scene: Scene, floor: Floor) -> None:

@@ -39,8 +39,8 @@ class Example:
     stratum: `task_type` where the rows have one; a subset takes its share of each.
     images: as named in the file, in the order of their slots.
     facts: what a scorer needs beside the texts, by the source's own names (WikiSQL: table_id, header, sql …; where
-    samples have a class: `label`, and all `labels` there are); no part of a sample's identity. line: where in its file the sample starts, 0 where there is no file; none
-    either.
+    samples have a class: `label`, and all `labels` there are); no part of a sample's identity. line: where in its file
+    the sample starts, 0 where there is no file; none either.
     """
 
     id: str

@@ -51,33 +51,30 @@ class Abstention:
 
 
 def abstention(rows: Sequence[Mapping[str, Any]], min_precision: float) -> Abstention:
-    """rows: validation.json's predictions, with `confidence` and `correct`."""
-    known = [(float(row["confidence"]), bool(row["correct"])) for row in rows if usable(row)]
-    n, least = len(known), fewest(min_precision, wrong=0)
-    if not n:
-        return Abstention(min_precision, 0, why="no validated answer is right or wrong, or none has a confidence")
-    if n < least:
+    """rows: validation.json's predictions. What has no confidence counts as never answered."""
+    judged = [row for row in rows if row.get("correct") is not None]
+    known = [(float(row["confidence"]), bool(row["correct"])) for row in judged if row.get("confidence") is not None]
+    n, least = len(judged), fewest(min_precision, wrong=0)
+    if not known:
+        return Abstention(min_precision, n, why="no validated answer is right or wrong, or none has a confidence")
+    if len(known) < least:
         return Abstention(
             min_precision,
             n,
-            why=f"{n} validated items are too few: {min_precision:.0%} takes at least {least}, all of them right",
+            why=f"{len(known)} validated items are too few: {min_precision:.0%} takes {least}, all of them right",
         )
-    return searched(sorted(known, key=lambda one: -one[0]), min_precision)
+    return searched(sorted(known, key=lambda one: -one[0]), n, min_precision)
 
 
-def usable(row: Mapping[str, Any]) -> bool:
-    return row.get("correct") is not None and row.get("confidence") is not None
-
-
-def searched(known: Sequence[tuple[float, bool]], min_precision: float) -> Abstention:
-    """known: (confidence, right), the surest first. Items of one confidence are answered or left together.
+def searched(known: Sequence[tuple[float, bool]], n: int, min_precision: float) -> Abstention:
+    """known: (confidence, right), the surest first; n: all items. Those of one confidence are answered or left together.
 
     The first test stands where one wrong answer is not yet the end, if there are so many items.
     """
-    n, best = len(known), None
-    ends = [at for at in range(1, n + 1) if at == n or known[at][0] < known[at - 1][0]]
+    all_known, best = len(known), None
+    ends = [at for at in range(1, all_known + 1) if at == all_known or known[at][0] < known[at - 1][0]]
     start = fewest(min_precision, wrong=1)
-    start = start if n >= start else fewest(min_precision, wrong=0)
+    start = start if all_known >= start else fewest(min_precision, wrong=0)
     for count in [at for at in ends if at >= start]:
         right = sum(correct for _, correct in known[:count])
         low = lower_bound(right, count)

@@ -7,6 +7,7 @@ text         the runtime's own answer: equal, or first different where the refer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,11 +37,15 @@ def embeddings(seen: Sequence[Observed], _: Runtime, thresholds: Thresholds) -> 
     if not found:
         return Rung("embeddings", NOT_MEASURED, why=NO_EMBEDDINGS)
     wrong = [one for one in pictured if found.get(one.case.id, 0) > thresholds.embeddings]
-    measured = {"pictures": len(found), "largest_distance": max(found.values())}
+    largest = max(found.values())
+    measured = {"pictures": len(found), "largest_distance": largest if math.isfinite(largest) else None}
+    apart_by = (
+        f"{largest:.2g} apart, relative to their size" if math.isfinite(largest) else "of another number or width"
+    )
     why = (
-        f"{named(wrong)}: embeddings of the pictures are {measured['largest_distance']:.2g} apart, relative to their size "
-        f"(limit {thresholds.embeddings:.2g}): the mmproj file is another model's (the base's?), or the runtime scales and "
-        "normalises a picture otherwise; look at the pixel settings in the mmproj file"
+        f"{named(wrong)}: embeddings of the pictures are {apart_by} (limit {thresholds.embeddings:.2g}): the mmproj "
+        "file is another model's (the base's?), or the runtime scales and normalises a picture otherwise; compare the pixel "
+        "settings in the mmproj file with the processor's"
     )
     return judged("embeddings", measured, {"largest_distance": thresholds.embeddings}, why if wrong else "")
 
@@ -48,7 +53,7 @@ def embeddings(seen: Sequence[Observed], _: Runtime, thresholds: Thresholds) -> 
 def logprobs(seen: Sequence[Observed], _: Runtime, thresholds: Thresholds) -> Rung:
     """KL within k floors, and no other likeliest token where the reference is sure."""
     heard = [one for one in seen if one.tops]
-    threshold = thresholds.as_dict()
+    threshold = {name: value for name, value in thresholds.as_dict().items() if name != "embeddings"}
     if not heard:
         return Rung("logprobs", NOT_MEASURED, {}, threshold, "the runtime told no log-probabilities of any answer")
     parts = {one.case.id: compare(one.expected.log_probs, one.tops, one.case.id) for one in heard}
