@@ -81,7 +81,7 @@ def climbed(delivery: Delivery, ship: Ship) -> Found:
             asked = changed(runtime, delivery.request)
             ladder = climb(ship.trained.reference, asked, delivery.cases, limits)
     except (VerificationError, ServiceError) as error:
-        return Found(FILE, str(error))
+        return Found(FILE, str(error).replace(f"{delivery.text.parent}/", "").replace(f"{ship.exported.folder}/", ""))
     broken = ladder.first_broken
     kl = ladder["logprobs"].measured.get("kl_mean")
     return Found(broken.name, broken.why, kl) if broken else Found(HOLDS, "", kl)

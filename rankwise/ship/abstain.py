@@ -67,7 +67,7 @@ def abstention(rows: Sequence[Mapping[str, Any]], min_precision: float) -> Abste
 
 
 def searched(known: Sequence[tuple[float, bool]], n: int, min_precision: float) -> Abstention:
-    """known: (confidence, right), the surest first; n: all items. Those of one confidence are answered or left together.
+    """known: (confidence, right), the surest first; n: all items. Those of one confidence stay together.
 
     The first test stands where one wrong answer is not yet the end, if there are so many items.
     """

@@ -44,8 +44,8 @@ def embeddings(seen: Sequence[Observed], _: Runtime, thresholds: Thresholds) -> 
     )
     why = (
         f"{named(wrong)}: embeddings of the pictures are {apart_by} (limit {thresholds.embeddings:.2g}): the mmproj "
-        "file is another model's (the base's?), or the runtime scales and normalises a picture otherwise; compare the pixel "
-        "settings in the mmproj file with the processor's"
+        "file is another model's (the base's?), or the runtime scales and normalises a picture otherwise; compare the "
+        "pixel settings in the mmproj file with the processor's"
     )
     return judged("embeddings", measured, {"largest_distance": thresholds.embeddings}, why if wrong else "")
 

@@ -165,7 +165,7 @@ def cell(value: Any) -> str:
         return ""
     if is_number(value):
         return f"{value:.2e}" if value and abs(value) < 1e-3 else number(value)
-    return printable(", ".join(map(str, value)) if isinstance(value, list) else value, 80)
+    return printable(", ".join(map(cell, value)) if isinstance(value, list) else value, 80)
 
 
 def score_table(content: Mapping[str, Any]) -> Table:

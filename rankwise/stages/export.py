@@ -156,7 +156,8 @@ def describe(config: ExportConfig) -> list[str]:
         return lines
     if Path(config.model).exists():  # in a recipe an earlier stage may still have to make it
         require_model(resolve(config.model))
-    lines.append(f"convert {config.model} to GGUF: {', '.join(config.outtype)}; and its vision tower, if it has one")
+    tower = {None: "and its vision tower, if it has one", True: "and its vision tower", False: "text only"}
+    lines.append(f"convert {config.model} to GGUF: {', '.join(config.outtype)}; {tower[config.mmproj]}")
     if not config.no_verify:
         lines.append("compare every tensor with the checkpoint, and write nothing if one is not what it should be")
     return [*lines, f"write the files and {FILE} to {config.output_dir}"]

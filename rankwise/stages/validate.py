@@ -36,8 +36,8 @@ def run(config: ValidateConfig) -> dict[str, Any]:
     out = RunFolder(config.output_dir)
     with out.lock(), out.recording("validate", inputs(config, shipped)) as record:
         trained = trained_side(config, shipped)
-        tuned = answers_of(trained, out / "reference")
-        base = answers_of(trained.on(config.base_model), out / "base") if config.base_model else None
+        tuned = answers_of(trained, out / "trained")
+        base = answers_of(trained.on(config.base_model), out / "before") if config.base_model else None
         floor = trained.floor()
         found = {one.form: validated(config, trained, one, floor, out.path) for one in shipped.forms}
         content = described(config, trained, found, tuned, base) | {"floor": floor.as_dict() if floor else None}
