@@ -96,7 +96,7 @@ TEXT_FILE = [
     Fault("EOS is a word", "a word of the answers as end token", "text", True, edit=word_ends),
     Fault(
         "EOS is another special",
-        "the start token as end token (llama.cpp knows <end_of_utterance> by its name as well)",
+        "the start token as end token (llama.cpp knows `<end_of_utterance>` by its name as well)",
         None,
         True,
         edit=lambda draft: setting(f"{TOKEN}eos_token_id", draft[f"{TOKEN}bos_token_id"])(draft),
@@ -118,7 +118,7 @@ TEXT_FILE = [
     Fault("special tokens plain", "no special token is parsed", "image tokens", True, edit=plain_types()),
     Fault(
         "end of turn plain",
-        "<end_of_utterance> is read as words",
+        "`<end_of_utterance>` is read as words",
         "token ids",
         True,
         edit=plain_types("<end_of_utterance>"),

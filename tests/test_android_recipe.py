@@ -15,7 +15,7 @@ from rankwise.errors import UsageError
 from rankwise.ship.converter import find_converter
 from rankwise.stages.recipe import find_recipe, load_recipe
 
-WAY = ("label", "check", "before", "train", "after", "merge", "export", "validate", "report")
+WAY = ("label", "check", "before", "train", "after", "merge", "export", "validate", "bundle", "report")
 
 
 def stages(name: str, run: Path) -> dict[str, dict[str, Any]]:

@@ -13,11 +13,13 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from rankwise import cli
+from rankwise.config import DemoConfig
 from rankwise.data import load
 from rankwise.data.restaurants import VALUES, describe, guide, restaurants, write_task
-from rankwise.errors import VerificationError
+from rankwise.errors import UsageError, VerificationError
 from rankwise.nets.tiny import check_same_ids, save_tokenizer
 from rankwise.score.result import EvaluationResult
+from rankwise.stages import demo
 
 
 def some(*, held_out: bool, count: int = 300) -> list[dict[str, str]]:
@@ -97,4 +99,15 @@ def test_the_quick_demo_makes_every_file(tmp_path: Path, capsys: pytest.CaptureF
     plan = json.loads((folder / "ranks" / "configs" / "lora_rank_config.json").read_text(encoding="utf-8"))
     assert len(plan["rank_pattern"]) == 7 * 3
     assert cli.main(["demo", "--quick", "-o", str(folder)]) == 0
-    assert capsys.readouterr().out.count("done already") == 6, "a second demo does nothing again"
+    assert capsys.readouterr().out.count("done already") == (6 if demo.lacking_parts() else 9), "nothing again"
+
+
+def test_without_llama_cpp_the_demo_says_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(folder: str | None) -> None:
+        raise UsageError("no converter: rankwise export --install-converter")
+
+    monkeypatch.setattr(demo, "find_converter", absent)
+    assert "install-converter" in demo.lacking_parts()
+    whole, part = (demo.recipe_config(DemoConfig(), shipping=shipping) for shipping in (True, False))
+    assert whole.only == [] and whole.recipe == part.recipe
+    assert set(part.only).isdisjoint(demo.SHIPPING) and "report" in part.only and "train" in part.only

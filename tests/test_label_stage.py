@@ -474,6 +474,7 @@ def test_a_llama_cpp_server_is_a_teacher(vision_export: Path, photos: Path, tmp_
     answers = lines(tmp_path / "d" / "ledger.jsonl")
     assert answers and all(row["input_tokens"] and row["output_tokens"] for row in answers)
     beginning = '{"visual_features":['
-    said = ["".join(row["text"].split())[: len(beginning)] for row in answers]
-    assert all(text and beginning.startswith(text) for text in said), "held to the schema"
+    assert all(row["text"] for row in answers)
+    said = ["".join(row["text"].split())[: len(beginning)] for row in answers]  # it may spend its tokens on spaces
+    assert all(beginning.startswith(text) for text in said), f"held to the schema: {said}"
     assert (code, len(answers)) == (3, 2), "asked once more, then in quarantine"

@@ -149,7 +149,7 @@ def test_limits_are_k_floors_of_what_the_form_explains(floor: Floor) -> None:
     assert f16.kl_mean == pytest.approx(max(LEAST_KL, 4 * floor.paths["float16"].mean))
     assert q8.kl_mean == pytest.approx(4 * floor.paths["q8_0"].mean)
     assert f16.margin < q8.margin
-    assert floor.thresholds("f32").kl_mean == LEAST_KL
+    assert floor.thresholds("f32") == floor.thresholds("f16")  # what is stored exactly is not computed exactly
 
 
 # --- the ladder ------------------------------------------------------------------------------------------------------

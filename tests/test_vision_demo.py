@@ -19,6 +19,7 @@ from rankwise.data.drawings import draw, paint
 from rankwise.nets.tiny import check_same_ids
 from rankwise.nets.tiny_vision import BREAK, IMAGE_TOKENS, SIDE, TEXT, Eye, processor_of, random_smolvlm, save_tokenizer
 from rankwise.score.result import EvaluationResult
+from rankwise.stages.demo import lacking_parts
 from rankwise.stages.demo_vision import spoken
 
 
@@ -118,4 +119,4 @@ def test_the_quick_demo_makes_every_file(tmp_path: Path, capsys: pytest.CaptureF
     sites = json.loads((folder / "train" / "sites.json").read_text(encoding="utf-8"))["sites"]
     assert not [site["path"] for site in sites if "text_model" not in site["path"]]
     assert cli.main(["demo", "--vision", "--quick", "-o", str(folder)]) == 0
-    assert capsys.readouterr().out.count("done already") == 6, "a second demo does nothing again"
+    assert capsys.readouterr().out.count("done already") == (6 if lacking_parts() else 9), "nothing again"

@@ -54,9 +54,10 @@ def abstention(rows: Sequence[Mapping[str, Any]], min_precision: float) -> Abste
     """rows: validation.json's predictions. What has no confidence counts as never answered."""
     judged = [row for row in rows if row.get("correct") is not None]
     known = [(float(row["confidence"]), bool(row["correct"])) for row in judged if row.get("confidence") is not None]
-    n, least = len(judged), fewest(min_precision, wrong=0)
+    n = len(judged)
     if not known:
         return Abstention(min_precision, n, why="no validated answer is right or wrong, or none has a confidence")
+    least = fewest(min_precision, wrong=0)
     if len(known) < least:
         return Abstention(
             min_precision,

@@ -33,7 +33,7 @@ TOP = 64  # tokens whose log-probabilities are compared at each place
 # What arithmetic alone explains: float32 logits that were summed in another order and written as decimals.
 LEAST_KL, LEAST_MARGIN, LEAST_DISTANCE = 1e-7, 2e-3, 1e-4
 EXPLAINS = {
-    "f32": ("attention", "padded"),
+    "f32": ("attention", "padded", "float16"),  # llama.cpp computes in half precision here and there, whatever the file
     "f16": ("attention", "padded", "float16"),
     "bf16": ("attention", "padded", "bfloat16"),
     "q8_0": ("attention", "padded", "float16", "q8_0"),

@@ -139,7 +139,8 @@ def read_golden(folder: Path, target: DeviceTarget | None) -> Golden:
     if content.get("format") != FORMAT:
         raise DataError(f"{file}: no golden vectors of this version (expected format {FORMAT!r})")
     try:
-        rows, tolerance = content["cases"], Thresholds(**content["tolerance"])
+        rows = content["cases"]
+        tolerance = Thresholds(**{name: value for name, value in content["tolerance"].items() if value is not None})
         known = {row["id"]: expected_of(row, int(content["vocabulary"]), file.parent) for row in rows}
         cases = tuple(case_of_row(row, file.parent, target) for row in rows)
         return Golden(cases, known, tolerance, str(content["outtype"]), int(content["top"]))

@@ -99,7 +99,7 @@ def refuse_other_content(out: RunFolder) -> None:
 
 def write_bundle(config: BundleConfig, source: Source, trained: Trained, folder: Path) -> dict[str, Any]:
     """All files of the bundle; returns what bundle.json says beside them."""
-    task = task_of(source.exported)
+    task = task_of(source.exported, trained)
     target = shipped_target(source, trained)
     answers = label_answers(task, trained.items[0], trained.renderer) if task else []
     unsure = abstention(source.predictions, config.min_precision)
@@ -115,8 +115,10 @@ def write_bundle(config: BundleConfig, source: Source, trained: Trained, folder:
     return facts
 
 
-def task_of(exported: Exported) -> LabelTask | None:
-    return read_task(exported.folder) if (exported.folder / TASK_FILE).is_file() else None
+def task_of(exported: Exported, trained: Trained) -> LabelTask | None:
+    """The classes that travelled with the model, else those of the labelled data; None for a task without classes."""
+    places = [exported.folder, Path(str(trained.config.data.data_path))] if trained.task.name == "labels" else []
+    return next((read_task(place) for place in places if (place / TASK_FILE).is_file()), None)
 
 
 def shipped_target(source: Source, trained: Trained) -> DeviceTarget | None:

@@ -60,9 +60,9 @@ def run(config: DemoConfig) -> Path:
     if lacking:
         RunFolder(folder).record("demo", {}, {}, 0.0, left_out=f"{', '.join(SHIPPING)}: {lacking}")
     recipes.run(recipe_config(config, shipping=not lacking))
-    print(summary(folder, time.monotonic() - started, METRICS[config.vision]))
     if lacking:
         print(f"left out: {', '.join(SHIPPING)}: {lacking}")
+    print(summary(folder, time.monotonic() - started, METRICS[config.vision]))
     return folder / "report.html"
 
 
