@@ -27,10 +27,10 @@ from rankwise.data.device import MARKER, encoded
 from rankwise.errors import ServiceError
 from rankwise.nets.load import load_model
 from rankwise.ship.cases import BLIND, pick, stratum_of
-from rankwise.ship.divergence import compare, divergence, joined, top_of
+from rankwise.ship.divergence import Divergence, Position, compare, divergence, joined, top_of
 from rankwise.ship.embedder import Embedder
 from rankwise.ship.export import read_export
-from rankwise.ship.floor import LEAST_KL, Floor, Thresholds, measure_floor
+from rankwise.ship.floor import LEAST_KL, Floor, Thresholds, chance, measure_floor
 from rankwise.ship.gain import change, gain_kept
 from rankwise.ship.lower_precision import q8_0, rounding
 from rankwise.ship.parity import NAMES, Ladder, climb
@@ -429,3 +429,23 @@ def test_the_verdict_tells_conversion_from_quantization(scene: Scene, limits: Th
     assert verdict({"f16": good, "q8_0": bad})[0].startswith("Quantization damage: f16 does")
     assert "validate the f16 file too" in verdict({"q8_0": bad})[0]
     assert "`logprobs`" in " ".join(verdict({"q8_0": bad}))
+
+
+def test_few_places_are_given_what_chance_explains() -> None:
+    """The ratio of two means of squared noise: about one sound file in 200 is above, whatever the number of places."""
+    generator = np.random.default_rng(0)
+    for places in (2, 3, 6):
+        squares = generator.standard_normal((2, 40_000, places)) ** 2
+        ratio = squares[0].mean(1) / squares[1].mean(1)
+        assert (ratio > chance(places)).mean() == pytest.approx(0.005, abs=0.002)
+    assert chance(2) > chance(4) > 10 > chance(8)
+    position = Position(1.0, 0, 0, 1.0, 0.0)
+    even, uneven = Divergence((position,) * 8), Divergence((position, *(replace(position, kl=1e-9),) * 7))
+    assert even.effective == pytest.approx(8) and uneven.effective == pytest.approx(1)
+
+
+def test_a_floor_on_few_places_raises_its_limits() -> None:
+    position = Position(1e-5, 0, 0, 1.0, 0.01)
+    many, few = (Floor({"float16": Divergence((position,) * count)}).thresholds("f16") for count in (40, 3))
+    assert many.k == 10 and many.kl_mean == pytest.approx(1e-4)
+    assert few.k == pytest.approx(chance(3)) and few.kl_mean == pytest.approx(few.k * 1e-5)

@@ -68,6 +68,13 @@ class Divergence:
         return float(self.kl.max())
 
     @property
+    def effective(self) -> float:
+        """How many places the mean really rests on, (Σ KL)² / Σ KL²: a few unsure places can make up nearly all of
+        it."""
+        squares = float((self.kl**2).sum())
+        return float(self.kl.sum()) ** 2 / squares if squares else float(len(self.positions))
+
+    @property
     def flips(self) -> tuple[Position, ...]:
         """Places where the likeliest token is another one."""
         return tuple(position for position in self.positions if position.flipped)

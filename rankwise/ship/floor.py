@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankwise.errors import need
 from rankwise.ship.cases import Case
 from rankwise.ship.divergence import Divergence, compare, joined, top_of
 from rankwise.ship.embedder import apart, embedded
@@ -29,6 +30,8 @@ from rankwise.ship.reference import HFReference, forced
 
 BATCH = 4  # rows padded together
 K = 10.0  # in KL: about 3 in logits. Sound exports of the demos' models come out at 0.6 to 3 floors
+FALSE_ALARMS = 0.005  # of sound files, where a floor rests on so few places that chance alone exceeds k
+FEWEST = 2.0  # places; on one alone chance has no bound worth the name
 TOP = 64  # tokens whose log-probabilities are compared at each place
 # What arithmetic alone explains: float32 logits that were summed in another order and written as decimals.
 LEAST_KL, LEAST_MARGIN, LEAST_DISTANCE = 1e-7, 2e-3, 1e-4
@@ -44,7 +47,7 @@ Outputs = list[Tensor]
 @dataclass(frozen=True)
 class Thresholds:
     """What a runtime is held to. kl_*: nats. margin: nats; where the reference is less sure than this, another
-    likeliest token is a tie. agreement: least top-1 agreement, as asked for. k: how many floors it is.
+    likeliest token is a tie. agreement: least top-1 agreement, as asked for. k: how many floors they are.
     embeddings: relative distance of a picture's embeddings."""
 
     kl_mean: float
@@ -69,9 +72,14 @@ class Floor:
 
     def thresholds(self, form: str, k: float = K, agreement: float | None = None) -> Thresholds:
         """Those for a file form (`f16`, `q8_0` …): k times the largest floor that the form explains, and never less
-        than arithmetic explains. Margins scale like the root: KL is quadratic in the logits' difference."""
+        than arithmetic explains. Margins scale like the root: KL is quadratic in the logits' difference.
+
+        Where the floor rests on few places, k is what chance explains (`chance`): a handful of items shows only large
+        faults.
+        """
         names = EXPLAINS.get(form.lower(), tuple(self.paths))
         known = [self.paths[name] for name in names if name in self.paths]
+        k = max(k, chance(max(known, key=lambda one: one.mean).effective)) if known else k
         return Thresholds(
             kl_mean=max(LEAST_KL, k * max((one.mean for one in known), default=0.0)),
             kl_p99=max(LEAST_KL, k * max((one.p99 for one in known), default=0.0)),
@@ -96,6 +104,13 @@ class Floor:
             }
             for name, one in self.paths.items()
         }
+
+
+def chance(places: float) -> float:
+    """By how much one mean KL exceeds another of the same size in FALSE_ALARMS of all cases, each resting on so many
+    places: a KL is a square of noise, so the ratio of two means is F-distributed."""
+    places = max(places, FEWEST)
+    return float(need("scipy.stats", extra="eval").f.isf(FALSE_ALARMS, places, places))
 
 
 def measure_floor(
