@@ -29,14 +29,14 @@ from shipbench_files import FILES
 from shipbench_ships import FORMS, Ship, drawings, elements, texts
 
 from rankwise.errors import ServiceError, VerificationError
-from rankwise.ship.converter import find_converter
-from rankwise.ship.export import verification
-from rankwise.ship.export_plan import plan_export
-from rankwise.ship.gguf import GGUFFile
+from rankwise.ship.gguf.converter import find_converter
+from rankwise.ship.gguf.export import verification
+from rankwise.ship.gguf.export_plan import plan_export
+from rankwise.ship.gguf.reading import GGUFFile
 from rankwise.ship.inferiority import wilson
-from rankwise.ship.parity import climb
-from rankwise.ship.runtime import LlamaServer
-from rankwise.ship.server_api import ServerRuntime
+from rankwise.ship.llama.runtime import LlamaServer
+from rankwise.ship.llama.server_api import ServerRuntime
+from rankwise.ship.parity.ladder import climb
 from rankwise.stages.validating import context
 from rankwise.store.files import write_json, write_text
 

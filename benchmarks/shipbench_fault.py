@@ -13,9 +13,9 @@ from typing import Any
 from shipbench_gguf import Draft, altered
 from shipbench_ships import Ship
 
-from rankwise.ship.cases import Case
-from rankwise.ship.export_plan import plan_export
-from rankwise.ship.view import shown
+from rankwise.ship.gguf.export_plan import plan_export
+from rankwise.ship.gguf.view import shown
+from rankwise.ship.parity.cases import Case
 
 FILE, TEXT, MMPROJ = "file", "text", "mmproj"
 Request = Callable[[dict[str, Any]], dict[str, Any]]

@@ -24,12 +24,12 @@ from PIL import Image
 from rankwise.config import DemoConfig, ExportConfig, MergeConfig, ScoredData, TinyConfig, ValidateConfig
 from rankwise.data.device import DeviceTarget
 from rankwise.data.element_scenes import ON_ITS_SIDE, ORIENTATION, SHADES, paint
-from rankwise.data.label_task import load_task
-from rankwise.ship.cases import Case
-from rankwise.ship.converter import Converter
-from rankwise.ship.export import Exported, read_export
-from rankwise.ship.export_plan import ExportPlan, plan_export
-from rankwise.ship.floor import Floor
+from rankwise.data.labelling.label_task import load_task
+from rankwise.ship.gguf.converter import Converter
+from rankwise.ship.gguf.export import Exported, read_export
+from rankwise.ship.gguf.export_plan import ExportPlan, plan_export
+from rankwise.ship.parity.cases import Case
+from rankwise.ship.parity.floor import Floor
 from rankwise.stages import demo, export, merge, tiny
 from rankwise.stages.shipped import Shipment, Shipped
 from rankwise.stages.validating import Trained, trained_side

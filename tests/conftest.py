@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from rankwise.ship.converter import Converter
+    from rankwise.ship.gguf.converter import Converter
 
 # A busy machine is not a failure.
 settings.register_profile("rankwise", deadline=None)

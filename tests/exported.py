@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from rankwise.data.device import DeviceTarget
 from rankwise.errors import UsageError
 from rankwise.nets import tiny, tiny_vision
-from rankwise.ship.converter import Converter, find_converter
-from rankwise.ship.export import write_export
-from rankwise.ship.export_plan import plan_export
+from rankwise.ship.gguf.converter import Converter, find_converter
+from rankwise.ship.gguf.export import write_export
+from rankwise.ship.gguf.export_plan import plan_export
 
 OUTTYPES = ("f32", "f16", "q8_0")
 TUNED = ("q_proj", "k_proj", "down_proj")

@@ -19,8 +19,8 @@ from rankwise.data import Renderer
 from rankwise.data.device import MARKER
 from rankwise.data.layout import ChatTemplate
 from rankwise.errors import DataError
-from rankwise.ship.divergence import top_of
-from rankwise.ship.runtime import Completion, RuntimeInfo
+from rankwise.ship.llama.runtime import Completion, RuntimeInfo
+from rankwise.ship.parity.divergence import top_of
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from rankwise.data.device import DeviceReader, DeviceTarget
 from rankwise.data.device_processor import device_processor
 from rankwise.nets import tiny_vision
 from rankwise.nets.load import load_model, load_processor
-from rankwise.ship.cases import Case, blind, case_of
-from rankwise.ship.export import write_export
-from rankwise.ship.export_plan import plan_export
-from rankwise.ship.reference import HFReference
+from rankwise.ship.gguf.export import write_export
+from rankwise.ship.gguf.export_plan import plan_export
+from rankwise.ship.parity.cases import Case, blind, case_of
+from rankwise.ship.parity.reference import HFReference
 
 SIZES = {"wide": (96, 48), "tall": (40, 80), "square": (64, 64), "large": (130, 190)}
 LONGEST = 5

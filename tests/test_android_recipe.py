@@ -12,7 +12,7 @@ import yaml
 
 from rankwise import cli
 from rankwise.errors import UsageError
-from rankwise.ship.converter import find_converter
+from rankwise.ship.gguf.converter import find_converter
 from rankwise.stages.recipe import find_recipe, load_recipe
 
 WAY = ("label", "check", "before", "train", "after", "merge", "export", "validate", "bundle", "report")

@@ -19,13 +19,13 @@ from rankwise.cli import main
 from rankwise.config import BundleConfig, ScoredData
 from rankwise.data import Example, Turn
 from rankwise.data.device import MARKER, read_target
-from rankwise.data.label_task import LabelClass, LabelTask, task_from
+from rankwise.data.labelling.label_task import LabelClass, LabelTask, task_from
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.ship.abstain import abstention, fewest, lower_bound
 from rankwise.ship.bundle import INPUT, LabelAnswer, grammar, label_answers, read_bundle
 from rankwise.ship.golden import read_golden
-from rankwise.ship.parity import climb
-from rankwise.ship.runtime import LlamaServer
+from rankwise.ship.llama.runtime import LlamaServer
+from rankwise.ship.parity.ladder import climb
 from rankwise.stages import bundle
 from rankwise.stages.bundling import source_of
 

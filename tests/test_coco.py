@@ -20,11 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rankwise.data import ImageReader, coco
-from rankwise.data.coco import Photo, download_coco, find_images, select
+from rankwise.data import ImageReader
+from rankwise.data.labelling import coco
+from rankwise.data.labelling.coco import Photo, download_coco, find_images, select
+from rankwise.data.labelling.stratified import drawn_order, held_out_groups, shares
 from rankwise.data.sources import archives, download
 from rankwise.data.sources.download import Download
-from rankwise.data.stratified import drawn_order, held_out_groups, shares
 from rankwise.errors import DataError, ServiceError, UsageError
 
 CATEGORIES = [

@@ -12,9 +12,9 @@ import pytest
 
 from rankwise.cli import main
 from rankwise.errors import DataError, ServiceError, UsageError, VerificationError
-from rankwise.ship import install_converter as installing
-from rankwise.ship.converter import Converter, Job, Pin, find_converter, installed, own_converter
-from rankwise.ship.install_converter import install_converter, unpack
+from rankwise.ship.gguf import install_converter as installing
+from rankwise.ship.gguf.converter import Converter, Job, Pin, find_converter, installed, own_converter
+from rankwise.ship.gguf.install_converter import install_converter, unpack
 from rankwise.stages import export as stage
 
 NAME = "some_package-1.0"

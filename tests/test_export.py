@@ -21,17 +21,17 @@ from rankwise.config import ExportConfig
 from rankwise.data.device import DeviceTarget
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.nets.load import load_model
-from rankwise.ship import export_plan as planning
-from rankwise.ship.adapter_gguf import check_adapter, fold_scales, read_plain, write_adapter_gguf
-from rankwise.ship.converter import Converter, own_converter
-from rankwise.ship.export import read_export
-from rankwise.ship.export_plan import ExportPlan, plan_export, require_space
-from rankwise.ship.gguf import GGUFFile
-from rankwise.ship.origin import origins
-from rankwise.ship.runtime import LlamaServer
-from rankwise.ship.verify_export import compare_tensors
-from rankwise.ship.view import changes_for, shown
-from rankwise.ship.vocabulary import Vocabulary, check_forms, check_metadata
+from rankwise.ship.gguf import export_plan as planning
+from rankwise.ship.gguf.adapter_gguf import check_adapter, fold_scales, read_plain, write_adapter_gguf
+from rankwise.ship.gguf.converter import Converter, own_converter
+from rankwise.ship.gguf.export import read_export
+from rankwise.ship.gguf.export_plan import ExportPlan, plan_export, require_space
+from rankwise.ship.gguf.origin import origins
+from rankwise.ship.gguf.reading import GGUFFile
+from rankwise.ship.gguf.verify_export import compare_tensors
+from rankwise.ship.gguf.view import changes_for, shown
+from rankwise.ship.gguf.vocabulary import Vocabulary, check_forms, check_metadata
+from rankwise.ship.llama.runtime import LlamaServer
 from rankwise.stages.export import describe, run
 from rankwise.store.checkpoint import open_checkpoint
 from rankwise.store.files import read_object, sha256, write_json

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rankwise.errors import VerificationError
-from rankwise.ship.gguf import GGUFFile
-from rankwise.ship.gguf_names import gguf_names
-from rankwise.ship.origin import Origin, holds, origins, relation, require_complete, rope_order
-from rankwise.ship.verify_export import (
+from rankwise.ship.gguf.names import gguf_names
+from rankwise.ship.gguf.origin import Origin, holds, origins, relation, require_complete, rope_order
+from rankwise.ship.gguf.reading import GGUFFile
+from rankwise.ship.gguf.verify_export import (
     changed_keys,
     compare_tensors,
     kept_wider,

@@ -20,8 +20,8 @@ from rankwise.errors import UsageError
 from rankwise.nets.load import load_model, load_processor, load_tokenizer
 from rankwise.score.generate import GenerationSettings, HFGenerator
 from rankwise.score.tasks import evaluate, task
-from rankwise.ship.gguf_generator import GGUFGenerator
-from rankwise.ship.runtime import Completion, LlamaServer, RuntimeInfo
+from rankwise.ship.llama.gguf_generator import GGUFGenerator
+from rankwise.ship.llama.runtime import Completion, LlamaServer, RuntimeInfo
 
 LABELS = ("water", "land", "fire")
 DECODING = GenerationSettings(max_new_tokens=8, batch_size=1)

@@ -20,11 +20,11 @@ from PIL import Image
 
 from rankwise.cli import main
 from rankwise.data.device import DeviceTarget, read_target
-from rankwise.data.label_task import read_task
-from rankwise.data.labelled import pixel_hash, read_rows
+from rankwise.data.labelling.label_task import read_task
+from rankwise.data.labelling.labelled import pixel_hash, read_rows
 from rankwise.data.sources import load
 from rankwise.data.teacher.loopback import LoopbackTeacher, Response, picture_of
-from rankwise.ship.runtime import LlamaServer
+from rankwise.ship.llama.runtime import LlamaServer
 from rankwise.stages import labelling
 from rankwise.store.files import read_object
 from rankwise.store.run import RunFolder

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from rankwise.data import BadImage, ImageReader, load
-from rankwise.data.coco import find_images, select
 from rankwise.data.device import DeviceTarget, read_target
-from rankwise.data.existing_labels import Existing, label_rows, read_existing, task_for
-from rankwise.data.label_task import LabelTask, load_task, read_task, task_from
-from rankwise.data.labelled import (
+from rankwise.data.labelling.coco import find_images, select
+from rankwise.data.labelling.existing_labels import Existing, label_rows, read_existing, task_for
+from rankwise.data.labelling.label_task import LabelTask, load_task, read_task, task_from
+from rankwise.data.labelling.labelled import (
     LabelledRow,
     StoredImage,
     Written,

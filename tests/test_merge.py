@@ -31,10 +31,10 @@ from rankwise.cli import main
 from rankwise.config import MergeConfig
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.nets.load import load_model
-from rankwise.ship import merge as merge_module
-from rankwise.ship.merge import plan_merge, write_merged
-from rankwise.ship.shards import Entry, shard_bytes, write_shards
-from rankwise.ship.verify import Agreement, Reference, compare
+from rankwise.ship.merging import merge as merge_module
+from rankwise.ship.merging.merge import plan_merge, write_merged
+from rankwise.ship.merging.shards import Entry, shard_bytes, write_shards
+from rankwise.ship.merging.verify import Agreement, Reference, compare
 from rankwise.stages.merge import describe as describe_stage
 from rankwise.stages.merge import run
 from rankwise.store.checkpoint import open_checkpoint

@@ -17,8 +17,8 @@ from tiny import tiny_llama
 
 from rankwise.cli import main
 from rankwise.nets.load import load_model
-from rankwise.ship import merge as merge_module
-from rankwise.ship import shards
+from rankwise.ship.merging import merge as merge_module
+from rankwise.ship.merging import shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

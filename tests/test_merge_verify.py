@@ -23,11 +23,11 @@ from rankwise.data.device import DeviceTarget
 from rankwise.errors import UsageError
 from rankwise.nets.adapters import save_adapter
 from rankwise.nets.load import load_model, load_processor
-from rankwise.ship import merge as merge_module
-from rankwise.ship.layered import FileWeights, layered_model
-from rankwise.ship.rounding import Rounding
-from rankwise.ship.samples import prompt_batch, text_batch
-from rankwise.ship.verify import last_tokens, logits, needs_layers, reference_logits, whole_bytes
+from rankwise.ship.merging import merge as merge_module
+from rankwise.ship.merging.layered import FileWeights, layered_model
+from rankwise.ship.merging.rounding import Rounding
+from rankwise.ship.merging.samples import prompt_batch, text_batch
+from rankwise.ship.merging.verify import last_tokens, logits, needs_layers, reference_logits, whole_bytes
 from rankwise.stages.merge import run
 from rankwise.stages.prompts import prompts_of
 from rankwise.stages.rendering import renderer_for

@@ -26,16 +26,16 @@ from rankwise.data import Renderer
 from rankwise.data.device import MARKER, encoded
 from rankwise.errors import ServiceError
 from rankwise.nets.load import load_model
-from rankwise.ship.cases import BLIND, pick, stratum_of
-from rankwise.ship.divergence import Divergence, Position, compare, divergence, joined, top_of
-from rankwise.ship.embedder import Embedder
-from rankwise.ship.export import read_export
-from rankwise.ship.floor import LEAST_KL, Floor, Thresholds, chance, measure_floor
 from rankwise.ship.gain import change, gain_kept
-from rankwise.ship.lower_precision import q8_0, rounding
-from rankwise.ship.parity import NAMES, Ladder, climb
-from rankwise.ship.reference import HFReference
-from rankwise.ship.verdict import verdict
+from rankwise.ship.gguf.export import read_export
+from rankwise.ship.parity.cases import BLIND, pick, stratum_of
+from rankwise.ship.parity.divergence import Divergence, Position, compare, divergence, joined, top_of
+from rankwise.ship.parity.embedder import Embedder
+from rankwise.ship.parity.floor import LEAST_KL, Floor, Thresholds, chance, measure_floor
+from rankwise.ship.parity.ladder import NAMES, Ladder, climb
+from rankwise.ship.parity.lower_precision import q8_0, rounding
+from rankwise.ship.parity.reference import HFReference
+from rankwise.ship.parity.verdict import verdict
 
 # --- how far apart two distributions are -----------------------------------------------------------------------------
 

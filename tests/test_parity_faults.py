@@ -10,10 +10,10 @@ import pytest
 from gguf import GGUFReader
 from parity_models import Scene, exported_in, scene_in
 
-from rankwise.ship.export import read_export
-from rankwise.ship.floor import Floor, measure_floor
-from rankwise.ship.parity import Ladder, climb
-from rankwise.ship.runtime import LlamaServer
+from rankwise.ship.gguf.export import read_export
+from rankwise.ship.llama.runtime import LlamaServer
+from rankwise.ship.parity.floor import Floor, measure_floor
+from rankwise.ship.parity.ladder import Ladder, climb
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("xllamacpp")

@@ -23,9 +23,9 @@ from served import text_gguf, text_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankwise.errors import DataError, ServiceError, UsageError, VerificationError
-from rankwise.ship.runtime import LlamaServer, NotTold, RemoteServer, Runtime
-from rankwise.ship.server_api import LEAST_LOGPROB, ServerRuntime, _completion
-from rankwise.ship.talk import Talk
+from rankwise.ship.llama.runtime import LlamaServer, NotTold, RemoteServer, Runtime
+from rankwise.ship.llama.server_api import LEAST_LOGPROB, ServerRuntime, _completion
+from rankwise.ship.llama.talk import Talk
 
 END = 2
 
@@ -208,7 +208,7 @@ def test_a_child_that_dies_while_answering_is_a_broken_runtime() -> None:
 
 PARENT = """
 import os, subprocess, sys, time
-command = [sys.executable, "-m", "rankwise.ship.serve", "--model", sys.argv[1], "--context", "64"]
+command = [sys.executable, "-m", "rankwise.ship.llama.serve", "--model", sys.argv[1], "--context", "64"]
 child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 child.stdout.readline()
 sibling = os.fork() if sys.argv[2] == "forked" else 0

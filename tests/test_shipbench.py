@@ -18,12 +18,12 @@ import torch
 from parity_models import GIVEN, LONGEST, TARGET, draw, renderer_of
 
 from rankwise.nets.load import load_model
-from rankwise.ship.cases import Case, blind, case_of
-from rankwise.ship.export import read_export
-from rankwise.ship.floor import measure_floor
-from rankwise.ship.parity import NAMES, climb
-from rankwise.ship.reference import HFReference
-from rankwise.ship.runtime import LlamaServer
+from rankwise.ship.gguf.export import read_export
+from rankwise.ship.llama.runtime import LlamaServer
+from rankwise.ship.parity.cases import Case, blind, case_of
+from rankwise.ship.parity.floor import measure_floor
+from rankwise.ship.parity.ladder import NAMES, climb
+from rankwise.ship.parity.reference import HFReference
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TOP = 32

@@ -11,7 +11,7 @@ from served import text_gguf
 
 from rankwise.errors import DataError, UsageError
 from rankwise.ship.inferiority import INFERIOR, NOT_INFERIOR, UNDECIDED, compared, paired_interval, wilson
-from rankwise.ship.runtime import Runtime
+from rankwise.ship.llama.runtime import Runtime
 from rankwise.ship.sweep import Item, Tried, choose, prepared, sweep
 
 

@@ -25,7 +25,7 @@ from rankwise.nets.load import load_model, meta_model
 from rankwise.nets.sites import model_sites, tower_of, tower_prefixes
 from rankwise.nets.targets import choose_sites, uniform_plan
 from rankwise.nets.towers import full_sites, tower_parameters
-from rankwise.ship.merge import plan_merge, write_merged
+from rankwise.ship.merging.merge import plan_merge, write_merged
 from rankwise.store.adapter import read_adapter
 from rankwise.train.phases import PhaseKeeper
 

@@ -13,12 +13,12 @@ from parity_models import SIZES, TARGET, draw, exported_in
 from rankwise.cli import main
 from rankwise.config import ScoredData, ValidateConfig
 from rankwise.data import Example, Turn
-from rankwise.data.label_task import LabelClass, LabelTask
+from rankwise.data.labelling.label_task import LabelClass, LabelTask
 from rankwise.errors import DataError, UsageError
 from rankwise.score.classify import score_labels
 from rankwise.score.predictions import Prediction
 from rankwise.score.result import EvaluationResult
-from rankwise.ship.runtime import Completion
+from rankwise.ship.llama.runtime import Completion
 from rankwise.ship.validation import FORMAT, items, scores
 from rankwise.ship.witness import Answered, Overheard, answered
 from rankwise.show.report import build_report

@@ -22,7 +22,7 @@ from rankwise.nets.load import load_model
 from rankwise.nets.sites import model_sites
 from rankwise.nets.targets import choose_sites, uniform_plan
 from rankwise.nets.towers import full_modules
-from rankwise.ship.samples import image_batch
+from rankwise.ship.merging.samples import image_batch
 from rankwise.train.arguments import build_arguments
 from rankwise.train.trainer import RankwiseTrainer
 

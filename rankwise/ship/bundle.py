@@ -22,10 +22,10 @@ from typing import Any
 from rankwise.data import Example, Renderer
 from rankwise.data.device import MARKER, DeviceTarget
 from rankwise.data.example import IMAGE_SLOT
-from rankwise.data.label_task import LabelTask
+from rankwise.data.labelling.label_task import LabelTask
 from rankwise.errors import DataError, VerificationError
 from rankwise.score.likelihood import answer_ids
-from rankwise.ship.gguf import GGUFFile
+from rankwise.ship.gguf.reading import GGUFFile
 from rankwise.store.files import read_object, sha256, write_json, write_text
 
 FILE, FORMAT = "bundle.json", "rankwise-bundle/1"

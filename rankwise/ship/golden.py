@@ -25,10 +25,10 @@ from rankwise.data import Example, Renderer
 from rankwise.data.device import DeviceTarget, encoded
 from rankwise.data.example import Turn
 from rankwise.errors import DataError
-from rankwise.ship.cases import Case
-from rankwise.ship.divergence import top_of
-from rankwise.ship.floor import Thresholds
-from rankwise.ship.reference import Expected, Pixels, Reference
+from rankwise.ship.parity.cases import Case
+from rankwise.ship.parity.divergence import top_of
+from rankwise.ship.parity.floor import Thresholds
+from rankwise.ship.parity.reference import Expected, Pixels, Reference
 from rankwise.store.files import read_object, write_text
 
 FOLDER, FILE, FORMAT = "golden", "golden.json", "rankwise-golden/1"

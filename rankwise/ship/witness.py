@@ -15,8 +15,8 @@ from typing import Any
 
 from rankwise.data import Example, Renderer
 from rankwise.score.generate import Generated, LabelScores
-from rankwise.ship.gguf_generator import GGUFGenerator
-from rankwise.ship.runtime import Completion, Runtime, RuntimeInfo
+from rankwise.ship.llama.gguf_generator import GGUFGenerator
+from rankwise.ship.llama.runtime import Completion, Runtime, RuntimeInfo
 from rankwise.store.ledger import drop_cut_line
 
 

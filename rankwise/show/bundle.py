@@ -7,7 +7,7 @@ from typing import Any
 
 from rankwise.data.device import DeviceTarget
 from rankwise.ship.abstain import Abstention
-from rankwise.ship.parity import Ladder
+from rankwise.ship.parity.ladder import Ladder
 
 
 def ladder_lines(ladder: Ladder) -> list[str]:

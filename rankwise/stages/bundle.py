@@ -17,8 +17,8 @@ from typing import Any
 
 from rankwise.config import BundleConfig
 from rankwise.data.device import DeviceTarget, read_target
-from rankwise.data.label_task import FILE as TASK_FILE
-from rankwise.data.label_task import LabelTask, read_task
+from rankwise.data.labelling.label_task import FILE as TASK_FILE
+from rankwise.data.labelling.label_task import LabelTask, read_task
 from rankwise.errors import UsageError, VerificationError
 from rankwise.ship.abstain import Abstention, abstention
 from rankwise.ship.bundle import (
@@ -30,13 +30,13 @@ from rankwise.ship.bundle import (
     write_manifest,
     write_parts,
 )
-from rankwise.ship.export import Exported
-from rankwise.ship.gguf import GGUFFile
+from rankwise.ship.gguf.export import Exported
+from rankwise.ship.gguf.reading import GGUFFile
 from rankwise.ship.golden import FOLDER as GOLDEN
 from rankwise.ship.golden import Golden, read_golden, write_golden
-from rankwise.ship.parity import Ladder, climb
-from rankwise.ship.runtime import LlamaServer, RemoteServer
-from rankwise.ship.server_api import ServerRuntime
+from rankwise.ship.llama.runtime import LlamaServer, RemoteServer
+from rankwise.ship.llama.server_api import ServerRuntime
+from rankwise.ship.parity.ladder import Ladder, climb
 from rankwise.show.bundle import ladder_lines, readme
 from rankwise.stages.bundling import Source, source_of
 from rankwise.stages.validating import ROOM, Trained, context

@@ -13,7 +13,7 @@ from typing import Any
 
 from rankwise.config import BundleConfig, ScoredData, ValidateConfig
 from rankwise.errors import DataError, UsageError, VerificationError
-from rankwise.ship.export import Exported, read_export
+from rankwise.ship.gguf.export import Exported, read_export
 from rankwise.ship.validation import FILE, FORMAT
 from rankwise.stages.commands import configured
 from rankwise.stages.shipped import LAST, Shipment, Shipped

@@ -15,7 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from rankwise.config import CardConfig
 from rankwise.errors import UsageError, VerificationError
 from rankwise.ship.card import CardFacts, license_of, model_card, save_card
-from rankwise.ship.export import FILE as EXPORT
+from rankwise.ship.gguf.export import FILE as EXPORT
 from rankwise.ship.hub import CARD, Upload, check_repository, upload
 from rankwise.show.format import memory, plural
 from rankwise.stages import card_facts as facts

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.ship.card import Metric, table
-from rankwise.ship.export import FILE as EXPORT
+from rankwise.ship.gguf.export import FILE as EXPORT
 from rankwise.ship.validation import FILE as VALIDATION
 from rankwise.show.contents import Scored
 from rankwise.show.format import amount, duration, memory, metric_name, number, percent, score

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import DataError
-from rankwise.ship.export import FILE as EXPORT
+from rankwise.ship.gguf.export import FILE as EXPORT
 from rankwise.show.contents import Contents, Scored
 from rankwise.show.reading import named, read_run, walk
 from rankwise.store.adapter import CONFIG_NAME, is_adapter

@@ -19,7 +19,7 @@ from rankwise.data.restaurants import guide, write_task
 from rankwise.errors import UsageError, need
 from rankwise.nets.tiny import random_llama, save_tokenizer
 from rankwise.score.result import EvaluationResult
-from rankwise.ship.converter import find_converter
+from rankwise.ship.gguf.converter import find_converter
 from rankwise.show.format import amount, duration
 from rankwise.stages import demo_vision
 from rankwise.stages import run as recipes

@@ -14,11 +14,11 @@ from typing import Any
 from rankwise.config import ExportConfig
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.errors import DataError, UsageError
-from rankwise.ship.adapter_gguf import largest_rank, read_plain, write_adapter_gguf
-from rankwise.ship.converter import OUTTYPES, Converter, converter_folder, find_converter
-from rankwise.ship.export import FILE, FORMAT, Exported, read_export, write_export
-from rankwise.ship.export_plan import ExportPlan, plan_export, require_model, require_space
-from rankwise.ship.install_converter import install_converter
+from rankwise.ship.gguf.adapter_gguf import largest_rank, read_plain, write_adapter_gguf
+from rankwise.ship.gguf.converter import OUTTYPES, Converter, converter_folder, find_converter
+from rankwise.ship.gguf.export import FILE, FORMAT, Exported, read_export, write_export
+from rankwise.ship.gguf.export_plan import ExportPlan, plan_export, require_model, require_space
+from rankwise.ship.gguf.install_converter import install_converter
 from rankwise.show.format import plural
 from rankwise.store.checkpoint import resolve
 from rankwise.store.files import atomic_folder, fingerprint, sha256, write_json

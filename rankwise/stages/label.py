@@ -17,11 +17,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rankwise.config import LabelConfig
-from rankwise.data.coco import ImageSet, download_coco, find_images
 from rankwise.data.device import DeviceTarget
-from rankwise.data.existing_labels import label_rows, read_existing, task_for
-from rankwise.data.label_task import LabelTask, load_task
-from rankwise.data.labelled import ALL, LabelledRow, Written, write_dataset
+from rankwise.data.labelling.coco import ImageSet, download_coco, find_images
+from rankwise.data.labelling.existing_labels import label_rows, read_existing, task_for
+from rankwise.data.labelling.label_task import LabelTask, load_task
+from rankwise.data.labelling.labelled import ALL, LabelledRow, Written, write_dataset
 from rankwise.data.teacher.client import KEY_VARIABLE
 from rankwise.data.teacher.ledger import NAME as LEDGER
 from rankwise.errors import DataError, UsageError, need

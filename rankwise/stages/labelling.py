@@ -13,11 +13,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from rankwise.config import LabelConfig, TeacherSection
-from rankwise.data.coco import ImageSet, Photo, select
 from rankwise.data.device import DeviceTarget
 from rankwise.data.images import BadImage, ImageReader
-from rankwise.data.label_task import LabelTask
-from rankwise.data.labelled import LabelledRow, pixel_hash, store_image
+from rankwise.data.labelling.coco import ImageSet, Photo, select
+from rankwise.data.labelling.label_task import LabelTask
+from rankwise.data.labelling.labelled import LabelledRow, pixel_hash, store_image
 from rankwise.data.teacher.answers import Verdict
 from rankwise.data.teacher.asking import Asker, Picture, Question, collect
 from rankwise.data.teacher.client import Teacher, TeacherSettings

@@ -11,9 +11,9 @@ from typing import Any
 
 from rankwise.config import MergeConfig
 from rankwise.errors import DataError, UsageError
-from rankwise.ship.merge import MergePlan, Written, plan_merge, require_space, write_merged
-from rankwise.ship.shards import shard_bytes
-from rankwise.ship.verify import (
+from rankwise.ship.merging.merge import MergePlan, Written, plan_merge, require_space, write_merged
+from rankwise.ship.merging.shards import shard_bytes
+from rankwise.ship.merging.verify import (
     Agreement,
     Reference,
     compare,

@@ -13,7 +13,7 @@ from rankwise.config import MergeConfig, ModelSection
 from rankwise.data import check_samples
 from rankwise.errors import UsageError
 from rankwise.nets.load import load_config
-from rankwise.ship.samples import Batch, prompt_batch
+from rankwise.ship.merging.samples import Batch, prompt_batch
 from rankwise.show.format import plural
 from rankwise.stages.rendering import renderer_for
 from rankwise.stages.training import CONVERSATION_SUFFIXES, read_examples

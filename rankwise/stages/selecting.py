@@ -14,7 +14,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from rankwise.config import DataSection, SelectionSection
-from rankwise.data.label_task import read_task
+from rankwise.data.labelling.label_task import read_task
 from rankwise.data.rendered import RenderedDataset
 from rankwise.errors import UsageError
 from rankwise.score.classify import label_set

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rankwise.config import ValidateConfig
 from rankwise.errors import UsageError
-from rankwise.ship.export import Exported, read_export
-from rankwise.ship.gguf import GGUFFile
-from rankwise.ship.runtime import LlamaServer, RemoteServer
-from rankwise.ship.server_api import ServerRuntime
+from rankwise.ship.gguf.export import Exported, read_export
+from rankwise.ship.gguf.reading import GGUFFile
+from rankwise.ship.llama.runtime import LlamaServer, RemoteServer
+from rankwise.ship.llama.server_api import ServerRuntime
 
 FORMS = {0: "f32", 1: "f16", 7: "q8_0", 32: "bf16"}  # llama.cpp's general.file_type
 LAST = ("f32", "bf16", "f16", "q8_0")  # the form to ship is the smallest of these

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rankwise.config import ValidateConfig
 from rankwise.errors import UsageError
-from rankwise.ship.gguf_generator import GGUFGenerator
-from rankwise.ship.runtime import Runtime
+from rankwise.ship.llama.gguf_generator import GGUFGenerator
+from rankwise.ship.llama.runtime import Runtime
 from rankwise.ship.sweep import FILE as SWEPT
 from rankwise.ship.sweep import Item, Sweep, prepared, sweep
 from rankwise.ship.witness import Witness

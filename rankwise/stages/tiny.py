@@ -26,7 +26,7 @@ from rankwise.data.device import DeviceReader, DeviceTarget, encoded, resize_for
 from rankwise.data.device_processor import device_processor
 from rankwise.data.element_scenes import LOOKS, SHADES, SIZES, paint, photos
 from rankwise.data.example import IMAGE_SLOT, Turn
-from rankwise.data.label_task import load_task
+from rankwise.data.labelling.label_task import load_task
 from rankwise.nets.tiny_vision import SIDE, Eye, processor_of, random_smolvlm, save_tokenizer
 from rankwise.show.format import amount, duration
 from rankwise.stages.demo_vision import eye_batch, spoken

@@ -17,8 +17,8 @@ from rankwise.errors import UsageError, VerificationError
 from rankwise.score.tasks import TASKS
 from rankwise.score.tasks import task as task_named
 from rankwise.ship.gain import change, gain_kept
+from rankwise.ship.parity.verdict import verdict
 from rankwise.ship.validation import FILE, FORMAT, items, scores
-from rankwise.ship.verdict import verdict
 from rankwise.show.validation import draw, summary
 from rankwise.stages.shipped import Shipment, shipment
 from rankwise.stages.sweeping import SWEPT, sweep_forms

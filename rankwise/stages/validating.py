@@ -23,13 +23,13 @@ from rankwise.score.generate import GenerationSettings, HFGenerator
 from rankwise.score.predictions import Prediction, predict
 from rankwise.score.result import EvaluationResult
 from rankwise.score.tasks import Task, evaluate, task
-from rankwise.ship.cases import Case, blind, case_of, pick
-from rankwise.ship.embedder import Embedder
-from rankwise.ship.floor import Floor, measure_floor
-from rankwise.ship.gguf_generator import GGUFGenerator
-from rankwise.ship.parity import Ladder, climb
-from rankwise.ship.reference import HFReference
-from rankwise.ship.server_api import ServerRuntime
+from rankwise.ship.llama.gguf_generator import GGUFGenerator
+from rankwise.ship.llama.server_api import ServerRuntime
+from rankwise.ship.parity.cases import Case, blind, case_of, pick
+from rankwise.ship.parity.embedder import Embedder
+from rankwise.ship.parity.floor import Floor, measure_floor
+from rankwise.ship.parity.ladder import Ladder, climb
+from rankwise.ship.parity.reference import HFReference
 from rankwise.ship.validation import latency, rights, scores
 from rankwise.ship.witness import Answered, Witness
 from rankwise.stages.engines import fitting, pick_device

@@ -1,0 +1,1 @@
+"""Labelled data sets: what is asked, which pictures, and the folder that is written."""

@@ -1,0 +1,207 @@
+"""Where each tensor of a float32 GGUF comes from in the checkpoint, and what the converter did to it on the way.
+
+    blk.0.attn_q.weight ◀── model.layers.0.self_attn.q_proj.weight   (rope order: llama.cpp rotates pairs, HF halves)
+    token_embd.weight   ◀── model.embed_tokens.weight                (same)
+
+float32 holds every half-precision number, so "same" is bit for bit. What no rule explains is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from rankwise.errors import VerificationError
+from rankwise.ship.gguf.names import SUFFIXES, forms, gguf_names, name_table
+from rankwise.ship.gguf.reading import GGUFFile
+from rankwise.store.checkpoint import Checkpoint
+
+SAME, ROPE, ROWS, TRANSPOSED, PLUS_ONE, PART = (
+    "same",
+    "rope order",
+    "rows reordered",
+    "transposed",
+    "plus one",
+    "part of it",
+)
+ROTATED = frozenset(["attn_q", "attn_k"])
+BUFFERS = ("rotary_emb.inv_freq", "position_ids", "attn.masked_bias", "attn.bias", "attention.bias")
+SHOWN = 4
+ODD = 0x9E3779B97F4A7C15 - 2**64  # 2⁶⁴ / the golden ratio, as a signed number: spreads neighbouring values
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A tensor of the GGUF: the checkpoint's key, and how the two relate. heads: of the rope order."""
+
+    key: str
+    how: str
+    heads: int | None = None
+
+    def apply(self, tensor: Tensor) -> Tensor | None:
+        """Another tensor of the checkpoint's form, as the converter would write it; None where that is not known."""
+        if self.how == SAME:
+            return tensor
+        return rope_order(tensor, self.heads) if self.heads else None
+
+
+@dataclass(frozen=True)
+class Origins:
+    """found: by GGUF name. made: tensors of the converter's own (rope factors). left_out: keys that are not in it."""
+
+    found: dict[str, Origin]
+    made: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    def counts(self) -> dict[str, int]:
+        hows = [origin.how for origin in self.found.values()]
+        return {how: hows.count(how) for how in (SAME, ROPE, ROWS, TRANSPOSED, PLUS_ONE, PART) if how in hows}
+
+
+def origins(file: GGUFFile, checkpoint: Checkpoint) -> Origins:
+    """Find every tensor's origin: by name first, else by content.
+
+    VerificationError, naming both, where a tensor is not its namesake's, or a matrix comes from nowhere.
+    """
+    named = gguf_names(checkpoint, file)
+    found: dict[str, Origin] = {}
+    made, wrong = [], []
+    for name in file.tensors:
+        stored = file.tensor(name)
+        keys = [named[name]] if name in named else candidates(checkpoint, tuple(stored.shape), set(named.values()))
+        origin = next(related(stored, keys, checkpoint, head_counts(file)), None)
+        if origin and origin.how == SAME and not_rotated(file, name, stored):
+            origin = None
+        if origin:
+            found[name] = origin
+        elif name not in named and stored.dim() < 2:
+            made.append(name)
+        else:
+            wrong.append(f"{name} is not {named[name]}" if name in named else f"{name} is in no tensor of it")
+    if wrong:
+        raise VerificationError(f"{file.path.name} is not {checkpoint.path}: {shown(wrong)}")
+    used = {origin.key for origin in found.values()}
+    return Origins(found, tuple(made), tuple(key for key in checkpoint if key not in used))
+
+
+def not_rotated(file: GGUFFile, name: str, stored: Tensor) -> bool:
+    """Whether a query or key weight is still in transformers' order, where llama.cpp's `llama` rotates pairs."""
+    if file.architecture != "llama" or not ROTATED & set(name.split(".")):
+        return False
+    counts = [count for count in head_counts(file) if stored.shape[0] % (2 * count) == 0]
+    return any(not torch.equal(stored, rope_order(stored, count)) for count in counts)
+
+
+def candidates(checkpoint: Checkpoint, shape: tuple[int, ...], taken: set[str]) -> list[str]:
+    """Keys that are large enough to hold the tensor: those that no name claims first, and those of its size first.
+
+    A claimed key can hold a second tensor: Qwen2.5-VL's patch kernel for two frames becomes two kernels.
+    """
+    size = prod(shape)
+    sizes = {key: prod(checkpoint.shape(key)) for key in checkpoint}
+    fitting = [key for key, elements in sizes.items() if elements >= size]
+    return sorted(fitting, key=lambda key: (key in taken, sizes[key] != size))
+
+
+def related(stored: Tensor, keys: Sequence[str], checkpoint: Checkpoint, heads: Sequence[int]) -> Iterator[Origin]:
+    for key in keys:
+        source = checkpoint.tensor(key).float()
+        if (how := relation(stored, source, heads)) is not None:
+            yield Origin(key, *how)
+
+
+def relation(stored: Tensor, source: Tensor, heads: Sequence[int] = ()) -> tuple[str, int | None] | None:
+    """How a GGUF's tensor follows from a checkpoint's, the plainest answer first; None where it does not."""
+    if stored.numel() != source.numel():
+        return (PART, None) if holds(source, stored) else None
+    flat = source.reshape(stored.shape)
+    if torch.equal(stored, flat):
+        return SAME, None
+    for count in heads:
+        if count and stored.shape[0] % (2 * count) == 0 and torch.equal(stored, rope_order(flat, count)):
+            return ROPE, count
+    if source.dim() == 2 and stored.shape == source.T.shape and torch.equal(stored, source.T):
+        return TRANSPOSED, None
+    if stored.dim() == 1 and torch.equal(stored, flat + 1):
+        return PLUS_ONE, None
+    if stored.dim() > 1 and torch.equal(row_keys(stored).sort().values, row_keys(flat).sort().values):
+        return ROWS, None
+    return None
+
+
+def rope_order(weight: Tensor, heads: int) -> Tensor:
+    """Rows of each head, (first half, second half) → pairs: llama.cpp rotates neighbours, transformers halves."""
+    head = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return head.swapaxes(1, 2).reshape(weight.shape)
+
+
+def holds(whole: Tensor, part: Tensor) -> bool:
+    """Whether `part` was cut out of `whole`: split, fused and sliced weights.
+
+    All rows of its last dimension are rows of the whole; a vector is a run of its entries.
+    """
+    if part.numel() >= whole.numel() or (part.dim() != 1 and whole.shape[-1] != part.shape[-1]):
+        return False
+    if part.dim() == 1:
+        return whole.dim() == 1 and bool((whole.unfold(0, len(part), 1) == part).all(1).any())
+    return bool(torch.isin(row_keys(part), row_keys(whole)).all())
+
+
+def row_keys(tensor: Tensor) -> Tensor:
+    """(rows,) a 64-bit number of each row of the last dimension, from its bits."""
+    bits = tensor.contiguous().reshape(-1, tensor.shape[-1]).view(torch.int32).long()
+    factors = (torch.arange(1, bits.shape[1] + 1) * ODD) | 1
+    return (bits * factors).sum(1)
+
+
+def head_counts(file: GGUFFile) -> tuple[int, ...]:
+    counts = (file.of_architecture("attention.head_count"), file.of_architecture("attention.head_count_kv"))
+    return tuple(dict.fromkeys(count for count in counts if isinstance(count, int)))
+
+
+def require_complete(checkpoint: Checkpoint, each: Sequence[Origins], text: GGUFFile | None = None) -> list[str]:
+    """Keys that no file holds, with the reason; VerificationError for one that has none.
+
+    text: the text model's file, where the vision tower was left out on purpose: only what the table of names has for
+    the text model must be there.
+    """
+    known = None if text is None else text_keys(checkpoint, text)
+    used = {origin.key for one in each for origin in one.found.values()}
+    missing = [key for key in checkpoint if key not in used]
+    lacking, reasons = [], []
+    for key in missing:
+        twin = next((other for other in used if same_tensor(checkpoint, key, other)), None)
+        if key.endswith(BUFFERS):
+            reasons.append(f"{key}: computed, not learnt")
+        elif twin:
+            reasons.append(f"{key}: the same as {twin}")
+        elif not checkpoint.tensor(key).any():
+            reasons.append(f"{key}: all zeros")
+        elif known is not None and key not in known:
+            reasons.append(f"{key}: without --mmproj")
+        else:
+            lacking.append(key)
+    if lacking:
+        raise VerificationError(
+            f"{checkpoint.path}: {len(lacking)} of its tensors are in no GGUF file: {shown(lacking)}"
+        )
+    return reasons
+
+
+def text_keys(checkpoint: Checkpoint, text: GGUFFile) -> set[str]:
+    table = name_table(text)
+    return {key for key in checkpoint if table and any(table.get_name(form, SUFFIXES) for form in forms(key))}
+
+
+def same_tensor(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    if checkpoint.shape(one) != checkpoint.shape(other):
+        return False
+    return torch.equal(checkpoint.tensor(one), checkpoint.tensor(other))
+
+
+def shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -1,0 +1,173 @@
+"""Whether llama.cpp will read a text as the tokens that the model was trained on: the tokenizer and its GGUF copy.
+
+    tokenizer.json ──(transformers)──▶ ids ◀── must agree ──▶ ids ◀──(llama.cpp)── GGUF ◀──(converter)── tokenizer.model
+
+Two traps: a `tokenizer.model` that differs from the `tokenizer.json` beside it, and a start token that llama.cpp adds
+by default before a prompt whose template has one already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from rankwise.errors import VerificationError
+from rankwise.nets.load import load_processor, load_tokenizer
+from rankwise.ship.gguf.reading import GGUFFile
+
+MODEL = "tokenizer.model"
+SPECIAL_TYPES = (2, 3, 4)  # llama.cpp reads a token in a text as one only if it is unknown, control or user-defined
+PIECES = 24  # of the vocabulary, in one probing text
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "name[The Vaults], priceRange[more than £30], near[Café Adriatic]",
+    "two  spaces,\n\na\tline and 1234567890 digits",
+    "Größe, naïve, señor, 東京, 안녕, Привет, 🙂",
+    "def f(x):\n    return {'a': x ** 2}  # code",
+)
+
+LEADING = "  and so on"  # SentencePiece puts a space before every text, transformers 5 not before one that has it
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How transformers' tokenizer behaves, as far as a GGUF states it.
+
+    tokens: by id, None where an id is unused. added: ids that a text holds as one token, whatever is around them.
+    add_bos, add_eos: whether encoding a text adds them.
+    """
+
+    tokens: tuple[str | None, ...]
+    added: Mapping[int, str]
+    special: frozenset[int]
+    bos: int | None
+    eos: int | None
+    pad: int | None
+    add_bos: bool
+    add_eos: bool
+    template: str | None
+
+    @classmethod
+    def of(cls, folder: Path, sees: bool = False) -> Vocabulary:
+        """The tokenizer of a model folder; sees: the processor's, whose chat template it then has."""
+        tokenizer = load_processor(str(folder)).tokenizer if sees else load_tokenizer(str(folder))
+        ids = tokenizer("a")["input_ids"]
+        template = tokenizer.chat_template
+        return cls(
+            tokens=tuple(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))),
+            added={index: token.content for index, token in tokenizer.added_tokens_decoder.items()},
+            special=frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special),
+            bos=tokenizer.bos_token_id,
+            eos=tokenizer.eos_token_id,
+            pad=tokenizer.pad_token_id,
+            add_bos=bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id,
+            add_eos=bool(ids) and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id,
+            template=template.get("default") if isinstance(template, dict) else template,
+        )
+
+
+# --- the two forms of one tokenizer ------------------------------------------------------------------------------
+
+
+def check_forms(folder: Path) -> list[str]:
+    """VerificationError, with a text, where tokenizer.model and the tokenizer of transformers disagree.
+
+    Returns a note where they do so only for texts that begin with a space: a prompt that a template makes has none.
+    """
+    if not (folder / MODEL).is_file():
+        return []
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
+    tokenizer = load_tokenizer(str(folder))
+    for text in (*PROBES, *vocabulary_texts(pieces)):
+        here, there = tokenizer(text, add_special_tokens=False)["input_ids"], pieces.encode(text)
+        if here != there:
+            raise VerificationError(
+                f"{folder}: tokenizer.json and tokenizer.model disagree on {text!r}: {here} and {there}. transformers "
+                f"trained with the first, the converter reads the second; make {MODEL} anew, or remove it if it is old"
+            )
+    if tokenizer(LEADING, add_special_tokens=False)["input_ids"] != pieces.encode(LEADING):
+        return ["a text that begins with a space has one token more in llama.cpp than in transformers"]
+    return []
+
+
+def vocabulary_texts(pieces: sentencepiece.SentencePieceProcessor) -> Iterator[str]:
+    """Texts that between them hold every ordinary piece of the vocabulary."""
+    kinds = (pieces.is_control, pieces.is_unknown, pieces.is_byte, pieces.is_unused)
+    ordinary = [index for index in range(pieces.get_piece_size()) if not any(kind(index) for kind in kinds)]
+    words = [pieces.id_to_piece(index).replace("▁", " ") for index in ordinary if pieces.get_score(index) != 0]
+    for start in range(0, len(words), PIECES):
+        yield "".join(words[start : start + PIECES]).strip()
+
+
+def plain_in_model(folder: Path, vocabulary: Vocabulary) -> list[int]:
+    """Added tokens that tokenizer.model holds as ordinary pieces: the converter would take them for plain text."""
+    if not (folder / MODEL).is_file():
+        return []
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
+    size, marked = pieces.get_piece_size(), (pieces.is_control, pieces.is_unknown, pieces.is_byte)
+    return [index for index in vocabulary.added if index >= size or not any(kind(index) for kind in marked)]
+
+
+# --- what a GGUF states ------------------------------------------------------------------------------------------
+
+
+def check_metadata(file: GGUFFile, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What was compared. VerificationError, listing all differences, where the GGUF states another tokenizer."""
+    problems = [*token_problems(file, vocabulary), *id_problems(file, vocabulary)]
+    if file.metadata.get("tokenizer.chat_template") != vocabulary.template:
+        problems.append("its chat template is not the tokenizer's")
+    if problems:
+        raise VerificationError(f"{file.path}: not the model's tokenizer: {'; '.join(problems)}")
+    return {
+        "tokens": len(vocabulary.tokens),
+        "added_tokens": len(vocabulary.added),
+        "bos": vocabulary.bos,
+        "eos": vocabulary.eos,
+        "add_bos": vocabulary.add_bos,
+        "chat_template": vocabulary.template is not None,
+    }
+
+
+def token_problems(file: GGUFFile, vocabulary: Vocabulary) -> Iterator[str]:
+    tokens: Sequence[str] = file.metadata.get("tokenizer.ggml.tokens", ())
+    types: Sequence[int] = file.metadata.get("tokenizer.ggml.token_type", ())
+    if len(tokens) < len(vocabulary.tokens):
+        yield f"{len(tokens)} tokens where the tokenizer has {len(vocabulary.tokens)}"
+        return
+    other = [i for i, token in enumerate(vocabulary.tokens) if token is not None and plain(token) != plain(tokens[i])]
+    if other:
+        here, there = vocabulary.tokens[other[0]], tokens[other[0]]
+        yield f"{len(other)} tokens differ, the first is {other[0]}: {there!r} instead of {here!r}"
+    split = [index for index in vocabulary.added if index < len(types) and types[index] not in SPECIAL_TYPES]
+    if split:
+        yield (
+            f"{len(split)} added tokens would be read as plain text, the first is {vocabulary.added[split[0]]!r} "
+            f"({split[0]})"
+        )
+
+
+def plain(token: str) -> str:
+    """Without the sign that SentencePiece writes for a space (the converter takes it out of added tokens)."""
+    return token.replace("▁", " ")
+
+
+def id_problems(file: GGUFFile, vocabulary: Vocabulary) -> Iterable[str]:
+    stated = {name: file.metadata.get(f"tokenizer.ggml.{name}") for name in STATED}
+    if vocabulary.bos is not None and stated["bos_token_id"] != vocabulary.bos:
+        yield f"start token {stated['bos_token_id']} instead of {vocabulary.bos}"
+    if vocabulary.eos is not None and stated["eos_token_id"] != vocabulary.eos:
+        yield f"end token {stated['eos_token_id']} instead of {vocabulary.eos}"
+    if stated["padding_token_id"] not in (None, vocabulary.pad):
+        yield f"padding token {stated['padding_token_id']} instead of {vocabulary.pad}"
+    if stated["add_bos_token"] is not vocabulary.add_bos:
+        told = {None: "leaves open whether to add", True: "adds", False: "does not add"}[stated["add_bos_token"]]
+        yield f"it {told} a start token, and the tokenizer {'does' if vocabulary.add_bos else 'does not'}"
+    if stated["add_eos_token"] not in (None, vocabulary.add_eos):
+        yield f"it says add_eos_token {stated['add_eos_token']}, the tokenizer does otherwise"
+
+
+STATED = ("bos_token_id", "eos_token_id", "padding_token_id", "add_bos_token", "add_eos_token")

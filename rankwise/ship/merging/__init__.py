@@ -1,0 +1,1 @@
+"""Adapter into base: planned, written shard by shard, compared with base + adapter."""

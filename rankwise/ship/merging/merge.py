@@ -1,0 +1,251 @@
+"""Adapter into base: every name and shape checked first, then written tensor by tensor in the base's own layout.
+
+    plan = plan_merge("org/base", Path("saved_models/adapter"))      # nothing is written yet
+    with atomic_folder("merged_model") as folder:
+        write_merged(plan, folder, "5GB")
+
+PEFT's own layers merge (so DoRA is right as well), on a skeleton of the model whose base weights take no memory:
+a layer gets its weight, merges, hands it over, and is empty again. Merged in float32, rounded once on writing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from rankwise.errors import DataError, VerificationError
+from rankwise.nets.depth import ENCODER, attach_depth
+from rankwise.nets.depth_settings import DepthSettings, read_depth, write_depth
+from rankwise.nets.load import meta_model
+from rankwise.nets.sites import tower_of, tower_prefixes, weight_table
+from rankwise.ship.merging.beside import Copied, copy_beside
+from rankwise.ship.merging.rounding import Rounding
+from rankwise.ship.merging.shards import Entry, write_shards
+from rankwise.ship.merging.skeleton import filled_skeleton, merge_layer, mergeable
+from rankwise.store.adapter import CONFIG_NAME
+from rankwise.store.checkpoint import Checkpoint, open_checkpoint, resolve
+from rankwise.store.deltas import Weight
+from rankwise.store.files import read_object, write_json
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a merged tensor comes from: a key of the base, and the module parameters that are its equal row blocks."""
+
+    key: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge that will work: what is written, from what, and what changes it on the way.
+
+    `layers`: PEFT layers by the name of the parameter that they change; `replaced`: parameters that the adapter
+    carries whole (a trained head, biases, modules trained in full). `untied`: parameters that shared another one's
+    storage and no longer do. `sees`: something of a vision tower or projector changes, which only images show. `depth`:
+    how the merged model takes depth, with the trained gate's value.
+    """
+
+    base: Checkpoint
+    adapter: Path
+    entries: tuple[Entry, ...]
+    sources: Mapping[str, Source]
+    layers: Mapping[str, LoraLayer]
+    replaced: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    untied: tuple[str, ...]
+    sees: bool = False
+    depth: DepthSettings | None = None
+
+    @cached_property
+    def touched(self) -> frozenset[str]:
+        return frozenset([*self.layers, *self.replaced])
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """What the changed tensors are written as, the coarsest first."""
+        changed = {entry.dtype for entry in self.entries if self.touched & set(self.sources[entry.key].names)}
+        return sorted(changed, key=lambda dtype: -torch.finfo(dtype).eps)
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.bytes for entry in self.entries)
+
+    def tensor(self, entry: Entry, rounding: Rounding | None = None) -> Tensor:
+        """The merged tensor as it is written; `rounding` counts what that costs. DataError where it has entries that
+        are not finite."""
+        source = self.sources[entry.key]
+        stored = self.base.tensor(source.key)
+        if not self.touched & set(source.names):
+            return stored.to(entry.dtype)
+        written = []
+        for name, block in zip(source.names, stored.chunk(len(source.names)), strict=True):
+            merged = self.merged(name, block)
+            if rounding is not None and name in self.touched:
+                rounding.add(name, block, merged, entry.dtype)
+            written.append(merged.to(entry.dtype))
+            del merged
+        whole = torch.cat(written) if len(written) > 1 else written[0]
+        if not bool(torch.isfinite(whole).all()):
+            raise DataError(f"{entry.key}: merged weights are not finite in {entry.dtype}; try --dtype float32")
+        return whole
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        weight = self.replaced.get(name, weight)
+        layer = self.layers.get(name)
+        return weight if layer is None else merge_layer(layer, weight)
+
+
+def plan_merge(base: str, adapter: Path, dtype: str = "auto") -> MergePlan:
+    """Check that the adapter fits the base, name by name and shape by shape.
+
+    DataError, naming both, where it does not, for adapters that cannot be merged, and for quantized bases;
+    VerificationError where the adapter has no effect, or needs embeddings untied that the architecture ties.
+    """
+    folder = mergeable(adapter)
+    checkpoint, model = open_checkpoint(resolve(base)), meta_model(base)
+    refuse_quantized(base, checkpoint.config or {})
+    where = f"adapter {folder} (made for {read_object(folder / CONFIG_NAME).get('base_model_name_or_path')}) on {base}"
+    table = weight_table(model, checkpoint.keys())
+    depth = read_depth(folder) or read_depth(checkpoint.path)
+    if depth:
+        attach_depth(model, depth)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied, towers = dict(model.all_tied_weights_keys), tower_prefixes(model)
+    layers, replaced = filled_skeleton(model, folder, shapes, where)
+    depth = with_gate_value(depth, model, replaced)
+    touched = {*layers, *replaced}
+    refuse_no_effect(layers, replaced, where)
+    partner = {one: other for pair in tied.items() if touched & set(pair) for one, other in (pair, pair[::-1])}
+    lacking = [name for name in touched if name not in table.weights and name not in partner]
+    if lacking:
+        raise DataError(f"{where}: the files hold {lacking[0]} in another form (fused?): it cannot be merged")
+    config = merged_config(checkpoint.config or {}, dtype, bool(partner))
+    if partner:
+        check_untied(model, config, partner)
+    sources = all_sources(checkpoint, table.weights, partner)
+    entries = tuple(
+        Entry(key, checkpoint.shape(source.key), written_as(checkpoint.dtype(source.key), dtype))
+        for key, source in sources.items()
+    )
+    sees = any(tower_of(name.rpartition(".")[0], towers) in ("vision", "projector") for name in touched)
+    return MergePlan(checkpoint, folder, entries, sources, layers, replaced, config, tuple(partner), sees, depth)
+
+
+def with_gate_value(
+    depth: DepthSettings | None, model: PreTrainedModel, replaced: dict[str, Tensor]
+) -> DepthSettings | None:
+    """The settings with the adapter's own gate, taken out of what it carries whole: checkpoints hold none."""
+    gate = replaced.pop(f"{model.base_model_prefix}.{ENCODER}.gate", None)
+    return depth if depth is None or gate is None else replace(depth, gate_value=float(gate))
+
+
+def refuse_quantized(base: str, config: Mapping[str, Any]) -> None:
+    quantization = config.get("quantization_config")
+    if quantization:
+        kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise DataError(
+            f"{base}: its files are quantized ({kind}), and merging into rounded weights would round the adapter away; "
+            "give the full-precision model it was made from with --base_model"
+        )
+
+
+def refuse_no_effect(layers: Mapping[str, LoraLayer], replaced: Mapping[str, Tensor], where: str) -> None:
+    pairs = [[tensor for name, tensor in layer.named_parameters() if "lora_" in name] for layer in layers.values()]
+    if not replaced and not any(all(bool(tensor.any()) for tensor in pair) for pair in pairs):
+        raise VerificationError(f"{where}: every B·A is zero, so the adapter has no effect; was it saved untrained?")
+
+
+def all_sources(base: Checkpoint, weights: Mapping[str, Weight], partner: Mapping[str, str]) -> dict[str, Source]:
+    """Output key → source: the base's own keys, and a key of their own for parameters that no file holds yet."""
+    names: dict[str, list[str]] = {}
+    for name, _ in sorted(weights.items(), key=lambda item: item[1].part[0]):
+        names.setdefault(weights[name].key, []).append(name)
+    sources = {key: Source(key, tuple(names.get(key, ()))) for key in base}
+    untied = {name: Source(weights[other].key, (name,)) for name, other in partner.items() if name not in weights}
+    return sources | untied
+
+
+def written_as(stored: torch.dtype, asked: str) -> torch.dtype:
+    if asked == "auto" or not stored.is_floating_point:
+        return stored
+    dtype: torch.dtype = getattr(torch, asked)
+    return dtype
+
+
+def merged_config(config: Mapping[str, Any], dtype: str, untie: bool) -> dict[str, Any]:
+    """config.json of the merged model: the base's, with what the merge has changed, in its sub-configs as well."""
+    changed = {
+        name: merged_config(value, dtype, untie) if isinstance(value, dict) and name.endswith("_config") else value
+        for name, value in config.items()
+    }
+    if dtype != "auto":
+        changed.pop("torch_dtype", None)
+        changed["dtype"] = dtype
+    if untie and ("architectures" in config or "tie_word_embeddings" in config):
+        changed["tie_word_embeddings"] = False
+    return changed
+
+
+def check_untied(model: PreTrainedModel, config: Mapping[str, Any], partner: Mapping[str, str]) -> None:
+    """The architecture really has two weights once its config says so."""
+    with torch.device("meta"):
+        fresh = type(model)(type(model.config).from_dict(dict(config)))
+    stuck = [name for name in partner if name in fresh.all_tied_weights_keys]
+    if stuck:
+        raise VerificationError(
+            f"the adapter changes {stuck[0]}, which {type(model).__name__} always ties to {partner[stuck[0]]}: "
+            "such a model cannot hold the merged weights; leave that site out of the adapter"
+        )
+
+
+def require_space(plan: MergePlan, folder: Path) -> None:
+    """DataError where the disk below `folder` has no room for the merged weights."""
+    free = shutil.disk_usage(folder).free
+    if plan.bytes > free:
+        raise DataError(
+            f"{folder}: the merged weights take {plan.bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
+            "free some space, or choose another --output_dir"
+        )
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a merge has written: all files, the weights first; where those that were taken over came from; what rounding
+    cost."""
+
+    files: tuple[Path, ...]
+    copied: Mapping[str, Copied]
+    rounding: Rounding
+
+
+def write_merged(plan: MergePlan, folder: Path, max_shard_size: str) -> Written:
+    """Weights, config and the files beside them."""
+    entries = {entry.key: entry for entry in plan.entries}
+    following = dict(zip(list(entries)[:-1], list(entries)[1:], strict=True))
+    bar = tqdm(total=len(entries), desc="merge", unit="tensor", disable=not sys.stderr.isatty())
+    rounding = Rounding()
+
+    def tensor(key: str) -> Tensor:
+        if key in following:
+            plan.base.prefetch(plan.sources[following[key]].key)
+        bar.update()
+        return plan.tensor(entries[key], rounding)
+
+    files = write_shards(folder, plan.entries, tensor, max_shard_size)
+    bar.close()
+    own = [write_json(folder / "config.json", plan.config)]
+    own += [write_depth(folder, plan.depth)] if plan.depth else []
+    copied = copy_beside(plan.base.path, plan.adapter, folder)
+    return Written((*files, *own, *(folder / name for name in copied)), copied, rounding)

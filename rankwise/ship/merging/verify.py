@@ -1,0 +1,206 @@
+"""The proof of a merge: the merged model's logits against those of base + adapter, by PEFT, in float32.
+
+reference = reference_logits("org/base", adapter)       # base and base + adapter, then freed
+agreement = compare(reference, merged_logits(folder, reference.batches))
+agreement.require(torch.bfloat16)
+
+`layered=True`: the same comparison with one layer in memory at a time (`layered.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import get_max_memory
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rankwise.errors import UsageError, VerificationError
+from rankwise.nets.load import load_model
+from rankwise.ship.merging.layered import INSTEAD, layered_adapted, layered_model, require_all_came
+from rankwise.ship.merging.samples import TOKENS, Batch, for_decoder, image_batch, text_batch
+from rankwise.ship.merging.skeleton import quiet_ties
+from rankwise.store.checkpoint import Checkpoint
+
+NO_EFFECT = 1e-6  # relative: what float32 sums in another order differ by
+# Relative error of the logits (rms) that rounding the merged weights may cause; a few times what was measured.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Logits of the base and of base + adapter on the same inputs, float32."""
+
+    batches: Sequence[Batch]
+    base: Tensor
+    adapted: Tensor
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the merged model differs from base + adapter, and how much the adapter does at all.
+
+    `error` and `effect`: rms difference of the logits to base + adapter and of base + adapter to the base, both
+    relative to the rms of base + adapter's. `same_top1`: share of positions with the same most likely token;
+    `kl`: mean Kullback–Leibler divergence in nats of merged from adapted.
+    """
+
+    error: float
+    effect: float
+    max_difference: float
+    same_top1: float
+    kl: float
+
+    @property
+    def effect_lost(self) -> float:
+        """Share of the adapter's effect that the difference amounts to."""
+        return self.error / self.effect
+
+    def require(self, dtype: torch.dtype) -> None:
+        """VerificationError where the merged model is not base + adapter up to rounding to `dtype`."""
+        require_effect(self.effect)
+        tolerance = TOLERANCE[dtype]
+        if not self.error <= tolerance:
+            raise VerificationError(
+                f"the merged model's logits differ from base + adapter's by {self.error:.2g} (relative rms), "
+                f"more than the {tolerance:g} that {dtype} explains; nothing was written"
+            )
+        if self.error >= self.effect:
+            raise VerificationError(
+                f"rounding to {dtype} changes the logits by {self.error:.2g}, the adapter by {self.effect:.2g}: the "
+                "adapter would be lost; write more digits with --dtype float32 (or float16)"
+            )
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self) | {"effect_lost": self.effect_lost}
+
+
+def require_effect(effect: float) -> None:
+    if not effect > NO_EFFECT:
+        raise VerificationError(
+            f"the adapter changes the logits by {effect:.1g} (relative rms), which is nothing: is it the right one, "
+            "and was it trained?"
+        )
+
+
+def free_memory() -> int:
+    """Bytes that a comparison may take where nobody says how many."""
+    return int(get_max_memory()["cpu"])
+
+
+def needs_layers(base: Checkpoint, allowed: int) -> bool:
+    """Whether the model in float32 is larger than the memory allowed, so that it must be compared layer by layer.
+
+    UsageError where not even its largest matrix fits, as stored and in float32.
+    """
+    sizes = [torch.Size(base.shape(key)).numel() for key in base]
+    if whole_bytes(base) <= allowed:
+        return False
+    if 8 * max(sizes) > allowed:
+        raise UsageError(
+            f"{base.path}: its largest matrix needs {8 * max(sizes) / 2**30:.1f} GiB to be compared, and "
+            f"{allowed / 2**30:.1f} GiB may be used; raise --max_memory, or {INSTEAD}"
+        )
+    return True
+
+
+def whole_bytes(base: Checkpoint) -> int:
+    """Bytes of the model in float32."""
+    return 4 * sum(torch.Size(base.shape(key)).numel() for key in base)
+
+
+def reference_logits(
+    base: str, adapter: Path, *, pictures: bool = False, prompts: Batch | None = None, layered: bool = False
+) -> Reference:
+    """Run the base, put the adapter on it, run it again. VerificationError where that changes nothing.
+
+    pictures: look at images as well; an adapter of the vision tower or the projector shows only there. prompts: what
+    to run them on, instead of random tokens. layered: one layer in memory at a time.
+    """
+    model = loaded(base, layered)
+    batches = [for_decoder(model, prompts) if prompts else text_batch(model)]
+    if pictures and "pixel_values" not in batches[0]:
+        batches.append(image_batch(model, base))
+    before = logits(model, batches)
+    if layered:
+        require_all_came(before, model)
+        adapted = layered_adapted(base, adapter)
+    else:
+        with quiet_ties():
+            adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
+    reference = Reference(batches, before, logits(adapted, batches))
+    require_effect(relative(reference.adapted - before, reference.adapted))
+    return reference
+
+
+def merged_logits(folder: Path, batches: Sequence[Batch], *, layered: bool = False) -> Tensor:
+    return logits(loaded(str(folder), layered), batches)
+
+
+def loaded(name: str, layered: bool) -> PreTrainedModel:
+    return layered_model(name) if layered else load_model(name, torch.float32)
+
+
+@torch.inference_mode()
+def logits(model: Any, batches: Sequence[Batch]) -> Tensor:
+    """(positions, vocabulary): the model's first output (logits, or hidden states where it has no head) at the last
+    tokens of every row."""
+    return torch.cat([at_the_ends(model, batch) for batch in batches])
+
+
+def at_the_ends(model: Any, batch: Batch) -> Tensor:
+    places = last_tokens(batch["attention_mask"])
+    with head_sees(model, places):
+        output = model(**batch)
+    found = output.logits if "logits" in output else output[0]
+    everywhere = found.dim() > 2 and found.shape[:2] == places.shape
+    chosen: Tensor = found[places] if everywhere else found.flatten(0, -2)
+    return chosen.float()
+
+
+def last_tokens(mask: Tensor) -> Tensor:
+    """(rows, length), true at the last 32 tokens of every row, padding apart."""
+    from_the_end = mask.flip(1).cumsum(1).flip(1)
+    return mask.bool() & (from_the_end <= TOKENS)
+
+
+@contextmanager
+def head_sees(model: Any, places: Tensor) -> Iterator[None]:
+    """Logits at these places only: at all of a few long prompts they would take gigabytes."""
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = plain.get_output_embeddings()
+    if head is None:
+        yield
+        return
+
+    def narrowed(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = inputs[0]
+        return (hidden[places][None], *inputs[1:]) if hidden.shape[:2] == places.shape else inputs
+
+    hook = head.register_forward_pre_hook(narrowed)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def compare(reference: Reference, merged: Tensor) -> Agreement:
+    adapted = reference.adapted
+    log_adapted, log_merged = adapted.log_softmax(-1), merged.log_softmax(-1)
+    return Agreement(
+        error=relative(merged - adapted, adapted),
+        effect=relative(adapted - reference.base, adapted),
+        max_difference=float((merged - adapted).abs().max()),
+        same_top1=float((merged.argmax(-1) == adapted.argmax(-1)).float().mean()),
+        kl=max(0.0, float((log_adapted.exp() * (log_adapted - log_merged)).sum(-1).mean())),
+    )
+
+
+def relative(difference: Tensor, to: Tensor) -> float:
+    return float(difference.norm() / to.norm())

@@ -1,0 +1,108 @@
+"""The parity ladder: is what runs in llama.cpp what was trained? From the picture to the answer, rung by rung.
+
+    pixels ─▶ image tokens ─▶ token ids ─▶ embeddings ─▶ logprobs ─▶ text
+
+    reference = HFReference(load_model(merged, torch.float32), renderer)
+    cases = [case_of(example, renderer) for example in examples]
+    floor = measure_floor(reference, cases)
+    with LlamaServer(gguf, mmproj) as runtime:
+        ladder = climb(reference, runtime, cases, floor.thresholds("f16"))
+    ladder.first_broken                      # None, or the Rung that names what is wrong
+
+Every rung is tried, though one below it is broken; the first broken one is the cause to look for. To try a fault,
+change a case (`replace(case, images=…)`), give another GGUF, or another reference; nothing else is needed. Cases
+without their pictures (`cases.blind`) tell a fault of the language weights from one of the vision side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from rankwise.ship.llama.runtime import Runtime
+from rankwise.ship.parity import answer_rungs, pixel_rung, prompt_rungs
+from rankwise.ship.parity.cases import Case
+from rankwise.ship.parity.embedder import Rows
+from rankwise.ship.parity.floor import TOP, Thresholds
+from rankwise.ship.parity.observed import Observed
+from rankwise.ship.parity.reference import Reference
+from rankwise.ship.parity.rung import BROKEN, Rung
+
+RUNGS: Mapping[str, Callable[[Sequence[Observed], Runtime, Thresholds], Rung]] = {
+    "pixels": pixel_rung.pixels,
+    "image tokens": prompt_rungs.image_tokens,
+    "token ids": prompt_rungs.token_ids,
+    "embeddings": answer_rungs.embeddings,
+    "logprobs": answer_rungs.logprobs,
+    "text": answer_rungs.text,
+}
+NAMES = tuple(RUNGS)
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """All rungs in order."""
+
+    rungs: tuple[Rung, ...]
+
+    @property
+    def first_broken(self) -> Rung | None:
+        return next((rung for rung in self.rungs if rung.status == BROKEN), None)
+
+    @property
+    def holds(self) -> bool:
+        return self.first_broken is None
+
+    def __getitem__(self, name: str) -> Rung:
+        return self.rungs[NAMES.index(name)]
+
+    def as_dict(self) -> dict[str, Any]:
+        broken = self.first_broken
+        return {"first_broken": broken.name if broken else None, "rungs": [rung.as_dict() for rung in self.rungs]}
+
+
+class Embedding(Protocol):
+    """Whatever embeds pictures; `embedder.Embedder` is one."""
+
+    def of(self, images: Sequence[bytes]) -> list[Rows]: ...
+
+
+def climb(
+    reference: Reference,
+    runtime: Runtime,
+    cases: Sequence[Case],
+    thresholds: Thresholds,
+    top: int = TOP,
+    embedder: Embedding | None = None,
+) -> Ladder:
+    """Put every case to both sides and compare them on all rungs.
+
+    Args:
+        reference: what is right; an `HFReference`, or stored values.
+        runtime: the llama.cpp to test.
+        cases: at least one; a rung that has nothing to compare (no pictures) is "not measured".
+        thresholds: of `Floor.thresholds`.
+        top: tokens compared at each place; the KL lumps all others.
+        embedder: what gives the same file's embeddings of pictures; without one that rung is "not measured". The
+            reference must keep its own (`HFReference(…, embeds=True)`) before the floor is measured.
+
+    A case that the runtime refuses breaks the rung where that shows; it raises nothing. A server that is gone raises
+    ServiceError, a GGUF that llama.cpp breaks down on VerificationError.
+    """
+    assert cases
+    seen = [Observed.of(reference.expected(case), runtime, case, top) for case in cases]
+    if embedder:
+        seen = with_embeddings(seen, embedder)
+    return Ladder(tuple(rung(seen, runtime, thresholds) for rung in RUNGS.values()))
+
+
+def with_embeddings(seen: Sequence[Observed], embedder: Embedding) -> list[Observed]:
+    """All pictures of all cases embedded in one go."""
+    rows = iter(embedder.of([image for one in seen for image in one.case.images]))
+    return [
+        replace(one, embeddings=np.concatenate([next(rows) for _ in one.case.images])) if one.case.images else one
+        for one in seen
+    ]
