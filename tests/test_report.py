@@ -21,7 +21,9 @@ from rankwise.core.site import Site, describe
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, UsageError
 from rankwise.score.result import EvaluationResult
+from rankwise.show.curves import leading_metrics
 from rankwise.show.plots import plot_decay
+from rankwise.show.reading import read_scores
 from rankwise.show.report import build_report
 from rankwise.stages import report as stage
 
@@ -345,3 +347,15 @@ def test_a_classification_shows_what_was_taken_for_what_and_forgetting_comes_las
     assert "What was taken for what" in page
     row = next(line for line in page.splitlines() if "entailment" in line and "29" in line)
     assert [cell.strip() for cell in row.strip("|").split("|")] == ["entailment", "7", "29", "2"]
+
+
+def test_what_a_validation_scored_stays_in_its_own_table(tmp_path: Path) -> None:
+    result = EvaluationResult("labels", {"accuracy": 80.0, "precision_water": 50.0}, {}, n=5)
+    for name in ("after", "validation/f16"):
+        (tmp_path / name).mkdir(parents=True)
+        result.save(tmp_path / name)
+    files = sorted(tmp_path.rglob("*.json"))
+    assert {one.folder for one in read_scores(tmp_path, files)} == {"after", "validation/f16"}
+    files.append(tmp_path / "validation" / "validation.json")
+    assert [one.folder for one in read_scores(tmp_path, files)] == ["after"]
+    assert leading_metrics([result]) == ["accuracy"], "not one class's precision"

@@ -99,7 +99,7 @@ def plot_scores(results: Mapping[str, EvaluationResult], path: Path | str) -> Pa
     Raises:
         DataError: the results share no metric.
     """
-    names = shared_metrics(results.values())[:MOST_PANELS]
+    names = leading_metrics(results.values())[:MOST_PANELS]
     if not names:
         raise DataError("these results share no metric to draw")
     figure, axes = new_figure(2.1 * max(2, len(names)), 2.9, columns=len(names))
@@ -117,6 +117,12 @@ def shared_metrics(results: Iterable[EvaluationResult]) -> list[str]:
     names = list(dict.fromkeys(name for one in everything for name in one.metrics))
     names = [name for name in names if all(name in one.metrics for one in everything)]
     return sorted(names, key=lambda name: READ_FIRST.index(name) if name in READ_FIRST else len(READ_FIRST))
+
+
+def leading_metrics(results: Iterable[EvaluationResult]) -> list[str]:
+    """Of the shared ones those that people read first; all where there is none of them (not one class's precision)."""
+    shared = shared_metrics(results)
+    return [name for name in shared if name in READ_FIRST] or shared
 
 
 def draw_metric(axis: Any, name: str, results: Mapping[str, EvaluationResult]) -> None:

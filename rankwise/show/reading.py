@@ -118,7 +118,11 @@ def read_plans(run: Path, files: list[Path]) -> Iterator[tuple[str, RankPlan]]:
 
 
 def read_scores(run: Path, files: list[Path]) -> Iterator[Scored]:
+    """All scores but those that a validation has made for itself: it shows them in its own table."""
+    within = {path.parent for path in named(files, VALIDATION)}
     for path in [*named(files, RESULTS), *named(files, FORGETTING)]:
+        if within & set(path.parents):
+            continue
         where = folder(run, path)
         predictions = path.with_name("predictions.jsonl")
         rows = read_predictions(predictions) if path.name == RESULTS and predictions.is_file() else {}

@@ -24,7 +24,7 @@ from rankwise.score import forgetting
 from rankwise.show.blocks import Block, Figure, Gallery, Page, Picture, Section, Words
 from rankwise.show.canvas import DPI
 from rankwise.show.contents import Contents, Scored, Stage, printable
-from rankwise.show.curves import shared_metrics
+from rankwise.show.curves import leading_metrics
 from rankwise.show.drawing import Drawings, draw
 from rankwise.show.format import amount, duration, is_number, metric_name, percent, plural, score
 from rankwise.show.gallery import gallery
@@ -115,8 +115,8 @@ def headline(contents: Contents, tasks: dict[str, list[Scored]]) -> list[Figure]
     """Scores before → after, and trainable parameters against full fine-tuning."""
     figures = []
     for results in list(tasks.values())[:1]:
-        shared = shared_metrics(one.result for one in results)
-        figures += [score_figure(name, results) for name in shared[:HEADLINE_METRICS]]
+        leading = leading_metrics(one.result for one in results)
+        figures += [score_figure(name, results) for name in leading[:HEADLINE_METRICS]]
     return [*figures, *parameters_figure(contents)]
 
 

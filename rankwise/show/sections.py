@@ -22,7 +22,10 @@ from rankwise.show.study_blocks import study_blocks
 from rankwise.show.study_plots import PLOTS as STUDY_PLOTS
 from rankwise.show.validation import CONFUSION, validation_blocks
 
-ORDER = ("finetune", "ranks", "extract", "compress", "train", "evaluate", "study", "merge", "validate")
+ORDER = (
+    *("label", "check", "finetune", "ranks", "extract", "compress", "train", "evaluate", "study"),
+    *("merge", "export", "validate", "bundle"),
+)
 STAGE_KEYS = {"stage", "energy_kept", "started", "finished", "seconds", "python", "versions", "inputs", "outputs"}
 MOST_ROWS, MOST_PICTURES, MOST_FACTS = 14, 8, 16
 Owned = tuple[Stage | None, str]
@@ -30,7 +33,8 @@ Owned = tuple[Stage | None, str]
 
 def sections_of(contents: Contents, drawings: Drawings) -> list[Section]:
     """Every stage with what it left behind, in order of time; pieces without a stage follow in the flow's order."""
-    pieces: dict[Owned, list[Block]] = {(stage, stage.name): [] for stage in contents.stages}
+    stages = sorted(contents.stages, key=lambda stage: (stage.started, position(stage.name)))  # times are in seconds
+    pieces: dict[Owned, list[Block]] = {(stage, stage.name): [] for stage in stages}
     for kinds, where, blocks in found_blocks(contents, drawings):
         stage = owner(contents.stages, kinds, where)
         pieces.setdefault((stage, stage.name if stage else kinds[0]), []).extend(blocks)
