@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import exported
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,7 +21,7 @@ from transformers import AutoTokenizer
 
 from rankwise.cli import main
 from rankwise.config import ExportConfig
-from rankwise.data.device import DeviceTarget
+from rankwise.data.device import DeviceTarget, read_target
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.nets.load import load_model
 from rankwise.ship.gguf import export_plan as planning
@@ -26,6 +29,7 @@ from rankwise.ship.gguf.adapter_gguf import check_adapter, fold_scales, read_pla
 from rankwise.ship.gguf.converter import Converter, own_converter
 from rankwise.ship.gguf.export import read_export
 from rankwise.ship.gguf.export_plan import ExportPlan, plan_export, require_space
+from rankwise.ship.gguf.metadata import check_numbers, text_numbers, vision_numbers
 from rankwise.ship.gguf.origin import origins
 from rankwise.ship.gguf.reading import GGUFFile
 from rankwise.ship.gguf.verify_export import compare_tensors
@@ -182,6 +186,18 @@ def test_swapped_projector_tensors_are_found(vision_export: Path, tmp_path: Path
         origins(GGUFFile(copy), open_checkpoint(vision_export.parent / "model"))
 
 
+@pytest.mark.parametrize(
+    ("name", "axis"), [("mm.model.fc.weight", 0), ("v.patch_embd.weight", 1), ("v.position_embd.weight", 0)]
+)
+def test_rows_and_colours_in_another_order_are_found(vision_export: Path, tmp_path: Path, name: str, axis: int) -> None:
+    copy, reader = tampered(vision_export, "mmproj-model-f32.gguf", tmp_path)
+    data = next(tensor for tensor in reader.tensors if tensor.name == name).data
+    data[:] = np.flip(data, axis).copy()
+    reader.data.flush()
+    with pytest.raises(VerificationError, match=rf"{re.escape(name)} is "):
+        origins(GGUFFile(copy), open_checkpoint(vision_export.parent / "model"))
+
+
 def test_one_changed_scale_of_one_block_is_found(text_export: Path, tmp_path: Path) -> None:
     copy, reader = tampered(text_export, "model-q8_0.gguf", tmp_path)
     data = next(tensor for tensor in reader.tensors if tensor.name == "blk.1.ffn_up.weight").data
@@ -246,6 +262,119 @@ def test_two_forms_that_disagree_are_refused_with_a_text(copied: Path, failing: 
 
 def test_a_real_tokenizer_in_both_forms_agrees(shared_data: Path) -> None:
     assert len(check_forms(shared_data / "model_configs" / "TinyLlama-1.1B-Chat-v1.0")) <= 1
+
+
+# --- the numbers beside the tensors --------------------------------------------------------------------------------
+
+TEXT_NUMBERS = {
+    "llama.block_count": 2,
+    "llama.context_length": 128,
+    "llama.embedding_length": 64,
+    "llama.feed_forward_length": 64,
+    "llama.attention.head_count": 2,
+    "llama.attention.head_count_kv": 1,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.freq_base": 1e5,
+}
+VISION_NUMBERS = {
+    "clip.vision.block_count": 2,
+    "clip.vision.embedding_length": 32,
+    "clip.vision.feed_forward_length": 32,
+    "clip.vision.attention.head_count": 8,
+    "clip.vision.attention.layer_norm_epsilon": 1e-5,
+    "clip.vision.patch_size": 16,
+    "clip.vision.image_size": 128,
+    "clip.vision.image_mean": 0.5,
+    "clip.vision.image_std": 0.5,
+    "clip.vision.projector.scale_factor": 4,
+    "clip.vision.preproc_image_size": 128,
+    "clip.use_gelu": False,
+}
+
+
+def restated(export: Path, name: str, tmp_path: Path, key: str, value: Any) -> GGUFFile:
+    """A copy of a file in which the first value under a key is another one."""
+    copy, reader = tampered(export, name, tmp_path)
+    field = reader.fields[key]
+    assert field.parts[field.data[0]][0] != value
+    field.parts[field.data[0]][0] = value
+    reader.data.flush()
+    return GGUFFile(copy)
+
+
+@pytest.mark.parametrize("key", TEXT_NUMBERS)
+def test_a_text_model_of_other_numbers_is_found(vision_export: Path, tmp_path: Path, key: str) -> None:
+    name, model = "model-f16.gguf", vision_export.parent / "model"
+    sound = GGUFFile(vision_export / name)
+    check_numbers(sound, text_numbers(sound, model))
+    other = restated(vision_export, name, tmp_path, key, TEXT_NUMBERS[key])
+    with pytest.raises(VerificationError, match=rf"{re.escape(key)} is [^;]+$"):
+        check_numbers(other, text_numbers(other, model))
+
+
+@pytest.mark.parametrize("key", VISION_NUMBERS)
+def test_a_vision_tower_of_other_numbers_is_found(vision_export: Path, tmp_path: Path, key: str) -> None:
+    name, model = "mmproj-model-f16.gguf", vision_export.parent / "model"
+    target = read_target(vision_export)
+    sound = GGUFFile(vision_export / name)
+    wanted = vision_numbers(sound, model, target)
+    check_numbers(sound, wanted)
+    with pytest.raises(VerificationError, match=rf"{re.escape(key)} is [^;]+$"):
+        check_numbers(restated(vision_export, name, tmp_path, key, VISION_NUMBERS[key]), wanted)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"rope.freq_base": 5e5}, "rope.freq_base is not stated, and 500000 in"),
+        ({"rope.freq_base": 1e4, "attention.head_count_kv": 8}, None),
+        ({"attention.head_count_kv": 2}, "head_count_kv is not stated, and 2 in"),
+        ({"attention.layer_norm_rms_epsilon": 1e-6}, "epsilon is not stated"),
+        ({"rope.scaling.factor": None}, "rope.scaling.factor is 4, and None in"),
+    ],
+)
+def test_a_silent_key_is_what_llama_cpp_takes_for_it(
+    wanted: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_head_count(8)
+    writer.add_rope_scaling_factor(4.0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GGUFFile(tmp_path / "x.gguf")
+    with pytest.raises(VerificationError, match=message) if message else nullcontext():
+        check_numbers(file, wanted)
+
+
+def test_of_an_unknown_family_only_what_means_the_same_everywhere_is_compared(text: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "gemma2")
+    writer.add_embedding_length(read_object(text / "config.json")["hidden_size"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert set(text_numbers(GGUFFile(tmp_path / "x.gguf"), text)) == {"embedding_length"}
+
+
+def test_a_space_in_front_and_other_scores_are_found(vision_export: Path, text_export: Path, tmp_path: Path) -> None:
+    own = Vocabulary.of(vision_export.parent / "model", sees=True)
+    name, key = "model-f16.gguf", "tokenizer.ggml.add_space_prefix"
+    with pytest.raises(VerificationError, match=r"puts a space before every text .* the tokenizer does not"):
+        check_metadata(restated(vision_export, name, tmp_path, key, True), own)
+    with pytest.raises(VerificationError, match=r"does not put a space before every text .* the tokenizer does"):
+        check_metadata(GGUFFile(vision_export / name), replace(own, spaced=True))
+    silent = Vocabulary.of(text_export.parent / "model")
+    assert silent.spaced and check_metadata(GGUFFile(text_export / name), silent)
+    copy, reader = tampered(vision_export, name, tmp_path)
+    field = reader.fields["tokenizer.ggml.scores"]
+    field.parts[field.data[300]][0] -= 1
+    reader.data.flush()
+    with pytest.raises(VerificationError, match=r"1 scores differ from tokenizer\.model's, the first is that of 300"):
+        check_metadata(GGUFFile(copy), own)
 
 
 # --- what the converter is told ------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from rankwise.errors import VerificationError
 from rankwise.ship.gguf.names import gguf_names
-from rankwise.ship.gguf.origin import Origin, holds, origins, relation, require_complete, rope_order
+from rankwise.ship.gguf.origin import Origin, origins, require_complete
 from rankwise.ship.gguf.reading import GGUFFile
+from rankwise.ship.gguf.relation import holds, relation, rope_order
 from rankwise.ship.gguf.verify_export import (
     changed_keys,
     compare_tensors,
@@ -295,7 +296,8 @@ def test_what_was_not_shipped_needs_a_reason(tmp_path: Path, pair: tuple[Path, G
     [
         (lambda w: w, "same"),
         (lambda w: rope_order(w, 4), "rope order"),
-        (lambda w: w.flip(0), "rows reordered"),
+        (lambda w: w.flip(0), None),
+        (lambda w: w[[1, 0, *range(2, 16)]], None),
         (lambda w: w.T.contiguous(), "transposed"),
         (lambda w: w[:8], "part of it"),
         (lambda w: w.reshape(4, 4, 24), "same"),
@@ -315,8 +317,30 @@ def test_a_norm_may_be_stored_plus_one_and_a_kernel_in_slices() -> None:
     found = relation(norm + 1, norm)
     assert found and found[0] == "plus one"
     assert holds(kernel, kernel[:, :, 1]) and not holds(kernel, kernel[:, :, 1] + 1)
+    assert not holds(kernel, kernel[:, :, 1].flip(1)), "another order of colours"
     bias = torch.randn(24)  # query, key and value in one
     assert holds(bias, bias[16:20]) and not holds(bias, bias[16:20].flip(0)) and not holds(bias, bias)
+
+
+def test_only_attention_weights_may_have_their_rows_in_another_order_and_only_by_heads() -> None:
+    weight = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
+    quarters = weight.reshape(2, 3, 2, 2, 8).swapaxes(2, 3).reshape(24, 8)  # Kimi-VL's, in each of two heads
+    fused = weight.reshape(4, 3, 2, 8).swapaxes(0, 1).reshape(24, 8)  # 4 · (q, k, v) · 2 → (q, k, v) · 4 · 2
+    assert relation(quarters, weight, (2,), "v.blk.0.attn_q.weight") == ("rows reordered", None)
+    assert relation(fused, weight, (4,), "blk.0.attn_qkv.weight") == ("rows reordered", None)
+    for name in ("blk.0.ffn_up.weight", "mm.model.fc.weight"):
+        assert relation(quarters, weight, (2,), name) is relation(fused, weight, (4,), name) is None
+    for order in (weight.flip(0), weight[torch.randperm(24, generator=torch.Generator().manual_seed(1))]):
+        assert relation(order, weight, (2,), "blk.0.attn_q.weight") is None
+        assert relation(order, weight, (2,), "blk.0.attn_qkv.weight") is None
+
+
+def test_a_patch_kernel_keeps_its_colours() -> None:
+    kernel = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    linear = kernel.permute(0, 2, 3, 1).reshape(6, 48)
+    assert relation(kernel, linear, (), "v.patch_embd.weight") == ("transposed", None)
+    for source in (kernel, linear):
+        assert relation(kernel.flip(1), source, (2,), "v.patch_embd.weight") is None
 
 
 # --- the tuning -----------------------------------------------------------------------------------------------------
@@ -344,6 +368,18 @@ def test_tuning_survives_rounding_and_a_base_tensor_is_found(tmp_path: Path) -> 
 
 def test_exporting_the_base_itself_is_found(tmp_path: Path) -> None:
     base, same = checkpoint(tmp_path / "base", weights()), checkpoint(tmp_path / "same", weights())
+    with pytest.raises(VerificationError, match="no tensor differs from the base"):
+        changed_keys(base, same)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("saved", [None, torch.float32])
+def test_what_a_merge_only_rounded_was_not_tuned(tmp_path: Path, dtype: torch.dtype, saved: torch.dtype | None) -> None:
+    """A frozen tower that is saved in half precision differs from the base everywhere, and has no tuning to keep."""
+    cast = {key: tensor.to(dtype).to(saved or dtype) for key, tensor in tuned(weights()).items()}
+    base, merged = checkpoint(tmp_path / "base", weights()), checkpoint(tmp_path / "merged", cast)
+    assert changed_keys(base, merged) == [LAYER + "self_attn.q_proj.weight"]
+    same = checkpoint(tmp_path / "same", {key: tensor.to(dtype) for key, tensor in weights().items()})
     with pytest.raises(VerificationError, match="no tensor differs from the base"):
         changed_keys(base, same)
 

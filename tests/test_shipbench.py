@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,11 @@ import pytest
 import torch
 from parity_models import GIVEN, LONGEST, TARGET, draw, renderer_of
 
+from rankwise.data.device import read_target
 from rankwise.nets.load import load_model
+from rankwise.ship.gguf.converter import Converter
 from rankwise.ship.gguf.export import read_export
+from rankwise.ship.gguf.export_plan import plan_export
 from rankwise.ship.llama.runtime import LlamaServer
 from rankwise.ship.parity.cases import Case, blind, case_of
 from rankwise.ship.parity.floor import measure_floor
@@ -149,6 +153,23 @@ def test_a_fault_is_named_by_the_rung_that_was_foretold(
 
     fault = faults[name]
     assert rung_of(delivered(fault, ship, tmp_path), ship) == fault.rung
+
+
+@pytest.mark.slow
+def test_verification_finds_the_faults_of_files_that_it_must_find(
+    vision_export: Path, converter: Converter, faults: dict[str, Any], tmp_path: Path
+) -> None:
+    from shipbench import proven
+
+    target = read_target(vision_export)
+    plan = plan_export(str(vision_export.parent / "model"), outtypes=["f16"], converter=converter, target=target)
+    ship: Any = SimpleNamespace(plan=plan, exported=read_export(vision_export))
+    of_files = {name: fault for name, fault in faults.items() if (fault.edit or fault.cut) and fault.proof}
+    assert len(of_files) > 20
+    silent = [name for name, fault in of_files.items() if not proven(fault, ship, tmp_path / name.replace("/", "-"))]
+    assert silent == ["norm scale"], "whose scale is 1 in a model that was never trained"
+    harmless = replace(faults["rope theta"], edit=lambda draft: None)
+    assert proven(harmless, ship, tmp_path / "sound") == ""
 
 
 @pytest.mark.slow

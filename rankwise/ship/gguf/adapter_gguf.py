@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 from rankwise.errors import DataError, VerificationError
 from rankwise.ship.gguf.converter import Converter
-from rankwise.ship.gguf.origin import head_counts, relation, shown
+from rankwise.ship.gguf.origin import shown
 from rankwise.ship.gguf.reading import GGUFFile
+from rankwise.ship.gguf.relation import divisors, relation
 from rankwise.ship.gguf.view import changes_for
 from rankwise.ship.gguf.view import shown as shown_to_converter
 from rankwise.ship.gguf.vocabulary import Vocabulary
@@ -108,4 +109,5 @@ def is_site(file: GGUFFile, name: str, pair: LoraPair) -> bool:
     if lora_b.shape != pair.lora_B.shape or lora_a.numel() != pair.lora_A.numel():
         return False
     same_a = torch.equal(lora_a.reshape(-1), pair.lora_A.reshape(-1)) or torch.equal(lora_a, pair.lora_A.T)
-    return same_a and relation(lora_b, pair.lora_B, head_counts(file)) is not None
+    # An adapter's file does not state head counts: the rope order of any will do.
+    return same_a and relation(lora_b, pair.lora_B, divisors(len(lora_b))) is not None

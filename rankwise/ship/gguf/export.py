@@ -15,9 +15,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rankwise.errors import DataError, UsageError, VerificationError
+from rankwise.errors import DataError, UsageError
 from rankwise.ship.gguf.converter import Job
 from rankwise.ship.gguf.export_plan import MMPROJ, REFERENCE, TEXT, ExportPlan
+from rankwise.ship.gguf.metadata import check_numbers, text_numbers, vision_numbers
 from rankwise.ship.gguf.origin import Origins, origins, require_complete
 from rankwise.ship.gguf.reading import GGUFFile
 from rankwise.ship.gguf.verify_export import (
@@ -78,7 +79,9 @@ def verification(plan: ExportPlan, files: Files, place: Path) -> dict[str, Any]:
     text_alone = references[TEXT] if plan.sees and not plan.mmproj else None
     left_out = require_complete(plan.checkpoint, list(found.values()), text_alone)
     metadata = check_metadata(references[TEXT], plan.vocabulary)
-    check_image_size(plan, references.get(MMPROJ))
+    numbers = {kind: numbers_of(plan, file, kind) for kind, file in references.items()}
+    for kind, file in references.items():
+        check_numbers(file, numbers[kind])
     tables: dict[str, dict[str, Any]] = {}
     tuned: dict[str, list[Tuned]] = {}
     changed = changed_keys(plan.base, plan.checkpoint) if plan.base else []
@@ -88,6 +91,7 @@ def verification(plan: ExportPlan, files: Files, place: Path) -> dict[str, Any]:
             file = files[outtype, kind]
             if kind == TEXT:
                 check_metadata(file, plan.vocabulary)
+            check_numbers(file, numbers[kind])
             tables[outtype][kind] = summary(compare_tensors(file, references[kind], outtype))
             tuned[file.path.name] = tuning(plan, file, found[kind], changed)
     return {
@@ -98,6 +102,7 @@ def verification(plan: ExportPlan, files: Files, place: Path) -> dict[str, Any]:
             "left_out": left_out,
         },
         "tokenizer": metadata,
+        "config": numbers,
         "errors": tables,
         "tuned": tuned_summary(tuned) if plan.base else None,
         "base": str(plan.base.path) if plan.base else None,
@@ -108,15 +113,9 @@ def tuning(plan: ExportPlan, file: GGUFFile, sources: Origins, changed: Sequence
     return tuning_kept(file, sources, plan.base, plan.checkpoint, changed) if plan.base else []
 
 
-def check_image_size(plan: ExportPlan, file: GGUFFile | None) -> None:
-    """The size that llama.cpp will scale images to, against the target's."""
-    stated = None if file is None else file.of_architecture("vision.preproc_image_size")
-    if plan.target is None or plan.target.longest_edge is None or stated is None:
-        return
-    if stated != plan.target.longest_edge:
-        raise VerificationError(
-            f"the mmproj file scales images to {stated} pixels, the device target to {plan.target.longest_edge}"
-        )
+def numbers_of(plan: ExportPlan, file: GGUFFile, kind: str) -> dict[str, Any]:
+    """What a file must state about the model."""
+    return text_numbers(file, plan.model) if kind == TEXT else vision_numbers(file, plan.model, plan.target)
 
 
 def description(plan: ExportPlan, files: Files, proof: dict[str, Any] | None) -> dict[str, Any]:

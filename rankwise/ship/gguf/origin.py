@@ -18,20 +18,24 @@ from torch import Tensor
 from rankwise.errors import VerificationError
 from rankwise.ship.gguf.names import SUFFIXES, forms, gguf_names, name_table
 from rankwise.ship.gguf.reading import GGUFFile
+from rankwise.ship.gguf.relation import (
+    PART,
+    PLUS_ONE,
+    ROPE,
+    ROTATED,
+    ROWS,
+    SAME,
+    TRANSPOSED,
+    divides,
+    is_one_of,
+    relation,
+    rope_order,
+)
 from rankwise.store.checkpoint import Checkpoint
 
-SAME, ROPE, ROWS, TRANSPOSED, PLUS_ONE, PART = (
-    "same",
-    "rope order",
-    "rows reordered",
-    "transposed",
-    "plus one",
-    "part of it",
-)
-ROTATED = frozenset(["attn_q", "attn_k"])
 BUFFERS = ("rotary_emb.inv_freq", "position_ids", "attn.masked_bias", "attn.bias", "attention.bias")
 SHOWN = 4
-ODD = 0x9E3779B97F4A7C15 - 2**64  # 2⁶⁴ / the golden ratio, as a signed number: spreads neighbouring values
+HEADS = ("attention.head_count", "attention.head_count_kv", "vision.attention.head_count")
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def origins(file: GGUFFile, checkpoint: Checkpoint) -> Origins:
     for name in file.tensors:
         stored = file.tensor(name)
         keys = [named[name]] if name in named else candidates(checkpoint, tuple(stored.shape), set(named.values()))
-        origin = next(related(stored, keys, checkpoint, head_counts(file)), None)
+        origin = next(related(name, stored, keys, checkpoint, head_counts(file)), None)
         if origin and origin.how == SAME and not_rotated(file, name, stored):
             origin = None
         if origin:
@@ -90,9 +94,9 @@ def origins(file: GGUFFile, checkpoint: Checkpoint) -> Origins:
 
 def not_rotated(file: GGUFFile, name: str, stored: Tensor) -> bool:
     """Whether a query or key weight is still in transformers' order, where llama.cpp's `llama` rotates pairs."""
-    if file.architecture != "llama" or not ROTATED & set(name.split(".")):
+    if file.architecture != "llama" or not is_one_of(name, ROTATED):
         return False
-    counts = [count for count in head_counts(file) if stored.shape[0] % (2 * count) == 0]
+    counts = [count for count in head_counts(file) if divides(count, stored)]
     return any(not torch.equal(stored, rope_order(stored, count)) for count in counts)
 
 
@@ -107,59 +111,17 @@ def candidates(checkpoint: Checkpoint, shape: tuple[int, ...], taken: set[str]) 
     return sorted(fitting, key=lambda key: (key in taken, sizes[key] != size))
 
 
-def related(stored: Tensor, keys: Sequence[str], checkpoint: Checkpoint, heads: Sequence[int]) -> Iterator[Origin]:
+def related(
+    name: str, stored: Tensor, keys: Sequence[str], checkpoint: Checkpoint, heads: Sequence[int]
+) -> Iterator[Origin]:
     for key in keys:
         source = checkpoint.tensor(key).float()
-        if (how := relation(stored, source, heads)) is not None:
+        if (how := relation(stored, source, heads, name)) is not None:
             yield Origin(key, *how)
 
 
-def relation(stored: Tensor, source: Tensor, heads: Sequence[int] = ()) -> tuple[str, int | None] | None:
-    """How a GGUF's tensor follows from a checkpoint's, the plainest answer first; None where it does not."""
-    if stored.numel() != source.numel():
-        return (PART, None) if holds(source, stored) else None
-    flat = source.reshape(stored.shape)
-    if torch.equal(stored, flat):
-        return SAME, None
-    for count in heads:
-        if count and stored.shape[0] % (2 * count) == 0 and torch.equal(stored, rope_order(flat, count)):
-            return ROPE, count
-    if source.dim() == 2 and stored.shape == source.T.shape and torch.equal(stored, source.T):
-        return TRANSPOSED, None
-    if stored.dim() == 1 and torch.equal(stored, flat + 1):
-        return PLUS_ONE, None
-    if stored.dim() > 1 and torch.equal(row_keys(stored).sort().values, row_keys(flat).sort().values):
-        return ROWS, None
-    return None
-
-
-def rope_order(weight: Tensor, heads: int) -> Tensor:
-    """Rows of each head, (first half, second half) → pairs: llama.cpp rotates neighbours, transformers halves."""
-    head = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-    return head.swapaxes(1, 2).reshape(weight.shape)
-
-
-def holds(whole: Tensor, part: Tensor) -> bool:
-    """Whether `part` was cut out of `whole`: split, fused and sliced weights.
-
-    All rows of its last dimension are rows of the whole; a vector is a run of its entries.
-    """
-    if part.numel() >= whole.numel() or (part.dim() != 1 and whole.shape[-1] != part.shape[-1]):
-        return False
-    if part.dim() == 1:
-        return whole.dim() == 1 and bool((whole.unfold(0, len(part), 1) == part).all(1).any())
-    return bool(torch.isin(row_keys(part), row_keys(whole)).all())
-
-
-def row_keys(tensor: Tensor) -> Tensor:
-    """(rows,) a 64-bit number of each row of the last dimension, from its bits."""
-    bits = tensor.contiguous().reshape(-1, tensor.shape[-1]).view(torch.int32).long()
-    factors = (torch.arange(1, bits.shape[1] + 1) * ODD) | 1
-    return (bits * factors).sum(1)
-
-
 def head_counts(file: GGUFFile) -> tuple[int, ...]:
-    counts = (file.of_architecture("attention.head_count"), file.of_architecture("attention.head_count_kv"))
+    counts = [file.of_architecture(key) for key in HEADS]
     return tuple(dict.fromkeys(count for count in counts if isinstance(count, int)))
 
 

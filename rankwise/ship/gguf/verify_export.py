@@ -31,6 +31,7 @@ ALLOWED = {
 }
 KEPT_LEAST = 0.5  # of the tuning, along its own direction; rounding leaves it near 1
 SIGMAS = 6
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -151,14 +152,22 @@ def summary(rows: Sequence[TensorError]) -> dict[str, Any]:
 
 
 def changed_keys(base: Checkpoint, merged: Checkpoint) -> list[str]:
-    """Keys whose tensors tuning changed. VerificationError where there are none: the base itself was exported."""
+    """Keys whose tensors tuning changed, beyond what storing the base in another type does to them.
+
+    VerificationError where there are none: the base itself was exported.
+    """
     both = [key for key in merged if key in base and base.shape(key) == merged.shape(key)]
-    changed = [key for key in both if not torch.equal(base.tensor(key).float(), merged.tensor(key).float())]
+    changed = [key for key in both if not rounded_only(base.tensor(key), merged.tensor(key))]
     if not changed:
         raise VerificationError(
             f"{merged.path}: no tensor differs from the base {base.path}: is this the merged model, and the right base?"
         )
     return changed
+
+
+def rounded_only(before: Tensor, after: Tensor) -> bool:
+    """Whether `after` is `before` itself, or cast to a type that a merge computes or saves in."""
+    return any(torch.equal(before.to(kind).float(), after.float()) for kind in dict.fromkeys((after.dtype, *HALVES)))
 
 
 def tuning_kept(

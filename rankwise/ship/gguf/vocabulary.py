@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ PROBES = (
     "def f(x):\n    return {'a': x ** 2}  # code",
 )
 
+SPACES = ("▁", "Ġ")  # how SentencePiece and byte-level BPE write a space
 LEADING = "  and so on"  # SentencePiece puts a space before every text, transformers 5 not before one that has it
 
 
@@ -38,7 +40,8 @@ class Vocabulary:
     """How transformers' tokenizer behaves, as far as a GGUF states it.
 
     tokens: by id, None where an id is unused. added: ids that a text holds as one token, whatever is around them.
-    add_bos, add_eos: whether encoding a text adds them.
+    add_bos, add_eos: whether encoding a text adds them. spaced: whether a space is put before a text. scores: of the
+    ordinary pieces of `tokenizer.model`, by id; empty without one.
     """
 
     tokens: tuple[str | None, ...]
@@ -50,6 +53,8 @@ class Vocabulary:
     add_bos: bool
     add_eos: bool
     template: str | None
+    spaced: bool
+    scores: Mapping[int, float]
 
     @classmethod
     def of(cls, folder: Path, sees: bool = False) -> Vocabulary:
@@ -67,6 +72,8 @@ class Vocabulary:
             add_bos=bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id,
             add_eos=bool(ids) and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id,
             template=template.get("default") if isinstance(template, dict) else template,
+            spaced="".join(tokenizer.tokenize("a")).startswith(SPACES),
+            scores=piece_scores(folder),
         )
 
 
@@ -96,11 +103,21 @@ def check_forms(folder: Path) -> list[str]:
 
 def vocabulary_texts(pieces: sentencepiece.SentencePieceProcessor) -> Iterator[str]:
     """Texts that between them hold every ordinary piece of the vocabulary."""
-    kinds = (pieces.is_control, pieces.is_unknown, pieces.is_byte, pieces.is_unused)
-    ordinary = [index for index in range(pieces.get_piece_size()) if not any(kind(index) for kind in kinds)]
-    words = [pieces.id_to_piece(index).replace("▁", " ") for index in ordinary if pieces.get_score(index) != 0]
+    words = [pieces.id_to_piece(i).replace("▁", " ") for i in ordinary_pieces(pieces) if pieces.get_score(i) != 0]
     for start in range(0, len(words), PIECES):
         yield "".join(words[start : start + PIECES]).strip()
+
+
+def piece_scores(folder: Path) -> dict[int, float]:
+    if not (folder / MODEL).is_file():
+        return {}
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
+    return {index: pieces.get_score(index) for index in ordinary_pieces(pieces)}
+
+
+def ordinary_pieces(pieces: sentencepiece.SentencePieceProcessor) -> list[int]:
+    kinds = (pieces.is_control, pieces.is_unknown, pieces.is_byte, pieces.is_unused)
+    return [index for index in range(pieces.get_piece_size()) if not any(kind(index) for kind in kinds)]
 
 
 def plain_in_model(folder: Path, vocabulary: Vocabulary) -> list[int]:
@@ -117,7 +134,11 @@ def plain_in_model(folder: Path, vocabulary: Vocabulary) -> list[int]:
 
 def check_metadata(file: GGUFFile, vocabulary: Vocabulary) -> dict[str, Any]:
     """What was compared. VerificationError, listing all differences, where the GGUF states another tokenizer."""
-    problems = [*token_problems(file, vocabulary), *id_problems(file, vocabulary)]
+    problems = [
+        *token_problems(file, vocabulary),
+        *id_problems(file, vocabulary),
+        *splitting_problems(file, vocabulary),
+    ]
     if file.metadata.get("tokenizer.chat_template") != vocabulary.template:
         problems.append("its chat template is not the tokenizer's")
     if problems:
@@ -170,4 +191,25 @@ def id_problems(file: GGUFFile, vocabulary: Vocabulary) -> Iterable[str]:
         yield f"it says add_eos_token {stated['add_eos_token']}, the tokenizer does otherwise"
 
 
+def splitting_problems(file: GGUFFile, vocabulary: Vocabulary) -> Iterator[str]:
+    """What else decides where a text is split: the space in front, and the order of merges, which scores give."""
+    kind = file.metadata.get("tokenizer.ggml.model")
+    if kind in SPACED:
+        spaced = file.metadata.get("tokenizer.ggml.add_space_prefix", SPACED[kind])
+        if spaced is not vocabulary.spaced:
+            ours, theirs = ("puts", "does not") if spaced else ("does not put", "does")
+            yield f"it {ours} a space before every text (add_space_prefix), and the tokenizer {theirs}"
+    scores = file.metadata.get("tokenizer.ggml.scores", ())
+    if kind == SENTENCEPIECE and vocabulary.scores:
+        other = [i for i, score in vocabulary.scores.items() if i not in vocabulary.added and not at(scores, i, score)]
+        if other:
+            yield f"{len(other)} scores differ from {MODEL}'s, the first is that of {other[0]}"
+
+
+def at(scores: Sequence[float], index: int, score: float) -> bool:
+    return index < len(scores) and isclose(scores[index], score, rel_tol=1e-6, abs_tol=1e-6)
+
+
+SENTENCEPIECE = "llama"
+SPACED = {SENTENCEPIECE: True, "gpt2": False}  # llama.cpp's default, by the kind of tokenizer
 STATED = ("bos_token_id", "eos_token_id", "padding_token_id", "add_bos_token", "add_eos_token")
