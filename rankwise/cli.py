@@ -5,6 +5,7 @@ rankwise ranks BASE TUNED --budget uniform:16 --dry-run
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -120,6 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] in ("-V", "--version"):
         print(f"rankwise {__version__}")
         return 0
+    # bitsandbytes says on every import, quantized model or not, that a kernel from the hub is missing on the CPU.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         dispatch(words)
     except RankwiseError as error:
