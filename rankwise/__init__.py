@@ -28,7 +28,10 @@ _HOMES = {
     "nets.sites": ("model_sites",),
     "nets.adapt": ("adapt",),
     "data": ("Example", "Renderer"),
+    "data.device": ("DeviceTarget", "resize_for_device"),
     "score": ("EvaluationResult", "evaluate"),
+    "ship.llama.runtime": ("LlamaServer", "RemoteServer"),
+    "ship.parity.ladder": ("climb",),
     "stages.depth_processor": ("depth_processor",),
     "stages.loading": ("Trained", "load"),
     "errors": (
