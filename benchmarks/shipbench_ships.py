@@ -82,11 +82,10 @@ class Ship:
             merge.run(MergeConfig(adapter=str(doubled), output_dir=str(merged), base_model=str(self.base)))
         return merged
 
-    def on(self, part: int) -> Ship:
-        """The same export with other items on its ladder."""
-        items = list(self.trained.items)
-        start = part * PARITY % max(1, len(items) - PARITY)
-        return replace(self, trained=replace(self.trained, items=items[start : start + PARITY]))
+    def on(self, part: int, parts: int) -> Ship:
+        """The same export with one of `parts` sets of its items on the ladder; no item is in two of them."""
+        items = list(self.trained.items)[part::parts][:PARITY]
+        return replace(self, trained=replace(self.trained, items=items))
 
 
 def drawings(work: Path, converter: Converter) -> Ship:
