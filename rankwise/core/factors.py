@@ -1,4 +1,4 @@
-"""Low-rank factors: a truncated SVD, a trained adapter and a compressed one are all left·right.
+"""Low-rank factors: a truncated SVD, a trained adapter and a feature decomposition are all left·right.
 
 factors = truncate(delta, rank=16)        # the best rank-16 approximation of a delta
 smaller = factors.compress(8)             # exact, without ever forming the dense matrix
@@ -18,24 +18,27 @@ from rankwise.core.spectrum import Spectrum
 
 @dataclass(frozen=True)
 class Factors:
-    """A matrix of rank at most r as `left` (m, r) times `right` (r, n), float32."""
+    """A matrix of rank at most r as `left` (…, m, r) times `right` (…, r, n), float32; or a batch of them.
+
+    What is written below for (m, n) holds for a single matrix.
+    """
 
     left: Tensor
     right: Tensor
 
     def __post_init__(self) -> None:
-        assert self.left.shape[1] == self.right.shape[0], "left is (m, r), right is (r, n)"
+        assert self.left.shape[-1] == self.right.shape[-2], "left is (…, m, r), right is (…, r, n)"
 
     @property
     def rank(self) -> int:
-        return self.left.shape[1]
+        return self.left.shape[-1]
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.left.shape[0], self.right.shape[1]
+        return self.left.shape[-2], self.right.shape[-1]
 
     def product(self) -> Tensor:
-        """The dense (m, n) matrix."""
+        """The dense (…, m, n) matrix."""
         return self.left @ self.right
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,6 +38,13 @@ from rankwise.scripts.experiment import (
     ModelConfig,
     TrainingConfig,
 )
+from rankwise.scripts.features import (
+    AdaptiveLowRankProjAdaLoRA,
+    LowRankProjMLP,
+    LowRankProjSymmetric,
+    SVDLinear,
+    build_model,
+)
 from rankwise.scripts.gradients import GradientMeasuringTrainer, GradientNormCallback, GradientNormLog
 from rankwise.scripts.phases import DynamicLoRACallback, create_layerwise_lora_config, create_phased_lora_config
 from rankwise.scripts.plots import (
@@ -60,6 +67,7 @@ __all__ = [
     "BOTH",
     "MLP_ONLY",
     "PRESETS",
+    "AdaptiveLowRankProjAdaLoRA",
     "DataConfig",
     "DatasetType",
     "DynamicLoRACallback",
@@ -70,9 +78,13 @@ __all__ = [
     "GradientNormCallback",
     "GradientNormLog",
     "LoRAConfig",
+    "LowRankProjMLP",
+    "LowRankProjSymmetric",
     "ModelConfig",
     "ModelEvaluator",
+    "SVDLinear",
     "TrainingConfig",
+    "build_model",
     "create_layerwise_lora_config",
     "create_phased_lora_config",
     "evaluate_e2e",

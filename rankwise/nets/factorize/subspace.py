@@ -1,0 +1,98 @@
+"""`Subspace`: our own network. A learned start, then what no network can guess: a step of subspace iteration, computed.
+
+    Ω (T, r), learnt ──▶ G·Ω ── orth ──▶ Q₁ ── (G − s·m·I)·Q₁, orth ──▶ Q₂ ──▶ A = √T·Q₂,  B = Q₂ᵀX / √T
+    G = X·Xᵀ (T, T)                       m: mean eigenvalue that Q₁ leaves out; s in (0, 1): learnt
+
+Multiplying by G − s·m·I damps the directions that are to be left out, whose eigenvalues lie around m, more than G alone
+does: the polynomial filter of Chebyshev iteration (Saad 2011, chapter 7.4) with an interval that is measured in each
+matrix. So one step suffices where plain iteration takes two or three. Everything but two products of X is small, and
+nothing needs an eigendecomposition, which is what an exact factorization spends most of its time on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.core.factors import Factors
+from rankwise.core.orthonormal import TOLERANCE, orthonormal
+from rankwise.nets.factorize.factorizer import Factorizer, FactorizerSettings
+
+STEPS = 1
+SHIFT = 0.8  # of the mean eigenvalue left out: above 1 a wanted direction may be damped too
+# The span of the start does not depend on its size, so its size sets the pace: at the usual 1e-4, Adam moves an entry
+# by a hundredth of it in a step. The logits of the shifts are kept in hundreds for the same reason.
+START_SIZE, PACE = 0.01, 100.0
+ROUGH = 1.0  # a basis that the next step multiplies again need only be well conditioned
+
+
+class Subspace(Factorizer):
+    """The subspace of the tokens that holds most energy, from a learned start and `steps` unrolled iterations.
+
+    Works on the shorter side: where T > D, on the channels. Between 3 and 5 % above the optimum's error with one
+    step, whatever the matrices were trained on: it looks at the matrix itself.
+    """
+
+    name: ClassVar[str] = "Subspace"
+
+    def __init__(self, settings: FactorizerSettings, steps: int = STEPS) -> None:
+        super().__init__(settings)
+        short = min(settings.tokens, settings.channels)
+        self.start = nn.Parameter(torch.randn(short, settings.rank) * START_SIZE)
+        self.shifts = nn.Parameter(torch.full((steps,), SHIFT).logit() / PACE)
+
+    def factor(self, features: Tensor) -> tuple[Factors, Tensor]:
+        turned = self.settings.tokens > self.settings.channels
+        short = features.mT if turned else features
+        with quick_products(not self.training):
+            basis = self.basis(short @ short.mT)
+            image = basis.mT @ short
+        scale = self.settings.tokens**0.5
+        if turned:  # X = (XQ)·Qᵀ: the rows of B are what is orthonormal
+            factors = Factors(image.mT, basis.mT)
+            return factors, factors.left
+        factors = Factors(basis * scale, image / scale)
+        return factors, factors.left
+
+    def basis(self, gram: Tensor) -> Tensor:
+        """Orthonormal basis (B, m, r) of the leading subspace of Gram matrices (B, m, m)."""
+        energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        basis = orthonormal(gram @ self.start, self.training, ROUGH if len(self.shifts) else TOLERANCE)
+        for step, share in enumerate((PACE * self.shifts).sigmoid(), start=1):
+            image = gram @ basis
+            left_out = (energy - (basis * image).sum((-2, -1))).clamp(min=0) / max(1, gram.shape[-1] - basis.shape[-1])
+            smallest = ROUGH if step < len(self.shifts) else TOLERANCE
+            basis = orthonormal(image - (share * left_out)[:, None, None] * basis, self.training, smallest)
+        return basis
+
+    @torch.no_grad()
+    def prepare(self, batches: Callable[[], Iterable[Tensor]], generator: torch.Generator) -> None:
+        """Start between the mean subspace of the training matrices and a random one: the first knows where tokens that
+        lie together are alike, the second leaves no direction out."""
+        mean: Tensor | None = None
+        for batch in batches():
+            short = batch.mT if self.settings.tokens > self.settings.channels else batch
+            part = (short @ short.mT).double().sum(0)
+            mean = part if mean is None else mean + part
+        assert mean is not None, "no training matrices"
+        leading = torch.linalg.eigh(mean).eigenvectors[:, -self.settings.rank :].flip(-1).float()
+        random = torch.randn(leading.shape, generator=generator).to(leading.device)
+        self.start.copy_(START_SIZE * (leading * leading.shape[0] ** 0.5 + random))
+
+
+@contextmanager
+def quick_products(on: bool) -> Iterator[None]:
+    """Inside, float32 products may round their inputs to bf16 or TF32 (sums and results stay float32), where the
+    processor is faster so. The subspace does not suffer: rounding a matrix moves its leading directions by next to
+    nothing, while rounding its Gram matrix would drown the small ones."""
+    before = torch.get_float32_matmul_precision()
+    if on:
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,46 @@
+"""The documented names of the low-rank feature scripts' `model.py`: its networks, their layer and the factory.
+
+    from rankwise.scripts import build_model
+
+    net = build_model("adaptive_adalora", rank=64)           # for features (B, 256, 2048), normalised
+    X_hat = net(normalised(features)).factors.product()
+
+`rankwise features train | compare | show` are what the script files were.
+"""
+
+from __future__ import annotations
+
+from rankwise.nets.factorize import (
+    AdaptiveLowRankProjAdaLoRA,
+    Factorizer,
+    FactorizerSettings,
+    LowRankProjMLP,
+    LowRankProjSymmetric,
+    SVDLinear,
+    build,
+)
+
+__all__ = [
+    "AdaptiveLowRankProjAdaLoRA",
+    "LowRankProjMLP",
+    "LowRankProjSymmetric",
+    "SVDLinear",
+    "build_model",
+]
+
+
+def build_model(
+    arch: str = "ResMLP",
+    *,
+    tokens: int = 256,
+    channels: int = 2048,
+    rank: int = 128,
+    dropout: float = 0.1,
+    refine: bool = False,
+) -> Factorizer:
+    """The network of a documented name (`ResMLP`, `MLP`, `AdaLoRA`, `adaptive_adalora`, `adaptive`) or of our own.
+
+    The defaults are Qwen2.5-VL-3B's features of a 448 × 448 image, and the documented rank. UsageError for an unknown
+    name or a value out of bounds. The classes themselves take one `FactorizerSettings` of the same fields.
+    """
+    return build(FactorizerSettings(arch, tokens, channels, rank, dropout, refine))
