@@ -15,7 +15,7 @@ from typing import Any
 
 from rankwise import __version__, flags, options
 from rankwise.errors import RankwiseError, UsageError
-from rankwise.stages.commands import COMMANDS, DRY_RUN, GROUPS, Command, assemble, command_options, stage_of
+from rankwise.stages.commands import ALIASES, COMMANDS, DRY_RUN, GROUPS, Command, assemble, command_options, stage_of
 from rankwise.stages.recipe import options_for, packaged_recipe
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
@@ -28,9 +28,10 @@ def overview() -> str:
         "",
         "Find where a model needs rank, train exactly that, prove it, ship it.",
     ]
+    width = 2 + max(map(len, COMMANDS))
     for group in GROUPS:
         rows = [(name, row.help) for name, row in COMMANDS.items() if row.group == group]
-        lines += ["", group, *(f"  {name:<12}{text}" for name, text in rows)]
+        lines += ["", group, *(f"  {name:<{width}}{text}" for name, text in rows)]
     lines += [
         "",
         "`rankwise COMMAND --help` shows a command's options. A YAML or JSON file may come first; flags win over it.",
@@ -41,9 +42,15 @@ def overview() -> str:
 def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
     """The command's name (one word or two) and the rest."""
     for words in (2, 1):
-        name = " ".join(argv[:words])
+        given = " ".join(argv[:words])
+        name = ALIASES.get(given, given)
         if len(argv) >= words and name in COMMANDS:
             return name, list(argv[words:])
+    group = [name for name in (*COMMANDS, *ALIASES) if name.startswith(f"{argv[0]} ")]
+    if group and len(argv) == 1:
+        raise UsageError(f"rankwise {argv[0]}: which one? {', '.join(group)}")
+    if group:
+        raise options.unknown(" ".join(argv[:2]), group, "rankwise", "command")
     raise options.unknown(argv[0], [name.split()[0] for name in COMMANDS], "rankwise", "command")
 
 

@@ -111,14 +111,22 @@ def convert(option: Option, value: Any, where: str) -> Any:
     raise UsageError(f"{where}: {option.name}: {'; '.join(dict.fromkeys(failures))}")
 
 
-def convert_list(option: Option, value: Any, where: str) -> list[str]:
-    """A list from a file, or from repeated flags, each of which may hold several items with commas between."""
+def convert_list(option: Option, value: Any, where: str) -> list[Any]:
+    """A list from a file, or from repeated flags, each of which may hold several items with commas between.
+
+    Its items are numbers where the option says so (`list[int]`), else texts.
+    """
     parts = value if isinstance(value, list) else [value]
     for part in parts:
         if isinstance(part, (dict, list)) or part is None:
             raise UsageError(f"{where}: {option.name}: expected a list of texts, got {value!r}")
     texts = [text for part in parts for text in (split_list(str(part)) if option.commas else [str(part)])]
-    return [chosen(option, text, where) for text in texts]
+    kind = next((kind for each in plain_types(option.annotation) for kind in typing.get_args(each)), str)
+    try:
+        items = texts if kind is str else [convert_plain(kind, text) for text in texts]
+    except ValueError as error:
+        raise UsageError(f"{where}: {option.name}: {error}") from error
+    return [chosen(option, item, where) for item in items]
 
 
 def chosen(option: Option, value: Any, where: str) -> Any:

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -244,9 +245,11 @@ def values_of(row: options.Option) -> st.SearchStrategy[Any]:
         one: st.SearchStrategy[Any] = st.sampled_from(list(row.choices))
     else:
         kind = options.plain_types(row.annotation)[0]
+        kind = next(iter(typing.get_args(kind)), str) if row.is_list else kind
         one = {bool: st.booleans(), int: st.integers(), float: st.floats(allow_nan=False)}.get(kind, text)
     if row.is_list:
-        plain = one if row.choices or not row.commas else one.map(lambda s: s.replace(",", "").strip()).filter(bool)
+        whole = row.choices or not row.commas or kind is int
+        plain = one if whole else one.map(lambda s: s.replace(",", "").strip()).filter(bool)
         return st.lists(plain, max_size=3)
     return one | st.none() if row.nullable else one
 

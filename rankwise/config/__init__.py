@@ -27,6 +27,15 @@ from rankwise.config.commands import (
     TrainConfig,
 )
 from rankwise.config.export import ExportConfig
+from rankwise.config.features import (
+    ARCHITECTURES,
+    AllocatorSection,
+    CaptureConfig,
+    DownstreamConfig,
+    FactorCompareConfig,
+    FactorShowConfig,
+    FactorTrainConfig,
+)
 from rankwise.config.label import LabelConfig, TeacherSection
 from rankwise.config.sections import (
     DTYPES,
@@ -35,6 +44,7 @@ from rankwise.config.sections import (
     TASKS,
     TOWERS,
     TRAINERS,
+    AllocationSection,
     DataSection,
     DepthSection,
     DepthUseSection,
@@ -53,14 +63,18 @@ from rankwise.config.study import GridSection, ProbeSection, StudyConfig
 from rankwise.config.validate import ValidateConfig
 
 __all__ = [
+    "ARCHITECTURES",
     "DTYPES",
     "SCORED_TASKS",
     "SPLITS",
     "TASKS",
     "TOWERS",
     "TRAINERS",
+    "AllocationSection",
+    "AllocatorSection",
     "BatchConfig",
     "BundleConfig",
+    "CaptureConfig",
     "CardConfig",
     "CheckConfig",
     "CompareConfig",
@@ -70,10 +84,14 @@ __all__ = [
     "DepthSection",
     "DepthUseSection",
     "DiffConfig",
+    "DownstreamConfig",
     "EstimateSection",
     "EvaluateConfig",
     "ExportConfig",
     "ExtractConfig",
+    "FactorCompareConfig",
+    "FactorShowConfig",
+    "FactorTrainConfig",
     "FinetuneConfig",
     "GenerationSection",
     "GridSection",

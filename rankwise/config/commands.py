@@ -9,6 +9,7 @@ from rankwise.config.sections import (
     DTYPES,
     SPLITS,
     TRAINERS,
+    AllocationSection,
     DataSection,
     DepthSection,
     DepthUseSection,
@@ -121,6 +122,7 @@ class TrainConfig:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     lora: LoraSection = field(default_factory=LoraSection)
+    allocation: AllocationSection = field(default_factory=AllocationSection)
     towers: TowersSection = field(default_factory=TowersSection)
     depth: DepthSection = field(default_factory=DepthSection)
     phases: PhasesSection = field(default_factory=PhasesSection)

@@ -122,6 +122,28 @@ class LoraSection:
 
 
 @dataclass(frozen=True)
+class AllocationSection:
+    """Training divides the ranks among the matrices. The names are those of the feature networks' allocator."""
+
+    allocator: str = option(
+        "none",
+        choices=("none", "adalora"),
+        help="adalora: training moves rank to where it counts (AdaLoRA); --lora_r is the mean rank that comes out",
+    )
+    allocator_keep_ratio: float = option(
+        0.5, help="share of the ranks that is left at the end: every matrix starts with --lora_r ÷ it"
+    )
+    allocator_init_warmup: int | None = option(
+        help="optimizer steps with all ranks before the first mask [a tenth of all steps]"
+    )
+    allocator_final_warmup: int | None = option(
+        help="optimizer steps at the end with the final ranks [three tenths of all steps]"
+    )
+    allocator_mask_interval: int | None = option(help="optimizer steps between masks [a hundredth of all steps]")
+    allocator_orth: float = option(0.5, help="weight of AdaLoRA's orthogonality term in the training loss")
+
+
+@dataclass(frozen=True)
 class TowersSection:
     """What happens to each tower of a vision-language model. A tower that is named in no list keeps its default."""
 

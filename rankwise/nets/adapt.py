@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
@@ -86,13 +86,19 @@ def adapt(model: PreTrainedModel, plan: RankPlan, settings: LoraSettings) -> Pef
     other modules (it takes every module whose path ends like a given one).
     """
     check_init(model, plan, settings)
+    adapted = wrapped(model, lora_config(plan, settings), settings.full)
+    check_built(adapted, plan)
+    return adapted
+
+
+def wrapped(model: PreTrainedModel, config: PeftConfig, full: Iterable[str] = ()) -> PeftModel:
+    """The model in PEFT's wrapping, a quantized one made ready to train; copies of the `full` modules are float32."""
     if getattr(model, "quantization_method", None):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         keep_trainable_layout(model)
     with quiet_peft():
-        adapted = get_peft_model(model, lora_config(plan, settings), adapter_name=ADAPTER)
-    check_built(adapted, plan)
-    check_copied(adapted, settings.full)
+        adapted = get_peft_model(model, config, adapter_name=ADAPTER)
+    check_copied(adapted, full)
     for module in full_copies(adapted).values():
         module.float()
     return adapted

@@ -15,6 +15,7 @@ from rankwise.core.plan import RankPlan
 from rankwise.core.plan_content import recorded_sites
 from rankwise.core.site import Site
 from rankwise.errors import UsageError
+from rankwise.nets.adalora import Allocation, adapt_allocated
 from rankwise.nets.adapt import LoraSettings, adapt
 from rankwise.nets.depth import attach_depth
 from rankwise.nets.sites import tower_of
@@ -96,9 +97,15 @@ def checked_plan(path: Path, sites: Mapping[str, Site], towers: Sequence[str] = 
     return plan
 
 
-def adapted(config: TrainConfig, job: shared.Job, plan: RankPlan, full: Iterable[str] = ()) -> PeftModel:
+def adapted(
+    config: TrainConfig,
+    job: shared.Job,
+    plan: RankPlan,
+    full: Iterable[str] = (),
+    allocation: Allocation | None = None,
+) -> PeftModel:
     """The base with its adapter at the planned start, and copies of the `full` modules. The one seed decides the random
-    part."""
+    part. allocation: the plan is where AdaLoRA starts."""
     dtype = frozen_dtype(config.model.dtype, job.arguments)
     settings = settings_of(config.lora, full)
     check_precision(settings, dtype, job.arguments)
@@ -106,6 +113,8 @@ def adapted(config: TrainConfig, job: shared.Job, plan: RankPlan, full: Iterable
     if job.depth:
         attach_depth(base, job.depth)
     set_seed(config.seed)
+    if allocation is not None:
+        return adapt_allocated(base, plan, settings, allocation)
     if settings.init == "eva":
         directions = input_directions(base, plan, eva_batches(job, config.seed))
         model = adapt(base, plan, settings)

@@ -113,6 +113,32 @@ COMMANDS = {
     "card": Command(
         "SHIP", "model card from a run's records; files and card to the hub", "card", config.CardConfig(), ("run",)
     ),
+    "features capture": Command(
+        "MORE",
+        "images → visual features of a model",
+        "features.capture",
+        config.CaptureConfig(),
+        ("images",),
+    ),
+    "features train": Command(
+        "MORE", "a network that predicts low-rank factors of features", "features.train", config.FactorTrainConfig()
+    ),
+    "features compare": Command(
+        "MORE",
+        "networks against the SVD and a shared PCA: error, time, rank",
+        "features.compare",
+        config.FactorCompareConfig(),
+    ),
+    "features show": Command(
+        "MORE", "one image's channels: original, network, SVD", "features.show", config.FactorShowConfig()
+    ),
+    "features downstream": Command(
+        "MORE",
+        "the model's answers with factors in place of its features",
+        "features.downstream",
+        config.DownstreamConfig(),
+        ("model_name",),
+    ),
     "run": Command(
         "MORE", "a pipeline of stages from one file", "run", config.RunConfig(), ("recipe",), takes_file=False
     ),
@@ -128,6 +154,7 @@ COMMANDS = {
     "tiny": Command("MORE", "a tiny model that sees, and photos for it: drawn here", "tiny", config.TinyConfig()),
     "demo": Command("MORE", "the whole flow, offline, on a CPU, in about three minutes", "demo", config.DemoConfig()),
 }
+ALIASES = {"features extract": "features capture"}
 GROUPS = ("MEASURE", "TRAIN", "PROVE", "SHIP", "MORE")
 DRY_RUN = options.Option("dry_run", bool, False, "print the resolved config and what would be done, and stop")
 

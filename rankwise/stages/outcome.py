@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerState
 
 from rankwise.config import TrainConfig
-from rankwise.nets.adapt import trainable_parameters
 from rankwise.nets.adapters import SITES_FILE
 from rankwise.options import flatten
 from rankwise.show.format import amount, duration, percent
@@ -30,31 +32,44 @@ def adapter_folder(config: TrainConfig) -> Path:
     return Path(config.output_dir) / config.adapter_folder
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """An adapter as it was saved: its sites and parameters; a line about it, facts and files where there are some."""
+
+    sites: int
+    parameters: int
+    said: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+
+
 def finish(
-    config: TrainConfig, trainer: RankwiseTrainer, sites: int, full: int, record: Record, seconds: float
+    config: TrainConfig, trainer: RankwiseTrainer, outcome: Outcome, full: int, record: Record, seconds: float
 ) -> None:
     """Enter the run in its manifest, and say in a few lines what came out and what comes next.
 
     full: parameters of the whole model, which full fine-tuning would train.
     """
-    folder, state = Path(config.output_dir), trainer.state
-    trainable, _ = trainable_parameters(shared.plain_model(trainer))
+    folder, state, trainable = Path(config.output_dir), trainer.state, outcome.parameters
     adapter = {name: adapter_folder(config) / name for name in ADAPTER_FILES}
     record.outputs |= adapter | {name: folder / name for name in (SPLIT_FILE, TRAINING_LOG)}
-    record.outputs |= {path.name: path for path in tables_and_plots(config)}
+    record.outputs |= {path.name: path for path in (*tables_and_plots(config), *outcome.files)}
     record.facts |= {
         "trainable_parameters": trainable,
         "total_parameters": full,
-        "adapted_sites": sites,
+        "adapted_sites": outcome.sites,
         "steps": state.global_step,
         "training_seconds": round(seconds, 2),
         **({"best_checkpoint": best_checkpoint(state)} if state.best_model_checkpoint else {}),
+        **outcome.facts,
     }
     write_results_summary(config, state)
     print(
         f"train: {state.global_step:,} steps in {duration(seconds)}, {shared.losses(state.log_history)}; "
         f"{amount(trainable)} trainable parameters, {percent(trainable / full)} of full fine-tuning ({amount(full)})"
     )
+    if outcome.said:
+        print(outcome.said)
     if state.best_model_checkpoint:
         print(f"kept the best checkpoint: {best_checkpoint(state)}, {best_metric(trainer)}")
     print(f"adapter in {adapter_folder(config)}, losses in {folder / TRAINING_LOG}")

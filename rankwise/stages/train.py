@@ -6,21 +6,32 @@ rankwise train --model_name MODEL --lora_config configs/lora_rank_config.json --
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import TrainingArguments
 
 from rankwise.config import TrainConfig
+from rankwise.core.plan import RankPlan
 from rankwise.errors import UsageError
-from rankwise.nets.adapt import MOVES_BASE, lora_pairs
+from rankwise.nets.adapt import MOVES_BASE, lora_pairs, trainable_parameters
 from rankwise.nets.depth import attach_depth
 from rankwise.nets.sites import model_sites
 from rankwise.nets.towers import full_sites
 from rankwise.stages import training as shared
 from rankwise.stages.adapting import adapted, check_lora, described_target, planned, quantization
+from rankwise.stages.allocated import save_allocated
+from rankwise.stages.allocating import (
+    allocation_facts,
+    allocation_of,
+    check_allocation,
+    start_rank,
+    starting,
+)
 from rankwise.stages.depth import asked, depth_lines, gate_module, save_depth
 from rankwise.stages.estimate import check_estimate, estimated
-from rankwise.stages.outcome import SPLIT_FILE, adapter_folder, finish
+from rankwise.stages.outcome import SPLIT_FILE, Outcome, adapter_folder, finish
 from rankwise.stages.preparing import prepare, rates_of
 from rankwise.stages.rendering import save_target
 from rankwise.stages.scheduling import gradient_norms, phase_keeper, schedule_of
@@ -34,12 +45,15 @@ from rankwise.stages.selecting import (
     selection_lines,
 )
 from rankwise.stages.towers import check_rates, full_of, train_use, trained_lines, words
+from rankwise.store.adapter import LoraPair
 from rankwise.store.files import read_object, write_json
 from rankwise.store.plan_file import find_plan
 from rankwise.store.processes import announce
 from rankwise.store.run import RunFolder
+from rankwise.train.allocation import RankAllocation
 from rankwise.train.arguments import build_arguments
 from rankwise.train.tables import TRAINING_LOG
+from rankwise.train.trainer import RankwiseTrainer
 
 
 def run(config: TrainConfig) -> Path:
@@ -58,15 +72,19 @@ def run(config: TrainConfig) -> Path:
             attach_depth(skeleton, depth)
         whole = full_of(skeleton, towers)
         full = whole | gate_module(skeleton)
-        plan, left_out = planned(config.lora, model_sites(skeleton), name, towers.lora)
+        plan, left_out = planned(starting(config), model_sites(skeleton), name, towers.lora)
         for line in trained_lines(skeleton, plan, full):
             announce(line)
         keeper = phase_keeper(config.phases, plan.adapted, config.seed, arguments, full_sites(skeleton, list(whole)))
         split, job = prepare(config, name, arguments, plan, skeleton, tuple(full))
+        sampler = sampler_of(config.selection, job)
+        allocation = allocation_of(config, plan, len(sampler or job.rows), arguments)
+        job = replace(job, facts={**job.facts, **allocation_facts(allocation)})
         checkpoint = shared.starting_point(config, job)
         save_depth(job.depth, folder.path)
-        model = adapted(config, job, plan, full)
+        model = adapted(config, job, plan, full, allocation)
         initial = lora_pairs(model) if config.lora.init_lora_weights in MOVES_BASE else None
+        allocator = RankAllocation(allocation, folder.path) if allocation else None
         started = time.monotonic()
         trainer = shared.trained(
             model,
@@ -75,22 +93,42 @@ def run(config: TrainConfig) -> Path:
             loraplus_lr_ratio=config.lora.loraplus_lr_ratio,
             tower_rates=rates_of(config),
             phases=keeper,
+            allocator=allocator,
             gradients=gradient_norms(config.phases, keeper, arguments),
             accuracy=accuracy_of(config.selection, job),
-            sampler=sampler_of(config.selection, job),
+            sampler=sampler,
             callbacks=callbacks_of(config.selection),
         )
         seconds = time.monotonic() - started
-        shared.write_adapter_files(trainer, adapter_folder(config), name, plan, left_out, initial, full)
+        outcome = saved(config, trainer, allocator, job, plan, left_out, initial, full)
         record.outputs |= save_depth(job.depth, adapter_folder(config))
         record.outputs |= save_target(job.renderer, adapter_folder(config))
         record.outputs |= save_task(config.data, adapter_folder(config))
         if trainer.is_world_process_zero():
             write_json(folder / SPLIT_FILE, split.record())
             total = sum(parameter.numel() for parameter in skeleton.parameters())
-            finish(config, trainer, len(plan.ranks), total, record, seconds)
+            finish(config, trainer, outcome, total, record, seconds)
             record.facts |= {"trained_in_full": list(full)} if full else {}
     return folder.path
+
+
+def saved(
+    config: TrainConfig,
+    trainer: RankwiseTrainer,
+    allocator: RankAllocation | None,
+    job: shared.Job,
+    plan: RankPlan,
+    left_out: list[str],
+    initial: Mapping[str, LoraPair] | None,
+    full: Mapping[str, str],
+) -> Outcome:
+    """The adapter on the disk as plain PEFT, and what it is."""
+    trainable, _ = trainable_parameters(shared.plain_model(trainer))
+    if allocator is None:
+        shared.write_adapter_files(trainer, adapter_folder(config), job.name, plan, left_out, initial, full)
+    elif trainer.is_world_process_zero():
+        return save_allocated(trainer, allocator, job, config, plan, left_out, full)
+    return Outcome(len(plan.ranks), trainable)
 
 
 def check(config: TrainConfig) -> None:
@@ -101,6 +139,7 @@ def check(config: TrainConfig) -> None:
     if not config.model.model_name and not config.lora.lora_config:
         raise UsageError("train needs a base model: --model_name FOLDER_OR_HUB_ID")
     check_lora(config.lora)
+    check_allocation(config)
     check_rates(rates_of(config), config.training)
     check_selection(config.selection, config.data.task, config.training, packing=config.packing)
     schedule_of(config.phases)
@@ -146,6 +185,8 @@ def describe(config: TrainConfig) -> list[str]:
     lora = config.lora
     what = f"the plan {lora.lora_config}" if lora.lora_config else f"rank {lora.lora_r} at {described_target(lora)}"
     lines = [f"adapt {config.model.model_name or 'the model that the plan names'} with {what}"]
+    if config.allocation.allocator != "none":
+        lines.append(f"let AdaLoRA divide the ranks: {start_rank(config)} everywhere, {lora.lora_r} on average at last")
     lines += [words(train_use(config.towers))]
     if quantization(lora):
         lines.append(f"load the base in {quantization(lora)} (extra: quant)")

@@ -13,7 +13,8 @@ class Patience(EarlyStoppingCallback):
     """Ends training after so many evaluations without a better one.
 
     The Trainer saves a callback's count with each checkpoint, and takes it back only where all callbacks are made anew
-    from there (which would lose those of ours): a resumed run would wait longer than an uninterrupted one.
+    from there (which would lose those of ours): a resumed run would wait longer than an uninterrupted one. A run that
+    was stopped early and is asked to go on nevertheless starts counting anew.
     """
 
     def on_train_begin(
@@ -21,7 +22,9 @@ class Patience(EarlyStoppingCallback):
     ) -> None:
         super().on_train_begin(args, state, control, **rest)
         saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
-        self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"] if saved else 0
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # the Trainer saves those it finds there
+        counted = saved["attributes"]["early_stopping_patience_counter"] if saved else 0
+        self.early_stopping_patience_counter = counted if counted < self.early_stopping_patience else 0
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **rest: Any

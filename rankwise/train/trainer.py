@@ -10,6 +10,7 @@ they are only hooked in. `before_step` is the place for whatever looks at gradie
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy
 
 from rankwise.errors import RankwiseError, UsageError
 from rankwise.nets.adapt import full_parameters
 from rankwise.score.selection import LabelAccuracy
 from rankwise.store.files import explained
+from rankwise.train.allocation import RankAllocation
 from rankwise.train.checkpoints import CheckpointKeeper, discard_unsealed
 from rankwise.train.gradients import GradientNorms
 from rankwise.train.guard import StepGuard, diverged, memory_advice
@@ -53,15 +55,27 @@ class StopOnSignal(TrainerCallback):
         self.done = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.trainer.stop_signal is not None:
-            self.done = True
-            control.should_training_stop = control.should_save = control.should_log = True
+        if self.trainer.stop_signal is None:
+            return
+        self.done = control.should_training_stop = True
+        if not evaluates_now(args, state):
+            control.should_save = control.should_log = True
             control.should_evaluate = control.should_evaluate and args.load_best_model_at_end
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The Trainer ends the epoch of a stopped run as well; nothing more is to be done in it."""
+        """The Trainer ends the epoch of a stopped run as well; nothing more is to be done in it.
+
+        But for the evaluation of an epoch that is complete: a resumed run begins with the next one, and would miss it.
+        """
         if self.done:
-            control.should_evaluate = control.should_save = False
+            control.should_evaluate = control.should_save = evaluates_now(args, state)
+
+
+def evaluates_now(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether an epoch has just been completed whose evaluation decides what is kept."""
+    by_epoch = args.load_best_model_at_end and args.eval_strategy == IntervalStrategy.EPOCH
+    always_saved = args.save_strategy != SaveStrategy.BEST  # which would save only what is better
+    return bool(by_epoch and always_saved and state.epoch and float(state.epoch).is_integer())
 
 
 def within_reach(model: nn.Module, _: Any, output: Any) -> None:
@@ -103,9 +117,11 @@ class RankwiseTrainer(Trainer):
         loraplus_lr_ratio: learning rate of B over that of A (LoRA+, Hayou et al. 2024).
         tower_rates: tower → learning rate instead of the common one.
         phases: freezes and thaws adapters between steps.
+        allocator: lets AdaLoRA divide the ranks while training.
         gradients: writes the table of gradient norms.
         accuracy: measured at each evaluation, as `eval_accuracy` in [0, 1]; the processes share its samples.
         sampler: the order of the training rows, instead of the Trainer's; drawn from seed and epoch (`set_epoch`).
+        stateful: callbacks whose `on_save` writes into the checkpoint; they come before it is sealed.
         The rest are the Trainer's own. `args.save_total_limit` is taken over: complete checkpoints are rotated
         after a new one is complete. A batch may carry `sample_index`; the data set's `sample_id` names it.
 
@@ -121,9 +137,11 @@ class RankwiseTrainer(Trainer):
         loraplus_lr_ratio: float | None = None,
         tower_rates: Mapping[str, float] | None = None,
         phases: PhaseKeeper | None = None,
+        allocator: RankAllocation | None = None,
         gradients: GradientNorms | None = None,
         accuracy: LabelAccuracy | None = None,
         sampler: Sampler[int] | None = None,
+        stateful: Sequence[TrainerCallback] = (),
         callbacks: Sequence[TrainerCallback] = (),
         **rest: Any,
     ) -> None:
@@ -132,7 +150,7 @@ class RankwiseTrainer(Trainer):
         self.interruption = Interruption(args.world_size)
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.tower_rates = {t: rate for t, rate in (tower_rates or {}).items() if rate != args.learning_rate}
-        self.phases, self.gradients = phases, gradients
+        self.phases, self.gradients, self.allocator = phases, gradients, allocator
         self.accuracy, self.sampler = accuracy, sampler
         self._agreed_signal: int | None = None
         self._stop = StopOnSignal(self)
@@ -140,9 +158,11 @@ class RankwiseTrainer(Trainer):
         more = [RATE_COLUMN.format(tower) for tower in self.tower_rates]
         log = TrainingLog(Path(args.output_dir), more + ([ACCURACY] if accuracy else []))
         self._rates = RateWatch()
-        own = [FrozenPrefix(), log, phases, gradients, keeper, self._stop, self._rates]
+        own = [FrozenPrefix(), log, phases, allocator, gradients, *stateful, keeper, self._stop, self._rates]
         super().__init__(args=args, callbacks=[*filter(None, own), *callbacks], **rest)
         self.remove_callback(PrinterCallback)
+        if allocator is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise UsageError("--allocator adalora needs whole weights and gradients: leave FSDP and DeepSpeed out")
         if accuracy is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise UsageError(
                 "--select accuracy needs the whole model in every process, which asks it for a share of the labels; "
@@ -154,8 +174,8 @@ class RankwiseTrainer(Trainer):
         folder = Path(self.args.output_dir)
         checkpoint = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
         self.guard.reset()
-        if self.phases is not None and checkpoint is not None:
-            self.phases.restore(Path(checkpoint))
+        for keeper in filter(None, (self.phases, self.allocator) if checkpoint else ()):
+            keeper.restore(Path(str(checkpoint)))
         hook = self.model.register_forward_hook(within_reach)
         try:
             with self.interruption, explained(folder), memory_advice():
@@ -180,13 +200,27 @@ class RankwiseTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         index = inputs.pop(SAMPLE_INDEX, None)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with self.regularised(num_items_in_batch):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self.guard.losses.append(loss)
         if index is not None:
             self.guard.samples.append(index)
         if self.accelerator.sync_gradients:
             self.before_step(model)
         return loss
+
+    def regularised(self, num_items_in_batch: Tensor | int | None) -> AbstractContextManager[None]:
+        """AdaLoRA's orthogonality term within the model's loss, once per optimizer step whatever the accumulation.
+
+        The model divides the tokens' loss by all tokens of the step, so that the Trainer only sums over batches and
+        processes; PEFT adds the term to each.
+        """
+        if self.allocator is None:
+            return nullcontext()
+        summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        batches = self.current_gradient_accumulation_steps if summed else 1
+        processes = self.args.world_size if summed and self.args.average_tokens_across_devices else 1
+        return self.allocator.regularised(1 / (batches * processes))
 
     def before_step(self, model: nn.Module) -> None:
         """All gradients of the step are there, unclipped; with a gradient scaler they are still scaled.

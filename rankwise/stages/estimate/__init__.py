@@ -23,6 +23,7 @@ from rankwise.nets.sites import model_sites
 from rankwise.show.estimate import Column, EstimatePage, page
 from rankwise.stages import training as shared
 from rankwise.stages.adapting import planned, quantization, settings_of
+from rankwise.stages.allocating import starting
 from rankwise.stages.estimate.rows import Rows, rows_of
 from rankwise.stages.estimate.shapes import CHECKPOINTING, Measured, Place, Shapes, Way, measured, place_of, ways_of
 from rankwise.stages.towers import full_of, train_use
@@ -38,7 +39,7 @@ def estimated(config: TrainConfig, name: str, arguments: TrainingArguments) -> P
     """Print what the run would take instead of running it; returns the folder that it would have."""
     skeleton, towers = shared.structure(config.model, name), train_use(config.towers)
     full = full_of(skeleton, towers)
-    plan, _ = planned(config.lora, model_sites(skeleton), name, towers.lora)
+    plan, _ = planned(starting(config), model_sites(skeleton), name, towers.lora)
     settings = settings_of(config.lora, full)
     rows = rows_of(config, name, skeleton)
     show(estimate(config, name, arguments, skeleton, plan, settings, rows), config.estimate)

@@ -1,0 +1,1 @@
+"""The stages of `rankwise features …`: capture, train, compare, show, downstream."""

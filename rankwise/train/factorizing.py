@@ -1,0 +1,160 @@
+"""What a network that predicts factors is trained for, as a module that the Trainer can train.
+
+    features (B, T, D) ── network ──▶ A·B ──▶ MSE + λ_B·mean(B²) + λ_ortho·orthogonality (+ MSE of the refinement)
+
+The terms are added up apart, on the device, and read once an epoch. A channel that the rank allocator has masked is in
+no term: neither its row of B nor its column of A is held to anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction
+
+from rankwise.core.closeness import explained_energy, mse, relative_error
+from rankwise.data.features import collate
+from rankwise.errors import DivergedError, UsageError
+from rankwise.nets.factorize import Factorization, Factorizer
+
+TERMS = ("loss", "mse", "b", "ortho", "activation_ortho", "refined")
+MEASURES = ("mse", "relative_error", "explained_energy", "refined_mse")
+ROW = "row"  # a batch's key for its places in the cache; the Trainer carries it through an evaluation as labels
+
+
+@dataclass(frozen=True)
+class TermWeights:
+    """Weights of the terms beside the MSE.
+
+    ortho: of the orthogonality of the network's own layers where it has that (AdaLoRA), else of A's columns.
+    activation: of A's columns beside the layers. UsageError for a weight below zero.
+    """
+
+    b: float = 1e-4
+    ortho: float = 1e-3
+    activation: float = 0.0
+
+    def __post_init__(self) -> None:
+        flags = {"b": "lambda_B", "ortho": "lambda_ortho", "activation": "activation_orth_regu_A"}
+        for name, flag in flags.items():
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"--{flag} weights a term of the loss: 0 or above, got {getattr(self, name)}")
+
+
+class FactorObjective(nn.Module):
+    """A network with its loss. In training `forward` returns {"loss"}; in evaluation also "measures" (B, k).
+
+    sums: of TERMS over the matrices since `restart`, weighted by batch; float64, where the network is. counted: how
+    many matrices they are over.
+    """
+
+    def __init__(self, net: Factorizer, weights: TermWeights) -> None:
+        super().__init__()
+        self.net = net
+        self.weights = weights
+        self.holds_layers = type(net).orthogonality is not Factorizer.orthogonality
+        self.restart()
+
+    def restart(self, sums: Sequence[float] = (0.0,) * len(TERMS), counted: int = 0) -> None:
+        self.sums = torch.tensor(sums, dtype=torch.float64, device=next(self.net.parameters()).device)
+        self.counted = counted
+
+    def forward(self, features: Tensor, row: Tensor | None = None) -> dict[str, Tensor]:
+        """features: normalised (B, T, D). Errors are computed in float32 under autocast too."""
+        found = self.net(features)
+        with torch.autocast(features.device.type, enabled=False):
+            if not self.training:
+                measures = measured(features, found)
+                return {"loss": measures[:, 0].mean(), "measures": measures}
+            terms = self.terms(features, found)
+            self.sums = self.sums.to(terms.device) + terms.detach().double() * len(features)
+            self.counted += len(features)
+            return {"loss": terms[0]}
+
+    def terms(self, features: Tensor, found: Factorization) -> Tensor:
+        """TERMS of a batch, unweighted but for the first, which is what is minimised."""
+        mask, nothing = self.net.rank_mask, features.new_zeros(())
+        error = mse(features, product(found)).mean()
+        size = mean_square(found.factors.right.float(), mask)
+        columns = column_orthogonality(found.activation.float(), mask)
+        ortho, apart = (self.net.orthogonality(), columns) if self.holds_layers else (columns, nothing)
+        refined = nothing if found.refined is None else mse(features, found.refined.float()).mean()
+        weights = self.weights
+        loss = error + weights.b * size + weights.ortho * ortho + weights.activation * apart + refined
+        return torch.stack([loss, error, size, ortho, apart, refined])
+
+    @property
+    def logged(self) -> tuple[str, ...]:
+        """The terms that this network has: those that a row of the history names."""
+        more = ("activation_ortho",) if self.holds_layers else ()
+        return (*TERMS[:4], *more, *(("refined",) if self.net.settings.refine else ()))
+
+
+def product(found: Factorization) -> Tensor:
+    """A·B (B, T, D) in float32, whatever precision the factors came in."""
+    return found.factors.left.float() @ found.factors.right.float()
+
+
+def mean_square(right: Tensor, mask: Tensor | None) -> Tensor:
+    """mean(B²) over the channels (…, r, D) that act."""
+    if mask is None:
+        return right.square().mean()
+    acting = mask.to(right)
+    return (right.square().mean((0, -1)) * acting).sum() / acting.sum()
+
+
+def column_orthogonality(activation: Tensor, mask: Tensor | None) -> Tensor:
+    """‖AᵀA/T − I‖_F² / r², mean over the batch (B, T, r); of the channels that act, over all r² entries."""
+    rank = activation.shape[-1]
+    difference = activation.mT @ activation / activation.shape[-2] - torch.eye(rank, device=activation.device)
+    if mask is not None:
+        acting = mask.to(difference)
+        difference = difference * acting[:, None] * acting
+    return difference.square().sum((-2, -1)).mean() / rank**2
+
+
+def measured(features: Tensor, found: Factorization) -> Tensor:
+    """MEASURES of each matrix (B, 3), or (B, 4) where the network refines."""
+    approximation = product(found)
+    relative = relative_error(features, approximation)
+    columns = [mse(features, approximation), relative, explained_energy(relative)]
+    if found.refined is not None:
+        columns.append(mse(features, found.refined.float()))
+    return torch.stack(columns, dim=1)
+
+
+def with_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """The collator: features, their places for the guard, and the same for the evaluation."""
+    batch = collate(rows)
+    return batch | {ROW: batch["sample_index"].clone()}
+
+
+@dataclass(frozen=True)
+class ValidationMeans:
+    """The Trainer's `compute_metrics`: means of MEASURES over the validation matrices, each counted once.
+
+    names: of all matrices of the cache, by place. Raises DivergedError, naming the matrices, where one is not finite.
+    """
+
+    names: Sequence[str]
+
+    def __call__(self, evaluated: EvalPrediction) -> dict[str, float]:
+        values = np.atleast_2d(np.asarray(evaluated.predictions, dtype=np.float64))
+        refuse_not_finite(values, [self.names[place] for place in evaluated.label_ids], "validation")
+        means = values.mean(0).tolist()
+        return dict(zip(MEASURES, means, strict=False))
+
+
+def refuse_not_finite(values: np.ndarray[Any, Any], names: Sequence[str], part: str) -> None:
+    """DivergedError naming the matrices (rows of `values`) with a measure that is NaN or infinite."""
+    bad = [name for name, row in zip(names, values, strict=True) if not np.isfinite(row).all()]
+    if bad:
+        raise DivergedError(
+            f"{len(bad)} of {len(names)} {part} matrices, or the network's error on them, are not finite: "
+            f"{', '.join(bad[:8])}. Look for NaN or infinity in these features; if there is none, lower --lr"
+        )
