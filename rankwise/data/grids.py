@@ -12,6 +12,7 @@ from typing import Any
 from transformers import ProcessorMixin
 
 from rankwise.core.geometry import WHOLE, Grid, bounded_size, centre_crop, tile_counts, tiled
+from rankwise.data.device_processor import AlwaysTiled
 from rankwise.errors import UsageError
 
 __all__ = ["Grid", "image_grids"]
@@ -26,7 +27,7 @@ def image_grids(processor: ProcessorMixin, width: int, height: int) -> tuple[Gri
     Raises UsageError, naming the family, where the processor's rule is not known here.
     """
     images = processor.image_processor
-    rule = RULES.get(type(images).__name__.removesuffix("Pil"))
+    rule = RULES.get(type(images).__name__.removeprefix("Tiled").removesuffix("Pil"))
     if rule is None or not getattr(images, "do_resize", True):
         known = "Qwen2-VL, Qwen2.5-VL, Isaac, SmolVLM, Idefics3 and LLaVA (CLIP)"
         raise UsageError(
@@ -59,7 +60,10 @@ def tiles_and_whole(processor: Any, width: int, height: int) -> tuple[Grid, ...]
     if not images.do_image_splitting:
         return tiled(0, 0, side)
     longest, tile = images.size["longest_edge"], images.max_image_size["longest_edge"]
-    return tiled(*tile_counts(height, width, longest, tile), side)
+    rows, columns = tile_counts(height, width, longest, tile)
+    if isinstance(images, AlwaysTiled) and not rows:
+        rows, columns = 1, 1
+    return tiled(rows, columns, side)
 
 
 def cropped_patches(processor: Any, width: int, height: int) -> tuple[Grid, ...]:

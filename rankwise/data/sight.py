@@ -84,12 +84,15 @@ class Sight:
         """
         if not references:
             return {}
-        images = [self.reader.open(reference) for reference in references]
-        found = self._processed(images, return_tensors="pt")
-        tensors = {name: value for name, value in found.items() if name not in self._text_inputs}
+        tensors = self.pixels([self.reader.open(reference) for reference in references])
         if self.depth is not None:
             tensors["depth"] = torch.cat([self.depth.for_image(reference) for reference in references]).float()
         return tensors
+
+    def pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """The same tensors, without depth, of pictures at hand: at least one."""
+        found = self._processed(images, return_tensors="pt")
+        return {name: value for name, value in found.items() if name not in self._text_inputs}
 
     def row_inputs(self, ids: Tensor) -> dict[str, Tensor]:
         """What the model wants to know of every token: which ones are an image's. ids: (batch, length)."""

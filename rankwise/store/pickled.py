@@ -37,6 +37,14 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def load_tensor(path: Path) -> Tensor:
+    """The one tensor that `torch.save(tensor, path)` has written. DataError as `load_pickle`, and for anything else."""
+    content = _load(path)
+    if not isinstance(content, Tensor):
+        raise DataError(f"{path}: a {type(content).__name__}, where one tensor is expected")
+    return content.detach()
+
+
 def unwrap(content: Any) -> dict[str, Any]:
     """The state dict inside training checkpoints such as {"epoch": …, "state_dict": {…}}."""
     while isinstance(content, dict):

@@ -1,0 +1,215 @@
+"""What factorizing visual features costs, and how close it comes: networks and baselines in one run, side by side.
+
+    python benchmarks/features.py [--features CACHE] [--ood CACHE] [--results_dir RESULTS] [--out benchmarks/results]
+
+T = 256 tokens, D = 2048 channels, rank 128, a batch of 64 by default. Without --features, a synthetic set with a known
+spectrum is made; networks that --results_dir lacks are trained there (`rankwise features train`, --epochs). Every
+method takes its turn in each of --repeats passes over the same batch, so whatever else slows the machine hits all
+alike; the fastest pass counts. Errors are those on the test split, against the SVD of the same matrices.
+
+`quick` rows let oneDNN take the large products, as `Subspace` does for its own two: on processors for which MKL keeps
+to AVX2 that alone is worth a lot, and an exact method can have it too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from workload import machine
+
+from rankwise.config import CaptureConfig, FactorTrainConfig
+from rankwise.core.approximation import by_gram, normalised, shared_basis
+from rankwise.core.factors import Factors
+from rankwise.data.features import FeatureCache, open_cache, read_split
+from rankwise.nets.factorize import ARCHITECTURES, load_factorizer
+from rankwise.nets.factorize.subspace import quick_products
+from rankwise.score.factor_cost import counted, timings
+from rankwise.score.factor_rows import summary
+from rankwise.score.factorization import GRAM, SVD, Method, baselines, measure, network, optimum
+from rankwise.stages.features import capture, train
+
+OURS, QUICK, LOWRANK = "Subspace", "Gram, quick products", "torch.svd_lowrank"
+AT_ONCE = 16
+GOALS = {"excess error": 0.05, "times the Gram way": 2.0, "times torch.linalg.svd": 20.0}
+
+
+def main() -> None:
+    options = parsed()
+    with tempfile.TemporaryDirectory() as scratch:
+        cache = open_cache(options.features or synthetic(Path(scratch) / "cache"))
+        results = Path(options.results_dir or Path(scratch) / "results")
+        for arch in options.arch:
+            if not (results / arch / "best_model.json").is_file():
+                train.run(training(arch, cache, results, options))
+        ood = open_cache(options.ood) if options.ood else None
+        report = compared(cache, ood, results, options)
+    write(report, Path(options.out), options.name)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--features")
+    parser.add_argument("--ood")
+    parser.add_argument("--results_dir")
+    parser.add_argument("--arch", nargs="*", default=list(ARCHITECTURES))
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--name", default="features")
+    parser.add_argument("--out", default="benchmarks/results")
+    return parser.parse_args()
+
+
+def synthetic(folder: Path) -> Path:
+    capture.run(CaptureConfig(synthetic=256, spectrum="power:0.7", output_dir=str(folder)))
+    return folder
+
+
+def training(arch: str, cache: FeatureCache, results: Path, options: argparse.Namespace) -> FactorTrainConfig:
+    return FactorTrainConfig(
+        arch=arch,
+        features=str(cache.path),
+        rank=options.rank,
+        epochs=options.epochs,
+        results_dir=str(results),
+        log_dir=str(results / "log"),
+    )
+
+
+def compared(
+    cache: FeatureCache, ood: FeatureCache | None, results: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Rows of the table, and what they were measured on."""
+    split = read_split(results / options.arch[0] / "split.json", cache)
+    basis = shared_basis(batches(cache, split.train)(), options.rank)
+    networks = [network(load_factorizer(results / arch)) for arch in options.arch]
+    known = baselines(options.rank, basis, torch.Generator().manual_seed(0))
+    extra = [
+        Method(QUICK, partial(quick_gram, rank=options.rank)),
+        Method(LOWRANK, partial(lowrank, rank=options.rank)),
+    ]
+    methods = [*known, *extra, *networks]
+    batch = torch.cat(list(batches(cache, range(min(options.batch, len(cache))))()))
+    methods = counted(methods, batch[:4])
+    times = timings(methods, batch, options.repeats)
+    errors = {"test images": scored(methods, cache, split.test)}
+    if ood is not None:
+        errors["another source"] = scored(methods, ood, range(len(ood)))
+    rows = [
+        {
+            "method": method.name,
+            "milliseconds": 1e3 * times[method.name].seconds,
+            "times_gram": times[GRAM].seconds / times[method.name].seconds,
+            "times_svd": times[SVD].seconds / times[method.name].seconds,
+            "gflop": (method.flops or 0) / 1e9,
+            "parameters": method.parameters,
+            **{where: found[method.name] for where, found in errors.items()},
+        }
+        for method in methods
+    ]
+    return {
+        "machine": machine(),
+        "date": str(date.today()),
+        "threads": torch.get_num_threads(),
+        "tokens": cache.tokens,
+        "channels": cache.channels,
+        "rank": options.rank,
+        "batch": len(batch),
+        "source": str(cache.source),
+        "model": cache.model.name if cache.model else None,
+        "images": {"train": len(split.train), "test": len(split.test), "other": len(ood) if ood else 0},
+        "epochs": options.epochs,
+        "rows": rows,
+        "goals": goals(rows),
+    }
+
+
+def batches(cache: FeatureCache, places: Sequence[int]) -> Callable[[], Iterable[Tensor]]:
+    def each() -> Iterable[Tensor]:
+        for start in range(0, len(places), AT_ONCE):
+            yield normalised(torch.stack([cache[place] for place in places[start : start + AT_ONCE]]))
+
+    return each
+
+
+def scored(methods: Sequence[Method], cache: FeatureCache, places: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Method → measure → mean with interval, over these matrices."""
+    each = batches(cache, places)
+    groups = [cache.groups[place] for place in places]
+    with torch.no_grad():
+        found = measure([replace(method, refine=None) for method in methods], each, optimum(each))
+    return {one.method: summary(one, groups) for one in found}
+
+
+def quick_gram(features: Tensor, rank: int) -> Factors:
+    with quick_products(True):
+        return by_gram(features, rank)
+
+
+def lowrank(features: Tensor, rank: int) -> Factors:
+    u, values, v = torch.svd_lowrank(features, q=rank, niter=2)
+    return Factors(u * values[..., None, :], v.mT)
+
+
+def goals(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What our own network was to reach, and what it reached."""
+    ours = {row["method"]: row for row in rows}.get(OURS)
+    if ours is None:
+        return {}
+    reached = (ours["test images"]["excess_error"]["mean"], ours["times_gram"], ours["times_svd"])
+    return {
+        name: {"goal": goal, "reached": value, "met": value <= goal if name == "excess error" else value >= goal}
+        for (name, goal), value in zip(GOALS.items(), reached, strict=True)
+    }
+
+
+def write(report: dict[str, Any], out: Path, name: str) -> None:
+    (out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (out / f"{name}.md").write_text(text_of(report), encoding="utf-8")
+    print(text_of(report))
+
+
+def text_of(report: dict[str, Any]) -> str:
+    sources = [key for key in ("test images", "another source") if key in report["rows"][0]]
+    head = ["method", "ms", "× Gram", "× SVD", "GFLOP", "parameters", *(f"excess error, {key}" for key in sources)]
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    for row in sorted(report["rows"], key=lambda row: row["milliseconds"]):
+        cells = [row["method"], f"{row['milliseconds']:.2f}", f"{row['times_gram']:.2f}", f"{row['times_svd']:.1f}"]
+        cells += [f"{row['gflop']:.2f}", f"{row['parameters']:,}" if row["parameters"] else ""]
+        cells += [interval(row[key]["excess_error"]) for key in sources]
+        lines.append("| " + " | ".join(cells) + " |")
+    met = [
+        f"{name}: {found['reached']:.3g} (goal {found['goal']:g}, {'met' if found['met'] else 'missed'})"
+        for name, found in report["goals"].items()
+    ]
+    return "\n".join([caption(report), "", *lines, "", f"{OURS}: " + "; ".join(met) + ".", ""])
+
+
+def caption(report: dict[str, Any]) -> str:
+    images, model = report["images"], report["model"]
+    what = f"features of {model}" if model else "synthetic matrices"
+    return (
+        f"{report['tokens']} × {report['channels']}, rank {report['rank']}, batch {report['batch']}, {what} "
+        f"({images['train']} to train on, {images['test']} to test on), {report['epochs']} epochs; "
+        f"{report['machine']}, {report['threads']} threads, {report['date']}."
+    )
+
+
+def interval(found: dict[str, float | None]) -> str:
+    mean = f"{100 * (found['mean'] or 0):.2f} %"
+    return mean if found["low"] is None else f"{mean} ({100 * found['low']:.2f} to {100 * (found['high'] or 0):.2f})"
+
+
+if __name__ == "__main__":
+    main()

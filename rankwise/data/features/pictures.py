@@ -1,0 +1,198 @@
+"""The pictures that features are captured of: a folder of images, a parquet file, a data set of `datasets`.
+
+    open_pictures("photos/")              photos/a.jpg, photos/2024/b.png … in name order
+    open_pictures("val.parquet")          its image column: {"bytes", "path"} as `datasets` writes it, or bytes
+    open_pictures("org/name:test")        a saved data set's folder, or a hub id, with a split
+
+Every picture is decoded as anywhere else (data/pixels.py): upright, RGB, bombs and broken files refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from rankwise.data.images import BadImage, ImageReader
+from rankwise.data.labelling.coco import SUFFIXES
+from rankwise.data.pixels import Unreadable, picture
+from rankwise.errors import DataError, need
+from rankwise.store.files import fingerprint
+
+SAVED = ("dataset_info.json", "dataset_dict.json")  # in a folder that `datasets` has saved
+EXTRA = "data"
+
+
+class Pictures(Protocol):
+    """Pictures with unique names. `open(place)` raises BadImage; `digest(count)` is that of the first ones."""
+
+    names: Sequence[str]
+
+    def open(self, place: int) -> Image.Image: ...
+
+    def digest(self, count: int) -> str: ...
+
+
+def open_pictures(where: str, max_pixels: int = 60_000_000) -> Pictures:
+    """The pictures of a folder, a parquet file or a data set. DataError where there are none."""
+    path = Path(where).expanduser()
+    if path.is_file() and path.suffix == ".parquet":
+        return of_parquet(path, max_pixels)
+    if path.is_dir() and not any((path / name).is_file() for name in SAVED):
+        return of_folder(path, max_pixels)
+    if path.is_file():
+        raise DataError(f"{path}: a folder of images, a parquet file or a data set is expected")
+    return of_dataset(where, max_pixels)
+
+
+@dataclass(frozen=True)
+class FolderPictures:
+    """Image files below a folder; names are their paths in it."""
+
+    names: tuple[str, ...]
+    reader: ImageReader
+
+    def open(self, place: int) -> Image.Image:
+        return self.reader.open(self.names[place])
+
+    def digest(self, count: int) -> str:
+        return digest_of([(name, fingerprint(self.reader.folder / name)) for name in self.names[:count]])
+
+
+def of_folder(folder: Path, max_pixels: int) -> FolderPictures:
+    found = [
+        file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()
+    ]
+    names = sorted(file.as_posix() for file in found if not any(part.startswith(".") for part in file.parts))
+    if not names:
+        raise DataError(f"{folder}: no images in it ({', '.join(sorted(SUFFIXES))})")
+    return FolderPictures(tuple(names), ImageReader(folder, max_pixels=max_pixels))
+
+
+@dataclass
+class TablePictures:
+    """Rows of a table with an image column. column: place → {"bytes", "path"} or bytes; content: its fingerprint."""
+
+    where: str
+    names: Sequence[str]
+    column: Any
+    content: str
+    folder: Path
+    max_pixels: int
+
+    def open(self, place: int) -> Image.Image:
+        name, value = self.names[place], self.column(place)
+        content = value.get("bytes") if isinstance(value, Mapping) else value
+        if content:
+            try:
+                return picture(io.BytesIO(content), self.max_pixels)
+            except Unreadable as reason:
+                raise BadImage(f"image {name} (row {place} of {self.where}) {reason}") from reason
+        path = value.get("path") if isinstance(value, Mapping) else None
+        if not path:
+            raise BadImage(f"image {name} (row {place} of {self.where}) is empty")
+        return ImageReader(self.folder, max_pixels=self.max_pixels).open(path)
+
+    def digest(self, count: int) -> str:
+        return digest_of([self.content, count])
+
+
+def of_parquet(path: Path, max_pixels: int) -> TablePictures:
+    parquet = need("pyarrow.parquet", extra=EXTRA)
+    try:
+        column = ParquetColumn(parquet.ParquetFile(path), path)
+        paths = column.paths()
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: not a sound parquet file ({error})") from error
+    return TablePictures(str(path), row_names(path.stem, paths), column, fingerprint(path), path.parent, max_pixels)
+
+
+@dataclass
+class ParquetColumn:
+    """The image column of a parquet file; one row group is held at a time."""
+
+    file: Any
+    path: Path
+    held: tuple[int, Any] = field(default=(-1, None), repr=False)
+
+    def __post_init__(self) -> None:
+        self.name = image_column({one.name: str(one.type) for one in self.file.schema_arrow}, self.path)
+        counts = [self.file.metadata.row_group(group).num_rows for group in range(self.file.num_row_groups)]
+        self.places = [(group, row) for group, count in enumerate(counts) for row in range(count)]
+
+    def __call__(self, place: int) -> Any:
+        group, row = self.places[place]
+        if self.held[0] != group:
+            try:
+                self.held = group, self.file.read_row_group(group, columns=[self.name]).column(self.name)
+            except (OSError, ValueError) as error:
+                raise DataError(f"{self.path}: row group {group} cannot be read ({error})") from error
+        return self.held[1][row].as_py()
+
+    def paths(self) -> list[str | None]:
+        """The `path` of every row, without reading the bytes of the pictures."""
+        if "struct" not in str(self.file.schema_arrow.field(self.name).type):
+            return [None] * len(self.places)
+        rows = self.file.read(columns=[f"{self.name}.path"]).column(self.name).to_pylist()
+        return [row.get("path") if row else None for row in rows]
+
+
+def image_column(types: Mapping[str, str], where: Path | str) -> str:
+    """The column that holds pictures: a struct with bytes, else binary; the one named image where several do."""
+    structs = [name for name, kind in types.items() if kind.startswith("struct") and "bytes: " in kind]
+    found = structs or [name for name, kind in types.items() if kind in ("binary", "large_binary")]
+    if not found:
+        raise DataError(f"{where}: no column of images; it has {', '.join(types) or 'none'}")
+    return "image" if "image" in found else found[0]
+
+
+def of_dataset(where: str, max_pixels: int) -> TablePictures:
+    """A data set saved by `datasets`, or of the hub; `:SPLIT` behind it says which split."""
+    datasets = need("datasets", extra=EXTRA)
+    name, _, split = where.partition(":")
+    path = Path(name).expanduser()
+    try:
+        loaded = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.load_dataset(name)
+    except (OSError, ValueError, ConnectionError) as error:
+        raise DataError(f"{where}: no folder, parquet file or data set of this name ({first_line(error)})") from error
+    rows = one_split(loaded, split, where)
+    found = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    if not found:
+        raise DataError(f"{where}: no column of images; it has {', '.join(rows.features)}")
+    chosen = "image" if "image" in found else found[0]
+    raw = rows.select_columns([chosen]).cast_column(chosen, datasets.Image(decode=False))
+    names = row_names(path.name, [None] * len(raw))
+    return TablePictures(where, names, lambda place: raw[place][chosen], str(rows._fingerprint), path, max_pixels)
+
+
+def one_split(loaded: Any, split: str, where: str) -> Any:
+    if not isinstance(loaded, Mapping):
+        return loaded
+    chosen = split or (next(iter(loaded)) if len(loaded) == 1 else "")
+    if chosen not in loaded:
+        name = where.partition(":")[0]
+        raise DataError(f"{where}: which split? {', '.join(f'{name}:{one}' for one in loaded)}")
+    return loaded[chosen]
+
+
+def row_names(stem: str, paths: Sequence[str | None]) -> list[str]:
+    """A row's own path where it is the only one of that name, else its number."""
+    counts = Counter(paths)
+    return [path if path and counts[path] == 1 else f"{stem}-{place:06d}" for place, path in enumerate(paths)]
+
+
+def digest_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

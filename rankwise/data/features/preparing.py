@@ -1,0 +1,79 @@
+"""A picture on its way to the tower: stretched to a square, laid out as a device does, or as it is.
+
+    picture ── Preparation.picture ──▶ what the processor gets ── Sight.pixels ──▶ tensors for the tower
+
+`grids` says where the tokens of such a picture lie, and so how many matrices it makes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from transformers import ProcessorMixin
+
+from rankwise.core.geometry import Grid
+from rankwise.data.device import DeviceTarget
+from rankwise.data.device_processor import device_processor
+from rankwise.data.grids import image_grids
+from rankwise.errors import UsageError
+
+SQUARE = 448  # pixels: 16 × 16 tokens in the Qwen-VL families
+FILTER = Image.Resampling.BICUBIC  # Pillow's own default
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How pictures go to the processor: to a square of `side` pixels whatever their shape, or as `target`'s device
+    shows them, or, with neither, as they are."""
+
+    side: int | None = SQUARE
+    target: DeviceTarget | None = None
+
+    def __post_init__(self) -> None:
+        assert not (self.side and self.target)
+        if self.side is not None and self.side < 1:
+            raise UsageError(f"--image_size must be at least 1 pixel, got {self.side}")
+
+    def picture(self, image: Image.Image) -> Image.Image:
+        if self.target:
+            return self.target.resize(image)
+        return image if self.side is None else image.resize((self.side, self.side), FILTER)
+
+    def processor(self, processor: ProcessorMixin) -> ProcessorMixin:
+        return device_processor(processor, self.target) if self.target else processor
+
+    def record(self, processor: ProcessorMixin) -> dict[str, Any]:
+        """For the recipe: all that decides the tensors of a picture."""
+        own = processor.image_processor.to_json_string()
+        return {
+            "stretched_to": self.side,
+            "device": self.target.geometry if self.target else None,
+            "processor": f"{type(processor.image_processor).__name__} {digest(own.encode())[:12]}",
+        }
+
+    @property
+    def words(self) -> str:
+        if self.target:
+            return f"as the device shows them ({self.target.image_size} × {self.target.image_size})"
+        return f"stretched to {self.side} × {self.side}" if self.side else "as they are"
+
+
+def grids(processor: ProcessorMixin, image: Image.Image) -> tuple[Grid, ...] | None:
+    """One grid per matrix of a prepared picture; None for a family whose rule is not known here, which has then one
+    matrix per picture."""
+    try:
+        return image_grids(processor, *image.size)
+    except UsageError:
+        return None
+
+
+def picture_digest(image: Image.Image) -> str:
+    """SHA-256 of the pixels that the processor gets: what the model cannot tell apart is one picture."""
+    return digest(f"{image.mode} {image.size}".encode() + image.tobytes())
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

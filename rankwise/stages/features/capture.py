@@ -1,0 +1,164 @@
+"""rankwise features capture: images → what a model's language part gets of them, in a cache for the other commands.
+
+rankwise features capture photos/ --model Qwen/Qwen2.5-VL-3B-Instruct -o feature_cache_real
+rankwise features capture --synthetic 512 --spectrum power:0.7 -o known/
+torchrun --nproc-per-node 2 -m rankwise.cli features capture …      (the processes share the shards)
+
+pictures ── shards of --shard_size ── missing ones, each process its share ──▶ features-00000.safetensors …  index.json
+
+Stopped and started again, it makes what is missing; the result is the same to the byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from tqdm.auto import tqdm
+
+from rankwise.config import CaptureConfig
+from rankwise.core.approximation import best_errors, normalised, singular_values
+from rankwise.core.closeness import explained_energy
+from rankwise.data.features import CacheWriter, FeatureCache
+from rankwise.data.features.pictures import open_pictures
+from rankwise.data.features.writer import clear
+from rankwise.errors import DataError, RankwiseError, UsageError
+from rankwise.show.format import memory, percent, plural
+from rankwise.stages.features.shards import Shards, preparation_of, shards_of
+from rankwise.stages.training import held
+from rankwise.store.checkpoint import resolve
+from rankwise.store.processes import announce, finish, gathered, own_share, process_index
+from rankwise.store.run import RunFolder
+
+STAGE = "features capture"
+LOOKED_AT = 8  # matrices that the last lines' energy is the median of
+Result = TypeVar("Result")
+
+
+def run(config: CaptureConfig) -> FeatureCache | None:
+    """The whole command. Processes other than rank 0 make their share and return None."""
+    check(config)
+    try:
+        return captured(config)
+    finally:
+        finish()
+
+
+def check(config: CaptureConfig) -> None:
+    """Combinations that cannot work, before anything is read."""
+    if config.synthetic is None and not (config.model_name and config.images):
+        raise UsageError("features capture needs IMAGES and --model, or --synthetic N")
+    if config.synthetic is not None and (config.model_name or config.images):
+        raise UsageError("--synthetic N makes matrices without a model: leave --model and the images out")
+    if config.native and config.image_size is not None:
+        raise UsageError("--native takes pictures as they are, --image_size stretches them: give one of them")
+    for name in ("num_images", "batch_size", "shard_size", "image_size", "synthetic"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} must be at least 1, got {value}")
+
+
+def captured(config: CaptureConfig) -> FeatureCache | None:
+    folder = RunFolder(config.output_dir)
+    with held(folder, STAGE, inputs(config)) as record:
+        shards = shards_of(config)
+        writer = CacheWriter(folder.path, shards.recipe)
+        agreed(lambda: begin(writer, config.overwrite))
+        missing = gathered({0: agreed(writer.missing)})[0]
+        agreed(lambda: make(shards, writer, own_share(missing, [shards.size(shard) for shard in missing])))
+        if process_index()[0] != 0:
+            return None
+        cache = writer.finish()
+        folder.save_config(config)
+        record.outputs["index"] = writer.index
+        record.facts |= {"matrices": len(cache), "shards_made": len(missing), "fingerprint": cache.fingerprint}
+    report(config, writer, cache, len(missing))
+    return cache
+
+
+def inputs(config: CaptureConfig) -> dict[str, Path | str]:
+    named = {"model": config.model_name, "images": config.images}
+    return {name: value for name, value in named.items() if value}
+
+
+def begin(writer: CacheWriter, overwrite: bool) -> None:
+    """By the first process: the folder is this capture's, or becomes it."""
+    if process_index()[0] == 0:
+        if overwrite:
+            clear(writer.folder)
+        writer.begin()
+
+
+def agreed(action: Callable[[], Result]) -> Result:
+    """What the action gives in this process; where it failed in any process, an error in all of them."""
+    error, result = None, None
+    try:
+        result = action()
+    except RankwiseError as caught:
+        error = caught
+    told = {process_index()[0]: (error.exit_code, str(error)) if error else None}
+    failed = {rank: entry for rank, entry in gathered(told).items() if entry}
+    if error:
+        raise error
+    if failed:
+        code, text = failed[min(failed)]
+        raise (UsageError if code == UsageError.exit_code else DataError)(text)
+    return result  # type: ignore[return-value]
+
+
+def make(shards: Shards, writer: CacheWriter, mine: list[int]) -> None:
+    """These shards, in order, each written as soon as it is whole."""
+    total = sum(shards.size(shard) for shard in mine)
+    silent = None if process_index()[0] == 0 else True
+    bar = tqdm(total=total, desc="capture", unit="image", disable=silent, leave=False)
+    try:
+        for shard in sorted(mine):
+            writer.write(shard, shards.made(shard, bar.update))
+    finally:
+        bar.close()
+
+
+def report(config: CaptureConfig, writer: CacheWriter, cache: FeatureCache, made: int) -> None:
+    size = sum(file.stat().st_size for file in writer.folder.glob("features-*.safetensors"))
+    kept = writer.recipe.shards - made
+    grid = f" ({cache.grid[0]} × {cache.grid[1]} grid)" if cache.grid else ""
+    announce(
+        f"captured {plural(len(set(cache.groups)), 'picture')}: {len(cache)} matrices of {cache.tokens} tokens{grid} × "
+        f"{cache.channels:,} channels, {config.cache_dtype}, {memory(size)} in {cache.path}"
+    )
+    if kept:
+        announce(f"{plural(kept, 'shard')} of {writer.recipe.shards} were there already")
+    for name, reason in cache.left_out:
+        announce(f"left out: {name}: {reason}")
+    announce(energy_line(cache))
+    announce(f"next: rankwise features train --features {config.output_dir}")
+
+
+def energy_line(cache: FeatureCache) -> str:
+    """What the best factors of half the rank keep: whether there is anything to gain."""
+    step = max(1, len(cache) // LOOKED_AT)
+    rank = max(1, min(cache.tokens, cache.channels) // 2)
+    values = singular_values(
+        normalised(torch.stack([cache[place] for place in range(0, len(cache), step)][:LOOKED_AT]))
+    )
+    kept = float(explained_energy(best_errors(values)[:, rank - 1]).median())
+    return f"at rank {rank} the best factors keep {kept:.2%} of a matrix's energy (median of {len(values)})"
+
+
+def describe(config: CaptureConfig) -> list[str]:
+    check(config)
+    if config.synthetic is not None:
+        return [
+            f"make {config.synthetic} matrices of {config.tokens} × {config.channels} with spectrum {config.spectrum}, "
+            f"{percent(config.shared)} of the energy in shared directions",
+            f"write shards of {config.shard_size} and index.json to {config.output_dir}",
+        ]
+    found = len(open_pictures(str(config.images)).names)
+    preparation = preparation_of(config, resolve(str(config.model_name), config.revision))
+    return [
+        f"show {min(found, config.num_images or found)} of {plural(found, 'picture')} in {config.images} to "
+        f"{config.model_name}, {preparation.words}",
+        f"write its image features in shards of {config.shard_size} pictures and index.json to {config.output_dir}",
+    ]

@@ -1,0 +1,119 @@
+"""What a cache's shards are made of: pictures seen by a model's tower, or matrices with a known spectrum.
+
+IMAGES, --model ──▶ PictureShards   ─┐
+--synthetic ──────▶ SyntheticShards ─┴─ made(k) ──▶ Matrices ──▶ CacheWriter
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from rankwise.config import CaptureConfig
+from rankwise.data import Sight
+from rankwise.data.device import read_target
+from rankwise.data.features import CacheRecipe, Matrices, ModelOrigin, shard_places
+from rankwise.data.features.pictures import open_pictures
+from rankwise.data.features.preparing import SQUARE, Preparation
+from rankwise.data.features.synthetic import Synthetic
+from rankwise.data.images import ImageReader
+from rankwise.errors import UsageError
+from rankwise.nets.depth_settings import read_depth
+from rankwise.nets.load import load_config, load_processor
+from rankwise.stages.features.picture_shards import PictureShards, Step
+from rankwise.store.adapter import is_adapter
+from rankwise.store.checkpoint import resolve
+from rankwise.store.files import fingerprint
+
+
+class Shards(Protocol):
+    """The shards of one cache: `made` gives the rows of one of them, the same whenever it is called."""
+
+    recipe: CacheRecipe
+
+    def size(self, shard: int) -> int: ...
+
+    def made(self, shard: int, step: Step) -> Matrices: ...
+
+
+def shards_of(config: CaptureConfig) -> Shards:
+    if config.synthetic is not None:
+        settings = Synthetic(config.tokens, config.channels, config.spectrum, config.shared, config.seed)
+        return SyntheticShards(settings, config.synthetic, config.shard_size, config.cache_dtype)
+    assert config.model_name and config.images
+    folder = seeing_model(config.model_name, config.revision)
+    pictures = open_pictures(config.images)
+    preparation = preparation_of(config, folder)
+    processor = preparation.processor(load_processor(config.model_name, config.revision))
+    # The reader is never asked: pictures come prepared.
+    sight = Sight(processor, ImageReader(folder))
+    return PictureShards(config, pictures, preparation, sight, ModelOrigin(config.model_name, fingerprint(folder)))
+
+
+def seeing_model(name: str, revision: str | None) -> Path:
+    """The folder of a whole model with images. UsageError for an adapter, a text model, a model with depth."""
+    folder = resolve(name, revision)
+    if is_adapter(folder):
+        raise UsageError(f"{name} is an adapter; `rankwise merge` makes a model of it, whose features can be captured")
+    if not hasattr(load_config(name, revision), "vision_config"):
+        raise UsageError(f"{name} is a text model: it has no image features")
+    if read_depth(folder):
+        raise UsageError(f"{name} adds depth to its image features, and features are captured without; give its base")
+    return folder
+
+
+def preparation_of(config: CaptureConfig, folder: Path) -> Preparation:
+    if config.native:
+        return Preparation(None)
+    target = read_target(folder) if config.image_size is None else None
+    return Preparation(None, target) if target else Preparation(config.image_size or SQUARE)
+
+
+@dataclass(frozen=True)
+class SyntheticShards:
+    """Matrices with a known spectrum; each is a picture of its own."""
+
+    settings: Synthetic
+    count: int
+    shard_size: int
+    dtype: str
+
+    @property
+    def recipe(self) -> CacheRecipe:
+        one = self.settings
+        return CacheRecipe(
+            shards=len(self.places),
+            dtype=self.dtype,
+            model=None,
+            pictures=f"{self.count} synthetic",
+            settings={
+                "shard_size": self.shard_size,
+                "tokens": one.tokens,
+                "channels": one.channels,
+                "spectrum": one.spectrum,
+                "shared": one.shared,
+                "seed": one.seed,
+            },
+            source=f"synthetic, spectrum {one.spectrum}, shared {one.shared:g}",
+            spectrum=one.normalised_values,
+        )
+
+    @property
+    def places(self) -> list[range]:
+        return shard_places(self.count, self.shard_size)
+
+    def size(self, shard: int) -> int:
+        return len(self.places[shard])
+
+    def made(self, shard: int, step: Step) -> Matrices:
+        matrices, names = [], []
+        for place in self.places[shard]:
+            matrices.append(self.settings.matrix(place))
+            names.append(f"synthetic-{place:06d}")
+            step(1)
+        groups = tuple(hashlib.sha256(f"{self.settings.seed} {name}".encode()).hexdigest() for name in names)
+        return Matrices(torch.stack(matrices), tuple(names), groups, self.settings.grid)

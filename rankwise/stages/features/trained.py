@@ -1,0 +1,82 @@
+"""Trained factorizers and the features they were trained on, as `compare` and `downstream` find them again.
+
+results/<arch>/best_model.* ── networks ──▶ Network(net, cache)        cache ── cached(places) ──▶ normalised (B, T, D)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rankwise.data.features import FeatureCache, FeatureRows, open_cache
+from rankwise.data.features.cache import INDEX
+from rankwise.errors import DataError
+from rankwise.nets.factorize import Factorizer, canonical, load_factorizer
+from rankwise.store.files import read_object
+from rankwise.store.run import CONFIG
+
+MODEL, WEIGHTS, SPLIT = "best_model.json", "best_model.safetensors", "split.json"
+BATCH = 16  # matrices of a cache at a time
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained factorizer and the run folder that it comes from. cache: what it was trained on; None with the reason
+    where that cannot be read any more."""
+
+    folder: Path
+    net: Factorizer
+    cache: FeatureCache | None
+    lost: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.net.settings.arch
+
+    @property
+    def rank(self) -> int:
+        return self.net.settings.rank
+
+
+def networks(results_dir: str, archs: Sequence[str]) -> list[Network]:
+    """Those asked for, or all that have finished. DataError for one that is not there or damaged."""
+    root = Path(results_dir).expanduser()
+    folders = [root / canonical(arch) for arch in archs] or sorted(file.parent for file in root.glob(f"*/{MODEL}"))
+    for folder in folders:
+        if not (folder / MODEL).is_file():
+            raise DataError(f"{folder}: no trained network ({MODEL}); train it with `rankwise features train`")
+    return [Network(folder, load_factorizer(folder), *trained_on(folder)) for folder in folders]
+
+
+def trained_on(folder: Path) -> tuple[FeatureCache | None, str]:
+    """The cache of a run, and why there is none where there is none."""
+    try:
+        return open_cache(read_object(folder / CONFIG)["features"]), ""
+    except DataError as error:
+        return None, str(error)
+
+
+def stretch_of(found: Sequence[Network]) -> int | None:
+    """The square that pictures were stretched to when the networks' features were captured; None where they were not,
+    or nothing says so."""
+    for each in found:
+        if each.cache is not None and (each.cache.path / INDEX).is_file():
+            settings = read_object(each.cache.path / INDEX)["settings"]
+            return settings.get("stretched_to")
+    return None
+
+
+def is_of(each: Network, fingerprint: str) -> bool:
+    """Whether a network's cache holds features of the model with this fingerprint."""
+    return each.cache is not None and each.cache.model is not None and each.cache.model.fingerprint == fingerprint
+
+
+def cached(cache: FeatureCache, places: Sequence[int]) -> Iterator[Tensor]:
+    """Normalised matrices (B, T, D) of a cache."""
+    rows = FeatureRows(cache, places)
+    for start in range(0, len(rows), BATCH):
+        yield torch.stack([rows[row]["features"] for row in range(start, min(start + BATCH, len(rows)))])
