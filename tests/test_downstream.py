@@ -43,7 +43,8 @@ from rankwise.show.downstream import markdown
 from rankwise.stages.features.downstream import asked
 from rankwise.stages.features.questions import Questions, connected
 from rankwise.stages.features.stand_ins import parts, ranks_of
-from rankwise.store.files import fingerprint, write_json
+from rankwise.stages.training import model_fingerprint
+from rankwise.store.files import write_json
 
 ANSWERS = ("It is red.", "Two: a dog and a cat.", "red", "It is blue.")
 FAMILIES: dict[str, Callable[[Path], Path]] = {
@@ -399,7 +400,7 @@ def trained(
     says so of the first picture, which it has thrice and thus among its training pictures."""
     rows, _ = asked(settings(base, data), str(base), None, stretched_to)
     features = torch.cat(list(rows.features()))
-    model = ModelOrigin(str(base), origin or fingerprint(base))
+    model = ModelOrigin(str(base), origin or model_fingerprint(base))
     names = tuple(f"{number}" for number in range(len(features)))
     groups = tuple(rows.pictures[0]) * 3 + names[3:] if shared else names
     how = {"stretched_to": stretched_to}

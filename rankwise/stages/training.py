@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -163,6 +165,11 @@ def base_files(folder: Path) -> list[Path]:
     """Configuration and weights of a model folder."""
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     return [folder / "config.json", *weights]
+
+
+def model_fingerprint(folder: Path) -> str:
+    """One digest of a model's configuration and weights: what else lies in its folder does not change it."""
+    return hashlib.sha256(json.dumps(fingerprints(base_files(folder))).encode()).hexdigest()
 
 
 def fingerprints(files: Sequence[Path]) -> dict[str, str]:

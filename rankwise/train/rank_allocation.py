@@ -128,7 +128,7 @@ class ChannelAllocation(TrainerCallback):
             memory: Mapping[str, Any] = optimizer.state.get(value, {})
             for name in MEMORY:
                 if name in memory:
-                    pass
+                    clear(memory[name], self.mask)
 
     # --- at evaluations and checkpoints ------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from rankwise.stages.evaluate import model_facts
 from rankwise.stages.features.questions import Questions, questions, stretched, with_pictures
 from rankwise.stages.features.stand_ins import Part, fitting, origin_notes, parts, ranks_of, replacements
 from rankwise.stages.features.trained import WEIGHTS, is_of, networks, stretch_of
-from rankwise.stages.training import read_examples, task_of
+from rankwise.stages.training import model_fingerprint, read_examples, task_of
 from rankwise.store.adapter import adapter_files
 from rankwise.store.checkpoint import resolve
 from rankwise.store.files import fingerprint, write_json, write_text
@@ -75,7 +75,7 @@ def compared(config: DownstreamConfig, base: str, adapter: Path | None) -> dict[
     rows, notes = asked(config, base, adapter, stretch_of(trained))
     shapes = sorted({(matrix.shape[-2], matrix.shape[-1]) for matrix in rows.features()})
     found, left_out = fitting(trained, shapes, bool(config.arch))
-    own = fingerprint(resolve(base))  # as a feature cache names its model
+    own = model_fingerprint(resolve(base))  # as a feature cache names its model
     for each in found:
         each.net.to(rows.tested.device)
     ranks = ranks_of(config.ranks, found, shapes)

@@ -25,9 +25,9 @@ from rankwise.errors import UsageError
 from rankwise.nets.depth_settings import read_depth
 from rankwise.nets.load import load_config, load_processor
 from rankwise.stages.features.picture_shards import PictureShards, Step
+from rankwise.stages.training import model_fingerprint
 from rankwise.store.adapter import is_adapter
 from rankwise.store.checkpoint import resolve
-from rankwise.store.files import fingerprint
 
 
 class Shards(Protocol):
@@ -51,7 +51,8 @@ def shards_of(config: CaptureConfig) -> Shards:
     processor = preparation.processor(load_processor(config.model_name, config.revision))
     # The reader is never asked: pictures come prepared.
     sight = Sight(processor, ImageReader(folder))
-    return PictureShards(config, pictures, preparation, sight, ModelOrigin(config.model_name, fingerprint(folder)))
+    origin = ModelOrigin(config.model_name, model_fingerprint(folder))
+    return PictureShards(config, pictures, preparation, sight, origin)
 
 
 def seeing_model(name: str, revision: str | None) -> Path:

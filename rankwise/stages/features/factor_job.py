@@ -1,0 +1,163 @@
+"""What `rankwise features train` trains, put together: the Trainer, and all that hangs on it.
+
+config, cache ──▶ FactorJob (arguments, identity) ── Start ──▶ RankwiseTrainer + EpochHistory (+ ChannelAllocation)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainingArguments
+
+from rankwise.config import FactorTrainConfig
+from rankwise.core.importance import RankBudget
+from rankwise.data.features import FeatureCache, FeatureRows, collate
+from rankwise.nets.factorize import AdaptiveLowRankProjAdaLoRA, FactorizerSettings
+from rankwise.stages.features.run_log import RunLog
+from rankwise.stages.features.starting import Start
+from rankwise.train.arguments import build_arguments
+from rankwise.train.epoch_history import EpochHistory
+from rankwise.train.factorizing import (
+    ROW,
+    FactorObjective,
+    TermWeights,
+    ValidationMeans,
+    refuse_not_finite,
+    with_rows,
+)
+from rankwise.train.rank_allocation import ChannelAllocation, saved_budget
+from rankwise.train.resume import identity_of
+from rankwise.train.stopping import Patience
+from rankwise.train.trainer import RankwiseTrainer
+
+CLIP, FACTOR, PLATEAU = 5.0, 0.5, 3  # norm of gradients; the rate's factor after so many epochs without improvement
+KEPT = 2  # checkpoints beside the best one: should the newest be damaged, there is one before it
+
+
+@dataclass(frozen=True)
+class FactorJob:
+    """A network to be trained on a cache, as asked for."""
+
+    config: FactorTrainConfig
+    cache: FeatureCache
+    settings: FactorizerSettings
+    weights: TermWeights
+    arguments: TrainingArguments
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.arguments.output_dir)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes this run this run: everything that decides its weights but for the number of epochs."""
+        config = self.config
+        unused = {"use_rank_allocator": False}
+        facts = {
+            **asdict(self.settings),
+            "features": self.cache.fingerprint,
+            "lambda_B": config.lambda_B,
+            "lambda_ortho": config.lambda_ortho,
+            "activation_orth_regu_A": config.activation_orth_regu_A,
+            **(asdict(config.allocator) if config.allocator.use_rank_allocator else unused),
+        }
+        found = identity_of(self.arguments, **facts)
+        return {name: value for name, value in found.items() if name != "num_train_epochs"}
+
+
+def arguments_of(config: FactorTrainConfig, folder: Path) -> TrainingArguments:
+    given = {
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "learning_rate": config.lr,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": CLIP,
+        "lr_scheduler_type": "reduce_lr_on_plateau",
+        "lr_scheduler_kwargs": {"mode": "min", "factor": FACTOR, "patience": PLATEAU},
+        **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), "epoch"),
+        "metric_for_best_model": "mse",
+        "greater_is_better": False,
+        "load_best_model_at_end": True,
+        "save_total_limit": KEPT,
+        "label_names": [ROW],
+        "ddp_find_unused_parameters": False,
+        "dataloader_num_workers": config.num_workers,
+        "bf16": config.bf16,
+        "use_cpu": config.device == "cpu",
+    }
+    return build_arguments(folder, config.seed, given)
+
+
+def allocation_of(job: FactorJob, start: Start) -> ChannelAllocation | None:
+    """With the schedule that the run began with. UsageError, naming values that fit, where the run is too short."""
+    asked = job.config.allocator
+    if not asked.use_rank_allocator:
+        return None
+    assert isinstance(start.net, AdaptiveLowRankProjAdaLoRA)
+    if start.checkpoint is not None:
+        return ChannelAllocation(start.net, saved_budget(start.checkpoint), job.folder)
+    budget = RankBudget(
+        rank=job.settings.rank,
+        keep_ratio=asked.allocator_keep_ratio,
+        init_warmup=asked.allocator_init_warmup,
+        final_warmup=asked.allocator_final_warmup,
+        mask_interval=asked.allocator_mask_interval,
+        total_steps=start.steps * start.epochs,
+    )
+    return ChannelAllocation(start.net, budget, job.folder)
+
+
+def trainer_of(
+    job: FactorJob, start: Start, allocation: ChannelAllocation | None, log: RunLog
+) -> tuple[RankwiseTrainer, EpochHistory]:
+    """Taken up from the checkpoint where there is one. The process's own random state is used on a fresh start."""
+    job.arguments.num_train_epochs = start.epochs
+    if start.fresh:
+        start_from_data(job, start)
+    objective = FactorObjective(start.net, job.weights)
+    history = EpochHistory(objective, job.folder, start.rows, log.line)
+    stateful = [history] if allocation is None else [allocation, history]
+    if start.checkpoint is not None:
+        for one in stateful:
+            one.restore(start.checkpoint)
+    trainer = RankwiseTrainer(
+        model=objective,
+        args=job.arguments,
+        train_dataset=FeatureRows(job.cache, start.split.train),
+        eval_dataset=FeatureRows(job.cache, start.split.val),
+        data_collator=with_rows,
+        compute_metrics=ValidationMeans(job.cache.ids),
+        identity=job.identity,
+        stateful=stateful,
+        callbacks=[Patience(job.config.patience)],
+    )
+    return trainer, history
+
+
+def start_from_data(job: FactorJob, start: Start) -> None:
+    """The network's own start values from the training matrices, on the device that it will be trained on."""
+    arguments = job.arguments
+    start.net.to(arguments.device)
+
+    def batches() -> Iterator[Tensor]:
+        for features, _ in batches_of(job.cache, start.split.train, arguments.train_batch_size, "training"):
+            yield features.to(arguments.device)
+
+    start.net.prepare(batches, torch.Generator().manual_seed(arguments.seed))
+
+
+def batches_of(
+    cache: FeatureCache, places: tuple[int, ...], size: int, part: str
+) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    """Normalised features (B, T, D) with their places, in order. DivergedError naming those that are not finite."""
+    rows = FeatureRows(cache, places)
+    for first in range(0, len(rows), size):
+        taken = places[first : first + size]
+        features = collate([rows[first + i] for i in range(len(taken))])["features"]
+        refuse_not_finite(features.flatten(1).numpy(), [cache.ids[place] for place in taken], part)
+        yield features, taken

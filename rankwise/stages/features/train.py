@@ -1,0 +1,110 @@
+"""rankwise features train: a network that predicts a feature matrix's factors, trained, kept at its best, and tested.
+
+rankwise features train --arch ResMLP --features feature_cache_real --rank 128 --epochs 20
+rankwise features train --arch ResMLP --features feature_cache_real --rank 128 --epochs 100 --resume
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from rankwise.config import FactorTrainConfig
+from rankwise.data.features import FeatureCache, open_cache
+from rankwise.errors import Interrupted, UsageError
+from rankwise.nets.factorize import FactorizerSettings, canonical
+from rankwise.stages.features.factor_job import FactorJob, allocation_of, arguments_of, trainer_of
+from rankwise.stages.features.factor_outcome import finish
+from rankwise.stages.features.run_log import RunLog
+from rankwise.stages.features.starting import SPLIT, Start, make_room, start_of
+from rankwise.stages.training import held
+from rankwise.store.files import write_json
+from rankwise.store.processes import process_index
+from rankwise.store.run import RunFolder
+from rankwise.train.factorizing import TermWeights
+from rankwise.train.trainer import RankwiseTrainer
+
+ALLOCATES = "AdaLoRA"
+
+
+def run(config: FactorTrainConfig) -> Path:
+    """The whole command; returns the run folder."""
+    weights = check(config)
+    folder = RunFolder(Path(config.results_dir) / canonical(config.arch))
+    cache = open_cache(config.features)
+    settings = settings_of(config, cache)
+    with held(folder, "features train", {"features": config.features}) as record:
+        set_seed(config.seed)
+        job = FactorJob(config, cache, settings, weights, arguments_of(config, folder.path))
+        start = start_of(config, folder.path, cache, settings, job.identity)
+        allocation = allocation_of(job, start)
+        make_room(start, folder.path)
+        log = RunLog.begun(Path(config.log_dir), config)
+        if process_index()[0] == 0:
+            folder.save_config(config)
+            write_json(folder / SPLIT, start.split.record())
+        began = time.monotonic()
+        trainer, history = trainer_of(job, start, allocation, log)
+        train(trainer, start, log)
+        if process_index()[0] == 0:
+            finish(job, start.split, history.rows, record, log, time.monotonic() - began)
+    return folder.path
+
+
+def check(config: FactorTrainConfig) -> TermWeights:
+    """Combinations that cannot work, before anything is read."""
+    arch = canonical(config.arch)
+    for name, least in (("batch_size", 1), ("rank", 1), ("patience", 1), ("epochs", 0 if config.resume else 1)):
+        if getattr(config, name) < least:
+            raise UsageError(f"--{name} is at least {least}, got {getattr(config, name)}")
+    if not config.lr > 0 or not config.weight_decay >= 0:
+        raise UsageError(f"--lr is above 0 and --weight_decay not below it, got {config.lr} and {config.weight_decay}")
+    if config.resume and config.overwrite:
+        raise UsageError("--resume goes on with a run and --overwrite deletes it; leave one of them out")
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device is auto, cpu or cuda, got {config.device}")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no GPU is visible to torch here")
+    if config.allocator.use_rank_allocator and arch != ALLOCATES:
+        raise UsageError(f"--use_rank_allocator masks the channels of lora_E, and {arch} has none: --arch {ALLOCATES}")
+    if config.activation_orth_regu_A and arch != ALLOCATES:
+        raise UsageError(f"--activation_orth_regu_A is for {ALLOCATES}; with {arch} --lambda_ortho weights that term")
+    return TermWeights(config.lambda_B, config.lambda_ortho, config.activation_orth_regu_A)
+
+
+def settings_of(config: FactorTrainConfig, cache: FeatureCache) -> FactorizerSettings:
+    return FactorizerSettings(
+        canonical(config.arch), cache.tokens, cache.channels, config.rank, config.dropout, config.refine
+    )
+
+
+def train(trainer: RankwiseTrainer, start: Start, log: RunLog) -> None:
+    """Raises Interrupted, with how to go on, where a signal came."""
+    arguments = trainer.args
+    begin = f"from {start.checkpoint}" if start.checkpoint else "afresh" if start.fresh else "from the best network"
+    log.note(f"training {begin} to epoch {start.last}, {start.steps} optimizer steps each, on {arguments.device}")
+    try:
+        trainer.train(start.checkpoint)
+    except Interrupted as error:
+        done = trainer.state.global_step
+        text = (
+            f"interrupted; the checkpoint is complete ({arguments.output_dir}, step {done}). To go on, run the same "
+            f"command with --resume --epochs {start.epochs - done // start.steps}"
+        )
+        log.note(text)
+        raise Interrupted(text, error.exit_code - 128) from None
+
+
+def describe(config: FactorTrainConfig) -> list[str]:
+    check(config)
+    arch, folder = canonical(config.arch), Path(config.results_dir) / canonical(config.arch)
+    lines = [f"train {arch} for {config.epochs} epochs on {config.features}: factors of rank {config.rank}"]
+    if config.resume:
+        lines = [f"train {arch} in {folder} for {config.epochs} epochs more, from its last complete checkpoint"]
+    if config.allocator.use_rank_allocator:
+        lines.append(f"lower the rank to {config.allocator.allocator_keep_ratio:.0%} of its channels on the way")
+    lines.append(f"stop after {config.patience} epochs without a better validation MSE, keep the best network, test it")
+    return [*lines, f"write network, history, test results and checkpoints to {folder}, a log to {config.log_dir}"]
