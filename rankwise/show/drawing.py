@@ -11,6 +11,7 @@ from rankwise.show.blocks import Picture
 from rankwise.show.confusion import plot_confusion
 from rankwise.show.contents import Contents, Scored, printable
 from rankwise.show.curves import plot_gain, plot_loss, plot_scores, points, shared_metrics
+from rankwise.show.factor_pictures import feature_pictures
 from rankwise.show.gradients import gradient_pictures
 from rankwise.show.plots import plot_energy_heatmap, plot_ranks_heatmap
 from rankwise.show.study_plots import PLOTS as STUDY_PLOTS
@@ -68,6 +69,8 @@ def draw(contents: Contents, tasks: dict[str, list[Scored]], folder: Path) -> Dr
         if CONFUSION in validation:
             path = target(where, CONFUSION, "What was taken for what: rows are true classes, columns answers")
             plot_confusion(validation["labels"], validation[CONFUSION], path, printable(validation["outtype"], 20))
+    for where, name, caption, plot in feature_pictures(contents):
+        plot(target(where, name, caption))
     for task, results in tasks.items():
         if shared_metrics(one.result for one in results):
             caption = "Scores with 95 % intervals, each metric on its own scale"

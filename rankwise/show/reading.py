@@ -3,7 +3,8 @@
 Found anywhere below the folder (checkpoints, hidden folders, earlier reports and links aside): manifest.json,
 resolved_config*.json, lora_rank_config.json, evaluation_results.json with predictions.jsonl beside it,
 forgetting.json, training_log.csv, phases.csv, the tables of gradient norms, gain.json, fidelity.json, sites.json,
-study.json, validation.json, and the PNGs of `plots/` folders.
+study.json, validation.json, what the commands on features leave (`factor_reading.py`), and the PNGs of `plots/`
+folders.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rankwise.score.result import FILE as RESULTS
 from rankwise.score.result import EvaluationResult
 from rankwise.ship.validation import FILE as VALIDATION
 from rankwise.show.contents import Adapted, Contents, Fidelity, Scored, Stage
+from rankwise.show.factor_reading import read_comparisons, read_downstream, read_histories
 from rankwise.show.format import is_number
 from rankwise.show.gradient_series import GradientTables, read_tables
 from rankwise.show.pipeline import read_times
@@ -46,12 +48,18 @@ def read_run(run: Path) -> Contents:
     if not run.is_dir():
         raise DataError(f"{run}: no such folder; `rankwise report` takes the folder that a run has written")
     files = list(walk(run))
+    histories = tuple((folder(run, path), rows) for path, rows in read_histories(files))
+    of_factors = {where for where, _ in histories}
     contents = Contents(
         run=run,
         stages=tuple(sorted(read_stages(run, files), key=lambda stage: stage.started)),
         plans=tuple(read_plans(run, files)),
         scores=tuple(in_order(read_scores(run, files))),
-        logs=tuple((folder(run, path), read_csv(path)) for path in named(files, "training_log.csv")),
+        logs=tuple(
+            (folder(run, path), read_csv(path))
+            for path in named(files, "training_log.csv")
+            if folder(run, path) not in of_factors  # its loss is not in nats per token
+        ),
         gains=tuple((folder(run, path), read_gain(path)) for path in named(files, "gain.json")),
         fidelity=tuple((folder(run, path), read_fidelity(path)) for path in named(files, "fidelity.json")),
         sites=tuple((folder(run, path), read_sites(path)) for path in named(files, "sites.json")),
@@ -59,6 +67,9 @@ def read_run(run: Path) -> Contents:
         gradients=tuple(read_gradients(run, files)),
         validations=tuple((folder(run, path), read_validation(path)) for path in named(files, VALIDATION)),
         phases=tuple((folder(run, path), read_phases(path)) for path in named(files, "phases.csv")),
+        factors=tuple((folder(run, path), content) for path, content in read_comparisons(files)),
+        histories=histories,
+        downstream=tuple((folder(run, path), content) for path, content in read_downstream(files)),
         times=read_times(run),
         pictures=tuple(relative(run, path) for path in files if is_plot(path)),
         settings=tuple(read_settings(run, files)),

@@ -14,6 +14,7 @@ from rankwise.show.blocks import Block, Folded, Picture, Section, Table, Words
 from rankwise.show.contents import Adapted, Contents, Fidelity, Stage, printable
 from rankwise.show.curves import is_shuffle
 from rankwise.show.drawing import Drawings
+from rankwise.show.factor_sections import feature_blocks
 from rankwise.show.format import clip, duration, is_number, memory, number, percent, plural
 from rankwise.show.gradient_blocks import GRADIENT_PLOTS, gradient_blocks
 from rankwise.show.pipeline import time_table
@@ -25,6 +26,7 @@ from rankwise.show.validation import CONFUSION, validation_blocks
 ORDER = (
     *("label", "check", "finetune", "ranks", "extract", "compress", "train", "evaluate", "study"),
     *("merge", "export", "validate", "bundle"),
+    *("features capture", "features train", "features compare", "features downstream"),
 )
 STAGE_KEYS = {"stage", "energy_kept", "started", "finished", "seconds", "python", "versions", "inputs", "outputs"}
 MOST_ROWS, MOST_PICTURES, MOST_FACTS = 14, 8, 16
@@ -63,6 +65,7 @@ def found_blocks(contents: Contents, drawings: Drawings) -> list[tuple[tuple[str
         found.append((("study",), where, study_blocks(study, drawn)))
     for where, validation in contents.validations:
         found.append((("validate",), where, validation_blocks(validation, drawings.of(where, CONFUSION))))
+    found += feature_blocks(contents, drawings)
     for where, fidelity in contents.fidelity:
         found.append((("extract", "compress", "merge"), where, fidelity_blocks(fidelity)))
     for where, pictures in loose_pictures(contents, drawings).items():

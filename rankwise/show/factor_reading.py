@@ -1,0 +1,57 @@
+"""What the commands on features leave in a results folder, read for the report.
+
+comparison.json ──▶ comparison · <arch>/history.json ──▶ rows by epoch · downstream.json ──▶ table
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import DataError
+from rankwise.show.downstream import FORMAT as DOWNSTREAM_FORMAT
+from rankwise.show.downstream import JSON as DOWNSTREAM
+from rankwise.show.factor_words import FILE, FORMAT, PARTS
+from rankwise.show.format import is_number
+from rankwise.store.files import read_json
+
+HISTORY = "history.json"
+BY_EPOCH = ("epoch", "train_mse", "val_mse", "lr", "effective_rank")
+DOWNSTREAM_PARTS = ("rows", "notes", "settings", "shapes")
+Rows = Sequence[Mapping[str, Any]]
+
+
+def read_comparisons(files: Sequence[Path]) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Comparisons of factorizations; `rankwise compare` calls its own file so too."""
+    yield from whole(files, FILE, FORMAT, PARTS)
+
+
+def read_downstream(files: Sequence[Path]) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    yield from whole(files, DOWNSTREAM, DOWNSTREAM_FORMAT, DOWNSTREAM_PARTS)
+
+
+def read_histories(files: Sequence[Path]) -> Iterator[tuple[Path, Rows]]:
+    """Epochs of networks that predict factors; other programs' histories look different and are passed over."""
+    for path in files:
+        content = read_json(path) if path.name == HISTORY else None
+        if isinstance(content, list) and content and all(is_epoch(row) for row in content):
+            yield path, content
+
+
+def is_epoch(row: Any) -> bool:
+    return isinstance(row, dict) and all(is_number(row.get(name)) for name in BY_EPOCH)
+
+
+def whole(
+    files: Sequence[Path], name: str, form: str, parts: Sequence[str]
+) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Files of this name and format. DataError for one that lacks a part."""
+    for path in files:
+        content = read_json(path) if path.name == name else None
+        if not isinstance(content, dict) or content.get("format") != form:
+            continue
+        missing = [part for part in parts if part not in content]
+        if missing:
+            raise DataError(f"{path}: not whole, it lacks {', '.join(missing)}; run the command that wrote it again")
+        yield path, content

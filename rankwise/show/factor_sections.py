@@ -1,0 +1,57 @@
+"""The report's part on features: the training of each network, the comparison, the model's answers.
+
+contents, drawings ── feature_blocks ──▶ (kinds of stage, folder, blocks)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rankwise.show.blocks import Block, Table, Words
+from rankwise.show.contents import Contents, printable
+from rankwise.show.downstream import HEADER, RIGHT_ALIGNED, cells, on_what, reading
+from rankwise.show.drawing import Drawings
+from rankwise.show.factor_blocks import comparison_blocks
+from rankwise.show.factor_pictures import CURVES, DOWNSTREAM
+from rankwise.show.factor_plots import PLOTS
+from rankwise.show.format import plural
+from rankwise.train.epoch_history import best_row
+
+TRAIN, COMPARE, ANSWERS = "features train", "features compare", "features downstream"
+
+
+def feature_blocks(contents: Contents, drawings: Drawings) -> list[tuple[tuple[str, ...], str, list[Block]]]:
+    """(kinds of stage that make it, folder, blocks)."""
+    found: list[tuple[tuple[str, ...], str, list[Block]]] = []
+    for where, rows in contents.histories:
+        found.append(((TRAIN,), where, [Words(trained(where, rows)), *drawings.of(where, CURVES)]))
+    for where, comparison in contents.factors:
+        drawn = [picture for name in PLOTS for picture in drawings.of(where, name)]
+        found.append(((COMPARE,), where, comparison_blocks(comparison, drawn)))
+    for where, answers in contents.downstream:
+        found.append(((ANSWERS,), where, [*answer_blocks(answers), *drawings.of(where, DOWNSTREAM)]))
+    return found
+
+
+def trained(where: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """ResMLP: 20 epochs; kept with validation MSE 0.412 at epoch 17, where the relative error is 0.642."""
+    kept = best_row(rows)
+    name = "" if where == "." else f"{printable(where, 80)}: "
+    said = (
+        f"{name}{plural(len(rows), 'epoch')}; kept with validation MSE {kept['val_mse']:.4g} at epoch {kept['epoch']}"
+    )
+    if kept.get("val_rel_f") is not None:
+        said += f", where the relative error is {kept['val_rel_f']:.4f}"
+    ranks = [row["effective_rank"] for row in rows]
+    return said + (f"; effective rank {ranks[0]} → {ranks[-1]}." if ranks[0] != ranks[-1] else ".")
+
+
+def answer_blocks(answers: Mapping[str, Any]) -> list[Block]:
+    rows = [[printable(cell, 80) for cell in cells(row)] for row in answers["rows"]]
+    return [
+        Words(printable(on_what(answers))),
+        Table(HEADER, rows, first_number=RIGHT_ALIGNED),
+        *(Words(printable(line)) for line in reading(answers)),
+        *(Words(f"Note: {printable(note)}.") for note in answers["notes"]),
+    ]

@@ -1,0 +1,132 @@
+"""rankwise features show: one test image's channels, original, network and SVD, and what the two miss.
+
+rankwise features show --arch ResMLP --image_idx 0 --results_dir results
+results/<arch> + its cache's test images ──▶ <arch>/spatial_0.png (3 × 8 maps) and spatial_error_0.png (2 × 8)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rankwise.config import FactorShowConfig
+from rankwise.core.approximation import by_svd, normalised
+from rankwise.core.closeness import cosine, excess_error, mse, relative_error
+from rankwise.data.features import FeatureCache, open_cache, read_split
+from rankwise.errors import DataError, UsageError, need
+from rankwise.nets.factorize import canonical
+from rankwise.score.factorization import SVD, network
+from rankwise.show.factor_maps import Grid, plot_channel_errors, plot_channels
+from rankwise.stages.engines import pick_device
+from rankwise.stages.features.trained import SPLIT, Network, networks
+
+ORIGINAL = "original"
+MOST_CHANNELS = 32
+
+
+def run(config: FactorShowConfig) -> tuple[Path, Path]:
+    """Draw and print; returns both pictures."""
+    check(config)
+    found = networks(config.results_dir, [config.arch])[0]
+    cache = cache_of(found, config.features)
+    grid, assumed = grid_of(cache, config.channels)
+    place = test_place(read_split(found.folder / SPLIT, cache).test, config.image_idx, cache)
+    shown = approximations(found, cache[place], rank_of(config.rank, found), config.device)
+    for line in [assumed, f"{cache.ids[place]} (test image {config.image_idx}, on normalised features)"]:
+        print(line) if line else None
+    for line in errors(shown):
+        print(line)
+    title = f"{cache.ids[place]} · normalised features"
+    few = {name: matrix[:, : config.channels] for name, matrix in shown.items()}
+    pictures = targets(found.folder, config.image_idx)
+    plot_channels(few, grid, pictures[0], title)
+    plot_channel_errors(few, grid, pictures[1], title)
+    print(f"{pictures[0]}\n{pictures[1]}")
+    return pictures
+
+
+def check(config: FactorShowConfig) -> None:
+    if not 1 <= config.channels <= MOST_CHANNELS:
+        raise UsageError(f"--channels: a picture has room for 1 to {MOST_CHANNELS}, got {config.channels}")
+    if config.rank is not None and config.rank < 1:
+        raise UsageError(f"--rank must be at least 1, got {config.rank}")
+    need("matplotlib", extra="plots")
+
+
+def cache_of(found: Network, path: str | None) -> FeatureCache:
+    """The cache given, else the one trained on. DataError where that cannot be read."""
+    cache = open_cache(path) if path else found.cache
+    if cache is None:
+        raise DataError(f"{found.folder}: its feature cache cannot be read, give it as --features: {found.lost}")
+    return cache
+
+
+def grid_of(cache: FeatureCache, channels: int) -> tuple[Grid, str]:
+    """The token grid; of a cache that has none, a square where the tokens make one, and a line that says so."""
+    if channels > cache.channels:
+        raise UsageError(f"--channels {channels}: these features have {cache.channels}")
+    if cache.grid:
+        return cache.grid, ""
+    side = round(cache.tokens**0.5)
+    if side * side != cache.tokens:
+        raise UsageError(
+            f"{cache.path} does not say how its {cache.tokens} tokens lie in the picture, and they make no square: "
+            "there is no map to draw. Capture the features again with `rankwise features capture`, which notes the grid"
+        )
+    return (side, side), f"{cache.path} names no grid: {cache.tokens} tokens are drawn as {side} × {side}"
+
+
+def test_place(places: tuple[int, ...], index: int, cache: FeatureCache) -> int:
+    if not 0 <= index < len(places):
+        raise UsageError(f"--image_idx {index}: {cache.path} has test images 0 to {len(places) - 1}")
+    return places[index]
+
+
+def rank_of(asked: int | None, found: Network) -> int:
+    most = min(found.net.settings.tokens, found.net.settings.channels)
+    if asked is not None and asked > most:
+        raise UsageError(f"--rank {asked}: these matrices have rank {most} at most")
+    return asked or found.rank
+
+
+def approximations(found: Network, features: Tensor, rank: int, device: str) -> dict[str, Tensor]:
+    """Original, the network's product and the SVD's, (T, D) each, on normalised features.
+
+    The rank is the SVD's. A network of more channels gives its leading ones.
+    """
+    where = pick_device(device)
+    whole = normalised(features)[None].to(where)
+    learned = network(found.net.to(where), rank=rank if rank < found.rank else None)
+    name = f"{found.folder.name} (r = {min(rank, found.rank)})"
+    with torch.no_grad():
+        made = {name: learned.factorize(whole).product(), f"{SVD} (r = {rank})": by_svd(whole, rank).product()}
+    return {ORIGINAL: whole[0].cpu()} | {key: product[0].cpu() for key, product in made.items()}
+
+
+def errors(shown: Mapping[str, Tensor]) -> list[str]:
+    """A line of measures for each approximation; excess is over the last, the SVD."""
+    original, *_ = shown.values()
+    relative = {name: relative_error(original, made) for name, made in shown.items() if name != ORIGINAL}
+    *_, optimal = relative.values()
+    return [
+        f"  {name:<20} relative error {float(error):.4f}   excess {100 * float(excess_error(error, optimal)):.2f} %   "
+        f"mse {float(mse(original, shown[name])):.4f}   cosine {float(cosine(original, shown[name])):.4f}"
+        for name, error in relative.items()
+    ]
+
+
+def targets(folder: Path, index: int) -> tuple[Path, Path]:
+    return folder / f"spatial_{index}.png", folder / f"spatial_error_{index}.png"
+
+
+def describe(config: FactorShowConfig) -> list[str]:
+    check(config)
+    folder = Path(config.results_dir).expanduser() / canonical(config.arch)
+    pictures = targets(folder, config.image_idx)
+    return [
+        f"approximate test image {config.image_idx} with {folder} and the SVD",
+        f"write {pictures[0]} and {pictures[1].name}",
+    ]
