@@ -39,6 +39,18 @@ def overview() -> str:
     return "\n".join(lines)
 
 
+def members(word: str) -> list[str]:
+    """The commands of two words that begin with this one, short names of some included."""
+    return [name for name in (*COMMANDS, *ALIASES) if name.startswith(f"{word} ")]
+
+
+def group_overview(word: str) -> str:
+    rows = {name: COMMANDS[name].help for name in members(word) if name in COMMANDS}
+    width = 2 + max(map(len, rows))
+    lines = [f"usage: rankwise {word} COMMAND [FILE] [--option value …]", ""]
+    return "\n".join([*lines, *(f"  {name:<{width}}{text}" for name, text in rows.items())])
+
+
 def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
     """The command's name (one word or two) and the rest."""
     for words in (2, 1):
@@ -46,7 +58,7 @@ def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
         name = ALIASES.get(given, given)
         if len(argv) >= words and name in COMMANDS:
             return name, list(argv[words:])
-    group = [name for name in (*COMMANDS, *ALIASES) if name.startswith(f"{argv[0]} ")]
+    group = members(argv[0])
     if group and len(argv) == 1:
         raise UsageError(f"rankwise {argv[0]}: which one? {', '.join(group)}")
     if group:
@@ -124,6 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview())
+        return 0
+    if len(words) == 2 and words[1] in ("-h", "--help") and members(words[0]):
+        print(group_overview(words[0]))
         return 0
     if words[0] in ("-V", "--version"):
         print(f"rankwise {__version__}")

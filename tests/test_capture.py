@@ -344,7 +344,7 @@ def test_models_and_folders_that_are_none(qwen: Path, photos: Path, tmp_path: Pa
 
 def test_what_a_dry_run_says(qwen: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
     assert cli.main(["features", "capture", str(photos), "--model", str(qwen), "--dry-run"]) == 0
-    assert f"show 7 of 7 pictures in {photos} to {qwen}, stretched to 448 × 448" in capsys.readouterr().out
+    assert f"show all pictures in {photos} to {qwen}, stretched to 448 × 448" in capsys.readouterr().out
     assert cli.main(["features", "capture", "--synthetic", "4", "--dry-run"]) == 0
     assert "make 4 matrices of 256 × 2048 with spectrum power:0.7" in capsys.readouterr().out
 

@@ -62,6 +62,12 @@ def test_overview_names_every_command_in_its_group(capsys: pytest.CaptureFixture
     assert {command.group for command in cli.COMMANDS.values()} == set(cli.GROUPS)
 
 
+def test_the_first_word_of_two_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["features", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert "features capture" in told and "features downstream" in told and "  ranks " not in told
+
+
 def test_the_module_is_the_command() -> None:
     result = subprocess.run([sys.executable, "-m", "rankwise.cli", "--version"], capture_output=True, text=True)
     assert (result.returncode, result.stdout.split()[0]) == (0, "rankwise")

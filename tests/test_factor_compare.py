@@ -318,6 +318,23 @@ def test_another_source_must_fit(made: Path, tmp_path: Path) -> None:
         run(refused(made, ood=str(made / "cache")))
 
 
+@pytest.mark.parametrize(("value", "told"), [(float("nan"), "not finite"), (0.0, "constant in every token")])
+def test_a_matrix_that_nothing_can_be_measured_on_is_named(made: Path, tmp_path: Path, value: float, told: str) -> None:
+    broken = matrices(4)
+    broken[2] = value
+    make_cache(tmp_path / "broken", broken, name="broken")
+    with pytest.raises(DataError, match=rf"broken_002\.png .*{told}"):
+        run(refused(made, ood=str(tmp_path / "broken")))
+
+
+@pytest.mark.parametrize("content", ["{}", '{"features": 5}'])
+def test_a_run_that_does_not_name_its_features(made: Path, tmp_path: Path, content: str) -> None:
+    make_run(tmp_path, open_cache(made / "cache"), "MLP")
+    (tmp_path / "MLP" / "resolved_config.json").write_text(content)
+    with pytest.raises(DataError, match=r"give it as --features: .*does not name the features"):
+        run(refused(made, results_dir=str(tmp_path)))
+
+
 def test_nothing_trained_and_wrong_numbers_are_usage_errors(made: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no trained network"):
         run(refused(made, results_dir=str(tmp_path)))
@@ -334,7 +351,7 @@ def test_the_command_prints_its_plan_and_its_table(
     make_run(tmp_path, open_cache(made / "cache"), "MLP")
     words = ["features", "compare", "--results_dir", str(tmp_path), "--batch_size", "2", "--repeats", "1", "--no_plots"]
     assert main([*words, "--dry-run"]) == 0
-    assert "compare MLP with the SVD three ways" in capsys.readouterr().out
+    assert f"compare every network in {tmp_path} with the SVD three ways" in capsys.readouterr().out
     assert not (tmp_path / "comparison.json").exists()
     assert main([*words, "--sweep", "2"]) == 0
     told = capsys.readouterr().out

@@ -17,7 +17,7 @@ from tiny_features import tiny_cache
 from transformers import TrainerCallback
 
 from rankwise.config import AllocatorSection, FactorTrainConfig
-from rankwise.errors import Interrupted, UsageError
+from rankwise.errors import DataError, Interrupted, UsageError
 from rankwise.stages.features import factor_job, train
 from rankwise.train.checkpoints import checkpoints
 
@@ -153,6 +153,19 @@ def test_without_a_checkpoint_the_best_network_goes_on(
     assert (folder / "training_log.until_epoch_2.csv").is_file()
     trained(make(arch="MLP", epochs=1, resume=True))
     assert [row["epoch"] for row in history(folder)] == [1, 2, 3, 4, 5], "a checkpoint of that run goes on as well"
+
+
+@pytest.mark.parametrize("content", ["{}", '[{"epoch": 1}]', "[1]"])
+def test_a_best_network_with_a_broken_history_is_an_error(make: Any, content: str) -> None:
+    folder = trained(make(arch="MLP", epochs=1))
+    for checkpoint in checkpoints(folder):
+        shutil.rmtree(checkpoint)
+    (folder / "history.json").write_text(content)
+    with pytest.raises(DataError, match=r"history\.json"):
+        trained(make(arch="MLP", epochs=1, resume=True))
+    (folder / "history.json").unlink()
+    with pytest.raises(UsageError, match="--epochs 0"):
+        trained(make(arch="MLP", epochs=0, resume=True))
 
 
 def test_an_earlier_run_is_in_the_way_until_it_may_go(make: Any) -> None:

@@ -140,6 +140,8 @@ def test_what_else_is_refused(made: Path, tmp_path: Path) -> None:
         run(config(made, channels=CHANNELS + 1))
     with pytest.raises(UsageError, match=f"have rank {TOKENS} at most"):
         run(config(made, rank=TOKENS + 1))
+    with pytest.raises(UsageError, match="--device is auto, cpu or cuda, got tpu"):
+        run(config(made, device="tpu"))
     with pytest.raises(DataError, match="no trained network"):
         run(config(made, arch="ResMLP"))
     make_cache(tmp_path / "other", matrices(9, seed=4), name="drawing")

@@ -287,6 +287,11 @@ def test_bf16_trains_on_a_cpu(make: Any) -> None:
     assert rows[1]["train_mse"] < rows[0]["train_mse"]
 
 
+def test_bf16_leaves_the_subspace_as_it_is(make: Any) -> None:
+    errors = [history(trained(make(arch="Subspace", epochs=1, bf16=on, overwrite=True)))[0] for on in (True, False)]
+    assert errors[0]["val_mse"] == pytest.approx(errors[1]["val_mse"], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -294,6 +299,10 @@ def test_bf16_trains_on_a_cpu(make: Any) -> None:
         ({"rank": 13}, "rank 12 at most"),
         ({"epochs": 0}, "--epochs"),
         ({"lr": 0.0}, "--lr"),
+        ({"lr": float("inf")}, "--lr"),
+        ({"seed": -1}, "--seed"),
+        ({"num_workers": -1}, "--num_workers"),
+        ({"lambda_ortho": float("inf")}, "--lambda_ortho"),
         ({"patience": 0}, "--patience"),
         ({"device": "gpu"}, "--device"),
         ({"arch": "MLP", "activation_orth_regu_A": 0.1}, "AdaLoRA"),
@@ -303,6 +312,12 @@ def test_bf16_trains_on_a_cpu(make: Any) -> None:
 def test_what_cannot_work_is_refused(make: Any, given: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         trained(make(**given))
+
+
+def test_a_log_folder_that_is_a_file_is_refused(make: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="--log_dir"):
+        trained(make(arch="MLP", epochs=1, log_dir=str(tmp_path / "file")))
 
 
 def test_the_command_line(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from factor_folders import CHANNELS, RANK, TOKENS, matrices
 from torch import Tensor
 
 from rankwise.core.approximation import by_svd, normalised, shared_basis
-from rankwise.core.closeness import cosine, mse, relative_error
+from rankwise.core.closeness import cosine, mse, principal_angles, relative_error
 from rankwise.core.factors import Factors
 from rankwise.nets.factorize import FactorizerSettings, build
 from rankwise.score.factor_cost import counted, eigh_flops, qr_flops, svd_flops, timings
@@ -129,6 +129,16 @@ def test_masked_ranks_are_the_effective_rank_and_take_no_room(whole: Tensor) -> 
     assert method.effective_rank == 2
     assert method.stored(TOKENS, CHANNELS, RANK) == 2 * (TOKENS + CHANNELS)
     assert torch.linalg.matrix_rank(method.factorize(whole).product()[0]) <= 2
+
+
+def test_the_row_space_of_a_masked_network_is_that_of_the_channels_left(whole: Tensor) -> None:
+    net = build(FactorizerSettings("AdaLoRA", TOKENS, CHANNELS, RANK))
+    net.mask_ranks(torch.tensor([False, True, False, True]))
+    (row,) = measure([network(net)], lambda: [whole], optimum(lambda: [whole]))
+    with torch.no_grad():
+        rows = net(whole).factors.right[:, [1, 3]]
+    wanted = principal_angles(rows, by_svd(whole.double(), RANK).right).mean(-1)
+    assert torch.allclose(row.values["principal_angle"], wanted, atol=1e-4)
 
 
 def test_the_sweep_is_the_table_at_each_rank(whole: Tensor, basis: Tensor) -> None:

@@ -223,8 +223,10 @@ def test_names(given: str, network: type[Factorizer]) -> None:
 
 
 def test_an_unknown_name_gets_near_ones_and_all_there_are() -> None:
-    with pytest.raises(UsageError, match=r"'resmlpp'; did you mean resmlp.*There are ResMLP, MLP, AdaLoRA"):
+    with pytest.raises(UsageError, match=r"'resmlpp'; did you mean resmlp.*\? There are ResMLP, MLP, AdaLoRA"):
         canonical("ResMLPP")
+    with pytest.raises(UsageError, match=r"unknown network 'xyz'\. There are"):
+        canonical("xyz")
 
 
 @pytest.mark.parametrize(

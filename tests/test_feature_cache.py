@@ -215,12 +215,37 @@ def test_a_shard_whose_pictures_were_all_left_out(tmp_path: Path) -> None:
         writer.write_cache(tmp_path / "none", recipe(shards=1), [nothing])
 
 
-@pytest.mark.parametrize("change", [{"format": "other/1"}, {"ids": ["a"]}, {"shards": 3}, {"model": "x"}])
+SHARD = {"file": "features-00000.safetensors", "rows": 3, "sha256": ""}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "other/1"},
+        {"ids": ["a"]},
+        {"shards": 3},
+        {"model": "x"},
+        {"tokens": str(TOKENS)},
+        {"tokens": 0},
+        {"shards": [SHARD], "ids": ["a", "b", "c"], "groups": ["a", "b", "c"]},  # without its size
+    ],
+)
 def test_an_index_that_is_none(tmp_path: Path, change: dict[str, Any]) -> None:
     written(tmp_path)
     write_json(tmp_path / "index.json", {**read_object(tmp_path / "index.json"), **change})
     with pytest.raises(DataError, match=r"index\.json"):
         open_cache(tmp_path)
+
+
+def test_an_index_with_more_rows_than_a_shard_has(tmp_path: Path) -> None:
+    written(tmp_path)
+    index = read_object(tmp_path / "index.json")
+    index["shards"][-1]["rows"] += 1
+    longer = {name: [*index[name], "more"] for name in ("ids", "groups")}
+    write_json(tmp_path / "index.json", {**index, **longer})
+    cache = open_cache(tmp_path)
+    with pytest.raises(DataError, match=r"\.safetensors: cannot be read"):
+        cache[len(cache) - 1]
 
 
 def test_no_cache_says_how_to_make_one(tmp_path: Path) -> None:
@@ -325,7 +350,9 @@ def test_a_split_is_not_used_with_another_cache(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="divides another feature cache"):
         read_split(file, cache)
     own = split_of(cache, 1).record()
-    for change in ({"format": "x"}, {"test": []}, {"train": [*own["train"], 0]}, {"val": None}):
+    words = [str(place) for place in own["test"]]
+    broken: list[dict[str, Any]] = [{"format": "x"}, {"test": []}, {"train": [*own["train"], 0]}, {"val": None}]
+    for change in [*broken, {"test": words}, {"seed": None}]:
         write_json(file, {**own, **change})
         with pytest.raises(DataError, match=r"split.json"):
             read_split(file, cache)
@@ -344,10 +371,10 @@ def test_rows_are_normalised_and_named(tmp_path: Path) -> None:
 
 
 KNOWN = [
-    Synthetic(16, 48, "power:0.7"),
+    Synthetic(16, 48, "power:0.7", smooth=True),
     Synthetic(64, 300, "exp:0.1", 0.3),
     Synthetic(20, 41, "flat", 1.0),
-    Synthetic(48, 32, "flat", 1.0, smooth=False),
+    Synthetic(48, 32, "flat", 1.0),
     Synthetic(36, 64, "rank:5", 0.0),
 ]
 

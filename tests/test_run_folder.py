@@ -72,6 +72,13 @@ def finish(run: RunFolder, base: Path) -> None:
         record.facts["sites"] = 7
 
 
+def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UsageError, match="cannot be a run folder"), RunFolder(place).lock():
+            pass
+
+
 def test_the_manifest_says_what_was_made_from_what(tmp_path: Path) -> None:
     run, base = RunFolder(tmp_path / "run"), write_text(tmp_path / "base.bin", "weights")
     finish(run, base)

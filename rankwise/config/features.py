@@ -47,6 +47,9 @@ class CaptureConfig:
     tokens: int = option(256, help="of --synthetic: tokens of a matrix")
     channels: int = option(2048, help="of --synthetic: channels of a token")
     spectrum: str = option("power:0.7", help="of --synthetic: power:A (σᵢ = i^-A), exp:A (σᵢ = e^-Ai), flat, rank:R")
+    smooth: bool = option(
+        False, help="of --synthetic: tokens that lie together are alike, in the same way in every matrix"
+    )
     shared: float = option(0.5, help="of --synthetic: share of the energy in directions that all matrices share")
     skip_bad: bool = option(False, help="leave out pictures that cannot be read, and list them in the index")
     overwrite: bool = option(False, help="delete an earlier capture in the folder and start over")

@@ -138,7 +138,7 @@ def measure(methods: Sequence[Method], batches: Batches, best: Tensor) -> list[C
             ranks[method.name] = factors.rank
             if factors.rank not in spaces:
                 spaces[factors.rank] = by_gram(batch.double(), factors.rank).right
-            values = of_factors(batch, factors, optimal, spaces[factors.rank])
+            values = of_factors(batch, factors, optimal, spaces[factors.rank], method.effective_rank)
             found.setdefault((method.name, False), []).append(values)
             if method.refine:
                 found.setdefault((method.name, True), []).append(of_product(batch, method.refine(batch)))
@@ -148,11 +148,17 @@ def measure(methods: Sequence[Method], batches: Batches, best: Tensor) -> list[C
     ]
 
 
-def of_factors(batch: Tensor, factors: Factors, best: Tensor, space: Tensor) -> dict[str, Tensor]:
-    """All measures of a batch; `space` (B, r, D) spans the row spaces of the truncated SVD."""
+def of_factors(
+    batch: Tensor, factors: Factors, best: Tensor, space: Tensor, acting: int | None = None
+) -> dict[str, Tensor]:
+    """All measures of a batch; `space` (B, r, D) spans the row spaces of the truncated SVD.
+
+    acting: how many channels a mask leaves; the others are no part of the product's row space.
+    """
     values = of_product(batch, factors.product())
     at_rank = best[:, min(factors.rank, best.shape[-1]) - 1]
-    angles = principal_angles(factors.right, space).mean(-1).cpu()
+    right = leading_channels(factors, acting).right if acting else factors.right
+    angles = principal_angles(right, space).mean(-1).cpu()
     return {**values, "excess_error": excess_error(values["relative_error"], at_rank), "principal_angle": angles}
 
 

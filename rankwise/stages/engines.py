@@ -141,4 +141,7 @@ def pick_device(name: str) -> torch.device:
         raise UsageError("--device cuda: no GPU is visible to torch here")
     if name == "cuda" and process_index()[1] > 1:
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device is auto, cpu or cuda, got {name}") from error

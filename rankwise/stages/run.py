@@ -40,7 +40,7 @@ from rankwise.store.stage_marks import STATE, read_marks, write_mark
 LOGS, MONITOR, AUTO = "logs", "monitor.csv", "auto"
 RECORD = "resolved_config.recipe.json"  # a stage may write into the run folder itself, and its config beside this one
 PREDICTIONS = "predictions*.json*"
-OUTPUTS = ("output_dir", "out", "run")
+OUTPUTS = ("output_dir", "out", "run", "results_dir", "log_dir")
 
 
 def run(config: RunConfig) -> Path:
@@ -194,6 +194,8 @@ def resuming(stage: Stage, config: Any, before: Mapping[str, Any], mark: str) ->
     if stage.command == "evaluate" and before and before.get("started") != mark:
         for file in stage_of(stage.command).output_folder(config).path.glob(PREDICTIONS):
             file.unlink()
+    if stage.command == "features train":
+        return stage_of(stage.command).going_on(config, unchanged=before.get("started") == mark)
     if not COMMANDS[stage.command].trainer or config.resume_from_checkpoint:
         return config
     if not any(Path(config.output_dir).glob("checkpoint-*")):
@@ -224,5 +226,5 @@ def describe(config: RunConfig) -> list[str]:
 def shown(config: Any) -> str:
     """The resolved options as flags, less those that are unset or off."""
     given = {name: value for name, value in flatten(config).items() if value not in (None, "", [], False)}
-    values = {name: ",".join(value) if isinstance(value, list) else value for name, value in given.items()}
+    values = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in given.items()}
     return " ".join(f"--{name} {value}" for name, value in values.items())

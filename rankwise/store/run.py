@@ -68,7 +68,10 @@ class RunFolder:
         The operating system frees the lock when its process ends, however it ends: nothing to clean up after a
         kill. Of several processes of one run only rank 0 takes it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{self.path}: cannot be a run folder ({error.strerror}); choose another one") from error
         lock = FileLock(self / LOCK, timeout=0)
         try:
             lock.acquire()

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rankwise.errors import DataError
 from rankwise.nets.factorize import save_factorizer
-from rankwise.store.files import read_object, write_json
+from rankwise.store.files import read_json, read_object, write_json
 from rankwise.store.processes import process_index
 from rankwise.train.factorizing import TERMS, FactorObjective
 
@@ -126,6 +126,15 @@ def summed(values: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def read_history(file: Path) -> list[Row]:
+    """The rows of a `history.json`. DataError where they are not what a run writes."""
+    rows = read_json(file)
+    needed = {"epoch", "val_mse", "effective_rank"}
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
+        raise DataError(f"{file}: not a history of epochs, with {', '.join(sorted(needed))} of each; it may be deleted")
+    return rows
 
 
 def order(row: Row) -> tuple[int, float]:

@@ -8,6 +8,7 @@ no term: neither its row of B nor its column of A is held to anything.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,7 @@ class TermWeights:
     def __post_init__(self) -> None:
         flags = {"b": "lambda_B", "ortho": "lambda_ortho", "activation": "activation_orth_regu_A"}
         for name, flag in flags.items():
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"--{flag} weights a term of the loss: 0 or above, got {getattr(self, name)}")
 
 

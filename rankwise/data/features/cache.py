@@ -103,11 +103,12 @@ def indexed(folder: Path, index: Mapping[str, Any]) -> FeatureCache:
     if index.get("format") != FORMAT:
         raise DataError(f"{folder / INDEX}: format {index.get('format')!r}, not {FORMAT!r}; {AGAIN}")
     try:
-        shards = ShardFiles(folder, index["shards"], (index["tokens"], index["channels"]))
+        shape = (whole(index["tokens"]), whole(index["channels"]))
+        shards = ShardFiles(folder, index["shards"], shape)
         cache = FeatureCache(
             folder,
-            tokens=index["tokens"],
-            channels=index["channels"],
+            tokens=shape[0],
+            channels=shape[1],
             grid=tuple(index["grid"]) if index["grid"] else None,
             ids=tuple(index["ids"]),
             groups=tuple(index["groups"]),
@@ -118,12 +119,19 @@ def indexed(folder: Path, index: Mapping[str, Any]) -> FeatureCache:
             spectrum=tuple(index["spectrum"]) if index["spectrum"] else None,
             left_out=tuple((name, reason) for name, reason in index["left_out"]),
         )
-    except (KeyError, TypeError) as error:
+        if not len(cache.ids) == len(cache.groups) == len(shards.places):
+            raise DataError(f"{folder / INDEX}: {len(cache.ids)} ids for {len(shards.places)} matrices; {AGAIN}")
+        shards.check()
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{folder / INDEX}: not what `rankwise features capture` writes: {error!r}") from error
-    if not len(cache.ids) == len(cache.groups) == len(shards.places):
-        raise DataError(f"{folder / INDEX}: {len(cache.ids)} ids for {len(shards.places)} matrices; {AGAIN}")
-    shards.check()
     return cache
+
+
+def whole(number: Any) -> int:
+    """TypeError for what is no whole number above 0."""
+    if type(number) is not int or number < 1:
+        raise TypeError(f"{number!r} where a whole number above 0 is expected")
+    return number
 
 
 def content_fingerprint(index: Mapping[str, Any]) -> str:
@@ -178,7 +186,7 @@ class ShardFiles:
             self.sound.add(shard)
             with safe_open(str(file), framework="pt") as content:
                 matrix: Tensor = content.get_slice(KEY)[row]
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, IndexError) as error:  # IndexError: fewer rows than the index says
             raise DataError(f"{file}: cannot be read ({error}); {REMOVE}") from error
         if tuple(matrix.shape) != self.shape:
             raise DataError(f"{file}: matrices of {tuple(matrix.shape)}, the index says {self.shape}; {REMOVE}")

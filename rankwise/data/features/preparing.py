@@ -54,12 +54,6 @@ class Preparation:
             "processor": f"{type(processor.image_processor).__name__} {digest(own.encode())[:12]}",
         }
 
-    @property
-    def words(self) -> str:
-        if self.target:
-            return f"as the device shows them ({self.target.image_size} × {self.target.image_size})"
-        return f"stretched to {self.side} × {self.side}" if self.side else "as they are"
-
 
 def grids(processor: ProcessorMixin, image: Image.Image) -> tuple[Grid, ...] | None:
     """One grid per matrix of a prepared picture; None for a family whose rule is not known here, which has then one

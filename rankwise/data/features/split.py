@@ -66,10 +66,11 @@ def read_split(path: Path | str, cache: FeatureCache) -> FeatureSplit:
             f"{path} divides another feature cache than {cache.path}: its test images may have trained there; give the "
             "cache that the network was trained on, or another one as --ood where the command has that"
         )
-    parts = {name: content.get(name) for name in PARTS}
+    parts, seed = {name: content.get(name) for name in PARTS}, content.get("seed")
     places = [place for part in parts.values() if isinstance(part, list) for place in part]
-    if not all(parts.values()) or sorted(map(str, places)) != sorted(map(str, range(len(cache)))):
+    numbers = all(type(place) is int for place in places)
+    if not all(parts.values()) or not numbers or sorted(places) != list(range(len(cache))):
         raise DataError(f"{path}: does not put each of the {len(cache)} matrices into one of {', '.join(PARTS)}")
-    return FeatureSplit(
-        **{name: tuple(part) for name, part in parts.items()}, cache=cache.fingerprint, seed=content["seed"]
-    )
+    if type(seed) is not int:
+        raise DataError(f"{path}: its seed is missing or no whole number: the file is not as it was written")
+    return FeatureSplit(**{name: tuple(part) for name, part in parts.items()}, cache=cache.fingerprint, seed=seed)

@@ -37,7 +37,9 @@ class Synthetic:
     """Matrices (tokens, channels) by number: `matrix(i)` depends on the settings and i alone.
 
     spectrum: power:A (σᵢ = i^-A), exp:A (σᵢ = e^-A(i-1)), flat, rank:R (R equal ones). shared: in [0, 1], see above.
-    smooth: left singular vectors are mixtures of neighbouring frequencies of the grid, low ones first; else random.
+    smooth: left singular vectors are mixtures of neighbouring frequencies of the grid, low ones first: good to look
+    at, and nearly the same subspace of the tokens in every matrix, so that whatever learns one has an easy time. The
+    default draws them at random for each matrix.
 
     Raises UsageError where such matrices do not exist.
     """
@@ -47,7 +49,7 @@ class Synthetic:
     spectrum: str = "power:0.7"
     shared: float = 0.5
     seed: int = 42
-    smooth: bool = True
+    smooth: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens < 2 or self.channels < 3:

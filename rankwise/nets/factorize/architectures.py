@@ -27,8 +27,8 @@ def canonical(name: str) -> str:
     answers |= {network.__name__.lower(): key for key, network in ARCHITECTURES.items()}
     answers |= ALIASES
     if name.lower() not in answers:
-        near = unknown(name.lower(), answers, "--arch", "network")
-        raise UsageError(f"{near}. There are {', '.join(ARCHITECTURES)}")
+        near = str(unknown(name.lower(), answers, "--arch", "network"))
+        raise UsageError(f"{near}{'' if near.endswith('?') else '.'} There are {', '.join(ARCHITECTURES)}")
     return answers[name.lower()]
 
 

@@ -47,8 +47,9 @@ class Subspace(Factorizer):
 
     def factor(self, features: Tensor) -> tuple[Factors, Tensor]:
         turned = self.settings.tokens > self.settings.channels
-        short = features.mT if turned else features
-        with quick_products(not self.training):
+        short = (features.mT if turned else features).float()
+        # Under autocast the Gram matrix itself would be rounded to bf16, which drowns its small directions.
+        with quick_products(not self.training), torch.autocast(features.device.type, enabled=False):
             basis = self.basis(short @ short.mT)
             image = basis.mT @ short
         scale = self.settings.tokens**0.5

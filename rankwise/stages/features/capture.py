@@ -22,13 +22,12 @@ from rankwise.config import CaptureConfig
 from rankwise.core.approximation import best_errors, normalised, singular_values
 from rankwise.core.closeness import explained_energy
 from rankwise.data.features import CacheWriter, FeatureCache
-from rankwise.data.features.pictures import open_pictures
+from rankwise.data.features.preparing import SQUARE
 from rankwise.data.features.writer import clear
 from rankwise.errors import DataError, RankwiseError, UsageError
 from rankwise.show.format import memory, percent, plural
-from rankwise.stages.features.shards import Shards, preparation_of, shards_of
+from rankwise.stages.features.shards import Shards, shards_of
 from rankwise.stages.training import held
-from rankwise.store.checkpoint import resolve
 from rankwise.store.processes import announce, finish, gathered, own_share, process_index
 from rankwise.store.run import RunFolder
 
@@ -155,10 +154,10 @@ def describe(config: CaptureConfig) -> list[str]:
             f"{percent(config.shared)} of the energy in shared directions",
             f"write shards of {config.shard_size} and index.json to {config.output_dir}",
         ]
-    found = len(open_pictures(str(config.images)).names)
-    preparation = preparation_of(config, resolve(str(config.model_name), config.revision))
+    what = f"the first {plural(config.num_images, 'picture')}" if config.num_images else "all pictures"
+    side, device = config.image_size or SQUARE, "" if config.image_size else ", or as its device.json says"
+    shown = "as they are" if config.native else f"stretched to {side} × {side}{device}"
     return [
-        f"show {min(found, config.num_images or found)} of {plural(found, 'picture')} in {config.images} to "
-        f"{config.model_name}, {preparation.words}",
+        f"show {what} in {config.images} to {config.model_name}, {shown}",
         f"write its image features in shards of {config.shard_size} pictures and index.json to {config.output_dir}",
     ]

@@ -1,6 +1,6 @@
 """rankwise features compare: trained networks against the SVD three ways and a shared PCA, at equal rank.
 
-rankwise features compare --arch ResMLP AdaLoRA --results_dir results [--ood another_cache]
+rankwise features compare --arch ResMLP,AdaLoRA --results_dir results [--ood another_cache]
 results/<arch>, their cache's test images ──▶ errors, time, ranks ──▶ comparison.json, .md, plots; one file each
 """
 
@@ -29,6 +29,11 @@ def run(config: FactorCompareConfig) -> Mapping[str, Any]:
     """Measure, write and print; returns the content of comparison.json."""
     check(config)
     found = networks(config.results_dir, config.arch)
+    if not found:
+        raise UsageError(
+            f"{config.results_dir}: no trained network (<arch>/{MODEL}) there; train one with `rankwise features "
+            "train`, or give its folder as --results_dir"
+        )
     cache, split = trained_on(found, config)
     sources = [Source("test images", cache, split.test)]
     if config.ood:
@@ -62,19 +67,9 @@ def check(config: FactorCompareConfig) -> None:
             raise UsageError(f"--{name} must be at least 1, got {value}")
     if any(rank < 1 for rank in config.sweep):
         raise UsageError(f"--sweep: ranks are at least 1, got {config.sweep}")
-    if not folders(config):
-        raise UsageError(
-            f"{config.results_dir}: no trained network (<arch>/{MODEL}) there; train one with `rankwise features "
-            "train`, or give its folder as --results_dir"
-        )
     bootstrap.check_installed()
     if not config.no_plots:
         need("matplotlib", extra="plots")
-
-
-def folders(config: FactorCompareConfig) -> list[Path]:
-    root = Path(config.results_dir).expanduser()
-    return [root / canonical(arch) for arch in config.arch] or sorted(file.parent for file in root.glob(f"*/{MODEL}"))
 
 
 def trained_on(found: Sequence[Network], config: FactorCompareConfig) -> tuple[FeatureCache, FeatureSplit]:
@@ -134,7 +129,7 @@ def inputs(config: FactorCompareConfig, found: Sequence[Network], cache: Feature
 
 def describe(config: FactorCompareConfig) -> list[str]:
     check(config)
-    names = ", ".join(folder.name for folder in folders(config))
+    names = ", ".join(map(canonical, config.arch)) or f"every network in {config.results_dir}"
     where = f"the test images of {config.features or 'the cache they were trained on'}"
     lines = [f"compare {names} with the SVD three ways and a shared PCA on {where}"]
     lines += [f"and on all images of {config.ood} that are not in that cache"] if config.ood else []

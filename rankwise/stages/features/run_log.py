@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rankwise.errors import UsageError
 from rankwise.options import flatten
 from rankwise.store.files import write_json
 from rankwise.store.processes import announce, process_index
@@ -55,5 +56,7 @@ def new_folder(log_dir: Path) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue
+        except OSError as error:
+            raise UsageError(f"--log_dir {log_dir}: cannot be a folder ({error.strerror}); choose another") from error
         return folder
     raise AssertionError("a thousand runs in one second")

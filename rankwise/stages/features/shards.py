@@ -42,7 +42,7 @@ class Shards(Protocol):
 
 def shards_of(config: CaptureConfig) -> Shards:
     if config.synthetic is not None:
-        settings = Synthetic(config.tokens, config.channels, config.spectrum, config.shared, config.seed)
+        settings = Synthetic(config.tokens, config.channels, config.spectrum, config.shared, config.seed, config.smooth)
         return SyntheticShards(settings, config.synthetic, config.shard_size, config.cache_dtype)
     assert config.model_name and config.images
     folder = seeing_model(config.model_name, config.revision)
@@ -98,6 +98,7 @@ class SyntheticShards:
                 "spectrum": one.spectrum,
                 "shared": one.shared,
                 "seed": one.seed,
+                "smooth": one.smooth,
             },
             source=f"synthetic, spectrum {one.spectrum}, shared {one.shared:g}",
             spectrum=one.normalised_values,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rankwise.config import FactorShowConfig
-from rankwise.core.approximation import by_svd, normalised
+from rankwise.core.approximation import by_svd
 from rankwise.core.closeness import cosine, excess_error, mse, relative_error
 from rankwise.data.features import FeatureCache, open_cache, read_split
 from rankwise.errors import DataError, UsageError, need
@@ -21,7 +21,7 @@ from rankwise.nets.factorize import canonical
 from rankwise.score.factorization import SVD, network
 from rankwise.show.factor_maps import Grid, plot_channel_errors, plot_channels
 from rankwise.stages.engines import pick_device
-from rankwise.stages.features.trained import SPLIT, Network, networks
+from rankwise.stages.features.trained import SPLIT, Network, cached, networks
 
 ORIGINAL = "original"
 MOST_CHANNELS = 32
@@ -34,7 +34,7 @@ def run(config: FactorShowConfig) -> tuple[Path, Path]:
     cache = cache_of(found, config.features)
     grid, assumed = grid_of(cache, config.channels)
     place = test_place(read_split(found.folder / SPLIT, cache).test, config.image_idx, cache)
-    shown = approximations(found, cache[place], rank_of(config.rank, found), config.device)
+    shown = approximations(found, next(cached(cache, [place])), rank_of(config.rank, found), config.device)
     for line in [assumed, f"{cache.ids[place]} (test image {config.image_idx}, on normalised features)"]:
         print(line) if line else None
     for line in errors(shown):
@@ -93,12 +93,12 @@ def rank_of(asked: int | None, found: Network) -> int:
 
 
 def approximations(found: Network, features: Tensor, rank: int, device: str) -> dict[str, Tensor]:
-    """Original, the network's product and the SVD's, (T, D) each, on normalised features.
+    """Original, the network's product and the SVD's, (T, D) each, of normalised features (1, T, D).
 
     The rank is the SVD's. A network of more channels gives its leading ones.
     """
     where = pick_device(device)
-    whole = normalised(features)[None].to(where)
+    whole = features.to(where)
     learned = network(found.net.to(where), rank=rank if rank < found.rank else None)
     name = f"{found.folder.name} (r = {min(rank, found.rank)})"
     with torch.no_grad():

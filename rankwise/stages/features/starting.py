@@ -18,15 +18,16 @@ from rankwise.config import FactorTrainConfig
 from rankwise.data.features import FeatureCache, FeatureSplit, read_split, split_of
 from rankwise.errors import UsageError
 from rankwise.nets.factorize import Factorizer, FactorizerSettings, build, load_factorizer
-from rankwise.store.files import read_json, read_object
+from rankwise.store.files import read_object
 from rankwise.store.processes import announce, process_index
 from rankwise.train.checkpoints import MANIFEST, checkpoints, remove, step_of
-from rankwise.train.epoch_history import HISTORY
+from rankwise.train.epoch_history import HISTORY, read_history
 from rankwise.train.rank_allocation import TABLE
 from rankwise.train.resume import differences, missing_state, newest_complete
 from rankwise.train.tables import TRAINING_LOG
 
 WEIGHTS, SETTINGS, SPLIT = "best_model.safetensors", "best_model.json", "split.json"
+TRAINER_STATE = "trainer_state.json"
 RESULTS, PLOT = "test_results.json", "train_val_loss_comparison.png"
 OF_A_RUN = (WEIGHTS, SETTINGS, HISTORY, RESULTS, SPLIT, PLOT, TRAINING_LOG, TABLE, "svd_nn_comparison.json")
 STEP_TABLES = (TRAINING_LOG, TABLE)
@@ -101,7 +102,9 @@ def from_best(config: FactorTrainConfig, folder: Path, cache: FeatureCache, sett
     found = differences(asdict(net.settings), asdict(settings))
     if found:
         raise UsageError(other_run(folder / SETTINGS, found))
-    rows = read_json(folder / HISTORY) if (folder / HISTORY).is_file() else []
+    rows = read_history(folder / HISTORY) if (folder / HISTORY).is_file() else []
+    if not rows and config.epochs < 1:
+        raise UsageError(f"--epochs 0: {folder} has neither a checkpoint nor a history of epochs; give at least 1")
     announce(
         f"note: no complete checkpoint in {folder}; going on from {WEIGHTS} with a fresh optimizer, learning rate and "
         "rank schedule"
@@ -127,13 +130,24 @@ def other_run(place: Path, found: list[str]) -> str:
 
 def refuse_earlier(folder: Path, overwrite: bool) -> None:
     """UsageError where a folder holds something of an earlier run that could be trained further."""
-    found = [one.name for one in checkpoints(folder) if (one / MANIFEST).is_file()]
-    found += [WEIGHTS] if (folder / WEIGHTS).is_file() else []
+    found = holds_run(folder)
     if found and not overwrite and process_index()[0] == 0:
         raise UsageError(
             f"{folder} holds an earlier run ({found[0]}); train it further with --resume, delete it and start over "
             "with --overwrite, or choose another --results_dir"
         )
+
+
+def holds_run(folder: Path) -> list[str]:
+    """What a folder holds of an earlier run that could be trained further."""
+    found = [one.name for one in checkpoints(folder) if (one / MANIFEST).is_file()]
+    return found + ([WEIGHTS] if (folder / WEIGHTS).is_file() else [])
+
+
+def epochs_done(folder: Path) -> int | None:
+    """Whole epochs behind the newest complete checkpoint; None without one."""
+    checkpoint = newest_complete(folder)
+    return None if checkpoint is None else math.floor(read_object(checkpoint / TRAINER_STATE)["epoch"])
 
 
 def make_room(start: Start, folder: Path) -> None:

@@ -6,7 +6,9 @@ rankwise features train --arch ResMLP --features feature_cache_real --rank 128 -
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from rankwise.nets.factorize import FactorizerSettings, canonical
 from rankwise.stages.features.factor_job import FactorJob, allocation_of, arguments_of, trainer_of
 from rankwise.stages.features.factor_outcome import finish
 from rankwise.stages.features.run_log import RunLog
-from rankwise.stages.features.starting import SPLIT, Start, make_room, start_of
+from rankwise.stages.features.starting import SPLIT, Start, epochs_done, holds_run, make_room, start_of
 from rankwise.stages.training import held
 from rankwise.store.files import write_json
 from rankwise.store.processes import process_index
@@ -28,6 +30,7 @@ from rankwise.train.factorizing import TermWeights
 from rankwise.train.trainer import RankwiseTrainer
 
 ALLOCATES = "AdaLoRA"
+SEEDS = 2**32  # numpy takes no others
 
 
 def run(config: FactorTrainConfig) -> Path:
@@ -60,8 +63,12 @@ def check(config: FactorTrainConfig) -> TermWeights:
     for name, least in (("batch_size", 1), ("rank", 1), ("patience", 1), ("epochs", 0 if config.resume else 1)):
         if getattr(config, name) < least:
             raise UsageError(f"--{name} is at least {least}, got {getattr(config, name)}")
-    if not config.lr > 0 or not config.weight_decay >= 0:
+    if not 0 < config.lr < math.inf or not 0 <= config.weight_decay < math.inf:
         raise UsageError(f"--lr is above 0 and --weight_decay not below it, got {config.lr} and {config.weight_decay}")
+    if config.num_workers < 0 or not 0 <= config.seed < SEEDS:
+        raise UsageError(
+            f"--num_workers is at least 0 and --seed from 0 to {SEEDS - 1}, got {config.num_workers} and {config.seed}"
+        )
     if config.resume and config.overwrite:
         raise UsageError("--resume goes on with a run and --overwrite deletes it; leave one of them out")
     if config.device not in ("auto", "cpu", "cuda"):
@@ -96,6 +103,18 @@ def train(trainer: RankwiseTrainer, start: Start, log: RunLog) -> None:
         )
         log.note(text)
         raise Interrupted(text, error.exit_code - 128) from None
+
+
+def going_on(config: FactorTrainConfig, *, unchanged: bool) -> FactorTrainConfig:
+    """The config of a recipe's stage that finds an earlier run in its folder: what is left of the same run, or a run
+    in its place."""
+    folder = Path(config.results_dir) / canonical(config.arch)
+    if config.resume or not holds_run(folder):
+        return config
+    done = epochs_done(folder) if unchanged else None
+    if done is None:
+        return replace(config, overwrite=True)
+    return replace(config, resume=True, epochs=max(0, config.epochs - done))
 
 
 def describe(config: FactorTrainConfig) -> list[str]:

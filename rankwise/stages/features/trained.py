@@ -5,9 +5,10 @@ results/<arch>/best_model.* ── networks ──▶ Network(net, cache)       
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,10 @@ def networks(results_dir: str, archs: Sequence[str]) -> list[Network]:
 def trained_on(folder: Path) -> tuple[FeatureCache | None, str]:
     """The cache of a run, and why there is none where there is none."""
     try:
-        return open_cache(read_object(folder / CONFIG)["features"]), ""
+        where = read_object(folder / CONFIG).get("features")
+        if not isinstance(where, str):
+            raise DataError(f"{folder / CONFIG} does not name the features that it was trained on")
+        return open_cache(where), ""
     except DataError as error:
         return None, str(error)
 
@@ -76,7 +80,17 @@ def is_of(each: Network, fingerprint: str) -> bool:
 
 
 def cached(cache: FeatureCache, places: Sequence[int]) -> Iterator[Tensor]:
-    """Normalised matrices (B, T, D) of a cache."""
+    """Normalised matrices (B, T, D) of a cache. DataError naming one that nothing can be measured on."""
     rows = FeatureRows(cache, places)
     for start in range(0, len(rows), BATCH):
-        yield torch.stack([rows[row]["features"] for row in range(start, min(start + BATCH, len(rows)))])
+        yield torch.stack([measurable(cache, rows[row]) for row in range(start, min(start + BATCH, len(rows)))])
+
+
+def measurable(cache: FeatureCache, row: Mapping[str, Any]) -> Tensor:
+    """A row's matrix (T, D). DataError where it has NaN or infinity, or, all tokens being constant, no energy."""
+    matrix: Tensor = row["features"]
+    wrong = "has values that are not finite" if not torch.isfinite(matrix).all() else ""
+    if wrong or not matrix.any():
+        reason = wrong or "is constant in every token, so that nothing is left of it once normalised"
+        raise DataError(f"{cache.path}: {cache.ids[row['sample_index']]} {reason}; capture it again, or without it")
+    return matrix
