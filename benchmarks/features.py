@@ -127,7 +127,7 @@ def compared(
         "rank": options.rank,
         "batch": len(batch),
         "source": str(cache.source),
-        "model": cache.model.name if cache.model else None,
+        "model": Path(cache.model.name).name if cache.model else None,
         "images": {"train": len(split.train), "test": len(split.test), "other": len(ood) if ood else 0},
         "epochs": options.epochs,
         "rows": rows,

@@ -192,6 +192,12 @@ def test_set_replaces_an_option_under_whatever_name(recipe: Path, tmp_path: Path
         assert [options.get(key) for key in ("base", "pretrained") if key in options] == ["elsewhere"]
 
 
+def test_a_command_by_its_other_name_is_that_command(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: one\nstages:\n  - name: seen\n    command: features extract\n    synthetic: 3\n")
+    assert load_recipe(path, tmp_path).stages[0].command == "features capture"
+
+
 def test_a_dry_run_shows_every_stage_and_writes_nothing(run: Run, tmp_path: Path) -> None:
     code, output, error = run("--dry-run")
     assert code == 0, error

@@ -3,8 +3,8 @@
     gradients ── Importance.updated ──▶ scores per weight ── triplet_scores ──▶ one per rank channel ──┐
     step ── RankBudget.at ──▶ how many stay ──────────────────────────────────────────────────────── kept ──▶ mask
 
-Sections named below are the paper's. Pure values: whoever trains calls `updated` after each optimizer step, while the
-gradients are still there, and masks where `RankBudget.masks_at` says so.
+Sections named below are the paper's. Pure values: whoever trains calls `updated` once per optimizer step, with the
+gradients that the step uses, and masks where `RankBudget.masks_at` says so.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from typing import Any
 
 from rankwise.errors import UsageError
 from rankwise.options import load_file, unknown
-from rankwise.stages.commands import COMMANDS, command_options
+from rankwise.stages.commands import ALIASES, COMMANDS, command_options
 
 PACKAGED = Path(__file__).parents[1] / "recipes"
 DEFAULT_RUNS = Path("runs")
@@ -161,7 +161,7 @@ def resolved_variables(defaults: Mapping[str, Any], run: Path) -> dict[str, str]
 def read_stage(row: Any, variables: Mapping[str, str], where: str) -> Stage:
     if not isinstance(row, dict) or "command" not in row:
         raise UsageError(f"{where}: a stage is a mapping with `command:`; got {row!r}")
-    command = str(row["command"])
+    command = ALIASES.get(str(row["command"]), str(row["command"]))
     if command not in COMMANDS or command in PIPELINES:
         raise unknown(command, [name for name in COMMANDS if name not in PIPELINES], where, "command")
     name = str(row.get("name", command))

@@ -48,15 +48,12 @@ class Subspace(Factorizer):
     def factor(self, features: Tensor) -> tuple[Factors, Tensor]:
         turned = self.settings.tokens > self.settings.channels
         short = (features.mT if turned else features).float()
+        size = 1.0 if turned else self.settings.tokens**0.5  # of a column of A, where those are what is orthogonal
         # Under autocast the Gram matrix itself would be rounded to bf16, which drowns its small directions.
         with quick_products(not self.training), torch.autocast(features.device.type, enabled=False):
             basis = self.basis(short @ short.mT)
-            image = basis.mT @ short
-        scale = self.settings.tokens**0.5
-        if turned:  # X = (XQ)·Qᵀ: the rows of B are what is orthonormal
-            factors = Factors(image.mT, basis.mT)
-            return factors, factors.left
-        factors = Factors(basis * scale, image / scale)
+            image = (basis / size).mT @ short
+        factors = Factors(image.mT, basis.mT) if turned else Factors(basis * size, image)
         return factors, factors.left
 
     def basis(self, gram: Tensor) -> Tensor:

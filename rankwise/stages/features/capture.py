@@ -60,7 +60,7 @@ def check(config: CaptureConfig) -> None:
 
 
 def captured(config: CaptureConfig) -> FeatureCache | None:
-    folder = RunFolder(config.output_dir)
+    folder = RunFolder(Path(config.output_dir).expanduser())
     with held(folder, STAGE, inputs(config)) as record:
         shards = shards_of(config)
         writer = CacheWriter(folder.path, shards.recipe)

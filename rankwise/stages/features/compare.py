@@ -49,7 +49,7 @@ def run(config: FactorCompareConfig) -> Mapping[str, Any]:
         device=pick_device(config.device),
         seed=config.seed,
     )
-    folder = RunFolder(config.results_dir)
+    folder = RunFolder(Path(config.results_dir).expanduser())
     with folder.lock(), folder.recording(STAGE, inputs(config, found, cache)) as record:
         content = compared(comparison)
         folder.save_config(config, CONFIG)

@@ -36,7 +36,7 @@ SEEDS = 2**32  # numpy takes no others
 def run(config: FactorTrainConfig) -> Path:
     """The whole command; returns the run folder."""
     weights = check(config)
-    folder = RunFolder(Path(config.results_dir) / canonical(config.arch))
+    folder = RunFolder(folder_of(config))
     cache = open_cache(config.features)
     settings = settings_of(config, cache)
     with held(folder, "features train", {"features": config.features}) as record:
@@ -45,7 +45,7 @@ def run(config: FactorTrainConfig) -> Path:
         start = start_of(config, folder.path, cache, settings, job.identity)
         allocation = allocation_of(job, start)
         make_room(start, folder.path)
-        log = RunLog.begun(Path(config.log_dir), config)
+        log = RunLog.begun(Path(config.log_dir).expanduser(), config)
         if process_index()[0] == 0:
             folder.save_config(config)
             write_json(folder / SPLIT, start.split.record())
@@ -82,6 +82,11 @@ def check(config: FactorTrainConfig) -> TermWeights:
     return TermWeights(config.lambda_B, config.lambda_ortho, config.activation_orth_regu_A)
 
 
+def folder_of(config: FactorTrainConfig) -> Path:
+    """The run folder. A `~` that no shell has expanded (in a file, behind `=`) is expanded here as everywhere."""
+    return Path(config.results_dir).expanduser() / canonical(config.arch)
+
+
 def settings_of(config: FactorTrainConfig, cache: FeatureCache) -> FactorizerSettings:
     return FactorizerSettings(
         canonical(config.arch), cache.tokens, cache.channels, config.rank, config.dropout, config.refine
@@ -108,7 +113,7 @@ def train(trainer: RankwiseTrainer, start: Start, log: RunLog) -> None:
 def going_on(config: FactorTrainConfig, *, unchanged: bool) -> FactorTrainConfig:
     """The config of a recipe's stage that finds an earlier run in its folder: what is left of the same run, or a run
     in its place."""
-    folder = Path(config.results_dir) / canonical(config.arch)
+    folder = folder_of(config)
     if config.resume or not holds_run(folder):
         return config
     done = epochs_done(folder) if unchanged else None
@@ -119,7 +124,7 @@ def going_on(config: FactorTrainConfig, *, unchanged: bool) -> FactorTrainConfig
 
 def describe(config: FactorTrainConfig) -> list[str]:
     check(config)
-    arch, folder = canonical(config.arch), Path(config.results_dir) / canonical(config.arch)
+    arch, folder = canonical(config.arch), folder_of(config)
     lines = [f"train {arch} for {config.epochs} epochs on {config.features}: factors of rank {config.rank}"]
     if config.resume:
         lines = [f"train {arch} in {folder} for {config.epochs} epochs more, from its last complete checkpoint"]
