@@ -31,11 +31,11 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Variant:
-    """prepared: the start looks at the training matrices; trained: with gradients. shift: None, the learned one."""
+    """prepared: the start begins near the mean subspace of the training matrices. shift: None, the learned one."""
 
     name: str
     steps: int = 1
-    prepared: bool = True
+    prepared: bool = False
     trained: bool = True
     shift: float | None = None
     householder: bool = False
@@ -43,9 +43,9 @@ class Variant:
 
 VARIANTS = (
     Variant("as it is"),
-    Variant("start prepared, not trained", trained=False),
-    Variant("start random, not trained", prepared=False, trained=False),
-    Variant("start random, trained", prepared=False),
+    Variant("not trained", trained=False),
+    Variant("start near the mean subspace", prepared=True),
+    Variant("the same, not trained", prepared=True, trained=False),
     Variant("no shift", shift=0.0),
     Variant("shift 0.5", shift=0.5),
     Variant("shift 0.8", shift=0.8),
@@ -92,7 +92,8 @@ def made(variant: Variant, cache: FeatureCache, split: FeatureSplit, options: ar
     net = (Householder if variant.householder else Subspace)(settings, variant.steps)
     generator = torch.Generator().manual_seed(0)
     if variant.prepared:
-        net.prepare(batches(cache, split.train), generator)
+        with torch.no_grad():
+            net.start.add_(0.01 * cache.tokens**0.5 * mean_subspace(cache, split, options.rank))
     if variant.shift is not None:
         with torch.no_grad():
             net.shifts.copy_(torch.tensor(variant.shift).clamp(1e-9, 1 - 1e-7).logit() / 100)
@@ -100,6 +101,12 @@ def made(variant: Variant, cache: FeatureCache, split: FeatureSplit, options: ar
     if variant.trained:
         trained(net, cache, split, options.epochs, generator)
     return net.eval()
+
+
+def mean_subspace(cache: FeatureCache, split: FeatureSplit, rank: int) -> Tensor:
+    """(T, r): leading eigenvectors of the mean Gram matrix of the training matrices."""
+    mean = torch.stack([(batch @ batch.mT).sum(0) for batch in batches(cache, split.train)()]).sum(0)
+    return torch.linalg.eigh(mean).eigenvectors[:, -rank:]
 
 
 def trained(net: Subspace, cache: FeatureCache, split: FeatureSplit, epochs: int, generator: torch.Generator) -> None:

@@ -146,22 +146,8 @@ def test_the_error_has_a_gradient_in_start_and_shift_and_falls_along_it() -> Non
     assert losses[-1] < losses[0]
 
 
-def test_preparing_helps_where_tokens_that_lie_together_are_alike() -> None:
-    place = torch.arange(TOKENS).float()
-    smooth = torch.linalg.cholesky((-(place[:, None] - place).abs() / 4).exp())
-
-    def smooth_matrices(seed: int) -> Tensor:
-        return normalised(smooth @ torch.randn(16, TOKENS, CHANNELS, generator=torch.Generator().manual_seed(seed)))
-
-    net = subspace()
-    before = float(excess(net, smooth_matrices(1)).mean())
-    net.prepare(lambda: [smooth_matrices(0)], torch.Generator().manual_seed(0))
-    assert float(excess(net, smooth_matrices(1)).mean()) < 0.8 * before
-
-
 def test_save_and_load(tmp_path: object) -> None:
     net = subspace().eval()
-    net.prepare(lambda: [matrices(4)], torch.Generator().manual_seed(0))
     save_factorizer(net, str(tmp_path))
     features = matrices(2, seed=5)
     assert torch.equal(load_factorizer(str(tmp_path))(features).factors.left, net(features).factors.left)

@@ -8,7 +8,6 @@ By Eckart and Young no such product is closer than the truncated SVD of the same
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -105,12 +104,6 @@ class Factorizer(nn.Module, ABC):
     def orthogonality(self) -> Tensor:
         """Penalty on parameters that should be orthonormal, a number; 0 where there are none."""
         return torch.zeros((), device=next(self.parameters()).device)
-
-    def prepare(self, batches: Callable[[], Iterable[Tensor]], generator: torch.Generator) -> None:
-        """Start values from the training matrices: each call of `batches` gives all normalised (B, T, D) anew.
-
-        Called once, before training. The default leaves the random start.
-        """
 
 
 def width(documented: int, inputs: int) -> int:

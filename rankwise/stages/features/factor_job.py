@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
@@ -117,8 +116,6 @@ def trainer_of(
 ) -> tuple[RankwiseTrainer, EpochHistory]:
     """Taken up from the checkpoint where there is one. The process's own random state is used on a fresh start."""
     job.arguments.num_train_epochs = start.epochs
-    if start.fresh:
-        start_from_data(job, start)
     objective = FactorObjective(start.net, job.weights)
     history = EpochHistory(objective, job.folder, start.rows, log.line)
     stateful = [history] if allocation is None else [allocation, history]
@@ -137,18 +134,6 @@ def trainer_of(
         callbacks=[Patience(job.config.patience)],
     )
     return trainer, history
-
-
-def start_from_data(job: FactorJob, start: Start) -> None:
-    """The network's own start values from the training matrices, on the device that it will be trained on."""
-    arguments = job.arguments
-    start.net.to(arguments.device)
-
-    def batches() -> Iterator[Tensor]:
-        for features, _ in batches_of(job.cache, start.split.train, arguments.train_batch_size, "training"):
-            yield features.to(arguments.device)
-
-    start.net.prepare(batches, torch.Generator().manual_seed(arguments.seed))
 
 
 def batches_of(
