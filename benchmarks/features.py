@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -22,6 +23,8 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 from torch import Tensor
@@ -122,6 +125,7 @@ def compared(
         "machine": machine(),
         "date": str(date.today()),
         "threads": torch.get_num_threads(),
+        "huge_pages": os.environ["THP_MEM_ALLOC_ENABLE"] == "1",
         "tokens": cache.tokens,
         "channels": cache.channels,
         "rank": options.rank,
@@ -202,7 +206,7 @@ def caption(report: dict[str, Any]) -> str:
     return (
         f"{report['tokens']} × {report['channels']}, rank {report['rank']}, batch {report['batch']}, {what} "
         f"({images['train']} to train on, {images['test']} to test on), {report['epochs']} epochs; "
-        f"{report['machine']}, {report['threads']} threads, {report['date']}."
+        f"{report['machine']}, {'huge' if report['huge_pages'] else 'small'} pages, {report['date']}."
     )
 
 

@@ -335,6 +335,19 @@ def test_a_run_that_does_not_name_its_features(made: Path, tmp_path: Path, conte
         run(refused(made, results_dir=str(tmp_path)))
 
 
+def test_over_an_exact_svd_there_is_no_excess(tmp_path: Path) -> None:
+    """Matrices of rank 2: normalising adds the rank of the means, so the SVD of rank 4 has nothing to miss."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(20, TOKENS, 2, generator=generator), torch.randn(2, CHANNELS, generator=generator)
+    cache = make_cache(tmp_path / "cache", left @ right)
+    make_run(tmp_path / "results", cache, "MLP")
+    content = run(refused(tmp_path, results_dir=str(tmp_path / "results"), features=str(cache.path), no_plots=False))
+    assert all(row["excess_error"] is None for row in content["sources"][0]["rows"])
+    told = (tmp_path / "results" / "comparison.md").read_text()
+    assert "where the SVD of this rank is exact" in told
+    assert (tmp_path / "results" / "plots" / "error_time.png").is_file()
+
+
 def test_nothing_trained_and_wrong_numbers_are_usage_errors(made: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no trained network"):
         run(refused(made, results_dir=str(tmp_path)))

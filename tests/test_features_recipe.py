@@ -54,3 +54,6 @@ def test_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setenv("EPOCHS", "1")
     assert cli.main(command) == 0
     assert len(json.loads((run / "results" / "MLP" / "history.json").read_text())) == 1, "another run in its place"
+
+    assert cli.main([*command, "--set=features.shared=0.3"]) == 0
+    assert "shared 0.3" in (run / "results" / "comparison.md").read_text(), "other features, and all after them"

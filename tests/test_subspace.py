@@ -56,7 +56,7 @@ def test_the_inverse_of_the_cholesky_factor_is_lapacks(size: int) -> None:
 
 
 @pytest.mark.parametrize("broken", ["zero", "repeated", "almost repeated", "steep"])
-def test_one_hard_matrix_in_a_batch_goes_to_householder_and_leaves_the_others_alone(broken: str) -> None:
+def test_one_hard_matrix_in_a_batch_is_done_right_and_leaves_the_others_alone(broken: str) -> None:
     columns = torch.randn(3, 80, 40, generator=torch.Generator().manual_seed(1))
     alone = orthonormal(columns[::2])
     if broken == "zero":

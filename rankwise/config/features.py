@@ -112,7 +112,7 @@ class FactorShowConfig:
 
     arch: str = option("ResMLP", help=ARCH_HELP)
     image_idx: int = option(0, help="number of the test image")
-    rank: int | None = option(help="rank of the SVD [the network's own]", aliases=("r",))
+    rank: int | None = option(help="rank of network and SVD, at most [the network's own]", aliases=("r",))
     results_dir: str = option("results", help="where the networks are", short="-o")
     features: str | None = option(help="feature cache [the one trained on]", aliases=("cache", "data_path"))
     channels: int = option(8, help="first N channels")

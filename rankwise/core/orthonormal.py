@@ -1,4 +1,4 @@
-"""Orthonormal bases of many small subspaces at once: Cholesky QR where it is accurate, Householder where it is not.
+"""Orthonormal bases of many small subspaces at once, by Cholesky QR: once, twice with a shift, or Householder's.
 
 basis = orthonormal(columns)     # (B, m, r) → (B, m, r) with the same span
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 1e-3  # of QᵀQ − I: what it costs an approximation is of its square
+SHIFT = 1e-6  # of the trace of the Gram matrix: some ten times what float32 rounds
 BLOCK = 32
 
 
@@ -19,21 +20,35 @@ def orthonormal(columns: Tensor, exact: bool = False, tolerance: float = TOLERAN
     """Orthonormal basis Q (B, m, r) of the span of each (B, m, r), r ≤ m.
 
     Cholesky QR loses orthogonality like ε·κ², with κ the condition of the columns scaled to length 1 (Higham 2002,
-    section 19.9). A matrix for which that is above the tolerance, or whose columns are dependent, goes to Householder's
-    QR. exact: all do (it has a gradient everywhere, too).
+    section 19.9). A matrix for which that is above the tolerance gets it with a shift, which conditions it, and then
+    again without (Fukaya, Kannan, Nakatsukasa, Yamamoto and Yanagisawa 2020). One whose columns are dependent even so
+    goes to Householder's QR. exact: all do (it has a gradient everywhere, too).
     """
     if exact:
         return householder(columns)
+    basis, right = cholesky_basis(columns, tolerance)
+    if bool(right.all()):
+        return basis
+    hard = columns[~right]
+    conditioned, _ = cholesky_basis(hard, tolerance, SHIFT)
+    again, sound = cholesky_basis(conditioned, tolerance)
+    if not bool(sound.all()):
+        again[~sound] = householder(hard[~sound])
+    basis[~right] = again
+    return basis
+
+
+def cholesky_basis(columns: Tensor, tolerance: float, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(columns·L⁻ᵀ with L·Lᵀ their shifted Gram matrix, whether its columns are orthonormal within the tolerance)."""
     gram = columns.mT @ columns
-    inverse = inverse_cholesky(gram)
     squares = gram.diagonal(dim1=-2, dim2=-1)
+    if shift:
+        squares += shift * squares.sum(-1, keepdim=True)
+    inverse = inverse_cholesky(gram)
     condition = (inverse.square() * squares[..., None, :]).sum((-2, -1))  # ‖L⁻¹·D‖_F², at least κ² / r
     right = condition * torch.finfo(gram.dtype).eps < tolerance  # false for what is no number
     right &= (inverse.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
-    basis = columns @ inverse.mT
-    if not bool(right.all()):
-        basis[~right] = householder(columns[~right])
-    return basis
+    return columns @ inverse.mT, right
 
 
 def householder(columns: Tensor) -> Tensor:

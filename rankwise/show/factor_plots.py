@@ -98,14 +98,19 @@ def plot_rank_sweep(comparison: Comparison, path: Path | str) -> Path:
 
 
 def plot_error_time(comparison: Comparison, path: Path | str) -> Path:
-    """Excess error against time per matrix: left is faster, down is closer; dotted: the exact factors."""
+    """Excess error against time per matrix: left is faster, down is closer; dotted: the exact factors.
+
+    Where the SVD is exact there is no excess, and the relative error takes its place.
+    """
     source = comparison["sources"][0]
+    measure = "excess_error" if row_of(source, SVD)["excess_error"] else "relative_error"
+    shown = {"excess_error": "excess error over the SVD, %", "relative_error": "relative error, %"}[measure]
     figure, axis = new_figure(7.2, 4.0)
     axis.axvline(1e3 * cost_of(comparison, GRAM)["seconds"], color=GREY, linestyle=(0, (1, 2)), linewidth=1.1)
     times = []
     for index, cost in enumerate(comparison["cost"]):
         look = {**style(index), "linestyle": "", "markersize": 8}
-        excess = row_of(source, cost["method"])["excess_error"]
+        excess = row_of(source, cost["method"])[measure]
         y, low, high = (100 * max(0.0, excess[key] if excess[key] is not None else excess["mean"]) for key in KEYS)
         times.append(1e3 * cost["seconds"])
         error = [[max(0.0, y - low)], [max(0.0, high - y)]]
@@ -115,7 +120,7 @@ def plot_error_time(comparison: Comparison, path: Path | str) -> Path:
     axis.set_xlim(min(times) / 2, max(times) * 2)
     log_ticks(axis.xaxis)
     per_cent_ticks(axis)
-    name_axes(axis, f"milliseconds per matrix ({comparison['timing']['device']})", "excess error over the SVD, %")
+    name_axes(axis, f"milliseconds per matrix ({comparison['timing']['device']})", shown)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return save(figure, path)
 

@@ -54,8 +54,9 @@ def verdict(comparison: Comparison, source: Mapping[str, Any], name: str) -> str
     """How far from the optimum, against the shared PCA, and against the time of the exact factors."""
     row = row_of(source, name)
     excess = row["excess_error"]
-    said = f"{name}: relative error {row['relative_error']['mean']:.4f}, {percent(excess['mean'])} above the optimum"
-    if excess["low"] is not None:
+    said = f"{name}: relative error {row['relative_error']['mean']:.4f}, "
+    said += f"{percent(excess['mean'])} above the optimum" if excess else "where the SVD of this rank is exact"
+    if excess and excess["low"] is not None:
         said += f" (95 %: {percent(excess['low'])} to {percent(excess['high'])})"
     for pair in source["paired"]:
         if pair["network"] == name and pair["against"] == PCA:

@@ -194,8 +194,9 @@ def resuming(stage: Stage, config: Any, before: Mapping[str, Any], mark: str) ->
     if stage.command == "evaluate" and before and before.get("started") != mark:
         for file in stage_of(stage.command).output_folder(config).path.glob(PREDICTIONS):
             file.unlink()
-    if stage.command == "features train":
-        return stage_of(stage.command).going_on(config, unchanged=before.get("started") == mark)
+    going_on = getattr(stage_of(stage.command), "going_on", None)
+    if going_on is not None and before:  # what this recipe has not made is not its to replace
+        return going_on(config, unchanged=before.get("started") == mark)
     if not COMMANDS[stage.command].trainer or config.resume_from_checkpoint:
         return config
     if not any(Path(config.output_dir).glob("checkpoint-*")):

@@ -1,6 +1,6 @@
 """`Subspace`: our own network. A learned start, then what no network can guess: a step of subspace iteration, computed.
 
-    Ω (T, r), learnt ──▶ G·Ω ── orth ──▶ Q₁ ── (G − s·m·I)·Q₁, orth ──▶ Q₂ ──▶ A = √T·Q₂,  B = Q₂ᵀX / √T
+    Ω (T, r), learnt ──▶ G·Ω ── orth ──▶ Q₁ ── (G − s·m·I)·Q₁, orth ──▶ Q₂ ──▶ A = Q₂,  B = Q₂ᵀX
     G = X·Xᵀ (T, T)                       m: mean eigenvalue that Q₁ leaves out; s in (0, 1): learnt
 
 Multiplying by G − s·m·I damps the directions that are to be left out, whose eigenvalues lie around m, more than G alone
@@ -27,6 +27,7 @@ SHIFT = 0.8  # of the mean eigenvalue left out: above 1 a wanted direction may b
 # The span of the start does not depend on its size, so its size sets the pace: at the usual 1e-4, Adam moves an entry
 # by a hundredth of it in a step. The logits of the shifts are kept in hundreds for the same reason.
 START_SIZE, PACE = 0.01, 100.0
+AT_ONCE = 16  # matrices: what lies between their products then stays in memory that is used again, a tenth of the time
 ROUGH = 1.0  # a basis that the next step multiplies again need only be well conditioned
 
 
@@ -48,12 +49,11 @@ class Subspace(Factorizer):
     def factor(self, features: Tensor) -> tuple[Factors, Tensor]:
         turned = self.settings.tokens > self.settings.channels
         short = (features.mT if turned else features).float()
-        size = 1.0 if turned else self.settings.tokens**0.5  # of a column of A, where those are what is orthogonal
         # Under autocast the Gram matrix itself would be rounded to bf16, which drowns its small directions.
         with quick_products(not self.training), torch.autocast(features.device.type, enabled=False):
-            basis = self.basis(short @ short.mT)
-            image = (basis / size).mT @ short
-        factors = Factors(image.mT, basis.mT) if turned else Factors(basis * size, image)
+            basis = torch.cat([self.basis(part @ part.mT) for part in short.split(AT_ONCE)])
+            image = basis.mT @ short
+        factors = Factors(image.mT, basis.mT) if turned else Factors(basis, image)
         return factors, factors.left
 
     def basis(self, gram: Tensor) -> Tensor:
@@ -64,7 +64,9 @@ class Subspace(Factorizer):
             image = gram @ basis
             left_out = (energy - (basis * image).sum((-2, -1))).clamp(min=0) / max(1, gram.shape[-1] - basis.shape[-1])
             smallest = ROUGH if step < len(self.shifts) else TOLERANCE
-            basis = orthonormal(image - (share * left_out)[:, None, None] * basis, self.training, smallest)
+            basis = orthonormal(
+                torch.addcmul(image, basis, (share * left_out)[:, None, None], value=-1), self.training, smallest
+            )
         return basis
 
 

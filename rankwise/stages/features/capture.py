@@ -12,6 +12,7 @@ Stopped and started again, it makes what is missing; the result is the same to t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -144,6 +145,11 @@ def energy_line(cache: FeatureCache) -> str:
     )
     kept = float(explained_energy(best_errors(values)[:, rank - 1]).median())
     return f"at rank {rank} the best factors keep {kept:.2%} of a matrix's energy (median of {len(values)})"
+
+
+def going_on(config: CaptureConfig, *, unchanged: bool) -> CaptureConfig:
+    """The config of a recipe's stage that finds something in its folder: a capture of other things is made anew."""
+    return config if unchanged else replace(config, overwrite=True)
 
 
 def describe(config: CaptureConfig) -> list[str]:

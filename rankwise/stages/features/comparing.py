@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rankwise.core.approximation import normalised, shared_basis
-from rankwise.core.closeness import break_even_rank, excess_error, stored_numbers
+from rankwise.core.closeness import ROUNDING, break_even_rank, excess_error, stored_numbers
 from rankwise.data.features import FeatureCache
 from rankwise.nets.factorize import Factorizer
 from rankwise.score.factor_cost import counted, timings
@@ -139,7 +139,8 @@ def source_record(source: Source, methods: Sequence[Method], best: Tensor, asked
 def row_record(
     found: Closeness, methods: Sequence[Method], best: Tensor, groups: Sequence[str], seed: int
 ) -> dict[str, Any]:
-    """One method's row; where a mask lets fewer ranks act, also its excess over the optimum of that rank."""
+    """One method's row; where a mask lets fewer ranks act, also its excess over the optimum of that rank. Over an
+    optimum that is exact there is no excess: None."""
     method = next(one for one in methods if one.name == found.method)
     acting = None if found.refined else method.effective_rank
     row = {
@@ -150,7 +151,9 @@ def row_record(
         "effective_rank": acting,
         **summary(found, groups, seed),
     }
-    if acting:
+    if "excess_error" in row and float(best[:, found.rank - 1].min()) <= ROUNDING:
+        row["excess_error"] = None
+    if acting and float(best[:, acting - 1].min()) > ROUNDING:
         excess = excess_error(found.values["relative_error"], best[:, acting - 1])
         (row["excess_at_effective_rank"],) = estimated(array(excess)[None], groups, seed)
     return row

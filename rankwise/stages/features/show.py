@@ -86,9 +86,8 @@ def test_place(places: tuple[int, ...], index: int, cache: FeatureCache) -> int:
 
 
 def rank_of(asked: int | None, found: Network) -> int:
-    most = min(found.net.settings.tokens, found.net.settings.channels)
-    if asked is not None and asked > most:
-        raise UsageError(f"--rank {asked}: these matrices have rank {most} at most")
+    if asked is not None and asked > found.rank:
+        raise UsageError(f"--rank {asked}: {found.folder.name} has {found.rank} channels, and no more")
     return asked or found.rank
 
 
