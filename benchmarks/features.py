@@ -130,7 +130,7 @@ def compared(
         "channels": cache.channels,
         "rank": options.rank,
         "batch": len(batch),
-        "source": str(cache.source),
+        "source": Path(str(cache.source)).name,
         "model": Path(cache.model.name).name if cache.model else None,
         "images": {"train": len(split.train), "test": len(split.test), "other": len(ood) if ood else 0},
         "epochs": options.epochs,

@@ -135,7 +135,7 @@ def measured(
         other = open_cache(options.ood)
         errors["another source"] = scored(methods, other, range(len(other)))
     rows = [describe(method, nets[method.name], times, errors) for method in methods]
-    return {"machine": machine(), "date": str(date.today()), "source": str(cache.source), "rows": rows}
+    return {"machine": machine(), "date": str(date.today()), "source": Path(str(cache.source)).name, "rows": rows}
 
 
 def describe(method: Method, net: Subspace, times: dict[str, Any], errors: dict[str, Any]) -> dict[str, Any]:

@@ -42,10 +42,11 @@ def main() -> None:
                 ranks=[1, 2, 4, 8, 16],
             )
         )
-        for suffix in (".json", ".md", ".png"):
-            shutil.copy(results / f"downstream{suffix}", out / f"features_downstream{suffix}")
-    page = out / "features_downstream.md"
-    page.write_text(f"{machine()}; {options.epochs} epochs.\n\n{page.read_text(encoding='utf-8')}", encoding="utf-8")
+        shutil.copy(results / "downstream.png", Path("docs/images/features_downstream.png"))
+        for suffix, first in ((".json", ""), (".md", f"{machine()}; {options.epochs} epochs.\n\n")):
+            told = (results / f"downstream{suffix}").read_text(encoding="utf-8")
+            told = told.replace(str(demo), "demo").replace(f"{scratch}/", "")
+            (out / f"features_downstream{suffix}").write_text(first + told, encoding="utf-8")
 
 
 def captured(demo: Path, scratch: Path) -> Path:

@@ -83,7 +83,8 @@ class EpochHistory(TrainerCallback):
         if state.is_world_process_zero:
             if best:
                 save_factorizer(self.objective.net, self.folder)
-            self.say(in_words(row, row["epoch"] + round(args.num_train_epochs - (state.epoch or 0))))
+            last = row["epoch"] + round(args.num_train_epochs - (state.epoch or 0))
+            self.say(in_words(row, last, self.objective.net.settings.rank))
 
     def row(self, metrics: Mapping[str, float], rate: float) -> Row:
         """The row of the epoch that has just been evaluated. Its rate is the one that it was trained with."""
@@ -150,9 +151,11 @@ def best_row(rows: Sequence[Row]) -> Row:
     return min(rows, key=order)
 
 
-def in_words(row: Row, last: int) -> str:
+def in_words(row: Row, last: int, rank: int) -> str:
+    """rank: the network's, of which fewer channels may act."""
+    acting = f", effective rank {row['effective_rank']}" if row["effective_rank"] < rank else ""
     return (
         f"epoch {row['epoch']}/{last}: train mse {row['train_mse']:.5g}, val mse {row['val_mse']:.5g}, relative error "
-        f"{row['val_rel_f']:.4f}, explained energy {row['val_evr']:.4f}, lr {row['lr']:.3g}, effective rank "
-        f"{row['effective_rank']}, {row['time']:.1f} s"
+        f"{row['val_rel_f']:.4f}, explained energy {row['val_evr']:.4f}, lr {row['lr']:.3g}{acting}, "
+        f"{row['time']:.1f} s"
     )
