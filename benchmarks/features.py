@@ -31,7 +31,7 @@ from torch import Tensor
 from workload import machine
 
 from rankwise.config import CaptureConfig, FactorTrainConfig
-from rankwise.core.approximation import by_gram, normalised, shared_basis
+from rankwise.core.approximation import by_gram, shared_basis
 from rankwise.core.factors import Factors
 from rankwise.data.features import FeatureCache, open_cache, read_split
 from rankwise.nets.factorize import ARCHITECTURES, load_factorizer
@@ -40,9 +40,9 @@ from rankwise.score.factor_cost import counted, timings
 from rankwise.score.factor_rows import summary
 from rankwise.score.factorization import GRAM, SVD, Method, baselines, measure, network, optimum
 from rankwise.stages.features import capture, train
+from rankwise.stages.features.trained import cached
 
 OURS, QUICK, LOWRANK = "Subspace", "Gram, quick products", "torch.svd_lowrank"
-AT_ONCE = 16
 GOALS = {"excess error": 0.05, "times the Gram way": 2.0, "times torch.linalg.svd": 20.0}
 
 
@@ -140,11 +140,7 @@ def compared(
 
 
 def batches(cache: FeatureCache, places: Sequence[int]) -> Callable[[], Iterable[Tensor]]:
-    def each() -> Iterable[Tensor]:
-        for start in range(0, len(places), AT_ONCE):
-            yield normalised(torch.stack([cache[place] for place in places[start : start + AT_ONCE]]))
-
-    return each
+    return partial(cached, cache, places)
 
 
 def scored(methods: Sequence[Method], cache: FeatureCache, places: Sequence[int]) -> dict[str, dict[str, Any]]:

@@ -15,8 +15,8 @@ from rankwise.show.downstream import JSON as DOWNSTREAM
 from rankwise.show.factor_words import FILE, FORMAT, PARTS
 from rankwise.show.format import is_number
 from rankwise.store.files import read_json
+from rankwise.train.epoch_history import HISTORY
 
-HISTORY = "history.json"
 BY_EPOCH = ("epoch", "train_mse", "val_mse", "lr", "effective_rank")
 DOWNSTREAM_PARTS = ("rows", "notes", "settings", "shapes")
 Rows = Sequence[Mapping[str, Any]]

@@ -1,8 +1,8 @@
 """Which matrices train, validate and test: 80/10/10 by picture, so that what is tested was never seen in training.
 
 split = split_of(cache, seed=42)
-write_json(run / "split.json", split.record())
-read_split(run / "split.json", cache)            # the same again, or a DataError
+write_json(run / SPLIT, split.record())
+read_split(run / SPLIT, cache)                   # the same again, or a DataError
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rankwise.data.features.cache import FeatureCache
 from rankwise.errors import DataError
 from rankwise.store.files import read_object
 
-FORMAT = "rankwise-feature-split/1"
+SPLIT, FORMAT = "split.json", "rankwise-feature-split/1"
 PARTS = ("train", "val", "test")
 LEAST_PICTURES = 3
 

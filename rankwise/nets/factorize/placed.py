@@ -10,6 +10,8 @@ output. They cost T·D + (places)·r parameters per net, and next to no arithmet
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -47,13 +49,13 @@ class RowsAndColumns(Factorizer):
         right = RIGHT / rank**0.5
         self.col_net = Placed(self.columns(right), channels, tokens, rank, scale=right)
 
+    @abstractmethod
     def rows(self, gain: float) -> nn.Module:
         """The net on tokens (…, D) → (…, r); gain: size of its outputs at the start."""
-        raise NotImplementedError
 
+    @abstractmethod
     def columns(self, gain: float) -> nn.Module:
         """The net on channels' columns (…, T) → (…, r)."""
-        raise NotImplementedError
 
     def factor(self, features: Tensor) -> tuple[Factors, Tensor]:
         activation = self.row_net(features).float()

@@ -12,14 +12,16 @@ from typing import Any
 
 from rankwise.config import FactorCompareConfig
 from rankwise.data.features import FeatureCache, FeatureSplit, open_cache, read_split
+from rankwise.data.features.split import SPLIT
 from rankwise.errors import DataError, UsageError, need
 from rankwise.nets.factorize import canonical
+from rankwise.nets.factorize.files import SETTINGS
 from rankwise.score import bootstrap
 from rankwise.show.factor_blocks import terminal
 from rankwise.show.factor_files import FILE, OF_ONE, PLOT_FOLDER, write_comparison
 from rankwise.stages.engines import pick_device
 from rankwise.stages.features.comparing import Compared, Source, compared
-from rankwise.stages.features.trained import MODEL, SPLIT, Network, networks
+from rankwise.stages.features.trained import Network, networks
 from rankwise.store.run import RunFolder
 
 CONFIG, STAGE = "resolved_config.compare.json", "features compare"
@@ -31,7 +33,7 @@ def run(config: FactorCompareConfig) -> Mapping[str, Any]:
     found = networks(config.results_dir, config.arch)
     if not found:
         raise UsageError(
-            f"{config.results_dir}: no trained network (<arch>/{MODEL}) there; train one with `rankwise features "
+            f"{config.results_dir}: no trained network (<arch>/{SETTINGS}) there; train one with `rankwise features "
             "train`, or give its folder as --results_dir"
         )
     cache, split = trained_on(found, config)
@@ -123,7 +125,7 @@ def other_source(path: str, cache: FeatureCache) -> Source:
 
 
 def inputs(config: FactorCompareConfig, found: Sequence[Network], cache: FeatureCache) -> dict[str, Path | str]:
-    weights: dict[str, Path | str] = {each.folder.name: each.folder / MODEL for each in found}
+    weights: dict[str, Path | str] = {each.folder.name: each.folder / SETTINGS for each in found}
     return weights | {"features": cache.path} | ({"ood": config.ood} if config.ood else {})
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from rankwise.config import DownstreamConfig, EvaluateConfig
 from rankwise.config.sections import ScoredData
 from rankwise.errors import UsageError
+from rankwise.nets.factorize.files import WEIGHTS
 from rankwise.score import bootstrap
 from rankwise.score.downstream import Answers, Replacement, compare_answers, measured, paired
 from rankwise.score.factorization import PCA, SVD
@@ -23,7 +24,7 @@ from rankwise.stages.engines import base_and_adapter, seeing, subject
 from rankwise.stages.evaluate import model_facts
 from rankwise.stages.features.questions import Questions, questions, stretched, with_pictures
 from rankwise.stages.features.stand_ins import Part, fitting, origin_notes, parts, ranks_of, replacements
-from rankwise.stages.features.trained import WEIGHTS, is_of, networks, stretch_of
+from rankwise.stages.features.trained import is_of, networks, stretch_of
 from rankwise.stages.training import model_fingerprint, read_examples, task_of
 from rankwise.store.adapter import adapter_files
 from rankwise.store.checkpoint import resolve

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from rankwise.core.closeness import excess_error
 from rankwise.data.features import FeatureSplit
+from rankwise.data.features.split import SPLIT
 from rankwise.nets.factorize import load_factorizer
+from rankwise.nets.factorize.files import SETTINGS, WEIGHTS
 from rankwise.score.factorization import OF_REFINED, Closeness, measure, network, optimum
 from rankwise.show.factor_curves import plot_factor_training
 from rankwise.show.format import duration, percent
 from rankwise.stages.features.factor_job import FactorJob, batches_of
 from rankwise.stages.features.run_log import LOG, RunLog
-from rankwise.stages.features.starting import PLOT, RESULTS, SETTINGS, SPLIT, WEIGHTS
+from rankwise.stages.features.starting import PLOT, RESULTS
 from rankwise.store.files import write_json
 from rankwise.store.run import Record
 from rankwise.train.epoch_history import HISTORY, Row, best_row

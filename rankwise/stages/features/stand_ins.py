@@ -13,11 +13,12 @@ from torch import Tensor
 
 from rankwise.core.approximation import shared_basis
 from rankwise.data.features import read_split
+from rankwise.data.features.split import SPLIT
 from rankwise.errors import DataError, UsageError
 from rankwise.score.downstream import Replacement, baselines, controls, of_method
 from rankwise.score.factorization import network
 from rankwise.stages.features.questions import Questions, Shape
-from rankwise.stages.features.trained import SPLIT, Network, cached
+from rankwise.stages.features.trained import Network, cached
 
 CROSSED = "each half of the pictures with a basis from the other half's features"
 

@@ -16,8 +16,11 @@ from typing import Any
 
 from rankwise.config import FactorTrainConfig
 from rankwise.data.features import FeatureCache, FeatureSplit, read_split, split_of
+from rankwise.data.features.split import SPLIT
 from rankwise.errors import UsageError
 from rankwise.nets.factorize import Factorizer, FactorizerSettings, build, load_factorizer
+from rankwise.nets.factorize.files import SETTINGS, WEIGHTS
+from rankwise.show.factor_files import OF_ONE
 from rankwise.store.files import read_object
 from rankwise.store.processes import announce, process_index
 from rankwise.train.checkpoints import MANIFEST, checkpoints, remove, step_of
@@ -26,10 +29,9 @@ from rankwise.train.rank_allocation import TABLE
 from rankwise.train.resume import differences, missing_state, newest_complete
 from rankwise.train.tables import TRAINING_LOG
 
-WEIGHTS, SETTINGS, SPLIT = "best_model.safetensors", "best_model.json", "split.json"
 TRAINER_STATE = "trainer_state.json"
 RESULTS, PLOT = "test_results.json", "train_val_loss_comparison.png"
-OF_A_RUN = (WEIGHTS, SETTINGS, HISTORY, RESULTS, SPLIT, PLOT, TRAINING_LOG, TABLE, "svd_nn_comparison.json")
+OF_A_RUN = (WEIGHTS, SETTINGS, HISTORY, RESULTS, SPLIT, PLOT, TRAINING_LOG, TABLE, OF_ONE)
 STEP_TABLES = (TRAINING_LOG, TABLE)
 
 

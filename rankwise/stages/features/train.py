@@ -16,12 +16,13 @@ from transformers import set_seed
 
 from rankwise.config import FactorTrainConfig
 from rankwise.data.features import FeatureCache, open_cache
+from rankwise.data.features.split import SPLIT
 from rankwise.errors import Interrupted, UsageError
 from rankwise.nets.factorize import FactorizerSettings, canonical
 from rankwise.stages.features.factor_job import FactorJob, allocation_of, arguments_of, trainer_of
 from rankwise.stages.features.factor_outcome import finish
 from rankwise.stages.features.run_log import RunLog
-from rankwise.stages.features.starting import SPLIT, Start, epochs_done, holds_run, make_room, start_of
+from rankwise.stages.features.starting import Start, epochs_done, holds_run, make_room, start_of
 from rankwise.stages.training import held
 from rankwise.store.files import write_json
 from rankwise.store.processes import process_index

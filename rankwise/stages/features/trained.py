@@ -17,10 +17,10 @@ from rankwise.data.features import FeatureCache, FeatureRows, open_cache
 from rankwise.data.features.cache import INDEX
 from rankwise.errors import DataError
 from rankwise.nets.factorize import Factorizer, canonical, load_factorizer
+from rankwise.nets.factorize.files import SETTINGS
 from rankwise.store.files import read_object
 from rankwise.store.run import CONFIG
 
-MODEL, WEIGHTS, SPLIT = "best_model.json", "best_model.safetensors", "split.json"
 BATCH = 16  # matrices of a cache at a time
 
 
@@ -46,10 +46,10 @@ class Network:
 def networks(results_dir: str, archs: Sequence[str]) -> list[Network]:
     """Those asked for, or all that have finished. DataError for one that is not there or damaged."""
     root = Path(results_dir).expanduser()
-    folders = [root / canonical(arch) for arch in archs] or sorted(file.parent for file in root.glob(f"*/{MODEL}"))
+    folders = [root / canonical(arch) for arch in archs] or sorted(file.parent for file in root.glob(f"*/{SETTINGS}"))
     for folder in folders:
-        if not (folder / MODEL).is_file():
-            raise DataError(f"{folder}: no trained network ({MODEL}); train it with `rankwise features train`")
+        if not (folder / SETTINGS).is_file():
+            raise DataError(f"{folder}: no trained network ({SETTINGS}); train it with `rankwise features train`")
     return [Network(folder, load_factorizer(folder), *trained_on(folder)) for folder in folders]
 
 
