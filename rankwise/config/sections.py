@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from rankwise.options import option
 
@@ -43,6 +44,10 @@ class DataSection:
         "auto",
         choices=("auto", "sections", "chat", "raw"),
         help="headed sections, the chat template, or the texts alone; auto: the template where a model sees images",
+    )
+    chat_template: str | None = option(help="Jinja chat template, a file or the text itself [the model's own]")
+    chat_template_kwargs: dict[str, Any] | None = option(
+        help='variables for the chat template, as JSON: {"enable_thinking": false}'
     )
     max_seq_length: int = option(2048, help="tokens of one sample, prompt and answer", aliases=("max_length",))
     overlong: str = option(

@@ -7,8 +7,8 @@ what stands before it.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.data.example import IMAGE_MARKER, IMAGE_SLOT, Example, Turn
+from rankwise.data.template import with_date
 from rankwise.errors import DataError, UsageError
 
 SLOT = re.compile(rf"\n?{IMAGE_SLOT}\n?")  # a line break beside a slot parts marker and text, and is no part of either
@@ -81,22 +82,31 @@ class ChatTemplate:
     typed: content goes in as [{"type": "text", …}], because the template loses plain strings or images. lead:
     whitespace between the generation prompt and the answer; it belongs to the answer, or a prompt for generation
     would end in a token that training never saw there. image_token: what the template puts where an image part is.
+    source: the template itself. kwargs: the variables that it is given.
     """
 
     tokenizer: PreTrainedTokenizerBase
     typed: bool
     lead: str
     image_token: str | None = None
+    source: str | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, image_token: str | None = None) -> ChatTemplate:
+    def of(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        image_token: str | None = None,
+        source: str | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> ChatTemplate:
         """Try the template on one exchange; UsageError where there is none, or it drops the texts or the image."""
-        if not tokenizer.chat_template:
+        if not (source or tokenizer.chat_template):
             raise UsageError("the tokenizer has no chat template; use --prompt sections")
         question, answer = SENTINEL.format("question"), SENTINEL.format("answer")
         asked = question if image_token is None else IMAGE_SLOT + question
         for typed in (False, True) if image_token is None else (True, False):
-            form = cls(tokenizer, typed, "", image_token)
+            form = cls(tokenizer, typed, "", image_token, source, dict(kwargs or {}))
             try:
                 text = form.text([("user", asked), ("assistant", answer)])
             except (TypeError, TemplateError):  # this template takes content in the other form
@@ -110,7 +120,12 @@ class ChatTemplate:
 
     def text(self, messages: Sequence[tuple[str, str]], *, generate: bool = False) -> str:
         conversation = [{"role": role, "content": self._content(text)} for role, text in messages]
-        return str(self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generate))
+        source, kwargs = with_date(self.source or self.tokenizer.get_chat_template(), self.kwargs)
+        return str(
+            self.tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=generate, chat_template=source, **kwargs
+            )
+        )
 
     def _content(self, text: str) -> str | list[dict[str, Any]]:
         """A message with its image slots as the template takes them."""

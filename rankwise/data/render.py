@@ -9,10 +9,11 @@ from, never from its ids: the pad token may be the end token.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +23,7 @@ from rankwise.data.example import IMAGE_SLOT, Example
 from rankwise.data.images import BadImage
 from rankwise.data.layout import ChatTemplate, Layout, raw, sections, without_images
 from rankwise.data.sight import Sight
+from rankwise.data.template import pinned
 from rankwise.errors import DataError, UsageError
 
 IGNORED = -100
@@ -71,7 +73,9 @@ class Renderer:
     prompt leaves free for what is generated. overlong: `error` and `drop` raise Overlong (a data set drops),
     `truncate_source` shortens the longest user turn at its end, never the answer. generation_eos: end tokens of
     the model's generation config; they end an answer too, and replace a missing end token of the tokenizer. sight:
-    how the model takes images; without it a sample's text is rendered alone.
+    how the model takes images; without it a sample's text is rendered alone. chat_template: a template's text, in place
+    of the tokenizer's own. template_kwargs: variables that every rendering is given (`enable_thinking` …), JSON values;
+    the date that the template prints is added to them, so `replace` and whoever reads `settings` render it again.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -82,6 +86,8 @@ class Renderer:
     reserve: int = 0
     generation_eos: int | Sequence[int] | None = None
     sight: Sight | None = None
+    chat_template: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for value, allowed in ((self.style, STYLES), (self.overlong, OVERLONG)):
@@ -92,11 +98,20 @@ class Renderer:
                 f"{self.reserve} tokens to generate leave no room for a prompt within {self.limit}; "
                 "lower --max_new_tokens or raise --max_seq_length"
             )
+        if self.style == "chat":
+            object.__setattr__(self, "template_kwargs", pinned(self.template_source, self.template_kwargs))
         assert self.end_ids
 
     @cached_property
     def limit(self) -> int:
         return min(self.max_length, self.positions or self.max_length)
+
+    @cached_property
+    def template_source(self) -> str:
+        """Text of the chat template in use. UsageError where there is none."""
+        if not (self.chat_template or self.tokenizer.chat_template):
+            raise UsageError("the tokenizer has no chat template; give one with --chat_template, or --prompt sections")
+        return str(self.chat_template or self.tokenizer.get_chat_template())
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
@@ -153,7 +168,11 @@ class Renderer:
         """What decides how samples are rendered, for records and to tell runs apart."""
         target = self.sight.target if self.sight else None
         device = {"device": target.geometry} if target else {}
-        return {"prompt": self.style, "max_seq_length": self.limit, "overlong": self.overlong, **device}
+        template: dict[str, Any] = {}
+        if self.style == "chat":
+            template["chat_template"] = hashlib.sha256(self.template_source.encode()).hexdigest()
+            template["chat_template_kwargs"] = dict(self.template_kwargs)
+        return {"prompt": self.style, **template, "max_seq_length": self.limit, "overlong": self.overlong, **device}
 
     def _images(self, example: Example) -> tuple[str, ...]:
         return () if self.sight is None else example.images
@@ -222,7 +241,7 @@ class Renderer:
         if self.sight is not None:
             check_slots(example, self.sight.image_token)
         if self.style == "chat":
-            return self._template.layout(example)
+            return self.template.layout(example)
         end = str(self.tokenizer.convert_ids_to_tokens(self.end_ids[0]))
         if self.style == "raw":
             return raw(example, None if self.sight is None else self.sight.image_token, end)
@@ -231,8 +250,9 @@ class Renderer:
         return sections(example, end)
 
     @cached_property
-    def _template(self) -> ChatTemplate:
-        return ChatTemplate.of(self.tokenizer, None if self.sight is None else self.sight.image_token)
+    def template(self) -> ChatTemplate:
+        image_token = None if self.sight is None else self.sight.image_token
+        return ChatTemplate.of(self.tokenizer, image_token, self.template_source, self.template_kwargs)
 
     @cached_property
     def _prefix(self) -> list[int]:

@@ -15,6 +15,7 @@ from rankwise.config import DataSection, ModelSection
 from rankwise.data import ImageReader, Renderer, Sight
 from rankwise.data.device import DeviceReader, DeviceTarget, read_target
 from rankwise.data.device_processor import device_processor
+from rankwise.data.template import template_text
 from rankwise.errors import DataError
 from rankwise.nets.load import load_processor, load_tokenizer
 from rankwise.store.checkpoint import resolve
@@ -47,6 +48,8 @@ def renderer_for(
         positions=positions(config),
         generation_eos=eos,
         sight=sight,
+        chat_template=template_text(data.chat_template),
+        template_kwargs=data.chat_template_kwargs or {},
     )
 
 
