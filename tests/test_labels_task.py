@@ -116,7 +116,7 @@ def test_pictures_of_one_content_are_one_group(tmp_path: Path) -> None:
         ({"colour": "pink"}, "colour must be red, green, blue (task.json), found 'pink'"),
         ({"colour": None}, "found None"),
         ({"colour": ["red"]}, "found ['red']"),
-        ({"colour": "Red"}, "found 'Red'"),
+        ({"colour": "red."}, "found 'red.'"),
         ({"image_path": ""}, "image_path must be a text"),
         ({"image_id": "00000"}, "ids must be unique"),
     ],

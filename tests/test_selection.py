@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankwise.config import SelectionSection
 from rankwise.data import Example, Renderer, Turn
+from rankwise.data.label_names import found_label
 from rankwise.errors import UsageError
-from rankwise.score.classify import found_label
 from rankwise.score.selection import MAX_NEW_TOKENS, LabelAccuracy, Tally
 from rankwise.stages.selecting import arguments_for, in_words
 from rankwise.train.balancing import Balanced
@@ -81,7 +81,7 @@ def test_the_likeliest_label_counts_and_nothing_behind_it(base: Path, renderer: 
     assert LabelAccuracy.of(gold, renderer, "likelihood", batch_size).right(model) == Tally(len(gold), len(gold))
 
 
-def test_the_first_label_generated_counts(base: Path, renderer: Renderer) -> None:
+def test_the_label_generated_counts(base: Path, renderer: Renderer) -> None:
     """Right answers are what the model says anyway: the end of a greedy text is made the label."""
     model = AutoModelForCausalLM.from_pretrained(base)
     asked = [replace(each, turns=each.turns[:2]) for each in EXAMPLES]

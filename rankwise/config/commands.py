@@ -166,7 +166,9 @@ class EvaluateConfig:
     generation: GenerationSection = field(default_factory=GenerationSection)
     depth: DepthUseSection = field(default_factory=DepthUseSection)
     classify: str = option(
-        "likelihood", choices=("likelihood", "generation"), help="labels by log-likelihood, or the first one generated"
+        "likelihood",
+        choices=("likelihood", "generation"),
+        help="labels by log-likelihood, or as the generated text names them",
     )
     engine: str = option("transformers", choices=("transformers", "vllm"), help="what runs the model (extra: vllm)")
     forget: str | None = option(help="other text (.txt, .jsonl): KL from the base and perplexities on it")

@@ -231,7 +231,7 @@ class SelectionSection:
     select_by: str = option(
         "likelihood",
         choices=("likelihood", "generation"),
-        help="accuracy of the likeliest label, or of the first one named in 32 generated tokens",
+        help="accuracy of the likeliest label, or of the one that up to 32 generated tokens name",
     )
     early_stopping: int | None = option(help="stop after N evaluations without a better one [by loss, or by --select]")
     balance: str = option(

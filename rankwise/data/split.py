@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankwise.data.example import Example, chosen
+from rankwise.data.label_names import name_key
 from rankwise.errors import DataError, UsageError
 
 FORMAT = "rankwise-split/1"
@@ -24,7 +25,7 @@ def subset(examples: Sequence[Example], ratio: float, cap: int | None, generator
         raise UsageError(f"--max-samples must be at least 1, got {cap}")
     strata: dict[str, list[int]] = {}
     for position, example in enumerate(examples):
-        strata.setdefault(example.stratum or "", []).append(position)
+        strata.setdefault(name_key(example.stratum or ""), []).append(position)
     wanted = {name: max(1, round(len(positions) * ratio)) for name, positions in strata.items()}
     if cap is not None and sum(wanted.values()) > cap:
         wanted = _share(wanted, cap)

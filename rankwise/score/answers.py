@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rankwise.data import Example
+from rankwise.data.label_names import name_key, spellings
 from rankwise.errors import DataError, need
 from rankwise.score import bootstrap
 from rankwise.score.predictions import Prediction
@@ -37,7 +38,7 @@ def check_installed() -> None:
 
 def normalised(text: str) -> str:
     """One spacing, one Unicode form, no case, nothing of `FINAL` at the end."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(FINAL)
+    return " ".join(name_key(unicodedata.normalize("NFKC", text)).split()).rstrip(FINAL)
 
 
 def exact_match(prediction: str, reference: str) -> float:
@@ -90,7 +91,8 @@ def score_answers(predictions: Sequence[Prediction], examples: Sequence[Example]
 def by_type(values: Sequence[float], examples: Sequence[Example]) -> dict[str, dict[str, Any]]:
     """task_type → {n, exact_match} in the order of their names; {} where no row has a type."""
     groups: dict[str, list[float]] = {}
+    spelt = spellings(example.stratum for example in examples if example.stratum is not None)
     for value, example in zip(values, examples, strict=True):
         if example.stratum is not None:
-            groups.setdefault(example.stratum, []).append(value)
+            groups.setdefault(spelt[example.stratum], []).append(value)
     return {name: {"n": len(group), "exact_match": float(np.mean(group))} for name, group in sorted(groups.items())}

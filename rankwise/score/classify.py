@@ -8,7 +8,6 @@ All numbers on the scale 0 to 100. `confusion_table` and `class_table` read the 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,16 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankwise.data import Example
+from rankwise.data.label_names import UNPARSED, found_label, label_called
 from rankwise.errors import DataError, need
 from rankwise.score import bootstrap
 from rankwise.score.generate import Generated, GenerationSettings, Generator
 from rankwise.score.predictions import Prediction
 from rankwise.score.result import Scores
 
-UNPARSED = "unparsed"
 BY_CLASS = ("precision", "recall", "f1")
 LIKELIHOOD = "log-likelihood of the label and its end token, not normalised by length; a tie goes to the first label"
-GENERATION = "first label named in the generated text; none named counts as wrong (unparsed)"
+GENERATION = "the label that the generated text is, or the only one that it names; else wrong (unparsed)"
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,6 @@ def label_set(examples: Sequence[Example]) -> tuple[str, ...]:
     return tuple(named)
 
 
-def found_label(text: str, labels: Sequence[str]) -> str | None:
-    """The label that a text names first, as a whole word in any case; None where it names none."""
-    longest_first = sorted(labels, key=len, reverse=True)
-    match = re.search(rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b", text, re.IGNORECASE)
-    return {label.casefold(): label for label in labels}[match[0].casefold()] if match else None
-
-
 def check_installed() -> None:
     """UsageError naming the extra where a library is missing: before hours of evaluation, not after."""
     for module in ("sklearn.metrics", "scipy.stats"):
@@ -85,9 +77,9 @@ def score_labels(
     """
     if not predictions:
         raise DataError("nothing to score: there are no predictions")
-    gold = [_gold(example, labels) for example in examples]
+    gold = [true_label(example, labels) for example in examples]
     by_likelihood = all(prediction.scores is not None for prediction in predictions)
-    guesses = [_guess(prediction, labels) for prediction in predictions]
+    guesses = [guess(prediction.prediction, labels) for prediction in predictions]
     counts = need("sklearn.metrics", extra="eval").confusion_matrix(gold, guesses, labels=[*labels, UNPARSED])
     by_class = _by_class(gold, guesses, labels)
     names = ["accuracy", "macro_f1", *(f"{kind}_{label}" for kind in BY_CLASS for label in labels)]
@@ -113,16 +105,17 @@ def score_labels(
     )
 
 
-def _gold(example: Example, labels: Sequence[str]) -> str:
-    if example.answer not in labels:
+def true_label(example: Example, labels: Sequence[str]) -> str:
+    """A sample's own answer, as its class is spelt. DataError where it is no class."""
+    label = label_called(example.answer, labels)
+    if label is None:
         raise DataError(f"sample {example.id}: its label {example.answer!r} is none of {', '.join(labels)}")
-    return example.answer
+    return label
 
 
-def _guess(prediction: Prediction, labels: Sequence[str]) -> str:
-    if prediction.scores is not None:
-        return prediction.prediction
-    return found_label(prediction.prediction, labels) or UNPARSED
+def guess(text: str, labels: Sequence[str]) -> str:
+    """The class that an answer means, or UNPARSED."""
+    return found_label(text, labels) or UNPARSED
 
 
 def _by_class(gold: Sequence[str], guesses: Sequence[str], labels: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -183,5 +176,5 @@ def class_table(details: Mapping[str, Any]) -> list[str]:
     baseline = details["majority_baseline"]
     lines.append(f"  always {baseline['label']}: accuracy {baseline['accuracy']:.2f}")
     if details["unparsed"]:
-        lines.append(f"  {details['unparsed']} texts name no label; they count as wrong")
+        lines.append(f"  {details['unparsed']} texts name no label, or several; they count as wrong")
     return lines

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rankwise.data import Example, Renderer
-from rankwise.score.classify import ByLikelihood, found_label, label_set
+from rankwise.score.classify import ByLikelihood, guess, label_set, true_label
 from rankwise.score.generate import Answering, GenerationSettings, HFGenerator
 from rankwise.score.likelihood import longest_answer
 from rankwise.store.processes import own_share
@@ -34,7 +34,7 @@ class LabelAccuracy:
     """The samples of a classification task, ready to be put to a model again and again.
 
     examples: up to their label; what comes after it (a reason) is no part of the question. by: `likelihood` or
-    `generation` (greedy, the first label named). renderer: leaves room for the answer.
+    `generation` (greedy, the label that is named). renderer: leaves room for the answer.
     """
 
     examples: tuple[Example, ...]
@@ -60,8 +60,8 @@ class LabelAccuracy:
         if not share:
             return Tally(0, 0)
         engine, labels = self._engine(model), label_set(share)
-        guesses = {one.position: found_label(one.text, labels) for one in engine.generate(share)}
-        right = sum(guesses[position] == example.answer for position, example in enumerate(share))
+        guesses = {one.position: guess(one.text, labels) for one in engine.generate(share)}
+        right = sum(guesses[position] == true_label(example, labels) for position, example in enumerate(share))
         return Tally(right, len(share))
 
     def _engine(self, model: Any) -> Answering:

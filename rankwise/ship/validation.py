@@ -14,7 +14,7 @@ import numpy as np
 
 from rankwise.data import Example
 from rankwise.score.answers import exact_match
-from rankwise.score.classify import UNPARSED, found_label
+from rankwise.score.classify import UNPARSED, guess, label_set, true_label
 from rankwise.score.predictions import Prediction
 from rankwise.score.result import EvaluationResult
 from rankwise.ship.inferiority import wilson
@@ -24,17 +24,15 @@ FILE, FORMAT = "validation.json", "rankwise-validation/1"
 
 
 def rights(task: str, predictions: Sequence[Prediction], examples: Sequence[Example]) -> list[bool] | None:
-    """Whether each answer is right: the label it names first, or its words; None for texts that are only more or less
+    """Whether each answer is right: the label it names, or its words; None for texts that are only more or less
     like a reference."""
     if all(example.facts.get("labels") for example in examples):
-        return [guess(one, item) == item.answer for one, item in zip(predictions, examples, strict=True)]
+        labels = label_set(examples)
+        pairs = zip(predictions, examples, strict=True)
+        return [guess(one.prediction, labels) == true_label(item, labels) for one, item in pairs]
     if task == "conversations":
         return [any(exact_match(one.prediction, wanted) for wanted in one.references) for one in predictions]
     return None
-
-
-def guess(prediction: Prediction, example: Example) -> str:
-    return found_label(prediction.prediction, example.facts["labels"]) or UNPARSED
 
 
 def scores(result: EvaluationResult, predictions: Sequence[Prediction], examples: Sequence[Example]) -> dict[str, Any]:
@@ -80,13 +78,13 @@ def items(
     rows = []
     for number, (one, example) in enumerate(zip(predictions, examples, strict=True)):
         answer = answers.get(one.id)
-        labelled = bool(example.facts.get("labels"))
+        labels = example.facts.get("labels")
         rows.append(
             {
                 "image_id": one.id,
                 "images": list(one.images),
-                "true_label": example.answer,
-                "predicted_label": guess(one, example) if labelled else one.prediction,
+                "true_label": true_label(example, labels) if labels else example.answer,
+                "predicted_label": guess(one.prediction, labels) if labels else one.prediction,
                 "raw_output": one.prediction,
                 "correct": None if right is None else right[number],
                 "confidence": answer.confidence if answer else None,

@@ -89,7 +89,8 @@ def existing(
     task = task_for(given, load_task(config.task_file) if config.task_file else None)
     found = label_rows(given, task, target, Path(config.output_dir), skip_bad=config.skip_bad)
     source = config.labels_file or f"the folders of {config.images}"
-    return task, list(found.rows), {"labels_from": source, "unreadable": [*given.skipped, *found.skipped]}, []
+    facts = {"labels_from": source, "respelt": given.respelt, "unreadable": [*given.skipped, *found.skipped]}
+    return task, list(found.rows), facts, []
 
 
 def find(config: LabelConfig) -> ImageSet:
@@ -190,6 +191,8 @@ def report(config: LabelConfig, summary: dict[str, Any]) -> None:
         print(f"  {name:<12}{parts['train']:>6}{parts['val']:>6}")
     if "images" in summary:
         report_teacher(summary)
+    for name, label in summary.get("respelt", {}).items():
+        print(f"note: {name!r} is the class {label!r} in another spelling")
     if summary.get("unreadable"):
         print(f"left out: {plural(len(summary['unreadable']), 'unreadable row')} (listed in {SUMMARY})")
     print(f"data set in {config.output_dir}")

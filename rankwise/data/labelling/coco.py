@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from rankwise.data.label_names import name_key
 from rankwise.data.labelling.stratified import drawn_order, shares
 from rankwise.data.sources.archives import unpacked, unpacked_into
 from rankwise.data.sources.download import Download, fetch
@@ -196,9 +197,12 @@ def _listed(file: Path, content: Mapping[str, Any]) -> list[tuple[str, int]]:
 
 
 def _strata(file: Path, content: Mapping[str, Any]) -> dict[int, tuple[str, str]]:
-    """Of every annotated image (by id): the supercategory and category with the largest area in it."""
+    """Of every annotated image (by id): the supercategory and category (their keys) with the largest area in it."""
     names = {
-        _value(row, "id", int, where): (str(row.get("supercategory", "")), _value(row, "name", str, where))
+        _value(row, "id", int, where): (
+            name_key(str(row.get("supercategory", ""))),
+            name_key(_value(row, "name", str, where)),
+        )
         for row, where in _rows(file, content, "categories")
     }
     areas: dict[int, dict[tuple[str, str], float]] = {}

@@ -11,12 +11,13 @@ write_dataset(out, found.rows, task, target)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rankwise.data.device import DeviceTarget
 from rankwise.data.images import BadImage, ImageReader
+from rankwise.data.label_names import label_called, name_key, spellings
 from rankwise.data.labelling.coco import Photo, images_below
 from rankwise.data.labelling.label_task import LabelTask, task_of_labels
 from rankwise.data.labelling.labelled import LabelledRow, store_image
@@ -40,11 +41,23 @@ class Given:
 
 @dataclass(frozen=True)
 class Existing:
-    """Labels and the reader of their images; `skipped` says which rows could not be read."""
+    """Labels and the reader of their images; `skipped` says which rows could not be read.
+
+    A class that is spelt in several ways (`Café`, `café`, `cafe` + accent) is one, as most have it; `respelt`: the
+    other spellings → that one.
+    """
 
     given: tuple[Given, ...]
     reader: ImageReader
     skipped: tuple[str, ...] = ()
+    respelt: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Iterable[Given], reader: ImageReader, skipped: tuple[str, ...] = ()) -> Existing:
+        listed = tuple(given)
+        spelt = spellings(each.label for each in listed)
+        respelt = {name: label for name, label in sorted(spelt.items()) if name != label}
+        return cls(tuple(replace(each, label=spelt[each.label]) for each in listed), reader, skipped, respelt)
 
     @property
     def labels(self) -> list[str]:
@@ -78,7 +91,7 @@ def read_existing(
     if path.is_dir():
         if image_column or label_column:
             raise UsageError(f"{path} is a folder, whose classes are its subfolders; columns are those of a file")
-        return Existing(tuple(_in_folders(path)), ImageReader(path, allow_outside))
+        return Existing.of(_in_folders(path), ImageReader(path, allow_outside))
     if not path.is_file():
         raise DataError(f"{path} does not exist; pass a folder with one subfolder per class, a CSV or a JSONL file")
     source = RowFile(path, skip=skip_bad)
@@ -86,7 +99,7 @@ def read_existing(
     if not given:
         raise DataError(f"{path}: no labels found ({len(source.rejected)} bad rows)")
     reader = ImageReader(Path(image_folder or path.parent).expanduser(), allow_outside)
-    return Existing(given, reader, tuple(str(each) for each in source.rejected))
+    return Existing.of(given, reader, tuple(str(each) for each in source.rejected))
 
 
 def task_for(existing: Existing, task: LabelTask | None, name: str = "labels") -> LabelTask:
@@ -99,7 +112,7 @@ def task_for(existing: Existing, task: LabelTask | None, name: str = "labels") -
             return task_of_labels(existing.labels, name)
         except UsageError as error:
             raise DataError(f"the labels found make no task: {error}") from error
-    strange = [label for label in existing.labels if label not in task.labels]
+    strange = [label for label in existing.labels if label_called(label, task.labels) is None]
     if strange:
         first = next(each for each in existing.given if each.label == strange[0])
         more = f" (and {len(strange) - 1} more: {', '.join(strange[1:MENTIONED])})" if len(strange) > 1 else ""
@@ -111,12 +124,11 @@ def task_for(existing: Existing, task: LabelTask | None, name: str = "labels") -
 def label_rows(
     existing: Existing, task: LabelTask, target: DeviceTarget, folder: Path, *, skip_bad: bool = False
 ) -> Found:
-    """Store every image as the device sees it, and its row. The labels must be those of the task (`task_for`).
+    """Store every image as the device sees it, and its row, with the task's own spelling of its label (`task_for`).
 
     DataError where the same pixels have two labels, BadImage (with its place) where an image cannot be decoded; with
     `skip_bad` such an image is listed instead.
     """
-    assert set(existing.labels) <= set(task.labels)
     rows: list[LabelledRow] = []
     skipped: list[str] = []
     first: dict[str, Given] = {}
@@ -130,12 +142,14 @@ def label_rows(
             continue
         stored = store_image(folder, each.photo.id, picture, target)
         _refuse_dispute(first.setdefault(stored.sha256, each), each)
-        rows.append(LabelledRow(each.photo.id, stored.path, stored.sha256, each.label))
+        label = label_called(each.label, task.labels)
+        assert label is not None, "task_for has held the labels against the task"
+        rows.append(LabelledRow(each.photo.id, stored.path, stored.sha256, label))
     return Found(tuple(rows), tuple(skipped))
 
 
 def _refuse_dispute(first: Given, each: Given) -> None:
-    if first.label != each.label:
+    if name_key(first.label) != name_key(each.label):
         raise DataError(
             f"{each.photo.reference} is {each.label!r} ({each.place}), and {first.photo.reference}, the same image, is "
             f"{first.label!r} ({first.place}); keep one of them"

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any
 
+from rankwise.data.label_names import label_of
 from rankwise.errors import DataError
 
 DESCRIPTIONS = {
@@ -86,7 +87,7 @@ def response_format(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
 def parsed(text: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     """The answer, in the schema's order. BadAnswer says what is wrong with it.
 
-    A code fence around the object and the case of a class name are put right; nothing else is.
+    A code fence around the object and the spelling of a class name are put right; nothing else is.
     """
     try:
         answer = json.loads(_unfenced(text), parse_constant=_refuse_constant, object_pairs_hook=_unique)
@@ -134,11 +135,9 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def _class_of(value: Any, schema: Mapping[str, Any]) -> Any:
-    """A class's own spelling for one that differs in case or in space around it."""
-    if not isinstance(value, str):
-        return value
-    same = [label for label in schema.get("enum", ()) if label and label.casefold() == value.strip().casefold()]
-    return same[0] if same else value
+    """A class's own spelling for an answer that is that class; a sentence around it is none."""
+    labels = [label for label in schema.get("enum", ()) if label]
+    return (label_of(value, labels) if isinstance(value, str) else None) or value
 
 
 def _unfenced(text: str) -> str:

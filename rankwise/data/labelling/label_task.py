@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.data.example import IMAGE_MARKER
+from rankwise.data.label_names import UNPARSED, name_key, named_labels
 from rankwise.data.labelling import label_answer
 from rankwise.data.labelling.task_file import content_of
 from rankwise.errors import DataError, UsageError
@@ -235,16 +236,20 @@ def _check_classes(labels: tuple[str, ...], where: str) -> None:
     for label in labels:
         if not label or label != " ".join(label.split()) or IMAGE_MARKER.search(label):
             raise UsageError(f"{where}: classes: {label!r} is no name: one line of text without space at its ends")
-        if label.casefold() in seen:
-            twin = seen[label.casefold()]
+        key = name_key(label)
+        if key == UNPARSED:
+            raise UsageError(f"{where}: classes: {label!r} is the name of answers that mean no class; choose another")
+        if key in seen:
+            twin = seen[key]
             raise UsageError(f"{where}: classes: {twin!r} and {label!r} are one name; an answer must mean one class")
-        seen[label.casefold()] = label
+        seen[key] = label
 
 
 def _check_prompts(task: LabelTask, where: str) -> None:
     for key in ("teacher_prompt", "student_prompt"):
         prompt = getattr(task, key)
-        lacking = [label for label in task.labels if not re.search(rf"(?<!\w){re.escape(label)}(?!\w)", prompt)]
+        named = named_labels(prompt, task.labels)
+        lacking = [label for label in task.labels if label not in named]
         if lacking:
             raise UsageError(f"{where}: {key}: must name every class; {', '.join(lacking)} missing")
         if IMAGE_MARKER.search(prompt):

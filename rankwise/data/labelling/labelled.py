@@ -27,6 +27,7 @@ from PIL import Image
 
 from rankwise.data.device import DeviceTarget
 from rankwise.data.example import IMAGE_SLOT
+from rankwise.data.label_names import label_called
 from rankwise.data.labelling.label_answer import problem
 from rankwise.data.labelling.label_task import LabelTask, read_task
 from rankwise.data.labelling.stratified import held_out_groups
@@ -240,6 +241,9 @@ def row_of(content: Mapping[str, Any], task: LabelTask) -> LabelledRow:
             raise BadRow(f"{key} must be a text, found {given.get(key)!r:.60}")
     if task.field not in given:
         raise BadRow(f"{task.field} is missing; the task {task.name} calls the label so")
+    for key in (task.field, task.alternative):
+        if isinstance(given.get(key), str):
+            given[key] = label_called(given[key], task.labels) or given[key]
     for key, form in task.schema["properties"].items():
         wrong = problem(given[key], form, key) if key in given else None
         if wrong:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.data.example import IMAGE_SLOT, Example, Turn
+from rankwise.data.label_names import label_called
 from rankwise.data.labelling.label_task import FILE as TASK_FILE
 from rankwise.data.labelling.label_task import LabelTask, read_task
 from rankwise.data.sources.rows import BadRow, RowFile, json_rows, samples, text_of
@@ -51,19 +52,20 @@ def task_of(source: RowFile) -> LabelTask:
 
 
 def _example(task: LabelTask, aux_reason: bool, identity: str, row: dict[str, Any]) -> Example:
-    label = row.get(task.field)
-    if label not in task.labels:
-        raise BadRow(f"{task.field} must be {', '.join(task.labels)} ({TASK_FILE}), found {label!r:.60}")
+    given = row.get(task.field)
+    label = label_called(given, task.labels) if isinstance(given, str) else None
+    if label is None:
+        raise BadRow(f"{task.field} must be {', '.join(task.labels)} ({TASK_FILE}), found {given!r:.60}")
     image = text_of(row, "image_path")
-    turns = [Turn("user", f"{IMAGE_SLOT}\n{task.student_prompt}"), Turn("assistant", str(label))]
+    turns = [Turn("user", f"{IMAGE_SLOT}\n{task.student_prompt}"), Turn("assistant", label)]
     if aux_reason:
         turns += [Turn("user", WHY), Turn("assistant", text_of(row, "reason"))]
     return Example(
         id=identity,
         group=str(row.get("image_sha256") or image),
         turns=tuple(turns),
-        references=(str(label),),
-        stratum=str(label),
+        references=(label,),
+        stratum=label,
         images=(image,),
-        facts={"label": str(label), "labels": task.labels},
+        facts={"label": label, "labels": task.labels},
     )

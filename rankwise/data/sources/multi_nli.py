@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rankwise.data.example import Example, Turn
+from rankwise.data.label_names import label_called
 from rankwise.data.sources.download import Download
 from rankwise.data.sources.rows import BadRow, LeftOut, RowFile, json_rows, samples, text_of, tsv_rows
 
@@ -46,11 +47,12 @@ def read(source: RowFile) -> Iterator[Example]:
 
 
 def _example(identity: str, row: dict[str, Any]) -> Example:
-    label = row.get("gold_label")
-    if label == NO_MAJORITY:
+    given = row.get("gold_label")
+    if given == NO_MAJORITY:
         raise LeftOut("pairs on whose label the annotators did not agree (gold_label -)")
-    if label not in LABELS:
-        raise BadRow(f"gold_label must be {', '.join(LABELS)} or {NO_MAJORITY}, found {label!r:.60}")
+    label = label_called(given, LABELS) if isinstance(given, str) else None
+    if label is None:
+        raise BadRow(f"gold_label must be {', '.join(LABELS)} or {NO_MAJORITY}, found {given!r:.60}")
     premise = text_of(row, "sentence1")
     turns = (
         Turn("user", INSTRUCTION, "Instruction"),

@@ -22,6 +22,8 @@ from typing import Any
 
 from PIL import Image, ImageColor
 
+from rankwise.data.label_names import name_key
+
 MODEL = "loopback-colours"
 GRID = 48  # pixels of the image that are looked at, per side
 PADDING = 24  # an RGB sum up to this is the black around a letterboxed image
@@ -130,10 +132,11 @@ def shares(image: Image.Image, classes: Sequence[str]) -> Counter[str]:
 
 def colours_of(name: str, classes: Sequence[str]) -> tuple[Colour, ...]:
     """What a class looks like to this teacher."""
-    if name.casefold() in ELEMENTS:
-        return ELEMENTS[name.casefold()]
-    if name.casefold() in ImageColor.colormap:
-        return (ImageColor.getrgb(name)[:3],)
+    key = name_key(name)
+    if key in ELEMENTS:
+        return ELEMENTS[key]
+    if key in ImageColor.colormap:
+        return (ImageColor.getrgb(key)[:3],)
     hue = 360 * list(classes).index(name) // len(classes)
     return (ImageColor.getrgb(f"hsl({hue},70%,50%)")[:3],)
 
