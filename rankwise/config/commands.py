@@ -195,7 +195,7 @@ class MergeConfig:
     split: str = option("dev", choices=SPLITS, help="which official split the prompts of --data_path come from")
     num_samples: int = option(8, help="prompts of --data_path to compare on; without it, random tokens")
     max_memory: str | None = option(help="memory of the comparison; a larger model goes layer by layer [what is free]")
-    no_verify: bool = option(False, help="skip the comparison of merged and adapter logits")
+    no_verify: bool = option(False, help="skip the comparison of the merged tensors and logits with base + adapter")
 
 
 @dataclass(frozen=True)

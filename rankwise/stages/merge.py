@@ -23,6 +23,7 @@ from rankwise.ship.merging.verify import (
     reference_logits,
     whole_bytes,
 )
+from rankwise.ship.merging.written import require_written
 from rankwise.show.format import memory, plural
 from rankwise.stages.prompts import check_prompts, compared_on, prompts_of
 from rankwise.store.adapter import CONFIG_NAME, adapter_files
@@ -46,10 +47,11 @@ def run(config: MergeConfig) -> Agreement | None:
             with inside.recording("merge", {"base": base, "adapter": plan.adapter}) as record:
                 written = write_merged(plan, temporary, config.max_shard_size)
                 if reference:
+                    share = require_written(plan, temporary)
                     agreement = compare(reference, merged_logits(temporary, reference.batches, layered=layered))
                     agreement.require(plan.dtypes[0])
                     how = {"on": compared_on(config), "layer_by_layer": layered}
-                    record.facts["verification"] = agreement.as_dict() | how
+                    record.facts["verification"] = agreement.as_dict() | how | {"share_of_rounding": share}
                 enter(record, written)
                 inside.save_config(config)
     report(config, plan, base, written, agreement)
@@ -141,7 +143,8 @@ def verdict(agreement: Agreement | None, on: str) -> str:
     return (
         f"verified on {on}: logits within {agreement.error:.1e} (relative rms; {agreement.max_difference:.1e} at most) "
         f"of base + adapter's, same top token at {agreement.same_top1:.1%}, KL {agreement.kl:.1e}; the adapter's own "
-        f"effect is {agreement.effect:.1e}, of which rounding costs {agreement.effect_lost:.2%}"
+        f"effect is {agreement.effect:.1e}, of which rounding costs {agreement.effect_lost:.2%}; every tensor of the "
+        "files is base + adapter within its type's rounding"
     )
 
 
@@ -151,7 +154,7 @@ def describe(config: MergeConfig) -> list[str]:
     lines = [f"merge the adapter {adapter} ({CONFIG_NAME} and weights checked first) into {base}"]
     if not config.no_verify:
         lines.append(
-            f"compare the merged model's logits on {compared_on(config)} with those of base + adapter, and write "
+            f"compare every tensor with base + adapter, and the merged model's logits on {compared_on(config)}; write "
             "nothing if they differ"
         )
     return [*lines, f"write a Hugging Face checkpoint to {config.output_dir}, in files of {config.max_shard_size}"]

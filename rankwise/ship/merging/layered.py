@@ -40,12 +40,7 @@ class FileWeights:
     """A model's parameters by name, read from its files in float32 whenever they are asked for."""
 
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self.places: dict[str, Weight] = dict(weight_table(model, checkpoint.keys()).weights)
-        for name, other in model.all_tied_weights_keys.items():
-            for one, partner in ((name, other), (other, name)):
-                if one not in self.places and partner in self.places:
-                    self.places[one] = self.places[partner]
+        self.checkpoint, self.places = checkpoint, places(model, checkpoint)
         lacking = [name for name, _ in model.named_parameters() if name not in self.places]
         if lacking:
             raise UsageError(
@@ -55,6 +50,16 @@ class FileWeights:
 
     def __getitem__(self, name: str) -> Tensor:
         return self.places[name].read(self.checkpoint).float()
+
+
+def places(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Weight]:
+    """Where the files hold each parameter; what is tied has its partner's place."""
+    found = dict(weight_table(model, checkpoint.keys()).weights)
+    for name, other in model.all_tied_weights_keys.items():
+        for one, partner in ((name, other), (other, name)):
+            if one not in found and partner in found:
+                found[one] = found[partner]
+    return found
 
 
 class Coming:
