@@ -1,4 +1,4 @@
-"""Laws of the plan file: it round-trips, is read strictly for one model, and other trainers get what they can take."""
+"""Laws of the plan file: it round-trips, and is read strictly for one model."""
 
 from __future__ import annotations
 
@@ -8,20 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
-from tiny import tiny_llama
 
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import Site, describe, pattern
-from rankwise.errors import DataError, UsageError
-from rankwise.nets.adapt import lora_layers, quiet_peft
-from rankwise.nets.load import load_model
-from rankwise.nets.sites import model_sites
-from rankwise.show.emit import TRAINERS, emit
+from rankwise.errors import DataError
+from rankwise.nets.adapt import lora_config
 from rankwise.store.plan_file import PLAN_FILE, find_plan, read_plan, write_plan
 
 SITES = {
@@ -179,55 +172,7 @@ def test_a_plan_is_found_in_its_run_folder(tmp_path: Path) -> None:
         find_plan(tmp_path / "elsewhere")
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("tiny"))
-
-
-def uneven(model_name: str, sites: dict[str, Site]) -> RankPlan:
-    return RankPlan(tuple(PlannedSite(s, 1 + i % 5) for i, s in enumerate(sites.values())), model_name)
-
-
-def test_the_emitted_peft_config_builds_exactly_the_plan(tiny: Path) -> None:
-    model = load_model(str(tiny), torch.float32)
-    plan = uneven(str(tiny), model_sites(model))
-    text, suffix = emit(plan, "peft")
-    with quiet_peft():
-        adapted = get_peft_model(model, LoraConfig(**json.loads(text)))
-    built = {
-        name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight"): parameter.shape[0]
-        for name, parameter in adapted.named_parameters()
-        if ".lora_A." in name
-    }
-    assert (built, suffix) == (plan.ranks, "json")
-    assert {layer.scaling["default"] for layer in lora_layers(adapted).values()} == {2.0}
-
-
-def test_axolotl_gets_the_patterns_and_the_others_say_that_they_cannot(tiny: Path) -> None:
-    plan = uneven("org/model", SITES)
-    text, suffix = emit(plan, "axolotl")
-    config = yaml.safe_load(text)
-    assert config["lora_rank_pattern"] == plan.rank_pattern
-    assert config["lora_alpha_pattern"] == plan.alpha_pattern
-    assert (config["base_model"], suffix) == ("org/model", "yaml")
-    for trainer in ("swift", "unsloth", "llamafactory"):
-        with pytest.raises(UsageError, match="takes one rank for all matrices"):
-            emit(plan, trainer)
-    with pytest.raises(UsageError, match="known trainers"):
-        emit(plan, "other")
-
-
-def test_every_trainer_takes_a_uniform_plan() -> None:
-    plan = RankPlan(tuple(PlannedSite(s, 8) for s in SITES.values() if s.tower == "language"), "org/model")
-    for trainer in TRAINERS:
-        text, suffix = emit(plan, trainer)
-        config = json.loads(text) if suffix == "json" else yaml.safe_load(text)
-        assert 8 in config.values(), trainer
-        assert 16 in config.values(), trainer
-        assert "org/model" in config.values() or trainer in ("peft", "unsloth")
-
-
 def test_a_regex_of_all_sites_matches_them_and_no_others() -> None:
     plan = RankPlan(tuple(PlannedSite(s, 8) for s in SITES.values() if s.tower == "language"))
-    target = json.loads(emit(plan, "peft")[0])["target_modules"]
+    target = lora_config(plan).target_modules
     assert [path for path in SITES if re.fullmatch(target, path)] == list(plan.ranks)

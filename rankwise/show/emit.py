@@ -1,113 +1,181 @@
-"""A rank plan as a config for the trainer that people already use, or the word that this trainer cannot take it.
+"""A rank plan as a config for the trainer that people already use: exactly the plan, or why it cannot be said.
 
-What each can take was read off its sources (August 2026): PEFT and axolotl (`lora_rank_pattern`, since May 2026)
-take a rank per matrix; ms-swift clears `rank_pattern`, unsloth and LLaMA-Factory never pass one on.
+What each trainer takes was read in its package (November 2026): axolotl 0.19.0 and unsloth 2026.10.9 hand
+`rank_pattern` and `alpha_pattern` on to PEFT; ms-swift 4.6.0 and LLaMA-Factory 0.9.5 have one rank. Targets are whole
+module paths everywhere: a bare projection name would train it in every layer and tower. LLaMA-Factory takes names only,
+and its table of model families decides what of a vision tower or projector may train.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import yaml
 
 from rankwise.core.plan import RankPlan
 from rankwise.errors import UsageError
+from rankwise.nets.adapt import lora_config
 
-ONE_RANK = "takes one rank for all matrices; train the plan with `rankwise train --lora-config` or PEFT or axolotl"
-
-
-def target_regex(plan: RankPlan) -> str:
-    """All sites of the plan as one anchored regex, which is how PEFT takes full paths without shortening them."""
-    return "^(" + "|".join(key[1:-1] for key in plan.rank_pattern) + ")$"
-
-
-def largest(plan: RankPlan) -> int:
-    return max(plan.ranks.values(), default=1)
+INSTEAD = "train it with `rankwise train --lora-config`, or emit"
+# PEFT takes these names of a model with fused experts for the experts themselves.
+EXPERT_NAMES = frozenset(["gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"])
+Fields = dict[str, Any]
+Targets = str | list[str]
 
 
-def peft(plan: RankPlan) -> str:
-    """`LoraConfig(**json.load(open(...)))`."""
-    return json.dumps(
-        {
-            "r": largest(plan),
-            "lora_alpha": whole(plan.alpha(largest(plan))),
-            "target_modules": target_regex(plan),
-            "rank_pattern": plan.rank_pattern,
-            "alpha_pattern": plan.alpha_pattern,
-            "use_rslora": plan.use_rslora,
-            "task_type": "CAUSAL_LM",
-        },
-        indent=1,
-    )
-
-
-def axolotl(plan: RankPlan) -> str:
-    """Axolotl's patterns take whole numbers only, which alpha = c·r with a whole c always gives."""
-    alphas = {key: whole(alpha) for key, alpha in plan.alpha_pattern.items()}
-    if any(not isinstance(alpha, int) for alpha in alphas.values()):
-        raise UsageError("axolotl takes whole alphas only; this plan's alpha_over_rank gives fractions")
-    config: dict[str, Any] = {
-        "base_model": plan.model_name,
-        "adapter": "lora",
-        "lora_r": largest(plan),
-        "lora_alpha": whole(plan.alpha(largest(plan))),
-        "lora_target_modules": target_regex(plan),
-        "lora_rank_pattern": plan.rank_pattern,
-        "peft_use_rslora": plan.use_rslora,
+def lora_fields(plan: RankPlan) -> Fields:
+    """PEFT's fields as `train` has them, without what is empty or off, and without targets."""
+    config = lora_config(plan)
+    fields = {
+        "r": config.r,
+        "lora_alpha": whole(config.lora_alpha),
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": {key: whole(alpha) for key, alpha in config.alpha_pattern.items()},
+        "use_rslora": config.use_rslora,
+        "fan_in_fan_out": config.fan_in_fan_out,
     }
-    if alphas:
-        config["lora_alpha_pattern"] = alphas
-    return yaml.safe_dump(config, sort_keys=False, width=1000)
+    return {name: value for name, value in fields.items() if value}
 
 
 def whole(alpha: float) -> int | float:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def one_rank(plan: RankPlan, trainer: str) -> int:
-    ranks = set(plan.ranks.values())
-    if len(ranks) != 1:
-        raise UsageError(f"{trainer} {ONE_RANK}")
-    return ranks.pop()
+def full_paths(plan: RankPlan, trainer: str) -> list[str]:
+    """The paths as names, which match every module whose path ends like one. UsageError where another site's does."""
+    for path in plan.ranks:
+        other = next((row.site.path for row in plan.sites if row.site.path.endswith(f".{path}")), None)
+        if other:
+            raise UsageError(f"--emit {trainer} takes names, and {path} is the end of {other} too; {INSTEAD} peft")
+    return list(plan.ranks)
 
 
-def swift(plan: RankPlan) -> str:
-    rank = one_rank(plan, "ms-swift")
-    config = {"model": plan.model_name, "train_type": "lora", "lora_rank": rank}
-    return yaml.safe_dump(
-        config | {"lora_alpha": whole(plan.alpha(rank)), "target_regex": target_regex(plan)}, width=1000
-    )
+def targets(plan: RankPlan, trainer: str, experts: bool) -> Targets:
+    """All sites as one anchored regex; as full paths for a model with fused experts, of whose regex PEFT keeps the
+    bare names. UsageError for names that it takes for the experts."""
+    if not experts:
+        return str(lora_config(plan).target_modules)
+    taken = [row.site.path for row in plan.sites if row.rank and row.site.projection in EXPERT_NAMES]
+    if taken:
+        raise UsageError(
+            f"--emit {trainer}: the model has fused experts, and PEFT would train those in place of {taken[0]}; make a "
+            "plan without such sites (--exclude)"
+        )
+    return full_paths(plan, trainer)
 
 
-def unsloth(plan: RankPlan) -> str:
-    rank = one_rank(plan, "unsloth")
-    config = {"r": rank, "lora_alpha": whole(plan.alpha(rank)), "target_modules": sorted(plan.layer_ranks)}
-    return json.dumps(config, indent=1)
+def peft(plan: RankPlan, experts: bool) -> Fields:
+    """`LoraConfig(**json.load(open(...)))`."""
+    return {**lora_fields(plan), "target_modules": targets(plan, "peft", experts), "task_type": "CAUSAL_LM"}
 
 
-def llamafactory(plan: RankPlan) -> str:
-    rank = one_rank(plan, "LLaMA-Factory")
-    config = {"model_name_or_path": plan.model_name, "finetuning_type": "lora", "lora_rank": rank}
-    return yaml.safe_dump(
-        config | {"lora_alpha": whole(plan.alpha(rank)), "lora_target": ",".join(sorted(plan.layer_ranks))},
-        sort_keys=False,
-    )
+def unsloth(plan: RankPlan, experts: bool) -> Fields:
+    """`FastLanguageModel.get_peft_model(model, **json.load(open(...)))`; what it does not know goes to LoraConfig."""
+    if experts:
+        raise UsageError(f"--emit unsloth: it adds a model's fused experts to what trains; {INSTEAD} peft or axolotl")
+    return {**lora_fields(plan), "target_modules": targets(plan, "unsloth", experts)}
 
 
-TRAINERS: dict[str, tuple[Callable[[RankPlan], str], str]] = {
-    "peft": (peft, "json"),
-    "axolotl": (axolotl, "yaml"),
-    "swift": (swift, "yaml"),
-    "unsloth": (unsloth, "json"),
-    "llamafactory": (llamafactory, "yaml"),
+def axolotl(plan: RankPlan, experts: bool) -> Fields:
+    """Whole alphas only."""
+    names = {
+        "r": "lora_r",
+        "lora_alpha": "lora_alpha",
+        "rank_pattern": "lora_rank_pattern",
+        "alpha_pattern": "lora_alpha_pattern",
+        "use_rslora": "peft_use_rslora",
+        "fan_in_fan_out": "lora_fan_in_fan_out",
+    }
+    fields = lora_fields(plan)
+    require_whole([fields["lora_alpha"], *fields.get("alpha_pattern", {}).values()], "axolotl", "peft or unsloth")
+    return {
+        **model("base_model", plan),
+        "adapter": "lora",
+        **{names[name]: value for name, value in fields.items()},
+        "lora_target_modules": targets(plan, "axolotl", experts),
+    }
+
+
+def swift(plan: RankPlan, experts: bool) -> Fields:
+    """`swift sft swift.yaml …`."""
+    found = targets(plan, "swift", experts)
+    return {
+        **model("model", plan),
+        "tuner_type": "lora",
+        **one_rank(plan, "swift"),
+        ("target_regex" if isinstance(found, str) else "target_modules"): found,
+    }
+
+
+def llamafactory(plan: RankPlan, experts: bool) -> Fields:
+    """`llamafactory-cli train llamafactory.yaml`."""
+    outside = sorted({row.site.tower for row in plan.sites if row.rank} - {"language"})
+    if outside:
+        raise UsageError(
+            f"--emit llamafactory: what trains of a {outside[0]} tower is decided by its own table of model families, "
+            f"not by names; {INSTEAD} peft, axolotl, swift or unsloth"
+        )
+    fields = one_rank(plan, "llamafactory")
+    require_whole([fields["lora_alpha"]], "llamafactory", "peft or unsloth")
+    found = targets(plan, "llamafactory", experts)
+    names = found if isinstance(found, list) else full_paths(plan, "llamafactory")
+    return {
+        **model("model_name_or_path", plan),
+        "finetuning_type": "lora",
+        **fields,
+        "lora_target": ",".join(names),
+    }
+
+
+def model(key: str, plan: RankPlan) -> Fields:
+    return {key: plan.model_name} if plan.model_name else {}
+
+
+def one_rank(plan: RankPlan, trainer: str) -> Fields:
+    """Rank and alpha of a trainer that has one of each. UsageError for a plan of several."""
+    fields, ranks = lora_fields(plan), plan.ranks.values()
+    if "rank_pattern" in fields or "alpha_pattern" in fields:
+        raise UsageError(
+            f"--emit {trainer}: it takes one rank for all matrices, and the plan has {min(ranks)} to {max(ranks)}; "
+            f"{INSTEAD} peft, axolotl or unsloth"
+        )
+    rslora = {"use_rslora": True} if plan.use_rslora else {}
+    return {"lora_rank": fields["r"], "lora_alpha": fields["lora_alpha"], **rslora}
+
+
+def require_whole(alphas: list[int | float], trainer: str, instead: str) -> None:
+    odd = next((alpha for alpha in alphas if not isinstance(alpha, int)), None)
+    if odd is not None:
+        raise UsageError(f"--emit {trainer}: it takes whole alphas, and the plan has {odd:g}; {INSTEAD} {instead}")
+
+
+def as_json(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, indent=1)
+
+
+def as_yaml(fields: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(fields), sort_keys=False, width=1000)
+
+
+TRAINERS: dict[str, tuple[Callable[[RankPlan, bool], Fields], Callable[[Mapping[str, Any]], str], str]] = {
+    "peft": (peft, as_json, "json"),
+    "axolotl": (axolotl, as_yaml, "yaml"),
+    "swift": (swift, as_yaml, "yaml"),
+    "unsloth": (unsloth, as_json, "json"),
+    "llamafactory": (llamafactory, as_yaml, "yaml"),
 }
 
 
-def emit(plan: RankPlan, trainer: str) -> tuple[str, str]:
-    """(text, file suffix) of the plan for one trainer. Raises UsageError where it cannot take the plan."""
+def emit(plan: RankPlan, trainer: str, experts: bool = False) -> tuple[str, str]:
+    """(text, file suffix) of the plan for one trainer. experts: the model has fused experts.
+
+    Raises UsageError, naming what this trainer cannot express and what can, where it would train anything else.
+    """
     if trainer not in TRAINERS:
         raise UsageError(f"--emit {trainer}: known trainers are {', '.join(TRAINERS)}")
-    write, suffix = TRAINERS[trainer]
-    return write(plan), suffix
+    if not plan.ranks:
+        raise UsageError(f"--emit {trainer}: the plan gives every site rank 0: nothing would train")
+    fields, written, suffix = TRAINERS[trainer]
+    return written(fields(plan, experts)), suffix

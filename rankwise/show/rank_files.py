@@ -96,14 +96,14 @@ def write_delta_weights(folder: Path, source: DeltaSource, sites: Sequence[Site]
     return path
 
 
-def write_emitted(folder: Path, plan: RankPlan, trainers: Sequence[str], notes: list[str]) -> list[Path]:
-    """One config per trainer; a trainer that cannot take the plan is a note, not a failure."""
-    files = []
+def write_emitted(folder: Path, plan: RankPlan, trainers: Sequence[str], experts: bool) -> tuple[list[Path], list[str]]:
+    """One config per trainer, and why the others cannot take the plan: known only now that it has been measured."""
+    files, refused = [], []
     for trainer in trainers:
         try:
-            text, suffix = emit(plan, trainer)
+            text, suffix = emit(plan, trainer, experts)
         except UsageError as error:
-            notes.append(str(error))
+            refused.append(str(error))
             continue
         files.append(write_text(folder / f"{trainer}.{suffix}", text + "\n"))
-    return files
+    return files, refused

@@ -19,7 +19,9 @@ from rankwise.core.plan import RankPlan
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import UsageError
+from rankwise.nets.load import meta_model
 from rankwise.nets.probe import Probe, measure_source, open_source, other_probe, source_metadata
+from rankwise.nets.sites import fused_experts
 from rankwise.score.decision import Decision, DecisionSettings, decide
 from rankwise.show.rank_files import (
     SVD_FOLDER,
@@ -33,6 +35,7 @@ from rankwise.show.rank_summary import summarise
 from rankwise.show.summary import render
 from rankwise.stages.running import measure_gain, running_model
 from rankwise.stages.sites import site_filter
+from rankwise.store.checkpoint import resolve
 from rankwise.store.files import fingerprint
 from rankwise.store.plan_file import PLAN_FILE, write_plan
 from rankwise.store.processes import finish, process_index
@@ -41,7 +44,8 @@ from rankwise.store.spectra import MeasureSettings, refuse_noise
 
 
 def run(config: RanksConfig) -> RankPlan | None:
-    """The whole command. Processes other than rank 0 measure their share and return None."""
+    """The whole command. Processes other than rank 0 measure their share and return None. UsageError at its end where
+    a trainer of `--emit` cannot take the plan."""
     check(config)
     started = time.perf_counter()
     if process_index()[0] != 0:
@@ -63,9 +67,13 @@ def run(config: RanksConfig) -> RankPlan | None:
         )
         record.outputs["plan"] = write_plan(folder / str(PLAN_FILE), plan)
         files = write_outputs(config, plan, probe, evidence)
+        emitted, refused = write_emitted(folder / "configs", plan, config.emit, has_experts(config, probe))
+        files += emitted
         folder.save_config(config)
         written = [folder / str(PLAN_FILE), *files]
         report(config, plan, probe, decision, evidence, warnings, written, time.perf_counter() - started)
+    if refused:
+        raise UsageError(f"{'; '.join(refused)}. The plan and everything else is written")
     return plan
 
 
@@ -227,7 +235,15 @@ def write_outputs(config: RanksConfig, plan: RankPlan, probe: Probe, evidence: E
         files.append(folder / "plots")
     if config.save_delta_weights:
         files.append(write_delta_weights(folder, probe.source, list(probe.measured)))
-    return files + write_emitted(Path(config.out) / "configs", plan, config.emit, probe.notes)
+    return files
+
+
+def has_experts(config: RanksConfig, probe: Probe) -> bool:
+    """Whether the model has fused experts, which trainers may add to any target; False where it is not on this disk."""
+    if not config.emit:
+        return False
+    folder = resolve(config.base) if config.base else Path(probe.model_name)
+    return (folder / "config.json").is_file() and bool(fused_experts(meta_model(str(folder))))
 
 
 def report(
