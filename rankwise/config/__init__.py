@@ -39,6 +39,8 @@ from rankwise.config.features import (
 from rankwise.config.label import LabelConfig, TeacherSection
 from rankwise.config.sections import (
     DTYPES,
+    MAX_SEQ_LENGTH,
+    OVERLONG,
     SCORED_TASKS,
     SPLITS,
     TASKS,
@@ -65,6 +67,8 @@ from rankwise.config.validate import ValidateConfig
 __all__ = [
     "ARCHITECTURES",
     "DTYPES",
+    "MAX_SEQ_LENGTH",
+    "OVERLONG",
     "SCORED_TASKS",
     "SPLITS",
     "TASKS",

@@ -14,6 +14,7 @@ TOWERS = ("language", "vision", "projector", "depth", "unknown")
 TRAINED_TOWERS = ("language", "vision", "projector")
 TRAINERS = ("peft", "axolotl", "swift", "unsloth", "llamafactory")
 DEPTH_CONTROLS = ("estimated", "off", "shuffled", "constant", "luminance", "ramp", "permuted", "file")
+MAX_SEQ_LENGTH, OVERLONG = 2048, "error"  # where neither an option nor a record says otherwise
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -43,15 +44,20 @@ class DataSection:
     prompt: str = option(
         "auto",
         choices=("auto", "sections", "chat", "raw"),
-        help="headed sections, the chat template, or the texts alone; auto: the template where a model sees images",
+        help="headed sections, the chat template, or the texts alone; auto: as trained (input.json), else the "
+        "template where the model has one and every row is a conversation",
     )
-    chat_template: str | None = option(help="Jinja chat template, a file or the text itself [the model's own]")
+    chat_template: str | None = option(
+        help="Jinja chat template, a file or the text itself [as trained; the model's own]"
+    )
     chat_template_kwargs: dict[str, Any] | None = option(
-        help='variables for the chat template, as JSON: {"enable_thinking": false}'
+        help='variables for the chat template, as JSON: {"enable_thinking": false} [as trained]'
     )
-    max_seq_length: int = option(2048, help="tokens of one sample, prompt and answer", aliases=("max_length",))
-    overlong: str = option(
-        "error", choices=("error", "drop", "truncate_source"), help="what happens to samples over the limit"
+    max_seq_length: int | None = option(
+        help=f"tokens of one sample, prompt and answer [as trained; {MAX_SEQ_LENGTH}]", aliases=("max_length",)
+    )
+    overlong: str | None = option(
+        choices=("error", "drop", "truncate_source"), help=f"samples over the limit [as trained; {OVERLONG}]"
     )
     skip_bad: bool = option(False, help="leave broken rows out, counted, instead of stopping at the first")
     image_folder: str | None = option(help="where the rows' image paths start [the folder of the data file]")
@@ -261,6 +267,10 @@ class ScoredData(DataSection):
         help="e2e_nlg, samsum, wikisql, multi_nli, labels, conversations, or lm_eval:NAME of the evaluation harness",
         aliases=("dataset",),
     )
-    overlong: str = option(
-        "truncate_source", choices=("error", "drop", "truncate_source"), help="what happens to samples over the limit"
+    max_seq_length: int | None = option(
+        help=f"tokens of a prompt; room for the answer comes on top [as trained; {MAX_SEQ_LENGTH}]",
+        aliases=("max_length",),
+    )
+    overlong: str | None = option(
+        "truncate_source", choices=("error", "drop", "truncate_source"), help="prompts over the limit"
     )

@@ -23,6 +23,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from rankwise.core.geometry import letterbox
 from rankwise.data.images import ImageReader
 from rankwise.errors import DataError
+from rankwise.store.adapter import beside
 from rankwise.store.files import read_object, write_json
 
 FILE, FORMAT = "device.json", "rankwise-device/1"
@@ -83,10 +84,12 @@ class DeviceTarget:
 
 
 def read_target(folder: Path | str) -> DeviceTarget | None:
-    """The target of a folder (or of a file); None where it has none. DataError where device.json is not one."""
-    path = Path(folder)
-    path = path / FILE if path.is_dir() else path
-    if not path.is_file():
+    """The target of a folder (a checkpoint's: of its run), or of a file; None where it has none.
+
+    DataError where device.json is not one.
+    """
+    path = Path(folder) if Path(folder).is_file() else beside(folder, FILE)
+    if path is None:
         return None
     content = read_object(path)
     known = {field.name for field in fields(DeviceTarget)}

@@ -106,6 +106,16 @@ class Renderer:
     def limit(self) -> int:
         return min(self.max_length, self.positions or self.max_length)
 
+    def leaving(self, tokens: int) -> Renderer:
+        """With room for so many generated tokens on top of a prompt of full length, as far as the model's positions go:
+        what training saw whole is asked whole."""
+        return replace(self, max_length=self.max_length + tokens, reserve=tokens)
+
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """The begin token, where the tokenizer puts one before a text."""
+        return tuple(self._prefix)
+
     @cached_property
     def template_source(self) -> str:
         """Text of the chat template in use. UsageError where there is none."""

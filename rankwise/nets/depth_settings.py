@@ -9,11 +9,11 @@ from typing import Any
 
 from rankwise.core.depth import CONTROLS
 from rankwise.errors import DataError, UsageError
+from rankwise.store.adapter import beside
 from rankwise.store.files import read_object, write_json
 
 FILE, FORMAT = "depth.json", "rankwise-depth/1"
 GATES, LAYOUTS = ("learned", "none"), ("split", "interleaved")
-CHECKPOINT = "checkpoint-"
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,7 @@ def read_depth(folder: Path | str) -> DepthSettings | None:
 
     Raises DataError, naming the file, for one that says something else.
     """
-    folder = Path(folder)
-    places = [folder, folder.parent] if folder.name.startswith(CHECKPOINT) else [folder]
-    file = next((place / FILE for place in places if (place / FILE).is_file()), None)
+    file = beside(folder, FILE)
     return None if file is None else parsed(read_object(file), file)
 
 

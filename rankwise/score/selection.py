@@ -51,7 +51,7 @@ class LabelAccuracy:
         target = renderer.sight.target if renderer.sight else None
         tokens = target.max_new_tokens if target else MAX_NEW_TOKENS
         reserve = longest_answer(renderer, asked[0], label_set(asked)) if by == "likelihood" else tokens
-        return cls(asked, replace(renderer, reserve=reserve), by, batch_size, tokens)
+        return cls(asked, renderer.leaving(reserve), by, batch_size, tokens)
 
     def right(self, model: Any) -> Tally:
         """This process's share of the samples, put to the model as it is; no random number is drawn."""

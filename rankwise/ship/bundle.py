@@ -5,6 +5,7 @@
         prompt.txt, prompt.json             what the runtime is sent, the marker where a picture goes
         labels.json, labels.gbnf            the answers that there are, and a grammar of exactly these
         abstain.json, device.json           when to say "unsure"; what is done to a picture
+        input.json                          how training made its prompts
         golden/                             inputs with what must come out
         bundle.json                         sha256 of every file
 

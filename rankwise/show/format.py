@@ -1,8 +1,9 @@
-"""How numbers are written for people: durations, sizes, counts, shares. Used by the summary and the report."""
+"""How numbers and commands are written for people: durations, sizes, counts, shares, what to run next."""
 
 from __future__ import annotations
 
 import math
+import shlex
 from typing import Any
 
 SCORE_FAMILIES = ("bleu", "rouge", "meteor", "nist", "cider", "chrf", "ter")
@@ -18,6 +19,14 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def command_line(*words: object, **options: object) -> str:
+    """A `rankwise` command that runs as printed, quoted for the shell. Options that are None, False or empty are left
+    out; True is the bare flag."""
+    given = {name: value for name, value in options.items() if value not in (None, False, "")}
+    flags = [part for name, value in given.items() for part in (f"--{name}", *([] if value is True else [str(value)]))]
+    return shlex.join(["rankwise", *map(str, words), *flags])
 
 
 def memory(count: float) -> str:

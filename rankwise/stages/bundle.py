@@ -39,6 +39,7 @@ from rankwise.ship.llama.server_api import ServerRuntime
 from rankwise.ship.parity.ladder import Ladder, climb
 from rankwise.show.bundle import ladder_lines, readme
 from rankwise.stages.bundling import Source, source_of
+from rankwise.stages.recorded import announce_prompts, recorded
 from rankwise.stages.validating import ROOM, Trained, context
 from rankwise.store.files import atomic_folder, write_text
 from rankwise.store.run import RunFolder
@@ -105,6 +106,9 @@ def write_bundle(config: BundleConfig, source: Source, trained: Trained, folder:
     unsure = abstention(source.predictions, config.min_precision)
     prompt = prompt_of(trained.items, trained.renderer, GGUFFile(source.text))
     copy_model(folder, source.files)
+    found = recorded([source.exported.folder, Path(trained.name)])
+    if found.record:
+        found.record.save(folder)
     write_parts(folder, prompt, target, task, answers, trained.renderer.end_ids, unsure.as_dict())
     floor = trained.floor()
     assert floor
@@ -157,6 +161,8 @@ def replay(config: BundleConfig, folder: Path) -> Ladder:
 
 def replayed(config: BundleConfig, folder: Path) -> Ladder:
     content = read_bundle(folder)
+    found = recorded([folder])
+    announce_prompts(found.record, found)
     golden = read_golden(folder, read_target(folder))
     with runtime_for(config, folder, content, golden) as runtime:
         ladder = climb(golden, runtime, golden.cases, golden.thresholds, golden.top)

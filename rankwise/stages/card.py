@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from rankwise.config import CardConfig
+from rankwise.data.contracts import CONTRACTS
 from rankwise.errors import UsageError, VerificationError
 from rankwise.ship.card import CardFacts, license_of, model_card, save_card
 from rankwise.ship.gguf.export import FILE as EXPORT
@@ -25,7 +26,7 @@ from rankwise.store.checkpoint import HUB_ID
 from rankwise.store.files import read_object
 
 NEVER = (".*", "resolved_config*.json", "manifest.json", "predictions*", "*.log", CARD, "training_args.bin")
-OF_AN_ADAPTER = ("adapter_model.*", "adapter_config.json", "sites.json", "depth.json", "device.json", "task.json")
+OF_AN_ADAPTER = ("adapter_model.*", "adapter_config.json", "sites.json", "depth.json", *CONTRACTS)
 BESIDE = (
     "tokenizer*",
     "special_tokens*",
@@ -36,7 +37,7 @@ BESIDE = (
     "*.jinja",
     "*processor_config.json",
 )
-CONTRACTS = ("device.json", "task.json", "LICENSE*")
+PUBLISHED = (*CONTRACTS, "LICENSE*")
 WORDS = {
     "adapter": "A LoRA adapter for {base}, trained with Rankwise.",
     "merged": "{base} with a LoRA adapter merged in, trained with Rankwise.",
@@ -95,7 +96,7 @@ def facts_of(config: CardConfig, sources: Sources, kind: str, place: Path) -> Ca
         metrics=facts.metrics(sources.scores),
         summary=WORDS[kind].format(base=shown),
         sections={
-            "How to use it": usage(kind, place, config.push_to_hub or title, sees=sees),
+            "How to use it": [*usage(kind, place, config.push_to_hub or title, sees=sees), *facts.prompts(place)],
             "How it was trained": facts.training(sources),
             "Scores": facts.scores(sources.scores),
             "Merge": facts.merge(sources) if kind != "adapter" else [],
@@ -178,7 +179,7 @@ def files_of(kind: str, place: Path) -> list[str]:
     if kind == "export":
         recorded = read_object(place / EXPORT)["files"].values()
         wanted = {files[part] for files in recorded for part in ("text", "mmproj") if files.get(part)}
-        return [name for name in safe if name in wanted or matches(name, CONTRACTS)]
+        return [name for name in safe if name in wanted or matches(name, PUBLISHED)]
     outputs = read_object(place / "manifest.json")["stages"]["merge"]["outputs"]
     return [name for name in safe if name in outputs]
 

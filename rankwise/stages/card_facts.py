@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rankwise.data.input_record import FILE as INPUT
+from rankwise.data.input_record import read_input
 from rankwise.ship.card import Metric, table
 from rankwise.ship.gguf.export import FILE as EXPORT
 from rankwise.ship.validation import FILE as VALIDATION
@@ -20,7 +22,6 @@ from rankwise.store.checkpoint import HUB_ID
 # Settings worth a line, where the run has them: name in the config → as a card says it.
 SETTINGS = {
     "task": "task",
-    "max_seq_length": "longest sample, tokens",
     "learning_rate": "learning rate",
     "lr_scheduler_type": "schedule",
     "warmup_ratio": "warm-up, share of the steps",
@@ -61,6 +62,12 @@ def training(sources: Sources) -> list[str]:
     if "steps" in entry:
         rows.append(("optimizer steps", f"{entry['steps']:,} in {duration(float(entry.get('training_seconds', 0)))}"))
     return table(("", ""), rows) + versions_of(trained)
+
+
+def prompts(place: Path) -> list[str]:
+    """How the model is asked as it was trained."""
+    found = read_input(place)
+    return ["", f"Trained with these prompts ({INPUT}): {found[0].words()}."] if found else []
 
 
 def said(value: Any) -> bool:

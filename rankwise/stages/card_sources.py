@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rankwise.config import SCORED_TASKS
 from rankwise.errors import DataError
 from rankwise.ship.gguf.export import FILE as EXPORT
 from rankwise.show.contents import Contents, Scored
 from rankwise.show.reading import named, read_run, walk
 from rankwise.store.adapter import CONFIG_NAME, is_adapter
 from rankwise.store.files import read_object
-from rankwise.store.run import CONFIG, MANIFEST
+from rankwise.store.run import CONFIG, MANIFEST, RunFolder
 
 BUNDLE = "bundle.json"
+ROWS = ("task", "data_path", "image_folder", "allow_outside", "allow_urls", "skip_bad", "device_target")
 KINDS = ("bundle", "export", "merged", "adapter")  # the furthest along first
 
 
@@ -97,6 +99,20 @@ def chain(run: Path) -> Iterator[Path]:
         files = list(walk(folder))
         waiting += [Path(path) for file in named(files, EXPORT) if (path := model_of(file))]
         waiting += [Path(path) for file in named(files, MANIFEST) if (path := adapter_of(file))]
+
+
+def row_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a config, how its rows are read by a command that scores them."""
+    return {name: config[name] for name in ROWS if config.get(name)}
+
+
+def trained_rows(folder: Path) -> dict[str, Any]:
+    """Those of the run that a merged model or an export was made from; empty where its folder does not say, or the task
+    has no scores."""
+    places = [place for root in chain(folder) for place in ((root, root.parent) if is_adapter(root) else (root,))]
+    run = next((place for place in places if "train" in RunFolder(place).stages()), None)
+    found = row_options(Recorded(run, {}).config) if run else {}
+    return found if found.get("task") in SCORED_TASKS else {}
 
 
 def model_of(export: Path) -> str | None:

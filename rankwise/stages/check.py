@@ -37,7 +37,7 @@ def run(config: CheckConfig) -> Findings:
         write_text(folder / BAD, "".join(f"{json.dumps(one.record(), ensure_ascii=False)}\n" for one in bad(findings)))
         record.outputs |= {"report": folder / REPORT, "bad samples": folder / BAD}
         print("\n".join(in_words(findings, limit)))
-        refuse(findings, config)
+        refuse(findings, config, renderer)
     return findings
 
 
@@ -82,9 +82,9 @@ def bad(findings: Findings) -> list[Problem]:
     return sorted(findings.problems, key=lambda problem: problem.line or 0)
 
 
-def refuse(findings: Findings, config: CheckConfig) -> None:
+def refuse(findings: Findings, config: CheckConfig, renderer: Renderer | None) -> None:
     """DataError where training would refuse a sample, or has none; what the flags let it leave out is no reason."""
-    accepted = {"row": config.data.skip_bad, "overlong": config.data.overlong == "drop"}
+    accepted = {"row": config.data.skip_bad, "overlong": renderer is not None and renderer.overlong == "drop"}
     refused = [problem for problem in bad(findings) if not accepted.get(problem.kind)]
     place = Path(config.output_dir) / BAD
     if refused:
@@ -100,6 +100,5 @@ def describe(config: CheckConfig) -> list[str]:
     check(config)
     lines = [f"read every row of {config.data.data_path} as {config.data.task}", "decode every image it names"]
     if config.model.model_name:
-        limit = f"up to {config.data.max_seq_length:,} tokens"
-        lines.append(f"make tokens of every sample as training does for {config.model.model_name}, {limit}")
+        lines.append(f"make tokens of every sample as training does for {config.model.model_name}")
     return [*lines, f"write {REPORT} and {BAD} to {config.output_dir}"]

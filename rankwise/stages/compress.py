@@ -16,6 +16,7 @@ from rankwise.core.factors import Factors, balanced
 from rankwise.core.site import Site
 from rankwise.core.site import describe as describe_site
 from rankwise.core.spectrum import Spectrum
+from rankwise.data.contracts import carry
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.depth_settings import read_depth, write_depth
 from rankwise.stages.fidelity import Fidelity, SiteFidelity
@@ -50,8 +51,9 @@ def run(config: CompressConfig) -> Fidelity:
     with folder.lock(), folder.recording("compress", {"adapter": str(config.adapter)}) as record:
         smaller, fidelity = compressed(adapter, config)
         write_adapter(folder.path, smaller)
-        record.outputs |= {name: folder / name for name in (ADAPTER_NAMES[0], CONFIG_NAME)}
-        if depth := read_depth(adapter_files(Path(str(config.adapter)))[0].parent):
+        source = adapter_files(Path(str(config.adapter)))[0].parent
+        record.outputs |= {name: folder / name for name in (ADAPTER_NAMES[0], CONFIG_NAME)} | carry(source, folder.path)
+        if depth := read_depth(source):
             record.outputs["depth"] = write_depth(folder.path, depth)
         record.outputs["fidelity"] = fidelity.write(folder.path)
         record.facts["energy_kept"] = fidelity.energy_kept

@@ -45,6 +45,11 @@ class Subject:
     depth: DepthSettings | None = None
 
     @property
+    def places(self) -> list[Path]:
+        """Folders that may say how it was trained, the adapter's before its base's."""
+        return [*([self.adapter] if self.adapter else []), resolve(self.base)]
+
+    @property
     def device(self) -> torch.device:
         device: torch.device = next(self.model.parameters()).device
         return device
@@ -63,7 +68,8 @@ def base_and_adapter(path: str, base_model: str | None) -> tuple[str, Path | Non
 
 def subject(config: EvaluateConfig, base: str, adapter: Path | None) -> Subject:
     """The model with its adapter, and the renderer that its training used."""
-    renderer = renderer_for(config.data, ModelSection(model_name=base), base, load_config(base), adapter)
+    places = [adapter] if adapter else []
+    renderer = renderer_for(config.data, ModelSection(model_name=base), base, load_config(base), places)
     depth = trained_with(base, adapter, config.depth)
     if config.engine == "vllm":
         if depth:
@@ -114,7 +120,7 @@ def generator(config: EvaluateConfig, tested: Subject, task: Task, examples: Seq
         reserve = longest_answer(tested.renderer, examples[0], label_set(examples))
     else:
         reserve = config.generation.max_new_tokens
-    renderer = replace(tested.renderer, reserve=reserve)
+    renderer = tested.renderer.leaving(reserve)
     decoding = GenerationSettings(batch_size=config.batch_size, seed=config.seed, **vars(config.generation))
     if config.engine == "vllm":
         return VLLMGenerator(tested.base, renderer, decoding, tested.adapter, config.dtype)

@@ -23,6 +23,7 @@ from rankwise.score.tasks import TASKS, Task, evaluate, task
 from rankwise.show.curves import READ_FIRST
 from rankwise.stages.depth import depth_facts
 from rankwise.stages.engines import Subject, base_and_adapter, compared_base, fitting, generator, seeing, subject
+from rankwise.stages.recorded import recorded, system_warning
 from rankwise.stages.training import base_files, fingerprints, held
 from rankwise.store.adapter import adapter_files
 from rankwise.store.checkpoint import resolve
@@ -159,6 +160,7 @@ def scored(
     tested = seeing(config, tested, items)
     engine = generator(config, tested, chosen, items)
     usable = fitting(items, engine.renderer)
+    system_warning(recorded(tested.places), usable)
     made_from = {**made_from, "data": fingerprints(examples.files), **depth_facts(tested.depth)}
     found = evaluate(chosen, engine, usable, folder.path, made_from, by=config.classify)
     if found and chosen.classifies:
@@ -212,13 +214,18 @@ def forgotten(
         tested.renderer.tokenizer,
         documents,
         tested.device,
-        forgetting.ForgettingSettings(window=min(tested.renderer.limit, WINDOW), seed=config.seed),
+        forgetting.ForgettingSettings(window=window(config, tested), seed=config.seed),
         {**made_from, "text": fingerprint(str(config.forget))},
     )
     if process_index()[0] != 0:
         return None
     result.save(folder.path, forgetting.FILE)
     return result
+
+
+def window(config: EvaluateConfig, tested: Subject) -> int:
+    """Tokens of a piece of other text: what training was limited to does not shorten it."""
+    return min(filter(None, (config.data.max_seq_length, tested.renderer.positions, WINDOW)))
 
 
 def summary(result: EvaluationResult) -> str:

@@ -11,15 +11,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import ExportConfig
+from rankwise.config import ExportConfig, ModelSection
+from rankwise.data.contracts import carry, contracts
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.errors import DataError, UsageError
+from rankwise.nets.load import load_config
 from rankwise.ship.gguf.adapter_gguf import largest_rank, read_plain, write_adapter_gguf
 from rankwise.ship.gguf.converter import OUTTYPES, Converter, converter_folder, find_converter
 from rankwise.ship.gguf.export import FILE, FORMAT, Exported, read_export, write_export
 from rankwise.ship.gguf.export_plan import ExportPlan, plan_export, require_model, require_space
 from rankwise.ship.gguf.install_converter import install_converter
-from rankwise.show.format import plural
+from rankwise.show.format import command_line, plural
+from rankwise.stages.card_sources import trained_rows
+from rankwise.stages.recorded import announce_prompts, recorded
+from rankwise.stages.rendering import renderer_for, shown_as
+from rankwise.store.adapter import adapter_files
 from rankwise.store.checkpoint import resolve
 from rankwise.store.files import atomic_folder, fingerprint, sha256, write_json
 from rankwise.store.run import RunFolder
@@ -37,6 +43,7 @@ def run(config: ExportConfig) -> Exported | Path | None:
         return None
     started = time.monotonic()
     plan = plan_of(config, converter)
+    check_input(config, plan)
     out = RunFolder(config.output_dir)
     require_space(plan, out.path)
     with out.lock():
@@ -47,6 +54,7 @@ def run(config: ExportConfig) -> Exported | Path | None:
             with inside.recording(STAGE, {"model": plan.model}) as record:
                 content = write_export(plan, temporary)
                 record.outputs |= {name: temporary / name for name in (FILE, *file_names(content))}
+                record.outputs |= contracts(temporary)
                 record.facts["converter"] = content["converter"]
                 inside.save_config(config)
     report(plan, content, config, time.monotonic() - started)
@@ -86,6 +94,22 @@ def plan_of(config: ExportConfig, converter: Converter) -> ExportPlan:
     )
 
 
+def check_input(config: ExportConfig, plan: ExportPlan) -> None:
+    """How prompts are made, said. UsageError for another device than the training's, DataError for a tokenizer or a
+    template that is not."""
+    found = recorded([plan.model])
+    if found.record is None:
+        announce_prompts(None, found)
+        return
+    geometry, target, name = found.record.image_geometry, given_target(config), str(plan.model)
+    if target and geometry is not None and target.geometry != geometry:
+        raise UsageError(
+            f"--target {config.target}: is for another device than the training's ({target.geometry} against "
+            f"{geometry or 'pictures as the processor takes them'}); leave it out, or train for that device"
+        )
+    renderer_for(shown_as(found.record), ModelSection(), name, load_config(name), strict=True)
+
+
 def given_target(config: ExportConfig) -> DeviceTarget | None:
     if not config.target:
         return None
@@ -119,7 +143,9 @@ def report(plan: ExportPlan, content: Mapping[str, Any], config: ExportConfig, s
             print(f"  {files[kind]}  {size / 1e6:,.1f} MB{wider(content['kept_wider'][files[kind]], outtype)}")
     print(verdict(plan, content["verification"]))
     print(f"exported to {config.output_dir} in {seconds:.0f} s")
-    print(f"next: rankwise validate {config.output_dir} --data_path …")
+    rows = trained_rows(Path(config.output_dir))
+    if rows:
+        print(f"next: {command_line('validate', config.output_dir, **rows)}")
 
 
 def wider(kept: Mapping[str, str], outtype: str) -> str:
@@ -168,7 +194,8 @@ def describe(config: ExportConfig) -> list[str]:
 
 def export_adapter(config: ExportConfig, adapter: Path, converter: Converter) -> Path:
     """The adapter's GGUF in the output folder, with an export.json that names it."""
-    found = read_plain(adapter)
+    found, made = read_plain(adapter), recorded([adapter_files(adapter)[0].parent])
+    announce_prompts(made.record, made)
     base = config.model or config.base_model or found.base_model
     if not base:
         raise UsageError(f"{adapter}: does not say what its base is; give it with --base_model")
@@ -179,6 +206,7 @@ def export_adapter(config: ExportConfig, adapter: Path, converter: Converter) ->
         with atomic_folder(out.path) as temporary:
             inside = RunFolder(temporary)
             with inside.recording(STAGE, {"adapter": adapter, "base": base}) as record:
+                record.outputs |= carry(adapter_files(adapter)[0].parent, temporary)
                 file = write_adapter_gguf(adapter, resolve(base), temporary / name, converter)
                 write_json(temporary / FILE, adapter_description(adapter, base, file, converter))
                 record.outputs |= {FILE: temporary / FILE, name: file}

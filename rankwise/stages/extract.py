@@ -20,6 +20,7 @@ from rankwise.core.factors import Factors, truncate
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.plan_content import clamped
 from rankwise.core.site import TOWERS
+from rankwise.data.contracts import carry
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.probe import open_source, source_metadata
 from rankwise.stages.fidelity import Fidelity, SiteFidelity
@@ -46,6 +47,7 @@ def run(config: ExtractConfig) -> Fidelity:
         notes += changes_elsewhere(source, plan)
         write_adapter(folder.path, LoraAdapter(settings(config, source, plan), pairs))
         record.outputs |= {name: folder / name for name in (ADAPTER_NAMES[0], CONFIG_NAME)}
+        record.outputs |= carry(Path(str(config.deltas or config.tuned)), folder.path)
         record.outputs["fidelity"] = fidelity.write(folder.path)
         record.facts["energy_kept"] = fidelity.energy_kept
         folder.save_config(config)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from rankwise.config import FinetuneConfig, TowersSection
 from rankwise.data import Example, Examples, subset
+from rankwise.data.input_record import FILE as INPUT
 from rankwise.errors import UsageError
 from rankwise.nets.towers import check_towers, tower_parameters
 from rankwise.show.format import amount, duration
@@ -84,7 +85,7 @@ def prepare(config: FinetuneConfig, name: str, arguments: TrainingArguments, ske
     """The subset, rendered and checked, and the memory that training on it takes."""
     towers = finetune_use(config.towers, config.method)
     check_towers(skeleton, towers.trained)
-    renderer = renderer_for(config.data, config.model, name, skeleton.config)
+    renderer = renderer_for(config.data, config.model, name, skeleton.config, shared.before(config))
     decode_aside(arguments, config.training, renderer)
     sees_images = renderer.sight is not None
     examples = shared.read_examples(config.data, str(config.data.data_path), sees_images=sees_images)
@@ -165,7 +166,8 @@ def finish(config: FinetuneConfig, trainer: RankwiseTrainer, samples: int, recor
         "trainable_parameters" if full else "probe_parameters": sum(trained.values()),
         **({"trained": list(trained)} if full else {}),
     }
-    record.outputs |= {path.name: path for path in (*outputs(config), Path(config.output_dir) / TRAINING_LOG)}
+    beside = (Path(config.output_dir) / name for name in (TRAINING_LOG, INPUT))
+    record.outputs |= {path.name: path for path in (*outputs(config), *beside)}
     print(
         f"finetune: {trainer.state.global_step:,} updates on {samples:,} samples in {duration(seconds)}, "
         f"{shared.losses(trainer.state.log_history)}; {amount(sum(trained.values()))} parameters trained"

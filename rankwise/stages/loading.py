@@ -14,6 +14,7 @@ from typing import Any
 from rankwise.config import DepthUseSection
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.device_processor import device_processor
+from rankwise.data.input_record import InputRecord
 from rankwise.nets.adapters import load_adapter
 from rankwise.nets.depth import ESTIMATOR, attach_depth
 from rankwise.nets.depth_settings import DepthSettings
@@ -22,6 +23,7 @@ from rankwise.nets.sites import torch_dtype
 from rankwise.stages.depth import estimator_of, trained_with
 from rankwise.stages.depth_processor import with_depth_output
 from rankwise.stages.engines import base_and_adapter, pick_device
+from rankwise.stages.recorded import recorded
 from rankwise.store.checkpoint import resolve
 
 
@@ -29,12 +31,14 @@ from rankwise.store.checkpoint import resolve
 class Trained:
     """model: on its device, in evaluation mode; PEFT-wrapped where there is an adapter. processor: of images and text
     (with depth where the model takes it, as the runtime where it was trained for a device), or the tokenizer of a text
-    model. target: that device; `target.resize` makes the pictures that the model was trained on."""
+    model. target: that device; `target.resize` makes the pictures that the model was trained on. record: how training
+    made prompts, where it says so; the tokenizer has its chat template."""
 
     model: Any
     processor: Any
     depth: DepthSettings | None = None
     target: DeviceTarget | None = None
+    record: InputRecord | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -67,6 +71,9 @@ def load(
     target = (read_target(adapter) if adapter else None) or read_target(resolve(base))
     if target:
         processor = device_processor(processor, target)
+    found = recorded([*([adapter] if adapter else []), resolve(base)])
+    if found.record and found.record.chat_template:
+        getattr(processor, "tokenizer", processor).chat_template = found.record.chat_template
     if settings:
         attach_depth(model, settings)
         processor = with_depth_output(processor, settings, estimator)
@@ -75,4 +82,4 @@ def load(
         setattr(model, ESTIMATOR, estimator)
     if adapter:
         model = load_adapter(model, adapter)
-    return Trained(model.to(place).eval(), processor, settings, target)
+    return Trained(model.to(place).eval(), processor, settings, target, found.record)

@@ -24,8 +24,11 @@ from rankwise.ship.merging.verify import (
     whole_bytes,
 )
 from rankwise.ship.merging.written import require_written
-from rankwise.show.format import memory, plural
+from rankwise.show.format import command_line, memory, plural
+from rankwise.stages.card_sources import trained_rows
 from rankwise.stages.prompts import check_prompts, compared_on, prompts_of
+from rankwise.stages.recorded import announce_prompts, recorded
+from rankwise.stages.rendering import require_input
 from rankwise.store.adapter import CONFIG_NAME, adapter_files
 from rankwise.store.checkpoint import HUB_ID
 from rankwise.store.files import atomic_folder, read_object
@@ -40,12 +43,15 @@ def run(config: MergeConfig) -> Agreement | None:
     with out.lock():
         refuse_other_content(out)
         require_space(plan, out.path)
+        found = recorded([plan.adapter])
+        announce_prompts(found.record, found)
         layered = not config.no_verify and goes_by_layers(config, plan)
         reference = None if config.no_verify else reference_of(config, plan, base, layered)
         with atomic_folder(out.path) as temporary:
             inside = RunFolder(temporary)
             with inside.recording("merge", {"base": base, "adapter": plan.adapter}) as record:
                 written = write_merged(plan, temporary, config.max_shard_size)
+                require_input(temporary)
                 if reference:
                     share = require_written(plan, temporary)
                     agreement = compare(reference, merged_logits(temporary, reference.batches, layered=layered))
@@ -134,7 +140,8 @@ def report(config: MergeConfig, plan: MergePlan, base: str, written: Written, ag
         print(written.rounding.sentence())
     print(verdict(agreement, compared_on(config)))
     print(f"checkpoint in {config.output_dir}")
-    print(f"next: rankwise evaluate {config.output_dir} --task … --data_path …")
+    rows = trained_rows(Path(config.output_dir))
+    print(f"next: {command_line('evaluate' if rows else 'export', config.output_dir, **rows)}")
 
 
 def verdict(agreement: Agreement | None, on: str) -> str:

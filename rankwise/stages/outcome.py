@@ -10,12 +10,13 @@ from typing import Any
 
 from transformers import TrainerState
 
-from rankwise.config import TrainConfig
+from rankwise.config import SCORED_TASKS, TrainConfig
 from rankwise.nets.adapters import SITES_FILE
 from rankwise.options import flatten
-from rankwise.show.format import amount, duration, percent
+from rankwise.show.format import amount, command_line, duration, percent
 from rankwise.show.gradients import plot_gradients
 from rankwise.stages import training as shared
+from rankwise.stages.card_sources import row_options
 from rankwise.store.files import read_object, write_json
 from rankwise.store.run import Record
 from rankwise.train.gradients import GRADIENT_FILES, GRADIENT_SUMMARY
@@ -73,8 +74,15 @@ def finish(
     if state.best_model_checkpoint:
         print(f"kept the best checkpoint: {best_checkpoint(state)}, {best_metric(trainer)}")
     print(f"adapter in {adapter_folder(config)}, losses in {folder / TRAINING_LOG}")
-    images = f" --image_folder {config.data.image_folder}" if config.data.image_folder else ""
-    print(f"next: rankwise evaluate {folder} --task {config.data.task} --data_path {config.data.data_path}{images}")
+    print(f"next: {next_command(config)}")
+
+
+def next_command(config: TrainConfig) -> str:
+    """Its scores, on the validation rows where they are a file of their own; for a task without scores, the merge."""
+    if config.data.task not in SCORED_TASKS:
+        return command_line("merge", config.output_dir)
+    held_out = config.val_path if config.val_path and config.data.task != "labels" else config.data.data_path
+    return command_line("evaluate", config.output_dir, **row_options(vars(config.data)) | {"data_path": held_out})
 
 
 def best_checkpoint(state: TrainerState) -> str:

@@ -55,7 +55,7 @@ def prepare(
     full: Sequence[str] = (),
 ) -> tuple[Split, shared.Job]:
     """Rows, rendered and checked, and what the run is."""
-    renderer = renderer_for(config.data, config.model, name, skeleton.config)
+    renderer = renderer_for(config.data, config.model, name, skeleton.config, shared.before(config))
     decode_aside(arguments, config.training, renderer)
     examples, split = read_split(config, sees_images=renderer.sight is not None)
     rows = shared.rendered(split.train, renderer)

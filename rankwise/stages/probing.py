@@ -12,12 +12,14 @@ from transformers import PreTrainedModel, set_seed
 
 from rankwise.config import FinetuneConfig
 from rankwise.data import Renderer
+from rankwise.data.input_record import InputRecord
 from rankwise.nets.adapt import LoraSettings, adapt
 from rankwise.nets.delta_files import BaseWeights, write_deltas
 from rankwise.nets.sites import model_sites, weight_table
 from rankwise.nets.targets import choose_sites, uniform_plan
 from rankwise.nets.towers import tower_parameters
 from rankwise.stages import training as shared
+from rankwise.stages.recorded import save_input
 from rankwise.stages.towers import finetune_use, trained_lines
 from rankwise.store.checkpoint import open_checkpoint, resolve
 from rankwise.store.files import atomic_folder
@@ -53,7 +55,7 @@ def train_full(
     trainer = shared.trained(model, job, checkpoint, tower_rates=towers.rates)
     state = shared.whole_state(trainer)
     if config.save != "deltas" and first:
-        save_checkpoint(shared.plain_model(trainer), job.renderer, folder / "finetuned", state)
+        save_checkpoint(shared.plain_model(trainer), job.renderer, folder / "finetuned", state, job.record)
     if config.save != "checkpoints" and first:
         facts = delta_facts(config, job, trainer, files.files)
         write_deltas(folder / "deltas", trained, base, model_sites(skeleton), facts)
@@ -80,12 +82,19 @@ def train_lora(
 
 
 def save_checkpoint(
-    model: PreTrainedModel, renderer: Renderer, folder: Path, state: Mapping[str, Tensor] | None = None
+    model: PreTrainedModel,
+    renderer: Renderer,
+    folder: Path,
+    state: Mapping[str, Tensor] | None = None,
+    record: InputRecord | None = None,
 ) -> None:
-    """A Hugging Face folder in float32 with its tokenizer or processor, whole or not at all."""
+    """A Hugging Face folder in float32 with its tokenizer or processor, whole or not at all. record: of what was
+    trained."""
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary, state_dict=state, max_shard_size=MAX_SHARD)
         (renderer.sight.processor if renderer.sight else renderer.tokenizer).save_pretrained(temporary)
+        if record:
+            save_input(renderer, record, temporary)
 
 
 def delta_facts(

@@ -47,7 +47,7 @@ def prompts_of(config: MergeConfig, base: str, adapter: Path) -> Batch | None:
     if not config.data.data_path:
         return None
     data = replace(config.data, task=task_of(config), overlong="drop")
-    renderer = renderer_for(data, ModelSection(model_name=base), base, load_config(base), adapter)
+    renderer = renderer_for(data, ModelSection(model_name=base), base, load_config(base), [adapter])
     found = read_examples(data, config.data.data_path, config.split, sees_images=renderer.sight is not None)
     first = list(islice(found.items, config.num_samples))
     usable = check_samples(first, renderer, prompts=True).usable

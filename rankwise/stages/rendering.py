@@ -1,6 +1,6 @@
 """The renderer of a run: one for training, evaluation and everything else that shows rows to a model.
 
-model folder, data options ── renderer_for ──▶ Renderer ( + Sight where model and rows have images )
+model folder, input.json, data options ── renderer_for ──▶ Renderer ( + Sight where model and rows have images )
 """
 
 from __future__ import annotations
@@ -11,46 +11,106 @@ from typing import Any
 
 from transformers import GenerationConfig, TrainingArguments
 
-from rankwise.config import DataSection, ModelSection
+from rankwise.config import MAX_SEQ_LENGTH, OVERLONG, DataSection, ModelSection
 from rankwise.data import ImageReader, Renderer, Sight
 from rankwise.data.device import DeviceReader, DeviceTarget, read_target
 from rankwise.data.device_processor import device_processor
+from rankwise.data.input_record import InputRecord
 from rankwise.data.template import template_text
-from rankwise.errors import DataError
-from rankwise.nets.load import load_processor, load_tokenizer
+from rankwise.errors import DataError, UsageError
+from rankwise.nets.load import load_config, load_processor, load_tokenizer
+from rankwise.stages.recorded import Recorded, as_recorded, compare, recorded
+from rankwise.store.adapter import is_adapter
 from rankwise.store.checkpoint import resolve
-from rankwise.store.processes import default_workers, process_index
+from rankwise.store.processes import default_workers
 
-SEEN_TASKS = ("conversations", "cota", "labels")  # sources whose rows may have images
+CONVERSATIONS = ("conversations", "cota", "labels")  # sources whose rows are conversations, and may have images
+TOKENIZER = "tokenizer_config.json"
 
 
 def renderer_for(
-    data: DataSection, model: ModelSection, name: str, config: Any, adapter: Path | None = None
+    data: DataSection,
+    model: ModelSection,
+    name: str,
+    config: Any,
+    places: Sequence[Path] = (),
+    *,
+    strict: bool = False,
 ) -> Renderer:
     """The model's positions bound the length, its end tokens end answers, its processor makes image tokens.
 
-    `--prompt auto` is the chat template where images are seen (or what the device's target says), headed sections
-    elsewhere. adapter: its folder, which may say which device it was trained for.
+    What training recorded (input.json) are the options' defaults; how prompts are made is printed. places: folders of
+    what was trained, before the model's own: an adapter, an export, a run that goes on; an adapter's own tokenizer
+    counts, as when it is merged. strict: see `recorded.compare`.
     """
-    folder = resolve(name, model.revision)
+    renderer, found = rendered_as(data, model, name, config, places)
+    compare(data, found, renderer, strict=strict)
+    return renderer
+
+
+def rendered_as(
+    data: DataSection, model: ModelSection, name: str, config: Any, places: Sequence[Path] = ()
+) -> tuple[Renderer, Recorded]:
+    """The renderer, and the record that its defaults are from."""
+    given, folder = data, resolve(name, model.revision)
+    places = [*places, folder]
+    found = recorded(places)
+    data = as_recorded(given, found)
     has_own = (folder / "generation_config.json").is_file()
     eos = GenerationConfig.from_pretrained(folder).eos_token_id if has_own else config.eos_token_id
     seeing = sees(data, config)
-    target = target_for(data, [folder, *([adapter] if adapter else [])]) if seeing else None
+    target = target_for(data, [*places, *([found.file.parent] if found.file else [])]) if seeing else None
     sight = sight_for(data, model, name, target) if seeing else None
-    style = target.prompt if target and sight else "chat" if sight else "sections"
-    style = style if data.prompt == "auto" else data.prompt
-    return Renderer(
-        sight.processor.tokenizer if sight else load_tokenizer(name, model.revision, model.trust_remote_code),
+    tokenizer = sight.processor.tokenizer if sight else tokenizer_for(model, name, places)
+    style = data.prompt if data.prompt != "auto" else style_for(data, sight, tokenizer, earlier=bool(found.trained))
+    if style != "chat" and (given.chat_template or given.chat_template_kwargs):
+        raise UsageError(f"--chat_template and --chat_template_kwargs act on --prompt chat; the prompts are {style}")
+    renderer = Renderer(
+        tokenizer,
         style=style,
-        max_length=data.max_seq_length,
-        overlong=data.overlong,
+        max_length=data.max_seq_length or MAX_SEQ_LENGTH,
+        overlong=data.overlong or OVERLONG,
         positions=positions(config),
         generation_eos=eos,
         sight=sight,
         chat_template=template_text(data.chat_template),
         template_kwargs=data.chat_template_kwargs or {},
     )
+    return renderer, found
+
+
+def require_input(folder: Path) -> None:
+    """DataError where the tokenizer, the template or the device of a model folder is not that of its own record."""
+    found = recorded([folder])
+    if found.record is None:
+        return
+    renderer, _ = rendered_as(shown_as(found.record), ModelSection(), str(folder), load_config(str(folder)))
+    different = found.record.differences(InputRecord.of(renderer))
+    if different:
+        listed = "; ".join(f"{name}: {what}" for name, what in different.items())
+        raise DataError(f"prompts of the model are not those of training ({found.record.words()}): {listed}")
+
+
+def shown_as(record: InputRecord) -> DataSection:
+    """Options under which a model that has no rows to read is rendered: with its sight where training had it."""
+    seen = CONVERSATIONS[0] if record.image_geometry is not None else None
+    return DataSection(task=seen)
+
+
+def style_for(data: DataSection, sight: Sight | None, tokenizer: Any, *, earlier: bool) -> str:
+    """What `--prompt auto` is: as the device's target says, else the chat template where images are seen or where the
+    model has one and every row is a conversation; headed sections elsewhere. earlier: as before there were records,
+    when conversations without images were sections."""
+    if sight is not None:
+        return sight.target.prompt if sight.target else "chat"
+    has_template = bool(data.chat_template or tokenizer.chat_template)
+    return "chat" if has_template and data.task in CONVERSATIONS and not earlier else "sections"
+
+
+def tokenizer_for(model: ModelSection, name: str, places: Sequence[Path]) -> Any:
+    """The tokenizer that an adapter brings, else the model's."""
+    own = next((place for place in places if is_adapter(place) and (place / TOKENIZER).is_file()), None)
+    return load_tokenizer(str(own or name), model.revision, model.trust_remote_code)
 
 
 def positions(config: Any) -> int | None:
@@ -69,7 +129,7 @@ def decode_aside(arguments: TrainingArguments, given: Mapping[str, Any], rendere
 
 def sees(data: DataSection, config: Any) -> bool:
     """Whether the model takes images, and the rows may have some."""
-    return data.task in SEEN_TASKS and hasattr(config, "vision_config")
+    return data.task in CONVERSATIONS and hasattr(config, "vision_config")
 
 
 def target_for(data: DataSection, models: Sequence[Path]) -> DeviceTarget | None:
@@ -85,7 +145,8 @@ def target_for(data: DataSection, models: Sequence[Path]) -> DeviceTarget | None
             raise DataError(f"--device_target {data.device_target}: no device.json is there")
         return given
     path = Path(data.data_path or ".").expanduser()
-    places = [path if path.is_dir() else path.parent, *models]
+    own = [path if path.is_dir() else path.parent] if data.data_path else []
+    places = [*own, *models]
     found = {place: target for place in places if (target := read_target(place))}
     first = next(iter(found), None)
     for place, target in found.items():
@@ -111,11 +172,3 @@ def image_reader(data: DataSection) -> ImageReader:
     path = Path(data.data_path or ".").expanduser()
     folder = Path(data.image_folder).expanduser() if data.image_folder else path if path.is_dir() else path.parent
     return ImageReader(folder, allow_outside=data.allow_outside, allow_urls=data.allow_urls)
-
-
-def save_target(renderer: Renderer, folder: Path) -> dict[str, Path]:
-    """device.json beside an adapter that was trained for a device, by the first process."""
-    target = renderer.sight.target if renderer.sight else None
-    if target is None or process_index()[0] != 0:
-        return {}
-    return {"device": target.save(folder)}

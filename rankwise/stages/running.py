@@ -27,7 +27,8 @@ def running_model(config: RanksConfig, probe: Probe, path: str | None = None, sp
     if not name:
         raise UsageError("give the base model with --model_name: --gain, --metric and --signal run it")
     model = load_model(name, torch.float32).to(config.device).eval()
-    renderer = renderer_for(config.data, ModelSection(model_name=name), name, model.config)
+    tuned = [Path(each) for each in (config.deltas, config.adapter, config.tuned) if each]
+    renderer = renderer_for(config.data, ModelSection(model_name=name), name, model.config, tuned)
     batches = probe_batches(config, renderer, path or config.data.data_path, split)
     return Running(model, [{key: value.to(config.device) for key, value in batch.items()} for batch in batches])
 

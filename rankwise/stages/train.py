@@ -33,7 +33,7 @@ from rankwise.stages.depth import asked, depth_lines, gate_module, save_depth
 from rankwise.stages.estimate import check_estimate, estimated
 from rankwise.stages.outcome import SPLIT_FILE, Outcome, adapter_folder, finish
 from rankwise.stages.preparing import prepare, rates_of
-from rankwise.stages.rendering import save_target
+from rankwise.stages.recorded import save_input
 from rankwise.stages.scheduling import gradient_norms, phase_keeper, schedule_of
 from rankwise.stages.selecting import (
     accuracy_of,
@@ -82,6 +82,7 @@ def run(config: TrainConfig) -> Path:
         job = replace(job, facts={**job.facts, **allocation_facts(allocation)})
         checkpoint = shared.starting_point(config, job)
         save_depth(job.depth, folder.path)
+        save_task(config.data, folder.path)
         model = adapted(config, job, plan, full, allocation)
         initial = lora_pairs(model) if config.lora.init_lora_weights in MOVES_BASE else None
         allocator = RankAllocation(allocation, folder.path) if allocation else None
@@ -102,9 +103,9 @@ def run(config: TrainConfig) -> Path:
         seconds = time.monotonic() - started
         outcome = saved(config, trainer, allocator, job, plan, left_out, initial, full)
         record.outputs |= save_depth(job.depth, adapter_folder(config))
-        record.outputs |= save_target(job.renderer, adapter_folder(config))
         record.outputs |= save_task(config.data, adapter_folder(config))
         if trainer.is_world_process_zero():
+            record.outputs |= save_input(job.renderer, job.record, adapter_folder(config))
             write_json(folder / SPLIT_FILE, split.record())
             total = sum(parameter.numel() for parameter in skeleton.parameters())
             finish(config, trainer, outcome, total, record, seconds)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,19 +19,21 @@ from transformers import PreTrainedModel, TrainingArguments
 from rankwise.config import CheckConfig, DataSection, FinetuneConfig, ModelSection, TrainConfig
 from rankwise.core.plan import RankPlan
 from rankwise.data import Collator, Example, Examples, PackedDataset, RenderedDataset, Renderer, load
+from rankwise.data.input_record import InputRecord
 from rankwise.data.packing import unpacked_difference
 from rankwise.data.sources.labels import is_dataset, own_validation
 from rankwise.errors import UsageError, VerificationError
 from rankwise.nets.adapters import save_adapter, write_sites
 from rankwise.nets.depth_settings import DepthSettings
 from rankwise.nets.load import load_model, meta_model
+from rankwise.stages.recorded import save_input
 from rankwise.store.adapter import LoraPair
 from rankwise.store.checkpoint import resolve
 from rankwise.store.files import fingerprint
 from rankwise.store.processes import announce, process_index
 from rankwise.store.run import Record, RunFolder
 from rankwise.train.arguments import frozen_dtype
-from rankwise.train.resume import identity_of, resume_point, start_over
+from rankwise.train.resume import goes_on_from, identity_of, resume_point, start_over
 from rankwise.train.trainer import ACCURACY, RankwiseTrainer
 
 Configured = TypeVar("Configured", FinetuneConfig, TrainConfig, CheckConfig)
@@ -52,6 +55,12 @@ class Job:
     validation: RenderedDataset | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     depth: DepthSettings | None = None
+
+    @cached_property
+    def record(self) -> InputRecord:
+        """How its rows become tokens, for every command that comes after."""
+        samples = self.rows.rows if isinstance(self.rows, PackedDataset) else self.rows
+        return InputRecord.of(self.renderer, samples.examples)
 
     @property
     def collator(self) -> Collator:
@@ -187,6 +196,12 @@ def data_facts(data: DataSection, renderer: Renderer, examples: Examples, sample
     }
 
 
+def before(config: FinetuneConfig | TrainConfig) -> list[Path]:
+    """The checkpoint that a resumed run goes on from: its prompts are made as they were."""
+    folder = goes_on_from(config.resume_from_checkpoint, Path(config.output_dir))
+    return [folder] if folder else []
+
+
 def starting_point(config: FinetuneConfig | TrainConfig, job: Job) -> Path | None:
     """The checkpoint to resume from, or None for a fresh run that mixes with no earlier one; the config is saved."""
     index, processes = process_index()
@@ -202,6 +217,7 @@ def starting_point(config: FinetuneConfig | TrainConfig, job: Job) -> Path | Non
         if checkpoint is None:
             start_over(folder.path, bool(config.training.get("overwrite_output_dir")))
         folder.save_config(config)
+        save_input(job.renderer, job.record, folder.path)
     return checkpoint
 
 

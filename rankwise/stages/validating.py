@@ -33,6 +33,7 @@ from rankwise.ship.parity.reference import HFReference
 from rankwise.ship.validation import latency, rights, scores
 from rankwise.ship.witness import Answered, Witness
 from rankwise.stages.engines import fitting, pick_device
+from rankwise.stages.recorded import recorded, require_same, system_warning
 from rankwise.stages.rendering import renderer_for
 from rankwise.stages.shipped import Shipment, Shipped
 from rankwise.stages.training import base_files, fingerprints
@@ -139,14 +140,19 @@ def trained_side(config: ValidateConfig, shipped: Shipment) -> Trained:
     if not Path(name).exists() and not config.reference:
         raise DataError(f"{name}, which the files were made from, is not there; give it with --reference MERGED")
     chosen = task(str(config.data.task))
-    renderer = renderer_for(as_exported(config, shipped), ModelSection(model_name=name), name, load_config(name))
+    places = [shipped.folder] if shipped.folder else []
+    if shipped.folder:
+        require_same(shipped.folder, resolve(name))
+    data, model = as_exported(config, shipped), ModelSection(model_name=name)
+    renderer = renderer_for(data, model, name, load_config(name), places, strict=True)
     target = renderer.sight.target if renderer.sight else None
     longest = config.max_new_tokens or (target.max_new_tokens if target else LONGEST)
-    renderer = replace(renderer, reserve=longest)
+    renderer = renderer.leaving(longest)
     items = chosen.examples(str(config.data.data_path), config.split, skip_bad=config.data.skip_bad)
     for note in items.notes(sees_images=renderer.sight is not None):
         announce(note)
     usable = fitting(items.items[: config.num_samples], renderer)
+    system_warning(recorded([*places, resolve(name)]), usable)
     if not usable:
         raise DataError(f"{config.data.data_path}: no item to answer")
     return Trained(config, name, chosen, renderer, usable, longest, loaded(config, name), items.files)

@@ -26,6 +26,7 @@ from rankwise.store.pickled import SUFFIXES
 
 CONFIG_NAME = "adapter_config.json"
 FOLDERS = ("", "final_model", "lora_adapter")
+CHECKPOINT = "checkpoint-"
 PREFIX = "base_model.model."
 # PEFT: <path>.lora_A[.<adapter>].weight, <path>.lora_embedding_A[.<adapter>]; loralib: <path>.lora_A
 PAIR_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(\.[^.]+)?(\.weight)?")
@@ -133,6 +134,13 @@ def adapter_files(path: Path) -> tuple[Path, Path | None]:
     if len(alone) == 1:
         return alone[0], None
     raise DataError(f"{path}: no adapter here, nor in {' or '.join(FOLDERS[1:])} below it ({ADAPTER_NAMES[0]})")
+
+
+def beside(folder: Path | str, name: str) -> Path | None:
+    """The file of this name in an artefact's folder (of a checkpoint also: in its run folder); None without one."""
+    folder = Path(folder)
+    places = [folder, folder.resolve().parent] if folder.resolve().name.startswith(CHECKPOINT) else [folder]
+    return next((place / name for place in places if (place / name).is_file()), None)
 
 
 def _check_scale(weights: Path, config_file: Path | None, scale: float | None) -> None:

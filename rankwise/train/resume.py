@@ -19,6 +19,8 @@ from rankwise.train.checkpoints import MANIFEST, checkpoints, remove, unsound
 
 MAY_RISE = ("num_train_epochs", "max_steps")
 SHOWN = 20
+NEWEST, NO = ("true", "yes", "last"), ("false", "no")  # what --resume_from_checkpoint takes beside a folder
+NEWER = ("chat_template", "chat_template_kwargs")  # checkpoints of earlier versions do not say
 # Every training argument that changes which weights come out; logging, saving and evaluation do not.
 DECISIVE = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"),
@@ -53,6 +55,15 @@ def state_files(processes: int) -> tuple[str, ...]:
     """What the Trainer needs beside the weights to go on exactly: optimizer, schedule, random state."""
     random = ["rng_state.pth"] if processes <= 1 else [f"rng_state_{index}.pth" for index in range(processes)]
     return ("optimizer.pt", "scheduler.pt", *random)
+
+
+def goes_on_from(asked: str | None, output_dir: Path) -> Path | None:
+    """The checkpoint folder that `resume_point` will look at first, not looked into yet; None for a fresh start."""
+    if asked is None or asked.lower() in NO:
+        return None
+    if asked.lower() not in NEWEST:
+        return Path(asked)
+    return next((folder for folder in checkpoints(output_dir) if (folder / MANIFEST).is_file()), None)
 
 
 def missing_state(folder: Path, processes: int) -> list[str]:
@@ -93,9 +104,9 @@ def resume_point(
         DataError: the named checkpoint is not as it was saved.
         UsageError: state is missing, or the run is not the one that was saved: the differences are listed.
     """
-    if asked is None or asked.lower() in ("false", "no"):
+    if asked is None or asked.lower() in NO:
         return None
-    folder = newest_complete(output_dir) if asked.lower() in ("true", "yes", "last") else named(Path(asked))
+    folder = newest_complete(output_dir) if asked.lower() in NEWEST else named(Path(asked))
     if folder is None:
         announce(f"note: no complete checkpoint in {output_dir}; starting from the beginning")
         return None
@@ -143,7 +154,9 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [
         f"{name}: {shortened(saved.get(name))} in the checkpoint, {shortened(now.get(name))} now"
         for name in sorted({*saved, *now})
-        if saved.get(name) != now.get(name) and not (name in MAY_RISE and rises(saved.get(name), now.get(name)))
+        if saved.get(name) != now.get(name)
+        and not (name in MAY_RISE and rises(saved.get(name), now.get(name)))
+        and not (name not in saved and name.partition(".")[0] in NEWER and "chat_template" not in saved)
     ]
 
 

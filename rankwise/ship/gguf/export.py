@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from rankwise.data.contracts import carry
 from rankwise.errors import DataError, UsageError
 from rankwise.ship.gguf.converter import Job
 from rankwise.ship.gguf.export_plan import MMPROJ, REFERENCE, TEXT, ExportPlan
@@ -35,7 +36,6 @@ from rankwise.ship.gguf.vocabulary import check_metadata
 from rankwise.store.files import fingerprint, read_object, sha256, write_json
 
 FILE, FORMAT = "export.json", "rankwise-export/1"
-TASK_FILE = "task.json"
 Files = Mapping[tuple[str, str], GGUFFile]  # by (outtype, kind)
 
 
@@ -142,11 +142,10 @@ def files_of(plan: ExportPlan, files: Files, outtype: str) -> dict[str, Any]:
 
 
 def copy_contracts(plan: ExportPlan, folder: Path) -> None:
-    """What the device does to an image, and the task's prompt and classes, beside the files that answer them."""
+    """How prompts are made, what the device does to an image, and the task's classes, beside the files that answer."""
+    carry(plan.model, folder)
     if plan.target:
         plan.target.save(folder)
-    if (plan.model / TASK_FILE).is_file():
-        shutil.copyfile(plan.model / TASK_FILE, folder / TASK_FILE)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

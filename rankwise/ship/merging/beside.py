@@ -1,28 +1,31 @@
 """The files beside a merged model's weights: whose copy of each is taken, and what of them follows the device.
 
 base     tokenizer, processor, chat template, generation config …
-adapter  what of these it carries itself, device.json and task.json
+adapter  what of these it carries itself, input.json, device.json and task.json; the chat template that it learnt with
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rankwise.data.contracts import contracts
 from rankwise.data.device import DeviceTarget, read_target
+from rankwise.data.input_record import FILE as INPUT
+from rankwise.data.input_record import read_input
 from rankwise.nets.depth_settings import FILE as DEPTH_FILE
 from rankwise.store.adapter import CONFIG_NAME
-from rankwise.store.files import read_object, write_json
+from rankwise.store.files import read_object, write_json, write_text
 from rankwise.store.run import CONFIG, MANIFEST
 
 COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 NOT_COPIED = (CONFIG, MANIFEST, CONFIG_NAME, "config.json", "sites.json", "trainer_state.json", DEPTH_FILE)
 TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece")
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-OF_THE_TRAINING = ("device.json", "task.json")
+TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -43,18 +46,38 @@ def copy_beside(base: Path, adapter: Path, folder: Path) -> dict[str, Copied]:
     files = dict(taken_over(base, adapter))
     for name, copied in files.items():
         shutil.copyfile(copied.source, folder / name)
+    files |= dict(follow_template(adapter, folder, files))
     target = read_target(folder)
     return files if target is None else files | dict(follow_device(folder, files, target))
 
 
 def taken_over(base: Path, adapter: Path) -> Iterator[tuple[str, Copied]]:
     found = {file.name: Copied(file, "base") for file in sorted(base.iterdir()) if is_beside(file)}
+    found.pop(INPUT, None)  # of an earlier training
     own = [file for file in sorted(adapter.iterdir()) if is_beside(file)]
     if any(file.name == "tokenizer_config.json" for file in own):
         found = {name: copied for name, copied in found.items() if not name.startswith(TOKENIZER)}
         found |= {file.name: Copied(file, "adapter") for file in own if file.name.startswith(TOKENIZER)}
-    found |= {file.name: Copied(file, "adapter") for file in own if file.name in (*PROCESSOR, *OF_THE_TRAINING)}
+    found |= {file.name: Copied(file, "adapter") for file in own if file.name in PROCESSOR}
+    found |= {name: Copied(file, "adapter") for name, file in contracts(adapter).items()}
     yield from sorted(found.items())
+
+
+def follow_template(adapter: Path, folder: Path, files: dict[str, Copied]) -> Iterator[tuple[str, Copied]]:
+    """A template that training was given becomes the model's own, for whoever uses its tokenizer. Yields the changed
+    files."""
+    found = read_input(folder)
+    template = found[0].chat_template if found else None
+    if found is None or template is None:
+        return
+    write_text(folder / TEMPLATE, template)
+    replace(found[0], chat_template=None).save(folder)
+    yield TEMPLATE, Copied(adapter / INPUT, "adapter", "the template that training was given")
+    yield INPUT, Copied(files[INPUT].source, "adapter", f"its chat_template is in {TEMPLATE}")
+    config = read_object(folder / TOKENIZER_CONFIG)
+    if config.pop("chat_template", None) is not None:
+        write_json(folder / TOKENIZER_CONFIG, config)
+        yield TOKENIZER_CONFIG, replace(files[TOKENIZER_CONFIG], changed=f"its chat_template is in {TEMPLATE}")
 
 
 def follow_device(folder: Path, files: dict[str, Copied], target: DeviceTarget) -> Iterator[tuple[str, Copied]]:

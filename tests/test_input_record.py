@@ -1,0 +1,601 @@
+"""input.json: what decides the prompts travels with all that is made of a training run, and is noticed if not."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rows import adapted_base
+from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
+from tiny_vision import tiny_smolvlm
+
+from rankwise import cli
+from rankwise.config import DataSection, ModelSection, ScoredData, ValidateConfig
+from rankwise.data import Example, Rendered, Renderer, load
+from rankwise.data.device import DeviceTarget
+from rankwise.data.input_record import FILE, InputRecord, read_input
+from rankwise.data.labelling.label_task import task_from
+from rankwise.nets.adapters import save_adapter
+from rankwise.nets.load import load_config
+from rankwise.score.tasks import task as scored_task
+from rankwise.ship.llama.gguf_generator import GGUFGenerator
+from rankwise.ship.llama.runtime import Completion, RuntimeInfo
+from rankwise.stages.recorded import as_recorded, recorded
+from rankwise.stages.rendering import renderer_for
+from rankwise.stages.shipped import shipment
+from rankwise.stages.validating import trained_side
+from rankwise.store.files import read_object, write_json
+
+OTHER_TEMPLATE = CHAT_TEMPLATE.replace("<|", "[").replace("|>", "]")
+THINKING = CHAT_TEMPLATE.replace(
+    "<|assistant|>\n{% endif %}", "<|assistant|>\n{% if not thinking %}(no){% endif %}{% endif %}"
+)
+FAST = "--use_cpu --max_steps 2 --val_fraction 0 --no_plots --log_frequency 0 --save_strategy no".split()
+ASK = "--device cpu --max_new_tokens 2 --num_samples 2".split()
+
+
+def run(*words: Any) -> int:
+    return cli.main([str(word) for word in words])
+
+
+def train(base: Path, out: Path, *more: Any) -> Path:
+    assert run("train", "--model_name", base, "-o", out, *FAST, *more) == 0
+    return out
+
+
+def evaluate(model: Path, *more: Any) -> int:
+    return run("evaluate", model, *ASK, *more)
+
+
+def jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def conversation(number: int, system: str | None = None, length: int = 1) -> dict[str, Any]:
+    turns = [{"role": "system", "content": system}] if system else []
+    asked = {"role": "user", "content": f"near[{number}]? " + "pub " * length}
+    return {"id": f"c{number}", "messages": [*turns, asked, {"role": "assistant", "content": f"Café {number}"}]}
+
+
+def talks(path: Path, count: int = 6, **how: Any) -> Path:
+    return jsonl(path, [conversation(number, **how) for number in range(count)])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a chat template, wide enough that what it is asked decides what it says."""
+    folder = tmp_path_factory.mktemp("base")
+    return tiny_llama(folder, tokenizer={"chat_template": CHAT_TEMPLATE}, initializer_range=0.3)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return talks(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def chat_run(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(base, tmp_path_factory.mktemp("made") / "run", "--data_path", rows, "--max_seq_length", 64)
+
+
+@pytest.fixture
+def own_run(chat_run: Path, tmp_path: Path) -> Path:
+    """The run, to be damaged."""
+    return Path(shutil.copytree(chat_run, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def chat_merged(chat_run: Path) -> Path:
+    assert run("merge", chat_run, "-o", chat_run.parent / "merged") == 0
+    return chat_run.parent / "merged"
+
+
+@pytest.fixture
+def merged(chat_merged: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(chat_merged, tmp_path / "merged"))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """Sample → the ids that it was asked with last, whichever command asked."""
+    found: dict[str, list[int]] = {}
+    own = Renderer.prompt
+
+    def prompt(self: Renderer, example: Example) -> Rendered:
+        rendered = own(self, example)
+        found[example.id] = rendered.input_ids
+        return rendered
+
+    monkeypatch.setattr(Renderer, "prompt", prompt)
+    return found
+
+
+def trained_prompts(renderer: Renderer, examples: Any) -> dict[str, list[int]]:
+    """Ids before the answer of whole training samples."""
+    found = {}
+    for example in examples:
+        whole = renderer.training(example)
+        found[example.id] = whole.input_ids[: max(place for place, label in enumerate(whole.labels) if label < 0) + 1]
+    return found
+
+
+def edited(folder: Path, **changes: Any) -> Path:
+    write_json(folder / FILE, read_object(folder / FILE) | changes)
+    return folder
+
+
+# --- the printed next command asks as training did -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("style", ["chat", "raw", "sections"])
+def test_the_line_that_train_prints_asks_as_training_did(
+    style: str, base: Path, tmp_path: Path, asked: dict[str, list[int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prompts of the printed command are, id for id, what stood before the answers in training."""
+    data = tmp_path / "some rows"
+    data.mkdir()
+    for name in ("trainset.csv", "devset.csv"):
+        (data / name).write_text("mr,ref\n" + "".join(f'"name[a{n}]",text of a{n}\n' for n in range(6)))
+    train(base, tmp_path / "run", "--task", "e2e_nlg", "--data_path", data, "--prompt", style)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
+    words = shlex.split(line.removeprefix("next: rankwise "))
+    assert run(*words, "--device", "cpu", "--max_new_tokens", 2) == 0
+    said = capsys.readouterr().out
+    assert f"— from {tmp_path / 'run' / FILE}" in said.splitlines()[0]
+    renderer = renderer_for(DataSection(prompt=style), ModelSection(), str(base), load_config(str(base)))
+    assert asked == trained_prompts(renderer, load("e2e_nlg", data, "dev"))
+
+
+def test_what_training_saw_whole_is_asked_whole(base: Path, tmp_path: Path, asked: dict[str, list[int]]) -> None:
+    """Room for the answer comes on top of the training's length: a prompt that fitted is not cut for it."""
+    data = talks(tmp_path / "rows.jsonl", length=20)
+    renderer = renderer_for(
+        DataSection(task="conversations", data_path=str(data)), ModelSection(), str(base), load_config(str(base))
+    )
+    longest = max(len(renderer.training(row).input_ids) for row in load("conversations", data))
+    train(base, tmp_path / "run", "--data_path", data, "--max_seq_length", longest)
+    words = ("--task", "conversations", "--data_path", data, "--max_new_tokens", 40)
+    assert evaluate(tmp_path / "run", *words) == 0
+    expected = trained_prompts(renderer, load("conversations", data))
+    assert asked == {name: expected[name] for name in asked}
+
+
+# --- auto ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("template", "style"), [(CHAT_TEMPLATE, "chat"), (None, "sections")])
+def test_conversations_of_a_chat_model_are_chat(
+    template: str | None, style: str, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny_llama(tmp_path / "base", tokenizer={"chat_template": template})
+    out = train(base, tmp_path / "run", "--data_path", rows)
+    assert read_object(out / FILE)["prompt"] == style
+    assert {"chat": "prompts: chat template", "sections": "prompts: headed sections"}[style] in capsys.readouterr().out
+
+
+def test_a_task_of_sections_stays_one_on_a_chat_model(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "trainset.csv").write_text("mr,ref\n" + "".join(f'"name[a{n}]",text {n}\n' for n in range(6)))
+    out = train(base, tmp_path / "run", "--task", "e2e_nlg", "--data_path", tmp_path)
+    assert read_object(out / FILE)["prompt"] == "sections"
+
+
+def test_a_resumed_run_keeps_its_own_style(base: Path, rows: Path, tmp_path: Path) -> None:
+    """The flag is not repeated; a run of before there were records goes on as it was, too."""
+    saving = ("--data_path", rows, "--save_strategy", "steps", "--save_steps", 1)
+    for name in ("run", "old"):
+        train(base, tmp_path / name, *saving, "--prompt", "sections", "--max_seq_length", 100)
+    (tmp_path / "old" / FILE).unlink()
+    going_on = (*saving, "--max_steps", 3, "--resume_from_checkpoint", "true")
+    train(base, tmp_path / "run", *going_on)
+    assert read_object(tmp_path / "run" / FILE)["prompt"] == "sections"
+    assert run("train", "--model_name", base, "-o", tmp_path / "run", *FAST, *going_on, "--prompt", "chat") == 2
+    train(base, tmp_path / "old", *going_on, "--max_seq_length", 100)
+    assert read_object(tmp_path / "old" / FILE)["prompt"] == "sections"
+
+
+def test_a_chat_run_of_an_earlier_version_goes_on(base: Path, rows: Path, tmp_path: Path) -> None:
+    """Its checkpoints do not say which template they learnt with."""
+    saving = ("--data_path", rows, "--save_strategy", "steps", "--save_steps", 2, "--prompt", "chat")
+    out = train(base, tmp_path / "run", *saving)
+    file = out / "checkpoint-2" / "rankwise_manifest.json"
+    content = read_object(file)
+    content["identity"] = {k: v for k, v in content["identity"].items() if not k.startswith("chat_template")}
+    write_json(file, content)
+    (out / FILE).unlink()
+    train(base, out, *saving, "--max_steps", 3, "--resume_from_checkpoint", "true")
+
+
+# --- a law: adapter, merged model and GGUF are asked the same --------------------------------------------------------
+
+
+class Listening:
+    """A llama.cpp that only hears: the ids, or the text and pictures, that it is sent."""
+
+    info = RuntimeInfo("none", "<__media__>", "model.gguf", 512, False)
+
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+
+    def complete(self, prompt: Any, images: Any = (), **_: Any) -> Completion:
+        self.heard.append((prompt if isinstance(prompt, str) else list(prompt), tuple(images)))
+        return Completion("", (), len(prompt), "", 0.0, True)
+
+
+def samsum(folder: Path) -> Path:
+    dialogues = [{"id": f"s{n}", "dialogue": f"Ann: near[{n}]?\nBo: yes", "summary": f"Café {n}."} for n in range(6)]
+    write_json(folder / "train.json", dialogues)
+    write_json(folder / "val.json", dialogues)
+    return folder
+
+
+def e2e(folder: Path) -> Path:
+    for name in ("trainset.csv", "devset.csv"):
+        (folder / name).write_text("mr,ref\n" + "".join(f'"name[a{n}]",text of a{n}\n' for n in range(6)))
+    return folder
+
+
+def multi_nli(folder: Path) -> Path:
+    labels = ("neutral", "entailment", "contradiction")
+    pairs = [
+        {"pairID": f"m{n}", "sentence1": f"It rains {n}.", "sentence2": "Wet.", "gold_label": labels[n % 3]}
+        for n in range(6)
+    ]
+    for name in ("multinli_1.0_train.jsonl", "multinli_1.0_dev_matched.jsonl"):
+        jsonl(folder / name, pairs)
+    return folder
+
+
+def wikisql(folder: Path) -> Path:
+    table = {"id": "t", "header": ["Name", "Town"], "types": ["text", "text"], "rows": [["Vaults", "Ely"]]}
+    sql = {"sel": 0, "agg": 0, "conds": [[1, 0, "Ely"]]}
+    for part in ("train", "dev"):
+        jsonl(folder / f"{part}.tables.jsonl", [table])
+        jsonl(folder / f"{part}.jsonl", [{"table_id": "t", "question": f"Who {n}?", "sql": sql} for n in range(6)])
+    return folder
+
+
+def conversations(folder: Path) -> Path:
+    return talks(folder / "rows.jsonl", system="Be brief.")
+
+
+DATA: dict[str, Callable[[Path], Path]] = {
+    "e2e_nlg": e2e,
+    "samsum": samsum,
+    "multi_nli": multi_nli,
+    "wikisql": wikisql,
+    "conversations": conversations,
+}
+
+
+def exported_by_hand(merged: Path, folder: Path) -> Path:
+    """An export folder without a converter: what `validate` reads of one before it starts llama.cpp."""
+    folder.mkdir()
+    (folder / "model-f16.gguf").write_bytes(b"GGUF")
+    files = {"f16": {"text": "model-f16.gguf", "mmproj": None}}
+    write_json(folder / "export.json", {"format": "rankwise-export/1", "files": files, "model": {"path": str(merged)}})
+    shutil.copyfile(merged / FILE, folder / FILE)
+    return folder
+
+
+def sent(export: Path, task: str, data: Path) -> dict[str, Any]:
+    """Sample → what `validate` sends to llama.cpp for it."""
+    scored = ScoredData(task=task, data_path=str(data))
+    config = ValidateConfig(export=str(export), data=scored, num_samples=2, device="cpu")
+    trained = trained_side(config, shipment(config))
+    runtime = Listening()
+    list(GGUFGenerator(runtime, trained.renderer, trained.decoding).generate(trained.items))
+    return {example.id: heard for example, heard in zip(trained.items, runtime.heard, strict=True)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["sections", "chat", "raw"])
+def test_adapter_merged_model_and_gguf_are_asked_the_same(
+    style: str, base: Path, tmp_path: Path, asked: dict[str, list[int]]
+) -> None:
+    """All tasks, no flag repeated; a template of its own with a variable, and a length that cuts nothing."""
+    (tmp_path / "own.jinja").write_text(THINKING)
+    template = ["--chat_template", tmp_path / "own.jinja", "--chat_template_kwargs", '{"thinking": true}']
+    for name, made in DATA.items():
+        (tmp_path / name).mkdir()
+        data = made(tmp_path / name)
+        own = ("--task", name, "--data_path", data)
+        out = train(base, tmp_path / name / "run", *own, "--prompt", style, *(template if style == "chat" else []))
+        assert run("merge", out, "-o", tmp_path / name / "merged") == 0
+        found = []
+        for model in (out, tmp_path / name / "merged"):
+            asked.clear()
+            assert evaluate(model, *own) == 0
+            found.append(dict(asked))
+        shipped = sent(exported_by_hand(tmp_path / name / "merged", tmp_path / name / "export"), name, data)
+        assert found[0] == found[1] == {key: ids for key, (ids, _) in shipped.items()}, name
+        record = read_input(out)
+        assert record
+        seen = as_recorded(DataSection(task=name), recorded([out]))
+        renderer = renderer_for(seen, ModelSection(), str(base), load_config(str(base)))
+        items = scored_task(name).examples(str(data), "dev").items[:2]
+        assert found[0] == trained_prompts(renderer, items), name
+
+
+def pictures(folder: Path) -> Path:
+    """A labelled data set made for a device."""
+    (folder / "images").mkdir(parents=True)
+    for number in range(6):
+        Image.new("RGB", (40, 32), (40 * number, 200, 10)).save(folder / "images" / f"{number}.png")
+    rows = [{"image_id": f"{n}", "image_path": f"images/{n}.png", "colour": "red", "reason": "r"} for n in range(6)]
+    for name in ("train.jsonl", "val.jsonl"):
+        jsonl(folder / name, rows)
+    task_from({"classes": ["red", "green"], "field": "colour"}, "the test", "colours").save(folder)
+    DeviceTarget(image_size=32, longest_edge=32).save(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["chat", "raw"])
+def test_pictures_are_asked_about_the_same(style: str, tmp_path: Path, asked: dict[str, list[int]]) -> None:
+    """Ids of adapter and merged model; text and pixels of the GGUF; and device.json that is another one is refused."""
+    base, data = tiny_smolvlm(tmp_path / "base", longest_edge=32), pictures(tmp_path / "data")
+    out = train(base, tmp_path / "run", "--data_path", data, "--prompt", style)
+    assert read_object(out / FILE)["image_geometry"]["image_size"] == 32
+    assert run("merge", out, "-o", tmp_path / "merged") == 0
+    own, found = ("--task", "labels", "--data_path", data), []
+    for model in (out, tmp_path / "merged"):
+        asked.clear()
+        assert evaluate(model, *own) == 0
+        found.append(dict(asked))
+    assert found[0] == found[1]
+    export = exported_by_hand(tmp_path / "merged", tmp_path / "export")
+    shutil.copyfile(tmp_path / "merged" / "device.json", export / "device.json")
+    shipped = sent(export, "labels", data)
+    place = DataSection(task="labels", data_path=str(data), prompt=style)
+    renderer = renderer_for(place, ModelSection(), str(base), load_config(str(base)))
+    assert renderer.sight
+    for example in load("labels", data, "dev").items[:2]:
+        text, images = shipped[example.id]
+        assert text == renderer.prompt_text(example, "<__media__>")
+        assert len(images) == 1
+        assert found[0][example.id] == renderer.prompt_ids(example)
+    DeviceTarget(image_size=64, longest_edge=32).save(out)
+    assert evaluate(out, *own) == 3
+    (out / "device.json").unlink()
+    assert evaluate(out, *own) == 3
+
+
+# --- noticed where it is not as it was -------------------------------------------------------------------------------
+
+
+def test_an_artefact_without_a_record_is_read_as_before_aloud(
+    own_run: Path, rows: Path, asked: dict[str, list[int]], base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Conversations without images were sections then."""
+    (own_run / FILE).unlink()
+    assert evaluate(own_run, "--task", "conversations", "--data_path", rows) == 0
+    assert f"warning: {own_run} has no {FILE}" in capsys.readouterr().out
+    renderer = renderer_for(DataSection(prompt="sections"), ModelSection(), str(base), load_config(str(base)))
+    assert asked.items() <= trained_prompts(renderer, load("conversations", rows)).items()
+
+
+def test_another_flag_is_warned_about_and_another_template_too(
+    own_run: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--task", "conversations", "--data_path", rows)
+    assert evaluate(own_run, *words, "--prompt", "sections", "-o", tmp_path / "a") == 0
+    said = capsys.readouterr().out
+    assert "warning: --prompt: prompts are not those of training" in said
+    assert '"chat" in training, "sections" now' in said
+    edited(own_run, chat_template_sha256="0" * 64)
+    assert evaluate(own_run, *words, "-o", tmp_path / "b") == 0
+    assert "warning: prompts are not those of training" in capsys.readouterr().out
+    assert evaluate(edited(own_run, chat_template=OTHER_TEMPLATE), *words, "-o", tmp_path / "c") == 3
+    assert "its chat_template is not the one of its chat_template_sha256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage", [{"prompt": "prose"}, {"end_tokens": {}}, {"format": "rankwise-input/9"}, {"max_seq_length": "64"}]
+)
+def test_a_damaged_record_is_named(
+    damage: dict[str, Any], own_run: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(edited(own_run, **damage), "--task", "conversations", "--data_path", rows) == 3
+    assert str(own_run / FILE) in capsys.readouterr().err
+
+
+def validated(export: Path, rows: Path, *more: Any) -> int:
+    return run("validate", export, "--task", "conversations", "--data_path", rows, "-o", export.parent / "v", *more)
+
+
+def test_validate_refuses_other_prompts(
+    merged: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both sides would be asked wrongly alike, and the proof would hold."""
+    export = exported_by_hand(merged, tmp_path / "export")
+    assert validated(export, rows, "--prompt", "sections") == 2
+    assert "--prompt: prompts are not those of training" in capsys.readouterr().err
+    assert validated(edited(export, prompt="sections", chat_template_sha256=None), rows) == 3
+    assert "are of different trainings" in capsys.readouterr().err
+    shutil.copyfile(merged / FILE, export / FILE)
+    (merged / "chat_template.jinja").write_text(OTHER_TEMPLATE)
+    assert validated(export, rows) == 3
+    assert "chat_template_sha256" in capsys.readouterr().err
+
+
+TABLES = 'TEXT_MODEL_MAP = {"LlamaForCausalLM": "a"}\nMMPROJ_MODEL_MAP = {}\n'
+
+
+@pytest.fixture(scope="module")
+def converter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that knows our model and would fail."""
+    folder = tmp_path_factory.mktemp("converter")
+    (folder / "conversion").mkdir()
+    (folder / "conversion" / "__init__.py").write_text(TABLES)
+    (folder / "convert_hf_to_gguf.py").write_text("def main():\n    raise OSError('half')\n")
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["template", "record", "end token"])
+def test_export_refuses_a_model_whose_prompts_are_not_those_of_its_training(
+    damage: str, merged: Path, converter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf")
+    words = ("export", merged, "--llama_cpp_dir", converter, "-o", tmp_path / "out")
+    assert run(*words) == 6, "as it is, it comes to the converter"
+    assert f"— from {merged / FILE}" in capsys.readouterr().out
+    if damage == "template":
+        (merged / "chat_template.jinja").write_text(OTHER_TEMPLATE)
+    elif damage == "record":
+        edited(merged, chat_template_sha256="0" * 64)
+    else:
+        write_json(merged / "generation_config.json", {"eos_token_id": [2, 3]})
+    assert run(*words) == 3
+    assert "prompts are not those of training" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "export.json").exists()
+
+
+# --- carried along ---------------------------------------------------------------------------------------------------
+
+
+def test_a_given_template_becomes_the_merged_models_own(base: Path, rows: Path, tmp_path: Path) -> None:
+    """Whoever uses the merged tokenizer, llama.cpp's converter among them, asks as training did."""
+    (tmp_path / "own.jinja").write_text(OTHER_TEMPLATE)
+    out = train(base, tmp_path / "run", "--data_path", rows, "--chat_template", tmp_path / "own.jinja")
+    assert read_object(out / FILE)["chat_template"] == OTHER_TEMPLATE
+    assert run("merge", out, "-o", tmp_path / "merged") == 0
+    record = read_object(tmp_path / "merged" / FILE)
+    assert record["chat_template"] is None
+    assert record["chat_template_sha256"] == read_object(out / FILE)["chat_template_sha256"]
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == OTHER_TEMPLATE
+
+
+def test_merging_refuses_a_tokenizer_with_another_template(own_run: Path, tmp_path: Path, capsys: Any) -> None:
+    """The adapter brings a tokenizer, which the merged model gets: it is not the one that training had."""
+    tiny_tokenizer(own_run, chat_template=OTHER_TEMPLATE)
+    assert run("merge", own_run, "-o", tmp_path / "merged") == 3
+    assert "chat_template_sha256" in capsys.readouterr().err
+    assert not (tmp_path / "merged" / "config.json").exists()
+
+
+def test_an_adapters_own_tokenizer_asks_before_and_after_merging(
+    base: Path, rows: Path, tmp_path: Path, asked: dict[str, list[int]]
+) -> None:
+    """An adapter of another program, without a record: merged it has that tokenizer, so it is evaluated with it."""
+    out = tmp_path / "adapter"
+    out.mkdir()
+    model = adapted_base(base)
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            value.data.normal_(std=0.1)
+    save_adapter(model, out, str(base))
+    tiny_tokenizer(out, chat_template=OTHER_TEMPLATE)
+    words = ("--task", "conversations", "--data_path", rows, "--prompt", "chat")
+    assert evaluate(out, *words) == 0
+    before = dict(asked)
+    assert run("merge", out, "-o", tmp_path / "merged") == 0
+    assert not (tmp_path / "merged" / FILE).exists()
+    asked.clear()
+    assert evaluate(tmp_path / "merged", *words) == 0
+    assert before == asked
+
+
+def test_a_checkpoint_and_smaller_adapters_have_the_record(base: Path, rows: Path, tmp_path: Path) -> None:
+    out = train(base, tmp_path / "run", "--data_path", rows, "--save_strategy", "steps", "--save_steps", 1)
+    record = read_input(out)
+    assert record and read_input(out / "checkpoint-1") == record
+    assert run("merge", out / "checkpoint-1", "-o", tmp_path / "of_checkpoint") == 0
+    assert run("compress", out, "--energy", "0.5", "-o", tmp_path / "smaller") == 0
+    for folder in ("of_checkpoint", "smaller"):
+        found = read_input(tmp_path / folder)
+        assert found and found[0] == record[0]
+
+
+def test_a_fine_tune_is_measured_and_extracted_with_its_prompts(
+    base: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--use_cpu --max_steps 2 --subset_ratio 1 --batch_size 2 --gradient_accumulation 1 --save both".split()
+    probe = tmp_path / "probe"
+    assert run("finetune", "--model_name", base, "--data_path", rows, "-o", probe, *words, "--prompt", "raw") == 0
+    assert read_input(probe / "finetuned") and not read_input(probe / "pretrained")
+    capsys.readouterr()
+    measured = ("ranks", "--deltas", probe, "--model_name", base, "--task", "conversations", "--gain", rows)
+    assert run(*measured, "--num_samples", 2, "--no_plots", "--allow_noise", "-o", tmp_path / "ranks") == 0
+    assert f"prompts: the rows' texts alone, up to 512 tokens, answers end at </s> — from {probe / FILE}" in (
+        capsys.readouterr().out
+    )
+    assert run("extract", "--deltas", probe, "--rank", 2, "-o", tmp_path / "adapter") == 0
+    assert read_input(tmp_path / "adapter") == (record_of(probe), tmp_path / "adapter" / FILE)
+
+
+def record_of(folder: Path) -> InputRecord:
+    found = read_input(folder)
+    assert found
+    return found[0]
+
+
+def test_the_record_of_a_model_is_the_default_of_further_training(merged: Path, rows: Path, tmp_path: Path) -> None:
+    edited(merged, overlong="drop")
+    out = train(merged, tmp_path / "more", "--data_path", rows, "--task", "conversations")
+    found = read_object(out / FILE)
+    assert (found["max_seq_length"], found["overlong"], found["prompt"]) == (64, "drop", "chat")
+
+
+def test_a_merge_does_not_take_its_bases_record_for_its_own(merged: Path, rows: Path, tmp_path: Path) -> None:
+    """An adapter of before there were records, on a base that has one."""
+    out = train(merged, tmp_path / "more", "--data_path", rows)
+    (out / FILE).unlink()
+    assert run("merge", out, "-o", tmp_path / "again") == 0
+    assert not (tmp_path / "again" / FILE).exists()
+
+
+def test_the_system_prompt_that_all_rows_share_is_recorded_and_missed(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = talks(tmp_path / "shared.jsonl", system="Be brief.")
+    out = train(base, tmp_path / "run", "--data_path", shared)
+    assert read_object(out / FILE)["system_prompt"] == "Be brief."
+    other = talks(tmp_path / "other.jsonl")
+    assert evaluate(out, "--task", "conversations", "--data_path", other, "-o", tmp_path / "e") == 0
+    assert "warning: 2 of 2 rows do not begin with the system prompt" in capsys.readouterr().out
+    mixed = jsonl(
+        tmp_path / "mixed.jsonl", [conversation(0, "Be brief."), conversation(1, "Be long."), conversation(2)]
+    )
+    found = train(base, tmp_path / "mixed", "--data_path", mixed)
+    assert read_object(found / FILE)["system_prompt"] is None
+
+
+def test_the_date_of_training_is_asked_with_later(
+    base: Path, rows: Path, tmp_path: Path, asked: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A template that prints today's date: evaluated next year, the prompts are those of training."""
+    import datetime
+
+    from rankwise.data import template
+
+    dated = "Today is {{ strftime_now('%Y') }}. " + CHAT_TEMPLATE
+    out = train(base, tmp_path / "run", "--data_path", rows, "--chat_template", dated)
+    words = ("--task", "conversations", "--data_path", rows)
+    assert evaluate(out, *words, "-o", tmp_path / "now") == 0
+    before = dict(asked)
+
+    class Later(datetime.date):
+        @classmethod
+        def today(cls) -> Any:
+            return cls(2099, 1, 1)
+
+    monkeypatch.setattr(template, "date", Later)
+    asked.clear()
+    assert evaluate(out, *words, "-o", tmp_path / "later") == 0
+    assert before == asked
+
+
+def test_variables_are_taken_one_by_one(own_run: Path) -> None:
+    edited(own_run, chat_template_kwargs={"date_string": "1 Jan 2026", "thinking": True})
+    data = as_recorded(DataSection(chat_template_kwargs={"thinking": False}), recorded([own_run]))
+    assert data.chat_template_kwargs == {"date_string": "1 Jan 2026", "thinking": False}
+    assert as_recorded(DataSection(prompt="raw"), recorded([own_run])).chat_template_kwargs is None
