@@ -2,77 +2,42 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from recorded_runs import (
+    FAST,
+    OTHER_TEMPLATE,
+    chat_base,
+    conversation,
+    edited,
+    evaluate,
+    exported_by_hand,
+    jsonl,
+    overheard,
+    run,
+    talks,
+    train,
+    trained_prompts,
+)
 from rows import adapted_base
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
-from tiny_vision import tiny_smolvlm
 
-from rankwise import cli
-from rankwise.config import DataSection, ModelSection, ScoredData, ValidateConfig
-from rankwise.data import Example, Rendered, Renderer, load
-from rankwise.data.device import DeviceTarget
+from rankwise.config import DataSection, ModelSection
+from rankwise.data import load
 from rankwise.data.input_record import FILE, InputRecord, read_input
-from rankwise.data.labelling.label_task import task_from
 from rankwise.nets.adapters import save_adapter
 from rankwise.nets.load import load_config
-from rankwise.score.tasks import task as scored_task
-from rankwise.ship.llama.gguf_generator import GGUFGenerator
-from rankwise.ship.llama.runtime import Completion, RuntimeInfo
 from rankwise.stages.recorded import as_recorded, recorded
 from rankwise.stages.rendering import renderer_for
-from rankwise.stages.shipped import shipment
-from rankwise.stages.validating import trained_side
 from rankwise.store.files import read_object, write_json
-
-OTHER_TEMPLATE = CHAT_TEMPLATE.replace("<|", "[").replace("|>", "]")
-THINKING = CHAT_TEMPLATE.replace(
-    "<|assistant|>\n{% endif %}", "<|assistant|>\n{% if not thinking %}(no){% endif %}{% endif %}"
-)
-FAST = "--use_cpu --max_steps 2 --val_fraction 0 --no_plots --log_frequency 0 --save_strategy no".split()
-ASK = "--device cpu --max_new_tokens 2 --num_samples 2".split()
-
-
-def run(*words: Any) -> int:
-    return cli.main([str(word) for word in words])
-
-
-def train(base: Path, out: Path, *more: Any) -> Path:
-    assert run("train", "--model_name", base, "-o", out, *FAST, *more) == 0
-    return out
-
-
-def evaluate(model: Path, *more: Any) -> int:
-    return run("evaluate", model, *ASK, *more)
-
-
-def jsonl(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def conversation(number: int, system: str | None = None, length: int = 1) -> dict[str, Any]:
-    turns = [{"role": "system", "content": system}] if system else []
-    asked = {"role": "user", "content": f"near[{number}]? " + "pub " * length}
-    return {"id": f"c{number}", "messages": [*turns, asked, {"role": "assistant", "content": f"Café {number}"}]}
-
-
-def talks(path: Path, count: int = 6, **how: Any) -> Path:
-    return jsonl(path, [conversation(number, **how) for number in range(count)])
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a chat template, wide enough that what it is asked decides what it says."""
-    folder = tmp_path_factory.mktemp("base")
-    return tiny_llama(folder, tokenizer={"chat_template": CHAT_TEMPLATE}, initializer_range=0.3)
+    return chat_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -104,67 +69,7 @@ def merged(chat_merged: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
-    """Sample → the ids that it was asked with last, whichever command asked."""
-    found: dict[str, list[int]] = {}
-    own = Renderer.prompt
-
-    def prompt(self: Renderer, example: Example) -> Rendered:
-        rendered = own(self, example)
-        found[example.id] = rendered.input_ids
-        return rendered
-
-    monkeypatch.setattr(Renderer, "prompt", prompt)
-    return found
-
-
-def trained_prompts(renderer: Renderer, examples: Any) -> dict[str, list[int]]:
-    """Ids before the answer of whole training samples."""
-    found = {}
-    for example in examples:
-        whole = renderer.training(example)
-        found[example.id] = whole.input_ids[: max(place for place, label in enumerate(whole.labels) if label < 0) + 1]
-    return found
-
-
-def edited(folder: Path, **changes: Any) -> Path:
-    write_json(folder / FILE, read_object(folder / FILE) | changes)
-    return folder
-
-
-# --- the printed next command asks as training did -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("style", ["chat", "raw", "sections"])
-def test_the_line_that_train_prints_asks_as_training_did(
-    style: str, base: Path, tmp_path: Path, asked: dict[str, list[int]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Prompts of the printed command are, id for id, what stood before the answers in training."""
-    data = tmp_path / "some rows"
-    data.mkdir()
-    for name in ("trainset.csv", "devset.csv"):
-        (data / name).write_text("mr,ref\n" + "".join(f'"name[a{n}]",text of a{n}\n' for n in range(6)))
-    train(base, tmp_path / "run", "--task", "e2e_nlg", "--data_path", data, "--prompt", style)
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
-    words = shlex.split(line.removeprefix("next: rankwise "))
-    assert run(*words, "--device", "cpu", "--max_new_tokens", 2) == 0
-    said = capsys.readouterr().out
-    assert f"— from {tmp_path / 'run' / FILE}" in said.splitlines()[0]
-    renderer = renderer_for(DataSection(prompt=style), ModelSection(), str(base), load_config(str(base)))
-    assert asked == trained_prompts(renderer, load("e2e_nlg", data, "dev"))
-
-
-def test_what_training_saw_whole_is_asked_whole(base: Path, tmp_path: Path, asked: dict[str, list[int]]) -> None:
-    """Room for the answer comes on top of the training's length: a prompt that fitted is not cut for it."""
-    data = talks(tmp_path / "rows.jsonl", length=20)
-    renderer = renderer_for(
-        DataSection(task="conversations", data_path=str(data)), ModelSection(), str(base), load_config(str(base))
-    )
-    longest = max(len(renderer.training(row).input_ids) for row in load("conversations", data))
-    train(base, tmp_path / "run", "--data_path", data, "--max_seq_length", longest)
-    words = ("--task", "conversations", "--data_path", data, "--max_new_tokens", 40)
-    assert evaluate(tmp_path / "run", *words) == 0
-    expected = trained_prompts(renderer, load("conversations", data))
-    assert asked == {name: expected[name] for name in asked}
+    return overheard(monkeypatch)
 
 
 # --- auto ------------------------------------------------------------------------------------------------------------
@@ -210,161 +115,6 @@ def test_a_chat_run_of_an_earlier_version_goes_on(base: Path, rows: Path, tmp_pa
     write_json(file, content)
     (out / FILE).unlink()
     train(base, out, *saving, "--max_steps", 3, "--resume_from_checkpoint", "true")
-
-
-# --- a law: adapter, merged model and GGUF are asked the same --------------------------------------------------------
-
-
-class Listening:
-    """A llama.cpp that only hears: the ids, or the text and pictures, that it is sent."""
-
-    info = RuntimeInfo("none", "<__media__>", "model.gguf", 512, False)
-
-    def __init__(self) -> None:
-        self.heard: list[Any] = []
-
-    def complete(self, prompt: Any, images: Any = (), **_: Any) -> Completion:
-        self.heard.append((prompt if isinstance(prompt, str) else list(prompt), tuple(images)))
-        return Completion("", (), len(prompt), "", 0.0, True)
-
-
-def samsum(folder: Path) -> Path:
-    dialogues = [{"id": f"s{n}", "dialogue": f"Ann: near[{n}]?\nBo: yes", "summary": f"Café {n}."} for n in range(6)]
-    write_json(folder / "train.json", dialogues)
-    write_json(folder / "val.json", dialogues)
-    return folder
-
-
-def e2e(folder: Path) -> Path:
-    for name in ("trainset.csv", "devset.csv"):
-        (folder / name).write_text("mr,ref\n" + "".join(f'"name[a{n}]",text of a{n}\n' for n in range(6)))
-    return folder
-
-
-def multi_nli(folder: Path) -> Path:
-    labels = ("neutral", "entailment", "contradiction")
-    pairs = [
-        {"pairID": f"m{n}", "sentence1": f"It rains {n}.", "sentence2": "Wet.", "gold_label": labels[n % 3]}
-        for n in range(6)
-    ]
-    for name in ("multinli_1.0_train.jsonl", "multinli_1.0_dev_matched.jsonl"):
-        jsonl(folder / name, pairs)
-    return folder
-
-
-def wikisql(folder: Path) -> Path:
-    table = {"id": "t", "header": ["Name", "Town"], "types": ["text", "text"], "rows": [["Vaults", "Ely"]]}
-    sql = {"sel": 0, "agg": 0, "conds": [[1, 0, "Ely"]]}
-    for part in ("train", "dev"):
-        jsonl(folder / f"{part}.tables.jsonl", [table])
-        jsonl(folder / f"{part}.jsonl", [{"table_id": "t", "question": f"Who {n}?", "sql": sql} for n in range(6)])
-    return folder
-
-
-def conversations(folder: Path) -> Path:
-    return talks(folder / "rows.jsonl", system="Be brief.")
-
-
-DATA: dict[str, Callable[[Path], Path]] = {
-    "e2e_nlg": e2e,
-    "samsum": samsum,
-    "multi_nli": multi_nli,
-    "wikisql": wikisql,
-    "conversations": conversations,
-}
-
-
-def exported_by_hand(merged: Path, folder: Path) -> Path:
-    """An export folder without a converter: what `validate` reads of one before it starts llama.cpp."""
-    folder.mkdir()
-    (folder / "model-f16.gguf").write_bytes(b"GGUF")
-    files = {"f16": {"text": "model-f16.gguf", "mmproj": None}}
-    write_json(folder / "export.json", {"format": "rankwise-export/1", "files": files, "model": {"path": str(merged)}})
-    shutil.copyfile(merged / FILE, folder / FILE)
-    return folder
-
-
-def sent(export: Path, task: str, data: Path) -> dict[str, Any]:
-    """Sample → what `validate` sends to llama.cpp for it."""
-    scored = ScoredData(task=task, data_path=str(data))
-    config = ValidateConfig(export=str(export), data=scored, num_samples=2, device="cpu")
-    trained = trained_side(config, shipment(config))
-    runtime = Listening()
-    list(GGUFGenerator(runtime, trained.renderer, trained.decoding).generate(trained.items))
-    return {example.id: heard for example, heard in zip(trained.items, runtime.heard, strict=True)}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("style", ["sections", "chat", "raw"])
-def test_adapter_merged_model_and_gguf_are_asked_the_same(
-    style: str, base: Path, tmp_path: Path, asked: dict[str, list[int]]
-) -> None:
-    """All tasks, no flag repeated; a template of its own with a variable, and a length that cuts nothing."""
-    (tmp_path / "own.jinja").write_text(THINKING)
-    template = ["--chat_template", tmp_path / "own.jinja", "--chat_template_kwargs", '{"thinking": true}']
-    for name, made in DATA.items():
-        (tmp_path / name).mkdir()
-        data = made(tmp_path / name)
-        own = ("--task", name, "--data_path", data)
-        out = train(base, tmp_path / name / "run", *own, "--prompt", style, *(template if style == "chat" else []))
-        assert run("merge", out, "-o", tmp_path / name / "merged") == 0
-        found = []
-        for model in (out, tmp_path / name / "merged"):
-            asked.clear()
-            assert evaluate(model, *own) == 0
-            found.append(dict(asked))
-        shipped = sent(exported_by_hand(tmp_path / name / "merged", tmp_path / name / "export"), name, data)
-        assert found[0] == found[1] == {key: ids for key, (ids, _) in shipped.items()}, name
-        record = read_input(out)
-        assert record
-        seen = as_recorded(DataSection(task=name), recorded([out]))
-        renderer = renderer_for(seen, ModelSection(), str(base), load_config(str(base)))
-        items = scored_task(name).examples(str(data), "dev").items[:2]
-        assert found[0] == trained_prompts(renderer, items), name
-
-
-def pictures(folder: Path) -> Path:
-    """A labelled data set made for a device."""
-    (folder / "images").mkdir(parents=True)
-    for number in range(6):
-        Image.new("RGB", (40, 32), (40 * number, 200, 10)).save(folder / "images" / f"{number}.png")
-    rows = [{"image_id": f"{n}", "image_path": f"images/{n}.png", "colour": "red", "reason": "r"} for n in range(6)]
-    for name in ("train.jsonl", "val.jsonl"):
-        jsonl(folder / name, rows)
-    task_from({"classes": ["red", "green"], "field": "colour"}, "the test", "colours").save(folder)
-    DeviceTarget(image_size=32, longest_edge=32).save(folder)
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("style", ["chat", "raw"])
-def test_pictures_are_asked_about_the_same(style: str, tmp_path: Path, asked: dict[str, list[int]]) -> None:
-    """Ids of adapter and merged model; text and pixels of the GGUF; and device.json that is another one is refused."""
-    base, data = tiny_smolvlm(tmp_path / "base", longest_edge=32), pictures(tmp_path / "data")
-    out = train(base, tmp_path / "run", "--data_path", data, "--prompt", style)
-    assert read_object(out / FILE)["image_geometry"]["image_size"] == 32
-    assert run("merge", out, "-o", tmp_path / "merged") == 0
-    own, found = ("--task", "labels", "--data_path", data), []
-    for model in (out, tmp_path / "merged"):
-        asked.clear()
-        assert evaluate(model, *own) == 0
-        found.append(dict(asked))
-    assert found[0] == found[1]
-    export = exported_by_hand(tmp_path / "merged", tmp_path / "export")
-    shutil.copyfile(tmp_path / "merged" / "device.json", export / "device.json")
-    shipped = sent(export, "labels", data)
-    place = DataSection(task="labels", data_path=str(data), prompt=style)
-    renderer = renderer_for(place, ModelSection(), str(base), load_config(str(base)))
-    assert renderer.sight
-    for example in load("labels", data, "dev").items[:2]:
-        text, images = shipped[example.id]
-        assert text == renderer.prompt_text(example, "<__media__>")
-        assert len(images) == 1
-        assert found[0][example.id] == renderer.prompt_ids(example)
-    DeviceTarget(image_size=64, longest_edge=32).save(out)
-    assert evaluate(out, *own) == 3
-    (out / "device.json").unlink()
-    assert evaluate(out, *own) == 3
 
 
 # --- noticed where it is not as it was -------------------------------------------------------------------------------

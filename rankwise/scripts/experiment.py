@@ -73,11 +73,12 @@ class TrainingConfig:
 
 @dataclass
 class DataConfig:
-    """Which rows. data_path: official files [data/<task>]; val_fraction: share of the groups held out."""
+    """Which rows. data_path: official files [data/<task>]; max_length: tokens of a row [as the model was trained, else
+    2,048]; val_fraction: share of the groups held out."""
 
     dataset_type: DatasetType = DatasetType.E2E_NLG
     data_path: str | None = None
-    max_length: int = 2048
+    max_length: int | None = None
     val_fraction: float = 0.05
     max_samples: int | None = None
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import MAX_SEQ_LENGTH, TrainConfig
+from rankwise.config import TrainConfig
 from rankwise.core.phase import Phases
 from rankwise.nets.targets import TARGETS
 from rankwise.scripts.evaluation import ModelEvaluator
@@ -158,7 +158,7 @@ def experiment_of(config: TrainConfig) -> ExperimentConfig:
         data=DataConfig(
             DatasetType(str(config.data.task)),
             config.data.data_path,
-            config.data.max_seq_length or MAX_SEQ_LENGTH,
+            config.data.max_seq_length,
             config.val_fraction,
             config.max_samples,
         ),

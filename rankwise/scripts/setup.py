@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from rankwise.config import MAX_SEQ_LENGTH
 from rankwise.data import Collator, RenderedDataset, Renderer, load
 from rankwise.nets.adapt import LoraSettings, adapt
 from rankwise.nets.load import load_model, load_tokenizer
@@ -50,7 +51,7 @@ def load_and_preprocess_dataset(
     """
     examples = load(data_config.dataset_type, data_config.path, split)
     rows = examples.items[: data_config.max_samples]
-    return RenderedDataset(rows, Renderer(tokenizer, max_length=data_config.max_length))
+    return RenderedDataset(rows, Renderer(tokenizer, max_length=data_config.max_length or MAX_SEQ_LENGTH))
 
 
 def get_data_collator(tokenizer: PreTrainedTokenizerBase) -> Collator:
