@@ -233,7 +233,7 @@ def test_checkpointing_leaves_a_frozen_vision_tower_alone(
         for path, module in model.named_modules():
             if type(module).__name__.endswith("Attention"):  # within a layer: its own hooks lie around the checkpoint
                 tower = tower_of(path, towers)
-                module.register_forward_pre_hook(lambda *_, tower=tower: calls.update([tower]))
+                module.register_forward_pre_hook(lambda own, *_, tower=tower: calls.update([tower] * own.training))
         return adapt(model, *rest)
 
     monkeypatch.setattr("rankwise.stages.adapting.adapt", counted)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,15 +85,81 @@ def answer_losses(model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, T
 
 
 def batch_losses(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Summed loss (n,) float64 and learnt tokens (n,) of the rows of one batch.
-
-    Only the predictions of learnt tokens are made float32: a whole batch × length × vocabulary would not fit.
-    """
-    targets = batch["labels"][:, 1:].to(device)
-    learnt = targets != IGNORED
+    """Summed loss (n,) float64 and learnt tokens (n,) of the rows of one batch."""
+    learnt = Learnt.of(batch["labels"])
     inputs = {name: value.to(device) for name, value in batch.items() if name not in BESIDE}
-    logits = model(**inputs).logits[:, :-1][learnt]
-    token_losses = F.cross_entropy(logits.float(), targets[learnt], reduction="none").double()
-    rows = learnt.nonzero()[:, 0]
-    sums = torch.zeros(len(targets), dtype=torch.float64, device=device).index_add(0, rows, token_losses)
-    return sums.cpu(), learnt.sum(dim=1).cpu()
+    losses = token_losses(model, inputs, learnt.to(device)).cpu().double()
+    count = len(batch["labels"])
+    sums = torch.zeros(count, dtype=torch.float64).index_add(0, learnt.rows, losses)
+    return sums, torch.bincount(learnt.rows, minlength=count)
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """The K positions of a batch (rows, T) whose next token is learnt, by row.
+
+    positions: row·T + place of what predicts. targets: the token there. rows: the row of each.
+    """
+
+    positions: Tensor
+    targets: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor) -> Learnt:
+        """Found where the labels are: on the host, so that the device is not waited for."""
+        targets = labels[:, 1:]
+        rows, places = (targets != IGNORED).nonzero(as_tuple=True)
+        return cls(rows * labels.shape[1] + places, targets[rows, places], rows)
+
+    def to(self, device: torch.device) -> Learnt:
+        return Learnt(*(part.to(device, non_blocking=True) for part in (self.positions, self.targets, self.rows)))
+
+
+def token_losses(model: nn.Module, inputs: Mapping[str, Any], learnt: Learnt) -> Tensor:
+    """Negative log-likelihood (K,) in nats, float32: plain cross-entropy, whatever the model trains by besides.
+
+    Only the learnt positions reach the output head: batch × length × vocabulary would not fit.
+    """
+    with head_at(model, learnt.positions) as head:
+        logits = model(**inputs).logits
+    logits = logits.reshape(-1, logits.shape[-1])
+    logits = logits if head.ran else logits.index_select(0, learnt.positions)
+    return F.cross_entropy(logits.float(), learnt.targets, reduction="none")
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Of a model that may be wrapped for several processes; None for a compiled one, whose graph no hook may enter."""
+    if hasattr(model, "_orig_mod"):
+        return None
+    plain = getattr(model, "module", model)
+    head: nn.Module | None = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
+    return head
+
+
+@dataclass
+class Head:
+    """Whether the output head was called with the learnt positions alone."""
+
+    ran: bool = False
+
+
+@contextmanager
+def head_at(model: nn.Module, positions: Tensor) -> Iterator[Head]:
+    """The model with an output head that gets these positions (row·T + place) of its input only, as one row.
+
+    A head that is no module of its own gets all of them; `Head.ran` says so.
+    """
+    head = Head()
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        head.ran = True
+        return (args[0].reshape(-1, args[0].shape[-1]).index_select(0, positions)[None],)
+
+    module = output_head(model)
+    handle = None if module is None else module.register_forward_pre_hook(keep)
+    try:
+        yield head
+    finally:
+        if handle is not None:
+            handle.remove()

@@ -25,9 +25,10 @@ from transformers import PreTrainedModel
 
 from rankwise.data.render import IGNORED
 from rankwise.errors import UsageError
+from rankwise.score.likelihood import Learnt
 from rankwise.train.stacked import Stack
 from rankwise.train.stacked_adamw import Active, Course, Hyperparameters, StackedAdamW, rate_factors
-from rankwise.train.stacked_model import Learnt, Together, running
+from rankwise.train.stacked_model import Together, running
 
 Batch = Mapping[str, Tensor]
 Collate = Callable[[Sequence[Mapping[str, Any]]], Batch]

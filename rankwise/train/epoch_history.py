@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.errors import DataError
@@ -24,6 +22,7 @@ from rankwise.nets.factorize import save_factorizer
 from rankwise.store.files import read_json, read_object, write_json
 from rankwise.store.processes import process_index
 from rankwise.train.factorizing import TERMS, FactorObjective
+from rankwise.train.sharing import summed
 
 HISTORY, STATE = "history.json", "history_state.json"
 Row = dict[str, Any]
@@ -105,28 +104,24 @@ class EpochHistory(TrainerCallback):
 
     def means(self) -> list[float]:
         """Of the terms over the epoch's matrices, in all processes: the one time that they come to the host."""
-        totals = torch.cat([self.objective.sums, self.objective.sums.new_tensor([self.objective.counted])])
-        *sums, counted = summed(totals).tolist()
+        *sums, counted = self.totals()
         return [value / counted if counted else math.nan for value in sums]
+
+    def totals(self) -> list[float]:
+        """The sums of TERMS and the number of matrices, of all processes, on the host."""
+        totals: list[float] = summed(torch.cat([self.objective.sums, self.objective.counted[None]])).tolist()
+        return totals
 
     def write(self, state: TrainerState) -> None:
         if state.is_world_process_zero:
             write_json(self.folder / HISTORY, self.rows)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        totals = summed(torch.cat([self.objective.sums, self.objective.sums.new_tensor([self.objective.counted])]))
+        *sums, counted = self.totals()
         if state.is_world_process_zero:
-            *sums, counted = totals.tolist()
             seconds = time.monotonic() - self.started
-            content = {"rows": self.rows, "sums": sums, "counted": int(counted), "seconds": seconds}
+            content = {"rows": self.rows, "sums": sums, "counted": round(counted), "seconds": seconds}
             write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE, content)
-
-
-def summed(values: Tensor) -> Tensor:
-    """Over all processes; every one of them must ask."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(values)
-    return values
 
 
 def read_history(file: Path) -> list[Row]:

@@ -22,6 +22,8 @@ from rankwise.core.closeness import explained_energy, mse, relative_error
 from rankwise.data.features import collate
 from rankwise.errors import DivergedError, UsageError
 from rankwise.nets.factorize import Factorization, Factorizer
+from rankwise.store.processes import process_index
+from rankwise.train.sharing import summed
 
 TERMS = ("loss", "mse", "b", "ortho", "activation_ortho", "refined")
 MEASURES = ("mse", "relative_error", "explained_energy", "refined_mse")
@@ -50,8 +52,11 @@ class TermWeights:
 class FactorObjective(nn.Module):
     """A network with its loss. In training `forward` returns {"loss"}; in evaluation also "measures" (B, k).
 
+    A batch's `row` may have matrices that do not count: those below 0, with which a process fills up its last batch.
+    In several processes the loss is this one's share of the mean over all matrices of the step.
+
     sums: of TERMS over the matrices since `restart`, weighted by batch; float64, where the network is. counted: how
-    many matrices they are over.
+    many matrices they are over. In several processes both are added up.
     """
 
     def __init__(self, net: Factorizer, weights: TermWeights) -> None:
@@ -61,9 +66,9 @@ class FactorObjective(nn.Module):
         self.holds_layers = type(net).orthogonality is not Factorizer.orthogonality
         self.restart()
 
-    def restart(self, sums: Sequence[float] = (0.0,) * len(TERMS), counted: int = 0) -> None:
-        self.sums = torch.tensor(sums, dtype=torch.float64, device=next(self.net.parameters()).device)
-        self.counted = counted
+    def restart(self, sums: Sequence[float] = (0.0,) * len(TERMS), counted: float = 0.0) -> None:
+        device = next(self.net.parameters()).device
+        self.sums, self.counted = (torch.tensor(each, dtype=torch.float64, device=device) for each in (sums, counted))
 
     def forward(self, features: Tensor, row: Tensor | None = None) -> dict[str, Tensor]:
         """features: normalised (B, T, D). Errors are computed in float32 under autocast too."""
@@ -72,19 +77,21 @@ class FactorObjective(nn.Module):
             if not self.training:
                 measures = measured(features, found)
                 return {"loss": measures[:, 0].mean(), "measures": measures}
-            terms = self.terms(features, found)
-            self.sums = self.sums.to(terms.device) + terms.detach().double() * len(features)
-            self.counted += len(features)
+            counts = features.new_ones(len(features)) if row is None else (row >= 0).to(features)
+            each = summed(counts.sum()) / process_index()[1]  # matrices of this step, for each process
+            terms = self.terms(features, found, counts / each)
+            self.sums = self.sums.to(terms.device) + terms.detach().double() * each
+            self.counted = self.counted.to(terms.device) + each
             return {"loss": terms[0]}
 
-    def terms(self, features: Tensor, found: Factorization) -> Tensor:
-        """TERMS of a batch, unweighted but for the first, which is what is minimised."""
+    def terms(self, features: Tensor, found: Factorization, shares: Tensor) -> Tensor:
+        """TERMS of a batch, unweighted but for the first, which is what is minimised. shares: of the matrices (B,)."""
         mask, nothing = self.net.rank_mask, features.new_zeros(())
-        error = mse(features, product(found)).mean()
-        size = mean_square(found.factors.right.float(), mask)
-        columns = column_orthogonality(found.activation.float(), mask)
+        error = mse(features, product(found)) @ shares
+        size = mean_square(found.factors.right.float(), mask) @ shares
+        columns = column_orthogonality(found.activation.float(), mask) @ shares
         ortho, apart = (self.net.orthogonality(), columns) if self.holds_layers else (columns, nothing)
-        refined = nothing if found.refined is None else mse(features, found.refined.float()).mean()
+        refined = nothing if found.refined is None else mse(features, found.refined.float()) @ shares
         weights = self.weights
         loss = error + weights.b * size + weights.ortho * ortho + weights.activation * apart + refined
         return torch.stack([loss, error, size, ortho, apart, refined])
@@ -102,21 +109,21 @@ def product(found: Factorization) -> Tensor:
 
 
 def mean_square(right: Tensor, mask: Tensor | None) -> Tensor:
-    """mean(B²) over the channels (…, r, D) that act."""
+    """mean(B²) over the channels of each matrix (B, r, D) that act: (B,)."""
     if mask is None:
-        return right.square().mean()
+        return right.square().mean((-2, -1))
     acting = mask.to(right)
-    return (right.square().mean((0, -1)) * acting).sum() / acting.sum()
+    return (right.square().mean(-1) * acting).sum(-1) / acting.sum()
 
 
 def column_orthogonality(activation: Tensor, mask: Tensor | None) -> Tensor:
-    """‖AᵀA/T − I‖_F² / r², mean over the batch (B, T, r); of the channels that act, over all r² entries."""
+    """‖AᵀA/T − I‖_F² / r² of each matrix (B, T, r): (B,); of the channels that act, over all r² entries."""
     rank = activation.shape[-1]
     difference = activation.mT @ activation / activation.shape[-2] - torch.eye(rank, device=activation.device)
     if mask is not None:
         acting = mask.to(difference)
         difference = difference * acting[:, None] * acting
-    return difference.square().sum((-2, -1)).mean() / rank**2
+    return difference.square().sum((-2, -1)) / rank**2
 
 
 def measured(features: Tensor, found: Factorization) -> Tensor:
@@ -137,7 +144,8 @@ def with_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class ValidationMeans:
-    """The Trainer's `compute_metrics`: means of MEASURES over the validation matrices, each counted once.
+    """The Trainer's `compute_metrics`: means of MEASURES over the validation matrices, each counted once; the loss is
+    the first of them.
 
     names: of all matrices of the cache, by place. Raises DivergedError, naming the matrices, where one is not finite.
     """
@@ -148,7 +156,7 @@ class ValidationMeans:
         values = np.atleast_2d(np.asarray(evaluated.predictions, dtype=np.float64))
         refuse_not_finite(values, [self.names[place] for place in evaluated.label_ids], "validation")
         means = values.mean(0).tolist()
-        return dict(zip(MEASURES, means, strict=False))
+        return {"loss": means[0], **dict(zip(MEASURES, means, strict=False))}
 
 
 def refuse_not_finite(values: np.ndarray[Any, Any], names: Sequence[str], part: str) -> None:

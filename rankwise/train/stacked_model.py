@@ -14,38 +14,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rankwise.core.site import nearest
-from rankwise.data.render import IGNORED
 from rankwise.errors import UsageError, VerificationError
 from rankwise.nets.sites import linear_shape
+from rankwise.score.likelihood import Learnt, token_losses
 from rankwise.train.stacked import Stack, StackedSite
-
-
-@dataclass(frozen=True)
-class Learnt:
-    """The K positions of a batch (rows, T) whose next token is learnt, by row.
-
-    positions: row·T + place of what predicts. targets: the token there. rows: the row of each.
-    """
-
-    positions: Tensor
-    targets: Tensor
-    rows: Tensor
-
-    @classmethod
-    def of(cls, labels: Tensor) -> Learnt:
-        """Found on the host, so that the device is not waited for."""
-        targets = labels[:, 1:]
-        rows, places = (targets != IGNORED).nonzero(as_tuple=True)
-        return cls(rows * labels.shape[1] + places, targets[rows, places], rows)
-
-    def to(self, device: torch.device) -> Learnt:
-        return Learnt(*(part.to(device, non_blocking=True) for part in (self.positions, self.targets, self.rows)))
 
 
 @dataclass
@@ -55,23 +31,17 @@ class Together:
     model: PreTrainedModel
     stack: Stack
     shape: tuple[int, int] = (0, 0)
-    kept: Tensor = field(default_factory=lambda: torch.zeros(0))
-    head_ran: bool = False
     called: set[str] = field(default_factory=set)
 
     def token_losses(self, stack: Stack, batch: Mapping[str, Tensor], learnt: Learnt) -> Tensor:
-        """Negative log-likelihood (K,) in nats, float32. Only the positions that are learnt reach the output head:
-        N·b × T × vocabulary would not fit."""
+        """Negative log-likelihood (K,) in nats, float32, of all rows of the arms of a stack."""
         ids = batch["input_ids"]
-        self.stack, self.shape, self.kept, self.head_ran = stack, (ids.shape[0], ids.shape[1]), learnt.positions, False
+        self.stack, self.shape = stack, (ids.shape[0], ids.shape[1])
         mask = None if padded_right(batch["attention_mask"]) else batch["attention_mask"].to(self.model.device)
-        logits = self.model(
-            input_ids=ids.to(self.model.device, non_blocking=True), attention_mask=mask, use_cache=False
-        ).logits
-        logits = logits.reshape(-1, logits.shape[-1])
-        logits = logits if self.head_ran else logits.index_select(0, learnt.positions)
+        inputs = {"input_ids": ids.to(self.model.device, non_blocking=True)}
+        losses = token_losses(self.model, {**inputs, "attention_mask": mask, "use_cache": False}, learnt)
         self.check_called()
-        return F.cross_entropy(logits.float(), learnt.targets, reduction="none")
+        return losses
 
     def add(self, number: int, module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
         site = self.stack.sites[number]
@@ -82,11 +52,6 @@ class Together:
             )
         self.called.add(site.path)
         return site.added(inputs[0], outputs)
-
-    def keep_learnt(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        self.head_ran = True
-        hidden = inputs[0].reshape(-1, inputs[0].shape[-1])
-        return (hidden.index_select(0, self.kept)[None],)
 
     def check_called(self) -> None:
         if len(self.called) < len(self.stack.sites):
@@ -112,9 +77,6 @@ def running(model: PreTrainedModel, stack: Stack) -> Iterator[Together]:
         modules[site.path].register_forward_hook(partial(together.add, number))
         for number, site in enumerate(stack.sites)
     ]
-    head = model.get_output_embeddings()
-    if head is not None:
-        handles.append(head.register_forward_pre_hook(together.keep_learnt))
     training = model.training
     model.eval().requires_grad_(False)
     try:

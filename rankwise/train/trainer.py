@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -31,6 +31,7 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStr
 
 from rankwise.errors import RankwiseError, UsageError
 from rankwise.nets.adapt import full_parameters
+from rankwise.score.likelihood import Learnt, token_losses
 from rankwise.score.selection import LabelAccuracy
 from rankwise.store.files import explained
 from rankwise.train.allocation import RankAllocation
@@ -40,11 +41,15 @@ from rankwise.train.guard import StepGuard, diverged, memory_advice
 from rankwise.train.interruption import Interruption
 from rankwise.train.phases import PhaseKeeper
 from rankwise.train.rates import RATE_COLUMN, RateWatch, full_at_common_rate, split_by_tower
+from rankwise.train.reach import FrozenPrefix, within_reach
 from rankwise.train.sampling import LengthGrouped
+from rankwise.train.sharing import evened, silenceable, summed
+from rankwise.train.step_loss import counts_all_tokens, prove_counting
 from rankwise.train.tables import TrainingLog
 from rankwise.train.trained import parameter_towers
 
 SAMPLE_INDEX, ACCURACY = "sample_index", "eval_accuracy"
+DATA_SETS = ("train_dataset", "eval_dataset")
 
 
 class StopOnSignal(TrainerCallback):
@@ -76,37 +81,6 @@ def evaluates_now(args: TrainingArguments, state: TrainerState) -> bool:
     by_epoch = args.load_best_model_at_end and args.eval_strategy == IntervalStrategy.EPOCH
     always_saved = args.save_strategy != SaveStrategy.BEST  # which would save only what is better
     return bool(by_epoch and always_saved and state.epoch and float(state.epoch).is_integer())
-
-
-def within_reach(model: nn.Module, _: Any, output: Any) -> None:
-    """A forward hook. Text does not reach a vision tower: where nothing else trains, its gradient is zero, no error.
-
-    Inside the model, because DDP looks from its output for parameters that were used.
-    """
-    if not isinstance(output, Mapping):
-        return
-    name = "loss" if output.get("loss") is not None else "logits"
-    if torch.is_grad_enabled() and not output[name].requires_grad:
-        trained = next((parameter for parameter in model.parameters() if parameter.requires_grad), None)
-        if trained is not None:
-            output[name] = output[name] + 0.0 * trained.flatten()[0]
-
-
-class FrozenPrefix(TrainerCallback):
-    """Keeps backward from going further than the first thing that trains.
-
-    With checkpointing transformers makes the embeddings' outputs require gradients, a vision tower's too; then all
-    frozen layers are computed twice and passed through. Only reentrant checkpointing needs that.
-    """
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        reentrant = (args.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
-        if args.activation_checkpointing and not reentrant:
-            base = model.get_base_model() if hasattr(model, "get_base_model") else model
-            if hasattr(base, "disable_input_require_grads"):
-                base.disable_input_require_grads()
 
 
 class RankwiseTrainer(Trainer):
@@ -146,6 +120,9 @@ class RankwiseTrainer(Trainer):
         **rest: Any,
     ) -> None:
         keep, args.save_total_limit = args.save_total_limit, None
+        self.rows = rest.get("train_dataset")
+        if args.world_size > 1:
+            rest |= {name: silenceable(rest[name]) for name in DATA_SETS if rest.get(name) is not None}
         self.guard = StepGuard()
         self.interruption = Interruption(args.world_size)
         self.loraplus_lr_ratio = loraplus_lr_ratio
@@ -161,6 +138,8 @@ class RankwiseTrainer(Trainer):
         own = [FrozenPrefix(), log, phases, allocator, gradients, *stateful, keeper, self._stop, self._rates]
         super().__init__(args=args, callbacks=[*filter(None, own), *callbacks], **rest)
         self.remove_callback(PrinterCallback)
+        self.validation: list[Tensor] = []
+        self.unproven = counts_all_tokens(self)
         if allocator is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise UsageError("--allocator adalora needs whole weights and gradients: leave FSDP and DeepSpeed out")
         if accuracy is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -200,6 +179,9 @@ class RankwiseTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         index = inputs.pop(SAMPLE_INDEX, None)
+        if self.unproven:
+            prove_counting(self, model, inputs)
+            self.unproven = False
         with self.regularised(num_items_in_batch):
             loss = super().training_step(model, inputs, num_items_in_batch)
         self.guard.losses.append(loss)
@@ -260,33 +242,60 @@ class RankwiseTrainer(Trainer):
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def sample_names(self, indices: Sequence[Tensor]) -> list[str]:
-        name = getattr(self.train_dataset, "sample_id", str)
-        return [name(index) for batch in indices for index in batch.tolist()]
+        name = getattr(self.rows, "sample_id", str)
+        return [name(index) for batch in indices for index in batch.tolist() if index >= 0]
+
+    def get_train_dataloader(self) -> Any:
+        """Every row once in an epoch, in whichever process."""
+        return evened(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args: Any, **rest: Any) -> Any:
+        return evened(super().get_eval_dataloader(*args, **rest))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """The Trainer's, but for rows of like length: those lengths are known, and the order must survive a resume."""
         if self.sampler is not None:
             return self.sampler
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        lengths = getattr(rows, "lengths", None)
+        lengths = getattr(self.rows, "lengths", None)
         if self.args.train_sampling_strategy != "group_by_length" or lengths is None:
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGrouped(lengths, self.args.train_batch_size * self.args.gradient_accumulation_steps, seed)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGrouped(lengths, step, seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Longest rows first where their lengths are known: least padding. The loss does not depend on the order."""
+        lengths = getattr(eval_dataset, "lengths", None)
+        if lengths is None:
+            return SequentialSampler(eval_dataset)
+        return sorted(range(len(lengths)), key=lambda place: -lengths[place])
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **rest: Any) -> Any:
+        """Of rows with labels the plain cross-entropy of each learnt token, kept for `evaluation_loop`."""
         inputs.pop(SAMPLE_INDEX, None)
-        return super().prediction_step(model, inputs, *args, **rest)
+        if "labels" not in inputs:
+            return super().prediction_step(model, inputs, *args, **rest)
+        inputs = self._prepare_inputs(inputs)
+        learnt = Learnt.of(inputs.pop("labels"))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses = token_losses(model, inputs, learnt)
+        total = losses.sum()
+        self.validation.append(torch.stack([total, total.new_tensor(len(losses))]))
+        return total / max(1, len(losses)), None, None
 
-    def evaluation_loop(self, *args: Any, **rest: Any) -> EvalLoopOutput:
-        """The Trainer's, and how many labels are right: callbacks and the choice of the best checkpoint see it too."""
-        output = super().evaluation_loop(*args, **rest)
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **rest: Any) -> EvalLoopOutput:
+        """The Trainer's, with the mean loss over all tokens, however they are batched, in place of a mean of means.
+
+        And how many labels are right: callbacks and the choice of the best checkpoint see it too.
+        """
+        self.validation = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **rest)
+        if self.validation and output.metrics is not None:
+            loss, tokens = summed(torch.stack(self.validation).double().sum(0)).tolist()
+            output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
         if self.accuracy is not None and output.metrics is not None:
             tally = self.accuracy.right(self.model)
-            counts = torch.tensor([tally.right, tally.asked], device=self.args.device)
-            if self.args.world_size > 1:
-                dist.all_reduce(counts)
-            right, asked = counts.tolist()
+            right, asked = summed(torch.tensor([tally.right, tally.asked], device=self.args.device)).tolist()
             output.metrics[ACCURACY] = right / asked
         return output
 
