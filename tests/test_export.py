@@ -29,7 +29,7 @@ from rankwise.ship.gguf.adapter_gguf import check_adapter, fold_scales, read_pla
 from rankwise.ship.gguf.converter import Converter, own_converter
 from rankwise.ship.gguf.export import read_export
 from rankwise.ship.gguf.export_plan import ExportPlan, plan_export, require_space
-from rankwise.ship.gguf.metadata import check_numbers, text_numbers, vision_numbers
+from rankwise.ship.gguf.metadata import check_numbers, config_of, text_numbers, vision_numbers
 from rankwise.ship.gguf.origin import origins
 from rankwise.ship.gguf.reading import GGUFFile
 from rankwise.ship.gguf.verify_export import compare_tensors
@@ -589,21 +589,12 @@ def test_an_adapter_on_its_base_answers_as_peft_does(adapter: Path, adapter_file
     assert difference < 5e-3 < 0.1 < effect
 
 
-def test_another_adapters_factors_are_found(adapter: Path, adapter_file: Path) -> None:
-    file = GGUFFile(adapter_file)
-    folded = fold_scales(read_plain(adapter))
-    check_adapter(file, folded, exact=True)
-    site, pair = next(iter(folded.pairs.items()))
+def test_another_adapters_factors_are_found(adapter: Path, adapter_file: Path, text_export: Path) -> None:
+    file, config = GGUFFile(adapter_file), config_of(text_export.parent / "model")
+    plain = read_plain(adapter)
+    check_adapter(file, plain, config)
+    site, pair = next(iter(plain.pairs.items()))
     with pytest.raises(VerificationError, match="not the adapter's factors"):
-        check_adapter(file, replace(folded, pairs={**folded.pairs, site: replace(pair, lora_B=2 * pair.lora_B)}), True)
+        check_adapter(file, replace(plain, pairs={**plain.pairs, site: replace(pair, lora_B=2 * pair.lora_B)}), config)
     with pytest.raises(VerificationError, match="9 of the adapter's 10 sites"):
-        check_adapter(file, replace(folded, pairs={**folded.pairs, "model.vision.x": pair}), True)
-
-
-@pytest.mark.parametrize("kind", ["dora", "whole"])
-def test_only_plain_lora_becomes_gguf(kind: str, text: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"use_dora": True} if kind == "dora" else {"modules_to_save": ["norm"]}
-    model = get_peft_model(load_model(str(text), torch.float32), LoraConfig(target_modules=["q_proj"], **options))
-    model.save_pretrained(tmp_path)
-    with pytest.raises(DataError, match=r"DoRA" if kind == "dora" else "carries .*norm"):
-        read_plain(tmp_path)
+        check_adapter(file, replace(plain, pairs={**plain.pairs, "model.vision.x": pair}), config)

@@ -251,6 +251,8 @@ def broken_conversion(fault: str) -> dict[str, Tensor]:
         return tensors | {"blk.0.attn_q.weight": state[LAYER + "self_attn.q_proj.weight"]}
     if fault == "wrong heads":
         return tensors | {"blk.0.attn_q.weight": rope_order(state[LAYER + "self_attn.q_proj.weight"], 2) * 1.0001}
+    if fault == "queries' heads":
+        return tensors | {"blk.0.attn_k.weight": rope_order(state[LAYER + "self_attn.k_proj.weight"], HEADS)}
     if fault == "base":
         return tensors | {"blk.0.ffn_down.weight": weights(1)[LAYER + "mlp.down_proj.weight"]}
     return tensors | {"blk.0.attn_norm.weight": tensors["blk.0.attn_norm.weight"] * 2}
@@ -258,7 +260,13 @@ def broken_conversion(fault: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("fault", "name"),
-    [("unpermuted", "attn_q"), ("wrong heads", "attn_q"), ("base", "ffn_down"), ("norm", "attn_norm")],
+    [
+        ("unpermuted", "attn_q"),
+        ("wrong heads", "attn_q"),
+        ("queries' heads", "attn_k"),
+        ("base", "ffn_down"),
+        ("norm", "attn_norm"),
+    ],
 )
 def test_a_wrong_conversion_is_named(tmp_path: Path, fault: str, name: str) -> None:
     file = GGUFFile(write(tmp_path / "x.gguf", broken_conversion(fault)))

@@ -11,13 +11,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from rankwise.errors import DataError, VerificationError
 from rankwise.ship.gguf.converter import Converter
-from rankwise.ship.gguf.origin import shown
+from rankwise.ship.gguf.metadata import config_of
+from rankwise.ship.gguf.names import SUFFIXES, forms, name_table
+from rankwise.ship.gguf.origin import as_converted, rotary_heads, shown
 from rankwise.ship.gguf.reading import GGUFFile
 from rankwise.ship.gguf.relation import divisors, relation
 from rankwise.ship.gguf.view import changes_for
@@ -28,6 +31,7 @@ from rankwise.store.adapter_config import lora_config
 from rankwise.store.checkpoint import ADAPTER_NAMES
 from rankwise.store.files import write_json
 
+ROUNDING = 1e-6  # relative: of one product in float32
 HALVES = (".lora_a", ".lora_b")
 """How llama.cpp's converter ends the names of A and B."""
 
@@ -43,20 +47,20 @@ def read_plain(adapter: Path) -> LoraAdapter:
     return found
 
 
-def write_adapter_gguf(adapter: Path, base: Path, outfile: Path, converter: Converter, outtype: str = "f32") -> Path:
+def write_adapter_gguf(adapter: Path, base: Path, outfile: Path, converter: Converter) -> Path:
     """Convert, then compare what was written with the adapter, factor by factor.
 
     Of `base`, a model folder, config and tokenizer are read. DataError for an adapter that is not plain LoRA;
     VerificationError where the converter fails, or leaves sites out (those of a vision tower: llama.cpp's LoRA acts on
     the text model).
     """
-    folded = fold_scales(read_plain(adapter))
+    plain = read_plain(adapter)
     vocabulary = Vocabulary.of(base)
     changes = changes_for(base, converter, vocabulary, target=None, mmproj=False)
     with TemporaryDirectory() as folder, shown_to_converter(base, changes) as view:
-        converter.convert_adapter(write_folded(folded, Path(folder)), view, outfile, outtype)
+        converter.convert_adapter(write_folded(fold_scales(plain), Path(folder)), view, outfile)
     try:
-        check_adapter(GGUFFile(outfile), folded, exact=outtype == "f32")
+        check_adapter(GGUFFile(outfile), plain, config_of(base))
     except VerificationError:
         outfile.unlink()
         raise
@@ -86,8 +90,12 @@ def write_folded(adapter: LoraAdapter, folder: Path) -> Path:
     return folder
 
 
-def check_adapter(file: GGUFFile, adapter: LoraAdapter, exact: bool) -> None:
-    """VerificationError where a site is missing or its factors are not the adapter's (up to the order of B's rows)."""
+def check_adapter(file: GGUFFile, adapter: LoraAdapter, config: Any) -> None:
+    """VerificationError where a site is missing or its factors are not the adapter's, B times what llama.cpp multiplies
+    it by (up to the order of its rows).
+
+    config: the base's, which says how many layers and heads there are; None where transformers has no class for it.
+    """
     names = sorted({name.removesuffix(HALVES[0]) for name in file.tensors if name.endswith(HALVES[0])})
     largest = largest_rank(adapter)
     if file.metadata.get("adapter.lora.alpha") != largest:
@@ -97,17 +105,39 @@ def check_adapter(file: GGUFFile, adapter: LoraAdapter, exact: bool) -> None:
             f"{file.path}: {len(names)} of the adapter's {len(adapter.pairs)} sites were written; llama.cpp's LoRA "
             "acts on the text model only. Merge the adapter and export the merged model"
         )
-    if exact:
-        wanted = list(adapter.pairs.values())
-        strange = [name for name in names if not any(is_site(file, name, pair) for pair in wanted)]
-        if strange:
-            raise VerificationError(f"{file.path}: {shown(strange)}: not the adapter's factors")
+    text = config and config.get_text_config()
+    folded = fold_scales(adapter)
+    own = {site_name(file, site, text): pair for site, pair in folded.pairs.items()}
+    every = list(folded.pairs.values())
+    strange = [
+        name
+        for name in names
+        if not any(is_site(file, name, pair, text) for pair in ([own[name]] if name in own else every))
+    ]
+    strange += [site for site, pair in adapter.pairs.items() if not same_product(pair, folded.pairs[site], largest)]
+    if strange:
+        raise VerificationError(f"{file.path}: {shown(strange)}: not the adapter's factors")
 
 
-def is_site(file: GGUFFile, name: str, pair: LoraPair) -> bool:
+def same_product(pair: LoraPair, written: LoraPair, alpha: int) -> bool:
+    """Whether llama.cpp's alpha / r times what is written is the adapter's own scale times its B."""
+    here, there = written.lora_B.double() * alpha / written.rank, pair.lora_B.double() * pair.scale
+    return torch.allclose(here, there, rtol=ROUNDING, atol=0)
+
+
+def site_name(file: GGUFFile, site: str, text: Any) -> str | None:
+    """What llama.cpp calls a site; None where its table of names does not have it."""
+    table = name_table(file, getattr(text, "num_hidden_layers", None))
+    return next((name for form in forms(f"{site}.weight") if table and (name := table.get_name(form, SUFFIXES))), None)
+
+
+def is_site(file: GGUFFile, name: str, pair: LoraPair, text: Any) -> bool:
     lora_a, lora_b = (file.tensor(name + half) for half in HALVES)
     if lora_b.shape != pair.lora_B.shape or lora_a.numel() != pair.lora_A.numel():
         return False
     same_a = torch.equal(lora_a.reshape(-1), pair.lora_A.reshape(-1)) or torch.equal(lora_a, pair.lora_A.T)
-    # An adapter's file does not state head counts: the rope order of any will do.
-    return same_a and relation(lora_b, pair.lora_B, divisors(len(lora_b))) is not None
+    counts = [getattr(text, key, None) for key in ("num_attention_heads", "num_key_value_heads")]
+    heads = rotary_heads(file.architecture, name, *counts)
+    # Without a config the head counts are not known: the rope order of any will do.
+    how = relation(lora_b, pair.lora_B, [heads] if heads else divisors(len(lora_b)))
+    return same_a and how is not None and as_converted(file.architecture, lora_b, pair.lora_B, how[0], heads)

@@ -25,7 +25,7 @@ from rankwise.store.files import read_object
 
 SAME = 1e-5  # relative; float32 in the file, float64 in the config
 PLAIN = frozenset(["llama", "qwen2", "qwen2vl", "qwen3", "qwen3vl"])  # one kind of layer, whole rotary heads
-IDEFICS = "idefics3"
+IDEFICS, QWEN_MERGER = "idefics3", "qwen2.5vl_merger"
 UNSCALED = frozenset(["default", "llama3"])  # llama3's factors are a tensor
 EVERYWHERE = {
     "embedding_length": "hidden_size",
@@ -48,7 +48,7 @@ OF_TOWERS = {  # by the file's clip.projector_type
         "vision.image_size": "image_size",
         "vision.attention.layer_norm_epsilon": "layer_norm_eps",
     },
-    "qwen2.5vl_merger": {
+    QWEN_MERGER: {
         "vision.block_count": "depth",
         "vision.embedding_length": "hidden_size",
         "vision.feed_forward_length": "intermediate_size",

@@ -38,11 +38,11 @@ def forms(key: str) -> Iterator[str]:
             yield "model." + key.split(part, 1)[1]
 
 
-def name_table(file: GGUFFile) -> Any:
-    """The package's table for the file's architecture and depth; None where it doesn't know it."""
+def name_table(file: GGUFFile, blocks: int | None = None) -> Any:
+    """The package's table for the file's architecture and depth [as it states it]; None where it doesn't know it."""
     gguf = need("gguf", extra="device")
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    blocks = next((count for key in BLOCKS if (count := file.of_architecture(key)) is not None), None)
-    if file.architecture not in kinds or blocks is None:
+    stated = next((count for key in BLOCKS if (count := file.of_architecture(key)) is not None), blocks)
+    if file.architecture not in kinds or stated is None:
         return None
-    return gguf.get_tensor_name_map(kinds[file.architecture], int(blocks))
+    return gguf.get_tensor_name_map(kinds[file.architecture], int(stated))

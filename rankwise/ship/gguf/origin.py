@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import VerificationError
+from rankwise.ship.gguf.metadata import IDEFICS, PLAIN, QWEN_MERGER
 from rankwise.ship.gguf.names import SUFFIXES, forms, gguf_names, name_table
 from rankwise.ship.gguf.reading import GGUFFile
 from rankwise.ship.gguf.relation import (
@@ -36,6 +37,10 @@ from rankwise.store.checkpoint import Checkpoint
 BUFFERS = ("rotary_emb.inv_freq", "position_ids", "attn.masked_bias", "attn.bias", "attention.bias")
 SHOWN = 4
 HEADS = ("attention.head_count", "attention.head_count_kv", "vision.attention.head_count")
+# What the converter does to tensors of families that are known (llama's queries and keys: `rotary_heads`). A transposed
+# matrix, a norm stored plus one, a part of a tensor: what is right for one family is damage in another.
+DONE = dict.fromkeys((*PLAIN, IDEFICS), frozenset([SAME])) | {QWEN_MERGER: frozenset([SAME, PART])}
+ROPE_FACTORS = "rope_"  # begins the names of the vectors that a converter makes itself
 
 
 @dataclass(frozen=True)
@@ -77,12 +82,10 @@ def origins(file: GGUFFile, checkpoint: Checkpoint) -> Origins:
     for name in file.tensors:
         stored = file.tensor(name)
         keys = [named[name]] if name in named else candidates(checkpoint, tuple(stored.shape), set(named.values()))
-        origin = next(related(name, stored, keys, checkpoint, head_counts(file)), None)
-        if origin and origin.how == SAME and not_rotated(file, name, stored):
-            origin = None
+        origin = next(related(name, stored, keys, checkpoint, file), None)
         if origin:
             found[name] = origin
-        elif name not in named and stored.dim() < 2:
+        elif name not in named and stored.dim() < 2 and (name.startswith(ROPE_FACTORS) or family(file) not in DONE):
             made.append(name)
         else:
             wrong.append(f"{name} is not {named[name]}" if name in named else f"{name} is in no tensor of it")
@@ -92,12 +95,24 @@ def origins(file: GGUFFile, checkpoint: Checkpoint) -> Origins:
     return Origins(found, tuple(made), tuple(key for key in checkpoint if key not in used))
 
 
-def not_rotated(file: GGUFFile, name: str, stored: Tensor) -> bool:
-    """Whether a query or key weight is still in transformers' order, where llama.cpp's `llama` rotates pairs."""
-    if file.architecture != "llama" or not is_one_of(name, ROTATED):
-        return False
-    counts = [count for count in head_counts(file) if divides(count, stored)]
-    return any(not torch.equal(stored, rope_order(stored, count)) for count in counts)
+def family(file: GGUFFile) -> str:
+    """The architecture; of a vision tower the kind of its projector."""
+    return str(file.metadata.get("clip.projector_type", file.architecture))
+
+
+def rotary_heads(architecture: str, name: str, queries: int | None, keys: int | None) -> int | None:
+    """How many heads the rows of a query or key weight are reordered in, where llama.cpp's `llama` rotates pairs."""
+    if architecture != "llama" or not is_one_of(name, ROTATED):
+        return None
+    return (keys or queries) if is_one_of(name, frozenset(["attn_k"])) else queries
+
+
+def as_converted(kind: str, stored: Tensor, source: Tensor, how: str, heads: int | None) -> bool:
+    """Whether that family's converter does this; of one that is not in the table, whatever is a relation at all."""
+    if heads is not None:
+        flat = source.reshape(stored.shape) if source.numel() == stored.numel() else None
+        return flat is not None and divides(heads, stored) and torch.equal(stored, rope_order(flat, heads))
+    return kind not in DONE or how in DONE[kind]
 
 
 def candidates(checkpoint: Checkpoint, shape: tuple[int, ...], taken: set[str]) -> list[str]:
@@ -111,12 +126,13 @@ def candidates(checkpoint: Checkpoint, shape: tuple[int, ...], taken: set[str]) 
     return sorted(fitting, key=lambda key: (key in taken, sizes[key] != size))
 
 
-def related(
-    name: str, stored: Tensor, keys: Sequence[str], checkpoint: Checkpoint, heads: Sequence[int]
-) -> Iterator[Origin]:
+def related(name: str, stored: Tensor, keys: Sequence[str], checkpoint: Checkpoint, file: GGUFFile) -> Iterator[Origin]:
+    counts = head_counts(file)
+    heads = rotary_heads(file.architecture, name, *(file.of_architecture(key) for key in HEADS[:2]))
     for key in keys:
         source = checkpoint.tensor(key).float()
-        if (how := relation(stored, source, heads, name)) is not None:
+        how = relation(stored, source, counts, name)
+        if how is not None and as_converted(family(file), stored, source, how[0], heads):
             yield Origin(key, *how)
 
 

@@ -73,8 +73,10 @@ def quantize(
     with atomic_write(out) as temporary:
         _run([*command, *_arguments(command, source, temporary, form, threads)], source, form)
         made = GGUFFile(temporary)
-        if made.tensors.keys() != whole.tensors.keys():
-            raise VerificationError(f"{source} as {form}: tensors of the source are missing; it was not written")
+        if {one.name: one.shape for one in made.tensors.values()} != {
+            one.name: one.shape for one in whole.tensors.values()
+        }:
+            raise VerificationError(f"{source} as {form}: its tensors are not those of the source; it was not written")
         types: Counter[str] = Counter()
         for tensor in made.tensors.values():
             types[tensor.type] += tensor.bytes

@@ -8,6 +8,7 @@ by default before a prompt whose template has one already.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isclose
@@ -41,7 +42,7 @@ class Vocabulary:
 
     tokens: by id, None where an id is unused. added: ids that a text holds as one token, whatever is around them.
     add_bos, add_eos: whether encoding a text adds them. spaced: whether a space is put before a text. scores: of the
-    ordinary pieces of `tokenizer.model`, by id; empty without one.
+    ordinary pieces of `tokenizer.model`, by id; empty without one. merges: of byte-level BPE, in their order.
     """
 
     tokens: tuple[str | None, ...]
@@ -55,6 +56,7 @@ class Vocabulary:
     template: str | None
     spaced: bool
     scores: Mapping[int, float]
+    merges: tuple[str, ...]
 
     @classmethod
     def of(cls, folder: Path, sees: bool = False) -> Vocabulary:
@@ -74,6 +76,7 @@ class Vocabulary:
             template=template.get("default") if isinstance(template, dict) else template,
             spaced="".join(tokenizer.tokenize("a")).startswith(SPACES),
             scores=piece_scores(folder),
+            merges=merges_of(tokenizer),
         )
 
 
@@ -113,6 +116,13 @@ def piece_scores(folder: Path) -> dict[int, float]:
         return {}
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
     return {index: pieces.get_score(index) for index in ordinary_pieces(pieces)}
+
+
+def merges_of(tokenizer: Any) -> tuple[str, ...]:
+    """Pairs of pieces in the order in which BPE joins them, as a GGUF writes them: with a space between."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = json.loads(backend.to_str())["model"] if backend else {}
+    return tuple(pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", ()))
 
 
 def ordinary_pieces(pieces: sentencepiece.SentencePieceProcessor) -> list[int]:
@@ -163,7 +173,7 @@ def token_problems(file: GGUFFile, vocabulary: Vocabulary) -> Iterator[str]:
     if other:
         here, there = vocabulary.tokens[other[0]], tokens[other[0]]
         yield f"{len(other)} tokens differ, the first is {other[0]}: {there!r} instead of {here!r}"
-    split = [index for index in vocabulary.added if index < len(types) and types[index] not in SPECIAL_TYPES]
+    split = [index for index in vocabulary.added if index >= len(types) or types[index] not in SPECIAL_TYPES]
     if split:
         yield (
             f"{len(split)} added tokens would be read as plain text, the first is {vocabulary.added[split[0]]!r} "
@@ -199,6 +209,10 @@ def splitting_problems(file: GGUFFile, vocabulary: Vocabulary) -> Iterator[str]:
         if spaced is not vocabulary.spaced:
             ours, theirs = ("puts", "does not") if spaced else ("does not put", "does")
             yield f"it {ours} a space before every text (add_space_prefix), and the tokenizer {theirs}"
+    if kind == BYTE_LEVEL:
+        merges = tuple(file.metadata.get("tokenizer.ggml.merges", ()))
+        if merges != vocabulary.merges:
+            yield f"its {len(merges)} merges are not the tokenizer's {len(vocabulary.merges)}, or in another order"
     scores = file.metadata.get("tokenizer.ggml.scores", ())
     if kind == SENTENCEPIECE and vocabulary.scores:
         other = [i for i, score in vocabulary.scores.items() if i not in vocabulary.added and not at(scores, i, score)]
@@ -210,6 +224,6 @@ def at(scores: Sequence[float], index: int, score: float) -> bool:
     return index < len(scores) and isclose(scores[index], score, rel_tol=1e-6, abs_tol=1e-6)
 
 
-SENTENCEPIECE = "llama"
-SPACED = {SENTENCEPIECE: True, "gpt2": False}  # llama.cpp's default, by the kind of tokenizer
+SENTENCEPIECE, BYTE_LEVEL = "llama", "gpt2"
+SPACED = {SENTENCEPIECE: True, BYTE_LEVEL: False}  # llama.cpp's default, by the kind of tokenizer
 STATED = ("bos_token_id", "eos_token_id", "padding_token_id", "add_bos_token", "add_eos_token")
