@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -349,6 +350,50 @@ def test_a_patch_kernel_keeps_its_colours() -> None:
     assert relation(kernel, linear, (), "v.patch_embd.weight") == ("transposed", None)
     for source in (kernel, linear):
         assert relation(kernel.flip(1), source, (2,), "v.patch_embd.weight") is None
+
+
+def seeing(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> tuple[GGUFFile, Checkpoint]:
+    """Two layers of Qwen2.5-VL's vision side as its converter splits it, changed; and the checkpoint."""
+    generator = torch.Generator().manual_seed(0)
+    state = {"visual.patch_embed.proj.weight": torch.randn(8, 3, 2, 4, 4, generator=generator)}
+    state |= {f"visual.blocks.{n}.attn.qkv.weight": torch.randn(24, 8, generator=generator) for n in range(2)}
+    kernel = state["visual.patch_embed.proj.weight"]
+    tensors = {"v.patch_embd.weight": kernel[:, :, 0], "v.patch_embd.weight.1": kernel[:, :, 1]}
+    for layer in range(2):
+        parts = state[f"visual.blocks.{layer}.attn.qkv.weight"].chunk(3)
+        tensors |= {f"v.blk.{layer}.attn_{name}.weight": part for name, part in zip("qkv", parts, strict=True)}
+    change(tensors)
+    writer = gguf.GGUFWriter(folder / "x.gguf", "clip")
+    writer.add_string("clip.projector_type", "qwen2.5vl_merger")
+    writer.add_uint32("clip.vision.block_count", 2)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return GGUFFile(folder / "x.gguf"), checkpoint(folder / "model", state)
+
+
+def swapped(first: str, second: str) -> Callable[[dict[str, Tensor]], Any]:
+    return lambda tensors: tensors.update({first: tensors[second], second: tensors[first]})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        swapped("v.blk.0.attn_q.weight", "v.blk.0.attn_k.weight"),
+        swapped("v.blk.0.attn_v.weight", "v.blk.1.attn_v.weight"),
+        swapped("v.patch_embd.weight", "v.patch_embd.weight.1"),
+        lambda tensors: tensors.update({"v.blk.1.attn_k.weight": tensors["v.blk.1.attn_k.weight"][:-1]}),
+    ],
+)
+def test_parts_of_a_fused_tensor_stand_under_their_own_names(tmp_path: Path, change: Any) -> None:
+    (tmp_path / "sound").mkdir()
+    file, model = seeing(tmp_path / "sound", lambda tensors: None)
+    assert require_complete(model, [origins(file, model)]) == []
+    with pytest.raises(VerificationError, match=r"v\.(blk|patch)"):
+        origins(*seeing(tmp_path, change))
 
 
 # --- the tuning -----------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from rankwise.ship.gguf.names import SUFFIXES, forms, gguf_names, name_table
 from rankwise.ship.gguf.reading import GGUFFile
 from rankwise.ship.gguf.relation import (
     PART,
+    PATCHES,
     PLUS_ONE,
     ROPE,
     ROTATED,
@@ -40,6 +41,7 @@ HEADS = ("attention.head_count", "attention.head_count_kv", "vision.attention.he
 # What the converter does to tensors of families that are known (llama's queries and keys: `rotary_heads`). A transposed
 # matrix, a norm stored plus one, a part of a tensor: what is right for one family is damage in another.
 DONE = dict.fromkeys((*PLAIN, IDEFICS), frozenset([SAME])) | {QWEN_MERGER: frozenset([SAME, PART])}
+SPLIT = ("attn_q", "attn_k", "attn_v")  # row blocks of Qwen2.5-VL's fused weight, in order
 ROPE_FACTORS = "rope_"  # begins the names of the vectors that a converter makes itself
 
 
@@ -107,6 +109,17 @@ def rotary_heads(architecture: str, name: str, queries: int | None, keys: int | 
     return (keys or queries) if is_one_of(name, frozenset(["attn_k"])) else queries
 
 
+def is_own_part(name: str, key: str, stored: Tensor, source: Tensor) -> bool:
+    """Whether a part of a fused tensor is the one that belongs under its name in Qwen2.5-VL's vision side: a third of
+    the rows of its own layer's attention, or one of the two frames of the patch kernel."""
+    parts = name.split(".")
+    if is_one_of(name, PATCHES):
+        return source.dim() == 5 and torch.equal(stored, source[:, :, int(parts[-1] == "1")])
+    layers = [next((one for one in path.split(".") if one.isdecimal()), None) for path in (name, key)]
+    which = next((number for number, one in enumerate(SPLIT) if one in parts), None)
+    return which is not None and layers[0] == layers[1] and torch.equal(stored, source.chunk(len(SPLIT))[which])
+
+
 def as_converted(kind: str, stored: Tensor, source: Tensor, how: str, heads: int | None) -> bool:
     """Whether that family's converter does this; of one that is not in the table, whatever is a relation at all."""
     if heads is not None:
@@ -127,12 +140,14 @@ def candidates(checkpoint: Checkpoint, shape: tuple[int, ...], taken: set[str]) 
 
 
 def related(name: str, stored: Tensor, keys: Sequence[str], checkpoint: Checkpoint, file: GGUFFile) -> Iterator[Origin]:
-    counts = head_counts(file)
+    counts, kind = head_counts(file), family(file)
     heads = rotary_heads(file.architecture, name, *(file.of_architecture(key) for key in HEADS[:2]))
     for key in keys:
         source = checkpoint.tensor(key).float()
         how = relation(stored, source, counts, name)
-        if how is not None and as_converted(family(file), stored, source, how[0], heads):
+        if how is None or not as_converted(kind, stored, source, how[0], heads):
+            continue
+        if how[0] != PART or kind != QWEN_MERGER or is_own_part(name, key, stored, source):
             yield Origin(key, *how)
 
 
