@@ -24,6 +24,9 @@ class ValidateConfig:
     parity_samples: int = option(32, help="items on the parity ladder, some of every kind of picture; 0: no ladder")
     top: int = option(64, help="tokens whose log-probabilities are compared at each place")
     tolerance: float = option(10.0, help="how many times the measured floor is still agreement, in KL", aliases=("k",))
+    app_pixels: str | None = option(
+        help="folder with what the app made of the pictures: PNG files of the same names, or sha256_rgb.json"
+    )
     min_accuracy: float | None = option(help="share of 1: less is exit 6")
     min_agreement: float | None = option(help="share of 1, of places with the same likeliest token: less is exit 6")
     max_new_tokens: int | None = option(help="longest answer, in tokens [the device's; 128 without one]")

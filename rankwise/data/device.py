@@ -3,7 +3,7 @@
     photo ── resize (letterbox, bilinear, black) ──▶ 256 × 256 ── the runtime's own processor ──▶ tiles ──▶ tokens
 
 target = read_target(folder) or DeviceTarget()
-target.resize(photo)          # the pixels of the device
+target.resize(photo)          # the pixels of the device, from a picture as Pillow opens it
 target.jpeg(photo)            # those pixels as the teacher gets them
 target.save(folder)           # device.json, beside the data, the adapter, the merged model, the GGUF files
 """
@@ -11,17 +11,18 @@ target.save(folder)           # device.json, beside the data, the adapter, the m
 from __future__ import annotations
 
 import io
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.nn import functional
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from rankwise.core.geometry import letterbox
 from rankwise.data.images import ImageReader
+from rankwise.data.pixels import BLACK, Unreadable, flattened
 from rankwise.errors import DataError
 from rankwise.store.adapter import beside
 from rankwise.store.files import read_object, write_json
@@ -101,11 +102,16 @@ def read_target(folder: Path | str) -> DeviceTarget | None:
 
 
 def resize_for_device(image: Image.Image, size: int = SIZE) -> Image.Image:
-    """The image as RGB, scaled into a square of `size` pixels by the app's filtered scaling, centred on black.
+    """The image as RGB, upright by its EXIF note, scaled into a square of `size` pixels by the app's filtered scaling,
+    centred on black; transparency on black too, as a bitmap that is drawn on it.
 
     Bilinear without antialiasing, as phones scale bitmaps: Pillow's BILINEAR widens its filter when shrinking.
+    DataError for 32-bit and float pixels, whose white nothing says.
     """
-    image = image.convert("RGB")
+    try:
+        image = flattened(image, BLACK)
+    except Unreadable as reason:
+        raise DataError(f"a picture {reason}") from reason
     if image.size == (size, size):
         return image
     place = letterbox(*image.size, size)
@@ -115,6 +121,13 @@ def resize_for_device(image: Image.Image, size: int = SIZE) -> Image.Image:
     rows, columns = slice(place.top, place.top + place.height), slice(place.left, place.left + place.width)
     square[:, rows, columns] = scaled[0].round().clamp(0, 255).byte()
     return to_pil_image(square)
+
+
+def changes(content: bytes, size: int = SIZE) -> bool:
+    """Whether a stored picture is another one on the device: of another shape, turned, or transparent."""
+    with Image.open(io.BytesIO(content)) as picture:
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return picture.size != (size, size) or turned or bool(picture.has_transparency_data)
 
 
 def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
@@ -135,7 +148,10 @@ class DeviceReader:
         return self.reader.folder
 
     def open(self, reference: str) -> Image.Image:
-        return self.target.resize(self.reader.open(reference))
+        return self.target.resize(replace(self.reader, background=BLACK).open(reference))
+
+    def content(self, reference: str) -> bytes:
+        return self.reader.content(reference)
 
     def size(self, reference: str) -> tuple[int, int]:
         self.reader.size(reference)  # a picture that is not there has no size

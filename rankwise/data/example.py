@@ -39,7 +39,8 @@ class Example:
     stratum: `task_type` where the rows have one; a subset takes its share of each.
     images: as named in the file, in the order of their slots.
     facts: what a scorer needs beside the texts, by the source's own names (WikiSQL: table_id, header, sql …; where
-    samples have a class: `label`, and all `labels` there are); no part of a sample's identity. line: where in its file
+    samples have a class: `label`, and all `labels` there are; `sources`: the files that `images` were made of, where
+    they are kept); no part of a sample's identity. line: where in its file
     the sample starts, 0 where there is no file; none either.
     """
 
@@ -58,6 +59,11 @@ class Example:
     @property
     def answer(self) -> str:
         return self.turns[-1].text
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The pictures before anything was done to them, as far as they are kept."""
+        return tuple(self.facts.get("sources") or self.images)
 
     @property
     def prompt(self) -> tuple[tuple[Turn, ...], tuple[str, ...]]:

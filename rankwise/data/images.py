@@ -27,7 +27,7 @@ from urllib.request import url2pathname
 
 from PIL import Image
 
-from rankwise.data.pixels import Unreadable, picture, upright_size
+from rankwise.data.pixels import WHITE, Colour, Unreadable, picture, upright_size
 from rankwise.data.remote import Refused, fetched
 from rankwise.errors import DataError
 
@@ -45,7 +45,8 @@ class ImageReader:
 
     folder: where relative paths start. allow_outside: paths may lead out of it (absolute, `..`, links). allow_urls:
     http(s) URLs of public hosts are fetched, once, into the cache; `file:` URLs are read as the paths they name.
-    max_pixels: more in one picture are refused before it is decoded; 60 million is Isaac's own limit.
+    max_pixels: more in one picture are refused before it is decoded; 60 million is Isaac's own limit. background: what
+    transparency is laid on.
 
     All methods raise BadImage.
     """
@@ -54,11 +55,17 @@ class ImageReader:
     allow_outside: bool = False
     allow_urls: bool = False
     max_pixels: int = 60_000_000
+    background: Colour = WHITE
 
     def open(self, reference: str) -> Image.Image:
-        """The picture in RGB, upright (EXIF), fully decoded; transparency on white. See `pixels.picture`."""
+        """The picture in RGB, upright (EXIF), fully decoded. See `pixels.picture`."""
         with self._stream(reference) as stream:
-            return picture(stream, self.max_pixels)
+            return picture(stream, self.max_pixels, self.background)
+
+    def content(self, reference: str) -> bytes:
+        """The file as it is stored."""
+        with self._stream(reference) as stream:
+            return stream.read()
 
     def size(self, reference: str) -> tuple[int, int]:
         """(width, height) of what `open` returns, from the header alone."""

@@ -6,6 +6,7 @@ allowed is refused, and an unknown range of grey (float or 32-bit pixels) too.
 
 from __future__ import annotations
 
+import io
 import struct
 import threading
 import warnings
@@ -40,7 +41,9 @@ UPRIGHT = {  # EXIF orientation → what turns the stored picture upright
     8: Image.Transpose.ROTATE_90,
 }
 ON_ITS_SIDE = (5, 6, 7, 8)
-WHITE = (255, 255, 255, 255)
+SQUARE = 0.05  # sides that differ by less count as a square
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+Colour = tuple[int, int, int]
 _warnings_lock = threading.Lock()  # `catch_warnings` changes the whole process
 
 
@@ -48,11 +51,12 @@ class Unreadable(Exception):
     """Why bytes are no picture that can be used."""
 
 
-def picture(stream: BinaryIO, max_pixels: int) -> Image.Image:
+def picture(stream: BinaryIO, max_pixels: int, background: Colour = WHITE) -> Image.Image:
     """The picture, upright, in RGB, fully decoded.
 
-    Transparency is laid on white, as the processors of Qwen-VL and Idefics3 do; 16-bit grey is scaled to 8 bits; CMYK
-    and palettes are converted. A photograph that carries a second picture (MPO) is its first one. Raises Unreadable.
+    background: what transparency is laid on; white as the processors of Qwen-VL and Idefics3 do, black on a phone.
+    16-bit grey is scaled to 8 bits; CMYK and palettes are converted. A photograph that carries a second picture (MPO)
+    is its first one. Raises Unreadable.
     """
     with _explained():
         if ImageFile.LOAD_TRUNCATED_IMAGES:
@@ -61,9 +65,17 @@ def picture(stream: BinaryIO, max_pixels: int) -> Image.Image:
         if getattr(image, "is_animated", False) and image.format != "MPO":
             raise Unreadable("has several frames or pages; save the one that is meant as a picture of its own")
         image.load()
-        turned = _orientation(image)
-        image = _rgb(image)
-        return image.transpose(UPRIGHT[turned]) if turned in UPRIGHT else image
+        return flattened(image, background)
+
+
+def flattened(image: Image.Image, background: Colour) -> Image.Image:
+    """An opened picture in RGB, upright by its EXIF note, transparency on `background`; without metadata, so that
+    nothing turns it again. Raises Unreadable where nothing says which value is white."""
+    turned = _orientation(image)
+    image = _rgb(image, background)
+    image = image.transpose(UPRIGHT[turned]) if turned in UPRIGHT else image
+    image.info.clear()
+    return image
 
 
 def upright_size(stream: BinaryIO, max_pixels: int) -> tuple[int, int]:
@@ -74,6 +86,20 @@ def upright_size(stream: BinaryIO, max_pixels: int) -> tuple[int, int]:
             image.load()  # a PNG may tell its orientation behind the pixels
         width, height = image.size
         return (height, width) if _orientation(image) in ON_ITS_SIDE else (width, height)
+
+
+def kind_of(image: Image.Image) -> str:
+    """ "tall RGB", "wide L turned" …: of an opened file, from its header."""
+    width, height = image.size
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    shape = "square" if abs(width - height) <= SQUARE * max(width, height) else "wide" if width > height else "tall"
+    return f"{shape} {image.mode}{' turned' if turned else ''}"
+
+
+def suffix_of(content: bytes) -> str:
+    """What a picture file is, by its content: .png, .jpeg, .webp …"""
+    with Image.open(io.BytesIO(content)) as image:
+        return f".{str(image.format).lower()}"
 
 
 def _header(stream: BinaryIO, max_pixels: int) -> Image.Image:
@@ -108,10 +134,10 @@ def _mentions_exif(stream: BinaryIO) -> bool:
     return found
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, background: Colour) -> Image.Image:
     if image.has_transparency_data:
         seen = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", seen.size, WHITE), seen).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", seen.size, background), seen).convert("RGB")
     return _eight_bits(image).convert("RGB")
 
 

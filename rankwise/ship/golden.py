@@ -8,7 +8,6 @@ No model is needed to replay them: they are a `Reference` of the parity ladder w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -21,13 +20,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rankwise.data import Example, Renderer
-from rankwise.data.device import DeviceTarget, encoded
+from rankwise.data import Example
+from rankwise.data.device import DeviceReader, DeviceTarget, encoded
 from rankwise.data.example import Turn
+from rankwise.data.images import ImageReader
+from rankwise.data.pixels import suffix_of
 from rankwise.errors import DataError
-from rankwise.ship.parity.cases import Case
+from rankwise.ship.parity.app_pixels import sha256_rgb
+from rankwise.ship.parity.cases import Case, Source
 from rankwise.ship.parity.divergence import top_of
 from rankwise.ship.parity.floor import Thresholds
+from rankwise.ship.parity.pixel_rung import on_canvas
 from rankwise.ship.parity.reference import Expected, Pixels, Reference
 from rankwise.store.files import read_object, write_text
 
@@ -57,7 +60,6 @@ def write_golden(
     folder: Path,
     cases: Sequence[Case],
     reference: Reference,
-    renderer: Renderer,
     thresholds: Thresholds,
     form: str,
     top: int,
@@ -65,7 +67,7 @@ def write_golden(
     """golden.json and its pictures below `folder`/golden. reference: float32, or its values are no measure."""
     place = folder / FOLDER
     place.mkdir(parents=True)
-    rows = [row_of(number, case, reference.expected(case), renderer, place, top) for number, case in enumerate(cases)]
+    rows = [row_of(number, case, reference.expected(case), place, top) for number, case in enumerate(cases)]
     vocabulary = reference.expected(cases[0]).log_probs.shape[-1] if cases else 0
     content = {
         "format": FORMAT,
@@ -78,13 +80,13 @@ def write_golden(
     return write_text(place / FILE, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def row_of(number: int, case: Case, expected: Expected, renderer: Renderer, place: Path, top: int) -> Row:
+def row_of(number: int, case: Case, expected: Expected, place: Path, top: int) -> Row:
     tops = [sorted(one.items(), key=lambda pair: -pair[1]) for one in top_of(expected.log_probs, top)]
     return {
         "id": case.id,
         "prompt": case.prompt,
         "marker": case.marker,
-        "images": pictures_of(number, case, expected, renderer, place),
+        "images": pictures_of(number, case, expected, place),
         "ids": list(expected.ids),
         "image_ids": [list(one) for one in expected.expansions],
         "image_id": expected.image_id,
@@ -104,26 +106,20 @@ def rounded(value: float) -> float:
     return float(f"{value:.7g}") if math.isfinite(value) else -1e30
 
 
-def pictures_of(number: int, case: Case, expected: Expected, renderer: Renderer, place: Path) -> list[Row]:
-    """The source and the device's pixels of each picture, both as PNG, upright."""
-    if not expected.pixels:
-        return []
-    assert renderer.sight
-    reader, rows = renderer.sight.reader, []
-    source_reader = getattr(reader, "reader", reader)
-    for position, (reference, pixels) in enumerate(zip(case.example.images, expected.pixels, strict=True)):
+def pictures_of(number: int, case: Case, expected: Expected, place: Path) -> list[Row]:
+    """The source of each picture as it is stored, and the device's pixels of it as PNG."""
+    rows = []
+    for position, (source, pixels) in enumerate(zip(case.sources, expected.pixels, strict=True)):
         stem = f"{number:02d}" + (f"-{position}" if position else "")
-        names = {"source": f"{stem}-source.png", "device": f"{stem}-device.png"}
-        (place / names["source"]).write_bytes(encoded(source_reader.open(reference), "PNG"))
+        names = {"source": f"{stem}-source{suffix_of(source.content)}", "device": f"{stem}-device.png"}
+        (place / names["source"]).write_bytes(source.content)
         (place / names["device"]).write_bytes(encoded(Image.fromarray(pixels), "PNG"))
         height, width = pixels.shape[:2]
-        rows.append({**names, "width": width, "height": height, "sha256_rgb": sha256_rgb(pixels)})
+        canvas = on_canvas(source, case)
+        hashes = {"sha256_rgb": sha256_rgb(pixels)}
+        hashes |= {"sha256_android_canvas": sha256_rgb(canvas)} if canvas is not None else {}
+        rows.append({**names, "width": width, "height": height, **hashes})
     return rows
-
-
-def sha256_rgb(pixels: Pixels) -> str:
-    """Of the bytes R G B, row by row from the top left: what an app can compute without a PNG library."""
-    return hashlib.sha256(np.ascontiguousarray(pixels, dtype=np.uint8).tobytes()).hexdigest()
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -149,12 +145,14 @@ def read_golden(folder: Path, target: DeviceTarget | None) -> Golden:
 
 
 def case_of_row(row: Row, folder: Path, target: DeviceTarget | None) -> Case:
-    images = []
-    for one in row["images"]:
-        with Image.open(folder / one["source"]) as picture:
-            images.append(target.png(picture) if target else encoded(picture.convert("RGB"), "PNG"))
+    reader = ImageReader(folder)
+    read: Any = DeviceReader(reader, target) if target else reader
+    images = [encoded(read.open(one["source"]), "PNG") for one in row["images"]]
+    sources = tuple(Source(one["device"], reader.content(one["source"])) for one in row["images"])
+    size = target.image_size if target else None
     example = Example(row["id"], row["id"], (Turn("user", row["prompt"]), Turn("assistant", row["text"])))
-    return Case(row["id"], example, tuple(images), row["prompt"], None, row["kind"], row["marker"])
+    prompt, kind, marker = row["prompt"], row["kind"], row["marker"]
+    return Case(row["id"], example, tuple(images), prompt, None, kind, marker, sources, size)
 
 
 def expected_of(row: Row, vocabulary: int, folder: Path) -> Expected:

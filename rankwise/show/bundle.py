@@ -8,12 +8,14 @@ from typing import Any
 from rankwise.data.device import DeviceTarget
 from rankwise.ship.abstain import Abstention
 from rankwise.ship.parity.ladder import Ladder
+from rankwise.ship.parity.rung import unmeasured
 
 
 def ladder_lines(ladder: Ladder) -> list[str]:
-    """One line for each rung, and why the first broken one is."""
+    """One line for each rung, why one is not measured, and why the first broken one is broken."""
     width = max(len(rung.name) for rung in ladder.rungs)
-    lines = [f"  {rung.name.ljust(width)}  {rung.status}" for rung in ladder.rungs]
+    lines = [f"  {rung.name.ljust(width)}  {rung.said}" for rung in ladder.rungs]
+    lines += [f"  {line}" for line in unmeasured(ladder.as_dict()["rungs"])]
     broken = ladder.first_broken
     return [*lines, f"  first to differ: {broken.name}: {broken.why}"] if broken else lines
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import DataError, UsageError
+from rankwise.ship.parity.rung import said, unmeasured
 from rankwise.ship.validation import FORMAT
 from rankwise.show.blocks import Block, Folded, Picture, Table, Words
 from rankwise.show.confusion import plot_confusion
@@ -57,6 +58,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
         header, *rows = ladder_rows(content["parity"])
         widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
         lines += ["", *("  " + "   ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in (header, *rows))]
+        lines += [f"  {line}" for line in not_measured(content["parity"])]
     return lines
 
 
@@ -102,7 +104,10 @@ def validation_blocks(content: Mapping[str, Any], pictures: Sequence[Picture] = 
     found += [Words("Failed: " + printable("; ".join(content["failures"]), 1500))] if content["failures"] else []
     if content["parity"]:
         header, *rows = ladder_rows(content["parity"])
-        note = "Each rung compares transformers with llama.cpp on the same items; the first broken one is the cause."
+        note = (
+            "Each rung compares transformers with llama.cpp on the same items; the first broken one is the cause. "
+            "Limits are k measured floors; above 10 they are weak: only large faults show."
+        )
         found += [
             Table(header, rows, first_number=99, note=note),
             Folded("What each rung measured", measured_tables(content)),
@@ -140,8 +145,13 @@ def sweep_table(swept: Mapping[str, Any]) -> Table:
 def ladder_rows(parity: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Rung, then its status for each form."""
     names = [rung["name"] for rung in next(iter(parity.values()))["rungs"]]
-    status = {form: {rung["name"]: rung["status"] for rung in ladder["rungs"]} for form, ladder in parity.items()}
+    status = {form: {rung["name"]: said(rung) for rung in ladder["rungs"]} for form, ladder in parity.items()}
     return [("rung", *parity), *((name, *(status[form][name] for form in parity)) for name in names)]
+
+
+def not_measured(parity: Mapping[str, Any]) -> list[str]:
+    """Reasons, once for all forms."""
+    return list(dict.fromkeys(line for ladder in parity.values() for line in unmeasured(ladder["rungs"])))
 
 
 def measured_tables(content: Mapping[str, Any]) -> list[Block]:

@@ -36,6 +36,7 @@ from rankwise.ship.golden import FOLDER as GOLDEN
 from rankwise.ship.golden import Golden, read_golden, write_golden
 from rankwise.ship.llama.runtime import LlamaServer, RemoteServer
 from rankwise.ship.llama.server_api import ServerRuntime
+from rankwise.ship.parity.app_pixels import AppPixels
 from rankwise.ship.parity.ladder import Ladder, climb
 from rankwise.show.bundle import ladder_lines, readme
 from rankwise.stages.bundling import Source, source_of
@@ -82,8 +83,12 @@ def check(config: BundleConfig) -> None:
     for name, least in (("num_golden", 1), ("top", 2)):
         if getattr(config, name) < least:
             raise UsageError(f"--{name} must be at least {least}, got {getattr(config, name)}")
-    if config.tolerance <= 0:
+    if config.tolerance is not None and config.tolerance <= 0:
         raise UsageError(f"--tolerance must be above 0, got {config.tolerance}")
+    if config.app_pixels and not config.replay:
+        raise UsageError("--app_pixels is compared with the golden vectors of a bundle: give it with --replay BUNDLE")
+    if config.app_pixels and not Path(config.app_pixels).is_dir():
+        raise UsageError(f"--app_pixels: {config.app_pixels} is no folder")
 
 
 def refuse_other_content(out: RunFolder) -> None:
@@ -112,8 +117,8 @@ def write_bundle(config: BundleConfig, source: Source, trained: Trained, folder:
     write_parts(folder, prompt, target, task, answers, trained.renderer.end_ids, unsure.as_dict())
     floor = trained.floor()
     assert floor
-    limits = floor.thresholds(source.form, config.tolerance)
-    write_golden(folder, trained.cases, trained.reference, trained.renderer, limits, source.form, config.top)
+    limits = floor.thresholds(source.form, source.tolerance(config))
+    write_golden(folder, trained.cases, trained.reference, limits, source.form, config.top)
     facts = described(source, trained, unsure)
     write_text(folder / "README.md", readme(facts, prompt.as_dict(), [one.name for one in answers], target, unsure))
     return facts
@@ -164,8 +169,9 @@ def replayed(config: BundleConfig, folder: Path) -> Ladder:
     found = recorded([folder])
     announce_prompts(found.record, found)
     golden = read_golden(folder, read_target(folder))
+    app = AppPixels.read(config.app_pixels, golden.cases) if config.app_pixels else None
     with runtime_for(config, folder, content, golden) as runtime:
-        ladder = climb(golden, runtime, golden.cases, golden.thresholds, golden.top)
+        ladder = climb(golden, runtime, golden.cases, golden.thresholds, golden.top, app=app)
         check_grammar(folder, runtime, golden)
     return ladder
 

@@ -14,6 +14,7 @@ from typing import Any
 from rankwise.config import BundleConfig, ScoredData, ValidateConfig
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.ship.gguf.export import Exported, read_export
+from rankwise.ship.parity.floor import K
 from rankwise.ship.validation import FILE, FORMAT
 from rankwise.stages.commands import configured
 from rankwise.stages.shipped import LAST, Shipment, Shipped
@@ -67,6 +68,10 @@ class Source:
     @property
     def scores(self) -> dict[str, Any] | None:
         return {name: self.by_form[name] for name in SCORES if name in self.by_form} or None
+
+    def tolerance(self, config: BundleConfig) -> float:
+        """As asked for; else the validation's, so that both hold the files to one limit."""
+        return config.tolerance or float((self.validated or {}).get("tolerance", K))
 
     def trained(self, config: BundleConfig) -> Trained:
         """The model that was converted, with the items of the validation, or those of --data_path."""

@@ -4,7 +4,7 @@
     rankwise label photos/ --num_images 1000 -o dataset
     rankwise label photos/ --from_folders -o dataset
 
-dataset/ labels.jsonl train.jsonl val.jsonl images/ conversations/ task.json device.json
+dataset/ labels.jsonl train.jsonl val.jsonl images/ originals/ conversations/ task.json device.json
          label.json (counts, cost, agreement)  quarantine.jsonl  ledger.jsonl
 """
 
@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from rankwise.config import LabelConfig
 from rankwise.data.device import DeviceTarget
+from rankwise.data.images import ImageReader
 from rankwise.data.labelling.coco import ImageSet, download_coco, find_images
 from rankwise.data.labelling.existing_labels import label_rows, read_existing, task_for
 from rankwise.data.labelling.label_task import LabelTask, load_task
 from rankwise.data.labelling.labelled import ALL, LabelledRow, Written, write_dataset
+from rankwise.data.labelling.originals import Originals
 from rankwise.data.teacher.client import KEY_VARIABLE
 from rankwise.data.teacher.ledger import NAME as LEDGER
 from rankwise.errors import DataError, UsageError, need
@@ -44,11 +47,12 @@ def run(config: LabelConfig) -> Written:
         refuse_other_content(out)
         out.save_config(config)
         with out.recording("label", inputs(config)) as record:
-            task, rows, facts, quarantine = existing(config, target) if labels_given(config) else asked(config, target)
-            written = write_dataset(out.path, rows, task, target, config.val_fraction, config.seed)
-            summary = {"format": FORMAT, "task": task.name, "field": task.field, **counts(written, task), **facts}
+            found = existing(config, target) if labels_given(config) else asked(config, target)
+            task, how = found.task, {"val_fraction": config.val_fraction, "seed": config.seed}
+            written = write_dataset(out.path, found.rows, task, target, **how, originals=found.originals)
+            summary = {"format": FORMAT, "task": task.name, "field": task.field, **counts(written, task), **found.facts}
             write_json(out / SUMMARY, summary)
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in quarantine]
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found.quarantine]
             write_text(out / QUARANTINE, "".join(lines))
             names = (ALL, "train.jsonl", "val.jsonl", SUMMARY)
             record.outputs |= {name: out / name for name in names}
@@ -56,10 +60,19 @@ def run(config: LabelConfig) -> Written:
     return written
 
 
-def asked(
-    config: LabelConfig, target: DeviceTarget
-) -> tuple[LabelTask, list[LabelledRow], dict[str, Any], list[dict[str, Any]]]:
-    """Task, rows, facts and quarantine, from a teacher."""
+@dataclass(frozen=True)
+class Labels:
+    """Everything that becomes a data set. facts: for label.json; quarantine: what got no label, and why."""
+
+    task: LabelTask
+    rows: list[LabelledRow]
+    originals: Originals
+    facts: dict[str, Any]
+    quarantine: list[dict[str, Any]] = field(default_factory=list)
+
+
+def asked(config: LabelConfig, target: DeviceTarget) -> Labels:
+    """From a teacher."""
     task = load_task(config.task_file or DEFAULT_TASK)
     images = find(config)
     if config.num_images > len(images.photos):
@@ -71,13 +84,13 @@ def asked(
             f"{config.min_confidence} or more ({labelled.spending.words()}; the answers are in "
             f"{config.output_dir}/{LEDGER}); lower --min_confidence, or change the task"
         )
-    return task, labelled.rows, labelled.facts, labelled.quarantine
+    reader = ImageReader(images.folder, config.allow_outside)
+    originals = Originals(reader, {photo.id: photo.reference for photo in images.photos})
+    return Labels(task, labelled.rows, originals, labelled.facts, labelled.quarantine)
 
 
-def existing(
-    config: LabelConfig, target: DeviceTarget
-) -> tuple[LabelTask, list[LabelledRow], dict[str, Any], list[dict[str, Any]]]:
-    """Task, rows, facts and (no) quarantine, from labels that are there."""
+def existing(config: LabelConfig, target: DeviceTarget) -> Labels:
+    """From labels that are there."""
     given = read_existing(
         config.labels_file or str(config.images),
         image_folder=config.images if config.labels_file else None,
@@ -89,8 +102,9 @@ def existing(
     task = task_for(given, load_task(config.task_file) if config.task_file else None)
     found = label_rows(given, task, target, Path(config.output_dir), skip_bad=config.skip_bad)
     source = config.labels_file or f"the folders of {config.images}"
+    originals = Originals(given.reader, {each.photo.id: each.photo.reference for each in given.given})
     facts = {"labels_from": source, "respelt": given.respelt, "unreadable": [*given.skipped, *found.skipped]}
-    return task, list(found.rows), facts, []
+    return Labels(task, list(found.rows), originals, facts)
 
 
 def find(config: LabelConfig) -> ImageSet:

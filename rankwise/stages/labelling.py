@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from rankwise.config import LabelConfig, TeacherSection
-from rankwise.data.device import DeviceTarget
+from rankwise.data.device import DeviceReader, DeviceTarget
 from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.labelling.coco import ImageSet, Photo, select
 from rankwise.data.labelling.label_task import LabelTask
@@ -39,7 +39,7 @@ class Gathering:
     config: LabelConfig
     task: LabelTask
     target: DeviceTarget
-    reader: ImageReader
+    reader: DeviceReader
     photos: tuple[Photo, ...]
     rows: list[LabelledRow] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Gathering:
 
     def _seen_by_device(self, photo: Photo) -> Image.Image | None:
         try:
-            return self.target.resize(self.reader.open(photo.reference))
+            return self.reader.open(photo.reference)
         except BadImage as error:
             if not self.config.skip_bad:
                 raise BadImage(f"{error}; or leave such images out with --skip_bad true") from error
@@ -97,7 +97,8 @@ def ask_teacher(config: LabelConfig, images: ImageSet, task: LabelTask, target: 
     ledger = AnswerLedger(Path(config.output_dir) / LEDGER)
     spending = spending_of(config.teacher, question, ledger)
     photos = select(images.photos, None, config.seed)
-    gathering = Gathering(config, task, target, ImageReader(images.folder, config.allow_outside), photos)
+    reader = DeviceReader(ImageReader(images.folder, config.allow_outside), target)
+    gathering = Gathering(config, task, target, reader, photos)
     with serving(config.teacher) as section:
         settings = settings_of(section)
         try:

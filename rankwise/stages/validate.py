@@ -36,10 +36,11 @@ def run(config: ValidateConfig) -> dict[str, Any]:
     out = RunFolder(config.output_dir)
     with out.lock(), out.recording("validate", inputs(config, shipped)) as record:
         trained = trained_side(config, shipped)
+        app = trained.app  # a folder without its pictures is refused before anything is answered
         tuned = answers_of(trained, out / "trained")
         base = answers_of(trained.on(config.base_model), out / "before") if config.base_model else None
         floor = trained.floor()
-        found = {one.form: validated(config, trained, one, floor, out.path) for one in shipped.forms}
+        found = {one.form: validated(config, trained, one, floor, app, out.path) for one in shipped.forms}
         content = described(config, trained, found, tuned, base) | {"floor": floor.as_dict() if floor else None}
         if config.sweep:
             content["sweep"] = sweep_forms(config, trained, shipped, out.path).as_dict()
@@ -71,6 +72,10 @@ def check(config: ValidateConfig) -> None:
             raise UsageError(f"--{name} is a share between 0 and 1, got {value}")
     if config.min_agreement and not config.parity_samples:
         raise UsageError("--min_agreement is measured on the parity ladder, which --parity_samples 0 leaves out")
+    if config.app_pixels and not config.parity_samples:
+        raise UsageError("--app_pixels is a side of the parity ladder, which --parity_samples 0 leaves out")
+    if config.app_pixels and not Path(config.app_pixels).is_dir():
+        raise UsageError(f"--app_pixels: {config.app_pixels} is no folder")
     if config.tolerance <= 0:
         raise UsageError(f"--tolerance must be above 0, got {config.tolerance}")
     if config.sweep and config.server:
@@ -93,6 +98,7 @@ def described(
     content = {
         "format": FORMAT,
         "outtype": form,
+        "tolerance": config.tolerance,
         **shipped.facts(trained.items),
         "target": vars(trained.target) if trained.target else None,
         "reference": scores(tuned.result, tuned.predictions, trained.items),

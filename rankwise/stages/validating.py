@@ -25,6 +25,7 @@ from rankwise.score.result import EvaluationResult
 from rankwise.score.tasks import Task, evaluate, task
 from rankwise.ship.llama.gguf_generator import GGUFGenerator
 from rankwise.ship.llama.server_api import ServerRuntime
+from rankwise.ship.parity.app_pixels import AppPixels
 from rankwise.ship.parity.cases import Case, blind, case_of, pick
 from rankwise.ship.parity.embedder import Embedder
 from rankwise.ship.parity.floor import Floor, measure_floor
@@ -96,6 +97,10 @@ class Trained:
         chosen = pick(self.items, self.config.parity_samples, folder)
         seeing = [example for example in chosen if example.images and self.renderer.sight][:BLIND]
         return [case_of(one, self.renderer) for one in chosen] + [blind(one, self.renderer) for one in seeing]
+
+    @property
+    def app(self) -> AppPixels | None:
+        return AppPixels.read(self.config.app_pixels, self.cases) if self.config.app_pixels else None
 
     def floor(self) -> Floor | None:
         return measure_floor(self.reference, self.cases, self.config.top) if self.config.parity_samples else None
@@ -191,11 +196,15 @@ def answered(trained: Trained, engine: Any, folder: Path, made_from: Mapping[str
     return Answers(result, predict(engine, trained.items, folder / "predictions.jsonl", made_from))
 
 
-def validated(config: ValidateConfig, trained: Trained, one: Shipped, floor: Floor | None, out: Path) -> Validated:
+def validated(
+    config: ValidateConfig, trained: Trained, one: Shipped, floor: Floor | None, app: AppPixels | None, out: Path
+) -> Validated:
     """One form: all items answered, some of them on the ladder."""
     limits = floor.thresholds(one.form, config.tolerance, config.min_agreement) if floor else None
     with one.start(config.context or context(trained.renderer), config.threads) as runtime:
-        ladder = climb(trained.reference, runtime, trained.cases, limits, config.top, embedder(one)) if limits else None
+        ladder = None
+        if limits:
+            ladder = climb(trained.reference, runtime, trained.cases, limits, config.top, embedder(one), app)
         return scored(trained, one, runtime, ladder, out / one.form)
 
 

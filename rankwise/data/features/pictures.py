@@ -22,7 +22,7 @@ from PIL import Image
 
 from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.labelling.coco import SUFFIXES
-from rankwise.data.pixels import Unreadable, picture
+from rankwise.data.pixels import WHITE, Colour, Unreadable, picture
 from rankwise.errors import DataError, need
 from rankwise.store.files import fingerprint
 
@@ -40,16 +40,17 @@ class Pictures(Protocol):
     def digest(self, count: int) -> str: ...
 
 
-def open_pictures(where: str, max_pixels: int = 60_000_000) -> Pictures:
-    """The pictures of a folder, a parquet file or a data set. DataError where there are none."""
+def open_pictures(where: str, max_pixels: int = 60_000_000, background: Colour = WHITE) -> Pictures:
+    """The pictures of a folder, a parquet file or a data set, transparency on `background`. DataError where there are
+    none."""
     path = Path(where).expanduser()
     if path.is_file() and path.suffix == ".parquet":
-        return of_parquet(path, max_pixels)
+        return of_parquet(path, max_pixels, background)
     if path.is_dir() and not any((path / name).is_file() for name in SAVED):
-        return of_folder(path, max_pixels)
+        return of_folder(path, max_pixels, background)
     if path.is_file():
         raise DataError(f"{path}: a folder of images, a parquet file or a data set is expected")
-    return of_dataset(where, max_pixels)
+    return of_dataset(where, max_pixels, background)
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,14 @@ class FolderPictures:
         return digest_of([(name, fingerprint(self.reader.folder / name)) for name in self.names[:count]])
 
 
-def of_folder(folder: Path, max_pixels: int) -> FolderPictures:
+def of_folder(folder: Path, max_pixels: int, background: Colour) -> FolderPictures:
     found = [
         file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()
     ]
     names = sorted(file.as_posix() for file in found if not any(part.startswith(".") for part in file.parts))
     if not names:
         raise DataError(f"{folder}: no images in it ({', '.join(sorted(SUFFIXES))})")
-    return FolderPictures(tuple(names), ImageReader(folder, max_pixels=max_pixels))
+    return FolderPictures(tuple(names), ImageReader(folder, max_pixels=max_pixels, background=background))
 
 
 @dataclass
@@ -86,25 +87,26 @@ class TablePictures:
     content: str
     folder: Path
     max_pixels: int
+    background: Colour
 
     def open(self, place: int) -> Image.Image:
         name, value = self.names[place], self.column(place)
         content = value.get("bytes") if isinstance(value, Mapping) else value
         if content:
             try:
-                return picture(io.BytesIO(content), self.max_pixels)
+                return picture(io.BytesIO(content), self.max_pixels, self.background)
             except Unreadable as reason:
                 raise BadImage(f"image {name} (row {place} of {self.where}) {reason}") from reason
         path = value.get("path") if isinstance(value, Mapping) else None
         if not path:
             raise BadImage(f"image {name} (row {place} of {self.where}) is empty")
-        return ImageReader(self.folder, max_pixels=self.max_pixels).open(path)
+        return ImageReader(self.folder, max_pixels=self.max_pixels, background=self.background).open(path)
 
     def digest(self, count: int) -> str:
         return digest_of([self.content, count])
 
 
-def of_parquet(path: Path, max_pixels: int) -> TablePictures:
+def of_parquet(path: Path, max_pixels: int, background: Colour) -> TablePictures:
     parquet = need("pyarrow.parquet", extra=EXTRA)
     try:
         column = ParquetColumn(parquet.ParquetFile(path), path)
@@ -113,7 +115,8 @@ def of_parquet(path: Path, max_pixels: int) -> TablePictures:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: not a sound parquet file ({error})") from error
-    return TablePictures(str(path), row_names(path.stem, paths), column, fingerprint(path), path.parent, max_pixels)
+    names, content = row_names(path.stem, paths), fingerprint(path)
+    return TablePictures(str(path), names, column, content, path.parent, max_pixels, background)
 
 
 @dataclass
@@ -155,7 +158,7 @@ def image_column(types: Mapping[str, str], where: Path | str) -> str:
     return "image" if "image" in found else found[0]
 
 
-def of_dataset(where: str, max_pixels: int) -> TablePictures:
+def of_dataset(where: str, max_pixels: int, background: Colour) -> TablePictures:
     """A data set saved by `datasets`, or of the hub; `:SPLIT` behind it says which split."""
     datasets = need("datasets", extra=EXTRA)
     name, _, split = where.partition(":")
@@ -171,7 +174,8 @@ def of_dataset(where: str, max_pixels: int) -> TablePictures:
     chosen = "image" if "image" in found else found[0]
     raw = rows.select_columns([chosen]).cast_column(chosen, datasets.Image(decode=False))
     names = row_names(path.name, [None] * len(raw))
-    return TablePictures(where, names, lambda place: raw[place][chosen], str(rows._fingerprint), path, max_pixels)
+    content = str(rows._fingerprint)
+    return TablePictures(where, names, lambda place: raw[place][chosen], content, path, max_pixels, background)
 
 
 def one_split(loaded: Any, split: str, where: str) -> Any:

@@ -18,6 +18,7 @@ from rankwise.core.geometry import Grid
 from rankwise.data.device import DeviceTarget
 from rankwise.data.device_processor import device_processor
 from rankwise.data.grids import image_grids
+from rankwise.data.pixels import BLACK, WHITE, Colour
 from rankwise.errors import UsageError
 
 SQUARE = 448  # pixels: 16 × 16 tokens in the Qwen-VL families
@@ -36,6 +37,11 @@ class Preparation:
         assert not (self.side and self.target)
         if self.side is not None and self.side < 1:
             raise UsageError(f"--image_size must be at least 1 pixel, got {self.side}")
+
+    @property
+    def background(self) -> Colour:
+        """What transparency is laid on before."""
+        return BLACK if self.target else WHITE
 
     def picture(self, image: Image.Image) -> Image.Image:
         if self.target:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rankwise.data.device import DeviceTarget
+from rankwise.data.device import DeviceReader, DeviceTarget
 from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.label_names import label_called, name_key, spellings
 from rankwise.data.labelling.coco import Photo, images_below
@@ -132,9 +132,10 @@ def label_rows(
     rows: list[LabelledRow] = []
     skipped: list[str] = []
     first: dict[str, Given] = {}
+    reader = DeviceReader(existing.reader, target)
     for each in existing.given:
         try:
-            picture = existing.reader.open(each.photo.reference)
+            picture = reader.open(each.photo.reference)
         except BadImage as error:
             if not skip_bad:
                 raise BadImage(f"{each.place}: {error}; or leave such images out with --skip-bad") from error

@@ -2,6 +2,7 @@
 
     labels.jsonl  train.jsonl  val.jsonl     rows: image_id, image_path, element, reason, …, image_sha256
     images/00017_000000000139.png            exactly the device's pixels
+    originals/00017_000000000139.jpeg        a few of the files that they were made of
     task.json  device.json                   what was asked, and of which pixels
     conversations/train.json, val.json       the same as LLaVA conversations
 
@@ -19,7 +20,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from rankwise.data.example import IMAGE_SLOT
 from rankwise.data.label_names import label_called
 from rankwise.data.labelling.label_answer import problem
 from rankwise.data.labelling.label_task import LabelTask, read_task
+from rankwise.data.labelling.originals import Originals
 from rankwise.data.labelling.stratified import held_out_groups
 from rankwise.data.sources.rows import BadRow, RowFile, json_rows
 from rankwise.errors import DataError, UsageError
@@ -52,7 +54,8 @@ class StoredImage:
 class LabelledRow:
     """One image with its label and what the teacher said of it; what nobody said is empty, null or None.
 
-    label, alternative: written under the task's own names (`element`, `alternative_element`).
+    label, alternative: written under the task's own names (`element`, `alternative_element`). source_path: the
+    original, where it is kept.
     """
 
     image_id: str
@@ -66,6 +69,7 @@ class LabelledRow:
     confidence: float | None = None
     alternative: str | None = None
     ambiguity_note: str | None = None
+    source_path: str | None = None
 
     @classmethod
     def of_answer(cls, image_id: str, stored: StoredImage, answer: Mapping[str, Any], task: LabelTask) -> LabelledRow:
@@ -89,6 +93,7 @@ class LabelledRow:
             task.alternative: self.alternative,
             "ambiguity_note": self.ambiguity_note,
             "image_sha256": self.image_sha256,
+            **({"source_path": self.source_path} if self.source_path else {}),
         }
 
 
@@ -142,15 +147,19 @@ def write_dataset(
     target: DeviceTarget,
     val_fraction: float = 0.1,
     seed: int = 42,
+    originals: Originals | None = None,
 ) -> Written:
     """Write the tables of a data set whose images are stored; all are replaced together or none.
 
-    DataError where there is no row, ids repeat, a label is not of the task, or an image is not in the folder.
+    originals: where the images came from; a few of those that validate are kept. DataError where there is no row, ids
+    repeat, a label is not of the task, or an image is not in the folder.
     """
     listed = sorted(rows, key=lambda row: row.image_id)
     _check(folder, listed, task)
     written = _split(listed, val_fraction, seed)
-    whole = tuple(listed)
+    if originals:
+        written = with_originals(folder, written, originals, target)
+    whole = tuple(sorted(written.rows, key=lambda row: row.image_id))
     tables = {ALL: whole, TRAIN: written.train, VAL: written.val}
     contents = {name: _lines(part, task) for name, part in tables.items()}
     contents |= {
@@ -163,6 +172,15 @@ def write_dataset(
         for temporary, content in zip(temporaries, contents.values(), strict=True):
             temporary.write_text(content, encoding="utf-8")
     return written
+
+
+def with_originals(folder: Path, written: Written, originals: Originals, target: DeviceTarget) -> Written:
+    """The rows with the paths of those originals that are kept: of the validation rows, if there are any."""
+    kept = originals.keep(folder, [row.image_id for row in written.val or written.train], target)
+    train, val = (
+        tuple(replace(row, source_path=kept.get(row.image_id)) for row in p) for p in (written.train, written.val)
+    )
+    return replace(written, train=train, val=val)
 
 
 def conversation(row: LabelledRow, task: LabelTask) -> dict[str, Any]:
@@ -249,7 +267,16 @@ def row_of(content: Mapping[str, Any], task: LabelTask) -> LabelledRow:
         if wrong:
             raise BadRow(wrong)
     names = {"label": task.field, "alternative": task.alternative}
-    own = {"reason", "visual_features", "color_breakdown", "texture", "confidence", "ambiguity_note", *TEXTS}
+    own = {
+        "reason",
+        "visual_features",
+        "color_breakdown",
+        "texture",
+        "confidence",
+        "ambiguity_note",
+        "source_path",
+        *TEXTS,
+    }
     values = {key: given[key] for key in own if key in given}
     values |= {key: given[name] for key, name in names.items() if name in given}
     return LabelledRow(**values | {"visual_features": tuple(values.get("visual_features", ()))})

@@ -67,5 +67,10 @@ def _example(task: LabelTask, aux_reason: bool, identity: str, row: dict[str, An
         references=(label,),
         stratum=label,
         images=(image,),
-        facts={"label": label, "labels": task.labels},
+        facts={"label": label, "labels": task.labels, **sources_of(row)},
     )
+
+
+def sources_of(row: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The original of the picture, where the data set keeps it."""
+    return {} if row.get("source_path") is None else {"sources": (text_of(row, "source_path"),)}

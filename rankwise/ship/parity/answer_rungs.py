@@ -17,7 +17,7 @@ from rankwise.ship.parity.divergence import Divergence, compare, joined, leaders
 from rankwise.ship.parity.embedder import apart
 from rankwise.ship.parity.floor import Thresholds
 from rankwise.ship.parity.observed import Observed, common
-from rankwise.ship.parity.rung import NOT_MEASURED, Rung, judged, named
+from rankwise.ship.parity.rung import NO_PICTURE, NOT_MEASURED, Rung, judged, named
 
 KLS = ("kl_mean", "kl_p99", "kl_max")
 NO_EMBEDDINGS = (
@@ -31,7 +31,7 @@ def embeddings(seen: Sequence[Observed], _: Runtime, thresholds: Thresholds) -> 
     """What the vision tower and the projector make of a picture, relative to its length (root mean square)."""
     pictured = [one for one in seen if one.case.images]
     if not pictured:
-        return Rung("embeddings", NOT_MEASURED, why="no case has a picture")
+        return Rung("embeddings", NOT_MEASURED, why=NO_PICTURE)
     pairs = [(one, one.embeddings, one.expected.embeddings) for one in pictured]
     found = {one.case.id: apart(ours, theirs) for one, ours, theirs in pairs if ours is not None and theirs is not None}
     if not found:
@@ -47,7 +47,8 @@ def embeddings(seen: Sequence[Observed], _: Runtime, thresholds: Thresholds) -> 
         "file is another model's (the base's?), or the runtime scales and normalises a picture otherwise; compare the "
         "pixel settings in the mmproj file with the processor's"
     )
-    return judged("embeddings", measured, {"largest_distance": thresholds.embeddings}, why if wrong else "")
+    limit = {"largest_distance": thresholds.embeddings}
+    return judged("embeddings", measured, limit, why if wrong else "", thresholds.note)
 
 
 def logprobs(seen: Sequence[Observed], _: Runtime, thresholds: Thresholds) -> Rung:
@@ -63,7 +64,7 @@ def logprobs(seen: Sequence[Observed], _: Runtime, thresholds: Thresholds) -> Ru
     measured |= {"cases_not_told": len(seen) - len(heard), "by_kind": by_kind(heard, found)}
     facts = beyond(found, measured, thresholds)
     why = f"{'; '.join(facts)}. {suspect(heard, parts, thresholds)}" if facts else ""
-    return judged("logprobs", measured, threshold, why)
+    return judged("logprobs", measured, threshold, why, thresholds.note)
 
 
 def beyond(found: Divergence, measured: Mapping[str, Any], thresholds: Thresholds) -> list[str]:
@@ -119,7 +120,7 @@ def text(seen: Sequence[Observed], _: Runtime, thresholds: Thresholds) -> Rung:
     measured = {"cases": len(heard), **{kind.replace(" ", "_"): len(members) for kind, members in of.items()}}
     bad = next((kind for kind in REASONS if of[kind]), "")
     why = f"{named(of[bad])}: {REASONS[bad]}; {shown(of[bad][0])}" if bad else ""
-    return judged("text", measured, {"different": 0, "margin": thresholds.margin}, why)
+    return judged("text", measured, {"different": 0, "margin": thresholds.margin}, why, thresholds.note)
 
 
 REASONS = {

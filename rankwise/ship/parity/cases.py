@@ -11,16 +11,26 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from PIL import ExifTags, Image
+from PIL import Image
 
 from rankwise.data import Example, Renderer
 from rankwise.data.device import MARKER, encoded
+from rankwise.data.labelling.stratified import in_turn
 from rankwise.data.layout import without_images
+from rankwise.data.pixels import kind_of
 
 UNKNOWN, BLIND = "unknown", "no picture"
-SQUARE = 0.05  # sides that differ by less count as a square
+
+
+@dataclass(frozen=True)
+class Source:
+    """A picture before the device does anything to it. name: what the app's version of it is called (`--app_pixels`);
+    content: the file's bytes."""
+
+    name: str
+    content: bytes
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,8 @@ class Case:
     id: unique. example: the sample as training and evaluation know it; the reference starts from it. images: the bytes
     that the runtime gets, in order. prompt: the text that it gets, `marker` where a picture goes. answer: what both
     sides are teacher-forced along; None for the reference's own greedy answer. stratum: kind of picture ("tall RGB"),
-    for the tables.
+    for the tables. sources: what `images` were made of; size: side of the device's square, None where pictures are sent
+    in their own.
     """
 
     id: str
@@ -40,15 +51,28 @@ class Case:
     answer: str | None = None
     stratum: str = ""
     marker: str = MARKER
+    sources: tuple[Source, ...] = ()
+    size: int | None = None
 
 
 def case_of(example: Example, renderer: Renderer, answer: str | None = None) -> Case:
-    """The case of a sample: pictures go through the renderer's reader, which knows the device, and are sent as PNG."""
+    """The case of a sample: the files that its pictures were made of go through the renderer's reader, which knows the
+    device, and are sent as PNG."""
     prompt, sight = renderer.prompt_text(example, MARKER), renderer.sight
     if sight is None or not example.images:
         return Case(example.id, example, (), prompt, answer)
-    images = tuple(encoded(sight.reader.open(reference), "PNG") for reference in example.images)
-    return Case(example.id, example, images, prompt, answer, stratum_of(example, sight.reader.folder))
+    images = tuple(encoded(sight.reader.open(reference), "PNG") for reference in example.sources)
+    kind, size = stratum_of(example, sight.reader.folder), sight.target.image_size if sight.target else None
+    sources = tuple(
+        Source(name_of(shown), sight.reader.content(reference))
+        for shown, reference in zip(example.images, example.sources, strict=True)
+    )
+    return Case(example.id, example, images, prompt, answer, kind, sources=sources, size=size)
+
+
+def name_of(reference: str) -> str:
+    """images/00017_cat.png → 00017_cat.png: the app's version of a picture, always PNG."""
+    return f"{PurePosixPath(reference).stem}.png"
 
 
 def blind(example: Example, renderer: Renderer) -> Case:
@@ -59,28 +83,24 @@ def blind(example: Example, renderer: Renderer) -> Case:
 
 
 def pick(examples: Sequence[Example], count: int, folder: Path | None) -> list[Example]:
-    """At most `count` samples, in turn from every kind of picture, each kind in file order: rare kinds are all in."""
-    kinds: dict[str, list[Example]] = {}
-    for example in examples:
-        kinds.setdefault(stratum_of(example, folder), []).append(example)
-    turns = [(number, position) for position, kind in enumerate(kinds) for number in range(len(kinds[kind]))]
-    names = list(kinds)
-    chosen = {id(kinds[names[position]][number]) for number, position in sorted(turns)[:count]}
+    """At most `count` samples, in turn from every kind of picture, each kind in file order: rare kinds are all in.
+    Samples whose sources are kept come first: of the others the device's work is done already."""
+    kept = [example for example in examples if example.sources != example.images]
+    others = [example for example in examples if example.sources == example.images]
+    ordered = [example for part in (kept, others) for example in in_turn(part, lambda one: stratum_of(one, folder))]
+    chosen = {id(example) for example in ordered[:count]}
     return [example for example in examples if id(example) in chosen]
 
 
 def stratum_of(example: Example, folder: Path | None) -> str:
-    """ "tall RGB", "wide L turned" …, of the first picture as it lies on the disk; "" for a sample without one."""
+    """ "tall RGB", "wide L turned" …, of the first picture's source as it lies on the disk; "" without one."""
     if not example.images or folder is None:
         return ""
-    file = folder / example.images[0]
+    file = folder / example.sources[0]
     if not file.is_file():
         return UNKNOWN  # a data URL, or one of the internet
     with Image.open(file) as image:
-        width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        shape = "square" if abs(width - height) <= SQUARE * max(width, height) else "wide" if width > height else "tall"
-        return f"{shape} {image.mode}{' turned' if turned else ''}"
+        return kind_of(image)
 
 
 def strata(cases: Sequence[Case]) -> Mapping[str, list[str]]:

@@ -27,6 +27,7 @@ from rankwise.ship.parity.divergence import Divergence, compare, joined, top_of
 from rankwise.ship.parity.embedder import apart, embedded
 from rankwise.ship.parity.lower_precision import q8_0, rounding
 from rankwise.ship.parity.reference import HFReference, forced
+from rankwise.ship.parity.rung import WEAK
 
 BATCH = 4  # rows padded together
 K = 10.0  # in KL: about 3 in logits. Sound exports of the demos' models come out at 0.6 to 3 floors
@@ -60,6 +61,11 @@ class Thresholds:
 
     def as_dict(self) -> dict[str, float | None]:
         return asdict(self)
+
+    @property
+    def note(self) -> str:
+        """How many floors the limits are. Above K only large faults exceed them."""
+        return f"k = {self.k:.3g}" if self.k <= K else f"{WEAK}: k = {self.k:.3g}"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import numpy as np
 
 from rankwise.ship.llama.runtime import Runtime
 from rankwise.ship.parity import answer_rungs, pixel_rung, prompt_rungs
+from rankwise.ship.parity.app_pixels import AppPixels
 from rankwise.ship.parity.cases import Case
 from rankwise.ship.parity.embedder import Rows
 from rankwise.ship.parity.floor import TOP, Thresholds
@@ -77,6 +78,7 @@ def climb(
     thresholds: Thresholds,
     top: int = TOP,
     embedder: Embedding | None = None,
+    app: AppPixels | None = None,
 ) -> Ladder:
     """Put every case to both sides and compare them on all rungs.
 
@@ -88,6 +90,7 @@ def climb(
         top: tokens compared at each place; the KL lumps all others.
         embedder: what gives the same file's embeddings of pictures; without one that rung is "not measured". The
             reference must keep its own (`HFReference(…, embeds=True)`) before the floor is measured.
+        app: the pixels that the app says it sends.
 
     A case that the runtime refuses breaks the rung where that shows; it raises nothing. A server that is gone raises
     ServiceError, a GGUF that llama.cpp breaks down on VerificationError.
@@ -96,6 +99,8 @@ def climb(
     seen = [Observed.of(reference.expected(case), runtime, case, top) for case in cases]
     if embedder:
         seen = with_embeddings(seen, embedder)
+    if app:
+        seen = [replace(one, handed=tuple(map(app.of, one.case.sources))) for one in seen]
     return Ladder(tuple(rung(seen, runtime, thresholds) for rung in RUNGS.values()))
 
 

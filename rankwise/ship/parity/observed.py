@@ -18,7 +18,7 @@ from rankwise.ship.llama.server_api import NotTold
 from rankwise.ship.llama.talk import Refusal
 from rankwise.ship.parity.cases import Case
 from rankwise.ship.parity.embedder import Rows
-from rankwise.ship.parity.reference import Expected
+from rankwise.ship.parity.reference import Expected, Pixels
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Observed:
     text_ids: ids of the prompt's text parts as the runtime cuts them, its own BOS included, pictures left out. tops:
     token → log p at the places of the reference's answer; fewer than these where the runtime ends an answer inside it.
     wanted: the expected ids, pictures' own left out, as the runtime writes them. embeddings: (tokens, width) of all the
-    case's pictures; None where nothing can tell them.
+    case's pictures; None where nothing can tell them. handed: what the app says it sent, picture by picture (pixels, or
+    a hash of them); empty where it says nothing.
     """
 
     case: Case
@@ -39,6 +40,7 @@ class Observed:
     tops: tuple[Mapping[int, float], ...] = ()
     refused: str = ""
     embeddings: Rows | None = None
+    handed: tuple[Pixels | str | None, ...] = ()
 
     @classmethod
     def of(cls, expected: Expected, runtime: Runtime, case: Case, top: int) -> Observed:

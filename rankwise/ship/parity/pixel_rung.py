@@ -1,80 +1,234 @@
-"""The lowest rung: what is sent to the runtime is, pixel for pixel, what the device's target makes of the picture.
+"""The lowest rung: the pixels that the model was trained on are those that the device makes of the picture.
 
-A difference in the black margin alone is another padding; one in the picture itself another filter, or a lossy file.
+    sent   what this client sends, made anew of the source
+    Skia   the source as Skia decodes, turns and scales it, where it imports
+    app    what the app says it sent, where it is handed over
+
+A client that is compared with itself proves nothing: without Skia and without the app's pixels the rung is not
+measured, and neither where no resizer would change the pictures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from rankwise.data.device import changes
+from rankwise.data.pixels import BLACK, Unreadable, flattened
 from rankwise.ship.llama.runtime import Runtime
-from rankwise.ship.parity.cases import decoded, strata
+from rankwise.ship.parity.android_canvas import canvas_pixels
+from rankwise.ship.parity.app_pixels import sha256_rgb
+from rankwise.ship.parity.cases import Case, Source, decoded, strata
 from rankwise.ship.parity.floor import Thresholds
 from rankwise.ship.parity.observed import Observed
 from rankwise.ship.parity.reference import Pixels
-from rankwise.ship.parity.rung import NOT_MEASURED, Rung, judged, named
+from rankwise.ship.parity.rung import BROKEN, NO_PICTURE, NOT_MEASURED, OK, Rung, named
+from rankwise.ship.parity.skia_pixels import skia_pixels, unavailable
 
 NAME = "pixels"
+LIMIT = 1  # of 255: the same sum, rounded in another order
 
 
 @dataclass(frozen=True)
 class Apart:
-    """Two pictures of one size: largest difference of a value, share of pixels that differ, and whether they do so in
-    the picture itself, or in its black margin only."""
+    """Two pictures of one size: largest and mean difference of a value, share of pixels that differ, and whether they
+    do so in the picture itself, or in its black margin only."""
 
     most: int
+    mean: float
     share: float
     inside: bool
 
 
+@dataclass(frozen=True)
+class Side:
+    """Another side's version of the pictures. found: what it has, picture by picture; None where the number, the size
+    or the hash is another."""
+
+    name: str
+    found: Sequence[tuple[Observed, Apart | None]]
+
+    @property
+    def wrong(self) -> list[Observed]:
+        bad = [one for one, apart in self.found if apart is None or apart.most > LIMIT]
+        return list({one.case.id: one for one in bad}.values())
+
+    @property
+    def known(self) -> list[Apart]:
+        return [apart for _, apart in self.found if apart is not None]
+
+    def measured(self) -> dict[str, Any]:
+        """Numbers under this side's name; {} where it has no picture."""
+        if not self.found:
+            return {}
+        most, mean = max((one.most for one in self.known), default=0), mean_of(one.mean for one in self.known)
+        return {
+            f"{self.name}_pictures": len(self.found),
+            f"{self.name}_largest_difference": most,
+            f"{self.name}_mean_difference": round(mean, 4),
+        }
+
+
 def pixels(seen: Sequence[Observed], _: Runtime, __: Thresholds) -> Rung:
-    """Exact: the threshold is 0."""
+    """Every side within one grey level; ok only where a side has pictures that the device changes."""
     pictured = [one for one in seen if one.expected.pixels or one.case.images]
     if not pictured:
-        return Rung(NAME, NOT_MEASURED, why="no case has a picture")
-    found = {one.case.id: compared(one) for one in pictured}
-    wrong = [one for one in pictured if any(each is None or each.most for each in found[one.case.id])]
-    known = [each for one in pictured for each in found[one.case.id] if each is not None]
+        return Rung(NAME, NOT_MEASURED, why=NO_PICTURE)
+    sent = Side("sent", [pair for one in pictured for pair in compared(one)])
+    app, skia = Side("app", told_by_app(pictured)), Side("Skia", seen_by_skia(pictured))
+    canvas = Side("android_canvas", drawn_on_canvas(pictured))
+    changed = sum(changed_by(source, one.case) for one in pictured for source in one.case.sources)
     measured = {
         "pictures": sum(len(one.case.images) for one in pictured),
-        "largest_difference": max((each.most for each in known), default=0),
-        "share_of_pixels_that_differ": float(np.mean([each.share for each in known])) if known else 0.0,
+        "changed_by_the_device": changed,
+        **sent.measured(),
+        **skia.measured(),
+        **app.measured(),
+        **canvas.measured(),
         "tiles": sorted({"×".join(map(str, tile)) for one in pictured for tile in one.expected.tiles}),
         "kinds": {kind: len(ids) for kind, ids in strata([one.case for one in pictured]).items()},
     }
-    why = f"{named(wrong)}: {reason([each for one in wrong for each in found[one.case.id]])}" if wrong else ""
-    return judged(NAME, measured, {"largest_difference": 0}, why)
+    limit = {f"{side.name}_largest_difference": LIMIT for side in (sent, skia, app) if side.found}
+    why = next((reason(side) for side in (sent, app, skia) if side.wrong), "")
+    if why:
+        return Rung(NAME, BROKEN, measured, limit, why)
+    if app.found or (skia.found and changed):
+        return Rung(NAME, OK, measured, limit, note=proven(app, skia))
+    return Rung(NAME, NOT_MEASURED, measured, limit, not_measured(skia, changed))
 
 
-def compared(one: Observed) -> list[Apart | None]:
-    """Every sent picture against the expected one; None where their sizes or their number differ."""
+# --- the sides -------------------------------------------------------------------------------------------------------
+
+
+def compared(one: Observed) -> list[tuple[Observed, Apart | None]]:
+    """Every sent picture against the expected one."""
     sent = [np.asarray(decoded(image)) for image in one.case.images]
     if len(sent) != len(one.expected.pixels):
-        return [None]
-    return [apart(*pair) for pair in zip(sent, one.expected.pixels, strict=True)]
+        return [(one, None)]
+    return [(one, apart(*pair)) for pair in zip(sent, one.expected.pixels, strict=True)]
+
+
+def seen_by_skia(pictured: Sequence[Observed]) -> list[tuple[Observed, Apart | None]]:
+    """Every source as Skia shows it; those that it cannot decode are left out."""
+    if unavailable():
+        return []
+    pairs = [(one, skia_pixels(source.content, one.case.size), expected) for one, source, expected in sources(pictured)]
+    return [(one, apart(found, expected)) for one, found, expected in pairs if found is not None]
+
+
+def told_by_app(pictured: Sequence[Observed]) -> list[tuple[Observed, Apart | None]]:
+    """Every picture that the app hands over: as expected, or as Android's software canvas scales the source."""
+    found = []
+    for one in pictured:
+        for told, source, expected in zip(one.handed, one.case.sources, one.expected.pixels, strict=False):
+            canvas = on_canvas(source, one.case) if told is not None else None
+            if told is not None:
+                found.append((one, nearest(told, [expected] if canvas is None else [expected, canvas])))
+    return found
+
+
+def drawn_on_canvas(pictured: Sequence[Observed]) -> list[tuple[Observed, Apart | None]]:
+    """For information: how far Android's software canvas, whose weights are sixteenths, is from ours."""
+    pairs = [(one, on_canvas(source, one.case), expected) for one, source, expected in sources(pictured)]
+    return [(one, apart(found, expected)) for one, found, expected in pairs if found is not None]
+
+
+def on_canvas(source: Source, case: Case) -> Pixels | None:
+    """None where pictures are sent in their own size, or the source is none that we read."""
+    if case.size is None:
+        return None
+    try:
+        with Image.open(io.BytesIO(source.content)) as picture:
+            return canvas_pixels(flattened(picture, BLACK), case.size)
+    except Unreadable:
+        return None
+
+
+def nearest(told: Pixels | str, right: Sequence[Pixels]) -> Apart | None:
+    """To the right picture that the app's is nearest to. Of a hash nothing is known but that it is equal."""
+    if isinstance(told, str):
+        equal = [one for one in right if sha256_rgb(one) == told.lower()]
+        return apart(equal[0], equal[0]) if equal else None
+    known = [found for one in right if (found := apart(told, one)) is not None]
+    return min(known, key=lambda found: found.most, default=None)
 
 
 def apart(sent: Pixels, expected: Pixels) -> Apart | None:
     """(height, width, 3) each."""
     if sent.shape != expected.shape:
         return None
-    difference = np.abs(sent.astype(int) - expected.astype(int)).max(-1)
-    inside = bool((difference[expected.max(-1) > 0] > 0).any())
-    return Apart(int(difference.max()), float((difference > 0).mean()), inside)
+    difference = np.abs(sent.astype(int) - expected.astype(int))
+    highest = difference.max(-1)
+    inside = bool((highest[expected.max(-1) > 0] > LIMIT).any())
+    return Apart(int(highest.max()), float(difference.mean()), float((highest > LIMIT).mean()), inside)
 
 
-def reason(found: Sequence[Apart | None]) -> str:
-    known = [each for each in found if each is not None]
-    if len(known) < len(found):
-        return "another number or size of pictures is sent than the target makes; use DeviceTarget.resize"
-    most, share = max(each.most for each in known), float(np.mean([each.share for each in known]))
-    said = f"pixels differ by up to {most} of 255 ({share:.1%} of them)"
-    if not any(each.inside for each in known):
+def sources(pictured: Sequence[Observed]) -> Iterator[tuple[Observed, Source, Pixels]]:
+    """Every picture before the device, and what is expected after it."""
+    for one in pictured:
+        for source, expected in zip(one.case.sources, one.expected.pixels, strict=False):
+            yield one, source, expected
+
+
+def changed_by(source: Source, case: Case) -> bool:
+    """Whether the device does more to a picture than pass it on. What is sent in its own size is at least decoded."""
+    return case.size is None or changes(source.content, case.size)
+
+
+def mean_of(values: Iterable[float]) -> float:
+    known = list(values)
+    return float(np.mean(known)) if known else 0.0
+
+
+# --- in words --------------------------------------------------------------------------------------------------------
+
+WHOSE = {"sent": "what is sent", "app": "what the app sends", "Skia": "what Skia makes of the source"}
+CAUSES = {
+    "sent": "the target scales bilinearly without antialiasing, and pictures are sent as PNG; where the data set keeps "
+    "its sources, another version of this program made its pictures: label it again",
+    "app": "scale bilinearly (Paint.FILTER_BITMAP_FLAG) without antialiasing or mipmaps, the longest side set to the "
+    "device's size, upright by the EXIF note, on black; send PNG or raw RGB",
+    "Skia": "the pictures that the model was trained on are not the phone's: a fault of this program's scaling, EXIF "
+    "or transparency, or of this build of Skia",
+}
+
+
+def reason(side: Side) -> str:
+    """Which pictures differ, by how much, where, and what to look at."""
+    start = f"{named(side.wrong)}: {WHOSE[side.name]} differs from the pixels that the model was trained on"
+    known = [found for found in side.known if found.most > LIMIT]
+    if len(side.known) < len(side.found):
+        return f"{start} in the number or size of pictures, or in their SHA-256; {CAUSES[side.name]}"
+    said = (
+        f"{start} by up to {max(one.most for one in known)} of 255 ({mean_of(one.share for one in known):.1%} of them)"
+    )
+    if not any(one.inside for one in known):
         return f"{said}, in the black margin only: the padding has another colour; the target pads with black"
     return (
-        f"{said}, in the picture itself: another filter (antialiased, LANCZOS …), another place, or a lossy file; the "
-        "target scales bilinearly without antialiasing, and pictures are sent as PNG"
+        f"{said}, in the picture itself: another filter (antialiased, LANCZOS …), another place, EXIF or transparency "
+        f"treated otherwise, or a lossy file; {CAUSES[side.name]}"
+    )
+
+
+def proven(app: Side, skia: Side) -> str:
+    """Whom the pixels agree with."""
+    return " and ".join(side.name for side in (skia, app) if side.found)
+
+
+def not_measured(skia: Side, changed: int) -> str:
+    """Why nothing independent stands on the other side, and what would."""
+    hand = "hand over what the app sends (--app_pixels)"
+    if unavailable():
+        return f"nothing independent to compare with: {unavailable()}; or {hand}"
+    if not skia.found:
+        return f"Skia reads none of these files (TIFF, AVIF …); {hand}"
+    assert not changed
+    return (
+        "all pictures have the device's size already, so that any resizer passes them on: keep originals (`rankwise "
+        f"label` does), or {hand}"
     )

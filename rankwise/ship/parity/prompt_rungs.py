@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rankwise.ship.llama.runtime import Runtime
 from rankwise.ship.parity.floor import Thresholds
 from rankwise.ship.parity.observed import Observed, common
-from rankwise.ship.parity.rung import NOT_MEASURED, Rung, judged, named
+from rankwise.ship.parity.rung import NO_PICTURE, NOT_MEASURED, Rung, judged, named
 
 SHOWN_IDS, SHOWN_CHARACTERS = 6, 40
 
@@ -20,7 +20,7 @@ def image_tokens(seen: Sequence[Observed], _: Runtime, __: Thresholds) -> Rung:
     """The numbers are equal, case by case."""
     pictured = [one for one in seen if one.case.images or one.expected.expansions]
     if not pictured:
-        return Rung("image tokens", NOT_MEASURED, why="no case has a picture")
+        return Rung("image tokens", NOT_MEASURED, why=NO_PICTURE)
     heard = [one for one in pictured if not one.refused]
     measured = {
         "reference": sorted({expected_span(one) for one in heard}),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rankwise.ship.parity.ladder import Ladder
+from rankwise.ship.parity.rung import NO_PICTURE, NOT_MEASURED, WEAK
 
 EXACT = ("f32", "f16", "bf16")  # forms that hold the weights, or all but all of them
 
@@ -21,7 +22,7 @@ def verdict(ladders: Mapping[str, Ladder]) -> list[str]:
     broken = {form: ladder.first_broken for form, ladder in ladders.items() if ladder.first_broken}
     if not broken:
         return [
-            f"What runs in llama.cpp is what was trained ({', '.join(ladders)}): no rung is broken.",
+            f"What runs in llama.cpp is what was trained ({', '.join(ladders)}): no rung is broken{unproven(ladders)}.",
             *cost(ladders),
         ]
     lines = []
@@ -29,6 +30,15 @@ def verdict(ladders: Mapping[str, Ladder]) -> list[str]:
         if rung := broken.get(form):
             lines.append(f"{form} breaks at the rung `{rung.name}`: {rung.why}")
     return [blame(exact, rounded, list(broken)), *lines, *cost(ladders)]
+
+
+def unproven(ladders: Mapping[str, Ladder]) -> str:
+    """What that does not show: rungs that were not measured, and those whose limits are wide."""
+    rungs = [rung for ladder in ladders.values() for rung in ladder.rungs]
+    missing = dict.fromkeys(rung.name for rung in rungs if rung.status == NOT_MEASURED and rung.why != NO_PICTURE)
+    weak = dict.fromkeys(rung.name for rung in rungs if rung.note.startswith(WEAK))
+    parts = [f"{', '.join(names)} {what}" for names, what in ((missing, "not measured"), (weak, "weak")) if names]
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def blame(exact: list[str], rounded: list[str], broken: list[str]) -> str:

@@ -46,8 +46,8 @@ def shards_of(config: CaptureConfig) -> Shards:
         return SyntheticShards(settings, config.synthetic, config.shard_size, config.cache_dtype)
     assert config.model_name and config.images
     folder = seeing_model(config.model_name, config.revision)
-    pictures = open_pictures(config.images)
     preparation = preparation_of(config, folder)
+    pictures = open_pictures(config.images, background=preparation.background)
     processor = preparation.processor(load_processor(config.model_name, config.revision))
     # The reader is never asked: pictures come prepared.
     sight = Sight(processor, ImageReader(folder))
