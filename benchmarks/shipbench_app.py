@@ -68,7 +68,9 @@ def stretched(path: Path, size: int) -> Picture:
 def as_stored(path: Path, size: int) -> Picture:
     """The device's geometry, without asking which way is up."""
     with Image.open(path) as picture:
-        return resize_for_device(picture.convert("RGB"), size)
+        lying = picture.convert("RGB")
+    lying.info.clear()  # the note goes along with the pixels
+    return resize_for_device(lying, size)
 
 
 def afterwards(make: Callable[[Picture], Picture]) -> Change:
