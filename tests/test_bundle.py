@@ -16,18 +16,22 @@ import pytest
 from PIL import Image
 
 from rankwise.cli import main
-from rankwise.config import BundleConfig, ScoredData
+from rankwise.config import BundleConfig, DataSection, ModelSection, ScoredData
 from rankwise.data import Example, Turn
 from rankwise.data.device import MARKER, read_target
+from rankwise.data.input_record import InputRecord
 from rankwise.data.labelling.label_task import LabelClass, LabelTask, task_from
 from rankwise.errors import DataError, UsageError, VerificationError
+from rankwise.nets.load import load_config
 from rankwise.ship.abstain import abstention, fewest, lower_bound
 from rankwise.ship.bundle import INPUT, LabelAnswer, grammar, label_answers, read_bundle
+from rankwise.ship.gguf.export import read_export
 from rankwise.ship.golden import read_golden
 from rankwise.ship.llama.runtime import LlamaServer
 from rankwise.ship.parity.ladder import climb
 from rankwise.stages import bundle
 from rankwise.stages.bundling import source_of
+from rankwise.stages.rendering import renderer_for
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TASK = task_from({"classes": {"water": "wet", "fire": "hot", "wood": ""}, "field": "element"}, "the test", "elements")
@@ -171,7 +175,10 @@ def shipped(vision_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("shipped")
     shutil.copytree(vision_export, folder / "export")
     TASK.save(folder / "export")
-    data = dataset(folder / "dataset")
+    data, model = dataset(folder / "dataset"), str(read_export(folder / "export").content["model"]["path"])
+    section = DataSection(task="labels", data_path=str(data), device_target=str(folder / "export"))
+    renderer = renderer_for(section, ModelSection(), model, load_config(model))
+    InputRecord.of(renderer).save(folder / "export")
     arguments = ["--task", "labels", "--data_path", str(data), "--outtype", "q8_0", "--parity_samples", "3"]
     out = ["--max_new_tokens", "6", "--threads", "1", "-o", str(folder / "validation")]
     assert main(["validate", str(folder / "export"), *arguments, *out]) == 0
@@ -208,9 +215,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 @pytest.mark.slow
 def test_a_bundle_has_what_an_app_needs(made: Path, shipped: Path) -> None:
     content = read_bundle(made)
-    assert {"model-q8_0.gguf", "mmproj-model-q8_0.gguf", "labels.gbnf", "device.json", "README.md"} <= set(
-        content["files"]
-    )
+    assert {
+        "model-q8_0.gguf",
+        "mmproj-model-q8_0.gguf",
+        "labels.gbnf",
+        "device.json",
+        "input.json",
+        "README.md",
+    } <= set(content["files"])
     listed = {path.relative_to(made).as_posix() for path in made.rglob("*") if path.is_file()}
     assert listed == {*content["files"], "bundle.json"}
     prompt = (made / "prompt.txt").read_text(encoding="utf-8")

@@ -200,6 +200,22 @@ def pictures(folder: Path) -> Path:
     return folder
 
 
+def without_a_device(base: Path, data: Path, folder: Path, asked: dict[str, list[int]]) -> None:
+    """Trained as the processor takes pictures: the data's device, and one of the base's, are no longer its own."""
+    own, before = Path(shutil.copytree(base, folder / "own")), dict(asked)
+    DeviceTarget(image_size=32, longest_edge=32).save(own)
+    out = train(own, folder / "off", "--data_path", data, "--device_target", "off", "--prompt", "chat")
+    assert read_object(out / FILE)["image_geometry"] == {}
+    assert run("merge", out, "-o", folder / "off merged") == 0
+    found = []
+    for model in (out, folder / "off merged"):
+        asked.clear()
+        assert evaluate(model, "--task", "labels", "--data_path", data) == 0
+        found.append(dict(asked))
+    assert found[0] == found[1] != before
+    assert not (folder / "off merged" / "device.json").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("style", ["chat", "raw"])
 def test_pictures_are_asked_about_the_same(style: str, tmp_path: Path, asked: dict[str, list[int]]) -> None:
@@ -225,6 +241,7 @@ def test_pictures_are_asked_about_the_same(style: str, tmp_path: Path, asked: di
         assert text == renderer.prompt_text(example, "<__media__>")
         assert len(images) == 1
         assert found[0][example.id] == renderer.prompt_ids(example)
+    without_a_device(base, data, tmp_path, asked)
     DeviceTarget(image_size=64, longest_edge=32).save(out)
     assert evaluate(out, *own) == 3
     (out / "device.json").unlink()

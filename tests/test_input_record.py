@@ -30,6 +30,8 @@ from rankwise.data import load
 from rankwise.data.input_record import FILE, InputRecord, read_input
 from rankwise.nets.adapters import save_adapter
 from rankwise.nets.load import load_config
+from rankwise.stages.card import files_of
+from rankwise.stages.loading import load as load_trained
 from rankwise.stages.recorded import as_recorded, recorded
 from rankwise.stages.rendering import renderer_for
 from rankwise.store.files import read_object, write_json
@@ -349,3 +351,18 @@ def test_variables_are_taken_one_by_one(own_run: Path) -> None:
     data = as_recorded(DataSection(chat_template_kwargs={"thinking": False}), recorded([own_run]))
     assert data.chat_template_kwargs == {"date_string": "1 Jan 2026", "thinking": False}
     assert as_recorded(DataSection(prompt="raw"), recorded([own_run])).chat_template_kwargs is None
+
+
+def test_the_card_says_how_the_model_is_asked_and_the_record_is_published(own_run: Path) -> None:
+    assert run("card", own_run) == 0
+    assert f"Trained with these prompts ({FILE}): chat template of the tokenizer" in (own_run / "README.md").read_text()
+    assert FILE in files_of("adapter", own_run)
+
+
+def test_from_python_too(base: Path, rows: Path, tmp_path: Path) -> None:
+    """rankwise.load: the record, and a tokenizer that makes the prompts of training."""
+    (tmp_path / "own.jinja").write_text(OTHER_TEMPLATE)
+    out = train(base, tmp_path / "run", "--data_path", rows, "--chat_template", tmp_path / "own.jinja")
+    trained = load_trained(out, device="cpu")
+    assert trained.record == record_of(out)
+    assert trained.tokenizer.chat_template == OTHER_TEMPLATE

@@ -149,6 +149,10 @@ def scored(
     """The task's scores, written into the folder."""
     name = str(config.data.task)
     if harness.is_harness(name):
+        if tested.renderer.style == "chat" and config.data.prompt != "chat":
+            announce(
+                f"note: {name} has prompts of its own, without the chat template of training: --prompt chat adds it"
+            )
         result = harness.evaluate_harness(
             name, tested.model, tested.renderer.tokenizer, harness_settings(config), made_from
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.data.contracts import contracts
+from rankwise.data.device import FILE as DEVICE
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.input_record import FILE as INPUT
 from rankwise.data.input_record import read_input
@@ -53,7 +54,10 @@ def copy_beside(base: Path, adapter: Path, folder: Path) -> dict[str, Copied]:
 
 def taken_over(base: Path, adapter: Path) -> Iterator[tuple[str, Copied]]:
     found = {file.name: Copied(file, "base") for file in sorted(base.iterdir()) if is_beside(file)}
-    found.pop(INPUT, None)  # of an earlier training
+    found.pop(INPUT, None)  # of an earlier training, and so is its device where this one saw pictures as well
+    trained = read_input(adapter)
+    if trained and trained[0].image_geometry is not None:
+        found.pop(DEVICE, None)
     own = [file for file in sorted(adapter.iterdir()) if is_beside(file)]
     if any(file.name == "tokenizer_config.json" for file in own):
         found = {name: copied for name, copied in found.items() if not name.startswith(TOKENIZER)}

@@ -92,6 +92,7 @@ class Material:
         return {
             "base": shared.fingerprints(base),
             "data": [fingerprint(file) for file in self.files],
+            "prompts": self.renderer.settings,
             "deltas": [fingerprint(open_deltas(Path(path)).checkpoint.files[0]) for path in self.config.probe.deltas],
         }
 
