@@ -69,8 +69,8 @@ class DataSection:
     )
     download: bool = option(False, help="fetch the official files that the folder --data_path lacks (extra: data)")
     device_target: str | None = option(
-        help="device.json or a folder with one: images and prompts as on that device; off: without one [as trained; the one "
-        "beside the data or the model, where there is one]"
+        help="device.json or a folder with one: images and prompts as on that device; off: without one [as trained; "
+        "the one beside the data or the model, where there is one]"
     )
 
 
