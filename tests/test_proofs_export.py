@@ -27,6 +27,7 @@ from rankwise.nets.load import load_model
 from rankwise.ship.gguf import adapter_gguf, view
 from rankwise.ship.gguf.converter import Converter, Job
 from rankwise.ship.gguf.vocabulary import Vocabulary
+from rankwise.store.adapter import LoraPair
 
 gguf = pytest.importorskip("gguf")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -465,8 +466,11 @@ def test_scales_that_are_not_folded_into_b(
     words = ["export", "--adapter_gguf", str(adapter), "-o", str(tmp_path / "out")]
     assert main(words) == 0
     right = adapter_gguf.folded
-    monkeypatch.setattr(
-        adapter_gguf, "folded", lambda pair, largest: replace(right(pair, largest), lora_B=pair.lora_B * 1.00001)
-    )
+
+    def off(pair: LoraPair, largest: int) -> LoraPair:
+        found = right(pair, largest)
+        return replace(found, lora_B=1.00001 * found.lora_B)
+
+    monkeypatch.setattr(adapter_gguf, "folded", off)
     assert main(words) == 6
     assert "not the adapter's factors" in capsys.readouterr().err

@@ -4,8 +4,8 @@ ledger = Ledger(folder)                     # reads the lines of all processes, 
 ledger.add(rows, {"dev": losses, "test": losses})     # a batch of runs, entered whole or not at all
 ledger.numbers(key, "dev")                  # (items,) of one run; nothing else of its file is read
 
-runs.jsonl, runs.1.jsonl …       {"key": {…}, "file": "runs/3f….safetensors", "row": 0, …facts}
-runs/3f….npz                     one matrix (runs, items) per name
+runs.jsonl, runs.1.jsonl …       {"key": {…}, "file": "runs/3f….safetensors", "row": 0, "sha256": "9a…", …facts}
+runs/3f….safetensors             one matrix (runs, items) per name
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rankwise.errors import DataError
-from rankwise.store.files import atomic_write, explained
+from rankwise.store.files import atomic_write, explained, sha256
 from rankwise.store.processes import process_index
 
 FOLDER = "runs"
@@ -71,7 +71,8 @@ class Ledger:
         file = f"{FOLDER}/{digest}.safetensors"
         with atomic_write(self.folder / file) as temporary:
             save_file({name: matrix.contiguous() for name, matrix in matrices.items()}, temporary)
-        entered = [{**row, "file": file, "row": index} for index, row in enumerate(rows)]
+        written = sha256(self.folder / file)
+        entered = [{**row, "file": file, "row": index, "sha256": written} for index, row in enumerate(rows)]
         lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in entered)
         drop_cut_line(self.own_file)
         with explained(self.own_file), self.own_file.open("a", encoding="utf-8") as stream:
@@ -86,6 +87,11 @@ class Ledger:
         if (row["file"], name) not in self._matrices:
             path = self.folder / row["file"]
             try:
+                if "sha256" in row and sha256(path) != row["sha256"]:  # lines of earlier versions have none
+                    raise DataError(
+                        f"{path}: not the numbers that were written (its sha256 differs); put the file back, "
+                        "or delete it with its lines, and those runs are made again"
+                    )
                 with safe_open(path, framework="pt") as file:
                     self._matrices[row["file"], name] = file.get_tensor(name)
             except (OSError, SafetensorError) as error:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rankwise.errors import UsageError
+from rankwise.errors import UsageError, VerificationError
 from rankwise.stages.study.design import digest
 from rankwise.store.files import read_object, write_json
 from rankwise.store.run import versions
@@ -31,13 +31,15 @@ class Registration:
 
     @property
     def first(self) -> dict[str, Any]:
-        return read_object(self.folder / FILE)
+        """VerificationError where it was altered."""
+        return sound(read_object(self.folder / FILE), str(self.folder / FILE))
 
     @property
     def deviations(self) -> list[dict[str, Any]]:
+        """VerificationError where one was altered."""
         path = self.folder / DEVIATIONS
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines]
+        return [sound(json.loads(line), f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
     @property
     def test_read(self) -> dict[str, Any] | None:
@@ -53,6 +55,7 @@ class Registration:
             "runs_finished": sum(len(path.read_text().splitlines()) for path in self.folder.glob("runs*.jsonl")),
             "test_was_read": self.test_read is not None,
             "sha256": digest(content),
+            "versions": versions(),
             "content": content,
         }
         with (self.folder / DEVIATIONS).open("a", encoding="utf-8") as stream:
@@ -78,11 +81,24 @@ class Registration:
         write_json(self.folder / TEST_READ, {"time": now(), "runs": len(runs), "runs_sha256": mark})
 
     @property
+    def latest(self) -> dict[str, Any]:
+        """What holds now: as registered, or as the last deviation left it."""
+        return [self.first, *self.deviations][-1]
+
+    @property
     def current(self) -> dict[str, Any]:
-        """The content that holds now: as registered, or as the last deviation left it."""
-        last = self.deviations
-        content: dict[str, Any] = last[-1]["content"] if last else self.first["content"]
+        content: dict[str, Any] = self.latest["content"]
         return content
+
+
+def sound(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """VerificationError where a record's content is not what its hash is of."""
+    if digest(record["content"]) != record["sha256"]:
+        raise VerificationError(
+            f"{where}: not what was registered: its content has another sha256 than it states. Put the file back as it "
+            "was, or take another --output_dir"
+        )
+    return record
 
 
 def now() -> str:
@@ -100,7 +116,7 @@ def register(folder: Path, content: Mapping[str, Any], deviation: str | None) ->
         facts = {"format": FORMAT, "sha256": digest(content), "time": now(), "versions": versions()}
         write_json(folder / FILE, facts | {"content": content})
         return registration
-    changed = differences(registration.current, content)
+    changed = differences(registration.current, content) | other_versions(registration.latest.get("versions"))
     if changed and not deviation:
         lines = "".join(f"\n  {name}: {before!r} → {after!r}" for name, (before, after) in changed.items())
         raise UsageError(
@@ -111,6 +127,12 @@ def register(folder: Path, content: Mapping[str, Any], deviation: str | None) ->
         assert deviation is not None
         registration.deviate(deviation, {"changed": changed}, content)
     return registration
+
+
+def other_versions(before: Mapping[str, Any] | None) -> dict[str, list[Any]]:
+    """Libraries that have changed since: half of the runs would be of one version, half of another."""
+    here, there = ({f"version of {name}": one for name, one in found.items()} for found in (before or {}, versions()))
+    return differences(here, there) if before else {}
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[Any]]:
