@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from rankwise.data import Example
 from rankwise.data.example import Turn
 from rankwise.errors import DataError
-from rankwise.score.answers import exact_match, normalised, score_answers, token_f1
+from rankwise.score.answers import exact_match, is_right, normalised, score_answers, token_f1
 from rankwise.score.predictions import Prediction
+from rankwise.score.tasks import task
+from rankwise.ship.validation import rights
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,21 @@ def test_scores_have_intervals_and_types() -> None:
     low, high = scores.intervals["exact_match"]
     assert low < 50 < high
     assert "by_type" not in score_answers(predicted(texts), [item(n, None) for n in range(4)]).details
+
+
+def test_of_cota_the_final_answer_counts_and_no_thoughts(tmp_path: Path) -> None:
+    """Through the task's own table, as `evaluate` and `validate` have it."""
+    row = {"question": "How many?", "chain_of_thought": ["Answer: unclear", "I count."], "answer": "Two"}
+    (tmp_path / "rows.json").write_text(json.dumps([row | {"id": str(n)} for n in range(4)]))
+    examples = task("cota").examples(tmp_path / "rows.json").items
+    assert examples[0].answer.endswith("Thought: I count.\nAnswer: Two")
+    said = ["Answer: two.", "Thought: Answer: three\nAnswer: Two", "two", "Answer: two\nAnswer: three"]
+    given = [Prediction(one.id, "…", text, one.references) for one, text in zip(examples, said, strict=True)]
+    scores = task("cota").score(given, examples)
+    assert scores.metrics["exact_match"] == 75
+    assert [is_right("cota", one.prediction, one.references) for one in given] == [True, True, True, False]
+    assert rights("cota", given, examples) == [True, True, True, False]
+    assert not is_right("conversations", "Answer: two", ["two"])
 
 
 def test_the_best_reference_counts() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from tiny import tiny_llama
 
 from rankwise import cli
 from rankwise.errors import UsageError
-from rankwise.stages.recipe import PACKAGED, find_recipe, load_recipe
+from rankwise.options import flatten
+from rankwise.stages.commands import configured
+from rankwise.stages.recipe import PACKAGED, find_recipe, load_recipe, read_content
 from rankwise.stages.run import STATE
 from rankwise.store.plan_file import PLAN_FILE
 from rankwise.store.run import RunFolder
@@ -227,6 +231,72 @@ def test_packaged_recipes_are_sound(path: Path, tmp_path: Path, capsys: pytest.C
     assert "would run" in capsys.readouterr().out
 
 
+# Options that decide nothing beside another one: a variable that reaches only these would be one for nothing.
+IDLE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "svd_threshold": lambda options: options.get("budget"),
+    "smoothing_factor": lambda options: options.get("budget"),
+    "teacher_model": lambda options: options.get("loopback_teacher"),
+    "base_url": lambda options: options.get("loopback_teacher"),
+    "budget_usd": lambda options: options.get("loopback_teacher"),
+    "num_images": lambda options: options.get("from_folders") or options.get("labels_file"),
+}
+OTHER = {"TASK": "samsum", "BUDGET_USD": "3", "MIN_ACCURACY": "0.4", "DOWNLOAD": ("true", "false")}
+
+
+def deciding(path: Path) -> list[dict[str, Any]]:
+    """The options of every stage that decide something, resolved."""
+    found = []
+    for stage in load_recipe(path, Path("runs/one")).stages:
+        options = flatten(configured(stage.command, stage.options, str(path)))
+        idle = {name for name, beside in IDLE.items() if beside(options)}
+        found.append({name: value for name, value in options.items() if name not in idle})
+    return found
+
+
+def another(name: str, value: Any) -> str:
+    """A value of the same kind."""
+    given = OTHER.get(name)
+    if isinstance(given, tuple):
+        return given[str(value).lower() == given[0]]
+    text = str(value)
+    if given is None and re.fullmatch(r"[\d.]+(e-?\d+)?", text):
+        return str(float(text) / 2) if not text.isdigit() else str(int(text) + 1)
+    return given or ("uniform:3" if name == "BUDGET" else f"another_{Path(text).name}")
+
+
+VARIABLES = [
+    pytest.param(path, name, value, id=f"{path.stem}-{name}")
+    for path in sorted(PACKAGED.glob("*.yaml"))
+    for name, value in (read_content(path).get("variables") or {}).items()
+    if value is not None
+]
+
+
+@pytest.mark.parametrize(("path", "name", "value"), VARIABLES)
+def test_every_variable_of_a_packaged_recipe_decides_something(
+    path: Path, name: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = deciding(path)
+    monkeypatch.setenv(name, another(name, value))
+    assert deciding(path) != before
+
+
+def test_a_variable_may_name_those_above_it_and_an_inherited_one_can_be_taken_out(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: pair\nvariables: {BUDGET: null, WHERE: '${BASE}/x'}\nstages: [{name: ranks, budget: 5}]")
+    monkeypatch.setenv("BUDGET", "uniform:9")
+    options = load_recipe(child, tmp_path).stages[0].options
+    assert (options["budget"], options["base"]) == (5, str(tmp_path / "base"))
+    child.write_text("extends: pair\nvariables: {BUDGET: null}\nstages: []")
+    with pytest.raises(UsageError, match=r"budget: \$\{BUDGET\} is not among the recipe's variables"):
+        load_recipe(child, tmp_path)
+    child.write_text("extends: pair\nvariables: {BASE: '${TUNED}'}\nstages: []")
+    with pytest.raises(UsageError, match=r"variables: BASE: \$\{TUNED\} is not among"):
+        load_recipe(child, tmp_path)
+
+
 def test_the_documented_variables_reach_their_stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given = {"MODEL_NAME": "org/model", "DATA_PATH": "rows", "SUBSET_RATIO": "0.03", "SVD_THRESHOLD": "0.8"}
     for name, value in given.items():
@@ -234,7 +304,8 @@ def test_the_documented_variables_reach_their_stages(monkeypatch: pytest.MonkeyP
     stages = {stage.name: stage.options for stage in load_recipe(find_recipe("svd_ranks"), tmp_path).stages}
     finetune, ranks, train = stages["finetune"], stages["ranks"], stages["train"]
     assert [finetune["model_name"], finetune["data_path"], finetune["subset_ratio"]] == ["org/model", "rows", "0.03"]
-    assert ranks["svd_threshold"] == "0.8"
+    assert (ranks["svd_threshold"], ranks["budget"]) == ("0.8", "none"), "the threshold decides"
+    assert stages["after"]["data_path"] == ranks["gain"] == "rows"
     assert train["model_name"] == "org/model"
 
 

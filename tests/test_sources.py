@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from rankwise.data import Example, load, one_per_prompt
+from rankwise.data.sources import kind_of
 from rankwise.errors import DataError, UsageError
 
 E2E = "mr,ref\r\n"
 
 
 def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
 
@@ -265,3 +267,57 @@ def test_real_conversation_files(shared_data: Path) -> None:
     for name, expected in counts.items():
         rows = load("conversations", shared_data / "llava" / name)
         assert (len(rows), rows.with_images) == expected
+
+
+# --- which source ---------------------------------------------------------------------------------------------------
+
+ROWS = {
+    "cota": {"question": "Why?", "answer": "So."},
+    "samsum": {"id": "1", "dialogue": "A: hi", "summary": "They greet."},
+    "wikisql": {"phase": 1, "question": "How?", "sql": {}, "table_id": "1-1"},
+    "multi_nli": {"gold_label": "neutral", "sentence1": "a", "sentence2": "b", "pairID": "1"},
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("form", ["{}.json", "{}.jsonl", "data.json"])
+def test_the_columns_of_a_row_say_which_source_it_is(tmp_path: Path, name: str, form: str) -> None:
+    content = json.dumps(ROWS[name] if form.endswith("jsonl") else [ROWS[name]])
+    assert kind_of(write(tmp_path / form.format("rows"), content)) == name
+
+
+def test_conversations_are_told_before_anything_that_they_carry(tmp_path: Path) -> None:
+    for turns in ("messages", "conversations"):
+        assert kind_of(write(tmp_path / f"{turns}.json", json.dumps([ROWS["cota"] | {turns: []}]))) == "conversations"
+    assert kind_of(write(tmp_path / "other.json", '[{"prompt": "a", "completion": "b"}]')) == "conversations"
+
+
+def test_official_files_say_which_source_a_folder_is(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "trainset.csv", "mr,ref\nname[A],A.\n")
+    write(tmp_path / "b" / "train.json", json.dumps([ROWS["samsum"]]))
+    write(tmp_path / "c" / "train.json", json.dumps([{"messages": []}]))
+    write(tmp_path / "d" / "corpus.7z", "")
+    write(tmp_path / "e" / "train.tsv", "index\tsentence1\tsentence2\tgold_label\n1\ta\tb\tneutral\n")
+    found = [kind_of(tmp_path / name) for name in "abcde"]
+    assert found == ["e2e_nlg", "samsum", "conversations", "samsum", "multi_nli"]
+
+
+def test_a_name_is_taken_where_there_is_nothing_to_look_into(tmp_path: Path) -> None:
+    assert [
+        kind_of(tmp_path / "samsum"),
+        kind_of("someone/wikisql"),
+        kind_of("x/rows.jsonl"),
+        kind_of("x/rows.csv"),
+    ] == [
+        "samsum",
+        "wikisql",
+        "conversations",
+        None,
+    ]
+    with pytest.raises(DataError, match=r"rows\.json, line 1.*not JSON"):
+        kind_of(write(tmp_path / "rows.json", "[{"))
+
+
+def test_the_real_files_are_told(shared_data: Path) -> None:
+    for name in ("e2e_nlg", "samsum", "wikisql"):
+        assert kind_of(shared_data / name) == name

@@ -42,7 +42,7 @@ def config(**how: Any) -> ValidateConfig:
     ("how", "said"),
     [
         ({"data": ScoredData()}, "--task labels --data_path"),
-        ({"data": ScoredData(task="cota", data_path="x")}, "can be validated"),
+        ({"data": ScoredData(task="lm_eval:arc_easy", data_path="x")}, "can be validated"),
         ({"num_samples": 0}, "--num_samples must be at least 1"),
         ({"top": 1}, "--top must be at least 2"),
         ({"min_accuracy": 85}, "share between 0 and 1"),

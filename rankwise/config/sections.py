@@ -8,7 +8,7 @@ from typing import Any
 from rankwise.options import option
 
 TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli", "labels", "cota", "conversations")
-SCORED_TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli", "labels", "conversations")
+SCORED_TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli", "labels", "cota", "conversations")
 SPLITS = ("train", "dev", "test", "dev_matched", "dev_mismatched")
 TOWERS = ("language", "vision", "projector", "depth", "unknown")
 TRAINED_TOWERS = ("language", "vision", "projector")
@@ -39,7 +39,7 @@ class ModelSection:
 class DataSection:
     """Which rows, and how they become tokens."""
 
-    task: str | None = option(help="kind of data", choices=TASKS, aliases=("dataset",))
+    task: str | None = option(help="kind of data [as the data show it]", choices=TASKS, aliases=("dataset",))
     data_path: str | None = option(help="file, folder or hub id of the data", aliases=("dataset_dir",))
     prompt: str = option(
         "auto",
@@ -264,7 +264,8 @@ class ScoredData(DataSection):
     """Rows of a task that has scores."""
 
     task: str | None = option(
-        help="e2e_nlg, samsum, wikisql, multi_nli, labels, conversations, or lm_eval:NAME of the evaluation harness",
+        help="e2e_nlg, samsum, wikisql, multi_nli, labels, cota, conversations, or lm_eval:NAME of the evaluation "
+        "harness [as the data show it]",
         aliases=("dataset",),
     )
     max_seq_length: int | None = option(

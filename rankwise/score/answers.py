@@ -10,12 +10,14 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from rankwise.data import Example
 from rankwise.data.label_names import name_key, spellings
+from rankwise.data.sources.cota import final_answer
 from rankwise.errors import DataError, need
 from rankwise.score import bootstrap
 from rankwise.score.predictions import Prediction
@@ -86,6 +88,22 @@ def score_answers(predictions: Sequence[Prediction], examples: Sequence[Example]
         intervals=dict(zip(measures, spread, strict=True)) if spread else {},
         details={**DETAILS, **({"by_type": types} if types else {})},
     )
+
+
+def score_final_answers(predictions: Sequence[Prediction], examples: Sequence[Example], *, seed: int = 42) -> Scores:
+    """`score_answers` of what stands behind the last `Answer:`, on both sides: no thoughts, no actions."""
+    final = [
+        replace(one, prediction=final_answer(one.prediction), references=tuple(map(final_answer, one.references)))
+        for one in predictions
+    ]
+    scores = score_answers(final, examples, seed=seed)
+    return replace(scores, details={**scores.details, "compared": "what stands behind the last `Answer:`"})
+
+
+def is_right(task: str, said: str, references: Sequence[str]) -> bool:
+    """Whether an answer counts as an exact match in this task."""
+    compared = final_answer if task == "cota" else str
+    return any(exact_match(compared(said), compared(wanted)) for wanted in references)
 
 
 def by_type(values: Sequence[float], examples: Sequence[Example]) -> dict[str, dict[str, Any]]:

@@ -75,6 +75,7 @@ TASKS = {
         Task("wikisql", "wikisql", "exact_match", score_queries, sql.check_installed),
         Task("multi_nli", "multi_nli", "accuracy", score_classes, classify.check_installed, classifies=True),
         Task("labels", "labels", "accuracy", score_classes, classify.check_installed, classifies=True),
+        Task("cota", "cota", "exact_match", answers.score_final_answers, answers.check_installed),
         Task("conversations", "conversations", "exact_match", answers.score_answers, answers.check_installed),
     )
 }

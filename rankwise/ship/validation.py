@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rankwise.data import Example
-from rankwise.score.answers import exact_match
+from rankwise.score.answers import is_right
 from rankwise.score.classify import UNPARSED, guess, label_set, true_label
 from rankwise.score.predictions import Prediction
 from rankwise.score.result import EvaluationResult
@@ -30,8 +30,8 @@ def rights(task: str, predictions: Sequence[Prediction], examples: Sequence[Exam
         labels = label_set(examples)
         pairs = zip(predictions, examples, strict=True)
         return [guess(one.prediction, labels) == true_label(item, labels) for one, item in pairs]
-    if task == "conversations":
-        return [any(exact_match(one.prediction, wanted) for wanted in one.references) for one in predictions]
+    if task in ("conversations", "cota"):
+        return [is_right(task, one.prediction, one.references) for one in predictions]
     return None
 
 

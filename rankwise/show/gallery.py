@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from rankwise.data import BadImage, ImageReader
-from rankwise.score.answers import exact_match
+from rankwise.score.answers import is_right
 from rankwise.show.blocks import Answer, Gallery, Picture, Shot
 from rankwise.show.contents import Scored, printable
 from rankwise.show.format import plural
@@ -86,7 +86,7 @@ def shot(picture: Picture, key: str, row: Mapping[str, Any], results: Sequence[S
 def answer(one: Scored, text: str, references: Sequence[str]) -> Answer:
     right = None
     if MARKED in one.result.metrics:
-        right = any(exact_match(text, reference) for reference in references)
+        right = is_right(one.result.task, text, references)
     return Answer(printable(one.label, 40), printable(text, MOST_WORDS).strip() or NOTHING, right)
 
 

@@ -24,7 +24,7 @@ from rankwise.show.curves import READ_FIRST
 from rankwise.stages.depth import depth_facts
 from rankwise.stages.engines import Subject, base_and_adapter, compared_base, fitting, generator, seeing, subject
 from rankwise.stages.recorded import recorded, system_warning
-from rankwise.stages.training import base_files, fingerprints, held
+from rankwise.stages.training import base_files, fingerprints, held, settled, warn_of_training_rows
 from rankwise.store.adapter import adapter_files
 from rankwise.store.checkpoint import resolve
 from rankwise.store.files import fingerprint, write_text
@@ -37,6 +37,7 @@ WINDOW = 1024  # tokens of a piece of text for --forget
 
 def run(config: EvaluateConfig) -> EvaluationResult | None:
     """The whole command; the task's result, else that of --forget. Processes other than rank 0 return None."""
+    config = settled(config)
     check(config)
     check_installed(config)
     try:
@@ -160,6 +161,8 @@ def scored(
         return result
     chosen = task(name)
     examples = read_items(config, chosen, sees_images=tested.renderer.sight is not None)
+    if tested.adapter:
+        warn_of_training_rows(tested.adapter, examples.files[0], "scores tell")
     items = examples.items[: config.num_samples]
     tested = seeing(config, tested, items)
     engine = generator(config, tested, chosen, items)
@@ -252,6 +255,7 @@ def with_interval(result: EvaluationResult, name: str) -> str:
 
 
 def describe(config: EvaluateConfig) -> list[str]:
+    config = settled(config)
     check(config)
     folder, lines = output_folder(config), []
     if harness.is_harness(config.data.task):

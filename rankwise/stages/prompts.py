@@ -16,7 +16,7 @@ from rankwise.nets.load import load_config
 from rankwise.ship.merging.samples import Batch, prompt_batch
 from rankwise.show.format import plural
 from rankwise.stages.rendering import renderer_for
-from rankwise.stages.training import CONVERSATION_SUFFIXES, read_examples
+from rankwise.stages.training import read_examples, task_of
 
 
 def check_prompts(config: MergeConfig) -> None:
@@ -24,16 +24,10 @@ def check_prompts(config: MergeConfig) -> None:
     data = config.data
     if data.task and not data.data_path:
         raise UsageError("merge: --task says how rows become prompts; --data_path is missing: where are the rows?")
-    if data.data_path and not task_of(config):
+    if data.data_path and not task_of(data):
         raise UsageError("merge: --data_path says where the rows are; --task is missing: how do they become prompts?")
     if config.num_samples < 1:
         raise UsageError(f"--num_samples must be at least 1, got {config.num_samples}")
-
-
-def task_of(config: MergeConfig) -> str | None:
-    """Without --task, rows of JSON are conversations, as for `train`."""
-    conversations = str(config.data.data_path).lower().endswith(CONVERSATION_SUFFIXES)
-    return config.data.task or ("conversations" if conversations else None)
 
 
 def compared_on(config: MergeConfig) -> str:
@@ -46,7 +40,7 @@ def prompts_of(config: MergeConfig, base: str, adapter: Path) -> Batch | None:
     """The first --num_samples prompts that fit; None without --data_path."""
     if not config.data.data_path:
         return None
-    data = replace(config.data, task=task_of(config), overlong="drop")
+    data = replace(config.data, task=task_of(config.data), overlong="drop")
     renderer = renderer_for(data, ModelSection(model_name=base), base, load_config(base), [adapter])
     found = read_examples(data, config.data.data_path, config.split, sees_images=renderer.sight is not None)
     first = list(islice(found.items, config.num_samples))

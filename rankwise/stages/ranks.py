@@ -35,6 +35,7 @@ from rankwise.show.rank_summary import summarise
 from rankwise.show.summary import render
 from rankwise.stages.running import measure_gain, running_model
 from rankwise.stages.sites import site_filter
+from rankwise.stages.training import task_of
 from rankwise.store.checkpoint import resolve
 from rankwise.store.files import fingerprint
 from rankwise.store.plan_file import PLAN_FILE, write_plan
@@ -46,6 +47,7 @@ from rankwise.store.spectra import MeasureSettings, refuse_noise
 def run(config: RanksConfig) -> RankPlan | None:
     """The whole command. Processes other than rank 0 measure their share and return None. UsageError at its end where
     a trainer of `--emit` cannot take the plan."""
+    config = settled(config)
     check(config)
     started = time.perf_counter()
     if process_index()[0] != 0:
@@ -77,6 +79,12 @@ def run(config: RanksConfig) -> RankPlan | None:
     return plan
 
 
+def settled(config: RanksConfig) -> RanksConfig:
+    """The config with the task of its data, or of the held-out ones, where none is given."""
+    shown = replace(config.data, data_path=config.data.data_path or config.gain)
+    return replace(config, data=replace(config.data, task=task_of(shown)))
+
+
 def probes(config: RanksConfig) -> list[Probe]:
     """The first probe and the further ones, measured by all processes together."""
     try:
@@ -105,7 +113,7 @@ def check(config: RanksConfig) -> None:
     if config.adapter and config.spectrum.noise_floor != "none":
         raise UsageError("--noise_floor estimates the noise of a dense delta; an adapter's B·A has none")
     if (config.gain or config.data.data_path) and not config.data.task:
-        raise UsageError("--gain and --data_path need --task, which says how rows become text")
+        raise UsageError("--gain and --data_path need --task, which says how rows become text; the data do not show it")
 
 
 def rule_of(config: RanksConfig) -> Rule:
@@ -281,6 +289,7 @@ def next_command(config: RanksConfig, plan: RankPlan, probe: Probe, file: Path) 
 
 
 def describe(config: RanksConfig) -> list[str]:
+    config = settled(config)
     check(config)
     source = config.deltas or config.adapter or f"{config.base} and {config.tuned}"
     how = f"within {config.spectrum.budget}" if config.spectrum.budget else f"at {config.spectrum.svd_threshold} energy"

@@ -6,7 +6,8 @@ stages:
   - {name: probe, command: finetune, model_name: "${MODEL_NAME}", output_dir: "${run}/probe"}
 
 `extends: NAME` takes another recipe's content and changes it: variables and options of stages of the same name are
-replaced one by one, further stages stand before the stage that they precede in the list, or last.
+replaced one by one, further stages stand before the stage that they precede in the list, or last. The default of a
+variable may name the run folder and variables above it; `NAME: null` takes an inherited one out.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def load_recipe(path: Path, run: Path, changes: Sequence[str] = ()) -> Recipe:
     defaults = content.get("variables") or {}
     if not isinstance(defaults, dict) or "run" in defaults:
         raise UsageError(f"{path}: variables: a mapping of names to defaults is needed (`run` is the run folder)")
-    variables = resolved_variables(defaults, run)
+    variables = resolved_variables(defaults, run, str(path))
     rows = content.get("stages")
     if not isinstance(rows, list) or not rows:
         raise UsageError(f"{path}: no stages; a recipe has a list of them under `stages:`")
@@ -153,9 +154,12 @@ def stage_name(row: Any) -> str:
     return str(row.get("name", row.get("command"))) if isinstance(row, dict) else repr(row)
 
 
-def resolved_variables(defaults: Mapping[str, Any], run: Path) -> dict[str, str]:
-    found = {name: os.environ.get(name, str(value)).replace("${run}", str(run)) for name, value in defaults.items()}
-    return found | {"run": str(run)}
+def resolved_variables(defaults: Mapping[str, Any], run: Path, where: str) -> dict[str, str]:
+    found = {"run": str(run)}
+    for name, value in defaults.items():
+        if value is not None:
+            found[name] = substituted(os.environ.get(name, str(value)), found, f"{where}: variables: {name}")
+    return found
 
 
 def read_stage(row: Any, variables: Mapping[str, str], where: str) -> Stage:

@@ -19,6 +19,7 @@ from rankwise.score.decision import Running
 from rankwise.score.gain import Gain, arms_of, gain_kept
 from rankwise.score.likelihood import Batch, answer_losses, training_batches
 from rankwise.stages.rendering import renderer_for
+from rankwise.stages.training import warn_of_training_rows
 
 
 def running_model(config: RanksConfig, probe: Probe, path: str | None = None, split: str = "train") -> Running:
@@ -54,6 +55,9 @@ def probe_batches(config: RanksConfig, renderer: Renderer, path: str | None, spl
 
 def measure_gain(config: RanksConfig, plan: RankPlan, probe: Probe) -> Gain:
     """The share of the loss gain that the plan keeps, against uniform, inverted and shuffled plans."""
+    held_out = Path(str(config.gain))
+    if config.deltas and held_out.is_file():
+        warn_of_training_rows(Path(config.deltas), held_out, "the gain tells")
     running = running_model(config, probe, config.gain, "dev")
     ranks = {row.site: row.rank for row in plan.sites}
     generator = torch.Generator().manual_seed(config.seed)

@@ -16,12 +16,21 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from rankwise.config import CheckConfig, DataSection, FinetuneConfig, ModelSection, TrainConfig
+from rankwise.config import (
+    CheckConfig,
+    DataSection,
+    EvaluateConfig,
+    FinetuneConfig,
+    ModelSection,
+    TrainConfig,
+    ValidateConfig,
+)
 from rankwise.core.plan import RankPlan
 from rankwise.data import Collator, Example, Examples, PackedDataset, RenderedDataset, Renderer, load
 from rankwise.data.input_record import InputRecord
 from rankwise.data.packing import unpacked_difference
-from rankwise.data.sources.labels import is_dataset, own_validation
+from rankwise.data.sources import kind_of
+from rankwise.data.sources.labels import own_validation
 from rankwise.errors import UsageError, VerificationError
 from rankwise.nets.adapters import save_adapter, write_sites
 from rankwise.nets.depth_settings import DepthSettings
@@ -36,8 +45,8 @@ from rankwise.train.arguments import frozen_dtype
 from rankwise.train.resume import goes_on_from, identity_of, resume_point, start_over
 from rankwise.train.trainer import ACCURACY, RankwiseTrainer
 
-Configured = TypeVar("Configured", FinetuneConfig, TrainConfig, CheckConfig)
-CONVERSATION_SUFFIXES = (".json", ".jsonl", ".ndjson")
+Configured = TypeVar("Configured", FinetuneConfig, TrainConfig, CheckConfig, EvaluateConfig, ValidateConfig)
+TRAINING = ("train", "finetune")
 PACKING_EXACT, PACKING_ROUNDED = 1e-3, 0.1  # largest relative difference of logits in float32, and at 16 bits
 
 
@@ -83,8 +92,8 @@ def held(folder: RunFolder, stage: str, inputs: Mapping[str, Path | str]) -> Ite
 
 
 def settled(config: Configured) -> Configured:
-    """The config with what its data say by themselves: without --task, rows of JSON are conversations, and a folder
-    with a task.json is a labelled data set, which brings its own validation rows."""
+    """The config with what its data say by themselves: their task where none is given, and a labelled data set brings
+    its own validation rows."""
     config = replace(config, data=replace(config.data, task=task_of(config.data)))
     if config.data.task != "labels" or not isinstance(config, TrainConfig) or config.val_path:
         return config
@@ -93,17 +102,14 @@ def settled(config: Configured) -> Configured:
 
 
 def task_of(data: DataSection) -> str | None:
-    """The task as given, else as the data show it."""
-    if data.task or data.data_path is None:
-        return data.task
-    if is_dataset(data.data_path):
-        return "labels"
-    return "conversations" if data.data_path.lower().endswith(CONVERSATION_SUFFIXES) else None
+    """The task as given, else as the data show it (`kind_of`)."""
+    return data.task or (kind_of(data.data_path) if data.data_path else None)
 
 
 def check_data(data: DataSection, command: str) -> None:
     if not data.task:
-        raise UsageError(f"{command}: --task says how rows become text; it is missing")
+        where = f", and {data.data_path} does not show it" if data.data_path else ""
+        raise UsageError(f"{command}: --task says how rows become text; it is missing{where}")
     if not data.data_path:
         raise UsageError(f"{command}: --data_path is missing: where are the rows?")
 
@@ -125,6 +131,14 @@ def read_examples(data: DataSection, path: str, split: str = "train", *, sees_im
     for note in examples.notes(sees_images=sees_images):
         announce(note)
     return examples
+
+
+def warn_of_training_rows(run: Path, file: Path, measured: str) -> None:
+    """Say so where a training run in this folder, or in the one above, has learnt from this very file."""
+    entries = [RunFolder(folder).stages().get(stage, {}) for folder in (run, run.parent) for stage in TRAINING]
+    learnt_from = {entry.get("inputs", {}).get("data", {}).get("fingerprint") for entry in entries}
+    if fingerprint(file) in learnt_from:
+        announce(f"warning: {file} is what {run} was trained on, so {measured} how well its rows are remembered")
 
 
 def structure(model: ModelSection, name: str) -> PreTrainedModel:

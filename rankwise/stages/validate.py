@@ -22,6 +22,7 @@ from rankwise.ship.validation import FILE, FORMAT, items, scores
 from rankwise.show.validation import draw, summary
 from rankwise.stages.shipped import Shipment, shipment
 from rankwise.stages.sweeping import SWEPT, sweep_forms
+from rankwise.stages.training import settled
 from rankwise.stages.validating import Answers, Trained, Validated, answers_of, trained_side, validated
 from rankwise.store.files import write_json
 from rankwise.store.processes import announce
@@ -31,6 +32,7 @@ from rankwise.store.run import RunFolder
 def run(config: ValidateConfig) -> dict[str, Any]:
     """The whole command; returns the content of validation.json. VerificationError, after everything is written, where
     a rung is broken or a limit is missed."""
+    config = settled(config)
     check(config)
     shipped = shipment(config)
     out = RunFolder(config.output_dir)
@@ -146,6 +148,7 @@ def failures(config: ValidateConfig, found: Mapping[str, Validated]) -> list[str
 
 
 def describe(config: ValidateConfig) -> list[str]:
+    config = settled(config)
     check(config)
     what = config.server or config.export
     lines = [f"answer the items of {config.data.data_path} ({config.data.task}) with {what}, in llama.cpp, greedily"]

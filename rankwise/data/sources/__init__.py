@@ -13,10 +13,11 @@ from pathlib import Path
 
 from rankwise.data.example import Example, Examples, share_references
 from rankwise.data.sources import conversations, cota, e2e_nlg, labels, multi_nli, samsum, wikisql
+from rankwise.data.sources.archives import is_archive
 from rankwise.data.sources.download import Download, fetch
 from rankwise.data.sources.files import Sought, find_file, first_of
 from rankwise.data.sources.indexed import LARGE, indexed
-from rankwise.data.sources.rows import Build, RowFile
+from rankwise.data.sources.rows import JSON_SUFFIXES, Build, RowFile, csv_rows, json_rows, tsv_rows
 from rankwise.errors import DataError, UsageError
 
 SPLITS = {"train": "train", "dev": "dev", "val": "dev", "validation": "dev", "test": "test"} | {
@@ -36,7 +37,7 @@ class Source:
     companions: suffixes of files that belong beside each. downloads: where the official files can be had. build: how
     one JSON row becomes a sample, where rows need nothing of each other: such a source's big files are indexed and not
     held in memory. Of the other sources, samples with one prompt share their references. reasons: rows say why their
-    answer is right, for `aux_reason`.
+    answer is right, for `aux_reason`. marks: sets of columns; a row that has all of one is this source's (`kind_of`).
     """
 
     name: str
@@ -47,6 +48,7 @@ class Source:
     downloads: tuple[Download, ...] = ()
     build: Callable[[RowFile], Build] | None = None
     reasons: bool = False
+    marks: tuple[frozenset[str], ...] = ()
 
     def sought(self, split: str) -> Sought:
         """What to look for; UsageError where the official data have no such split with answers."""
@@ -57,16 +59,47 @@ class Source:
         return Sought(f"the {wanted} split of {self.name}", names, self.archives, self.companions)
 
 
+def marks(*columns: str) -> tuple[frozenset[str], ...]:
+    return tuple(frozenset(names.split()) for names in columns)
+
+
 SOURCES = {
     source.name: source
     for source in (
-        Source("e2e_nlg", e2e_nlg.read, e2e_nlg.FILES, downloads=e2e_nlg.DOWNLOADS),
-        Source("samsum", samsum.read, samsum.FILES, samsum.ARCHIVES, downloads=samsum.DOWNLOADS),
-        Source("wikisql", wikisql.read, wikisql.FILES, wikisql.ARCHIVES, wikisql.COMPANIONS, wikisql.DOWNLOADS),
-        Source("multi_nli", multi_nli.read, multi_nli.FILES, multi_nli.ARCHIVES, downloads=multi_nli.DOWNLOADS),
-        Source("labels", labels.read, labels.FILES, reasons=True),
-        Source("cota", cota.read, build=cota.build),
-        Source("conversations", conversations.read, build=conversations.build),
+        Source("e2e_nlg", e2e_nlg.read, e2e_nlg.FILES, downloads=e2e_nlg.DOWNLOADS, marks=marks("mr ref")),
+        Source(
+            "samsum",
+            samsum.read,
+            samsum.FILES,
+            samsum.ARCHIVES,
+            downloads=samsum.DOWNLOADS,
+            marks=marks("dialogue summary"),
+        ),
+        Source(
+            "wikisql",
+            wikisql.read,
+            wikisql.FILES,
+            wikisql.ARCHIVES,
+            wikisql.COMPANIONS,
+            wikisql.DOWNLOADS,
+            marks=marks("question sql table_id"),
+        ),
+        Source(
+            "multi_nli",
+            multi_nli.read,
+            multi_nli.FILES,
+            multi_nli.ARCHIVES,
+            downloads=multi_nli.DOWNLOADS,
+            marks=marks("gold_label sentence1 sentence2"),
+        ),
+        Source("labels", labels.read, labels.FILES, reasons=True, marks=marks("image_id image_path")),
+        Source(
+            "conversations",
+            conversations.read,
+            build=conversations.build,
+            marks=marks("conversations", "messages"),
+        ),
+        Source("cota", cota.read, build=cota.build, marks=marks("question answer")),
     )
 }
 
@@ -77,6 +110,43 @@ def source(name: str) -> Source:
         near = difflib.get_close_matches(name, SOURCES) or sorted(SOURCES)
         raise UsageError(f"no data source is called {name!r}; did you mean {', '.join(near)}?")
     return SOURCES[name]
+
+
+ROWS = {".csv": csv_rows, ".tsv": tsv_rows, ".txt": tsv_rows} | dict.fromkeys(JSON_SUFFIXES, json_rows)
+
+
+def kind_of(path: str | Path) -> str | None:
+    """The source whose data a path holds, by the columns of its first row (of a folder: its official files').
+
+    Where that tells nothing, by the path's own name (`data/samsum`, `someone/samsum`); a JSON file is conversations.
+    None where nothing tells. DataError for a file that cannot be read.
+    """
+    place = Path(path).expanduser()
+    if labels.is_dataset(place):
+        return "labels"
+    if place.is_dir():
+        files = [file for each in SOURCES.values() for split in each.files for file in _files_of(each, split, place)]
+    else:
+        files = [place]
+    found = next(filter(None, map(_kind_of_file, files)), None)
+    by_name = place.name if place.name in SOURCES else None
+    return found or by_name or ("conversations" if place.suffix.lower() in JSON_SUFFIXES else None)
+
+
+def _files_of(source: Source, split: str, folder: Path) -> list[Path]:
+    found = first_of(folder, (*source.files[split], *source.archives))
+    return [found] if found else []
+
+
+def _kind_of_file(file: Path) -> str | None:
+    if is_archive(file):
+        return next((each.name for each in SOURCES.values() if file.name in each.archives), None)
+    read = ROWS.get(file.suffix.lower())
+    if read is None or not file.is_file():
+        return None
+    _, first = next(read(RowFile(file, skip=True)), (0, {}))
+    columns = {name.lower() for name in first}
+    return next((each.name for each in SOURCES.values() if any(mark <= columns for mark in each.marks)), None)
 
 
 def load(

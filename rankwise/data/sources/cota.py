@@ -16,6 +16,7 @@ from rankwise.data.example import IMAGE_SLOT, Example, Turn
 from rankwise.data.sources.rows import BadRow, Build, RowFile, json_samples
 from rankwise.data.sources.slots import filled, group_of, listed_images, refuse_in_answers, slotted
 
+ANSWER = "Answer:"
 INSTRUCTION = "Answer the question. Think step by step, name the actions you take, then give the answer."
 
 
@@ -51,6 +52,11 @@ def _example(repeat_image: bool, identity: str, row: dict[str, Any]) -> Example:
     )
 
 
+def final_answer(response: str) -> str:
+    """What stands behind the last `Answer:` of a response; all of it where there is none."""
+    return response.rpartition(ANSWER)[2].strip()
+
+
 def _text(row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -68,7 +74,7 @@ def _response(row: dict[str, Any]) -> str:
         raise BadRow("chain_of_thought must be a list of texts")
     lines = [f"Thought: {thought.strip()}" for thought in thoughts]
     lines += [_action(action) for action in _actions(row)]
-    return "\n".join([*lines, f"Answer: {_text(row, 'answer')}"])
+    return "\n".join([*lines, f"{ANSWER} {_text(row, 'answer')}"])
 
 
 def _actions(row: dict[str, Any]) -> list[dict[str, Any]]:

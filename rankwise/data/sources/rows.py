@@ -15,6 +15,7 @@ from rankwise.data.example import Example, Rejected
 from rankwise.errors import DataError
 from rankwise.store.files import read_json
 
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 LONGEST_LINE = 64 * 2**20  # bytes; a line beyond it is a broken file, not a sample
 Row = tuple[int, dict[str, Any]]
 Build = Callable[[str, dict[str, Any]], Example]  # (id, row) → sample
