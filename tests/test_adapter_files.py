@@ -345,7 +345,7 @@ def test_other_methods_and_broken_configs_are_refused_by_name(
         ({"head.weight": torch.tensor([math.nan])}, "head.weight has NaN"),
         ({"l.q_proj.lora_magnitude_vector": torch.ones(5)}, "DoRA"),
         ({"l.q_proj.lora_E": torch.ones(2)}, "AdaLoRA"),
-        ({"l.q_proj.lora_A.other.weight": torch.ones(2, 6)}, "twice"),
+        ({"l.q_proj.lora_A.other.weight": torch.ones(2, 6)}, "several adapters in one file"),
         ({"l.q_proj.lora_A.weight": None, "l.q_proj.lora_B.weight": None, "x": torch.ones(1)}, "no lora_A"),
     ],
 )

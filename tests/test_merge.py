@@ -253,12 +253,12 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], Any], typ
     "stray head": (
         lambda t, c: t.update({"base_model.model.score.weight": torch.ones(2, 32)}),
         DataError,
-        "no such weight",
+        "score.weight",
     ),
     "nan": (lambda t, c: t[key_of("A")].fill_(float("nan")), DataError, "NaN"),
     "moved base": (lambda t, c: c.update(init_lora_weights="pissa"), DataError, "changes the base"),
     "not lora": (lambda t, c: c.update(peft_type="IA3"), DataError, "peft_type is IA3"),
-    "single tokens": (lambda t, c: c.update(trainable_token_indices=[1]), DataError, "trainable_token_indices"),
+    "single tokens": (lambda t, c: c.update(trainable_token_indices=[1]), DataError, "trainable_tokens_delta"),
     "no effect": (
         lambda t, c: [tensor.zero_() for key, tensor in t.items() if "lora_B" in key],
         VerificationError,

@@ -61,9 +61,10 @@ MLP = frozenset(
         "fc_out",
     ]
 )
-EMBED = frozenset(
-    ["embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings", "embed_positions", "embed_in"]
-)
+EMBED = frozenset(["wte", "wpe", "shared", "relative_attention_bias", "embed_tokens", "embed_positions", "embed_in"])
+EMBEDDING = re.compile(
+    r"(?:.+_)?(?:emb|embed|embeds|embedding|embeddings)"
+)  # word_embeddings, tok_embeddings, pos_embed
 HEAD = frozenset(["lm_head", "embed_out", "score", "classifier", "pre_classifier", "output_projection"])
 ATTENTION_PARENT = re.compile(r"attn|attention", re.IGNORECASE)
 LAYER_LIST = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)(?=\.|$)")
@@ -147,6 +148,8 @@ def kind_of(projection: str, parent: str) -> str:
     for kind, names in (("attention", ATTENTION), ("mlp", MLP), ("embed", EMBED), ("head", HEAD)):
         if projection in names:
             return kind
+    if EMBEDDING.fullmatch(projection):
+        return "embed"
     for holder in reversed(parent.split(".")):
         if ATTENTION_PARENT.search(holder):
             return "attention"

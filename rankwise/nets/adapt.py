@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rankwise.core.keys import PEFT_PREFIX
 from rankwise.core.plan import RankPlan
 from rankwise.errors import UsageError, VerificationError
 from rankwise.store.adapter import LoraPair
 from rankwise.store.adapter_config import completed
 
 ADAPTER = "default"
-PREFIX = "base_model.model."
 MOVES_BASE = ("pissa", "olora")
 TENSOR_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "fan_in_fan_out")
 
@@ -133,8 +133,17 @@ def quiet_peft() -> Iterator[None]:
 def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
     """Path (in the base model) → adapted layer."""
     return {
-        name.removeprefix(PREFIX): module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+        name.removeprefix(PEFT_PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
     }
+
+
+def factor_weights(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """A (r, n) and B (m, r) of an adapted layer; an embedding's lie under other names."""
+    if ADAPTER in layer.lora_embedding_A:
+        return layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
 
 
 def site_parameters(model: PeftModel) -> dict[str, list[nn.Parameter]]:
@@ -148,7 +157,7 @@ def site_parameters(model: PeftModel) -> dict[str, list[nn.Parameter]]:
 def full_copies(model: PeftModel) -> dict[str, nn.Module]:
     """Path (in the base model) → the copy that trains, of every module that is trained in full."""
     return {
-        name.removeprefix(PREFIX): module.modules_to_save[ADAPTER]
+        name.removeprefix(PEFT_PREFIX): module.modules_to_save[ADAPTER]
         for name, module in model.named_modules()
         if isinstance(module, ModulesToSaveWrapper)
     }
@@ -167,8 +176,9 @@ def full_parameters(model: PeftModel) -> dict[str, list[nn.Parameter]]:
 def built_shapes(model: PeftModel) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Path → shapes of (A, B) as PEFT made them."""
     return {
-        path: (tuple(layer.lora_A[ADAPTER].weight.shape), tuple(layer.lora_B[ADAPTER].weight.shape))
+        path: (tuple(a.shape), tuple(b.shape))
         for path, layer in lora_layers(model).items()
+        for a, b in [factor_weights(layer)]
     }
 
 

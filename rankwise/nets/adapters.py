@@ -9,16 +9,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rankwise.core.keys import PEFT_PREFIX
 from rankwise.core.plan import RankPlan
 from rankwise.core.site import nearest
 from rankwise.errors import DataError, UsageError
-from rankwise.nets.adapt import ADAPTER, built_shapes, full_copies, lora_layers, lora_pairs, quiet_peft, scales
-from rankwise.store.adapter import CONFIG_NAME, LoraAdapter, LoraPair, adapter_files, write_adapter
+from rankwise.nets.adapt import (
+    ADAPTER,
+    built_shapes,
+    factor_weights,
+    full_copies,
+    lora_layers,
+    lora_pairs,
+    quiet_peft,
+    scales,
+)
+from rankwise.nets.vocabulary import fitted
+from rankwise.store.adapter import (
+    CONFIG_NAME,
+    COPY,
+    ORIGINAL,
+    LoraAdapter,
+    LoraPair,
+    adapter_files,
+    adapter_tensors,
+    write_adapter,
+)
 from rankwise.store.adapter_config import lora_config
 from rankwise.store.checkpoint import ADAPTER_NAMES
 from rankwise.store.files import atomic_files, read_object, write_json
@@ -112,10 +132,9 @@ def load_adapter(model: PreTrainedModel, path: Path | str, *, trainable: bool = 
     folder = weights.parent
     where = f"adapter {folder} (made for {read_object(config_file).get('base_model_name_or_path')})"
     where += f" on model {model.name_or_path}"
+    state = fitted(model, adapter_tensors(weights), read_object(config_file), where)
     adapted = attached(model, folder, where, trainable)
-    state = load_peft_weights(str(folder), device="cpu")
-    compare_keys(get_peft_model_state_dict(adapted, save_embedding_layers=False), state, where)
-    set_peft_model_state_dict(adapted, state)
+    fill(adapted, state, where)
     check_recorded(adapted, folder, where)
     check_effect(adapted, where)
     return adapted.train(trainable)
@@ -132,6 +151,24 @@ def attached(model: PreTrainedModel, folder: Path, where: str, trainable: bool) 
             return PeftModel(model, config, ADAPTER)
     except ValueError as error:
         raise DataError(f"{where}: {error}") from error
+
+
+def fill(model: PeftModel, state: Mapping[str, Tensor], where: str, *, assign: bool = False) -> None:
+    """Load an adapter's tensors (names as `adapter_tensors` has them) with PEFT. DataError, naming both, for keys that
+    are missing or left over and for other shapes. Tensors of the base itself are loaded as PEFT does, onto the base.
+
+    assign: the tensors themselves become the parameters, so that weights which are views of one zero stay that.
+    """
+    saved = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = {key.replace(COPY, "."): tensor for key, tensor in saved.items() if ORIGINAL not in key}
+    own = model.state_dict()
+    found = {name if name in expected else PEFT_PREFIX + name: tensor for name, tensor in state.items()}
+    shared = {key for key in found if key not in expected and f"{key}.{ADAPTER}" in own}  # a tied module's token rows
+    found = {key: tensor for key, tensor in found.items() if key not in shared}
+    compare_keys(expected | {key: own[key] for key in found if key in own}, found, where)
+    left = set_peft_model_state_dict(model, found, low_cpu_mem_usage=assign).unexpected_keys
+    if left:
+        raise DataError(f"{where}: {len(left)} weights have no place ({left[0]} …)")
 
 
 def compare_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
@@ -170,7 +207,7 @@ def check_effect(model: PeftModel, where: str) -> None:
     config: Any = model.peft_config[ADAPTER]
     if config.peft_type != "LORA" or config.use_dora or config.bias != "none" or config.modules_to_save:
         return
-    pairs = [(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight) for layer in lora_layers(model).values()]
+    pairs = [factor_weights(layer) for layer in lora_layers(model).values()]
     if pairs and not any(bool(a.any()) and bool(b.any()) for a, b in pairs):
         raise DataError(f"{where}: every B·A is zero, so the adapter has no effect; was it saved before training?")
 

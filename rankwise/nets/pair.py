@@ -7,19 +7,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from rankwise.core.site import TOWERS, Site
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.load import meta_model
 from rankwise.nets.sites import fused_experts, model_sites, site_weights, weight_table
+from rankwise.nets.vocabulary import embedding_paths
 from rankwise.store.checkpoint import Checkpoint, open_checkpoint, resolve
 from rankwise.store.deltas import (
     WEIGHT_TYPES,
     CheckpointPair,
+    Place,
     Weight,
-    flat_site_weights,
     foreign_sites,
     match_keys,
+    renamed,
 )
+
+NOWHERE = Place(None, None)
 
 
 @dataclass(frozen=True)
@@ -65,42 +71,90 @@ def compiled(regex: str | None, flag: str) -> re.Pattern[str] | None:
 def open_pair(base: str, tuned: str, filter_: SiteFilter, notes: list[str]) -> CheckpointPair:
     """The pair as a source of deltas. What is left out is counted in `notes`.
 
-    Raises DataError listing the keys and shapes that do not match (unless `allow_unmatched`).
+    Raises DataError listing the keys and shapes that do not match (unless `allow_unmatched`), and for a checkpoint that
+    holds LoRA factors beside the base's own weights.
     """
     before, after = open_checkpoint(resolve(base)), open_checkpoint(resolve(tuned))
-    if before.config is None or filter_.rename:
+    for checkpoint in (before, after):
+        factor = next((name for name in checkpoint if ".lora_" in name), None)
+        if factor:
+            raise DataError(f"{checkpoint.path}: holds an adapter that is not merged ({factor}): merge it first")
+    described = next((one for one in (before, after) if one.config is not None), None)
+    if described is None:
         return foreign_pair(before, after, filter_, notes)
-    return model_pair(before, after, filter_, notes)
+    return model_pair(before, after, meta_model(str(folder_of(described))), filter_, notes)
 
 
-def model_pair(before: Checkpoint, after: Checkpoint, filter_: SiteFilter, notes: list[str]) -> CheckpointPair:
-    model = meta_model(str(before.path if before.path.is_dir() else before.path.parent))
+def folder_of(checkpoint: Checkpoint) -> Path:
+    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+
+
+def model_pair(
+    before: Checkpoint, after: Checkpoint, model: PreTrainedModel, filter_: SiteFilter, notes: list[str]
+) -> CheckpointPair:
     sites = filter_.apply(model_sites(model))
-    tables = [weight_table(model, list(checkpoint.keys())) for checkpoint in (before, after)]
-    left, right = (site_weights(sites, table) for table in tables)
+    places = places_of(model, before, after, filter_.rename)
     experts = fused_experts(model)
     if experts:
         notes.append(f"{len(experts)} fused expert tensors are not analysed ({experts[0]} …)")
-    reasons = {path: mismatch(path, before, left, after, right) for path in sites}
+    reasons = {path: mismatch(places.get(f"{path}.weight", NOWHERE), before, after) for path in sites}
     lines = [f"{path} {reason}" for path, reason in reasons.items() if reason]
     refuse_unmatched(lines, before.path, after.path, filter_.allow_unmatched, notes)
     matching = {path: site for path, site in sites.items() if not reasons[path]}
     if not matching:
         raise DataError(f"{before.path} and {after.path} have no site in common ({lines[0]} …)")
-    return CheckpointPair(before, after, matching, left, right, f"{before.path} → {after.path}")
+    return CheckpointPair(before, after, matching, places, f"{before.path} → {after.path}")
 
 
-def mismatch(
-    path: str, before: Checkpoint, left: Mapping[str, Weight], after: Checkpoint, right: Mapping[str, Weight]
-) -> str | None:
-    """Why this site's two weights cannot be subtracted; None where they can."""
-    absent = [where for where, table in (("base", left), ("tuned checkpoint", right)) if path not in table]
+def places_of(model: PreTrainedModel, before: Checkpoint, after: Checkpoint, rules: Sequence[str]) -> dict[str, Place]:
+    """Where every tensor lies in both, by the model's names; those that the model does not know by their keys.
+
+    A key is brought to the model's name as it is, else as `--rename` changes it; and two keys that `--rename` gives one
+    name are one tensor, whatever the model calls it.
+    """
+    names = [renamed(checkpoint.keys(), rules) for checkpoint in (before, after)]
+    left, right = (model_weights(model, each) for each in names)
+    brought = {key: name for name, key in names[0].items()}
+    for name, weight in left.items():
+        if name not in right and brought[weight.key] in names[1]:
+            right[name] = Weight(names[1][brought[weight.key]], weight.part)
+    for table, each in ((left, names[0]), (right, names[1])):
+        used = {weight.key for weight in table.values()}
+        table |= {name if name not in table else key: Weight(key) for name, key in each.items() if key not in used}
+    for one, other in tied_ends(model):
+        for table, opposite in ((left, right), (right, left)):
+            if one in opposite and one not in table and other in table:
+                table[one] = table[other]
+    return {name: Place(left.get(name), right.get(name)) for name in {**left, **right}}
+
+
+def model_weights(model: PreTrainedModel, names: Mapping[str, str]) -> dict[str, Weight]:
+    """Parameter → place, of a checkpoint's tensors (name after `--rename` → key) that the model knows."""
+    known = model.state_dict()
+    found: dict[str, Weight] = {}
+    for each in ({key: key for key in names.values()}, names):
+        table = weight_table(model, list(each)).weights
+        found = {n: Weight(each[w.key], w.part) for n, w in table.items() if n in known} | found
+    return found
+
+
+def tied_ends(model: PreTrainedModel) -> list[tuple[str, str]]:
+    """The head's weight with the input embeddings', and the reverse: where one is in no file, it is the other."""
+    names = [f"{path}.weight" for path in embedding_paths(model)]
+    return [(names[0], names[1]), (names[1], names[0])] if len(names) == 2 else []
+
+
+def mismatch(place: Place, before: Checkpoint, after: Checkpoint) -> str | None:
+    """Why a site's two weights cannot be subtracted; None where they can."""
+    sides = {"base": (place.base, before), "tuned checkpoint": (place.tuned, after)}
+    absent = [where for where, (weight, _) in sides.items() if weight is None]
     if absent:
         return f"is missing in the {' and the '.join(absent)}"
-    shapes = before.shape(left[path].key), after.shape(right[path].key)
-    if shapes[0] != shapes[1]:
-        return f"is {shapes[0]} in the base and {shapes[1]} in the tuned checkpoint"
-    types = [before.dtype(left[path].key), after.dtype(right[path].key)]
+    found = [(weight, checkpoint) for weight, checkpoint in sides.values() if weight is not None]
+    one, other = (checkpoint.shape(weight.key) for weight, checkpoint in found)
+    if one != other:
+        return f"is {one} in the base and {other} in the tuned checkpoint"
+    types = [checkpoint.dtype(weight.key) for weight, checkpoint in found]
     odd = [str(dtype).removeprefix("torch.") for dtype in types if dtype not in WEIGHT_TYPES]
     return f"is stored as {odd[0]}, which is not a plain weight: dequantize it first" if odd else None
 
@@ -119,9 +173,17 @@ def foreign_pair(before: Checkpoint, after: Checkpoint, filter_: SiteFilter, not
     if matching.skipped:
         notes.append(f"{len(matching.skipped)} tensors of the base are not matrices and were skipped")
     notes.append("no config.json: sites are named by their keys, their tower is unknown, and `train` refuses the plan")
-    left, right = flat_site_weights(matching)
-    sites = filter_.apply(foreign_sites(before, matching))
-    return CheckpointPair(before, after, sites, left, right, f"{before.path} → {after.path}")
+    found = foreign_sites(before, matching)
+    ends = [name for name in matching.shared if name.removesuffix(".weight") not in found]
+    if ends:
+        notes.append(f"no config.json: by their names, {', '.join(ends[:3])} are embeddings or heads, and no sites")
+    left, right = renamed(before.keys(), filter_.rename), renamed(after.keys(), filter_.rename)
+    places = {name: Place(weight_at(left, name), weight_at(right, name)) for name in {**left, **right}}
+    return CheckpointPair(before, after, filter_.apply(found), places, f"{before.path} → {after.path}")
+
+
+def weight_at(names: Mapping[str, str], name: str) -> Weight | None:
+    return Weight(names[name]) if name in names else None
 
 
 def refuse_unmatched(lines: Sequence[str], base: Path, tuned: Path, allowed: bool, notes: list[str]) -> None:

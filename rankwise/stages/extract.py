@@ -137,7 +137,7 @@ def changes_elsewhere(source: DeltaSource, plan: RankPlan) -> list[str]:
     """A note on tensors that training changed and the adapter does not carry (embeddings, norms, other towers)."""
     if not isinstance(source, CheckpointPair):
         return []
-    carried = {source.base_weights[row.site.path].key for row in plan.sites if row.rank}
+    carried = {source.weights(row.site)[0].key for row in plan.sites if row.rank}
     changed = [key for key in source.base if key not in carried and differs(source, key)]
     if not changed:
         return []
@@ -157,7 +157,7 @@ def differs(pair: CheckpointPair, key: str) -> bool:
 def settings(config: ExtractConfig, source: DeltaSource, plan: RankPlan) -> dict[str, Any]:
     """What of the adapter's config does not follow from its tensors."""
     base = config.base or str(source_metadata(source).get("model_name") or plan.model_name) or None
-    known = source.base.config if isinstance(source, CheckpointPair) else None
+    known = source.config if isinstance(source, CheckpointPair) else None
     return lora_config(base, task_type(known)) | {"use_rslora": plan.use_rslora}
 
 

@@ -115,7 +115,7 @@ def goes_by_layers(config: MergeConfig, plan: MergePlan) -> bool:
 
 def reference_of(config: MergeConfig, plan: MergePlan, base: str, layered: bool) -> Reference:
     prompts = prompts_of(config, base, plan.adapter)
-    return reference_logits(base, plan.adapter, pictures=plan.sees, prompts=prompts, layered=layered)
+    return reference_logits(base, plan.adapter, pictures=plan.sees, prompts=prompts, layered=layered, rows=plan.rows)
 
 
 def enter(record: Record, written: Written) -> None:

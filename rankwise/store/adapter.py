@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rankwise.core.factors import Factors
+from rankwise.core.keys import PEFT_PREFIX
 from rankwise.errors import DataError, UsageError
 from rankwise.store.adapter_config import completed, rank_of, require_plain, scale_of
 from rankwise.store.checkpoint import ADAPTER_NAMES, SAFETENSORS, open_checkpoint
@@ -27,9 +28,10 @@ from rankwise.store.pickled import SUFFIXES
 CONFIG_NAME = "adapter_config.json"
 FOLDERS = ("", "final_model", "lora_adapter")
 CHECKPOINT = "checkpoint-"
-PREFIX = "base_model.model."
-# PEFT: <path>.lora_A[.<adapter>].weight, <path>.lora_embedding_A[.<adapter>]; loralib: <path>.lora_A
-PAIR_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(\.[^.]+)?(\.weight)?")
+# PEFT: <path>.lora_A.weight, <path>.lora_embedding_A; loralib: <path>.lora_A
+PAIR_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(\.weight)?")
+# PEFT's untrained and trained copy of a whole module; with bias="all" and resized embeddings it saves both.
+ORIGINAL, COPY = ".original_module.", ".modules_to_save."
 # Tensors of other methods, which belong to a pair but are not halves of it.
 FOREIGN = {
     "lora_magnitude_vector": "DoRA",
@@ -100,8 +102,7 @@ def read_adapter(path: Path | str, scale: float | None = None) -> LoraAdapter:
     if config_file:
         require_plain(config, config_file)
     _check_scale(weights, config_file, scale)
-    tensors = _tensors(weights)
-    halves, extra = _sorted_out(tensors, weights)
+    halves, extra = _sorted_out(adapter_tensors(weights), weights)
     pairs = {}
     for (site, embedding), found in halves.items():
         lora_A, lora_B = _matching(site, found, weights)
@@ -153,14 +154,16 @@ def _check_scale(weights: Path, config_file: Path | None, scale: float | None) -
         )
 
 
-def _tensors(weights: Path) -> dict[str, Tensor]:
-    """Every tensor, PEFT's prefix off; DataError for NaN and infinity."""
+def adapter_tensors(weights: Path) -> dict[str, Tensor]:
+    """Every tensor of an adapter's file by PEFT's name for it, without wrappers and prefix (`core.keys`); of modules
+    trained in full the trained copy. DataError for NaN and infinity, and for a file that cannot be read."""
     checkpoint = open_checkpoint(weights)
-    tensors = {key: checkpoint.tensor(key) for key in checkpoint}
-    for key, tensor in tensors.items():
+    tensors = {name.replace(COPY, "."): checkpoint.tensor(name) for name in checkpoint if ORIGINAL not in name}
+    tensors |= {name.replace(COPY, "."): checkpoint.tensor(name) for name in checkpoint if COPY in name}
+    for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise DataError(f"{weights}: tensor {key} has NaN or infinite values: the run it comes from diverged")
-    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+            raise DataError(f"{weights}: tensor {name} has NaN or infinite values: the run it comes from diverged")
+    return tensors
 
 
 Halves = dict[tuple[str, bool], dict[str, Tensor]]
@@ -179,8 +182,6 @@ def _sorted_out(tensors: Mapping[str, Tensor], weights: Path) -> tuple[Halves, d
             extra[key] = tensor
             continue
         pair = halves.setdefault((match["path"], bool(match["embedding"])), {})
-        if match["half"] in pair:
-            raise DataError(f"{weights}: several adapters in one file: {match['path']} has lora_{match['half']} twice")
         pair[match["half"]] = tensor
     if not halves:
         raise DataError(f"{weights}: no lora_A and lora_B tensors in it ({len(extra)} others)")
@@ -195,15 +196,26 @@ def _matching(site: str, found: Mapping[str, Tensor], weights: Path) -> tuple[Te
         raise DataError(f"{weights}: {site} has lora_{present} but no lora_{absent}")
     lora_A, lora_B = found["A"], found["B"]
     shapes = f"lora_A {tuple(lora_A.shape)}, lora_B {tuple(lora_B.shape)}"
+    if is_merged_linear(lora_A, lora_B):
+        raise DataError(
+            f"{weights}: {site}: {shapes}: loralib's MergedLinear (parts of a fused q, k, v adapted, each with factors "
+            "of its own), which is not one low-rank product; merge it with the program that trained it"
+        )
     if lora_A.dim() != 2 or lora_B.dim() != 2:
         raise DataError(f"{weights}: {site}: {shapes}: not matrices (convolutions and experts are not supported)")
     if lora_A.shape[0] != lora_B.shape[1]:
-        merged = lora_B.shape[1] > 0 and lora_A.shape[0] % lora_B.shape[1] == 0
-        hint = " (loralib's MergedLinear looks like this and is not supported)" if merged else ""
-        raise DataError(f"{weights}: {site}: {shapes}: the ranks differ{hint}")
+        raise DataError(f"{weights}: {site}: {shapes}: the ranks differ")
     if lora_A.shape[0] == 0:
         raise DataError(f"{weights}: {site}: {shapes}: empty (saved from a sharded model without gathering it?)")
     return lora_A, lora_B
+
+
+def is_merged_linear(lora_A: Tensor, lora_B: Tensor) -> bool:
+    """A (k·r, n) with B (m, r) or (m, r, 1): a grouped convolution over k blocks of rank r."""
+    grouped = lora_B.dim() == 2 or (lora_B.dim() == 3 and lora_B.shape[2] == 1)
+    if lora_A.dim() != 2 or not grouped or not lora_B.shape[1]:
+        return False
+    return lora_A.shape[0] > lora_B.shape[1] and lora_A.shape[0] % lora_B.shape[1] == 0
 
 
 def _check_rank(config: Mapping[str, Any], site: str, rank: int, config_file: Path) -> None:
@@ -241,4 +253,4 @@ def peft_tensors(adapter: LoraAdapter) -> dict[str, Tensor]:
     for path, pair in adapter.pairs.items():
         for half, tensor in (("A", pair.lora_A), ("B", pair.lora_B)):
             tensors[f"{path}.lora_embedding_{half}" if pair.embedding else f"{path}.lora_{half}.weight"] = tensor
-    return {PREFIX + key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    return {PEFT_PREFIX + key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}

@@ -27,6 +27,7 @@ NOT_PLAIN = {
     "target_parameters": "LoRA on parameters (fused experts)",
     "lora_bias": "LoRA with a bias on B",
     "megatron_config": "Megatron LoRA",
+    "enable_lora": "MergedLinear, an early PEFT's LoRA on some of a fused q, k, v",
 }
 # Initialisations that move part of the base weight into the adapter: B·A is then no change of the base.
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

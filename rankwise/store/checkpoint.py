@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankwise.core.keys import unwrapped
 from rankwise.core.site import nearest
 from rankwise.errors import DataError, UsageError
 from rankwise.store.files import read_object
@@ -45,7 +46,8 @@ class Checkpoint:
     """Named tensors of one model. Tensors must not be written into: they may be views of the files.
 
     `path` is what was opened, `files` the weight files below it. A key lies either in a shard (safetensors)
-    or among the `loaded` tensors (pickles).
+    or among the `loaded` tensors (pickles). A tensor's name here is its key in the file without the wrappers of
+    training frameworks (`core.keys`); `stored` has the keys.
     """
 
     path: Path
@@ -53,41 +55,46 @@ class Checkpoint:
     shards: Mapping[str, Shard] = field(default_factory=dict, repr=False)
     loaded: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
+    @cached_property
+    def stored(self) -> dict[str, str]:
+        """Name → key in the file. DataError where two keys have one name."""
+        return unwrapped([*self.shards, *self.loaded], self.path)
+
     def keys(self) -> list[str]:
-        return [*self.shards, *self.loaded]
+        return list(self.stored)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
+        return iter(self.stored)
 
-    def __contains__(self, key: object) -> bool:
-        return key in self.shards or key in self.loaded
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored
 
     def __len__(self) -> int:
-        return len(self.shards) + len(self.loaded)
+        return len(self.stored)
 
-    def shape(self, key: str) -> tuple[int, ...]:
+    def shape(self, name: str) -> tuple[int, ...]:
         """Without reading the tensor."""
-        self._require(key)
+        key = self._key(name)
         return self.shards[key].entries[key].shape if key in self.shards else tuple(self.loaded[key].shape)
 
-    def dtype(self, key: str) -> torch.dtype:
+    def dtype(self, name: str) -> torch.dtype:
         """As stored, without reading the tensor."""
-        self._require(key)
+        key = self._key(name)
         return self.shards[key].entries[key].dtype if key in self.shards else self.loaded[key].dtype
 
-    def file(self, key: str) -> Path:
+    def file(self, name: str) -> Path:
         """The file that holds the tensor."""
-        self._require(key)
+        key = self._key(name)
         return self.shards[key].path if key in self.shards else self.files[0]
 
-    def tensor(self, key: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU; safetensors: a view whose pages are read when they are used."""
-        self._require(key)
+        key = self._key(name)
         return self.shards[key].tensor(key) if key in self.shards else self.loaded[key]
 
-    def prefetch(self, key: str) -> None:
+    def prefetch(self, name: str) -> None:
         """Have the tensor's bytes read from the disk while the caller works on something else."""
-        self._require(key)
+        key = self._key(name)
         if key in self.shards:
             self.shards[key].prefetch(key)
 
@@ -97,10 +104,11 @@ class Checkpoint:
         folder = self.path if self.path.is_dir() else self.path.parent
         return read_object(folder / "config.json") if (folder / "config.json").is_file() else None
 
-    def _require(self, key: str) -> None:
-        if key not in self:
-            near = ", ".join(nearest(key, self.keys())) or "none"
-            raise DataError(f"{self.path}: no tensor {key!r} (nearest names: {near})")
+    def _key(self, name: str) -> str:
+        if name not in self.stored:
+            near = ", ".join(nearest(name, self.stored)) or "none"
+            raise DataError(f"{self.path}: no tensor {name!r} (nearest names: {near})")
+        return self.stored[name]
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -146,7 +154,8 @@ def _open_index(path: Path, index: Path) -> Checkpoint:
     if missing:
         raise DataError(f"{index.parent}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing)}")
     checkpoint = _open_shards(path, files, places)
-    absent = [f"{key} ({place})" for key, place in places.items() if key not in checkpoint]
+    there = {*checkpoint.shards, *checkpoint.loaded}
+    absent = [f"{key} ({place})" for key, place in places.items() if key not in there]
     if absent:
         shown = ", ".join(absent[:5]) + (", …" if len(absent) > 5 else "")
         raise DataError(f"{index}: {len(absent)} tensors are not in the shard that the index names: {shown}")

@@ -1,14 +1,14 @@
 """Deltas from the disk, one site at a time: of two checkpoints, of a saved probe, or of a foreign pair.
 
-source = CheckpointPair(base, tuned, sites, base_weights, tuned_weights)
+source = CheckpointPair(base, tuned, sites, places)
 for site, delta in source.deltas(list_of_sites): ...
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from rankwise.store.files import read_object
 
 DELTAS_FILE = "deltas.json"
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CONV1D = frozenset(["c_attn", "c_proj", "c_fc", "q_attn"])  # modules of GPT-2 and its kin
 NOT_ANALYSED = re.compile(r"(running_mean|running_var|num_batches_tracked)$")
 
 
@@ -66,24 +67,48 @@ def logical(tensor: Tensor, site: Site) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in the base and in the tuned checkpoint; None: it is not there."""
+
+    base: Weight | None
+    tuned: Weight | None
+
+
+@dataclass(frozen=True)
 class CheckpointPair:
-    """Two checkpoints with, for each site, the place of its weight in both."""
+    """Two checkpoints with the place of every tensor, by its name in the model, and the sites among them."""
 
     base: Checkpoint
     tuned: Checkpoint
     sites: dict[str, Site]
-    base_weights: Mapping[str, Weight]
-    tuned_weights: Mapping[str, Weight]
+    places: Mapping[str, Place]
     description: str = ""
 
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """config.json of the base, else of the tuned checkpoint."""
+        return self.base.config or self.tuned.config
+
+    def weights(self, site: Site) -> tuple[Weight, Weight]:
+        """The places of a site's weight, which lies in both."""
+        place = self.places[weight_name(site.path, self.places)]
+        assert place.base is not None
+        assert place.tuned is not None
+        return place.base, place.tuned
+
     def read(self, site: Site) -> Delta:
-        base = self.base_weights[site.path].read(self.base)
-        tuned = self.tuned_weights[site.path].read(self.tuned)
-        return subtract(logical(base, site), logical(tuned, site))
+        base, tuned = self.weights(site)
+        return subtract(logical(base.read(self.base), site), logical(tuned.read(self.tuned), site))
 
     def prefetch(self, site: Site) -> None:
-        self.base.prefetch(self.base_weights[site.path].key)
-        self.tuned.prefetch(self.tuned_weights[site.path].key)
+        base, tuned = self.weights(site)
+        self.base.prefetch(base.key)
+        self.tuned.prefetch(tuned.key)
+
+
+def weight_name(path: str, names: Container[str]) -> str:
+    """A module's weight; some checkpoints name it without `.weight`."""
+    return f"{path}.weight" if f"{path}.weight" in names else path
 
 
 @dataclass(frozen=True)
@@ -193,7 +218,8 @@ def match_keys(base: Checkpoint, tuned: Checkpoint, rules: Sequence[str], flatte
 
 
 def foreign_sites(base: Checkpoint, matching: Matching) -> dict[str, Site]:
-    """Sites of a pair that has no config.json: the key is the path, the tower is unknown."""
+    """Sites of a pair that has no config.json: the key is the path, the tower is unknown, and names alone tell what is
+    no linear layer (embeddings), what no site (heads), and what is stored transposed (Conv1D)."""
     sites = {}
     for name, (key, _) in matching.shared.items():
         shape = base.shape(key)
@@ -201,13 +227,19 @@ def foreign_sites(base: Checkpoint, matching: Matching) -> dict[str, Site]:
         for size in shape[1:]:
             rest *= size
         path = name.removesuffix(".weight")
-        sites[path] = describe(path, (shape[0], rest))
-    return sites
+        site = describe(path, (shape[0], rest))
+        if site.kind not in ("embed", "head"):
+            sites[path] = site
+    conv1d = {site.projection for site in sites.values() if has_conv1d_shape(site)}
+    return {
+        path: replace(site, shape=site.shape[::-1], transposed=True) if conv1d and site.projection in CONV1D else site
+        for path, site in sites.items()
+    }
 
 
-def flat_site_weights(matching: Matching) -> tuple[dict[str, Weight], dict[str, Weight]]:
-    paths = {name.removesuffix(".weight"): keys for name, keys in matching.shared.items()}
-    return {p: Weight(k[0]) for p, k in paths.items()}, {p: Weight(k[1]) for p, k in paths.items()}
+def has_conv1d_shape(site: Site) -> bool:
+    """A fused q, k, v or an MLP's first layer that is wider than it is tall: GPT-2's Conv1D, not nanoGPT's Linear."""
+    return site.projection in ("c_attn", "c_fc") and site.shape[0] < site.shape[1]
 
 
 def check_finite(site: Site, delta: Delta) -> None:

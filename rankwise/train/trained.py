@@ -18,8 +18,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rankwise.core.keys import PEFT_PREFIX
 from rankwise.core.site import describe
-from rankwise.nets.adapt import PREFIX
 from rankwise.nets.sites import tower_of, tower_prefixes
 
 A, B, REST = "a", "b", "rest"
@@ -105,7 +105,7 @@ def place(path: str, tower: str) -> Place:
 
 
 def bare(name: str) -> str:
-    return name.removeprefix(PREFIX)
+    return name.removeprefix(PEFT_PREFIX)
 
 
 def owners(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

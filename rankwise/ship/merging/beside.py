@@ -7,7 +7,7 @@ adapter  what of these it carries itself, input.json, device.json and task.json;
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.input_record import FILE as INPUT
 from rankwise.data.input_record import read_input
 from rankwise.nets.depth_settings import FILE as DEPTH_FILE
+from rankwise.ship.merging.tokens import GENERATION, follow_generation
 from rankwise.store.adapter import CONFIG_NAME
 from rankwise.store.files import read_object, write_json, write_text
 from rankwise.store.run import CONFIG, MANIFEST
@@ -42,12 +43,15 @@ class Copied:
         return found | ({"changed": self.changed} if self.changed else {})
 
 
-def copy_beside(base: Path, adapter: Path, folder: Path) -> dict[str, Copied]:
-    """File name → where it came from. The adapter's tokenizer, processor, device and task replace the base's."""
+def copy_beside(base: Path, adapter: Path, folder: Path, special: Mapping[str, int]) -> dict[str, Copied]:
+    """File name → where it came from. The adapter's tokenizer, processor, device and task replace the base's, and its
+    own special tokens those of the base's generation config."""
     files = dict(taken_over(base, adapter))
     for name, copied in files.items():
         shutil.copyfile(copied.source, folder / name)
     files |= dict(follow_template(adapter, folder, files))
+    if special and GENERATION in files:
+        files[GENERATION] = replace(files[GENERATION], changed=follow_generation(folder, special))
     target = read_target(folder)
     return files if target is None else files | dict(follow_device(folder, files, target))
 

@@ -22,16 +22,17 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rankwise.core.keys import parameter_name
 from rankwise.errors import UsageError
-from rankwise.nets.adapt import ADAPTER, PREFIX
-from rankwise.nets.adapters import attached
+from rankwise.nets.adapt import ADAPTER
+from rankwise.nets.adapters import attached, fill
 from rankwise.nets.load import weightless_model
 from rankwise.nets.sites import weight_table
-from rankwise.ship.merging.skeleton import adapter_state, filled, quiet_ties
+from rankwise.nets.vocabulary import embedding_paths, resize, row_count, with_rows
+from rankwise.ship.merging.skeleton import fitted_state, quiet_ties
 from rankwise.store.checkpoint import Checkpoint, open_checkpoint, resolve
 from rankwise.store.deltas import Weight
 
-WRAPPERS = ("base_layer", "original_module")
 INSTEAD = "merge on a machine with more memory, or with --no_verify"
 NOWHERE = torch.tensor(torch.nan)
 
@@ -41,6 +42,8 @@ class FileWeights:
 
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.places = checkpoint, places(model, checkpoint)
+        self.rowed = {f"{path}.{leaf}" for path in embedding_paths(model) for leaf in ("weight", "bias")}
+        self.rows = row_count(model)
         lacking = [name for name, _ in model.named_parameters() if name not in self.places]
         if lacking:
             raise UsageError(
@@ -49,7 +52,8 @@ class FileWeights:
             )
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.places[name].read(self.checkpoint).float()
+        weight = self.places[name].read(self.checkpoint).float()
+        return with_rows(weight, self.rows) if name in self.rowed else weight
 
 
 def places(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Weight]:
@@ -82,33 +86,39 @@ def put(module: nn.Module, inner: str, weight: Tensor) -> None:
     setattr(module.get_submodule(path), leaf, nn.Parameter(weight, requires_grad=False))
 
 
-def layered_model(name: str) -> PreTrainedModel:
-    """The model of a folder or hub id. UsageError where its files hold weights in another form than its modules."""
-    model, weights = structure(name)
-    stream(model, weights)
+def layered_model(name: str, rows: int | None = None) -> PreTrainedModel:
+    """The model of a folder or hub id. UsageError where its files hold weights in another form than its modules.
+
+    rows: of its embeddings, where it is to have another number than its files; new ones are zero.
+    """
+    model = weightless_model(name)
+    if rows:
+        resize(model, rows)
+    stream(model, emptied(model, open_checkpoint(resolve(name))))
     return model.eval()
 
 
 def layered_adapted(name: str, adapter: Path) -> PeftModel:
     """Base + adapter by PEFT; the adapter's tensors are in memory, the base's come and go."""
-    model, weights = structure(name)
+    model, where = weightless_model(name), f"adapter {adapter} on {name}"
+    state = {key: tensor.float() for key, tensor in fitted_state(model, adapter, where).items()}
+    weights = emptied(model, open_checkpoint(resolve(name)))
     with quiet_ties():
-        empty = attached(model, adapter, f"adapter {adapter} on {name}", False)
-        adapted = filled(empty, adapter_state(adapter))
+        adapted = attached(model, adapter, where, False)
+    fill(adapted, state, where, assign=True)
     stream(adapted, weights)
     return adapted.eval()
 
 
-def structure(name: str) -> tuple[PreTrainedModel, FileWeights]:
-    """The model with NaN for weights, and where they are."""
-    model = weightless_model(name)
-    weights = FileWeights(model, open_checkpoint(resolve(name)))
+def emptied(model: PreTrainedModel, checkpoint: Checkpoint) -> FileWeights:
+    """Make every weight of the model NaN; returns where they are."""
+    weights = FileWeights(model, checkpoint)
     for path, parameter in list(model.named_parameters(remove_duplicate=False)):
         put(model, path, NOWHERE.expand(parameter.shape))
     for path, buffer in model.named_buffers():
         if path in weights.places:
             buffer.copy_(weights[path])
-    return model, weights
+    return weights
 
 
 def stream(model: nn.Module, weights: FileWeights) -> None:
@@ -120,7 +130,7 @@ def stream(model: nn.Module, weights: FileWeights) -> None:
         whole = reads_past_its_layers(module)
         inner = [name for name, value in module.named_parameters(recurse=whole) if is_nowhere(value)]
         if inner:
-            hooks = Coming({name: base_name(f"{path}.{name}") for name in inner}, weights)
+            hooks = Coming({name: parameter_name(f"{path}.{name}") for name in inner}, weights)
             module.register_forward_pre_hook(hooks.come)
             module.register_forward_hook(hooks.go)
         done += [path] if whole else []
@@ -135,11 +145,6 @@ def reads_past_its_layers(module: nn.Module) -> bool:
 
 def is_nowhere(value: Tensor) -> bool:
     return value.untyped_storage().data_ptr() == NOWHERE.untyped_storage().data_ptr()
-
-
-def base_name(path: str) -> str:
-    """Name in the base model of one of PEFT's modules' parameters."""
-    return ".".join(part for part in path.removeprefix(PREFIX).split(".") if part not in WRAPPERS)
 
 
 def require_all_came(logits: Tensor, model: Any) -> None:

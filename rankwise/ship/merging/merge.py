@@ -19,20 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rankwise.errors import DataError, VerificationError
 from rankwise.nets.depth import ENCODER, attach_depth
 from rankwise.nets.depth_settings import DepthSettings, read_depth, write_depth
 from rankwise.nets.load import meta_model
 from rankwise.nets.sites import tower_of, tower_prefixes, weight_table
+from rankwise.nets.vocabulary import row_count, with_rows
 from rankwise.ship.merging.beside import Copied, copy_beside
 from rankwise.ship.merging.rounding import Rounding
 from rankwise.ship.merging.shards import Entry, write_shards
-from rankwise.ship.merging.skeleton import filled_skeleton, merge_layer, mergeable
+from rankwise.ship.merging.skeleton import Skeleton, filled_skeleton, merge_layer, mergeable
+from rankwise.ship.merging.tokens import special_tokens, with_special
 from rankwise.store.adapter import CONFIG_NAME
 from rankwise.store.checkpoint import Checkpoint, open_checkpoint, resolve
 from rankwise.store.deltas import Weight
@@ -51,26 +52,32 @@ class Source:
 class MergePlan:
     """A merge that will work: what is written, from what, and what changes it on the way.
 
-    `layers`: PEFT layers by the name of the parameter that they change; `replaced`: parameters that the adapter
-    carries whole (a trained head, biases, modules trained in full). `untied`: parameters that shared another one's
-    storage and no longer do. `sees`: something of a vision tower or projector changes, which only images show. `depth`:
-    how the merged model takes depth, with the trained gate's value.
+    `change`: what the adapter makes of which parameter. `untied`: parameters that shared another one's storage and no
+    longer do. `rows`: of the embeddings, before and after. `special`: special tokens that the adapter's own tokenizer
+    has in place of the base's. `sees`: something of a vision tower or projector changes,
+    which only images show. `depth`: how the merged model takes depth, with the trained gate's value.
     """
 
     base: Checkpoint
     adapter: Path
     entries: tuple[Entry, ...]
     sources: Mapping[str, Source]
-    layers: Mapping[str, LoraLayer]
-    replaced: Mapping[str, Tensor]
+    change: Skeleton
     config: Mapping[str, Any]
     untied: tuple[str, ...]
+    rows: tuple[int, int]
+    special: Mapping[str, int]
     sees: bool = False
     depth: DepthSettings | None = None
 
     @cached_property
     def touched(self) -> frozenset[str]:
-        return frozenset([*self.layers, *self.replaced])
+        return self.change.touched | self.resized
+
+    @cached_property
+    def resized(self) -> frozenset[str]:
+        """Parameters with a row per token, where the adapter has another number of them."""
+        return self.change.rowed if self.rows[0] != self.rows[1] else frozenset()
 
     @property
     def dtypes(self) -> list[torch.dtype]:
@@ -93,7 +100,7 @@ class MergePlan:
         for name, block in zip(source.names, stored.chunk(len(source.names)), strict=True):
             merged = self.merged(name, block)
             if rounding is not None and name in self.touched:
-                rounding.add(name, block, merged, entry.dtype)
+                rounding.add(name, with_rows(block, len(merged)), merged, entry.dtype)
             written.append(merged.to(entry.dtype))
             del merged
         whole = torch.cat(written) if len(written) > 1 else written[0]
@@ -102,8 +109,13 @@ class MergePlan:
         return whole
 
     def merged(self, name: str, weight: Tensor) -> Tensor:
-        weight = self.replaced.get(name, weight)
-        layer = self.layers.get(name)
+        weight = self.change.whole.get(name, weight)
+        if name in self.resized:
+            weight = with_rows(weight, self.rows[1])
+        if name in self.change.tokens:
+            indices, values = self.change.tokens[name]
+            weight = weight.float().index_copy(0, indices, values)
+        layer = self.change.layers.get(name)
         return weight if layer is None else merge_layer(layer, weight)
 
 
@@ -121,26 +133,37 @@ def plan_merge(base: str, adapter: Path, dtype: str = "auto") -> MergePlan:
     depth = read_depth(folder) or read_depth(checkpoint.path)
     if depth:
         attach_depth(model, depth)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied, towers = dict(model.all_tied_weights_keys), tower_prefixes(model)
-    layers, replaced = filled_skeleton(model, folder, shapes, where)
-    depth = with_gate_value(depth, model, replaced)
-    touched = {*layers, *replaced}
-    refuse_no_effect(layers, replaced, where)
-    partner = {one: other for pair in tied.items() if touched & set(pair) for one, other in (pair, pair[::-1])}
+    before, tied, towers = row_count(model), dict(model.all_tied_weights_keys), tower_prefixes(model)
+    change = filled_skeleton(model, folder, where)
+    rows = before, row_count(model)
+    depth = with_gate_value(depth, model, change.whole)
+    refuse_no_effect(change, where)
+    alike = {one: other for one, other in tied.items() if change.alike(one, other)}
+    change = change.without({name for name in alike if name not in table.weights})
+    touched = change.touched | (change.rowed - set(alike) if rows[0] != rows[1] else set())
+    apart = {one: other for one, other in tied.items() if one not in alike and touched & {one, other}}
+    partner = {one: other for pair in apart.items() for one, other in (pair, pair[::-1])}
     lacking = [name for name in touched if name not in table.weights and name not in partner]
     if lacking:
         raise DataError(f"{where}: the files hold {lacking[0]} in another form (fused?): it cannot be merged")
-    config = merged_config(checkpoint.config or {}, dtype, bool(partner))
+    special = special_tokens(checkpoint.path, folder, rows[1])
+    config = with_special(merged_config(checkpoint.config or {}, dtype, bool(partner)), special)
+    if rows[0] != rows[1]:
+        config = with_vocabulary(config, model.config, rows[1])
     if partner:
         check_untied(model, config, partner)
     sources = all_sources(checkpoint, table.weights, partner)
     entries = tuple(
-        Entry(key, checkpoint.shape(source.key), written_as(checkpoint.dtype(source.key), dtype))
+        Entry(key, merged_shape(checkpoint, source, change, rows), written_as(checkpoint.dtype(source.key), dtype))
         for key, source in sources.items()
     )
     sees = any(tower_of(name.rpartition(".")[0], towers) in ("vision", "projector") for name in touched)
-    return MergePlan(checkpoint, folder, entries, sources, layers, replaced, config, tuple(partner), sees, depth)
+    return MergePlan(checkpoint, folder, entries, sources, change, config, tuple(partner), rows, special, sees, depth)
+
+
+def merged_shape(checkpoint: Checkpoint, source: Source, change: Skeleton, rows: tuple[int, int]) -> tuple[int, ...]:
+    shape = checkpoint.shape(source.key)
+    return (rows[1], *shape[1:]) if rows[0] != rows[1] and change.rowed & set(source.names) else shape
 
 
 def with_gate_value(
@@ -161,9 +184,9 @@ def refuse_quantized(base: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_no_effect(layers: Mapping[str, LoraLayer], replaced: Mapping[str, Tensor], where: str) -> None:
-    pairs = [[tensor for name, tensor in layer.named_parameters() if "lora_" in name] for layer in layers.values()]
-    if not replaced and not any(all(bool(tensor.any()) for tensor in pair) for pair in pairs):
+def refuse_no_effect(change: Skeleton, where: str) -> None:
+    pairs = [[one for name, one in layer.named_parameters() if "lora_" in name] for layer in change.layers.values()]
+    if not change.whole and not change.tokens and not any(all(bool(one.any()) for one in pair) for pair in pairs):
         raise VerificationError(f"{where}: every B·A is zero, so the adapter has no effect; was it saved untrained?")
 
 
@@ -196,6 +219,13 @@ def merged_config(config: Mapping[str, Any], dtype: str, untie: bool) -> dict[st
     if untie and ("architectures" in config or "tie_word_embeddings" in config):
         changed["tie_word_embeddings"] = False
     return changed
+
+
+def with_vocabulary(config: Mapping[str, Any], settings: PreTrainedConfig, rows: int) -> dict[str, Any]:
+    """config.json with this many tokens, in the part of it that describes the decoder."""
+    text = settings.get_text_config()
+    part = next((name for name in settings.sub_configs if getattr(settings, name, None) is text), None)
+    return {**config, part: {**config.get(part, {}), "vocab_size": rows}} if part else {**config, "vocab_size": rows}
 
 
 def check_untied(model: PreTrainedModel, config: Mapping[str, Any], partner: Mapping[str, str]) -> None:
@@ -247,5 +277,5 @@ def write_merged(plan: MergePlan, folder: Path, max_shard_size: str) -> Written:
     bar.close()
     own = [write_json(folder / "config.json", plan.config)]
     own += [write_depth(folder, plan.depth)] if plan.depth else []
-    copied = copy_beside(plan.base.path, plan.adapter, folder)
+    copied = copy_beside(plan.base.path, plan.adapter, folder, plan.special)
     return Written((*files, *own, *(folder / name for name in copied)), copied, rounding)

@@ -8,7 +8,7 @@ image_batch(model, folder)          two rows: a picture's tokens as the family's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +49,14 @@ def prompt_batch(renderer: Renderer, examples: Sequence[Example]) -> Batch:
     return {"input_ids": ids, "attention_mask": mask} | seen(renderer.sight, ids, [row.images for row in rows])
 
 
-def text_batch(model: Any) -> Batch:
-    """Random ordinary tokens: none that stands for an image, padding, or a beginning or end."""
+def text_batch(model: Any, among: Collection[int] = ()) -> Batch:
+    """Random ordinary tokens: none that stands for an image, padding, or a beginning or end. Every other one is one of
+    `among`, where that is given."""
     ids = ordinary_tokens(model, SEQUENCES)
+    if among:
+        places = ids[:, ::2].numel()
+        chosen = torch.tensor(list(among))[torch.arange(places) % len(among)]
+        ids[:, ::2] = chosen.view_as(ids[:, ::2])
     return for_decoder(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 

@@ -1,33 +1,32 @@
 """A skeleton of base + adapter: PEFT's layers with their trained factors, around base weights that take no memory.
 
-layers, whole = filled_skeleton(meta_model(base), adapter_folder, shapes, "adapter … on …")
-merged = merge_layer(layers["model.layers.0.mlp.down_proj.weight"], weight)     # one layer at a time
+skeleton = filled_skeleton(meta_model(base), adapter_folder, "adapter … on …")
+merged = merge_layer(skeleton.layers["model.layers.0.mlp.down_proj.weight"], weight)     # one layer at a time
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankwise.core.site import nearest
+from rankwise.core.keys import parameter_name
 from rankwise.errors import DataError
-from rankwise.nets.adapt import ADAPTER, PREFIX, lora_layers, quiet_peft
-from rankwise.nets.adapters import attached, check_recorded, compare_keys
-from rankwise.store.adapter import CONFIG_NAME, adapter_files
+from rankwise.nets.adapt import ADAPTER, lora_layers, quiet_peft
+from rankwise.nets.adapters import attached, check_recorded, fill
+from rankwise.nets.vocabulary import embedding_paths, fitted
+from rankwise.store.adapter import CONFIG_NAME, adapter_files, adapter_tensors
 from rankwise.store.adapter_config import require_plain
-from rankwise.store.checkpoint import open_checkpoint
 from rankwise.store.files import read_object
-
-WRAPPERS = ("base_layer", "modules_to_save")
-ORIGINAL = ".original_module."  # with bias="all" PEFT also saves the untrained copy
 
 
 @contextmanager
@@ -46,54 +45,81 @@ def mergeable(adapter: Path) -> Path:
             f"{weights}: no {CONFIG_NAME} beside it; `rankwise compress {weights} --scale S --energy 1` writes it as a "
             "PEFT adapter"
         )
-    config = read_object(config_file)
-    require_plain(config | {"use_dora": False}, config_file)
-    if config.get("trainable_token_indices"):
-        raise DataError(f"{config_file}: trainable_token_indices: trained single tokens cannot be merged here")
+    require_plain(read_object(config_file) | {"use_dora": False}, config_file)
     return weights.parent
 
 
-def filled_skeleton(
-    model: PreTrainedModel, folder: Path, shapes: Mapping[str, tuple[int, ...]], where: str
-) -> tuple[dict[str, LoraLayer], dict[str, Tensor]]:
-    """(PEFT layers with their trained factors, parameters that the adapter carries whole), by parameter name."""
+@dataclass(frozen=True)
+class Skeleton:
+    """What an adapter changes, by parameter name.
+
+    `layers`: PEFT layers with their trained factors. `whole`: parameters that it carries whole (a trained head, biases,
+    modules trained in full). `tokens`: trained rows of single tokens, (token ids, rows). `rowed`: parameters with a row
+    per token, changed or not.
+    """
+
+    layers: Mapping[str, LoraLayer]
+    whole: dict[str, Tensor]
+    tokens: Mapping[str, tuple[Tensor, Tensor]]
+    rowed: frozenset[str]
+
+    @property
+    def touched(self) -> frozenset[str]:
+        return frozenset([*self.layers, *self.whole, *self.tokens])
+
+    def alike(self, one: str, other: str) -> bool:
+        """Whether two parameters that are one weight in the base are still equal with the adapter."""
+        whole, tokens = (self.whole.get(one), self.whole.get(other)), (self.tokens.get(one), self.tokens.get(other))
+        return (
+            not {one, other} & set(self.layers)
+            and same(*whole)
+            and all(same(*parts) for parts in zip(*(rows or (None, None) for rows in tokens), strict=True))
+        )
+
+    def without(self, names: Collection[str]) -> Skeleton:
+        """The same, of fewer parameters."""
+        fewer = [{k: v for k, v in part.items() if k not in names} for part in (self.layers, self.whole, self.tokens)]
+        return Skeleton(*fewer, self.rowed)  # type: ignore[arg-type]
+
+
+def same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
+
+
+def filled_skeleton(model: PreTrainedModel, folder: Path, where: str) -> Skeleton:
+    """The adapter on the model's structure, whose embeddings get the adapter's number of rows."""
+    state = {name: tensor.float() for name, tensor in fitted_state(model, folder, where).items()}
+    rowed = {f"{path}.{name}" for path in embedding_paths(model) for name in ("weight", "bias")}
+    rowed &= {name for name, _ in model.named_parameters(remove_duplicate=False)}
     with quiet_ties():
         skeleton = attached(without_weights(model), folder, where, False)
-    state = adapter_state(folder)
-    broken = [key for key, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
-        raise DataError(f"{where}: {broken[0]} has NaN or infinite values: the run it comes from diverged")
-    expected = get_peft_model_state_dict(skeleton, save_embedding_layers=False)
-    compare_keys(expected, {key: tensor for key, tensor in state.items() if is_factor(key) or key in expected}, where)
-    whole = {parameter_name(key): tensor for key, tensor in state.items() if not is_factor(key) and ORIGINAL not in key}
-    check_whole(whole, shapes, where)
-    filled(skeleton, state)
+    fill(skeleton, state, where, assign=True)
     check_recorded(skeleton, folder, where)
-    return {f"{path}.weight": layer for path, layer in lora_layers(skeleton).items()}, whole
+    return Skeleton(
+        {f"{path}.weight": layer for path, layer in lora_layers(skeleton).items()},
+        {parameter_name(name): tensor for name, tensor in state.items() if not is_factor(name)},
+        token_rows(skeleton),
+        frozenset(rowed),
+    )
 
 
-def adapter_state(folder: Path) -> dict[str, Tensor]:
-    """The adapter's tensors by PEFT's names. DataError, naming the file, where it cannot be read or is no plain weight
-    file: one that was cut off, or a pickle with code in it."""
-    weights = open_checkpoint(adapter_files(folder)[0])
-    return {key: weights.tensor(key) for key in weights}
+def fitted_state(model: PreTrainedModel, folder: Path, where: str) -> dict[str, Tensor]:
+    """The adapter's tensors; the model's embeddings are resized to theirs."""
+    weights, config_file = adapter_files(folder)
+    assert config_file is not None
+    return fitted(model, adapter_tensors(weights), read_object(config_file), where)
 
 
-def filled(skeleton: PeftModel, state: Mapping[str, Tensor]) -> PeftModel:
-    """The skeleton with the adapter's tensors, in float32; assigned, so that weights which are one zero stay that."""
-    in_float32 = {key: tensor.float() for key, tensor in state.items()}
-    set_peft_model_state_dict(skeleton, in_float32, low_cpu_mem_usage=True)
-    return skeleton
-
-
-def check_whole(whole: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    for name, tensor in whole.items():
-        if shapes.get(name) != tuple(tensor.shape):
-            near = ", ".join(nearest(name, shapes)) or "none"
-            raise DataError(
-                f"{where}: the adapter carries {name} {tuple(tensor.shape)}, the base has "
-                f"{shapes.get(name) or f'no such weight (nearest: {near})'}"
-            )
+def token_rows(skeleton: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
+    """Parameter → (token ids, their trained rows), of PEFT's trainable_token_indices."""
+    return {
+        f"{parameter_name(path)}.weight": (
+            torch.tensor(module.token_indices[ADAPTER]),
+            module.trainable_tokens_delta[ADAPTER].detach(),
+        )
+        for path, module in skeleton.named_modules()
+        if isinstance(module, TrainableTokensLayer)
+    }
 
 
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -104,14 +130,9 @@ def without_weights(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def is_factor(key: str) -> bool:
-    """Whether a tensor of a PEFT file belongs to a LoRA layer (lora_A, lora_embedding_B, lora_magnitude_vector …)."""
-    return any(part.startswith("lora_") for part in key.split("."))
-
-
-def parameter_name(key: str) -> str:
-    """Name in the base model of a tensor that an adapter carries whole: PEFT's wrappers taken out."""
-    return ".".join(part for part in key.removeprefix(PREFIX).split(".") if part not in WRAPPERS)
+def is_factor(name: str) -> bool:
+    """Whether a tensor of an adapter belongs to a PEFT layer (lora_A, lora_magnitude_vector, trained tokens …)."""
+    return any(part.startswith(("lora_", "trainable_tokens_")) for part in name.split("."))
 
 
 def merge_layer(layer: LoraLayer, weight: Tensor) -> Tensor:

@@ -21,12 +21,16 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rankwise.core.keys import PEFT_PREFIX
 from rankwise.errors import UsageError, VerificationError
+from rankwise.nets.adapters import load_adapter
 from rankwise.nets.load import load_model
+from rankwise.nets.vocabulary import resize, row_count
 from rankwise.ship.merging.layered import INSTEAD, layered_adapted, layered_model, require_all_came
 from rankwise.ship.merging.samples import TOKENS, Batch, for_decoder, image_batch, text_batch
 from rankwise.ship.merging.skeleton import quiet_ties
-from rankwise.store.checkpoint import Checkpoint
+from rankwise.store.adapter import adapter_files
+from rankwise.store.checkpoint import Checkpoint, open_checkpoint
 
 NO_EFFECT = 1e-6  # relative: what float32 sums in another order differ by
 # Relative error of the logits (rms) that rounding the merged weights may cause; a few times what was measured.
@@ -116,15 +120,24 @@ def whole_bytes(base: Checkpoint) -> int:
 
 
 def reference_logits(
-    base: str, adapter: Path, *, pictures: bool = False, prompts: Batch | None = None, layered: bool = False
+    base: str,
+    adapter: Path,
+    *,
+    pictures: bool = False,
+    prompts: Batch | None = None,
+    layered: bool = False,
+    rows: tuple[int, int] | None = None,
 ) -> Reference:
     """Run the base, put the adapter on it, run it again. VerificationError where that changes nothing.
 
     pictures: look at images as well; an adapter of the vision tower or the projector shows only there. prompts: what
-    to run them on, instead of random tokens. layered: one layer in memory at a time.
+    to run them on, instead of random tokens. layered: one layer in memory at a time. rows: of the base's embeddings
+    and of the adapter's, where they differ: the base gets as many (new ones zero), and both are asked about new tokens.
     """
-    model = loaded(base, layered)
+    model = loaded(base, layered, rows[1] if rows else None)
     batches = [for_decoder(model, prompts) if prompts else text_batch(model)]
+    if rows and rows[1] > rows[0]:
+        batches.append(text_batch(model, range(*rows)))
     if pictures and "pixel_values" not in batches[0]:
         batches.append(image_batch(model, base))
     before = logits(model, batches)
@@ -132,8 +145,7 @@ def reference_logits(
         require_all_came(before, model)
         adapted = layered_adapted(base, adapter)
     else:
-        with quiet_ties():
-            adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
+        adapted = by_peft(model, adapter)
     reference = Reference(batches, before, logits(adapted, batches))
     require_effect(relative(reference.adapted - before, reference.adapted))
     return reference
@@ -143,8 +155,23 @@ def merged_logits(folder: Path, batches: Sequence[Batch], *, layered: bool = Fal
     return logits(loaded(str(folder), layered), batches)
 
 
-def loaded(name: str, layered: bool) -> PreTrainedModel:
-    return layered_model(name) if layered else load_model(name, torch.float32)
+def loaded(name: str, layered: bool, rows: int | None = None) -> PreTrainedModel:
+    if layered:
+        return layered_model(name, rows)
+    model = load_model(name, torch.float32)
+    if rows and rows != row_count(model):
+        resize(model, rows)
+    return model
+
+
+def by_peft(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    """Base + adapter as PEFT itself reads it, where the file has PEFT's own names; else as `load_adapter` does."""
+    with quiet_ties():
+        if all(
+            f"{PEFT_PREFIX}{name}" == key for name, key in open_checkpoint(adapter_files(adapter)[0]).stored.items()
+        ):
+            return PeftModel.from_pretrained(model, str(adapter)).eval()
+        return load_adapter(model, adapter)
 
 
 @torch.inference_mode()
