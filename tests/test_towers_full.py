@@ -274,7 +274,9 @@ def test_a_projector_alone_is_verified_on_pictures(
     assert cli.main(["merge", str(tmp_path), "-o", str(tmp_path / "out")]) == 0
     assert "verified" in capsys.readouterr().out
     plan = plan_merge(str(base), tmp_path)
-    monkeypatch.setattr("rankwise.stages.merge.plan_merge", lambda *_: replace(plan, change=replace(plan.change, whole={})))
+    monkeypatch.setattr(
+        "rankwise.stages.merge.plan_merge", lambda *_: replace(plan, change=replace(plan.change, whole={}))
+    )
     assert cli.main(["merge", str(tmp_path), "-o", str(tmp_path / "other")]) == 6
     assert "logits differ" in capsys.readouterr().err
     assert not (tmp_path / "other" / "config.json").exists()

@@ -97,6 +97,8 @@ class ExtractConfig:
     plan: str | None = option(help="rank plan", aliases=("lora_config",))
     rank: int | None = option(help="one rank everywhere, instead of a plan", aliases=("r",))
     sites: SitesSection = field(default_factory=SitesSection)
+    save_modules: bool = option(False, help="carry changed embeddings, heads, norms and biases as they are, whole")
+    no_verify: bool = option(False, help="skip the comparison of base + adapter's logits with the tuned model's")
     output_dir: str = option("extracted_adapter", help="adapter folder", short="-o")
     device: str = option("cpu", help="cpu or cuda")
     seed: int = option(42, help="seed of the sketch")

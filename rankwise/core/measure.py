@@ -103,6 +103,18 @@ def subtract(base: Tensor, tuned: Tensor) -> Delta:
     )
 
 
+def energy_between(before: Tensor, after: Tensor) -> float:
+    """‖after − before‖²_F of two matrices of one shape, block by block. What the coarser of two storage types cannot
+    tell apart is equal."""
+    floats = [one.dtype for one in (before, after) if one.is_floating_point()]
+    coarser = max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=before.dtype)
+    total = 0.0
+    for rows in row_blocks(before):
+        if not torch.equal(before[rows].to(coarser), after[rows].to(coarser)):
+            total += block_energy(after[rows].float() - before[rows].float())
+    return total
+
+
 def from_difference(matrix: Tensor, base_energy: float = 0.0) -> Delta:
     """A delta that was saved as such, in float32: nothing was rounded away."""
     matrix = matrix.float()

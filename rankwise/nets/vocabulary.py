@@ -53,7 +53,7 @@ def row_count(model: PreTrainedModel) -> int:
 def resize(model: PreTrainedModel, rows: int) -> None:
     """As many rows, and the config's vocab_size with them; new ones are zero until an adapter fills them."""
     before = row_count(model)
-    model.resize_token_embeddings(rows, mean_resizing=False)
+    model.resize_token_embeddings(rows, pad_to_multiple_of=1, mean_resizing=False)
     with torch.no_grad():
         for path in embedding_paths(model):
             model.get_submodule(path).weight[before:] = 0

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from rankwise.config import ExtractConfig
@@ -22,13 +21,18 @@ from rankwise.core.plan_content import clamped
 from rankwise.core.site import TOWERS
 from rankwise.data.contracts import carry
 from rankwise.errors import DataError, UsageError
+from rankwise.nets.both import Both, both_models
 from rankwise.nets.probe import open_source, source_metadata
+from rankwise.nets.whole import Whole
+from rankwise.ship.merging.promised import Proof
+from rankwise.stages.extracted_adapter import as_settings, carried_whole, published, tensors_of, tokenizer_of
 from rankwise.stages.fidelity import Fidelity, SiteFidelity
+from rankwise.stages.left_out import left_out
 from rankwise.stages.sites import site_filter
-from rankwise.store.adapter import CONFIG_NAME, LoraAdapter, LoraPair, write_adapter
+from rankwise.store.adapter import CONFIG_NAME, LoraAdapter, LoraPair
 from rankwise.store.adapter_config import lora_config
 from rankwise.store.checkpoint import ADAPTER_NAMES
-from rankwise.store.deltas import CheckpointPair, DeltaSource, check_finite, deltas
+from rankwise.store.deltas import CheckpointPair, DeltaSource, SavedDeltas, check_finite, deltas, weight_name
 from rankwise.store.plan_file import find_plan, read_plan
 from rankwise.store.run import RunFolder
 from rankwise.store.spectra import on_device, site_generator
@@ -41,17 +45,25 @@ def run(config: ExtractConfig) -> Fidelity:
     notes: list[str] = []
     source = open_pair_or_deltas(config, notes)
     plan = planned(config, source, notes)
+    both = both_models(source, base_of(config, source, plan))
+    if config.save_modules and both is None:
+        raise DataError(f"--save_modules needs the base's config.json, which {source.description} has not here")
     folder = RunFolder(config.output_dir)
     with folder.lock(), folder.recording("extract", inputs(config)) as record:
         pairs, fidelity = extracted(source, plan, config.device, config.seed)
-        notes += changes_elsewhere(source, plan)
-        write_adapter(folder.path, LoraAdapter(settings(config, source, plan), pairs))
+        rest = left_out(source, {weight_name(row.site.path, weight_names(source)) for row in plan.sites})
+        whole = carried_whole(both, rest, pairs) if both and config.save_modules else Whole()
+        extra = tensors_of(whole, both) if both else {}
+        fidelity = fidelity.beside(rest, [name.replace(".base_layer.", ".") for name in extra])
+        adapter = LoraAdapter(settings(config, source, plan) | as_settings(whole), pairs, extra)
+        proof = published(folder.path, adapter, None if config.no_verify else both, plan, fidelity)
         record.outputs |= {name: folder / name for name in (ADAPTER_NAMES[0], CONFIG_NAME)}
         record.outputs |= carry(Path(str(config.deltas or config.tuned)), folder.path)
+        record.outputs |= tokenizer_of(config.tuned, rest, fidelity, folder.path)
         record.outputs["fidelity"] = fidelity.write(folder.path)
-        record.facts["energy_kept"] = fidelity.energy_kept
+        record.facts |= fidelity.facts() | {"verification": proof and proof.as_dict()}
         folder.save_config(config)
-    report(config, fidelity, notes)
+    report(config, fidelity, notes, proof, both)
     return fidelity
 
 
@@ -133,30 +145,20 @@ def clip_note(row: PlannedSite) -> str:
     return f"rank {row.clipped}: clamped" if row.clipped and "above min" in row.clipped else ""
 
 
-def changes_elsewhere(source: DeltaSource, plan: RankPlan) -> list[str]:
-    """A note on tensors that training changed and the adapter does not carry (embeddings, norms, other towers)."""
-    if not isinstance(source, CheckpointPair):
-        return []
-    carried = {source.weights(row.site)[0].key for row in plan.sites if row.rank}
-    changed = [key for key in source.base if key not in carried and differs(source, key)]
-    if not changed:
-        return []
-    return [
-        f"{len(changed)} tensors outside these sites changed as well, and the adapter does not carry them "
-        f"({', '.join(changed[:3])} …): base + adapter is not the tuned model"
-    ]
+def base_of(config: ExtractConfig, source: DeltaSource, plan: RankPlan) -> str | None:
+    return config.base or str(source_metadata(source).get("model_name") or plan.model_name) or None
 
 
-def differs(pair: CheckpointPair, key: str) -> bool:
-    if key not in pair.tuned or pair.base.shape(key) != pair.tuned.shape(key):
-        return False
-    before = pair.base.tensor(key)
-    return not torch.equal(before, pair.tuned.tensor(key).to(before.dtype))
+def weight_names(source: DeltaSource) -> Container[str]:
+    """The names of a source's tensors."""
+    if isinstance(source, CheckpointPair):
+        return source.places
+    return source.checkpoint if isinstance(source, SavedDeltas) else ()
 
 
 def settings(config: ExtractConfig, source: DeltaSource, plan: RankPlan) -> dict[str, Any]:
     """What of the adapter's config does not follow from its tensors."""
-    base = config.base or str(source_metadata(source).get("model_name") or plan.model_name) or None
+    base = base_of(config, source, plan)
     known = source.config if isinstance(source, CheckpointPair) else None
     return lora_config(base, task_type(known)) | {"use_rslora": plan.use_rslora}
 
@@ -167,14 +169,26 @@ def task_type(model_config: Mapping[str, Any] | None) -> str:
     return next((kind for suffix, kind in TASK_TYPES.items() if architecture.endswith(suffix)), "CAUSAL_LM")
 
 
-def report(config: ExtractConfig, fidelity: Fidelity, notes: list[str]) -> None:
+def report(config: ExtractConfig, fidelity: Fidelity, notes: list[str], proof: Proof | None, both: Both | None) -> None:
     for note in [*notes, *fidelity.notes()]:
         print(f"note: {note}")
+    if fidelity.left_out and both and not config.save_modules:
+        print("note: --save_modules carries embeddings, heads, norms and biases as they are")
     source = config.deltas or config.tuned
     print(f"extracted from {source}: {fidelity.summary()}")
+    print(verdict(config, proof))
     print(f"adapter and fidelity.json in {config.output_dir}")
     base = f" --base_model {config.base}" if config.base else ""
     print(f"next: rankwise merge {config.output_dir}{base}")
+
+
+def verdict(config: ExtractConfig, proof: Proof | None) -> str:
+    if proof is None:
+        return f"not verified ({'--no_verify' if config.no_verify else 'no base with a config.json here'})"
+    return (
+        f"verified: loaded by PEFT, base + adapter is the tuned model but for what is left out (logits within "
+        f"{proof.error:.1e}, relative rms); from the tuned model's logits it is {proof.distance:.1%} as far as the base"
+    )
 
 
 def describe(config: ExtractConfig) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rankwise.core.site import Site
 from rankwise.show.format import amount, plural
+from rankwise.stages.left_out import LeftOut, by_energy, sentences
 from rankwise.store.files import write_json
 
 FILE = "fidelity.json"
@@ -45,9 +46,14 @@ class SiteFidelity:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """The whole table. Sites whose delta is zero have nothing to keep and count for nothing."""
+    """The whole table. Sites whose delta is zero have nothing to keep and count for nothing.
+
+    `left_out`: tensors that are no sites and that the adapter does not carry; `whole`: names of those that it carries.
+    """
 
     rows: tuple[SiteFidelity, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    whole: tuple[str, ...] = ()
 
     @property
     def kept(self) -> tuple[SiteFidelity, ...]:
@@ -58,6 +64,23 @@ class Fidelity:
         """Σ of the kept energies ÷ Σ of the energies."""
         total = sum(row.energy_total for row in self.rows)
         return sum(row.energy_kept * row.energy_total for row in self.rows) / total if total else 0.0
+
+    def beside(self, rest: Sequence[LeftOut], whole: Sequence[str]) -> Fidelity:
+        """With what lies outside the sites: `rest` differs, and the adapter carries the tensors of these names."""
+        return replace(self, left_out=tuple(row for row in rest if row.name not in whole), whole=tuple(whole))
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest."""
+        outside = {"tensors": len(self.left_out), "share_of_change": self.energy_outside}
+        named = {"largest": [row.name for row in by_energy(self.left_out)[:20]]} if self.left_out else {}
+        return {"energy_kept": self.energy_kept, "left_out": outside | named, "carried_whole": len(self.whole)}
+
+    @property
+    def energy_outside(self) -> float:
+        """Share of all change that lies in tensors which are left out."""
+        outside = sum(row.energy for row in self.left_out)
+        total = outside + sum(row.energy_total for row in self.rows)
+        return outside / total if total else 0.0
 
     @property
     def parameters(self) -> int:
@@ -71,9 +94,12 @@ class Fidelity:
         content = {
             "format": FORMAT,
             "energy_kept": self.energy_kept,
+            "energy_left_out": self.energy_outside,
             "parameters": self.parameters,
             "parameters_before": self.parameters_before or None,
             "sites": [row.as_dict() for row in self.rows],
+            "left_out": [row.as_dict() for row in self.left_out],
+            "whole": list(self.whole),
         }
         return write_json(folder / FILE, content)
 
@@ -86,15 +112,17 @@ class Fidelity:
             f"{plural(len(kept), 'site')} · rank {spread(row.rank for row in kept)} · "
             f"{before}{amount(self.parameters)} parameters · energy kept {self.energy_kept:.1%} "
             f"(lowest: {lowest.energy_kept:.1%} at {lowest.site.path})"
+            + (f", {self.energy_kept * (1 - self.energy_outside):.1%} of all change" if self.energy_outside else "")
         )
 
     def notes(self) -> list[str]:
-        """The remarks on sites, the same ones together."""
+        """The remarks on sites, the same ones together, and what is left out besides."""
         found: dict[str, list[str]] = {}
         for row in self.rows:
             if row.note:
                 found.setdefault(row.note, []).append(row.site.path)
-        return [f"{plural(len(paths), 'site')} ({paths[0]} …): {note}" for note, paths in found.items()]
+        remarks = [f"{plural(len(paths), 'site')} ({paths[0]} …): {note}" for note, paths in found.items()]
+        return remarks + sentences(self.left_out, self.energy_outside)
 
 
 def spread(values: Iterable[int]) -> str:

@@ -65,7 +65,7 @@ def taken_over(base: Path, adapter: Path) -> Iterator[tuple[str, Copied]]:
     own = [file for file in sorted(adapter.iterdir()) if is_beside(file)]
     if any(file.name == "tokenizer_config.json" for file in own):
         found = {name: copied for name, copied in found.items() if not name.startswith(TOKENIZER)}
-        found |= {file.name: Copied(file, "adapter") for file in own if file.name.startswith(TOKENIZER)}
+        found |= {file.name: Copied(file, "adapter") for file in tokenizer_files(adapter)}
     found |= {file.name: Copied(file, "adapter") for file in own if file.name in PROCESSOR}
     found |= {name: Copied(file, "adapter") for name, file in contracts(adapter).items()}
     yield from sorted(found.items())
@@ -86,6 +86,10 @@ def follow_template(adapter: Path, folder: Path, files: dict[str, Copied]) -> It
     if config.pop("chat_template", None) is not None:
         write_json(folder / TOKENIZER_CONFIG, config)
         yield TOKENIZER_CONFIG, replace(files[TOKENIZER_CONFIG], changed=f"its chat_template is in {TEMPLATE}")
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.iterdir()) if is_beside(file) and file.name.startswith(TOKENIZER)]
 
 
 def follow_device(folder: Path, files: dict[str, Copied], target: DeviceTarget) -> Iterator[tuple[str, Copied]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -37,6 +37,14 @@ INSTEAD = "merge on a machine with more memory, or with --no_verify"
 NOWHERE = torch.tensor(torch.nan)
 
 
+class Weights(Protocol):
+    """Parameters and buffers by name, float32, made or read whenever they are asked for."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def __getitem__(self, name: str) -> Tensor: ...
+
+
 class FileWeights:
     """A model's parameters by name, read from its files in float32 whenever they are asked for."""
 
@@ -50,6 +58,9 @@ class FileWeights:
                 f"{checkpoint.path}: {type(model).__name__} cannot be compared layer by layer: its files hold "
                 f"{lacking[0]} in another form; {INSTEAD}"
             )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self.places[name].read(self.checkpoint).float()
@@ -69,7 +80,7 @@ def places(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Weight]:
 class Coming:
     """The hooks of one module: `inner name → name in the files` of the weights that come before it and go after it."""
 
-    def __init__(self, names: Mapping[str, str], weights: FileWeights) -> None:
+    def __init__(self, names: Mapping[str, str], weights: Weights) -> None:
         self.names, self.weights = names, weights
 
     def come(self, module: nn.Module, _: Any) -> None:
@@ -94,15 +105,24 @@ def layered_model(name: str, rows: int | None = None) -> PreTrainedModel:
     model = weightless_model(name)
     if rows:
         resize(model, rows)
-    stream(model, emptied(model, open_checkpoint(resolve(name))))
+    return streamed(model, FileWeights(model, open_checkpoint(resolve(name))))
+
+
+def streamed(model: PreTrainedModel, weights: Weights) -> PreTrainedModel:
+    """A model without weights, to which they come from anywhere. UsageError where some come from nowhere."""
+    lacking = [name for name, _ in model.named_parameters() if name not in weights]
+    if lacking:
+        raise UsageError(f"{type(model).__name__} cannot be run layer by layer: {lacking[0]} is in no file as such")
+    stream(model, emptied(model, weights))
     return model.eval()
 
 
-def layered_adapted(name: str, adapter: Path) -> PeftModel:
-    """Base + adapter by PEFT; the adapter's tensors are in memory, the base's come and go."""
+def layered_adapted(name: str, adapter: Path, weights: Weights | None = None) -> PeftModel:
+    """Base + adapter by PEFT; the adapter's tensors are in memory, the base's come and go (from its files, where
+    `weights` gives no other source)."""
     model, where = weightless_model(name), f"adapter {adapter} on {name}"
     state = {key: tensor.float() for key, tensor in fitted_state(model, adapter, where).items()}
-    weights = emptied(model, open_checkpoint(resolve(name)))
+    weights = emptied(model, weights or FileWeights(model, open_checkpoint(resolve(name))))
     with quiet_ties():
         adapted = attached(model, adapter, where, False)
     fill(adapted, state, where, assign=True)
@@ -110,18 +130,17 @@ def layered_adapted(name: str, adapter: Path) -> PeftModel:
     return adapted.eval()
 
 
-def emptied(model: PreTrainedModel, checkpoint: Checkpoint) -> FileWeights:
-    """Make every weight of the model NaN; returns where they are."""
-    weights = FileWeights(model, checkpoint)
+def emptied(model: PreTrainedModel, weights: Weights) -> Weights:
+    """Make every weight of the model NaN, to come from `weights`; buffers come from there at once."""
     for path, parameter in list(model.named_parameters(remove_duplicate=False)):
         put(model, path, NOWHERE.expand(parameter.shape))
     for path, buffer in model.named_buffers():
-        if path in weights.places:
+        if path in weights:
             buffer.copy_(weights[path])
     return weights
 
 
-def stream(model: nn.Module, weights: FileWeights) -> None:
+def stream(model: nn.Module, weights: Weights) -> None:
     """Hang the hooks. What an adapter has brought with it (factors, biases, modules trained in full) stays."""
     done: list[str] = []
     for path, module in list(model.named_modules()):

@@ -1,0 +1,99 @@
+"""What an adapter of some sites leaves out of a pair: every other tensor that training changed, and what it made new.
+
+left_out(source, plan)     # [LeftOut("model.norm.weight", "changed", energy …), LeftOut("lm_head.weight", "new" …)]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from rankwise.core.measure import energy_between, energy_of
+from rankwise.store.deltas import CheckpointPair, DeltaSource, Place, SavedDeltas
+
+CHANGED, RESIZED, NEW = "changed", "resized", "only in the tuned model"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A tensor that the adapter does not carry. `energy`: ‖Δ‖²_F of what both have of it, 0 where the base has none."""
+
+    name: str
+    why: str
+    energy: float
+    shape: tuple[int, ...]
+    base_shape: tuple[int, ...] | None
+
+    def as_dict(self) -> dict[str, Any]:
+        shapes = {"shape": list(self.shape), "base_shape": self.base_shape and list(self.base_shape)}
+        return {"name": self.name, "why": self.why, "energy_total": self.energy, **shapes}
+
+
+def left_out(source: DeltaSource, carried: Collection[str]) -> list[LeftOut]:
+    """Every tensor but the `carried` ones that differs. One is in memory at a time."""
+    if isinstance(source, CheckpointPair):
+        found = (compared(source, name, place) for name, place in source.places.items() if name not in carried)
+        return [row for row in found if row]
+    if isinstance(source, SavedDeltas):
+        names = [name for name in source.checkpoint if name not in carried]
+        energies = {name: energy_of(matrix(source.checkpoint.tensor(name))) for name in names}
+        shapes = {name: source.checkpoint.shape(name) for name in names}
+        return [LeftOut(name, CHANGED, energies[name], shapes[name], shapes[name]) for name in names if energies[name]]
+    return []
+
+
+def compared(pair: CheckpointPair, name: str, place: Place) -> LeftOut | None:
+    """One tensor of both; None where they do not differ, or the tuned model has none (the base's stays then)."""
+    if place.tuned is None:
+        return None
+    after = place.tuned.read(pair.tuned)
+    if place.base is None:
+        return LeftOut(name, NEW, 0.0, tuple(after.shape), None)
+    before = place.base.read(pair.base)
+    why = CHANGED if before.shape == after.shape else RESIZED
+    energy = common_energy(before, after)
+    return LeftOut(name, why, energy, tuple(after.shape), tuple(before.shape)) if energy or why == RESIZED else None
+
+
+def common_energy(before: Tensor, after: Tensor) -> float:
+    """‖after − before‖²_F over the rows and columns that both have; 0 for shapes with nothing in common."""
+    if before.dim() != after.dim():
+        return 0.0
+    common = tuple(slice(min(sizes)) for sizes in zip(before.shape, after.shape, strict=True))
+    return energy_between(matrix(before[common]), matrix(after[common]))
+
+
+def matrix(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
+
+
+def sentences(rows: Sequence[LeftOut], share: float) -> list[str]:
+    """What is left out, by kind, three names each. share: of all change, in what both models have."""
+    lines = []
+    changed = [row for row in rows if row.energy]
+    if changed:
+        lines.append(
+            f"{len(changed)} tensors outside these sites changed as well ({share:.1%} of all change), and the adapter "
+            f"does not carry them ({names(changed)}): base + adapter is not the tuned model"
+        )
+    for row in rows:
+        if row.why == RESIZED:
+            lines.append(f"{row.name} is {row.base_shape} in the base and {row.shape} in the tuned model")
+    new = [row for row in rows if row.why == NEW]
+    if new:
+        lines.append(
+            f"{len(new)} tensors are only in the tuned model ({names(new)}), and the adapter has nothing of them"
+        )
+    return lines
+
+
+def names(rows: Sequence[LeftOut]) -> str:
+    return ", ".join(row.name for row in by_energy(rows)[:3]) + (" …" if len(rows) > 3 else "")
+
+
+def by_energy(rows: Sequence[LeftOut]) -> list[LeftOut]:
+    """The most changed first."""
+    return sorted(rows, key=lambda row: -row.energy)
