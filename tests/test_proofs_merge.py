@@ -111,7 +111,7 @@ def test_a_scale_a_little_off(merge: Merge, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_digits_cut_off_in_place_of_rounding(merge: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
     def cut(self: MergePlan, name: str, weight: Tensor) -> Tensor:
-        whole = right_layer(self.layers[name], weight)
+        whole = right_layer(self.change.layers[name], weight)
         return (whole.view(torch.int32) & -65536).view(torch.float32)  # towards zero: up to a whole spacing off
 
     monkeypatch.setattr(MergePlan, "merged", cut)

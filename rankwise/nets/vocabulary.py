@@ -44,6 +44,12 @@ def embedding_paths(model: PreTrainedModel) -> list[str]:
     return [path for path, module in model.named_modules() if any(module is end for end in ends)]
 
 
+def row_names(model: PreTrainedModel) -> frozenset[str]:
+    """Names of the parameters with a row per token."""
+    ends = {f"{path}.{name}" for path in embedding_paths(model) for name in ("weight", "bias")}
+    return frozenset(ends & {name for name, _ in model.named_parameters(remove_duplicate=False)})
+
+
 def row_count(model: PreTrainedModel) -> int:
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)

@@ -28,7 +28,7 @@ from rankwise.nets.adapt import ADAPTER
 from rankwise.nets.adapters import attached, fill
 from rankwise.nets.load import weightless_model
 from rankwise.nets.sites import weight_table
-from rankwise.nets.vocabulary import embedding_paths, resize, row_count, with_rows
+from rankwise.nets.vocabulary import resize, row_count, row_names, with_rows
 from rankwise.ship.merging.skeleton import fitted_state, quiet_ties
 from rankwise.store.checkpoint import Checkpoint, open_checkpoint, resolve
 from rankwise.store.deltas import Weight
@@ -46,12 +46,14 @@ class Weights(Protocol):
 
 
 class FileWeights:
-    """A model's parameters by name, read from its files in float32 whenever they are asked for."""
+    """A model's parameters by name, read from its files in float32 whenever they are asked for.
 
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.places = checkpoint, places(model, checkpoint)
-        self.rowed = {f"{path}.{leaf}" for path in embedding_paths(model) for leaf in ("weight", "bias")}
-        self.rows = row_count(model)
+    rows: of embeddings and head, where they are to have another number than the files; new ones are zero.
+    """
+
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, rows: int | None = None) -> None:
+        self.checkpoint, self.places, self.rows = checkpoint, places(model, checkpoint), rows
+        self.rowed = row_names(model)
         lacking = [name for name, _ in model.named_parameters() if name not in self.places]
         if lacking:
             raise UsageError(
@@ -64,7 +66,7 @@ class FileWeights:
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self.places[name].read(self.checkpoint).float()
-        return with_rows(weight, self.rows) if name in self.rowed else weight
+        return with_rows(weight, self.rows) if self.rows and name in self.rowed else weight
 
 
 def places(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Weight]:
@@ -105,7 +107,7 @@ def layered_model(name: str, rows: int | None = None) -> PreTrainedModel:
     model = weightless_model(name)
     if rows:
         resize(model, rows)
-    return streamed(model, FileWeights(model, open_checkpoint(resolve(name))))
+    return streamed(model, FileWeights(model, open_checkpoint(resolve(name)), rows))
 
 
 def streamed(model: PreTrainedModel, weights: Weights) -> PreTrainedModel:
@@ -122,7 +124,7 @@ def layered_adapted(name: str, adapter: Path, weights: Weights | None = None) ->
     `weights` gives no other source)."""
     model, where = weightless_model(name), f"adapter {adapter} on {name}"
     state = {key: tensor.float() for key, tensor in fitted_state(model, adapter, where).items()}
-    weights = emptied(model, weights or FileWeights(model, open_checkpoint(resolve(name))))
+    weights = emptied(model, weights or FileWeights(model, open_checkpoint(resolve(name)), row_count(model)))
     with quiet_ties():
         adapted = attached(model, adapter, where, False)
     fill(adapted, state, where, assign=True)

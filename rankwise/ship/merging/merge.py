@@ -139,11 +139,11 @@ def plan_merge(base: str, adapter: Path, dtype: str = "auto") -> MergePlan:
     depth = with_gate_value(depth, model, change.whole)
     refuse_no_effect(change, where)
     alike = {one: other for one, other in tied.items() if change.alike(one, other)}
-    change = change.without({name for name in alike if name not in table.weights})
-    touched = change.touched | (change.rowed - set(alike) if rows[0] != rows[1] else set())
+    touched = change.touched | (change.rowed if rows[0] != rows[1] else set())
     apart = {one: other for one, other in tied.items() if one not in alike and touched & {one, other}}
     partner = {one: other for pair in apart.items() for one, other in (pair, pair[::-1])}
-    lacking = [name for name in touched if name not in table.weights and name not in partner]
+    held = {*table.weights, *partner, *alike}
+    lacking = [name for name in touched if name not in held]
     if lacking:
         raise DataError(f"{where}: the files hold {lacking[0]} in another form (fused?): it cannot be merged")
     special = special_tokens(checkpoint.path, folder, rows[1])

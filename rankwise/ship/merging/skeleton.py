@@ -7,7 +7,7 @@ merged = merge_layer(skeleton.layers["model.layers.0.mlp.down_proj.weight"], wei
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from rankwise.core.keys import parameter_name
 from rankwise.errors import DataError
 from rankwise.nets.adapt import ADAPTER, lora_layers, quiet_peft
 from rankwise.nets.adapters import attached, check_recorded, fill
-from rankwise.nets.vocabulary import embedding_paths, fitted
+from rankwise.nets.vocabulary import fitted, row_names
 from rankwise.store.adapter import CONFIG_NAME, adapter_files, adapter_tensors
 from rankwise.store.adapter_config import require_plain
 from rankwise.store.files import read_object
@@ -76,11 +76,6 @@ class Skeleton:
             and all(same(*parts) for parts in zip(*(rows or (None, None) for rows in tokens), strict=True))
         )
 
-    def without(self, names: Collection[str]) -> Skeleton:
-        """The same, of fewer parameters."""
-        fewer = [{k: v for k, v in part.items() if k not in names} for part in (self.layers, self.whole, self.tokens)]
-        return Skeleton(*fewer, self.rowed)  # type: ignore[arg-type]
-
 
 def same(one: Tensor | None, other: Tensor | None) -> bool:
     return one is other if one is None or other is None else torch.equal(one, other)
@@ -89,8 +84,7 @@ def same(one: Tensor | None, other: Tensor | None) -> bool:
 def filled_skeleton(model: PreTrainedModel, folder: Path, where: str) -> Skeleton:
     """The adapter on the model's structure, whose embeddings get the adapter's number of rows."""
     state = {name: tensor.float() for name, tensor in fitted_state(model, folder, where).items()}
-    rowed = {f"{path}.{name}" for path in embedding_paths(model) for name in ("weight", "bias")}
-    rowed &= {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    rowed = row_names(model)
     with quiet_ties():
         skeleton = attached(without_weights(model), folder, where, False)
     fill(skeleton, state, where, assign=True)
@@ -99,7 +93,7 @@ def filled_skeleton(model: PreTrainedModel, folder: Path, where: str) -> Skeleto
         {f"{path}.weight": layer for path, layer in lora_layers(skeleton).items()},
         {parameter_name(name): tensor for name, tensor in state.items() if not is_factor(name)},
         token_rows(skeleton),
-        frozenset(rowed),
+        rowed,
     )
 
 

@@ -22,10 +22,10 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.errors import VerificationError
 from rankwise.nets.load import meta_model
+from rankwise.nets.vocabulary import with_rows
 from rankwise.ship.merging.layered import places
 from rankwise.ship.merging.merge import MergePlan
-from rankwise.ship.merging.skeleton import adapter_state
-from rankwise.store.adapter import CONFIG_NAME, PAIR_KEY, PREFIX
+from rankwise.store.adapter import CONFIG_NAME, PAIR_KEY, adapter_files, adapter_tensors
 from rankwise.store.adapter_config import scale_of
 from rankwise.store.checkpoint import Checkpoint, open_checkpoint
 from rankwise.store.deltas import Weight
@@ -120,8 +120,7 @@ def bits(tensor: Tensor) -> Tensor:
 def error_of(name: str, plan: MergePlan, base: Files, merged: Files, change: Change | None) -> float:
     """The largest error of a weight as a share of what is allowed, some rows at a time; infinite for another shape."""
     module = merged.model.get_submodule(name.rpartition(".")[0])
-    before, after = plan.replaced.get(name, None), merged[name]
-    before = base[name] if before is None else before
+    before, after = started_from(name, plan, base), merged[name]
     if before.shape != after.shape:
         return float("inf")
     before, after = (as_rows(tensor, module) for tensor in (before, after))
@@ -132,6 +131,17 @@ def error_of(name: str, plan: MergePlan, base: Files, merged: Files, change: Cha
         error = (after[rows].float() - wanted).abs_() / allowed(wanted, (wanted - stored).abs().max(), after.dtype)
         worst = max(worst, float(error.nan_to_num(nan=float("inf")).max()))
     return worst
+
+
+def started_from(name: str, plan: MergePlan, base: Files) -> Tensor:
+    """What the adapter's factors are added to: the base's weight, or what the adapter has in its place, in as many rows
+    as it has tokens; trained tokens' rows are the adapter's."""
+    before = plan.change.whole.get(name)
+    before = base[name] if before is None else before
+    if name in plan.resized:
+        before = with_rows(before, plan.rows[1])
+    tokens, rows = plan.change.tokens.get(name, (None, None))
+    return before if tokens is None or rows is None else before.float().index_copy(0, tokens, rows)
 
 
 def as_rows(tensor: Tensor, module: nn.Module) -> Tensor:
@@ -150,8 +160,8 @@ def changes_of(adapter: Path) -> Iterator[tuple[str, Change]]:
     """Parameter → its change, by the tensors and the config of the adapter's files."""
     config = read_object(adapter / CONFIG_NAME)
     found: dict[str, Change] = {}
-    for key, tensor in adapter_state(adapter).items():
-        match = PAIR_KEY.fullmatch(key.removeprefix(PREFIX)) or MAGNITUDE.fullmatch(key.removeprefix(PREFIX))
+    for name, tensor in adapter_tensors(adapter_files(adapter)[0]).items():
+        match = PAIR_KEY.fullmatch(name) or MAGNITUDE.fullmatch(name)
         if match is None:
             continue
         path = match["path"]
