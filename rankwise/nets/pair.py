@@ -176,7 +176,7 @@ def foreign_pair(before: Checkpoint, after: Checkpoint, filter_: SiteFilter, not
     found = foreign_sites(before, matching)
     ends = [name for name in matching.shared if name.removesuffix(".weight") not in found]
     if ends:
-        notes.append(f"no config.json: by their names, {', '.join(ends[:3])} are embeddings or heads, and no sites")
+        notes.append(f"no config.json: by their names {', '.join(ends[:3])} are embeddings or heads, and no sites")
     left, right = renamed(before.keys(), filter_.rename), renamed(after.keys(), filter_.rename)
     places = {name: Place(weight_at(left, name), weight_at(right, name)) for name in {**left, **right}}
     return CheckpointPair(before, after, filter_.apply(found), places, f"{before.path} → {after.path}")

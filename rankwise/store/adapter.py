@@ -103,6 +103,8 @@ def read_adapter(path: Path | str, scale: float | None = None) -> LoraAdapter:
         require_plain(config, config_file)
     _check_scale(weights, config_file, scale)
     halves, extra = _sorted_out(adapter_tensors(weights), weights)
+    if not config_file and any(".base_layer." in name for name in extra):
+        raise DataError(f"{weights}: the whole state of a running PEFT model: put its {CONFIG_NAME} beside it")
     pairs = {}
     for (site, embedding), found in halves.items():
         lora_A, lora_B = _matching(site, found, weights)
@@ -248,8 +250,14 @@ def write_adapter(folder: Path | str, adapter: LoraAdapter) -> Path:
 
 
 def peft_tensors(adapter: LoraAdapter) -> dict[str, Tensor]:
-    """The state dict under PEFT's key names; every tensor on the CPU with a storage of its own."""
-    tensors = dict(adapter.extra)
+    """The state dict under PEFT's key names; every tensor on the CPU with a storage of its own.
+
+    What an adapted layer holds of the base (a bias, resized embeddings) is named so for adapted layers only.
+    """
+    tensors = {}
+    for name, tensor in adapter.extra.items():
+        path, holder, leaf = name.partition(".base_layer.")
+        tensors[name if path in adapter.pairs or not holder else f"{path}.{leaf}"] = tensor
     for path, pair in adapter.pairs.items():
         for half, tensor in (("A", pair.lora_A), ("B", pair.lora_B)):
             tensors[f"{path}.lora_embedding_{half}" if pair.embedding else f"{path}.lora_{half}.weight"] = tensor
