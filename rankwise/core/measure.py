@@ -103,14 +103,18 @@ def subtract(base: Tensor, tuned: Tensor) -> Delta:
     )
 
 
-def energy_between(before: Tensor, after: Tensor) -> float:
-    """‖after − before‖²_F of two matrices of one shape, block by block. What the coarser of two storage types cannot
-    tell apart is equal."""
+def same_as_stored(before: Tensor, after: Tensor) -> bool:
+    """Whether the coarser of two storage types cannot tell two tensors apart."""
     floats = [one.dtype for one in (before, after) if one.is_floating_point()]
     coarser = max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=before.dtype)
+    return torch.equal(before.to(coarser), after.to(coarser))
+
+
+def energy_between(before: Tensor, after: Tensor) -> float:
+    """‖after − before‖²_F of two matrices of one shape, block by block, but for what is `same_as_stored`."""
     total = 0.0
     for rows in row_blocks(before):
-        if not torch.equal(before[rows].to(coarser), after[rows].to(coarser)):
+        if not same_as_stored(before[rows], after[rows]):
             total += block_energy(after[rows].float() - before[rows].float())
     return total
 

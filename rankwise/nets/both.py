@@ -14,10 +14,11 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rankwise.core.measure import same_as_stored
 from rankwise.nets.load import meta_model
 from rankwise.nets.pair import folder_of, model_weights
 from rankwise.store.checkpoint import Checkpoint, open_checkpoint
-from rankwise.store.deltas import CheckpointPair, DeltaSource, SavedDeltas, Weight
+from rankwise.store.deltas import CheckpointPair, DeltaSource, Place, SavedDeltas
 
 Makers = dict[str, Callable[[], Tensor]]
 
@@ -61,23 +62,28 @@ def both_models(source: DeltaSource, base: str | None) -> Both | None:
 def of_pair(pair: CheckpointPair) -> Both:
     folder = str(folder_of(pair.base))
     model = meta_model(folder)
-    base = {name: reader(pair.base, place.base) for name, place in pair.places.items() if place.base}
-    tuned = base | {name: reader(pair.tuned, place.tuned) for name, place in pair.places.items() if place.tuned}
+    base = {name: partial(place.base.read, pair.base) for name, place in pair.places.items() if place.base}
+    tuned = {name: partial(tuned_of, pair, place) for name, place in pair.places.items() if place.tuned}
     tuned_folder = folder if pair.tuned.config is None else str(folder_of(pair.tuned))
-    return Both(model, folder, tuned_folder, with_tied(model, base), with_tied(model, tuned))
+    return Both(model, folder, tuned_folder, with_tied(model, base), with_tied(model, base | tuned))
 
 
 def of_deltas(source: SavedDeltas, base: str) -> Both:
     checkpoint, model = open_checkpoint(base), meta_model(base)
     places = model_weights(model, {name: name for name in checkpoint})
-    before = with_tied(model, {name: reader(checkpoint, place) for name, place in places.items()})
+    before = with_tied(model, {name: partial(place.read, checkpoint) for name, place in places.items()})
     tuned = [name for name in source.checkpoint if name in before]
     moved = {name: partial(moved_by, before[name], source.checkpoint, name) for name in tuned}
     return Both(model, base, base, before, before | with_tied(model, moved))
 
 
-def reader(checkpoint: Checkpoint, place: Weight) -> Callable[[], Tensor]:
-    return partial(place.read, checkpoint)
+def tuned_of(pair: CheckpointPair, place: Place) -> Tensor:
+    """The tuned tensor; the base's, where they differ only in the type that they are stored in."""
+    assert place.tuned is not None
+    after = place.tuned.read(pair.tuned)
+    before = place.base.read(pair.base) if place.base else after
+    unmoved = before.dtype != after.dtype and before.shape == after.shape and same_as_stored(before, after)
+    return before if unmoved else after
 
 
 def moved_by(before: Callable[[], Tensor], deltas: Checkpoint, name: str) -> Tensor:

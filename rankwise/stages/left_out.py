@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from rankwise.core.measure import energy_between, energy_of
-from rankwise.store.deltas import CheckpointPair, DeltaSource, Place, SavedDeltas
+from rankwise.store.deltas import CheckpointPair, DeltaSource, Place, SavedDeltas, weight_name
 
 CHANGED, RESIZED, NEW = "changed", "resized", "only in the tuned model"
 
@@ -43,6 +43,21 @@ def left_out(source: DeltaSource, carried: Collection[str]) -> list[LeftOut]:
         shapes = {name: source.checkpoint.shape(name) for name in names}
         return [LeftOut(name, CHANGED, energies[name], shapes[name], shapes[name]) for name in names if energies[name]]
     return []
+
+
+def unpaired(source: DeltaSource) -> list[LeftOut]:
+    """The tensors of a pair that have no delta, because the base has none or one of another shape. Reads no tensor."""
+    if not isinstance(source, CheckpointPair):
+        return []
+    found = []
+    sites = {weight_name(site.path, source.places) for site in source.sites.values()}
+    for name, place in source.places.items():
+        if place.tuned is None or name in sites:
+            continue
+        before, after = place.base and source.base.shape(place.base.key), source.tuned.shape(place.tuned.key)
+        if before != after:
+            found.append(LeftOut(name, RESIZED if before else NEW, 0.0, after, before))
+    return found
 
 
 def compared(pair: CheckpointPair, name: str, place: Place) -> LeftOut | None:

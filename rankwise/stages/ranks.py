@@ -33,6 +33,7 @@ from rankwise.show.rank_files import (
 )
 from rankwise.show.rank_summary import summarise
 from rankwise.show.summary import render
+from rankwise.stages.left_out import sentences, unpaired
 from rankwise.stages.running import measure_gain, running_model
 from rankwise.stages.sites import site_filter
 from rankwise.stages.training import task_of
@@ -150,6 +151,7 @@ def first_probe(config: RanksConfig) -> Probe:
         notes=notes,
         model_name=config.model_name,
     )
+    notes += sentences(unpaired(source), 0.0)
     metadata = source_metadata(source)
     model_name = config.model_name or config.base or str(metadata.get("model_name") or "")
     name = config.deltas or config.adapter or str(config.tuned)

@@ -146,7 +146,8 @@ def started_from(name: str, plan: MergePlan, base: Files) -> Tensor:
 
 def as_rows(tensor: Tensor, module: nn.Module) -> Tensor:
     """(out, in); Conv1D and embeddings are stored the other way round."""
-    return tensor.T if isinstance(module, Conv1D | nn.Embedding) else tensor.reshape(len(tensor), -1)
+    turned = isinstance(module, Conv1D | nn.Embedding) and tensor.dim() == 2
+    return tensor.T if turned else tensor.reshape(len(tensor), -1)
 
 
 def allowed(wanted: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
