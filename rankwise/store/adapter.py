@@ -256,8 +256,9 @@ def peft_tensors(adapter: LoraAdapter) -> dict[str, Tensor]:
     """
     tensors = {}
     for name, tensor in adapter.extra.items():
-        path, holder, leaf = name.partition(".base_layer.")
-        tensors[name if path in adapter.pairs or not holder else f"{path}.{leaf}"] = tensor
+        path, _, leaf = name.partition(".base_layer.")
+        held = not leaf or path in adapter.pairs or path.endswith(".token_adapter")
+        tensors[name if held else f"{path}.{leaf}"] = tensor
     for path, pair in adapter.pairs.items():
         for half, tensor in (("A", pair.lora_A), ("B", pair.lora_B)):
             tensors[f"{path}.lora_embedding_{half}" if pair.embedding else f"{path}.lora_{half}.weight"] = tensor
