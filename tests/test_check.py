@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CHAT_TEMPLATE, tiny_llama
@@ -16,7 +18,9 @@ from tiny_vision import drawn_image, tiny_qwen25vl, tiny_smolvlm
 
 from rankwise.cli import main
 from rankwise.data import ImageReader, load
+from rankwise.data.chat import ChatTemplate
 from rankwise.data.check import Findings, examined, histogram
+from rankwise.data.encoding import Encoder
 from rankwise.show.check import bars, in_words
 from rankwise.store.files import read_json
 
@@ -202,6 +206,119 @@ def test_a_text_model_leaves_images_alone(tmp_path: Path, folder: Path, models: 
     file = write(tmp_path / "rows.jsonl", *GOOD_ROWS, BROKEN_ROWS[0][0])
     code, report, _ = checked(file, folder, "--model-name", str(models("llama")), "--prompt", "chat")
     assert (code, report["pictures"], report["usable"], report["tokens"]["of_images"]) == (0, None, 4, 0)
+
+
+NO_SYSTEM = (  # hand-written, as Gemma's
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_template_that_refuses_a_role_is_a_bad_sample(
+    tmp_path: Path, folder: Path, models: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [talk(f"fine-{number}", "What colour is it?") for number in range(4)]
+    file = write(tmp_path / "rows.jsonl", *rows, talk("ruled", "What?", system="Be brief."))
+    (tmp_path / "chat.jinja").write_text(NO_SYSTEM)
+    flags = ("--model-name", str(models("llama")), "--prompt", "chat", "--chat-template", str(tmp_path / "chat.jinja"))
+    code, report, bad = checked(file, folder, *flags)
+    assert (code, report["bad"]["template"], report["usable"]) == (3, 1, 4)
+    assert [(one["sample"], one["line"], one["kind"]) for one in bad] == [("ruled", 5, "template")]
+    assert "System role not supported" in bad[0]["reason"]
+    assert checked(file, folder, *flags, "--skip-bad")[0] == 0
+    training = ["train", "--data-path", str(file), *flags, "--use-cpu", "--max-steps", "1", "--save-strategy", "no"]
+    capsys.readouterr()
+    assert main([*training, "-o", str(tmp_path / "run"), "--val-fraction", "0"]) == 3
+    assert "sample ruled: the chat template refuses it: System role not supported; leave" in capsys.readouterr().err
+    assert main([*training, "-o", str(tmp_path / "skipped"), "--val-fraction", "0", "--skip-bad"]) == 0
+    assert "1 bad samples skipped:\n    sample ruled" in capsys.readouterr().out
+
+
+def test_template_options_that_say_nothing_are_refused(
+    tmp_path: Path, folder: Path, models: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "rows.jsonl", talk("one", "What?"))
+    argv = ["check", "--data-path", str(file), "-o", str(tmp_path / "out"), "--model-name", str(models("llama"))]
+    for flags, said in (
+        (["--prompt", "chat", "--chat-template-kwargs", '{"enable_thinkin": false}'], "no variable enable_thinkin"),
+        (["--prompt", "sections", "--chat-template", NO_SYSTEM], "act on --prompt chat"),
+        (["--prompt", "chat", "--chat-template", str(tmp_path / "gone.jinja")], "neither a readable file nor"),
+        (["--prompt", "chat", "--chat-template", "{% for %}"], "the chat template cannot be used"),
+    ):
+        assert main([*argv, *flags]) == 2
+        assert said in capsys.readouterr().err
+
+
+def encodes(change: Callable[[list[int]], list[int]]) -> Callable[..., list[int]]:
+    whole = Encoder.ids
+    return lambda self, text: change(whole(self, text))
+
+
+def another_answer(self: ChatTemplate, example: Any, turns: Any, number: int, prompt: str) -> str:
+    return str(turns[number].text).lower()
+
+
+BREAKS: dict[str, tuple[str, Any, str]] = {
+    "a token too many in every prompt": ("encoding.Encoder.ids", encodes(lambda ids: [*ids, ids[-1]]), "its prompt"),
+    "no template but the texts": (
+        "chat.ChatTemplate.prompt",
+        lambda self, example: example.turns[0].text,
+        "its prompt",
+    ),
+    "a second start token": ("render.Renderer._opening", lambda self, text: [1, *self.encoder.ids(text)], "its prompt"),
+    "answers in small letters": ("chat.ChatTemplate._answer", another_answer, "its ids|its text"),
+    "answers without their end": (
+        "encoding.Encoder.behind",
+        lambda self, head, text: self.ids(text)[:-1],
+        "what is learnt|its ids",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_renderer_that_departs_from_the_template_is_found(
+    name: str, tmp_path: Path, folder: Path, models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The product's own code is broken; the comparison does without it."""
+    place, change, reason = BREAKS[name]
+    file = write(tmp_path / "rows.jsonl", talk("one", "What colour?"), talk("two", "And now?", "It is Blue."))
+    flags = ("--model-name", str(models("llama")), "--prompt", "chat")
+    code, report, bad = checked(file, folder, *flags)
+    assert (code, bad, report["compared_with_chat_template"]) == (0, [], {"samples": 2, "pixels": 0})
+    monkeypatch.setattr(f"rankwise.data.{place}", change)
+    monkeypatch.setattr("rankwise.data.render.plain", lambda text: "")  # the check of what is read back would find some
+    code, report, bad = checked(file, folder, *flags)
+    assert code == 3 and report["bad"]["differs"] == 2
+    assert all(one["kind"] == "differs" and re.search(reason, one["reason"]) for one in bad)
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "reason"),
+    [
+        ("expansion", lambda self, reference: "<|vision_start|><|image_pad|><|vision_end|>", "its prompt is not"),
+        ("pixels", lambda self, images: {"pixel_values": torch.zeros(16, 1176)}, "pixel_values is not what"),
+        ("row_inputs", lambda self, ids: {"mm_token_type_ids": torch.zeros_like(ids)}, "mm_token_type_ids is not what"),
+    ],
+)
+def test_pictures_that_are_not_what_the_processor_makes_are_found(
+    place: str,
+    change: Any,
+    reason: str,
+    tmp_path: Path,
+    folder: Path,
+    models: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = [talk(f"row-{number}", "<image>\nWhat colour?", image="0.png") for number in range(5)]
+    file, flags = write(tmp_path / "rows.jsonl", *rows), ("--model-name", str(models("qwen")))
+    code, report, bad = checked(file, folder, *flags)
+    assert (code, bad, report["compared_with_chat_template"]) == (0, [], {"samples": 5, "pixels": 5})
+    monkeypatch.setattr(f"rankwise.data.sight.Sight.{place}", change)
+    code, _, bad = checked(file, folder, *flags, "--compare", "2")
+    assert code == 3 and [one["sample"] for one in bad] == ["row-0", "row-2"]
+    assert all(reason in one["reason"] for one in bad)
+    assert checked(file, folder, *flags, "--compare", "0")[0] == 0
 
 
 def test_text_tasks_are_checked_too(tmp_path: Path, models: Callable[[str], Path]) -> None:

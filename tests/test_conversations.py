@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_tokenizer
+from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 from rankwise.data import Examples, RenderedDataset, Renderer, load, recorded_split, split_groups, subset
+from rankwise.data.answers import check_slots
 from rankwise.data.example import Chosen
 from rankwise.data.images import ImageReader
-from rankwise.data.render import check_slots
+from rankwise.data.render import IGNORED
 from rankwise.data.sources.indexed import IndexedSamples
 from rankwise.errors import DataError
 
@@ -31,6 +32,13 @@ def said(*texts: str, **more: Any) -> Row:
 def messages(*contents: Any, **more: Any) -> Row:
     roles = ("user", "assistant")
     return {"messages": [{"role": roles[n % 2], "content": content} for n, content in enumerate(contents)], **more}
+
+
+def weighted(last: Any = None, asked: Any = None, **first: Any) -> Row:
+    """Two exchanges: what the first answer, the last one and the last question say about loss."""
+    answers = ({"role": "assistant", "content": "a", **first}, {"role": "assistant", "content": "b", "loss": last})
+    questions = ({"role": "user", "content": "q"}, {"role": "user", "content": "r", "loss": asked})
+    return {"messages": [questions[0], answers[0], questions[1], answers[1]]}
 
 
 def rows_of(tmp_path: Path, *rows: Any, name: str = "rows.jsonl", **how: Any) -> Examples:
@@ -90,6 +98,51 @@ def test_every_slot_has_its_image_in_order(tmp_path: Path, row: Row, texts: list
 
 
 @pytest.mark.parametrize(
+    ("row", "learnt"),
+    [
+        (weighted(), [True, True]),
+        (weighted(loss=True, weight=1, asked=False), [True, True]),
+        (weighted(loss=False), [False, True]),
+        (weighted(train=False), [False, True]),
+        (weighted(training=False), [False, True]),
+        (weighted(weight=0), [False, True]),
+        (weighted(weight=0.0, loss=None), [False, True]),
+        (weighted(last=False), [True]),
+    ],
+)
+def test_an_answer_that_says_so_is_not_learnt(tmp_path: Path, row: Row, learnt: list[bool]) -> None:
+    """What follows the last answer that is learnt teaches nothing, and goes."""
+    [example] = rows_of(tmp_path, row)
+    assert [turn.trained for turn in example.turns if turn.role == "assistant"] == learnt
+    for style, template in (("sections", None), ("raw", None), ("chat", CHAT_TEMPLATE)):
+        tokenizer = tiny_tokenizer(tmp_path / style, chat_template=template)
+        rendered = Renderer(tokenizer, style=style).training(example)
+        taught = tokenizer.decode([label for label in rendered.labels if label != IGNORED])
+        assert taught.replace(" ", "") == "".join(f"{'ab'[place]}</s>" for place, on in enumerate(learnt) if on)
+        assert "a</s>" in tokenizer.decode(rendered.input_ids)
+        assert rendered.input_ids[: len(Renderer(tokenizer, style=style).prompt_ids(example))] == Renderer(
+            tokenizer, style=style
+        ).prompt_ids(example)
+
+
+def test_an_image_behind_the_last_answer_that_is_learnt_goes_with_its_question(tmp_path: Path) -> None:
+    row = said("<image>Who?", "He.", "And <image>?", "She.", images=["a", "b"])
+    row["conversations"][3]["loss"] = False
+    [example] = rows_of(tmp_path, row)
+    assert (example.images, example.references) == (("a",), ("He.",))
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_stays_apart_from_the_answer(tmp_path: Path, name: str) -> None:
+    row = messages("Who?", "He.")
+    row["messages"][1][name] = "Hm."
+    [example] = rows_of(tmp_path, row)
+    assert (example.answer, example.turns[-1].reasoning) == ("He.", "Hm.")
+    with pytest.raises(DataError, match="reasoning_content needs a chat template that writes it"):
+        Renderer(tiny_tokenizer(tmp_path)).training(example)
+
+
+@pytest.mark.parametrize(
     ("row", "reason"),
     [
         (said("Who?", "He.", image="a"), r"no placeholders \(<image>\) for 1 image; put"),
@@ -117,6 +170,16 @@ def test_every_slot_has_its_image_in_order(tmp_path: Path, row: Row, texts: list
         (messages("x", None), "empty turn"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown role"),
         ({"messages": ["hello"]}, "a turn must be an object"),
+        (weighted(loss=0.5), "loss of a turn is true or false, 1 or 0; found 0.5"),
+        (weighted(train="false"), 'train of a turn is true or false, 1 or 0; found "false"'),
+        (weighted(weight=[1]), "weight of a turn is true or false"),
+        (weighted(weight=1, loss=False), "loss and weight of a turn contradict each other"),
+        (weighted(loss=False, last=False), "no answer is learnt: loss, train or weight is off for each"),
+        (weighted(asked=True), "loss is on for a turn of user: only answers are learnt"),
+        (weighted(tool_calls=[{"name": "f"}]), "cannot use 'tool_calls'"),
+        (said("x", "y", tools=[{"name": "f"}]), "cannot use 'tools'"),
+        (said("x", "y", chat_template_kwargs={"enable_thinking": False}), "give it as --chat_template_kwargs"),
+        (weighted(reasoning_content=["z"]), "reasoning_content is a text of an assistant's turn"),
         (said("x", "y", system_prompt=["z"]), "a content part must be an object"),
     ],
 )

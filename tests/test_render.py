@@ -13,6 +13,7 @@ from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rankwise.data import Collator, Example, Examples, RenderedDataset, Renderer, Turn, load, one_per_prompt
+from rankwise.data.chat import TurnsApart
 from rankwise.data.render import IGNORED, Overlong
 from rankwise.errors import DataError, UsageError
 
@@ -143,13 +144,12 @@ def test_smolvlm_wants_typed_parts_and_a_space_that_belongs_to_the_answer(shared
     assert learnt(tokenizer, renderer, TALK) == [" Me.<end_of_utterance>", " There, for £5.\n\nYes.<end_of_utterance>"]
 
 
-def test_end_tokens_of_the_generation_config_close_a_turn(tmp_path: Path) -> None:
+def test_the_token_behind_an_answer_is_its_end_whatever_the_tokenizers_is(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<pad>\n{% endfor %}assistant:"
     tokenizer = tiny_tokenizer(tmp_path, chat_template=template)
-    with pytest.raises(DataError, match=r"talk: .*no end token behind answer 1"):
-        Renderer(tokenizer, style="chat").training(TALK)
-    renderer = Renderer(tokenizer, style="chat", generation_eos=[tokenizer.convert_tokens_to_ids("<pad>")])
+    renderer = Renderer(tokenizer, style="chat")
     assert learnt(tokenizer, renderer, TALK) == [" Me.<pad>", " There, for £5.\n\nYes.<pad>"]
+    assert renderer.end_ids == (tokenizer.convert_tokens_to_ids("<pad>"), tokenizer.eos_token_id)
 
 
 @pytest.mark.parametrize(
@@ -165,14 +165,16 @@ def test_a_template_that_loses_texts_is_refused(tmp_path: Path, template: str | 
         Renderer(tiny_tokenizer(tmp_path, chat_template=template), style="chat").training(TALK)
 
 
-def test_a_template_that_drops_earlier_answers_is_refused(tmp_path: Path) -> None:
+def test_a_template_that_drops_earlier_answers_makes_each_a_sample(tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
     )
     tokenizer = tiny_tokenizer(tmp_path, chat_template=template)
     assert Renderer(tokenizer, style="chat").training(ONE)
-    with pytest.raises(DataError, match="talk: the chat template does not reproduce every answer"):
+    with pytest.raises(TurnsApart, match="talk"):
         Renderer(tokenizer, style="chat").training(TALK)
+    rows = RenderedDataset([TALK], Renderer(tokenizer, style="chat"))
+    assert [rows.sample_id(index) for index in range(len(rows))] == ["talk#1", "talk#2"]
 
 
 # --- end tokens, empty answers, images ---------------------------------------------------------------------------
@@ -186,9 +188,9 @@ def test_without_an_end_token_there_is_no_training(tmp_path: Path) -> None:
     assert Renderer(tokenizer, generation_eos=3).training(ONE).labels[-1] == 3
 
 
-def test_an_answer_that_the_tokenizer_cannot_say_is_named(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_an_answer_that_holds_a_control_token_is_named(tokenizer: PreTrainedTokenizerBase) -> None:
     spoilt = replace(ONE, turns=(*ONE.turns[:-1], Turn("assistant", "It ends</s> here", "Output")))
-    with pytest.raises(DataError, match="sample one: the tokenizer does not reproduce its answer"):
+    with pytest.raises(DataError, match="sample one: its answer holds </s>, a control token"):
         Renderer(tokenizer).training(spoilt)
 
 

@@ -256,18 +256,18 @@ def test_images_need_a_chat_template(models: Callable[[str], Path], pictures: Pa
 
 def test_a_template_that_loses_images_is_refused(models: Callable[[str], Path], pictures: Path) -> None:
     renderer = renderer_of(models("qwen25vl"), pictures)
-    renderer.tokenizer.chat_template = CHAT_TEMPLATE.replace("m['content']", "m['content'] | string | replace('<','')")
+    template = CHAT_TEMPLATE.replace("m['content']", "m['content'] | string | replace('<','')")
     with pytest.raises(UsageError, match="does not put one"):
-        renderer.training(CONVERSATIONS["one image"])
+        replace(renderer, chat_template=template)
 
 
 def test_a_template_that_takes_strings_gets_the_image_token(models: Callable[[str], Path], pictures: Path) -> None:
     """Old LLaVA models have templates that only paste the content."""
-    renderer = renderer_of(models("llava"), pictures)
-    renderer.tokenizer.chat_template = (
+    template = (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %} "
         "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
+    renderer = replace(renderer_of(models("llava"), pictures), chat_template=template)
     rendered = renderer.training(CONVERSATIONS["two images"])
     token = renderer.sight.image_token_id  # type: ignore[union-attr]
     assert rendered.input_ids.count(token) == 32

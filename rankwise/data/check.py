@@ -9,21 +9,27 @@ Training refuses the same samples by the same code; this finds them all at once.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from rankwise.data.answers import NothingToLearn
+from rankwise.data.chat import Refused
+from rankwise.data.comparison import Differs, Oracle, Sample
 from rankwise.data.example import Example, Examples, Rejected
 from rankwise.data.images import BadImage, ImageReader
-from rankwise.data.render import IGNORED, NothingToLearn, Overlong, Rendered, Renderer
+from rankwise.data.layout import without_images
+from rankwise.data.render import IGNORED, Overlong, Rendered, Renderer
+from rankwise.data.rendered import outcomes
 from rankwise.data.sources.slots import short_name
-from rankwise.errors import DataError, UsageError
+from rankwise.errors import DataError
 from rankwise.store.processes import default_workers
 
-KINDS = ("row", "image", "overlong", "labels", "text")
+KINDS = ("row", "image", "overlong", "labels", "text", "template", "differs")
+COMPARED = 256  # samples compared with their chat template at once
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,8 @@ class Problem:
     """Why a sample cannot be used.
 
     kind: `row` (it is no sample), `image` (one that cannot be used), `overlong` (`needed` tokens are over the limit),
-    `labels` (nothing to learn) or `text` (the tokenizer or the chat template cannot say it).
+    `labels` (nothing to learn), `text` (the tokenizer or the chat template cannot say it), `template` (the chat
+    template refuses it) or `differs` (its ids, labels or pixels are not those of the chat template).
     """
 
     kind: str
@@ -61,7 +68,15 @@ class Problem:
 
 
 # A plain ValueError is what an image processor says of a picture's form (too long and thin, say).
-_KIND_OF = {BadImage: "image", Overlong: "overlong", NothingToLearn: "labels", DataError: "text", ValueError: "image"}
+_KIND_OF = {
+    BadImage: "image",
+    Overlong: "overlong",
+    NothingToLearn: "labels",
+    Refused: "template",
+    Differs: "differs",
+    DataError: "text",
+    ValueError: "image",
+}
 
 
 @dataclass
@@ -71,7 +86,8 @@ class Findings:
     samples: rows that are samples, good or bad. images: how often samples name one; pictures: how many different ones
     were decoded, None where none was looked at.
     lengths: tokens of each sample that could be rendered, of those over the limit too. The token counts are of the
-    usable samples. truncated: samples whose source was cut to the limit.
+    usable samples. truncated: samples whose source was cut to the limit. apart: samples that conversations became whose
+    answers are learnt one by one. compared: samples compared with the chat template; seen: those with ids and pixels.
     """
 
     samples: int = 0
@@ -84,10 +100,12 @@ class Findings:
     image_tokens: int = 0
     label_tokens: int = 0
     truncated: int = 0
+    apart: int = 0
+    compared: int = 0
+    seen: int = 0
 
     def count(self, rendered: Rendered, image_token_id: int | None) -> None:
-        """Add a usable sample."""
-        self.usable += 1
+        """Add a usable sample, or a part of one."""
         self.lengths.append(len(rendered.input_ids))
         self.tokens += len(rendered.input_ids)
         self.label_tokens += sum(label != IGNORED for label in rendered.labels)
@@ -100,12 +118,17 @@ class Findings:
 
 
 def examined(
-    examples: Examples, reader: ImageReader | None, renderer: Renderer | None, workers: int | None = None
+    examples: Examples,
+    reader: ImageReader | None,
+    renderer: Renderer | None,
+    workers: int | None = None,
+    compare: int = 8,
 ) -> Findings:
     """Everything that training would stumble over.
 
     reader: where the images are; None leaves them alone, as a text model does. renderer: None leaves tokens out.
-    workers: processes that decode; one per core by default, 8 at most, 0 for this one.
+    workers: processes that decode; one per core by default, 8 at most, 0 for this one. compare: samples with images of
+    which ids and pixels are compared with the processor's own.
     """
     findings = Findings(len(examples), problems=[Problem.of_row(row) for row in examples.skipped])
     unusable: dict[str, str] = {}
@@ -113,31 +136,80 @@ def examined(
         places = _first_places(examples.items)
         findings.pictures = len(places)
         unusable = _undecodable(_Pictures(examples.items, places, reader), workers)
+    comparison = _Comparison(findings, renderer, _spread(examples, compare))
     for example in tqdm(examples.items, desc="samples", unit="sample", disable=None, leave=False):
         findings.images += len(example.images)
         named = dict.fromkeys(map(short_name, example.images))
         broken = [BadImage(unusable[name]) for name in named if name in unusable]
         findings.problems += [Problem.of(example, error) for error in broken]
         if not broken:
-            _render(example, renderer, findings)
+            _render(example, renderer, findings, comparison)
+    comparison.finish()
     return findings
 
 
-def _render(example: Example, renderer: Renderer | None, findings: Findings) -> None:
-    if renderer is None:
-        findings.usable += 1
-        return
-    try:
-        rendered = renderer.training(example)
-    except UsageError:
-        raise
-    except ValueError as error:
-        problem = Problem.of(example, error)
-        findings.problems.append(problem)
-        if problem.needed is not None:
-            findings.lengths.append(problem.needed)
-    else:
-        findings.count(rendered, None if renderer.sight is None else renderer.sight.image_token_id)
+def _render(example: Example, renderer: Renderer | None, findings: Findings, comparison: _Comparison) -> None:
+    found = [] if renderer is None else outcomes(example, renderer)
+    token = renderer.sight.image_token_id if renderer and renderer.sight else None
+    bad = 0
+    for sample, rendered in found:
+        if isinstance(rendered, Rendered):
+            findings.count(rendered, token)
+            comparison.add(sample, rendered)
+        else:
+            problem = Problem.of(sample, rendered)
+            findings.problems.append(problem)
+            findings.lengths.extend([problem.needed] if problem.needed is not None else [])
+            bad += 1
+    findings.usable += not found or bad < len(found)
+    findings.apart += len(found) if len(found) > 1 else 0
+
+
+def _spread(examples: Examples, count: int) -> frozenset[str]:
+    """Ids of this many samples with images, evenly from first to last."""
+    seen = [example.id for example in examples.items if example.images] if count and examples.with_images else []
+    places = range(min(count, len(seen)))
+    return frozenset(seen[place * len(seen) // len(places)] for place in places)
+
+
+class _Comparison:
+    """Rendered samples compared with the chat template, many at once; nothing without one.
+
+    looked_at: ids of the samples with images whose pixels are compared too.
+    """
+
+    def __init__(self, findings: Findings, renderer: Renderer | None, looked_at: frozenset[str]) -> None:
+        self.findings, self.looked_at = findings, looked_at
+        self.oracle = Oracle(renderer) if renderer and renderer.style == "chat" else None
+        self.waiting: list[Sample] = []
+
+    def add(self, example: Example, rendered: Rendered) -> None:
+        if self.oracle is None:
+            return
+        renderer = self.oracle.renderer
+        given = example if renderer.sight else without_images(example)
+        self.waiting.append((given, rendered, renderer.prompt_ids(example)))
+        if len(self.waiting) == COMPARED:
+            self.finish()
+
+    def finish(self) -> None:
+        """Compare what has been added."""
+        if self.oracle is None or not self.waiting:
+            return
+        different = dict(self._found(self.oracle))
+        self.findings.problems += [Problem.of(*pair) for pair in different.values()]
+        self.findings.compared += sum(not rendered.truncated for _, rendered, _ in self.waiting)
+        self.waiting = []
+
+    def _found(self, oracle: Oracle) -> Iterator[tuple[str, tuple[Example, Differs]]]:
+        """By sample; of two reasons for one, the last."""
+        for example, error in oracle.differences(self.waiting):
+            yield example.id, (example, error)
+        for example, rendered, prompt in self.waiting:
+            if rendered.images and example.id.split("#")[0] in self.looked_at:
+                self.findings.seen += 1
+                if (error := oracle.difference_seen(example, rendered, prompt)) is not None:
+                    yield example.id, (example, error)
 
 
 def _first_places(examples: Sequence[Example]) -> list[tuple[int, int]]:

@@ -19,12 +19,15 @@ IMAGE_MARKER = re.compile(r"<image>|<IMAGE>|<__media__>")  # how files and other
 class Turn:
     """One piece of a sample: who says it, what, and the heading it stands under in the sections form.
 
-    Several user turns in a row are the sections of one prompt (instruction, table, question …).
+    Several user turns in a row are the sections of one prompt (instruction, table, question …). reasoning: what an
+    answer was thought out with, for chat templates that write it. trained: off for an answer that is not learnt.
     """
 
     role: str
     text: str
     heading: str = ""
+    reasoning: str = ""
+    trained: bool = True
 
     def __post_init__(self) -> None:
         assert self.role in ROLES, self.role
@@ -54,7 +57,7 @@ class Example:
     line: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
-        assert self.turns and self.turns[-1].role == "assistant", self.id
+        assert self.turns and self.turns[-1].role == "assistant" and self.turns[-1].trained, self.id
 
     @property
     def answer(self) -> str:

@@ -1,6 +1,6 @@
 """From samples to token ids and labels: one renderer for training, evaluation and the device.
 
-    Example ── layout (sections or chat) ──▶ texts ── tokenizer, piece by piece ──▶ Rendered(input_ids, labels)
+    Example ── layout (sections, raw) or chat ──▶ texts ── encoding, piece by piece ──▶ Rendered(input_ids, labels)
     images ── Sight.expansion ──▶ image tokens in the texts before answers
 
 Labels are -100 except on answers and the end token behind each. What is masked is known from where a piece came
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,9 +18,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.data.example import IMAGE_SLOT, Example
+from rankwise.data.answers import check_answer, check_slots
+from rankwise.data.chat import ChatTemplate, pattern
+from rankwise.data.encoding import MARK, Encoder, marked, plain
+from rankwise.data.example import Example
 from rankwise.data.images import BadImage
-from rankwise.data.layout import ChatTemplate, Layout, raw, sections, without_images
+from rankwise.data.layout import Layout, raw, sections, without_images
 from rankwise.data.sight import Sight
 from rankwise.data.template import pinned
 from rankwise.errors import DataError, UsageError
@@ -42,10 +44,6 @@ class Overlong(DataError):
             f"sample {sample} needs {needed} tokens{images}, the limit is {limit}; raise --max_seq_length, "
             f"or pass {ways}"
         )
-
-
-class NothingToLearn(DataError):
-    """Every label of a sample is masked."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,7 @@ class Renderer:
     how the model takes images; without it a sample's text is rendered alone. chat_template: a template's text, in place
     of the tokenizer's own. template_kwargs: variables that every rendering is given (`enable_thinking` …), JSON values;
     the date that the template prints is added to them, so `replace` and whoever reads `settings` render it again.
+    skip_bad: a data set leaves out samples that cannot be rendered, counted, instead of raising.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -88,6 +87,7 @@ class Renderer:
     sight: Sight | None = None
     chat_template: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    skip_bad: bool = False
 
     def __post_init__(self) -> None:
         for value, allowed in ((self.style, STYLES), (self.overlong, OVERLONG)):
@@ -97,6 +97,10 @@ class Renderer:
             raise UsageError(
                 f"{self.reserve} tokens to generate leave no room for a prompt within {self.limit}; "
                 "lower --max_new_tokens or raise --max_seq_length"
+            )
+        if self.style != "chat" and (self.chat_template or self.template_kwargs):
+            raise UsageError(
+                f"--chat_template and --chat_template_kwargs act on --prompt chat; this is --prompt {self.style}"
             )
         if self.style == "chat":
             object.__setattr__(self, "template_kwargs", pinned(self.template_source, self.template_kwargs))
@@ -113,8 +117,8 @@ class Renderer:
 
     @property
     def begin_ids(self) -> tuple[int, ...]:
-        """The begin token, where the tokenizer puts one before a text."""
-        return tuple(self._prefix)
+        """The begin token, where one is put before a prompt that lacks it."""
+        return tuple(self.begin)
 
     @cached_property
     def template_source(self) -> str:
@@ -124,17 +128,31 @@ class Renderer:
         return str(self.chat_template or self.tokenizer.get_chat_template())
 
     @cached_property
+    def template(self) -> ChatTemplate:
+        image_token = None if self.sight is None else self.sight.image_token
+        ends = self.tokenizer.convert_ids_to_tokens(self._configured_ends)
+        return ChatTemplate.of(self.tokenizer, self.template_source, self.template_kwargs, image_token, ends)
+
+    @cached_property
     def end_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer; the first one is put behind an answer that nothing else ends."""
-        given = self.generation_eos
-        configured = [given] if isinstance(given, int) else list(given or ())
+        """Ids that end an answer; the first one stands behind each: the chat template's, else the tokenizer's."""
+        written = self.template.end if self.style == "chat" else ""
+        template = self.tokenizer(written, add_special_tokens=False)["input_ids"][-1:] if written else []
         own = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        if not own + configured:
+        if not (template or own or self._configured_ends):
             raise UsageError("neither the tokenizer nor the generation config names an end token (eos)")
-        return tuple(dict.fromkeys(own + configured))
+        return tuple(dict.fromkeys([*template, *own, *self._configured_ends]))
+
+    @cached_property
+    def _configured_ends(self) -> list[int]:
+        given = self.generation_eos
+        return [given] if isinstance(given, int) else list(given or ())
 
     def training(self, example: Example) -> Rendered:
-        """Ids and labels of a whole sample; the ids start with exactly `prompt_ids` of it, reserve apart."""
+        """Ids and labels of a whole sample; the ids start with exactly `prompt_ids` of it, reserve apart.
+
+        TurnsApart where each of its answers needs a sample of its own: `samples` makes them.
+        """
         pieces, truncated = self._fitted(example, self.limit, with_answer=True)
         ids = [token for piece in pieces for token in piece.ids]
         labels = [token if piece.trained else IGNORED for piece in pieces for token in piece.ids]
@@ -156,10 +174,12 @@ class Renderer:
         It begins with the begin token's text where the prompt's ids begin with that token. Nothing is cut off it.
         """
         example = example if self.sight else without_images(example)
-        layout = self._layout(example)
-        pieces = zip(layout.answers, layout.before[1:], strict=False)
-        text = layout.before[0] + "".join(piece for pair in pieces for piece in pair)
-        begin = self._prefix if self._encode(text)[:1] != self._prefix else []
+        text = self._before(example)
+        if MARK in text:
+            raise DataError(
+                f"sample {example.id}: its text holds a control token, and an engine that is given text obeys it"
+            )
+        begin = self.begin if self.encoder.ids(text)[:1] != self.begin else []
         slotted = text if self.sight is None else text.replace(self.sight.image_token, slot)
         return "".join(self.tokenizer.convert_ids_to_tokens(begin)) + slotted
 
@@ -222,96 +242,95 @@ class Renderer:
 
     def _pieces(self, example: Example, with_answer: bool) -> list[_Piece]:
         """Prompt and answer pieces in turn; without the answer, those before the last one."""
-        layout = self._layout(example)
-        last = len(layout.answers) - 1
-        before = layout.before if self.sight is None else self._seen(example, layout.before, self.sight)
-        follows = [self._encode(text) if text else [] for text in (*before[1:], layout.after)]
-        pieces = [_Piece(self._opening(before[0]), False)]
-        for number, answer in enumerate(layout.answers):
-            if number == last and not with_answer:
-                break
-            closing = self._closing(follows[number])
-            if not closing and number < last:
-                raise DataError(f"sample {example.id}: the chat template puts no end token behind answer {number + 1}")
-            end = follows[number][:closing] or [self.end_ids[0]]
-            pieces.append(_Piece(self._answer(example.id, answer) + end, True))
-            if number < last:
-                pieces.append(_Piece(follows[number][closing:], False))
-        return pieces
-
-    def _seen(self, example: Example, before: Sequence[str], sight: Sight) -> list[str]:
-        """The texts before answers with each image token replaced by what stands for that image."""
-        try:
-            expansions = iter([sight.expansion(reference) for reference in example.images])
-        except BadImage as error:
-            raise BadImage(f"sample {example.id}: {error}") from error
-        return [re.sub(re.escape(sight.image_token), lambda _: next(expansions), text) for text in before]
-
-    def _layout(self, example: Example) -> Layout:
         if self.sight is not None:
             check_slots(example, self.sight.image_token)
-        if self.style == "chat":
-            return self.template.layout(example)
-        end = str(self.tokenizer.convert_ids_to_tokens(self.end_ids[0]))
-        if self.style == "raw":
-            return raw(example, None if self.sight is None else self.sight.image_token, end)
-        if example.images:
-            raise UsageError("images need the model's chat template: --prompt chat (or raw)")
-        return sections(example, end)
+        if self.style == "chat" and not with_answer:
+            [text] = self._expanded(example, [self.template.prompt(example)])
+            return [_Piece(self._opening(text), False)]
+        for turn in example.turns if with_answer else example.turns[:-1]:
+            check_answer(example.id, turn, self.encoder.control)
+        layout = self._layout(example)
+        before = self._expanded(example, layout.before)
+        pieces = [_Piece(self._opening(before[0]), False)]
+        for number, answer in enumerate(layout.answers if with_answer else layout.answers[:-1]):
+            head = before[number] if number == 0 else layout.end + before[number]
+            pieces.append(_Piece(self._answer(example.id, layout, head, answer), True))
+            if number + 1 < len(before):
+                pieces.append(_Piece(self.encoder.behind(layout.end, before[number + 1]), False))
+        return pieces
 
-    @cached_property
-    def template(self) -> ChatTemplate:
-        image_token = None if self.sight is None else self.sight.image_token
-        return ChatTemplate.of(self.tokenizer, image_token, self.template_source, self.template_kwargs)
-
-    @cached_property
-    def _prefix(self) -> list[int]:
-        """The begin token, where the tokenizer puts one before a text."""
-        begin = self.tokenizer.bos_token_id
-        adds = begin is not None and self.tokenizer("a")["input_ids"][:1] == [begin]
-        return [begin] if adds else []
-
-    def _opening(self, text: str) -> list[int]:
-        ids = self._encode(text)
-        return ids if ids[: len(self._prefix)] == self._prefix else self._prefix + ids
-
-    def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _answer(self, sample: str, text: str) -> list[int]:
-        """Ids of an answer, checked to say what the text says (up to Unicode form and outer whitespace)."""
-        ids = self._encode(text)
-        if not ids or not text.strip():
-            raise NothingToLearn(f"sample {sample}: its answer is empty, so all its labels are masked")
-        read = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if _plain(read) != _plain(text):
+    def _answer(self, sample: str, layout: Layout, head: str, answer: str) -> list[int]:
+        """Ids of an answer and its end token, checked to say what the text says."""
+        if layout.in_context:
+            answer += layout.end
+            ids = self.encoder.behind(head, answer)
+            said = self.encoder.said(ids)
+        else:
+            ids = self.encoder.ids(answer)
+            said = self.encoder.said(ids)
+            ids.append(self.end_ids[0])
+        if plain(said) != plain(answer):
             raise DataError(
                 f"sample {sample}: the tokenizer does not reproduce its answer: "
-                f"{text[:80]!r} reads back as {read[:80]!r}"
+                f"{answer[:80]!r} reads back as {said[:80]!r}"
             )
         return ids
 
-    def _closing(self, ids: list[int]) -> int:
-        """How many leading ids end an answer: an end token and the whitespace before it; 0 where none follows."""
-        for count, token in enumerate(ids, 1):
-            if token in self.end_ids:
-                return count
-            if self.tokenizer.decode([token]).strip():
-                return 0
-        return 0
+    def _expanded(self, example: Example, before: Sequence[str]) -> Sequence[str]:
+        """The texts before answers with each image token replaced by what stands for that image."""
+        if self.sight is None:
+            return before
+        try:
+            expansions = iter([self.sight.expansion(reference) for reference in example.images])
+        except BadImage as error:
+            raise BadImage(f"sample {example.id}: {error}") from error
+        return [re.sub(re.escape(self.sight.image_token), lambda _: next(expansions), text) for text in before]
 
+    def _layout(self, example: Example) -> Layout:
+        """Texts of a whole sample, with its answers."""
+        return self.template.layout(example, self._end) if self.style == "chat" else self._plain_layout(example)
 
-def check_slots(example: Example, image_token: str) -> None:
-    """DataError unless a sample's texts ask for as many images as it has; the model's image token is never text."""
-    asked = [turn.text.count(IMAGE_SLOT) for turn in example.turns]
-    answered = [count for turn, count in zip(example.turns, asked, strict=True) if turn.role == "assistant"]
-    if sum(asked) != len(example.images) or any(answered):
-        raise DataError(
-            f"sample {example.id}: {sum(asked)} image slots ({IMAGE_SLOT}) in its texts, {sum(answered)} of them in "
-            f"answers, and {len(example.images)} images; each image needs one slot, before the last answer"
-        )
-    if image_token != IMAGE_SLOT and any(image_token in turn.text for turn in example.turns):
-        raise DataError(f"sample {example.id}: its text holds {image_token}, which stands for an image in this model")
+    def _before(self, example: Example) -> str:
+        """Text of everything before the last answer."""
+        if self.style == "chat":
+            return self.template.prompt(example)
+        layout = self._plain_layout(example)
+        answered = zip(layout.answers, layout.before[1:], strict=False)
+        return layout.before[0] + "".join(f"{answer}{layout.end}{head}" for answer, head in answered)
+
+    def _plain_layout(self, example: Example) -> Layout:
+        """The sections, or the texts alone, with control tokens in them marked as text."""
+        if any(turn.reasoning for turn in example.turns):
+            raise DataError(
+                f"sample {example.id}: reasoning_content needs a chat template that writes it: --prompt chat"
+            )
+        example = replace(example, turns=tuple(marked(turn, self.encoder.control) for turn in example.turns))
+        if self.style == "raw":
+            return raw(example, None if self.sight is None else self.sight.image_token, self._end)
+        if example.images:
+            raise UsageError("images need the model's chat template: --prompt chat (or raw)")
+        return sections(example, self._end)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        if self.style == "chat":
+            return Encoder(self.tokenizer, self.template.control)
+        own = [self.tokenizer.bos_token, *self.tokenizer.convert_ids_to_tokens(list(self.end_ids))]
+        return Encoder(self.tokenizer, pattern(own))
+
+    @cached_property
+    def begin(self) -> list[int]:
+        """What is put before a prompt that does not begin with it: the tokenizer's begin token. A chat template writes
+        it itself or goes without, but for a processor's prompts, before which transformers puts it."""
+        return [] if self.style == "chat" and self.sight is None else self.encoder.begin
+
+    @cached_property
+    def _end(self) -> str:
+        return str(self.tokenizer.convert_ids_to_tokens(self.end_ids[0]))
+
+    def _opening(self, text: str) -> list[int]:
+        ids = self.encoder.ids(text)
+        return ids if ids[: len(self.begin)] == self.begin else self.begin + ids
 
 
 def _length(pieces: Sequence[_Piece]) -> int:
@@ -322,7 +341,3 @@ def _cut(example: Example, turn: int, characters: int) -> Example:
     turns = list(example.turns)
     turns[turn] = replace(turns[turn], text=turns[turn].text[:characters])
     return replace(example, turns=tuple(turns))
-
-
-def _plain(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).strip()

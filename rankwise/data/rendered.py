@@ -1,28 +1,37 @@
-"""Rendered samples as a torch data set: all checked once before training, tokenised again as they are asked for."""
+"""Rendered samples as a torch data set: all checked once before training, tokenized again as they are asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from rankwise.data.answers import NothingToLearn, answers_apart
+from rankwise.data.chat import TurnsApart
 from rankwise.data.example import Example, chosen
-from rankwise.data.render import NothingToLearn, Overlong, Renderer
-from rankwise.errors import DataError
+from rankwise.data.images import BadImage
+from rankwise.data.render import Overlong, Rendered, Renderer
+from rankwise.errors import DataError, UsageError
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check of all samples found: positions of the usable ones with their lengths, ids of the others."""
+    """What a check of all samples found: positions of the usable ones with their lengths, ids of the others.
+
+    answers: for each usable one, which of its answers it teaches, counted from 1, where each answer is a sample of its
+    own; 0 for all of them. bad: why samples cannot be rendered, where the renderer skips them.
+    """
 
     usable: tuple[int, ...]
     lengths: tuple[int, ...]
     dropped: tuple[str, ...]
     refused: tuple[str, ...]
     truncated: int
+    answers: tuple[int, ...] = ()
+    bad: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
         """Sentences for the user about samples that do not enter as they are; empty when all do."""
@@ -33,37 +42,102 @@ class Checked:
             lines.append(f"warning: the source of {self.truncated} samples was cut to the limit")
         if self.refused:
             lines.append(f"warning: {len(self.refused)} samples refused, nothing to learn: {_some(self.refused)}")
+        if self.bad:
+            shown = "".join(f"\n    {reason}" for reason in self.bad[:5])
+            lines.append(f"warning: {len(self.bad)} bad samples skipped:{shown}")
+        if any(self.answers):
+            rows = len({row for row, answer in zip(self.usable, self.answers, strict=True) if answer})
+            lines.append(
+                f"note: {rows} conversations become {sum(map(bool, self.answers))} samples, one for each answer: the "
+                "chat template renders earlier answers otherwise than they were given"
+            )
         return lines
+
+
+def outcomes(example: Example, renderer: Renderer) -> list[tuple[Example, Rendered | ValueError]]:
+    """The sample as training sees it, rendered, or why it cannot be: one, or one for each of its answers where the chat
+    template renders earlier answers otherwise than they were given."""
+    try:
+        return [(example, renderer.training(example))]
+    except TurnsApart:
+        return [outcome for part in answers_apart(example) for outcome in outcomes(part, renderer)]
+    except UsageError:
+        raise
+    except ValueError as error:  # a plain one is what an image processor says of a picture's form
+        return [(example, error)]
 
 
 def check_samples(examples: Sequence[Example], renderer: Renderer, *, prompts: bool = False) -> Checked:
     """Render every sample once, whole as for training, or with `prompts` up to the answer as for generation.
 
-    Overlong ones raise, with their number and the longest, unless the renderer drops or cuts; samples without a
-    label are refused by id; DataError if no sample is left.
+    Overlong ones raise, with their number and the longest, unless the renderer drops or cuts; samples that cannot be
+    rendered raise unless it skips them; samples without a label are refused by id; DataError if no sample is left.
     """
-    usable, lengths, refused, truncated = [], [], [], 0
+    usable, lengths, answers, truncated = [], [], [], 0
+    refused: list[str] = []
+    bad: list[str] = []
     overlong: list[tuple[int, str]] = []
-    for position, example in enumerate(tqdm(examples, desc="tokenise", unit="sample", disable=None, leave=False)):
-        try:
-            rendered = renderer.prompt(example) if prompts else renderer.training(example)
-        except NothingToLearn:
-            refused.append(example.id)
-        except Overlong as error:
-            overlong.append((error.needed, example.id))
-        else:
-            usable.append(position)
-            lengths.append(len(rendered.input_ids))
-            truncated += rendered.truncated
+    for position, example in enumerate(tqdm(examples, desc="tokenize", unit="sample", disable=None, leave=False)):
+        found = [prompted(example, renderer)] if prompts else outcomes(example, renderer)
+        for number, (sample, rendered) in enumerate(found, 1):
+            if isinstance(rendered, Rendered):
+                usable.append(position)
+                lengths.append(len(rendered.input_ids))
+                answers.append(number if sample is not example else 0)
+                truncated += rendered.truncated
+            elif isinstance(rendered, NothingToLearn):
+                refused.append(sample.id)
+            elif isinstance(rendered, Overlong):
+                overlong.append((rendered.needed, sample.id))
+            elif renderer.skip_bad and not isinstance(rendered, BadImage):
+                bad.append(str(rendered))
+            elif isinstance(rendered, BadImage):
+                raise rendered
+            else:
+                ways = "leave such samples out with --skip_bad; `rankwise check` lists all of them"
+                raise DataError(f"{rendered}; {ways}") from rendered
     if overlong and renderer.overlong != "drop":
         raise _too_long(overlong, len(examples), renderer.limit - renderer.reserve * prompts)
     if not usable:
         raise DataError(
             f"none of {len(examples)} samples can be used: {len(overlong)} longer than {renderer.limit} tokens, "
-            f"{len(refused)} with all labels masked ({_some(refused)})"
+            f"{len(refused)} with all labels masked ({_some(refused)}), {len(bad)} bad ({'; '.join(bad[:2])})"
         )
     dropped = tuple(sample for _, sample in overlong)
-    return Checked(tuple(usable), tuple(lengths), dropped, tuple(refused), truncated)
+    return Checked(tuple(usable), tuple(lengths), dropped, tuple(refused), truncated, tuple(answers), tuple(bad))
+
+
+def prompted(example: Example, renderer: Renderer) -> tuple[Example, Rendered | ValueError]:
+    """The sample's prompt, or why it cannot be rendered."""
+    try:
+        return example, renderer.prompt(example)
+    except UsageError:
+        raise
+    except ValueError as error:
+        return example, error
+
+
+@dataclass(frozen=True)
+class Learnt(Sequence[Example]):
+    """Rows as samples: each whole, or one of its answers with what was said before it (see `Checked.answers`)."""
+
+    rows: Sequence[Example]
+    answers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        if isinstance(index, slice):
+            return Learnt(self.rows[index], self.answers[index])
+        answer, row = self.answers[index], self.rows[index]
+        return answers_apart(row)[answer - 1] if answer else row
 
 
 class RenderedDataset(Dataset[dict[str, Any]]):
@@ -75,7 +149,8 @@ class RenderedDataset(Dataset[dict[str, Any]]):
     def __init__(self, examples: Sequence[Example], renderer: Renderer) -> None:
         self.renderer = renderer
         self.checked = check_samples(examples, renderer)
-        self.examples = chosen(examples, self.checked.usable)
+        rows = chosen(examples, self.checked.usable)
+        self.examples = Learnt(rows, self.checked.answers) if any(self.checked.answers) else rows
 
     @property
     def lengths(self) -> tuple[int, ...]:

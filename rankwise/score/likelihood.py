@@ -23,7 +23,7 @@ def answered(renderer: Renderer, examples: Sequence[Example], answers: Sequence[
     """Each sample with each of the answers in place of its own, all of a sample over one and the same prompt.
 
     The ids are those of training: `renderer.prompt_ids`, then the answer and its end token as `renderer.training`
-    ends with them. Pieces are tokenised apart, so the answers' ids are the same behind every prompt. Where the source
+    ends with them. All prompts end alike, so the answers' ids are the same behind every one. Where the source
     was cut to the limit, training may have cut it elsewhere.
     """
     prompts = [renderer.prompt(example) for example in examples]
@@ -38,8 +38,9 @@ def continued(prompt: Rendered, end: list[int]) -> Rendered:
 
 def answer_ids(renderer: Renderer, example: Example, answer: str) -> list[int]:
     """Ids of an answer to this sample and of the end token behind it, as training sees them."""
-    turns = (*example.turns[:-1], replace(example.turns[-1], text=answer))
-    whole = renderer.training(replace(example, turns=turns))
+    given = [replace(turn, trained=turn.role != "assistant") for turn in example.turns[:-1]]
+    last = replace(example.turns[-1], text=answer, reasoning="")
+    whole = renderer.training(replace(example, turns=(*given, last)))
     masked = max(place for place, label in enumerate(whole.labels) if label == IGNORED)
     return whole.input_ids[masked + 1 :]
 

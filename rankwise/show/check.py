@@ -22,6 +22,8 @@ def report(findings: Findings, limit: int | None) -> dict[str, Any]:
         "images": findings.images,
         "pictures": findings.pictures,
         "bad": {kind: findings.bad(kind) for kind in KINDS},
+        "compared_with_chat_template": {"samples": findings.compared, "pixels": findings.seen},
+        "samples_of_single_answers": findings.apart,
     }
     if limit is not None:
         content["tokens"] = {
@@ -52,6 +54,17 @@ def in_words(findings: Findings, limit: int | None) -> list[str]:
         lines.append(f"{plural(findings.images, 'image')} in them, {looked}")
     if limit is not None and findings.lengths:
         lines += _tokens(findings, limit)
+    if findings.apart:
+        lines.append(
+            f"conversations make {findings.apart:,} samples of one answer each: the chat template renders earlier "
+            "answers otherwise than they were given"
+        )
+    if findings.compared:
+        pixels = f", {findings.seen} of them with pixels" if findings.seen else ""
+        lines.append(
+            f"{plural(findings.compared, 'sample')} compared with apply_chat_template{pixels}: "
+            f"{findings.bad('differs') or 'none'} different"
+        )
     if findings.problems:
         counts = ", ".join(f"{findings.bad(kind)} {kind}" for kind in KINDS if findings.bad(kind))
         lines.append(f"bad: {counts}")

@@ -31,7 +31,8 @@ def run(config: CheckConfig) -> Findings:
         examples = rows(config)
         renderer = renderer_of(config)
         seen = renderer is None or renderer.sight is not None
-        findings = examined(examples, image_reader(config.data) if seen else None, renderer, config.workers)
+        reader = image_reader(config.data) if seen else None
+        findings = examined(examples, reader, renderer, config.workers, config.compare)
         limit = None if renderer is None else renderer.limit
         write_json(folder / REPORT, report(findings, limit) | {"model": config.model.model_name})
         write_text(folder / BAD, "".join(f"{json.dumps(one.record(), ensure_ascii=False)}\n" for one in bad(findings)))
@@ -84,7 +85,8 @@ def bad(findings: Findings) -> list[Problem]:
 
 def refuse(findings: Findings, config: CheckConfig, renderer: Renderer | None) -> None:
     """DataError where training would refuse a sample, or has none; what the flags let it leave out is no reason."""
-    accepted = {"row": config.data.skip_bad, "overlong": renderer is not None and renderer.overlong == "drop"}
+    skipped = dict.fromkeys(("row", "text", "template"), config.data.skip_bad)
+    accepted = {**skipped, "overlong": renderer is not None and renderer.overlong == "drop"}
     refused = [problem for problem in bad(findings) if not accepted.get(problem.kind)]
     place = Path(config.output_dir) / BAD
     if refused:
@@ -101,4 +103,5 @@ def describe(config: CheckConfig) -> list[str]:
     lines = [f"read every row of {config.data.data_path} as {config.data.task}", "decode every image it names"]
     if config.model.model_name:
         lines.append(f"make tokens of every sample as training does for {config.model.model_name}")
+        lines.append("compare them with what the model's own chat template makes, where it is used")
     return [*lines, f"write {REPORT} and {BAD} to {config.output_dir}"]

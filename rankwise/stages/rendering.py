@@ -73,6 +73,7 @@ def rendered_as(
         positions=positions(config),
         generation_eos=eos,
         sight=sight,
+        skip_bad=data.skip_bad,
         chat_template=template_text(data.chat_template),
         template_kwargs=data.chat_template_kwargs or {},
     )

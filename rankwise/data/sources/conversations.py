@@ -2,7 +2,8 @@
 
 Rows of a JSON list, `{"data": […]}` or JSON Lines. Content is a text or a list of typed parts (keyed `text` or
 `value`); `image` or `images` name pictures, each with its placeholder in a text; a typed image part names its own, or
-takes the next of those. `system_prompt` (or `system`) beside the turns is the system turn.
+takes the next of those. `system_prompt` (or `system`) beside the turns is the system turn. An answer may carry
+`reasoning_content`, which a chat template may write, and `loss`, `train` or `weight`: off, and it is not learnt.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ ROLES = {
     "gpt": "assistant",
     "assistant": "assistant",
 }
+REASONING = ("reasoning_content", "reasoning", "thinking")
+WEIGHTS = ("loss", "train", "training", "weight", "loss_weight")
+UNUSED = ("tool_calls", "function_call", "tools", "functions", "chat_template_kwargs")
 HEADINGS = {"system": "System", "user": "User", "assistant": "Assistant"}
 Slots = list[str | None]  # what each slot shows, where it says so itself
 
@@ -39,10 +43,13 @@ def build(source: RowFile) -> Build:
 
 def _example(repeat_image: bool, identity: str, row: dict[str, Any]) -> Example:
     slots: Slots = []
-    turns = [_turn(said_by, content, slots) for said_by, content in _said(row)]
-    _check_order(turns)
-    refuse_in_answers(turns)
-    images = filled(slots, listed_images(row), repeat=repeat_image)
+    _refuse_unused(row)
+    said = [_turn(turn, slots) for turn in _said(row)]
+    _check_order(said)
+    refuse_in_answers(said)
+    turns = _up_to_the_last_learnt(said)
+    shown = sum(turn.text.count(IMAGE_SLOT) for turn in turns)
+    images = filled(slots, listed_images(row), repeat=repeat_image)[:shown]
     stratum = row.get("task_type")
     return Example(
         id=identity,
@@ -54,28 +61,68 @@ def _example(repeat_image: bool, identity: str, row: dict[str, Any]) -> Example:
     )
 
 
-def _said(row: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """(role, content) of every turn, the system's first."""
+def _said(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every turn as it is written, the system's first."""
     key = "conversations" if "conversations" in row else "messages"
     turns = row.get(key)
     if not isinstance(turns, list) or not turns:
         raise BadRow("needs a list of turns under 'conversations' or 'messages'")
     system = row.get("system_prompt") or row.get("system")
     if system:
-        yield "system", system
+        yield {"role": "system", "content": system}
     for turn in turns:
         if not isinstance(turn, dict):
             raise BadRow(f"a turn must be an object, found {json.dumps(turn)[:60]}")
-        yield turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        yield turn
 
 
-def _turn(said_by: Any, content: Any, slots: Slots) -> Turn:
+def _turn(turn: dict[str, Any], slots: Slots) -> Turn:
+    said_by, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
     if not isinstance(said_by, str) or said_by not in ROLES:
         raise BadRow(f"unknown role {said_by!r:.60}; known are {', '.join(ROLES)}")
+    _refuse_unused(turn)
+    role = ROLES[said_by]
     text = "".join(_part(part, slots) for part in content) if isinstance(content, list) else _text(content, slots)
     if not text.strip():
         raise BadRow("empty turn")
-    return Turn(ROLES[said_by], text, HEADINGS[ROLES[said_by]])
+    return Turn(role, text, HEADINGS[role], _reasoning(turn, role), _trained(turn, role))
+
+
+def _refuse_unused(values: dict[str, Any]) -> None:
+    """BadRow for what would change the prompt or the answer, and has no place in a sample."""
+    found = next((name for name in UNUSED if values.get(name)), None)
+    if found == "chat_template_kwargs":
+        raise BadRow("chat_template_kwargs is one for all rows: give it as --chat_template_kwargs")
+    if found:
+        raise BadRow(f"cannot use {found!r}: write it into the texts, or leave it out")
+
+
+def _reasoning(turn: dict[str, Any], role: str) -> str:
+    text = next((turn[name] for name in REASONING if turn.get(name)), "")
+    if not isinstance(text, str) or (text and role != "assistant"):
+        raise BadRow(f"reasoning_content is a text of an assistant's turn, found {json.dumps(text)[:60]} of {role}")
+    return text
+
+
+def _trained(turn: dict[str, Any], role: str) -> bool:
+    """Whether an answer is learnt; BadRow for what is neither on nor off, and for other turns that should be learnt."""
+    given = {name: turn[name] for name in WEIGHTS if turn.get(name) is not None}
+    for name, value in given.items():
+        if value not in (0, 1):
+            raise BadRow(f"{name} of a turn is true or false, 1 or 0; found {json.dumps(value)[:60]}")
+        if value and role != "assistant":
+            raise BadRow(f"{name} is on for a turn of {role}: only answers are learnt")
+    if len({bool(value) for value in given.values()}) > 1:
+        raise BadRow(f"{' and '.join(given)} of a turn contradict each other")
+    return all(given.values()) or role != "assistant"
+
+
+def _up_to_the_last_learnt(turns: list[Turn]) -> list[Turn]:
+    """The turns up to the last answer that is learnt: nothing is learnt from what follows it."""
+    learnt = [number for number, turn in enumerate(turns) if turn.role == "assistant" and turn.trained]
+    if not learnt:
+        raise BadRow("no answer is learnt: loss, train or weight is off for each")
+    return turns[: learnt[-1] + 1]
 
 
 def _part(part: Any, slots: Slots) -> str:

@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 
 from rankwise.data import Rendered, Renderer
 from rankwise.data.collate import seen
-from rankwise.data.layout import without_images
+from rankwise.data.layout import joined, without_images
 from rankwise.score.likelihood import answer_ids
 from rankwise.ship.parity.cases import Case
 from rankwise.ship.parity.embedder import Rows, embedded
@@ -128,10 +128,9 @@ class HFReference:
         """The conversation without its pictures, and what the model's template makes of it."""
         if self.renderer.style != "chat":
             return None
-        said = [(turn.role, turn.text) for turn in without_images(case.example).turns[:-1]]
-        return [{"role": role, "content": text} for role, text in said], self.renderer.template.text(
-            said, generate=True
-        )
+        bare = without_images(case.example)
+        said = [{"role": turn.role, "content": turn.text} for turn in joined(bare)[:-1]]
+        return said, self.renderer.template.prompt(bare)
 
     @torch.inference_mode()
     def greedy(self, rendered: Rendered) -> list[int]:
