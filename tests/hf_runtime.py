@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from rankwise.data import Renderer
+from rankwise.data import Renderer, Turn
 from rankwise.data.device import MARKER
-from rankwise.data.layout import ChatTemplate
 from rankwise.errors import DataError
 from rankwise.ship.llama.runtime import Completion, RuntimeInfo
 from rankwise.ship.parity.divergence import top_of
@@ -59,9 +58,8 @@ class HFRuntime:
         return self.renderer.text(ids)
 
     def apply_template(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        sight = self.renderer.sight
-        template = ChatTemplate.of(self.renderer.tokenizer, sight.image_token if sight else None)
-        return template.text([(one["role"], one["content"]) for one in messages], generate=True) + self.template
+        turns = [Turn(one["role"], one["content"]) for one in messages]
+        return self.renderer.template.text(turns, generate=True) + self.template
 
     def memory(self) -> None:
         return None
