@@ -92,7 +92,7 @@ def test_of_cota_the_final_answer_counts_and_no_thoughts(tmp_path: Path) -> None
 def test_the_best_reference_counts() -> None:
     scores = score_answers(predicted(["scarlet"], ("red", "scarlet")), [item(0, None)])
     assert scores.metrics["exact_match"] == 100
-    assert not scores.intervals, "one item has no spread"
+    assert scores.intervals == {"exact_match": pytest.approx((20.65, 100), abs=0.01)}, "one item's mean has no spread"
     with pytest.raises(DataError, match="nothing to score"):
         score_answers([], [])
 

@@ -77,7 +77,7 @@ def validated(folder: Path, broken: str | None = None) -> None:
     folder.mkdir(exist_ok=True)
     rungs = [{"name": name, "status": "broken" if name == broken else "ok"} for name in RUNGS]
     rungs[3]["status"] = "not measured"
-    one = {"accuracy": 0.871, "interval": [0.801, 0.922], "n": 120}
+    one = {"task": "labels", "method": "generation", "accuracy": 0.871, "interval": [0.801, 0.922], "n": 120}
     content = {
         "format": "rankwise-validation/1",
         "outtype": "q8_0",
@@ -156,7 +156,8 @@ def test_the_card_says_what_was_recorded(run: Path, capsys: pytest.CaptureFixtur
         "Rounding to bfloat16",
         "tiny-q8_0.gguf",
         "5 MiB",
-        "87 %",
+        "| q8_0 | labels by generation | accuracy | 87.10 | 80.10 to 92.20 | 120 |",
+        "## Scores before export, in transformers",
         "pixels, image tokens, token ids, logprobs, text agree with the trained model; embeddings not measured",
         f"torch {torch.__version__.split('+')[0]}",
         "Safety, bias",
@@ -166,7 +167,8 @@ def test_the_card_says_what_was_recorded(run: Path, capsys: pytest.CaptureFixtur
     assert data["license"] == "apache-2.0" and data["library_name"] == "llama.cpp" and "gguf" in data["tags"]
     assert "base_model" not in data, "a folder is no hub id"
     [result] = data["model-index"][0]["results"]
-    assert result["metrics"] == [{"type": "bleu", "value": 61.25}]
+    how = "accuracy (q8_0 in llama.cpp, by generation, n = 120)"
+    assert result["metrics"] == [{"type": "accuracy", "value": 87.1, "name": how}], "the file's own, not transformers'"
     for private in ("secret_place", str(run.parent), "hf_abcdefgh", "DoRA"):
         assert private not in text
 

@@ -18,7 +18,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from rankwise.data import Example, Renderer, Turn
 from rankwise.data.label_names import found_label
 from rankwise.errors import DataError, UsageError
-from rankwise.score import EvaluationResult, GenerationSettings, HFGenerator, LabelScores, evaluate, predict, task
+from rankwise.score import (
+    EvaluationResult,
+    GenerationSettings,
+    HFGenerator,
+    LabelScores,
+    bootstrap,
+    evaluate,
+    predict,
+    task,
+)
 from rankwise.score.classify import (
     UNPARSED,
     ByLikelihood,
@@ -224,15 +233,15 @@ def test_numbers_are_those_of_a_hand_calculation() -> None:
     assert any("1 texts name no label" in line for line in class_table(scores.details))
 
 
-def test_resampling_all_items_once_gives_the_scores_themselves() -> None:
-    """The vectorised formulas behind the intervals are scikit-learn's."""
+def test_resampling_all_items_once_gives_the_score_itself() -> None:
+    """The vectorised formula behind the bootstrap is scikit-learn's."""
     rng = np.random.default_rng(0)
     gold = rng.choice(LABELS, 200).tolist()
     guesses = rng.choice([*LABELS, UNPARSED], 200).tolist()
     examples = [example(f"x{n}", label) for n, label in enumerate(gold)]
     scores = score_labels(predictions_of(guesses), examples, labels=LABELS)
     again = resampled(gold, guesses, LABELS)(np.arange(200)[None])[:, 0]
-    assert list(scores.metrics.values()) == pytest.approx(again.tolist())
+    assert [scores.metrics["macro_f1"]] == pytest.approx(again.tolist())
     assert set(scores.intervals) == set(scores.metrics)
     assert all(low < scores.metrics[name] < high for name, (low, high) in scores.intervals.items())
 
@@ -243,6 +252,31 @@ def test_interval_of_accuracy_has_the_width_that_theory_gives() -> None:
     examples = [example(f"x{n}", label) for n, label in enumerate(gold)]
     low, high = score_labels(predictions_of(guesses), examples, labels=LABELS).intervals["accuracy"]
     assert high - low == pytest.approx(100 * 2 * 1.96 * math.sqrt(0.7 * 0.3 / 400), rel=0.1)
+
+
+@pytest.mark.parametrize(("right", "low", "high"), [(5, 56.55, 100), (0, 0, 43.45), (4, 37.55, 96.38)])
+def test_shares_at_the_ends_have_wilsons_interval(right: int, low: float, high: float) -> None:
+    """Five of five are no proof of 100 %: a bootstrap would say [100, 100]."""
+    guesses = ["neutral"] * right + ["entailment"] * (5 - right)
+    scores = score_labels(predictions_of(guesses), [example(f"x{n}") for n in range(5)], labels=LABELS)
+    assert scores.intervals["accuracy"] == pytest.approx((low, high), abs=0.01)
+    assert scores.intervals["recall_neutral"] == pytest.approx((low, high), abs=0.01)
+    assert ("macro_f1" in scores.intervals) == (right == 4), "where all items score alike a bootstrap knows nothing"
+    assert "precision_contradiction" not in scores.intervals, "a share of nothing"
+    assert all(low < high for low, high in scores.intervals.values())
+
+
+def test_an_f1s_interval_is_that_of_its_share_and_covers_it() -> None:
+    """F1 = 2J / (1 + J) of the share J of right ones among those of the class or taken for it."""
+    low, high = bootstrap.f1_percent(8, 10)
+    share_low, share_high = bootstrap.wilson(8, 10)
+    assert (low, high) == pytest.approx((200 * share_low / (1 + share_low), 200 * share_high / (1 + share_high)))
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(300):
+        right = int(rng.binomial(30, 0.8))
+        low, high = bootstrap.f1_percent(right, 30)
+        covered += low <= 100 * 2 * 0.8 / 1.8 <= high
+    assert covered / 300 == pytest.approx(0.95, abs=0.03)
 
 
 def test_a_class_that_nobody_names_has_zeros_not_warnings() -> None:

@@ -89,7 +89,7 @@ def test_an_adapter_that_changes_nothing_forgets_nothing(base: Path, tokenizer: 
     result = measured(adapted(base, 0.0), tokenizer)
     assert result["kl"] == 0
     assert result["perplexity_ratio"] == 1
-    assert result.intervals["kl"] == (0, 0)
+    assert "kl" not in result.intervals, "documents that all score alike say nothing of how sure that is"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,8 @@ def test_intervals_are_over_documents(base: Path, tokenizer: PreTrainedTokenizer
         assert low <= result[name] <= high
     assert result.intervals["kl"][0] < result.intervals["kl"][1]
     same = measured(model, tokenizer, TEXTS[:1] * 20)
-    assert same.intervals["kl"][1] - same.intervals["kl"][0] < 1e-6  # equal documents have no spread
+    low, high = same.intervals.get("kl", (0, 0))
+    assert high - low < 1e-6  # equal documents have no spread
     assert measured(model, tokenizer, TEXTS[:1]).intervals == {}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import AutoTokenizer
 from rankwise import cli
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.adapters import save_adapter
-from rankwise.score import EvaluationResult
+from rankwise.score import EvaluationResult, bootstrap
 from rankwise.score.harness import HarnessSettings, evaluate_harness, is_harness, read_metrics
 
 with warnings.catch_warnings():
@@ -96,10 +95,9 @@ def test_accuracy_is_that_of_a_plain_forward_pass(model: Any, base: Path, tasks:
     right = [likelier(model, tokenizer, text) == number % 2 for number, text in enumerate(QUESTIONS)]
     result = evaluate_harness("lm_eval:tiny_choice", model, tokenizer, HarnessSettings(tasks_path=str(tasks)))
     accuracy = sum(right) / 6
-    error = math.sqrt(accuracy * (1 - accuracy) / 5)  # of the mean, as the harness computes it
     assert (result.task, result.n) == ("lm_eval:tiny_choice", 6)
     assert result["acc"] == pytest.approx(accuracy)
-    assert result.intervals["acc"] == pytest.approx((accuracy - 1.96 * error, accuracy + 1.96 * error), abs=1e-4)
+    assert result.intervals["acc"] == pytest.approx(bootstrap.wilson(sum(right), 6))
     assert result.settings["task_versions"] == {"tiny_choice": 3}
     assert result.versions["lm_eval"]
 

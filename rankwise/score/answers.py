@@ -62,7 +62,8 @@ def _words(text: str) -> list[str]:
 
 
 def score_answers(predictions: Sequence[Prediction], examples: Sequence[Example], *, seed: int = 42) -> Scores:
-    """Exact match, token F1 and ROUGE-L, of each item's best reference, with bootstrap 95 % intervals.
+    """Exact match, token F1 and ROUGE-L, of each item's best reference, with 95 % intervals: Wilson's of the exact
+    matches, which are a share of the items, a bootstrap of the means.
 
     details: `by_type`, exact match and items of every `task_type` of the rows, where they have one.
     """
@@ -80,12 +81,13 @@ def score_answers(predictions: Sequence[Prediction], examples: Sequence[Example]
             for measure in measures.values()
         ]
     )
-    spread = bootstrap.means(values, seed=seed)
+    intervals = bootstrap.named([*measures], bootstrap.means(values, seed=seed))
+    intervals |= {"exact_match": bootstrap.percent(int((values[0] > 0).sum()), len(predictions))}
     types = by_type(values[0].tolist(), examples)
     return Scores(
         n=len(predictions),
         metrics=dict(zip(measures, values.mean(axis=1).tolist(), strict=True)),
-        intervals=dict(zip(measures, spread, strict=True)) if spread else {},
+        intervals=intervals,
         details={**DETAILS, **({"by_type": types} if types else {})},
     )
 

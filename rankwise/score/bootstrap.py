@@ -1,8 +1,8 @@
-"""How sure a score is: percentile bootstrap over the scored items, by scipy."""
+"""How sure a score is, by scipy: Wilson's interval of a share of the items, a percentile bootstrap for the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,3 +45,29 @@ def intervals(
 def means(values: Array, *, seed: int = 42) -> list[tuple[float, float]] | None:
     """95 % intervals of the means of k rows of item values (k, n)."""
     return intervals(lambda positions: values[:, positions].mean(axis=-1), values.shape[1], seed=seed)
+
+
+def named(names: Sequence[str], spread: Sequence[tuple[float, float]] | None) -> dict[str, tuple[float, float]]:
+    """Bootstrap intervals by metric. One without any width is left out: where all items score alike, every resample
+    does, and says nothing of how sure the score is."""
+    pairs = zip(names, spread, strict=True) if spread else ()
+    return {name: (low, high) for name, (low, high) in pairs if low < high}
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of 1; it has a width at 0 and at 1 too."""
+    found = need("scipy.stats", extra="eval").binomtest(right, n).proportion_ci(LEVEL, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def percent(right: int, n: int) -> tuple[float, float]:
+    """The same on the scale 0 to 100."""
+    low, high = wilson(right, n)
+    return 100 * low, 100 * high
+
+
+def f1_percent(right: int, named_or_true: int) -> tuple[float, float]:
+    """95 % interval of an F1, 0 to 100: right ones among all items that are of the class or were taken for it is a
+    share J, and F1 = 2J / (1 + J) rises with it (Lam et al. 2023, the indirect Wilson method)."""
+    low, high = wilson(right, named_or_true)
+    return 200 * low / (1 + low), 200 * high / (1 + high)

@@ -70,7 +70,8 @@ def check_installed() -> None:
 def score_labels(
     predictions: Sequence[Prediction], examples: Sequence[Example], *, labels: Sequence[str], seed: int = 42
 ) -> Scores:
-    """Accuracy, macro F1, and precision, recall and F1 of each class (`f1_neutral`), with bootstrap intervals.
+    """Accuracy, macro F1, and precision, recall and F1 of each class (`f1_neutral`), with 95 % intervals: Wilson's of
+    shares and of F1, a bootstrap of the mean of F1s.
 
     A sample's own answer is its true label. Details hold the confusion matrix (rows: true labels, in the order of
     `labels`; columns: guesses, `unparsed` last), the numbers by class, and the majority baseline.
@@ -87,11 +88,12 @@ def score_labels(
     rows = [by_class[label][kind] for kind in BY_CLASS for label in labels]
     values = [100 * accuracy, float(np.mean([by_class[label]["f1"] for label in labels])), *rows]
     spread = bootstrap.intervals(_resampled(gold, guesses, labels), len(gold), seed=seed)
+    intervals = _shares(gold, guesses, labels) | bootstrap.named(["macro_f1"], spread)
     ties = sum(_tied(prediction.scores) for prediction in predictions if prediction.scores is not None)
     return Scores(
         n=len(gold),
         metrics=dict(zip(names, map(float, values), strict=True)),
-        intervals=dict(zip(names, spread, strict=True)) if spread else {},
+        intervals={name: intervals[name] for name in names if name in intervals},
         details={
             "scale": "0-100",
             "classify": LIKELIHOOD if by_likelihood else GENERATION,
@@ -138,8 +140,20 @@ def _tied(scores: Mapping[str, float]) -> bool:
     return sorted(scores.values())[-1] == sorted(scores.values())[-2]
 
 
+def _shares(gold: Sequence[str], guesses: Sequence[str], labels: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Intervals of all that is a share of items, and of each F1; none of a share of nothing."""
+    found = {"accuracy": bootstrap.percent(sum(map(str.__eq__, gold, guesses)), len(gold))}
+    for label in labels:
+        right = sum(true == guessed == label for true, guessed in zip(gold, guesses, strict=True))
+        taken, there = guesses.count(label), gold.count(label)
+        parts = {"precision": taken, "recall": there}
+        found |= {f"{kind}_{label}": bootstrap.percent(right, n) for kind, n in parts.items() if n}
+        found |= {f"f1_{label}": bootstrap.f1_percent(right, taken + there - right)} if taken + there else {}
+    return found
+
+
 def _resampled(gold: Sequence[str], guesses: Sequence[str], labels: Sequence[str]) -> Any:
-    """positions (batch, n) → metrics (k, batch), from the confusion counts of every resample."""
+    """positions (batch, n) → macro F1 (1, batch), from the confusion counts of every resample."""
     names = [*labels, UNPARSED]
     size = len(names)
     cells = np.array([names.index(a) * size + names.index(b) for a, b in zip(gold, guesses, strict=True)])
@@ -149,12 +163,9 @@ def _resampled(gold: Sequence[str], guesses: Sequence[str], labels: Sequence[str
         counts = np.bincount((cells[positions] + rows).ravel(), minlength=len(positions) * size**2)
         tables = counts.reshape(-1, size, size)[:, : len(labels)]
         right = np.diagonal(tables, axis1=1, axis2=2).astype(float)
-        named = np.maximum(tables.sum(axis=1)[:, : len(labels)], 1)
-        true = np.maximum(tables.sum(axis=2), 1)
-        precision, recall = right / named, right / true
-        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-        parts = [right.sum(1, keepdims=True) / positions.shape[1], f1.mean(1, keepdims=True), precision, recall, f1]
-        return 100 * np.concatenate(parts, axis=1).T
+        either = tables.sum(axis=1)[:, : len(labels)] + tables.sum(axis=2)
+        f1: bootstrap.Array = 2 * right / np.maximum(either, 1)
+        return 100 * f1.mean(1)[None]
 
     return metrics
 

@@ -226,7 +226,7 @@ def measured(
         network=bool(replacement and replacement.network),
         relative_error=float(found.errors.mean()) if replacement else None,
         metrics=dict(zip(METRICS, map(float, values), strict=True)),
-        intervals=dict(zip(METRICS, spread, strict=True)) if spread else {},
+        intervals=bootstrap.named(METRICS, spread),
     )
 
 

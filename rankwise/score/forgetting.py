@@ -136,7 +136,7 @@ def forgetting(
     return EvaluationResult(
         task=TASK,
         metrics=dict(zip(METRICS, map(float, values), strict=True)),
-        intervals=dict(zip(METRICS, spread, strict=True)) if spread else {},
+        intervals=bootstrap.named(METRICS, spread),
         n=len(rows),
         settings={
             **{name: asdict(settings)[name] for name in ("window", "seed")},

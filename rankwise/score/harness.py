@@ -11,12 +11,14 @@ from typing import Any
 
 from rankwise.errors import DataError, UsageError, need
 from rankwise.options import unknown
+from rankwise.score import bootstrap
 from rankwise.score.result import EvaluationResult
 
 PREFIX = "lm_eval:"
 EXTRA = "harness"
 Z = 1.959964  # two-sided 95 % of a normal distribution: the harness gives standard errors
 MORE = 3
+SHARES = ("acc", "acc_norm", "exact_match")  # metrics that are a share of the items
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ def is_harness(task: str | None) -> bool:
 def check_installed() -> None:
     """UsageError naming the extra where the harness is missing."""
     need("lm_eval", extra=EXTRA)
+    bootstrap.check_installed()
 
 
 def evaluate_harness(
@@ -104,9 +107,7 @@ def _result(
     return EvaluationResult(
         task=task,
         metrics=values,
-        intervals={
-            metric: (values[metric] - Z * error, values[metric] + Z * error) for metric, error in errors.items()
-        },
+        intervals=intervals_of(values, errors, sum(parts.values()) if len(parts) == 1 else 0),
         n=sum(parts.values()),
         settings={
             "engine": "lm-evaluation-harness",
@@ -121,6 +122,16 @@ def _result(
         },
         versions={"lm_eval": str(found["lm_eval_version"]), "transformers": str(found["transformers_version"])},
     )
+
+
+def intervals_of(values: Mapping[str, float], errors: Mapping[str, float], n: int) -> dict[str, tuple[float, float]]:
+    """95 %: Wilson's of shares of n items (of one task; n is 0 for a group), else from the harness's standard error,
+    where there is one: it is 0 where all items score alike, which says nothing."""
+    found = {
+        metric: (values[metric] - Z * error, values[metric] + Z * error) for metric, error in errors.items() if error
+    }
+    shares = [metric for metric in errors if metric in SHARES and n]
+    return found | {metric: bootstrap.wilson(round(values[metric] * n), n) for metric in shares}
 
 
 def read_metrics(row: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:

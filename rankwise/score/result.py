@@ -19,8 +19,9 @@ FILE = "evaluation_results.json"
 class Scores:
     """What a scorer found.
 
-    intervals: 95 %, by metric; a metric of one item has none. unavailable: metrics that could not be computed, and
-    why. details: how the numbers were made (signatures, tokenisation, scale).
+    intervals: 95 %, by metric: Wilson's of shares, a bootstrap of the rest; none where all items score alike.
+    unavailable: metrics that could not be computed, and why. details: how the numbers were made (signatures,
+    tokenisation, scale).
     """
 
     n: int
@@ -41,6 +42,18 @@ class EvaluationResult(Mapping[str, float]):
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """How labels were chosen, `likelihood` or `generation`; "" for a task without classes."""
+        if "classify" not in self.settings.get("scoring", {}):
+            return ""
+        return "likelihood" if self.settings.get("classify") == "likelihood" else "generation"
+
+    @property
+    def title(self) -> str:
+        """The task, and the method where there are two: `labels by generation`."""
+        return f"{self.task} by {self.method}" if self.method else self.task
 
     def __getitem__(self, name: str) -> float:
         if name == "num_samples":

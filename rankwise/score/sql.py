@@ -1,7 +1,7 @@
 """Scores of generated WikiSQL queries: the text, its logical form, and what it finds in the table.
 
-Each on the scale 0 to 100, with bootstrap intervals. A text that states no WikiSQL query (see sql_text.py) is wrong in
-form and execution, and is never sent to a database.
+Each on the scale 0 to 100, with Wilson's 95 % interval. A text that states no WikiSQL query (see sql_text.py) is wrong
+in form and execution, and is never sent to a database.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-import numpy as np
 
 from rankwise.data.example import Example
 from rankwise.data.sql import Query, same_query
@@ -41,7 +39,6 @@ def score_sql(
     *,
     database: Path | None = None,
     seconds: float = SECONDS,
-    seed: int = 42,
 ) -> Scores:
     """exact_match, logical_form and execution_accuracy of texts; examples are those of the source `wikisql`.
 
@@ -66,12 +63,10 @@ def score_sql(
             details["execution_accuracy"] = how
     except DataError as reason:
         unavailable["execution_accuracy"] = str(reason)
-    values = 100 * np.array(list(right.values()), dtype=np.float64)
-    spread = bootstrap.means(values, seed=seed)
     return Scores(
         n=len(items),
-        metrics=dict(zip(right, map(float, values.mean(axis=1)), strict=True)),
-        intervals=dict(zip(right, spread, strict=True)) if spread else {},
+        metrics={name: 100 * sum(rows) / len(rows) for name, rows in right.items()},
+        intervals={name: bootstrap.percent(sum(rows), len(rows)) for name, rows in right.items()},
         unavailable=unavailable,
         details=details | {"wrong": dict(wrong), "scale": "0-100"},
     )

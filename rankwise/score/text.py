@@ -66,7 +66,7 @@ def _scores(
     names: Sequence[str], values: Sequence[float], spread: Sequence[tuple[float, float]] | None, n: int, **more: Any
 ) -> Scores:
     metrics = dict(zip(names, map(float, values), strict=True))
-    return Scores(n, metrics, dict(zip(names, spread, strict=True)) if spread else {}, **more)
+    return Scores(n, metrics, bootstrap.named(names, spread), **more)
 
 
 # --- BLEU --------------------------------------------------------------------------------------------------------

@@ -28,12 +28,13 @@ TABLE_SPECIAL = re.compile(r"([|\\`<>])")
 
 @dataclass(frozen=True)
 class Metric:
-    """A score for the card's metadata."""
+    """A score for the card's metadata. how: what was scored, by which method, on how many items."""
 
     task: str
     data: str
     name: str
     value: float
+    how: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def metadata(facts: CardFacts) -> ModelCardData:
             dataset_type=one.task,
             dataset_name=one.data,
             metric_type=one.name,
+            metric_name=f"{one.name} ({one.how})" if one.how else None,
             metric_value=one.value,
         )
         for one in facts.metrics

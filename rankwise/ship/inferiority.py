@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rankwise.errors import need
+from rankwise.score.bootstrap import LEVEL, wilson
 
-LEVEL = 0.95
 NOT_INFERIOR, INFERIOR, UNDECIDED = "not inferior", "inferior", "undecided"
 POWER = 0.8  # for the number of items that would decide
 
@@ -65,12 +65,6 @@ def paired_interval(both: int, first: int, second: int, n: int) -> tuple[float, 
     below = _joined(one - low1, high2 - two, phi)
     above = _joined(high1 - one, two - low2, phi)
     return one - two - below, one - two + above
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    found = need("scipy.stats", extra="eval").binomtest(right, n).proportion_ci(LEVEL, method="wilson")
-    return float(found.low), float(found.high)
 
 
 def _joined(a: float, b: float, phi: float) -> float:

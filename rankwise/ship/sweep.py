@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from rankwise.errors import DataError, UsageError
+from rankwise.score.bootstrap import wilson
 from rankwise.ship.gguf.quantize import quantize
-from rankwise.ship.inferiority import NOT_INFERIOR, UNDECIDED, Difference, compared, wilson
+from rankwise.ship.inferiority import NOT_INFERIOR, UNDECIDED, Difference, compared
 from rankwise.ship.llama.runtime import LlamaServer, Runtime
 from rankwise.store.files import write_json
 

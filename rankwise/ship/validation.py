@@ -14,10 +14,10 @@ import numpy as np
 
 from rankwise.data import Example
 from rankwise.score.answers import is_right
+from rankwise.score.bootstrap import wilson
 from rankwise.score.classify import UNPARSED, guess, label_set, true_label
 from rankwise.score.predictions import Prediction
 from rankwise.score.result import EvaluationResult
-from rankwise.ship.inferiority import wilson
 from rankwise.ship.witness import Answered
 
 FILE, FORMAT = "validation.json", "rankwise-validation/1"
@@ -38,7 +38,7 @@ def rights(task: str, predictions: Sequence[Prediction], examples: Sequence[Exam
 def scores(result: EvaluationResult, predictions: Sequence[Prediction], examples: Sequence[Example]) -> dict[str, Any]:
     """The numbers of one runtime, without the items."""
     right = rights(result.task, predictions, examples)
-    found: dict[str, Any] = {"task": result.task, "n": result.n}
+    found: dict[str, Any] = {"task": result.task, "method": "generation", "n": result.n}
     if right is not None:
         found |= {"accuracy": sum(right) / len(right), "interval": list(wilson(sum(right), len(right)))}
     details = result.settings.get("scoring", {})

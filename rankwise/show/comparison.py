@@ -103,9 +103,9 @@ def gradients(contents: Contents) -> dict[str, float | None]:
 
 
 def scores(found: Sequence[Scored]) -> dict[str, EvaluationResult]:
-    """The newest result of each task after training (of a run without training, the newest)."""
+    """The newest result of each task and method after training (of a run without training, the newest)."""
     after = [one for one in found if not one.is_before] or list(found)
-    return {one.result.task: one.result for one in sorted(after, key=lambda one: one.written)}
+    return {one.result.title: one.result for one in sorted(after, key=lambda one: one.written)}
 
 
 # --- tables --------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from PIL import Image
 
 from rankwise.errors import DataError
 from rankwise.score import forgetting
+from rankwise.score.result import EvaluationResult
 from rankwise.show.blocks import Block, Figure, Gallery, Page, Picture, Section, Words
 from rankwise.show.canvas import DPI
 from rankwise.show.contents import Contents, Scored, Stage, printable
@@ -65,10 +66,10 @@ def build_report(run: Path, out: Path | None = None, title: str | None = None) -
 
 
 def by_task(scores: Sequence[Scored]) -> dict[str, list[Scored]]:
-    """Results by task, in order; what was forgotten comes after what was learnt."""
+    """Results by task and method, in order; what was forgotten comes after what was learnt."""
     tasks: dict[str, list[Scored]] = {}
     for one in sorted(scores, key=lambda one: one.result.task == forgetting.TASK):
-        tasks.setdefault(one.result.task, []).append(one)
+        tasks.setdefault(one.result.title, []).append(one)
     return tasks
 
 
@@ -129,8 +130,14 @@ def score_figure(metric: str, results: Sequence[Scored]) -> Figure:
         name=printable(metric_name(metric), 40),
         value=score(last.metrics[metric]),
         before=score(first.result.metrics[metric]) if compared else "",
-        detail=f"95 %: {score(interval[0])} to {score(interval[1])}" if interval else "",
+        detail=" · ".join(
+            [*how_measured(last), *([f"95 %: {score(interval[0])} to {score(interval[1])}"] if interval else [])]
+        ),
     )
+
+
+def how_measured(result: EvaluationResult) -> list[str]:
+    return [f"by {result.method}, n = {result.n:,}" if result.method else f"n = {result.n:,}"]
 
 
 def parameters_figure(contents: Contents) -> list[Figure]:

@@ -12,6 +12,9 @@ from rankwise.show.format import metric_name, number, score
 from rankwise.show.gallery import MARKED
 
 MOST_EXAMPLES = 3
+INTERVALS = (
+    "In brackets: 95 % intervals, Wilson's of shares, a bootstrap's of the rest; none where all items score alike."
+)
 
 
 def score_blocks(results: Sequence[Scored], pictures: Sequence[Picture], seen: Gallery | None = None) -> list[Block]:
@@ -19,7 +22,8 @@ def score_blocks(results: Sequence[Scored], pictures: Sequence[Picture], seen: G
     metrics = dict.fromkeys(name for one in results for name in (*one.result.metrics, *one.result.unavailable))
     rows = [[printable(metric_name(name), 40), *(score_cell(one.result, name) for one in results)] for name in metrics]
     rows.append(["items", *(number(one.result.n) for one in results)])
-    notes = ["In brackets: bootstrap 95 % intervals."] if any(one.result.intervals for one in results) else []
+    notes = [INTERVALS] if any(one.result.intervals for one in results) else []
+    notes += [f"Labels by {method}." for method in dict.fromkeys(one.result.method for one in results) if method]
     reasons = dict.fromkeys(
         f"{metric_name(name)}: {why.rstrip('.')}." for one in results for name, why in one.result.unavailable.items()
     )

@@ -63,7 +63,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
 
 
 def form_line(facts: Mapping[str, Any]) -> str:
-    """accuracy 86.0 % [77.9, 91.5] · macro F1 0.85 · 0.21 s, p95 0.30 s · 612 MiB"""
+    """accuracy 86.0 % [77.9, 91.5] · macro F1 0.85 · by generation, n = 100 · 0.21 s, p95 0.30 s · 612 MiB"""
     parts = []
     if "accuracy" in facts:
         low, high = facts["interval"]
@@ -71,7 +71,7 @@ def form_line(facts: Mapping[str, Any]) -> str:
     if "macro_f1" in facts:
         parts.append(f"macro F1 {facts['macro_f1']:.3f}")
     parts += [f"{name} {number(value)}" for name, value in facts.get("metrics", {}).items()][:4]
-    parts.append(f"n = {facts['n']}")
+    parts.append(f"by {facts.get('method', 'generation')}, n = {facts['n']}")
     if facts.get("unparsed"):
         parts.append(f"{facts['unparsed']} unparsed")
     if facts.get("latency"):
@@ -187,7 +187,8 @@ def score_table(content: Mapping[str, Any]) -> Table:
     rows.append(("median latency", *(seconds(one) for one in columns.values())))
     rows.append(("peak memory", *(memory(one["memory"]) if one.get("memory") else "" for one in columns.values())))
     baseline = content.get("majority_baseline")
-    note = f"Always {baseline['label']}: accuracy {baseline['accuracy']:.3f}." if baseline else ""
+    note = "All by greedy generation; in brackets Wilson's 95 % intervals."
+    note += f" Always {baseline['label']}: accuracy {baseline['accuracy']:.3f}." if baseline else ""
     return Table(("", *columns), rows, note=printable(note, 200))
 
 

@@ -24,7 +24,7 @@ from rankwise.store.run import CONFIG, RunFolder
 
 SHIPPED = "q8_0"
 ITEMS = 200  # rows that golden vectors are chosen from
-SCORES = ("task", "n", "accuracy", "interval", "macro_f1", "metrics")
+SCORES = ("task", "method", "n", "accuracy", "interval", "macro_f1", "metrics", "intervals_95")
 
 
 @dataclass(frozen=True)

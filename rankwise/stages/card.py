@@ -85,6 +85,8 @@ def facts_of(config: CardConfig, sources: Sources, kind: str, place: Path) -> Ca
     shown, sees = facts.public(base), "vision_config" in model_config(place, base)
     title = config.title or (config.push_to_hub or "").rpartition("/")[2] or sources.roots[0].resolve().name
     wrong = [f"- **{line}**" for line in facts.failures(sources, kind)]
+    of_files = kind in ("export", "bundle")
+    own = facts.file_scores(sources) if of_files else []
     data = (sources.stage("train") or Recorded(place, {})).input("data")
     return CardFacts(
         title=title,
@@ -93,15 +95,16 @@ def facts_of(config: CardConfig, sources: Sources, kind: str, place: Path) -> Ca
         sees=sees,
         license=config.license or base_license(base),
         datasets=[facts.public(data)] if data and not Path(data).exists() else [],
-        metrics=facts.metrics(sources.scores),
+        metrics=facts.file_metrics(own) if of_files else facts.metrics(sources.scores),
         summary=WORDS[kind].format(base=shown),
         sections={
             "How to use it": [*usage(kind, place, config.push_to_hub or title, sees=sees), *facts.prompts(place)],
             "How it was trained": facts.training(sources),
-            "Scores": facts.scores(sources.scores),
+            "Scores": facts.file_table(own) if of_files else facts.scores(sources.scores),
             "Merge": facts.merge(sources) if kind != "adapter" else [],
-            "Files": facts.export(sources) if kind in ("export", "bundle") else [],
-            "On the device": facts.device(sources) if kind in ("export", "bundle") else [],
+            "Files": facts.export(sources) if of_files else [],
+            "On the device": facts.device(sources) if of_files else [],
+            "Scores before export, in transformers": facts.scores(sources.scores) if of_files else [],
             "Limitations": [*wrong, *facts.limitations(sources, kind)],
         },
     )

@@ -5,7 +5,8 @@ Folders are named by their last part only: where they lie on whose machine is no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rankwise.ship.gguf.export import FILE as EXPORT
 from rankwise.ship.validation import FILE as VALIDATION
 from rankwise.show.contents import Scored
 from rankwise.show.format import amount, duration, memory, metric_name, number, percent, score
-from rankwise.stages.card_sources import Recorded, Sources
+from rankwise.stages.card_sources import BUNDLE, Recorded, Sources
 from rankwise.store.checkpoint import HUB_ID
 
 # Settings worth a line, where the run has them: name in the config → as a card says it.
@@ -111,7 +112,7 @@ def versions_of(trained: Recorded) -> list[str]:
 
 def scores(found: Iterable[Scored]) -> list[str]:
     rows = [
-        (one.label, one.result.task, metric_name(name), score(value), interval(one, name), f"{one.result.n:,}")
+        (one.label, one.result.title, metric_name(name), score(value), interval(one, name), f"{one.result.n:,}")
         for one in found
         for name, value in one.result.metrics.items()
     ]
@@ -119,17 +120,90 @@ def scores(found: Iterable[Scored]) -> list[str]:
 
 
 def interval(scored: Scored, name: str) -> str:
-    low, high = scored.result.intervals.get(name, (None, None))
-    return "not measured" if low is None or high is None else f"{score(low)} to {score(high)}"
+    return span(scored.result.intervals.get(name))
+
+
+def span(found: Sequence[float] | None, scale: float = 1) -> str:
+    return f"{score(scale * found[0])} to {score(scale * found[1])}" if found else "not measured"
 
 
 def metrics(found: Iterable[Scored]) -> list[Metric]:
     """Of the models after training, for the metadata."""
     after = [one for one in found if not one.is_before]
     return [
-        Metric(one.result.task, one.result.task, name, round(value, 4))
+        Metric(one.result.task, one.result.task, name, round(value, 4), how(one.result.method, one.result.n))
         for one in after[-1:]
         for name, value in one.result.metrics.items()
+    ]
+
+
+def how(method: str, n: int) -> str:
+    return f"by {method}, n = {n:,}" if method else f"n = {n:,}"
+
+
+# --- the files' own scores -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FileScore:
+    """A score of one GGUF file in llama.cpp, 0 to 100. ships: it is the form that the validation was for."""
+
+    form: str
+    task: str
+    method: str
+    name: str
+    value: float
+    interval: Sequence[float] | None
+    n: int
+    ships: bool
+
+
+def file_scores(sources: Sources) -> list[FileScore]:
+    """From the validations; without one, from what a bundle keeps of its own."""
+    found = [
+        (form, facts, form == content.get("outtype"))
+        for _, content in sources.json(VALIDATION)
+        for form, facts in (content.get("by_outtype") or {}).items()
+    ]
+    if not found:
+        bundles = [content for _, content in sources.json(BUNDLE) if content.get("validation")]
+        found = [(str(content.get("outtype")), content["validation"], True) for content in bundles]
+    return [row for form, facts, ships in found for row in scores_of(form, facts, ships)]
+
+
+def scores_of(form: str, facts: Mapping[str, Any], ships: bool) -> Iterator[FileScore]:
+    """Of one form, as validation.json has it: accuracy and macro F1 as shares of 1, metrics on 0 to 100."""
+    task, method, n = str(facts.get("task", "")), str(facts.get("method", "generation")), int(facts.get("n", 0))
+    for name, key in (("accuracy", "interval"), ("macro_f1", "")):
+        if facts.get(name) is not None:
+            spread = [100 * end for end in facts[key]] if facts.get(key) else None
+            yield FileScore(form, task, method, name, 100 * facts[name], spread, n, ships)
+    for name, value in (facts.get("metrics") or {}).items():
+        if name != "exact_match" or facts.get("accuracy") is None:
+            yield FileScore(form, task, method, name, value, facts.get("intervals_95", {}).get(name), n, ships)
+
+
+def file_table(found: Sequence[FileScore]) -> list[str]:
+    rows = [
+        (
+            one.form,
+            f"{one.task} by {one.method}",
+            metric_name(one.name),
+            score(one.value),
+            span(one.interval),
+            f"{one.n:,}",
+        )
+        for one in found
+    ]
+    return table(("file, in llama.cpp", "task", "metric", "score", "95 % interval", "n"), rows)
+
+
+def file_metrics(found: Sequence[FileScore]) -> list[Metric]:
+    """Of the form to ship, for the metadata."""
+    return [
+        Metric(one.task, one.task, one.name, round(one.value, 4), f"{one.form} in llama.cpp, {how(one.method, one.n)}")
+        for one in found
+        if one.ships
     ]
 
 
@@ -182,29 +256,20 @@ def export(sources: Sources) -> list[str]:
 
 
 def device(sources: Sources) -> list[str]:
-    """What the files do in llama.cpp: scores by form, and how far up the parity ladder they agree."""
-    lines: list[str] = []
-    for _, content in sources.json(VALIDATION):
-        forms = content.get("by_outtype") or {content.get("outtype", ""): content}
-        rows = [(name, *accuracy(one)) for name, one in forms.items() if isinstance(one, Mapping)]
-        lines += table(("form", "accuracy", "95 % interval", "n"), [row for row in rows if row[1] != "not measured"])
-        lines += [""] if lines else []
-        lines += [f"- {name}: {ladder_words(ladder)}" for name, ladder in (content.get("parity") or {}).items()]
-    return lines
-
-
-def accuracy(content: Mapping[str, Any]) -> tuple[str, str, str]:
-    value, span = content.get("accuracy"), content.get("interval")
-    if value is None:
-        return "not measured", "not measured", f"{content.get('n', 0):,}"
-    return percent(value), f"{percent(span[0])} to {percent(span[1])}" if span else "not measured", f"{content['n']:,}"
+    """How far up the parity ladder the files agree with the trained model."""
+    return [
+        f"- {name}: {ladder_words(ladder)}"
+        for _, content in sources.json(VALIDATION)
+        for name, ladder in (content.get("parity") or {}).items()
+    ]
 
 
 def ladder_words(ladder: Mapping[str, Any]) -> str:
     """The parity ladder in one line: which rungs agree, which one breaks first, which were not measured."""
     by_status: dict[str, list[str]] = {}
     for rung in ladder.get("rungs", ()):
-        by_status.setdefault(rung["status"], []).append(rung["name"])
+        note = f" ({rung['note']})" if rung.get("note") else ""
+        by_status.setdefault(rung["status"], []).append(rung["name"] + note)
     words = [f"{', '.join(names)} {meaning}" for status, meaning in STATUS.items() if (names := by_status.get(status))]
     return "; ".join(words) or "the parity ladder was not climbed"
 
@@ -224,7 +289,7 @@ def limitations(sources: Sources, kind: str) -> list[str]:
         (bool(found) and not any(one.is_before for one in found), "The model before training was not scored."),
         (bool(found) and all(one.is_before for one in found), "The model after training was not scored."),
         (kind != "adapter" and not merge(sources), "The merge left no record."),
-        (kind in ("export", "bundle") and not sources.files(VALIDATION), "Not validated in llama.cpp."),
+        (kind in ("export", "bundle") and not file_scores(sources), "Not validated in llama.cpp."),
         (True, "Safety, bias and other languages or domains than those of the training data were not measured."),
     ]
     return [f"- {text}" for applies, text in rows if applies]

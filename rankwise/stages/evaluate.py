@@ -240,7 +240,7 @@ def summary(result: EvaluationResult) -> str:
     headline = TASKS[result.task].headline if result.task in TASKS else ""
     names = [name for name in dict.fromkeys((headline, *READ_FIRST)) if name in result.metrics]
     shown = [with_interval(result, name) for name in names or result.metrics]
-    lines = [f"{result.task}, n = {result.n}: " + " · ".join(shown)]
+    lines = [f"{result.title}, n = {result.n}: " + " · ".join(shown)]
     details = result.settings.get("scoring", {})
     lines += class_table(details) if "by_class" in details else []
     lines += [f"not computed: {name}: {why}" for name, why in result.unavailable.items()]

@@ -72,7 +72,7 @@ def finish(
     if outcome.said:
         print(outcome.said)
     if state.best_model_checkpoint:
-        print(f"kept the best checkpoint: {best_checkpoint(state)}, {best_metric(trainer)}")
+        print(f"kept the best checkpoint: {best_checkpoint(state)}, {best_metric(trainer, config)}")
     print(f"adapter in {adapter_folder(config)}, losses in {folder / TRAINING_LOG}")
     print(f"next: {next_command(config)}")
 
@@ -82,7 +82,10 @@ def next_command(config: TrainConfig) -> str:
     if config.data.task not in SCORED_TASKS:
         return command_line("merge", config.output_dir)
     held_out = config.val_path if config.val_path and config.data.task != "labels" else config.data.data_path
-    return command_line("evaluate", config.output_dir, **row_options(vars(config.data)) | {"data_path": held_out})
+    asked = row_options(vars(config.data)) | {"data_path": held_out}
+    if config.selection.select == "accuracy" and config.selection.select_by == "generation":
+        asked["classify"] = "generation"  # scored as it was selected
+    return command_line("evaluate", config.output_dir, **asked)
 
 
 def best_checkpoint(state: TrainerState) -> str:
@@ -92,9 +95,11 @@ def best_checkpoint(state: TrainerState) -> str:
     return folder.name + (f" (phase {phase})" if phase else "")
 
 
-def best_metric(trainer: RankwiseTrainer) -> str:
-    """`accuracy 0.9130`: what it was chosen by."""
-    return f"{str(trainer.args.metric_for_best_model).removeprefix('eval_')} {trainer.state.best_metric:.4f}"
+def best_metric(trainer: RankwiseTrainer, config: TrainConfig) -> str:
+    """`accuracy by generation 0.9130`: what it was chosen by."""
+    name = str(trainer.args.metric_for_best_model).removeprefix("eval_")
+    method = f" by {config.selection.select_by}" if name == "accuracy" else ""
+    return f"{name}{method} {trainer.state.best_metric:.4f}"
 
 
 def tables_and_plots(config: TrainConfig) -> list[Path]:
