@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import yaml
 
+import rankwise
 from rankwise import cli
 from rankwise.errors import UsageError
+from rankwise.score.result import EvaluationResult
 from rankwise.ship.gguf.converter import find_converter
+from rankwise.ship.parity.skia_pixels import unavailable
 from rankwise.stages.recipe import find_recipe, load_recipe
 
+RECIPES = Path(rankwise.__file__).parent / "recipes"
 WAY = ("label", "check", "before", "train", "after", "merge", "export", "validate", "bundle", "report")
 
 
@@ -37,6 +41,17 @@ def test_the_documented_values(tmp_path: Path) -> None:
     assert (train["batch_size"], train["gradient_accumulation"], train["learning_rate"]) == (4, 4, "2e-4")
     assert found["export"]["outtype"] == ["f16", "q8_0"] and found["export"]["mmproj"] is True
     assert found["merge"]["dtype"] == "float16"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_score_labels_as_they_select_them(path: Path, tmp_path: Path) -> None:
+    """A checkpoint chosen by what it generates, scored by likelihood: 100 % beside the 0 % of the device."""
+    listed = list(stages(path.stem, tmp_path).values())
+    methods = {one["select_by"] for one in listed if one.get("select") == "accuracy" and "select_by" in one}
+    scored = [one for one in listed if one.get("task") == "labels" and "model_path" in one]
+    for method in methods:
+        assert scored
+        assert {one.get("classify", "likelihood") for one in scored} == {method}
 
 
 def test_the_environment_reaches_the_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +115,21 @@ def test_quickstart_walks_the_whole_way_and_is_done_then(tmp_path: Path, capsys:
     found = json.loads((out / "validation" / "validation.json").read_text(encoding="utf-8"))
     assert found["n"] == 5
     assert (out / "export" / "tiny-elements-q8_0.gguf").is_file()
+    for name in ("before", "after"):
+        result = EvaluationResult.load(out / name)
+        assert (result.method, result.n) == ("generation", 5), "as the checkpoint is selected and the device answers"
+    assert EvaluationResult.load(out / "before")["accuracy"] == pytest.approx(100 * found["base"]["accuracy"])
+    assert EvaluationResult.load(out / "after")["accuracy"] == pytest.approx(100 * found["reference"]["accuracy"])
+    golden = json.loads((out / "bundle" / "golden" / "golden.json").read_text(encoding="utf-8"))
+    assert found["tolerance"] == 50 <= golden["tolerance"]["k"], "one number"
+    pairs = [one for row in golden["cases"] for one in row["images"]]
+    folder = out / "bundle" / "golden"
+    assert len(pairs) == 5
+    assert all((folder / one["source"]).read_bytes() != (folder / one["device"]).read_bytes() for one in pairs)
+    pixels = found["parity"]["q8_0"]["rungs"][0]
+    assert pixels["status"] == ("not measured" if unavailable() else "ok"), pixels
     page = (out / "report.md").read_text(encoding="utf-8")
+    assert "labels by generation" in page and "weak: k = " in page
     assert "no rung is broken" in page and "confusion" in page and "## time and memory" in page
     assert cli.main(["run", "quickstart", "-o", str(out)]) == 0
     assert capsys.readouterr().out.count("done already") == len(WAY) + 1

@@ -173,6 +173,23 @@ def test_the_card_says_what_was_recorded(run: Path, capsys: pytest.CaptureFixtur
         assert private not in text
 
 
+def test_each_kind_has_its_own_scores(run: Path, tmp_path: Path) -> None:
+    """A merged model those of transformers; a bundle what it kept of its validation."""
+    assert main(["card", str(run), "--files", "merged", "--out", str(tmp_path / "merged.md")]) == 0
+    [result] = front((tmp_path / "merged.md").read_text())["model-index"][0]["results"]
+    assert result["metrics"] == [{"type": "bleu", "value": 61.25, "name": "bleu (n = 547)"}]
+    own = {"task": "labels", "method": "generation", "n": 5, "accuracy": 1.0, "interval": [0.5655, 1.0]}
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    content = {"format": "rankwise-bundle/1", "outtype": "q8_0", "validation": own, "files": {}}
+    (bundle / "bundle.json").write_text(json.dumps(content))
+    assert main(["card", str(bundle), "--out", str(tmp_path / "bundle.md")]) == 0
+    text = (tmp_path / "bundle.md").read_text()
+    assert "| q8_0 | labels by generation | accuracy | 100.00 | 56.55 to 100.00 | 5 |" in text
+    [result] = front(text)["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == 100
+
+
 def test_the_records_of_a_model_alone_lead_to_its_training(run: Path, made: Path, tmp_path: Path) -> None:
     out = tmp_path / "card.md"
     assert main(["card", str(run / "gguf"), "--out", str(out), "--base_model", "org/base"]) == 0

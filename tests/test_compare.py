@@ -88,6 +88,17 @@ def test_scores_from_before_training_are_left_out(runs: list[Path]) -> None:
     assert read_rows(runs[:1])[0].scores["e2e_nlg"]["bleu"] == 40.0
 
 
+def test_labels_by_likelihood_and_by_generation_are_never_in_one_row(runs: list[Path], tmp_path: Path) -> None:
+    """Of one model they may be 100 % and 0 %."""
+    for folder, asked, value in ((runs[0], {"classify": "likelihood"}, 100.0), (runs[1], {}, 0.0)):
+        settings = asked | {"scoring": {"classify": "how, in words"}}
+        EvaluationResult("labels", {"accuracy": value}, {}, 5, settings).save(folder)
+    assert cli.main(["compare", *map(str, runs[:2]), "-o", str(tmp_path / "out"), "--no_plots"]) == 0
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| labels by likelihood: accuracy | 100.00 |  |" in text
+    assert "| labels by generation: accuracy |  | 0.000 |" in text
+
+
 def test_the_command_writes_tables_and_a_picture(runs: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert cli.main(["compare", *map(str, runs), "-o", str(out)]) == 0

@@ -194,6 +194,7 @@ def test_labels_by_likelihood_from_file_to_confusion(
     result = EvaluationResult.load(tmp_path / "a")
     shown = capsys.readouterr().out
     assert f"accuracy {result['accuracy']:.2f}" in shown and "contradiction" in shown
+    assert "multi_nli by likelihood, n = 12: " in shown
     rows = list(csv.reader((tmp_path / "a" / "confusion.csv").read_text().splitlines()))
     assert rows[0] == ["true \\ guessed", *LABELS, "unparsed"]
     counts = [[int(cell) for cell in row[1:]] for row in rows[1:]]

@@ -349,6 +349,21 @@ def test_a_classification_shows_what_was_taken_for_what_and_forgetting_comes_las
     assert [cell.strip() for cell in row.strip("|").split("|")] == ["entailment", "7", "29", "2"]
 
 
+def test_the_method_stands_beside_a_score_and_before_is_by_the_same(tmp_path: Path) -> None:
+    scoring = {"labels": ["a", "b"], "confusion": [[3, 0, 0], [0, 2, 0]], "classify": "how, in words"}
+    for name, settings, value in (
+        ("evaluate_before", {}, 40.0),
+        ("after", {}, 80.0),
+        ("other", {"classify": "likelihood"}, 100.0),
+    ):
+        (tmp_path / name).mkdir()
+        result = EvaluationResult("labels", {"accuracy": value}, {}, 5, settings | {"scoring": scoring})
+        result.save(tmp_path / name)
+    page = build_report(tmp_path).with_suffix(".md").read_text()
+    assert "| accuracy | 40.00 → **80.00** (by generation, n = 5) |" in page
+    assert page.index("## Scores · labels by generation") < page.index("## Scores · labels by likelihood")
+
+
 def test_what_a_validation_scored_stays_in_its_own_table(tmp_path: Path) -> None:
     result = EvaluationResult("labels", {"accuracy": 80.0, "precision_water": 50.0}, {}, n=5)
     for name in ("after", "validation/f16"):

@@ -182,6 +182,7 @@ def test_summary_and_report_tell_the_verdict_and_the_classes(tmp_path: Path, con
     lines = "\n".join(summary(content))
     assert lines.startswith("Conversion error: f16.")
     assert "accuracy 60.0 %" in lines
+    assert lines.count("by generation, n = 5") == 3, "beside every score"
     assert "gain kept by q8_0 is undefined: too little" in lines
     (tmp_path / "validation.json").write_text(json.dumps(content))
     drawn = draw_validation(content, tmp_path)

@@ -35,14 +35,13 @@ class Originals:
     references: Mapping[str, str]
 
     def keep(self, folder: Path, ids: Sequence[str], target: DeviceTarget) -> dict[str, str]:
-        """Copy some that the device changes, in turn of every kind (wide, tall; colour mode; turned): image id → path
-        below `folder`. At most MOST pictures and MOST_BYTES in all."""
-        changed = [
-            one for one in ids[:AMONG] if one in self.references and changes(self._content(one), target.image_size)
-        ]
+        """Copy some, those that the device changes first, in turn of every kind (wide, tall; colour mode; turned).
+        Returns image id → path below `folder`: at most MOST pictures, MOST_BYTES in all."""
+        known = [one for one in ids[:AMONG] if one in self.references]
+        passed = [one for one in known if not changes(self._content(one), target.image_size)]
         kept: dict[str, str] = {}
         room = MOST_BYTES
-        for one in in_turn(changed, self._kind):
+        for one in (*in_turn([one for one in known if one not in passed], self._kind), *passed):
             content = self._content(one)
             if len(kept) < MOST and len(content) <= room:
                 kept[one] = f"{FOLDER}/{one}{suffix_of(content)}"
