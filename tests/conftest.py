@@ -47,3 +47,17 @@ def text_export(converter: Converter, tmp_path_factory: pytest.TempPathFactory) 
 def vision_export(converter: Converter, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SmolVLM exported as f32, f16 and q8_0, with mmproj files; checkpoint in ../model, its base in ../base."""
     return importlib.import_module("exported").exported_vision(tmp_path_factory.mktemp("vision"))
+
+
+@pytest.fixture(scope="session")
+def shipped(vision_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with export/, dataset/ and validation/: as the three commands before `bundle` leave them."""
+    pytest.importorskip("xllamacpp")
+    return importlib.import_module("bundled").shipped_in(tmp_path_factory.mktemp("shipped"), vision_export)
+
+
+@pytest.fixture(scope="session")
+def made(shipped: Path) -> Path:
+    """The bundle of it."""
+    importlib.import_module("rankwise.stages.bundle").run(importlib.import_module("bundled").asked(shipped))
+    return shipped / "bundle"

@@ -13,28 +13,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bundled import TASK, asked
 from PIL import Image
 
 from rankwise.cli import main
-from rankwise.config import BundleConfig, DataSection, ModelSection, ScoredData
+from rankwise.config import BundleConfig, ScoredData
 from rankwise.data import Example, Turn
 from rankwise.data.device import MARKER, read_target
-from rankwise.data.input_record import InputRecord
-from rankwise.data.labelling.label_task import LabelClass, LabelTask, task_from
+from rankwise.data.labelling.label_task import LabelClass, LabelTask
 from rankwise.errors import DataError, UsageError, VerificationError
-from rankwise.nets.load import load_config
 from rankwise.ship.abstain import abstention, fewest, lower_bound
 from rankwise.ship.bundle import INPUT, LabelAnswer, grammar, label_answers, read_bundle
-from rankwise.ship.gguf.export import read_export
 from rankwise.ship.golden import read_golden
 from rankwise.ship.llama.runtime import LlamaServer
 from rankwise.ship.parity.ladder import climb
 from rankwise.stages import bundle
 from rankwise.stages.bundling import source_of
-from rankwise.stages.rendering import renderer_for
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-TASK = task_from({"classes": {"water": "wet", "fire": "hot", "wood": ""}, "field": "element"}, "the test", "elements")
 
 
 # --- when to say unsure ----------------------------------------------------------------------------------------------
@@ -151,56 +147,6 @@ def test_dry_run_says_what_would_be_done(capsys: pytest.CaptureFixture[str]) -> 
 
 
 # --- a real one ------------------------------------------------------------------------------------------------------
-
-
-def dataset(folder: Path) -> Path:
-    """Six pictures of three shapes, labelled."""
-    (folder / "images").mkdir(parents=True)
-    noise, kept = np.random.default_rng(0), []
-    for number in range(6):
-        width, height = ((90, 40), (40, 80), (64, 64))[number % 3]
-        name = f"images/{number}.png"
-        Image.fromarray(noise.integers(1, 256, (height, width, 3), dtype=np.uint8)).save(folder / name)
-        kept.append({"image_id": str(number), "image_path": name, "element": TASK.labels[number % 3]})
-    for file in ("train.jsonl", "val.jsonl"):
-        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    TASK.save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def shipped(vision_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with export/, dataset/ and validation/: as the three commands before this one leave them."""
-    pytest.importorskip("xllamacpp")
-    folder = tmp_path_factory.mktemp("shipped")
-    shutil.copytree(vision_export, folder / "export")
-    TASK.save(folder / "export")
-    data, model = dataset(folder / "dataset"), str(read_export(folder / "export").content["model"]["path"])
-    section = DataSection(task="labels", data_path=str(data), device_target=str(folder / "export"))
-    renderer = renderer_for(section, ModelSection(), model, load_config(model))
-    InputRecord.of(renderer).save(folder / "export")
-    arguments = ["--task", "labels", "--data_path", str(data), "--outtype", "q8_0", "--parity_samples", "3"]
-    out = ["--max_new_tokens", "6", "--threads", "1", "-o", str(folder / "validation")]
-    assert main(["validate", str(folder / "export"), *arguments, *out]) == 0
-    return folder
-
-
-def asked(shipped: Path, **how: Any) -> BundleConfig:
-    config = BundleConfig(
-        export=str(shipped / "export"),
-        validation=str(shipped / "validation"),
-        output_dir=str(shipped / "bundle"),
-        num_golden=3,
-        top=16,
-        threads=1,
-    )
-    return replace(config, **how)
-
-
-@pytest.fixture(scope="module")
-def made(shipped: Path) -> Path:
-    bundle.run(asked(shipped))
-    return shipped / "bundle"
 
 
 @pytest.fixture

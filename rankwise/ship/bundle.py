@@ -15,7 +15,7 @@ A task without labels has no labels.*, a text model no pictures.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from rankwise.data.labelling.label_task import LabelTask
 from rankwise.errors import DataError, VerificationError
 from rankwise.score.likelihood import answer_ids
 from rankwise.ship.gguf.reading import GGUFFile
+from rankwise.ship.parity.cases import Case
+from rankwise.ship.parity.reference import Expected
 from rankwise.store.files import read_object, sha256, write_json, write_text
 
 FILE, FORMAT = "bundle.json", "rankwise-bundle/1"
@@ -136,6 +138,40 @@ def grammar(answers: Sequence[LabelAnswer], end_ids: Sequence[int]) -> str:
 def labels_content(task: LabelTask, answers: Sequence[LabelAnswer]) -> dict[str, Any]:
     rows = [{"name": one.name, "definition": one.definition, "ids": list(one.ids)} for one in answers]
     return {"task": task.name, "field": task.field, "labels": rows}
+
+
+# --- the parts read back ---------------------------------------------------------------------------------------------
+
+
+def check_prompt(folder: Path, begin: str, cases: Sequence[Case]) -> None:
+    """VerificationError where prompt.txt is not what these cases were asked with. begin: the text of the start token,
+    where the runtime puts it."""
+    text, facts = (folder / PROMPT).read_text(encoding="utf-8"), read_object(folder / PROMPT_JSON)
+    if begin and text.startswith(begin):
+        raise VerificationError(f"{folder / PROMPT}: begins with {begin}, which the runtime puts before it once more")
+    asked = [case.prompt.removeprefix(begin) for case in cases if len(case.images) == facts["images"]]
+    before, _, after = text.partition(INPUT)
+    fits = [one.startswith(before) and one.endswith(after) if facts["input"] else one == text for one in asked]
+    if asked and not (any(fits) if facts["input"] else all(fits)):
+        raise VerificationError(f"{folder / PROMPT}: not what the golden vectors were asked with: {asked[0]!r}")
+
+
+def read_labels(folder: Path, known: Iterable[Expected]) -> set[tuple[int, ...]]:
+    """The ids of all labels, without end tokens. VerificationError where the trained model says one with other ids."""
+    ends = {token for expected in known for token in expected.end_ids}
+    rows = {row["name"]: spoken(row["ids"], ends) for row in read_object(folder / LABELS)["labels"]}
+    for expected in known:
+        said = spoken(expected.answer, ends)
+        if rows.get(expected.text.strip(), said) != said:
+            raise VerificationError(
+                f"{folder / LABELS}: {expected.text.strip()!r} is {list(rows[expected.text.strip()])}, and the trained "
+                f"model says it as {list(said)}"
+            )
+    return set(rows.values())
+
+
+def spoken(ids: Iterable[int], ends: Collection[int]) -> tuple[int, ...]:
+    return tuple(token for token in ids if token not in ends)
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------

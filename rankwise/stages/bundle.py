@@ -23,10 +23,13 @@ from rankwise.errors import UsageError, VerificationError
 from rankwise.ship.abstain import Abstention, abstention
 from rankwise.ship.bundle import (
     GRAMMAR,
+    check_prompt,
     copy_model,
     label_answers,
     prompt_of,
     read_bundle,
+    read_labels,
+    spoken,
     write_manifest,
     write_parts,
 )
@@ -172,7 +175,8 @@ def replayed(config: BundleConfig, folder: Path) -> Ladder:
     app = AppPixels.read(config.app_pixels, golden.cases) if config.app_pixels else None
     with runtime_for(config, folder, content, golden) as runtime:
         ladder = climb(golden, runtime, golden.cases, golden.thresholds, golden.top, app=app)
-        check_grammar(folder, runtime, golden)
+        if ladder.holds:
+            check_parts(folder, runtime, golden)
     return ladder
 
 
@@ -187,19 +191,19 @@ def runtime_for(
     return LlamaServer(folder / content["model"], mmproj, held, config.threads)
 
 
-def check_grammar(folder: Path, runtime: ServerRuntime, golden: Golden) -> None:
-    """The grammar lets the model say what it says, where that is a label. VerificationError where it does not."""
+def check_parts(folder: Path, runtime: ServerRuntime, golden: Golden) -> None:
+    """What an app builds its requests from is what the golden vectors were asked with. VerificationError where it is
+    not."""
+    check_prompt(folder, runtime.info.begin_text, golden.cases)
     if not (folder / GRAMMAR).is_file():
         return
-    rules = (folder / GRAMMAR).read_text(encoding="utf-8")
-    ids = [rule.split("::=")[1].split() for rule in rules.splitlines() if rule.startswith("label-")]
-    allowed = {tuple(int(one.strip("<[]>")) for one in rule) for rule in ids}
+    labels, rules = read_labels(folder, golden.known.values()), (folder / GRAMMAR).read_text(encoding="utf-8")
     for case in golden.cases:
         expected = golden.expected(case)
-        said = tuple(token for token in expected.answer if token not in expected.end_ids)
+        said = spoken(expected.answer, expected.end_ids)
         found = runtime.complete(case.prompt, case.images, max_new_tokens=len(expected.answer) + 8, grammar=rules)
         words = found.tokens[:-1] if found.ended else found.tokens
-        if words not in allowed or (said in allowed and golden_sure(golden, case.id) and words != said):
+        if words not in labels or (said in labels and golden_sure(golden, case.id) and words != said):
             raise VerificationError(f"{folder / GRAMMAR}: under it the runtime says {found.text!r} to {case.id}")
 
 
