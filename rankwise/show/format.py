@@ -23,9 +23,12 @@ def duration(seconds: float) -> str:
 
 def command_line(*words: object, **options: object) -> str:
     """A `rankwise` command that runs as printed, quoted for the shell. Options that are None, False or empty are left
-    out; True is the bare flag."""
-    given = {name: value for name, value in options.items() if value not in (None, False, "")}
-    flags = [part for name, value in given.items() for part in (f"--{name}", *([] if value is True else [str(value)]))]
+    out; True is the bare flag, and of a list every value has a flag of its own."""
+    flags = []
+    for name, value in options.items():
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            if each not in (None, False, ""):
+                flags += [f"--{name}"] if each is True else [f"--{name}", str(each)]
     return shlex.join(["rankwise", *map(str, words), *flags])
 
 

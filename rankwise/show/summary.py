@@ -7,6 +7,7 @@ The verdict is in words, and says "no evidence" where there is none.
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import textwrap
 from collections.abc import Sequence
@@ -240,10 +241,20 @@ def command_lines(commands: Sequence[str], most: int = 3) -> list[str]:
     """The next commands, whole or not at all, so that what is shown can be pasted."""
     lines: list[str] = []
     for command in commands:
-        parts = textwrap.wrap(command, WIDTH - LABEL - 2, break_long_words=False, break_on_hyphens=False)
+        parts = wrapped(shlex.split(command), WIDTH - LABEL - 2)
         if len(lines) + len(parts) <= most:
             lines += [f"{part} \\" for part in parts[:-1]] + parts[-1:]
     return [f"{'Next' if i == 0 else '':<{LABEL}}{line}" for i, line in enumerate(lines)]
+
+
+def wrapped(words: Sequence[str], width: int) -> list[str]:
+    """A command in lines of this width, broken between its words, however these are quoted."""
+    lines = [""]
+    for word in map(shlex.quote, words):
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return lines
 
 
 def file_lines(files: Sequence[str]) -> list[str]:

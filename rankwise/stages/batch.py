@@ -6,7 +6,6 @@ rankwise batch e2e_attention e2e_mlp -o runs/batch --set train.max_steps=200
 from __future__ import annotations
 
 import gc
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from rankwise.config import BatchConfig, RunConfig
 from rankwise.errors import Interrupted, RankwiseError, UsageError
-from rankwise.show.format import duration
+from rankwise.show.format import command_line, duration
 from rankwise.stages import run as recipes
 
 
@@ -42,9 +41,13 @@ def run(config: BatchConfig) -> list[Path]:
     print("\n" + "\n".join(outcome.line() for outcome in outcomes))
     done = [outcome.folder for outcome in outcomes if not outcome.error]
     if len(done) > 1:
-        print(f"next: rankwise compare {shlex.join(map(str, done))} -o {Path(config.output_dir) / 'comparison'}")
+        print(f"next: {next_command(config, done)}")
     raise_first([outcome for outcome in outcomes if outcome.error], len(outcomes))
     return done
+
+
+def next_command(config: BatchConfig, done: Sequence[Path]) -> str:
+    return command_line("compare", *done, output_dir=Path(config.output_dir) / "comparison")
 
 
 def raise_first(failed: Sequence[Outcome], total: int) -> None:

@@ -42,6 +42,7 @@ from rankwise.ship.llama.server_api import ServerRuntime
 from rankwise.ship.parity.app_pixels import AppPixels
 from rankwise.ship.parity.ladder import Ladder, climb
 from rankwise.show.bundle import ladder_lines, readme
+from rankwise.show.format import command_line
 from rankwise.stages.bundling import Source, source_of
 from rankwise.stages.recorded import announce_prompts, recorded
 from rankwise.stages.validating import ROOM, Trained, context
@@ -232,7 +233,11 @@ def report(config: BundleConfig, content: Mapping[str, Any], ladder: Ladder) -> 
         f"answer from a confidence of {threshold:.3f} on" if threshold is not None else "no threshold; see abstain.json"
     )
     print(f"bundle in {config.output_dir}")
-    print(f"next: rankwise bundle --replay {config.output_dir} --server http://PHONE:8080")
+    print(f"next: {next_command(config)}")
+
+
+def next_command(config: BundleConfig) -> str:
+    return command_line("bundle", replay=config.output_dir, server="http://PHONE:8080")
 
 
 def describe(config: BundleConfig) -> list[str]:

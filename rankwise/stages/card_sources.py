@@ -5,7 +5,7 @@ RUN ── export.json: model ──▶ merged folder ── manifest: adapter �
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def chain(run: Path) -> Iterator[Path]:
         yield folder
         files = list(walk(folder))
         waiting += [Path(path) for file in named(files, EXPORT) if (path := model_of(file))]
-        waiting += [Path(path) for file in named(files, MANIFEST) if (path := adapter_of(file))]
+        waiting += [Path(path) for file in named(files, MANIFEST) for path in adapters_of(file)]
 
 
 def row_options(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,21 +107,28 @@ def row_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trained_rows(folder: Path) -> dict[str, Any]:
-    """Those of the run that a merged model or an export was made from; empty where its folder does not say, or the task
-    has no scores."""
+    """Those of the run that an adapter, a merged model or an export was made from; empty where its folder does not say,
+    or the task has no scores."""
     places = [place for root in chain(folder) for place in ((root, root.parent) if is_adapter(root) else (root,))]
-    run = next((place for place in places if "train" in RunFolder(place).stages()), None)
-    found = row_options(Recorded(run, {}).config) if run else {}
+    found = rows_of(places, "train")
     return found if found.get("task") in SCORED_TASKS else {}
+
+
+def rows_of(places: Iterable[Path], *stages: str) -> dict[str, Any]:
+    """Those of the first of these folders that is a run of one of the stages; empty where none is."""
+    runs = (place for place in places if not set(stages).isdisjoint(RunFolder(place).stages()))
+    return next((row_options(Recorded(run, {}).config) for run in runs), {})
 
 
 def model_of(export: Path) -> str | None:
     return (read_object(export).get("model") or {}).get("path")
 
 
-def adapter_of(manifest: Path) -> str | None:
-    merge = (read_object(manifest).get("stages") or {}).get("merge") or {}
-    return ((merge.get("inputs") or {}).get("adapter") or {}).get("path")
+def adapters_of(manifest: Path, stages: Sequence[str] = ("merge", "compress")) -> list[str]:
+    """Paths of the adapters that these stages of a folder started from."""
+    entries = read_object(manifest).get("stages") or {}
+    rows = [((entries.get(stage) or {}).get("inputs") or {}).get("adapter") or {} for stage in stages]
+    return [row["path"] for row in rows if row.get("path")]
 
 
 def has_records(root: Path) -> bool:
@@ -134,7 +141,7 @@ def folders_of(run: Path, kind: str) -> list[Path]:
     if kind in ("export", "bundle"):
         found = [path.parent for path in named(files, EXPORT if kind == "export" else BUNDLE)]
     elif kind == "merged":
-        found = [path.parent for path in named(files, MANIFEST) if adapter_of(path)]
+        found = [path.parent for path in named(files, MANIFEST) if adapters_of(path, ["merge"])]
     else:
         found = [path.parent for path in named(files, CONFIG_NAME) if is_adapter(path.parent)]
     return sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)

@@ -19,6 +19,8 @@ from rankwise.core.spectrum import Spectrum
 from rankwise.data.contracts import carry
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.depth_settings import read_depth, write_depth
+from rankwise.show.format import command_line
+from rankwise.stages.card_sources import trained_rows
 from rankwise.stages.fidelity import Fidelity, SiteFidelity
 from rankwise.store.adapter import CONFIG_NAME, LoraAdapter, LoraPair, adapter_files, read_adapter, write_adapter
 from rankwise.store.adapter_config import lora_config
@@ -150,7 +152,15 @@ def report(config: CompressConfig, fidelity: Fidelity, smaller: LoraAdapter) -> 
     form = " · one rank, no patterns" if config.uniform else ""
     print(f"compressed {config.adapter}: {fidelity.summary()}{form}")
     print(f"adapter (float32) and fidelity.json in {config.output_dir}")
-    print(f"next: rankwise merge {config.output_dir}, or rankwise evaluate {config.output_dir} --task … --data_path …")
+    print(f"next: {next_command(config, smaller)}")
+
+
+def next_command(config: CompressConfig, smaller: LoraAdapter) -> str:
+    """Its scores, where the run that trained it says on what; else the merge."""
+    rows = trained_rows(Path(config.output_dir))
+    if rows and smaller.base_model:
+        return command_line("evaluate", config.output_dir, **rows)
+    return command_line("merge", config.output_dir, base_model=None if smaller.base_model else "BASE")
 
 
 def describe(config: CompressConfig) -> list[str]:

@@ -6,6 +6,7 @@ rankwise export --install-converter
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -213,7 +214,8 @@ def export_adapter(config: ExportConfig, adapter: Path, converter: Converter) ->
                 inside.save_config(config)
     sites, rank = len(found.pairs), largest_rank(found)
     print(f"wrote {plural(sites, 'site')} (largest rank {rank}) of {adapter} to {out / name}, checked factor by factor")
-    print(f"next: llama.cpp's --lora {out / name}, on the GGUF of {base}")
+    loaded = shlex.join(["llama-server", "-m", "BASE.gguf", "--lora", str(out / name)])
+    print(f"next, BASE.gguf being that of {base}: {loaded}")
     return out / name
 
 

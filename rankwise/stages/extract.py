@@ -25,6 +25,7 @@ from rankwise.nets.both import Both, both_models
 from rankwise.nets.probe import open_source, source_metadata
 from rankwise.nets.whole import Whole
 from rankwise.ship.merging.promised import Proof
+from rankwise.show.format import command_line
 from rankwise.stages.extracted_adapter import as_settings, carried_whole, published, tensors_of, tokenizer_of
 from rankwise.stages.fidelity import Fidelity, SiteFidelity
 from rankwise.stages.left_out import left_out
@@ -178,8 +179,12 @@ def report(config: ExtractConfig, fidelity: Fidelity, notes: list[str], proof: P
     print(f"extracted from {source}: {fidelity.summary()}")
     print(verdict(config, proof))
     print(f"adapter and fidelity.json in {config.output_dir}")
-    base = f" --base_model {config.base}" if config.base else ""
-    print(f"next: rankwise merge {config.output_dir}{base}")
+    if both:
+        print(f"next: {next_command(config)}")
+
+
+def next_command(config: ExtractConfig) -> str:
+    return command_line("merge", config.output_dir, base_model=config.base)
 
 
 def verdict(config: ExtractConfig, proof: Proof | None) -> str:

@@ -18,7 +18,7 @@ from rankwise.data import Example, Examples, subset
 from rankwise.data.input_record import FILE as INPUT
 from rankwise.errors import UsageError
 from rankwise.nets.towers import check_towers, tower_parameters
-from rankwise.show.format import amount, duration
+from rankwise.show.format import amount, command_line, duration
 from rankwise.stages import training as shared
 from rankwise.stages.probing import train_full, train_lora
 from rankwise.stages.rendering import decode_aside, renderer_for
@@ -145,12 +145,12 @@ def outputs(config: FinetuneConfig) -> list[Path]:
 
 def next_command(config: FinetuneConfig) -> str:
     folder, towers = Path(config.output_dir), finetune_use(config.towers, config.method).trained
-    more = "" if towers == ("language",) else f" --towers {','.join(towers)}"
+    more = {} if towers == ("language",) else {"towers": ",".join(towers)}
     if config.method == "lora":
-        return f"rankwise ranks --adapter {folder} --model_name {config.model.model_name}{more}"
+        return command_line("ranks", adapter=folder, model_name=config.model.model_name, **more)
     if config.save == "checkpoints":
-        return f"rankwise ranks {folder / 'pretrained'} {folder / 'finetuned'}{more}"
-    return f"rankwise ranks --deltas {folder}{more}"
+        return command_line("ranks", folder / "pretrained", folder / "finetuned", **more)
+    return command_line("ranks", deltas=folder, **more)
 
 
 def finish(config: FinetuneConfig, trainer: RankwiseTrainer, samples: int, record: Record, seconds: float) -> None:

@@ -28,7 +28,7 @@ from rankwise.data.labelling.originals import Originals
 from rankwise.data.teacher.client import KEY_VARIABLE
 from rankwise.data.teacher.ledger import NAME as LEDGER
 from rankwise.errors import DataError, UsageError, need
-from rankwise.show.format import plural
+from rankwise.show.format import command_line, plural
 from rankwise.stages.labelling import ask_teacher, question_of, settings_of, spending_of
 from rankwise.store.files import write_json, write_text
 from rankwise.store.run import RunFolder
@@ -210,7 +210,11 @@ def report(config: LabelConfig, summary: dict[str, Any]) -> None:
     if summary.get("unreadable"):
         print(f"left out: {plural(len(summary['unreadable']), 'unreadable row')} (listed in {SUMMARY})")
     print(f"data set in {config.output_dir}")
-    print(f"next: rankwise train --task labels --data_path {config.output_dir} --model_name …")
+    print(f"next: {next_command(config)}")
+
+
+def next_command(config: LabelConfig) -> str:
+    return command_line("train", task="labels", data_path=config.output_dir, model_name="MODEL")
 
 
 def report_teacher(summary: dict[str, Any]) -> None:

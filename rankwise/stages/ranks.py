@@ -23,6 +23,7 @@ from rankwise.nets.load import meta_model
 from rankwise.nets.probe import Probe, measure_source, open_source, other_probe, source_metadata
 from rankwise.nets.sites import fused_experts
 from rankwise.score.decision import Decision, DecisionSettings, decide
+from rankwise.show.format import command_line
 from rankwise.show.rank_files import (
     SVD_FOLDER,
     Evidence,
@@ -33,6 +34,7 @@ from rankwise.show.rank_files import (
 )
 from rankwise.show.rank_summary import summarise
 from rankwise.show.summary import render
+from rankwise.stages.card_sources import row_options, rows_of
 from rankwise.stages.left_out import sentences, unpaired
 from rankwise.stages.running import measure_gain, running_model
 from rankwise.stages.sites import site_filter
@@ -273,21 +275,33 @@ def report(
         print(f"warning: {warning}")
     summary = summarise(plan, probe.measured, rule_of(config), decision.budget, evidence, seconds)
     command = next_command(config, plan, probe, files[0])
-    print(render(replace(summary, warnings=tuple(warnings), next_commands=(command,), files=tuple(map(str, files)))))
+    following = (command,) if command else ()
+    print(render(replace(summary, warnings=tuple(warnings), next_commands=following, files=tuple(map(str, files)))))
 
 
-def next_command(config: RanksConfig, plan: RankPlan, probe: Probe, file: Path) -> str:
-    """Training with the plan; where no model is known, what can be done with the files alone."""
+def next_command(config: RanksConfig, plan: RankPlan, probe: Probe, file: Path) -> str | None:
+    """Training with the plan; where no model is known, what can be done with the files alone; None for a plan of
+    flattened convolutions, which fits no model."""
     if all(row.site.tower == "unknown" for row in plan.sites):
         if config.adapter:
-            return f"rankwise compress {config.adapter} --energy {config.spectrum.svd_threshold}"
-        renamed = "".join(f" --rename '{rule}'" for rule in config.sites.rename)
-        return f"rankwise extract {config.base} {config.tuned} --plan {file}{renamed}"
-    task = f" --task {config.data.task} --data_path …" if config.data.task else " --task … --data_path …"
+            return command_line("compress", config.adapter, energy=config.spectrum.svd_threshold)
+        if config.sites.flatten_conv:
+            return None
+        sites = {"rename": config.sites.rename, "allow_unmatched": config.sites.allow_unmatched}
+        return command_line("extract", config.base, config.tuned, plan=file, **sites)
     towers = {row.site.tower for row in plan.sites if row.rank}
-    more = "" if towers <= {"language"} else f" --lora {','.join(sorted(towers))}"
-    more += "" if not more or "language" in towers else " --freeze language"
-    return f"rankwise train --lora-config {file} --model_name {probe.model_name or '…'}{task}{more}"
+    others = {} if towers <= {"language"} else {"lora": ",".join(sorted(towers))}
+    others |= {} if not others or "language" in towers else {"freeze": "language"}
+    rows = row_options(vars(config.data)) if config.data.data_path else rows_of(runs(config), "finetune", "train")
+    return command_line(
+        "train", lora_config=file, model_name=probe.model_name or "MODEL", **{"data_path": "ROWS"} | rows | others
+    )
+
+
+def runs(config: RanksConfig) -> list[Path]:
+    """Where the run may be that made what was measured."""
+    given = [Path(value) for name, value in sources(config).items() if value and name != "base"]
+    return [place for path in given for place in (path, path.parent)]
 
 
 def describe(config: RanksConfig) -> list[str]:

@@ -26,7 +26,7 @@ from rankwise.data.features import CacheWriter, FeatureCache
 from rankwise.data.features.preparing import SQUARE
 from rankwise.data.features.writer import clear
 from rankwise.errors import DataError, RankwiseError, UsageError
-from rankwise.show.format import memory, percent, plural
+from rankwise.show.format import command_line, memory, percent, plural
 from rankwise.stages.features.shards import Shards, shards_of
 from rankwise.stages.training import held
 from rankwise.store.processes import announce, finish, gathered, own_share, process_index
@@ -133,7 +133,11 @@ def report(config: CaptureConfig, writer: CacheWriter, cache: FeatureCache, made
     for name, reason in cache.left_out:
         announce(f"left out: {name}: {reason}")
     announce(energy_line(cache))
-    announce(f"next: rankwise features train --features {config.output_dir}")
+    announce(f"next: {next_command(config)}")
+
+
+def next_command(config: CaptureConfig) -> str:
+    return command_line("features", "train", features=config.output_dir)
 
 
 def energy_line(cache: FeatureCache) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rankwise.config import FactorTrainConfig
 from rankwise.core.closeness import excess_error
 from rankwise.data.features import FeatureSplit
 from rankwise.data.features.split import SPLIT
@@ -16,7 +17,7 @@ from rankwise.nets.factorize import load_factorizer
 from rankwise.nets.factorize.files import SETTINGS, WEIGHTS
 from rankwise.score.factorization import OF_REFINED, Closeness, measure, network, optimum
 from rankwise.show.factor_curves import plot_factor_training
-from rankwise.show.format import duration, percent
+from rankwise.show.format import command_line, duration, percent
 from rankwise.stages.features.factor_job import FactorJob, batches_of
 from rankwise.stages.features.run_log import LOG, RunLog
 from rankwise.stages.features.starting import PLOT, RESULTS
@@ -54,7 +55,11 @@ def finish(
         log.line(line)
     if log.folder is not None:
         print(f"log in {log.folder / LOG}")
-    print(f"next: rankwise features compare --results_dir {job.config.results_dir}")
+    print(f"next: {next_command(job.config)}")
+
+
+def next_command(config: FactorTrainConfig) -> str:
+    return command_line("features", "compare", results_dir=config.results_dir)
 
 
 def tested(job: FactorJob, places: tuple[int, ...]) -> dict[str, Any]:
