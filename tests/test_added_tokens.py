@@ -81,7 +81,9 @@ def logits(folder: Path, ids: Tensor = IDS) -> Tensor:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_merged_logits_are_the_adapters(way: str, base: Path, tmp_path: Path) -> None:
+def test_merged_logits_are_the_adapters(
+    way: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     expected = tuned(base, tmp_path / "adapter", **WAYS[way])
     for limit in ("1GB", "150KB"):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
@@ -90,6 +92,7 @@ def test_merged_logits_are_the_adapters(way: str, base: Path, tmp_path: Path) ->
     rows = 448 if "pad" in WAYS[way] else BEFORE + ADDED
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == rows
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == BEFORE + ADDED
+    assert f"the embeddings have {rows} rows, as the adapter's, and the base's {BEFORE}" in capsys.readouterr().out
     assert expected.shape[-1] == rows
     with torch.no_grad():
         adapted = load_adapter(load_model(str(base), torch.float32), tmp_path / "adapter")
@@ -101,6 +104,7 @@ def test_compressed_to_all_its_energy_it_is_the_same_adapter(way: str, base: Pat
     """Loaded by PEFT on the resized base, as its documentation has it, without a key left over."""
     expected = tuned(base, tmp_path / "adapter", **WAYS[way])
     assert main(["compress", str(tmp_path / "adapter"), "--energy", "1", "-o", str(tmp_path / "small")]) == 0
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "small")) == BEFORE + ADDED, "its tokens come along"
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model.resize_token_embeddings(expected.shape[-1])
     with torch.no_grad():

@@ -246,6 +246,18 @@ def test_a_plan_for_another_model_is_refused_with_near_names(
         run(settings_for(gpt2, tmp_path / "out", plan=plan))
 
 
+def test_a_plan_of_no_parameters_is_refused_as_that(
+    llama: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_file(llama, tmp_path / "plan.json", {DOWN: 4})
+    content = json.loads(Path(plan).read_text())
+    content["rank_pattern"] = dict.fromkeys(content["rank_pattern"], 0)
+    del content["alpha_pattern"]
+    Path(plan).write_text(json.dumps(content))
+    assert main(["extract", *map(str, llama), "--plan", plan, "-o", str(tmp_path / "out")]) == 2
+    assert "plan.json gives every site rank 0" in capsys.readouterr().err
+
+
 def test_site_filters_narrow_a_plan_and_say_so(
     llama: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -292,6 +292,22 @@ def test_a_wrong_merge_is_found_and_leaves_nothing(
     assert main(["merge", str(adapter), "-o", str(tmp_path / "out"), "--no_verify"]) == 0
 
 
+def test_an_index_that_transformers_does_not_load_is_named(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without `metadata` it ends in a KeyError, after the merge is planned."""
+    model = load_model(str(base), torch.float32)
+    model.save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    index = tmp_path / "base" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({"weight_map": content["weight_map"]}))
+    words = ["merge", str(adapter), "--base_model", str(tmp_path / "base"), "-o", str(tmp_path / "out")]
+    assert main(words) == 3
+    assert f'{index}: has no "metadata"' in capsys.readouterr().err
+    index.write_text(json.dumps({"metadata": {}, "weight_map": content["weight_map"]}))
+    assert main(words) == 0
+
+
 def test_an_effect_smaller_than_the_rounding_is_not_written(base: Path, tmp_path: Path) -> None:
     faint = adapter_on(base, tmp_path / "faint", std=0.002)
     with pytest.raises(VerificationError, match="would be lost"):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from planted import planted
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
 
 from rankwise import cli
@@ -151,7 +151,7 @@ def test_everything_that_is_documented_is_written(
     )
     shown = capsys.readouterr().out
     assert "Verdict" in shown
-    assert "rankwise train --lora-config" in shown
+    assert "rankwise train --lora_config" in shown
     manifest = json.loads((tmp_path / "manifest.json").read_text())["stages"]["ranks"]
     assert set(manifest["inputs"]) == {"base", "tuned", "gain"}
     assert (tmp_path / "resolved_config.json").is_file()
@@ -368,7 +368,7 @@ def test_an_adapter_of_gpt2_has_gpt2_s_sites(
     smaller = ["--adapter", adapter_of(shared_data, "gpt2-cls_r8"), "--model-name", model]
     assert "(2304, 768) and (3072, 1024)" in refused(capsys, tmp_path / "other", 3, *smaller)
     llama = str(shared_data / "model_configs" / "TinyLlama-1.1B-Chat-v1.0")
-    assert "have no site in common" in refused(
+    assert "24 of the adapter's 24 sites are not in the model" in refused(
         capsys, tmp_path / "other", 3, "--adapter", adapter, "--model-name", llama
     )
 
@@ -402,6 +402,32 @@ def test_a_real_pair_of_detectors(shared_data: Path, tmp_path: Path, capsys: pyt
     shown = capsys.readouterr().out
     assert "tensors do not match and were left out" in shown
     assert "`train` refuses the plan" in shown
+
+
+def test_a_plan_of_no_parameters_is_not_written(
+    base: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--budget", "1", "--min_rank", "0")
+    assert "--budget 1 gives every site rank 0" in refused(capsys, tmp_path, 2, str(base), str(tuned), *words)
+    assert "gives every site rank 0" in refused(capsys, tmp_path, 2, str(base), str(base), "--min_rank", "0")
+    assert not (tmp_path / "configs").exists()
+
+
+def test_an_adapters_site_that_the_model_lacks_is_named(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Most sites fit; the others would be measured as if they did."""
+    config = {"r": 2, "lora_alpha": 4, "peft_type": "LORA", "target_modules": ["up_proj"]}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    paths = ("model.layers.0.mlp.up_proj", "model.layers.7.mlp.up_proj")
+    pairs = {f"base_model.model.{path}.lora_A.weight": torch.ones(2, 32) for path in paths}
+    pairs |= {f"base_model.model.{path}.lora_B.weight": torch.ones(48, 2) for path in paths}
+    save_file(pairs, tmp_path / "adapter" / "adapter_model.safetensors")
+    words = ("--adapter", str(tmp_path / "adapter"), "--model_name", str(base))
+    said = refused(capsys, tmp_path, 3, *words)
+    assert "1 of the adapter's 2 sites are not in the model (model.layers.7.mlp.up_proj" in said
+    assert "nearest: model.layers." in said
 
 
 def test_nan_in_a_checkpoint_names_the_tensor(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from typing import Any
 
@@ -76,7 +77,7 @@ def summaries(draw: st.DrawFn) -> RanksSummary:
         gain_shuffles=draw(st.lists(st.floats(-2, 2), max_size=9).map(tuple)),
         gain_margin=draw(st.none() | st.tuples(st.floats(-1, 1), st.floats(-1, 1))),
         gain_note=draw(st.just("") | lines),
-        next_commands=draw(few),
+        next_commands=draw(st.lists(st.lists(words, min_size=1, max_size=30).map(shlex.join), max_size=6).map(tuple)),
         files=draw(few),
         warnings=draw(few),
     )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rankwise.core.site import Site, pattern
+from rankwise.errors import UsageError
 
 FORMAT = "rankwise-rank-plan/1"
 
@@ -88,6 +89,11 @@ class RankPlan:
     def ranks(self) -> dict[str, int]:
         """Path → rank, of the sites that train (rank 0 leaves a site out)."""
         return {row.site.path: row.rank for row in self.sites if row.rank > 0}
+
+    def require_ranks(self, where: str = "the rank plan") -> None:
+        """UsageError for a plan of no parameters."""
+        if not self.ranks:
+            raise UsageError(f"{where} gives every site rank 0: nothing would train")
 
     @property
     def parameters(self) -> int:

@@ -21,7 +21,8 @@ from transformers import (
 from rankwise.errors import DataError, UsageError, need
 from rankwise.nets.isaac import IsaacForConditionalGeneration
 from rankwise.nets.towers import outside_language
-from rankwise.store.checkpoint import resolve
+from rankwise.store.checkpoint import INDEX, NAMES, resolve
+from rankwise.store.files import read_object
 
 COMMIT_LENGTH = 40
 OURS = {"IsaacForConditionalGeneration": IsaacForConditionalGeneration}
@@ -129,6 +130,7 @@ def load_model(
         skeleton = meta_model(name, revision, trust_remote_code)
         extra["quantization_config"] = quantization_config(quantization, skeleton)
     folder = resolve(name, revision, code=trust_remote_code)
+    check_index(folder)
     try:
         model, info = model_class(config).from_pretrained(
             folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code, **extra
@@ -139,6 +141,13 @@ def load_model(
         shown = ", ".join(sorted(info["missing_keys"])[:5])
         raise DataError(f"{folder}: the files lack {len(info['missing_keys'])} weights of the model: {shown} …")
     return model
+
+
+def check_index(folder: Path) -> None:
+    """DataError for an index of shards that transformers does not take, before it loads anything."""
+    used = next((folder / name for name in NAMES if (folder / name).is_file()), None)
+    if used is not None and used.name.endswith(INDEX) and not isinstance(read_object(used).get("metadata"), dict):
+        raise DataError(f'{used}: has no "metadata", without which transformers loads no shards; add "metadata": {{}}')
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:

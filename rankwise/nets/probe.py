@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,10 @@ def adapter_source(
     path: str, model_name: str | None, filter_: SiteFilter, notes: list[str], scale: float | None = None
 ) -> AdapterDeltas:
     adapter = read_adapter(Path(path), scale)
-    known = model_sites(meta_model(model_name)) if model_name else {}
-    check_base(adapter, known, f"{path} and {model_name}")
+    model = meta_model(model_name) if model_name else None
+    known = model_sites(model) if model else {}
+    if model:
+        check_base(adapter, known, [name for name, _ in model.named_modules()], f"{path} and {model_name}")
     whole = adapter.config.get("modules_to_save")
     if whole:
         notes.append(
@@ -95,15 +97,17 @@ def adapter_source(
     return AdapterDeltas(adapter, filter_.apply(sites), str(path))
 
 
-def check_base(adapter: LoraAdapter, known: Mapping[str, Site], where: str) -> None:
-    """DataError where the adapter was made for another model: other shapes, or not one site in common."""
-    common = [path for path in adapter.pairs if path in known]
-    if known and not common:
-        first = next(iter(adapter.pairs))
-        near = ", ".join(nearest(first, known)) or "none that look alike"
-        raise DataError(f"{where} have no site in common: the adapter's {first} …, the model's nearest: {near}")
-    for path in common:
-        if adapter.pairs[path].shape != known[path].shape:
+def check_base(adapter: LoraAdapter, known: Mapping[str, Site], modules: Collection[str], where: str) -> None:
+    """DataError where the adapter was made for another model: a site that the model lacks, or of another shape."""
+    absent = [path for path in adapter.pairs if path not in modules]
+    if absent:
+        near = ", ".join(nearest(absent[0], modules)) or "none that look alike"
+        raise DataError(
+            f"{where}: {len(absent)} of the adapter's {len(adapter.pairs)} sites are not in the model ({absent[0]} …; "
+            f"nearest: {near})"
+        )
+    for path in adapter.pairs:
+        if path in known and adapter.pairs[path].shape != known[path].shape:
             raise DataError(f"{where} differ: {path} is {adapter.pairs[path].shape} and {known[path].shape}")
 
 

@@ -126,5 +126,4 @@ def check_plan(plan: RankPlan, towers: Sequence[str] = LANGUAGE) -> None:
             f"the rank plan adapts {len(frozen)} sites outside the {', '.join(towers)} tower ({frozen[0]} …), and "
             "those stay frozen; make a plan with --towers " + ",".join(towers)
         )
-    if not plan.ranks:
-        raise UsageError("the rank plan gives every site rank 0: nothing would train")
+    plan.require_ranks()

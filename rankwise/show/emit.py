@@ -175,7 +175,6 @@ def emit(plan: RankPlan, trainer: str, experts: bool = False) -> tuple[str, str]
     """
     if trainer not in TRAINERS:
         raise UsageError(f"--emit {trainer}: known trainers are {', '.join(TRAINERS)}")
-    if not plan.ranks:
-        raise UsageError(f"--emit {trainer}: the plan gives every site rank 0: nothing would train")
+    plan.require_ranks(f"--emit {trainer}: the plan")
     fields, written, suffix = TRAINERS[trainer]
     return written(fields(plan, experts)), suffix

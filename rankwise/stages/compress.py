@@ -5,6 +5,7 @@ rankwise compress saved_models/high_rank --energy 0.95 -o smaller/
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from rankwise.core.spectrum import Spectrum
 from rankwise.data.contracts import carry
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.depth_settings import read_depth, write_depth
+from rankwise.ship.merging.beside import own_files
 from rankwise.show.format import command_line
 from rankwise.stages.card_sources import trained_rows
 from rankwise.stages.fidelity import Fidelity, SiteFidelity
@@ -55,10 +57,11 @@ def run(config: CompressConfig) -> Fidelity:
         write_adapter(folder.path, smaller)
         source = adapter_files(Path(str(config.adapter)))[0].parent
         record.outputs |= {name: folder / name for name in (ADAPTER_NAMES[0], CONFIG_NAME)} | carry(source, folder.path)
+        record.outputs |= {file.name: Path(shutil.copyfile(file, folder / file.name)) for file in own_files(source)}
         if depth := read_depth(source):
             record.outputs["depth"] = write_depth(folder.path, depth)
         record.outputs["fidelity"] = fidelity.write(folder.path)
-        record.facts["energy_kept"] = fidelity.energy_kept
+        record.facts |= fidelity.beside((), list(smaller.extra)).facts()
         folder.save_config(config)
     report(config, fidelity, smaller)
     return fidelity

@@ -102,6 +102,7 @@ def planned(config: ExtractConfig, source: DeltaSource, notes: list[str]) -> Ran
     if config.rank is not None:
         return RankPlan(tuple(clamped(site, config.rank, {}) for site in source.sites.values()))
     plan = read_plan(Path(config.plan or ""), source.sites)
+    plan.require_ranks(str(config.plan))
     kept = site_filter(config.sites).apply({row.site.path: row.site for row in plan.sites})
     left_out = [row.site.path for row in plan.sites if row.site.path not in kept]
     if left_out:

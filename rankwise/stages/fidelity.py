@@ -71,7 +71,8 @@ class Fidelity:
 
     def facts(self) -> dict[str, Any]:
         """For the manifest."""
-        outside = {"tensors": len(self.left_out), "share_of_change": self.energy_outside}
+        dropped = sum(not row.rank and row.energy_total > 0 for row in self.rows)
+        outside = {"sites": dropped, "tensors": len(self.left_out), "share_of_change": self.energy_outside}
         named = {"largest": [row.name for row in by_energy(self.left_out)[:20]]} if self.left_out else {}
         return {"energy_kept": self.energy_kept, "left_out": outside | named, "carried_whole": len(self.whole)}
 

@@ -13,6 +13,7 @@ from rankwise.config import MergeConfig
 from rankwise.errors import DataError, UsageError
 from rankwise.ship.merging.merge import MergePlan, Written, plan_merge, require_space, write_merged
 from rankwise.ship.merging.shards import shard_bytes
+from rankwise.ship.merging.tokens import TOKENIZER_FILE
 from rankwise.ship.merging.verify import (
     Agreement,
     Reference,
@@ -132,6 +133,8 @@ def report(config: MergeConfig, plan: MergePlan, base: str, written: Written, ag
         print(f"note: the adapter records the base {recorded}; merged into {base}, whose names and shapes fit")
     if plan.untied:
         print(f"note: {' and '.join(sorted(plan.untied))} were one weight and are two now (tie_word_embeddings false)")
+    for note in token_notes(plan):
+        print(f"note: {note}")
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in plan.dtypes)
     print(
         f"merged {plural(len(plan.touched), 'weight')} of {config.adapter} into {base} ({dtypes}, {memory(plan.bytes)})"
@@ -142,6 +145,22 @@ def report(config: MergeConfig, plan: MergePlan, base: str, written: Written, ag
     print(f"checkpoint in {config.output_dir}")
     rows = trained_rows(Path(config.output_dir))
     print(f"next: {command_line('evaluate' if rows else 'export', config.output_dir, **rows)}")
+
+
+def token_notes(plan: MergePlan) -> list[str]:
+    """What the adapter's own tokens change."""
+    before, after = plan.rows
+    notes = (
+        [f"the embeddings have {after:,} rows, as the adapter's, and the base's {before:,}"] if before != after else []
+    )
+    if before < after and not (plan.adapter / TOKENIZER_FILE).is_file():
+        notes.append(
+            "the adapter's folder has no tokenizer: the merged model's is the base's, without the added tokens"
+        )
+    if plan.special:
+        tokens = ", ".join(f"{name} {token}" for name, token in plan.special.items())
+        notes.append(f"special tokens as in the adapter's tokenizer: {tokens}")
+    return notes
 
 
 def verdict(agreement: Agreement | None, on: str) -> str:

@@ -65,6 +65,7 @@ def run(config: RanksConfig) -> RankPlan | None:
         running = running_model(config, probe) if decision_settings(config).runs_the_model else None
         decision = decide(decision_settings(config), probe.spectra, probe.source.read, running)
         plan = described(config, decision.plan, probe)
+        plan.require_ranks(f"--budget {config.spectrum.budget}" if config.spectrum.budget else probe.source.description)
         evidence = Evidence(
             gain=measure_gain(config, plan, probe) if config.gain else None,
             repeats=repeats_of(config, probe, others),

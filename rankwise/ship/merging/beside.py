@@ -92,6 +92,12 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.iterdir()) if is_beside(file) and file.name.startswith(TOKENIZER)]
 
 
+def own_files(adapter: Path) -> list[Path]:
+    """What an adapter has of its own of the files that show it text and pictures: tokenizer and processor."""
+    processors = [adapter / name for name in PROCESSOR if (adapter / name).is_file()]
+    return tokenizer_files(adapter) + processors
+
+
 def follow_device(folder: Path, files: dict[str, Copied], target: DeviceTarget) -> Iterator[tuple[str, Copied]]:
     """What the device scales an image's longest side to, in the saved processor: the image encoder's converter reads it
     there. Yields the changed files."""
