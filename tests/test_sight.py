@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from rankwise.data import BadImage, Collator, Example, ImageReader, Renderer, Sight, Turn
+from rankwise.data.comparison import Oracle
 from rankwise.data.render import IGNORED, Overlong
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.load import load_model, load_processor
@@ -125,6 +126,15 @@ def test_prompts_are_what_the_familys_own_processor_makes(renderer: Renderer, na
     expected = list(own["input_ids"][0])
     assert prompt.input_ids in (expected, [begin, *expected])
     assert prompt.images == example.images
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_one_call_of_the_processor_makes_the_same_ids_and_pixels(renderer: Renderer, name: str) -> None:
+    example, oracle = CONVERSATIONS[name], Oracle(renderer)
+    sample = (example, renderer.training(example), renderer.prompt_ids(example))
+    assert list(oracle.differences([sample])) == []
+    if example.images:
+        assert oracle.difference_seen(*sample) is None
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
