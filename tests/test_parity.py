@@ -35,6 +35,7 @@ from rankwise.ship.parity.floor import LEAST_KL, Floor, Thresholds, chance, meas
 from rankwise.ship.parity.ladder import NAMES, Ladder, climb
 from rankwise.ship.parity.lower_precision import q8_0, rounding
 from rankwise.ship.parity.reference import HFReference
+from rankwise.ship.parity.skia_pixels import unavailable
 from rankwise.ship.parity.verdict import verdict
 
 # --- how far apart two distributions are -----------------------------------------------------------------------------
@@ -165,6 +166,7 @@ def test_a_runtime_that_is_the_same_holds_every_rung(scene: Scene, limits: Thres
     status = {rung.name: rung.status for rung in ladder.rungs}
     assert tuple(status) == NAMES
     assert status.pop("embeddings") == "not measured"
+    assert status.pop("pixels") == ("not measured" if unavailable() else "ok")
     assert set(status.values()) == {"ok"}, ladder.first_broken
     kinds = set(ladder["logprobs"].measured["by_kind"])
     assert kinds == {"wide RGB", "tall RGB", "tall RGB turned", "square L", BLIND}

@@ -14,6 +14,7 @@ from rankwise.ship.gguf.export import read_export
 from rankwise.ship.llama.runtime import LlamaServer
 from rankwise.ship.parity.floor import Floor, measure_floor
 from rankwise.ship.parity.ladder import Ladder, climb
+from rankwise.ship.parity.skia_pixels import unavailable
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("xllamacpp")
@@ -64,7 +65,7 @@ def named(ladder: Ladder) -> str | None:
 def test_sound_files_hold_every_rung(scene: Scene, floor: Floor, form: str) -> None:
     ladder = ladder_of(scene, floor, *files(scene.folder, form), form)
     assert ladder.holds, ladder.first_broken
-    assert [rung.status for rung in ladder.rungs].count("ok") == 5
+    assert [rung.status for rung in ladder.rungs].count("ok") == (4 if unavailable() else 5)
     assert ladder["logprobs"].measured["kl_mean"] > 0
     assert ladder["logprobs"].measured["positions"] >= 6 * 4  # the given answers at least
 
