@@ -12,21 +12,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from rankwise.core.rounding import Digits, rounded
 from rankwise.core.spectrum import Spectrum, Undecided
 
 BLOCK = 1 << 18  # entries converted at a time: stays in the cache, and bounds the memory beside the delta itself
 PERMUTED = 1 << 20  # entries up to which the null is measured rather than predicted
-SAMPLE = 1 << 18  # entries that the rounding estimate looks at: its relative error is far below 1 %
 OVERSAMPLE = 10  # Halko et al. recommend 5 to 10
 SMALL_SIDE = 4  # a matrix whose short side is within 4× the sketch's width is faster to do exactly
-# Block power iteration nears ‖R‖₂ from below: at most 15 % short on white noise up to 3584², which is the worst case.
-SAFETY = 1.25
+PROBES, STEPS = (
+    16,
+    4,
+)  # of the bound of what a sketch leaves out: vectors, and powers of RRᵀ that they span (with the 0th)
+FAILURE = 1e-6  # half the probability that this bound is too low, for any spectrum
+UNDECIDED = "exact, undecided by the sketch"
 ROUNDING = 2e-6  # of E(k) by a sketch in float32: up to 3e-7 was seen on flat, polynomial and low-rank spectra
-SIGNIFICAND = {torch.bfloat16: 8, torch.float16: 11}
 
 Question = Callable[[Spectrum], object]
 
@@ -35,8 +39,9 @@ Question = Callable[[Spectrum], object]
 class Delta:
     """Tuned − base of one matrix, float32 (m, n), with its exact energies and what 16-bit rounding did.
 
-    `unchanged` is the share of entries that are equal in both; `rounding_energy` the expected ‖·‖²_F of one
-    rounding of the tuned weights to `stored_as` (0 for float32): Σ ulp²/12.
+    `unchanged` is the share of entries that are equal in both; `stored_as` the format that the tuned values went
+    through, None where nothing tells; `rounding_energy` the expected ‖·‖²_F of that rounding (0 for float32), and
+    `base_rounding` what the base's own adds if it is a rounded copy, too (see `core.rounding`).
     """
 
     matrix: Tensor
@@ -44,7 +49,8 @@ class Delta:
     base_energy: float
     unchanged: float
     rounding_energy: float
-    stored_as: str
+    stored_as: str | None
+    base_rounding: float = 0.0
 
     @property
     def relative_change(self) -> float:
@@ -55,10 +61,13 @@ class Delta:
 
     @property
     def noise_share(self) -> float:
-        """Expected share of the delta's energy that is rounding noise, at most 1."""
-        if self.energy == 0:
-            return 0.0
-        return min(1.0, self.rounding_energy / self.energy)
+        """Expected share of the delta's energy that is rounding of the tuned weights, at most 1."""
+        return min(1.0, self.rounding_energy / self.energy) if self.energy else 0.0
+
+    @property
+    def noise_share_both(self) -> float:
+        """The same if the base is a rounded copy as well, at most 1."""
+        return min(1.0, (self.rounding_energy + self.base_rounding) / self.energy) if self.energy else 0.0
 
 
 def row_blocks(matrix: Tensor, entries: int = BLOCK) -> Iterator[slice]:
@@ -86,20 +95,26 @@ def subtract(base: Tensor, tuned: Tensor) -> Delta:
     """
     matrix = torch.empty(base.shape, dtype=torch.float32, device=base.device)
     changed, energy, base_energy = 0, 0.0, 0.0
+    base_digits, tuned_digits = Digits(base.dtype), Digits(tuned.dtype)
     for rows in row_blocks(matrix):
-        before, block = base[rows].float(), matrix[rows]
-        torch.sub(tuned[rows].float(), before, out=block)
+        before, after, block = base[rows].float(), tuned[rows].float(), matrix[rows]
+        torch.sub(after, before, out=block)
+        base_digits.see(before, block)
+        tuned_digits.see(after, block)
         energy += block_energy(block)  # here, while the block is in the cache
         base_energy += float(torch.linalg.vector_norm(before)) ** 2
         changed += int(torch.count_nonzero(block))
-    dtype = effective_dtype(tuned)  # a 16-bit base is where the run started, exactly: only the result was rounded
+    stored_as, noise = rounded(tuned, tuned_digits.format)
+    # float32 weights have trained from these very values; a rounded result may have come from others
+    base_noise = rounded(base, base_digits.format)[1] if noise else 0.0
     return Delta(
         matrix=matrix,
         energy=energy,
         base_energy=base_energy,
         unchanged=1 - changed / max(1, matrix.numel()),
-        rounding_energy=rounding_energy(tuned, dtype),
-        stored_as=str(dtype).removeprefix("torch."),
+        rounding_energy=noise,
+        stored_as=stored_as,
+        base_rounding=base_noise,
     )
 
 
@@ -120,38 +135,10 @@ def energy_between(before: Tensor, after: Tensor) -> float:
 
 
 def from_difference(matrix: Tensor, base_energy: float = 0.0) -> Delta:
-    """A delta that was saved as such, in float32: nothing was rounded away."""
-    matrix = matrix.float()
+    """A delta that was saved as such: nothing was rounded away (in 16 bits, 3e-6 of its energy)."""
+    stored_as, matrix = str(matrix.dtype).removeprefix("torch."), matrix.float()
     unchanged = 1 - int(torch.count_nonzero(matrix)) / max(1, matrix.numel())
-    return Delta(matrix, energy_of(matrix), base_energy, unchanged, 0.0, "float32")
-
-
-def sample_rows(matrix: Tensor) -> Tensor:
-    """Evenly spaced rows, SAMPLE entries in all, as float32."""
-    wanted = max(1, SAMPLE // max(1, matrix.shape[1]))
-    step = max(1, matrix.shape[0] // wanted)
-    return matrix[::step].float()
-
-
-def effective_dtype(matrix: Tensor) -> torch.dtype:
-    """The type that the values went through: float32 files often hold weights trained in 16 bits."""
-    if matrix.dtype != torch.float32:
-        return matrix.dtype
-    sample = sample_rows(matrix)
-    for dtype in SIGNIFICAND:
-        if torch.equal(sample.to(dtype).float(), sample):
-            return dtype
-    return torch.float32
-
-
-def rounding_energy(matrix: Tensor, dtype: torch.dtype) -> float:
-    """Expected squared norm of rounding these values to `dtype`: Σ ulp²/12, from a sample of the rows."""
-    if dtype not in SIGNIFICAND:
-        return 0.0
-    sample = sample_rows(matrix)
-    exponent = torch.frexp(sample[sample != 0]).exponent.double()
-    ulp = torch.exp2(exponent - SIGNIFICAND[dtype])
-    return float(ulp.square().sum()) / 12 * matrix.numel() / max(1, sample.numel())
+    return Delta(matrix, energy_of(matrix), base_energy, unchanged, 0.0, stored_as)
 
 
 def measure(
@@ -175,14 +162,14 @@ def measure(
     if exact or min(matrix.shape) <= SMALL_SIDE * (up_to + OVERSAMPLE):
         return exact_spectrum(matrix, delta.energy)
     sketched = sketch(matrix, delta.energy, up_to, generator)
-    for spectrum in (sketched.spectrum, sketched.refined):
+    for spectrum in (sketched.coarse, sketched.spectrum, sketched.refined):
         try:
             answered = spectrum()
             question(answered)
         except Undecided:
             continue
         return answered
-    return exact_spectrum(matrix, delta.energy, method="exact, undecided by the sketch")
+    return exact_spectrum(matrix, delta.energy, method=UNDECIDED)
 
 
 def exact_spectrum(matrix: Tensor, energy: float, method: str = "exact") -> Spectrum:
@@ -198,20 +185,33 @@ def exact_spectrum(matrix: Tensor, energy: float, method: str = "exact") -> Spec
 
 @dataclass(frozen=True)
 class Sketch:
-    """A randomized basis Q (m, q) of the short side of a wide matrix (m ≤ n), with QᵀΔ (q, n) and ‖Δ − QQᵀΔ‖₂."""
+    """A randomized basis Q (m, q) of the short side of a wide matrix (m ≤ n), with QᵀΔ (q, n).
+
+    `left_over` is ‖Δ − QQᵀΔ‖_F, which costs nothing; a bound of the spectral norm takes a few multiplications, and a
+    third one takes one more by the whole basis.
+    """
 
     wide: Tensor
     basis: Tensor
     projected: Tensor
     values: Tensor
-    residual: float
+    left_over: float
     energy: float
     shape: tuple[int, int]
     up_to: int
+    generator: torch.Generator | None = None
+
+    @cached_property
+    def residual(self) -> float:
+        """Upper bound of ‖Δ − QQᵀΔ‖₂."""
+        return min(self.left_over, residual_norm(self.wide, self.basis, self.projected, self.generator))
+
+    def coarse(self) -> Spectrum:
+        values = self.values[: self.up_to].cpu()
+        return Spectrum(values, self.energy, self.shape, residual=self.left_over, method="sketch", rounding=ROUNDING)
 
     def spectrum(self) -> Spectrum:
-        values = self.values[: self.up_to].cpu()
-        return Spectrum(values, self.energy, self.shape, residual=self.residual, method="sketch", rounding=ROUNDING)
+        return replace(self.coarse(), residual=self.residual)
 
     def refined(self) -> Spectrum:
         """The same values with a closer bound, for one more multiplication by Δ.
@@ -235,9 +235,8 @@ def sketch(matrix: Tensor, energy: float, up_to: int, generator: torch.Generator
     projected = basis.T @ wide
     values = gram_values(projected)
     left_over = math.sqrt(max(0.0, energy - float(values.square().sum())) + ROUNDING * energy)
-    residual = min(left_over, residual_norm(wide, basis, projected, generator))
     shape = (matrix.shape[0], matrix.shape[1])
-    return Sketch(wide, basis, projected, values, residual, energy, shape, up_to)
+    return Sketch(wide, basis, projected, values, left_over, energy, shape, up_to, generator)
 
 
 def range_basis(wide: Tensor, width: int, power_iterations: int, generator: torch.Generator | None) -> Tensor:
@@ -263,21 +262,38 @@ def gram_values(wide: Tensor) -> Tensor:
     return values.flip(0).clamp(min=0).sqrt()
 
 
-def residual_norm(
-    wide: Tensor,
-    basis: Tensor,
-    projected: Tensor,
-    generator: torch.Generator | None,
-    width: int = 16,
-    steps: int = 2,
-) -> float:
-    """Upper estimate of ‖Δ − QQᵀΔ‖₂ by block power iteration with a safety factor; never forms the residual."""
-    probe = torch.randn(wide.shape[1], width, generator=generator, dtype=wide.dtype, device=wide.device)
-    for _ in range(steps):
-        image = wide @ probe - basis @ (projected @ probe)
-        left: Tensor = torch.linalg.qr(image).Q
-        probe = wide.T @ left - projected.T @ (basis.T @ left)
-    return SAFETY * float(gram_values(probe.T)[0])
+def residual_norm(wide: Tensor, basis: Tensor, projected: Tensor, generator: torch.Generator | None) -> float:
+    """Upper bound of ‖R‖₂, R = Δ − QQᵀΔ, which is never formed: the largest Ritz value of RRᵀ in the block Krylov space
+    of random vectors (it nears ‖R‖₂² from below), times what it can be short of, see `safety`."""
+    probe = torch.randn(wide.shape[0], PROBES, generator=generator, dtype=wide.dtype, device=wide.device)
+    blocks: list[Tensor] = []
+    images: list[Tensor] = []
+    for step in range(STEPS):
+        for _ in range(2):  # once leaves float32's rounding of the first pass
+            for known in (basis, *blocks):
+                probe = probe - known @ (known.T @ probe)
+        blocks.append(torch.linalg.qr(probe).Q)
+        images.append(wide.T @ blocks[-1] - projected.T @ (basis.T @ blocks[-1]))
+        if step + 1 < STEPS:
+            probe = wide @ images[-1] - basis @ (projected @ images[-1])
+    return safety(wide.shape[0]) * float(gram_values(torch.cat(images, 1).T)[0])
+
+
+def safety(m: int) -> float:
+    """‖R‖₂ ÷ the square root of that Ritz value is at most this, but for a probability of 2·FAILURE, whatever R (m, n).
+
+    Let ω (m, b) be the b Gaussian vectors in the basis of R's left singular vectors, ω₁ the row of the largest.
+    Combined with the weights ω₁ they give one vector with components |ω₁|² ~ χ²_b there and independent N(0, 1)
+    elsewhere, times |ω₁|. For a polynomial q of degree k − 1, its image under q(RRᵀ) lies in the Krylov space; with
+    the Chebyshev polynomial q(λ) = T_{2k−1}(s)/s, λ = (1 − ε)(1 − s²)λ₁, the Ritz value is below (1 − ε)λ₁ only where
+    χ²_b / χ²_{m−1} < 1 / sinh²((2k − 1)·artanh √ε): the argument of Kuczyński and Woźniakowski (1992, "Estimating the
+    largest eigenvalue by the power and Lanczos algorithms with a random start") for a block. The tails: P(χ²_b < x) ≤
+    (x/2)^{b/2}/Γ(b/2 + 1), and P(χ²_m > m + 2√(mt) + 2t) ≤ e^{−t} (Laurent and Massart 2000).
+    """
+    t = -math.log(FAILURE)
+    least = 2 * (FAILURE * math.gamma(PROBES / 2 + 1)) ** (2 / PROBES)
+    most = m + 2 * math.sqrt(m * t) + 2 * t
+    return math.cosh(math.asinh(math.sqrt(most / least)) / (2 * STEPS - 1))
 
 
 def null_edge(delta: Delta, generator: torch.Generator | None = None) -> float:

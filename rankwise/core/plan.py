@@ -24,7 +24,9 @@ class PlannedSite:
     """One site's rank and why it is that.
 
     `r_raw`: what the energy rule asked for before bounds, smoothing and rounding (None for plans that no
-    spectrum decided); `energy_retained`: share of the delta's energy that the final rank keeps.
+    spectrum decided); `energy_retained`: share of the delta's energy that the final rank keeps (what is certain of it,
+    where the spectrum is a sketch); `rank_if_base_rounded`: the rank if the base is a rounded copy of other weights,
+    where that matters.
     """
 
     site: Site
@@ -37,6 +39,7 @@ class PlannedSite:
     saturated: bool = False
     clipped: str | None = None
     method: str = "given"
+    rank_if_base_rounded: int | None = None
 
     @property
     def parameters(self) -> int:
@@ -64,6 +67,7 @@ class PlannedSite:
             "saturated": self.saturated,
             "clipped": self.clipped,
             "method": self.method,
+            "rank_if_base_rounded": self.rank_if_base_rounded,
             "compression_ratio": self.compression_ratio,
         }
 
@@ -79,6 +83,11 @@ class RankPlan:
     description: str = ""
     timestamp: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def doubt(self) -> str:
+        """Why these ranks are not to be trusted; empty where nothing speaks against them."""
+        return str(self.metadata.get("doubt", ""))
 
     @property
     def adapted(self) -> dict[str, Site]:

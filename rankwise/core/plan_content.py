@@ -154,4 +154,5 @@ def clamped(site: Site, rank: int, row: Mapping[str, Any]) -> PlannedSite:
         saturated=bool(row.get("saturated", False)),
         clipped=row.get("clipped") if fits == rank else f"{rank} is above min(m, n) = {site.full_rank}",
         method=row.get("method", "given"),
+        rank_if_base_rounded=row.get("rank_if_base_rounded"),
     )

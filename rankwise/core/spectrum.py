@@ -65,10 +65,18 @@ class Spectrum:
         """Certified upper bound of E(k) for k = 1 … len(self)."""
         if self.is_zero:
             return torch.ones_like(self.values)
+        return (self.cumulative() + self.missed() / self.energy_total).clamp(max=1.0)
+
+    def missed(self) -> Tensor:
+        """Certified upper bound of Σ_{i≤k} (σᵢ² − σ̂ᵢ²) for k = 1 … len(self): no more than all that is left."""
         missed = torch.arange(1, len(self) + 1, dtype=torch.float64) * self.residual**2
-        if self.excess is not None:
-            missed = torch.minimum(missed, self.excess)
-        return (self.cumulative() + missed / self.energy_total).clamp(max=1.0)
+        left = self.energy_total * (1 + self.rounding) - float(self.values.square().sum())
+        missed = missed.clamp(max=max(0.0, left))
+        return missed if self.excess is None else torch.minimum(missed, self.excess)
+
+    def missed_each(self) -> Tensor:
+        """Certified upper bound of σᵢ² − σ̂ᵢ² (never negative) for i = 1 … len(self)."""
+        return self.missed().clamp(max=self.residual**2)
 
     def energy(self, k: int) -> Interval:
         """Bounds of E(k). Beyond the computed values only a complete spectrum answers."""
@@ -79,6 +87,11 @@ class Spectrum:
         index = min(k, len(self)) - 1
         low, high = float(self.cumulative()[index]), float(self.upper()[index])
         return Interval(max(0.0, low - self.rounding), min(1.0, high + self.rounding))
+
+    def require_refined(self) -> None:
+        """Undecided where a closer bound can be had for one more multiplication: for who compares whole curves."""
+        if not self.complete and self.excess is None:
+            raise Undecided("only the coarse bound was computed")
 
     def rank_bounds(self, threshold: float) -> tuple[int, int]:
         """Certified least and greatest value of r = min{k: E(k) ≥ threshold}.
@@ -132,9 +145,9 @@ class Spectrum:
 
     @property
     def entropy_rank(self) -> float | None:
-        """exp of the entropy of σ²/Σσ² (Roy and Vetterli's effective rank); None where values are missing."""
+        """exp of the entropy of σ²/Σσ² (Roy and Vetterli's effective rank); None where values are missing or bounds."""
         total = self.values.square().sum()
-        if not self.complete or total == 0.0:
+        if not self.complete or self.residual or total == 0.0:
             return 0.0 if self.is_zero else None
         share = self.values.square() / total
         share = share[share > 0]
@@ -144,26 +157,31 @@ class Spectrum:
         """The spectrum after removing white noise of known total energy (in the units of ‖Δ‖²_F).
 
         Each value is shrunk as is optimal for the Frobenius norm under white noise of level σ = √(energy/mn)
-        (Gavish and Donoho 2017, "Optimal shrinkage of singular values"), and the energy loses the noise's.
+        (Gavish and Donoho 2017, "Optimal shrinkage of singular values"), and the energy loses the noise's. Bounds stay
+        bounds: the shrunk square f(x) of x = σᵢ² is convex, grows no faster than x, and f(x)/x grows with x, so that
+        what the values miss of Σσᵢ² bounds what the shrunk ones miss. Where these outweigh the energy that is left (the
+        noise was less than this), they are the total, and what is not known of it goes into `rounding`.
         """
         m, n = max(self.shape), min(self.shape)
-        beta, level = n / m, math.sqrt(energy / self.shape[0] / self.shape[1])
-        if level == 0.0:
+        unit = energy / n  # level²·m
+        if unit == 0.0 or self.is_zero:
             return self
-        y = self.values / (level * math.sqrt(m))
-        inside = ((y.square() - beta - 1).square() - 4 * beta).clamp(min=0).sqrt() / y
-        shrunk = torch.where(y > 1 + math.sqrt(beta), inside, torch.zeros_like(y)) * level * math.sqrt(m)
-        total = max(self.energy_total - energy, float(shrunk.square().sum()))
-        ended = bool(shrunk[-1] == 0)  # the missing values are smaller still, so they are noise as well
+        squares, reach = self.values.square(), self.values.square() + self.missed_each()
+        shrunk, highest = (shrunk_squares(x / unit, n / m) * unit for x in (squares, reach))
+        share = (
+            float(highest[-1] / reach[-1]) if reach[-1] > 0 and not self.complete else 0.0
+        )  # f(x)/x beyond the values
+        beyond = share * max(0.0, self.energy_total - float(squares.sum()))
+        missed = min((1 - share) * float(self.missed()[-1]), float((highest - shrunk).sum()))
+        total = max(self.energy_total - energy, float(shrunk.sum()))
+        most = max(total, float(shrunk.sum()) + beyond + missed)
         return replace(
             self,
-            values=shrunk,
+            values=shrunk.sqrt(),
             energy_total=total,
-            residual=0.0,
-            excess=None,
-            rounding=0.0,
+            rounding=self.rounding * self.energy_total / total + most / total - 1 if total else 0.0,
             method=f"{self.method}, noise removed",
-            complete=self.complete or ended,
+            complete=self.complete or share == 0.0,  # the missing values are smaller still, so they are noise as well
         )
 
     def cut(self, rule: str) -> Spectrum:
@@ -187,3 +205,9 @@ class Spectrum:
         if not len(kept):
             kept = self.values[:1]
         return replace(self, values=kept, energy_total=float(kept.square().sum()), method=f"{self.method}, {rule}")
+
+
+def shrunk_squares(squares: Tensor, beta: float) -> Tensor:
+    """f(x) = ((x − β − 1)² − 4β)/x above the noise's edge x = (1 + √β)², 0 below; x in units of level²·max(m, n)."""
+    inside = ((squares - beta - 1).square() - 4 * beta) / squares
+    return torch.where(squares > (1 + math.sqrt(beta)) ** 2, inside, torch.zeros_like(squares))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,7 @@ from rankwise.nets.sites import model_sites
 from rankwise.store.adapter import LoraAdapter, read_adapter
 from rankwise.store.checkpoint import resolve
 from rankwise.store.deltas import DELTAS_FILE, DeltaSource, SavedDeltas, open_deltas
-from rankwise.store.spectra import Measured, MeasureSettings, measure_adapter, measure_sites
-
-Question = Callable[[Site, Spectrum], object]
+from rankwise.store.spectra import Measured, MeasureSettings, Question, Unsettled, measure_adapter, measure_sites
 
 
 @dataclass(frozen=True)
@@ -111,10 +109,12 @@ def check_base(adapter: LoraAdapter, known: Mapping[str, Site], modules: Collect
             raise DataError(f"{where} differ: {path} is {adapter.pairs[path].shape} and {known[path].shape}")
 
 
-def measure_source(source: DeltaSource, settings: MeasureSettings, question: Question) -> dict[Site, Measured]:
+def measure_source(
+    source: DeltaSource, settings: MeasureSettings, question: Question, unsettled: Unsettled
+) -> dict[Site, Measured]:
     if isinstance(source, AdapterDeltas):
         return measure_adapter(source.adapter, source.sites)
-    return measure_sites(source, settings, question)
+    return measure_sites(source, settings, question, unsettled)
 
 
 def other_probe(path: str, base: str | None, filter_: SiteFilter, notes: list[str]) -> DeltaSource:

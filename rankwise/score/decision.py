@@ -23,6 +23,7 @@ from rankwise.core.allocate import (
 )
 from rankwise.core.measure import Delta
 from rankwise.core.plan import RankPlan
+from rankwise.core.settled import unsettled
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum
 from rankwise.score.directions import gradient_spectra, input_spectra, loss_gains, output_change_spectra
@@ -77,6 +78,13 @@ def decide(
         return Decision(plan_of(uniform(list(spectra), budget), spectra), budget)
     gains, explained = deciding_gains(settings, spectra, read, running)
     return Decision(plan_of(by_budget(gains, budget, settings.rule), spectra), budget, explained)
+
+
+def unsettled_sites(settings: DecisionSettings, spectra: Mapping[Site, Spectrum]) -> list[Site]:
+    """Sites whose sketches leave open how a budget is best divided by the deltas' own energy."""
+    if settings.budget is None or settings.signal != "delta" or settings.metric != "weight":
+        return []
+    return unsettled(spectra, parse_budget(settings.budget, spectra), settings.rule, settings.normalise)
 
 
 def deciding_spectra(

@@ -15,6 +15,7 @@ from rankwise.core.plan import RankPlan
 from rankwise.core.site import Site
 from rankwise.errors import UsageError
 from rankwise.score.gain import Gain
+from rankwise.score.histories import Histories
 from rankwise.show.curves import plot_gain
 from rankwise.show.emit import emit
 from rankwise.show.plots import plot_decay, plot_energy_heatmap, plot_ranks_heatmap
@@ -27,11 +28,12 @@ SVD_FOLDER = Path("analysis_outputs") / "svd"
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured about the plan beyond its spectra; None where it was not asked for."""
+    """What was measured about the plan beyond its spectra; None where there was nothing to measure."""
 
     gain: Gain | None = None
     repeats: Mapping[str, Any] | None = None
     explained_loss: float | None = None
+    rounding: Histories | None = None
 
 
 def write_raw_data(
@@ -44,6 +46,7 @@ def write_raw_data(
             "original_shape": list(site.shape),
             "r_raw": rows[site.path].r_raw,
             "r_final": rows[site.path].rank,
+            "rank_if_base_rounded": rows[site.path].rank_if_base_rounded,
             "energy_retained": rows[site.path].energy_retained,
             "decay_rate": rows[site.path].as_dict()["decay_rate"],
             "compression_ratio": rows[site.path].compression_ratio,
@@ -51,7 +54,9 @@ def write_raw_data(
             "complete": found.spectrum.complete,
             "residual": found.spectrum.residual,
             "entropy_rank": found.spectrum.entropy_rank,
-            "entropy_rank_missing_because": None if found.spectrum.complete else "needs every value: --exact",
+            "entropy_rank_missing_because": None
+            if found.spectrum.entropy_rank is not None
+            else "needs every value: --exact",
             "stable_rank": found.spectrum.stable_rank,
             "saturated": rows[site.path].saturated,
             "method": found.spectrum.method,

@@ -33,6 +33,7 @@ def summarise(
         seconds=seconds,
         peak_memory=peak_memory().get("peak_resident_bytes", 0),
         noise_share=noise_share(measured) or None,
+        rounding=evidence.rounding.sentence() if evidence.rounding else "",
         exact_sites=sum("undecided" in row.spectrum.method for row in measured.values()),
         threshold=rule.threshold,
         max_rank=rule.max_rank,

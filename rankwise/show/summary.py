@@ -39,6 +39,7 @@ class RanksSummary:
     seconds: float
     peak_memory: int
     noise_share: float | None = None
+    rounding: str = ""
     exact_sites: int = 0
     threshold: float = 0.9
     max_rank: int = 128
@@ -75,7 +76,7 @@ def render(summary: RanksSummary) -> str:
 
 
 def title_lines(summary: RanksSummary) -> list[str]:
-    about = f" · {plural(summary.sites, 'site')} · stored as {' + '.join(summary.stored_as)}"
+    about = f" · {plural(summary.sites, 'site')} · stored as {' + '.join(summary.stored_as) or 'nothing that changed'}"
     facts = [f"{duration(summary.seconds)}, peak memory {memory(summary.peak_memory)}"]
     if summary.noise_share is not None:
         facts.insert(0, f"rounding noise {percent(summary.noise_share)} of the energy")
@@ -87,6 +88,7 @@ def title_lines(summary: RanksSummary) -> list[str]:
 
 def finding_lines(summary: RanksSummary) -> list[str]:
     lines = [
+        *(labelled("Rounding", summary.rounding, most=2) if summary.rounding else []),
         *labelled("Energy", energy_finding(summary), most=3),
         *labelled("Parameters", spending(summary), most=1),
         *labelled("Repeatable", repeatability(summary), most=1),

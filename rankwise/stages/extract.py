@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from rankwise.config import ExtractConfig
 from rankwise.core.factors import Factors, truncate
+from rankwise.core.measure import Delta
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.plan_content import clamped
 from rankwise.core.site import TOWERS
@@ -127,7 +128,7 @@ def extracted(source: DeltaSource, plan: RankPlan, device: str, seed: int) -> tu
             factors = Factors(factors.left.cpu(), factors.right.cpu())
             pairs[site.path] = LoraPair.of(factors, scale_of(plan, row.rank), site.transposed)
             kept = min(1.0, factors.spectrum().energy_total / delta.energy)
-            table.append(SiteFidelity(site, row.rank, delta.energy, kept, note=clip_note(row)))
+            table.append(SiteFidelity(site, row.rank, delta.energy, kept, note=clip_note(row) or rounding_note(delta)))
         else:
             why = "rank 0 in the plan: left out" if delta.energy else "the delta is zero: left out"
             table.append(SiteFidelity(site, 0, delta.energy, float(not delta.energy), note=why))
@@ -145,6 +146,15 @@ def scale_of(plan: RankPlan, rank: int) -> float:
 
 def clip_note(row: PlannedSite) -> str:
     return f"rank {row.clipped}: clamped" if row.clipped and "above min" in row.clipped else ""
+
+
+def rounding_note(delta: Delta) -> str:
+    """How much of what is kept may be noise, in steps, so that sites with the same remark are told together."""
+    share = next((limit for limit in (0.5, 0.1, 0.01) if delta.noise_share_both > limit), None)
+    if share is None:
+        return ""
+    kind = f"{delta.stored_as} weights: more than {share:.0%} of the delta's energy"
+    return f"{kind} may be rounding, and the energy kept counts it"
 
 
 def base_of(config: ExtractConfig, source: DeltaSource, plan: RankPlan) -> str | None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from rankwise.errors import UsageError
 from rankwise.nets.load import meta_model
 from rankwise.nets.probe import Probe, measure_source, open_source, other_probe, source_metadata
 from rankwise.nets.sites import fused_experts
-from rankwise.score.decision import Decision, DecisionSettings, decide
+from rankwise.score.decision import Decision, DecisionSettings, decide, unsettled_sites
+from rankwise.score.histories import Histories, ranks_by_history
 from rankwise.show.format import command_line
 from rankwise.show.rank_files import (
     SVD_FOLDER,
@@ -44,7 +46,7 @@ from rankwise.store.files import fingerprint
 from rankwise.store.plan_file import PLAN_FILE, write_plan
 from rankwise.store.processes import finish, process_index
 from rankwise.store.run import RunFolder
-from rankwise.store.spectra import MeasureSettings, refuse_noise
+from rankwise.store.spectra import ALLOWED, IDLE_NOISE, MeasureSettings, dtypes, refuse_noise
 
 
 def run(config: RanksConfig) -> RankPlan | None:
@@ -62,11 +64,15 @@ def run(config: RanksConfig) -> RankPlan | None:
         warnings: list[str] = []
         for each in (probe, *others):
             refuse_noise(each.measured, config.allow_noise, warnings)
+        rounding = ranks_by_history(decision_settings(config), probe.measured, probe.source.read)
+        if rounding:
+            rounding.refuse(config.allow_noise, warnings)
         running = running_model(config, probe) if decision_settings(config).runs_the_model else None
         decision = decide(decision_settings(config), probe.spectra, probe.source.read, running)
-        plan = described(config, decision.plan, probe)
+        plan = described(config, decision.plan, probe, rounding, warnings)
         plan.require_ranks(f"--budget {config.spectrum.budget}" if config.spectrum.budget else probe.source.description)
         evidence = Evidence(
+            rounding=rounding,
             gain=measure_gain(config, plan, probe) if config.gain else None,
             repeats=repeats_of(config, probe, others),
             explained_loss=decision.explained_loss,
@@ -168,13 +174,14 @@ def further_probe(config: RanksConfig, path: str) -> Probe:
 
 
 def measured(config: RanksConfig, source: Any) -> Any:
-    """Spectra that can answer the threshold question; with a budget any leading values will do."""
+    """Spectra that can answer the threshold question, or that settle how the budget is divided."""
     rule = rule_of(config)
 
-    def question(site: Site, spectrum: Spectrum) -> object:
+    def question(site: Site, spectrum: Spectrum) -> None:
         if config.spectrum.budget:
-            return None
-        return spectrum.rank_for(rule.threshold, rule.least(site), rule.most(site))
+            spectrum.require_refined()
+        else:
+            spectrum.rank_for(rule.threshold, rule.least(site), rule.most(site))
 
     settings = MeasureSettings(
         up_to=rule.max_rank,
@@ -182,8 +189,9 @@ def measured(config: RanksConfig, source: Any) -> Any:
         noise_floor=config.spectrum.noise_floor,
         device=config.device,
         seed=config.seed,
+        negligible=IDLE_NOISE if config.spectrum.budget else (1 - rule.threshold) / 10,
     )
-    return measure_source(source, settings, question)
+    return measure_source(source, settings, question, partial(unsettled_sites, decision_settings(config)))
 
 
 def inputs(config: RanksConfig) -> dict[str, Path | str]:
@@ -197,14 +205,17 @@ def sources(config: RanksConfig) -> dict[str, str | None]:
     return {"base": config.base, "tuned": config.tuned, "deltas": config.deltas, "adapter": config.adapter}
 
 
-def described(config: RanksConfig, plan: RankPlan, probe: Probe) -> RankPlan:
+def described(
+    config: RanksConfig, plan: RankPlan, probe: Probe, rounding: Histories | None, warnings: Sequence[str]
+) -> RankPlan:
     """The plan with what a reader of the file wants to know of its making."""
     spectrum = config.spectrum
     asked = {"svd_threshold", "min_rank", "max_rank", "smoothing_factor", "round", "per", "budget", "normalise"}
     found = {name: Path(value) for name, value in sources(config).items() if value}
     hashes = {name: fingerprint(path) for name, path in found.items() if path.exists()}
+    doubt = " ".join(warning for warning in warnings if warning.endswith(ALLOWED))
     return replace(
-        plan,
+        rounding.marked(plan) if rounding else plan,
         model_name=probe.model_name,
         description=f"ranks from {probe.source.description}",
         timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -215,6 +226,9 @@ def described(config: RanksConfig, plan: RankPlan, probe: Probe) -> RankPlan:
             "metric": config.metric,
             "seed": config.seed,
             "inputs": hashes,
+            "stored_as": list(dtypes(probe.measured)),
+            **({"rounding": rounding.facts()} if rounding else {}),
+            **({"doubt": doubt} if doubt else {}),
         },
     )
 

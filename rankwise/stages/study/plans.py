@@ -83,7 +83,7 @@ class Plans:
             chosen = SavedDeltas(
                 source.checkpoint, {site.path: site for site in self.sites}, source.metadata, source.description
             )
-            measured = measure_sites(chosen, MeasureSettings(up_to=self.max_rank), lambda *_: None)
+            measured = measure_sites(chosen, MeasureSettings(up_to=self.max_rank, exact=True), lambda *_: None)
             deltas = {site: source.read(site).matrix.to(device) for site in self.sites}
             spectra = {site: row.spectrum for site, row in measured.items()}
             self._probed[probe] = Probed(self.material.model, spectra, deltas, self.signal_batches(probe))
