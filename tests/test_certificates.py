@@ -91,7 +91,7 @@ def residual_ratios() -> list[float]:
 
 
 def test_what_a_sketch_leaves_out_is_bounded_even_where_it_hides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values just above a flat bulk: two power iterations and a factor of 1.25 were too low in up to half of such draws."""
+    """Values just above a flat bulk: two power iterations with 1.25 were too low in up to half of such draws."""
     assert min(residual_ratios()) >= 1 - 1e-5
     monkeypatch.setattr(measuring, "safety", lambda _: 0.9)
     assert min(residual_ratios()) < 1
