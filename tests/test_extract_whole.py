@@ -105,6 +105,7 @@ def test_with_whole_modules_base_and_adapter_are_the_tuned_model(
     shown = capsys.readouterr().out
     assert "verified: loaded by PEFT" in shown and "0.0% as far as the base" in shown
     assert "left out" not in shown.split("verified")[0]
+    assert f"· {len(fidelity(out)['whole'])} tensors carried whole" in shown
     assert fidelity(out)["left_out"] == [] and fidelity(out)["energy_left_out"] == 0
     expected = logits(load_model(str(tuned), torch.float32), rows)
     model = load_model(str(base), torch.float32)

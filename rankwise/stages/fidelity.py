@@ -114,6 +114,7 @@ class Fidelity:
             f"{before}{amount(self.parameters)} parameters · energy kept {self.energy_kept:.1%} "
             f"(lowest: {lowest.energy_kept:.1%} at {lowest.site.path})"
             + (f", {self.energy_kept * (1 - self.energy_outside):.1%} of all change" if self.energy_outside else "")
+            + (f" · {plural(len(self.whole), 'tensor')} carried whole" if self.whole else "")
         )
 
     def notes(self) -> list[str]:
