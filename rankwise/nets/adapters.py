@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from rankwise.core.keys import PEFT_PREFIX
 from rankwise.core.plan import RankPlan
 from rankwise.core.site import nearest
-from rankwise.errors import DataError, UsageError
+from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.nets.adapt import (
     ADAPTER,
     built_shapes,
@@ -28,6 +28,7 @@ from rankwise.nets.adapt import (
     quiet_peft,
     scales,
 )
+from rankwise.nets.sites import weight_table
 from rankwise.nets.vocabulary import fitted
 from rankwise.store.adapter import (
     CONFIG_NAME,
@@ -37,14 +38,16 @@ from rankwise.store.adapter import (
     LoraPair,
     adapter_files,
     adapter_tensors,
+    read_adapter,
     write_adapter,
 )
 from rankwise.store.adapter_config import lora_config
-from rankwise.store.checkpoint import ADAPTER_NAMES
+from rankwise.store.checkpoint import ADAPTER_NAMES, Checkpoint
 from rankwise.store.files import atomic_files, read_object, write_json
 
 SITES_FILE = "sites.json"
 SITES_FORMAT = "rankwise-sites/1"
+CONVERTED = 1e-5  # relative: what float32 leaves of a weight that gave away its leading directions and got them back
 
 
 def write_sites(folder: Path, plan: RankPlan, left_out: list[str], full: Mapping[str, str] | None = None) -> Path:
@@ -118,6 +121,26 @@ def differences(now: Mapping[str, LoraPair], before: Mapping[str, LoraPair]) -> 
         )
         for path, pair in now.items()
     }
+
+
+def require_converted(model: PeftModel, folder: Path, base: Checkpoint, skeleton: PreTrainedModel) -> None:
+    """VerificationError where the untouched base with the adapter in this folder is not the trained model, whose
+    initialisation moved base weights: site by site, the base's weight from its files."""
+    places, pairs = weight_table(skeleton, base.keys()).weights, read_adapter(folder).pairs
+    wrong = []
+    for path, layer in lora_layers(model).items():
+        now, pair = layer.get_base_layer().weight, pairs[path]
+        stored, change = places[f"{path}.weight"].read(base).float(), pair.factors().product()
+        trained = now.detach().cpu().float() + layer.get_delta_weight(ADAPTER).detach().cpu().float()
+        error = trained - stored - (change.T if pair.fan_in_fan_out else change)
+        rounding = max(torch.finfo(now.dtype).eps, CONVERTED)
+        if not float(error.norm()) <= rounding * float(stored.norm()) + CONVERTED * float(change.norm()):
+            wrong.append(path)
+    if wrong:
+        raise VerificationError(
+            f"the adapter in {folder} is not what was trained: on the untouched base {len(wrong)} sites come out "
+            f"otherwise ({wrong[0]} …); the last checkpoint holds the trained form"
+        )
 
 
 def load_adapter(model: PreTrainedModel, path: Path | str, *, trainable: bool = False) -> PeftModel:

@@ -32,12 +32,12 @@ from rankwise.data.packing import unpacked_difference
 from rankwise.data.sources import kind_of
 from rankwise.data.sources.labels import own_validation
 from rankwise.errors import UsageError, VerificationError
-from rankwise.nets.adapters import save_adapter, write_sites
+from rankwise.nets.adapters import require_converted, save_adapter, write_sites
 from rankwise.nets.depth_settings import DepthSettings
 from rankwise.nets.load import load_model, meta_model
 from rankwise.stages.recorded import save_input
 from rankwise.store.adapter import LoraPair
-from rankwise.store.checkpoint import resolve
+from rankwise.store.checkpoint import open_checkpoint, resolve
 from rankwise.store.files import fingerprint
 from rankwise.store.processes import announce, process_index
 from rankwise.store.run import Record, RunFolder
@@ -280,6 +280,8 @@ def write_adapter_files(
         folder.mkdir(parents=True, exist_ok=True)
         save_adapter(plain_model(trainer), folder, name, initial, state)
         write_sites(folder, plan, left_out, full)
+        if initial:
+            require_converted(plain_model(trainer), folder, open_checkpoint(resolve(name)), meta_model(name))
 
 
 def losses(history: Sequence[Mapping[str, Any]]) -> str:
