@@ -29,7 +29,7 @@ from rankwise.data import load
 from rankwise.data.device import DeviceTarget
 from rankwise.data.input_record import FILE, read_input
 from rankwise.data.labelling.label_task import task_from
-from rankwise.nets.load import load_config
+from rankwise.nets.load import load_config, load_processor
 from rankwise.score.tasks import task as scored_task
 from rankwise.ship.llama.gguf_generator import GGUFGenerator
 from rankwise.ship.llama.runtime import Completion, RuntimeInfo
@@ -216,6 +216,23 @@ def without_a_device(base: Path, data: Path, folder: Path, asked: dict[str, list
     assert not (folder / "off merged" / "device.json").exists()
 
 
+def with_its_own_processor(base: Path, out: Path, data: Path, folder: Path, asked: dict[str, list[int]]) -> None:
+    """Of another program, which writes a processor beside the adapter and no record."""
+    other, words = Path(shutil.copytree(out, folder / "other")), ("--task", "labels", "--data_path", data)
+    (other / FILE).unlink()
+    processor = load_processor(str(base))
+    processor.chat_template = "Look! " + processor.chat_template
+    processor.save_pretrained(other)
+    asked.clear()
+    assert evaluate(other, *words, "--prompt", "chat", "-o", folder / "other scores") == 0
+    before = dict(asked)
+    assert run("merge", other, "-o", folder / "other merged") == 0
+    asked.clear()
+    assert evaluate(folder / "other merged", *words, "--prompt", "chat") == 0
+    assert before == asked
+    assert all(processor.tokenizer.decode(ids).count("Look!") == 1 for ids in asked.values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("style", ["chat", "raw"])
 def test_pictures_are_asked_about_the_same(style: str, tmp_path: Path, asked: dict[str, list[int]]) -> None:
@@ -242,6 +259,7 @@ def test_pictures_are_asked_about_the_same(style: str, tmp_path: Path, asked: di
         assert len(images) == 1
         assert found[0][example.id] == renderer.prompt_ids(example)
     without_a_device(base, data, tmp_path, asked)
+    with_its_own_processor(base, out, data, tmp_path, asked)
     DeviceTarget(image_size=64, longest_edge=32).save(out)
     assert evaluate(out, *own) == 3
     (out / "device.json").unlink()

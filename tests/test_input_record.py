@@ -280,6 +280,9 @@ def test_a_fine_tune_is_measured_and_extracted_with_its_prompts(
     assert f"prompts: the rows' texts alone, up to 512 tokens, answers end at </s> — from {probe / FILE}" in (
         capsys.readouterr().out
     )
+    capsys.readouterr()
+    train(base, tmp_path / "warm", "--data_path", rows, "--warm_start", "delta", "--deltas", probe, "--prompt", "chat")
+    assert f'{probe} was trained with other prompts: prompt "raw" in training, "chat" now' in capsys.readouterr().out
     assert run("extract", "--deltas", probe, "--rank", 2, "-o", tmp_path / "adapter") == 0
     assert read_input(tmp_path / "adapter") == (record_of(probe), tmp_path / "adapter" / FILE)
 

@@ -154,9 +154,10 @@ def scored(
             announce(
                 f"note: {name} has prompts of its own, without the chat template of training: --prompt chat adds it"
             )
-        result = harness.evaluate_harness(
-            name, tested.model, tested.renderer.tokenizer, harness_settings(config), made_from
-        )
+        tokenizer = tested.renderer.tokenizer
+        if config.data.prompt == "chat":
+            tokenizer.chat_template = tested.renderer.template_source
+        result = harness.evaluate_harness(name, tested.model, tokenizer, harness_settings(config), made_from)
         result.save(folder.path)
         return result
     chosen = task(name)

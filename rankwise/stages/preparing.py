@@ -22,6 +22,7 @@ from rankwise.nets.depth_settings import DepthSettings
 from rankwise.stages import training as shared
 from rankwise.stages.adapting import quantization
 from rankwise.stages.depth import asked, depth_facts, gate_rate, idle, prepared
+from rankwise.stages.recorded import warn_of_others
 from rankwise.stages.rendering import decode_aside, renderer_for
 from rankwise.stages.scheduling import schedule_of
 from rankwise.stages.selecting import selection_facts
@@ -56,6 +57,8 @@ def prepare(
 ) -> tuple[Split, shared.Job]:
     """Rows, rendered and checked, and what the run is."""
     renderer = renderer_for(config.data, config.model, name, skeleton.config, shared.before(config))
+    if config.lora.deltas:
+        warn_of_others(Path(config.lora.deltas), renderer)
     decode_aside(arguments, config.training, renderer)
     examples, split = read_split(config, sees_images=renderer.sight is not None)
     rows = shared.rendered(split.train, renderer)

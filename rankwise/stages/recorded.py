@@ -137,6 +137,14 @@ def require_same(first: Path, second: Path) -> None:
         raise DataError(f"{file} and {other_file} are of different trainings ({listed}); export the model again")
 
 
+def warn_of_others(place: Path, renderer: Renderer) -> None:
+    """Say where deltas that this training starts or plans from were made with other prompts."""
+    found = read_input(place)
+    different = found[0].differences(InputRecord.of(renderer)) if found else {}
+    for field, what in different.items():
+        announce(f"warning: {place} was trained with other prompts: {field} {what}")
+
+
 def system_warning(found: Recorded, rows: Iterable[Example]) -> None:
     if found.record is not None and (note := found.record.system_note(rows)):
         announce(note)

@@ -25,7 +25,7 @@ from rankwise.store.checkpoint import resolve
 from rankwise.store.processes import default_workers
 
 CONVERSATIONS = ("conversations", "cota", "labels")  # sources whose rows are conversations, and may have images
-TOKENIZER = "tokenizer_config.json"
+TOKENIZER, PROCESSOR = "tokenizer_config.json", ("processor_config.json", "preprocessor_config.json")
 
 
 def renderer_for(
@@ -56,12 +56,10 @@ def rendered_as(
     places = [*places, folder]
     found = recorded(places)
     data = as_recorded(given, found)
-    has_own = (folder / "generation_config.json").is_file()
-    eos = GenerationConfig.from_pretrained(folder).eos_token_id if has_own else config.eos_token_id
     seeing = sees(data, config)
     target = target_for(data, [*places, *([found.file.parent] if found.file else [])]) if seeing else None
-    sight = sight_for(data, model, name, target) if seeing else None
-    tokenizer = sight.processor.tokenizer if sight else tokenizer_for(model, name, places)
+    sight = sight_for(data, model, brought(places, *PROCESSOR) or name, target) if seeing else None
+    tokenizer = sight.processor.tokenizer if sight else tokenizer_of(model, brought(places, TOKENIZER) or name)
     style = data.prompt if data.prompt != "auto" else style_for(data, sight, tokenizer, earlier=bool(found.trained))
     if style != "chat" and (given.chat_template or given.chat_template_kwargs):
         raise UsageError(f"--chat_template and --chat_template_kwargs act on --prompt chat; the prompts are {style}")
@@ -71,7 +69,7 @@ def rendered_as(
         max_length=data.max_seq_length or MAX_SEQ_LENGTH,
         overlong=data.overlong or OVERLONG,
         positions=positions(config),
-        generation_eos=eos,
+        generation_eos=eos_of(folder, config),
         sight=sight,
         skip_bad=data.skip_bad,
         chat_template=template_text(data.chat_template),
@@ -108,10 +106,20 @@ def style_for(data: DataSection, sight: Sight | None, tokenizer: Any, *, earlier
     return "chat" if has_template and data.task in CONVERSATIONS and not earlier else "sections"
 
 
-def tokenizer_for(model: ModelSection, name: str, places: Sequence[Path]) -> Any:
-    """The tokenizer that an adapter brings, else the model's."""
-    own = next((place for place in places if is_adapter(place) and (place / TOKENIZER).is_file()), None)
-    return load_tokenizer(str(own or name), model.revision, model.trust_remote_code)
+def eos_of(folder: Path, config: Any) -> Any:
+    """End tokens of the generation config, else of the model's own."""
+    has_own = (folder / "generation_config.json").is_file()
+    return GenerationConfig.from_pretrained(folder).eos_token_id if has_own else config.eos_token_id
+
+
+def tokenizer_of(model: ModelSection, name: str) -> Any:
+    return load_tokenizer(name, model.revision, model.trust_remote_code)
+
+
+def brought(places: Sequence[Path], *names: str) -> str | None:
+    """The folder of an adapter that brings one of these files of its own."""
+    own = (place for place in places if is_adapter(place) and any((place / name).is_file() for name in names))
+    return next(map(str, own), None)
 
 
 def positions(config: Any) -> int | None:

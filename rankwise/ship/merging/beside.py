@@ -27,7 +27,7 @@ COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 NOT_COPIED = (CONFIG, MANIFEST, CONFIG_NAME, "config.json", "sites.json", "trainer_state.json", DEPTH_FILE)
 TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece")
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
+TEMPLATE, OLDER_TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "chat_template.json", "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ def follow_template(adapter: Path, folder: Path, files: dict[str, Copied]) -> It
     template = found[0].chat_template if found else None
     if found is None or template is None:
         return
+    if files.pop(OLDER_TEMPLATE, None):  # it would go before the other
+        (folder / OLDER_TEMPLATE).unlink()
     write_text(folder / TEMPLATE, template)
     replace(found[0], chat_template=None).save(folder)
     yield TEMPLATE, Copied(adapter / INPUT, "adapter", "the template that training was given")

@@ -27,6 +27,7 @@ from rankwise.nets.targets import choose_sites
 from rankwise.score.likelihood import Batch, training_batches
 from rankwise.stages import training as shared
 from rankwise.stages.probing import language_parameters
+from rankwise.stages.recorded import warn_of_others
 from rankwise.stages.rendering import renderer_for
 from rankwise.store.checkpoint import open_checkpoint, resolve
 from rankwise.store.deltas import SavedDeltas, open_deltas
@@ -142,6 +143,8 @@ def open_probes(material: Material, folder: Path, recipe: str) -> list[SavedDelt
     given = material.config.probe.deltas
     if given:
         found = [open_deltas(Path(path)) for path in given]
+        for path in given:
+            warn_of_others(Path(path), material.renderer)
     else:
         places = [folder / "probe" / str(index) for index in range(material.config.probe.probes)]
         for index, place in enumerate(places):
