@@ -57,7 +57,7 @@ class HFRuntime:
     def detokenize(self, ids: Sequence[int]) -> str:
         return self.renderer.text(ids)
 
-    def apply_template(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def apply_template(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
         turns = [Turn(one["role"], one["content"]) for one in messages]
         return self.renderer.template.text(turns, generate=True) + self.template
 

@@ -16,7 +16,7 @@ from rankwise.data.input_record import FILE
 from rankwise.store.files import read_object, write_json
 
 OTHER_TEMPLATE = CHAT_TEMPLATE.replace("<|", "[").replace("|>", "]")
-THINKING = CHAT_TEMPLATE.replace(
+THINKING = "{{ strftime_now('%d %m %Y') }}" + CHAT_TEMPLATE.replace(
     "<|assistant|>\n{% endif %}", "<|assistant|>\n{% if not thinking %}(no){% endif %}{% endif %}"
 )
 FAST = "--use_cpu --max_steps 2 --val_fraction 0 --no_plots --log_frequency 0 --save_strategy no".split()

@@ -23,7 +23,7 @@ from rankwise.nets import tiny
 TEMPLATE = (
     "{% for m in messages %}{% if loop.first %}<s>{% endif %}{{ m['role'] }}: {{ m['content'] }}"
     "{% if m['role'] == 'assistant' %}</s>{% endif %}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
+    "{% if add_generation_prompt %}assistant:{% if loud %} (loud){% endif %}{% endif %}"
 )
 KINDS = {"unknown": 2, "control": 3, "byte": 6}
 

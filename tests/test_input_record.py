@@ -24,6 +24,7 @@ from recorded_runs import (
 )
 from rows import adapted_base
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
+from transformers import AutoTokenizer
 
 from rankwise.config import DataSection, ModelSection
 from rankwise.data import load
@@ -221,8 +222,6 @@ def test_a_given_template_becomes_the_merged_models_own(base: Path, rows: Path, 
     record = read_object(tmp_path / "merged" / FILE)
     assert record["chat_template"] is None
     assert record["chat_template_sha256"] == read_object(out / FILE)["chat_template_sha256"]
-    from transformers import AutoTokenizer
-
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == OTHER_TEMPLATE
 
 
@@ -327,7 +326,8 @@ def test_the_system_prompt_that_all_rows_share_is_recorded_and_missed(
 def test_the_date_of_training_is_asked_with_later(
     base: Path, rows: Path, tmp_path: Path, asked: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A template that prints today's date: evaluated next year, the prompts are those of training."""
+    """A template that prints the date: next year prompts are those of training, and so are those that the merged
+    model's own template makes for others."""
     import datetime
 
     from rankwise.data import template
@@ -337,6 +337,7 @@ def test_the_date_of_training_is_asked_with_later(
     words = ("--task", "conversations", "--data_path", rows)
     assert evaluate(out, *words, "-o", tmp_path / "now") == 0
     before = dict(asked)
+    assert run("merge", out, "-o", tmp_path / "merged") == 0
 
     class Later(datetime.date):
         @classmethod
@@ -344,9 +345,13 @@ def test_the_date_of_training_is_asked_with_later(
             return cls(2099, 1, 1)
 
     monkeypatch.setattr(template, "date", Later)
-    asked.clear()
-    assert evaluate(out, *words, "-o", tmp_path / "later") == 0
-    assert before == asked
+    for model in (out, tmp_path / "merged"):
+        asked.clear()
+        assert evaluate(model, *words, "-o", tmp_path / f"later {model.name}") == 0
+        assert before == asked
+    assert read_object(tmp_path / "merged" / FILE)["chat_template_kwargs"] == {}
+    own = AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
+    assert "strftime_now" not in own and own.startswith(f'Today is {{{{ "{datetime.date.today().year}" }}}}')
 
 
 def test_variables_are_taken_one_by_one(own_run: Path) -> None:

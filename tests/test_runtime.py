@@ -140,8 +140,10 @@ def test_a_probability_of_zero_is_no_infinity() -> None:
 
 def test_the_template_of_the_file_is_the_models(server, tokenizer) -> None:
     messages = [{"role": "user", "content": "hi"}]
-    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert server.info.begin_text + server.apply_template(messages) == expected
+    for variables in ({}, {"loud": True}):
+        expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
+        assert expected.endswith("(loud)") == bool(variables)
+        assert server.info.begin_text + server.apply_template(messages, variables) == expected
 
 
 def test_images_and_slots_must_agree(server: ServerRuntime) -> None:

@@ -96,9 +96,16 @@ def row_of(number: int, case: Case, expected: Expected, place: Path, top: int) -
         "answer": list(expected.answer),
         "text": expected.text,
         "top_logprobs": [[[token, rounded(value)] for token, value in one] for one in tops],
-        "template": {"messages": expected.template[0], "text": expected.template[1]} if expected.template else None,
+        "template": template_row(expected),
         "kind": case.stratum,
     }
+
+
+def template_row(expected: Expected) -> Row | None:
+    if expected.template is None:
+        return None
+    messages, text = expected.template
+    return {"messages": messages, "text": text, "kwargs": dict(expected.template_kwargs)}
 
 
 def rounded(value: float) -> float:
@@ -169,6 +176,7 @@ def expected_of(row: Row, vocabulary: int, folder: Path) -> Expected:
         image_id=row["image_id"],
         begin_id=row["begin_id"],
         template=(template["messages"], template["text"]) if template else None,
+        template_kwargs=(template or {}).get("kwargs", {}),
     )
 
 

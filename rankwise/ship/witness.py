@@ -48,8 +48,8 @@ class Overheard:
     def detokenize(self, ids: Sequence[int]) -> str:
         return self.runtime.detokenize(ids)
 
-    def apply_template(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        return self.runtime.apply_template(messages)
+    def apply_template(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
+        return self.runtime.apply_template(messages, variables)
 
     def memory(self) -> int | None:
         return self.runtime.memory()

@@ -17,7 +17,7 @@ from rankwise.data.device import DeviceReader, DeviceTarget, read_target
 from rankwise.data.device_processor import device_processor
 from rankwise.data.input_record import InputRecord
 from rankwise.data.template import template_text
-from rankwise.errors import DataError, UsageError
+from rankwise.errors import DataError
 from rankwise.nets.load import load_config, load_processor, load_tokenizer
 from rankwise.stages.recorded import Recorded, as_recorded, compare, recorded
 from rankwise.store.adapter import is_adapter
@@ -52,17 +52,15 @@ def rendered_as(
     data: DataSection, model: ModelSection, name: str, config: Any, places: Sequence[Path] = ()
 ) -> tuple[Renderer, Recorded]:
     """The renderer, and the record that its defaults are from."""
-    given, folder = data, resolve(name, model.revision)
+    folder = resolve(name, model.revision)
     places = [*places, folder]
     found = recorded(places)
-    data = as_recorded(given, found)
+    data = as_recorded(data, found)
     seeing = sees(data, config)
     target = target_for(data, [*places, *([found.file.parent] if found.file else [])]) if seeing else None
     sight = sight_for(data, model, brought(places, *PROCESSOR) or name, target) if seeing else None
     tokenizer = sight.processor.tokenizer if sight else tokenizer_of(model, brought(places, TOKENIZER) or name)
     style = data.prompt if data.prompt != "auto" else style_for(data, sight, tokenizer, earlier=bool(found.trained))
-    if style != "chat" and (given.chat_template or given.chat_template_kwargs):
-        raise UsageError(f"--chat_template and --chat_template_kwargs act on --prompt chat; the prompts are {style}")
     renderer = Renderer(
         tokenizer,
         style=style,

@@ -122,10 +122,11 @@ class ServerRuntime:
         """The text of ids, special tokens included."""
         return str(self.talk.post("/detokenize", {"tokens": list(ids)})["content"])
 
-    def apply_template(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt that the GGUF's own chat template makes, ready for an answer; without the BOS at its beginning
-        where the runtime puts one before every prompt by itself."""
-        return str(self.talk.post("/apply-template", {"messages": list(messages)})["prompt"])
+    def apply_template(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
+        """The prompt that the GGUF's own chat template makes with these variables, ready for an answer; without the BOS
+        at its beginning where the runtime puts one before every prompt by itself."""
+        body = {"messages": list(messages), **({"chat_template_kwargs": dict(variables)} if variables else {})}
+        return str(self.talk.post("/apply-template", body)["prompt"])
 
     def memory(self) -> int | None:
         """Peak resident memory of the runtime in bytes, its interpreter included; None where it can't be known."""

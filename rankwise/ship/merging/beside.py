@@ -16,8 +16,10 @@ from rankwise.data.contracts import contracts
 from rankwise.data.device import FILE as DEVICE
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.input_record import FILE as INPUT
-from rankwise.data.input_record import read_input
+from rankwise.data.input_record import read_input, sha256_of
+from rankwise.data.template import NOW, with_date
 from rankwise.nets.depth_settings import FILE as DEPTH_FILE
+from rankwise.nets.load import load_processor, load_tokenizer
 from rankwise.ship.merging.tokens import GENERATION, follow_generation
 from rankwise.store.adapter import CONFIG_NAME
 from rankwise.store.files import read_object, write_json, write_text
@@ -72,17 +74,20 @@ def taken_over(base: Path, adapter: Path) -> Iterator[tuple[str, Copied]]:
 
 
 def follow_template(adapter: Path, folder: Path, files: dict[str, Copied]) -> Iterator[tuple[str, Copied]]:
-    """A template that training was given becomes the model's own, for whoever uses its tokenizer. Yields the changed
-    files."""
+    """A template that training was given, and the date that one printed then, become the model's own, for whoever uses
+    its tokenizer. Yields the changed files."""
     found = read_input(folder)
-    template = found[0].chat_template if found else None
-    if found is None or template is None:
+    if found is None or not (found[0].chat_template or NOW in found[0].chat_template_kwargs):
         return
+    record = found[0]
+    given = record.chat_template or own_template(folder, sees=record.image_geometry is not None)
+    template, kwargs = with_date(given, record.chat_template_kwargs)
     if files.pop(OLDER_TEMPLATE, None):  # it would go before the other
         (folder / OLDER_TEMPLATE).unlink()
     write_text(folder / TEMPLATE, template)
-    replace(found[0], chat_template=None).save(folder)
-    yield TEMPLATE, Copied(adapter / INPUT, "adapter", "the template that training was given")
+    now = {"chat_template": None, "chat_template_sha256": sha256_of(template), "chat_template_kwargs": kwargs}
+    replace(record, **now).save(folder)
+    yield TEMPLATE, Copied(adapter / INPUT, "adapter", "the template as training had it")
     yield INPUT, Copied(files[INPUT].source, "adapter", f"its chat_template is in {TEMPLATE}")
     config = read_object(folder / TOKENIZER_CONFIG)
     if config.pop("chat_template", None) is not None:
@@ -98,6 +103,11 @@ def own_files(adapter: Path) -> list[Path]:
     """What an adapter has of its own of the files that show it text and pictures: tokenizer and processor."""
     processors = [adapter / name for name in PROCESSOR if (adapter / name).is_file()]
     return tokenizer_files(adapter) + processors
+
+
+def own_template(folder: Path, *, sees: bool) -> str:
+    tokenizer = load_processor(str(folder)).tokenizer if sees else load_tokenizer(str(folder))
+    return str(tokenizer.get_chat_template())
 
 
 def follow_device(folder: Path, files: dict[str, Copied], target: DeviceTarget) -> Iterator[tuple[str, Copied]]:

@@ -111,14 +111,15 @@ def text_reason(one: Observed) -> str:
 def same_template(one: Observed, runtime: Runtime) -> bool:
     assert one.expected.template
     messages, text = one.expected.template
-    begin = runtime.info.begin_text
-    return runtime.apply_template(messages).removeprefix(begin) == text.removeprefix(begin)
+    begin, found = runtime.info.begin_text, runtime.apply_template(messages, one.expected.template_kwargs)
+    return found.removeprefix(begin) == text.removeprefix(begin)
 
 
 def template_reason(one: Observed, runtime: Runtime) -> str:
     assert one.expected.template
     messages, text = one.expected.template
+    found = runtime.apply_template(messages, one.expected.template_kwargs)
     return (
-        f"the chat template in the GGUF makes {runtime.apply_template(messages)!r} where the model's own makes "
+        f"the chat template in the GGUF makes {found!r} where the model's own makes "
         f"{text!r}; an app that uses the GGUF's asks otherwise than training did. Export again from the merged folder"
     )

@@ -39,8 +39,9 @@ class Expected:
     delimiters included; image_id: the one that a picture's embeddings replace. answer: ids that both sides are forced
     along, an end token last where one came; greedy: it is the model's own. log_probs: (answer, vocabulary) float32 in
     nats; NaN where not known. text: of the answer. end_ids: ids that end an answer. begin_id: BOS. template: a
-    conversation and the text that the chat template makes of it; None where no template makes the prompts. embeddings:
-    (image tokens, width) of the pictures, where they were asked for.
+    conversation and the text that the chat template makes of it; None where no template makes the prompts.
+    template_kwargs: the variables that it was given. embeddings: (image tokens, width) of the pictures, where they were
+    asked for.
     """
 
     ids: tuple[int, ...]
@@ -55,6 +56,7 @@ class Expected:
     image_id: int | None = None
     begin_id: int | None = None
     template: tuple[Sequence[Mapping[str, Any]], str] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     embeddings: Rows | None = None
 
     @property
@@ -106,6 +108,7 @@ class HFReference:
             greedy=case.answer is None,
             begin_id=self.renderer.tokenizer.bos_token_id,
             template=self._template(case),
+            template_kwargs=self.renderer.template.kwargs if self.renderer.style == "chat" else {},
             embeddings=embedded(self.model, self.renderer, rendered) if self.embeds else None,
             **self._seen(rendered.images),
         )
