@@ -200,7 +200,7 @@ def test_its_options_without_it_are_refused_and_a_dry_run_says_what_it_does(
     train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train("--allocator_init_warmup", "3") == 2
-    assert "belongs to --allocator adalora" in capsys.readouterr().err
+    assert "acts only with --allocator adalora" in capsys.readouterr().err
     assert train(*ADALORA, "--dry-run") == 0
     assert "divide the ranks: 6 everywhere, 3 on average at last" in capsys.readouterr().out
 

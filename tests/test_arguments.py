@@ -49,8 +49,8 @@ def test_older_names_mean_what_they_meant(tmp_path: Path) -> None:
 def test_names_without_effect_are_accepted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     built(tmp_path, "--logging_dir", "x", "--save_safetensors", "True", "--do_train")
     printed = capsys.readouterr().out
-    assert printed.count("no effect") == 2
-    assert "--logging_dir" in printed
+    assert printed.count("no effect") == 3
+    assert "--logging_dir" in printed and "--do_train" in printed
 
 
 def test_two_names_for_one_thing_are_refused(tmp_path: Path) -> None:
@@ -119,3 +119,9 @@ def test_a_tracker_that_is_not_installed_is_named_at_once(tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UsageError, match=r"rankwise\[track\]"):
         built(tmp_path, "--use_wandb")
+
+
+@pytest.mark.parametrize("words", [("--hub_model_id", "org/name"), ("--hub_private_repo",), ("--push_to_hub",)])
+def test_nothing_is_uploaded_and_nothing_is_said_about_where(tmp_path: Path, words: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError, match=f"{words[0]}: training uploads nothing"):
+        built(tmp_path, *words)

@@ -249,7 +249,7 @@ def test_without_rows_the_limit_is_the_length(words: list[str], capsys: pytest.C
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--gpu", "24GB"], "belongs to --estimate"),
+        (["--gpu", "24GB"], "acts only with --estimate"),
         (["--estimate", "--gpu", "rtx40900"], "did you mean rtx4090"),
         (["--estimate", "--utilisation", "1.5"], "share above 0"),
         (["--estimate", "--usd-per-hour", "-1"], "at least 0"),

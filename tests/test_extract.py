@@ -157,9 +157,9 @@ def test_a_plan_gives_ranks_and_scale(llama: tuple[Path, Path], tmp_path: Path, 
     fidelity = run(settings_for(llama, tmp_path / "out", plan=plan))
     adapter = read_adapter(tmp_path / "out")
     assert {path: pair.rank for path, pair in adapter.pairs.items()} == {p: r for p, r in ranks.items() if r}
-    scales = {9: 6.0 / 9**0.5, 4: 6.0 / 4**0.5} if use_rslora else {9: 2.0, 4: 2.0}  # rsLoRA: one alpha, 2·√9
+    scales = {9: 18 / 9**0.5, 4: 18 / 4**0.5} if use_rslora else {9: 2.0, 4: 2.0}  # rsLoRA: one alpha, 2·9
     assert {pair.rank: pair.scale for pair in adapter.pairs.values()} == pytest.approx(scales)
-    assert adapter.config["use_rslora"] is use_rslora and adapter.config["lora_alpha"] == (6 if use_rslora else 18)
+    assert adapter.config["use_rslora"] is use_rslora and adapter.config["lora_alpha"] == 18
     for path, pair in adapter.pairs.items():
         delta = deltas_of(llama)[path]
         expected = float(torch.linalg.svdvals(delta.double())[pair.rank :].norm())

@@ -23,6 +23,7 @@ from rankwise.errors import DataError, DivergedError, UsageError
 from rankwise.nets.factorize import ARCHITECTURES, Factorizer, FactorizerSettings, build, load_factorizer
 from rankwise.show.factor_curves import plot_factor_training
 from rankwise.stages.features import factor_outcome
+from rankwise.train import factorizing
 from rankwise.train.factorizing import TERMS, FactorObjective, TermWeights
 
 
@@ -242,17 +243,56 @@ def test_validation_counts_every_matrix_once(make: Any, cache: Path) -> None:
     assert history(folder)[0]["val_mse"] == pytest.approx(float(errors.mean()), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("part", "arch"), [("train", "MLP"), ("val", "MLP"), ("test", "MLP"), ("train", "Subspace"), ("val", "Subspace")]
-)
-def test_nan_in_features_is_named(make: Any, cache: Path, tmp_path: Path, part: str, arch: str) -> None:
-    matrices = tiny_matrices(40)
-    whole = open_cache(cache)
-    place = getattr(split_of(whole, 42), part)[0]
-    matrices[place, 3, 5] = math.nan
-    broken = tiny_cache(tmp_path / "broken", matrices).path
-    with pytest.raises(DivergedError, match=whole.ids[place]) as raised:
-        trained(make(arch=arch, features=str(broken), epochs=1))
+def spoilt(matrices: Tensor, place: int, how: str) -> str:
+    """Make a matrix one that nothing can be measured on; what is said of it."""
+    if how == "constant":
+        matrices[place] = torch.arange(float(TOKENS))[:, None]  # one number a token
+        return "is constant in every token"
+    matrices[place, 3, 5] = math.nan if how == "nan" else math.inf
+    return "has values that are not finite"
+
+
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+@pytest.mark.parametrize("how", ["constant", "nan", "infinity"])
+@pytest.mark.parametrize("older", [False, True])
+def test_features_that_nothing_can_be_measured_on_are_refused_before_training(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, how: str, older: bool
+) -> None:
+    """Wherever in the split they fall, all of them, by the sentence that `features compare` has."""
+    matrices, whole = tiny_matrices(40), open_cache(cache)
+    places = [getattr(split_of(whole, 42), part)[0], split_of(whole, 42).train[-1]]
+    told = [spoilt(matrices, place, how) for place in places]
+    folder = tmp_path / "broken"
+    if older:
+        folder.mkdir()
+        for place, matrix in enumerate(matrices):
+            torch.save(matrix[None].clone(), folder / f"features_{place}.pt")
+    else:
+        tiny_cache(folder, matrices)
+    words = ["features", "train", "--arch", "MLP", "--features", str(folder), "--rank", "4", "--epochs", "1"]
+    folders = ["--results_dir", str(tmp_path / "results"), "--log_dir", str(tmp_path / "log"), "--device", "cpu"]
+    assert cli.main([*words, *folders]) == 3
+    error = capsys.readouterr().err
+    for place, reason in zip(places, told, strict=True):
+        assert f"{f'features_{place}' if older else whole.ids[place]} {reason}" in error
+    assert "capture them again, or without them" in error
+    assert not (tmp_path / "results").exists() and not (tmp_path / "log").exists()
+
+
+def test_gaps_among_older_files_are_said(make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "older"
+    folder.mkdir()
+    for place, matrix in enumerate(tiny_matrices(20)):
+        if place not in (3, 11):
+            torch.save(matrix[None].clone(), folder / f"features_{place}.pt")
+    trained(make(arch="MLP", epochs=1, features=str(folder)))
+    assert "features_3.pt: no such file; features_11.pt: no such file" in capsys.readouterr().out
+
+
+def test_a_network_whose_error_is_not_finite_is_diverged(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factorizing, "mse", lambda features, made: (features - made).square().mean((-2, -1)) * math.nan)
+    with pytest.raises(DivergedError) as raised:
+        trained(make(arch="MLP", epochs=1))
     assert raised.value.exit_code == 4
 
 

@@ -157,16 +157,34 @@ def test_a_shard_of_another_capture_is_named(tmp_path: Path) -> None:
         made.missing()
 
 
-def test_only_our_own_files_are_cleared(tmp_path: Path) -> None:
+def test_only_our_own_files_are_replaced(tmp_path: Path) -> None:
     written(tmp_path / "cache")
     (tmp_path / "cache" / "notes.txt").write_text("mine")
-    writer.clear(tmp_path / "cache")
+    earlier = writer.replaceable(tmp_path / "cache")
+    earlier.take()
+    earlier.drop()
     assert [file.name for file in (tmp_path / "cache").iterdir()] == ["notes.txt"]
     (tmp_path / "cache" / "features-00000.safetensors").write_bytes(b"someone's")
     with pytest.raises(UsageError, match=r"there is no capture.json"):
-        writer.clear(tmp_path / "cache")
+        writer.replaceable(tmp_path / "cache")
     with pytest.raises(UsageError, match="of which nothing is known"):
         CacheWriter(tmp_path / "cache", recipe()).begin()
+
+
+def test_numbers_that_the_precision_on_disk_does_not_have_are_refused(tmp_path: Path) -> None:
+    """float16 ends at 65,504: what is beyond would be written as infinity."""
+    large = torch.ones(2, 4, 6)
+    large[1, 2, 3] = 1e5
+    for dtype, refused in (("float16", True), ("bfloat16", False)):
+        made = CacheWriter(tmp_path / dtype, recipe(shards=1, dtype=dtype))
+        made.begin()
+        shard = Matrices(large, ("a.png", "b.png"), ("a", "b"))
+        if refused:
+            with pytest.raises(DataError, match=r"b\.png: features beyond the largest float16"):
+                made.write(0, shard)
+            assert not made.file(0).exists()
+        else:
+            made.write(0, shard)
 
 
 def damage(folder: Path, how: str) -> Path:
@@ -270,6 +288,14 @@ class TestOlderFiles:
         assert [float(cache[place][0, 0]) for place in range(3)] == [0.0, 2.0, 10.0]
         assert (cache.tokens, cache.channels, cache.grid, cache.model) == (4, 6, (2, 2), None)
 
+    def test_gaps_are_named(self, folder: Path) -> None:
+        (note,) = open_cache(folder).notes()
+        assert "3 matrices" in note and "features_1.pt: no such file; features_3.pt" in note
+        assert "features_8.pt" in note and "features_0.pt" not in note and "features_10.pt" not in note
+        for number in range(1, 10):
+            torch.save(torch.full((1, 4, 6), float(number)), folder / f"features_{number}.pt")
+        assert open_cache(folder).notes() == []
+
     def test_equal_features_are_one_group(self, folder: Path) -> None:
         torch.save(torch.full((1, 4, 6), 2.0), folder / "features_11.pt")
         groups = open_cache(folder).groups
@@ -287,7 +313,6 @@ class TestOlderFiles:
             (torch.zeros(1, 5, 6), r"\(5, 6\), and features_0.pt is \(4, 6\)"),
             (torch.zeros(4), "floats"),
             (torch.zeros(1, 4, 6, dtype=torch.int64), "int64"),
-            (torch.full((1, 4, 6), torch.nan), "not finite"),
             ({"features": torch.zeros(1, 4, 6)}, "a dict, where one tensor is expected"),
         ],
     )

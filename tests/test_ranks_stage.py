@@ -285,8 +285,10 @@ def test_loss_shares_add_up_to_the_loss_drop(base: Path, tuned: Path, rows: Path
 def test_every_signal_gives_a_plan_within_the_budget(
     base: Path, tuned: Path, rows: Path, tmp_path: Path, variant: list[str]
 ) -> None:
-    data = ["--task", "e2e_nlg", "--data_path", str(rows), "--num-samples", "8", "--no-plots", "--min-rank", "1"]
-    ranks(tmp_path, str(base), str(tuned), "--budget", "uniform:4", *data, *variant)
+    runs_the_model = {"activation", "gradient"} & set(variant)
+    data = ["--task", "e2e_nlg", "--data_path", str(rows), "--num-samples", "8"] if runs_the_model else []
+    least = [] if "uniform" in variant else ["--min-rank", "1"]
+    ranks(tmp_path, str(base), str(tuned), "--budget", "uniform:4", "--no-plots", *data, *least, *variant)
     plan = read_plan(tmp_path)
     details = raw(tmp_path)["sites"]
     for row in plan.sites:

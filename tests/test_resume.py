@@ -11,8 +11,8 @@ from rows import equal, logged, make_trainer, resumed, weights
 from tiny import tiny_llama
 
 from rankwise.errors import DataError, UsageError
-from rankwise.train.checkpoints import MANIFEST, rotate, seal, unsound
-from rankwise.train.resume import differences, identity_of, newest_complete, resume_point, start_over
+from rankwise.train.checkpoints import MANIFEST, checkpoints, rotate, seal, unsound
+from rankwise.train.resume import differences, identity_of, newest_complete, refuse_earlier, resume_point
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +137,12 @@ def test_asking_to_resume_where_nothing_is_starts_and_says_so(
 
 def test_a_fresh_run_does_not_mix_with_an_earlier_one(stopped: Path) -> None:
     with pytest.raises(UsageError, match="--overwrite_output_dir"):
-        start_over(stopped, overwrite=False)
-    start_over(stopped, overwrite=True)
-    assert not list(stopped.glob("checkpoint-*"))
-    made(stopped, 4, complete=False)
-    start_over(stopped, overwrite=False)
-    assert not list(stopped.glob("checkpoint-*")), "what was never finished is in nobody's way"
+        refuse_earlier(stopped, overwrite=False)
+    refuse_earlier(stopped, overwrite=True)
+    for checkpoint in checkpoints(stopped):
+        (checkpoint / MANIFEST).unlink()
+    refuse_earlier(stopped, overwrite=False)
+    assert checkpoints(stopped), "what was never finished is in nobody's way, and refusing deletes nothing"
 
 
 def made(folder: Path, step: int, *, complete: bool = True) -> Path:

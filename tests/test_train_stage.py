@@ -22,7 +22,8 @@ from tiny import tiny_llama
 from rankwise import cli
 from rankwise.core.factors import truncate
 from rankwise.core.plan import PlannedSite, RankPlan
-from rankwise.nets.adapt import built_shapes
+from rankwise.core.plan_content import load_plan
+from rankwise.nets.adapt import built_shapes, lora_layers
 from rankwise.nets.adapters import load_adapter
 from rankwise.nets.load import load_model
 from rankwise.nets.sites import model_sites
@@ -139,6 +140,35 @@ def test_combinations_that_cannot_work(
 ) -> None:
     assert train("--lora_config", str(plan_file(base, tmp_path)), *flags) == 2
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [("24", None), ("9", None), ("24", "30")])
+def test_rslora_has_one_alpha_and_scales_by_the_root(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rank: str, alpha: str | None
+) -> None:
+    """k_proj and v_proj, 16 × 32, are cut to rank 16: their scale is larger, their alpha is not."""
+    more = ["--max_steps", "2", "--lora_r", rank, "--lora_dropout", "0", *(["--lora_alpha", alpha] if alpha else [])]
+    assert cli.main(words(base, data, tmp_path / "rs", *more, "--use_rslora")) == 0
+    printed = capsys.readouterr().out
+    wanted = float(alpha or 2 * int(rank))
+    config = json.loads((tmp_path / "rs" / "adapter_config.json").read_text())
+    assert (config["lora_alpha"], config["alpha_pattern"], config["use_rslora"]) == (wanted, {}, True)
+    for layer in lora_layers(load_adapter(fresh(base), tmp_path / "rs")).values():
+        assert layer.scaling["default"] == pytest.approx(wanted / layer.r["default"] ** 0.5)
+    assert f"rsLoRA: alpha {wanted:g} at every site, scale alpha/√r = {wanted / int(rank) ** 0.5:.3g}" in printed
+    assert "lower --learning_rate" in printed
+    assert cli.main(words(base, data, tmp_path / "plain", *more)) == 0
+    assert "rsLoRA" not in capsys.readouterr().out
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("rs", "plain"))
+    assert any(not torch.equal(one[key], other[key]) for key in one), "the option had no effect"
+
+
+def test_a_plan_of_rslora_without_a_ratio_has_twice_its_largest_rank_as_alpha(base: Path, tmp_path: Path) -> None:
+    content = json.loads(plan_file(base, tmp_path).read_text())
+    bare = {"rank_pattern": content["rank_pattern"], "use_rslora": True}
+    plan = load_plan(bare, model_sites(fresh(base)), "plan.json")
+    assert plan.alpha(1) == plan.alpha(4) == 8
+    assert {plan.scale(rank) for rank in (1, 4)} == {8.0, 4.0}
 
 
 def test_plans_that_do_not_fit(train: Train, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

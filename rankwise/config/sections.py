@@ -110,7 +110,9 @@ class LoraSection:
 
     lora_config: str | None = option(help="rank plan (lora_rank_config.json)", aliases=("plan",))
     lora_r: int = option(16, help="rank where no plan is given", aliases=("r",))
-    lora_alpha: float | None = option(help="scale numerator [2·r]; with a plan the plan owns the scale")
+    lora_alpha: float | None = option(
+        help="scale numerator [2·r; with rsLoRA 2·(largest rank)]; with a plan the plan owns the scale"
+    )
     lora_dropout: float = option(0.05, help="dropout on the adapter's input")
     lora_bias: str = option("none", choices=("none", "all", "lora_only"), help="which biases train")
     target: str | None = option(
@@ -118,7 +120,7 @@ class LoraSection:
         help="q, v · gate, up, down · all seven · every linear",
     )
     target_modules: list[str] = option([], help="projection names or full paths, in the trained towers only")
-    use_rslora: bool = option(False, help="scale alpha/√r (where no plan is given)")
+    use_rslora: bool = option(False, help="scale alpha/√r instead of alpha/r (where no plan is given)")
     use_dora: bool = option(False, help="weight-decomposed variant")
     init_lora_weights: str = option(
         "default",

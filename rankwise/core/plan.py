@@ -74,7 +74,11 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Ranks of all sites. alpha = `alpha_over_rank`·rank at every site, so that the scale is the same everywhere."""
+    """Ranks of all sites. alpha = `alpha_over_rank`·rank at every site, so that the scale alpha/r is one everywhere.
+
+    With rsLoRA there is one alpha, `alpha_over_rank`·(largest rank), and the scale is alpha/√r: an alpha that followed
+    each rank would let the scale grow with √r.
+    """
 
     sites: tuple[PlannedSite, ...]
     model_name: str = ""
@@ -126,10 +130,17 @@ class RankPlan:
         return {pattern(path): self.alpha(rank) for path, rank in self.ranks.items()}
 
     def alpha(self, rank: int) -> float:
-        """Numerator of the scale alpha/r. With rsLoRA (alpha/√r): one alpha, `alpha_over_rank` at the largest rank."""
-        if self.use_rslora:
-            return self.alpha_over_rank * math.sqrt(max(self.ranks.values(), default=1))
-        return self.alpha_over_rank * rank
+        """Numerator of a site's scale."""
+        return self.alpha_over_rank * (self.largest if self.use_rslora else rank)
+
+    def scale(self, rank: int) -> float:
+        """Factor of B·A at a site of this rank: alpha/r, with rsLoRA alpha/√r (Kalajdzievski 2023)."""
+        return self.alpha(rank) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    @property
+    def largest(self) -> int:
+        """The largest rank; 1 where no site trains."""
+        return max(self.ranks.values(), default=1)
 
     @property
     def layer_ranks(self) -> dict[str, int]:

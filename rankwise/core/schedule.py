@@ -102,9 +102,18 @@ def refined(part: Part, match: re.Match[str]) -> Part:
     raise UsageError(f"--schedule: {word!r} is no kind of sites; did you mean {', '.join(near)}? Forms: {FORMS}")
 
 
+def phases_of(name: str) -> int:
+    """How many phases of a fixed length and a last one a named strategy has; 0 for one that has no such phases."""
+    return len(STRATEGIES.get(plain_name(name).partition("@")[0], ()))
+
+
+def plain_name(name: str) -> str:
+    return name.strip().replace("->", "-").replace(" ", "")
+
+
 def strategy(name: str, phase1_end: int, phase2_end: int) -> str:
     """The general form of a named strategy: `both-mlp-attn` (or with `->`), `early-late@CUT`, `lisa:K@N`, `norm:N`."""
-    plain = name.strip().replace("->", "-").replace(" ", "")
+    plain = plain_name(name)
     if plain.endswith("-"):
         raise UsageError(
             f"--phase_strategy {name}: the shell has cut it at `>`; write {plain}… with plain hyphens "

@@ -58,7 +58,7 @@ class LoraSettings:
 
 def scales(plan: RankPlan) -> dict[str, float]:
     """Path → factor of B·A."""
-    return {path: plan.alpha(rank) / (rank**0.5 if plan.use_rslora else rank) for path, rank in plan.ranks.items()}
+    return {path: plan.scale(rank) for path, rank in plan.ranks.items()}
 
 
 def lora_config(plan: RankPlan, settings: LoraSettings | None = None) -> LoraConfig:

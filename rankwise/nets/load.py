@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -135,7 +136,7 @@ def load_model(
         model, info = model_class(config).from_pretrained(
             folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code, **extra
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{folder}: cannot load the model: {error}") from error
     if info["missing_keys"]:
         shown = ", ".join(sorted(info["missing_keys"])[:5])

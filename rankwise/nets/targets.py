@@ -92,10 +92,10 @@ def unmatched(name: str, sites: Mapping[str, Site], within: Mapping[str, Site], 
 def uniform_plan(
     sites: Mapping[str, Site], rank: int, alpha: float | None, use_rslora: bool, model_name: str
 ) -> RankPlan:
-    """One rank everywhere, cut to min(m, n) where a matrix is smaller. alpha: 2·rank unless given."""
+    """One rank everywhere, cut to min(m, n) where a matrix is smaller. alpha: 2·rank unless given; with rsLoRA one for
+    all sites."""
     if rank < 1:
         raise UsageError(f"--lora_r must be at least 1, got {rank}")
-    divisor = rank**0.5 if use_rslora else rank
     rows = tuple(
         PlannedSite(
             site,
@@ -105,8 +105,8 @@ def uniform_plan(
         )
         for site in sites.values()
     )
-    scale = 2.0 if alpha is None else alpha / divisor
-    return RankPlan(rows, model_name, use_rslora, scale, f"rank {rank} everywhere")
+    plan = RankPlan(rows, model_name, use_rslora, description=f"rank {rank} everywhere")
+    return plan if alpha is None else replace(plan, alpha_over_rank=alpha / (plan.largest if use_rslora else rank))
 
 
 def restricted(plan: RankPlan, chosen: Iterable[str]) -> tuple[RankPlan, list[str]]:

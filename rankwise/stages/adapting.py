@@ -30,20 +30,14 @@ from rankwise.store.processes import announce
 from rankwise.train.arguments import frozen_dtype
 
 EVA_BATCHES, EVA_ROWS = 16, 8
+PLAIN_SCALE, LARGE_SCALE = 2, 4
 
 
 def check_lora(lora: LoraSection) -> None:
     """Combinations of LoRA options that cannot work."""
     settings_of(lora)
-    if lora.lora_config and (lora.lora_alpha is not None or lora.use_rslora):
-        raise UsageError(
-            "--lora_alpha and --use_rslora do not go with a rank plan: the plan owns the scale (alpha = 2·r at every "
-            "site, or its own use_rslora)"
-        )
     if lora.load_in_8bit and lora.load_in_4bit:
         raise UsageError("--load_in_8bit and --load_in_4bit exclude each other")
-    if (lora.warm_start == "delta") != bool(lora.deltas):
-        raise UsageError("--warm_start delta and --deltas FINETUNE_RUN go together")
     if lora.warm_start == "delta" and (lora.use_dora or lora.init_lora_weights != "default"):
         raise UsageError("--warm_start delta is an initialisation: leave --use_dora and --init_lora_weights out")
     if not 0 <= lora.lora_dropout < 1:
@@ -68,7 +62,9 @@ def planned(
     """What is adapted with which rank, in these towers, checked against the model; and what of a plan is left out."""
     if not lora.lora_config:
         chosen = choose_sites(sites, lora.target, lora.target_modules, towers)
-        return uniform_plan(chosen, lora.lora_r, lora.lora_alpha, lora.use_rslora, name), []
+        plan = uniform_plan(chosen, lora.lora_r, lora.lora_alpha, lora.use_rslora, name)
+        say_scale(plan)
+        return plan, []
     plan = checked_plan(Path(lora.lora_config), sites, towers)
     left_out: list[str] = []
     if lora.target or lora.target_modules:
@@ -80,7 +76,22 @@ def planned(
     for row in plan.sites:
         if row.clipped and "above min" in row.clipped:
             announce(f"note: {row.site.path}: rank {row.clipped}; cut to it")
+    say_scale(plan)
     return plan, left_out
+
+
+def say_scale(plan: RankPlan) -> None:
+    """rsLoRA's scale, which is often several times plain LoRA's, with the learning rate that goes with it."""
+    if not plan.use_rslora:
+        return
+    low, high = (plan.scale(rank) for rank in (plan.largest, min(plan.ranks.values())))
+    span = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+    announce(f"rsLoRA: alpha {plan.alpha(plan.largest):g} at every site, scale alpha/√r = {span}")
+    if high > LARGE_SCALE:
+        announce(
+            f"note: a scale above {LARGE_SCALE} makes every step larger: lower --learning_rate, to about "
+            f"{PLAIN_SCALE / high:.2g} of what plain LoRA takes (scale {PLAIN_SCALE})"
+        )
 
 
 def checked_plan(path: Path, sites: Mapping[str, Site], towers: Sequence[str] = LANGUAGE) -> RankPlan:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from rankwise.config import AllocationSection, LoraSection, TrainConfig
+from rankwise.config import LoraSection, TrainConfig
 from rankwise.core.importance import RankBudget
 from rankwise.core.plan import RankPlan
 from rankwise.errors import UsageError
@@ -23,12 +23,9 @@ from rankwise.train.estimate import run_length
 
 
 def check_allocation(config: TrainConfig) -> None:
-    """UsageError for options that belong to an allocator without one, and for all that does not go with AdaLoRA."""
-    section, default = config.allocation, AllocationSection()
+    """UsageError for all that does not go with AdaLoRA."""
+    section = config.allocation
     if section.allocator == "none":
-        given = [name for name, value in vars(section).items() if value != getattr(default, name)]
-        if given:
-            raise UsageError(f"--{given[0]} belongs to --allocator adalora: add it, or leave --{given[0]} out")
         return
     if not 0 < section.allocator_keep_ratio < 1:
         raise UsageError(

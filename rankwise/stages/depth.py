@@ -72,9 +72,15 @@ def gate_rate(section: DepthSection, training: Mapping[str, Any]) -> dict[str, f
 
 
 def idle(section: DepthSection) -> list[str]:
-    """A note on depth options that do nothing, as in a recipe with depth that runs with `--use_depth False`."""
+    """A note on depth options that do nothing, as in a recipe with depth that runs with `--use_depth False`, or with
+    another control than its estimator is for."""
     given = [f"--{name}" for name, value in vars(section).items() if value != getattr(DepthSection(), name)]
-    return [] if section.use_depth or not given else [f"note: no depth: {', '.join(given)} act with --use_depth only"]
+    if not section.use_depth:
+        return [f"note: no depth: {', '.join(given)} act with --use_depth only"] if given else []
+    control = section.depth_control or ESTIMATED[0]
+    if control in ESTIMATED or section.depth_checkpoint_path is None:
+        return []
+    return [f"note: --depth_control {control} estimates no depth: --depth_checkpoint_path has no effect"]
 
 
 def check_maps(control: str, maps: str | None) -> None:

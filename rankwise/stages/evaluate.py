@@ -23,6 +23,7 @@ from rankwise.score.tasks import TASKS, Task, evaluate, task
 from rankwise.show.curves import READ_FIRST
 from rankwise.stages.depth import depth_facts
 from rankwise.stages.engines import Subject, base_and_adapter, compared_base, fitting, generator, seeing, subject
+from rankwise.stages.idle import refuse_idle
 from rankwise.stages.recorded import recorded, system_warning
 from rankwise.stages.training import base_files, fingerprints, held, settled, warn_of_training_rows
 from rankwise.store.adapter import adapter_files
@@ -32,6 +33,7 @@ from rankwise.store.processes import announce, finish, gathered, process_index
 from rankwise.store.run import CONFIG, RunFolder
 
 CONFUSION, BESIDE = "confusion.csv", "resolved_config.evaluate.json"
+PREDICTIONS = "predictions*.json*"
 WINDOW = 1024  # tokens of a piece of text for --forget
 
 
@@ -66,6 +68,15 @@ def evaluated(config: EvaluateConfig) -> EvaluationResult | None:
     return result or lost
 
 
+def start_over(config: EvaluateConfig) -> None:
+    """Delete the answers of an earlier evaluation in the folder, once it is sure that this one can begin."""
+    check(config)
+    check_installed(config)
+    base_and_adapter(str(config.model_path), config.base_model_id)
+    for file in output_folder(config).path.glob(PREDICTIONS):
+        file.unlink()
+
+
 def config_name(folder: RunFolder) -> str:
     """In the folder of another stage, a training run's say, that one's config keeps its name."""
     return BESIDE if set(folder.stages()) - {"evaluate"} else CONFIG
@@ -85,8 +96,7 @@ def check(config: EvaluateConfig) -> None:
             raise UsageError(f"--task: scores exist for {', '.join(SCORED_TASKS)} and {harness.PREFIX}NAME; got {name}")
         if not config.data.data_path:
             raise UsageError(f"--data_path is missing: where are the official files of {name}?")
-    if not harness.is_harness(name) and (config.lm_eval_tasks_path or config.num_fewshot is not None):
-        raise UsageError("--lm_eval_tasks_path and --num_fewshot act on --task lm_eval:NAME only")
+    refuse_idle(config)
     if config.lm_eval_tasks_path and not Path(config.lm_eval_tasks_path).is_dir():
         raise UsageError(f"--lm_eval_tasks_path: {config.lm_eval_tasks_path} is no folder of task files")
     if config.num_samples is not None and config.num_samples < 1:

@@ -5,7 +5,6 @@ rankwise extract BASE TUNED --plan configs/lora_rank_config.json -o adapter/
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Container, Mapping
 from dataclasses import replace
@@ -29,6 +28,7 @@ from rankwise.ship.merging.promised import Proof
 from rankwise.show.format import command_line
 from rankwise.stages.extracted_adapter import as_settings, carried_whole, published, tensors_of, tokenizer_of
 from rankwise.stages.fidelity import Fidelity, SiteFidelity
+from rankwise.stages.idle import refuse_idle
 from rankwise.stages.left_out import left_out
 from rankwise.stages.sites import site_filter
 from rankwise.store.adapter import CONFIG_NAME, LoraAdapter, LoraPair
@@ -77,6 +77,7 @@ def check(config: ExtractConfig) -> None:
         raise UsageError("extract needs one of: --plan FILE (from `rankwise ranks`), --rank R")
     if config.rank is not None and config.rank < 1:
         raise UsageError(f"--rank is a whole number from 1; got {config.rank}")
+    refuse_idle(config)
     if config.sites.flatten_conv:
         raise UsageError("--flatten_conv is for `ranks`: an adapter of flattened convolutions fits no model")
 
@@ -126,7 +127,7 @@ def extracted(source: DeltaSource, plan: RankPlan, device: str, seed: int) -> tu
             generator = site_generator(site, seed, device)
             factors = truncate(on_device(delta, device).matrix, row.rank, generator)
             factors = Factors(factors.left.cpu(), factors.right.cpu())
-            pairs[site.path] = LoraPair.of(factors, scale_of(plan, row.rank), site.transposed)
+            pairs[site.path] = LoraPair.of(factors, plan.scale(row.rank), site.transposed)
             kept = min(1.0, factors.spectrum().energy_total / delta.energy)
             table.append(SiteFidelity(site, row.rank, delta.energy, kept, note=clip_note(row) or rounding_note(delta)))
         else:
@@ -137,11 +138,6 @@ def extracted(source: DeltaSource, plan: RankPlan, device: str, seed: int) -> tu
     if not pairs:
         raise DataError(f"{source.description}: none of the {len(rows)} sites has changed; there is no adapter in this")
     return pairs, Fidelity(tuple(table))
-
-
-def scale_of(plan: RankPlan, rank: int) -> float:
-    """alpha/r, or alpha/√r where the plan is one of rsLoRA."""
-    return plan.alpha(rank) / (math.sqrt(rank) if plan.use_rslora else rank)
 
 
 def clip_note(row: PlannedSite) -> str:

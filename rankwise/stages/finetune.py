@@ -20,6 +20,7 @@ from rankwise.errors import UsageError
 from rankwise.nets.towers import check_towers, tower_parameters
 from rankwise.show.format import amount, command_line, duration
 from rankwise.stages import training as shared
+from rankwise.stages.idle import refuse_idle
 from rankwise.stages.probing import train_full, train_lora
 from rankwise.stages.rendering import decode_aside, renderer_for
 from rankwise.stages.towers import check_rates, finetune_use
@@ -57,6 +58,7 @@ def check(config: FinetuneConfig) -> None:
     shared.check_data(config.data, "finetune")
     if not config.model.model_name:
         raise UsageError("finetune needs a model: --model_name FOLDER_OR_HUB_ID")
+    refuse_idle(config)
     if config.skip_shards < 0:
         raise UsageError(f"--skip_shards must be at least 0, got {config.skip_shards}")
     check_rates(finetune_use(config.towers, config.method).rates, config.training)
@@ -76,8 +78,9 @@ def arguments_of(config: FinetuneConfig) -> TrainingArguments:
         **({"use_wandb": True} if config.use_wandb else {}),
     }
     given = own | dict(config.training)
-    if given.get("eval_strategy", "no") != "no":
-        raise UsageError("finetune has no validation rows: it makes a delta, not a model; leave --eval_strategy out")
+    evaluating = [name for name in ("eval_strategy", "eval_steps") if given.get(name, "no") != "no"]
+    if evaluating:
+        raise UsageError(f"finetune has no validation rows: it makes a delta, not a model; leave --{evaluating[0]} out")
     return build_arguments(config.output_dir, config.seed, given, FINETUNE_DEFAULTS, config.model.dtype)
 
 

@@ -52,7 +52,7 @@ def train_full(
     if config.save != "deltas" and first:
         save_checkpoint(model, job.renderer, folder / "pretrained")
     set_seed(config.seed)
-    trainer = shared.trained(model, job, checkpoint, tower_rates=towers.rates)
+    trainer = shared.trained(config, model, job, checkpoint, tower_rates=towers.rates)
     state = shared.whole_state(trainer)
     if config.save != "deltas" and first:
         save_checkpoint(shared.plain_model(trainer), job.renderer, folder / "finetuned", state, job.record)
@@ -76,7 +76,7 @@ def train_lora(
     model = shared.loaded(config.model, job.name, frozen_dtype(config.model.dtype, job.arguments))
     set_seed(config.seed)
     adapted = adapt(model, plan, LoraSettings(dropout=0.0))
-    trainer = shared.trained(adapted, job, checkpoint, tower_rates=towers.rates)
+    trainer = shared.trained(config, adapted, job, checkpoint, tower_rates=towers.rates)
     shared.write_adapter_files(trainer, Path(config.output_dir), job.name, plan, [])
     return trainer
 

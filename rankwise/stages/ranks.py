@@ -37,6 +37,7 @@ from rankwise.show.rank_files import (
 from rankwise.show.rank_summary import summarise
 from rankwise.show.summary import render
 from rankwise.stages.card_sources import row_options, rows_of
+from rankwise.stages.idle import refuse_idle
 from rankwise.stages.left_out import sentences, unpaired
 from rankwise.stages.running import measure_gain, running_model
 from rankwise.stages.sites import site_filter
@@ -122,6 +123,7 @@ def check(config: RanksConfig) -> None:
         raise UsageError("--metric activation|loss and --signal activation|gradient run the model: give --data_path")
     if config.adapter and config.spectrum.noise_floor != "none":
         raise UsageError("--noise_floor estimates the noise of a dense delta; an adapter's B·A has none")
+    refuse_idle(config)
     if (config.gain or config.data.data_path) and not config.data.task:
         raise UsageError("--gain and --data_path need --task, which says how rows become text; the data do not show it")
 

@@ -39,7 +39,6 @@ from rankwise.store.stage_marks import STATE, read_marks, write_mark
 
 LOGS, MONITOR, AUTO = "logs", "monitor.csv", "auto"
 RECORD = "resolved_config.recipe.json"  # a stage may write into the run folder itself, and its config beside this one
-PREDICTIONS = "predictions*.json*"
 OUTPUTS = ("output_dir", "out", "run", "results_dir", "log_dir")
 
 
@@ -192,8 +191,7 @@ def resuming(stage: Stage, config: Any, before: Mapping[str, Any], mark: str) ->
     """A training stage that was stopped in the middle goes on from its newest complete checkpoint; one whose options
     or inputs have changed since starts over. So does an evaluation, whose answers of before are deleted."""
     if stage.command == "evaluate" and before and before.get("started") != mark:
-        for file in stage_of(stage.command).output_folder(config).path.glob(PREDICTIONS):
-            file.unlink()
+        stage_of(stage.command).start_over(config)
     going_on = getattr(stage_of(stage.command), "going_on", None)
     if going_on is not None and before:  # what this recipe has not made is not its to replace
         return going_on(config, unchanged=before.get("started") == mark)

@@ -45,6 +45,7 @@ def probe_batches(config: RanksConfig, renderer: Renderer, path: str | None, spl
         skip_bad=data.skip_bad,
         download=data.download and not Path(path).is_file(),
         repeat_image=data.repeat_image,
+        aux_reason=data.aux_reason,
     )
     for note in examples.notes(sees_images=renderer.sight is not None):
         print(note)

@@ -31,6 +31,7 @@ from rankwise.stages.allocating import (
 )
 from rankwise.stages.depth import asked, depth_lines, gate_module, save_depth
 from rankwise.stages.estimate import check_estimate, estimated
+from rankwise.stages.idle import refuse_idle
 from rankwise.stages.outcome import SPLIT_FILE, Outcome, adapter_folder, finish
 from rankwise.stages.preparing import prepare, rates_of
 from rankwise.stages.recorded import save_input
@@ -81,16 +82,16 @@ def run(config: TrainConfig) -> Path:
         allocation = allocation_of(config, plan, len(sampler or job.rows), arguments)
         job = replace(job, facts={**job.facts, **allocation_facts(allocation)})
         checkpoint = shared.starting_point(config, job)
-        save_depth(job.depth, folder.path)
-        save_task(config.data, folder.path)
         model = adapted(config, job, plan, full, allocation)
         initial = lora_pairs(model) if config.lora.init_lora_weights in MOVES_BASE else None
         allocator = RankAllocation(allocation, folder.path) if allocation else None
         started = time.monotonic()
         trainer = shared.trained(
+            config,
             model,
             job,
             checkpoint,
+            beside=lambda place: [save_depth(job.depth, place), save_task(config.data, place)],
             loraplus_lr_ratio=config.lora.loraplus_lr_ratio,
             tower_rates=rates_of(config),
             phases=keeper,
@@ -141,6 +142,7 @@ def check(config: TrainConfig) -> None:
         raise UsageError("train needs a base model: --model_name FOLDER_OR_HUB_ID")
     check_lora(config.lora)
     check_allocation(config)
+    refuse_idle(config)
     check_rates(rates_of(config), config.training)
     check_selection(config.selection, config.data.task, config.training, packing=config.packing)
     schedule_of(config.phases)
@@ -185,6 +187,7 @@ def describe(config: TrainConfig) -> list[str]:
     check(config)
     lora = config.lora
     what = f"the plan {lora.lora_config}" if lora.lora_config else f"rank {lora.lora_r} at {described_target(lora)}"
+    what += f", rsLoRA with alpha {lora.lora_alpha or 2 * lora.lora_r:g}" if lora.use_rslora else ""
     lines = [f"adapt {config.model.model_name or 'the model that the plan names'} with {what}"]
     if config.allocation.allocator != "none":
         lines.append(f"let AdaLoRA divide the ranks: {start_rank(config)} everywhere, {lora.lora_r} on average at last")

@@ -62,6 +62,9 @@ NO_LONGER = {
     "ray_scope": "transformers dropped it",
     "use_legacy_prediction_loop": "transformers dropped it",
     "include_tokens_per_second": "transformers dropped it",
+    "do_train": "the command trains",
+    "do_eval": "--eval_strategy says when the command validates",
+    "do_predict": "`rankwise evaluate` scores",
     "torchdynamo": "use --torch_compile",
 }
 
@@ -169,9 +172,10 @@ def build_arguments(
     TrainingArguments refuses, and where one process sees several GPUs.
     """
     values, notes = translated(without_none(given))
-    if values.get("push_to_hub"):
+    of_the_hub = [name for name in values if name.startswith("hub_") or (name == "push_to_hub" and values[name])]
+    if of_the_hub:
         raise UsageError(
-            "--push_to_hub: training uploads nothing, for nothing is proven yet; afterwards `rankwise card RUN "
+            f"--{of_the_hub[0]}: training uploads nothing, for nothing is proven yet; afterwards `rankwise card RUN "
             "--push_to_hub ORG/NAME` uploads the adapter, the merged model or the export, with a model card"
         )
     values = {**defaults, "disable_tqdm": not sys.stderr.isatty(), **values}

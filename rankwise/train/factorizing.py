@@ -160,10 +160,10 @@ class ValidationMeans:
 
 
 def refuse_not_finite(values: np.ndarray[Any, Any], names: Sequence[str], part: str) -> None:
-    """DivergedError naming the matrices (rows of `values`) with a measure that is NaN or infinite."""
+    """DivergedError naming the matrices (rows of `values`) on which a network's measure is NaN or infinite."""
     bad = [name for name, row in zip(names, values, strict=True) if not np.isfinite(row).all()]
     if bad:
         raise DivergedError(
-            f"{len(bad)} of {len(names)} {part} matrices, or the network's error on them, are not finite: "
-            f"{', '.join(bad[:8])}. Look for NaN or infinity in these features; if there is none, lower --lr"
+            f"the network's error on {len(bad)} of {len(names)} {part} matrices is not finite: {', '.join(bad[:8])}; "
+            "lower --lr"
         )

@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.errors import DataError, UsageError
+from rankwise.store.aside import Aside
 from rankwise.store.files import read_object
 from rankwise.store.processes import announce
-from rankwise.train.checkpoints import MANIFEST, checkpoints, remove, unsound
+from rankwise.train.checkpoints import MANIFEST, checkpoints, unsound
 
 MAY_RISE = ("num_train_epochs", "max_steps")
 SHOWN = 20
@@ -170,19 +171,23 @@ def shortened(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-def start_over(output_dir: Path, overwrite: bool) -> None:
-    """Make sure that a fresh run does not mix its checkpoints with an earlier run's.
-
-    Unfinished ones (no manifest) are deleted. UsageError where there are finished ones, sound or damaged, and
-    `overwrite` is off; with it they are deleted too.
-    """
-    found = checkpoints(output_dir)
-    finished = [folder for folder in found if (folder / MANIFEST).is_file()]
+def refuse_earlier(output_dir: Path, overwrite: bool) -> None:
+    """UsageError where a fresh run would mix its checkpoints with an earlier run's: where there are finished ones (with
+    a manifest), sound or damaged, and `overwrite` is off."""
+    finished = [folder for folder in checkpoints(output_dir) if (folder / MANIFEST).is_file()]
     if finished and not overwrite:
         raise UsageError(
             f"{output_dir} has {len(finished)} checkpoints of an earlier run (newest: {finished[0].name}); go on with "
             "--resume_from_checkpoint true, start over with --overwrite_output_dir, or choose another --output_dir"
         )
-    for folder in found:
-        announce(f"note: deleting {folder}, left by an earlier run")
-        remove(folder)
+
+
+class FirstStep(TrainerCallback):
+    """Deletes what an earlier run has left once this one has taken a step: until then it can be put back."""
+
+    def __init__(self, earlier: Aside) -> None:
+        self.earlier = earlier
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.earlier.drop()

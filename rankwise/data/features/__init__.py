@@ -12,6 +12,7 @@ rows = FeatureRows(cache, split.train)          # a torch Dataset; `collate` mak
 from __future__ import annotations
 
 from rankwise.data.features.cache import FeatureCache, ModelOrigin, open_cache
+from rankwise.data.features.measurable import check_measurable, measurable
 from rankwise.data.features.rows import FeatureRows, collate
 from rankwise.data.features.split import FeatureSplit, read_split, split_of
 from rankwise.data.features.writer import CacheRecipe, CacheWriter, Matrices, shard_places, write_cache
@@ -24,7 +25,9 @@ __all__ = [
     "FeatureSplit",
     "Matrices",
     "ModelOrigin",
+    "check_measurable",
     "collate",
+    "measurable",
     "open_cache",
     "read_split",
     "shard_places",

@@ -20,12 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rankwise.data.features.legacy import LegacyFiles, legacy_files
+from rankwise.data.features.legacy import LegacyFiles, gaps, legacy_files
 from rankwise.errors import DataError
 from rankwise.store.files import read_object, sha256
 
 INDEX, RECIPE, FORMAT = "index.json", "capture.json", "rankwise-features/1"
-KEY = "features"
+KEY, SHOWN = "features", 8
 AGAIN = "capture it again (`rankwise features capture` makes what is missing)"
 
 
@@ -49,8 +49,8 @@ class FeatureCache:
 
     ids: the picture's name, with `#k` for its k-th tile. groups: SHA-256 of the picture as the model saw it: equal
     pictures are one group. grid: (rows, columns) of the tokens, row-major, where known. spectrum: the singular values
-    of every matrix once normalised, where they are known (synthetic). left_out: pictures that could not be read, with
-    the reasons. fingerprint: of the content, wherever it lies.
+    of every matrix once normalised, where they are known (synthetic). left_out: pictures that could not be read, or
+    files that are missing, with the reasons. fingerprint: of the content, wherever it lies.
     """
 
     path: Path
@@ -73,6 +73,14 @@ class FeatureCache:
         if not 0 <= place < len(self):
             raise IndexError(f"{self.path} has {len(self)} matrices, there is no number {place}")
         return self.files.read(place)
+
+    def notes(self) -> list[str]:
+        """A sentence about pictures that it lacks, where some were left out or files are missing."""
+        if not self.left_out:
+            return []
+        shown = "; ".join(f"{name}: {reason}" for name, reason in self.left_out[:SHOWN])
+        more = f"; and {len(self.left_out) - SHOWN} more" if len(self.left_out) > SHOWN else ""
+        return [f"note: {self.path} has {len(self)} matrices, and these are not among them: {shown}{more}"]
 
     def place_of(self, name: str) -> int:
         """The place of an id. DataError where there is none of that name."""
@@ -157,6 +165,7 @@ def from_legacy(folder: Path) -> FeatureCache:
         source=f"{len(groups)} files features_{{i}}.pt",
         fingerprint=hashlib.sha256(json.dumps(groups).encode()).hexdigest(),
         files=files,
+        left_out=tuple((name, "no such file") for name in gaps(files.paths)),
     )
 
 

@@ -25,6 +25,12 @@ def legacy_files(folder: Path) -> list[Path]:
     return sorted(named, key=lambda file: int(named[file]["number"]))
 
 
+def gaps(files: Sequence[Path]) -> list[str]:
+    """Names of the files that are missing between the lowest and the highest number."""
+    numbers = {int(match["number"]) for file in files if (match := NAME.fullmatch(file.name))}
+    return [f"features_{number}.pt" for number in range(min(numbers), max(numbers)) if number not in numbers]
+
+
 class LegacyFiles:
     """One matrix a file; all of one shape."""
 
@@ -44,7 +50,7 @@ class LegacyFiles:
 
 
 def matrix_of(file: Path) -> Tensor:
-    """(T, D). DataError for what is no such matrix, or not finite."""
+    """(T, D). DataError for what is no such matrix."""
     tensor = load_tensor(file)
     if tensor.dim() == 3 and len(tensor) == 1:
         tensor = tensor[0]
@@ -52,8 +58,6 @@ def matrix_of(file: Path) -> Tensor:
         raise DataError(
             f"{file}: {tensor.dtype} of shape {tuple(tensor.shape)}; features are floats (1, tokens, channels)"
         )
-    if not torch.isfinite(tensor).all():
-        raise DataError(f"{file}: has values that are not finite; capture these features again")
     return tensor
 
 

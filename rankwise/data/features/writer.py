@@ -27,6 +27,7 @@ from torch import Tensor
 
 from rankwise.data.features.cache import FORMAT, INDEX, KEY, RECIPE, FeatureCache, ModelOrigin, open_cache, stored_dtype
 from rankwise.errors import DataError, UsageError
+from rankwise.store.aside import Aside
 from rankwise.store.files import atomic_write, read_object, sha256, write_json
 
 HEADER = "shard"
@@ -142,9 +143,20 @@ class CacheWriter:
         rows = torch.empty(0) if matrices.features is None else matrices.features
         assert len(rows) == len(matrices.ids) == len(matrices.groups)
         stored = rows.to(stored_dtype(self.recipe.dtype)).contiguous()
+        self.refuse_overflow(stored, rows, matrices.ids)
         with atomic_write(self.file(shard)) as temporary:
             save_file({KEY: stored}, str(temporary), metadata=header)
         return self.file(shard)
+
+    def refuse_overflow(self, stored: Tensor, rows: Tensor, ids: Sequence[str]) -> None:
+        """DataError naming the matrices with numbers that the precision on disk does not have."""
+        lost = torch.isfinite(rows) & ~torch.isfinite(stored)
+        bad = [name for name, one in zip(ids, lost, strict=True) if one.any()]
+        if bad:
+            raise DataError(
+                f"{', '.join(bad[:8])}: features beyond the largest {self.recipe.dtype}; capture them with "
+                "--cache_dtype bfloat16 or float32"
+            )
 
     def finish(self) -> FeatureCache:
         """The index, from all shards; then the cache. DataError where they do not fit together, or hold nothing."""
@@ -187,14 +199,12 @@ def write_cache(folder: Path | str, recipe: CacheRecipe, shards: Iterable[Matric
     return writer.finish()
 
 
-def clear(folder: Path) -> None:
-    """Delete a cache of ours, the index first. UsageError for a folder with features that `begin` did not begin."""
-    files = [folder / INDEX, *sorted(folder.glob("features-*.safetensors")), folder / RECIPE]
-    there = [file for file in files if file.is_file()]
-    if there and not (folder / RECIPE).is_file():
+def replaceable(folder: Path) -> Aside:
+    """A cache of ours, to be replaced. UsageError for a folder with features that `begin` did not begin."""
+    cache = Aside(folder, (INDEX, "features-*.safetensors", RECIPE))
+    if cache.there() and not (folder / RECIPE).is_file():
         raise UsageError(f"{folder}: --overwrite deletes what this command has made, and there is no {RECIPE} here")
-    for file in there:
-        file.unlink()
+    return cache
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

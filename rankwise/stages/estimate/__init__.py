@@ -47,11 +47,8 @@ def estimated(config: TrainConfig, name: str, arguments: TrainingArguments) -> P
 
 
 def check_estimate(section: EstimateSection, config: TrainConfig) -> None:
-    """UsageError for options that say nothing without --estimate, and for runs that it does not know."""
+    """UsageError for runs that --estimate does not know."""
     if not section.estimate:
-        given = [name for name, value in vars(section).items() if value not in (None, False)]
-        if given:
-            raise UsageError(f"--{given[0]} belongs to --estimate: add it, or leave --{given[0]} out")
         return
     if section.gpu is not None:
         cards(section.gpu)

@@ -11,7 +11,8 @@ Stopped and started again, it makes what is missing; the result is the same to t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -24,10 +25,11 @@ from rankwise.core.approximation import best_errors, normalised, singular_values
 from rankwise.core.closeness import explained_energy
 from rankwise.data.features import CacheWriter, FeatureCache
 from rankwise.data.features.preparing import SQUARE
-from rankwise.data.features.writer import clear
+from rankwise.data.features.writer import replaceable
 from rankwise.errors import DataError, RankwiseError, UsageError
 from rankwise.show.format import command_line, memory, percent, plural
 from rankwise.stages.features.shards import Shards, shards_of
+from rankwise.stages.idle import refuse_idle
 from rankwise.stages.training import held
 from rankwise.store.processes import announce, finish, gathered, own_share, process_index
 from rankwise.store.run import RunFolder
@@ -52,6 +54,7 @@ def check(config: CaptureConfig) -> None:
         raise UsageError("features capture needs IMAGES and --model, or --synthetic N")
     if config.synthetic is not None and (config.model_name or config.images):
         raise UsageError("--synthetic N makes matrices without a model: leave --model and the images out")
+    refuse_idle(config)
     if config.native and config.image_size is not None:
         raise UsageError("--native takes pictures as they are, --image_size stretches them: give one of them")
     for name in ("num_images", "batch_size", "shard_size", "image_size", "synthetic"):
@@ -65,9 +68,10 @@ def captured(config: CaptureConfig) -> FeatureCache | None:
     with held(folder, STAGE, inputs(config)) as record:
         shards = shards_of(config)
         writer = CacheWriter(folder.path, shards.recipe)
-        agreed(lambda: begin(writer, config.overwrite))
-        missing = gathered({0: agreed(writer.missing)})[0]
-        agreed(lambda: make(shards, writer, own_share(missing, [shards.size(shard) for shard in missing])))
+        with until_a_shard_is_made(writer, config.overwrite) as made:
+            agreed(writer.begin if process_index()[0] == 0 else lambda: None)
+            missing = gathered({0: agreed(writer.missing)})[0]
+            agreed(lambda: make(shards, writer, own_share(missing, [shards.size(shard) for shard in missing]), made))
         if process_index()[0] != 0:
             return None
         cache = writer.finish()
@@ -83,12 +87,19 @@ def inputs(config: CaptureConfig) -> dict[str, Path | str]:
     return {name: value for name, value in named.items() if value}
 
 
-def begin(writer: CacheWriter, overwrite: bool) -> None:
-    """By the first process: the folder is this capture's, or becomes it."""
-    if process_index()[0] == 0:
+@contextmanager
+def until_a_shard_is_made(writer: CacheWriter, overwrite: bool) -> Iterator[Callable[[], None]]:
+    """With --overwrite the earlier cache lies aside until the first process calls what this gives: a model that cannot
+    be loaded, or a first picture that cannot be seen, costs nothing."""
+    if process_index()[0] != 0:
+        yield lambda: None
+        return
+    earlier = replaceable(writer.folder)
+    earlier.put_back()
+    with earlier.until_dropped():
         if overwrite:
-            clear(writer.folder)
-        writer.begin()
+            earlier.take()
+        yield earlier.drop
 
 
 def agreed(action: Callable[[], Result]) -> Result:
@@ -108,14 +119,15 @@ def agreed(action: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
-def make(shards: Shards, writer: CacheWriter, mine: list[int]) -> None:
-    """These shards, in order, each written as soon as it is whole."""
+def make(shards: Shards, writer: CacheWriter, mine: list[int], made: Callable[[], None]) -> None:
+    """These shards, in order, each written as soon as it is whole; `made` is called after each."""
     total = sum(shards.size(shard) for shard in mine)
     silent = None if process_index()[0] == 0 else True
     bar = tqdm(total=total, desc="capture", unit="image", disable=silent, leave=False)
     try:
         for shard in sorted(mine):
             writer.write(shard, shards.made(shard, bar.update))
+            made()
     finally:
         bar.close()
 

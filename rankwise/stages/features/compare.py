@@ -40,6 +40,8 @@ def run(config: FactorCompareConfig) -> Mapping[str, Any]:
     sources = [Source("test images", cache, split.test)]
     if config.ood:
         sources.append(other_source(config.ood, cache))
+    for note in dict.fromkeys(note for source in sources for note in source.cache.notes()):
+        print(note)
     comparison = Compared(
         networks={each.folder.name: each.net for each in found},
         rank=common_rank(config.rank, found),

@@ -5,20 +5,18 @@ config, cache ──▶ FactorJob (arguments, identity) ── Start ──▶ R
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import TrainingArguments
 
 from rankwise.config import FactorTrainConfig
 from rankwise.core.importance import RankBudget
-from rankwise.data.features import FeatureCache, FeatureRows, collate
+from rankwise.data.features import FeatureCache, FeatureRows
 from rankwise.nets.factorize import AdaptiveLowRankProjAdaLoRA, FactorizerSettings
 from rankwise.stages.features.run_log import RunLog
-from rankwise.stages.features.starting import Start
+from rankwise.stages.features.starting import Start, earlier_of
 from rankwise.train.arguments import build_arguments
 from rankwise.train.epoch_history import EpochHistory
 from rankwise.train.factorizing import (
@@ -26,11 +24,10 @@ from rankwise.train.factorizing import (
     FactorObjective,
     TermWeights,
     ValidationMeans,
-    refuse_not_finite,
     with_rows,
 )
 from rankwise.train.rank_allocation import ChannelAllocation, saved_budget
-from rankwise.train.resume import identity_of
+from rankwise.train.resume import FirstStep, identity_of
 from rankwise.train.stopping import Patience
 from rankwise.train.trainer import RankwiseTrainer
 
@@ -131,18 +128,6 @@ def trainer_of(
         compute_metrics=ValidationMeans(job.cache.ids),
         identity=job.identity,
         stateful=stateful,
-        callbacks=[Patience(job.config.patience)],
+        callbacks=[Patience(job.config.patience), FirstStep(earlier_of(job.folder))],
     )
     return trainer, history
-
-
-def batches_of(
-    cache: FeatureCache, places: tuple[int, ...], size: int, part: str
-) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-    """Normalised features (B, T, D) with their places, in order. DivergedError naming those that are not finite."""
-    rows = FeatureRows(cache, places)
-    for first in range(0, len(rows), size):
-        taken = places[first : first + size]
-        features = collate([rows[first + i] for i in range(len(taken))])["features"]
-        refuse_not_finite(features.flatten(1).numpy(), [cache.ids[place] for place in taken], part)
-        yield features, taken

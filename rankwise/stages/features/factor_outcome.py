@@ -18,9 +18,10 @@ from rankwise.nets.factorize.files import SETTINGS, WEIGHTS
 from rankwise.score.factorization import OF_REFINED, Closeness, measure, network, optimum
 from rankwise.show.factor_curves import plot_factor_training
 from rankwise.show.format import command_line, duration, percent
-from rankwise.stages.features.factor_job import FactorJob, batches_of
+from rankwise.stages.features.factor_job import FactorJob
 from rankwise.stages.features.run_log import LOG, RunLog
 from rankwise.stages.features.starting import PLOT, RESULTS
+from rankwise.stages.features.trained import cached
 from rankwise.store.files import write_json
 from rankwise.store.run import Record
 from rankwise.train.epoch_history import HISTORY, Row, best_row
@@ -72,7 +73,7 @@ def tested(job: FactorJob, places: tuple[int, ...]) -> dict[str, Any]:
     net = load_factorizer(job.folder).to(device)
 
     def batches() -> Iterator[Tensor]:
-        for features, _ in batches_of(job.cache, places, job.config.batch_size, "test"):
+        for features in cached(job.cache, places):
             yield features.to(device)
 
     best = optimum(batches)

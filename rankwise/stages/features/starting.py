@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from rankwise.errors import UsageError
 from rankwise.nets.factorize import Factorizer, FactorizerSettings, build, load_factorizer
 from rankwise.nets.factorize.files import SETTINGS, WEIGHTS
 from rankwise.show.factor_files import OF_ONE
+from rankwise.store.aside import Aside
 from rankwise.store.files import read_object
 from rankwise.store.processes import announce, process_index
-from rankwise.train.checkpoints import MANIFEST, checkpoints, remove, step_of
+from rankwise.store.run import CONFIG
+from rankwise.train.checkpoints import MANIFEST, checkpoints, step_of
 from rankwise.train.epoch_history import HISTORY, read_history
 from rankwise.train.rank_allocation import TABLE
 from rankwise.train.resume import differences, missing_state, newest_complete
@@ -31,7 +34,8 @@ from rankwise.train.tables import TRAINING_LOG
 
 TRAINER_STATE = "trainer_state.json"
 RESULTS, PLOT = "test_results.json", "train_val_loss_comparison.png"
-OF_A_RUN = (WEIGHTS, SETTINGS, HISTORY, RESULTS, SPLIT, PLOT, TRAINING_LOG, TABLE, OF_ONE)
+CHECKPOINTS = ("checkpoint-*",)
+OF_A_RUN = (*CHECKPOINTS, WEIGHTS, SETTINGS, HISTORY, RESULTS, SPLIT, PLOT, TRAINING_LOG, TABLE, OF_ONE, CONFIG)
 STEP_TABLES = (TRAINING_LOG, TABLE)
 
 
@@ -68,6 +72,8 @@ def start_of(
 
     Raises UsageError where there is nothing to resume, where it is another run, and where an earlier one is in the way.
     """
+    if process_index()[0] == 0:
+        earlier_of(folder).put_back()
     if not config.resume:
         refuse_earlier(folder, config.overwrite)
         split = split_of(cache, config.seed)
@@ -152,16 +158,24 @@ def epochs_done(folder: Path) -> int | None:
     return None if checkpoint is None else math.floor(read_object(checkpoint / TRAINER_STATE)["epoch"])
 
 
-def make_room(start: Start, folder: Path) -> None:
-    """Out of the way of training: for a fresh one all of an earlier run, for a best network's its tables by step."""
+def earlier_of(folder: Path) -> Aside:
+    """What a fresh run replaces of an earlier one in its folder."""
+    return Aside(folder, OF_A_RUN)
+
+
+@contextmanager
+def room_made(start: Start, folder: Path) -> Iterator[None]:
+    """The folder as this run's. What a fresh one replaces lies aside until its first step, and is put back where it
+    takes none; a best network's tables by step get another name."""
     if start.checkpoint is not None or process_index()[0] != 0:
+        yield
         return
-    for one in checkpoints(folder):
-        announce(f"note: deleting {one}, left by an earlier run")
-        remove(one)
-    for name in OF_A_RUN if start.fresh else ():
-        (folder / name).unlink(missing_ok=True)
-    for table in () if start.fresh else STEP_TABLES:
-        if (folder / table).is_file():
-            name = f"{Path(table).stem}.until_epoch_{len(start.rows)}.csv"
-            os.replace(folder / table, folder / name)
+    earlier = earlier_of(folder) if start.fresh else Aside(folder, CHECKPOINTS)
+    with earlier.until_dropped():
+        for entry in earlier.take():
+            announce(f"note: {entry}, left by an earlier run, is deleted at the first step")
+        for table in () if start.fresh else STEP_TABLES:
+            if (folder / table).is_file():
+                name = f"{Path(table).stem}.until_epoch_{len(start.rows)}.csv"
+                os.replace(folder / table, folder / name)
+        yield

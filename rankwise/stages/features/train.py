@@ -15,22 +15,22 @@ import torch
 from transformers import set_seed
 
 from rankwise.config import FactorTrainConfig
-from rankwise.data.features import FeatureCache, open_cache
+from rankwise.data.features import FeatureCache, check_measurable, open_cache
 from rankwise.data.features.split import SPLIT
 from rankwise.errors import Interrupted, UsageError
 from rankwise.nets.factorize import FactorizerSettings, canonical
 from rankwise.stages.features.factor_job import FactorJob, allocation_of, arguments_of, trainer_of
 from rankwise.stages.features.factor_outcome import finish
 from rankwise.stages.features.run_log import RunLog
-from rankwise.stages.features.starting import Start, epochs_done, holds_run, make_room, start_of
+from rankwise.stages.features.starting import Start, epochs_done, holds_run, room_made, start_of
+from rankwise.stages.idle import refuse_idle
 from rankwise.stages.training import held
 from rankwise.store.files import write_json
-from rankwise.store.processes import process_index
+from rankwise.store.processes import announce, process_index
 from rankwise.store.run import RunFolder
 from rankwise.train.factorizing import TermWeights
 from rankwise.train.trainer import RankwiseTrainer
 
-ALLOCATES = "AdaLoRA"
 SEEDS = 2**32  # numpy takes no others
 
 
@@ -40,19 +40,22 @@ def run(config: FactorTrainConfig) -> Path:
     folder = RunFolder(folder_of(config))
     cache = open_cache(config.features)
     settings = settings_of(config, cache)
+    check_measurable(cache)
+    for note in cache.notes():
+        announce(note)
     with held(folder, "features train", {"features": config.features}) as record:
         set_seed(config.seed)
         job = FactorJob(config, cache, settings, weights, arguments_of(config, folder.path))
         start = start_of(config, folder.path, cache, settings, job.identity)
         allocation = allocation_of(job, start)
-        make_room(start, folder.path)
         log = RunLog.begun(Path(config.log_dir).expanduser(), config)
-        if process_index()[0] == 0:
-            folder.save_config(config)
-            write_json(folder / SPLIT, start.split.record())
-        began = time.monotonic()
         trainer, history = trainer_of(job, start, allocation, log)
-        train(trainer, start, log)
+        began = time.monotonic()
+        with room_made(start, folder.path):
+            if process_index()[0] == 0:
+                folder.save_config(config)
+                write_json(folder / SPLIT, start.split.record())
+            train(trainer, start, log)
         if process_index()[0] == 0:
             finish(job, start.split, history.rows, record, log, time.monotonic() - began)
     return folder.path
@@ -60,7 +63,7 @@ def run(config: FactorTrainConfig) -> Path:
 
 def check(config: FactorTrainConfig) -> TermWeights:
     """Combinations that cannot work, before anything is read."""
-    arch = canonical(config.arch)
+    canonical(config.arch)
     for name, least in (("batch_size", 1), ("rank", 1), ("patience", 1), ("epochs", 0 if config.resume else 1)):
         if getattr(config, name) < least:
             raise UsageError(f"--{name} is at least {least}, got {getattr(config, name)}")
@@ -76,10 +79,7 @@ def check(config: FactorTrainConfig) -> TermWeights:
         raise UsageError(f"--device is auto, cpu or cuda, got {config.device}")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no GPU is visible to torch here")
-    if config.allocator.use_rank_allocator and arch != ALLOCATES:
-        raise UsageError(f"--use_rank_allocator masks the channels of lora_E, and {arch} has none: --arch {ALLOCATES}")
-    if config.activation_orth_regu_A and arch != ALLOCATES:
-        raise UsageError(f"--activation_orth_regu_A is for {ALLOCATES}; with {arch} --lambda_ortho weights that term")
+    refuse_idle(config)
     return TermWeights(config.lambda_B, config.lambda_ortho, config.activation_orth_regu_A)
 
 

@@ -5,15 +5,14 @@ results/<arch>/best_model.* ── networks ──▶ Network(net, cache)       
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rankwise.data.features import FeatureCache, FeatureRows, open_cache
+from rankwise.data.features import FeatureCache, measurable, open_cache
 from rankwise.data.features.cache import INDEX
 from rankwise.errors import DataError
 from rankwise.nets.factorize import Factorizer, canonical, load_factorizer
@@ -81,16 +80,5 @@ def is_of(each: Network, fingerprint: str) -> bool:
 
 def cached(cache: FeatureCache, places: Sequence[int]) -> Iterator[Tensor]:
     """Normalised matrices (B, T, D) of a cache. DataError naming one that nothing can be measured on."""
-    rows = FeatureRows(cache, places)
-    for start in range(0, len(rows), BATCH):
-        yield torch.stack([measurable(cache, rows[row]) for row in range(start, min(start + BATCH, len(rows)))])
-
-
-def measurable(cache: FeatureCache, row: Mapping[str, Any]) -> Tensor:
-    """A row's matrix (T, D). DataError where it has NaN or infinity, or, all tokens being constant, no energy."""
-    matrix: Tensor = row["features"]
-    wrong = "has values that are not finite" if not torch.isfinite(matrix).all() else ""
-    if wrong or not matrix.any():
-        reason = wrong or "is constant in every token, so that nothing is left of it once normalised"
-        raise DataError(f"{cache.path}: {cache.ids[row['sample_index']]} {reason}; capture it again, or without it")
-    return matrix
+    for start in range(0, len(places), BATCH):
+        yield torch.stack([measurable(cache, place) for place in places[start : start + BATCH]])

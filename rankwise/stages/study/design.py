@@ -19,6 +19,7 @@ from rankwise.config import StudyConfig
 from rankwise.errors import UsageError
 from rankwise.options import flatten
 from rankwise.stages import training as shared
+from rankwise.stages.idle import refuse_idle
 from rankwise.stages.study.arms import (
     BASE,
     REFERENCES,
@@ -201,6 +202,7 @@ def another_seed(seed: int, first: int) -> int:
 def check(config: StudyConfig) -> None:
     """Numbers and combinations that cannot work."""
     shared.check_data(config.data, "study")
+    refuse_idle(config)
     grid = config.grid
     if not config.model.model_name:
         raise UsageError("study needs a model: --model_name FOLDER_OR_HUB_ID")

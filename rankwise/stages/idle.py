@@ -1,0 +1,292 @@
+"""Options that act only beside others: one table, asked by every command's check before anything is read or made.
+
+    refuse_idle(config)     UsageError: --select_by acts only with --select accuracy; here it would have no effect …
+
+An option counts as given where its value is not the default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rankwise.config import (
+    CaptureConfig,
+    EvaluateConfig,
+    ExtractConfig,
+    FactorTrainConfig,
+    FinetuneConfig,
+    RanksConfig,
+    StudyConfig,
+    TrainConfig,
+)
+from rankwise.core.schedule import phases_of
+from rankwise.errors import UsageError
+from rankwise.nets.factorize import canonical
+from rankwise.options import flatten
+from rankwise.score.harness import is_harness
+from rankwise.stages.rendering import CONVERSATIONS
+
+
+class Told(dict[str, Any]):
+    """Options by name, as attributes; None for one that a command does not have or that was not given."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.get(name)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An option with the options that it depends on.
+
+    only: completes "--option acts only …". acts: whether it does among these options. acting, idle: options among
+    which it does, and among which it does not.
+    """
+
+    option: str
+    only: str
+    acts: Callable[[Told], bool]
+    acting: Mapping[str, Any]
+    idle: Mapping[str, Any] = field(default_factory=dict)
+
+
+def with_(
+    needed: str, value: Any, names: str, *, only: str = "", beside: Mapping[str, Any] | None = None
+) -> list[Bound]:
+    """Options that all need one other option, at this value (True: at any).
+
+    only: how that is said, where it is not `--needed value`. beside: what that one needs itself.
+    """
+
+    def acts(told: Told) -> bool:
+        return bool(told.get(needed)) if value is True else told.get(needed) == value
+
+    said = only or (f"--{needed}" if value is True else f"--{needed} {value}")
+    return [Bound(name, f"with {said}", acts, {needed: value, **(beside or {})}) for name in names.split()]
+
+
+def without(other: str, example: Any, names: str, why: str = "") -> list[Bound]:
+    """Options that another option makes idle, here at an example of its values."""
+
+    def acts(told: Told) -> bool:
+        return not told.get(other)
+
+    return [Bound(name, f"without --{other}{why}", acts, {}, {other: example}) for name in names.split()]
+
+
+def phases(told: Told) -> int:
+    """How many phases the options of `--phase_strategy` have."""
+    if told.phase_strategy:
+        return phases_of(told.phase_strategy)
+    return phases_of("both-mlp-attn") if told.dynamic_lora else 0
+
+
+def saves_by_steps(told: Told) -> bool:
+    strategy = told.eval_strategy or "epoch" if told.select or told.early_stopping else "steps"
+    return (told.save_strategy or strategy) == "steps"
+
+
+def runs_the_model(told: Told) -> bool:
+    return bool(told.gain) or reads_data(told)
+
+
+def reads_data(told: Told) -> bool:
+    return told.metric != "weight" or told.signal in ("activation", "gradient")
+
+
+OF_IMAGES = "image_folder allow_outside allow_urls repeat_image device_target"
+IMAGES = [
+    Bound(
+        name,
+        f"on rows that may have images: --task {', '.join(CONVERSATIONS)}",
+        lambda told: told.task in (None, *CONVERSATIONS),
+        {"task": "conversations"},
+        {"task": "e2e_nlg"},
+    )
+    for name in OF_IMAGES.split()
+]
+REASONS = with_("task", "labels", "aux_reason")
+ROWS = [*IMAGES, *REASONS]
+RESUMED = with_("resume_from_checkpoint", True, "allow_partial_resume")
+TRAINING = [
+    *with_("fsdp", True, "fsdp_config"),
+    *with_("activation_checkpointing", True, "activation_checkpointing_kwargs", only="--gradient_checkpointing"),
+]
+TRAIN = [
+    *ROWS,
+    *RESUMED,
+    *TRAINING,
+    *without("lora_config", "plan.json", "lora_r", ": a plan has a rank for every matrix"),
+    *without("lora_config", "plan.json", "lora_alpha use_rslora", ": the plan owns the scale"),
+    *without("val_path", "dev.csv", "val_fraction", ", whose rows validate"),
+    *with_("warm_start", "delta", "deltas"),
+    Bound("warm_start", "with --deltas FINETUNE_RUN", lambda told: bool(told.deltas), {"deltas": "probe"}),
+    *with_("select", "accuracy", "select_by"),
+    *with_(
+        "allocator",
+        "adalora",
+        "allocator_keep_ratio allocator_init_warmup allocator_final_warmup allocator_mask_interval allocator_orth",
+    ),
+    *with_("estimate", True, "gpu usd_per_hour utilisation estimate_out"),
+    Bound(
+        "phase1_end",
+        "with --dynamic_lora or a --phase_strategy of several phases (both-mlp-attn, …)",
+        lambda told: phases(told) > 1,
+        {"phase_strategy": "early-late"},
+    ),
+    Bound(
+        "phase2_end",
+        "with --dynamic_lora or a --phase_strategy of three phases (both-mlp-attn, …)",
+        lambda told: phases(told) > 2,
+        {"dynamic_lora": True},
+        {"phase_strategy": "early-late"},
+    ),
+    Bound(
+        "phase_state",
+        "with phases: --dynamic_lora, --phase_strategy or --schedule",
+        lambda told: bool(told.dynamic_lora or told.phase_strategy or told.schedule),
+        {"schedule": "mlp"},
+    ),
+    *with_("eval_strategy", "steps", "eval_steps"),
+    Bound(
+        "save_steps",
+        "with --save_strategy steps",
+        saves_by_steps,
+        {"save_strategy": "steps"},
+        {"save_strategy": "epoch"},
+    ),
+    Bound(
+        "metric_for_best_model",
+        "where a checkpoint is chosen: --load_best_model_at_end, --select or --early_stopping",
+        lambda told: bool(
+            told.load_best_model_at_end
+            or told.select
+            or told.early_stopping
+            or told.lr_scheduler_type == "reduce_lr_on_plateau"
+        ),
+        {"load_best_model_at_end": True},
+    ),
+]
+FINETUNE = [
+    *ROWS,
+    *RESUMED,
+    *TRAINING,
+    *with_("method", "lora", "lora_r"),
+    *with_("save_strategy", "steps", "save_steps"),
+]
+RANKS = [
+    *(
+        Bound(name, "on rows: with --gain, --metric or --signal activation|gradient", runs_the_model, {"gain": "dev"})
+        for name in "num_samples batch_size prompt chat_template chat_template_kwargs max_seq_length overlong skip_bad "
+        "download".split()
+    ),
+    *ROWS,
+    Bound(
+        "data_path",
+        "with --metric activation|loss or --signal activation|gradient; --gain has rows of its own",
+        reads_data,
+        {"metric": "activation"},
+    ),
+    Bound(
+        "smoothing_factor",
+        "with a threshold, without --budget, and with --per site",
+        lambda told: not told.budget and told.per == "site",
+        {},
+        {"budget": "uniform:4"},
+    ),
+    *without("budget", "uniform:4", "per", ", which gives every matrix its own rank"),
+    Bound(
+        "normalise",
+        "with --budget, on spectra of deltas or gradients",
+        lambda told: bool(told.budget) and told.metric != "loss" and told.signal in ("delta", "gradient"),
+        {"budget": "uniform:4"},
+    ),
+    *(
+        Bound(
+            name,
+            "with ranks that differ: --signal uniform has the budget's one rank",
+            lambda told: told.signal != "uniform",
+            {},
+            {"signal": "uniform", "budget": "uniform:4"},
+        )
+        for name in ("min_rank", "round")
+    ),
+    *without("adapter", "run", "exact allow_noise", ": the factors' spectrum is exact"),
+    Bound(
+        "rename",
+        "on two checkpoints, BASE TUNED",
+        lambda told: bool(told.tuned or told.probe2),
+        {"base": "a", "tuned": "b"},
+    ),
+    *with_("tuned", True, "allow_unmatched flatten_conv", only="two checkpoints, BASE TUNED"),
+]
+EXTRACT = with_("tuned", True, "rename allow_unmatched", only="two checkpoints, BASE TUNED")
+STUDY = [
+    *ROWS,
+    *without("deltas", "probe", "probes probe_rows probe_steps probe_batch_size probe_learning_rate", ", the probes"),
+    *(
+        Bound(
+            name,
+            "with the arm `full`",
+            lambda told: "full" in told.arms or (not told.arms and told.kind == "plans"),
+            {"arms": ["uniform", "energy", "full"]},
+            {"arms": ["uniform", "energy"]},
+        )
+        for name in ("full_grid_low", "full_grid_high")
+    ),
+    *with_("kind", "phases", "phase_states schedule_plan"),
+]
+FEATURES_TRAIN = [
+    *with_(
+        "use_rank_allocator",
+        True,
+        "allocator_init_warmup allocator_final_warmup allocator_mask_interval allocator_keep_ratio",
+        beside={"arch": "AdaLoRA"},
+    ),
+    *(
+        Bound(name, f"with --arch AdaLoRA{why}", lambda told: canonical(told.arch) == "AdaLoRA", {"arch": "AdaLoRA"})
+        for name, why in (
+            ("use_rank_allocator", ", whose lora_E has channels to mask"),
+            ("activation_orth_regu_A", "; elsewhere --lambda_ortho weights that term"),
+        )
+    ),
+    Bound(
+        "dropout",
+        "with --arch ResMLP, MLP or AdaLoRA, or with --refine",
+        lambda told: canonical(told.arch) != "Subspace" or told.refine,
+        {"arch": "MLP"},
+        {"arch": "Subspace"},
+    ),
+]
+CAPTURE = [
+    *with_("synthetic", True, "tokens channels spectrum smooth shared seed", only="--synthetic N"),
+    *without("synthetic", 8, "image_size native num_images revision skip_bad", ", on pictures"),
+]
+EVALUATE = [
+    *with_("do_sample", True, "temperature top_p"),
+    Bound("length_penalty", "with --num_beams above 1", lambda told: told.num_beams > 1, {"num_beams": 2}),
+    *(
+        Bound(name, "with --task lm_eval:NAME", lambda told: is_harness(told.task), {"task": "lm_eval:arc"})
+        for name in ("num_fewshot", "lm_eval_tasks_path")
+    ),
+]
+TABLES: Mapping[type, list[Bound]] = {
+    TrainConfig: TRAIN,
+    FinetuneConfig: FINETUNE,
+    RanksConfig: RANKS,
+    ExtractConfig: EXTRACT,
+    StudyConfig: STUDY,
+    FactorTrainConfig: FEATURES_TRAIN,
+    CaptureConfig: CAPTURE,
+    EvaluateConfig: EVALUATE,
+}
+
+
+def refuse_idle(config: Any) -> None:
+    """UsageError naming the first option that was given and has no effect among the others."""
+    told, defaults = Told(flatten(config)), flatten(type(config)())
+    for bound in TABLES[type(config)]:
+        given = told.get(bound.option)
+        if given != defaults.get(bound.option) and not bound.acts(told):
+            raise UsageError(f"--{bound.option} acts only {bound.only}; here it would have no effect: leave it out")
