@@ -252,7 +252,9 @@ def values_of(row: options.Option) -> st.SearchStrategy[Any]:
     else:
         kind = options.plain_types(row.annotation)[0]
         kind = next(iter(typing.get_args(kind)), str) if row.is_list else kind
-        one = {bool: st.booleans(), int: st.integers(), float: st.floats(allow_nan=False)}.get(kind, text)
+        kind = typing.get_origin(kind) or kind
+        plain_kinds = {bool: st.booleans(), int: st.integers(), float: st.floats(allow_nan=False)}
+        one = {**plain_kinds, dict: st.dictionaries(text, text, max_size=2)}.get(kind, text)
     if row.is_list:
         whole = row.choices or not row.commas or kind is int
         plain = one if whole else one.map(lambda s: s.replace(",", "").strip()).filter(bool)

@@ -18,7 +18,7 @@ from rankwise.data.packing import pack, unpacked_difference
 from rankwise.errors import VerificationError
 from rankwise.nets.load import load_model, load_tokenizer
 from rankwise.score.likelihood import answer_losses
-from rankwise.stages.training import check_packing
+from rankwise.stages.beginning import check_packing
 from rankwise.train.sampling import LengthGrouped
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 384}

@@ -21,9 +21,9 @@ from rankwise.config import EvaluateConfig
 from rankwise.config.sections import ScoredData
 from rankwise.errors import DataError, DivergedError, UsageError
 from rankwise.stages import evaluate
+from rankwise.stages.beginning import OF_A_RUN
 from rankwise.stages.features import factor_outcome
 from rankwise.stages.features.shards import SyntheticShards
-from rankwise.stages.training import OF_A_RUN
 from rankwise.store.aside import PLACE, Aside
 from rankwise.train.checkpoints import MANIFEST, checkpoints
 from rankwise.train.trainer import RankwiseTrainer
@@ -111,7 +111,7 @@ def test_a_run_that_does_not_begin_deletes_nothing(
 def test_packing_that_mixes_samples_deletes_nothing(base: Path, data: Path, tmp_path: Path) -> None:
     assert cli.main(words("train", base, data, tmp_path)) == 0
     before = tree(tmp_path)
-    with mock.patch("rankwise.stages.training.unpacked_difference", return_value=1.0):
+    with mock.patch("rankwise.stages.beginning.unpacked_difference", return_value=1.0):
         assert cli.main(words("train", base, data, tmp_path, "--overwrite_output_dir", "--packing")) == 6
     assert tree(tmp_path) == before
 

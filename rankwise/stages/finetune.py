@@ -20,6 +20,7 @@ from rankwise.errors import UsageError
 from rankwise.nets.towers import check_towers, tower_parameters
 from rankwise.show.format import amount, command_line, duration
 from rankwise.stages import training as shared
+from rankwise.stages.beginning import starting_point
 from rankwise.stages.idle import refuse_idle
 from rankwise.stages.probing import train_full, train_lora
 from rankwise.stages.rendering import decode_aside, renderer_for
@@ -45,7 +46,7 @@ def run(config: FinetuneConfig) -> Path:
     with shared.held(folder, "finetune", {"model": name, "data": str(config.data.data_path)}) as record:
         skeleton = shared.structure(config.model, name)
         job = prepare(config, name, arguments, skeleton)
-        checkpoint = shared.starting_point(config, job)
+        checkpoint = starting_point(config, job)
         started = time.monotonic()
         trainer = (train_lora if config.method == "lora" else train_full)(config, job, skeleton, checkpoint)
         if trainer.is_world_process_zero():

@@ -19,6 +19,7 @@ from rankwise.nets.sites import model_sites, weight_table
 from rankwise.nets.targets import choose_sites, uniform_plan
 from rankwise.nets.towers import tower_parameters
 from rankwise.stages import training as shared
+from rankwise.stages.beginning import train_job
 from rankwise.stages.recorded import save_input
 from rankwise.stages.towers import finetune_use, trained_lines
 from rankwise.store.checkpoint import open_checkpoint, resolve
@@ -52,7 +53,7 @@ def train_full(
     if config.save != "deltas" and first:
         save_checkpoint(model, job.renderer, folder / "pretrained")
     set_seed(config.seed)
-    trainer = shared.trained(config, model, job, checkpoint, tower_rates=towers.rates)
+    trainer = train_job(config, model, job, checkpoint, tower_rates=towers.rates)
     state = shared.whole_state(trainer)
     if config.save != "deltas" and first:
         save_checkpoint(shared.plain_model(trainer), job.renderer, folder / "finetuned", state, job.record)
@@ -76,7 +77,7 @@ def train_lora(
     model = shared.loaded(config.model, job.name, frozen_dtype(config.model.dtype, job.arguments))
     set_seed(config.seed)
     adapted = adapt(model, plan, LoraSettings(dropout=0.0))
-    trainer = shared.trained(config, adapted, job, checkpoint, tower_rates=towers.rates)
+    trainer = train_job(config, adapted, job, checkpoint, tower_rates=towers.rates)
     shared.write_adapter_files(trainer, Path(config.output_dir), job.name, plan, [])
     return trainer
 

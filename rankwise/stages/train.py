@@ -29,6 +29,7 @@ from rankwise.stages.allocating import (
     start_rank,
     starting,
 )
+from rankwise.stages.beginning import starting_point, train_job
 from rankwise.stages.depth import asked, depth_lines, gate_module, save_depth
 from rankwise.stages.estimate import check_estimate, estimated
 from rankwise.stages.idle import refuse_idle
@@ -81,12 +82,12 @@ def run(config: TrainConfig) -> Path:
         sampler = sampler_of(config.selection, job)
         allocation = allocation_of(config, plan, len(sampler or job.rows), arguments)
         job = replace(job, facts={**job.facts, **allocation_facts(allocation)})
-        checkpoint = shared.starting_point(config, job)
+        checkpoint = starting_point(config, job)
         model = adapted(config, job, plan, full, allocation)
         initial = lora_pairs(model) if config.lora.init_lora_weights in MOVES_BASE else None
         allocator = RankAllocation(allocation, folder.path) if allocation else None
         started = time.monotonic()
-        trainer = shared.trained(
+        trainer = train_job(
             config,
             model,
             job,

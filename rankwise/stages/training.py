@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from torch import Tensor
+from transformers import PreTrainedModel, TrainingArguments
 
 from rankwise.config import (
     CheckConfig,
@@ -28,32 +28,23 @@ from rankwise.config import (
 from rankwise.core.plan import RankPlan
 from rankwise.data import Collator, Example, Examples, PackedDataset, RenderedDataset, Renderer, load
 from rankwise.data.input_record import InputRecord
-from rankwise.data.packing import unpacked_difference
 from rankwise.data.sources import kind_of
 from rankwise.data.sources.labels import own_validation
-from rankwise.errors import UsageError, VerificationError
+from rankwise.errors import UsageError
 from rankwise.nets.adapters import require_converted, save_adapter, write_sites
 from rankwise.nets.depth_settings import DepthSettings
 from rankwise.nets.load import load_model, meta_model
-from rankwise.stages.recorded import save_input
 from rankwise.store.adapter import LoraPair
-from rankwise.store.aside import Aside
 from rankwise.store.checkpoint import open_checkpoint, resolve
 from rankwise.store.files import fingerprint
 from rankwise.store.processes import announce, process_index
-from rankwise.store.run import CONFIG, Record, RunFolder
-from rankwise.train.allocation import ALLOCATED_TABLE
+from rankwise.store.run import Record, RunFolder
 from rankwise.train.arguments import frozen_dtype
-from rankwise.train.gradients import GRADIENT_FILES
-from rankwise.train.phases import PHASES_TABLE
-from rankwise.train.resume import FirstStep, goes_on_from, identity_of, refuse_earlier, resume_point
-from rankwise.train.tables import TRAINING_LOG
+from rankwise.train.resume import goes_on_from, identity_of
 from rankwise.train.trainer import ACCURACY, RankwiseTrainer
 
 Configured = TypeVar("Configured", FinetuneConfig, TrainConfig, CheckConfig, EvaluateConfig, ValidateConfig)
 TRAINING = ("train", "finetune")
-OF_A_RUN = ("checkpoint-*", CONFIG, TRAINING_LOG, *GRADIENT_FILES, PHASES_TABLE, ALLOCATED_TABLE)
-PACKING_EXACT, PACKING_ROUNDED = 1e-3, 0.1  # largest relative difference of logits in float32, and at 16 bits
 
 
 @dataclass(frozen=True)
@@ -170,17 +161,6 @@ def rendered(examples: Sequence[Example], renderer: Renderer) -> RenderedDataset
     return rows
 
 
-def check_packing(model: nn.Module, rows: PackedDataset, collator: Collator) -> None:
-    """VerificationError where this model lets the samples of a row see each other."""
-    exact = next(model.parameters()).dtype == torch.float32
-    difference = unpacked_difference(model, rows, collator)
-    if not difference <= (PACKING_EXACT if exact else PACKING_ROUNDED):
-        raise VerificationError(
-            f"--packing: {type(model).__name__} does not keep samples of one row apart: logits differ by "
-            f"{difference:.1%} from those of each sample alone; leave --packing out (--group_by_length saves padding)"
-        )
-
-
 def base_facts(model: ModelSection, name: str, arguments: TrainingArguments) -> dict[str, Any]:
     """The base as part of a run's identity: its files' content, not where they lie."""
     return {
@@ -220,79 +200,6 @@ def before(config: FinetuneConfig | TrainConfig) -> list[Path]:
     """The checkpoint that a resumed run goes on from: its prompts are made as they were."""
     folder = goes_on_from(config.resume_from_checkpoint, Path(config.output_dir))
     return [folder] if folder else []
-
-
-def starting_point(config: FinetuneConfig | TrainConfig, job: Job) -> Path | None:
-    """The checkpoint to resume from, or None for a fresh run that mixes with no earlier one."""
-    index, processes = process_index()
-    folder = Path(config.output_dir)
-    if index == 0:
-        earlier_of(config).put_back()
-    checkpoint = resume_point(
-        config.resume_from_checkpoint,
-        folder,
-        job.identity,
-        allow_partial=config.allow_partial_resume,
-        processes=processes,
-    )
-    if index == 0 and checkpoint is None:
-        refuse_earlier(folder, bool(config.training.get("overwrite_output_dir")))
-    return checkpoint
-
-
-def earlier_of(config: FinetuneConfig | TrainConfig) -> Aside:
-    """What a fresh run replaces of an earlier one in its folder."""
-    return Aside(Path(config.output_dir), OF_A_RUN)
-
-
-def trained(
-    config: FinetuneConfig | TrainConfig,
-    model: nn.Module,
-    job: Job,
-    checkpoint: Path | None,
-    *,
-    beside: Callable[[Path], object] = lambda folder: None,
-    callbacks: Sequence[TrainerCallback] = (),
-    **extras: Any,
-) -> RankwiseTrainer:
-    """Train a model on the job's rows, packed ones once it is sure that the model keeps them apart.
-
-    Returns the trainer, which holds the trained model. beside: writes what else a checkpoint's folder must hold.
-    extras: the trainer's `loraplus_lr_ratio`, `tower_rates`, `phases`, `gradients`, `accuracy`, `sampler`.
-    """
-    if isinstance(job.rows, PackedDataset):
-        check_packing(model, job.rows, job.collator)
-    trainer = RankwiseTrainer(
-        model=model,
-        args=job.arguments,
-        train_dataset=job.rows,
-        eval_dataset=job.validation,
-        data_collator=job.collator,
-        identity=job.identity,
-        callbacks=[*callbacks, FirstStep(earlier_of(config))],
-        **extras,
-    )
-    with begun(config, job, checkpoint):
-        beside(Path(config.output_dir))
-        trainer.train(checkpoint)
-    return trainer
-
-
-@contextmanager
-def begun(config: FinetuneConfig | TrainConfig, job: Job, checkpoint: Path | None) -> Iterator[None]:
-    """The folder as this run's: its config and how its prompts are made. What a fresh run replaces lies aside until the
-    first step is taken, and is put back where none is."""
-    if process_index()[0] != 0:
-        yield
-        return
-    folder, earlier = RunFolder(config.output_dir), earlier_of(config)
-    with earlier.until_dropped():
-        for entry in earlier.take() if checkpoint is None else ():
-            if entry.is_dir():
-                announce(f"note: {entry}, left by an earlier run, is deleted at the first step")
-        folder.save_config(config)
-        save_input(job.renderer, job.record, folder.path)
-        yield
 
 
 def whole_state(trainer: RankwiseTrainer) -> Mapping[str, Tensor] | None:
