@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rankwise.ship import bundle as parts
 from rankwise.ship import golden as vectors
 from rankwise.ship.bundle import write_manifest
 from rankwise.ship.llama.runtime import LlamaServer
+from rankwise.stages import bundle as stage
 from rankwise.store.files import read_object, write_json
 
 pytest.importorskip("xllamacpp")
@@ -196,6 +198,20 @@ def test_parts_that_are_not_what_was_trained(name: str, replay: Said) -> None:
     fault, said = PARTS[name]
     code, error = replay(fault)
     assert code == 6 and said in error
+
+
+def test_a_start_token_that_would_stand_twice(
+    text_export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runtime puts it before every prompt of this model, and prompt.txt has it as well."""
+    table = [f'"name[{name}], area[north]","{name} is in the north."' for name in "ABC"]
+    for file in ("trainset.csv", "devset.csv"):
+        (tmp_path / file).write_text("\n".join(["mr,ref", *table]) + "\n", encoding="utf-8")
+    own = stage.prompt_of
+    monkeypatch.setattr(stage, "prompt_of", lambda *given: replace(found := own(*given), text=found.begin + found.text))
+    words = ["bundle", str(text_export), "--task", "e2e_nlg", "--data_path", str(tmp_path), "--allow_unverified"]
+    assert main([*words, "--num_golden", "1", "--top", "16", "--threads", "1", "-o", str(tmp_path / "out")]) == 6
+    assert "which the runtime puts before it once more" in capsys.readouterr().err
 
 
 # --- making one ------------------------------------------------------------------------------------------------------
