@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,8 +30,9 @@ def running_model(config: RanksConfig, probe: Probe, path: str | None = None, sp
         raise UsageError("give the base model with --model_name: --gain, --metric and --signal run it")
     model = load_model(name, torch.float32).to(config.device).eval()
     tuned = [Path(each) for each in (config.deltas, config.adapter, config.tuned) if each]
-    renderer = renderer_for(config.data, ModelSection(model_name=name), name, model.config, tuned)
-    batches = probe_batches(config, renderer, path or config.data.data_path, split)
+    data = replace(config.data, data_path=path or config.data.data_path)  # beside which pictures and device.json lie
+    renderer = renderer_for(data, ModelSection(model_name=name), name, model.config, tuned)
+    batches = probe_batches(config, renderer, data.data_path, split)
     return Running(model, [{key: value.to(config.device) for key, value in batch.items()} for batch in batches])
 
 

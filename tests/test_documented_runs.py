@@ -1,0 +1,92 @@
+"""The documented command lines run, in their order, on tiny models and data under the documented names.
+
+Only numbers of steps, epochs, ranks of features and answer lengths are smaller (`documented_world.shrunk`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from documented import DOCS, Line, lines
+from documented_world import TINYLLAMA, made, shrunk
+from test_android_recipe import can_convert
+
+from rankwise import cli
+from rankwise.cli import main
+from rankwise.data.teacher.loopback import LoopbackTeacher
+
+SCRIPTS, RECIPES = lines(DOCS / "from-the-scripts.md"), lines(DOCS / "recipes.md")
+ELSEWHERE = {  # lines that other tests run: the way of both recipes, and running in the background
+    "rankwise run quickstart": ("test_android_recipe.py", '"run", "quickstart"'),
+    "rankwise run smolvlm_android --background": ("test_run_logging.py", '"--background"'),
+}
+NEEDS_CONVERTER = ("export", "validate")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # what tiny data make libraries say is no matter here
+]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("world"))
+
+
+def before(section: str) -> None:
+    """What a section takes for granted."""
+    if section == "Experiments on text tasks":
+        trained = "train --task wikisql --data_path data/wikisql --adapter_folder final_model -o results/exp --lora_r 2"
+        assert main([*trained.split(), "--model_name", TINYLLAMA, "--max_steps", "1", "--no_plots"]) == 0
+    if section == "Android: fine-tuning":
+        assert main("label photos --from_folders -o dataset --image_size 64".split()) == 0
+
+
+def why_not(line: Line, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """Why a line failed; nothing where it ran."""
+    words, variables = shrunk(line)
+    if line.words[0] == "train":  # the page shows other ways to the same folder
+        shutil.rmtree(cli.resolve("train", words[1:])[0].output_dir, ignore_errors=True)
+    with monkeypatch.context() as environment:
+        for name, value in variables.items():
+            environment.setenv(name, value)
+        code = main(words)
+    said = capsys.readouterr().err
+    missed = code == 6 and "below --min_accuracy" in said  # of a random model
+    return "" if code == 0 or missed else f"{line.text}\n    exit {code}: {said.strip()[-600:]}"
+
+
+def runs_here(line: Line) -> bool:
+    return line.text not in ELSEWHERE and (can_convert() or line.words[0] not in NEEDS_CONVERTER)
+
+
+SECTIONS = [pytest.param(SCRIPTS, name, id=name) for name in dict.fromkeys(line.section for line in SCRIPTS)]
+
+
+@pytest.mark.parametrize(("page", "section"), [*SECTIONS, pytest.param(RECIPES, "", id="recipes.md")])
+def test_the_documented_lines_run(
+    page: list[Line],
+    section: str,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In their order; of the page of the scripts section by section."""
+    monkeypatch.chdir(shutil.copytree(world, tmp_path / "here"))
+    before(section)
+    with LoopbackTeacher() as teacher:
+        monkeypatch.setenv("OPENAI_BASE_URL", teacher.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "none")
+        chosen = [line for line in page if not section or line.section == section]
+        failed = [why_not(line, monkeypatch, capsys) for line in chosen if runs_here(line)]
+    assert not any(failed), "\n".join(filter(None, failed))
+
+
+def test_what_runs_elsewhere_does() -> None:
+    written = {line.text for line in SCRIPTS}
+    for text, (file, words) in ELSEWHERE.items():
+        assert text in written
+        assert words in (Path(__file__).parent / file).read_text(encoding="utf-8")
