@@ -55,6 +55,11 @@ class Factors:
         values = values.cpu()
         return Spectrum(values, float(values.square().sum()), self.shape, method="factors", complete=True)
 
+    def inner(self, other: Factors) -> float:
+        """⟨left·right, other's⟩_F in float64, through an r × r' matrix: tr((LᵀL')(R'Rᵀ))."""
+        left = self.left.double().T @ other.left.double()
+        return float((left * (self.right.double() @ other.right.double().T)).sum())
+
     def compress(self, rank: int) -> Factors:
         """The best approximation of the product with this rank (Eckart–Young), balanced: left and right share σ."""
         u, values, vt = self.svd()
@@ -71,6 +76,11 @@ class Factors:
     def lora(self, scale: float) -> tuple[Tensor, Tensor]:
         """(A (r, n), B (m, r)) of a LoRA pair with scale·B·A = left·right."""
         return self.right.contiguous(), (self.left / scale).contiguous()
+
+
+def share_kept(inner: float, after: float, before: float) -> float:
+    """1 − ‖Δ − P‖² / ‖Δ‖² of an approximation P: from ⟨Δ, P⟩, ‖P‖² and ‖Δ‖². Of a truncated SVD it is ‖P‖² / ‖Δ‖²."""
+    return (2 * inner - after) / before
 
 
 def balanced(u: Tensor, values: Tensor, vt: Tensor) -> Factors:

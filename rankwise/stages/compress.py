@@ -6,6 +6,7 @@ rankwise compress saved_models/high_rank --energy 0.95 -o smaller/
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +20,12 @@ from rankwise.core.site import describe as describe_site
 from rankwise.core.spectrum import Spectrum
 from rankwise.data.contracts import carry
 from rankwise.errors import DataError, UsageError
+from rankwise.nets.adapters import publish
 from rankwise.nets.depth_settings import read_depth, write_depth
 from rankwise.ship.merging.beside import own_files
 from rankwise.show.format import command_line
 from rankwise.stages.card_sources import trained_rows
-from rankwise.stages.fidelity import Fidelity, SiteFidelity
+from rankwise.stages.fidelity import Fidelity, SiteFidelity, require_all_kept
 from rankwise.store.adapter import CONFIG_NAME, LoraAdapter, LoraPair, adapter_files, read_adapter, write_adapter
 from rankwise.store.adapter_config import lora_config
 from rankwise.store.checkpoint import ADAPTER_NAMES
@@ -54,7 +56,10 @@ def run(config: CompressConfig) -> Fidelity:
     adapter, folder = read_adapter(str(config.adapter), config.scale), RunFolder(config.output_dir)
     with folder.lock(), folder.recording("compress", {"adapter": str(config.adapter)}) as record:
         smaller, fidelity = compressed(adapter, config)
-        write_adapter(folder.path, smaller)
+        with tempfile.TemporaryDirectory(dir=folder.path, prefix=".adapter-") as temporary:
+            written = write_adapter(temporary, smaller)
+            require_all_kept(adapter, read_adapter(written), fidelity)
+            publish(written, folder.path)
         source = adapter_files(Path(str(config.adapter)))[0].parent
         record.outputs |= {name: folder / name for name in (ADAPTER_NAMES[0], CONFIG_NAME)} | carry(source, folder.path)
         record.outputs |= {file.name: Path(shutil.copyfile(file, folder / file.name)) for file in own_files(source)}

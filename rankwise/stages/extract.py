@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from rankwise.config import ExtractConfig
-from rankwise.core.factors import Factors, truncate
+from rankwise.core.factors import Factors, share_kept, truncate
 from rankwise.core.measure import Delta
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.plan_content import clamped
@@ -27,7 +27,7 @@ from rankwise.nets.whole import Whole
 from rankwise.ship.merging.promised import Proof
 from rankwise.show.format import command_line
 from rankwise.stages.extracted_adapter import as_settings, carried_whole, published, tensors_of, tokenizer_of
-from rankwise.stages.fidelity import Fidelity, SiteFidelity
+from rankwise.stages.fidelity import Fidelity, SiteFidelity, require_kept
 from rankwise.stages.idle import refuse_idle
 from rankwise.stages.left_out import left_out
 from rankwise.stages.sites import site_filter
@@ -127,8 +127,9 @@ def extracted(source: DeltaSource, plan: RankPlan, device: str, seed: int) -> tu
             generator = site_generator(site, seed, device)
             factors = truncate(on_device(delta, device).matrix, row.rank, generator)
             factors = Factors(factors.left.cpu(), factors.right.cpu())
-            pairs[site.path] = LoraPair.of(factors, plan.scale(row.rank), site.transposed)
+            pairs[site.path] = pair = LoraPair.of(factors, plan.scale(row.rank), site.transposed)
             kept = min(1.0, factors.spectrum().energy_total / delta.energy)
+            require_kept(site.path, kept_of(delta, pair.factors()), kept)
             table.append(SiteFidelity(site, row.rank, delta.energy, kept, note=clip_note(row) or rounding_note(delta)))
         else:
             why = "rank 0 in the plan: left out" if delta.energy else "the delta is zero: left out"
@@ -138,6 +139,12 @@ def extracted(source: DeltaSource, plan: RankPlan, device: str, seed: int) -> tu
     if not pairs:
         raise DataError(f"{source.description}: none of the {len(rows)} sites has changed; there is no adapter in this")
     return pairs, Fidelity(tuple(table))
+
+
+def kept_of(delta: Delta, factors: Factors) -> float:
+    """Share of a delta's energy that these factors keep, by comparing the two."""
+    inner = float(((delta.matrix.T @ factors.left.to(delta.matrix)).double() * factors.right.to(delta.matrix).T).sum())
+    return share_kept(inner, factors.inner(factors), delta.energy)
 
 
 def clip_note(row: PlannedSite) -> str:

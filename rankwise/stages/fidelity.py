@@ -7,13 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rankwise.core.factors import share_kept
 from rankwise.core.site import Site
+from rankwise.errors import VerificationError
 from rankwise.show.format import amount, plural
 from rankwise.stages.left_out import LeftOut, by_energy, sentences
+from rankwise.store.adapter import LoraAdapter
 from rankwise.store.files import write_json
 
 FILE = "fidelity.json"
 FORMAT = "rankwise-fidelity/1"
+MEASURED = 1e-5  # of the energy: a delta against its factors, multiplied in float32
+EXACT = 1e-9  # factors against factors in float64; what is written in float32 loses 1e-14
 
 
 @dataclass(frozen=True)
@@ -130,3 +135,22 @@ class Fidelity:
 def spread(values: Iterable[int]) -> str:
     ordered = sorted(values)
     return f"{ordered[0]}" if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"
+
+
+def require_kept(site: str, kept: float, claimed: float, tolerance: float = MEASURED) -> None:
+    """VerificationError where factors keep less of what they were made from than their spectrum says."""
+    if not abs(kept - claimed) <= tolerance:
+        raise VerificationError(
+            f"{site}: its factors keep {kept:.6%} of the energy, and by their singular values it would be "
+            f"{claimed:.6%}: they are not the leading directions of what they were made from; nothing was written"
+        )
+
+
+def require_all_kept(before: LoraAdapter, after: LoraAdapter, fidelity: Fidelity) -> None:
+    """`require_kept` of every site of an adapter made from another one; and no site is missing."""
+    for row in fidelity.rows:
+        path = row.site.path
+        if row.energy_total and row.energy_kept:
+            old, new = before.pairs[path].factors(), after.pairs[path].factors() if path in after.pairs else None
+            kept = share_kept(old.inner(new), new.inner(new), old.inner(old)) if new else 0.0
+            require_kept(path, kept, row.energy_kept, EXACT)
