@@ -159,3 +159,6 @@ class DeviceReader:
 
     def digest(self, reference: str) -> str:
         return self.reader.digest(reference)
+
+    def mark(self, reference: str) -> bytes:
+        return self.reader.mark(reference)

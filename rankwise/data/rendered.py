@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -22,7 +24,8 @@ class Checked:
     """What a check of all samples found: positions of the usable ones with their lengths, ids of the others.
 
     answers: for each usable one, which of its answers it teaches, counted from 1, where each answer is a sample of its
-    own; 0 for all of them. bad: why samples cannot be rendered, where the renderer skips them.
+    own; 0 for all of them. bad: why samples cannot be rendered, where the renderer skips them. digest: of all that is
+    learnt, in order: ids, labels, and of pictures their names and sizes with a piece of each.
     """
 
     usable: tuple[int, ...]
@@ -32,6 +35,7 @@ class Checked:
     truncated: int
     answers: tuple[int, ...] = ()
     bad: tuple[str, ...] = ()
+    digest: str = ""
 
     def notes(self) -> list[str]:
         """Sentences for the user about samples that do not enter as they are; empty when all do."""
@@ -77,6 +81,7 @@ def check_samples(examples: Sequence[Example], renderer: Renderer, *, prompts: b
     refused: list[str] = []
     bad: list[str] = []
     overlong: list[tuple[int, str]] = []
+    digest = hashlib.sha256()
     for position, example in enumerate(tqdm(examples, desc="tokenize", unit="sample", disable=None, leave=False)):
         found = [prompted(example, renderer)] if prompts else outcomes(example, renderer)
         for number, (sample, rendered) in enumerate(found, 1):
@@ -85,6 +90,8 @@ def check_samples(examples: Sequence[Example], renderer: Renderer, *, prompts: b
                 lengths.append(len(rendered.input_ids))
                 answers.append(number if sample is not example else 0)
                 truncated += rendered.truncated
+                for piece in () if prompts else pieces(rendered, renderer):
+                    digest.update(piece)
             elif isinstance(rendered, NothingToLearn):
                 refused.append(sample.id)
             elif isinstance(rendered, Overlong):
@@ -104,7 +111,17 @@ def check_samples(examples: Sequence[Example], renderer: Renderer, *, prompts: b
             f"{len(refused)} with all labels masked ({_some(refused)}), {len(bad)} bad ({'; '.join(bad[:2])})"
         )
     dropped = tuple(sample for _, sample in overlong)
-    return Checked(tuple(usable), tuple(lengths), dropped, tuple(refused), truncated, tuple(answers), tuple(bad))
+    found = digest.hexdigest()
+    return Checked(tuple(usable), tuple(lengths), dropped, tuple(refused), truncated, tuple(answers), tuple(bad), found)
+
+
+def pieces(rendered: Rendered, renderer: Renderer) -> Iterator[bytes]:
+    """What is learnt of a sample, as bytes."""
+    yield array("q", rendered.input_ids).tobytes()
+    yield array("q", rendered.labels).tobytes()
+    for reference in rendered.images if renderer.sight else ():
+        yield reference.encode()
+        yield renderer.sight.reader.mark(reference)
 
 
 def prompted(example: Example, renderer: Renderer) -> tuple[Example, Rendered | ValueError]:

@@ -101,7 +101,7 @@ def prepare(config: FinetuneConfig, name: str, arguments: TrainingArguments, ske
         announce(refuse_too_large(needed, memory_available(arguments.device)))
     facts = {
         **shared.base_facts(config.model, name, arguments),
-        **shared.data_facts(config.data, renderer, examples, len(rows)),
+        **shared.data_facts(config.data, renderer, examples, rows),
         "subset": [config.subset_ratio, config.max_samples, config.skip_shards],
         "method": [config.method, config.lora_r if config.method == "lora" else None],
         **(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from rankwise.config import TrainConfig
 from rankwise.core.plan import RankPlan
-from rankwise.data import Example, Examples, PackedDataset, Renderer, Split, split_groups, subset
+from rankwise.data import Example, Examples, PackedDataset, RenderedDataset, Renderer, Split, split_groups, subset
 from rankwise.errors import UsageError
 from rankwise.nets.adapt import scales
 from rankwise.nets.depth_settings import DepthSettings
@@ -67,7 +67,7 @@ def prepare(
     depth, renderer = with_depth(
         config, renderer, [*rows.examples, *(validation.examples if validation else ())], arguments
     )
-    what = facts(config, name, arguments, plan, renderer, examples, len(rows)) | tower_facts(config, full)
+    what = facts(config, name, arguments, plan, renderer, examples, rows) | tower_facts(config, full)
     what |= depth_facts(depth) | selection_facts(config.selection)
     chosen = PackedDataset(rows, renderer.limit) if config.packing else rows
     if config.packing:
@@ -105,13 +105,13 @@ def facts(
     plan: RankPlan,
     renderer: Renderer,
     examples: Examples,
-    samples: int,
+    rows: RenderedDataset,
 ) -> dict[str, Any]:
     """What makes this run this run, beside the training arguments."""
     lora, form = config.lora, schedule_of(config.phases)
     return {
         **shared.base_facts(config.model, name, arguments),
-        **shared.data_facts(config.data, renderer, examples, samples),
+        **shared.data_facts(config.data, renderer, examples, rows),
         "validation": "rows of their own" if config.val_path else config.val_fraction,
         "ranks": plan.ranks,
         "scales": sorted(set(scales(plan).values())),

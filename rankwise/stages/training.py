@@ -185,13 +185,14 @@ def fingerprints(files: Sequence[Path]) -> dict[str, str]:
     return {file.name: fingerprint(file) for file in files}
 
 
-def data_facts(data: DataSection, renderer: Renderer, examples: Examples, samples: int) -> dict[str, Any]:
-    """The rows as part of a run's identity."""
+def data_facts(data: DataSection, renderer: Renderer, examples: Examples, rows: RenderedDataset) -> dict[str, Any]:
+    """The rows as part of a run's identity: the files, and what came of them in the end."""
     return {
         "data": fingerprints(examples.files),
         "task": data.task,
         **renderer.settings,
-        "samples": samples,
+        "samples": len(rows),
+        "rows": rows.checked.digest,
         **({"aux_reason": True} if data.aux_reason else {}),
     }
 

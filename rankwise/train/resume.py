@@ -21,7 +21,8 @@ from rankwise.train.checkpoints import MANIFEST, checkpoints, unsound
 MAY_RISE = ("num_train_epochs", "max_steps")
 SHOWN = 20
 NEWEST, NO = ("true", "yes", "last"), ("false", "no")  # what --resume_from_checkpoint takes beside a folder
-NEWER = ("chat_template", "chat_template_kwargs")  # checkpoints of earlier versions do not say
+ADDED = ("ignore_data_skip", "accelerator_config", "tf32", "use_liger_kernel")
+NEWER = ("chat_template", "chat_template_kwargs", "rows", *ADDED)  # checkpoints of earlier versions do not say
 # Every training argument that changes which weights come out; logging, saving and evaluation do not.
 DECISIVE = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"),
@@ -30,6 +31,7 @@ DECISIVE = (
     *("optim", "optim_args", "optim_target_modules", "weight_decay", "max_grad_norm"),
     *("adam_beta1", "adam_beta2", "adam_epsilon"),
     *("bf16", "fp16", "label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices"),
+    *ADDED,
 )
 
 
@@ -157,8 +159,14 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name in sorted({*saved, *now})
         if saved.get(name) != now.get(name)
         and not (name in MAY_RISE and rises(saved.get(name), now.get(name)))
-        and not (name not in saved and name.partition(".")[0] in NEWER and "chat_template" not in saved)
+        and not unknown(name, saved)
     ]
+
+
+def unknown(name: str, saved: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint is of a version that did not record this."""
+    first = name.partition(".")[0]
+    return first in NEWER and all(one.partition(".")[0] != first for one in saved)
 
 
 def rises(before: Any, after: Any) -> bool:
