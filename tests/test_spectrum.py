@@ -76,6 +76,7 @@ def test_energy_is_of_squares_and_of_the_whole() -> None:
     truncated = Spectrum(torch.tensor([4.0], dtype=torch.float64), 25.0, (8, 8))
     assert truncated.energy(1) == (16 / 25, 16 / 25)
     assert truncated.rank_for(0.64, most=1) == 1
+    assert truncated.stable_rank == 25 / 16
 
 
 def test_a_spectrum_refuses_what_it_cannot_answer() -> None:
