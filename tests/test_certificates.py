@@ -288,6 +288,21 @@ def test_correcting_for_noise_keeps_the_bounds(monkeypatch: pytest.MonkeyPatch) 
     assert corrected_outside()
 
 
+def test_a_corrected_sketch_still_knows_what_it_has_not_computed() -> None:
+    """Twelve of 96 equal values stand above a little noise: the other 84 do so as well, and the site is saturated."""
+    matrix = with_squares(torch.ones(96, dtype=torch.float64), 0)
+    corrected = (
+        sketch(matrix, energy_of(matrix), UP_TO, generator(0)).spectrum().without_noise(0.05 * energy_of(matrix))
+    )
+    assert not corrected.complete
+    assert corrected.saturated(0.9, UP_TO)
+    low_rank = planted(96, 144, 3, 0.05, 0)
+    ended = (
+        sketch(low_rank, energy_of(low_rank), UP_TO, generator(0)).refined().without_noise(0.1 * energy_of(low_rank))
+    )
+    assert ended.complete, "every value beyond the computed ones is below the noise's edge"
+
+
 def test_exact_ranks_are_right_to_a_billionth() -> None:
     """The Gram matrix is summed in float64: thresholds 1e-9 beside E(k), which float32 would not tell apart."""
     asked: list[tuple[int, int]] = []
