@@ -154,6 +154,7 @@ def test_undecided_spectra_are_refused() -> None:
         by_threshold({site(0): loose}, Rule(0.7, 1, 3))
     (row,) = by_threshold({site(0): loose}, Rule(0.7, 3, 3))
     assert row.rank == 3, "both ends of the interval clip to one rank"
+    assert row.energy_retained == pytest.approx(14 / 20), "what is certain of it"
 
 
 @pytest.mark.parametrize(

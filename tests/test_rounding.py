@@ -205,6 +205,12 @@ def test_ranks_that_depend_on_the_history_are_refused(
     assert "if the base was, too: ranks 7 to 7" in shown
 
 
+def test_a_little_noise_decides_near_a_threshold_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """2.6 % of noise, half of it left in one history: at 90 % both say 8, at 99 % one of them says 128."""
+    ranks(tmp_path, [weights(2e-4, torch.bfloat16, BOTH)], "--energy", "0.99", code=3)
+    assert "differ by more than a factor of 2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("both", [FIRST, BOTH])
 @pytest.mark.parametrize(("dtype", "rms"), [(torch.bfloat16, 2e-4), (torch.float16, 2.5e-5)])
 def test_a_large_change_is_planned_as_from_float32_whatever_the_history(
