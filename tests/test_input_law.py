@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from exported import text_model
 from PIL import Image
 from recorded_runs import (
     THINKING,
@@ -29,8 +30,9 @@ from rankwise.data import load
 from rankwise.data.device import DeviceTarget
 from rankwise.data.input_record import FILE, read_input
 from rankwise.data.labelling.label_task import task_from
-from rankwise.nets.load import load_config, load_processor
+from rankwise.nets.load import load_config, load_processor, load_tokenizer
 from rankwise.score.tasks import task as scored_task
+from rankwise.ship.gguf.converter import Converter
 from rankwise.ship.llama.gguf_generator import GGUFGenerator
 from rankwise.ship.llama.runtime import Completion, RuntimeInfo
 from rankwise.stages.recorded import as_recorded, recorded
@@ -185,6 +187,27 @@ def test_adapter_merged_model_and_gguf_are_asked_the_same(
         renderer = renderer_for(seen, ModelSection(), str(base), load_config(str(base)))
         items = scored_task(name).examples(str(data), "dev").items[:2]
         assert found[0] == trained_prompts(renderer, items), name
+
+
+WITHOUT_START = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}"
+    "{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.slow
+def test_a_gguf_adds_no_start_token_that_training_never_saw(converter: Converter, tmp_path: Path) -> None:
+    """The template writes none, while the tokenizer adds one to other texts and would tell llama.cpp to."""
+    pytest.importorskip("xllamacpp")
+    base = text_model(tmp_path / "base")
+    (base / "chat_template.jinja").write_text(WITHOUT_START)
+    data = talks(tmp_path / "rows.jsonl")
+    out = train(base, tmp_path / "run", "--data_path", data, "--prompt", "chat")
+    assert read_object(out / FILE)["begin_tokens"] == {} and load_tokenizer(str(base))("a")["input_ids"][0] == 1
+    assert run("merge", out, "-o", tmp_path / "merged") == 0
+    assert run("export", tmp_path / "merged", "--outtype", "f16", "-o", tmp_path / "export") == 0
+    rows = ("--task", "conversations", "--data_path", data, "--device", "cpu")
+    assert run("validate", tmp_path / "export", *rows, "-o", tmp_path / "validation") == 0
 
 
 def pictures(folder: Path) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 from rankwise.config import ExportConfig, ModelSection
 from rankwise.data.contracts import carry, contracts
 from rankwise.data.device import DeviceTarget, read_target
+from rankwise.data.example import Example, Turn
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.load import load_config
 from rankwise.ship.gguf.adapter_gguf import largest_rank, read_plain, write_adapter_gguf
@@ -25,13 +26,14 @@ from rankwise.ship.gguf.install_converter import install_converter
 from rankwise.show.format import command_line, plural
 from rankwise.stages.card_sources import trained_rows
 from rankwise.stages.recorded import announce_prompts, recorded
-from rankwise.stages.rendering import renderer_for, shown_as
+from rankwise.stages.rendering import rendered_as, renderer_for, shown_as
 from rankwise.store.adapter import adapter_files
 from rankwise.store.checkpoint import resolve
 from rankwise.store.files import atomic_folder, fingerprint, sha256, write_json
 from rankwise.store.run import RunFolder
 
 STAGE = "export"
+ASKED = Example("probe", "probe", (Turn("user", "a"), Turn("assistant", "b")))
 
 
 def run(config: ExportConfig) -> Exported | Path | None:
@@ -92,7 +94,19 @@ def plan_of(config: ExportConfig, converter: Converter) -> ExportPlan:
         base=config.base_model,
         target=given_target(config),
         verify=not config.no_verify,
+        begins=begins(resolve(str(config.model))),
     )
+
+
+def begins(model: Path) -> bool:
+    """Whether training's prompts open with a start token: a chat template may write none though the tokenizer adds one
+    to other texts, and llama.cpp adds one to every prompt where the GGUF says so. True where nothing is recorded."""
+    require_model(model)
+    record = recorded([model]).record
+    if record is None:
+        return True
+    renderer, _ = rendered_as(shown_as(record), ModelSection(), str(model), load_config(str(model)))
+    return renderer.prompt_ids(ASKED)[:1] == [renderer.tokenizer.bos_token_id]
 
 
 def check_input(config: ExportConfig, plan: ExportPlan) -> None:

@@ -32,7 +32,7 @@ from rankwise.ship.gguf.verify_export import (
     tuning_kept,
 )
 from rankwise.ship.gguf.view import shown
-from rankwise.ship.gguf.vocabulary import check_metadata
+from rankwise.ship.gguf.vocabulary import check_metadata, silence
 from rankwise.store.files import fingerprint, read_object, sha256, write_json
 
 FILE, FORMAT = "export.json", "rankwise-export/1"
@@ -59,6 +59,10 @@ def write_export(plan: ExportPlan, folder: Path) -> dict[str, Any]:
     ]
     with shown(plan.model, plan.changes) as view:
         plan.converter.convert_all(view, jobs, plan.name)
+    if plan.silenced:
+        for job in jobs:
+            if not job.mmproj:
+                silence(job.outfile)
     files = {
         (outtype, kind): GGUFFile(folder / plan.file(outtype, kind)) for outtype in plan.outtypes for kind in plan.kinds
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,11 @@ TEXT, MMPROJ = "text", "mmproj"
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """An export that the converter can do. base: the model before tuning, where it is at hand."""
+    """An export that the converter can do.
+
+    base: the model before tuning, where it is at hand. silenced: the tokenizer adds a start token to a text, and the
+    prompts of training had none: the GGUF states `vocabulary.add_bos`, false.
+    """
 
     model: Path
     name: str
@@ -43,6 +47,7 @@ class ExportPlan:
     target: DeviceTarget | None
     base: Checkpoint | None
     verify: bool = True
+    silenced: bool = False
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -73,11 +78,14 @@ def plan_export(
     base: str | None = None,
     target: DeviceTarget | None = None,
     verify: bool = True,
+    begins: bool = True,
 ) -> ExportPlan:
     """Check all that can be known before converting.
 
     mmproj: also the vision tower and projector; None: where the model has them. base: what tuning started from; None:
     what the merge recorded, if it is still there. target: what the device does to an image [the model folder's].
+    begins: whether the prompts of training open with a start token; where not, the GGUF adds none to a text, though the
+    tokenizer does.
     UsageError for what llama.cpp can't run; DataError for broken files; VerificationError where the model's two forms
     of the tokenizer disagree.
     """
@@ -92,6 +100,8 @@ def plan_export(
     projector = sees(config) if mmproj is None else mmproj
     notes = check_forms(folder)
     vocabulary = Vocabulary.of(folder, sees(config))
+    silenced = vocabulary.add_bos and not begins
+    vocabulary = replace(vocabulary, add_bos=vocabulary.add_bos and begins)
     target = target or read_target(folder)
     changes = changes_for(folder, converter, vocabulary, target, projector)
     return ExportPlan(
@@ -106,6 +116,7 @@ def plan_export(
         target=target,
         base=base_checkpoint(folder, base),
         verify=verify,
+        silenced=silenced,
     )
 
 

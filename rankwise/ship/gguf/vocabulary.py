@@ -17,7 +17,7 @@ from typing import Any
 
 import sentencepiece
 
-from rankwise.errors import VerificationError
+from rankwise.errors import VerificationError, need
 from rankwise.nets.load import load_processor, load_tokenizer
 from rankwise.ship.gguf.reading import GGUFFile
 
@@ -32,6 +32,7 @@ PROBES = (
     "def f(x):\n    return {'a': x ** 2}  # code",
 )
 
+ADD_BOS = "tokenizer.ggml.add_bos_token"
 SPACES = ("▁", "Ġ")  # how SentencePiece and byte-level BPE write a space
 LEADING = "  and so on"  # SentencePiece puts a space before every text, transformers 5 not before one that has it
 
@@ -137,6 +138,14 @@ def plain_in_model(folder: Path, vocabulary: Vocabulary) -> list[int]:
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
     size, marked = pieces.get_piece_size(), (pieces.is_control, pieces.is_unknown, pieces.is_byte)
     return [index for index in vocabulary.added if index >= size or not any(kind(index) for kind in marked)]
+
+
+def silence(path: Path) -> None:
+    """State in a converted file that no start token goes before a text. The converter goes by the tokenizer's own
+    post-processor, whatever tokenizer_config.json says; a tokenizer without it would not be recognised by its hash."""
+    field = need("gguf", extra="device").GGUFReader(path, "r+").fields.get(ADD_BOS)
+    if field is not None:
+        field.parts[field.data[0]][0] = False
 
 
 # --- what a GGUF states ------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def token_ids(seen: Sequence[Observed], runtime: Runtime, _: Thresholds) -> Rung
     heard = [one for one in seen if not one.refused]
     refused = [one for one in seen if one.refused and not one.case.images]
     wrong = [one for one in heard if list(one.expected.ids) != one.whole_ids]
-    read = [one for one in heard if one.free and one.free.prompt_text != one.wanted]
+    read = [one for one in heard if one.free and echoed(one.free.prompt_text) != echoed(one.wanted)]
     asked = [one for one in seen if one.expected.template]
     templates = [one for one in asked if not same_template(one, runtime)]
     measured = {
@@ -77,6 +77,11 @@ def token_ids(seen: Sequence[Observed], runtime: Runtime, _: Thresholds) -> Rung
     else:
         why = template_reason(templates[0], runtime) if templates else ""
     return judged("token ids", measured, {"different": 0}, why)
+
+
+def echoed(prompt: str) -> str:
+    """Without the space that SentencePiece puts before a prompt without BOS: llama.cpp's echo leaves it out."""
+    return prompt.removeprefix(" ")
 
 
 def ids_reason(one: Observed, runtime: Runtime) -> str:
