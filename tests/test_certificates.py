@@ -34,7 +34,7 @@ from rankwise.store.plan_file import read_plan
 from rankwise.store.spectra import MeasureSettings, measure_sites
 
 RAW = Path("analysis_outputs/svd/raw_data/detailed_svd_analysis.json")
-BARE = ["--no_plots", "--smoothing_factor", "0", "--min_rank", "1", "--max_rank", str(UP_TO)]
+BARE = ["--no_plots", "--min_rank", "1", "--max_rank", str(UP_TO)]
 TRUE_REFINED, TRUE_MISSED, TRUE_NOISE = Sketch.refined, Spectrum.missed, Spectrum.without_noise
 
 
@@ -121,7 +121,8 @@ def key(layer: int) -> str:
 
 def run_ranks(folder: Path, files: list[str], out: str, *argv: str) -> dict[str, Any]:
     """Path → what the command wrote of the site."""
-    assert cli.main(["ranks", *files, "--out", str(folder / out), *BARE, *argv]) == 0
+    bare = BARE if "--budget" in argv else [*BARE, "--smoothing_factor", "0"]
+    assert cli.main(["ranks", *files, "--out", str(folder / out), *bare, *argv]) == 0
     sites = json.loads((folder / out / RAW).read_text())["sites"]
     rows = {row.site.path: row for row in read_plan(folder / out).sites}
     return {path: details | {"row": rows[path]} for path, details in sites.items()}

@@ -289,4 +289,7 @@ def refuse_idle(config: Any) -> None:
     for bound in TABLES[type(config)]:
         given = told.get(bound.option)
         if given != defaults.get(bound.option) and not bound.acts(told):
-            raise UsageError(f"--{bound.option} acts only {bound.only}; here it would have no effect: leave it out")
+            raise UsageError(
+                f"--{bound.option} acts only {bound.only}; here it would have no effect: leave it out, or where a file "
+                f"sets it, say --{bound.option} {defaults.get(bound.option)}"
+            )
