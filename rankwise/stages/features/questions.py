@@ -138,6 +138,10 @@ class StretchedReader:
         digest: str = self.reader.digest(reference)
         return digest
 
+    def mark(self, reference: str) -> bytes:
+        mark: bytes = self.reader.mark(reference)
+        return mark
+
 
 def stretched(tested: Subject, side: int | None, default: int | None = None) -> Subject:
     """The subject that sees its pictures as squares of this side, or of the default; as it is where there is neither,
