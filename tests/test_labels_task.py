@@ -268,10 +268,10 @@ def test_what_label_writes_is_what_train_reads(tmp_path: Path, base: Path, call:
         ("--select accuracy --val_fraction 0", "it needs validation rows"),
         ("--early_stopping 0", "at least 1, got 0"),
         ("--early_stopping 2 --save_strategy no", "keeps the best checkpoint"),
-        ("--metric_for_best_model accuracy", "--select accuracy: add it"),
+        ("--metric_for_best_model accuracy", "acts only where a checkpoint is chosen"),
         ("--task conversations --select accuracy", "needs rows with a class: --task multi_nli, labels"),
         ("--task samsum --balance sqrt", "samsum has none"),
-        ("--task samsum --aux_reason", "rows of samsum have no reasons"),
+        ("--task samsum --aux_reason", "acts only with --task labels"),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_weight_is_read(
