@@ -25,7 +25,8 @@ from rankwise.store.plan_file import PLAN_FILE, read_plan
 
 RAW = Path("analysis_outputs/svd/raw_data/detailed_svd_analysis.json")
 KEYS = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)]
-EXACT = ["--no_plots", "--smoothing_factor", "0", "--min_rank", "1"]
+EXACT = ["--no_plots", "--min_rank", "1"]
+UNSMOOTHED = ["--smoothing_factor", "0"]  # acts with a threshold only
 FIRST, BOTH = False, True  # histories: whether the base was rounded as well
 
 
@@ -57,7 +58,12 @@ def write(folder: Path, pairs: list[tuple[Tensor, Tensor]]) -> list[str]:
 
 def ranks(folder: Path, pairs: list[tuple[Tensor, Tensor]], *argv: str, code: int = 0) -> dict[str, int]:
     files = write(folder, pairs)
-    assert cli.main(["ranks", *files, "--out", str(folder / "out"), *EXACT, *argv]) == code
+    assert (
+        cli.main(
+            ["ranks", *files, "--out", str(folder / "out"), *EXACT, *([] if "--budget" in argv else UNSMOOTHED), *argv]
+        )
+        == code
+    )
     if code:
         assert not (folder / "out" / PLAN_FILE).exists()
         return {}
