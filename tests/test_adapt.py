@@ -229,6 +229,19 @@ def test_a_target_narrows_a_plan(base: Path) -> None:
         restricted(narrowed, choose_sites(sites, "mlp_only"))
 
 
+def test_a_narrowed_plan_keeps_its_scales(base: Path) -> None:
+    """rsLoRA's one alpha is that of the whole plan, though the largest rank is left out."""
+    sites = model_sites(fresh(base))
+    attention = choose_sites(sites, "attention_only")
+    for rslora in (False, True):
+        plan = replace(uneven(sites), use_rslora=rslora)
+        small = min(plan.ranks[path] for path in attention)
+        few = [path for path in attention if plan.ranks[path] == small]
+        assert plan.largest > small
+        narrowed, _ = restricted(plan, few)
+        assert narrowed.largest == small and narrowed.scale(small) == pytest.approx(plan.scale(small))
+
+
 class Probe:
     """Deltas in memory."""
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rankwise.core.site import Site, pattern
@@ -136,6 +136,14 @@ class RankPlan:
     def scale(self, rank: int) -> float:
         """Factor of B·A at a site of this rank: alpha/r, with rsLoRA alpha/√r (Kalajdzievski 2023)."""
         return self.alpha(rank) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def within(self, paths: Collection[str]) -> RankPlan:
+        """The plan of these sites alone, every scale as it was: rsLoRA's one alpha does not follow the largest rank
+        that is left."""
+        part = replace(self, sites=tuple(row for row in self.sites if row.site.path in paths))
+        if not self.use_rslora:
+            return part
+        return replace(part, alpha_over_rank=self.alpha_over_rank * self.largest / part.largest)
 
     @property
     def largest(self) -> int:

@@ -112,10 +112,10 @@ def uniform_plan(
 def restricted(plan: RankPlan, chosen: Iterable[str]) -> tuple[RankPlan, list[str]]:
     """The plan within the chosen paths, and the paths that this leaves out. UsageError where nothing is left."""
     kept = set(chosen)
-    rows = tuple(row for row in plan.sites if row.site.path in kept)
-    if not any(row.rank for row in rows):
+    part = plan.within(kept)
+    if not part.ranks:
         raise UsageError("--target leaves nothing of the rank plan; leave --target out, or make a plan for that part")
-    return replace(plan, sites=rows), [path for path in plan.ranks if path not in kept]
+    return part, [path for path in plan.ranks if path not in kept]
 
 
 def check_plan(plan: RankPlan, towers: Sequence[str] = LANGUAGE) -> None:

@@ -111,7 +111,7 @@ def planned(config: ExtractConfig, source: DeltaSource, notes: list[str]) -> Ran
         notes.append(
             f"{len(left_out)} sites of the plan are left out by --towers, --include or --exclude ({left_out[0]} …)"
         )
-    return replace(plan, sites=tuple(row for row in plan.sites if row.site.path in kept))
+    return plan.within(kept)
 
 
 def extracted(source: DeltaSource, plan: RankPlan, device: str, seed: int) -> tuple[dict[str, LoraPair], Fidelity]:

@@ -283,6 +283,11 @@ TABLES: Mapping[type, list[Bound]] = {
 }
 
 
+def as_said(default: Any) -> str:
+    """A default as a command line takes it."""
+    return "none" if default in (None, []) else ",".join(default) if isinstance(default, list) else str(default)
+
+
 def refuse_idle(config: Any) -> None:
     """UsageError naming the first option that was given and has no effect among the others."""
     told, defaults = Told(flatten(config)), flatten(type(config)())
@@ -291,5 +296,5 @@ def refuse_idle(config: Any) -> None:
         if given != defaults.get(bound.option) and not bound.acts(told):
             raise UsageError(
                 f"--{bound.option} acts only {bound.only}; here it would have no effect: leave it out, or where a file "
-                f"sets it, say --{bound.option} {defaults.get(bound.option)}"
+                f"sets it, say --{bound.option} {as_said(defaults.get(bound.option))}"
             )
