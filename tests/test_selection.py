@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -16,14 +17,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rows import equal, logged, make_trainer, resumed, weights
+from rows import SendWhileValidating, equal, logged, make_trainer, resumed, weights
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankwise.config import SelectionSection
 from rankwise.data import Example, Renderer, Turn
 from rankwise.data.label_names import found_label
-from rankwise.errors import UsageError
+from rankwise.errors import Interrupted, UsageError
 from rankwise.score.selection import MAX_NEW_TOKENS, LabelAccuracy, Tally
 from rankwise.stages.selecting import arguments_for, in_words
 from rankwise.train.balancing import Balanced
@@ -173,6 +174,44 @@ def test_early_stopping_counts_on_after_a_resume(
     later = resumed(measuring(base, tmp_path / "again", Scripted(shares[3:]), **choosing(2)))
     assert later.state.global_step == 8, "one evaluation was without a better one before the resume"
     assert equal(weights(straight), weights(later))
+
+
+def test_a_validation_that_a_signal_cut_off_counts_once_it_is_made_up(base: Path, tmp_path: Path) -> None:
+    """The one that ends training early: the resumed run makes it, and takes no step after it."""
+    shares = [5, 6, 6, 4, 9, 9]
+    straight = measuring(base, tmp_path / "straight", Scripted(shares), **choosing(2))
+    straight.train()
+    stopped = measuring(base, tmp_path / "again", Scripted(shares), **choosing(2))
+    stopped.add_callback(SendWhileValidating(8))
+    with pytest.raises(Interrupted):
+        stopped.train()
+    later = resumed(measuring(base, tmp_path / "again", Scripted(shares[3:]), **choosing(2)))
+    assert (later.state.global_step, straight.state.global_step) == (8, 8)
+    assert equal(weights(straight), weights(later)), "the best checkpoint's"
+    chosen = [Path(trainer.state.best_model_checkpoint).name for trainer in (straight, later)]
+    assert chosen == ["checkpoint-4"] * 2
+
+
+@pytest.mark.parametrize("by", ["likelihood", "generation"])
+def test_a_signal_ends_the_measuring_of_labels_at_once(
+    base: Path, renderer: Renderer, tmp_path: Path, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracy = LabelAccuracy.of(EXAMPLES, renderer, by)
+    answered = []
+
+    def right(self: LabelAccuracy, model: Any) -> Tally:
+        os.kill(os.getpid(), signal.SIGTERM)
+        answered.append(plain(self, model))
+        return answered[-1]
+
+    plain = LabelAccuracy.right
+    monkeypatch.setattr(LabelAccuracy, "right", right)
+    trainer = measuring(base, tmp_path, accuracy)
+    with pytest.raises(Interrupted):
+        trainer.train()
+    assert not answered
+    assert not any(row["eval_loss"] for row in logged(tmp_path))
+    assert not trainer.model.get_input_embeddings()._forward_pre_hooks
 
 
 def test_a_new_training_starts_counting_anew(base: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from rows import Rows, adapted_base, equal, logged, make_trainer, resumed, weights
+from rows import Rows, SendWhileValidating, adapted_base, equal, logged, make_trainer, resumed, weights
 from tiny import tiny_llama
 from torch import nn
 from transformers import Trainer, TrainerCallback
@@ -225,6 +225,50 @@ def test_a_signal_ends_in_a_checkpoint_that_goes_on_exactly(base: Path, tmp_path
     straight = make_trainer(base, tmp_path / "straight")
     straight.train()
     assert equal(weights(continued), weights(straight))
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "step"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 4}, 4),
+        ({"eval_strategy": "epoch"}, 6),
+        ({"eval_strategy": "epoch"}, 12),
+    ],
+    ids=["within an epoch", "at its end", "at the end of all"],
+)
+def test_a_signal_during_validation_does_not_wait_for_the_rest(
+    base: Path, tmp_path: Path, evaluation: dict[str, Any], step: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The resumed run makes it up, and ends as one that was never stopped: weights, choice and log."""
+    given = {"per_device_eval_batch_size": 1, "load_best_model_at_end": True, **evaluation}
+    given |= {"save_strategy": given["eval_strategy"], "save_steps": 4, "lr_scheduler_type": "reduce_lr_on_plateau"}
+    sent = SendWhileValidating(step)
+    stopped = make_trainer(base, tmp_path / "run", callbacks=[sent], **given)
+    with pytest.raises(Interrupted) as raised:
+        stopped.train()
+    assert (raised.value.exit_code, sent.batches) == (143, 1), "of four batches"
+    assert newest_complete(tmp_path / "run") == tmp_path / "run" / f"checkpoint-{step}"
+    assert str(step) not in [row["step"] for row in logged(tmp_path / "run") if row["eval_loss"]]
+    continued = resumed(make_trainer(base, tmp_path / "run", **given))
+    assert f"validating at step {step}, which the stop has left out" in capsys.readouterr().out
+    straight = make_trainer(base, tmp_path / "straight", **given)
+    straight.train()
+    assert equal(weights(continued), weights(straight))
+    assert continued.state.best_metric == straight.state.best_metric
+    best = [Path(trainer.state.best_model_checkpoint).name for trainer in (continued, straight)]
+    assert best[0] == best[1]
+    columns = ("step", "loss", "eval_loss", "learning_rate")
+    rows = [[[row[name] for name in columns] for row in logged(tmp_path / name)] for name in ("run", "straight")]
+    assert rows[0] == rows[1]
+    assert continued.state.global_step == 12
+
+
+def test_a_finished_run_takes_no_further_step(base: Path, tmp_path: Path) -> None:
+    """`max_steps` may lie within an epoch, which the Trainer would go on with."""
+    make_trainer(base, tmp_path, max_steps=4, save_strategy="steps", save_steps=4).train()
+    assert (
+        resumed(make_trainer(base, tmp_path, max_steps=4, save_strategy="steps", save_steps=4)).state.global_step == 4
+    )
 
 
 SCRIPT = """

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM during training: the first asks for a stop after the running step, the second ends at once."""
+"""SIGINT and SIGTERM while training: the first stops after the running step or validation batch, the second at once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Interruption:
             return
         if self.requested is None:
             self.requested, self._asked_at = number, time.monotonic()
-            say("finishing this step, then saving a checkpoint; a second signal stops at once")
+            say("finishing this step or validation batch, then saving a checkpoint; a second signal stops at once")
         elif time.monotonic() - self._asked_at >= self._echo:
             say("stopped; the last complete checkpoint is intact")
             os._exit(128 + number)

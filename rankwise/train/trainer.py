@@ -10,7 +10,7 @@ they are only hooked in. `before_step` is the place for whatever looks at gradie
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,13 @@ import torch.distributed as dist
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, SaveStrategy
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from rankwise.errors import RankwiseError, UsageError
 from rankwise.nets.adapt import full_parameters
 from rankwise.score.likelihood import Learnt, token_losses
-from rankwise.score.selection import LabelAccuracy
+from rankwise.score.selection import LabelAccuracy, Tally
 from rankwise.store.files import explained
 from rankwise.train.allocation import RankAllocation
 from rankwise.train.checkpoints import CheckpointKeeper, discard_unsealed
@@ -45,42 +38,12 @@ from rankwise.train.reach import FrozenPrefix, within_reach
 from rankwise.train.sampling import LengthGrouped
 from rankwise.train.sharing import evened, silenceable, summed
 from rankwise.train.step_loss import counts_all_tokens, prove_counting
+from rankwise.train.stopping import EvaluationStopped, StopOnSignal, stoppable
 from rankwise.train.tables import TrainingLog
 from rankwise.train.trained import parameter_towers
 
 SAMPLE_INDEX, ACCURACY = "sample_index", "eval_accuracy"
 DATA_SETS = ("train_dataset", "eval_dataset")
-
-
-class StopOnSignal(TrainerCallback):
-    """Ends training after the step in which a signal came, with a checkpoint; `done` says that it did."""
-
-    def __init__(self, trainer: RankwiseTrainer) -> None:
-        self.trainer = trainer
-        self.done = False
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.trainer.stop_signal is None:
-            return
-        self.done = control.should_training_stop = True
-        if not evaluates_now(args, state):
-            control.should_save = control.should_log = True
-            control.should_evaluate = control.should_evaluate and args.load_best_model_at_end
-
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The Trainer ends the epoch of a stopped run as well; nothing more is to be done in it.
-
-        But for the evaluation of an epoch that is complete: a resumed run begins with the next one, and would miss it.
-        """
-        if self.done:
-            control.should_evaluate = control.should_save = evaluates_now(args, state)
-
-
-def evaluates_now(args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether an epoch has just been completed whose evaluation decides what is kept."""
-    by_epoch = args.load_best_model_at_end and args.eval_strategy == IntervalStrategy.EPOCH
-    always_saved = args.save_strategy != SaveStrategy.BEST  # which would save only what is better
-    return bool(by_epoch and always_saved and state.epoch and float(state.epoch).is_integer())
 
 
 class RankwiseTrainer(Trainer):
@@ -130,13 +93,14 @@ class RankwiseTrainer(Trainer):
         self.phases, self.gradients, self.allocator = phases, gradients, allocator
         self.accuracy, self.sampler = accuracy, sampler
         self._agreed_signal: int | None = None
-        self._stop = StopOnSignal(self)
+        self._resumed_from: str | None = None
+        self._stop = StopOnSignal(self.stops, self.make_up_evaluation)
         keeper = CheckpointKeeper(identity or {}, keep)  # seals what those before it have written
         more = [RATE_COLUMN.format(tower) for tower in self.tower_rates]
         log = TrainingLog(Path(args.output_dir), more + ([ACCURACY] if accuracy else []))
         self._rates = RateWatch()
-        own = [FrozenPrefix(), log, phases, allocator, gradients, *stateful, keeper, self._stop, self._rates]
-        super().__init__(args=args, callbacks=[*filter(None, own), *callbacks], **rest)
+        own = [FrozenPrefix(), log, phases, allocator, gradients, *stateful, keeper, self._rates]
+        super().__init__(args=args, callbacks=[*filter(None, own), *callbacks, self._stop], **rest)
         self.remove_callback(PrinterCallback)
         self.validation: list[Tensor] = []
         self.unproven = counts_all_tokens(self)
@@ -152,6 +116,7 @@ class RankwiseTrainer(Trainer):
         """Train, from a checkpoint that `checkpoints.resume_point` has found sound where one is given."""
         folder = Path(self.args.output_dir)
         checkpoint = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
+        self._resumed_from, self._agreed_signal = checkpoint, None
         self.guard.reset()
         for keeper in filter(None, (self.phases, self.allocator) if checkpoint else ()):
             keeper.restore(Path(str(checkpoint)))
@@ -172,8 +137,38 @@ class RankwiseTrainer(Trainer):
 
     @property
     def stop_signal(self) -> int | None:
-        """The signal that all processes stop for; several processes agree on it at each step."""
+        """The signal that all processes stop for; several processes agree on it at each step and validation batch."""
         return self.interruption.requested if self.args.world_size == 1 else self._agreed_signal
+
+    def stops(self) -> bool:
+        """Whether a signal has come that ends training."""
+        return self.is_in_train and self.stop_signal is not None
+
+    def _run_epoch(self, *args: Any, **rest: Any) -> None:
+        """The Trainer's; not where a resumed run has nothing left to do, of which the Trainer would take one step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **rest)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **rest: Any) -> None:
+        """The Trainer's, but where a signal ends the evaluation, whose figures are those of no data set."""
+        try:
+            super()._maybe_log_save_evaluate(*args, **rest)
+        except EvaluationStopped:
+            self._stop.end(self.control, owed=True)
+            super()._maybe_log_save_evaluate(*args, **rest)
+
+    def make_up_evaluation(self) -> None:
+        """The evaluation that a stopped run owes, before training goes on: it is logged and chosen by as any other."""
+        try:
+            best = self._determine_best_metric(self._evaluate(None, None), None)
+        except EvaluationStopped:
+            self._stop.end(self.control, owed=True)  # nothing to save: the checkpoint that is resumed from says so
+            return
+        self._stop.owed = False
+        if best and self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = self._resumed_from
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -273,6 +268,7 @@ class RankwiseTrainer(Trainer):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **rest: Any) -> Any:
         """Of rows with labels the plain cross-entropy of each learnt token, kept for `evaluation_loop`."""
         inputs.pop(SAMPLE_INDEX, None)
+        self.end_evaluation_if_asked()
         if "labels" not in inputs:
             return super().prediction_step(model, inputs, *args, **rest)
         inputs = self._prepare_inputs(inputs)
@@ -294,10 +290,25 @@ class RankwiseTrainer(Trainer):
             loss, tokens = summed(torch.stack(self.validation).double().sum(0)).tolist()
             output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
         if self.accuracy is not None and output.metrics is not None:
-            tally = self.accuracy.right(self.model)
+            tally = self.tally(self.accuracy)
             right, asked = summed(torch.tensor([tally.right, tally.asked], device=self.args.device)).tolist()
             output.metrics[ACCURACY] = right / asked
         return output
+
+    def tally(self, accuracy: LabelAccuracy) -> Tally:
+        """This process's share. A signal in one process ends it there at once, and in the others after their share."""
+        found, number = Tally(0, 0), self.interruption
+        with suppress(EvaluationStopped), stoppable(self.model, lambda: self.is_in_train and bool(number.requested)):
+            found = accuracy.right(self.model)
+        self.end_evaluation_if_asked()
+        return found
+
+    def end_evaluation_if_asked(self) -> None:
+        """EvaluationStopped in all processes where a signal has come to one of them."""
+        if self.is_in_train and self.args.world_size > 1:
+            self.agree(None)
+        if self.stops():
+            raise EvaluationStopped
 
     def evaluate(self, *args: Any, **rest: Any) -> dict[str, float]:
         """Evaluation draws no random number from training's stream: how often one evaluates changes no weight."""
