@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise import __version__, flags, options
+from rankwise import __version__, flags, options, terminal
 from rankwise.errors import RankwiseError, UsageError
 from rankwise.stages.commands import ALIASES, COMMANDS, DRY_RUN, GROUPS, Command, assemble, command_options, stage_of
 from rankwise.stages.recipe import options_for, packaged_recipe
 
-CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 RECIPES = Path(__file__).parent / "recipes"
+NO_CONFIG = ("", ".txt", ".cfg", ".conf", ".ini", ".json5", ".jsonc")  # suffixes that no file a command takes has
 
 
 def overview() -> str:
@@ -34,7 +35,7 @@ def overview() -> str:
         lines += ["", group, *(f"  {name:<{width}}{text}" for name, text in rows)]
     lines += [
         "",
-        "`rankwise COMMAND --help` shows a command's options. A YAML or JSON file may come first; flags win over it.",
+        "`rankwise COMMAND --help` shows a command's options. A YAML, JSON or TOML file may come first; flags win.",
     ]
     return "\n".join(lines)
 
@@ -45,10 +46,12 @@ def members(word: str) -> list[str]:
 
 
 def group_overview(word: str) -> str:
+    return "\n".join([f"usage: rankwise {word} COMMAND [FILE] [--option value …]", "", *member_lines(word)])
+
+
+def member_lines(word: str) -> list[str]:
     rows = {name: COMMANDS[name].help for name in members(word) if name in COMMANDS}
-    width = 2 + max(map(len, rows))
-    lines = [f"usage: rankwise {word} COMMAND [FILE] [--option value …]", ""]
-    return "\n".join([*lines, *(f"  {name:<{width}}{text}" for name, text in rows.items())])
+    return [f"  {name:<{2 + max(map(len, rows))}}{text}" for name, text in rows.items()]
 
 
 def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
@@ -70,16 +73,27 @@ def packaged_file(folder: str, name: str, prog: str) -> Path:
     """A config file that comes with the package, by its name."""
     found = {path.stem: path for path in sorted((RECIPES / folder).glob("*.yaml"))}
     if name not in found:
-        raise options.unknown(name, list(found), prog, "config file (.yaml or .json), nor one of the package's")
+        raise options.unknown(name, list(found), prog, "config file (.yaml, .json, .toml), nor one of the package's")
     return found[name]
+
+
+def config_file(given: Path) -> Path:
+    """The file itself where it exists, else the package's recipe of that name, which is said."""
+    found = None if given.is_file() else packaged_recipe(given)
+    if found:
+        print(f"note: no {given} here; taking the package's recipe {found}", file=sys.stderr)
+    return found or given
 
 
 def take_positionals(command: Command, words: list[str], prog: str) -> tuple[Path | None, dict[str, Any]]:
     """A leading config file, if any, and the fields that the other words fill."""
     path = None
-    if command.takes_file and words and words[0].endswith(CONFIG_SUFFIXES):
-        given = Path(words[0])
-        path, words = given if given.is_file() else packaged_recipe(given) or given, words[1:]
+    if command.takes_file and words and words[0].lower().endswith(options.CONFIG_SUFFIXES):
+        path, words = config_file(Path(words[0])), words[1:]
+    elif command.takes_file and words and Path(words[0]).suffix.lower() in NO_CONFIG and Path(words[0]).is_file():
+        raise UsageError(
+            f"{prog}: {words[0]}: the name of a config file ends in {', '.join(options.CONFIG_SUFFIXES)}; rename it"
+        )
     elif command.packaged and words:
         path, words = packaged_file(command.packaged, words[0], prog), words[1:]
     if command.repeated and words:
@@ -106,7 +120,9 @@ def resolve(name: str, argv: Sequence[str]) -> tuple[Any, bool]:
     known = [*command_options(command), DRY_RUN]
     shown = " ".join(["[CONFIG]"] * command.takes_file + [f"[{word.upper()}]" for word in command.positionals])
     shown += " …" * command.repeated
-    parser = flags.build_parser(prog, type(command.config).__doc__ or "", known, shown)
+    below = member_lines(name)
+    epilog = "\n".join(["commands below it:", *below]) if below else ""
+    parser = flags.build_parser(prog, type(command.config).__doc__ or "", known, shown, epilog)
     words, given = flags.parse_flags(parser, known, argv)
     path, positionals = take_positionals(command, words, prog)
     twice = [name for name in positionals if name in given]
@@ -131,27 +147,38 @@ def dispatch(argv: Sequence[str]) -> None:
         stage.run(built)
 
 
+def answered(words: Sequence[str]) -> bool:
+    """Whether the line asks for the overview, a group's or the version only, which is then printed."""
+    helps = ("-h", "--help")
+    if not words or words[0] in (*helps, "help"):
+        print(overview())
+    elif len(words) == 2 and words[1] in helps and words[0] not in COMMANDS and members(words[0]):
+        print(group_overview(words[0]))
+    elif words[0] in ("-V", "--version"):
+        print(f"rankwise {__version__}")
+    else:
+        return False
+    return True
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `rankwise` command. Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(overview())
-        return 0
-    if len(words) == 2 and words[1] in ("-h", "--help") and members(words[0]):
-        print(group_overview(words[0]))
-        return 0
-    if words[0] in ("-V", "--version"):
-        print(f"rankwise {__version__}")
-        return 0
+    terminal.readable()
     # bitsandbytes says on every import, quantized model or not, that a kernel from the hub is missing on the CPU.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        dispatch(words)
+        if not answered(words):
+            dispatch(words)
+        sys.stdout.flush()
     except RankwiseError as error:
         if os.environ.get("RANKWISE_DEBUG"):
             traceback.print_exc()
         print(f"rankwise: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # `| head`: nobody reads on, and Python's own last flush must not fail either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("rankwise: interrupted", file=sys.stderr)
         return 130

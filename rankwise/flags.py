@@ -21,8 +21,21 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{self.prog}: {message}; see `{self.prog} --help`")
 
 
-def build_parser(prog: str, description: str, options: Sequence[Option], positionals: str) -> _Parser:
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False, add_help=True)
+class _Formatter(argparse.HelpFormatter):
+    """Text of several lines stays as it is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
+def build_parser(prog: str, description: str, options: Sequence[Option], positionals: str, epilog: str = "") -> _Parser:
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        allow_abbrev=False,
+        formatter_class=_Formatter,
+    )
     parser.add_argument("positionals", nargs="*", help=positionals, metavar="FILE")
     groups: dict[str, argparse._ActionsContainer] = {"options": parser}
     for item in options:

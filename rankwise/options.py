@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import tomllib
 import types
 import typing
 from collections import Counter
@@ -19,6 +20,8 @@ from typing import Any
 
 from rankwise.errors import UsageError
 
+PARSERS = {".json": json.loads, ".toml": tomllib.loads}
+CONFIG_SUFFIXES = (".yaml", ".yml", *PARSERS)
 TRUE, FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
@@ -190,7 +193,8 @@ def unknown(name: str, known: Iterable[str], where: str, what: str = "option") -
 
 
 def load_file(path: Path) -> list[tuple[str, Any]]:
-    """The names and values of a YAML or JSON file. `2e-4` is a number once its option says so (see `convert`)."""
+    """The names and values of a YAML, JSON or TOML file, by its suffix; without one it is read as YAML. `2e-4` is a
+    number once its option says so (see `convert`)."""
     import yaml
 
     try:
@@ -199,9 +203,12 @@ def load_file(path: Path) -> list[tuple[str, Any]]:
         raise UsageError(f"{path}: cannot read the config file: {error.strerror}{neighbours(path)}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text: {error.reason}") from error
+    suffix = path.suffix.lower()
     try:
-        names = repeatable_names(text, path.suffix)
-        loaded = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        names = repeatable_names(text, suffix)
+        loaded = PARSERS[suffix](text) if suffix in PARSERS else yaml.safe_load(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path}: not TOML: {error}") from error
     except json.JSONDecodeError as error:
         raise UsageError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
     except yaml.YAMLError as error:
@@ -220,6 +227,8 @@ def repeatable_names(text: str, suffix: str) -> list[str]:
     """The names at the top of a file as they are written: parsers keep the last of two equal ones, silently."""
     import yaml
 
+    if suffix == ".toml":  # refuses a repeated name itself
+        return []
     if suffix == ".json":
         pairs: Any = json.loads(text, object_pairs_hook=list)
         return [str(pair[0]) for pair in pairs if isinstance(pair, tuple)] if isinstance(pairs, list) else []

@@ -15,7 +15,7 @@ import rankwise
 
 PACKAGE = Path(rankwise.__file__).parent
 REPOSITORY = PACKAGE.parent
-STANDARD_ONLY = ("errors.py", "options.py", "flags.py", "config", "cli.py", "__init__.py")
+STANDARD_ONLY = ("errors.py", "options.py", "flags.py", "terminal.py", "config", "cli.py", "__main__.py", "__init__.py")
 OWN_LIBRARIES = {"core": {"torch"}, "store": {"torch", "safetensors", "filelock", "tqdm", "psutil"}}
 # What the extras bring: none of it may be needed to import a module.
 EXTRAS = (

@@ -68,9 +68,17 @@ def test_the_first_word_of_two_lists_its_commands(capsys: pytest.CaptureFixture[
     assert "features capture" in told and "features downstream" in told and "  ranks " not in told
 
 
-def test_the_module_is_the_command() -> None:
-    result = subprocess.run([sys.executable, "-m", "rankwise.cli", "--version"], capture_output=True, text=True)
+@pytest.mark.parametrize("module", ["rankwise", "rankwise.cli"])
+def test_the_module_is_the_command(module: str) -> None:
+    result = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
     assert (result.returncode, result.stdout.split()[0]) == (0, "rankwise")
+
+
+def test_a_command_that_others_are_below_shows_its_own_help_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["ranks", "--help"])
+    told = capsys.readouterr().out
+    assert "--svd_threshold" in told and "  ranks diff " in told
 
 
 @pytest.mark.parametrize("name", LIGHT)
@@ -207,6 +215,52 @@ def test_bad_config_files_are_usage_errors_that_name_the_place(
     error = refused(capsys, "ranks", save(tmp_path / name, content))
     assert message in error
     assert name in error
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("c.YAML", "max_rank: 8\n"),
+        ("c.toml", "max_rank = 8\n"),
+        ("c.TOML", "max-rank = 8"),
+        ("c.JSON", '{"max_rank": 8}'),
+    ],
+)
+def test_a_config_file_is_read_by_its_suffix(tmp_path: Path, name: str, content: str) -> None:
+    assert resolved("ranks", save(tmp_path / name, content)).spectrum.max_rank == 8
+
+
+def test_a_config_file_that_cannot_be_told_as_one_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name in ("conf", "conf.txt", "conf.ini"):
+        assert "the name of a config file ends in .yaml" in refused(
+            capsys, "ranks", save(tmp_path / name, "max_rank: 8")
+        )
+    assert "not TOML" in refused(capsys, "ranks", save(tmp_path / "c.toml", "max_rank: 8"))
+
+
+def test_which_recipe_is_taken_is_said(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bare name is the package's, a name with its suffix the file here, if there is one."""
+    monkeypatch.chdir(tmp_path)
+    assert resolved("features compare", "features.yaml").results_dir.startswith("runs")
+    assert "taking the package's recipe" in capsys.readouterr().err
+    save(tmp_path / "features.yaml", "stages: [{command: report, run: mine}]")
+    assert cli.main(["run", "features", "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert "rankwise run features.yaml" in said.err and "rankwise features capture" in said.out
+    assert cli.main(["run", "features.yaml", "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "" and "rankwise report --run mine" in said.out
+
+
+@pytest.mark.parametrize("command", ["run", "batch"])
+def test_the_packages_recipes_are_listed(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert cli.main([command, "--list"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {path.stem} " in said for path in (cli.RECIPES).glob("*.yaml"))
 
 
 def test_bytes_that_are_no_text_are_a_usage_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from rankwise.cli import resolve
 from rankwise.errors import DataError, UsageError
 from rankwise.stages.commands import COMMANDS
 from rankwise.store.files import write_text
-from rankwise.store.run import HOLDER, RunFolder
+from rankwise.store.run import HOLDER, LOCK, RunFolder
 
 HOLD = """
 import sys
@@ -64,6 +64,26 @@ def test_the_lock_is_free_after_an_error_and_other_folders_are_not_held(tmp_path
         with pytest.raises(KeyError):
             fail_while_held(tmp_path / "a", tmp_path / "b")
     assert not (tmp_path / "a" / HOLDER).exists()
+
+
+def test_the_lock_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Neither its own files nor folders made for it; a folder that was there, or that holds something, stays."""
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(KeyError):
+        fail_while_held(tmp_path / "a" / "b", tmp_path / "c")
+    with RunFolder(tmp_path / "a").lock():
+        assert {path.name for path in (tmp_path / "a").iterdir()} == {LOCK, HOLDER}
+    with RunFolder(tmp_path / "mine").lock():
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+    with RunFolder(tmp_path / "run").lock() as run:
+        write_text(run / "plan.json", "{}")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "plan.json", "run"]
+
+
+def test_no_lock_file_is_committed() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert not [name for name in listed.stdout.split() if ".lock" in name]
 
 
 def finish(run: RunFolder, base: Path) -> None:

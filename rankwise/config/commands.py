@@ -241,6 +241,7 @@ class RunConfig:
     force: bool = option(False, help="run every stage again")
     log_file: str | None = option(help="write what is printed to this file too; auto: logs/TIME.log in the run folder")
     background: bool = option(False, help="start it as a process that outlives the terminal, and say where its log is")
+    list_: bool = option(False, help="list the recipes that come with the package, and stop", aliases=("list",))
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,7 @@ class BatchConfig:
     output_dir: str = option("runs/batch", help="folder of the run folders", short="-o")
     set: list[str] = option([], commas=False, help="STAGE.OPTION=VALUE, over every recipe; repeatable")
     force: bool = option(False, help="run every stage again")
+    list_: bool = option(False, help="list the recipes that come with the package, and stop", aliases=("list",))
 
 
 @dataclass(frozen=True)

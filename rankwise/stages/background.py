@@ -34,7 +34,7 @@ def start(config: RunConfig, folder: Path, log: Path) -> int:
             stdout=pipes[1],
             stderr=pipes[2],
             start_new_session=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
         )
     print(f"running in the background as process {process.pid}; everything is in {folder}")
     print(f"log:     {log}")

@@ -15,6 +15,7 @@ from rankwise.config import BatchConfig, RunConfig
 from rankwise.errors import Interrupted, RankwiseError, UsageError
 from rankwise.show.format import command_line, duration
 from rankwise.stages import run as recipes
+from rankwise.stages.recipe import packaged_lines
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ def run(config: BatchConfig) -> list[Path]:
 
     Raises RankwiseError after the last one where any failed, with the first one's exit code; a signal stops the batch.
     """
+    if config.list_:
+        print("\n".join(packaged_lines()))
+        return []
     jobs = runs_of(config)
     outcomes = [attempt(name, job) for name, job in jobs.items()]
     print("\n" + "\n".join(outcome.line() for outcome in outcomes))
@@ -62,7 +66,9 @@ def raise_first(failed: Sequence[Outcome], total: int) -> None:
 def runs_of(config: BatchConfig) -> dict[str, RunConfig]:
     """A run for each recipe, by name; all of them are checked before the first one starts."""
     if not config.recipes:
-        raise UsageError("batch needs recipes: rankwise batch RECIPE RECIPE … -o FOLDER")
+        raise UsageError(
+            "batch needs recipes: rankwise batch RECIPE RECIPE … -o FOLDER; `rankwise batch --list` names the package's"
+        )
     names = [Path(recipe).stem for recipe in config.recipes]
     if len(set(names)) < len(names):
         raise UsageError(f"two recipes have one name: {', '.join(names)}; each gets the folder of its name")
@@ -90,6 +96,8 @@ def attempt(name: str, job: RunConfig) -> Outcome:
 
 
 def describe(config: BatchConfig) -> list[str]:
+    if config.list_:
+        return ["list the recipes that come with the package"]
     lines = []
     for job in runs_of(config).values():
         lines += recipes.describe(job)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import UsageError
-from rankwise.options import load_file, unknown
+from rankwise.options import CONFIG_SUFFIXES, load_file, unknown
 from rankwise.stages.commands import ALIASES, COMMANDS, command_options
 
 PACKAGED = Path(__file__).parents[1] / "recipes"
@@ -63,10 +63,23 @@ def find_recipe(text: str) -> Path:
 
 
 def packaged_recipe(given: Path) -> Path | None:
-    """The recipe of the package that a missing file's name means: `[recipes/]NAME[.yaml]`."""
+    """The recipe of the package that a name means which is no file: `[recipes/]NAME[.yaml]`."""
     path = PACKAGED / f"{given.stem}.yaml"
-    means = given.parent in (Path("."), Path("recipes")) and given.suffix in ("", ".yaml")
+    means = given.parent in (Path("."), Path("recipes")) and given.suffix.lower() in ("", ".yaml")
     return path if means and path.is_file() else None
+
+
+def packaged_lines() -> list[str]:
+    """Name and description of every recipe that comes with the package."""
+    found = {path.stem: str(read_content(path).get("description", "")) for path in sorted(PACKAGED.glob("*.yaml"))}
+    return [f"  {name:<{2 + max(map(len, found))}}{text}" for name, text in found.items()]
+
+
+def shadowed(text: str) -> str | None:
+    """A note where a bare name took the package's recipe although a file of that name lies here."""
+    beside = [Path(text + suffix) for suffix in CONFIG_SUFFIXES]
+    found = next((path for path in beside if not Path(text).is_file() and path.is_file()), None)
+    return f"note: {text} is the package's recipe; for the file beside you: rankwise run {found}" if found else None
 
 
 def options_for(path: Path, command: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from rankwise.show.format import duration
 from rankwise.show.pipeline import BEFORE, UNASKED, UNFINISHED, UNREACHED, time_lines
 from rankwise.stages import background
 from rankwise.stages.commands import COMMANDS, configured, stage_of
-from rankwise.stages.recipe import Recipe, Stage, find_recipe, load_recipe
+from rankwise.stages.recipe import Recipe, Stage, find_recipe, load_recipe, packaged_lines, shadowed
 from rankwise.stages.torchrun import run_in_processes
 from rankwise.store.files import fingerprint
 from rankwise.store.log import logged
@@ -42,8 +42,11 @@ RECORD = "resolved_config.recipe.json"  # a stage may write into the run folder 
 OUTPUTS = ("output_dir", "out", "run", "results_dir", "log_dir")
 
 
-def run(config: RunConfig) -> Path:
-    """Run the stages in order. Returns the run folder."""
+def run(config: RunConfig) -> Path | None:
+    """Run the stages in order. Returns the run folder; None where recipes were listed."""
+    if config.list_:
+        print("\n".join(packaged_lines()))
+        return None
     recipe, configs = prepared(config)
     folder = RunFolder(run_folder(config))
     state = RunFolder(folder / STATE)
@@ -57,6 +60,7 @@ def run(config: RunConfig) -> Path:
         chosen, again = selection(config, recipe)
         times = {stage.name: StageTime(stage.name, note=UNASKED) for stage in recipe.stages}
         times |= {name: StageTime(name, note=UNREACHED) for name in chosen}
+        print(f"recipe: {recipe.path}")
         with Monitor(folder / LOGS / MONITOR) as monitor, telling(times):
             print(f"watching: {monitor.said}")
             for index, stage in enumerate(recipe.stages):
@@ -140,7 +144,9 @@ def record_of(recipe: Recipe) -> dict[str, Any]:
 def prepared(config: RunConfig) -> tuple[Recipe, dict[str, Any]]:
     """The recipe, and every stage's config: all of it is checked before anything runs."""
     if not config.recipe:
-        raise UsageError("run needs a recipe: rankwise run RECIPE.yaml, or the name of one that comes with the package")
+        raise UsageError("run needs a recipe: rankwise run RECIPE.yaml, or the name of one of `rankwise run --list`")
+    if note := shadowed(config.recipe):
+        print(note, file=sys.stderr)
     recipe = load_recipe(find_recipe(config.recipe), run_folder(config), config.set)
     configs = {
         stage.name: configured(stage.command, stage.options, f"{recipe.path}: stage {stage.name}")
@@ -214,6 +220,8 @@ def execute(stage: Stage, config: Any, scratch: Path) -> None:
 
 def describe(config: RunConfig) -> list[str]:
     """Every stage with its resolved options, then what it would do."""
+    if config.list_:
+        return ["list the recipes that come with the package"]
     recipe, configs = prepared(config)
     lines = [f"run {recipe.path} in {run_folder(config)}"]
     for stage in recipe.stages:

@@ -19,10 +19,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from rankwise.errors import DataError
+from rankwise.errors import DataError, UsageError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_SPACE_TEXTS = ("No space left", "os error 28", "Disk quota exceeded", "os error 122")
+UNWRITABLE = (NotADirectoryError, FileExistsError, PermissionError, IsADirectoryError)
 WHOLE = 64 * 2**20
 SAMPLES, SAMPLE_BYTES = 256, 16 * 2**10
 
@@ -56,7 +57,8 @@ def atomic_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
                 flush(folder)
     finally:
         for temporary in temporaries:
-            temporary.unlink(missing_ok=True)
+            if os.path.lexists(temporary):
+                temporary.unlink()
 
 
 @contextmanager
@@ -122,16 +124,27 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn "disk full", however the library below words it, into an error that says what to do."""
+    """Turn "disk full", however the library below words it, and a place that takes no file into errors that say what to
+    do."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, UNWRITABLE) and names(error, path):
+            raise UsageError(f"{path}: cannot be written there ({error.strerror}); choose another place") from error
         if not is_disk_full(error, path):
             raise
         raise DataError(
             f"{path}: no space left to write it ({_free(path) / 2**20:,.1f} MiB free on its disk). What was "
             "there before is untouched. Free some space or choose another output folder, then run it again."
         ) from error
+
+
+def names(error: OSError, path: Path) -> bool:
+    """Whether an error is about this path, a folder above it or a file beside it, not about something that was read."""
+    if not isinstance(error.filename, str):
+        return False
+    named, above = Path(error.filename).absolute(), path.absolute().parents
+    return named == path.absolute() or named in above or named.parent in above
 
 
 def is_disk_full(error: BaseException, path: Path) -> bool:

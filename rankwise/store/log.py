@@ -72,7 +72,7 @@ def copier(path: Path, targets: Mapping[int, int]) -> Iterator[tuple[subprocess.
     words = [f"{reading}:{target}" for target, (reading, _) in pipes.items()]
     try:
         process = subprocess.Popen(
-            [sys.executable, "-I", log_copy.__file__, str(path), *words],
+            [sys.executable, "-I", log_copy.__file__, str(path), sys.stdout.encoding, *words],
             pass_fds=[reading for reading, _ in pipes.values()],
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in the terminal is for the run, not for its log

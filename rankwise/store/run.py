@@ -17,7 +17,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -66,8 +66,10 @@ class RunFolder:
         """Hold the folder for this process. UsageError where another one holds it.
 
         The operating system frees the lock when its process ends, however it ends: nothing to clean up after a
-        kill. Of several processes of one run only rank 0 takes it.
+        kill. Of several processes of one run only rank 0 takes it. The lock's files go with the block, and so do
+        folders that were made for it and into which nothing was written.
         """
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -89,7 +91,10 @@ class RunFolder:
             yield self
         finally:
             (self / HOLDER).unlink(missing_ok=True)
+            if sys.platform != "win32":  # before the release: a process that takes it between would lose its file
+                (self / LOCK).unlink(missing_ok=True)
             lock.release()
+            remove_empty(made)
 
     def save_config(self, config: Any, name: str = CONFIG) -> Path:
         """Save a resolved config (mapping or dataclass) flat: the file, given to its command, reproduces it. Secrets
@@ -193,6 +198,15 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, inner ones first, up to the first that holds something."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def _holder(path: Path) -> str:

@@ -116,7 +116,8 @@ class LlamaServer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, _import_path()))},
             start_new_session=True,  # an interrupt from the keyboard is the parent's to handle
         )

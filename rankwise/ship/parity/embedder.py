@@ -47,7 +47,12 @@ class Embedder:
             for name, image in zip(names, images, strict=True):
                 name.write_bytes(image)
             command = [sys.executable, "-m", "rankwise.ship.parity.embed", "--model", str(self.text)]
-            done = subprocess.run([*command, "--mmproj", str(self.mmproj), folder], capture_output=True, text=True)
+            done = subprocess.run(
+                [*command, "--mmproj", str(self.mmproj), folder],
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+            )
             if done.returncode:
                 raise VerificationError(f"llama.cpp broke down on {self.mmproj}:\n{done.stderr[-LAST:]}")
             return [np.load(name.with_suffix(".npy")) for name in names]

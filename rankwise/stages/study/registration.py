@@ -52,7 +52,9 @@ class Registration:
             "time": now(),
             "why": why,
             **what,
-            "runs_finished": sum(len(path.read_text().splitlines()) for path in self.folder.glob("runs*.jsonl")),
+            "runs_finished": sum(
+                len(path.read_text(encoding="utf-8").splitlines()) for path in self.folder.glob("runs*.jsonl")
+            ),
             "test_was_read": self.test_read is not None,
             "sha256": digest(content),
             "versions": versions(),
