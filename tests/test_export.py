@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.nets.load import load_model
 from rankwise.ship.gguf import export_plan as planning
 from rankwise.ship.gguf.adapter_gguf import check_adapter, fold_scales, read_plain, write_adapter_gguf
-from rankwise.ship.gguf.converter import Converter, own_converter
+from rankwise.ship.gguf.converter import Converter, Job, own_converter
 from rankwise.ship.gguf.export import read_export
 from rankwise.ship.gguf.export_plan import ExportPlan, plan_export, require_space
 from rankwise.ship.gguf.metadata import check_numbers, config_of, text_numbers, vision_numbers
@@ -519,6 +520,42 @@ def test_a_dry_run_tells_what_would_happen(text: Path) -> None:
     assert "compare" not in " ".join(describe(ExportConfig(model="later/merged", no_verify=True)))
 
 
+def with_more_tokens(model: Path) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"<more-{number}>" for number in range(3)])
+    tokenizer.save_pretrained(model)
+    return "tokenizer has 403 tokens (its highest id + 1) and the model 400 rows"
+
+
+def with_another_vocab_size(model: Path) -> str:
+    write_json(model / "config.json", read_object(model / "config.json") | {"vocab_size": 416})
+    return "has 400 rows and the config is of 416"
+
+
+@pytest.mark.parametrize("damage", [with_more_tokens, with_another_vocab_size])
+def test_lengths_are_compared_before_converting(
+    damage: Callable[[Path], str], copied: Path, failing: Converter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said, out = damage(copied), tmp_path / "out"
+    assert main(["export", str(copied), "-o", str(out), "--llama_cpp_dir", str(failing.folder)]) == 3
+    printed = capsys.readouterr()
+    assert said in printed.err and "converting" not in printed.out and not out.exists()
+
+
+def test_a_failed_proof_speaks_of_the_folder_that_was_asked_for(
+    text: Path, converter: Converter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def convert_all(self: Converter, model: Path, jobs: Sequence[Job], name: str | None = None) -> None:
+        for job in jobs:
+            job.outfile.write_bytes(b"GGUF, cut off")
+
+    monkeypatch.setattr(Converter, "convert_all", convert_all)
+    words = ["export", str(text), "--outtype", "f32", "-o", str(tmp_path / "out")]
+    assert main(words) == 6
+    said = capsys.readouterr().err
+    assert str(tmp_path / "out" / "model-f32.gguf") in said and ".tmp" not in said
+
+
 @pytest.mark.slow
 def test_the_command_end_to_end(
     vision_export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], converter: Converter
@@ -562,6 +599,20 @@ def adapter_file(
 ) -> Path:
     outfile = tmp_path_factory.mktemp("lora") / "lora.gguf"
     return write_adapter_gguf(adapter, text_export.parent / "model", outfile, converter)
+
+
+def test_sites_of_a_vision_tower_are_refused_before_converting(
+    vision: Path, failing: Converter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = LoraConfig(r=2, target_modules=r".*(vision_model|text_model).*\.q_proj")
+    model = get_peft_model(load_model(str(vision), torch.float32), config)
+    model.peft_config["default"].base_model_name_or_path = str(vision)
+    model.save_pretrained(tmp_path / "adapter")
+    words = ["export", "--adapter_gguf", str(tmp_path / "adapter"), "--llama_cpp_dir", str(failing.folder)]
+    assert main([*words, "-o", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"adapter: (\d+) of its (\d+) sites lie outside the text model \(model\.vision_model", said)
+    assert ".tmp" not in said and not (tmp_path / "out").exists()
 
 
 def test_folding_keeps_every_delta(adapter: Path) -> None:

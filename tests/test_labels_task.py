@@ -266,7 +266,7 @@ def test_what_label_writes_is_what_train_reads(tmp_path: Path, base: Path, call:
         ("--balance sqrt --group_by_length", "both decide the order"),
         ("--select accuracy --eval_strategy no", "it needs validation rows"),
         ("--select accuracy --val_fraction 0", "it needs validation rows"),
-        ("--early_stopping 0", "at least 1, got 0"),
+        ("--early_stopping -1", "--early_stopping counts evaluations (0: off), got -1"),
         ("--early_stopping 2 --save_strategy no", "keeps the best checkpoint"),
         ("--metric_for_best_model accuracy", "acts only where a checkpoint is chosen"),
         ("--task conversations --select accuracy", "needs rows with a class: --task multi_nli, labels"),
@@ -279,6 +279,14 @@ def test_what_cannot_work_is_refused_before_a_weight_is_read(
 ) -> None:
     code, _, said = call("train", "--model_name", base, "--data_path", data, "-o", tmp_path / "run", *words.split())
     assert (code, reason in said) == (2, True), said
+
+
+def test_early_stopping_can_be_turned_off(tmp_path: Path, base: Path, data: Path, call: Call) -> None:
+    """As a recipe's own value is: training goes on through evaluations that are no better."""
+    words = f"--num_epochs 4 --lr 0 --early_stopping 0 --eval_strategy epoch {TRAIN}".replace("--lr 1e-2", "").split()
+    code, output, said = call("train", "--model_name", base, "--dataset_dir", data, "-o", tmp_path, *words)
+    assert code == 0, said
+    assert "early stopping" not in output and len({row["step"] for row in logged(tmp_path) if row["eval_loss"]}) == 4
 
 
 @pytest.mark.slow

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.font_manager
 import matplotlib.pyplot
 import pytest
 import torch
@@ -18,8 +20,9 @@ from rankwise.core.site import describe
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, UsageError
 from rankwise.score.result import EvaluationResult
-from rankwise.show import canvas, curves, plots
+from rankwise.show import canvas, confusion, curves, glyphs, plots
 from rankwise.show.canvas import BLUE, GREY, YELLOW, readable_on
+from rankwise.show.confusion import plot_confusion
 from rankwise.show.curves import plot_gain, plot_loss, plot_scores
 from rankwise.show.plots import plot_decay, plot_energy_heatmap, plot_ranks_heatmap
 
@@ -119,6 +122,55 @@ def test_names_from_files_are_not_read_as_mathematics(tmp_path: Path) -> None:
     assert plot_decay(spectrum(), planned("model.layers.0.$\\frac{.q_proj"), 0.9, tmp_path / "x.png").is_file()
     odd = EvaluationResult("t", {"$\\oops{": 1.0}, {}, 3)
     assert plot_scores({"$\\oops{": odd}, tmp_path / "y.png").is_file()
+
+
+NAMES = ("🔥 fire", "水", "पानी", "ti\N{TAG LATIN SMALL LETTER G}ger")
+COUNTS = [[3, 1, 0, 0, 1], [0, 4, 0, 1, 0], [1, 0, 2, 0, 0], [0, 0, 0, 5, 0]]
+
+
+def confusion_labels(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """Label → fonts, of the y axis of a confusion matrix with class names of the world, as it was written to `path`."""
+    saved: list[Any] = []
+    monkeypatch.setattr(confusion, "save", lambda figure, to: saved.append(figure) or canvas.save(figure, to))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_confusion(NAMES, COUNTS, path, "🔥水")
+    (axis,) = saved[0].axes
+    assert axis.get_title(loc="left").endswith(": items") and path.stat().st_size > 10_000
+    return {label.get_text(): label.get_fontfamily() for label in axis.get_yticklabels()}
+
+
+def test_characters_that_no_font_has_are_written_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    monkeypatch.setattr(glyphs, "installed", lambda: [("DejaVu Sans", str(own))])
+    labels = confusion_labels(tmp_path / "a.png", monkeypatch)
+    assert list(labels) == ["U+1F525 fire", "U+6C34", "U+092A U+093E U+0928 U+0940", "tiger"]
+
+
+def test_characters_of_another_installed_font_are_drawn_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builders, pens = pytest.importorskip("fontTools.fontBuilder"), pytest.importorskip("fontTools.pens.ttGlyphPen")
+    builder, pen = builders.FontBuilder(1000, isTTF=True), pens.TTGlyphPen(None)
+    for number, point in enumerate([(0, 0), (0, 700), (700, 700), (700, 0)]):
+        (pen.lineTo if number else pen.moveTo)(point)
+    pen.closePath()
+    square = pen.glyph()
+    builder.setupGlyphOrder([".notdef", "water"])
+    builder.setupCharacterMap({ord("水"): "water"})
+    builder.setupGlyf({".notdef": square, "water": square})
+    builder.setupHorizontalMetrics({".notdef": (800, 0), "water": (800, 0)})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Rankwise Water", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(tmp_path / "water.ttf")
+    manager = matplotlib.font_manager.fontManager
+    monkeypatch.setattr(manager, "ttflist", list(manager.ttflist))
+    monkeypatch.setattr(glyphs, "PREFERRED", ("Rankwise",))
+    manager.addfont(tmp_path / "water.ttf")
+    labels = confusion_labels(tmp_path / "a.png", monkeypatch)
+    assert "Rankwise Water" in labels["水"]
 
 
 def test_heatmap_shows_every_rank_in_its_cell_and_nothing_where_there_is_no_site(

@@ -73,7 +73,7 @@ class FactorTrainConfig:
         0.0, help="AdaLoRA: weight of ‖AᵀA/T − I‖²/r² beside its layers'", aliases=("activation_orth_regu_a",)
     )
     weight_decay: float = option(1e-5, help="of AdamW")
-    patience: int = option(10, help="stop after so many epochs without a better validation MSE")
+    patience: int = option(10, help="stop after so many epochs without a better validation MSE; 0: off")
     dropout: float = option(0.1, help="inside the networks")
     refine: bool = option(False, help="a refinement after A·B; it is scored apart, since its rank may be higher")
     allocator: AllocatorSection = field(default_factory=AllocatorSection)

@@ -241,7 +241,9 @@ class SelectionSection:
         choices=("likelihood", "generation"),
         help="accuracy of the likeliest label, or of the one that up to 32 generated tokens name",
     )
-    early_stopping: int | None = option(help="stop after N evaluations without a better one [by loss, or by --select]")
+    early_stopping: int | None = option(
+        help="stop after N evaluations without a better one, by loss or by --select [0: off]"
+    )
     balance: str = option(
         "none",
         choices=("none", "oversample", "sqrt"),

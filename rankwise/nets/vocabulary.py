@@ -50,6 +50,11 @@ def row_names(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(ends & {name for name, _ in model.named_parameters(remove_duplicate=False)})
 
 
+def token_count(tokenizer: Any) -> int:
+    """Rows that a tokenizer needs: its highest id + 1, added tokens included."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def row_count(model: PreTrainedModel) -> int:
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)

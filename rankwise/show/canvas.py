@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import need
+from rankwise.show.glyphs import every_glyph
 from rankwise.store.files import atomic_write
 
 INK, BLUE, GREY, YELLOW = "#222222", "#123570", "#7d7c78", "#cfb93f"
@@ -76,8 +77,8 @@ def log_ticks(axis: Any) -> None:
 
 
 def save(figure: Any, path: Path | str, dpi: int = DPI) -> Path:
-    """Write the picture whole or not at all; the suffix chooses the format."""
-    with atomic_write(path) as temporary:
+    """Write the picture whole or not at all, every character drawn or escaped; the suffix chooses the format."""
+    with atomic_write(path) as temporary, every_glyph(figure):
         figure.savefig(temporary, dpi=dpi, facecolor="white")
     return Path(path)
 

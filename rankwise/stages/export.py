@@ -18,7 +18,7 @@ from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.example import Example, Turn
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.load import load_config
-from rankwise.ship.gguf.adapter_gguf import largest_rank, read_plain, write_adapter_gguf
+from rankwise.ship.gguf.adapter_gguf import largest_rank, read_plain, require_text_sites, write_adapter_gguf
 from rankwise.ship.gguf.converter import OUTTYPES, Converter, converter_folder, find_converter
 from rankwise.ship.gguf.export import FILE, FORMAT, Exported, read_export, write_export
 from rankwise.ship.gguf.export_plan import ExportPlan, plan_export, require_model, require_space
@@ -214,6 +214,7 @@ def export_adapter(config: ExportConfig, adapter: Path, converter: Converter) ->
     base = config.model or config.base_model or found.base_model
     if not base:
         raise UsageError(f"{adapter}: does not say what its base is; give it with --base_model")
+    require_text_sites(found, resolve(base), adapter)
     out = RunFolder(config.output_dir)
     name = f"{config.name or adapter.resolve().name}-lora-f32.gguf"
     with out.lock():

@@ -39,8 +39,8 @@ def check_selection(selection: SelectionSection, task: str | None, given: Mappin
     ):
         if asked and task is not None and not classifies:
             raise UsageError(f"{option} needs rows with a class: --task {named}; {task} has none")
-    if selection.early_stopping is not None and selection.early_stopping < 1:
-        raise UsageError(f"--early_stopping counts evaluations: at least 1, got {selection.early_stopping}")
+    if (selection.early_stopping or 0) < 0:
+        raise UsageError(f"--early_stopping counts evaluations (0: off), got {selection.early_stopping}")
     if selection.balance != "none" and packing:
         raise UsageError("--balance repeats single samples, --packing puts several into one row; leave one of them out")
     grouped = given.get("group_by_length") or given.get("train_sampling_strategy") == "group_by_length"
@@ -81,7 +81,7 @@ def _refuse_nothing_to_choose(asked: str, given: Mapping[str, Any]) -> None:
 
 
 def callbacks_of(selection: SelectionSection) -> list[TrainerCallback]:
-    return [] if selection.early_stopping is None else [Patience(selection.early_stopping)]
+    return [Patience(selection.early_stopping)] if selection.early_stopping else []
 
 
 def accuracy_of(selection: SelectionSection, job: Job) -> LabelAccuracy | None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from rankwise.errors import DataError, UsageError
+from rankwise.errors import DataError, RankwiseError, UsageError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_SPACE_TEXTS = ("No space left", "os error 28", "Disk quota exceeded", "os error 122")
@@ -71,7 +71,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     temporary = _beside(path, "tmp")
     try:
-        with explained(path):
+        with explained(path), named(path, temporary):
             temporary.mkdir(parents=True)
             yield temporary
             for entry in sorted(temporary.rglob("*")):
@@ -120,6 +120,16 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def named(path: Path, temporary: Path) -> Iterator[None]:
+    """Let errors speak of `path`: nobody finds the temporary folder afterwards."""
+    try:
+        yield
+    except RankwiseError as error:
+        error.args = tuple(str(each).replace(str(temporary), str(path)) for each in error.args)
+        raise
 
 
 @contextmanager

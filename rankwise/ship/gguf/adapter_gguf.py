@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from rankwise.errors import DataError, VerificationError
+from rankwise.errors import DataError, UsageError, VerificationError
+from rankwise.nets.load import meta_model
+from rankwise.nets.sites import tower_of, tower_prefixes
 from rankwise.ship.gguf.converter import Converter
 from rankwise.ship.gguf.metadata import config_of
 from rankwise.ship.gguf.names import SUFFIXES, forms, name_table
@@ -47,12 +49,25 @@ def read_plain(adapter: Path) -> LoraAdapter:
     return found
 
 
+def require_text_sites(adapter: LoraAdapter, base: Path, where: Path) -> None:
+    """UsageError, naming them, for sites outside the language tower of `base`: llama.cpp's LoRA acts on that alone."""
+    if config_of(base) is None:
+        return
+    towers = tower_prefixes(meta_model(str(base)))
+    outside = sorted(site for site in adapter.pairs if tower_of(site, towers) != "language")
+    if outside:
+        raise UsageError(
+            f"{where}: {len(outside)} of its {len(adapter.pairs)} sites lie outside the text model ({shown(outside)}), "
+            f"and a LoRA of llama.cpp acts on the text model only; merge it (rankwise merge {where} -o merged_model) "
+            "and export the merged model"
+        )
+
+
 def write_adapter_gguf(adapter: Path, base: Path, outfile: Path, converter: Converter) -> Path:
     """Convert, then compare what was written with the adapter, factor by factor.
 
     Of `base`, a model folder, config and tokenizer are read. DataError for an adapter that is not plain LoRA;
-    VerificationError where the converter fails, or leaves sites out (those of a vision tower: llama.cpp's LoRA acts on
-    the text model).
+    VerificationError where the converter fails, or leaves sites out.
     """
     plain = read_plain(adapter)
     vocabulary = Vocabulary.of(base)
@@ -102,8 +117,8 @@ def check_adapter(file: GGUFFile, adapter: LoraAdapter, config: Any) -> None:
         raise VerificationError(f"{file.path}: alpha is {file.metadata.get('adapter.lora.alpha')}, not {largest}")
     if len(names) != len(adapter.pairs):
         raise VerificationError(
-            f"{file.path}: {len(names)} of the adapter's {len(adapter.pairs)} sites were written; llama.cpp's LoRA "
-            "acts on the text model only. Merge the adapter and export the merged model"
+            f"{file.path.name}: {len(names)} of the adapter's {len(adapter.pairs)} sites were written by llama.cpp's "
+            "converter; merge the adapter and export the merged model"
         )
     text = config and config.get_text_config()
     folded = fold_scales(adapter)

@@ -16,6 +16,7 @@ from rankwise.data.device import DeviceTarget, read_target
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.depth_settings import FILE as DEPTH_FILE
 from rankwise.ship.gguf.converter import OUTTYPES, Converter
+from rankwise.ship.gguf.lengths import check_lengths
 from rankwise.ship.gguf.view import Changes, changes_for
 from rankwise.ship.gguf.vocabulary import Vocabulary, check_forms
 from rankwise.store.adapter import is_adapter
@@ -86,8 +87,8 @@ def plan_export(
     what the merge recorded, if it is still there. target: what the device does to an image [the model folder's].
     begins: whether the prompts of training open with a start token; where not, the GGUF adds none to a text, though the
     tokenizer does.
-    UsageError for what llama.cpp can't run; DataError for broken files; VerificationError where the model's two forms
-    of the tokenizer disagree.
+    UsageError for what llama.cpp can't run; DataError for broken files, and for a tokenizer that is longer than the
+    embeddings; VerificationError where the model's two forms of the tokenizer disagree.
     """
     folder = resolve(model)
     config = require_model(folder)
@@ -98,19 +99,20 @@ def plan_export(
     if mmproj and not sees(config):
         raise UsageError(f"{model}: --mmproj is for models that see images, and this one has no vision_config")
     projector = sees(config) if mmproj is None else mmproj
+    checkpoint, vocabulary = open_checkpoint(folder), Vocabulary.of(folder, sees(config))
     notes = check_forms(folder)
-    vocabulary = Vocabulary.of(folder, sees(config))
     silenced = vocabulary.add_bos and not begins
     vocabulary = replace(vocabulary, add_bos=vocabulary.add_bos and begins)
     target = target or read_target(folder)
     changes = changes_for(folder, converter, vocabulary, target, projector)
+    check_lengths(folder, checkpoint, len(vocabulary.tokens))
     return ExportPlan(
         model=folder,
         name=name or folder.resolve().name,
         outtypes=kinds,
         mmproj=projector,
         converter=converter,
-        checkpoint=open_checkpoint(folder),
+        checkpoint=checkpoint,
         vocabulary=vocabulary,
         changes=Changes(changes.files, (*(f"the converter was told: {note}" for note in changes.notes), *notes)),
         target=target,

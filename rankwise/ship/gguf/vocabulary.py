@@ -19,6 +19,7 @@ import sentencepiece
 
 from rankwise.errors import VerificationError, need
 from rankwise.nets.load import load_processor, load_tokenizer
+from rankwise.nets.vocabulary import token_count
 from rankwise.ship.gguf.reading import GGUFFile
 
 MODEL = "tokenizer.model"
@@ -66,7 +67,7 @@ class Vocabulary:
         ids = tokenizer("a")["input_ids"]
         template = tokenizer.chat_template
         return cls(
-            tokens=tuple(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))),
+            tokens=tuple(tokenizer.convert_ids_to_tokens(list(range(token_count(tokenizer))))),
             added={index: token.content for index, token in tokenizer.added_tokens_decoder.items()},
             special=frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special),
             bos=tokenizer.bos_token_id,

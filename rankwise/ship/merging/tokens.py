@@ -12,6 +12,7 @@ from typing import Any
 
 from rankwise.errors import DataError
 from rankwise.nets.load import load_tokenizer
+from rankwise.nets.vocabulary import token_count
 from rankwise.store.files import read_object, write_json
 
 TOKENIZER_FILE, GENERATION = "tokenizer_config.json", "generation_config.json"
@@ -24,20 +25,16 @@ def special_tokens(base: Path, adapter: Path, rows: int) -> dict[str, int]:
     if not all((folder / TOKENIZER_FILE).is_file() for folder in (base, adapter)):
         return {}
     before, after = load_tokenizer(str(base)), load_tokenizer(str(adapter))
-    if size(after) > max(rows, size(before)):
+    if token_count(after) > max(rows, token_count(before)):
         raise DataError(
-            f"{adapter}: its tokenizer has {size(after)} tokens, and the embeddings {rows} rows: the rows of the added "
-            "tokens are not in the adapter (PEFT's save_pretrained takes save_embedding_layers=True). If they were "
-            "never trained, take the tokenizer's files out of the folder: the base's are used then"
+            f"{adapter}: its tokenizer has {token_count(after)} tokens, and the embeddings {rows} rows: the rows of "
+            "the added tokens are not in the adapter (PEFT's save_pretrained takes save_embedding_layers=True). If "
+            "they were never trained, take the tokenizer's files out of the folder: the base's are used then"
         )
     ids = {name: getattr(after, name) for name in IDS}
     if ids["pad_token_id"] == ids["eos_token_id"]:
         del ids["pad_token_id"]  # what stands in for a missing one is no choice
     return {name: token for name, token in ids.items() if token is not None and token != getattr(before, name)}
-
-
-def size(tokenizer: Any) -> int:
-    return max(tokenizer.get_vocab().values()) + 1
 
 
 def with_special(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, Any]:

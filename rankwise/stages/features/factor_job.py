@@ -119,6 +119,7 @@ def trainer_of(
     if start.checkpoint is not None:
         for one in stateful:
             one.restore(start.checkpoint)
+    patience = [Patience(job.config.patience)] if job.config.patience else []
     trainer = RankwiseTrainer(
         model=objective,
         args=job.arguments,
@@ -128,6 +129,6 @@ def trainer_of(
         compute_metrics=ValidationMeans(job.cache.ids),
         identity=job.identity,
         stateful=stateful,
-        callbacks=[Patience(job.config.patience), FirstStep(earlier_of(job.folder))],
+        callbacks=[*patience, FirstStep(earlier_of(job.folder))],
     )
     return trainer, history

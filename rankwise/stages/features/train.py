@@ -64,7 +64,7 @@ def run(config: FactorTrainConfig) -> Path:
 def check(config: FactorTrainConfig) -> TermWeights:
     """Combinations that cannot work, before anything is read."""
     canonical(config.arch)
-    for name, least in (("batch_size", 1), ("rank", 1), ("patience", 1), ("epochs", 0 if config.resume else 1)):
+    for name, least in (("batch_size", 1), ("rank", 1), ("patience", 0), ("epochs", 0 if config.resume else 1)):
         if getattr(config, name) < least:
             raise UsageError(f"--{name} is at least {least}, got {getattr(config, name)}")
     if not 0 < config.lr < math.inf or not 0 <= config.weight_decay < math.inf:
@@ -131,5 +131,6 @@ def describe(config: FactorTrainConfig) -> list[str]:
         lines = [f"train {arch} in {folder} for {config.epochs} epochs more, from its last complete checkpoint"]
     if config.allocator.use_rank_allocator:
         lines.append(f"lower the rank to {config.allocator.allocator_keep_ratio:.0%} of its channels on the way")
-    lines.append(f"stop after {config.patience} epochs without a better validation MSE, keep the best network, test it")
+    patience = f"stop after {config.patience} epochs without a better validation MSE, " if config.patience else ""
+    lines.append(f"{patience}keep the best network, test it")
     return [*lines, f"write network, history, test results and checkpoints to {folder}, a log to {config.log_dir}"]
