@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from rankwise.config import (
     FactorTrainConfig,
     FinetuneConfig,
     RanksConfig,
+    RunConfig,
     StudyConfig,
     TrainConfig,
 )
 from rankwise.options import Option, options_of
+from rankwise.stages import train
 from rankwise.stages.commands import COMMANDS, assemble, command_options
-from rankwise.stages.idle import TABLES, Bound, refuse_idle
+from rankwise.stages.idle import TABLES, Bound, idle_among, refuse_idle
+from rankwise.stages.run import prepared
 
 NAMES = {
     TrainConfig: "train",
@@ -90,7 +94,7 @@ def test_alone_it_is_refused(
     values = needed(name, row.idle) | {row.option: another(options(name)[row.option])}
     for more in ([], ["--dry-run"]):
         assert cli.main([*name.split(), *flags(values), *more]) == 2
-        assert f"--{row.option} acts only {row.only}" in capsys.readouterr().err
+        assert f"--{row.option} acts only {row.only.format(**values)}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -107,3 +111,84 @@ def test_defaults_are_no_wish(kind: type) -> None:
     known = {item.name for item in command_options(COMMANDS[NAMES[kind]])}
     assert {row.option for row in TABLES[kind]} <= known
     assert {item.name for item in options_of(kind())} <= known
+
+
+def test_all_idle_options_are_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "train --model_name base --task e2e_nlg --data_path rows.csv --select_by generation --deltas probe"
+    assert cli.main([*line.split(), "--image_folder", "x"]) == 2
+    said = capsys.readouterr().err
+    assert all(f"--{name} acts only" in said for name in ("select_by", "deltas", "image_folder"))
+    assert "--select_by likelihood" in said and "--deltas none" in said, "how a file's own setting is taken back"
+
+
+def test_rows_that_were_found_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No --val_path was given: the labelled data set brought its own rows."""
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"image_id": "a", "image_path": "a.png", "element": "fire"}))
+    line = ["train", "--model_name", "base", "--task", "labels", "--data_path", str(tmp_path)]
+    assert cli.main([*line, "--val_fraction", "0.2"]) == 2
+    assert f"{tmp_path} (--val_path, or val.jsonl" in capsys.readouterr().err
+
+
+IDLE_LINES = (
+    "ranks --deltas probe --image_folder x",
+    "ranks --deltas probe --allow_urls",
+    "train --model_name base --task e2e_nlg --data_path rows.csv --save_strategy none --save_steps 5",
+    "train --model_name base --task e2e_nlg --data_path rows.csv --early_stopping 2 --save_steps 5",
+    "evaluate base --task e2e_nlg --data_path rows.csv --image_folder x",
+    "evaluate base --task lm_eval:arc --image_folder x",
+)
+
+
+@pytest.mark.parametrize("line", IDLE_LINES)
+def test_what_would_do_nothing_is_refused(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*line.split(), "--dry-run"]) == 2
+    assert "would have no effect" in capsys.readouterr().err
+
+
+def test_the_advice_for_save_steps_is_not_refused_in_turn() -> None:
+    line = (
+        "train --model_name base --task e2e_nlg --data_path rows.csv --early_stopping 2 --save_steps 5 --eval_steps 5"
+    )
+    config, _ = cli.resolve("train", [*line.split()[1:], "--save_strategy", "steps", "--eval_strategy", "steps"])
+    refuse_idle(config)
+    assert train.arguments_of(config).save_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "left"),
+    [
+        ("demo", "ranks.signal=uniform", "ranks.min_rank"),
+        ("demo", "train.warm_start=none", "train.deltas"),
+        ("qwen_vl_ranks", "ranks.signal=uniform", "ranks.min_rank"),
+    ],
+)
+def test_a_recipes_own_setting_gives_way_to_set(
+    recipe: str,
+    change: str,
+    left: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found, configs = prepared(RunConfig(recipe, set=[change]))
+    said = capsys.readouterr().err
+    assert f"note: {left} acts only" in said and "--" not in said.split("acts only")[1]
+    stage, option = left.split(".")
+    assert option not in next(each for each in found.stages if each.name == stage).options
+    assert not idle_among(configs[stage])
+
+
+def test_what_set_itself_gives_without_effect_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the words of `--set`, the option by any of its names."""
+    assert cli.main(["run", "demo", "--set", "train.select-by=generation", "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert "train.select_by acts only with train.select accuracy" in said and "--select" not in said
+
+
+def test_a_recipe_whose_own_options_are_idle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = "{command: evaluate, model_path: base, task: e2e_nlg, data_path: x, temperature: 0.5}"
+    (tmp_path / "own.yaml").write_text(f"stages: [{stage}]")
+    assert cli.main(["run", str(tmp_path / "own.yaml"), "--dry-run"]) == 2
+    assert "evaluate.temperature acts only with evaluate.do_sample" in capsys.readouterr().err

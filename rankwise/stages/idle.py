@@ -7,7 +7,7 @@ An option counts as given where its value is not the default.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,8 +40,8 @@ class Told(dict[str, Any]):
 class Bound:
     """An option with the options that it depends on.
 
-    only: completes "--option acts only …". acts: whether it does among these options. acting, idle: options among
-    which it does, and among which it does not.
+    only: completes "--option acts only …", with values of other options in braces. acts: whether it does among these
+    options. acting, idle: options among which it does, and among which it does not.
     """
 
     option: str
@@ -83,8 +83,9 @@ def phases(told: Told) -> int:
 
 
 def saves_by_steps(told: Told) -> bool:
+    """`none` is a strategy, too: nothing is saved."""
     strategy = told.eval_strategy or "epoch" if told.select or told.early_stopping else "steps"
-    return (told.save_strategy or strategy) == "steps"
+    return (told.save_strategy if "save_strategy" in told else strategy) == "steps"
 
 
 def runs_the_model(told: Told) -> bool:
@@ -96,18 +97,27 @@ def reads_data(told: Told) -> bool:
 
 
 OF_IMAGES = "image_folder allow_outside allow_urls repeat_image device_target"
-IMAGES = [
-    Bound(
-        name,
-        f"on rows that may have images: --task {', '.join(CONVERSATIONS)}",
-        lambda told: told.task in (None, *CONVERSATIONS),
-        {"task": "conversations"},
-        {"task": "e2e_nlg"},
-    )
-    for name in OF_IMAGES.split()
-]
-REASONS = with_("task", "labels", "aux_reason")
-ROWS = [*IMAGES, *REASONS]
+
+
+def of_images(**beside: Any) -> list[Bound]:
+    """What is about pictures, for rows that may have some. beside: what reading rows at all needs."""
+    return [
+        Bound(
+            name,
+            f"on rows that may have images: --task {', '.join(CONVERSATIONS)}",
+            lambda told: told.task in (None, *CONVERSATIONS),
+            {"task": "conversations", **beside},
+            {"task": "e2e_nlg"},
+        )
+        for name in OF_IMAGES.split()
+    ]
+
+
+def of_rows(**beside: Any) -> list[Bound]:
+    return [*of_images(**beside), *with_("task", "labels", "aux_reason", beside=beside)]
+
+
+ROWS = of_rows()
 RESUMED = with_("resume_from_checkpoint", True, "allow_partial_resume")
 TRAINING = [
     *with_("fsdp", True, "fsdp_config"),
@@ -119,7 +129,13 @@ TRAIN = [
     *TRAINING,
     *without("lora_config", "plan.json", "lora_r", ": a plan has a rank for every matrix"),
     *without("lora_config", "plan.json", "lora_alpha use_rslora", ": the plan owns the scale"),
-    *without("val_path", "dev.csv", "val_fraction", ", whose rows validate"),
+    Bound(
+        "val_fraction",
+        "where no validation rows exist; here they do: {val_path} (--val_path, or val.jsonl in a labelled data set)",
+        lambda told: not told.val_path,
+        {},
+        {"val_path": "dev.csv"},
+    ),
     *with_("warm_start", "delta", "deltas"),
     Bound("warm_start", "with --deltas FINETUNE_RUN", lambda told: bool(told.deltas), {"deltas": "probe"}),
     *with_("select", "accuracy", "select_by"),
@@ -151,10 +167,10 @@ TRAIN = [
     *with_("eval_strategy", "steps", "eval_steps"),
     Bound(
         "save_steps",
-        "with --save_strategy steps",
+        "with --save_strategy steps (and --eval_strategy steps where a checkpoint is chosen)",
         saves_by_steps,
-        {"save_strategy": "steps"},
-        {"save_strategy": "epoch"},
+        {"early_stopping": 2, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1},
+        {"early_stopping": 2},
     ),
     Bound(
         "metric_for_best_model",
@@ -179,9 +195,9 @@ RANKS = [
     *(
         Bound(name, "on rows: with --gain, --metric or --signal activation|gradient", runs_the_model, {"gain": "dev"})
         for name in "num_samples batch_size prompt chat_template chat_template_kwargs max_seq_length overlong skip_bad "
-        "download".split()
+        f"download {OF_IMAGES}".split()
     ),
-    *ROWS,
+    *of_rows(gain="dev"),
     Bound(
         "data_path",
         "with --metric activation|loss or --signal activation|gradient; --gain has rows of its own",
@@ -264,6 +280,7 @@ CAPTURE = [
     *without("synthetic", 8, "image_size native num_images revision skip_bad", ", on pictures"),
 ]
 EVALUATE = [
+    *of_images(),
     *with_("do_sample", True, "temperature top_p"),
     Bound("length_penalty", "with --num_beams above 1", lambda told: told.num_beams > 1, {"num_beams": 2}),
     *(
@@ -288,13 +305,29 @@ def as_said(default: Any) -> str:
     return "none" if default in (None, []) else ",".join(default) if isinstance(default, list) else str(default)
 
 
-def refuse_idle(config: Any) -> None:
-    """UsageError naming the first option that was given and has no effect among the others."""
+def idle_among(config: Any) -> list[Bound]:
+    """The options that were given and have no effect among the others."""
     told, defaults = Told(flatten(config)), flatten(type(config)())
-    for bound in TABLES[type(config)]:
-        given = told.get(bound.option)
-        if given != defaults.get(bound.option) and not bound.acts(told):
-            raise UsageError(
-                f"--{bound.option} acts only {bound.only}; here it would have no effect: leave it out, or where a file "
-                f"sets it, say --{bound.option} {as_said(defaults.get(bound.option))}"
-            )
+    return [
+        bound
+        for bound in TABLES.get(type(config), ())
+        if told.get(bound.option) != defaults.get(bound.option) and not bound.acts(told)
+    ]
+
+
+def refuse_idle(config: Any) -> None:
+    """UsageError naming every option that was given and has no effect among the others."""
+    found = idle_among(config)
+    if found:
+        defaults = flatten(type(config)())
+        off = " ".join(f"--{bound.option} {as_said(defaults.get(bound.option))}" for bound in found)
+        it, them = ("it", "it") if len(found) == 1 else ("they", "them")
+        raise UsageError(
+            f"{sentences(found, config)}; here {it} would have no effect: leave {them} out, or where a file sets "
+            f"{them}, say {off}"
+        )
+
+
+def sentences(found: Sequence[Bound], config: Any) -> str:
+    values = flatten(config)
+    return "; ".join(f"--{bound.option} acts only {bound.only.format(**values)}" for bound in found)

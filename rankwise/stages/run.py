@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.config import RunConfig
-from rankwise.errors import Interrupted, UsageError
+from rankwise.errors import DataError, Interrupted, UsageError
 from rankwise.options import flatten, unknown
 from rankwise.show.contents import StageTime
 from rankwise.show.format import duration
 from rankwise.show.pipeline import BEFORE, UNASKED, UNFINISHED, UNREACHED, time_lines
 from rankwise.stages import background
-from rankwise.stages.commands import COMMANDS, configured, stage_of
+from rankwise.stages.commands import COMMANDS, stage_of
 from rankwise.stages.recipe import Recipe, Stage, find_recipe, load_recipe, packaged_lines, shadowed
+from rankwise.stages.resolving import resolved
 from rankwise.stages.torchrun import run_in_processes
 from rankwise.store.files import fingerprint
 from rankwise.store.log import logged
@@ -147,11 +148,10 @@ def prepared(config: RunConfig) -> tuple[Recipe, dict[str, Any]]:
         raise UsageError("run needs a recipe: rankwise run RECIPE.yaml, or the name of one of `rankwise run --list`")
     if note := shadowed(config.recipe):
         print(note, file=sys.stderr)
-    recipe = load_recipe(find_recipe(config.recipe), run_folder(config), config.set)
-    configs = {
-        stage.name: configured(stage.command, stage.options, f"{recipe.path}: stage {stage.name}")
-        for stage in recipe.stages
-    }
+    loaded = load_recipe(find_recipe(config.recipe), run_folder(config), config.set)
+    recipe, configs, notes = resolved(loaded, config.set)
+    for note in notes:
+        print(note, file=sys.stderr)
     selection(config, recipe)
     return recipe, configs
 
@@ -211,11 +211,22 @@ def resuming(stage: Stage, config: Any, before: Mapping[str, Any], mark: str) ->
 
 
 def execute(stage: Stage, config: Any, scratch: Path) -> None:
-    if stage.nproc > 1:
-        run_in_processes(stage.command, flatten(config), stage.nproc, scratch / f"{stage.name}.json")
-    else:
-        stage_of(stage.command).run(config)
+    with naming(stage):
+        if stage.nproc > 1:
+            run_in_processes(stage.command, flatten(config), stage.nproc, scratch / f"{stage.name}.json")
+        else:
+            stage_of(stage.command).run(config)
     sys.stdout.flush()
+
+
+@contextmanager
+def naming(stage: Stage) -> Iterator[None]:
+    """Say whose flags a refusal is about: `--metric` of a stage is `--set STAGE.metric=…` here."""
+    try:
+        yield
+    except (UsageError, DataError) as error:
+        error.args = (f"stage {stage.name} (rankwise {stage.command}): {error}",)
+        raise
 
 
 def describe(config: RunConfig) -> list[str]:
@@ -226,7 +237,8 @@ def describe(config: RunConfig) -> list[str]:
     lines = [f"run {recipe.path} in {run_folder(config)}"]
     for stage in recipe.stages:
         lines.append(f"{stage.name}: rankwise {stage.command} {shown(configs[stage.name])}")
-        lines += [f"  {line}" for line in stage_of(stage.command).describe(configs[stage.name])]
+        with naming(stage):
+            lines += [f"  {line}" for line in stage_of(stage.command).describe(configs[stage.name])]
     return lines
 
 
