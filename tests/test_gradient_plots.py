@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from rankwise.errors import DataError
+from rankwise.scripts import plots
 from rankwise.show import canvas, curves, gradient_layers, gradients
 from rankwise.show.curves import plot_loss
-from rankwise.show.gradient_series import WINDOW, by_kind, factor_series, read_tables, series, smooth
+from rankwise.show.gradient_series import WINDOW, boundaries, by_kind, factor_series, read_tables, series, smooth
 from rankwise.show.gradient_summary import JSON, TEXT, generate_summary_report, gradient_summary
 from rankwise.show.gradients import (
     plot_factors,
@@ -173,7 +174,7 @@ def test_factors_are_drawn_apart(tmp_path: Path, figures: list[Any]) -> None:
 
 def test_phases_are_marked_in_the_loss_too(tmp_path: Path, figures: list[Any]) -> None:
     rows = [{"step": step, "loss": 1.0, "eval_loss": ""} for step in range(1, 9)]
-    plot_loss(rows, tmp_path / "loss.png", [(1, "both"), (5, "mlp")])
+    plot_loss(rows, tmp_path / "loss.png", boundaries([(1, "both"), (5, "mlp")]))
     axis = figures[0].axes[0]
     assert [text.get_text().strip() for text in axis.texts] == ["both", "mlp"]
     assert any(list(line.get_xdata()) == [4.5, 4.5] for line in axis.lines)
@@ -202,6 +203,26 @@ def test_it_never_bridges_phases_either() -> None:
 def test_boundaries_lie_between_the_steps_that_were_measured() -> None:
     table = series({"step": step, "total_norm": 1.0, "phase": "a" if step <= 20 else "b"} for step in (10, 20, 30))
     assert table.boundaries() == [(9.5, "a"), (25.0, "b")]
+
+
+def test_phases_lie_at_one_place_in_all_pictures_of_a_run(tmp_path: Path, figures: list[Any]) -> None:
+    """Also where the norms were measured at every fifth step only: `phases.csv` knows when a phase began."""
+    write(tmp_path, table(every=5))
+    (tmp_path / "training_log.csv").write_text("step,loss,eval_loss\n1,2.0,\n30,1.0,1.5\n")
+    (tmp_path / "phases.csv").write_text("step,phase,sites,parameters\n1,both,6,1\n11,mlp,3,1\n21,attention,3,1\n")
+    build_report(tmp_path)
+    plots.plot_training_loss(tmp_path)
+    plots.plot_gradient_norms(tmp_path)
+    plots.plot_layer_heatmap(tmp_path)
+    marked = [vertical_lines(figure.axes[0]) for figure in figures]
+    drawn = [lines for lines in marked if lines]
+    assert len(drawn) == 4 + 3, "loss, norms, heatmap and factors in the report; the scripts' three"
+    assert all(lines == [10.5, 20.5] for lines in drawn)
+
+
+def vertical_lines(axis: Any) -> list[float]:
+    places = [list(line.get_xdata()) for line in axis.lines]
+    return [place[0] for place in places if len(place) == 2 and place[0] == place[1]]
 
 
 def test_layers_of_other_towers_follow_those_of_the_language_model() -> None:

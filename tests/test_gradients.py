@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,20 @@ from rankwise.nets.load import load_model
 from rankwise.nets.sites import model_sites
 from rankwise.nets.targets import choose_sites, uniform_plan
 from rankwise.train.arguments import build_arguments
-from rankwise.train.gradient_table import GRADIENT_SUMMARY, GROUPS, LAYERS, NORMS, SiteNorm, load_gradient_norms, views
+from rankwise.train.gradient_table import (
+    GRADIENT_SUMMARY,
+    GROUPS,
+    LAYERS,
+    NORMS,
+    SiteNorm,
+    kept,
+    load_gradient_norms,
+    summary,
+    views,
+)
 from rankwise.train.gradients import GradientNorms, measure_gradient_norms, site_norms
 from rankwise.train.norms import ABSENT, gradient_norms, one_by_one, stacked
-from rankwise.train.trained import trained_model
+from rankwise.train.trained import Pair, Place, Trained, TrainedModel, trained_model
 from rankwise.train.trainer import RankwiseTrainer
 
 FILES = (NORMS, GROUPS, LAYERS)
@@ -80,6 +92,38 @@ def straight(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
     train(base, folder, save_strategy="steps", save_steps=4)
     return folder
+
+
+def test_the_long_table_is_thinned_and_the_others_are_not(tmp_path: Path) -> None:
+    """1,000 steps with 210 sites: 25 MB before, 8 MB now, and the statistics are those of all steps."""
+    places = [Place(f"model.layers.{n // 7}.mlp.up_proj_{n % 7}", "language", "mlp", n // 7) for n in range(210)]
+    weights = [nn.Parameter(torch.zeros(2, 3)) for _ in range(420)]
+    parameters = [Trained(n // 2, "ab"[n % 2], weight) for n, weight in enumerate(weights)]
+    pairs = [Pair(n, weights[2 * n], weights[2 * n + 1], 1.0) for n in range(210)]
+    sizes = {}
+    for every in (None, 1):
+        folder = tmp_path / str(every)
+        folder.mkdir()
+        table = GradientNorms(folder, every)
+        table.model = TrainedModel(tuple(places), tuple(parameters), tuple(pairs))
+        for step in range(1, 1001):
+            table.record(step, [0.01234567 / step] * 630, 1.0, None)
+        sizes[every] = (folder / NORMS).stat().st_size
+        (folder / "summary.json").write_text(json.dumps(summary(table.groups.read())))
+    assert sizes[1] > 20e6
+    assert sizes[None] < sizes[1] / 3
+    assert written(tmp_path / "None" / GROUPS) == written(tmp_path / "1" / GROUPS)
+    assert (tmp_path / "None" / "summary.json").read_text() == (tmp_path / "1" / "summary.json").read_text()
+
+
+def test_what_is_kept_of_many_steps() -> None:
+    steps = [step for step in range(1, 100_001) if kept(step)]
+    assert steps[:100] == list(range(1, 101))
+    assert (len(steps), sum(step <= 1000 for step in steps)) == (790, 330)
+    assert all(late <= 1.0101 * early + 1 for early, late in pairwise(steps[100:]))
+    for cycle in (2, 3, 4, 10):
+        counts = Counter(step % cycle for step in steps if step > 1000)
+        assert max(counts.values()) < 1.5 * min(counts.values()), "phases that take turns are all met"
 
 
 def test_the_table_holds_the_norms_of_the_accumulated_gradient_before_clipping(base: Path, tmp_path: Path) -> None:

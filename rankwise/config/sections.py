@@ -224,7 +224,9 @@ class PhasesSection:
     phase_state: str = option(
         "keep", choices=("keep", "reset"), help="a site's optimizer state when it becomes active again"
     )
-    log_frequency: int = option(1, help="gradient norms every N optimizer steps; 0: none")
+    log_frequency: int | None = option(
+        help="gradient norms every N optimizer steps, 0: none [every step; site by site at steps 1 % apart]"
+    )
     no_plots: bool = option(False, help="no PNG files")
 
 

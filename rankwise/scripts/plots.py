@@ -19,7 +19,8 @@ PLOTS = "plots"
 def plot_gradient_norms(experiment_dir: str | Path, output_path: str | Path | None = None) -> Path:
     """Norms of attention, MLP, embeddings and head over the steps."""
     path = target(experiment_dir, output_path, "gradient_norms")
-    return gradients.plot_gradient_norms(measured(experiment_dir).groups, path)
+    tables = measured(experiment_dir)
+    return gradients.plot_gradient_norms(tables.groups, path, tables.boundaries())
 
 
 def plot_layer_heatmap(experiment_dir: str | Path, output_path: str | Path | None = None) -> Path:

@@ -134,6 +134,7 @@ def preset(name: str) -> ExperimentConfig:
 def experiment_of(config: TrainConfig) -> ExperimentConfig:
     """The experiment whose options give this config, of a recipe that asks for no more than an experiment can say."""
     given = config.training
+    frequency = 1 if config.phases.log_frequency is None else config.phases.log_frequency
     return ExperimentConfig(
         model=ModelConfig(
             str(config.model.model_name), config.model.dtype, bool(given.get("activation_checkpointing", False))
@@ -163,9 +164,7 @@ def experiment_of(config: TrainConfig) -> ExperimentConfig:
             config.max_samples,
         ),
         dynamic_lora=dynamic_lora_of(config),
-        gradient_analysis=GradientAnalysisConfig(
-            config.phases.log_frequency > 0, config.phases.log_frequency, not config.phases.no_plots
-        ),
+        gradient_analysis=GradientAnalysisConfig(frequency > 0, frequency, not config.phases.no_plots),
         output_dir=config.output_dir,
     )
 

@@ -33,7 +33,7 @@ def plot_loss(rows: Iterable[Mapping[str, Any]], path: Path | str, phases: Seque
     Args:
         rows: of `training_log.csv`: `step`, `loss`, `eval_loss`; a blank cell is a value that was not logged.
         path: file to write.
-        phases: (first step, name) of every phase of training, marked as well.
+        phases: (place, name) of every phase of training, as `gradient_series.boundaries` has them; marked as well.
 
     Raises:
         DataError: no row holds a loss.
@@ -45,7 +45,7 @@ def plot_loss(rows: Iterable[Mapping[str, Any]], path: Path | str, phases: Seque
     figure, axis = new_figure(7.2, 3.4)
     draw_curve(axis, training, "training", BLUE, "-", "v")
     draw_curve(axis, validation, "validation", INK, "--", "D")
-    draw_phases(axis, [(step - 0.5, name) for step, name in phases])
+    draw_phases(axis, phases)
     name_axes(axis, "optimizer step", "loss (nats per token)")
     legend(axis, loc="upper right")
     return save(figure, path)

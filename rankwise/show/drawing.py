@@ -12,6 +12,7 @@ from rankwise.show.confusion import plot_confusion
 from rankwise.show.contents import Contents, Scored, printable
 from rankwise.show.curves import plot_gain, plot_loss, plot_scores, points, shared_metrics
 from rankwise.show.factor_pictures import feature_pictures
+from rankwise.show.gradient_series import boundaries
 from rankwise.show.gradients import gradient_pictures
 from rankwise.show.plots import plot_energy_heatmap, plot_ranks_heatmap
 from rankwise.show.study_plots import PLOTS as STUDY_PLOTS
@@ -58,7 +59,7 @@ def draw(contents: Contents, tasks: dict[str, list[Scored]], folder: Path) -> Dr
     for where, rows in contents.logs:
         if points(rows, "loss") or points(rows, "eval_loss"):
             path = target(where, "training_loss", "Training and validation loss, minima marked")
-            plot_loss(rows, path, dict(contents.phases).get(where, ()))
+            plot_loss(rows, path, boundaries(dict(contents.phases).get(where, ())))
     for where, tables in contents.gradients:
         for name, caption, plot in gradient_pictures(tables):
             plot(target(where, name, caption))

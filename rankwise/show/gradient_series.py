@@ -16,12 +16,14 @@ from typing import Any
 
 from rankwise.errors import DataError
 from rankwise.train.gradient_table import GROUPS, LAYERS, NORMS, PER_LAYER, SiteNorm, stored, views
+from rankwise.train.phases import PHASES_TABLE
 
 LAYER = re.compile(r"(?:(?P<tower>\w+)_)?layer_(?P<number>\d+)_(?P<kind>attention|mlp)")
 WINDOW = 5  # steps of the moving average that the documented plots have
 NAN = float("nan")
 
-Change = tuple[int, str]
+Change = tuple[int, str]  # first step of a phase, its name
+Boundary = tuple[float, str]  # where it begins on the axis of steps, its name
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,9 @@ class Series:
         found = [(step, name) for i, (step, name) in enumerate(named) if not i or name != named[i - 1][1]]
         return found if len(found) > 1 else []
 
-    def boundaries(self) -> list[tuple[float, str]]:
-        """(place on the axis of steps, name) of every phase: between the last step before it and its first."""
-        before = dict(zip(self.steps[1:], self.steps, strict=False))
-        return [((step + before.get(step, step - 1)) / 2, name) for step, name in self.changes()]
+    def boundaries(self) -> list[Boundary]:
+        """Of the phases as far as the measured steps tell."""
+        return boundaries(self.changes(), self.steps)
 
     def smoothed(self, values: Sequence[float]) -> list[float]:
         """The moving average, phase by phase; of a short run the values themselves."""
@@ -54,6 +55,25 @@ class Series:
     def filled(self) -> dict[str, list[float]]:
         """The columns that have a value at some step."""
         return {name: values for name, values in self.columns.items() if any(map(math.isfinite, values))}
+
+
+def boundaries(starts: Sequence[Change], measured: Sequence[int] = ()) -> list[Boundary]:
+    """Where a phase begins in every picture: between its first step and the step before it.
+
+    measured: steps at which the phase was asked for, where those are not all of them; then it is halfway between.
+    """
+    before = dict(zip(measured[1:], measured, strict=False))
+    return [((step + before.get(step, step - 1)) / 2, name) for step, name in starts]
+
+
+def read_phases(path: Path) -> list[Change]:
+    """(first step, name) of every phase in a `phases.csv`; one alone is no phase."""
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        try:
+            found = [(int(row["step"]), row["phase"]) for row in csv.DictReader(file)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: expected the columns step and phase: {error!r}") from error
+    return found if len(found) > 1 else []
 
 
 @dataclass(frozen=True)
@@ -131,26 +151,31 @@ def positive(values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class GradientTables:
-    """What a run folder says of gradient norms: rows of the two documented tables, curves of the LoRA factors."""
+    """What a run folder says of gradient norms: rows of the two documented tables, curves of the LoRA factors.
+
+    phases: of `phases.csv`, which knows each step; without it they are read off the steps that were measured.
+    """
 
     groups: Sequence[Mapping[str, Any]]
     layers: Sequence[Mapping[str, Any]]
     factors: Series
+    phases: Sequence[Change] = ()
 
-    def boundaries(self) -> list[tuple[float, str]]:
-        return series(self.groups).boundaries()
+    def boundaries(self) -> list[Boundary]:
+        return boundaries(self.phases) if self.phases else series(self.groups).boundaries()
 
 
 def read_tables(folder: Path) -> GradientTables | None:
     """The tables of a run folder; None where it has none. Views that are missing are computed from the long table."""
     long = folder / NORMS
     factors = factor_series(stored(long)) if long.is_file() else series(())
+    phases = read_phases(folder / PHASES_TABLE) if (folder / PHASES_TABLE).is_file() else []
     if (folder / GROUPS).is_file() and (folder / LAYERS).is_file():
-        return GradientTables(read_rows(folder / GROUPS), read_rows(folder / LAYERS), factors)
+        return GradientTables(read_rows(folder / GROUPS), read_rows(folder / LAYERS), factors, phases)
     if not long.is_file():
         return None
     found = views(stored(long))
-    return GradientTables(found.groups, found.layers, factors)
+    return GradientTables(found.groups, found.layers, factors, phases)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

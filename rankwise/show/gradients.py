@@ -22,6 +22,7 @@ from rankwise.show.gradient_layers import (
 )
 from rankwise.show.gradient_series import (
     NAN,
+    Boundary,
     GradientTables,
     Series,
     by_kind,
@@ -42,12 +43,13 @@ LINES = {
 }
 
 
-def plot_gradient_norms(groups: Rows, path: Path | str) -> Path:
+def plot_gradient_norms(groups: Rows, path: Path | str, phases: Sequence[Boundary] | None = None) -> Path:
     """Norms of the groups over the steps, logarithmic above linear; changes of phase are marked.
 
     Args:
         groups: rows of `gradient_analysis.group_norms.csv`.
         path: file to write.
+        phases: as `gradient_series.boundaries` has them; None: read off the rows.
 
     Raises:
         DataError: no row holds a norm.
@@ -68,7 +70,7 @@ def plot_gradient_norms(groups: Rows, path: Path | str) -> Path:
     log_ticks(axes[0, 0].yaxis)
     axes[1, 0].set_ylim(bottom=0)
     for axis in axes.flat:
-        draw_phases(axis, table.boundaries(), named=axis is axes[0, 0])
+        draw_phases(axis, table.boundaries() if phases is None else phases, named=axis is axes[0, 0])
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
     return save(figure, path)
@@ -111,7 +113,7 @@ def plot_factors(rows: Iterable[SiteNorm], path: Path | str) -> Path:
     return draw_factors(factor_series(rows), path)
 
 
-def draw_factors(table: Series, path: Path | str) -> Path:
+def draw_factors(table: Series, path: Path | str, phases: Sequence[Boundary] | None = None) -> Path:
     found = table.filled()
     kinds = factor_kinds(table)
     if not kinds:
@@ -133,7 +135,7 @@ def draw_factors(table: Series, path: Path | str) -> Path:
     for axis in axes.flat:
         legend(axis, loc="best")
         frame_steps(axis, table.steps)
-        draw_phases(axis, table.boundaries(), named=False)
+        draw_phases(axis, table.boundaries() if phases is None else phases, named=False)
     return save(figure, path)
 
 
@@ -146,7 +148,7 @@ def gradient_pictures(tables: GradientTables) -> list[tuple[str, str, Callable[[
     """(name, caption, what draws it into a file) of every picture that the tables have numbers for."""
     found: list[tuple[str, str, Callable[[Path], Path]]] = []
     if series(tables.groups).filled():
-        draw = partial(plot_gradient_norms, tables.groups)
+        draw = partial(plot_gradient_norms, tables.groups, phases=tables.boundaries())
         found.append(("gradient_norms", "Gradient norms before clipping, moving average of 5 steps", draw))
     if by_kind(series(tables.layers)):
         heatmap = partial(plot_layer_heatmap, tables.layers, phases=tables.boundaries())
@@ -157,7 +159,7 @@ def gradient_pictures(tables: GradientTables) -> list[tuple[str, str, Callable[[
         ]
     if factor_kinds(tables.factors):
         caption = "Gradient norms of the LoRA factors A and B, and the size of the delta"
-        found.append(("lora_factors", caption, partial(draw_factors, tables.factors)))
+        found.append(("lora_factors", caption, partial(draw_factors, tables.factors, phases=tables.boundaries())))
     return found
 
 

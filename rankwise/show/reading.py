@@ -27,7 +27,7 @@ from rankwise.ship.validation import FILE as VALIDATION
 from rankwise.show.contents import Adapted, Contents, Fidelity, Scored, Stage
 from rankwise.show.factor_reading import read_comparisons, read_downstream, read_histories
 from rankwise.show.format import is_number
-from rankwise.show.gradient_series import GradientTables, read_tables
+from rankwise.show.gradient_series import GradientTables, read_phases, read_tables
 from rankwise.show.pipeline import read_times
 from rankwise.show.study_words import FORMAT as STUDY_FORMAT
 from rankwise.show.study_words import PARTS as STUDY_PARTS
@@ -192,15 +192,6 @@ def read_gradients(run: Path, files: list[Path]) -> Iterator[tuple[str, Gradient
         tables = read_tables(where)
         if tables is not None and tables.groups:
             yield relative(run, where), tables
-
-
-def read_phases(path: Path) -> list[tuple[int, str]]:
-    """(first step, name) of every phase; one alone is no phase."""
-    try:
-        found = [(int(row["step"]), row["phase"]) for row in read_csv(path)]
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: expected the columns step and phase: {error!r}") from error
-    return found if len(found) > 1 else []
 
 
 def read_gain(path: Path) -> Mapping[str, Any]:

@@ -107,7 +107,7 @@ def tables_and_plots(config: TrainConfig) -> list[Path]:
     folder = Path(config.output_dir)
     tables = [folder / name for name in (*GRADIENT_FILES, PHASES_TABLE) if (folder / name).is_file()]
     drawable = importlib.util.find_spec("matplotlib") is not None and not config.phases.no_plots
-    return tables + (plot_gradients(folder) if drawable and config.phases.log_frequency else [])
+    return tables + (plot_gradients(folder) if drawable and config.phases.log_frequency != 0 else [])
 
 
 def write_results_summary(config: TrainConfig, state: TrainerState) -> None:

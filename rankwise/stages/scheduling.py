@@ -21,7 +21,7 @@ RECOMMENDED = "both-mlp-attn"
 
 def schedule_of(phases: PhasesSection) -> Form | None:
     """The schedule as it was asked for; None where everything trains all the time."""
-    if phases.log_frequency < 0:
+    if phases.log_frequency is not None and phases.log_frequency < 0:
         raise UsageError(f"--log_frequency must be at least 0, got {phases.log_frequency}")
     named = phases.phase_strategy or (RECOMMENDED if phases.dynamic_lora else None)
     if phases.schedule and named:
@@ -66,7 +66,7 @@ def gradient_norms(
     phases: PhasesSection, keeper: PhaseKeeper | None, arguments: TrainingArguments
 ) -> GradientNorms | None:
     """The table of gradient norms, where one is wanted and can be had."""
-    if not phases.log_frequency:
+    if phases.log_frequency == 0:
         return None
     if arguments.deepspeed:
         announce("note: no gradient norms under DeepSpeed, which steps inside backward; FSDP2 (--fsdp) has them")

@@ -1,7 +1,10 @@
 """The table of gradient norms: one row per step and site, and the two documented tables that are views of it.
 
-    gradient_norms.csv            step, site, tower, kind, layer, norm, norm_a, norm_b, …        the truth
+    gradient_norms.csv            step, site, tower, kind, layer, norm, norm_a, norm_b, …        site by site
     gradient_analysis.*.csv       by group of modules, and by layer                              views(rows)
+
+The two views have every step that is measured; the long table, which grows by a row per site, has those of `kept`,
+so that whatever is said of groups, layers and phases is said of all steps.
 
 Blank means not trained at that step (or, in a row of which all norms are blank, a step that the loss scaler skipped);
 it is never written as 0.
@@ -29,6 +32,7 @@ GROUP_OF = {"embed": "embed_norm", "attention": "attention_norm", "mlp": "mlp_no
 GROUP_COLUMNS = ("step", *GROUP_OF.values(), "total_norm", "clipped_total_norm", "phase")
 PER_LAYER = ("attention", "mlp")
 MAIN_TOWERS = ("language", "unknown")
+DENSE = 100  # steps of which the long table has all; beyond them they are 1/DENSE apart
 
 Row = dict[str, Any]
 
@@ -58,6 +62,20 @@ class SiteNorm:
 COLUMNS = tuple(field.name for field in fields(SiteNorm))
 NUMBERS = COLUMNS[5:10]
 cells = attrgetter(*COLUMNS)  # of a row; the csv module writes None as blank and a float with all its digits
+
+
+def kept(step: int) -> bool:
+    """Whether the long table has this optimizer step (from 1): all of the first 100, then steps 1 % apart.
+
+    1,000 steps leave 330, 100,000 leave 790. They follow from the step alone, so a resumed run keeps the same ones, and
+    keep no time with a schedule of phases that change every few steps.
+    """
+    return step <= DENSE or growths(step) > growths(step - 1)
+
+
+def growths(step: int) -> int:
+    """How often a number of steps has grown by 1 % since step 100."""
+    return math.floor(DENSE * math.log(step / DENSE))
 
 
 def rounded(value: float) -> float:

@@ -29,6 +29,7 @@ from rankwise.train.gradient_table import (
     SiteNorm,
     cells,
     group_row,
+    kept,
     layer_columns,
     layer_row,
     root_sum,
@@ -47,14 +48,17 @@ class GradientNorms(TrainerCallback):
 
     Args:
         output_dir: the run folder.
-        every: measure at each optimizer step whose number (from 1) this divides.
+        every: measure at each optimizer step whose number (from 1) this divides, and write all of it. None: measure at
+            every step, and write site by site what `gradient_table.kept` names (24 kB a step with 210 sites).
         phase_at: name of the phase of an optimizer step (from 1, as in the tables).
 
     A step that the loss scaler skips, its gradients not being finite, keeps its rows, with blank norms.
     """
 
-    def __init__(self, output_dir: Path, every: int = 1, phase_at: Callable[[int], str] | None = None) -> None:
-        if every < 1:
+    def __init__(
+        self, output_dir: Path, every: int | None = None, phase_at: Callable[[int], str] | None = None
+    ) -> None:
+        if every is not None and every < 1:
             raise UsageError(f"--log_frequency {every}: gradient norms are measured every so many steps, 1 or more")
         self.every = every
         self.phase_at = phase_at or (lambda _: "")
@@ -76,7 +80,7 @@ class GradientNorms(TrainerCallback):
 
     def wanted(self, step: int) -> bool:
         """Whether the norms of this optimizer step (from 1) are measured."""
-        return step % self.every == 0
+        return self.every is None or step % self.every == 0
 
     def values(self) -> Tensor:
         """Norms of all trainable parameters' gradients (ABSENT where there is none), then ‖B·A‖ of all LoRA sites.
@@ -97,7 +101,8 @@ class GradientNorms(TrainerCallback):
         """
         rows = site_norms(self.model, norms, loss_scale, step, self.phase_at(step))
         if rows:
-            self.norms.extend(cells(row) for row in rows)
+            if self.every is not None or kept(step):
+                self.norms.extend(cells(row) for row in rows)
             self.groups.append(group_row(rows, max_grad_norm))
             self.layers.append(layer_row(rows))
 
