@@ -82,7 +82,7 @@ BROKEN_ROWS: tuple[tuple[Row | str, str, str | None, str], ...] = (
     (talk("out", "<image>What?", image="../rows.jsonl"), "image", "out", "leads out of the image folder"),
     (talk("web", "<image>What?", image="http://photos.example/x.png"), "image", "web", "URLs are refused"),
     (talk("slots", "<image><image>What?", image="0.png"), "row", "slots", "2 placeholders"),
-    (talk("none", "What?", image="0.png"), "row", "none", "no placeholders"),
+    (talk("none", "What?", images=["0.png", "1.png"]), "row", "none", "no placeholders"),
     (talk("role", "What?") | {"conversations": [{"from": "robot", "value": "x"}]}, "row", "role", "unknown role"),
     (talk("one", "What?"), "row", "one", "this id occurred before"),
     ("[1, 2]", "row", None, "must be a JSON object"),

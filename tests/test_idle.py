@@ -75,7 +75,7 @@ def another(item: Option) -> Any:
         return '{"a": 1}'
     if "int" in kind or "float" in kind:
         return (item.default or 0) + 1 if "int" in kind else (item.default or 1.0) / 2
-    return "other"
+    return "bot=user" if item.name == "roles" else "other"
 
 
 def options(name: str) -> dict[str, Option]:

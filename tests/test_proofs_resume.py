@@ -184,8 +184,8 @@ def test_another_run_is_refused_by_name(option: str, resume: Resume) -> None:
 
 # Told apart by what follows from them, or only together with others above; of models that see, below.
 FOLLOWS = """
-    model_name task data_path chat_template chat_template_kwargs image_folder repeat_image aux_reason
-    device_target lora_config warm_start deltas allocator_keep_ratio allocator_init_warmup
+    model_name task data_path chat_template chat_template_kwargs image_folder repeat_image image_first roles
+    aux_reason device_target lora_config warm_start deltas allocator_keep_ratio allocator_init_warmup
     allocator_final_warmup allocator_mask_interval allocator_orth freeze lora full vision_lr projector_lr
     depth_checkpoint_path depth_control depth_maps use_depth depth_alpha depth_input_size depth_gate depth_lr
     depth_layout dynamic_lora phase1_end phase2_end phase_state balance

@@ -242,11 +242,11 @@ def test_conversation_forms_read_alike(tmp_path: Path, row: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("turns", "reason"),
     [
-        ([("robot", "x")], "unknown role 'robot'"),
+        ([("robot", "x")], 'unknown role "robot"; --roles says who it is: robot=assistant'),
         ([("human", "Hi"), ("gpt", " ")], "text must be|empty turn"),
         ([("human", "Hi"), ("gpt", "")], "empty turn"),
         ([("human", "Hi")], "end with the assistant"),
-        ([("gpt", "Yo"), ("human", "Hi")], "must alternate"),
+        ([("gpt", "Yo"), ("human", "Hi")], "no answer is learnt"),
         ([], "needs a list of turns"),
     ],
 )

@@ -64,6 +64,10 @@ class DataSection:
     allow_outside: bool = option(False, help="read images by absolute paths, `..` and links out of the image folder")
     allow_urls: bool = option(False, help="fetch images by http(s) from public addresses")
     repeat_image: bool = option(False, help="one image may fill several <image> placeholders of a row")
+    image_first: bool = option(False, help="images of a row without placeholders come before its first question")
+    roles: list[str] = option(
+        [], help="who speaks in conversations, where rows have other names: pupil=user,coach=assistant"
+    )
     aux_reason: bool = option(
         False, help="labels: learn the teacher's reason too, as the answer to a second question; never in the prompt"
     )

@@ -9,7 +9,7 @@ Training refuses the same samples by the same code; this finds them all at once.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -87,10 +87,12 @@ class Findings:
     were decoded, None where none was looked at.
     lengths: tokens of each sample that could be rendered, of those over the limit too. The token counts are of the
     usable samples. truncated: samples whose source was cut to the limit. apart: samples that conversations became whose
-    answers are learnt one by one. compared: samples compared with the chat template; seen: those with ids and pixels.
+    answers are learnt one by one. changes: rows by what was done to them.
+    compared: samples compared with the chat template; seen: those with ids and pixels.
     """
 
     samples: int = 0
+    changes: Mapping[str, int] = field(default_factory=dict)
     images: int = 0
     pictures: int | None = None
     problems: list[Problem] = field(default_factory=list)
@@ -130,7 +132,7 @@ def examined(
     workers: processes that decode; one per core by default, 8 at most, 0 for this one. compare: samples with images of
     which ids and pixels are compared with the processor's own.
     """
-    findings = Findings(len(examples), problems=[Problem.of_row(row) for row in examples.skipped])
+    findings = Findings(len(examples), examples.changes, problems=[Problem.of_row(row) for row in examples.skipped])
     unusable: dict[str, str] = {}
     if reader is not None and examples.with_images:
         places = _first_places(examples.items)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,6 @@ from typing import Any, overload
 
 ROLES = ("system", "user", "assistant")
 IMAGE_SLOT = "<image>"
-IMAGE_MARKER = re.compile(r"<image>|<IMAGE>|<__media__>")  # how files and other programs write a slot
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,8 @@ class Example:
     facts: what a scorer needs beside the texts, by the source's own names (WikiSQL: table_id, header, sql …; where
     samples have a class: `label`, and all `labels` there are; `sources`: the files that `images` were made of, where
     they are kept); no part of a sample's identity. line: where in its file
-    the sample starts, 0 where there is no file; none either.
+    the sample starts, 0 where there is no file; none either. changes: what was done to the row to make a sample of it;
+    none either.
     """
 
     id: str
@@ -55,6 +54,7 @@ class Example:
     images: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict, compare=False)
     line: int = field(default=0, compare=False)
+    changes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         assert self.turns and self.turns[-1].role == "assistant" and self.turns[-1].trained, self.id
@@ -122,13 +122,15 @@ class Examples:
     """What a source read, in file order, with the files it came from and the rows that are not among the items.
 
     items: a tuple, or of a big file a sequence that parses a row when it is asked for. skipped: bad rows, each with its
-    place and reason. left_out: how many rows the official files hold that are no samples, by reason.
+    place and reason. left_out: how many rows the official files hold that are no samples, by reason. changes: in how
+    many rows something was done to make a sample of them, by what it was.
     """
 
     items: Sequence[Example]
     files: tuple[Path, ...] = ()
     skipped: tuple[Rejected, ...] = field(default=(), repr=False)
     left_out: Mapping[str, int] = field(default_factory=dict)
+    changes: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -147,6 +149,7 @@ class Examples:
     def notes(self, *, sees_images: bool = False) -> list[str]:
         """Sentences for the user about rows left out and images not used; empty when there is nothing to say."""
         lines = [f"note: {count:,} left out: {reason}" for reason, count in self.left_out.items()]
+        lines += [f"note: {count:,} {'row' if count == 1 else 'rows'}: {what}" for what, count in self.changes.items()]
         if self.skipped:
             shown = "".join(f"\n    {reason}" for reason in self.skipped[:5])
             more = f"\n    … and {len(self.skipped) - 5} more" if len(self.skipped) > 5 else ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
-from rankwise.data.example import IMAGE_MARKER, IMAGE_SLOT, Example, Turn
+from rankwise.data.example import IMAGE_SLOT, Example, Turn
 
 HEADINGS = {"system": "System", "user": "User", "assistant": "Assistant"}
 
@@ -32,7 +32,7 @@ def without_images(example: Example) -> Example:
     """The sample as a text-only run sees it: image slots cut out of its texts."""
     if not example.images:
         return example
-    turns = tuple(replace(turn, text=IMAGE_MARKER.sub("", turn.text).strip()) for turn in example.turns)
+    turns = tuple(replace(turn, text=turn.text.replace(IMAGE_SLOT, "").strip()) for turn in example.turns)
     return replace(example, turns=turns, images=())
 
 

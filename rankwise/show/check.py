@@ -19,6 +19,7 @@ def report(findings: Findings, limit: int | None) -> dict[str, Any]:
         "format": FORMAT,
         "samples": findings.samples,
         "usable": findings.usable,
+        "changes": dict(findings.changes),
         "images": findings.images,
         "pictures": findings.pictures,
         "bad": {kind: findings.bad(kind) for kind in KINDS},

@@ -20,7 +20,10 @@ from rankwise.store.files import read_object
 from rankwise.store.run import CONFIG, MANIFEST, RunFolder
 
 BUNDLE = "bundle.json"
-ROWS = ("task", "data_path", "image_folder", "allow_outside", "allow_urls", "skip_bad", "device_target")
+ROWS = (
+    *("task", "data_path", "image_folder", "allow_outside", "allow_urls", "repeat_image", "image_first", "roles"),
+    *("skip_bad", "device_target"),
+)
 KINDS = ("bundle", "export", "merged", "adapter")  # the furthest along first
 
 

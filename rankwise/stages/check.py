@@ -6,6 +6,7 @@ rankwise check --model_name MODEL --task conversations --data_path train.json --
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from rankwise.config import CheckConfig
@@ -14,7 +15,7 @@ from rankwise.data.check import Findings, Problem, examined
 from rankwise.errors import DataError
 from rankwise.show.check import in_words, report
 from rankwise.stages import training as shared
-from rankwise.stages.rendering import image_reader, renderer_for
+from rankwise.stages.rendering import image_reader, reading, renderer_for
 from rankwise.store.files import write_json, write_text
 from rankwise.store.run import RunFolder
 
@@ -59,14 +60,12 @@ def rows(config: CheckConfig) -> Examples:
         data.task,
         data.data_path,
         config.split,
-        skip_bad=True,
         download=data.download,
-        repeat_image=data.repeat_image,
-        aux_reason=data.aux_reason,
         allow_empty=True,
+        **(reading(data) | {"skip_bad": True}),
     )
-    for reason, count in examples.left_out.items():
-        print(f"note: {count:,} left out: {reason}")
+    for note in replace(examples, skipped=()).notes(sees_images=True):
+        print(note)
     return examples
 
 

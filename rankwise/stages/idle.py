@@ -96,7 +96,7 @@ def reads_data(told: Told) -> bool:
     return told.metric != "weight" or told.signal in ("activation", "gradient")
 
 
-OF_IMAGES = "image_folder allow_outside allow_urls repeat_image device_target"
+OF_IMAGES = "image_folder allow_outside allow_urls repeat_image image_first device_target"
 
 
 def of_images(**beside: Any) -> list[Bound]:
@@ -114,7 +114,14 @@ def of_images(**beside: Any) -> list[Bound]:
 
 
 def of_rows(**beside: Any) -> list[Bound]:
-    return [*of_images(**beside), *with_("task", "labels", "aux_reason", beside=beside)]
+    speakers = Bound(
+        "roles",
+        "on conversations: --task conversations",
+        lambda told: told.task in (None, "conversations"),
+        {"task": "conversations", **beside},
+        {"task": "e2e_nlg"},
+    )
+    return [*of_images(**beside), speakers, *with_("task", "labels", "aux_reason", beside=beside)]
 
 
 ROWS = of_rows()

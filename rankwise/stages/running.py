@@ -19,7 +19,7 @@ from rankwise.nets.probe import Probe
 from rankwise.score.decision import Running
 from rankwise.score.gain import Gain, arms_of, gain_kept
 from rankwise.score.likelihood import Batch, answer_losses, training_batches
-from rankwise.stages.rendering import renderer_for
+from rankwise.stages.rendering import reading, renderer_for
 from rankwise.stages.training import warn_of_training_rows
 
 
@@ -44,10 +44,8 @@ def probe_batches(config: RanksConfig, renderer: Renderer, path: str | None, spl
         data.task,
         Path(path),
         split,
-        skip_bad=data.skip_bad,
         download=data.download and not Path(path).is_file(),
-        repeat_image=data.repeat_image,
-        aux_reason=data.aux_reason,
+        **reading(data),
     )
     for note in examples.notes(sees_images=renderer.sight is not None):
         print(note)

@@ -29,11 +29,13 @@ from rankwise.core.plan import RankPlan
 from rankwise.data import Collator, Example, Examples, PackedDataset, RenderedDataset, Renderer, load
 from rankwise.data.input_record import InputRecord
 from rankwise.data.sources import kind_of
+from rankwise.data.sources.conversations import speakers_of
 from rankwise.data.sources.labels import own_validation
 from rankwise.errors import UsageError
 from rankwise.nets.adapters import require_converted, save_adapter, write_sites
 from rankwise.nets.depth_settings import DepthSettings
 from rankwise.nets.load import load_model, meta_model
+from rankwise.stages.rendering import reading
 from rankwise.store.adapter import LoraPair
 from rankwise.store.checkpoint import open_checkpoint, resolve
 from rankwise.store.files import fingerprint
@@ -109,6 +111,7 @@ def check_data(data: DataSection, command: str) -> None:
         raise UsageError(f"{command}: --task says how rows become text; it is missing{where}")
     if not data.data_path:
         raise UsageError(f"{command}: --data_path is missing: where are the rows?")
+    speakers_of(data.roles)
 
 
 def read_examples(data: DataSection, path: str, split: str = "train", *, sees_images: bool = False) -> Examples:
@@ -120,10 +123,8 @@ def read_examples(data: DataSection, path: str, split: str = "train", *, sees_im
             data.task or "",
             path,
             split,
-            skip_bad=data.skip_bad,
             download=fetches,
-            repeat_image=data.repeat_image,
-            aux_reason=data.aux_reason,
+            **reading(data),
         )
     for note in examples.notes(sees_images=sees_images):
         announce(note)

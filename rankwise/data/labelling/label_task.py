@@ -18,10 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rankwise.data.example import IMAGE_MARKER
 from rankwise.data.label_names import UNPARSED, name_key, named_labels
 from rankwise.data.labelling import label_answer
 from rankwise.data.labelling.task_file import content_of
+from rankwise.data.markers import PATTERN
 from rankwise.errors import DataError, UsageError
 from rankwise.options import unknown
 from rankwise.store.files import write_json
@@ -234,7 +234,7 @@ def _check_classes(labels: tuple[str, ...], where: str) -> None:
         raise UsageError(f"{where}: classes: {len(labels)} given; a choice needs two or more")
     seen: dict[str, str] = {}
     for label in labels:
-        if not label or label != " ".join(label.split()) or IMAGE_MARKER.search(label):
+        if not label or label != " ".join(label.split()) or PATTERN.search(label):
             raise UsageError(f"{where}: classes: {label!r} is no name: one line of text without space at its ends")
         key = name_key(label)
         if key == UNPARSED:
@@ -252,7 +252,7 @@ def _check_prompts(task: LabelTask, where: str) -> None:
         lacking = [label for label in task.labels if label not in named]
         if lacking:
             raise UsageError(f"{where}: {key}: must name every class; {', '.join(lacking)} missing")
-        if IMAGE_MARKER.search(prompt):
+        if PATTERN.search(prompt):
             raise UsageError(f"{where}: {key}: leave the image marker out; the image is put before the text")
     if not CUE.search(task.student_prompt):
         cue = task.field.replace("_", " ").capitalize()

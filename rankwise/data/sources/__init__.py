@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rankwise.data.example import Example, Examples, share_references
-from rankwise.data.sources import conversations, cota, e2e_nlg, labels, multi_nli, samsum, wikisql
+from rankwise.data.sources import conversations, cota, e2e_nlg, forms, labels, multi_nli, samsum, wikisql
 from rankwise.data.sources.archives import is_archive
 from rankwise.data.sources.download import Download, fetch
 from rankwise.data.sources.files import Sought, find_file, first_of
 from rankwise.data.sources.indexed import LARGE, indexed
-from rankwise.data.sources.rows import JSON_SUFFIXES, Build, RowFile, csv_rows, json_rows, tsv_rows
+from rankwise.data.sources.rows import JSON_SUFFIXES, PARQUET, Build, Reading, RowFile, csv_rows, json_rows, tsv_rows
 from rankwise.errors import DataError, UsageError
 
 SPLITS = {"train": "train", "dev": "dev", "val": "dev", "validation": "dev", "test": "test"} | {
@@ -97,7 +97,7 @@ SOURCES = {
             "conversations",
             conversations.read,
             build=conversations.build,
-            marks=marks("conversations", "messages"),
+            marks=marks(*forms.MARKS),
         ),
         Source("cota", cota.read, build=cota.build, marks=marks("question answer")),
     )
@@ -112,13 +112,14 @@ def source(name: str) -> Source:
     return SOURCES[name]
 
 
-ROWS = {".csv": csv_rows, ".tsv": tsv_rows, ".txt": tsv_rows} | dict.fromkeys(JSON_SUFFIXES, json_rows)
+ROWS = {".csv": csv_rows, ".tsv": tsv_rows, ".txt": tsv_rows} | dict.fromkeys((*JSON_SUFFIXES, PARQUET), json_rows)
 
 
 def kind_of(path: str | Path) -> str | None:
     """The source whose data a path holds, by the columns of its first row (of a folder: its official files').
 
-    Where that tells nothing, by the path's own name (`data/samsum`, `someone/samsum`); a JSON file is conversations.
+    Where that tells nothing, by the path's own name (`data/samsum`, `someone/samsum`); a JSON or parquet file is
+    conversations.
     None where nothing tells. DataError for a file that cannot be read.
     """
     place = Path(path).expanduser()
@@ -130,7 +131,7 @@ def kind_of(path: str | Path) -> str | None:
         files = [place]
     found = next(filter(None, map(_kind_of_file, files)), None)
     by_name = place.name if place.name in SOURCES else None
-    return found or by_name or ("conversations" if place.suffix.lower() in JSON_SUFFIXES else None)
+    return found or by_name or ("conversations" if place.suffix.lower() in (*JSON_SUFFIXES, PARQUET) else None)
 
 
 def _files_of(source: Source, split: str, folder: Path) -> list[Path]:
@@ -157,6 +158,8 @@ def load(
     skip_bad: bool = False,
     download: bool = False,
     repeat_image: bool = False,
+    image_first: bool = False,
+    roles: Sequence[str] = (),
     aux_reason: bool = False,
     allow_empty: bool = False,
 ) -> Examples:
@@ -165,8 +168,7 @@ def load(
     split: which file of a folder, archive or hub data set; a path to one file is read whatever the split. Bad rows are
     a DataError with file and line, or with `skip_bad` left out and listed in the result's `skipped`. download: `path`
     is a folder; official files that it lacks are fetched into it and checked (ServiceError where that fails).
-    repeat_image: one image of a row may fill several placeholders. aux_reason: the reasons of a labelled data set are
-    learnt too. allow_empty: a file without a sample is no error.
+    repeat_image, image_first, roles, aux_reason: see `Reading`. allow_empty: a file without a sample is no error.
     """
     if split not in SPLITS:
         raise UsageError(f"no split is called {split!r}; there are {', '.join(SPLITS)}")
@@ -176,11 +178,12 @@ def load(
         _complete(chosen, Path(path).expanduser(), sought)
     if aux_reason and not chosen.reasons:
         raise UsageError(f"--aux_reason: rows of {name} have no reasons; those of a labelled data set (labels) have")
-    rows = RowFile(find_file(path, sought), skip=skip_bad, repeat_image=repeat_image, aux_reason=aux_reason)
+    reading = Reading(repeat_image, image_first, tuple(roles), aux_reason)
+    rows = RowFile(find_file(path, sought), skip=skip_bad, reading=reading)
     items = _items(chosen, rows)
     if not items and not allow_empty:
         raise DataError(f"{rows.path}: no usable samples ({len(rows.rejected)} bad rows); is it a {name} file?")
-    return Examples(items, (rows.path, *rows.companions), tuple(rows.rejected), dict(rows.left_out))
+    return Examples(items, (rows.path, *rows.companions), tuple(rows.rejected), dict(rows.left_out), dict(rows.changes))
 
 
 def _items(source: Source, rows: RowFile) -> Sequence[Example]:

@@ -1,34 +1,41 @@
-"""Conversations in ShareGPT/LLaVA form (`conversations`: from, value) or messages form (`messages`: role, content).
+"""Conversations in the forms that are in circulation (`forms`): rows of a JSON list, JSON Lines or a parquet file.
 
-Rows of a JSON list, `{"data": […]}` or JSON Lines. Content is a text or a list of typed parts (keyed `text` or
-`value`); `image` or `images` name pictures, each with its placeholder in a text; a typed image part names its own, or
-takes the next of those. `system_prompt` (or `system`) beside the turns is the system turn. An answer may carry
+Content is a text or a list of typed parts (keyed `text` or `value`); `image` or `images` name pictures, each with its
+placeholder in a text; a typed image part, or `<img>path</img>` in a text, names its own. An answer may carry
 `reasoning_content`, which a chat template may write, and `loss`, `train` or `weight`: off, and it is not learnt.
+What is done to a row to make a sample of it is said (`Example.changes`).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
-from rankwise.data.example import IMAGE_SLOT, Example, Turn
-from rankwise.data.sources.rows import BadRow, Build, RowFile, json_samples
-from rankwise.data.sources.slots import filled, group_of, listed_images, refuse_in_answers, slotted
+from rankwise.data.example import IMAGE_SLOT, ROLES, Example, Turn
+from rankwise.data.markers import NAMED
+from rankwise.data.sources.forms import turns_of
+from rankwise.data.sources.rows import BadRow, Build, Reading, RowFile, as_found, json_samples
+from rankwise.data.sources.slots import Slots, group_of, listed_images, put_first, reference_of, refuse_in_answer
+from rankwise.errors import UsageError
 
-ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
+SAID_BY = {
+    "system": "system developer",
+    "user": "user human customer client prompter questioner instruction",
+    "assistant": "assistant gpt bot model chatbot chatgpt ai agent bard bing function_call",
 }
+RESULTS = ("tool", "function", "observation", "ipython", "tool_response", "function_response")
+SPEAKERS = {name: role for role, names in SAID_BY.items() for name in names.split()} | dict.fromkeys(RESULTS, "user")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 WEIGHTS = ("loss", "train", "training", "weight", "loss_weight")
-UNUSED = ("tool_calls", "function_call", "tools", "functions", "chat_template_kwargs")
+UNUSED = (
+    *("tool_calls", "function_call", "tools", "functions", "chat_template_kwargs", "objects"),
+    *("rejected_response", "rejected", "chosen", "video", "videos", "audio", "audios"),
+)
 HEADINGS = {"system": "System", "user": "User", "assistant": "Assistant"}
-Slots = list[str | None]  # what each slot shows, where it says so itself
+IMAGE_PARTS = ("image", "image_url")
 
 
 def read(source: RowFile) -> Iterator[Example]:
@@ -38,18 +45,29 @@ def read(source: RowFile) -> Iterator[Example]:
 
 def build(source: RowFile) -> Build:
     """How a row of this file becomes a sample; no row needs another one."""
-    return partial(_example, source.repeat_image)
+    speakers = SPEAKERS | speakers_of(source.reading.roles)
+    return partial(_example, source.reading, speakers)
 
 
-def _example(repeat_image: bool, identity: str, row: dict[str, Any]) -> Example:
-    slots: Slots = []
+def speakers_of(given: Sequence[str]) -> dict[str, str]:
+    """--roles: who says what, `bot=assistant`. UsageError for anything else."""
+    pairs = [pair.partition("=")[::2] for pair in given]
+    for (name, role), pair in zip(pairs, given, strict=True):
+        if not name.strip() or role.strip() not in ROLES:
+            raise UsageError(f"--roles {pair}: a name of the rows and {', '.join(ROLES)}: bot=assistant,customer=user")
+    return {name.strip().lower(): role.strip() for name, role in pairs}
+
+
+def _example(reading: Reading, speakers: Mapping[str, str], identity: str, row: dict[str, Any]) -> Example:
     _refuse_unused(row)
-    said = [_turn(turn, slots) for turn in _said(row)]
-    _check_order(said)
-    refuse_in_answers(said)
-    turns = _up_to_the_last_learnt(said)
-    shown = sum(turn.text.count(IMAGE_SLOT) for turn in turns)
-    images = filled(slots, listed_images(row), repeat=repeat_image)[:shown]
+    listed, written = listed_images(row), list(turns_of(row))
+    slots = Slots(bool(listed) or any(_shows(_content(turn)) for turn in written))
+    said = [turn for turn in (_turn(turn, speakers, slots) for turn in written) if turn.text.strip()]
+    turns = _in_order(said, slots.changes)
+    turns = _with_places(turns, listed, slots, reading)
+    images = slots.filled(listed, repeat=reading.repeat_image)
+    turns = _up_to_the_last_learnt(turns, slots.changes)
+    images = images[: sum(turn.text.count(IMAGE_SLOT) for turn in turns)]
     stratum = row.get("task_type")
     return Example(
         id=identity,
@@ -58,33 +76,35 @@ def _example(repeat_image: bool, identity: str, row: dict[str, Any]) -> Example:
         references=(turns[-1].text,),
         stratum=None if stratum is None else str(stratum),
         images=images,
+        changes=tuple(dict.fromkeys(slots.changes)),
     )
 
 
-def _said(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every turn as it is written, the system's first."""
-    key = "conversations" if "conversations" in row else "messages"
-    turns = row.get(key)
-    if not isinstance(turns, list) or not turns:
-        raise BadRow("needs a list of turns under 'conversations' or 'messages'")
-    system = row.get("system_prompt") or row.get("system")
-    if system:
-        yield {"role": "system", "content": system}
-    for turn in turns:
-        if not isinstance(turn, dict):
-            raise BadRow(f"a turn must be an object, found {json.dumps(turn)[:60]}")
-        yield turn
+def _content(turn: Mapping[str, Any]) -> Any:
+    return next((turn[key] for key in ("value", "content", "text") if turn.get(key) is not None), None)
 
 
-def _turn(turn: dict[str, Any], slots: Slots) -> Turn:
-    said_by, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if not isinstance(said_by, str) or said_by not in ROLES:
-        raise BadRow(f"unknown role {said_by!r:.60}; known are {', '.join(ROLES)}")
+def _shows(content: Any) -> bool:
+    """Whether the content of a turn brings an image."""
+    if isinstance(content, list):
+        return any(isinstance(part, dict) and (_kind(part) in IMAGE_PARTS or _shows(_words(part))) for part in content)
+    return isinstance(content, str) and any(path.strip() for path in NAMED.findall(content) if "<" not in path)
+
+
+def _turn(turn: dict[str, Any], speakers: Mapping[str, str], slots: Slots) -> Turn:
+    said_by, content = turn.get("from") or turn.get("role"), _content(turn)
+    if not isinstance(said_by, str) or said_by.strip().lower() not in speakers:
+        raise BadRow(f"unknown role {as_found(said_by)}; --roles says who it is: {said_by or 'NAME'}=assistant")
     _refuse_unused(turn)
-    role = ROLES[said_by]
-    text = "".join(_part(part, slots) for part in content) if isinstance(content, list) else _text(content, slots)
-    if not text.strip():
+    role = speakers[said_by.strip().lower()]
+    parts = content if isinstance(content, list) else [content]
+    text = "".join(_part(part, role, slots) if isinstance(part, dict) else _text(part, role, slots) for part in parts)
+    if isinstance(content, list) and not all(isinstance(part, dict) for part in content):
+        raise BadRow(f"a content part must be an object, found {as_found(content)}")
+    if not text.strip() and role != "system":
         raise BadRow("empty turn")
+    if said_by.strip().lower() in RESULTS and role == "user":
+        slots.changes.append(f"what {said_by.strip().lower()} returns is taken as the user's turn")
     return Turn(role, text, HEADINGS[role], _reasoning(turn, role), _trained(turn, role))
 
 
@@ -100,7 +120,7 @@ def _refuse_unused(values: dict[str, Any]) -> None:
 def _reasoning(turn: dict[str, Any], role: str) -> str:
     text = next((turn[name] for name in REASONING if turn.get(name)), "")
     if not isinstance(text, str) or (text and role != "assistant"):
-        raise BadRow(f"reasoning_content is a text of an assistant's turn, found {json.dumps(text)[:60]} of {role}")
+        raise BadRow(f"reasoning_content is a text of an assistant's turn, found {as_found(text)} of {role}")
     return text
 
 
@@ -109,7 +129,7 @@ def _trained(turn: dict[str, Any], role: str) -> bool:
     given = {name: turn[name] for name in WEIGHTS if turn.get(name) is not None}
     for name, value in given.items():
         if value not in (0, 1):
-            raise BadRow(f"{name} of a turn is true or false, 1 or 0; found {json.dumps(value)[:60]}")
+            raise BadRow(f"{name} of a turn is true or false, 1 or 0; found {as_found(value)}")
         if value and role != "assistant":
             raise BadRow(f"{name} is on for a turn of {role}: only answers are learnt")
     if len({bool(value) for value in given.values()}) > 1:
@@ -117,51 +137,97 @@ def _trained(turn: dict[str, Any], role: str) -> bool:
     return all(given.values()) or role != "assistant"
 
 
-def _up_to_the_last_learnt(turns: list[Turn]) -> list[Turn]:
-    """The turns up to the last answer that is learnt: nothing is learnt from what follows it."""
-    learnt = [number for number, turn in enumerate(turns) if turn.role == "assistant" and turn.trained]
-    if not learnt:
-        raise BadRow("no answer is learnt: loss, train or weight is off for each")
-    return turns[: learnt[-1] + 1]
+# --- texts and parts ---------------------------------------------------------------------------------------------
 
 
-def _part(part: Any, slots: Slots) -> str:
+def _kind(part: Mapping[str, Any]) -> Any:
+    """The type of a content part, as it says or as what it holds shows."""
+    return part.get("type") or next((kind for kind in IMAGE_PARTS if part.get(kind)), "text")
+
+
+def _words(part: Mapping[str, Any]) -> Any:
+    return part.get("value") if part.get("text") is None else part["text"]
+
+
+def _part(part: dict[str, Any], role: str, slots: Slots) -> str:
     """The text of a typed part; an image part leaves its slot in the text."""
-    if not isinstance(part, dict):
-        raise BadRow(f"a content part must be an object, found {json.dumps(part)[:60]}")
-    kind = part.get("type", "text")
+    kind = _kind(part)
     if kind == "text":
-        return _text(part.get("text", part.get("value")), slots)
-    if kind not in ("image", "image_url"):
-        raise BadRow(f"cannot use a content part of type {kind!r:.60}")
-    slots.append(_reference(part, kind))
+        return _text(_words(part), role, slots)
+    if kind not in IMAGE_PARTS:
+        raise BadRow(f"cannot use a content part of type {as_found(kind)}")
+    if role == "assistant":
+        raise BadRow(f"an image part stands in an answer; an image is nothing that a model can write ({IMAGE_SLOT})")
+    slots.places.append(_reference(part, kind))
     return IMAGE_SLOT
 
 
 def _reference(part: dict[str, Any], kind: str) -> str | None:
-    """The image that a part names: as text, or as {"url": text}. None where an `image` part names none."""
+    """The image that a part names: as text, or as {"url"|"path"|"bytes": …}. None where an `image` part names none."""
     value = next((part[key] for key in ("value", kind, "path", "url") if part.get(key) is not None), None)
-    value = value.get("url") if isinstance(value, dict) else value
-    if (isinstance(value, str) and value) or (value is None and kind == "image"):
-        return value
+    value = part if value is None and part.get("bytes") else value
+    found = reference_of(value)
+    if found or (value is None and kind == "image"):
+        return found
     raise BadRow(f"a content part of type {kind!r} must name its image with a path or URL")
 
 
-def _text(content: Any, slots: Slots) -> str:
+def _text(content: Any, role: str, slots: Slots) -> str:
+    """A text with its placeholders as slots; those of other programs in an answer are text."""
     if content is None:
         return ""
     if not isinstance(content, str):
-        raise BadRow(f"a turn's text must be a string, found {json.dumps(content)[:60]}")
-    text, count = slotted(content)
-    slots += [None] * count
-    return text
+        raise BadRow(f"a turn's text must be a string, found {as_found(content)}")
+    if role == "assistant":
+        refuse_in_answer(content)
+        return content
+    return slots.read(content)
 
 
-def _check_order(turns: list[Turn]) -> None:
-    roles = [turn.role for turn in turns]
-    if "system" in roles[1:]:
+# --- turns in order ----------------------------------------------------------------------------------------------
+
+
+def _in_order(turns: list[Turn], changes: list[str]) -> list[Turn]:
+    """Turns of one role in a row as one; the system's first and once; an assistant's greeting is context."""
+    merged = [_one(list(group), changes) for _, group in groupby(turns, key=lambda turn: turn.role)]
+    if any(turn.role == "system" for turn in merged[1:]):
         raise BadRow("the system turn must come first, and once")
-    spoken = [role for role in roles if role != "system"]
-    expected = ["user", "assistant"] * (len(spoken) // 2)
-    if not spoken or spoken != expected:
-        raise BadRow(f"turns must alternate user, assistant and end with the assistant; found {', '.join(spoken)}")
+    spoken = [place for place, turn in enumerate(merged) if turn.role != "system"]
+    if spoken and merged[spoken[0]].role == "assistant":
+        merged[spoken[0]] = replace(merged[spoken[0]], trained=False)
+        changes.append("begins with the assistant, whose first turn is context and not learnt")
+    return merged
+
+
+def _one(turns: list[Turn], changes: list[str]) -> Turn:
+    if len(turns) == 1:
+        return turns[0]
+    if len({turn.trained for turn in turns}) > 1:
+        raise BadRow("answers in a row of which one is learnt and another is not; part them with a question")
+    if any(turn.reasoning for turn in turns[1:]):
+        raise BadRow("reasoning_content in the middle of an answer: answers in a row are joined")
+    changes.append(f"turns of the {turns[0].role} in a row joined, a line break between them")
+    return replace(turns[0], text="\n".join(turn.text for turn in turns))
+
+
+def _with_places(turns: list[Turn], listed: Sequence[str], slots: Slots, reading: Reading) -> list[Turn]:
+    """With the images of a row that has no placeholder before its first question: a single one, or as asked."""
+    first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
+    if slots.places or first is None or not (len(listed) == 1 or (listed and reading.image_first)):
+        return turns
+    slots.places += [None] * len(listed)
+    slots.changes.append("images without a placeholder put before the first question")
+    placed = replace(turns[first], text=put_first(turns[first].text, len(listed)))
+    return [*turns[:first], placed, *turns[first + 1 :]]
+
+
+def _up_to_the_last_learnt(turns: list[Turn], changes: list[str]) -> list[Turn]:
+    """The turns up to the last answer that is learnt: nothing is learnt from what follows it."""
+    answers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
+    learnt = [number for number in answers if turns[number].trained]
+    if not learnt:
+        off = "loss, train or weight is off for each" if answers else "turns must end with the assistant's"
+        raise BadRow(f"no answer is learnt: {off}; found {', '.join(turn.role for turn in turns)}")
+    if turns[-1].role != "assistant":
+        changes.append("what follows the last answer left out")
+    return turns[: learnt[-1] + 1]

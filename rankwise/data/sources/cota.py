@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from rankwise.data.example import IMAGE_SLOT, Example, Turn
+from rankwise.data.example import Example, Turn
 from rankwise.data.sources.rows import BadRow, Build, RowFile, json_samples
-from rankwise.data.sources.slots import filled, group_of, listed_images, refuse_in_answers, slotted
+from rankwise.data.sources.slots import Slots, group_of, listed_images, put_first, refuse_in_answer
 
 ANSWER = "Answer:"
 INSTRUCTION = "Answer the question. Think step by step, name the actions you take, then give the answer."
@@ -27,21 +27,24 @@ def read(source: RowFile) -> Iterator[Example]:
 
 def build(source: RowFile) -> Build:
     """How a row of this file becomes a sample; no row needs another one."""
-    return partial(_example, source.repeat_image)
+    return partial(_example, source.reading.repeat_image)
 
 
 def _example(repeat_image: bool, identity: str, row: dict[str, Any]) -> Example:
     listed, stratum = listed_images(row), row.get("task_type")
-    question, slots = slotted(_text(row, "question"))
-    if not slots:
-        question, slots = f"{IMAGE_SLOT}\n" * len(listed) + question, len(listed)
+    slots = Slots(bool(listed))
+    question = slots.read(_text(row, "question"))
+    if not slots.places:
+        question = put_first(question, len(listed))
+        slots.places += [None] * len(listed)
+    images = slots.filled(listed, repeat=repeat_image)
+    response = _response(row)
+    refuse_in_answer(response)
     turns = (
         Turn("user", INSTRUCTION, "Instruction"),
         Turn("user", question, "Question"),
-        Turn("assistant", slotted(_response(row))[0], "Response"),
+        Turn("assistant", response, "Response"),
     )
-    refuse_in_answers(turns)
-    images = filled([None] * slots, listed, repeat=repeat_image)
     return Example(
         id=identity,
         group=group_of(images) or identity,
@@ -49,6 +52,7 @@ def _example(repeat_image: bool, identity: str, row: dict[str, Any]) -> Example:
         references=(turns[-1].text,),
         stratum=None if stratum is None else str(stratum),
         images=images,
+        changes=tuple(dict.fromkeys(slots.changes)),
     )
 
 

@@ -14,7 +14,7 @@ from rankwise.data.sources.archives import is_archive, unpacked
 from rankwise.errors import DataError
 
 HUB_ID = re.compile(r"(hf://)?(?P<id>[\w.-]+/[\w.-]+)")
-DATA_SUFFIXES = {".csv", ".json", ".jsonl", ".ndjson", ".tsv", ".txt", ".7z", ".bz2", ".zip", ".gz", ".tgz", ".tar"}
+DATA_SUFFIXES = set(".csv .json .jsonl .ndjson .tsv .txt .parquet .7z .bz2 .zip .gz .tgz .tar".split())
 
 
 @dataclass(frozen=True)

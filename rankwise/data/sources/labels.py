@@ -41,7 +41,7 @@ def own_validation(path: str | Path) -> str | None:
 def read(source: RowFile) -> Iterator[Example]:
     """One sample per row, named by its image_id. The task is read from the folder of the rows."""
     task = task_of(source)
-    return samples(source, json_rows(source), partial(_example, task, source.aux_reason), id_key="image_id")
+    return samples(source, json_rows(source), partial(_example, task, source.reading.aux_reason), id_key="image_id")
 
 
 def task_of(source: RowFile) -> LabelTask:

@@ -12,13 +12,29 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.data.example import Example, Rejected
-from rankwise.errors import DataError
+from rankwise.errors import DataError, need
 from rankwise.store.files import read_json
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+PARQUET = ".parquet"
 LONGEST_LINE = 64 * 2**20  # bytes; a line beyond it is a broken file, not a sample
 Row = tuple[int, dict[str, Any]]
 Build = Callable[[str, dict[str, Any]], Example]  # (id, row) → sample
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read where they leave it open.
+
+    repeat_image: one image may fill several placeholders. image_first: images without placeholders come before the
+    first question. roles: names of speakers, `bot=assistant`. aux_reason: the reason of a label is learnt too, behind
+    it.
+    """
+
+    repeat_image: bool = False
+    image_first: bool = False
+    roles: tuple[str, ...] = ()
+    aux_reason: bool = False
 
 
 class BadRow(Exception):
@@ -34,17 +50,17 @@ class RowFile:
     """A file being read and its bad rows: the first one raises, or with `skip` all are listed with their reasons.
 
     left_out: rows that the official files are known to hold and that are no samples, by reason: never an error.
-    companions: other files that the source read with this one. repeat_image: one image may fill several placeholders.
-    aux_reason: the reason of a label is learnt too, behind it.
+    changes: what was done to rows to make samples of them, with the number of rows.
+    companions: other files that the source read with this one.
     start, number: the byte at which the line read last starts, and the number of its row, for an index.
     """
 
     path: Path
     skip: bool = False
-    repeat_image: bool = False
-    aux_reason: bool = False
+    reading: Reading = Reading()
     rejected: list[Rejected] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+    changes: Counter[str] = field(default_factory=Counter)
     companions: list[Path] = field(default_factory=list)
     start: int = 0
     number: int = 0
@@ -86,8 +102,13 @@ def tsv_rows(source: RowFile) -> Iterator[Row]:
 
 
 def json_rows(source: RowFile) -> Iterator[Row]:
-    """Objects of a JSON list, a `{"data": […]}` object or, by suffix .jsonl or .ndjson, of JSON Lines."""
-    for line, row in _json_lines(source) if source.is_lines else _json_list(source):
+    """Objects of a JSON list, a `{"data": […]}` object or, by suffix, of JSON Lines (.jsonl, .ndjson) or a parquet
+    file, whose lines are its rows."""
+    if source.path.suffix.lower() == PARQUET:
+        rows = _parquet(source)
+    else:
+        rows = _json_lines(source) if source.is_lines else _json_list(source)
+    for line, row in rows:
         if isinstance(row, dict):
             yield line, row
         else:
@@ -116,6 +137,7 @@ def samples(source: RowFile, rows: Iterable[Row], build: Build, id_key: str = "i
             source.left_out[str(reason)] += 1
             continue
         seen.add(identity)
+        source.changes.update(sample.changes)
         yield located(sample, line)
 
 
@@ -128,6 +150,11 @@ def identity_of(row: Mapping[str, Any], file: Path, number: int, id_key: str = "
 def located(sample: Example, line: int) -> Example:
     """The sample, knowing the line on which its row starts."""
     return replace(sample, line=line)
+
+
+def as_found(value: Any) -> str:
+    """A value as a message shows it: JSON where it can be, its beginning only."""
+    return json.dumps(value, ensure_ascii=False, default=repr)[:60]
 
 
 def text_of(row: Mapping[str, Any], key: str) -> str:
@@ -199,6 +226,16 @@ def _is_text(row: Any, source: RowFile, line: int) -> bool:
         source.reject(line, f"holds {half!a}, half of a character (a surrogate without its other half)")
         return False
     return True
+
+
+def _parquet(source: RowFile) -> Iterator[tuple[int, Any]]:
+    parquet = need("pyarrow.parquet", extra="data")
+    try:
+        batches = parquet.ParquetFile(source.path).iter_batches(batch_size=1000)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from enumerate(rows, 1)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise DataError(f"{source.path}: not a sound parquet file ({error})") from error
 
 
 def _json_list(source: RowFile) -> Iterator[tuple[int, Any]]:

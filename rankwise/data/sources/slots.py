@@ -1,73 +1,157 @@
-"""Image placeholders in the texts of a row, matched with the images that the row names.
+"""Where the images of a row go: placeholders of any program in its texts, matched with the images that it names.
 
-    "Who? <IMAGE>", ["a.jpg"] ──▶ "Who? <image>", ("a.jpg",)
+    "Who? <|image_1|>", ["a.jpg"] ──▶ "Who? <image>", ("a.jpg",)
 
 Texts are kept as they are but for the placeholder's spelling. A placeholder stands for one image, and every image needs
-one: what the model sees where is never guessed.
+one; only an image that stands alone, without any placeholder, has a place of its own: first.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from rankwise.data.example import IMAGE_MARKER, IMAGE_SLOT, Turn
+from rankwise.data.example import IMAGE_SLOT
+from rankwise.data.markers import IMAGE, Marker, found
 from rankwise.data.sources.rows import BadRow
 
 LONGEST_NAME = 200  # characters; a longer reference is a data URL
+Slot = str | int | None  # the reference that it brings, the number of the listed image that it means, or the next one
+
+
+@dataclass
+class Slots:
+    """The image places of a row as its texts are read, in order.
+
+    pictured: whether the row has images; without any, another program's placeholder is text. changes: what was done
+    to the row, for `Example.changes`.
+    """
+
+    pictured: bool
+    places: list[Slot] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+
+    def read(self, text: str) -> str:
+        """The text of a question with each placeholder written as IMAGE_SLOT. BadRow for a video's or a sound's."""
+        pieces, end = [], 0
+        for marker in found(text):
+            if not self._is_place(marker, text[marker.start : marker.end]):
+                continue
+            self.places.append(marker.path if marker.path else marker.number)
+            self.foreign += [] if marker.name == IMAGE_SLOT else [marker.name]
+            pieces += [text[end : marker.start], IMAGE_SLOT]
+            end = marker.end
+        return "".join([*pieces, text[end:]])
+
+    def _is_place(self, marker: Marker, written: str) -> bool:
+        if not (self.pictured or marker.own or marker.path):
+            self.changes.append(f"{marker.name} in a row without images is text")
+            return False
+        if marker.stands_for != IMAGE:
+            raise BadRow(f"its text has a placeholder {written}: {marker.stands_for} cannot be trained on")
+        return True
+
+    def filled(self, listed: Sequence[str], *, repeat: bool = False) -> tuple[str, ...]:
+        """The image of every place, in order.
+
+        repeat: one listed image may fill several. BadRow where images and open places differ in number.
+        """
+        brought = [place for place in self.places if isinstance(place, str)]
+        open_places = [place for place in self.places if not isinstance(place, str)]
+        if brought and not open_places and listed == brought:  # named twice: in the text and beside it
+            listed = []
+        numbers = [place for place in open_places if place is not None]
+        if numbers and len(numbers) < len(open_places):
+            raise BadRow(f"some of its placeholders ({', '.join(self._names)}) have a number and some have none")
+        if numbers:
+            order = _by_number(numbers, listed, repeat)
+        else:
+            order = list(listed) * (len(open_places) if repeat and len(listed) == 1 and open_places else 1)
+        if len(order) != len(open_places):
+            raise BadRow(_mismatch(len(open_places), len(listed), self._names))
+        self.changes += [f"{name} taken as the place of an image" for name in dict.fromkeys(self.foreign)]
+        following = iter(order)
+        return tuple(place if isinstance(place, str) else next(following) for place in self.places)
+
+    @property
+    def _names(self) -> list[str]:
+        own = [IMAGE_SLOT] if len(self.foreign) < len(self.places) or not self.places else []
+        return list(dict.fromkeys([*own, *self.foreign]))
+
+
+def _by_number(numbers: Sequence[int], listed: Sequence[str], repeat: bool) -> list[str]:
+    """The listed images in the order of these numbers, which count from 0 or 1 and name each of them."""
+    first = min(min(numbers), 1)
+    if set(numbers) != set(range(first, first + len(listed))) or (len(numbers) > len(listed) and not repeat):
+        raise BadRow(
+            f"its placeholders are numbered {', '.join(map(str, numbers))} for {_counted(len(listed), 'image')}; each "
+            "image needs its own number once (more than once with --repeat-image)"
+        )
+    return [listed[number - first] for number in numbers]
 
 
 def listed_images(row: Mapping[str, Any]) -> list[str]:
-    """References under `image` or `images` (a text, a list of texts, or null); BadRow for anything else."""
+    """References under `image` or `images` (one, a list of them, or null); BadRow for anything else."""
     fields = [row[key] for key in ("images", "image") if row.get(key)]
-    lists = [[field] if isinstance(field, str) else field for field in fields] or [[]]
+    lists = [list(each) if isinstance(each, list | tuple) else [each] for each in fields] or [[]]
     if len(lists) == 2 and lists[0] != lists[1]:
         raise BadRow("has both image and images, and they differ")
-    images = lists[0]
-    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
-        raise BadRow("image must be a path or a list of paths")
-    return list(images)
+    images = [reference_of(value) for value in lists[0]]
+    if not all(images):
+        raise BadRow('image must be a path or a list of paths (or of {"path": …}, {"bytes": …})')
+    return [image for image in images if image]
 
 
-def slotted(text: str) -> tuple[str, int]:
-    """The text with every placeholder written as IMAGE_SLOT, and how many there are."""
-    return IMAGE_MARKER.subn(IMAGE_SLOT, text)
+def reference_of(value: Any) -> str | None:
+    """An image as a row names it: a path or URL; {"path": …} or {"url": …}; {"bytes": …}, as `datasets` exports it, as
+    a data URL. None for anything else."""
+    if isinstance(value, Mapping):
+        if value.get("bytes"):
+            return embedded(value["bytes"])
+        value = value.get("path") or value.get("url")
+    return value if isinstance(value, str) and value.strip() else None
 
 
-def filled(slots: Sequence[str | None], listed: Sequence[str], *, repeat: bool = False) -> tuple[str, ...]:
-    """The image of every slot, in order.
-
-    slots: the reference of a typed image part that brings its own, None for one that takes the next of the listed.
-    repeat: a single listed image may fill several. BadRow where images and open slots differ in number.
-    """
-    open_slots = slots.count(None)
-    if repeat and len(listed) == 1 and open_slots > 1:
-        listed = list(listed) * open_slots
-    if open_slots != len(listed):
-        raise BadRow(_mismatch(open_slots, len(listed)))
-    following = iter(listed)
-    return tuple(next(following) if slot is None else slot for slot in slots)
+def embedded(content: Any) -> str:
+    """The bytes of a picture (in JSON: base64, or a list of numbers) as a data URL."""
+    if isinstance(content, list) and all(isinstance(byte, int) and 0 <= byte < 256 for byte in content):
+        content = bytes(content)
+    if isinstance(content, bytes):
+        content = base64.b64encode(content).decode()
+    if not isinstance(content, str):
+        raise BadRow("bytes of an image are base64 or a list of numbers")
+    return content if content.startswith("data:") else f"data:image/unknown;base64,{content}"
 
 
-def _mismatch(slots: int, images: int) -> str:
-    found = f"{_counted(slots, 'placeholder')} ({IMAGE_SLOT}) for {_counted(images, 'image')}"
+def put_first(text: str, count: int) -> str:
+    """The text behind so many image slots, each on a line of its own."""
+    return f"{IMAGE_SLOT}\n" * count + text
+
+
+def _mismatch(slots: int, images: int, names: Sequence[str]) -> str:
+    what = f"{_counted(slots, 'placeholder')} ({', '.join(names)}) for {_counted(images, 'image')}"
     if not slots:
-        return f"{found}; put {IMAGE_SLOT} where the model shall see each image"
+        return (
+            f"{what}; put {IMAGE_SLOT} where the model shall see each image, or pass --image-first where they come "
+            "before the text"
+        )
     if images == 1:
-        return f"{found}; if they all mean that image, pass --repeat-image"
-    return f"{found}; each placeholder stands for one image"
+        return f"{what}; if they all mean that image, pass --repeat-image"
+    return f"{what}; each placeholder stands for one image"
 
 
 def _counted(count: int, what: str) -> str:
     return f"{count or 'no'} {what}{'' if count == 1 else 's'}"
 
 
-def refuse_in_answers(turns: Sequence[Turn]) -> None:
+def refuse_in_answer(text: str) -> None:
     """BadRow where an answer holds a slot: answers are learnt, and an image is nothing that a model can write."""
-    for number, turn in enumerate(turns, 1):
-        if turn.role == "assistant" and IMAGE_SLOT in turn.text:
-            raise BadRow(f"turn {number} is an answer and holds an image placeholder ({IMAGE_SLOT})")
+    if any(marker.own for marker in found(text)):
+        raise BadRow(f"an answer holds an image placeholder ({IMAGE_SLOT})")
 
 
 def group_of(images: Sequence[str]) -> str:

@@ -1,0 +1,292 @@
+"""Rows as they are in circulation: every form reads alike, other programs' placeholders are places, what was done is
+said."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_vision import drawn_image
+
+from rankwise.cli import main
+from rankwise.data import Examples, ImageReader, load
+from rankwise.data.markers import TABLE, found
+from rankwise.data.sources import kind_of
+from rankwise.errors import DataError, UsageError
+
+Row = dict[str, Any]
+
+
+def read(folder: Path, *rows: Any, **how: Any) -> Examples:
+    file = folder / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return load("conversations", file, **how)
+
+
+def shared(*texts: str, **more: Any) -> Row:
+    names = ("human", "gpt")
+    return {"conversations": [{"from": names[n % 2], "value": text} for n, text in enumerate(texts)], **more}
+
+
+def texts(row: Any) -> list[str]:
+    return [turn.text for turn in row.turns]
+
+
+# --- forms -------------------------------------------------------------------------------------------------------
+
+
+def turns(who: str, what: str, **said: str) -> list[Row]:
+    return [{who: name, what: text} for name, text in said.items()]
+
+
+FORMS: dict[str, Row] = {
+    "ShareGPT": {"conversations": turns("from", "value", system="Be.", human="a", gpt="b")},
+    "messages": {"messages": turns("role", "content", system="Be.", user="a", model="b")},
+    "parts": {
+        "system": "Be.",
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "a", "image": None}]},
+            {"role": "assistant", "content": [{"text": "b"}]},
+        ],
+    },
+    "XTuner": {"conversation": [{"system": "Be.", "input": "a", "output": "b"}]},
+    "swift": {"system": "Be.", "query": "a", "response": "b", "history": []},
+    "Alpaca": {"system": "Be.", "instruction": "a", "input": "", "output": "b"},
+    "TRL": {"system": "Be.", "prompt": "a", "completion": "b"},
+    "TRL messages": {
+        "prompt": [{"role": "system", "content": "Be."}, {"role": "user", "content": "a"}],
+        "completion": [{"role": "assistant", "content": "b"}],
+    },
+    "columns of a merged export": {
+        "conversations": None,
+        "system": "",
+        "messages": turns("role", "content", developer="Be.", User="a", Bot="b"),
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_read_alike(tmp_path: Path, form: str) -> None:
+    [row] = read(tmp_path, FORMS[form])
+    assert [(turn.role, turn.text) for turn in row.turns] == [("system", "Be."), ("user", "a"), ("assistant", "b")]
+    assert kind_of(tmp_path / "rows.jsonl") == "conversations" and not row.changes
+
+
+def test_several_exchanges(tmp_path: Path) -> None:
+    swift = {"query": "c", "response": "d", "history": [["a", "b"]]}
+    alpaca = {"instruction": "c", "input": "more", "output": "d", "history": [["a", "b"]]}
+    xtuner = {"conversation": [{"input": "a", "output": "b"}, {"input": "c", "output": "d"}]}
+    found = [texts(row) for row in read(tmp_path, swift, alpaca, xtuner)]
+    assert found == [["a", "b", "c", "d"], ["a", "b", "c\nmore", "d"], ["a", "b", "c", "d"]]
+
+
+@pytest.mark.parametrize("name", ["gpt", "assistant", "bot", "model", "chatbot", "ChatGPT", "AI", "function_call"])
+def test_who_answers_has_many_names(tmp_path: Path, name: str) -> None:
+    [row] = read(tmp_path, {"messages": [{"role": "user", "content": "a"}, {"role": name, "content": "b"}]})
+    assert row.turns[-1].role == "assistant"
+
+
+def test_roles_of_ones_own(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "pupil", "content": "a"}, {"role": "Coach", "content": "b"}]}
+    with pytest.raises(DataError, match='unknown role "pupil"; --roles says who it is: pupil=assistant'):
+        read(tmp_path, row)
+    assert texts(read(tmp_path, row, roles=("pupil=user", "coach=assistant"))[0]) == ["a", "b"]
+    with pytest.raises(UsageError, match="--roles coach=model"):
+        read(tmp_path, row, roles=("coach=model",))
+
+
+def test_roles_and_places_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"messages": [{"role": "pupil", "content": "a"}, {"role": "coach", "content": "b"}], "images": ["0.png"] * 2}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    drawn_image().save(tmp_path / "0.png")
+    argv = ["check", "--data_path", str(tmp_path / "rows.jsonl"), "-o", str(tmp_path / "out"), "--workers", "0"]
+    assert main(argv) == 3
+    assert main([*argv, "--roles", "pupil=user,coach=assistant"]) == 3
+    assert main([*argv, "--roles", "pupil=user,coach=assistant", "--image_first"]) == 0
+    assert "1 row: images without a placeholder put before the first question" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "check.json").read_text())["changes"] == {
+        "images without a placeholder put before the first question": 1
+    }
+    assert main([*argv, "--roles", "coach"]) == 2
+
+
+# --- what is done to a row, and said -------------------------------------------------------------------------------
+
+
+def said(*turns: tuple[str, str], **more: Any) -> Row:
+    return {"messages": [{"role": role, "content": text} for role, text in turns], **more}
+
+
+USER, BOT = ("user", "a"), ("assistant", "b")
+CHANGED: dict[str, tuple[Row, list[tuple[str, str, bool]], str]] = {
+    "questions in a row": (
+        said(USER, ("user", "c"), BOT),
+        [("user", "a\nc", True), ("assistant", "b", True)],
+        "joined",
+    ),
+    "answers in a row": (said(USER, BOT, BOT), [("user", "a", True), ("assistant", "b\nb", True)], "joined"),
+    "a greeting": (
+        said(BOT, USER, BOT),
+        [("assistant", "b", False), ("user", "a", True), ("assistant", "b", True)],
+        "begins with the assistant, whose first turn is context and not learnt",
+    ),
+    "no answer at the end": (said(USER, BOT, USER), [("user", "a", True), ("assistant", "b", True)], "left out"),
+    "a tool": (
+        said(USER, BOT, ("tool", "3"), BOT),
+        [("user", "a", True), ("assistant", "b", True), ("user", "3", True), ("assistant", "b", True)],
+        "what tool returns is taken as the user's turn",
+    ),
+    "an image without a place": (
+        said(("system", "Be."), USER, BOT, image="x"),
+        [("system", "Be.", True), ("user", "<image>\na", True), ("assistant", "b", True)],
+        "images without a placeholder put before the first question",
+    ),
+    "a marker that stands for nothing": (
+        said(("user", "What is [IMG]?"), BOT),
+        [("user", "What is [IMG]?", True), ("assistant", "b", True)],
+        "[IMG] in a row without images is text",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_is_done_to_a_row_is_said(tmp_path: Path, name: str) -> None:
+    row, wanted, change = CHANGED[name]
+    rows = read(tmp_path, row, said(USER, BOT))
+    assert [(turn.role, turn.text, turn.trained) for turn in rows[0].turns] == wanted
+    assert [change in each for each in rows[0].changes] == [True]
+    assert [f"note: 1 row: {rows[0].changes[0]}"] == rows.notes(sees_images=True)
+
+
+def test_answers_in_a_row_of_which_one_is_not_learnt_are_refused(tmp_path: Path) -> None:
+    row = said(USER, BOT, BOT)
+    row["messages"][1]["loss"] = False
+    with pytest.raises(DataError, match="answers in a row of which one is learnt and another is not"):
+        read(tmp_path, row)
+
+
+# --- placeholders of other programs --------------------------------------------------------------------------------
+
+PLACES = {
+    "<IMG_CONTEXT>": ["a"],
+    "<img><IMG_CONTEXT><IMG_CONTEXT></img>": ["a"],
+    "<Img><ImageHere></Img>": ["a"],
+    "<ImageHere>": ["a"],
+    "[IMG]": ["a"],
+    "[IMG][IMG][IMG_BREAK][IMG][IMG][IMG_END]": ["a"],
+    "<|image_pad|>": ["a"],
+    "<|vision_start|><|image_pad|><|vision_end|>": ["a"],
+    "<start_of_image>": ["a"],
+    "<image_soft_token>": ["a"],
+    "<|image|>": ["a"],
+    "<|begin_of_image|><|image|><|end_of_image|>": ["a"],
+    "(<image>./</image>)": ["a"],
+    "<img>": ["a"],
+    "<img></img>": ["a"],
+    "<image_placeholder>": ["a"],
+    "<|image_2|> and <|image_1|>": ["b", "a"],
+    "<image_01> <image_00>": ["b", "a"],
+    "<image 1>, <image 2>": ["a", "b"],
+    "Picture 1: <img>c d.jpg</img>\n": ["c d.jpg"],
+    "<img>https://host/x.png</img> and <image>": ["https://host/x.png", "a"],
+}
+
+
+@pytest.mark.parametrize("marker", PLACES)
+def test_another_programs_placeholder_is_the_place_of_an_image(tmp_path: Path, marker: str) -> None:
+    wanted = PLACES[marker]
+    listed = [name for name in "ab" if name in wanted]
+    [row] = read(tmp_path, shared(f"See {marker}?", "b", images=listed))
+    assert list(row.images) == wanted and row.turns[0].text.count("<image>") == len(wanted)
+    assert not [each for each in found(row.turns[0].text) if not each.own]
+    assert [change.split(" taken")[1] for change in row.changes] == [" as the place of an image"]
+
+
+REFUSED = {
+    "<image> [IMG]": (["a"], r"2 placeholders \(<image>, \[IMG\]\) for 1 image"),
+    "<IMG_CONTEXT><IMG_CONTEXT>": (["a"], r"2 placeholders \(<IMG_CONTEXT>\) for 1 image"),
+    "<|image_1|> <|image_3|>": (["a", "b"], "placeholders are numbered 1, 3 for 2 images"),
+    "<|image_1|> <|image_1|>": (["a"], r"numbered 1, 1 for 1 image; .*--repeat-image"),
+    "<|image_1|> <image>": (["a", "b"], "some of its placeholders .* have a number"),
+    "<video> <image>": (["a"], "a placeholder <video>: video cannot be trained on"),
+    "<|vision_start|><|video_pad|><|vision_end|>": (["a"], r"placeholder <\|vision_start\|><\|video_pad\|>.*: video"),
+    "<audio>": (["a"], "audio cannot"),
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_is_no_place_is_refused_with_its_marker(tmp_path: Path, text: str) -> None:
+    images, reason = REFUSED[text]
+    with pytest.raises(DataError, match=f"line 1: sample rows-1: .*{reason}"):
+        read(tmp_path, shared(text, "b", images=images))
+
+
+@pytest.mark.parametrize("name", ["video", "videos", "audios", "rejected_response", "objects"])
+def test_fields_that_would_have_no_effect_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=f"cannot use '{name}'"):
+        read(tmp_path, shared("a", "b", **{name: ["x"]}))
+    assert len(read(tmp_path, shared("a", "b", **{name: []}))) == 1
+
+
+def test_one_numbered_image_twice_on_request(tmp_path: Path) -> None:
+    row = shared("<|image_1|> <|image_2|> <|image_1|>", "b", images=["a", "b"])
+    assert read(tmp_path, row, repeat_image=True)[0].images == ("a", "b", "a")
+
+
+def test_every_row_of_the_table_is_tried() -> None:
+    tried = {marker.name for text in (*PLACES, *REFUSED) for marker in found(text)}
+    assert {name for name, *_ in TABLE} - tried == {"<image_pad>", "<|IMAGE|>"}
+
+
+# --- images as `datasets` exports them -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["path", "bytes", "numbers", "part", "path in bytes"])
+def test_images_as_datasets_exports_them(tmp_path: Path, form: str) -> None:
+    buffer = io.BytesIO()
+    drawn_image().save(buffer, "PNG")
+    (tmp_path / "a.png").write_bytes(buffer.getvalue())
+    coded = base64.b64encode(buffer.getvalue()).decode()
+    image = {
+        "path": {"path": "a.png", "bytes": None},
+        "bytes": {"bytes": coded, "path": None},
+        "numbers": {"bytes": list(buffer.getvalue())},
+        "part": {"bytes": coded, "path": "elsewhere.png"},
+        "path in bytes": {"bytes": "", "path": "a.png"},
+    }[form]
+    row = shared("<image>a", "b", images=[image])
+    if form == "part":
+        part = {"type": "image", "text": None, "image": image}
+        row = {
+            "messages": [
+                {"role": "user", "content": [part, {"type": "text", "text": "a", "image": None}]},
+                {"role": "assistant", "content": "b"},
+            ]
+        }
+    [example] = read(tmp_path, row)
+    assert ImageReader(tmp_path).open(example.images[0]).tobytes() == drawn_image().tobytes()
+
+
+def test_a_parquet_file_reads_like_lines(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    buffer = io.BytesIO()
+    drawn_image().save(buffer, "PNG")
+    rows = [
+        {
+            "messages": [{"role": "user", "content": "<image>a"}, {"role": "assistant", "content": f"b{n}"}],
+            "images": [{"bytes": buffer.getvalue(), "path": None}],
+        }
+        for n in range(3)
+    ]
+    parquet.write_table(arrow.Table.from_pylist([*rows, {"messages": [], "images": []}]), tmp_path / "x.parquet")
+    assert kind_of(tmp_path / "x.parquet") == "conversations"
+    read_rows = load("conversations", tmp_path / "x.parquet", skip_bad=True)
+    assert [row.answer for row in read_rows] == ["b0", "b1", "b2"] and [row.line for row in read_rows.skipped] == [4]
+    assert ImageReader(tmp_path).open(read_rows[0].images[0]).tobytes() == drawn_image().tobytes()
+    (tmp_path / "y.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match="not a sound parquet file"):
+        load("conversations", tmp_path / "y.parquet")
