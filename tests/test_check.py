@@ -165,7 +165,7 @@ def test_samples_whose_image_tokens_would_be_cut_are_named_with_the_length_they_
     longest = free["tokens"]["longest"]
     for flags in ((), ("--overlong", "truncate_source")):
         code, report, bad = checked(file, folder, *model, "--max-seq-length", str(longest - 1), *flags)
-        assert code == 3
+        assert code == 3 and bad[0]["reason"].endswith("or pass --overlong drop")
         assert [(one["sample"], one["kind"], one["needed"]) for one in bad] == [("many", "overlong", longest)]
         assert f"needs {longest} tokens, 48 of them for its images" in bad[0]["reason"]
         assert report["tokens"]["longest"] == longest and report["usable"] == GOOD

@@ -170,6 +170,7 @@ CHANGED: dict[str, tuple[str, str]] = {  # option → flags, and what the refusa
     "schedule": ("--schedule mlp:2>attention", "schedule: None in the checkpoint, ['mlp:2 > attention', 'keep'] now"),
     "val_fraction": ("--val_fraction 0.3", "validation: 0.05 in the checkpoint, 0.3 now"),
     "max_samples": ("--max_samples 8", "samples: "),
+    "max_val_samples": ("--max_val_samples 1", "max_val_samples: None in the checkpoint, 1 now"),
     "packing": ("--packing", "packing: False in the checkpoint, True now"),
     "seed": ("--seed 7", "seed: 42 in the checkpoint, 7 now"),
 }

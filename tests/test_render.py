@@ -242,7 +242,7 @@ def test_a_prompt_leaves_room_for_what_is_generated(tokenizer: PreTrainedTokeniz
 
 
 def test_a_source_that_cannot_shrink_enough_is_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(Overlong, match="without its source"):
+    with pytest.raises(Overlong, match=r"without its source .* or pass --overlong drop$"):
         Renderer(tokenizer, max_length=20, overlong="truncate_source").training(long(200))
 
 

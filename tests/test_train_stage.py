@@ -95,6 +95,38 @@ def test_a_run_leaves_everything_that_the_next_stage_needs(
     assert not list(tmp_path.glob(".adapter-*"))
 
 
+@pytest.mark.parametrize(
+    ("flags", "trained", "validated"),
+    [
+        ("--max_samples 10 --val_fraction 0.2", 8, 2),
+        ("--max_samples 10 --val_fraction 0.2 --max_val_samples 1", 8, 1),
+        ("--max_val_samples 3 --max_samples 5 --val_path", 5, 3),
+        ("--max_samples 10 --val_fraction 0", 10, 0),
+    ],
+)
+def test_a_number_of_rows_bounds_validation_too(
+    base: Path, data: Path, tmp_path: Path, flags: str, trained: int, validated: int
+) -> None:
+    """Rows that validate are some of those drawn, or bounded by a number of their own."""
+    (tmp_path / "own").mkdir()
+    restaurants(tmp_path / "own")
+    held_out = [str(data)] if flags.endswith("--val_path") else []
+    argv = words(base, tmp_path / "own", tmp_path / "out", "--max_steps", "1", *flags.split(), *held_out)
+    assert cli.main(argv) == 0
+    split = json.loads((tmp_path / "out" / "split.json").read_text())
+    assert (len(split["train"]), len(split["val"])) == (trained, validated)
+
+
+def test_a_limit_that_cutting_cannot_meet_does_not_advise_cutting(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--max_seq_length", "12") == 3
+    assert "or pass --overlong drop or --overlong truncate_source" in capsys.readouterr().err
+    assert train("--max_seq_length", "12", "--overlong", "truncate_source") == 3
+    said = capsys.readouterr().err
+    assert "longer than 12 tokens without their sources" in said and said.strip().endswith("or pass --overlong drop")
+
+
 def test_the_seed_decides_the_adapter(base: Path, data: Path, tmp_path: Path) -> None:
     found = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
@@ -279,9 +311,7 @@ def test_a_run_stopped_from_outside_goes_on_to_the_same_adapter(base: Path, data
 def test_real_model_and_real_text(shared_data: Path, tmp_path: Path) -> None:
     base = shared_data / "tiny_weights" / "stories260K" / "hf_converted"
     line = f"train --model_name {base} --task e2e_nlg --data_path {shared_data / 'e2e_nlg'} -o {tmp_path} --lora_r 8"
-    more = (
-        "--max_samples 96 --max_steps 16 --lr 1e-2 --batch_size 8 --overlong drop --val_fraction 0.001 --eval_on_start"
-    )
+    more = "--max_samples 96 --max_steps 16 --lr 1e-2 --batch_size 8 --overlong drop --val_fraction 0.1 --eval_on_start"
     assert cli.main([*line.split(), *more.split()]) == 0
     losses = [float(row["eval_loss"]) for row in logged(tmp_path) if row["eval_loss"]]
     assert losses[-1] < 0.8 * losses[0]

@@ -136,7 +136,11 @@ class TrainConfig:
     )
     val_path: str | None = option(help="validation rows [a share of the training groups]")
     val_fraction: float = option(0.05, help="share of the groups held out where no --val_path is given")
-    max_samples: int | None = option(help="most rows to train on", aliases=("num_samples",))
+    max_samples: int | None = option(
+        help="most rows to draw, for training and validation together (--val_path has rows of its own)",
+        aliases=("num_samples",),
+    )
+    max_val_samples: int | None = option(help="most rows to validate on")
     packing: bool = option(False, help="several samples in a row of up to --max_seq_length tokens, kept apart")
     seed: int = option(42, help="one seed for everything")
     resume_from_checkpoint: str | None = option(help="checkpoint folder, or true for the newest complete one")

@@ -34,12 +34,15 @@ OVERLONG = ("error", "drop", "truncate_source")
 
 
 class Overlong(DataError):
-    """A sample needs more tokens than the limit. One with images is never shortened: an image cut off is none."""
+    """A sample needs more tokens than the limit. One with images is never shortened: an image cut off is none.
 
-    def __init__(self, sample: str, needed: int, limit: int, image_tokens: int = 0) -> None:
+    uncut: whether cutting its source has not been tried and may help.
+    """
+
+    def __init__(self, sample: str, needed: int, limit: int, image_tokens: int = 0, *, uncut: bool = False) -> None:
         self.needed = needed
         images = f", {image_tokens} of them for its images" if image_tokens else ""
-        ways = "--overlong drop" if image_tokens else "--overlong drop or truncate_source"
+        ways = "--overlong drop or truncate_source" if uncut else "--overlong drop"
         super().__init__(
             f"sample {sample} needs {needed} tokens{images}, the limit is {limit}; raise --max_seq_length, "
             f"or pass {ways}"
@@ -215,7 +218,8 @@ class Renderer:
         if _length(pieces) <= limit:
             return pieces, False
         if self.overlong != "truncate_source" or example.images:
-            raise Overlong(example.id, _length(pieces), limit, self._image_tokens(pieces))
+            uncut = not example.images and self.overlong != "truncate_source"
+            raise Overlong(example.id, _length(pieces), limit, self._image_tokens(pieces), uncut=uncut)
         return self._shortened(example, limit, with_answer), True
 
     def _image_tokens(self, pieces: Sequence[_Piece]) -> int:

@@ -104,7 +104,7 @@ def check_samples(examples: Sequence[Example], renderer: Renderer, *, prompts: b
                 ways = "leave such samples out with --skip_bad; `rankwise check` lists all of them"
                 raise DataError(f"{rendered}; {ways}") from rendered
     if overlong and renderer.overlong != "drop":
-        raise _too_long(overlong, len(examples), renderer.limit - renderer.reserve * prompts)
+        raise _too_long(overlong, len(examples), renderer, renderer.limit - renderer.reserve * prompts)
     if not usable:
         raise DataError(
             f"none of {len(examples)} samples can be used: {len(overlong)} longer than {renderer.limit} tokens, "
@@ -192,11 +192,14 @@ class RenderedDataset(Dataset[dict[str, Any]]):
         }
 
 
-def _too_long(overlong: Sequence[tuple[int, str]], total: int, limit: int) -> DataError:
+def _too_long(overlong: Sequence[tuple[int, str]], total: int, renderer: Renderer, limit: int) -> DataError:
     needed, sample = max(overlong)
+    cut = renderer.overlong == "truncate_source"
+    longer = " without their sources (those with images are never cut)" if cut else ""
+    ways = "--overlong drop" if cut else "--overlong drop or --overlong truncate_source"
     return DataError(
-        f"{len(overlong)} of {total} samples are longer than {limit} tokens; the longest, {sample}, needs "
-        f"{needed}. Raise --max_seq_length, or pass --overlong drop or --overlong truncate_source"
+        f"{len(overlong)} of {total} samples are longer than {limit} tokens{longer}; the longest, "
+        f"{sample}, needs {needed}. Raise --max_seq_length, or pass {ways}"
     )
 
 

@@ -20,9 +20,9 @@ def subset(examples: Sequence[Example], ratio: float, cap: int | None, generator
     generator: the run's seed decides, and nothing else.
     """
     if not 0 < ratio <= 1:
-        raise UsageError(f"--subset-ratio must be above 0 and at most 1, got {ratio}")
+        raise UsageError(f"--subset_ratio must be above 0 and at most 1, got {ratio}")
     if cap is not None and cap < 1:
-        raise UsageError(f"--max-samples must be at least 1, got {cap}")
+        raise UsageError(f"--max_samples and --max_val_samples must be at least 1, got {cap}")
     strata: dict[str, list[int]] = {}
     for position, example in enumerate(examples):
         strata.setdefault(name_key(example.stratum or ""), []).append(position)

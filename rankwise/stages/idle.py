@@ -143,6 +143,13 @@ TRAIN = [
         {},
         {"val_path": "dev.csv"},
     ),
+    Bound(
+        "max_val_samples",
+        "where rows validate: --val_path, or a --val_fraction above 0",
+        lambda told: bool(told.val_path) or told.val_fraction != 0,
+        {},
+        {"val_fraction": 0},
+    ),
     *with_("warm_start", "delta", "deltas"),
     Bound("warm_start", "with --deltas FINETUNE_RUN", lambda told: bool(told.deltas), {"deltas": "probe"}),
     *with_("select", "accuracy", "select_by"),

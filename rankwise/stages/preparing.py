@@ -32,18 +32,22 @@ from rankwise.store.processes import announce
 
 
 def read_split(config: TrainConfig, *, sees_images: bool) -> tuple[Examples, Split]:
-    """Training and validation rows: from two files, or a share of the groups held out with the seed."""
+    """Training and validation rows: from two files, or a share of the groups of the sampled rows, held out with the
+    seed."""
     path = config.data.data_path
     assert path is not None
     generator = random.Random(config.seed)
     examples = shared.read_examples(config.data, path, sees_images=sees_images)
+    sampled = examples.items
+    if config.max_samples is not None:
+        sampled = subset(sampled, 1.0, config.max_samples, generator)
     if config.val_path:
         validation = shared.read_examples(config.data, config.val_path, "dev", sees_images=sees_images)
-        split = Split(examples.items, validation.items)
+        split = Split(sampled, validation.items)
     else:
-        split = split_groups(examples.items, config.val_fraction, generator)
-    if config.max_samples is not None:
-        split = Split(subset(split.train, 1.0, config.max_samples, generator), split.val)
+        split = split_groups(sampled, config.val_fraction, generator)
+    if config.max_val_samples is not None and split.val:
+        split = Split(split.train, subset(split.val, 1.0, config.max_val_samples, generator))
     return examples, split
 
 
@@ -113,6 +117,7 @@ def facts(
         **shared.base_facts(config.model, name, arguments),
         **shared.data_facts(config.data, renderer, examples, rows),
         "validation": "rows of their own" if config.val_path else config.val_fraction,
+        **({"max_val_samples": config.max_val_samples} if config.max_val_samples is not None else {}),
         "ranks": plan.ranks,
         "scales": sorted(set(scales(plan).values())),
         "lora": {
