@@ -95,7 +95,7 @@ class HFRuntime:
 
     @property
     def _image_id(self) -> int:
-        return self.renderer.sight.image_token_id if self.renderer.sight else -1
+        return self.renderer.sight.placeholder_id if self.renderer.sight else -1
 
     def read(self, prompt: str | Sequence[int], images: Sequence[bytes]) -> tuple[list[int], dict[str, Any]]:
         """A prompt's ids, and what the model takes beside them."""
@@ -112,5 +112,5 @@ class HFRuntime:
         sight = replace(self.renderer.sight, reader=pictures)
         names = [str(number) for number in range(len(images))]
         for name in names:
-            text = text.replace(MARKER, sight.expansion(name), 1)
-        return self.tokenize(text, add_special=True), sight.inputs(names)
+            text = text.replace(MARKER, sight.expansions([name])[0], 1)
+        return self.tokenize(text, add_special=True), sight.inputs([names])

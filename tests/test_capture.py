@@ -76,7 +76,7 @@ def alone(
     """The features of one prepared picture, by the whole model."""
     sight = Sight(prepare(load_processor(str(model))), None)  # type: ignore[arg-type]
     with torch.no_grad():
-        return image_features(load_model(str(model), torch.float32).eval(), sight.pixels([picture]))
+        return image_features(load_model(str(model), torch.float32).eval(), sight.pixels([[picture]]))
 
 
 def shard_bytes(folder: Path) -> dict[str, bytes]:
@@ -125,7 +125,7 @@ def test_grids_count_the_tokens_of_a_device(smolvlm: Path, edge: int) -> None:
     processor = device_processor(load_processor(str(smolvlm)), DeviceTarget(image_size=64, longest_edge=edge))
     sight = Sight(processor, None)  # type: ignore[arg-type]
     for size in [(64, 64), (32, 32), (64, 20), (17, 60)]:
-        pixels = sight.pixels([drawn_image(0, size)])["pixel_values"]
+        pixels = sight.pixels([[drawn_image(0, size)]])["pixel_values"]
         laid = image_grids(processor, *size)
         assert len(laid) == pixels.shape[1] and laid[-1].box == (0.0, 0.0, 1.0, 1.0)
         assert len(laid) >= 2, "a tile at least, and the whole picture"

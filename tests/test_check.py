@@ -296,8 +296,8 @@ def test_a_renderer_that_departs_from_the_template_is_found(
 @pytest.mark.parametrize(
     ("place", "change", "reason"),
     [
-        ("expansion", lambda self, reference: "<|vision_start|><|image_pad|><|vision_end|>", "its prompt is not"),
-        ("pixels", lambda self, images: {"pixel_values": torch.zeros(16, 1176)}, "pixel_values is not what"),
+        ("expansions", lambda self, references: ("<|vision_start|><|image_pad|><|vision_end|>",), "its prompt is not"),
+        ("pixels", lambda self, rows: {"pixel_values": torch.zeros(16, 1176)}, "pixel_values is not what"),
         ("row_inputs", lambda self, ids: {"mm_token_type_ids": torch.zeros_like(ids)}, "mm_token_type_ids is not what"),
     ],
 )

@@ -139,7 +139,7 @@ def test_controls_train_with_the_same_parameters_and_load_as_they_were_trained(
         return
     inputs = prompt_of(trained, place, "2.png")
     sight = sight_of(trained, place, "smolvlm", tmp_path / "cache")
-    assert torch.equal(sight.inputs(["2.png"])["depth"], inputs["depth"])
+    assert torch.equal(sight.inputs([["2.png"]])["depth"], inputs["depth"])
 
 
 def renderer_of(place: Path, family: str) -> Renderer:

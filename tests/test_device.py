@@ -178,7 +178,7 @@ def test_the_target_travels_with_data_model_and_adapter(smolvlm: Path, tmp_path:
     def tokens(section: DataSection = section, adapter: Path | None = None) -> int:
         renderer = renderer_for(section, model, str(smolvlm), config, [adapter] if adapter else [])
         assert renderer.sight is not None
-        return renderer.prompt_ids(example()).count(renderer.sight.image_token_id)
+        return renderer.prompt_ids(example()).count(renderer.sight.placeholder_id)
 
     plain = tokens()
     DeviceTarget(tiling="processor").save(data)

@@ -156,7 +156,7 @@ def test_blocks_within_blocks_and_errors(case: Case) -> None:
 
 
 def test_the_vision_side_alone_gives_the_same(case: Case) -> None:
-    pixels = Sight(case.processor, None).pixels(case.pictures)  # type: ignore[arg-type]
+    pixels = Sight(case.processor, None).pixels([[each] for each in case.pictures])  # type: ignore[arg-type]
     for dtype in (torch.float32, torch.bfloat16):
         whole, side = load_model(str(case.folder), dtype).eval(), load_vision_side(str(case.folder), dtype, CPU)
         with torch.no_grad():

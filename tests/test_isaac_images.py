@@ -234,8 +234,8 @@ def test_the_data_layer_sees_it_as_any_family(tmp_path: Path) -> None:
     drawn_image(0, (64, 48)).save(tmp_path / "a.png")
     drawn_image(1, (96, 64)).save(tmp_path / "b.png")
     sight = Sight(isaac_processor(), ImageReader(tmp_path))
-    assert sight.expansion("b.png") == IMAGE * 6
-    tensors: dict[str, Tensor] = sight.inputs(["a.png", "b.png"])
+    assert sight.expansions(["b.png"]) == (IMAGE * 6,)
+    tensors: dict[str, Tensor] = sight.inputs([["a.png"], ["b.png"]])
     assert {name: tuple(value.shape) for name, value in tensors.items()} == {
         "pixel_values": (40, 768),
         "image_grid_thw": (2, 3),

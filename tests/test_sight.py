@@ -206,7 +206,7 @@ def test_generation_continues_the_forward_pass(renderer: Renderer, models: Calla
     model = model_of(renderer, models)
     assert renderer.sight is not None
     prompt = renderer.prompt(CONVERSATIONS["two images"])
-    ids, images = torch.tensor([prompt.input_ids]), renderer.sight.inputs(prompt.images)
+    ids, images = torch.tensor([prompt.input_ids]), renderer.sight.inputs([prompt.images])
     made = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, eos_token_id=None,
         **images, **renderer.sight.row_inputs(ids),
@@ -279,7 +279,7 @@ def test_a_template_that_takes_strings_gets_the_image_token(models: Callable[[st
     )
     renderer = replace(renderer_of(models("llava"), pictures), chat_template=template)
     rendered = renderer.training(CONVERSATIONS["two images"])
-    token = renderer.sight.image_token_id  # type: ignore[union-attr]
+    token = renderer.sight.placeholder_id  # type: ignore[union-attr]
     assert rendered.input_ids.count(token) == 32
     assert learnt_texts(renderer, CONVERSATIONS["two images"]) == ["The first.</s>"]
 

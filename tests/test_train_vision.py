@@ -172,7 +172,7 @@ def test_pictures_that_differ_only_in_content_make_the_same_prompt(smolvlm: Path
     section = DataSection(task="conversations", data_path=str(tmp_path))
     renderer = renderer_for(section, ModelSection(), str(smolvlm), load_config(str(smolvlm)))
     assert renderer.sight is not None
-    assert renderer.sight.expansion("0.png") == renderer.sight.expansion("1.png")
+    assert renderer.sight.expansions(["0.png"]) == renderer.sight.expansions(["1.png"])
     assert len(renderer.sight._expansions) == 1
 
 

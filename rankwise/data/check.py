@@ -106,14 +106,14 @@ class Findings:
     compared: int = 0
     seen: int = 0
 
-    def count(self, rendered: Rendered, image_token_id: int | None) -> None:
+    def count(self, rendered: Rendered, placeholder_id: int | None) -> None:
         """Add a usable sample, or a part of one."""
         self.lengths.append(len(rendered.input_ids))
         self.tokens += len(rendered.input_ids)
         self.label_tokens += sum(label != IGNORED for label in rendered.labels)
         self.truncated += rendered.truncated
-        if image_token_id is not None:
-            self.image_tokens += rendered.input_ids.count(image_token_id)
+        if placeholder_id is not None:
+            self.image_tokens += rendered.input_ids.count(placeholder_id)
 
     def bad(self, kind: str) -> int:
         return sum(problem.kind == kind for problem in self.problems)
@@ -152,7 +152,7 @@ def examined(
 
 def _render(example: Example, renderer: Renderer | None, findings: Findings, comparison: _Comparison) -> None:
     found = [] if renderer is None else outcomes(example, renderer)
-    token = renderer.sight.image_token_id if renderer and renderer.sight else None
+    token = renderer.sight.placeholder_id if renderer and renderer.sight else None
     bad = 0
     for sample, rendered in found:
         if isinstance(rendered, Rendered):

@@ -22,7 +22,7 @@ class Collator:
     """Batch of samples {input_ids, labels, sample_index, images} → tensors (batch, length), `sample_index` (samples,).
 
     Rows of several samples carry `position_ids`, which part them, and get no attention mask. The images of all
-    samples, in order, become what the model's family takes (`Sight.inputs`); they are decoded here, in the workers of
+    samples, in order, become what the model's family takes (`Sight.seen`); they are decoded here, in the workers of
     a data loader.
 
     pad_id may equal the end token: attention mask and labels come from lengths. multiple_of: pad lengths up to it
@@ -57,9 +57,7 @@ class Collator:
 
 def seen(sight: Sight | None, ids: Tensor, images: Sequence[Sequence[str]]) -> dict[str, Tensor]:
     """What a model that sees takes beside ids (batch, length): the images of all rows, and which tokens are theirs."""
-    if sight is None:
-        return {}
-    return sight.row_inputs(ids) | sight.inputs([reference for row in images for reference in row])
+    return {} if sight is None else sight.seen(ids, images)
 
 
 def pad(rows: Sequence[Sequence[int]], width: int, value: int, *, left: bool = False) -> Tensor:

@@ -20,7 +20,7 @@ from rankwise.data.encoding import MARK, Kept
 from rankwise.data.example import Example, Turn
 from rankwise.data.layout import joined
 from rankwise.data.render import IGNORED, Rendered, Renderer
-from rankwise.data.sight import ROW_INPUTS
+from rankwise.data.sight import ROW_INPUTS, TEXT_INPUTS
 from rankwise.errors import DataError
 
 Atom = TypeVar("Atom", bound=Hashable)
@@ -79,12 +79,15 @@ class Oracle:
         )
         ids, given = whole["input_ids"][0].tolist(), prompt["input_ids"][0].tolist()
         reason = self._ids(example, rendered, ids, given, prompt_ids)
-        ours = {**sight.inputs(example.images), **sight.row_inputs(torch.tensor([rendered.input_ids]))}
+        ours = sight.seen(torch.tensor([rendered.input_ids]), [example.images])
         length = min(len(ids), len(rendered.input_ids))
         for name in sorted(set(ours) & set(whole)) if not reason else ():
             cut = (slice(None), slice(length)) if name in ROW_INPUTS else (...,)
             if not torch.equal(torch.as_tensor(whole[name])[cut], ours[name][cut].to(whole[name].dtype)):
                 reason = f"{name} is not what {type(sight.processor).__name__} makes"
+        wanted = (set(whole) - TEXT_INPUTS) | (set(whole) & set(ROW_INPUTS))
+        if not reason and (lacking := sorted(name for name in wanted - set(ours) if sight.taken(name))):
+            reason = f"{', '.join(lacking)}: the model takes it, and training would not give it"
         return Differs(f"sample {example.id}: {reason}") if reason else None
 
     def _ids(self, example: Example, rendered: Rendered, whole: Ids, given: Ids, prompt: Ids) -> str:

@@ -1,7 +1,7 @@
 """From samples to token ids and labels: one renderer for training, evaluation and the device.
 
     Example ── layout (sections, raw) or chat ──▶ texts ── encoding, piece by piece ──▶ Rendered(input_ids, labels)
-    images ── Sight.expansion ──▶ image tokens in the texts before answers
+    images ── Sight.expanded ──▶ image tokens in the texts before answers
 
 Labels are -100 except on answers and the end token behind each. What is masked is known from where a piece came
 from, never from its ids: the pad token may be the end token.
@@ -10,7 +10,6 @@ from, never from its ids: the pad token may be the end token.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -225,7 +224,7 @@ class Renderer:
     def _image_tokens(self, pieces: Sequence[_Piece]) -> int:
         if self.sight is None:
             return 0
-        return sum(piece.ids.count(self.sight.image_token_id) for piece in pieces)
+        return sum(piece.ids.count(self.sight.placeholder_id) for piece in pieces)
 
     def _shortened(self, example: Example, limit: int, with_answer: bool) -> list[_Piece]:
         """Pieces with as much of the longest user turn's beginning as fits, found by bisection."""
@@ -285,10 +284,9 @@ class Renderer:
         if self.sight is None:
             return before
         try:
-            expansions = iter([self.sight.expansion(reference) for reference in example.images])
+            return self.sight.expanded(before, example.images)
         except BadImage as error:
             raise BadImage(f"sample {example.id}: {error}") from error
-        return [re.sub(re.escape(self.sight.image_token), lambda _: next(expansions), text) for text in before]
 
     def _layout(self, example: Example) -> Layout:
         """Texts of a whole sample, with its answers."""

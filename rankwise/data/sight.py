@@ -1,29 +1,39 @@
-"""How a vision-language model takes images: the text that stands for one in a prompt, and the tensors of a batch.
+"""How a vision-language model takes images: the text that stands for them in a prompt, and the tensors of a batch.
 
-    Renderer ── expansion(reference) ──▶ the family's image tokens, as text       (needs the picture's size only)
-    Collator ── inputs(references) ────▶ pixel_values, image_grid_thw, …          (decodes, in the loader's workers)
+    Renderer ── expanded(texts, references) ──▶ prompts with the family's image tokens   (needs pictures' sizes only)
+    Collator ── seen(ids, rows) ──────────────▶ pixel_values, image_grid_thw, token types, …  (decodes, in its workers)
 
-Both ask the family's own processor, so a family that transformers knows needs no code here.
+Both ask the family's own processor, a whole row at a time, so a family that transformers knows needs no code here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from rankwise.data.crossed import CROSSED, crossed
 from rankwise.data.device import DeviceReader, DeviceTarget
+from rankwise.data.heard import SUPPORTED, heard
 from rankwise.data.images import BadImage, ImageReader, shown
 from rankwise.errors import UsageError
 
-ROW_INPUTS = ("mm_token_type_ids", "token_type_ids")  # one value per token: 1 on image tokens, 0 elsewhere
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # one value per token: 1 on image tokens, 0 elsewhere
+ROW_INPUTS = (*TOKEN_TYPES, CROSSED)  # as long as the row
+TEXT_INPUTS = frozenset(["input_ids", "attention_mask", "labels", "text_replacement_offsets", *TOKEN_TYPES])
 PROBE = (64, 64)
+QUESTION = "What is it?"
+APART = " \ue000 "  # between the texts of one row that a processor is given as one
+Sizes = tuple[tuple[int, int], ...]
+Made = TypeVar("Made")
 
 
 class ImageDepth(Protocol):
@@ -37,78 +47,129 @@ class Sight:
     """A processor of transformers (or one with its interface), and where images come from.
 
     depth: maps to give to a depth-aware model beside the pixels. target: the device that processor and reader work as.
+    takes: names that the model's forward takes, others are left out; None for all that the processor makes.
     """
 
     processor: ProcessorMixin
     reader: ImageReader | DeviceReader
     depth: ImageDepth | None = None
     target: DeviceTarget | None = None
-    _expansions: dict[tuple[int, int], str] = field(default_factory=dict, compare=False, repr=False)
+    takes: frozenset[str] | None = None
+    _expansions: dict[Sizes, tuple[str, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if getattr(self.processor, "image_token", None) is None:
-            raise UsageError(
-                f"{type(self.processor).__name__} names no image token, so no image can be put in a prompt"
-            )
+            raise UsageError(f"{self._name} names no image token, so no image can be put in a prompt")
+
+    @property
+    def _name(self) -> str:
+        return type(self.processor).__name__
 
     @property
     def image_token(self) -> str:
+        """What a chat template puts where an image is; the processor replaces it."""
         return str(self.processor.image_token)
 
     @cached_property
-    def image_token_id(self) -> int:
-        return int(self.processor.tokenizer.convert_tokens_to_ids(self.image_token))
+    def placeholder_id(self) -> int:
+        """The token that image features take the place of: the one that the processor writes most often for an image.
+        It is not always the image token (Gemma 3, Llama 4, Aya)."""
+        shown = "".join(self._expanded((PROBE,)))
+        ids = self.processor.tokenizer(shown, add_special_tokens=False)["input_ids"]
+        return int(Counter(ids).most_common(1)[0][0])
 
-    def expansion(self, reference: str) -> str:
-        """The text that the processor puts in place of its image token. It depends on the picture's size alone.
+    def expanded(self, texts: Sequence[str], references: Sequence[str]) -> list[str]:
+        """Texts of one row with their image tokens replaced as the processor does it, given all its images at once.
 
-        BadImage where the processor takes no picture of that size.
+        It depends on the pictures' sizes alone. BadImage where the processor takes no pictures of these sizes.
         """
-        size = self.reader.size(reference)
-        if size not in self._expansions:
-            try:
-                self._expansions[size] = self._expanded(size)
-            except ValueError as error:
-                shape = f"{size[0]}×{size[1]} pixels"
-                raise BadImage(f"image {shown(reference)}: the processor refuses {shape}: {error}") from error
-        return self._expansions[size]
+        if not references:
+            return list(texts)
+        if self._replaces:
+            expansions = iter(self.expansions(references))
+            return [re.sub(re.escape(self.image_token), lambda _: next(expansions), text) for text in texts]
+        return self._sized(references, lambda sizes: self._written(texts, sizes))
 
-    def _expanded(self, size: tuple[int, int]) -> str:
-        found = self._processed([Image.new("RGB", size)], return_text_replacement_offsets=True)
-        return str(found["text_replacement_offsets"][0][0]["replacement"])
+    def expansions(self, references: Sequence[str]) -> tuple[str, ...]:
+        """What stands for each image of a row."""
+        return self._sized(references, self._expanded) if references else ()
 
-    def inputs(self, references: Sequence[str]) -> dict[str, Tensor]:
-        """Tensors of these images in order, as the family's model takes them for a whole batch; {} without images.
+    def _sized(self, references: Sequence[str], asked: Callable[[Sizes], Made]) -> Made:
+        sizes = tuple(self.reader.size(reference) for reference in references)
+        try:
+            return asked(sizes)
+        except ValueError as error:
+            names = ", ".join(shown(reference) for reference in references)
+            shapes = ", ".join(f"{width}×{height}" for width, height in sizes)
+            raise BadImage(f"image {names}: the processor refuses {shapes} pixels: {error}") from error
+
+    def _expanded(self, sizes: Sizes) -> tuple[str, ...]:
+        if sizes not in self._expansions:
+            self._expansions[sizes] = tuple(self._written([self.image_token] * len(sizes), sizes))
+        return self._expansions[sizes]
+
+    def _written(self, texts: Sequence[str], sizes: Sizes) -> list[str]:
+        """What the processor hands to its tokenizer for these texts, which have images of these sizes."""
+        _, given = heard(self.processor, [APART.join(texts)], [blank(sizes)])
+        found = given[0].split(APART) if len(given) == 1 else []
+        if len(found) != len(texts):
+            raise UsageError(f"{self._name} makes its prompts in a way that is not followed here; {SUPPORTED}")
+        return found
+
+    @cached_property
+    def _replaces(self) -> bool:
+        """Whether all that the processor does to a text is to replace its image token: then what replaces it depends on
+        the images alone."""
+        text = f"{self.image_token}{self.image_token}{QUESTION}"
+        _, alone = heard(self.processor, [text], [blank((PROBE, PROBE))])
+        return alone == [f"{''.join(self._expanded((PROBE, PROBE)))}{QUESTION}"]
+
+    def seen(self, ids: Tensor, rows: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+        """What a model takes beside ids (batch, length): the images of all rows, and which tokens are theirs."""
+        tensors = self.inputs(rows)
+        if CROSSED in tensors:
+            tensors |= crossed(tensors, ids, [len(row) for row in rows], self.placeholder_id)
+        return self.row_inputs(ids) | tensors
+
+    def inputs(self, rows: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+        """Tensors of the images of these rows in order, as the family's model takes them; {} without images.
 
         depth: (image tokens of the batch,) float32, where there are maps.
         """
-        if not references:
+        rows = [row for row in rows if row]
+        if not rows:
             return {}
-        tensors = self.pixels([self.reader.open(reference) for reference in references])
+        tensors = self.pixels([[self.reader.open(reference) for reference in row] for row in rows])
         if self.depth is not None:
-            tensors["depth"] = torch.cat([self.depth.for_image(reference) for reference in references]).float()
+            tensors["depth"] = torch.cat([self.depth.for_image(name) for row in rows for name in row]).float()
         return tensors
 
-    def pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """The same tensors, without depth, of pictures at hand: at least one."""
-        found = self._processed(images, return_tensors="pt")
-        return {name: value for name, value in found.items() if name not in self._text_inputs}
+    def pixels(self, rows: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
+        """The same tensors, without depth, of pictures at hand: at least one in every row. Floats are float32."""
+        texts = [self.image_token * len(row) for row in rows]
+        found, _ = heard(self.processor, texts, rows, return_tensors="pt", padding=True)
+        return {
+            name: value.float() if value.is_floating_point() else value
+            for name, value in found.items()
+            if name not in TEXT_INPUTS and self.taken(name)
+        }
 
     def row_inputs(self, ids: Tensor) -> dict[str, Tensor]:
-        """What the model wants to know of every token: which ones are an image's. ids: (batch, length)."""
-        return {name: (ids == self.image_token_id).long() for name in self._row_inputs}
-
-    def _processed(self, images: Sequence[Image.Image], **how: Any) -> Mapping[str, Any]:
-        """All images in one row of text: families that keep images by row (Idefics3) then have one row of them, which
-        their models take as they take several."""
-        text = self.image_token * len(images)
-        return self.processor(text=[text], images=list(images), add_special_tokens=False, **how)
+        """What the model wants to know of every token: which ones are an image's, as the processor says."""
+        if not self._token_types:
+            return {}
+        kinds = torch.tensor(self.processor.create_mm_token_type_ids(ids.tolist()))
+        return dict.fromkeys(self._token_types, kinds)
 
     @cached_property
-    def _text_inputs(self) -> frozenset[str]:
-        return frozenset(["input_ids", "attention_mask", *ROW_INPUTS])
+    def _token_types(self) -> tuple[str, ...]:
+        found, _ = heard(self.processor, [self.image_token], [blank((PROBE,))])
+        return tuple(name for name in TOKEN_TYPES if name in found and self.taken(name))
 
-    @cached_property
-    def _row_inputs(self) -> tuple[str, ...]:
-        found = self._processed([Image.new("RGB", PROBE)])
-        return tuple(name for name in ROW_INPUTS if name in found)
+    def taken(self, name: str) -> bool:
+        """Whether the model's forward takes an input of this name."""
+        return self.takes is None or name in self.takes
+
+
+def blank(sizes: Sizes) -> list[Image.Image]:
+    return [Image.new("RGB", size) for size in sizes]

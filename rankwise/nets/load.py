@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -21,6 +24,7 @@ from transformers import (
 
 from rankwise.errors import DataError, UsageError, need
 from rankwise.nets.isaac import IsaacForConditionalGeneration
+from rankwise.nets.sites import tower_prefixes
 from rankwise.nets.towers import outside_language
 from rankwise.store.checkpoint import INDEX, NAMES, resolve
 from rankwise.store.files import read_object
@@ -62,6 +66,14 @@ def model_class(config: Any) -> Any:
         if found is not None:
             return found
     return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+
+
+def forward_inputs(config: Any) -> frozenset[str] | None:
+    """Names that the forward of a model that sees takes; None where the class is not known before it is loaded."""
+    found = model_class(config)
+    if not issubclass(found, nn.Module):
+        found = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    return found and frozenset(inspect.signature(found.forward).parameters)
 
 
 def meta_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -141,7 +153,27 @@ def load_model(
     if info["missing_keys"]:
         shown = ", ".join(sorted(info["missing_keys"])[:5])
         raise DataError(f"{folder}: the files lack {len(info['missing_keys'])} weights of the model: {shown} …")
+    return take_any_pixels(model)
+
+
+def take_any_pixels(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, with vision towers that take pixels in any precision: most families cast them, Llama 4 does not."""
+    for path, tower in tower_prefixes(model).items():
+        if tower == "vision":
+            model.get_submodule(path).register_forward_pre_hook(_in_own_precision, with_kwargs=True)
     return model
+
+
+def _in_own_precision(tower: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """What a tower is called with, its floats in its own precision. Pixels come first, or by name."""
+    dtype = next(tower.parameters()).dtype
+    if not dtype.is_floating_point:
+        return None
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tuple(cast(value) for value in given), {name: cast(value) for name, value in named.items()}
 
 
 def check_index(folder: Path) -> None:

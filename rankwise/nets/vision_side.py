@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from rankwise.errors import DataError
 from rankwise.nets.image_features import seeing_part
-from rankwise.nets.load import load_model, weightless_model
+from rankwise.nets.load import load_model, take_any_pixels, weightless_model
 from rankwise.nets.sites import tower_of, tower_prefixes, weight_table
 from rankwise.store.checkpoint import open_checkpoint, resolve
 
@@ -43,7 +43,7 @@ def load_vision_side(
     for path, buffer in list(model.named_buffers()):
         stored = table.weights.get(path)
         put(model, path, (stored.read(checkpoint) if stored else buffer).to(device, copy=True))
-    return model.eval()
+    return take_any_pixels(model).eval()
 
 
 def seeing_names(model: PreTrainedModel) -> list[str]:

@@ -113,7 +113,7 @@ def make_base(folder: Path, data: Path, world: World, seed: int) -> None:
 
 def eye_batch(sight: Sight, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """Pictures as the processor makes them, (pictures, 3, side, side), and what is in their quarters."""
-    pixels = sight.inputs([row["url"] for row in rows])["pixel_values"]
+    pixels = sight.inputs([[row["url"]] for row in rows])["pixel_values"]
     return {"pixel_values": pixels.flatten(0, 1), "labels": torch.tensor([row["contents"] for row in rows])}
 
 

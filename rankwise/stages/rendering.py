@@ -15,14 +15,15 @@ from rankwise.config import MAX_SEQ_LENGTH, OVERLONG, DataSection, ModelSection
 from rankwise.data import ImageReader, Renderer, Sight
 from rankwise.data.device import DeviceReader, DeviceTarget, read_target
 from rankwise.data.device_processor import device_processor
+from rankwise.data.families import warning_for
 from rankwise.data.input_record import InputRecord
 from rankwise.data.template import template_text
 from rankwise.errors import DataError
-from rankwise.nets.load import load_config, load_processor, load_tokenizer
+from rankwise.nets.load import forward_inputs, load_config, load_processor, load_tokenizer
 from rankwise.stages.recorded import Recorded, as_recorded, compare, recorded
 from rankwise.store.adapter import is_adapter
 from rankwise.store.checkpoint import resolve
-from rankwise.store.processes import default_workers
+from rankwise.store.processes import announce, default_workers
 
 CONVERSATIONS = ("conversations", "cota", "labels")  # sources whose rows are conversations, and may have images
 TOKENIZER, PROCESSOR = "tokenizer_config.json", ("processor_config.json", "preprocessor_config.json")
@@ -54,6 +55,8 @@ def renderer_for(
     what was trained, before the model's own: an adapter, an export, a run that goes on; an adapter's own tokenizer
     counts, as when it is merged. strict: see `recorded.compare`.
     """
+    if sees(data, config) and (warning := warning_for(config.model_type)):
+        announce(warning)
     renderer, found = rendered_as(data, model, name, config, places)
     compare(data, found, renderer, strict=strict)
     return renderer
@@ -69,7 +72,7 @@ def rendered_as(
     data = as_recorded(data, found)
     seeing = sees(data, config)
     target = target_for(data, [*places, *([found.file.parent] if found.file else [])]) if seeing else None
-    sight = sight_for(data, model, brought(places, *PROCESSOR) or name, target) if seeing else None
+    sight = sight_for(data, model, brought(places, *PROCESSOR) or name, target, config) if seeing else None
     tokenizer = sight.processor.tokenizer if sight else tokenizer_of(model, brought(places, TOKENIZER) or name)
     style = data.prompt if data.prompt != "auto" else style_for(data, sight, tokenizer, earlier=bool(found.trained))
     renderer = Renderer(
@@ -176,14 +179,15 @@ def target_for(data: DataSection, models: Sequence[Path]) -> DeviceTarget | None
     return found[first] if first else None
 
 
-def sight_for(data: DataSection, model: ModelSection, name: str, target: DeviceTarget | None) -> Sight:
+def sight_for(data: DataSection, model: ModelSection, name: str, target: DeviceTarget | None, config: Any) -> Sight:
     """The model's processor, and a reader of images below the image folder (the data file's own by default); both as
     the device has them, where there is a target."""
     processor = load_processor(name, model.revision, model.trust_remote_code)
     reader: Any = image_reader(data)
+    takes = forward_inputs(config)
     if target is None:
-        return Sight(processor, reader)
-    return Sight(device_processor(processor, target), DeviceReader(reader, target), target=target)
+        return Sight(processor, reader, takes=takes)
+    return Sight(device_processor(processor, target), DeviceReader(reader, target), target=target, takes=takes)
 
 
 def image_reader(data: DataSection) -> ImageReader:

@@ -70,10 +70,10 @@ def image_batch(model: Any, folder: str) -> Batch:
     sight = Sight(load_processor(folder), Noise())  # type: ignore[arg-type]
     references = [str(number) for number in range(PICTURES)]
     encode = sight.processor.tokenizer
-    shown = [encode(sight.expansion(one), add_special_tokens=False)["input_ids"] for one in references]
+    shown = [encode(sight.expansions([one])[0], add_special_tokens=False)["input_ids"] for one in references]
     ids = torch.cat([torch.tensor(shown), ordinary_tokens(model, PICTURES)], 1)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return batch | sight.row_inputs(ids) | sight.inputs(references)
+    return batch | sight.seen(ids, [[one] for one in references])
 
 
 def ordinary_tokens(model: Any, rows: int) -> Tensor:

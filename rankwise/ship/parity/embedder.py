@@ -68,7 +68,7 @@ def embedded(model: Any, renderer: Renderer, rendered: Rendered) -> Rows | None:
     device = next(model.parameters()).device
     with _first_inputs(model) as found:
         model(**{name: value.to(device) for name, value in inputs.items()})
-    rows: Rows = found[0][0, ids[0] == renderer.sight.image_token_id].float().cpu().numpy()
+    rows: Rows = found[0][0, ids[0] == renderer.sight.placeholder_id].float().cpu().numpy()
     return rows
 
 

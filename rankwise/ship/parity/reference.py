@@ -119,12 +119,12 @@ class HFReference:
         if sight is None:
             return {}
         encode = self.renderer.tokenizer
-        texts = [sight.expansion(reference) for reference in images]
+        texts = sight.expansions(images)
         return {
             "pixels": tuple(np.asarray(sight.reader.open(reference)) for reference in images),
-            "tiles": tuple(frames(sight.inputs([reference])) for reference in images),
+            "tiles": tuple(frames(sight.inputs([[reference]])) for reference in images),
             "expansions": tuple(tuple(encode(text, add_special_tokens=False)["input_ids"]) for text in texts),
-            "image_id": sight.image_token_id,
+            "image_id": sight.placeholder_id,
         }
 
     def _template(self, case: Case) -> tuple[Sequence[Mapping[str, Any]], str] | None:

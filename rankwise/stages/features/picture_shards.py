@@ -137,7 +137,7 @@ class PictureShards:
     def features(self, images: dict[str, Image.Image]) -> list[Tensor]:
         """(T, D) each, on the CPU."""
         try:
-            inputs = self.sight.pixels(list(images.values()))
+            inputs = self.sight.pixels([[image] for image in images.values()])
         except ValueError as error:
             raise DataError(f"the processor refuses a picture among {', '.join(images)}: {error}") from error
         try:

@@ -1,0 +1,57 @@
+"""Which model families that see are tested, and what came of it: `families.json`, written by the test matrix.
+
+    standing("gemma3")     # Standing("exact", "…"): prompts, pixels and logits as the family's own code makes them
+
+A family that is refused stops before weights load; one that is not in the table is used with a warning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import UsageError
+from rankwise.store.files import read_object
+
+TABLE, FORMAT = "families.json", "rankwise-families/1"
+PAGE = "docs/vision.md lists the tested families"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """state: `exact`, `refused` or `untested`; why: in words."""
+
+    state: str
+    why: str = ""
+
+
+def standing(model_type: str) -> Standing:
+    """What the table says of a family, by the `model_type` of its config."""
+    found = table()["families"].get(model_type)
+    return Standing(found["state"], found.get("why", "")) if found else Standing("untested")
+
+
+@cache
+def table() -> dict[str, Any]:
+    """{"format", "versions": {package: version}, "families": {model_type: {"state", "why"}}}."""
+    return read_object(Path(str(files("rankwise.data") / TABLE)))
+
+
+def warning_for(model_type: str) -> str | None:
+    """What to tell the user of a family that is about to be used; None for a tested one.
+
+    UsageError, with the reason, for a family that is refused.
+    """
+    found = standing(model_type)
+    if found.state == "refused":
+        raise UsageError(f"models of the family {model_type} cannot be used with images: {found.why}; {PAGE}")
+    if found.state == "exact":
+        return None
+    why = f" ({found.why})" if found.why else ""
+    return (
+        f"warning: the family {model_type} is not among the tested ones{why}: run `rankwise check` on your rows first, "
+        f"which compares prompts, pixels and batches with the family's own code; {PAGE}"
+    )
