@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from rankwise.errors import UsageError
 from rankwise.store.files import read_object
 
-TABLE, FORMAT = "families.json", "rankwise-families/1"
+TABLE = Path(__file__).with_name("families.json")
 PAGE = "docs/vision.md lists the tested families"
 
 
@@ -30,14 +29,14 @@ class Standing:
 
 def standing(model_type: str) -> Standing:
     """What the table says of a family, by the `model_type` of its config."""
-    found = table()["families"].get(model_type)
+    found = table(TABLE)["families"].get(model_type)
     return Standing(found["state"], found.get("why", "")) if found else Standing("untested")
 
 
 @cache
-def table() -> dict[str, Any]:
-    """{"format", "versions": {package: version}, "families": {model_type: {"state", "why"}}}."""
-    return read_object(Path(str(files("rankwise.data") / TABLE)))
+def table(path: Path) -> dict[str, Any]:
+    """{"versions": {package: version}, "families": {model_type: {"state", "why"}}}."""
+    return read_object(path)
 
 
 def warning_for(model_type: str) -> str | None:

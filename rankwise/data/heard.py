@@ -21,16 +21,22 @@ SUPPORTED = "`rankwise check` says which model families are tested; docs/vision.
 
 
 def heard(
-    processor: ProcessorMixin, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], **how: Any
+    processor: ProcessorMixin, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]
 ) -> tuple[Mapping[str, Any], list[str]]:
-    """(the processor's output, the texts given to its tokenizer) for rows of text with their images.
+    """(the processor's output as tensors, the texts given to its tokenizer) for rows of text with their images.
 
     ValueError where it refuses the images; UsageError, naming the processor, where it cannot be called so.
     """
     listening = copy.copy(processor)
     listening.tokenizer = tokenizer = _Listening(processor.tokenizer)
     try:
-        found = listening(text=list(texts), images=[list(row) for row in images], add_special_tokens=False, **how)
+        found = listening(
+            text=list(texts),
+            images=[list(row) for row in images],
+            add_special_tokens=False,
+            padding=True,
+            return_tensors="pt",  # some processors count their placeholders by what tensors have (Ovis2, Aria)
+        )
     except (AttributeError, LookupError, TypeError, NotImplementedError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UsageError(

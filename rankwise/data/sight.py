@@ -147,7 +147,7 @@ class Sight:
     def pixels(self, rows: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
         """The same tensors, without depth, of pictures at hand: at least one in every row. Floats are float32."""
         texts = [self.image_token * len(row) for row in rows]
-        found, _ = heard(self.processor, texts, rows, return_tensors="pt", padding=True)
+        found, _ = heard(self.processor, texts, rows)
         return {
             name: value.float() if value.is_floating_point() else value
             for name, value in found.items()

@@ -68,9 +68,11 @@ def tower_prefixes(model: PreTrainedModel) -> dict[str, str]:
     if isinstance(declared, Mapping):
         return dict(declared)
     parts = {
-        type(part): tower
-        for name, tower in (("vision_config", "vision"), ("text_config", "language"))
-        if (part := getattr(model.config, name, None)) is not None and part is not model.config
+        type(part): "language" if name == "text_config" else "vision"
+        for name in model.config.sub_configs
+        if (name == "text_config" or "vision" in name)
+        and (part := getattr(model.config, name, None)) is not None
+        and part is not model.config
     }
     if "vision" not in parts.values():
         return {}
