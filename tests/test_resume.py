@@ -158,10 +158,31 @@ def test_rotation_deletes_old_complete_checkpoints_only(tmp_path: Path) -> None:
     made(tmp_path, 5, complete=False)
     for step in (10, 20, 30, 100):
         made(tmp_path, step)
-    rotate(tmp_path, 2, best=str(tmp_path / "checkpoint-10"))
-    assert {folder.name for folder in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in (5, 10, 30, 100)}
     rotate(tmp_path, None, best=None)
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 5
+    rotate(tmp_path, 3, best=str(tmp_path / "checkpoint-10"))
+    assert {folder.name for folder in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in (5, 10, 30, 100)}
+    rotate(tmp_path, 1, best=str(tmp_path / "checkpoint-10"))
+    assert {folder.name for folder in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in (5, 10, 100)}
+    rotate(tmp_path, 1, best=str(tmp_path / "checkpoint-100"))
+    assert {folder.name for folder in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in (5, 100)}
+
+
+@pytest.mark.parametrize("chooses", [True, False], ids=["the best counts", "none is chosen"])
+def test_two_are_two(base: Path, tmp_path: Path, chooses: bool) -> None:
+    """At a rate that makes every evaluation worse the first checkpoint is the best, and stays beside the last."""
+    given = {
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "save_total_limit": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+    }
+    trainer = make_trainer(base, tmp_path, **given, load_best_model_at_end=chooses, learning_rate=1.0)
+    trainer.train()
+    best = {Path(trainer.state.best_model_checkpoint).name} if chooses else {"checkpoint-9"}
+    assert "checkpoint-12" not in best, "or this shows nothing"
+    assert {folder.name for folder in checkpoints(tmp_path)} == best | {"checkpoint-12"}
 
 
 def test_the_manifest_lists_every_file_and_the_run(tmp_path: Path) -> None:

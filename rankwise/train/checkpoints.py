@@ -115,13 +115,18 @@ def difference(file: Path, row: Mapping[str, Any]) -> str | None:
 
 
 def rotate(output_dir: Path, keep: int | None, best: str | None) -> None:
-    """Delete the oldest complete checkpoints over the limit; the best one and incomplete ones stay."""
+    """Delete the oldest complete checkpoints over the limit.
+
+    The newest and the best are the first two that count, so a limit of 1 leaves both where they differ: training
+    goes on from the one, and ends with the other. Incomplete ones stay, uncounted.
+    """
     if not keep or keep < 0:
         return
     complete = [folder for folder in checkpoints(output_dir) if (folder / MANIFEST).is_file()]
-    for folder in complete[keep:]:
-        if best is None or folder.resolve() != Path(best).resolve():
-            remove(folder)
+    chosen = [folder for folder in complete[1:] if best is not None and folder.resolve() == Path(best).resolve()]
+    others = [folder for folder in complete[1:] if folder not in chosen]
+    for folder in others[max(0, keep - 1 - len(chosen)) :]:
+        remove(folder)
 
 
 def remove(folder: Path) -> None:

@@ -32,7 +32,7 @@ from rankwise.train.stopping import Patience
 from rankwise.train.trainer import RankwiseTrainer
 
 CLIP, FACTOR, PLATEAU = 5.0, 0.5, 3  # norm of gradients; the rate's factor after so many epochs without improvement
-KEPT = 2  # checkpoints beside the best one: should the newest be damaged, there is one before it
+KEPT = 3  # the best, the newest and one before it, should the newest be damaged
 
 
 @dataclass(frozen=True)
