@@ -6,15 +6,20 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 
 from rankwise.cli import resolve
 from rankwise.errors import DataError, UsageError
 from rankwise.stages.commands import COMMANDS
 from rankwise.store.files import write_text
+from rankwise.store.memory import SECONDS
+from rankwise.store.monitor import MIB
 from rankwise.store.run import HOLDER, LOCK, RunFolder
 
 HOLD = """
@@ -111,6 +116,26 @@ def test_the_manifest_says_what_was_made_from_what(tmp_path: Path) -> None:
     assert entry["seconds"] >= 0
     assert entry["peak_resident_bytes"] > 2**20
     assert entry["sites"] == 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not tell the two apart")
+def test_pages_of_mapped_files_are_no_memory_that_a_stage_takes(tmp_path: Path) -> None:
+    """As weights are read: through the page cache, whose pages the system takes back."""
+    (tmp_path / "weights").write_bytes(b"1" * 256 * MIB)
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    with run.recording("ranks", {}) as record:
+        before = record.memory.bytes
+        mapped = np.memmap(tmp_path / "weights", mode="r")
+        assert int(mapped[::4096].sum(dtype=np.int64)) == 49 * 256 * MIB // 4096
+        resident = psutil.Process().memory_info().rss
+        held = np.ones(64 * MIB, dtype=np.uint8)
+        time.sleep(3 * SECONDS)
+        del held
+    entry = run.stages()["ranks"]
+    assert resident > 256 * MIB
+    assert 60 * MIB < entry["peak_memory_bytes"] - before < 120 * MIB, "what was held for a moment counts"
+    del mapped
 
 
 def test_stages_in_one_folder_keep_their_entries(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from rankwise.core.plan import RankPlan
 from rankwise.core.site import Site
 from rankwise.show.rank_files import Evidence
 from rankwise.show.summary import RanksSummary
-from rankwise.store.run import peak_memory
 from rankwise.store.spectra import Measured, dtypes, noise_share
 
 
@@ -21,6 +20,7 @@ def summarise(
     budget: int | None,
     evidence: Evidence,
     seconds: float,
+    peak_memory: int,
 ) -> RanksSummary:
     """Everything that can be said without knowing the command line: next commands and files are the caller's."""
     gain, compared = evidence.gain, list((evidence.repeats or {}).get("compared", []))
@@ -31,7 +31,7 @@ def summarise(
         plan=plan,
         stored_as=dtypes(measured),
         seconds=seconds,
-        peak_memory=peak_memory().get("peak_resident_bytes", 0),
+        peak_memory=peak_memory,
         noise_share=noise_share(measured) or None,
         rounding=evidence.rounding.sentence() if evidence.rounding else "",
         exact_sites=sum("undecided" in row.spectrum.method for row in measured.values()),

@@ -77,7 +77,7 @@ def render(summary: RanksSummary) -> str:
 
 def title_lines(summary: RanksSummary) -> list[str]:
     about = f" · {plural(summary.sites, 'site')} · stored as {' + '.join(summary.stored_as) or 'nothing that changed'}"
-    facts = [f"{duration(summary.seconds)}, peak memory {memory(summary.peak_memory)}"]
+    facts = [f"{duration(summary.seconds)}, peak memory {memory(summary.peak_memory)} without mapped files"]
     if summary.noise_share is not None:
         facts.insert(0, f"rounding noise {percent(summary.noise_share)} of the energy")
     if summary.exact_sites:

@@ -138,7 +138,7 @@ def sweep_table(swept: Mapping[str, Any]) -> Table:
                 against["verdict"] if against else "the largest",
             )
         )
-    header = ("form", "size", "accuracy", "median latency", "peak memory", "against the largest")
+    header = ("form", "size", "accuracy", "median latency", "peak memory with weights", "against the largest")
     return Table(header, rows, note=printable(swept["why"], 400))
 
 
@@ -185,7 +185,9 @@ def score_table(content: Mapping[str, Any]) -> Table:
     names += list(dict.fromkeys(name for one in columns.values() for name in one.get("metrics", {})))
     rows = [(name.replace("_", " "), *(score_cell(one, name) for one in columns.values())) for name in names]
     rows.append(("median latency", *(seconds(one) for one in columns.values())))
-    rows.append(("peak memory", *(memory(one["memory"]) if one.get("memory") else "" for one in columns.values())))
+    rows.append(
+        ("peak memory with weights", *(memory(one["memory"]) if one.get("memory") else "" for one in columns.values()))
+    )
     baseline = content.get("majority_baseline")
     note = "All by greedy generation; in brackets Wilson's 95 % intervals."
     note += f" Always {baseline['label']}: accuracy {baseline['accuracy']:.3f}." if baseline else ""

@@ -84,7 +84,17 @@ def run(config: RanksConfig) -> RankPlan | None:
         files += emitted
         folder.save_config(config)
         written = [folder / str(PLAN_FILE), *files]
-        report(config, plan, probe, decision, evidence, warnings, written, time.perf_counter() - started)
+        report(
+            config,
+            plan,
+            probe,
+            decision,
+            evidence,
+            warnings,
+            written,
+            time.perf_counter() - started,
+            record.memory.bytes,
+        )
     if refused:
         raise UsageError(f"{'; '.join(refused)}. The plan and everything else is written")
     return plan
@@ -284,13 +294,14 @@ def report(
     warnings: Sequence[str],
     files: Sequence[Path],
     seconds: float,
+    memory: int,
 ) -> None:
     """The one-screen summary, after the notes that are too long for it."""
     for note in probe.notes:
         print(f"note: {note}")
     for warning in warnings:
         print(f"warning: {warning}")
-    summary = summarise(plan, probe.measured, rule_of(config), decision.budget, evidence, seconds)
+    summary = summarise(plan, probe.measured, rule_of(config), decision.budget, evidence, seconds, memory)
     command = next_command(config, plan, probe, files[0])
     following = (command,) if command else ()
     print(render(replace(summary, warnings=tuple(warnings), next_commands=following, files=tuple(map(str, files)))))

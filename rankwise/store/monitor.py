@@ -25,6 +25,7 @@ import psutil
 from rankwise.errors import UsageError, need
 from rankwise.store.files import explained
 from rankwise.store.ledger import drop_cut_line
+from rankwise.store.memory import own_memory
 
 SECONDS = 2.0  # between two samples
 MIB = 2**20
@@ -50,7 +51,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Sample:
-    """One moment. memory: resident bytes of the process and its children, added up (what they share counts in each).
+    """One moment. memory: bytes that the process and its children hold for themselves (`own_memory`), added up.
     cpu: percent of one core since the sample before."""
 
     time: str
@@ -162,14 +163,14 @@ class Processes:
         self._known: dict[Any, Any] = {}
 
     def measure(self) -> tuple[int, float]:
-        """(resident bytes, CPU percent since the last call), added up; a process that has just ended is left out."""
+        """(bytes of their own, CPU percent since the last call), added up; a process that has just ended is left out."""
         found = [self._own, *self._own.children(recursive=True)]
         self._known = {process: self._known.get(process, process) for process in found}
         memory, cpu = 0, 0.0
         for process in self._known.values():  # CPU time is counted from the object's last call, so objects are kept
             try:
                 with process.oneshot():
-                    memory += process.memory_info().rss
+                    memory += own_memory(process)
                     cpu += process.cpu_percent(None)
             except psutil.Error:
                 continue

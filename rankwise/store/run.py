@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from rankwise.errors import UsageError
 from rankwise.options import flatten
 from rankwise.store.files import fingerprint, read_object, write_json
+from rankwise.store.memory import PeakMemory
 from rankwise.store.secrets import without_secrets
 
 if sys.platform != "win32":
@@ -43,10 +44,14 @@ LIBRARIES = ("rankwise", "torch", "transformers", "peft")
 
 @dataclass
 class Record:
-    """What a stage reports of itself while it runs: outputs by name (paths), and any further facts."""
+    """What a stage reports of itself while it runs: outputs by name (paths), and any further facts.
+
+    memory: what the process took since it began.
+    """
 
     outputs: dict[str, Path | str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    memory: PeakMemory = field(default_factory=PeakMemory)
 
 
 class RunFolder:
@@ -111,7 +116,9 @@ class RunFolder:
         started, clock = datetime.now(UTC), time.monotonic()
         described = {name: describe_input(value) for name, value in inputs.items()}
         record = Record()
-        yield record
+        with record.memory:
+            yield record
+        record.facts = {"peak_memory_bytes": record.memory.bytes, **record.facts}
         self._enter(stage, described, record, started, time.monotonic() - clock)
 
     def record(
@@ -134,7 +141,7 @@ class RunFolder:
             "started": started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 3),
-            **peak_memory(),
+            **process_peaks(),
             "python": platform.python_version(),
             "versions": versions(),
             "inputs": dict(inputs),
@@ -178,8 +185,8 @@ def describe_input(value: Path | str) -> dict[str, str]:
     return {"name": str(value)}
 
 
-def peak_memory() -> dict[str, int]:
-    """The process's peaks so far: resident bytes (mapped files included), and on a GPU allocated bytes."""
+def process_peaks() -> dict[str, int]:
+    """The process's peaks so far: resident bytes, mapped files included, and on a GPU allocated bytes."""
     peaks = {}
     if sys.platform != "win32":
         unit = 1 if sys.platform == "darwin" else 1024
