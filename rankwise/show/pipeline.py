@@ -19,9 +19,9 @@ from rankwise.store.stage_marks import read_marks
 HEADER = ("stage", "time", "memory", "GPU memory", "GPU use", "")
 BEFORE, UNFINISHED, UNREACHED, UNASKED = "done before", "not finished", "not reached", "not asked for"
 NOTE = (
-    "Peak memory of the process and its children, without the pages of mapped files. GPU memory is the most that one GPU "
-    "held, whoever held it; GPU use is the mean share of time in which it computed. A resumed stage counts from its last "
-    "start. Every sample is in logs/monitor.csv."
+    "Peak memory of the process and its children, without the pages of mapped files. GPU memory is the most that one "
+    "GPU held, whoever held it; GPU use is the mean share of time in which it computed. A resumed stage counts from "
+    "its last start. Every sample is in logs/monitor.csv."
 )
 
 

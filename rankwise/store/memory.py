@@ -4,8 +4,8 @@ with PeakMemory() as memory:     # a thread samples ten times a second
     measure()
 memory.bytes
 
-Pages of mapped files (weights that are read one tensor at a time) are resident as well, and the kernel's own peak counts
-them. The system takes them back whenever it needs them, so they say nothing of how much a machine must have.
+Pages of mapped files (weights that are read one tensor at a time) are resident as well, and the kernel's own peak
+counts them. The system takes them back whenever it needs them, so they say nothing of how much a machine must have.
 """
 
 from __future__ import annotations

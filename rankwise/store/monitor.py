@@ -163,7 +163,7 @@ class Processes:
         self._known: dict[Any, Any] = {}
 
     def measure(self) -> tuple[int, float]:
-        """(bytes of their own, CPU percent since the last call), added up; a process that has just ended is left out."""
+        """(own bytes, CPU percent since the last call), added up; a process that has just ended is left out."""
         found = [self._own, *self._own.children(recursive=True)]
         self._known = {process: self._known.get(process, process) for process in found}
         memory, cpu = 0, 0.0
