@@ -40,6 +40,17 @@ def check_answer(sample: str, turn: Turn, control: re.Pattern[str]) -> None:
         raise DataError(f"sample {sample}: its answer holds {found[0]}, a control token of the model; take it out")
 
 
+def check_media(example: Example, tokens: re.Pattern[str]) -> None:
+    """DataError where a text holds one of the tokenizer's own tokens for images or videos, or for what is around them:
+    outside a slot it stands for nothing."""
+    for turn in example.turns:
+        if found := tokens.search(turn.text.replace(IMAGE_SLOT, "")):
+            raise DataError(
+                f"sample {example.id}: its text holds {found[0]}, a token of this model for images or videos; take it "
+                "out, or name the image that it stands for"
+            )
+
+
 def check_slots(example: Example, image_token: str) -> None:
     """DataError unless a sample's texts ask for as many images as it has; the model's image token is never text."""
     asked = [turn.text.count(IMAGE_SLOT) for turn in example.turns]

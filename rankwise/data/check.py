@@ -9,6 +9,7 @@ Training refuses the same samples by the same code; this finds them all at once.
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 from rankwise.data.answers import NothingToLearn
 from rankwise.data.chat import Refused
 from rankwise.data.comparison import Differs, Oracle, Sample
-from rankwise.data.example import Example, Examples, Rejected
+from rankwise.data.example import IMAGE_SLOT, Example, Examples, Rejected
 from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.layout import without_images
 from rankwise.data.render import IGNORED, Overlong, Rendered, Renderer
@@ -88,11 +89,15 @@ class Findings:
     lengths: tokens of each sample that could be rendered, of those over the limit too. The token counts are of the
     usable samples. truncated: samples whose source was cut to the limit. apart: samples that conversations became whose
     answers are learnt one by one. changes: rows by what was done to them.
+    control, special: samples whose texts hold control tokens, which are text there, or other special tokens of the
+    tokenizer, which are read as such, by token.
     compared: samples compared with the chat template; seen: those with ids and pixels.
     """
 
     samples: int = 0
     changes: Mapping[str, int] = field(default_factory=dict)
+    control: Counter[str] = field(default_factory=Counter)
+    special: Counter[str] = field(default_factory=Counter)
     images: int = 0
     pictures: int | None = None
     problems: list[Problem] = field(default_factory=list)
@@ -152,6 +157,8 @@ def examined(
 
 def _render(example: Example, renderer: Renderer | None, findings: Findings, comparison: _Comparison) -> None:
     found = [] if renderer is None else outcomes(example, renderer)
+    if renderer is not None and isinstance(found[0][1], Rendered):
+        _count_tokens(example, renderer, findings)
     token = renderer.sight.placeholder_id if renderer and renderer.sight else None
     bad = 0
     for sample, rendered in found:
@@ -165,6 +172,14 @@ def _render(example: Example, renderer: Renderer | None, findings: Findings, com
             bad += 1
     findings.usable += not found or bad < len(found)
     findings.apart += len(found) if len(found) > 1 else 0
+
+
+def _count_tokens(example: Example, renderer: Renderer, findings: Findings) -> None:
+    """Tokens that stand as letters in the texts of a usable sample."""
+    text = "\n".join(turn.text.replace(IMAGE_SLOT, "") for turn in example.turns)
+    control = set(renderer.encoder.control.findall(text))
+    findings.control.update(control)
+    findings.special.update(set(renderer.special.findall(text)) - control)
 
 
 def _spread(examples: Examples, count: int) -> frozenset[str]:

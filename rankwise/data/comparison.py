@@ -64,15 +64,17 @@ class Oracle:
         sight, template = self.renderer.sight, self.renderer.template
         assert sight is not None
         pictures = [sight.reader.open(reference) for reference in example.images]
+        turns = joined(example)
+        marked = {"sanitize_control_tokens": True} if any(template.control.search(turn.text) for turn in turns) else {}
         whole, prompt = (
             sight.processor.apply_chat_template(
-                template.messages(joined(example)[: -1 if generate else None]),
+                template.messages(turns[: -1 if generate else None]),
                 chat_template=template.source,
                 add_generation_prompt=generate,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
-                processor_kwargs={"images": list(pictures)},
+                processor_kwargs={"images": list(pictures), **marked},
                 **template.kwargs,
             )
             for generate in (False, True)

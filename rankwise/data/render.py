@@ -10,6 +10,7 @@ from, never from its ids: the pad token may be the end token.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,12 +18,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.data.answers import check_answer, check_slots
+from rankwise.data.answers import check_answer, check_media, check_slots
 from rankwise.data.chat import ChatTemplate, pattern
 from rankwise.data.encoding import MARK, Encoder, marked, plain
 from rankwise.data.example import Example
 from rankwise.data.images import BadImage
 from rankwise.data.layout import Layout, raw, sections, without_images
+from rankwise.data.markers import of_media
 from rankwise.data.sight import Sight
 from rankwise.data.template import pinned
 from rankwise.errors import DataError, UsageError
@@ -247,6 +249,7 @@ class Renderer:
         """Prompt and answer pieces in turn; without the answer, those before the last one."""
         if self.sight is not None:
             check_slots(example, self.sight.image_token)
+        check_media(example, self.media)
         if self.style == "chat" and not with_answer:
             [text] = self._expanded(example, [self.template.prompt(example)])
             return [_Piece(self._opening(text), False)]
@@ -319,6 +322,16 @@ class Renderer:
             return Encoder(self.tokenizer, self.template.control)
         own = [self.tokenizer.bos_token, *self.tokenizer.convert_ids_to_tokens(list(self.end_ids))]
         return Encoder(self.tokenizer, pattern(own))
+
+    @cached_property
+    def special(self) -> re.Pattern[str]:
+        """The tokenizer's special tokens."""
+        return pattern([token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special])
+
+    @cached_property
+    def media(self) -> re.Pattern[str]:
+        """The tokenizer's tokens for images, videos and what is around them."""
+        return pattern(of_media([token.content for token in self.tokenizer.added_tokens_decoder.values()]))
 
     @cached_property
     def begin(self) -> list[int]:

@@ -20,6 +20,8 @@ def report(findings: Findings, limit: int | None) -> dict[str, Any]:
         "samples": findings.samples,
         "usable": findings.usable,
         "changes": dict(findings.changes),
+        "control_tokens_as_text": dict(findings.control),
+        "special_tokens": dict(findings.special),
         "images": findings.images,
         "pictures": findings.pictures,
         "bad": {kind: findings.bad(kind) for kind in KINDS},
@@ -60,6 +62,12 @@ def in_words(findings: Findings, limit: int | None) -> list[str]:
             f"conversations make {findings.apart:,} samples of one answer each: the chat template renders earlier "
             "answers otherwise than they were given"
         )
+    for tokens, how in (
+        (findings.control, "control tokens, read as text"),
+        (findings.special, "special tokens, read as such"),
+    ):
+        named = ", ".join(f"{token} in {plural(count, 'sample')}" for token, count in tokens.most_common(SHOWN))
+        lines += [f"their texts hold {how}: {named}"] if tokens else []
     if findings.compared:
         pixels = f", {findings.seen} of them with pixels" if findings.seen else ""
         lines.append(
