@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import TrainingArguments
 
 from rankwise import cli
 from rankwise.errors import UsageError
+from rankwise.nets import precision
+from rankwise.nets.sites import torch_dtype
 from rankwise.train.arguments import NO_LONGER, TRANSLATED, autocast, build_arguments, frozen_dtype
 
 
@@ -100,6 +103,61 @@ def test_half_precision_on_a_cpu_is_a_warning_and_float32(tmp_path: Path, capsys
     assert arguments.use_cpu
     assert frozen_dtype("auto", arguments) == frozen_dtype("float16", arguments) == torch.float32
     assert frozen_dtype("bfloat16", arguments) == torch.bfloat16
+
+
+@pytest.fixture
+def slow_halves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A CPU on which 16 bits take 35 times as long."""
+    monkeypatch.setattr(precision, "seconds_of", lambda dtype: 0.001 if dtype == torch.float32 else 0.035)
+    yield from forgotten()
+
+
+def forgotten() -> Iterator[None]:
+    for measured in (precision.slowdown, precision.warn_if_slow):
+        measured.cache_clear()
+    yield
+    for measured in (precision.slowdown, precision.warn_if_slow):
+        measured.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [(["--bf16"], "--bf16 false computes in float32"), (["--dtype", "bfloat16"], "--dtype float32 computes"), ([], "")],
+)
+def test_emulated_bf16_is_said_before_training(
+    words: list[str], instead: str, slow_halves: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "train",
+        "--model_name",
+        str(tmp_path),
+        "--lora_r",
+        "2",
+        "--task",
+        "e2e_nlg",
+        "--data_path",
+        str(tmp_path),
+    ]
+    assert cli.main([*command, "--use_cpu", "-o", str(tmp_path / "run"), *words]) != 0, "there is no model"
+    said = capsys.readouterr().out
+    assert ("35 times as long" in said) is bool(instead)
+    assert instead in said
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_emulated_halves_are_said_where_a_model_is_loaded(
+    dtype: str, slow_halves: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        assert torch_dtype(dtype, trained=False, device=torch.device("cpu")) == getattr(torch, dtype)
+    assert capsys.readouterr().out.count(f"this CPU has no {dtype} units") == 1
+    assert torch_dtype("auto", trained=False, device=torch.device("cpu")) == torch.float32
+    assert not capsys.readouterr().out
+
+
+def test_what_is_measured_is_a_product_in_that_type() -> None:
+    assert 0.2 < precision.seconds_of(torch.float32) / precision.seconds_of(torch.float32) < 5
+    assert 0 < precision.seconds_of(torch.float16) < 0.5
 
 
 def test_precision_is_decided_by_flags_then_dtype() -> None:

@@ -19,6 +19,7 @@ from transformers.core_model_loading import Chunk, WeightConverter, WeightRenami
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.core.site import Site, describe
+from rankwise.nets.precision import warn_if_slow
 from rankwise.store.deltas import Weight
 
 DEPTH_MODULES = frozenset(["depth_model", "depth_preproc"])
@@ -141,7 +142,10 @@ def site_weights(sites: Mapping[str, Site], table: WeightTable) -> dict[str, Wei
 
 
 def torch_dtype(name: str, trained: bool, device: torch.device) -> torch.dtype:
-    """`auto`: float32 for trained weights; frozen ones bf16 on a GPU and float32 on a CPU."""
+    """`auto`: float32 for trained weights; frozen ones bf16 on a GPU and float32 on a CPU. A type that is slow on a CPU
+    is warned about."""
     if name != "auto":
+        if device.type == "cpu":
+            warn_if_slow(getattr(torch, name), "--dtype float32")
         return getattr(torch, name)
     return torch.float32 if trained or device.type == "cpu" else torch.bfloat16

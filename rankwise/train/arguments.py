@@ -17,6 +17,7 @@ import torch
 from transformers import TrainingArguments
 
 from rankwise.errors import UsageError, need
+from rankwise.nets.precision import warn_if_slow
 from rankwise.options import Option, plain_types
 from rankwise.store.processes import announce
 
@@ -188,6 +189,8 @@ def build_arguments(
         )
     for note in notes + more:
         announce(note)
+    if values["use_cpu"] and (values["bf16"] or dtype == "bfloat16"):
+        warn_if_slow(torch.bfloat16, "--bf16 false" if given.get("bf16") else "--dtype float32")
     if "wandb" in values["report_to"]:
         need("wandb", extra="track")
     try:

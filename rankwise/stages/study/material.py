@@ -22,7 +22,7 @@ from rankwise.data import Collator, Example, RenderedDataset, Renderer
 from rankwise.data.parts import Parts, Sizes, divided
 from rankwise.errors import DataError
 from rankwise.nets.delta_files import BaseWeights, write_deltas
-from rankwise.nets.sites import model_sites, weight_table
+from rankwise.nets.sites import model_sites, torch_dtype, weight_table
 from rankwise.nets.targets import choose_sites
 from rankwise.score.likelihood import Batch, training_batches
 from rankwise.stages import training as shared
@@ -106,8 +106,8 @@ def gathered_material(config: StudyConfig) -> Material:
     renderer = renderer_for(config.data, config.model, name, skeleton.config)
     parts, files = read_parts(config)
     data = shared.rendered(parts.train, renderer)
-    dtype = torch.float32 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     device = config.device if config.device != "auto" else own_device()
+    dtype = torch_dtype(config.model.dtype, trained=True, device=torch.device(device))
     model = shared.loaded(config.model, name, dtype).to(device).eval()
     model.requires_grad_(False)
     rows = [data[index] for index in range(len(data))]
