@@ -7,6 +7,7 @@ The weights are random: for what a trained model answers, train one.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def vision_model(folder: Path, seed: int = 0) -> Path:
 
 
 def tuned_model(base: Path, folder: Path, seed: int = 1) -> Path:
-    """The base with a small random change of some matrices of its language tower, as merging an adapter leaves it."""
+    """The base with a small random change of some matrices of its language tower, as merging an adapter leaves it; its
+    card and its config name folders of this machine, as PEFT and older versions of transformers wrote them."""
     shutil.copytree(base, folder)
     weights = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(seed)
@@ -65,6 +67,9 @@ def tuned_model(base: Path, folder: Path, seed: int = 1) -> Path:
         if key.endswith(tuple(f"{name}.weight" for name in TUNED)) and "vision" not in key:
             weights[key] = weight + 0.02 * torch.randn(weight.shape, generator=generator)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": f"~/{base.name}"}))
+    (folder / "README.md").write_text(f"---\nlicense: mit\nbase_model: {base}\ndatasets: [org/data, {base}]\n---\n")
     return folder
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
 import random
+import re
 import shutil
+import socket
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +20,20 @@ from typing import Any
 import numpy as np
 import pytest
 from bundled import TASK, asked
+from go_template import executed
 from PIL import Image
+from test_clients import constants
 
 from rankwise.cli import main
 from rankwise.config import BundleConfig, ScoredData
 from rankwise.data import Example, Turn
 from rankwise.data.device import MARKER, read_target
+from rankwise.data.input_record import read_input
 from rankwise.data.labelling.label_task import LabelClass, LabelTask
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.ship.abstain import abstention, fewest, lower_bound
 from rankwise.ship.bundle import INPUT, LabelAnswer, grammar, label_answers, read_bundle
+from rankwise.ship.gguf.reading import GGUFFile
 from rankwise.ship.golden import read_golden
 from rankwise.ship.llama.runtime import LlamaServer
 from rankwise.ship.parity.ladder import climb
@@ -186,6 +196,80 @@ def test_a_bundle_has_what_an_app_needs(made: Path, shipped: Path) -> None:
     assert unsure["n"] == 6
     assert "too few" in (made / "README.md").read_text(encoding="utf-8")
     assert content["not_verified"] == []
+
+
+@pytest.mark.slow
+def test_a_bundle_names_nothing_of_this_machine(made: Path, shipped: Path) -> None:
+    """Its sources lie in temporary folders of pytest's; the converter saw the model in another one."""
+    name, home = getpass.getuser(), str(Path.home())
+    private = [
+        tempfile.gettempdir() + os.sep,
+        home + os.sep,
+        socket.gethostname(),
+        "rankwise-view",
+        ".tmp",
+        f"/{name}/",
+    ]
+    private += [*shipped.parts[1:-1], *([name] if name != "root" else [])]
+    files = [path for path in made.rglob("*") if path.is_file() and path.suffix not in (".gguf", ".png")]
+    texts = {path: path.read_text(encoding="utf-8") for path in files}
+    for path in made.glob("*.gguf"):
+        stated = GGUFFile(path).metadata
+        texts[path] = json.dumps(
+            {key: value for key, value in stated.items() if key.startswith("general.")}, default=str
+        )
+    assert len(texts) > 12
+    found = [
+        (path.name, word) for path, text in texts.items() for word in private if word in text.replace("root ::=", "")
+    ]
+    assert not found
+    manifest = json.loads((made / "manifest.json").read_text())["stages"]["bundle"]["inputs"]
+    assert (manifest["export"]["name"], manifest["model"]["name"]) == ("export", "model")
+    assert manifest["model"]["fingerprint"] == read_bundle(made)["made_from"]["fingerprint"]
+    general = GGUFFile(made / "model-q8_0.gguf").metadata
+    assert general["general.name"] == "model" and general["general.license"] == "mit"
+    assert not any("base_model" in key for key in general) and general["general.dataset.0.name"] == "Data"
+
+
+@pytest.mark.slow
+def test_ollama_and_clients_ask_what_the_bundle_asks(made: Path) -> None:
+    prompt, record = (made / "prompt.txt").read_text(encoding="utf-8"), read_input(made)
+    assert record
+    file = (made / "Modelfile").read_text(encoding="utf-8")
+    template = file.split('TEMPLATE """')[1].split('"""')[0]
+    message = json.loads(next(line for line in file.splitlines() if "bundle's prompt" in line).split(": ", 1)[1])
+    assert executed(template, prompt=message["content"]).replace("[img]", MARKER) == prompt
+    assert re.findall(r'^PARAMETER stop "(.*)"$', file, re.MULTILINE) == list(record[0].end_tokens)
+    assert re.findall(r"^FROM \./(.*)$", file, re.MULTILINE) == ["model-q8_0.gguf", "mmproj-model-q8_0.gguf"]
+    for client in (made / "clients").iterdir():
+        assert constants(client.name, client.read_text(encoding="utf-8")) == (prompt, list(record[0].end_tokens))
+    readme = (made / "README.md").read_text(encoding="utf-8")
+    assert f"```text\n{prompt}\n```" in readme and "The raw text begins with a space" in readme
+
+
+@pytest.mark.slow
+def test_the_code_for_node_runs(made: Path, tmp_path: Path) -> None:
+    """With RANKWISE_NODE_MODULES, a node_modules folder that has @fugood/llama.node."""
+    modules = os.environ.get("RANKWISE_NODE_MODULES")
+    if not modules or not shutil.which("node"):
+        pytest.skip("needs node, and RANKWISE_NODE_MODULES: a node_modules folder that has @fugood/llama.node")
+    shutil.copytree(made, tmp_path / "bundle")
+    (tmp_path / "node_modules").symlink_to(Path(modules).resolve())
+    client, labels = tmp_path / "bundle" / "clients" / "llama.node.mjs", set(TASK.labels)
+    free = client.with_name("free.mjs")
+    free.write_text(re.sub(r"(?m)^  grammar.*$", "", client.read_text()).replace("text.trim()", "JSON.stringify(text)"))
+    for row in json.loads((made / "golden" / "golden.json").read_text())["cases"]:
+        if row["images"]:
+            said = [
+                subprocess.run(
+                    ["node", str(code), str(made / "golden" / row["images"][0]["device"])],
+                    check=True,
+                    capture_output=True,
+                ).stdout.decode()
+                for code in (client, free)
+            ]
+            assert said[0].splitlines()[-1] in labels
+            assert json.loads(said[1].splitlines()[-1]).strip() == row["text"].strip()
 
 
 @pytest.mark.slow

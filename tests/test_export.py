@@ -384,7 +384,7 @@ def test_a_space_in_front_and_other_scores_are_found(vision_export: Path, text_e
 def view_of(model: Path, converter: Converter, target: DeviceTarget | None = None) -> dict[str, Any]:
     sees = "vision_config" in read_object(model / "config.json")
     changes = changes_for(model, converter, Vocabulary.of(model, sees), target, mmproj=sees)
-    with shown(model, changes) as view:
+    with shown(model, changes, "mine") as view:
         assert (view / "model.safetensors").is_symlink()
         files = {path.name: read_object(path) for path in view.glob("*.json")}
     assert not view.exists()

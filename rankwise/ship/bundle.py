@@ -2,6 +2,7 @@
 
     export + validation + trained model ── write_bundle ──▶ DIR/
         model.gguf, mmproj.gguf             the files
+        Modelfile, clients/                 what asks the model: Ollama, llama.node, llama.rn, Kotlin
         prompt.txt, prompt.json             what the runtime is sent, the marker where a picture goes
         labels.json, labels.gbnf            the answers that there are, and a grammar of exactly these
         abstain.json, device.json           when to say "unsure"; what is done to a picture
@@ -27,6 +28,7 @@ from rankwise.data.labelling.label_task import LabelTask
 from rankwise.errors import DataError, VerificationError
 from rankwise.score.likelihood import answer_ids
 from rankwise.ship.gguf.reading import GGUFFile
+from rankwise.ship.gguf.vocabulary import SPACES
 from rankwise.ship.parity.cases import Case
 from rankwise.ship.parity.reference import Expected
 from rankwise.store.files import read_object, sha256, write_json, write_text
@@ -98,6 +100,12 @@ def with_input(example: Example, renderer: Renderer) -> str:
 def begin_text(file: GGUFFile) -> str:
     place, tokens = file.metadata.get(BOS), file.metadata.get("tokenizer.ggml.tokens", ())
     return str(tokens[place]) if isinstance(place, int) and place < len(tokens) else ""
+
+
+def answers_spaced(example: Example, renderer: Renderer) -> bool:
+    """Whether the raw text of an answer, as training taught it, begins with a space."""
+    first = answer_ids(renderer, example, example.answer)[0]
+    return str(renderer.tokenizer.convert_ids_to_tokens(first)).startswith(SPACES)
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rankwise.data.device import DeviceTarget
@@ -20,20 +22,29 @@ def ladder_lines(ladder: Ladder) -> list[str]:
     return [*lines, f"  first to differ: {broken.name}: {broken.why}"] if broken else lines
 
 
-def readme(
-    facts: Mapping[str, Any],
-    prompt: Mapping[str, Any],
-    labels: Sequence[str],
-    target: DeviceTarget | None,
-    unsure: Abstention,
-) -> str:
+@dataclass(frozen=True)
+class Told:
+    """What the README tells. facts, prompt: bundle.json's and prompt.json's; spaced: answers begin with a space;
+    ollama: what the Modelfile's template is for."""
+
+    facts: Mapping[str, Any]
+    prompt: Mapping[str, Any]
+    labels: Sequence[str]
+    target: DeviceTarget | None
+    unsure: Abstention
+    spaced: bool
+    ollama: str
+
+
+def readme(told: Told) -> str:
     """README.md of the bundle."""
     parts = [
-        running(facts),
-        asking(facts, prompt, target),
-        answering(labels, unsure),
+        running(told.facts),
+        asking(told.facts, told.prompt, told.target),
+        answering(told.labels, told.unsure, told.spaced),
+        from_code(told.ollama),
         REPLAY,
-        *doubts(facts),
+        *doubts(told.facts),
     ]
     return "\n\n".join(["# A model for the device", *parts]) + "\n"
 
@@ -51,7 +62,11 @@ def asking(facts: Mapping[str, Any], prompt: Mapping[str, Any], target: DeviceTa
         "## Ask",
         "",
         f"Send `prompt.txt` as it is, byte by byte, special tokens parsed; decode greedily, at most "
-        f"{facts['max_new_tokens']} tokens, no repeat penalty. Do not apply a chat template to it: that is done.",
+        f"{facts['max_new_tokens']} tokens, no repeat penalty. Do not apply a chat template to it: that is done. It is",
+        "",
+        fenced(prompt["prompt"]),
+        "",
+        start(prompt["start_token"]),
     ]
     if prompt["input"]:
         lines.append(f"`{prompt['input']}` is where your own text goes.")
@@ -66,8 +81,37 @@ def asking(facts: Mapping[str, Any], prompt: Mapping[str, Any], target: DeviceTa
     return "\n".join(lines)
 
 
-def answering(labels: Sequence[str], unsure: Abstention) -> str:
+def fenced(text: str) -> str:
+    """A code block that the text cannot end. Whether it ends with a line break is said in words."""
+    ticks = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, ticks + 1)
+    ending = "with a line break" if text.endswith("\n") else "without a line break"
+    return f"{fence}text\n{text.removesuffix(chr(10))}\n{fence}\n\n{ending} at its end ({len(text.encode()):,} bytes)."
+
+
+def start(token: Mapping[str, str]) -> str:
+    if not token["text"]:
+        return "No start token goes before it."
+    if token["put_by"] == "the prompt":
+        return f"It begins with the start token `{token['text']}` itself; the runtime must not add another."
+    return f"The runtime puts the start token `{token['text']}` before it."
+
+
+def from_code(ollama: str) -> str:
+    return (
+        "## From code\n\n`clients/` has about twenty lines each for llama.node (Node.js), llama.rn (React Native) and "
+        "Android, with this bundle's constants; `Modelfile` is for Ollama (`ollama create NAME -f Modelfile`). "
+        f"{ollama}"
+    )
+
+
+def answering(labels: Sequence[str], unsure: Abstention, spaced: bool) -> str:
     lines = ["## Take the answer", ""]
+    if spaced:
+        lines.append(
+            "The raw text begins with a space: the answers of training did, and it is part of their first token. Cut "
+            "it off after decoding; do not put one at the end of the prompt."
+        )
     if labels:
         lines.append(
             f"One of {', '.join(labels)}. `labels.gbnf` is a grammar that admits exactly these, token by token; "

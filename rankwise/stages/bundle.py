@@ -17,12 +17,15 @@ from typing import Any
 
 from rankwise.config import BundleConfig
 from rankwise.data.device import DeviceTarget, read_target
+from rankwise.data.input_record import InputRecord
 from rankwise.data.labelling.label_task import FILE as TASK_FILE
 from rankwise.data.labelling.label_task import LabelTask, read_task
 from rankwise.errors import UsageError, VerificationError
 from rankwise.ship.abstain import Abstention, abstention
 from rankwise.ship.bundle import (
     GRAMMAR,
+    Prompt,
+    answers_spaced,
     check_prompt,
     copy_model,
     label_answers,
@@ -33,21 +36,24 @@ from rankwise.ship.bundle import (
     write_manifest,
     write_parts,
 )
+from rankwise.ship.clients import Asking, client_files
 from rankwise.ship.gguf.export import Exported
 from rankwise.ship.gguf.reading import GGUFFile
 from rankwise.ship.golden import FOLDER as GOLDEN
 from rankwise.ship.golden import Golden, read_golden, write_golden
 from rankwise.ship.llama.runtime import LlamaServer, RemoteServer
 from rankwise.ship.llama.server_api import ServerRuntime
+from rankwise.ship.modelfile import FILE as MODELFILE
+from rankwise.ship.modelfile import Template, end_texts, modelfile, template_of
 from rankwise.ship.parity.app_pixels import AppPixels
 from rankwise.ship.parity.ladder import Ladder, climb
-from rankwise.show.bundle import ladder_lines, readme
+from rankwise.show.bundle import Told, ladder_lines, readme
 from rankwise.show.format import command_line
 from rankwise.stages.bundling import Source, source_of
 from rankwise.stages.recorded import announce_prompts, recorded
 from rankwise.stages.validating import ROOM, Trained, context
 from rankwise.store.files import atomic_folder, write_text
-from rankwise.store.run import RunFolder
+from rankwise.store.run import RunFolder, called
 
 STAGE = "bundle"
 
@@ -64,7 +70,7 @@ def run(config: BundleConfig) -> dict[str, Any] | Ladder:
     with out.lock():
         refuse_other_content(out)
         with atomic_folder(out.path) as temporary:
-            inside = RunFolder(temporary)
+            inside = RunFolder(temporary, portable=True)
             with inside.recording(STAGE, {"export": source.exported.folder, "model": trained.name}) as record:
                 content = write_bundle(config, source, trained, temporary)
                 record.outputs["golden"] = temporary / GOLDEN
@@ -124,8 +130,23 @@ def write_bundle(config: BundleConfig, source: Source, trained: Trained, folder:
     limits = floor.thresholds(source.form, source.tolerance(config))
     write_golden(folder, trained.cases, trained.reference, limits, source.form, config.top)
     facts = described(source, trained, unsure)
-    write_text(folder / "README.md", readme(facts, prompt.as_dict(), [one.name for one in answers], target, unsure))
+    template = write_clients(folder, trained, prompt, facts, found.record)
+    spaced = answers_spaced(trained.items[0], trained.renderer)
+    told = Told(facts, prompt.as_dict(), [one.name for one in answers], target, unsure, spaced, template.use)
+    write_text(folder / "README.md", readme(told))
     return facts
+
+
+def write_clients(
+    folder: Path, trained: Trained, prompt: Prompt, facts: Mapping[str, Any], record: InputRecord | None
+) -> Template:
+    """What asks the model: Ollama's Modelfile, and code for three runtimes."""
+    template, ends = template_of(trained.items[0], trained.renderer, prompt), end_texts(trained.renderer)
+    system = record.system_prompt if record else None
+    write_text(folder / MODELFILE, modelfile(template, prompt, facts, ends, system))
+    for name, content in client_files(Asking(prompt, ends, facts, (folder / GRAMMAR).is_file())).items():
+        write_text(folder / name, content)
+    return template
 
 
 def task_of(exported: Exported, trained: Trained) -> LabelTask | None:
@@ -146,7 +167,7 @@ def described(source: Source, trained: Trained, unsure: Abstention) -> dict[str,
         "outtype": source.form,
         "model": source.text.name,
         "mmproj": source.mmproj.name if source.mmproj else None,
-        "made_from": dict(source.exported.content["model"]),
+        "made_from": called(source.exported.content["model"]),
         "max_new_tokens": trained.max_new_tokens,
         "context": context(trained.renderer),
         "validation": source.scores,

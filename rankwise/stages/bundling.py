@@ -154,7 +154,8 @@ def validation_doubts(
     config: BundleConfig, exported: Exported, form: str, validated: Mapping[str, Any] | None
 ) -> list[str]:
     if validated is None:
-        return [f"there is no validation in {config.validation} (rankwise validate {exported.folder} …)"]
+        place = f" in {Path(config.validation).name}" if config.validation else ""
+        return [f"there is no validation{place} (rankwise validate EXPORT …)"]
     if form not in validated["by_outtype"]:
         return [f"{form} was not validated, only {', '.join(validated['by_outtype'])}"]
     found = [f"validation found: {failure}" for failure in validated["failures"] if failure.startswith(f"{form}:")]

@@ -55,10 +55,13 @@ class Record:
 
 
 class RunFolder:
-    """A folder and its conventions: `run / "name"` is a path in it."""
+    """A folder and its conventions: `run / "name"` is a path in it.
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    portable: what goes to other people; its config and manifest say what things are called, not where they lie.
+    """
+
+    def __init__(self, path: Path | str, *, portable: bool = False) -> None:
+        self.path, self.portable = Path(path), portable
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -105,7 +108,8 @@ class RunFolder:
         """Save a resolved config (mapping or dataclass) flat: the file, given to its command, reproduces it. Secrets
         are left out."""
         is_dataclass = dataclasses.is_dataclass(config) and not isinstance(config, type)
-        return write_json(self / name, without_secrets(flatten(config) if is_dataclass else dict(config), None))
+        content = without_secrets(flatten(config) if is_dataclass else dict(config), None)
+        return write_json(self / name, without_places(content) if self.portable else content)
 
     @contextmanager
     def recording(self, stage: str, inputs: Mapping[str, Path | str]) -> Iterator[Record]:
@@ -144,7 +148,7 @@ class RunFolder:
             **process_peaks(),
             "python": platform.python_version(),
             "versions": versions(),
-            "inputs": dict(inputs),
+            "inputs": {name: called(row) if self.portable else row for name, row in inputs.items()},
             "outputs": {name: self._describe_output(Path(path)) for name, path in record.outputs.items()},
             **record.facts,
         }
@@ -183,6 +187,31 @@ def describe_input(value: Path | str) -> dict[str, str]:
     if path.exists():
         return {"path": str(value), "fingerprint": fingerprint(path)}
     return {"name": str(value)}
+
+
+def called(row: Mapping[str, str]) -> dict[str, str]:
+    """An input's or a model's description with its name in place of its path; the fingerprint stays."""
+    rest = {name: value for name, value in row.items() if name != "path"}
+    return {"name": Path(row["path"]).resolve().name, **rest} if "path" in row else rest
+
+
+def without_places(content: Any) -> Any:
+    """Names in place of paths, anywhere in a config: of what lies on this machine, and of absolute paths."""
+    if isinstance(content, dict):
+        return {key: without_places(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [without_places(value) for value in content]
+    if not isinstance(content, str) or not content:
+        return content
+    path = Path(content).expanduser()
+    return path.resolve().name if path.is_absolute() or is_there(path) else content
+
+
+def is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or no path at all
+        return False
 
 
 def process_peaks() -> dict[str, int]:

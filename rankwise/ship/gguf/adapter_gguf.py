@@ -31,7 +31,7 @@ from rankwise.ship.gguf.vocabulary import Vocabulary
 from rankwise.store.adapter import CONFIG_NAME, LoraAdapter, LoraPair, peft_tensors, read_adapter
 from rankwise.store.adapter_config import lora_config
 from rankwise.store.checkpoint import ADAPTER_NAMES
-from rankwise.store.files import write_json
+from rankwise.store.files import named, write_json
 
 ROUNDING = 1e-6  # relative: of one product in float32
 HALVES = (".lora_a", ".lora_b")
@@ -72,8 +72,11 @@ def write_adapter_gguf(adapter: Path, base: Path, outfile: Path, converter: Conv
     plain = read_plain(adapter)
     vocabulary = Vocabulary.of(base)
     changes = changes_for(base, converter, vocabulary, target=None, mmproj=False)
-    with TemporaryDirectory() as folder, shown_to_converter(base, changes) as view:
-        converter.convert_adapter(write_folded(fold_scales(plain), Path(folder)), view, outfile)
+    with TemporaryDirectory() as folder, shown_to_converter(base, changes, base.resolve().name) as view:
+        place = Path(folder) / adapter.resolve().name
+        place.mkdir()
+        with named(adapter, place):
+            converter.convert_adapter(write_folded(fold_scales(plain), place), view, outfile)
     try:
         check_adapter(GGUFFile(outfile), plain, config_of(base))
     except VerificationError:

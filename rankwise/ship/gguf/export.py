@@ -57,7 +57,7 @@ def write_export(plan: ExportPlan, folder: Path) -> dict[str, Any]:
         for outtype, place in places.items()
         for kind in plan.kinds
     ]
-    with shown(plan.model, plan.changes) as view:
+    with shown(plan.model, plan.changes, plan.name) as view:
         plan.converter.convert_all(view, jobs, plan.name)
     if plan.silenced:
         for job in jobs:

@@ -3,7 +3,8 @@
     merged/ ── changes_for(…) ──▶ Changes(files, notes) ── shown(…) ──▶ a folder of links + the changed JSON files
 
 The converter reads files, not the loaded model. Where a file is silent it falls back on guesses, and llama.cpp on its
-defaults; transformers knows, so the view says it. The model folder itself stays as it is.
+defaults; transformers knows, so the view says it. What a file says of this machine's folders it would write into the
+GGUF, so the view does not. The model folder itself stays as it is.
 """
 
 from __future__ import annotations
@@ -15,15 +16,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import yaml
+from huggingface_hub import ModelCard
+
 from rankwise.data.device import DeviceTarget
 from rankwise.data.device_processor import longest_edge, tiles
 from rankwise.errors import UsageError
 from rankwise.nets.load import load_config, load_processor
 from rankwise.ship.gguf.converter import Converter
 from rankwise.ship.gguf.vocabulary import MODEL, Vocabulary, plain_in_model
-from rankwise.store.files import read_object, write_json
+from rankwise.store.checkpoint import HUB_ID
+from rankwise.store.files import named, read_object, write_json, write_text
 
-CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
+CONFIG, TOKENIZER, CARD = "config.json", "tokenizer_config.json", "README.md"
+PLACE = "_name_or_path"  # where an older transformers had loaded the model from
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # What the converter wants a language tower to be called that its config does not name, by its model_type.
 TOWERS = {"llama": "VLlama3ForCausalLM"}
@@ -42,32 +48,39 @@ REFUSED = {"IsaacForConditionalGeneration": "llama.cpp has no Isaac"}
 
 @dataclass(frozen=True)
 class Changes:
-    """files: by name, the content that replaces the model's own. notes: what was added and why, for people."""
+    """files: by name, the content (of JSON, or text) that replaces the model's own. notes: what was added and why, for
+    people."""
 
-    files: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, Mapping[str, Any] | str]
     notes: tuple[str, ...]
 
 
 @contextmanager
-def shown(model: Path, changes: Changes) -> Iterator[Path]:
-    """The view, in a temporary folder that is gone afterwards."""
+def shown(model: Path, changes: Changes, name: str) -> Iterator[Path]:
+    """The view, gone afterwards. name: its folder's, from which the converter takes metadata."""
     with TemporaryDirectory(prefix="rankwise-view-") as folder:
-        view = Path(folder)
+        view = Path(folder) / Path(name).name
+        view.mkdir()
         for entry in model.iterdir():
             if entry.name not in changes.files and not entry.name.startswith("."):
                 (view / entry.name).symlink_to(entry.resolve(), target_is_directory=entry.is_dir())
-        for name, content in changes.files.items():
-            write_json(view / name, content)
-        yield view
+        for file, content in changes.files.items():
+            if isinstance(content, str):
+                write_text(view / file, content)
+            else:
+                write_json(view / file, content)
+        with named(model, view):
+            yield view
 
 
 def changes_for(
     model: Path, converter: Converter, vocabulary: Vocabulary, target: DeviceTarget | None, mmproj: bool
 ) -> Changes:
     """UsageError, naming the architecture, for a model that the converter does not know."""
-    files: dict[str, Mapping[str, Any]] = {}
+    files: dict[str, Mapping[str, Any] | str] = {}
     notes: list[str] = []
     for change in (
+        card_change(model),
         config_change(model, converter, mmproj),
         tokenizer_change(model, vocabulary),
         processor_change(model, target) if mmproj else ({}, []),
@@ -77,17 +90,30 @@ def changes_for(
     return Changes(files, tuple(notes))
 
 
-Change = tuple[dict[str, Mapping[str, Any]], list[str]]
+Change = tuple[Mapping[str, Mapping[str, Any] | str], list[str]]
+
+
+def card_change(model: Path) -> Change:
+    """The card's metadata without bases and data sets that are folders: the converter makes addresses of them."""
+    file = model / CARD
+    if not file.is_file():
+        return {}, []
+    data = ModelCard(file.read_text(encoding="utf-8", errors="replace"), ignore_metadata_errors=True).data.to_dict()
+    for key in ("base_model", "datasets"):
+        given = data.get(key) or []
+        data[key] = [one for one in ([given] if isinstance(given, str) else given) if HUB_ID.fullmatch(str(one))]
+    return {CARD: f"---\n{yaml.safe_dump({name: value for name, value in data.items() if value})}---\n"}, []
 
 
 def config_change(model: Path, converter: Converter, mmproj: bool) -> Change:
     config = read_object(model / CONFIG)
+    where = config.pop(PLACE, None)
     completed, notes = with_tower_name(config, converter, model)
     if mmproj:
         require_known(str(first(config)), converter, model, mmproj=True)
         completed, more = with_vision_defaults(completed, model)
         notes += more
-    return ({CONFIG: completed}, notes) if notes else ({}, [])
+    return ({CONFIG: completed}, notes) if notes or where else ({}, [])
 
 
 def with_tower_name(config: dict[str, Any], converter: Converter, model: Path) -> tuple[dict[str, Any], list[str]]:
