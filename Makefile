@@ -17,7 +17,7 @@ CREATE := $(PYTHON) -m venv $(VENV)
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 endif
 
-.PHONY: demo demo-vision test lint bench-ranks clean
+.PHONY: demo demo-vision test lint bench-ranks matrix clean
 
 demo: $(VENV)/.demo
 	$(BIN)/rankwise demo
@@ -38,6 +38,9 @@ lint: $(VENV)/.test
 bench-ranks: $(VENV)/.test
 	$(INSTALL) -e ".[bench]" -c constraints.txt
 	$(BIN)/python benchmarks/ranks.py
+
+matrix: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/family_matrix.py
 
 $(VENV)/bin/python:
 	$(CREATE)

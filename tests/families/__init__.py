@@ -15,7 +15,7 @@ from pathlib import Path
 from tiny_isaac import tiny_isaac
 from tiny_vision import tiny_idefics3, tiny_llava, tiny_qwen2vl, tiny_qwen25vl, tiny_smolvlm
 
-from families import gemmas, grids, llavas, tiles  # noqa: F401
+from families import deepseeks, gemmas, glms, grids, llavas, qwens, readers, tiles  # noqa: F401
 from families.parts import BUILDERS, made
 
 FAMILIES: dict[str, Callable[[Path], Path]] = {

@@ -1,67 +1,69 @@
-"""Families whose image tokens follow the picture's own shape: grids of merged patches, packed without padding."""
+"""Other families whose image tokens follow the picture's own shape: VideoLLaMA 3, PaddleOCR-VL."""
 
 from __future__ import annotations
 
-from tiny_vision import QWEN_SPECIALS, QWEN_TEMPLATE, qwen_ids
+from tiny_vision import QWEN_SPECIALS
 from transformers import (
-    Glm4vConfig,
-    Glm4vForConditionalGeneration,
-    Glm4vImageProcessor,
-    Glm4vProcessor,
-    Glm4vVideoProcessor,
-    Qwen2VLImageProcessor,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
+    PaddleOCRVLConfig,
+    PaddleOCRVLForConditionalGeneration,
+    PaddleOCRVLImageProcessor,
+    PaddleOCRVLProcessor,
+    VideoLlama3Config,
+    VideoLlama3ForConditionalGeneration,
+    VideoLlama3ImageProcessor,
+    VideoLlama3Processor,
+    VideoLlama3VideoProcessor,
 )
 
-from families.parts import MROPE, Parts, chatml, family, ids_of, text_sizes, tokenizer_with
-
-GLM_IMAGE = {
-    "image_token_id": "<|image|>",
-    "video_token_id": "<|video|>",
-    "image_start_token_id": "<|begin_of_image|>",
-    "image_end_token_id": "<|end_of_image|>",
-    "video_start_token_id": "<|begin_of_video|>",
-    "video_end_token_id": "<|end_of_video|>",
-}
-GRID_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
+from families.parts import (
+    MROPE,
+    PATCH,
+    TOWER,
+    Parts,
+    chatml,
+    family,
+    ids_of,
+    spoken,
+    text_sizes,
+    tokenizer_with,
+)
 
 
 @family
-def qwen3_vl() -> Parts:
-    """Features of early vision layers are added to the language model's (deepstack)."""
+def video_llama_3() -> Parts:
     tokenizer = tokenizer_with(*QWEN_SPECIALS, end="<|im_end|>")
-    images = Qwen2VLImageProcessor(patch_size=16, size={"shortest_edge": 1024, "longest_edge": 16384})
-    processor = Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), chat_template=QWEN_TEMPLATE)
-    config = Qwen3VLConfig(
-        text_config={**text_sizes(tokenizer), "head_dim": 8, "rope_parameters": MROPE},
-        vision_config={
-            **GRID_TOWER,
-            "depth": 3,
-            "patch_size": 16,
-            "deepstack_visual_indexes": [0, 1],
-            "num_position_embeddings": 64,
-        },
-        **qwen_ids(tokenizer),
+    images = VideoLlama3ImageProcessor(patch_size=PATCH, min_pixels=256, max_pixels=4096)
+    processor = VideoLlama3Processor(
+        images, tokenizer, VideoLlama3VideoProcessor(), chat_template=chatml("<|image_pad|>\n")
     )
-    return Parts(Qwen3VLForConditionalGeneration, config, processor)
+    config = VideoLlama3Config(
+        text_config={"model_type": "qwen2", **text_sizes(tokenizer)},
+        vision_config={name: value for name, value in TOWER.items() if name != "image_size"},
+        **ids_of(tokenizer, image_token_id="<|image_pad|>", video_token_id="<|video_pad|>"),
+    )
+    return Parts(VideoLlama3ForConditionalGeneration, config, processor)
 
 
 @family
-def glm4v() -> Parts:
-    """Begin and end tokens around an image's."""
-    tokenizer = tokenizer_with("<|im_start|>", "<|im_end|>", *GLM_IMAGE.values(), end="<|im_end|>")
-    processor = Glm4vProcessor(
-        Glm4vImageProcessor(size={"shortest_edge": 784, "longest_edge": 56 * 112 * 2}),
-        tokenizer,
-        Glm4vVideoProcessor(),
-        chat_template=chatml("<|begin_of_image|><|image|><|end_of_image|>"),
+def paddleocr_vl() -> Parts:
+    image = "<|IMAGE_PLACEHOLDER|>"
+    tokenizer = tokenizer_with(
+        "<s>", "</s>", "<|IMAGE_START|>", "<|IMAGE_END|>", "<|video_pad|>", image,
+        end="</s>", begin="<s>", named={"image_token": image},
+    )  # fmt: skip
+    images = PaddleOCRVLImageProcessor(patch_size=14, min_pixels=28 * 28, max_pixels=56 * 112)
+    template = spoken(f"<|IMAGE_START|>{image}<|IMAGE_END|>", "</s>", "\n", "{{ bos_token }}")
+    config = PaddleOCRVLConfig(
+        text_config={**text_sizes(tokenizer), "head_dim": 8, "rope_parameters": MROPE},
+        vision_config={**TOWER, "image_size": 56, "patch_size": 14},
+        **ids_of(
+            tokenizer,
+            image_token_id=image,
+            video_token_id="<|video_pad|>",
+            vision_start_token_id="<|IMAGE_START|>",
+            vision_end_token_id="<|IMAGE_END|>",
+        ),
     )
-    config = Glm4vConfig(
-        text_config={**text_sizes(tokenizer), "rope_parameters": MROPE},
-        vision_config={**GRID_TOWER, "image_size": 56, "patch_size": 14},
-        **ids_of(tokenizer, **GLM_IMAGE),
+    return Parts(
+        PaddleOCRVLForConditionalGeneration, config, PaddleOCRVLProcessor(images, tokenizer, chat_template=template)
     )
-    return Parts(Glm4vForConditionalGeneration, config, processor)

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 from typing import Any
 
+from tiny_vision import LLAVA_TEMPLATE
 from transformers import (
+    CLIPImageProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
+    LlavaNextVideoProcessor,
+    LlavaNextVideoVideoProcessor,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
+    LlavaProcessor,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PixtralImageProcessor,
     PixtralProcessor,
     PreTrainedTokenizerFast,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+    VideoLlavaImageProcessor,
+    VideoLlavaProcessor,
+    VideoLlavaVideoProcessor,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
 
 from families.parts import (
@@ -56,6 +70,76 @@ PIXTRAL_TOWER = {
     "patch_size": PATCH,
     "head_dim": 16,
 }
+
+
+def vicuna(*more: str) -> PreTrainedTokenizerFast:
+    return tokenizer_with("<s>", "</s>", "<image>", *more, end="</s>", begin="<s>")
+
+
+@family
+def vipllava() -> Parts:
+    """Features of several vision layers, side by side."""
+    tokenizer = vicuna()
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE, **NORMAL),
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    )
+    config = VipLlavaConfig(
+        text_config={"model_type": "llama", **text_sizes(tokenizer)},
+        vision_config=dict(CLIP),
+        vision_feature_layers=(-2, -1, 1),
+        image_seq_length=16,
+        **ids_of(tokenizer, image_token_index="<image>"),
+    )
+    return Parts(VipLlavaForConditionalGeneration, config, processor)
+
+
+@family
+def video_llava() -> Parts:
+    """Its pictures only; a second tower is for films."""
+    tokenizer = vicuna("<video>")
+    processor = VideoLlavaProcessor(
+        VideoLlavaImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE, **NORMAL),
+        VideoLlavaVideoProcessor(size={"shortest_edge": 32}, crop_size=SQUARE),
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        chat_template=LLAVA_TEMPLATE,
+    )
+    config = VideoLlavaConfig(
+        text_config={"model_type": "llama", **text_sizes(tokenizer)},
+        vision_config=dict(CLIP),
+        image_seq_length=16,
+        **ids_of(tokenizer, image_token_index="<image>", video_token_index="<video>"),
+    )
+    return Parts(VideoLlavaForConditionalGeneration, config, processor)
+
+
+@family
+def llava_next_video() -> Parts:
+    """Its pictures only."""
+    tokenizer = vicuna("<video>")
+    processor = LlavaNextVideoProcessor(
+        LlavaNextVideoVideoProcessor(size={"shortest_edge": 32}, crop_size=SQUARE),
+        LlavaNextImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS, **NORMAL),
+        tokenizer,
+        chat_template=LLAVA_TEMPLATE,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    config = LlavaNextVideoConfig(
+        text_config={"model_type": "llama", **text_sizes(tokenizer)},
+        vision_config=dict(CLIP),
+        image_grid_pinpoints=PINPOINTS,
+        image_seq_length=16,
+        **ids_of(tokenizer, image_token_index="<image>", video_token_index="<video>"),
+    )
+    return Parts(LlavaNextVideoForConditionalGeneration, config, processor)
 
 
 @family

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tiny_vision import HALF, saved, special_tokenizer, text_sizes
+from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
-__all__ = ["BUILDERS", "HALF", "Parts", "chatml", "family", "ids_of", "text_sizes", "tokenizer_with"]
+__all__ = ["BUILDERS", "Parts", "chatml", "family", "ids_of", "made", "text_sizes", "tokenizer_with"]
 
 SIDE, PATCH = 32, 8  # pixels: 16 patches a picture, or a tile of one
 SQUARE = {"height": SIDE, "width": SIDE}
@@ -24,6 +25,7 @@ TOWER = {
 }
 SIGLIP = {"model_type": "siglip_vision_model", **TOWER}
 CLIP = {"model_type": "clip_vision_model", **TOWER, "num_hidden_layers": 3}
+GRID_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
 MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
@@ -68,6 +70,15 @@ def tokenizer_with(
     )
 
 
+def cut_as_llama3(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Line breaks stay together before a word, as Llama 3 and those after it cut text: its prompts end with two."""
+    word, mark = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*"
+    cut = pre_tokenizers.Split(Regex(rf"{word}|{mark}|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated")
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, bytes_only])
+    return tokenizer
+
+
 def ids_of(tokenizer: PreTrainedTokenizerFast, **tokens: str) -> dict[str, int]:
     """Config names of tokens → their ids."""
     return {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
@@ -86,3 +97,25 @@ def templated(opening: str, end: str, asking: str, image: str, begin: str = "") 
     )
     turns = "{% for m in messages %}" + opening + content + end + "{% endfor %}"
     return begin + turns + "{% if add_generation_prompt %}" + asking + "{% endif %}"
+
+
+def spoken(image: str, end: str, between: str, begin: str = "") -> str:
+    """Turns as `User: … Assistant: …`, `end` behind an answer, `between` behind a question."""
+    said = "{{ {'user': 'User: ', 'assistant': 'Assistant: ', 'system': ''}[m['role']] }}"
+    closing = "{% if m['role'] == 'assistant' %}" + end + "{% else %}" + between + "{% endif %}"
+    return templated(said, closing, "Assistant:", image, begin)
+
+
+def sam_tower(side: int, patch: int) -> dict[str, Any]:
+    """A vision tower with local windows, as Segment Anything has it."""
+    return {
+        "hidden_size": 32,
+        "output_channels": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": side,
+        "patch_size": patch,
+        "window_size": 4,
+        "global_attn_indexes": [1],
+        "mlp_dim": 48,
+    }

@@ -44,6 +44,7 @@ from families.parts import (
     TOWER,
     Parts,
     chatml,
+    cut_as_llama3,
     family,
     ids_of,
     templated,
@@ -117,16 +118,17 @@ def aya_vision() -> Parts:
 
 @family
 def cohere2_vision() -> Parts:
+    """A tile has as many tokens as the patch size squared: the released sizes (512, 16, 2) make both 256; ours 16."""
     tokenizer = tokenizer_with(
         *COHERE, *list(COHERE_IMAGE.values())[:4], end="<|im_end|>", begin="<BOS>", named=COHERE_IMAGE
     )
     images = Cohere2VisionImageProcessor(
-        size=SQUARE, min_patches=1, max_patches=4, patch_size=PATCH, downsample_factor=2, **NORMAL
+        size=SQUARE, min_patches=1, max_patches=4, patch_size=4, downsample_factor=2, **NORMAL
     )
     processor = Cohere2VisionProcessor(images, tokenizer, chat_template=chatml("<|IMG_PATCH|>"))
     config = Cohere2VisionConfig(
         text_config={"model_type": "cohere2", **text_sizes(tokenizer), "head_dim": 8},
-        vision_config=dict(SIGLIP),
+        vision_config={**SIGLIP, "patch_size": 4},
         downsample_factor=2,
         alignment_intermediate_size=64,
         **ids_of(tokenizer, image_token_id="<|IMG_PATCH|>"),
@@ -181,9 +183,8 @@ def llama4() -> Parts:
     image = {"image_token_index": "<|patch|>", "boi_token_index": "<|image_start|>", "eoi_token_index": "<|image_end|>"}
     turns = ("<|begin_of_text|>", "<|eot|>", "<|header_start|>", "<|header_end|>")
     separators = ("<|tile_x_separator|>", "<|tile_y_separator|>")
-    tokenizer = tokenizer_with(
-        *turns, "<|image|>", *image.values(), *separators, end="<|eot|>", begin="<|begin_of_text|>"
-    )
+    specials = (*turns, "<|image|>", *image.values(), *separators)
+    tokenizer = cut_as_llama3(tokenizer_with(*specials, end="<|eot|>", begin="<|begin_of_text|>"))
     images = Llama4ImageProcessor(size=SQUARE, max_patches=4, **NORMAL)
     template = templated(
         "<|header_start|>{{ m['role'] }}<|header_end|>\n\n",
@@ -218,7 +219,8 @@ def llama4() -> Parts:
 def mllama() -> Parts:
     """One token an image; what it shows comes by cross-attention."""
     turns = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    tokenizer = tokenizer_with(*turns, "<|image|>", "<|python_tag|>", end="<|eot_id|>", begin="<|begin_of_text|>")
+    specials = (*turns, "<|image|>", "<|python_tag|>")
+    tokenizer = cut_as_llama3(tokenizer_with(*specials, end="<|eot_id|>", begin="<|begin_of_text|>"))
     images = MllamaImageProcessor(size=SQUARE, max_image_tiles=4, **NORMAL)
     config = MllamaConfig(
         text_config={

@@ -1,0 +1,41 @@
+"""Image-text families of transformers that have no tiny model here, and why: the table calls them untested."""
+
+from __future__ import annotations
+
+REASONS = {
+    "needs timm for its vision tower": ("fast_vlm", "gemma3n", "perception_lm"),
+    "encoder and decoder: no conversation is continued": (
+        "florence2",
+        "pix2struct",
+        "pp_formulanet",
+        "t5gemma2",
+        "udop",
+        "vision-encoder-decoder",
+    ),
+    "captions and answers without a conversation: its processor has no chat template": (
+        "blip",
+        "blip-2",
+        "git",
+        "instructblip",
+        "instructblipvideo",
+        "kosmos-2",
+        "kosmos-2.5",
+        "pp_chart2table",
+    ),
+    "images are tokens of a codebook": ("chameleon", "emu3"),
+    "no text is generated from images by it": ("evolla", "pi0", "diffusion_gemma", "shieldgemma2"),
+    "also hears or speaks: its processor needs audio": (
+        "cosmos3_omni",
+        "nemotron_h_omni",
+        "qwen2_5_omni_thinker",
+        "qwen3_omni_moe_thinker",
+    ),
+}
+NOT_YET = "no tiny model has been made of it"
+UNBUILT = {name: reason for reason, names in REASONS.items() for name in names}
+
+# Built and not exact, in words; without a line here the table quotes what differs.
+REFUSED = {
+    "got_ocr2": "its processor takes no conversation with images: its own chat call raises an error",
+    "paligemma": "it reads a prompt in both directions, and no rows are made for that yet",
+}

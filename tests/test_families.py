@@ -1,0 +1,77 @@
+"""Every tiny family against its own processor and model, and the committed table against what is installed.
+
+Here the questions that take no command; `make matrix` asks all of them and writes the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import transformers
+from families import FAMILIES
+from families.subject import Subject
+from families.trials import QUESTIONS
+from families.unbuilt import UNBUILT
+from family_matrix import BEGIN, END, MAPPING, PAGE, TABLE, markdown
+
+from rankwise.store.files import read_object
+
+FAMILY_TABLE = read_object(TABLE)
+STATES = {name: row["state"] for name, row in FAMILY_TABLE["families"].items()}
+EXACT = [name for name in FAMILIES if STATES[name] == "exact"]
+ASKED = ("one image", "two images", "text only", "turns", "labels", "forward", "batch")
+Subjects = Callable[[str], Subject]
+pytestmark = pytest.mark.filterwarnings("ignore:.*__array__ implementation:DeprecationWarning")  # GLM's processors
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> Subjects:
+    """A family's tiny model and both sides; made once."""
+    made: dict[str, Subject] = {}
+
+    def subject(name: str) -> Subject:
+        if name not in made:
+            work = tmp_path_factory.mktemp(name)
+            made[name] = Subject.of(name, FAMILIES[name](work / "model"), work)
+        return made[name]
+
+    return subject
+
+
+@pytest.mark.parametrize("question", ASKED)
+@pytest.mark.parametrize("name", EXACT)
+def test_a_family_is_given_what_its_own_code_makes(subjects: Subjects, name: str, question: str) -> None:
+    assert QUESTIONS[question](subjects(name)) == ""
+
+
+def test_the_table_holds_every_family_that_transformers_knows() -> None:
+    """Under the pinned versions. With others the product warns; what is new there has to be asked."""
+    if FAMILY_TABLE["versions"] != {"transformers": transformers.__version__}:
+        pytest.skip(f"the table is of {FAMILY_TABLE['versions']}")
+    missing = sorted(MAPPING.keys() - STATES.keys())
+    assert not missing, f"`make matrix` has not seen {missing}"
+    assert STATES.keys() <= MAPPING.keys() | FAMILIES.keys()
+
+
+def test_the_table_is_of_the_families_that_are_built() -> None:
+    assert {name for name, state in STATES.items() if state != "untested"} == FAMILIES.keys()
+    assert FAMILIES.keys().isdisjoint(UNBUILT)
+    assert UNBUILT.keys() <= MAPPING.keys()
+
+
+def test_exact_means_that_every_question_was_answered_with_yes() -> None:
+    for name, row in FAMILY_TABLE["families"].items():
+        if row["state"] == "exact":
+            assert row["questions"].keys() == QUESTIONS.keys(), name
+            assert set(row["questions"].values()) <= {"yes", "not taken"}, name
+            assert row["questions"]["one image"] == row["questions"]["batch"] == "yes", name
+        else:
+            assert row["why"], name
+    assert len(EXACT) >= 20
+
+
+def test_the_docs_have_the_same_table() -> None:
+    text = Path(PAGE).read_text()
+    assert text.split(BEGIN)[1].split(END)[0].strip() == markdown(FAMILY_TABLE)
