@@ -25,7 +25,7 @@ from families import FAMILIES
 from families.subject import Subject
 from families.talks import TALKS
 from families.trials import QUESTIONS, refused_by_train
-from families.unbuilt import NOT_YET, REFUSED, UNBUILT
+from families.unbuilt import LIMITED, NOT_YET, REFUSED, UNBUILT
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MAPPING
 
 from rankwise.data import families as product
@@ -113,6 +113,8 @@ def judged(subject: Subject, answers: Mapping[str, str]) -> tuple[str, str]:
     wrong = {question: answer for question, answer in answers.items() if answer not in ("yes", "not taken")}
     if not wrong:
         return "exact", ""
+    if subject.name in LIMITED and all("UsageError" in answer or "exit 2" in answer for answer in wrong.values()):
+        return "untested", LIMITED[subject.name]
     question, answer = next(iter(wrong.items()))
     return "refused", REFUSED.get(subject.name, f"{question}: {answer}")
 

@@ -53,7 +53,7 @@ def an_image_token_more(patch: Patch) -> None:
 
 def images_in_the_other_order(patch: Patch) -> None:
     whole = sight.Sight.pixels
-    patch.setattr(sight.Sight, "pixels", lambda self, images, *rest: whole(self, images[::-1], *rest))
+    patch.setattr(sight.Sight, "pixels", lambda self, rows: whole(self, [row[::-1] for row in rows]))
 
 
 def the_question_is_learnt_too(patch: Patch) -> None:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
+from transformers import Llama4ForCausalLM, Llama4TextConfig, PreTrainedModel
 
 from rankwise.core.site import KINDS, TOWERS, Site, describe, nearest, pattern
 from rankwise.errors import DataError, UsageError
@@ -141,6 +141,15 @@ def test_kinds_of_other_architectures(name: str, expected: set[tuple[str, str, b
     assert expected <= {(site.kind, site.projection, site.transposed) for site in sites}
     assert {site.layer for site in sites} == {0, 1}
     assert not any(site.kind in ("head", "embed") for site in sites)
+
+
+def test_a_router_that_returns_scores_beside_logits_is_no_site() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "intermediate_size_mlp": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64}
+    with torch.device("meta"):
+        model = Llama4ForCausalLM(Llama4TextConfig(**sizes, **heads, num_local_experts=2, moe_layers=[1]))
+    assert any(path.endswith("router") for path, _ in model.named_modules())
+    assert not any(path.endswith("router") for path in model_sites(model))
 
 
 def test_fused_experts_are_listed_and_left_out() -> None:

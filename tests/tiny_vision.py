@@ -120,14 +120,15 @@ def saved(folder: Path, model_class: Any, config: Any, processor: ProcessorMixin
 
 
 def spread(model: PreTrainedModel, scale: float = 4.0) -> None:
-    """Weights wide enough that pictures and words show in the logits; the usual 0.02 would hide a wrong one. Gates and
-    projections that are zeros in a new model are opened."""
+    """Weights wide enough that pictures and words show in the logits; the usual 0.02 would hide a wrong one. Gates,
+    projections and queries that are all alike in a new model are drawn."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.mul_(scale)
-            if not parameter.any() and not name.endswith("bias"):
+            alike = not parameter.any() or (parameter.dim() > 1 and bool((parameter == parameter.flatten()[0]).all()))
+            if alike and not name.endswith("bias"):
                 parameter.normal_(std=0.5, generator=generator)
 
 

@@ -55,6 +55,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
         return module.nf, module.nx
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return None  # inside nn.MultiheadAttention, which reads the weight past any adapter
+    if isinstance(module, nn.Linear) and type(module).__name__.endswith("Router"):
+        return None  # Llama 4, Phi-MoE: it returns scores of experts beside logits, which no adapter can be added to
     if isinstance(module, nn.Linear) or hasattr(module, "quant_state"):
         return module.out_features, module.in_features
     return None

@@ -53,6 +53,12 @@ class Family:
             return load_model(str(self.folder), torch.float32).eval()
         return AutoModelForImageTextToText.from_pretrained(self.folder, dtype=torch.float32).eval()
 
+    @property
+    def image_token_id(self) -> int | None:
+        """The id that stands for a feature of an image, by the family's config."""
+        names = ("image_token_id", "image_token_index")
+        return next((value for name in names if (value := getattr(self.model.config, name, None)) is not None), None)
+
     def inputs(self, talk: Talk, *, answered: bool = False) -> Tensors:
         """What the model takes for one conversation, asked for an answer unless `answered`. NotTheirs where the
         processor refuses it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -122,14 +123,16 @@ def own_loss(subject: Subject) -> float:
 
 def answer_places(subject: Subject, name: str) -> list[tuple[int, int]]:
     """(first, behind the end token) of each answer: where the family's prompt for it ends, up to the next special
-    token."""
+    token. Images may take another number of tokens in that prompt, which has fewer of them."""
     talk, found = TALKS[name], []
     whole = subject.family.inputs(talk, answered=True)["input_ids"][0].tolist()
     special = subject.family.processor.tokenizer.added_tokens_decoder
+    image = subject.family.image_token_id
+    words = [place for place, token in enumerate(whole) if token != image]
     for number, (role, _) in enumerate(talk.turns):
         if role == "assistant":
-            asked = type(talk)(talk.turns[: number + 1])
-            start = subject.family.inputs(asked)["input_ids"].shape[1]
+            asked = subject.family.inputs(replace(talk, turns=talk.turns[: number + 1]))["input_ids"][0].tolist()
+            start = words[sum(token != image for token in asked)]
             stop = next(place for place in range(start, len(whole)) if whole[place] in special) + 1
             found.append((start, stop))
     return found
@@ -177,4 +180,4 @@ def refused_by_train(subject: Subject) -> str:
     """The sentence that `train` refuses the family's rows with; "" where it does not."""
     line = f"train --model_name {subject.folder} --data_path {subject.product.data} --use_cpu --max_steps 1 --no_plots"
     code, said = command(line, subject.work / "refused")
-    return said.split("rankwise: ")[-1] if code in (2, 3) else ""
+    return said.split("rankwise: ", 1)[-1] if code in (2, 3) else ""
