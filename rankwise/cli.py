@@ -5,6 +5,8 @@ rankwise ranks BASE TUNED --budget uniform:16 --dry-run
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import os
 import signal
@@ -12,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rankwise import __version__, flags, options, terminal
@@ -137,14 +140,24 @@ def dispatch(argv: Sequence[str]) -> None:
     name, rest = split_command(argv)
     built, dry_run = resolve(name, rest)
     stage = stage_of(name)
-    if dry_run:
-        import yaml
-
-        print(yaml.safe_dump(options.flatten(built), sort_keys=False, allow_unicode=True), end="")
-        for line in stage.describe(built):
-            print("# would " + line.replace("\n", "\n#   "))
-    else:
+    importlib.import_module("rankwise.stages.extras").require_extras(name, built)
+    lines = stage.describe(built)
+    importlib.import_module("rankwise.stages.beforehand").ready(name, built)
+    if not dry_run:
         stage.run(built)
+        return
+    rehearse(stage, built)
+    import yaml
+
+    print(yaml.safe_dump(options.flatten(built), sort_keys=False, allow_unicode=True), end="")
+    for line in lines:
+        print("# would " + line.replace("\n", "\n#   "))
+
+
+def rehearse(stage: ModuleType, config: Any) -> None:
+    """The command up to its first write, for what it refuses; what it says on the way is no part of the config."""
+    with contextlib.redirect_stdout(sys.stderr), importlib.import_module("rankwise.store.files").rehearsal():
+        stage.run(config)
 
 
 def answered(words: Sequence[str]) -> bool:

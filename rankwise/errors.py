@@ -57,11 +57,12 @@ class Interrupted(RankwiseError):
         self.exit_code = 128 + signal_number
 
 
-def need(module: str, extra: str) -> ModuleType:
-    """Import an optional module, or say which extra of the package brings it."""
+def need(module: str, extra: str, package: str = "") -> ModuleType:
+    """Import an optional module, or say which extra of the package, or which other package, brings it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        brings = package or f"'rankwise[{extra}]'"
         raise UsageError(
-            f"{module.split('.')[0]} is not installed ({error}); it comes with: pip install 'rankwise[{extra}]'"
+            f"{module.split('.')[0]} is not installed ({error}); it comes with: pip install {brings}"
         ) from error

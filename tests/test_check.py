@@ -387,8 +387,11 @@ def test_a_big_file_is_checked_as_a_small_one(
 
 
 def test_dry_run_and_missing_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", "--data-path", str(tmp_path / "a.json"), "--model-name", "m", "--dry-run"]) == 0
+    rows = tmp_path / "rows.json"
+    rows.write_text("[]")
+    assert main(["check", "--task", "conversations", "--data-path", str(rows), "--dry-run"]) == 0
     assert "decode every image" in capsys.readouterr().out
+    assert main(["check", "--data-path", str(rows), "--task", "cota", "--model-name", "m", "--dry-run"]) == 3
     assert main(["check", "--task", "conversations"]) == 2
     assert main(["check", "--data-path", str(tmp_path / "a.json"), "-o", str(tmp_path / "out")]) == 3
 

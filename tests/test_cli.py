@@ -248,6 +248,7 @@ def test_which_recipe_is_taken_is_said(
     assert resolved("features compare", "features.yaml").results_dir.startswith("runs")
     assert "taking the package's recipe" in capsys.readouterr().err
     save(tmp_path / "features.yaml", "stages: [{command: report, run: mine}]")
+    (tmp_path / "mine").mkdir()
     assert cli.main(["run", "features", "--dry-run"]) == 0
     said = capsys.readouterr()
     assert "rankwise run features.yaml" in said.err and "rankwise features capture" in said.out
@@ -289,9 +290,11 @@ def test_a_dry_run_prints_a_config_and_does_nothing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for name in ("base", "tuned"):
+        (tmp_path / name).mkdir()
     shown = dry_run(capsys, "ranks", "base", "tuned", "--max-rank", "8", "--rename", "a=b")
     assert "# would measure the spectra of base and tuned" in shown
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["base", "tuned"]
     config = resolved("ranks", save(tmp_path / "c.yaml", shown))
     assert config == resolved("ranks", "base", "tuned", "--max-rank", "8", "--rename", "a=b")
 

@@ -24,6 +24,7 @@ from rankwise.nets.adapters import save_adapter
 from rankwise.nets.load import load_config
 from rankwise.score import TASKS, EvaluationResult, task
 from rankwise.score.forgetting import FILE as FORGETTING
+from rankwise.stages import evaluate
 from rankwise.stages.rendering import renderer_for
 
 LABELS = ("entailment", "neutral", "contradiction")
@@ -322,9 +323,10 @@ def test_what_cannot_work_is_said_before_anything_is_read(
 
 
 def test_a_dry_run_says_what_would_be_written(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["evaluate", "m", "--task", "e2e_nlg", "--data_path", "d", "--forget", "x.txt", "-o", "out", "--dry-run"]
-    assert cli.main(words) == 0
-    shown = capsys.readouterr().out
+    words = ["evaluate", "m", "--task", "e2e_nlg", "--data_path", "d", "--forget", "x.txt", "-o", "out"]
+    shown = "\n".join(evaluate.describe(cli.resolve("evaluate", words[1:])[0]))
+    assert cli.main([*words, "--dry-run"]) == 3
+    assert "x.txt: no such file or folder (--forget)" in capsys.readouterr().err
     assert "out/evaluation_results.json" in shown and "out/forgetting.json" in shown
 
 

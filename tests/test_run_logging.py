@@ -49,7 +49,7 @@ def print_by_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def something_to_report(folder: Path) -> None:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "training_log.csv").write_text("step,loss\n1,2.5\n2,2.0\n", encoding="utf-8")
 
 
@@ -129,6 +129,7 @@ def test_a_run_writes_its_log_and_watches_itself(
 ) -> None:
     out = tmp_path / "out"
     print_by_descriptor(monkeypatch)
+    (out / "made").mkdir(parents=True)
     assert cli.main(["run", str(recipe), "-o", str(out), "--log_file", str(tmp_path / "first.log")]) == 3
     assert "(exit code 3)" in (tmp_path / "first.log").read_text(encoding="utf-8")
     assert "not finished" in (tmp_path / "first.log").read_text(encoding="utf-8")

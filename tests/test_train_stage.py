@@ -268,11 +268,16 @@ def test_resuming_another_run_is_refused(train: Train, tmp_path: Path, capsys: p
     assert newest_complete(tmp_path) == tmp_path / "checkpoint-2"
 
 
-def test_a_dry_run_needs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = f"train --lora-config {tmp_path / 'plan.json'} --task cota --data-path rows.json -o {tmp_path / 'out'}"
-    assert cli.main([*line.split(), "--load-in-8bit", "--fp16", "--dry-run"]) == 0
+def test_a_dry_run_looks_at_the_disk_and_leaves_it_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan, rows = tmp_path / "plan.json", tmp_path / "rows.json"
+    line = f"train --lora-config {plan} --task cota --data-path {rows} -o {tmp_path / 'out'} --load-in-8bit --fp16"
+    for missing, content in ((plan, '{"model_name": "org/model"}'), (rows, "[]")):
+        assert cli.main([*line.split(), "--dry-run"]) == 3
+        assert f"{missing}: no such file or folder" in capsys.readouterr().err
+        missing.write_text(content)
+    assert cli.main([*line.split(), "--dry-run"]) == 0
     assert "would adapt the model that the plan names" in capsys.readouterr().out
-    assert not (tmp_path / "out").exists()
+    assert sorted(tmp_path.iterdir()) == [plan, rows]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from parity_models import SIZES, TARGET, draw, exported_in
 
-from rankwise.cli import main
+from rankwise.cli import main, resolve
 from rankwise.config import ScoredData, ValidateConfig
 from rankwise.data import Example, Turn
 from rankwise.data.labelling.label_task import LabelClass, LabelTask
@@ -68,10 +68,10 @@ def test_it_must_be_clear_what_runs(tmp_path: Path) -> None:
 
 
 def test_dry_run_says_what_would_be_done(capsys: pytest.CaptureFixture[str]) -> None:
-    assert not main(
-        ["validate", "exported", "--task", "labels", "--data_path", "dataset", "--sweep", "q4_0", "--dry-run"]
-    )
-    said = capsys.readouterr().out
+    line = ["validate", "exported", "--task", "labels", "--data_path", "dataset", "--sweep", "q4_0"]
+    said = "\n".join(validate.describe(resolve("validate", line[1:])[0]))
+    assert main([*line, "--dry-run"]) == 3
+    assert "exported: no such file or folder" in capsys.readouterr().err
     assert "parity ladder on up to 32 items" in said
     assert "q4_0" in said
 

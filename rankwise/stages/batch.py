@@ -81,6 +81,13 @@ def runs_of(config: BatchConfig) -> dict[str, RunConfig]:
     return jobs
 
 
+def ready(config: BatchConfig) -> None:
+    """What is asked of every stage of every recipe, before the first one begins."""
+    jobs = [] if config.list_ else list(runs_of(config).values())
+    for job in jobs:
+        recipes.ready(job)
+
+
 def attempt(name: str, job: RunConfig) -> Outcome:
     print(f"\n== {name}", flush=True)
     started, error = time.monotonic(), None

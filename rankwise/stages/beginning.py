@@ -26,7 +26,7 @@ from rankwise.store.run import CONFIG, RunFolder
 from rankwise.train.allocation import ALLOCATED_TABLE
 from rankwise.train.gradients import GRADIENT_FILES
 from rankwise.train.phases import PHASES_TABLE
-from rankwise.train.resume import FirstStep, refuse_earlier, resume_point
+from rankwise.train.resume import FirstStep, goes_on_from, refuse_earlier, resume_point
 from rankwise.train.tables import TRAINING_LOG
 from rankwise.train.trainer import RankwiseTrainer
 
@@ -50,6 +50,13 @@ def starting_point(config: FinetuneConfig | TrainConfig, job: Job) -> Path | Non
     if index == 0 and checkpoint is None:
         refuse_earlier(folder, bool(config.training.get("overwrite_output_dir")))
     return checkpoint
+
+
+def check_folder(config: FinetuneConfig | TrainConfig) -> None:
+    """UsageError where a fresh run would mix with an earlier one in its folder; before anything is read."""
+    folder = Path(config.output_dir)
+    if process_index()[0] == 0 and goes_on_from(config.resume_from_checkpoint, folder) is None:
+        refuse_earlier(folder, bool(config.training.get("overwrite_output_dir")))
 
 
 def earlier_of(config: FinetuneConfig | TrainConfig) -> Aside:

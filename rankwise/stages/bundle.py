@@ -64,20 +64,19 @@ def run(config: BundleConfig) -> dict[str, Any] | Ladder:
     check(config)
     if config.replay:
         return replay(config, Path(config.replay))
+    RunFolder(config.output_dir).refuse_other_content(STAGE)
     source = source_of(config)
     trained = source.trained(config)
     out = RunFolder(config.output_dir)
-    with out.lock():
-        refuse_other_content(out)
-        with atomic_folder(out.path) as temporary:
-            inside = RunFolder(temporary, portable=True)
-            with inside.recording(STAGE, {"export": source.exported.folder, "model": trained.name}) as record:
-                content = write_bundle(config, source, trained, temporary)
-                record.outputs["golden"] = temporary / GOLDEN
-            inside.save_config(config)
-            write_manifest(temporary, content)
-            ladder = replayed(config, temporary)
-            require(ladder, str(out.path))
+    with out.lock(), atomic_folder(out.path) as temporary:
+        inside = RunFolder(temporary, portable=True)
+        with inside.recording(STAGE, {"export": source.exported.folder, "model": trained.name}) as record:
+            content = write_bundle(config, source, trained, temporary)
+            record.outputs["golden"] = temporary / GOLDEN
+        inside.save_config(config)
+        write_manifest(temporary, content)
+        ladder = replayed(config, temporary)
+        require(ladder, str(out.path))
     report(config, content, ladder)
     return content
 
@@ -99,15 +98,6 @@ def check(config: BundleConfig) -> None:
         raise UsageError("--app_pixels is compared with the golden vectors of a bundle: give it with --replay BUNDLE")
     if config.app_pixels and not Path(config.app_pixels).is_dir():
         raise UsageError(f"--app_pixels: {config.app_pixels} is no folder")
-
-
-def refuse_other_content(out: RunFolder) -> None:
-    """The output replaces the folder as a whole, so nothing may lie in it but an earlier bundle."""
-    visible = [entry.name for entry in out.path.iterdir() if not entry.name.startswith(".")]
-    if visible and STAGE not in out.stages():
-        raise UsageError(
-            f"{out.path}: holds other files ({', '.join(sorted(visible)[:3])} …); choose a new --output_dir"
-        )
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

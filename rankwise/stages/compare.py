@@ -17,7 +17,6 @@ def run(config: CompareConfig) -> Path:
     """Write the tables and, unless told not to, the picture; returns the folder."""
     rows = read_rows(check(config))
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CSV, table_text(rows))
     write_json(folder / JSON, {"runs": [row.record() for row in rows]})
     text = markdown(rows)

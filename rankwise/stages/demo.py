@@ -66,6 +66,12 @@ def run(config: DemoConfig) -> Path:
     return folder / "report.html"
 
 
+def ready(config: DemoConfig) -> None:
+    """What its recipe's stages need."""
+    made = [run_folder(config) / name for name in ("base", "data")]
+    recipes.ready(recipe_config(config, shipping=not lacking_parts()), made)
+
+
 def lacking_parts() -> str:
     """What of llama.cpp is not installed here, as a sentence; nothing where all of it is."""
     try:

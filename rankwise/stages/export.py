@@ -39,6 +39,8 @@ ASKED = Example("probe", "probe", (Turn("user", "a"), Turn("assistant", "b")))
 def run(config: ExportConfig) -> Exported | Path | None:
     """The whole command; returns the export, the adapter's GGUF, or None where only the converter was installed."""
     check_options(config)
+    if config.model or config.adapter_gguf:
+        RunFolder(config.output_dir).refuse_other_content(STAGE)
     converter = the_converter(config)
     if config.adapter_gguf:
         return export_adapter(config, Path(config.adapter_gguf), converter)
@@ -50,7 +52,6 @@ def run(config: ExportConfig) -> Exported | Path | None:
     out = RunFolder(config.output_dir)
     require_space(plan, out.path)
     with out.lock():
-        refuse_other_content(out)
         print(f"converting {config.model} ({', '.join(plan.kinds)}: {', '.join(plan.outtypes)})", flush=True)
         with atomic_folder(out.path) as temporary:
             inside = RunFolder(temporary)
@@ -138,15 +139,6 @@ def file_names(content: Mapping[str, Any]) -> list[str]:
     return [name for files in content["files"].values() for name in (files["text"], files["mmproj"]) if name]
 
 
-def refuse_other_content(out: RunFolder) -> None:
-    """The output replaces the folder as a whole, so nothing may lie in it but an earlier export."""
-    visible = [entry.name for entry in out.path.iterdir() if not entry.name.startswith(".")]
-    if visible and STAGE not in out.stages():
-        raise UsageError(
-            f"{out.path}: holds other files ({', '.join(sorted(visible)[:3])} …); choose a new --output_dir"
-        )
-
-
 # --- what people read --------------------------------------------------------------------------------------------
 
 
@@ -217,16 +209,14 @@ def export_adapter(config: ExportConfig, adapter: Path, converter: Converter) ->
     require_text_sites(found, resolve(base), adapter)
     out = RunFolder(config.output_dir)
     name = f"{config.name or adapter.resolve().name}-lora-f32.gguf"
-    with out.lock():
-        refuse_other_content(out)
-        with atomic_folder(out.path) as temporary:
-            inside = RunFolder(temporary)
-            with inside.recording(STAGE, {"adapter": adapter, "base": base}) as record:
-                record.outputs |= carry(adapter_files(adapter)[0].parent, temporary)
-                file = write_adapter_gguf(adapter, resolve(base), temporary / name, converter)
-                write_json(temporary / FILE, adapter_description(adapter, base, file, converter))
-                record.outputs |= {FILE: temporary / FILE, name: file}
-                inside.save_config(config)
+    with out.lock(), atomic_folder(out.path) as temporary:
+        inside = RunFolder(temporary)
+        with inside.recording(STAGE, {"adapter": adapter, "base": base}) as record:
+            record.outputs |= carry(adapter_files(adapter)[0].parent, temporary)
+            file = write_adapter_gguf(adapter, resolve(base), temporary / name, converter)
+            write_json(temporary / FILE, adapter_description(adapter, base, file, converter))
+            record.outputs |= {FILE: temporary / FILE, name: file}
+            inside.save_config(config)
     sites, rank = len(found.pairs), largest_rank(found)
     print(f"wrote {plural(sites, 'site')} (largest rank {rank}) of {adapter} to {out / name}, checked factor by factor")
     loaded = shlex.join(["llama-server", "-m", "BASE.gguf", "--lora", str(out / name)])

@@ -20,7 +20,7 @@ from rankwise.errors import UsageError
 from rankwise.nets.towers import check_towers, tower_parameters
 from rankwise.show.format import amount, command_line, duration
 from rankwise.stages import training as shared
-from rankwise.stages.beginning import starting_point
+from rankwise.stages.beginning import check_folder, starting_point
 from rankwise.stages.idle import refuse_idle
 from rankwise.stages.probing import train_full, train_lora
 from rankwise.stages.rendering import decode_aside, renderer_for
@@ -42,6 +42,7 @@ def run(config: FinetuneConfig) -> Path:
     name = config.model.model_name
     assert name is not None
     arguments = arguments_of(config)
+    check_folder(config)
     folder = RunFolder(config.output_dir)
     with shared.held(folder, "finetune", {"model": name, "data": str(config.data.data_path)}) as record:
         skeleton = shared.structure(config.model, name)

@@ -43,8 +43,8 @@ def run(config: LabelConfig) -> Written:
     check_options(config)
     hide_key(config)
     target, out = DeviceTarget(image_size=config.image_size), RunFolder(config.output_dir)
+    refuse_other_content(out)
     with out.lock():
-        refuse_other_content(out)
         out.save_config(config)
         with out.recording("label", inputs(config)) as record:
             found = existing(config, target) if labels_given(config) else asked(config, target)

@@ -39,10 +39,10 @@ from rankwise.store.run import Record, RunFolder
 def run(config: MergeConfig) -> Agreement | None:
     """The whole command; returns what the verification measured."""
     adapter, base = check(config)
+    RunFolder(config.output_dir).refuse_other_content("merge")
     plan = plan_merge(base, adapter, config.dtype)
     out, agreement = RunFolder(config.output_dir), None
     with out.lock():
-        refuse_other_content(out)
         require_space(plan, out.path)
         found = recorded([plan.adapter])
         announce_prompts(found.record, found)
@@ -91,15 +91,6 @@ def check(config: MergeConfig) -> tuple[Path, str]:
 def recorded_base(adapter: Path) -> str | None:
     config_file = adapter_files(adapter)[1]
     return (read_object(config_file).get("base_model_name_or_path") or None) if config_file else None
-
-
-def refuse_other_content(out: RunFolder) -> None:
-    """The output replaces the folder as a whole, so nothing may lie in it but an earlier merge."""
-    visible = [entry.name for entry in out.path.iterdir() if not entry.name.startswith(".")]
-    if visible and "merge" not in out.stages():
-        raise UsageError(
-            f"{out.path}: holds other files ({', '.join(sorted(visible)[:3])} …); choose a new --output_dir"
-        )
 
 
 def goes_by_layers(config: MergeConfig, plan: MergePlan) -> bool:

@@ -47,6 +47,7 @@ class Recipe:
     path: Path
     stages: tuple[Stage, ...]
     description: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def find_recipe(text: str) -> Path:

@@ -18,8 +18,8 @@ from rankwise.stages.recipe import Recipe, Stage, without_aliases
 FLAG = re.compile(r"--(\w+)")
 
 
-def resolved(recipe: Recipe, changes: Sequence[str]) -> tuple[Recipe, dict[str, Any], list[str]]:
-    """(the recipe without idle options, each stage's config by its name, notes on what was left out).
+def resolved(recipe: Recipe, changes: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
+    """(the recipe without idle options and with a note on each, each stage's config by its name).
 
     changes: the words of `--set`, which are in the recipe already.
     """
@@ -29,7 +29,7 @@ def resolved(recipe: Recipe, changes: Sequence[str]) -> tuple[Recipe, dict[str, 
         stages.append(kept)
         configs[stage.name] = config
         notes += said
-    return replace(recipe, stages=tuple(stages)), configs, notes
+    return replace(recipe, stages=tuple(stages), notes=tuple(notes)), configs
 
 
 def options_set(stage: Stage, changes: Sequence[str]) -> set[str]:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -27,8 +27,9 @@ from rankwise.options import flatten, unknown
 from rankwise.show.contents import StageTime
 from rankwise.show.format import duration
 from rankwise.show.pipeline import BEFORE, UNASKED, UNFINISHED, UNREACHED, time_lines
-from rankwise.stages import background
+from rankwise.stages import background, beforehand
 from rankwise.stages.commands import COMMANDS, stage_of
+from rankwise.stages.extras import require_extras
 from rankwise.stages.recipe import Recipe, Stage, find_recipe, load_recipe, packaged_lines, shadowed
 from rankwise.stages.resolving import resolved
 from rankwise.stages.torchrun import run_in_processes
@@ -49,6 +50,8 @@ def run(config: RunConfig) -> Path | None:
         print("\n".join(packaged_lines()))
         return None
     recipe, configs = prepared(config)
+    for note in (shadowed(str(config.recipe)), *recipe.notes):
+        print(note, file=sys.stderr) if note else None
     folder = RunFolder(run_folder(config))
     state = RunFolder(folder / STATE)
     if config.background:
@@ -56,7 +59,7 @@ def run(config: RunConfig) -> Path | None:
             pass
         background.start(config, folder.path, log_path(config))
         return folder.path
-    with logging(config), background.stoppable("the same command goes on from here"), state.lock():
+    with state.lock(), logging(config), background.stoppable("the same command goes on from here"):
         folder.save_config(record_of(recipe), RECORD)
         chosen, again = selection(config, recipe)
         times = {stage.name: StageTime(stage.name, note=UNASKED) for stage in recipe.stages}
@@ -136,6 +139,21 @@ def step(folder: RunFolder, recipe: Recipe, index: int, config: Any, again: bool
     return StageTime(stage.name, seconds, usage)
 
 
+def ready(config: RunConfig, made: Sequence[Path] = ()) -> None:
+    """What is asked of every stage to run, before the first one begins. made: what is there by then."""
+    if config.list_:
+        return
+    recipe, configs = prepared(config)
+    chosen, _ = selection(config, recipe)
+    there = list(made)
+    for stage in recipe.stages:
+        if stage.name in chosen:
+            with naming(stage):
+                require_extras(stage.command, configs[stage.name])
+                beforehand.ready(stage.command, configs[stage.name], there, run_folder(config))
+            there += outputs(configs[stage.name])
+
+
 def record_of(recipe: Recipe) -> dict[str, Any]:
     """The recipe as it was resolved, for the run folder."""
     stages = [{"name": stage.name, "command": stage.command, **stage.options} for stage in recipe.stages]
@@ -146,12 +164,8 @@ def prepared(config: RunConfig) -> tuple[Recipe, dict[str, Any]]:
     """The recipe, and every stage's config: all of it is checked before anything runs."""
     if not config.recipe:
         raise UsageError("run needs a recipe: rankwise run RECIPE.yaml, or the name of one of `rankwise run --list`")
-    if note := shadowed(config.recipe):
-        print(note, file=sys.stderr)
     loaded = load_recipe(find_recipe(config.recipe), run_folder(config), config.set)
-    recipe, configs, notes = resolved(loaded, config.set)
-    for note in notes:
-        print(note, file=sys.stderr)
+    recipe, configs = resolved(loaded, config.set)
     selection(config, recipe)
     return recipe, configs
 

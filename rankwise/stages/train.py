@@ -29,7 +29,7 @@ from rankwise.stages.allocating import (
     start_rank,
     starting,
 )
-from rankwise.stages.beginning import starting_point, train_job
+from rankwise.stages.beginning import check_folder, starting_point, train_job
 from rankwise.stages.depth import asked, depth_lines, gate_module, save_depth
 from rankwise.stages.estimate import check_estimate, estimated
 from rankwise.stages.idle import refuse_idle
@@ -66,6 +66,7 @@ def run(config: TrainConfig) -> Path:
     arguments = arguments_of(config)
     if config.estimate.estimate:
         return estimated(config, name, arguments)
+    check_folder(config)
     folder, towers = RunFolder(config.output_dir), train_use(config.towers)
     with shared.held(folder, "train", inputs(config, name)) as record:
         skeleton = shared.structure(config.model, name)

@@ -14,6 +14,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,31 @@ NO_SPACE_TEXTS = ("No space left", "os error 28", "Disk quota exceeded", "os err
 UNWRITABLE = (NotADirectoryError, FileExistsError, PermissionError, IsADirectoryError)
 WHOLE = 64 * 2**20
 SAMPLES, SAMPLE_BYTES = 256, 16 * 2**10
+
+
+class FirstWrite(BaseException):
+    """Where a rehearsal ends: the command would now write. No Exception: nothing may take it for an error."""
+
+
+_rehearsing = ContextVar("rehearsing", default=False)
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Run a block up to its first write: what it refuses before that, it refuses here, and nothing is made."""
+    token = _rehearsing.set(True)
+    try:
+        yield
+    except FirstWrite:
+        pass
+    finally:
+        _rehearsing.reset(token)
+
+
+def about_to_write() -> None:
+    """Said before anything is made, locked or fetched; ends a rehearsal."""
+    if _rehearsing.get():
+        raise FirstWrite
 
 
 @contextmanager
@@ -42,6 +68,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 @contextmanager
 def atomic_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
     """`atomic_write` for files that belong together: none is renamed before all are safely on the disk."""
+    about_to_write()
     temporaries = tuple(_beside(path, "tmp") for path in paths)
     try:
         with explained(paths[0]):
@@ -68,6 +95,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     A folder that already has the name is replaced with everything in it: it is moved aside first, moved back
     if the rename fails, and deleted last. When the block fails, it stays as it was.
     """
+    about_to_write()
     path = Path(path)
     temporary = _beside(path, "tmp")
     try:

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 
 from rankwise.errors import UsageError
 from rankwise.options import flatten
-from rankwise.store.files import fingerprint, read_object, write_json
+from rankwise.store.files import about_to_write, fingerprint, read_object, write_json
 from rankwise.store.memory import PeakMemory
 from rankwise.store.secrets import without_secrets
 
@@ -77,6 +77,7 @@ class RunFolder:
         kill. Of several processes of one run only rank 0 takes it. The lock's files go with the block, and so do
         folders that were made for it and into which nothing was written.
         """
+        about_to_write()
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -103,6 +104,13 @@ class RunFolder:
                 (self / LOCK).unlink(missing_ok=True)
             lock.release()
             remove_empty(made)
+
+    def refuse_other_content(self, stage: str) -> None:
+        """UsageError where the folder holds anything but an earlier result of the stage, which replaces all of it."""
+        found = self.path.iterdir() if self.path.is_dir() else ()
+        visible = sorted(entry.name for entry in found if not entry.name.startswith("."))
+        if visible and stage not in self.stages():
+            raise UsageError(f"{self.path}: holds other files ({', '.join(visible[:3])} …); choose a new --output_dir")
 
     def save_config(self, config: Any, name: str = CONFIG) -> Path:
         """Save a resolved config (mapping or dataclass) flat: the file, given to its command, reproduces it. Secrets

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock
 
 from rankwise.errors import DataError, ServiceError, need
-from rankwise.store.files import explained, sha256
+from rankwise.store.files import about_to_write, explained, sha256
 
 ATTEMPTS = 5
 WAIT = 1.0  # seconds before the second attempt; doubled before each later one
@@ -47,6 +47,7 @@ def fetch(download: Download, folder: Path) -> Path:
     alone. ServiceError where the file cannot be had. Several processes may ask at once: one fetches.
     """
     pooch: Any = need("pooch", extra="data")
+    about_to_write()
     file = folder / download.name
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f".{download.name}.lock"), explained(file):

@@ -33,7 +33,7 @@ from rankwise.ship.gguf.converter import (
     installed,
     streamed,
 )
-from rankwise.store.files import atomic_folder, sha256, write_json
+from rankwise.store.files import about_to_write, atomic_folder, sha256, write_json
 
 LARGEST = 64 * 2**20  # bytes of the files that are kept; they have 3 MiB
 BACKEND = "scikit_build_core"  # what the package's pyproject.toml names, as BACKEND.build
@@ -55,6 +55,7 @@ def install_converter(pin: Pin = PIN) -> Converter:
     UsageError without pip; ServiceError where the index cannot be reached or lacks the package; DataError where the
     archive is not the pinned one. Nothing is left behind then.
     """
+    about_to_write()
     folder = converter_folder(pin)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{pin.version}.lock"):

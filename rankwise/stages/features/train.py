@@ -22,7 +22,7 @@ from rankwise.nets.factorize import FactorizerSettings, canonical
 from rankwise.stages.features.factor_job import FactorJob, allocation_of, arguments_of, trainer_of
 from rankwise.stages.features.factor_outcome import finish
 from rankwise.stages.features.run_log import RunLog
-from rankwise.stages.features.starting import Start, epochs_done, holds_run, room_made, start_of
+from rankwise.stages.features.starting import Start, epochs_done, holds_run, refuse_earlier, room_made, start_of
 from rankwise.stages.idle import refuse_idle
 from rankwise.stages.training import held
 from rankwise.store.files import write_json
@@ -43,6 +43,8 @@ def run(config: FactorTrainConfig) -> Path:
     check_measurable(cache)
     for note in cache.notes():
         announce(note)
+    if process_index()[0] == 0 and not config.resume:
+        refuse_earlier(folder.path, config.overwrite)
     with held(folder, "features train", {"features": config.features}) as record:
         set_seed(config.seed)
         job = FactorJob(config, cache, settings, weights, arguments_of(config, folder.path))

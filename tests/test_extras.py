@@ -1,0 +1,141 @@
+"""What is not installed is found out before anything is read, by every command and every stage of a recipe."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers.training_args import OptimizerNames
+
+from rankwise import cli
+from rankwise.stages import extras
+from rankwise.stages.commands import COMMANDS
+from rankwise.stages.extras import PARTS, require_extras
+from rankwise.stages.idle import Told
+
+
+class Hidden:
+    """Makes modules unimportable, as on an install without them."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name.split(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return None
+
+
+@pytest.fixture
+def hide(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    def hidden(*names: str) -> None:
+        for loaded in [name for name in sys.modules if name.split(".")[0] in names]:
+            monkeypatch.delitem(sys.modules, loaded)
+        monkeypatch.setattr(sys, "meta_path", [Hidden(*names), *sys.meta_path])
+
+    yield hidden
+    importlib.invalidate_caches()
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder where the paths of the lines below exist, with nothing in them: reading any would be exit 3."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "tuned", "run", "other", "photos", "export", "cache"):
+        (tmp_path / name).mkdir()
+    for name in ("rows.csv", "rows.7z", "photos.parquet", "base/config.json"):
+        (tmp_path / name).write_text("")
+    return tmp_path
+
+
+TRAIN = "train --model_name base --task e2e_nlg --data_path rows.csv"
+LINES = [
+    ("ranks base tuned", "matplotlib", "plots"),
+    ("compare run other", "matplotlib", "plots"),
+    ("features compare", "matplotlib", "plots"),
+    ("features show", "matplotlib", "plots"),
+    ("features downstream base --data_path rows.csv", "matplotlib", "plots"),
+    (f"{TRAIN} --report_to wandb", "wandb", "track"),
+    (f"{TRAIN} --use_wandb", "wandb", "track"),
+    ("finetune --model_name base --task e2e_nlg --data_path rows.csv --use_wandb", "wandb", "track"),
+    (f"{TRAIN} --report_to tensorboard", "tensorboard", "track"),
+    (f"{TRAIN} --report_to trackio", "trackio", "install trackio"),
+    (f"{TRAIN} --use_liger_kernel", "liger_kernel", "install liger-kernel"),
+    (f"{TRAIN} --optim galore_adamw", "galore_torch", "install galore-torch"),
+    (f"{TRAIN} --optim paged_adamw_8bit", "bitsandbytes", "quant"),
+    (f"{TRAIN} --optim schedule_free_adamw", "schedulefree", "install schedulefree"),
+    (f"{TRAIN} --load_in_4bit", "bitsandbytes", "quant"),
+    (f"{TRAIN} --load_in_8bit", "bitsandbytes", "quant"),
+    (f"{TRAIN} --download", "pooch", "data"),
+    ("train --model_name base --task samsum --data_path rows.7z", "py7zr", "data"),
+    ("evaluate base --task e2e_nlg --data_path rows.csv", "sacrebleu", "eval"),
+    ("evaluate base --task lm_eval:arc", "lm_eval", "harness"),
+    ("evaluate base --task e2e_nlg --data_path rows.csv --engine vllm", "vllm", "vllm"),
+    ("export base", "gguf", "device"),
+    ("validate export --task e2e_nlg --data_path rows.csv", "xllamacpp", "device"),
+    ("bundle export", "xllamacpp", "device"),
+    ("label photos", "openai", "label"),
+    ("features capture photos.parquet --model base", "pyarrow", "data"),
+    ("study --model_name base --task e2e_nlg --data_path rows.csv", "scipy", "eval"),
+]
+
+
+@pytest.mark.parametrize(("line", "module", "extra"), LINES)
+def test_it_is_said_before_anything_is_read(
+    line: str, module: str, extra: str, hide: Any, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hide(module)
+    before = sorted(here.rglob("*"))
+    for more in ([], ["--dry-run"]):
+        assert cli.main([*line.split(), *more]) == 2
+        said = capsys.readouterr().err
+        assert f"{module} is not installed" in said
+        assert (f"rankwise[{extra}]" if " " not in extra else f"pip {extra}") in said
+    assert sorted(here.rglob("*")) == before
+
+
+def test_every_stage_of_a_recipe_is_asked_first(hide: Any, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The fourth stage's extra is missing: the first one does not begin."""
+    stages = ["{command: report, run: run}"] * 3 + ["{command: ranks, base: base, tuned: tuned}"]
+    names = [stage.replace("{", f"{{name: s{place}, ") for place, stage in enumerate(stages)]
+    (here / "own.yaml").write_text(f"stages: [{', '.join(names)}]")
+    hide("matplotlib")
+    for command in ("run", "batch"):
+        assert cli.main([command, "own.yaml", "-o", "out"]) == 2
+        assert "stage s3 (rankwise ranks): the pictures: matplotlib is not installed" in capsys.readouterr().err
+    assert not (here / "out").exists()
+    assert cli.main(["run", "own.yaml", "-o", "out", "--only", "s0"]) == 3, "a stage that is not asked for needs none"
+
+
+def test_what_can_be_left_out_is_said_and_can_be(hide: Any, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hide("matplotlib")
+    assert cli.main(["ranks", "base", "tuned", "--dry-run"]) == 2
+    assert "leave it out: --no_plots" in capsys.readouterr().err
+    assert cli.main(["ranks", "base", "tuned", "--no_plots", "--dry-run"]) == 0
+
+
+def test_every_optimizer_of_the_trainer_that_needs_a_package_is_in_the_table() -> None:
+    own = {"adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"}
+    elsewhere = {"adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision"}  # of other hardware
+    for name in {each.value for each in OptimizerNames} - own - elsewhere:
+        told = Told(optim=name)
+        assert any("--optim" in part.flag and part.asked(told) for part in PARTS), name
+    assert not any("--optim" in part.flag and part.asked(Told(optim=name)) for part in PARTS for name in own)
+
+
+def test_the_table_names_commands_and_extras_that_exist() -> None:
+    text = (Path(extras.__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    for part in PARTS:
+        assert set(part.commands) <= set(COMMANDS)
+        assert f"\n{part.extra} = [" in text if part.extra else part.package
+
+
+def test_a_plain_line_needs_nothing(hide: Any, here: Path) -> None:
+    hide("wandb", "tensorboard", "bitsandbytes", "matplotlib", "openai", "gguf", "xllamacpp", "scipy", "sacrebleu")
+    config, _ = cli.resolve("train", TRAIN.split()[1:])
+    require_extras("train", config)
