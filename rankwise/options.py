@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rankwise.errors import UsageError
 
@@ -34,14 +35,16 @@ def option(
     short: str | None = None,
     commas: bool = True,
     secret: bool = False,
+    address: bool = False,
 ) -> Any:
     """A dataclass field that becomes a flag. A list default is copied for every instance.
 
     A list takes commas and repeated flags; with `commas=False` (regexes, assignments) repeated flags only. What is
-    secret is in no saved or printed config, and configs that differ in nothing else are equal.
+    secret is in no saved or printed config, and configs that differ in nothing else are equal. An address is saved and
+    printed: one with a password or a query, which may hold a key, is refused.
     """
     metadata = {"help": help, "aliases": tuple(aliases), "choices": choices, "short": short, "commas": commas}
-    metadata["secret"] = secret
+    metadata |= {"secret": secret, "address": address}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata, repr=not secret, compare=not secret)
@@ -60,6 +63,7 @@ class Option:
     short: str | None = None
     commas: bool = True
     secret: bool = False
+    address: bool = False
     section: str = "options"
     nullable: bool = True
 
@@ -110,8 +114,25 @@ def convert(option: Option, value: Any, where: str) -> Any:
         except (ValueError, TypeError) as error:
             failures.append(str(error))
             continue
-        return chosen(option, converted, where)
+        return (
+            plain_address(converted, f"{where}: {option.name}") if option.address else chosen(option, converted, where)
+        )
     raise UsageError(f"{where}: {option.name}: {'; '.join(dict.fromkeys(failures))}")
+
+
+def plain_address(given: str, where: str) -> str:
+    """An address without user, password, query and fragment. UsageError, which does not repeat it, for any other."""
+    try:
+        parts = urlsplit(given if "://" in given else f"//{given}")
+        extra = "@" in parts.netloc or "?" in given or "#" in given
+    except ValueError as error:
+        raise UsageError(f"{where}: not the address of a server") from error
+    if extra:
+        raise UsageError(
+            f"{where}: an address is saved and printed, so no user, password or query may stand in it; keys come from "
+            "the environment (OPENAI_API_KEY, LLAMA_API_KEY)"
+        )
+    return given
 
 
 def convert_list(option: Option, value: Any, where: str) -> list[Any]:

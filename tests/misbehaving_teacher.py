@@ -6,6 +6,7 @@ with LoopbackTeacher(always(refusing)) as server: …
 
 from __future__ import annotations
 
+import gzip
 import json
 import threading
 from collections.abc import Callable
@@ -91,3 +92,69 @@ def fenced(request: dict[str, Any]) -> Response:
 def answer_of(response: Response) -> str:
     """The text of a chat completion."""
     return str(json.loads(response.content)["choices"][0]["message"]["content"])
+
+
+# --- outages with status 200, and answers in odd forms ------------------------------------------------------------
+
+
+def raw(content: bytes, **headers: str) -> Behaviour:
+    """A response with status 200 and this body; header names with `_` for `-`."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return lambda request: Response(200, content, named)
+
+
+def error_inside(message: str, code: Any = None) -> Behaviour:
+    """An error that comes with status 200, as proxies send it."""
+    return raw(json.dumps({"error": {"message": message, "code": code}}).encode())
+
+
+def changed(change: Callable[[dict[str, Any]], Any]) -> Behaviour:
+    """A good response whose JSON was changed in place."""
+
+    def respond(request: dict[str, Any]) -> Response:
+        body = json.loads(well(request).content)
+        change(body)
+        return Response(200, json.dumps(body).encode())
+
+    return respond
+
+
+def message(**fields: Any) -> Behaviour:
+    """A good response with other fields in its message; a callable makes its value of the good text."""
+
+    def change(body: dict[str, Any]) -> None:
+        inside = body["choices"][0]["message"]
+        text = inside["content"]
+        inside |= {name: value(text) if callable(value) else value for name, value in fields.items()}
+
+    return changed(change)
+
+
+def without_choices(value: Any) -> Behaviour:
+    return changed(lambda body: body.update(choices=value))
+
+
+def usage(value: Any) -> Behaviour:
+    return changed(lambda body: body.update(usage=value))
+
+
+def streamed(request: dict[str, Any]) -> Response:
+    """A stream of events that nobody asked for."""
+    text = b'data: {"choices": [{"delta": {"content": "{"}}]}\n\ndata: [DONE]\n\n'
+    return Response(200, text, {"Content-Type": "text/event-stream"})
+
+
+def bomb(request: dict[str, Any]) -> Response:
+    """64 MiB of spaces, compressed to 64 KiB."""
+    return Response(200, BOMB, {"Content-Encoding": "gzip"})
+
+
+def compressed(request: dict[str, Any]) -> Response:
+    return Response(200, gzip.compress(well(request).content), {"Content-Encoding": "gzip"})
+
+
+def redirecting(url: str, status: int = 307) -> Behaviour:
+    return lambda request: Response(status, b"", {"Location": f"{url}/chat/completions"})
+
+
+BOMB = gzip.compress(b" " * 2**26, 1)

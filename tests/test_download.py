@@ -32,10 +32,20 @@ class Server:
     status: list[int] = field(default_factory=list)
     cut: list[int] = field(default_factory=list)
     asked: list[str | None] = field(default_factory=list)
+    pages: list[bool | None] = field(default_factory=list)
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         wanted = request.headers.get("Range")
         self.asked.append(wanted)
+        if self.pages:
+            length, page = self.pages.pop(0), b"<html>Down for maintenance</html>"
+            request.send_response(200)
+            request.send_header("Content-Type", "text/html" if length is None else "application/zip")
+            if length is not None:
+                request.send_header("Content-Length", str(len(page)))
+            request.end_headers()
+            request.wfile.write(page)
+            return
         if self.status:
             request.send_error(self.status.pop(0))
             return
@@ -106,6 +116,20 @@ def test_a_transfer_goes_on_in_the_next_run(server: Server, tmp_path: Path) -> N
     assert fetch(official(server), tmp_path).read_bytes() == BYTES
     assert server.asked[-1] == "bytes=500-"
     assert visible(tmp_path) == ["train.json"]
+
+
+@pytest.mark.parametrize("length", [True, None], ids=["with its length", "as a web page"])
+def test_an_error_page_with_status_200_is_no_part_of_the_file(
+    length: bool | None, server: Server, tmp_path: Path
+) -> None:
+    """Before the first byte, and in the middle."""
+    server.pages, server.cut = [length], [1000]
+    assert fetch(official(server), tmp_path / "a").read_bytes() == BYTES
+    assert server.asked == [None, None, "bytes=1000-"]
+    server.pages = [length] * download.ATTEMPTS
+    with pytest.raises(ServiceError, match="that are not the file"):
+        fetch(official(server), tmp_path / "b")
+    assert visible(tmp_path / "b") == []
 
 
 def test_a_server_without_ranges_starts_over(server: Server, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import os
 import random
@@ -429,6 +430,25 @@ def test_a_picture_is_fetched_once_and_redirects_followed(
     assert server.asked == ["/to?http://other.example/photo?size=1", "/photo?size=1"]
     assert asked == ["photos.example", "other.example"]  # one look-up a hop: what was checked is what is used
     assert connected == ["198.18.0.1", "198.18.0.1"]
+
+
+def test_an_error_page_with_status_200_is_not_kept_as_the_picture(
+    folder: Path, server: Any, names: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor believed where an earlier version kept it: the picture is there as soon as the server is."""
+    names(photos="198.18.0.1")
+    on_loopback(monkeypatch, server.server_port)
+    reader, url = ImageReader(folder, allow_urls=True), "http://photos.example/photo"
+    true_content = remote._content
+    monkeypatch.setattr(remote, "_content", lambda url: b"<html>Down for maintenance</html>")
+    with pytest.raises(BadImage, match=r"is no picture: the server sent '<html>Down"):
+        reader.size(url)
+    kept = folder.parent / "cache" / "urls" / hashlib.sha256(url.encode()).hexdigest()
+    assert not kept.exists()
+    kept.write_bytes(b"<html>Down for maintenance</html>")
+    monkeypatch.setattr(remote, "_content", true_content)
+    assert reader.size(url) == (WIDTH, HEIGHT)
+    assert len(server.asked) == 1
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")

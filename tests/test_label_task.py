@@ -130,6 +130,40 @@ def test_what_is_wrong_with_a_task_file_is_said(tmp_path: Path, content: str, me
     assert "task.yaml" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("classes", "student", "teacher"),
+    [
+        (["熟", "未熟"], "这是哪一类？熟、未熟。答案：", "请选择：熟或未熟。"),
+        (["水", "火"], "水か火か。答え:", "画像は水ですか火ですか"),
+        (["สุก", "ดิบ"], "ผลไม้นี้สุกหรือดิบ คำตอบ:", "สุกหรือดิบ"),
+        (["cat", "dog"], "cat or dog? Answer (one word):", "cat or dog?"),
+        (["cat", "dog"], 'cat or dog? "Answer":', "cat or dog?"),
+        (["car", "car wash"], "A car or a car wash? Answer:", "car: on a road. car wash: a building."),
+        (["C", "C++"], "C, C++? Language:", "C or C++"),
+    ],
+    ids=["Chinese", "Japanese", "Thai", "in brackets", "quoted", "one class in another", "marks"],
+)
+def test_prompts_of_any_language_are_taken(classes: list[str], student: str, teacher: str) -> None:
+    task = task_from({"classes": classes, "student_prompt": student, "teacher_prompt": teacher}, "here")
+    assert task.labels == tuple(classes)
+
+
+@pytest.mark.parametrize(
+    ("classes", "student", "message"),
+    [
+        (["car", "bus"], "A car wash or a bus? No car! Answer", "must end in a cue"),
+        (["car", "car wash"], "A car wash or not? Answer:", "car missing"),
+        (["C", "C++"], "Is it C++? Answer:", "C missing"),
+        (["熟", "未熟"], "未熟吗？答案：", "熟 missing"),
+        (["cat", "dog"], "cat or dog? ::", "must end in a cue"),
+        (["cat", "dog"], "cat or dog? Answer: ：", "must end in a cue"),
+    ],
+)
+def test_a_class_inside_a_longer_one_is_not_named(classes: list[str], student: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        task_from({"classes": classes, "student_prompt": student}, "here")
+
+
 def test_missing_tasks_and_broken_folders(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match="the package has the tasks elements: unknown task 'element'; did you mean ele"
@@ -176,6 +210,37 @@ def test_good_answers_come_back_in_order(elements: LabelTask) -> None:
     for text in (mixed, f"\n```json\n{mixed}\n```\n", f"```\n{mixed}```", mixed.replace("water", " Water ")):
         answer = elements.validate_answer(text)
         assert answer == GOOD and list(answer) == list(GOOD)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        "Here it is: {} Anything else?",
+        "In {{curly}} words:\n```json\n{}\n```\nDone.",
+        '<think>{{"element": "fire"}}, or not?</think>{}',
+        "<think>hm</think>\n```json\n{}\n```",
+        "thought without a beginning </think> {}",
+    ],
+)
+def test_one_object_in_prose_a_fence_or_behind_a_thought_is_taken(elements: LabelTask, around: str) -> None:
+    assert elements.validate_answer(around.format(json.dumps(GOOD))) == GOOD
+    inside = {**GOOD, "reason": 'a sign says </think> and {"a": 1}'}
+    assert elements.validate_answer(json.dumps(inside)) == inside
+
+
+@pytest.mark.parametrize(
+    ("around", "message"),
+    [
+        ("{0} or {0}", "2 JSON objects; which one"),
+        ("<think>perhaps {0}", "a thought without an answer"),
+        ('{0} {{"element": "wa', "not JSON"),
+        ('{{"answer": {0}', "not JSON"),
+        ("[{0}]", "the answer must be an object"),
+    ],
+)
+def test_what_may_be_another_answer_is_not_taken(elements: LabelTask, around: str, message: str) -> None:
+    with pytest.raises(BadAnswer, match=message):
+        elements.validate_answer(around.format(json.dumps(GOOD)))
 
 
 @pytest.mark.parametrize(

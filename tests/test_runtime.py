@@ -341,6 +341,38 @@ def test_something_else_on_the_port_is_no_llama_server(scripted) -> None:
         Talk(url).get("/props")
 
 
+@pytest.mark.parametrize(
+    ("status", "answer", "words"),
+    [
+        (200, body(error={"message": "upstream is down"}), "upstream is down"),
+        (200, body(error="upstream is down"), "upstream is down"),
+        (200, body(detail="Not Found"), "JSON of another form"),
+        (200, body(tokens=None), "JSON of another form"),
+        (200, body(tokens=["x"]), "JSON of another form"),
+        (307, body(moved=True), "answers 307"),
+        (200, b"", "without a JSON object"),
+        (200, b'data: {"tokens": [1]}', "without a JSON object"),
+    ],
+)
+def test_an_outage_with_status_200_is_no_answer(scripted, status: int, answer: bytes, words: str) -> None:
+    """For each thing that a server is asked for."""
+    url, handler = scripted
+    runtime = ServerRuntime(Talk(url))
+    asked = [
+        lambda: runtime.tokenize("a"),
+        lambda: runtime.detokenize([1]),
+        lambda: runtime.apply_template([]),
+        lambda: runtime.complete([1]),
+        lambda: runtime.ends(1),
+        lambda: runtime.info,
+    ]
+    for ask in asked:
+        handler.script[:] = [(status, answer)] * 2
+        with pytest.raises(ServiceError, match=words if ask is not asked[-1] else "too old|down|answers|JSON") as error:
+            ask()
+        assert error.value.exit_code == 5
+
+
 def test_the_key_is_sent_and_never_shown(scripted) -> None:
     url, handler = scripted
     remote = RemoteServer(url, key="sk-very-secret")

@@ -22,7 +22,6 @@ from misbehaving_teacher import (
     failing,
     fenced,
     filtered,
-    garbled,
     hanging_up,
     in_order,
     refusing,
@@ -30,7 +29,6 @@ from misbehaving_teacher import (
     slow,
     too_many,
     truncated,
-    web_page,
     well,
 )
 from PIL import Image, ImageDraw
@@ -41,9 +39,10 @@ from rankwise.data.labelling.labelled import pixel_hash
 from rankwise.data.teacher.answers import Unusable, Verdict, checked, verdict
 from rankwise.data.teacher.asking import Asker, Picture, Question, collect
 from rankwise.data.teacher.client import Teacher, TeacherSettings, Unanswered
-from rankwise.data.teacher.ledger import AnswerLedger, Entry, Key, Reply
+from rankwise.data.teacher.ledger import AnswerLedger, Entry, Key
 from rankwise.data.teacher.loopback import LoopbackTeacher, Response, picture_of
 from rankwise.data.teacher.price import BudgetReached, Prices, Spending, prices_of
+from rankwise.data.teacher.reply import Reply
 from rankwise.data.teacher.votes import agreement, fleiss, majority, majority_error, symmetric_error
 from rankwise.errors import DataError, ServiceError, UsageError
 
@@ -260,14 +259,12 @@ def test_a_key_is_needed_for_openai_and_never_shown(monkeypatch: pytest.MonkeyPa
     [
         (chatting, "not JSON"),
         (truncated, "length limit"),
-        (garbled, "not JSON"),
-        (web_page, "not a chat completion"),
         (saying(element="sky"), "sky"),
         (saying(confidence=75), "confidence"),
         (refusing, "refusal"),
         (filtered, "refusal"),
     ],
-    ids=["chat", "truncated", "garbled", "web page", "class outside the set", "confidence", "refusal", "filter"],
+    ids=["chat", "truncated", "class outside the set", "confidence", "refusal", "filter"],
 )
 def test_what_is_no_answer_is_asked_once_more_then_quarantined(
     behaviour: Behaviour, words: str, task: LabelTask, ledger: AnswerLedger
@@ -338,12 +335,15 @@ def test_a_cut_line_is_dropped_and_all_others_stay(ledger: AnswerLedger) -> None
     assert AnswerLedger(ledger.path).entries == entries
 
 
-@pytest.mark.parametrize("line", ["nonsense", "{}", "[]", '{"image": 1}'])
-def test_a_broken_line_is_named(line: str, ledger: AnswerLedger) -> None:
+@pytest.mark.parametrize("line", [b"nonsense", b"{}", b"[]", b'{"image": 1}', b"\xff\xfe", b"[" * 100_000])
+def test_a_broken_line_is_named_and_left_where_it_is(line: bytes, ledger: AnswerLedger) -> None:
     ledger.add(Entry(KEY, 1, "id", Reply("{}"), None, "now"))
-    ledger.path.write_text(ledger.path.read_text() + line + "\n")
-    with pytest.raises(DataError, match="line 2"):
-        AnswerLedger(ledger.path)
+    ledger.path.write_bytes(line + b"\n" + ledger.path.read_bytes())
+    before = ledger.path.read_bytes()
+    read = AnswerLedger(ledger.path)
+    assert read.entries == ledger.entries
+    assert len(read.bad) == 1 and read.bad[0].startswith("line 1: ")
+    assert ledger.path.read_bytes() == before
 
 
 # --- how many are asked -------------------------------------------------------------------------------------------

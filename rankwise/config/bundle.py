@@ -30,7 +30,9 @@ class BundleConfig:
     min_precision: float = option(0.9, help="share of right answers that the app wants where it does not say unsure")
     allow_unverified: bool = option(False, help="bundle though export or validation is missing or found faults")
     replay: str | None = option(help="a bundle: replay its golden vectors instead; exit 6 where a rung differs")
-    server: str | None = option(help="address of the llama.cpp server that --replay asks [one of our own]")
+    server: str | None = option(
+        address=True, help="address of the llama.cpp server that --replay asks [one of our own]"
+    )
     app_pixels: str | None = option(
         help="for --replay: folder with what the app made of golden/*-source.*: *-device.png, or sha256_rgb.json"
     )

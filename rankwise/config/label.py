@@ -12,7 +12,10 @@ class TeacherSection:
     """Who labels, how it is asked, and what it may cost."""
 
     teacher_model: str = option("gpt-4o", help="model that labels", aliases=("teacher",))
-    base_url: str | None = option(help="any service of the OpenAI protocol, a local llama.cpp server say [OpenAI]")
+    base_url: str | None = option(
+        address=True,
+        help="any service of the OpenAI protocol, a local llama.cpp server say [$OPENAI_BASE_URL, else OpenAI]",
+    )
     openai_api_key: str | None = option(
         help="better: the variable OPENAI_API_KEY, since other users see command lines",
         aliases=("api_key",),
@@ -35,7 +38,17 @@ class TeacherSection:
     max_retries: int = option(10, help="attempts after the first on 429, 5xx, timeouts and lost connections")
     max_wait: float = option(600, help="seconds for one question, retries and the waits between them included")
     votes: int = option(1, help="answers per image; the majority is the label, and their agreement is measured")
-    budget_usd: float | None = option(help="stop before the data set has cost more, earlier runs included")
+    trial: int = option(3, help="images to label and show first, with their cost; 0: none")
+    yes: bool = option(False, help="go on after the trial without a question; only a terminal is asked one")
+    max_unusable: int = option(
+        5, help="stop after so many images in a row without a usable answer, where none was usable before; 0: never"
+    )
+    ask_again: bool = option(
+        False, help="ask again what another address has answered, and what has no usable answer in the ledger"
+    )
+    budget_usd: float | None = option(
+        help="stop before the data set has cost more, earlier runs included [10 where prices are known]"
+    )
     usd_per_million_input: float | None = option(
         help="price of input tokens [OpenAI's gpt-4o and gpt-4o-mini: list price]"
     )

@@ -15,7 +15,9 @@ class ValidateConfig:
     export: str | None = option(help="export folder, or one GGUF file", aliases=("gguf", "model_path"))
     mmproj: str | None = option(help="the vision part of a GGUF file given by itself")
     reference: str | None = option(help="merged model that the files were made from [the one that the export records]")
-    server: str | None = option(help="address of a llama.cpp server (on the phone, say) that runs the files")
+    server: str | None = option(
+        address=True, help="address of a llama.cpp server (on the phone, say) that runs the files"
+    )
     data: ScoredData = field(default_factory=ScoredData)
     split: str = option("dev", choices=SPLITS, help="which rows")
     num_samples: int | None = option(help="first N items, in file order")

@@ -13,6 +13,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import BinaryIO
 
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
@@ -94,6 +95,18 @@ def kind_of(image: Image.Image) -> str:
     turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
     shape = "square" if abs(width - height) <= SQUARE * max(width, height) else "wide" if width > height else "tall"
     return f"{shape} {image.mode}{' turned' if turned else ''}"
+
+
+def is_picture(file: BinaryIO | Path) -> bool:
+    """Whether a file begins like a picture that can be read."""
+    Image.init()
+    try:
+        with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]):
+            return True
+    except Image.DecompressionBombError:
+        return True  # what is wrong with it, its reader says
+    except BROKEN:
+        return False
 
 
 def suffix_of(content: bytes) -> str:

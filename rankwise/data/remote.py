@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import io
 import ipaddress
 import socket
 import ssl
@@ -20,6 +21,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 
 from filelock import FileLock
 
+from rankwise.data.pixels import is_picture
 from rankwise.data.sources.archives import cache
 from rankwise.store.files import atomic_write
 
@@ -28,6 +30,7 @@ TIMEOUT = 20.0  # seconds to connect, and between two blocks
 LONGEST = 120.0  # seconds for one picture, however slowly its blocks arrive
 MOST_REDIRECTS = 5
 BLOCK = 2**16
+SHOWN = 80  # bytes of what is no picture, in a message
 REDIRECTS = {301, 302, 303, 307, 308}
 HEADERS = {"User-Agent": "rankwise", "Accept": "image/*", "Accept-Encoding": "identity"}
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # IPv4 addresses as an IPv6 network reaches them (RFC 6052)
@@ -39,14 +42,17 @@ class Refused(Exception):
 
 
 def fetched(url: str) -> Path:
-    """The file of the cache that holds what the URL gave; it is asked once. Raises Refused."""
+    """The file of the cache that holds the picture that the URL gave; it is asked once. Raises Refused, also for what
+    is no picture: an error page with status 200 is not kept, and asked for again."""
     file = cache() / "urls" / hashlib.sha256(url.encode()).hexdigest()
-    if file.is_file():
+    if file.is_file() and is_picture(file):
         return file
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_suffix(".lock")):
-        if not file.is_file():
+        if not file.is_file() or not is_picture(file):
             content = _content(url)
+            if not is_picture(io.BytesIO(content)):
+                raise Refused(f"is no picture: the server sent {content[:SHOWN].decode('utf-8', 'replace')!r}")
             with atomic_write(file) as temporary:
                 temporary.write_bytes(content)
     return file

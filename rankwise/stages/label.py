@@ -10,30 +10,33 @@ dataset/ labels.jsonl train.jsonl val.jsonl images/ originals/ conversations/ ta
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from rankwise.config import LabelConfig
 from rankwise.data.device import DeviceTarget
 from rankwise.data.images import ImageReader
 from rankwise.data.labelling.coco import ImageSet, download_coco, find_images
 from rankwise.data.labelling.existing_labels import label_rows, read_existing, task_for
+from rankwise.data.labelling.image_ids import ImageIds
 from rankwise.data.labelling.label_task import LabelTask, load_task
 from rankwise.data.labelling.labelled import ALL, LabelledRow, Written, write_dataset
 from rankwise.data.labelling.originals import Originals
-from rankwise.data.teacher.client import KEY_VARIABLE
+from rankwise.data.labelling.orphans import remove_orphans
+from rankwise.data.teacher.client import KEY_VARIABLE, address_of
 from rankwise.data.teacher.ledger import NAME as LEDGER
+from rankwise.data.teacher.ledger import AnswerLedger
 from rankwise.errors import DataError, UsageError, need
+from rankwise.options import plain_address
 from rankwise.show.format import command_line, plural
+from rankwise.stages.label_facts import QUARANTINE, reason_for_nothing
 from rankwise.stages.labelling import ask_teacher, question_of, settings_of, spending_of
 from rankwise.store.files import write_json, write_text
 from rankwise.store.run import RunFolder
 
-SUMMARY, QUARANTINE = "label.json", "quarantine.jsonl"
+SUMMARY = "label.json"
 FORMAT = "rankwise-label/1"
 DEFAULT_TASK, COCO_FOLDER = "elements", "coco"
 
@@ -50,10 +53,9 @@ def run(config: LabelConfig) -> Written:
             found = existing(config, target) if labels_given(config) else asked(config, target)
             task, how = found.task, {"val_fraction": config.val_fraction, "seed": config.seed}
             written = write_dataset(out.path, found.rows, task, target, **how, originals=found.originals)
+            remove_orphans(out.path, found.ids, written.rows)
             summary = {"format": FORMAT, "task": task.name, "field": task.field, **counts(written, task), **found.facts}
             write_json(out / SUMMARY, summary)
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found.quarantine]
-            write_text(out / QUARANTINE, "".join(lines))
             names = (ALL, "train.jsonl", "val.jsonl", SUMMARY)
             record.outputs |= {name: out / name for name in names}
     report(config, summary)
@@ -62,13 +64,13 @@ def run(config: LabelConfig) -> Written:
 
 @dataclass(frozen=True)
 class Labels:
-    """Everything that becomes a data set. facts: for label.json; quarantine: what got no label, and why."""
+    """Everything that becomes a data set. facts: for label.json; ids: the names of images, those of before too."""
 
     task: LabelTask
     rows: list[LabelledRow]
     originals: Originals
     facts: dict[str, Any]
-    quarantine: list[dict[str, Any]] = field(default_factory=list)
+    ids: ImageIds
 
 
 def asked(config: LabelConfig, target: DeviceTarget) -> Labels:
@@ -77,16 +79,18 @@ def asked(config: LabelConfig, target: DeviceTarget) -> Labels:
     images = find(config)
     if config.num_images > len(images.photos):
         print(f"note: there are only {plural(len(images.photos), 'image')} in {images.folder}")
-    labelled = ask_teacher(config, images, task, target)
+    ledger = AnswerLedger(Path(config.output_dir) / LEDGER)
+    before = [(entry.image_id, entry.key.image) for entry in ledger.entries]
+    ids = ImageIds.of_folder(Path(config.output_dir) / ALL, before)
+    labelled = ask_teacher(config, images, task, target, ledger, ids)
     if not labelled.rows:
         raise DataError(
-            f"{images.folder}: of {labelled.facts['images']['asked']} images none was labelled with confidence "
-            f"{config.min_confidence} or more ({labelled.spending.words()}; the answers are in "
-            f"{config.output_dir}/{LEDGER}); lower --min_confidence, or change the task"
+            f"{images.folder}: of {plural(len(labelled.verdicts), 'image')} none was kept: "
+            f"{reason_for_nothing(labelled.verdicts, config.min_confidence)}. So far: {labelled.spending.words()}; the "
+            f"answers are in {config.output_dir}/{LEDGER}, and what got no label is in {QUARANTINE}"
         )
     reader = ImageReader(images.folder, config.allow_outside)
-    originals = Originals(reader, {photo.id: photo.reference for photo in images.photos})
-    return Labels(task, labelled.rows, originals, labelled.facts, labelled.quarantine)
+    return Labels(task, labelled.rows, Originals(reader, labelled.references), labelled.facts, ids)
 
 
 def existing(config: LabelConfig, target: DeviceTarget) -> Labels:
@@ -100,11 +104,12 @@ def existing(config: LabelConfig, target: DeviceTarget) -> Labels:
         allow_outside=config.allow_outside,
     )
     task = task_for(given, load_task(config.task_file) if config.task_file else None)
-    found = label_rows(given, task, target, Path(config.output_dir), skip_bad=config.skip_bad)
+    ids = ImageIds.of_folder(Path(config.output_dir) / ALL)
+    found = label_rows(given, task, target, Path(config.output_dir), skip_bad=config.skip_bad, ids=ids)
+    write_text(Path(config.output_dir) / QUARANTINE, "")
     source = config.labels_file or f"the folders of {config.images}"
-    originals = Originals(given.reader, {each.photo.id: each.photo.reference for each in given.given})
     facts = {"labels_from": source, "respelt": given.respelt, "unreadable": [*given.skipped, *found.skipped]}
-    return Labels(task, list(found.rows), originals, facts)
+    return Labels(task, list(found.rows), Originals(given.reader, found.references), facts, ids)
 
 
 def find(config: LabelConfig) -> ImageSet:
@@ -152,8 +157,10 @@ def check_teacher(config: LabelConfig) -> None:
     section = config.teacher
     if section.loopback_teacher and section.base_url:
         raise UsageError("--loopback_teacher is a teacher of its own; leave --base_url out")
-    if "@" in urlsplit(section.base_url or "").netloc:
-        raise UsageError(f"--base_url is saved and printed: no password in it; the key comes from {KEY_VARIABLE}")
+    plain_address(address_of(section.base_url), "--base_url")
+    for name in ("trial", "max_unusable"):
+        if getattr(section, name) < 0:
+            raise UsageError(f"--{name} cannot be negative, got {getattr(section, name)}")
     if section.votes < 1:
         raise UsageError(f"--votes must be at least 1, got {section.votes}")
     if section.budget_usd is not None and section.budget_usd <= 0:
@@ -258,9 +265,13 @@ def describe(config: LabelConfig) -> list[str]:
         ]
     task, section = load_task(config.task_file or DEFAULT_TASK), config.teacher
     who = "the loopback teacher (colours only)" if section.loopback_teacher else section.teacher_model
+    budget = spending_of(section, question_of(section, task, DeviceTarget(image_size=config.image_size))).budget_usd
+    limit = "without a budget (no price known)" if budget is None else f"for at most ${budget:.2f} (--budget_usd)"
+    first = f"label {plural(section.trial, 'image')} first, and show answers and cost" if section.trial else ""
     return [
         f"show {who} images of {config.images or COCO_FOLDER} as the device sees them ({config.image_size} px, JPEG)",
         f"ask which of {', '.join(task.labels)} each one is, {plural(section.votes, 'vote')} per image, until "
-        f"{config.num_images} answers with confidence {config.min_confidence} or more are there",
+        f"{config.num_images} answers with confidence {config.min_confidence} or more are there, {limit}",
+        *([first] if first and not section.loopback_teacher else []),
         f"write the data set to {config.output_dir}, and every answer to {config.output_dir}/{LEDGER}",
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,18 +16,20 @@ from rankwise.config import LabelConfig, TeacherSection
 from rankwise.data.device import DeviceReader, DeviceTarget
 from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.labelling.coco import ImageSet, Photo, select
+from rankwise.data.labelling.image_ids import ImageIds
 from rankwise.data.labelling.label_task import LabelTask
 from rankwise.data.labelling.labelled import LabelledRow, pixel_hash, store_image
 from rankwise.data.teacher.answers import Verdict
 from rankwise.data.teacher.asking import Asker, Picture, Question, collect
-from rankwise.data.teacher.client import Teacher, TeacherSettings
+from rankwise.data.teacher.client import OFFICIAL, Teacher, TeacherSettings, address_of
 from rankwise.data.teacher.ledger import NAME as LEDGER
-from rankwise.data.teacher.ledger import AnswerLedger
+from rankwise.data.teacher.ledger import AnswerLedger, Key
 from rankwise.data.teacher.loopback import MODEL as LOOPBACK
 from rankwise.data.teacher.loopback import LoopbackTeacher
-from rankwise.data.teacher.price import Prices, Spending, prices_of
-from rankwise.data.teacher.votes import agreement
+from rankwise.data.teacher.price import DEFAULT_BUDGET, Prices, Spending, prices_of
 from rankwise.errors import Interrupted, ServiceError
+from rankwise.stages.label_facts import agreement_facts, save_quarantine, teacher_facts, tell_of_ledger
+from rankwise.stages.label_trial import Trial, ask_to_go_on, is_due, remaining
 
 NO_LIMIT = 600_000.0  # requests per minute of a teacher on this machine
 
@@ -41,6 +43,10 @@ class Gathering:
     target: DeviceTarget
     reader: DeviceReader
     photos: tuple[Photo, ...]
+    ids: ImageIds
+    verdicts: list[Verdict] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+    references: dict[str, str] = field(default_factory=dict)
     rows: list[LabelledRow] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     twins: list[str] = field(default_factory=list)
@@ -55,11 +61,12 @@ class Gathering:
                 continue
             digest = pixel_hash(image)
             if digest in seen:
-                self.twins.append(photo.id)
+                self.twins.append(photo.reference)
                 continue
             seen.add(digest)
-            self._held[photo.id] = image
-            yield Picture(photo.id, digest, self.target.jpeg(image))
+            name = self.ids.claim(photo, digest)
+            self._held[name], self.digests[name], self.references[name] = image, digest, photo.reference
+            yield Picture(name, digest, self.target.jpeg(image))
 
     def _seen_by_device(self, photo: Photo) -> Image.Image | None:
         try:
@@ -74,8 +81,9 @@ class Gathering:
         return verdict.content is not None and verdict.confidence >= self.config.min_confidence
 
     def take(self, verdict: Verdict) -> None:
-        """Store the image of a verdict that is kept, and its row."""
+        """Enter a verdict; store the image of one that is kept, and its row."""
         image = self._held.pop(verdict.image_id)
+        self.verdicts.append(verdict)
         if verdict.content is not None and self.keep(verdict):
             stored = store_image(Path(self.config.output_dir), verdict.image_id, image, self.target)
             self.rows.append(LabelledRow.of_answer(verdict.image_id, stored, verdict.content, self.task))
@@ -83,56 +91,135 @@ class Gathering:
 
 @dataclass(frozen=True)
 class Labelled:
-    """What asking has given. facts: for label.json; quarantine: rows of quarantine.jsonl."""
+    """What asking has given. facts: for label.json; references: of the images, by id."""
 
     rows: list[LabelledRow]
     facts: dict[str, Any]
-    quarantine: list[dict[str, Any]]
+    verdicts: list[Verdict]
+    references: dict[str, str]
     spending: Spending
 
 
-def ask_teacher(config: LabelConfig, images: ImageSet, task: LabelTask, target: DeviceTarget) -> Labelled:
-    """Ask until enough rows are kept. Raises ServiceError and Interrupted with the cost so far."""
-    question = question_of(config.teacher, task, target)
-    ledger = AnswerLedger(Path(config.output_dir) / LEDGER)
-    spending = spending_of(config.teacher, question, ledger)
-    photos = select(images.photos, None, config.seed)
+@dataclass(frozen=True)
+class Asking:
+    """A teacher, where it is, and what was asked of it before."""
+
+    settings: TeacherSettings
+    section: TeacherSection
+    address: str
+    question: Question
+    ledger: AnswerLedger
+
+    def spending(self, before: Spending | None = None) -> Spending:
+        """What the data set has cost so far."""
+        found = spending_of(self.section, self.question, self.ledger)
+        found.may_be_charged = before.may_be_charged if before else 0
+        return found
+
+    def verdicts(
+        self,
+        pictures: Iterable[Picture],
+        wanted: int,
+        keep: Callable[[Verdict], bool],
+        seen: Callable[[Verdict], None],
+        spending: Spending,
+    ) -> list[Verdict]:
+        """What the teacher says of the first pictures of which so many are kept."""
+        section = self.section
+
+        async def work() -> list[Verdict]:
+            async with Teacher(self.settings, spending) as teacher:
+                asker = Asker(
+                    teacher,
+                    self.ledger,
+                    self.question,
+                    section.votes,
+                    address=self.address,
+                    again=section.ask_again,
+                    max_unusable=section.max_unusable,
+                )
+                return await collect(asker, pictures, wanted, keep, seen)
+
+        return asyncio.run(work())
+
+
+def ask_teacher(
+    config: LabelConfig, images: ImageSet, task: LabelTask, target: DeviceTarget, ledger: AnswerLedger, ids: ImageIds
+) -> Labelled:
+    """Ask until enough rows are kept. Raises ServiceError and Interrupted with the cost so far. However it ends, the
+    images without a label are in quarantine.jsonl."""
+    section, question = config.teacher, question_of(config.teacher, task, target)
+    photos, address = select(images.photos, None, config.seed), where(section)
     reader = DeviceReader(ImageReader(images.folder, config.allow_outside), target)
-    gathering = Gathering(config, task, target, reader, photos)
-    with serving(config.teacher) as section:
-        settings = settings_of(section)
+    tried, gathering = (Gathering(config, task, target, reader, photos, ids) for _ in range(2))
+    with serving(section) as served:
+        asking = Asking(settings_of(served), section, address, question, ledger)
+        tell_of_ledger(ledger, question, asking.settings.model, address, section.ask_again)
+        spending = asking.spending()
         try:
-            verdicts = asyncio.run(asked(settings, spending, ledger, question, gathering))
+            if trial_is_due(asking, gathering):
+                try_out(asking, tried, spending)
+            spending = asking.spending(spending)
+            verdicts = asked(asking, gathering, spending)
         except (ServiceError, Interrupted) as error:
             raise explained(error, spending, gathering) from error
+        finally:
+            seen = {verdict.image_id: verdict for verdict in (*tried.verdicts, *gathering.verdicts)}
+            save_quarantine(Path(config.output_dir), seen.values(), tried.digests | gathering.digests, ledger, question)
     unanswered = [verdict for verdict in verdicts if not verdict.answered]
     if unanswered and not gathering.rows:
         silence = ServiceError(f"{len(unanswered)} images got no answer: {unanswered[-1].problem}")
         raise explained(silence, spending, gathering)
     facts = {
-        "teacher": teacher_facts(config.teacher, settings, question, ledger),
+        "teacher": teacher_facts(section, asking.settings, question, ledger, address),
         "images": images_facts(images, gathering, verdicts),
         "cost": spending.as_dict(),
-        "agreement": agreement_facts(verdicts, task, config.teacher.votes),
+        "agreement": agreement_facts(verdicts, task, section.votes),
     }
-    return Labelled(gathering.rows, facts, quarantine_rows(verdicts, ledger), spending)
+    return Labelled(gathering.rows, facts, verdicts, gathering.references, spending)
 
 
-async def asked(
-    settings: TeacherSettings, spending: Spending, ledger: AnswerLedger, question: Question, gathering: Gathering
-) -> list[Verdict]:
+def asked(asking: Asking, gathering: Gathering, spending: Spending) -> list[Verdict]:
     """The verdicts, with a bar of the rows kept."""
-    wanted, votes = gathering.config.num_images, gathering.config.teacher.votes
-    async with Teacher(settings, spending) as teacher:
-        with tqdm(total=wanted, unit="row", desc="label", disable=None) as bar:
+    wanted = gathering.config.num_images
+    with tqdm(total=wanted, unit="row", desc="label", disable=None) as bar:
 
-            def seen(verdict: Verdict) -> None:
-                gathering.take(verdict)
-                bar.set_postfix_str("" if spending.usd is None else f"${spending.usd:.2f}", refresh=False)
-                bar.update(gathering.keep(verdict))
+        def seen(verdict: Verdict) -> None:
+            gathering.take(verdict)
+            bar.set_postfix_str("" if spending.usd is None else f"${spending.usd:.2f}", refresh=False)
+            bar.update(gathering.keep(verdict))
 
-            asker = Asker(teacher, ledger, question, votes)
-            return await collect(asker, gathering.pictures(), wanted, gathering.keep, seen)
+        return asking.verdicts(gathering.pictures(), wanted, gathering.keep, seen, spending)
+
+
+# --- the trial ----------------------------------------------------------------------------------------------------
+
+
+def trial_is_due(asking: Asking, gathering: Gathering) -> bool:
+    section, wanted, there = asking.section, gathering.config.num_images, len(gathering.photos)
+    key = (asking.question.digest, asking.settings.model)
+    return not section.loopback_teacher and is_due(section.trial, wanted, there, asking.ledger, key)
+
+
+def try_out(asking: Asking, gathering: Gathering, spending: Spending) -> None:
+    """Ask about a few images, show what came, and at a terminal whether to go on. Interrupted where it is not."""
+    section, config = asking.section, gathering.config
+    verdicts = asking.verdicts(
+        gathering.pictures(), section.trial, lambda verdict: True, gathering.verdicts.append, spending
+    )
+    entries = {
+        verdict.image_id: [
+            entry
+            for vote in range(section.votes)
+            for entry in asking.ledger.of(
+                Key(gathering.digests[verdict.image_id], asking.question.digest, asking.settings.model, vote)
+            )
+        ]
+        for verdict in verdicts
+    }
+    rest = remaining(verdicts, sum(map(gathering.keep, verdicts)), config.num_images, len(gathering.photos))
+    print("\n".join(Trial(verdicts, entries, rest, spending.budget_usd).lines()), flush=True)
+    ask_to_go_on(section.yes)
 
 
 def explained(
@@ -168,6 +255,11 @@ def serving(section: TeacherSection) -> Iterator[TeacherSection]:
             )
 
 
+def where(section: TeacherSection) -> str:
+    """The address of the teacher, as it is recorded."""
+    return LOOPBACK if section.loopback_teacher else address_of(section.base_url)
+
+
 def settings_of(section: TeacherSection) -> TeacherSettings:
     return TeacherSettings(
         model=section.teacher_model,
@@ -189,32 +281,19 @@ def question_of(section: TeacherSection, task: LabelTask, target: DeviceTarget) 
 
 def spending_of(section: TeacherSection, question: Question, ledger: AnswerLedger | None = None) -> Spending:
     """What the data set has cost so far, and the limit. List prices are OpenAI's own: elsewhere they must be given."""
-    listed = "" if section.base_url else section.teacher_model
+    listed = section.teacher_model if where(section).rstrip("/") == OFFICIAL else ""
     prices = prices_of(listed, section.usd_per_million_input, section.usd_per_million_output)
     prices = Prices(0.0, 0.0) if section.loopback_teacher else prices
-    spending = Spending(prices, section.budget_usd, section.max_tokens, question.text_bytes)
+    budget = section.budget_usd
+    if budget is None and prices and not section.loopback_teacher:
+        budget = DEFAULT_BUDGET
+    spending = Spending(prices, budget, section.max_tokens, question.text_bytes)
     for entry in ledger.entries if ledger else ():
         spending.enter(entry.reply.input_tokens, entry.reply.output_tokens, entry.usd)
     return spending
 
 
 # --- what is told of it -------------------------------------------------------------------------------------------
-
-
-def teacher_facts(
-    section: TeacherSection, settings: TeacherSettings, question: Question, ledger: AnswerLedger
-) -> dict[str, Any]:
-    served_by = {entry.reply.served_by for entry in ledger.entries if entry.key.model == settings.model}
-    return {
-        "model": settings.model,
-        "served_by": sorted(name for name in served_by if name),
-        "service": "loopback: labels by colours alone" if section.loopback_teacher else section.base_url or "OpenAI",
-        "detail": section.detail,
-        "response_format": section.response_format,
-        "temperature": section.temperature,
-        "votes": section.votes,
-        "question_sha256": question.digest,
-    }
 
 
 def images_facts(images: ImageSet, gathering: Gathering, verdicts: list[Verdict]) -> dict[str, Any]:
@@ -233,22 +312,3 @@ def images_facts(images: ImageSet, gathering: Gathering, verdicts: list[Verdict]
         "twins_left_out": gathering.twins,
         "unreadable": gathering.skipped,
     }
-
-
-def agreement_facts(verdicts: list[Verdict], task: LabelTask, votes: int) -> dict[str, Any] | None:
-    """Over the images whose votes are all there; None for one vote."""
-    whole = [verdict.votes for verdict in verdicts if len(verdict.votes) == votes]
-    found = agreement(whole, task.labels)
-    return found.as_dict() if found else None
-
-
-def quarantine_rows(verdicts: list[Verdict], ledger: AnswerLedger) -> list[dict[str, Any]]:
-    """The images without a label, with all that the teacher said of them."""
-    said: dict[str, list[str]] = {}
-    for entry in ledger.entries:
-        said.setdefault(entry.image_id, []).append(entry.reply.refusal or entry.reply.text)
-    return [
-        {"image_id": verdict.image_id, "problem": verdict.problem, "answers": said.get(verdict.image_id, [])}
-        for verdict in verdicts
-        if verdict.content is None
-    ]

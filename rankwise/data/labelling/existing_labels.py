@@ -19,8 +19,9 @@ from rankwise.data.device import DeviceReader, DeviceTarget
 from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.label_names import label_called, name_key, spellings
 from rankwise.data.labelling.coco import Photo, images_below
+from rankwise.data.labelling.image_ids import ImageIds
 from rankwise.data.labelling.label_task import LabelTask, task_of_labels
-from rankwise.data.labelling.labelled import LabelledRow, store_image
+from rankwise.data.labelling.labelled import LabelledRow, pixel_hash, store_image
 from rankwise.data.sources.rows import BadRow, Row, RowFile, csv_rows, json_rows
 from rankwise.errors import DataError, UsageError
 from rankwise.options import unknown
@@ -67,10 +68,11 @@ class Existing:
 
 @dataclass(frozen=True)
 class Found:
-    """Rows of images that could be decoded, and why the others could not."""
+    """Rows of images that could be decoded, and why the others could not. references: of the images, by id."""
 
     rows: tuple[LabelledRow, ...]
     skipped: tuple[str, ...] = ()
+    references: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_existing(
@@ -122,15 +124,24 @@ def task_for(existing: Existing, task: LabelTask | None, name: str = "labels") -
 
 
 def label_rows(
-    existing: Existing, task: LabelTask, target: DeviceTarget, folder: Path, *, skip_bad: bool = False
+    existing: Existing,
+    task: LabelTask,
+    target: DeviceTarget,
+    folder: Path,
+    *,
+    skip_bad: bool = False,
+    ids: ImageIds | None = None,
 ) -> Found:
     """Store every image as the device sees it, and its row, with the task's own spelling of its label (`task_for`).
+    ids: the names of an earlier run.
 
     DataError where the same pixels have two labels, BadImage (with its place) where an image cannot be decoded; with
     `skip_bad` such an image is listed instead.
     """
     rows: list[LabelledRow] = []
     skipped: list[str] = []
+    references: dict[str, str] = {}
+    ids = ids or ImageIds()
     first: dict[str, Given] = {}
     reader = DeviceReader(existing.reader, target)
     for each in existing.given:
@@ -141,12 +152,14 @@ def label_rows(
                 raise BadImage(f"{each.place}: {error}; or leave such images out with --skip-bad") from error
             skipped.append(f"{each.place}: {error}")
             continue
-        stored = store_image(folder, each.photo.id, picture, target)
+        image_id = ids.claim(each.photo, pixel_hash(picture))
+        stored = store_image(folder, image_id, picture, target)
         _refuse_dispute(first.setdefault(stored.sha256, each), each)
         label = label_called(each.label, task.labels)
         assert label is not None, "task_for has held the labels against the task"
-        rows.append(LabelledRow(each.photo.id, stored.path, stored.sha256, label))
-    return Found(tuple(rows), tuple(skipped))
+        rows.append(LabelledRow(image_id, stored.path, stored.sha256, label))
+        references[image_id] = each.photo.reference
+    return Found(tuple(rows), tuple(skipped), references)
 
 
 def _refuse_dispute(first: Given, each: Given) -> None:

@@ -10,7 +10,8 @@ no other is allowed, "none" is null.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType
 from typing import Any
 
@@ -33,7 +34,8 @@ KINDS: Mapping[str, type | tuple[type, ...]] = {
     "null": NoneType,
 }
 KIND_NAMES = {"object": "an object", "array": "a list", "string": "a text", "number": "a number", "null": "null"}
-FENCE = "```"
+THOUGHT = ("<think>", "</think>")
+BEGINNING = re.compile(r'\{\s*["}]')
 
 
 class BadAnswer(DataError):
@@ -87,10 +89,11 @@ def response_format(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
 def parsed(text: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     """The answer, in the schema's order. BadAnswer says what is wrong with it.
 
-    A code fence around the object and the spelling of a class name are put right; nothing else is.
+    A thought before the answer, prose or a code fence around its one JSON object, and the spelling of a class name are
+    put right; nothing else is.
     """
     try:
-        answer = json.loads(_unfenced(text), parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        answer = _decoded(text)
         json.dumps(answer, ensure_ascii=False).encode()  # an escaped half of a character is JSON, and no text
     except (ValueError, RecursionError) as error:
         raise BadAnswer(f"not JSON ({error}): {_shown(text)}") from error
@@ -140,12 +143,28 @@ def _class_of(value: Any, schema: Mapping[str, Any]) -> Any:
     return (label_of(value, labels) if isinstance(value, str) else None) or value
 
 
-def _unfenced(text: str) -> str:
-    """The text without the Markdown fence that models like to put around JSON."""
-    stripped = text.strip()
-    if stripped.startswith(FENCE) and stripped.endswith(FENCE) and "\n" in stripped:
-        return stripped.split("\n", 1)[1].removesuffix(FENCE)
-    return stripped
+def _decoded(text: str) -> Any:
+    """The JSON of a text: all of it, else the one object that stands in it, behind the thought of a reasoning model."""
+    try:
+        return DECODER.decode(text.strip())
+    except ValueError as error:
+        _, closed, rest = text.rpartition(THOUGHT[1])
+        if not closed and text.lstrip().startswith(THOUGHT[0]):
+            raise ValueError("a thought without an answer") from error
+        found = list(_objects(rest))
+        if len(found) > 1:
+            raise ValueError(f"{len(found)} JSON objects; which one is the answer?") from error
+        if not found:
+            raise
+        return found[0]
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects in a text, outermost ones. Raises what is wrong with one that begins like an object."""
+    end = 0
+    while begun := BEGINNING.search(text, end):
+        found, end = DECODER.raw_decode(text, begun.start())
+        yield found
 
 
 def _refuse_constant(name: str) -> Any:
@@ -157,6 +176,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError("a key appears twice")
     return found
+
+
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique)
 
 
 def _shown(text: str) -> str:

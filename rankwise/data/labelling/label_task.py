@@ -32,7 +32,7 @@ KEYS = ("format", "name", "field", "classes", "teacher_prompt", "student_prompt"
 NAME, FIELD = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII), re.compile(r"[a-z][a-z0-9_]*")
 TAKEN = {*label_answer.DESCRIPTIONS, "image_id", "image_path", "image_sha256"}  # other columns of a row
 LONGEST_NAME = 64  # of a schema in a request
-CUE = re.compile(r"\w:\Z")  # how a student prompt ends: "Element:"
+CUE = re.compile(r"[^\s:：][:：]\Z")  # how a student prompt ends: "Element:", "Answer (one word):", "答案："
 
 
 @dataclass(frozen=True)

@@ -123,9 +123,18 @@ class Resuming:
                 self.part.unlink()
                 return
             answer.raise_for_status()
+            self._refuse_other_content(requests, answer, start if answer.status_code == 206 else 0)
             with self.part.open("ab" if answer.status_code == 206 else "wb") as file:
                 for block in self._no_more_than_expected(answer, file.tell()):
                     file.write(block)
+
+    def _refuse_other_content(self, requests: Any, answer: Any, start: int) -> None:
+        """An error page with status 200 is no part of the file: nothing of it is kept, and it is asked for again."""
+        length = answer.headers.get("Content-Length", "")
+        kind = answer.headers.get("Content-Type", "")
+        if kind.startswith("text/html") or (length.isdigit() and int(length) < self.download.size - start):
+            said = f"the server sent {length or 'some'} bytes ({kind or 'of no type'}) that are not the file"
+            raise requests.exceptions.RequestException(said)
 
     def _no_more_than_expected(self, answer: Any, arrived: int) -> Iterator[bytes]:
         """Blocks up to one beyond the known size: the checksum will refuse it, and an endless answer ends."""

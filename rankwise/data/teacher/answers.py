@@ -13,10 +13,11 @@ from typing import Any
 
 from rankwise.data.labelling.label_answer import BadAnswer
 from rankwise.data.labelling.label_task import LabelTask
-from rankwise.data.teacher.ledger import Reply
+from rankwise.data.teacher.reply import Reply
 from rankwise.data.teacher.votes import majority
 
 Content = Mapping[str, Any]
+CUT = "length"  # the finish_reason of an answer that ends at the limit
 
 
 class Unusable(Exception):
@@ -32,8 +33,15 @@ def checked(reply: Reply, task: LabelTask) -> dict[str, Any]:
     try:
         return task.validate_answer(reply.text)
     except BadAnswer as error:
-        cut = "cut at the length limit (--max_tokens); " if reply.finish_reason == "length" else ""
+        cut = "cut at the length limit (--max_tokens); " if reply.finish_reason == CUT else ""
         raise Unusable(f"{cut}{error}") from error
+
+
+def usable(reply: Reply, task: LabelTask) -> bool:
+    try:
+        return bool(checked(reply, task))
+    except Unusable:
+        return False
 
 
 @dataclass(frozen=True)
@@ -58,13 +66,13 @@ class Verdict:
 
 def verdict(image_id: str, outcomes: Sequence[Content | Unusable], task: LabelTask) -> Verdict:
     """The majority of the usable votes; without one, the reason."""
-    usable = [outcome for outcome in outcomes if not isinstance(outcome, Unusable)]
-    votes = tuple(str(content[task.field]) for content in usable)
+    contents = [outcome for outcome in outcomes if not isinstance(outcome, Unusable)]
+    votes = tuple(str(content[task.field]) for content in contents)
     label = majority(votes)
     if label is None:
         tied = "votes tied: " + ", ".join(f"{name} {count}" for name, count in Counter(votes).most_common())
         reasons = [str(outcome) for outcome in outcomes if isinstance(outcome, Unusable)]
         return Verdict(image_id, votes, problem=tied if votes else reasons[-1])
-    agreeing = [content for content in usable if content[task.field] == label]
+    agreeing = [content for content in contents if content[task.field] == label]
     confidence = sum(content["confidence"] for content in agreeing) / len(agreeing)
     return Verdict(image_id, votes, {**agreeing[0], "confidence": confidence})

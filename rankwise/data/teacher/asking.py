@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rankwise.data.labelling.label_task import LabelTask
-from rankwise.data.teacher.answers import Content, Unusable, Verdict, checked, verdict
+from rankwise.data.teacher.answers import CUT, Content, Unusable, Verdict, checked, usable, verdict
 from rankwise.data.teacher.client import Teacher, TeacherStopped, Unanswered
 from rankwise.data.teacher.ledger import AnswerLedger, Entry, Key
 from rankwise.data.teacher.stopping import Stopping
@@ -79,12 +79,47 @@ class Question:
 
 
 class Asker:
-    """A teacher with its ledger: `verdict(picture)` asks for the votes that the ledger lacks."""
+    """A teacher with its ledger: `verdict(picture)` asks for the votes that the ledger lacks.
 
-    def __init__(self, teacher: Teacher, ledger: AnswerLedger, question: Question, votes: int = 1) -> None:
+    address: where the teacher is, as the ledger records it. again: answers of earlier runs do not count where they are
+    from elsewhere or unusable. max_unusable: so many pictures in a row without a usable answer, and none before, are a
+    teacher that never gives one; 0 for any number.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        ledger: AnswerLedger,
+        question: Question,
+        votes: int = 1,
+        *,
+        address: str | None = None,
+        again: bool = False,
+        max_unusable: int = 0,
+    ) -> None:
         self.teacher, self.ledger, self.question, self.votes = teacher, ledger, question, votes
-        self.in_a_row = 0
+        self.address, self.again, self.max_unusable = address, again, max_unusable
+        self.in_a_row = self.unusable = 0
         self._digest, self._format = question.digest, question.response_format
+
+    @property
+    def room(self) -> int:
+        """How many pictures may be asked about at a time: of a teacher that has not answered usably yet, no more than
+        it takes to tell."""
+        most = self.teacher.settings.concurrency
+        return min(most, self.max_unusable - self.unusable) if self.max_unusable else most
+
+    def judge(self, verdict: Verdict) -> None:
+        """Count a verdict. Raises ServiceError where the teacher never answers usably."""
+        if verdict.votes:
+            self.max_unusable = 0
+        self.unusable += verdict.answered
+        if self.max_unusable and self.unusable >= self.max_unusable:
+            raise ServiceError(
+                f"the first {self.unusable} images got no usable answer; the last, {verdict.image_id}: "
+                f"{verdict.problem}. None is asked about again: change the teacher, the task or --response_format, "
+                "ask the same teacher anew with --ask_again, or go on with --max_unusable 0"
+            )
 
     async def verdict(self, picture: Picture) -> Verdict:
         """Raises ServiceError where going on is pointless, TeacherStopped where work was stopped before an answer."""
@@ -103,14 +138,25 @@ class Asker:
     async def _vote(self, picture: Picture, number: int) -> Content:
         key = Key(picture.digest, self._digest, self.teacher.settings.model, number)
         while True:
-            entries = self.ledger.of(key)
+            entries = self.standing(key)
             try:
                 if entries:
                     return checked(entries[-1].reply, self.question.task)
             except Unusable:
                 if len(entries) >= ATTEMPTS:
                     raise
-            await self._ask(key, picture, len(entries) + 1)
+            await self._ask(key, picture, len(self.ledger.of(key)) + 1)
+
+    def standing(self, key: Key) -> list[Entry]:
+        """The answers of the ledger that count: not those that ended at a lower limit than they would now."""
+        return [entry for entry in self.ledger.of(key) if not self._superseded(entry)]
+
+    def _superseded(self, entry: Entry) -> bool:
+        cut = entry.reply.finish_reason == CUT and (entry.max_tokens or 0) < self.teacher.settings.max_tokens
+        old = self.again and self.ledger.is_old(entry)
+        if old and entry.address != self.address:
+            return True
+        return (cut or old) and not usable(entry.reply, self.question.task)
 
     async def _ask(self, key: Key, picture: Picture, attempt: int) -> None:
         """One answer, in the ledger before anything else happens to it."""
@@ -124,7 +170,8 @@ class Asker:
         self.in_a_row = 0
         usd = self.teacher.spending.cost(reply.input_tokens, reply.output_tokens)
         at = datetime.now(UTC).isoformat(timespec="seconds")
-        self.ledger.add(Entry(key, attempt, picture.image_id, reply, usd, at))
+        limit = self.teacher.settings.max_tokens
+        self.ledger.add(Entry(key, attempt, picture.image_id, reply, usd, at, self.address, limit))
         self.teacher.spending.enter(reply.input_tokens, reply.output_tokens, usd)
 
 
@@ -139,7 +186,7 @@ async def collect(
 
     pictures: made one by one, in a thread, one ahead of the requests and none in vain. seen: called with each verdict
     as it comes. SIGINT and SIGTERM stop the work: Interrupted. Whatever ends it early, no new question is sent, and
-    those that are on their way are waited for a while, since they are paid for.
+    those that are on their way are waited for a while, since they are paid for, and seen.
     """
     stream, order, kept = iter(pictures), list[asyncio.Task[Verdict]](), 0
     open_tasks, picture = set[asyncio.Task[Verdict]](), None
@@ -148,7 +195,7 @@ async def collect(
             while True:
                 if picture is None and kept + len(open_tasks) < wanted:  # once true for a picture, it stays true
                     picture = await asyncio.to_thread(next, stream, None)
-                room = picture is not None and len(open_tasks) < asker.teacher.settings.concurrency
+                room = picture is not None and len(open_tasks) < asker.room
                 if picture is not None and room:
                     order.append(asyncio.create_task(asker.verdict(picture)))
                     open_tasks.add(order[-1])
@@ -159,6 +206,10 @@ async def collect(
                     open_tasks.discard(task)
                     kept += keep(task.result())
                     seen(task.result())
+                    asker.judge(task.result())
         finally:
             asker.teacher.stop(TeacherStopped())
             await stopping.wind_down(order)
+            for task in open_tasks:
+                if not task.cancelled() and not task.exception():
+                    seen(task.result())

@@ -1,39 +1,41 @@
 """One question to a service that speaks the OpenAI protocol, asked with patience that has bounds.
 
     slot (at most `concurrency`) ──▶ budget ──▶ rate (requests per minute) ──▶ request ──▶ Reply
-                                                       ▲ retries of the SDK: 429, 5xx, timeouts, Retry-After
+                                                       ▲ retries of the SDK (`transport`): 429, 5xx, timeouts, pages
+                                                         with status 200 that are no answer; Retry-After
 
 async with Teacher(settings, spending) as teacher:
     reply = await teacher.ask(messages, response_format)
 
 Whatever makes every further request pointless (a wrong key, no quota, an unknown model) is a ServiceError; what only
-this request ran into, after all retries, is Unanswered.
+this request ran into, after all retries or because of its picture, is Unanswered. Nothing else comes back as a Reply
+than an answer of the teacher.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from rankwise.data.teacher.ledger import Reply
 from rankwise.data.teacher.price import Spending
+from rankwise.data.teacher.reply import FILTERED, NO_QUOTA, Reply, read
+from rankwise.data.teacher.transport import Attempts, attempts_of, http_client
 from rankwise.errors import ServiceError, UsageError, need
+from rankwise.options import plain_address
 
-KEY_VARIABLE = "OPENAI_API_KEY"
-OFFICIAL = "api.openai.com"
+KEY_VARIABLE, ADDRESS_VARIABLE = "OPENAI_API_KEY", "OPENAI_BASE_URL"
+OFFICIAL = "https://api.openai.com/v1"
 HERE = ("127.0.0.1", "localhost", "::1")
-NO_QUOTA = ("insufficient_quota", "billing_hard_limit_reached")
-FILTERED = ("content_policy_violation", "content_filter")
+OF_THE_PICTURE = (400, 413, 415, 422)  # error statuses that another picture may not get
+LONGEST = 500  # characters of a service's own words in a message
 
 
 class Unanswered(Exception):
-    """A question that stayed without an answer after all retries; another one may still get its answer."""
+    """A question that got no answer, after all retries; another one may still get its answer."""
 
 
 class TeacherStopped(Exception):
@@ -70,14 +72,10 @@ class TeacherSettings:
             raise UsageError(f"--max_retries cannot be negative, got {self.max_retries}")
 
 
-@dataclass
-class Attempts:
-    """The attempts of one question. open: the last one has reached the service, and has no status yet."""
-
-    open: bool = False
-
-
-_attempts: ContextVar[Attempts] = ContextVar("attempts")
+def address_of(base_url: str | None) -> str:
+    """Where the teacher is: the given address, else $OPENAI_BASE_URL, else OpenAI. UsageError where that variable holds
+    a password or a query: the address is recorded and printed."""
+    return base_url or plain_address(os.environ.get(ADDRESS_VARIABLE) or OFFICIAL, ADDRESS_VARIABLE)
 
 
 class Teacher:
@@ -94,17 +92,15 @@ class Teacher:
         self._client = self._connect()
 
     def _connect(self) -> Any:
-        key = self.settings.api_key or os.environ.get(KEY_VARIABLE)
-        if not key and not self.settings.base_url:
+        key, address = self.settings.api_key or os.environ.get(KEY_VARIABLE), address_of(self.settings.base_url)
+        if not key and address == OFFICIAL:
             raise UsageError(f"the teacher needs a key: set {KEY_VARIABLE}, or name another service with --base_url")
-        hooks = {"request": [self._before_attempt], "response": [self._after_attempt]}
-        on_this_machine = urlsplit(self.settings.base_url or "").hostname in HERE
         return self._openai.AsyncOpenAI(
             api_key=key or "none",
-            base_url=self.settings.base_url,
+            base_url=address,
             timeout=self.settings.timeout,
             max_retries=self.settings.max_retries,
-            http_client=self._openai.DefaultAsyncHttpxClient(event_hooks=hooks, trust_env=not on_this_machine),
+            http_client=http_client(self._openai, self._before_retry, urlsplit(address).hostname not in HERE),
         )
 
     async def __aenter__(self) -> Teacher:
@@ -144,7 +140,8 @@ class Teacher:
         self, messages: Sequence[Mapping[str, Any]], response_format: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         # OpenAI's reasoning models take the new name only, most other servers the old one only.
-        limit = "max_completion_tokens" if self._client.base_url.host == OFFICIAL else "max_tokens"
+        official = self._client.base_url.host == urlsplit(OFFICIAL).hostname
+        limit = "max_completion_tokens" if official else "max_tokens"
         request = {"model": self.settings.model, "messages": list(messages), limit: self.settings.max_tokens}
         if response_format is not None:
             request["response_format"] = response_format
@@ -154,77 +151,48 @@ class Teacher:
 
     async def _answered(self, request: dict[str, Any]) -> Reply:
         attempts, answered = Attempts(), False
-        _attempts.set(attempts)
+        attempts_of.set(attempts)
         try:
             async with asyncio.timeout(self.settings.max_wait):
-                completion = await self._client.chat.completions.create(**request)
-            reply = self._reply(completion)
-            answered = not reply.problem  # the service may charge for what is no answer, and does not say how much
-            return reply
-        except json.JSONDecodeError as error:
-            return Reply("", problem=f"the service's response is not JSON: {error.msg}")
+                response = await self._client.chat.completions.with_raw_response.create(**request)
+            answered = True
+            return read(response.content)
         except TimeoutError as error:
             raise Unanswered(f"no answer within {self.settings.max_wait:g} s, retries included") from error
         except self._openai.APIStatusError as error:
-            return self._refused(error)
+            return self._refused(error, attempts.fault)
         except self._openai.APIError as error:
             raise Unanswered(self.scrubbed(str(error.message))) from error
         finally:
-            if attempts.open and not answered:
-                self.spending.may_be_charged += 1
+            self.spending.may_be_charged += attempts.open and not answered
 
-    def _reply(self, completion: Any) -> Reply:
-        """A response as a Reply; one that is no chat completion is an answer that cannot be used."""
-        choices = getattr(completion, "choices", None)
-        if not choices or getattr(choices[0], "message", None) is None:
-            return Reply("", problem="the service's response is not a chat completion")
-        usage, message = completion.usage, choices[0].message
-        return Reply(
-            text=message.content or "",
-            refusal=message.refusal,
-            finish_reason=choices[0].finish_reason,
-            input_tokens=usage.prompt_tokens if usage else 0,
-            output_tokens=usage.completion_tokens if usage else 0,
-            served_by=completion.model,
-        )
-
-    def _refused(self, error: Any) -> Reply:
+    def _refused(self, error: Any, fault: str | None) -> Reply:
         """What an error status means: a refused picture, a service in trouble, or one that will never answer."""
-        said = self.scrubbed(str(error.message))
+        status = error.status_code
+        said = self.scrubbed(str(error.message)).removeprefix(f"Error code: {status} - ")[:LONGEST]
         if error.code in FILTERED:
             return Reply("", refusal=said, finish_reason="content_filter")
-        if error.status_code == 401:
+        if status == 401:
             raise ServiceError(f"the teacher does not accept the key (401: {said}); check {KEY_VARIABLE}") from None
         if error.code in NO_QUOTA:
-            raise ServiceError(f"the account has no quota left ({error.status_code}: {said})") from None
-        if error.status_code in (408, 409, 429) or error.status_code >= 500:
-            raise Unanswered(f"the service kept answering {error.status_code}: {said}") from None
-        raise ServiceError(f"the teacher refuses the request ({error.status_code}: {said})") from None
+            raise ServiceError(f"the account has no quota left ({status}: {said})") from None
+        if status in (408, 409, 429) or status >= 500:
+            what = f"{self.scrubbed(fault)}, with status 200" if fault else f"{status}: {said}"
+            raise Unanswered(f"the service kept answering {what}") from None
+        if status in OF_THE_PICTURE:
+            raise Unanswered(f"the teacher refuses the request ({status}: {said})") from None
+        if status < 400:
+            raise ServiceError(
+                f"the teacher is elsewhere ({status}: a redirect, which is not followed); see --base_url"
+            )
+        raise ServiceError(f"the teacher refuses the request ({status}: {said})") from None
 
-    async def _before_attempt(self, request: Any) -> None:
-        """Hook of the HTTP client: the SDK's retries count as requests, and wait for the rate like any other."""
-        attempts = _attempts.get()
-        if request.headers.get("x-stainless-retry-count", "0") != "0":
-            if attempts.open:
-                self.spending.may_be_charged += 1
-            attempts.open = False
-            self._raise_if_stopped()
-            await self._rate.acquire()
-
-        async def trace(event: str, info: Mapping[str, Any]) -> None:
-            attempts.open = attempts.open or event.endswith("send_request_body.complete")
-
-        request.extensions["trace"] = trace
-
-    async def _after_attempt(self, response: Any) -> None:
-        """Hook of the HTTP client: an error status costs nothing, and no retry helps against an empty account."""
-        if response.status_code < 400:
-            return
-        _attempts.get().open = False
-        if response.status_code == 429:
-            await response.aread()
-            if any(code.encode() in response.content for code in NO_QUOTA):
-                response.headers["x-should-retry"] = "false"
+    async def _before_retry(self, attempts: Attempts) -> None:
+        """The SDK's retries count as requests, and wait for the rate like any other."""
+        self.spending.may_be_charged += attempts.open
+        attempts.open = False
+        self._raise_if_stopped()
+        await self._rate.acquire()
 
     def scrubbed(self, text: str) -> str:
         """A message without the key, should the service repeat it."""

@@ -15,6 +15,7 @@ from rankwise.errors import ServiceError, UsageError
 
 MILLION = 1_000_000
 NOTED = "2026-06"
+DEFAULT_BUDGET = 10.0  # dollars, where prices are known: some 1,500 pictures of gpt-4o
 # US dollars per million tokens (input, output), list prices as noted then; exact names only: dated versions differ.
 PRICES = {"gpt-4o": (2.50, 10.00), "gpt-4o-mini": (0.15, 0.60)}
 # Before the first answer has said how many: above gpt-4o-mini's 8,500 tokens for a picture of one tile.
@@ -54,7 +55,8 @@ class Spending:
     budget_usd: None for no limit. max_output_tokens: the longest answer that a request asks for. text_bytes: size of
     the prompt and the schema; no tokenizer makes more tokens of a text than it has bytes. Input tokens of a request are
     taken to be at most what any answer has reported so far (all images have one size), before that IMAGE_TOKENS more
-    than the text's bytes.
+    than the text's bytes. uncounted: answers of which the service did not say the tokens; each costs the most that a
+    request can cost, where prices are known.
 
     may_be_charged: requests that were sent and have neither an answer nor an error status (a timeout, a cut
     connection). The service may charge for them, so the budget counts each at the most that a request can cost.
@@ -68,6 +70,7 @@ class Spending:
     output_tokens: int = 0
     spent: float = 0.0
     answers: int = 0
+    uncounted: int = 0
     may_be_charged: int = 0
     open: int = 0
     most_input: int = 0
@@ -91,16 +94,22 @@ class Spending:
         expected = self.most_input or IMAGE_TOKENS + self.text_bytes
         return self.cost(expected, self.max_output_tokens) or 0.0
 
-    def cost(self, input_tokens: int, output_tokens: int) -> float | None:
-        return self.prices.cost(input_tokens, output_tokens) if self.prices else None
+    def cost(self, input_tokens: int | None, output_tokens: int | None) -> float | None:
+        """Dollars of an answer; None where the prices are not known."""
+        if self.prices is None:
+            return None
+        if input_tokens is None or output_tokens is None:
+            return self.most_per_request
+        return self.prices.cost(input_tokens, output_tokens)
 
-    def enter(self, input_tokens: int, output_tokens: int, usd: float | None) -> None:
+    def enter(self, input_tokens: int | None, output_tokens: int | None, usd: float | None) -> None:
         """Count an answer: a new one, or one of an earlier run at the price of its time."""
         self.answers += 1
         self.spent += usd or 0.0
-        self.input_tokens += input_tokens
-        self.output_tokens += output_tokens
-        self.most_input = max(self.most_input, input_tokens)
+        self.uncounted += input_tokens is None or output_tokens is None
+        self.input_tokens += input_tokens or 0
+        self.output_tokens += output_tokens or 0
+        self.most_input = max(self.most_input, input_tokens or 0)
 
     async def admit(self) -> None:
         """Return once one more request is sure to stay within the budget. BudgetReached where that cannot be."""
@@ -108,7 +117,7 @@ class Spending:
             if not self.open:
                 raise BudgetReached(
                     f"the next request could cost up to ${self.most_per_request:.4f} and exceed the budget of "
-                    f"${self.budget_usd:.2f}"
+                    f"${self.budget_usd:.2f} (--budget_usd)"
                 )
             self._change.clear()
             await self._change.wait()
@@ -130,7 +139,8 @@ class Spending:
         tokens = f"{self.input_tokens:,} + {self.output_tokens:,} tokens"
         cost = "cost unknown (no prices for this model)" if self.usd is None else f"${self.usd:.4f}"
         lost = f", and {self.may_be_charged} without an answer that may be charged" if self.may_be_charged else ""
-        return f"{self.answers} answers, {tokens}, {cost}{lost}"
+        uncounted = f" ({self.uncounted} answers without a number of tokens)" if self.uncounted else ""
+        return f"{self.answers} answers, {tokens}{uncounted}, {cost}{lost}"
 
     def as_dict(self) -> dict[str, object]:
         return {
@@ -140,4 +150,5 @@ class Spending:
             "usd": self.usd,
             "usd_per_million": [self.prices.input, self.prices.output] if self.prices else None,
             "requests_that_may_be_charged": self.may_be_charged,
+            "answers_without_token_counts": self.uncounted,
         }

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from rankwise.data.device import MARKER
-from rankwise.errors import DataError, ServiceError, UsageError
+from rankwise.errors import DataError, RankwiseError, ServiceError, UsageError
 from rankwise.ship.llama.talk import Refusal, Talk
 
 LEAST_LOGPROB = -103.98  # nats; the smallest float32 is e^-103.28, and what is less comes as a probability of 0
@@ -31,6 +31,8 @@ GREEDY = {
     "ignore_eos": False,
     "stop": [],
 }
+SHOWN = 200  # characters of an answer in a message
+Told = TypeVar("Told")
 TOO_LONG = "exceed_context_size_error"
 
 
@@ -92,7 +94,9 @@ class ServerRuntime:
     @cached_property
     def info(self) -> RuntimeInfo:
         """Asked once. ServiceError where the server is too old to say how an image is marked."""
-        props = self.talk.get("/props")
+        return _understood(f"{self.talk.url}/props", self._described, self.talk.get("/props"))
+
+    def _described(self, props: Mapping[str, Any]) -> RuntimeInfo:
         if "media_marker" not in props or "default_generation_settings" not in props:
             raise ServiceError(
                 f"{self.talk.url}/props names no media_marker, so this llama.cpp server is too old; update it"
@@ -116,17 +120,20 @@ class ServerRuntime:
     def tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
         """Ids of a text; add_special: with what the runtime puts around a prompt."""
         body = {"content": text, "add_special": add_special, "parse_special": parse_special}
-        return [int(token) for token in self.talk.post("/tokenize", body)["tokens"]]
+        return self._told("/tokenize", body, lambda answer: [int(token) for token in answer["tokens"]])
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
-        return str(self.talk.post("/detokenize", {"tokens": list(ids)})["content"])
+        return self._told("/detokenize", {"tokens": list(ids)}, lambda answer: str(answer["content"]))
 
     def apply_template(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
         """The prompt that the GGUF's own chat template makes with these variables, ready for an answer; without the BOS
         at its beginning where the runtime puts one before every prompt by itself."""
         body = {"messages": list(messages), **({"chat_template_kwargs": dict(variables)} if variables else {})}
-        return str(self.talk.post("/apply-template", body)["prompt"])
+        return self._told("/apply-template", body, lambda answer: str(answer["prompt"]))
+
+    def _told(self, path: str, body: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Told]) -> Told:
+        return _understood(self.talk.url + path, read, self.talk.post(path, body))
 
     def memory(self) -> int | None:
         """Peak resident memory of the runtime in bytes, its interpreter included; None where it can't be known."""
@@ -161,7 +168,8 @@ class ServerRuntime:
         wanted = self.tokenize(force) if isinstance(force, str) else None if force is None else list(force)
         if wanted is not None:
             body |= {**self._forcing(wanted), "n_probs": max(top, 1), "n_predict": len(wanted)}
-        found = _completion(*self._timed(body), named=top)
+        answer, seconds = self._timed(body)
+        found = _understood(f"{self.talk.url}/completion", lambda given: _completion(given, seconds, top), answer)
         if wanted is not None and list(found.tokens) != wanted:
             raise ServiceError(
                 f"{self.talk.url} gave the ids {list(found.tokens)} where {wanted} were asked for; its llama.cpp is "
@@ -190,9 +198,10 @@ class ServerRuntime:
         """Whether the runtime takes an id for an end of an answer. Tried out: nothing else may follow a grammar."""
         if token not in self._ending:
             body = {"prompt": [token], "n_predict": 1, "grammar": _ids_alone(()), "logit_bias": [[token, SURE]]}
-            self._ending[token] = self.talk.post("/completion", GREEDY | body | {"return_tokens": True})["tokens"] == [
-                token
-            ]
+            body = GREEDY | body | {"return_tokens": True}
+            self._ending[token] = self._told(
+                "/completion", body, lambda answer: [int(each) for each in answer["tokens"]] == [token]
+            )
         return self._ending[token]
 
     def _timed(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
@@ -223,6 +232,19 @@ class ServerRuntime:
             raise UsageError(f"{info.where} has no vision part, so it takes no images; give its mmproj file too")
         encoded = [base64.b64encode(image).decode() for image in images]
         return {"prompt_string": text.replace(MARKER, info.marker), "multimodal_data": encoded}
+
+
+def _understood(where: str, read: Callable[[Mapping[str, Any]], Told], answer: Mapping[str, Any]) -> Told:
+    """What an answer says. ServiceError where its JSON has another form than a llama.cpp server's."""
+    try:
+        return read(answer)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, RankwiseError):
+            raise
+        raise ServiceError(
+            f"{where} answers with JSON of another form ({type(error).__name__}: {error}): {str(answer)[:SHOWN]}; "
+            "is it a llama.cpp server, and not too old?"
+        ) from error
 
 
 def _ids_alone(ids: Sequence[int]) -> str:

@@ -109,7 +109,7 @@ class Talk:
                 f"{self.url}{path} answers {status} without a JSON object: {_shown(content)!r}; "
                 "is it a llama.cpp server?"
             )
-        if status >= 400:
+        if not 200 <= status < 300 or found.get("error"):  # a proxy may send an error with status 200
             raise self._refusal(path, status, found.get("error"), content)
         return found
 

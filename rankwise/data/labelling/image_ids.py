@@ -1,0 +1,68 @@
+"""Names of images that stay when a folder grows: what was named once keeps its name, by its pixels.
+
+    labels.jsonl, ledger.jsonl of earlier runs ── of_folder ──▶ ImageIds ── claim(photo, pixels' hash) ──▶ 00017_beach
+
+A new image is named by its place among all images and its file; where an earlier image has that name, by its content
+too (`00017_beach-3fa9c1d2`). So no name ever means two images, and none changes because others came.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rankwise.data.labelling.coco import Photo
+from rankwise.data.labelling.originals import FOLDER
+
+NAME = re.compile(r"\d{5,}_[\w.-]*")
+ORIGINAL = re.compile(rf"{FOLDER}/{NAME.pattern}")
+
+
+class ImageIds:
+    """The names of a data set. known: id → hash of the pixels; originals: paths below the data set; of earlier runs."""
+
+    def __init__(self, known: Iterable[tuple[str, str]] = (), originals: Iterable[str] = ()) -> None:
+        self.known: dict[str, str] = {}
+        self.originals = frozenset(path for path in originals if ORIGINAL.fullmatch(path))
+        self._free: dict[str, list[str]] = {}
+        self._claimed: dict[str, str] = {}
+        for name, sha256 in known:
+            if NAME.fullmatch(name) and name not in self.known:
+                self.known[name] = sha256
+                self._free.setdefault(sha256, []).append(name)
+
+    @classmethod
+    def of_folder(cls, table: Path, asked: Iterable[tuple[str, str]] = ()) -> ImageIds:
+        """Those of a table of an earlier run, and of answers that were paid for."""
+        rows = list(_rows(table))
+        named = [(str(row["image_id"]), str(row["image_sha256"])) for row in rows]
+        return cls([*named, *asked], [str(row["source_path"]) for row in rows if row.get("source_path")])
+
+    def claim(self, photo: Photo, sha256: str) -> str:
+        """The id of an image; the same however often it is asked for."""
+        if photo.reference not in self._claimed:
+            self._claimed[photo.reference] = self._chosen(photo, sha256)
+        return self._claimed[photo.reference]
+
+    def _chosen(self, photo: Photo, sha256: str) -> str:
+        names = self._free.get(sha256, [])
+        if names:
+            own = photo.id.split("_", 1)[1]
+            name = next((name for name in names if name.split("_", 1)[1] == own), names[0])
+            names.remove(name)
+            return name
+        return photo.id if photo.id not in self.known else f"{photo.id}-{sha256[:8]}"
+
+
+def _rows(table: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a table that name an image; broken lines name none, since the table is about to be replaced."""
+    for line in table.read_bytes().split(b"\n") if table.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and {"image_id", "image_sha256"} <= row.keys():
+            yield row
