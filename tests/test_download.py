@@ -127,7 +127,7 @@ def test_an_error_page_with_status_200_is_no_part_of_the_file(
     assert fetch(official(server), tmp_path / "a").read_bytes() == BYTES
     assert server.asked == [None, None, "bytes=1000-"]
     server.pages = [length] * download.ATTEMPTS
-    with pytest.raises(ServiceError, match="that are not the file"):
+    with pytest.raises(ServiceError, match="a page that is not the file"):
         fetch(official(server), tmp_path / "b")
     assert visible(tmp_path / "b") == []
 

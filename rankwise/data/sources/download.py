@@ -9,8 +9,9 @@ with another checksum is deleted, and an error: those bytes are not the data set
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -123,23 +124,27 @@ class Resuming:
                 self.part.unlink()
                 return
             answer.raise_for_status()
-            self._refuse_other_content(requests, answer, start if answer.status_code == 206 else 0)
+            blocks = answer.iter_content(BLOCK)
+            first = next(blocks, b"")
+            if answer.status_code != 206:
+                refuse_error_page(requests, answer, first, self.download.name)
             with self.part.open("ab" if answer.status_code == 206 else "wb") as file:
-                for block in self._no_more_than_expected(answer, file.tell()):
+                for block in self._no_more_than_expected(chain([first], blocks), file.tell()):
                     file.write(block)
 
-    def _refuse_other_content(self, requests: Any, answer: Any, start: int) -> None:
-        """An error page with status 200 is no part of the file: nothing of it is kept, and it is asked for again."""
-        length = answer.headers.get("Content-Length", "")
-        kind = answer.headers.get("Content-Type", "")
-        if kind.startswith("text/html") or (length.isdigit() and int(length) < self.download.size - start):
-            said = f"the server sent {length or 'some'} bytes ({kind or 'of no type'}) that are not the file"
-            raise requests.exceptions.RequestException(said)
-
-    def _no_more_than_expected(self, answer: Any, arrived: int) -> Iterator[bytes]:
+    def _no_more_than_expected(self, blocks: Iterable[bytes], arrived: int) -> Iterator[bytes]:
         """Blocks up to one beyond the known size: the checksum will refuse it, and an endless answer ends."""
-        for block in answer.iter_content(BLOCK):
+        for block in blocks:
             yield block
             arrived += len(block)
             if arrived > self.download.size:
                 return
+
+
+def refuse_error_page(requests: Any, answer: Any, first: bytes, name: str) -> None:
+    """An error page with status 200 is no part of a file: nothing of it is kept, and the file is asked for again. No
+    official file begins like a page."""
+    kind = answer.headers.get("Content-Type", "")
+    told = kind.startswith("application/json") and not name.endswith(".json")
+    if told or kind.startswith("text/html") or first.lstrip().startswith(b"<"):
+        raise requests.exceptions.RequestException(f"the server sent a page that is not the file: {first[:80]!r}")
