@@ -31,7 +31,7 @@ from rankwise.errors import DataError
 from rankwise.nets.depth_settings import DepthSettings, write_depth
 from rankwise.nets.image_features import image_features
 from rankwise.nets.load import load_model, load_processor
-from rankwise.stages.features import picture_shards
+from rankwise.stages.features import eyes
 from rankwise.store.files import read_object
 
 SIZES = [(64, 48), (40, 80), (56, 56), (90, 30), (64, 64), (33, 47), (70, 70)]
@@ -184,7 +184,7 @@ def test_what_was_killed_between_shards_goes_on(
     def not_needed(*_: Any) -> None:
         raise AssertionError("a complete capture needs no model")
 
-    monkeypatch.setattr(picture_shards, "load_vision_side", not_needed)
+    monkeypatch.setattr(eyes, "load_vision_side", not_needed)
     capture(photos, qwen, tmp_path / "c", *options)
 
 

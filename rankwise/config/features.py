@@ -24,10 +24,11 @@ class AllocatorSection:
 
 @dataclass(frozen=True)
 class CaptureConfig:
-    """Visual features of images, as a vision-language model's language part gets them, into a cache."""
+    """Visual features of images, as a model's language part gets them or an encoder gives them, into a cache."""
 
     model_name: str | None = option(
-        help="vision-language model: folder or hub id", aliases=("model", "model_path", "base_model")
+        help="vision-language model, or vision encoder (DINOv2, SigLIP, CLIP, ViT …): folder or hub id",
+        aliases=("model", "model_path", "base_model"),
     )
     revision: str | None = option(help="hub revision")
     images: str | None = option(
@@ -35,7 +36,7 @@ class CaptureConfig:
     )
     output_dir: str = option(CACHE, help="feature cache: sharded safetensors with an index", short="-o")
     image_size: int | None = option(
-        help="pictures are stretched to a square of this side [448; where the model has a device.json, as that device]"
+        help="pictures are stretched to a square of this side [448; as the model's device.json; an encoder's own size]"
     )
     native: bool = option(False, help="pictures go to the processor as they are (they must give equal token counts)")
     num_images: int | None = option(help="first N images, in name order")

@@ -51,13 +51,13 @@ class Preparation:
     def processor(self, processor: ProcessorMixin) -> ProcessorMixin:
         return device_processor(processor, self.target) if self.target else processor
 
-    def record(self, processor: ProcessorMixin) -> dict[str, Any]:
-        """For the recipe: all that decides the tensors of a picture."""
-        own = processor.image_processor.to_json_string()
+    def record(self, images: Any) -> dict[str, Any]:
+        """For the recipe: all that decides the tensors of a picture. images: the image processor."""
+        own = images.to_json_string()
         return {
             "stretched_to": self.side,
             "device": self.target.geometry if self.target else None,
-            "processor": f"{type(processor.image_processor).__name__} {digest(own.encode())[:12]}",
+            "processor": f"{type(images).__name__} {digest(own.encode())[:12]}",
         }
 
 

@@ -1,6 +1,7 @@
-"""rankwise features capture: images → what a model's language part gets of them, in a cache for the other commands.
+"""rankwise features capture: images → what a model's language part gets of them, or an encoder gives, in a cache.
 
 rankwise features capture photos/ --model Qwen/Qwen2.5-VL-3B-Instruct -o feature_cache_real
+rankwise features capture photos/ --model facebook/dinov2-small -o feature_cache_dinov2
 rankwise features capture --synthetic 512 --spectrum power:0.7 -o known/
 torchrun --nproc-per-node 2 -m rankwise.cli features capture …      (the processes share the shards)
 
@@ -177,7 +178,8 @@ def describe(config: CaptureConfig) -> list[str]:
             f"write shards of {config.shard_size} and index.json to {config.output_dir}",
         ]
     what = f"the first {plural(config.num_images, 'picture')}" if config.num_images else "all pictures"
-    side, device = config.image_size or SQUARE, "" if config.image_size else ", or as its device.json says"
+    side = config.image_size or SQUARE
+    device = "" if config.image_size else ", or as its device.json or an encoder's own processor says"
     shown = "as they are" if config.native else f"stretched to {side} × {side}{device}"
     return [
         f"show {what} in {config.images} to {config.model_name}, {shown}",

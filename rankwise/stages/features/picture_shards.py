@@ -17,16 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from rankwise.config import CaptureConfig
-from rankwise.data import Sight
+from rankwise.core.geometry import Grid
 from rankwise.data.features import CacheRecipe, Matrices, ModelOrigin, shard_places
 from rankwise.data.features.pictures import Pictures
-from rankwise.data.features.preparing import Preparation, grids, picture_digest
+from rankwise.data.features.preparing import Preparation, picture_digest
 from rankwise.data.images import BadImage
 from rankwise.errors import DataError
-from rankwise.nets.image_features import image_features
 from rankwise.nets.sites import torch_dtype
-from rankwise.nets.vision_side import load_vision_side
 from rankwise.stages.engines import pick_device
+from rankwise.stages.features.eyes import Eye
 
 Step = Callable[[int], object]  # told how many more pictures are done
 
@@ -38,7 +37,7 @@ class PictureShards:
     config: CaptureConfig
     pictures: Pictures
     preparation: Preparation
-    sight: Sight
+    eye: Eye
     origin: ModelOrigin
     first: tuple[str, tuple[int, int]] | None = field(default=None, init=False)
 
@@ -56,12 +55,11 @@ class PictureShards:
 
     @cached_property
     def model(self) -> Any:
-        assert self.config.model_name
-        return load_vision_side(self.config.model_name, self.dtype, self.device, self.config.revision)
+        return self.eye.load(self.dtype, self.device)
 
     @cached_property
     def recipe(self) -> CacheRecipe:
-        how = self.preparation.record(self.sight.processor)
+        how = self.preparation.record(self.eye.processor)
         return CacheRecipe(
             shards=len(self.places),
             dtype=self.config.cache_dtype,
@@ -117,7 +115,7 @@ class PictureShards:
 
     def seen(self, images: dict[str, Image.Image]) -> list[Row]:
         """The matrices of these pictures, in order."""
-        laid = [grids(self.sight.processor, image) for image in images.values()]
+        laid = [self.eye.grids(image) for image in images.values()]
         counts = [len(found) if found else 1 for found in laid]
         features = self.features(images)
         if len(features) != sum(counts):
@@ -130,20 +128,21 @@ class PictureShards:
             group = picture_digest(image)
             for tile in range(count):
                 named = f"{name}#{tile}" if count > 1 else name
-                shape = (found[tile].rows, found[tile].columns) if found else None
-                rows.append(self.checked(Row(named, group, next(rest), shape)))
+                features, seen = next(rest)
+                grid = found[tile] if found else seen
+                rows.append(self.checked(Row(named, group, features, (grid.rows, grid.columns) if grid else None)))
         return rows
 
-    def features(self, images: dict[str, Image.Image]) -> list[Tensor]:
-        """(T, D) each, on the CPU."""
+    def features(self, images: dict[str, Image.Image]) -> list[tuple[Tensor, Grid | None]]:
+        """(T, D) each, on the CPU, with its grid where the tower tells it."""
         try:
-            inputs = self.sight.pixels([[image] for image in images.values()])
+            inputs = self.eye.pixels(list(images.values()))
         except ValueError as error:
             raise DataError(f"the processor refuses a picture among {', '.join(images)}: {error}") from error
         try:
             with torch.inference_mode():
                 moved = {name: value.to(self.device) for name, value in inputs.items()}
-                return [matrix.cpu() for matrix in image_features(self.model, moved)]
+                return [(matrix.cpu(), grid) for matrix, grid in self.eye.features(self.model, moved)]
         except torch.OutOfMemoryError as error:
             raise DataError(
                 f"out of memory with {len(images)} pictures at a time; complete shards are safe: run it again with a "

@@ -23,7 +23,9 @@ from rankwise.data.features.synthetic import Synthetic
 from rankwise.data.images import ImageReader
 from rankwise.errors import UsageError
 from rankwise.nets.depth_settings import read_depth
+from rankwise.nets.encoder import is_encoder, load_image_processor, own_side, takes, unresized
 from rankwise.nets.load import load_config, load_processor
+from rankwise.stages.features.eyes import EncoderEye, Eye, ModelEye
 from rankwise.stages.features.picture_shards import PictureShards, Step
 from rankwise.stages.training import model_fingerprint
 from rankwise.store.adapter import is_adapter
@@ -46,22 +48,41 @@ def shards_of(config: CaptureConfig) -> Shards:
         return SyntheticShards(settings, config.synthetic, config.shard_size, config.cache_dtype)
     assert config.model_name and config.images
     folder = seeing_model(config.model_name, config.revision)
-    preparation = preparation_of(config, folder)
+    preparation, eye = eye_of(config, folder)
     pictures = open_pictures(config.images, background=preparation.background)
-    processor = preparation.processor(load_processor(config.model_name, config.revision))
-    # The reader is never asked: pictures come prepared.
-    sight = Sight(processor, ImageReader(folder))
     origin = ModelOrigin(config.model_name, model_fingerprint(folder))
-    return PictureShards(config, pictures, preparation, sight, origin)
+    return PictureShards(config, pictures, preparation, eye, origin)
+
+
+def eye_of(config: CaptureConfig, folder: Path) -> tuple[Preparation, Eye]:
+    """How pictures are prepared, and what sees them: a vision-language model's vision side, or an encoder."""
+    name = str(config.model_name)
+    known = load_config(name, config.revision)
+    if is_encoder(known):
+        processor = load_image_processor(name, config.revision)
+        if config.native:
+            return Preparation(None), EncoderEye(name, processor, config.revision)
+        side = config.image_size or own_side(processor, known)
+        return Preparation(side), EncoderEye(name, unresized(processor), config.revision)
+    preparation = preparation_of(config, folder)
+    processor = preparation.processor(load_processor(name, config.revision))
+    # The reader is never asked: pictures come prepared.
+    return preparation, ModelEye(name, Sight(processor, ImageReader(folder)), config.revision)
 
 
 def seeing_model(name: str, revision: str | None) -> Path:
-    """The folder of a whole model with images. UsageError for an adapter, a text model, a model with depth."""
+    """The folder of a whole model that takes images. UsageError for an adapter, a text model, a model with depth."""
     folder = resolve(name, revision)
     if is_adapter(folder):
         raise UsageError(f"{name} is an adapter; `rankwise merge` makes a model of it, whose features can be captured")
-    if not hasattr(load_config(name, revision), "vision_config"):
-        raise UsageError(f"{name} is a text model: it has no image features")
+    config = load_config(name, revision)
+    if not hasattr(config, "vision_config") and not is_encoder(config):
+        told = takes(config)
+        raise UsageError(
+            f"{name} is a text model: it has no image features"
+            if told == "input_ids"
+            else f"{name} takes {told}, not pictures: it has no image features"
+        )
     if read_depth(folder):
         raise UsageError(f"{name} adds depth to its image features, and features are captured without; give its base")
     return folder
