@@ -175,6 +175,19 @@ def test_storage_in_another_precision_is_no_change(tmp_path: Path, capsys: pytes
     assert "outside these sites" not in capsys.readouterr().out
 
 
+def test_a_change_below_the_bases_spacing_is_a_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tuned model in float32 over a bf16 base: a change of 1e-4 is a fortieth of what bf16 tells apart."""
+    base = tiny_llama(tmp_path / "base", dtype=torch.bfloat16)
+    tuned = tuned_on(base, tmp_path / "tuned", only=("no other",))
+    wide = {key: t.float() for key, t in load_file(tuned / "model.safetensors").items()}
+    assert not wide[NORM].bfloat16().ne((wide[NORM] * 1.0001).bfloat16()).any()
+    wide[NORM] = wide[NORM] * 1.0001
+    save_file(wide, tuned / "model.safetensors")
+    assert extract(base, tuned, tmp_path / "out") == 0
+    shown = capsys.readouterr().out
+    assert "1 tensors outside these sites changed as well" in shown and NORM in shown
+
+
 def test_saved_deltas_count_and_carry_what_is_no_site(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = tiny_llama(tmp_path / "base")
     tuned = tuned_on(base, tmp_path / "tuned")

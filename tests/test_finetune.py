@@ -20,6 +20,7 @@ from transformers import (
 
 from rankwise import cli
 from rankwise.data import load
+from rankwise.data.input_record import FILE as INPUT
 from rankwise.errors import UsageError
 from rankwise.nets.adapters import load_adapter
 from rankwise.nets.delta_files import BaseWeights, write_deltas
@@ -103,6 +104,8 @@ def test_the_manifest_lists_what_was_trained(probe: Path) -> None:
     assert entry["trainable_parameters"] == sum(value.numel() for value in names.values())
     assert {"model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"} <= set(entry["trained"])
     assert AutoTokenizer.from_pretrained(probe / "finetuned")("a")["input_ids"]
+    records = [(probe / name / INPUT).read_bytes() for name in ("pretrained", "finetuned")]
+    assert records[0] == records[1], "the two are asked with the same prompts"
 
 
 def test_a_full_run_resumes_exactly(base: Path, data: Path, probe: Path, tmp_path: Path) -> None:

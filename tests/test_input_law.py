@@ -256,6 +256,32 @@ def with_its_own_processor(base: Path, out: Path, data: Path, folder: Path, aske
     assert all(processor.tokenizer.decode(ids).count("Look!") == 1 for ids in asked.values())
 
 
+def with_its_own_tokenizer(base: Path, out: Path, data: Path, folder: Path, asked: dict[str, list[int]]) -> None:
+    """Beside the adapter, without a processor: pictures are the base's matter, the template is the adapter's."""
+    other, words = Path(shutil.copytree(out, folder / "worded")), ("--task", "labels", "--data_path", data)
+    for name in (FILE, "processor_config.json", "preprocessor_config.json", "chat_template.jinja"):
+        (other / name).unlink(missing_ok=True)
+    processor = load_processor(str(base))
+    processor.tokenizer.chat_template = "Listen! " + processor.chat_template
+    processor.tokenizer.save_pretrained(other)
+    asked.clear()
+    assert evaluate(other, *words, "--prompt", "chat", "-o", folder / "worded scores") == 0
+    before = dict(asked)
+    assert run("merge", other, "-o", folder / "worded merged") == 0
+    asked.clear()
+    assert evaluate(folder / "worded merged", *words, "--prompt", "chat") == 0
+    assert before == asked
+    assert all(processor.tokenizer.decode(ids).count("Listen!") == 1 for ids in asked.values())
+
+
+def trained_anew(base: Path, data: Path, folder: Path) -> None:
+    """From a model that was trained without a device, on data that declare one: for that device."""
+    record = read_object(folder / "off merged" / FILE)
+    assert record["image_geometry"] == {}
+    again = train(folder / "off merged", folder / "anew", "--data_path", data, "--prompt", "chat")
+    assert read_object(again / FILE)["image_geometry"]["image_size"] == 32
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("style", ["chat", "raw"])
 def test_pictures_are_asked_about_the_same(style: str, tmp_path: Path, asked: dict[str, list[int]]) -> None:
@@ -282,7 +308,9 @@ def test_pictures_are_asked_about_the_same(style: str, tmp_path: Path, asked: di
         assert len(images) == 1
         assert found[0][example.id] == renderer.prompt_ids(example)
     without_a_device(base, data, tmp_path, asked)
+    trained_anew(base, data, tmp_path)
     with_its_own_processor(base, out, data, tmp_path, asked)
+    with_its_own_tokenizer(base, out, data, tmp_path, asked)
     DeviceTarget(image_size=64, longest_edge=32).save(out)
     assert evaluate(out, *own) == 3
     (out / "device.json").unlink()

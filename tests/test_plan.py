@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.core.plan import PlannedSite, RankPlan
+from rankwise.core.plan import FORMAT, FORMER, PlannedSite, RankPlan
 from rankwise.core.site import Site, describe, pattern
 from rankwise.errors import DataError
 from rankwise.nets.adapt import lora_config
@@ -93,7 +93,11 @@ def test_the_documented_minimal_form_expands_over_the_language_tower_only(tmp_pa
     [
         ({"layer_ranks": {"q_prj": 8}}, "no projection q_prj; it has q_proj, up_proj"),
         (minimal(layer_rank={}), r"unknown fields \['layer_rank'\]"),
-        (minimal(format="rankwise-rank-plan/2"), "format"),
+        (minimal(format="rankwise-rank-plan/3"), "format"),
+        (
+            minimal(format="rankwise-rank-plan/1", use_rslora=True),
+            "/1 took from each site's own rank; make the plan again",
+        ),
         ({"layer_ranks": {"q_proj": 2.5}}, "rank of q_proj is 2.5; a rank is a whole number"),
         ({"layer_ranks": {"q_proj": -1}}, "whole number"),
         ({"layer_ranks": {"q_proj": True}}, "whole number"),
@@ -144,6 +148,21 @@ def test_scales_that_the_plan_cannot_keep_are_refused(tmp_path: Path) -> None:
     for alphas in ({key: 16}, {"^other$": 8}, {key: None}):
         with pytest.raises(DataError, match="alpha_pattern gives"):
             read(tmp_path, one_site(4, alpha_pattern=alphas))
+
+
+def test_rslora_by_hand_in_a_written_plan_takes_no_alpha_pattern(tmp_path: Path) -> None:
+    """The pattern that was written beside plain LoRA's scale is what is refused, not its agreement with the ranks."""
+    written = {**one_site(4), "format": FORMAT, "alpha_pattern": {pattern("model.layers.0.self_attn.q_proj"): 8.0}}
+    assert read(tmp_path, written).scale(4) == 2
+    with pytest.raises(
+        DataError, match=r"one alpha, alpha_over_rank \(2\) × the largest rank, so there is no alpha_pattern"
+    ):
+        read(tmp_path, written | {"use_rslora": True})
+    assert read(tmp_path, written | {"use_rslora": True, "alpha_pattern": {}}).scale(4) == 4
+
+
+def test_the_former_format_means_the_same_without_rslora(tmp_path: Path) -> None:
+    assert read(tmp_path, one_site(4, format=FORMER)).scale(4) == 2
 
 
 @given(plan=plans)

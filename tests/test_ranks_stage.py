@@ -108,7 +108,7 @@ def test_everything_that_is_documented_is_written(
     flags += ["--emit", "unsloth", "--task", "e2e_nlg", "--gain", str(rows), "--num-samples", "12"]
     ranks(tmp_path, str(base), str(tuned), *flags)
     content, sites = plan_content(tmp_path), model_sites(load_model(str(base), torch.float32))
-    assert content["format"] == "rankwise-rank-plan/1"
+    assert content["format"] == "rankwise-rank-plan/2"
     assert set(content["layer_metadata"]) == set(content["layer_ranks"]) == {s.projection for s in sites.values()}
     row = content["layer_metadata"]["q_proj"][0]
     fields = "layer path shape r_raw r_final energy_retained decay_rate stable_rank saturated method compression_ratio"

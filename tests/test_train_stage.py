@@ -203,6 +203,27 @@ def test_a_plan_of_rslora_without_a_ratio_has_twice_its_largest_rank_as_alpha(ba
     assert {plan.scale(rank) for rank in (1, 4)} == {8.0, 4.0}
 
 
+def test_a_dry_run_does_not_name_an_alpha_that_cut_ranks_would_change(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = words(base, data, tmp_path / "rs", "--lora_r", "64", "--use_rslora", "--dry-run")
+    assert cli.main(command) == 0
+    assert "rsLoRA with alpha twice the largest rank that fits (at most 128)" in capsys.readouterr().out
+    assert cli.main([*command, "--lora_alpha", "30"]) == 0
+    assert "rsLoRA with alpha 30\n" in capsys.readouterr().out
+
+
+def test_training_with_a_doubtful_plan_says_so(
+    train: Train, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = plan_file(base, tmp_path)
+    content = json.loads(file.read_text())
+    content["analysis_metadata"] = {"doubt": "more noise than signal: THESE RANKS ARE IN DOUBT (--allow_noise)"}
+    file.write_text(json.dumps(content))
+    assert train("--lora_config", str(file), "--max_steps", "1") == 0
+    assert f"warning: {file}: more noise than signal: THESE RANKS ARE IN DOUBT" in capsys.readouterr().out
+
+
 def test_plans_that_do_not_fit(train: Train, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--lora_config", str(plan_file(base, tmp_path, extra="other."))) == 3
     assert "nearest: model.layers" in capsys.readouterr().err

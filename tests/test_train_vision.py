@@ -22,6 +22,7 @@ from tiny_vision import FAMILIES, drawn_image, tiny_smolvlm
 from rankwise import cli
 from rankwise.config import DataSection, ModelSection
 from rankwise.data import load
+from rankwise.data.images import ImageReader
 from rankwise.nets.adapt import adapt
 from rankwise.nets.adapters import load_adapter
 from rankwise.nets.load import load_config, load_model, load_processor
@@ -163,6 +164,35 @@ def test_a_missing_picture_is_named_before_training(
     printed = capsys.readouterr().err
     assert "sample 3" in printed
     assert "3.png" in printed
+
+
+def test_validation_pictures_lie_beside_the_validation_file(
+    smolvlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the training rows' folder has pictures of the same names."""
+    opened = []
+    plain = ImageReader.open
+    monkeypatch.setattr(ImageReader, "open", lambda self, name: opened.append(name) or plain(self, name))
+    for part, count in (("train", 8), ("val", 4)):
+        (tmp_path / part).mkdir()
+        rows = json.loads(colour_rows(tmp_path / part, count).read_text())
+        for row in rows:
+            row |= {"image": f"images/{row['image']}"} if "image" in row else {}
+        (tmp_path / part / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "train" / "images" / "1.png").unlink()
+    command = words(smolvlm, tmp_path / "train" / "rows.json", tmp_path / "run", "--max_steps", "1")
+    place = command.index("--image_folder")
+    command[place : place + 2] = ["--val_path", str(tmp_path / "val" / "rows.json"), "--dataloader_num_workers", "0"]
+    assert cli.main(command) == 3, "the training row's own picture is still missed"
+    assert "train/images" in capsys.readouterr().err
+    colour_rows_again = json.loads((tmp_path / "train" / "rows.json").read_text())
+    (tmp_path / "train" / "rows.json").write_text(json.dumps([row for row in colour_rows_again if row["id"] != "1"]))
+    opened.clear()
+    assert cli.main(command) == 0
+    seen = {Path(name) for name in opened}
+    assert {tmp_path / "val" / "images" / f"{number}.png" for number in range(4)} <= seen
+    assert not {Path("images/1.png")} & seen
+    assert logged(tmp_path / "run")[-1]["eval_loss"]
 
 
 def test_pictures_that_differ_only_in_content_make_the_same_prompt(smolvlm: Path, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 from rankwise.core.site import Site, pattern
 from rankwise.errors import UsageError
 
-FORMAT = "rankwise-rank-plan/1"
+FORMAT = "rankwise-rank-plan/2"
+FORMER = "rankwise-rank-plan/1"  # the same, but for what alpha_over_rank means with use_rslora
 
 
 @dataclass(frozen=True)

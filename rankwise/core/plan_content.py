@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from rankwise.core.plan import FORMAT, PlannedSite, RankPlan
+from rankwise.core.plan import FORMAT, FORMER, PlannedSite, RankPlan
 from rankwise.core.site import Site, describe, nearest
 from rankwise.errors import DataError
 
@@ -72,7 +72,7 @@ def check_fields(content: Mapping[str, Any], where: str) -> None:
     unknown = set(content) - KNOWN_KEYS
     if unknown:
         raise DataError(f"{where}: unknown fields {sorted(unknown)}; a rank plan has {sorted(KNOWN_KEYS)}")
-    if "format" in content and content["format"] != FORMAT:
+    if content.get("format", FORMAT) not in (FORMAT, FORMER):
         raise DataError(f"{where}: format {content['format']!r} is not {FORMAT!r}")
     for name in ("layer_ranks", "rank_pattern", "alpha_pattern", "layer_metadata", "analysis_metadata"):
         if not isinstance(content.get(name, {}), dict):
@@ -88,11 +88,23 @@ def check_fields(content: Mapping[str, Any], where: str) -> None:
 
 
 def check_scales(content: Mapping[str, Any], where: str) -> None:
-    """The plan owns the scale, as one number: an alpha_pattern that says anything else is not obeyed silently."""
+    """The plan owns the scale, as one number: an alpha_pattern that says anything else is not obeyed silently.
+
+    Nor is what the former format meant by use_rslora, whose alpha followed each rank.
+    """
     ratio = content.get("alpha_over_rank", 2.0)
+    if content.get("use_rslora"):
+        one = f"with use_rslora all sites have one alpha, alpha_over_rank ({ratio:g}) × the largest rank"
+        if content.get("format") == FORMER:
+            raise DataError(
+                f"{where}: {one}, which {FORMER} took from each site's own rank; make the plan again with `rankwise "
+                f"ranks`, or set its format to {FORMAT} and leave alpha_pattern out to train with one alpha"
+            )
+        if content.get("alpha_pattern"):
+            raise DataError(f"{where}: {one}, so there is no alpha_pattern beside it; leave alpha_pattern out")
     for key, alpha in content.get("alpha_pattern", {}).items():
         rank = content.get("rank_pattern", {}).get(key)
-        if content.get("use_rslora") or rank is None or alpha != ratio * rank:
+        if rank is None or alpha != ratio * rank:
             raise DataError(
                 f"{where}: alpha_pattern gives {key} {alpha!r}, but alpha is alpha_over_rank ({ratio:g}) × the rank "
                 f"({rank}) at every site; change alpha_over_rank, or leave alpha_pattern out"

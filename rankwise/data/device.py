@@ -147,6 +147,9 @@ class DeviceReader:
     def folder(self) -> Path:
         return self.reader.folder
 
+    def also(self, folder: Path) -> DeviceReader:
+        return replace(self, reader=self.reader.also(folder))
+
     def open(self, reference: str) -> Image.Image:
         return self.target.resize(replace(self.reader, background=BLACK).open(reference))
 

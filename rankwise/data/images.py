@@ -17,16 +17,17 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, overload
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 from PIL import Image
 
+from rankwise.data.example import Example
 from rankwise.data.pixels import WHITE, Colour, Unreadable, picture, upright_size
 from rankwise.data.remote import Refused, fetched
 from rankwise.errors import DataError
@@ -46,8 +47,9 @@ class BadImage(DataError):
 class ImageReader:
     """Pictures by the references of a data set.
 
-    folder: where relative paths start. allow_outside: paths may lead out of it (absolute, `..`, links). allow_urls:
-    http(s) URLs of public hosts are fetched, once, into the cache; `file:` URLs are read as the paths they name.
+    folder: where relative paths start. beside: folders in which absolute paths may lie as well. allow_outside: paths
+    may lead out of all of them (absolute, `..`, links). allow_urls: http(s) URLs of public hosts
+    are fetched, once, into the cache; `file:` URLs are read as the paths they name.
     max_pixels: more in one picture are refused before it is decoded; 60 million is Isaac's own limit. background: what
     transparency is laid on.
 
@@ -59,6 +61,11 @@ class ImageReader:
     allow_urls: bool = False
     max_pixels: int = 60_000_000
     background: Colour = WHITE
+    beside: tuple[Path, ...] = ()
+
+    def also(self, folder: Path) -> ImageReader:
+        """The same, for absolute paths into this folder as well."""
+        return replace(self, beside=(*self.beside, folder))
 
     def open(self, reference: str) -> Image.Image:
         """The picture in RGB, upright (EXIF), fully decoded. See `pixels.picture`."""
@@ -115,7 +122,8 @@ class ImageReader:
     def _file(self, path: str) -> BinaryIO:
         root = os.path.realpath(self.folder)
         real = os.path.realpath(os.path.join(root, path))
-        if not self.allow_outside and os.path.commonpath([root, real]) != root:
+        roots = [root, *(os.path.realpath(folder) for folder in self.beside)]
+        if not self.allow_outside and all(os.path.commonpath([each, real]) != each for each in roots):
             raise Refused(
                 f"leads out of the image folder {self.folder}, to {real}; pass --allow-outside if that is meant"
             )
@@ -126,6 +134,30 @@ class ImageReader:
         if not os.path.getsize(real):
             raise Refused(f"is empty: {real} has no bytes")
         return open(real, "rb")
+
+
+@dataclass(frozen=True)
+class Placed(Sequence[Example]):
+    """Samples whose relative paths start in a folder of their own, as absolute ones: a view that holds no sample."""
+
+    whole: Sequence[Example]
+    folder: Path
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        if isinstance(index, slice):
+            return Placed(self.whole[index], self.folder)
+        example, root = self.whole[index], os.path.realpath(self.folder)
+        images = (each if SCHEME.match(each) else os.path.join(root, each) for each in example.images)
+        return replace(example, images=tuple(images))
 
 
 def shown(reference: str) -> str:

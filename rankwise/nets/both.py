@@ -78,7 +78,7 @@ def of_deltas(source: SavedDeltas, base: str) -> Both:
 
 
 def tuned_of(pair: CheckpointPair, place: Place) -> Tensor:
-    """The tuned tensor; the base's, where they differ only in the type that they are stored in."""
+    """The tuned tensor; the base's, where it is nothing but the base's in another type."""
     assert place.tuned is not None
     after = place.tuned.read(pair.tuned)
     before = place.base.read(pair.base) if place.base else after

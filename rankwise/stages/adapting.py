@@ -76,6 +76,8 @@ def planned(
     for row in plan.sites:
         if row.clipped and "above min" in row.clipped:
             announce(f"note: {row.site.path}: rank {row.clipped}; cut to it")
+    if plan.doubt:
+        announce(f"warning: {lora.lora_config}: {plan.doubt}")
     say_scale(plan)
     return plan, left_out
 

@@ -90,7 +90,8 @@ def prepare(config: FinetuneConfig, name: str, arguments: TrainingArguments, ske
     """The subset, rendered and checked, and the memory that training on it takes."""
     towers = finetune_use(config.towers, config.method)
     check_towers(skeleton, towers.trained)
-    renderer = renderer_for(config.data, config.model, name, skeleton.config, shared.before(config))
+    earlier = shared.before(config)
+    renderer = renderer_for(config.data, config.model, name, skeleton.config, earlier, anew=not earlier)
     decode_aside(arguments, config.training, renderer)
     sees_images = renderer.sight is not None
     examples = shared.read_examples(config.data, str(config.data.data_path), sees_images=sees_images)

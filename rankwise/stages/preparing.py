@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from rankwise.config import TrainConfig
 from rankwise.core.plan import RankPlan
 from rankwise.data import Example, Examples, PackedDataset, RenderedDataset, Renderer, Split, split_groups, subset
+from rankwise.data.images import Placed
 from rankwise.errors import UsageError
 from rankwise.nets.adapt import scales
 from rankwise.nets.depth_settings import DepthSettings
@@ -23,7 +24,7 @@ from rankwise.stages import training as shared
 from rankwise.stages.adapting import quantization
 from rankwise.stages.depth import asked, depth_facts, gate_rate, idle, prepared
 from rankwise.stages.recorded import warn_of_others
-from rankwise.stages.rendering import decode_aside, renderer_for
+from rankwise.stages.rendering import decode_aside, image_folder, renderer_for
 from rankwise.stages.scheduling import schedule_of
 from rankwise.stages.selecting import selection_facts
 from rankwise.stages.towers import train_use
@@ -43,12 +44,22 @@ def read_split(config: TrainConfig, *, sees_images: bool) -> tuple[Examples, Spl
         sampled = subset(sampled, 1.0, config.max_samples, generator)
     if config.val_path:
         validation = shared.read_examples(config.data, config.val_path, "dev", sees_images=sees_images)
-        split = Split(sampled, validation.items)
+        own = own_pictures(config)
+        split = Split(sampled, Placed(validation.items, own) if own else validation.items)
     else:
         split = split_groups(sampled, config.val_fraction, generator)
     if config.max_val_samples is not None and split.val:
         split = Split(split.train, subset(split.val, 1.0, config.max_val_samples, generator))
     return examples, split
+
+
+def own_pictures(config: TrainConfig) -> Path | None:
+    """Where the validation rows' image paths start, if that is not where the training rows' do."""
+    if config.data.image_folder or not config.val_path:
+        return None
+    files = config.data.data_path, config.val_path
+    first, second = (image_folder(replace(config.data, data_path=path)) for path in files)
+    return second if first.resolve() != second.resolve() else None
 
 
 def prepare(
@@ -60,10 +71,14 @@ def prepare(
     full: Sequence[str] = (),
 ) -> tuple[Split, shared.Job]:
     """Rows, rendered and checked, and what the run is."""
-    renderer = renderer_for(config.data, config.model, name, skeleton.config, shared.before(config))
+    earlier = shared.before(config)
+    renderer = renderer_for(config.data, config.model, name, skeleton.config, earlier, anew=not earlier)
     if config.lora.deltas:
         warn_of_others(Path(config.lora.deltas), renderer)
     decode_aside(arguments, config.training, renderer)
+    own = own_pictures(config)
+    if own and renderer.sight is not None:
+        renderer = replace(renderer, sight=replace(renderer.sight, reader=renderer.sight.reader.also(own)))
     examples, split = read_split(config, sees_images=renderer.sight is not None)
     rows = shared.rendered(split.train, renderer)
     evaluates = split.val and arguments.eval_strategy != "no"

@@ -51,12 +51,12 @@ def train_full(
     files = open_checkpoint(resolve(job.name, config.model.revision))
     base = BaseWeights.before_training(files, weight_table(skeleton, files.keys()), trained)
     if config.save != "deltas" and first:
-        save_checkpoint(model, job.renderer, folder / "pretrained")
+        save_checkpoint(model, job.renderer, folder / "pretrained", record=job.record)
     set_seed(config.seed)
     trainer = train_job(config, model, job, checkpoint, tower_rates=towers.rates)
     state = shared.whole_state(trainer)
     if config.save != "deltas" and first:
-        save_checkpoint(shared.plain_model(trainer), job.renderer, folder / "finetuned", state, job.record)
+        save_checkpoint(shared.plain_model(trainer), job.renderer, folder / "finetuned", state, record=job.record)
     if config.save != "checkpoints" and first:
         facts = delta_facts(config, job, trainer, files.files)
         write_deltas(folder / "deltas", trained, base, model_sites(skeleton), facts)
@@ -87,15 +87,15 @@ def save_checkpoint(
     renderer: Renderer,
     folder: Path,
     state: Mapping[str, Tensor] | None = None,
-    record: InputRecord | None = None,
+    *,
+    record: InputRecord,
 ) -> None:
-    """A Hugging Face folder in float32 with its tokenizer or processor, whole or not at all. record: of what was
-    trained."""
+    """A Hugging Face folder in float32 with its tokenizer or processor, and how rows became its tokens: what the two of
+    a pair are asked with. Whole or not at all."""
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary, state_dict=state, max_shard_size=MAX_SHARD)
         (renderer.sight.processor if renderer.sight else renderer.tokenizer).save_pretrained(temporary)
-        if record:
-            save_input(renderer, record, temporary)
+        save_input(renderer, record, temporary)
 
 
 def delta_facts(

@@ -74,14 +74,18 @@ def require_device(record: InputRecord, file: Path) -> None:
         )
 
 
-def as_recorded(data: DataSection, found: Recorded) -> DataSection:
-    """The options with what the record says where they say nothing; template variables are taken one by one."""
+def as_recorded(data: DataSection, found: Recorded, *, anew: bool = False) -> DataSection:
+    """The options with what the record says where they say nothing; template variables are taken one by one.
+
+    anew: a training that begins, from a model with a record. Its pictures are made for the device of its own data, if
+    they declare one, whatever the model saw before.
+    """
     record = found.record
     if record is None:
         return data
     chat = record.prompt == "chat" and data.prompt in ("auto", "chat")
     kwargs = {**(record.chat_template_kwargs if chat else {}), **(data.chat_template_kwargs or {})}
-    without_device = record.image_geometry is not None and not record.image_geometry
+    without_device = not anew and record.image_geometry is not None and not record.image_geometry
     return replace(
         data,
         prompt=record.prompt if data.prompt == "auto" else data.prompt,

@@ -48,31 +48,33 @@ def renderer_for(
     places: Sequence[Path] = (),
     *,
     strict: bool = False,
+    anew: bool = False,
 ) -> Renderer:
     """The model's positions bound the length, its end tokens end answers, its processor makes image tokens.
 
     What training recorded (input.json) are the options' defaults; how prompts are made is printed. places: folders of
     what was trained, before the model's own: an adapter, an export, a run that goes on; an adapter's own tokenizer
     counts, as when it is merged. strict: see `recorded.compare`.
+    anew: a training that begins, see `recorded.as_recorded`.
     """
     if sees(data, config) and (warning := warning_for(config.model_type)):
         announce(warning)
-    renderer, found = rendered_as(data, model, name, config, places)
+    renderer, found = rendered_as(data, model, name, config, places, anew=anew)
     compare(data, found, renderer, strict=strict)
     return renderer
 
 
 def rendered_as(
-    data: DataSection, model: ModelSection, name: str, config: Any, places: Sequence[Path] = ()
+    data: DataSection, model: ModelSection, name: str, config: Any, places: Sequence[Path] = (), *, anew: bool = False
 ) -> tuple[Renderer, Recorded]:
     """The renderer, and the record that its defaults are from."""
     folder = resolve(name, model.revision)
     places = [*places, folder]
     found = recorded(places)
-    data = as_recorded(data, found)
+    data = as_recorded(data, found, anew=anew)
     seeing = sees(data, config)
     target = target_for(data, [*places, *([found.file.parent] if found.file else [])]) if seeing else None
-    sight = sight_for(data, model, brought(places, *PROCESSOR) or name, target, config) if seeing else None
+    sight = sight_for(data, model, name, places, target, config) if seeing else None
     tokenizer = sight.processor.tokenizer if sight else tokenizer_of(model, brought(places, TOKENIZER) or name)
     style = data.prompt if data.prompt != "auto" else style_for(data, sight, tokenizer, earlier=bool(found.trained))
     renderer = Renderer(
@@ -122,6 +124,18 @@ def eos_of(folder: Path, config: Any) -> Any:
     """End tokens of the generation config, else of the model's own."""
     has_own = (folder / "generation_config.json").is_file()
     return GenerationConfig.from_pretrained(folder).eos_token_id if has_own else config.eos_token_id
+
+
+def processor_of(model: ModelSection, name: str, places: Sequence[Path]) -> Any:
+    """An adapter's own processor, else the model's; with the adapter's tokenizer, where it brings that alone: merged
+    into one folder they are the same."""
+    own, words = brought(places, *PROCESSOR), brought(places, TOKENIZER)
+    processor = load_processor(own or name, model.revision, model.trust_remote_code)
+    if words and not own:
+        tokenizer = tokenizer_of(model, words)
+        tokenizer.chat_template = tokenizer.chat_template or processor.tokenizer.chat_template
+        processor.tokenizer = tokenizer
+    return processor
 
 
 def tokenizer_of(model: ModelSection, name: str) -> Any:
@@ -179,10 +193,12 @@ def target_for(data: DataSection, models: Sequence[Path]) -> DeviceTarget | None
     return found[first] if first else None
 
 
-def sight_for(data: DataSection, model: ModelSection, name: str, target: DeviceTarget | None, config: Any) -> Sight:
-    """The model's processor, and a reader of images below the image folder (the data file's own by default); both as
-    the device has them, where there is a target."""
-    processor = load_processor(name, model.revision, model.trust_remote_code)
+def sight_for(
+    data: DataSection, model: ModelSection, name: str, places: Sequence[Path], target: DeviceTarget | None, config: Any
+) -> Sight:
+    """The model's processor (see `processor_of`), and a reader of images below the image folder (the data file's own by
+    default); both as the device has them, where there is a target."""
+    processor = processor_of(model, name, places)
     reader: Any = image_reader(data)
     takes = forward_inputs(config)
     if target is None:
@@ -190,7 +206,11 @@ def sight_for(data: DataSection, model: ModelSection, name: str, target: DeviceT
     return Sight(device_processor(processor, target), DeviceReader(reader, target), target=target, takes=takes)
 
 
-def image_reader(data: DataSection) -> ImageReader:
+def image_folder(data: DataSection) -> Path:
+    """Where the rows' image paths start."""
     path = Path(data.data_path or ".").expanduser()
-    folder = Path(data.image_folder).expanduser() if data.image_folder else path if path.is_dir() else path.parent
-    return ImageReader(folder, allow_outside=data.allow_outside, allow_urls=data.allow_urls)
+    return Path(data.image_folder).expanduser() if data.image_folder else path if path.is_dir() else path.parent
+
+
+def image_reader(data: DataSection) -> ImageReader:
+    return ImageReader(image_folder(data), allow_outside=data.allow_outside, allow_urls=data.allow_urls)

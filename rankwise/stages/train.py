@@ -189,7 +189,10 @@ def describe(config: TrainConfig) -> list[str]:
     check(config)
     lora = config.lora
     what = f"the plan {lora.lora_config}" if lora.lora_config else f"rank {lora.lora_r} at {described_target(lora)}"
-    what += f", rsLoRA with alpha {lora.lora_alpha or 2 * lora.lora_r:g}" if lora.use_rslora else ""
+    alpha = (
+        f"{lora.lora_alpha:g}" if lora.lora_alpha else f"twice the largest rank that fits (at most {2 * lora.lora_r})"
+    )
+    what += f", rsLoRA with alpha {alpha}" if lora.use_rslora else ""
     lines = [f"adapt {config.model.model_name or 'the model that the plan names'} with {what}"]
     if config.allocation.allocator != "none":
         lines.append(f"let AdaLoRA divide the ranks: {start_rank(config)} everywhere, {lora.lora_r} on average at last")

@@ -59,7 +59,8 @@ def scales_of(ranks: Ranks, rule: str, reference: Ranks) -> dict[str, float]:
     """Path → factor of B·A.
 
     constant: 2 everywhere (alpha = 2r). alpha: one alpha over r. rslora: one alpha over √r. The one alpha is that which
-    gives 2 at the median rank of `reference`, the uniform arm of the same budget.
+    gives 2 at the median rank of `reference`, the uniform arm of the same budget (`train` takes 2·largest rank for
+    rsLoRA): arms are to differ in how the scale follows the rank, not in its size, which a tuned rate takes up.
     """
     typical = statistics.median([rank for rank in reference.values() if rank] or [1])
     power = {"constant": 0.0, "alpha": 1.0, "rslora": 0.5}[rule]
