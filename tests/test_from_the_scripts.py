@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from documented_world import GUIDE
+from PIL import Image
+from tiny_isaac import tiny_isaac
 
 from rankwise.cli import main, resolve
 from rankwise.options import flatten
@@ -21,6 +23,27 @@ def test_the_guides_json_is_the_recipes_training_stage(tmp_path: Path) -> None:
     assert other == {"task", "max_seq_length", "lora", "target", "output_dir"}
     assert from_recipe["max_seq_length"] == 16384
     assert from_recipe["lora"] == ["language", "projector"]
+
+
+def test_the_guides_plain_command_trains_as_the_guide_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All linear layers but those of the vision tower and depth, up to 16384 tokens; --target_modules overrides."""
+    tiny_isaac(tmp_path / "isaac", max_sequence_length=16384, max_position_embeddings=40960)
+    Image.new("RGB", (64, 64), (200, 0, 0)).save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "red"}]
+    rows = [{"id": str(number), "image": "a.png", "conversations": turns} for number in range(2)]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    monkeypatch.chdir(tmp_path)
+    plain = (
+        "train --model_path isaac --data_path train.json --max_steps 1 --use_cpu --val_fraction 0 --save_strategy no"
+    )
+    assert main([*plain.split(), "-o", "plain"]) == 0
+    adapted = {site["path"]: site["tower"] for site in json.loads(Path("plain/sites.json").read_text())["sites"]}
+    assert set(adapted.values()) == {"language", "projector"} and len(adapted) == 2 * 7 + 2
+    assert json.loads(Path("plain/input.json").read_text())["max_seq_length"] == 16384
+    assert main([*plain.split(), "-o", "named", "--target_modules", "q_proj,v_proj", "--max_seq_length", "512"]) == 0
+    assert {site["tower"] for site in json.loads(Path("named/sites.json").read_text())["sites"]} == {"language"}
 
 
 def test_a_recipe_without_the_command_is_no_config_file(capsys: pytest.CaptureFixture[str]) -> None:

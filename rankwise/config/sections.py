@@ -54,7 +54,8 @@ class DataSection:
         help='variables for the chat template, as JSON: {"enable_thinking": false} [as trained]'
     )
     max_seq_length: int | None = option(
-        help=f"tokens of one sample, prompt and answer [as trained; {MAX_SEQ_LENGTH}]", aliases=("max_length",)
+        help=f"tokens of one sample, prompt and answer [as trained; the model's own, else {MAX_SEQ_LENGTH}]",
+        aliases=("max_length",),
     )
     overlong: str | None = option(
         choices=("error", "drop", "truncate_source"), help=f"samples over the limit [as trained; {OVERLONG}]"

@@ -80,7 +80,7 @@ def rendered_as(
     renderer = Renderer(
         tokenizer,
         style=style,
-        max_length=data.max_seq_length or MAX_SEQ_LENGTH,
+        max_length=data.max_seq_length or own_length(config),
         overlong=data.overlong or OVERLONG,
         positions=positions(config),
         generation_eos=eos_of(folder, config),
@@ -153,6 +153,11 @@ def positions(config: Any) -> int | None:
     text = config.get_text_config()
     limits = (getattr(text, name, None) for name in ("max_position_embeddings", "max_sequence_length"))
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def own_length(config: Any) -> int:
+    """Tokens of one sample where nothing says so: as the model's config does (Isaac: 16,384), else the usual limit."""
+    return getattr(config.get_text_config(), "max_sequence_length", None) or MAX_SEQ_LENGTH
 
 
 def decode_aside(arguments: TrainingArguments, given: Mapping[str, Any], renderer: Renderer) -> None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from rankwise.config import TowersSection
+from rankwise.config import TowersSection, TrainConfig
 from rankwise.core.plan import RankPlan
 from rankwise.errors import UsageError
 from rankwise.nets.sites import tower_of, tower_prefixes
@@ -57,6 +57,24 @@ def tower_use(section: TowersSection, language: str) -> TowerUse:
         if tower not in found.trained:
             raise UsageError(f"--{tower}_lr: the {tower} tower is frozen; --lora {tower} or --full {tower} trains it")
     return found
+
+
+def documented(config: TrainConfig, model: Any) -> TrainConfig:
+    """With the towers that the guide of a model family adapts, where neither towers, nor a target, nor a plan is given.
+
+    model: its config (Isaac: all linear layers of language tower and projector).
+    """
+    own = getattr(model, "adapted_towers", None)
+    lora, towers = config.lora, config.towers
+    if (
+        own is None
+        or lora.lora_config
+        or lora.target
+        or lora.target_modules
+        or any((towers.freeze, towers.lora, towers.full))
+    ):
+        return config
+    return replace(config, towers=replace(towers, lora=list(own)))
 
 
 def rates_of(section: TowersSection) -> dict[str, float]:

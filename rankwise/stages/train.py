@@ -17,6 +17,7 @@ from rankwise.core.plan import RankPlan
 from rankwise.errors import UsageError
 from rankwise.nets.adapt import MOVES_BASE, lora_pairs, trainable_parameters
 from rankwise.nets.depth import attach_depth
+from rankwise.nets.load import load_config
 from rankwise.nets.sites import model_sites
 from rankwise.nets.towers import full_sites
 from rankwise.stages import training as shared
@@ -46,7 +47,7 @@ from rankwise.stages.selecting import (
     save_task,
     selection_lines,
 )
-from rankwise.stages.towers import check_rates, full_of, train_use, trained_lines, words
+from rankwise.stages.towers import check_rates, documented, full_of, train_use, trained_lines, words
 from rankwise.store.adapter import LoraPair
 from rankwise.store.files import read_object, write_json
 from rankwise.store.plan_file import find_plan
@@ -63,6 +64,7 @@ def run(config: TrainConfig) -> Path:
     config = shared.settled(config)
     check(config)
     name = base_name(config)
+    config = documented(config, load_config(name, config.model.revision, config.model.trust_remote_code))
     arguments = arguments_of(config)
     if config.estimate.estimate:
         return estimated(config, name, arguments)

@@ -28,7 +28,8 @@ def turns_of(row: Row) -> Iterator[Row]:
         yield {"role": "system", "content": system}
     form = next((form for keys, form in FORMS.items() if all(row.get(key) is not None for key in keys)), None)
     if form is None:
-        raise BadRow("needs a list of turns under 'conversations' or 'messages' (or another form of docs/data.md)")
+        needed = "needs a list of turns under 'conversations' or 'messages' (or another form of docs/data.md)"
+        raise BadRow(f"{needed}; it has {', '.join(map(as_found, row)) or 'nothing'}")
     yield from form(row)
 
 

@@ -80,6 +80,7 @@ class IsaacConfig(Qwen3Config):
     vision_max_num_patches: int = 6144
     pixel_shuffle_scale: int = 2
     max_sequence_length: int = 16384
+    adapted_towers = ("language", "projector")  # by `train`, where nothing is said
     vision_attn_implementation: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from rankwise.config import MAX_SEQ_LENGTH, TrainConfig
+from rankwise.config import TrainConfig
 from rankwise.data import Collator, PackedDataset, RenderedDataset, Sight
 from rankwise.score.likelihood import BESIDE
 from rankwise.stages import training as shared
 from rankwise.stages.preparing import read_split
-from rankwise.stages.rendering import renderer_for
+from rankwise.stages.rendering import own_length, renderer_for
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Rows:
 def rows_of(config: TrainConfig, name: str, skeleton: PreTrainedModel) -> Rows:
     """The training rows as they would be, or rows of the greatest length where none are given."""
     if not config.data.data_path:
-        return Rows(None, 0, None, config.data.max_seq_length or MAX_SEQ_LENGTH)
+        return Rows(None, 0, None, config.data.max_seq_length or own_length(skeleton.config))
     renderer = renderer_for(config.data, config.model, name, skeleton.config)
     _, split = read_split(config, sees_images=renderer.sight is not None)
     rows = shared.rendered(split.train, renderer)
