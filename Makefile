@@ -17,7 +17,7 @@ CREATE := $(PYTHON) -m venv $(VENV)
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 endif
 
-.PHONY: demo demo-vision test lint bench-ranks matrix clean
+.PHONY: demo demo-vision test rows lint bench-ranks matrix clean
 
 demo: $(VENV)/.demo
 	$(BIN)/rankwise demo
@@ -30,6 +30,10 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check rankwise tests benchmarks
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Rows damaged at random, through check and train: half an hour, other rows every time.
+rows: $(VENV)/.test
+	RANKWISE_ROWS=100 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_check_is_a_gate.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format rankwise tests benchmarks
