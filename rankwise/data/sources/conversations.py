@@ -94,7 +94,8 @@ def _shows(content: Any) -> bool:
 def _turn(turn: dict[str, Any], speakers: Mapping[str, str], slots: Slots) -> Turn:
     said_by, content = turn.get("from") or turn.get("role"), _content(turn)
     if not isinstance(said_by, str) or said_by.strip().lower() not in speakers:
-        raise BadRow(f"unknown role {as_found(said_by)}; --roles says who it is: {said_by or 'NAME'}=assistant")
+        name = said_by if isinstance(said_by, str) and said_by.isidentifier() else "NAME"
+        raise BadRow(f"unknown role {as_found(said_by)}; --roles says who it is: {name}=assistant")
     _refuse_unused(turn)
     role = speakers[said_by.strip().lower()]
     parts = content if isinstance(content, list) else [content]
