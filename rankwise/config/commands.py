@@ -157,6 +157,7 @@ class CheckConfig:
     split: str = option("train", choices=SPLITS, help="which official split")
     workers: int | None = option(help="processes that decode images, 0 for none [one per core, 8 at most]")
     compare: int = option(8, help="samples with images whose ids and pixels are compared with the processor's own")
+    run_model: bool = option(False, help="run a few samples through the model's own weights [a cut-down, random copy]")
     output_dir: str = option("check", help="where check.json and bad_samples.jsonl go", short="-o")
 
 

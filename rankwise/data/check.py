@@ -29,8 +29,9 @@ from rankwise.data.sources.slots import short_name
 from rankwise.errors import DataError
 from rankwise.store.processes import default_workers
 
-KINDS = ("row", "image", "overlong", "labels", "text", "template", "differs")
+KINDS = ("row", "image", "overlong", "labels", "text", "template", "differs", "model")
 COMPARED = 256  # samples compared with their chat template at once
+TRIED = 4  # samples with as many images that are kept for the model to run
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Problem:
 
     kind: `row` (it is no sample), `image` (one that cannot be used), `overlong` (`needed` tokens are over the limit),
     `labels` (nothing to learn), `text` (the tokenizer or the chat template cannot say it), `template` (the chat
-    template refuses it) or `differs` (its ids, labels or pixels are not those of the chat template).
+    template refuses it) `differs` (its ids, labels or pixels are not those of the chat template)
+    or `model` (the model does not take it, or makes something else of it).
     """
 
     kind: str
@@ -110,6 +112,9 @@ class Findings:
     apart: int = 0
     compared: int = 0
     seen: int = 0
+    shortest: dict[int, list[tuple[Example, Rendered]]] = field(default_factory=dict)
+    tried: int = 0
+    notes: list[str] = field(default_factory=list)
 
     def count(self, rendered: Rendered, placeholder_id: int | None) -> None:
         """Add a usable sample, or a part of one."""
@@ -119,6 +124,13 @@ class Findings:
         self.truncated += rendered.truncated
         if placeholder_id is not None:
             self.image_tokens += rendered.input_ids.count(placeholder_id)
+
+    def keep(self, example: Example, rendered: Rendered) -> None:
+        """Keep a usable sample for a trial of the model, where it is among the shortest with as many images."""
+        kept = self.shortest.setdefault(len(rendered.images), [])
+        kept.append((example, rendered))
+        kept.sort(key=lambda row: len(row[1].input_ids))
+        del kept[TRIED:]
 
     def bad(self, kind: str) -> int:
         return sum(problem.kind == kind for problem in self.problems)
@@ -165,6 +177,8 @@ def _render(example: Example, renderer: Renderer | None, findings: Findings, com
         if isinstance(rendered, Rendered):
             findings.count(rendered, token)
             comparison.add(sample, rendered)
+            if token is not None:
+                findings.keep(sample, rendered)
         else:
             problem = Problem.of(sample, rendered)
             findings.problems.append(problem)

@@ -8,7 +8,7 @@ Nothing here uses the layouts or the pieces that training is made of: only the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -61,24 +61,9 @@ class Oracle:
 
     def difference_seen(self, example: Example, rendered: Rendered, prompt_ids: Ids) -> Differs | None:
         """What differs in ids, in inputs per token, or in the pixels of a sample with images."""
-        sight, template = self.renderer.sight, self.renderer.template
+        sight = self.renderer.sight
         assert sight is not None
-        pictures = [sight.reader.open(reference) for reference in example.images]
-        turns = joined(example)
-        marked = {"sanitize_control_tokens": True} if any(template.control.search(turn.text) for turn in turns) else {}
-        whole, prompt = (
-            sight.processor.apply_chat_template(
-                template.messages(turns[: -1 if generate else None]),
-                chat_template=template.source,
-                add_generation_prompt=generate,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"images": list(pictures), **marked},
-                **template.kwargs,
-            )
-            for generate in (False, True)
-        )
+        whole, prompt = (self.own(example, generate=generate) for generate in (False, True))
         ids, given = whole["input_ids"][0].tolist(), prompt["input_ids"][0].tolist()
         reason = self._ids(example, rendered, ids, given, prompt_ids)
         ours = sight.seen(torch.tensor([rendered.input_ids]), [example.images])
@@ -91,6 +76,24 @@ class Oracle:
         if not reason and (lacking := sorted(name for name in wanted - set(ours) if sight.taken(name))):
             reason = f"{', '.join(lacking)}: the model takes it, and training would not give it"
         return Differs(f"sample {example.id}: {reason}") if reason else None
+
+    def own(self, example: Example, *, generate: bool = False) -> Mapping[str, Any]:
+        """One call of the processor for a sample with images: ids, inputs per token and pixels, as tensors."""
+        sight, template = self.renderer.sight, self.renderer.template
+        assert sight is not None
+        turns = joined(example)
+        marked = {"sanitize_control_tokens": True} if any(template.control.search(turn.text) for turn in turns) else {}
+        found: Mapping[str, Any] = sight.processor.apply_chat_template(
+            template.messages(turns[: -1 if generate else None]),
+            chat_template=template.source,
+            add_generation_prompt=generate,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"images": [sight.reader.open(reference) for reference in example.images], **marked},
+            **template.kwargs,
+        )
+        return found
 
     def _ids(self, example: Example, rendered: Rendered, whole: Ids, given: Ids, prompt: Ids) -> str:
         """What differs: whole and given are the template's conversation and prompt, prompt is the renderer's."""

@@ -27,6 +27,7 @@ def report(findings: Findings, limit: int | None) -> dict[str, Any]:
         "bad": {kind: findings.bad(kind) for kind in KINDS},
         "compared_with_chat_template": {"samples": findings.compared, "pixels": findings.seen},
         "samples_of_single_answers": findings.apart,
+        "model_run": {"samples": findings.tried, "notes": findings.notes},
     }
     if limit is not None:
         content["tokens"] = {
@@ -74,6 +75,12 @@ def in_words(findings: Findings, limit: int | None) -> list[str]:
             f"{plural(findings.compared, 'sample')} compared with apply_chat_template{pixels}: "
             f"{findings.bad('differs') or 'none'} different"
         )
+    if findings.tried:
+        lines.append(
+            f"{plural(findings.tried, 'sample')} run through the model, alone and in a batch: "
+            f"{findings.bad('model') or 'none'} bad"
+        )
+    lines += findings.notes
     if findings.problems:
         counts = ", ".join(f"{findings.bad(kind)} {kind}" for kind in KINDS if findings.bad(kind))
         lines.append(f"bad: {counts}")

@@ -8,14 +8,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from rankwise.config import CheckConfig
 from rankwise.data import Examples, Renderer, load
 from rankwise.data.check import Findings, Problem, examined
 from rankwise.errors import DataError
+from rankwise.nets.cut_down import Untried, cut_down, headless, random_model
+from rankwise.nets.load import load_config
 from rankwise.show.check import in_words, report
 from rankwise.stages import training as shared
 from rankwise.stages.rendering import image_reader, reading, renderer_for
+from rankwise.stages.trial import tried
 from rankwise.store.files import write_json, write_text
 from rankwise.store.run import RunFolder
 
@@ -34,6 +40,8 @@ def run(config: CheckConfig) -> Findings:
         seen = renderer is None or renderer.sight is not None
         reader = image_reader(config.data) if seen else None
         findings = examined(examples, reader, renderer, config.workers, config.compare)
+        if renderer is not None and any(findings.shortest):
+            try_model(config, renderer, findings)
         limit = None if renderer is None else renderer.limit
         write_json(folder / REPORT, report(findings, limit) | {"model": config.model.model_name})
         write_text(folder / BAD, "".join(f"{json.dumps(one.record(), ensure_ascii=False)}\n" for one in bad(findings)))
@@ -77,6 +85,23 @@ def renderer_of(config: CheckConfig) -> Renderer | None:
     return renderer_for(config.data, config.model, name, shared.structure(config.model, name).config)
 
 
+def try_model(config: CheckConfig, renderer: Renderer, findings: Findings) -> None:
+    """Run a few samples through the model: a cut-down copy, or with `--run_model` its own weights."""
+    name = str(config.model.model_name)
+    try:
+        if config.run_model:
+            model: Any = headless(shared.loaded(config.model, name, torch.float32)).eval()
+        else:
+            model = random_model(cut_down(load_config(name, config.model.revision, config.model.trust_remote_code)))
+        trial = tried(model, renderer, findings.shortest, sure=config.run_model)
+    except Untried as error:
+        findings.notes.append(f"note: the model was not run: {error}; --run_model runs it with its own weights")
+        return
+    findings.tried = trial.samples
+    findings.notes += [f"note: {trial.note}"] if trial.note else []
+    findings.problems += [Problem("model", reason, one.id, one.line or None) for one, reason in trial.problems]
+
+
 def bad(findings: Findings) -> list[Problem]:
     """In the order of the file."""
     return sorted(findings.problems, key=lambda problem: problem.line or 0)
@@ -103,4 +128,7 @@ def describe(config: CheckConfig) -> list[str]:
     if config.model.model_name:
         lines.append(f"make tokens of every sample as training does for {config.model.model_name}")
         lines.append("compare them with what the model's own chat template makes, where it is used")
+        lines.append(
+            "run a few with images through the model" + ("" if config.run_model else ", cut down to two layers")
+        )
     return [*lines, f"write {REPORT} and {BAD} to {config.output_dir}"]
