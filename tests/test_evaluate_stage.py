@@ -67,6 +67,26 @@ def lines(folder: Path) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in rows}
 
 
+def test_rows_are_read_as_the_options_say(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in training: who speaks, and how many placeholders one image fills."""
+    turns = [{"role": "pupil", "content": "<image> and <image>: what?"}, {"role": "coach", "content": "red"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "a", "messages": turns, "images": ["0.png"]}) + "\n")
+    words = (base, "--task", "conversations", "--data_path", tmp_path / "rows.jsonl", "--max_new_tokens", 3)
+    assert evaluated(*words, "-o", tmp_path / "out") == 3
+    assert "pupil" in capsys.readouterr().err
+    roles = ("--roles", "pupil=user,coach=assistant")
+    assert evaluated(*words, *roles, "-o", tmp_path / "out") == 3
+    assert "image" in capsys.readouterr().err
+    read = []
+    plain = evaluate.read_items
+    monkeypatch.setattr(evaluate, "read_items", lambda *a, **k: read.append(plain(*a, **k)) or read[-1])
+    evaluated(*words, *roles, "--repeat_image", "--prompt", "raw", "-o", tmp_path / "out")
+    assert read[0][0].images == ("0.png", "0.png")
+    assert read[0][0].answer == "red"
+
+
 # --- generated answers -------------------------------------------------------------------------------------------
 
 

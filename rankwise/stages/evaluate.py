@@ -25,6 +25,7 @@ from rankwise.stages.depth import depth_facts
 from rankwise.stages.engines import Subject, base_and_adapter, compared_base, fitting, generator, seeing, subject
 from rankwise.stages.idle import refuse_idle
 from rankwise.stages.recorded import recorded, system_warning
+from rankwise.stages.rendering import reading_scored
 from rankwise.stages.training import base_files, fingerprints, held, settled, warn_of_training_rows
 from rankwise.store.adapter import adapter_files
 from rankwise.store.checkpoint import resolve
@@ -191,7 +192,7 @@ def read_items(config: EvaluateConfig, chosen: Task, *, sees_images: bool) -> Ex
     first = process_index()[0] == 0
     if not first:
         gathered({})
-    how = {"skip_bad": config.data.skip_bad, "download": config.data.download and first}
+    how = {**reading_scored(config.data), "download": config.data.download and first}
     examples = chosen.examples(str(config.data.data_path), config.split, **how)
     if first:
         gathered({})

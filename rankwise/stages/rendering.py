@@ -40,6 +40,11 @@ def reading(data: DataSection) -> dict[str, Any]:
     }
 
 
+def reading_scored(data: DataSection) -> dict[str, Any]:
+    """The same for items to answer, whose reasons are nothing that is asked for."""
+    return reading(data) | {"aux_reason": False}
+
+
 def renderer_for(
     data: DataSection,
     model: ModelSection,

@@ -35,7 +35,7 @@ from rankwise.ship.validation import latency, rights, scores
 from rankwise.ship.witness import Answered, Witness
 from rankwise.stages.engines import fitting, pick_device
 from rankwise.stages.recorded import recorded, require_same, system_warning
-from rankwise.stages.rendering import renderer_for
+from rankwise.stages.rendering import reading_scored, renderer_for
 from rankwise.stages.shipped import Shipment, Shipped
 from rankwise.stages.training import base_files, fingerprints
 from rankwise.store.checkpoint import resolve
@@ -153,7 +153,7 @@ def trained_side(config: ValidateConfig, shipped: Shipment) -> Trained:
     target = renderer.sight.target if renderer.sight else None
     longest = config.max_new_tokens or (target.max_new_tokens if target else LONGEST)
     renderer = renderer.leaving(longest)
-    items = chosen.examples(str(config.data.data_path), config.split, skip_bad=config.data.skip_bad)
+    items = chosen.examples(str(config.data.data_path), config.split, **reading_scored(config.data))
     for note in items.notes(sees_images=renderer.sight is not None):
         announce(note)
     usable = fitting(items.items[: config.num_samples], renderer)
