@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Iterator
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +15,26 @@ from rankwise import cli
 from rankwise.stages import extras
 from rankwise.stages.commands import COMMANDS
 from rankwise.stages.extras import PARTS, require_extras
-from rankwise.stages.idle import Told
+from rankwise.stages.told import Told
 
 
-class Hidden:
+def hide_modules(monkeypatch: pytest.MonkeyPatch, names: Sequence[str]) -> None:
     """Makes modules unimportable, as on an install without them."""
 
-    def __init__(self, *names: str) -> None:
-        self.names = names
+    class Without(PathFinder):
+        @classmethod
+        def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+            return None if name.split(".")[0] in names else super().find_spec(name, path, target)
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name.split(".")[0] in self.names:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        return None
+    for loaded in [name for name in sys.modules if name.split(".")[0] in names]:
+        monkeypatch.delitem(sys.modules, loaded)
+    finders = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+    monkeypatch.setattr(sys, "meta_path", finders)
 
 
 @pytest.fixture
-def hide(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    def hidden(*names: str) -> None:
-        for loaded in [name for name in sys.modules if name.split(".")[0] in names]:
-            monkeypatch.delitem(sys.modules, loaded)
-        monkeypatch.setattr(sys, "meta_path", [Hidden(*names), *sys.meta_path])
-
-    yield hidden
-    importlib.invalidate_caches()
+def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    return lambda *names: hide_modules(monkeypatch, names)
 
 
 @pytest.fixture

@@ -213,8 +213,9 @@ def test_a_folder_in_use_is_refused(base: Path, data: Path, tmp_path: Path, caps
     assert "in use by process" in capsys.readouterr().err
 
 
-def test_a_dry_run_reads_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*words(tmp_path / "model", tmp_path / "rows.csv", tmp_path / "out"), "--dry-run"]) == 0
+def test_a_dry_run_writes_nothing(base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*words(tmp_path / "model", data, tmp_path / "out"), "--dry-run"]) == 3
+    assert cli.main([*words(base, data, tmp_path / "out"), "--dry-run"]) == 0
     assert "would fine-tune every language parameter" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     assert cli.main(["finetune", "--task", "e2e_nlg"]) == 2

@@ -76,6 +76,12 @@ def check_options(config: ExportConfig) -> None:
         raise UsageError("--adapter_gguf writes a LoRA for the text model; --mmproj does not go with it")
 
 
+def check_installed(config: ExportConfig) -> None:
+    """UsageError where llama.cpp's converter is not here: in a recipe, before the stages that lead here."""
+    if (config.model or config.adapter_gguf) and not config.install_converter:
+        find_converter(config.llama_cpp_dir)
+
+
 def the_converter(config: ExportConfig) -> Converter:
     if config.install_converter:
         converter = install_converter()

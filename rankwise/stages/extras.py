@@ -13,12 +13,10 @@ from typing import Any
 
 from rankwise.errors import UsageError, need
 from rankwise.options import flatten
-from rankwise.score.tasks import TASKS
-from rankwise.ship.gguf.converter import find_converter
 from rankwise.stages.commands import stage_of
-from rankwise.stages.idle import Told
+from rankwise.stages.told import Told
 
-DRAWING = ("ranks", "compare", "features compare", "features downstream", "features show")
+DRAWING = ("ranks", "compare", "features compare", "features downstream")
 TRAINERS = ("train", "finetune")
 READING = (*TRAINERS, "ranks", "check", "evaluate", "merge", "study", "validate", "bundle")
 LLAMA = ("validate", "bundle")
@@ -112,6 +110,7 @@ PARTS = (
         extra="plots",
         instead="--no_plots",
     ),
+    Part("matplotlib", ("features show",), "the pictures", extra="plots"),
     *(
         Part(module, TRAINERS, f"--report_to {name}", reports_to(name), extra, package, "--report_to none")
         for name, (module, extra, package) in TRACKERS.items()
@@ -150,12 +149,7 @@ def require_extras(command: str, config: Any) -> None:
 
 
 def require_libraries(command: str, config: Any) -> None:
-    """What a task's scores, the converter's user and a stage itself need; for options that go together."""
-    told = Told(flatten(config))
-    if command in ("validate", "bundle") and told.task in TASKS:
-        TASKS[told.task].check()
-    if command == "export" and (told.model or told.adapter_gguf) and not told.install_converter:
-        find_converter(told.llama_cpp_dir)
+    """What the stage itself says it needs (a task's scorers, llama.cpp's converter), of options that go together."""
     installed = getattr(stage_of(command), "check_installed", None)
     if installed is not None:
         installed(config)

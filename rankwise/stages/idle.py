@@ -27,13 +27,7 @@ from rankwise.nets.factorize import canonical
 from rankwise.options import flatten
 from rankwise.score.harness import is_harness
 from rankwise.stages.rendering import CONVERSATIONS
-
-
-class Told(dict[str, Any]):
-    """Options by name, as attributes; None for one that a command does not have or that was not given."""
-
-    def __getattr__(self, name: str) -> Any:
-        return self.get(name)
+from rankwise.stages.told import Told
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,238 @@
+"""Every command × what a command line can be: help, a missing file, a place that takes no output, a wrong type, an
+unknown flag, a missing extra, a terminal that is not UTF-8, a dry run: one sentence, the exit code, nothing left."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from factor_folders import make_cache, make_run, matrices
+from PIL import Image
+from safetensors.torch import save_file
+from test_extras import hide_modules
+from tiny import tiny_llama
+
+from rankwise import cli, terminal
+from rankwise.cli import COMMANDS
+from rankwise.core.plan import PlannedSite, RankPlan
+from rankwise.core.site import describe
+from rankwise.data.restaurants import write_task
+from rankwise.stages.commands import command_options
+from rankwise.store.plan_file import write_plan
+
+ROWS = "--task e2e_nlg --data_path @/rows.csv"
+# Command → a line that works on the folder `@`, and how its dry run ends there.
+LINES = {
+    "ranks": ("@/base @/tuned", 0),
+    "ranks diff": ("@/plan.json @/plan.json", 0),
+    "extract": ("@/base @/tuned --rank 2", 0),
+    "compress": ("@/lora --energy 0.9", 0),
+    "finetune": (f"--model_name @/base {ROWS}", 0),
+    "train": (f"--model_name @/base {ROWS}", 0),
+    "check": (f"{ROWS} --model_name @/base", 0),
+    "label": ("@/photos --from_folders", 0),
+    "evaluate": (f"@/base {ROWS}", 0),
+    "study": (f"--model_name @/base {ROWS}", 0),
+    "compare": ("@/run @/run2 --no_plots", 0),
+    "report": ("@/run", 0),
+    "merge": ("@/lora --base_model @/base", 0),
+    "export": ("@/base --outtype f16", None),  # as the converter is there or not
+    "validate": (f"@/export {ROWS}", 3),
+    "bundle": ("@/export", 3),
+    "card": ("@/run", 3),
+    "features capture": ("--synthetic 4 --tokens 8 --channels 16", 0),
+    "features train": ("--features @/cache --arch MLP --rank 2", 0),
+    "features compare": ("--results_dir @/results --no_plots", 0),
+    "features show": ("--results_dir @/results --arch MLP", 0),
+    "features downstream": ("@/base --data_path @/rows.csv --no_plots", None),
+    "run": ("@/own.yaml", 0),
+    "batch": ("@/own.yaml", 0),
+    "tiny": ("", 0),
+    "demo": ("", 0),
+}
+NO_OUTPUT = ("ranks diff", "features show", "features downstream", "features compare")
+HIDEABLE = (
+    "matplotlib wandb openai aiolimiter gguf xllamacpp bitsandbytes sacrebleu rouge_score nltk pooch py7zr".split()
+)
+NOT_OURS = {"option", "help", "dry_run"}
+
+
+def test_the_table_is_whole() -> None:
+    assert list(LINES) == list(COMMANDS) or set(LINES) == set(COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One small thing of each kind that commands take."""
+    folder = tmp_path_factory.mktemp("world")
+    base = tiny_llama(folder / "base", num_hidden_layers=1)
+    shutil.copytree(base, folder / "tuned")
+    site = "model.layers.0.self_attn.q_proj"
+    for name, rank in (("plan", 4), ("plan2", 2)):
+        write_plan(folder / f"{name}.json", RankPlan((PlannedSite(describe(site, (8, 4)), rank),)))
+    (folder / "lora").mkdir()
+    key = f"base_model.model.{site}.lora_"
+    wide = json.loads((base / "config.json").read_text())["hidden_size"]
+    pair = {f"{key}A.weight": torch.ones(2, wide), f"{key}B.weight": torch.ones(wide, 2)}
+    save_file(pair, folder / "lora" / "adapter_model.safetensors")
+    config = '{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}'
+    (folder / "lora" / "adapter_config.json").write_text(config)
+    write_task(folder / "rows.csv", random.Random(0), count=12, references=1, held_out=False)
+    for element in ("fire", "water"):
+        for place in range(2):
+            picture = folder / "photos" / element / f"{place}.png"
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (place * 90, 0, 90)).save(picture)
+    for run in ("run", "run2"):
+        (folder / run).mkdir()
+        (folder / run / "training_log.csv").write_text("step,loss\n1,2.5\n2,2.0\n")
+    cache = make_cache(folder / "cache", matrices(20))
+    make_run(folder / "results", cache, "MLP")
+    (folder / "export").mkdir()
+    (folder / "own.yaml").write_text(f"stages: [{{command: report, run: {folder / 'run'}}}]")
+    (folder / "file").write_text("")
+    return folder
+
+
+@pytest.fixture
+def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current folder; at the end neither it nor the world holds more than before."""
+    monkeypatch.chdir(tmp_path)
+    before = sorted(world.rglob("*"))
+    yield tmp_path
+    assert sorted(world.rglob("*")) == before
+    assert list(tmp_path.rglob("*")) == []
+
+
+def words(name: str, world: Path, *more: str) -> list[str]:
+    return [*name.split(), *LINES[name][0].replace("@", str(world)).split(), *more]
+
+
+def called(line: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """(exit code, what stands on the error stream beside notes); flags in it are the command's own."""
+    try:
+        code = cli.main(line)
+    except SystemExit as error:
+        code = int(error.code or 0)
+    said = capsys.readouterr()
+    assert "Traceback" not in said.out + said.err
+    noise = ("note", "warning")
+    lines = [text for text in said.err.splitlines() if text and not text.lower().startswith(noise)]
+    if code:
+        assert len([text for text in lines if text.startswith("rankwise: ")]) == 1, said.err
+        (sentence,) = [text for text in lines if text.startswith("rankwise: ")]
+        flags_are_own(line, sentence)
+        return code, sentence
+    return code, said.out
+
+
+def flags_are_own(line: list[str], sentence: str) -> None:
+    name, _ = cli.split_command(line)
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in line if word.startswith("--")}
+    known = {one for item in command_options(COMMANDS[name]) for one in (item.name, *item.aliases)}
+    plain = re.sub(r"`[^`]*`|pip install \S+|rankwise [a-z].*", "", sentence.removeprefix("rankwise: "))
+    named = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", plain)}
+    assert named <= known | given | NOT_OURS, (name, sentence)
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_help(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = called([*name.split(), "--help"], capsys)
+    assert code == 0 and said.startswith(f"usage: rankwise {name}")
+
+
+@pytest.mark.parametrize("name", [name for name, (line, _) in LINES.items() if "@" in line])
+def test_a_missing_file(name: str, world: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each path of the line in turn; with and without --dry-run."""
+    line = words(name, world)
+    for place in [place for place, word in enumerate(line) if word.startswith(str(world))]:
+        missing = [*line[:place], "no/such/place", *line[place + 1 :]]
+        for more in ([], ["--dry-run"]):
+            code, said = called([*missing, *more], capsys)
+            assert code in (2, 3) and "no/such/place" in said, (missing, said)
+
+
+@pytest.mark.parametrize("name", [name for name in LINES if name not in NO_OUTPUT])
+def test_a_place_that_takes_no_output(name: str, world: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Below a file: root ignores permission bits."""
+    for more in ([], ["--dry-run"]):
+        code, said = called(words(name, world, "-o", f"{world}/file/below.html", *more), capsys)
+        assert code == 2 and f"{world}/file" in said, said
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_wrong_type(name: str, world: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    typed = [item for item in command_options(COMMANDS[name]) if item.annotation in (int, float, bool)]
+    if typed:
+        code, said = called(words(name, world, f"--{typed[0].name}=many"), capsys)
+        assert code == 2 and "expected " in said and typed[0].name in said
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_an_unknown_flag(name: str, world: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = called(words(name, world, "--no_such_flag", "1"), capsys)
+    assert code == 2 and "unknown option 'no_such_flag'" in said
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_missing_extra(
+    name: str, world: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without every extra a command works, or names the one that it needs."""
+    hide_modules(monkeypatch, HIDEABLE)
+    code, said = called(words(name, world, "--dry-run"), capsys)
+    wanted = LINES[name][1]
+    assert code == wanted or wanted is None or (code == 2 and "it comes with: pip install 'rankwise[" in said), said
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_terminal_that_is_not_utf8(name: str, world: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for line in ([*name.split(), "--help"], words(name, world, "--no_such_flag_\u03c3", "\u2713")):
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
+        monkeypatch.setattr(sys, "stdout", streams[0])
+        monkeypatch.setattr(sys, "stderr", streams[1])
+        with contextlib.suppress(SystemExit):  # of --help
+            assert cli.main(line) == 2
+        for stream in streams:
+            stream.flush()
+            stream.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_dry_run(name: str, world: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = called(words(name, world, "--dry-run"), capsys)
+    assert LINES[name][1] in (code, None), said
+    if code == 0:
+        assert "# would " in said and isinstance(yaml.safe_load(said), dict)
+
+
+@pytest.mark.parametrize(
+    ("line", "environment", "code"),
+    [
+        (["ranks", "diff", "no/such/\u03c3", "{world}/plan.json"], {"PYTHONIOENCODING": "cp1252"}, 3),
+        (["ranks", "diff", "{world}/plan.json", "{world}/plan2.json"], {"PYTHONIOENCODING": "ascii"}, 0),
+    ],
+)
+def test_as_a_process(line: list[str], environment: dict[str, str], code: int, world: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rankwise", *(word.format(world=world) for word in line)]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True)
+    said = (done.stdout + done.stderr).decode(environment["PYTHONIOENCODING"])
+    assert (done.returncode, "Traceback" in said) == (code, False), said
+    assert ("4 -> 2" if not code else "no/such/sigma: no such file") in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_error_handler_is_left_out() -> None:
+    assert "\u2713".encode("ascii", terminal.ERRORS) == b"ok"
