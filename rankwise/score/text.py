@@ -15,20 +15,19 @@ from numpy.typing import NDArray
 from rankwise.errors import DataError, need
 from rankwise.score import bootstrap
 from rankwise.score.result import Scores
+from rankwise.score.wordnet import NOT_INSTALLED, installed_wordnet, wordnet_folder
 
 ORDERS = (1, 2, 3, 4)
 ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL", "rouge_lsum": "rougeLsum"}
-NO_WORDNET = (
-    "WordNet is not installed, so METEOR without synonyms is given as meteor_exact_stem; "
-    "to have it: python -m nltk.downloader wordnet"
-)
 References = Sequence[Sequence[str]]
 
 
 def check_installed() -> None:
-    """UsageError naming the extra where a metric's library is missing: before hours of generation, not after."""
+    """UsageError naming the extra where a metric's library is missing, DataError for a WordNet that is none where a
+    variable says: before hours of generation, not after."""
     for module in ("sacrebleu", "rouge_score.rouge_scorer", "nltk.translate.meteor_score", "scipy.stats"):
         need(module, extra="eval")
+    wordnet_folder()
 
 
 def score_text(
@@ -141,7 +140,7 @@ def _meteor(predictions: Sequence[str], references: References, seed: int) -> Sc
     meteor = need("nltk.translate.meteor_score", extra="eval").meteor_score
     split = need("nltk.tokenize", extra="eval").NLTKWordTokenizer().tokenize
     stemmer = _CachedStemmer(need("nltk.stem", extra="eval").PorterStemmer().stem)
-    wordnet = _wordnet()
+    wordnet = installed_wordnet() or _NoSynonyms()
     values = 100 * np.array(
         [
             meteor([split(reference) for reference in group], split(text), stemmer=stemmer, wordnet=wordnet)
@@ -154,16 +153,6 @@ def _meteor(predictions: Sequence[str], references: References, seed: int) -> Sc
         [values.mean()],
         bootstrap.means(values[None], seed=seed),
         len(predictions),
-        unavailable={} if complete else {"meteor": NO_WORDNET},
+        unavailable={} if complete else {"meteor": NOT_INSTALLED},
         details={"meteor": "nltk (2007 parameters), best reference per item, mean of items, Treebank tokens"},
     )
-
-
-def _wordnet() -> Any:
-    """The installed WordNet; nltk only looks on this machine for it, and downloads nothing."""
-    wordnet = need("nltk.corpus", extra="eval").wordnet
-    try:
-        wordnet.ensure_loaded()
-    except LookupError:
-        return _NoSynonyms()
-    return wordnet
