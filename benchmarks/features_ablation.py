@@ -1,6 +1,8 @@
 """What each part of `Subspace` is worth: its start, its shift, its steps, and how its bases are made.
 
     python benchmarks/features_ablation.py --features CACHE [--ood CACHE] [--epochs 20] [--out benchmarks/results]
+    python benchmarks/features_ablation.py --model dinov2-small --image_size 224 --images coco/ --ood_images celeba/ \\
+        --rank 32 --epochs 10 --no_times --name features_ablation_dinov2
 
 Every row is the network with one thing other than the default, trained on the training split of CACHE (AdamW, 1e-4,
 batch 8) where it says so, and scored on the test split. Times are per matrix, batch 64, all rows by turns in one run.
@@ -10,18 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from features import batches, interval, scored
+from features import add_model, batches, caches, interval, scored
 from torch import Tensor
 from workload import machine
 
 from rankwise.core.approximation import normalised
-from rankwise.data.features import FeatureCache, FeatureSplit, open_cache, split_of
+from rankwise.data.features import FeatureCache, FeatureSplit, split_of
 from rankwise.nets.factorize import FactorizerSettings, Subspace
 from rankwise.score.factor_cost import timings
 from rankwise.score.factorization import GRAM, Method, baselines, network
@@ -69,21 +72,29 @@ class Householder(Subspace):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--features", required=True)
+    parser.add_argument("--features")
     parser.add_argument("--ood")
+    add_model(parser)
+    parser.add_argument("--name", default="features_ablation")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", default="benchmarks/results")
     options = parser.parse_args()
-    cache = open_cache(options.features)
+    if not (options.features or options.model):
+        parser.error("--features CACHE or --model MODEL --images FOLDER")
+    with tempfile.TemporaryDirectory() as scratch:
+        report = ablation(*caches(options, Path(scratch)), options)
+    out = Path(options.out)
+    (out / f"{options.name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (out / f"{options.name}.md").write_text(text_of(report), encoding="utf-8")
+    print(text_of(report))
+
+
+def ablation(cache: FeatureCache, ood: FeatureCache | None, options: argparse.Namespace) -> dict[str, Any]:
     split = split_of(cache, 42)
     nets = {variant.name: made(variant, cache, split, options) for variant in VARIANTS}
-    report = measured(nets, cache, split, options)
-    out = Path(options.out)
-    (out / "features_ablation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (out / "features_ablation.md").write_text(text_of(report), encoding="utf-8")
-    print(text_of(report))
+    return measured(nets, cache, split, ood, options)
 
 
 def made(variant: Variant, cache: FeatureCache, split: FeatureSplit, options: argparse.Namespace) -> Subspace:
@@ -124,39 +135,49 @@ def trained(net: Subspace, cache: FeatureCache, split: FeatureSplit, epochs: int
 
 
 def measured(
-    nets: dict[str, Subspace], cache: FeatureCache, split: FeatureSplit, options: argparse.Namespace
+    nets: dict[str, Subspace],
+    cache: FeatureCache,
+    split: FeatureSplit,
+    ood: FeatureCache | None,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     methods = [network(net, name) for name, net in nets.items()]
     gram = next(one for one in baselines(options.rank, torch.zeros(options.rank, cache.channels)) if one.name == GRAM)
     batch = torch.cat(list(batches(cache, range(min(64, len(cache))))()))
-    times = timings([gram, *methods], batch, options.repeats)
+    times = {} if options.no_times else timings([gram, *methods], batch, options.repeats)
     errors = {"test images": scored(methods, cache, split.test)}
-    if options.ood:
-        other = open_cache(options.ood)
-        errors["another source"] = scored(methods, other, range(len(other)))
+    if ood is not None:
+        errors["another source"] = scored(methods, ood, range(len(ood)))
     rows = [describe(method, nets[method.name], times, errors) for method in methods]
-    return {"machine": machine(), "date": str(date.today()), "source": Path(str(cache.source)).name, "rows": rows}
+    facts = {"tokens": cache.tokens, "channels": cache.channels, "rank": options.rank, "epochs": options.epochs}
+    model = Path(cache.model.name).name if cache.model else None
+    machines = {"machine": machine(), "date": str(date.today()), "source": Path(str(cache.source)).name}
+    return {**machines, "model": model, **facts, "rows": rows}
 
 
 def describe(method: Method, net: Subspace, times: dict[str, Any], errors: dict[str, Any]) -> dict[str, Any]:
     return {
         "variant": method.name,
         "shifts": [round(float(share), 3) for share in (100 * net.shifts).sigmoid()],
-        "milliseconds": 1e3 * times[method.name].seconds,
-        "times_gram": times[GRAM].seconds / times[method.name].seconds,
+        **({"milliseconds": 1e3 * times[method.name].seconds} if times else {}),
+        **({"times_gram": times[GRAM].seconds / times[method.name].seconds} if times else {}),
         **{where: found[method.name] for where, found in errors.items()},
     }
 
 
 def text_of(report: dict[str, Any]) -> str:
     sources = [key for key in ("test images", "another source") if key in report["rows"][0]]
-    head = ["Subspace", "learned shift", "ms", "× Gram", *(f"excess error, {key}" for key in sources)]
+    timed = "milliseconds" in report["rows"][0]
+    head = ["Subspace", "learned shift", *(["ms", "× Gram"] if timed else [])]
+    head += [f"excess error, {key}" for key in sources]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in report["rows"]:
         shifts = ", ".join(f"{share:.2f}" for share in row["shifts"])
-        cells = [row["variant"], shifts, f"{row['milliseconds']:.2f}", f"{row['times_gram']:.2f}"]
+        cells = [row["variant"], shifts]
+        cells += [f"{row['milliseconds']:.2f}", f"{row['times_gram']:.2f}"] if timed else []
         lines.append("| " + " | ".join([*cells, *(interval(row[key]["excess_error"]) for key in sources)]) + " |")
-    return "\n".join([f"{report['machine']}, {report['date']}.", "", *lines, ""])
+    shape = f"{report['tokens']} × {report['channels']}, rank {report['rank']}, features of {report['model']}"
+    return "\n".join([f"{shape}, {report['epochs']} epochs; {report['machine']}, {report['date']}.", "", *lines, ""])
 
 
 if __name__ == "__main__":
