@@ -109,6 +109,8 @@ def answered(question: str, subject: Subject) -> str:
 def judged(subject: Subject, answers: Mapping[str, str]) -> tuple[str, str]:
     """State and reason: in words where there are some, else the first answer that is no yes."""
     if refusal := subject.refusal("one image"):
+        if subject.name in LIMITED:
+            return "untested", LIMITED[subject.name]
         return "refused", REFUSED.get(subject.name, f"its own chat call fails: {refusal}")
     wrong = {question: answer for question, answer in answers.items() if answer not in ("yes", "not taken")}
     if not wrong:

@@ -334,7 +334,11 @@ def test_a_renderer_that_departs_from_the_template_is_found(
     [
         ("expansions", lambda self, references: ("<|vision_start|><|image_pad|><|vision_end|>",), "its prompt is not"),
         ("pixels", lambda self, rows: {"pixel_values": torch.zeros(16, 1176)}, "pixel_values is not what"),
-        ("row_inputs", lambda self, ids: {"mm_token_type_ids": torch.zeros_like(ids)}, "mm_token_type_ids is not what"),
+        (
+            "row_inputs",
+            lambda self, ids, labels: {"mm_token_type_ids": torch.zeros_like(ids)},
+            "mm_token_type_ids is not what",
+        ),
     ],
 )
 def test_pictures_that_are_not_what_the_processor_makes_are_found(

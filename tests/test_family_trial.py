@@ -59,7 +59,7 @@ def without_placeholders(self: Sight, texts: Sequence[str], names: Sequence[str]
         ("inputs", another_picture, "than of the processor's own inputs", {"one image"}),
         (
             "row_inputs",
-            lambda _: lambda self, ids: {"token_type_ids": torch.zeros_like(ids)},
+            lambda _: lambda self, ids, labels: {"token_type_ids": torch.zeros_like(ids)},
             "own inputs",
             {"one image"},
         ),

@@ -19,11 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rankwise.data.encoding import Kept, marked
 from rankwise.data.example import IMAGE_SLOT, Example, Turn
-from rankwise.data.layout import Layout, joined
+from rankwise.data.layout import SLOT, Layout, joined
 from rankwise.data.template import with_date
 from rankwise.errors import DataError, UsageError
 
-SLOT = re.compile(rf"\n?{IMAGE_SLOT}\n?")  # a line break beside a slot parts marker and text, and is no part of either
 QUESTION, ANSWER, REPLY = ("\ue000question\ue001", "\ue000answer\ue001", "\ue000reply\ue001")
 Message = dict[str, Any]
 

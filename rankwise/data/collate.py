@@ -52,12 +52,15 @@ class Collator:
             batch["attention_mask"] = pad([[1] * length for length in lengths], width, 0)
         if "sample_index" in samples[0]:
             batch["sample_index"] = torch.cat([torch.tensor(sample["sample_index"]).view(-1) for sample in samples])
-        return batch | seen(self.sight, batch["input_ids"], [sample.get("images", ()) for sample in samples])
+        images = [sample.get("images", ()) for sample in samples]
+        return batch | seen(self.sight, batch["input_ids"], images, batch["labels"])
 
 
-def seen(sight: Sight | None, ids: Tensor, images: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+def seen(
+    sight: Sight | None, ids: Tensor, images: Sequence[Sequence[str]], labels: Tensor | None = None
+) -> dict[str, Tensor]:
     """What a model that sees takes beside ids (batch, length): the images of all rows, and which tokens are theirs."""
-    return {} if sight is None else sight.seen(ids, images)
+    return {} if sight is None else sight.seen(ids, images, labels)
 
 
 def pad(rows: Sequence[Sequence[int]], width: int, value: int, *, left: bool = False) -> Tensor:

@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 import torch
 from transformers.utils.chat_template_utils import encode_marked_chat
 
+from rankwise.data.crossed import CROSSED
 from rankwise.data.encoding import MARK, Kept
 from rankwise.data.example import Example, Turn
 from rankwise.data.layout import joined
 from rankwise.data.render import IGNORED, Rendered, Renderer
-from rankwise.data.sight import ROW_INPUTS, TEXT_INPUTS
+from rankwise.data.sight import TEXT_INPUTS
 from rankwise.errors import DataError
 
 Atom = TypeVar("Atom", bound=Hashable)
@@ -69,11 +70,11 @@ class Oracle:
         ours = sight.seen(torch.tensor([rendered.input_ids]), [example.images])
         length = min(len(ids), len(rendered.input_ids))
         for name in sorted(set(ours) & set(whole)) if not reason else ():
-            cut = (slice(None), slice(length)) if name in ROW_INPUTS else (...,)
+            cut = (slice(None), slice(length)) if name in (*sight.token_types, CROSSED) else (...,)
             if not torch.equal(torch.as_tensor(whole[name])[cut], ours[name][cut].to(whole[name].dtype)):
                 reason = f"{name} is not what {type(sight.processor).__name__} makes"
-        wanted = (set(whole) - TEXT_INPUTS) | (set(whole) & set(ROW_INPUTS))
-        if not reason and (lacking := sorted(name for name in wanted - set(ours) if sight.taken(name))):
+        lacking = sorted(name for name in set(whole) - TEXT_INPUTS - set(ours) if sight.taken(name))
+        if not reason and lacking:
             reason = f"{', '.join(lacking)}: the model takes it, and training would not give it"
         return Differs(f"sample {example.id}: {reason}") if reason else None
 

@@ -39,6 +39,13 @@ def table(path: Path) -> dict[str, Any]:
     return read_object(path)
 
 
+def blind_warning_for(model_type: str) -> str | None:
+    """What to tell the user of a family whose images are in no form that is followed here (Emu3, Chameleon, Fuyu)."""
+    if model_type not in table(TABLE)["families"]:
+        return None
+    return f"warning: images of the family {model_type} are not followed here: rows are used by their text only; {PAGE}"
+
+
 def warning_for(model_type: str) -> str | None:
     """What to tell the user of a family that is about to be used; None for a tested one.
 

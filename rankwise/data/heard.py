@@ -32,7 +32,7 @@ def heard(
     try:
         found = listening(
             text=list(texts),
-            images=[list(row) for row in images],
+            images=[list(row) for row in images] if any(images) else None,
             add_special_tokens=False,
             padding=True,
             return_tensors="pt",  # some processors count their placeholders by what tensors have (Ovis2, Aria)

@@ -5,11 +5,14 @@ A layout holds texts only; `render` makes tokens of it, piece by piece. Chat tem
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
 from rankwise.data.example import IMAGE_SLOT, Example, Turn
+from rankwise.errors import DataError
 
+SLOT = re.compile(rf"\n?{IMAGE_SLOT}\n?")  # a line break beside a slot parts marker and text, and is no part of either
 HEADINGS = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 
@@ -65,6 +68,16 @@ def raw(example: Example, image_token: str | None, end: str) -> Layout:
             text += parted + turn.text.replace(IMAGE_SLOT, IMAGE_SLOT if image_token is None else image_token)
             parted = "\n"
     return Layout(tuple(before), tuple(answers), end)
+
+
+def prefixed(example: Example, image_token: str, end: str) -> Layout:
+    """One prompt and one answer, nothing between them: the processor writes what parts them (PaliGemma). A line break
+    beside an image's slot is none of the prompt's. DataError for other rows."""
+    *asked, answer = example.turns
+    if answer.role != "assistant" or any(turn.role == "assistant" for turn in asked):
+        raise DataError(f"sample {example.id}: the model takes one prompt and one answer, and this has several turns")
+    prompt = "\n".join(SLOT.sub(lambda _: image_token, turn.text) for turn in asked)
+    return Layout((prompt,), (answer.text,), end)
 
 
 def heading(turn: Turn) -> str:

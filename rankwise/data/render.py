@@ -23,13 +23,12 @@ from rankwise.data.chat import ChatTemplate, pattern
 from rankwise.data.encoding import MARK, Encoder, marked, plain
 from rankwise.data.example import Example
 from rankwise.data.images import BadImage
-from rankwise.data.layout import Layout, raw, sections, without_images
+from rankwise.data.layout import Layout, prefixed, raw, sections, without_images
 from rankwise.data.markers import of_media
-from rankwise.data.sight import Sight
+from rankwise.data.sight import IGNORED, Sight
 from rankwise.data.template import pinned
 from rankwise.errors import DataError, UsageError
 
-IGNORED = -100
 STYLES = ("sections", "chat", "raw")
 OVERLONG = ("error", "drop", "truncate_source")
 
@@ -106,6 +105,9 @@ class Renderer:
             raise UsageError(
                 f"--chat_template and --chat_template_kwargs act on --prompt chat; this is --prompt {self.style}"
             )
+        if self.style != "raw" and self.sight and self.sight.prefixes:
+            name = type(self.sight.processor).__name__
+            raise UsageError(f"{name} makes rows of one prompt and one answer: --prompt raw, not --prompt {self.style}")
         if self.style == "chat":
             object.__setattr__(self, "template_kwargs", pinned(self.template_source, self.template_kwargs))
         assert self.end_ids
@@ -310,6 +312,8 @@ class Renderer:
                 f"sample {example.id}: reasoning_content needs a chat template that writes it: --prompt chat"
             )
         example = replace(example, turns=tuple(marked(turn, self.encoder.control) for turn in example.turns))
+        if self.style == "raw" and self.sight and self.sight.prefixes:
+            return prefixed(example, self.sight.image_token, self._end)
         if self.style == "raw":
             return raw(example, None if self.sight is None else self.sight.image_token, self._end)
         if example.images:

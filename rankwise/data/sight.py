@@ -8,12 +8,13 @@ Both ask the family's own processor, a whole row at a time, so a family that tra
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -24,11 +25,11 @@ from rankwise.data.crossed import CROSSED, crossed
 from rankwise.data.device import DeviceReader, DeviceTarget
 from rankwise.data.heard import SUPPORTED, heard
 from rankwise.data.images import BadImage, ImageReader, shown
-from rankwise.errors import UsageError
+from rankwise.errors import DataError, UsageError
 
-TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # one value per token: 1 on image tokens, 0 elsewhere
-ROW_INPUTS = (*TOKEN_TYPES, CROSSED)  # as long as the row
-TEXT_INPUTS = frozenset(["input_ids", "attention_mask", "labels", "text_replacement_offsets", *TOKEN_TYPES])
+IGNORED = -100  # the label of what is not learnt
+PREFIX = "token_type_ids"  # of a family that reads prompts in both directions: 1 from the answer on
+TEXT_INPUTS = frozenset(["input_ids", "attention_mask", "labels", "text_replacement_offsets"])
 PROBE = (64, 64)
 QUESTION = "What is it?"
 APART = " \ue000 "  # between the texts of one row that a processor is given as one
@@ -74,21 +75,34 @@ class Sight:
     def placeholder_id(self) -> int:
         """The token that image features take the place of: the one that the processor writes most often for an image.
         It is not always the image token (Gemma 3, Llama 4, Aya)."""
-        shown = "".join(self._expanded((PROBE,)))
-        ids = self.processor.tokenizer(shown, add_special_tokens=False)["input_ids"]
+        ids = self._probe["input_ids"][0].tolist()
         return int(Counter(ids).most_common(1)[0][0])
+
+    @cached_property
+    def prefixes(self) -> bool:
+        """Whether the family's rows are one prompt and one answer behind it, the prompt read in both directions
+        (PaliGemma): its processor takes the answer as `suffix`."""
+        return "suffix" in inspect.signature(type(self.processor).__call__).parameters
 
     def expanded(self, texts: Sequence[str], references: Sequence[str]) -> list[str]:
         """Texts of one row with their image tokens replaced as the processor does it, given all its images at once.
 
         It depends on the pictures' sizes alone. BadImage where the processor takes no pictures of these sizes.
         """
-        if not references:
+        if not references and self._replaces:
             return list(texts)
+        if not references:
+            return self._without_images(texts)
         if self._replaces:
             expansions = iter(self.expansions(references))
             return [re.sub(re.escape(self.image_token), lambda _: next(expansions), text) for text in texts]
         return self._sized(references, lambda sizes: self._written(texts, sizes))
+
+    def _without_images(self, texts: Sequence[str]) -> list[str]:
+        try:
+            return self._written(texts, ())
+        except ValueError as error:
+            raise DataError(f"{self._name} takes no row without images: {error}") from error
 
     def expansions(self, references: Sequence[str]) -> tuple[str, ...]:
         """What stands for each image of a row."""
@@ -120,16 +134,18 @@ class Sight:
     def _replaces(self) -> bool:
         """Whether all that the processor does to a text is to replace its image token: then what replaces it depends on
         the images alone."""
-        text = f"{self.image_token}{self.image_token}{QUESTION}"
-        _, alone = heard(self.processor, [text], [blank((PROBE, PROBE))])
-        return alone == [f"{''.join(self._expanded((PROBE, PROBE)))}{QUESTION}"]
+        assert self._probe
+        pair = (PROBE, PROBE)
+        [given] = self._written([f"{QUESTION}{self.image_token}{self.image_token}{QUESTION}"], pair)
+        return given == f"{QUESTION}{''.join(self._expanded(pair))}{QUESTION}"
 
-    def seen(self, ids: Tensor, rows: Sequence[Sequence[str]]) -> dict[str, Tensor]:
-        """What a model takes beside ids (batch, length): the images of all rows, and which tokens are theirs."""
+    def seen(self, ids: Tensor, rows: Sequence[Sequence[str]], labels: Tensor | None = None) -> dict[str, Tensor]:
+        """What a model takes beside ids (batch, length): the images of all rows, and which tokens are theirs. labels:
+        those of the rows, for families that part prompt and answer; None for prompts alone."""
         tensors = self.inputs(rows)
         if CROSSED in tensors:
             tensors |= crossed(tensors, ids, [len(row) for row in rows], self.placeholder_id)
-        return self.row_inputs(ids) | tensors
+        return self.row_inputs(ids, labels) | tensors
 
     def inputs(self, rows: Sequence[Sequence[str]]) -> dict[str, Tensor]:
         """Tensors of the images of these rows in order, as the family's model takes them; {} without images.
@@ -151,20 +167,40 @@ class Sight:
         return {
             name: value.float() if value.is_floating_point() else value
             for name, value in found.items()
-            if name not in TEXT_INPUTS and self.taken(name)
+            if name not in TEXT_INPUTS and name not in self.token_types and self.taken(name)
         }
 
-    def row_inputs(self, ids: Tensor) -> dict[str, Tensor]:
-        """What the model wants to know of every token: which ones are an image's, as the processor says."""
-        if not self._token_types:
-            return {}
-        kinds = torch.tensor(self.processor.create_mm_token_type_ids(ids.tolist()))
-        return dict.fromkeys(self._token_types, kinds)
+    def row_inputs(self, ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """What the model wants to know of every token: which ones are an image's, as the processor says; or which ones
+        are the answer's."""
+        if self.prefixes:
+            answers = torch.zeros_like(ids) if labels is None else (labels != IGNORED).long()
+            return {name: answers.cummax(1).values for name in self.token_types if name == PREFIX}
+        return {name: torch.tensor(self._types(name)(ids.tolist())) for name in self.token_types}
+
+    def _types(self, name: str) -> Callable[[list[list[int]]], list[list[int]]]:
+        """How the processor makes an input of its ids: which tokens are an image's, unless it has a way of its own
+        (ERNIE's experts count the tokens around an image, too)."""
+        made: Callable[[list[list[int]]], list[list[int]]] = getattr(
+            self.processor, f"create_{name}", self.processor.create_mm_token_type_ids
+        )
+        return made
 
     @cached_property
-    def _token_types(self) -> tuple[str, ...]:
-        found, _ = heard(self.processor, [self.image_token], [blank((PROBE,))])
-        return tuple(name for name in TOKEN_TYPES if name in found and self.taken(name))
+    def token_types(self) -> tuple[str, ...]:
+        """Inputs that the model takes and that have a value for every token."""
+        shape = self._probe["input_ids"].shape
+        names = (name for name, value in self._probe.items() if getattr(value, "shape", None) == shape)
+        return tuple(name for name in names if name not in TEXT_INPUTS and self.taken(name))
+
+    @cached_property
+    def _probe(self) -> Mapping[str, Any]:
+        """What the processor makes of an image alone. UsageError where it takes no such row."""
+        try:
+            found, _ = heard(self.processor, [self.image_token], [blank((PROBE,))])
+        except ValueError as error:
+            raise UsageError(f"{self._name} does not take an image by its image token: {error}; {SUPPORTED}") from error
+        return found
 
     def taken(self, name: str) -> bool:
         """Whether the model's forward takes an input of this name."""

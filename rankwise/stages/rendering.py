@@ -15,7 +15,7 @@ from rankwise.config import MAX_SEQ_LENGTH, OVERLONG, DataSection, ModelSection
 from rankwise.data import ImageReader, Renderer, Sight
 from rankwise.data.device import DeviceReader, DeviceTarget, read_target
 from rankwise.data.device_processor import device_processor
-from rankwise.data.families import warning_for
+from rankwise.data.families import blind_warning_for, warning_for
 from rankwise.data.input_record import InputRecord
 from rankwise.data.template import template_text
 from rankwise.errors import DataError
@@ -62,8 +62,10 @@ def renderer_for(
     counts, as when it is merged. strict: see `recorded.compare`.
     anew: a training that begins, see `recorded.as_recorded`.
     """
-    if sees(data, config) and (warning := warning_for(config.model_type)):
-        announce(warning)
+    if data.task in CONVERSATIONS:
+        said = warning_for if sees(data, config) else blind_warning_for
+        if warning := said(config.model_type):
+            announce(warning)
     renderer, found = rendered_as(data, model, name, config, places, anew=anew)
     compare(data, found, renderer, strict=strict)
     return renderer
@@ -119,9 +121,11 @@ def style_for(data: DataSection, sight: Sight | None, tokenizer: Any, *, earlier
     """What `--prompt auto` is: as the device's target says, else the chat template where images are seen or where the
     model has one and every row is a conversation; headed sections elsewhere. earlier: as before there were records,
     when conversations without images were sections."""
-    if sight is not None:
-        return sight.target.prompt if sight.target else "chat"
     has_template = bool(data.chat_template or tokenizer.chat_template)
+    if sight is not None and sight.target:
+        return sight.target.prompt
+    if sight is not None:
+        return "raw" if sight.prefixes else "chat"
     return "chat" if has_template and data.task in CONVERSATIONS and not earlier else "sections"
 
 

@@ -36,6 +36,7 @@ UNBUILT = {name: reason for reason, names in REASONS.items() for name in names}
 
 # Exact within a limit that the product keeps by refusing what is beyond it: such a family trains with a warning.
 LIMITED = {
+    "paligemma": "rows of one prompt and one answer with images (--prompt raw), others are refused; exact there",
     "mllama": "rows of one batch must have equally many images, others are refused; a batch size of 1 is exact",
 }
 
@@ -43,5 +44,4 @@ LIMITED = {
 REFUSED = {
     "glm4v_moe": "PEFT takes the matrices of its dense first layer for experts' and builds other sites than planned",
     "got_ocr2": "its processor takes no conversation with images: its own chat call raises an error",
-    "paligemma": "it reads a prompt in both directions, and no rows are made for that yet",
 }

@@ -23,6 +23,7 @@ from transformers import GenerationConfig
 from rankwise.data import Rendered, Renderer
 from rankwise.data.collate import seen
 from rankwise.data.layout import joined, without_images
+from rankwise.data.render import IGNORED
 from rankwise.score.likelihood import answer_ids
 from rankwise.ship.parity.cases import Case
 from rankwise.ship.parity.embedder import Rows, embedded
@@ -180,7 +181,14 @@ def forced(
     width, pad = max(map(len, rows)), renderer.end_ids[0]
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    inputs = {"input_ids": ids, "attention_mask": mask} | seen(renderer.sight, ids, [one.images for one in prompts])
+    learnt = torch.tensor(
+        [
+            [IGNORED] * len(prompt.input_ids) + [*answer] + [IGNORED] * (width - len(row))
+            for prompt, answer, row in zip(prompts, answers, rows, strict=True)
+        ]
+    )
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs |= seen(renderer.sight, ids, [one.images for one in prompts], learnt)
     device = next(model.parameters()).device
     logits = model(**{name: value.to(device) for name, value in inputs.items()}).logits
     places = [slice(len(prompt.input_ids) - 1, len(row) - 1) for prompt, row in zip(prompts, rows, strict=True)]
