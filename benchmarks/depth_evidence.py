@@ -182,7 +182,7 @@ def answers(run: Path, work: Path, test: str) -> list[bool]:
 def right(model: Path, work: Path, rows: str, depth: DepthUseSection) -> list[bool]:
     """Whether each row's answer comes out word for word; loaded, rendered and decoded as `rankwise evaluate` does."""
     data = ScoredData(task="conversations", data_path=str(work / rows), image_folder=str(work / "images"))
-    config = EvaluateConfig(model_path=str(model), data=data, depth=depth, device="cpu")
+    config = EvaluateConfig(model_name=str(model), data=data, depth=depth, device="cpu")
     examples: Sequence[Example] = load_rows("conversations", work / rows).items
     tested = seeing(config, subject(config, *base_and_adapter(str(model), None)), examples)
     renderer = replace(tested.renderer, reserve=ANSWER)

@@ -25,7 +25,7 @@ HEADER = [
 
 def row(config: RanksConfig, budget: str, metric: str, out: Path) -> str:
     spectrum = replace(SpectrumSection(), budget=budget, min_rank=1)
-    ranks.run(replace(config, spectrum=spectrum, metric=metric, out=str(out)))
+    ranks.run(replace(config, spectrum=spectrum, metric=metric, output_dir=str(out)))
     gain = read_object(out / "analysis_outputs" / "svd" / "raw_data" / "gain.json")
     arms = {arm["name"]: arm for arm in gain["arms"]}
     shuffled = [arm["kept"] for name, arm in arms.items() if name.startswith("shuffled")]

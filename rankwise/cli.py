@@ -9,10 +9,12 @@ import contextlib
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,9 +22,11 @@ from typing import Any
 from rankwise import __version__, flags, options, terminal
 from rankwise.errors import RankwiseError, UsageError
 from rankwise.stages.commands import ALIASES, COMMANDS, DRY_RUN, GROUPS, Command, assemble, command_options, stage_of
-from rankwise.stages.recipe import options_for, packaged_recipe
+from rankwise.stages.recipe import PIPELINES, options_for, packaged_recipe
 
 RECIPES = Path(__file__).parent / "recipes"
+FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
+QUOTED = re.compile(r"(`[^`]*`|pip install \S+|rankwise [a-z].*)")  # command lines of their own
 NO_CONFIG = ("", ".txt", ".cfg", ".conf", ".ini", ".json5", ".jsonc")  # suffixes that no file a command takes has
 
 
@@ -160,6 +164,34 @@ def rehearse(stage: ModuleType, config: Any) -> None:
         stage.run(config)
 
 
+def own_flags(words: Sequence[str], message: str) -> str:
+    """The message, with flags that only other commands have named as what they are: layers below know flags, not which
+    command is asked. What stands in backquotes is a command line of its own; a recipe's stages have flags of theirs."""
+    flags_named = FLAG.findall(message)
+    try:
+        name, _ = split_command(words)
+    except UsageError:
+        return message
+    if not flags_named or name in PIPELINES:
+        return message
+    given = {flag.replace("-", "_") for flag in FLAG.findall(" ".join(words))}
+    own = option_names(name) | given | {"help", "dry_run"}
+    if {flag.replace("-", "_") for flag in flags_named} <= own:
+        return message
+    elsewhere = {one for other in COMMANDS for one in option_names(other)} - own
+    parts = QUOTED.split(message)
+    parts[::2] = [FLAG.sub(partial(unflagged, elsewhere), part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def option_names(name: str) -> set[str]:
+    return {one for item in command_options(COMMANDS[name]) for one in (item.name, *item.aliases)}
+
+
+def unflagged(elsewhere: set[str], found: re.Match[str]) -> str:
+    return f"{found[1]} (no option here)" if found[1].replace("-", "_") in elsewhere else found[0]
+
+
 def answered(words: Sequence[str]) -> bool:
     """Whether the line asks for the overview, a group's or the version only, which is then printed."""
     helps = ("-h", "--help")
@@ -187,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RankwiseError as error:
         if os.environ.get("RANKWISE_DEBUG"):
             traceback.print_exc()
-        print(f"rankwise: {error}", file=sys.stderr)
+        print(f"rankwise: {own_flags(words, str(error))}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # `| head`: nobody reads on, and Python's own last flush must not fail either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

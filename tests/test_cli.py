@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+import re
 import subprocess
 import sys
 import typing
@@ -138,7 +140,7 @@ def test_both_spellings_and_aliases_are_one_option() -> None:
     for words in (["--svd-threshold", "0.5"], ["--svd_threshold=0.5"], ["--energy", "0.5"]):
         assert resolved("ranks", *words).spectrum.svd_threshold == 0.5
     assert resolved("ranks", "--pretrained", "x", "--finetuned", "y") == resolved("ranks", "x", "y")
-    assert resolved("ranks", "-o", "x").out == resolved("ranks", "--output-dir", "x").out == "x"
+    assert resolved("ranks", "-o", "x").output_dir == resolved("ranks", "--out", "x").output_dir == "x"
 
 
 @pytest.mark.parametrize(
@@ -373,3 +375,75 @@ def test_every_error_of_ours_has_a_code_of_its_own() -> None:
 def test_a_missing_checkpoint_is_bad_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["ranks", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")]) == 3
     assert "no such file or folder" in capsys.readouterr().err
+
+
+# --- flags in messages ---------------------------------------------------------------------------------------------
+
+ELSEWHERE = {  # of other programs: pip, torchrun, accelerate, llama.cpp and its converter
+    *("no_deps no_binary no_build_isolation require_hashes no_input hash force_reinstall".split()),
+    *("nproc_per_node standalone use_fsdp outfile model_name ctx_size parallel".split()),
+    *("version option help dry_run depth_".split()),
+}
+
+
+def written_flags() -> dict[str, set[str]]:
+    """Flag → where it stands, in every text of the package that is no docstring."""
+    found: dict[str, set[str]] = {}
+    for path in (cli.RECIPES.parent).rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        docs = {id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, kinds) and is_doc(node.body)}  # type: ignore[attr-defined]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+                for flag in re.findall(r"(?<![\w-])--([a-z][a-zA-Z0-9_-]*)(?![\w{])", node.value):
+                    found.setdefault(flag.replace("-", "_"), set()).add(f"{path.name}:{node.lineno}")
+    return found
+
+
+def is_doc(body: list[ast.stmt]) -> bool:
+    return bool(body) and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
+
+
+def test_every_flag_that_is_written_exists() -> None:
+    known = {one for name in cli.COMMANDS for one in cli.option_names(name)} | ELSEWHERE
+    assert {flag: places for flag, places in written_flags().items() if flag not in known} == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "message", "said"),
+    [
+        ("features show", "x.png: leads out; pass --allow-outside", "pass allow-outside (no option here)"),
+        ("features train", "lower --lr or --max_grad_norm", "lower --lr or max_grad_norm (no option here)"),
+        ("features train", "`rankwise train --max_grad_norm 1` does", "`rankwise train --max_grad_norm 1` does"),
+        ("check", "pip install --force-reinstall torch", "pip install --force-reinstall torch"),
+        ("train", "pass --allow-outside", "pass --allow-outside"),
+        ("run demo", "stage x (rankwise ranks): --metric", "stage x (rankwise ranks): --metric"),
+    ],
+)
+def test_a_message_names_only_flags_that_the_command_has(
+    line: str, message: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(argv: object) -> None:
+        raise DataError(message)
+
+    monkeypatch.setattr(cli, "dispatch", fail)
+    assert cli.main(line.split()) == 3
+    assert capsys.readouterr().err.endswith(f" {said}\n")
+
+
+def test_one_name_for_one_thing() -> None:
+    """A folder to write to is --output_dir, a model --model_name, leave to replace --overwrite, in every command; older
+    names are aliases. A page or a card is a file: --out."""
+    for name, command in cli.COMMANDS.items():
+        rows = list(options.options_of(command.config))
+        made = [row for row in rows if row.short == "-o"]
+        assert all({"output_dir"} & {row.name, *row.aliases} for row in made if row.name != "out"), name
+        assert all(row.name == "no_plots" for row in rows if "plots" in row.name), name
+        assert all(row.name == "overwrite" for row in rows if "overwrite" in row.name), name
+    assert resolved("ranks", "--out", "x") == resolved("ranks", "--output_dir", "x")
+    assert resolved("evaluate", "--model_path", "x") == resolved("evaluate", "--model_name", "x")
+    assert resolved("train", "--overwrite_output_dir").training == {"overwrite": True}
+    assert (
+        resolved("merge", "a", "--model_name", "x").base_model == resolved("export", "--model_name", "x").model == "x"
+    )
+    assert resolved("features train", "--output_dir", "x").results_dir == "x"

@@ -379,11 +379,11 @@ def test_a_compressed_adapter_keeps_depth(runs: dict[str, Path], place: Path, tm
 def evaluation(run: Path, place: Path, **depth: Any) -> EvaluateConfig:
     data = ScoredData(task="conversations", data_path=str(place / "rows.json"), image_folder=str(place / "images"))
     use = DepthUseSection(depth_cache=str(run.parent / "cache"), **depth)
-    return EvaluateConfig(model_path=str(run), data=data, depth=use, device="cpu")
+    return EvaluateConfig(model_name=str(run), data=data, depth=use, device="cpu")
 
 
 def under_test(config: EvaluateConfig, rows: Any) -> Subject:
-    base, adapter = base_and_adapter(str(config.model_path), None)
+    base, adapter = base_and_adapter(str(config.model_name), None)
     return seeing(config, subject(config, base, adapter), rows)
 
 

@@ -90,7 +90,7 @@ PRINTED: dict[str, tuple[str, str, dict[str, Any]]] = {
         "merge",
         {"adapter": ODD, "base_model": "BASE"},
     ),
-    "train": (outcome.next_command(TRAINED), "evaluate", {"model_path": ODD, "data_path": f"{ODD}/rows"}),
+    "train": (outcome.next_command(TRAINED), "evaluate", {"model_name": ODD, "data_path": f"{ODD}/rows"}),
     "train, own validation rows": (
         outcome.next_command(replace(TRAINED, val_path=f"{ODD}/val")),
         "evaluate",
@@ -263,7 +263,7 @@ def test_rows_are_those_of_the_run_that_was_measured_or_trained(
     (run / "manifest.json").write_text(json.dumps({"stages": {"train": {"stage": "train"}}}))
     assert main(["compress", "a run", "--energy", "1", "-o", "small"]) == 0
     name, values = parsed(shlex.join(["rankwise", *following(capsys)]))
-    assert name == "evaluate" and values["model_path"] == "small"
+    assert name == "evaluate" and values["model_name"] == "small"
     assert (values["task"], values["data_path"], values["skip_bad"]) == ("e2e_nlg", "my rows.csv", True)
     assert main(["merge", "small", "-o", "merged"]) == 0
     assert following(capsys)[:2] == ["evaluate", "merged"], "through the compressed adapter's record"

@@ -210,8 +210,8 @@ def test_answers_stay_until_the_evaluation_that_replaces_them_can_begin(base: Pa
     answers = tmp_path / "predictions.jsonl"
     answers.write_text("{}\n")
     data = ScoredData(task="e2e_nlg", data_path=str(tmp_path))
-    right = EvaluateConfig(model_path=str(base), data=data, output_dir=str(tmp_path))
-    for wrong in ({"num_samples": 0}, {"model_path": str(tmp_path / "nothing")}, {"num_fewshot": 2}):
+    right = EvaluateConfig(model_name=str(base), data=data, output_dir=str(tmp_path))
+    for wrong in ({"num_samples": 0}, {"model_name": str(tmp_path / "nothing")}, {"num_fewshot": 2}):
         with pytest.raises((UsageError, DataError)):
             evaluate.start_over(EvaluateConfig(**{**vars(right), **wrong}))
         assert answers.is_file()

@@ -136,7 +136,7 @@ def test_asking_to_resume_where_nothing_is_starts_and_says_so(
 
 
 def test_a_fresh_run_does_not_mix_with_an_earlier_one(stopped: Path) -> None:
-    with pytest.raises(UsageError, match="--overwrite_output_dir"):
+    with pytest.raises(UsageError, match="--overwrite"):
         refuse_earlier(stopped, overwrite=False)
     refuse_earlier(stopped, overwrite=True)
     for checkpoint in checkpoints(stopped):

@@ -278,7 +278,7 @@ def test_resuming_another_run_is_refused(train: Train, tmp_path: Path, capsys: p
     saving = ("--save_strategy", "steps", "--save_steps", "2", "--max_steps", "2")
     assert train(*saving) == 0
     assert train(*saving) == 2
-    assert "--overwrite_output_dir" in capsys.readouterr().err
+    assert "--overwrite" in capsys.readouterr().err
     assert train(*saving, "--resume_from_checkpoint", "true", "--lora_r", "8", "--val_fraction", "0.3") == 2
     error = capsys.readouterr().err
     assert "ranks.model.layers.0.self_attn.q_proj: 16 in the checkpoint, 8 now" in error

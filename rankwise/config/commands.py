@@ -64,7 +64,7 @@ class RanksConfig:
     tuned: str | None = option(help="fine-tuned checkpoint", aliases=("finetuned",))
     deltas: str | None = option(help="a `rankwise finetune` folder: its float32 deltas")
     adapter: str | None = option(help="a LoRA adapter: its spectrum from the factors, never the dense matrix")
-    out: str = option(".", help="below it: configs/ and analysis_outputs/svd/", short="-o", aliases=("output_dir",))
+    output_dir: str = option(".", help="below it: configs/ and analysis_outputs/svd/", short="-o", aliases=("out",))
     spectrum: SpectrumSection = field(default_factory=SpectrumSection)
     sites: SitesSection = field(default_factory=SitesSection)
     signal: str = option(
@@ -165,7 +165,9 @@ class CheckConfig:
 class EvaluateConfig:
     """Score a task with a base model, an adapter or a merged model; measure what was forgotten."""
 
-    model_path: str | None = option(help="base model, merged model, adapter or run folder", aliases=("adapter",))
+    model_name: str | None = option(
+        help="base model, merged model, adapter or run folder", aliases=("model_path", "adapter")
+    )
     base_model_id: str | None = option(help="base of an adapter [as recorded in it]", aliases=("base_model",))
     data: ScoredData = field(default_factory=ScoredData)
     split: str = option("dev", choices=SPLITS, help="which official split; MultiNLI's dev is dev_matched")

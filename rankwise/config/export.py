@@ -11,7 +11,9 @@ from rankwise.options import option
 class ExportConfig:
     """Merged checkpoint → GGUF files for llama.cpp, proven tensor by tensor."""
 
-    model: str | None = option(help="merged model folder (with --adapter_gguf: the base)", aliases=("model_path",))
+    model: str | None = option(
+        help="merged model folder (with --adapter_gguf: the base)", aliases=("model_name", "model_path")
+    )
     output_dir: str = option("exported_model", help="folder of the GGUF files", short="-o", aliases=("output_path",))
     outtype: list[str] = option(["f16", "q8_0"], help="types to write: f32, f16, bf16, q8_0")
     mmproj: bool | None = option(help="vision tower and projector as a second file [where the model sees]")

@@ -78,7 +78,9 @@ class FactorTrainConfig:
     dropout: float = option(0.1, help="inside the networks")
     refine: bool = option(False, help="a refinement after A·B; it is scored apart, since its rank may be higher")
     allocator: AllocatorSection = field(default_factory=AllocatorSection)
-    results_dir: str = option("results", help="the run folder is <results_dir>/<arch>", short="-o")
+    results_dir: str = option(
+        "results", help="the run folder is <results_dir>/<arch>", short="-o", aliases=("output_dir",)
+    )
     log_dir: str = option("log", help="logs_<time>/ with config, training.log and final_summary go here")
     resume: bool = option(False, help="go on from the last complete checkpoint for --epochs more")
     overwrite: bool = option(False, help="delete an earlier run in the folder and start over")
@@ -94,7 +96,7 @@ class FactorCompareConfig:
 
     arch: list[str] = option([], help="networks [all in --results_dir]")
     rank: int | None = option(help="rank of the baselines [the networks' own]", aliases=("r",))
-    results_dir: str = option("results", help="where the networks are", short="-o")
+    results_dir: str = option("results", help="where the networks are", short="-o", aliases=("output_dir",))
     features: str | None = option(help="feature cache [the one trained on]", aliases=("cache", "data_path"))
     ood: str | None = option(
         help="a feature cache of another image source, of the same model", aliases=("ood_features",)
@@ -114,7 +116,7 @@ class FactorShowConfig:
     arch: str = option("ResMLP", help=ARCH_HELP)
     image_idx: int = option(0, help="number of the test image")
     rank: int | None = option(help="rank of network and SVD, at most [the network's own]", aliases=("r",))
-    results_dir: str = option("results", help="where the networks are", short="-o")
+    results_dir: str = option("results", help="where the networks are", short="-o", aliases=("output_dir",))
     features: str | None = option(help="feature cache [the one trained on]", aliases=("cache", "data_path"))
     channels: int = option(8, help="first N channels")
     device: str = option("auto", help="auto, cpu or cuda")
@@ -131,11 +133,14 @@ class DownstreamConfig:
     base_model_id: str | None = option(help="base of an adapter [as recorded in it]")
     data_path: str | None = option(help="conversations with images: questions and right answers")
     image_folder: str | None = option(help="where the rows' image paths start [the folder of the data file]")
+    allow_outside: bool = option(False, help="read images by absolute paths, `..` and links out of the image folder")
     image_size: int | None = option(
         help="pictures are stretched to a square of this side [as the networks' cache was captured, else as they are]"
     )
     arch: list[str] = option([], help="networks [all in --results_dir; none there: the baselines alone]")
-    results_dir: str = option("results", help="where the networks are, and downstream.json goes", short="-o")
+    results_dir: str = option(
+        "results", help="where the networks are, and downstream.json goes", short="-o", aliases=("output_dir",)
+    )
     ranks: list[int] = option([], help="ranks of the baselines [the networks' own, or a quarter, half and all]")
     num_samples: int | None = option(help="first N rows")
     batch_size: int = option(16, help="rows per forward pass")

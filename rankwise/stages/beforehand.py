@@ -25,9 +25,9 @@ FILES = (
     "val_path gain forget deltas lora_config plan image_folder labels_file adapter_gguf app_pixels depth_maps replay "
     "lm_eval_tasks_path run runs export mmproj first second dev_path test_path ood features llama_cpp_dir probe2"
 ).split()
-WEIGHTS = "base tuned adapter images model_path data_path".split()
+WEIGHTS = "base tuned adapter images data_path".split()
 MODELS = "model_name base_model base_model_id model".split()
-ADAPTERS_TOO = ("features downstream",)  # commands whose --model_name may be an adapter or a run folder
+ADAPTERS_TOO = ("evaluate", "features downstream")  # commands whose --model_name may be an adapter or a run folder
 # Options that name what is made.
 FOLDERS_MADE = "output_dir results_dir log_dir".split()
 FILES_MADE = "estimate_out log_file".split()
@@ -43,7 +43,7 @@ def ready(command: str, config: Any, made: Sequence[Path] = (), run: Path | None
     for option in FILES_MADE:
         require_file(option, values.get(option))
     if "out" in values:
-        (require_folder if command == "ranks" else require_file)("out", values["out"])
+        require_file("out", values["out"])
     if own is not None:
         own(config)
     else:

@@ -48,7 +48,7 @@ def starting_point(config: FinetuneConfig | TrainConfig, job: Job) -> Path | Non
         processes=processes,
     )
     if index == 0 and checkpoint is None:
-        refuse_earlier(folder, bool(config.training.get("overwrite_output_dir")))
+        refuse_earlier(folder, bool(config.training.get("overwrite")))
     return checkpoint
 
 
@@ -56,7 +56,7 @@ def check_folder(config: FinetuneConfig | TrainConfig) -> None:
     """UsageError where a fresh run would mix with an earlier one in its folder; before anything is read."""
     folder = Path(config.output_dir)
     if process_index()[0] == 0 and goes_on_from(config.resume_from_checkpoint, folder) is None:
-        refuse_earlier(folder, bool(config.training.get("overwrite_output_dir")))
+        refuse_earlier(folder, bool(config.training.get("overwrite")))
 
 
 def earlier_of(config: FinetuneConfig | TrainConfig) -> Aside:

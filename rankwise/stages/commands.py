@@ -76,7 +76,7 @@ COMMANDS = {
     "label": Command(
         "TRAIN", "images → a teacher's labels → a data set to train on", "label", config.LabelConfig(), ("images",)
     ),
-    "evaluate": Command("PROVE", "generate and score a task", "evaluate", config.EvaluateConfig(), ("model_path",)),
+    "evaluate": Command("PROVE", "generate and score a task", "evaluate", config.EvaluateConfig(), ("model_name",)),
     "study": Command(
         "PROVE",
         "rank plans or schedules compared at equal parameters, over seeds",

@@ -104,12 +104,12 @@ def compared_base(config: EvaluateConfig, tested: Subject, documents: Sequence[s
     name = config.base_model_id
     if not name:
         raise UsageError(
-            f"--forget: {config.model_path} is no adapter; give the model that it was made from with --base_model_id"
+            f"--forget: {config.model_name} is no adapter; give the model that it was made from with --base_model_id"
         )
     tokenizer, own = load_tokenizer(name), tested.renderer.tokenizer
     if any(tokenizer(text)["input_ids"] != own(text)["input_ids"] for text in documents):
         raise DataError(
-            f"{name} and {config.model_path} cut the text into different tokens, so nothing can be compared"
+            f"{name} and {config.model_name} cut the text into different tokens, so nothing can be compared"
         )
     return plain_model(name, config.dtype, tested.device)
 

@@ -51,7 +51,7 @@ def run(config: EvaluateConfig) -> EvaluationResult | None:
 
 def evaluated(config: EvaluateConfig) -> EvaluationResult | None:
     folder = output_folder(config)
-    base, adapter = base_and_adapter(str(config.model_path), config.base_model_id)
+    base, adapter = base_and_adapter(str(config.model_name), config.base_model_id)
     made_from = model_facts(base, adapter)
     with held(folder, "evaluate", inputs(config, base, adapter)) as record:
         tested = subject(config, base, adapter)
@@ -73,7 +73,7 @@ def start_over(config: EvaluateConfig) -> None:
     """Delete the answers of an earlier evaluation in the folder, once it is sure that this one can begin."""
     check(config)
     check_installed(config)
-    base_and_adapter(str(config.model_path), config.base_model_id)
+    base_and_adapter(str(config.model_name), config.base_model_id)
     for file in output_folder(config).path.glob(PREDICTIONS):
         file.unlink()
 
@@ -86,7 +86,7 @@ def config_name(folder: RunFolder) -> str:
 def check(config: EvaluateConfig) -> None:
     """What nothing works without, and combinations that cannot work."""
     name = config.data.task
-    if not config.model_path:
+    if not config.model_name:
         raise UsageError("evaluate needs a model: rankwise evaluate MODEL_OR_ADAPTER --task … --data_path …")
     if not name and not config.forget:
         raise UsageError(
@@ -150,8 +150,8 @@ def output_folder(config: EvaluateConfig) -> RunFolder:
     """evaluation/ beside the model where it is a local folder, else below the current one."""
     if config.output_dir:
         return RunFolder(config.output_dir)
-    assert config.model_path is not None
-    local = Path(config.model_path)
+    assert config.model_name is not None
+    local = Path(config.model_name)
     return RunFolder((local if local.is_dir() else Path.cwd()) / "evaluation")
 
 
@@ -271,9 +271,9 @@ def describe(config: EvaluateConfig) -> list[str]:
     check(config)
     folder, lines = output_folder(config), []
     if harness.is_harness(config.data.task):
-        lines.append(f"run {config.data.task} of lm-evaluation-harness on {config.model_path}")
+        lines.append(f"run {config.data.task} of lm-evaluation-harness on {config.model_name}")
     elif config.data.task:
-        lines.append(f"answer the {config.split} items of {config.data.data_path} with {config.model_path}")
+        lines.append(f"answer the {config.split} items of {config.data.data_path} with {config.model_name}")
     if config.data.task:
         lines.append(f"score them as {config.data.task} and write {folder / FILE}")
     if config.forget:

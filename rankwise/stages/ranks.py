@@ -59,7 +59,7 @@ def run(config: RanksConfig) -> RankPlan | None:
     if process_index()[0] != 0:
         probes(config)
         return None
-    folder = RunFolder(config.out)
+    folder = RunFolder(config.output_dir)
     with folder.lock(), folder.recording("ranks", inputs(config)) as record:
         probe, *others = probes(config)
         warnings: list[str] = []
@@ -267,7 +267,7 @@ def repeats_of(config: RanksConfig, probe: Probe, others: Sequence[Probe]) -> Ma
 
 
 def write_outputs(config: RanksConfig, plan: RankPlan, probe: Probe, evidence: Evidence) -> list[Path]:
-    folder, threshold = Path(config.out) / SVD_FOLDER, config.spectrum.svd_threshold
+    folder, threshold = Path(config.output_dir) / SVD_FOLDER, config.spectrum.svd_threshold
     files = write_raw_data(folder, plan, probe.measured, threshold, evidence)
     if not config.no_plots:
         write_plots(folder, plan, probe.measured, threshold, evidence)
@@ -340,5 +340,5 @@ def describe(config: RanksConfig) -> list[str]:
     return [
         f"measure the spectra of {source} ({', '.join(config.sites.towers)} tower)",
         f"plan ranks {how}, between {config.spectrum.min_rank} and {config.spectrum.max_rank}",
-        f"write {Path(config.out) / PLAN_FILE} and {Path(config.out) / SVD_FOLDER}",
+        f"write {Path(config.output_dir) / PLAN_FILE} and {Path(config.output_dir) / SVD_FOLDER}",
     ]

@@ -221,7 +221,7 @@ def resuming(stage: Stage, config: Any, before: Mapping[str, Any], mark: str) ->
         return config
     if before.get("started") == mark:
         return replace(config, resume_from_checkpoint="true")
-    return replace(config, training=config.training | {"overwrite_output_dir": True})
+    return replace(config, training=config.training | {"overwrite": True})
 
 
 def execute(stage: Stage, config: Any, scratch: Path) -> None:

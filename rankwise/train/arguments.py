@@ -42,11 +42,12 @@ TRANSLATED = {
     "group_by_length": Option("group_by_length", bool, False, "train_sampling_strategy group_by_length", section=OLDER),
     "adafactor": Option("adafactor", bool, False, "optim adafactor", section=OLDER),
     "use_wandb": Option("use_wandb", bool, False, "report_to wandb (extra: track)", section=OLDER),
-    "overwrite_output_dir": Option(
-        "overwrite_output_dir",
+    "overwrite": Option(
+        "overwrite",
         bool,
         False,
         "delete the checkpoints of an earlier run there and start over",
+        aliases=("overwrite_output_dir",),
         section=OLDER,
     ),
 }

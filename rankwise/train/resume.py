@@ -186,7 +186,7 @@ def refuse_earlier(output_dir: Path, overwrite: bool) -> None:
     if finished and not overwrite:
         raise UsageError(
             f"{output_dir} has {len(finished)} checkpoints of an earlier run (newest: {finished[0].name}); go on with "
-            "--resume_from_checkpoint true, start over with --overwrite_output_dir, or choose another --output_dir"
+            "--resume_from_checkpoint true, start over with --overwrite, or choose another --output_dir"
         )
 
 

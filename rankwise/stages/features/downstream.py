@@ -127,7 +127,7 @@ def asked(
 
 def as_evaluation(config: DownstreamConfig) -> EvaluateConfig:
     """The options under which `rankwise evaluate` would put these questions to this model."""
-    data = ScoredData(data_path=config.data_path, image_folder=config.image_folder)
+    data = ScoredData(data_path=config.data_path, image_folder=config.image_folder, allow_outside=config.allow_outside)
     task = task_of(data)
     if task is None:
         raise UsageError(
@@ -135,7 +135,7 @@ def as_evaluation(config: DownstreamConfig) -> EvaluateConfig:
             "task.json are read here"
         )
     return EvaluateConfig(
-        model_path=config.model_name,
+        model_name=config.model_name,
         data=replace(data, task=task),
         dtype=config.dtype,
         device=config.device,
