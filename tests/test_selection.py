@@ -344,3 +344,46 @@ def test_two_processes_share_the_samples_and_agree(base: Path, renderer: Rendere
     values, asked = zip(*((tmp_path / f"{rank}.txt").read_text().split("|") for rank in (0, 1)), strict=True)
     assert values == (f"[{alone.right / alone.asked}]",) * 2, "with a learning rate of 0 the model is the base"
     assert asked[0] != asked[1], "each process has its own part of the balanced order"
+
+
+STOPPED = """
+    import sys
+    from pathlib import Path
+
+    from rows import SendWhileValidating, make_trainer, resumed
+    from test_selection import EXAMPLES, AutoTokenizer, LabelAccuracy, Renderer
+
+    from rankwise.errors import Interrupted
+    from rankwise.store.processes import finish, process_index
+
+    base, folder = sys.argv[1:]
+    accuracy = LabelAccuracy.of(EXAMPLES, Renderer(AutoTokenizer.from_pretrained(base), max_length=256))
+    given = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 1}
+    sent = SendWhileValidating(2)
+    first = process_index()[0] == 0
+    trainer = make_trainer(Path(base), Path(folder), accuracy=accuracy, callbacks=[] if first else [sent], **given)
+    try:
+        trainer.train()
+        said = "went on"
+    except Interrupted as error:
+        said = f"exit {error.exit_code}"
+    later = resumed(make_trainer(Path(base), Path(folder), accuracy=accuracy, **given), processes=2)
+    found = [row["step"] for row in later.state.log_history if "eval_accuracy" in row]
+    Path(folder, f"{process_index()[0]}.txt").write_text(f"{said}, step {trainer.state.global_step}, then {found}")
+    finish()
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_ends_their_validation(base: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(STOPPED))
+    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {
+        "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}",
+        "OMP_NUM_THREADS": "1",
+    }
+    argv = [*torchrun, str(script), str(base), str(tmp_path)]
+    result = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["exit 143, step 2, then [2, 4]"] * 2
