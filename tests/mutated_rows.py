@@ -109,7 +109,22 @@ VALUES: list[Any] = [
     *TOKENS,
 ]
 NAMES = [
-    *("from", "value", "role", "content", "text", "type", "image", "images", "url", "path", "bytes", "loss", "weight"),
+    *(
+        "from",
+        "value",
+        "role",
+        "content",
+        "text",
+        "type",
+        "image",
+        "images",
+        "url",
+        "path",
+        "bytes",
+        "loss",
+        "weight",
+        "label",
+    ),
     *("system", "system_prompt", "tools", "reasoning_content", "videos", "history", "id", "task_type", "messages"),
     *(
         "conversations",
@@ -163,6 +178,12 @@ FORMS: list[Any] = [
     {"instruction": "Describe.", "input": "name[A]", "output": "A is here."},
     {"conversation": [{"system": "Be.", "input": "Who?", "output": "Me."}, {"input": "Why?", "output": "So."}]},
     {"prompt": "Say red.", "completion": "Red."},
+    {"image": "1.png", "prefix": "What?", "suffix": "Red."},
+    {
+        "image": {"<image_00>": "0.png", "<image_01>": "1.png"},
+        "messages": talk("<image_01>, <image_00>?", "No.", **OPENAI),
+    },  # type: ignore[arg-type]
+    talk("A list?", "Yes.", **OPENAI),  # type: ignore[arg-type]
     {"conversations": talk("Picture 1: <img>0.png</img>\nWhat?", "Red.", who=("user", "assistant"))},
 ]
 
@@ -198,7 +219,7 @@ def mutation(draw: st.DrawFn, row: Any) -> None:
         parent[key] = draw(st.one_of(st.sampled_from(TEXTS), st.text(max_size=30)))
     elif kind == "token":
         parent[key] = garbled(parent[key], draw(st.sampled_from(TOKENS)), draw(st.integers(0, 60)))
-    elif kind == "image":
+    elif kind == "image" and isinstance(row, dict):
         holder = parent if key in ("image", "path", "url", "bytes") or isinstance(parent, list) else row
         name = key if holder is parent else draw(st.sampled_from(["image", "images"]))
         holder[name] = copy.deepcopy(draw(st.sampled_from(IMAGES)))
@@ -214,7 +235,8 @@ def mutation(draw: st.DrawFn, row: Any) -> None:
 
 @st.composite
 def mutated_row(draw: st.DrawFn, number: int) -> Any:
-    row = {"id": f"r{number}", **copy.deepcopy(FORMS[draw(st.integers(0, len(FORMS) - 1))])}
+    form = copy.deepcopy(draw(st.sampled_from(FORMS)))
+    row = form if isinstance(form, list) else {"id": f"r{number}", **form}
     for _ in range(draw(st.integers(0, 3))):
         draw(mutation(row))
     return row

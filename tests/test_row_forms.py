@@ -61,6 +61,14 @@ FORMS: dict[str, Row] = {
         "prompt": [{"role": "system", "content": "Be."}, {"role": "user", "content": "a"}],
         "completion": [{"role": "assistant", "content": "b"}],
     },
+    "MiniCPM, Liquid": {
+        "conversations": [
+            {"role": "system", "content": [{"type": "text", "value": "Be."}]},
+            {"role": "user", "content": [{"type": "text", "content": "a"}]},
+            {"role": "assistant", "content": "b"},
+        ]
+    },
+    "PaliGemma": {"system": "Be.", "prefix": "a", "suffix": "b"},
     "columns of a merged export": {
         "conversations": None,
         "system": "",
@@ -112,6 +120,45 @@ def test_roles_and_places_on_the_command_line(tmp_path: Path, capsys: pytest.Cap
         "images without a placeholder put before the first question": 1
     }
     assert main([*argv, "--roles", "coach"]) == 2
+
+
+def test_turns_alone_are_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = turns("role", "content", user="a", assistant="b")
+    assert texts(read(tmp_path, alone)[0]) == ["a", "b"]
+    monkeypatch.setattr("rankwise.data.sources.LARGE", 0)
+    assert texts(read(tmp_path, alone)[0]) == ["a", "b"]
+
+
+def test_xtuners_parts_name_the_images_of_its_placeholders(tmp_path: Path) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": name, "image_wh": [1, 1]}} for name in ("a", "b")]
+    row = said(("user", ""), BOT)
+    row["messages"][0]["content"] = [*parts, {"type": "text", "text": "<IMG_CONTEXT>\n<IMG_CONTEXT>\nSame?"}]
+    [example] = read(tmp_path, row)
+    assert (texts(example), example.images) == (["<image>\n<image>\nSame?", "b"], ("a", "b"))
+
+
+def test_minicpms_images_are_named_by_their_placeholders(tmp_path: Path) -> None:
+    images = {"<image_01>": "b", "<image_00>": "a"}
+    [example] = read(tmp_path, shared("Is <image_01> in <image_00>?", "b", image=images))
+    assert (example.turns[0].text, example.images) == ("Is <image> in <image>?", ("b", "a"))
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_rows_of_one_id_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
+    """LLaVA names rows by their image, so that three rows are called alike."""
+    if large:
+        monkeypatch.setattr("rankwise.data.sources.LARGE", 0)
+    rows = read(tmp_path, *(shared("a", f"b{n}", id="000000442786") for n in range(3)), shared("a", "b", id="other"))
+    assert [row.id for row in rows] == ["000000442786", "000000442786~2", "000000442786~3", "other"]
+    assert [rows[place].answer for place in (2, 0)] == ["b2", "b0"]
+    assert dict(rows.changes) == {"an id that occurred before; named by its number in the file too": 2}
+
+
+def test_answers_that_were_rated_bad_are_refused(tmp_path: Path) -> None:
+    """KTO's rows look like others."""
+    assert len(read(tmp_path, shared("a", "b", label=True))) == 1
+    with pytest.raises(DataError, match="label is false: its answer was rated as a bad one"):
+        read(tmp_path, shared("a", "b", label=False))
 
 
 # --- what is done to a row, and said -------------------------------------------------------------------------------

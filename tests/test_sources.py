@@ -176,7 +176,6 @@ def test_samples_with_images_are_counted_for_a_text_run(tmp_path: Path) -> None:
         ({"answer": None}, "answer must be a text"),
         ({"chain_of_thought": [1]}, "chain_of_thought must be"),
         ({"actions": ["zoom"]}, "actions must be"),
-        ({"id": 7}, "this id occurred before"),
     ],
 )
 def test_bad_cota_rows_name_line_and_sample(tmp_path: Path, change: dict[str, Any], reason: str) -> None:

@@ -38,8 +38,8 @@ TABLE: tuple[tuple[str, str, str], ...] = (
     ("<image_pad>", IMAGE, "<image_pad>"),
     ("<img>", IMAGE, "<img>"),
     ("<|video_pad|>", VIDEO, r"<\|vision_start\|>(?:<\|video_pad\|>)+<\|vision_end\|>|<\|video_pad\|>"),
-    ("<video>", VIDEO, r"<video>|<VIDEO>|<\|video\|>|<\|VIDEO\|>|<\|video_\d+\|>|<video_soft_token>|<VideoHere>"),
-    ("<audio>", AUDIO, r"<audio>|<AUDIO>|<\|audio\|>|<\|AUDIO\|>|<\|audio_\d+\|>|<audio_soft_token>"),
+    ("<video>", VIDEO, r"<(?:video|VIDEO|video_soft_token|VideoHere|VIDEO_CONTEXT)>|<\|(?:video|VIDEO|video_\d+)\|>"),
+    ("<audio>", AUDIO, r"<(?:audio|AUDIO|audio_soft_token)>|<\|(?:audio|AUDIO|audio_\d+)\|>"),
 )
 PATTERN = re.compile("|".join(f"(?P<row{row}>{pattern})" for row, (*_, pattern) in enumerate(TABLE)))
 OF_MEDIA = re.compile(r"image|img|vision|video|audio|media|patch", re.IGNORECASE)

@@ -61,7 +61,7 @@ def speakers_of(given: Sequence[str]) -> dict[str, str]:
 def _example(reading: Reading, speakers: Mapping[str, str], identity: str, row: dict[str, Any]) -> Example:
     _refuse_unused(row)
     listed, written = listed_images(row), list(turns_of(row))
-    slots = Slots(bool(listed) or any(_shows(_content(turn)) for turn in written))
+    slots = Slots(bool(listed) or any(_shows(_content(turn)) for turn in written), listed=bool(listed))
     said = [turn for turn in (_turn(turn, speakers, slots) for turn in written) if turn.text.strip()]
     turns = _in_order(said, slots.changes)
     turns = _with_places(turns, listed, slots, reading)
@@ -94,14 +94,13 @@ def _shows(content: Any) -> bool:
 def _turn(turn: dict[str, Any], speakers: Mapping[str, str], slots: Slots) -> Turn:
     said_by, content = turn.get("from") or turn.get("role"), _content(turn)
     if not isinstance(said_by, str) or said_by.strip().lower() not in speakers:
+        if said_by in (None, ""):
+            raise BadRow(f"a turn does not say who speaks (from, role); it has {as_found(list(turn))}")
         name = said_by if isinstance(said_by, str) and said_by.isidentifier() else "NAME"
         raise BadRow(f"unknown role {as_found(said_by)}; --roles says who it is: {name}=assistant")
     _refuse_unused(turn)
     role = speakers[said_by.strip().lower()]
-    parts = content if isinstance(content, list) else [content]
-    text = "".join(_part(part, role, slots) if isinstance(part, dict) else _text(part, role, slots) for part in parts)
-    if isinstance(content, list) and not all(isinstance(part, dict) for part in content):
-        raise BadRow(f"a content part must be an object, found {as_found(content)}")
+    text = _parts(content, role, slots) if isinstance(content, list) else _text(content, role, slots)
     if not text.strip() and role != "system":
         raise BadRow("empty turn")
     if said_by.strip().lower() in RESULTS and role == "user":
@@ -116,6 +115,8 @@ def _refuse_unused(values: dict[str, Any]) -> None:
         raise BadRow("chat_template_kwargs is one for all rows: give it as --chat_template_kwargs")
     if found:
         raise BadRow(f"cannot use {found!r}: write it into the texts, or leave it out")
+    if values.get("label") is False:
+        raise BadRow("label is false: its answer was rated as a bad one (KTO), and would be learnt")
 
 
 def _reasoning(turn: dict[str, Any], role: str) -> str:
@@ -147,7 +148,22 @@ def _kind(part: Mapping[str, Any]) -> Any:
 
 
 def _words(part: Mapping[str, Any]) -> Any:
-    return part.get("value") if part.get("text") is None else part["text"]
+    return next((part[key] for key in ("text", "value", "content") if part.get(key) is not None), None)
+
+
+def _parts(parts: list[Any], role: str, slots: Slots) -> str:
+    """The text of a list of typed parts. Where the row lists no images and the texts have as many placeholders as there
+    are image parts, those stand at the placeholders (XTuner)."""
+    if not all(isinstance(part, dict) for part in parts):
+        raise BadRow(f"a content part must be an object, found {as_found(parts)}")
+    start = len(slots.places)
+    pieces = [_part(part, role, slots) for part in parts]
+    named = [place for place in slots.places[start:] if isinstance(place, str)]
+    words = [piece for piece, part in zip(pieces, parts, strict=True) if _kind(part) not in IMAGE_PARTS]
+    if not slots.listed and named and slots.places[start:].count(None) == len(named) == len(parts) - len(words):
+        slots.places[start:] = named
+        return "".join(words)
+    return "".join(pieces)
 
 
 def _part(part: dict[str, Any], role: str, slots: Slots) -> str:

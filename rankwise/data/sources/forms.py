@@ -6,6 +6,7 @@
     swift                                 query, response, history: [[query, response]]
     Alpaca                                instruction, input, output, history
     TRL                                   prompt, completion: texts, or lists of messages
+    PaliGemma, Florence                   image, prefix, suffix
 
 The system's text may stand beside the turns, as `system` or `system_prompt`.
 """
@@ -84,10 +85,21 @@ def _prompted(row: Row) -> Iterator[Row]:
             yield {"role": role, "content": row[key]}
 
 
+def _suffixed(row: Row) -> Iterator[Row]:
+    return _asked({}, row["prefix"], row["suffix"])
+
+
 FORMS: dict[tuple[str, ...], Callable[[Row], Iterator[Row]]] = {
     **{(key,): _listed(key) for key in LISTS},
     ("query", "response"): _swift,
     ("instruction", "output"): _alpaca,
     ("prompt", "completion"): _prompted,
+    ("prefix", "suffix"): _suffixed,
 }
-MARKS = (*LISTS, "query response", "instruction output", "prompt completion")  # columns by which a row is told
+MARKS = (
+    *LISTS,
+    "query response",
+    "instruction output",
+    "prompt completion",
+    "prefix suffix",
+)  # columns by which a row is told

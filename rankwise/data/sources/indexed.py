@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import overload
 
 from rankwise.data.example import Chosen, Example
-from rankwise.data.sources.rows import Build, RowFile, identity_of, json_samples, located
+from rankwise.data.sources.rows import Build, RowFile, again, as_object, identity_of, json_samples, located
 from rankwise.errors import DataError
 
 LARGE = 64 * 2**20  # bytes; from here on a JSON Lines file is indexed and not held: its objects would be ten times that
@@ -24,7 +24,7 @@ LARGE = 64 * 2**20  # bytes; from here on a JSON Lines file is indexed and not h
 
 @dataclass(frozen=True, eq=False)
 class IndexedSamples(Sequence[Example]):
-    """Samples of a JSON Lines file by the places of their lines.
+    """Samples of a JSON Lines file by the places of their lines. repeated: of those whose id occurred before.
 
     The file must stay as it was: DataError once its size or time differs. Copies of this object (in the workers of a
     data loader) open the file for themselves.
@@ -36,6 +36,7 @@ class IndexedSamples(Sequence[Example]):
     starts: array[int] = field(repr=False)
     lines: array[int] = field(repr=False)
     numbers: array[int] = field(repr=False)
+    repeated: frozenset[int] = field(default=frozenset(), repr=False)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -49,8 +50,11 @@ class IndexedSamples(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
         if isinstance(index, slice):
             return Chosen(self, range(*index.indices(len(self))))
-        row = json.loads(self._line(self.starts[index]))
-        identity = identity_of(row, self.path, self.numbers[index])
+        row = as_object(json.loads(self._line(self.starts[index])))
+        number = self.numbers[index]
+        identity = identity_of(row, self.path, number)
+        if index in self.repeated:
+            identity = again(identity, number)
         return located(self.build(identity, row), self.lines[index])
 
     def _line(self, start: int) -> str:
@@ -65,11 +69,13 @@ def indexed(source: RowFile, build: Build) -> IndexedSamples:
     """Parse and check every row once; bad ones are rejected as in memory. The source's file must be JSON Lines."""
     version = _version(source.path.stat())
     starts, lines, numbers = array("Q"), array("Q"), array("Q")
+    repeated: set[int] = set()
     for sample in json_samples(source, build):
+        repeated |= {len(starts)} if source.again else set()
         starts.append(source.start)
         lines.append(sample.line)
         numbers.append(source.number)
-    return IndexedSamples(source.path, build, version, starts, lines, numbers)
+    return IndexedSamples(source.path, build, version, starts, lines, numbers, frozenset(repeated))
 
 
 def _version(status: stat_result) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from rankwise.store.files import read_json
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 PARQUET = ".parquet"
+NAMED_AGAIN = "an id that occurred before; named by its number in the file too"
 LONGEST_LINE = 64 * 2**20  # bytes; a line beyond it is a broken file, not a sample
 Row = tuple[int, dict[str, Any]]
 Build = Callable[[str, dict[str, Any]], Example]  # (id, row) → sample
@@ -52,7 +53,8 @@ class RowFile:
     left_out: rows that the official files are known to hold and that are no samples, by reason: never an error.
     changes: what was done to rows to make samples of them, with the number of rows.
     companions: other files that the source read with this one.
-    start, number: the byte at which the line read last starts, and the number of its row, for an index.
+    start, number, again: the byte at which the line read last starts, the number of its row, and whether its id
+    occurred before, for an index.
     """
 
     path: Path
@@ -64,6 +66,7 @@ class RowFile:
     companions: list[Path] = field(default_factory=list)
     start: int = 0
     number: int = 0
+    again: bool = False
 
     @property
     def is_lines(self) -> bool:
@@ -109,26 +112,39 @@ def json_rows(source: RowFile) -> Iterator[Row]:
     else:
         rows = _json_lines(source) if source.is_lines else _json_list(source)
     for line, row in rows:
-        if isinstance(row, dict):
+        if isinstance(row := as_object(row), dict):
             yield line, row
         else:
             source.reject(line, f"a sample must be a JSON object, this is {_kind(row)}")
 
 
+def as_object(row: Any) -> Any:
+    """A row that is a conversation's turns and nothing else, as the object that holds them; others as they are."""
+    turns = isinstance(row, list) and row and all(isinstance(turn, dict) for turn in row)
+    return {"messages": row} if turns else row
+
+
 def json_samples(source: RowFile, build: Build) -> Iterator[Example]:
     """Samples built from JSON rows."""
-    return samples(source, json_rows(source), build)
+    return samples(source, json_rows(source), build, unique=False)
 
 
-def samples(source: RowFile, rows: Iterable[Row], build: Build, id_key: str = "id") -> Iterator[Example]:
-    """Samples built from rows; a row without an id is named by the file and its number, ids must be unique."""
+def samples(
+    source: RowFile, rows: Iterable[Row], build: Build, id_key: str = "id", *, unique: bool = True
+) -> Iterator[Example]:
+    """Samples built from rows; a row without an id is named by the file and its number.
+
+    unique: a second row of one id is bad; else it is named by its number too (LLaVA names rows by their image).
+    """
     seen: set[str] = set()
     for number, (line, row) in enumerate(rows, 1):
-        source.number = number
+        source.number, source.again = number, False
         identity = identity_of(row, source.path, number, id_key)
         try:
-            if identity in seen:
+            if identity in seen and unique:
                 raise BadRow("this id occurred before; ids must be unique")
+            if identity in seen:
+                identity, source.again = again(identity, number), True
             sample = build(identity, row)
         except BadRow as reason:
             source.reject(line, str(reason), identity)
@@ -137,7 +153,7 @@ def samples(source: RowFile, rows: Iterable[Row], build: Build, id_key: str = "i
             source.left_out[str(reason)] += 1
             continue
         seen.add(identity)
-        source.changes.update(sample.changes)
+        source.changes.update([*sample.changes, *([NAMED_AGAIN] if source.again else [])])
         yield located(sample, line)
 
 
@@ -145,6 +161,11 @@ def identity_of(row: Mapping[str, Any], file: Path, number: int, id_key: str = "
     """The id that a row gives, else the name of its file and its number there."""
     given = row.get(id_key)
     return f"{file.stem}-{number}" if given is None else str(given)
+
+
+def again(identity: str, number: int) -> str:
+    """The name of another row of the same id."""
+    return f"{identity}~{number}"
 
 
 def located(sample: Example, line: int) -> Example:

@@ -26,11 +26,13 @@ Slot = str | int | None  # the reference that it brings, the number of the liste
 class Slots:
     """The image places of a row as its texts are read, in order.
 
-    pictured: whether the row has images; without any, another program's placeholder is text. changes: what was done
+    pictured: whether the row has images; without any, another program's placeholder is text. listed: whether it lists
+    them beside its texts. changes: what was done
     to the row, for `Example.changes`.
     """
 
     pictured: bool
+    listed: bool = False
     places: list[Slot] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
@@ -97,13 +99,20 @@ def _by_number(numbers: Sequence[int], listed: Sequence[str], repeat: bool) -> l
 def listed_images(row: Mapping[str, Any]) -> list[str]:
     """References under `image` or `images` (one, a list of them, or null); BadRow for anything else."""
     fields = [row[key] for key in ("images", "image") if row.get(key)]
-    lists = [list(each) if isinstance(each, list | tuple) else [each] for each in fields] or [[]]
+    lists = [_as_list(each) for each in fields] or [[]]
     if len(lists) == 2 and lists[0] != lists[1]:
         raise BadRow("has both image and images, and they differ")
     images = [reference_of(value) for value in lists[0]]
     if not all(images):
         raise BadRow('image must be a path or a list of paths (or of {"path": …}, {"bytes": …})')
     return [image for image in images if image]
+
+
+def _as_list(images: Any) -> list[Any]:
+    """Images as a list: as it is, one, or MiniCPM's {"<image_00>": path} in the order of the numbers."""
+    if isinstance(images, Mapping) and all(str(key).startswith("<image_") for key in images):
+        return [images[key] for key in sorted(images)]
+    return list(images) if isinstance(images, list | tuple) else [images]
 
 
 def reference_of(value: Any) -> str | None:
