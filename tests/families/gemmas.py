@@ -1,4 +1,4 @@
-"""Gemma 3 and PaliGemma: images that see each other in both directions."""
+"""Gemma 3, Gemma 4 and PaliGemma: tokens of an image see each other in both directions."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Gemma3ImageProcessor,
     Gemma3Processor,
+    Gemma4AudioFeatureExtractor,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Gemma4ImageProcessor,
+    Gemma4Processor,
+    Gemma4VideoProcessor,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     PaliGemmaProcessor,
     SiglipImageProcessor,
 )
 
-from families.parts import NORMAL, SIGLIP, SQUARE, TOWER, Parts, family, ids_of, text_sizes, tokenizer_with
+from families.parts import NORMAL, SIGLIP, SQUARE, TOWER, Parts, family, ids_of, templated, text_sizes, tokenizer_with
 
 TURNS = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
 TEMPLATE = (
@@ -21,6 +27,21 @@ TEMPLATE = (
     "{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}{% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}{% endif %}"
     "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+GEMMA4 = {
+    "boi_token": "<|image>",
+    "eoi_token": "<image|>",
+    "image_token": "<|image|>",
+    "boa_token": "<|audio>",
+    "eoa_token": "<audio|>",
+    "audio_token": "<|audio|>",
+}
+GEMMA4_TEMPLATE = templated(
+    "<|turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n",
+    "<turn|>\n",
+    "<|turn>model\n",
+    "<|image|>",
+    "{{ bos_token }}",
 )
 
 
@@ -60,3 +81,39 @@ def paligemma() -> Parts:
         **ids_of(tokenizer, image_token_index="<image>"),
     )
     return Parts(PaliGemmaForConditionalGeneration, config, PaliGemmaProcessor(images, tokenizer))
+
+
+@family
+def gemma4() -> Parts:
+    """Patches at their own places in a grid, pooled three by three; embeddings of each layer's own."""
+    turns = ("<bos>", "<eos>", "<|turn>", "<turn|>")
+    tokenizer = tokenizer_with(
+        *turns, *GEMMA4.values(), "<|video|>", end="<turn|>", pad="<eos>", begin="<bos>", named=GEMMA4
+    )
+    processor = Gemma4Processor(
+        Gemma4AudioFeatureExtractor(),
+        Gemma4ImageProcessor(max_soft_tokens=70),
+        tokenizer,
+        Gemma4VideoProcessor(),
+        chat_template=GEMMA4_TEMPLATE,
+        image_seq_length=70,
+    )
+    text = {
+        **text_sizes(tokenizer),
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 64,
+        "vocab_size_per_layer_input": len(tokenizer),
+        "hidden_size_per_layer_input": 8,
+        "bos_token_id": 1,
+    }
+    tower = {name: value for name, value in TOWER.items() if name not in ("image_size", "patch_size")}
+    names = {f"{name}_id": token for name, token in GEMMA4.items() if name != "eoa_token"}
+    config = Gemma4Config(
+        text_config=text,
+        vision_config={**tower, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64},
+        audio_config=None,
+        **ids_of(tokenizer, **names, video_token_id="<|video|>", eoa_token_index="<audio|>"),
+    )
+    return Parts(Gemma4ForConditionalGeneration, config, processor)

@@ -1,4 +1,4 @@
-"""Readers of documents, and others with a tower of their own: LightOnOCR, GOT-OCR 2, Aria, Ovis 2."""
+"""Readers of documents, and others with a way of their own: LightOnOCR, GOT-OCR 2, Granite, Aria, Ovis, MiniCPM-V …"""
 
 from __future__ import annotations
 
@@ -11,9 +11,23 @@ from transformers import (
     GotOcr2ForConditionalGeneration,
     GotOcr2ImageProcessor,
     GotOcr2Processor,
+    Granite4VisionConfig,
+    Granite4VisionForConditionalGeneration,
+    Granite4VisionProcessor,
     LightOnOcrConfig,
     LightOnOcrForConditionalGeneration,
     LightOnOcrProcessor,
+    LlavaNextImageProcessor,
+    MiniCPMV4_6Config,
+    MiniCPMV4_6ForConditionalGeneration,
+    MiniCPMV4_6ImageProcessor,
+    MiniCPMV4_6Processor,
+    MiniCPMV4_6VideoProcessor,
+    Molmo2Config,
+    Molmo2ForConditionalGeneration,
+    Molmo2ImageProcessor,
+    Molmo2Processor,
+    Molmo2VideoProcessor,
     Ovis2Config,
     Ovis2ForConditionalGeneration,
     Ovis2ImageProcessor,
@@ -21,10 +35,11 @@ from transformers import (
     PixtralImageProcessor,
 )
 
-from families.llavas import PIXTRAL_TOWER
+from families.llavas import PINPOINTS, PIXTRAL_TOWER
 from families.parts import (
     NORMAL,
     PATCH,
+    SIGLIP,
     SQUARE,
     TOWER,
     Parts,
@@ -35,6 +50,7 @@ from families.parts import (
     text_sizes,
     tokenizer_with,
 )
+from families.qwens import HYBRID
 
 TURNS = ("<|im_start|>", "<|im_end|>")
 OVIS = ("<IMG_ATOM>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
@@ -111,3 +127,105 @@ def ovis2() -> Parts:
         hidden_size=32,
     )
     return Parts(Ovis2ForConditionalGeneration, config, processor)
+
+
+@family
+def granite4_vision() -> Parts:
+    """Features of several vision layers, each gathered by a small transformer and added to a layer of the language
+    model."""
+    tokenizer = tokenizer_with(*TURNS, "<image>", end="<|im_end|>")
+    processor = Granite4VisionProcessor(
+        LlavaNextImageProcessor(size={"shortest_edge": 32}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS, **NORMAL),
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="full",
+        chat_template=chatml("<image>"),
+        downsample_rate="2/4",
+    )
+    config = Granite4VisionConfig(
+        text_config={**text_sizes(tokenizer), "num_hidden_layers": 4},
+        vision_config={**SIGLIP, "hidden_size": 64},
+        qformer_config={
+            "model_type": "blip_2_qformer",
+            "num_hidden_layers": 1,
+            "intermediate_size": 48,
+            "cross_attention_frequency": 1,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+        projector_dropout=0.0,
+        image_grid_pinpoints=PINPOINTS,
+        downsample_rate="2/4",
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        deepstack_layer_map=[[-2, 0], [-1, 1]],
+        spatial_target_layers=[2, 3],
+        image_seq_length=4,
+        **ids_of(tokenizer, image_token_index="<image>"),
+    )
+    return Parts(Granite4VisionForConditionalGeneration, config, processor)
+
+
+@family
+def minicpmv4_6() -> Parts:
+    """Slices with names and a number for each image; linear attention."""
+    named = {
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "image_start_token": "<image>",
+        "image_end_token": "</image>",
+        "slice_start_token": "<slice>",
+        "slice_end_token": "</slice>",
+        "image_id_start_token": "<image_id>",
+        "image_id_end_token": "</image_id>",
+    }
+    tokenizer = tokenizer_with(*TURNS, *named.values(), end="<|im_end|>", named=named)
+    images = MiniCPMV4_6ImageProcessor(scale_resolution=64, patch_size=PATCH, max_slice_nums=4)
+    processor = MiniCPMV4_6Processor(
+        images, MiniCPMV4_6VideoProcessor(), tokenizer, chat_template=chatml("<|image_pad|>")
+    )
+    config = MiniCPMV4_6Config(
+        text_config={"model_type": "qwen3_5_text", **text_sizes(tokenizer), **HYBRID},
+        vision_config={**TOWER, "num_hidden_layers": 3, "image_size": 64},
+        insert_layer_id=1,
+        image_size=64,
+        **ids_of(tokenizer, image_token_id="<|image_pad|>", video_token_id="<|video_pad|>"),
+    )
+    return Parts(MiniCPMV4_6ForConditionalGeneration, config, processor)
+
+
+@family
+def molmo2() -> Parts:
+    """Its processor puts a begin token before every prompt."""
+    image = {
+        "image_start_token_id": "<im_start>",
+        "low_res_image_start_token_id": "<low_res_im_start>",
+        "image_end_token_id": "<im_end>",
+        "image_patch_id": "<im_patch>",
+        "frame_start_token_id": "<frame_start>",
+        "frame_end_token_id": "<frame_end>",
+    }
+    more = ("<|image|>", "<|video|>", "<im_col>", "<im_low>")
+    tokenizer = tokenizer_with(*TURNS, *more, *image.values(), end="<|im_end|>", begin="<|im_end|>")
+    processor = Molmo2Processor(
+        Molmo2ImageProcessor(size=SQUARE, patch_size=PATCH, max_crops=4, overlap_margins=[0, 0], **NORMAL),
+        Molmo2VideoProcessor(),
+        tokenizer,
+        chat_template=chatml("<|image|>"),
+        use_single_crop_col_tokens=False,
+        use_single_crop_start_token=True,
+    )
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    config = Molmo2Config(
+        text_config={**text_sizes(tokenizer), "head_dim": 8, "additional_vocab_size": 8},
+        vision_config={**TOWER, **heads, "image_size": [32, 32]},
+        adapter_config={
+            **heads,
+            "vision_feature_layer": [-1, -2],
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "text_hidden_size": 32,
+        },
+        **ids_of(tokenizer, **image),
+    )
+    return Parts(Molmo2ForConditionalGeneration, config, processor)

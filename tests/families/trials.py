@@ -53,6 +53,8 @@ def towers(subject: Subject) -> str:
 def tower_by_name(path: str) -> str:
     """By what families call their modules, above the layers of a tower."""
     outer = re.split(r"\.(?:encoder|layers?|blocks?|resblocks)\.", path)[0]
+    if "language_model" in outer:
+        return "language"
     if any(name in outer for name in PROJECTING):
         return "projector"
     return "vision" if any(name in outer for name in SEEING) else "language"

@@ -23,6 +23,7 @@ REASONS = {
         "pp_chart2table",
     ),
     "images are tokens of a codebook": ("chameleon", "emu3"),
+    "released without a chat template": ("fuyu", "idefics"),
     "no text is generated from images by it": ("evolla", "pi0", "diffusion_gemma", "shieldgemma2"),
     "also hears or speaks: its processor needs audio": (
         "cosmos3_omni",
@@ -42,6 +43,9 @@ LIMITED = {
 
 # Built and not exact, in words; without a line here the table quotes what differs.
 REFUSED = {
+    "ernie4_5_vl_moe": "image tokens have experts of their own, and what marks them is not made for rows yet",
+    "hunyuan_vl": "its processor takes an image token only between its tokens of begin and end",
+    "molmo2": "its processor puts a begin token before every prompt, and rows are made without",
     "glm4v_moe": "PEFT takes the matrices of its dense first layer for experts' and builds other sites than planned",
     "got_ocr2": "its processor takes no conversation with images: its own chat call raises an error",
 }
