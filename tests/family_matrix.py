@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE, PAGE = ROOT / "rankwise" / "data" / "families.json", ROOT / "docs" / "vision.md"
 BEGIN, END = "<!-- families: written by `make matrix` -->", "<!-- end of families -->"
 VERSIONS = {"transformers": transformers.__version__}
+BEYOND = ("UsageError", "exit 2", "exit 3", "NotTheirs", "what the family refuses")  # what a limit is kept by
 Row = dict[str, Any]
 
 
@@ -108,15 +109,13 @@ def answered(question: str, subject: Subject) -> str:
 
 def judged(subject: Subject, answers: Mapping[str, str]) -> tuple[str, str]:
     """State and reason: in words where there are some, else the first answer that is no yes."""
-    if refusal := subject.refusal("one image"):
-        if subject.name in LIMITED:
-            return "untested", LIMITED[subject.name]
-        return "refused", REFUSED.get(subject.name, f"its own chat call fails: {refusal}")
     wrong = {question: answer for question, answer in answers.items() if answer not in ("yes", "not taken")}
+    if subject.name in LIMITED and all(any(kind in answer for kind in BEYOND) for answer in wrong.values()):
+        return "untested", LIMITED[subject.name]
+    if refusal := subject.refusal("one image"):
+        return "refused", REFUSED.get(subject.name, f"its own chat call fails: {refusal}")
     if not wrong:
         return "exact", ""
-    if subject.name in LIMITED and all("UsageError" in answer or "exit 2" in answer for answer in wrong.values()):
-        return "untested", LIMITED[subject.name]
     question, answer = next(iter(wrong.items()))
     return "refused", REFUSED.get(subject.name, f"{question}: {answer}")
 
