@@ -99,6 +99,8 @@ def no_table(work: Path) -> Iterator[None]:
 
 def answered(question: str, subject: Subject) -> str:
     """`yes`, what differs, or `not taken` for a kind of row that family and product both refuse."""
+    if question not in TALKS and not subject.talks:
+        return "not taken"
     try:
         found = QUESTIONS[question](subject)
     except Exception as error:  # noqa: BLE001 - an answer, too: the product breaks on this family
