@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,16 @@ def test_what_takes_no_pictures_is_refused_by_name(photos: Path, tmp_path: Path,
         capture(photos, tmp_path / name, tmp_path / "c", code=2)
         assert said in capsys.readouterr().err
     assert not (tmp_path / "c").exists()
+
+
+def test_an_encoder_is_not_taken_for_a_text_model(tmp_path: Path, capsys: Any) -> None:
+    saved(FAMILIES["DINOv2"], tmp_path / "model")
+    row = {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "I."}]}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    words = ["--model_name", str(tmp_path / "model"), "--data_path", str(tmp_path / "rows.json")]
+    for command in ("train", "check"):
+        assert cli.main([command, *words, "-o", str(tmp_path / command)]) == 2
+        assert "is a vision encoder: it takes no text; `rankwise features capture`" in capsys.readouterr().err
 
 
 def test_an_encoder_without_its_processor_or_weights_is_named(photos: Path, tmp_path: Path, capsys: Any) -> None:

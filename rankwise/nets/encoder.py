@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MODEL_MAPPING, AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from rankwise.errors import DataError, UsageError
-from rankwise.nets.load import check_torchvision, load_config, model_class
+from rankwise.nets.load import PIXELS, check_torchvision, load_config, model_class, takes
 from rankwise.store.checkpoint import resolve
 
-PIXELS = "pixel_values"
 CONTRAST = "return_loss"  # of images and texts: what CLIP, SigLIP and their kin can be asked for
 UNUSED = ("pooler", "head", "embeddings.mask_token")  # behind the last hidden state, or for training alone
 Seen = tuple[Tensor, tuple[int, int]]
@@ -33,14 +32,6 @@ def is_encoder(config: Any) -> bool:
         forward = getattr(model_class(config), "forward", None)
         return forward is not None and CONTRAST in inspect.signature(forward).parameters
     return takes(config) == PIXELS
-
-
-def takes(config: Any) -> str:
-    """The main input of the bare model: input_ids, pixel_values, input_features …"""
-    if type(config) not in MODEL_MAPPING:
-        return "input_ids"
-    found = MODEL_MAPPING[type(config)]
-    return str((found[0] if isinstance(found, list | tuple) else found).main_input_name)
 
 
 def load_encoder(name: str, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -29,7 +30,7 @@ from rankwise.nets.towers import outside_language
 from rankwise.store.checkpoint import INDEX, NAMES, resolve
 from rankwise.store.files import read_object
 
-COMMIT_LENGTH = 40
+COMMIT_LENGTH, PIXELS = 40, "pixel_values"
 OURS = {"IsaacForConditionalGeneration": IsaacForConditionalGeneration}
 
 
@@ -74,6 +75,14 @@ def forward_inputs(config: Any) -> frozenset[str] | None:
     if not issubclass(found, nn.Module):
         found = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     return found and frozenset(inspect.signature(found.forward).parameters)
+
+
+def takes(config: Any) -> str:
+    """The main input of the bare model: input_ids, pixel_values, input_features …"""
+    if type(config) not in MODEL_MAPPING:
+        return "input_ids"
+    found = MODEL_MAPPING[type(config)]
+    return str((found[0] if isinstance(found, list | tuple) else found).main_input_name)
 
 
 def meta_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -189,6 +198,10 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if takes(load_config(name, revision, trust_remote_code)) == PIXELS:
+            raise UsageError(
+                f"{name} is a vision encoder: it takes no text; `rankwise features capture` is what it is for"
+            ) from error
         raise DataError(f"{folder}: cannot load a tokenizer: {error}") from error
     return with_pad(tokenizer)
 

@@ -18,6 +18,7 @@ from rankwise.errors import DataError, UsageError
 from rankwise.options import flatten, neighbours
 from rankwise.stages.commands import stage_of
 from rankwise.stages.extras import require_libraries
+from rankwise.store.adapter import is_adapter
 from rankwise.store.checkpoint import HUB_ID
 
 # Options that name what is there already: files or folders, the same or a hub id, folders of a model or its hub id.
@@ -82,7 +83,7 @@ def require_named(option: str, value: str, *, fetched: bool) -> None:
 
 
 def require_model(option: str, folder: Path) -> None:
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not is_adapter(folder):  # of which the command itself says more
         raise DataError(f"{folder}: no config.json, so this is not a Hugging Face model folder (--{option})")
 
 

@@ -23,8 +23,8 @@ from rankwise.data.features.synthetic import Synthetic
 from rankwise.data.images import ImageReader
 from rankwise.errors import UsageError
 from rankwise.nets.depth_settings import read_depth
-from rankwise.nets.encoder import is_encoder, load_image_processor, own_side, takes, unresized
-from rankwise.nets.load import load_config, load_processor
+from rankwise.nets.encoder import is_encoder, load_image_processor, own_side, unresized
+from rankwise.nets.load import load_config, load_processor, takes
 from rankwise.stages.features.eyes import EncoderEye, Eye, ModelEye
 from rankwise.stages.features.picture_shards import PictureShards, Step
 from rankwise.stages.training import model_fingerprint
