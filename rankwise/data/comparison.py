@@ -155,9 +155,15 @@ class Oracle:
             return [(marked[text], None) for text in texts]
         begins = tokenizer.bos_token is not None and plain[0].startswith(tokenizer.bos_token)
         adds = self.renderer.sight is not None and not begins
-        found = tokenizer(plain, add_special_tokens=adds, verbose=False)
-        borders = [partial(found.char_to_token, place) if found.is_fast else None for place in range(len(plain))]
-        known = dict(zip(plain, zip(found["input_ids"], borders, strict=True), strict=True))
+        sight = self.renderer.sight
+        if sight is None or sight.replaces:
+            found = tokenizer(plain, add_special_tokens=adds, verbose=False)
+            ids = found["input_ids"]
+            borders = [partial(found.char_to_token, place) if found.is_fast else None for place in range(len(plain))]
+        else:  # it may write more than what stands for images (Molmo2)
+            ids = sight.processor(text=plain, add_special_tokens=adds)["input_ids"]
+            borders = [None] * len(plain)
+        known = dict(zip(plain, zip(ids, borders, strict=True), strict=True))
         return [(marked[text], None) if text in marked else known[text] for text in texts]
 
     def _texts(self, batch: Sequence[Sample], *, generate: bool) -> list[str]:

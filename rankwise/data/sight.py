@@ -89,11 +89,11 @@ class Sight:
 
         It depends on the pictures' sizes alone. BadImage where the processor takes no pictures of these sizes.
         """
-        if not references and self._replaces:
+        if not references and self.replaces:
             return list(texts)
         if not references:
             return self._without_images(texts)
-        if self._replaces:
+        if self.replaces:
             expansions = iter(self.expansions(references))
             return [re.sub(re.escape(self.image_token), lambda _: next(expansions), text) for text in texts]
         return self._sized(references, lambda sizes: self._written(texts, sizes))
@@ -131,7 +131,7 @@ class Sight:
         return found
 
     @cached_property
-    def _replaces(self) -> bool:
+    def replaces(self) -> bool:
         """Whether all that the processor does to a text is to replace its image token: then what replaces it depends on
         the images alone."""
         assert self._probe
