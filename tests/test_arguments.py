@@ -138,7 +138,7 @@ def test_emulated_bf16_is_said_before_training(
         "--data_path",
         str(tmp_path),
     ]
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}')
     assert cli.main([*command, "--use_cpu", "-o", str(tmp_path / "run"), *words]) != 0, "there is no model"
     said = capsys.readouterr().out
     assert ("35 times as long" in said) is bool(instead)

@@ -22,7 +22,7 @@ from torch import Tensor
 from rankwise.core.keys import unwrapped
 from rankwise.core.site import nearest
 from rankwise.errors import DataError, UsageError
-from rankwise.store.files import read_object
+from rankwise.store.files import about_to_write, read_object
 from rankwise.store.pickled import SUFFIXES, load_pickle
 from rankwise.store.shard import Shard
 
@@ -206,6 +206,7 @@ def resolve(name_or_path: Path | str, revision: str | None = None, *, code: bool
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     """huggingface_hub's snapshot folder. Imported here: `store` works without it on local files."""
+    about_to_write()
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
