@@ -96,7 +96,7 @@ def at_the_limit(
     """How much of what is possible is used. At a low rate fewer images do: about half a minute each."""
     possible = min(rate, 60 * concurrency / options.latency)
     count = max(10, min(options.images, round(possible / 2)))
-    section = TeacherSection(requests_per_minute=rate, concurrency=concurrency)
+    section = TeacherSection(requests_per_minute=rate, concurrency=concurrency, trial=0)
     config = LabelConfig(str(images), num_images=count, output_dir=str(folder), teacher=section)
     watched, seconds = labelled(config, options.latency)
     return {
@@ -115,7 +115,7 @@ def at_the_limit(
 
 def without_limits(images: Path, folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """Seconds per image of everything on our side, and of a rerun from the ledger."""
-    section = TeacherSection(requests_per_minute=NO_LIMIT, concurrency=5)
+    section = TeacherSection(requests_per_minute=NO_LIMIT, concurrency=5, trial=0)
     config = LabelConfig(str(images), num_images=options.images, output_dir=str(folder), teacher=section)
     watched, first = labelled(config, 0.0)
     assert len(watched.starts) == options.images

@@ -433,7 +433,8 @@ def test_at_a_terminal_no_stops_and_nothing_is_paid_twice(
 ) -> None:
     asked = at_a_terminal(monkeypatch, answer)
     assert label(photos, tmp_path / "d", well) == (130, 3)
-    assert len(asked) == 1 and "the same command goes on" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert len(asked) == 1 and "the same command goes on" in error and "3 of 1000 rows kept" in error
     at_a_terminal(monkeypatch, "y")
     assert label(photos, tmp_path / "d", well) == (0, PICTURES - 3)
     again = at_a_terminal(monkeypatch, "n")
@@ -449,6 +450,16 @@ def test_no_question_where_it_is_answered_or_decides_nothing(
     at_a_terminal(monkeypatch, "n").append("unused")
     monkeypatch.setattr("builtins.input", lambda question: pytest.fail("asked"))
     assert label(photos, tmp_path / "d", well, *more)[0] == 0
+
+
+def test_a_recipe_asks_nobody(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = at_a_terminal(monkeypatch, "n")
+    recipe = tmp_path / "r.yaml"
+    with LoopbackTeacher() as server:
+        options = f"images: {photos}, base_url: {server.url}, requests_per_minute: 60000, output_dir: {tmp_path / 'd'}"
+        recipe.write_text(f"stages:\n  - {{command: label, {options}}}\n")
+        assert main(["run", str(recipe), "-o", str(tmp_path / "run")]) == 0
+        assert len(server.requests) == PICTURES and not asked
 
 
 def test_the_trial_of_a_teacher_that_answers_nothing_usable_is_shown(

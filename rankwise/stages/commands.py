@@ -156,6 +156,7 @@ COMMANDS = {
 }
 ALIASES = {"features extract": "features capture"}
 GROUPS = ("MEASURE", "TRAIN", "PROVE", "SHIP", "MORE")
+GO_ON = "yes"  # the option of commands that ask at a terminal
 DRY_RUN = options.Option("dry_run", bool, False, "print the resolved config and what would be done, and stop")
 
 
@@ -179,7 +180,8 @@ def assemble(command: Command, values: dict[str, Any]) -> Any:
 def configured(name: str, raw: Mapping[str, Any], where: str) -> Any:
     """A command's config from the options of a recipe, strictly: unknown ones are errors that name the place.
 
-    What is secret is refused: a recipe is saved beside what it makes.
+    What is secret is refused: a recipe is saved beside what it makes. A recipe asks nothing at the terminal: it may
+    run for hours, and nobody looks.
     """
     command = COMMANDS[name]
     known = command_options(command)
@@ -187,6 +189,8 @@ def configured(name: str, raw: Mapping[str, Any], where: str) -> Any:
     for item in known:
         if item.secret and values.get(item.name) is not None:
             raise UsageError(f"{where}: {item.name}: recipes are saved with their values; {item.help}")
+        if item.name == GO_ON:
+            values.setdefault(GO_ON, True)
     return assemble(command, values)
 
 

@@ -162,7 +162,7 @@ def ask_teacher(
             spending = asking.spending(spending)
             verdicts = asked(asking, gathering, spending)
         except (ServiceError, Interrupted) as error:
-            raise explained(error, spending, gathering) from error
+            raise explained(error, spending, gathering if gathering.verdicts else tried) from error
         finally:
             seen = {verdict.image_id: verdict for verdict in (*tried.verdicts, *gathering.verdicts)}
             save_quarantine(Path(config.output_dir), seen.values(), tried.digests | gathering.digests, ledger, question)
@@ -226,7 +226,7 @@ def explained(
     error: ServiceError | Interrupted, spending: Spending, gathering: Gathering
 ) -> ServiceError | Interrupted:
     """The same error with the cost so far and how to go on."""
-    kept, wanted = len(gathering.rows), gathering.config.num_images
+    kept, wanted = sum(map(gathering.keep, gathering.verdicts)), gathering.config.num_images
     text = (
         f"{str(error).rstrip('.')}. So far: {spending.words()}; {kept} of {wanted} rows kept. All answers are in "
         f"{gathering.config.output_dir}/{LEDGER}: the same command goes on from there and pays for none of them again"

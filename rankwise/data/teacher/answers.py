@@ -17,6 +17,7 @@ from rankwise.data.teacher.reply import Reply
 from rankwise.data.teacher.votes import majority
 
 Content = Mapping[str, Any]
+LONGEST = 300  # characters of a refusal in a message
 CUT = "length"  # the finish_reason of an answer that ends at the limit
 
 
@@ -29,7 +30,7 @@ def checked(reply: Reply, task: LabelTask) -> dict[str, Any]:
     if reply.problem:
         raise Unusable(reply.problem)
     if reply.refusal or reply.finish_reason == "content_filter":
-        raise Unusable(f"refusal: {reply.refusal or 'content filter'}")
+        raise Unusable(f"refusal: {(reply.refusal or 'content filter')[:LONGEST]}")
     try:
         return task.validate_answer(reply.text)
     except BadAnswer as error:

@@ -162,7 +162,8 @@ class Teacher:
         except self._openai.APIStatusError as error:
             return self._refused(error, attempts.fault)
         except self._openai.APIError as error:
-            raise Unanswered(self.scrubbed(str(error.message))) from error
+            cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
+            raise Unanswered(self.scrubbed(f"{error.message}{cause}")[:LONGEST]) from error
         finally:
             self.spending.may_be_charged += attempts.open and not answered
 
