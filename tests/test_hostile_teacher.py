@@ -268,6 +268,12 @@ def test_an_odd_form_of_a_good_answer_is_taken(behaviour: Behaviour, photos: Pat
     assert all(entry["usd"] > 0 for entry in lines(tmp_path / "d" / "ledger.jsonl")), "no count is not free"
 
 
+def test_a_filter_that_is_an_error_status_costs_nothing(photos: Path, tmp_path: Path) -> None:
+    prices = ("--usd_per_million_input", "10", "--usd_per_million_output", "10", "--trial", "0")
+    assert label(photos, tmp_path / "d", in_order(filtered, filtered), *prices) == (0, PICTURES + 1)
+    assert [row["usd"] for row in lines(tmp_path / "d" / "ledger.jsonl")[:2]] == [0, 0]
+
+
 def test_answers_without_counts_keep_to_the_budget(photos: Path, tmp_path: Path) -> None:
     """Each is taken to have cost the most that a request can."""
     prices = ("--usd_per_million_input", "0", "--usd_per_million_output", "1000", "--max_tokens", "100")

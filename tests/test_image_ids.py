@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from rankwise.cli import main
+from rankwise.data.device import DeviceTarget
 from rankwise.data.labelling.coco import Photo
 from rankwise.data.labelling.image_ids import ImageIds
 from rankwise.data.labelling.labelled import read_rows
@@ -92,6 +93,14 @@ def test_what_others_put_beside_the_images_is_not_deleted(photos: Path, tmp_path
     assert {"00000_b.png", "mine.png"} <= {path.name for path in (out / "images").iterdir()}
 
 
+def test_another_size_renames_nothing(photos: Path, tmp_path: Path) -> None:
+    """All pixels are others then, and the files are replaced."""
+    before = labelled(photos, tmp_path / "d", "--loopback_teacher")
+    after = labelled(photos, tmp_path / "d", "--loopback_teacher", "--image_size", "64")
+    assert not set(before) & set(after) and sorted(before.values()) == sorted(after.values())
+    assert labelled(photos, tmp_path / "d", "--loopback_teacher", "--image_size", "64") == after
+
+
 def test_a_smaller_selection_leaves_no_images_of_the_larger_one(photos: Path, tmp_path: Path) -> None:
     labelled(photos, tmp_path / "d", "--loopback_teacher")
     assert len(labelled(photos, tmp_path / "d", "--loopback_teacher", "--num_images", "2")) == 2
@@ -101,7 +110,7 @@ def test_names_of_a_broken_table_lead_nowhere(tmp_path: Path) -> None:
     table = tmp_path / "labels.jsonl"
     rows = [{"image_id": name, "image_sha256": "x", "source_path": f"{name}.png"} for name in ("../../etc", "00001_ok")]
     table.write_bytes(b"\xff\n[]\n" + "".join(json.dumps(row) + "\n" for row in rows).encode())
-    ids = ImageIds.of_folder(table)
+    ids = ImageIds.of_folder(tmp_path, DeviceTarget())
     assert ids.known == {"00001_ok": "x"} and not ids.originals
     assert ids.claim(Photo(7, "a/b.png"), "x") == "00001_ok" == ids.claim(Photo(7, "a/b.png"), "x")
     assert ids.claim(Photo(8, "a/c.png"), "x") == "00008_c"

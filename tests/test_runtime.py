@@ -344,8 +344,8 @@ def test_something_else_on_the_port_is_no_llama_server(scripted) -> None:
 @pytest.mark.parametrize(
     ("status", "answer", "words"),
     [
-        (200, body(error={"message": "upstream is down"}), "upstream is down"),
-        (200, body(error="upstream is down"), "upstream is down"),
+        (200, body(error={"message": "upstream is down"}), "answers 200: upstream is down"),
+        (200, body(error="upstream is down"), "answers 200: .*upstream is down"),
         (200, body(detail="Not Found"), "JSON of another form"),
         (200, body(tokens=None), "JSON of another form"),
         (200, body(tokens=["x"]), "JSON of another form"),
@@ -368,7 +368,7 @@ def test_an_outage_with_status_200_is_no_answer(scripted, status: int, answer: b
     ]
     for ask in asked:
         handler.script[:] = [(status, answer)] * 2
-        with pytest.raises(ServiceError, match=words if ask is not asked[-1] else "too old|down|answers|JSON") as error:
+        with pytest.raises(ServiceError, match=words if ask is not asked[-1] else "too old|answers") as error:
             ask()
         assert error.value.exit_code == 5
 

@@ -81,7 +81,7 @@ def asked(config: LabelConfig, target: DeviceTarget) -> Labels:
         print(f"note: there are only {plural(len(images.photos), 'image')} in {images.folder}")
     ledger = AnswerLedger(Path(config.output_dir) / LEDGER)
     before = [(entry.image_id, entry.key.image) for entry in ledger.entries]
-    ids = ImageIds.of_folder(Path(config.output_dir) / ALL, before)
+    ids = ImageIds.of_folder(Path(config.output_dir), target, before)
     labelled = ask_teacher(config, images, task, target, ledger, ids)
     if not labelled.rows:
         raise DataError(
@@ -104,7 +104,7 @@ def existing(config: LabelConfig, target: DeviceTarget) -> Labels:
         allow_outside=config.allow_outside,
     )
     task = task_for(given, load_task(config.task_file) if config.task_file else None)
-    ids = ImageIds.of_folder(Path(config.output_dir) / ALL)
+    ids = ImageIds.of_folder(Path(config.output_dir), target)
     found = label_rows(given, task, target, Path(config.output_dir), skip_bad=config.skip_bad, ids=ids)
     write_text(Path(config.output_dir) / QUARANTINE, "")
     source = config.labels_file or f"the folders of {config.images}"

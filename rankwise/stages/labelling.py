@@ -281,7 +281,7 @@ def question_of(section: TeacherSection, task: LabelTask, target: DeviceTarget) 
 
 def spending_of(section: TeacherSection, question: Question, ledger: AnswerLedger | None = None) -> Spending:
     """What the data set has cost so far, and the limit. List prices are OpenAI's own: elsewhere they must be given."""
-    listed = section.teacher_model if where(section).rstrip("/") == OFFICIAL else ""
+    listed = section.teacher_model if where(section) == OFFICIAL else ""
     prices = prices_of(listed, section.usd_per_million_input, section.usd_per_million_output)
     prices = Prices(0.0, 0.0) if section.loopback_teacher else prices
     budget = section.budget_usd

@@ -14,18 +14,25 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rankwise.data.device import FILE as DEVICE
+from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.labelling.coco import Photo
 from rankwise.data.labelling.originals import FOLDER
 
+TABLE = "labels.jsonl"
 NAME = re.compile(r"\d{5,}_[\w.-]*")
 ORIGINAL = re.compile(rf"{FOLDER}/{NAME.pattern}")
 
 
 class ImageIds:
-    """The names of a data set. known: id → hash of the pixels; originals: paths below the data set; of earlier runs."""
+    """The names of a data set. known: id → hash of the pixels; originals: paths below the data set; both of earlier
+    runs. reserved: a new image does not get one of the known names."""
 
-    def __init__(self, known: Iterable[tuple[str, str]] = (), originals: Iterable[str] = ()) -> None:
+    def __init__(
+        self, known: Iterable[tuple[str, str]] = (), originals: Iterable[str] = (), *, reserved: bool = True
+    ) -> None:
         self.known: dict[str, str] = {}
+        self.reserved = reserved
         self.originals = frozenset(path for path in originals if ORIGINAL.fullmatch(path))
         self._free: dict[str, list[str]] = {}
         self._claimed: dict[str, str] = {}
@@ -35,11 +42,14 @@ class ImageIds:
                 self._free.setdefault(sha256, []).append(name)
 
     @classmethod
-    def of_folder(cls, table: Path, asked: Iterable[tuple[str, str]] = ()) -> ImageIds:
-        """Those of a table of an earlier run, and of answers that were paid for."""
+    def of_folder(cls, folder: Path, target: DeviceTarget, asked: Iterable[tuple[str, str]] = ()) -> ImageIds:
+        """Those of the table of an earlier run, and of answers that were paid for. Of a run for another device all
+        pixels were others: its names are free."""
+        table, same = folder / TABLE, not (folder / DEVICE).is_file() or read_target(folder) == target
         rows = list(_rows(table))
         named = [(str(row["image_id"]), str(row["image_sha256"])) for row in rows]
-        return cls([*named, *asked], [str(row["source_path"]) for row in rows if row.get("source_path")])
+        originals = [str(row["source_path"]) for row in rows if row.get("source_path")]
+        return cls([*named, *asked], originals, reserved=same)
 
     def claim(self, photo: Photo, sha256: str) -> str:
         """The id of an image; the same however often it is asked for."""
@@ -54,7 +64,7 @@ class ImageIds:
             name = next((name for name in names if name.split("_", 1)[1] == own), names[0])
             names.remove(name)
             return name
-        return photo.id if photo.id not in self.known else f"{photo.id}-{sha256[:8]}"
+        return f"{photo.id}-{sha256[:8]}" if self.reserved and photo.id in self.known else photo.id
 
 
 def _rows(table: Path) -> Iterator[dict[str, Any]]:

@@ -75,7 +75,8 @@ class TeacherSettings:
 def address_of(base_url: str | None) -> str:
     """Where the teacher is: the given address, else $OPENAI_BASE_URL, else OpenAI. UsageError where that variable holds
     a password or a query: the address is recorded and printed."""
-    return base_url or plain_address(os.environ.get(ADDRESS_VARIABLE) or OFFICIAL, ADDRESS_VARIABLE)
+    given = base_url or plain_address(os.environ.get(ADDRESS_VARIABLE) or OFFICIAL, ADDRESS_VARIABLE)
+    return given.rstrip("/")
 
 
 class Teacher:
@@ -172,7 +173,7 @@ class Teacher:
         status = error.status_code
         said = self.scrubbed(str(error.message)).removeprefix(f"Error code: {status} - ")[:LONGEST]
         if error.code in FILTERED:
-            return Reply("", refusal=said, finish_reason="content_filter")
+            return Reply("", said, "content_filter", input_tokens=0, output_tokens=0)
         if status == 401:
             raise ServiceError(f"the teacher does not accept the key (401: {said}); check {KEY_VARIABLE}") from None
         if error.code in NO_QUOTA:
