@@ -51,6 +51,7 @@ from rankwise.scripts import (
     setup_model_with_lora,
 )
 from rankwise.scripts.phases import adapted_sites, schedule_of
+from rankwise.scripts.running import phase_options
 
 MEALS = ("Italian", "Thai", "French", "Indian")
 STEPS = 6
@@ -413,3 +414,10 @@ def test_an_experiment_is_the_command_s_run_and_is_scored(
     assert dict(e2e_result)["num_samples"] == e2e_result["num_samples"] == 4
     assert {"bleu", "bleu_4", "rouge_1", "rouge_lsum"} <= set(e2e_result)
     assert (folder / "final_model" / "evaluation" / "e2e_nlg" / "evaluation_results.json").is_file()
+
+
+@pytest.mark.parametrize(("config", "every"), [({}, None), ({"log_frequency": 5}, 5), ({"enabled": False}, 0)])
+def test_the_long_table_of_gradient_norms_is_thinned_at_the_scripts_default(config: dict[str, Any], every: Any) -> None:
+    """The two documented tables have every step either way."""
+    analysis = GradientAnalysisConfig(**config)
+    assert phase_options(ExperimentConfig(gradient_analysis=analysis))["log_frequency"] == every

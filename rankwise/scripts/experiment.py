@@ -114,6 +114,12 @@ class GradientAnalysisConfig:
     log_frequency: int = 1
     save_plots: bool = True
 
+    @property
+    def every(self) -> int | None:
+        """As `GradientNorms` and `--log_frequency` take it: at every step the long table, which the scripts do not
+        have, is thinned (None); 0 where nothing is measured."""
+        return 0 if not self.enabled else None if self.log_frequency == 1 else self.log_frequency
+
 
 @dataclass
 class ExperimentConfig:

@@ -63,11 +63,11 @@ class GradientNormCallback(TrainerCallback):
 
     def norms(self, phases: PhaseKeeper | None) -> GradientNorms | None:
         """What measures; None where the config turns it off."""
-        if not self.config.enabled or not self.config.log_frequency:
+        if self.config.every == 0:
             return None
         self.output_dir.mkdir(parents=True, exist_ok=True)
         named = None if phases is None else lambda step: phases.schedule.name(step - 1)
-        return GradientNorms(self.output_dir, self.config.log_frequency, named)
+        return GradientNorms(self.output_dir, self.config.every, named)
 
     @property
     def log(self) -> GradientNormLog:

@@ -81,7 +81,7 @@ def phase_options(config: ExperimentConfig) -> dict[str, Any]:
     form, gradients = schedule_of(config.dynamic_lora), config.gradient_analysis
     return {
         "schedule": None if form is None else str(form),
-        "log_frequency": gradients.log_frequency if gradients.enabled else 0,
+        "log_frequency": gradients.every,
         "no_plots": not gradients.save_plots,
     }
 
