@@ -481,7 +481,8 @@ def test_a_bare_run_has_a_budget(
     monkeypatch.setattr("rankwise.stages.labelling.DEFAULT_BUDGET", 0.25)
     prices = ("--usd_per_million_input", "0", "--usd_per_million_output", "1000", "--max_tokens", "100")
     assert label(photos, tmp_path / "d", usage(None), *prices)[0] == 5
-    assert "budget of $0.25 (--budget_usd)" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "budget of $0.25 (--budget_usd)" in shown.err and "budget: $0.25, the default" in shown.out
     monkeypatch.undo()
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     assert main(["label", str(photos), "-o", str(tmp_path / "e"), "--dry_run"]) == 0

@@ -156,6 +156,8 @@ def ask_teacher(
         asking = Asking(settings_of(served), section, address, question, ledger)
         tell_of_ledger(ledger, question, asking.settings.model, address, section.ask_again)
         spending = asking.spending()
+        if section.budget_usd is None and spending.budget_usd is not None:
+            print(f"budget: ${spending.budget_usd:.2f}, the default; another one: --budget_usd")
         try:
             if trial_is_due(asking, gathering):
                 try_out(asking, tried, spending)
