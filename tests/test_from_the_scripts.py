@@ -38,6 +38,8 @@ def test_the_guides_plain_command_trains_as_the_guide_says(
     plain = (
         "train --model_path isaac --data_path train.json --max_steps 1 --use_cpu --val_fraction 0 --save_strategy no"
     )
+    assert main([*plain.split(), "-o", "plain", "--dry-run"]) == 0
+    assert "train adapters in language, projector" in capsys.readouterr().out
     assert main([*plain.split(), "-o", "plain"]) == 0
     adapted = {site["path"]: site["tower"] for site in json.loads(Path("plain/sites.json").read_text())["sites"]}
     assert set(adapted.values()) == {"language", "projector"} and len(adapted) == 2 * 7 + 2

@@ -66,13 +66,8 @@ def documented(config: TrainConfig, model: Any) -> TrainConfig:
     """
     own = getattr(model, "adapted_towers", None)
     lora, towers = config.lora, config.towers
-    if (
-        own is None
-        or lora.lora_config
-        or lora.target
-        or lora.target_modules
-        or any((towers.freeze, towers.lora, towers.full))
-    ):
+    given = [lora.lora_config, lora.target, *lora.target_modules, *towers.freeze, *towers.lora, *towers.full]
+    if own is None or any(given):
         return config
     return replace(config, towers=replace(towers, lora=list(own)))
 

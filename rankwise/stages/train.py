@@ -189,6 +189,9 @@ def inputs(config: TrainConfig, name: str) -> dict[str, Path | str]:
 def describe(config: TrainConfig) -> list[str]:
     config = shared.settled(config)
     check(config)
+    name = config.model.model_name
+    if name and Path(name, "config.json").is_file():
+        config = documented(config, load_config(name, config.model.revision, config.model.trust_remote_code))
     lora = config.lora
     what = f"the plan {lora.lora_config}" if lora.lora_config else f"rank {lora.lora_r} at {described_target(lora)}"
     alpha = (
