@@ -160,6 +160,18 @@ def test_pixels_fit_the_models_precision(dtype: torch.dtype, models: Callable[[s
     assert losses(sees(models("llama4"), dtype), batch_of(renderer, [CONVERSATIONS["two images"]])).isfinite().all()
 
 
+def test_rows_that_would_change_each_other_are_refused_before_training(
+    models: Callable[[str], Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--data_path", str(rows(tmp_path, "one image", "two images", "no image")), "--image_folder", str(pictures)]
+    start = ["train", "--model_name", str(models("mllama")), *data, "--task", "conversations", "--lora_r", "2"]
+    start += ["--max_steps", "2", "--use_cpu", "-o", str(tmp_path / "run")]
+    assert main([*start, "--per_device_train_batch_size", "2"]) == 2
+    assert "MllamaProcessor: rows with different numbers of images" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main([*start, "--per_device_train_batch_size", "1"]) == 0
+
+
 PALIGEMMA = pytest.mark.filterwarnings("ignore:__array__ implementation")  # in its processor
 
 

@@ -79,6 +79,11 @@ class Sight:
         return int(Counter(ids).most_common(1)[0][0])
 
     @cached_property
+    def crossed(self) -> bool:
+        """Whether images stand beside the sequence, so that rows of one batch must have equally many (Mllama)."""
+        return CROSSED in self._probe and self.taken(CROSSED)
+
+    @cached_property
     def prefixes(self) -> bool:
         """Whether the family's rows are one prompt and one answer behind it, the prompt read in both directions
         (PaliGemma): its processor takes the answer as `suffix`."""

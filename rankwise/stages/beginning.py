@@ -15,9 +15,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from rankwise.config import FinetuneConfig, TrainConfig
-from rankwise.data import Collator, PackedDataset
+from rankwise.data import Collator, PackedDataset, RenderedDataset
 from rankwise.data.packing import unpacked_difference
-from rankwise.errors import VerificationError
+from rankwise.errors import UsageError, VerificationError
 from rankwise.stages.recorded import save_input
 from rankwise.stages.training import Job
 from rankwise.store.aside import Aside
@@ -36,6 +36,7 @@ PACKING_EXACT, PACKING_ROUNDED = 1e-3, 0.1  # largest relative difference of log
 
 def starting_point(config: FinetuneConfig | TrainConfig, job: Job) -> Path | None:
     """The checkpoint to resume from, or None for a fresh run that mixes with no earlier one."""
+    check_batches(job)
     index, processes = process_index()
     folder = Path(config.output_dir)
     if index == 0:
@@ -112,6 +113,21 @@ def begun(config: FinetuneConfig | TrainConfig, job: Job, checkpoint: Path | Non
         folder.save_config(config)
         save_input(job.renderer, job.record, folder.path)
         yield
+
+
+def check_batches(job: Job) -> None:
+    """UsageError where rows of one batch would have different numbers of images, and the model's rows must not."""
+    if job.renderer.sight is None or not job.renderer.sight.crossed:
+        return
+    of_training = ("per_device_train_batch_size", job.rows, job.arguments.per_device_train_batch_size)
+    of_validation = ("per_device_eval_batch_size", job.validation, job.arguments.per_device_eval_batch_size)
+    for flag, rows, size in (of_training, of_validation):
+        if size > 1 and isinstance(rows, RenderedDataset) and len({len(each.images) for each in rows.examples}) > 1:
+            name = type(job.renderer.sight.processor).__name__
+            raise UsageError(
+                f"{name}: rows with different numbers of images would change each other in a batch of {size}; pass "
+                f"--{flag} 1 (--gradient_accumulation_steps makes up for it)"
+            )
 
 
 def check_packing(model: nn.Module, rows: PackedDataset, collator: Collator) -> None:
