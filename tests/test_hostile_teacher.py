@@ -74,7 +74,8 @@ def label(photos: Path, out: Path, behaviour: Behaviour, *more: str) -> tuple[in
     """Exit code, and how many requests the teacher got."""
     with LoopbackTeacher(behaviour) as server:
         quick = ["--requests_per_minute", "60000", "--max_retries", "1", "--timeout", "1", "--image_size", "32"]
-        command = ["label", str(photos), "-o", str(out), "--base_url", server.url, "--concurrency", "1", *quick, *more]
+        command = ["label", str(photos), "-o", str(out), "--base_url", server.url, *quick]
+        command += [*([] if "--concurrency" in more else ["--concurrency", "1"]), *more]
         return main(command), len(server.requests)
 
 
@@ -206,6 +207,13 @@ def test_a_teacher_that_never_answers_usably_is_stopped_and_not_paid_twice(
     assert quoted in capsys.readouterr().err
     assert label(photos, tmp_path / "d", well, "--trial", "0", "--max_unusable", "0") == (0, PICTURES - 5)
     assert label(photos, tmp_path / "d", well, "--trial", "0", "--ask_again") == (0, 5 + 3)
+
+
+@pytest.mark.parametrize("behaviour", [chatting, slow(0.1)], ids=["useless", "well"])
+def test_many_at_a_time_pay_no_more_until_one_is_usable(behaviour: Behaviour, photos: Path, tmp_path: Path) -> None:
+    """With all eight in flight, a teacher that never answers usably would be paid for eight."""
+    found = label(photos, tmp_path / "d", behaviour, "--trial", "0", "--concurrency", "8")
+    assert found == ((5, 10) if behaviour is chatting else (0, PICTURES))
 
 
 @pytest.mark.parametrize(("behaviour", "quoted"), UNUSABLE.values(), ids=UNUSABLE)
