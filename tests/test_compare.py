@@ -139,7 +139,11 @@ def test_a_panel_for_everything_that_there_is(
 
 @pytest.mark.parametrize(
     ("words", "code", "said"),
-    [(("both",), 2, "two run folders"), (("both", "both"), 2, "named twice"), (("both", "none"), 3, "no such folder")],
+    [
+        (("both",), 2, "two run folders"),
+        (("both", "both"), 2, "named twice"),
+        (("both", "none"), 3, "no such file or folder"),
+    ],
 )
 def test_what_cannot_be_compared_is_refused(
     words: tuple[str, ...], code: int, said: str, runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
