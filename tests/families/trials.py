@@ -22,6 +22,7 @@ __all__ = ["QUESTIONS", "refused_by_train"]
 
 PROJECTING = ("project", "merger", "connector", "mlp_AR", "aligner", "resampler", "generation")
 PROJECTING += ("vision_embedding.1", "vision_embedding.3")  # Isaac's
+UNASKED = {"isaac": {"language", "projector"}}  # as docs/isaac.md has it
 SEEING = ("vision", "visual", "vqmodel", "image_tower", "video_tower")
 
 
@@ -32,7 +33,7 @@ def towers(subject: Subject) -> str:
     for tower in ("language", "vision", "projector"):
         wanted = {path for path in sites if tower_by_name(path) == tower}
         out = subject.work / f"tower_{tower}"
-        more = "" if tower == "language" else f" --freeze language --lora {tower}"
+        more = f" --lora {tower}{'' if tower == 'language' else ' --freeze language'}"
         code, said = train(subject, out, more)
         if not wanted and code == 2:
             continue  # a tower without linear layers is refused by name
@@ -92,7 +93,8 @@ def moved_sites(out: Path) -> dict[str, float]:
 
 @question("train")
 def trained(subject: Subject) -> str:
-    """Two steps; the first loss is what the family's own logits give for the answers."""
+    """Two steps; the first loss is what the family's own logits give for the answers. Where no tower is chosen, the
+    language tower trains."""
     out = subject.work / "run"
     code, said = train(subject, out)
     if code:
@@ -106,7 +108,8 @@ def trained(subject: Subject) -> str:
         return f"the first loss is {losses[0]:.5f}, the family's {expected:.5f}"
     if losses[1] == losses[0]:
         return "two steps change nothing"
-    return ""
+    trains = {tower_by_name(path) for path in moved_sites(out)}
+    return "" if trains == UNASKED.get(subject.name, {"language"}) else f"unasked, {', '.join(sorted(trains))} train"
 
 
 def own_loss(subject: Subject) -> float:
