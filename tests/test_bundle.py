@@ -340,6 +340,17 @@ def test_golden_pixels_that_were_altered_are_an_error(copy: Path) -> None:
 
 
 @pytest.mark.slow
+def test_nothing_that_is_printed_names_the_folder_in_the_making(
+    shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle.run(asked(shipped, output_dir=str(tmp_path / "bundle")))
+    printed = capsys.readouterr()
+    assert ".tmp" not in printed.out + printed.err and str(tmp_path / "bundle") in printed.out
+    assert main(["bundle", "--replay", str(tmp_path / "bundle")]) == 0
+    assert f"from {tmp_path / 'bundle' / 'input.json'}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_what_is_not_proven_is_not_bundled(shipped: Path, tmp_path: Path) -> None:
     """No validation; one that found something; one of another form; files that changed since; an export unverified."""
     with pytest.raises(VerificationError, match="no validation"):

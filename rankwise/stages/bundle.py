@@ -181,8 +181,9 @@ def replay(config: BundleConfig, folder: Path) -> Ladder:
 
 def replayed(config: BundleConfig, folder: Path) -> Ladder:
     content = read_bundle(folder)
-    found = recorded([folder])
-    announce_prompts(found.record, found)
+    if config.replay:
+        found = recorded([folder])
+        announce_prompts(found.record, found)
     golden = read_golden(folder, read_target(folder))
     app = AppPixels.read(config.app_pixels, golden.cases) if config.app_pixels else None
     with runtime_for(config, folder, content, golden) as runtime:
