@@ -32,6 +32,7 @@ PREFIX = "token_type_ids"  # of a family that reads prompts in both directions: 
 TEXT_INPUTS = frozenset(["input_ids", "attention_mask", "labels", "text_replacement_offsets"])
 PROBE = (64, 64)
 QUESTION = "What is it?"
+MOST = 20_000  # different sizes of a row's pictures that are kept with what stands for them
 APART = " \ue000 "  # between the texts of one row that a processor is given as one
 Sizes = tuple[tuple[int, int], ...]
 Made = TypeVar("Made")
@@ -123,6 +124,8 @@ class Sight:
             raise BadImage(f"image {names}: the processor refuses {shapes} pixels: {error}") from error
 
     def _expanded(self, sizes: Sizes) -> tuple[str, ...]:
+        if len(self._expansions) >= MOST:
+            self._expansions.clear()
         if sizes not in self._expansions:
             self._expansions[sizes] = tuple(self._written([self.image_token] * len(sizes), sizes))
         return self._expansions[sizes]
