@@ -12,25 +12,19 @@ REASONS = {
         "udop",
         "vision-encoder-decoder",
     ),
-    "captions and answers without a conversation: its processor has no chat template": (
+    "its processor takes no chat template": (
         "blip",
         "blip-2",
+        "fuyu",
         "git",
+        "idefics",
         "instructblip",
         "instructblipvideo",
-        "kosmos-2",
-        "kosmos-2.5",
-        "pp_chart2table",
     ),
     "images are tokens of a codebook": ("chameleon", "emu3"),
-    "released without a chat template": ("fuyu", "idefics"),
-    "no text is generated from images by it": ("evolla", "pi0", "diffusion_gemma", "shieldgemma2"),
-    "also hears or speaks: its processor needs audio": (
-        "cosmos3_omni",
-        "nemotron_h_omni",
-        "qwen2_5_omni_thinker",
-        "qwen3_omni_moe_thinker",
-    ),
+    "made for something else than talk about pictures": ("diffusion_gemma", "evolla", "pi0", "shieldgemma2"),
+    "its processor needs audio": ("nemotron_h_omni",),
+    "a part of a model that also hears or speaks": ("cosmos3_omni", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"),
 }
 NOT_YET = "no tiny model has been made of it"
 UNBUILT = {name: reason for reason, names in REASONS.items() for name in names}
