@@ -233,7 +233,9 @@ def test_a_family_whose_images_are_not_followed_is_warned_of(
     model = tiny_llama(tmp_path / "model", tokenizer={"chat_template": CHAT_TEMPLATE})
     monkeypatch.setattr(tested, "table", lambda _: {"families": {"llama": {"state": "untested"}}})
     assert checked(model, rows(tmp_path, "one image"), tmp_path)[0] == 0
-    assert "images of the family llama are not followed here" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "images of the family llama are not followed here" in out
+    assert "samples have images; this run uses their text only" in out
 
 
 def test_the_table_names_states_and_versions() -> None:

@@ -35,9 +35,9 @@ def run(config: CheckConfig) -> Findings:
     folder = RunFolder(config.output_dir)
     with folder.lock(), folder.recording("check", inputs(config)) as record:
         folder.save_config(config)
-        examples = rows(config)
         renderer = renderer_of(config)
         seen = renderer is None or renderer.sight is not None
+        examples = rows(config, sees_images=seen)
         reader = image_reader(config.data) if seen else None
         findings = examined(examples, reader, renderer, config.workers, config.compare)
         if renderer is not None and any(findings.shortest):
@@ -60,7 +60,7 @@ def inputs(config: CheckConfig) -> dict[str, Path | str]:
     return {name: value for name, value in found.items() if value}
 
 
-def rows(config: CheckConfig) -> Examples:
+def rows(config: CheckConfig, *, sees_images: bool) -> Examples:
     """All samples, with the bad rows beside them."""
     data = config.data
     assert data.task and data.data_path
@@ -72,7 +72,7 @@ def rows(config: CheckConfig) -> Examples:
         allow_empty=True,
         **(reading(data) | {"skip_bad": True}),
     )
-    for note in replace(examples, skipped=()).notes(sees_images=True):
+    for note in replace(examples, skipped=()).notes(sees_images=sees_images):
         print(note)
     return examples
 
