@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ FORMS: dict[str, Row] = {
             {"role": "assistant", "content": [{"text": "b"}]},
         ],
     },
+    "the Cauldron, FineVision": {"system": "Be.", "texts": [{"user": "a", "assistant": "b", "source": "x"}]},
+    "Firefly": {"system": "Be.", "conversation": [{"human": "a", "assistant": "b"}]},
+    "Dolly": {"system": "Be.", "instruction": "a", "context": "", "response": "b", "category": "open_qa"},
+    "OpenOrca": {"id": "niv.1", "system_prompt": "Be.", "question": "a", "response": "b"},
+    "prompt and response": {"system": "Be.", "prompt": "a", "response": "b"},
+    "system beside the turns and in them": {
+        "system_prompt": "Be.",
+        "conversations": turns("from", "value", system="Be.", human="a", gpt="b"),
+    },
     "XTuner": {"conversation": [{"system": "Be.", "input": "a", "output": "b"}]},
     "swift": {"system": "Be.", "query": "a", "response": "b", "history": []},
     "Alpaca": {"system": "Be.", "instruction": "a", "input": "", "output": "b"},
@@ -88,8 +98,11 @@ def test_several_exchanges(tmp_path: Path) -> None:
     swift = {"query": "c", "response": "d", "history": [["a", "b"]]}
     alpaca = {"instruction": "c", "input": "more", "output": "d", "history": [["a", "b"]]}
     xtuner = {"conversation": [{"input": "a", "output": "b"}, {"input": "c", "output": "d"}]}
-    found = [texts(row) for row in read(tmp_path, swift, alpaca, xtuner)]
-    assert found == [["a", "b", "c", "d"], ["a", "b", "c\nmore", "d"], ["a", "b", "c", "d"]]
+    dolly = {"instruction": "c", "context": "more", "response": "d"}
+    cauldron = {"texts": [{"user": "a", "assistant": "b"}, {"user": "c", "assistant": "d"}]}
+    found = [texts(row) for row in read(tmp_path, swift, alpaca, xtuner, dolly, cauldron)]
+    four = ["a", "b", "c", "d"]
+    assert found == [four, ["a", "b", "c\nmore", "d"], four, ["c\nmore", "d"], four]
 
 
 @pytest.mark.parametrize("name", ["gpt", "assistant", "bot", "model", "chatbot", "ChatGPT", "AI", "function_call"])
@@ -337,3 +350,73 @@ def test_a_parquet_file_reads_like_lines(tmp_path: Path) -> None:
     (tmp_path / "y.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match="not a sound parquet file"):
         load("conversations", tmp_path / "y.parquet")
+
+
+# --- what would be learnt without a part of it ---------------------------------------------------------------------
+
+UNREAD: dict[str, tuple[Row, str]] = {
+    "LLaVA with a path of another name": (shared("a", "b", image_path="0.png"), "'image_path' is not read"),
+    "several": (said(USER, BOT, img=["0.png"]), "'img' is not read"),
+    "GQA": ({"imageId": "n16", "question": "Is the sky dark?", "answer": "yes"}, "'imageId' is not read"),
+    "PixMo": ({"image_url": "https://h/a.jpg", "question": "a", "answer": "b"}, "'image_url' is not read"),
+    "MMMU": ({"question": "<image 1>?", "image_1": {"bytes": "AA"}, "answer": "B"}, "'image_1' is not read"),
+    "imagefolder": (shared("a", "b", file_name="train/0.jpg"), "'file_name' is not read"),
+    "bytes of any name": (shared("a", "b", scan={"bytes": "AA", "path": None}), "'scan' is not read"),
+    "Ollama": (
+        {"messages": [{"role": "user", "content": "a", "images": ["0.png"]}, {"role": "assistant", "content": "b"}]},
+        "'images' is not read.*beside the turns",
+    ),
+    "ScienceQA": ({"question": "Where?", "choices": ["x", "y"], "answer": 0, "image": "0.png"}, "'choices' beside it"),
+    "AI2D": ({"question": "Where?", "options": ["x", "y"], "answer": "1"}, "'options' beside it"),
+    "text to SQL": ({"question": "How many?", "context": "CREATE TABLE …", "answer": "SELECT 1"}, "'context' beside"),
+    "Alpaca with a context": ({"instruction": "a", "input": "c", "context": "d", "output": "b"}, "'context' beside"),
+    "TRL with a context": ({"prompt": "a", "context": "d", "completion": "b"}, "'context' beside"),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_rows_that_would_be_learnt_without_a_part_are_refused(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pictures or choices in a column that is not read: the answer would be learnt from the question alone."""
+    row, reason = UNREAD[name]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    argv = ["check", "--data_path", str(tmp_path / "rows.jsonl"), "-o", str(tmp_path / "out"), "--workers", "0"]
+    assert main(argv) == 3
+    [bad] = [json.loads(line) for line in (tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()]
+    assert bad["kind"] == "row" and re.search(reason, bad["reason"])
+
+
+def test_columns_that_name_no_image_of_theirs_are_left_alone(tmp_path: Path) -> None:
+    plain = shared("a", "logo.png", source="coco/0.jpg", avatarUrl="https://h/a.png", image_path=None, path="x.json")
+    named = shared("<image>", "b", image="0.png", image_url="https://h/a.jpg", image_id=5)
+    assert len(read(tmp_path, plain, named)) == 2
+
+
+def test_parts_say_which_of_the_listed_images_they_are(tmp_path: Path) -> None:
+    parts = [{"type": "image", "index": 1, "text": None}, {"type": "image", "index": 0, "text": None}]
+    row = said(("user", ""), BOT, images=["a", "b"])
+    row["messages"][0]["content"] = [*parts, {"type": "text", "text": "Same?", "index": None}]
+    assert read(tmp_path, row)[0].images == ("b", "a")
+
+
+def test_anthropics_parts(tmp_path: Path) -> None:
+    row = said(("user", ""), BOT)
+    source = {"type": "base64", "media_type": "image/png", "data": "AAAA"}
+    row["messages"][0]["content"] = [{"type": "image", "source": source}, {"type": "text", "text": "a"}]
+    [example] = read(tmp_path, row)
+    assert example.images == ("data:image/unknown;base64,AAAA",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("rows.csv", "instruction,output\na,b\n", r"such rows are read from .json.* not .csv"),
+        ("rows.jsonl", '[{"messages": []}]', "a list of samples belongs in a file named .json"),
+        ("rows.jsonl", '{"messages": [{"role": "gpt", "content": "b"}]}', "no question comes before one"),
+    ],
+)
+def test_files_and_rows_that_are_refused_say_why(tmp_path: Path, name: str, content: str, reason: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=reason):
+        load("conversations", tmp_path / name)

@@ -18,7 +18,17 @@ from rankwise.data.example import IMAGE_SLOT, ROLES, Example, Turn
 from rankwise.data.markers import NAMED
 from rankwise.data.sources.forms import turns_of
 from rankwise.data.sources.rows import BadRow, Build, Reading, RowFile, as_found, json_samples
-from rankwise.data.sources.slots import Slots, group_of, listed_images, put_first, reference_of, refuse_in_answer
+from rankwise.data.sources.slots import (
+    BESIDE_TURNS,
+    COLUMNS,
+    Slots,
+    group_of,
+    listed_images,
+    put_first,
+    reference_of,
+    refuse_in_answer,
+    refuse_unread_images,
+)
 from rankwise.errors import UsageError
 
 SAID_BY = {
@@ -62,6 +72,8 @@ def _example(reading: Reading, speakers: Mapping[str, str], identity: str, row: 
     _refuse_unused(row)
     listed, written = listed_images(row), list(turns_of(row))
     slots = Slots(bool(listed) or any(_shows(_content(turn)) for turn in written), listed=bool(listed))
+    if not slots.pictured:
+        refuse_unread_images(row, COLUMNS)
     said = [turn for turn in (_turn(turn, speakers, slots) for turn in written) if turn.text.strip()]
     turns = _in_order(said, slots.changes)
     turns = _with_places(turns, listed, slots, reading)
@@ -99,6 +111,7 @@ def _turn(turn: dict[str, Any], speakers: Mapping[str, str], slots: Slots) -> Tu
         name = said_by if isinstance(said_by, str) and said_by.isidentifier() else "NAME"
         raise BadRow(f"unknown role {as_found(said_by)}; --roles says who it is: {name}=assistant")
     _refuse_unused(turn)
+    refuse_unread_images(turn, BESIDE_TURNS)
     role = speakers[said_by.strip().lower()]
     text = _parts(content, role, slots) if isinstance(content, list) else _text(content, role, slots)
     if not text.strip() and role != "system":
@@ -175,13 +188,14 @@ def _part(part: dict[str, Any], role: str, slots: Slots) -> str:
         raise BadRow(f"cannot use a content part of type {as_found(kind)}")
     if role == "assistant":
         raise BadRow(f"an image part stands in an answer; an image is nothing that a model can write ({IMAGE_SLOT})")
-    slots.places.append(_reference(part, kind))
+    index = part.get("index")  # TRL: which of the listed images it is
+    slots.places.append(_reference(part, kind) or (index if isinstance(index, int) else None))
     return IMAGE_SLOT
 
 
 def _reference(part: dict[str, Any], kind: str) -> str | None:
     """The image that a part names: as text, or as {"url"|"path"|"bytes": …}. None where an `image` part names none."""
-    value = next((part[key] for key in ("value", kind, "path", "url") if part.get(key) is not None), None)
+    value = next((part[key] for key in ("value", kind, "path", "url", "source") if part.get(key) is not None), None)
     value = part if value is None and part.get("bytes") else value
     found = reference_of(value)
     if found or (value is None and kind == "image"):
@@ -223,6 +237,8 @@ def _one(turns: list[Turn], changes: list[str]) -> Turn:
         raise BadRow("answers in a row of which one is learnt and another is not; part them with a question")
     if any(turn.reasoning for turn in turns[1:]):
         raise BadRow("reasoning_content in the middle of an answer: answers in a row are joined")
+    if turns[0].role == "system" and len({turn.text for turn in turns}) == 1:
+        return turns[0]  # beside the turns and once more in them
     changes.append(f"turns of the {turns[0].role} in a row joined, a line break between them")
     return replace(turns[0], text="\n".join(turn.text for turn in turns))
 
@@ -244,6 +260,8 @@ def _up_to_the_last_learnt(turns: list[Turn], changes: list[str]) -> list[Turn]:
     learnt = [number for number in answers if turns[number].trained]
     if not learnt:
         off = "loss, train or weight is off for each" if answers else "turns must end with the assistant's"
+        if answers and not any(turn.role == "user" for turn in turns[: answers[-1]]):
+            off = "no question comes before one"
         raise BadRow(f"no answer is learnt: {off}; found {', '.join(turn.role for turn in turns)}")
     if turns[-1].role != "assistant":
         changes.append("what follows the last answer left out")

@@ -13,8 +13,17 @@ from functools import partial
 from typing import Any
 
 from rankwise.data.example import Example, Turn
+from rankwise.data.sources.forms import refuse_beside
 from rankwise.data.sources.rows import BadRow, Build, RowFile, json_samples
-from rankwise.data.sources.slots import Slots, group_of, listed_images, put_first, refuse_in_answer
+from rankwise.data.sources.slots import (
+    COLUMNS,
+    Slots,
+    group_of,
+    listed_images,
+    put_first,
+    refuse_in_answer,
+    refuse_unread_images,
+)
 
 ANSWER = "Answer:"
 INSTRUCTION = "Answer the question. Think step by step, name the actions you take, then give the answer."
@@ -32,6 +41,9 @@ def build(source: RowFile) -> Build:
 
 def _example(repeat_image: bool, identity: str, row: dict[str, Any]) -> Example:
     listed, stratum = listed_images(row), row.get("task_type")
+    refuse_beside(row)
+    if not listed:
+        refuse_unread_images(row, COLUMNS)
     slots = Slots(bool(listed))
     question = slots.read(_text(row, "question"))
     if not slots.places:

@@ -17,6 +17,8 @@ from rankwise.store.files import read_json
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 PARQUET = ".parquet"
+OTHERS = (".csv", ".tsv", ".gz", ".zst", ".bz2", ".arrow", ".feather", ".xlsx", ".yaml", ".yml")  # never JSON
+SPEAKER = {"from", "role"}  # keys of a turn
 NAMED_AGAIN = "an id that occurred before; named by its number in the file too"
 LONGEST_LINE = 64 * 2**20  # bytes; a line beyond it is a broken file, not a sample
 Row = tuple[int, dict[str, Any]]
@@ -107,7 +109,12 @@ def tsv_rows(source: RowFile) -> Iterator[Row]:
 def json_rows(source: RowFile) -> Iterator[Row]:
     """Objects of a JSON list, a `{"data": […]}` object or, by suffix, of JSON Lines (.jsonl, .ndjson) or a parquet
     file, whose lines are its rows."""
-    if source.path.suffix.lower() == PARQUET:
+    suffix = source.path.suffix.lower()
+    if suffix in OTHERS:
+        raise DataError(
+            f"{source.path}: such rows are read from {', '.join(JSON_SUFFIXES)} and {PARQUET}, not {suffix}"
+        )
+    if suffix == PARQUET:
         rows = _parquet(source)
     else:
         rows = _json_lines(source) if source.is_lines else _json_list(source)
@@ -115,12 +122,15 @@ def json_rows(source: RowFile) -> Iterator[Row]:
         if isinstance(row := as_object(row), dict):
             yield line, row
         else:
-            source.reject(line, f"a sample must be a JSON object, this is {_kind(row)}")
+            hint = (
+                "; a list of samples belongs in a file named .json" if isinstance(row, list) and source.is_lines else ""
+            )
+            source.reject(line, f"a sample must be a JSON object, this is {_kind(row)}{hint}")
 
 
 def as_object(row: Any) -> Any:
     """A row that is a conversation's turns and nothing else, as the object that holds them; others as they are."""
-    turns = isinstance(row, list) and row and all(isinstance(turn, dict) for turn in row)
+    turns = isinstance(row, list) and row and all(isinstance(turn, dict) and SPEAKER & turn.keys() for turn in row)
     return {"messages": row} if turns else row
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,15 @@ from rankwise.data.example import IMAGE_SLOT
 from rankwise.data.markers import IMAGE, Marker, found
 from rankwise.data.sources.rows import BadRow
 
+PICTURED = re.compile(  # names of columns that hold an image, or say which one is meant
+    r"((left|right|input|source|has|num)_)?(image|img|picture|photo)s?"
+    r"(_?(path|file|file_?name|name|url|uri|bytes|base64(_str)?|id|\d+)s?)?",
+    re.IGNORECASE,
+)
+FILES = ("file", "files", "file_name", "filename", "file_path", "filepath", "path", "media")
+FILE = re.compile(r"\S{1,400}\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
+COLUMNS = "call that column 'image' or 'images' (a path, or a list of paths)"
+BESIDE_TURNS = "list a turn's images beside the turns, or as parts of its content"
 LONGEST_NAME = 200  # characters; a longer reference is a data URL
 Slot = str | int | None  # the reference that it brings, the number of the listed image that it means, or the next one
 
@@ -108,6 +118,23 @@ def listed_images(row: Mapping[str, Any]) -> list[str]:
     return [image for image in images if image]
 
 
+def refuse_unread_images(values: Mapping[str, Any], advice: str) -> None:
+    """BadRow where a key holds an image, or names one, of a row or turn whose images are not read: it would be learnt
+    without them."""
+    found = next((name for name, value in values.items() if _is_image(name, value)), None)
+    if found:
+        raise BadRow(f"{found!r} is not read, and there is no other image; {advice}, or leave it out")
+
+
+def _is_image(name: str, value: Any) -> bool:
+    given = [each for each in (value if isinstance(value, list) else [value]) if each]
+    if PICTURED.fullmatch(name):
+        return bool(given)
+    if name in FILES:
+        return any(isinstance(each, str) and FILE.fullmatch(each) for each in given)
+    return any(isinstance(each, bytes) or (isinstance(each, Mapping) and each.get("bytes")) for each in given)
+
+
 def _as_list(images: Any) -> list[Any]:
     """Images as a list: as it is, one, or MiniCPM's {"<image_00>": path} in the order of the numbers."""
     if isinstance(images, Mapping) and all(str(key).startswith("<image_") for key in images):
@@ -118,9 +145,11 @@ def _as_list(images: Any) -> list[Any]:
 def reference_of(value: Any) -> str | None:
     """An image as a row names it: a path or URL; {"path": …} or {"url": …}; {"bytes": …}, as `datasets` exports it, as
     a data URL. None for anything else."""
+    if isinstance(value, bytes):
+        return embedded(value)
     if isinstance(value, Mapping):
-        if value.get("bytes"):
-            return embedded(value["bytes"])
+        if content := value.get("bytes") or value.get("data"):
+            return embedded(content)
         value = value.get("path") or value.get("url")
     return value if isinstance(value, str) and value.strip() else None
 
