@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import tiny_llama
 from transformers.training_args import OptimizerNames
 
 from rankwise import cli
@@ -134,3 +135,19 @@ def test_a_plain_line_needs_nothing(hide: Any, here: Path) -> None:
     hide("wandb", "tensorboard", "bitsandbytes", "matplotlib", "openai", "gguf", "xllamacpp", "scipy", "sacrebleu")
     config, _ = cli.resolve("train", TRAIN.split()[1:])
     require_extras("train", config)
+
+
+def test_pictures_that_are_left_out_are_said_and_their_numbers_are_kept(
+    hide: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pictures of a run are worth no refusal: they can be drawn later from its tables, and the summary is none."""
+    hide("matplotlib")
+    base, rows = tiny_llama(tmp_path / "base"), tmp_path / "trainset.csv"
+    rows.write_text("mr,ref\n" + "".join(f"name[{name}],{name} is here.\n" for name in "ABCD"))
+    line = f"train --model_name {base} --task e2e_nlg --data_path {rows} --max_steps 2 --val_fraction 0"
+    for more in ([], ["--no_plots"]):
+        out = tmp_path / f"run{len(more)}"
+        assert cli.main([*line.split(), "--use_cpu", "--save_strategy", "no", "-o", str(out), *more]) == 0
+        said = "pictures of gradient norms are left out: matplotlib is not installed" in capsys.readouterr().out
+        assert said == (not more), "what was switched off is no news"
+        assert (out / "gradient_summary.txt").is_file() and not (out / "plots").exists()

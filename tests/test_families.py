@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import transformers
 from families import FAMILIES
+from families.commands import PLACE, command
 from families.subject import Subject
 from families.trials import QUESTIONS, refused_by_train
 from families.unbuilt import LIMITED, UNBUILT
@@ -64,6 +65,12 @@ def test_the_table_is_of_the_families_that_are_built() -> None:
     assert {name for name, state in STATES.items() if state != "untested"} == FAMILIES.keys() - LIMITED.keys()
     assert FAMILIES.keys().isdisjoint(UNBUILT)
     assert UNBUILT.keys() <= MAPPING.keys()
+
+
+def test_the_table_names_no_folder_of_the_machine_that_made_it(tmp_path: Path) -> None:
+    assert not PLACE.search(TABLE.read_text(encoding="utf-8"))
+    code, said = command(f"train --model_name {tmp_path}/gone --task e2e_nlg --data_path {tmp_path}", tmp_path / "run")
+    assert code != 0 and str(tmp_path) not in said and "gone" in said
 
 
 def test_exact_means_that_every_question_was_answered_with_yes() -> None:

@@ -12,6 +12,7 @@ import pytest
 from rankwise import cli
 from rankwise.config import (
     CaptureConfig,
+    CheckConfig,
     EvaluateConfig,
     ExtractConfig,
     FactorTrainConfig,
@@ -20,6 +21,7 @@ from rankwise.config import (
     RunConfig,
     StudyConfig,
     TrainConfig,
+    ValidateConfig,
 )
 from rankwise.options import Option, options_of
 from rankwise.stages import train
@@ -36,6 +38,8 @@ NAMES = {
     FactorTrainConfig: "features train",
     CaptureConfig: "features capture",
     EvaluateConfig: "evaluate",
+    CheckConfig: "check",
+    ValidateConfig: "validate",
 }
 MODEL_AND_ROWS = {"model_name": "base", "task": "e2e_nlg", "data_path": "rows.csv"}
 NEEDED: Mapping[str, Mapping[str, Any]] = {
@@ -47,6 +51,8 @@ NEEDED: Mapping[str, Mapping[str, Any]] = {
     "features train": {},
     "features capture": {"model_name": "base", "images": "photos"},
     "evaluate": {"model_path": "base", "task": "e2e_nlg", "data_path": "rows.csv"},
+    "check": {"task": "e2e_nlg", "data_path": "rows.csv"},
+    "validate": {"export": "export", "task": "e2e_nlg", "data_path": "rows.csv"},
 }
 ROWS = [
     pytest.param(NAMES[kind], row, id=f"{NAMES[kind]} {row.option}") for kind, rows in TABLES.items() for row in rows
@@ -137,6 +143,9 @@ IDLE_LINES = (
     "train --model_name base --task e2e_nlg --data_path rows.csv --early_stopping 2 --save_steps 5",
     "evaluate base --task e2e_nlg --data_path rows.csv --image_folder x",
     "evaluate base --task lm_eval:arc --image_folder x",
+    "check --task e2e_nlg --data_path rows.csv --image_folder x",
+    "check --task conversations --data_path rows.json --max_seq_length 8",
+    "validate export --task e2e_nlg --data_path rows.csv --image_folder x",
 )
 
 

@@ -6,6 +6,7 @@ that share a panel also differ in style or marker.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,14 @@ INK, BLUE, GREY, YELLOW = "#222222", "#123570", "#7d7c78", "#cfb93f"
 FAINT = "#d9d9d6"
 SEQUENCE = "cividis"
 DPI = 150
+
+
+def drawable(what: str) -> bool:
+    """Whether matplotlib is there to draw with; where it is not, a note says which pictures are left out."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return True
+    print(f"note: {what} left out: matplotlib is not installed (pip install 'rankwise[plots]')")
+    return False
 
 
 def new_figure(

@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import DataError
-from rankwise.show.canvas import BLUE, GREY, INK, YELLOW, legend, log_ticks, name_axes, new_figure, save, whole_ticks
+from rankwise.show.canvas import (
+    BLUE,
+    GREY,
+    INK,
+    YELLOW,
+    drawable,
+    legend,
+    log_ticks,
+    name_axes,
+    new_figure,
+    save,
+    whole_ticks,
+)
 from rankwise.show.curves import draw_phases
 from rankwise.show.gradient_layers import (
     TITLES,
@@ -163,13 +175,16 @@ def gradient_pictures(tables: GradientTables) -> list[tuple[str, str, Callable[[
     return found
 
 
-def plot_gradients(run_folder: Path) -> list[Path]:
-    """Draw everything that a run folder's tables of gradient norms hold, into `plots/`, and write the summary.
+def plot_gradients(run_folder: Path, *, pictures: bool = True) -> list[Path]:
+    """Write the summary of a run folder's tables of gradient norms, and draw everything that they hold into `plots/`.
 
-    Returns the files written; none where nothing was measured.
+    Returns the files written; none where nothing was measured. Without matplotlib a note stands for the pictures.
     """
     tables = read_tables(run_folder)
     if tables is None or not tables.groups:
         return []
-    pictures = [draw(run_folder / "plots" / f"{name}.png") for name, _, draw in gradient_pictures(tables)]
-    return [*write_summary(tables, run_folder), *pictures]
+    drawn = gradient_pictures(tables) if pictures and drawable("pictures of gradient norms are") else []
+    return [
+        *write_summary(tables, run_folder),
+        *(draw(run_folder / "plots" / f"{name}.png") for name, _, draw in drawn),
+    ]

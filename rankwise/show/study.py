@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rankwise.show.blocks import Page, Picture, Section
+from rankwise.show.canvas import drawable
 from rankwise.show.report import render
 from rankwise.show.study_blocks import study_blocks
 from rankwise.show.study_plots import PLOTS
@@ -19,7 +19,7 @@ FILE = "study.json"
 def write_study(folder: Path, study: Mapping[str, Any]) -> dict[str, Path | str]:
     """Write them into the run folder; what was written, by name."""
     pictures = []
-    if importlib.util.find_spec("matplotlib"):
+    if drawable("pictures of the study are"):
         pictures = [
             Picture(draw(study, folder / "plots" / f"{name}.png"), caption) for name, (draw, caption) in PLOTS.items()
         ]

@@ -20,6 +20,7 @@ from rankwise.nets.cut_down import Untried, cut_down, headless, random_model
 from rankwise.nets.load import load_config
 from rankwise.show.check import in_words, report
 from rankwise.stages import training as shared
+from rankwise.stages.idle import refuse_idle
 from rankwise.stages.rendering import image_reader, reading, renderer_for
 from rankwise.stages.trial import tried
 from rankwise.store.files import write_json, write_text
@@ -53,6 +54,7 @@ def run(config: CheckConfig) -> Findings:
 
 def check(config: CheckConfig) -> None:
     shared.check_data(config.data, "check")
+    refuse_idle(config)
 
 
 def inputs(config: CheckConfig) -> dict[str, Path | str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from rankwise.config import (
     CaptureConfig,
+    CheckConfig,
     EvaluateConfig,
     ExtractConfig,
     FactorTrainConfig,
@@ -20,6 +21,7 @@ from rankwise.config import (
     RanksConfig,
     StudyConfig,
     TrainConfig,
+    ValidateConfig,
 )
 from rankwise.core.schedule import phases_of
 from rankwise.errors import UsageError
@@ -296,6 +298,13 @@ EVALUATE = [
         for name in ("num_fewshot", "lm_eval_tasks_path")
     ),
 ]
+CHECK = [
+    *ROWS,
+    *with_("model_name", True, "run_model prompt chat_template chat_template_kwargs max_seq_length overlong"),
+    *with_("model_name", True, "compare revision trust_remote_code"),
+    *with_("run_model", True, "attn_implementation", beside={"model_name": "base"}),
+]
+VALIDATE = [*of_images(), *with_("sweep", True, "sweep_margin llama_cpp_dir")]
 TABLES: Mapping[type, list[Bound]] = {
     TrainConfig: TRAIN,
     FinetuneConfig: FINETUNE,
@@ -305,6 +314,8 @@ TABLES: Mapping[type, list[Bound]] = {
     FactorTrainConfig: FEATURES_TRAIN,
     CaptureConfig: CAPTURE,
     EvaluateConfig: EVALUATE,
+    CheckConfig: CHECK,
+    ValidateConfig: VALIDATE,
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,11 +102,12 @@ def best_metric(trainer: RankwiseTrainer, config: TrainConfig) -> str:
 
 
 def tables_and_plots(config: TrainConfig) -> list[Path]:
-    """What was recorded of gradients and phases, and its pictures where matplotlib is there to draw them."""
+    """What was recorded of gradients and phases, its summary, and its pictures where they are wanted."""
     folder = Path(config.output_dir)
     tables = [folder / name for name in (*GRADIENT_FILES, PHASES_TABLE) if (folder / name).is_file()]
-    drawable = importlib.util.find_spec("matplotlib") is not None and not config.phases.no_plots
-    return tables + (plot_gradients(folder) if drawable and config.phases.log_frequency != 0 else [])
+    if config.phases.log_frequency == 0:
+        return tables
+    return tables + plot_gradients(folder, pictures=not config.phases.no_plots)
 
 
 def write_results_summary(config: TrainConfig, state: TrainerState) -> None:

@@ -20,6 +20,7 @@ from rankwise.ship.gain import change, gain_kept
 from rankwise.ship.parity.verdict import verdict
 from rankwise.ship.validation import FILE, FORMAT, items, scores
 from rankwise.show.validation import draw, summary
+from rankwise.stages.idle import refuse_idle
 from rankwise.stages.shipped import Shipment, shipment
 from rankwise.stages.sweeping import SWEPT, sweep_forms
 from rankwise.stages.training import settled
@@ -82,6 +83,7 @@ def check(config: ValidateConfig) -> None:
         raise UsageError(f"--tolerance must be above 0, got {config.tolerance}")
     if config.sweep and config.server:
         raise UsageError("--sweep runs files on this machine; leave --server out")
+    refuse_idle(config)
     task_named(config.data.task).check()
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from families.subject import Subject
 from families.talks import TALKS
 from rankwise import cli
+
+PLACE = re.compile(r"/(?:[^/\s:()]+/)+")  # of a folder: the table is committed, and shows names only
 
 
 def command(line: str, out: Path) -> tuple[int, str]:
@@ -22,7 +25,8 @@ def command(line: str, out: Path) -> tuple[int, str]:
         except Exception as error:  # noqa: BLE001 - a traceback is what a question finds
             return 1, f"{type(error).__name__}: {error}"
     lines = [said for said in errors.getvalue().splitlines() if said.startswith(("error", "rankwise"))]
-    return code, f"exit {code}: {lines[-1] if lines else errors.getvalue()[-300:]}"
+    said = lines[-1] if lines else errors.getvalue()[-300:]
+    return code, f"exit {code}: {PLACE.sub('', said)}"
 
 
 def usable(subject: Subject) -> Path:

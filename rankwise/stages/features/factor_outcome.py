@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from rankwise.data.features.split import SPLIT
 from rankwise.nets.factorize import load_factorizer
 from rankwise.nets.factorize.files import SETTINGS, WEIGHTS
 from rankwise.score.factorization import OF_REFINED, Closeness, measure, network, optimum
+from rankwise.show.canvas import drawable
 from rankwise.show.factor_curves import plot_factor_training
 from rankwise.show.format import command_line, duration, percent
 from rankwise.stages.features.factor_job import FactorJob
@@ -109,8 +109,7 @@ def means_of(row: Closeness, names: Sequence[str]) -> dict[str, float]:
 
 def plotted(rows: Sequence[Row], folder: Path, best_epoch: int) -> bool:
     """Draw the curves; without matplotlib a note says why they are missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print(f"note: {PLOT} is left out: matplotlib is not installed (pip install 'rankwise[plots]')")
+    if not drawable(f"{PLOT} is"):
         return False
     plot_factor_training(rows, folder / PLOT, best_epoch)
     return True
