@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from mutated_rows import mutated_rows, pictures, written
 from tiny import CHAT_TEMPLATE, tiny_llama
 from tiny_vision import tiny_qwen25vl, tiny_smolvlm
+from transformers import AutoTokenizer
 
 from rankwise.cli import main
 from rankwise.data import Rendered, load
@@ -145,3 +147,46 @@ def test_a_gate_that_lets_a_kind_pass_is_found(
     assert gate.check(rows)[0] == 0
     with pytest.raises(AssertionError):
         law(gate, rows)
+
+
+def test_a_token_beyond_the_embeddings_is_a_bad_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A token was added to the tokenizer, and the model was not resized: training would fail at that row."""
+    model = MODELS["text"](tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(model)
+    gate = Gate(model, capsys)
+    rows = [*GOOD, {"prompt": "What is <new>?", "completion": "A token."}]
+    law(gate, rows)
+    [bad] = gate.check(rows)[2]
+    assert (
+        bad["kind"] == "text" and "its token '<new>' is number 384, and the model has 384 embeddings" in bad["reason"]
+    )
+
+
+REFUSED = {
+    "a quantizer that is not installed": (
+        {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32}},
+        2,
+        "the base is stored quantized: .*gptqmodel",
+    ),
+    "heads that do not divide the width": ({"num_attention_heads": 3}, 3, r"config.json: .*number of attention heads"),
+    "a width that is a word": ({"hidden_size": "wide"}, 3, r"config.json: "),
+    "an activation that does not exist": ({"hidden_act": "silly"}, 3, r"config.json: no model can be made of it"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_cannot_be_loaded_is_refused_by_both(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed, code, reason = REFUSED[name]
+    if "quantization_config" in changed and find_spec("gptqmodel"):
+        pytest.skip("the quantizer is installed")
+    gate = Gate(MODELS["text"](tmp_path / "model"), capsys)
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(read_json(config) | changed))
+    flags = ["--data_path", str(gate.file(GOOD)), *gate.flags, "-o", str(tmp_path / "out")]
+    for command in (["check"], ["train", "--use_cpu", "--max_steps", "1"]):
+        assert main([*command, *flags]) == code
+        assert re.search(reason, capsys.readouterr().err, re.DOTALL)

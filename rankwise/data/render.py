@@ -77,7 +77,8 @@ class Renderer:
     how the model takes images; without it a sample's text is rendered alone. chat_template: a template's text, in place
     of the tokenizer's own. template_kwargs: variables that every rendering is given (`enable_thinking` …), JSON values;
     the date that the template prints is added to them, so `replace` and whoever reads `settings` render it again.
-    skip_bad: a data set leaves out samples that cannot be rendered, counted, instead of raising.
+    skip_bad: a data set leaves out samples that cannot be rendered, counted, instead of raising. vocabulary: rows of
+    the model's embeddings; a text with a token beyond them is a DataError.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -91,6 +92,7 @@ class Renderer:
     chat_template: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
     skip_bad: bool = False
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         for value, allowed in ((self.style, STYLES), (self.overlong, OVERLONG)):
@@ -218,12 +220,23 @@ class Renderer:
         if self.sight is None:
             example = without_images(example)
         pieces = self._pieces(example, with_answer)
+        self._refuse_beyond(example, pieces)
         if _length(pieces) <= limit:
             return pieces, False
         if self.overlong != "truncate_source" or example.images:
             uncut = not example.images and self.overlong != "truncate_source"
             raise Overlong(example.id, _length(pieces), limit, self._image_tokens(pieces), uncut=uncut)
         return self._shortened(example, limit, with_answer), True
+
+    def _refuse_beyond(self, example: Example, pieces: Sequence[_Piece]) -> None:
+        """DataError for a token that the model has no embedding of: the tokenizer is longer than the model."""
+        top = max((token for piece in pieces for token in piece.ids), default=0)
+        if self.vocabulary is not None and top >= self.vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(top)
+            raise DataError(
+                f"sample {example.id}: its token {token!r} is number {top:,}, and the model has "
+                f"{self.vocabulary:,} embeddings; use the model's own tokenizer, or resize its embeddings"
+            )
 
     def _image_tokens(self, pieces: Sequence[_Piece]) -> int:
         if self.sight is None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -22,6 +23,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.quantizers import AutoHfQuantizer
 
 from rankwise.errors import DataError, UsageError, need
 from rankwise.nets.isaac import IsaacForConditionalGeneration
@@ -31,6 +33,7 @@ from rankwise.store.checkpoint import INDEX, NAMES, resolve
 from rankwise.store.files import read_object
 
 COMMIT_LENGTH, PIXELS = 40, "pixel_values"
+UNFIT = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
 OURS = {"IsaacForConditionalGeneration": IsaacForConditionalGeneration}
 
 
@@ -51,7 +54,7 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
         raise DataError(f"{folder}: no config.json, so this is not a Hugging Face model folder")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError) as error:
+    except UNFIT as error:
         if "trust_remote_code" in str(error):
             raise DataError(
                 f"{name}: this model needs code from its repository; read that code, then pass "
@@ -89,11 +92,16 @@ def meta_model(name: str, revision: str | None = None, trust_remote_code: bool =
     """The model's modules with no weights: what its sites are called, for a few kilobytes."""
     config = load_config(name, revision, trust_remote_code)
     found = model_class(config)
-    with torch.device("meta"):
-        if hasattr(found, "from_config"):
-            model = found.from_config(config, trust_remote_code=trust_remote_code)
-        else:
-            model = found(config)
+    try:
+        with torch.device("meta"):
+            if hasattr(found, "from_config"):
+                model = found.from_config(config, trust_remote_code=trust_remote_code)
+            else:
+                model = found(config)
+    except ImportError as error:
+        raise UsageError(f"{name}: the model needs a package: {error}") from error
+    except UNFIT as error:
+        raise DataError(f"{name}/config.json: no model can be made of it: {error}") from error
     assert isinstance(model, PreTrainedModel)
     return model
 
@@ -130,6 +138,19 @@ def quantization_config(kind: str, model: PreTrainedModel) -> Any:
     )
 
 
+def check_quantizer(config: Any) -> None:
+    """UsageError where the weights are stored quantized, and the package that reads them is missing."""
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return
+    try:
+        AutoHfQuantizer.from_config(given, pre_quantized=True).validate_environment(device_map=None)
+    except ImportError as error:
+        raise UsageError(f"the base is stored quantized: {error}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError):
+        return  # this machine lacks the device, say: loading tells
+
+
 def load_model(
     name: str,
     dtype: torch.dtype,
@@ -157,6 +178,8 @@ def load_model(
         model, info = model_class(config).from_pretrained(
             folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code, **extra
         )
+    except ImportError as error:
+        raise UsageError(f"{folder}: the model needs a package: {error}") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{folder}: cannot load the model: {error}") from error
     if info["missing_keys"]:

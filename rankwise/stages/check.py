@@ -84,7 +84,7 @@ def renderer_of(config: CheckConfig) -> Renderer | None:
     name = config.model.model_name
     if name is None:
         return None
-    return renderer_for(config.data, config.model, name, shared.structure(config.model, name).config)
+    return renderer_for(config.data, config.model, name, shared.loadable(config.model, name).config)
 
 
 def try_model(config: CheckConfig, renderer: Renderer, findings: Findings) -> None:

@@ -45,7 +45,7 @@ def run(config: FinetuneConfig) -> Path:
     check_folder(config)
     folder = RunFolder(config.output_dir)
     with shared.held(folder, "finetune", {"model": name, "data": str(config.data.data_path)}) as record:
-        skeleton = shared.structure(config.model, name)
+        skeleton = shared.loadable(config.model, name)
         job = prepare(config, name, arguments, skeleton)
         checkpoint = starting_point(config, job)
         started = time.monotonic()

@@ -95,6 +95,7 @@ def rendered_as(
         skip_bad=data.skip_bad,
         chat_template=template_text(data.chat_template),
         template_kwargs=data.chat_template_kwargs or {},
+        vocabulary=None if brought(places, TOKENIZER) else embeddings(config),
     )
     return renderer, found
 
@@ -162,6 +163,13 @@ def positions(config: Any) -> int | None:
     text = config.get_text_config()
     limits = (getattr(text, name, None) for name in ("max_position_embeddings", "max_sequence_length"))
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def embeddings(config: Any) -> int | None:
+    """Rows of the language model's embeddings. (An adapter with a tokenizer of its own may bring more.)"""
+    text = config.get_text_config()
+    rows = getattr(text, "vocab_size", None)
+    return rows and rows + getattr(text, "additional_vocab_size", 0)
 
 
 def own_length(config: Any) -> int:

@@ -71,7 +71,7 @@ def run(config: TrainConfig) -> Path:
     check_folder(config)
     folder, towers = RunFolder(config.output_dir), train_use(config.towers)
     with shared.held(folder, "train", inputs(config, name)) as record:
-        skeleton = shared.structure(config.model, name)
+        skeleton = shared.loadable(config.model, name)
         depth = asked(config.depth)
         if depth:
             attach_depth(skeleton, depth)

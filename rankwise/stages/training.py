@@ -34,7 +34,7 @@ from rankwise.data.sources.labels import own_validation
 from rankwise.errors import UsageError
 from rankwise.nets.adapters import require_converted, save_adapter, write_sites
 from rankwise.nets.depth_settings import DepthSettings
-from rankwise.nets.load import load_model, meta_model
+from rankwise.nets.load import check_quantizer, load_model, meta_model
 from rankwise.stages.rendering import reading
 from rankwise.store.adapter import LoraPair
 from rankwise.store.checkpoint import open_checkpoint, resolve
@@ -142,6 +142,13 @@ def warn_of_training_rows(run: Path, file: Path, measured: str) -> None:
 def structure(model: ModelSection, name: str) -> PreTrainedModel:
     """The model without weights: names and sizes, checked before anything large is read."""
     return meta_model(name, model.revision, model.trust_remote_code)
+
+
+def loadable(model: ModelSection, name: str) -> PreTrainedModel:
+    """The same of a model whose weights will be read: UsageError where a package for them is missing."""
+    skeleton = structure(model, name)
+    check_quantizer(skeleton.config)
+    return skeleton
 
 
 def loaded(model: ModelSection, name: str, dtype: torch.dtype, quantization: str | None = None) -> PreTrainedModel:
