@@ -98,11 +98,12 @@ def test_several_exchanges(tmp_path: Path) -> None:
     swift = {"query": "c", "response": "d", "history": [["a", "b"]]}
     alpaca = {"instruction": "c", "input": "more", "output": "d", "history": [["a", "b"]]}
     xtuner = {"conversation": [{"input": "a", "output": "b"}, {"input": "c", "output": "d"}]}
+    prompted = {"prompt": "c", "response": "d", "history": [["a", "b"]]}
     dolly = {"instruction": "c", "context": "more", "response": "d"}
     cauldron = {"texts": [{"user": "a", "assistant": "b"}, {"user": "c", "assistant": "d"}]}
-    found = [texts(row) for row in read(tmp_path, swift, alpaca, xtuner, dolly, cauldron)]
+    found = [texts(row) for row in read(tmp_path, swift, alpaca, xtuner, dolly, cauldron, prompted)]
     four = ["a", "b", "c", "d"]
-    assert found == [four, ["a", "b", "c\nmore", "d"], four, ["c\nmore", "d"], four]
+    assert found == [four, ["a", "b", "c\nmore", "d"], four, ["c\nmore", "d"], four, four]
 
 
 @pytest.mark.parametrize("name", ["gpt", "assistant", "bot", "model", "chatbot", "ChatGPT", "AI", "function_call"])
@@ -385,6 +386,15 @@ def test_rows_that_would_be_learnt_without_a_part_are_refused(
     assert main(argv) == 3
     [bad] = [json.loads(line) for line in (tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()]
     assert bad["kind"] == "row" and re.search(reason, bad["reason"])
+
+
+def test_questions_with_an_answer_alone_are_told_to_be_cota(tmp_path: Path) -> None:
+    """VQA, GSM8K: what is put around them is said."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "How many?", "answer": "3", "image": "0.png"}))
+    rows = load(kind_of(tmp_path / "rows.jsonl") or "", tmp_path / "rows.jsonl")
+    assert rows.notes(sees_images=True) == [
+        "note: 1 row: without a chain of thought, read as CoTA: an instruction before it, 'Answer:' learnt too"
+    ]
 
 
 def test_columns_that_name_no_image_of_theirs_are_left_alone(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ SAID_BY = {
 RESULTS = ("tool", "function", "observation", "ipython", "tool_response", "function_response")
 SPEAKERS = {name: role for role, names in SAID_BY.items() for name in names.split()} | dict.fromkeys(RESULTS, "user")
 REASONING = ("reasoning_content", "reasoning", "thinking")
-WEIGHTS = ("loss", "train", "training", "weight", "loss_weight")
+WEIGHTS = ("loss", "train", "training", "weight", "loss_weight", "loss_scale")
 UNUSED = (
     *("tool_calls", "function_call", "tools", "functions", "chat_template_kwargs", "objects"),
     *("rejected_response", "rejected", "chosen", "video", "videos", "audio", "audios"),

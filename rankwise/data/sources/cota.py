@@ -52,6 +52,10 @@ def _example(repeat_image: bool, identity: str, row: dict[str, Any]) -> Example:
     images = slots.filled(listed, repeat=repeat_image)
     response = _response(row)
     refuse_in_answer(response)
+    if response.startswith(ANSWER):
+        slots.changes.append(
+            f"without a chain of thought, read as CoTA: an instruction before it, {ANSWER!r} learnt too"
+        )
     turns = (
         Turn("user", INSTRUCTION, "Instruction"),
         Turn("user", question, "Question"),

@@ -96,6 +96,9 @@ def _pair(question: str, answer: str) -> Callable[[Row], Iterator[Row]]:
 
 def _prompted(answer: str) -> Callable[[Row], Iterator[Row]]:
     def form(row: Row) -> Iterator[Row]:
+        if not any(isinstance(row[key], list) for key in ("prompt", answer)):
+            yield from _asked(row, row["prompt"], row[answer])
+            return
         refuse_beside(row)
         for role, key in (("user", "prompt"), ("assistant", answer)):
             yield from _listed(key)(row) if isinstance(row[key], list) else [{"role": role, "content": row[key]}]
