@@ -218,6 +218,22 @@ def test_a_dry_run(name: str, world: Path, here: Path, capsys: pytest.CaptureFix
         assert "# would " in said and isinstance(yaml.safe_load(said), dict)
 
 
+@pytest.mark.parametrize("name", ["train", "finetune"])
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        (("--max_seq_length", "4"), 3, "tokens"),
+        (("--chat_template_kwargs", '{"a": 1}'), 2, "chat"),
+    ],
+)
+def test_a_dry_run_of_training_reads_the_rows(
+    name: str, more: tuple[str, ...], code: int, said: str, world: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is refused within the locked folder, before weights are loaded, is refused by the dry run, word for word."""
+    found = [called(words(name, world, *more, *dry), capsys) for dry in ((), ("--dry-run",))]
+    assert found[0] == found[1] and found[0][0] == code and said in found[0][1], found
+
+
 @pytest.mark.parametrize(
     ("line", "environment", "code"),
     [

@@ -21,6 +21,7 @@ from rankwise.errors import UsageError, VerificationError
 from rankwise.stages.recorded import save_input
 from rankwise.stages.training import Job
 from rankwise.store.aside import Aside
+from rankwise.store.files import about_to_write
 from rankwise.store.processes import announce, process_index
 from rankwise.store.run import CONFIG, RunFolder
 from rankwise.train.allocation import ALLOCATED_TABLE
@@ -50,6 +51,7 @@ def starting_point(config: FinetuneConfig | TrainConfig, job: Job) -> Path | Non
     )
     if index == 0 and checkpoint is None:
         refuse_earlier(folder, bool(config.training.get("overwrite")))
+    about_to_write()  # weights are loaded next: what is refused before them, a dry run has refused by now
     return checkpoint
 
 

@@ -44,7 +44,8 @@ def run(config: FinetuneConfig) -> Path:
     arguments = arguments_of(config)
     check_folder(config)
     folder = RunFolder(config.output_dir)
-    with shared.held(folder, "finetune", {"model": name, "data": str(config.data.data_path)}) as record:
+    given: dict[str, Path | str] = {"model": name, "data": str(config.data.data_path)}
+    with shared.held(folder, "finetune", given, rehearsed=True) as record:
         skeleton = shared.loadable(config.model, name)
         job = prepare(config, name, arguments, skeleton)
         checkpoint = starting_point(config, job)

@@ -29,6 +29,7 @@ from rankwise.stages.scheduling import schedule_of
 from rankwise.stages.selecting import selection_facts
 from rankwise.stages.towers import train_use
 from rankwise.store.deltas import open_deltas
+from rankwise.store.files import about_to_write
 from rankwise.store.processes import announce
 
 
@@ -106,6 +107,7 @@ def with_depth(
         return None, renderer
     if renderer.sight is None or not any(example.images for example in examples):
         raise UsageError("--use_depth needs a model that sees images, and rows that have some")
+    about_to_write()  # maps are made and kept
     settings, sight = prepared(
         settings, config.depth, renderer.sight, examples, seed=config.seed, device=arguments.device
     )

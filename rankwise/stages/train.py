@@ -70,7 +70,7 @@ def run(config: TrainConfig) -> Path:
         return estimated(config, name, arguments)
     check_folder(config)
     folder, towers = RunFolder(config.output_dir), train_use(config.towers)
-    with shared.held(folder, "train", inputs(config, name)) as record:
+    with shared.held(folder, "train", inputs(config, name), rehearsed=True) as record:
         skeleton = shared.loadable(config.model, name)
         depth = asked(config.depth)
         if depth:

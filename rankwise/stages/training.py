@@ -38,7 +38,7 @@ from rankwise.nets.load import check_quantizer, load_model, meta_model
 from rankwise.stages.rendering import reading
 from rankwise.store.adapter import LoraPair
 from rankwise.store.checkpoint import open_checkpoint, resolve
-from rankwise.store.files import fingerprint
+from rankwise.store.files import fingerprint, rehearsing
 from rankwise.store.processes import announce, process_index
 from rankwise.store.run import Record, RunFolder
 from rankwise.train.arguments import frozen_dtype
@@ -81,9 +81,14 @@ class Job:
 
 
 @contextmanager
-def held(folder: RunFolder, stage: str, inputs: Mapping[str, Path | str]) -> Iterator[Record]:
-    """The run folder, locked and recorded by the first process; the others work beside it."""
-    if process_index()[0] != 0:
+def held(
+    folder: RunFolder, stage: str, inputs: Mapping[str, Path | str], *, rehearsed: bool = False
+) -> Iterator[Record]:
+    """The run folder, locked and recorded by the first process; the others work beside it.
+
+    rehearsed: a dry run goes on into the block, without the folder; the block itself calls `about_to_write`.
+    """
+    if process_index()[0] != 0 or (rehearsed and rehearsing()):
         yield Record()
         return
     with folder.lock(), folder.recording(stage, inputs) as record:

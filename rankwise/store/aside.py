@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from rankwise.store.files import about_to_write
+
 PLACE = ".earlier"
 
 
@@ -45,6 +47,7 @@ class Aside:
         """Move them back, in place of what a run that did not begin has left; also after a process was killed."""
         if not self.place.is_dir():
             return
+        about_to_write()
         for entry in self.place.iterdir():
             remove(self.folder / entry.name)
             os.replace(entry, self.folder / entry.name)

@@ -48,6 +48,11 @@ def rehearsal() -> Iterator[None]:
         _rehearsing.reset(token)
 
 
+def rehearsing() -> bool:
+    """Whether this is a rehearsal: nothing may be made, locked or fetched."""
+    return _rehearsing.get()
+
+
 def about_to_write() -> None:
     """Said before anything is made, locked or fetched; ends a rehearsal."""
     if _rehearsing.get():
