@@ -377,5 +377,9 @@ def test_the_command_line(cache: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "results").exists()
     assert cli.main(words) == 0
     assert (tmp_path / "results" / "MLP" / "best_model.safetensors").is_file()
-    assert cli.main([*words[:5], str(tmp_path / "nothing"), *words[6:]]) == DataError.exit_code
+    nothing = tmp_path / "nothing"
+    assert cli.main([*words[:5], str(nothing), *words[6:]]) == DataError.exit_code
+    assert f"{nothing}: no such file or folder (--features)" in capsys.readouterr().err
+    nothing.mkdir()
+    assert cli.main([*words[:5], str(nothing), *words[6:]]) == DataError.exit_code
     assert "no feature cache" in capsys.readouterr().err

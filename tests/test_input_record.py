@@ -272,7 +272,9 @@ def test_a_fine_tune_is_measured_and_extracted_with_its_prompts(
     words = "--use_cpu --max_steps 2 --subset_ratio 1 --batch_size 2 --gradient_accumulation 1 --save both".split()
     probe = tmp_path / "probe"
     assert run("finetune", "--model_name", base, "--data_path", rows, "-o", probe, *words, "--prompt", "raw") == 0
-    assert read_input(probe / "finetuned") and not read_input(probe / "pretrained")
+    assert all(
+        read_input(probe / kind) == (record_of(probe), probe / kind / FILE) for kind in ("finetuned", "pretrained")
+    )
     capsys.readouterr()
     measured = ("ranks", "--deltas", probe, "--model_name", base, "--task", "conversations", "--gain", rows)
     assert run(*measured, "--num_samples", 2, "--no_plots", "--allow_noise", "-o", tmp_path / "ranks") == 0
