@@ -6,6 +6,7 @@ rankwise ranks BASE TUNED --budget uniform:16 --dry-run
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import logging
 import os
@@ -27,6 +28,11 @@ from rankwise.stages.recipe import PIPELINES, options_for, packaged_recipe
 RECIPES = Path(__file__).parent / "recipes"
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
 QUOTED = re.compile(r"(`[^`]*`|pip install \S+|rankwise [a-z].*)")  # command lines of their own
+NO_PATH = (
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EROFS,
+)  # what no file can be looked for or made at, wherever it is met
 NO_CONFIG = ("", ".txt", ".cfg", ".conf", ".ini", ".json5", ".jsonc")  # suffixes that no file a command takes has
 
 
@@ -224,6 +230,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head`: nobody reads on, and Python's own last flush must not fail either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in NO_PATH or not isinstance(error.filename, str):
+            raise
+        print(f"rankwise: {error.filename}: {error.strerror}; give another path", file=sys.stderr)
+        return UsageError.exit_code
     except KeyboardInterrupt:
         print("rankwise: interrupted", file=sys.stderr)
         return 130

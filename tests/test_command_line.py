@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -170,6 +171,22 @@ def test_a_place_that_takes_no_output(name: str, world: Path, here: Path, capsys
     for more in ([], ["--dry-run"]):
         code, said = called(words(name, world, "-o", f"{world}/file/below.html", *more), capsys)
         assert code == 2 and f"{world}/file" in said, said
+
+
+@pytest.mark.parametrize("name", [name for name, (line, _) in LINES.items() if "@" in line or name not in NO_OUTPUT])
+def test_a_name_that_is_too_long(name: str, world: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As each path of the line in turn, and as the output."""
+    line, long = words(name, world), "x" * 300
+    places = [place for place, word in enumerate(line) if word.startswith(str(world))]
+    lines = [[*line[:place], long, *line[place + 1 :]] for place in places]
+    for tried in (*lines, *([] if name in NO_OUTPUT else [[*line, "-o", long]])):
+        code, said = called(tried, capsys)
+        assert code in (2, 3) and said, tried
+
+
+def test_below_a_folder_in_which_nothing_can_be_made(world: Path, here: Path, capsys: Any) -> None:
+    code, said = called(words("report", world, "-o", "/proc/page.html"), capsys)
+    assert code == 2 and "/proc" in said
 
 
 @pytest.mark.parametrize("name", LINES)

@@ -24,7 +24,7 @@ from rankwise.errors import DataError, RankwiseError, UsageError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_SPACE_TEXTS = ("No space left", "os error 28", "Disk quota exceeded", "os error 122")
-UNWRITABLE = (NotADirectoryError, FileExistsError, PermissionError, IsADirectoryError)
+UNWRITABLE = (NotADirectoryError, FileExistsError, PermissionError, IsADirectoryError, FileNotFoundError)
 WHOLE = 64 * 2**20
 SAMPLES, SAMPLE_BYTES = 256, 16 * 2**10
 
@@ -187,6 +187,8 @@ def names(error: OSError, path: Path) -> bool:
     if not isinstance(error.filename, str):
         return False
     named, above = Path(error.filename).absolute(), path.absolute().parents
+    if isinstance(error, FileNotFoundError):  # a folder above that cannot be made, below /proc say
+        return named in above
     return named == path.absolute() or named in above or named.parent in above
 
 
