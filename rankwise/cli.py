@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RankwiseError as error:
         if os.environ.get("RANKWISE_DEBUG"):
             traceback.print_exc()
-        print(f"rankwise: {own_flags(words, str(error))}", file=sys.stderr)
+        print(f"rankwise: {terminal.harmless(own_flags(words, str(error)))}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # `| head`: nobody reads on, and Python's own last flush must not fail either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import codecs
 import io
+import re
 import sys
 import unicodedata
 
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 ERRORS = "rankwise"  # name of the error handler of the two streams
 ASCII = {
     sign: text
@@ -56,6 +58,11 @@ ASCII = {
     )
     for sign in signs
 }
+
+
+def harmless(text: str) -> str:
+    """Without control characters and direction overrides, as a file or a service may put them into a message."""
+    return UNPRINTABLE.sub("�", text.replace("\r\n", "\n"))
 
 
 def readable() -> None:

@@ -119,6 +119,15 @@ def test_roles_of_ones_own(tmp_path: Path) -> None:
     assert texts(read(tmp_path, row, roles=("pupil=user", "coach=assistant"))[0]) == ["a", "b"]
     with pytest.raises(UsageError, match="--roles coach=model"):
         read(tmp_path, row, roles=("coach=model",))
+    with pytest.raises(UsageError, match="coach is named user and assistant"):
+        read(tmp_path, row, roles=("coach=user", "Coach=assistant"))
+
+
+def test_a_key_twice_in_a_row_is_refused_as_in_a_list(tmp_path: Path) -> None:
+    """json keeps the last one silently, and with it one of two answers."""
+    (tmp_path / "rows.jsonl").write_text('{"messages": [{"role": "user", "content": "a", "content": "b"}]}\n')
+    with pytest.raises(DataError, match=r"line 1.*the key 'content' appears twice in one object"):
+        load("conversations", tmp_path / "rows.jsonl")
 
 
 def test_roles_and_places_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,12 @@ def test_the_log_is_utf8_whatever_the_terminal_is(tmp_path: Path) -> None:
     assert f"report: {run}" in log.read_text(encoding="utf-8")
 
 
+def test_what_a_message_quotes_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "--data_path", "no\x1b[31mfile\u202e", "--task", "conversations"]) != 0
+    shown = capsys.readouterr().err
+    assert "no�[31mfile�" in shown and "\x1b" not in shown
+
+
 def test_nobody_reads_on() -> None:
     """`rankwise --help | head -1` ends without a traceback."""
     reading, writing = os.pipe()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 from rankwise.core.plan import RankPlan
 from rankwise.score.result import EvaluationResult
 from rankwise.show.gradient_series import GradientTables
-
-UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+from rankwise.terminal import harmless
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,5 +107,5 @@ class Contents:
 
 def printable(text: Any, most: int = 700) -> str:
     """Text from a file as one may show it: no control characters, no direction overrides, not endless."""
-    shown = UNPRINTABLE.sub("�", str(text).replace("\r\n", "\n"))
+    shown = harmless(str(text)).encode("utf-8", "replace").decode()
     return shown if len(shown) <= most else shown[:most].rstrip() + " …"

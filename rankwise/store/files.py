@@ -230,7 +230,7 @@ def read_json(path: Path | str) -> Any:
     path = Path(path)
     content = read_bytes(path)
     try:
-        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique)
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from error
     except UnicodeDecodeError as error:
@@ -267,7 +267,8 @@ class RepeatedKey(ValueError):
         self.key = key
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """json's `object_pairs_hook` that raises RepeatedKey."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:

@@ -65,7 +65,11 @@ def speakers_of(given: Sequence[str]) -> dict[str, str]:
     for (name, role), pair in zip(pairs, given, strict=True):
         if not name.strip() or role.strip() not in ROLES:
             raise UsageError(f"--roles {pair}: a name of the rows and {', '.join(ROLES)}: bot=assistant,customer=user")
-    return {name.strip().lower(): role.strip() for name, role in pairs}
+    named: dict[str, str] = {}
+    for name, role in ((name.strip().lower(), role.strip()) for name, role in pairs):
+        if named.setdefault(name, role) != role:
+            raise UsageError(f"--roles: {name} is named {named[name]} and {role}; give one role")
+    return named
 
 
 def _example(reading: Reading, speakers: Mapping[str, str], identity: str, row: dict[str, Any]) -> Example:

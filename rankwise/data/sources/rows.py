@@ -13,7 +13,7 @@ from typing import Any
 
 from rankwise.data.example import Example, Rejected
 from rankwise.errors import DataError, need
-from rankwise.store.files import read_json
+from rankwise.store.files import RepeatedKey, read_json, unique
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 PARQUET = ".parquet"
@@ -233,9 +233,11 @@ def _json_lines(source: RowFile) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=unique)
         except json.JSONDecodeError as error:
             source.reject(number, f"not valid JSON ({error.msg} at column {error.colno})")
+        except RepeatedKey as error:
+            source.reject(number, f"the key {error.key!r} appears twice in one object")
         except (ValueError, RecursionError) as error:
             source.reject(number, f"cannot be read ({error})")
         else:
