@@ -96,10 +96,11 @@ def listed(out: Path) -> list[Row]:
     return [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
 
 
-def checked(file: Path, folder: Path, *flags: str) -> tuple[int, Row, list[Row]]:
-    """Exit code, report and bad samples of the command."""
+def checked(file: Path, folder: Path | None, *flags: str) -> tuple[int, Row, list[Row]]:
+    """Exit code, report and bad samples of the command; folder: where images are, None for rows of text."""
     out = file.parent / "report"
-    argv = ["check", "--data-path", str(file), "--image-folder", str(folder), "-o", str(out), "--workers", "0", *flags]
+    images = [] if folder is None else ["--image-folder", str(folder)]
+    argv = ["check", "--data-path", str(file), *images, "-o", str(out), "--workers", "0", *flags]
     code = main(argv)
     return code, read_json(out / "check.json"), listed(out)
 
@@ -365,7 +366,7 @@ def test_text_tasks_are_checked_too(tmp_path: Path, models: Callable[[str], Path
     file = tmp_path / "trainset.csv"
     file.write_text("mr,ref\nname[A],A is here.\nname[B]," + "B is far away. " * 60 + "\nname[C],\n")
     code, report, bad = checked(
-        file, tmp_path, "--task", "e2e_nlg", "--model-name", str(models("llama")), "--max-seq-length", "128"
+        file, None, "--task", "e2e_nlg", "--model-name", str(models("llama")), "--max-seq-length", "128"
     )
     assert code == 3
     assert [(one["kind"], one["line"]) for one in bad] == [("overlong", 3), ("row", 4)]
