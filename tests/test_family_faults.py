@@ -234,7 +234,7 @@ def test_a_family_whose_images_are_not_followed_is_warned_of(
     monkeypatch.setattr(tested, "table", lambda _: {"families": {"llama": {"state": "untested"}}})
     assert checked(model, rows(tmp_path, "one image"), tmp_path)[0] == 0
     out = capsys.readouterr().out
-    assert "images of the family llama are not followed here" in out
+    assert "images are not supported for the family llama" in out
     assert "samples have images; this run uses their text only" in out
 
 

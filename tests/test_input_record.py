@@ -118,6 +118,7 @@ def test_a_chat_run_of_an_earlier_version_goes_on(base: Path, rows: Path, tmp_pa
     write_json(file, content)
     (out / FILE).unlink()
     train(base, out, *saving, "--max_steps", 3, "--resume_from_checkpoint", "true")
+    assert read_object(out / FILE)["prompt"] == "chat", "written anew, as it was trained"
 
 
 # --- noticed where it is not as it was -------------------------------------------------------------------------------

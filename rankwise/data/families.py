@@ -40,10 +40,10 @@ def table(path: Path) -> dict[str, Any]:
 
 
 def blind_warning_for(model_type: str) -> str | None:
-    """What to tell the user of a family whose images are in no form that is followed here (Emu3, Chameleon, Fuyu)."""
+    """The warning for a family whose image input is not supported (no vision config: Emu3, Chameleon, Fuyu)."""
     if model_type not in table(TABLE)["families"]:
         return None
-    return f"warning: images of the family {model_type} are not followed here: rows are used by their text only; {PAGE}"
+    return f"warning: images are not supported for the family {model_type}: training uses the text of rows only; {PAGE}"
 
 
 def warning_for(model_type: str) -> str | None:

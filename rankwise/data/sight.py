@@ -135,7 +135,7 @@ class Sight:
         _, given = heard(self.processor, [APART.join(texts)], [blank(sizes)])
         found = given[0].split(APART) if len(given) == 1 else []
         if len(found) != len(texts):
-            raise UsageError(f"{self._name} makes its prompts in a way that is not followed here; {SUPPORTED}")
+            raise UsageError(f"{self._name} builds prompts in a way that is not supported; {SUPPORTED}")
         return found
 
     @cached_property
