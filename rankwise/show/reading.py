@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -33,6 +32,7 @@ from rankwise.show.study_words import FORMAT as STUDY_FORMAT
 from rankwise.show.study_words import PARTS as STUDY_PARTS
 from rankwise.show.validation import read_validation
 from rankwise.store.files import read_bytes, read_json, read_object
+from rankwise.store.lineage import named, walk
 from rankwise.store.plan_file import read_plan
 from rankwise.store.run import FORMAT as MANIFEST_FORMAT
 from rankwise.store.run import MANIFEST
@@ -80,20 +80,6 @@ def read_run(run: Path) -> Contents:
             "training_log.csv or plots below it. Name the folder that a rankwise command wrote."
         )
     return contents
-
-
-def walk(run: Path) -> Iterator[Path]:
-    """Files below the folder in name order; not of checkpoints, of hidden folders, of earlier reports, nor links."""
-    for root, folders, files in os.walk(run):
-        reports = {name.removesuffix(".html") + "_files" for name in files if name.endswith(".html")}
-        folders[:] = sorted(
-            name for name in folders if not name.startswith((".", "checkpoint-")) and name not in reports
-        )
-        yield from (Path(root, name) for name in sorted(files) if not Path(root, name).is_symlink())
-
-
-def named(files: list[Path], name: str) -> list[Path]:
-    return [path for path in files if path.name == name]
 
 
 def relative(run: Path, path: Path) -> str:

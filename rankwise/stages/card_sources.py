@@ -5,25 +5,20 @@ RUN ── export.json: model ──▶ merged folder ── manifest: adapter �
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import SCORED_TASKS
 from rankwise.errors import DataError
-from rankwise.ship.gguf.export import FILE as EXPORT
 from rankwise.show.contents import Contents, Scored
-from rankwise.show.reading import named, read_run, walk
+from rankwise.show.reading import read_run
 from rankwise.store.adapter import CONFIG_NAME, is_adapter
 from rankwise.store.files import read_object
-from rankwise.store.run import CONFIG, MANIFEST, RunFolder
+from rankwise.store.lineage import EXPORT, adapters_of, chain, named, walk
+from rankwise.store.run import CONFIG, MANIFEST
 
 BUNDLE = "bundle.json"
-ROWS = (
-    *("task", "data_path", "image_folder", "allow_outside", "allow_urls", "repeat_image", "image_first", "roles"),
-    *("skip_bad", "device_target"),
-)
 KINDS = ("bundle", "export", "merged", "adapter")  # the furthest along first
 
 
@@ -88,50 +83,6 @@ def sources_of(run: Path) -> Sources:
             roots.append(root)
     contents = tuple(read_run(root) if has_records(root) else Contents(root) for root in roots)
     return Sources(tuple(roots), contents)
-
-
-def chain(run: Path) -> Iterator[Path]:
-    """The folder, and every folder that it and its predecessors were made from and that is still there."""
-    waiting, seen = [run], set()
-    while waiting:
-        folder = waiting.pop(0)
-        if folder in seen or not folder.is_dir():
-            continue
-        seen.add(folder)
-        yield folder
-        files = list(walk(folder))
-        waiting += [Path(path) for file in named(files, EXPORT) if (path := model_of(file))]
-        waiting += [Path(path) for file in named(files, MANIFEST) for path in adapters_of(file)]
-
-
-def row_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a config, how its rows are read by a command that scores them."""
-    return {name: config[name] for name in ROWS if config.get(name)}
-
-
-def trained_rows(folder: Path) -> dict[str, Any]:
-    """Those of the run that an adapter, a merged model or an export was made from; empty where its folder does not say,
-    or the task has no scores."""
-    places = [place for root in chain(folder) for place in ((root, root.parent) if is_adapter(root) else (root,))]
-    found = rows_of(places, "train")
-    return found if found.get("task") in SCORED_TASKS else {}
-
-
-def rows_of(places: Iterable[Path], *stages: str) -> dict[str, Any]:
-    """Those of the first of these folders that is a run of one of the stages; empty where none is."""
-    runs = (place for place in places if not set(stages).isdisjoint(RunFolder(place).stages()))
-    return next((row_options(Recorded(run, {}).config) for run in runs), {})
-
-
-def model_of(export: Path) -> str | None:
-    return (read_object(export).get("model") or {}).get("path")
-
-
-def adapters_of(manifest: Path, stages: Sequence[str] = ("merge", "compress")) -> list[str]:
-    """Paths of the adapters that these stages of a folder started from."""
-    entries = read_object(manifest).get("stages") or {}
-    rows = [((entries.get(stage) or {}).get("inputs") or {}).get("adapter") or {} for stage in stages]
-    return [row["path"] for row in rows if row.get("path")]
 
 
 def has_records(root: Path) -> bool:

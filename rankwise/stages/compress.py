@@ -24,11 +24,11 @@ from rankwise.nets.adapters import publish
 from rankwise.nets.depth_settings import read_depth, write_depth
 from rankwise.ship.merging.beside import own_files
 from rankwise.show.format import command_line
-from rankwise.stages.card_sources import trained_rows
 from rankwise.stages.fidelity import Fidelity, SiteFidelity, require_all_kept
 from rankwise.store.adapter import CONFIG_NAME, LoraAdapter, LoraPair, adapter_files, read_adapter, write_adapter
 from rankwise.store.adapter_config import lora_config
 from rankwise.store.checkpoint import ADAPTER_NAMES
+from rankwise.store.lineage import trained_rows
 from rankwise.store.run import RunFolder
 
 SCALE = 2.0  # alpha = 2r at every site, so that one rank and one alpha describe a uniform adapter

@@ -24,12 +24,12 @@ from rankwise.ship.gguf.export import FILE, FORMAT, Exported, read_export, write
 from rankwise.ship.gguf.export_plan import ExportPlan, plan_export, require_model, require_space
 from rankwise.ship.gguf.install_converter import install_converter
 from rankwise.show.format import command_line, plural
-from rankwise.stages.card_sources import trained_rows
 from rankwise.stages.recorded import announce_prompts, recorded
 from rankwise.stages.rendering import rendered_as, renderer_for, shown_as
 from rankwise.store.adapter import adapter_files
 from rankwise.store.checkpoint import resolve
 from rankwise.store.files import atomic_folder, fingerprint, sha256, write_json
+from rankwise.store.lineage import trained_rows
 from rankwise.store.run import RunFolder
 
 STAGE = "export"

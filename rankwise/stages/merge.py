@@ -26,13 +26,13 @@ from rankwise.ship.merging.verify import (
 )
 from rankwise.ship.merging.written import require_written
 from rankwise.show.format import command_line, memory, plural
-from rankwise.stages.card_sources import trained_rows
 from rankwise.stages.prompts import check_prompts, compared_on, prompts_of
 from rankwise.stages.recorded import announce_prompts, recorded
 from rankwise.stages.rendering import require_input
 from rankwise.store.adapter import CONFIG_NAME, adapter_files
 from rankwise.store.checkpoint import HUB_ID
 from rankwise.store.files import atomic_folder, read_object
+from rankwise.store.lineage import trained_rows
 from rankwise.store.run import Record, RunFolder
 
 

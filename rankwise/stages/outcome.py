@@ -15,8 +15,8 @@ from rankwise.options import flatten
 from rankwise.show.format import amount, command_line, duration, percent
 from rankwise.show.gradients import plot_gradients
 from rankwise.stages import training as shared
-from rankwise.stages.card_sources import row_options
 from rankwise.store.files import read_object, write_json
+from rankwise.store.lineage import row_options
 from rankwise.store.run import Record
 from rankwise.train.gradients import GRADIENT_FILES, GRADIENT_SUMMARY
 from rankwise.train.phases import PHASES_TABLE, phase_of

@@ -36,7 +36,6 @@ from rankwise.show.rank_files import (
 )
 from rankwise.show.rank_summary import summarise
 from rankwise.show.summary import render
-from rankwise.stages.card_sources import row_options, rows_of
 from rankwise.stages.idle import refuse_idle
 from rankwise.stages.left_out import sentences, unpaired
 from rankwise.stages.running import measure_gain, running_model
@@ -44,6 +43,7 @@ from rankwise.stages.sites import site_filter
 from rankwise.stages.training import task_of
 from rankwise.store.checkpoint import resolve
 from rankwise.store.files import fingerprint
+from rankwise.store.lineage import row_options, rows_of
 from rankwise.store.plan_file import PLAN_FILE, write_plan
 from rankwise.store.processes import finish, process_index
 from rankwise.store.run import RunFolder

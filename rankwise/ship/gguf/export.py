@@ -34,8 +34,9 @@ from rankwise.ship.gguf.verify_export import (
 from rankwise.ship.gguf.view import shown
 from rankwise.ship.gguf.vocabulary import check_metadata, silence
 from rankwise.store.files import fingerprint, read_object, sha256, write_json
+from rankwise.store.lineage import EXPORT
 
-FILE, FORMAT = "export.json", "rankwise-export/1"
+FILE, FORMAT = EXPORT, "rankwise-export/1"
 Files = Mapping[tuple[str, str], GGUFFile]  # by (outtype, kind)
 
 
