@@ -30,11 +30,11 @@ from rankwise.train import batched
 from rankwise.train.alone import train_alone
 from rankwise.train.arguments import build_arguments
 from rankwise.train.batched import Arm, ArmSettings, TrainedArm, losses_together, train_together
+from rankwise.train.gradient_table import StepTable
 from rankwise.train.phases import COLUMNS, PHASES_TABLE, PhaseKeeper
 from rankwise.train.stacked import Stack
 from rankwise.train.stacked_adamw import Course, Hyperparameters, StackedAdamW, rate_factors
 from rankwise.train.stacked_model import running
-from rankwise.train.tables import StepTable
 from rankwise.train.trainer import RankwiseTrainer
 
 STEPS, BATCH = 24, 3
@@ -194,7 +194,7 @@ def test_an_arm_that_chooses_is_the_trainers_and_its_replay_is_the_same_together
     arm = make_arms(model)[1]
     found, replay = train_alone(model, arm, choosing(model, 2), Answers(), Collator(0), settings)  # type: ignore[arg-type]
     expected = alone(tiny("gpt2"), arm, tmp_path, settings, "norm:2")
-    table = StepTable(tmp_path / PHASES_TABLE, COLUMNS).rows()
+    table = list(StepTable(tmp_path / PHASES_TABLE, COLUMNS).read())
     assert [(int(row["step"]) - 1, row["phase"]) for row in table] == boundaries(bound(model, str(replay)), STEPS)
     assert len(table) > 4, "it has changed its mind"
     assert distance(found.pairs, expected.pairs) == 0

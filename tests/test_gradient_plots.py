@@ -27,8 +27,7 @@ from rankwise.show.gradients import (
     plot_layer_heatmap,
 )
 from rankwise.show.report import build_report
-from rankwise.train.gradient_table import COLUMNS, GROUPS, LAYERS, NORMS, SiteNorm, cells, views
-from rankwise.train.tables import StepTable
+from rankwise.train.gradient_table import COLUMNS, GROUPS, LAYERS, NORMS, SiteNorm, StepTable, cells, views
 
 NAMES = ["gradient_norms", "layer_heatmap", "layer_comparison", "gradient_evolution", "lora_factors"]
 PHASES = (("both", ("attention", "mlp")), ("mlp", ("mlp",)), ("attention", ("attention",)))

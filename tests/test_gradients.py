@@ -41,9 +41,20 @@ from rankwise.train.gradient_table import (
     summary,
     views,
 )
-from rankwise.train.gradients import GradientNorms, measure_gradient_norms, site_norms
-from rankwise.train.norms import ABSENT, gradient_norms, one_by_one, stacked
-from rankwise.train.trained import Pair, Place, Trained, TrainedModel, trained_model
+from rankwise.train.gradients import (
+    ABSENT,
+    GradientNorms,
+    Pair,
+    Place,
+    Trained,
+    TrainedModel,
+    gradient_norms,
+    measure_gradient_norms,
+    one_by_one,
+    site_norms,
+    stacked,
+    trained_model,
+)
 from rankwise.train.trainer import RankwiseTrainer
 
 FILES = (NORMS, GROUPS, LAYERS)

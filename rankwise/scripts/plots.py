@@ -10,8 +10,7 @@ from pathlib import Path
 from rankwise.errors import DataError
 from rankwise.show import curves, gradient_summary, gradients
 from rankwise.show.gradient_series import GradientTables, read_tables
-from rankwise.train.gradient_table import GROUPS
-from rankwise.train.tables import COLUMNS, TRAINING_LOG, StepTable
+from rankwise.train.gradient_table import GROUPS, TRAINING_LOG, StepTable
 
 PLOTS = "plots"
 
@@ -43,7 +42,7 @@ def plot_gradient_evolution(experiment_dir: str | Path, output_path: str | Path 
 
 def plot_training_loss(experiment_dir: str | Path, output_path: str | Path | None = None) -> Path:
     """Training and validation loss, minima marked; phases too where gradient norms were measured."""
-    rows = StepTable(Path(experiment_dir) / TRAINING_LOG, COLUMNS).rows()
+    rows = list(StepTable(Path(experiment_dir) / TRAINING_LOG, ()).read())
     tables = read_tables(Path(experiment_dir))
     path = target(experiment_dir, output_path, "training_loss")
     return curves.plot_loss(rows, path, tables.boundaries() if tables else ())

@@ -25,10 +25,10 @@ from rankwise.store.files import about_to_write
 from rankwise.store.processes import announce, process_index
 from rankwise.store.run import CONFIG, RunFolder
 from rankwise.train.allocation import ALLOCATED_TABLE
+from rankwise.train.gradient_table import TRAINING_LOG
 from rankwise.train.gradients import GRADIENT_FILES
 from rankwise.train.phases import PHASES_TABLE
 from rankwise.train.resume import FirstStep, goes_on_from, refuse_earlier, resume_point
-from rankwise.train.tables import TRAINING_LOG
 from rankwise.train.trainer import RankwiseTrainer
 
 OF_A_RUN = ("checkpoint-*", CONFIG, TRAINING_LOG, *GRADIENT_FILES, PHASES_TABLE, ALLOCATED_TABLE)

@@ -28,8 +28,8 @@ from rankwise.stages.towers import check_rates, finetune_use
 from rankwise.store.processes import announce
 from rankwise.store.run import Record, RunFolder
 from rankwise.train.arguments import FINETUNE_DEFAULTS, build_arguments
+from rankwise.train.gradient_table import TRAINING_LOG
 from rankwise.train.memory import memory_available, memory_needed, refuse_too_large
-from rankwise.train.tables import TRAINING_LOG
 from rankwise.train.trainer import RankwiseTrainer
 
 FEW_UPDATES = 50

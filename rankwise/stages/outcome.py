@@ -18,9 +18,9 @@ from rankwise.stages import training as shared
 from rankwise.store.files import read_object, write_json
 from rankwise.store.lineage import row_options
 from rankwise.store.run import Record
+from rankwise.train.gradient_table import TRAINING_LOG
 from rankwise.train.gradients import GRADIENT_FILES, GRADIENT_SUMMARY
 from rankwise.train.phases import PHASES_TABLE, phase_of
-from rankwise.train.tables import TRAINING_LOG
 from rankwise.train.trainer import RankwiseTrainer
 
 SPLIT_FILE, RESULTS_SUMMARY = "split.json", "results_summary.json"

@@ -55,7 +55,7 @@ from rankwise.store.processes import announce
 from rankwise.store.run import RunFolder
 from rankwise.train.allocation import RankAllocation
 from rankwise.train.arguments import build_arguments
-from rankwise.train.tables import TRAINING_LOG
+from rankwise.train.gradient_table import TRAINING_LOG
 from rankwise.train.trainer import RankwiseTrainer
 
 

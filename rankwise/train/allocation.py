@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from rankwise.errors import DataError, VerificationError
 from rankwise.nets.adalora import Allocation, adalora_layers, regularised, site_of
 from rankwise.nets.adapt import ADAPTER
-from rankwise.train.tables import StepTable
+from rankwise.train.gradient_table import StepTable
 
 ALLOCATED_TABLE, ALLOCATOR_STATE = "allocated_ranks.csv", "allocator.safetensors"
 COLUMNS = ("step", "budget", "total_rank")

@@ -1,7 +1,8 @@
-"""The table of gradient norms: one row per step and site, and the two documented tables that are views of it.
+"""The tables that training writes row by row, cut back on resume: its log, and gradient norms by step and site.
 
     gradient_norms.csv            step, site, tower, kind, layer, norm, norm_a, norm_b, …        site by site
     gradient_analysis.*.csv       by group of modules, and by layer                              views(rows)
+    training_log.csv              step, epoch, loss, eval_loss, grad_norm, …                     what the Trainer logs
 
 The two views have every step that is measured; the long table, which grows by a row per site, has those of `kept`,
 so that whatever is said of groups, layers and phases is said of all steps.
@@ -13,8 +14,10 @@ it is never written as 0.
 from __future__ import annotations
 
 import csv
+import io
 import math
 import statistics
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
@@ -22,12 +25,17 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
 from rankwise.errors import DataError
+from rankwise.store.files import atomic_write
 
 NORMS = "gradient_norms.csv"
 GROUPS = "gradient_analysis.group_norms.csv"
 LAYERS = "gradient_analysis.layer_norms.csv"
 GRADIENT_SUMMARY = "gradient_analysis.summary.json"
+TRAINING_LOG = "training_log.csv"
+LOG_COLUMNS = ("step", "epoch", "loss", "eval_loss", "grad_norm", "learning_rate", "seconds")
 GROUP_OF = {"embed": "embed_norm", "attention": "attention_norm", "mlp": "mlp_norm", "head": "lm_head_norm"}
 GROUP_COLUMNS = ("step", *GROUP_OF.values(), "total_norm", "clipped_total_norm", "phase")
 PER_LAYER = ("attention", "mlp")
@@ -35,6 +43,39 @@ MAIN_TOWERS = ("language", "unknown")
 DENSE = 100  # steps of which the long table has all; beyond them they are 1/DENSE apart
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """A CSV file whose first column is the optimizer step. Blank means not measured at that step."""
+
+    path: Path
+    columns: Sequence[str]
+
+    def read(self) -> Iterator[dict[str, str]]:
+        if self.path.is_file():
+            with open(self.path, newline="", encoding="utf-8") as file:
+                yield from csv.DictReader(file)
+
+    def cut(self, step: int) -> None:
+        """Drop what lies after a step, so that a resumed run continues the table it had at its checkpoint."""
+        whole = (row for row in self.read() if None not in row.values())  # a power cut may leave half a row
+        kept = (row for row in whole if row["step"].isdigit() and int(row["step"]) <= step)
+        with atomic_write(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(kept)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.columns, restval="", extrasaction="ignore").writerow(row)
+
+    def extend(self, rows: Iterable[Sequence[Any]]) -> None:
+        """Append rows of cells that are in the order of the columns, in one piece; None is blank."""
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows(rows)
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            file.write(text.getvalue())
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,3 +248,39 @@ def parsed(row: Mapping[str, str], path: Path, line: int) -> SiteNorm:
         return SiteNorm(step=int(row["step"]), layer=layer, **text, **norms)
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}, line {line}: {error}") from error
+
+
+class TrainingLog(TrainerCallback):
+    """Writes what the Trainer logs to `training_log.csv`. `seconds` counts training time over all resumed parts.
+
+    more: names of further columns.
+    """
+
+    def __init__(self, output_dir: Path, more: Sequence[str] = ()) -> None:
+        self.table = StepTable(output_dir / TRAINING_LOG, (*LOG_COLUMNS, *more))
+        self._started = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.table.cut(state.global_step)
+            rows = list(self.table.read())
+            self._started = time.monotonic() - (float(rows[-1]["seconds"] or 0) if rows else 0.0)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        values = {name: number(logs[name]) for name in self.table.columns if logs and name in logs and name != "epoch"}
+        if state.is_world_process_zero and values:
+            seconds = round(time.monotonic() - self._started, 2)
+            epoch = number(state.epoch or 0.0)
+            self.table.append({"step": state.global_step, "epoch": epoch, "seconds": seconds} | values)
+
+
+def number(value: float) -> str:
+    """Eight significant digits: what float32 holds."""
+    return f"{float(value):.8g}"

@@ -2,21 +2,36 @@
 
     backward ──▶ values(): norms on the device ──▶ one copy to the host with loss and guard ──▶ record(): three tables
 
-`values` queues a few kernels and never waits; the Trainer fetches its result together with the loss.
+`values` queues a few kernels and never waits: one kernel for all gradients that are alike, r × r Gram matrices for
+‖BA‖; the Trainer fetches its result together with the loss. Sharded parameters (FSDP2's DTensor) give the norms of the
+whole, in every process; then each call is a collective one.
+
+Whose a parameter is: layers and PEFT's own wrappers are asked what they hold; a path is parsed by `core.site` alone.
+
+    base_model.model.model.layers.3.mlp.up_proj.lora_A.default.weight   →   model.layers.3.mlp.up_proj, part A
+    base_model.model.lm_head.modules_to_save.default.weight             →   lm_head, part rest
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rankwise.core.keys import PEFT_PREFIX
+from rankwise.core.site import describe
 from rankwise.errors import UsageError
+from rankwise.nets.sites import tower_of, tower_prefixes
 from rankwise.store.files import write_json
 from rankwise.train.gradient_table import (
     COLUMNS,
@@ -27,6 +42,7 @@ from rankwise.train.gradient_table import (
     NORMS,
     PER_LAYER,
     SiteNorm,
+    StepTable,
     cells,
     group_row,
     kept,
@@ -36,11 +52,10 @@ from rankwise.train.gradient_table import (
     rounded,
     summary,
 )
-from rankwise.train.norms import ABSENT, delta_norms, gradient_norms
-from rankwise.train.tables import StepTable
-from rankwise.train.trained import A, B, TrainedModel, trained_model
 
 GRADIENT_FILES = (NORMS, GROUPS, LAYERS, GRADIENT_SUMMARY)
+A, B, REST = "a", "b", "rest"
+ABSENT = -1.0  # in place of the norm of a gradient that is not there: a norm is never negative, and may be NaN
 
 
 class GradientNorms(TrainerCallback):
@@ -168,3 +183,213 @@ def by_layer(row: Mapping[str, Any]) -> dict[int, dict[str, float]]:
         if first == "layer" and rest[-1] in PER_LAYER:
             found.setdefault(int(rest[0]), {})[rest[-1]] = norm
     return found
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module with something to train: a site, an embedding, a norm. `kind` and `layer` as in `core.site`."""
+
+    path: str
+    tower: str
+    kind: str
+    layer: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """One trainable parameter: number of its place, and its part there (A or B of a LoRA pair, or the rest)."""
+
+    place: int
+    part: str
+    parameter: nn.Parameter
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """The factors of a place: A (r, n), B (m, r), and the factor of B·A."""
+
+    place: int
+    a: nn.Parameter
+    b: nn.Parameter
+    scale: float
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """All that trains, in module order."""
+
+    places: tuple[Place, ...] = ()
+    parameters: tuple[Trained, ...] = ()
+    pairs: tuple[Pair, ...] = ()
+
+
+def trained_model(model: nn.Module) -> TrainedModel:
+    """What trains in a model (wrapped for several processes or not, with adapters or without).
+
+    The adapters of LoRA layers count even where they are frozen at the moment, because a phase may thaw them.
+    """
+    model = extract_model_from_parallel(model)
+    towers = prefixes(model)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    pairs = {name.removeprefix(PEFT_PREFIX): pair for name, layer in layers.items() if (pair := factors(layer))}
+    parts = {id(pair[i]): part for pair in pairs.values() for i, part in ((0, A), (1, B))}
+    paths: dict[str, int] = {}
+    found = []
+    for owner, parameter in owners(model):
+        if parameter.requires_grad or id(parameter) in parts:
+            number = paths.setdefault(owner, len(paths))
+            found.append(Trained(number, parts.get(id(parameter), REST), parameter))
+    # norms and biases have no shape of a matrix; where they lie is all we ask
+    sites = [describe(path, (1, 1), tower_of(path, towers)) for path in paths]
+    return TrainedModel(
+        places=tuple(Place(site.path, site.tower, site.kind, site.layer) for site in sites),
+        parameters=tuple(found),
+        pairs=tuple(Pair(paths[path], *pair) for path, pair in pairs.items() if path in paths),
+    )
+
+
+def prefixes(model: Any) -> dict[str, str]:
+    """Module prefix → tower, of the base model where this one has adapters."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return tower_prefixes(base) if isinstance(base, PreTrainedModel) else {}
+
+
+def parameter_towers(model: nn.Module) -> dict[int, str]:
+    """id of a parameter → tower, for all parameters of a model as in `trained_model`."""
+    model = extract_model_from_parallel(model)
+    towers = prefixes(model)
+    return {id(parameter): tower_of(path, towers) for path, parameter in owners(model)}
+
+
+def owners(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(path of the module in the base model, parameter) of every parameter, shared ones once."""
+    seen: set[int] = set()
+    holder, wrapper = "", None  # the last wrapper met; what lies inside it comes right after it
+    for name, module in model.named_modules():
+        if wrapper is None or not name.startswith(holder + "."):
+            holder, wrapper = name, module if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)) else None
+        path = (name if wrapper is None else within(holder, name, wrapper)).removeprefix(PEFT_PREFIX)
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield path, parameter
+
+
+def within(holder: str, name: str, wrapper: nn.Module) -> str:
+    """The base model's path of a module inside a wrapper: the wrapper's own, but for what `modules_to_save` copies."""
+    inner = name.removeprefix(holder).removeprefix(".").split(".")
+    copied = inner[2:] if isinstance(wrapper, ModulesToSaveWrapper) and inner[0] == "modules_to_save" else []
+    return ".".join([holder, *copied])
+
+
+def factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter, float] | None:
+    """(A, B, scale) of a layer's active adapter; None where it has none, or where B·A is not its delta
+    (AdaLoRA puts a diagonal between them, and fused experts share one A)."""
+    adapter = next(iter(layer.active_adapters), None)
+    for first, second in ((layer.lora_A, layer.lora_B), (layer.lora_embedding_A, layer.lora_embedding_B)):
+        if adapter in first:
+            a, b = (getattr(container[adapter], "weight", container[adapter]) for container in (first, second))
+            plain = "lora_E" not in layer.adapter_layer_names and layer.r[adapter] == a.shape[0]
+            return (a, b, float(layer.scaling[adapter])) if plain else None
+    return None
+
+
+def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """‖∇‖₂ of each parameter, (P,) float32; ABSENT where there is no gradient.
+
+    Half-precision gradients are summed in float32. Shards of one gradient (DTensor) are summed over their processes.
+    """
+    there = [(i, one.grad) for i, one in enumerate(parameters) if one.grad is not None]
+    device = there[0][1].device if there else torch.device("cpu")
+    norms = [torch.full((), ABSENT, device=device)] * len(parameters)
+    for (shards, *_), numbers in numbers_by((sharding(one), one.device, one.dtype) for _, one in there).items():
+        gradients = [one.to_local() if isinstance(one, DTensor) else one for one in (there[k][1] for k in numbers)]
+        found = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        if shards is not None:
+            found = across_shards(torch.stack(found), *shards).unbind()
+        for k, norm in zip(numbers, found, strict=True):
+            norms[there[k][0]] = norm.to(device, non_blocking=True)
+    return torch.stack(norms) if norms else torch.zeros(0)
+
+
+def numbers_by(keys: Iterable[Hashable]) -> dict[Any, list[int]]:
+    """Key → positions at which it stands: what one kernel, or one collective call, can take together."""
+    groups: dict[Any, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    return groups
+
+
+def sharding(tensor: Tensor | None) -> tuple[Any, Any] | None:
+    """Mesh and placements of a tensor in shards; None of a whole one."""
+    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
+
+
+def across_shards(norms: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
+    """Norms of whole gradients from those of the shards: squares are summed along the mesh's sharded dimensions."""
+    squares = norms.square()
+    for dimension, placement in enumerate(placements):
+        assert not placement.is_partial(), "FSDP2 leaves reduced gradients"
+        if not placement.is_replicate():
+            torch.distributed.all_reduce(squares, group=mesh.get_group(dimension))
+    return squares.sqrt()
+
+
+@torch.no_grad()
+def delta_norms(pairs: Sequence[Pair]) -> Tensor:
+    """‖scale·B·A‖_F of each pair, (S,) float32, without forming B·A: ‖BA‖² = ⟨BᵀB, AAᵀ⟩, matrices of r × r.
+
+    The factors of a convolution are flattened. Exactly 0 where A or B is; else to about 1e-7·‖A‖²‖B‖² in the square.
+    """
+    if not pairs:
+        return torch.zeros(0)
+    sides = whole([side.detach().flatten(1).float() for pair in pairs for side in (pair.a, pair.b)])
+    factors = list(zip(sides[::2], sides[1::2], strict=True))
+    device = factors[0][0].device
+    squares = [torch.zeros((), device=device)] * len(pairs)
+    for (place, *_), numbers in numbers_by((a.device, a.shape, b.shape) for a, b in factors).items():
+        products = one_by_one if place.type == "cpu" else stacked
+        for i, square in zip(numbers, products([factors[i] for i in numbers]), strict=True):
+            squares[i] = square.to(device, non_blocking=True)
+    scales = torch.tensor([abs(pair.scale) for pair in pairs]).to(device, non_blocking=True)
+    return scales * torch.stack(squares).clamp(min=0).sqrt()
+
+
+def one_by_one(factors: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
+    """‖BA‖² of each (A, B)."""
+    return [torch.sum((b.T @ b) * (a @ a.T)) for a, b in factors]
+
+
+def stacked(factors: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
+    """The same of pairs alike in shape; it spares a GPU hundreds of launches, where a CPU would only copy."""
+    a, b = (torch.stack(side) for side in zip(*factors, strict=True))
+    return torch.sum((b.mT @ b) * (a @ a.mT), dim=(1, 2)).unbind()
+
+
+def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, those in shards put together: one collective call for all that are sharded alike."""
+    found = list(tensors)
+    for shards, numbers in numbers_by(map(sharding, tensors)).items():
+        if shards is not None:
+            for i, tensor in zip(numbers, gathered([tensors[i] for i in numbers], *shards), strict=True):
+                found[i] = tensor
+    return found
+
+
+def gathered(shards: Sequence[Any], mesh: Any, placements: Sequence[Any]) -> list[Tensor]:
+    """Whole tensors of which each process has some rows, as FSDP2 deals them (torch.chunk): every process lays its
+    rows into zeros, and the sum over the processes is the whole."""
+    dimensions = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
+    if len(dimensions) != 1 or not placements[dimensions[0]].is_shard(0):
+        return [shard.full_tensor() for shard in shards]
+    (dimension,) = dimensions
+    flat = torch.zeros(sum(shard.numel() for shard in shards), device=shards[0].to_local().device)
+    parts = [
+        part.view(shard.shape) for part, shard in zip(flat.split([s.numel() for s in shards]), shards, strict=True)
+    ]
+    for part, shard in zip(parts, shards, strict=True):
+        rows = shard.to_local()
+        first = mesh.get_local_rank(dimension) * -(-shard.shape[0] // mesh.size(dimension))
+        part[first : first + len(rows)] = rows
+    torch.distributed.all_reduce(flat, group=mesh.get_group(dimension))
+    return parts

@@ -25,8 +25,8 @@ from rankwise.errors import DataError
 from rankwise.nets.adapt import full_parameters, site_parameters
 from rankwise.store.files import read_object, write_json
 from rankwise.store.processes import announce
+from rankwise.train.gradient_table import StepTable
 from rankwise.train.guard import gradient_norm
-from rankwise.train.tables import StepTable
 
 PHASES_TABLE, PHASES_STATE = "phases.csv", "phases.json"
 COLUMNS = ("step", "phase", "sites", "parameters")

@@ -25,7 +25,7 @@ from rankwise.core.importance import Importance, RankBudget, kept, triplet_score
 from rankwise.errors import DataError
 from rankwise.nets.factorize import AdaptiveLowRankProjAdaLoRA
 from rankwise.store.files import atomic_write, read_object, write_json
-from rankwise.train.tables import StepTable
+from rankwise.train.gradient_table import StepTable
 
 TABLE, STATE, SCORES = "effective_rank.csv", "rank_allocation.json", "rank_allocation.safetensors"
 SIDES = ("sensitivity", "uncertainty")

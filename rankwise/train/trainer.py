@@ -29,7 +29,8 @@ from rankwise.score.selection import LabelAccuracy, Tally
 from rankwise.store.files import explained
 from rankwise.train.allocation import RankAllocation
 from rankwise.train.checkpoints import CheckpointKeeper, discard_unsealed
-from rankwise.train.gradients import GradientNorms
+from rankwise.train.gradient_table import TrainingLog
+from rankwise.train.gradients import GradientNorms, parameter_towers
 from rankwise.train.guard import StepGuard, diverged, memory_advice
 from rankwise.train.interruption import Interruption
 from rankwise.train.phases import PhaseKeeper
@@ -39,8 +40,6 @@ from rankwise.train.sampling import LengthGrouped
 from rankwise.train.sharing import evened, silenceable, summed
 from rankwise.train.step_loss import counts_all_tokens, prove_counting
 from rankwise.train.stopping import EvaluationStopped, StopOnSignal, stoppable
-from rankwise.train.tables import TrainingLog
-from rankwise.train.trained import parameter_towers
 
 SAMPLE_INDEX, ACCURACY = "sample_index", "eval_accuracy"
 DATA_SETS = ("train_dataset", "eval_dataset")

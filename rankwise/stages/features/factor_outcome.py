@@ -26,8 +26,8 @@ from rankwise.store.files import write_json
 from rankwise.store.run import Record
 from rankwise.train.epoch_history import HISTORY, Row, best_row
 from rankwise.train.factorizing import refuse_not_finite
+from rankwise.train.gradient_table import TRAINING_LOG
 from rankwise.train.rank_allocation import TABLE
-from rankwise.train.tables import TRAINING_LOG
 
 OF_PRODUCT = ("mse", "relative_error", "explained_energy", "cosine")
 EXACT = 1e-6  # relative error of the optimum below which "how far above it" means nothing

@@ -28,9 +28,9 @@ from rankwise.store.processes import announce, process_index
 from rankwise.store.run import CONFIG
 from rankwise.train.checkpoints import MANIFEST, checkpoints, step_of
 from rankwise.train.epoch_history import HISTORY, read_history
+from rankwise.train.gradient_table import TRAINING_LOG
 from rankwise.train.rank_allocation import TABLE
 from rankwise.train.resume import differences, missing_state, newest_complete
-from rankwise.train.tables import TRAINING_LOG
 
 TRAINER_STATE = "trainer_state.json"
 RESULTS, PLOT = "test_results.json", "train_val_loss_comparison.png"
