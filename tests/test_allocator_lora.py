@@ -6,16 +6,14 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import processes
 import pytest
 import torch
 from peft import PeftModel
@@ -406,10 +404,7 @@ def test_two_processes_allocate_as_one(base: Path, tmp_path: Path) -> None:
     script, folder = tmp_path / "run.py", tmp_path / "two"
     folder.mkdir()
     script.write_text(textwrap.dedent(SCRIPT))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    argv = [*torchrun, str(script), str(base), str(folder)]
-    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300)
+    done = processes.run(script, base, folder, count=2)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(folder / f"{index}.pt", weights_only=True) for index in (0, 1))
     assert equal(first, second)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -366,31 +367,16 @@ def test_real_photos_and_the_real_processor(shared_data: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_two_processes_make_what_one_makes(qwen: Path, photos: Path, tmp_path: Path) -> None:
     options = ["--shard_size", "2", "--image_size", "56"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    words = [
-        "-m",
-        "rankwise.cli",
-        "features",
-        "capture",
-        str(photos),
-        "--model",
-        str(qwen),
-        "--device",
-        "cpu",
-        *options,
-    ]
-
-    def started(out: str, *before: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-W", "ignore", *before, *words, "-o", str(tmp_path / out)]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
-
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    one, two = started("one"), started("two", *torchrun)
-    assert one.returncode == two.returncode == 0, two.stderr[-2000:]
+    words = ["-m", "rankwise.cli", "features", "capture", str(photos), "--model", str(qwen), "--device", "cpu"]
+    capture(photos, qwen, tmp_path / "one", *options)
+    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, *words, *options, "-o", str(tmp_path / "two")]
+    two = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert two.returncode == 0, two.stderr[-2000:]
     assert two.stdout.count("captured 7 pictures") == 1, "one process speaks"
     assert shard_bytes(tmp_path / "one") == shard_bytes(tmp_path / "two")
     assert (tmp_path / "one" / "index.json").read_bytes() == (tmp_path / "two" / "index.json").read_bytes()
     (photos / "more" / "6.png").write_bytes(b"")  # in the last shard: one process fails, and all of them end
-    failed = started("three", *torchrun)
+    failed = processes.run(*words, *options, "-o", tmp_path / "three", count=2)
     assert failed.returncode != 0 and "more/6.png" in failed.stderr
     assert not (tmp_path / "three" / "index.json").exists()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 import torch
 from peft import PeftModel
@@ -451,9 +449,7 @@ def test_two_processes_share_the_maps(place: Path, tmp_path: Path) -> None:
     """Each makes its part, none waits for a map that never comes, and both train on the same values as one does."""
     alone, both = words(place, "smolvlm", tmp_path / "one" / "run"), words(place, "smolvlm", tmp_path / "two" / "run")
     assert cli.main(alone) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    launch += ["--rdzv-endpoint", "localhost:0", "-m", "rankwise.cli", *both]
-    found = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    found = processes.run("-m", "rankwise.cli", *both, count=2)
     assert found.returncode == 0, found.stderr[-2000:]
     assert "depth: 12 maps made" in found.stdout
     one, two = (maps_in(tmp_path / name / "cache") for name in ("one", "two"))

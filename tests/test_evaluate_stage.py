@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from rows import adapted_base
 from tiny import CHAT_TEMPLATE, tiny_llama
@@ -28,7 +27,6 @@ from rankwise.stages import evaluate
 from rankwise.stages.rendering import renderer_for
 
 LABELS = ("entailment", "neutral", "contradiction")
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -132,14 +130,6 @@ def test_the_saved_config_repeats_the_evaluation(base: Path, restaurants: Path, 
 # --- several processes -------------------------------------------------------------------------------------------
 
 
-def in_processes(count: int, *words: Any) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    command = [*start, "-m", "rankwise.cli", "evaluate", *map(str, words), "--device", "cpu"]
-    import os
-
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ONE_THREAD}, timeout=300)
-
-
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(adapter: Path, restaurants: Path, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("One text about food.\n\nAnother about a river.\n\nThe last one, on prices.")
@@ -152,7 +142,7 @@ def test_two_processes_give_what_one_gives(adapter: Path, restaurants: Path, tmp
     kept = (one / "predictions.jsonl").read_text().splitlines(keepends=True)
     (two / "predictions.part2.jsonl").write_text(kept[0] + kept[1][:20])
     (two / "predictions.settings.json").write_bytes((one / "predictions.settings.json").read_bytes())
-    done = in_processes(2, *words, "-o", two)
+    done = processes.run("-m", "rankwise.cli", "evaluate", *words, "--device", "cpu", "-o", two, count=2)
     assert done.returncode == 0, done.stderr
     assert lines(two) == lines(one)
     assert EvaluationResult.load(two) == EvaluationResult.load(one)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import processes
 import pytest
 import torch
 from factor_runs import ALLOCATOR, RANK, STEPS, config_of, history, results, table, trained, trainer_of, untimed
@@ -155,15 +153,7 @@ def test_two_processes_train_as_one(make: Any, cache: Path, tmp_path: Path) -> N
     words += ["--results_dir", str(tmp_path / "two"), "--log_dir", str(tmp_path / "log2"), "--device", "cpu"]
     words += ["--dropout", "0", "--lr", "0.01", "--batch_size", "5", "--use_rank_allocator"]
     words += ["--allocator_init_warmup", "5", "--allocator_final_warmup", "3", "--allocator_mask_interval", "2"]
-    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*torchrun, "-m", "rankwise.cli", *words, "--allocator_keep_ratio", "0.5"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
+    done = processes.run("-m", "rankwise.cli", *words, "--allocator_keep_ratio", "0.5", count=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("epoch 1/4:") == 1
     one = trained(make(arch="AdaLoRA", epochs=4, dropout=0.0, batch_size=10, allocator=ALLOCATOR))
