@@ -143,12 +143,7 @@ def from_difference(matrix: Tensor, base_energy: float = 0.0) -> Delta:
 
 
 def measure(
-    delta: Delta,
-    up_to: int,
-    question: Question,
-    *,
-    exact: bool = False,
-    generator: torch.Generator | None = None,
+    delta: Delta, up_to: int, question: Question, *, exact: bool = False, generator: torch.Generator | None = None
 ) -> Spectrum:
     """The spectrum that answers `question`, which raises Undecided where it cannot be answered.
 

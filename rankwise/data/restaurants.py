@@ -52,10 +52,7 @@ RATING = {
     "average": ("It has an average rating", "Its customer rating is average"),
     "5 out of 5": ("It is rated 5 out of 5", "Its customer rating is 5 out of 5"),
 }
-FAMILY = {
-    "yes": ("welcomes families", "is family friendly"),
-    "no": ("is not for children", "is not family friendly"),
-}
+FAMILY = {"yes": ("welcomes families", "is family friendly"), "no": ("is not for children", "is not family friendly")}
 
 # What a visitor says of each attribute: of any value under "", else of this one.
 VISITS = {

@@ -20,10 +20,7 @@ LANGUAGE = ("language",)
 
 
 def choose_sites(
-    sites: Mapping[str, Site],
-    target: str | None = None,
-    names: Sequence[str] = (),
-    towers: Sequence[str] = LANGUAGE,
+    sites: Mapping[str, Site], target: str | None = None, names: Sequence[str] = (), towers: Sequence[str] = LANGUAGE
 ) -> dict[str, Site]:
     """The sites to adapt, in model order. Where nothing is said: every linear layer of the asked towers of a model with
     several, attention and MLP of a language model.

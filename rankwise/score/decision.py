@@ -64,10 +64,7 @@ class Decision:
 
 
 def decide(
-    settings: DecisionSettings,
-    spectra: Mapping[Site, Spectrum],
-    read: Callable[[Site], Delta],
-    running: Running | None,
+    settings: DecisionSettings, spectra: Mapping[Site, Spectrum], read: Callable[[Site], Delta], running: Running | None
 ) -> Decision:
     """Ranks of all sites. Whatever decides, the plan's rows are explained by the deltas' own spectra."""
     if settings.budget is None:
@@ -88,10 +85,7 @@ def unsettled_sites(settings: DecisionSettings, spectra: Mapping[Site, Spectrum]
 
 
 def deciding_spectra(
-    settings: DecisionSettings,
-    spectra: Mapping[Site, Spectrum],
-    read: Callable[[Site], Delta],
-    running: Running | None,
+    settings: DecisionSettings, spectra: Mapping[Site, Spectrum], read: Callable[[Site], Delta], running: Running | None
 ) -> Mapping[Site, Spectrum]:
     if not settings.runs_the_model:
         return spectra
@@ -105,10 +99,7 @@ def deciding_spectra(
 
 
 def deciding_gains(
-    settings: DecisionSettings,
-    spectra: Mapping[Site, Spectrum],
-    read: Callable[[Site], Delta],
-    running: Running | None,
+    settings: DecisionSettings, spectra: Mapping[Site, Spectrum], read: Callable[[Site], Delta], running: Running | None
 ) -> tuple[dict[Site, Tensor], float | None]:
     """Gains per further rank of every site, and for loss shares what they add up to."""
     if settings.signal == "random":

@@ -67,10 +67,7 @@ def controls(tokens: int, channels: int) -> list[Replacement]:
     def whole(features: Tensor) -> Tensor:
         return by_gram(features, min(features.shape[-2:])).product()
 
-    return [
-        Replacement(WHOLE, min(tokens, channels), whole),
-        Replacement(NOTHING, 0, torch.zeros_like),
-    ]
+    return [Replacement(WHOLE, min(tokens, channels), whole), Replacement(NOTHING, 0, torch.zeros_like)]
 
 
 def baselines(rank: int, basis: Tensor | None, seed: int) -> list[Replacement]:

@@ -171,8 +171,7 @@ class HFGenerator:
         inputs = {"input_ids": ids, "attention_mask": mask}
         inputs |= seen(self.renderer.sight, ids, [prompt.images for prompt in prompts])
         output: Tensor = self.model.generate(
-            **{name: value.to(self._device) for name, value in inputs.items()},
-            generation_config=self._configuration(),
+            **{name: value.to(self._device) for name, value in inputs.items()}, generation_config=self._configuration()
         )
         generated: list[list[int]] = output[:, width:].tolist()
         return generated

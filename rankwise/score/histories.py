@@ -72,8 +72,7 @@ class Histories:
     def marked(self, plan: RankPlan) -> RankPlan:
         """The plan with the other history's rank beside each site's own."""
         return replace(
-            plan,
-            sites=tuple(replace(row, rank_if_base_rounded=self.pairs[row.site][1]) for row in plan.sites),
+            plan, sites=tuple(replace(row, rank_if_base_rounded=self.pairs[row.site][1]) for row in plan.sites)
         )
 
     def refuse(self, allowed: bool, warnings: list[str]) -> None:

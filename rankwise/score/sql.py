@@ -34,11 +34,7 @@ def check_installed() -> None:
 
 
 def score_sql(
-    predictions: Sequence[str],
-    examples: Sequence[Example],
-    *,
-    database: Path | None = None,
-    seconds: float = SECONDS,
+    predictions: Sequence[str], examples: Sequence[Example], *, database: Path | None = None, seconds: float = SECONDS
 ) -> Scores:
     """exact_match, logical_form and execution_accuracy of texts; examples are those of the source `wikisql`.
 

@@ -125,11 +125,7 @@ def _conditions(text: str, position: int, names: Names) -> tuple[Condition, ...]
 
 
 def _from(
-    text: str,
-    start: int,
-    joints: Sequence[tuple[int, int]],
-    names: Names,
-    readable: dict[int, tuple[Condition, ...]],
+    text: str, start: int, joints: Sequence[tuple[int, int]], names: Names, readable: dict[int, tuple[Condition, ...]]
 ) -> tuple[Condition, ...] | None:
     for column, name_end in _columns(text, start, names):
         operator = OPERATOR.match(text, name_end)

@@ -31,12 +31,7 @@ def check_installed() -> None:
 
 
 def score_text(
-    predictions: Sequence[str],
-    references: References,
-    *,
-    lowercase: bool = True,
-    stem: bool = False,
-    seed: int = 42,
+    predictions: Sequence[str], references: References, *, lowercase: bool = True, stem: bool = False, seed: int = 42
 ) -> Scores:
     """BLEU-1…4, n-gram precisions, ROUGE-1/2/L/Lsum and METEOR of texts, each with its bootstrap interval.
 

@@ -20,13 +20,7 @@ from rankwise.nets.factorize import (
     build,
 )
 
-__all__ = [
-    "AdaptiveLowRankProjAdaLoRA",
-    "LowRankProjMLP",
-    "LowRankProjSymmetric",
-    "SVDLinear",
-    "build_model",
-]
+__all__ = ["AdaptiveLowRankProjAdaLoRA", "LowRankProjMLP", "LowRankProjSymmetric", "SVDLinear", "build_model"]
 
 
 def build_model(

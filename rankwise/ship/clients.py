@@ -43,10 +43,7 @@ def client_files(asking: Asking) -> dict[str, str]:
 
 
 def javascript_constants(asking: Asking) -> list[str]:
-    return [
-        f"const PROMPT = {quoted(asking.prompt.text)}",
-        f"const STOP = {quoted(list(asking.ends))}",
-    ]
+    return [f"const PROMPT = {quoted(asking.prompt.text)}", f"const STOP = {quoted(list(asking.ends))}"]
 
 
 def settings(asking: Asking, model: str, mmproj: str, grammar: str) -> tuple[list[str], list[str], list[str]]:

@@ -57,12 +57,7 @@ class Golden:
 
 
 def write_golden(
-    folder: Path,
-    cases: Sequence[Case],
-    reference: Reference,
-    thresholds: Thresholds,
-    form: str,
-    top: int,
+    folder: Path, cases: Sequence[Case], reference: Reference, thresholds: Thresholds, form: str, top: int
 ) -> Path:
     """golden.json and its pictures below `folder`/golden. reference: float32, or its values are no measure."""
     place = folder / FOLDER

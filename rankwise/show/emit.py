@@ -121,12 +121,7 @@ def llamafactory(plan: RankPlan, experts: bool) -> Fields:
     require_whole([fields["lora_alpha"]], "llamafactory", "peft or unsloth")
     found = targets(plan, "llamafactory", experts)
     names = found if isinstance(found, list) else full_paths(plan, "llamafactory")
-    return {
-        **model("model_name_or_path", plan),
-        "finetuning_type": "lora",
-        **fields,
-        "lora_target": ",".join(names),
-    }
+    return {**model("model_name_or_path", plan), "finetuning_type": "lora", **fields, "lora_target": ",".join(names)}
 
 
 def model(key: str, plan: RankPlan) -> Fields:

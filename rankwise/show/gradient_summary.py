@@ -15,13 +15,7 @@ from rankwise.train.gradient_table import GROUP_OF, GROUPS, summary
 
 TEXT, JSON = "gradient_summary.txt", "gradient_summary.json"
 MOST_PHASES = 12
-NAMES = {
-    "embed": "embeddings",
-    "attention": "attention",
-    "mlp": "MLP",
-    "lm_head": "output head",
-    "total": "all",
-}
+NAMES = {"embed": "embeddings", "attention": "attention", "mlp": "MLP", "lm_head": "output head", "total": "all"}
 
 
 def generate_summary_report(run: Path) -> list[Path]:

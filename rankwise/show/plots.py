@@ -27,11 +27,7 @@ DECAY_MARGINS = {"left": 0.075, "right": 0.99, "top": 0.88, "bottom": 0.16, "wsp
 
 
 def plot_decay(
-    spectrum: Spectrum,
-    site: PlannedSite,
-    threshold: float,
-    path: Path | str,
-    null_edge: float | None = None,
+    spectrum: Spectrum, site: PlannedSite, threshold: float, path: Path | str, null_edge: float | None = None
 ) -> Path:
     """Singular values (log scale) and cumulative energy of one site, with the chosen rank in both.
 

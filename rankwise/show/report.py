@@ -74,11 +74,7 @@ def by_task(scores: Sequence[Scored]) -> dict[str, list[Scored]]:
 
 
 def compose(
-    contents: Contents,
-    tasks: dict[str, list[Scored]],
-    drawings: Drawings,
-    seen: dict[str, Gallery | None],
-    title: str,
+    contents: Contents, tasks: dict[str, list[Scored]], drawings: Drawings, seen: dict[str, Gallery | None], title: str
 ) -> Page:
     """The page in no format yet."""
     heat = [picture for where, _ in contents.plans for picture in drawings.of(where, "ranks_heatmap")]

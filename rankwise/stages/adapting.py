@@ -111,11 +111,7 @@ def checked_plan(path: Path, sites: Mapping[str, Site], towers: Sequence[str] = 
 
 
 def adapted(
-    config: TrainConfig,
-    job: shared.Job,
-    plan: RankPlan,
-    full: Iterable[str] = (),
-    allocation: Allocation | None = None,
+    config: TrainConfig, job: shared.Job, plan: RankPlan, full: Iterable[str] = (), allocation: Allocation | None = None
 ) -> PeftModel:
     """The base with its adapter at the planned start, and copies of the `full` modules. The one seed decides the random
     part. allocation: the plan is where AdaLoRA starts."""

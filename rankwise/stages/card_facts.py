@@ -274,11 +274,7 @@ def ladder_words(ladder: Mapping[str, Any]) -> str:
     return "; ".join(words) or "the parity ladder was not climbed"
 
 
-STATUS = {
-    "ok": "agree with the trained model",
-    "broken": "**broken**",
-    "not measured": "not measured",
-}
+STATUS = {"ok": "agree with the trained model", "broken": "**broken**", "not measured": "not measured"}
 
 
 def limitations(sources: Sources, kind: str) -> list[str]:

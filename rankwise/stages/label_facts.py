@@ -55,11 +55,7 @@ def save_quarantine(
         if entry.key.task == question.digest:
             said.setdefault(entry.key.image, []).append(entry.reply.refusal or entry.reply.text)
     rows = [
-        {
-            "image_id": verdict.image_id,
-            "problem": verdict.problem,
-            "answers": said.get(digests[verdict.image_id], []),
-        }
+        {"image_id": verdict.image_id, "problem": verdict.problem, "answers": said.get(digests[verdict.image_id], [])}
         for verdict in verdicts
         if verdict.content is None
     ]

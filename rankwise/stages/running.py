@@ -40,13 +40,7 @@ def probe_batches(config: RanksConfig, renderer: Renderer, path: str | None, spl
     assert config.data.task is not None
     assert path is not None
     data = config.data
-    examples = load(
-        data.task,
-        Path(path),
-        split,
-        download=data.download and not Path(path).is_file(),
-        **reading(data),
-    )
+    examples = load(data.task, Path(path), split, download=data.download and not Path(path).is_file(), **reading(data))
     for note in examples.notes(sees_images=renderer.sight is not None):
         print(note)
     items = one_per_prompt(examples)

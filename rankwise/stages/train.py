@@ -23,13 +23,7 @@ from rankwise.nets.towers import full_sites
 from rankwise.stages import training as shared
 from rankwise.stages.adapting import adapted, check_lora, described_target, planned, quantization
 from rankwise.stages.allocated import save_allocated
-from rankwise.stages.allocating import (
-    allocation_facts,
-    allocation_of,
-    check_allocation,
-    start_rank,
-    starting,
-)
+from rankwise.stages.allocating import allocation_facts, allocation_of, check_allocation, start_rank, starting
 from rankwise.stages.beginning import check_folder, starting_point, train_job
 from rankwise.stages.depth import asked, depth_lines, gate_module, save_depth
 from rankwise.stages.estimate import check_estimate, estimated

@@ -39,11 +39,7 @@ class EpochHistory(TrainerCallback):
     """
 
     def __init__(
-        self,
-        objective: FactorObjective,
-        folder: Path,
-        rows: Sequence[Row] = (),
-        say: Callable[[str], None] = print,
+        self, objective: FactorObjective, folder: Path, rows: Sequence[Row] = (), say: Callable[[str], None] = print
     ) -> None:
         self.objective, self.folder, self.say = objective, folder, say
         self.rows = list(rows)

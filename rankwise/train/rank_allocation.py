@@ -99,12 +99,7 @@ class ChannelAllocation(TrainerCallback):
                     clear(value.grad, self.mask)
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
     ) -> None:
         step = state.global_step
         allowed = self.budget.at(step)
@@ -133,12 +128,7 @@ class ChannelAllocation(TrainerCallback):
     # --- at evaluations and checkpoints ------------------------------------------------------------------------------
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        lr_scheduler: Any = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, lr_scheduler: Any = None, **_: Any
     ) -> None:
         if self.effective < self.evaluated:
             state.best_metric = None

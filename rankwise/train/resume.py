@@ -90,12 +90,7 @@ def newest_complete(output_dir: Path) -> Path | None:
 
 
 def resume_point(
-    asked: str | None,
-    output_dir: Path,
-    identity: Mapping[str, Any],
-    *,
-    allow_partial: bool = False,
-    processes: int = 1,
+    asked: str | None, output_dir: Path, identity: Mapping[str, Any], *, allow_partial: bool = False, processes: int = 1
 ) -> Path | None:
     """The checkpoint to resume from, checked; None to start from the beginning.
 

@@ -185,10 +185,7 @@ def with_originals(folder: Path, written: Written, originals: Originals, target:
 
 def conversation(row: LabelledRow, task: LabelTask) -> dict[str, Any]:
     """A row as a LLaVA conversation: the student's prompt, and the bare class name as the answer."""
-    turns = [
-        {"from": "human", "value": f"{IMAGE_SLOT}\n{task.student_prompt}"},
-        {"from": "gpt", "value": row.label},
-    ]
+    turns = [{"from": "human", "value": f"{IMAGE_SLOT}\n{task.student_prompt}"}, {"from": "gpt", "value": row.label}]
     return {"id": row.image_id, "image": row.image_path, "task_type": row.label, "conversations": turns}
 
 

@@ -93,12 +93,7 @@ SOURCES = {
             marks=marks("gold_label sentence1 sentence2"),
         ),
         Source("labels", labels.read, labels.FILES, reasons=True, marks=marks("image_id image_path")),
-        Source(
-            "conversations",
-            conversations.read,
-            build=conversations.build,
-            marks=marks(*forms.MARKS),
-        ),
+        Source("conversations", conversations.read, build=conversations.build, marks=marks(*forms.MARKS)),
         Source("cota", cota.read, build=cota.build, marks=marks("question answer")),
     )
 }

@@ -47,8 +47,4 @@ def read(source: RowFile) -> Iterator[Example]:
 
 
 def _turns(facts: str, text: str) -> tuple[Turn, ...]:
-    return (
-        Turn("user", INSTRUCTION, "Instruction"),
-        Turn("user", facts, "Input"),
-        Turn("assistant", text, "Output"),
-    )
+    return (Turn("user", INSTRUCTION, "Instruction"), Turn("user", facts, "Input"), Turn("assistant", text, "Output"))

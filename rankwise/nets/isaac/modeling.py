@@ -91,11 +91,7 @@ class IsaacModel(IsaacPreTrainedModel):
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     def positions(
-        self,
-        images: Tensor,
-        image_grid_thw: Tensor | None,
-        attention_mask: Tensor | None,
-        past: int,
+        self, images: Tensor, image_grid_thw: Tensor | None, attention_mask: Tensor | None, past: int
     ) -> Tensor:
         """(3, batch, length) positions of the new tokens; a prompt's shifts are remembered for what follows it."""
         batch, length = images.shape
@@ -192,11 +188,7 @@ class IsaacModel(IsaacPreTrainedModel):
         angles = self.rotary_emb(hidden, positions.expand(3, *positions.shape[-2:]))
         for layer in self.layers:
             hidden = layer(
-                hidden,
-                attention_mask=mask,
-                position_embeddings=angles,
-                past_key_values=past_key_values,
-                **kwargs,
+                hidden, attention_mask=mask, position_embeddings=angles, past_key_values=past_key_values, **kwargs
             )
         return self.norm(hidden)
 

@@ -18,11 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.siglip2.modeling_siglip2 import (
-    Siglip2Attention,
-    Siglip2EncoderLayer,
-    eager_attention_forward,
-)
+from transformers.models.siglip2.modeling_siglip2 import Siglip2Attention, Siglip2EncoderLayer, eager_attention_forward
 
 from rankwise.nets.isaac.configuration import IsaacConfig, IsaacVisionConfig
 

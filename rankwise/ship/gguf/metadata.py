@@ -27,10 +27,7 @@ SAME = 1e-5  # relative; float32 in the file, float64 in the config
 PLAIN = frozenset(["llama", "qwen2", "qwen2vl", "qwen3", "qwen3vl"])  # one kind of layer, whole rotary heads
 IDEFICS, QWEN_MERGER = "idefics3", "qwen2.5vl_merger"
 UNSCALED = frozenset(["default", "llama3"])  # llama3's factors are a tensor
-EVERYWHERE = {
-    "embedding_length": "hidden_size",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-}
+EVERYWHERE = {"embedding_length": "hidden_size", "attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 OF_PLAIN = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",

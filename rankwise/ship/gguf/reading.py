@@ -101,10 +101,7 @@ class GGUFFile:
         """What the header lists, in its order."""
         return {
             name: TensorInfo(
-                name,
-                tuple(int(size) for size in reversed(tensor.shape)),
-                tensor.tensor_type.name,
-                int(tensor.n_bytes),
+                name, tuple(int(size) for size in reversed(tensor.shape)), tensor.tensor_type.name, int(tensor.n_bytes)
             )
             for name, tensor in self._by_name.items()
         }

@@ -19,13 +19,7 @@ from rankwise.stages.features.run_log import RunLog
 from rankwise.stages.features.starting import Start, earlier_of
 from rankwise.train.arguments import build_arguments
 from rankwise.train.epoch_history import EpochHistory
-from rankwise.train.factorizing import (
-    ROW,
-    FactorObjective,
-    TermWeights,
-    ValidationMeans,
-    with_rows,
-)
+from rankwise.train.factorizing import ROW, FactorObjective, TermWeights, ValidationMeans, with_rows
 from rankwise.train.rank_allocation import ChannelAllocation, saved_budget
 from rankwise.train.resume import FirstStep, identity_of
 from rankwise.train.stopping import Patience

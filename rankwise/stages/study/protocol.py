@@ -69,12 +69,7 @@ def scored(material: Material, part: str) -> Scored:
 
 
 def effect_of(
-    design: Design,
-    bench: Bench,
-    tuned: dict[Contender, Tuned],
-    pair: Sequence[Contender],
-    count: int,
-    part: str,
+    design: Design, bench: Bench, tuned: dict[Contender, Tuned], pair: Sequence[Contender], count: int, part: str
 ) -> Effect | None:
     """first − second, paired by seed and item; of one contender, its mean. None where fewer than two seeds are left
     that stayed finite."""

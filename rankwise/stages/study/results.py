@@ -60,11 +60,7 @@ def concluded(outcome: Outcome, registration: Registration) -> dict[str, Any]:
         "arms": [arm_row(outcome, contender) for contender in design.contenders],
         "differences": differences(outcome),
         "tuning": [tuning_row(outcome, *each) for each in outcome.tuned.items()],
-        "seeds": {
-            "reported": len(seeds),
-            "stopped": outcome.reported.reason,
-            "tuning": config.grid.tuning_seeds,
-        },
+        "seeds": {"reported": len(seeds), "stopped": outcome.reported.reason, "tuning": config.grid.tuning_seeds},
         "data": data(outcome),
         "notes": notes(outcome),
     }
