@@ -29,7 +29,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from workload import command
 
 from rankwise.core.plan import RankPlan
-from rankwise.data import Collator, RenderedDataset, Renderer, load
+from rankwise.data.collate import Collator
+from rankwise.data.render import Renderer
+from rankwise.data.rendered import RenderedDataset
+from rankwise.data.sources import load
 from rankwise.nets.adapt import ADAPTER, LoraSettings, adapt, lora_layers, scales
 from rankwise.nets.load import load_model, load_tokenizer
 from rankwise.nets.sites import model_sites

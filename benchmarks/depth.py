@@ -26,7 +26,7 @@ from vision_workload import SHAPES, model, renderer, rows_of, write_rows
 from workload import command, machine, spread, with_lora
 
 from rankwise.config import DepthUseSection
-from rankwise.data import Renderer
+from rankwise.data.render import Renderer
 from rankwise.nets.depth import attach_depth
 from rankwise.nets.depth_settings import DepthSettings
 from rankwise.stages.depth import prepared

@@ -35,8 +35,8 @@ from safetensors import safe_open
 from workload import command, machine
 
 from rankwise.config import DepthUseSection, EvaluateConfig, ScoredData
-from rankwise.data import Example
-from rankwise.data import load as load_rows
+from rankwise.data.example import Example
+from rankwise.data.sources import load as load_rows
 from rankwise.score.generate import GenerationSettings, HFGenerator
 from rankwise.stages.engines import base_and_adapter, seeing, subject
 

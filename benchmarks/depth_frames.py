@@ -18,11 +18,11 @@ from PIL import Image
 from vision_workload import processor as qwen_processor
 
 from rankwise.core.depth import normalised
-from rankwise.data import ImageReader
 from rankwise.data.depth_cache import DepthCache
 from rankwise.data.depth_files import DepthFiles
 from rankwise.data.depth_maps import DepthMaps
 from rankwise.data.grids import image_grids
+from rankwise.data.images import ImageReader
 from rankwise.nets.load import load_processor
 from rankwise.stages.depth import fill
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rankwise.data import Example
+from rankwise.data.example import Example
 
 DRAWS = 2000
 MARGIN = 5.0  # points around chance that count as chance

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from workload import Clock, RandomRows, arguments, command, llama, machine, with_lora
 
-from rankwise.data import Collator
+from rankwise.data.collate import Collator
 from rankwise.nets.adapt import LoraSettings
 from rankwise.nets.sites import model_sites
 from rankwise.nets.targets import choose_sites, uniform_plan

@@ -26,10 +26,11 @@ from typing import Any
 import torch
 from workload import command
 
-from rankwise.data import Example, Renderer, Turn
+from rankwise.data.example import Example, Turn
+from rankwise.data.render import Renderer
 from rankwise.nets.load import load_model, load_tokenizer
 from rankwise.nets.tiny import random_llama, save_tokenizer
-from rankwise.score import GenerationSettings, HFGenerator
+from rankwise.score.generate import GenerationSettings, HFGenerator
 from rankwise.score.tasks import task
 
 WORDS = "pub river near food price family centre rating cheap high museum bridge garden station hall park".split()

@@ -37,8 +37,10 @@ from workload import machine
 from rankwise.config import CaptureConfig, FactorTrainConfig
 from rankwise.core.approximation import by_gram, shared_basis
 from rankwise.core.factors import Factors
-from rankwise.data.features import FeatureCache, open_cache, read_split
-from rankwise.nets.factorize import ARCHITECTURES, load_factorizer
+from rankwise.data.features.cache import FeatureCache, open_cache
+from rankwise.data.features.split import read_split
+from rankwise.nets.factorize.architectures import ARCHITECTURES
+from rankwise.nets.factorize.files import load_factorizer
 from rankwise.nets.factorize.subspace import quick_products
 from rankwise.score.factor_cost import counted, timings
 from rankwise.score.factor_rows import summary

@@ -24,8 +24,10 @@ from torch import Tensor
 from workload import machine
 
 from rankwise.core.approximation import normalised
-from rankwise.data.features import FeatureCache, FeatureSplit, split_of
-from rankwise.nets.factorize import FactorizerSettings, Subspace
+from rankwise.data.features.cache import FeatureCache
+from rankwise.data.features.split import FeatureSplit, split_of
+from rankwise.nets.factorize.factorizer import FactorizerSettings
+from rankwise.nets.factorize.subspace import Subspace
 from rankwise.score.factor_cost import timings
 from rankwise.score.factorization import GRAM, Method, baselines, network
 

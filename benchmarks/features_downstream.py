@@ -17,7 +17,7 @@ from workload import machine
 
 from rankwise.config import CaptureConfig, DownstreamConfig, FactorTrainConfig
 from rankwise.data.sources import load
-from rankwise.nets.factorize import ARCHITECTURES
+from rankwise.nets.factorize.architectures import ARCHITECTURES
 from rankwise.stages.features import capture, downstream, train
 
 

@@ -20,7 +20,7 @@ from workload import Clock, RandomRows, arguments, command, llama, machine, spre
 
 from rankwise.core.phase import bind
 from rankwise.core.schedule import parse_schedule
-from rankwise.data import Collator
+from rankwise.data.collate import Collator
 from rankwise.nets.sites import model_sites
 from rankwise.train.phases import PhaseKeeper
 from rankwise.train.trainer import RankwiseTrainer

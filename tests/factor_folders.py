@@ -9,8 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankwise.data.features import CacheRecipe, FeatureCache, Matrices, split_of, write_cache
-from rankwise.nets.factorize import Factorizer, FactorizerSettings, build, save_factorizer
+from rankwise.data.features.cache import FeatureCache
+from rankwise.data.features.split import split_of
+from rankwise.data.features.writer import CacheRecipe, Matrices, write_cache
+from rankwise.nets.factorize.architectures import build
+from rankwise.nets.factorize.factorizer import Factorizer, FactorizerSettings
+from rankwise.nets.factorize.files import save_factorizer
 from rankwise.store.files import write_json
 
 TOKENS, CHANNELS, RANK = 16, 24, 4

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from rankwise.data import Renderer, Turn
 from rankwise.data.device import MARKER
+from rankwise.data.example import Turn
+from rankwise.data.render import Renderer
 from rankwise.errors import DataError
 from rankwise.ship.llama.runtime import Completion, RuntimeInfo
 from rankwise.ship.parity.divergence import top_of

@@ -14,9 +14,12 @@ import torch
 from exported import installed_converter, vision_model
 from PIL import Image
 
-from rankwise.data import Example, ImageReader, Renderer, Sight, Turn
 from rankwise.data.device import DeviceReader, DeviceTarget
 from rankwise.data.device_processor import device_processor
+from rankwise.data.example import Example, Turn
+from rankwise.data.images import ImageReader
+from rankwise.data.render import Renderer
+from rankwise.data.sight import Sight
 from rankwise.nets import tiny_vision
 from rankwise.nets.load import load_model, load_processor
 from rankwise.ship.gguf.export import write_export

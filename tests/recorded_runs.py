@@ -11,8 +11,9 @@ import pytest
 from tiny import CHAT_TEMPLATE, tiny_llama
 
 from rankwise import cli
-from rankwise.data import Example, Rendered, Renderer
+from rankwise.data.example import Example
 from rankwise.data.input_record import FILE
+from rankwise.data.render import Rendered, Renderer
 from rankwise.store.files import read_object, write_json
 
 OTHER_TEMPLATE = CHAT_TEMPLATE.replace("<|", "[").replace("|>", "]")

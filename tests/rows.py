@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, set_seed
 
-from rankwise.data import Collator
+from rankwise.data.collate import Collator
 from rankwise.nets.adapt import LoraSettings, adapt, lora_layers
 from rankwise.nets.load import load_model
 from rankwise.nets.sites import model_sites

@@ -26,7 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainerState, set_seed
 
 from rankwise import cli
 from rankwise.core.importance import Importance, RankBudget, kept, triplet_scores
-from rankwise.data import Collator
+from rankwise.data.collate import Collator
 from rankwise.errors import DataError, VerificationError
 from rankwise.nets.adalora import (
     Allocation,

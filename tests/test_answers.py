@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.data import Example
-from rankwise.data.example import Turn
+from rankwise.data.example import Example, Turn
 from rankwise.errors import DataError
 from rankwise.score.answers import exact_match, is_right, normalised, score_answers, token_f1
 from rankwise.score.predictions import Prediction

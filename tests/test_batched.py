@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from rankwise.core.phase import Bound, BoundNorm, bind, boundaries
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.schedule import parse_schedule
-from rankwise.data import Collator
+from rankwise.data.collate import Collator
 from rankwise.data.render import IGNORED
 from rankwise.errors import Interrupted, UsageError, VerificationError
 from rankwise.nets.adapt import ADAPTER, LoraSettings, adapt, lora_layers

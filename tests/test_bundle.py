@@ -26,8 +26,8 @@ from test_clients import constants
 
 from rankwise.cli import main
 from rankwise.config import BundleConfig, ScoredData
-from rankwise.data import Example, Turn
 from rankwise.data.device import MARKER, read_target
+from rankwise.data.example import Example, Turn
 from rankwise.data.input_record import read_input
 from rankwise.data.labelling.label_task import LabelClass, LabelTask
 from rankwise.errors import DataError, UsageError, VerificationError

@@ -24,8 +24,10 @@ from rankwise import cli
 from rankwise.core.approximation import normalised, singular_values
 from rankwise.data.device import DeviceTarget
 from rankwise.data.device_processor import device_processor
-from rankwise.data.features import CacheWriter, FeatureCache, open_cache, split_of
+from rankwise.data.features.cache import FeatureCache, open_cache
 from rankwise.data.features.pictures import open_pictures
+from rankwise.data.features.split import split_of
+from rankwise.data.features.writer import CacheWriter
 from rankwise.data.grids import image_grids
 from rankwise.data.sight import Sight
 from rankwise.errors import DataError

@@ -18,10 +18,11 @@ from tiny_vision import drawn_image, tiny_qwen25vl, tiny_smolvlm
 
 from rankwise.cli import main
 from rankwise.config import DataSection, ModelSection
-from rankwise.data import ImageReader, load
 from rankwise.data.chat import ChatTemplate
 from rankwise.data.check import Findings, examined, histogram
 from rankwise.data.encoding import Encoder
+from rankwise.data.images import ImageReader
+from rankwise.data.sources import load
 from rankwise.nets.load import load_config
 from rankwise.show.check import bars, in_words
 from rankwise.stages.rendering import renderer_for

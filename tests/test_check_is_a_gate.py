@@ -23,7 +23,8 @@ from tiny_vision import tiny_qwen25vl, tiny_smolvlm
 from transformers import AutoTokenizer
 
 from rankwise.cli import main
-from rankwise.data import Rendered, load
+from rankwise.data.render import Rendered
+from rankwise.data.sources import load
 from rankwise.store.files import read_json
 
 EXAMPLES = int(os.environ.get("RANKWISE_ROWS", "0"))  # 0: the suite's few, always the same

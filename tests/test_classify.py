@@ -15,19 +15,11 @@ import torch
 from tiny import CHAT_TEMPLATE, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rankwise.data import Example, Renderer, Turn
+from rankwise.data.example import Example, Turn
 from rankwise.data.label_names import found_label
+from rankwise.data.render import Renderer
 from rankwise.errors import DataError, UsageError
-from rankwise.score import (
-    EvaluationResult,
-    GenerationSettings,
-    HFGenerator,
-    LabelScores,
-    bootstrap,
-    evaluate,
-    predict,
-    task,
-)
+from rankwise.score import bootstrap
 from rankwise.score.classify import (
     UNPARSED,
     ByLikelihood,
@@ -36,8 +28,11 @@ from rankwise.score.classify import (
     score_labels,
 )
 from rankwise.score.classify import _resampled as resampled
+from rankwise.score.generate import GenerationSettings, HFGenerator, LabelScores
 from rankwise.score.likelihood import answered
-from rankwise.score.predictions import Prediction
+from rankwise.score.predictions import Prediction, predict
+from rankwise.score.result import EvaluationResult
+from rankwise.score.tasks import evaluate, task
 
 LABELS = ("entailment", "neutral", "contradiction")
 

@@ -11,8 +11,9 @@ import pytest
 from go_template import executed
 from test_templates import FAMILIES, SYSTEM, TALKS, pytestmark, renderer_of, tokenizer_of
 
-from rankwise.data import Example, Renderer, Turn
 from rankwise.data.device import MARKER
+from rankwise.data.example import Example, Turn
+from rankwise.data.render import Renderer
 from rankwise.errors import DataError
 from rankwise.ship.bundle import INPUT, Prompt
 from rankwise.ship.clients import Asking, client_files

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rankwise.data import ImageReader
+from rankwise.data.images import ImageReader
 from rankwise.data.labelling import coco
 from rankwise.data.labelling.coco import Photo, download_coco, find_images, select
 from rankwise.data.labelling.stratified import drawn_order, held_out_groups, shares

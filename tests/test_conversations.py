@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
-from rankwise.data import Examples, RenderedDataset, Renderer, load, recorded_split, split_groups, subset
 from rankwise.data.answers import check_slots
-from rankwise.data.example import Chosen
+from rankwise.data.example import Chosen, Examples
 from rankwise.data.images import ImageReader
-from rankwise.data.render import IGNORED
+from rankwise.data.render import IGNORED, Renderer
+from rankwise.data.rendered import RenderedDataset
+from rankwise.data.sources import load
 from rankwise.data.sources.indexed import IndexedSamples
+from rankwise.data.split import recorded_split, split_groups, subset
 from rankwise.errors import DataError
 
 Row = dict[str, Any]

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 from rankwise import cli
 from rankwise.config import DemoConfig
-from rankwise.data import load
 from rankwise.data.restaurants import VALUES, describe, guide, restaurants, write_task
+from rankwise.data.sources import load
 from rankwise.errors import UsageError, VerificationError
 from rankwise.nets.tiny import check_same_ids, save_tokenizer
 from rankwise.score.result import EvaluationResult

@@ -17,7 +17,6 @@ from tiny_isaac import tiny_isaac
 from tiny_vision import FAMILIES, drawn_image
 from transformers import AutoProcessor, ViTImageProcessor
 
-import rankwise.nets.isaac  # noqa: F401 - registers the processor
 from rankwise.core.depth import derangement, normalised, on_grids, permuted, ramp
 from rankwise.core.geometry import WHOLE, Grid, pooled
 from rankwise.data.depth_cache import BrokenMap, DepthCache, MapKey, source_name

@@ -22,16 +22,19 @@ from tiny_vision import drawn_image, tiny_qwen25vl, tiny_smolvlm
 import rankwise
 from rankwise import cli
 from rankwise.config import DataSection, DepthSection, DepthUseSection, EvaluateConfig, ModelSection, ScoredData
-from rankwise.data import Collator, ImageReader, Renderer, Sight
-from rankwise.data import load as load_rows
+from rankwise.data.collate import Collator
 from rankwise.data.depth_cache import DepthCache, source_name
 from rankwise.data.depth_maps import DepthMaps
 from rankwise.data.grids import image_grids
+from rankwise.data.images import ImageReader
+from rankwise.data.render import Renderer
+from rankwise.data.sight import Sight
+from rankwise.data.sources import load as load_rows
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.adapt import quiet_peft
 from rankwise.nets.depth import encoder_of
 from rankwise.nets.depth_settings import read_depth, write_depth
-from rankwise.nets.isaac import IsaacForConditionalGeneration
+from rankwise.nets.isaac.modeling import IsaacForConditionalGeneration
 from rankwise.nets.load import load_config, load_processor
 from rankwise.score.generate import GenerationSettings, HFGenerator
 from rankwise.stages.depth import asked, depth_facts, idle, overruled, prepared

@@ -17,9 +17,12 @@ from tiny_vision import drawn_image, tiny_qwen25vl, tiny_smolvlm
 
 from rankwise.config import DataSection, ModelSection
 from rankwise.core.geometry import letterbox
-from rankwise.data import Example, ImageReader, Renderer, Sight, Turn
 from rankwise.data.device import DeviceReader, DeviceTarget, read_target, resize_for_device
 from rankwise.data.device_processor import device_processor
+from rankwise.data.example import Example, Turn
+from rankwise.data.images import ImageReader
+from rankwise.data.render import Renderer
+from rankwise.data.sight import Sight
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.load import load_config, load_processor
 from rankwise.stages.rendering import renderer_for

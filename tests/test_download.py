@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from rankwise.data import load
-from rankwise.data.sources import SOURCES, download
+from rankwise.data.sources import SOURCES, download, load
 from rankwise.data.sources.download import Download, fetch
 from rankwise.errors import DataError, ServiceError, UsageError
 

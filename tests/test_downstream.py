@@ -20,10 +20,14 @@ from rankwise import cli
 from rankwise.config import DownstreamConfig
 from rankwise.core.approximation import by_basis, by_gram, normalised, shared_basis
 from rankwise.data.device import DeviceTarget
-from rankwise.data.features import CacheRecipe, Matrices, ModelOrigin, open_cache, split_of, write_cache
+from rankwise.data.features.cache import ModelOrigin, open_cache
+from rankwise.data.features.split import split_of
+from rankwise.data.features.writer import CacheRecipe, Matrices, write_cache
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.adapters import save_adapter
-from rankwise.nets.factorize import FactorizerSettings, build, save_factorizer
+from rankwise.nets.factorize.architectures import build
+from rankwise.nets.factorize.factorizer import FactorizerSettings
+from rankwise.nets.factorize.files import save_factorizer
 from rankwise.nets.image_features import image_features, seeing_part
 from rankwise.score.downstream import (
     METRICS,

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rankwise.data import ImageReader, load
 from rankwise.data.drawing_talk import (
     ASKED,
     KINDS,
@@ -38,6 +37,8 @@ from rankwise.data.drawings import (
     draw,
     paint,
 )
+from rankwise.data.images import ImageReader
+from rankwise.data.sources import load
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 

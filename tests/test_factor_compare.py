@@ -14,9 +14,10 @@ from rankwise.cli import main
 from rankwise.config import FactorCompareConfig
 from rankwise.core.approximation import by_basis, normalised, shared_basis
 from rankwise.core.closeness import relative_error
-from rankwise.data.features import open_cache, split_of
+from rankwise.data.features.cache import open_cache
+from rankwise.data.features.split import split_of
 from rankwise.errors import DataError, UsageError
-from rankwise.nets.factorize import save_factorizer
+from rankwise.nets.factorize.files import save_factorizer
 from rankwise.score.downstream import NOTHING, ORIGINAL
 from rankwise.score.factorization import GRAM, OF_FACTORS, PCA, RANDOMIZED, SVD
 from rankwise.show import factor_plots

@@ -20,7 +20,7 @@ from rankwise.config import AllocatorSection
 from rankwise.core.approximation import normalised
 from rankwise.core.importance import RankBudget
 from rankwise.errors import UsageError
-from rankwise.nets.factorize import load_factorizer
+from rankwise.nets.factorize.files import load_factorizer
 from rankwise.train.epoch_history import best_row
 from rankwise.train.stopping import Patience
 

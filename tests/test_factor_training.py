@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from rankwise import cli
 from rankwise.core.approximation import normalised
 from rankwise.core.factors import Factors
-from rankwise.data.features import open_cache, read_split, split_of
+from rankwise.data.features.cache import open_cache
+from rankwise.data.features.split import read_split, split_of
 from rankwise.errors import DataError, DivergedError, UsageError
-from rankwise.nets.factorize import ARCHITECTURES, Factorizer, FactorizerSettings, build, load_factorizer
+from rankwise.nets.factorize.architectures import ARCHITECTURES, build
+from rankwise.nets.factorize.factorizer import Factorizer, FactorizerSettings
+from rankwise.nets.factorize.files import load_factorizer
 from rankwise.show.factor_curves import plot_factor_training
 from rankwise.stages.features import factor_outcome
 from rankwise.train import factorizing

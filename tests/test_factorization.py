@@ -14,7 +14,8 @@ from torch import Tensor
 from rankwise.core.approximation import by_svd, normalised, shared_basis
 from rankwise.core.closeness import cosine, mse, principal_angles, relative_error
 from rankwise.core.factors import Factors
-from rankwise.nets.factorize import FactorizerSettings, build
+from rankwise.nets.factorize.architectures import build
+from rankwise.nets.factorize.factorizer import FactorizerSettings
 from rankwise.score.factor_cost import counted, eigh_flops, qr_flops, svd_flops, timings
 from rankwise.score.factor_rows import estimated, paired, summary
 from rankwise.score.factorization import (

@@ -16,19 +16,13 @@ from rankwise import scripts
 from rankwise.core.approximation import best_errors, normalised, singular_values
 from rankwise.core.closeness import relative_error
 from rankwise.errors import DataError, UsageError
-from rankwise.nets.factorize import (
-    ARCHITECTURES,
-    AdaptiveLowRankProjAdaLoRA,
-    Factorizer,
-    FactorizerSettings,
-    LowRankProjMLP,
-    LowRankProjSymmetric,
-    SVDLinear,
-    build,
-    canonical,
-    load_factorizer,
-    save_factorizer,
-)
+from rankwise.nets.factorize.adaptive import AdaptiveLowRankProjAdaLoRA
+from rankwise.nets.factorize.architectures import ARCHITECTURES, build, canonical
+from rankwise.nets.factorize.factorizer import Factorizer, FactorizerSettings
+from rankwise.nets.factorize.files import load_factorizer, save_factorizer
+from rankwise.nets.factorize.plain import LowRankProjMLP
+from rankwise.nets.factorize.svd_linear import SVDLinear
+from rankwise.nets.factorize.symmetric import LowRankProjSymmetric
 
 TOKENS, CHANNELS, RANK = 12, 20, 4
 DOCUMENTED = ("ResMLP", "MLP", "AdaLoRA")

@@ -18,9 +18,11 @@ from torch import Tensor
 from transformers import Blip2Processor, BlipImageProcessor
 
 from rankwise.cli import main
-from rankwise.data import ImageReader, Renderer, Sight
 from rankwise.data import families as tested
 from rankwise.data.comparison import Oracle
+from rankwise.data.images import ImageReader
+from rankwise.data.render import Renderer
+from rankwise.data.sight import Sight
 from rankwise.errors import UsageError
 from rankwise.nets.load import forward_inputs, load_config, load_model, load_processor
 

@@ -20,7 +20,7 @@ from transformers import (
     SmolVLMConfig,
 )
 
-from rankwise.data import Sight
+from rankwise.data.sight import Sight
 from rankwise.nets import cut_down as cutting
 from rankwise.nets.cut_down import Untried, cut_down, random_model
 from rankwise.nets.load import load_config

@@ -16,21 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rankwise.core.approximation import best_errors, normalised, shared_basis, singular_values
-from rankwise.data.features import (
-    CacheRecipe,
-    CacheWriter,
-    FeatureCache,
-    FeatureRows,
-    Matrices,
-    ModelOrigin,
-    collate,
-    open_cache,
-    read_split,
-    split_of,
-    writer,
-)
-from rankwise.data.features.cache import content_fingerprint
+from rankwise.data.features import writer
+from rankwise.data.features.cache import FeatureCache, ModelOrigin, content_fingerprint, open_cache
+from rankwise.data.features.rows import FeatureRows, collate
+from rankwise.data.features.split import read_split, split_of
 from rankwise.data.features.synthetic import Synthetic, even_rows
+from rankwise.data.features.writer import CacheRecipe, CacheWriter, Matrices
 from rankwise.errors import DataError, UsageError
 from rankwise.store.files import read_object, write_json
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rankwise import cli
-from rankwise.nets.factorize import ARCHITECTURES
+from rankwise.nets.factorize.architectures import ARCHITECTURES
 from rankwise.store.stage_marks import read_marks, write_mark
 
 SMALL = {

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from rankwise import cli
-from rankwise.data import load
 from rankwise.data.input_record import FILE as INPUT
+from rankwise.data.sources import load
 from rankwise.errors import UsageError
 from rankwise.nets.adapters import load_adapter
 from rankwise.nets.delta_files import BaseWeights, write_deltas

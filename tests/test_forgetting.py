@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from rankwise.errors import DataError
 from rankwise.nets.load import load_model
-from rankwise.score import EvaluationResult
 from rankwise.score.forgetting import (
     FILE,
     ForgettingSettings,
@@ -26,6 +25,7 @@ from rankwise.score.forgetting import (
     logits_without_adapter,
     read_documents,
 )
+from rankwise.score.result import EvaluationResult
 
 TEXTS = [
     "The Vaults pub near Café Adriatic has a 5 star rating.",

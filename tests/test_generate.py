@@ -13,20 +13,14 @@ import torch
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from rankwise.data import Example, Rendered, Renderer, Turn
-from rankwise.data.render import IGNORED
+from rankwise.data.example import Example, Turn
+from rankwise.data.render import IGNORED, Rendered, Renderer
 from rankwise.errors import DataError, UsageError
-from rankwise.score import (
-    EvaluationResult,
-    Generated,
-    GenerationSettings,
-    HFGenerator,
-    answer_losses,
-    evaluate,
-    predict,
-    task,
-    training_batches,
-)
+from rankwise.score.generate import Generated, GenerationSettings, HFGenerator
+from rankwise.score.likelihood import answer_losses, training_batches
+from rankwise.score.predictions import predict
+from rankwise.score.result import EvaluationResult
+from rankwise.score.tasks import evaluate, task
 
 
 def example(name: str, source: str = "name[x]", answer: str = "An answer.") -> Example:

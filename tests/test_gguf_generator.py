@@ -13,9 +13,12 @@ from exported import exported_vision
 from PIL import Image
 from served import text_gguf, text_model
 
-from rankwise.data import Example, ImageReader, Renderer, Sight, Turn
 from rankwise.data.device import DeviceReader, DeviceTarget, read_target
 from rankwise.data.device_processor import device_processor
+from rankwise.data.example import Example, Turn
+from rankwise.data.images import ImageReader
+from rankwise.data.render import Renderer
+from rankwise.data.sight import Sight
 from rankwise.errors import UsageError
 from rankwise.nets.load import load_model, load_processor, load_tokenizer
 from rankwise.score.generate import GenerationSettings, HFGenerator

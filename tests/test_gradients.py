@@ -23,7 +23,7 @@ from tiny import tiny_llama
 from torch import nn
 from transformers import TrainerCallback, set_seed
 
-from rankwise.data import Collator
+from rankwise.data.collate import Collator
 from rankwise.errors import DataError, DivergedError, UsageError
 from rankwise.nets.adapt import LoraSettings, adapt, lora_layers, lora_pairs, quiet_peft
 from rankwise.nets.load import load_model

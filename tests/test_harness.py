@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 from rankwise import cli
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.adapters import save_adapter
-from rankwise.score import EvaluationResult, bootstrap
+from rankwise.score import bootstrap
 from rankwise.score.harness import HarnessSettings, evaluate_harness, is_harness, read_metrics
+from rankwise.score.result import EvaluationResult
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -26,10 +26,10 @@ from recorded_runs import (
 from tiny_vision import tiny_smolvlm
 
 from rankwise.config import DataSection, ModelSection, ScoredData, ValidateConfig
-from rankwise.data import load
 from rankwise.data.device import DeviceTarget
 from rankwise.data.input_record import FILE, read_input
 from rankwise.data.labelling.label_task import task_from
+from rankwise.data.sources import load
 from rankwise.nets.load import load_config, load_processor, load_tokenizer
 from rankwise.score.tasks import task as scored_task
 from rankwise.ship.gguf.converter import Converter

@@ -27,8 +27,8 @@ from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from rankwise.config import DataSection, ModelSection
-from rankwise.data import load
 from rankwise.data.input_record import FILE, InputRecord, read_input
+from rankwise.data.sources import load
 from rankwise.nets.adapters import save_adapter
 from rankwise.nets.load import load_config
 from rankwise.stages.card import files_of

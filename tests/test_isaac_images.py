@@ -18,9 +18,12 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from rankwise.core.geometry import scaled_blocks
-from rankwise.data import ImageReader, Sight
+from rankwise.data.images import ImageReader
+from rankwise.data.sight import Sight
 from rankwise.errors import DataError
-from rankwise.nets.isaac import IsaacConfig, IsaacImageProcessor, IsaacProcessor
+from rankwise.nets.isaac.configuration import IsaacConfig
+from rankwise.nets.isaac.image_processing import IsaacImageProcessor
+from rankwise.nets.isaac.processing import IsaacProcessor
 
 IMAGE = "<|image_pad|>"
 sides = st.integers(1, 4000)

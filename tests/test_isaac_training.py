@@ -18,7 +18,7 @@ from torch.nn import functional
 from rankwise import cli
 from rankwise.config import DataSection, MergeConfig, ModelSection
 from rankwise.core.site import Site
-from rankwise.data import load
+from rankwise.data.sources import load
 from rankwise.nets.adapt import ADAPTER, LoraSettings, adapt, lora_layers
 from rankwise.nets.adapters import load_adapter, save_adapter
 from rankwise.nets.load import load_config, load_model, load_processor, meta_model

@@ -20,7 +20,7 @@ from rows import logged
 from tiny_vision import tiny_smolvlm
 
 from rankwise.cli import main
-from rankwise.data import Example, load
+from rankwise.data.example import Example
 from rankwise.data.label_names import (
     FINAL,
     QUOTES,
@@ -34,6 +34,7 @@ from rankwise.data.label_names import (
 from rankwise.data.labelling.coco import find_images
 from rankwise.data.labelling.label_task import read_task, task_from
 from rankwise.data.labelling.labelled import read_rows
+from rankwise.data.sources import load
 from rankwise.data.teacher.loopback import LoopbackTeacher
 from rankwise.errors import UsageError
 from rankwise.score.generate import Generated, HFGenerator

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from rankwise.data import BadImage, ImageReader, load
 from rankwise.data.device import DeviceTarget, read_target
+from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.labelling.coco import find_images, select
 from rankwise.data.labelling.existing_labels import Existing, label_rows, read_existing, task_for
 from rankwise.data.labelling.label_task import LabelTask, load_task, read_task, task_from
@@ -25,6 +25,7 @@ from rankwise.data.labelling.labelled import (
     store_image,
     write_dataset,
 )
+from rankwise.data.sources import load
 from rankwise.errors import DataError, UsageError
 
 TARGET = DeviceTarget(image_size=16)

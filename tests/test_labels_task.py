@@ -18,11 +18,12 @@ from tiny_vision import tiny_smolvlm
 
 from rankwise import cli
 from rankwise.config import DataSection, ModelSection
-from rankwise.data import Example, load
 from rankwise.data.device import DeviceTarget, read_target
+from rankwise.data.example import Example
 from rankwise.data.labelling.label_task import read_task, task_from
 from rankwise.data.labelling.labelled import LabelledRow, store_image, write_dataset
 from rankwise.data.render import IGNORED, Renderer
+from rankwise.data.sources import load
 from rankwise.data.sources.labels import WHY
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.load import load_config

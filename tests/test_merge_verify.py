@@ -18,8 +18,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from rankwise.cli import main
 from rankwise.config import DataSection, MergeConfig, ModelSection
-from rankwise.data import load
 from rankwise.data.device import DeviceTarget
+from rankwise.data.sources import load
 from rankwise.errors import UsageError
 from rankwise.nets.adapters import save_adapter
 from rankwise.nets.load import load_model, load_processor

@@ -22,8 +22,8 @@ from statsmodels.stats.proportion import proportion_confint
 from torch.nn import functional as F
 
 from rankwise.core.geometry import letterbox
-from rankwise.data import Renderer
 from rankwise.data.device import MARKER, encoded
+from rankwise.data.render import Renderer
 from rankwise.errors import ServiceError
 from rankwise.nets.load import load_model
 from rankwise.ship.gain import change, gain_kept

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
 
 from rankwise import cli
-from rankwise.data import Renderer
+from rankwise.data.render import Renderer
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.load import load_model, load_tokenizer
 from rankwise.nets.sites import model_sites

@@ -14,9 +14,10 @@ import pytest
 from tiny_vision import drawn_image
 
 from rankwise.cli import main
-from rankwise.data import Examples, ImageReader, load
+from rankwise.data.example import Examples
+from rankwise.data.images import ImageReader
 from rankwise.data.markers import TABLE, found
-from rankwise.data.sources import kind_of
+from rankwise.data.sources import kind_of, load
 from rankwise.errors import DataError, UsageError
 
 Row = dict[str, Any]

@@ -25,7 +25,7 @@ from rankwise.nets.adapt import lora_layers
 from rankwise.nets.load import meta_model
 from rankwise.nets.sites import model_sites
 from rankwise.nets.targets import choose_sites
-from rankwise.score import EvaluationResult
+from rankwise.score.result import EvaluationResult
 from rankwise.scripts import (
     ATTENTION_ONLY,
     BOTH,

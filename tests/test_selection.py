@@ -22,8 +22,9 @@ from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankwise.config import SelectionSection
-from rankwise.data import Example, Renderer, Turn
+from rankwise.data.example import Example, Turn
 from rankwise.data.label_names import found_label
+from rankwise.data.render import Renderer
 from rankwise.errors import Interrupted, UsageError
 from rankwise.score.selection import MAX_NEW_TOKENS, LabelAccuracy, Tally
 from rankwise.stages.selecting import arguments_for, in_words

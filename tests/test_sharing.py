@@ -26,7 +26,8 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import AutoTokenizer
 
 from rankwise import cli
-from rankwise.data import RenderedDataset, Renderer
+from rankwise.data.render import Renderer
+from rankwise.data.rendered import RenderedDataset
 from rankwise.data.sources import load
 from rankwise.errors import UsageError, VerificationError
 from rankwise.nets.adapters import load_adapter

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from rankwise.data import Example, load, one_per_prompt
-from rankwise.data.sources import kind_of
+from rankwise.data.example import Example, one_per_prompt
+from rankwise.data.sources import kind_of, load
 from rankwise.errors import DataError, UsageError
 
 E2E = "mr,ref\r\n"

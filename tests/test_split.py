@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.data import Example, Turn, load, recorded_split, split_groups, subset
+from rankwise.data.example import Example, Turn
+from rankwise.data.sources import load
+from rankwise.data.split import recorded_split, split_groups, subset
 from rankwise.errors import DataError, UsageError
 
 

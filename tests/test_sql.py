@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.data import Example, Examples, load
+from rankwise.data.example import Example, Examples
+from rankwise.data.sources import load
 from rankwise.data.sql import AGGREGATES, Query, same_query
 from rankwise.errors import DataError
 from rankwise.score.sql import score_sql

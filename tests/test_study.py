@@ -24,7 +24,7 @@ from rankwise.core.phase import bind
 from rankwise.core.returning import returns
 from rankwise.core.schedule import parse_schedule
 from rankwise.core.site import Site, describe
-from rankwise.data import Example, Turn
+from rankwise.data.example import Example, Turn
 from rankwise.data.parts import Sizes, divided
 from rankwise.errors import DataError, UsageError
 from rankwise.score.contenders import compressed, ranks_within, type_means

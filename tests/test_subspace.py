@@ -11,7 +11,9 @@ from torch import Tensor
 from rankwise.core.approximation import best_errors, by_gram, normalised, singular_values
 from rankwise.core.closeness import excess_error, relative_error
 from rankwise.core.orthonormal import BLOCK, TOLERANCE, inverse_cholesky, orthonormal
-from rankwise.nets.factorize import FactorizerSettings, Subspace, load_factorizer, save_factorizer
+from rankwise.nets.factorize.factorizer import FactorizerSettings
+from rankwise.nets.factorize.files import load_factorizer, save_factorizer
+from rankwise.nets.factorize.subspace import Subspace
 
 TOKENS, CHANNELS, RANK = 64, 192, 32
 

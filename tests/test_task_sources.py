@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from rankwise.config import TASKS
-from rankwise.data import Example, load
-from rankwise.data.sources import SOURCES, archives
+from rankwise.data.example import Example
+from rankwise.data.sources import SOURCES, archives, load
 from rankwise.errors import DataError, UsageError
 
 

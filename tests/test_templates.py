@@ -17,10 +17,10 @@ from tiny import TEXTS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rankwise.data import Example, Renderer, Turn
 from rankwise.data.chat import Refused
 from rankwise.data.comparison import Oracle
-from rankwise.data.render import IGNORED, Rendered
+from rankwise.data.example import Example, Turn
+from rankwise.data.render import IGNORED, Rendered, Renderer
 from rankwise.data.rendered import RenderedDataset, outcomes
 from rankwise.errors import DataError
 

@@ -15,10 +15,13 @@ import pytest
 from nltk.corpus.reader.wordnet import WordNetCorpusReader
 from nltk.corpus.util import LazyCorpusLoader
 
-from rankwise.data import load, one_per_prompt
+from rankwise.data.example import one_per_prompt
+from rankwise.data.sources import load
 from rankwise.errors import DataError, UsageError
-from rankwise.score import EvaluationResult, bootstrap, score_text, wordnet
+from rankwise.score import bootstrap, wordnet
 from rankwise.score import text as text_module
+from rankwise.score.result import EvaluationResult
+from rankwise.score.text import score_text
 
 # Output of the baseline for the first ten MRs of the development set, from github.com/tuetschek/e2e-metrics,
 # example-inputs/baseline-output.txt; the references there are those of devset.csv. The official script gives 72.0293.

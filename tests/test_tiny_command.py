@@ -12,10 +12,12 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rankwise import cli
-from rankwise.data import Example, ImageReader, Renderer
 from rankwise.data.device import resize_for_device
 from rankwise.data.element_scenes import SHADES, SIZES, paint, photos
+from rankwise.data.example import Example
+from rankwise.data.images import ImageReader
 from rankwise.data.labelling.label_task import load_task
+from rankwise.data.render import Renderer
 from rankwise.data.teacher.loopback import shares
 from rankwise.score.generate import GenerationSettings, HFGenerator
 from rankwise.stages.tiny import World, captioned, device_sight, make_base, seen

@@ -21,8 +21,8 @@ from tiny_vision import FAMILIES, drawn_image, tiny_smolvlm
 
 from rankwise import cli
 from rankwise.config import DataSection, ModelSection
-from rankwise.data import load
 from rankwise.data.images import ImageReader
+from rankwise.data.sources import load
 from rankwise.nets.adapt import adapt
 from rankwise.nets.adapters import load_adapter
 from rankwise.nets.load import load_config, load_model, load_processor

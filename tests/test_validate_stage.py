@@ -12,7 +12,7 @@ from parity_models import SIZES, TARGET, draw, exported_in
 
 from rankwise.cli import main, resolve
 from rankwise.config import ScoredData, ValidateConfig
-from rankwise.data import Example, Turn
+from rankwise.data.example import Example, Turn
 from rankwise.data.labelling.label_task import LabelClass, LabelTask
 from rankwise.errors import DataError, UsageError
 from rankwise.score.classify import score_labels

@@ -17,9 +17,10 @@ from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankwise import cli
-from rankwise.data import Example, Renderer, Turn
+from rankwise.data.example import Example, Turn
+from rankwise.data.render import Renderer
 from rankwise.errors import UsageError
-from rankwise.score import GenerationSettings, HFGenerator
+from rankwise.score.generate import GenerationSettings, HFGenerator
 from rankwise.score.vllm_engine import VLLMGenerator, max_rank
 from rankwise.store.files import write_json
 

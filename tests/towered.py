@@ -16,7 +16,7 @@ from tiny_vision import FAMILIES
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankwise.data import Collator
+from rankwise.data.collate import Collator
 from rankwise.nets.adapt import LoraSettings, adapt
 from rankwise.nets.load import load_model
 from rankwise.nets.sites import model_sites

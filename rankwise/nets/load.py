@@ -21,12 +21,12 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.quantizers import AutoHfQuantizer
 
 from rankwise.errors import DataError, UsageError, need
-from rankwise.nets.isaac import IsaacForConditionalGeneration
 from rankwise.nets.sites import tower_prefixes
 from rankwise.nets.towers import outside_language
 from rankwise.store.checkpoint import INDEX, NAMES, resolve
@@ -34,7 +34,8 @@ from rankwise.store.files import read_object
 
 COMMIT_LENGTH, PIXELS = 40, "pixel_values"
 UNFIT = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
-OURS = {"IsaacForConditionalGeneration": IsaacForConditionalGeneration}
+# Architectures that transformers lacks: model_type → the module whose import makes their classes known to it.
+OURS = {"isaac": "rankwise.nets.isaac.registration"}
 
 
 def check_remote_code(name: str, trust_remote_code: bool, revision: str | None) -> None:
@@ -46,6 +47,14 @@ def check_remote_code(name: str, trust_remote_code: bool, revision: str | None) 
         )
 
 
+def register_ours(folder: Path) -> None:
+    """Where a folder holds a model of ours, transformers learns its classes; OSError for a config that is no JSON."""
+    if (folder / "config.json").is_file():
+        content, _ = PreTrainedConfig.get_config_dict(folder)
+        if home := OURS.get(str(content.get("model_type"))):
+            importlib.import_module(home)
+
+
 def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The model's config. Never prompts: a repository that needs its own code is an error that says so."""
     check_remote_code(name, trust_remote_code, revision)
@@ -53,6 +62,7 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder}: no config.json, so this is not a Hugging Face model folder")
     try:
+        register_ours(folder)
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except UNFIT as error:
         if "trust_remote_code" in str(error):
@@ -65,8 +75,9 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
 
 def model_class(config: Any) -> Any:
     """The class that the config names, else the task's auto class."""
+    home = importlib.import_module(OURS[config.model_type]) if config.model_type in OURS else transformers
     for name in config.architectures or ():
-        found = OURS.get(name) or getattr(transformers, name, None)
+        found = getattr(home, name, None)
         if found is not None:
             return found
     return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
@@ -219,6 +230,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     """The tokenizer, with a pad token."""
     folder = resolve(name, revision, code=trust_remote_code)
     try:
+        register_ours(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         if takes(load_config(name, revision, trust_remote_code)) == PIXELS:
@@ -237,6 +249,7 @@ def load_processor(name: str, revision: str | None = None, trust_remote_code: bo
     check_torchvision()
     folder = resolve(name, revision, code=trust_remote_code)
     try:
+        register_ours(folder)
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ImportError, OSError, ValueError) as error:
         raise DataError(f"{folder}: cannot load a processor: {error}") from error

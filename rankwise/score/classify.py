@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rankwise.data import Example
+from rankwise.data.example import Example
 from rankwise.data.label_names import UNPARSED, found_label, label_called
 from rankwise.errors import DataError, need
 from rankwise.score import bootstrap

@@ -19,7 +19,7 @@ from torch import Tensor
 from rankwise.core.approximation import best_errors, by_basis, by_gram, by_randomized, by_svd, singular_values
 from rankwise.core.closeness import cosine, excess_error, explained_energy, mse, principal_angles, relative_error
 from rankwise.core.factors import Factors
-from rankwise.nets.factorize import Factorizer
+from rankwise.nets.factorize.factorizer import Factorizer
 
 Batches = Callable[[], Iterable[Tensor]]
 SVD, GRAM, RANDOMIZED, PCA = "SVD", "Gram", "randomized SVD", "shared PCA"

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from rankwise.data import Collator, Example, Rendered, Renderer
-from rankwise.data.collate import pad, seen
+from rankwise.data.collate import Collator, pad, seen
+from rankwise.data.example import Example
+from rankwise.data.render import Rendered, Renderer
 from rankwise.errors import UsageError
 from rankwise.score.likelihood import answered, batch_losses, prompt_of
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from rankwise.data import Collator, Example, Rendered, RenderedDataset, Renderer
-from rankwise.data.render import IGNORED
+from rankwise.data.collate import Collator
+from rankwise.data.example import Example
+from rankwise.data.render import IGNORED, Rendered, Renderer
+from rankwise.data.rendered import RenderedDataset
 
 Batch = Mapping[str, Tensor]
 BESIDE = ("labels", "sample_index")  # what a batch holds for the loss and for messages, not for the model

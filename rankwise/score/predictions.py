@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from rankwise.data import Example
+from rankwise.data.example import Example
 from rankwise.data.layout import without_images
 from rankwise.errors import DataError, UsageError
 from rankwise.score.generate import Answering

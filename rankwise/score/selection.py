@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rankwise.data import Example, Renderer
+from rankwise.data.example import Example
+from rankwise.data.render import Renderer
 from rankwise.score.classify import ByLikelihood, guess, label_set, true_label
 from rankwise.score.generate import Answering, GenerationSettings, HFGenerator
 from rankwise.score.likelihood import longest_answer

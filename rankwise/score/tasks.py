@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rankwise.data import Example, Examples, load, one_per_prompt
+from rankwise.data.example import Example, Examples, one_per_prompt
+from rankwise.data.sources import load
 from rankwise.errors import UsageError
 from rankwise.score import answers, classify, sql
 from rankwise.score.generate import Answering, Generator

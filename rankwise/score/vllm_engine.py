@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rankwise.data import Example, Renderer
+from rankwise.data.example import Example
+from rankwise.data.render import Renderer
 from rankwise.errors import UsageError, need
 from rankwise.score.generate import Generated, GenerationSettings, LabelScores
 from rankwise.score.likelihood import answered, prompt_of

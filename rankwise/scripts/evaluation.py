@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.config import EvaluateConfig
-from rankwise.score import EvaluationResult
+from rankwise.score.result import EvaluationResult
 from rankwise.scripts.experiment import DatasetType, usual_path
 from rankwise.stages import evaluate as stage
 from rankwise.stages.commands import configured

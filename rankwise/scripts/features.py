@@ -10,15 +10,12 @@
 
 from __future__ import annotations
 
-from rankwise.nets.factorize import (
-    AdaptiveLowRankProjAdaLoRA,
-    Factorizer,
-    FactorizerSettings,
-    LowRankProjMLP,
-    LowRankProjSymmetric,
-    SVDLinear,
-    build,
-)
+from rankwise.nets.factorize.adaptive import AdaptiveLowRankProjAdaLoRA
+from rankwise.nets.factorize.architectures import build
+from rankwise.nets.factorize.factorizer import Factorizer, FactorizerSettings
+from rankwise.nets.factorize.plain import LowRankProjMLP
+from rankwise.nets.factorize.svd_linear import SVDLinear
+from rankwise.nets.factorize.symmetric import LowRankProjSymmetric
 
 __all__ = ["AdaptiveLowRankProjAdaLoRA", "LowRankProjMLP", "LowRankProjSymmetric", "SVDLinear", "build_model"]
 

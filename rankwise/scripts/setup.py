@@ -13,7 +13,10 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.config import MAX_SEQ_LENGTH
-from rankwise.data import Collator, RenderedDataset, Renderer, load
+from rankwise.data.collate import Collator
+from rankwise.data.render import Renderer
+from rankwise.data.rendered import RenderedDataset
+from rankwise.data.sources import load
 from rankwise.nets.adapt import LoraSettings, adapt
 from rankwise.nets.load import load_model, load_tokenizer
 from rankwise.nets.sites import model_sites, torch_dtype

@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rankwise.data import Example, Renderer
 from rankwise.data.device import MARKER, DeviceTarget
-from rankwise.data.example import IMAGE_SLOT
+from rankwise.data.example import IMAGE_SLOT, Example
 from rankwise.data.labelling.label_task import LabelTask
+from rankwise.data.render import Renderer
 from rankwise.errors import DataError, VerificationError
 from rankwise.score.likelihood import answer_ids
 from rankwise.ship.gguf.reading import GGUFFile

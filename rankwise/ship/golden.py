@@ -20,9 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rankwise.data import Example
 from rankwise.data.device import DeviceReader, DeviceTarget, encoded
-from rankwise.data.example import Turn
+from rankwise.data.example import Example, Turn
 from rankwise.data.images import ImageReader
 from rankwise.data.pixels import suffix_of
 from rankwise.errors import DataError

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-from rankwise.data import Example, Renderer, Turn
 from rankwise.data.device import MARKER
-from rankwise.data.example import IMAGE_SLOT
+from rankwise.data.example import IMAGE_SLOT, Example, Turn
+from rankwise.data.render import Renderer
 from rankwise.errors import DataError
 from rankwise.ship.bundle import SENTINEL, Prompt
 

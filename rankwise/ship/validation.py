@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rankwise.data import Example
+from rankwise.data.example import Example
 from rankwise.score.answers import is_right
 from rankwise.score.bootstrap import wilson
 from rankwise.score.classify import UNPARSED, guess, label_set, true_label

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rankwise.data import Example, Renderer
+from rankwise.data.example import Example
+from rankwise.data.render import Renderer
 from rankwise.score.generate import Generated, LabelScores
 from rankwise.ship.llama.gguf_generator import GGUFGenerator
 from rankwise.ship.llama.runtime import Completion, Runtime, RuntimeInfo

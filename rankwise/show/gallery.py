@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from rankwise.data import BadImage, ImageReader
+from rankwise.data.images import BadImage, ImageReader
 from rankwise.score.answers import is_right
 from rankwise.show.blocks import Answer, Gallery, Picture, Shot
 from rankwise.show.contents import Scored, printable

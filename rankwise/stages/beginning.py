@@ -15,8 +15,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from rankwise.config import FinetuneConfig, TrainConfig
-from rankwise.data import Collator, PackedDataset, RenderedDataset
-from rankwise.data.packing import unpacked_difference
+from rankwise.data.collate import Collator
+from rankwise.data.packing import PackedDataset, unpacked_difference
+from rankwise.data.rendered import RenderedDataset
 from rankwise.errors import UsageError, VerificationError
 from rankwise.stages.recorded import save_input
 from rankwise.stages.training import Job

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from rankwise.config import CheckConfig
-from rankwise.data import Examples, Renderer, load
 from rankwise.data.check import Findings, Problem, examined
+from rankwise.data.example import Examples
+from rankwise.data.render import Renderer
+from rankwise.data.sources import load
 from rankwise.errors import DataError
 from rankwise.nets.cut_down import Untried, cut_down, headless, random_model
 from rankwise.nets.load import load_config

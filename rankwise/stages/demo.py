@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankwise.config import DemoConfig, RunConfig
-from rankwise.data import Collator, load
+from rankwise.data.collate import Collator
 from rankwise.data.layout import sections
 from rankwise.data.restaurants import guide, write_task
+from rankwise.data.sources import load
 from rankwise.errors import UsageError, need
 from rankwise.nets.tiny import random_llama, save_tokenizer
 from rankwise.score.result import EvaluationResult

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 
 from rankwise.config import DepthSection, DepthUseSection
 from rankwise.core.depth import CONTROLS
-from rankwise.data import Example, Sight
 from rankwise.data.depth_cache import DepthCache, source_name
 from rankwise.data.depth_files import DepthFiles
 from rankwise.data.depth_maps import DepthMaps, MapTask
+from rankwise.data.example import Example
+from rankwise.data.sight import Sight
 from rankwise.errors import DataError, RankwiseError, UsageError
 from rankwise.nets.depth import ENCODER, encoder_of
 from rankwise.nets.depth_estimator import SMALL, DepthEstimator, load_estimator

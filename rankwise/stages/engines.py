@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from rankwise.config import EvaluateConfig, ModelSection
-from rankwise.data import Example, Renderer, check_samples
+from rankwise.data.example import Example
+from rankwise.data.render import Renderer
+from rankwise.data.rendered import check_samples
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.adapters import load_adapter
 from rankwise.nets.depth import attach_depth

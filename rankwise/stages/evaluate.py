@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.config import SCORED_TASKS, EvaluateConfig
-from rankwise.data import Examples
+from rankwise.data.example import Examples
 from rankwise.errors import UsageError
 from rankwise.score import forgetting, harness, vllm_engine
 from rankwise.score.classify import class_table, confusion_table

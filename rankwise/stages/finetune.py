@@ -14,8 +14,9 @@ from pathlib import Path
 from transformers import PreTrainedModel, TrainingArguments
 
 from rankwise.config import FinetuneConfig, TowersSection
-from rankwise.data import Example, Examples, subset
+from rankwise.data.example import Example, Examples
 from rankwise.data.input_record import FILE as INPUT
+from rankwise.data.split import subset
 from rankwise.errors import UsageError
 from rankwise.nets.towers import check_towers, tower_parameters
 from rankwise.show.format import amount, command_line, duration

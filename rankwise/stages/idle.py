@@ -25,7 +25,7 @@ from rankwise.config import (
 )
 from rankwise.core.schedule import phases_of
 from rankwise.errors import UsageError
-from rankwise.nets.factorize import canonical
+from rankwise.nets.factorize.architectures import canonical
 from rankwise.options import flatten
 from rankwise.score.harness import is_harness
 from rankwise.stages.rendering import CONVERSATIONS

@@ -15,8 +15,12 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from rankwise.config import TrainConfig
 from rankwise.core.plan import RankPlan
-from rankwise.data import Example, Examples, PackedDataset, RenderedDataset, Renderer, Split, split_groups, subset
+from rankwise.data.example import Example, Examples
 from rankwise.data.images import Placed
+from rankwise.data.packing import PackedDataset
+from rankwise.data.render import Renderer
+from rankwise.data.rendered import RenderedDataset
+from rankwise.data.split import Split, split_groups, subset
 from rankwise.errors import UsageError
 from rankwise.nets.adapt import scales
 from rankwise.nets.depth_settings import DepthSettings

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from rankwise.config import FinetuneConfig
-from rankwise.data import Renderer
 from rankwise.data.input_record import InputRecord
+from rankwise.data.render import Renderer
 from rankwise.nets.adapt import LoraSettings, adapt
 from rankwise.nets.delta_files import BaseWeights, write_deltas
 from rankwise.nets.sites import model_sites, weight_table

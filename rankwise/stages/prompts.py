@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from rankwise.config import MergeConfig, ModelSection
-from rankwise.data import check_samples
+from rankwise.data.rendered import check_samples
 from rankwise.errors import UsageError
 from rankwise.nets.load import load_config
 from rankwise.ship.merging.samples import Batch, prompt_batch

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rankwise.config import DataSection
-from rankwise.data import Example, Renderer
 from rankwise.data.device import FILE as DEVICE
 from rankwise.data.device import read_target
+from rankwise.data.example import Example
 from rankwise.data.input_record import FILE, InputRecord, read_input
+from rankwise.data.render import Renderer
 from rankwise.errors import DataError, UsageError
 from rankwise.store.adapter import CHECKPOINT, is_adapter
 from rankwise.store.processes import announce

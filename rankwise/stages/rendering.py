@@ -12,11 +12,13 @@ from typing import Any
 from transformers import GenerationConfig, TrainingArguments
 
 from rankwise.config import MAX_SEQ_LENGTH, OVERLONG, DataSection, ModelSection
-from rankwise.data import ImageReader, Renderer, Sight
 from rankwise.data.device import DeviceReader, DeviceTarget, read_target
 from rankwise.data.device_processor import device_processor
 from rankwise.data.families import blind_warning_for, warning_for
+from rankwise.data.images import ImageReader
 from rankwise.data.input_record import InputRecord
+from rankwise.data.render import Renderer
+from rankwise.data.sight import Sight
 from rankwise.data.template import template_text
 from rankwise.errors import DataError
 from rankwise.nets.load import forward_inputs, load_config, load_processor, load_tokenizer

@@ -11,7 +11,8 @@ import torch
 
 from rankwise.config import ModelSection, RanksConfig
 from rankwise.core.plan import RankPlan
-from rankwise.data import Renderer, one_per_prompt
+from rankwise.data.example import one_per_prompt
+from rankwise.data.render import Renderer
 from rankwise.data.sources import load
 from rankwise.errors import UsageError
 from rankwise.nets.load import load_model

@@ -21,12 +21,16 @@ from pathlib import Path
 from PIL import Image
 
 from rankwise.config import TinyConfig
-from rankwise.data import Collator, Example, ImageReader, RenderedDataset, Renderer, Sight
+from rankwise.data.collate import Collator
 from rankwise.data.device import DeviceReader, DeviceTarget, encoded, resize_for_device
 from rankwise.data.device_processor import device_processor
 from rankwise.data.element_scenes import LOOKS, SHADES, SIZES, paint, photos
-from rankwise.data.example import IMAGE_SLOT, Turn
+from rankwise.data.example import IMAGE_SLOT, Example, Turn
+from rankwise.data.images import ImageReader
 from rankwise.data.labelling.label_task import load_task
+from rankwise.data.render import Renderer
+from rankwise.data.rendered import RenderedDataset
+from rankwise.data.sight import Sight
 from rankwise.nets.tiny_vision import SIDE, Eye, processor_of, random_smolvlm, save_tokenizer
 from rankwise.show.format import amount, duration
 from rankwise.stages.demo_vision import eye_batch, spoken

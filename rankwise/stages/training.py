@@ -26,9 +26,13 @@ from rankwise.config import (
     ValidateConfig,
 )
 from rankwise.core.plan import RankPlan
-from rankwise.data import Collator, Example, Examples, PackedDataset, RenderedDataset, Renderer, load
+from rankwise.data.collate import Collator
+from rankwise.data.example import Example, Examples
 from rankwise.data.input_record import InputRecord
-from rankwise.data.sources import kind_of
+from rankwise.data.packing import PackedDataset
+from rankwise.data.render import Renderer
+from rankwise.data.rendered import RenderedDataset
+from rankwise.data.sources import kind_of, load
 from rankwise.data.sources.conversations import speakers_of
 from rankwise.data.sources.labels import own_validation
 from rankwise.errors import UsageError

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from rankwise.config import DataSection, ModelSection, ValidateConfig
-from rankwise.data import Example, Renderer
 from rankwise.data.device import DeviceTarget, read_target
+from rankwise.data.example import Example
+from rankwise.data.render import Renderer
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.load import load_config, load_model
 from rankwise.score.generate import GenerationSettings, HFGenerator

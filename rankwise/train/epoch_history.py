@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.errors import DataError
-from rankwise.nets.factorize import save_factorizer
+from rankwise.nets.factorize.files import save_factorizer
 from rankwise.store.files import read_json, read_object, write_json
 from rankwise.store.processes import process_index
 from rankwise.train.factorizing import TERMS, FactorObjective

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from rankwise.core.closeness import explained_energy, mse, relative_error
-from rankwise.data.features import collate
+from rankwise.data.features.rows import collate
 from rankwise.errors import DivergedError, UsageError
-from rankwise.nets.factorize import Factorization, Factorizer
+from rankwise.nets.factorize.factorizer import Factorization, Factorizer
 from rankwise.store.processes import process_index
 from rankwise.train.sharing import summed
 

@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rankwise.core.importance import Importance, RankBudget, kept, triplet_scores
 from rankwise.errors import DataError
-from rankwise.nets.factorize import AdaptiveLowRankProjAdaLoRA
+from rankwise.nets.factorize.adaptive import AdaptiveLowRankProjAdaLoRA
 from rankwise.store.files import atomic_write, read_object, write_json
 from rankwise.train.gradient_table import StepTable
 

@@ -22,7 +22,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from families.talks import TALKS, Talk, drawn, written
 from rankwise.config import DataSection, ModelSection
-from rankwise.data import Collator, Example, Renderer, load
+from rankwise.data.collate import Collator
+from rankwise.data.example import Example
+from rankwise.data.render import Renderer
+from rankwise.data.sources import load
 from rankwise.nets.load import load_config, load_model, load_processor
 from rankwise.stages.rendering import renderer_for
 

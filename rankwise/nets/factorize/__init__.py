@@ -6,30 +6,3 @@
 
 A new network is a subclass of `Factorizer` and a line in `ARCHITECTURES`.
 """
-
-from __future__ import annotations
-
-from rankwise.nets.factorize.adaptive import AdaptiveLowRankProjAdaLoRA
-from rankwise.nets.factorize.architectures import ARCHITECTURES, build, canonical
-from rankwise.nets.factorize.factorizer import Factorization, Factorizer, FactorizerSettings
-from rankwise.nets.factorize.files import load_factorizer, save_factorizer
-from rankwise.nets.factorize.plain import LowRankProjMLP
-from rankwise.nets.factorize.subspace import Subspace
-from rankwise.nets.factorize.svd_linear import SVDLinear
-from rankwise.nets.factorize.symmetric import LowRankProjSymmetric
-
-__all__ = [
-    "ARCHITECTURES",
-    "AdaptiveLowRankProjAdaLoRA",
-    "Factorization",
-    "Factorizer",
-    "FactorizerSettings",
-    "LowRankProjMLP",
-    "LowRankProjSymmetric",
-    "SVDLinear",
-    "Subspace",
-    "build",
-    "canonical",
-    "load_factorizer",
-    "save_factorizer",
-]

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rankwise.data import Example, Rendered, Renderer
 from rankwise.data.device import MARKER, DeviceTarget, encoded
+from rankwise.data.example import Example
+from rankwise.data.render import Rendered, Renderer
 from rankwise.errors import UsageError
 from rankwise.score.generate import Generated, GenerationSettings, LabelScores
 from rankwise.score.likelihood import answer_ids

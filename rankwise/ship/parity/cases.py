@@ -15,11 +15,12 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from rankwise.data import Example, Renderer
 from rankwise.data.device import MARKER, encoded
+from rankwise.data.example import Example
 from rankwise.data.labelling.stratified import in_turn
 from rankwise.data.layout import without_images
 from rankwise.data.pixels import kind_of
+from rankwise.data.render import Renderer
 
 UNKNOWN, BLIND = "unknown", "no picture"
 

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rankwise.data import Rendered, Renderer
 from rankwise.data.collate import seen
+from rankwise.data.render import Rendered, Renderer
 from rankwise.errors import VerificationError
 
 BINDINGS = "llama_cpp"

@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig
 
-from rankwise.data import Rendered, Renderer
 from rankwise.data.collate import seen
 from rankwise.data.layout import joined, without_images
-from rankwise.data.render import IGNORED
+from rankwise.data.render import IGNORED, Rendered, Renderer
 from rankwise.score.likelihood import answer_ids
 from rankwise.ship.parity.cases import Case
 from rankwise.ship.parity.embedder import Rows, embedded

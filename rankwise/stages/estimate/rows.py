@@ -10,7 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from rankwise.config import TrainConfig
-from rankwise.data import Collator, PackedDataset, RenderedDataset, Sight
+from rankwise.data.collate import Collator
+from rankwise.data.packing import PackedDataset
+from rankwise.data.rendered import RenderedDataset
+from rankwise.data.sight import Sight
 from rankwise.score.likelihood import BESIDE
 from rankwise.stages import training as shared
 from rankwise.stages.preparing import read_split

@@ -24,9 +24,9 @@ from tqdm.auto import tqdm
 from rankwise.config import CaptureConfig
 from rankwise.core.approximation import best_errors, normalised, singular_values
 from rankwise.core.closeness import explained_energy
-from rankwise.data.features import CacheWriter, FeatureCache
+from rankwise.data.features.cache import FeatureCache
 from rankwise.data.features.preparing import SQUARE
-from rankwise.data.features.writer import replaceable
+from rankwise.data.features.writer import CacheWriter, replaceable
 from rankwise.errors import DataError, RankwiseError, UsageError
 from rankwise.show.format import command_line, memory, percent, plural
 from rankwise.stages.features.shards import Shards, shards_of

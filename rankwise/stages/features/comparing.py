@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rankwise.core.approximation import normalised, shared_basis
 from rankwise.core.closeness import ROUNDING, break_even_rank, excess_error, stored_numbers
-from rankwise.data.features import FeatureCache
-from rankwise.nets.factorize import Factorizer
+from rankwise.data.features.cache import FeatureCache
+from rankwise.nets.factorize.factorizer import Factorizer
 from rankwise.score.factor_cost import counted, timings
 from rankwise.score.factor_rows import array, estimated, paired, summary
 from rankwise.score.factorization import (

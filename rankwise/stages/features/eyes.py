@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from rankwise.core.geometry import WHOLE, Grid
-from rankwise.data import Sight
 from rankwise.data.features.preparing import grids
+from rankwise.data.sight import Sight
 from rankwise.nets.encoder import encoder_features, load_encoder
 from rankwise.nets.image_features import image_features
 from rankwise.nets.vision_side import load_vision_side

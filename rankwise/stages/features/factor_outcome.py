@@ -10,10 +10,8 @@ from torch import Tensor
 
 from rankwise.config import FactorTrainConfig
 from rankwise.core.closeness import excess_error
-from rankwise.data.features import FeatureSplit
-from rankwise.data.features.split import SPLIT
-from rankwise.nets.factorize import load_factorizer
-from rankwise.nets.factorize.files import SETTINGS, WEIGHTS
+from rankwise.data.features.split import SPLIT, FeatureSplit
+from rankwise.nets.factorize.files import SETTINGS, WEIGHTS, load_factorizer
 from rankwise.score.factorization import OF_REFINED, Closeness, measure, network, optimum
 from rankwise.show.canvas import drawable
 from rankwise.show.factor_curves import plot_factor_training

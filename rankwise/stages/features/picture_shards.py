@@ -18,9 +18,10 @@ from torch import Tensor
 
 from rankwise.config import CaptureConfig
 from rankwise.core.geometry import Grid
-from rankwise.data.features import CacheRecipe, Matrices, ModelOrigin, shard_places
+from rankwise.data.features.cache import ModelOrigin
 from rankwise.data.features.pictures import Pictures
 from rankwise.data.features.preparing import Preparation, picture_digest
+from rankwise.data.features.writer import CacheRecipe, Matrices, shard_places
 from rankwise.data.images import BadImage
 from rankwise.errors import DataError
 from rankwise.nets.sites import torch_dtype

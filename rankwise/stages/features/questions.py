@@ -16,9 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from rankwise.core.approximation import normalised
-from rankwise.data import Collator, Example, Examples, RenderedDataset, Sight
-from rankwise.data.example import chosen
+from rankwise.data.collate import Collator
+from rankwise.data.example import Example, Examples, chosen
 from rankwise.data.features.preparing import Preparation, picture_digest
+from rankwise.data.rendered import RenderedDataset
+from rankwise.data.sight import Sight
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.image_features import image_features
 from rankwise.score.likelihood import Batch

@@ -14,13 +14,14 @@ from typing import Protocol
 import torch
 
 from rankwise.config import CaptureConfig
-from rankwise.data import Sight
 from rankwise.data.device import read_target
-from rankwise.data.features import CacheRecipe, Matrices, ModelOrigin, shard_places
+from rankwise.data.features.cache import ModelOrigin
 from rankwise.data.features.pictures import open_pictures
 from rankwise.data.features.preparing import SQUARE, Preparation
 from rankwise.data.features.synthetic import Synthetic
+from rankwise.data.features.writer import CacheRecipe, Matrices, shard_places
 from rankwise.data.images import ImageReader
+from rankwise.data.sight import Sight
 from rankwise.errors import UsageError
 from rankwise.nets.depth_settings import read_depth
 from rankwise.nets.encoder import is_encoder, load_image_processor, own_side, unresized

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rankwise.core.approximation import shared_basis
-from rankwise.data.features import read_split
-from rankwise.data.features.split import SPLIT
+from rankwise.data.features.split import SPLIT, read_split
 from rankwise.errors import DataError, UsageError
 from rankwise.score.downstream import Replacement, baselines, controls, of_method
 from rankwise.score.factorization import network

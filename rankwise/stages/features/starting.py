@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.config import FactorTrainConfig
-from rankwise.data.features import FeatureCache, FeatureSplit, read_split, split_of
-from rankwise.data.features.split import SPLIT
+from rankwise.data.features.cache import FeatureCache
+from rankwise.data.features.split import SPLIT, FeatureSplit, read_split, split_of
 from rankwise.errors import UsageError
-from rankwise.nets.factorize import Factorizer, FactorizerSettings, build, load_factorizer
-from rankwise.nets.factorize.files import SETTINGS, WEIGHTS
+from rankwise.nets.factorize.architectures import build
+from rankwise.nets.factorize.factorizer import Factorizer, FactorizerSettings
+from rankwise.nets.factorize.files import SETTINGS, WEIGHTS, load_factorizer
 from rankwise.show.factor_files import OF_ONE
 from rankwise.store.aside import Aside
 from rankwise.store.files import read_object

@@ -15,10 +15,12 @@ import torch
 from transformers import set_seed
 
 from rankwise.config import FactorTrainConfig
-from rankwise.data.features import FeatureCache, check_measurable, open_cache
+from rankwise.data.features.cache import FeatureCache, open_cache
+from rankwise.data.features.measurable import check_measurable
 from rankwise.data.features.split import SPLIT
 from rankwise.errors import Interrupted, UsageError
-from rankwise.nets.factorize import FactorizerSettings, canonical
+from rankwise.nets.factorize.architectures import canonical
+from rankwise.nets.factorize.factorizer import FactorizerSettings
 from rankwise.stages.features.factor_job import FactorJob, allocation_of, arguments_of, trainer_of
 from rankwise.stages.features.factor_outcome import finish
 from rankwise.stages.features.run_log import RunLog

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankwise.data.features import FeatureCache, measurable, open_cache
-from rankwise.data.features.cache import INDEX
+from rankwise.data.features.cache import INDEX, FeatureCache, open_cache
+from rankwise.data.features.measurable import measurable
 from rankwise.errors import DataError
-from rankwise.nets.factorize import Factorizer, canonical, load_factorizer
-from rankwise.nets.factorize.files import SETTINGS
+from rankwise.nets.factorize.architectures import canonical
+from rankwise.nets.factorize.factorizer import Factorizer
+from rankwise.nets.factorize.files import SETTINGS, load_factorizer
 from rankwise.store.files import read_object
 from rankwise.store.run import CONFIG
 

@@ -18,8 +18,11 @@ from transformers import PreTrainedModel
 
 from rankwise.config import StudyConfig
 from rankwise.core.site import Site
-from rankwise.data import Collator, Example, RenderedDataset, Renderer
+from rankwise.data.collate import Collator
+from rankwise.data.example import Example
 from rankwise.data.parts import Parts, Sizes, divided
+from rankwise.data.render import Renderer
+from rankwise.data.rendered import RenderedDataset
 from rankwise.errors import DataError
 from rankwise.nets.delta_files import BaseWeights, write_deltas
 from rankwise.nets.sites import model_sites, torch_dtype, weight_table
