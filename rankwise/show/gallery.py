@@ -41,8 +41,8 @@ def gallery(results: Sequence[Scored], run: Path, folder: Path) -> Gallery | Non
     seen = {key: row for key, row in source.predictions.items() if pictures_of(row)}
     ids = spread([key for key in seen if all(key in one.predictions for one in answered)])
     shots, lost = [], []
-    for number, key in enumerate(ids):
-        path = folder / f"seen_{source.result.task}_{number:02d}.png"
+    for index, key in enumerate(ids):
+        path = folder / f"seen_{source.result.task}_{index:02d}.png"
         try:
             picture = thumbnail(reader, seen[key], path)
         except BadImage as reason:

@@ -16,7 +16,6 @@ from rankwise.config import CardConfig
 from rankwise.data.contracts import CONTRACTS
 from rankwise.errors import UsageError, VerificationError
 from rankwise.ship.card import CardFacts, license_of, model_card, save_card
-from rankwise.ship.gguf.export import FILE as EXPORT
 from rankwise.ship.hub import CARD, Upload, check_repository, upload
 from rankwise.show.format import memory, plural
 from rankwise.stages import card_facts as facts
@@ -24,6 +23,7 @@ from rankwise.stages.card_sources import Recorded, Sources, chosen, sources_of
 from rankwise.store.adapter import CONFIG_NAME
 from rankwise.store.checkpoint import HUB_ID
 from rankwise.store.files import read_object
+from rankwise.store.lineage import EXPORT
 
 NEVER = (".*", "resolved_config*.json", "manifest.json", "predictions*", "*.log", CARD, "training_args.bin")
 OF_AN_ADAPTER = ("adapter_model.*", "adapter_config.json", "sites.json", "depth.json", *CONTRACTS)

@@ -79,9 +79,9 @@ def require_plain(config: Mapping[str, Any], file: Path) -> None:
             f"{file}: init_lora_weights is {start!r}, which changes the base weights, so B·A is not the change of "
             "the base; convert it first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    for field in ("r", "lora_alpha"):
-        if not _is_number(config.get(field)):
-            raise DataError(f"{file}: {field} is {config.get(field)!r}; a number is needed")
+    for key in ("r", "lora_alpha"):
+        if not _is_number(config.get(key)):
+            raise DataError(f"{file}: {key} is {config.get(key)!r}; a number is needed")
 
 
 def rank_of(config: Mapping[str, Any], path: str, file: Path) -> int:

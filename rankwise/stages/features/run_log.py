@@ -11,8 +11,9 @@ from rankwise.errors import UsageError
 from rankwise.options import flatten
 from rankwise.store.files import write_json
 from rankwise.store.processes import announce, process_index
+from rankwise.store.run import CONFIG
 
-CONFIG, LOG, SUMMARY = "config.json", "training.log", "final_summary.json"
+LOG, SUMMARY = "training.log", "final_summary.json"
 
 
 @dataclass(frozen=True)
