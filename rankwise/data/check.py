@@ -23,8 +23,9 @@ from rankwise.data.comparison import Differs, Oracle, Sample
 from rankwise.data.example import IMAGE_SLOT, Example, Examples, Rejected
 from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.layout import without_images
-from rankwise.data.render import IGNORED, Overlong, Rendered, Renderer
+from rankwise.data.render import Overlong, Rendered, Renderer
 from rankwise.data.rendered import outcomes
+from rankwise.data.sight import IGNORED
 from rankwise.data.sources.slots import short_name
 from rankwise.errors import DataError
 from rankwise.store.processes import default_workers
@@ -239,8 +240,8 @@ class _Comparison:
         for example, rendered, prompt in self.waiting:
             if rendered.images and example.id.split("#")[0] in self.looked_at:
                 self.findings.seen += 1
-                if (error := oracle.difference_seen(example, rendered, prompt)) is not None:
-                    yield example.id, (example, error)
+                if (seen := oracle.difference_seen(example, rendered, prompt)) is not None:
+                    yield example.id, (example, seen)
 
 
 def _first_places(examples: Sequence[Example]) -> list[tuple[int, int]]:

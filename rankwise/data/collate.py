@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.data.render import IGNORED
-from rankwise.data.sight import Sight
+from rankwise.data.sight import IGNORED, Sight
 
 
 @dataclass(frozen=True)

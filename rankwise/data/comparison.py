@@ -20,8 +20,8 @@ from rankwise.data.crossed import CROSSED
 from rankwise.data.encoding import MARK, Kept
 from rankwise.data.example import Example, Turn
 from rankwise.data.layout import joined
-from rankwise.data.render import IGNORED, Rendered, Renderer
-from rankwise.data.sight import TEXT_INPUTS
+from rankwise.data.render import Rendered, Renderer
+from rankwise.data.sight import IGNORED, TEXT_INPUTS
 from rankwise.errors import DataError
 
 Atom = TypeVar("Atom", bound=Hashable)

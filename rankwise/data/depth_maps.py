@@ -23,6 +23,7 @@ from rankwise.core import depth as core
 from rankwise.core.geometry import Grid
 from rankwise.data.depth_cache import BrokenMap, DepthCache, MapKey
 from rankwise.data.depth_files import DepthFiles, inverse_depth
+from rankwise.data.device import DeviceReader
 from rankwise.data.grids import image_grids
 from rankwise.data.images import ImageReader, shown
 from rankwise.errors import DataError, UsageError
@@ -50,7 +51,7 @@ class DepthMaps:
     seed: of the within-image permutation and of the shuffle.
     """
 
-    reader: ImageReader
+    reader: ImageReader | DeviceReader
     processor: Any
     cache: DepthCache
     source: str = ""
@@ -157,4 +158,5 @@ def synthetic(control: str, grids: Sequence[Grid]) -> Tensor:
 
 def luminance(image: Image.Image) -> Tensor:
     """Brightness as if it were depth, (height, width): ITU-R 601 luma."""
-    return pil_to_tensor(image.convert("L"))[0].float()
+    pixels: Tensor = pil_to_tensor(image.convert("L"))
+    return pixels[0].float()

@@ -120,7 +120,8 @@ def resize_for_device(image: Image.Image, size: int = SIZE) -> Image.Image:
     square = torch.zeros(3, size, size, dtype=torch.uint8)
     rows, columns = slice(place.top, place.top + place.height), slice(place.left, place.left + place.width)
     square[:, rows, columns] = scaled[0].round().clamp(0, 255).byte()
-    return to_pil_image(square)
+    shown: Image.Image = to_pil_image(square)
+    return shown
 
 
 def changes(content: bytes, size: int = SIZE) -> bool:

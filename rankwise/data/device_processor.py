@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Idefics3ImageProcessor, ProcessorMixin, SmolVLMImageProcessor
+from transformers import BaseImageProcessor, Idefics3ImageProcessor, ProcessorMixin, SmolVLMImageProcessor
 
 from rankwise.data.device import DeviceTarget
 from rankwise.errors import UsageError
@@ -41,7 +41,10 @@ class TiledIdefics3ImageProcessor(AlwaysTiled, Idefics3ImageProcessor):
     """Idefics3's image processor with llama.cpp's tiling."""
 
 
-TILED = {SmolVLMImageProcessor: TiledSmolVLMImageProcessor, Idefics3ImageProcessor: TiledIdefics3ImageProcessor}
+TILED: dict[type[BaseImageProcessor], type[BaseImageProcessor]] = {
+    SmolVLMImageProcessor: TiledSmolVLMImageProcessor,
+    Idefics3ImageProcessor: TiledIdefics3ImageProcessor,
+}
 
 
 def tiles(processor: ProcessorMixin) -> bool:

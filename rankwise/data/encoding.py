@@ -19,7 +19,8 @@ from transformers.utils.chat_template_utils import encode_marked_chat, mark_cont
 from rankwise.data.example import Turn
 from rankwise.errors import DataError
 
-Key, Value = TypeVar("Key"), TypeVar("Value")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 KEPT = 4_000_000  # characters of prompts that are kept with what was made of them: many rows may have one prompt
 MARK = "\U000f0000"  # what transformers puts before a control token that is text
 
@@ -63,7 +64,7 @@ class Encoder:
         if MARK not in text:
             return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         try:
-            return encode_marked_chat(self.tokenizer, text)
+            return list(encode_marked_chat(self.tokenizer, text))
         except ValueError as error:
             raise DataError(f"control tokens in its text: {error}") from error
 

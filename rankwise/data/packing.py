@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from rankwise.data.collate import Collator
-from rankwise.data.render import IGNORED
 from rankwise.data.rendered import RenderedDataset
+from rankwise.data.sight import IGNORED
 
 
 def pack(lengths: Sequence[int], limit: int) -> list[tuple[int, ...]]:

@@ -111,17 +111,18 @@ def check_samples(examples: Sequence[Example], renderer: Renderer, *, prompts: b
             f"{len(refused)} with all labels masked ({_some(refused)}), {len(bad)} bad ({'; '.join(bad[:2])})"
         )
     dropped = tuple(sample for _, sample in overlong)
-    found = digest.hexdigest()
-    return Checked(tuple(usable), tuple(lengths), dropped, tuple(refused), truncated, tuple(answers), tuple(bad), found)
+    rest = tuple(answers), tuple(bad), digest.hexdigest()
+    return Checked(tuple(usable), tuple(lengths), dropped, tuple(refused), truncated, *rest)
 
 
 def pieces(rendered: Rendered, renderer: Renderer) -> Iterator[bytes]:
     """What is learnt of a sample, as bytes."""
     yield array("q", rendered.input_ids).tobytes()
     yield array("q", rendered.labels).tobytes()
-    for reference in rendered.images if renderer.sight else ():
-        yield reference.encode()
-        yield renderer.sight.reader.mark(reference)
+    if renderer.sight is not None:
+        for reference in rendered.images:
+            yield reference.encode()
+            yield renderer.sight.reader.mark(reference)
 
 
 def prompted(example: Example, renderer: Renderer) -> tuple[Example, Rendered | ValueError]:

@@ -55,7 +55,7 @@ RATING = {
 FAMILY = {"yes": ("welcomes families", "is family friendly"), "no": ("is not for children", "is not family friendly")}
 
 # What a visitor says of each attribute: of any value under "", else of this one.
-VISITS = {
+VISITS: dict[str, dict[str, tuple[str, ...]]] = {
     "name": {"": ("We had dinner at {}.", "Last week we went to {}.")},
     "eatType": {"": ("They call it a {}.", "A real {}!")},
     "food": {"": ("The cook makes {} dishes.", "I love {} food.")},
@@ -82,7 +82,7 @@ VISITS = {
 }
 
 TAGS = {"yes": "family", "no": "adults"}
-MARKS = ("/ ", " /", "()", "{}", "<>")
+MARKS = (("/", " "), (" ", "/"), ("(", ")"), ("{", "}"), ("<", ">"))
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,8 @@ def _resampled(gold: Sequence[str], guesses: Sequence[str], labels: Sequence[str
         right = np.diagonal(tables, axis1=1, axis2=2).astype(float)
         either = tables.sum(axis=1)[:, : len(labels)] + tables.sum(axis=2)
         f1: bootstrap.Array = 2 * right / np.maximum(either, 1)
-        return 100 * f1.mean(1)[None]
+        average: bootstrap.Array = f1.mean(1)
+        return 100 * average[None]
 
     return metrics
 

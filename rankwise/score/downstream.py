@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers.utils import ModelOutput
 
 from rankwise.core.approximation import by_basis, by_gram, by_randomized, normalised, restored
 from rankwise.core.closeness import relative_error
-from rankwise.data.render import IGNORED
+from rankwise.data.sight import IGNORED
 from rankwise.nets.image_features import approximated, seeing_part
 from rankwise.score import bootstrap, evidence
 from rankwise.score.factorization import PCA, RANDOMIZED, SVD, Method
@@ -122,7 +123,8 @@ def seen_once(model: nn.Module) -> Iterator[None]:
     """Inside the block the vision tower runs for the first forward pass only: all of them have the same images. It can
     be half of the work."""
     inner = seeing_part(model)
-    original, kept = inner.get_image_features, []
+    original = inner.get_image_features
+    kept: list[ModelOutput] = []
 
     def get_image_features(*args: Any, **kwargs: Any) -> Any:
         if not kept:

@@ -97,7 +97,7 @@ def by_group(values: Array, groups: Sequence[str]) -> Array:
     """Sums over the items of each group, groups in order of first appearance: (…, items) → (…, groups)."""
     names = {name: position for position, name in enumerate(dict.fromkeys(groups))}
     total = np.zeros((*values.shape[:-1], len(names)))
-    np.add.at(total, (..., [names[name] for name in groups]), values)
+    np.add.at(total.T, [names[name] for name in groups], values.T)
     return total
 
 

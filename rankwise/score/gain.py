@@ -74,17 +74,17 @@ class Gain:
 @contextmanager
 def moved(model: nn.Module, moves: Mapping[Site, Tensor]) -> Iterator[nn.Module]:
     """The model with (out, in) matrices added to its sites' weights; put back bit for bit afterwards."""
-    kept = {site: model.get_submodule(site.path).weight.detach().clone() for site in moves}
+    kept = {site: model.get_parameter(f"{site.path}.weight").detach().clone() for site in moves}
     try:
         with torch.no_grad():
             for site, move in moves.items():
-                weight = model.get_submodule(site.path).weight
+                weight = model.get_parameter(f"{site.path}.weight")
                 weight.add_((move.T if site.transposed else move).to(weight))
         yield model
     finally:
         with torch.no_grad():
-            for site, weight in kept.items():
-                model.get_submodule(site.path).weight.copy_(weight)
+            for site, before in kept.items():
+                model.get_parameter(f"{site.path}.weight").copy_(before)
 
 
 def arms_of(plan: Ranks, generator: torch.Generator, shuffles: int = SHUFFLES) -> dict[str, Ranks]:

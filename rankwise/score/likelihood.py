@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 
 from rankwise.data.collate import Collator
 from rankwise.data.example import Example
-from rankwise.data.render import IGNORED, Rendered, Renderer
+from rankwise.data.render import Rendered, Renderer
 from rankwise.data.rendered import RenderedDataset
+from rankwise.data.sight import IGNORED
 
 Batch = Mapping[str, Tensor]
 BESIDE = ("labels", "sample_index")  # what a batch holds for the loss and for messages, not for the model
@@ -136,8 +137,8 @@ def output_head(model: nn.Module) -> nn.Module | None:
     if hasattr(model, "_orig_mod"):
         return None
     plain = getattr(model, "module", model)
-    head: nn.Module | None = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
-    return head
+    find: Callable[[], nn.Module | None] | None = getattr(plain, "get_output_embeddings", None)
+    return find() if find else None
 
 
 @dataclass

@@ -62,7 +62,7 @@ def only_trainable(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
         for parameter in before:
             parameter.requires_grad_(False)
         for site in sites:
-            model.get_submodule(site.path).weight.requires_grad_(True)
+            model.get_parameter(f"{site.path}.weight").requires_grad_(True)
         yield
     finally:
         for parameter, state in before.items():
@@ -83,7 +83,7 @@ def mean_gradients(model: nn.Module, sites: Sequence[Site], batches: Iterable[Ba
 
 
 def logical_gradient(model: nn.Module, site: Site) -> Tensor:
-    gradient = model.get_submodule(site.path).weight.grad
+    gradient = model.get_parameter(f"{site.path}.weight").grad
     assert gradient is not None, "a trainable weight has a gradient after backward"
     return (gradient.T if site.transposed else gradient).detach().clone()
 

@@ -65,7 +65,7 @@ def reader(folder: Path) -> Any:
     if str(folder) not in known:
         known.append(str(folder))  # nltk opens no file elsewhere
 
-    class Plain(module.WordNetCorpusReader):  # type: ignore[misc,name-defined]
+    class Plain(module.WordNetCorpusReader):  # type: ignore[name-defined]
         def open(self, file: str) -> Any:
             return io.StringIO(LEXNAMES) if file == "lexnames" else super().open(file)
 

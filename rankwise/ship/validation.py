@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from rankwise.data.example import Example
+from rankwise.data.label_names import UNPARSED
 from rankwise.score.answers import is_right
 from rankwise.score.bootstrap import wilson
-from rankwise.score.classify import UNPARSED, guess, label_set, true_label
+from rankwise.score.classify import guess, label_set, true_label
 from rankwise.score.predictions import Prediction
 from rankwise.score.result import EvaluationResult
 from rankwise.ship.witness import Answered

@@ -94,7 +94,7 @@ class Contents:
     validations: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     phases: tuple[tuple[str, list[tuple[int, str]]], ...] = ()
     factors: tuple[tuple[str, Mapping[str, Any]], ...] = ()
-    histories: tuple[tuple[str, Sequence[Mapping[str, Any]]], ...] = ()
+    histories: tuple[tuple[str, Sequence[dict[str, Any]]], ...] = ()
     downstream: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     times: tuple[StageTime, ...] = ()
     pictures: tuple[str, ...] = ()

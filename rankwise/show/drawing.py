@@ -64,8 +64,8 @@ def draw(contents: Contents, tasks: dict[str, list[Scored]], folder: Path) -> Dr
         for name, caption, plot in gradient_pictures(tables):
             plot(target(where, name, caption))
     for where, study in contents.studies:
-        for name, (plot, caption) in STUDY_PLOTS.items():
-            plot(study, target(where, name, caption))
+        for name, (plot_study, caption) in STUDY_PLOTS.items():
+            plot_study(study, target(where, name, caption))
     for where, validation in contents.validations:
         if CONFUSION in validation:
             path = target(where, CONFUSION, "What was taken for what: rows are true classes, columns answers")

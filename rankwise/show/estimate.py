@@ -132,9 +132,7 @@ def time(seconds: tuple[float, ...]) -> str:
     """12 s · 48 min · 3.4 h, or a span of these in one unit: an estimate has no more digits."""
     if not seconds:
         return "–"
-    divisor, unit = next(
-        row for row in ((3600, "h"), (60, "min"), (1, "s")) if seconds[-1] >= 1.5 * row[0] or row[0] == 1
-    )
+    divisor, unit = next((row for row in ((3600, "h"), (60, "min")) if seconds[-1] >= 1.5 * row[0]), (1, "s"))
     digits = 1 if seconds[0] < 20 * divisor else 0
     return f"{span([f'{value / divisor:.{digits}f}' for value in seconds])} {unit}"
 

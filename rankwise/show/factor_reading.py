@@ -19,7 +19,7 @@ from rankwise.train.epoch_history import HISTORY
 
 BY_EPOCH = ("epoch", "train_mse", "val_mse", "lr", "effective_rank")
 DOWNSTREAM_PARTS = ("rows", "notes", "settings", "shapes")
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[dict[str, Any]]
 
 
 def read_comparisons(files: Sequence[Path]) -> Iterator[tuple[Path, Mapping[str, Any]]]:

@@ -46,7 +46,8 @@ from rankwise.show.gradient_series import (
 from rankwise.show.gradient_summary import write_summary
 from rankwise.train.gradient_table import SiteNorm
 
-LINES = {
+Style = str | tuple[int, tuple[int, ...]]  # as matplotlib has line styles
+LINES: dict[str, tuple[str, str, Style]] = {
     "total_norm": ("all", INK, ":"),
     "attention_norm": ("attention", BLUE, "-"),
     "mlp_norm": ("MLP", YELLOW, "--"),
@@ -93,13 +94,13 @@ def is_only_group(name: str, found: Mapping[str, Sequence[float]]) -> bool:
     return name == "total_norm" and sum(group in found for group in LINES) == 2
 
 
-def draw_smoothed(axis: Any, table: Series, values: Sequence[float], label: str, colour: str, style: Any) -> None:
+def draw_smoothed(axis: Any, table: Series, values: Sequence[float], label: str, colour: str, style: Style) -> None:
     """The values faint, their moving average over them."""
     axis.plot(table.steps, values, color=colour, linewidth=0.6, alpha=0.35)
     draw_line(axis, table.steps, table.smoothed(values), label, colour, style)
 
 
-def draw_line(axis: Any, steps: Sequence[int], values: Sequence[float], label: str, colour: str, style: Any) -> None:
+def draw_line(axis: Any, steps: Sequence[int], values: Sequence[float], label: str, colour: str, style: Style) -> None:
     """A line, with dots where the steps are few: a single step is nothing but its dot."""
     dots = {"marker": "o", "markersize": 3} if len(steps) <= 12 else {}
     axis.plot(steps, values, color=colour, linestyle=style, linewidth=1.7, label=label, **dots)
@@ -134,9 +135,9 @@ def draw_factors(table: Series, path: Path | str, phases: Sequence[Boundary] | N
     figure, axes = new_figure(3.2 * (len(kinds) + 1), 3.2, columns=len(kinds) + 1)
     *panels, last = axes.flat
     for axis, kind in zip(panels, kinds, strict=True):
-        for part, colour, style in (("b", BLUE, "-"), ("a", YELLOW, "--")):
+        for part, ink, dashes in (("b", BLUE, "-"), ("a", YELLOW, "--")):
             values = positive(found.get(f"{kind}_norm_{part}", nothing))
-            draw_smoothed(axis, table, values, part.upper(), colour, style)
+            draw_smoothed(axis, table, values, part.upper(), ink, dashes)
         axis.set_yscale("log")
         log_ticks(axis.yaxis)
         name_axes(axis, "optimizer step", "gradient norm", f"{TITLES[kind]}: A and B")

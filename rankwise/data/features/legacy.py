@@ -36,7 +36,8 @@ class LegacyFiles:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
-        self.shape: tuple[int, int] = tuple(matrix_of(self.paths[0]).shape)
+        tokens, channels = matrix_of(self.paths[0]).shape
+        self.shape = tokens, channels
 
     def read(self, place: int) -> Tensor:
         matrix = matrix_of(self.paths[place])
@@ -62,4 +63,4 @@ def matrix_of(file: Path) -> Tensor:
 
 
 def digest_of(matrix: Tensor) -> str:
-    return hashlib.sha256(matrix.detach().contiguous().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(matrix.detach().contiguous().view(torch.uint8).numpy().data).hexdigest()

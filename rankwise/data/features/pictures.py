@@ -33,7 +33,8 @@ EXTRA = "data"
 class Pictures(Protocol):
     """Pictures with unique names. `open(place)` raises BadImage; `digest(count)` is that of the first ones."""
 
-    names: Sequence[str]
+    @property
+    def names(self) -> Sequence[str]: ...
 
     def open(self, place: int) -> Image.Image: ...
 

@@ -66,7 +66,7 @@ def read_split(path: Path | str, cache: FeatureCache) -> FeatureSplit:
             f"{path} divides another feature cache than {cache.path}: its test images may have trained there; give the "
             "cache that the network was trained on, or another one as --ood where the command has that"
         )
-    parts, seed = {name: content.get(name) for name in PARTS}, content.get("seed")
+    parts, seed = {name: content.get(name) or [] for name in PARTS}, content.get("seed")
     places = [place for part in parts.values() if isinstance(part, list) for place in part]
     numbers = all(type(place) is int for place in places)
     if not all(parts.values()) or not numbers or sorted(places) != list(range(len(cache))):

@@ -102,7 +102,8 @@ class Synthetic:
             orthonormal(torch.randn(len(part), len(part), generator=generator, dtype=torch.float64))
             for part in torch.arange(self.tokens).split(BLOCK)
         ]
-        return (self.waves @ torch.block_diag(*blocks))[:, : self.rank]
+        block_diagonal: Tensor = torch.block_diag(*blocks)
+        return (self.waves @ block_diagonal)[:, : self.rank]
 
     def right(self, generator: torch.Generator) -> Tensor:
         """(D, k) float64, orthonormal columns of mean 0; the shared part is the same for all matrices."""
@@ -160,7 +161,8 @@ def cosines(size: int) -> Tensor:
     """(size, size) float64, orthonormal: column f is the cosine of frequency f (DCT-II)."""
     place = torch.arange(size, dtype=torch.float64)
     waves = torch.cos(math.pi / size * (place[:, None] + 0.5) * place[None])
-    return waves / waves.norm(dim=0)
+    lengths: Tensor = waves.norm(dim=0)
+    return waves / lengths
 
 
 def orthonormal(matrix: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def _error(error: Any) -> NoAnswer:
     """An error that came with status 200, as the status that it names."""
     fields = error if isinstance(error, dict) else {"message": error}
     code = fields.get("code") or fields.get("type")
-    named = int(code) if str(code).isascii() and str(code).isdigit() and len(str(code)) == 3 else 0
+    named = int(str(code)) if str(code).isascii() and str(code).isdigit() and len(str(code)) == 3 else 0
     status = named if 400 <= named < 600 else STATUS_OF.get(str(code), BAD_GATEWAY)
     said = text_of(fields.get("message") or fields)[:SHOWN]
     return NoAnswer(f"an error: {said}", status, None if code is None else str(code)[:SHOWN])

@@ -40,7 +40,7 @@ def http_client(openai: ModuleType, before_retry: Callable[[Attempts], Awaitable
     """The SDK's HTTP client. before_retry: awaited before every attempt but the first. Redirects are not followed: the
     key and the picture are for the address that was given."""
 
-    class Client(openai.DefaultAsyncHttpxClient):  # type: ignore[misc, name-defined]
+    class Client(openai.DefaultAsyncHttpxClient):  # type: ignore[name-defined]
         async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
             attempts = attempts_of.get()
             if request.headers.get("x-stainless-retry-count", "0") != "0":

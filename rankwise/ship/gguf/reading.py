@@ -32,7 +32,7 @@ def reader_class() -> Any:
     as long for each slice of a memmap. The file stays mapped all the same."""
     gguf = need("gguf", extra="device")
 
-    class PlainReader(gguf.GGUFReader):  # type: ignore[misc, name-defined]
+    class PlainReader(gguf.GGUFReader):  # type: ignore[name-defined]
         @property
         def data(self) -> Any:
             return self._plain

@@ -85,8 +85,8 @@ def follow_template(adapter: Path, folder: Path, files: dict[str, Copied]) -> It
     if files.pop(OLDER_TEMPLATE, None):  # it would go before the other
         (folder / OLDER_TEMPLATE).unlink()
     write_text(folder / TEMPLATE, template)
-    now = {"chat_template": None, "chat_template_sha256": sha256_of(template), "chat_template_kwargs": kwargs}
-    replace(record, **now).save(folder)
+    digest = sha256_of(template)
+    replace(record, chat_template=None, chat_template_sha256=digest, chat_template_kwargs=kwargs).save(folder)
     yield TEMPLATE, Copied(adapter / INPUT, "adapter", "the template as training had it")
     yield INPUT, Copied(files[INPUT].source, "adapter", f"its chat_template is in {TEMPLATE}")
     config = read_object(folder / TOKENIZER_CONFIG)

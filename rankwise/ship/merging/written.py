@@ -74,7 +74,8 @@ class Change:
         after = before + self.scale * (self.halves["B"].flatten(1)[rows].float() @ self.halves["A"].flatten(1).float())
         if self.magnitude is None:
             return after
-        return after * (self.magnitude.flatten()[rows, None].float() / after.norm(dim=1, keepdim=True))
+        lengths: Tensor = after.norm(dim=1, keepdim=True)
+        return after * (self.magnitude.flatten()[rows, None].float() / lengths)
 
 
 def require_written(plan: MergePlan, folder: Path) -> float:

@@ -22,7 +22,8 @@ from transformers import GenerationConfig
 
 from rankwise.data.collate import seen
 from rankwise.data.layout import joined, without_images
-from rankwise.data.render import IGNORED, Rendered, Renderer
+from rankwise.data.render import Rendered, Renderer
+from rankwise.data.sight import IGNORED
 from rankwise.score.likelihood import answer_ids
 from rankwise.ship.parity.cases import Case
 from rankwise.ship.parity.embedder import Rows, embedded
