@@ -50,6 +50,11 @@ class Importance:
             uncertainty[name] = self.beta2 * self.uncertainty.get(name, nothing) + (1 - self.beta2) * stray
         return replace(self, sensitivity=sensitivity, uncertainty=uncertainty)
 
+    def to(self, device: torch.device) -> Importance:
+        """The same, there."""
+        sides = [{name: one.to(device) for name, one in side.items()} for side in (self.sensitivity, self.uncertainty)]
+        return replace(self, sensitivity=sides[0], uncertainty=sides[1])
+
     def score(self, name: str) -> Tensor:
         """Sensitivity × uncertainty, in the parameter's shape."""
         return self.sensitivity[name] * self.uncertainty[name]

@@ -20,14 +20,15 @@ from rankwise.nets.pair import folder_of, model_weights
 from rankwise.store.checkpoint import Checkpoint, open_checkpoint
 from rankwise.store.deltas import CheckpointPair, DeltaSource, Place, SavedDeltas
 
-Makers = dict[str, Callable[[], Tensor]]
+Maker = Callable[[], Tensor]
+Makers = dict[str, Maker]
 
 
 @dataclass(frozen=True)
 class MadeWeights(Mapping[str, Tensor]):
     """Tensors by name that are read or made when they are asked for, in float32."""
 
-    makers: Mapping[str, Callable[[], Tensor]]
+    makers: Mapping[str, Maker]
 
     def __getitem__(self, name: str) -> Tensor:
         return self.makers[name]().float()
@@ -86,11 +87,11 @@ def tuned_of(pair: CheckpointPair, place: Place) -> Tensor:
     return before if unmoved else after
 
 
-def moved_by(before: Callable[[], Tensor], deltas: Checkpoint, name: str) -> Tensor:
+def moved_by(before: Maker, deltas: Checkpoint, name: str) -> Tensor:
     return before().float() + deltas.tensor(name)
 
 
-def with_tied(model: PreTrainedModel, makers: Makers) -> Makers:
+def with_tied(model: PreTrainedModel, makers: Mapping[str, Maker]) -> Makers:
     """Under both names, what the model ties."""
     pairs = [pair for one, other in model.all_tied_weights_keys.items() for pair in ((one, other), (other, one))]
-    return {one: makers[other] for one, other in pairs if other in makers} | makers
+    return {one: makers[other] for one, other in pairs if other in makers} | dict(makers)

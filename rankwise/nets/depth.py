@@ -84,8 +84,8 @@ def attach_depth(model: Any, settings: DepthSettings) -> Any:
         raise UsageError(f"depth needs an even decoder width, and {type(model).__name__} has {width}")
     setattr(inner, ENCODER, DepthEncoder(width, settings).to(model.device))
     if not takes_depth(model):
-        inner.__class__ = with_depth_features(type(inner))
-        model.__class__ = with_depth_input(type(model))
+        families: tuple[type, type] = type(inner), type(model)
+        inner.__class__, model.__class__ = with_depth_features(families[0]), with_depth_input(families[1])
     return model
 
 

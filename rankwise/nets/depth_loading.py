@@ -38,7 +38,7 @@ class LoadsWithDepth:
         depth_checkpoint_path the frozen estimator stands at `model.depth_model`: no part of the model's parameters,
         its state dict or what is saved. Raises UsageError for depth options without `use_depth`.
         """
-        given = {
+        given: dict[str, Any] = {
             "estimator": depth_checkpoint_path,
             "alpha": depth_alpha,
             "input_size": depth_input_size,

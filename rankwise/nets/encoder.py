@@ -96,7 +96,7 @@ def encoder_features(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> li
     """(patch tokens (T, D), their (rows, columns)) of each picture. UsageError for an encoder whose tokens are not one
     row-major grid of patches behind what stands in front."""
     parameters = inspect.signature(model.forward).parameters
-    taken = {name: value for name, value in inputs.items() if name in parameters}
+    taken: dict[str, Tensor | bool] = {name: value for name, value in inputs.items() if name in parameters}
     if "interpolate_pos_encoding" in parameters and "spatial_shapes" not in inputs:
         taken["interpolate_pos_encoding"] = True
     hidden = model(**taken).last_hidden_state

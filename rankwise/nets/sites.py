@@ -57,7 +57,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
         return None  # inside nn.MultiheadAttention, which reads the weight past any adapter
     if isinstance(module, nn.Linear) and type(module).__name__.endswith("Router"):
         return None  # Llama 4, Phi-MoE: it returns scores of experts beside logits, which no adapter can be added to
-    if isinstance(module, nn.Linear) or hasattr(module, "quant_state"):
+    if isinstance(module, nn.Linear):  # bitsandbytes' quantized ones are too
         return module.out_features, module.in_features
     return None
 
@@ -146,8 +146,9 @@ def site_weights(sites: Mapping[str, Site], table: WeightTable) -> dict[str, Wei
 def torch_dtype(name: str, trained: bool, device: torch.device) -> torch.dtype:
     """`auto`: float32 for trained weights; frozen ones bf16 on a GPU and float32 on a CPU. A type that is slow on a CPU
     is warned about."""
-    if name != "auto":
-        if device.type == "cpu":
-            warn_if_slow(getattr(torch, name), "--dtype float32")
-        return getattr(torch, name)
-    return torch.float32 if trained or device.type == "cpu" else torch.bfloat16
+    if name == "auto":
+        return torch.float32 if trained or device.type == "cpu" else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, name)
+    if device.type == "cpu":
+        warn_if_slow(dtype, "--dtype float32")
+    return dtype

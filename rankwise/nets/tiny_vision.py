@@ -29,18 +29,19 @@ from transformers import (
 from rankwise.nets.tiny import check_same_ids, train_vocabulary, vocabulary_and_merges
 from rankwise.store.files import atomic_write
 
-SIDE = 64  # pixels
+SIDE, PATCH = 64, 8  # pixels
+WIDTH = 128
 VISION = {
     "hidden_size": 96,
     "intermediate_size": 256,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "image_size": SIDE,
-    "patch_size": 8,
+    "patch_size": PATCH,
     "initializer_range": 0.06,
 }
 TEXT = {
-    "hidden_size": 128,
+    "hidden_size": WIDTH,
     "intermediate_size": 352,
     "num_hidden_layers": 3,
     "num_attention_heads": 8,
@@ -50,7 +51,7 @@ TEXT = {
     "rms_norm_eps": 1e-6,
 }
 SHUFFLE = 2
-IMAGE_TOKENS = (SIDE // int(VISION["patch_size"]) // SHUFFLE) ** 2
+IMAGE_TOKENS = (SIDE // PATCH // SHUFFLE) ** 2
 START, END, PAD, IMAGE = "<|im_start|>", "<end_of_utterance>", "<|im_end|>", "<image>"
 # The name of a tile is a token of its own, as in the family's vocabulary: llama.cpp cuts every image into tiles.
 SPECIALS = (START, PAD, END, "<fake_token_around_image>", IMAGE, "<global-img>", "<row_1_col_1>")
@@ -144,12 +145,12 @@ class Eye(nn.Module):
         super().__init__()
         self.vision, self.projector = model.model.vision_model, model.model.connector
         self.classes = list(classes)
-        self.classifier = nn.Linear(TEXT["hidden_size"], sum(classes))
+        self.classifier = nn.Linear(WIDTH, sum(classes))
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """pixel_values: (pictures, 3, SIDE, SIDE). labels: (pictures, 4, features), class numbers. → loss, logits."""
         tokens = self.projector(self.vision(pixel_values).last_hidden_state)
-        half = SIDE // VISION["patch_size"] // SHUFFLE // 2
+        half = SIDE // PATCH // SHUFFLE // 2
         quarters = tokens.unflatten(1, (2, half, 2, half)).mean((2, 4)).flatten(1, 2)
         logits = self.classifier(quarters)
         told = logits.flatten(0, 1).split(self.classes, dim=1)

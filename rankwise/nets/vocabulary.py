@@ -52,7 +52,8 @@ def row_names(model: PreTrainedModel) -> frozenset[str]:
 
 def token_count(tokenizer: Any) -> int:
     """Rows that a tokenizer needs: its highest id + 1, added tokens included."""
-    return max(tokenizer.get_vocab().values()) + 1
+    ids: Mapping[str, int] = tokenizer.get_vocab()
+    return max(ids.values()) + 1
 
 
 def row_count(model: PreTrainedModel) -> int:

@@ -43,8 +43,11 @@ class Weight:
 class DeltaSource(Protocol):
     """Sites, and the delta of each on demand."""
 
-    sites: dict[str, Site]
-    description: str
+    @property
+    def sites(self) -> dict[str, Site]: ...
+
+    @property
+    def description(self) -> str: ...
 
     def read(self, site: Site) -> Delta: ...
 

@@ -45,9 +45,9 @@ class Card:
 
 # name: GiB that the driver shows, then TFLOP/s at 16 bits (dense, float32 sums) and in float32, and GB/s
 SHEETS = {
-    "t4": (15.0, 65, 8.1, 320, False),
-    "v100-16gb": (15.8, 125, 15.7, 900, False),
-    "v100-32gb": (31.7, 125, 15.7, 900, False),
+    "t4": (15.0, 65, 8.1, 320),
+    "v100-16gb": (15.8, 125, 15.7, 900),
+    "v100-32gb": (31.7, 125, 15.7, 900),
     "rtx3080": (10.0, 59.5, 29.8, 760),
     "rtx3090": (24.0, 71, 35.6, 936),
     "rtx4080": (16.0, 97.5, 48.7, 717),
@@ -67,9 +67,10 @@ SHEETS = {
     "b200": (179.0, 2250, 75, 7700),
     "mi300x": (191.7, 1307, 163.4, 5300),
 }
+WITHOUT_BF16 = ("t4", "v100-16gb", "v100-32gb")
 CARDS = {
-    name: Card(name, gib * GIB, half * 1e12, single * 1e12, bandwidth * 1e9, *rest)
-    for name, (gib, half, single, bandwidth, *rest) in SHEETS.items()
+    name: Card(name, gib * GIB, half * 1e12, single * 1e12, bandwidth * 1e9, bf16=name not in WITHOUT_BF16)
+    for name, (gib, half, single, bandwidth) in SHEETS.items()
 }
 
 
@@ -137,7 +138,8 @@ def measured_bandwidth(device: torch.device) -> float:
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     """Of the fastest of as many runs as fit into the time; of a CPU its own time by thread, since others may use it."""
     threads = torch.get_num_threads()
-    clock = (lambda: time.process_time() / threads) if device.type == "cpu" else time.perf_counter
+    on_cpu = device.type == "cpu"
+    clock: Callable[[], float] = (lambda: time.process_time() / threads) if on_cpu else time.perf_counter
     times: list[float] = []
     while sum(times) < MEASURED_SECONDS or len(times) < 3:
         started = clock()

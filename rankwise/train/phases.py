@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rankwise.core.phase import Bound, BoundNorm
+from rankwise.core.phase import Bound, BoundNorm, BoundPhases
 from rankwise.errors import DataError
 from rankwise.nets.adapt import full_parameters, site_parameters
 from rankwise.store.files import read_object, write_json
@@ -78,7 +78,7 @@ class PhaseKeeper(TrainerCallback):
         step = state.global_step
         active = self.schedule.active(step)
         if self._toggles:
-            self.require(frozenset(self.parameters) if self.measures(step) else active)
+            self.require(frozenset(self.parameters) if measuring(self.schedule, step) else active)
         before = self.schedule.active(step - 1) if step else None
         if active == before:
             return
@@ -109,7 +109,7 @@ class PhaseKeeper(TrainerCallback):
         self.require(frozenset(self.parameters))
 
     def warn_unreached(self, steps: int) -> None:
-        starts = getattr(self.schedule, "starts", list)()
+        starts = self.schedule.starts() if isinstance(self.schedule, BoundPhases) else []
         late = [self.schedule.name(start) for start in starts if start >= steps]
         if late:
             announce(f"warning: training ends at step {steps}, before the phases {', '.join(late)} begin")
@@ -118,20 +118,18 @@ class PhaseKeeper(TrainerCallback):
 
     def before_clipping(self, step: int) -> None:
         """Drop the gradients of frozen sites, after a choice that needs them. `step` steps are done."""
-        if self.measures(step) and step // self.schedule.form.every == len(self.schedule.choices):
-            self.schedule = self.schedule.chosen(self.norms_by_kind())
+        norm = measuring(self.schedule, step)
+        if norm and step // norm.form.every == len(norm.choices):
+            self.schedule = norm.chosen(self.norms_by_kind())
         active = self.schedule.active(step)
         for path, parameters in self.parameters.items():
             if path not in active:
                 for parameter in parameters:
                     parameter.grad = None
 
-    def measures(self, step: int) -> bool:
-        """Whether this step lets every site have a gradient, to choose by."""
-        return isinstance(self.schedule, BoundNorm) and self.schedule.measures(step)
-
     def norms_by_kind(self) -> dict[str, float]:
         """Gradient norm per √parameter of each kind of sites (a gradient scaler's factor cancels)."""
+        assert isinstance(self.schedule, BoundNorm), "chosen by norm"
         kinds: dict[str, list[nn.Parameter]] = {}
         for path, parameters in self.parameters.items():
             kinds.setdefault(self.schedule.sites[path].kind, []).extend(parameters)
@@ -162,6 +160,11 @@ class PhaseKeeper(TrainerCallback):
             raise DataError(f"{file} is missing: without it the choices of {self.schedule.form} cannot be replayed")
         content: Mapping[str, Any] = read_object(file)
         self.schedule = replace(self.schedule, choices=tuple(content["choices"]))
+
+
+def measuring(schedule: Bound, step: int) -> BoundNorm | None:
+    """The schedule, where it lets every site have a gradient in this step, to choose by."""
+    return schedule if isinstance(schedule, BoundNorm) and schedule.measures(step) else None
 
 
 def phase_of(checkpoint: Path) -> str | None:

@@ -60,11 +60,11 @@ class ChannelAllocation(TrainerCallback):
         except (OSError, SafetensorError) as error:
             raise DataError(f"{checkpoint / SCORES}: cannot be read ({error}); the ranks' scores are in it") from error
         self.mask = tensors.pop("mask")
-        sides = {
-            side: {name.removeprefix(f"{side}."): value for name, value in tensors.items() if name.startswith(side)}
+        sensitivity, uncertainty = (
+            {name.removeprefix(f"{side}."): value for name, value in tensors.items() if name.startswith(side)}
             for side in SIDES
-        }
-        self.importance = replace(self.importance, **sides)
+        )
+        self.importance = replace(self.importance, sensitivity=sensitivity, uncertainty=uncertainty)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
@@ -74,10 +74,7 @@ class ChannelAllocation(TrainerCallback):
         if self.net.rank_mask is not None:
             self.mask = self.mask.to(device) & self.net.rank_mask
         self.mask = self.mask.to(device)
-        sides = {
-            side: {name: value.to(device) for name, value in getattr(self.importance, side).items()} for side in SIDES
-        }
-        self.importance = replace(self.importance, **sides)
+        self.importance = self.importance.to(device)
         self.apply(optimizer)
         if state.is_world_process_zero:
             self.table.cut(state.global_step)

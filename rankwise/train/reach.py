@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ def within_reach(model: nn.Module, _: Any, output: Any) -> None:
 
     Inside the model, because DDP looks from its output for parameters that were used.
     """
-    if not isinstance(output, Mapping):
+    if not isinstance(output, MutableMapping):
         return
     name = "loss" if output.get("loss") is not None else "logits"
     if torch.is_grad_enabled() and not output[name].requires_grad:

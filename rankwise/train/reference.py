@@ -31,8 +31,9 @@ def train_weights(
 ) -> bool:
     """Train these parameters in place, without dropout; whether it stayed finite (it stops where it did not)."""
     model.eval()
-    kinds = {"lr": learning_rate, "betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
-    optimizer = torch.optim.AdamW(parameters, **kinds)
+    optimizer = torch.optim.AdamW(
+        parameters, learning_rate, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+    )
     scheduler = get_scheduler(settings.lr_scheduler, optimizer, settings.warmup_steps, settings.steps)
     device = parameters[0].device
     for step in tqdm(range(settings.steps), desc="full", unit="step", disable=None, leave=False):

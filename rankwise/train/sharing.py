@@ -98,8 +98,9 @@ def evened(loader: DataLoader[Any]) -> DataLoader[Any]:
     Its data set must be `Silenceable`. One process, and a sampler that shares the rows out itself, are left alone.
     """
     shard = loader.batch_sampler
-    shared = isinstance(shard, BatchSamplerShard) and shard.num_processes > 1 and not shard.drop_last
-    if shared and not isinstance(shard.batch_sampler, Filled):  # a loader that is kept comes back filled
+    if not isinstance(shard, BatchSamplerShard) or shard.num_processes == 1 or shard.drop_last:
+        return loader
+    if not isinstance(shard.batch_sampler, Filled):  # a loader that is kept comes back filled
         shard.batch_sampler = Filled(shard.batch_sampler, 1 if shard.split_batches else shard.num_processes)
         shard.sampler = shard.batch_sampler.sampler  # or accelerate tells the number of a resumed epoch to no one
     return loader

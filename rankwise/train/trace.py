@@ -118,7 +118,7 @@ class Counter(TorchDispatchMode):
     """Follows every storage from the operation that makes it to its end."""
 
     def __init__(self, vocabulary: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.vocabulary = vocabulary
         self.held: list[int] = []
         self.logits: list[int] = []

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -117,8 +118,9 @@ class RankwiseTrainer(Trainer):
         checkpoint = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
         self._resumed_from, self._agreed_signal = checkpoint, None
         self.guard.reset()
-        for keeper in filter(None, (self.phases, self.allocator) if checkpoint else ()):
-            keeper.restore(Path(str(checkpoint)))
+        for keeper in (self.phases, self.allocator):
+            if checkpoint and keeper:
+                keeper.restore(Path(checkpoint))
         hook = self.model.register_forward_hook(within_reach)
         try:
             with self.interruption, explained(folder), memory_advice():
@@ -177,7 +179,7 @@ class RankwiseTrainer(Trainer):
             prove_counting(self, model, inputs)
             self.unproven = False
         with self.regularised(num_items_in_batch):
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.guard.losses.append(loss)
         if index is not None:
             self.guard.samples.append(index)
@@ -315,22 +317,23 @@ class RankwiseTrainer(Trainer):
         devices = [] if device.type == "cpu" else [device]
         kind = "cuda" if device.type == "cpu" else device.type
         with torch.random.fork_rng(devices=devices, device_type=kind):
-            return super().evaluate(*args, **rest)
+            metrics: dict[str, float] = super().evaluate(*args, **rest)
+        return metrics
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """The Trainer's optimizer, or LoRA+'s; its groups are split by tower where towers have rates of their own."""
-        if self.optimizer is not None:
-            return super().create_optimizer(model)
-        optimizer = super().create_optimizer(model) if self.loraplus_lr_ratio is None else self.loraplus_optimizer()
-        if self.tower_rates:
+        given = self.optimizer is not None
+        by_factor = self.loraplus_lr_ratio is not None and not given
+        optimizer: Optimizer = self.loraplus_optimizer() if by_factor else super().create_optimizer(model)
+        if self.tower_rates and not given:
             towers = parameter_towers(self.model if model is None else model)
             split_by_tower(optimizer, towers, self.tower_rates, self.args.learning_rate)
         return optimizer
 
-    def loraplus_optimizer(self) -> torch.optim.Optimizer:
+    def loraplus_optimizer(self) -> Optimizer:
         """With PEFT's grouping of A and B."""
         kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = create_loraplus_optimizer(
+        optimizer: Optimizer = create_loraplus_optimizer(
             self.model,
             kind,
             loraplus_lr_ratio=self.loraplus_lr_ratio,
@@ -338,8 +341,9 @@ class RankwiseTrainer(Trainer):
             **settings,
         )
         full = {id(one) for ones in full_parameters(self.model).values() for one in ones}
-        full_at_common_rate(self.optimizer, full, self.args.learning_rate)
-        return self.optimizer
+        full_at_common_rate(optimizer, full, self.args.learning_rate)
+        self.optimizer = optimizer
+        return optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **rest: Any) -> None:
         """Beside the learning rate stand those of towers that have their own."""

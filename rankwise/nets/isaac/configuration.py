@@ -84,9 +84,10 @@ class IsaacConfig(Qwen3Config):
     vision_attn_implementation: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.rope_parameters = unsectioned(self.rope_parameters)
+        self.rope_parameters: dict[str, Any] | None = unsectioned(self.rope_parameters)
         kwargs["rope_scaling"] = unsectioned(kwargs.pop("rope_scaling", None))
         super().__post_init__(**kwargs)
+        assert self.rope_parameters is not None, "Qwen3's are filled in"
         if self.rope_parameters["rope_type"] != "default":
             raise ValueError(f"rope_type {self.rope_parameters['rope_type']!r}: Isaac's rotary positions are unscaled")
         if "sliding_attention" in (self.layer_types or ()):

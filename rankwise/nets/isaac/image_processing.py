@@ -23,7 +23,7 @@ from rankwise.errors import DataError
 from rankwise.nets.isaac.configuration import IsaacConfig
 
 
-class IsaacImageProcessorKwargs(ImagesKwargs, total=False):
+class IsaacImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict: not followed
     """Settings beside those of every image processor."""
 
     patch_size: int
@@ -79,7 +79,8 @@ class IsaacImageProcessor(TorchvisionBackend):
         OSError where there is neither.
         """
         try:
-            return super().get_image_processor_dict(name, **kwargs)
+            saved: tuple[dict[str, Any], dict[str, Any]] = super().get_image_processor_dict(name, **kwargs)
+            return saved
         except OSError as error:
             settings, _ = IsaacConfig.get_config_dict(name, **kwargs)
             if settings.get("model_type") != IsaacConfig.model_type:
@@ -109,7 +110,7 @@ class IsaacImageProcessor(TorchvisionBackend):
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> Tensor:
         if isinstance(image, Image):
             self.check_pixels(image.height, image.width)  # before it is decoded
-        pixels = super().process_image(image, *args, **kwargs)
+        pixels: Tensor = super().process_image(image, *args, **kwargs)
         self.check_pixels(*pixels.shape[1:])
         return pixels
 

@@ -56,6 +56,7 @@ class IsaacModel(IsaacPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([Qwen3DecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        assert config.rope_parameters is not None
         self.rotary_emb = Rotary(config.head_dim, config.rope_parameters["rope_theta"])
         self.vision_embedding = VisionEmbedding(config)
         self.rope_deltas: Tensor | None = None
@@ -81,14 +82,16 @@ class IsaacModel(IsaacPreTrainedModel):
 
     def token_grids(self, image_grid_thw: Tensor) -> Tensor:
         """(images, 2) rows and columns of image tokens."""
-        return image_grid_thw[:, 1:] // self.config.vision_config.pixel_shuffle_scale_factor
+        factor: int = self.config.vision_config.pixel_shuffle_scale_factor
+        return image_grid_thw[:, 1:] // factor
 
     def image_places(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """(batch, length) bool: where image tokens stand; by their embedding where there are no ids."""
+        token: int = self.config.image_token_id
         if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+            return input_ids == token
+        embedded: Tensor = self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
+        return (inputs_embeds == embedded).all(-1)
 
     def positions(
         self, images: Tensor, image_grid_thw: Tensor | None, attention_mask: Tensor | None, past: int
@@ -151,18 +154,14 @@ class IsaacModel(IsaacPreTrainedModel):
         features = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
             features = self.get_image_features(pixel_values, image_grid_thw, return_dict=True)
-        images = None
         if features is not None or position_ids is None:
             images = self.image_places(input_ids, inputs_embeds)
-        if features is not None:
-            inputs_embeds = self.filled(inputs_embeds, images, features)
+            if features is not None:
+                inputs_embeds = self.filled(inputs_embeds, images, features)
+            if position_ids is None:
+                position_ids = self.positions(images, image_grid_thw, attention_mask, past)
         hidden = self.decoded(
-            inputs_embeds,
-            attention_mask,
-            self.positions(images, image_grid_thw, attention_mask, past) if position_ids is None else position_ids,
-            past_key_values,
-            use_cache=use_cache,
-            **kwargs,
+            inputs_embeds, attention_mask, position_ids, past_key_values, use_cache=use_cache, **kwargs
         )
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values if use_cache else None)
 
@@ -190,7 +189,8 @@ class IsaacModel(IsaacPreTrainedModel):
             hidden = layer(
                 hidden, attention_mask=mask, position_embeddings=angles, past_key_values=past_key_values, **kwargs
             )
-        return self.norm(hidden)
+        normed: Tensor = self.norm(hidden)
+        return normed
 
 
 class IsaacForConditionalGeneration(LoadsWithDepth, IsaacPreTrainedModel, GenerationMixin):
@@ -262,7 +262,7 @@ class IsaacForConditionalGeneration(LoadsWithDepth, IsaacPreTrainedModel, Genera
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """(3, batch, length) of the prompt; `generate` counts on from the last of each row and repeats them for
         beams."""
-        plain = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        plain: Tensor = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         ids, embeds = model_kwargs.get("input_ids", inputs_tensor), model_kwargs.get("inputs_embeds")
         given = ids.dim() == 2 and ids.shape[1] > 0
         images = self.model.image_places(ids if given else None, inputs_tensor if embeds is None else embeds)

@@ -56,4 +56,5 @@ class IsaacProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """The placeholder once for each token of an image."""
         patches = int(image_inputs["image_grid_thw"][image_idx].prod())
-        return self.image_token * (patches // self.image_processor.pixel_shuffle_scale**2)
+        scale = int(self.image_processor.pixel_shuffle_scale)
+        return self.image_token * (patches // scale**2)

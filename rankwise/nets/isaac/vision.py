@@ -62,7 +62,8 @@ class IsaacVisionEmbeddings(nn.Module):
         count = self.position_embedding.num_embeddings
         table = self.position_embedding(torch.arange(count, device=pixel_values.device))  # called: hooks may fetch it
         resized = {size: resized_positions(table, *size) for size in set(sizes)}
-        return self.patch_embedding(pixel_values.to(table.dtype)) + torch.cat([resized[size] for size in sizes])
+        embedded: Tensor = self.patch_embedding(pixel_values.to(table.dtype))
+        return embedded + torch.cat([resized[size] for size in sizes])
 
 
 class IsaacVisionAttention(Siglip2Attention):
@@ -138,17 +139,19 @@ class IsaacVisionTower(PreTrainedModel):
         return pixel_shuffle(self.post_layernorm(hidden)[0], sizes, self.config.pixel_shuffle_scale_factor)
 
 
-class VisionEmbedding(nn.Sequential):
+class VisionEmbedding(nn.ModuleList):
     """Tower and projector under the names of the checkpoint: 0 the tower, 1 and 3 the projector's linears."""
 
     def __init__(self, config: IsaacConfig) -> None:
         vision = config.vision_config
         shuffled = vision.hidden_size * vision.pixel_shuffle_scale_factor**2
         super().__init__(
-            IsaacVisionTower._from_config(vision),
-            nn.Linear(shuffled, 4 * shuffled, bias=False),
-            nn.SiLU(),
-            nn.Linear(4 * shuffled, config.hidden_size, bias=False),
+            [
+                IsaacVisionTower._from_config(vision),
+                nn.Linear(shuffled, 4 * shuffled, bias=False),
+                nn.SiLU(),
+                nn.Linear(4 * shuffled, config.hidden_size, bias=False),
+            ]
         )
 
     def forward(self, pixel_values: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
