@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 from rankwise.config.sections import (
     DTYPES,
@@ -117,6 +117,7 @@ class CompressConfig:
     output_dir: str = option("compressed_adapter", help="adapter folder", short="-o")
 
 
+@final
 @dataclass(frozen=True)
 class TrainConfig:
     """LoRA/QLoRA training, with a rank plan or a uniform rank, in phases or not."""

@@ -5,7 +5,7 @@ transformers' own collators need a pad token and read the tokenizer's padding si
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ class Collator:
         pad = tokenizer.pad_token_id
         return cls(0 if pad is None else pad, multiple_of, sight)
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         lengths = [len(sample["input_ids"]) for sample in samples]
         width = -(-max(lengths) // self.multiple_of) * self.multiple_of
         batch = {

@@ -45,9 +45,11 @@ class World:
 
 
 QUICK = World(pages=200, vocabulary=400, steps=4, train_rows=24, dev_rows=6)
-QUICK_CHANGES = ("train.max_steps=4", "probe.subset_ratio=0.5", "ranks.num_samples=6", "before.num_samples=4")
-QUICK_CHANGES += ("after.num_samples=4", "before.max_new_tokens=8", "after.max_new_tokens=8", "ranks.no_plots=true")
-QUICK_CHANGES += ("validate.num_samples=4", "validate.parity_samples=4", "validate.max_new_tokens=8")
+QUICK_CHANGES = tuple(
+    "train.max_steps=4 probe.subset_ratio=0.5 ranks.num_samples=6 before.num_samples=4 after.num_samples=4 "
+    "before.max_new_tokens=8 after.max_new_tokens=8 ranks.no_plots=true "
+    "validate.num_samples=4 validate.parity_samples=4 validate.max_new_tokens=8".split()
+)
 SHIPPING = ("merge", "export", "validate")  # stages that lead to llama.cpp and need its parts
 METRICS = {False: ("bleu", "rouge_l"), True: ("exact_match", "token_f1")}
 

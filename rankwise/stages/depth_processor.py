@@ -61,7 +61,8 @@ class ImageDepth:
 
 def with_depth_output(processor: Any, settings: DepthSettings, estimator: DepthEstimator | None) -> Any:
     """The processor, in place, with `depth` (image tokens of all images,) float32 among its outputs."""
-    processor.__class__ = giving_depth(type(processor))
+    family: type = type(processor)
+    processor.__class__ = giving_depth(family)
     processor.image_depth = ImageDepth(processor, settings, estimator)
     return processor
 

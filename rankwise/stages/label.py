@@ -51,8 +51,8 @@ def run(config: LabelConfig) -> Written:
         out.save_config(config)
         with out.recording("label", inputs(config)) as record:
             found = existing(config, target) if labels_given(config) else asked(config, target)
-            task, how = found.task, {"val_fraction": config.val_fraction, "seed": config.seed}
-            written = write_dataset(out.path, found.rows, task, target, **how, originals=found.originals)
+            task, drawn = found.task, (config.val_fraction, config.seed)
+            written = write_dataset(out.path, found.rows, task, target, *drawn, found.originals)
             remove_orphans(out.path, found.ids, written.rows)
             summary = {"format": FORMAT, "task": task.name, "field": task.field, **counts(written, task), **found.facts}
             write_json(out / SUMMARY, summary)

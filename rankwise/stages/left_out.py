@@ -54,7 +54,8 @@ def unpaired(source: DeltaSource) -> list[LeftOut]:
     for name, place in source.places.items():
         if place.tuned is None or name in sites:
             continue
-        before, after = place.base and source.base.shape(place.base.key), source.tuned.shape(place.tuned.key)
+        before = source.base.shape(place.base.key) if place.base else None
+        after = source.tuned.shape(place.tuned.key)
         if before != after:
             found.append(LeftOut(name, RESIZED if before else NEW, 0.0, after, before))
     return found

@@ -18,8 +18,8 @@ from rankwise.stages import training as shared
 from rankwise.store.files import read_object, write_json
 from rankwise.store.lineage import row_options
 from rankwise.store.run import Record
-from rankwise.train.gradient_table import TRAINING_LOG
-from rankwise.train.gradients import GRADIENT_FILES, GRADIENT_SUMMARY
+from rankwise.train.gradient_table import GRADIENT_SUMMARY, TRAINING_LOG
+from rankwise.train.gradients import GRADIENT_FILES
 from rankwise.train.phases import PHASES_TABLE, phase_of
 from rankwise.train.trainer import RankwiseTrainer
 

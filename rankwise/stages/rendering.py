@@ -207,14 +207,16 @@ def target_for(data: DataSection, models: Sequence[Path]) -> DeviceTarget | None
     own = [path if path.is_dir() else path.parent] if data.data_path else []
     places = [*own, *models]
     found = {place: target for place in places if (target := read_target(place))}
-    first = next(iter(found), None)
+    if not found:
+        return None
+    first, nearest = next(iter(found.items()))
     for place, target in found.items():
-        if target.geometry != found[first].geometry:
+        if target.geometry != nearest.geometry:
             raise DataError(
-                f"{first} and {place} are for different devices ({found[first].geometry} against {target.geometry}): "
+                f"{first} and {place} are for different devices ({nearest.geometry} against {target.geometry}): "
                 "say which one with --device_target"
             )
-    return found[first] if first else None
+    return nearest
 
 
 def sight_for(

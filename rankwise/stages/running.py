@@ -38,9 +38,9 @@ def running_model(config: RanksConfig, probe: Probe, path: str | None = None, sp
 
 
 def probe_batches(config: RanksConfig, renderer: Renderer, path: str | None, split: str) -> list[Batch]:
-    assert config.data.task is not None
-    assert path is not None
     data = config.data
+    assert data.task is not None
+    assert path is not None
     examples = load(data.task, Path(path), split, download=data.download and not Path(path).is_file(), **reading(data))
     for note in examples.notes(sees_images=renderer.sight is not None):
         print(note)

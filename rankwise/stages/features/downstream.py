@@ -45,9 +45,10 @@ def run(config: DownstreamConfig) -> Mapping[str, Any]:
     with folder.lock(), folder.recording(STAGE, inputs(config, base, adapter)) as record:
         content = compared(config, base, adapter)
         folder.save_config(config, CONFIG)
-        record.outputs |= written(content, folder, config)
+        files = written(content, folder, config)
+        record.outputs |= files
     print("\n".join([*terminal(content), *(f"note: {note}" for note in content["notes"])]))
-    print(f"{', '.join(path.name for path in record.outputs.values())} in {folder.path}")
+    print(f"{', '.join(path.name for path in files.values())} in {folder.path}")
     return content
 
 
@@ -66,7 +67,7 @@ def check(config: DownstreamConfig) -> None:
 
 
 def inputs(config: DownstreamConfig, base: str, adapter: Path | None) -> dict[str, Path | str]:
-    found = {"model": base, "data": str(config.data_path)}
+    found: dict[str, Path | str] = {"model": base, "data": str(config.data_path)}
     return found | ({"adapter": str(adapter_files(adapter)[0])} if adapter else {})
 
 

@@ -111,7 +111,7 @@ def trainer_of(
     job.arguments.num_train_epochs = start.epochs
     objective = FactorObjective(start.net, job.weights)
     history = EpochHistory(objective, job.folder, start.rows, log.line)
-    stateful = [history] if allocation is None else [allocation, history]
+    stateful: list[EpochHistory | ChannelAllocation] = [history] if allocation is None else [allocation, history]
     if start.checkpoint is not None:
         for one in stateful:
             one.restore(start.checkpoint)

@@ -129,9 +129,9 @@ class PictureShards:
             group = picture_digest(image)
             for tile in range(count):
                 named = f"{name}#{tile}" if count > 1 else name
-                features, seen = next(rest)
+                matrix, seen = next(rest)
                 grid = found[tile] if found else seen
-                rows.append(self.checked(Row(named, group, features, (grid.rows, grid.columns) if grid else None)))
+                rows.append(self.checked(Row(named, group, matrix, (grid.rows, grid.columns) if grid else None)))
         return rows
 
     def features(self, images: dict[str, Image.Image]) -> list[tuple[Tensor, Grid | None]]:

@@ -36,7 +36,8 @@ from rankwise.store.checkpoint import resolve
 class Shards(Protocol):
     """The shards of one cache: `made` gives the rows of one of them, the same whenever it is called."""
 
-    recipe: CacheRecipe
+    @property
+    def recipe(self) -> CacheRecipe: ...
 
     def size(self, shard: int) -> int: ...
 

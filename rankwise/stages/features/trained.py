@@ -69,8 +69,8 @@ def stretch_of(found: Sequence[Network]) -> int | None:
     or nothing says so."""
     for each in found:
         if each.cache is not None and (each.cache.path / INDEX).is_file():
-            settings = read_object(each.cache.path / INDEX)["settings"]
-            return settings.get("stretched_to")
+            side: int | None = read_object(each.cache.path / INDEX)["settings"].get("stretched_to")
+            return side
     return None
 
 

@@ -48,7 +48,7 @@ SCORING_BATCH = 16
 class Scored:
     """Items that runs are scored on, as batches, with the learnt tokens and the group of each."""
 
-    batches: list[Batch]
+    batches: Sequence[Batch]
     tokens: NDArray[np.float64]
     groups: tuple[str, ...]
 
@@ -206,6 +206,6 @@ def probe_cost(config: StudyConfig) -> int:
     costs = []
     for path in map(Path, config.probe.deltas):
         settings: Mapping[str, Any] = read_object(path / CONFIG) if (path / CONFIG).is_file() else {}
-        per_step = settings.get("batch_size", config.batch_size) * settings.get("gradient_accumulation", 1)
+        per_step: int = settings.get("batch_size", config.batch_size) * settings.get("gradient_accumulation", 1)
         costs.append(math.ceil(int(open_deltas(path).metadata["steps"]) * per_step / config.batch_size))
     return max(costs)
