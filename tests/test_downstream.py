@@ -47,7 +47,7 @@ from rankwise.show.downstream import markdown
 from rankwise.stages.features.downstream import asked
 from rankwise.stages.features.questions import Questions, connected
 from rankwise.stages.features.stand_ins import parts, ranks_of
-from rankwise.stages.training import model_fingerprint
+from rankwise.store.checkpoint import model_fingerprint
 from rankwise.store.files import write_json
 
 ANSWERS = ("It is red.", "Two: a dog and a cat.", "red", "It is blue.")

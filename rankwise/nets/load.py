@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.quantizers import AutoHfQuantizer
 
+from rankwise.config import ModelSection
 from rankwise.errors import DataError, UsageError, need
 from rankwise.nets.sites import tower_prefixes
 from rankwise.nets.towers import outside_language
@@ -277,3 +278,15 @@ def with_pad(holder: Any) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return holder
+
+
+def structure(model: ModelSection, name: str) -> PreTrainedModel:
+    """The model without weights: names and sizes, checked before anything large is read."""
+    return meta_model(name, model.revision, model.trust_remote_code)
+
+
+def loadable(model: ModelSection, name: str) -> PreTrainedModel:
+    """The same of a model whose weights will be read: UsageError where a package for them is missing."""
+    skeleton = structure(model, name)
+    check_quantizer(skeleton.config)
+    return skeleton

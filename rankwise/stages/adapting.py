@@ -22,7 +22,7 @@ from rankwise.nets.sites import tower_of
 from rankwise.nets.starts import eva_start, input_directions, warm_start
 from rankwise.nets.targets import LANGUAGE, check_plan, choose_sites, restricted, uniform_plan
 from rankwise.score.likelihood import BESIDE
-from rankwise.stages import training as shared
+from rankwise.stages.training import Job, loaded
 from rankwise.store.deltas import open_deltas
 from rankwise.store.files import read_object
 from rankwise.store.plan_file import find_plan, read_plan
@@ -111,14 +111,14 @@ def checked_plan(path: Path, sites: Mapping[str, Site], towers: Sequence[str] = 
 
 
 def adapted(
-    config: TrainConfig, job: shared.Job, plan: RankPlan, full: Iterable[str] = (), allocation: Allocation | None = None
+    config: TrainConfig, job: Job, plan: RankPlan, full: Iterable[str] = (), allocation: Allocation | None = None
 ) -> PeftModel:
     """The base with its adapter at the planned start, and copies of the `full` modules. The one seed decides the random
     part. allocation: the plan is where AdaLoRA starts."""
     dtype = frozen_dtype(config.model.dtype, job.arguments)
     settings = settings_of(config.lora, full)
     check_precision(settings, dtype, job.arguments)
-    base = shared.loaded(config.model, job.name, dtype, quantization(config.lora))
+    base = loaded(config.model, job.name, dtype, quantization(config.lora))
     if job.depth:
         attach_depth(base, job.depth)
     set_seed(config.seed)
@@ -144,7 +144,7 @@ def check_precision(settings: LoraSettings, dtype: torch.dtype, arguments: Train
         raise UsageError(f"--full among weights in {dtype} needs mixed precision: --bf16 or --fp16, or --dtype float32")
 
 
-def eva_batches(job: shared.Job, seed: int) -> list[dict[str, torch.Tensor]]:
+def eva_batches(job: Job, seed: int) -> list[dict[str, torch.Tensor]]:
     """A few batches of training rows, drawn with the seed, as model inputs without labels."""
     rows, collator = job.rows, job.collator
     count = min(len(rows), EVA_BATCHES * EVA_ROWS)

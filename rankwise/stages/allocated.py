@@ -19,8 +19,8 @@ from rankwise.nets.adalora import allocated_plan, plain_pairs
 from rankwise.nets.adapters import full_weights, load_adapter, write_sites
 from rankwise.score.likelihood import BESIDE
 from rankwise.show.format import amount, plural
-from rankwise.stages import training as shared
 from rankwise.stages.outcome import Outcome, adapter_folder
+from rankwise.stages.training import Job
 from rankwise.store.adapter import LoraAdapter, write_adapter
 from rankwise.store.adapter_config import lora_config
 from rankwise.store.plan_file import PLAN_FILE, write_plan
@@ -35,7 +35,7 @@ PROOF_ROWS = 4
 def save_allocated(
     trainer: RankwiseTrainer,
     keeper: RankAllocation,
-    job: shared.Job,
+    job: Job,
     config: TrainConfig,
     start: RankPlan,
     left_out: list[str],
@@ -63,7 +63,7 @@ def save_allocated(
     )
 
 
-def prove(model: Any, folder: Path, job: shared.Job) -> None:
+def prove(model: Any, folder: Path, job: Job) -> None:
     """VerificationError unless the saved adapter on the model's own base gives the model's logits, on training rows.
 
     Up to a thousandth of what the adapter changes, and what sums in another order differ by.

@@ -15,15 +15,16 @@ import torch
 from rankwise.config import CheckConfig
 from rankwise.data.check import Findings, Problem, examined
 from rankwise.data.example import Examples
+from rankwise.data.reading import check_data, reading, settled
 from rankwise.data.render import Renderer
 from rankwise.data.sources import load
 from rankwise.errors import DataError
 from rankwise.nets.cut_down import Untried, cut_down, headless, random_model
-from rankwise.nets.load import load_config
+from rankwise.nets.load import load_config, loadable
 from rankwise.show.check import in_words, report
-from rankwise.stages import training as shared
 from rankwise.stages.idle import refuse_idle
-from rankwise.stages.rendering import image_reader, reading, renderer_for
+from rankwise.stages.rendering import image_reader, renderer_for
+from rankwise.stages.training import loaded
 from rankwise.stages.trial import tried
 from rankwise.store.files import write_json, write_text
 from rankwise.store.run import RunFolder
@@ -33,7 +34,7 @@ REPORT, BAD = "check.json", "bad_samples.jsonl"
 
 def run(config: CheckConfig) -> Findings:
     """Print and write what was found. DataError (exit 3) where samples are bad, once the report is written."""
-    config = shared.settled(config)
+    config = settled(config)
     check(config)
     folder = RunFolder(config.output_dir)
     with folder.lock(), folder.recording("check", inputs(config)) as record:
@@ -55,7 +56,7 @@ def run(config: CheckConfig) -> Findings:
 
 
 def check(config: CheckConfig) -> None:
-    shared.check_data(config.data, "check")
+    check_data(config.data, "check")
     refuse_idle(config)
 
 
@@ -86,7 +87,7 @@ def renderer_of(config: CheckConfig) -> Renderer | None:
     name = config.model.model_name
     if name is None:
         return None
-    return renderer_for(config.data, config.model, name, shared.loadable(config.model, name).config)
+    return renderer_for(config.data, config.model, name, loadable(config.model, name).config)
 
 
 def try_model(config: CheckConfig, renderer: Renderer, findings: Findings) -> None:
@@ -94,7 +95,7 @@ def try_model(config: CheckConfig, renderer: Renderer, findings: Findings) -> No
     name = str(config.model.model_name)
     try:
         if config.run_model:
-            model: Any = headless(shared.loaded(config.model, name, torch.float32)).eval()
+            model: Any = headless(loaded(config.model, name, torch.float32)).eval()
         else:
             model = random_model(cut_down(load_config(name, config.model.revision, config.model.trust_remote_code)))
         trial = tried(model, renderer, findings.shortest, sure=config.run_model)
@@ -126,7 +127,7 @@ def refuse(findings: Findings, config: CheckConfig, renderer: Renderer | None) -
 
 
 def describe(config: CheckConfig) -> list[str]:
-    config = shared.settled(config)
+    config = settled(config)
     check(config)
     lines = [f"read every row of {config.data.data_path} as {config.data.task}", "decode every image it names"]
     if config.model.model_name:

@@ -15,6 +15,7 @@ from typing import Any
 
 from rankwise.config import SCORED_TASKS, EvaluateConfig
 from rankwise.data.example import Examples
+from rankwise.data.reading import reading_scored, settled
 from rankwise.errors import UsageError
 from rankwise.score import forgetting, harness, vllm_engine
 from rankwise.score.classify import class_table, confusion_table
@@ -25,13 +26,12 @@ from rankwise.stages.depth import depth_facts
 from rankwise.stages.engines import Subject, base_and_adapter, compared_base, fitting, generator, seeing, subject
 from rankwise.stages.idle import refuse_idle
 from rankwise.stages.recorded import recorded, system_warning
-from rankwise.stages.rendering import reading_scored
-from rankwise.stages.training import base_files, fingerprints, held, settled, warn_of_training_rows
 from rankwise.store.adapter import adapter_files
-from rankwise.store.checkpoint import resolve
-from rankwise.store.files import fingerprint, write_text
+from rankwise.store.checkpoint import base_files, resolve
+from rankwise.store.files import fingerprint, fingerprints, write_text
+from rankwise.store.lineage import warn_of_training_rows
 from rankwise.store.processes import announce, finish, gathered, process_index
-from rankwise.store.run import CONFIG, RunFolder
+from rankwise.store.run import CONFIG, RunFolder, held
 
 CONFUSION, BESIDE = "confusion.csv", "resolved_config.evaluate.json"
 PREDICTIONS = "predictions*.json*"

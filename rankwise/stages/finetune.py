@@ -16,18 +16,20 @@ from transformers import PreTrainedModel, TrainingArguments
 from rankwise.config import FinetuneConfig, TowersSection
 from rankwise.data.example import Example, Examples
 from rankwise.data.input_record import FILE as INPUT
+from rankwise.data.reading import check_data, read_examples, settled
 from rankwise.data.split import subset
 from rankwise.errors import UsageError
+from rankwise.nets.load import loadable
 from rankwise.nets.towers import check_towers, tower_parameters
 from rankwise.show.format import amount, command_line, duration
-from rankwise.stages import training as shared
 from rankwise.stages.beginning import check_folder, starting_point
 from rankwise.stages.idle import refuse_idle
 from rankwise.stages.probing import train_full, train_lora
 from rankwise.stages.rendering import decode_aside, renderer_for
 from rankwise.stages.towers import check_rates, finetune_use
+from rankwise.stages.training import Job, base_facts, before, data_facts, describe_losses, plain_model, rendered
 from rankwise.store.processes import announce
-from rankwise.store.run import Record, RunFolder
+from rankwise.store.run import Record, RunFolder, held
 from rankwise.train.arguments import FINETUNE_DEFAULTS, build_arguments
 from rankwise.train.gradient_table import TRAINING_LOG
 from rankwise.train.memory import memory_available, memory_needed, refuse_too_large
@@ -38,7 +40,7 @@ FEW_UPDATES = 50
 
 def run(config: FinetuneConfig) -> Path:
     """The whole command; returns the run folder."""
-    config = shared.settled(config)
+    config = settled(config)
     check(config)
     name = config.model.model_name
     assert name is not None
@@ -46,8 +48,8 @@ def run(config: FinetuneConfig) -> Path:
     check_folder(config)
     folder = RunFolder(config.output_dir)
     given: dict[str, Path | str] = {"model": name, "data": str(config.data.data_path)}
-    with shared.held(folder, "finetune", given, rehearsed=True) as record:
-        skeleton = shared.loadable(config.model, name)
+    with held(folder, "finetune", given, rehearsed=True) as record:
+        skeleton = loadable(config.model, name)
         job = prepare(config, name, arguments, skeleton)
         checkpoint = starting_point(config, job)
         started = time.monotonic()
@@ -59,7 +61,7 @@ def run(config: FinetuneConfig) -> Path:
 
 def check(config: FinetuneConfig) -> None:
     """Combinations that cannot work, before anything is read."""
-    shared.check_data(config.data, "finetune")
+    check_data(config.data, "finetune")
     if not config.model.model_name:
         raise UsageError("finetune needs a model: --model_name FOLDER_OR_HUB_ID")
     refuse_idle(config)
@@ -88,24 +90,24 @@ def arguments_of(config: FinetuneConfig) -> TrainingArguments:
     return build_arguments(config.output_dir, config.seed, given, FINETUNE_DEFAULTS, config.model.dtype)
 
 
-def prepare(config: FinetuneConfig, name: str, arguments: TrainingArguments, skeleton: PreTrainedModel) -> shared.Job:
+def prepare(config: FinetuneConfig, name: str, arguments: TrainingArguments, skeleton: PreTrainedModel) -> Job:
     """The subset, rendered and checked, and the memory that training on it takes."""
     towers = finetune_use(config.towers, config.method)
     check_towers(skeleton, towers.trained)
-    earlier = shared.before(config)
+    earlier = before(config)
     renderer = renderer_for(config.data, config.model, name, skeleton.config, earlier, anew=not earlier)
     decode_aside(arguments, config.training, renderer)
     sees_images = renderer.sight is not None
-    examples = shared.read_examples(config.data, str(config.data.data_path), sees_images=sees_images)
-    rows = shared.rendered(chosen(config, examples), renderer)
+    examples = read_examples(config.data, str(config.data.data_path), sees_images=sees_images)
+    rows = rendered(chosen(config, examples), renderer)
     warn_few_updates(len(rows), arguments)
     if config.method == "full":
         trained = sum(parameter.numel() for parameter in tower_parameters(skeleton, towers.full).values())
         needed = memory_needed(skeleton, trained, arguments, max(rows.lengths))
         announce(refuse_too_large(needed, memory_available(arguments.device)))
     facts = {
-        **shared.base_facts(config.model, name, arguments),
-        **shared.data_facts(config.data, renderer, examples, rows),
+        **base_facts(config.model, name, arguments),
+        **data_facts(config.data, renderer, examples, rows),
         "subset": [config.subset_ratio, config.max_samples, config.skip_shards],
         "method": [config.method, config.lora_r if config.method == "lora" else None],
         **(
@@ -114,7 +116,7 @@ def prepare(config: FinetuneConfig, name: str, arguments: TrainingArguments, ske
             else {}
         ),
     }
-    return shared.Job(name, arguments, renderer, rows, facts=facts)
+    return Job(name, arguments, renderer, rows, facts=facts)
 
 
 def chosen(config: FinetuneConfig, examples: Examples) -> Sequence[Example]:
@@ -163,9 +165,7 @@ def next_command(config: FinetuneConfig) -> str:
 
 def finish(config: FinetuneConfig, trainer: RankwiseTrainer, samples: int, record: Record, seconds: float) -> None:
     """Enter the run in its manifest, and say in a few lines what came out and what comes next."""
-    trained = {
-        name: value.numel() for name, value in shared.plain_model(trainer).named_parameters() if value.requires_grad
-    }
+    trained = {name: value.numel() for name, value in plain_model(trainer).named_parameters() if value.requires_grad}
     full = config.method == "full"
     record.facts |= {
         "steps": trainer.state.global_step,
@@ -178,14 +178,14 @@ def finish(config: FinetuneConfig, trainer: RankwiseTrainer, samples: int, recor
     record.outputs |= {path.name: path for path in (*outputs(config), *beside)}
     print(
         f"finetune: {trainer.state.global_step:,} updates on {samples:,} samples in {duration(seconds)}, "
-        f"{shared.losses(trainer.state.log_history)}; {amount(sum(trained.values()))} parameters trained"
+        f"{describe_losses(trainer.state.log_history)}; {amount(sum(trained.values()))} parameters trained"
     )
     print("wrote " + ", ".join(str(path) for path in outputs(config)))
     print(f"next: {next_command(config)}")
 
 
 def describe(config: FinetuneConfig) -> list[str]:
-    config = shared.settled(config)
+    config = settled(config)
     check(config)
     towers = " and ".join(finetune_use(config.towers, config.method).trained)
     what = f"every {towers} parameter" if config.method == "full" else f"a LoRA of rank {config.lora_r} ({towers})"

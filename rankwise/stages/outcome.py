@@ -14,7 +14,7 @@ from rankwise.nets.adapters import SITES_FILE
 from rankwise.options import flatten
 from rankwise.show.format import amount, command_line, duration, percent
 from rankwise.show.gradients import plot_gradients
-from rankwise.stages import training as shared
+from rankwise.stages.training import describe_losses
 from rankwise.store.files import read_object, write_json
 from rankwise.store.lineage import row_options
 from rankwise.store.run import Record
@@ -65,7 +65,7 @@ def finish(
     }
     write_results_summary(config, state)
     print(
-        f"train: {state.global_step:,} steps in {duration(seconds)}, {shared.losses(state.log_history)}; "
+        f"train: {state.global_step:,} steps in {duration(seconds)}, {describe_losses(state.log_history)}; "
         f"{amount(trainable)} trainable parameters, {percent(trainable / full)} of full fine-tuning ({amount(full)})"
     )
     if outcome.said:

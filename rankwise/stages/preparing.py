@@ -18,13 +18,13 @@ from rankwise.core.plan import RankPlan
 from rankwise.data.example import Example, Examples
 from rankwise.data.images import Placed
 from rankwise.data.packing import PackedDataset
+from rankwise.data.reading import read_examples
 from rankwise.data.render import Renderer
 from rankwise.data.rendered import RenderedDataset
 from rankwise.data.split import Split, split_groups, subset
 from rankwise.errors import UsageError
 from rankwise.nets.adapt import scales
 from rankwise.nets.depth_settings import DepthSettings
-from rankwise.stages import training as shared
 from rankwise.stages.adapting import quantization
 from rankwise.stages.depth import asked, depth_facts, gate_rate, idle, prepared
 from rankwise.stages.recorded import warn_of_others
@@ -32,8 +32,9 @@ from rankwise.stages.rendering import decode_aside, image_folder, renderer_for
 from rankwise.stages.scheduling import schedule_of
 from rankwise.stages.selecting import selection_facts
 from rankwise.stages.towers import train_use
+from rankwise.stages.training import Job, base_facts, before, data_facts, rendered
 from rankwise.store.deltas import open_deltas
-from rankwise.store.files import about_to_write
+from rankwise.store.files import about_to_write, fingerprints
 from rankwise.store.processes import announce
 
 
@@ -43,12 +44,12 @@ def read_split(config: TrainConfig, *, sees_images: bool) -> tuple[Examples, Spl
     path = config.data.data_path
     assert path is not None
     generator = random.Random(config.seed)
-    examples = shared.read_examples(config.data, path, sees_images=sees_images)
+    examples = read_examples(config.data, path, sees_images=sees_images)
     sampled = examples.items
     if config.max_samples is not None:
         sampled = subset(sampled, 1.0, config.max_samples, generator)
     if config.val_path:
-        validation = shared.read_examples(config.data, config.val_path, "dev", sees_images=sees_images)
+        validation = read_examples(config.data, config.val_path, "dev", sees_images=sees_images)
         own = own_pictures(config)
         split = Split(sampled, Placed(validation.items, own) if own else validation.items)
     else:
@@ -74,9 +75,9 @@ def prepare(
     plan: RankPlan,
     skeleton: PreTrainedModel,
     full: Sequence[str] = (),
-) -> tuple[Split, shared.Job]:
+) -> tuple[Split, Job]:
     """Rows, rendered and checked, and what the run is."""
-    earlier = shared.before(config)
+    earlier = before(config)
     renderer = renderer_for(config.data, config.model, name, skeleton.config, earlier, anew=not earlier)
     if config.lora.deltas:
         warn_of_others(Path(config.lora.deltas), renderer)
@@ -85,9 +86,9 @@ def prepare(
     if own and renderer.sight is not None:
         renderer = replace(renderer, sight=replace(renderer.sight, reader=renderer.sight.reader.also(own)))
     examples, split = read_split(config, sees_images=renderer.sight is not None)
-    rows = shared.rendered(split.train, renderer)
+    rows = rendered(split.train, renderer)
     evaluates = split.val and arguments.eval_strategy != "no"
-    validation = shared.rendered(split.val, renderer) if evaluates else None
+    validation = rendered(split.val, renderer) if evaluates else None
     depth, renderer = with_depth(
         config, renderer, [*rows.examples, *(validation.examples if validation else ())], arguments
     )
@@ -97,7 +98,7 @@ def prepare(
     if config.packing:
         refuse_packed_images(examples, renderer)
         announce(f"packing: {len(rows):,} samples in {len(chosen):,} rows of up to {renderer.limit:,} tokens")
-    return split, shared.Job(name, arguments, renderer, chosen, validation, what, depth)
+    return split, Job(name, arguments, renderer, chosen, validation, what, depth)
 
 
 def with_depth(
@@ -135,8 +136,8 @@ def facts(
     """What makes this run this run, beside the training arguments."""
     lora, form = config.lora, schedule_of(config.phases)
     return {
-        **shared.base_facts(config.model, name, arguments),
-        **shared.data_facts(config.data, renderer, examples, rows),
+        **base_facts(config.model, name, arguments),
+        **data_facts(config.data, renderer, examples, rows),
         "validation": "rows of their own" if config.val_path else config.val_fraction,
         **({"max_val_samples": config.max_val_samples} if config.max_val_samples is not None else {}),
         "ranks": plan.ranks,
@@ -148,7 +149,7 @@ def facts(
             "rslora": plan.use_rslora,
             "init": lora.init_lora_weights,
             "loraplus_lr_ratio": lora.loraplus_lr_ratio,
-            "warm_start": shared.fingerprints(open_deltas(Path(lora.deltas)).checkpoint.files) if lora.deltas else None,
+            "warm_start": fingerprints(open_deltas(Path(lora.deltas)).checkpoint.files) if lora.deltas else None,
         },
         "quantization": quantization(lora),
         "packing": config.packing,

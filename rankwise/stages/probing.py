@@ -18,12 +18,12 @@ from rankwise.nets.delta_files import BaseWeights, write_deltas
 from rankwise.nets.sites import model_sites, weight_table
 from rankwise.nets.targets import choose_sites, uniform_plan
 from rankwise.nets.towers import tower_parameters
-from rankwise.stages import training as shared
 from rankwise.stages.beginning import train_job
 from rankwise.stages.recorded import save_input
 from rankwise.stages.towers import finetune_use, trained_lines
+from rankwise.stages.training import Job, loaded, plain_model, whole_state, write_adapter_files
 from rankwise.store.checkpoint import open_checkpoint, resolve
-from rankwise.store.files import atomic_folder
+from rankwise.store.files import atomic_folder, fingerprints
 from rankwise.store.processes import announce, process_index
 from rankwise.train.arguments import frozen_dtype
 from rankwise.train.trainer import RankwiseTrainer
@@ -37,12 +37,10 @@ def language_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     return tower_parameters(model, ["language"])
 
 
-def train_full(
-    config: FinetuneConfig, job: shared.Job, skeleton: PreTrainedModel, checkpoint: Path | None
-) -> RankwiseTrainer:
+def train_full(config: FinetuneConfig, job: Job, skeleton: PreTrainedModel, checkpoint: Path | None) -> RankwiseTrainer:
     """All parameters of the towers set to `full`, in float32; then the deltas, or both checkpoints."""
     folder, first = Path(config.output_dir), process_index()[0] == 0
-    model = shared.loaded(config.model, job.name, torch.float32)
+    model = loaded(config.model, job.name, torch.float32)
     model.requires_grad_(False)
     towers = finetune_use(config.towers, config.method)
     trained = tower_parameters(model, towers.full)
@@ -54,18 +52,16 @@ def train_full(
         save_checkpoint(model, job.renderer, folder / "pretrained", record=job.record)
     set_seed(config.seed)
     trainer = train_job(config, model, job, checkpoint, tower_rates=towers.rates)
-    state = shared.whole_state(trainer)
+    state = whole_state(trainer)
     if config.save != "deltas" and first:
-        save_checkpoint(shared.plain_model(trainer), job.renderer, folder / "finetuned", state, record=job.record)
+        save_checkpoint(plain_model(trainer), job.renderer, folder / "finetuned", state, record=job.record)
     if config.save != "checkpoints" and first:
         facts = delta_facts(config, job, trainer, files.files)
         write_deltas(folder / "deltas", trained, base, model_sites(skeleton), facts)
     return trainer
 
 
-def train_lora(
-    config: FinetuneConfig, job: shared.Job, skeleton: PreTrainedModel, checkpoint: Path | None
-) -> RankwiseTrainer:
+def train_lora(config: FinetuneConfig, job: Job, skeleton: PreTrainedModel, checkpoint: Path | None) -> RankwiseTrainer:
     """A high-rank LoRA as the probe; `ranks --adapter` reads its spectra from the factors."""
     if config.learning_rate < LORA_RATE:
         announce(f"note: --learning_rate {config.learning_rate:g} suits full fine-tuning; LoRA takes 1e-4 or more")
@@ -74,11 +70,11 @@ def train_lora(
     plan = uniform_plan(sites, config.lora_r, None, False, job.name)
     for line in trained_lines(skeleton, plan, {}):
         announce(line)
-    model = shared.loaded(config.model, job.name, frozen_dtype(config.model.dtype, job.arguments))
+    model = loaded(config.model, job.name, frozen_dtype(config.model.dtype, job.arguments))
     set_seed(config.seed)
     adapted = adapt(model, plan, LoraSettings(dropout=0.0))
     trainer = train_job(config, adapted, job, checkpoint, tower_rates=towers.rates)
-    shared.write_adapter_files(trainer, Path(config.output_dir), job.name, plan, [])
+    write_adapter_files(trainer, Path(config.output_dir), job.name, plan, [])
     return trainer
 
 
@@ -98,14 +94,12 @@ def save_checkpoint(
         save_input(renderer, record, temporary)
 
 
-def delta_facts(
-    config: FinetuneConfig, job: shared.Job, trainer: RankwiseTrainer, files: Sequence[Path]
-) -> dict[str, Any]:
+def delta_facts(config: FinetuneConfig, job: Job, trainer: RankwiseTrainer, files: Sequence[Path]) -> dict[str, Any]:
     """What the deltas are deltas of, and how they came about."""
     return {
         "model_name": job.name,
         "revision": config.model.revision,
-        "base_fingerprints": shared.fingerprints(files),
+        "base_fingerprints": fingerprints(files),
         "num_samples": len(job.rows),
         "seed": config.seed,
         "optimizer": str(job.arguments.optim.value),

@@ -10,13 +10,13 @@ from itertools import islice
 from pathlib import Path
 
 from rankwise.config import MergeConfig, ModelSection
+from rankwise.data.reading import read_examples, task_of
 from rankwise.data.rendered import check_samples
 from rankwise.errors import UsageError
 from rankwise.nets.load import load_config
 from rankwise.ship.merging.samples import Batch, prompt_batch
 from rankwise.show.format import plural
 from rankwise.stages.rendering import renderer_for
-from rankwise.stages.training import read_examples, task_of
 
 
 def check_prompts(config: MergeConfig) -> None:

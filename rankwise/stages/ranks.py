@@ -19,6 +19,7 @@ from rankwise.core.compare import repeatability
 from rankwise.core.plan import RankPlan
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum
+from rankwise.data.reading import task_of
 from rankwise.errors import UsageError
 from rankwise.nets.load import meta_model
 from rankwise.nets.probe import Probe, measure_source, open_source, other_probe, source_metadata
@@ -40,7 +41,6 @@ from rankwise.stages.idle import refuse_idle
 from rankwise.stages.left_out import sentences, unpaired
 from rankwise.stages.running import measure_gain, running_model
 from rankwise.stages.sites import site_filter
-from rankwise.stages.training import task_of
 from rankwise.store.checkpoint import resolve
 from rankwise.store.files import fingerprint
 from rankwise.store.lineage import row_options, rows_of

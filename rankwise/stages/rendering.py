@@ -31,22 +31,6 @@ CONVERSATIONS = ("conversations", "cota", "labels")  # sources whose rows are co
 TOKENIZER, PROCESSOR = "tokenizer_config.json", ("processor_config.json", "preprocessor_config.json")
 
 
-def reading(data: DataSection) -> dict[str, Any]:
-    """How rows are read, as `load` takes it."""
-    return {
-        "skip_bad": data.skip_bad,
-        "repeat_image": data.repeat_image,
-        "image_first": data.image_first,
-        "roles": data.roles,
-        "aux_reason": data.aux_reason,
-    }
-
-
-def reading_scored(data: DataSection) -> dict[str, Any]:
-    """The same for items to answer, whose reasons are nothing that is asked for."""
-    return reading(data) | {"aux_reason": False}
-
-
 def renderer_for(
     data: DataSection,
     model: ModelSection,

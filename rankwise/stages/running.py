@@ -12,6 +12,7 @@ import torch
 from rankwise.config import ModelSection, RanksConfig
 from rankwise.core.plan import RankPlan
 from rankwise.data.example import one_per_prompt
+from rankwise.data.reading import reading
 from rankwise.data.render import Renderer
 from rankwise.data.sources import load
 from rankwise.errors import UsageError
@@ -20,8 +21,8 @@ from rankwise.nets.probe import Probe
 from rankwise.score.decision import Running
 from rankwise.score.gain import Gain, arms_of, gain_kept
 from rankwise.score.likelihood import Batch, answer_losses, training_batches
-from rankwise.stages.rendering import reading, renderer_for
-from rankwise.stages.training import warn_of_training_rows
+from rankwise.stages.rendering import renderer_for
+from rankwise.store.lineage import warn_of_training_rows
 
 
 def running_model(config: RanksConfig, probe: Probe, path: str | None = None, split: str = "train") -> Running:

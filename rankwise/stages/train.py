@@ -14,13 +14,13 @@ from transformers import TrainingArguments
 
 from rankwise.config import TrainConfig
 from rankwise.core.plan import RankPlan
+from rankwise.data.reading import check_data, settled
 from rankwise.errors import UsageError
 from rankwise.nets.adapt import MOVES_BASE, lora_pairs, trainable_parameters
 from rankwise.nets.depth import attach_depth
-from rankwise.nets.load import load_config
+from rankwise.nets.load import load_config, loadable
 from rankwise.nets.sites import model_sites
 from rankwise.nets.towers import full_sites
-from rankwise.stages import training as shared
 from rankwise.stages.adapting import adapted, check_lora, described_target, planned, quantization
 from rankwise.stages.allocated import save_allocated
 from rankwise.stages.allocating import allocation_facts, allocation_of, check_allocation, start_rank, starting
@@ -42,11 +42,12 @@ from rankwise.stages.selecting import (
     selection_lines,
 )
 from rankwise.stages.towers import check_rates, documented, full_of, train_use, trained_lines, words
+from rankwise.stages.training import Job, plain_model, write_adapter_files
 from rankwise.store.adapter import LoraPair
 from rankwise.store.files import read_object, write_json
 from rankwise.store.plan_file import find_plan
 from rankwise.store.processes import announce
-from rankwise.store.run import RunFolder
+from rankwise.store.run import RunFolder, held
 from rankwise.train.allocation import RankAllocation
 from rankwise.train.arguments import build_arguments
 from rankwise.train.gradient_table import TRAINING_LOG
@@ -55,7 +56,7 @@ from rankwise.train.trainer import RankwiseTrainer
 
 def run(config: TrainConfig) -> Path:
     """The whole command; returns the run folder, whose root holds the adapter."""
-    config = shared.settled(config)
+    config = settled(config)
     check(config)
     name = base_name(config)
     config = documented(config, load_config(name, config.model.revision, config.model.trust_remote_code))
@@ -64,8 +65,8 @@ def run(config: TrainConfig) -> Path:
         return estimated(config, name, arguments)
     check_folder(config)
     folder, towers = RunFolder(config.output_dir), train_use(config.towers)
-    with shared.held(folder, "train", inputs(config, name), rehearsed=True) as record:
-        skeleton = shared.loadable(config.model, name)
+    with held(folder, "train", inputs(config, name), rehearsed=True) as record:
+        skeleton = loadable(config.model, name)
         depth = asked(config.depth)
         if depth:
             attach_depth(skeleton, depth)
@@ -116,16 +117,16 @@ def saved(
     config: TrainConfig,
     trainer: RankwiseTrainer,
     allocator: RankAllocation | None,
-    job: shared.Job,
+    job: Job,
     plan: RankPlan,
     left_out: list[str],
     initial: Mapping[str, LoraPair] | None,
     full: Mapping[str, str],
 ) -> Outcome:
     """The adapter on the disk as plain PEFT, and what it is."""
-    trainable, _ = trainable_parameters(shared.plain_model(trainer))
+    trainable, _ = trainable_parameters(plain_model(trainer))
     if allocator is None:
-        shared.write_adapter_files(trainer, adapter_folder(config), job.name, plan, left_out, initial, full)
+        write_adapter_files(trainer, adapter_folder(config), job.name, plan, left_out, initial, full)
     elif trainer.is_world_process_zero():
         return save_allocated(trainer, allocator, job, config, plan, left_out, full)
     return Outcome(len(plan.ranks), trainable)
@@ -135,7 +136,7 @@ def check(config: TrainConfig) -> None:
     """Combinations that cannot work, before anything is read."""
     check_estimate(config.estimate, config)
     if config.data.data_path or not config.estimate.estimate:
-        shared.check_data(config.data, "train")
+        check_data(config.data, "train")
     if not config.model.model_name and not config.lora.lora_config:
         raise UsageError("train needs a base model: --model_name FOLDER_OR_HUB_ID")
     check_lora(config.lora)
@@ -181,7 +182,7 @@ def inputs(config: TrainConfig, name: str) -> dict[str, Path | str]:
 
 
 def describe(config: TrainConfig) -> list[str]:
-    config = shared.settled(config)
+    config = settled(config)
     check(config)
     name = config.model.model_name
     if name and Path(name, "config.json").is_file():

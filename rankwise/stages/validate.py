@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.config import ValidateConfig
+from rankwise.data.reading import settled
 from rankwise.errors import UsageError, VerificationError
 from rankwise.score.tasks import TASKS
 from rankwise.score.tasks import task as task_named
@@ -23,7 +24,6 @@ from rankwise.show.validation import draw, summary
 from rankwise.stages.idle import refuse_idle
 from rankwise.stages.shipped import Shipment, shipment
 from rankwise.stages.sweeping import SWEPT, sweep_forms
-from rankwise.stages.training import settled
 from rankwise.stages.validating import Answers, Trained, Validated, answers_of, trained_side, validated
 from rankwise.store.files import write_json
 from rankwise.store.processes import announce

@@ -17,6 +17,7 @@ import torch
 from rankwise.config import DataSection, ModelSection, ValidateConfig
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.example import Example
+from rankwise.data.reading import reading_scored
 from rankwise.data.render import Renderer
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.load import load_config, load_model
@@ -36,11 +37,10 @@ from rankwise.ship.validation import latency, rights, scores
 from rankwise.ship.witness import Answered, Witness
 from rankwise.stages.engines import fitting, pick_device
 from rankwise.stages.recorded import recorded, require_same, system_warning
-from rankwise.stages.rendering import reading_scored, renderer_for
+from rankwise.stages.rendering import renderer_for
 from rankwise.stages.shipped import Shipment, Shipped
-from rankwise.stages.training import base_files, fingerprints
-from rankwise.store.checkpoint import resolve
-from rankwise.store.files import fingerprint
+from rankwise.store.checkpoint import base_files, resolve
+from rankwise.store.files import fingerprint, fingerprints
 from rankwise.store.processes import announce
 
 ROOM = (

@@ -9,6 +9,8 @@ Every file is checked against its header, and every key of an index against its 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ from torch import Tensor
 from rankwise.core.keys import unwrapped
 from rankwise.core.site import nearest
 from rankwise.errors import DataError, UsageError
-from rankwise.store.files import about_to_write, read_object
+from rankwise.store.files import about_to_write, fingerprints, read_object
 from rankwise.store.pickled import SUFFIXES, load_pickle
 from rankwise.store.shard import Shard
 
@@ -223,3 +225,14 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
             f"{name}: no such local path, and not available from the Hugging Face hub{at} ({reason}). Check "
             "the spelling, the network and (gated models) `hf auth login`, or give a downloaded copy's path."
         ) from error
+
+
+def base_files(folder: Path) -> list[Path]:
+    """Configuration and weights of a model folder."""
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return [folder / "config.json", *weights]
+
+
+def model_fingerprint(folder: Path) -> str:
+    """One digest of a model's configuration and weights: what else lies in its folder does not change it."""
+    return hashlib.sha256(json.dumps(fingerprints(base_files(folder))).encode()).hexdigest()

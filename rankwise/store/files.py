@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -319,3 +319,7 @@ def _sampled(path: Path, size: int) -> str:
             file.seek((size - SAMPLE_BYTES) * index // (SAMPLES - 1))
             digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def fingerprints(files: Sequence[Path]) -> dict[str, str]:
+    return {file.name: fingerprint(file) for file in files}

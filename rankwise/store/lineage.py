@@ -12,7 +12,8 @@ from typing import Any
 
 from rankwise.config import SCORED_TASKS
 from rankwise.store.adapter import is_adapter
-from rankwise.store.files import read_object
+from rankwise.store.files import fingerprint, read_object
+from rankwise.store.processes import announce
 from rankwise.store.run import CONFIG, MANIFEST, RunFolder
 
 EXPORT = "export.json"
@@ -20,6 +21,7 @@ ROWS = (
     *("task", "data_path", "image_folder", "allow_outside", "allow_urls", "repeat_image", "image_first", "roles"),
     *("skip_bad", "device_target"),
 )
+TRAINING = ("train", "finetune")
 
 
 def walk(run: Path) -> Iterator[Path]:
@@ -83,3 +85,11 @@ def adapters_of(manifest: Path, stages: Sequence[str] = ("merge", "compress")) -
     entries = read_object(manifest).get("stages") or {}
     rows = [((entries.get(stage) or {}).get("inputs") or {}).get("adapter") or {} for stage in stages]
     return [row["path"] for row in rows if row.get("path")]
+
+
+def warn_of_training_rows(run: Path, file: Path, measured: str) -> None:
+    """Say so where a training run in this folder, or in the one above, has learnt from this very file."""
+    entries = [RunFolder(folder).stages().get(stage, {}) for folder in (run, run.parent) for stage in TRAINING]
+    learnt_from = {entry.get("inputs", {}).get("data", {}).get("fingerprint") for entry in entries}
+    if fingerprint(file) in learnt_from:
+        announce(f"warning: {file} is what {run} was trained on, so {measured} how well its rows are remembered")

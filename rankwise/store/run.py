@@ -29,8 +29,9 @@ from filelock import FileLock, Timeout
 
 from rankwise.errors import UsageError
 from rankwise.options import flatten
-from rankwise.store.files import about_to_write, fingerprint, read_object, write_json
+from rankwise.store.files import about_to_write, fingerprint, read_object, rehearsing, write_json
 from rankwise.store.memory import PeakMemory
+from rankwise.store.processes import process_index
 from rankwise.store.secrets import without_secrets
 
 if sys.platform != "win32":
@@ -260,3 +261,18 @@ def _holder(path: Path) -> str:
         return f"process {content['pid']} on {content['host']} since {content['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
+
+
+@contextmanager
+def held(
+    folder: RunFolder, stage: str, inputs: Mapping[str, Path | str], *, rehearsed: bool = False
+) -> Iterator[Record]:
+    """The run folder, locked and recorded by the first process; the others work beside it.
+
+    rehearsed: a dry run goes on into the block, without the folder; the block itself calls `about_to_write`.
+    """
+    if process_index()[0] != 0 or (rehearsed and rehearsing()):
+        yield Record()
+        return
+    with folder.lock(), folder.recording(stage, inputs) as record:
+        yield record

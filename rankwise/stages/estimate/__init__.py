@@ -19,9 +19,9 @@ from rankwise.config import EstimateSection, TrainConfig
 from rankwise.core.plan import RankPlan
 from rankwise.errors import UsageError
 from rankwise.nets.adapt import LoraSettings
+from rankwise.nets.load import structure
 from rankwise.nets.sites import model_sites
 from rankwise.show.estimate import Column, EstimatePage, page
-from rankwise.stages import training as shared
 from rankwise.stages.adapting import planned, quantization, settings_of
 from rankwise.stages.allocating import starting
 from rankwise.stages.estimate.rows import Rows, rows_of
@@ -37,7 +37,7 @@ ALLOWED = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", None)
 
 def estimated(config: TrainConfig, name: str, arguments: TrainingArguments) -> Path:
     """Print what the run would take instead of running it; returns the folder that it would have."""
-    skeleton, towers = shared.structure(config.model, name), train_use(config.towers)
+    skeleton, towers = structure(config.model, name), train_use(config.towers)
     full = full_of(skeleton, towers)
     plan, _ = planned(starting(config), model_sites(skeleton), name, towers.lora)
     settings = settings_of(config.lora, full)

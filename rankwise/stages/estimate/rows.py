@@ -15,9 +15,9 @@ from rankwise.data.packing import PackedDataset
 from rankwise.data.rendered import RenderedDataset
 from rankwise.data.sight import Sight
 from rankwise.score.likelihood import BESIDE
-from rankwise.stages import training as shared
 from rankwise.stages.preparing import read_split
 from rankwise.stages.rendering import own_length, renderer_for
+from rankwise.stages.training import rendered
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,6 @@ def rows_of(config: TrainConfig, name: str, skeleton: PreTrainedModel) -> Rows:
         return Rows(None, 0, None, config.data.max_seq_length or own_length(skeleton.config))
     renderer = renderer_for(config.data, config.model, name, skeleton.config)
     _, split = read_split(config, sees_images=renderer.sight is not None)
-    rows = shared.rendered(split.train, renderer)
+    rows = rendered(split.train, renderer)
     chosen = PackedDataset(rows, renderer.limit) if config.packing else rows
     return Rows(chosen, renderer.tokenizer.pad_token_id or 0, renderer.sight, renderer.limit)

@@ -31,9 +31,8 @@ from rankwise.errors import DataError, RankwiseError, UsageError
 from rankwise.show.format import command_line, memory, percent, plural
 from rankwise.stages.features.shards import Shards, shards_of
 from rankwise.stages.idle import refuse_idle
-from rankwise.stages.training import held
 from rankwise.store.processes import announce, finish, gathered, own_share, process_index
-from rankwise.store.run import RunFolder
+from rankwise.store.run import RunFolder, held
 
 STAGE = "features capture"
 LOOKED_AT = 8  # matrices that the last lines' energy is the median of

@@ -13,6 +13,7 @@ from typing import Any
 
 from rankwise.config import DownstreamConfig, EvaluateConfig
 from rankwise.config.sections import ScoredData
+from rankwise.data.reading import read_examples, task_of
 from rankwise.errors import UsageError
 from rankwise.nets.factorize.files import WEIGHTS
 from rankwise.score import bootstrap
@@ -25,9 +26,8 @@ from rankwise.stages.evaluate import model_facts
 from rankwise.stages.features.questions import Questions, questions, stretched, with_pictures
 from rankwise.stages.features.stand_ins import Part, fitting, origin_notes, parts, ranks_of, replacements
 from rankwise.stages.features.trained import is_of, networks, stretch_of
-from rankwise.stages.training import model_fingerprint, read_examples, task_of
 from rankwise.store.adapter import adapter_files
-from rankwise.store.checkpoint import resolve
+from rankwise.store.checkpoint import model_fingerprint, resolve
 from rankwise.store.files import fingerprint, write_json, write_text
 from rankwise.store.processes import process_index
 from rankwise.store.run import RunFolder

@@ -28,9 +28,8 @@ from rankwise.nets.encoder import is_encoder, load_image_processor, own_side, un
 from rankwise.nets.load import load_config, load_processor, takes
 from rankwise.stages.features.eyes import EncoderEye, Eye, ModelEye
 from rankwise.stages.features.picture_shards import PictureShards, Step
-from rankwise.stages.training import model_fingerprint
 from rankwise.store.adapter import is_adapter
-from rankwise.store.checkpoint import resolve
+from rankwise.store.checkpoint import model_fingerprint, resolve
 
 
 class Shards(Protocol):

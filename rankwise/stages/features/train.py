@@ -26,10 +26,9 @@ from rankwise.stages.features.factor_outcome import finish
 from rankwise.stages.features.run_log import RunLog
 from rankwise.stages.features.starting import Start, epochs_done, holds_run, refuse_earlier, room_made, start_of
 from rankwise.stages.idle import refuse_idle
-from rankwise.stages.training import held
 from rankwise.store.files import write_json
 from rankwise.store.processes import announce, process_index
-from rankwise.store.run import RunFolder
+from rankwise.store.run import RunFolder, held
 from rankwise.train.factorizing import TermWeights
 from rankwise.train.trainer import RankwiseTrainer
 

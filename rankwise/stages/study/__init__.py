@@ -14,7 +14,6 @@ from rankwise.score.contenders import RULES
 from rankwise.show.format import duration
 from rankwise.show.study import write_study
 from rankwise.show.study_words import runs_rate, study_lines
-from rankwise.stages import training as shared
 from rankwise.stages.study.design import Design, designed, digest, run_counts
 from rankwise.stages.study.execution import Bench
 from rankwise.stages.study.material import Material, gathered_material, open_probes, probe_cost
@@ -27,7 +26,7 @@ from rankwise.stages.study.tuning import tune, tuning_batch
 from rankwise.store.files import write_json
 from rankwise.store.ledger import Ledger
 from rankwise.store.processes import announce, finish, gathered, process_index
-from rankwise.store.run import RunFolder
+from rankwise.store.run import RunFolder, held
 
 PARTS = "parts.json"
 NEED_A_PROBE = (*RULES, "shuffled", "inverted", "warm", "plan-warm")
@@ -38,7 +37,7 @@ def run(config: StudyConfig) -> Path:
     design = designed(config)
     folder = RunFolder(config.output_dir)
     try:
-        with shared.held(folder, "study", inputs(config)) as record:
+        with held(folder, "study", inputs(config)) as record:
             material = gathered_material(config)
             registration = registered(folder, design, material)
             bench = workbench(folder, design, material)

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rankwise.config import StudyConfig
+from rankwise.data.reading import check_data
 from rankwise.errors import UsageError
 from rankwise.options import flatten
-from rankwise.stages import training as shared
 from rankwise.stages.idle import refuse_idle
 from rankwise.stages.study.arms import (
     BASE,
@@ -201,7 +201,7 @@ def another_seed(seed: int, first: int) -> int:
 
 def check(config: StudyConfig) -> None:
     """Numbers and combinations that cannot work."""
-    shared.check_data(config.data, "study")
+    check_data(config.data, "study")
     refuse_idle(config)
     grid = config.grid
     if not config.model.model_name:

@@ -21,20 +21,22 @@ from rankwise.core.site import Site
 from rankwise.data.collate import Collator
 from rankwise.data.example import Example
 from rankwise.data.parts import Parts, Sizes, divided
+from rankwise.data.reading import read_examples
 from rankwise.data.render import Renderer
 from rankwise.data.rendered import RenderedDataset
 from rankwise.errors import DataError
 from rankwise.nets.delta_files import BaseWeights, write_deltas
+from rankwise.nets.load import structure
 from rankwise.nets.sites import model_sites, torch_dtype, weight_table
 from rankwise.nets.targets import choose_sites
 from rankwise.score.likelihood import Batch, training_batches
-from rankwise.stages import training as shared
 from rankwise.stages.probing import language_parameters
 from rankwise.stages.recorded import warn_of_others
 from rankwise.stages.rendering import renderer_for
-from rankwise.store.checkpoint import open_checkpoint, resolve
+from rankwise.stages.training import loaded, rendered
+from rankwise.store.checkpoint import base_files, open_checkpoint, resolve
 from rankwise.store.deltas import SavedDeltas, open_deltas
-from rankwise.store.files import fingerprint, read_object
+from rankwise.store.files import fingerprint, fingerprints, read_object
 from rankwise.store.processes import announce, gathered, process_index
 from rankwise.store.run import CONFIG
 from rankwise.train.arms import row_order
@@ -92,9 +94,9 @@ class Material:
     @property
     def inputs(self) -> dict[str, Any]:
         """Fingerprints of what the study reads, for the registration."""
-        base = shared.base_files(resolve(str(self.config.model.model_name), self.config.model.revision))
+        base = base_files(resolve(str(self.config.model.model_name), self.config.model.revision))
         return {
-            "base": shared.fingerprints(base),
+            "base": fingerprints(base),
             "data": [fingerprint(file) for file in self.files],
             "prompts": self.renderer.settings,
             "deltas": [fingerprint(open_deltas(Path(path)).checkpoint.files[0]) for path in self.config.probe.deltas],
@@ -104,14 +106,14 @@ class Material:
 def gathered_material(config: StudyConfig) -> Material:
     """Model and data, checked. float32 unless --dtype says otherwise: what is measured here is small."""
     name = str(config.model.model_name)
-    skeleton = shared.structure(config.model, name)
+    skeleton = structure(config.model, name)
     sites = tuple(choose_sites(model_sites(skeleton), config.target).values())
     renderer = renderer_for(config.data, config.model, name, skeleton.config)
     parts, files = read_parts(config)
-    data = shared.rendered(parts.train, renderer)
+    data = rendered(parts.train, renderer)
     device = config.device if config.device != "auto" else own_device()
     dtype = torch_dtype(config.model.dtype, trained=True, device=torch.device(device))
-    model = shared.loaded(config.model, name, dtype).to(device).eval()
+    model = loaded(config.model, name, dtype).to(device).eval()
     model.requires_grad_(False)
     rows = [data[index] for index in range(len(data))]
     return Material(config, model, renderer, sites, parts, rows, files, device)
@@ -124,9 +126,9 @@ def own_device() -> str:
 
 def read_parts(config: StudyConfig) -> tuple[Parts, tuple[Path, ...]]:
     """Train, dev and test rows, and the files they come from."""
-    pool = shared.read_examples(config.data, str(config.data.data_path))
-    dev = shared.read_examples(config.data, config.dev_path, "dev") if config.dev_path else None
-    test = shared.read_examples(config.data, config.test_path, "test") if config.test_path else None
+    pool = read_examples(config.data, str(config.data.data_path))
+    dev = read_examples(config.data, config.dev_path, "dev") if config.dev_path else None
+    test = read_examples(config.data, config.test_path, "test") if config.test_path else None
     parts = divided(
         pool.items,
         dev.items if dev else None,
