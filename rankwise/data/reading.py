@@ -12,21 +12,15 @@ from rankwise.config import CheckConfig, DataSection, EvaluateConfig, FinetuneCo
 from rankwise.data.example import Examples
 from rankwise.data.sources import kind_of, load
 from rankwise.data.sources.conversations import speakers_of
-from rankwise.data.sources.labels import own_validation
 from rankwise.errors import UsageError
 from rankwise.store.processes import announce
 
 Configured = TypeVar("Configured", FinetuneConfig, TrainConfig, CheckConfig, EvaluateConfig, ValidateConfig)
 
 
-def settled(config: Configured) -> Configured:
-    """The config with what its data say by themselves: their task where none is given, and a labelled data set brings
-    its own validation rows."""
-    config = replace(config, data=replace(config.data, task=task_of(config.data)))
-    if config.data.task != "labels" or not isinstance(config, TrainConfig) or config.val_path:
-        return config
-    assert config.data.data_path
-    return replace(config, val_path=own_validation(config.data.data_path) if config.val_fraction else None)
+def settle(config: Configured) -> Configured:
+    """The config with the task that its data show, where none is given."""
+    return replace(config, data=replace(config.data, task=task_of(config.data)))
 
 
 def task_of(data: DataSection) -> str | None:

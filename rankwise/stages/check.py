@@ -15,7 +15,7 @@ import torch
 from rankwise.config import CheckConfig
 from rankwise.data.check import Findings, Problem, examined
 from rankwise.data.example import Examples
-from rankwise.data.reading import check_data, reading, settled
+from rankwise.data.reading import check_data, reading, settle
 from rankwise.data.render import Renderer
 from rankwise.data.sources import load
 from rankwise.errors import DataError
@@ -34,7 +34,7 @@ REPORT, BAD = "check.json", "bad_samples.jsonl"
 
 def run(config: CheckConfig) -> Findings:
     """Print and write what was found. DataError (exit 3) where samples are bad, once the report is written."""
-    config = settled(config)
+    config = settle(config)
     check(config)
     folder = RunFolder(config.output_dir)
     with folder.lock(), folder.recording("check", inputs(config)) as record:
@@ -127,7 +127,7 @@ def refuse(findings: Findings, config: CheckConfig, renderer: Renderer | None) -
 
 
 def describe(config: CheckConfig) -> list[str]:
-    config = settled(config)
+    config = settle(config)
     check(config)
     lines = [f"read every row of {config.data.data_path} as {config.data.task}", "decode every image it names"]
     if config.model.model_name:

@@ -15,7 +15,7 @@ from typing import Any
 
 from rankwise.config import SCORED_TASKS, EvaluateConfig
 from rankwise.data.example import Examples
-from rankwise.data.reading import reading_scored, settled
+from rankwise.data.reading import reading_scored, settle
 from rankwise.errors import UsageError
 from rankwise.score import forgetting, harness, vllm_engine
 from rankwise.score.classify import class_table, confusion_table
@@ -40,7 +40,7 @@ WINDOW = 1024  # tokens of a piece of text for --forget
 
 def run(config: EvaluateConfig) -> EvaluationResult | None:
     """The whole command; the task's result, else that of --forget. Processes other than rank 0 return None."""
-    config = settled(config)
+    config = settle(config)
     check(config)
     check_installed(config)
     try:
@@ -267,7 +267,7 @@ def with_interval(result: EvaluationResult, name: str) -> str:
 
 
 def describe(config: EvaluateConfig) -> list[str]:
-    config = settled(config)
+    config = settle(config)
     check(config)
     folder, lines = output_folder(config), []
     if harness.is_harness(config.data.task):

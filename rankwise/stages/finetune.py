@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from rankwise.config import FinetuneConfig, TowersSection
 from rankwise.data.example import Example, Examples
 from rankwise.data.input_record import FILE as INPUT
-from rankwise.data.reading import check_data, read_examples, settled
+from rankwise.data.reading import check_data, read_examples, settle
 from rankwise.data.split import subset
 from rankwise.errors import UsageError
 from rankwise.nets.load import loadable
@@ -40,7 +40,7 @@ FEW_UPDATES = 50
 
 def run(config: FinetuneConfig) -> Path:
     """The whole command; returns the run folder."""
-    config = settled(config)
+    config = settle(config)
     check(config)
     name = config.model.model_name
     assert name is not None
@@ -185,7 +185,7 @@ def finish(config: FinetuneConfig, trainer: RankwiseTrainer, samples: int, recor
 
 
 def describe(config: FinetuneConfig) -> list[str]:
-    config = settled(config)
+    config = settle(config)
     check(config)
     towers = " and ".join(finetune_use(config.towers, config.method).trained)
     what = f"every {towers} parameter" if config.method == "full" else f"a LoRA of rank {config.lora_r} ({towers})"

@@ -18,9 +18,10 @@ from rankwise.core.plan import RankPlan
 from rankwise.data.example import Example, Examples
 from rankwise.data.images import Placed
 from rankwise.data.packing import PackedDataset
-from rankwise.data.reading import read_examples
+from rankwise.data.reading import read_examples, settle
 from rankwise.data.render import Renderer
 from rankwise.data.rendered import RenderedDataset
+from rankwise.data.sources.labels import own_validation
 from rankwise.data.split import Split, split_groups, subset
 from rankwise.errors import UsageError
 from rankwise.nets.adapt import scales
@@ -36,6 +37,15 @@ from rankwise.stages.training import Job, base_facts, before, data_facts, render
 from rankwise.store.deltas import open_deltas
 from rankwise.store.files import about_to_write, fingerprints
 from rankwise.store.processes import announce
+
+
+def settle_training(config: TrainConfig) -> TrainConfig:
+    """The config with what its data say by themselves: their task, and the validation rows of a labelled data set."""
+    config = settle(config)
+    if config.data.task != "labels" or config.val_path:
+        return config
+    assert config.data.data_path
+    return replace(config, val_path=own_validation(config.data.data_path) if config.val_fraction else None)
 
 
 def read_split(config: TrainConfig, *, sees_images: bool) -> tuple[Examples, Split]:

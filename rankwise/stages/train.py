@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from rankwise.config import TrainConfig
 from rankwise.core.plan import RankPlan
-from rankwise.data.reading import check_data, settled
+from rankwise.data.reading import check_data
 from rankwise.errors import UsageError
 from rankwise.nets.adapt import MOVES_BASE, lora_pairs, trainable_parameters
 from rankwise.nets.depth import attach_depth
@@ -29,7 +29,7 @@ from rankwise.stages.depth import asked, depth_lines, gate_module, save_depth
 from rankwise.stages.estimate import check_estimate, estimated
 from rankwise.stages.idle import refuse_idle
 from rankwise.stages.outcome import SPLIT_FILE, Outcome, adapter_folder, finish
-from rankwise.stages.preparing import prepare, rates_of
+from rankwise.stages.preparing import prepare, rates_of, settle_training
 from rankwise.stages.recorded import save_input
 from rankwise.stages.scheduling import gradient_norms, phase_keeper, schedule_of
 from rankwise.stages.selecting import (
@@ -56,7 +56,7 @@ from rankwise.train.trainer import RankwiseTrainer
 
 def run(config: TrainConfig) -> Path:
     """The whole command; returns the run folder, whose root holds the adapter."""
-    config = settled(config)
+    config = settle_training(config)
     check(config)
     name = base_name(config)
     config = documented(config, load_config(name, config.model.revision, config.model.trust_remote_code))
@@ -182,7 +182,7 @@ def inputs(config: TrainConfig, name: str) -> dict[str, Path | str]:
 
 
 def describe(config: TrainConfig) -> list[str]:
-    config = settled(config)
+    config = settle_training(config)
     check(config)
     name = config.model.model_name
     if name and Path(name, "config.json").is_file():

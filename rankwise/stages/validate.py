@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.config import ValidateConfig
-from rankwise.data.reading import settled
+from rankwise.data.reading import settle
 from rankwise.errors import UsageError, VerificationError
 from rankwise.score.tasks import TASKS
 from rankwise.score.tasks import task as task_named
@@ -33,7 +33,7 @@ from rankwise.store.run import RunFolder
 def run(config: ValidateConfig) -> dict[str, Any]:
     """The whole command; returns the content of validation.json. VerificationError, after everything is written, where
     a rung is broken or a limit is missed."""
-    config = settled(config)
+    config = settle(config)
     check(config)
     shipped = shipment(config)
     out = RunFolder(config.output_dir)
@@ -150,7 +150,7 @@ def failures(config: ValidateConfig, found: Mapping[str, Validated]) -> list[str
 
 
 def describe(config: ValidateConfig) -> list[str]:
-    config = settled(config)
+    config = settle(config)
     check(config)
     what = config.server or config.export
     lines = [f"answer the items of {config.data.data_path} ({config.data.task}) with {what}, in llama.cpp, greedily"]
