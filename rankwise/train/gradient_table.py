@@ -242,10 +242,10 @@ def stored(path: Path) -> Iterator[SiteNorm]:
 
 def parsed(row: Mapping[str, str], path: Path, line: int) -> SiteNorm:
     try:
-        norms = {name: float(row[name]) if row[name] else None for name in NUMBERS}
+        norm, a, b, share, delta = (float(row[name]) if row[name] else None for name in NUMBERS)
         layer = int(row["layer"]) if row["layer"] else None
-        text = {name: row[name] for name in ("site", "tower", "kind", "phase")}
-        return SiteNorm(step=int(row["step"]), layer=layer, **text, **norms)
+        where = (int(row["step"]), row["site"], row["tower"], row["kind"], layer)
+        return SiteNorm(*where, norm, a, b, share, delta, row["phase"])
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}, line {line}: {error}") from error
 
