@@ -1,0 +1,303 @@
+"""What was on the disk before is still read, and what is written now is what was written before.
+
+`tests/data/before` holds an artefact of each file format and the output of every dry run; `freeze.py` makes them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import freeze
+import pytest
+from freeze import BEFORE, DRY, SHIPPED, SHIPPING
+from peft import LoraConfig
+from safetensors import safe_open
+from safetensors.torch import load
+
+import rankwise
+from rankwise import cli
+from rankwise.core.geometry import Grid
+from rankwise.data.depth_cache import DepthCache, MapKey
+from rankwise.data.device import read_target
+from rankwise.data.features import open_cache
+from rankwise.data.features.split import read_split
+from rankwise.data.input_record import read_input
+from rankwise.data.labelling.label_task import read_task
+from rankwise.data.labelling.labelled import read_rows
+from rankwise.data.teacher.ledger import AnswerLedger
+from rankwise.errors import VerificationError
+from rankwise.nets.depth_settings import read_depth, write_depth
+from rankwise.nets.factorize import load_factorizer
+from rankwise.options import flatten, load_file
+from rankwise.score.result import EvaluationResult
+from rankwise.ship.bundle import read_bundle
+from rankwise.ship.gguf.export import MMPROJ, TEXT, read_export
+from rankwise.show.factor_reading import read_comparisons, read_downstream
+from rankwise.show.reading import read_fidelity, read_gain, read_sites, read_study
+from rankwise.show.report import build_report
+from rankwise.show.validation import read_validation
+from rankwise.stages.study.registration import Registration
+from rankwise.store.adapter import read_adapter
+from rankwise.store.files import read_json
+from rankwise.store.ledger import Ledger
+from rankwise.store.plan_file import read_plan, write_plan
+from rankwise.store.run import RunFolder
+from rankwise.store.stage_marks import read_marks, write_mark
+from rankwise.train.checkpoints import unsound
+from rankwise.train.gradient_table import load_gradient_norms
+
+NUMBER = re.compile(rb"(?<![\w.])-?\d+(?:\.\d+(?:[eE][-+]?\d+)?|[eE][-+]?\d+)(?!\w)")
+DIGEST = re.compile(rb"\b[0-9a-f]{64}\b")
+OF_FLOATS = re.compile(  # files with digests of weights or of results: those follow the digits of floats
+    r"manifest\.json$|^cache/|^depth/depth|final_summary|best_model\.json|^nets/\w+/(split|test_results)|downstream\.json"
+    r"|^run/(evaluation_results|predictions\.settings)|^study/(runs|test_read)"
+)
+PACKAGE = Path(rankwise.__file__).parent
+
+
+def frozen() -> dict[str, bytes]:
+    """Name → content."""
+    files = (file for file in sorted(BEFORE.rglob("*")) if file.is_file())
+    return {file.relative_to(BEFORE).as_posix(): file.read_bytes() for file in files}
+
+
+NAMES = list(frozen())
+OF_SHIPPED = {name for name in NAMES if name.startswith(f"{SHIPPED}/")} | {f"{DRY}/{name}.yaml" for name in SHIPPING}
+TEXTS = [name for name in NAMES if name not in OF_SHIPPED]
+
+
+# --- written now as before -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def now(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return freeze.made(tmp_path_factory.mktemp("now"))
+
+
+@pytest.mark.filterwarnings("ignore")  # what tiny data make libraries say is no matter here
+def test_the_same_files_are_written(now: dict[str, bytes]) -> None:
+    assert sorted(now) == sorted(TEXTS)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", TEXTS)
+def test_it_is_written_as_before(name: str, now: dict[str, bytes]) -> None:
+    before, after = frozen()[name], now[name]
+    if name.endswith(".safetensors"):
+        old, new = load(before), load(after)
+        assert facts(old) == facts(new)
+        assert all(
+            new[key].float().numpy() == pytest.approx(old[key].float().numpy(), rel=1e-2, abs=1e-3) for key in old
+        )
+        return
+    assert skeleton(name, after) == skeleton(name, before)
+    assert numbers(after) == pytest.approx(numbers(before), rel=1e-2, abs=1e-4)
+
+
+def facts(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+
+
+def skeleton(name: str, text: bytes) -> str:
+    """All but the digits of floats, the digests of what holds such, and what a dry run says it would do."""
+    if name.startswith(f"{DRY}/"):
+        text = re.sub(rb"(?m)^#.*\n", b"", text)
+    known = DIGEST.sub(b"<digest>", text) if OF_FLOATS.search(name) else text
+    return NUMBER.sub(b"<number>", known).decode()
+
+
+def numbers(text: bytes) -> list[float]:
+    return [float(one) for one in NUMBER.findall(text)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("made")
+def test_what_is_shipped_is_written_as_before(shipped: Path) -> None:
+    """Its models are random and llama.cpp's digits its own: the same keys in the same order, of the same kinds."""
+    after = freeze.shipped(shipped)
+    before = {name: content for name, content in frozen().items() if name in OF_SHIPPED}
+    assert sorted(after) == sorted(before)
+    assert {name: shape(content) for name, content in after.items()} == {
+        name: shape(content) for name, content in before.items()
+    }
+
+
+def shape(text: bytes) -> Any:
+    """Of JSON, or of lines of it."""
+    if not text.startswith(b"{"):
+        return text
+    lines = text.decode().splitlines() if text.startswith(b"{") and text.count(b"\n{") else [text.decode()]
+    return [kind(json.loads(line)) for line in lines]
+
+
+def kind(value: Any) -> Any:
+    """Keys in their order with the kinds of their values; of a list the kinds that it holds."""
+    if isinstance(value, dict):
+        return [(key, kind(each)) for key, each in value.items()]
+    if isinstance(value, list):
+        return sorted({repr(kind(each)) for each in value})
+    return type(value).__name__
+
+
+# --- read, and written back ------------------------------------------------------------------------------------------
+
+Read = Callable[[Path], Any]
+Write = Callable[[Any, Path], Any]
+
+
+def first_map(file: Path) -> Any:
+    """A depth map, found under the name that its own header gives it."""
+    with safe_open(file, "pt") as content:
+        ((_, told),) = content.metadata().items()
+    row = json.loads(told)
+    grids = tuple(Grid(tuple(box), rows, columns) for *box, rows, columns in row["grids"])
+    cache, key = DepthCache(file.parent), MapKey(row["image"], row["source"], grids)
+    cache.file(key).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, cache.file(key))
+    values = cache.read(key)
+    assert values is not None
+    return key, values
+
+
+def rows_of(folder: Path) -> list[Any]:
+    ledger = Ledger(folder)
+    assert len(ledger)
+    return [ledger.numbers(row["key"], name) for row in ledger.rows.values() for name in ("dev",)]
+
+
+def registered(folder: Path) -> Any:
+    registration = Registration(folder)
+    assert registration.test_read
+    return registration.first
+
+
+def exported(file: Path) -> Any:
+    """With the models that it lists, empty."""
+    for files in read_json(file)["files"].values():
+        for name in filter(None, (files[kind] for kind in (TEXT, MMPROJ))):
+            (file.parent / name).touch()
+    return read_export(file.parent)
+
+
+READ: dict[str, Read] = {
+    r"export\.json": exported,
+    r"validation\.json": read_validation,
+    r"lora_rank_config\.json": read_plan,
+    r"peft\.json": lambda file: LoraConfig(**read_json(file)),
+    r"run/sites\.json": read_sites,
+    r"task\.json": lambda file: read_task(file.parent),
+    r"device\.json": lambda file: read_target(file.parent),
+    r"input\.json": lambda file: read_input(file.parent),
+    r"depth\.json": lambda file: read_depth(file.parent),
+    r"evaluation_results\.json": EvaluationResult.load,
+    r"fidelity\.json": read_fidelity,
+    r"gain\.json": read_gain,
+    r"study\.json": read_study,
+    r"preregistration\.json": lambda file: registered(file.parent),
+    r"runs\.jsonl": lambda file: rows_of(file.parent),
+    r"labelled/(train|val|labels)\.jsonl": read_rows,
+    r"ledger\.jsonl": lambda file: AnswerLedger(file).entries,
+    r"gradient_norms\.csv": load_gradient_norms,
+    r"cache/index\.json": lambda file: [open_cache(file.parent)[place] for place in range(4)],
+    r"maps/map\.safetensors": first_map,
+    r"AdaLoRA/best_model\.json": lambda file: load_factorizer(file.parent),
+    r"extracted/adapter_config\.json": lambda file: read_adapter(file.parent),
+    r"nets/\w+/split\.json": lambda file: read_split(file, open_cache(BEFORE / "cache")),
+    r"nets/comparison\.json": lambda file: list(read_comparisons([file])),
+    r"downstream\.json": lambda file: list(read_downstream([file])),
+    r"done\.json": lambda file: read_marks(file.parents[1]),
+    r"manifest\.json": lambda file: RunFolder(file.parent).stages(),
+}
+WRITE: dict[str, Write] = {
+    r"lora_rank_config\.json": lambda plan, folder: write_plan(folder / "lora_rank_config.json", plan),
+    r"task\.json": lambda task, folder: task.save(folder),
+    r"device\.json": lambda target, folder: target.save(folder),
+    r"input\.json": lambda found, folder: found[0].save(folder),
+    r"depth\.json": lambda settings, folder: write_depth(folder, settings),
+    r"evaluation_results\.json": lambda result, folder: result.save(folder),
+}
+
+
+def test_a_bundle_is_read_up_to_its_files() -> None:
+    with pytest.raises(VerificationError, match="missing, and bundle"):
+        read_bundle(BEFORE / SHIPPED / "bundle")
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """For readers that leave something beside what they read."""
+    return Path(shutil.copytree(BEFORE, tmp_path / "before"))
+
+
+@pytest.mark.parametrize("pattern", READ)
+def test_it_is_read_and_written_back(pattern: str, copied: Path, tmp_path: Path) -> None:
+    names = [name for name in NAMES if re.search(rf"(^|/){pattern}$", name)]
+    assert names, f"nothing frozen is {pattern}"
+    for name in names:
+        content = READ[pattern](copied / name)
+        assert content, name
+        if pattern in WRITE:
+            (tmp_path / "again").mkdir(exist_ok=True)
+            file = WRITE[pattern](content, tmp_path / "again")
+            assert Path(file).read_bytes() == (BEFORE / name).read_bytes(), name
+
+
+def test_marks_are_written_back(copied: Path) -> None:
+    run = copied / "pipeline"
+    for stage, entry in read_marks(run).items():
+        write_mark(run, stage, entry)
+    assert (run / ".stages" / "done.json").read_bytes() == (BEFORE / "pipeline/.stages/done.json").read_bytes()
+
+
+def test_lines_of_the_teacher_are_written_back() -> None:
+    file = BEFORE / "labelled" / "ledger.jsonl"
+    assert "".join(entry.line() for entry in AnswerLedger(file).entries) == file.read_text(encoding="utf-8")
+
+
+def test_a_checkpoint_is_not_damaged_but_for_what_is_not_kept() -> None:
+    found = [folder for folder in BEFORE.rglob("checkpoint-*") if folder.is_dir()]
+    assert found
+    assert not any("damaged" in reason for folder in found for reason in unsound(folder))
+
+
+def test_the_report_shows_all_of_it(copied: Path) -> None:
+    """Which reads every kind of file that has something to show."""
+    assert build_report(copied).is_file()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if re.search(r"resolved_config\.json$|^dry/", name)])
+def test_a_config_is_read_by_its_command(name: str) -> None:
+    content = dict(load_file(BEFORE / name))
+    command = name.removeprefix(f"{DRY}/").removesuffix(".yaml").replace("_", " ")
+    if not name.startswith(DRY):
+        (command, *_) = RunFolder((BEFORE / name).parent).stages()
+    if not cli.COMMANDS[command].takes_file:
+        pytest.skip("takes no file")
+    config, _ = cli.resolve(command, [str(BEFORE / name)])
+    assert flatten(config) == content
+
+
+# --- the list is complete --------------------------------------------------------------------------------------------
+
+
+def test_every_format_is_frozen() -> None:
+    """Each version string that the package names, in a frozen file."""
+    named = {
+        found[1]
+        for file in PACKAGE.rglob("*.py")
+        for found in re.finditer(r'"(rankwise-[a-z-]+/\d+)"', file.read_text(encoding="utf-8"))
+    }
+    held = b"\n".join(frozen().values()).decode(errors="replace")
+    assert named - set(ELSEWHERE) - {one for one in named if one in held} == set()
+
+
+ELSEWHERE = {"rankwise-rank-plan/1": "read only, in test_plan.py"}
+
+
+def test_every_dry_run_is_frozen() -> None:
+    assert {f"{DRY}/{name.replace(' ', '_')}.yaml" for name in cli.COMMANDS} == {n for n in NAMES if n.startswith(DRY)}
