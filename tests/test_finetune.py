@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_refused_before_loading(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(finetune, "memory_available", lambda device: 1000)
-    monkeypatch.setattr("rankwise.stages.training.load_model", None)
+    monkeypatch.setattr("rankwise.nets.load.load_model", None)
     assert cli.main(words(base, data, tmp_path)) == 2
     error = capsys.readouterr().err
     for way_out in ("--method lora", "--optim", "FSDP"):

@@ -13,8 +13,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from rankwise.show.contents import StageTime
-from rankwise.show.pipeline import BEFORE, UNREACHED, time_lines
+from rankwise.show.pipeline import BEFORE, UNREACHED, StageTime, time_lines
 from rankwise.show.report import build_report
 from rankwise.store.monitor import COLUMNS, MIB, Card, Monitor, Sample, usage_of, visible
 from rankwise.store.stage_marks import read_marks, write_mark

@@ -23,8 +23,8 @@ from rankwise.score.result import EvaluationResult
 from rankwise.show import canvas, confusion, curves, glyphs, plots
 from rankwise.show.canvas import BLUE, GREY, YELLOW, readable_on
 from rankwise.show.confusion import plot_confusion
-from rankwise.show.curves import plot_gain, plot_loss, plot_scores
-from rankwise.show.plots import plot_decay, plot_energy_heatmap, plot_ranks_heatmap
+from rankwise.show.curves import plot_loss, plot_scores
+from rankwise.show.plots import plot_decay, plot_energy_heatmap, plot_gain, plot_ranks_heatmap
 
 SHAPE = (24, 40)
 

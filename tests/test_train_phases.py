@@ -13,7 +13,6 @@ from test_train_stage import words
 from tiny import tiny_llama
 
 from rankwise import cli
-from rankwise.stages import training
 
 Train = Callable[..., int]
 THREE = (
@@ -116,7 +115,7 @@ def test_wrong_phases_are_refused_before_the_model_loads(
     def no_model(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(training, "load_model", no_model)
+    monkeypatch.setattr("rankwise.nets.load.load_model", no_model)
     assert train(*given) == 2
     said = capsys.readouterr().err
     assert all(word in said for word in words_of_it), said

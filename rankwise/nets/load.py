@@ -290,3 +290,14 @@ def loadable(model: ModelSection, name: str) -> PreTrainedModel:
     skeleton = structure(model, name)
     check_quantizer(skeleton.config)
     return skeleton
+
+
+def loaded(model: ModelSection, name: str, dtype: torch.dtype, quantization: str | None = None) -> PreTrainedModel:
+    return load_model(
+        name,
+        dtype,
+        attn_implementation=model.attn_implementation,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        quantization=quantization,
+    )

@@ -14,8 +14,8 @@ from rankwise.errors import DataError, UsageError
 from rankwise.nets.load import meta_model
 from rankwise.nets.sites import fused_experts, model_sites, site_weights, weight_table
 from rankwise.nets.vocabulary import embedding_paths
-from rankwise.store.checkpoint import Checkpoint, open_checkpoint, resolve
-from rankwise.store.deltas import WEIGHT_TYPES, CheckpointPair, Place, Weight, foreign_sites, match_keys, renamed
+from rankwise.store.checkpoint import Checkpoint, Weight, open_checkpoint, resolve
+from rankwise.store.deltas import WEIGHT_TYPES, CheckpointPair, Place, foreign_sites, match_keys, renamed
 
 NOWHERE = Place(None, None)
 

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.core.site import Site, describe
 from rankwise.nets.precision import warn_if_slow
-from rankwise.store.deltas import Weight
+from rankwise.store.checkpoint import Weight
 
 DEPTH_MODULES = frozenset(["depth_model", "depth_preproc"])
 

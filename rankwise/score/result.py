@@ -13,6 +13,10 @@ from rankwise.store.files import read_object, write_json
 
 FORMAT = "rankwise-evaluation/1"
 FILE = "evaluation_results.json"
+READ_FIRST = (
+    *("bleu", "accuracy", "exact_match", "logical_form", "execution_accuracy", "macro_f1"),
+    *("rouge_l", "meteor", "meteor_exact_stem", "rouge_lsum", "rouge_1", "rouge_2"),
+)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ INK, BLUE, GREY, YELLOW = "#222222", "#123570", "#7d7c78", "#cfb93f"
 FAINT = "#d9d9d6"
 SEQUENCE = "cividis"
 DPI = 150
+COLOURS = (BLUE, YELLOW, INK, GREY)
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*")
+LINES = ("-", "--", ":", "-.")
 
 
 def drawable(what: str) -> bool:
@@ -102,3 +105,12 @@ def readable_on(colour: tuple[float, float, float, float]) -> str:
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "black" if luminance > 0.179 else "white"
+
+
+def style(index: int) -> dict[str, Any]:
+    """Colour, marker and line of the n-th arm: no two of the first twenty are alike in grey."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": LINES[index // len(COLOURS) % len(LINES)],
+    }

@@ -10,7 +10,7 @@ from typing import Any
 from rankwise.core.plan import RankPlan
 from rankwise.score.result import EvaluationResult
 from rankwise.show.gradient_series import GradientTables
-from rankwise.terminal import harmless
+from rankwise.show.pipeline import StageTime
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,20 +64,6 @@ class Fidelity:
 
 
 @dataclass(frozen=True)
-class StageTime:
-    """How long a recipe's stage took (None: it did not finish), and what it used, as store.monitor.Usage names it."""
-
-    name: str
-    seconds: float | None = None
-    usage: Mapping[str, Any] = field(default_factory=dict)
-    note: str = ""
-
-    @property
-    def ran(self) -> bool:
-        return self.seconds is not None and not self.note
-
-
-@dataclass(frozen=True)
 class Contents:
     """Everything found; the first member of each pair is the file's folder (or path) relative to the run."""
 
@@ -103,9 +89,3 @@ class Contents:
     @property
     def is_empty(self) -> bool:
         return not any(getattr(self, one.name) for one in fields(self) if one.name not in ("run", "settings"))
-
-
-def printable(text: Any, most: int = 700) -> str:
-    """Text from a file as one may show it: no control characters, no direction overrides, not endless."""
-    shown = harmless(str(text)).encode("utf-8", "replace").decode()
-    return shown if len(shown) <= most else shown[:most].rstrip() + " …"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import DataError
-from rankwise.score.result import EvaluationResult
+from rankwise.score.result import READ_FIRST, EvaluationResult
 from rankwise.show.canvas import BLUE, GREY, INK, YELLOW, legend, name_axes, new_figure, save
 from rankwise.show.format import clip, metric_name, score
 
@@ -21,10 +21,6 @@ SHADES = (GREY, BLUE, YELLOW, "#4a566c", "#b0a473", "#222222")
 HATCHES = ("", "", "///", "...", "\\\\\\", "xxx")
 MOST_PANELS = 4
 MOST_NAMES, MOST_PHASES = 5, 12
-READ_FIRST = (
-    *("bleu", "accuracy", "exact_match", "logical_form", "execution_accuracy", "macro_f1"),
-    *("rouge_l", "meteor", "meteor_exact_stem", "rouge_lsum", "rouge_1", "rouge_2"),
-)
 
 
 def plot_loss(rows: Iterable[Mapping[str, Any]], path: Path | str, phases: Sequence[tuple[float, str]] = ()) -> Path:
@@ -142,31 +138,3 @@ def draw_metric(axis: Any, name: str, results: Mapping[str, EvaluationResult]) -
     axis.set_ylim(min(0.0, axis.get_ylim()[0]), (tallest or 1.0) * 1.15)
     axis.grid(False, axis="x")
     name_axes(axis, "", "", metric_name(name))
-
-
-def plot_gain(gain: Mapping[str, Any], path: Path | str) -> Path:
-    """Share of the loss gain that the plan keeps, against uniform rank and shuffles of its own ranks.
-
-    Args:
-        gain: content of `gain.json`: `arms`, each with `name`, `kept`, `low`, `high` (95 % interval).
-        path: file to write.
-    """
-    arms = gain["arms"]
-    shuffles = [arm for arm in arms if is_shuffle(arm)]
-    others = [arm for arm in arms if not is_shuffle(arm)]
-    figure, axis = new_figure(7.2, 0.9 + 0.36 * (len(others) + bool(shuffles)))
-    for y, arm in enumerate(others):
-        marker, colour = ("D", BLUE) if arm["name"] == "plan" else ("o", GREY)
-        error = [[max(0.0, arm["kept"] - arm["low"])], [max(0.0, arm["high"] - arm["kept"])]]
-        axis.errorbar(arm["kept"], y, xerr=error, color=colour, marker=marker, markersize=7, capsize=4, linestyle="")
-    for arm in shuffles:
-        axis.plot([arm["kept"]], [len(others)], color=INK, marker="|", markersize=13, linestyle="")
-    names = [arm["name"] for arm in others] + ([f"{len(shuffles)} shuffles"] if shuffles else [])
-    axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(len(names) - 0.4, -0.6)
-    name_axes(axis, "share of the loss gain kept (95 % interval)", "")
-    return save(figure, path)
-
-
-def is_shuffle(arm: Mapping[str, Any]) -> bool:
-    return str(arm["name"]).startswith("shuffled")

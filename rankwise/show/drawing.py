@@ -9,12 +9,13 @@ from pathlib import Path
 
 from rankwise.show.blocks import Picture
 from rankwise.show.confusion import plot_confusion
-from rankwise.show.contents import Contents, Scored, printable
-from rankwise.show.curves import plot_gain, plot_loss, plot_scores, points, shared_metrics
+from rankwise.show.contents import Contents, Scored
+from rankwise.show.curves import plot_loss, plot_scores, points, shared_metrics
 from rankwise.show.factor_pictures import feature_pictures
+from rankwise.show.format import printable
 from rankwise.show.gradient_series import boundaries
 from rankwise.show.gradients import gradient_pictures
-from rankwise.show.plots import plot_energy_heatmap, plot_ranks_heatmap
+from rankwise.show.plots import plot_energy_heatmap, plot_gain, plot_ranks_heatmap
 from rankwise.show.study_plots import PLOTS as STUDY_PLOTS
 from rankwise.show.validation import CONFUSION
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from rankwise.score.factorization import GRAM
 from rankwise.show.blocks import Block, Picture, Table, Words
-from rankwise.show.contents import printable
 from rankwise.show.factor_words import (
     Comparison,
     cost_of,
@@ -21,7 +20,7 @@ from rankwise.show.factor_words import (
     timing_words,
     verdict,
 )
-from rankwise.show.format import amount
+from rankwise.show.format import amount, printable
 
 CLOSE = ("method", "relative error", "excess error, %", "energy", "cosine", "angle")
 COST = ("method", "time", "speed", "MFLOP", "parameters", "stored")

@@ -14,7 +14,7 @@ from rankwise.show.blocks import Page, Picture, Section
 from rankwise.show.factor_blocks import comparison_blocks
 from rankwise.show.factor_plots import PLOTS
 from rankwise.show.factor_words import FILE, Comparison
-from rankwise.show.report import render
+from rankwise.show.template import render
 from rankwise.store.files import write_json, write_text
 
 PAGE, OF_ONE, PLOT_FOLDER = "comparison.md", "svd_nn_comparison.json", "plots"

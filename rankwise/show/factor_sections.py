@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rankwise.show.blocks import Block, Table, Words
-from rankwise.show.contents import Contents, printable
+from rankwise.show.contents import Contents
 from rankwise.show.downstream import HEADER, RIGHT_ALIGNED, cells, on_what, reading
 from rankwise.show.drawing import Drawings
 from rankwise.show.factor_blocks import comparison_blocks
 from rankwise.show.factor_pictures import CURVES, DOWNSTREAM
 from rankwise.show.factor_plots import PLOTS
-from rankwise.show.format import plural
+from rankwise.show.format import plural, printable
 from rankwise.train.epoch_history import best_row
 
 TRAIN, COMPARE, ANSWERS = "features train", "features compare", "features downstream"

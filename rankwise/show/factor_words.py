@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rankwise.score.factorization import GRAM, PCA, SVD
-from rankwise.show.contents import printable
-from rankwise.show.format import clip, percent, plural
+from rankwise.show.format import clip, percent, plural, printable
 
 FORMAT, FILE = "rankwise-factors/1", "comparison.json"
 PARTS = ("rank", "tokens", "channels", "networks", "timing", "storage", "sources", "cost", "sweep")

@@ -6,6 +6,8 @@ import math
 import shlex
 from typing import Any
 
+from rankwise.terminal import harmless
+
 SCORE_FAMILIES = ("bleu", "rouge", "meteor", "nist", "cider", "chrf", "ter")
 
 
@@ -91,3 +93,9 @@ def metric_name(name: str) -> str:
 def is_number(value: Any) -> bool:
     """Whether a value from a file can be drawn and compared: finite, and not a truth value."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def printable(text: Any, most: int = 700) -> str:
+    """Text from a file as one may show it: no control characters, no direction overrides, not endless."""
+    shown = harmless(str(text)).encode("utf-8", "replace").decode()
+    return shown if len(shown) <= most else shown[:most].rstrip() + " …"

@@ -15,8 +15,8 @@ from PIL import Image
 from rankwise.data.images import BadImage, ImageReader
 from rankwise.score.answers import is_right
 from rankwise.show.blocks import Answer, Gallery, Picture, Shot
-from rankwise.show.contents import Scored, printable
-from rankwise.show.format import plural
+from rankwise.show.contents import Scored
+from rankwise.show.format import plural, printable
 from rankwise.store.files import atomic_write
 
 MOST_SHOTS = 12

@@ -7,13 +7,13 @@ merge        1 min 02 s …                             done before
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rankwise.show.blocks import Table
-from rankwise.show.contents import StageTime, printable
-from rankwise.show.format import duration, is_number, memory
+from rankwise.show.format import duration, is_number, memory, printable
 from rankwise.store.stage_marks import read_marks
 
 HEADER = ("stage", "time", "memory", "GPU memory", "GPU use", "")
@@ -78,3 +78,17 @@ def columns(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     """The rows without the columns that are empty below the header."""
     kept = [place for place in range(len(rows[0])) if place < 2 or any(row[place] for row in rows[1:])]
     return [[row[place] for place in kept] for row in rows]
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """How long a recipe's stage took (None: it did not finish), and what it used, as store.monitor.Usage names it."""
+
+    name: str
+    seconds: float | None = None
+    usage: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def ran(self) -> bool:
+        return self.seconds is not None and not self.note

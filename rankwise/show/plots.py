@@ -7,7 +7,7 @@ plot_ranks_heatmap(plan, plots / "ranks_heatmap.png")
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +176,31 @@ def ticks_between(low: float, high: float) -> list[float]:
         return [0, 0.25, 0.5, 0.75, 1.0]
     powers = [2.0**i for i in range(16) if low * 1.3 < 2**i < high / 1.3]
     return [low, *powers, high]
+
+
+def plot_gain(gain: Mapping[str, Any], path: Path | str) -> Path:
+    """Share of the loss gain that the plan keeps, against uniform rank and shuffles of its own ranks.
+
+    Args:
+        gain: content of `gain.json`: `arms`, each with `name`, `kept`, `low`, `high` (95 % interval).
+        path: file to write.
+    """
+    arms = gain["arms"]
+    shuffles = [arm for arm in arms if is_shuffle(arm)]
+    others = [arm for arm in arms if not is_shuffle(arm)]
+    figure, axis = new_figure(7.2, 0.9 + 0.36 * (len(others) + bool(shuffles)))
+    for y, arm in enumerate(others):
+        marker, colour = ("D", BLUE) if arm["name"] == "plan" else ("o", GREY)
+        error = [[max(0.0, arm["kept"] - arm["low"])], [max(0.0, arm["high"] - arm["kept"])]]
+        axis.errorbar(arm["kept"], y, xerr=error, color=colour, marker=marker, markersize=7, capsize=4, linestyle="")
+    for arm in shuffles:
+        axis.plot([arm["kept"]], [len(others)], color=INK, marker="|", markersize=13, linestyle="")
+    names = [arm["name"] for arm in others] + ([f"{len(shuffles)} shuffles"] if shuffles else [])
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    name_axes(axis, "share of the loss gain kept (95 % interval)", "")
+    return save(figure, path)
+
+
+def is_shuffle(arm: Mapping[str, Any]) -> bool:
+    return str(arm["name"]).startswith("shuffled")

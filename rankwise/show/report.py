@@ -8,35 +8,25 @@ and settings. The page holds its images, asks nothing of the network, and everyt
 
 from __future__ import annotations
 
-import base64
-import html
-import os
-import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
-
-from rankwise.errors import DataError
 from rankwise.score import forgetting
 from rankwise.score.result import EvaluationResult
-from rankwise.show.blocks import Block, Figure, Gallery, Page, Picture, Section, Words
-from rankwise.show.canvas import DPI
-from rankwise.show.contents import Contents, Scored, Stage, printable
+from rankwise.show.blocks import Block, Figure, Gallery, Page, Section, Words
+from rankwise.show.contents import Contents, Scored, Stage
 from rankwise.show.curves import leading_metrics
 from rankwise.show.drawing import Drawings, draw
-from rankwise.show.format import amount, duration, is_number, metric_name, percent, plural, score
+from rankwise.show.format import amount, duration, is_number, metric_name, percent, plural, printable, score
 from rankwise.show.gallery import gallery
 from rankwise.show.reading import read_run
 from rankwise.show.score_blocks import score_blocks
 from rankwise.show.sections import appendix, sections_of
-from rankwise.store.files import read_bytes, write_text
+from rankwise.show.template import render
+from rankwise.store.files import write_text
 
 HEADLINE_METRICS = 3
-MARKDOWN = re.compile(r"([`*_\[\]|~#$])")
-LINE_START = re.compile(r"^(\d+(?=[.)](?:\s|$))|(?=[-+=]))(.)")
 
 
 def build_report(run: Path, out: Path | None = None, title: str | None = None) -> Path:
@@ -158,43 +148,3 @@ def fact(stages: Sequence[Stage], kind: str, name: str) -> float | None:
     """The last entry of this kind that has the number."""
     found = [stage.entry[name] for stage in stages if stage.name.startswith(kind) and is_number(stage.entry.get(name))]
     return float(found[-1]) if found else None
-
-
-def render(page: Page, template: str, folder: Path) -> str:
-    environment = Environment(
-        loader=PackageLoader("rankwise.show", "templates"),
-        autoescape=template.endswith(".html.j2"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"data_uri": data_uri, "css_width": css_width, "md": markdown}
-    environment.filters["link"] = lambda picture: link(picture, folder)
-    return environment.get_template(template).render(page=page)
-
-
-def data_uri(picture: Picture) -> str:
-    return "data:image/png;base64," + base64.b64encode(read_bytes(picture.path)).decode()
-
-
-def css_width(picture: Picture) -> int:
-    """Width in CSS pixels (96 to the inch) at which the picture's texts have their size on paper."""
-    try:
-        with Image.open(picture.path) as image:
-            return round(image.width * 96 / float(image.info.get("dpi", (DPI, DPI))[0]))
-    except (OSError, ValueError, SyntaxError, ZeroDivisionError) as error:
-        raise DataError(f"{picture.path}: not a picture ({error}); delete it or draw it again") from error
-
-
-def link(picture: Picture, folder: Path) -> str:
-    """The image's path as Markdown takes it, relative to the page."""
-    path = Path(os.path.relpath(picture.path, folder)).as_posix()
-    return "".join(c if c.isalnum() or c in "/._-" else "".join(f"%{byte:02X}" for byte in c.encode()) for c in path)
-
-
-def markdown(text: str) -> str:
-    """Text that Markdown, and the HTML inside it, shows as it is, on one line; addresses do not become links."""
-    shown = html.escape(str(text).strip(), quote=False).replace("\\", "&#92;")
-    shown = shown.replace("://", "&#58;//").replace("www.", "www&#46;")
-    shown = LINE_START.sub(r"\1\\\2", MARKDOWN.sub(r"\\\1", shown))
-    return "<br>".join(shown.split("\n"))

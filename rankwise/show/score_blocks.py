@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rankwise.score.classify import confusion_table
 from rankwise.score.result import EvaluationResult
 from rankwise.show.blocks import Block, Examples, Folded, Gallery, Picture, Table
-from rankwise.show.contents import Scored, printable
-from rankwise.show.format import metric_name, number, score
+from rankwise.show.contents import Scored
+from rankwise.show.format import metric_name, number, printable, score
 from rankwise.show.gallery import MARKED
 
 MOST_EXAMPLES = 3

@@ -8,9 +8,9 @@ from typing import Any
 
 from rankwise.show.blocks import Page, Picture, Section
 from rankwise.show.canvas import drawable
-from rankwise.show.report import render
 from rankwise.show.study_blocks import study_blocks
 from rankwise.show.study_plots import PLOTS
+from rankwise.show.template import render
 from rankwise.store.files import write_json, write_text
 
 FILE = "study.json"

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rankwise.show.blocks import Block, Folded, Picture, Table, Words
-from rankwise.show.contents import printable
-from rankwise.show.format import plural
+from rankwise.show.format import plural, printable
 from rankwise.show.study_words import (
     Study,
     assay_sentence,

@@ -11,25 +11,13 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from rankwise.show.canvas import BLUE, FAINT, GREY, INK, YELLOW, log_ticks, name_axes, new_figure, save
+from rankwise.show.canvas import BLUE, FAINT, GREY, log_ticks, name_axes, new_figure, save, style
 from rankwise.show.format import clip
 from rankwise.show.study_words import Study, place
 
-COLOURS = (BLUE, YELLOW, INK, GREY)
-MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*")
-LINES = ("-", "--", ":", "-.")
 REFERENCES = ("full", "base")
 SPREAD = 0.02
 TOP = 3.0
-
-
-def style(index: int) -> dict[str, Any]:
-    """Colour, marker and line of the n-th arm: no two of the first twenty are alike in grey."""
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "linestyle": LINES[index // len(COLOURS) % len(LINES)],
-    }
 
 
 def plot_study_scores(study: Study, path: Path | str) -> Path:

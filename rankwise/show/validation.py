@@ -14,8 +14,7 @@ from rankwise.ship.parity.rung import said, unmeasured
 from rankwise.ship.validation import FORMAT
 from rankwise.show.blocks import Block, Folded, Picture, Table, Words
 from rankwise.show.confusion import plot_confusion
-from rankwise.show.contents import printable
-from rankwise.show.format import is_number, memory, number, percent
+from rankwise.show.format import is_number, memory, number, percent, printable
 from rankwise.store.files import read_object
 
 PARTS = ("outtype", "by_outtype", "parity", "verdict", "reference", "failures")

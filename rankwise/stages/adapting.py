@@ -18,11 +18,12 @@ from rankwise.errors import UsageError
 from rankwise.nets.adalora import Allocation, adapt_allocated
 from rankwise.nets.adapt import LoraSettings, adapt
 from rankwise.nets.depth import attach_depth
+from rankwise.nets.load import loaded
 from rankwise.nets.sites import tower_of
 from rankwise.nets.starts import eva_start, input_directions, warm_start
 from rankwise.nets.targets import LANGUAGE, check_plan, choose_sites, restricted, uniform_plan
 from rankwise.score.likelihood import BESIDE
-from rankwise.stages.training import Job, loaded
+from rankwise.stages.training import Job
 from rankwise.store.deltas import open_deltas
 from rankwise.store.files import read_object
 from rankwise.store.plan_file import find_plan, read_plan

@@ -20,11 +20,10 @@ from rankwise.data.render import Renderer
 from rankwise.data.sources import load
 from rankwise.errors import DataError
 from rankwise.nets.cut_down import Untried, cut_down, headless, random_model
-from rankwise.nets.load import load_config, loadable
+from rankwise.nets.load import load_config, loadable, loaded
 from rankwise.show.check import in_words, report
 from rankwise.stages.idle import refuse_idle
 from rankwise.stages.rendering import image_reader, renderer_for
-from rankwise.stages.training import loaded
 from rankwise.stages.trial import tried
 from rankwise.store.files import write_json, write_text
 from rankwise.store.run import RunFolder

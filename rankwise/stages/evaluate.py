@@ -19,9 +19,8 @@ from rankwise.data.reading import reading_scored, settle
 from rankwise.errors import UsageError
 from rankwise.score import forgetting, harness, vllm_engine
 from rankwise.score.classify import class_table, confusion_table
-from rankwise.score.result import FILE, EvaluationResult
+from rankwise.score.result import FILE, READ_FIRST, EvaluationResult
 from rankwise.score.tasks import TASKS, Task, evaluate, task
-from rankwise.show.curves import READ_FIRST
 from rankwise.stages.depth import depth_facts
 from rankwise.stages.engines import Subject, base_and_adapter, compared_base, fitting, generator, seeing, subject
 from rankwise.stages.idle import refuse_idle

@@ -24,9 +24,8 @@ from typing import Any
 from rankwise.config import RunConfig
 from rankwise.errors import DataError, Interrupted, UsageError
 from rankwise.options import flatten, unknown
-from rankwise.show.contents import StageTime
 from rankwise.show.format import duration
-from rankwise.show.pipeline import BEFORE, UNASKED, UNFINISHED, UNREACHED, time_lines
+from rankwise.show.pipeline import BEFORE, UNASKED, UNFINISHED, UNREACHED, StageTime, time_lines
 from rankwise.stages import background, beforehand
 from rankwise.stages.commands import COMMANDS, stage_of
 from rankwise.stages.extras import require_extras

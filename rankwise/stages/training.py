@@ -8,9 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 
 from rankwise.config import (
     DataSection,
@@ -27,7 +26,7 @@ from rankwise.data.render import Renderer
 from rankwise.data.rendered import RenderedDataset
 from rankwise.nets.adapters import require_converted, save_adapter, write_sites
 from rankwise.nets.depth_settings import DepthSettings
-from rankwise.nets.load import load_model, meta_model
+from rankwise.nets.load import meta_model
 from rankwise.store.adapter import LoraPair
 from rankwise.store.checkpoint import base_files, open_checkpoint, resolve
 from rankwise.store.files import fingerprints
@@ -66,17 +65,6 @@ class Job:
     @property
     def identity(self) -> dict[str, Any]:
         return identity_of(self.arguments, **self.facts)
-
-
-def loaded(model: ModelSection, name: str, dtype: torch.dtype, quantization: str | None = None) -> PreTrainedModel:
-    return load_model(
-        name,
-        dtype,
-        attn_implementation=model.attn_implementation,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        quantization=quantization,
-    )
 
 
 def rendered(examples: Sequence[Example], renderer: Renderer) -> RenderedDataset:

@@ -236,3 +236,16 @@ def base_files(folder: Path) -> list[Path]:
 def model_fingerprint(folder: Path) -> str:
     """One digest of a model's configuration and weights: what else lies in its folder does not change it."""
     return hashlib.sha256(json.dumps(fingerprints(base_files(folder))).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where a matrix lies: a key, and for fused tensors which of how many equal row blocks."""
+
+    key: str
+    part: tuple[int, int] = (0, 1)
+
+    def read(self, checkpoint: Checkpoint) -> Tensor:
+        tensor = checkpoint.tensor(self.key)
+        index, count = self.part
+        return tensor if count == 1 else tensor.chunk(count, dim=0)[index]

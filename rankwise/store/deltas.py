@@ -18,26 +18,13 @@ from torch import Tensor
 from rankwise.core.measure import Delta, from_difference, subtract
 from rankwise.core.site import Site, describe
 from rankwise.errors import DataError, UsageError
-from rankwise.store.checkpoint import Checkpoint, open_checkpoint
+from rankwise.store.checkpoint import Checkpoint, Weight, open_checkpoint
 from rankwise.store.files import read_object
 
 DELTAS_FILE = "deltas.json"
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CONV1D = frozenset(["c_attn", "c_proj", "c_fc", "q_attn"])  # modules of GPT-2 and its kin
 NOT_ANALYSED = re.compile(r"(running_mean|running_var|num_batches_tracked)$")
-
-
-@dataclass(frozen=True)
-class Weight:
-    """Where a matrix lies: a key, and for fused tensors which of how many equal row blocks."""
-
-    key: str
-    part: tuple[int, int] = (0, 1)
-
-    def read(self, checkpoint: Checkpoint) -> Tensor:
-        tensor = checkpoint.tensor(self.key)
-        index, count = self.part
-        return tensor if count == 1 else tensor.chunk(count, dim=0)[index]
 
 
 class DeltaSource(Protocol):

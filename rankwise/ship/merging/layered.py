@@ -30,8 +30,7 @@ from rankwise.nets.load import weightless_model
 from rankwise.nets.sites import weight_table
 from rankwise.nets.vocabulary import resize, row_count, row_names, with_rows
 from rankwise.ship.merging.skeleton import fitted_state, quiet_ties
-from rankwise.store.checkpoint import Checkpoint, open_checkpoint, resolve
-from rankwise.store.deltas import Weight
+from rankwise.store.checkpoint import Checkpoint, Weight, open_checkpoint, resolve
 
 INSTEAD = "merge on a machine with more memory, or with --no_verify"
 NOWHERE = torch.tensor(torch.nan)

@@ -35,8 +35,7 @@ from rankwise.ship.merging.shards import Entry, write_shards
 from rankwise.ship.merging.skeleton import Skeleton, filled_skeleton, merge_layer, mergeable
 from rankwise.ship.merging.tokens import special_tokens, with_special
 from rankwise.store.adapter import CONFIG_NAME
-from rankwise.store.checkpoint import Checkpoint, open_checkpoint, resolve
-from rankwise.store.deltas import Weight
+from rankwise.store.checkpoint import Checkpoint, Weight, open_checkpoint, resolve
 from rankwise.store.files import read_object, write_json
 
 

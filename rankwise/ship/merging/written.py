@@ -27,8 +27,7 @@ from rankwise.ship.merging.layered import places
 from rankwise.ship.merging.merge import MergePlan
 from rankwise.store.adapter import CONFIG_NAME, PAIR_KEY, adapter_files, adapter_tensors
 from rankwise.store.adapter_config import scale_of
-from rankwise.store.checkpoint import Checkpoint, open_checkpoint
-from rankwise.store.deltas import Weight
+from rankwise.store.checkpoint import Checkpoint, Weight, open_checkpoint
 from rankwise.store.files import read_object
 
 MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.weight)?")

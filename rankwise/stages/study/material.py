@@ -26,14 +26,14 @@ from rankwise.data.render import Renderer
 from rankwise.data.rendered import RenderedDataset
 from rankwise.errors import DataError
 from rankwise.nets.delta_files import BaseWeights, write_deltas
-from rankwise.nets.load import structure
+from rankwise.nets.load import loaded, structure
 from rankwise.nets.sites import model_sites, torch_dtype, weight_table
 from rankwise.nets.targets import choose_sites
 from rankwise.score.likelihood import Batch, training_batches
 from rankwise.stages.probing import language_parameters
 from rankwise.stages.recorded import warn_of_others
 from rankwise.stages.rendering import renderer_for
-from rankwise.stages.training import loaded, rendered
+from rankwise.stages.training import rendered
 from rankwise.store.checkpoint import base_files, open_checkpoint, resolve
 from rankwise.store.deltas import SavedDeltas, open_deltas
 from rankwise.store.files import fingerprint, fingerprints, read_object
