@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+from PIL import Image
 
 if TYPE_CHECKING:
     from rankwise.ship.gguf.converter import Converter
@@ -16,6 +18,24 @@ if TYPE_CHECKING:
 # A busy machine is not a failure.
 settings.register_profile("rankwise", deadline=None)
 settings.load_profile("rankwise")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: `gc.collect()`, which the Trainer calls after every run, need not walk it."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots are composed and saved, but as one pixel: where a whole way is walked, rendering is half of its time."""
+    figure = pytest.importorskip("matplotlib.figure")
+
+    def blank(self: Any, target: Path, **_: Any) -> None:
+        Image.new("RGB", (1, 1)).save(target)
+
+    monkeypatch.setattr(figure.Figure, "savefig", blank)
+    monkeypatch.setattr("rankwise.show.glyphs.fit_fonts", lambda figure: None)
 
 
 @pytest.fixture(scope="session")

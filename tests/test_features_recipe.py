@@ -26,6 +26,7 @@ SMALL = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_pictures")
 def test_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("FACTOR_RANK", "8")
     monkeypatch.setenv("EPOCHS", "2")
