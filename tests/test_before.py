@@ -24,7 +24,7 @@ from rankwise import cli
 from rankwise.core.geometry import Grid
 from rankwise.data.depth_cache import DepthCache, MapKey
 from rankwise.data.device import read_target
-from rankwise.data.features import open_cache
+from rankwise.data.features.cache import open_cache
 from rankwise.data.features.split import read_split
 from rankwise.data.input_record import read_input
 from rankwise.data.labelling.label_task import read_task
@@ -32,7 +32,7 @@ from rankwise.data.labelling.labelled import read_rows
 from rankwise.data.teacher.ledger import AnswerLedger
 from rankwise.errors import VerificationError
 from rankwise.nets.depth_settings import read_depth, write_depth
-from rankwise.nets.factorize import load_factorizer
+from rankwise.nets.factorize.files import load_factorizer
 from rankwise.options import flatten, load_file
 from rankwise.score.result import EvaluationResult
 from rankwise.ship.bundle import read_bundle
