@@ -186,7 +186,7 @@ def right(model: Path, work: Path, rows: str, depth: DepthUseSection) -> list[bo
     examples: Sequence[Example] = load_rows("conversations", work / rows).items
     tested = seeing(config, subject(config, *base_and_adapter(str(model), None)), examples)
     renderer = replace(tested.renderer, reserve=ANSWER)
-    generator = HFGenerator(tested.model, renderer, GenerationSettings(ANSWER, 64))
+    generator = HFGenerator(tested.model, renderer, GenerationSettings(ANSWER, batch_size=64))
     found = {one.position: one.text for one in generator.generate(examples)}
     return [found[number] == example.answer for number, example in enumerate(examples)]
 

@@ -50,7 +50,7 @@ def build_parser(prog: str, description: str, options: Sequence[Option], positio
             action="append" if item.is_list else "store",
             default=argparse.SUPPRESS,
             metavar="BOOL" if item.is_bool else (item.name.split("_")[-1].upper() or None),
-            help=(item.help + choices + shown).replace("%", "%%"),
+            help=(item.help + choices + item.range.shown + shown).replace("%", "%%"),
         )
     return parser
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -26,6 +27,47 @@ CONFIG_SUFFIXES = (".yaml", ".yml", *PARSERS)
 TRUE, FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that an option takes. None: no bound on that side."""
+
+    least: float | None = None
+    most: float | None = None
+    below: float | None = None
+    above: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __bool__(self) -> bool:
+        return self != Range()
+
+    def __str__(self) -> str:
+        """As it follows "a number": "above 0", "from 0 to 1"."""
+        if self.least is not None and self.most is not None:
+            return f"from {self.least} to {self.most}"
+        named = {"of at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{words} {bound}" for words, bound in named.items() if bound is not None)
+
+    @property
+    def shown(self) -> str:
+        """For the help; empty where anyone would guess it."""
+        guessed = self.most is None and self.below is None and (self.least in (None, 0, 1))
+        return "" if guessed else f" ({str(self).removeprefix('of ')})"
+
+    def check(self, name: str, value: Any) -> None:
+        """UsageError, in which `name` is the option's, for a number, or one of a list, outside. None is no number."""
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, (int, float)) and self and one not in self:
+                raise UsageError(f"{name} is {one}; give a number {self}")
+
+
 def option(
     default: Any = None,
     *,
@@ -36,18 +78,35 @@ def option(
     commas: bool = True,
     secret: bool = False,
     address: bool = False,
+    least: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    above: float | None = None,
 ) -> Any:
     """A dataclass field that becomes a flag. A list default is copied for every instance.
+
+    Numbers outside the range (least and most belong to it, below and above do not) are refused where they are
+    converted, and where a config is built (`Options`).
 
     A list takes commas and repeated flags; with `commas=False` (regexes, assignments) repeated flags only. What is
     secret is in no saved or printed config, and configs that differ in nothing else are equal. An address is saved and
     printed: one with a password or a query, which may hold a key, is refused.
     """
-    metadata = {"help": help, "aliases": tuple(aliases), "choices": choices, "short": short, "commas": commas}
-    metadata |= {"secret": secret, "address": address}
+    metadata: dict[str, Any] = {"help": help, "aliases": tuple(aliases), "choices": choices, "short": short}
+    metadata |= {"commas": commas, "secret": secret, "address": address, "range": Range(least, most, below, above)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata, repr=not secret, compare=not secret)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What commands, their sections and settings derive from: no number outside its option's range can be built in."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if "range" in field.metadata:
+                field.metadata["range"].check(f"--{field.name}", getattr(self, field.name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +123,7 @@ class Option:
     commas: bool = True
     secret: bool = False
     address: bool = False
+    range: Range = Range()
     section: str = "options"
     nullable: bool = True
 
@@ -100,6 +160,13 @@ def convert(option: Option, value: Any, where: str) -> Any:
 
     `none` and `null` mean "not set" unless they are among the choices; what always has a value refuses them.
     """
+    converted = as_typed(option, value, where)
+    option.range.check(where if where == f"--{option.name}" else f"{where}: {option.name}", converted)
+    return converted
+
+
+def as_typed(option: Option, value: Any, where: str) -> Any:
+    """The value in the option's type and among its choices."""
     named = option.choices is not None and value in option.choices
     if not named and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
         if not option.nullable:

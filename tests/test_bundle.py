@@ -141,7 +141,7 @@ def test_labels_of_the_same_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) 
     [
         ({}, "bundle needs an export"),
         ({"export": "e", "server": "http://phone:1"}, "--replay"),
-        ({"export": "e", "min_precision": 90.0}, "between 0 and 1"),
+        ({"export": "e", "min_precision": 90.0}, "--min_precision is 90.0; give a number above 0 and below 1"),
         ({"export": "e", "num_golden": 0}, "--num_golden"),
         ({"export": "e", "tolerance": 0.0}, "--tolerance"),
     ],

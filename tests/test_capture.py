@@ -314,7 +314,7 @@ def test_matrices_with_a_known_spectrum(tmp_path: Path, capsys: Any) -> None:
         (["photos"], "needs IMAGES and --model"),
         (["photos", "--synthetic", "3"], "without a model"),
         (["photos", "--model", "m", "--native", "--image_size", "56"], "give one of them"),
-        (["photos", "--model", "m", "--shard_size", "0"], "--shard_size must be at least 1"),
+        (["photos", "--model", "m", "--shard_size", "0"], "--shard_size is 0; give a number of at least 1"),
         (["--synthetic", "2", "--channels", "20"], "needs 39 channels"),
     ],
 )

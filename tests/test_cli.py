@@ -312,8 +312,15 @@ def values_of(row: options.Option) -> st.SearchStrategy[Any]:
         kind = options.plain_types(row.annotation)[0]
         kind = next(iter(typing.get_args(kind)), str) if row.is_list else kind
         kind = typing.get_origin(kind) or kind
-        plain_kinds = {bool: st.booleans(), int: st.integers(), float: st.floats(allow_nan=False)}
+        bounds = row.range
+        low = bounds.above if bounds.least is None else bounds.least
+        high = bounds.below if bounds.most is None else bounds.most
+        within = {"min_value": low, "max_value": high}
+        whole_numbers = st.integers(low, high)
+        numbers = st.floats(allow_nan=False, allow_infinity=False if row.range else None, **within)
+        plain_kinds = {bool: st.booleans(), int: whole_numbers, float: numbers}
         one = {**plain_kinds, dict: st.dictionaries(text, text, max_size=2)}.get(kind, text)
+        one = one.filter(lambda value: value in row.range) if row.range else one
     if row.is_list:
         whole = row.choices or not row.commas or kind is int
         plain = one if whole else one.map(lambda s: s.replace(",", "").strip()).filter(bool)

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from rankwise.config import LabelConfig
 from rankwise.data.images import ImageReader
 from rankwise.data.labelling import coco
 from rankwise.data.labelling.coco import Photo, download_coco, find_images, select
@@ -210,8 +211,8 @@ def test_a_larger_selection_keeps_nearly_all_of_a_smaller_one() -> None:
 
 def test_all_are_selected_where_there_are_fewer() -> None:
     assert set(select(PHOTOS, 1000, 1)) == set(select(PHOTOS, None, 1)) == set(PHOTOS)
-    with pytest.raises(UsageError, match="--num_images must be at least 1"):
-        select(PHOTOS, 0, 1)
+    with pytest.raises(UsageError, match="--num_images is 0; give a number of at least 1"):
+        LabelConfig(num_images=0)
 
 
 names = st.text("abcdefgh", min_size=1, max_size=2)

@@ -4,6 +4,7 @@ unknown flag, a missing extra, a terminal that is not UTF-8, a dry run: one sent
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -30,6 +31,8 @@ from rankwise.cli import COMMANDS
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import describe
 from rankwise.data.restaurants import write_task
+from rankwise.errors import UsageError
+from rankwise.options import Option, options_of
 from rankwise.stages.commands import command_options
 from rankwise.store.plan_file import write_plan
 
@@ -195,6 +198,58 @@ def test_a_wrong_type(name: str, world: Path, here: Path, capsys: pytest.Capture
     if typed:
         code, said = called(words(name, world, f"--{typed[0].name}=many"), capsys)
         assert code == 2 and "expected " in said and typed[0].name in said
+
+
+def outside(item: Option) -> list[tuple[float, str]]:
+    """Numbers a step outside each bound of an option, and what is said of them."""
+    bounds, step = item.range, 1 if "int" in str(item.annotation) else 1e-6
+    below = [bound - step for bound in (bounds.least,) if bound is not None] + [bounds.above]
+    over = [bound + step for bound in (bounds.most,) if bound is not None] + [bounds.below]
+    kind = int if step == 1 else float
+    return [(kind(one), f"is {kind(one)}; give a number {bounds}") for one in (*below, *over) if one is not None]
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_number_outside_its_range(
+    name: str, world: Path, here: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By flag, and where the command takes a file, by file: one form of message, before anything is read or made."""
+    file = tmp_path_factory.mktemp("config") / "own.yaml"
+    for item in command_options(COMMANDS[name]):
+        for number, said in outside(item):
+            wanted = (2, f"rankwise: --{item.name} {said}")
+            assert called(words(name, world, f"--{item.name}={number}"), capsys) == wanted
+            if COMMANDS[name].takes_file:
+                file.write_text(f"{item.name}: {number}")
+                wanted = (2, f"rankwise: {file}: {item.name} {said}")
+                assert called([*name.split(), str(file)], capsys) == wanted
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_number_outside_its_range_in_python(name: str) -> None:
+    def refused(defaults: Any) -> Iterator[str]:
+        for field in dataclasses.fields(defaults):
+            default = getattr(defaults, field.name)
+            if dataclasses.is_dataclass(default):
+                yield from refused(default)
+        for item in options_of(defaults):
+            for number, said in outside(item) if item.name in vars(defaults) else ():
+                with pytest.raises(UsageError, match=re.escape(f"--{item.name} {said}")):
+                    dataclasses.replace(defaults, **{item.name: [number] if item.is_list else number})
+                yield item.name
+
+    own = {item.name for item in options_of(COMMANDS[name].config) if item.range}
+    assert set(refused(COMMANDS[name].config)) == own
+
+
+def test_a_number_outside_its_range_in_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in ("nan", "inf", "2"):
+        code, said = called(["run", "demo", "--set", f"ranks.svd_threshold={number}"], capsys)
+        assert code == 2 and f"svd_threshold is {float(number)}; give a number above 0 and at most 1" in said
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", LINES)

@@ -389,7 +389,7 @@ def under_test(config: EvaluateConfig, rows: Any) -> Subject:
 
 
 def texts(tested: Subject, rows: Any, batch_size: int = 4) -> list[str]:
-    generator = HFGenerator(tested.model, tested.renderer, GenerationSettings(6, batch_size))
+    generator = HFGenerator(tested.model, tested.renderer, GenerationSettings(6, batch_size=batch_size))
     return [found.text for found in sorted(generator.generate(rows), key=lambda one: one.position)]
 
 

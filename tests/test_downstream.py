@@ -503,7 +503,11 @@ def test_what_cannot_work_says_why(
         (3, "none of 1 row has a picture", downstream(smolvlm, bare, tmp_path / "r")),
         (2, "ranks 1 to 4", downstream(smolvlm, data, tmp_path / "r", "--ranks", "2,5")),
         (3, "no trained network", downstream(smolvlm, data, tmp_path / "r", "--arch", "MLP")),
-        (2, "--batch_size must be at least 1", downstream(smolvlm, data, tmp_path / "r", "--batch_size", "0")),
+        (
+            2,
+            "--batch_size is 0; give",
+            downstream(smolvlm, data, tmp_path / "r", "--batch_size", "0"),
+        ),
         (2, "--data_path is missing", cli.main(["features", "downstream", str(smolvlm)])),
         (2, "needs a model", cli.main(["features", "downstream", "--data_path", str(data)])),
     ]

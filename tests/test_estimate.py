@@ -251,8 +251,8 @@ def test_without_rows_the_limit_is_the_length(words: list[str], capsys: pytest.C
     [
         (["--gpu", "24GB"], "acts only with --estimate"),
         (["--estimate", "--gpu", "rtx40900"], "did you mean rtx4090"),
-        (["--estimate", "--utilisation", "1.5"], "share above 0"),
-        (["--estimate", "--usd-per-hour", "-1"], "at least 0"),
+        (["--estimate", "--utilisation", "1.5"], "--utilisation is 1.5; give a number above 0 and at most 1"),
+        (["--estimate", "--usd-per-hour", "-1"], "--usd_per_hour is -1.0; give a number of at least 0"),
         (["--estimate", "--fsdp", "full_shard"], "one GPU"),
     ],
 )

@@ -320,7 +320,10 @@ def test_a_base_with_other_tokens_is_refused(base: Path, other_text: Path, tmp_p
         (("m", "--forget", "x.txt", "--num_fewshot", "2"), "acts only with --task lm_eval:NAME"),
         (("m", "--task", "lm_eval:x", "--engine", "vllm"), "--engine transformers"),
         (("m", "--task", "lm_eval:x", "--lm_eval_tasks_path", "no/such"), "no folder of task files"),
-        (("m", "--task", "e2e_nlg", "--data_path", "d", "--num_samples", "0"), "at least 1"),
+        (
+            ("m", "--task", "e2e_nlg", "--data_path", "d", "--num_samples", "0"),
+            "--num_samples is 0; give",
+        ),
         (("m", "--forget", "x.txt", "--engine", "vllm"), "--forget needs the logits"),
         (("m", "--forget", "x.txt", "--classify", "guess"), "likelihood, generation"),
     ],

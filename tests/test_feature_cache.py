@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rankwise.config import CaptureConfig
 from rankwise.core.approximation import best_errors, normalised, shared_basis, singular_values
 from rankwise.data.features import writer
 from rankwise.data.features.cache import FeatureCache, ModelOrigin, content_fingerprint, open_cache
@@ -459,10 +460,14 @@ def test_even_rows_turn_and_do_not_stretch(rows: int, columns: int, seed: int) -
         ({"spectrum": "power:x"}, "power:A, exp:A, flat, rank:R"),
         ({"spectrum": "power:-1"}, "above 0"),
         ({"spectrum": "rank:0"}, "above 0"),
-        ({"shared": 1.5}, "from 0 to 1"),
-        ({"tokens": 1}, "2 tokens"),
     ],
 )
 def test_matrices_that_do_not_exist_are_refused(given_: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         Synthetic(**given_)
+
+
+@pytest.mark.parametrize(("given_", "told"), [({"shared": 1.5}, "from 0 to 1"), ({"tokens": 1}, "of at least 2")])
+def test_numbers_that_no_matrices_have_are_refused(given_: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        CaptureConfig(synthetic=1, **given_)

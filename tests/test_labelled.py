@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from rankwise.config import LabelConfig
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.labelling.coco import find_images, select
@@ -197,8 +198,8 @@ def test_a_fraction_of_nothing_and_of_too_much(tmp_path: Path) -> None:
     assert write_dataset(tmp_path, rows, PETS, TARGET, 0).val == ()
     assert read_rows(tmp_path / "val.jsonl") == ()
     for fraction in (1, -0.1):
-        with pytest.raises(UsageError, match="--val_fraction must be at least 0 and below 1"):
-            write_dataset(tmp_path, rows, PETS, TARGET, fraction)
+        with pytest.raises(UsageError, match=f"--val_fraction is {fraction}; give a number of at least 0 and below 1"):
+            LabelConfig(val_fraction=fraction)
 
 
 def test_twins_with_two_labels_stay_together_and_are_named(tmp_path: Path) -> None:

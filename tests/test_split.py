@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rankwise.config import FinetuneConfig
 from rankwise.data.example import Example, Turn
 from rankwise.data.sources import load
 from rankwise.data.split import recorded_split, split_groups, subset
@@ -49,9 +50,9 @@ def test_subset_depends_on_the_generator_only() -> None:
 
 
 def test_wrong_ratio_and_cap_are_usage_errors() -> None:
-    for ratio, cap in ((0.0, None), (1.5, None), (0.5, 0)):
+    for ratio, cap in ((0.0, 1), (1.5, 1), (0.5, 0)):
         with pytest.raises(UsageError):
-            subset([example(1)], ratio, cap, random.Random(0))
+            FinetuneConfig(subset_ratio=ratio, max_samples=cap)
 
 
 @given(groups=st.lists(st.integers(0, 20), min_size=2, max_size=80), fraction=st.floats(0.01, 0.9))

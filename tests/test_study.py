@@ -437,7 +437,7 @@ def test_without_a_measured_rate_no_time_is_guessed(base: Path, data: Path, tmp_
         ({"primary": ["energy against uniform"]}, "ARM vs ARM"),
         ({"primary": ["loss vs uniform"]}, "unknown arm"),
         ({"first_seeds": 1}, "first_seeds"),
-        ({"smallest_effect": 0.0}, "above 0"),
+        ({"smallest_effect": 0.0}, "--smallest_effect is 0.0; give a number above 0"),
         ({"kind": "phases", "arms": ["static", "yoked:norm:2"]}, "name that arm as well"),
         ({"kind": "phases", "arms": ["static", "norm:2", "yoked:norm:2"]}, "tuning_seeds at least 2"),
         ({"kind": "phases", "arms": ["static", "yoked:mlp:1 > attention"]}, "what is replayed is"),

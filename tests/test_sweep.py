@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from served import text_gguf
 
+from rankwise.config import ValidateConfig
 from rankwise.errors import DataError, UsageError
 from rankwise.ship.inferiority import INFERIOR, NOT_INFERIOR, UNDECIDED, compared, paired_interval, wilson
 from rankwise.ship.llama.runtime import Runtime
@@ -112,8 +113,8 @@ def test_forms_of_different_items_are_not_compared() -> None:
         choose([tried("f16", 2, outcomes(10, 1)), tried("q8_0", 1, outcomes(9, 1))])
     with pytest.raises(DataError, match="no form"):
         choose([])
-    with pytest.raises(UsageError, match="margin"):
-        choose([tried("f16", 2, outcomes(10, 1))], margin=2)
+    with pytest.raises(UsageError, match="--sweep_margin is 2; give a number above 0 and below 1"):
+        ValidateConfig(sweep_margin=2)
 
 
 # --- files and the whole ------------------------------------------------------------------------------------------

@@ -135,12 +135,16 @@ def test_a_tower_that_is_not_named_keeps_its_default() -> None:
         (TowersSection(full=["language"]), "rankwise finetune --full language"),
         (TowersSection(freeze=["language"], full=["projector"]), "nothing gets an adapter"),
         (TowersSection(vision_lr=1e-5), "the vision tower is frozen"),
-        (TowersSection(language_lr=-1.0), "at least 0"),
     ],
 )
 def test_towers_that_cannot_be(section: TowersSection, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         train_use(section)
+
+
+def test_a_learning_rate_that_cannot_be() -> None:
+    with pytest.raises(UsageError, match=r"--language_lr is -1\.0; give a number of at least 0"):
+        TowersSection(language_lr=-1.0)
 
 
 def test_finetune_takes_one_way_at_a_time() -> None:

@@ -43,9 +43,9 @@ def config(**how: Any) -> ValidateConfig:
     [
         ({"data": ScoredData()}, "--task labels --data_path"),
         ({"data": ScoredData(task="lm_eval:arc_easy", data_path="x")}, "can be validated"),
-        ({"num_samples": 0}, "--num_samples must be at least 1"),
-        ({"top": 1}, "--top must be at least 2"),
-        ({"min_accuracy": 85}, "share between 0 and 1"),
+        ({"num_samples": 0}, "--num_samples is 0; give a number of at least 1"),
+        ({"top": 1}, "--top is 1; give a number of at least 2"),
+        ({"min_accuracy": 85}, "--min_accuracy is 85; give a number above 0 and at most 1"),
         ({"min_agreement": 0.9, "parity_samples": 0}, "--parity_samples 0"),
         ({"tolerance": 0}, "--tolerance"),
         ({"sweep": ["q4_0"], "server": "http://phone:8080"}, "--sweep"),

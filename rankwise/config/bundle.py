@@ -5,37 +5,36 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rankwise.config.sections import SPLITS, ScoredData
-from rankwise.options import option
+from rankwise.options import Options, option
 
 
 @dataclass(frozen=True)
-class BundleConfig:
-    """Everything that an app needs to run the model, with inputs and what must come out of them."""
+class BundleConfig(Options):
+    """Bundle all that an app needs to run the model, with golden vectors: inputs and their expected outputs."""
 
     export: str | None = option(help="export folder", aliases=("model_path",))
-    output_dir: str = option("bundle", help="folder of the bundle", short="-o", aliases=("output_path",))
-    outtype: str | None = option(help="form to ship [q8_0 where it was exported, else the smallest]")
-    validation: str | None = option(
-        "validation", help="folder of `rankwise validate`: its items, its verdict, its confidences"
-    )
-    reference: str | None = option(help="merged model that the files were made from [the one that the export records]")
+    output_dir: str = option("bundle", help="bundle folder", short="-o", aliases=("output_path",))
+    outtype: str | None = option(help="quantization type to ship [q8_0 if exported, else the smallest]")
+    validation: str | None = option("validation", help="`rankwise validate` folder: its items, verdict and confidences")
+    reference: str | None = option(help="merged model the files were made from [as recorded in the export]")
     data: ScoredData = field(default_factory=ScoredData)
-    split: str | None = option(help="rows that golden vectors are taken from [the validation's]", choices=SPLITS)
-    num_golden: int = option(8, help="golden vectors, some of every kind of picture")
-    top: int = option(64, help="tokens whose log-probabilities are written down at each place")
+    split: str | None = option(help="split to take golden vectors from [the validation's]", choices=SPLITS)
+    num_golden: int = option(8, least=1, help="number of golden vectors, spread over kinds of images")
+    top: int = option(64, least=2, help="top-k log-probabilities to record per position")
     tolerance: float | None = option(
-        help="how many times the measured floor is still agreement, in KL [the validation's; 10 without one]",
+        above=0,
+        help="allowed KL divergence as a multiple of the measured noise floor [the validation's; 10 without one]",
         aliases=("k",),
     )
-    min_precision: float = option(0.9, help="share of right answers that the app wants where it does not say unsure")
-    allow_unverified: bool = option(False, help="bundle though export or validation is missing or found faults")
-    replay: str | None = option(help="a bundle: replay its golden vectors instead; exit 6 where a rung differs")
-    server: str | None = option(
-        address=True, help="address of the llama.cpp server that --replay asks [one of our own]"
+    min_precision: float = option(
+        0.9, above=0, below=1, help="precision the app must reach on answers it does not abstain from"
     )
+    allow_unverified: bool = option(False, help="bundle even if export or validation is missing or failed")
+    replay: str | None = option(help="bundle whose golden vectors to replay instead; exit 6 if a rung differs")
+    server: str | None = option(address=True, help="llama.cpp server to replay on [started here]")
     app_pixels: str | None = option(
-        help="for --replay: folder with what the app made of golden/*-source.*: *-device.png, or sha256_rgb.json"
+        help="for --replay: folder with the app's pixels for golden/*-source.*: *-device.png, or sha256_rgb.json"
     )
-    context: int | None = option(help="tokens that llama.cpp holds [what the longest sample needs]")
-    threads: int | None = option(help="of llama.cpp [its own choice]")
-    seed: int = option(42, help="of the trained side's options")
+    context: int | None = option(help="context size of llama.cpp in tokens [as the longest sample needs]")
+    threads: int | None = option(help="CPU threads for llama.cpp [llama.cpp's default]")
+    seed: int = option(42, help="random seed of the reference")

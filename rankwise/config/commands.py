@@ -6,7 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from rankwise.config.sections import (
+    DEVICE,
     DTYPES,
+    NO_PNG,
+    NORMALISE,
+    SEED,
     SPLITS,
     TRAINERS,
     AllocationSection,
@@ -24,103 +28,114 @@ from rankwise.config.sections import (
     SpectrumSection,
     TowersSection,
 )
-from rankwise.options import option
+from rankwise.options import Options, option
+
+RESUME = "checkpoint folder to resume from, or true for the newest complete one"
+PARTIAL = "resume even if optimizer or random state is missing"
+SPLIT = "official split"
+DELTAS = "`rankwise finetune` folder: its float32 deltas"
+SET = "STAGE.OPTION=VALUE, overrides the recipe; repeatable"
+LIST = "list the packaged recipes and stop"
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
-    """Short full-parameter fine-tune: a meaningful delta, not quality."""
+class FinetuneConfig(Options):
+    """Fine-tune all parameters briefly: for a meaningful delta, not for quality."""
 
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     towers: TowersSection = field(default_factory=TowersSection)
-    output_dir: str = option("saved_models/preliminary_finetune", help="where the result goes", short="-o")
-    subset_ratio: float = option(0.01, help="share of the rows, per task type")
-    max_samples: int = option(1000, help="most rows to train on")
-    learning_rate: float = option(2e-5, help="peak learning rate", aliases=("lr",))
-    batch_size: int = option(1, help="rows per device and step", aliases=("per_device_train_batch_size",))
-    gradient_accumulation: int = option(8, help="steps per update", aliases=("gradient_accumulation_steps",))
-    num_epochs: float = option(1, help="passes over the subset", aliases=("num_train_epochs",))
+    output_dir: str = option("saved_models/preliminary_finetune", help="run folder", short="-o")
+    subset_ratio: float = option(0.01, above=0, most=1, help="share of the rows, per task type")
+    max_samples: int = option(1000, least=1, help="maximum number of training rows")
+    learning_rate: float = option(2e-5, least=0, help="peak learning rate", aliases=("lr",))
+    batch_size: int = option(1, least=1, help="rows per device and step", aliases=("per_device_train_batch_size",))
+    gradient_accumulation: int = option(8, least=1, help="steps per update", aliases=("gradient_accumulation_steps",))
+    num_epochs: float = option(1, help="epochs over the subset", aliases=("num_train_epochs",))
     use_wandb: bool = option(False, help="log to Weights & Biases (extra: track)")
-    seed: int = option(42, help="one seed for everything")
+    seed: int = option(42, help=SEED)
     save: str = option(
         "deltas",
         choices=("deltas", "checkpoints", "both"),
-        help="float32 deltas, or pretrained/ and finetuned/",
+        help="what to save: float32 deltas, or pretrained/ and finetuned/",
     )
-    method: str = option("full", choices=("full", "lora"), help="full parameters, or a cheap high-rank LoRA probe")
-    lora_r: int = option(64, help="rank of the LoRA probe", aliases=("r",))
-    skip_shards: int = option(0, help="leave out the rows of the first N subsets: disjoint data for a second probe")
-    resume_from_checkpoint: str | None = option(help="checkpoint folder, or true for the newest complete one")
-    allow_partial_resume: bool = option(False, help="resume although optimizer or random state is missing")
+    method: str = option("full", choices=("full", "lora"), help="train all parameters, or a cheap high-rank LoRA probe")
+    lora_r: int = option(64, least=1, help="rank of the LoRA probe", aliases=("r",))
+    skip_shards: int = option(0, least=0, help="number of subsets to skip: disjoint data for a second probe")
+    resume_from_checkpoint: str | None = option(help=RESUME)
+    allow_partial_resume: bool = option(False, help=PARTIAL)
     training: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class RanksConfig:
-    """Two checkpoints (or deltas, or one adapter) → spectra → rank plan."""
+class RanksConfig(Options):
+    """Compute a rank plan from the spectra of two checkpoints, of deltas or of one adapter."""
 
     base: str | None = option(help="base checkpoint: folder, file or hub id", aliases=("pretrained",))
     tuned: str | None = option(help="fine-tuned checkpoint", aliases=("finetuned",))
-    deltas: str | None = option(help="a `rankwise finetune` folder: its float32 deltas")
-    adapter: str | None = option(help="a LoRA adapter: its spectrum from the factors, never the dense matrix")
-    output_dir: str = option(".", help="below it: configs/ and analysis_outputs/svd/", short="-o", aliases=("out",))
+    deltas: str | None = option(help=DELTAS)
+    adapter: str | None = option(help="LoRA adapter: its spectrum from the factors, without the dense matrix")
+    output_dir: str = option(".", help="folder for configs/ and analysis_outputs/svd/", short="-o", aliases=("out",))
     spectrum: SpectrumSection = field(default_factory=SpectrumSection)
     sites: SitesSection = field(default_factory=SitesSection)
     signal: str = option(
         "delta",
         choices=("delta", "activation", "gradient", "uniform", "random"),
-        help="what ranks are decided from",
+        help="what ranks are computed from: weight delta, activations, gradients, or a baseline",
     )
-    metric: str = option("weight", choices=("weight", "activation", "loss"), help="what a singular direction is worth")
-    probe2: list[str] = option([], help="further probes (folders with deltas, or checkpoints): repeatability")
-    gain: str | None = option(help="held-out data: the share of the loss gain that the plan keeps")
+    metric: str = option(
+        "weight",
+        choices=("weight", "activation", "loss"),
+        help="how singular directions are weighted: weight norm, activation or loss",
+    )
+    probe2: list[str] = option([], help="further probes (folders with deltas, or checkpoints), for repeatability")
+    gain: str | None = option(help="held-out data on which to measure the share of the loss gain that the plan keeps")
     data: DataSection = field(default_factory=DataSection)
     model_name: str | None = option(help="model to run for --gain, --metric and --signal [the base]")
-    num_samples: int = option(256, help="items of the data that --gain, --metric and --signal look at")
-    batch_size: int = option(16, help="items per forward pass")
-    emit: list[str] = option([], choices=TRAINERS, help="the plan as a config for another trainer")
-    allow_noise: bool = option(False, help="plan although the delta is mostly rounding noise (the plan says so)")
-    no_plots: bool = option(False, help="no PNG files")
+    num_samples: int = option(256, least=1, help="number of rows for --gain, --metric and --signal")
+    batch_size: int = option(16, least=1, help="rows per forward pass")
+    emit: list[str] = option([], choices=TRAINERS, help="also write the plan as a config for these trainers")
+    allow_noise: bool = option(False, help="plan even if the delta is mostly rounding noise (recorded in the plan)")
+    no_plots: bool = option(False, help=NO_PNG)
     save_delta_weights: bool = option(False, help="also write the deltas as float32 safetensors")
     device: str = option("cpu", help="cpu or cuda")
-    seed: int = option(42, help="seed of the sketch, the null spectra and the shuffles")
+    seed: int = option(42, help="random seed of the sketch, the null spectra and the shuffles")
 
 
 @dataclass(frozen=True)
-class ExtractConfig:
-    """Checkpoint pair → LoRA adapter, by truncated SVD of each delta."""
+class ExtractConfig(Options):
+    """Extract a LoRA adapter from a checkpoint pair, by truncated SVD of each delta."""
 
     base: str | None = option(help="base checkpoint", aliases=("pretrained",))
     tuned: str | None = option(help="fine-tuned checkpoint", aliases=("finetuned",))
-    deltas: str | None = option(help="a `rankwise finetune` folder: its float32 deltas")
+    deltas: str | None = option(help=DELTAS)
     plan: str | None = option(help="rank plan", aliases=("lora_config",))
-    rank: int | None = option(help="one rank everywhere, instead of a plan", aliases=("r",))
+    rank: int | None = option(least=1, help="one rank for all sites, instead of a plan", aliases=("r",))
     sites: SitesSection = field(default_factory=SitesSection)
-    save_modules: bool = option(False, help="carry changed embeddings, heads, norms and biases as they are, whole")
-    no_verify: bool = option(False, help="skip the comparison of base + adapter's logits with the tuned model's")
+    save_modules: bool = option(False, help="copy changed embeddings, heads, norms and biases in full")
+    no_verify: bool = option(False, help="skip verification: logits of base + adapter against the tuned model's")
     output_dir: str = option("extracted_adapter", help="adapter folder", short="-o")
     device: str = option("cpu", help="cpu or cuda")
-    seed: int = option(42, help="seed of the sketch")
+    seed: int = option(42, help="random seed of the sketch")
 
 
 @dataclass(frozen=True)
-class CompressConfig:
-    """Adapter → smaller adapter, exact through QR of its factors."""
+class CompressConfig(Options):
+    """Compress an adapter to lower ranks, exactly, through QR of its factors."""
 
     adapter: str | None = option(help="adapter or run folder")
-    energy: float | None = option(help="energy that every site keeps, 0 to 1")
-    budget: str | None = option(help="N parameters, uniform:R, or 0.5%")
-    normalise: str = option("none", choices=("none", "site"), help="budget by absolute energy or by each site's share")
-    uniform: bool = option(False, help="zero-pad to one rank, no patterns: what hot swap and vLLM take")
-    scale: float | None = option(help="scale of an adapter that comes without a config (loralib)")
+    energy: float | None = option(above=0, most=1, help="energy that each site keeps")
+    budget: str | None = option(help="parameter budget: N, uniform:R, or 0.5%")
+    normalise: str = option("none", choices=("none", "site"), help=NORMALISE)
+    uniform: bool = option(False, help="zero-pad to one rank, without patterns, for hot swapping and vLLM")
+    scale: float | None = option(above=0, help="scale of an adapter without a config (loralib): lora_alpha / r")
     output_dir: str = option("compressed_adapter", help="adapter folder", short="-o")
 
 
 @final
 @dataclass(frozen=True)
-class TrainConfig:
-    """LoRA/QLoRA training, with a rank plan or a uniform rank, in phases or not."""
+class TrainConfig(Options):
+    """Train LoRA or QLoRA, with a rank plan or a uniform rank, in phases or not."""
 
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
@@ -131,150 +146,155 @@ class TrainConfig:
     phases: PhasesSection = field(default_factory=PhasesSection)
     selection: SelectionSection = field(default_factory=SelectionSection)
     estimate: EstimateSection = field(default_factory=EstimateSection)
-    output_dir: str = option("saved_models/dynamic_lora_model", help="adapter and run folder", short="-o")
+    output_dir: str = option("saved_models/dynamic_lora_model", help="run folder, with the adapter", short="-o")
     adapter_folder: str = option(
-        ".", choices=(".", "final_model", "lora_adapter"), help="where in the run folder the adapter goes"
+        ".", choices=(".", "final_model", "lora_adapter"), help="adapter folder within the run folder"
     )
     val_path: str | None = option(help="validation rows [a share of the training groups]")
-    val_fraction: float = option(0.05, help="share of the groups held out where no --val_path is given")
+    val_fraction: float = option(0.05, least=0, below=1, help="validation share of the groups without --val_path")
     max_samples: int | None = option(
-        help="most rows to draw, for training and validation together (--val_path has rows of its own)",
+        least=1,
+        help="maximum number of rows, for training and validation together (without those of --val_path)",
         aliases=("num_samples",),
     )
-    max_val_samples: int | None = option(help="most rows to validate on")
-    packing: bool = option(False, help="several samples in a row of up to --max_seq_length tokens, kept apart")
-    seed: int = option(42, help="one seed for everything")
-    resume_from_checkpoint: str | None = option(help="checkpoint folder, or true for the newest complete one")
-    allow_partial_resume: bool = option(False, help="resume although optimizer or random state is missing")
+    max_val_samples: int | None = option(least=1, help="maximum number of validation rows")
+    packing: bool = option(False, help="pack samples into rows of up to --max_seq_length tokens, kept apart")
+    seed: int = option(42, help=SEED)
+    resume_from_checkpoint: str | None = option(help=RESUME)
+    allow_partial_resume: bool = option(False, help=PARTIAL)
     training: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class CheckConfig:
-    """A data set gone over before a GPU is touched: rows, images, tokens, labels."""
+class CheckConfig(Options):
+    """Check a data set before training: rows, images, tokens, labels."""
 
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
-    split: str = option("train", choices=SPLITS, help="which official split")
-    workers: int | None = option(help="processes that decode images, 0 for none [one per core, 8 at most]")
-    compare: int = option(8, help="samples with images whose ids and pixels are compared with the processor's own")
-    run_model: bool = option(False, help="run a few samples through the model's own weights [a cut-down, random copy]")
-    output_dir: str = option("check", help="where check.json and bad_samples.jsonl go", short="-o")
+    split: str = option("train", choices=SPLITS, help=SPLIT)
+    workers: int | None = option(least=0, help="processes that decode images, 0: none [one per core, maximum 8]")
+    compare: int = option(
+        8, least=0, help="number of samples with images to compare with the processor's own ids and pixels"
+    )
+    run_model: bool = option(False, help="run samples through the model's own weights [a cut-down, random copy]")
+    output_dir: str = option("check", help="folder for check.json and bad_samples.jsonl", short="-o")
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
-    """Score a task with a base model, an adapter or a merged model; measure what was forgotten."""
+class EvaluateConfig(Options):
+    """Score a base model, an adapter or a merged model on a task; measure forgetting."""
 
     model_name: str | None = option(
         help="base model, merged model, adapter or run folder", aliases=("model_path", "adapter")
     )
     base_model_id: str | None = option(help="base of an adapter [as recorded in it]", aliases=("base_model",))
     data: ScoredData = field(default_factory=ScoredData)
-    split: str = option("dev", choices=SPLITS, help="which official split; MultiNLI's dev is dev_matched")
-    num_samples: int | None = option(help="first N items, in file order")
-    batch_size: int = option(16, help="prompts per step")
+    split: str = option("dev", choices=SPLITS, help="official split; dev is dev_matched for MultiNLI")
+    num_samples: int | None = option(least=1, help="number of rows, in file order [all]")
+    batch_size: int = option(16, least=1, help="prompts per step")
     generation: GenerationSection = field(default_factory=GenerationSection)
     depth: DepthUseSection = field(default_factory=DepthUseSection)
     classify: str = option(
         "likelihood",
         choices=("likelihood", "generation"),
-        help="labels by log-likelihood, or as the generated text names them",
+        help="classify by log-likelihood, or by the label in the generated text",
     )
-    engine: str = option("transformers", choices=("transformers", "vllm"), help="what runs the model (extra: vllm)")
-    forget: str | None = option(help="other text (.txt, .jsonl): KL from the base and perplexities on it")
-    lm_eval_tasks_path: str | None = option(help="folder with task files of one's own, for lm_eval:NAME")
-    num_fewshot: int | None = option(help="worked examples in a prompt, for lm_eval:NAME [the task's own number]")
+    engine: str = option("transformers", choices=("transformers", "vllm"), help="inference engine (extra: vllm)")
+    forget: str | None = option(help="other text (.txt, .jsonl) for KL from the base and perplexities")
+    lm_eval_tasks_path: str | None = option(help="folder with your own task files, for lm_eval:NAME")
+    num_fewshot: int | None = option(least=0, help="few-shot examples, for lm_eval:NAME [the task's default]")
     dtype: str = option("auto", choices=DTYPES, help="precision of the model")
-    output_dir: str | None = option(help="where the scores go [evaluation/ below the model]", short="-o")
-    device: str = option("auto", help="auto, cpu or cuda")
-    seed: int = option(42, help="seed of sampling and of the bootstrap")
+    output_dir: str | None = option(help="folder for the scores [evaluation/ in the model's folder]", short="-o")
+    device: str = option("auto", help=DEVICE)
+    seed: int = option(42, help="random seed of sampling and bootstrap")
 
 
 @dataclass(frozen=True)
-class MergeConfig:
-    """Adapter into base, shard by shard, checked."""
+class MergeConfig(Options):
+    """Merge an adapter into its base, shard by shard, verified."""
 
     adapter: str | None = option(help="adapter or run folder", aliases=("adapter_path", "lora_path"))
     base_model: str | None = option(help="base model [as recorded in the adapter]", aliases=("model_name",))
     output_dir: str = option("merged_model", help="Hugging Face checkpoint", short="-o", aliases=("output_path",))
-    dtype: str = option(
-        "auto", choices=DTYPES, help="precision on disk [the base's own]; float16 is the one for export"
-    )
-    max_shard_size: str = option("5GB", help="size of one file")
+    dtype: str = option("auto", choices=DTYPES, help="precision on disk [the base's]; float16 for export")
+    max_shard_size: str = option("5GB", help="maximum size per file")
     data: DataSection = field(default_factory=DataSection)
-    split: str = option("dev", choices=SPLITS, help="which official split the prompts of --data_path come from")
-    num_samples: int = option(8, help="prompts of --data_path to compare on; without it, random tokens")
-    max_memory: str | None = option(help="memory of the comparison; a larger model goes layer by layer [what is free]")
-    no_verify: bool = option(False, help="skip the comparison of the merged tensors and logits with base + adapter")
+    split: str = option("dev", choices=SPLITS, help="official split of --data_path for the prompts")
+    num_samples: int = option(
+        8, least=1, help="number of prompts of --data_path to compare on; without it, random tokens"
+    )
+    max_memory: str | None = option(
+        help="maximum memory of the comparison; larger models go layer by layer [free memory]"
+    )
+    no_verify: bool = option(False, help="skip verification: merged tensors and logits against base + adapter")
 
 
 @dataclass(frozen=True)
-class ReportConfig:
-    """One self-contained page for a run folder."""
+class ReportConfig(Options):
+    """Write one self-contained page for a run folder."""
 
     run: str | None = option(help="run folder")
     out: str | None = option(help="page to write [report.html in the run folder]", short="-o")
-    title: str | None = option(help="heading of the page")
+    title: str | None = option(help="page title")
 
 
 @dataclass(frozen=True)
-class DemoConfig:
-    """The whole flow on a model and data that it makes itself, offline, on a CPU."""
+class DemoConfig(Options):
+    """Run the whole flow on a model and data created here, offline, on a CPU."""
 
     output_dir: str | None = option(help="run folder [runs/demo, or runs/demo-vision]", short="-o")
-    vision: bool = option(False, help="a model that sees, and questions about pictures that it draws itself")
-    seed: int = option(42, help="one seed for everything")
-    quick: bool = option(False, help="a few steps of everything: for tests; the scores mean nothing")
+    vision: bool = option(False, help="use a vision-language model and questions about generated images")
+    seed: int = option(42, help=SEED)
+    quick: bool = option(False, help="take a few steps only, for tests; scores are meaningless")
 
 
 @dataclass(frozen=True)
-class TinyConfig:
-    """A tiny model that sees and a few drawn photos: what `rankwise run quickstart` starts from."""
+class TinyConfig(Options):
+    """Create a tiny vision-language model and sample images: input of `rankwise run quickstart`."""
 
-    output_dir: str = option("runs/tiny", help="base/ and photos/ go here", short="-o")
-    seed: int = option(42, help="one seed for everything")
-    quick: bool = option(False, help="a few steps of everything: for tests; the base has learnt nothing")
+    output_dir: str = option("runs/tiny", help="folder for base/ and photos/", short="-o")
+    seed: int = option(42, help=SEED)
+    quick: bool = option(False, help="take a few steps only, for tests; the base has learnt nothing")
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """A pipeline of stages from one file."""
+class RunConfig(Options):
+    """Run a pipeline of stages from one file."""
 
-    recipe: str | None = option(help="recipe file, or the name of one that comes with the package")
+    recipe: str | None = option(help="recipe file, or name of a packaged recipe")
     output_dir: str | None = option(help="run folder [runs/<recipe>]", short="-o")
-    set: list[str] = option([], commas=False, help="STAGE.OPTION=VALUE, over the recipe; repeatable")
-    only: list[str] = option([], help="these stages only")
-    from_: str | None = option(help="run this stage and all after it again", aliases=("from",))
-    force: bool = option(False, help="run every stage again")
-    log_file: str | None = option(help="write what is printed to this file too; auto: logs/TIME.log in the run folder")
-    background: bool = option(False, help="start it as a process that outlives the terminal, and say where its log is")
-    list_: bool = option(False, help="list the recipes that come with the package, and stop", aliases=("list",))
+    set: list[str] = option([], commas=False, help=SET)
+    only: list[str] = option([], help="stages to run, no others")
+    from_: str | None = option(help="first stage to rerun, with all after it", aliases=("from",))
+    force: bool = option(False, help="rerun all stages")
+    log_file: str | None = option(help="copy the output to this file; auto: logs/TIME.log in the run folder")
+    background: bool = option(False, help="run in a process that outlives the terminal, and print its log's path")
+    list_: bool = option(False, help=LIST, aliases=("list",))
 
 
 @dataclass(frozen=True)
-class BatchConfig:
-    """Several recipes, one after the other, each in a folder of its own."""
+class BatchConfig(Options):
+    """Run several recipes, one after the other, each in its own folder."""
 
-    recipes: list[str] = option([], commas=False, help="recipe files, or names of those that come with the package")
-    output_dir: str = option("runs/batch", help="folder of the run folders", short="-o")
-    set: list[str] = option([], commas=False, help="STAGE.OPTION=VALUE, over every recipe; repeatable")
-    force: bool = option(False, help="run every stage again")
-    list_: bool = option(False, help="list the recipes that come with the package, and stop", aliases=("list",))
+    recipes: list[str] = option([], commas=False, help="recipe files, or names of packaged recipes")
+    output_dir: str = option("runs/batch", help="parent of the run folders", short="-o")
+    set: list[str] = option([], commas=False, help=SET)
+    force: bool = option(False, help="rerun all stages")
+    list_: bool = option(False, help=LIST, aliases=("list",))
 
 
 @dataclass(frozen=True)
-class CompareConfig:
-    """Finished runs side by side: parameters, time, losses, gradient norms, scores."""
+class CompareConfig(Options):
+    """Compare finished runs: parameters, time, losses, gradient norms, scores."""
 
     runs: list[str] = option([], commas=False, help="run folders")
-    output_dir: str = option("comparison", help="where the tables and the picture go", short="-o")
-    no_plots: bool = option(False, help="no PNG file")
+    output_dir: str = option("comparison", help="folder for tables and plot", short="-o")
+    no_plots: bool = option(False, help=NO_PNG)
 
 
 @dataclass(frozen=True)
-class DiffConfig:
-    """What two rank plans disagree on."""
+class DiffConfig(Options):
+    """Compare two rank plans."""
 
-    first: str | None = option(help="a lora_rank_config.json")
-    second: str | None = option(help="another one")
+    first: str | None = option(help="rank plan (lora_rank_config.json)")
+    second: str | None = option(help="rank plan to compare it with")

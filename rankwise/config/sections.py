@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rankwise.options import option
+from rankwise.options import Options, option
 
 TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli", "labels", "cota", "conversations")
 SCORED_TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli", "labels", "cota", "conversations")
@@ -16,10 +16,14 @@ TRAINERS = ("peft", "axolotl", "swift", "unsloth", "llamafactory")
 DEPTH_CONTROLS = ("estimated", "off", "shuffled", "constant", "luminance", "ramp", "permuted", "file")
 MAX_SEQ_LENGTH, OVERLONG = 2048, "error"  # where neither an option nor a record says otherwise
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SEED, DEVICE, NO_PNG = "random seed", "auto, cpu or cuda", "write no PNG files"
+NORMALISE = "allocate by absolute energy, or by share per site"
+OUTSIDE = "allow image paths that are absolute or lead out of the image folder (.., links)"
+IMAGE_FOLDER = "folder that the rows' image paths are relative to [the data file's]"
 
 
 @dataclass(frozen=True)
-class ModelSection:
+class ModelSection(Options):
     """Which model, and how it is loaded."""
 
     model_name: str | None = option(
@@ -30,162 +34,166 @@ class ModelSection:
     dtype: str = option(
         "auto",
         choices=DTYPES,
-        help="auto: trained weights float32, frozen ones bf16 on a GPU and float32 on a CPU",
+        help="precision; auto: float32 for trained weights, for frozen ones bfloat16 on a GPU and float32 on a CPU",
     )
     attn_implementation: str | None = option(help="attention kernel (sdpa, eager, flash_attention_2 …)")
 
 
 @dataclass(frozen=True)
-class DataSection:
+class DataSection(Options):
     """Which rows, and how they become tokens."""
 
-    task: str | None = option(help="kind of data [as the data show it]", choices=TASKS, aliases=("dataset",))
-    data_path: str | None = option(help="file, folder or hub id of the data", aliases=("dataset_dir",))
+    task: str | None = option(help="kind of data [detected from the rows]", choices=TASKS, aliases=("dataset",))
+    data_path: str | None = option(help="data: file, folder or hub id", aliases=("dataset_dir",))
     prompt: str = option(
         "auto",
         choices=("auto", "sections", "chat", "raw"),
-        help="headed sections, the chat template, or the texts alone; auto: as trained (input.json), else the "
-        "template where the model has one and every row is a conversation",
+        help="prompt format: headed sections, chat template or plain text; auto: as trained (input.json), else the "
+        "chat template if the model has one and every row is a conversation",
     )
-    chat_template: str | None = option(
-        help="Jinja chat template, a file or the text itself [as trained; the model's own]"
-    )
+    chat_template: str | None = option(help="Jinja chat template, as file or text [as trained; the model's own]")
     chat_template_kwargs: dict[str, Any] | None = option(
         help='variables for the chat template, as JSON: {"enable_thinking": false} [as trained]'
     )
     max_seq_length: int | None = option(
-        help=f"tokens of one sample, prompt and answer [as trained; the model's own, else {MAX_SEQ_LENGTH}]",
+        least=1,
+        help=f"maximum tokens per sample, prompt and answer [as trained; the model's maximum, else {MAX_SEQ_LENGTH}]",
         aliases=("max_length",),
     )
     overlong: str | None = option(
-        choices=("error", "drop", "truncate_source"), help=f"samples over the limit [as trained; {OVERLONG}]"
+        choices=("error", "drop", "truncate_source"),
+        help=f"what to do with samples over --max_seq_length [as trained; {OVERLONG}]",
     )
-    skip_bad: bool = option(False, help="leave broken rows out, counted, instead of stopping at the first")
-    image_folder: str | None = option(help="where the rows' image paths start [the folder of the data file]")
-    allow_outside: bool = option(False, help="read images by absolute paths, `..` and links out of the image folder")
-    allow_urls: bool = option(False, help="fetch images by http(s) from public addresses")
-    repeat_image: bool = option(False, help="one image may fill several <image> placeholders of a row")
-    image_first: bool = option(False, help="images of a row without placeholders come before its first question")
-    roles: list[str] = option(
-        [], help="who speaks in conversations, where rows have other names: pupil=user,coach=assistant"
-    )
+    skip_bad: bool = option(False, help="skip and count malformed rows instead of stopping at the first")
+    image_folder: str | None = option(help=IMAGE_FOLDER)
+    allow_outside: bool = option(False, help=OUTSIDE)
+    allow_urls: bool = option(False, help="fetch images by http(s), from public addresses only")
+    repeat_image: bool = option(False, help="let one image fill several <image> placeholders of a row")
+    image_first: bool = option(False, help="put images of a row without placeholders before its first question")
+    roles: list[str] = option([], help="map other role names of conversations: pupil=user,coach=assistant")
     aux_reason: bool = option(
-        False, help="labels: learn the teacher's reason too, as the answer to a second question; never in the prompt"
+        False, help="labels: also train on the teacher's reason, as the answer to a second question, not in the prompt"
     )
-    download: bool = option(False, help="fetch the official files that the folder --data_path lacks (extra: data)")
+    download: bool = option(False, help="download official files missing from --data_path (extra: data)")
     device_target: str | None = option(
-        help="device.json or a folder with one: images and prompts as on that device; off: without one [as trained; "
-        "the one beside the data or the model, where there is one]"
+        help="device.json, or a folder with one: preprocess images and prompts as on that device; off: ignore it [as "
+        "trained; the one beside the data or the model]"
     )
 
 
 @dataclass(frozen=True)
-class SpectrumSection:
+class SpectrumSection(Options):
     """From a delta to a rank."""
 
-    svd_threshold: float = option(0.9, help="energy (share of Σσ²) that a rank must keep", aliases=("energy",))
-    min_rank: int = option(4, help="smallest rank of a site")
-    max_rank: int = option(128, help="largest rank of a site; also how many singular values are computed")
-    smoothing_factor: float = option(0.8, help="0: each layer its own rank; 1: one rank per projection type")
-    round: str = option("none", choices=("none", "power-of-two", "multiple-of-8"), help="applied last")
-    per: str = option("site", choices=("site", "type"), help="one rank per matrix, or per projection type")
-    budget: str | None = option(help="N parameters, uniform:R, or 0.5% of the analysed matrices: the allocator")
-    normalise: str = option("none", choices=("none", "site"), help="budget by absolute energy or by each site's share")
-    noise_floor: str = option(
-        "none", choices=("none", "gavish-donoho", "marchenko-pastur"), help="cut noise before the energy rule"
+    svd_threshold: float = option(
+        0.9, above=0, most=1, help="energy (share of Σσ²) that each rank keeps", aliases=("energy",)
     )
-    exact: bool = option(False, help="every singular value from the Gram matrix, no sketch")
+    min_rank: int = option(4, least=0, help="minimum rank per site")
+    max_rank: int = option(128, least=1, help="maximum rank per site; also the number of singular values computed")
+    smoothing_factor: float = option(
+        0.8, least=0, most=1, help="smoothing across layers; 0: a rank per layer, 1: one rank per projection type"
+    )
+    round: str = option("none", choices=("none", "power-of-two", "multiple-of-8"), help="rank rounding, applied last")
+    per: str = option("site", choices=("site", "type"), help="one rank per matrix, or per projection type")
+    budget: str | None = option(help="parameter budget to allocate: N, uniform:R, or 0.5% of the analysed matrices")
+    normalise: str = option("none", choices=("none", "site"), help=NORMALISE)
+    noise_floor: str = option(
+        "none", choices=("none", "gavish-donoho", "marchenko-pastur"), help="noise cut before the energy threshold"
+    )
+    exact: bool = option(False, help="compute all singular values from the Gram matrix instead of a sketch")
 
 
 @dataclass(frozen=True)
-class SitesSection:
+class SitesSection(Options):
     """Which matrices are analysed, and how the two checkpoints' names are brought together."""
 
-    include: str | None = option(help="regex of site paths to analyse")
-    exclude: str | None = option(help="regex of site paths to leave out")
-    towers: list[str] = option(["language"], choices=TOWERS, help="comma-separated")
-    rename: list[str] = option([], commas=False, help="REGEX=TEXT applied to the checkpoints' keys; repeatable")
-    allow_unmatched: bool = option(False, help="analyse what matches, list and count the rest")
+    include: str | None = option(help="regex of sites to analyse")
+    exclude: str | None = option(help="regex of sites to skip")
+    towers: list[str] = option(["language"], choices=TOWERS, help="towers to analyse, comma-separated")
+    rename: list[str] = option([], commas=False, help="REGEX=TEXT to apply to checkpoint keys; repeatable")
+    allow_unmatched: bool = option(False, help="analyse matching tensors; list and count the rest")
     flatten_conv: bool = option(False, help="analyse convolutions as (out, rest) matrices")
 
 
 @dataclass(frozen=True)
-class LoraSection:
+class LoraSection(Options):
     """What is adapted, with which rank and scale."""
 
     lora_config: str | None = option(help="rank plan (lora_rank_config.json)", aliases=("plan",))
-    lora_r: int = option(16, help="rank where no plan is given", aliases=("r",))
+    lora_r: int = option(16, least=1, help="rank without a plan", aliases=("r",))
     lora_alpha: float | None = option(
-        help="scale numerator [2·r; with rsLoRA 2·(largest rank)]; with a plan the plan owns the scale"
+        help="alpha, the scale's numerator [2·r; with rsLoRA 2·(maximum rank)]; a plan sets its own"
     )
-    lora_dropout: float = option(0.05, help="dropout on the adapter's input")
-    lora_bias: str = option("none", choices=("none", "all", "lora_only"), help="which biases train")
+    lora_dropout: float = option(0.05, least=0, below=1, help="dropout on the adapter input")
+    lora_bias: str = option("none", choices=("none", "all", "lora_only"), help="biases to train")
     target: str | None = option(
         choices=("attention_only", "mlp_only", "both", "all"),
-        help="q, v · gate, up, down · all seven · every linear",
+        help="matrices to adapt: q, v · gate, up, down · all seven · every linear layer",
     )
-    target_modules: list[str] = option([], help="projection names or full paths, in the trained towers only")
-    use_rslora: bool = option(False, help="scale alpha/√r instead of alpha/r (where no plan is given)")
-    use_dora: bool = option(False, help="weight-decomposed variant")
+    target_modules: list[str] = option([], help="projection names or full paths to adapt, in the trained towers")
+    use_rslora: bool = option(False, help="scale by alpha/√r instead of alpha/r (without a plan)")
+    use_dora: bool = option(False, help="train weight-decomposed adapters (DoRA)")
     init_lora_weights: str = option(
         "default",
         choices=("default", "gaussian", "pissa", "olora", "eva", "loftq", "orthogonal"),
-        help="PEFT's initialisations",
+        help="initialisation, by PEFT",
     )
-    loraplus_lr_ratio: float | None = option(help="LoRA+: learning rate of B over that of A")
-    warm_start: str = option("none", choices=("none", "delta"), help="start from the preliminary run's delta")
-    deltas: str | None = option(help="the preliminary run, for --warm_start delta")
-    load_in_8bit: bool = option(False, help="8-bit base (extra: quant)")
-    load_in_4bit: bool = option(False, help="4-bit base, NF4 (extra: quant)")
+    loraplus_lr_ratio: float | None = option(help="LoRA+: ratio of B's learning rate to A's")
+    warm_start: str = option("none", choices=("none", "delta"), help="initialise from the preliminary run's delta")
+    deltas: str | None = option(help="preliminary run for --warm_start delta")
+    load_in_8bit: bool = option(False, help="quantize the base to 8 bit (extra: quant)")
+    load_in_4bit: bool = option(False, help="quantize the base to 4 bit, NF4 (extra: quant)")
 
 
 @dataclass(frozen=True)
-class AllocationSection:
+class AllocationSection(Options):
     """Training divides the ranks among the matrices. The names are those of the feature networks' allocator."""
 
     allocator: str = option(
         "none",
         choices=("none", "adalora"),
-        help="adalora: training moves rank to where it counts (AdaLoRA); --lora_r is the mean rank that comes out",
+        help="adalora: reallocate rank during training (AdaLoRA); --lora_r is the mean final rank",
     )
     allocator_keep_ratio: float = option(
-        0.5, help="share of the ranks that is left at the end: every matrix starts with --lora_r ÷ it"
+        0.5, above=0, below=1, help="final share of the ranks: every matrix starts with --lora_r ÷ it"
     )
     allocator_init_warmup: int | None = option(
-        help="optimizer steps with all ranks before the first mask [a tenth of all steps]"
+        least=0, help="optimizer steps at full rank before the first mask [a tenth of all steps]"
     )
     allocator_final_warmup: int | None = option(
-        help="optimizer steps at the end with the final ranks [three tenths of all steps]"
+        least=0, help="last optimizer steps, at the final ranks [three tenths of all steps]"
     )
-    allocator_mask_interval: int | None = option(help="optimizer steps between masks [a hundredth of all steps]")
-    allocator_orth: float = option(0.5, help="weight of AdaLoRA's orthogonality term in the training loss")
+    allocator_mask_interval: int | None = option(
+        least=1, help="optimizer steps between masks [a hundredth of all steps]"
+    )
+    allocator_orth: float = option(0.5, least=0, help="weight of AdaLoRA's orthogonality loss")
 
 
 @dataclass(frozen=True)
-class TowersSection:
+class TowersSection(Options):
     """What happens to each tower of a vision-language model. A tower that is named in no list keeps its default."""
 
-    freeze: list[str] = option([], choices=TRAINED_TOWERS, help="towers that stay as they are: vision and projector do")
-    lora: list[str] = option([], choices=TRAINED_TOWERS, help="towers that get an adapter (train: language does)")
-    full: list[str] = option([], choices=TRAINED_TOWERS, help="towers trained in full (finetune: language is)")
-    language_lr: float | None = option(help="learning rate of the language tower [--learning_rate]")
-    vision_lr: float | None = option(help="learning rate of the vision tower [--learning_rate]")
-    projector_lr: float | None = option(help="learning rate of the projector [--learning_rate]")
+    freeze: list[str] = option([], choices=TRAINED_TOWERS, help="towers to freeze [vision, projector]")
+    lora: list[str] = option([], choices=TRAINED_TOWERS, help="towers to adapt [train: language]")
+    full: list[str] = option([], choices=TRAINED_TOWERS, help="towers to train in full [finetune: language]")
+    language_lr: float | None = option(least=0, help="learning rate of the language tower [--learning_rate]")
+    vision_lr: float | None = option(least=0, help="learning rate of the vision tower [--learning_rate]")
+    projector_lr: float | None = option(least=0, help="learning rate of the projector [--learning_rate]")
 
 
 @dataclass(frozen=True)
-class DepthUseSection:
+class DepthUseSection(Options):
     """Where a depth-aware model gets depth from."""
 
     depth_checkpoint_path: str | None = option(
-        help="Depth Anything V2: .pth, Hugging Face folder or id [Small, Apache-2.0; of a trained model: its own]"
+        help="Depth Anything V2: .pth, Hugging Face folder or id [Small, Apache-2.0; a trained model's own]"
     )
     depth_control: str | None = option(
         choices=DEPTH_CONTROLS,
-        help="what stands in for estimated depth, with the same parameters; file: --depth_maps [as trained]",
+        help="control condition instead of estimated depth, same parameters; file: --depth_maps [as trained]",
     )
-    depth_maps: str | None = option(help="16-bit PNG depth (far = large): a folder, or a CSV image_path,depth_path")
-    depth_cache: str | None = option(help="folder of computed maps [~/.cache/rankwise/depth]")
+    depth_maps: str | None = option(help="16-bit PNG depth (far = large): folder, or CSV of image_path,depth_path")
+    depth_cache: str | None = option(help="cache folder for computed maps [~/.cache/rankwise/depth]")
 
 
 @dataclass(frozen=True)
@@ -193,50 +201,55 @@ class DepthSection(DepthUseSection):
     """Depth of each image token, added to the projector's output."""
 
     use_depth: bool = option(False, help="train with depth (models with image tokens on a grid)")
-    depth_alpha: float = option(100.0, help="depth in [0, 1] is multiplied by it before the encoding")
-    depth_input_size: int = option(518, help="shorter side of an image as the estimator sees it, in pixels")
+    depth_alpha: float = option(100.0, above=0, help="factor on depth in [0, 1] before the encoding")
+    depth_input_size: int = option(518, least=14, help="shorter image side for the depth estimator, in pixels")
     depth_gate: str = option(
-        "learned", choices=("learned", "none"), help="learned: a scalar that starts at 0; none: 1, as first documented"
+        "learned", choices=("learned", "none"), help="learned: scalar gate that starts at 0; none: constant 1"
     )
-    depth_lr: float | None = option(help="learning rate of the learned gate [0.03: it has far to go from 0]")
-    depth_layout: str = option("split", choices=("split", "interleaved"), help="sines before cosines, or by turns")
+    depth_lr: float | None = option(least=0, help="learning rate of the learned gate [0.03: it has far to go from 0]")
+    depth_layout: str = option(
+        "split", choices=("split", "interleaved"), help="sine and cosine channels in two blocks, or interleaved"
+    )
 
 
 @dataclass(frozen=True)
-class EstimateSection:
+class EstimateSection(Options):
     """Memory, time and cost of a run, before anything of it runs."""
 
-    estimate: bool = option(False, help="print memory, time, cost and the largest batch that fits, and stop")
-    gpu: str | None = option(help="a card (rtx4090, a100-80gb, …) or a memory size (24GB) [this machine]")
-    usd_per_hour: float | None = option(help="price of the machine, for the cost")
+    estimate: bool = option(False, help="print memory, time, cost and the maximum batch size, and stop")
+    gpu: str | None = option(help="GPU (rtx4090, a100-80gb, …) or memory size (24GB) [this machine]")
+    usd_per_hour: float | None = option(least=0, help="machine price in US dollars per hour")
     utilisation: float | None = option(
-        help="share of the card's rates that training reaches [0.6 of a data sheet's]", aliases=("utilization",)
+        above=0,
+        most=1,
+        help="utilisation: share of the GPU's peak rate that training reaches [0.6 of a data sheet's]",
+        aliases=("utilization",),
     )
-    estimate_out: str | None = option(help="also write the estimate to this JSON file")
+    estimate_out: str | None = option(help="JSON file to write the estimate to")
 
 
 @dataclass(frozen=True)
-class PhasesSection:
+class PhasesSection(Options):
     """Which sites train when, and what is recorded of their gradients."""
 
     dynamic_lora: bool = option(False, help="train in phases, by --phase_strategy")
     phase_strategy: str | None = option(
         help="both-mlp-attn (recommended), attn-mlp-both, both-mlp-both, early-late[@LAYER], lisa:K@N, norm:N"
     )
-    phase1_end: int = option(300, help="optimizer steps after which the first phase ends")
-    phase2_end: int = option(600, help="optimizer steps after which the second phase ends, where there is a third")
+    phase1_end: int = option(300, help="optimizer step at which the first phase ends")
+    phase2_end: int = option(600, help="optimizer step at which the second of three phases ends")
     schedule: str | None = option(help="phases in the general form: 'both:300 > mlp layers 0-10:300 > attention'")
     phase_state: str = option(
-        "keep", choices=("keep", "reset"), help="a site's optimizer state when it becomes active again"
+        "keep", choices=("keep", "reset"), help="optimizer state of a site that is activated again"
     )
     log_frequency: int | None = option(
-        help="gradient norms every N optimizer steps, 0: none [every step; site by site at steps 1 % apart]"
+        least=0, help="optimizer steps between gradient norms, 0: none [1; per site at steps 1 % apart]"
     )
-    no_plots: bool = option(False, help="no PNG files")
+    no_plots: bool = option(False, help=NO_PNG)
 
 
 @dataclass(frozen=True)
-class SelectionSection:
+class SelectionSection(Options):
     """Which checkpoint is kept, when training has gone on long enough, and how often rare classes are seen."""
 
     select: str | None = option(
@@ -246,28 +259,26 @@ class SelectionSection:
     select_by: str = option(
         "likelihood",
         choices=("likelihood", "generation"),
-        help="accuracy of the likeliest label, or of the one that up to 32 generated tokens name",
+        help="accuracy of the most likely label, or of the label in up to 32 generated tokens",
     )
     early_stopping: int | None = option(
-        help="stop after N evaluations without a better one, by loss or by --select [0: off]"
+        least=0, help="patience: evaluations without improvement, by loss or --select [0: off]"
     )
     balance: str = option(
-        "none",
-        choices=("none", "oversample", "sqrt"),
-        help="rows of rarer classes again: until all classes are equal, or half-way there",
+        "none", choices=("none", "oversample", "sqrt"), help="oversample rare classes: fully, or by square root"
     )
 
 
 @dataclass(frozen=True)
-class GenerationSection:
+class GenerationSection(Options):
     """How answers are generated."""
 
-    max_new_tokens: int = option(128, help="longest answer")
-    num_beams: int = option(1, help="beams")
-    length_penalty: float = option(1.0, help="of beam search")
-    do_sample: bool = option(False, help="sample instead of greedy")
-    temperature: float = option(1.0, help="of sampling")
-    top_p: float = option(1.0, help="of sampling")
+    max_new_tokens: int = option(128, least=1, help="maximum tokens per answer")
+    num_beams: int = option(1, least=1, help="number of beams")
+    length_penalty: float = option(1.0, help="length penalty of beam search")
+    do_sample: bool = option(False, help="sample instead of greedy decoding")
+    temperature: float = option(1.0, above=0, help="sampling temperature")
+    top_p: float = option(1.0, above=0, most=1, help="top-p of sampling")
 
 
 @dataclass(frozen=True)
@@ -276,13 +287,16 @@ class ScoredData(DataSection):
 
     task: str | None = option(
         help="e2e_nlg, samsum, wikisql, multi_nli, labels, cota, conversations, or lm_eval:NAME of the evaluation "
-        "harness [as the data show it]",
+        "harness [detected from the rows]",
         aliases=("dataset",),
     )
     max_seq_length: int | None = option(
-        help=f"tokens of a prompt; room for the answer comes on top [as trained; {MAX_SEQ_LENGTH}]",
+        least=1,
+        help=f"maximum prompt tokens; the answer's come on top [as trained; {MAX_SEQ_LENGTH}]",
         aliases=("max_length",),
     )
     overlong: str | None = option(
-        "truncate_source", choices=("error", "drop", "truncate_source"), help="prompts over the limit"
+        "truncate_source",
+        choices=("error", "drop", "truncate_source"),
+        help="what to do with prompts over --max_seq_length",
     )

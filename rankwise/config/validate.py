@@ -5,39 +5,43 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rankwise.config.sections import SPLITS, ScoredData
-from rankwise.options import option
+from rankwise.options import Options, option
 
 
 @dataclass(frozen=True)
-class ValidateConfig:
-    """Scores under the device's conditions, and the proof that what runs in llama.cpp is what was trained."""
+class ValidateConfig(Options):
+    """Score under the device's conditions, and prove that llama.cpp runs what was trained."""
 
     export: str | None = option(help="export folder, or one GGUF file", aliases=("gguf", "model_path"))
-    mmproj: str | None = option(help="the vision part of a GGUF file given by itself")
-    reference: str | None = option(help="merged model that the files were made from [the one that the export records]")
-    server: str | None = option(
-        address=True, help="address of a llama.cpp server (on the phone, say) that runs the files"
-    )
+    mmproj: str | None = option(help="vision part of a single GGUF file")
+    reference: str | None = option(help="merged model the files were made from [as recorded in the export]")
+    server: str | None = option(address=True, help="llama.cpp server that runs the files, on the phone for example")
     data: ScoredData = field(default_factory=ScoredData)
-    split: str = option("dev", choices=SPLITS, help="which rows")
-    num_samples: int | None = option(help="first N items, in file order")
-    outtype: list[str] = option([], help="forms to validate, the one to ship last [all that were exported]")
-    base_model: str | None = option(help="the model before training: how much of its gain the device keeps")
-    parity_samples: int = option(32, help="items on the parity ladder, some of every kind of picture; 0: no ladder")
-    top: int = option(64, help="tokens whose log-probabilities are compared at each place")
-    tolerance: float = option(10.0, help="how many times the measured floor is still agreement, in KL", aliases=("k",))
-    app_pixels: str | None = option(
-        help="folder with what the app made of the pictures: PNG files of the same names, or sha256_rgb.json"
+    split: str = option("dev", choices=SPLITS, help="official split")
+    num_samples: int | None = option(least=1, help="number of rows, in file order [all]")
+    outtype: list[str] = option(
+        [], help="quantization types to validate; the last one is the one you ship [all exported]"
     )
-    min_accuracy: float | None = option(help="share of 1: less is exit 6")
-    min_agreement: float | None = option(help="share of 1, of places with the same likeliest token: less is exit 6")
-    max_new_tokens: int | None = option(help="longest answer, in tokens [the device's; 128 without one]")
-    sweep: list[str] = option([], help="further forms to make from the f16 file and compare: q5_k_m, q4_0 …")
-    sweep_margin: float = option(0.02, help="loss of accuracy that is still no loss, for --sweep")
-    llama_cpp_dir: str | None = option(help="llama.cpp with llama-quantize, for --sweep [LLAMA_CPP_DIR]")
-    context: int | None = option(help="tokens that llama.cpp holds [what the longest sample needs]")
-    threads: int | None = option(help="of llama.cpp [its own choice]")
-    batch_size: int = option(8, help="prompts per step of the reference")
-    device: str = option("auto", help="where the reference runs: auto, cpu or cuda; always float32")
-    output_dir: str = option("validation", help="validation.json, plots, predictions", short="-o")
-    seed: int = option(42, help="of the bootstrap")
+    base_model: str | None = option(help="model before training, to measure the gain kept on the device")
+    parity_samples: int = option(
+        32, least=0, help="number of items on the parity ladder, spread over kinds of images; 0: no ladder"
+    )
+    top: int = option(64, least=2, help="top-k log-probabilities to compare per position")
+    tolerance: float = option(
+        10.0, above=0, help="allowed KL divergence as a multiple of the measured noise floor", aliases=("k",)
+    )
+    app_pixels: str | None = option(
+        help="folder with the app's pixels: PNG files of the images' names, or sha256_rgb.json"
+    )
+    min_accuracy: float | None = option(above=0, most=1, help="minimum accuracy; below it exit 6")
+    min_agreement: float | None = option(above=0, most=1, help="minimum top-1 token agreement; below it exit 6")
+    max_new_tokens: int | None = option(least=1, help="maximum tokens per answer [the device's; 128 without one]")
+    sweep: list[str] = option([], help="quantization types to try as well, made from f16: q5_k_m, q4_0 …")
+    sweep_margin: float = option(0.02, above=0, below=1, help="non-inferiority margin of --sweep (accuracy)")
+    llama_cpp_dir: str | None = option(help="llama.cpp with llama-quantize, for --sweep [$LLAMA_CPP_DIR]")
+    context: int | None = option(help="context size of llama.cpp in tokens [as the longest sample needs]")
+    threads: int | None = option(help="CPU threads for llama.cpp [llama.cpp's default]")
+    batch_size: int = option(8, least=1, help="prompts per step of the reference")
+    device: str = option("auto", help="device of the float32 reference: auto, cpu or cuda")
+    output_dir: str = option("validation", help="folder for validation.json, plots and predictions", short="-o")
+    seed: int = option(42, help="random seed of the bootstrap")

@@ -77,7 +77,7 @@ class RankBudget:
 
     All `rank` of them until init_warmup; then a cubic decay, fast first; the final number, `keep_ratio` of the rank and
     at least one, from total_steps − final_warmup on. Masks are due every `mask_interval` steps on the way down, and
-    where it ends. Raises UsageError for values outside their bounds, and where the warm-ups leave no step between them.
+    where it ends. Raises UsageError where the warm-ups leave no step between them.
     """
 
     rank: int
@@ -88,15 +88,6 @@ class RankBudget:
     total_steps: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep_ratio <= 1:
-            raise UsageError(f"--allocator_keep_ratio is a share of the ranks, 0 < share ≤ 1; got {self.keep_ratio}")
-        if self.mask_interval < 1:
-            raise UsageError(f"--allocator_mask_interval is a number of optimizer steps ≥ 1; got {self.mask_interval}")
-        if self.init_warmup < 0 or self.final_warmup < 0:
-            raise UsageError(
-                f"warm-ups are numbers of optimizer steps ≥ 0; got --allocator_init_warmup {self.init_warmup} and "
-                f"--allocator_final_warmup {self.final_warmup}"
-            )
         if self.init_warmup + self.final_warmup >= self.total_steps:
             raise UsageError(self._too_short())
         assert self.rank >= 1, "a rank to spend"

@@ -9,7 +9,7 @@ from typing import Any
 
 from rankwise.data.example import Example, chosen
 from rankwise.data.label_names import name_key
-from rankwise.errors import DataError, UsageError
+from rankwise.errors import DataError
 
 FORMAT = "rankwise-split/1"
 
@@ -19,10 +19,6 @@ def subset(examples: Sequence[Example], ratio: float, cap: int | None, generator
 
     generator: the run's seed decides, and nothing else.
     """
-    if not 0 < ratio <= 1:
-        raise UsageError(f"--subset_ratio must be above 0 and at most 1, got {ratio}")
-    if cap is not None and cap < 1:
-        raise UsageError(f"--max_samples and --max_val_samples must be at least 1, got {cap}")
     strata: dict[str, list[int]] = {}
     for position, example in enumerate(examples):
         strata.setdefault(name_key(example.stratum or ""), []).append(position)
@@ -62,8 +58,6 @@ class Split:
 
 def split_groups(examples: Sequence[Example], fraction: float, generator: random.Random) -> Split:
     """Put a fraction of the groups, one at least, aside for validation; 0 puts none aside."""
-    if not 0 <= fraction < 1:
-        raise UsageError(f"--val_fraction must be at least 0 and below 1, got {fraction}")
     if fraction == 0:
         return Split(chosen(examples, range(len(examples))), ())
     group_of = [example.group for example in examples]

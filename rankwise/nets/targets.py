@@ -91,8 +91,6 @@ def uniform_plan(
 ) -> RankPlan:
     """One rank everywhere, cut to min(m, n) where a matrix is smaller. alpha: 2·rank unless given; with rsLoRA one for
     all sites."""
-    if rank < 1:
-        raise UsageError(f"--lora_r must be at least 1, got {rank}")
     rows = tuple(
         PlannedSite(
             site,

@@ -10,50 +10,44 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from rankwise.config import GenerationSection
 from rankwise.data.collate import Collator, pad, seen
 from rankwise.data.example import Example
 from rankwise.data.render import Rendered, Renderer
 from rankwise.errors import UsageError
+from rankwise.options import option
 from rankwise.score.likelihood import answered, batch_losses, prompt_of
+
+DECIDING = "max_new_tokens do_sample temperature top_p num_beams length_penalty seed".split()
 
 
 @dataclass(frozen=True)
-class GenerationSettings:
-    """Decoding. Greedy unless `do_sample` or `num_beams` says otherwise; top_k never cuts.
+class GenerationSettings(GenerationSection):
+    """Decoding, and in which batches. Greedy unless `do_sample` or `num_beams` says otherwise; top_k never cuts.
 
     batch_size and length_sorted (longest prompts first) decide the speed, not the texts.
     """
 
-    max_new_tokens: int = 128
-    batch_size: int = 16
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    num_beams: int = 1
-    length_penalty: float = 1.0
+    batch_size: int = option(16, least=1, help="prompts per step")
     seed: int = 42
     length_sorted: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size", "num_beams"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.do_sample and (self.temperature <= 0 or not 0 < self.top_p <= 1):
-            raise UsageError("sampling needs --temperature above 0 and --top_p above 0 and at most 1")
+        super().__post_init__()
         if not self.do_sample and (self.temperature != 1 or self.top_p != 1):
             raise UsageError("--temperature and --top_p act on sampling only; add --do_sample")
 
     @property
     def deciding(self) -> dict[str, Any]:
         """What decides the texts: those of other values must not be mixed in."""
-        return {name: value for name, value in asdict(self).items() if name not in ("batch_size", "length_sorted")}
+        return {name: getattr(self, name) for name in DECIDING}
 
     def order(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """Positions in the order of work. Longest first: rows of a batch are alike, so little of it is padding, and

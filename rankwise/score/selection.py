@@ -66,7 +66,7 @@ class LabelAccuracy:
         return Tally(right, len(share))
 
     def _engine(self, model: Any) -> Answering:
-        engine = HFGenerator(model, self.renderer, GenerationSettings(self.max_new_tokens, self.batch_size))
+        engine = HFGenerator(model, self.renderer, GenerationSettings(self.max_new_tokens, batch_size=self.batch_size))
         return ByLikelihood(engine, label_set(self.examples)) if self.by == "likelihood" else engine
 
 

@@ -145,8 +145,6 @@ def choose(tried: Sequence[Tried], *, margin: float = MARGIN, min_accuracy: floa
     Each form is compared by itself: an inferior one passes with a chance of at most 2.5 %, so of k inferior ones some
     may pass with at most k times that. DataError where forms were tried on different items.
     """
-    if not 0 < margin < 1:
-        raise UsageError(f"the margin is a share of accuracy between 0 and 1, got {margin}")
     ordered = sorted(tried, key=lambda one: -one.bytes)
     if not ordered or not ordered[0].items:
         raise DataError("nothing to choose from: no form was tried on any item")

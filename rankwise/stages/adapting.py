@@ -41,8 +41,6 @@ def check_lora(lora: LoraSection) -> None:
         raise UsageError("--load_in_8bit and --load_in_4bit exclude each other")
     if lora.warm_start == "delta" and (lora.use_dora or lora.init_lora_weights != "default"):
         raise UsageError("--warm_start delta is an initialisation: leave --use_dora and --init_lora_weights out")
-    if not 0 <= lora.lora_dropout < 1:
-        raise UsageError(f"--lora_dropout must be at least 0 and below 1, got {lora.lora_dropout}")
 
 
 def settings_of(lora: LoraSection, full: Iterable[str] = ()) -> LoraSettings:

@@ -87,13 +87,6 @@ def check(config: BundleConfig) -> None:
         raise UsageError("bundle needs an export: rankwise bundle EXPORT_FOLDER -o bundle, or --replay BUNDLE")
     if config.server and not config.replay:
         raise UsageError("--server is asked for the golden vectors of a bundle: give it with --replay BUNDLE")
-    if not 0 < config.min_precision < 1:
-        raise UsageError(f"--min_precision is a share between 0 and 1, got {config.min_precision}")
-    for name, least in (("num_golden", 1), ("top", 2)):
-        if getattr(config, name) < least:
-            raise UsageError(f"--{name} must be at least {least}, got {getattr(config, name)}")
-    if config.tolerance is not None and config.tolerance <= 0:
-        raise UsageError(f"--tolerance must be above 0, got {config.tolerance}")
     if config.app_pixels and not config.replay:
         raise UsageError("--app_pixels is compared with the golden vectors of a bundle: give it with --replay BUNDLE")
     if config.app_pixels and not Path(config.app_pixels).is_dir():

@@ -80,10 +80,6 @@ def check(config: CompressConfig) -> None:
         raise UsageError("--energy and --budget are alternatives: give one of them")
     if config.energy is None and not config.budget and not config.uniform:
         raise UsageError("how small? give --energy 0.95 or --budget N|uniform:R|P% (or --uniform alone: same product)")
-    if config.energy is not None and not 0 < config.energy <= 1:
-        raise UsageError(f"--energy is a share, 0 < e ≤ 1; got {config.energy}")
-    if config.scale is not None and config.scale <= 0:
-        raise UsageError(f"--scale is lora_alpha / r of the training, above 0; got {config.scale}")
     if Path(config.output_dir).resolve() == adapter_files(Path(config.adapter))[0].parent.resolve():
         raise UsageError(f"--output_dir {config.output_dir} is where the adapter is: choose another folder")
 

@@ -58,13 +58,11 @@ def asked(section: DepthSection) -> DepthSettings | None:
 def gate_rate(section: DepthSection, training: Mapping[str, Any]) -> dict[str, float]:
     """The rate of the gate's tower. Under DeepSpeed, whose optimizer knows one rate, the common one by default.
 
-    UsageError where --depth_lr is no rate, or there is no gate to train.
+    UsageError where --depth_lr is given and there is no gate to train.
     """
     rate = section.depth_lr
     if rate is not None and section.use_depth and section.depth_gate != "learned":
         raise UsageError(f"--depth_lr: with --depth_gate {section.depth_gate} there is no gate to train")
-    if rate is not None and not 0 <= rate < float("inf"):
-        raise UsageError(f"--depth_lr must be at least 0, got {rate}")
     if not section.use_depth or section.depth_gate != "learned":
         return {}
     if rate is None:

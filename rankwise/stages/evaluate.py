@@ -99,8 +99,6 @@ def check(config: EvaluateConfig) -> None:
     refuse_idle(config)
     if config.lm_eval_tasks_path and not Path(config.lm_eval_tasks_path).is_dir():
         raise UsageError(f"--lm_eval_tasks_path: {config.lm_eval_tasks_path} is no folder of task files")
-    if config.num_samples is not None and config.num_samples < 1:
-        raise UsageError(f"--num_samples must be at least 1, got {config.num_samples}")
     if config.data.aux_reason:
         raise UsageError("--aux_reason acts on training; a model that learnt reasons is asked for labels as any other")
     check_engine(config)

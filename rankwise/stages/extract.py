@@ -75,8 +75,6 @@ def check(config: ExtractConfig) -> None:
         raise UsageError("extract needs one of: BASE TUNED (two checkpoints), --deltas DIR")
     if (config.plan is None) == (config.rank is None):
         raise UsageError("extract needs one of: --plan FILE (from `rankwise ranks`), --rank R")
-    if config.rank is not None and config.rank < 1:
-        raise UsageError(f"--rank is a whole number from 1; got {config.rank}")
     refuse_idle(config)
     if config.sites.flatten_conv:
         raise UsageError("--flatten_conv is for `ranks`: an adapter of flattened convolutions fits no model")

@@ -65,8 +65,6 @@ def check(config: FinetuneConfig) -> None:
     if not config.model.model_name:
         raise UsageError("finetune needs a model: --model_name FOLDER_OR_HUB_ID")
     refuse_idle(config)
-    if config.skip_shards < 0:
-        raise UsageError(f"--skip_shards must be at least 0, got {config.skip_shards}")
     check_rates(finetune_use(config.towers, config.method).rates, config.training)
     if config.method == "lora" and config.save != "deltas":
         raise UsageError("--method lora saves its adapter, whose spectra are exact; --save is for --method full")

@@ -141,13 +141,6 @@ def check_options(config: LabelConfig) -> None:
         raise UsageError("--download fetches COCO val2017, to be labelled by a teacher")
     if (config.image_column or config.label_column) and not config.labels_file:
         raise UsageError("--image_column and --label_column are those of a --labels_file")
-    for name, least in (("num_images", 1), ("image_size", 1)):
-        if getattr(config, name) < least:
-            raise UsageError(f"--{name} must be at least {least}, got {getattr(config, name)}")
-    if not 0 <= config.min_confidence <= 1:
-        raise UsageError(f"--min_confidence must be from 0 to 1, got {config.min_confidence}")
-    if not 0 <= config.val_fraction < 1:
-        raise UsageError(f"--val_fraction must be at least 0 and below 1, got {config.val_fraction}")
     if not labels_given(config):
         check_teacher(config)
 
@@ -158,13 +151,6 @@ def check_teacher(config: LabelConfig) -> None:
     if section.loopback_teacher and section.base_url:
         raise UsageError("--loopback_teacher is a teacher of its own; leave --base_url out")
     plain_address(address_of(section.base_url), "--base_url")
-    for name in ("trial", "max_unusable"):
-        if getattr(section, name) < 0:
-            raise UsageError(f"--{name} cannot be negative, got {getattr(section, name)}")
-    if section.votes < 1:
-        raise UsageError(f"--votes must be at least 1, got {section.votes}")
-    if section.budget_usd is not None and section.budget_usd <= 0:
-        raise UsageError(f"--budget_usd must be above 0, got {section.budget_usd}")
     settings_of(section)
     task = load_task(config.task_file or DEFAULT_TASK)
     spending_of(section, question_of(section, task, DeviceTarget(image_size=config.image_size)))

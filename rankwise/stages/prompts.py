@@ -26,8 +26,6 @@ def check_prompts(config: MergeConfig) -> None:
         raise UsageError("merge: --task says how rows become prompts; --data_path is missing: where are the rows?")
     if data.data_path and not task_of(data):
         raise UsageError("merge: --data_path says where the rows are; --task is missing: how do they become prompts?")
-    if config.num_samples < 1:
-        raise UsageError(f"--num_samples must be at least 1, got {config.num_samples}")
 
 
 def compared_on(config: MergeConfig) -> str:

@@ -21,8 +21,6 @@ RECOMMENDED = "both-mlp-attn"
 
 def schedule_of(phases: PhasesSection) -> Form | None:
     """The schedule as it was asked for; None where everything trains all the time."""
-    if phases.log_frequency is not None and phases.log_frequency < 0:
-        raise UsageError(f"--log_frequency must be at least 0, got {phases.log_frequency}")
     named = phases.phase_strategy or (RECOMMENDED if phases.dynamic_lora else None)
     if phases.schedule and named:
         raise UsageError(

@@ -39,8 +39,6 @@ def check_selection(selection: SelectionSection, task: str | None, given: Mappin
     ):
         if asked and task is not None and not classifies:
             raise UsageError(f"{option} needs rows with a class: --task {named}; {task} has none")
-    if (selection.early_stopping or 0) < 0:
-        raise UsageError(f"--early_stopping counts evaluations (0: off), got {selection.early_stopping}")
     if selection.balance != "none" and packing:
         raise UsageError("--balance repeats single samples, --packing puts several into one row; leave one of them out")
     grouped = given.get("group_by_length") or given.get("train_sampling_strategy") == "group_by_length"

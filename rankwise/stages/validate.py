@@ -65,22 +65,12 @@ def check(config: ValidateConfig) -> None:
         raise UsageError("validate needs the items to answer: --task labels --data_path DATASET")
     if config.data.task not in TASKS:
         raise UsageError(f"--task: {', '.join(TASKS)} can be validated; got {config.data.task}")
-    for name, least in (("num_samples", 1), ("parity_samples", 0), ("top", 2), ("max_new_tokens", 1)):
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise UsageError(f"--{name} must be at least {least}, got {value}")
-    for name in ("min_accuracy", "min_agreement"):
-        value = getattr(config, name)
-        if value is not None and not 0 < value <= 1:
-            raise UsageError(f"--{name} is a share between 0 and 1, got {value}")
     if config.min_agreement and not config.parity_samples:
         raise UsageError("--min_agreement is measured on the parity ladder, which --parity_samples 0 leaves out")
     if config.app_pixels and not config.parity_samples:
         raise UsageError("--app_pixels is a side of the parity ladder, which --parity_samples 0 leaves out")
     if config.app_pixels and not Path(config.app_pixels).is_dir():
         raise UsageError(f"--app_pixels: {config.app_pixels} is no folder")
-    if config.tolerance <= 0:
-        raise UsageError(f"--tolerance must be above 0, got {config.tolerance}")
     if config.sweep and config.server:
         raise UsageError("--sweep runs files on this machine; leave --server out")
     refuse_idle(config)

@@ -81,7 +81,7 @@ class Trained:
 
     @property
     def decoding(self) -> GenerationSettings:
-        return GenerationSettings(self.max_new_tokens, self.config.batch_size, seed=self.config.seed)
+        return GenerationSettings(self.max_new_tokens, batch_size=self.config.batch_size, seed=self.config.seed)
 
     def on(self, base: str) -> Trained:
         """The same items for another model, the base."""

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from rankwise.errors import UsageError, need
 from rankwise.nets.precision import warn_if_slow
-from rankwise.options import Option, plain_types
+from rankwise.options import Option, Range, plain_types
 from rankwise.store.processes import announce
 
 SECTION = "training arguments (transformers)"
@@ -38,7 +38,14 @@ ALIASES = {
 }
 # Names that say something else than the field they set: see `translated`.
 TRANSLATED = {
-    "warmup_ratio": Option("warmup_ratio", float, None, "share of all steps: warmup_steps below 1", section=OLDER),
+    "warmup_ratio": Option(
+        "warmup_ratio",
+        float,
+        None,
+        "share of the optimizer steps: warmup_steps below 1",
+        range=Range(least=0, below=1),
+        section=OLDER,
+    ),
     "group_by_length": Option("group_by_length", bool, False, "train_sampling_strategy group_by_length", section=OLDER),
     "adafactor": Option("adafactor", bool, False, "optim adafactor", section=OLDER),
     "use_wandb": Option("use_wandb", bool, False, "report_to wandb (extra: track)", section=OLDER),
@@ -147,10 +154,6 @@ def translations(given: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
     found: dict[str, tuple[str, Any]] = {}
     ratio = given.get("warmup_ratio")
     if ratio is not None:
-        if not 0 <= ratio < 1:
-            raise UsageError(
-                f"--warmup_ratio is a share of the steps, 0 up to 1, got {ratio}; steps are --warmup_steps"
-            )
         found["warmup_ratio"] = ("warmup_steps", ratio)
     if given.get("group_by_length"):
         found["group_by_length"] = ("train_sampling_strategy", "group_by_length")

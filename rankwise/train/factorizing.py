@@ -8,7 +8,6 @@ no term: neither its row of B nor its column of A is held to anything.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from transformers import EvalPrediction
 
 from rankwise.core.closeness import explained_energy, mse, relative_error
 from rankwise.data.features.rows import collate
-from rankwise.errors import DivergedError, UsageError
+from rankwise.errors import DivergedError
 from rankwise.nets.factorize.factorizer import Factorization, Factorizer
 from rankwise.store.processes import process_index
 from rankwise.train.sharing import summed
@@ -35,18 +34,12 @@ class TermWeights:
     """Weights of the terms beside the MSE.
 
     ortho: of the orthogonality of the network's own layers where it has that (AdaLoRA), else of A's columns.
-    activation: of A's columns beside the layers. UsageError for a weight below zero.
+    activation: of A's columns beside the layers.
     """
 
     b: float = 1e-4
     ortho: float = 1e-3
     activation: float = 0.0
-
-    def __post_init__(self) -> None:
-        flags = {"b": "lambda_B", "ortho": "lambda_ortho", "activation": "activation_orth_regu_A"}
-        for name, flag in flags.items():
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UsageError(f"--{flag} weights a term of the loss: 0 or above, got {getattr(self, name)}")
 
 
 class FactorObjective(nn.Module):

@@ -35,8 +35,6 @@ class Preparation:
 
     def __post_init__(self) -> None:
         assert not (self.side and self.target)
-        if self.side is not None and self.side < 1:
-            raise UsageError(f"--image_size must be at least 1 pixel, got {self.side}")
 
     @property
     def background(self) -> Colour:

@@ -52,11 +52,7 @@ class Synthetic:
     smooth: bool = False
 
     def __post_init__(self) -> None:
-        if self.tokens < 2 or self.channels < 3:
-            raise UsageError(f"synthetic features need 2 tokens and 3 channels, got {self.tokens} × {self.channels}")
         decay(self.spectrum, 1)
-        if not 0 <= self.shared <= 1:
-            raise UsageError(f"--shared is a share from 0 to 1, got {self.shared:g}")
         needed = 1 + self.rank * (2 if 0 < self.shared < 1 else 1)
         if self.channels < needed:
             raise UsageError(

@@ -24,7 +24,7 @@ from rankwise.data.label_names import name_key
 from rankwise.data.labelling.stratified import drawn_order, shares
 from rankwise.data.sources.archives import unpacked, unpacked_into
 from rankwise.data.sources.download import Download, fetch
-from rankwise.errors import DataError, UsageError
+from rankwise.errors import DataError
 from rankwise.store.files import atomic_write, read_object
 
 # The consortium publishes no checksums. Sizes and SHA-256 are those on which several independent public records of
@@ -112,8 +112,6 @@ def select(photos: Sequence[Photo], num: int | None, seed: int) -> tuple[Photo, 
     Supercategories get their largest-remainder shares, then the categories of each. The result does not depend on the
     order of the images, and as it is mixed, each beginning of it is about as fair as the whole.
     """
-    if num is not None and num < 1:
-        raise UsageError(f"--num_images must be at least 1, got {num}")
     chosen = _drawn(photos, len(photos) if num is None else min(num, len(photos)), seed, 0)
     places = {photo.reference: photo for photo in chosen}
     return tuple(places[name] for name in drawn_order(places, seed))

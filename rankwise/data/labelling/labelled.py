@@ -34,7 +34,7 @@ from rankwise.data.labelling.label_task import LabelTask, read_task
 from rankwise.data.labelling.originals import Originals
 from rankwise.data.labelling.stratified import held_out_groups
 from rankwise.data.sources.rows import BadRow, RowFile, json_rows
-from rankwise.errors import DataError, UsageError
+from rankwise.errors import DataError
 from rankwise.store.files import atomic_files, atomic_write
 
 IMAGES, CONVERSATIONS = "images", "conversations"
@@ -211,8 +211,6 @@ def _check(folder: Path, rows: Sequence[LabelledRow], task: LabelTask) -> None:
 
 def _split(rows: Sequence[LabelledRow], fraction: float, seed: int) -> Written:
     """Images of the same pixels stay together. Every class with two different images or more has some in both parts."""
-    if not 0 <= fraction < 1:
-        raise UsageError(f"--val_fraction must be at least 0 and below 1, got {fraction}")
     labels: dict[str, str] = {}
     for row in rows:
         labels.setdefault(row.image_sha256, row.label)

@@ -64,13 +64,6 @@ class TeacherSettings:
     max_tokens: int = 600
     temperature: float | None = None
 
-    def __post_init__(self) -> None:
-        for name in ("concurrency", "requests_per_minute", "timeout", "max_wait", "max_tokens"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"--{name} must be above 0, got {getattr(self, name)}")
-        if self.max_retries < 0:
-            raise UsageError(f"--max_retries cannot be negative, got {self.max_retries}")
-
 
 def address_of(base_url: str | None) -> str:
     """Where the teacher is: the given address, else $OPENAI_BASE_URL, else OpenAI. UsageError where that variable holds

@@ -42,8 +42,6 @@ def prices_of(model: str, per_million_input: float | None, per_million_output: f
     if (per_million_input is None) != (per_million_output is None):
         raise UsageError("give both --usd_per_million_input and --usd_per_million_output, or neither")
     if per_million_input is not None and per_million_output is not None:
-        if min(per_million_input, per_million_output) < 0:
-            raise UsageError("--usd_per_million_input and --usd_per_million_output cannot be negative")
         return Prices(per_million_input, per_million_output)
     return Prices(*PRICES[model]) if model in PRICES else None
 

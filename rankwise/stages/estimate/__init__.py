@@ -52,10 +52,6 @@ def check_estimate(section: EstimateSection, config: TrainConfig) -> None:
         return
     if section.gpu is not None:
         cards(section.gpu)
-    if section.usd_per_hour is not None and section.usd_per_hour < 0:
-        raise UsageError(f"--usd_per_hour must be at least 0, got {section.usd_per_hour}")
-    if section.utilisation is not None and not 0 < section.utilisation <= 1:
-        raise UsageError(f"--utilisation is a share above 0 and up to 1, got {section.utilisation}")
     if config.training.get("deepspeed") or config.training.get("fsdp"):
         raise UsageError("--estimate is for one GPU that holds the whole model: leave --deepspeed and --fsdp out")
     if config.depth.use_depth:

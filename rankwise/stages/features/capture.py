@@ -57,10 +57,6 @@ def check(config: CaptureConfig) -> None:
     refuse_idle(config)
     if config.native and config.image_size is not None:
         raise UsageError("--native takes pictures as they are, --image_size stretches them: give one of them")
-    for name in ("num_images", "batch_size", "shard_size", "image_size", "synthetic"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} must be at least 1, got {value}")
 
 
 def captured(config: CaptureConfig) -> FeatureCache | None:

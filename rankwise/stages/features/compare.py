@@ -65,12 +65,6 @@ def run(config: FactorCompareConfig) -> Mapping[str, Any]:
 
 def check(config: FactorCompareConfig) -> None:
     """What nothing works without, before anything is measured."""
-    for name in ("batch_size", "repeats", "rank"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} must be at least 1, got {value}")
-    if any(rank < 1 for rank in config.sweep):
-        raise UsageError(f"--sweep: ranks are at least 1, got {config.sweep}")
     bootstrap.check_installed()
     if not config.no_plots:
         need("matplotlib", extra="plots")

@@ -58,10 +58,6 @@ def check(config: DownstreamConfig) -> None:
         raise UsageError("features downstream needs a model: rankwise features downstream MODEL --data_path ROWS")
     if not config.data_path:
         raise UsageError("--data_path is missing: where are the questions with pictures and their right answers?")
-    for name in ("num_samples", "batch_size", "image_size"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} must be at least 1, got {value}")
     if process_index()[1] > 1:
         raise UsageError("features downstream runs in one process: start it without torchrun")
 

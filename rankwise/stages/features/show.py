@@ -25,7 +25,6 @@ from rankwise.stages.engines import pick_device
 from rankwise.stages.features.trained import Network, cached, networks
 
 ORIGINAL = "original"
-MOST_CHANNELS = 32
 
 
 def run(config: FactorShowConfig) -> tuple[Path, Path]:
@@ -50,10 +49,6 @@ def run(config: FactorShowConfig) -> tuple[Path, Path]:
 
 
 def check(config: FactorShowConfig) -> None:
-    if not 1 <= config.channels <= MOST_CHANNELS:
-        raise UsageError(f"--channels: a picture has room for 1 to {MOST_CHANNELS}, got {config.channels}")
-    if config.rank is not None and config.rank < 1:
-        raise UsageError(f"--rank must be at least 1, got {config.rank}")
     need("matplotlib", extra="plots")
 
 
