@@ -16,6 +16,7 @@ from tiny_features import CHANNELS, TOKENS, tiny_cache, tiny_matrices
 from torch import Tensor, nn
 
 from rankwise import cli
+from rankwise.config import FactorTrainConfig
 from rankwise.core.approximation import normalised
 from rankwise.core.factors import Factors
 from rankwise.data.features.cache import open_cache
@@ -123,7 +124,7 @@ def test_means_are_over_matrices_not_over_batches() -> None:
 
 def test_weights_below_zero_are_refused() -> None:
     with pytest.raises(UsageError, match="--lambda_ortho"):
-        TermWeights(ortho=-1.0)
+        FactorTrainConfig(lambda_ortho=-1.0)
 
 
 @pytest.mark.parametrize(
