@@ -5,16 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 import textwrap
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -475,9 +473,7 @@ def test_towers_beside_the_language_model_have_layers_of_their_own() -> None:
 # --- several processes -------------------------------------------------------------------------------------------
 
 SCRIPT = """
-    import sys
     from pathlib import Path
-    sys.path[:0] = [{tests!r}, {repository!r}]
     import torch, torch.distributed as dist
     torch.set_num_threads(1)
     from torch.distributed.device_mesh import init_device_mesh
@@ -509,13 +505,9 @@ SCRIPT = """
 def two_processes(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder of a run under DDP, and what two processes with sharded gradients had to say."""
     folder = tmp_path_factory.mktemp("two")
-    tests = Path(__file__).parent
-    names = {"tests": str(tests), "repository": str(tests.parent), "base": str(base), "out": str(folder)}
     script = folder / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT).format(**names))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    script.write_text(textwrap.dedent(SCRIPT).format(base=str(base), out=str(folder)))
+    done = processes.run(script, count=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, done.stdout
 

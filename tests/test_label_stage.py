@@ -6,14 +6,15 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from misbehaving_teacher import Behaviour, chatting, failing, in_order, refusing, saying, slow, well
 from PIL import Image
@@ -236,11 +237,11 @@ def test_killed_and_run_again_nothing_is_asked_twice(photos: Path, tmp_path: Pat
     """kill -9 in the middle: what the server answered before its client died is the ledger or was on its way."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     with LoopbackTeacher(slow(0.15)) as server:
-        command = [sys.executable, "-m", "rankwise.cli", *words(photos, killed, server, "--concurrency", "2")]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = ["-m", "rankwise.cli", *words(photos, killed, server, "--concurrency", "2")]
+        process = processes.start(command, tmp_path / "said.txt", tmp_path / "said.txt", dict(os.environ))
         wait_for(lambda: len(server.requests) >= 8, process)
         process.kill()
-        process.wait()
+        process.join()
         time.sleep(0.3)
         asked = Counter(picture_of(request) for request in server.requests)
     answered = len(lines(killed / "ledger.jsonl"))
@@ -256,10 +257,10 @@ def test_killed_and_run_again_nothing_is_asked_twice(photos: Path, tmp_path: Pat
     assert (killed / "val.jsonl").read_bytes() == (whole / "val.jsonl").read_bytes()
 
 
-def wait_for(done: Any, process: subprocess.Popen[bytes]) -> None:
+def wait_for(done: Any, process: BaseProcess) -> None:
     deadline = time.monotonic() + 60
     while not done():
-        assert process.poll() is None, "the command ended early"
+        assert process.is_alive(), "the command ended early"
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from rows import make_trainer, weights
@@ -99,10 +97,7 @@ def in_two_processes(base: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     folder = tmp_path_factory.mktemp("two")
     file = folder / "script.py"
     file.write_text(textwrap.dedent(SCRIPT))
-    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    argv = [*torchrun, str(file), str(base), str(folder), *SCHEDULES]
-    done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=300)
+    done = processes.run(file, base, folder, *SCHEDULES, count=2)
     assert done.returncode == 0, done.stderr[-3000:]
     results: dict[str, Result] = torch.load(folder / "results.pt")
     return results

@@ -5,12 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from planted import planted
@@ -176,14 +174,7 @@ def test_two_processes_give_the_plan_of_one(tmp_path: Path) -> None:
     argv = ["ranks", str(base), str(tmp_path / "tuned"), "--no-plots", "--max-rank", "4", "--min-rank", "1"]
     ranks(tmp_path / "one", *argv[1:])
     assert {row.method for row in read_plan(tmp_path / "one").sites} == {"sketch"}
-    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*torchrun, "-m", "rankwise.cli", *argv, "--out", str(tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
-    )
+    result = processes.run("-m", "rankwise.cli", *argv, "--out", tmp_path / "two", count=2)
     assert result.returncode == 0, result.stderr[-2000:]
     assert plan_content(tmp_path / "one") == plan_content(tmp_path / "two")
     assert result.stdout.count("Verdict") == 1, "one process speaks"

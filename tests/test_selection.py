@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterable
@@ -13,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from hypothesis import given
@@ -336,10 +335,7 @@ SCRIPT = """
 def test_two_processes_share_the_samples_and_agree(base: Path, renderer: Renderer, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    argv = [*torchrun, str(script), str(base), str(tmp_path)]
-    result = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=300)
+    result = processes.run(script, base, tmp_path, count=2)
     assert result.returncode == 0, result.stderr[-3000:]
     alone = LabelAccuracy.of(EXAMPLES, renderer).right(AutoModelForCausalLM.from_pretrained(base))
     values, asked = zip(*((tmp_path / f"{rank}.txt").read_text().split("|") for rank in (0, 1)), strict=True)
@@ -379,12 +375,6 @@ STOPPED = """
 def test_a_signal_to_one_of_two_processes_ends_their_validation(base: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(STOPPED))
-    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {
-        "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}",
-        "OMP_NUM_THREADS": "1",
-    }
-    argv = [*torchrun, str(script), str(base), str(tmp_path)]
-    result = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=300)
+    result = processes.run(script, base, tmp_path, count=2)
     assert result.returncode == 0, result.stderr[-3000:]
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["exit 143, step 2, then [2, 4]"] * 2

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
@@ -35,7 +33,6 @@ from rankwise.nets.load import load_model
 from rankwise.store.files import read_object
 from rankwise.train.sharing import Filled, Silenceable, silenceable
 
-TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SEEING = {**FAMILIES, "isaac": tiny_isaac}
 PLAIN = {"dropout": 0.0, "optim": "sgd", "learning_rate": 0.3}  # AdamW makes much of a gradient's rounding
 LIKE = {"rtol": 1e-4, "atol": 2e-6}
@@ -204,11 +201,7 @@ def in_two(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     folder = tmp_path_factory.mktemp("two")
     file = folder / "script.py"
     file.write_text(textwrap.dedent(SCRIPT))
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    }
-    argv = [*TORCHRUN, str(file), str(base), str(folder)]
-    done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=300)
+    done = processes.run(file, base, folder, count=2)
     assert done.returncode == 0, done.stderr[-3000:]
     results: dict[str, Any] = torch.load(folder / "results.pt")
     return results
@@ -245,7 +238,7 @@ def test_the_command_in_two_processes_is_the_command_in_one(base: Path, data: Pa
     one, two = tmp_path / "one", tmp_path / "two"
     assert cli.main(words(base, data, one, "--per_device_train_batch_size", "2", *more)) == 0
     rest = words(base, data, two, "--per_device_train_batch_size", "1", "--per_device_eval_batch_size", "2", *more)
-    done = subprocess.run([*TORCHRUN, "-m", "rankwise.cli", *rest], capture_output=True, text=True, timeout=300)
+    done = processes.run("-m", "rankwise.cli", *rest, count=2)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
     for key, value in first.items():

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from tiny import tiny_llama
@@ -372,14 +370,7 @@ def test_two_processes_choose_what_one_chooses(
 def in_processes(config: StudyConfig, folder: Path) -> str:
     """The study in two processes; what they print."""
     stage.RunFolder(folder).save_config(config, "study.json")
-    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*torchrun, "-m", "rankwise.cli", "study", str(folder / "study.json")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
-    )
+    result = processes.run("-m", "rankwise.cli", "study", folder / "study.json", count=2)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from rows import logged
@@ -314,17 +312,16 @@ def test_a_run_stopped_from_outside_goes_on_to_the_same_adapter(base: Path, data
         "--eval_strategy",
         "no",
     )
-    command = [sys.executable, "-m", "rankwise.cli", *words(base, data, stopped, *more)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command, said = ["-m", "rankwise.cli", *words(base, data, stopped, *more)], tmp_path / "said.txt"
+    process = processes.start(command, said, said, dict(os.environ))
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.is_alive():
         if (stopped / "training_log.csv").is_file() and len(logged(stopped)) >= 3:
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
             break
         time.sleep(0.02)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, output
+    process.join(60)
+    assert process.exitcode == 143, said.read_text()
     assert newest_complete(stopped)
     assert not (stopped / "adapter_model.safetensors").exists()
     assert cli.main(words(base, data, stopped, *more, "--resume_from_checkpoint", "true")) == 0

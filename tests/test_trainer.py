@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from rows import Rows, SendWhileValidating, adapted_base, equal, logged, make_trainer, resumed, weights
@@ -272,9 +271,8 @@ def test_a_finished_run_takes_no_further_step(base: Path, tmp_path: Path) -> Non
 
 
 SCRIPT = """
-    import os, signal, sys
+    import os, signal
     from pathlib import Path
-    sys.path[:0] = [{tests!r}, {repository!r}]
     import torch
     from test_trainer import Send, make_trainer
 
@@ -292,10 +290,9 @@ SCRIPT = """
 
 def ended(base: Path, out: Path, *, killed: bool) -> int:
     """Exit status of a run that is killed within its second save, or gets two signals in its third step."""
-    tests = Path(__file__).parent
-    names = {"tests": str(tests), "repository": str(tests.parent), "base": str(base), "out": str(out)}
-    script = textwrap.dedent(SCRIPT).format(killed=killed, **names)
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode
+    script = base.parent / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT).format(killed=killed, base=str(base), out=str(out)))
+    return processes.run(script).returncode
 
 
 def test_a_second_signal_stops_at_once(base: Path, tmp_path: Path) -> None:
