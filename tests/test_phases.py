@@ -210,7 +210,7 @@ def test_frozen_is_bit_equal_and_active_has_moved(
     )
     trainer.train()
     assert watch.moved == [schedule.active(step) for step in range(9)]
-    table = [(int(row["step"]) - 1, row["phase"], int(row["sites"])) for row in trainer.phases.table.rows()]
+    table = [(int(row["step"]) - 1, row["phase"], int(row["sites"])) for row in trainer.phases.table.read()]
     changes = [step for step in range(9) if step == 0 or schedule.active(step) != schedule.active(step - 1)]
     assert table == [(step, schedule.name(step), len(schedule.active(step))) for step in changes]
     assert all(value.requires_grad for name, value in trainer.model.named_parameters() if "lora_" in name)
@@ -248,7 +248,7 @@ def test_resume_inside_a_phase_is_exact(
     phased(base, tmp_path / "part", bound(text, sites), **given, **saved).train()
     after = phased(base, tmp_path / "part", bound(text, sites), max_steps=8, **given)
     assert equal(weights(resumed(after)), weights(whole))
-    assert after.phases.table.rows() == whole.phases.table.rows()
+    assert list(after.phases.table.read()) == list(whole.phases.table.read())
     assert phase_of(tmp_path / "part" / f"checkpoint-{stop}") == whole.phases.schedule.name(stop - 1)
 
 

@@ -51,7 +51,7 @@ SCRIPT = """
         trainer = make_trainer(Path(base), keeper.table.path.parent, phases=keeper, **given)
         assert trainer.accelerator.distributed_type == "MULTI_CPU"
         trainer.train()
-        return weights(trainer), keeper.table.rows()
+        return weights(trainer), list(keeper.table.read())
 
     def fsdp2(text, name):
         keeper = keeper_of(text, name)
@@ -75,7 +75,8 @@ SCRIPT = """
             optimizer.step()
             optimizer.zero_grad()
         whole = {name: value.full_tensor() for name, value in model.named_parameters() if isinstance(value, DTensor)}
-        return {name: value.detach().clone() for name, value in whole.items() if "lora_" in name}, keeper.table.rows()
+        trained = {name: value.detach().clone() for name, value in whole.items() if "lora_" in name}
+        return trained, list(keeper.table.read())
 
     for number, text in enumerate(texts):
         results[text] = ddp(text, f"ddp-{number}")
@@ -108,7 +109,7 @@ def alone(base: Path, folder: Path, text: str, **given: object) -> Result:
     keeper = PhaseKeeper(bind(parse_schedule(text), model_sites(meta_model(str(base))), 1), folder)
     trainer = make_trainer(base, folder, phases=keeper, max_steps=6, dropout=0.0, **given)
     trainer.train()
-    return weights(trainer), keeper.table.rows()
+    return weights(trainer), list(keeper.table.read())
 
 
 def assert_same(found: Result, wanted: Result) -> None:

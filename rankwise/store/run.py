@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,7 @@ def process_peaks() -> dict[str, int]:
     return peaks
 
 
+@cache
 def versions() -> dict[str, str | None]:
     """Installed versions of the libraries that results depend on; None where one is absent."""
     found: dict[str, str | None] = {}

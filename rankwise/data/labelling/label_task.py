@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field as attribute
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +113,7 @@ def load_task(name_or_path: str | Path) -> LabelTask:
     path = Path(name_or_path).expanduser()
     if path.is_dir() and (path / FILE).is_file():
         path = path / FILE
-    if not path.is_file():
-        path = _packaged(path)
-    return task_from(content_of(path), str(path), path.stem)
+    return _read(path) if path.is_file() else _packaged(path)
 
 
 def read_task(folder: Path | str) -> LabelTask:
@@ -176,10 +174,15 @@ def general_teacher_prompt(classes: tuple[LabelClass, ...]) -> str:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def _packaged(given: Path) -> Path:
+def _read(path: Path) -> LabelTask:
+    return task_from(content_of(path), str(path), path.stem)
+
+
+@cache
+def _packaged(given: Path) -> LabelTask:
     path = PACKAGED / f"{given.stem}.yaml"
     if given.parent == Path(".") and given.suffix in ("", ".yaml") and path.is_file():
-        return path
+        return _read(path)
     names = sorted(each.stem for each in PACKAGED.glob("*.yaml"))
     raise unknown(str(given), names, f"no such file, and the package has the tasks {', '.join(names)}", "task")
 
