@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from array import array
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -74,15 +75,11 @@ class Example:
         return self.turns[:-1], self.images
 
 
-@dataclass(frozen=True)
-class Chosen(Sequence[Example]):
-    """Some samples of a sequence, by their positions in it: a view that holds no sample."""
+class View(Sequence[Example]):
+    """Samples that are made when they are asked for: `made` makes the one at a position. A slice is a view too."""
 
-    whole: Sequence[Example]
-    positions: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.positions)
+    @abstractmethod
+    def made(self, index: int) -> Example: ...
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -91,8 +88,20 @@ class Chosen(Sequence[Example]):
     def __getitem__(self, index: slice) -> Sequence[Example]: ...
 
     def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
-        if isinstance(index, slice):
-            return Chosen(self.whole, self.positions[index])
+        return Chosen(self, range(len(self))[index]) if isinstance(index, slice) else self.made(index)
+
+
+@dataclass(frozen=True)
+class Chosen(View):
+    """Some samples of a sequence, by their positions in it."""
+
+    whole: Sequence[Example]
+    positions: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def made(self, index: int) -> Example:
         return self.whole[self.positions[index]]
 
 

@@ -21,13 +21,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, overload
+from typing import BinaryIO
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 from PIL import Image
 
-from rankwise.data.example import Example
+from rankwise.data.example import Example, View
 from rankwise.data.pixels import WHITE, Colour, Unreadable, picture, upright_size
 from rankwise.data.remote import Refused, fetched
 from rankwise.errors import DataError
@@ -137,8 +137,8 @@ class ImageReader:
 
 
 @dataclass(frozen=True)
-class Placed(Sequence[Example]):
-    """Samples whose relative paths start in a folder of their own, as absolute ones: a view that holds no sample."""
+class Placed(View):
+    """Samples whose relative paths start in a folder of their own, as absolute ones."""
 
     whole: Sequence[Example]
     folder: Path
@@ -146,15 +146,7 @@ class Placed(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.whole)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
-        if isinstance(index, slice):
-            return Placed(self.whole[index], self.folder)
+    def made(self, index: int) -> Example:
         example, root = self.whole[index], os.path.realpath(self.folder)
         images = (each if SCHEME.match(each) else os.path.join(root, each) for each in example.images)
         return replace(example, images=tuple(images))

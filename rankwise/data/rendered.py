@@ -6,14 +6,14 @@ import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from rankwise.data.answers import NothingToLearn, answers_apart
 from rankwise.data.chat import TurnsApart
-from rankwise.data.example import Example, chosen
+from rankwise.data.example import Example, View, chosen
 from rankwise.data.images import BadImage
 from rankwise.data.render import Overlong, Rendered, Renderer
 from rankwise.errors import DataError, UsageError
@@ -136,7 +136,7 @@ def prompted(example: Example, renderer: Renderer) -> tuple[Example, Rendered | 
 
 
 @dataclass(frozen=True)
-class Learnt(Sequence[Example]):
+class Learnt(View):
     """Rows as samples: each whole, or one of its answers with what was said before it (see `Checked.answers`)."""
 
     rows: Sequence[Example]
@@ -145,15 +145,7 @@ class Learnt(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
-        if isinstance(index, slice):
-            return Learnt(self.rows[index], self.answers[index])
+    def made(self, index: int) -> Example:
         answer, row = self.answers[index], self.rows[index]
         return answers_apart(row)[answer - 1] if answer else row
 

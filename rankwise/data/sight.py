@@ -8,6 +8,7 @@ Both ask the family's own processor, a whole row at a time, so a family that tra
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections import Counter
@@ -23,7 +24,6 @@ from transformers import ProcessorMixin
 
 from rankwise.data.crossed import CROSSED, crossed
 from rankwise.data.device import DeviceReader, DeviceTarget
-from rankwise.data.heard import SUPPORTED, heard
 from rankwise.data.images import BadImage, ImageReader, shown
 from rankwise.errors import DataError, UsageError
 
@@ -36,6 +36,7 @@ MOST = 20_000  # different sizes of a row's pictures that are kept with what sta
 APART = " \ue000 "  # between the texts of one row that a processor is given as one
 Sizes = tuple[tuple[int, int], ...]
 Made = TypeVar("Made")
+SUPPORTED = "`rankwise check` says which model families are tested; docs/vision.md lists them"
 
 
 class ImageDepth(Protocol):
@@ -217,3 +218,42 @@ class Sight:
 
 def blank(sizes: Sizes) -> list[Image.Image]:
     return [Image.new("RGB", size) for size in sizes]
+
+
+def heard(
+    processor: ProcessorMixin, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]
+) -> tuple[Mapping[str, Any], list[str]]:
+    """(the processor's output as tensors, the texts given to its tokenizer) for rows of text with their images.
+
+    ValueError where it refuses the images; UsageError, naming the processor, where it cannot be called so.
+    """
+    listening = copy.copy(processor)
+    listening.tokenizer = tokenizer = _Listening(processor.tokenizer)
+    try:
+        found = listening(
+            text=list(texts),
+            images=[list(row) for row in images] if any(images) else None,
+            add_special_tokens=False,
+            padding=True,
+            return_tensors="pt",  # some processors count their placeholders by what tensors have (Ovis2, Aria)
+        )
+    except (AttributeError, LookupError, TypeError, NotImplementedError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(
+            f"{type(processor).__name__} takes no rows of text with images ({reason}); {SUPPORTED}"
+        ) from error
+    return found, tokenizer.given
+
+
+class _Listening:
+    """A tokenizer that keeps the texts it is given."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self.given = tokenizer, []  # type: tuple[Any, list[str]]
+
+    def __call__(self, text: Any, *args: Any, **how: Any) -> Any:
+        self.given += [text] if isinstance(text, str) else list(text)
+        return self._tokenizer(text, *args, **how)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)

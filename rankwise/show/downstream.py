@@ -11,7 +11,7 @@ from typing import Any
 
 from rankwise.score.downstream import NOTHING, ORIGINAL, WHOLE
 from rankwise.show.canvas import BLUE, GREY, INK, YELLOW, name_axes, new_figure, save
-from rankwise.show.format import clip, plural
+from rankwise.show.format import align, clip, plural
 
 FORMAT = "rankwise-downstream/1"
 JSON, MARKDOWN, PICTURE = "downstream.json", "downstream.md", "downstream.png"
@@ -36,14 +36,8 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 def terminal(content: Mapping[str, Any]) -> list[str]:
     """The same for a terminal: aligned columns."""
-    table = [HEADER, *(cells(row) for row in content["rows"])]
-    widths = [max(len(line[column]) for line in table) for column in range(len(HEADER))]
-    lines = [on_what(content), ""]
-    for line in table:
-        words, numbers = line[:RIGHT_ALIGNED], line[RIGHT_ALIGNED:]
-        padded = [word.ljust(width) for word, width in zip(words, widths, strict=False)]
-        padded += [cell.rjust(width) for cell, width in zip(numbers, widths[RIGHT_ALIGNED:], strict=True)]
-        lines.append(("  " + "   ".join(padded)).rstrip())
+    table = align([HEADER, *(cells(row) for row in content["rows"])], left=range(RIGHT_ALIGNED), gap=3)
+    lines = [on_what(content), "", *(f"  {line}" for line in table)]
     return [*lines, "", *differences(content), *([""] if content["paired"] else []), *reading(content)]
 
 

@@ -11,7 +11,7 @@ from rankwise.show.blocks import Picture
 from rankwise.show.confusion import plot_confusion
 from rankwise.show.contents import Contents, Scored
 from rankwise.show.curves import plot_loss, plot_scores, points, shared_metrics
-from rankwise.show.factor_pictures import feature_pictures
+from rankwise.show.factor_reading import feature_pictures
 from rankwise.show.format import printable
 from rankwise.show.gradient_series import boundaries
 from rankwise.show.gradients import gradient_pictures

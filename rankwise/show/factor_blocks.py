@@ -20,7 +20,7 @@ from rankwise.show.factor_words import (
     timing_words,
     verdict,
 )
-from rankwise.show.format import amount, printable
+from rankwise.show.format import align, amount, printable
 
 CLOSE = ("method", "relative error", "excess error, %", "energy", "cosine", "angle")
 COST = ("method", "time", "speed", "MFLOP", "parameters", "stored")
@@ -99,9 +99,4 @@ def terminal(comparison: Comparison) -> str:
 
 
 def aligned(table: Table) -> str:
-    lines = [list(table.header), *table.rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(pairs)).rstrip()
-        for pairs in ([*zip(line, widths, strict=True)] for line in lines)
-    )
+    return "\n".join(align([table.header, *table.rows]))

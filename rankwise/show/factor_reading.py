@@ -1,25 +1,32 @@
-"""What the commands on features leave in a results folder, read for the report.
+"""What the commands on features leave in a results folder, read and drawn for the report.
 
 comparison.json ──▶ comparison · <arch>/history.json ──▶ rows by epoch · downstream.json ──▶ table
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rankwise.errors import DataError
+from rankwise.show.contents import Contents
 from rankwise.show.downstream import FORMAT as DOWNSTREAM_FORMAT
-from rankwise.show.downstream import JSON as DOWNSTREAM
+from rankwise.show.downstream import JSON as DOWNSTREAM_FILE
+from rankwise.show.downstream import plot_downstream
+from rankwise.show.factor_curves import plot_factor_training
+from rankwise.show.factor_plots import PLOTS
 from rankwise.show.factor_words import FILE, FORMAT, PARTS
 from rankwise.show.format import is_number
 from rankwise.store.files import read_json
-from rankwise.train.epoch_history import HISTORY
+from rankwise.train.epoch_history import HISTORY, best_row
 
 BY_EPOCH = ("epoch", "train_mse", "val_mse", "lr", "effective_rank")
 DOWNSTREAM_PARTS = ("rows", "notes", "settings", "shapes")
 Rows = Sequence[dict[str, Any]]
+CURVES, DOWNSTREAM = "train_val_loss_comparison", "downstream"
+Drawn = tuple[str, str, str, Callable[[Path], Any]]
 
 
 def read_comparisons(files: Sequence[Path]) -> Iterator[tuple[Path, Mapping[str, Any]]]:
@@ -28,7 +35,7 @@ def read_comparisons(files: Sequence[Path]) -> Iterator[tuple[Path, Mapping[str,
 
 
 def read_downstream(files: Sequence[Path]) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    yield from whole(files, DOWNSTREAM, DOWNSTREAM_FORMAT, DOWNSTREAM_PARTS)
+    yield from whole(files, DOWNSTREAM_FILE, DOWNSTREAM_FORMAT, DOWNSTREAM_PARTS)
 
 
 def read_histories(files: Sequence[Path]) -> Iterator[tuple[Path, Rows]]:
@@ -55,3 +62,15 @@ def whole(
         if missing:
             raise DataError(f"{path}: not whole, it lacks {', '.join(missing)}; run the command that wrote it again")
         yield path, content
+
+
+def feature_pictures(contents: Contents) -> Iterator[Drawn]:
+    for where, rows in contents.histories:
+        caption = "Training and validation error by epoch; learning rate below"
+        yield where, CURVES, caption, partial(plot_factor_training, rows, best_epoch=best_row(rows)["epoch"])
+    for where, comparison in contents.factors:
+        for name, (plot, caption) in PLOTS.items():
+            yield where, name, caption, partial(plot, comparison)
+    for where, answers in contents.downstream:
+        caption = "How far the model's answers move when factors stand in for its features"
+        yield where, DOWNSTREAM, caption, partial(plot_downstream, answers)

@@ -13,8 +13,8 @@ from rankwise.show.contents import Contents
 from rankwise.show.downstream import HEADER, RIGHT_ALIGNED, cells, on_what, reading
 from rankwise.show.drawing import Drawings
 from rankwise.show.factor_blocks import comparison_blocks
-from rankwise.show.factor_pictures import CURVES, DOWNSTREAM
 from rankwise.show.factor_plots import PLOTS
+from rankwise.show.factor_reading import CURVES, DOWNSTREAM
 from rankwise.show.format import plural, printable
 from rankwise.train.epoch_history import best_row
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from rankwise.terminal import harmless
@@ -78,6 +79,17 @@ def clip(text: str, width: int) -> str:
 
 def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def align(rows: Sequence[Sequence[str]], left: Collection[int] = (0,), gap: int = 2) -> list[str]:
+    """Rows of cells as lines of a terminal, the columns in `left` aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = enumerate(zip(row, widths, strict=True))
+        padded = [cell.ljust(width) if place in left else cell.rjust(width) for place, (cell, width) in cells]
+        lines.append((" " * gap).join(padded).rstrip())
+    return lines
 
 
 def metric_name(name: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.show.blocks import Table
-from rankwise.show.format import duration, is_number, memory, printable
+from rankwise.show.format import align, duration, is_number, memory, printable
 from rankwise.store.stage_marks import read_marks
 
 HEADER = ("stage", "time", "memory", "GPU memory", "GPU use", "")
@@ -61,17 +61,8 @@ def time_table(times: Sequence[StageTime]) -> Table:
 def time_lines(times: Sequence[StageTime]) -> list[str]:
     """For the terminal."""
     rows = columns([HEADER, *map(cells, times), total(times)])
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    return [line(row, widths, notes=len(rows[0]) - 1 if rows[0][-1] == "" else None) for row in rows]
-
-
-def line(row: Sequence[str], widths: Sequence[int], notes: int | None) -> str:
-    """Numbers to the right, the name and the note to the left."""
-    cells = [
-        cell.ljust(width) if place in (0, notes) else cell.rjust(width)
-        for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
-    return "  ".join(cells).rstrip()
+    notes = [len(rows[0]) - 1] if rows[0][-1] == "" else []
+    return align(rows, left=[0, *notes])
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[list[str]]:

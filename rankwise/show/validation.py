@@ -14,7 +14,7 @@ from rankwise.ship.parity.rung import said, unmeasured
 from rankwise.ship.validation import FORMAT
 from rankwise.show.blocks import Block, Folded, Picture, Table, Words
 from rankwise.show.confusion import plot_confusion
-from rankwise.show.format import is_number, memory, number, percent, printable
+from rankwise.show.format import align, is_number, memory, number, percent, printable
 from rankwise.store.files import read_object
 
 PARTS = ("outtype", "by_outtype", "parity", "verdict", "reference", "failures")
@@ -54,9 +54,8 @@ def summary(content: Mapping[str, Any]) -> list[str]:
         lines.append(f"  before training: {form_line(content['base'])}")
     lines += gain_lines(content)
     if content["parity"]:
-        header, *rows = ladder_rows(content["parity"])
-        widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-        lines += ["", *("  " + "   ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in (header, *rows))]
+        rows = ladder_rows(content["parity"])
+        lines += ["", *(f"  {line}" for line in align(rows, left=range(len(rows[0])), gap=3))]
         lines += [f"  {line}" for line in not_measured(content["parity"])]
     return lines
 

@@ -1,10 +1,11 @@
-"""One arm by itself, through the project's own Trainer: for `norm:N`, which chooses on the way what trains next.
+"""Arms of a study that train by themselves: `norm:N`, which chooses on the way what trains next, and all weights.
 
     trained, replay = train_alone(model, arm, bind(Norm(20), sites, seed=0), rows, collate, settings)
     str(replay)        # all:1 > mlp:40 > attention: what a yoked arm trains as a fixed schedule
 
 `batched` trains many arms at once and must know beforehand which sites move at which step. All else is alike: start,
-scales, order of rows, optimizer and schedule of the rate, and no dropout.
+scales, order of rows, optimizer and schedule of the rate, and no dropout. `train_alone` goes through the project's own
+Trainer; `train_weights` is a plain loop over all weights, for probes and for the arm `full` that a study refers to.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import Subset
-from transformers import PreTrainedModel, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, TrainingArguments, get_scheduler
 
 from rankwise.core.phase import BoundNorm, Phases
 from rankwise.core.plan import PlannedSite, RankPlan
@@ -151,3 +153,53 @@ def single_process() -> Iterator[None]:
         yield
     finally:
         os.environ.update(kept)
+
+
+def train_weights(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    rows: Sequence[Mapping[str, Any]],
+    order: Sequence[int],
+    collate: Collate,
+    settings: ArmSettings,
+    learning_rate: float,
+) -> bool:
+    """Train these parameters in place, without dropout; whether it stayed finite (it stops where it did not)."""
+    model.eval()
+    optimizer = torch.optim.AdamW(
+        parameters, learning_rate, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+    )
+    scheduler = get_scheduler(settings.lr_scheduler, optimizer, settings.warmup_steps, settings.steps)
+    device = parameters[0].device
+    for step in tqdm(range(settings.steps), desc="full", unit="step", disable=None, leave=False):
+        taken = order[step * settings.batch_size : (step + 1) * settings.batch_size]
+        batch = {name: value.to(device) for name, value in collate([rows[index] for index in taken]).items()}
+        batch.pop("sample_index", None)
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf"))
+        if not torch.isfinite(loss + norm):
+            return False
+        optimizer.step()
+        scheduler.step()
+    return True
+
+
+@contextmanager
+def borrowed(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """These parameters to train, the others frozen; afterwards all are as they were, bit for bit."""
+    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.requires_grad_(False)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        yield list(parameters.values())
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(kept[name])
+        for parameter, state in before.items():
+            parameter.requires_grad_(state)
+            parameter.grad = None

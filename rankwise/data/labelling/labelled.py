@@ -29,10 +29,12 @@ from PIL import Image
 from rankwise.data.device import DeviceTarget
 from rankwise.data.example import IMAGE_SLOT
 from rankwise.data.label_names import label_called
+from rankwise.data.labelling.image_ids import ImageIds
 from rankwise.data.labelling.label_answer import problem
 from rankwise.data.labelling.label_task import LabelTask, read_task
 from rankwise.data.labelling.originals import Originals
 from rankwise.data.labelling.stratified import held_out_groups
+from rankwise.data.pixels import BROKEN
 from rankwise.data.sources.rows import BadRow, RowFile, json_rows
 from rankwise.errors import DataError
 from rankwise.store.files import atomic_files, atomic_write
@@ -275,3 +277,26 @@ def row_of(content: Mapping[str, Any], task: LabelTask) -> LabelledRow:
     values = {key: given[key] for key in own if key in given}
     values |= {key: given[name] for key, name in names.items() if name in given}
     return LabelledRow(**values | {"visual_features": tuple(values.get("visual_features", ()))})
+
+
+def remove_orphans(folder: Path, ids: ImageIds, rows: Iterable[LabelledRow]) -> int:
+    """Delete them, and the originals that earlier tables named; how many images it were. Only a file that still holds
+    what was stored under its name is deleted."""
+    rows, count = tuple(rows), 0
+    used = {row.image_id for row in rows}
+    for image_id, sha256 in ids.known.items():
+        file = folder / IMAGES / f"{image_id}.png"
+        if image_id not in used and file.is_file() and _holds(file, sha256):
+            file.unlink()
+            count += 1
+    for original in ids.originals - {row.source_path for row in rows}:
+        (folder / original).unlink(missing_ok=True)
+    return count
+
+
+def _holds(file: Path, sha256: str) -> bool:
+    try:
+        with Image.open(file) as image:
+            return image.mode == "RGB" and pixel_hash(image) == sha256
+    except BROKEN:
+        return False

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import stat_result
 from pathlib import Path
-from typing import overload
 
-from rankwise.data.example import Chosen, Example
+from rankwise.data.example import Example, View
 from rankwise.data.sources.rows import Build, RowFile, again, as_object, identity_of, json_samples, located
 from rankwise.errors import DataError
 
@@ -23,7 +21,7 @@ LARGE = 64 * 2**20  # bytes; from here on a JSON Lines file is indexed and not h
 
 
 @dataclass(frozen=True, eq=False)
-class IndexedSamples(Sequence[Example]):
+class IndexedSamples(View):
     """Samples of a JSON Lines file by the places of their lines. repeated: of those whose id occurred before.
 
     The file must stay as it was: DataError once its size or time differs. Copies of this object (in the workers of a
@@ -41,15 +39,7 @@ class IndexedSamples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.starts)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
-        if isinstance(index, slice):
-            return Chosen(self, range(*index.indices(len(self))))
+    def made(self, index: int) -> Example:
         row = as_object(json.loads(self._line(self.starts[index])))
         number = self.numbers[index]
         identity = identity_of(row, self.path, number)

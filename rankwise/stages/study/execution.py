@@ -25,10 +25,9 @@ from rankwise.stages.study.material import Material, Scored
 from rankwise.stages.study.plans import Plans
 from rankwise.store.ledger import Ledger
 from rankwise.store.processes import gathered, own_share
-from rankwise.train.alone import train_alone
+from rankwise.train.alone import borrowed, train_alone, train_weights
 from rankwise.train.arms import row_order
 from rankwise.train.batched import Arm, ArmSettings, TrainedArm, losses_together, train_together
-from rankwise.train.reference import borrowed, train_weights
 
 LAST = 0.1
 Matrices = dict[str, Tensor]

@@ -39,9 +39,9 @@ from rankwise.store.deltas import SavedDeltas, open_deltas
 from rankwise.store.files import fingerprint, fingerprints, read_object
 from rankwise.store.processes import announce, gathered, process_index
 from rankwise.store.run import CONFIG
+from rankwise.train.alone import borrowed, train_weights
 from rankwise.train.arms import row_order
 from rankwise.train.batched import ArmSettings
-from rankwise.train.reference import borrowed, train_weights
 
 SCORING_BATCH = 16
 
