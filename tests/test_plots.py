@@ -20,7 +20,7 @@ from rankwise.core.site import describe
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, UsageError
 from rankwise.score.result import EvaluationResult
-from rankwise.show import canvas, confusion, curves, glyphs, plots
+from rankwise.show import canvas, confusion, curves, plots
 from rankwise.show.canvas import BLUE, GREY, YELLOW, readable_on
 from rankwise.show.confusion import plot_confusion
 from rankwise.show.curves import plot_loss, plot_scores
@@ -142,7 +142,7 @@ def confusion_labels(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, l
 
 def test_characters_that_no_font_has_are_written_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    monkeypatch.setattr(glyphs, "installed", lambda: [("DejaVu Sans", str(own))])
+    monkeypatch.setattr(canvas, "installed", lambda: [("DejaVu Sans", str(own))])
     labels = confusion_labels(tmp_path / "a.png", monkeypatch)
     assert list(labels) == ["U+1F525 fire", "U+6C34", "U+092A U+093E U+0928 U+0940", "tiger"]
 
@@ -167,7 +167,7 @@ def test_characters_of_another_installed_font_are_drawn_from_it(
     builder.save(tmp_path / "water.ttf")
     manager = matplotlib.font_manager.fontManager
     monkeypatch.setattr(manager, "ttflist", list(manager.ttflist))
-    monkeypatch.setattr(glyphs, "PREFERRED", ("Rankwise",))
+    monkeypatch.setattr(canvas, "PREFERRED", ("Rankwise",))
     manager.addfont(tmp_path / "water.ttf")
     labels = confusion_labels(tmp_path / "a.png", monkeypatch)
     assert "Rankwise Water" in labels["水"]

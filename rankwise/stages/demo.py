@@ -27,7 +27,7 @@ from rankwise.stages import run as recipes
 from rankwise.stages.recipe import find_recipe, load_recipe
 from rankwise.store.files import atomic_folder, read_object
 from rankwise.store.run import RunFolder
-from rankwise.train.pretrain import pretrain, text_rows
+from rankwise.train.pretrain import pretrain
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,11 @@ def make_base(folder: Path, data: Path, world: World, seed: int) -> None:
         tokenizer = save_tokenizer(made, [*pages[:2000], *prompts(data)], world.vocabulary)
         model = random_llama(tokenizer, seed)
         print(f"base: a Llama of {amount(model.num_parameters())} parameters reads {world.pages:,} pages", flush=True)
+        # every page is one sample with an end token, every token a label
+        encoded = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(pages)["input_ids"]]
         loss = pretrain(
             model,
-            text_rows(tokenizer, pages),
+            [{"input_ids": ids, "labels": ids, "sample_index": index} for index, ids in enumerate(encoded)],
             Collator.of(tokenizer),
             steps=world.steps,
             batch_size=world.batch_size,

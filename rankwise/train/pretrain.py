@@ -8,18 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from rankwise.train.arguments import build_arguments
 from rankwise.train.trainer import RankwiseTrainer
 
 Rows = Sequence[dict[str, Any]] | Dataset[dict[str, Any]]
-
-
-def text_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Plain texts as samples of a language model: every text one sample with an end token, every token a label."""
-    encoded = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(texts))["input_ids"]]
-    return [{"input_ids": ids, "labels": ids, "sample_index": index} for index, ids in enumerate(encoded)]
 
 
 def pretrain(
