@@ -19,7 +19,7 @@ from rankwise.show.curves import plot_loss
 from rankwise.show.gradient_series import WINDOW, boundaries, by_kind, factor_series, read_tables, series, smooth
 from rankwise.show.gradient_summary import JSON, TEXT, generate_summary_report, gradient_summary
 from rankwise.show.gradients import (
-    plot_factors,
+    draw_factors,
     plot_gradient_evolution,
     plot_gradient_norms,
     plot_gradients,
@@ -158,7 +158,7 @@ def test_evolution_shows_seven_moments_from_first_to_last(tmp_path: Path, figure
 
 def test_factors_are_drawn_apart(tmp_path: Path, figures: list[Any]) -> None:
     rows = table(30, phased=False)
-    plot_factors(rows, tmp_path / "factors.png")
+    draw_factors(factor_series(rows), tmp_path / "factors.png")
     attention, _, delta = figures[0].axes
     norm = math.sqrt(1 + 4 + 9)
     drawn = labelled(attention, "A").get_ydata()
@@ -167,7 +167,7 @@ def test_factors_are_drawn_apart(tmp_path: Path, figures: list[Any]) -> None:
     assert labelled(attention, "B").get_ydata()[-1] == pytest.approx(0.8 * norm)
     assert labelled(delta, "MLP").get_ydata()[10] == pytest.approx(math.sqrt(3) * 1.0)
     with pytest.raises(DataError, match="no LoRA site"):
-        plot_factors([SiteNorm(1, "lm_head", "language", "head", None, 1.0)], tmp_path / "no.png")
+        draw_factors(factor_series([SiteNorm(1, "lm_head", "language", "head", None, 1.0)]), tmp_path / "no.png")
     assert factor_series(rows).steps == list(range(1, 31))
 
 

@@ -35,7 +35,7 @@ from rankwise.train.gradient_table import (
     NORMS,
     SiteNorm,
     kept,
-    load_gradient_norms,
+    stored,
     summary,
     views,
 )
@@ -61,6 +61,10 @@ FILES = (NORMS, GROUPS, LAYERS)
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+def load_gradient_norms(path: Path) -> list[SiteNorm]:
+    return list(stored(path / NORMS if path.is_dir() else path))
 
 
 class Copies(TrainerCallback):

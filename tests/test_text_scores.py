@@ -18,7 +18,7 @@ from nltk.corpus.util import LazyCorpusLoader
 from rankwise.data.example import one_per_prompt
 from rankwise.data.sources import load
 from rankwise.errors import DataError, UsageError
-from rankwise.score import bootstrap, wordnet
+from rankwise.score import bootstrap
 from rankwise.score import text as text_module
 from rankwise.score.result import EvaluationResult
 from rankwise.score.text import score_text
@@ -119,7 +119,7 @@ def no_wordnet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", connect)
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
-    monkeypatch.setattr(wordnet, "SYSTEM", str(tmp_path / "none"))
+    monkeypatch.setattr(text_module, "SYSTEM", str(tmp_path / "none"))
     for name in ("WNSEARCHDIR", "WNHOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("nltk.corpus.wordnet", LazyCorpusLoader("wordnet", WordNetCorpusReader, None))
@@ -179,7 +179,7 @@ def small_wordnet(folder: Path) -> Path:
 def test_wordnet_needs_no_hub(where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = small_wordnet(tmp_path / "dict")
     if where == "Debian":
-        monkeypatch.setattr(wordnet, "SYSTEM", str(folder))
+        monkeypatch.setattr(text_module, "SYSTEM", str(folder))
     else:
         monkeypatch.setenv(where, str(folder if where == "WNSEARCHDIR" else tmp_path))
     scores = score_text(["the bar"], [["the pub"]])

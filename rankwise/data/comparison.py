@@ -16,12 +16,11 @@ from typing import Any, TypeVar
 import torch
 from transformers.utils.chat_template_utils import encode_marked_chat
 
-from rankwise.data.crossed import CROSSED
 from rankwise.data.encoding import MARK, Kept
 from rankwise.data.example import Example, Turn
 from rankwise.data.layout import joined
 from rankwise.data.render import Rendered, Renderer
-from rankwise.data.sight import IGNORED, TEXT_INPUTS
+from rankwise.data.sight import CROSSED, IGNORED, TEXT_INPUTS
 from rankwise.errors import DataError
 
 Atom = TypeVar("Atom", bound=Hashable)

@@ -21,8 +21,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
+from transformers.models.mllama.processing_mllama import (
+    convert_sparse_cross_attention_mask_to_dense,
+    get_cross_attention_token_mask,
+)
 
-from rankwise.data.crossed import CROSSED, crossed
 from rankwise.data.device import DeviceReader, DeviceTarget
 from rankwise.data.images import BadImage, ImageReader, shown
 from rankwise.errors import DataError, UsageError
@@ -37,6 +40,7 @@ APART = " \ue000 "  # between the texts of one row that a processor is given as 
 Sizes = tuple[tuple[int, int], ...]
 Made = TypeVar("Made")
 SUPPORTED = "`rankwise check` says which model families are tested; docs/vision.md lists them"
+CROSSED = "cross_attention_mask"
 
 
 class ImageDepth(Protocol):
@@ -257,3 +261,25 @@ class _Listening:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
+
+
+def crossed(found: Mapping[str, Tensor], ids: Tensor, images: Sequence[int], image_id: int) -> dict[str, Tensor]:
+    """Which tokens look at which image's tiles, for images beside the sequence instead of in it (Llama 3.2 Vision).
+
+    The mask for ids (batch, length), made anew for each batch by transformers' own rule. found: tensors of the images;
+    images: how many each row has.
+
+    UsageError for rows with different numbers of images: in transformers' model the tokens before an image look at all
+    images of the batch, padding included, so that a row would get other logits in a batch than alone.
+    """
+    if len(set(images)) > 1:
+        raise UsageError(
+            f"the model takes images by {CROSSED}, and rows with {min(images)} and {max(images)} images in one batch "
+            "would change each other: use a batch size of 1, or rows with equally many images"
+        )
+    tiles = found["aspect_ratio_mask"]
+    looking = [get_cross_attention_token_mask(row, image_id) for row in ids.tolist()]
+    mask = convert_sparse_cross_attention_mask_to_dense(
+        looking, tiles.sum(-1).tolist(), max_num_tiles=tiles.shape[-1], length=ids.shape[1]
+    )
+    return {CROSSED: torch.from_numpy(mask)}

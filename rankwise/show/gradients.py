@@ -5,7 +5,7 @@ plot_gradients(Path("runs/first"))      # → runs/first/plots/gradient_norms.pn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,11 @@ from rankwise.show.gradient_series import (
     GradientTables,
     Series,
     by_kind,
-    factor_series,
     positive,
     read_tables,
     series,
 )
 from rankwise.show.gradient_summary import write_summary
-from rankwise.train.gradient_table import SiteNorm
 
 Style = str | tuple[int, tuple[int, ...]]  # as matplotlib has line styles
 LINES: dict[str, tuple[str, str, Style]] = {
@@ -113,20 +111,9 @@ def frame_steps(axis: Any, steps: Sequence[int]) -> None:
     whole_ticks(axis.xaxis, 7)
 
 
-def plot_factors(rows: Iterable[SiteNorm], path: Path | str) -> Path:
-    """Gradient norms of the LoRA factors A and B apart, and the size of the delta that they make.
-
-    Args:
-        rows: of `gradient_norms.csv`.
-        path: file to write.
-
-    Raises:
-        DataError: no site has the factors A and B.
-    """
-    return draw_factors(factor_series(rows), path)
-
-
 def draw_factors(table: Series, path: Path | str, phases: Sequence[Boundary] | None = None) -> Path:
+    """Gradient norms of the LoRA factors A and B apart, and the size of the delta that they make. DataError: no site
+    has the factors A and B."""
     found = table.filled()
     kinds = factor_kinds(table)
     if not kinds:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from rankwise.data.collate import Collator
 from rankwise.data.comparison import Oracle
-from rankwise.data.crossed import CROSSED
 from rankwise.data.example import Example
 from rankwise.data.render import Rendered, Renderer
+from rankwise.data.sight import CROSSED
 from rankwise.errors import UsageError
 from rankwise.nets.cut_down import Untried
 from rankwise.nets.image_features import parts, seeing_part

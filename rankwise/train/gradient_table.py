@@ -214,21 +214,11 @@ def statistics_of(points: Sequence[tuple[float, int]]) -> dict[str, float | int]
     return {"mean": mean, "std": statistics.pstdev(norms, mean), "max": peak, "min": min(norms), "peak_step": step}
 
 
-def load_gradient_norms(path: Path | str) -> list[SiteNorm]:
-    """The rows of a table, in order.
-
-    Args:
-        path: `gradient_norms.csv`, or the run folder that holds it.
-
-    Raises:
-        DataError: no such file, columns are missing, or a cell is not a number (file and line are named).
-    """
-    path = Path(path)
-    return list(stored(path / NORMS if path.is_dir() else path))
-
-
 def stored(path: Path) -> Iterator[SiteNorm]:
-    """Row after row, for tables that are larger than one wants to hold."""
+    """The rows of a `gradient_norms.csv` in order, one by one: the table may be larger than one wants to hold.
+
+    DataError: no such file, columns are missing, or a cell is not a number (file and line are named).
+    """
     if not path.is_file():
         raise DataError(f"{path}: no such file; `rankwise train` writes {NORMS} into the run folder")
     with open(path, newline="", encoding="utf-8-sig") as file:

@@ -4,24 +4,39 @@
 
 A new image is named by its place among all images and its file; where an earlier image has that name, by its content
 too (`00017_beach-3fa9c1d2`). So no name ever means two images, and none changes because others came.
+
+    originals/00017_IMG_2041.jpeg     a few of the files as they were, metadata (place, camera) included
+
+What validation and golden vectors start from: the data set's own pictures have the device's size, which any resizer
+passes on, so with them alone nobody could tell whether an app scales, turns and pads a photo as training saw it.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise.data.device import FILE as DEVICE
-from rankwise.data.device import DeviceTarget, read_target
-from rankwise.data.labelling.coco import Photo
-from rankwise.data.labelling.originals import FOLDER
+from PIL import Image
 
-TABLE = "labels.jsonl"
+from rankwise.data.device import FILE as DEVICE
+from rankwise.data.device import DeviceTarget, changes, read_target
+from rankwise.data.images import ImageReader
+from rankwise.data.labelling.coco import Photo
+from rankwise.data.labelling.stratified import in_turn
+from rankwise.data.pixels import kind_of, suffix_of
+from rankwise.store.files import atomic_write
+
+TABLE, FOLDER = "labels.jsonl", "originals"
 NAME = re.compile(r"\d{5,}_[\w.-]*")
 ORIGINAL = re.compile(rf"{FOLDER}/{NAME.pattern}")
+MOST = 32  # as many as the parity ladder asks about
+MOST_BYTES = 64 * 2**20
+AMONG = 200  # pictures that are looked at
 
 
 class ImageIds:
@@ -76,3 +91,34 @@ def _rows(table: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(row, dict) and {"image_id", "image_sha256"} <= row.keys():
             yield row
+
+
+@dataclass(frozen=True)
+class Originals:
+    """Where the pictures of a data set came from. references: by image id, as `reader` knows them."""
+
+    reader: ImageReader
+    references: Mapping[str, str]
+
+    def keep(self, folder: Path, ids: Sequence[str], target: DeviceTarget) -> dict[str, str]:
+        """Copy some, those that the device changes first, in turn of every kind (wide, tall; colour mode; turned).
+        Returns image id → path below `folder`: at most MOST pictures, MOST_BYTES in all."""
+        known = [one for one in ids[:AMONG] if one in self.references]
+        passed = [one for one in known if not changes(self._content(one), target.image_size)]
+        kept: dict[str, str] = {}
+        room = MOST_BYTES
+        for one in (*in_turn([one for one in known if one not in passed], self._kind), *passed):
+            content = self._content(one)
+            if len(kept) < MOST and len(content) <= room:
+                kept[one] = f"{FOLDER}/{one}{suffix_of(content)}"
+                room -= len(content)
+                with atomic_write(folder / kept[one]) as temporary:
+                    temporary.write_bytes(content)
+        return kept
+
+    def _content(self, one: str) -> bytes:
+        return self.reader.content(self.references[one])
+
+    def _kind(self, one: str) -> str:
+        with Image.open(io.BytesIO(self._content(one))) as picture:
+            return kind_of(picture)

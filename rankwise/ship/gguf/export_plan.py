@@ -15,8 +15,11 @@ from typing import Any
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.depth_settings import FILE as DEPTH_FILE
+from rankwise.nets.load import meta_model
+from rankwise.nets.sites import weight_table
+from rankwise.nets.vocabulary import embedding_paths
 from rankwise.ship.gguf.converter import OUTTYPES, Converter
-from rankwise.ship.gguf.lengths import check_lengths
+from rankwise.ship.gguf.metadata import config_of
 from rankwise.ship.gguf.view import Changes, changes_for
 from rankwise.ship.gguf.vocabulary import Vocabulary, check_forms
 from rankwise.store.adapter import is_adapter
@@ -166,3 +169,41 @@ def require_space(plan: ExportPlan, out: Path) -> None:
             f"{out}: the export needs about {plan.bytes / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free"
             f"{f32 if plan.verify and REFERENCE not in plan.outtypes else ''}; nothing was written"
         )
+
+
+def check_lengths(folder: Path, checkpoint: Checkpoint, tokens: int) -> None:
+    """How long the vocabulary is, found to agree before the converter asserts it.
+
+    DataError with both numbers where the tokenizer has more tokens (`tokens`: its highest id + 1) than the model, or
+    where config and weights are of different lengths. Nothing is known of a class that transformers does not have."""
+    config = config_of(folder)
+    if config is None:
+        return
+    rows = stored_rows(folder, checkpoint)
+    wrong = [f"{key} has {stored:,} rows and the config is of {stated:,}" for key, stored, stated in rows]
+    wrong = [line for line, (_, stored, stated) in zip(wrong, rows, strict=True) if stored != stated]
+    if wrong:
+        raise DataError(
+            f"{folder}: {'; '.join(wrong)}: config.json and the weights are not of one model; save both again "
+            "(model.resize_token_embeddings changes both)"
+        )
+    known = config.get_text_config().vocab_size
+    held = min([known, *(stored for _, stored, _ in rows)])
+    if tokens > held:
+        raise DataError(
+            f"{folder}: the tokenizer has {tokens:,} tokens (its highest id + 1) and the model {held:,} rows for them; "
+            "call model.resize_token_embeddings(len(tokenizer)) and train the new rows, or put back the tokenizer that "
+            "the model was trained with"
+        )
+
+
+def stored_rows(folder: Path, checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
+    """(key, rows in the files, rows by the config) of the embeddings and of the head; what is tied is stored once."""
+    model = meta_model(str(folder))
+    weights = weight_table(model, checkpoint.keys()).weights
+    found = [(path, weights.get(f"{path}.weight")) for path in embedding_paths(model)]
+    return [
+        (weight.key, checkpoint.shape(weight.key)[0], model.get_parameter(f"{path}.weight").shape[0])
+        for path, weight in found
+        if weight is not None and weight.part == (0, 1)
+    ]

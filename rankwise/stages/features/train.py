@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from rankwise.config import FactorTrainConfig
 from rankwise.data.features.cache import FeatureCache, open_cache
-from rankwise.data.features.measurable import check_measurable
+from rankwise.data.features.rows import check_measurable
 from rankwise.data.features.split import SPLIT
 from rankwise.errors import Interrupted, UsageError
 from rankwise.nets.factorize.architectures import canonical

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rankwise.data.features.cache import INDEX, FeatureCache, open_cache
-from rankwise.data.features.measurable import measurable
+from rankwise.data.features.rows import measurable
 from rankwise.errors import DataError
 from rankwise.nets.factorize.architectures import canonical
 from rankwise.nets.factorize.factorizer import Factorizer
