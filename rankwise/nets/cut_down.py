@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rankwise.errors import UsageError
-from rankwise.nets.load import model_class
+from rankwise.nets.load import new_model
 
 LAYERS = 2
 PARAMETERS = 480_000_000  # 1.9 GB in float32
@@ -62,13 +63,7 @@ def random_model(config: Any, seed: int = 0) -> PreTrainedModel:
 
     Weights that new models have at zero (gates of what an image adds) are random too: a wrong image must show.
     """
-    found = model_class(config)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = found.from_config(config) if hasattr(found, "from_config") else found(config)
-    except UNFIT as error:
-        raise Untried(f"its model cannot be made at this size ({type(error).__name__}: {error})") from error
-    model = headless(model)
+    model = _without_head(config, init_empty_weights(include_buffers=False))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         inner, _, leaf = name.rpartition(".")
@@ -101,13 +96,17 @@ def _made(config: Any, content: Content) -> Any:
 
 def _parameters(config: Any) -> int:
     """Of a model without its head."""
-    found = model_class(config)
+    return int(_without_head(config, torch.device("meta")).num_parameters())
+
+
+def _without_head(config: Any, inside: AbstractContextManager[object]) -> PreTrainedModel:
+    """A new model, made inside this context."""
     try:
-        with torch.device("meta"):
-            model = found.from_config(config) if hasattr(found, "from_config") else found(config)
+        with inside:
+            model = new_model(config)
     except UNFIT as error:
         raise Untried(f"its model cannot be made at this size ({type(error).__name__}: {error})") from error
-    return int(headless(model).num_parameters())
+    return headless(model)
 
 
 def _parts(content: Content, seeing: bool = False) -> Iterator[tuple[Content, bool]]:

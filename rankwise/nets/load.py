@@ -84,6 +84,14 @@ def model_class(config: Any) -> Any:
     return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
 
 
+def new_model(config: Any, **options: Any) -> PreTrainedModel:
+    """A model with random weights. options: of an auto class's `from_config`."""
+    found = model_class(config)
+    model = found.from_config(config, **options) if hasattr(found, "from_config") else found(config)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
 def forward_inputs(config: Any) -> frozenset[str] | None:
     """Names that the forward of a model that sees takes; None where the class is not known before it is loaded."""
     found = model_class(config)
@@ -103,29 +111,20 @@ def takes(config: Any) -> str:
 def meta_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model's modules with no weights: what its sites are called, for a few kilobytes."""
     config = load_config(name, revision, trust_remote_code)
-    found = model_class(config)
     try:
         with torch.device("meta"):
-            if hasattr(found, "from_config"):
-                model = found.from_config(config, trust_remote_code=trust_remote_code)
-            else:
-                model = found(config)
+            return new_model(config, trust_remote_code=trust_remote_code)
     except ImportError as error:
         raise UsageError(f"{name}: the model needs a package: {error}") from error
     except UNFIT as error:
         raise DataError(f"{name}/config.json: no model can be made of it: {error}") from error
-    assert isinstance(model, PreTrainedModel)
-    return model
 
 
 def weightless_model(name: str) -> PreTrainedModel:
     """`meta_model` whose buffers are real: what a forward pass needs beside weights that come and go."""
     config = load_config(name)
-    found = model_class(config)
     with init_empty_weights(include_buffers=False):
-        model = found.from_config(config) if hasattr(found, "from_config") else found(config)
-    assert isinstance(model, PreTrainedModel)
-    return model
+        return new_model(config)
 
 
 def kept_whole(model: PreTrainedModel) -> list[str] | None:

@@ -54,7 +54,10 @@ def input_directions(
     PEFT's own incremental SVD, on the model before it is adapted, at the plan's largest rank. UsageError where the
     batches hold fewer tokens than that.
     """
-    config = lora_config_for_eva(plan)
+    planned = lora_config(plan)
+    config = LoraConfig(
+        r=planned.r, target_modules=planned.target_modules, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0)
+    )
     tokens = min(int(batch["attention_mask"].sum()) for batch in batches)
     if tokens < config.r:
         raise UsageError(
@@ -67,13 +70,6 @@ def input_directions(
     found = get_eva_state_dict(model, moved, config, show_progress_bar=False)
     model.train(was_training)
     return {path: found[path][:rank] for path, rank in plan.ranks.items()}
-
-
-def lora_config_for_eva(plan: RankPlan) -> LoraConfig:
-    config = lora_config(plan)
-    return LoraConfig(
-        r=config.r, target_modules=config.target_modules, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0)
-    )
 
 
 def eva_start(model: PeftModel, directions: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ The tokenizer is stored in both forms that exist, `tokenizer.model` (the GGUF co
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,22 @@ def vocabulary_and_merges(pieces: sentencepiece.SentencePieceProcessor) -> dict[
     return {"vocab": vocabulary, "merges": merges}
 
 
-def save_tokenizer(folder: Path, texts: Sequence[str], vocab_size: int) -> LlamaTokenizer:
-    """Both forms of a tokenizer for `texts`, in `folder`; VerificationError where they would disagree on any text."""
-    model = train_vocabulary([line for text in texts for line in text.splitlines()], vocab_size)
+def save_tokenizer(
+    folder: Path,
+    texts: Sequence[str],
+    vocab_size: int,
+    made: Callable[[sentencepiece.SentencePieceProcessor], LlamaTokenizer] = tokenizer_of,
+    compared: Sequence[str] = (),
+    **more: Any,
+) -> LlamaTokenizer:
+    """Both forms of a tokenizer for `texts`, in `folder`; VerificationError where they would disagree on any text.
+
+    made: the one of transformers. compared: further texts to compare on. more: options of SentencePiece's trainer.
+    """
+    model = train_vocabulary([line for text in texts for line in text.splitlines()], vocab_size, **more)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-    tokenizer = tokenizer_of(pieces)
-    check_same_ids(pieces, tokenizer, texts)
+    tokenizer = made(pieces)
+    check_same_ids(pieces, tokenizer, [*texts, *compared])
     tokenizer.save_pretrained(folder)
     with atomic_write(folder / "tokenizer.model") as temporary:
         temporary.write_bytes(model)

@@ -26,8 +26,8 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from rankwise.nets.tiny import check_same_ids, train_vocabulary, vocabulary_and_merges
-from rankwise.store.files import atomic_write
+from rankwise.nets.tiny import save_tokenizer as save_both_forms
+from rankwise.nets.tiny import vocabulary_and_merges
 
 SIDE, PATCH = 64, 8  # pixels
 WIDTH = 128
@@ -65,23 +65,10 @@ TEMPLATE = (
 
 
 def save_tokenizer(folder: Path, texts: Sequence[str], vocab_size: int) -> LlamaTokenizer:
-    """Both forms of a tokenizer for `texts` with the family's special tokens, in `folder`.
-
-    VerificationError where the two would disagree on any text.
-    """
-    model = train_vocabulary(
-        [line for text in texts for line in text.splitlines()],
-        vocab_size,
-        add_dummy_prefix=False,
-        user_defined_symbols=[*SPECIALS, BREAK],
-    )
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-    tokenizer = tokenizer_of(pieces)
-    check_same_ids(pieces, tokenizer, [*texts, f"{START}User:{IMAGE}a{BREAK}b{END}\nAssistant: c"])
-    tokenizer.save_pretrained(folder)
-    with atomic_write(folder / "tokenizer.model") as temporary:
-        temporary.write_bytes(model)
-    return tokenizer
+    """Both forms of a tokenizer for `texts` with the family's special tokens, in `folder`, compared as tiny.py's."""
+    compared = [f"{START}User:{IMAGE}a{BREAK}b{END}\nAssistant: c"]
+    more = {"add_dummy_prefix": False, "user_defined_symbols": [*SPECIALS, BREAK]}
+    return save_both_forms(folder, texts, vocab_size, tokenizer_of, compared, **more)
 
 
 def tokenizer_of(pieces: sentencepiece.SentencePieceProcessor) -> LlamaTokenizer:
