@@ -335,7 +335,7 @@ def test_settings_travel(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"format": "rankwise-depth/2"}, "another version"),
+        ({"format": "rankwise-depth/2"}, "not depth settings of this version .*rankwise-depth/2"),
         ({"beta": 1}, r"not the depth settings .*\(beta\)"),
         ({"alpha": -1.0}, "above 0"),
         ({"layout": "diagonal"}, "layout takes"),

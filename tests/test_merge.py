@@ -38,6 +38,7 @@ from rankwise.ship.merging.verify import Agreement, Reference, compare
 from rankwise.stages.merge import describe as describe_stage
 from rankwise.stages.merge import run
 from rankwise.store.checkpoint import open_checkpoint
+from rankwise.store.files import fingerprint
 from rankwise.store.run import RunFolder
 
 pytestmark = [
@@ -182,7 +183,8 @@ def test_the_result_is_a_whole_model_folder(base: Path, adapter: Path, tmp_path:
     entry = json.loads((out / "manifest.json").read_text())["stages"]["merge"]
     assert entry["verification"]["error"] < 1e-6 < entry["verification"]["effect"]
     assert set(entry["inputs"]) == {"base", "adapter"} and "model.safetensors.index.json" in entry["outputs"]
-    assert RunFolder(out).is_done("merge", {"base": str(base), "adapter": adapter})
+    assert all(fingerprint(out / row["path"]) == row["fingerprint"] for row in entry["outputs"].values())
+    assert entry["inputs"]["adapter"] == {"path": str(adapter), "fingerprint": fingerprint(adapter)}
 
 
 def test_precision_is_the_asked_one_and_its_cost_is_stated(

@@ -17,7 +17,7 @@ import pytest
 from rankwise.cli import resolve
 from rankwise.errors import DataError, UsageError
 from rankwise.stages.commands import COMMANDS
-from rankwise.store.files import write_text
+from rankwise.store.files import fingerprint, write_text
 from rankwise.store.memory import SECONDS
 from rankwise.store.monitor import MIB
 from rankwise.store.run import HOLDER, LOCK, RunFolder
@@ -151,29 +151,21 @@ def test_a_failed_stage_is_not_in_the_manifest(tmp_path: Path) -> None:
     with pytest.raises(KeyError), run.recording("ranks", {}):
         raise KeyError
     assert run.stages() == {}
-    assert not run.is_done("ranks", {})
 
 
-def test_done_means_same_inputs_and_untouched_outputs(tmp_path: Path) -> None:
+def test_inputs_and_outputs_are_told_by_their_content_and_outputs_by_their_place_in_the_folder(tmp_path: Path) -> None:
     run, base = RunFolder(tmp_path / "run"), write_text(tmp_path / "base.bin", "weights")
-    inputs = {"base": base, "hub": "org/model"}
-    assert not run.is_done("ranks", inputs)
     finish(run, base)
-    assert run.is_done("ranks", inputs)
-    assert not run.is_done("ranks", inputs | {"hub": "org/other"})
-    write_text(run / "plan.json", "[]")
-    assert not run.is_done("ranks", inputs)
-    write_text(run / "plan.json", "{}")
-    assert run.is_done("ranks", inputs)
-    write_text(base, "other weights")
-    assert not run.is_done("ranks", inputs)
-
-
-def test_a_folder_that_moved_is_still_done(tmp_path: Path) -> None:
-    base = write_text(tmp_path / "base.bin", "weights")
-    finish(RunFolder(tmp_path / "run"), base)
     (tmp_path / "run").rename(tmp_path / "moved")
-    assert RunFolder(tmp_path / "moved").is_done("ranks", {"base": base, "hub": "org/model"})
+    entry = RunFolder(tmp_path / "moved").stages()["ranks"]
+    assert entry["inputs"] == {
+        "base": {"path": str(base), "fingerprint": fingerprint(base)},
+        "hub": {"name": "org/model"},
+    }
+    plan = tmp_path / "moved" / "plan.json"
+    assert entry["outputs"] == {"plan": {"path": "plan.json", "fingerprint": fingerprint(plan)}}
+    before = entry["inputs"]["base"]["fingerprint"]
+    assert fingerprint(write_text(base, "other weights")) != before
 
 
 def test_an_output_that_does_not_exist_is_an_error(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from rankwise.config import FinetuneConfig
 from rankwise.data.example import Example, Turn
 from rankwise.data.sources import load
-from rankwise.data.split import recorded_split, split_groups, subset
+from rankwise.data.split import split_groups, subset
 from rankwise.errors import DataError, UsageError
 
 
@@ -69,18 +68,6 @@ def test_no_group_is_in_both_parts(groups: list[int], fraction: float) -> None:
     assert train
     assert len(val) == min(max(1, round(distinct * fraction)), distinct - 1)
     assert sorted(split.train + split.val, key=lambda e: int(e.id)) == examples
-
-
-def test_a_split_is_restored_from_its_file(tmp_path: Path) -> None:
-    examples = [example(i, str(i // 3)) for i in range(30)]
-    split = split_groups(examples, 0.2, random.Random(3))
-    (tmp_path / "split.json").write_text(json.dumps(split.record()))
-    record = json.loads((tmp_path / "split.json").read_text())
-    assert recorded_split(examples, record) == split
-    with pytest.raises(DataError, match="not in the data"):
-        recorded_split(examples[1:], record)
-    with pytest.raises(DataError, match="not a split file"):
-        recorded_split(examples, {})
 
 
 def test_zero_fraction_trains_on_everything() -> None:

@@ -20,7 +20,7 @@ from rankwise.core.phase import bind
 from rankwise.core.schedule import parse_schedule
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.nets.adapt import LoraSettings, adapt, full_copies, lora_layers, quiet_peft
-from rankwise.nets.adapters import load_adapter, save_adapter, swap_adapter, write_sites
+from rankwise.nets.adapters import load_adapter, save_adapter, write_sites
 from rankwise.nets.load import load_model, meta_model
 from rankwise.nets.sites import model_sites, tower_of, tower_prefixes
 from rankwise.nets.targets import choose_sites, uniform_plan
@@ -76,8 +76,6 @@ def test_what_is_missing_or_added_is_an_error(bases: Bases, tmp_path: Path) -> N
     write_sites(tmp_path, plan, [], {})
     with pytest.raises(DataError, match=r"trained in full are not those of sites\.json \(model\.connector"):
         load_adapter(loaded(base), tmp_path)
-    with pytest.raises(UsageError, match="cannot be hot-swapped"):
-        swap_adapter(model, tmp_path)
     write_sites(tmp_path, plan, [], {"model.connector": "projector"})
     file = tmp_path / "adapter_model.safetensors"
     state = load_file(file)

@@ -19,7 +19,7 @@ from rankwise.data.example import Example
 from rankwise.data.render import STYLES, Renderer
 from rankwise.errors import DataError
 from rankwise.store.adapter import beside
-from rankwise.store.files import read_object, write_json
+from rankwise.store.files import read_document, write_json
 
 FILE, FORMAT = "input.json", "rankwise-input/1"
 SHOWN, WIDE = 8, 60  # characters of a hash, and of a value in a message
@@ -133,12 +133,10 @@ def read_input(folder: Path | str) -> tuple[InputRecord, Path] | None:
     DataError, naming the file, for one that is not whole or says something else.
     """
     file = beside(Path(folder), FILE)
-    return None if file is None else (parsed(read_object(file), file), file)
+    return None if file is None else (parsed(read_document(file, FORMAT, "an input record"), file), file)
 
 
 def parsed(content: Mapping[str, Any], file: Path) -> InputRecord:
-    if content.get("format") != FORMAT:
-        raise DataError(f"{file}: format {content.get('format')!r}, not {FORMAT!r}; written by another version?")
     given = {name: value for name, value in content.items() if name != "format"}
     wrong = sorted(set(given) ^ {each.name for each in fields(InputRecord)})
     wrong += [name for name, kinds in TYPES.items() if name in given and not isinstance(given[name], kinds)]

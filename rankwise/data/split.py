@@ -74,14 +74,3 @@ def split_groups(examples: Sequence[Example], fraction: float, generator: random
         chosen(examples, train),
         chosen(examples, [position for position, group in enumerate(group_of) if group in held_out]),
     )
-
-
-def recorded_split(examples: Sequence[Example], record: Mapping[str, Any]) -> Split:
-    """The split that `split.json` holds; DataError where the samples are not those it was made from."""
-    if record.get("format") != FORMAT:
-        raise DataError(f"not a split file: format is {record.get('format')!r}, expected {FORMAT!r}")
-    places = {example.id: position for position, example in enumerate(examples)}
-    lost = [name for part in ("train", "val") for name in record[part] if name not in places]
-    if lost:
-        raise DataError(f"{len(lost)} samples of the saved split are not in the data, the first is {lost[0]!r}")
-    return Split(*(chosen(examples, [places[name] for name in record[part]]) for part in ("train", "val")))

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankwise.core.keys import PEFT_PREFIX
 from rankwise.core.plan import RankPlan
 from rankwise.core.site import nearest
-from rankwise.errors import DataError, UsageError, VerificationError
+from rankwise.errors import DataError, VerificationError
 from rankwise.nets.adapt import (
     ADAPTER,
     built_shapes,
@@ -233,30 +232,3 @@ def check_effect(model: PeftModel, where: str) -> None:
     pairs = [factor_weights(layer) for layer in lora_layers(model).values()]
     if pairs and not any(bool(a.any()) and bool(b.any()) for a, b in pairs):
         raise DataError(f"{where}: every B·A is zero, so the adapter has no effect; was it saved before training?")
-
-
-def swap_adapter(model: PeftModel, path: Path | str) -> None:
-    """Replace the loaded adapter's weights in place (PEFT's hot swap).
-
-    UsageError for what PEFT would refuse or get wrong: patterns of rank or alpha (its swap does not match anchored
-    paths), and rsLoRA with other ranks. `rankwise compress --uniform` writes the form that swaps.
-    """
-    weights, config_file = adapter_files(Path(path))
-    if config_file is None:
-        raise DataError(f"{path}: no {CONFIG_NAME} beside the weights")
-    loaded, other = model.peft_config[ADAPTER].to_dict(), read_object(config_file)
-    for name, config in (("the loaded adapter", loaded), (str(path), other)):
-        if config.get("rank_pattern") or config.get("alpha_pattern"):
-            raise UsageError(
-                f"{name} has ranks or scales per site, which cannot be hot-swapped; write the uniform form with "
-                "`rankwise compress --uniform --energy 1`"
-            )
-    if loaded.get("modules_to_save") or other.get("modules_to_save"):
-        raise UsageError(f"{path} or the loaded adapter carries modules trained in full, which cannot be hot-swapped")
-    if (loaded.get("use_rslora") or other.get("use_rslora")) and loaded["r"] != other["r"]:
-        raise UsageError(f"rsLoRA adapters of ranks {loaded['r']} and {other['r']} cannot be hot-swapped")
-    device = next(model.parameters()).device
-    try:
-        hotswap_adapter(model, str(weights.parent), adapter_name=ADAPTER, torch_device=str(device))
-    except (ValueError, RuntimeError) as error:
-        raise DataError(f"{path} cannot take the loaded adapter's place: {error}") from error

@@ -10,7 +10,7 @@ from typing import Any
 from rankwise.core.depth import CONTROLS
 from rankwise.errors import DataError, UsageError
 from rankwise.store.adapter import beside
-from rankwise.store.files import read_object, write_json
+from rankwise.store.files import read_document, write_json
 
 FILE, FORMAT = "depth.json", "rankwise-depth/1"
 GATES, LAYOUTS = ("learned", "none"), ("split", "interleaved")
@@ -61,12 +61,10 @@ def read_depth(folder: Path | str) -> DepthSettings | None:
     Raises DataError, naming the file, for one that says something else.
     """
     file = beside(folder, FILE)
-    return None if file is None else parsed(read_object(file), file)
+    return None if file is None else parsed(read_document(file, FORMAT, "depth settings"), file)
 
 
 def parsed(content: dict[str, Any], file: Path) -> DepthSettings:
-    if content.get("format") != FORMAT:
-        raise DataError(f"{file}: format {content.get('format')!r}, not {FORMAT}; written by another version?")
     known = {field.name for field in fields(DepthSettings)}
     given = {name: value for name, value in content.items() if name != "format"}
     if set(given) != known:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from rankwise.core.site import TOWERS, Site
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.load import meta_model
-from rankwise.nets.sites import fused_experts, model_sites, site_weights, weight_table
+from rankwise.nets.sites import fused_experts, model_sites, weight_table
 from rankwise.nets.vocabulary import embedding_paths
 from rankwise.store.checkpoint import Checkpoint, Weight, open_checkpoint, resolve
 from rankwise.store.deltas import WEIGHT_TYPES, CheckpointPair, Place, foreign_sites, match_keys, renamed
@@ -188,11 +188,3 @@ def refuse_unmatched(lines: Sequence[str], base: Path, tuned: Path, allowed: boo
             "--allow_unmatched analyses the rest"
         )
     notes.append(f"{len(lines)} tensors do not match and were left out ({lines[0]} …)")
-
-
-def weights_of(name: str) -> tuple[dict[str, Site], Checkpoint, dict[str, Weight]]:
-    """Sites of one model, its checkpoint, and where each site's weight lies in it."""
-    model = meta_model(name)
-    checkpoint = open_checkpoint(resolve(name))
-    sites = model_sites(model)
-    return sites, checkpoint, site_weights(sites, weight_table(model, list(checkpoint.keys())))

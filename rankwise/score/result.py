@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rankwise.errors import DataError
-from rankwise.store.files import read_object, write_json
+from rankwise.store.files import read_document, write_json
 
 FORMAT = "rankwise-evaluation/1"
 FILE = "evaluation_results.json"
@@ -90,9 +89,7 @@ class EvaluationResult(Mapping[str, float]):
     def load(cls, path: str | Path) -> EvaluationResult:
         """Read a results file, or that of a folder; DataError where it is none."""
         file = Path(path) / FILE if Path(path).is_dir() else Path(path)
-        content = read_object(file)
-        if content.get("format") != FORMAT:
-            raise DataError(f"{file}: not an evaluation result (format is {content.get('format')!r})")
+        content = read_document(file, FORMAT, "an evaluation result")
         return cls(
             task=content["task"],
             metrics=content["metrics"],

@@ -22,7 +22,6 @@ AND = re.compile(r"\s+and\s+", re.IGNORECASE)
 OPERATOR = re.compile(r"\s*([=<>])(?![=<>])\s*|\s+(op)\s+", re.IGNORECASE)
 SELECT = re.compile(r"select\s+", re.IGNORECASE)
 AGGREGATE = re.compile(rf"({'|'.join(AGGREGATES[1:])})\s*(\(?)\s*", re.IGNORECASE)
-SPACES = re.compile(r"\s+")
 Names = tuple[tuple[re.Pattern[str], int], ...]
 
 

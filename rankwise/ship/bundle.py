@@ -31,7 +31,7 @@ from rankwise.ship.gguf.reading import GGUFFile
 from rankwise.ship.gguf.vocabulary import SPACES
 from rankwise.ship.parity.cases import Case
 from rankwise.ship.parity.reference import Expected
-from rankwise.store.files import read_object, sha256, write_json, write_text
+from rankwise.store.files import read_document, read_object, sha256, write_json, write_text
 
 FILE, FORMAT = "bundle.json", "rankwise-bundle/1"
 PROMPT, PROMPT_JSON, LABELS, GRAMMAR, ABSTAIN = (
@@ -228,9 +228,7 @@ def read_bundle(folder: Path) -> dict[str, Any]:
     or not the one that was bundled."""
     if not (folder / FILE).is_file():
         raise DataError(f"{folder}: no {FILE}; `rankwise bundle EXPORT -o {folder}` makes one")
-    content = read_object(folder / FILE)
-    if content.get("format") != FORMAT:
-        raise DataError(f"{folder / FILE}: not a bundle of this version (expected format {FORMAT!r})")
+    content = read_document(folder / FILE, FORMAT, "a bundle")
     for name, facts in content["files"].items():
         path = folder / name
         if not path.is_file():

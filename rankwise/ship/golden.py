@@ -31,7 +31,7 @@ from rankwise.ship.parity.divergence import top_of
 from rankwise.ship.parity.floor import Thresholds
 from rankwise.ship.parity.pixel_rung import on_canvas
 from rankwise.ship.parity.reference import Expected, Pixels, Reference
-from rankwise.store.files import read_object, write_text
+from rankwise.store.files import read_document, write_text
 
 FOLDER, FILE, FORMAT = "golden", "golden.json", "rankwise-golden/1"
 Row = dict[str, Any]
@@ -132,9 +132,7 @@ def read_golden(folder: Path, target: DeviceTarget | None) -> Golden:
     target: what the device does to a source picture; each case sends what it makes of it now.
     """
     file = folder / FOLDER / FILE
-    content = read_object(file)
-    if content.get("format") != FORMAT:
-        raise DataError(f"{file}: no golden vectors of this version (expected format {FORMAT!r})")
+    content = read_document(file, FORMAT, "golden vectors")
     try:
         rows = content["cases"]
         tolerance = Thresholds(**{name: value for name, value in content["tolerance"].items() if value is not None})

@@ -24,7 +24,6 @@ from rankwise.show.format import align, amount, printable
 
 CLOSE = ("method", "relative error", "excess error, %", "energy", "cosine", "angle")
 COST = ("method", "time", "speed", "MFLOP", "parameters", "stored")
-MOST_HISTORY = 12
 
 
 def comparison_blocks(comparison: Comparison, pictures: Sequence[Picture] = ()) -> list[Block]:

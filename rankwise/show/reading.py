@@ -31,7 +31,7 @@ from rankwise.show.pipeline import read_times
 from rankwise.show.study_words import FORMAT as STUDY_FORMAT
 from rankwise.show.study_words import PARTS as STUDY_PARTS
 from rankwise.show.validation import read_validation
-from rankwise.store.files import read_bytes, read_json, read_object
+from rankwise.store.files import read_bytes, read_document, read_json, read_object
 from rankwise.store.lineage import named, walk
 from rankwise.store.plan_file import read_plan
 from rankwise.store.run import FORMAT as MANIFEST_FORMAT
@@ -200,11 +200,7 @@ def read_sites(path: Path) -> Adapted:
 
 
 def read_study(path: Path) -> Mapping[str, Any]:
-    content = read_object(path)
-    missing = [name for name in STUDY_PARTS if name not in content]
-    if content.get("format") != STUDY_FORMAT or missing:
-        raise DataError(f"{path}: not a whole study: its format is {content.get('format')!r}, it lacks {missing}")
-    return content
+    return read_document(path, STUDY_FORMAT, "a study", STUDY_PARTS)
 
 
 def is_arm(arm: Any) -> bool:

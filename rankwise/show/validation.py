@@ -9,24 +9,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.errors import DataError, UsageError
+from rankwise.errors import UsageError
 from rankwise.ship.parity.rung import said, unmeasured
 from rankwise.ship.validation import FORMAT
 from rankwise.show.blocks import Block, Folded, Picture, Table, Words
 from rankwise.show.confusion import plot_confusion
 from rankwise.show.format import align, is_number, memory, number, percent, printable
-from rankwise.store.files import read_object
+from rankwise.store.files import read_document
 
 PARTS = ("outtype", "by_outtype", "parity", "verdict", "reference", "failures")
 CONFUSION = "confusion_matrix"
 
 
 def read_validation(path: Path) -> Mapping[str, Any]:
-    content = read_object(path)
-    missing = [name for name in PARTS if name not in content]
-    if content.get("format") != FORMAT or missing:
-        raise DataError(f"{path}: not a whole validation: its format is {content.get('format')!r}, it lacks {missing}")
-    return content
+    return read_document(path, FORMAT, "a validation", PARTS)
 
 
 def draw(content: Mapping[str, Any], folder: Path) -> dict[str, Path]:

@@ -19,7 +19,7 @@ from rankwise.ship.validation import FILE, FORMAT
 from rankwise.stages.commands import configured
 from rankwise.stages.shipped import LAST, Shipment, Shipped
 from rankwise.stages.validating import Trained, trained_side
-from rankwise.store.files import fingerprint, read_object, sha256
+from rankwise.store.files import fingerprint, read_document, read_object, sha256
 from rankwise.store.run import CONFIG, RunFolder
 
 SHIPPED = "q8_0"
@@ -133,9 +133,7 @@ def validation_of(config: BundleConfig) -> tuple[dict[str, Any] | None, Validate
     folder = Path(config.validation or "")
     if not config.validation or not (folder / FILE).is_file():
         return None, None
-    content = read_object(folder / FILE)
-    if content.get("format") != FORMAT:
-        raise DataError(f"{folder / FILE}: not a validation of this version (expected format {FORMAT!r})")
+    content = read_document(folder / FILE, FORMAT, "a validation")
     raw = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else None
     return content, configured("validate", raw, str(folder / CONFIG)) if raw is not None else None
 

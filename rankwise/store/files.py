@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -248,6 +248,19 @@ def read_object(path: Path | str) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
         raise DataError(f"{path}, line 1: expected an object {{…}}, found {type(content).__name__}")
+    return content
+
+
+def read_document(path: Path | str, form: str, what: str, parts: Iterable[str] = ()) -> dict[str, Any]:
+    """`read_object` for a file that some command wrote in this format. what: "an export", for the message.
+
+    DataError for another format or version, and where one of the parts is missing.
+    """
+    content = read_object(path)
+    if content.get("format") != form:
+        raise DataError(f"{path}: not {what} of this version (format {content.get('format')!r}, expected {form!r})")
+    if missing := [part for part in parts if part not in content]:
+        raise DataError(f"{path}: not whole, it lacks {', '.join(missing)}; run the command that wrote it again")
     return content
 
 

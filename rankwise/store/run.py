@@ -170,25 +170,10 @@ class RunFolder:
         stages: dict[str, dict[str, Any]] = read_object(path).get("stages", {}) if path.is_file() else {}
         return stages
 
-    def is_done(self, stage: str, inputs: Mapping[str, Path | str]) -> bool:
-        """Whether the stage has finished on inputs with these fingerprints, and its outputs are as it left them."""
-        entry = self.stages().get(stage)
-        if entry is None:
-            return False
-        before = {name: row.get("fingerprint", row.get("name")) for name, row in entry["inputs"].items()}
-        rows = {name: describe_input(value) for name, value in inputs.items()}
-        if before != {name: row.get("fingerprint", row.get("name")) for name, row in rows.items()}:
-            return False
-        return all(self._unchanged(row) for row in entry["outputs"].values())
-
     def _describe_output(self, path: Path) -> dict[str, str]:
         inside = path.is_relative_to(self.path)
         shown = path.relative_to(self.path) if inside else path
         return {"path": shown.as_posix(), "fingerprint": fingerprint(path)}
-
-    def _unchanged(self, row: Mapping[str, str]) -> bool:
-        path = self.path / row["path"]
-        return path.exists() and fingerprint(path) == row["fingerprint"]
 
 
 def describe_input(value: Path | str) -> dict[str, str]:

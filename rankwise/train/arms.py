@@ -18,7 +18,6 @@ from rankwise.core.site import Site
 from rankwise.store.spectra import site_generator
 
 SCALE = 2.0
-SCALES = ("constant", "alpha", "rslora")
 Pairs = dict[str, tuple[Tensor, Tensor]]
 Ranks = Mapping[Site, int]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from rankwise.data.features.cache import FeatureCache
 from rankwise.errors import DataError
-from rankwise.store.files import read_object
+from rankwise.store.files import read_document
 
 SPLIT, FORMAT = "split.json", "rankwise-feature-split/1"
 PARTS = ("train", "val", "test")
@@ -58,9 +58,7 @@ def split_of(cache: FeatureCache, seed: int) -> FeatureSplit:
 
 def read_split(path: Path | str, cache: FeatureCache) -> FeatureSplit:
     """The split that a run has saved. DataError where it is damaged, or was made of another cache."""
-    content = read_object(path)
-    if content.get("format") != FORMAT:
-        raise DataError(f"{path}: not a split of features (format {content.get('format')!r}, expected {FORMAT!r})")
+    content = read_document(path, FORMAT, "a split of features")
     if content.get("cache") != cache.fingerprint:
         raise DataError(
             f"{path} divides another feature cache than {cache.path}: its test images may have trained there; give the "

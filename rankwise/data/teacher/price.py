@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from rankwise.errors import ServiceError, UsageError
 
 MILLION = 1_000_000
-NOTED = "2026-06"
 DEFAULT_BUDGET = 10.0  # dollars, where prices are known: some 1,500 pictures of gpt-4o
-# US dollars per million tokens (input, output), list prices as noted then; exact names only: dated versions differ.
+# US dollars per million tokens (input, output), list prices of June 2026; exact names only: dated versions differ.
 PRICES = {"gpt-4o": (2.50, 10.00), "gpt-4o-mini": (0.15, 0.60)}
 # Before the first answer has said how many: above gpt-4o-mini's 8,500 tokens for a picture of one tile.
 IMAGE_TOKENS = 10_000

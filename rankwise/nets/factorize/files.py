@@ -20,7 +20,7 @@ from torch import Tensor
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.factorize.architectures import build
 from rankwise.nets.factorize.factorizer import Factorizer, FactorizerSettings
-from rankwise.store.files import atomic_files, read_object, sha256
+from rankwise.store.files import atomic_files, read_document, sha256
 from rankwise.store.pickled import load_pickle
 from rankwise.store.shard import Shard
 
@@ -63,9 +63,7 @@ def read_settings(path: Path) -> tuple[dict[str, Any], str]:
     """(the settings, SHA-256 of the weights) of a settings file."""
     if not path.is_file():
         raise DataError(f"{path}: no trained network here; `rankwise features train` makes one")
-    content = read_object(path)
-    if content.get("format") != FORMAT:
-        raise DataError(f"{path}: format {content.get('format')!r} where {FORMAT} is expected")
+    content = read_document(path, FORMAT, "a network's settings")
     settings, fingerprint = content.get("settings"), content.get("weights_sha256")
     if not isinstance(settings, dict) or not isinstance(fingerprint, str):
         raise DataError(f"{path}: `settings` or `weights_sha256` is missing or of another type; save the network again")

@@ -33,7 +33,7 @@ from rankwise.ship.gguf.verify_export import (
 )
 from rankwise.ship.gguf.view import shown
 from rankwise.ship.gguf.vocabulary import check_metadata, silence
-from rankwise.store.files import fingerprint, read_object, sha256, write_json
+from rankwise.store.files import fingerprint, read_document, sha256, write_json
 from rankwise.store.lineage import EXPORT
 
 FILE, FORMAT = EXPORT, "rankwise-export/1"
@@ -188,9 +188,9 @@ def read_export(folder: Path | str) -> Exported:
     folder = Path(folder)
     if not (folder / FILE).is_file():
         raise DataError(f"{folder}: no {FILE}; `rankwise export MODEL -o {folder}` makes one")
-    content = read_object(folder / FILE)
-    if content.get("format") != FORMAT or not isinstance(content.get("files"), dict):
-        raise DataError(f"{folder / FILE}: not an export of this version (expected format {FORMAT!r})")
+    content = read_document(folder / FILE, FORMAT, "an export")
+    if not isinstance(content.get("files"), dict):
+        raise DataError(f"{folder / FILE}: lists no files; export again")
     names = [files[kind] for files in content["files"].values() for kind in (TEXT, MMPROJ) if files.get(kind)]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
