@@ -33,12 +33,13 @@ from misbehaving_teacher import (
 )
 from PIL import Image, ImageDraw
 
+from rankwise.config import TeacherSection
 from rankwise.data.device import DeviceTarget
 from rankwise.data.labelling.label_task import LabelTask, load_task
 from rankwise.data.labelling.labelled import pixel_hash
 from rankwise.data.teacher.answers import Unusable, Verdict, checked, verdict
 from rankwise.data.teacher.asking import Asker, Picture, Question, collect
-from rankwise.data.teacher.client import Teacher, TeacherSettings, Unanswered
+from rankwise.data.teacher.client import Teacher, Unanswered
 from rankwise.data.teacher.ledger import AnswerLedger, Entry, Key
 from rankwise.data.teacher.loopback import LoopbackTeacher, Response, picture_of
 from rankwise.data.teacher.price import BudgetReached, Prices, Spending, prices_of
@@ -63,9 +64,9 @@ def picture(number: int, colour: tuple[int, int, int] = COLOURS["water"]) -> Pic
     return Picture(f"{number:05d}_picture", pixel_hash(image), TARGET.jpeg(image))
 
 
-def settings(url: str, **changes: Any) -> TeacherSettings:
-    quick = {"requests_per_minute": 60_000, "timeout": 5, "max_retries": 2, "max_wait": 20}
-    return TeacherSettings("gpt-4o", base_url=url, **{**quick, **changes})
+def settings(url: str, **changes: Any) -> TeacherSection:
+    quick = {"requests_per_minute": 60_000, "timeout": 5, "max_retries": 2, "max_wait": 20, "max_tokens": 600}
+    return TeacherSection(base_url=url, **{**quick, **changes})
 
 
 def asking(
@@ -197,7 +198,7 @@ def test_what_no_patience_helps_against_stops_at_once(
     started = time.monotonic()
     pictures = [picture(n) for n in range(40)]
     behaviours = in_order(*[well] * 5, then=behaviour)
-    found, server, _ = asking(behaviours, task, ledger, pictures, api_key="sk-very-secret")
+    found, server, _ = asking(behaviours, task, ledger, pictures, openai_api_key="sk-very-secret")
     assert isinstance(found, ServiceError) and words in str(found)
     assert "sk-very-secret" not in str(found)
     assert len(ledger) == 5
@@ -247,8 +248,8 @@ def test_without_structured_output_the_schema_stands_in_the_text(task: LabelTask
 def test_a_key_is_needed_for_openai_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(UsageError, match="OPENAI_API_KEY"):
-        Teacher(TeacherSettings("gpt-4o"), Spending(None))
-    assert "sk-secret" not in repr(TeacherSettings("gpt-4o", api_key="sk-secret"))
+        Teacher(TeacherSection(), Spending(None))
+    assert "sk-secret" not in repr(TeacherSection(openai_api_key="sk-secret"))
 
 
 # --- what counts as an answer -------------------------------------------------------------------------------------

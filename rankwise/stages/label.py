@@ -30,7 +30,7 @@ from rankwise.errors import DataError, UsageError, need
 from rankwise.options import plain_address
 from rankwise.show.format import command_line, plural
 from rankwise.stages.label_facts import QUARANTINE, reason_for_nothing
-from rankwise.stages.labelling import ask_teacher, question_of, settings_of, spending_of
+from rankwise.stages.labelling import ask_teacher, question_of, spending_of
 from rankwise.store.files import write_json, write_text
 from rankwise.store.run import RunFolder
 
@@ -149,7 +149,6 @@ def check_teacher(config: LabelConfig) -> None:
     if section.loopback_teacher and section.base_url:
         raise UsageError("--loopback_teacher is a teacher of its own; leave --base_url out")
     plain_address(address_of(section.base_url), "--base_url")
-    settings_of(section)
     task = load_task(config.task_file or DEFAULT_TASK)
     spending_of(section, question_of(section, task, DeviceTarget(image_size=config.image_size)))
     modules = ["openai", "aiolimiter"] + ["statsmodels.stats.inter_rater"] * (section.votes > 1)

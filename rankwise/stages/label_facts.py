@@ -13,7 +13,6 @@ from rankwise.config import TeacherSection
 from rankwise.data.labelling.label_task import LabelTask
 from rankwise.data.teacher.answers import Verdict
 from rankwise.data.teacher.asking import Question
-from rankwise.data.teacher.client import TeacherSettings
 from rankwise.data.teacher.ledger import AnswerLedger
 from rankwise.data.teacher.votes import agreement
 from rankwise.store.files import write_text
@@ -23,11 +22,11 @@ MENTIONED = 3
 
 
 def teacher_facts(
-    section: TeacherSection, settings: TeacherSettings, question: Question, ledger: AnswerLedger, address: str
+    section: TeacherSection, model: str, question: Question, ledger: AnswerLedger, address: str
 ) -> dict[str, Any]:
-    served_by = {entry.reply.served_by for entry in ledger.entries if entry.key.model == settings.model}
+    served_by = {entry.reply.served_by for entry in ledger.entries if entry.key.model == model}
     return {
-        "model": settings.model,
+        "model": model,
         "served_by": sorted(name for name in served_by if name),
         "service": "loopback: labels by colours alone" if section.loopback_teacher else address,
         "detail": section.detail,

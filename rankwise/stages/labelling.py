@@ -21,7 +21,7 @@ from rankwise.data.labelling.label_task import LabelTask
 from rankwise.data.labelling.labelled import LabelledRow, pixel_hash, store_image
 from rankwise.data.teacher.answers import Verdict
 from rankwise.data.teacher.asking import Asker, Picture, Question, collect
-from rankwise.data.teacher.client import OFFICIAL, Teacher, TeacherSettings, address_of
+from rankwise.data.teacher.client import OFFICIAL, Teacher, address_of
 from rankwise.data.teacher.ledger import NAME as LEDGER
 from rankwise.data.teacher.ledger import AnswerLedger, Key
 from rankwise.data.teacher.loopback import MODEL as LOOPBACK
@@ -102,9 +102,9 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Asking:
-    """A teacher, where it is, and what was asked of it before."""
+    """A teacher, where it is, and what was asked of it before. settings: of the one that answers, the loopback say."""
 
-    settings: TeacherSettings
+    settings: TeacherSection
     section: TeacherSection
     address: str
     question: Question
@@ -153,8 +153,8 @@ def ask_teacher(
     reader = DeviceReader(ImageReader(images.folder, config.allow_outside), target)
     tried, gathering = (Gathering(config, task, target, reader, photos, ids) for _ in range(2))
     with serving(section) as served:
-        asking = Asking(settings_of(served), section, address, question, ledger)
-        tell_of_ledger(ledger, question, asking.settings.model, address, section.ask_again)
+        asking = Asking(served, section, address, question, ledger)
+        tell_of_ledger(ledger, question, asking.settings.teacher_model, address, section.ask_again)
         spending = asking.spending()
         if section.budget_usd is None and spending.budget_usd is not None:
             print(f"budget: ${spending.budget_usd:.2f}, the default; another one: --budget_usd")
@@ -173,7 +173,7 @@ def ask_teacher(
         silence = ServiceError(f"{len(unanswered)} images got no answer: {unanswered[-1].problem}")
         raise explained(silence, spending, gathering)
     facts = {
-        "teacher": teacher_facts(section, asking.settings, question, ledger, address),
+        "teacher": teacher_facts(section, asking.settings.teacher_model, question, ledger, address),
         "images": images_facts(images, gathering, verdicts),
         "cost": spending.as_dict(),
         "agreement": agreement_facts(verdicts, task, section.votes),
@@ -199,7 +199,7 @@ def asked(asking: Asking, gathering: Gathering, spending: Spending) -> list[Verd
 
 def trial_is_due(asking: Asking, gathering: Gathering) -> bool:
     section, wanted, there = asking.section, gathering.config.num_images, len(gathering.photos)
-    key = (asking.question.digest, asking.settings.model)
+    key = (asking.question.digest, asking.settings.teacher_model)
     return not section.loopback_teacher and is_due(section.trial, wanted, there, asking.ledger, key)
 
 
@@ -214,7 +214,7 @@ def try_out(asking: Asking, gathering: Gathering, spending: Spending) -> None:
             entry
             for vote in range(section.votes)
             for entry in asking.ledger.of(
-                Key(gathering.digests[verdict.image_id], asking.question.digest, asking.settings.model, vote)
+                Key(gathering.digests[verdict.image_id], asking.question.digest, asking.settings.teacher_model, vote)
             )
         ]
         for verdict in verdicts
@@ -260,21 +260,6 @@ def serving(section: TeacherSection) -> Iterator[TeacherSection]:
 def where(section: TeacherSection) -> str:
     """The address of the teacher, as it is recorded."""
     return LOOPBACK if section.loopback_teacher else address_of(section.base_url)
-
-
-def settings_of(section: TeacherSection) -> TeacherSettings:
-    return TeacherSettings(
-        model=section.teacher_model,
-        base_url=section.base_url,
-        api_key=section.openai_api_key,
-        concurrency=section.concurrency,
-        requests_per_minute=section.requests_per_minute,
-        timeout=section.timeout,
-        max_retries=section.max_retries,
-        max_wait=section.max_wait,
-        max_tokens=section.max_tokens,
-        temperature=section.temperature,
-    )
 
 
 def question_of(section: TeacherSection, task: LabelTask, target: DeviceTarget) -> Question:

@@ -136,7 +136,7 @@ class Asker:
         return verdict(picture.image_id, outcomes, self.question.task)  # type: ignore[arg-type]
 
     async def _vote(self, picture: Picture, number: int) -> Content:
-        key = Key(picture.digest, self._digest, self.teacher.settings.model, number)
+        key = Key(picture.digest, self._digest, self.teacher.settings.teacher_model, number)
         while True:
             entries = self.standing(key)
             try:

@@ -17,10 +17,10 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from rankwise.config import TeacherSection
 from rankwise.data.teacher.price import Spending
 from rankwise.data.teacher.reply import FILTERED, NO_QUOTA, Reply, read
 from rankwise.data.teacher.transport import Attempts, attempts_of, http_client
@@ -42,29 +42,6 @@ class TeacherStopped(Exception):
     """A question that was not sent, because the work is being stopped."""
 
 
-@dataclass(frozen=True)
-class TeacherSettings:
-    """Who is asked, and how patiently.
-
-    base_url: None for OpenAI itself (or $OPENAI_BASE_URL). api_key: never shown or saved; scrubbed from messages.
-    timeout: seconds for one attempt to connect, and between two pieces of its answer. max_retries: attempts after the
-    first, each after a wait that doubles from half a second to eight, or that the service names in Retry-After (up to
-    two minutes). max_wait: seconds for one question, retries and waits included. max_tokens: longest answer.
-    temperature: None for the service's own.
-    """
-
-    model: str
-    base_url: str | None = None
-    api_key: str | None = field(default=None, repr=False)
-    concurrency: int = 5
-    requests_per_minute: float = 60
-    timeout: float = 60
-    max_retries: int = 10  # about a minute of waits
-    max_wait: float = 600
-    max_tokens: int = 600
-    temperature: float | None = None
-
-
 def address_of(base_url: str | None) -> str:
     """Where the teacher is: the given address, else $OPENAI_BASE_URL, else OpenAI. UsageError where that variable holds
     a password or a query: the address is recorded and printed."""
@@ -73,9 +50,14 @@ def address_of(base_url: str | None) -> str:
 
 
 class Teacher:
-    """A client with one bound on requests in flight and one on requests per minute, retries included."""
+    """A client with one bound on requests in flight and one on requests per minute, retries included.
 
-    def __init__(self, settings: TeacherSettings, spending: Spending) -> None:
+    Of its settings: the key is never shown or saved, and scrubbed from messages. timeout: seconds for one attempt to
+    connect, and between two pieces of its answer. max_retries: attempts after the first, each after a wait that doubles
+    from half a second to eight, or that the service names in Retry-After (up to two minutes).
+    """
+
+    def __init__(self, settings: TeacherSection, spending: Spending) -> None:
         limiter = need("aiolimiter", extra="label").AsyncLimiter
         self.settings, self.spending = settings, spending
         self._stopped: Exception | None = None
@@ -86,7 +68,7 @@ class Teacher:
         self._client = self._connect()
 
     def _connect(self) -> Any:
-        key, address = self.settings.api_key or os.environ.get(KEY_VARIABLE), address_of(self.settings.base_url)
+        key, address = self.settings.openai_api_key or os.environ.get(KEY_VARIABLE), address_of(self.settings.base_url)
         if not key and address == OFFICIAL:
             raise UsageError(f"the teacher needs a key: set {KEY_VARIABLE}, or name another service with --base_url")
         return self._openai.AsyncOpenAI(
@@ -136,7 +118,7 @@ class Teacher:
         # OpenAI's reasoning models take the new name only, most other servers the old one only.
         official = self._client.base_url.host == urlsplit(OFFICIAL).hostname
         limit = "max_completion_tokens" if official else "max_tokens"
-        request = {"model": self.settings.model, "messages": list(messages), limit: self.settings.max_tokens}
+        request = {"model": self.settings.teacher_model, "messages": list(messages), limit: self.settings.max_tokens}
         if response_format is not None:
             request["response_format"] = response_format
         if self.settings.temperature is not None:
