@@ -60,13 +60,15 @@ def converter() -> Converter:
 @pytest.fixture(scope="session")
 def text_export(converter: Converter, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama exported as f32, f16 and q8_0; its checkpoint is in ../model, tuned from ../base."""
-    return importlib.import_module("exported").exported_text(tmp_path_factory.mktemp("text"))
+    exported = importlib.import_module("exported")
+    return exported.once(exported.session_root(tmp_path_factory) / "text", exported.exported_text) / "export"
 
 
 @pytest.fixture(scope="session")
 def vision_export(converter: Converter, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SmolVLM exported as f32, f16 and q8_0, with mmproj files; checkpoint in ../model, its base in ../base."""
-    return importlib.import_module("exported").exported_vision(tmp_path_factory.mktemp("vision"))
+    exported = importlib.import_module("exported")
+    return exported.once(exported.session_root(tmp_path_factory) / "vision", exported.exported_vision) / "export"
 
 
 @pytest.fixture(scope="session")

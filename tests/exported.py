@@ -8,11 +8,14 @@ The weights are random: for what a trained model answers, train one.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from rankwise.data.device import DeviceTarget
@@ -30,6 +33,23 @@ TEXTS = (
     "Alimentum is a family-friendly restaurant in the city centre.",
     "What colour is the round thing left of the square? It is red. Water, land, fire, wood or metal?",
 )
+
+
+def once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """The folder as `make` fills it: by the first process that asks, for all; nothing writes to it later."""
+    with FileLock(f"{folder}.lock"):
+        made = Path(f"{folder}.made")
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make(folder)
+            made.touch()
+    return folder
+
+
+def session_root(factory: pytest.TempPathFactory) -> Path:
+    """The folder of the whole session, which the workers of pytest-xdist share."""
+    own = factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 def installed_converter() -> Converter:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from exported import installed_converter, vision_model
+from exported import installed_converter, once, session_root, vision_model
 from PIL import Image
 
 from rankwise.data.device import DeviceReader, DeviceTarget
@@ -46,19 +47,19 @@ class Scene:
     reference: HFReference
 
 
-def exported_in(root: Path) -> Path:
+def exported_pair(factory: pytest.TempPathFactory) -> Path:
     """Two models that differ in every weight, exported: once for all test files, since the converter takes its time."""
-    ship = root / "parity-ship"
+    return once(session_root(factory) / "parity-ship", export_pair)
+
+
+def export_pair(ship: Path) -> None:
     for name, seed, forms in (("tuned", 0, ("f16", "q8_0")), ("base", 1, ("f16",))):
         folder = ship / name
-        if (folder / "export" / "export.json").is_file():
-            continue
         model, converter = vision_model(folder / "model", seed), installed_converter()
         draw(folder / "photos")
         plan = plan_export(str(model), outtypes=forms, converter=converter, target=TARGET, verify=False)
         (folder / "export").mkdir()
         write_export(plan, folder / "export")
-    return ship
 
 
 def scene_in(folder: Path, seed: int = 0) -> Scene:
@@ -86,9 +87,12 @@ def draw(folder: Path) -> list[Example]:
     noise = np.random.default_rng(0)
     for name, (width, height) in SIZES.items():
         blocks = noise.integers(1, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+        path = folder / f"{name}.png"
+        if path.exists():
+            continue
         image = Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST)
         exif = Image.Exif()
         exif[0x0112] = 6 if name == "tall" else 1
-        (image.convert("L") if name == "square" else image).save(folder / f"{name}.png", exif=exif)
+        (image.convert("L") if name == "square" else image).save(path, exif=exif)
     question = Turn("user", "<image>\nWhat colour is the round thing?")
     return [Example(name, name, (question, Turn("assistant", "red")), images=(f"{name}.png",)) for name in SIZES]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exported import exported_vision
 from PIL import Image
 from served import text_gguf, text_model
 
@@ -142,10 +142,10 @@ def test_a_prompt_as_text_has_the_ids_of_the_prompt(renderer: Renderer) -> None:
 
 
 @pytest.fixture(scope="module")
-def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vision(vision_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("xllamacpp")
-    folder = tmp_path_factory.mktemp("vision")
-    exported_vision(folder)
+    folder = tmp_path_factory.mktemp("seen") / "vision"
+    shutil.copytree(vision_export.parent, folder)
     (folder / "images").mkdir()
     random = np.random.default_rng(0)
     for number in range(2):

@@ -468,7 +468,7 @@ def test_a_llama_cpp_server_is_a_teacher(vision_export: Path, photos: Path, tmp_
     folder.mkdir()
     opened(photos / "wood01.png").save(folder / "one.png")
     model, mmproj = vision_export / "model-f16.gguf", vision_export / "mmproj-model-f16.gguf"
-    with LlamaServer(model, mmproj) as runtime:
+    with LlamaServer(model, mmproj, threads=1) as runtime:
         service = ["--base_url", f"{runtime.talk.url}/v1", "--requests_per_minute", "60000", "--max_tokens", "16"]
         more = ["--task_file", str(task), "--num_images", "2", "--image_size", "64", "--concurrency", "1"]
         code = main(["label", str(folder), "-o", str(tmp_path / "d"), *service, *more])

@@ -300,16 +300,19 @@ def test_what_a_picture_shows_is_learnt_and_the_best_checkpoint_knows_it(
     words += (
         "--select accuracy --select_by generation --num_epochs 8 --lora_dropout 0.1 --gradient_accumulation 2".split()
     )
-    assert call("train", *words, "-o", tmp_path / "straight")[0] == 0
+    run = tmp_path / "run"
+    assert call("train", *words, "-o", run)[0] == 0
     asked = ["--task", "labels", "--data_path", data, "--classify", "generation", "--max_new_tokens", 32]
-    code, _, said = call("evaluate", tmp_path / "straight", *asked)
+    code, _, said = call("evaluate", run, *asked)
     assert code == 0, said
-    scores = json.loads((tmp_path / "straight" / "evaluation" / "evaluation_results.json").read_text())
-    assert scores["metrics"]["accuracy"] == pytest.approx(100 * max(measured(tmp_path / "straight")))
+    scores = json.loads((run / "evaluation" / "evaluation_results.json").read_text())
+    assert scores["metrics"]["accuracy"] == pytest.approx(100 * max(measured(run)))
     assert scores["metrics"]["accuracy"] > 90
-    assert call("train", *words, "-o", tmp_path / "resumed")[0] == 0
-    for checkpoint in sorted((tmp_path / "resumed").glob("checkpoint-*"), key=lambda one: int(one.name[11:]))[2:]:
+    straight = load_file(run / "adapter_model.safetensors")
+    (run / "adapter_model.safetensors").unlink()
+    for checkpoint in sorted(run.glob("checkpoint-*"), key=lambda one: int(one.name[11:]))[2:]:
         (checkpoint / "rankwise_manifest.json").unlink()
-    assert call("train", *words, "-o", tmp_path / "resumed", "--resume_from_checkpoint", "true")[0] == 0
-    straight, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("straight", "resumed"))
+    code, output, _ = call("train", *words, "-o", run, "--resume_from_checkpoint", "true")
+    assert code == 0 and f"resuming from {run / 'checkpoint-'}" in output, output
+    resumed = load_file(run / "adapter_model.safetensors")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from parity_models import LONGEST, TARGET, exported_in, renderer_of, scene_in
+from parity_models import LONGEST, TARGET, exported_pair, renderer_of, scene_in
 from PIL import Image
 from test_parity import Embeds
 from test_parity_faults import edited
@@ -66,7 +66,7 @@ def draw(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ship(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported_in(tmp_path_factory.getbasetemp())
+    return exported_pair(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from exported import vision_model
 from hf_runtime import HFRuntime
 from hypothesis import given
 from hypothesis import strategies as st
-from parity_models import Scene, exported_in, renderer_of, scene_in
+from parity_models import Scene, exported_pair, renderer_of, scene_in
 from PIL import Image
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
@@ -325,7 +325,7 @@ def test_embeddings_are_compared_where_something_tells_them(scene: Scene, other_
 @pytest.mark.slow
 def test_llama_cpp_python_gives_the_embeddings(tmp_path_factory: pytest.TempPathFactory) -> None:
     pytest.importorskip("llama_cpp")
-    folder = exported_in(tmp_path_factory.getbasetemp()) / "tuned"
+    folder = exported_pair(tmp_path_factory) / "tuned"
     scene, exported = scene_in(folder), read_export(folder / "export")
     reference = HFReference(scene.model, scene.renderer, 2, embeds=True)
     for form in ("f16", "q8_0"):

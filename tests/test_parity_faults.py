@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from gguf import GGUFReader
-from parity_models import Scene, exported_in, scene_in
+from parity_models import Scene, exported_pair, scene_in
 
 from rankwise.ship.gguf.export import read_export
 from rankwise.ship.llama.runtime import LlamaServer
@@ -23,7 +23,7 @@ FORMS = ("f16", "q8_0")
 
 @pytest.fixture(scope="module")
 def ship(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported_in(tmp_path_factory.getbasetemp())
+    return exported_pair(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

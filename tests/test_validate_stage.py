@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parity_models import SIZES, TARGET, draw, exported_in
+from exported import once
+from parity_models import SIZES, TARGET, draw, exported_pair
 
 from rankwise.cli import main, resolve
 from rankwise.config import ScoredData, ValidateConfig
@@ -202,10 +203,14 @@ def test_summary_and_report_tell_the_verdict_and_the_classes(tmp_path: Path, con
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tuned/ and base/ of `exported_in`, and dataset/: four pictures in three classes."""
+    """tuned/ and base/ of `exported_pair`, and dataset/: four pictures in three classes."""
     pytest.importorskip("xllamacpp")
-    folder = exported_in(tmp_path_factory.getbasetemp())
-    dataset = folder / "dataset"
+    folder = exported_pair(tmp_path_factory)
+    once(folder / "dataset", labelled_pictures)
+    return folder
+
+
+def labelled_pictures(dataset: Path) -> None:
     draw(dataset / "images")
     TARGET.save(dataset)
     classes = tuple(LabelClass(name) for name in LABELS)
@@ -218,7 +223,6 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     for name in ("train.jsonl", "val.jsonl"):
         (dataset / name).write_text(lines)
-    return folder
 
 
 @pytest.mark.slow
