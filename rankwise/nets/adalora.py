@@ -21,7 +21,7 @@ from torch import Tensor
 from rankwise.core.importance import RankBudget
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.errors import VerificationError
-from rankwise.nets.adapt import ADAPTER, LoraSettings, lora_config, lora_layers, wrapped
+from rankwise.nets.adapt import ADAPTER, LoraSettings, check_built, lora_config, lora_layers, wrapped
 from rankwise.store.adapter import LoraPair
 
 SUFFIX = f".lora_E.{ADAPTER}"  # PEFT's rank pattern names a site by its Λ
@@ -63,17 +63,7 @@ def adapt_allocated(model: Any, plan: RankPlan, settings: LoraSettings, allocati
     Random initial values come from torch's global generator. VerificationError where PEFT built other shapes.
     """
     adapted = wrapped(model, adalora_config(plan, settings, allocation), settings.full)
-    wanted = {row.site.path: ((row.rank, row.site.shape[1]), (row.site.shape[0], row.rank)) for row in plan.sites}
-    built = {
-        path: (tuple(layer.lora_A[ADAPTER].shape), tuple(layer.lora_B[ADAPTER].shape))
-        for path, layer in adalora_layers(adapted).items()
-    }
-    if built != wanted:
-        wrong = sorted(path for path in {**wanted, **built} if built.get(path) != wanted.get(path))
-        raise VerificationError(
-            f"PEFT built {len(wrong)} sites otherwise than planned: {wrong[0]}: planned {wanted.get(wrong[0])}, built "
-            f"{built.get(wrong[0])}"
-        )
+    check_built(adapted, plan)
     return adapted
 
 

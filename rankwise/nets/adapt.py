@@ -140,10 +140,11 @@ def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
 
 
 def factor_weights(layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    """A (r, n) and B (m, r) of an adapted layer; an embedding's lie under other names."""
+    """A (r, n) and B (m, r) of an adapted layer; an embedding's lie under other names, AdaLoRA's are no modules."""
     if ADAPTER in layer.lora_embedding_A:
         return layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
-    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+    return (a, b) if isinstance(a, Tensor) else (a.weight, b.weight)
 
 
 def site_parameters(model: PeftModel) -> dict[str, list[nn.Parameter]]:
