@@ -10,7 +10,7 @@ from rankwise.options import Options, option
 
 @dataclass(frozen=True)
 class BundleConfig(Options):
-    """Bundle all that an app needs to run the model, with golden vectors: inputs and their expected outputs."""
+    """Bundle all that an app needs to run the model, with golden vectors to replay."""
 
     export: str | None = option(help="export folder", aliases=("model_path",))
     output_dir: str = option("bundle", help="bundle folder", short="-o", aliases=("output_path",))

@@ -11,7 +11,7 @@ FILES = ("auto", "adapter", "merged", "export", "bundle")
 
 @dataclass(frozen=True)
 class CardConfig(Options):
-    """Write a model card from a run's records, and upload it with the files to the Hugging Face hub."""
+    """Write a model card from a run's records; upload card and files to the Hugging Face hub."""
 
     run: str | None = option(help="run folder, or an adapter, merged model or export alone")
     files: str = option("auto", choices=FILES, help="files to describe [the last product of the run]")

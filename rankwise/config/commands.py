@@ -240,7 +240,7 @@ class ReportConfig(Options):
 
 @dataclass(frozen=True)
 class DemoConfig(Options):
-    """Run the whole flow on a model and data created here, offline, on a CPU."""
+    """Run the whole flow on a model and data created here, offline, on a CPU, in about three minutes."""
 
     output_dir: str | None = option(help="run folder [runs/demo, or runs/demo-vision]", short="-o")
     vision: bool = option(False, help="use a vision-language model and questions about generated images")

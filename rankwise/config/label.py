@@ -56,7 +56,7 @@ class TeacherSection(Options):
 
 @dataclass(frozen=True)
 class LabelConfig(Options):
-    """Make a data set to train on from images: labelled by a teacher, or with labels that exist."""
+    """Label images by a teacher, or by existing labels, as a data set to train on."""
 
     images: str | None = option(help="folder of images, or COCO in its official layout", aliases=("coco_dir",))
     coco: str | None = option(choices=("val2017", "train2017"), help="part of COCO [val2017 without a folder]")

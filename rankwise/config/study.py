@@ -46,7 +46,7 @@ class GridSection(Options):
 
 @dataclass(frozen=True)
 class StudyConfig(Options):
-    """Compare arms at equal parameters, by a protocol that is fixed and hashed before the first run."""
+    """Compare rank plans or schedules at equal parameters, over seeds, by a registered protocol."""
 
     question: str | None = option(help="research question, for the report")
     kind: str = option("plans", choices=("plans", "phases"), help="kind of arms: rank plans or schedules")

@@ -24,7 +24,6 @@ class Command:
     """
 
     group: str
-    help: str
     stage: str
     config: Any
     positionals: tuple[str, ...] = ()
@@ -33,126 +32,39 @@ class Command:
     packaged: str = ""
     repeated: bool = False
 
+    @property
+    def help(self) -> str:
+        """The first line of what its config says."""
+        return str(type(self.config).__doc__).partition("\n")[0].rstrip(".")
+
 
 COMMANDS = {
-    "ranks": Command(
-        "MEASURE",
-        "two checkpoints or one adapter → spectra → rank plan",
-        "ranks",
-        config.RanksConfig(),
-        ("base", "tuned"),
-    ),
-    "ranks diff": Command(
-        "MEASURE",
-        "what two rank plans disagree on",
-        "ranks_diff",
-        config.DiffConfig(),
-        ("first", "second"),
-        takes_file=False,
-    ),
-    "extract": Command(
-        "MEASURE", "checkpoint pair → LoRA adapter", "extract", config.ExtractConfig(), ("base", "tuned")
-    ),
-    "compress": Command(
-        "MEASURE", "adapter → smaller adapter, exact", "compress", config.CompressConfig(), ("adapter",)
-    ),
-    "finetune": Command(
-        "TRAIN",
-        "short full fine-tune, for a meaningful delta",
-        "finetune",
-        config.FinetuneConfig(),
-        trainer=True,
-    ),
-    "train": Command(
-        "TRAIN",
-        "LoRA/QLoRA training, with a rank plan or a uniform rank",
-        "train",
-        config.TrainConfig(),
-        trainer=True,
-    ),
-    "check": Command(
-        "TRAIN", "a data set before training: every image, token count and label mask", "check", config.CheckConfig()
-    ),
-    "label": Command(
-        "TRAIN", "images → a teacher's labels → a data set to train on", "label", config.LabelConfig(), ("images",)
-    ),
-    "evaluate": Command("PROVE", "generate and score a task", "evaluate", config.EvaluateConfig(), ("model_name",)),
-    "study": Command(
-        "PROVE",
-        "rank plans or schedules compared at equal parameters, over seeds",
-        "study",
-        config.StudyConfig(),
-        packaged="studies",
-    ),
-    "compare": Command(
-        "PROVE",
-        "finished runs side by side, one table and one picture",
-        "compare",
-        config.CompareConfig(),
-        ("runs",),
-        takes_file=False,
-        repeated=True,
-    ),
-    "report": Command("PROVE", "one page for a run folder", "report", config.ReportConfig(), ("run",)),
-    "merge": Command("SHIP", "adapter into base, checked", "merge", config.MergeConfig(), ("adapter",)),
-    "export": Command("SHIP", "merged model → GGUF for llama.cpp, proven", "export", config.ExportConfig(), ("model",)),
-    "validate": Command(
-        "SHIP",
-        "the exported files in llama.cpp: scores, and the proof that they do what was trained",
-        "validate",
-        config.ValidateConfig(),
-        ("export",),
-    ),
-    "bundle": Command(
-        "SHIP",
-        "all that an app needs, with golden vectors; --replay asks a phone for them",
-        "bundle",
-        config.BundleConfig(),
-        ("export",),
-    ),
-    "card": Command(
-        "SHIP", "model card from a run's records; files and card to the hub", "card", config.CardConfig(), ("run",)
-    ),
-    "features capture": Command(
-        "MORE",
-        "images → visual features of a model",
-        "features.capture",
-        config.CaptureConfig(),
-        ("images",),
-    ),
-    "features train": Command(
-        "MORE", "a network that predicts low-rank factors of features", "features.train", config.FactorTrainConfig()
-    ),
-    "features compare": Command(
-        "MORE",
-        "networks against the SVD and a shared PCA: error, time, rank",
-        "features.compare",
-        config.FactorCompareConfig(),
-    ),
-    "features show": Command(
-        "MORE", "one image's channels: original, network, SVD", "features.show", config.FactorShowConfig()
-    ),
-    "features downstream": Command(
-        "MORE",
-        "the model's answers with factors in place of its features",
-        "features.downstream",
-        config.DownstreamConfig(),
-        ("model_name",),
-    ),
-    "run": Command(
-        "MORE", "a pipeline of stages from one file", "run", config.RunConfig(), ("recipe",), takes_file=False
-    ),
-    "batch": Command(
-        "MORE",
-        "several recipes, one after the other",
-        "batch",
-        config.BatchConfig(),
-        ("recipes",),
-        takes_file=False,
-        repeated=True,
-    ),
-    "tiny": Command("MORE", "a tiny model that sees, and photos for it: drawn here", "tiny", config.TinyConfig()),
-    "demo": Command("MORE", "the whole flow, offline, on a CPU, in about three minutes", "demo", config.DemoConfig()),
+    "ranks": Command("MEASURE", "ranks", config.RanksConfig(), ("base", "tuned")),
+    "ranks diff": Command("MEASURE", "ranks_diff", config.DiffConfig(), ("first", "second"), takes_file=False),
+    "extract": Command("MEASURE", "extract", config.ExtractConfig(), ("base", "tuned")),
+    "compress": Command("MEASURE", "compress", config.CompressConfig(), ("adapter",)),
+    "finetune": Command("TRAIN", "finetune", config.FinetuneConfig(), trainer=True),
+    "train": Command("TRAIN", "train", config.TrainConfig(), trainer=True),
+    "check": Command("TRAIN", "check", config.CheckConfig()),
+    "label": Command("TRAIN", "label", config.LabelConfig(), ("images",)),
+    "evaluate": Command("PROVE", "evaluate", config.EvaluateConfig(), ("model_name",)),
+    "study": Command("PROVE", "study", config.StudyConfig(), packaged="studies"),
+    "compare": Command("PROVE", "compare", config.CompareConfig(), ("runs",), takes_file=False, repeated=True),
+    "report": Command("PROVE", "report", config.ReportConfig(), ("run",)),
+    "merge": Command("SHIP", "merge", config.MergeConfig(), ("adapter",)),
+    "export": Command("SHIP", "export", config.ExportConfig(), ("model",)),
+    "validate": Command("SHIP", "validate", config.ValidateConfig(), ("export",)),
+    "bundle": Command("SHIP", "bundle", config.BundleConfig(), ("export",)),
+    "card": Command("SHIP", "card", config.CardConfig(), ("run",)),
+    "features capture": Command("MORE", "features.capture", config.CaptureConfig(), ("images",)),
+    "features train": Command("MORE", "features.train", config.FactorTrainConfig()),
+    "features compare": Command("MORE", "features.compare", config.FactorCompareConfig()),
+    "features show": Command("MORE", "features.show", config.FactorShowConfig()),
+    "features downstream": Command("MORE", "features.downstream", config.DownstreamConfig(), ("model_name",)),
+    "run": Command("MORE", "run", config.RunConfig(), ("recipe",), takes_file=False),
+    "batch": Command("MORE", "batch", config.BatchConfig(), ("recipes",), takes_file=False, repeated=True),
+    "tiny": Command("MORE", "tiny", config.TinyConfig()),
+    "demo": Command("MORE", "demo", config.DemoConfig()),
 }
 ALIASES = {"features extract": "features capture"}
 GROUPS = ("MEASURE", "TRAIN", "PROVE", "SHIP", "MORE")
