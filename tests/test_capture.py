@@ -151,7 +151,7 @@ def test_equal_pictures_are_one_group_and_in_one_part(qwen: Path, photos: Path, 
     Image.open(photos / "2.png").save(photos / "2 as.bmp")
     cache = capture(photos, qwen, tmp_path / "c")
     assert cache
-    equal = {cache.place_of(name) for name in ("2.png", "more/again.png", "2 as.bmp")}
+    equal = {cache.ids.index(name) for name in ("2.png", "more/again.png", "2 as.bmp")}
     assert len({cache.groups[place] for place in equal}) == 1 and len(set(cache.groups)) == 7
     for seed in range(8):
         split = split_of(cache, seed)

@@ -62,9 +62,7 @@ def test_what_is_written_is_read(tmp_path: Path, dtype: str) -> None:
         assert torch.equal(cache[place], together[place].to(getattr(torch, dtype)))
     with pytest.raises(IndexError, match="no number 9"):
         cache[9]
-    assert cache.place_of("1-1.jpg") == 4
-    with pytest.raises(DataError, match="no features of 'x'"):
-        cache.place_of("x")
+    assert cache.ids.index("1-1.jpg") == 4
 
 
 def test_a_cache_crosses_to_worker_processes(tmp_path: Path) -> None:

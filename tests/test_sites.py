@@ -18,7 +18,7 @@ from rankwise.core.site import KINDS, TOWERS, Site, describe, nearest, pattern
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.load import load_config, load_model, meta_model
 from rankwise.nets.pair import SiteFilter
-from rankwise.nets.sites import fused_experts, model_sites, site_weights, weight_table
+from rankwise.nets.sites import fused_experts, model_sites, weight_table
 from rankwise.store.checkpoint import open_checkpoint
 from rankwise.store.deltas import logical
 
@@ -84,7 +84,7 @@ def test_towers_of_the_real_qwen_and_every_key_of_its_files(shared_data: Path) -
     assert not table.rewritten
     moved = table.weights["model.language_model.layers.0.mlp.up_proj.weight"]
     assert moved.key == "model.layers.0.mlp.up_proj.weight", "the file's name is not the module's"
-    assert len(site_weights(sites, table)) == len(sites)
+    assert all(f"{path}.weight" in table.weights for path in sites)
 
 
 def test_towers_of_the_real_smolvlm_and_tinyllama(shared_data: Path) -> None:
@@ -108,7 +108,8 @@ def test_every_site_is_read_from_its_file_as_the_model_has_it(tmp_path: Path, na
     checkpoint = open_checkpoint(tmp_path)
     sites = model_sites(model)
     assert sites == model_sites(meta_model(str(tmp_path))), "weights are not needed to know the sites"
-    weights = site_weights(sites, weight_table(model, checkpoint.keys()))
+    table = weight_table(model, checkpoint.keys())
+    weights = {path: table.weights[f"{path}.weight"] for path in sites}
     assert set(weights) == set(sites)
     for path, site in sites.items():
         module = model.get_submodule(path)

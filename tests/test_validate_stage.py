@@ -65,7 +65,7 @@ def test_it_must_be_clear_what_runs(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"export\.json"):
         shipment(config(export=str(tmp_path)))
     remote = shipment(config(export=None, server="http://phone:8080", outtype=["q8_0"], reference="merged"))
-    assert (remote.shipped.url, remote.shipped.form, remote.reference) == ("http://phone:8080", "q8_0", "merged")
+    assert (remote.forms[-1].url, remote.forms[-1].form, remote.reference) == ("http://phone:8080", "q8_0", "merged")
 
 
 def test_dry_run_says_what_would_be_done(capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,11 +138,6 @@ def chunks(converter: WeightConverter, first: str) -> list[str] | None:
     return [first.replace(lead, target) for target in converter.target_patterns]
 
 
-def site_weights(sites: Mapping[str, Site], table: WeightTable) -> dict[str, Weight]:
-    """Path → place of the sites' weights; sites that the files hold in another form are absent."""
-    return {path: table.weights[name] for path in sites if (name := f"{path}.weight") in table.weights}
-
-
 def torch_dtype(name: str, trained: bool, device: torch.device) -> torch.dtype:
     """`auto`: float32 for trained weights; frozen ones bf16 on a GPU and float32 on a CPU. A type that is slow on a CPU
     is warned about."""

@@ -18,8 +18,6 @@ from transformers import PreTrainedModel
 from rankwise.core.keys import parameter_name
 from rankwise.errors import DataError
 
-TOKENS = ".token_adapter.trainable_tokens_delta"
-
 
 def fitted(
     model: PreTrainedModel, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str

@@ -162,11 +162,11 @@ def verdict(summary: RanksSummary) -> str:
             + ("uniform:R is simpler" if summary.budget is not None else "--budget N lets sites compete")
         )
     if summary.gain_plan is not None and summary.gain_uniform is not None:
-        return gain_verdict(summary, summary.gain_plan, summary.gain_uniform)
+        return gain_verdict(summary, summary.gain_plan)
     return unproven(summary)
 
 
-def gain_verdict(summary: RanksSummary, plan: float, uniform: float) -> str:
+def gain_verdict(summary: RanksSummary, plan: float) -> str:
     """The plan against uniform rank and against shuffles of its own ranks."""
     low, high = summary.gain_margin or (-1.0, 1.0)
     beaten = sum(plan > shuffle for shuffle in summary.gain_shuffles)

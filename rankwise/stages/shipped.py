@@ -45,10 +45,6 @@ class Shipment:
     folder: Path | None = None
     reference: str | None = None
 
-    @property
-    def shipped(self) -> Shipped:
-        return self.forms[-1]
-
 
 def shipment(config: ValidateConfig) -> Shipment:
     """UsageError where it is not clear what to run; DataError for files that are missing or broken."""

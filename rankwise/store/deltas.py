@@ -170,10 +170,6 @@ class Matching:
     other_shape: tuple[str, ...]
     skipped: tuple[str, ...]
 
-    @property
-    def unmatched(self) -> int:
-        return len(self.only_base) + len(self.only_tuned) + len(self.other_shape)
-
     def explain(self) -> str:
         """The lists, three names each, for the error and for the printed count."""
         parts = [

@@ -82,12 +82,6 @@ class FeatureCache:
         more = f"; and {len(self.left_out) - SHOWN} more" if len(self.left_out) > SHOWN else ""
         return [f"note: {self.path} has {len(self)} matrices, and these are not among them: {shown}{more}"]
 
-    def place_of(self, name: str) -> int:
-        """The place of an id. DataError where there is none of that name."""
-        if name not in self.ids:
-            raise DataError(f"{self.path}: no features of {name!r}; it begins with {', '.join(self.ids[:3])}")
-        return self.ids.index(name)
-
 
 def open_cache(path: Path | str) -> FeatureCache:
     """The cache of a folder: ours, or `features_{i}.pt` files.

@@ -53,10 +53,6 @@ class TensorInfo:
     type: str
     bytes: int
 
-    @property
-    def elements(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
-
 
 class GGUFFile:
     """An opened file (memory-mapped: opening a large one is quick).
