@@ -10,8 +10,10 @@ from pathlib import Path
 
 import grimp
 import pytest
+from house import closure
 
 import rankwise
+from rankwise.stages.commands import COMMANDS
 
 PACKAGE = Path(rankwise.__file__).parent
 REPOSITORY = PACKAGE.parent
@@ -113,3 +115,33 @@ def test_every_module_opens_with_its_place_in_the_flow() -> None:
         str(path) for path in sources() if path.stat().st_size and not ast.get_docstring(ast.parse(path.read_text()))
     ]
     assert not missing
+
+
+TRAIN = ("finetune", "train", "study", "features train", "tiny", "demo")  # the last two make a model to begin with
+IMPORT_COMMANDS = """
+import sys
+from rankwise.stages.commands import stage_of
+
+for command in sys.argv[1:]:
+    stage_of(command)
+    assert not {"rankwise.train.trainer", "transformers.trainer"} & set(sys.modules), command
+    print(command)
+"""
+
+
+def test_no_command_but_those_that_train_imports_the_trainer() -> None:
+    commands = [name for name in COMMANDS if name not in TRAIN]
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IMPORT_COMMANDS, *commands], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.splitlines() == commands
+
+
+GOALS = {"ranks": 136, "check": 112, "evaluate": 132, "merge": 109, "validate": 187, "export": 105, "bundle": 168}
+
+
+def test_a_command_imports_no_more_than_it_needs() -> None:
+    graph = grimp.build_graph("rankwise", cache_dir=None)
+    found = {name: len(closure(graph, f"rankwise.stages.{COMMANDS[name].stage}")) for name in GOALS}
+    assert {name: size for name, size in found.items() if size > GOALS[name]} == {}
