@@ -16,6 +16,7 @@ import types
 import typing
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +25,7 @@ from rankwise.errors import UsageError
 
 PARSERS = {".json": json.loads, ".toml": tomllib.loads}
 CONFIG_SUFFIXES = (".yaml", ".yml", *PARSERS)
+hints_of = cache(typing.get_type_hints)  # milliseconds each, and a recipe asks for every stage of every change
 TRUE, FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
@@ -145,7 +147,8 @@ def plain_types(annotation: Any) -> tuple[Any, ...]:
 
 def options_of(defaults: Any, section: str = "options") -> Iterator[Option]:
     """All options of a command (given as an instance: its defaults), sections flattened, as declared."""
-    hints = typing.get_type_hints(type(defaults))
+    kind: Any = type(defaults)
+    hints = hints_of(kind)
     for field in dataclasses.fields(defaults):
         default = getattr(defaults, field.name)
         if dataclasses.is_dataclass(default):

@@ -6,9 +6,10 @@ import base64
 import html
 import os
 import re
+from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 
 from rankwise.errors import DataError
@@ -21,6 +22,11 @@ LINE_START = re.compile(r"^(\d+(?=[.)](?:\s|$))|(?=[-+=]))(.)")
 
 
 def render(page: Page, template: str, folder: Path) -> str:
+    return compiled(template).render(page=page, folder=folder)
+
+
+@cache
+def compiled(template: str) -> Template:
     environment = Environment(
         loader=PackageLoader("rankwise.show", "templates"),
         autoescape=template.endswith(".html.j2"),
@@ -28,9 +34,8 @@ def render(page: Page, template: str, folder: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"data_uri": data_uri, "css_width": css_width, "md": markdown}
-    environment.filters["link"] = lambda picture: link(picture, folder)
-    return environment.get_template(template).render(page=page)
+    environment.filters |= {"data_uri": data_uri, "css_width": css_width, "md": markdown, "link": link}
+    return environment.get_template(template)
 
 
 def data_uri(picture: Picture) -> str:

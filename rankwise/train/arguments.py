@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from rankwise.errors import UsageError, need
 from rankwise.nets.precision import warn_if_slow
-from rankwise.options import Option, Range, plain_types
+from rankwise.options import Option, Range, hints_of, plain_types
 from rankwise.store.processes import announce
 
 SECTION = "training arguments (transformers)"
@@ -100,7 +100,7 @@ def training_options(own: Iterable[Option]) -> list[Option]:
     rows = list(own)
     taken = {name for row in rows for name in (row.name, *row.aliases)}
     defaults = FINETUNE_DEFAULTS if any(row.name == "subset_ratio" for row in rows) else TRAIN_DEFAULTS
-    hints = typing.get_type_hints(TrainingArguments)
+    hints = hints_of(TrainingArguments)
     fields = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
     replaced = {old for new, names in ALIASES.items() if new in fields for old in names}
     found = [
