@@ -18,6 +18,9 @@ SHORT = (
 )
 
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and data/cota_train.json: sixteen rows about pubs."""
@@ -56,17 +59,17 @@ def test_the_documented_variables_run_it_and_scores_on_training_rows_are_named(
     capsys.readouterr()
     held_out = tmp_path / "test.json"
     held_out.write_text((place / "data" / "cota_train.json").read_text().replace("pub", "inn"))
-    workflow(place, tmp_path / "apart", monkeypatch, TEST_PATH=str(held_out))
+    workflow(place, out, monkeypatch, SVD_THRESHOLD="0.9", TEST_PATH=str(held_out))
     assert "was trained on" not in capsys.readouterr().out
 
 
 def test_the_threshold_decides_unless_a_budget_does(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    out = tmp_path / "run"  # one fine-tune, and its ranks anew for each pair of settings
+
     def parameters(**variables: str) -> int:
-        out = tmp_path / "-".join(variables.values()).replace(":", "")
-        given = {"MIN_RANK": "1", **variables}
-        workflow(place, out, monkeypatch, "--only", "finetune,ranks", **given)
+        workflow(place, out, monkeypatch, "--only", "finetune,ranks", MIN_RANK="1", **variables)
         return read_plan(out / "ranks", None).parameters
 
     low, high = (parameters(SVD_THRESHOLD=energy) for energy in ("0.5", "0.99"))

@@ -46,15 +46,16 @@ def test_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "train mse" not in capsys.readouterr().out, "what is done is not done again"
 
     write_mark(run, "MLP", {"started": read_marks(run)["MLP"]["done"]})  # as a stop in the middle leaves it
-    assert cli.main(command) == 0
+    assert cli.main([*command, "--only=MLP,AdaLoRA"]) == 0
     told = capsys.readouterr().out
     again = told[told.index("[5/9] MLP") : told.index("[6/9] AdaLoRA")]
     assert "train mse" not in again and "MLP at epoch 2" in again, "it goes on from its checkpoint: nothing is left"
     assert len(json.loads((run / "results" / "MLP" / "history.json").read_text())) == 2
 
     monkeypatch.setenv("EPOCHS", "1")
-    assert cli.main(command) == 0
+    assert cli.main([*command, "--only=MLP"]) == 0
     assert len(json.loads((run / "results" / "MLP" / "history.json").read_text())) == 1, "another run in its place"
 
-    assert cli.main([*command, "--set=features.shared=0.3"]) == 0
+    after = ",".join(["features", *ARCHITECTURES, "compare"])
+    assert cli.main([*command, "--set=features.shared=0.3", f"--only={after}"]) == 0
     assert "shared 0.3" in (run / "results" / "comparison.md").read_text(), "other features, and all after them"

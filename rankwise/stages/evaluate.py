@@ -70,6 +70,7 @@ def evaluated(config: EvaluateConfig) -> EvaluationResult | None:
 
 def start_over(config: EvaluateConfig) -> None:
     """Delete the answers of an earlier evaluation in the folder, once it is sure that this one can begin."""
+    config = settle(config)
     check(config)
     check_installed(config)
     base_and_adapter(str(config.model_name), config.base_model_id)
