@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from rankwise.data.answers import NothingToLearn
 from rankwise.data.chat import Refused
 from rankwise.data.comparison import Differs, Oracle, Sample
-from rankwise.data.example import IMAGE_SLOT, Example, Examples, Rejected
+from rankwise.data.example import IMAGE_SLOT, Example, Examples
 from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.layout import without_images
 from rankwise.data.render import Overlong, Rendered, Renderer
@@ -50,10 +50,6 @@ class Problem:
     sample: str | None
     line: int | None
     needed: int | None = None
-
-    @classmethod
-    def of_row(cls, rejected: Rejected) -> Problem:
-        return cls("row", rejected.reason, rejected.sample, rejected.line)
 
     @classmethod
     def of(cls, example: Example, error: Exception) -> Problem:
@@ -150,7 +146,8 @@ def examined(
     workers: processes that decode; one per core by default, 8 at most, 0 for this one. compare: samples with images of
     which ids and pixels are compared with the processor's own.
     """
-    findings = Findings(len(examples), examples.changes, problems=[Problem.of_row(row) for row in examples.skipped])
+    problems = [Problem("row", row.reason, row.sample, row.line) for row in examples.skipped]
+    findings = Findings(len(examples), examples.changes, problems=problems)
     unusable: dict[str, str] = {}
     if reader is not None and examples.with_images:
         places = _first_places(examples.items)

@@ -40,6 +40,7 @@ class Oracle:
 
     renderer: Renderer
     _prompts: Kept[tuple[Turn, ...], str] = field(default_factory=Kept, init=False, compare=False, repr=False)
+    _tails: set[tuple[Any, ...]] = field(default_factory=set, init=False, compare=False, repr=False)
 
     def differences(self, batch: Sequence[Sample]) -> Iterator[tuple[Example, Differs]]:
         """Samples whose ids for training or for generation, or whose labels, are not the template's. One with images is
@@ -219,10 +220,6 @@ class Oracle:
             typed if form.typed else said, chat_template=form.source, tokenize=False, **form.kwargs
         )
         return _dense(str(text).split(PROBE)[-1])
-
-    @cached_property
-    def _tails(self) -> set[tuple[Any, ...]]:
-        return set()
 
     @cached_property
     def _ends(self) -> frozenset[Any]:

@@ -66,11 +66,8 @@ def named_labels(text: str, labels: Sequence[str]) -> set[str]:
     whole = {match.start() for match in regex.finditer(r"\X", text)} | {len(text)}  # not in the middle of an emoji
     found = {match.span(): known[match[0]] for match in _pattern(tuple(labels)).finditer(text, overlapped=True)}
     spans = [span for span in found if whole.issuperset(span)]
-    return {found[span] for span in spans if not any(_covers(other, span) for other in spans)}
-
-
-def _covers(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
-    return outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]
+    whole_ones = [a for a in spans if not any(b != a and b[0] <= a[0] and a[1] <= b[1] for b in spans)]
+    return {found[span] for span in whole_ones}  # none that lies inside another
 
 
 def found_label(text: str, labels: Sequence[str]) -> str | None:

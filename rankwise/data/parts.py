@@ -128,14 +128,11 @@ def telling_words(rows: Iterable[Example]) -> dict[str, frozenset[str]]:
     rows = list(rows)
     counts = Counter(turn.text for row in rows for turn in row.prompt[0])
     common = {text for text, count in counts.items() if count > COMMON * len(rows)}
-    return {
-        row.id: frozenset(plain_words(" ".join(turn.text for turn in row.prompt[0] if turn.text not in common)))
-        for row in rows
-    }
-
-
-def plain_words(text: str) -> list[str]:
-    return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    found = {}
+    for row in rows:
+        text = " ".join(turn.text for turn in row.prompt[0] if turn.text not in common)
+        found[row.id] = frozenset(WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+    return found
 
 
 class Index:

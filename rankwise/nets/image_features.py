@@ -106,15 +106,12 @@ def replaced(outputs: Any, approximate: Approximate) -> Any:
     flat = torch.cat(
         [matrix.reshape(-1, matrix.shape[-1]) for matrix in each_approximated(matrices(outputs), approximate)]
     )
-    shaped = [rows.view_as(part) for rows, part in zip(flat.split(row_counts(given)), given, strict=True)]
+    pieces = flat.split([part.shape[:-1].numel() for part in given])
+    shaped = [rows.view_as(part) for rows, part in zip(pieces, given, strict=True)]
     features = outputs.pooler_output
     if isinstance(features, Tensor):
         return shaped[0] if features.dim() == 2 else torch.stack(shaped)
     return type(features)(shaped) if type(features) in (list, tuple) else tuple(shaped)
-
-
-def row_counts(given: Sequence[Tensor]) -> list[int]:
-    return [part.shape[:-1].numel() for part in given]
 
 
 def each_approximated(features: Sequence[Tensor], approximate: Approximate) -> list[Tensor]:

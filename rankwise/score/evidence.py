@@ -11,6 +11,7 @@ which makes the variance of few seeds unbiased (Rao and Wu 1988).
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -187,11 +188,8 @@ def further_seeds(effect: Effect, smallest_effect: float, level: float = LEVEL) 
 
     if half_width(MOST_SEEDS) > smallest_effect / 2:
         return None
-    low, high = effect.seeds, MOST_SEEDS
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if half_width(middle) <= smallest_effect / 2 else (middle + 1, high)
-    return max(1, low - effect.seeds)
+    counts = range(effect.seeds, MOST_SEEDS)
+    return max(1, bisect_left(counts, True, key=lambda seeds: half_width(seeds) <= smallest_effect / 2))
 
 
 def decides(effects: Sequence[Effect], smallest_effect: float) -> bool:

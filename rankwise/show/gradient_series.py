@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +130,8 @@ def smooth(values: Sequence[float], window: int = WINDOW) -> list[float]:
 
 def stretches(values: Sequence[float]) -> list[tuple[int, int]]:
     """(first, end) of every run of finite values."""
-    edges = [i for i in range(len(values) + 1) if finite_at(values, i) != finite_at(values, i - 1)]
-    return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def finite_at(values: Sequence[float], i: int) -> bool:
-    return 0 <= i < len(values) and math.isfinite(values[i])
+    runs = [(there, list(run)) for there, run in groupby(range(len(values)), lambda i: math.isfinite(values[i]))]
+    return [(run[0], run[-1] + 1) for there, run in runs if there]
 
 
 def mean(values: Iterable[float]) -> float:

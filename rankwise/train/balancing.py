@@ -36,7 +36,8 @@ class Balanced(Sampler[int]):
             self.places.setdefault(label, []).append(place)
         self.before: Mapping[str, int] = Counter(labels)
         most = max(self.before.values())
-        self.after = {label: most if rule == "oversample" else _between(n, most) for label, n in self.before.items()}
+        between = {label: round(math.sqrt(count * most)) for label, count in self.before.items()}
+        self.after = dict.fromkeys(between, most) if rule == "oversample" else between
         self.seed = seed
         self.epoch = 0
 
@@ -54,7 +55,3 @@ class Balanced(Sampler[int]):
             drawn = torch.randperm(len(places), generator=generator)[:more].tolist()
             rows += places * whole + [places[place] for place in drawn]
         return iter([rows[place] for place in torch.randperm(len(rows), generator=generator).tolist()])
-
-
-def _between(count: int, most: int) -> int:
-    return round(math.sqrt(count * most))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,11 +86,7 @@ class Profile:
 
     def largest(self, memory: float, most: int) -> int:
         """The largest batch up to `most` whose peak fits; 0 where not even one row does."""
-        low, high = 0, most
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.needs(middle).total <= memory else (low, middle - 1)
-        return low
+        return bisect_right(range(1, most + 1), memory, key=lambda batch: self.needs(batch).total)
 
 
 def at_peak(trace: Trace) -> Trace:

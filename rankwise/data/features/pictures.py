@@ -41,17 +41,17 @@ class Pictures(Protocol):
     def digest(self, count: int) -> str: ...
 
 
-def open_pictures(where: str, max_pixels: int = 60_000_000, background: Colour = WHITE) -> Pictures:
+def open_pictures(where: str, background: Colour = WHITE) -> Pictures:
     """The pictures of a folder, a parquet file or a data set, transparency on `background`. DataError where there are
     none."""
     path = Path(where).expanduser()
     if path.is_file() and path.suffix == ".parquet":
-        return of_parquet(path, max_pixels, background)
+        return of_parquet(path, background)
     if path.is_dir() and not any((path / name).is_file() for name in SAVED):
-        return of_folder(path, max_pixels, background)
+        return of_folder(path, background)
     if path.is_file():
         raise DataError(f"{path}: a folder of images, a parquet file or a data set is expected")
-    return of_dataset(where, max_pixels, background)
+    return of_dataset(where, background)
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ class FolderPictures:
         return digest_of([(name, fingerprint(self.reader.folder / name)) for name in self.names[:count]])
 
 
-def of_folder(folder: Path, max_pixels: int, background: Colour) -> FolderPictures:
+def of_folder(folder: Path, background: Colour) -> FolderPictures:
     found = [
         file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()
     ]
     names = sorted(file.as_posix() for file in found if not any(part.startswith(".") for part in file.parts))
     if not names:
         raise DataError(f"{folder}: no images in it ({', '.join(sorted(SUFFIXES))})")
-    return FolderPictures(tuple(names), ImageReader(folder, max_pixels=max_pixels, background=background))
+    return FolderPictures(tuple(names), ImageReader(folder, background=background))
 
 
 @dataclass
@@ -86,28 +86,26 @@ class TablePictures:
     names: Sequence[str]
     column: Any
     content: str
-    folder: Path
-    max_pixels: int
-    background: Colour
+    reader: ImageReader
 
     def open(self, place: int) -> Image.Image:
         name, value = self.names[place], self.column(place)
         content = value.get("bytes") if isinstance(value, Mapping) else value
         if content:
             try:
-                return picture(io.BytesIO(content), self.max_pixels, self.background)
+                return picture(io.BytesIO(content), self.reader.max_pixels, self.reader.background)
             except Unreadable as reason:
                 raise BadImage(f"image {name} (row {place} of {self.where}) {reason}") from reason
         path = value.get("path") if isinstance(value, Mapping) else None
         if not path:
             raise BadImage(f"image {name} (row {place} of {self.where}) is empty")
-        return ImageReader(self.folder, max_pixels=self.max_pixels, background=self.background).open(path)
+        return self.reader.open(path)
 
     def digest(self, count: int) -> str:
         return digest_of([self.content, count])
 
 
-def of_parquet(path: Path, max_pixels: int, background: Colour) -> TablePictures:
+def of_parquet(path: Path, background: Colour) -> TablePictures:
     parquet = need("pyarrow.parquet", extra=EXTRA)
     try:
         column = ParquetColumn(parquet.ParquetFile(path), path)
@@ -117,7 +115,7 @@ def of_parquet(path: Path, max_pixels: int, background: Colour) -> TablePictures
             raise
         raise DataError(f"{path}: not a sound parquet file ({error})") from error
     names, content = row_names(path.stem, paths), fingerprint(path)
-    return TablePictures(str(path), names, column, content, path.parent, max_pixels, background)
+    return TablePictures(str(path), names, column, content, ImageReader(path.parent, background=background))
 
 
 @dataclass
@@ -159,7 +157,7 @@ def image_column(types: Mapping[str, str], where: Path | str) -> str:
     return "image" if "image" in found else found[0]
 
 
-def of_dataset(where: str, max_pixels: int, background: Colour) -> TablePictures:
+def of_dataset(where: str, background: Colour) -> TablePictures:
     """A data set saved by `datasets`, or of the hub; `:SPLIT` behind it says which split."""
     datasets = need("datasets", extra=EXTRA)
     name, _, split = where.partition(":")
@@ -176,7 +174,8 @@ def of_dataset(where: str, max_pixels: int, background: Colour) -> TablePictures
     raw = rows.select_columns([chosen]).cast_column(chosen, datasets.Image(decode=False))
     names = row_names(path.name, [None] * len(raw))
     content = str(rows._fingerprint)
-    return TablePictures(where, names, lambda place: raw[place][chosen], content, path, max_pixels, background)
+    reader = ImageReader(path, background=background)
+    return TablePictures(where, names, lambda place: raw[place][chosen], content, reader)
 
 
 def one_split(loaded: Any, split: str, where: str) -> Any:

@@ -26,13 +26,7 @@ DESCRIPTIONS = {
     "confidence": "from 0 to 1: how likely a careful second person is to choose the same class",
     "ambiguity_note": "what makes the case hard; null where nothing does",
 }
-KINDS: Mapping[str, type | tuple[type, ...]] = {
-    "object": dict,
-    "array": list,
-    "string": str,
-    "number": (int, float),
-    "null": NoneType,
-}
+KINDS = {"object": (dict,), "array": (list,), "string": (str,), "number": (int, float), "null": (NoneType,)}
 KIND_NAMES = {"object": "an object", "array": "a list", "string": "a text", "number": "a number", "null": "null"}
 THOUGHT = ("<think>", "</think>")
 BEGINNING = re.compile(r'\{\s*["}]')
@@ -108,7 +102,7 @@ def parsed(text: str, schema: Mapping[str, Any]) -> dict[str, Any]:
 def problem(value: Any, schema: Mapping[str, Any], name: str) -> str | None:
     """The first way in which a value is not what the schema says (the part of JSON Schema that is used here)."""
     kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-    if not any(_is(value, kind) for kind in kinds):
+    if isinstance(value, bool) or not any(isinstance(value, KINDS[kind]) for kind in kinds):
         return f"{name} must be {' or '.join(KIND_NAMES[kind] for kind in kinds)}, found {_shown(json.dumps(value))}"
     if "enum" in schema and value not in schema["enum"]:
         return f"{name} must be one of {', '.join(str(each) for each in schema['enum'])}; found {_shown(str(value))}"
@@ -131,10 +125,6 @@ def _problem_inside(value: Mapping[str, Any], schema: Mapping[str, Any]) -> str 
         if wrong:
             return wrong
     return None
-
-
-def _is(value: Any, kind: str) -> bool:
-    return isinstance(value, KINDS[kind]) and not isinstance(value, bool)
 
 
 def _class_of(value: Any, schema: Mapping[str, Any]) -> Any:

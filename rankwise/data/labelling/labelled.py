@@ -162,11 +162,13 @@ def write_dataset(
         written = with_originals(folder, written, originals, target)
     whole = tuple(sorted(written.rows, key=lambda row: row.image_id))
     tables = {ALL: whole, TRAIN: written.train, VAL: written.val}
-    contents = {name: _lines(part, task) for name, part in tables.items()}
-    contents |= {
-        f"{CONVERSATIONS}/{name}.json": _conversations(part, task)
-        for name, part in (("train", written.train), ("val", written.val))
-    }
+    contents = {}
+    for name, part in tables.items():
+        lines = [json.dumps(row.record(task), ensure_ascii=False, allow_nan=False) + "\n" for row in part]
+        contents[name] = "".join(lines)
+    for name, part in (("train", written.train), ("val", written.val)):
+        talks = [conversation(row, task) for row in part]
+        contents[f"{CONVERSATIONS}/{name}.json"] = json.dumps(talks, ensure_ascii=False, indent=1) + "\n"
     task.save(folder)
     target.save(folder)
     with atomic_files(*(folder / name for name in contents)) as temporaries:
@@ -188,14 +190,6 @@ def conversation(row: LabelledRow, task: LabelTask) -> dict[str, Any]:
     """A row as a LLaVA conversation: the student's prompt, and the bare class name as the answer."""
     turns = [{"from": "human", "value": f"{IMAGE_SLOT}\n{task.student_prompt}"}, {"from": "gpt", "value": row.label}]
     return {"id": row.image_id, "image": row.image_path, "task_type": row.label, "conversations": turns}
-
-
-def _lines(rows: Sequence[LabelledRow], task: LabelTask) -> str:
-    return "".join(json.dumps(row.record(task), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-
-
-def _conversations(rows: Sequence[LabelledRow], task: LabelTask) -> str:
-    return json.dumps([conversation(row, task) for row in rows], ensure_ascii=False, indent=1) + "\n"
 
 
 def _check(folder: Path, rows: Sequence[LabelledRow], task: LabelTask) -> None:

@@ -55,17 +55,11 @@ def unpacked(archive: Path, wanted: Collection[str]) -> Path:
     an archive is opened once. DataError for an archive that is broken, hostile, or has none of the names.
     """
     key = hashlib.sha256("\n".join([fingerprint(archive), *sorted(wanted)]).encode()).hexdigest()[:16]
-    folder = cache() / "archives" / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.is_dir():
-            with atomic_folder(folder) as temporary, _readable(archive):
-                _unpack(archive, frozenset(wanted), temporary)
-    return folder
+    return unpacked_into(archive, wanted, cache() / "archives" / key)
 
 
 def unpacked_into(archive: Path, wanted: Collection[str], folder: Path) -> Path:
-    """`unpacked` into a folder of the user's that is not there yet; it appears whole or not at all."""
+    """`unpacked` into a folder that is not there yet; it appears whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if not folder.is_dir():

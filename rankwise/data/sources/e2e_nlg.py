@@ -41,10 +41,8 @@ def read(source: RowFile) -> Iterator[Example]:
             )
         facts, text = columns["mr"].strip(), columns["ref"].strip()
         if facts and text:
-            yield Example(f"{source.path.stem}-{line}", facts, _turns(facts, text), line=line)
+            asked = (Turn("user", INSTRUCTION, "Instruction"), Turn("user", facts, "Input"))
+            turns = (*asked, Turn("assistant", text, "Output"))
+            yield Example(f"{source.path.stem}-{line}", facts, turns, line=line)
         else:
             source.reject(line, f"empty {'ref' if facts else 'mr'}")
-
-
-def _turns(facts: str, text: str) -> tuple[Turn, ...]:
-    return (Turn("user", INSTRUCTION, "Instruction"), Turn("user", facts, "Input"), Turn("assistant", text, "Output"))
