@@ -11,9 +11,8 @@ from rankwise.errors import UsageError
 from rankwise.options import flatten
 from rankwise.store.files import write_json
 from rankwise.store.processes import announce, process_index
-from rankwise.store.run import CONFIG
 
-LOG, SUMMARY = "training.log", "final_summary.json"
+OPTIONS, LOG, SUMMARY = "config.json", "training.log", "final_summary.json"
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class RunLog:
         if process_index()[0] != 0:
             return cls(None)
         folder = new_folder(log_dir)
-        write_json(folder / CONFIG, flatten(config))
+        write_json(folder / OPTIONS, flatten(config))
         return cls(folder)
 
     def line(self, text: str) -> None:
