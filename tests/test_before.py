@@ -49,7 +49,7 @@ from rankwise.store.plan_file import read_plan, write_plan
 from rankwise.store.run import RunFolder
 from rankwise.store.stage_marks import read_marks, write_mark
 from rankwise.train.checkpoints import unsound
-from rankwise.train.gradient_table import load_gradient_norms
+from rankwise.train.gradient_table import stored
 
 NUMBER = re.compile(rb"(?<![\w.])-?\d+(?:\.\d+(?:[eE][-+]?\d+)?|[eE][-+]?\d+)(?!\w)")
 DIGEST = re.compile(rb"\b[0-9a-f]{64}\b")
@@ -202,7 +202,7 @@ READ: dict[str, Read] = {
     r"runs\.jsonl": lambda file: rows_of(file.parent),
     r"labelled/(train|val|labels)\.jsonl": read_rows,
     r"ledger\.jsonl": lambda file: AnswerLedger(file).entries,
-    r"gradient_norms\.csv": load_gradient_norms,
+    r"gradient_norms\.csv": lambda file: list(stored(file)),
     r"cache/index\.json": lambda file: [open_cache(file.parent)[place] for place in range(4)],
     r"maps/map\.safetensors": first_map,
     r"AdaLoRA/best_model\.json": lambda file: load_factorizer(file.parent),
