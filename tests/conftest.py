@@ -26,6 +26,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Let go at the end, where libraries in C count what was not given back to them."""
+    gc.unfreeze()
+
+
 @pytest.fixture
 def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots are composed and saved, but as one pixel: where a whole way is walked, rendering is half of its time."""
