@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankwise import scripts
+from rankwise.config.features import canonical
 from rankwise.core.approximation import best_errors, normalised, singular_values
 from rankwise.core.closeness import relative_error
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.factorize.adaptive import AdaptiveLowRankProjAdaLoRA
-from rankwise.nets.factorize.architectures import ARCHITECTURES, build, canonical
+from rankwise.nets.factorize.architectures import ARCHITECTURES, build
 from rankwise.nets.factorize.factorizer import Factorizer, FactorizerSettings
 from rankwise.nets.factorize.files import load_factorizer, save_factorizer
 from rankwise.nets.factorize.plain import LowRankProjMLP

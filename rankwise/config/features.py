@@ -5,9 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rankwise.config.sections import DEVICE, DTYPES, IMAGE_FOLDER, NO_PNG, OUTSIDE
-from rankwise.options import Options, option
+from rankwise.errors import UsageError
+from rankwise.options import Options, option, unknown
 
-ARCHITECTURES = ("ResMLP", "MLP", "AdaLoRA", "Subspace")
+# The names that `--arch` takes, each with its other names.
+ARCHITECTURES = {
+    "ResMLP": ("LowRankProjSymmetric",),
+    "MLP": ("LowRankProjMLP",),
+    "AdaLoRA": ("AdaptiveLowRankProjAdaLoRA", "adaptive_adalora", "adaptive"),
+    "Subspace": (),
+}
+
+
+def canonical(name: str) -> str:
+    """The architecture that `--arch` names, in any case; UsageError with near names for anything else."""
+    answers = {other.lower(): known for known, others in ARCHITECTURES.items() for other in (known, *others)}
+    if name.lower() not in answers:
+        near = str(unknown(name.lower(), answers, "--arch", "network"))
+        raise UsageError(f"{near}{'' if near.endswith('?') else '.'} There are {', '.join(ARCHITECTURES)}")
+    return answers[name.lower()]
+
+
 ARCH_HELP = "network: ResMLP, MLP, AdaLoRA (documented), Subspace (ours: close to the optimum, faster than exact)"
 CACHE = "feature_cache_real"
 TRAINED_ON = "feature cache [the training cache]"

@@ -9,6 +9,8 @@ from rankwise.options import Options, option
 
 TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli", "labels", "cota", "conversations")
 SCORED_TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli", "labels", "cota", "conversations")
+CONVERSATIONS = ("conversations", "cota", "labels")  # sources whose rows are conversations, and may have images
+HARNESS = "lm_eval:"
 SPLITS = ("train", "dev", "test", "dev_matched", "dev_mismatched")
 TOWERS = ("language", "vision", "projector", "depth", "unknown")
 TRAINED_TOWERS = ("language", "vision", "projector")
@@ -20,6 +22,10 @@ SEED, DEVICE, NO_PNG = "random seed", "auto, cpu or cuda", "write no PNG files"
 NORMALISE = "allocate by absolute energy, or by share per site"
 OUTSIDE = "allow image paths that are absolute or lead out of the image folder (.., links)"
 IMAGE_FOLDER = "folder that the rows' image paths are relative to [the data file's]"
+
+
+def is_harness(task: str | None) -> bool:
+    return bool(task) and str(task).startswith(HARNESS)
 
 
 @dataclass(frozen=True)

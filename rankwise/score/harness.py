@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rankwise.config.sections import HARNESS
 from rankwise.errors import DataError, UsageError, need
 from rankwise.options import unknown
 from rankwise.score import bootstrap
 from rankwise.score.result import EvaluationResult
 
-PREFIX = "lm_eval:"
 EXTRA = "harness"
 Z = 1.959964  # two-sided 95 % of a normal distribution: the harness gives standard errors
 MORE = 3
@@ -33,10 +33,6 @@ class HarnessSettings:
     batch_size: int = 16
     chat: bool = False
     seed: int = 42
-
-
-def is_harness(task: str | None) -> bool:
-    return bool(task) and str(task).startswith(PREFIX)
 
 
 def check_installed() -> None:
@@ -58,7 +54,7 @@ def evaluate_harness(
     name. Intervals are value ± 1.96 standard errors, where the harness gives one. n counts items. Raises UsageError
     for a task that it does not know, DataError where it cannot get the task's data.
     """
-    name = task.removeprefix(PREFIX)
+    name = task.removeprefix(HARNESS)
     manager = _manager(name, settings.tasks_path)
     adapter = need("lm_eval.models.huggingface", extra=EXTRA).HFLM
     runner = adapter(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, device=str(model.device))
@@ -97,7 +93,7 @@ def _manager(name: str, tasks_path: str | None) -> Any:
 def _result(
     task: str, found: Mapping[str, Any], model: Any, settings: HarnessSettings, made_from: dict[str, Any]
 ) -> EvaluationResult:
-    name = task.removeprefix(PREFIX)
+    name = task.removeprefix(HARNESS)
     values, errors = read_metrics(found["results"][name])
     if not values:
         raise UsageError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.config import SCORED_TASKS, EvaluateConfig
+from rankwise.config.sections import HARNESS, is_harness
 from rankwise.data.example import Examples
 from rankwise.data.reading import reading_scored, settle
 from rankwise.errors import UsageError
@@ -90,11 +91,11 @@ def check(config: EvaluateConfig) -> None:
         raise UsageError("evaluate needs a model: rankwise evaluate MODEL_OR_ADAPTER --task … --data_path …")
     if not name and not config.forget:
         raise UsageError(
-            f"evaluate needs --task ({', '.join(SCORED_TASKS)} or {harness.PREFIX}NAME), or --forget FILE, or both"
+            f"evaluate needs --task ({', '.join(SCORED_TASKS)} or {HARNESS}NAME), or --forget FILE, or both"
         )
-    if name and not harness.is_harness(name):
+    if name and not is_harness(name):
         if name not in SCORED_TASKS:
-            raise UsageError(f"--task: scores exist for {', '.join(SCORED_TASKS)} and {harness.PREFIX}NAME; got {name}")
+            raise UsageError(f"--task: scores exist for {', '.join(SCORED_TASKS)} and {HARNESS}NAME; got {name}")
         if not config.data.data_path:
             raise UsageError(f"--data_path is missing: where are the official files of {name}?")
     refuse_idle(config)
@@ -107,7 +108,7 @@ def check(config: EvaluateConfig) -> None:
 
 def check_engine(config: EvaluateConfig) -> None:
     several = process_index()[1] > 1
-    if harness.is_harness(config.data.task) and (several or config.engine != "transformers"):
+    if is_harness(config.data.task) and (several or config.engine != "transformers"):
         raise UsageError("--task lm_eval:NAME runs in one process and with --engine transformers")
     if config.engine == "vllm" and several:
         raise UsageError("--engine vllm shares the work itself: start it without torchrun")
@@ -119,7 +120,7 @@ def check_installed(config: EvaluateConfig) -> None:
     """UsageError naming the extra, before a model is loaded and hours are spent."""
     if config.engine == "vllm":
         vllm_engine.check_installed()
-    if harness.is_harness(config.data.task):
+    if is_harness(config.data.task):
         harness.check_installed()
     elif config.data.task:
         task(config.data.task).check()
@@ -128,7 +129,7 @@ def check_installed(config: EvaluateConfig) -> None:
 
 
 def inputs(config: EvaluateConfig, base: str, adapter: Path | None) -> dict[str, Path | str]:
-    data = None if harness.is_harness(config.data.task) or not config.data.task else config.data.data_path
+    data = None if is_harness(config.data.task) or not config.data.task else config.data.data_path
     named = {"model": base, "data": data, "forget": config.forget}
     if adapter:
         named["adapter"] = str(adapter_files(adapter)[0])
@@ -158,7 +159,7 @@ def scored(
 ) -> EvaluationResult | None:
     """The task's scores, written into the folder."""
     name = str(config.data.task)
-    if harness.is_harness(name):
+    if is_harness(name):
         if tested.renderer.style == "chat" and config.data.prompt != "chat":
             announce(
                 f"note: {name} has prompts of its own, without the chat template of training: --prompt chat adds it"
@@ -268,7 +269,7 @@ def describe(config: EvaluateConfig) -> list[str]:
     config = settle(config)
     check(config)
     folder, lines = output_folder(config), []
-    if harness.is_harness(config.data.task):
+    if is_harness(config.data.task):
         lines.append(f"run {config.data.task} of lm-evaluation-harness on {config.model_name}")
     elif config.data.task:
         lines.append(f"answer the {config.split} items of {config.data.data_path} with {config.model_name}")

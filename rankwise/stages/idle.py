@@ -23,12 +23,11 @@ from rankwise.config import (
     TrainConfig,
     ValidateConfig,
 )
+from rankwise.config.features import canonical
+from rankwise.config.sections import CONVERSATIONS, is_harness
 from rankwise.core.schedule import phases_of
 from rankwise.errors import UsageError
-from rankwise.nets.factorize.architectures import canonical
 from rankwise.options import flatten
-from rankwise.score.harness import is_harness
-from rankwise.stages.rendering import CONVERSATIONS
 from rankwise.stages.told import Told
 
 

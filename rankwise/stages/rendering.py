@@ -12,6 +12,7 @@ from typing import Any
 from transformers import GenerationConfig, TrainingArguments
 
 from rankwise.config import MAX_SEQ_LENGTH, OVERLONG, DataSection, ModelSection
+from rankwise.config.sections import CONVERSATIONS
 from rankwise.data.device import DeviceReader, DeviceTarget, read_target
 from rankwise.data.device_processor import device_processor
 from rankwise.data.families import blind_warning_for, warning_for
@@ -27,7 +28,6 @@ from rankwise.store.adapter import is_adapter
 from rankwise.store.checkpoint import resolve
 from rankwise.store.processes import announce, default_workers
 
-CONVERSATIONS = ("conversations", "cota", "labels")  # sources whose rows are conversations, and may have images
 TOKENIZER, PROCESSOR = "tokenizer_config.json", ("processor_config.json", "preprocessor_config.json")
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.config import FactorCompareConfig
+from rankwise.config.features import canonical
 from rankwise.data.features.cache import FeatureCache, open_cache
 from rankwise.data.features.split import SPLIT, FeatureSplit, read_split
 from rankwise.errors import DataError, UsageError, need
-from rankwise.nets.factorize.architectures import canonical
 from rankwise.nets.factorize.files import SETTINGS
 from rankwise.score import bootstrap
 from rankwise.show.factor_blocks import terminal
