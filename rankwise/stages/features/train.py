@@ -14,11 +14,11 @@ import torch
 from transformers import set_seed
 
 from rankwise.config import FactorTrainConfig
+from rankwise.config.features import canonical
 from rankwise.data.features.cache import FeatureCache, open_cache
 from rankwise.data.features.rows import check_measurable
 from rankwise.data.features.split import SPLIT
 from rankwise.errors import Interrupted, UsageError
-from rankwise.nets.factorize.architectures import canonical
 from rankwise.nets.factorize.factorizer import FactorizerSettings
 from rankwise.stages.features.factor_job import FactorJob, allocation_of, arguments_of, trainer_of
 from rankwise.stages.features.factor_outcome import finish

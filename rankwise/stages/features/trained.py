@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rankwise.config.features import canonical
 from rankwise.data.features.cache import INDEX, FeatureCache, open_cache
 from rankwise.data.features.rows import measurable
 from rankwise.errors import DataError
-from rankwise.nets.factorize.architectures import canonical
 from rankwise.nets.factorize.factorizer import Factorizer
 from rankwise.nets.factorize.files import SETTINGS, load_factorizer
 from rankwise.store.files import read_object
