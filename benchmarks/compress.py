@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from rankwise.core.factors import Factors
-from rankwise.store.adapter import read_adapter
+from rankwise.files.adapter import read_adapter
 
 SHAPES = [(3584, 3584, 64), (3584, 3584, 16), (512, 3584, 64)]
 KEEP = 8

@@ -25,10 +25,10 @@ from vision import RANK, collator, place, step_seconds
 from vision_workload import SHAPES, model, renderer, rows_of, write_rows
 from workload import command, machine, spread, with_lora
 
-from rankwise.config import DepthUseSection
 from rankwise.data.render import Renderer
 from rankwise.nets.depth import attach_depth
 from rankwise.nets.depth_settings import DepthSettings
+from rankwise.options.sections import DepthUseSection
 from rankwise.stages.depth import prepared
 from rankwise.train.trainer import RankwiseTrainer
 

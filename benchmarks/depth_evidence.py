@@ -34,9 +34,10 @@ from depth_table import TRUTH, Run, arm_lines, scene_numbers, setting_lines, swa
 from safetensors import safe_open
 from workload import command, machine
 
-from rankwise.config import DepthUseSection, EvaluateConfig, ScoredData
 from rankwise.data.example import Example
 from rankwise.data.sources import load as load_rows
+from rankwise.options.commands import EvaluateConfig
+from rankwise.options.sections import DepthUseSection, ScoredData
 from rankwise.score.generate import GenerationSettings, HFGenerator
 from rankwise.stages.engines import base_and_adapter, seeing, subject
 

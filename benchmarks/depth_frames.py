@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from vision_workload import processor as qwen_processor
 
-from rankwise.core.depth import normalised
+from rankwise.core.geometry import normalised
 from rankwise.data.depth_cache import DepthCache
 from rankwise.data.depth_files import DepthFiles
 from rankwise.data.depth_maps import DepthMaps

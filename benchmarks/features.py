@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 from workload import machine
 
-from rankwise.config import CaptureConfig, FactorTrainConfig
 from rankwise.core.approximation import by_gram, shared_basis
 from rankwise.core.factors import Factors
 from rankwise.data.features.cache import FeatureCache, open_cache
@@ -42,6 +41,7 @@ from rankwise.data.features.split import read_split
 from rankwise.nets.factorize.architectures import ARCHITECTURES
 from rankwise.nets.factorize.files import load_factorizer
 from rankwise.nets.factorize.subspace import quick_products
+from rankwise.options.features import CaptureConfig, FactorTrainConfig
 from rankwise.score.factor_cost import counted, timings
 from rankwise.score.factor_rows import summary
 from rankwise.score.factorization import GRAM, SVD, Method, baselines, measure, network, optimum

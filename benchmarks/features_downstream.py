@@ -15,9 +15,9 @@ from pathlib import Path
 
 from workload import machine
 
-from rankwise.config import CaptureConfig, DownstreamConfig, FactorTrainConfig
 from rankwise.data.sources import load
 from rankwise.nets.factorize.architectures import ARCHITECTURES
+from rankwise.options.features import CaptureConfig, DownstreamConfig, FactorTrainConfig
 from rankwise.stages.features import capture, downstream, train
 
 

@@ -13,9 +13,10 @@ from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
-from rankwise.config import DataSection, RanksConfig, SpectrumSection
+from rankwise.files.atomic import read_object
+from rankwise.options.commands import RanksConfig
+from rankwise.options.sections import DataSection, SpectrumSection
 from rankwise.stages import ranks
-from rankwise.store.files import read_object
 
 HEADER = [
     "| ranks from | budget | parameters | plan | uniform | 8 shuffles | plan − uniform [95 %] |",

@@ -28,8 +28,8 @@ from typing import Any
 from PIL import Image
 from workload import command, machine
 
-from rankwise.config import LabelConfig, TeacherSection
 from rankwise.data.teacher.loopback import LoopbackTeacher, Response, completion
+from rankwise.options.label import LabelConfig, TeacherSection
 from rankwise.stages import label
 
 WINDOW = 10.0

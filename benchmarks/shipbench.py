@@ -29,6 +29,7 @@ from shipbench_files import FILES
 from shipbench_ships import FORMS, Ship, drawings, elements, texts
 
 from rankwise.errors import ServiceError, VerificationError
+from rankwise.files.atomic import write_json, write_text
 from rankwise.ship.gguf.converter import find_converter
 from rankwise.ship.gguf.export import verification
 from rankwise.ship.gguf.export_plan import plan_export
@@ -37,7 +38,6 @@ from rankwise.ship.llama.runtime import LlamaServer
 from rankwise.ship.llama.server_api import ServerRuntime
 from rankwise.ship.parity.ladder import climb
 from rankwise.stages.validating import context
-from rankwise.store.files import write_json, write_text
 
 FAULTS = [*APP, *FILES]
 HOLDS, NO_RUNG = "holds", "—"

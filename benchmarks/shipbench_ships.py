@@ -21,10 +21,11 @@ from typing import Any
 
 from PIL import Image
 
-from rankwise.config import DemoConfig, ExportConfig, MergeConfig, ScoredData, TinyConfig, ValidateConfig
 from rankwise.data.device import DeviceTarget
 from rankwise.data.element_scenes import ON_ITS_SIDE, ORIENTATION, SHADES, paint
 from rankwise.data.labelling.label_task import load_task
+from rankwise.options.commands import DemoConfig, ExportConfig, MergeConfig, TinyConfig, ValidateConfig
+from rankwise.options.sections import ScoredData
 from rankwise.ship.gguf.converter import Converter
 from rankwise.ship.gguf.export import Exported, read_export
 from rankwise.ship.gguf.export_plan import ExportPlan, plan_export

@@ -20,10 +20,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rankwise import __version__, flags, options, terminal
+from rankwise import __version__
 from rankwise.errors import RankwiseError, UsageError
-from rankwise.stages.commands import ALIASES, COMMANDS, DRY_RUN, GROUPS, Command, assemble, command_options, stage_of
-from rankwise.stages.recipe import PIPELINES, options_for, packaged_recipe
+from rankwise.options import field, flags
+from rankwise.page import terminal
+from rankwise.pipeline.recipe import PIPELINES, options_for, packaged_recipe
+from rankwise.pipeline.table import ALIASES, COMMANDS, DRY_RUN, GROUPS, Command, assemble, command_options, stage_of
 
 RECIPES = Path(__file__).parent / "recipes"
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
@@ -78,15 +80,15 @@ def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
     if group and len(argv) == 1:
         raise UsageError(f"rankwise {argv[0]}: which one? {', '.join(group)}")
     if group:
-        raise options.unknown(" ".join(argv[:2]), group, "rankwise", "command")
-    raise options.unknown(argv[0], [name.split()[0] for name in COMMANDS], "rankwise", "command")
+        raise field.unknown(" ".join(argv[:2]), group, "rankwise", "command")
+    raise field.unknown(argv[0], [name.split()[0] for name in COMMANDS], "rankwise", "command")
 
 
 def packaged_file(folder: str, name: str, prog: str) -> Path:
     """A config file that comes with the package, by its name."""
     found = {path.stem: path for path in sorted((RECIPES / folder).glob("*.yaml"))}
     if name not in found:
-        raise options.unknown(name, list(found), prog, "config file (.yaml, .json, .toml), nor one of the package's")
+        raise field.unknown(name, list(found), prog, "config file (.yaml, .json, .toml), nor one of the package's")
     return found[name]
 
 
@@ -101,11 +103,11 @@ def config_file(given: Path) -> Path:
 def take_positionals(command: Command, words: list[str], prog: str) -> tuple[Path | None, dict[str, Any]]:
     """A leading config file, if any, and the fields that the other words fill."""
     path = None
-    if command.takes_file and words and words[0].lower().endswith(options.CONFIG_SUFFIXES):
+    if command.takes_file and words and words[0].lower().endswith(field.CONFIG_SUFFIXES):
         path, words = config_file(Path(words[0])), words[1:]
     elif command.takes_file and words and Path(words[0]).suffix.lower() in NO_CONFIG and Path(words[0]).is_file():
         raise UsageError(
-            f"{prog}: {words[0]}: the name of a config file ends in {', '.join(options.CONFIG_SUFFIXES)}; rename it"
+            f"{prog}: {words[0]}: the name of a config file ends in {', '.join(field.CONFIG_SUFFIXES)}; rename it"
         )
     elif command.packaged and words:
         path, words = packaged_file(command.packaged, words[0], prog), words[1:]
@@ -118,12 +120,12 @@ def take_positionals(command: Command, words: list[str], prog: str) -> tuple[Pat
     return path, dict(zip(command.positionals, words, strict=False))
 
 
-def file_values(path: Path, name: str, known: Sequence[options.Option]) -> dict[str, Any]:
+def file_values(path: Path, name: str, known: Sequence[field.Option]) -> dict[str, Any]:
     """The options that a config file sets, or a recipe in its stage of this command."""
-    content = dict(options.load_file(path))
+    content = dict(field.load_file(path))
     if "stages" in content:
-        return options.typed_values(options_for(path, name), known, str(path))
-    return options.file_values(path, known)
+        return field.typed_values(options_for(path, name), known, str(path))
+    return field.file_values(path, known)
 
 
 def resolve(name: str, argv: Sequence[str]) -> tuple[Any, bool]:
@@ -150,23 +152,23 @@ def dispatch(argv: Sequence[str]) -> None:
     name, rest = split_command(argv)
     built, dry_run = resolve(name, rest)
     stage = stage_of(name)
-    importlib.import_module("rankwise.stages.extras").require_extras(name, built)
+    importlib.import_module("rankwise.pipeline.extras").require_extras(name, built)
     lines = stage.describe(built)
-    importlib.import_module("rankwise.stages.beforehand").ready(name, built)
+    importlib.import_module("rankwise.pipeline.beforehand").ready(name, built)
     if not dry_run:
         stage.run(built)
         return
     rehearse(stage, built)
     import yaml
 
-    print(yaml.safe_dump(options.flatten(built), sort_keys=False, allow_unicode=True), end="")
+    print(yaml.safe_dump(field.flatten(built), sort_keys=False, allow_unicode=True), end="")
     for line in lines:
         print("# would " + line.replace("\n", "\n#   "))
 
 
 def rehearse(stage: ModuleType, config: Any) -> None:
     """The command up to its first write, for what it refuses; what it says on the way is no part of the config."""
-    with contextlib.redirect_stdout(sys.stderr), importlib.import_module("rankwise.store.files").rehearsal():
+    with contextlib.redirect_stdout(sys.stderr), importlib.import_module("rankwise.files.atomic").rehearsal():
         stage.run(config)
 
 

@@ -15,10 +15,11 @@ import numpy as np
 from PIL import Image
 
 from rankwise.cli import main
-from rankwise.config import BundleConfig, DataSection, ModelSection
 from rankwise.data.input_record import InputRecord
 from rankwise.data.labelling.label_task import task_from
 from rankwise.nets.load import load_config
+from rankwise.options.commands import BundleConfig
+from rankwise.options.sections import DataSection, ModelSection
 from rankwise.ship.gguf.export import read_export
 from rankwise.stages.rendering import renderer_for
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from rankwise.data.features.cache import FeatureCache
 from rankwise.data.features.split import split_of
 from rankwise.data.features.writer import CacheRecipe, Matrices, write_cache
+from rankwise.files.atomic import write_json
 from rankwise.nets.factorize.architectures import build
 from rankwise.nets.factorize.factorizer import Factorizer, FactorizerSettings
 from rankwise.nets.factorize.files import save_factorizer
-from rankwise.store.files import write_json
 
 TOKENS, CHANNELS, RANK = 16, 24, 4
 

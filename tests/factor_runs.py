@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rankwise.config import AllocatorSection, FactorTrainConfig
 from rankwise.data.features.cache import open_cache
+from rankwise.options.features import AllocatorSection, FactorTrainConfig
 from rankwise.stages.features import factor_job, factor_outcome, train
 from rankwise.stages.features.run_log import RunLog
 from rankwise.stages.features.starting import start_of

@@ -34,10 +34,10 @@ from tiny_depth import tiny_estimator
 from tiny_vision import drawn_image, tiny_smolvlm
 
 from rankwise import cli
+from rankwise.pipeline.table import COMMANDS
 from rankwise.ship.gguf.converter import MANIFEST, find_converter
 from rankwise.ship.sweep import Item, Tried, choose
 from rankwise.stages import bundle
-from rankwise.stages.commands import COMMANDS
 
 BEFORE = Path(__file__).parent / "data" / "before"
 DRY, SHIPPED = "dry", "shipped"

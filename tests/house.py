@@ -26,7 +26,7 @@ import grimp
 
 import rankwise
 from rankwise import cli
-from rankwise.stages.commands import stage_of
+from rankwise.pipeline.table import stage_of
 
 PACKAGE = Path(rankwise.__file__).parent
 MEASURED = ("ranks", "check", "evaluate", "merge", "validate", "train")

@@ -14,7 +14,7 @@ from rankwise import cli
 from rankwise.data.example import Example
 from rankwise.data.input_record import FILE
 from rankwise.data.render import Rendered, Renderer
-from rankwise.store.files import read_object, write_json
+from rankwise.files.atomic import read_object, write_json
 
 OTHER_TEMPLATE = CHAT_TEMPLATE.replace("<|", "[").replace("|>", "]")
 THINKING = "{{ strftime_now('%d %m %Y') }}" + CHAT_TEMPLATE.replace(

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankwise.cli import main
+from rankwise.files.adapter import read_adapter
+from rankwise.files.checkpoint import open_checkpoint
 from rankwise.nets.adapters import load_adapter
 from rankwise.nets.load import load_model
 from rankwise.ship.merging import merge as module
-from rankwise.store.adapter import read_adapter
-from rankwise.store.checkpoint import open_checkpoint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),

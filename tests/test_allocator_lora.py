@@ -25,9 +25,11 @@ from tiny import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerState, set_seed
 
 from rankwise import cli
-from rankwise.core.importance import Importance, RankBudget, kept, triplet_scores
+from rankwise.core.rank_budget import Importance, RankBudget, kept, triplet_scores
 from rankwise.data.collate import Collator
 from rankwise.errors import DataError, VerificationError
+from rankwise.files.adapter import LoraAdapter, LoraPair, lora_config, read_adapter, write_adapter
+from rankwise.files.plan import read_plan
 from rankwise.nets.adalora import (
     Allocation,
     adalora_layers,
@@ -43,9 +45,6 @@ from rankwise.nets.load import load_model
 from rankwise.nets.sites import model_sites
 from rankwise.nets.targets import choose_sites, uniform_plan
 from rankwise.stages import allocated as saving
-from rankwise.store.adapter import LoraAdapter, LoraPair, read_adapter, write_adapter
-from rankwise.store.adapter_config import lora_config
-from rankwise.store.plan_file import read_plan
 from rankwise.train.allocation import ALLOCATED_TABLE, ALLOCATOR_STATE, RankAllocation
 from rankwise.train.arguments import build_arguments
 from rankwise.train.checkpoints import remove
@@ -388,7 +387,7 @@ SCRIPT = """
     from rows import weights
     from test_allocator_lora import trainer_of
 
-    from rankwise.store.processes import finish, process_index
+    from rankwise.files.processes import finish, process_index
 
     base, folder = map(Path, sys.argv[1:])
     trainer = trainer_of(base, folder, per_device_train_batch_size=1)

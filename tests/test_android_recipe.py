@@ -13,10 +13,10 @@ import yaml
 import rankwise
 from rankwise import cli
 from rankwise.errors import UsageError
+from rankwise.pipeline.recipe import find_recipe, load_recipe
 from rankwise.score.result import EvaluationResult
 from rankwise.ship.gguf.converter import find_converter
 from rankwise.ship.parity.skia_pixels import unavailable
-from rankwise.stages.recipe import find_recipe, load_recipe
 
 RECIPES = Path(rankwise.__file__).parent / "recipes"
 WAY = ("label", "check", "before", "train", "after", "merge", "export", "validate", "bundle", "report")

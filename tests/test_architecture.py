@@ -13,12 +13,12 @@ import pytest
 from house import closure
 
 import rankwise
-from rankwise.stages.commands import COMMANDS
+from rankwise.pipeline.table import COMMANDS
 
 PACKAGE = Path(rankwise.__file__).parent
 REPOSITORY = PACKAGE.parent
-STANDARD_ONLY = ("errors.py", "options.py", "flags.py", "terminal.py", "config", "cli.py", "__main__.py", "__init__.py")
-OWN_LIBRARIES = {"core": {"torch"}, "store": {"torch", "safetensors", "filelock", "tqdm", "psutil"}}
+STANDARD_ONLY = ("errors.py", "options", "cli.py", "__main__.py", "__init__.py")
+OWN_LIBRARIES = {"core": {"torch"}, "files": {"torch", "safetensors", "filelock", "tqdm", "psutil"}}
 # What the extras bring: none of it may be needed to import a module.
 EXTRAS = (
     "matplotlib sacrebleu rouge_score nltk scipy sklearn pandas bitsandbytes wandb deepspeed openai pydantic "
@@ -120,7 +120,7 @@ def test_every_module_opens_with_its_place_in_the_flow() -> None:
 TRAIN = ("finetune", "train", "study", "features train", "tiny", "demo")  # the last two make a model to begin with
 IMPORT_COMMANDS = """
 import sys
-from rankwise.stages.commands import stage_of
+from rankwise.pipeline.table import stage_of
 
 for command in sys.argv[1:]:
     stage_of(command)

@@ -31,9 +31,14 @@ from rankwise.data.labelling.label_task import read_task
 from rankwise.data.labelling.labelled import read_rows
 from rankwise.data.teacher.ledger import AnswerLedger
 from rankwise.errors import VerificationError
+from rankwise.files.adapter import read_adapter
+from rankwise.files.atomic import read_json
+from rankwise.files.ledger import Ledger
+from rankwise.files.plan import read_plan, write_plan
+from rankwise.files.run_folder import RunFolder, read_marks, write_mark
 from rankwise.nets.depth_settings import read_depth, write_depth
 from rankwise.nets.factorize.files import load_factorizer
-from rankwise.options import flatten, load_file
+from rankwise.options.field import flatten, load_file
 from rankwise.score.result import EvaluationResult
 from rankwise.ship.bundle import read_bundle
 from rankwise.ship.gguf.export import MMPROJ, TEXT, read_export
@@ -42,12 +47,6 @@ from rankwise.show.reading import read_fidelity, read_gain, read_sites, read_stu
 from rankwise.show.report import build_report
 from rankwise.show.validation import read_validation
 from rankwise.stages.study.registration import Registration
-from rankwise.store.adapter import read_adapter
-from rankwise.store.files import read_json
-from rankwise.store.ledger import Ledger
-from rankwise.store.plan_file import read_plan, write_plan
-from rankwise.store.run import RunFolder
-from rankwise.store.stage_marks import read_marks, write_mark
 from rankwise.train.checkpoints import unsound
 from rankwise.train.gradient_table import stored
 

@@ -25,12 +25,13 @@ from PIL import Image
 from test_clients import constants
 
 from rankwise.cli import main
-from rankwise.config import BundleConfig, ScoredData
 from rankwise.data.device import MARKER, read_target
 from rankwise.data.example import Example, Turn
 from rankwise.data.input_record import read_input
 from rankwise.data.labelling.label_task import LabelClass, LabelTask
 from rankwise.errors import DataError, UsageError, VerificationError
+from rankwise.options.commands import BundleConfig
+from rankwise.options.sections import ScoredData
 from rankwise.ship.abstain import abstention, fewest, lower_bound
 from rankwise.ship.bundle import INPUT, LabelAnswer, grammar, label_answers, read_bundle
 from rankwise.ship.gguf.reading import GGUFFile

@@ -31,11 +31,11 @@ from rankwise.data.features.writer import CacheWriter
 from rankwise.data.grids import image_grids
 from rankwise.data.sight import Sight
 from rankwise.errors import DataError
+from rankwise.files.atomic import read_object
 from rankwise.nets.depth_settings import DepthSettings, write_depth
 from rankwise.nets.image_features import image_features
 from rankwise.nets.load import load_model, load_processor
 from rankwise.stages.features import eyes
-from rankwise.store.files import read_object
 
 SIZES = [(64, 48), (40, 80), (56, 56), (90, 30), (64, 64), (33, 47), (70, 70)]
 TOLD = {"capture.json", "index.json", "manifest.json", "resolved_config.json", ".rankwise.lock"}

@@ -17,14 +17,14 @@ from test_merge import adapter_on
 from tiny import tiny_llama
 
 from rankwise.cli import main
-from rankwise.config import MergeConfig
 from rankwise.errors import ServiceError, UsageError
+from rankwise.files.run_folder import RunFolder
+from rankwise.options.commands import MergeConfig
 from rankwise.score.result import EvaluationResult
 from rankwise.ship import hub
 from rankwise.ship.card import MARK, CardFacts, Metric, license_of, model_card, table
 from rankwise.ship.hub import Upload, upload
 from rankwise.stages.merge import run as merge
-from rankwise.store.run import RunFolder
 from rankwise.train.arguments import build_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

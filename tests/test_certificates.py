@@ -28,9 +28,9 @@ from rankwise.core.allocate import Rule, by_budget, spectral_gains
 from rankwise.core.measure import Delta, Sketch, energy_of, exact_spectrum, from_difference, sketch
 from rankwise.core.site import Site, describe
 from rankwise.core.spectrum import Spectrum
+from rankwise.files.plan import read_plan
 from rankwise.score import decision
 from rankwise.score.decision import DecisionSettings, unsettled_sites
-from rankwise.store.plan_file import read_plan
 from rankwise.store.spectra import MeasureSettings, measure_sites
 
 RAW = Path("analysis_outputs/svd/raw_data/detailed_svd_analysis.json")

@@ -17,16 +17,16 @@ from tiny import CHAT_TEMPLATE, tiny_llama
 from tiny_vision import drawn_image, tiny_qwen25vl, tiny_smolvlm
 
 from rankwise.cli import main
-from rankwise.config import DataSection, ModelSection
 from rankwise.data.chat import ChatTemplate
 from rankwise.data.check import Findings, examined, histogram
 from rankwise.data.encoding import Encoder
 from rankwise.data.images import ImageReader
 from rankwise.data.sources import load
+from rankwise.files.atomic import read_json
 from rankwise.nets.load import load_config
+from rankwise.options.sections import DataSection, ModelSection
 from rankwise.show.check import bars, in_words
 from rankwise.stages.rendering import renderer_for
-from rankwise.store.files import read_json
 
 Row = dict[str, Any]
 GOOD, BROKEN = 3, 6

@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from rankwise.errors import DataError, UsageError
-from rankwise.store.checkpoint import open_checkpoint, resolve
-from rankwise.store.shard import read_entries
+from rankwise.files.checkpoint import open_checkpoint, read_entries, resolve
 
 TENSORS = {
     "a.weight": torch.arange(12.0).reshape(3, 4),
@@ -90,7 +89,7 @@ def test_config_is_read_where_there_is_one(tmp_path: Path) -> None:
 
 MEASURE = """
 import sys
-from rankwise.store.checkpoint import open_checkpoint
+from rankwise.files.checkpoint import open_checkpoint
 
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))

@@ -17,9 +17,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankwise import cli, options
-from rankwise.config import RanksConfig, TrainConfig
+from rankwise import cli
 from rankwise.errors import DataError, DivergedError, Interrupted, RankwiseError, ServiceError, VerificationError
+from rankwise.options import field
+from rankwise.options.commands import RanksConfig, TrainConfig
 
 LIGHT = [name for name, command in cli.COMMANDS.items() if not command.trainer]
 
@@ -85,7 +86,7 @@ def test_a_command_that_others_are_below_shows_its_own_help_too(capsys: pytest.C
 
 @pytest.mark.parametrize("name", LIGHT)
 def test_no_name_means_two_options_and_every_option_has_help(name: str) -> None:
-    rows = [*options.options_of(cli.COMMANDS[name].config), cli.DRY_RUN]
+    rows = [*field.options_of(cli.COMMANDS[name].config), cli.DRY_RUN]
     names = [word for row in rows for word in (row.name, *row.aliases)]
     assert len(names) == len(set(names))
     assert all(row.help for row in rows)
@@ -301,7 +302,7 @@ def test_a_dry_run_prints_a_config_and_does_nothing(
     assert config == resolved("ranks", "base", "tuned", "--max-rank", "8", "--rename", "a=b")
 
 
-def values_of(row: options.Option) -> st.SearchStrategy[Any]:
+def values_of(row: field.Option) -> st.SearchStrategy[Any]:
     """Values that an option may have once it is resolved."""
     text = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(
         lambda word: word.lower() not in ("none", "null")
@@ -309,7 +310,7 @@ def values_of(row: options.Option) -> st.SearchStrategy[Any]:
     if row.choices:
         one: st.SearchStrategy[Any] = st.sampled_from(list(row.choices))
     else:
-        kind = options.plain_types(row.annotation)[0]
+        kind = field.plain_types(row.annotation)[0]
         kind = next(iter(typing.get_args(kind)), str) if row.is_list else kind
         kind = typing.get_origin(kind) or kind
         bounds = row.range
@@ -335,18 +336,18 @@ def test_a_printed_config_read_back_is_the_same_config(
     tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
 ) -> None:
     command = cli.COMMANDS[name]
-    rows = list(options.options_of(command.config))
+    rows = list(field.options_of(command.config))
     places = data.draw(st.sets(st.integers(0, len(rows) - 1), max_size=6))
     chosen = [rows[place] for place in places]
-    config = options.build(command.config, {row.name: data.draw(values_of(row), label=row.name) for row in chosen})
-    shown = options.flatten(config)
+    config = field.build(command.config, {row.name: data.draw(values_of(row), label=row.name) for row in chosen})
+    shown = field.flatten(config)
     folder = tmp_path_factory.mktemp("config")
     for file, text in (
         (folder / "c.yaml", yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)),
         (folder / "c.json", json.dumps(shown)),
     ):
         file.write_text(text, encoding="utf-8")
-        assert options.build(command.config, options.file_values(file, rows)) == config
+        assert field.build(command.config, field.file_values(file, rows)) == config
 
 
 @pytest.mark.parametrize(
@@ -442,7 +443,7 @@ def test_one_name_for_one_thing() -> None:
     """A folder to write to is --output_dir, a model --model_name, leave to replace --overwrite, in every command; older
     names are aliases. A page or a card is a file: --out."""
     for name, command in cli.COMMANDS.items():
-        rows = list(options.options_of(command.config))
+        rows = list(field.options_of(command.config))
         made = [row for row in rows if row.short == "-o"]
         assert all({"output_dir"} & {row.name, *row.aliases} for row in made if row.name != "out"), name
         assert all(row.name == "no_plots" for row in rows if "plots" in row.name), name

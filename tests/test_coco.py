@@ -20,7 +20,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rankwise.config import LabelConfig
 from rankwise.data.images import ImageReader
 from rankwise.data.labelling import coco
 from rankwise.data.labelling.coco import Photo, download_coco, find_images, select
@@ -28,6 +27,7 @@ from rankwise.data.labelling.stratified import drawn_order, held_out_groups, sha
 from rankwise.data.sources import archives, download
 from rankwise.data.sources.download import Download
 from rankwise.errors import DataError, ServiceError, UsageError
+from rankwise.options.label import LabelConfig
 
 CATEGORIES = [
     {"id": 1, "name": "person", "supercategory": "person"},

@@ -26,15 +26,16 @@ from safetensors.torch import save_file
 from test_extras import hide_modules
 from tiny import tiny_llama
 
-from rankwise import cli, terminal
+from rankwise import cli
 from rankwise.cli import COMMANDS
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import describe
 from rankwise.data.restaurants import write_task
 from rankwise.errors import UsageError
-from rankwise.options import Option, options_of
-from rankwise.stages.commands import command_options
-from rankwise.store.plan_file import write_plan
+from rankwise.files.plan import write_plan
+from rankwise.options.field import Option, options_of
+from rankwise.page import terminal
+from rankwise.pipeline.table import command_options
 
 ROWS = "--task e2e_nlg --data_path @/rows.csv"
 # Command → a line that works on the folder `@`, and how its dry run ends there.

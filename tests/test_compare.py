@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from rankwise import cli
+from rankwise.files.atomic import write_json
 from rankwise.score.result import EvaluationResult
 from rankwise.show.comparison import SUMMARY, Row, markdown, plot_comparison, read_rows
 from rankwise.stages.outcome import RESULTS_SUMMARY
-from rankwise.store.files import write_json
 from rankwise.train.gradient_table import SiteNorm, views
 
 LOSSES = "step,loss,eval_loss\n1,2.0,\n2,1.5,1.75\n3,1.25,1.5\n4,1.0,1.625\n"

@@ -17,12 +17,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankwise.cli import main
-from rankwise.config import CompressConfig
 from rankwise.errors import DataError, UsageError
+from rankwise.files.adapter import LoraAdapter, LoraPair, lora_config, read_adapter, write_adapter
+from rankwise.options.commands import CompressConfig
 from rankwise.stages.compress import compressed, run
 from rankwise.stages.compress import describe as describe_stage
-from rankwise.store.adapter import LoraAdapter, LoraPair, read_adapter, write_adapter
-from rankwise.store.adapter_config import lora_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

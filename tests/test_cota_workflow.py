@@ -9,8 +9,8 @@ import pytest
 from tiny import tiny_llama
 
 from rankwise.cli import main
-from rankwise.store.files import read_object
-from rankwise.store.plan_file import read_plan
+from rankwise.files.atomic import read_object
+from rankwise.files.plan import read_plan
 
 SHORT = (
     "--set finetune.learning_rate=1e-2 --set finetune.gradient_accumulation=1 --set ranks.no_plots=true "

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rankwise.config import DepthSection
 from rankwise.errors import UsageError
+from rankwise.options.sections import DepthSection
 from rankwise.stages.depth import GATE_RATE, gate_rate
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

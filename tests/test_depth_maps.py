@@ -17,8 +17,7 @@ from tiny_isaac import tiny_isaac
 from tiny_vision import FAMILIES, drawn_image
 from transformers import AutoProcessor, ViTImageProcessor
 
-from rankwise.core.depth import derangement, normalised, on_grids, permuted, ramp
-from rankwise.core.geometry import WHOLE, Grid, pooled
+from rankwise.core.geometry import WHOLE, Grid, derangement, normalised, on_grids, permuted, pooled, ramp
 from rankwise.data.depth_cache import BrokenMap, DepthCache, MapKey, source_name
 from rankwise.data.depth_files import DepthFiles, inverse_depth
 from rankwise.data.depth_maps import DepthMaps, at_tokens, luminance

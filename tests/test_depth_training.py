@@ -21,7 +21,6 @@ from tiny_vision import drawn_image, tiny_qwen25vl, tiny_smolvlm
 
 import rankwise
 from rankwise import cli
-from rankwise.config import DataSection, DepthSection, DepthUseSection, EvaluateConfig, ModelSection, ScoredData
 from rankwise.data.collate import Collator
 from rankwise.data.depth_cache import DepthCache, source_name
 from rankwise.data.depth_maps import DepthMaps
@@ -36,6 +35,8 @@ from rankwise.nets.depth import encoder_of
 from rankwise.nets.depth_settings import read_depth, write_depth
 from rankwise.nets.isaac.modeling import IsaacForConditionalGeneration
 from rankwise.nets.load import load_config, load_processor
+from rankwise.options.commands import EvaluateConfig
+from rankwise.options.sections import DataSection, DepthSection, DepthUseSection, ModelSection, ScoredData
 from rankwise.score.generate import GenerationSettings, HFGenerator
 from rankwise.stages.depth import asked, depth_facts, idle, overruled, prepared
 from rankwise.stages.engines import Subject, base_and_adapter, seeing, subject

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_vision import drawn_image, tiny_qwen25vl, tiny_smolvlm
 
-from rankwise.config import DataSection, ModelSection
 from rankwise.core.geometry import letterbox
 from rankwise.data.device import DeviceReader, DeviceTarget, read_target, resize_for_device
 from rankwise.data.device_processor import device_processor
@@ -25,6 +24,7 @@ from rankwise.data.render import Renderer
 from rankwise.data.sight import Sight
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.load import load_config, load_processor
+from rankwise.options.sections import DataSection, ModelSection
 from rankwise.stages.rendering import renderer_for
 
 SIZES = st.integers(1, 4096)

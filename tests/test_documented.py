@@ -10,7 +10,7 @@ import pytest
 from documented import DOCS, FENCE, LEFT_OUT, PAGES, Line, lines
 
 from rankwise import cli
-from rankwise.stages.recipe import find_recipe, load_recipe, read_content
+from rankwise.pipeline.recipe import find_recipe, load_recipe, read_content
 
 ALL = [line for page in PAGES for line in lines(page)]
 

@@ -17,18 +17,20 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from rankwise import cli
-from rankwise.config import DownstreamConfig
 from rankwise.core.approximation import by_basis, by_gram, normalised, shared_basis
 from rankwise.data.device import DeviceTarget
 from rankwise.data.features.cache import ModelOrigin, open_cache
 from rankwise.data.features.split import split_of
 from rankwise.data.features.writer import CacheRecipe, Matrices, write_cache
 from rankwise.errors import DataError, UsageError
+from rankwise.files.atomic import write_json
+from rankwise.files.checkpoint import model_fingerprint
 from rankwise.nets.adapters import save_adapter
 from rankwise.nets.factorize.architectures import build
 from rankwise.nets.factorize.factorizer import FactorizerSettings
 from rankwise.nets.factorize.files import save_factorizer
 from rankwise.nets.image_features import image_features, seeing_part
+from rankwise.options.features import DownstreamConfig
 from rankwise.score.downstream import (
     METRICS,
     NOTHING,
@@ -47,8 +49,6 @@ from rankwise.show.downstream import markdown
 from rankwise.stages.features.downstream import asked
 from rankwise.stages.features.questions import Questions, connected
 from rankwise.stages.features.stand_ins import parts, ranks_of
-from rankwise.store.checkpoint import model_fingerprint
-from rankwise.store.files import write_json
 
 ANSWERS = ("It is red.", "Two: a dog and a cat.", "red", "It is blue.")
 FAMILIES: dict[str, Callable[[Path], Path]] = {

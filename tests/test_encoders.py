@@ -18,7 +18,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from rankwise import cli
 from rankwise.data.features.cache import FeatureCache, open_cache
-from rankwise.store.files import read_object
+from rankwise.files.atomic import read_object
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION: dict[str, Any] = {**SIZES, "image_size": 32, "patch_size": 8}

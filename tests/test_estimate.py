@@ -14,12 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from rankwise import cli
 from rankwise.errors import UsageError
+from rankwise.files.atomic import read_object
 from rankwise.nets.adapt import LoraSettings, adapt
 from rankwise.nets.sites import model_sites
 from rankwise.nets.targets import choose_sites, uniform_plan
 from rankwise.stages.estimate.rows import Rows
 from rankwise.stages.estimate.shapes import Measured, Place, Shapes, Way, measured
-from rankwise.store.files import read_object
 from rankwise.train.arguments import build_arguments
 from rankwise.train.cards import CARDS, GIB, Card, cards
 from rankwise.train.estimate import Curve, Fixed, Profile, Speed, Work, run_length

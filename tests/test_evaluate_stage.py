@@ -14,12 +14,13 @@ from rows import adapted_base
 from tiny import CHAT_TEMPLATE, tiny_llama
 
 from rankwise import cli
-from rankwise.config import SCORED_TASKS, SPLITS, DataSection, EvaluateConfig, ModelSection
 from rankwise.data.render import IGNORED
 from rankwise.data.sources import SOURCES, load
 from rankwise.data.sources import SPLITS as SOURCE_SPLITS
 from rankwise.nets.adapters import save_adapter
 from rankwise.nets.load import load_config
+from rankwise.options.commands import EvaluateConfig
+from rankwise.options.sections import SCORED_TASKS, SPLITS, DataSection, ModelSection
 from rankwise.score.forgetting import FILE as FORGETTING
 from rankwise.score.result import EvaluationResult
 from rankwise.score.tasks import TASKS, task

@@ -21,10 +21,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer
 
 from rankwise.cli import main
-from rankwise.config import ExportConfig
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.errors import DataError, UsageError, VerificationError
+from rankwise.files.atomic import read_object, sha256, write_json
+from rankwise.files.checkpoint import open_checkpoint
 from rankwise.nets.load import load_model
+from rankwise.options.commands import ExportConfig
 from rankwise.ship.gguf import export_plan as planning
 from rankwise.ship.gguf.adapter_gguf import check_adapter, fold_scales, read_plain, write_adapter_gguf
 from rankwise.ship.gguf.converter import Converter, Job, own_converter
@@ -38,8 +40,6 @@ from rankwise.ship.gguf.view import changes_for, shown
 from rankwise.ship.gguf.vocabulary import Vocabulary, check_forms, check_metadata
 from rankwise.ship.llama.runtime import LlamaServer
 from rankwise.stages.export import describe, run
-from rankwise.store.checkpoint import open_checkpoint
-from rankwise.store.files import read_object, sha256, write_json
 
 pytest.importorskip("gguf")
 

@@ -16,17 +16,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from rankwise.cli import main
-from rankwise.config import ExtractConfig, SitesSection
 from rankwise.core.measure import from_difference
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import Site, describe
 from rankwise.errors import DataError, UsageError
+from rankwise.files.adapter import read_adapter
+from rankwise.files.plan import write_plan
 from rankwise.nets.load import meta_model
 from rankwise.nets.sites import model_sites
+from rankwise.options.commands import ExtractConfig
+from rankwise.options.sections import SitesSection
 from rankwise.stages.extract import describe as describe_stage
 from rankwise.stages.extract import extracted, run
-from rankwise.store.adapter import read_adapter
-from rankwise.store.plan_file import write_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

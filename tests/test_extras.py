@@ -13,10 +13,10 @@ from tiny import tiny_llama
 from transformers.training_args import OptimizerNames
 
 from rankwise import cli
-from rankwise.stages import extras
-from rankwise.stages.commands import COMMANDS
-from rankwise.stages.extras import PARTS, require_extras
-from rankwise.stages.told import Told
+from rankwise.pipeline import extras
+from rankwise.pipeline.extras import PARTS, require_extras
+from rankwise.pipeline.idle import Told
+from rankwise.pipeline.table import COMMANDS
 
 
 def hide_modules(monkeypatch: pytest.MonkeyPatch, names: Sequence[str]) -> None:

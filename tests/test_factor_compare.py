@@ -11,13 +11,14 @@ import torch
 from factor_folders import CHANNELS, RANK, TOKENS, history, make_cache, make_run, matrices
 
 from rankwise.cli import main
-from rankwise.config import FactorCompareConfig
 from rankwise.core.approximation import by_basis, normalised, shared_basis
 from rankwise.core.closeness import relative_error
 from rankwise.data.features.cache import open_cache
 from rankwise.data.features.split import split_of
 from rankwise.errors import DataError, UsageError
+from rankwise.files.atomic import write_json
 from rankwise.nets.factorize.files import save_factorizer
+from rankwise.options.features import FactorCompareConfig
 from rankwise.score.downstream import NOTHING, ORIGINAL
 from rankwise.score.factorization import GRAM, OF_FACTORS, PCA, RANDOMIZED, SVD
 from rankwise.show import factor_plots
@@ -25,7 +26,6 @@ from rankwise.show.factor_blocks import aligned, closeness_table, cost_table
 from rankwise.show.factor_words import against_pca, storage_words, verdict
 from rankwise.show.report import build_report
 from rankwise.stages.features.compare import run
-from rankwise.store.files import write_json
 
 BASELINES = [SVD, GRAM, RANDOMIZED, PCA]
 QUICK = {"batch_size": 4, "repeats": 1, "sweep": [2, RANK, 8], "device": "cpu"}

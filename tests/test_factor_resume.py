@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from tiny_features import tiny_cache
 from transformers import TrainerCallback
 
-from rankwise.config import AllocatorSection, FactorTrainConfig
 from rankwise.errors import DataError, Interrupted, UsageError
+from rankwise.options.features import AllocatorSection, FactorTrainConfig
 from rankwise.stages.features import factor_job, train
 from rankwise.train.checkpoints import checkpoints
 

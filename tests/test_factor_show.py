@@ -12,11 +12,11 @@ from factor_folders import CHANNELS, RANK, TOKENS, make_cache, make_run, matrice
 from PIL import Image
 
 from rankwise.cli import main
-from rankwise.config import FactorShowConfig
 from rankwise.core.approximation import by_svd, normalised
 from rankwise.data.features.cache import FeatureCache, open_cache
 from rankwise.data.features.split import split_of
 from rankwise.errors import DataError, UsageError
+from rankwise.options.features import FactorShowConfig
 from rankwise.show import factor_maps
 from rankwise.stages.features.show import run
 

@@ -16,7 +16,6 @@ from tiny_features import CHANNELS, TOKENS, tiny_cache, tiny_matrices
 from torch import Tensor, nn
 
 from rankwise import cli
-from rankwise.config import FactorTrainConfig
 from rankwise.core.approximation import normalised
 from rankwise.core.factors import Factors
 from rankwise.data.features.cache import open_cache
@@ -25,6 +24,7 @@ from rankwise.errors import DataError, DivergedError, UsageError
 from rankwise.nets.factorize.architectures import ARCHITECTURES, build
 from rankwise.nets.factorize.factorizer import Factorizer, FactorizerSettings
 from rankwise.nets.factorize.files import load_factorizer
+from rankwise.options.features import FactorTrainConfig
 from rankwise.show.factor_curves import plot_factor_training
 from rankwise.stages.features import factor_outcome
 from rankwise.train import factorizing

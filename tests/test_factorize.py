@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankwise import scripts
-from rankwise.config.features import canonical
 from rankwise.core.approximation import best_errors, normalised, singular_values
 from rankwise.core.closeness import relative_error
 from rankwise.errors import DataError, UsageError
@@ -24,6 +23,7 @@ from rankwise.nets.factorize.files import load_factorizer, save_factorizer
 from rankwise.nets.factorize.plain import LowRankProjMLP
 from rankwise.nets.factorize.svd_linear import SVDLinear
 from rankwise.nets.factorize.symmetric import LowRankProjSymmetric
+from rankwise.options.features import canonical
 
 TOKENS, CHANNELS, RANK = 12, 20, 4
 DOCUMENTED = ("ResMLP", "MLP", "AdaLoRA")

@@ -17,7 +17,7 @@ from families.trials import QUESTIONS, refused_by_train
 from families.unbuilt import LIMITED, UNBUILT
 from family_matrix import BEGIN, END, MAPPING, PAGE, TABLE, markdown
 
-from rankwise.store.files import read_object
+from rankwise.files.atomic import read_object
 
 FAMILY_TABLE = read_object(TABLE)
 STATES = {name: row["state"] for name, row in FAMILY_TABLE["families"].items()}

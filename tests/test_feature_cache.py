@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rankwise.config import CaptureConfig
 from rankwise.core.approximation import best_errors, normalised, shared_basis, singular_values
 from rankwise.data.features import writer
 from rankwise.data.features.cache import FeatureCache, ModelOrigin, content_fingerprint, open_cache
@@ -24,7 +23,8 @@ from rankwise.data.features.split import read_split, split_of
 from rankwise.data.features.synthetic import Synthetic, even_rows
 from rankwise.data.features.writer import CacheRecipe, CacheWriter, Matrices
 from rankwise.errors import DataError, UsageError
-from rankwise.store.files import read_object, write_json
+from rankwise.files.atomic import read_object, write_json
+from rankwise.options.features import CaptureConfig
 
 TOKENS, CHANNELS = 4, 6
 ORIGIN = ModelOrigin("some/model", "f" * 64)

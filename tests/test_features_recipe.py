@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rankwise import cli
+from rankwise.files.run_folder import read_marks, write_mark
 from rankwise.nets.factorize.architectures import ARCHITECTURES
-from rankwise.store.stage_marks import read_marks, write_mark
 
 SMALL = {
     "features.synthetic": 24,

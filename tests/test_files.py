@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rankwise.errors import DataError, RankwiseError
-from rankwise.store.files import (
+from rankwise.files.atomic import (
     SAMPLE_BYTES,
     WHOLE,
     atomic_files,

@@ -22,15 +22,15 @@ from rankwise import cli
 from rankwise.data.input_record import FILE as INPUT
 from rankwise.data.sources import load
 from rankwise.errors import UsageError
+from rankwise.files.checkpoint import open_checkpoint
+from rankwise.files.run_folder import RunFolder
 from rankwise.nets.adapters import load_adapter
 from rankwise.nets.delta_files import BaseWeights, write_deltas
 from rankwise.nets.load import load_model, meta_model
 from rankwise.nets.sites import model_sites, weight_table
 from rankwise.stages import finetune
 from rankwise.stages.probing import language_parameters
-from rankwise.store.checkpoint import open_checkpoint
 from rankwise.store.deltas import open_deltas
-from rankwise.store.run import RunFolder
 from rankwise.train.arguments import build_arguments
 from rankwise.train.memory import Memory, memory_needed, refuse_too_large, state_bytes
 

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_isaac import tiny_isaac
 
 from rankwise.cli import main, resolve
-from rankwise.options import flatten
+from rankwise.options.field import flatten
 
 
 def test_the_guides_json_is_the_recipes_training_stage(tmp_path: Path) -> None:

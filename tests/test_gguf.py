@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rankwise.errors import VerificationError
+from rankwise.files.checkpoint import Checkpoint, open_checkpoint
 from rankwise.ship.gguf.names import gguf_names
 from rankwise.ship.gguf.origin import Origin, origins, require_complete
 from rankwise.ship.gguf.reading import GGUFFile
@@ -29,7 +30,6 @@ from rankwise.ship.gguf.verify_export import (
     tuning_kept,
     tuning_of,
 )
-from rankwise.store.checkpoint import Checkpoint, open_checkpoint
 
 gguf = pytest.importorskip("gguf")
 

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from rankwise.errors import DataError
+from rankwise.page import canvas
 from rankwise.scripts import plots
-from rankwise.show import canvas, curves, gradient_layers, gradients
+from rankwise.show import curves, gradient_layers, gradients
 from rankwise.show.curves import plot_loss
 from rankwise.show.gradient_series import WINDOW, boundaries, by_kind, factor_series, read_tables, series, smooth
 from rankwise.show.gradient_summary import JSON, TEXT, generate_summary_report, gradient_summary

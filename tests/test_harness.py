@@ -14,9 +14,9 @@ from tiny import tiny_llama
 from transformers import AutoTokenizer
 
 from rankwise import cli
-from rankwise.config.sections import is_harness
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.adapters import save_adapter
+from rankwise.options.sections import is_harness
 from rankwise.score import bootstrap
 from rankwise.score.harness import HarnessSettings, evaluate_harness, read_metrics
 from rankwise.score.result import EvaluationResult

@@ -46,7 +46,7 @@ from rankwise.cli import main
 from rankwise.data.labelling.labelled import read_rows
 from rankwise.data.teacher.ledger import AnswerLedger, Entry
 from rankwise.data.teacher.loopback import LoopbackTeacher
-from rankwise.store.files import read_object
+from rankwise.files.atomic import read_object
 
 SECRET = "sk-do-not-show-0123456789"
 PICTURES = 8

@@ -10,24 +10,23 @@ from typing import Any
 import pytest
 
 from rankwise import cli
-from rankwise.config import (
-    CaptureConfig,
+from rankwise.options.commands import (
     CheckConfig,
     EvaluateConfig,
     ExtractConfig,
-    FactorTrainConfig,
     FinetuneConfig,
     RanksConfig,
     RunConfig,
-    StudyConfig,
     TrainConfig,
     ValidateConfig,
 )
-from rankwise.options import Option, options_of
+from rankwise.options.features import CaptureConfig, FactorTrainConfig
+from rankwise.options.field import Option, options_of
+from rankwise.options.study import StudyConfig
+from rankwise.pipeline.idle import TABLES, Bound, idle_among, refuse_idle
+from rankwise.pipeline.run import prepared
+from rankwise.pipeline.table import COMMANDS, assemble, command_options
 from rankwise.stages import train
-from rankwise.stages.commands import COMMANDS, assemble, command_options
-from rankwise.stages.idle import TABLES, Bound, idle_among, refuse_idle
-from rankwise.stages.run import prepared
 
 NAMES = {
     TrainConfig: "train",

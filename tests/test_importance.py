@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from rankwise.config import AllocatorSection
-from rankwise.core.importance import Importance, RankBudget, kept, triplet_scores
+from rankwise.core.rank_budget import Importance, RankBudget, kept, triplet_scores
 from rankwise.errors import UsageError
+from rankwise.options.features import AllocatorSection
 
 
 def steps_of(shape: tuple[int, ...], count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -25,10 +25,10 @@ from rankwise.data.labelling.label_task import read_task
 from rankwise.data.labelling.labelled import pixel_hash, read_rows
 from rankwise.data.sources import load
 from rankwise.data.teacher.loopback import LoopbackTeacher, Response, picture_of
+from rankwise.files.atomic import read_object
+from rankwise.files.run_folder import RunFolder
 from rankwise.ship.llama.runtime import LlamaServer
 from rankwise.stages import labelling
-from rankwise.store.files import read_object
-from rankwise.store.run import RunFolder
 
 COLOURS = {"water": (30, 90, 180), "wood": (45, 110, 45), "fire": (225, 50, 20), "metal": (120, 120, 125)}
 SECRET = "sk-do-not-show-0123456789"

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from rankwise.config import LabelConfig
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.labelling.coco import find_images, select
@@ -28,6 +27,7 @@ from rankwise.data.labelling.labelled import (
 )
 from rankwise.data.sources import load
 from rankwise.errors import DataError, UsageError
+from rankwise.options.label import LabelConfig
 
 TARGET = DeviceTarget(image_size=16)
 TABLES = ("labels.jsonl", "train.jsonl", "val.jsonl", "conversations/train.json", "conversations/val.json")

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from tiny_vision import tiny_smolvlm
 
 from rankwise import cli
-from rankwise.config import DataSection, ModelSection
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.example import Example
 from rankwise.data.labelling.label_task import read_task, task_from
@@ -27,6 +26,7 @@ from rankwise.data.sources import load
 from rankwise.data.sources.labels import WHY
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.load import load_config
+from rankwise.options.sections import DataSection, ModelSection
 from rankwise.score.likelihood import answer_ids
 from rankwise.score.selection import up_to_label
 from rankwise.stages.rendering import renderer_for

@@ -28,18 +28,18 @@ from transformers import (
 )
 
 from rankwise.cli import main
-from rankwise.config import MergeConfig
 from rankwise.errors import DataError, UsageError, VerificationError
+from rankwise.files.atomic import fingerprint
+from rankwise.files.checkpoint import open_checkpoint
+from rankwise.files.run_folder import RunFolder
 from rankwise.nets.load import load_model
+from rankwise.options.commands import MergeConfig
 from rankwise.ship.merging import merge as merge_module
 from rankwise.ship.merging.merge import plan_merge, write_merged
 from rankwise.ship.merging.shards import Entry, shard_bytes, write_shards
 from rankwise.ship.merging.verify import Agreement, Reference, compare
 from rankwise.stages.merge import describe as describe_stage
 from rankwise.stages.merge import run
-from rankwise.store.checkpoint import open_checkpoint
-from rankwise.store.files import fingerprint
-from rankwise.store.run import RunFolder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),

@@ -17,12 +17,14 @@ from towered import ALL, Bases, adapted
 from transformers import T5Config, T5ForConditionalGeneration
 
 from rankwise.cli import main
-from rankwise.config import DataSection, MergeConfig, ModelSection
 from rankwise.data.device import DeviceTarget
 from rankwise.data.sources import load
 from rankwise.errors import UsageError
+from rankwise.files.checkpoint import open_checkpoint
 from rankwise.nets.adapters import save_adapter
 from rankwise.nets.load import load_model, load_processor
+from rankwise.options.commands import MergeConfig
+from rankwise.options.sections import DataSection, ModelSection
 from rankwise.ship.merging import merge as merge_module
 from rankwise.ship.merging.layered import FileWeights, layered_model
 from rankwise.ship.merging.rounding import Rounding
@@ -31,7 +33,6 @@ from rankwise.ship.merging.verify import last_tokens, logits, needs_layers, refe
 from rankwise.stages.merge import run
 from rankwise.stages.prompts import prompts_of
 from rankwise.stages.rendering import renderer_for
-from rankwise.store.checkpoint import open_checkpoint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),

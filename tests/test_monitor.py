@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from rankwise.show.pipeline import BEFORE, UNREACHED, StageTime, time_lines
+from rankwise.files.monitor import COLUMNS, MIB, Card, Monitor, Sample, usage_of, visible
+from rankwise.files.run_folder import read_marks, write_mark
+from rankwise.pipeline.times import BEFORE, UNREACHED, StageTime, time_lines
 from rankwise.show.report import build_report
-from rankwise.store.monitor import COLUMNS, MIB, Card, Monitor, Sample, usage_of, visible
-from rankwise.store.stage_marks import read_marks, write_mark
 
 GIB = 2**30
 

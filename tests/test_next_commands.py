@@ -19,33 +19,30 @@ from tiny import tiny_llama
 
 import rankwise
 from rankwise.cli import main, resolve, split_command
-from rankwise.config import (
-    BatchConfig,
-    BundleConfig,
-    CaptureConfig,
-    CompressConfig,
-    DataSection,
-    ExtractConfig,
-    FactorTrainConfig,
-    FinetuneConfig,
-    LabelConfig,
-    ModelSection,
-    RanksConfig,
-    SitesSection,
-    TowersSection,
-    TrainConfig,
-)
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import describe
-from rankwise.flags import normalise
+from rankwise.files.adapter import LoraAdapter
 from rankwise.nets.probe import Probe
-from rankwise.options import flatten
-from rankwise.show.format import command_line
+from rankwise.options.commands import (
+    BatchConfig,
+    BundleConfig,
+    CompressConfig,
+    ExtractConfig,
+    FinetuneConfig,
+    RanksConfig,
+    TrainConfig,
+)
+from rankwise.options.features import CaptureConfig, FactorTrainConfig
+from rankwise.options.field import flatten
+from rankwise.options.flags import normalise
+from rankwise.options.label import LabelConfig
+from rankwise.options.sections import DataSection, ModelSection, SitesSection, TowersSection
+from rankwise.page.text import command_line
+from rankwise.pipeline import batch
+from rankwise.pipeline.table import ALIASES, COMMANDS, command_options
 from rankwise.show.summary import command_lines
-from rankwise.stages import batch, bundle, compress, extract, finetune, label, outcome, ranks
-from rankwise.stages.commands import ALIASES, COMMANDS, command_options
+from rankwise.stages import bundle, compress, extract, finetune, label, outcome, ranks
 from rankwise.stages.features import capture, factor_outcome
-from rankwise.store.adapter import LoraAdapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -11,8 +11,7 @@ import torch
 from rows import make_trainer, weights
 from tiny import tiny_llama
 
-from rankwise.core.phase import bind
-from rankwise.core.schedule import parse_schedule
+from rankwise.core.phase import bind, parse_schedule
 from rankwise.nets.load import meta_model
 from rankwise.nets.sites import model_sites
 from rankwise.train.phases import PhaseKeeper
@@ -30,10 +29,10 @@ SCRIPT = """
     from torch.distributed.tensor import DTensor
 
     from rankwise.core.phase import bind
-    from rankwise.core.schedule import parse_schedule
+    from rankwise.core.phase import parse_schedule
     from rankwise.nets.load import meta_model
     from rankwise.nets.sites import model_sites
-    from rankwise.store.processes import finish, process_index
+    from rankwise.files.processes import finish, process_index
     from rankwise.train.phases import PhaseKeeper
 
     base, folder, *texts = sys.argv[1:]

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from rankwise.core.plan import FORMAT, FORMER, PlannedSite, RankPlan
 from rankwise.core.site import Site, describe, pattern
 from rankwise.errors import DataError
+from rankwise.files.plan import PLAN_FILE, find_plan, read_plan, write_plan
 from rankwise.nets.adapt import lora_config
-from rankwise.store.plan_file import PLAN_FILE, find_plan, read_plan, write_plan
 
 SITES = {
     path: describe(path, shape, tower)

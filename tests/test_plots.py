@@ -19,9 +19,10 @@ from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import describe
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, UsageError
+from rankwise.page import canvas
+from rankwise.page.canvas import BLUE, GREY, YELLOW, readable_on
 from rankwise.score.result import EvaluationResult
-from rankwise.show import canvas, confusion, curves, plots
-from rankwise.show.canvas import BLUE, GREY, YELLOW, readable_on
+from rankwise.show import confusion, curves, plots
 from rankwise.show.confusion import plot_confusion
 from rankwise.show.curves import plot_loss, plot_scores
 from rankwise.show.plots import plot_decay, plot_energy_heatmap, plot_gain, plot_ranks_heatmap

@@ -13,13 +13,13 @@ import yaml
 from tiny import tiny_llama
 
 from rankwise import cli
-from rankwise.core.schedule import parse_schedule
+from rankwise.core.phase import parse_schedule
 from rankwise.errors import UsageError
+from rankwise.pipeline import beforehand
+from rankwise.pipeline.recipe import PACKAGED, find_recipe, load_recipe
+from rankwise.pipeline.table import configured
 from rankwise.scripts import PRESETS, experiment_command
 from rankwise.scripts.running import NAMES, train_config
-from rankwise.stages import beforehand
-from rankwise.stages.commands import configured
-from rankwise.stages.recipe import PACKAGED, find_recipe, load_recipe
 from rankwise.stages.scheduling import schedule_of
 
 BASE = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"

@@ -23,11 +23,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rankwise.cli import main
+from rankwise.files.adapter import LoraPair
 from rankwise.nets.load import load_model
 from rankwise.ship.gguf import adapter_gguf, view
 from rankwise.ship.gguf.converter import Converter, Job
 from rankwise.ship.gguf.vocabulary import Vocabulary
-from rankwise.store.adapter import LoraPair
 
 gguf = pytest.importorskip("gguf")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

@@ -15,8 +15,8 @@ from tiny import tiny_llama
 
 from rankwise.cli import main
 from rankwise.core.factors import Factors
+from rankwise.files.adapter import LoraPair, write_adapter
 from rankwise.stages import compress, extract
-from rankwise.store.adapter import LoraPair, write_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

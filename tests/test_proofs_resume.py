@@ -18,8 +18,8 @@ from towered import Bases
 from transformers import TrainingArguments
 
 from rankwise.cli import main
-from rankwise.config import TrainConfig
-from rankwise.options import flatten
+from rankwise.options.commands import TrainConfig
+from rankwise.options.field import flatten
 from rankwise.train.arguments import build_arguments
 from rankwise.train.resume import DECISIVE, MAY_RISE, identity_of
 

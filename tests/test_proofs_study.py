@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from test_study import small
 from tiny import tiny_llama
 
-from rankwise.config import StudyConfig
 from rankwise.errors import DataError, UsageError, VerificationError
-from rankwise.options import flatten
+from rankwise.options.field import flatten
+from rankwise.options.study import StudyConfig
 from rankwise.stages import study as stage
 from rankwise.stages.study import design, plans, registration, tuning
 from rankwise.stages.study.design import designed

@@ -18,11 +18,11 @@ from tiny import tiny_llama
 from transformers import LlamaForCausalLM
 
 from rankwise.cli import main
+from rankwise.files.adapter import LoraPair
 from rankwise.nets import adalora, adapt, adapters
 from rankwise.nets.adapt import ADAPTER
 from rankwise.stages import allocated as saving
 from rankwise.stages import allocating
-from rankwise.store.adapter import LoraPair
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -17,14 +17,14 @@ from tiny import tiny_llama
 from tiny_features import tiny_cache, tiny_matrices
 
 from rankwise import cli
-from rankwise.config import EvaluateConfig
-from rankwise.config.sections import ScoredData
 from rankwise.errors import DataError, DivergedError, UsageError
+from rankwise.files.atomic import PLACE, Aside
+from rankwise.options.commands import EvaluateConfig
+from rankwise.options.sections import ScoredData
 from rankwise.stages import evaluate
 from rankwise.stages.beginning import OF_A_RUN
 from rankwise.stages.features import factor_outcome
 from rankwise.stages.features.shards import SyntheticShards
-from rankwise.store.aside import PLACE, Aside
 from rankwise.train.checkpoints import MANIFEST, checkpoints
 from rankwise.train.trainer import RankwiseTrainer
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from rankwise.config import ReportConfig
 from rankwise.core.allocate import Rule, by_budget, parse_budget, plan_of, spectral_gains
 from rankwise.core.plan import RankPlan
 from rankwise.core.site import Site, describe
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, UsageError
+from rankwise.options.commands import ReportConfig
 from rankwise.score.result import EvaluationResult
 from rankwise.show.curves import leading_metrics
 from rankwise.show.plots import plot_decay

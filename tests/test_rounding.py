@@ -21,7 +21,7 @@ from torch import Tensor
 from rankwise import cli
 from rankwise.core.measure import energy_of, exact_spectrum, subtract
 from rankwise.core.rounding import Digits
-from rankwise.store.plan_file import PLAN_FILE, read_plan
+from rankwise.files.plan import PLAN_FILE, read_plan
 
 RAW = Path("analysis_outputs/svd/raw_data/detailed_svd_analysis.json")
 KEYS = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)]

@@ -16,15 +16,14 @@ import pytest
 
 from rankwise.cli import resolve
 from rankwise.errors import DataError, UsageError
-from rankwise.stages.commands import COMMANDS
-from rankwise.store.files import fingerprint, write_text
-from rankwise.store.memory import SECONDS
-from rankwise.store.monitor import MIB
-from rankwise.store.run import HOLDER, LOCK, RunFolder
+from rankwise.files.atomic import fingerprint, write_text
+from rankwise.files.monitor import MEMORY_SECONDS, MIB
+from rankwise.files.run_folder import HOLDER, LOCK, RunFolder
+from rankwise.pipeline.table import COMMANDS
 
 HOLD = """
 import sys
-from rankwise.store.run import RunFolder
+from rankwise.files.run_folder import RunFolder
 with RunFolder(sys.argv[1]).lock():
     print("held", flush=True)
     sys.stdin.read()
@@ -130,7 +129,7 @@ def test_pages_of_mapped_files_are_no_memory_that_a_stage_takes(tmp_path: Path) 
         assert int(mapped[::4096].sum(dtype=np.int64)) == 49 * 256 * MIB // 4096
         resident = psutil.Process().memory_info().rss
         held = np.ones(64 * MIB, dtype=np.uint8)
-        time.sleep(3 * SECONDS)
+        time.sleep(3 * MEMORY_SECONDS)
         del held
     entry = run.stages()["ranks"]
     assert resident > 256 * MIB

@@ -17,14 +17,13 @@ import pytest
 from tiny import tiny_llama
 
 from rankwise import cli
-from rankwise.config import RunConfig
 from rankwise.data.restaurants import write_task
 from rankwise.errors import DataError, Interrupted, UsageError
-from rankwise.stages import background
-from rankwise.stages.torchrun import waited_for
-from rankwise.store.log import NOBODY, copier, logged, wait
-from rankwise.store.log_copy import Lines, secrets_of
-from rankwise.store.run import RunFolder
+from rankwise.files.log import NOBODY, Lines, copier, logged, secrets_of, wait
+from rankwise.files.run_folder import RunFolder
+from rankwise.options.commands import RunConfig
+from rankwise.pipeline import run
+from rankwise.pipeline.run import waited_for
 from rankwise.train.checkpoints import MANIFEST
 
 KEY = "sk-0123456789abcdef"
@@ -159,12 +158,12 @@ def test_a_key_in_a_recipe_is_not_recorded(tmp_path: Path) -> None:
     }
     config = RunConfig("recipe", set=[f"label.openai_api_key={KEY}"])
     with pytest.raises(UsageError, match="OPENAI_API_KEY"):
-        background.start(config, tmp_path, tmp_path / "a.log")
+        run.start(config, tmp_path, tmp_path / "a.log")
 
 
 def test_the_background_runs_the_same_command(tmp_path: Path) -> None:
     config = RunConfig("quick", set=["a.b=1", "c.d=x y"], only=["a", "c"], from_="a", force=True, log_file="auto")
-    given, dry = cli.resolve("run", background.words(config, tmp_path))
+    given, dry = cli.resolve("run", run.words(config, tmp_path))
     assert not dry
     assert given == RunConfig("quick", str(tmp_path), ["a.b=1", "c.d=x y"], ["a", "c"], "a", True)
 
@@ -172,7 +171,7 @@ def test_the_background_runs_the_same_command(tmp_path: Path) -> None:
 def test_sigterm_is_an_interruption_and_the_handler_is_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
 
-    @background.stoppable("run it again")
+    @run.stoppable("run it again")
     def work() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
@@ -194,7 +193,7 @@ def test_processes_are_told_and_waited_for(tmp_path: Path) -> None:
 
     teller = threading.Thread(target=stop)
     teller.start()
-    with pytest.raises(Interrupted), background.stoppable("again"):
+    with pytest.raises(Interrupted), run.stoppable("again"):
         waited_for(["sh", "-c", script])
     teller.join()
     assert mark.exists(), "the child saved what it had before the parent went on"

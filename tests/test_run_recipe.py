@@ -16,13 +16,13 @@ from tiny import tiny_llama
 
 from rankwise import cli
 from rankwise.errors import UsageError
-from rankwise.options import flatten
-from rankwise.stages import beforehand
-from rankwise.stages.commands import configured
-from rankwise.stages.recipe import PACKAGED, find_recipe, load_recipe, read_content
-from rankwise.stages.run import STATE
-from rankwise.store.plan_file import PLAN_FILE
-from rankwise.store.run import RunFolder
+from rankwise.files.plan import PLAN_FILE
+from rankwise.files.run_folder import RunFolder
+from rankwise.options.field import flatten
+from rankwise.pipeline import beforehand
+from rankwise.pipeline.recipe import PACKAGED, find_recipe, load_recipe, read_content
+from rankwise.pipeline.run import STATE
+from rankwise.pipeline.table import configured
 
 RECIPE = """
 name: pair

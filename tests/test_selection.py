@@ -20,11 +20,11 @@ from rows import SendWhileValidating, equal, logged, make_trainer, resumed, weig
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rankwise.config import SelectionSection
 from rankwise.data.example import Example, Turn
 from rankwise.data.label_names import found_label
 from rankwise.data.render import Renderer
 from rankwise.errors import Interrupted, UsageError
+from rankwise.options.sections import SelectionSection
 from rankwise.score.selection import MAX_NEW_TOKENS, LabelAccuracy, Tally
 from rankwise.stages.selecting import arguments_for, in_words
 from rankwise.train.balancing import Balanced
@@ -310,7 +310,7 @@ SCRIPT = """
     from rows import Rows, make_trainer
     from test_selection import EXAMPLES, AutoTokenizer, Balanced, LabelAccuracy, Renderer
 
-    from rankwise.store.processes import finish, process_index
+    from rankwise.files.processes import finish, process_index
 
     class Seen(Rows):
         asked = []
@@ -351,7 +351,7 @@ STOPPED = """
     from test_selection import EXAMPLES, AutoTokenizer, LabelAccuracy, Renderer
 
     from rankwise.errors import Interrupted
-    from rankwise.store.processes import finish, process_index
+    from rankwise.files.processes import finish, process_index
 
     base, folder = sys.argv[1:]
     accuracy = LabelAccuracy.of(EXAMPLES, Renderer(AutoTokenizer.from_pretrained(base), max_length=256))

@@ -28,9 +28,9 @@ from rankwise.data.render import Renderer
 from rankwise.data.rendered import RenderedDataset
 from rankwise.data.sources import load
 from rankwise.errors import UsageError, VerificationError
+from rankwise.files.atomic import read_object
 from rankwise.nets.adapters import load_adapter
 from rankwise.nets.load import load_model
-from rankwise.store.files import read_object
 from rankwise.train.sharing import Filled, Silenceable, silenceable
 
 SEEING = {**FAMILIES, "isaac": tiny_isaac}
@@ -152,7 +152,7 @@ SCRIPT = """
     from rows import make_trainer, resumed, weights
     from test_sharing import CASES, RESUMED, made
 
-    from rankwise.store.processes import finish, process_index
+    from rankwise.files.processes import finish, process_index
 
     base, folder = sys.argv[1:]
     results = {}

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.config import FinetuneConfig
 from rankwise.data.example import Example, Turn
 from rankwise.data.sources import load
 from rankwise.data.split import split_groups, subset
 from rankwise.errors import DataError, UsageError
+from rankwise.options.commands import FinetuneConfig
 
 
 def example(number: int, group: str = "", stratum: str | None = None) -> Example:

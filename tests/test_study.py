@@ -15,16 +15,15 @@ from tiny import tiny_llama
 from transformers import LlamaForCausalLM
 
 from rankwise import cli
-from rankwise.config import DataSection, GridSection, ModelSection, ProbeSection, StudyConfig
-from rankwise.core.controls import permuted_form, random_form, reversed_form
-from rankwise.core.equalise import TOLERANCE, equalised, is_equal, spent
-from rankwise.core.phase import bind
-from rankwise.core.returning import returns
-from rankwise.core.schedule import parse_schedule
+from rankwise.core.allocate import TOLERANCE, equalised, is_equal, spent
+from rankwise.core.phase import bind, parse_schedule, permuted_form, random_form, returns, reversed_form
 from rankwise.core.site import Site, describe
 from rankwise.data.example import Example, Turn
 from rankwise.data.parts import Sizes, divided
 from rankwise.errors import DataError, UsageError
+from rankwise.files.ledger import Ledger
+from rankwise.options.sections import DataSection, ModelSection
+from rankwise.options.study import GridSection, ProbeSection, StudyConfig
 from rankwise.score.contenders import compressed, ranks_within, type_means
 from rankwise.show.report import build_report
 from rankwise.stages import study as stage
@@ -32,7 +31,6 @@ from rankwise.stages.study import execution
 from rankwise.stages.study.arms import schedule_of
 from rankwise.stages.study.design import designed, digest
 from rankwise.stages.study.registration import DEVIATIONS, FILE, TEST_READ, Registration
-from rankwise.store.ledger import Ledger
 from rankwise.train.arms import random_start, row_order, scales_of
 from rankwise.train.batched import Arm, train_together
 

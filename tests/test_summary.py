@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import describe
+from rankwise.page.text import duration, memory, percent
 from rankwise.show import summary as module
-from rankwise.show.format import duration, memory, percent
 from rankwise.show.summary import HEIGHT, WIDTH, RanksSummary, distance_from_uniform, render, verdict
 
 

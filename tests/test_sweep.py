@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from served import text_gguf
 
-from rankwise.config import ValidateConfig
 from rankwise.errors import DataError, UsageError
+from rankwise.options.commands import ValidateConfig
 from rankwise.ship.inferiority import INFERIOR, NOT_INFERIOR, UNDECIDED, compared, paired_interval, wilson
 from rankwise.ship.llama.runtime import Runtime
 from rankwise.ship.sweep import Item, Tried, choose, prepared, sweep

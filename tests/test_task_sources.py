@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from rankwise.config import TASKS
 from rankwise.data.example import Example
 from rankwise.data.sources import SOURCES, archives, load
 from rankwise.errors import DataError, UsageError
+from rankwise.options.sections import TASKS
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,6 @@ from misbehaving_teacher import (
 )
 from PIL import Image, ImageDraw
 
-from rankwise.config import TeacherSection
 from rankwise.data.device import DeviceTarget
 from rankwise.data.labelling.label_task import LabelTask, load_task
 from rankwise.data.labelling.labelled import pixel_hash
@@ -46,6 +45,7 @@ from rankwise.data.teacher.price import BudgetReached, Prices, Spending, prices_
 from rankwise.data.teacher.reply import Reply
 from rankwise.data.teacher.votes import agreement, fleiss, majority, majority_error, symmetric_error
 from rankwise.errors import DataError, ServiceError, UsageError
+from rankwise.options.label import TeacherSection
 
 TARGET = DeviceTarget(image_size=32)
 KEY = Key("image", "task", "model", 0)

@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rankwise.cli import main
-from rankwise.core.keys import unwrapped
+from rankwise.core.site import unwrapped
 from rankwise.errors import DataError
+from rankwise.files.adapter import read_adapter
+from rankwise.files.checkpoint import open_checkpoint
 from rankwise.nets.load import load_model
-from rankwise.store.adapter import read_adapter
-from rankwise.store.checkpoint import open_checkpoint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import rankwise
-from rankwise import cli, terminal
+from rankwise import cli
+from rankwise.page import terminal
 
 SIGNS = "".join(
     sorted({sign for path in Path(rankwise.__file__).parent.rglob("*.py") for sign in path.read_text("utf-8")})

@@ -13,10 +13,10 @@ from test_train_vision import words
 from towered import TOWERS, Bases, adapted, loaded, trainer_of, values
 
 from rankwise import cli
+from rankwise.files.adapter import read_adapter
 from rankwise.nets.adapt import full_parameters
 from rankwise.nets.load import meta_model
 from rankwise.nets.sites import model_sites, tower_of, tower_prefixes
-from rankwise.store.adapter import read_adapter
 
 
 @pytest.fixture(scope="module")

@@ -16,17 +16,17 @@ from towered import ALL, TOWERS, Bases, loaded, values
 from transformers import PreTrainedModel
 
 from rankwise import cli
-from rankwise.config import TowersSection
 from rankwise.errors import UsageError
+from rankwise.files.adapter import read_adapter
+from rankwise.files.plan import read_plan
 from rankwise.nets.adapt import LoraSettings, adapt, lora_layers
 from rankwise.nets.load import meta_model
 from rankwise.nets.sites import model_sites, tower_of, tower_prefixes
 from rankwise.nets.targets import check_plan, choose_sites, uniform_plan
 from rankwise.nets.towers import full_modules, full_sites, outside_language, tower_parameters, towers_of
+from rankwise.options.sections import TowersSection
 from rankwise.stages.towers import finetune_use, train_use
-from rankwise.store.adapter import read_adapter
 from rankwise.store.deltas import open_deltas
-from rankwise.store.plan_file import read_plan
 
 # What a parameter's name begins with, read off the models' own code: (vision, projector); the rest is language.
 BEGINNINGS = {

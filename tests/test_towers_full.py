@@ -16,9 +16,9 @@ from torch import nn
 from towered import ALL, TOWERS, Bases, adapted, loaded, pictures, seen, trainer_of, values
 
 from rankwise import cli
-from rankwise.core.phase import bind
-from rankwise.core.schedule import parse_schedule
+from rankwise.core.phase import bind, parse_schedule
 from rankwise.errors import DataError, UsageError, VerificationError
+from rankwise.files.adapter import read_adapter
 from rankwise.nets.adapt import LoraSettings, adapt, full_copies, lora_layers, quiet_peft
 from rankwise.nets.adapters import load_adapter, save_adapter, write_sites
 from rankwise.nets.load import load_model, meta_model
@@ -26,7 +26,6 @@ from rankwise.nets.sites import model_sites, tower_of, tower_prefixes
 from rankwise.nets.targets import choose_sites, uniform_plan
 from rankwise.nets.towers import full_sites, tower_parameters
 from rankwise.ship.merging.merge import plan_merge, write_merged
-from rankwise.store.adapter import read_adapter
 from rankwise.train.phases import PhaseKeeper
 
 

@@ -19,16 +19,15 @@ from tiny import tiny_llama
 
 from rankwise import cli
 from rankwise.core.factors import truncate
-from rankwise.core.plan import PlannedSite, RankPlan
-from rankwise.core.plan_content import load_plan
+from rankwise.core.plan import PlannedSite, RankPlan, load_plan
+from rankwise.files.adapter import read_adapter
+from rankwise.files.atomic import write_json
+from rankwise.files.plan import write_plan
 from rankwise.nets.adapt import built_shapes, lora_layers
 from rankwise.nets.adapters import load_adapter
 from rankwise.nets.load import load_model
 from rankwise.nets.sites import model_sites
-from rankwise.store.adapter import read_adapter
 from rankwise.store.deltas import open_deltas
-from rankwise.store.files import write_json
-from rankwise.store.plan_file import write_plan
 from rankwise.train.resume import newest_complete
 
 Train = Callable[..., int]

@@ -12,10 +12,11 @@ from exported import once
 from parity_models import SIZES, TARGET, draw, exported_pair
 
 from rankwise.cli import main, resolve
-from rankwise.config import ScoredData, ValidateConfig
 from rankwise.data.example import Example, Turn
 from rankwise.data.labelling.label_task import LabelClass, LabelTask
 from rankwise.errors import DataError, UsageError
+from rankwise.options.commands import ValidateConfig
+from rankwise.options.sections import ScoredData
 from rankwise.score.classify import score_labels
 from rankwise.score.predictions import Prediction
 from rankwise.score.result import EvaluationResult

@@ -20,9 +20,9 @@ from rankwise import cli
 from rankwise.data.example import Example, Turn
 from rankwise.data.render import Renderer
 from rankwise.errors import UsageError
+from rankwise.files.atomic import write_json
 from rankwise.score.generate import GenerationSettings, HFGenerator
 from rankwise.score.vllm_engine import VLLMGenerator, max_rank
-from rankwise.store.files import write_json
 
 LABELS = ("yes", "no", "it depends")
 

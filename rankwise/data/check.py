@@ -28,7 +28,7 @@ from rankwise.data.rendered import outcomes
 from rankwise.data.sight import IGNORED
 from rankwise.data.sources.slots import short_name
 from rankwise.errors import DataError
-from rankwise.store.processes import default_workers
+from rankwise.files.processes import default_workers
 
 KINDS = ("row", "image", "overlong", "labels", "text", "template", "differs", "model")
 COMPARED = 256  # samples compared with their chat template at once

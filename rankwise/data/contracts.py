@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rankwise.data import device, input_record
 from rankwise.data.labelling import label_task
-from rankwise.store.adapter import beside
+from rankwise.files.adapter import beside
 
 CONTRACTS = (input_record.FILE, device.FILE, label_task.FILE)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rankwise.core.geometry import Grid
 from rankwise.errors import DataError
-from rankwise.store.files import atomic_write
+from rankwise.files.atomic import atomic_write
 
 FORMAT = "rankwise-depth-map/1"
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from rankwise.core import depth as core
+from rankwise.core import geometry as core
 from rankwise.core.geometry import Grid
 from rankwise.data.depth_cache import BrokenMap, DepthCache, MapKey
 from rankwise.data.depth_files import DepthFiles, inverse_depth
@@ -27,7 +27,7 @@ from rankwise.data.device import DeviceReader
 from rankwise.data.grids import image_grids
 from rankwise.data.images import ImageReader, shown
 from rankwise.errors import DataError, UsageError
-from rankwise.store.files import sha256
+from rankwise.files.atomic import sha256
 
 NEEDS_NO_MAP = ("off", "constant", "ramp")
 LUMINANCE = "luminance"

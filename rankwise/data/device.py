@@ -24,8 +24,8 @@ from rankwise.core.geometry import letterbox
 from rankwise.data.images import ImageReader
 from rankwise.data.pixels import BLACK, Unreadable, flattened
 from rankwise.errors import DataError
-from rankwise.store.adapter import beside
-from rankwise.store.files import read_object, write_json
+from rankwise.files.adapter import beside
+from rankwise.files.atomic import read_object, write_json
 
 FILE, FORMAT = "device.json", "rankwise-device/1"
 SIZE, MAX_NEW_TOKENS, MARKER = 256, 32, "<__media__>"

@@ -20,7 +20,7 @@ from PIL import Image
 
 from rankwise.data.drawings import Scene, Thing, draw, neighbours, paint
 from rankwise.data.example import IMAGE_SLOT, Example, Turn
-from rankwise.store.files import write_json
+from rankwise.files.atomic import write_json
 
 KINDS = ("colour", "shape", "place", "count", "beside")
 IN_ORDER = "a {size} {colour} {shape} at the {place}"  # things in reading order; in the other forms in any

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import UsageError
-from rankwise.store.files import read_object
+from rankwise.files.atomic import read_object
 
 TABLE = Path(__file__).with_name("families.json")
 PAGE = "docs/vision.md lists the tested families"

@@ -18,8 +18,8 @@ from typing import Any
 from rankwise.data.example import Example
 from rankwise.data.render import STYLES, Renderer
 from rankwise.errors import DataError
-from rankwise.store.adapter import beside
-from rankwise.store.files import read_document, write_json
+from rankwise.files.adapter import beside
+from rankwise.files.atomic import read_document, write_json
 
 FILE, FORMAT = "input.json", "rankwise-input/1"
 SHOWN, WIDE = 8, 60  # characters of a hash, and of a value in a message

@@ -21,7 +21,7 @@ from typing import Any
 from rankwise.data.example import Example, one_per_prompt
 from rankwise.errors import DataError
 
-FORMAT = "rankwise-parts/1"
+PARTS_FORMAT = "rankwise-parts/1"
 SIMILAR = 0.95
 COMMON = 0.5
 WORD = re.compile(r"\w+")
@@ -47,7 +47,7 @@ class Parts:
         """Content of `parts.json`."""
         named = {"train": self.train, "dev": self.dev, "test": self.test}
         ids = {name: [example.id for example in part] for name, part in named.items()}
-        return {"format": FORMAT, **ids, "removed": dict(self.removed)}
+        return {"format": PARTS_FORMAT, **ids, "removed": dict(self.removed)}
 
 
 def divided(
@@ -62,8 +62,8 @@ def divided(
     Raises DataError where fewer rows are left than asked for.
     """
     order = shuffled_by_group(pool, generator)
-    test_rows, order = taken(order, sizes.test) if test is None else (chosen(test, sizes.test, generator), order)
-    dev_rows, order = taken(order, sizes.dev) if dev is None else (chosen(dev, sizes.dev, generator), order)
+    test_rows, order = taken(order, sizes.test) if test is None else (drawn_rows(test, sizes.test, generator), order)
+    dev_rows, order = taken(order, sizes.dev) if dev is None else (drawn_rows(dev, sizes.dev, generator), order)
     words = telling_words([*order, *dev_rows, *test_rows])
     dev_left = apart(dev_rows, test_rows, words)
     off_test = apart(order, test_rows, words)
@@ -106,7 +106,7 @@ def taken(order: Sequence[Example], count: int) -> tuple[list[Example], list[Exa
     return rows, [row for row in order if row.group not in seen]
 
 
-def chosen(rows: Sequence[Example], count: int, generator: random.Random) -> list[Example]:
+def drawn_rows(rows: Sequence[Example], count: int, generator: random.Random) -> list[Example]:
     """`count` random rows with prompts of their own."""
     return taken(shuffled_by_group(rows, generator), count)[0]
 

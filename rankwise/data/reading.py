@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 
 from accelerate import PartialState
 
-from rankwise.config import CheckConfig, DataSection, EvaluateConfig, FinetuneConfig, TrainConfig, ValidateConfig
 from rankwise.data.example import Examples
 from rankwise.data.sources import kind_of, load
 from rankwise.data.sources.conversations import speakers_of
 from rankwise.errors import UsageError
-from rankwise.store.processes import announce
+from rankwise.files.processes import announce
+from rankwise.options.commands import CheckConfig, EvaluateConfig, FinetuneConfig, TrainConfig, ValidateConfig
+from rankwise.options.sections import DataSection
 
 Configured = TypeVar("Configured", FinetuneConfig, TrainConfig, CheckConfig, EvaluateConfig, ValidateConfig)
 

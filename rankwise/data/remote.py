@@ -23,7 +23,7 @@ from filelock import FileLock
 
 from rankwise.data.pixels import is_picture
 from rankwise.data.sources.archives import cache
-from rankwise.store.files import atomic_write
+from rankwise.files.atomic import atomic_write
 
 LARGEST = 64 * 2**20  # bytes of one picture
 TIMEOUT = 20.0  # seconds to connect, and between two blocks

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rankwise.store.files import atomic_write
+from rankwise.files.atomic import atomic_write
 
 NAMES = (
     *("The Blue Lantern", "Willow House", "The Copper Kettle", "Harbour Lights", "The Old Mill", "Green Olive"),

@@ -18,11 +18,11 @@ from peft import AdaLoraConfig, PeftModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import Tensor
 
-from rankwise.core.importance import RankBudget
 from rankwise.core.plan import PlannedSite, RankPlan
+from rankwise.core.rank_budget import RankBudget
 from rankwise.errors import VerificationError
+from rankwise.files.adapter import LoraPair
 from rankwise.nets.adapt import ADAPTER, LoraSettings, check_built, lora_config, lora_layers, wrapped
-from rankwise.store.adapter import LoraPair
 
 SUFFIX = f".lora_E.{ADAPTER}"  # PEFT's rank pattern names a site by its Λ
 SHARED_FIELDS = ("lora_alpha", "target_modules", "fan_in_fan_out", "lora_dropout", "modules_to_save", "task_type")

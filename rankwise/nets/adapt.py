@@ -19,11 +19,10 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankwise.core.keys import PEFT_PREFIX
 from rankwise.core.plan import RankPlan
+from rankwise.core.site import PEFT_PREFIX
 from rankwise.errors import UsageError, VerificationError
-from rankwise.store.adapter import LoraPair
-from rankwise.store.adapter_config import completed
+from rankwise.files.adapter import LoraPair, completed
 
 ADAPTER = "default"
 MOVES_BASE = ("pissa", "olora")

@@ -13,10 +13,23 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rankwise.core.keys import PEFT_PREFIX
 from rankwise.core.plan import RankPlan
-from rankwise.core.site import nearest
+from rankwise.core.site import PEFT_PREFIX, nearest
 from rankwise.errors import DataError, VerificationError
+from rankwise.files.adapter import (
+    CONFIG_NAME,
+    COPY,
+    ORIGINAL,
+    LoraAdapter,
+    LoraPair,
+    adapter_files,
+    adapter_tensors,
+    lora_config,
+    read_adapter,
+    write_adapter,
+)
+from rankwise.files.atomic import atomic_files, read_object, write_json
+from rankwise.files.checkpoint import ADAPTER_NAMES, Checkpoint
 from rankwise.nets.adapt import (
     ADAPTER,
     built_shapes,
@@ -29,20 +42,6 @@ from rankwise.nets.adapt import (
 )
 from rankwise.nets.sites import weight_table
 from rankwise.nets.vocabulary import fitted
-from rankwise.store.adapter import (
-    CONFIG_NAME,
-    COPY,
-    ORIGINAL,
-    LoraAdapter,
-    LoraPair,
-    adapter_files,
-    adapter_tensors,
-    read_adapter,
-    write_adapter,
-)
-from rankwise.store.adapter_config import lora_config
-from rankwise.store.checkpoint import ADAPTER_NAMES, Checkpoint
-from rankwise.store.files import atomic_files, read_object, write_json
 
 SITES_FILE = "sites.json"
 SITES_FORMAT = "rankwise-sites/1"

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankwise.core.measure import same_as_stored
+from rankwise.files.checkpoint import Checkpoint, open_checkpoint
 from rankwise.nets.load import meta_model
 from rankwise.nets.pair import folder_of, model_weights
-from rankwise.store.checkpoint import Checkpoint, open_checkpoint
 from rankwise.store.deltas import CheckpointPair, DeltaSource, Place, SavedDeltas
 
 Maker = Callable[[], Tensor]

@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 
 from rankwise.core.measure import energy_of
 from rankwise.core.site import Site
+from rankwise.files.atomic import atomic_folder, write_json
+from rankwise.files.checkpoint import Checkpoint
 from rankwise.nets.sites import WeightTable
-from rankwise.store.checkpoint import Checkpoint
 from rankwise.store.deltas import DELTAS_FILE
-from rankwise.store.files import atomic_folder, write_json
 
 FORMAT = "rankwise-deltas/1"
 SHARD_BYTES = 2**30

@@ -23,9 +23,9 @@ from transformers import AutoConfig, DepthAnythingConfig, DepthAnythingForDepthE
 
 from rankwise.core.geometry import estimator_size
 from rankwise.errors import DataError
+from rankwise.files.checkpoint import resolve
+from rankwise.files.pickled import SUFFIXES, load_pickle
 from rankwise.nets.depth_weights import from_original
-from rankwise.store.checkpoint import resolve
-from rankwise.store.pickled import SUFFIXES, load_pickle
 
 SMALL = "depth-anything/Depth-Anything-V2-Small-hf"  # Apache-2.0; Base and Large are for non-commercial use only
 INPUT_SIZE = 518

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from rankwise.core.depth import CONTROLS
+from rankwise.core.geometry import CONTROLS
 from rankwise.errors import DataError, UsageError
-from rankwise.store.adapter import beside
-from rankwise.store.files import read_document, write_json
+from rankwise.files.adapter import beside
+from rankwise.files.atomic import read_document, write_json
 
 FILE, FORMAT = "depth.json", "rankwise-depth/1"
 GATES, LAYOUTS = ("learned", "none"), ("split", "interleaved")

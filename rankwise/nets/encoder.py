@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from rankwise.errors import DataError, UsageError
+from rankwise.files.checkpoint import resolve
 from rankwise.nets.load import PIXELS, check_torchvision, load_config, model_class, takes
-from rankwise.store.checkpoint import resolve
 
 CONTRAST = "return_loss"  # of images and texts: what CLIP, SigLIP and their kin can be asked for
 UNUSED = ("pooler", "head", "embeddings.mask_token")  # behind the last hidden state, or for training alone

@@ -26,12 +26,12 @@ from transformers import (
 )
 from transformers.quantizers import AutoHfQuantizer
 
-from rankwise.config import ModelSection
 from rankwise.errors import DataError, UsageError, need
+from rankwise.files.atomic import read_object
+from rankwise.files.checkpoint import INDEX, NAMES, resolve
 from rankwise.nets.sites import tower_prefixes
 from rankwise.nets.towers import outside_language
-from rankwise.store.checkpoint import INDEX, NAMES, resolve
-from rankwise.store.files import read_object
+from rankwise.options.sections import ModelSection
 
 COMMIT_LENGTH, PIXELS = 40, "pixel_values"
 UNFIT = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, StrictDataclassError)

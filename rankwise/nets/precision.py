@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch.nn.functional import linear
 
-from rankwise.store.processes import announce
+from rankwise.files.processes import announce
 
 ROWS, INNER, OUTER = 64, 576, 1536  # a product of the size that small models' are; 6 ms where it is emulated
 RUNS = 4

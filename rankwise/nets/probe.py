@@ -11,11 +11,11 @@ from rankwise.core.measure import Delta, from_difference
 from rankwise.core.site import Site, describe, nearest
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, UsageError
+from rankwise.files.adapter import LoraAdapter, read_adapter
+from rankwise.files.checkpoint import resolve
 from rankwise.nets.load import meta_model
 from rankwise.nets.pair import SiteFilter, open_pair
 from rankwise.nets.sites import model_sites
-from rankwise.store.adapter import LoraAdapter, read_adapter
-from rankwise.store.checkpoint import resolve
 from rankwise.store.deltas import DELTAS_FILE, DeltaSource, SavedDeltas, open_deltas
 from rankwise.store.spectra import Measured, MeasureSettings, Question, Unsettled, measure_adapter, measure_sites
 

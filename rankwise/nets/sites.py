@@ -19,8 +19,8 @@ from transformers.core_model_loading import Chunk, WeightConverter, WeightRenami
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.core.site import Site, describe
+from rankwise.files.checkpoint import Weight
 from rankwise.nets.precision import warn_if_slow
-from rankwise.store.checkpoint import Weight
 
 DEPTH_MODULES = frozenset(["depth_model", "depth_preproc"])
 

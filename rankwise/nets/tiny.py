@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 from rankwise.errors import VerificationError
-from rankwise.store.files import atomic_write
+from rankwise.files.atomic import atomic_write
 
 SIZES = {
     "hidden_size": 128,

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rankwise.errors import DataError
+from rankwise.files.checkpoint import open_checkpoint, resolve
 from rankwise.nets.image_features import seeing_part
 from rankwise.nets.load import load_model, take_any_pixels, weightless_model
 from rankwise.nets.sites import tower_of, tower_prefixes, weight_table
-from rankwise.store.checkpoint import open_checkpoint, resolve
 
 
 def load_vision_side(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rankwise.core.keys import parameter_name
+from rankwise.core.site import parameter_name
 from rankwise.errors import DataError
 
 

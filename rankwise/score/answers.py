@@ -32,7 +32,7 @@ DETAILS = {
 }
 
 
-def check_installed() -> None:
+def check_answers_installed() -> None:
     """UsageError naming the extra where a metric's library is missing: before hours of generation, not after."""
     need("rouge_score.rouge_scorer", extra="eval")
     bootstrap.check_installed()

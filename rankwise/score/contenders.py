@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rankwise.core.allocate import Rule, by_budget, decreasing, spectral_gains, uniform
-from rankwise.core.equalise import equalised
+from rankwise.core.allocate import Rule, by_budget, decreasing, equalised, spectral_gains, uniform
 from rankwise.core.factors import Factors
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum

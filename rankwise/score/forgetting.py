@@ -24,9 +24,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rankwise.data.collate import pad
 from rankwise.errors import DataError
+from rankwise.files.processes import gathered, own_share
 from rankwise.score import bootstrap
 from rankwise.score.result import EvaluationResult, installed
-from rankwise.store.processes import gathered, own_share
 
 FILE = "forgetting.json"
 TASK = "forgetting"

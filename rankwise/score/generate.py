@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from rankwise.config import GenerationSection
 from rankwise.data.collate import Collator, pad, seen
 from rankwise.data.example import Example
 from rankwise.data.render import Rendered, Renderer
 from rankwise.errors import UsageError
-from rankwise.options import option
+from rankwise.options.field import option
+from rankwise.options.sections import GenerationSection
 from rankwise.score.likelihood import answered, batch_losses, prompt_of
 
 DECIDING = "max_new_tokens do_sample temperature top_p num_beams length_penalty seed".split()

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rankwise.config.sections import HARNESS
 from rankwise.errors import DataError, UsageError, need
-from rankwise.options import unknown
+from rankwise.options.field import unknown
+from rankwise.options.sections import HARNESS
 from rankwise.score import bootstrap
 from rankwise.score.result import EvaluationResult
 

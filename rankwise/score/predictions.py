@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 from rankwise.data.example import Example
 from rankwise.data.layout import without_images
 from rankwise.errors import DataError, UsageError
+from rankwise.files.atomic import read_object, write_json
+from rankwise.files.processes import gathered, own_share, process_index
 from rankwise.score.generate import Answering
-from rankwise.store.files import read_object, write_json
-from rankwise.store.processes import gathered, own_share, process_index
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rankwise.store.files import read_document, write_json
+from rankwise.files.atomic import read_document, write_json
 
 FORMAT = "rankwise-evaluation/1"
 FILE = "evaluation_results.json"

@@ -14,10 +14,10 @@ from typing import Any
 
 from rankwise.data.example import Example
 from rankwise.data.render import Renderer
+from rankwise.files.processes import own_share
 from rankwise.score.classify import ByLikelihood, guess, label_set, true_label
 from rankwise.score.generate import Answering, GenerationSettings, HFGenerator
 from rankwise.score.likelihood import longest_answer
-from rankwise.store.processes import own_share
 
 MAX_NEW_TOKENS = 32  # where no device says how long an answer may be
 

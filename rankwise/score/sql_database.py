@@ -23,7 +23,7 @@ from typing import Any
 from rankwise.data.sources.rows import RowFile, json_rows
 from rankwise.data.sql import AGGREGATES, OPERATORS, Query
 from rankwise.errors import DataError
-from rankwise.store.files import atomic_write
+from rankwise.files.atomic import atomic_write
 
 SECONDS = 5.0
 MOST_ROWS = 100_000

@@ -13,12 +13,12 @@ from typing import Any
 from rankwise.data.example import Example, Examples, one_per_prompt
 from rankwise.data.sources import load
 from rankwise.errors import UsageError
+from rankwise.files.processes import process_index
 from rankwise.score import answers, classify, sql
 from rankwise.score.generate import Answering, Generator
 from rankwise.score.predictions import Prediction, predict
 from rankwise.score.result import EvaluationResult, Scores, installed
 from rankwise.score.text import check_installed, score_text
-from rankwise.store.processes import process_index
 
 LIBRARIES = ("rankwise", "torch", "transformers", "sacrebleu", "rouge-score", "nltk", "scikit-learn", "scipy")
 CLASSIFY = ("likelihood", "generation")
@@ -76,8 +76,8 @@ TASKS = {
         Task("wikisql", "wikisql", "exact_match", score_queries, sql.check_installed),
         Task("multi_nli", "multi_nli", "accuracy", score_classes, classify.check_installed, classifies=True),
         Task("labels", "labels", "accuracy", score_classes, classify.check_installed, classifies=True),
-        Task("cota", "cota", "exact_match", answers.score_final_answers, answers.check_installed),
-        Task("conversations", "conversations", "exact_match", answers.score_answers, answers.check_installed),
+        Task("cota", "cota", "exact_match", answers.score_final_answers, answers.check_answers_installed),
+        Task("conversations", "conversations", "exact_match", answers.score_answers, answers.check_answers_installed),
     )
 }
 

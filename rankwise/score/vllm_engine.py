@@ -14,10 +14,10 @@ from typing import Any
 from rankwise.data.example import Example
 from rankwise.data.render import Renderer
 from rankwise.errors import UsageError, need
+from rankwise.files.adapter import CONFIG_NAME
+from rankwise.files.atomic import read_object
 from rankwise.score.generate import Generated, GenerationSettings, LabelScores
 from rankwise.score.likelihood import answered, prompt_of
-from rankwise.store.adapter import CONFIG_NAME
-from rankwise.store.files import read_object
 
 EXTRA = "vllm"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank

@@ -12,9 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import TrainConfig
 from rankwise.core.phase import Phases
 from rankwise.nets.targets import TARGETS
+from rankwise.options.commands import TrainConfig
+from rankwise.pipeline.recipe import PACKAGED, load_recipe
+from rankwise.pipeline.table import configured
 from rankwise.scripts.evaluation import ModelEvaluator
 from rankwise.scripts.experiment import (
     ATTENTION_ONLY,
@@ -31,8 +33,6 @@ from rankwise.scripts.experiment import (
 )
 from rankwise.scripts.phases import schedule_of
 from rankwise.stages import scheduling, train
-from rankwise.stages.commands import configured
-from rankwise.stages.recipe import PACKAGED, load_recipe
 
 MODULES = dict(zip(TARGETS, (ATTENTION_ONLY, MLP_ONLY, BOTH), strict=False))
 FINAL_MODEL = "final_model"

@@ -12,7 +12,6 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.config import MAX_SEQ_LENGTH
 from rankwise.data.collate import Collator
 from rankwise.data.render import Renderer
 from rankwise.data.rendered import RenderedDataset
@@ -21,6 +20,7 @@ from rankwise.nets.adapt import LoraSettings, adapt
 from rankwise.nets.load import load_model, load_tokenizer
 from rankwise.nets.sites import model_sites, torch_dtype
 from rankwise.nets.targets import choose_sites, uniform_plan
+from rankwise.options.sections import MAX_SEQ_LENGTH
 from rankwise.scripts.experiment import DataConfig, LoRAConfig, ModelConfig
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from rankwise.errors import need
 
-LEVEL = 0.95
+ABSTAIN_LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Abstention:
 
     def as_dict(self) -> dict[str, Any]:
         precision = self.right / self.answered if self.answered else None
-        known = {"coverage": self.coverage, "precision": precision, "level": LEVEL}
+        known = {"coverage": self.coverage, "precision": precision, "level": ABSTAIN_LEVEL}
         return {
             **asdict(self),
             **known,
@@ -94,7 +94,7 @@ def searched(known: Sequence[tuple[float, bool]], n: int, min_precision: float) 
 
 def fewest(min_precision: float, wrong: int) -> int:
     """Items of which at most `wrong` are wrong that show a precision, at the level."""
-    count = math.ceil(math.log(1 - LEVEL) / math.log(min_precision))
+    count = math.ceil(math.log(1 - ABSTAIN_LEVEL) / math.log(min_precision))
     while lower_bound(count - wrong, count) < min_precision:
         count += 1
     return count
@@ -103,10 +103,10 @@ def fewest(min_precision: float, wrong: int) -> int:
 def lower_bound(right: int, n: int) -> float:
     """One-sided 95 % lower bound of a share, exact (Clopper-Pearson)."""
     test = need("scipy.stats", extra="eval").binomtest(right, n, alternative="greater")
-    return float(test.proportion_ci(LEVEL, method="exact").low)
+    return float(test.proportion_ci(ABSTAIN_LEVEL, method="exact").low)
 
 
 def interval(count: int, n: int) -> tuple[float, float]:
     """Two-sided 95 % interval of a share, exact."""
-    found = need("scipy.stats", extra="eval").binomtest(count, n).proportion_ci(LEVEL, method="exact")
+    found = need("scipy.stats", extra="eval").binomtest(count, n).proportion_ci(ABSTAIN_LEVEL, method="exact")
     return float(found.low), float(found.high)

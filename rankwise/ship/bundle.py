@@ -26,12 +26,12 @@ from rankwise.data.example import IMAGE_SLOT, Example
 from rankwise.data.labelling.label_task import LabelTask
 from rankwise.data.render import Renderer
 from rankwise.errors import DataError, VerificationError
+from rankwise.files.atomic import read_document, read_object, sha256, write_json, write_text
 from rankwise.score.likelihood import answer_ids
 from rankwise.ship.gguf.reading import GGUFFile
 from rankwise.ship.gguf.vocabulary import SPACES
 from rankwise.ship.parity.cases import Case
 from rankwise.ship.parity.reference import Expected
-from rankwise.store.files import read_document, read_object, sha256, write_json, write_text
 
 FILE, FORMAT = "bundle.json", "rankwise-bundle/1"
 PROMPT, PROMPT_JSON, LABELS, GRAMMAR, ABSTAIN = (

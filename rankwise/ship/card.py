@@ -15,8 +15,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from rankwise.errors import UsageError
-from rankwise.store.checkpoint import HUB_ID
-from rankwise.store.files import read_bytes, write_text
+from rankwise.files.atomic import read_bytes, write_text
+from rankwise.files.checkpoint import HUB_ID
 
 MARK = "<!-- written by rankwise card; running it again replaces this file -->"
 LIBRARIES = {"adapter": "peft", "merged": "transformers", "export": "llama.cpp", "bundle": "llama.cpp"}

@@ -25,13 +25,13 @@ from rankwise.data.example import Example, Turn
 from rankwise.data.images import ImageReader
 from rankwise.data.pixels import suffix_of
 from rankwise.errors import DataError
+from rankwise.files.atomic import read_document, write_text
 from rankwise.ship.parity.app_pixels import sha256_rgb
 from rankwise.ship.parity.cases import Case, Source
 from rankwise.ship.parity.divergence import top_of
 from rankwise.ship.parity.floor import Thresholds
 from rankwise.ship.parity.pixel_rung import on_canvas
 from rankwise.ship.parity.reference import Expected, Pixels, Reference
-from rankwise.store.files import read_document, write_text
 
 FOLDER, FILE, FORMAT = "golden", "golden.json", "rankwise-golden/1"
 Row = dict[str, Any]

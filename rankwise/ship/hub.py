@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 
 from rankwise.errors import ServiceError, UsageError
-from rankwise.store.checkpoint import HUB_ID
+from rankwise.files.checkpoint import HUB_ID
 
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{4,}|Bearer\s+\S+")
 CARD = "README.md"

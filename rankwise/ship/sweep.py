@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from rankwise.errors import DataError, UsageError
+from rankwise.files.atomic import write_json
 from rankwise.score.bootstrap import wilson
 from rankwise.ship.gguf.quantize import quantize
 from rankwise.ship.inferiority import NOT_INFERIOR, UNDECIDED, Difference, compared
 from rankwise.ship.llama.runtime import LlamaServer, Runtime
-from rankwise.store.files import write_json
 
 FILE, FORMAT = "sweep.json", "rankwise-sweep/1"
 MARGIN = 0.02  # of accuracy

@@ -15,10 +15,10 @@ from typing import Any
 
 from rankwise.data.example import Example
 from rankwise.data.render import Renderer
+from rankwise.files.ledger import drop_cut_line
 from rankwise.score.generate import Generated, LabelScores
 from rankwise.ship.llama.gguf_generator import GGUFGenerator
 from rankwise.ship.llama.runtime import Completion, Runtime, RuntimeInfo
-from rankwise.store.ledger import drop_cut_line
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from statistics import mean, median
 from typing import Any
 
 from rankwise.data.check import KINDS, Findings, Problem, histogram
-from rankwise.show.format import plural
+from rankwise.page.text import plural
 
 FORMAT = "rankwise-check/1"
 BAR = 40  # characters of the longest bar

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rankwise.show.canvas import colormap, name_axes, new_figure, readable_on, save
-from rankwise.show.format import clip
+from rankwise.page.canvas import colormap, name_axes, new_figure, readable_on, save
+from rankwise.page.text import clip
 
 CELL = 0.62  # inches
 NONE = "no class"

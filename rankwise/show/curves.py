@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import DataError
+from rankwise.page.canvas import BLUE, GREY, INK, YELLOW, legend, name_axes, new_figure, save
+from rankwise.page.text import clip, metric_name, score
 from rankwise.score.result import READ_FIRST, EvaluationResult
-from rankwise.show.canvas import BLUE, GREY, INK, YELLOW, legend, name_axes, new_figure, save
-from rankwise.show.format import clip, metric_name, score
 
 Point = tuple[float, float]
 SHADES = (GREY, BLUE, YELLOW, "#4a566c", "#b0a473", "#222222")

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rankwise.page.canvas import BLUE, GREY, INK, YELLOW, name_axes, new_figure, save
+from rankwise.page.text import align, clip, plural
 from rankwise.score.downstream import NOTHING, ORIGINAL, WHOLE
-from rankwise.show.canvas import BLUE, GREY, INK, YELLOW, name_axes, new_figure, save
-from rankwise.show.format import align, clip, plural
 
 FORMAT = "rankwise-downstream/1"
 JSON, MARKDOWN, PICTURE = "downstream.json", "downstream.md", "downstream.png"

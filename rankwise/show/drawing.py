@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rankwise.show.blocks import Picture
+from rankwise.page.blocks import Picture
+from rankwise.page.text import printable
 from rankwise.show.confusion import plot_confusion
 from rankwise.show.contents import Contents, Scored
 from rankwise.show.curves import plot_loss, plot_scores, points, shared_metrics
 from rankwise.show.factor_reading import feature_pictures
-from rankwise.show.format import printable
 from rankwise.show.gradient_series import boundaries
 from rankwise.show.gradients import gradient_pictures
 from rankwise.show.plots import plot_energy_heatmap, plot_gain, plot_ranks_heatmap

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise.show.format import amount, memory, plural
+from rankwise.page.text import amount, memory, plural
 from rankwise.train.estimate import Needs
 
 LABEL, WIDTH = 22, 17

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rankwise.page.blocks import Block, Picture, Table, Words
+from rankwise.page.text import align, amount, printable
 from rankwise.score.factorization import GRAM
-from rankwise.show.blocks import Block, Picture, Table, Words
 from rankwise.show.factor_words import (
     Comparison,
     cost_of,
@@ -20,7 +21,6 @@ from rankwise.show.factor_words import (
     timing_words,
     verdict,
 )
-from rankwise.show.format import align, amount, printable
 
 CLOSE = ("method", "relative error", "excess error, %", "energy", "cosine", "angle")
 COST = ("method", "time", "speed", "MFLOP", "parameters", "stored")

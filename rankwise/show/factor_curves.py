@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import DataError
-from rankwise.show.canvas import (
+from rankwise.page.canvas import (
     BLUE,
     GREY,
     INK,

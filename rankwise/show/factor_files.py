@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rankwise.files.atomic import write_json, write_text
+from rankwise.page.blocks import Page, Picture, Section
+from rankwise.page.template import render
 from rankwise.score.factorization import GRAM, PCA, SVD
-from rankwise.show.blocks import Page, Picture, Section
 from rankwise.show.factor_blocks import comparison_blocks
 from rankwise.show.factor_plots import PLOTS
 from rankwise.show.factor_words import FILE, Comparison
-from rankwise.show.template import render
-from rankwise.store.files import write_json, write_text
 
 PAGE, OF_ONE, PLOT_FOLDER = "comparison.md", "svd_nn_comparison.json", "plots"
 __all__ = ["FILE", "OF_ONE", "PAGE", "PLOT_FOLDER", "of_one", "write_comparison"]

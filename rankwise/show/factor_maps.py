@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from rankwise.show.canvas import INK, colormap, new_figure, save
-from rankwise.show.format import clip
+from rankwise.page.canvas import INK, colormap, new_figure, save
+from rankwise.page.text import clip
 
 CELL, LABELS, BAR = 0.95, 1.0, 0.75  # inches
 Grid = tuple[int, int]

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from rankwise.page.canvas import BLUE, GREY, INK, YELLOW, log_ticks, name_axes, new_figure, save, style
+from rankwise.page.text import clip
 from rankwise.score.factorization import GRAM, SVD
-from rankwise.show.canvas import BLUE, GREY, INK, YELLOW, log_ticks, name_axes, new_figure, save, style
 from rankwise.show.factor_words import Comparison, cost_of, row_of
-from rankwise.show.format import clip
 
 BINS = 30
 LINEAR_BELOW = 1.0  # per cent of excess error: from there on the axis is logarithmic

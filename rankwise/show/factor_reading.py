@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import DataError
+from rankwise.files.atomic import read_json
+from rankwise.page.text import is_number
 from rankwise.show.contents import Contents
 from rankwise.show.downstream import FORMAT as DOWNSTREAM_FORMAT
 from rankwise.show.downstream import JSON as DOWNSTREAM_FILE
@@ -18,8 +20,6 @@ from rankwise.show.downstream import plot_downstream
 from rankwise.show.factor_curves import plot_factor_training
 from rankwise.show.factor_plots import PLOTS
 from rankwise.show.factor_words import FILE, FORMAT, PARTS
-from rankwise.show.format import is_number
-from rankwise.store.files import read_json
 from rankwise.train.epoch_history import HISTORY, best_row
 
 BY_EPOCH = ("epoch", "train_mse", "val_mse", "lr", "effective_rank")

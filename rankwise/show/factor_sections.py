@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rankwise.show.blocks import Block, Table, Words
+from rankwise.page.blocks import Block, Table, Words
+from rankwise.page.text import plural, printable
 from rankwise.show.contents import Contents
 from rankwise.show.downstream import HEADER, RIGHT_ALIGNED, cells, on_what, reading
 from rankwise.show.drawing import Drawings
 from rankwise.show.factor_blocks import comparison_blocks
 from rankwise.show.factor_plots import PLOTS
 from rankwise.show.factor_reading import CURVES, DOWNSTREAM
-from rankwise.show.format import plural, printable
 from rankwise.train.epoch_history import best_row
 
 TRAIN, COMPARE, ANSWERS = "features train", "features compare", "features downstream"

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rankwise.page.text import clip, percent, plural, printable
 from rankwise.score.factorization import GRAM, PCA, SVD
-from rankwise.show.format import clip, percent, plural, printable
 
 FORMAT, FILE = "rankwise-factors/1", "comparison.json"
 PARTS = ("rank", "tokens", "channels", "networks", "timing", "storage", "sources", "cost", "sweep")

@@ -13,11 +13,11 @@ from typing import Any
 from PIL import Image
 
 from rankwise.data.images import BadImage, ImageReader
+from rankwise.files.atomic import atomic_write
+from rankwise.page.blocks import Answer, Gallery, Picture, Shot
+from rankwise.page.text import plural, printable
 from rankwise.score.answers import is_right
-from rankwise.show.blocks import Answer, Gallery, Picture, Shot
 from rankwise.show.contents import Scored
-from rankwise.show.format import plural, printable
-from rankwise.store.files import atomic_write
 
 MOST_SHOTS = 12
 THUMBNAIL = 192  # pixels of the longer side: sharp at 128 CSS pixels, and twelve of them stay below a megabyte

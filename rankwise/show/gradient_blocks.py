@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rankwise.show.blocks import Block, Folded, Picture, Table, Words
-from rankwise.show.format import number
+from rankwise.page.blocks import Block, Folded, Picture, Table, Words
+from rankwise.page.text import number
 from rankwise.show.gradient_series import GradientTables
 from rankwise.show.gradient_summary import NAMES, gradient_summary, sentences
 

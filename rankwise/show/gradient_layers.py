@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import DataError, need
-from rankwise.show.canvas import (
+from rankwise.page.canvas import (
     BLUE,
     INK,
     YELLOW,

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import DataError
-from rankwise.show.format import number, percent, plural
+from rankwise.files.atomic import write_json, write_text
+from rankwise.page.text import number, percent, plural
 from rankwise.show.gradient_series import GradientTables, Series, by_kind, mean, read_tables, series
-from rankwise.store.files import write_json, write_text
 from rankwise.train.gradient_table import GROUP_OF, GROUPS, summary
 
 TEXT, JSON = "gradient_summary.txt", "gradient_summary.json"

@@ -16,8 +16,8 @@ import torch
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import need
-from rankwise.show.canvas import BLUE, GREY, INK, colormap, legend, name_axes, new_figure, readable_on, save
-from rankwise.show.format import clip
+from rankwise.page.canvas import BLUE, GREY, INK, colormap, legend, name_axes, new_figure, readable_on, save
+from rankwise.page.text import clip
 
 Cells = dict[tuple[str, int | None], float]
 CELL, MOST_WIDTH, LEAST_WIDTH_FOR_TEXT = 0.5, 11.0, 0.27  # inches

@@ -14,12 +14,12 @@ from tqdm import tqdm
 from rankwise.core.plan import RankPlan
 from rankwise.core.site import Site
 from rankwise.errors import UsageError
+from rankwise.files.atomic import atomic_write, write_json, write_text
 from rankwise.score.gain import Gain
 from rankwise.score.histories import Histories
 from rankwise.show.emit import emit
 from rankwise.show.plots import plot_decay, plot_energy_heatmap, plot_gain, plot_ranks_heatmap
 from rankwise.store.deltas import DeltaSource
-from rankwise.store.files import atomic_write, write_json, write_text
 from rankwise.store.spectra import Measured
 
 SVD_FOLDER = Path("analysis_outputs") / "svd"

@@ -19,24 +19,23 @@ from typing import Any
 
 from rankwise.core.plan import RankPlan
 from rankwise.errors import DataError
+from rankwise.files.atomic import read_bytes, read_document, read_json, read_object
+from rankwise.files.lineage import named, walk
+from rankwise.files.plan import read_plan
+from rankwise.files.run_folder import FORMAT as MANIFEST_FORMAT
+from rankwise.files.run_folder import MANIFEST, without_secrets
+from rankwise.page.text import is_number
+from rankwise.pipeline.times import read_times
 from rankwise.score.forgetting import FILE as FORGETTING
 from rankwise.score.result import FILE as RESULTS
 from rankwise.score.result import EvaluationResult
 from rankwise.ship.validation import FILE as VALIDATION
 from rankwise.show.contents import Adapted, Contents, Fidelity, Scored, Stage
 from rankwise.show.factor_reading import read_comparisons, read_downstream, read_histories
-from rankwise.show.format import is_number
 from rankwise.show.gradient_series import GradientTables, read_phases, read_tables
-from rankwise.show.pipeline import read_times
 from rankwise.show.study_words import FORMAT as STUDY_FORMAT
 from rankwise.show.study_words import PARTS as STUDY_PARTS
 from rankwise.show.validation import read_validation
-from rankwise.store.files import read_bytes, read_document, read_json, read_object
-from rankwise.store.lineage import named, walk
-from rankwise.store.plan_file import read_plan
-from rankwise.store.run import FORMAT as MANIFEST_FORMAT
-from rankwise.store.run import MANIFEST
-from rankwise.store.secrets import without_secrets
 from rankwise.train.gradient_table import GROUPS, NORMS
 
 GENERIC = ("evaluation", "evaluate", "results", "predictions", "final_model")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rankwise.page.blocks import Block, Examples, Folded, Gallery, Picture, Table
+from rankwise.page.text import metric_name, number, printable, score
 from rankwise.score.classify import confusion_table
 from rankwise.score.result import EvaluationResult
-from rankwise.show.blocks import Block, Examples, Folded, Gallery, Picture, Table
 from rankwise.show.contents import Scored
-from rankwise.show.format import metric_name, number, printable, score
 from rankwise.show.gallery import MARKED
 
 MOST_EXAMPLES = 3

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rankwise.core.plan import RankPlan
-from rankwise.show.blocks import Block, Folded, Picture, Section, Table, Words
+from rankwise.page.blocks import Block, Folded, Picture, Section, Table, Words
+from rankwise.page.text import clip, duration, is_number, memory, number, percent, plural, printable
+from rankwise.pipeline.times import time_table
 from rankwise.show.contents import Adapted, Contents, Fidelity, Stage
 from rankwise.show.drawing import Drawings
 from rankwise.show.factor_sections import feature_blocks
-from rankwise.show.format import clip, duration, is_number, memory, number, percent, plural, printable
 from rankwise.show.gradient_blocks import GRADIENT_PLOTS, gradient_blocks
-from rankwise.show.pipeline import time_table
 from rankwise.show.plots import is_shuffle
 from rankwise.show.rank_table import layer_ranges
 from rankwise.show.study_blocks import study_blocks

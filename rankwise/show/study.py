@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rankwise.show.blocks import Page, Picture, Section
-from rankwise.show.canvas import drawable
+from rankwise.files.atomic import write_json, write_text
+from rankwise.page.blocks import Page, Picture, Section
+from rankwise.page.canvas import drawable
+from rankwise.page.template import render
 from rankwise.show.study_blocks import study_blocks
 from rankwise.show.study_plots import PLOTS
-from rankwise.show.template import render
-from rankwise.store.files import write_json, write_text
 
 FILE = "study.json"
 

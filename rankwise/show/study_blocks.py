@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rankwise.show.blocks import Block, Folded, Picture, Table, Words
-from rankwise.show.format import plural, printable
+from rankwise.page.blocks import Block, Folded, Picture, Table, Words
+from rankwise.page.text import plural, printable
 from rankwise.show.study_words import (
     Study,
     assay_sentence,

@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from rankwise.show.canvas import BLUE, FAINT, GREY, log_ticks, name_axes, new_figure, save, style
-from rankwise.show.format import clip
+from rankwise.page.canvas import BLUE, FAINT, GREY, log_ticks, name_axes, new_figure, save, style
+from rankwise.page.text import clip
 from rankwise.show.study_words import Study, place
 
 REFERENCES = ("full", "base")

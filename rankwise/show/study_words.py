@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rankwise.show.format import number, plural
+from rankwise.page.text import number, plural
 
 FORMAT = "rankwise-study/1"
 PARTS = ("verdicts", "assay", "arms", "differences", "tuning", "seeds", "data", "notes", "registration")

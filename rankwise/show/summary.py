@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rankwise.core.plan import PlannedSite, RankPlan
-from rankwise.show.format import clip, duration, memory, percent, plural
+from rankwise.page.text import clip, duration, memory, percent, plural
 from rankwise.show.rank_table import rank_table
 
 WIDTH, HEIGHT, LABEL = 100, 24, 11

@@ -10,11 +10,12 @@ import torch
 from peft import PeftModel
 from transformers import TrainingArguments, set_seed
 
-from rankwise.config import LoraSection, TrainConfig
-from rankwise.core.plan import RankPlan
-from rankwise.core.plan_content import recorded_sites
+from rankwise.core.plan import RankPlan, recorded_sites
 from rankwise.core.site import Site
 from rankwise.errors import UsageError
+from rankwise.files.atomic import read_object
+from rankwise.files.plan import find_plan, read_plan
+from rankwise.files.processes import announce
 from rankwise.nets.adalora import Allocation, adapt_allocated
 from rankwise.nets.adapt import LoraSettings, adapt
 from rankwise.nets.depth import attach_depth
@@ -22,12 +23,11 @@ from rankwise.nets.load import loaded
 from rankwise.nets.sites import tower_of
 from rankwise.nets.starts import eva_start, input_directions, warm_start
 from rankwise.nets.targets import LANGUAGE, check_plan, choose_sites, restricted, uniform_plan
+from rankwise.options.commands import TrainConfig
+from rankwise.options.sections import LoraSection
 from rankwise.score.likelihood import BESIDE
 from rankwise.stages.training import Job
 from rankwise.store.deltas import open_deltas
-from rankwise.store.files import read_object
-from rankwise.store.plan_file import find_plan, read_plan
-from rankwise.store.processes import announce
 from rankwise.train.arguments import frozen_dtype
 
 EVA_BATCHES, EVA_ROWS = 16, 8

@@ -12,18 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.config import TrainConfig
 from rankwise.core.plan import RankPlan
 from rankwise.errors import VerificationError
+from rankwise.files.adapter import LoraAdapter, lora_config, write_adapter
+from rankwise.files.plan import PLAN_FILE, write_plan
 from rankwise.nets.adalora import allocated_plan, plain_pairs
 from rankwise.nets.adapters import full_weights, load_adapter, write_sites
+from rankwise.options.commands import TrainConfig
+from rankwise.page.text import amount, plural
 from rankwise.score.likelihood import BESIDE
-from rankwise.show.format import amount, plural
 from rankwise.stages.outcome import Outcome, adapter_folder
 from rankwise.stages.training import Job
-from rankwise.store.adapter import LoraAdapter, write_adapter
-from rankwise.store.adapter_config import lora_config
-from rankwise.store.plan_file import PLAN_FILE, write_plan
 from rankwise.train.allocation import ALLOCATED_TABLE, RankAllocation
 from rankwise.train.trainer import RankwiseTrainer
 

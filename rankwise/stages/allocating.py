@@ -10,14 +10,15 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from rankwise.config import LoraSection, TrainConfig
-from rankwise.core.importance import RankBudget
 from rankwise.core.plan import RankPlan
+from rankwise.core.rank_budget import RankBudget
 from rankwise.errors import UsageError
+from rankwise.files.processes import announce
 from rankwise.nets.adalora import Allocation
-from rankwise.show.format import plural
+from rankwise.options.commands import TrainConfig
+from rankwise.options.sections import LoraSection
+from rankwise.page.text import plural
 from rankwise.stages.scheduling import schedule_of
-from rankwise.store.processes import announce
 from rankwise.train.estimate import run_length
 
 

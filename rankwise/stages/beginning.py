@@ -14,17 +14,16 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from rankwise.config import FinetuneConfig, TrainConfig
 from rankwise.data.collate import Collator
 from rankwise.data.packing import PackedDataset, unpacked_difference
 from rankwise.data.rendered import RenderedDataset
 from rankwise.errors import UsageError, VerificationError
+from rankwise.files.atomic import Aside, about_to_write
+from rankwise.files.processes import announce, process_index
+from rankwise.files.run_folder import CONFIG, RunFolder
+from rankwise.options.commands import FinetuneConfig, TrainConfig
 from rankwise.stages.recorded import save_input
 from rankwise.stages.training import Job
-from rankwise.store.aside import Aside
-from rankwise.store.files import about_to_write
-from rankwise.store.processes import announce, process_index
-from rankwise.store.run import CONFIG, RunFolder
 from rankwise.train.allocation import ALLOCATED_TABLE
 from rankwise.train.gradient_table import TRAINING_LOG
 from rankwise.train.gradients import GRADIENT_FILES

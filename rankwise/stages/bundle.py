@@ -15,12 +15,15 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import BundleConfig
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.input_record import InputRecord
 from rankwise.data.labelling.label_task import FILE as TASK_FILE
 from rankwise.data.labelling.label_task import LabelTask, read_task
 from rankwise.errors import UsageError, VerificationError
+from rankwise.files.atomic import atomic_folder, write_text
+from rankwise.files.run_folder import RunFolder, called
+from rankwise.options.commands import BundleConfig
+from rankwise.page.text import command_line
 from rankwise.ship.abstain import Abstention, abstention
 from rankwise.ship.bundle import (
     GRAMMAR,
@@ -48,12 +51,9 @@ from rankwise.ship.modelfile import Template, end_texts, modelfile, template_of
 from rankwise.ship.parity.app_pixels import AppPixels
 from rankwise.ship.parity.ladder import Ladder, climb
 from rankwise.show.bundle import Told, ladder_lines, readme
-from rankwise.show.format import command_line
 from rankwise.stages.bundling import Source, source_of
 from rankwise.stages.recorded import announce_prompts, recorded
 from rankwise.stages.validating import ROOM, Trained, context
-from rankwise.store.files import atomic_folder, write_text
-from rankwise.store.run import RunFolder, called
 
 STAGE = "bundle"
 

@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import BundleConfig, ScoredData, ValidateConfig
 from rankwise.errors import DataError, UsageError, VerificationError
+from rankwise.files.atomic import fingerprint, read_document, read_object, sha256
+from rankwise.files.run_folder import CONFIG, RunFolder
+from rankwise.options.commands import BundleConfig, ValidateConfig
+from rankwise.options.sections import ScoredData
+from rankwise.pipeline.table import configured
 from rankwise.ship.gguf.export import Exported, read_export
 from rankwise.ship.parity.floor import K
 from rankwise.ship.validation import FILE, FORMAT
-from rankwise.stages.commands import configured
 from rankwise.stages.shipped import LAST, Shipment, Shipped
 from rankwise.stages.validating import Trained, trained_side
-from rankwise.store.files import fingerprint, read_document, read_object, sha256
-from rankwise.store.run import CONFIG, RunFolder
 
 SHIPPED = "q8_0"
 ITEMS = 200  # rows that golden vectors are chosen from

@@ -12,18 +12,18 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from rankwise.config import CardConfig
 from rankwise.data.contracts import CONTRACTS
 from rankwise.errors import UsageError, VerificationError
+from rankwise.files.adapter import CONFIG_NAME
+from rankwise.files.atomic import read_object
+from rankwise.files.checkpoint import HUB_ID
+from rankwise.files.lineage import EXPORT
+from rankwise.options.commands import CardConfig
+from rankwise.page.text import memory, plural
 from rankwise.ship.card import CardFacts, license_of, model_card, save_card
 from rankwise.ship.hub import CARD, Upload, check_repository, upload
-from rankwise.show.format import memory, plural
 from rankwise.stages import card_facts as facts
 from rankwise.stages.card_sources import Recorded, Sources, chosen, sources_of
-from rankwise.store.adapter import CONFIG_NAME
-from rankwise.store.checkpoint import HUB_ID
-from rankwise.store.files import read_object
-from rankwise.store.lineage import EXPORT
 
 NEVER = (".*", "resolved_config*.json", "manifest.json", "predictions*", "*.log", CARD, "training_args.bin")
 OF_AN_ADAPTER = ("adapter_model.*", "adapter_config.json", "sites.json", "depth.json", *CONTRACTS)

@@ -12,13 +12,13 @@ from typing import Any
 
 from rankwise.data.input_record import FILE as INPUT
 from rankwise.data.input_record import read_input
+from rankwise.files.checkpoint import HUB_ID
+from rankwise.files.lineage import EXPORT
+from rankwise.page.text import amount, duration, memory, metric_name, number, percent, score
 from rankwise.ship.card import Metric, table
 from rankwise.ship.validation import FILE as VALIDATION
 from rankwise.show.contents import Scored
-from rankwise.show.format import amount, duration, memory, metric_name, number, percent, score
 from rankwise.stages.card_sources import BUNDLE, Recorded, Sources
-from rankwise.store.checkpoint import HUB_ID
-from rankwise.store.lineage import EXPORT
 
 # Settings worth a line, where the run has them: name in the config → as a card says it.
 SETTINGS = {

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import DataError
+from rankwise.files.adapter import CONFIG_NAME, is_adapter
+from rankwise.files.atomic import read_object
+from rankwise.files.lineage import EXPORT, adapters_of, chain, named, walk
+from rankwise.files.run_folder import CONFIG, MANIFEST
 from rankwise.show.contents import Contents, Scored
 from rankwise.show.reading import read_run
-from rankwise.store.adapter import CONFIG_NAME, is_adapter
-from rankwise.store.files import read_object
-from rankwise.store.lineage import EXPORT, adapters_of, chain, named, walk
-from rankwise.store.run import CONFIG, MANIFEST
 
 BUNDLE = "bundle.json"
 KINDS = ("bundle", "export", "merged", "adapter")  # the furthest along first

@@ -12,21 +12,21 @@ from typing import Any
 
 import torch
 
-from rankwise.config import CheckConfig
 from rankwise.data.check import Findings, Problem, examined
 from rankwise.data.example import Examples
 from rankwise.data.reading import check_data, reading, settle
 from rankwise.data.render import Renderer
 from rankwise.data.sources import load
 from rankwise.errors import DataError
+from rankwise.files.atomic import write_json, write_text
+from rankwise.files.run_folder import RunFolder
 from rankwise.nets.cut_down import Untried, cut_down, headless, random_model
 from rankwise.nets.load import load_config, loadable, loaded
+from rankwise.options.commands import CheckConfig
+from rankwise.pipeline.idle import refuse_idle
 from rankwise.show.check import in_words, report
-from rankwise.stages.idle import refuse_idle
 from rankwise.stages.rendering import image_reader, renderer_for
 from rankwise.stages.trial import tried
-from rankwise.store.files import write_json, write_text
-from rankwise.store.run import RunFolder
 
 REPORT, BAD = "check.json", "bad_samples.jsonl"
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rankwise.config import CompareConfig
 from rankwise.errors import UsageError
+from rankwise.files.atomic import write_json, write_text
+from rankwise.options.commands import CompareConfig
 from rankwise.show.comparison import CSV, JSON, MARKDOWN, PICTURE, markdown, plot_comparison, read_rows, table_text
-from rankwise.store.files import write_json, write_text
 
 
 def run(config: CompareConfig) -> Path:

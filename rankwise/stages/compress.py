@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import CompressConfig
 from rankwise.core.allocate import Rule, by_budget, parse_budget, spectral_gains
 from rankwise.core.factors import Factors, balanced
 from rankwise.core.site import Site
@@ -20,16 +19,24 @@ from rankwise.core.site import describe as describe_site
 from rankwise.core.spectrum import Spectrum
 from rankwise.data.contracts import carry
 from rankwise.errors import DataError, UsageError
+from rankwise.files.adapter import (
+    CONFIG_NAME,
+    LoraAdapter,
+    LoraPair,
+    adapter_files,
+    lora_config,
+    read_adapter,
+    write_adapter,
+)
+from rankwise.files.checkpoint import ADAPTER_NAMES
+from rankwise.files.lineage import trained_rows
+from rankwise.files.run_folder import RunFolder
 from rankwise.nets.adapters import publish
 from rankwise.nets.depth_settings import read_depth, write_depth
+from rankwise.options.commands import CompressConfig
+from rankwise.page.text import command_line
 from rankwise.ship.merging.beside import own_files
-from rankwise.show.format import command_line
 from rankwise.stages.fidelity import Fidelity, SiteFidelity, require_all_kept
-from rankwise.store.adapter import CONFIG_NAME, LoraAdapter, LoraPair, adapter_files, read_adapter, write_adapter
-from rankwise.store.adapter_config import lora_config
-from rankwise.store.checkpoint import ADAPTER_NAMES
-from rankwise.store.lineage import trained_rows
-from rankwise.store.run import RunFolder
 
 SCALE = 2.0  # alpha = 2r at every site, so that one rank and one alpha describe a uniform adapter
 

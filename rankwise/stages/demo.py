@@ -12,21 +12,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rankwise.config import DemoConfig, RunConfig
 from rankwise.data.collate import Collator
 from rankwise.data.layout import sections
 from rankwise.data.restaurants import guide, write_task
 from rankwise.data.sources import load
 from rankwise.errors import UsageError, need
+from rankwise.files.atomic import atomic_folder, read_object
+from rankwise.files.run_folder import RunFolder
 from rankwise.nets.tiny import random_llama, save_tokenizer
+from rankwise.options.commands import DemoConfig, RunConfig
+from rankwise.page.text import amount, duration
+from rankwise.pipeline import run as recipes
+from rankwise.pipeline.recipe import find_recipe, load_recipe
 from rankwise.score.result import EvaluationResult
 from rankwise.ship.gguf.converter import find_converter
-from rankwise.show.format import amount, duration
 from rankwise.stages import demo_vision
-from rankwise.stages import run as recipes
-from rankwise.stages.recipe import find_recipe, load_recipe
-from rankwise.store.files import atomic_folder, read_object
-from rankwise.store.run import RunFolder
 from rankwise.train.pretrain import pretrain
 
 

@@ -30,9 +30,9 @@ from rankwise.data.render import Renderer
 from rankwise.data.rendered import RenderedDataset
 from rankwise.data.sight import Sight
 from rankwise.data.sources import load
+from rankwise.files.atomic import atomic_folder
 from rankwise.nets.tiny_vision import SIDE, Eye, processor_of, random_smolvlm, save_tokenizer
-from rankwise.show.format import amount, duration
-from rankwise.store.files import atomic_folder
+from rankwise.page.text import amount, duration
 from rankwise.train.pretrain import pretrain
 
 TRAIN, HELD_OUT = "train.json", "heldout.json"

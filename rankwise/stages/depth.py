@@ -16,19 +16,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from rankwise.config import DepthSection, DepthUseSection
-from rankwise.core.depth import CONTROLS
+from rankwise.core.geometry import CONTROLS
 from rankwise.data.depth_cache import DepthCache, source_name
 from rankwise.data.depth_files import DepthFiles
 from rankwise.data.depth_maps import DepthMaps, MapTask
 from rankwise.data.example import Example
 from rankwise.data.sight import Sight
 from rankwise.errors import DataError, RankwiseError, UsageError
+from rankwise.files.checkpoint import resolve
+from rankwise.files.processes import announce, gathered, own_share, process_index
 from rankwise.nets.depth import ENCODER, encoder_of
 from rankwise.nets.depth_estimator import SMALL, DepthEstimator, load_estimator
 from rankwise.nets.depth_settings import DepthSettings, read_depth, write_depth
-from rankwise.store.checkpoint import resolve
-from rankwise.store.processes import announce, gathered, own_share, process_index
+from rankwise.options.sections import DepthSection, DepthUseSection
 
 GATE_RATE = 0.03  # at an adapter's rate the gate stays near its start, 0 (benchmarks/depth_evidence.py)
 CACHE = Path("~/.cache/rankwise/depth")

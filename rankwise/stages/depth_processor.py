@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 from transformers.image_utils import load_image
 
-from rankwise.core.depth import permuted
+from rankwise.core.geometry import permuted
 from rankwise.data.depth_maps import NEEDS_NO_MAP, at_tokens, luminance, synthetic
 from rankwise.data.grids import image_grids
 from rankwise.errors import UsageError

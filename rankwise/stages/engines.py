@@ -13,16 +13,20 @@ from typing import Any
 
 import torch
 
-from rankwise.config import EvaluateConfig, ModelSection
 from rankwise.data.example import Example
 from rankwise.data.render import Renderer
 from rankwise.data.rendered import check_samples
 from rankwise.errors import DataError, UsageError
+from rankwise.files.adapter import adapter_files, is_adapter, read_adapter
+from rankwise.files.checkpoint import resolve
+from rankwise.files.processes import announce, process_index
 from rankwise.nets.adapters import load_adapter
 from rankwise.nets.depth import attach_depth
 from rankwise.nets.depth_settings import DepthSettings
 from rankwise.nets.load import load_config, load_model, load_tokenizer
 from rankwise.nets.sites import torch_dtype
+from rankwise.options.commands import EvaluateConfig
+from rankwise.options.sections import ModelSection
 from rankwise.score.classify import label_set
 from rankwise.score.generate import GenerationSettings, Generator, HFGenerator
 from rankwise.score.likelihood import longest_answer
@@ -30,9 +34,6 @@ from rankwise.score.tasks import Task
 from rankwise.score.vllm_engine import VLLMGenerator
 from rankwise.stages.depth import prepared, trained_with
 from rankwise.stages.rendering import renderer_for
-from rankwise.store.adapter import adapter_files, is_adapter, read_adapter
-from rankwise.store.checkpoint import resolve
-from rankwise.store.processes import announce, process_index
 
 
 @dataclass(frozen=True)

@@ -13,25 +13,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import SCORED_TASKS, EvaluateConfig
-from rankwise.config.sections import HARNESS, is_harness
 from rankwise.data.example import Examples
 from rankwise.data.reading import reading_scored, settle
 from rankwise.errors import UsageError
+from rankwise.files.adapter import adapter_files
+from rankwise.files.atomic import fingerprint, fingerprints, write_text
+from rankwise.files.checkpoint import base_files, resolve
+from rankwise.files.lineage import warn_of_training_rows
+from rankwise.files.processes import announce, finish, gathered, process_index
+from rankwise.files.run_folder import CONFIG, RunFolder, held
+from rankwise.options.commands import EvaluateConfig
+from rankwise.options.sections import HARNESS, SCORED_TASKS, is_harness
+from rankwise.pipeline.idle import refuse_idle
 from rankwise.score import forgetting, harness, vllm_engine
 from rankwise.score.classify import class_table, confusion_table
 from rankwise.score.result import FILE, READ_FIRST, EvaluationResult
 from rankwise.score.tasks import TASKS, Task, evaluate, task
 from rankwise.stages.depth import depth_facts
 from rankwise.stages.engines import Subject, base_and_adapter, compared_base, fitting, generator, seeing, subject
-from rankwise.stages.idle import refuse_idle
 from rankwise.stages.recorded import recorded, system_warning
-from rankwise.store.adapter import adapter_files
-from rankwise.store.checkpoint import base_files, resolve
-from rankwise.store.files import fingerprint, fingerprints, write_text
-from rankwise.store.lineage import warn_of_training_rows
-from rankwise.store.processes import announce, finish, gathered, process_index
-from rankwise.store.run import CONFIG, RunFolder, held
 
 CONFUSION, BESIDE = "confusion.csv", "resolved_config.evaluate.json"
 PREDICTIONS = "predictions*.json*"

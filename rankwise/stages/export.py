@@ -12,25 +12,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import ExportConfig, ModelSection
 from rankwise.data.contracts import carry, contracts
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.example import Example, Turn
 from rankwise.errors import DataError, UsageError
+from rankwise.files.adapter import adapter_files
+from rankwise.files.atomic import atomic_folder, fingerprint, sha256, write_json
+from rankwise.files.checkpoint import resolve
+from rankwise.files.lineage import trained_rows
+from rankwise.files.run_folder import RunFolder
 from rankwise.nets.load import load_config
+from rankwise.options.commands import ExportConfig
+from rankwise.options.sections import ModelSection
+from rankwise.page.text import command_line, plural
 from rankwise.ship.gguf.adapter_gguf import largest_rank, read_plain, require_text_sites, write_adapter_gguf
 from rankwise.ship.gguf.converter import OUTTYPES, Converter, converter_folder, find_converter
 from rankwise.ship.gguf.export import FILE, FORMAT, Exported, read_export, write_export
 from rankwise.ship.gguf.export_plan import ExportPlan, plan_export, require_model, require_space
 from rankwise.ship.gguf.install_converter import install_converter
-from rankwise.show.format import command_line, plural
 from rankwise.stages.recorded import announce_prompts, recorded
 from rankwise.stages.rendering import rendered_as, renderer_for, shown_as
-from rankwise.store.adapter import adapter_files
-from rankwise.store.checkpoint import resolve
-from rankwise.store.files import atomic_folder, fingerprint, sha256, write_json
-from rankwise.store.lineage import trained_rows
-from rankwise.store.run import RunFolder
 
 STAGE = "export"
 ASKED = Example("probe", "probe", (Turn("user", "a"), Turn("assistant", "b")))

@@ -13,30 +13,28 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rankwise.config import ExtractConfig
 from rankwise.core.factors import Factors, share_kept, truncate
 from rankwise.core.measure import Delta
-from rankwise.core.plan import PlannedSite, RankPlan
-from rankwise.core.plan_content import clamped
+from rankwise.core.plan import PlannedSite, RankPlan, clamped
 from rankwise.core.site import TOWERS
 from rankwise.data.contracts import carry
 from rankwise.errors import DataError, UsageError
+from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, lora_config
+from rankwise.files.checkpoint import ADAPTER_NAMES
+from rankwise.files.plan import find_plan, read_plan
+from rankwise.files.run_folder import RunFolder
 from rankwise.nets.both import Both, both_models
 from rankwise.nets.probe import open_source, source_metadata
 from rankwise.nets.whole import Whole
+from rankwise.options.commands import ExtractConfig
+from rankwise.page.text import command_line
+from rankwise.pipeline.idle import refuse_idle
 from rankwise.ship.merging.promised import Proof
-from rankwise.show.format import command_line
 from rankwise.stages.extracted_adapter import as_settings, carried_whole, published, tensors_of, tokenizer_of
 from rankwise.stages.fidelity import Fidelity, SiteFidelity, require_kept
-from rankwise.stages.idle import refuse_idle
 from rankwise.stages.left_out import left_out
 from rankwise.stages.sites import site_filter
-from rankwise.store.adapter import CONFIG_NAME, LoraAdapter, LoraPair
-from rankwise.store.adapter_config import lora_config
-from rankwise.store.checkpoint import ADAPTER_NAMES
 from rankwise.store.deltas import CheckpointPair, DeltaSource, SavedDeltas, check_finite, deltas, weight_name
-from rankwise.store.plan_file import find_plan, read_plan
-from rankwise.store.run import RunFolder
 from rankwise.store.spectra import on_device, site_generator
 
 TASK_TYPES = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from rankwise.core.plan import RankPlan
 from rankwise.core.site import Site
+from rankwise.files.adapter import LoraAdapter, LoraPair, write_adapter
+from rankwise.files.checkpoint import open_checkpoint, resolve
 from rankwise.nets.adapters import publish
 from rankwise.nets.both import Both, Makers, with_tied
 from rankwise.nets.pair import folder_of
@@ -25,8 +27,6 @@ from rankwise.ship.merging.beside import tokenizer_files
 from rankwise.ship.merging.promised import Proof, prove
 from rankwise.stages.fidelity import Fidelity
 from rankwise.stages.left_out import RESIZED, LeftOut
-from rankwise.store.adapter import LoraAdapter, LoraPair, write_adapter
-from rankwise.store.checkpoint import open_checkpoint, resolve
 
 
 def carried_whole(both: Both, rest: Sequence[LeftOut], pairs: Mapping[str, LoraPair]) -> Whole:

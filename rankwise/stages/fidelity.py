@@ -10,10 +10,10 @@ from typing import Any
 from rankwise.core.factors import share_kept
 from rankwise.core.site import Site
 from rankwise.errors import VerificationError
-from rankwise.show.format import amount, plural
+from rankwise.files.adapter import LoraAdapter
+from rankwise.files.atomic import write_json
+from rankwise.page.text import amount, plural
 from rankwise.stages.left_out import LeftOut, by_energy, sentences
-from rankwise.store.adapter import LoraAdapter
-from rankwise.store.files import write_json
 
 FILE = "fidelity.json"
 FORMAT = "rankwise-fidelity/1"

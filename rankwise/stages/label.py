@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import LabelConfig
 from rankwise.data.device import DeviceTarget
 from rankwise.data.images import ImageReader
 from rankwise.data.labelling.coco import ImageSet, download_coco, find_images
@@ -27,12 +26,13 @@ from rankwise.data.teacher.client import KEY_VARIABLE, address_of
 from rankwise.data.teacher.ledger import NAME as LEDGER
 from rankwise.data.teacher.ledger import AnswerLedger
 from rankwise.errors import DataError, UsageError, need
-from rankwise.options import plain_address
-from rankwise.show.format import command_line, plural
+from rankwise.files.atomic import write_json, write_text
+from rankwise.files.run_folder import RunFolder
+from rankwise.options.field import plain_address
+from rankwise.options.label import LabelConfig
+from rankwise.page.text import command_line, plural
 from rankwise.stages.label_facts import QUARANTINE, reason_for_nothing
 from rankwise.stages.labelling import ask_teacher, question_of, spending_of
-from rankwise.store.files import write_json, write_text
-from rankwise.store.run import RunFolder
 
 SUMMARY = "label.json"
 FORMAT = "rankwise-label/1"

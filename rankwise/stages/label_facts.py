@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import TeacherSection
 from rankwise.data.labelling.label_task import LabelTask
 from rankwise.data.teacher.answers import Verdict
 from rankwise.data.teacher.asking import Question
 from rankwise.data.teacher.ledger import AnswerLedger
 from rankwise.data.teacher.votes import agreement
-from rankwise.store.files import write_text
+from rankwise.files.atomic import write_text
+from rankwise.options.label import TeacherSection
 
 QUARANTINE = "quarantine.jsonl"
 MENTIONED = 3

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from rankwise.data.teacher.answers import Verdict
 from rankwise.data.teacher.ledger import AnswerLedger, Entry
 from rankwise.errors import Interrupted
-from rankwise.show.format import plural
+from rankwise.page.text import plural
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from rankwise.config import LabelConfig, TeacherSection
 from rankwise.data.device import DeviceReader, DeviceTarget
 from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.labelling.coco import ImageSet, Photo, select
@@ -28,6 +27,7 @@ from rankwise.data.teacher.loopback import MODEL as LOOPBACK
 from rankwise.data.teacher.loopback import LoopbackTeacher
 from rankwise.data.teacher.price import DEFAULT_BUDGET, Prices, Spending, prices_of
 from rankwise.errors import Interrupted, ServiceError
+from rankwise.options.label import LabelConfig, TeacherSection
 from rankwise.stages.label_facts import agreement_facts, save_quarantine, teacher_facts, tell_of_ledger
 from rankwise.stages.label_trial import Trial, ask_to_go_on, is_due, remaining
 

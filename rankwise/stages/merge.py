@@ -9,8 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import MergeConfig
 from rankwise.errors import DataError, UsageError
+from rankwise.files.adapter import CONFIG_NAME, adapter_files
+from rankwise.files.atomic import atomic_folder, read_object
+from rankwise.files.checkpoint import HUB_ID
+from rankwise.files.lineage import trained_rows
+from rankwise.files.run_folder import Record, RunFolder
+from rankwise.options.commands import MergeConfig
+from rankwise.page.text import command_line, memory, plural
 from rankwise.ship.merging.merge import MergePlan, Written, plan_merge, require_space, write_merged
 from rankwise.ship.merging.shards import shard_bytes
 from rankwise.ship.merging.tokens import TOKENIZER_FILE
@@ -25,15 +31,9 @@ from rankwise.ship.merging.verify import (
     whole_bytes,
 )
 from rankwise.ship.merging.written import require_written
-from rankwise.show.format import command_line, memory, plural
 from rankwise.stages.prompts import check_prompts, compared_on, prompts_of
 from rankwise.stages.recorded import announce_prompts, recorded
 from rankwise.stages.rendering import require_input
-from rankwise.store.adapter import CONFIG_NAME, adapter_files
-from rankwise.store.checkpoint import HUB_ID
-from rankwise.store.files import atomic_folder, read_object
-from rankwise.store.lineage import trained_rows
-from rankwise.store.run import Record, RunFolder
 
 
 def run(config: MergeConfig) -> Agreement | None:

@@ -9,15 +9,16 @@ from typing import Any
 
 from transformers import TrainerState
 
-from rankwise.config import SCORED_TASKS, TrainConfig
+from rankwise.files.atomic import read_object, write_json
+from rankwise.files.lineage import row_options
+from rankwise.files.run_folder import Record
 from rankwise.nets.adapters import SITES_FILE
-from rankwise.options import flatten
-from rankwise.show.format import amount, command_line, duration, percent
+from rankwise.options.commands import TrainConfig
+from rankwise.options.field import flatten
+from rankwise.options.sections import SCORED_TASKS
+from rankwise.page.text import amount, command_line, duration, percent
 from rankwise.show.gradients import plot_gradients
 from rankwise.stages.training import describe_losses
-from rankwise.store.files import read_object, write_json
-from rankwise.store.lineage import row_options
-from rankwise.store.run import Record
 from rankwise.train.gradient_table import GRADIENT_SUMMARY, TRAINING_LOG
 from rankwise.train.gradients import GRADIENT_FILES
 from rankwise.train.phases import PHASES_TABLE, phase_of

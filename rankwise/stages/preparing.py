@@ -13,7 +13,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
 
-from rankwise.config import TrainConfig
 from rankwise.core.plan import RankPlan
 from rankwise.data.example import Example, Examples
 from rankwise.data.images import Placed
@@ -24,8 +23,11 @@ from rankwise.data.rendered import RenderedDataset
 from rankwise.data.sources.labels import own_validation
 from rankwise.data.split import Split, split_groups, subset
 from rankwise.errors import UsageError
+from rankwise.files.atomic import about_to_write, fingerprints
+from rankwise.files.processes import announce
 from rankwise.nets.adapt import scales
 from rankwise.nets.depth_settings import DepthSettings
+from rankwise.options.commands import TrainConfig
 from rankwise.stages.adapting import quantization
 from rankwise.stages.depth import asked, depth_facts, gate_rate, idle, prepared
 from rankwise.stages.recorded import warn_of_others
@@ -35,8 +37,6 @@ from rankwise.stages.selecting import selection_facts
 from rankwise.stages.towers import train_use
 from rankwise.stages.training import Job, base_facts, before, data_facts, rendered
 from rankwise.store.deltas import open_deltas
-from rankwise.store.files import about_to_write, fingerprints
-from rankwise.store.processes import announce
 
 
 def settle_training(config: TrainConfig) -> TrainConfig:

@@ -9,13 +9,14 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from rankwise.config import MergeConfig, ModelSection
 from rankwise.data.reading import read_examples, task_of
 from rankwise.data.rendered import check_samples
 from rankwise.errors import UsageError
 from rankwise.nets.load import load_config
+from rankwise.options.commands import MergeConfig
+from rankwise.options.sections import ModelSection
+from rankwise.page.text import plural
 from rankwise.ship.merging.samples import Batch, prompt_batch
-from rankwise.show.format import plural
 from rankwise.stages.rendering import renderer_for
 
 

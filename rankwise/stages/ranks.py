@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import RanksConfig
 from rankwise.core.allocate import Rule
 from rankwise.core.compare import repeatability
 from rankwise.core.plan import RankPlan
@@ -21,12 +20,20 @@ from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum
 from rankwise.data.reading import task_of
 from rankwise.errors import UsageError
+from rankwise.files.atomic import fingerprint
+from rankwise.files.checkpoint import resolve
+from rankwise.files.lineage import row_options, rows_of
+from rankwise.files.plan import PLAN_FILE, write_plan
+from rankwise.files.processes import finish, process_index
+from rankwise.files.run_folder import RunFolder
 from rankwise.nets.load import meta_model
 from rankwise.nets.probe import Probe, measure_source, open_source, other_probe, source_metadata
 from rankwise.nets.sites import fused_experts
+from rankwise.options.commands import RanksConfig
+from rankwise.page.text import command_line
+from rankwise.pipeline.idle import refuse_idle
 from rankwise.score.decision import Decision, DecisionSettings, decide, unsettled_sites
 from rankwise.score.histories import Histories, ranks_by_history
-from rankwise.show.format import command_line
 from rankwise.show.rank_files import (
     SVD_FOLDER,
     Evidence,
@@ -37,16 +44,9 @@ from rankwise.show.rank_files import (
 )
 from rankwise.show.rank_summary import summarise
 from rankwise.show.summary import render
-from rankwise.stages.idle import refuse_idle
 from rankwise.stages.left_out import sentences, unpaired
 from rankwise.stages.running import measure_gain, running_model
 from rankwise.stages.sites import site_filter
-from rankwise.store.checkpoint import resolve
-from rankwise.store.files import fingerprint
-from rankwise.store.lineage import row_options, rows_of
-from rankwise.store.plan_file import PLAN_FILE, write_plan
-from rankwise.store.processes import finish, process_index
-from rankwise.store.run import RunFolder
 from rankwise.store.spectra import ALLOWED, IDLE_NOISE, MeasureSettings, dtypes, refuse_noise
 
 

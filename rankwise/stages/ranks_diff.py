@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import DiffConfig
 from rankwise.errors import UsageError
-from rankwise.store.plan_file import read_plan
+from rankwise.files.plan import read_plan
+from rankwise.options.commands import DiffConfig
 
 
 def plans(config: DiffConfig) -> tuple[str, str]:

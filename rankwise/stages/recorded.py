@@ -9,16 +9,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rankwise.config import DataSection
 from rankwise.data.device import FILE as DEVICE
 from rankwise.data.device import read_target
 from rankwise.data.example import Example
 from rankwise.data.input_record import FILE, InputRecord, read_input
 from rankwise.data.render import Renderer
 from rankwise.errors import DataError, UsageError
-from rankwise.store.adapter import CHECKPOINT, is_adapter
-from rankwise.store.processes import announce
-from rankwise.store.run import RunFolder
+from rankwise.files.adapter import CHECKPOINT, is_adapter
+from rankwise.files.processes import announce
+from rankwise.files.run_folder import RunFolder
+from rankwise.options.sections import DataSection
 
 OPTIONS = {
     "prompt": "prompt",

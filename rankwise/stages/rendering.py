@@ -11,8 +11,6 @@ from typing import Any
 
 from transformers import GenerationConfig, TrainingArguments
 
-from rankwise.config import MAX_SEQ_LENGTH, OVERLONG, DataSection, ModelSection
-from rankwise.config.sections import CONVERSATIONS
 from rankwise.data.device import DeviceReader, DeviceTarget, read_target
 from rankwise.data.device_processor import device_processor
 from rankwise.data.families import blind_warning_for, warning_for
@@ -22,11 +20,12 @@ from rankwise.data.render import Renderer
 from rankwise.data.sight import Sight
 from rankwise.data.template import template_text
 from rankwise.errors import DataError
+from rankwise.files.adapter import is_adapter
+from rankwise.files.checkpoint import resolve
+from rankwise.files.processes import announce, default_workers
 from rankwise.nets.load import forward_inputs, load_config, load_processor, load_tokenizer
+from rankwise.options.sections import CONVERSATIONS, MAX_SEQ_LENGTH, OVERLONG, DataSection, ModelSection
 from rankwise.stages.recorded import Recorded, as_recorded, compare, recorded
-from rankwise.store.adapter import is_adapter
-from rankwise.store.checkpoint import resolve
-from rankwise.store.processes import announce, default_workers
 
 TOKENIZER, PROCESSOR = "tokenizer_config.json", ("processor_config.json", "preprocessor_config.json")
 

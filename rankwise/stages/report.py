@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rankwise.config import ReportConfig
 from rankwise.errors import UsageError
+from rankwise.options.commands import ReportConfig
 from rankwise.show.report import build_report
 
 

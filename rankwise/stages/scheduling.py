@@ -7,12 +7,11 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from rankwise.config import PhasesSection
-from rankwise.core.phase import Bound, Form, Phases, bind
-from rankwise.core.schedule import parse_schedule, strategy
+from rankwise.core.phase import Bound, Form, Phases, bind, parse_schedule, strategy
 from rankwise.core.site import Site
 from rankwise.errors import UsageError
-from rankwise.store.processes import announce
+from rankwise.files.processes import announce
+from rankwise.options.sections import PhasesSection
 from rankwise.train.gradients import GradientNorms
 from rankwise.train.phases import PhaseKeeper
 

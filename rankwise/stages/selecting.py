@@ -13,15 +13,15 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from rankwise.config import DataSection, SelectionSection
 from rankwise.data.labelling.label_task import read_task
 from rankwise.data.rendered import RenderedDataset
 from rankwise.errors import UsageError
+from rankwise.files.processes import announce, process_index
+from rankwise.options.sections import DataSection, SelectionSection
 from rankwise.score.classify import label_set
 from rankwise.score.selection import LabelAccuracy
 from rankwise.score.tasks import TASKS
 from rankwise.stages.training import Job
-from rankwise.store.processes import announce, process_index
 from rankwise.train.arguments import TRAIN_DEFAULTS
 from rankwise.train.balancing import Balanced
 from rankwise.train.stopping import Patience

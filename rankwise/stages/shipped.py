@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rankwise.config import ValidateConfig
 from rankwise.errors import UsageError
+from rankwise.options.commands import ValidateConfig
 from rankwise.ship.gguf.export import Exported, read_export
 from rankwise.ship.gguf.reading import GGUFFile
 from rankwise.ship.llama.runtime import LlamaServer, RemoteServer

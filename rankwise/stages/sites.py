@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rankwise.config import SitesSection
 from rankwise.nets.pair import SiteFilter
+from rankwise.options.sections import SitesSection
 
 
 def site_filter(sites: SitesSection) -> SiteFilter:

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from rankwise.config import ValidateConfig
 from rankwise.errors import UsageError
+from rankwise.files.processes import announce
+from rankwise.options.commands import ValidateConfig
 from rankwise.ship.llama.gguf_generator import GGUFGenerator
 from rankwise.ship.llama.runtime import Runtime
 from rankwise.ship.sweep import FILE as SWEPT
@@ -18,7 +19,6 @@ from rankwise.ship.sweep import Item, Sweep, prepared, sweep
 from rankwise.ship.witness import Witness
 from rankwise.stages.shipped import Shipment, Shipped
 from rankwise.stages.validating import Trained, answered, context
-from rankwise.store.processes import announce
 
 __all__ = ["SWEPT", "sweep_forms"]
 SOURCES = ("f16", "bf16", "f32")

@@ -20,7 +20,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from rankwise.config import TinyConfig
 from rankwise.data.collate import Collator
 from rankwise.data.device import DeviceReader, DeviceTarget, encoded, resize_for_device
 from rankwise.data.device_processor import device_processor
@@ -31,11 +30,12 @@ from rankwise.data.labelling.label_task import load_task
 from rankwise.data.render import Renderer
 from rankwise.data.rendered import RenderedDataset
 from rankwise.data.sight import Sight
+from rankwise.files.atomic import atomic_folder
+from rankwise.files.run_folder import RunFolder
 from rankwise.nets.tiny_vision import SIDE, Eye, processor_of, random_smolvlm, save_tokenizer
-from rankwise.show.format import amount, duration
+from rankwise.options.commands import TinyConfig
+from rankwise.page.text import amount, duration
 from rankwise.stages.demo_vision import eye_batch, spoken
-from rankwise.store.files import atomic_folder
-from rankwise.store.run import RunFolder
 from rankwise.train.pretrain import pretrain
 
 TASK, ASKED = "elements", "What do you see?"

@@ -12,13 +12,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from rankwise.config import TowersSection, TrainConfig
 from rankwise.core.plan import RankPlan
 from rankwise.errors import UsageError
+from rankwise.files.processes import announce
 from rankwise.nets.sites import tower_of, tower_prefixes
 from rankwise.nets.towers import check_towers, full_modules, towers_of
-from rankwise.show.format import plural
-from rankwise.store.processes import announce
+from rankwise.options.commands import TrainConfig
+from rankwise.options.sections import TowersSection
+from rankwise.page.text import plural
 
 LORA, FULL, FROZEN = "lora", "full", "freeze"
 

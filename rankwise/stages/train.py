@@ -12,22 +12,27 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from rankwise.config import TrainConfig
 from rankwise.core.plan import RankPlan
 from rankwise.data.reading import check_data
 from rankwise.errors import UsageError
+from rankwise.files.adapter import LoraPair
+from rankwise.files.atomic import read_object, write_json
+from rankwise.files.plan import find_plan
+from rankwise.files.processes import announce
+from rankwise.files.run_folder import RunFolder, held
 from rankwise.nets.adapt import MOVES_BASE, lora_pairs, trainable_parameters
 from rankwise.nets.depth import attach_depth
 from rankwise.nets.load import load_config, loadable
 from rankwise.nets.sites import model_sites
 from rankwise.nets.towers import full_sites
+from rankwise.options.commands import TrainConfig
+from rankwise.pipeline.idle import refuse_idle
 from rankwise.stages.adapting import adapted, check_lora, described_target, planned, quantization
 from rankwise.stages.allocated import save_allocated
 from rankwise.stages.allocating import allocation_facts, allocation_of, check_allocation, start_rank, starting
 from rankwise.stages.beginning import check_folder, starting_point, train_job
 from rankwise.stages.depth import asked, depth_lines, gate_module, save_depth
 from rankwise.stages.estimate import check_estimate, estimated
-from rankwise.stages.idle import refuse_idle
 from rankwise.stages.outcome import SPLIT_FILE, Outcome, adapter_folder, finish
 from rankwise.stages.preparing import prepare, rates_of, settle_training
 from rankwise.stages.recorded import save_input
@@ -43,11 +48,6 @@ from rankwise.stages.selecting import (
 )
 from rankwise.stages.towers import check_rates, documented, full_of, train_use, trained_lines, words
 from rankwise.stages.training import Job, plain_model, write_adapter_files
-from rankwise.store.adapter import LoraPair
-from rankwise.store.files import read_object, write_json
-from rankwise.store.plan_file import find_plan
-from rankwise.store.processes import announce
-from rankwise.store.run import RunFolder, held
 from rankwise.train.allocation import RankAllocation
 from rankwise.train.arguments import build_arguments
 from rankwise.train.gradient_table import TRAINING_LOG

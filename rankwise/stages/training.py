@@ -11,12 +11,6 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainingArguments
 
-from rankwise.config import (
-    DataSection,
-    FinetuneConfig,
-    ModelSection,
-    TrainConfig,
-)
 from rankwise.core.plan import RankPlan
 from rankwise.data.collate import Collator
 from rankwise.data.example import Example, Examples
@@ -24,13 +18,15 @@ from rankwise.data.input_record import InputRecord
 from rankwise.data.packing import PackedDataset
 from rankwise.data.render import Renderer
 from rankwise.data.rendered import RenderedDataset
+from rankwise.files.adapter import LoraPair
+from rankwise.files.atomic import fingerprints
+from rankwise.files.checkpoint import base_files, open_checkpoint, resolve
+from rankwise.files.processes import announce
 from rankwise.nets.adapters import require_converted, save_adapter, write_sites
 from rankwise.nets.depth_settings import DepthSettings
 from rankwise.nets.load import meta_model
-from rankwise.store.adapter import LoraPair
-from rankwise.store.checkpoint import base_files, open_checkpoint, resolve
-from rankwise.store.files import fingerprints
-from rankwise.store.processes import announce
+from rankwise.options.commands import FinetuneConfig, TrainConfig
+from rankwise.options.sections import DataSection, ModelSection
 from rankwise.train.arguments import frozen_dtype
 from rankwise.train.resume import goes_on_from, identity_of
 from rankwise.train.trainer import ACCURACY, RankwiseTrainer

@@ -12,22 +12,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import ValidateConfig
 from rankwise.data.reading import settle
 from rankwise.errors import UsageError, VerificationError
+from rankwise.files.atomic import write_json
+from rankwise.files.processes import announce
+from rankwise.files.run_folder import RunFolder
+from rankwise.options.commands import ValidateConfig
+from rankwise.pipeline.idle import refuse_idle
 from rankwise.score.tasks import TASKS
 from rankwise.score.tasks import task as task_named
 from rankwise.ship.gain import change, gain_kept
 from rankwise.ship.parity.verdict import verdict
 from rankwise.ship.validation import FILE, FORMAT, items, scores
 from rankwise.show.validation import draw, summary
-from rankwise.stages.idle import refuse_idle
 from rankwise.stages.shipped import Shipment, shipment
 from rankwise.stages.sweeping import SWEPT, sweep_forms
 from rankwise.stages.validating import Answers, Trained, Validated, answers_of, trained_side, validated
-from rankwise.store.files import write_json
-from rankwise.store.processes import announce
-from rankwise.store.run import RunFolder
 
 
 def run(config: ValidateConfig) -> dict[str, Any]:

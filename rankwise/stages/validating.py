@@ -14,13 +14,17 @@ from typing import Any
 
 import torch
 
-from rankwise.config import DataSection, ModelSection, ValidateConfig
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.example import Example
 from rankwise.data.reading import reading_scored
 from rankwise.data.render import Renderer
 from rankwise.errors import DataError, UsageError
+from rankwise.files.atomic import fingerprint, fingerprints
+from rankwise.files.checkpoint import base_files, resolve
+from rankwise.files.processes import announce
 from rankwise.nets.load import load_config, load_model
+from rankwise.options.commands import ValidateConfig
+from rankwise.options.sections import DataSection, ModelSection
 from rankwise.score.generate import GenerationSettings, HFGenerator
 from rankwise.score.predictions import Prediction, predict
 from rankwise.score.result import EvaluationResult
@@ -39,9 +43,6 @@ from rankwise.stages.engines import fitting, pick_device
 from rankwise.stages.recorded import recorded, require_same, system_warning
 from rankwise.stages.rendering import renderer_for
 from rankwise.stages.shipped import Shipment, Shipped
-from rankwise.store.checkpoint import base_files, resolve
-from rankwise.store.files import fingerprint, fingerprints
-from rankwise.store.processes import announce
 
 ROOM = (
     1024  # tokens of llama.cpp's context beyond the longest sample: a picture cut into more tiles shall show, not fail

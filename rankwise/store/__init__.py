@@ -1,1 +1,1 @@
-"""The disk: lazy checkpoints, adapters, run folders, atomic writes. Needs torch, safetensors, filelock."""
+"""TODO"""

@@ -18,8 +18,8 @@ from torch import Tensor
 from rankwise.core.measure import Delta, from_difference, subtract
 from rankwise.core.site import Site, describe
 from rankwise.errors import DataError, UsageError
-from rankwise.store.checkpoint import Checkpoint, Weight, open_checkpoint
-from rankwise.store.files import read_object
+from rankwise.files.atomic import read_object
+from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint
 
 DELTAS_FILE = "deltas.json"
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -19,9 +19,9 @@ from rankwise.core.measure import UNDECIDED, Delta, marchenko_pastur_edge, measu
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError
-from rankwise.store.adapter import LoraAdapter
+from rankwise.files.adapter import LoraAdapter
+from rankwise.files.processes import gathered, own_share
 from rankwise.store.deltas import DeltaSource, check_finite, deltas
-from rankwise.store.processes import gathered, own_share
 
 NEGLIGIBLE = 0.01  # a share of rounding noise below which nothing is corrected
 IDLE_NOISE = 0.001  # the same under a budget, which would spend on noise what nothing else wants

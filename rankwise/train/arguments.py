@@ -17,9 +17,9 @@ import torch
 from transformers import TrainingArguments
 
 from rankwise.errors import UsageError, need
+from rankwise.files.processes import announce
 from rankwise.nets.precision import warn_if_slow
-from rankwise.options import Option, Range, hints_of, plain_types
-from rankwise.store.processes import announce
+from rankwise.options.field import Option, Range, hints_of, plain_types
 
 SECTION = "training arguments (transformers)"
 OLDER = "older names"

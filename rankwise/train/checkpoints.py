@@ -20,7 +20,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.errors import DataError
-from rankwise.store.files import flush, read_object, sha256, write_json
+from rankwise.files.atomic import flush, read_object, sha256, write_json
 
 MANIFEST = "rankwise_manifest.json"
 FORMAT = "rankwise-checkpoint/1"

@@ -18,9 +18,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.errors import DataError
+from rankwise.files.atomic import read_json, read_object, write_json
+from rankwise.files.processes import process_index
 from rankwise.nets.factorize.files import save_factorizer
-from rankwise.store.files import read_json, read_object, write_json
-from rankwise.store.processes import process_index
 from rankwise.train.factorizing import TERMS, FactorObjective
 from rankwise.train.sharing import summed
 

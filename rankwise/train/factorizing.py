@@ -20,8 +20,8 @@ from transformers import EvalPrediction
 from rankwise.core.closeness import explained_energy, mse, relative_error
 from rankwise.data.features.rows import collate
 from rankwise.errors import DivergedError
+from rankwise.files.processes import process_index
 from rankwise.nets.factorize.factorizer import Factorization, Factorizer
-from rankwise.store.processes import process_index
 from rankwise.train.sharing import summed
 
 TERMS = ("loss", "mse", "b", "ortho", "activation_ortho", "refined")

@@ -28,7 +28,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.errors import DataError
-from rankwise.store.files import atomic_write
+from rankwise.files.atomic import atomic_write
 
 NORMS = "gradient_norms.csv"
 GROUPS = "gradient_analysis.group_norms.csv"

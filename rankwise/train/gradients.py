@@ -28,11 +28,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rankwise.core.keys import PEFT_PREFIX
-from rankwise.core.site import describe
+from rankwise.core.site import PEFT_PREFIX, describe
 from rankwise.errors import UsageError
+from rankwise.files.atomic import write_json
 from rankwise.nets.sites import tower_of, tower_prefixes
-from rankwise.store.files import write_json
 from rankwise.train.gradient_table import (
     COLUMNS,
     GRADIENT_SUMMARY,

@@ -22,9 +22,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rankwise.core.phase import Bound, BoundNorm, BoundPhases
 from rankwise.errors import DataError
+from rankwise.files.atomic import read_object, write_json
+from rankwise.files.processes import announce
 from rankwise.nets.adapt import full_parameters, site_parameters
-from rankwise.store.files import read_object, write_json
-from rankwise.store.processes import announce
 from rankwise.train.gradient_table import StepTable
 from rankwise.train.guard import gradient_norm
 

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rankwise.core.importance import Importance, RankBudget, kept, triplet_scores
+from rankwise.core.rank_budget import Importance, RankBudget, kept, triplet_scores
 from rankwise.errors import DataError
+from rankwise.files.atomic import atomic_write, read_object, write_json
 from rankwise.nets.factorize.adaptive import AdaptiveLowRankProjAdaLoRA
-from rankwise.store.files import atomic_write, read_object, write_json
 from rankwise.train.gradient_table import StepTable
 
 TABLE, STATE, SCORES = "effective_rank.csv", "rank_allocation.json", "rank_allocation.safetensors"

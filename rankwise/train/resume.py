@@ -13,9 +13,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.errors import DataError, UsageError
-from rankwise.store.aside import Aside
-from rankwise.store.files import read_object
-from rankwise.store.processes import announce
+from rankwise.files.atomic import Aside, read_object
+from rankwise.files.processes import announce
 from rankwise.train.checkpoints import MANIFEST, checkpoints, unsound
 
 MAY_RISE = ("num_train_epochs", "max_steps")

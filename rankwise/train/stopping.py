@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
-from rankwise.store.processes import announce
+from rankwise.files.processes import announce
 
 
 class EvaluationStopped(Exception):

@@ -24,10 +24,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import EvalLoopOutput
 
 from rankwise.errors import RankwiseError, UsageError
+from rankwise.files.atomic import explained
 from rankwise.nets.adapt import full_parameters
 from rankwise.score.likelihood import Learnt, token_losses
 from rankwise.score.selection import LabelAccuracy, Tally
-from rankwise.store.files import explained
 from rankwise.train.allocation import RankAllocation
 from rankwise.train.checkpoints import CheckpointKeeper, discard_unsealed
 from rankwise.train.gradient_table import TrainingLog

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rankwise.data.features.legacy import LegacyFiles, gaps, legacy_files
 from rankwise.errors import DataError
-from rankwise.store.files import read_object, sha256
+from rankwise.files.atomic import read_object, sha256
 
 INDEX, RECIPE, FORMAT = "index.json", "capture.json", "rankwise-features/1"
 KEY, SHOWN = "features", 8

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import DataError
-from rankwise.store.pickled import load_tensor
+from rankwise.files.pickled import load_tensor
 
 NAME = re.compile(r"features_(?P<number>\d+)\.pt")
 

@@ -24,7 +24,7 @@ from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.labelling.coco import SUFFIXES
 from rankwise.data.pixels import WHITE, Colour, Unreadable, picture
 from rankwise.errors import DataError, need
-from rankwise.store.files import fingerprint
+from rankwise.files.atomic import fingerprint
 
 SAVED = ("dataset_info.json", "dataset_dict.json")  # in a folder that `datasets` has saved
 EXTRA = "data"

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from rankwise.core.approximation import normalised
 from rankwise.data.features.cache import FeatureCache
 from rankwise.errors import DataError
-from rankwise.store.processes import gathered, own_share
+from rankwise.files.processes import gathered, own_share
 
 SHOWN = 8
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from rankwise.data.features.cache import FeatureCache
 from rankwise.errors import DataError
-from rankwise.store.files import read_document
+from rankwise.files.atomic import read_document
 
 SPLIT, FORMAT = "split.json", "rankwise-feature-split/1"
 PARTS = ("train", "val", "test")

@@ -27,8 +27,7 @@ from torch import Tensor
 
 from rankwise.data.features.cache import FORMAT, INDEX, KEY, RECIPE, FeatureCache, ModelOrigin, open_cache, stored_dtype
 from rankwise.errors import DataError, UsageError
-from rankwise.store.aside import Aside
-from rankwise.store.files import atomic_write, read_object, sha256, write_json
+from rankwise.files.atomic import Aside, atomic_write, read_object, sha256, write_json
 
 HEADER = "shard"
 

@@ -25,7 +25,7 @@ from rankwise.data.labelling.stratified import drawn_order, shares
 from rankwise.data.sources.archives import unpacked, unpacked_into
 from rankwise.data.sources.download import Download, fetch
 from rankwise.errors import DataError
-from rankwise.store.files import atomic_write, read_object
+from rankwise.files.atomic import atomic_write, read_object
 
 # The consortium publishes no checksums. Sizes and SHA-256 are those on which several independent public records of
 # these files agree (their MD5 sums are 442b8da7639aecaf257c1dceb8ba8c80 and f4bbac642086de4f52a3fdda2de5fa2c).

@@ -24,7 +24,7 @@ from rankwise.data.labelling.label_task import LabelTask, task_of_labels
 from rankwise.data.labelling.labelled import LabelledRow, pixel_hash, store_image
 from rankwise.data.sources.rows import BadRow, Row, RowFile, csv_rows, json_rows
 from rankwise.errors import DataError, UsageError
-from rankwise.options import unknown
+from rankwise.options.field import unknown
 
 IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "file", "path")
 LABEL_COLUMNS = ("label", "class", "category")

@@ -29,7 +29,7 @@ from rankwise.data.images import ImageReader
 from rankwise.data.labelling.coco import Photo
 from rankwise.data.labelling.stratified import in_turn
 from rankwise.data.pixels import kind_of, suffix_of
-from rankwise.store.files import atomic_write
+from rankwise.files.atomic import atomic_write
 
 TABLE, FOLDER = "labels.jsonl", "originals"
 NAME = re.compile(r"\d{5,}_[\w.-]*")

@@ -23,8 +23,8 @@ from rankwise.data.labelling import label_answer
 from rankwise.data.labelling.task_file import content_of
 from rankwise.data.markers import PATTERN
 from rankwise.errors import DataError, UsageError
-from rankwise.options import unknown
-from rankwise.store.files import write_json
+from rankwise.files.atomic import write_json
+from rankwise.options.field import unknown
 
 FILE, FORMAT = "task.json", "rankwise-task/1"
 PACKAGED = Path(__file__).parents[2] / "recipes" / "tasks"

@@ -36,7 +36,7 @@ from rankwise.data.labelling.stratified import held_out_groups
 from rankwise.data.pixels import BROKEN
 from rankwise.data.sources.rows import BadRow, RowFile, json_rows
 from rankwise.errors import DataError
-from rankwise.store.files import atomic_files, atomic_write
+from rankwise.files.atomic import atomic_files, atomic_write
 
 IMAGES, CONVERSATIONS = "images", "conversations"
 ALL, TRAIN, VAL = "labels.jsonl", "train.jsonl", "val.jsonl"

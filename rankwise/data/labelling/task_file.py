@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from rankwise.errors import UsageError
-from rankwise.store.files import read_json
+from rankwise.files.atomic import read_json
 
 
 def content_of(path: Path) -> Any:

@@ -24,7 +24,7 @@ from zlib import error as ZlibError
 from filelock import FileLock
 
 from rankwise.errors import DataError, need
-from rankwise.store.files import atomic_folder, fingerprint
+from rankwise.files.atomic import atomic_folder, fingerprint
 
 LARGEST = 4 * 2**30  # bytes that an archive may unpack to; MultiNLI, the largest one known, has about 1.2 GiB
 MOST_MEMBERS = 10_000

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock
 
 from rankwise.errors import DataError, ServiceError, need
-from rankwise.store.files import about_to_write, explained, sha256
+from rankwise.files.atomic import about_to_write, explained, sha256
 
 ATTEMPTS = 5
 WAIT = 1.0  # seconds before the second attempt; doubled before each later one

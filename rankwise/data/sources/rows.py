@@ -13,7 +13,7 @@ from typing import Any
 
 from rankwise.data.example import Example, Rejected
 from rankwise.errors import DataError, need
-from rankwise.store.files import RepeatedKey, read_json, unique
+from rankwise.files.atomic import RepeatedKey, read_json, unique
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 PARQUET = ".parquet"

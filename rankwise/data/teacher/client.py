@@ -20,12 +20,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from rankwise.config import TeacherSection
 from rankwise.data.teacher.price import Spending
 from rankwise.data.teacher.reply import FILTERED, NO_QUOTA, Reply, read
 from rankwise.data.teacher.transport import Attempts, attempts_of, http_client
 from rankwise.errors import ServiceError, UsageError, need
-from rankwise.options import plain_address
+from rankwise.options.field import plain_address
+from rankwise.options.label import TeacherSection
 
 KEY_VARIABLE, ADDRESS_VARIABLE = "OPENAI_API_KEY", "OPENAI_BASE_URL"
 OFFICIAL = "https://api.openai.com/v1"

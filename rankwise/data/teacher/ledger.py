@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.data.teacher.reply import Reply, count, refusal_of, text_of, word
-from rankwise.store.files import explained
-from rankwise.store.ledger import drop_cut_line
+from rankwise.files.atomic import explained
+from rankwise.files.ledger import drop_cut_line
 
 NAME = "ledger.jsonl"
 FAULT = "the service's response is"  # how the problem of an error page began that earlier versions stored

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rankwise.config.features import canonical
 from rankwise.nets.factorize.adaptive import AdaptiveLowRankProjAdaLoRA
 from rankwise.nets.factorize.factorizer import Factorizer, FactorizerSettings
 from rankwise.nets.factorize.plain import LowRankProjMLP
 from rankwise.nets.factorize.subspace import Subspace
 from rankwise.nets.factorize.symmetric import LowRankProjSymmetric
+from rankwise.options.features import canonical
 
 ARCHITECTURES: dict[str, type[Factorizer]] = {
     network.name: network for network in (LowRankProjSymmetric, LowRankProjMLP, AdaptiveLowRankProjAdaLoRA, Subspace)

@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rankwise.errors import DataError, UsageError
+from rankwise.files.atomic import atomic_files, read_document, sha256
+from rankwise.files.checkpoint import Shard
+from rankwise.files.pickled import load_pickle
 from rankwise.nets.factorize.architectures import build
 from rankwise.nets.factorize.factorizer import Factorizer, FactorizerSettings
-from rankwise.store.files import atomic_files, read_document, sha256
-from rankwise.store.pickled import load_pickle
-from rankwise.store.shard import Shard
 
 WEIGHTS, OLDER, SETTINGS = "best_model.safetensors", "best_model.pt", "best_model.json"
 FORMAT = "rankwise-factorizer/1"

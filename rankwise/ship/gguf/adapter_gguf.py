@@ -17,6 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 from rankwise.errors import DataError, UsageError, VerificationError
+from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, lora_config, peft_tensors, read_adapter
+from rankwise.files.atomic import named, write_json
+from rankwise.files.checkpoint import ADAPTER_NAMES
 from rankwise.nets.load import meta_model
 from rankwise.nets.sites import tower_of, tower_prefixes
 from rankwise.ship.gguf.converter import Converter
@@ -28,10 +31,6 @@ from rankwise.ship.gguf.relation import divisors, relation
 from rankwise.ship.gguf.view import changes_for
 from rankwise.ship.gguf.view import shown as shown_to_converter
 from rankwise.ship.gguf.vocabulary import Vocabulary
-from rankwise.store.adapter import CONFIG_NAME, LoraAdapter, LoraPair, peft_tensors, read_adapter
-from rankwise.store.adapter_config import lora_config
-from rankwise.store.checkpoint import ADAPTER_NAMES
-from rankwise.store.files import named, write_json
 
 ROUNDING = 1e-6  # relative: of one product in float32
 HALVES = (".lora_a", ".lora_b")

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from rankwise.data.sources.archives import cache
 from rankwise.errors import UsageError, VerificationError
-from rankwise.store.files import atomic_files, read_object, sha256
+from rankwise.files.atomic import atomic_files, read_object, sha256
 
 SCRIPT, ADAPTER_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 KEPT = (SCRIPT, ADAPTER_SCRIPT, "LICENSE", "conversion/", "gguf-py/gguf/", "gguf-py/LICENSE")

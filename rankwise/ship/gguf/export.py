@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from rankwise.data.contracts import carry
 from rankwise.errors import DataError, UsageError
+from rankwise.files.atomic import fingerprint, read_document, sha256, write_json
+from rankwise.files.lineage import EXPORT
 from rankwise.ship.gguf.converter import Job
 from rankwise.ship.gguf.export_plan import MMPROJ, REFERENCE, TEXT, ExportPlan
 from rankwise.ship.gguf.metadata import check_numbers, text_numbers, vision_numbers
@@ -33,8 +35,6 @@ from rankwise.ship.gguf.verify_export import (
 )
 from rankwise.ship.gguf.view import shown
 from rankwise.ship.gguf.vocabulary import check_metadata, silence
-from rankwise.store.files import fingerprint, read_document, sha256, write_json
-from rankwise.store.lineage import EXPORT
 
 FILE, FORMAT = EXPORT, "rankwise-export/1"
 Files = Mapping[tuple[str, str], GGUFFile]  # by (outtype, kind)

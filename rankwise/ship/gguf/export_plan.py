@@ -14,6 +14,9 @@ from typing import Any
 
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.errors import DataError, UsageError
+from rankwise.files.adapter import is_adapter
+from rankwise.files.atomic import read_object
+from rankwise.files.checkpoint import Checkpoint, open_checkpoint, resolve
 from rankwise.nets.depth_settings import FILE as DEPTH_FILE
 from rankwise.nets.load import meta_model
 from rankwise.nets.sites import weight_table
@@ -22,9 +25,6 @@ from rankwise.ship.gguf.converter import OUTTYPES, Converter
 from rankwise.ship.gguf.metadata import config_of
 from rankwise.ship.gguf.view import Changes, changes_for
 from rankwise.ship.gguf.vocabulary import Vocabulary, check_forms
-from rankwise.store.adapter import is_adapter
-from rankwise.store.checkpoint import Checkpoint, open_checkpoint, resolve
-from rankwise.store.files import read_object
 
 BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # of one weight
 REFERENCE = "f32"

@@ -19,6 +19,7 @@ from zlib import error as ZlibError
 from filelock import FileLock
 
 from rankwise.errors import DataError, ServiceError, UsageError
+from rankwise.files.atomic import about_to_write, atomic_folder, sha256, write_json
 from rankwise.ship.gguf.converter import (
     FORMAT,
     INSIDE_PACKAGE,
@@ -33,7 +34,6 @@ from rankwise.ship.gguf.converter import (
     installed,
     streamed,
 )
-from rankwise.store.files import about_to_write, atomic_folder, sha256, write_json
 
 LARGEST = 64 * 2**20  # bytes of the files that are kept; they have 3 MiB
 BACKEND = "scikit_build_core"  # what the package's pyproject.toml names, as BACKEND.build

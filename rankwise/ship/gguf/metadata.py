@@ -19,9 +19,9 @@ from transformers import CONFIG_MAPPING
 from rankwise.data.device import DeviceTarget
 from rankwise.data.device_processor import tiles
 from rankwise.errors import VerificationError
+from rankwise.files.atomic import read_object
 from rankwise.nets.load import load_processor
 from rankwise.ship.gguf.reading import GGUFFile
-from rankwise.store.files import read_object
 
 SAME = 1e-5  # relative; float32 in the file, float64 in the config
 PLAIN = frozenset(["llama", "qwen2", "qwen2vl", "qwen3", "qwen3vl"])  # one kind of layer, whole rotary heads

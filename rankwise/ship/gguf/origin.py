@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import VerificationError
+from rankwise.files.checkpoint import Checkpoint
 from rankwise.ship.gguf.metadata import IDEFICS, PLAIN, QWEN_MERGER
 from rankwise.ship.gguf.names import SUFFIXES, forms, gguf_names, name_table
 from rankwise.ship.gguf.reading import GGUFFile
@@ -33,7 +34,6 @@ from rankwise.ship.gguf.relation import (
     relation,
     rope_order,
 )
-from rankwise.store.checkpoint import Checkpoint
 
 BUFFERS = ("rotary_emb.inv_freq", "position_ids", "attn.masked_bias", "attn.bias", "attention.bias")
 SHOWN = 4

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankwise.errors import UsageError, VerificationError
+from rankwise.files.atomic import atomic_write
 from rankwise.ship.gguf.reading import GGUFFile
-from rankwise.store.files import atomic_write
 
 # What needs no importance matrix; smaller i-quants do, and their makers say so.
 FORMS = (

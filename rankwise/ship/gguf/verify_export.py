@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import VerificationError
+from rankwise.files.checkpoint import Checkpoint
 from rankwise.ship.gguf.origin import Origins, shown
 from rankwise.ship.gguf.reading import GGUFFile
-from rankwise.store.checkpoint import Checkpoint
 
 BLOCK = 32  # values that share a scale in Q8_0
 SLACK = 1.001  # float32 arithmetic of the comparison itself

@@ -22,11 +22,11 @@ from huggingface_hub import ModelCard
 from rankwise.data.device import DeviceTarget
 from rankwise.data.device_processor import longest_edge, tiles
 from rankwise.errors import UsageError
+from rankwise.files.atomic import named, read_object, write_json, write_text
+from rankwise.files.checkpoint import HUB_ID
 from rankwise.nets.load import load_config, load_processor
 from rankwise.ship.gguf.converter import Converter
 from rankwise.ship.gguf.vocabulary import MODEL, Vocabulary, plain_in_model
-from rankwise.store.checkpoint import HUB_ID
-from rankwise.store.files import named, read_object, write_json, write_text
 
 CONFIG, TOKENIZER, CARD = "config.json", "tokenizer_config.json", "README.md"
 PLACE = "_name_or_path"  # where an older transformers had loaded the model from

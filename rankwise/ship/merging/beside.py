@@ -18,12 +18,12 @@ from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.input_record import FILE as INPUT
 from rankwise.data.input_record import read_input, sha256_of
 from rankwise.data.template import NOW, with_date
+from rankwise.files.adapter import CONFIG_NAME
+from rankwise.files.atomic import read_object, write_json, write_text
+from rankwise.files.run_folder import CONFIG, MANIFEST
 from rankwise.nets.depth_settings import FILE as DEPTH_FILE
 from rankwise.nets.load import load_processor, load_tokenizer
 from rankwise.ship.merging.tokens import GENERATION, follow_generation
-from rankwise.store.adapter import CONFIG_NAME
-from rankwise.store.files import read_object, write_json, write_text
-from rankwise.store.run import CONFIG, MANIFEST
 
 COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 NOT_COPIED = (CONFIG, MANIFEST, CONFIG_NAME, "config.json", "sites.json", "trainer_state.json", DEPTH_FILE)

@@ -24,6 +24,9 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rankwise.errors import DataError, VerificationError
+from rankwise.files.adapter import CONFIG_NAME
+from rankwise.files.atomic import read_object, write_json
+from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint, resolve
 from rankwise.nets.depth import ENCODER, attach_depth
 from rankwise.nets.depth_settings import DepthSettings, read_depth, write_depth
 from rankwise.nets.load import meta_model
@@ -34,9 +37,6 @@ from rankwise.ship.merging.rounding import Rounding
 from rankwise.ship.merging.shards import Entry, write_shards
 from rankwise.ship.merging.skeleton import Skeleton, filled_skeleton, merge_layer, mergeable
 from rankwise.ship.merging.tokens import special_tokens, with_special
-from rankwise.store.adapter import CONFIG_NAME
-from rankwise.store.checkpoint import Checkpoint, Weight, open_checkpoint, resolve
-from rankwise.store.files import read_object, write_json
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from rankwise.errors import UsageError
-from rankwise.store.files import write_json
-from rankwise.store.shard import DTYPES, LENGTH_BYTES
+from rankwise.files.atomic import write_json
+from rankwise.files.checkpoint import DTYPES, LENGTH_BYTES
 
 PATTERN = "model{suffix}.safetensors"
 INDEX = "model.safetensors.index.json"

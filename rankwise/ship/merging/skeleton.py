@@ -19,14 +19,13 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankwise.core.keys import parameter_name
+from rankwise.core.site import parameter_name
 from rankwise.errors import DataError
+from rankwise.files.adapter import CONFIG_NAME, adapter_files, adapter_tensors, require_plain
+from rankwise.files.atomic import read_object
 from rankwise.nets.adapt import ADAPTER, lora_layers, quiet_peft
 from rankwise.nets.adapters import attached, check_recorded, fill
 from rankwise.nets.vocabulary import fitted, row_names
-from rankwise.store.adapter import CONFIG_NAME, adapter_files, adapter_tensors
-from rankwise.store.adapter_config import require_plain
-from rankwise.store.files import read_object
 
 
 @contextmanager

@@ -21,16 +21,16 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rankwise.core.keys import PEFT_PREFIX
+from rankwise.core.site import PEFT_PREFIX
 from rankwise.errors import UsageError, VerificationError
+from rankwise.files.adapter import adapter_files
+from rankwise.files.checkpoint import Checkpoint, open_checkpoint
 from rankwise.nets.adapters import load_adapter
 from rankwise.nets.load import load_model
 from rankwise.nets.vocabulary import resize, row_count
 from rankwise.ship.merging.layered import INSTEAD, layered_adapted, layered_model, require_all_came
 from rankwise.ship.merging.samples import TOKENS, Batch, for_decoder, image_batch, text_batch
 from rankwise.ship.merging.skeleton import quiet_ties
-from rankwise.store.adapter import adapter_files
-from rankwise.store.checkpoint import Checkpoint, open_checkpoint
 
 NO_EFFECT = 1e-6  # relative: what float32 sums in another order differ by
 # Relative error of the logits (rms) that rounding the merged weights may cause; a few times what was measured.

@@ -21,14 +21,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.errors import VerificationError
+from rankwise.files.adapter import CONFIG_NAME, PAIR_KEY, adapter_files, adapter_tensors, scale_of
+from rankwise.files.atomic import read_object
+from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint
 from rankwise.nets.load import meta_model
 from rankwise.nets.vocabulary import with_rows
 from rankwise.ship.merging.layered import places
 from rankwise.ship.merging.merge import MergePlan
-from rankwise.store.adapter import CONFIG_NAME, PAIR_KEY, adapter_files, adapter_tensors
-from rankwise.store.adapter_config import scale_of
-from rankwise.store.checkpoint import Checkpoint, Weight, open_checkpoint
-from rankwise.store.files import read_object
 
 MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.weight)?")
 ORDER = 1e-6, 1e-5  # sums in another order: a share of the entry, and of the largest change in the matrix

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from rankwise.errors import DataError
+from rankwise.files.atomic import read_object
 from rankwise.ship.parity.cases import Case, Source, decoded
 from rankwise.ship.parity.reference import Pixels
-from rankwise.store.files import read_object
 
 HASHES = "sha256_rgb.json"
 MENTIONED = 3

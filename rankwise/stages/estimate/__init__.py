@@ -15,19 +15,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from rankwise.config import EstimateSection, TrainConfig
 from rankwise.core.plan import RankPlan
 from rankwise.errors import UsageError
+from rankwise.files.atomic import write_json
 from rankwise.nets.adapt import LoraSettings
 from rankwise.nets.load import structure
 from rankwise.nets.sites import model_sites
+from rankwise.options.commands import TrainConfig
+from rankwise.options.sections import EstimateSection
 from rankwise.show.estimate import Column, EstimatePage, page
 from rankwise.stages.adapting import planned, quantization, settings_of
 from rankwise.stages.allocating import starting
 from rankwise.stages.estimate.rows import Rows, rows_of
 from rankwise.stages.estimate.shapes import CHECKPOINTING, Measured, Place, Shapes, Way, measured, place_of, ways_of
 from rankwise.stages.towers import full_of, train_use
-from rankwise.store.files import write_json
 from rankwise.train.cards import cards
 from rankwise.train.estimate import Length, Speed, Work, run_length, run_seconds, widths
 

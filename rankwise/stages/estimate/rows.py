@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from rankwise.config import TrainConfig
 from rankwise.data.collate import Collator
 from rankwise.data.packing import PackedDataset
 from rankwise.data.rendered import RenderedDataset
 from rankwise.data.sight import Sight
+from rankwise.options.commands import TrainConfig
 from rankwise.score.likelihood import BESIDE
 from rankwise.stages.preparing import read_split
 from rankwise.stages.rendering import own_length, renderer_for

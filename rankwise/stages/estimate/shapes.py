@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from rankwise.config import EstimateSection, TrainConfig
 from rankwise.core.plan import RankPlan
 from rankwise.nets.adapt import LoraSettings, adapt
 from rankwise.nets.load import kept_whole
+from rankwise.options.commands import TrainConfig
+from rankwise.options.sections import EstimateSection
 from rankwise.stages.estimate.rows import Rows
 from rankwise.train.arguments import autocast, frozen_dtype
 from rankwise.train.cards import Card, cards, this_machine

@@ -21,18 +21,18 @@ from typing import TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from rankwise.config import CaptureConfig
 from rankwise.core.approximation import best_errors, normalised, singular_values
 from rankwise.core.closeness import explained_energy
 from rankwise.data.features.cache import FeatureCache
 from rankwise.data.features.preparing import SQUARE
 from rankwise.data.features.writer import CacheWriter, replaceable
 from rankwise.errors import DataError, RankwiseError, UsageError
-from rankwise.show.format import command_line, memory, percent, plural
+from rankwise.files.processes import announce, finish, gathered, own_share, process_index
+from rankwise.files.run_folder import RunFolder, held
+from rankwise.options.features import CaptureConfig
+from rankwise.page.text import command_line, memory, percent, plural
+from rankwise.pipeline.idle import refuse_idle
 from rankwise.stages.features.shards import Shards, shards_of
-from rankwise.stages.idle import refuse_idle
-from rankwise.store.processes import announce, finish, gathered, own_share, process_index
-from rankwise.store.run import RunFolder, held
 
 STAGE = "features capture"
 LOOKED_AT = 8  # matrices that the last lines' energy is the median of

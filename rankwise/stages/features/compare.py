@@ -10,19 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import FactorCompareConfig
-from rankwise.config.features import canonical
 from rankwise.data.features.cache import FeatureCache, open_cache
 from rankwise.data.features.split import SPLIT, FeatureSplit, read_split
 from rankwise.errors import DataError, UsageError, need
+from rankwise.files.run_folder import RunFolder
 from rankwise.nets.factorize.files import SETTINGS
+from rankwise.options.features import FactorCompareConfig, canonical
 from rankwise.score import bootstrap
 from rankwise.show.factor_blocks import terminal
 from rankwise.show.factor_files import FILE, OF_ONE, PLOT_FOLDER, write_comparison
 from rankwise.stages.engines import pick_device
 from rankwise.stages.features.comparing import Compared, Source, compared
 from rankwise.stages.features.trained import Network, networks
-from rankwise.store.run import RunFolder
 
 CONFIG, STAGE = "resolved_config.compare.json", "features compare"
 

@@ -11,11 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import DownstreamConfig, EvaluateConfig
-from rankwise.config.sections import ScoredData
 from rankwise.data.reading import read_examples, task_of
 from rankwise.errors import UsageError
+from rankwise.files.adapter import adapter_files
+from rankwise.files.atomic import fingerprint, write_json, write_text
+from rankwise.files.checkpoint import model_fingerprint, resolve
+from rankwise.files.processes import process_index
+from rankwise.files.run_folder import RunFolder
 from rankwise.nets.factorize.files import WEIGHTS
+from rankwise.options.commands import EvaluateConfig
+from rankwise.options.features import DownstreamConfig
+from rankwise.options.sections import ScoredData
 from rankwise.score import bootstrap
 from rankwise.score.downstream import Answers, Replacement, compare_answers, measured, paired
 from rankwise.score.factorization import PCA, SVD
@@ -26,11 +32,6 @@ from rankwise.stages.evaluate import model_facts
 from rankwise.stages.features.questions import Questions, questions, stretched, with_pictures
 from rankwise.stages.features.stand_ins import Part, fitting, origin_notes, parts, ranks_of, replacements
 from rankwise.stages.features.trained import is_of, networks, stretch_of
-from rankwise.store.adapter import adapter_files
-from rankwise.store.checkpoint import model_fingerprint, resolve
-from rankwise.store.files import fingerprint, write_json, write_text
-from rankwise.store.processes import process_index
-from rankwise.store.run import RunFolder
 
 CONFIG, STAGE = "resolved_config.downstream.json", "features downstream"
 LIBRARIES = ("rankwise", "torch", "transformers", "peft")

@@ -11,12 +11,12 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from rankwise.config import FactorTrainConfig
-from rankwise.core.importance import RankBudget
+from rankwise.core.rank_budget import RankBudget
 from rankwise.data.features.cache import FeatureCache
 from rankwise.data.features.rows import FeatureRows
 from rankwise.nets.factorize.adaptive import AdaptiveLowRankProjAdaLoRA
 from rankwise.nets.factorize.factorizer import FactorizerSettings
+from rankwise.options.features import FactorTrainConfig
 from rankwise.stages.features.run_log import RunLog
 from rankwise.stages.features.starting import Start, earlier_of
 from rankwise.train.arguments import build_arguments

@@ -8,20 +8,20 @@ from typing import Any
 
 from torch import Tensor
 
-from rankwise.config import FactorTrainConfig
 from rankwise.core.closeness import excess_error
 from rankwise.data.features.split import SPLIT, FeatureSplit
+from rankwise.files.atomic import write_json
+from rankwise.files.run_folder import Record
 from rankwise.nets.factorize.files import SETTINGS, WEIGHTS, load_factorizer
+from rankwise.options.features import FactorTrainConfig
+from rankwise.page.canvas import drawable
+from rankwise.page.text import command_line, duration, percent
 from rankwise.score.factorization import OF_REFINED, Closeness, measure, network, optimum
-from rankwise.show.canvas import drawable
 from rankwise.show.factor_curves import plot_factor_training
-from rankwise.show.format import command_line, duration, percent
 from rankwise.stages.features.factor_job import FactorJob
 from rankwise.stages.features.run_log import LOG, RunLog
 from rankwise.stages.features.starting import PLOT, RESULTS
 from rankwise.stages.features.trained import cached
-from rankwise.store.files import write_json
-from rankwise.store.run import Record
 from rankwise.train.epoch_history import HISTORY, Row, best_row
 from rankwise.train.factorizing import refuse_not_finite
 from rankwise.train.gradient_table import TRAINING_LOG

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rankwise.config import CaptureConfig
 from rankwise.core.geometry import Grid
 from rankwise.data.features.cache import ModelOrigin
 from rankwise.data.features.pictures import Pictures
@@ -25,6 +24,7 @@ from rankwise.data.features.writer import CacheRecipe, Matrices, shard_places
 from rankwise.data.images import BadImage
 from rankwise.errors import DataError
 from rankwise.nets.sites import torch_dtype
+from rankwise.options.features import CaptureConfig
 from rankwise.stages.engines import pick_device
 from rankwise.stages.features.eyes import Eye
 

@@ -23,8 +23,8 @@ from rankwise.data.rendered import RenderedDataset
 from rankwise.data.sight import Sight
 from rankwise.errors import DataError, UsageError
 from rankwise.nets.image_features import image_features
+from rankwise.page.text import plural
 from rankwise.score.likelihood import Batch
-from rankwise.show.format import plural
 from rankwise.stages.engines import Subject
 
 Shape = tuple[int, int]

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import UsageError
-from rankwise.options import flatten
-from rankwise.store.files import write_json
-from rankwise.store.processes import announce, process_index
+from rankwise.files.atomic import write_json
+from rankwise.files.processes import announce, process_index
+from rankwise.options.field import flatten
 
 OPTIONS, LOG, SUMMARY = "config.json", "training.log", "final_summary.json"
 

@@ -13,7 +13,6 @@ from typing import Protocol
 
 import torch
 
-from rankwise.config import CaptureConfig
 from rankwise.data.device import read_target
 from rankwise.data.features.cache import ModelOrigin
 from rankwise.data.features.pictures import open_pictures
@@ -23,13 +22,14 @@ from rankwise.data.features.writer import CacheRecipe, Matrices, shard_places
 from rankwise.data.images import ImageReader
 from rankwise.data.sight import Sight
 from rankwise.errors import UsageError
+from rankwise.files.adapter import is_adapter
+from rankwise.files.checkpoint import model_fingerprint, resolve
 from rankwise.nets.depth_settings import read_depth
 from rankwise.nets.encoder import is_encoder, load_image_processor, own_side, unresized
 from rankwise.nets.load import load_config, load_processor, takes
+from rankwise.options.features import CaptureConfig
 from rankwise.stages.features.eyes import EncoderEye, Eye, ModelEye
 from rankwise.stages.features.picture_shards import PictureShards, Step
-from rankwise.store.adapter import is_adapter
-from rankwise.store.checkpoint import model_fingerprint, resolve
 
 
 class Shards(Protocol):

@@ -12,13 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankwise.config import FactorShowConfig
-from rankwise.config.features import canonical
 from rankwise.core.approximation import by_svd
 from rankwise.core.closeness import cosine, excess_error, mse, relative_error
 from rankwise.data.features.cache import FeatureCache, open_cache
 from rankwise.data.features.split import SPLIT, read_split
 from rankwise.errors import DataError, UsageError, need
+from rankwise.options.features import FactorShowConfig, canonical
 from rankwise.score.factorization import SVD, network
 from rankwise.show.factor_maps import Grid, plot_channel_errors, plot_channels
 from rankwise.stages.engines import pick_device

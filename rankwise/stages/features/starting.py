@@ -15,18 +15,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import FactorTrainConfig
 from rankwise.data.features.cache import FeatureCache
 from rankwise.data.features.split import SPLIT, FeatureSplit, read_split, split_of
 from rankwise.errors import UsageError
+from rankwise.files.atomic import Aside, read_object
+from rankwise.files.processes import announce, process_index
+from rankwise.files.run_folder import CONFIG
 from rankwise.nets.factorize.architectures import build
 from rankwise.nets.factorize.factorizer import Factorizer, FactorizerSettings
 from rankwise.nets.factorize.files import SETTINGS, WEIGHTS, load_factorizer
+from rankwise.options.features import FactorTrainConfig
 from rankwise.show.factor_files import OF_ONE
-from rankwise.store.aside import Aside
-from rankwise.store.files import read_object
-from rankwise.store.processes import announce, process_index
-from rankwise.store.run import CONFIG
 from rankwise.train.checkpoints import MANIFEST, checkpoints, step_of
 from rankwise.train.epoch_history import HISTORY, read_history
 from rankwise.train.gradient_table import TRAINING_LOG

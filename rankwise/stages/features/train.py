@@ -13,21 +13,20 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from rankwise.config import FactorTrainConfig
-from rankwise.config.features import canonical
 from rankwise.data.features.cache import FeatureCache, open_cache
 from rankwise.data.features.rows import check_measurable
 from rankwise.data.features.split import SPLIT
 from rankwise.errors import Interrupted, UsageError
+from rankwise.files.atomic import write_json
+from rankwise.files.processes import announce, process_index
+from rankwise.files.run_folder import RunFolder, held
 from rankwise.nets.factorize.factorizer import FactorizerSettings
+from rankwise.options.features import FactorTrainConfig, canonical
+from rankwise.pipeline.idle import refuse_idle
 from rankwise.stages.features.factor_job import FactorJob, allocation_of, arguments_of, trainer_of
 from rankwise.stages.features.factor_outcome import finish
 from rankwise.stages.features.run_log import RunLog
 from rankwise.stages.features.starting import Start, epochs_done, holds_run, refuse_earlier, room_made, start_of
-from rankwise.stages.idle import refuse_idle
-from rankwise.store.files import write_json
-from rankwise.store.processes import announce, process_index
-from rankwise.store.run import RunFolder, held
 from rankwise.train.factorizing import TermWeights
 from rankwise.train.trainer import RankwiseTrainer
 

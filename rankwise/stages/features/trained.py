@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankwise.config.features import canonical
 from rankwise.data.features.cache import INDEX, FeatureCache, open_cache
 from rankwise.data.features.rows import measurable
 from rankwise.errors import DataError
+from rankwise.files.atomic import read_object
+from rankwise.files.run_folder import CONFIG
 from rankwise.nets.factorize.factorizer import Factorizer
 from rankwise.nets.factorize.files import SETTINGS, load_factorizer
-from rankwise.store.files import read_object
-from rankwise.store.run import CONFIG
+from rankwise.options.features import canonical
 
 BATCH = 16  # matrices of a cache at a time
 

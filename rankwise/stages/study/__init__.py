@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rankwise.config import StudyConfig
+from rankwise.files.atomic import write_json
+from rankwise.files.ledger import Ledger
+from rankwise.files.processes import announce, finish, gathered, process_index
+from rankwise.files.run_folder import RunFolder, held
+from rankwise.options.study import StudyConfig
+from rankwise.page.text import duration
 from rankwise.score.contenders import RULES
-from rankwise.show.format import duration
 from rankwise.show.study import write_study
 from rankwise.show.study_words import runs_rate, study_lines
 from rankwise.stages.study.design import Design, designed, digest, run_counts
@@ -23,10 +27,6 @@ from rankwise.stages.study.registration import Registration, register
 from rankwise.stages.study.results import Outcome, concluded
 from rankwise.stages.study.step_times import matched_steps
 from rankwise.stages.study.tuning import tune, tuning_batch
-from rankwise.store.files import write_json
-from rankwise.store.ledger import Ledger
-from rankwise.store.processes import announce, finish, gathered, process_index
-from rankwise.store.run import RunFolder, held
 
 PARTS = "parts.json"
 NEED_A_PROBE = (*RULES, "shuffled", "inverted", "warm", "plan-warm")

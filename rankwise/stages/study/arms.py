@@ -7,13 +7,20 @@ phases   static   both:60 > mlp:60 > attention   reversed:…  permuted:…  ran
 
 from __future__ import annotations
 
-from rankwise.config import StudyConfig
-from rankwise.core.controls import permuted_form, random_form, reversed_form, with_lengths
-from rankwise.core.phase import Form, Norm, Phases
-from rankwise.core.returning import returns
-from rankwise.core.schedule import parse_schedule
+from rankwise.core.phase import (
+    Form,
+    Norm,
+    Phases,
+    parse_schedule,
+    permuted_form,
+    random_form,
+    returns,
+    reversed_form,
+    with_lengths,
+)
 from rankwise.errors import UsageError
-from rankwise.options import unknown
+from rankwise.options.field import unknown
+from rankwise.options.study import StudyConfig
 from rankwise.score.contenders import RULES
 
 UNIFORM, STATIC, INVERTED, BASE, YOKED = "uniform", "static", "inverted", "base", "yoked"

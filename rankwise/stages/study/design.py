@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rankwise.config import StudyConfig
 from rankwise.data.reading import check_data
 from rankwise.errors import UsageError
-from rankwise.options import flatten
-from rankwise.stages.idle import refuse_idle
+from rankwise.options.field import flatten
+from rankwise.options.study import StudyConfig
+from rankwise.pipeline.idle import refuse_idle
 from rankwise.stages.study.arms import (
     BASE,
     REFERENCES,

@@ -17,14 +17,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rankwise.core.phase import BoundNorm
+from rankwise.files.ledger import Ledger
+from rankwise.files.processes import gathered, own_share
 from rankwise.score.contenders import compressed
 from rankwise.score.likelihood import answer_losses
 from rankwise.stages.probing import language_parameters
 from rankwise.stages.study.design import Run
 from rankwise.stages.study.material import Material, Scored
 from rankwise.stages.study.plans import Plans
-from rankwise.store.ledger import Ledger
-from rankwise.store.processes import gathered, own_share
 from rankwise.train.alone import borrowed, train_alone, train_weights
 from rankwise.train.arms import row_order
 from rankwise.train.batched import Arm, ArmSettings, TrainedArm, losses_together, train_together

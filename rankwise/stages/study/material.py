@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from rankwise.config import StudyConfig
 from rankwise.core.site import Site
 from rankwise.data.collate import Collator
 from rankwise.data.example import Example
@@ -25,20 +24,21 @@ from rankwise.data.reading import read_examples
 from rankwise.data.render import Renderer
 from rankwise.data.rendered import RenderedDataset
 from rankwise.errors import DataError
+from rankwise.files.atomic import fingerprint, fingerprints, read_object
+from rankwise.files.checkpoint import base_files, open_checkpoint, resolve
+from rankwise.files.processes import announce, gathered, process_index
+from rankwise.files.run_folder import CONFIG
 from rankwise.nets.delta_files import BaseWeights, write_deltas
 from rankwise.nets.load import loaded, structure
 from rankwise.nets.sites import model_sites, torch_dtype, weight_table
 from rankwise.nets.targets import choose_sites
+from rankwise.options.study import StudyConfig
 from rankwise.score.likelihood import Batch, training_batches
 from rankwise.stages.probing import language_parameters
 from rankwise.stages.recorded import warn_of_others
 from rankwise.stages.rendering import renderer_for
 from rankwise.stages.training import rendered
-from rankwise.store.checkpoint import base_files, open_checkpoint, resolve
 from rankwise.store.deltas import SavedDeltas, open_deltas
-from rankwise.store.files import fingerprint, fingerprints, read_object
-from rankwise.store.processes import announce, gathered, process_index
-from rankwise.store.run import CONFIG
 from rankwise.train.alone import borrowed, train_weights
 from rankwise.train.arms import row_order
 from rankwise.train.batched import ArmSettings

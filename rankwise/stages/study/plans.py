@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankwise.core.allocate import inverted, parse_budget, plan_of, shuffled, uniform
-from rankwise.core.equalise import is_equal, spent
-from rankwise.core.phase import Bound, BoundNorm, bind
-from rankwise.core.schedule import parse_schedule
+from rankwise.core.allocate import inverted, is_equal, parse_budget, plan_of, shuffled, spent, uniform
+from rankwise.core.phase import Bound, BoundNorm, bind, parse_schedule
 from rankwise.core.site import Site
 from rankwise.errors import UsageError, VerificationError
+from rankwise.files.atomic import read_object, write_json
 from rankwise.nets.starts import input_directions
 from rankwise.score.contenders import RULES, Gains, Probed, gains_of, ranks_within, uniform_ranks
 from rankwise.score.likelihood import Batch
@@ -23,7 +22,6 @@ from rankwise.stages.study.arms import rule_of, schedule_of
 from rankwise.stages.study.design import Contender, Run
 from rankwise.stages.study.material import Material, probe_rows
 from rankwise.store.deltas import SavedDeltas
-from rankwise.store.files import read_object, write_json
 from rankwise.store.spectra import MeasureSettings, measure_sites
 from rankwise.train.arms import Pairs, directed_start, random_start, scales_of, warm_start
 from rankwise.train.batched import Arm

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rankwise.files.processes import announce
 from rankwise.score.evidence import Array, Effect, by_group, decides, measured
 from rankwise.stages.study.design import Contender, Design, Run, another_seed, further_counts
 from rankwise.stages.study.execution import Bench
 from rankwise.stages.study.material import Material, Scored
 from rankwise.stages.study.tuning import Tuned
-from rankwise.store.processes import announce
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import UsageError, VerificationError
+from rankwise.files.atomic import read_object, write_json
+from rankwise.files.run_folder import versions
 from rankwise.stages.study.design import digest
-from rankwise.store.files import read_object, write_json
-from rankwise.store.run import versions
 
 FORMAT = "rankwise-preregistration/1"
 FILE, DEVIATIONS, TEST_READ = "preregistration.json", "deviations.jsonl", "test_read.json"

@@ -6,11 +6,11 @@ import time
 from dataclasses import replace
 
 from rankwise.core.phase import bind
+from rankwise.files.atomic import read_object, write_json
+from rankwise.files.processes import gathered, process_index
 from rankwise.stages.study.arms import STATIC, schedule_of, timed_like
 from rankwise.stages.study.design import Design
 from rankwise.stages.study.plans import Plans
-from rankwise.store.files import read_object, write_json
-from rankwise.store.processes import gathered, process_index
 from rankwise.train.arms import random_start, row_order, scales_of
 from rankwise.train.batched import Arm, ArmSettings, train_together
 

@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from rankwise.config import StudyConfig
 from rankwise.errors import DivergedError
+from rankwise.options.study import StudyConfig
 from rankwise.stages.study.design import Contender, Design, Run, another_seed
 from rankwise.stages.study.execution import Bench, batches_of
 from rankwise.stages.study.plans import Plans

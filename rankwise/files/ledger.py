@@ -1,0 +1,120 @@
+"""What a long series of runs has finished: one line per run, with the numbers per item in files beside it.
+
+ledger = Ledger(folder)                     # reads the lines of all processes, less one that was cut off
+ledger.add(rows, {"dev": losses, "test": losses})     # a batch of runs, entered whole or not at all
+ledger.numbers(key, "dev")                  # (items,) of one run; nothing else of its file is read
+
+runs.jsonl, runs.1.jsonl …       {"key": {…}, "file": "runs/3f….safetensors", "row": 0, "sha256": "9a…", …facts}
+runs/3f….safetensors             one matrix (runs, items) per name
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rankwise.errors import DataError
+from rankwise.files.atomic import atomic_write, explained, sha256
+from rankwise.files.processes import process_index
+
+FOLDER = "runs"
+Row = dict[str, Any]
+
+
+def text_of(key: Mapping[str, Any]) -> str:
+    """A key as one text: what tells runs apart."""
+    return json.dumps(dict(key), sort_keys=True, ensure_ascii=False)
+
+
+class Ledger:
+    """Finished runs of a folder. Several processes write files of their own and read all of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: dict[str, Row] = {}
+        self._matrices: dict[tuple[str, str], Tensor] = {}
+        self.refresh()
+
+    @property
+    def own_file(self) -> Path:
+        rank = process_index()[0]
+        return self.folder / ("runs.jsonl" if rank == 0 else f"runs.{rank}.jsonl")
+
+    def refresh(self) -> None:
+        """Read what the other processes have entered meanwhile."""
+        for path in sorted(self.folder.glob("runs*.jsonl")):
+            self.rows |= {text_of(row["key"]): row for row in read_lines(path)}
+
+    def __contains__(self, key: Mapping[str, Any]) -> bool:
+        return text_of(key) in self.rows
+
+    def __getitem__(self, key: Mapping[str, Any]) -> Row:
+        return self.rows[text_of(key)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(self, rows: Sequence[Row], matrices: Mapping[str, Tensor]) -> None:
+        """Enter finished runs: first the matrices (one row per run), then all lines at once.
+
+        A process that is killed in between leaves a file that no line names; the runs are done again.
+        """
+        digest = hashlib.sha256("\n".join(text_of(row["key"]) for row in rows).encode()).hexdigest()[:16]
+        file = f"{FOLDER}/{digest}.safetensors"
+        with atomic_write(self.folder / file) as temporary:
+            save_file({name: matrix.contiguous() for name, matrix in matrices.items()}, temporary)
+        written = sha256(self.folder / file)
+        entered = [{**row, "file": file, "row": index, "sha256": written} for index, row in enumerate(rows)]
+        lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in entered)
+        drop_cut_line(self.own_file)
+        with explained(self.own_file), self.own_file.open("a", encoding="utf-8") as stream:
+            stream.write(lines)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.rows |= {text_of(row["key"]): row for row in entered}
+
+    def numbers(self, key: Mapping[str, Any], name: str) -> Tensor:
+        """(items,) of one run. DataError where its file is gone or is not what was written."""
+        row = self[key]
+        if (row["file"], name) not in self._matrices:
+            path = self.folder / row["file"]
+            try:
+                if "sha256" in row and sha256(path) != row["sha256"]:  # lines of earlier versions have none
+                    raise DataError(
+                        f"{path}: not the numbers that were written (its sha256 differs); put the file back, "
+                        "or delete it with its lines, and those runs are made again"
+                    )
+                with safe_open(path, framework="pt") as file:
+                    self._matrices[row["file"], name] = file.get_tensor(name)
+            except (OSError, SafetensorError) as error:
+                raise DataError(f"{path}: the numbers of a finished run cannot be read: {error}") from error
+        return self._matrices[row["file"], name][row["row"]]
+
+
+def read_lines(path: Path) -> Iterator[Row]:
+    """The lines that have their end. DataError, naming the line, for one that is not an object with a key."""
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            row["key"], row["file"], row["row"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}, line {number}: not an entry of a finished run: {error!r}") from error
+        yield row
+
+
+def drop_cut_line(path: Path) -> None:
+    """Take away the beginning of a line that a killed process has left, so that the next one starts afresh."""
+    if path.is_file():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)

@@ -1,0 +1,411 @@
+"""What each command can be told: one dataclass per command, made of sections and its own options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from rankwise.options.field import Options, option
+from rankwise.options.sections import (
+    DEVICE,
+    DTYPES,
+    NO_PNG,
+    NORMALISE,
+    SEED,
+    SPLITS,
+    TRAINERS,
+    AllocationSection,
+    DataSection,
+    DepthSection,
+    DepthUseSection,
+    EstimateSection,
+    GenerationSection,
+    LoraSection,
+    ModelSection,
+    PhasesSection,
+    ScoredData,
+    SelectionSection,
+    SitesSection,
+    SpectrumSection,
+    TowersSection,
+)
+
+RESUME = "checkpoint folder to resume from, or true for the newest complete one"
+PARTIAL = "resume even if optimizer or random state is missing"
+SPLIT = "official split"
+DELTAS = "`rankwise finetune` folder: its float32 deltas"
+SET = "STAGE.OPTION=VALUE, overrides the recipe; repeatable"
+LIST = "list the packaged recipes and stop"
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(Options):
+    """Fine-tune all parameters briefly: for a meaningful delta, not for quality."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    towers: TowersSection = field(default_factory=TowersSection)
+    output_dir: str = option("saved_models/preliminary_finetune", help="run folder", short="-o")
+    subset_ratio: float = option(0.01, above=0, most=1, help="share of the rows, per task type")
+    max_samples: int = option(1000, least=1, help="maximum number of training rows")
+    learning_rate: float = option(2e-5, least=0, help="peak learning rate", aliases=("lr",))
+    batch_size: int = option(1, least=1, help="rows per device and step", aliases=("per_device_train_batch_size",))
+    gradient_accumulation: int = option(8, least=1, help="steps per update", aliases=("gradient_accumulation_steps",))
+    num_epochs: float = option(1, help="epochs over the subset", aliases=("num_train_epochs",))
+    use_wandb: bool = option(False, help="log to Weights & Biases (extra: track)")
+    seed: int = option(42, help=SEED)
+    save: str = option(
+        "deltas",
+        choices=("deltas", "checkpoints", "both"),
+        help="what to save: float32 deltas, or pretrained/ and finetuned/",
+    )
+    method: str = option("full", choices=("full", "lora"), help="train all parameters, or a cheap high-rank LoRA probe")
+    lora_r: int = option(64, least=1, help="rank of the LoRA probe", aliases=("r",))
+    skip_shards: int = option(0, least=0, help="number of subsets to skip: disjoint data for a second probe")
+    resume_from_checkpoint: str | None = option(help=RESUME)
+    allow_partial_resume: bool = option(False, help=PARTIAL)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RanksConfig(Options):
+    """Compute a rank plan from the spectra of two checkpoints, of deltas or of one adapter."""
+
+    base: str | None = option(help="base checkpoint: folder, file or hub id", aliases=("pretrained",))
+    tuned: str | None = option(help="fine-tuned checkpoint", aliases=("finetuned",))
+    deltas: str | None = option(help=DELTAS)
+    adapter: str | None = option(help="LoRA adapter: its spectrum from the factors, without the dense matrix")
+    output_dir: str = option(".", help="folder for configs/ and analysis_outputs/svd/", short="-o", aliases=("out",))
+    spectrum: SpectrumSection = field(default_factory=SpectrumSection)
+    sites: SitesSection = field(default_factory=SitesSection)
+    signal: str = option(
+        "delta",
+        choices=("delta", "activation", "gradient", "uniform", "random"),
+        help="what ranks are computed from: weight delta, activations, gradients, or a baseline",
+    )
+    metric: str = option(
+        "weight",
+        choices=("weight", "activation", "loss"),
+        help="how singular directions are weighted: weight norm, activation or loss",
+    )
+    probe2: list[str] = option([], help="further probes (folders with deltas, or checkpoints), for repeatability")
+    gain: str | None = option(help="held-out data on which to measure the share of the loss gain that the plan keeps")
+    data: DataSection = field(default_factory=DataSection)
+    model_name: str | None = option(help="model to run for --gain, --metric and --signal [the base]")
+    num_samples: int = option(256, least=1, help="number of rows for --gain, --metric and --signal")
+    batch_size: int = option(16, least=1, help="rows per forward pass")
+    emit: list[str] = option([], choices=TRAINERS, help="also write the plan as a config for these trainers")
+    allow_noise: bool = option(False, help="plan even if the delta is mostly rounding noise (recorded in the plan)")
+    no_plots: bool = option(False, help=NO_PNG)
+    save_delta_weights: bool = option(False, help="also write the deltas as float32 safetensors")
+    device: str = option("cpu", help="cpu or cuda")
+    seed: int = option(42, help="random seed of the sketch, the null spectra and the shuffles")
+
+
+@dataclass(frozen=True)
+class ExtractConfig(Options):
+    """Extract a LoRA adapter from a checkpoint pair, by truncated SVD of each delta."""
+
+    base: str | None = option(help="base checkpoint", aliases=("pretrained",))
+    tuned: str | None = option(help="fine-tuned checkpoint", aliases=("finetuned",))
+    deltas: str | None = option(help=DELTAS)
+    plan: str | None = option(help="rank plan", aliases=("lora_config",))
+    rank: int | None = option(least=1, help="one rank for all sites, instead of a plan", aliases=("r",))
+    sites: SitesSection = field(default_factory=SitesSection)
+    save_modules: bool = option(False, help="copy changed embeddings, heads, norms and biases in full")
+    no_verify: bool = option(False, help="skip verification: logits of base + adapter against the tuned model's")
+    output_dir: str = option("extracted_adapter", help="adapter folder", short="-o")
+    device: str = option("cpu", help="cpu or cuda")
+    seed: int = option(42, help="random seed of the sketch")
+
+
+@dataclass(frozen=True)
+class CompressConfig(Options):
+    """Compress an adapter to lower ranks, exactly, through QR of its factors."""
+
+    adapter: str | None = option(help="adapter or run folder")
+    energy: float | None = option(above=0, most=1, help="energy that each site keeps")
+    budget: str | None = option(help="parameter budget: N, uniform:R, or 0.5%")
+    normalise: str = option("none", choices=("none", "site"), help=NORMALISE)
+    uniform: bool = option(False, help="zero-pad to one rank, without patterns, for hot swapping and vLLM")
+    scale: float | None = option(above=0, help="scale of an adapter without a config (loralib): lora_alpha / r")
+    output_dir: str = option("compressed_adapter", help="adapter folder", short="-o")
+
+
+@final
+@dataclass(frozen=True)
+class TrainConfig(Options):
+    """Train LoRA or QLoRA, with a rank plan or a uniform rank, in phases or not."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    lora: LoraSection = field(default_factory=LoraSection)
+    allocation: AllocationSection = field(default_factory=AllocationSection)
+    towers: TowersSection = field(default_factory=TowersSection)
+    depth: DepthSection = field(default_factory=DepthSection)
+    phases: PhasesSection = field(default_factory=PhasesSection)
+    selection: SelectionSection = field(default_factory=SelectionSection)
+    estimate: EstimateSection = field(default_factory=EstimateSection)
+    output_dir: str = option("saved_models/dynamic_lora_model", help="run folder, with the adapter", short="-o")
+    adapter_folder: str = option(
+        ".", choices=(".", "final_model", "lora_adapter"), help="adapter folder within the run folder"
+    )
+    val_path: str | None = option(help="validation rows [a share of the training groups]")
+    val_fraction: float = option(0.05, least=0, below=1, help="validation share of the groups without --val_path")
+    max_samples: int | None = option(
+        least=1,
+        help="maximum number of rows, for training and validation together (without those of --val_path)",
+        aliases=("num_samples",),
+    )
+    max_val_samples: int | None = option(least=1, help="maximum number of validation rows")
+    packing: bool = option(False, help="pack samples into rows of up to --max_seq_length tokens, kept apart")
+    seed: int = option(42, help=SEED)
+    resume_from_checkpoint: str | None = option(help=RESUME)
+    allow_partial_resume: bool = option(False, help=PARTIAL)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CheckConfig(Options):
+    """Check a data set before training: rows, images, tokens, labels."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    split: str = option("train", choices=SPLITS, help=SPLIT)
+    workers: int | None = option(least=0, help="processes that decode images, 0: none [one per core, maximum 8]")
+    compare: int = option(
+        8, least=0, help="number of samples with images to compare with the processor's own ids and pixels"
+    )
+    run_model: bool = option(False, help="run samples through the model's own weights [a cut-down, random copy]")
+    output_dir: str = option("check", help="folder for check.json and bad_samples.jsonl", short="-o")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(Options):
+    """Score a base model, an adapter or a merged model on a task; measure forgetting."""
+
+    model_name: str | None = option(
+        help="base model, merged model, adapter or run folder", aliases=("model_path", "adapter")
+    )
+    base_model_id: str | None = option(help="base of an adapter [as recorded in it]", aliases=("base_model",))
+    data: ScoredData = field(default_factory=ScoredData)
+    split: str = option("dev", choices=SPLITS, help="official split; dev is dev_matched for MultiNLI")
+    num_samples: int | None = option(least=1, help="number of rows, in file order [all]")
+    batch_size: int = option(16, least=1, help="prompts per step")
+    generation: GenerationSection = field(default_factory=GenerationSection)
+    depth: DepthUseSection = field(default_factory=DepthUseSection)
+    classify: str = option(
+        "likelihood",
+        choices=("likelihood", "generation"),
+        help="classify by log-likelihood, or by the label in the generated text",
+    )
+    engine: str = option("transformers", choices=("transformers", "vllm"), help="inference engine (extra: vllm)")
+    forget: str | None = option(help="other text (.txt, .jsonl) for KL from the base and perplexities")
+    lm_eval_tasks_path: str | None = option(help="folder with your own task files, for lm_eval:NAME")
+    num_fewshot: int | None = option(least=0, help="few-shot examples, for lm_eval:NAME [the task's default]")
+    dtype: str = option("auto", choices=DTYPES, help="precision of the model")
+    output_dir: str | None = option(help="folder for the scores [evaluation/ in the model's folder]", short="-o")
+    device: str = option("auto", help=DEVICE)
+    seed: int = option(42, help="random seed of sampling and bootstrap")
+
+
+@dataclass(frozen=True)
+class MergeConfig(Options):
+    """Merge an adapter into its base, shard by shard, verified."""
+
+    adapter: str | None = option(help="adapter or run folder", aliases=("adapter_path", "lora_path"))
+    base_model: str | None = option(help="base model [as recorded in the adapter]", aliases=("model_name",))
+    output_dir: str = option("merged_model", help="Hugging Face checkpoint", short="-o", aliases=("output_path",))
+    dtype: str = option("auto", choices=DTYPES, help="precision on disk [the base's]; float16 for export")
+    max_shard_size: str = option("5GB", help="maximum size per file")
+    data: DataSection = field(default_factory=DataSection)
+    split: str = option("dev", choices=SPLITS, help="official split of --data_path for the prompts")
+    num_samples: int = option(
+        8, least=1, help="number of prompts of --data_path to compare on; without it, random tokens"
+    )
+    max_memory: str | None = option(
+        help="maximum memory of the comparison; larger models go layer by layer [free memory]"
+    )
+    no_verify: bool = option(False, help="skip verification: merged tensors and logits against base + adapter")
+
+
+@dataclass(frozen=True)
+class ReportConfig(Options):
+    """Write one self-contained page for a run folder."""
+
+    run: str | None = option(help="run folder")
+    out: str | None = option(help="page to write [report.html in the run folder]", short="-o")
+    title: str | None = option(help="page title")
+
+
+@dataclass(frozen=True)
+class DemoConfig(Options):
+    """Run the whole flow on a model and data created here, offline, on a CPU, in about three minutes."""
+
+    output_dir: str | None = option(help="run folder [runs/demo, or runs/demo-vision]", short="-o")
+    vision: bool = option(False, help="use a vision-language model and questions about generated images")
+    seed: int = option(42, help=SEED)
+    quick: bool = option(False, help="take a few steps only, for tests; scores are meaningless")
+
+
+@dataclass(frozen=True)
+class TinyConfig(Options):
+    """Create a tiny vision-language model and sample images: input of `rankwise run quickstart`."""
+
+    output_dir: str = option("runs/tiny", help="folder for base/ and photos/", short="-o")
+    seed: int = option(42, help=SEED)
+    quick: bool = option(False, help="take a few steps only, for tests; the base has learnt nothing")
+
+
+@dataclass(frozen=True)
+class RunConfig(Options):
+    """Run a pipeline of stages from one file."""
+
+    recipe: str | None = option(help="recipe file, or name of a packaged recipe")
+    output_dir: str | None = option(help="run folder [runs/<recipe>]", short="-o")
+    set: list[str] = option([], commas=False, help=SET)
+    only: list[str] = option([], help="stages to run, no others")
+    from_: str | None = option(help="first stage to rerun, with all after it", aliases=("from",))
+    force: bool = option(False, help="rerun all stages")
+    log_file: str | None = option(help="copy the output to this file; auto: logs/TIME.log in the run folder")
+    background: bool = option(False, help="run in a process that outlives the terminal, and print its log's path")
+    list_: bool = option(False, help=LIST, aliases=("list",))
+
+
+@dataclass(frozen=True)
+class BatchConfig(Options):
+    """Run several recipes, one after the other, each in its own folder."""
+
+    recipes: list[str] = option([], commas=False, help="recipe files, or names of packaged recipes")
+    output_dir: str = option("runs/batch", help="parent of the run folders", short="-o")
+    set: list[str] = option([], commas=False, help=SET)
+    force: bool = option(False, help="rerun all stages")
+    list_: bool = option(False, help=LIST, aliases=("list",))
+
+
+@dataclass(frozen=True)
+class CompareConfig(Options):
+    """Compare finished runs: parameters, time, losses, gradient norms, scores."""
+
+    runs: list[str] = option([], commas=False, help="run folders")
+    output_dir: str = option("comparison", help="folder for tables and plot", short="-o")
+    no_plots: bool = option(False, help=NO_PNG)
+
+
+@dataclass(frozen=True)
+class DiffConfig(Options):
+    """Compare two rank plans."""
+
+    first: str | None = option(help="rank plan (lora_rank_config.json)")
+    second: str | None = option(help="rank plan to compare it with")
+
+
+@dataclass(frozen=True)
+class BundleConfig(Options):
+    """Bundle all that an app needs to run the model, with golden vectors to replay."""
+
+    export: str | None = option(help="export folder", aliases=("model_path",))
+    output_dir: str = option("bundle", help="bundle folder", short="-o", aliases=("output_path",))
+    outtype: str | None = option(help="quantization type to ship [q8_0 if exported, else the smallest]")
+    validation: str | None = option("validation", help="`rankwise validate` folder: its items, verdict and confidences")
+    reference: str | None = option(help="merged model the files were made from [as recorded in the export]")
+    data: ScoredData = field(default_factory=ScoredData)
+    split: str | None = option(help="split to take golden vectors from [the validation's]", choices=SPLITS)
+    num_golden: int = option(8, least=1, help="number of golden vectors, spread over kinds of images")
+    top: int = option(64, least=2, help="top-k log-probabilities to record per position")
+    tolerance: float | None = option(
+        above=0,
+        help="allowed KL divergence as a multiple of the measured noise floor [the validation's; 10 without one]",
+        aliases=("k",),
+    )
+    min_precision: float = option(
+        0.9, above=0, below=1, help="precision the app must reach on answers it does not abstain from"
+    )
+    allow_unverified: bool = option(False, help="bundle even if export or validation is missing or failed")
+    replay: str | None = option(help="bundle whose golden vectors to replay instead; exit 6 if a rung differs")
+    server: str | None = option(address=True, help="llama.cpp server to replay on [started here]")
+    app_pixels: str | None = option(
+        help="for --replay: folder with the app's pixels for golden/*-source.*: *-device.png, or sha256_rgb.json"
+    )
+    context: int | None = option(help="context size of llama.cpp in tokens [as the longest sample needs]")
+    threads: int | None = option(help="CPU threads for llama.cpp [llama.cpp's default]")
+    seed: int = option(42, help="random seed of the reference")
+
+
+FILES = ("auto", "adapter", "merged", "export", "bundle")
+
+
+@dataclass(frozen=True)
+class CardConfig(Options):
+    """Write a model card from a run's records; upload card and files to the Hugging Face hub."""
+
+    run: str | None = option(help="run folder, or an adapter, merged model or export alone")
+    files: str = option("auto", choices=FILES, help="files to describe [the last product of the run]")
+    out: str | None = option(help="card to write [README.md in the run folder]", short="-o")
+    title: str | None = option(help="model name [the repository's, else the run folder's]")
+    license: str | None = option(help="license of the result [from the base's own card]")
+    base_model: str | None = option(help="hub id of the base, if the run names a local folder")
+    push_to_hub: str | None = option(help="ORG/NAME to upload files and card to")
+    private: bool = option(False, help="make the repository private")
+    allow_unverified: bool = option(False, help="upload even if a verification failed or was skipped")
+
+
+@dataclass(frozen=True)
+class ExportConfig(Options):
+    """Export a merged checkpoint to GGUF files for llama.cpp, verified tensor by tensor."""
+
+    model: str | None = option(
+        help="merged model folder (with --adapter_gguf: the base)", aliases=("model_name", "model_path")
+    )
+    output_dir: str = option("exported_model", help="folder of the GGUF files", short="-o", aliases=("output_path",))
+    outtype: list[str] = option(["f16", "q8_0"], help="quantization types: f32, f16, bf16, q8_0")
+    mmproj: bool | None = option(help="also export vision tower and projector [for vision-language models]")
+    name: str | None = option(
+        help="base of the file names, <name>-<outtype>.gguf [the model folder's name]",
+        aliases=("file_name",),  # in a recipe `name` is the stage's
+    )
+    base_model: str | None = option(help="base to measure the kept tuning against [as recorded by the merge]")
+    target: str | None = option(help="device.json, or a folder with one [the model folder's]")
+    adapter_gguf: str | None = option(help="export this LoRA adapter instead, each site's scale folded into B")
+    llama_cpp_dir: str | None = option(help="llama.cpp with its converter [$LLAMA_CPP_DIR, else the cache]")
+    install_converter: bool = option(False, help="download llama.cpp's converter into the cache first")
+    no_verify: bool = option(False, help="skip verification of the files against the checkpoint")
+
+
+@dataclass(frozen=True)
+class ValidateConfig(Options):
+    """Score under the device's conditions, and prove that llama.cpp runs what was trained."""
+
+    export: str | None = option(help="export folder, or one GGUF file", aliases=("gguf", "model_path"))
+    mmproj: str | None = option(help="vision part of a single GGUF file")
+    reference: str | None = option(help="merged model the files were made from [as recorded in the export]")
+    server: str | None = option(address=True, help="llama.cpp server that runs the files, on the phone for example")
+    data: ScoredData = field(default_factory=ScoredData)
+    split: str = option("dev", choices=SPLITS, help="official split")
+    num_samples: int | None = option(least=1, help="number of rows, in file order [all]")
+    outtype: list[str] = option(
+        [], help="quantization types to validate; the last one is the one you ship [all exported]"
+    )
+    base_model: str | None = option(help="model before training, to measure the gain kept on the device")
+    parity_samples: int = option(
+        32, least=0, help="number of items on the parity ladder, spread over kinds of images; 0: no ladder"
+    )
+    top: int = option(64, least=2, help="top-k log-probabilities to compare per position")
+    tolerance: float = option(
+        10.0, above=0, help="allowed KL divergence as a multiple of the measured noise floor", aliases=("k",)
+    )
+    app_pixels: str | None = option(
+        help="folder with the app's pixels: PNG files of the images' names, or sha256_rgb.json"
+    )
+    min_accuracy: float | None = option(above=0, most=1, help="minimum accuracy; below it exit 6")
+    min_agreement: float | None = option(above=0, most=1, help="minimum top-1 token agreement; below it exit 6")
+    max_new_tokens: int | None = option(least=1, help="maximum tokens per answer [the device's; 128 without one]")
+    sweep: list[str] = option([], help="quantization types to try as well, made from f16: q5_k_m, q4_0 …")
+    sweep_margin: float = option(0.02, above=0, below=1, help="non-inferiority margin of --sweep (accuracy)")
+    llama_cpp_dir: str | None = option(help="llama.cpp with llama-quantize, for --sweep [$LLAMA_CPP_DIR]")
+    context: int | None = option(help="context size of llama.cpp in tokens [as the longest sample needs]")
+    threads: int | None = option(help="CPU threads for llama.cpp [llama.cpp's default]")
+    batch_size: int = option(8, least=1, help="prompts per step of the reference")
+    device: str = option("auto", help="device of the float32 reference: auto, cpu or cuda")
+    output_dir: str = option("validation", help="folder for validation.json, plots and predictions", short="-o")
+    seed: int = option(42, help="random seed of the bootstrap")

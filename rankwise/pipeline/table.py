@@ -1,0 +1,141 @@
+"""The table of commands, and how values become a command's config: for the command line and for recipes alike.
+
+Imports nothing heavy; a stage is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+from rankwise.errors import UsageError
+from rankwise.options import field
+from rankwise.options.commands import (
+    BatchConfig,
+    BundleConfig,
+    CardConfig,
+    CheckConfig,
+    CompareConfig,
+    CompressConfig,
+    DemoConfig,
+    DiffConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ExtractConfig,
+    FinetuneConfig,
+    MergeConfig,
+    RanksConfig,
+    ReportConfig,
+    RunConfig,
+    TinyConfig,
+    TrainConfig,
+    ValidateConfig,
+)
+from rankwise.options.features import (
+    CaptureConfig,
+    DownstreamConfig,
+    FactorCompareConfig,
+    FactorShowConfig,
+    FactorTrainConfig,
+)
+from rankwise.options.label import LabelConfig
+from rankwise.options.study import StudyConfig
+
+
+@dataclass(frozen=True)
+class Command:
+    """One row of the table: where it stands in the help, what it is told, and which stage runs it.
+
+    packaged: a folder of the package's recipes whose files can be given by name, as the command's config file.
+    repeated: the last positional takes all further words.
+    """
+
+    group: str
+    stage: str
+    config: Any
+    positionals: tuple[str, ...] = ()
+    takes_file: bool = True
+    trainer: bool = False
+    packaged: str = ""
+    repeated: bool = False
+
+    @property
+    def help(self) -> str:
+        """The first line of what its config says."""
+        return str(type(self.config).__doc__).partition("\n")[0].rstrip(".")
+
+
+COMMANDS = {
+    "ranks": Command("MEASURE", "stages.ranks", RanksConfig(), ("base", "tuned")),
+    "ranks diff": Command("MEASURE", "stages.ranks_diff", DiffConfig(), ("first", "second"), takes_file=False),
+    "extract": Command("MEASURE", "stages.extract", ExtractConfig(), ("base", "tuned")),
+    "compress": Command("MEASURE", "stages.compress", CompressConfig(), ("adapter",)),
+    "finetune": Command("TRAIN", "stages.finetune", FinetuneConfig(), trainer=True),
+    "train": Command("TRAIN", "stages.train", TrainConfig(), trainer=True),
+    "check": Command("TRAIN", "stages.check", CheckConfig()),
+    "label": Command("TRAIN", "stages.label", LabelConfig(), ("images",)),
+    "evaluate": Command("PROVE", "stages.evaluate", EvaluateConfig(), ("model_name",)),
+    "study": Command("PROVE", "stages.study", StudyConfig(), packaged="studies"),
+    "compare": Command("PROVE", "stages.compare", CompareConfig(), ("runs",), takes_file=False, repeated=True),
+    "report": Command("PROVE", "stages.report", ReportConfig(), ("run",)),
+    "merge": Command("SHIP", "stages.merge", MergeConfig(), ("adapter",)),
+    "export": Command("SHIP", "stages.export", ExportConfig(), ("model",)),
+    "validate": Command("SHIP", "stages.validate", ValidateConfig(), ("export",)),
+    "bundle": Command("SHIP", "stages.bundle", BundleConfig(), ("export",)),
+    "card": Command("SHIP", "stages.card", CardConfig(), ("run",)),
+    "features capture": Command("MORE", "stages.features.capture", CaptureConfig(), ("images",)),
+    "features train": Command("MORE", "stages.features.train", FactorTrainConfig()),
+    "features compare": Command("MORE", "stages.features.compare", FactorCompareConfig()),
+    "features show": Command("MORE", "stages.features.show", FactorShowConfig()),
+    "features downstream": Command("MORE", "stages.features.downstream", DownstreamConfig(), ("model_name",)),
+    "run": Command("MORE", "pipeline.run", RunConfig(), ("recipe",), takes_file=False),
+    "batch": Command("MORE", "pipeline.batch", BatchConfig(), ("recipes",), takes_file=False, repeated=True),
+    "tiny": Command("MORE", "stages.tiny", TinyConfig()),
+    "demo": Command("MORE", "stages.demo", DemoConfig()),
+}
+ALIASES = {"features extract": "features capture"}
+GROUPS = ("MEASURE", "TRAIN", "PROVE", "SHIP", "MORE")
+GO_ON = "yes"  # the option of commands that ask at a terminal
+DRY_RUN = field.Option("dry_run", bool, False, "print the resolved config and what would be done, and stop")
+
+
+def command_options(command: Command) -> list[field.Option]:
+    """Our own options, and those of TrainingArguments where the command trains (that import takes seconds)."""
+    own = list(field.options_of(command.config))
+    if command.trainer:
+        own += importlib.import_module("rankwise.train.arguments").training_options(own)
+    return own
+
+
+def assemble(command: Command, values: dict[str, Any]) -> Any:
+    """The config object; what is TrainingArguments' own goes to its `training` mapping."""
+    own = {item.name for item in field.options_of(command.config)} | {"dry_run"}
+    built = field.build(command.config, values)
+    if command.trainer:
+        built = replace(built, training={name: value for name, value in values.items() if name not in own})
+    return built
+
+
+def configured(name: str, raw: Mapping[str, Any], where: str) -> Any:
+    """A command's config from the options of a recipe, strictly: unknown ones are errors that name the place.
+
+    What is secret is refused: a recipe is saved beside what it makes. A recipe asks nothing at the terminal: it may
+    run for hours, and nobody looks.
+    """
+    command = COMMANDS[name]
+    known = command_options(command)
+    values = field.typed_values(raw, known, where)
+    for item in known:
+        if item.secret and values.get(item.name) is not None:
+            raise UsageError(f"{where}: {item.name}: recipes are saved with their values; {item.help}")
+        if item.name == GO_ON:
+            values.setdefault(GO_ON, True)
+    return assemble(command, values)
+
+
+def stage_of(name: str) -> ModuleType:
+    """The module whose `run(config)` and `describe(config)` are the command."""
+    return importlib.import_module(f"rankwise.{COMMANDS[name].stage}")
