@@ -29,14 +29,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from workload import command
 
 from rankwise.core.plan import RankPlan
-from rankwise.data.collate import Collator
+from rankwise.data.dataset import Collator, RenderedDataset
 from rankwise.data.render import Renderer
-from rankwise.data.rendered import RenderedDataset
 from rankwise.data.sources import load
-from rankwise.nets.adapt import ADAPTER, LoraSettings, adapt, lora_layers, scales
-from rankwise.nets.load import load_model, load_tokenizer
-from rankwise.nets.sites import model_sites
-from rankwise.nets.targets import choose_sites, uniform_plan
+from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, choose_sites, lora_layers, scales, uniform_plan
+from rankwise.models.load import load_model, load_tokenizer
+from rankwise.models.sites import model_sites
 from rankwise.train.arguments import build_arguments
 from rankwise.train.batched import Arm, ArmSettings, TrainedArm, train_together
 from rankwise.train.trainer import RankwiseTrainer

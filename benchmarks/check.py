@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from rankwise.data.check import examined
+from rankwise.data.check.examine import examined
+from rankwise.data.dataset import outcomes
 from rankwise.data.example import Examples
 from rankwise.data.render import Renderer
-from rankwise.data.rendered import outcomes
 from rankwise.data.sources import load
 from rankwise.data.template import template_text
-from rankwise.nets.load import load_tokenizer
+from rankwise.models.load import load_tokenizer
 
 
 def seconds(work: Callable[[], object]) -> float:

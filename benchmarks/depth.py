@@ -25,11 +25,11 @@ from vision import RANK, collator, place, step_seconds
 from vision_workload import SHAPES, model, renderer, rows_of, write_rows
 from workload import command, machine, spread, with_lora
 
+from rankwise.data.depth.prepare import prepared
 from rankwise.data.render import Renderer
-from rankwise.nets.depth import attach_depth
-from rankwise.nets.depth_settings import DepthSettings
+from rankwise.models.depth.encoder import attach_depth
+from rankwise.models.depth.settings import DepthSettings
 from rankwise.options.sections import DepthUseSection
-from rankwise.stages.depth import prepared
 from rankwise.train.trainer import RankwiseTrainer
 
 

@@ -25,7 +25,7 @@ from transformers import SmolVLMForConditionalGeneration
 
 from rankwise import cli
 from rankwise.core.geometry import derangement
-from rankwise.nets.tiny_vision import processor_of, random_smolvlm, save_tokenizer
+from rankwise.models.tiny_vision import processor_of, random_smolvlm, save_tokenizer
 
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
 VISION = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}

@@ -18,13 +18,11 @@ from PIL import Image
 from vision_workload import processor as qwen_processor
 
 from rankwise.core.geometry import normalised
-from rankwise.data.depth_cache import DepthCache
-from rankwise.data.depth_files import DepthFiles
-from rankwise.data.depth_maps import DepthMaps
-from rankwise.data.grids import image_grids
+from rankwise.data.depth.cache import DepthCache, DepthFiles
+from rankwise.data.depth.maps import DepthMaps, image_grids
+from rankwise.data.depth.prepare import fill
 from rankwise.data.images import ImageReader
-from rankwise.nets.load import load_processor
-from rankwise.stages.depth import fill
+from rankwise.models.load import load_processor
 
 SHOWN = 4
 PIXELS = 512 * 512  # most pixels that the Qwen2.5-VL processor of the check leaves a frame

@@ -25,10 +25,9 @@ from typing import Any
 import torch
 from workload import Clock, RandomRows, arguments, command, llama, machine, with_lora
 
-from rankwise.data.collate import Collator
-from rankwise.nets.adapt import LoraSettings
-from rankwise.nets.sites import model_sites
-from rankwise.nets.targets import choose_sites, uniform_plan
+from rankwise.data.dataset import Collator
+from rankwise.models.adapt import LoraSettings, choose_sites, uniform_plan
+from rankwise.models.sites import model_sites
 from rankwise.stages.estimate.rows import Rows
 from rankwise.stages.estimate.shapes import Place, Shapes, Way, measured
 from rankwise.train.arguments import frozen_dtype

@@ -28,8 +28,8 @@ from workload import command
 
 from rankwise.data.example import Example, Turn
 from rankwise.data.render import Renderer
-from rankwise.nets.load import load_model, load_tokenizer
-from rankwise.nets.tiny import random_llama, save_tokenizer
+from rankwise.models.load import load_model, load_tokenizer
+from rankwise.models.tiny import random_llama, save_tokenizer
 from rankwise.score.generate import GenerationSettings, HFGenerator
 from rankwise.score.tasks import task
 

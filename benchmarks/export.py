@@ -27,7 +27,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from workload import command, machine
 
-from rankwise.nets.tiny import save_tokenizer
+from rankwise.models.tiny import save_tokenizer
 from rankwise.ship.gguf.converter import Converter, converter_environment, find_converter
 from rankwise.ship.gguf.export import read_export
 

@@ -32,9 +32,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from rankwise.nets.adapt import LoraSettings, adapt
-from rankwise.nets.sites import model_sites
-from rankwise.nets.targets import choose_sites, uniform_plan
+from rankwise.models.adapt import LoraSettings, adapt, choose_sites, uniform_plan
+from rankwise.models.sites import model_sites
 from rankwise.train.arguments import build_arguments
 from rankwise.train.gradients import GradientNorms
 from rankwise.train.trainer import RankwiseTrainer

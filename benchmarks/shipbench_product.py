@@ -26,7 +26,7 @@ from rankwise.cli import main as rankwise
 from rankwise.core.geometry import letterbox
 from rankwise.data import device, pixels
 from rankwise.data.device import read_target
-from rankwise.data.labelling.label_task import read_task
+from rankwise.data.label_task import read_task
 from rankwise.files.atomic import write_json, write_text
 from rankwise.ship.parity.skia_pixels import unavailable
 

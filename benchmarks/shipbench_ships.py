@@ -23,7 +23,7 @@ from PIL import Image
 
 from rankwise.data.device import DeviceTarget
 from rankwise.data.element_scenes import ON_ITS_SIDE, ORIENTATION, SHADES, paint
-from rankwise.data.labelling.label_task import load_task
+from rankwise.data.label_task import load_task
 from rankwise.options.commands import DemoConfig, ExportConfig, MergeConfig, TinyConfig, ValidateConfig
 from rankwise.options.sections import ScoredData
 from rankwise.ship.gguf.converter import Converter

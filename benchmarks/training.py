@@ -21,12 +21,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 from workload import Clock, RandomRows, arguments, command, llama, machine, spread, with_lora
 
-from rankwise.data.collate import Collator
-from rankwise.data.packing import PackedDataset
+from rankwise.data.dataset import Collator, PackedDataset, RenderedDataset
 from rankwise.data.render import Renderer
-from rankwise.data.rendered import RenderedDataset
 from rankwise.data.sources import load
-from rankwise.nets.load import load_tokenizer
+from rankwise.models.load import load_tokenizer
 from rankwise.train.gradients import GradientNorms
 from rankwise.train.trainer import RankwiseTrainer
 

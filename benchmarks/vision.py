@@ -27,9 +27,8 @@ from transformers import Trainer
 from vision_workload import SHAPES, model, renderer, rows_of, write_rows
 from workload import Clock, arguments, command, machine, spread, with_lora
 
-from rankwise.data.collate import Collator
+from rankwise.data.dataset import Collator, RenderedDataset
 from rankwise.data.render import Renderer
-from rankwise.data.rendered import RenderedDataset
 from rankwise.train.gradients import GradientNorms
 from rankwise.train.trainer import RankwiseTrainer
 

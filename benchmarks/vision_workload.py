@@ -20,11 +20,11 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from rankwise.data.dataset import RenderedDataset
 from rankwise.data.images import ImageReader
 from rankwise.data.render import Renderer
-from rankwise.data.rendered import RenderedDataset
-from rankwise.data.sight import Sight
 from rankwise.data.sources import load
+from rankwise.data.vision_inputs import Sight
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 TEMPLATE = (

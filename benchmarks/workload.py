@@ -14,9 +14,8 @@ from peft import PeftModel
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from rankwise.nets.adapt import LoraSettings, adapt
-from rankwise.nets.sites import model_sites
-from rankwise.nets.targets import choose_sites, uniform_plan
+from rankwise.models.adapt import LoraSettings, adapt, choose_sites, uniform_plan
+from rankwise.models.sites import model_sites
 from rankwise.train.arguments import build_arguments
 
 

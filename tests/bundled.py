@@ -16,12 +16,12 @@ from PIL import Image
 
 from rankwise.cli import main
 from rankwise.data.input_record import InputRecord
-from rankwise.data.labelling.label_task import task_from
-from rankwise.nets.load import load_config
+from rankwise.data.label_task import task_from
+from rankwise.data.renderer_for import renderer_for
+from rankwise.models.load import load_config
 from rankwise.options.commands import BundleConfig
 from rankwise.options.sections import DataSection, ModelSection
 from rankwise.ship.gguf.export import read_export
-from rankwise.stages.rendering import renderer_for
 
 TASK = task_from({"classes": {"water": "wet", "fire": "hot", "wood": ""}, "field": "element"}, "the test", "elements")
 

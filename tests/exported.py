@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from rankwise.data.device import DeviceTarget
 from rankwise.errors import UsageError
-from rankwise.nets import tiny, tiny_vision
+from rankwise.models import tiny, tiny_vision
 from rankwise.ship.gguf.converter import Converter, find_converter
 from rankwise.ship.gguf.export import write_export
 from rankwise.ship.gguf.export_plan import plan_export

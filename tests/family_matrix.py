@@ -28,7 +28,7 @@ from families.trials import QUESTIONS, refused_by_train
 from families.unbuilt import LIMITED, NOT_YET, REFUSED, UNBUILT
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MAPPING
 
-from rankwise.data import families as product
+from rankwise.data import renderer_for as product
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE, PAGE = ROOT / "rankwise" / "data" / "families.json", ROOT / "docs" / "vision.md"

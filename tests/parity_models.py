@@ -15,14 +15,13 @@ import torch
 from exported import installed_converter, once, session_root, vision_model
 from PIL import Image
 
-from rankwise.data.device import DeviceReader, DeviceTarget
-from rankwise.data.device_processor import device_processor
+from rankwise.data.device import DeviceReader, DeviceTarget, device_processor
 from rankwise.data.example import Example, Turn
 from rankwise.data.images import ImageReader
 from rankwise.data.render import Renderer
-from rankwise.data.sight import Sight
-from rankwise.nets import tiny_vision
-from rankwise.nets.load import load_model, load_processor
+from rankwise.data.vision_inputs import Sight
+from rankwise.models import tiny_vision
+from rankwise.models.load import load_model, load_processor
 from rankwise.ship.gguf.export import write_export
 from rankwise.ship.gguf.export_plan import plan_export
 from rankwise.ship.parity.cases import Case, blind, case_of

@@ -14,11 +14,10 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, set_seed
 
-from rankwise.data.collate import Collator
-from rankwise.nets.adapt import LoraSettings, adapt, lora_layers
-from rankwise.nets.load import load_model
-from rankwise.nets.sites import model_sites
-from rankwise.nets.targets import choose_sites, uniform_plan
+from rankwise.data.dataset import Collator
+from rankwise.models.adapt import LoraSettings, adapt, choose_sites, lora_layers, uniform_plan
+from rankwise.models.load import load_model
+from rankwise.models.sites import model_sites
 from rankwise.train.arguments import build_arguments
 from rankwise.train.resume import identity_of, resume_point
 from rankwise.train.trainer import RankwiseTrainer

@@ -18,7 +18,7 @@ import torch
 from exported import TEXTS
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from rankwise.nets import tiny
+from rankwise.models import tiny
 
 TEMPLATE = (
     "{% for m in messages %}{% if loop.first %}<s>{% endif %}{{ m['role'] }}: {{ m['content'] }}"

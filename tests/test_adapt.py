@@ -30,12 +30,24 @@ from rankwise.core.plan import PlannedSite, RankPlan, load_plan
 from rankwise.core.site import Site
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import LoraAdapter, LoraPair, lora_config, read_adapter, write_adapter
-from rankwise.nets.adapt import ADAPTER, LoraSettings, adapt, built_shapes, lora_layers, lora_pairs, quiet_peft, scales
-from rankwise.nets.adapters import load_adapter, save_adapter, write_sites
-from rankwise.nets.load import load_model
-from rankwise.nets.sites import model_sites
+from rankwise.models.adapt import (
+    ADAPTER,
+    LoraSettings,
+    adapt,
+    built_shapes,
+    check_plan,
+    choose_sites,
+    lora_layers,
+    lora_pairs,
+    quiet_peft,
+    restricted,
+    scales,
+    uniform_plan,
+)
+from rankwise.models.adapters import load_adapter, save_adapter, write_sites
+from rankwise.models.load import load_model
+from rankwise.models.sites import model_sites
 from rankwise.nets.starts import eva_start, input_directions, warm_start
-from rankwise.nets.targets import check_plan, choose_sites, restricted, uniform_plan
 
 IDS = torch.arange(4, 24).reshape(2, 10)
 

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rankwise.cli import main
 from rankwise.files.adapter import read_adapter
 from rankwise.files.checkpoint import open_checkpoint
-from rankwise.nets.adapters import load_adapter
-from rankwise.nets.load import load_model
+from rankwise.models.adapters import load_adapter
+from rankwise.models.load import load_model
 from rankwise.ship.merging import merge as module
 
 pytestmark = [

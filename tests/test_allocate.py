@@ -32,8 +32,8 @@ from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import Site, describe
 from rankwise.core.spectrum import Spectrum, Undecided
 from rankwise.errors import UsageError
-from rankwise.nets.load import meta_model
-from rankwise.nets.sites import model_sites
+from rankwise.models.load import meta_model
+from rankwise.models.sites import model_sites
 
 SHARED_SHAPES = [(8, 8), (8, 4), (12, 6), (16, 16)]
 

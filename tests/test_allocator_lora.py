@@ -26,11 +26,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainerState, set_seed
 
 from rankwise import cli
 from rankwise.core.rank_budget import Importance, RankBudget, kept, triplet_scores
-from rankwise.data.collate import Collator
+from rankwise.data.dataset import Collator
 from rankwise.errors import DataError, VerificationError
 from rankwise.files.adapter import LoraAdapter, LoraPair, lora_config, read_adapter, write_adapter
 from rankwise.files.plan import read_plan
-from rankwise.nets.adalora import (
+from rankwise.models.adalora import (
     Allocation,
     adalora_layers,
     adapt_allocated,
@@ -39,11 +39,10 @@ from rankwise.nets.adalora import (
     regularised,
     site_of,
 )
-from rankwise.nets.adapt import ADAPTER, LoraSettings
-from rankwise.nets.adapters import load_adapter
-from rankwise.nets.load import load_model
-from rankwise.nets.sites import model_sites
-from rankwise.nets.targets import choose_sites, uniform_plan
+from rankwise.models.adapt import ADAPTER, LoraSettings, choose_sites, uniform_plan
+from rankwise.models.adapters import load_adapter
+from rankwise.models.load import load_model
+from rankwise.models.sites import model_sites
 from rankwise.stages import allocated as saving
 from rankwise.train.allocation import ALLOCATED_TABLE, ALLOCATOR_STATE, RankAllocation
 from rankwise.train.arguments import build_arguments

@@ -18,12 +18,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from rankwise.core.phase import Bound, BoundNorm, bind, boundaries, parse_schedule
 from rankwise.core.plan import PlannedSite, RankPlan
-from rankwise.data.collate import Collator
+from rankwise.data.dataset import Collator
 from rankwise.data.render import IGNORED
 from rankwise.errors import Interrupted, UsageError, VerificationError
-from rankwise.nets.adapt import ADAPTER, LoraSettings, adapt, lora_layers
-from rankwise.nets.sites import model_sites
-from rankwise.nets.targets import choose_sites
+from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, choose_sites, lora_layers
+from rankwise.models.sites import model_sites
 from rankwise.score.likelihood import answer_losses
 from rankwise.train import batched
 from rankwise.train.alone import train_alone

@@ -22,12 +22,12 @@ from safetensors.torch import load
 import rankwise
 from rankwise import cli
 from rankwise.core.geometry import Grid
-from rankwise.data.depth_cache import DepthCache, MapKey
+from rankwise.data.depth.cache import DepthCache, MapKey
 from rankwise.data.device import read_target
 from rankwise.data.features.cache import open_cache
 from rankwise.data.features.split import read_split
 from rankwise.data.input_record import read_input
-from rankwise.data.labelling.label_task import read_task
+from rankwise.data.label_task import read_task
 from rankwise.data.labelling.labelled import read_rows
 from rankwise.data.teacher.ledger import AnswerLedger
 from rankwise.errors import VerificationError
@@ -36,7 +36,7 @@ from rankwise.files.atomic import read_json
 from rankwise.files.ledger import Ledger
 from rankwise.files.plan import read_plan, write_plan
 from rankwise.files.run_folder import RunFolder, read_marks, write_mark
-from rankwise.nets.depth_settings import read_depth, write_depth
+from rankwise.models.depth.settings import read_depth, write_depth
 from rankwise.nets.factorize.files import load_factorizer
 from rankwise.options.field import flatten, load_file
 from rankwise.score.result import EvaluationResult

@@ -28,7 +28,7 @@ from rankwise.cli import main
 from rankwise.data.device import MARKER, read_target
 from rankwise.data.example import Example, Turn
 from rankwise.data.input_record import read_input
-from rankwise.data.labelling.label_task import LabelClass, LabelTask
+from rankwise.data.label_task import LabelClass, LabelTask
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.options.commands import BundleConfig
 from rankwise.options.sections import ScoredData

@@ -22,19 +22,18 @@ from transformers import AutoImageProcessor
 
 from rankwise import cli
 from rankwise.core.approximation import normalised, singular_values
-from rankwise.data.device import DeviceTarget
-from rankwise.data.device_processor import device_processor
+from rankwise.data.depth.maps import image_grids
+from rankwise.data.device import DeviceTarget, device_processor
 from rankwise.data.features.cache import FeatureCache, open_cache
 from rankwise.data.features.pictures import open_pictures
 from rankwise.data.features.split import split_of
 from rankwise.data.features.writer import CacheWriter
-from rankwise.data.grids import image_grids
-from rankwise.data.sight import Sight
+from rankwise.data.vision_inputs import Sight
 from rankwise.errors import DataError
 from rankwise.files.atomic import read_object
-from rankwise.nets.depth_settings import DepthSettings, write_depth
-from rankwise.nets.image_features import image_features
-from rankwise.nets.load import load_model, load_processor
+from rankwise.models.depth.settings import DepthSettings, write_depth
+from rankwise.models.load import load_model, load_processor
+from rankwise.models.vision_features import image_features
 from rankwise.stages.features import eyes
 
 SIZES = [(64, 48), (40, 80), (56, 56), (90, 30), (64, 64), (33, 47), (70, 70)]

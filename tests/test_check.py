@@ -17,16 +17,15 @@ from tiny import CHAT_TEMPLATE, tiny_llama
 from tiny_vision import drawn_image, tiny_qwen25vl, tiny_smolvlm
 
 from rankwise.cli import main
-from rankwise.data.chat import ChatTemplate
-from rankwise.data.check import Findings, examined, histogram
-from rankwise.data.encoding import Encoder
+from rankwise.data.chat import ChatTemplate, Encoder
+from rankwise.data.check.command import bars, in_words
+from rankwise.data.check.examine import Findings, examined, histogram
 from rankwise.data.images import ImageReader
+from rankwise.data.renderer_for import renderer_for
 from rankwise.data.sources import load
 from rankwise.files.atomic import read_json
-from rankwise.nets.load import load_config
+from rankwise.models.load import load_config
 from rankwise.options.sections import DataSection, ModelSection
-from rankwise.show.check import bars, in_words
-from rankwise.stages.rendering import renderer_for
 
 Row = dict[str, Any]
 GOOD, BROKEN = 3, 6
@@ -351,12 +350,12 @@ def test_pictures_that_are_not_what_the_processor_makes_are_found(
     models: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("rankwise.stages.check.try_model", lambda *_: None)  # which finds them, too
+    monkeypatch.setattr("rankwise.data.check.command.try_model", lambda *_: None)  # which finds them, too
     rows = [talk(f"row-{number}", "<image>\nWhat colour?", image="0.png") for number in range(5)]
     file, flags = write(tmp_path / "rows.jsonl", *rows), ("--model-name", str(models("qwen")))
     code, report, bad = checked(file, folder, *flags)
     assert (code, bad, report["compared_with_chat_template"]) == (0, [], {"samples": 5, "pixels": 5})
-    monkeypatch.setattr(f"rankwise.data.sight.Sight.{place}", change)
+    monkeypatch.setattr(f"rankwise.data.vision_inputs.Sight.{place}", change)
     code, _, bad = checked(file, folder, *flags, "--compare", "2")
     assert code == 3 and [one["sample"] for one in bad] == ["row-0", "row-2"]
     assert all(reason in one["reason"] for one in bad)

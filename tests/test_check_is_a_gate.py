@@ -141,10 +141,14 @@ def test_a_gate_that_lets_a_kind_pass_is_found(
     law(gate, rows)
     assert [one["kind"] for one in gate.check(rows)[2]] == [kind]
     if kind == "row":
-        monkeypatch.setattr("rankwise.stages.check.load", lambda *at, **how: replace(load(*at, **how), skipped=()))
-    monkeypatch.setattr("rankwise.data.check.outcomes", lambda example, _: [(example, Rendered([1, 2], [1, 2]))])
-    monkeypatch.setattr("rankwise.data.check._undecodable", lambda *_: {})
-    monkeypatch.setattr("rankwise.data.check._Comparison.add", lambda *_: None)
+        monkeypatch.setattr(
+            "rankwise.data.check.command.load", lambda *at, **how: replace(load(*at, **how), skipped=())
+        )
+    monkeypatch.setattr(
+        "rankwise.data.check.examine.outcomes", lambda example, _: [(example, Rendered([1, 2], [1, 2]))]
+    )
+    monkeypatch.setattr("rankwise.data.check.examine._undecodable", lambda *_: {})
+    monkeypatch.setattr("rankwise.data.check.examine._Comparison.add", lambda *_: None)
     assert gate.check(rows)[0] == 0
     with pytest.raises(AssertionError):
         law(gate, rows)

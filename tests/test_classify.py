@@ -16,7 +16,7 @@ from tiny import CHAT_TEMPLATE, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rankwise.data.example import Example, Turn
-from rankwise.data.label_names import found_label
+from rankwise.data.label_answer import found_label
 from rankwise.data.render import Renderer
 from rankwise.errors import DataError, UsageError
 from rankwise.score import bootstrap

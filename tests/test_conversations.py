@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
-from rankwise.data.answers import check_slots
-from rankwise.data.example import Chosen, Examples
+from rankwise.data.dataset import RenderedDataset
+from rankwise.data.example import Chosen, Examples, check_slots
 from rankwise.data.images import ImageReader
 from rankwise.data.render import IGNORED, Renderer
-from rankwise.data.rendered import RenderedDataset
 from rankwise.data.sources import load
-from rankwise.data.sources.indexed import IndexedSamples
+from rankwise.data.sources.files import IndexedSamples
 from rankwise.data.split import split_groups, subset
 from rankwise.errors import DataError
 

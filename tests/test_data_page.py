@@ -13,9 +13,9 @@ from tiny import CHAT_TEMPLATE, tiny_llama
 from tiny_vision import drawn_image, tiny_smolvlm
 
 from rankwise.cli import main
-from rankwise.data.markers import found
 from rankwise.data.sources import load
 from rankwise.data.sources.conversations import SPEAKERS
+from rankwise.data.template import found
 
 PAGE = DOCS / "data.md"
 ROWS = [fence[2] for fence in FENCE.finditer(PAGE.read_text(encoding="utf-8")) if fence[1] == "json"]

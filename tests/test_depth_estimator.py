@@ -15,8 +15,17 @@ from transformers import DepthAnythingForDepthEstimation
 
 from rankwise.core.geometry import estimator_size
 from rankwise.errors import DataError
-from rankwise.nets.depth_estimator import DepthEstimator, load_estimator, prepared
-from rankwise.nets.depth_weights import SIZES, config_of, filled, from_original, renamed, size_of
+from rankwise.models.depth.estimator import (
+    SIZES,
+    DepthEstimator,
+    config_of,
+    filled,
+    from_original,
+    load_estimator,
+    prepared,
+    renamed,
+    size_of,
+)
 
 LARGE = (24, 1024, (256, 512, 1024, 1024), 256)
 LAYOUTS = {

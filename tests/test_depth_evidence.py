@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rankwise.data.depth.prepare import GATE_RATE, gate_rate
 from rankwise.errors import UsageError
 from rankwise.options.sections import DepthSection
-from rankwise.stages.depth import GATE_RATE, gate_rate
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCENES = 1200
@@ -88,7 +88,7 @@ def test_maps_say_what_was_drawn(scenes: list[Any], tmp_path: Path) -> None:
     from depth_base import mixed
     from depth_scenes import distances, picture
 
-    from rankwise.data.depth_files import inverse_depth
+    from rankwise.data.depth.cache import inverse_depth
 
     for scene in scenes[:40]:
         Image.fromarray(distances(scene)).save(tmp_path / "map.png")

@@ -18,10 +18,8 @@ from tiny_vision import FAMILIES, drawn_image
 from transformers import AutoProcessor, ViTImageProcessor
 
 from rankwise.core.geometry import WHOLE, Grid, derangement, normalised, on_grids, permuted, pooled, ramp
-from rankwise.data.depth_cache import BrokenMap, DepthCache, MapKey, source_name
-from rankwise.data.depth_files import DepthFiles, inverse_depth
-from rankwise.data.depth_maps import DepthMaps, at_tokens, luminance
-from rankwise.data.grids import image_grids
+from rankwise.data.depth.cache import BrokenMap, DepthCache, DepthFiles, MapKey, inverse_depth, source_name
+from rankwise.data.depth.maps import DepthMaps, at_tokens, image_grids, luminance
 from rankwise.data.images import ImageReader
 from rankwise.errors import DataError, UsageError
 

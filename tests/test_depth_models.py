@@ -16,13 +16,13 @@ from tiny_vision import FAMILIES, drawn_image
 from torch import Tensor
 from transformers import AutoProcessor
 
-from rankwise.data.grids import Grid, image_grids
+from rankwise.data.depth.maps import Grid, image_grids
 from rankwise.errors import DataError, UsageError
-from rankwise.nets.adapt import quiet_peft
-from rankwise.nets.depth import DepthEncoder, attach_depth, encoder_of
-from rankwise.nets.depth_settings import DepthSettings, read_depth, write_depth
-from rankwise.nets.load import load_model
-from rankwise.nets.sites import model_sites
+from rankwise.models.adapt import quiet_peft
+from rankwise.models.depth.encoder import DepthEncoder, attach_depth, encoder_of
+from rankwise.models.depth.settings import DepthSettings, read_depth, write_depth
+from rankwise.models.load import load_model
+from rankwise.models.sites import model_sites
 
 MAKERS = {name: FAMILIES[name] for name in ("qwen25vl", "qwen2vl", "smolvlm", "idefics3", "llava")} | {
     "isaac": tiny_isaac

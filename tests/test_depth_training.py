@@ -21,26 +21,25 @@ from tiny_vision import drawn_image, tiny_qwen25vl, tiny_smolvlm
 
 import rankwise
 from rankwise import cli
-from rankwise.data.collate import Collator
-from rankwise.data.depth_cache import DepthCache, source_name
-from rankwise.data.depth_maps import DepthMaps
-from rankwise.data.grids import image_grids
+from rankwise.data.dataset import Collator
+from rankwise.data.depth.cache import DepthCache, source_name
+from rankwise.data.depth.maps import DepthMaps, image_grids
+from rankwise.data.depth.prepare import asked, depth_facts, idle, overruled, prepared
 from rankwise.data.images import ImageReader
 from rankwise.data.render import Renderer
-from rankwise.data.sight import Sight
+from rankwise.data.renderer_for import renderer_for
 from rankwise.data.sources import load as load_rows
+from rankwise.data.vision_inputs import Sight
 from rankwise.errors import DataError, UsageError
-from rankwise.nets.adapt import quiet_peft
-from rankwise.nets.depth import encoder_of
-from rankwise.nets.depth_settings import read_depth, write_depth
-from rankwise.nets.isaac.modeling import IsaacForConditionalGeneration
-from rankwise.nets.load import load_config, load_processor
+from rankwise.models.adapt import quiet_peft
+from rankwise.models.depth.encoder import encoder_of
+from rankwise.models.depth.settings import read_depth, write_depth
+from rankwise.models.isaac.modeling import IsaacForConditionalGeneration
+from rankwise.models.load import load_config, load_processor
 from rankwise.options.commands import EvaluateConfig
 from rankwise.options.sections import DataSection, DepthSection, DepthUseSection, ModelSection, ScoredData
 from rankwise.score.generate import GenerationSettings, HFGenerator
-from rankwise.stages.depth import asked, depth_facts, idle, overruled, prepared
 from rankwise.stages.engines import Subject, base_and_adapter, seeing, subject
-from rankwise.stages.rendering import renderer_for
 
 MAKERS = {"qwen25vl": tiny_qwen25vl, "smolvlm": tiny_smolvlm, "isaac": tiny_isaac}
 

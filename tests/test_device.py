@@ -16,16 +16,15 @@ from PIL import Image
 from tiny_vision import drawn_image, tiny_qwen25vl, tiny_smolvlm
 
 from rankwise.core.geometry import letterbox
-from rankwise.data.device import DeviceReader, DeviceTarget, read_target, resize_for_device
-from rankwise.data.device_processor import device_processor
+from rankwise.data.device import DeviceReader, DeviceTarget, device_processor, read_target, resize_for_device
 from rankwise.data.example import Example, Turn
 from rankwise.data.images import ImageReader
 from rankwise.data.render import Renderer
-from rankwise.data.sight import Sight
+from rankwise.data.renderer_for import renderer_for
+from rankwise.data.vision_inputs import Sight
 from rankwise.errors import DataError, UsageError
-from rankwise.nets.load import load_config, load_processor
+from rankwise.models.load import load_config, load_processor
 from rankwise.options.sections import DataSection, ModelSection
-from rankwise.stages.rendering import renderer_for
 
 SIZES = st.integers(1, 4096)
 

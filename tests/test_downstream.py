@@ -25,11 +25,11 @@ from rankwise.data.features.writer import CacheRecipe, Matrices, write_cache
 from rankwise.errors import DataError, UsageError
 from rankwise.files.atomic import write_json
 from rankwise.files.checkpoint import model_fingerprint
-from rankwise.nets.adapters import save_adapter
+from rankwise.models.adapters import save_adapter
+from rankwise.models.vision_features import image_features, seeing_part
 from rankwise.nets.factorize.architectures import build
 from rankwise.nets.factorize.factorizer import FactorizerSettings
 from rankwise.nets.factorize.files import save_factorizer
-from rankwise.nets.image_features import image_features, seeing_part
 from rankwise.options.features import DownstreamConfig
 from rankwise.score.downstream import (
     METRICS,

@@ -35,9 +35,9 @@ from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import Site
 from rankwise.errors import UsageError
 from rankwise.files.plan import read_plan
-from rankwise.nets.adapt import lora_layers, quiet_peft, scales
-from rankwise.nets.load import meta_model
-from rankwise.nets.sites import model_sites
+from rankwise.models.adapt import lora_layers, quiet_peft, scales
+from rankwise.models.load import meta_model
+from rankwise.models.sites import model_sites
 from rankwise.show.emit import TRAINERS, emit
 
 # --- the trainers ----------------------------------------------------------------------------------------------------

@@ -15,9 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from rankwise import cli
 from rankwise.errors import UsageError
 from rankwise.files.atomic import read_object
-from rankwise.nets.adapt import LoraSettings, adapt
-from rankwise.nets.sites import model_sites
-from rankwise.nets.targets import choose_sites, uniform_plan
+from rankwise.models.adapt import LoraSettings, adapt, choose_sites, uniform_plan
+from rankwise.models.sites import model_sites
 from rankwise.stages.estimate.rows import Rows
 from rankwise.stages.estimate.shapes import Measured, Place, Shapes, Way, measured
 from rankwise.train.arguments import build_arguments

@@ -15,17 +15,17 @@ from tiny import CHAT_TEMPLATE, tiny_llama
 
 from rankwise import cli
 from rankwise.data.render import IGNORED
+from rankwise.data.renderer_for import renderer_for
 from rankwise.data.sources import SOURCES, load
 from rankwise.data.sources import SPLITS as SOURCE_SPLITS
-from rankwise.nets.adapters import save_adapter
-from rankwise.nets.load import load_config
+from rankwise.models.adapters import save_adapter
+from rankwise.models.load import load_config
 from rankwise.options.commands import EvaluateConfig
 from rankwise.options.sections import SCORED_TASKS, SPLITS, DataSection, ModelSection
 from rankwise.score.forgetting import FILE as FORGETTING
 from rankwise.score.result import EvaluationResult
 from rankwise.score.tasks import TASKS, task
 from rankwise.stages import evaluate
-from rankwise.stages.rendering import renderer_for
 
 LABELS = ("entailment", "neutral", "contradiction")
 

@@ -25,7 +25,7 @@ from rankwise.data.device import DeviceTarget, read_target
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.atomic import read_object, sha256, write_json
 from rankwise.files.checkpoint import open_checkpoint
-from rankwise.nets.load import load_model
+from rankwise.models.load import load_model
 from rankwise.options.commands import ExportConfig
 from rankwise.ship.gguf import export_plan as planning
 from rankwise.ship.gguf.adapter_gguf import check_adapter, fold_scales, read_plain, write_adapter_gguf

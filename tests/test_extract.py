@@ -22,8 +22,8 @@ from rankwise.core.site import Site, describe
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import read_adapter
 from rankwise.files.plan import write_plan
-from rankwise.nets.load import meta_model
-from rankwise.nets.sites import model_sites
+from rankwise.models.load import meta_model
+from rankwise.models.sites import model_sites
 from rankwise.options.commands import ExtractConfig
 from rankwise.options.sections import SitesSection
 from rankwise.stages.extract import describe as describe_stage

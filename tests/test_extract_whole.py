@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from rankwise.cli import main
-from rankwise.nets.load import load_model
+from rankwise.models.load import load_model
 from rankwise.ship.merging import promised
 from rankwise.stages import extracted_adapter
 

@@ -13,9 +13,9 @@ from families import FAMILIES
 from families.subject import Subject
 from families.trials import QUESTIONS
 
-from rankwise.data import collate, render, sight
+from rankwise.data import dataset, render, vision_inputs
 from rankwise.data.render import Rendered, Renderer
-from rankwise.nets import sites
+from rankwise.models import sites
 from rankwise.score import generate
 from rankwise.ship.merging import merge
 
@@ -24,8 +24,8 @@ Break = Callable[[Patch], None]
 
 
 def padded_on_the_left(patch: Patch) -> None:
-    whole = collate.pad
-    patch.setattr(collate, "pad", lambda *rows, **_: whole(*rows, left=True))
+    whole = dataset.pad
+    patch.setattr(dataset, "pad", lambda *rows, **_: whole(*rows, left=True))
 
 
 def prompts_padded_on_the_right(patch: Patch) -> None:
@@ -52,8 +52,8 @@ def an_image_token_more(patch: Patch) -> None:
 
 
 def images_in_the_other_order(patch: Patch) -> None:
-    whole = sight.Sight.pixels
-    patch.setattr(sight.Sight, "pixels", lambda self, rows: whole(self, [row[::-1] for row in rows]))
+    whole = vision_inputs.Sight.pixels
+    patch.setattr(vision_inputs.Sight, "pixels", lambda self, rows: whole(self, [row[::-1] for row in rows]))
 
 
 def the_question_is_learnt_too(patch: Patch) -> None:

@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import Blip2Processor, BlipImageProcessor
 
 from rankwise.cli import main
-from rankwise.data import families as tested
-from rankwise.data.comparison import Oracle
+from rankwise.data import renderer_for as tested
+from rankwise.data.check.comparison import Oracle
 from rankwise.data.images import ImageReader
 from rankwise.data.render import Renderer
-from rankwise.data.sight import Sight
+from rankwise.data.vision_inputs import Sight
 from rankwise.errors import UsageError
-from rankwise.nets.load import forward_inputs, load_config, load_model, load_processor
+from rankwise.models.load import forward_inputs, load_config, load_model, load_processor
 
 SEEN = tuple(name for name, example in CONVERSATIONS.items() if example.images)
 CLOSED = ("mm_input_projection_weight", "cross_attn_attn_gate", "cross_attn_mlp_gate")  # new models have zeros there
@@ -204,7 +204,7 @@ def test_a_refused_family_stops_before_weights_load(
 ) -> None:
     table = {"families": {"qwen2_vl": {"state": "refused", "why": "of a reason"}}}
     monkeypatch.setattr(tested, "table", lambda _: table)
-    monkeypatch.setattr("rankwise.nets.load.check_index", lambda _: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("rankwise.models.load.check_index", lambda _: pytest.fail("weights were loaded"))
     model, data = str(models("qwen2_vl")), ["--data_path", str(rows(tmp_path, "one image"))]
     for command in ("train", "finetune", "check"):
         flags = ["--lora_r", "4"] if command == "train" else []

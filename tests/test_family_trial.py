@@ -20,10 +20,10 @@ from transformers import (
     SmolVLMConfig,
 )
 
-from rankwise.data.sight import Sight
-from rankwise.nets import cut_down as cutting
-from rankwise.nets.cut_down import Untried, cut_down, random_model
-from rankwise.nets.load import load_config
+from rankwise.data.vision_inputs import Sight
+from rankwise.models import cut_down as cutting
+from rankwise.models.cut_down import Untried, cut_down, random_model
+from rankwise.models.load import load_config
 
 Models = Callable[[str], Path]
 FILE = ("one image", "two images", "no image")
@@ -110,19 +110,21 @@ def test_a_copy_that_does_not_run_is_a_note(
         model.model.multi_modal_projector.forward = lambda *_: (_ for _ in ()).throw(RuntimeError("shapes"))
         return model
 
-    monkeypatch.setattr("rankwise.stages.check.random_model", broken)
+    monkeypatch.setattr("rankwise.data.check.command.random_model", broken)
     code, report = checked(models("gemma3"), rows(tmp_path, *FILE), pictures)
     assert code == 0 and report["model_run"]["samples"] == 0
     assert (
         "note: the model was not run: its cut-down copy does not run (RuntimeError: shapes)" in capsys.readouterr().out
     )
-    monkeypatch.setattr("rankwise.stages.check.cut_down", lambda _: (_ for _ in ()).throw(Untried("it has no layers")))
+    monkeypatch.setattr(
+        "rankwise.data.check.command.cut_down", lambda _: (_ for _ in ()).throw(Untried("it has no layers"))
+    )
     code, report = checked(models("gemma3"), rows(tmp_path, *FILE), pictures)
     assert code == 0 and "it has no layers; --run_model" in report["model_run"]["notes"][0]
 
 
 def test_the_models_own_weights_run(models: Models, pictures: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
-    monkeypatch.setattr("rankwise.stages.check.cut_down", lambda _: pytest.fail("a copy was made"))
+    monkeypatch.setattr("rankwise.data.check.command.cut_down", lambda _: pytest.fail("a copy was made"))
     code, report = checked(models("qwen3_vl"), rows(tmp_path, *FILE), pictures, "--run_model")
     assert (code, report["model_run"]["samples"]) == (0, 3)
 

@@ -24,10 +24,10 @@ from rankwise.data.sources import load
 from rankwise.errors import UsageError
 from rankwise.files.checkpoint import open_checkpoint
 from rankwise.files.run_folder import RunFolder
-from rankwise.nets.adapters import load_adapter
+from rankwise.models.adapters import load_adapter
+from rankwise.models.load import load_model, meta_model
+from rankwise.models.sites import model_sites, weight_table
 from rankwise.nets.delta_files import BaseWeights, write_deltas
-from rankwise.nets.load import load_model, meta_model
-from rankwise.nets.sites import model_sites, weight_table
 from rankwise.stages import finetune
 from rankwise.stages.probing import language_parameters
 from rankwise.store.deltas import open_deltas
@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_refused_before_loading(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(finetune, "memory_available", lambda device: 1000)
-    monkeypatch.setattr("rankwise.nets.load.load_model", None)
+    monkeypatch.setattr("rankwise.models.load.load_model", None)
     assert cli.main(words(base, data, tmp_path)) == 2
     error = capsys.readouterr().err
     for way_out in ("--method lora", "--optim", "FSDP"):

@@ -15,7 +15,7 @@ from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from rankwise.errors import DataError
-from rankwise.nets.load import load_model
+from rankwise.models.load import load_model
 from rankwise.score.forgetting import (
     FILE,
     ForgettingSettings,

@@ -16,8 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rankwise.core.factors import leading_svd
 from rankwise.core.measure import energy_of, from_difference
 from rankwise.core.site import Site, describe
-from rankwise.nets.load import load_model
-from rankwise.nets.sites import model_sites
+from rankwise.models.load import load_model
+from rankwise.models.sites import model_sites
 from rankwise.score.directions import gradient_spectra, input_spectra, loss_gains, output_change_spectra
 from rankwise.score.gain import arms_of, gain_kept, moved, summarise
 from rankwise.score.likelihood import answer_losses

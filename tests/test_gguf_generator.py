@@ -13,14 +13,13 @@ import torch
 from PIL import Image
 from served import text_gguf, text_model
 
-from rankwise.data.device import DeviceReader, DeviceTarget, read_target
-from rankwise.data.device_processor import device_processor
+from rankwise.data.device import DeviceReader, DeviceTarget, device_processor, read_target
 from rankwise.data.example import Example, Turn
 from rankwise.data.images import ImageReader
 from rankwise.data.render import Renderer
-from rankwise.data.sight import Sight
+from rankwise.data.vision_inputs import Sight
 from rankwise.errors import UsageError
-from rankwise.nets.load import load_model, load_processor, load_tokenizer
+from rankwise.models.load import load_model, load_processor, load_tokenizer
 from rankwise.score.generate import GenerationSettings, HFGenerator
 from rankwise.score.tasks import evaluate, task
 from rankwise.ship.llama.gguf_generator import GGUFGenerator

@@ -21,12 +21,11 @@ from tiny import tiny_llama
 from torch import nn
 from transformers import TrainerCallback, set_seed
 
-from rankwise.data.collate import Collator
+from rankwise.data.dataset import Collator
 from rankwise.errors import DataError, DivergedError, UsageError
-from rankwise.nets.adapt import LoraSettings, adapt, lora_layers, lora_pairs, quiet_peft
-from rankwise.nets.load import load_model
-from rankwise.nets.sites import model_sites
-from rankwise.nets.targets import choose_sites, uniform_plan
+from rankwise.models.adapt import LoraSettings, adapt, choose_sites, lora_layers, lora_pairs, quiet_peft, uniform_plan
+from rankwise.models.load import load_model
+from rankwise.models.sites import model_sites
 from rankwise.train.arguments import build_arguments
 from rankwise.train.gradient_table import (
     GRADIENT_SUMMARY,

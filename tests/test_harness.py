@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from rankwise import cli
 from rankwise.errors import DataError, UsageError
-from rankwise.nets.adapters import save_adapter
+from rankwise.models.adapters import save_adapter
 from rankwise.options.sections import is_harness
 from rankwise.score import bootstrap
 from rankwise.score.harness import HarnessSettings, evaluate_harness, read_metrics

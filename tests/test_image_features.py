@@ -14,13 +14,12 @@ from tiny_isaac import tiny_isaac
 from tiny_vision import FAMILIES, drawn_image
 from torch import Tensor
 
-from rankwise.data.sight import Sight
+from rankwise.data.vision_inputs import Sight
 from rankwise.errors import UsageError
-from rankwise.nets.depth import attach_depth
-from rankwise.nets.depth_settings import DepthSettings
-from rankwise.nets.image_features import approximated, image_features, seeing_part
-from rankwise.nets.load import load_model, load_processor
-from rankwise.nets.vision_side import load_vision_side
+from rankwise.models.depth.encoder import attach_depth
+from rankwise.models.depth.settings import DepthSettings
+from rankwise.models.load import load_model, load_processor
+from rankwise.models.vision_features import approximated, image_features, load_vision_side, seeing_part
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 ALL: Mapping[str, Callable[[Path], Path]] = {**FAMILIES, "isaac": tiny_isaac}

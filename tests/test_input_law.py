@@ -27,18 +27,18 @@ from tiny_vision import tiny_smolvlm
 
 from rankwise.data.device import DeviceTarget
 from rankwise.data.input_record import FILE, read_input
-from rankwise.data.labelling.label_task import task_from
+from rankwise.data.label_task import task_from
+from rankwise.data.recorded import as_recorded, recorded
+from rankwise.data.renderer_for import renderer_for
 from rankwise.data.sources import load
 from rankwise.files.atomic import read_object, write_json
-from rankwise.nets.load import load_config, load_processor, load_tokenizer
+from rankwise.models.load import load_config, load_processor, load_tokenizer
 from rankwise.options.commands import ValidateConfig
 from rankwise.options.sections import DataSection, ModelSection, ScoredData
 from rankwise.score.tasks import task as scored_task
 from rankwise.ship.gguf.converter import Converter
 from rankwise.ship.llama.gguf_generator import GGUFGenerator
 from rankwise.ship.llama.runtime import Completion, RuntimeInfo
-from rankwise.stages.recorded import as_recorded, recorded
-from rankwise.stages.rendering import renderer_for
 from rankwise.stages.shipped import shipment
 from rankwise.stages.validating import trained_side
 

@@ -29,12 +29,11 @@ from transformers import (
 )
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from rankwise.nets.isaac.configuration import IsaacConfig
-from rankwise.nets.isaac.modeling import IsaacForConditionalGeneration
-from rankwise.nets.isaac.positions import Rotary, position_ids
-from rankwise.nets.isaac.processing import IsaacProcessor
-from rankwise.nets.isaac.vision import IsaacVisionTower, VisionEmbedding, pixel_shuffle, resized_positions
-from rankwise.nets.load import load_model, load_processor, meta_model
+from rankwise.models.isaac.configuration import IsaacConfig
+from rankwise.models.isaac.modeling import IsaacForConditionalGeneration, Rotary, position_ids
+from rankwise.models.isaac.processing import IsaacProcessor
+from rankwise.models.isaac.vision import IsaacVisionTower, VisionEmbedding, pixel_shuffle, resized_positions
+from rankwise.models.load import load_model, load_processor, meta_model
 from rankwise.scripts import depth_isaac
 
 IMAGE = "<|image_pad|>"

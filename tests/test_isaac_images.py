@@ -19,11 +19,11 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from rankwise.core.geometry import scaled_blocks
 from rankwise.data.images import ImageReader
-from rankwise.data.sight import Sight
+from rankwise.data.vision_inputs import Sight
 from rankwise.errors import DataError
-from rankwise.nets.isaac.configuration import IsaacConfig
-from rankwise.nets.isaac.image_processing import IsaacImageProcessor
-from rankwise.nets.isaac.processing import IsaacProcessor
+from rankwise.models.isaac.configuration import IsaacConfig
+from rankwise.models.isaac.image_processing import IsaacImageProcessor
+from rankwise.models.isaac.processing import IsaacProcessor
 
 IMAGE = "<|image_pad|>"
 sides = st.integers(1, 4000)

@@ -21,7 +21,7 @@ from tiny_vision import tiny_smolvlm
 
 from rankwise.cli import main
 from rankwise.data.example import Example
-from rankwise.data.label_names import (
+from rankwise.data.label_answer import (
     FINAL,
     QUOTES,
     found_label,
@@ -31,8 +31,8 @@ from rankwise.data.label_names import (
     named_labels,
     spellings,
 )
+from rankwise.data.label_task import read_task, task_from
 from rankwise.data.labelling.coco import find_images
-from rankwise.data.labelling.label_task import read_task, task_from
 from rankwise.data.labelling.labelled import read_rows
 from rankwise.data.sources import load
 from rankwise.data.teacher.loopback import LoopbackTeacher

@@ -21,7 +21,7 @@ from PIL import Image
 
 from rankwise.cli import main
 from rankwise.data.device import DeviceTarget, read_target
-from rankwise.data.labelling.label_task import read_task
+from rankwise.data.label_task import read_task
 from rankwise.data.labelling.labelled import pixel_hash, read_rows
 from rankwise.data.sources import load
 from rankwise.data.teacher.loopback import LoopbackTeacher, Response, picture_of

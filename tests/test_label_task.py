@@ -10,16 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.data.labelling.label_answer import BadAnswer
-from rankwise.data.labelling.label_task import (
-    FILE,
-    PACKAGED,
-    LabelTask,
-    load_task,
-    read_task,
-    task_from,
-    task_of_labels,
-)
+from rankwise.data.label_answer import BadAnswer
+from rankwise.data.label_task import FILE, PACKAGED, LabelTask, load_task, read_task, task_from, task_of_labels
 from rankwise.errors import DataError, UsageError
 
 MINIMAL = {"classes": {"cat": "small, meows", "dog": "larger, barks"}}

@@ -13,9 +13,9 @@ from PIL import Image
 
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.images import BadImage, ImageReader
+from rankwise.data.label_task import LabelTask, load_task, read_task, task_from
 from rankwise.data.labelling.coco import find_images, select
 from rankwise.data.labelling.existing_labels import Existing, label_rows, read_existing, task_for
-from rankwise.data.labelling.label_task import LabelTask, load_task, read_task, task_from
 from rankwise.data.labelling.labelled import (
     LabelledRow,
     StoredImage,

@@ -22,16 +22,16 @@ from test_parity_faults import edited
 
 from rankwise.cli import main
 from rankwise.core.geometry import letterbox
-from rankwise.data import device, pixels
+from rankwise.data import device, pixels, renderer_for
 from rankwise.data.device import encoded
-from rankwise.data.labelling.label_task import read_task
+from rankwise.data.label_task import read_task
 from rankwise.score.tasks import task
 from rankwise.ship.parity import pixel_rung
 from rankwise.ship.parity.cases import case_of
 from rankwise.ship.parity.embedder import Embedder
 from rankwise.ship.parity.reference import HFReference
 from rankwise.ship.parity.skia_pixels import unavailable
-from rankwise.stages import rendering, validating
+from rankwise.stages import validating
 
 pytestmark = [
     pytest.mark.slow,
@@ -301,7 +301,7 @@ def test_another_layout_of_tiles_breaks_the_image_tokens(
     validate: Validating, loose: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training laid a picture out as transformers does, where llama.cpp always adds the whole of it."""
-    monkeypatch.setattr(rendering, "device_processor", lambda processor, target: processor)
+    monkeypatch.setattr(renderer_for, "device_processor", lambda processor, target: processor)
     code, rungs = validate(loose)
     assert code == 6
     assert rungs["image tokens"]["status"] == "broken"

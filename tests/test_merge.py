@@ -32,7 +32,7 @@ from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.atomic import fingerprint
 from rankwise.files.checkpoint import open_checkpoint
 from rankwise.files.run_folder import RunFolder
-from rankwise.nets.load import load_model
+from rankwise.models.load import load_model
 from rankwise.options.commands import MergeConfig
 from rankwise.ship.merging import merge as merge_module
 from rankwise.ship.merging.merge import plan_merge, write_merged

@@ -16,7 +16,7 @@ from test_merge import adapter_on, weights
 from tiny import tiny_llama
 
 from rankwise.cli import main
-from rankwise.nets.load import load_model
+from rankwise.models.load import load_model
 from rankwise.ship.merging import merge as merge_module
 from rankwise.ship.merging import shards
 

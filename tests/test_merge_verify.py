@@ -18,11 +18,12 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from rankwise.cli import main
 from rankwise.data.device import DeviceTarget
+from rankwise.data.renderer_for import renderer_for
 from rankwise.data.sources import load
 from rankwise.errors import UsageError
 from rankwise.files.checkpoint import open_checkpoint
-from rankwise.nets.adapters import save_adapter
-from rankwise.nets.load import load_model, load_processor
+from rankwise.models.adapters import save_adapter
+from rankwise.models.load import load_model, load_processor
 from rankwise.options.commands import MergeConfig
 from rankwise.options.sections import DataSection, ModelSection
 from rankwise.ship.merging import merge as merge_module
@@ -32,7 +33,6 @@ from rankwise.ship.merging.samples import prompt_batch, text_batch
 from rankwise.ship.merging.verify import last_tokens, logits, needs_layers, reference_logits, whole_bytes
 from rankwise.stages.merge import run
 from rankwise.stages.prompts import prompts_of
-from rankwise.stages.rendering import renderer_for
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),

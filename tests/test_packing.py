@@ -13,13 +13,11 @@ from rows import Rows, equal, make_trainer, resumed, weights
 from tiny import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from rankwise.data.collate import Collator
+from rankwise.data.dataset import Collator, PackedDataset, RenderedDataset, pack, unpacked_difference
 from rankwise.data.example import Example, Turn
-from rankwise.data.packing import PackedDataset, pack, unpacked_difference
 from rankwise.data.render import Renderer
-from rankwise.data.rendered import RenderedDataset
 from rankwise.errors import VerificationError
-from rankwise.nets.load import load_model, load_tokenizer
+from rankwise.models.load import load_model, load_tokenizer
 from rankwise.score.likelihood import answer_losses
 from rankwise.stages.beginning import check_packing
 from rankwise.train.sampling import LengthGrouped

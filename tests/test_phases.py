@@ -28,8 +28,8 @@ from rankwise.core.phase import (
 )
 from rankwise.core.site import Site, describe
 from rankwise.errors import DataError, UsageError
-from rankwise.nets.load import meta_model
-from rankwise.nets.sites import model_sites
+from rankwise.models.load import meta_model
+from rankwise.models.sites import model_sites
 from rankwise.train.phases import PHASES_STATE, PhaseKeeper, phase_of
 from rankwise.train.trainer import RankwiseTrainer
 

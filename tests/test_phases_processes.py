@@ -12,8 +12,8 @@ from rows import make_trainer, weights
 from tiny import tiny_llama
 
 from rankwise.core.phase import bind, parse_schedule
-from rankwise.nets.load import meta_model
-from rankwise.nets.sites import model_sites
+from rankwise.models.load import meta_model
+from rankwise.models.sites import model_sites
 from rankwise.train.phases import PhaseKeeper
 
 SCHEDULES = ("both:2 > mlp:2 > attention", "early:3 > late", "norm:2")
@@ -30,8 +30,8 @@ SCRIPT = """
 
     from rankwise.core.phase import bind
     from rankwise.core.phase import parse_schedule
-    from rankwise.nets.load import meta_model
-    from rankwise.nets.sites import model_sites
+    from rankwise.models.load import meta_model
+    from rankwise.models.sites import model_sites
     from rankwise.files.processes import finish, process_index
     from rankwise.train.phases import PhaseKeeper
 

@@ -15,7 +15,7 @@ from rankwise.core.plan import FORMAT, FORMER, PlannedSite, RankPlan
 from rankwise.core.site import Site, describe, pattern
 from rankwise.errors import DataError
 from rankwise.files.plan import PLAN_FILE, find_plan, read_plan, write_plan
-from rankwise.nets.adapt import lora_config
+from rankwise.models.adapt import lora_config
 
 SITES = {
     path: describe(path, shape, tower)

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rankwise.cli import main
 from rankwise.files.adapter import LoraPair
-from rankwise.nets.load import load_model
+from rankwise.models.load import load_model
 from rankwise.ship.gguf import adapter_gguf, view
 from rankwise.ship.gguf.converter import Converter, Job
 from rankwise.ship.gguf.vocabulary import Vocabulary

@@ -17,7 +17,7 @@ from torch import Tensor
 from towered import Bases, adapted
 
 from rankwise.cli import main
-from rankwise.nets.adapters import save_adapter
+from rankwise.models.adapters import save_adapter
 from rankwise.ship.merging import layered, verify, written
 from rankwise.ship.merging import merge as module
 from rankwise.ship.merging.merge import MergePlan

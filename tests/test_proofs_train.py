@@ -19,8 +19,8 @@ from transformers import LlamaForCausalLM
 
 from rankwise.cli import main
 from rankwise.files.adapter import LoraPair
-from rankwise.nets import adalora, adapt, adapters
-from rankwise.nets.adapt import ADAPTER
+from rankwise.models import adalora, adapt, adapters
+from rankwise.models.adapt import ADAPTER
 from rankwise.stages import allocated as saving
 from rankwise.stages import allocating
 

@@ -19,8 +19,8 @@ from rankwise import cli
 from rankwise.data.render import Renderer
 from rankwise.errors import DataError, UsageError
 from rankwise.files.plan import PLAN_FILE, read_plan
-from rankwise.nets.load import load_model, load_tokenizer
-from rankwise.nets.sites import model_sites
+from rankwise.models.load import load_model, load_tokenizer
+from rankwise.models.sites import model_sites
 from rankwise.score.likelihood import answer_losses
 from rankwise.stages.running import probe_batches
 

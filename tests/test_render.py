@@ -13,10 +13,9 @@ from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rankwise.data.chat import TurnsApart
-from rankwise.data.collate import Collator
+from rankwise.data.dataset import Collator, RenderedDataset
 from rankwise.data.example import Example, Examples, Turn, one_per_prompt
 from rankwise.data.render import IGNORED, Overlong, Renderer
-from rankwise.data.rendered import RenderedDataset
 from rankwise.data.sources import load
 from rankwise.errors import DataError, UsageError
 

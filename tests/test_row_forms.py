@@ -16,8 +16,8 @@ from tiny_vision import drawn_image
 from rankwise.cli import main
 from rankwise.data.example import Examples
 from rankwise.data.images import ImageReader
-from rankwise.data.markers import TABLE, found
 from rankwise.data.sources import kind_of, load
+from rankwise.data.template import TABLE, found
 from rankwise.errors import DataError, UsageError
 
 Row = dict[str, Any]

@@ -21,7 +21,7 @@ from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankwise.data.example import Example, Turn
-from rankwise.data.label_names import found_label
+from rankwise.data.label_answer import found_label
 from rankwise.data.render import Renderer
 from rankwise.errors import Interrupted, UsageError
 from rankwise.options.sections import SelectionSection

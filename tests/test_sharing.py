@@ -24,13 +24,13 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import AutoTokenizer
 
 from rankwise import cli
+from rankwise.data.dataset import RenderedDataset
 from rankwise.data.render import Renderer
-from rankwise.data.rendered import RenderedDataset
 from rankwise.data.sources import load
 from rankwise.errors import UsageError, VerificationError
 from rankwise.files.atomic import read_object
-from rankwise.nets.adapters import load_adapter
-from rankwise.nets.load import load_model
+from rankwise.models.adapters import load_adapter
+from rankwise.models.load import load_model
 from rankwise.train.sharing import Filled, Silenceable, silenceable
 
 SEEING = {**FAMILIES, "isaac": tiny_isaac}

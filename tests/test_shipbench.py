@@ -19,7 +19,7 @@ import torch
 from parity_models import GIVEN, LONGEST, TARGET, draw, renderer_of
 
 from rankwise.data.device import read_target
-from rankwise.nets.load import load_model
+from rankwise.models.load import load_model
 from rankwise.ship.gguf.converter import Converter
 from rankwise.ship.gguf.export import read_export
 from rankwise.ship.gguf.export_plan import plan_export

@@ -17,14 +17,14 @@ from tiny_vision import drawn_image
 from torch import Tensor
 from transformers import AutoProcessor
 
-from rankwise.data.collate import Collator
-from rankwise.data.comparison import Oracle
+from rankwise.data.check.comparison import Oracle
+from rankwise.data.dataset import Collator
 from rankwise.data.example import Example, Turn
 from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.render import IGNORED, Overlong, Renderer
-from rankwise.data.sight import Sight
+from rankwise.data.vision_inputs import Sight
 from rankwise.errors import DataError, UsageError
-from rankwise.nets.load import load_model, load_processor
+from rankwise.models.load import load_model, load_processor
 from rankwise.score.generate import GenerationSettings, HFGenerator
 
 FAMILIES = {**NATIVE, "isaac": tiny_isaac}

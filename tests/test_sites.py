@@ -17,9 +17,9 @@ from transformers import Llama4ForCausalLM, Llama4TextConfig, PreTrainedModel
 from rankwise.core.site import KINDS, TOWERS, Site, describe, nearest, pattern
 from rankwise.errors import DataError, UsageError
 from rankwise.files.checkpoint import open_checkpoint
-from rankwise.nets.load import load_config, load_model, meta_model
+from rankwise.models.load import load_config, load_model, meta_model
+from rankwise.models.sites import fused_experts, model_sites, weight_table
 from rankwise.nets.pair import SiteFilter
-from rankwise.nets.sites import fused_experts, model_sites, weight_table
 from rankwise.store.deltas import logical
 
 SMALL = {

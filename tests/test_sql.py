@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rankwise.data.example import Example, Examples
 from rankwise.data.sources import load
-from rankwise.data.sql import AGGREGATES, Query, same_query
+from rankwise.data.sources.wikisql import AGGREGATES, Query, same_query
 from rankwise.errors import DataError
 from rankwise.score.sql import score_sql
 from rankwise.score.sql_database import Database, Refused, Stopped, build_database

@@ -19,7 +19,7 @@ from rankwise.core.allocate import TOLERANCE, equalised, is_equal, spent
 from rankwise.core.phase import bind, parse_schedule, permuted_form, random_form, returns, reversed_form
 from rankwise.core.site import Site, describe
 from rankwise.data.example import Example, Turn
-from rankwise.data.parts import Sizes, divided
+from rankwise.data.split import Sizes, divided
 from rankwise.errors import DataError, UsageError
 from rankwise.files.ledger import Ledger
 from rankwise.options.sections import DataSection, ModelSection

@@ -34,7 +34,7 @@ from misbehaving_teacher import (
 from PIL import Image, ImageDraw
 
 from rankwise.data.device import DeviceTarget
-from rankwise.data.labelling.label_task import LabelTask, load_task
+from rankwise.data.label_task import LabelTask, load_task
 from rankwise.data.labelling.labelled import pixel_hash
 from rankwise.data.teacher.answers import Unusable, Verdict, checked, verdict
 from rankwise.data.teacher.asking import Asker, Picture, Question, collect

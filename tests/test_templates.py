@@ -18,10 +18,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rankwise.data.chat import Refused
-from rankwise.data.comparison import Oracle
+from rankwise.data.check.comparison import Oracle
+from rankwise.data.dataset import RenderedDataset, outcomes
 from rankwise.data.example import Example, Turn
 from rankwise.data.render import IGNORED, Rendered, Renderer
-from rankwise.data.rendered import RenderedDataset, outcomes
 from rankwise.errors import DataError
 
 TRL = importlib.util.find_spec("trl")

@@ -24,7 +24,7 @@ from rankwise.core.site import unwrapped
 from rankwise.errors import DataError
 from rankwise.files.adapter import read_adapter
 from rankwise.files.checkpoint import open_checkpoint
-from rankwise.nets.load import load_model
+from rankwise.models.load import load_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),

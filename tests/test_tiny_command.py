@@ -16,7 +16,7 @@ from rankwise.data.device import resize_for_device
 from rankwise.data.element_scenes import SHADES, SIZES, paint, photos
 from rankwise.data.example import Example
 from rankwise.data.images import ImageReader
-from rankwise.data.labelling.label_task import load_task
+from rankwise.data.label_task import load_task
 from rankwise.data.render import Renderer
 from rankwise.data.teacher.loopback import shares
 from rankwise.score.generate import GenerationSettings, HFGenerator

@@ -14,9 +14,9 @@ from towered import TOWERS, Bases, adapted, loaded, trainer_of, values
 
 from rankwise import cli
 from rankwise.files.adapter import read_adapter
-from rankwise.nets.adapt import full_parameters
-from rankwise.nets.load import meta_model
-from rankwise.nets.sites import model_sites, tower_of, tower_prefixes
+from rankwise.models.adapt import full_parameters
+from rankwise.models.load import meta_model
+from rankwise.models.sites import model_sites, tower_of, tower_prefixes
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,18 @@ from rankwise import cli
 from rankwise.errors import UsageError
 from rankwise.files.adapter import read_adapter
 from rankwise.files.plan import read_plan
-from rankwise.nets.adapt import LoraSettings, adapt, lora_layers
-from rankwise.nets.load import meta_model
-from rankwise.nets.sites import model_sites, tower_of, tower_prefixes
-from rankwise.nets.targets import check_plan, choose_sites, uniform_plan
-from rankwise.nets.towers import full_modules, full_sites, outside_language, tower_parameters, towers_of
+from rankwise.models.adapt import LoraSettings, adapt, check_plan, choose_sites, lora_layers, uniform_plan
+from rankwise.models.load import meta_model
+from rankwise.models.sites import (
+    full_modules,
+    full_sites,
+    model_sites,
+    outside_language,
+    tower_of,
+    tower_parameters,
+    tower_prefixes,
+    towers_of,
+)
 from rankwise.options.sections import TowersSection
 from rankwise.stages.towers import finetune_use, train_use
 from rankwise.store.deltas import open_deltas

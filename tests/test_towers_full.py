@@ -19,12 +19,10 @@ from rankwise import cli
 from rankwise.core.phase import bind, parse_schedule
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.adapter import read_adapter
-from rankwise.nets.adapt import LoraSettings, adapt, full_copies, lora_layers, quiet_peft
-from rankwise.nets.adapters import load_adapter, save_adapter, write_sites
-from rankwise.nets.load import load_model, meta_model
-from rankwise.nets.sites import model_sites, tower_of, tower_prefixes
-from rankwise.nets.targets import choose_sites, uniform_plan
-from rankwise.nets.towers import full_sites, tower_parameters
+from rankwise.models.adapt import LoraSettings, adapt, choose_sites, full_copies, lora_layers, quiet_peft, uniform_plan
+from rankwise.models.adapters import load_adapter, save_adapter, write_sites
+from rankwise.models.load import load_model, meta_model
+from rankwise.models.sites import full_sites, model_sites, tower_of, tower_parameters, tower_prefixes
 from rankwise.ship.merging.merge import plan_merge, write_merged
 from rankwise.train.phases import PhaseKeeper
 

@@ -115,7 +115,7 @@ def test_wrong_phases_are_refused_before_the_model_loads(
     def no_model(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("rankwise.nets.load.load_model", no_model)
+    monkeypatch.setattr("rankwise.models.load.load_model", no_model)
     assert train(*given) == 2
     said = capsys.readouterr().err
     assert all(word in said for word in words_of_it), said

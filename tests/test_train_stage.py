@@ -23,10 +23,10 @@ from rankwise.core.plan import PlannedSite, RankPlan, load_plan
 from rankwise.files.adapter import read_adapter
 from rankwise.files.atomic import write_json
 from rankwise.files.plan import write_plan
-from rankwise.nets.adapt import built_shapes, lora_layers
-from rankwise.nets.adapters import load_adapter
-from rankwise.nets.load import load_model
-from rankwise.nets.sites import model_sites
+from rankwise.models.adapt import built_shapes, lora_layers
+from rankwise.models.adapters import load_adapter
+from rankwise.models.load import load_model
+from rankwise.models.sites import model_sites
 from rankwise.store.deltas import open_deltas
 from rankwise.train.resume import newest_complete
 

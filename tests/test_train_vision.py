@@ -21,15 +21,15 @@ from tiny_vision import FAMILIES, drawn_image, tiny_smolvlm
 
 from rankwise import cli
 from rankwise.data.images import ImageReader
+from rankwise.data.renderer_for import decode_aside, renderer_for
 from rankwise.data.sources import load
 from rankwise.files.processes import default_workers
-from rankwise.nets.adapt import adapt
-from rankwise.nets.adapters import load_adapter
-from rankwise.nets.load import load_config, load_model, load_processor
-from rankwise.nets.sites import tower_of, tower_prefixes
+from rankwise.models.adapt import adapt
+from rankwise.models.adapters import load_adapter
+from rankwise.models.load import load_config, load_model, load_processor
+from rankwise.models.sites import tower_of, tower_prefixes
 from rankwise.options.sections import DataSection, ModelSection
 from rankwise.score.generate import GenerationSettings, HFGenerator
-from rankwise.stages.rendering import decode_aside, renderer_for
 
 COLOURS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250), "white": (250, 250, 250)}
 Train = Callable[..., int]

@@ -13,7 +13,7 @@ from parity_models import SIZES, TARGET, draw, exported_pair
 
 from rankwise.cli import main, resolve
 from rankwise.data.example import Example, Turn
-from rankwise.data.labelling.label_task import LabelClass, LabelTask
+from rankwise.data.label_task import LabelClass, LabelTask
 from rankwise.errors import DataError, UsageError
 from rankwise.options.commands import ValidateConfig
 from rankwise.options.sections import ScoredData

@@ -16,8 +16,17 @@ from rankwise import cli
 from rankwise.data.drawing_talk import captioned, seen
 from rankwise.data.drawings import draw, paint
 from rankwise.data.example import Example
-from rankwise.nets.tiny import check_same_ids
-from rankwise.nets.tiny_vision import BREAK, IMAGE_TOKENS, SIDE, TEXT, Eye, processor_of, random_smolvlm, save_tokenizer
+from rankwise.models.tiny import check_same_ids
+from rankwise.models.tiny_vision import (
+    BREAK,
+    IMAGE_TOKENS,
+    SIDE,
+    TEXT,
+    Eye,
+    processor_of,
+    random_smolvlm,
+    save_tokenizer,
+)
 from rankwise.score.result import EvaluationResult
 from rankwise.stages.demo import lacking_parts
 from rankwise.stages.demo_vision import spoken

@@ -12,11 +12,11 @@ from typing import Any
 from tiny_vision import saved, special_tokenizer, text_sizes
 from transformers import PreTrainedTokenizerFast
 
-import rankwise.nets.isaac.registration  # noqa: F401 - transformers learns the classes
-from rankwise.nets.isaac.configuration import IsaacConfig
-from rankwise.nets.isaac.image_processing import IsaacImageProcessor
-from rankwise.nets.isaac.modeling import IsaacForConditionalGeneration
-from rankwise.nets.isaac.processing import IsaacProcessor
+import rankwise.models.isaac.registration  # noqa: F401 - transformers learns the classes
+from rankwise.models.isaac.configuration import IsaacConfig
+from rankwise.models.isaac.image_processing import IsaacImageProcessor
+from rankwise.models.isaac.modeling import IsaacForConditionalGeneration
+from rankwise.models.isaac.processing import IsaacProcessor
 
 ISAAC_SPECIALS = ("<|im_start|>", "<|im_end|>", "<|image_pad|>")
 PATCHES = {"min_num_patches": 4, "max_num_patches": 64}

@@ -16,12 +16,10 @@ from tiny_vision import FAMILIES
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankwise.data.collate import Collator
-from rankwise.nets.adapt import LoraSettings, adapt
-from rankwise.nets.load import load_model
-from rankwise.nets.sites import model_sites
-from rankwise.nets.targets import choose_sites, uniform_plan
-from rankwise.nets.towers import full_modules
+from rankwise.data.dataset import Collator
+from rankwise.models.adapt import LoraSettings, adapt, choose_sites, uniform_plan
+from rankwise.models.load import load_model
+from rankwise.models.sites import full_modules, model_sites
 from rankwise.ship.merging.samples import image_batch
 from rankwise.train.arguments import build_arguments
 from rankwise.train.trainer import RankwiseTrainer

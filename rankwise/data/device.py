@@ -10,6 +10,7 @@ target.save(folder)           # device.json, beside the data, the adapter, the m
 
 from __future__ import annotations
 
+import copy
 import io
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -17,13 +18,15 @@ from typing import Any
 
 import torch
 from PIL import ExifTags, Image
+from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from transformers import BaseImageProcessor, Idefics3ImageProcessor, ProcessorMixin, SmolVLMImageProcessor
 
 from rankwise.core.geometry import letterbox
 from rankwise.data.images import ImageReader
 from rankwise.data.pixels import BLACK, Unreadable, flattened
-from rankwise.errors import DataError
+from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import beside
 from rankwise.files.atomic import read_object, write_json
 
@@ -166,3 +169,62 @@ class DeviceReader:
 
     def mark(self, reference: str) -> bytes:
         return self.reader.mark(reference)
+
+
+class AlwaysTiled:
+    """An image that fits one tile becomes a tile and the whole image, as larger ones do."""
+
+    def split_images(self, images: Tensor, *args: Any, **how: Any) -> tuple[Tensor, list[int], list[int]]:
+        """images: (batch, 3, height, width) → frames (batch, tiles + 1, 3, side, side), rows and columns of each."""
+        frames, rows, columns = super().split_images(images, *args, **how)  # type: ignore[misc]
+        if rows[0]:
+            return frames, rows, columns
+        ones = [1] * len(rows)
+        return torch.cat([frames, frames], 1), ones, list(ones)
+
+
+class TiledSmolVLMImageProcessor(AlwaysTiled, SmolVLMImageProcessor):
+    """SmolVLM's image processor with llama.cpp's tiling."""
+
+
+class TiledIdefics3ImageProcessor(AlwaysTiled, Idefics3ImageProcessor):
+    """Idefics3's image processor with llama.cpp's tiling."""
+
+
+TILED: dict[type[BaseImageProcessor], type[BaseImageProcessor]] = {
+    SmolVLMImageProcessor: TiledSmolVLMImageProcessor,
+    Idefics3ImageProcessor: TiledIdefics3ImageProcessor,
+}
+
+
+def tiles(processor: ProcessorMixin) -> bool:
+    """Whether the family cuts images into tiles of its own size."""
+    return isinstance(processor.image_processor, tuple(TILED))
+
+
+def device_processor(processor: ProcessorMixin, target: DeviceTarget) -> ProcessorMixin:
+    """A copy of the processor that lays images out as the target's runtime does.
+
+    Families that do not cut images into tiles stay as they are: their sizes follow from the image's. UsageError for a
+    `longest_edge` that such a family has no place for.
+    """
+    if not tiles(processor):
+        if target.longest_edge is not None:
+            raise UsageError(
+                f"device target: longest_edge acts on processors that cut images into tiles (SmolVLM, Idefics3), and "
+                f"{type(processor).__name__} does not; leave it out"
+            )
+        return processor
+    own = processor.image_processor
+    settings = own.to_dict() | {"size": {"longest_edge": longest_edge(processor, target)}}
+    if target.tiling == "runtime":
+        settings["do_image_splitting"] = True
+    kind = TILED[type(own)] if target.tiling == "runtime" and type(own) in TILED else type(own)
+    changed = copy.copy(processor)
+    changed.image_processor = kind.from_dict(settings)
+    return changed
+
+
+def longest_edge(processor: ProcessorMixin, target: DeviceTarget) -> int:
+    """What the processor scales an image's longest side to, in pixels."""
+    return target.longest_edge or int(processor.image_processor.max_image_size["longest_edge"])

@@ -18,15 +18,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.data.answers import check_answer, check_media, check_slots
-from rankwise.data.chat import ChatTemplate, pattern
-from rankwise.data.encoding import MARK, Encoder, marked, plain
-from rankwise.data.example import Example
+from rankwise.data.chat import MARK, ChatTemplate, Encoder, marked, pattern, plain
+from rankwise.data.example import Example, check_answer, check_media, check_slots
 from rankwise.data.images import BadImage
-from rankwise.data.layout import Layout, prefixed, raw, sections, without_images
-from rankwise.data.markers import of_media
-from rankwise.data.sight import IGNORED, Sight
-from rankwise.data.template import pinned
+from rankwise.data.template import Layout, of_media, pinned, prefixed, raw, sections, without_images
+from rankwise.data.vision_inputs import IGNORED, Sight
 from rankwise.errors import DataError, UsageError
 
 STYLES = ("sections", "chat", "raw")

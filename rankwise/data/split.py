@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Mapping, Sequence
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rankwise.data.example import Example, chosen
-from rankwise.data.label_names import name_key
+from rankwise.data.example import Example, chosen, one_per_prompt
+from rankwise.data.label_answer import name_key
 from rankwise.errors import DataError
 
 FORMAT = "rankwise-split/1"
@@ -74,3 +78,141 @@ def split_groups(examples: Sequence[Example], fraction: float, generator: random
         chosen(examples, train),
         chosen(examples, [position for position, group in enumerate(group_of) if group in held_out]),
     )
+
+
+PARTS_FORMAT = "rankwise-parts/1"
+SIMILAR = 0.95
+COMMON = 0.5
+WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    train: int
+    dev: int
+    test: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """`removed`: rows taken out of a part because of another: "train, near dev" → count."""
+
+    train: tuple[Example, ...]
+    dev: tuple[Example, ...]
+    test: tuple[Example, ...]
+    removed: Mapping[str, int]
+
+    def record(self) -> dict[str, Any]:
+        """Content of `parts.json`."""
+        named = {"train": self.train, "dev": self.dev, "test": self.test}
+        ids = {name: [example.id for example in part] for name, part in named.items()}
+        return {"format": PARTS_FORMAT, **ids, "removed": dict(self.removed)}
+
+
+def divided(
+    pool: Sequence[Example],
+    dev: Sequence[Example] | None,
+    test: Sequence[Example] | None,
+    sizes: Sizes,
+    generator: random.Random,
+) -> Parts:
+    """The three parts. What has no rows of its own gets groups of the pool; dev and test take one row per prompt.
+
+    Raises DataError where fewer rows are left than asked for.
+    """
+    order = shuffled_by_group(pool, generator)
+    test_rows, order = taken(order, sizes.test) if test is None else (drawn_rows(test, sizes.test, generator), order)
+    dev_rows, order = taken(order, sizes.dev) if dev is None else (drawn_rows(dev, sizes.dev, generator), order)
+    words = telling_words([*order, *dev_rows, *test_rows])
+    dev_left = apart(dev_rows, test_rows, words)
+    off_test = apart(order, test_rows, words)
+    off_both = apart(off_test, dev_left, words)
+    removed = {
+        "dev, in or near test": len(dev_rows) - len(dev_left),
+        "train, in or near test": len(order) - len(off_test),
+        "train, in or near dev": len(off_test) - len(off_both),
+    }
+    if len(off_both) < sizes.train:
+        raise DataError(
+            f"{len(off_both):,} rows are left to train on, {sizes.train:,} were asked for (--train_size); "
+            f"removed: {', '.join(f'{count} ({what})' for what, count in removed.items())}"
+        )
+    train = generator.sample(off_both, sizes.train)
+    return Parts(tuple(train), tuple(dev_left), tuple(test_rows), removed)
+
+
+def shuffled_by_group(rows: Sequence[Example], generator: random.Random) -> list[Example]:
+    """The rows, the groups in random order and the rows of a group together."""
+    groups: dict[str, list[Example]] = {}
+    for row in rows:
+        groups.setdefault(row.group, []).append(row)
+    names = list(groups)
+    generator.shuffle(names)
+    return [row for name in names for row in groups[name]]
+
+
+def taken(order: Sequence[Example], count: int) -> tuple[list[Example], list[Example]]:
+    """One row per prompt of the first groups that give `count`, and the rows of the other groups."""
+    rows: list[Example] = []
+    seen: set[str] = set()
+    for row in one_per_prompt(order):
+        if len(rows) == count:
+            break
+        rows.append(row)
+        seen.add(row.group)
+    if len(rows) < count:
+        raise DataError(f"{count:,} items were asked for, and there are only {len(rows):,} prompts")
+    return rows, [row for row in order if row.group not in seen]
+
+
+def drawn_rows(rows: Sequence[Example], count: int, generator: random.Random) -> list[Example]:
+    """`count` random rows with prompts of their own."""
+    return taken(shuffled_by_group(rows, generator), count)[0]
+
+
+def apart(rows: Sequence[Example], others: Sequence[Example], words: Mapping[str, frozenset[str]]) -> list[Example]:
+    """The rows that share no group with `others` and whose prompts are not near any of theirs."""
+    groups = {other.group for other in others}
+    index = Index(words[other.id] for other in others)
+    near: dict[frozenset[str], bool] = {}
+    for row in rows:
+        mine = words[row.id]
+        if mine not in near:
+            near[mine] = index.holds_similar(mine)
+    return [row for row in rows if row.group not in groups and not near[words[row.id]]]
+
+
+def telling_words(rows: Iterable[Example]) -> dict[str, frozenset[str]]:
+    """Row id → the words of its prompt, less the turns that most rows share (instructions)."""
+    rows = list(rows)
+    counts = Counter(turn.text for row in rows for turn in row.prompt[0])
+    common = {text for text, count in counts.items() if count > COMMON * len(rows)}
+    found = {}
+    for row in rows:
+        text = " ".join(turn.text for turn in row.prompt[0] if turn.text not in common)
+        found[row.id] = frozenset(WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+    return found
+
+
+class Index:
+    """Sets of words, asked whether one similar to a given one is among them.
+
+    Two sets with a Jaccard similarity of t or more share one of their first |x| − ⌈t·|x|⌉ + 1 words in any fixed
+    order of all words (prefix filtering, Chaudhuri et al. 2006); the rare words first, few sets need comparing.
+    """
+
+    def __init__(self, sets: Iterable[frozenset[str]]) -> None:
+        self.sets = list(dict.fromkeys(sets))
+        self.frequency = Counter(word for words in self.sets for word in words)
+        self.holders: dict[str, list[frozenset[str]]] = {}
+        for words in self.sets:
+            for word in self.prefix(words):
+                self.holders.setdefault(word, []).append(words)
+
+    def prefix(self, words: frozenset[str]) -> list[str]:
+        ordered = sorted(words, key=lambda word: (self.frequency[word], word))
+        return ordered[: len(words) - math.ceil(SIMILAR * len(words)) + 1]
+
+    def holds_similar(self, words: frozenset[str]) -> bool:
+        candidates = {other for word in self.prefix(words) for other in self.holders.get(word, ())}
+        return any(len(words & other) >= SIMILAR * len(words | other) for other in candidates)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from rankwise.core.measure import same_as_stored
 from rankwise.files.checkpoint import Checkpoint, open_checkpoint
-from rankwise.nets.load import meta_model
+from rankwise.models.load import meta_model
 from rankwise.nets.pair import folder_of, model_weights
 from rankwise.store.deltas import CheckpointPair, DeltaSource, Place, SavedDeltas
 

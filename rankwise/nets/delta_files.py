@@ -16,7 +16,7 @@ from rankwise.core.measure import energy_of
 from rankwise.core.site import Site
 from rankwise.files.atomic import atomic_folder, write_json
 from rankwise.files.checkpoint import Checkpoint
-from rankwise.nets.sites import WeightTable
+from rankwise.models.sites import WeightTable
 from rankwise.store.deltas import DELTAS_FILE
 
 FORMAT = "rankwise-deltas/1"

@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from rankwise.errors import DataError, UsageError
 from rankwise.files.checkpoint import resolve
-from rankwise.nets.load import PIXELS, check_torchvision, load_config, model_class, takes
+from rankwise.models.load import PIXELS, check_torchvision, load_config, model_class, takes
 
 CONTRAST = "return_loss"  # of images and texts: what CLIP, SigLIP and their kin can be asked for
 UNUSED = ("pooler", "head", "embeddings.mask_token")  # behind the last hidden state, or for training alone

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from rankwise.core.site import TOWERS, Site
 from rankwise.errors import DataError, UsageError
 from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint, resolve
-from rankwise.nets.load import meta_model
-from rankwise.nets.sites import fused_experts, model_sites, weight_table
-from rankwise.nets.vocabulary import embedding_paths
+from rankwise.models.load import meta_model
+from rankwise.models.sites import fused_experts, model_sites, weight_table
+from rankwise.models.vocabulary import embedding_paths
 from rankwise.store.deltas import WEIGHT_TYPES, CheckpointPair, Place, foreign_sites, match_keys, renamed
 
 NOWHERE = Place(None, None)

@@ -13,9 +13,9 @@ from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import LoraAdapter, read_adapter
 from rankwise.files.checkpoint import resolve
-from rankwise.nets.load import meta_model
+from rankwise.models.load import meta_model
+from rankwise.models.sites import model_sites
 from rankwise.nets.pair import SiteFilter, open_pair
-from rankwise.nets.sites import model_sites
 from rankwise.store.deltas import DELTAS_FILE, DeltaSource, SavedDeltas, open_deltas
 from rankwise.store.spectra import Measured, MeasureSettings, Question, Unsettled, measure_adapter, measure_sites
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from rankwise.core.factors import truncate
 from rankwise.core.plan import RankPlan
 from rankwise.errors import DataError, UsageError
-from rankwise.nets.adapt import ADAPTER, lora_config, lora_layers, scales
+from rankwise.models.adapt import ADAPTER, lora_config, lora_layers, scales
 from rankwise.store.deltas import DeltaSource, deltas
 
 

@@ -75,7 +75,7 @@ COMMANDS = {
     "compress": Command("MEASURE", "stages.compress", CompressConfig(), ("adapter",)),
     "finetune": Command("TRAIN", "stages.finetune", FinetuneConfig(), trainer=True),
     "train": Command("TRAIN", "stages.train", TrainConfig(), trainer=True),
-    "check": Command("TRAIN", "stages.check", CheckConfig()),
+    "check": Command("TRAIN", "data.check.command", CheckConfig()),
     "label": Command("TRAIN", "stages.label", LabelConfig(), ("images",)),
     "evaluate": Command("PROVE", "stages.evaluate", EvaluateConfig(), ("model_name",)),
     "study": Command("PROVE", "stages.study", StudyConfig(), packaged="studies"),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rankwise.data.example import Example
-from rankwise.data.label_names import name_key, spellings
+from rankwise.data.label_answer import name_key, spellings
 from rankwise.data.sources.cota import final_answer
 from rankwise.errors import DataError, need
 from rankwise.score import bootstrap

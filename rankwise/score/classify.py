@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankwise.data.example import Example
-from rankwise.data.label_names import UNPARSED, found_label, label_called
+from rankwise.data.label_answer import UNPARSED, found_label, label_called
 from rankwise.errors import DataError, need
 from rankwise.score import bootstrap
 from rankwise.score.generate import Generated, GenerationSettings, Generator

@@ -23,8 +23,8 @@ from transformers.utils import ModelOutput
 
 from rankwise.core.approximation import by_basis, by_gram, by_randomized, normalised, restored
 from rankwise.core.closeness import relative_error
-from rankwise.data.sight import IGNORED
-from rankwise.nets.image_features import approximated, seeing_part
+from rankwise.data.vision_inputs import IGNORED
+from rankwise.models.vision_features import approximated, seeing_part
 from rankwise.score import bootstrap, evidence
 from rankwise.score.factorization import PCA, RANDOMIZED, SVD, Method
 from rankwise.score.likelihood import BESIDE, Batch

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.data.collate import pad
+from rankwise.data.dataset import pad
 from rankwise.errors import DataError
 from rankwise.files.processes import gathered, own_share
 from rankwise.score import bootstrap

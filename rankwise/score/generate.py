@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from rankwise.data.collate import Collator, pad, seen
+from rankwise.data.dataset import Collator, pad, seen
 from rankwise.data.example import Example
 from rankwise.data.render import Rendered, Renderer
 from rankwise.errors import UsageError

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from rankwise.data.collate import Collator
+from rankwise.data.dataset import Collator, RenderedDataset
 from rankwise.data.example import Example
 from rankwise.data.render import Rendered, Renderer
-from rankwise.data.rendered import RenderedDataset
-from rankwise.data.sight import IGNORED
+from rankwise.data.vision_inputs import IGNORED
 
 Batch = Mapping[str, Tensor]
 BESIDE = ("labels", "sample_index")  # what a batch holds for the loss and for messages, not for the model

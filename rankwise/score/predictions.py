@@ -16,7 +16,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from rankwise.data.example import Example
-from rankwise.data.layout import without_images
+from rankwise.data.template import without_images
 from rankwise.errors import DataError, UsageError
 from rankwise.files.atomic import read_object, write_json
 from rankwise.files.processes import gathered, own_share, process_index

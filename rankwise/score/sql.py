@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rankwise.data.example import Example
-from rankwise.data.sql import Query, same_query
+from rankwise.data.sources.wikisql import Query, same_query
 from rankwise.errors import DataError
 from rankwise.score import bootstrap
 from rankwise.score.result import Scores

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from rankwise.data.sources.rows import RowFile, json_rows
-from rankwise.data.sql import AGGREGATES, OPERATORS, Query
+from rankwise.data.sources.wikisql import AGGREGATES, OPERATORS, Query
 from rankwise.errors import DataError
 from rankwise.files.atomic import atomic_write
 

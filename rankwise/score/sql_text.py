@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
-from rankwise.data.sql import AGGREGATES, OPERATORS, Condition, Query
+from rankwise.data.sources.wikisql import AGGREGATES, OPERATORS, Condition, Query
 
 LONGEST = 4096  # characters; the longest official query has a few hundred, and hostile ones are not worth the time
 MOST_CONDITIONS = 32

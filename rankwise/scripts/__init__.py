@@ -11,7 +11,7 @@ Nothing else imports this package: code that starts today uses the commands, or 
 
 from __future__ import annotations
 
-from rankwise.nets.adapt import print_trainable_parameters
+from rankwise.models.adapt import print_trainable_parameters
 from rankwise.scripts.android import ANDROID_IMAGE_MARKER, ANDROID_IMAGE_SIZE, ANDROID_MAX_TOKENS, resize_for_android
 from rankwise.scripts.evaluation import (
     ModelEvaluator,

@@ -6,9 +6,9 @@ model = PeftModel.from_pretrained(base, "./checkpoints/isaac-lora").merge_and_un
 
 from __future__ import annotations
 
-import rankwise.nets.isaac.registration  # noqa: F401 - transformers learns the classes
-from rankwise.nets.isaac.configuration import IsaacConfig
-from rankwise.nets.isaac.modeling import IsaacForConditionalGeneration
-from rankwise.nets.isaac.processing import IsaacProcessor
+import rankwise.models.isaac.registration  # noqa: F401 - transformers learns the classes
+from rankwise.models.isaac.configuration import IsaacConfig
+from rankwise.models.isaac.modeling import IsaacForConditionalGeneration
+from rankwise.models.isaac.processing import IsaacProcessor
 
 __all__ = ["IsaacConfig", "IsaacForConditionalGeneration", "IsaacProcessor"]

@@ -16,8 +16,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rankwise.data.collate import Collator
-from rankwise.data.rendered import RenderedDataset
+from rankwise.data.dataset import Collator, RenderedDataset
 from rankwise.errors import DataError, UsageError
 from rankwise.scripts.experiment import GradientAnalysisConfig
 from rankwise.scripts.phases import DynamicLoRACallback

@@ -18,8 +18,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from rankwise.core.phase import Form, Norm, bind, parse_schedule
 from rankwise.core.site import Site, describe
 from rankwise.errors import UsageError
-from rankwise.nets.adapt import lora_layers
-from rankwise.nets.sites import tower_of, tower_prefixes
+from rankwise.models.adapt import lora_layers
+from rankwise.models.sites import tower_of, tower_prefixes
 from rankwise.scripts.experiment import DynamicLoRAConfig, Steps
 from rankwise.train.phases import PhaseKeeper
 

@@ -12,14 +12,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.data.collate import Collator
+from rankwise.data.dataset import Collator, RenderedDataset
 from rankwise.data.render import Renderer
-from rankwise.data.rendered import RenderedDataset
 from rankwise.data.sources import load
-from rankwise.nets.adapt import LoraSettings, adapt
-from rankwise.nets.load import load_model, load_tokenizer
-from rankwise.nets.sites import model_sites, torch_dtype
-from rankwise.nets.targets import choose_sites, uniform_plan
+from rankwise.models.adapt import LoraSettings, adapt, choose_sites, uniform_plan
+from rankwise.models.load import load_model, load_tokenizer
+from rankwise.models.sites import model_sites, torch_dtype
 from rankwise.options.sections import MAX_SEQ_LENGTH
 from rankwise.scripts.experiment import DataConfig, LoRAConfig, ModelConfig
 

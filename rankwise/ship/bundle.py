@@ -23,7 +23,7 @@ from typing import Any
 
 from rankwise.data.device import MARKER, DeviceTarget
 from rankwise.data.example import IMAGE_SLOT, Example
-from rankwise.data.labelling.label_task import LabelTask
+from rankwise.data.label_task import LabelTask
 from rankwise.data.render import Renderer
 from rankwise.errors import DataError, VerificationError
 from rankwise.files.atomic import read_document, read_object, sha256, write_json, write_text

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rankwise.data.example import Example
-from rankwise.data.label_names import UNPARSED
+from rankwise.data.label_answer import UNPARSED
 from rankwise.score.answers import is_right
 from rankwise.score.bootstrap import wilson
 from rankwise.score.classify import guess, label_set, true_label

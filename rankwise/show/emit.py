@@ -16,7 +16,7 @@ import yaml
 
 from rankwise.core.plan import RankPlan
 from rankwise.errors import UsageError
-from rankwise.nets.adapt import lora_config
+from rankwise.models.adapt import lora_config
 
 INSTEAD = "train it with `rankwise train --lora-config`, or emit"
 # PEFT takes these names of a model with fused experts for the experts themselves.

@@ -16,13 +16,12 @@ from rankwise.errors import UsageError
 from rankwise.files.atomic import read_object
 from rankwise.files.plan import find_plan, read_plan
 from rankwise.files.processes import announce
-from rankwise.nets.adalora import Allocation, adapt_allocated
-from rankwise.nets.adapt import LoraSettings, adapt
-from rankwise.nets.depth import attach_depth
-from rankwise.nets.load import loaded
-from rankwise.nets.sites import tower_of
+from rankwise.models.adalora import Allocation, adapt_allocated
+from rankwise.models.adapt import LANGUAGE, LoraSettings, adapt, check_plan, choose_sites, restricted, uniform_plan
+from rankwise.models.depth.encoder import attach_depth
+from rankwise.models.load import loaded
+from rankwise.models.sites import tower_of
 from rankwise.nets.starts import eva_start, input_directions, warm_start
-from rankwise.nets.targets import LANGUAGE, check_plan, choose_sites, restricted, uniform_plan
 from rankwise.options.commands import TrainConfig
 from rankwise.options.sections import LoraSection
 from rankwise.score.likelihood import BESIDE

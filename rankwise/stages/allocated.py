@@ -16,8 +16,8 @@ from rankwise.core.plan import RankPlan
 from rankwise.errors import VerificationError
 from rankwise.files.adapter import LoraAdapter, lora_config, write_adapter
 from rankwise.files.plan import PLAN_FILE, write_plan
-from rankwise.nets.adalora import allocated_plan, plain_pairs
-from rankwise.nets.adapters import full_weights, load_adapter, write_sites
+from rankwise.models.adalora import allocated_plan, plain_pairs
+from rankwise.models.adapters import full_weights, load_adapter, write_sites
 from rankwise.options.commands import TrainConfig
 from rankwise.page.text import amount, plural
 from rankwise.score.likelihood import BESIDE

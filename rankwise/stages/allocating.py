@@ -14,7 +14,7 @@ from rankwise.core.plan import RankPlan
 from rankwise.core.rank_budget import RankBudget
 from rankwise.errors import UsageError
 from rankwise.files.processes import announce
-from rankwise.nets.adalora import Allocation
+from rankwise.models.adalora import Allocation
 from rankwise.options.commands import TrainConfig
 from rankwise.options.sections import LoraSection
 from rankwise.page.text import plural

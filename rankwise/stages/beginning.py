@@ -14,15 +14,13 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from rankwise.data.collate import Collator
-from rankwise.data.packing import PackedDataset, unpacked_difference
-from rankwise.data.rendered import RenderedDataset
+from rankwise.data.dataset import Collator, PackedDataset, RenderedDataset, unpacked_difference
+from rankwise.data.recorded import save_input
 from rankwise.errors import UsageError, VerificationError
 from rankwise.files.atomic import Aside, about_to_write
 from rankwise.files.processes import announce, process_index
 from rankwise.files.run_folder import CONFIG, RunFolder
 from rankwise.options.commands import FinetuneConfig, TrainConfig
-from rankwise.stages.recorded import save_input
 from rankwise.stages.training import Job
 from rankwise.train.allocation import ALLOCATED_TABLE
 from rankwise.train.gradient_table import TRAINING_LOG

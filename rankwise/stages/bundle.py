@@ -17,8 +17,9 @@ from typing import Any
 
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.input_record import InputRecord
-from rankwise.data.labelling.label_task import FILE as TASK_FILE
-from rankwise.data.labelling.label_task import LabelTask, read_task
+from rankwise.data.label_task import FILE as TASK_FILE
+from rankwise.data.label_task import LabelTask, read_task
+from rankwise.data.recorded import announce_prompts, recorded
 from rankwise.errors import UsageError, VerificationError
 from rankwise.files.atomic import atomic_folder, write_text
 from rankwise.files.run_folder import RunFolder, called
@@ -52,7 +53,6 @@ from rankwise.ship.parity.app_pixels import AppPixels
 from rankwise.ship.parity.ladder import Ladder, climb
 from rankwise.show.bundle import Told, ladder_lines, readme
 from rankwise.stages.bundling import Source, source_of
-from rankwise.stages.recorded import announce_prompts, recorded
 from rankwise.stages.validating import ROOM, Trained, context
 
 STAGE = "bundle"

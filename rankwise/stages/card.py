@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from rankwise.data.contracts import CONTRACTS
+from rankwise.data.recorded import CONTRACTS
 from rankwise.errors import UsageError, VerificationError
 from rankwise.files.adapter import CONFIG_NAME
 from rankwise.files.atomic import read_object

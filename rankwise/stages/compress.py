@@ -17,7 +17,7 @@ from rankwise.core.factors import Factors, balanced
 from rankwise.core.site import Site
 from rankwise.core.site import describe as describe_site
 from rankwise.core.spectrum import Spectrum
-from rankwise.data.contracts import carry
+from rankwise.data.recorded import carry
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import (
     CONFIG_NAME,
@@ -31,8 +31,8 @@ from rankwise.files.adapter import (
 from rankwise.files.checkpoint import ADAPTER_NAMES
 from rankwise.files.lineage import trained_rows
 from rankwise.files.run_folder import RunFolder
-from rankwise.nets.adapters import publish
-from rankwise.nets.depth_settings import read_depth, write_depth
+from rankwise.models.adapters import publish
+from rankwise.models.depth.settings import read_depth, write_depth
 from rankwise.options.commands import CompressConfig
 from rankwise.page.text import command_line
 from rankwise.ship.merging.beside import own_files

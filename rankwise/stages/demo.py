@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rankwise.data.collate import Collator
-from rankwise.data.layout import sections
+from rankwise.data.dataset import Collator
 from rankwise.data.restaurants import guide, write_task
 from rankwise.data.sources import load
+from rankwise.data.template import sections
 from rankwise.errors import UsageError, need
 from rankwise.files.atomic import atomic_folder, read_object
 from rankwise.files.run_folder import RunFolder
-from rankwise.nets.tiny import random_llama, save_tokenizer
+from rankwise.models.tiny import random_llama, save_tokenizer
 from rankwise.options.commands import DemoConfig, RunConfig
 from rankwise.page.text import amount, duration
 from rankwise.pipeline import run as recipes

@@ -18,20 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.data.collate import Collator
-from rankwise.data.device import DeviceReader, DeviceTarget
-from rankwise.data.device_processor import device_processor
+from rankwise.data.dataset import Collator, RenderedDataset
+from rankwise.data.device import DeviceReader, DeviceTarget, device_processor
 from rankwise.data.drawing_talk import captioned, seen, write_conversations
 from rankwise.data.drawings import FEATURES, contents
 from rankwise.data.example import Example
 from rankwise.data.images import ImageReader
-from rankwise.data.layout import without_images
 from rankwise.data.render import Renderer
-from rankwise.data.rendered import RenderedDataset
-from rankwise.data.sight import Sight
 from rankwise.data.sources import load
+from rankwise.data.template import without_images
+from rankwise.data.vision_inputs import Sight
 from rankwise.files.atomic import atomic_folder
-from rankwise.nets.tiny_vision import SIDE, Eye, processor_of, random_smolvlm, save_tokenizer
+from rankwise.models.tiny_vision import SIDE, Eye, processor_of, random_smolvlm, save_tokenizer
 from rankwise.page.text import amount, duration
 from rankwise.train.pretrain import pretrain
 

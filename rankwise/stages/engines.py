@@ -13,18 +13,20 @@ from typing import Any
 
 import torch
 
+from rankwise.data.dataset import check_samples
+from rankwise.data.depth.prepare import prepared, trained_with
 from rankwise.data.example import Example
 from rankwise.data.render import Renderer
-from rankwise.data.rendered import check_samples
+from rankwise.data.renderer_for import renderer_for
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import adapter_files, is_adapter, read_adapter
 from rankwise.files.checkpoint import resolve
 from rankwise.files.processes import announce, process_index
-from rankwise.nets.adapters import load_adapter
-from rankwise.nets.depth import attach_depth
-from rankwise.nets.depth_settings import DepthSettings
-from rankwise.nets.load import load_config, load_model, load_tokenizer
-from rankwise.nets.sites import torch_dtype
+from rankwise.models.adapters import load_adapter
+from rankwise.models.depth.encoder import attach_depth
+from rankwise.models.depth.settings import DepthSettings
+from rankwise.models.load import load_config, load_model, load_tokenizer
+from rankwise.models.sites import torch_dtype
 from rankwise.options.commands import EvaluateConfig
 from rankwise.options.sections import ModelSection
 from rankwise.score.classify import label_set
@@ -32,8 +34,6 @@ from rankwise.score.generate import GenerationSettings, Generator, HFGenerator
 from rankwise.score.likelihood import longest_answer
 from rankwise.score.tasks import Task
 from rankwise.score.vllm_engine import VLLMGenerator
-from rankwise.stages.depth import prepared, trained_with
-from rankwise.stages.rendering import renderer_for
 
 
 @dataclass(frozen=True)

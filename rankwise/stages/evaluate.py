@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rankwise.data.depth.prepare import depth_facts
 from rankwise.data.example import Examples
 from rankwise.data.reading import reading_scored, settle
+from rankwise.data.recorded import recorded, system_warning
 from rankwise.errors import UsageError
 from rankwise.files.adapter import adapter_files
 from rankwise.files.atomic import fingerprint, fingerprints, write_text
@@ -29,9 +31,7 @@ from rankwise.score import forgetting, harness, vllm_engine
 from rankwise.score.classify import class_table, confusion_table
 from rankwise.score.result import FILE, READ_FIRST, EvaluationResult
 from rankwise.score.tasks import TASKS, Task, evaluate, task
-from rankwise.stages.depth import depth_facts
 from rankwise.stages.engines import Subject, base_and_adapter, compared_base, fitting, generator, seeing, subject
-from rankwise.stages.recorded import recorded, system_warning
 
 CONFUSION, BESIDE = "confusion.csv", "resolved_config.evaluate.json"
 PREDICTIONS = "predictions*.json*"

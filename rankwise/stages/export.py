@@ -12,16 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rankwise.data.contracts import carry, contracts
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.example import Example, Turn
+from rankwise.data.recorded import announce_prompts, carry, contracts, recorded
+from rankwise.data.renderer_for import rendered_as, renderer_for, shown_as
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import adapter_files
 from rankwise.files.atomic import atomic_folder, fingerprint, sha256, write_json
 from rankwise.files.checkpoint import resolve
 from rankwise.files.lineage import trained_rows
 from rankwise.files.run_folder import RunFolder
-from rankwise.nets.load import load_config
+from rankwise.models.load import load_config
 from rankwise.options.commands import ExportConfig
 from rankwise.options.sections import ModelSection
 from rankwise.page.text import command_line, plural
@@ -30,8 +31,6 @@ from rankwise.ship.gguf.converter import OUTTYPES, Converter, converter_folder, 
 from rankwise.ship.gguf.export import FILE, FORMAT, Exported, read_export, write_export
 from rankwise.ship.gguf.export_plan import ExportPlan, plan_export, require_model, require_space
 from rankwise.ship.gguf.install_converter import install_converter
-from rankwise.stages.recorded import announce_prompts, recorded
-from rankwise.stages.rendering import rendered_as, renderer_for, shown_as
 
 STAGE = "export"
 ASKED = Example("probe", "probe", (Turn("user", "a"), Turn("assistant", "b")))

@@ -17,15 +17,15 @@ from rankwise.core.factors import Factors, share_kept, truncate
 from rankwise.core.measure import Delta
 from rankwise.core.plan import PlannedSite, RankPlan, clamped
 from rankwise.core.site import TOWERS
-from rankwise.data.contracts import carry
+from rankwise.data.recorded import carry
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, lora_config
 from rankwise.files.checkpoint import ADAPTER_NAMES
 from rankwise.files.plan import find_plan, read_plan
 from rankwise.files.run_folder import RunFolder
+from rankwise.models.vocabulary import Whole
 from rankwise.nets.both import Both, both_models
 from rankwise.nets.probe import open_source, source_metadata
-from rankwise.nets.whole import Whole
 from rankwise.options.commands import ExtractConfig
 from rankwise.page.text import command_line
 from rankwise.pipeline.idle import refuse_idle

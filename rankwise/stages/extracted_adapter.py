@@ -18,11 +18,11 @@ from rankwise.core.plan import RankPlan
 from rankwise.core.site import Site
 from rankwise.files.adapter import LoraAdapter, LoraPair, write_adapter
 from rankwise.files.checkpoint import open_checkpoint, resolve
-from rankwise.nets.adapters import publish
+from rankwise.models.adapters import publish
+from rankwise.models.sites import tower_of, tower_prefixes
+from rankwise.models.vocabulary import Whole, whole_modules
 from rankwise.nets.both import Both, Makers, with_tied
 from rankwise.nets.pair import folder_of
-from rankwise.nets.sites import tower_of, tower_prefixes
-from rankwise.nets.whole import Whole, whole_modules
 from rankwise.ship.merging.beside import tokenizer_files
 from rankwise.ship.merging.promised import Proof, prove
 from rankwise.stages.fidelity import Fidelity

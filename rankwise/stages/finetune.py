@@ -16,19 +16,19 @@ from transformers import PreTrainedModel, TrainingArguments
 from rankwise.data.example import Example, Examples
 from rankwise.data.input_record import FILE as INPUT
 from rankwise.data.reading import check_data, read_examples, settle
+from rankwise.data.renderer_for import decode_aside, renderer_for
 from rankwise.data.split import subset
 from rankwise.errors import UsageError
 from rankwise.files.processes import announce
 from rankwise.files.run_folder import Record, RunFolder, held
-from rankwise.nets.load import loadable
-from rankwise.nets.towers import check_towers, tower_parameters
+from rankwise.models.load import loadable
+from rankwise.models.sites import check_towers, tower_parameters
 from rankwise.options.commands import FinetuneConfig
 from rankwise.options.sections import TowersSection
 from rankwise.page.text import amount, command_line, duration
 from rankwise.pipeline.idle import refuse_idle
 from rankwise.stages.beginning import check_folder, starting_point
 from rankwise.stages.probing import train_full, train_lora
-from rankwise.stages.rendering import decode_aside, renderer_for
 from rankwise.stages.towers import check_rates, finetune_use
 from rankwise.stages.training import Job, base_facts, before, data_facts, describe_losses, plain_model, rendered
 from rankwise.train.arguments import FINETUNE_DEFAULTS, build_arguments

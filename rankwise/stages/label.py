@@ -17,10 +17,10 @@ from typing import Any
 
 from rankwise.data.device import DeviceTarget
 from rankwise.data.images import ImageReader
+from rankwise.data.label_task import LabelTask, load_task
 from rankwise.data.labelling.coco import ImageSet, download_coco, find_images
 from rankwise.data.labelling.existing_labels import label_rows, read_existing, task_for
 from rankwise.data.labelling.image_ids import ImageIds, Originals
-from rankwise.data.labelling.label_task import LabelTask, load_task
 from rankwise.data.labelling.labelled import ALL, LabelledRow, Written, remove_orphans, write_dataset
 from rankwise.data.teacher.client import KEY_VARIABLE, address_of
 from rankwise.data.teacher.ledger import NAME as LEDGER

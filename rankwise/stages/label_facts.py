@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.data.labelling.label_task import LabelTask
+from rankwise.data.label_task import LabelTask
 from rankwise.data.teacher.answers import Verdict
 from rankwise.data.teacher.asking import Question
 from rankwise.data.teacher.ledger import AnswerLedger

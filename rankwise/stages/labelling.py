@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from rankwise.data.device import DeviceReader, DeviceTarget
 from rankwise.data.images import BadImage, ImageReader
+from rankwise.data.label_task import LabelTask
 from rankwise.data.labelling.coco import ImageSet, Photo, select
 from rankwise.data.labelling.image_ids import ImageIds
-from rankwise.data.labelling.label_task import LabelTask
 from rankwise.data.labelling.labelled import LabelledRow, pixel_hash, store_image
 from rankwise.data.teacher.answers import Verdict
 from rankwise.data.teacher.asking import Asker, Picture, Question, collect

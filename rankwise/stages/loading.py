@@ -11,20 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise.data.device import DeviceTarget, read_target
-from rankwise.data.device_processor import device_processor
+from rankwise.data.depth.prepare import estimator_of, trained_with
+from rankwise.data.depth.processor import with_depth_output
+from rankwise.data.device import DeviceTarget, device_processor, read_target
 from rankwise.data.input_record import InputRecord
+from rankwise.data.recorded import recorded
 from rankwise.files.checkpoint import resolve
-from rankwise.nets.adapters import load_adapter
-from rankwise.nets.depth import ESTIMATOR, attach_depth
-from rankwise.nets.depth_settings import DepthSettings
-from rankwise.nets.load import load_config, load_model, load_processor, load_tokenizer
-from rankwise.nets.sites import torch_dtype
+from rankwise.models.adapters import load_adapter
+from rankwise.models.depth.encoder import ESTIMATOR, attach_depth
+from rankwise.models.depth.settings import DepthSettings
+from rankwise.models.load import load_config, load_model, load_processor, load_tokenizer
+from rankwise.models.sites import torch_dtype
 from rankwise.options.sections import DepthUseSection
-from rankwise.stages.depth import estimator_of, trained_with
-from rankwise.stages.depth_processor import with_depth_output
 from rankwise.stages.engines import base_and_adapter, pick_device
-from rankwise.stages.recorded import recorded
 
 
 @dataclass(frozen=True)

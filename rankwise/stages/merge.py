@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rankwise.data.recorded import announce_prompts, recorded
+from rankwise.data.renderer_for import require_input
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import CONFIG_NAME, adapter_files
 from rankwise.files.atomic import atomic_folder, read_object
@@ -32,8 +34,6 @@ from rankwise.ship.merging.verify import (
 )
 from rankwise.ship.merging.written import require_written
 from rankwise.stages.prompts import check_prompts, compared_on, prompts_of
-from rankwise.stages.recorded import announce_prompts, recorded
-from rankwise.stages.rendering import require_input
 
 
 def run(config: MergeConfig) -> Agreement | None:

@@ -12,7 +12,7 @@ from transformers import TrainerState
 from rankwise.files.atomic import read_object, write_json
 from rankwise.files.lineage import row_options
 from rankwise.files.run_folder import Record
-from rankwise.nets.adapters import SITES_FILE
+from rankwise.models.adapters import SITES_FILE
 from rankwise.options.commands import TrainConfig
 from rankwise.options.field import flatten
 from rankwise.options.sections import SCORED_TASKS

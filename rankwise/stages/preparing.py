@@ -14,24 +14,23 @@ from typing import Any
 from transformers import PreTrainedModel, TrainingArguments
 
 from rankwise.core.plan import RankPlan
+from rankwise.data.dataset import PackedDataset, RenderedDataset
+from rankwise.data.depth.prepare import asked, depth_facts, gate_rate, idle, prepared
 from rankwise.data.example import Example, Examples
 from rankwise.data.images import Placed
-from rankwise.data.packing import PackedDataset
 from rankwise.data.reading import read_examples, settle
+from rankwise.data.recorded import warn_of_others
 from rankwise.data.render import Renderer
-from rankwise.data.rendered import RenderedDataset
+from rankwise.data.renderer_for import decode_aside, image_folder, renderer_for
 from rankwise.data.sources.labels import own_validation
 from rankwise.data.split import Split, split_groups, subset
 from rankwise.errors import UsageError
 from rankwise.files.atomic import about_to_write, fingerprints
 from rankwise.files.processes import announce
-from rankwise.nets.adapt import scales
-from rankwise.nets.depth_settings import DepthSettings
+from rankwise.models.adapt import scales
+from rankwise.models.depth.settings import DepthSettings
 from rankwise.options.commands import TrainConfig
 from rankwise.stages.adapting import quantization
-from rankwise.stages.depth import asked, depth_facts, gate_rate, idle, prepared
-from rankwise.stages.recorded import warn_of_others
-from rankwise.stages.rendering import decode_aside, image_folder, renderer_for
 from rankwise.stages.scheduling import schedule_of
 from rankwise.stages.selecting import selection_facts
 from rankwise.stages.towers import train_use

@@ -11,19 +11,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from rankwise.data.input_record import InputRecord
+from rankwise.data.recorded import save_input
 from rankwise.data.render import Renderer
 from rankwise.files.atomic import atomic_folder, fingerprints
 from rankwise.files.checkpoint import open_checkpoint, resolve
 from rankwise.files.processes import announce, process_index
-from rankwise.nets.adapt import LoraSettings, adapt
+from rankwise.models.adapt import LoraSettings, adapt, choose_sites, uniform_plan
+from rankwise.models.load import loaded
+from rankwise.models.sites import model_sites, tower_parameters, weight_table
 from rankwise.nets.delta_files import BaseWeights, write_deltas
-from rankwise.nets.load import loaded
-from rankwise.nets.sites import model_sites, weight_table
-from rankwise.nets.targets import choose_sites, uniform_plan
-from rankwise.nets.towers import tower_parameters
 from rankwise.options.commands import FinetuneConfig
 from rankwise.stages.beginning import train_job
-from rankwise.stages.recorded import save_input
 from rankwise.stages.towers import finetune_use, trained_lines
 from rankwise.stages.training import Job, plain_model, whole_state, write_adapter_files
 from rankwise.train.arguments import frozen_dtype

@@ -9,15 +9,15 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+from rankwise.data.dataset import check_samples
 from rankwise.data.reading import read_examples, task_of
-from rankwise.data.rendered import check_samples
+from rankwise.data.renderer_for import renderer_for
 from rankwise.errors import UsageError
-from rankwise.nets.load import load_config
+from rankwise.models.load import load_config
 from rankwise.options.commands import MergeConfig
 from rankwise.options.sections import ModelSection
 from rankwise.page.text import plural
 from rankwise.ship.merging.samples import Batch, prompt_batch
-from rankwise.stages.rendering import renderer_for
 
 
 def check_prompts(config: MergeConfig) -> None:

@@ -26,9 +26,9 @@ from rankwise.files.lineage import row_options, rows_of
 from rankwise.files.plan import PLAN_FILE, write_plan
 from rankwise.files.processes import finish, process_index
 from rankwise.files.run_folder import RunFolder
-from rankwise.nets.load import meta_model
+from rankwise.models.load import meta_model
+from rankwise.models.sites import fused_experts
 from rankwise.nets.probe import Probe, measure_source, open_source, other_probe, source_metadata
-from rankwise.nets.sites import fused_experts
 from rankwise.options.commands import RanksConfig
 from rankwise.page.text import command_line
 from rankwise.pipeline.idle import refuse_idle

@@ -13,17 +13,17 @@ from rankwise.core.plan import RankPlan
 from rankwise.data.example import one_per_prompt
 from rankwise.data.reading import reading
 from rankwise.data.render import Renderer
+from rankwise.data.renderer_for import renderer_for
 from rankwise.data.sources import load
 from rankwise.errors import UsageError
 from rankwise.files.lineage import warn_of_training_rows
-from rankwise.nets.load import load_model
+from rankwise.models.load import load_model
 from rankwise.nets.probe import Probe
 from rankwise.options.commands import RanksConfig
 from rankwise.options.sections import ModelSection
 from rankwise.score.decision import Running
 from rankwise.score.gain import Gain, arms_of, gain_kept
 from rankwise.score.likelihood import Batch, answer_losses, training_batches
-from rankwise.stages.rendering import renderer_for
 
 
 def running_model(config: RanksConfig, probe: Probe, path: str | None = None, split: str = "train") -> Running:

@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from rankwise.data.labelling.label_task import read_task
-from rankwise.data.rendered import RenderedDataset
+from rankwise.data.dataset import RenderedDataset
+from rankwise.data.label_task import read_task
 from rankwise.errors import UsageError
 from rankwise.files.processes import announce, process_index
 from rankwise.options.sections import DataSection, SelectionSection

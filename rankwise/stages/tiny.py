@@ -20,19 +20,17 @@ from pathlib import Path
 
 from PIL import Image
 
-from rankwise.data.collate import Collator
-from rankwise.data.device import DeviceReader, DeviceTarget, encoded, resize_for_device
-from rankwise.data.device_processor import device_processor
+from rankwise.data.dataset import Collator, RenderedDataset
+from rankwise.data.device import DeviceReader, DeviceTarget, device_processor, encoded, resize_for_device
 from rankwise.data.element_scenes import LOOKS, SHADES, SIZES, paint, photos
 from rankwise.data.example import IMAGE_SLOT, Example, Turn
 from rankwise.data.images import ImageReader
-from rankwise.data.labelling.label_task import load_task
+from rankwise.data.label_task import load_task
 from rankwise.data.render import Renderer
-from rankwise.data.rendered import RenderedDataset
-from rankwise.data.sight import Sight
+from rankwise.data.vision_inputs import Sight
 from rankwise.files.atomic import atomic_folder
 from rankwise.files.run_folder import RunFolder
-from rankwise.nets.tiny_vision import SIDE, Eye, processor_of, random_smolvlm, save_tokenizer
+from rankwise.models.tiny_vision import SIDE, Eye, processor_of, random_smolvlm, save_tokenizer
 from rankwise.options.commands import TinyConfig
 from rankwise.page.text import amount, duration
 from rankwise.stages.demo_vision import eye_batch, spoken

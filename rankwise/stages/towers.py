@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from rankwise.core.plan import RankPlan
 from rankwise.errors import UsageError
 from rankwise.files.processes import announce
-from rankwise.nets.sites import tower_of, tower_prefixes
-from rankwise.nets.towers import check_towers, full_modules, towers_of
+from rankwise.models.sites import check_towers, full_modules, tower_of, tower_prefixes, towers_of
 from rankwise.options.commands import TrainConfig
 from rankwise.options.sections import TowersSection
 from rankwise.page.text import plural

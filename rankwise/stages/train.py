@@ -13,29 +13,28 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from rankwise.core.plan import RankPlan
+from rankwise.data.depth.prepare import asked, depth_lines, gate_module, save_depth
 from rankwise.data.reading import check_data
+from rankwise.data.recorded import save_input
 from rankwise.errors import UsageError
 from rankwise.files.adapter import LoraPair
 from rankwise.files.atomic import read_object, write_json
 from rankwise.files.plan import find_plan
 from rankwise.files.processes import announce
 from rankwise.files.run_folder import RunFolder, held
-from rankwise.nets.adapt import MOVES_BASE, lora_pairs, trainable_parameters
-from rankwise.nets.depth import attach_depth
-from rankwise.nets.load import load_config, loadable
-from rankwise.nets.sites import model_sites
-from rankwise.nets.towers import full_sites
+from rankwise.models.adapt import MOVES_BASE, lora_pairs, trainable_parameters
+from rankwise.models.depth.encoder import attach_depth
+from rankwise.models.load import load_config, loadable
+from rankwise.models.sites import full_sites, model_sites
 from rankwise.options.commands import TrainConfig
 from rankwise.pipeline.idle import refuse_idle
 from rankwise.stages.adapting import adapted, check_lora, described_target, planned, quantization
 from rankwise.stages.allocated import save_allocated
 from rankwise.stages.allocating import allocation_facts, allocation_of, check_allocation, start_rank, starting
 from rankwise.stages.beginning import check_folder, starting_point, train_job
-from rankwise.stages.depth import asked, depth_lines, gate_module, save_depth
 from rankwise.stages.estimate import check_estimate, estimated
 from rankwise.stages.outcome import SPLIT_FILE, Outcome, adapter_folder, finish
 from rankwise.stages.preparing import prepare, rates_of, settle_training
-from rankwise.stages.recorded import save_input
 from rankwise.stages.scheduling import gradient_norms, phase_keeper, schedule_of
 from rankwise.stages.selecting import (
     accuracy_of,

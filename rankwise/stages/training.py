@@ -12,19 +12,17 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from rankwise.core.plan import RankPlan
-from rankwise.data.collate import Collator
+from rankwise.data.dataset import Collator, PackedDataset, RenderedDataset
 from rankwise.data.example import Example, Examples
 from rankwise.data.input_record import InputRecord
-from rankwise.data.packing import PackedDataset
 from rankwise.data.render import Renderer
-from rankwise.data.rendered import RenderedDataset
 from rankwise.files.adapter import LoraPair
 from rankwise.files.atomic import fingerprints
 from rankwise.files.checkpoint import base_files, open_checkpoint, resolve
 from rankwise.files.processes import announce
-from rankwise.nets.adapters import require_converted, save_adapter, write_sites
-from rankwise.nets.depth_settings import DepthSettings
-from rankwise.nets.load import meta_model
+from rankwise.models.adapters import require_converted, save_adapter, write_sites
+from rankwise.models.depth.settings import DepthSettings
+from rankwise.models.load import meta_model
 from rankwise.options.commands import FinetuneConfig, TrainConfig
 from rankwise.options.sections import DataSection, ModelSection
 from rankwise.train.arguments import frozen_dtype

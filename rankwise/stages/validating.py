@@ -17,12 +17,14 @@ import torch
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.example import Example
 from rankwise.data.reading import reading_scored
+from rankwise.data.recorded import recorded, require_same, system_warning
 from rankwise.data.render import Renderer
+from rankwise.data.renderer_for import renderer_for
 from rankwise.errors import DataError, UsageError
 from rankwise.files.atomic import fingerprint, fingerprints
 from rankwise.files.checkpoint import base_files, resolve
 from rankwise.files.processes import announce
-from rankwise.nets.load import load_config, load_model
+from rankwise.models.load import load_config, load_model
 from rankwise.options.commands import ValidateConfig
 from rankwise.options.sections import DataSection, ModelSection
 from rankwise.score.generate import GenerationSettings, HFGenerator
@@ -40,8 +42,6 @@ from rankwise.ship.parity.reference import HFReference
 from rankwise.ship.validation import latency, rights, scores
 from rankwise.ship.witness import Answered, Witness
 from rankwise.stages.engines import fitting, pick_device
-from rankwise.stages.recorded import recorded, require_same, system_warning
-from rankwise.stages.rendering import renderer_for
 from rankwise.stages.shipped import Shipment, Shipped
 
 ROOM = (

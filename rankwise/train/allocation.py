@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.errors import DataError, VerificationError
-from rankwise.nets.adalora import Allocation, adalora_layers, regularised, site_of
-from rankwise.nets.adapt import ADAPTER
+from rankwise.models.adalora import Allocation, adalora_layers, regularised, site_of
+from rankwise.models.adapt import ADAPTER
 from rankwise.train.gradient_table import StepTable
 
 ALLOCATED_TABLE, ALLOCATOR_STATE = "allocated_ranks.csv", "allocator.safetensors"

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, TrainingArguments, get_scheduler
 from rankwise.core.phase import BoundNorm, Phases
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.errors import DivergedError, Interrupted, UsageError
-from rankwise.nets.adapt import ADAPTER, LoraSettings, adapt, lora_layers, lora_pairs
+from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, lora_layers, lora_pairs
 from rankwise.train.arguments import build_arguments
 from rankwise.train.batched import Arm, ArmSettings, Collate, TrainedArm
 from rankwise.train.phases import PhaseKeeper

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from rankwise.data.sight import IGNORED
+from rankwise.data.vision_inputs import IGNORED
 from rankwise.errors import UsageError
 from rankwise.score.likelihood import Learnt
 from rankwise.train.stacked import Stack

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from rankwise.core.site import PEFT_PREFIX, describe
 from rankwise.errors import UsageError
 from rankwise.files.atomic import write_json
-from rankwise.nets.sites import tower_of, tower_prefixes
+from rankwise.models.sites import tower_of, tower_prefixes
 from rankwise.train.gradient_table import (
     COLUMNS,
     GRADIENT_SUMMARY,

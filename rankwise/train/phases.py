@@ -24,7 +24,7 @@ from rankwise.core.phase import Bound, BoundNorm, BoundPhases
 from rankwise.errors import DataError
 from rankwise.files.atomic import read_object, write_json
 from rankwise.files.processes import announce
-from rankwise.nets.adapt import full_parameters, site_parameters
+from rankwise.models.adapt import full_parameters, site_parameters
 from rankwise.train.gradient_table import StepTable
 from rankwise.train.guard import gradient_norm
 

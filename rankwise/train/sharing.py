@@ -19,7 +19,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from rankwise.data.sight import IGNORED
+from rankwise.data.vision_inputs import IGNORED
 from rankwise.errors import UsageError
 
 INDEX = "sample_index"

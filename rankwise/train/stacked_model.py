@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from rankwise.core.site import nearest
 from rankwise.errors import UsageError, VerificationError
-from rankwise.nets.sites import linear_shape
+from rankwise.models.sites import linear_shape
 from rankwise.score.likelihood import Learnt, token_losses
 from rankwise.train.stacked import Stack, StackedSite
 

@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from rankwise.errors import RankwiseError, UsageError
 from rankwise.files.atomic import explained
-from rankwise.nets.adapt import full_parameters
+from rankwise.models.adapt import full_parameters
 from rankwise.score.likelihood import Learnt, token_losses
 from rankwise.score.selection import LabelAccuracy, Tally
 from rankwise.train.allocation import RankAllocation

@@ -21,13 +21,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from families.talks import TALKS, Talk, drawn, written
-from rankwise.data.collate import Collator
+from rankwise.data.dataset import Collator
 from rankwise.data.example import Example
 from rankwise.data.render import Renderer
+from rankwise.data.renderer_for import renderer_for
 from rankwise.data.sources import load
-from rankwise.nets.load import load_config, load_model, load_processor
+from rankwise.models.load import load_config, load_model, load_processor
 from rankwise.options.sections import DataSection, ModelSection
-from rankwise.stages.rendering import renderer_for
 
 Tensors = dict[str, Tensor]
 TEXT = ("input_ids", "attention_mask")

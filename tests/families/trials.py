@@ -16,7 +16,7 @@ from families.commands import command, usable
 from families.questions import NEAR, QUESTIONS, question
 from families.subject import Subject
 from families.talks import TALKS
-from rankwise.nets.load import load_model
+from rankwise.models.load import load_model
 
 __all__ = ["QUESTIONS", "refused_by_train"]
 

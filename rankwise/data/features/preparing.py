@@ -15,9 +15,8 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from rankwise.core.geometry import Grid
-from rankwise.data.device import DeviceTarget
-from rankwise.data.device_processor import device_processor
-from rankwise.data.grids import image_grids
+from rankwise.data.depth.maps import image_grids
+from rankwise.data.device import DeviceTarget, device_processor
 from rankwise.data.pixels import BLACK, WHITE, Colour
 from rankwise.errors import UsageError
 

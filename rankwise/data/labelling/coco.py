@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from rankwise.data.label_names import name_key
+from rankwise.data.label_answer import name_key
 from rankwise.data.labelling.stratified import drawn_order, shares
 from rankwise.data.sources.archives import unpacked, unpacked_into
 from rankwise.data.sources.download import Download, fetch

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from rankwise.data.device import DeviceReader, DeviceTarget
 from rankwise.data.images import BadImage, ImageReader
-from rankwise.data.label_names import label_called, name_key, spellings
+from rankwise.data.label_answer import label_called, name_key, spellings
+from rankwise.data.label_task import LabelTask, task_of_labels
 from rankwise.data.labelling.coco import Photo, images_below
 from rankwise.data.labelling.image_ids import ImageIds
-from rankwise.data.labelling.label_task import LabelTask, task_of_labels
 from rankwise.data.labelling.labelled import LabelledRow, pixel_hash, store_image
 from rankwise.data.sources.rows import BadRow, Row, RowFile, csv_rows, json_rows
 from rankwise.errors import DataError, UsageError

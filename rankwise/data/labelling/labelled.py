@@ -28,10 +28,9 @@ from PIL import Image
 
 from rankwise.data.device import DeviceTarget
 from rankwise.data.example import IMAGE_SLOT
-from rankwise.data.label_names import label_called
+from rankwise.data.label_answer import label_called, problem
+from rankwise.data.label_task import LabelTask, read_task
 from rankwise.data.labelling.image_ids import ImageIds, Originals
-from rankwise.data.labelling.label_answer import problem
-from rankwise.data.labelling.label_task import LabelTask, read_task
 from rankwise.data.labelling.stratified import held_out_groups
 from rankwise.data.pixels import BROKEN
 from rankwise.data.sources.rows import BadRow, RowFile, json_rows

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rankwise.data.example import Example, Examples, share_references
-from rankwise.data.sources import conversations, cota, e2e_nlg, forms, labels, multi_nli, samsum, wikisql
+from rankwise.data.sources import conversations, cota, e2e_nlg, labels, multi_nli, samsum, slots, wikisql
 from rankwise.data.sources.archives import is_archive
 from rankwise.data.sources.download import Download, fetch
-from rankwise.data.sources.files import Sought, find_file, first_of
-from rankwise.data.sources.indexed import LARGE, indexed
+from rankwise.data.sources.files import LARGE, Sought, find_file, first_of, indexed
 from rankwise.data.sources.rows import JSON_SUFFIXES, PARQUET, Build, Reading, RowFile, csv_rows, json_rows, tsv_rows
 from rankwise.errors import DataError, UsageError
 
@@ -93,7 +92,7 @@ SOURCES = {
             marks=marks("gold_label sentence1 sentence2"),
         ),
         Source("labels", labels.read, labels.FILES, reasons=True, marks=marks("image_id image_path")),
-        Source("conversations", conversations.read, build=conversations.build, marks=marks(*forms.MARKS)),
+        Source("conversations", conversations.read, build=conversations.build, marks=marks(*slots.MARKS)),
         Source("cota", cota.read, build=cota.build, marks=marks("question answer")),
     )
 }

@@ -15,8 +15,6 @@ from itertools import groupby
 from typing import Any
 
 from rankwise.data.example import IMAGE_SLOT, ROLES, Example, Turn
-from rankwise.data.markers import NAMED
-from rankwise.data.sources.forms import turns_of
 from rankwise.data.sources.rows import BadRow, Build, Reading, RowFile, as_found, json_samples
 from rankwise.data.sources.slots import (
     BESIDE_TURNS,
@@ -28,7 +26,9 @@ from rankwise.data.sources.slots import (
     reference_of,
     refuse_in_answer,
     refuse_unread_images,
+    turns_of,
 )
+from rankwise.data.template import NAMED
 from rankwise.errors import UsageError
 
 SAID_BY = {

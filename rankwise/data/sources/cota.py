@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 from rankwise.data.example import Example, Turn
-from rankwise.data.sources.forms import refuse_beside
 from rankwise.data.sources.rows import BadRow, Build, RowFile, json_samples
 from rankwise.data.sources.slots import (
     COLUMNS,
@@ -21,6 +20,7 @@ from rankwise.data.sources.slots import (
     group_of,
     listed_images,
     put_first,
+    refuse_beside,
     refuse_in_answer,
     refuse_unread_images,
 )

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.data.example import IMAGE_SLOT, Example, Turn
-from rankwise.data.label_names import label_called
-from rankwise.data.labelling.label_task import FILE as TASK_FILE
-from rankwise.data.labelling.label_task import LabelTask, read_task
+from rankwise.data.label_answer import label_called
+from rankwise.data.label_task import FILE as TASK_FILE
+from rankwise.data.label_task import LabelTask, read_task
 from rankwise.data.sources.rows import BadRow, RowFile, json_rows, samples, text_of
 
 FILES = {"train": ("train.jsonl",), "dev": ("val.jsonl",)}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rankwise.data.example import Example, Turn
-from rankwise.data.label_names import label_called
+from rankwise.data.label_answer import label_called
 from rankwise.data.sources.download import Download
 from rankwise.data.sources.rows import BadRow, LeftOut, RowFile, json_rows, samples, text_of, tsv_rows
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rankwise.data.labelling.label_answer import BadAnswer
-from rankwise.data.labelling.label_task import LabelTask
+from rankwise.data.label_answer import BadAnswer
+from rankwise.data.label_task import LabelTask
 from rankwise.data.teacher.reply import Reply
 from rankwise.data.teacher.votes import majority
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from rankwise.data.labelling.label_task import LabelTask
+from rankwise.data.label_task import LabelTask
 from rankwise.data.teacher.answers import CUT, Content, Unusable, Verdict, checked, usable, verdict
 from rankwise.data.teacher.client import Teacher, TeacherStopped, Unanswered
 from rankwise.data.teacher.ledger import AnswerLedger, Entry, Key

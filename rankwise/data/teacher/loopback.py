@@ -22,7 +22,7 @@ from typing import Any
 
 from PIL import Image, ImageColor
 
-from rankwise.data.label_names import name_key
+from rankwise.data.label_answer import name_key
 
 MODEL = "loopback-colours"
 GRID = 48  # pixels of the image that are looked at, per side

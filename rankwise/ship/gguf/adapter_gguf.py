@@ -20,8 +20,8 @@ from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, lora_config, peft_tensors, read_adapter
 from rankwise.files.atomic import named, write_json
 from rankwise.files.checkpoint import ADAPTER_NAMES
-from rankwise.nets.load import meta_model
-from rankwise.nets.sites import tower_of, tower_prefixes
+from rankwise.models.load import meta_model
+from rankwise.models.sites import tower_of, tower_prefixes
 from rankwise.ship.gguf.converter import Converter
 from rankwise.ship.gguf.metadata import config_of
 from rankwise.ship.gguf.names import SUFFIXES, forms, name_table

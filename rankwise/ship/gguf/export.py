@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rankwise.data.contracts import carry
+from rankwise.data.recorded import carry
 from rankwise.errors import DataError, UsageError
 from rankwise.files.atomic import fingerprint, read_document, sha256, write_json
 from rankwise.files.lineage import EXPORT

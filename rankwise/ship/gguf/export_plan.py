@@ -17,10 +17,10 @@ from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import is_adapter
 from rankwise.files.atomic import read_object
 from rankwise.files.checkpoint import Checkpoint, open_checkpoint, resolve
-from rankwise.nets.depth_settings import FILE as DEPTH_FILE
-from rankwise.nets.load import meta_model
-from rankwise.nets.sites import weight_table
-from rankwise.nets.vocabulary import embedding_paths
+from rankwise.models.depth.settings import FILE as DEPTH_FILE
+from rankwise.models.load import meta_model
+from rankwise.models.sites import weight_table
+from rankwise.models.vocabulary import embedding_paths
 from rankwise.ship.gguf.converter import OUTTYPES, Converter
 from rankwise.ship.gguf.metadata import config_of
 from rankwise.ship.gguf.view import Changes, changes_for

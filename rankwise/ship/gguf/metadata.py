@@ -16,11 +16,10 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from rankwise.data.device import DeviceTarget
-from rankwise.data.device_processor import tiles
+from rankwise.data.device import DeviceTarget, tiles
 from rankwise.errors import VerificationError
 from rankwise.files.atomic import read_object
-from rankwise.nets.load import load_processor
+from rankwise.models.load import load_processor
 from rankwise.ship.gguf.reading import GGUFFile
 
 SAME = 1e-5  # relative; float32 in the file, float64 in the config

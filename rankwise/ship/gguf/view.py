@@ -19,12 +19,11 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
-from rankwise.data.device import DeviceTarget
-from rankwise.data.device_processor import longest_edge, tiles
+from rankwise.data.device import DeviceTarget, longest_edge, tiles
 from rankwise.errors import UsageError
 from rankwise.files.atomic import named, read_object, write_json, write_text
 from rankwise.files.checkpoint import HUB_ID
-from rankwise.nets.load import load_config, load_processor
+from rankwise.models.load import load_config, load_processor
 from rankwise.ship.gguf.converter import Converter
 from rankwise.ship.gguf.vocabulary import MODEL, Vocabulary, plain_in_model
 

@@ -18,8 +18,8 @@ from typing import Any
 import sentencepiece
 
 from rankwise.errors import VerificationError, need
-from rankwise.nets.load import load_processor, load_tokenizer
-from rankwise.nets.vocabulary import token_count
+from rankwise.models.load import load_processor, load_tokenizer
+from rankwise.models.vocabulary import token_count
 from rankwise.ship.gguf.reading import GGUFFile
 
 MODEL = "tokenizer.model"

@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rankwise.data.contracts import contracts
 from rankwise.data.device import FILE as DEVICE
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.input_record import FILE as INPUT
 from rankwise.data.input_record import read_input, sha256_of
+from rankwise.data.recorded import contracts
 from rankwise.data.template import NOW, with_date
 from rankwise.files.adapter import CONFIG_NAME
 from rankwise.files.atomic import read_object, write_json, write_text
 from rankwise.files.run_folder import CONFIG, MANIFEST
-from rankwise.nets.depth_settings import FILE as DEPTH_FILE
-from rankwise.nets.load import load_processor, load_tokenizer
+from rankwise.models.depth.settings import FILE as DEPTH_FILE
+from rankwise.models.load import load_processor, load_tokenizer
 from rankwise.ship.merging.tokens import GENERATION, follow_generation
 
 COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")

@@ -25,11 +25,11 @@ from transformers import PreTrainedModel
 from rankwise.core.site import parameter_name
 from rankwise.errors import UsageError
 from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint, resolve
-from rankwise.nets.adapt import ADAPTER
-from rankwise.nets.adapters import attached, fill
-from rankwise.nets.load import weightless_model
-from rankwise.nets.sites import weight_table
-from rankwise.nets.vocabulary import resize, row_count, row_names, with_rows
+from rankwise.models.adapt import ADAPTER
+from rankwise.models.adapters import attached, fill
+from rankwise.models.load import weightless_model
+from rankwise.models.sites import weight_table
+from rankwise.models.vocabulary import resize, row_count, row_names, with_rows
 from rankwise.ship.merging.skeleton import fitted_state, quiet_ties
 
 INSTEAD = "merge on a machine with more memory, or with --no_verify"

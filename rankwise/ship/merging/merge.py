@@ -27,11 +27,11 @@ from rankwise.errors import DataError, VerificationError
 from rankwise.files.adapter import CONFIG_NAME
 from rankwise.files.atomic import read_object, write_json
 from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint, resolve
-from rankwise.nets.depth import ENCODER, attach_depth
-from rankwise.nets.depth_settings import DepthSettings, read_depth, write_depth
-from rankwise.nets.load import meta_model
-from rankwise.nets.sites import tower_of, tower_prefixes, weight_table
-from rankwise.nets.vocabulary import row_count, with_rows
+from rankwise.models.depth.encoder import ENCODER, attach_depth
+from rankwise.models.depth.settings import DepthSettings, read_depth, write_depth
+from rankwise.models.load import meta_model
+from rankwise.models.sites import tower_of, tower_prefixes, weight_table
+from rankwise.models.vocabulary import row_count, with_rows
 from rankwise.ship.merging.beside import Copied, copy_beside
 from rankwise.ship.merging.rounding import Rounding
 from rankwise.ship.merging.shards import Entry, write_shards

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import VerificationError
+from rankwise.models.load import weightless_model
+from rankwise.models.vocabulary import embedding_paths, resize, row_count
 from rankwise.nets.both import Both, MadeWeights, Makers
-from rankwise.nets.load import weightless_model
-from rankwise.nets.vocabulary import embedding_paths, resize, row_count
 from rankwise.ship.merging.layered import layered_adapted, require_all_came, streamed
 from rankwise.ship.merging.samples import Batch, image_batch, text_batch
 from rankwise.ship.merging.verify import NO_EFFECT, TOLERANCE, logits, relative

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rankwise.data.collate import pad, seen
+from rankwise.data.dataset import pad, seen
 from rankwise.data.example import Example
 from rankwise.data.render import Renderer
-from rankwise.data.sight import Sight
-from rankwise.nets.load import load_processor
+from rankwise.data.vision_inputs import Sight
+from rankwise.models.load import load_processor
 
 SEQUENCES, PICTURES, TOKENS, SEED = 4, 2, 32, 0
 Batch = dict[str, Tensor]

@@ -23,9 +23,9 @@ from rankwise.core.site import parameter_name
 from rankwise.errors import DataError
 from rankwise.files.adapter import CONFIG_NAME, adapter_files, adapter_tensors, require_plain
 from rankwise.files.atomic import read_object
-from rankwise.nets.adapt import ADAPTER, lora_layers, quiet_peft
-from rankwise.nets.adapters import attached, check_recorded, fill
-from rankwise.nets.vocabulary import fitted, row_names
+from rankwise.models.adapt import ADAPTER, lora_layers, quiet_peft
+from rankwise.models.adapters import attached, check_recorded, fill
+from rankwise.models.vocabulary import fitted, row_names
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from typing import Any
 
 from rankwise.errors import DataError
 from rankwise.files.atomic import read_object, write_json
-from rankwise.nets.load import load_tokenizer
-from rankwise.nets.vocabulary import token_count
+from rankwise.models.load import load_tokenizer
+from rankwise.models.vocabulary import token_count
 
 TOKENIZER_FILE, GENERATION = "tokenizer_config.json", "generation_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

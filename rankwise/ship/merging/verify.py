@@ -25,9 +25,9 @@ from rankwise.core.site import PEFT_PREFIX
 from rankwise.errors import UsageError, VerificationError
 from rankwise.files.adapter import adapter_files
 from rankwise.files.checkpoint import Checkpoint, open_checkpoint
-from rankwise.nets.adapters import load_adapter
-from rankwise.nets.load import load_model
-from rankwise.nets.vocabulary import resize, row_count
+from rankwise.models.adapters import load_adapter
+from rankwise.models.load import load_model
+from rankwise.models.vocabulary import resize, row_count
 from rankwise.ship.merging.layered import INSTEAD, layered_adapted, layered_model, require_all_came
 from rankwise.ship.merging.samples import TOKENS, Batch, for_decoder, image_batch, text_batch
 from rankwise.ship.merging.skeleton import quiet_ties

@@ -24,8 +24,8 @@ from rankwise.errors import VerificationError
 from rankwise.files.adapter import CONFIG_NAME, PAIR_KEY, adapter_files, adapter_tensors, scale_of
 from rankwise.files.atomic import read_object
 from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint
-from rankwise.nets.load import meta_model
-from rankwise.nets.vocabulary import with_rows
+from rankwise.models.load import meta_model
+from rankwise.models.vocabulary import with_rows
 from rankwise.ship.merging.layered import places
 from rankwise.ship.merging.merge import MergePlan
 

@@ -18,9 +18,9 @@ from PIL import Image
 from rankwise.data.device import MARKER, encoded
 from rankwise.data.example import Example
 from rankwise.data.labelling.stratified import in_turn
-from rankwise.data.layout import without_images
 from rankwise.data.pixels import kind_of
 from rankwise.data.render import Renderer
+from rankwise.data.template import without_images
 
 UNKNOWN, BLIND = "unknown", "no picture"
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rankwise.data.collate import seen
+from rankwise.data.dataset import seen
 from rankwise.data.render import Rendered, Renderer
 from rankwise.errors import VerificationError
 

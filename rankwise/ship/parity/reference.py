@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig
 
-from rankwise.data.collate import seen
-from rankwise.data.layout import joined, without_images
+from rankwise.data.dataset import seen
 from rankwise.data.render import Rendered, Renderer
-from rankwise.data.sight import IGNORED
+from rankwise.data.template import joined, without_images
+from rankwise.data.vision_inputs import IGNORED
 from rankwise.score.likelihood import answer_ids
 from rankwise.ship.parity.cases import Case
 from rankwise.ship.parity.embedder import Rows, embedded

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, TrainingArguments
 from rankwise.core.plan import RankPlan
 from rankwise.errors import UsageError
 from rankwise.files.atomic import write_json
-from rankwise.nets.adapt import LoraSettings
-from rankwise.nets.load import structure
-from rankwise.nets.sites import model_sites
+from rankwise.models.adapt import LoraSettings
+from rankwise.models.load import structure
+from rankwise.models.sites import model_sites
 from rankwise.options.commands import TrainConfig
 from rankwise.options.sections import EstimateSection
 from rankwise.show.estimate import Column, EstimatePage, page

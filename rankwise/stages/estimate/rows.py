@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from rankwise.data.collate import Collator
-from rankwise.data.packing import PackedDataset
-from rankwise.data.rendered import RenderedDataset
-from rankwise.data.sight import Sight
+from rankwise.data.dataset import Collator, PackedDataset, RenderedDataset
+from rankwise.data.renderer_for import own_length, renderer_for
+from rankwise.data.vision_inputs import Sight
 from rankwise.options.commands import TrainConfig
 from rankwise.score.likelihood import BESIDE
 from rankwise.stages.preparing import read_split
-from rankwise.stages.rendering import own_length, renderer_for
 from rankwise.stages.training import rendered
 
 

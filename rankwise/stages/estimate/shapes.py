@@ -16,8 +16,8 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from rankwise.core.plan import RankPlan
-from rankwise.nets.adapt import LoraSettings, adapt
-from rankwise.nets.load import kept_whole
+from rankwise.models.adapt import LoraSettings, adapt
+from rankwise.models.load import kept_whole
 from rankwise.options.commands import TrainConfig
 from rankwise.options.sections import EstimateSection
 from rankwise.stages.estimate.rows import Rows

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from rankwise.core.geometry import WHOLE, Grid
 from rankwise.data.features.preparing import grids
-from rankwise.data.sight import Sight
+from rankwise.data.vision_inputs import Sight
+from rankwise.models.vision_features import image_features, load_vision_side
 from rankwise.nets.encoder import encoder_features, load_encoder
-from rankwise.nets.image_features import image_features
-from rankwise.nets.vision_side import load_vision_side
 
 Inputs = Mapping[str, Tensor]
 

@@ -23,7 +23,7 @@ from rankwise.data.features.preparing import Preparation, picture_digest
 from rankwise.data.features.writer import CacheRecipe, Matrices, shard_places
 from rankwise.data.images import BadImage
 from rankwise.errors import DataError
-from rankwise.nets.sites import torch_dtype
+from rankwise.models.sites import torch_dtype
 from rankwise.options.features import CaptureConfig
 from rankwise.stages.engines import pick_device
 from rankwise.stages.features.eyes import Eye

@@ -16,13 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from rankwise.core.approximation import normalised
-from rankwise.data.collate import Collator
+from rankwise.data.dataset import Collator, RenderedDataset
 from rankwise.data.example import Example, Examples, chosen
 from rankwise.data.features.preparing import Preparation, picture_digest
-from rankwise.data.rendered import RenderedDataset
-from rankwise.data.sight import Sight
+from rankwise.data.vision_inputs import Sight
 from rankwise.errors import DataError, UsageError
-from rankwise.nets.image_features import image_features
+from rankwise.models.vision_features import image_features
 from rankwise.page.text import plural
 from rankwise.score.likelihood import Batch
 from rankwise.stages.engines import Subject

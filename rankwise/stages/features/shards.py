@@ -20,13 +20,13 @@ from rankwise.data.features.preparing import SQUARE, Preparation
 from rankwise.data.features.synthetic import Synthetic
 from rankwise.data.features.writer import CacheRecipe, Matrices, shard_places
 from rankwise.data.images import ImageReader
-from rankwise.data.sight import Sight
+from rankwise.data.vision_inputs import Sight
 from rankwise.errors import UsageError
 from rankwise.files.adapter import is_adapter
 from rankwise.files.checkpoint import model_fingerprint, resolve
-from rankwise.nets.depth_settings import read_depth
+from rankwise.models.depth.settings import read_depth
+from rankwise.models.load import load_config, load_processor, takes
 from rankwise.nets.encoder import is_encoder, load_image_processor, own_side, unresized
-from rankwise.nets.load import load_config, load_processor, takes
 from rankwise.options.features import CaptureConfig
 from rankwise.stages.features.eyes import EncoderEye, Eye, ModelEye
 from rankwise.stages.features.picture_shards import PictureShards, Step

@@ -17,26 +17,25 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from rankwise.core.site import Site
-from rankwise.data.collate import Collator
+from rankwise.data.dataset import Collator, RenderedDataset
 from rankwise.data.example import Example
-from rankwise.data.parts import Parts, Sizes, divided
 from rankwise.data.reading import read_examples
+from rankwise.data.recorded import warn_of_others
 from rankwise.data.render import Renderer
-from rankwise.data.rendered import RenderedDataset
+from rankwise.data.renderer_for import renderer_for
+from rankwise.data.split import Parts, Sizes, divided
 from rankwise.errors import DataError
 from rankwise.files.atomic import fingerprint, fingerprints, read_object
 from rankwise.files.checkpoint import base_files, open_checkpoint, resolve
 from rankwise.files.processes import announce, gathered, process_index
 from rankwise.files.run_folder import CONFIG
+from rankwise.models.adapt import choose_sites
+from rankwise.models.load import loaded, structure
+from rankwise.models.sites import model_sites, torch_dtype, weight_table
 from rankwise.nets.delta_files import BaseWeights, write_deltas
-from rankwise.nets.load import loaded, structure
-from rankwise.nets.sites import model_sites, torch_dtype, weight_table
-from rankwise.nets.targets import choose_sites
 from rankwise.options.study import StudyConfig
 from rankwise.score.likelihood import Batch, training_batches
 from rankwise.stages.probing import language_parameters
-from rankwise.stages.recorded import warn_of_others
-from rankwise.stages.rendering import renderer_for
 from rankwise.stages.training import rendered
 from rankwise.store.deltas import SavedDeltas, open_deltas
 from rankwise.train.alone import borrowed, train_weights

@@ -1,0 +1,1 @@
+"""Depth maps beside images: computed, cached, laid onto image tokens."""

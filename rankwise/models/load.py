@@ -1,0 +1,301 @@
+"""From a name to a model, a tokenizer, or a model's structure without its weights. The only place that does this."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.quantizers import AutoHfQuantizer
+
+from rankwise.errors import DataError, UsageError, need
+from rankwise.files.atomic import read_object
+from rankwise.files.checkpoint import INDEX, NAMES, resolve
+from rankwise.models.sites import outside_language, tower_prefixes
+from rankwise.options.sections import ModelSection
+
+COMMIT_LENGTH, PIXELS = 40, "pixel_values"
+UNFIT = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
+# Architectures that transformers lacks: model_type → the module whose import makes their classes known to it.
+OURS = {"isaac": "rankwise.models.isaac.registration"}
+
+
+def check_remote_code(name: str, trust_remote_code: bool, revision: str | None) -> None:
+    """Remote code runs only when asked for, and from the hub only at a pinned commit."""
+    if trust_remote_code and not Path(name).exists() and len(revision or "") != COMMIT_LENGTH:
+        raise UsageError(
+            f"{name}: --trust_remote_code runs the repository's own code; pin it with --revision and the full "
+            f"{COMMIT_LENGTH}-character commit hash that you have read"
+        )
+
+
+def register_ours(folder: Path) -> None:
+    """Where a folder holds a model of ours, transformers learns its classes; OSError for a config that is no JSON."""
+    if (folder / "config.json").is_file():
+        content, _ = PreTrainedConfig.get_config_dict(folder)
+        if home := OURS.get(str(content.get("model_type"))):
+            importlib.import_module(home)
+
+
+def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's config. Never prompts: a repository that needs its own code is an error that says so."""
+    check_remote_code(name, trust_remote_code, revision)
+    folder = resolve(name, revision, code=trust_remote_code)
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{folder}: no config.json, so this is not a Hugging Face model folder")
+    try:
+        register_ours(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except UNFIT as error:
+        if "trust_remote_code" in str(error):
+            raise DataError(
+                f"{name}: this model needs code from its repository; read that code, then pass "
+                "--trust_remote_code --revision COMMIT to `finetune` or `train` (`ranks --deltas` needs no model)"
+            ) from error
+        raise DataError(f"{folder}/config.json: {error}") from error
+
+
+def model_class(config: Any) -> Any:
+    """The class that the config names, else the task's auto class."""
+    home = importlib.import_module(OURS[config.model_type]) if config.model_type in OURS else transformers
+    for name in config.architectures or ():
+        found = getattr(home, name, None)
+        if found is not None:
+            return found
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+
+
+def new_model(config: Any, **options: Any) -> PreTrainedModel:
+    """A model with random weights. options: of an auto class's `from_config`."""
+    found = model_class(config)
+    model = found.from_config(config, **options) if hasattr(found, "from_config") else found(config)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def forward_inputs(config: Any) -> frozenset[str] | None:
+    """Names that the forward of a model that sees takes; None where the class is not known before it is loaded."""
+    found = model_class(config)
+    if not issubclass(found, nn.Module):
+        found = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    return found and frozenset(inspect.signature(found.forward).parameters)
+
+
+def takes(config: Any) -> str:
+    """The main input of the bare model: input_ids, pixel_values, input_features …"""
+    if type(config) not in MODEL_MAPPING:
+        return "input_ids"
+    found = MODEL_MAPPING[type(config)]
+    return str((found[0] if isinstance(found, list | tuple) else found).main_input_name)
+
+
+def meta_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model's modules with no weights: what its sites are called, for a few kilobytes."""
+    config = load_config(name, revision, trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return new_model(config, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        raise UsageError(f"{name}: the model needs a package: {error}") from error
+    except UNFIT as error:
+        raise DataError(f"{name}/config.json: no model can be made of it: {error}") from error
+
+
+def weightless_model(name: str) -> PreTrainedModel:
+    """`meta_model` whose buffers are real: what a forward pass needs beside weights that come and go."""
+    config = load_config(name)
+    with init_empty_weights(include_buffers=False):
+        return new_model(config)
+
+
+def kept_whole(model: PreTrainedModel) -> list[str] | None:
+    """Modules that a quantized base keeps as they are; None: transformers' own choice, which a list would replace."""
+    towers = outside_language(model)
+    return ["lm_head", *towers] if towers else None
+
+
+def quantization_config(kind: str, model: PreTrainedModel) -> Any:
+    """bitsandbytes settings: NF4 with double quantization, or int8. Head, vision tower and projector stay as they are:
+    they hold few of the weights, and may train in full. `model` may be on the meta device."""
+    need("bitsandbytes", extra="quant")
+    modules = kept_whole(model)
+    if kind == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=modules)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+        llm_int8_skip_modules=modules,
+    )
+
+
+def check_quantizer(config: Any) -> None:
+    """UsageError where the weights are stored quantized, and the package that reads them is missing."""
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return
+    try:
+        AutoHfQuantizer.from_config(given, pre_quantized=True).validate_environment(device_map=None)
+    except ImportError as error:
+        raise UsageError(f"the base is stored quantized: {error}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError):
+        return  # this machine lacks the device, say: loading tells
+
+
+def load_model(
+    name: str,
+    dtype: torch.dtype,
+    *,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: str | None = None,
+) -> PreTrainedModel:
+    """The model with its weights, on the CPU (quantized ones where bitsandbytes puts them).
+
+    dtype is explicit: transformers 5 would load a bf16 file as bf16 even on a CPU. Raises DataError where the
+    files lack weights that the model has.
+    """
+    config = load_config(name, revision, trust_remote_code)
+    extra: dict[str, Any] = {}
+    if attn_implementation:
+        extra["attn_implementation"] = attn_implementation
+    if quantization:
+        skeleton = meta_model(name, revision, trust_remote_code)
+        extra["quantization_config"] = quantization_config(quantization, skeleton)
+    folder = resolve(name, revision, code=trust_remote_code)
+    check_index(folder)
+    try:
+        model, info = model_class(config).from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code, **extra
+        )
+    except ImportError as error:
+        raise UsageError(f"{folder}: the model needs a package: {error}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise DataError(f"{folder}: cannot load the model: {error}") from error
+    if info["missing_keys"]:
+        shown = ", ".join(sorted(info["missing_keys"])[:5])
+        raise DataError(f"{folder}: the files lack {len(info['missing_keys'])} weights of the model: {shown} …")
+    return take_any_pixels(model)
+
+
+def take_any_pixels(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, with vision towers that take pixels in any precision: most families cast them, Llama 4 does not."""
+    for path, tower in tower_prefixes(model).items():
+        if tower == "vision":
+            model.get_submodule(path).register_forward_pre_hook(_in_own_precision, with_kwargs=True)
+    return model
+
+
+def _in_own_precision(tower: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """What a tower is called with, its floats in its own precision. Pixels come first, or by name."""
+    dtype = next(tower.parameters()).dtype
+    if not dtype.is_floating_point:
+        return None
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tuple(cast(value) for value in given), {name: cast(value) for name, value in named.items()}
+
+
+def check_index(folder: Path) -> None:
+    """DataError for an index of shards that transformers does not take, before it loads anything."""
+    used = next((folder / name for name in NAMES if (folder / name).is_file()), None)
+    if used is not None and used.name.endswith(INDEX) and not isinstance(read_object(used).get("metadata"), dict):
+        raise DataError(f'{used}: has no "metadata", without which transformers loads no shards; add "metadata": {{}}')
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer, with a pad token."""
+    folder = resolve(name, revision, code=trust_remote_code)
+    try:
+        register_ours(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if takes(load_config(name, revision, trust_remote_code)) == PIXELS:
+            raise UsageError(
+                f"{name} is a vision encoder: it takes no text; `rankwise features capture` is what it is for"
+            ) from error
+        raise DataError(f"{folder}: cannot load a tokenizer: {error}") from error
+    return with_pad(tokenizer)
+
+
+def load_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The processor of a vision-language model: images and text. Its chat template is its tokenizer's too.
+
+    DataError where the files make none; UsageError where torchvision, which processors need, is missing or broken.
+    """
+    check_torchvision()
+    folder = resolve(name, revision, code=trust_remote_code)
+    try:
+        register_ours(folder)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ImportError, OSError, ValueError) as error:
+        raise DataError(f"{folder}: cannot load a processor: {error}") from error
+    if not hasattr(processor, "image_processor"):
+        raise DataError(f"{folder}: no processor of images there (preprocessor_config.json or processor_config.json)")
+    if getattr(processor, "chat_template", None):
+        processor.tokenizer.chat_template = processor.chat_template
+    return with_pad(processor)
+
+
+def check_torchvision() -> None:
+    """UsageError where torchvision cannot be imported: a build that does not fit torch fails with a RuntimeError."""
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(
+            f"torchvision cannot be used ({error}), and models that see images need it; install torch and torchvision "
+            "together, from one source: pip install --force-reinstall torch torchvision"
+        ) from error
+
+
+def with_pad(holder: Any) -> Any:
+    """A pad token for a tokenizer, or for a processor's: its eos where it has none (padding is masked, never by id)."""
+    tokenizer = getattr(holder, "tokenizer", holder)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return holder
+
+
+def structure(model: ModelSection, name: str) -> PreTrainedModel:
+    """The model without weights: names and sizes, checked before anything large is read."""
+    return meta_model(name, model.revision, model.trust_remote_code)
+
+
+def loadable(model: ModelSection, name: str) -> PreTrainedModel:
+    """The same of a model whose weights will be read: UsageError where a package for them is missing."""
+    skeleton = structure(model, name)
+    check_quantizer(skeleton.config)
+    return skeleton
+
+
+def loaded(model: ModelSection, name: str, dtype: torch.dtype, quantization: str | None = None) -> PreTrainedModel:
+    return load_model(
+        name,
+        dtype,
+        attn_implementation=model.attn_implementation,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        quantization=quantization,
+    )

@@ -1,0 +1,268 @@
+"""The sites of a model, and where each one's weight lies in a checkpoint.
+
+A site is named by its module path in the loaded model. Files use other names (Qwen2.5-VL saves `model.layers.0…`
+for the module `model.language_model.layers.0…`), so the table from path to key comes from transformers' own
+conversion map: a plan made from raw keys would match nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from rankwise.core.site import Site, describe
+from rankwise.errors import UsageError
+from rankwise.files.checkpoint import Weight
+from rankwise.files.processes import announce
+
+ROWS, INNER, OUTER = 64, 576, 1536  # a product of the size that small models' are; 6 ms where it is emulated
+RUNS = 4
+SLOW = 2.0  # times as slow; below that, the measurement may be what differs
+
+
+@cache
+def slowdown(dtype: torch.dtype) -> float:
+    """Time of a matrix product in this type ÷ in float32, on this CPU; measured once, in hundredths of a second."""
+    return seconds_of(dtype) / seconds_of(torch.float32)
+
+
+def seconds_of(dtype: torch.dtype) -> float:
+    """CPU time of the fastest of a few runs."""
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = (torch.randn(count, INNER, generator=generator).to(dtype) for count in (ROWS, OUTER))
+    return min(timed(lambda: linear(rows, weight)) for _ in range(RUNS))
+
+
+def timed(work: Callable[[], object]) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+@cache
+def warn_if_slow(dtype: torch.dtype, instead: str) -> None:
+    """Say once that this type is slow on this CPU. instead: the option that gives float32."""
+    if dtype != torch.float32 and slowdown(dtype) > SLOW:
+        name = str(dtype).removeprefix("torch.")
+        announce(
+            f"warning: this CPU has no {name} units: a matrix product takes {slowdown(dtype):.0f} times as long as in "
+            f"float32 (measured; a training step up to 35 times). {instead} computes in float32"
+        )
+
+
+DEPTH_MODULES = frozenset(["depth_model", "depth_preproc"])
+
+
+@dataclass(frozen=True)
+class WeightTable:
+    """Module parameter → place in the files, and the parameters whose files transformers rewrites on loading
+    (fused experts and the like), which no view of one file can give."""
+
+    weights: dict[str, Weight]
+    rewritten: tuple[str, ...]
+
+
+def model_sites(model: PreTrainedModel) -> dict[str, Site]:
+    """Path → site of every linear weight that LoRA can target, in module order; the output head is not one."""
+    towers = tower_prefixes(model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    sites = {}
+    for path, module in model.named_modules():
+        shape = linear_shape(module)
+        if shape is None or module is head:
+            continue
+        site = describe(path, shape, tower_of(path, towers), transposed=isinstance(module, Conv1D))
+        if site.kind != "head":
+            sites[path] = site
+    return sites
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of a linear module of any of the kinds PEFT adapts; None for everything else."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return None  # inside nn.MultiheadAttention, which reads the weight past any adapter
+    if isinstance(module, nn.Linear) and type(module).__name__.endswith("Router"):
+        return None  # Llama 4, Phi-MoE: it returns scores of experts beside logits, which no adapter can be added to
+    if isinstance(module, nn.Linear):  # bitsandbytes' quantized ones are too
+        return module.out_features, module.in_features
+    return None
+
+
+def tower_prefixes(model: PreTrainedModel) -> dict[str, str]:
+    """Module prefix → tower, by which part of the config each sub-model was built from. Empty: one tower, language.
+
+    A model class that declares `towers` (prefix → tower) knows better.
+    """
+    declared = getattr(model, "towers", None)
+    if isinstance(declared, Mapping):
+        return dict(declared)
+    parts = {
+        type(part): "language" if name == "text_config" else "vision"
+        for name in model.config.sub_configs
+        if (name == "text_config" or "vision" in name)
+        and (part := getattr(model.config, name, None)) is not None
+        and part is not model.config
+    }
+    if "vision" not in parts.values():
+        return {}
+    return {
+        path: parts[type(module.config)]
+        for path, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and type(module.config) in parts
+    }
+
+
+def tower_of(path: str, towers: Mapping[str, str]) -> str:
+    """The tower of a module path: that of the longest prefix. What stands between the towers, a vision tower's own
+    merger included, projects; what a depth encoder has added to the model is the depth tower."""
+    parts = path.split(".")
+    if not DEPTH_MODULES.isdisjoint(parts):
+        return "depth"
+    if not towers:
+        return "language"
+    owners = [prefix for prefix in towers if path == prefix or path.startswith(prefix + ".")]
+    owner = max(owners, key=len, default=None)
+    if owner is None:
+        return "language" if path == "lm_head" else "projector"
+    inside = path.removeprefix(owner).split(".")
+    return "projector" if towers[owner] == "vision" and any("merger" in part for part in inside) else towers[owner]
+
+
+def fused_experts(model: PreTrainedModel) -> list[str]:
+    """Parameters with three dimensions (fused experts): listed, and left out of the analysis."""
+    return [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+
+
+def weight_table(model: PreTrainedModel, keys: list[str]) -> WeightTable:
+    """Where each parameter of the (meta) model lies among a checkpoint's keys, by transformers' own rules."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
+    converters = [item for item in transforms if isinstance(item, WeightConverter)]
+    state = dict(model.state_dict(keep_vars=True))
+    weights: dict[str, Weight] = {}
+    rewritten: list[str] = []
+    for key in sorted(keys, key=dot_natural_key):
+        name, source = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if source is None:
+            weights[name] = Weight(key)
+            continue
+        converter = next(item for item in converters if source in item.source_patterns)
+        parts = chunks(converter, name)
+        if parts is None:
+            rewritten.append(name)
+        for index, part in enumerate(parts or []):
+            weights[part] = Weight(key, part=(index, len(parts or [])))
+    return WeightTable(weights, tuple(dict.fromkeys(rewritten)))
+
+
+def chunks(converter: WeightConverter, first: str) -> list[str] | None:
+    """The targets of a converter that only splits one tensor into equal row blocks; None for any other."""
+    operations = converter.operations
+    if len(operations) != 1 or type(operations[0]) is not Chunk or operations[0].dim != 0:
+        return None
+    lead = converter.target_patterns[0]
+    return [first.replace(lead, target) for target in converter.target_patterns]
+
+
+def torch_dtype(name: str, trained: bool, device: torch.device) -> torch.dtype:
+    """`auto`: float32 for trained weights; frozen ones bf16 on a GPU and float32 on a CPU. A type that is slow on a CPU
+    is warned about."""
+    if name == "auto":
+        return torch.float32 if trained or device.type == "cpu" else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, name)
+    if device.type == "cpu":
+        warn_if_slow(dtype, "--dtype float32")
+    return dtype
+
+
+# PEFT calls what it wraps, and these have no forward; inside a sub-model transformers looks for modules by class.
+NOT_WRAPPED = (PreTrainedModel, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+@dataclass(frozen=True)
+class FullModules:
+    """Modules that make up towers, as few as can be, each wholly of one of them; and parameters in none of them."""
+
+    paths: tuple[str, ...] = ()
+    loose: tuple[str, ...] = ()
+
+
+def tower_parameters(model: PreTrainedModel, towers: Collection[str]) -> dict[str, nn.Parameter]:
+    """Every parameter of these towers (embeddings, norms and biases included), by name."""
+    prefixes = tower_prefixes(model)
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if tower_of(name.rpartition(".")[0], prefixes) in towers
+    }
+
+
+def towers_of(model: PreTrainedModel) -> tuple[str, ...]:
+    """The towers that a model has, in module order."""
+    prefixes = tower_prefixes(model)
+    return tuple(dict.fromkeys(tower_of(name.rpartition(".")[0], prefixes) for name, _ in model.named_parameters()))
+
+
+def check_towers(model: PreTrainedModel, towers: Collection[str]) -> None:
+    """UsageError for a tower that the model does not have."""
+    there = towers_of(model)
+    for tower in towers:
+        if tower not in there:
+            raise UsageError(f"{type(model).__name__} has no {tower} tower; it has: {', '.join(there)}")
+
+
+def full_modules(model: PreTrainedModel, towers: Collection[str]) -> FullModules:
+    """What PEFT's `modules_to_save` has to name for these towers to train in full."""
+    names = {tower: tuple(tower_parameters(model, [tower])) for tower in towers}
+    found = [path for wanted in names.values() for path in covering(model, "", frozenset(wanted))]
+    inside = tuple(f"{path}." for path in found)
+    loose = (name for wanted in names.values() for name in wanted if not name.startswith(inside))
+    return FullModules(tuple(found), tuple(loose))
+
+
+def covering(
+    module: nn.Module, path: str, wanted: Collection[str], never: tuple[type[nn.Module], ...] = NOT_WRAPPED
+) -> Iterator[str]:
+    """Paths of the outermost modules that hold wanted parameters only, those of the types `never` left out."""
+    names = [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters()]
+    if not any(name in wanted for name in names):
+        return
+    if all(name in wanted for name in names) and not isinstance(module, never):
+        yield path
+        return
+    for name, child in module.named_children():
+        yield from covering(child, f"{path}.{name}".lstrip("."), wanted, never)
+
+
+def full_sites(model: PreTrainedModel, paths: Sequence[str]) -> dict[str, Site]:
+    """The modules with parameters of their own below these paths: what a schedule of phases can freeze and thaw.
+
+    Their shape is that of a matrix only where they are one; a norm or a convolution counts as (1, 1).
+    """
+    prefixes = tower_prefixes(model)
+    found = {}
+    for path in paths:
+        for name, module in model.get_submodule(path).named_modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                place = f"{path}.{name}".rstrip(".")
+                found[place] = describe(place, linear_shape(module) or (1, 1), tower_of(place, prefixes))
+    return found
+
+
+def outside_language(model: PreTrainedModel) -> list[str]:
+    """The outermost modules that hold nothing of the language tower: a quantized base keeps them as they are."""
+    others = [tower for tower in towers_of(model) if tower != "language"]
+    return list(covering(model, "", set(tower_parameters(model, others)), ()))
