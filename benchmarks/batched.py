@@ -35,8 +35,8 @@ from rankwise.data.sources import load
 from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, choose_sites, lora_layers, scales, uniform_plan
 from rankwise.models.load import load_model, load_tokenizer
 from rankwise.models.sites import model_sites
+from rankwise.study.together.train import Arm, ArmSettings, TrainedArm, train_together
 from rankwise.train.arguments import build_arguments
-from rankwise.train.batched import Arm, ArmSettings, TrainedArm, train_together
 from rankwise.train.trainer import RankwiseTrainer
 
 Pairs = dict[str, tuple[Tensor, Tensor]]

@@ -36,10 +36,10 @@ from workload import command, machine
 
 from rankwise.data.example import Example
 from rankwise.data.sources import load as load_rows
+from rankwise.evaluate.engines import base_and_adapter, seeing, subject
+from rankwise.evaluate.generate import GenerationSettings, HFGenerator
 from rankwise.options.commands import EvaluateConfig
 from rankwise.options.sections import DepthUseSection, ScoredData
-from rankwise.score.generate import GenerationSettings, HFGenerator
-from rankwise.stages.engines import base_and_adapter, seeing, subject
 
 ANSWER = 4  # tokens that an answer may take
 BLIND = "blind text"

@@ -28,11 +28,10 @@ from workload import Clock, RandomRows, arguments, command, llama, machine, with
 from rankwise.data.dataset import Collator
 from rankwise.models.adapt import LoraSettings, choose_sites, uniform_plan
 from rankwise.models.sites import model_sites
-from rankwise.stages.estimate.rows import Rows
-from rankwise.stages.estimate.shapes import Place, Shapes, Way, measured
 from rankwise.train.arguments import frozen_dtype
-from rankwise.train.cards import this_machine
-from rankwise.train.estimate import Speed
+from rankwise.train.estimate.cost import Speed
+from rankwise.train.estimate.gpus import this_machine
+from rankwise.train.estimate.shapes import Place, Rows, Shapes, Way, measured
 from rankwise.train.trainer import RankwiseTrainer
 
 RANK = 16

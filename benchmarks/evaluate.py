@@ -28,10 +28,10 @@ from workload import command
 
 from rankwise.data.example import Example, Turn
 from rankwise.data.render import Renderer
+from rankwise.evaluate.generate import GenerationSettings, HFGenerator
+from rankwise.evaluate.tasks import task
 from rankwise.models.load import load_model, load_tokenizer
 from rankwise.models.tiny import random_llama, save_tokenizer
-from rankwise.score.generate import GenerationSettings, HFGenerator
-from rankwise.score.tasks import task
 
 WORDS = "pub river near food price family centre rating cheap high museum bridge garden station hall park".split()
 LABELS = ("entailment", "neutral", "contradiction")

@@ -27,9 +27,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from workload import command, machine
 
+from rankwise.gguf.converter import Converter, converter_environment, find_converter
+from rankwise.gguf.export import read_export
 from rankwise.models.tiny import save_tokenizer
-from rankwise.ship.gguf.converter import Converter, converter_environment, find_converter
-from rankwise.ship.gguf.export import read_export
 
 TEXTS = ("The Vaults pub near Café Adriatic has a 5 star rating. Prices start at £30.", "Alimentum is in the city.")
 OUTTYPES = ("f16", "q8_0")

@@ -34,19 +34,28 @@ import torch
 from torch import Tensor
 from workload import machine
 
-from rankwise.core.approximation import by_gram, shared_basis
 from rankwise.core.factors import Factors
-from rankwise.data.features.cache import FeatureCache, open_cache
-from rankwise.data.features.split import read_split
-from rankwise.nets.factorize.architectures import ARCHITECTURES
-from rankwise.nets.factorize.files import load_factorizer
-from rankwise.nets.factorize.subspace import quick_products
+from rankwise.features import capture, train
+from rankwise.features.approximation import by_gram, shared_basis
+from rankwise.features.cache import FeatureCache, open_cache
+from rankwise.features.dataset import read_split
+from rankwise.features.measures import (
+    GRAM,
+    SVD,
+    Method,
+    baselines,
+    counted,
+    measure,
+    network,
+    optimum,
+    summary,
+    timings,
+)
+from rankwise.features.nets import ARCHITECTURES
+from rankwise.features.nets.files import load_factorizer
+from rankwise.features.nets.subspace import quick_products
+from rankwise.features.trained import cached
 from rankwise.options.features import CaptureConfig, FactorTrainConfig
-from rankwise.score.factor_cost import counted, timings
-from rankwise.score.factor_rows import summary
-from rankwise.score.factorization import GRAM, SVD, Method, baselines, measure, network, optimum
-from rankwise.stages.features import capture, train
-from rankwise.stages.features.trained import cached
 
 OURS, QUICK, LOWRANK = "Subspace", "Gram, quick products", "torch.svd_lowrank"
 GOALS = {"excess error": 0.05, "times the Gram way": 2.0, "times torch.linalg.svd": 20.0}

@@ -23,13 +23,12 @@ from features import add_model, batches, caches, interval, scored
 from torch import Tensor
 from workload import machine
 
-from rankwise.core.approximation import normalised
-from rankwise.data.features.cache import FeatureCache
-from rankwise.data.features.split import FeatureSplit, split_of
-from rankwise.nets.factorize.factorizer import FactorizerSettings
-from rankwise.nets.factorize.subspace import Subspace
-from rankwise.score.factor_cost import timings
-from rankwise.score.factorization import GRAM, Method, baselines, network
+from rankwise.features.approximation import normalised
+from rankwise.features.cache import FeatureCache
+from rankwise.features.dataset import FeatureSplit, split_of
+from rankwise.features.measures import GRAM, Method, baselines, network, timings
+from rankwise.features.nets.base import FactorizerSettings
+from rankwise.features.nets.subspace import Subspace
 
 BATCH = 8
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from workload import machine
 
 from rankwise.data.sources import load
-from rankwise.nets.factorize.architectures import ARCHITECTURES
+from rankwise.features import capture, downstream, train
+from rankwise.features.nets import ARCHITECTURES
 from rankwise.options.features import CaptureConfig, DownstreamConfig, FactorTrainConfig
-from rankwise.stages.features import capture, downstream, train
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from rankwise.files.atomic import read_object
 from rankwise.options.commands import RanksConfig
 from rankwise.options.sections import DataSection, SpectrumSection
-from rankwise.stages import ranks
+from rankwise.ranks import command as ranks
 
 HEADER = [
     "| ranks from | budget | parameters | plan | uniform | 8 shuffles | plan − uniform [95 %] |",

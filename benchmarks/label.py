@@ -28,9 +28,9 @@ from typing import Any
 from PIL import Image
 from workload import command, machine
 
-from rankwise.data.teacher.loopback import LoopbackTeacher, Response, completion
+from rankwise.labels import command as label
+from rankwise.labels.teacher.loopback import LoopbackTeacher, Response, completion
 from rankwise.options.label import LabelConfig, TeacherSection
-from rankwise.stages import label
 
 WINDOW = 10.0
 NO_LIMIT = 1e9

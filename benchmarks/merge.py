@@ -92,7 +92,7 @@ IMPORTS, OWN_IMPORTS = "imports, PEFT", "imports, rankwise"
 
 def words(name: str, base: Path, adapter: Path, out: Path) -> list[str]:
     if name == OWN_IMPORTS:
-        return [sys.executable, "-c", "import rankwise.cli, rankwise.stages.merge"]
+        return [sys.executable, "-c", "import rankwise.cli, rankwise.merge.command"]
     if name in OURS:
         more = ["--max_shard_size", SHARD, *OURS[name]]
         return [

@@ -29,8 +29,8 @@ from torch import Tensor
 from rankwise.core.measure import OVERSAMPLE, exact_spectrum, range_basis
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum
-from rankwise.nets.pair import SiteFilter, open_pair
-from rankwise.store.spectra import MeasureSettings, measure_site
+from rankwise.ranks.pair import SiteFilter, open_pair
+from rankwise.ranks.spectra import MeasureSettings, measure_site
 
 HIDDEN, MLP, KV = 3584, 18944, 512  # Qwen2.5-7B
 UP_TO, THRESHOLD = 128, 0.9

@@ -30,10 +30,10 @@ from shipbench_ships import FORMS, Ship, drawings, elements, texts
 
 from rankwise.errors import ServiceError, VerificationError
 from rankwise.files.atomic import write_json, write_text
-from rankwise.ship.gguf.converter import find_converter
-from rankwise.ship.gguf.export import verification
-from rankwise.ship.gguf.export_plan import plan_export
-from rankwise.ship.gguf.reading import GGUFFile
+from rankwise.gguf.converter import find_converter
+from rankwise.gguf.export import verification
+from rankwise.gguf.plan import plan_export
+from rankwise.gguf.reading import GGUFFile
 from rankwise.ship.llama.runtime import LlamaServer
 from rankwise.ship.llama.server_api import ServerRuntime
 from rankwise.ship.parity.ladder import climb

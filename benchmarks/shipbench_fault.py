@@ -13,8 +13,8 @@ from typing import Any
 from shipbench_gguf import Draft, altered
 from shipbench_ships import Ship
 
-from rankwise.ship.gguf.export_plan import plan_export
-from rankwise.ship.gguf.view import shown
+from rankwise.gguf.plan import plan_export
+from rankwise.gguf.view import shown
 from rankwise.ship.parity.cases import Case
 
 FILE, TEXT, MMPROJ = "file", "text", "mmproj"

@@ -24,14 +24,16 @@ from PIL import Image
 from rankwise.data.device import DeviceTarget
 from rankwise.data.element_scenes import ON_ITS_SIDE, ORIENTATION, SHADES, paint
 from rankwise.data.label_task import load_task
+from rankwise.gguf import command as export
+from rankwise.gguf.converter import Converter
+from rankwise.gguf.export import Exported, read_export
+from rankwise.gguf.plan import ExportPlan, plan_export
+from rankwise.merge import command as merge
 from rankwise.options.commands import DemoConfig, ExportConfig, MergeConfig, TinyConfig, ValidateConfig
 from rankwise.options.sections import ScoredData
-from rankwise.ship.gguf.converter import Converter
-from rankwise.ship.gguf.export import Exported, read_export
-from rankwise.ship.gguf.export_plan import ExportPlan, plan_export
 from rankwise.ship.parity.cases import Case
 from rankwise.ship.parity.floor import Floor
-from rankwise.stages import demo, export, merge, tiny
+from rankwise.stages import demo, tiny
 from rankwise.stages.shipped import Shipment, Shipped
 from rankwise.stages.validating import Trained, trained_side
 

@@ -13,7 +13,7 @@ from hypothesis import settings
 from PIL import Image
 
 if TYPE_CHECKING:
-    from rankwise.ship.gguf.converter import Converter
+    from rankwise.gguf.converter import Converter
 
 # A busy machine is not a failure.
 settings.register_profile("rankwise", deadline=None)

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from rankwise.data.device import DeviceTarget
 from rankwise.errors import UsageError
+from rankwise.gguf.converter import Converter, find_converter
+from rankwise.gguf.export import write_export
+from rankwise.gguf.plan import plan_export
 from rankwise.models import tiny, tiny_vision
-from rankwise.ship.gguf.converter import Converter, find_converter
-from rankwise.ship.gguf.export import write_export
-from rankwise.ship.gguf.export_plan import plan_export
 
 OUTTYPES = ("f32", "f16", "q8_0")
 TUNED = ("q_proj", "k_proj", "down_proj")

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankwise.data.features.cache import FeatureCache
-from rankwise.data.features.split import split_of
-from rankwise.data.features.writer import CacheRecipe, Matrices, write_cache
+from rankwise.features.cache import FeatureCache
+from rankwise.features.cache_writer import CacheRecipe, Matrices, write_cache
+from rankwise.features.dataset import split_of
+from rankwise.features.nets import build
+from rankwise.features.nets.base import Factorizer, FactorizerSettings
+from rankwise.features.nets.files import save_factorizer
 from rankwise.files.atomic import write_json
-from rankwise.nets.factorize.architectures import build
-from rankwise.nets.factorize.factorizer import Factorizer, FactorizerSettings
-from rankwise.nets.factorize.files import save_factorizer
 
 TOKENS, CHANNELS, RANK = 16, 24, 4
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rankwise.data.features.cache import open_cache
+from rankwise.features import job as factor_job
+from rankwise.features import outcome, train
+from rankwise.features.cache import open_cache
+from rankwise.features.job import RunLog, start_of
 from rankwise.options.features import AllocatorSection, FactorTrainConfig
-from rankwise.stages.features import factor_job, factor_outcome, train
-from rankwise.stages.features.run_log import RunLog
-from rankwise.stages.features.starting import start_of
 from rankwise.train.checkpoints import checkpoints
 
 RANK, STEPS = 4, 4  # 32 training matrices, 8 at a time
@@ -42,7 +42,7 @@ def trained(config: FactorTrainConfig) -> Path:
     """The run folder. Neither the picture nor collecting a test session's garbage is waited for."""
     gc.freeze()
     try:
-        with mock.patch.object(factor_outcome, "plotted", return_value=False):
+        with mock.patch.object(outcome, "plotted", return_value=False):
             return train.run(config)
     finally:
         gc.unfreeze()

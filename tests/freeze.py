@@ -34,8 +34,8 @@ from tiny_depth import tiny_estimator
 from tiny_vision import drawn_image, tiny_smolvlm
 
 from rankwise import cli
+from rankwise.gguf.converter import MANIFEST, find_converter
 from rankwise.pipeline.table import COMMANDS
-from rankwise.ship.gguf.converter import MANIFEST, find_converter
 from rankwise.ship.sweep import Item, Tried, choose
 from rankwise.stages import bundle
 

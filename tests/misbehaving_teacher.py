@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from rankwise.data.teacher.loopback import Response, completion, label_by_colours
+from rankwise.labels.teacher.loopback import Response, completion, label_by_colours
 
 Behaviour = Callable[[dict[str, Any]], Response]
 well: Behaviour = label_by_colours

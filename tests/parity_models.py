@@ -20,10 +20,10 @@ from rankwise.data.example import Example, Turn
 from rankwise.data.images import ImageReader
 from rankwise.data.render import Renderer
 from rankwise.data.vision_inputs import Sight
+from rankwise.gguf.export import write_export
+from rankwise.gguf.plan import plan_export
 from rankwise.models import tiny_vision
 from rankwise.models.load import load_model, load_processor
-from rankwise.ship.gguf.export import write_export
-from rankwise.ship.gguf.export_plan import plan_export
 from rankwise.ship.parity.cases import Case, blind, case_of
 from rankwise.ship.parity.reference import HFReference
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "transformers.trainer", "peft", "rankwise.stages.training"])
+CONTEXT.set_forkserver_preload(["torch", "transformers.trainer", "peft", "rankwise.train.job"])
 LOCAL = "127.0.0.1"
 
 

@@ -19,7 +19,7 @@ from rankwise.models.adapt import LoraSettings, adapt, choose_sites, lora_layers
 from rankwise.models.load import load_model
 from rankwise.models.sites import model_sites
 from rankwise.train.arguments import build_arguments
-from rankwise.train.resume import identity_of, resume_point
+from rankwise.train.checkpoints import identity_of, resume_point
 from rankwise.train.trainer import RankwiseTrainer
 
 

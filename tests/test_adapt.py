@@ -47,7 +47,7 @@ from rankwise.models.adapt import (
 from rankwise.models.adapters import load_adapter, save_adapter, write_sites
 from rankwise.models.load import load_model
 from rankwise.models.sites import model_sites
-from rankwise.nets.starts import eva_start, input_directions, warm_start
+from rankwise.train.starts import eva_start, input_directions, warm_start
 
 IDS = torch.arange(4, 24).reshape(2, 10)
 

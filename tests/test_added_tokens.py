@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rankwise.cli import main
 from rankwise.files.adapter import read_adapter
 from rankwise.files.checkpoint import open_checkpoint
+from rankwise.merge import merge as module
 from rankwise.models.adapters import load_adapter
 from rankwise.models.load import load_model
-from rankwise.ship.merging import merge as module
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),

@@ -27,13 +27,13 @@ from rankwise.core.allocate import (
     spectral_gains,
     uniform,
 )
-from rankwise.core.compare import repeatability, spearman
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import Site, describe
 from rankwise.core.spectrum import Spectrum, Undecided
 from rankwise.errors import UsageError
 from rankwise.models.load import meta_model
 from rankwise.models.sites import model_sites
+from rankwise.ranks.decide import repeatability, spearman
 
 SHARED_SHAPES = [(8, 8), (8, 4), (12, 6), (16, 16)]
 

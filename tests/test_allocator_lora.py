@@ -43,7 +43,7 @@ from rankwise.models.adapt import ADAPTER, LoraSettings, choose_sites, uniform_p
 from rankwise.models.adapters import load_adapter
 from rankwise.models.load import load_model
 from rankwise.models.sites import model_sites
-from rankwise.stages import allocated as saving
+from rankwise.train import adalora as saving
 from rankwise.train.allocation import ALLOCATED_TABLE, ALLOCATOR_STATE, RankAllocation
 from rankwise.train.arguments import build_arguments
 from rankwise.train.checkpoints import remove

@@ -13,9 +13,9 @@ import yaml
 import rankwise
 from rankwise import cli
 from rankwise.errors import UsageError
+from rankwise.evaluate.predictions import EvaluationResult
+from rankwise.gguf.converter import find_converter
 from rankwise.pipeline.recipe import find_recipe, load_recipe
-from rankwise.score.result import EvaluationResult
-from rankwise.ship.gguf.converter import find_converter
 from rankwise.ship.parity.skia_pixels import unavailable
 
 RECIPES = Path(rankwise.__file__).parent / "recipes"

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from rankwise.data.example import Example, Turn
 from rankwise.errors import DataError
-from rankwise.score.answers import exact_match, is_right, normalised, score_answers, token_f1
-from rankwise.score.predictions import Prediction
-from rankwise.score.tasks import task
+from rankwise.evaluate.predictions import Prediction
+from rankwise.evaluate.tasks import task
+from rankwise.evaluate.text import exact_match, is_right, normalised, score_answers, token_f1
 from rankwise.ship.validation import rights
 
 

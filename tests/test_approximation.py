@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rankwise.core.approximation import (
+from rankwise.core.factors import Factors
+from rankwise.features.approximation import (
     best_errors,
     by_basis,
     by_gram,
@@ -21,7 +22,7 @@ from rankwise.core.approximation import (
     shared_basis,
     singular_values,
 )
-from rankwise.core.closeness import (
+from rankwise.features.measures import (
     break_even_rank,
     cosine,
     excess_error,
@@ -31,7 +32,6 @@ from rankwise.core.closeness import (
     relative_error,
     stored_numbers,
 )
-from rankwise.core.factors import Factors
 
 FLOAT32 = torch.finfo(torch.float32).eps
 SHAPES = st.tuples(st.integers(1, 3), st.integers(2, 24), st.integers(2, 40), st.integers(1, 24))

@@ -21,18 +21,17 @@ from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.data.dataset import Collator
 from rankwise.data.render import IGNORED
 from rankwise.errors import Interrupted, UsageError, VerificationError
+from rankwise.evaluate.likelihood import answer_losses
 from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, choose_sites, lora_layers
 from rankwise.models.sites import model_sites
-from rankwise.score.likelihood import answer_losses
-from rankwise.train import batched
-from rankwise.train.alone import train_alone
+from rankwise.study.together import train
+from rankwise.study.together.adamw import Course, Hyperparameters, StackedAdamW, rate_factors
+from rankwise.study.together.alone import train_alone
+from rankwise.study.together.stacked import Stack, running
+from rankwise.study.together.train import Arm, ArmSettings, TrainedArm, losses_together, train_together
 from rankwise.train.arguments import build_arguments
-from rankwise.train.batched import Arm, ArmSettings, TrainedArm, losses_together, train_together
 from rankwise.train.gradient_table import StepTable
 from rankwise.train.phases import COLUMNS, PHASES_TABLE, PhaseKeeper
-from rankwise.train.stacked import Stack
-from rankwise.train.stacked_adamw import Course, Hyperparameters, StackedAdamW, rate_factors
-from rankwise.train.stacked_model import running
 from rankwise.train.trainer import RankwiseTrainer
 
 STEPS, BATCH = 24, 3
@@ -301,7 +300,7 @@ def test_zero_rows_of_padding_stay_zero() -> None:
     with running(model, stack) as runner:
         for step in range(5):
             batch = Collator(0)([Answers()[index] for index in range(step, step + 6)])
-            loss, gradients = batched.backward(runner, stack, batch)
+            loss, gradients = train.backward(runner, stack, batch)
             optimizer.step(step, loss, gradients)
     padding = before == 0
     assert 0.2 < padding.float().mean() < 0.8

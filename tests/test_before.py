@@ -24,29 +24,29 @@ from rankwise import cli
 from rankwise.core.geometry import Grid
 from rankwise.data.depth.cache import DepthCache, MapKey
 from rankwise.data.device import read_target
-from rankwise.data.features.cache import open_cache
-from rankwise.data.features.split import read_split
 from rankwise.data.input_record import read_input
 from rankwise.data.label_task import read_task
-from rankwise.data.labelling.labelled import read_rows
-from rankwise.data.teacher.ledger import AnswerLedger
 from rankwise.errors import VerificationError
+from rankwise.evaluate.predictions import EvaluationResult
+from rankwise.features.cache import open_cache
+from rankwise.features.dataset import read_split
+from rankwise.features.nets.files import load_factorizer
 from rankwise.files.adapter import read_adapter
 from rankwise.files.atomic import read_json
 from rankwise.files.ledger import Ledger
 from rankwise.files.plan import read_plan, write_plan
 from rankwise.files.run_folder import RunFolder, read_marks, write_mark
+from rankwise.gguf.export import MMPROJ, TEXT, read_export
+from rankwise.labels.dataset import read_rows
+from rankwise.labels.teacher.ledger import AnswerLedger
 from rankwise.models.depth.settings import read_depth, write_depth
-from rankwise.nets.factorize.files import load_factorizer
 from rankwise.options.field import flatten, load_file
-from rankwise.score.result import EvaluationResult
 from rankwise.ship.bundle import read_bundle
-from rankwise.ship.gguf.export import MMPROJ, TEXT, read_export
 from rankwise.show.factor_reading import read_comparisons, read_downstream
 from rankwise.show.reading import read_fidelity, read_gain, read_sites, read_study
 from rankwise.show.report import build_report
 from rankwise.show.validation import read_validation
-from rankwise.stages.study.registration import Registration
+from rankwise.study.design import Registration
 from rankwise.train.checkpoints import unsound
 from rankwise.train.gradient_table import stored
 

@@ -30,11 +30,11 @@ from rankwise.data.example import Example, Turn
 from rankwise.data.input_record import read_input
 from rankwise.data.label_task import LabelClass, LabelTask
 from rankwise.errors import DataError, UsageError, VerificationError
+from rankwise.gguf.reading import GGUFFile
 from rankwise.options.commands import BundleConfig
 from rankwise.options.sections import ScoredData
 from rankwise.ship.abstain import abstention, fewest, lower_bound
 from rankwise.ship.bundle import INPUT, LabelAnswer, grammar, label_answers, read_bundle
-from rankwise.ship.gguf.reading import GGUFFile
 from rankwise.ship.golden import read_golden
 from rankwise.ship.llama.runtime import LlamaServer
 from rankwise.ship.parity.ladder import climb

@@ -21,20 +21,20 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 
 from rankwise import cli
-from rankwise.core.approximation import normalised, singular_values
 from rankwise.data.depth.maps import image_grids
 from rankwise.data.device import DeviceTarget, device_processor
-from rankwise.data.features.cache import FeatureCache, open_cache
-from rankwise.data.features.pictures import open_pictures
-from rankwise.data.features.split import split_of
-from rankwise.data.features.writer import CacheWriter
 from rankwise.data.vision_inputs import Sight
 from rankwise.errors import DataError
+from rankwise.features import encoder
+from rankwise.features.approximation import normalised, singular_values
+from rankwise.features.cache import FeatureCache, open_cache
+from rankwise.features.cache_writer import CacheWriter
+from rankwise.features.capture_images import open_pictures
+from rankwise.features.dataset import split_of
 from rankwise.files.atomic import read_object
 from rankwise.models.depth.settings import DepthSettings, write_depth
 from rankwise.models.load import load_model, load_processor
 from rankwise.models.vision_features import image_features
-from rankwise.stages.features import eyes
 
 SIZES = [(64, 48), (40, 80), (56, 56), (90, 30), (64, 64), (33, 47), (70, 70)]
 TOLD = {"capture.json", "index.json", "manifest.json", "resolved_config.json", ".rankwise.lock"}
@@ -186,7 +186,7 @@ def test_what_was_killed_between_shards_goes_on(
     def not_needed(*_: Any) -> None:
         raise AssertionError("a complete capture needs no model")
 
-    monkeypatch.setattr(eyes, "load_vision_side", not_needed)
+    monkeypatch.setattr(encoder, "load_vision_side", not_needed)
     capture(photos, qwen, tmp_path / "c", *options)
 
 

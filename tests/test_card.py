@@ -18,13 +18,13 @@ from tiny import tiny_llama
 
 from rankwise.cli import main
 from rankwise.errors import ServiceError, UsageError
+from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.run_folder import RunFolder
+from rankwise.merge.command import run as merge
 from rankwise.options.commands import MergeConfig
-from rankwise.score.result import EvaluationResult
 from rankwise.ship import hub
 from rankwise.ship.card import MARK, CardFacts, Metric, license_of, model_card, table
 from rankwise.ship.hub import Upload, upload
-from rankwise.stages.merge import run as merge
 from rankwise.train.arguments import build_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

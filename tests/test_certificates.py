@@ -29,9 +29,9 @@ from rankwise.core.measure import Delta, Sketch, energy_of, exact_spectrum, from
 from rankwise.core.site import Site, describe
 from rankwise.core.spectrum import Spectrum
 from rankwise.files.plan import read_plan
-from rankwise.score import decision
-from rankwise.score.decision import DecisionSettings, unsettled_sites
-from rankwise.store.spectra import MeasureSettings, measure_sites
+from rankwise.ranks import decide
+from rankwise.ranks.decide import DecisionSettings, unsettled_sites
+from rankwise.ranks.spectra import MeasureSettings, measure_sites
 
 RAW = Path("analysis_outputs/svd/raw_data/detailed_svd_analysis.json")
 BARE = ["--no_plots", "--min_rank", "1", "--max_rank", str(UP_TO)]
@@ -239,7 +239,7 @@ def least_kept() -> float:
 
 def test_a_budget_keeps_what_exact_spectra_would_make_it_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     assert least_kept() >= 0.999
-    monkeypatch.setattr(decision, "unsettled", lambda *_: [])
+    monkeypatch.setattr(decide, "unsettled", lambda *_: [])
     assert least_kept() < 0.99, "the sketches alone starve the site with the flat tail"
 
 
@@ -255,7 +255,7 @@ def test_the_command_s_budget_is_divided_as_by_exact_spectra(tmp_path: Path, mon
     found = run_ranks(tmp_path, files, "fast", *budget)
     assert kept(found) >= 0.999 * kept(exact)
     assert "sketch" in {details["method"].split(",")[0] for details in found.values()}, "not all need the exact path"
-    monkeypatch.setattr(decision, "unsettled", lambda *_: [])
+    monkeypatch.setattr(decide, "unsettled", lambda *_: [])
     assert kept(run_ranks(tmp_path, files, "uncertain", *budget)) < 0.99 * kept(exact)
 
 

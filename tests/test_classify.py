@@ -19,20 +19,13 @@ from rankwise.data.example import Example, Turn
 from rankwise.data.label_answer import found_label
 from rankwise.data.render import Renderer
 from rankwise.errors import DataError, UsageError
-from rankwise.score import bootstrap
-from rankwise.score.classify import (
-    UNPARSED,
-    ByLikelihood,
-    class_table,
-    confusion_table,
-    score_labels,
-)
-from rankwise.score.classify import _resampled as resampled
-from rankwise.score.generate import GenerationSettings, HFGenerator, LabelScores
-from rankwise.score.likelihood import answered
-from rankwise.score.predictions import Prediction, predict
-from rankwise.score.result import EvaluationResult
-from rankwise.score.tasks import evaluate, task
+from rankwise.evaluate import bootstrap
+from rankwise.evaluate.classify import UNPARSED, ByLikelihood, class_table, confusion_table, score_labels
+from rankwise.evaluate.classify import _resampled as resampled
+from rankwise.evaluate.generate import GenerationSettings, HFGenerator, LabelScores
+from rankwise.evaluate.likelihood import answered
+from rankwise.evaluate.predictions import EvaluationResult, Prediction, predict
+from rankwise.evaluate.tasks import evaluate, task
 
 LABELS = ("entailment", "neutral", "contradiction")
 

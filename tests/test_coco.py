@@ -21,12 +21,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rankwise.data.images import ImageReader
-from rankwise.data.labelling import coco
-from rankwise.data.labelling.coco import Photo, download_coco, find_images, select
-from rankwise.data.labelling.stratified import drawn_order, held_out_groups, shares
 from rankwise.data.sources import archives, download
 from rankwise.data.sources.download import Download
 from rankwise.errors import DataError, ServiceError, UsageError
+from rankwise.labels import coco
+from rankwise.labels.coco import Photo, download_coco, drawn_order, find_images, held_out_groups, select, shares
 from rankwise.options.label import LabelConfig
 
 CATEGORIES = [

@@ -20,8 +20,8 @@ from rankwise.cli import main
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import LoraAdapter, LoraPair, lora_config, read_adapter, write_adapter
 from rankwise.options.commands import CompressConfig
-from rankwise.stages.compress import compressed, run
-from rankwise.stages.compress import describe as describe_stage
+from rankwise.ranks.compress import compressed, run
+from rankwise.ranks.compress import describe as describe_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -12,10 +12,18 @@ import pytest
 
 from rankwise.cli import main
 from rankwise.errors import DataError, ServiceError, UsageError, VerificationError
-from rankwise.ship.gguf import install_converter as installing
-from rankwise.ship.gguf.converter import Converter, Job, Pin, find_converter, installed, own_converter
-from rankwise.ship.gguf.install_converter import install_converter, unpack
-from rankwise.stages import export as stage
+from rankwise.gguf import command as stage
+from rankwise.gguf import converter as installing
+from rankwise.gguf.converter import (
+    Converter,
+    Job,
+    Pin,
+    find_converter,
+    install_converter,
+    installed,
+    own_converter,
+    unpack,
+)
 
 NAME = "some_package-1.0"
 INSIDE = f"{NAME}/vendor/llama.cpp/"

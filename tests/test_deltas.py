@@ -16,9 +16,9 @@ from torch import Tensor
 from rankwise import cli
 from rankwise.core.site import describe
 from rankwise.errors import DataError, UsageError
-from rankwise.nets.pair import SiteFilter, open_pair
-from rankwise.nets.probe import open_source, other_probe
-from rankwise.store.deltas import DELTAS_FILE, CheckpointPair, deltas, open_deltas, renamed
+from rankwise.ranks.deltas import DELTAS_FILE, CheckpointPair, deltas, open_deltas, renamed
+from rankwise.ranks.pair import SiteFilter, open_pair
+from rankwise.ranks.probe import open_source, other_probe
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 UP = "model.layers.1.mlp.up_proj.weight"

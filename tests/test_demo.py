@@ -16,9 +16,9 @@ from rankwise import cli
 from rankwise.data.restaurants import VALUES, describe, guide, restaurants, write_task
 from rankwise.data.sources import load
 from rankwise.errors import UsageError, VerificationError
+from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.models.tiny import check_same_ids, save_tokenizer
 from rankwise.options.commands import DemoConfig
-from rankwise.score.result import EvaluationResult
 from rankwise.stages import demo
 
 

@@ -31,6 +31,8 @@ from rankwise.data.renderer_for import renderer_for
 from rankwise.data.sources import load as load_rows
 from rankwise.data.vision_inputs import Sight
 from rankwise.errors import DataError, UsageError
+from rankwise.evaluate.engines import Subject, base_and_adapter, seeing, subject
+from rankwise.evaluate.generate import GenerationSettings, HFGenerator
 from rankwise.models.adapt import quiet_peft
 from rankwise.models.depth.encoder import encoder_of
 from rankwise.models.depth.settings import read_depth, write_depth
@@ -38,8 +40,6 @@ from rankwise.models.isaac.modeling import IsaacForConditionalGeneration
 from rankwise.models.load import load_config, load_processor
 from rankwise.options.commands import EvaluateConfig
 from rankwise.options.sections import DataSection, DepthSection, DepthUseSection, ModelSection, ScoredData
-from rankwise.score.generate import GenerationSettings, HFGenerator
-from rankwise.stages.engines import Subject, base_and_adapter, seeing, subject
 
 MAKERS = {"qwen25vl": tiny_qwen25vl, "smolvlm": tiny_smolvlm, "isaac": tiny_isaac}
 

@@ -15,7 +15,7 @@ from test_android_recipe import can_convert
 
 from rankwise import cli
 from rankwise.cli import main
-from rankwise.data.teacher.loopback import LoopbackTeacher
+from rankwise.labels.teacher.loopback import LoopbackTeacher
 
 SCRIPTS, RECIPES = lines(DOCS / "from-the-scripts.md"), lines(DOCS / "recipes.md")
 ELSEWHERE = {  # lines that other tests run: the way of both recipes, and running in the background

@@ -17,21 +17,9 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from rankwise import cli
-from rankwise.core.approximation import by_basis, by_gram, normalised, shared_basis
 from rankwise.data.device import DeviceTarget
-from rankwise.data.features.cache import ModelOrigin, open_cache
-from rankwise.data.features.split import split_of
-from rankwise.data.features.writer import CacheRecipe, Matrices, write_cache
 from rankwise.errors import DataError, UsageError
-from rankwise.files.atomic import write_json
-from rankwise.files.checkpoint import model_fingerprint
-from rankwise.models.adapters import save_adapter
-from rankwise.models.vision_features import image_features, seeing_part
-from rankwise.nets.factorize.architectures import build
-from rankwise.nets.factorize.factorizer import FactorizerSettings
-from rankwise.nets.factorize.files import save_factorizer
-from rankwise.options.features import DownstreamConfig
-from rankwise.score.downstream import (
+from rankwise.features.answers import (
     METRICS,
     NOTHING,
     ORIGINAL,
@@ -44,11 +32,22 @@ from rankwise.score.downstream import (
     controls,
     measured,
 )
-from rankwise.score.factorization import PCA, RANDOMIZED, SVD
-from rankwise.show.downstream import markdown
-from rankwise.stages.features.downstream import asked
-from rankwise.stages.features.questions import Questions, connected
-from rankwise.stages.features.stand_ins import parts, ranks_of
+from rankwise.features.approximation import by_basis, by_gram, normalised, shared_basis
+from rankwise.features.cache import ModelOrigin, open_cache
+from rankwise.features.cache_writer import CacheRecipe, Matrices, write_cache
+from rankwise.features.dataset import split_of
+from rankwise.features.downstream import asked
+from rankwise.features.downstream_page import markdown
+from rankwise.features.measures import PCA, RANDOMIZED, SVD
+from rankwise.features.nets import build
+from rankwise.features.nets.base import FactorizerSettings
+from rankwise.features.nets.files import save_factorizer
+from rankwise.features.questions import Questions, connected, parts, ranks_of
+from rankwise.files.atomic import write_json
+from rankwise.files.checkpoint import model_fingerprint
+from rankwise.models.adapters import save_adapter
+from rankwise.models.vision_features import image_features, seeing_part
+from rankwise.options.features import DownstreamConfig
 
 ANSWERS = ("It is red.", "Two: a dog and a cat.", "red", "It is blue.")
 FAMILIES: dict[str, Callable[[Path], Path]] = {

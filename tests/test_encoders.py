@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
 from rankwise import cli
-from rankwise.data.features.cache import FeatureCache, open_cache
+from rankwise.features.cache import FeatureCache, open_cache
 from rankwise.files.atomic import read_object
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

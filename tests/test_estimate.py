@@ -17,13 +17,11 @@ from rankwise.errors import UsageError
 from rankwise.files.atomic import read_object
 from rankwise.models.adapt import LoraSettings, adapt, choose_sites, uniform_plan
 from rankwise.models.sites import model_sites
-from rankwise.stages.estimate.rows import Rows
-from rankwise.stages.estimate.shapes import Measured, Place, Shapes, Way, measured
 from rankwise.train.arguments import build_arguments
-from rankwise.train.cards import CARDS, GIB, Card, cards
-from rankwise.train.estimate import Curve, Fixed, Profile, Speed, Work, run_length
-from rankwise.train.memory import gib
-from rankwise.train.trace import Trace, empty, traced
+from rankwise.train.estimate.cost import Curve, Fixed, Profile, Speed, Work, run_length
+from rankwise.train.estimate.gpus import CARDS, GIB, Card, cards, gib
+from rankwise.train.estimate.shapes import Measured, Place, Rows, Shapes, Way, measured
+from rankwise.train.estimate.trace import Trace, empty, traced
 
 AS_GIVEN = Way("as given", "", None, False)
 SAVING = Way("", "", None, True)

@@ -18,14 +18,14 @@ from rankwise.data.render import IGNORED
 from rankwise.data.renderer_for import renderer_for
 from rankwise.data.sources import SOURCES, load
 from rankwise.data.sources import SPLITS as SOURCE_SPLITS
+from rankwise.evaluate import command as evaluate
+from rankwise.evaluate.forgetting import FILE as FORGETTING
+from rankwise.evaluate.predictions import EvaluationResult
+from rankwise.evaluate.tasks import TASKS, task
 from rankwise.models.adapters import save_adapter
 from rankwise.models.load import load_config
 from rankwise.options.commands import EvaluateConfig
 from rankwise.options.sections import SCORED_TASKS, SPLITS, DataSection, ModelSection
-from rankwise.score.forgetting import FILE as FORGETTING
-from rankwise.score.result import EvaluationResult
-from rankwise.score.tasks import TASKS, task
-from rankwise.stages import evaluate
 
 LABELS = ("entailment", "neutral", "contradiction")
 
@@ -258,7 +258,7 @@ def test_download_is_asked_for_by_its_flag_only(
         asked.append(download)
         return load(*place, **how)
 
-    monkeypatch.setattr("rankwise.score.tasks.load", reads)
+    monkeypatch.setattr("rankwise.evaluate.tasks.load", reads)
     words = (base, "--task", "e2e_nlg", "--data_path", restaurants, "--max_new_tokens", 2, "-o", tmp_path)
     assert evaluated(*words) == evaluated(*words, "--download") == 0
     assert asked == [False, True]

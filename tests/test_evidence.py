@@ -8,16 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from rankwise.score.evidence import (
-    Effect,
-    assay_works,
-    by_group,
-    decides,
-    further_seeds,
-    holm,
-    judged,
-    measured,
-)
+from rankwise.study.evidence import Effect, assay_works, by_group, decides, further_seeds, holm, judged, measured
 
 WEIGHTS = np.full(40, 20.0)
 

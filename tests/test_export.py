@@ -25,21 +25,21 @@ from rankwise.data.device import DeviceTarget, read_target
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.atomic import read_object, sha256, write_json
 from rankwise.files.checkpoint import open_checkpoint
+from rankwise.gguf import plan as planning
+from rankwise.gguf.command import describe, run
+from rankwise.gguf.converter import Converter, Job, own_converter
+from rankwise.gguf.export import read_export
+from rankwise.gguf.lora import check_adapter, fold_scales, read_plain, write_adapter_gguf
+from rankwise.gguf.metadata import check_numbers, config_of, text_numbers, vision_numbers
+from rankwise.gguf.plan import ExportPlan, plan_export, require_space
+from rankwise.gguf.provenance import origins
+from rankwise.gguf.reading import GGUFFile
+from rankwise.gguf.verify import compare_tensors
+from rankwise.gguf.view import changes_for, shown
+from rankwise.gguf.vocabulary import Vocabulary, check_forms, check_metadata
 from rankwise.models.load import load_model
 from rankwise.options.commands import ExportConfig
-from rankwise.ship.gguf import export_plan as planning
-from rankwise.ship.gguf.adapter_gguf import check_adapter, fold_scales, read_plain, write_adapter_gguf
-from rankwise.ship.gguf.converter import Converter, Job, own_converter
-from rankwise.ship.gguf.export import read_export
-from rankwise.ship.gguf.export_plan import ExportPlan, plan_export, require_space
-from rankwise.ship.gguf.metadata import check_numbers, config_of, text_numbers, vision_numbers
-from rankwise.ship.gguf.origin import origins
-from rankwise.ship.gguf.reading import GGUFFile
-from rankwise.ship.gguf.verify_export import compare_tensors
-from rankwise.ship.gguf.view import changes_for, shown
-from rankwise.ship.gguf.vocabulary import Vocabulary, check_forms, check_metadata
 from rankwise.ship.llama.runtime import LlamaServer
-from rankwise.stages.export import describe, run
 
 pytest.importorskip("gguf")
 

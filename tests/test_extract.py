@@ -26,8 +26,8 @@ from rankwise.models.load import meta_model
 from rankwise.models.sites import model_sites
 from rankwise.options.commands import ExtractConfig
 from rankwise.options.sections import SitesSection
-from rankwise.stages.extract import describe as describe_stage
-from rankwise.stages.extract import extracted, run
+from rankwise.ranks.extract import describe as describe_stage
+from rankwise.ranks.extract import extracted, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -11,21 +11,20 @@ import torch
 from factor_folders import CHANNELS, RANK, TOKENS, history, make_cache, make_run, matrices
 
 from rankwise.cli import main
-from rankwise.core.approximation import by_basis, normalised, shared_basis
-from rankwise.core.closeness import relative_error
-from rankwise.data.features.cache import open_cache
-from rankwise.data.features.split import split_of
 from rankwise.errors import DataError, UsageError
+from rankwise.features import plots
+from rankwise.features.answers import NOTHING, ORIGINAL
+from rankwise.features.approximation import by_basis, normalised, shared_basis
+from rankwise.features.cache import open_cache
+from rankwise.features.compare import run
+from rankwise.features.dataset import split_of
+from rankwise.features.measures import GRAM, OF_FACTORS, PCA, RANDOMIZED, SVD, relative_error
+from rankwise.features.nets.files import save_factorizer
+from rankwise.features.page import aligned, closeness_table, cost_table
+from rankwise.features.words import against_pca, storage_words, verdict
 from rankwise.files.atomic import write_json
-from rankwise.nets.factorize.files import save_factorizer
 from rankwise.options.features import FactorCompareConfig
-from rankwise.score.downstream import NOTHING, ORIGINAL
-from rankwise.score.factorization import GRAM, OF_FACTORS, PCA, RANDOMIZED, SVD
-from rankwise.show import factor_plots
-from rankwise.show.factor_blocks import aligned, closeness_table, cost_table
-from rankwise.show.factor_words import against_pca, storage_words, verdict
 from rankwise.show.report import build_report
-from rankwise.stages.features.compare import run
 
 BASELINES = [SVD, GRAM, RANDOMIZED, PCA]
 QUICK = {"batch_size": 4, "repeats": 1, "sweep": [2, RANK, 8], "device": "cpu"}
@@ -135,7 +134,7 @@ def test_the_page_the_plots_and_the_manifest(made: Path) -> None:
     page = (results / "comparison.md").read_text()
     for expected in ("MLP, refined", "randomized SVD", "above the optimum", "plots/rank_sweep.png", "numbers"):
         assert expected in page
-    for name in factor_plots.PLOTS:
+    for name in plots.PLOTS:
         assert (results / "plots" / f"{name}.png").stat().st_size > 5000
     entry = json.loads((results / "manifest.json").read_text())["stages"]["features compare"]
     assert {"features", "ood", "MLP", "AdaLoRA"} == set(entry["inputs"])
@@ -153,7 +152,7 @@ def test_the_report_shows_the_comparison_the_curves_and_nothing_twice(made: Path
     assert text.count("AdaLoRA: 3 of its 4 ranks act") == 1
     assert "nats per token" not in text
     drawn = [path.name.split("_", 1)[1] for path in (tmp_path / "report_files").iterdir()]
-    assert sorted(drawn) == sorted(f"{name}.png" for name in (*factor_plots.PLOTS, "train_val_loss_comparison"))
+    assert sorted(drawn) == sorted(f"{name}.png" for name in (*plots.PLOTS, "train_val_loss_comparison"))
     assert text.count(".png)") == len(drawn)
 
 
@@ -232,8 +231,8 @@ def test_the_terminal_tables_are_aligned_and_narrow(content: dict[str, Any]) -> 
 
 def figures(monkeypatch: pytest.MonkeyPatch, content: dict[str, Any]) -> dict[str, Any]:
     kept: dict[str, Any] = {}
-    monkeypatch.setattr(factor_plots, "save", lambda figure, path: kept.setdefault(str(path), figure))
-    for name, (plot, _) in factor_plots.PLOTS.items():
+    monkeypatch.setattr(plots, "save", lambda figure, path: kept.setdefault(str(path), figure))
+    for name, (plot, _) in plots.PLOTS.items():
         plot(content, name)
     return kept
 

@@ -16,12 +16,12 @@ from tiny_features import tiny_cache, tiny_matrices
 from torch import Tensor
 from transformers import TrainerCallback
 
-from rankwise.core.approximation import normalised
 from rankwise.core.rank_budget import RankBudget
 from rankwise.errors import UsageError
-from rankwise.nets.factorize.files import load_factorizer
+from rankwise.features.approximation import normalised
+from rankwise.features.history import best_row
+from rankwise.features.nets.files import load_factorizer
 from rankwise.options.features import AllocatorSection
-from rankwise.train.epoch_history import best_row
 from rankwise.train.stopping import Patience
 
 

@@ -17,8 +17,8 @@ from tiny_features import tiny_cache
 from transformers import TrainerCallback
 
 from rankwise.errors import DataError, Interrupted, UsageError
+from rankwise.features import job, train
 from rankwise.options.features import AllocatorSection, FactorTrainConfig
-from rankwise.stages.features import factor_job, train
 from rankwise.train.checkpoints import checkpoints
 
 
@@ -48,7 +48,7 @@ class Signal(TrainerCallback):
 
 
 def signalled(step: int, *given: Any) -> Any:
-    trainer, rows = factor_job.trainer_of(*given)
+    trainer, rows = job.trainer_of(*given)
     trainer.add_callback(Signal(step))
     return trainer, rows
 

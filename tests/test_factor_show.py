@@ -12,13 +12,13 @@ from factor_folders import CHANNELS, RANK, TOKENS, make_cache, make_run, matrice
 from PIL import Image
 
 from rankwise.cli import main
-from rankwise.core.approximation import by_svd, normalised
-from rankwise.data.features.cache import FeatureCache, open_cache
-from rankwise.data.features.split import split_of
 from rankwise.errors import DataError, UsageError
+from rankwise.features import show
+from rankwise.features.approximation import by_svd, normalised
+from rankwise.features.cache import FeatureCache, open_cache
+from rankwise.features.dataset import split_of
+from rankwise.features.show import run
 from rankwise.options.features import FactorShowConfig
-from rankwise.show import factor_maps
-from rankwise.stages.features.show import run
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def config(made: Path, **changes: Any) -> FactorShowConfig:
 
 def drawn(monkeypatch: pytest.MonkeyPatch, asked: FactorShowConfig) -> list[Any]:
     kept: list[Any] = []
-    monkeypatch.setattr(factor_maps, "save", lambda figure, path: kept.append(figure))
+    monkeypatch.setattr(show, "save", lambda figure, path: kept.append(figure))
     run(asked)
     return kept
 
@@ -70,9 +70,9 @@ def test_three_rows_of_eight_channels_and_two_of_their_errors(made: Path, monkey
 
 
 def test_the_map_has_tokens_row_by_row() -> None:
-    figure, axes = factor_maps.panels(1, 1, (2, 3), "")
+    figure, axes = show.panels(1, 1, (2, 3), "")
     tokens = torch.arange(6.0)
-    assert factor_maps.spread(tokens, (2, 3)).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert show.spread(tokens, (2, 3)).tolist() == [[0, 1, 2], [3, 4, 5]]
     assert axes.shape == (1, 1) and figure is not None
 
 

@@ -16,19 +16,19 @@ from tiny_features import CHANNELS, TOKENS, tiny_cache, tiny_matrices
 from torch import Tensor, nn
 
 from rankwise import cli
-from rankwise.core.approximation import normalised
 from rankwise.core.factors import Factors
-from rankwise.data.features.cache import open_cache
-from rankwise.data.features.split import read_split, split_of
 from rankwise.errors import DataError, DivergedError, UsageError
-from rankwise.nets.factorize.architectures import ARCHITECTURES, build
-from rankwise.nets.factorize.factorizer import Factorizer, FactorizerSettings
-from rankwise.nets.factorize.files import load_factorizer
+from rankwise.features import objective as factorizing
+from rankwise.features import outcome
+from rankwise.features.approximation import normalised
+from rankwise.features.cache import open_cache
+from rankwise.features.dataset import read_split, split_of
+from rankwise.features.nets import ARCHITECTURES, build
+from rankwise.features.nets.base import Factorizer, FactorizerSettings
+from rankwise.features.nets.files import load_factorizer
+from rankwise.features.objective import TERMS, FactorObjective, TermWeights
+from rankwise.features.plots import plot_factor_training
 from rankwise.options.features import FactorTrainConfig
-from rankwise.show.factor_curves import plot_factor_training
-from rankwise.stages.features import factor_outcome
-from rankwise.train import factorizing
-from rankwise.train.factorizing import TERMS, FactorObjective, TermWeights
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +321,7 @@ def test_without_matplotlib_the_curves_are_left_out_with_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert not factor_outcome.plotted(rows_of([4]), tmp_path, 1)
+    assert not outcome.plotted(rows_of([4]), tmp_path, 1)
     assert "train_val_loss_comparison.png is left out" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 

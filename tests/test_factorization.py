@@ -11,14 +11,9 @@ import torch
 from factor_folders import CHANNELS, RANK, TOKENS, matrices
 from torch import Tensor
 
-from rankwise.core.approximation import by_svd, normalised, shared_basis
-from rankwise.core.closeness import cosine, mse, principal_angles, relative_error
 from rankwise.core.factors import Factors
-from rankwise.nets.factorize.architectures import build
-from rankwise.nets.factorize.factorizer import FactorizerSettings
-from rankwise.score.factor_cost import counted, eigh_flops, qr_flops, svd_flops, timings
-from rankwise.score.factor_rows import estimated, paired, summary
-from rankwise.score.factorization import (
+from rankwise.features.approximation import by_svd, normalised, shared_basis
+from rankwise.features.measures import (
     GRAM,
     OF_FACTORS,
     OF_REFINED,
@@ -28,12 +23,26 @@ from rankwise.score.factorization import (
     Closeness,
     Method,
     baselines,
+    cosine,
+    counted,
+    eigh_flops,
+    estimated,
     leading_channels,
     measure,
+    mse,
     network,
     optimum,
+    paired,
+    principal_angles,
+    qr_flops,
+    relative_error,
+    summary,
+    svd_flops,
     sweep,
+    timings,
 )
+from rankwise.features.nets import build
+from rankwise.features.nets.base import FactorizerSettings
 
 
 @pytest.fixture(scope="module")

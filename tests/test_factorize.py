@@ -13,16 +13,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankwise import scripts
-from rankwise.core.approximation import best_errors, normalised, singular_values
-from rankwise.core.closeness import relative_error
 from rankwise.errors import DataError, UsageError
-from rankwise.nets.factorize.adaptive import AdaptiveLowRankProjAdaLoRA
-from rankwise.nets.factorize.architectures import ARCHITECTURES, build
-from rankwise.nets.factorize.factorizer import Factorizer, FactorizerSettings
-from rankwise.nets.factorize.files import load_factorizer, save_factorizer
-from rankwise.nets.factorize.plain import LowRankProjMLP
-from rankwise.nets.factorize.svd_linear import SVDLinear
-from rankwise.nets.factorize.symmetric import LowRankProjSymmetric
+from rankwise.features.approximation import best_errors, normalised, singular_values
+from rankwise.features.measures import relative_error
+from rankwise.features.nets import ARCHITECTURES, build
+from rankwise.features.nets.adaptive import AdaptiveLowRankProjAdaLoRA, SVDLinear
+from rankwise.features.nets.base import Factorizer, FactorizerSettings
+from rankwise.features.nets.files import load_factorizer, save_factorizer
+from rankwise.features.nets.symmetric import LowRankProjMLP, LowRankProjSymmetric
 from rankwise.options.features import canonical
 
 TOKENS, CHANNELS, RANK = 12, 20, 4

@@ -15,9 +15,9 @@ from families.trials import QUESTIONS
 
 from rankwise.data import dataset, render, vision_inputs
 from rankwise.data.render import Rendered, Renderer
+from rankwise.evaluate import generate
+from rankwise.merge import merge
 from rankwise.models import sites
-from rankwise.score import generate
-from rankwise.ship.merging import merge
 
 Patch = pytest.MonkeyPatch
 Break = Callable[[Patch], None]

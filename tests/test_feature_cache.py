@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rankwise.core.approximation import best_errors, normalised, shared_basis, singular_values
-from rankwise.data.features import writer
-from rankwise.data.features.cache import FeatureCache, ModelOrigin, content_fingerprint, open_cache
-from rankwise.data.features.rows import FeatureRows, collate
-from rankwise.data.features.split import read_split, split_of
-from rankwise.data.features.synthetic import Synthetic, even_rows
-from rankwise.data.features.writer import CacheRecipe, CacheWriter, Matrices
 from rankwise.errors import DataError, UsageError
+from rankwise.features import cache_writer
+from rankwise.features.approximation import best_errors, normalised, shared_basis, singular_values
+from rankwise.features.cache import FeatureCache, ModelOrigin, content_fingerprint, open_cache
+from rankwise.features.cache_writer import CacheRecipe, CacheWriter, Matrices
+from rankwise.features.dataset import FeatureRows, collate, read_split, split_of
+from rankwise.features.synthetic import Synthetic, even_rows
 from rankwise.files.atomic import read_object, write_json
 from rankwise.options.features import CaptureConfig
 
@@ -43,7 +42,7 @@ def recipe(**changes: Any) -> CacheRecipe:
 
 def written(folder: Path, **changes: Any) -> FeatureCache:
     made = recipe(**changes)
-    return writer.write_cache(folder, made, [shard(number) for number in range(made.shards)])
+    return cache_writer.write_cache(folder, made, [shard(number) for number in range(made.shards)])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -109,7 +108,7 @@ def test_a_shard_without_its_last_byte_has_no_name(tmp_path: Path, monkeypatch: 
 
     made = CacheWriter(tmp_path, recipe())
     made.begin()
-    monkeypatch.setattr(writer, "save_file", cut)
+    monkeypatch.setattr(cache_writer, "save_file", cut)
     with pytest.raises(KeyboardInterrupt):
         made.write(0, shard(0))
     assert [file.name for file in tmp_path.iterdir()] == ["capture.json"]
@@ -150,13 +149,13 @@ def test_a_shard_of_another_capture_is_named(tmp_path: Path) -> None:
 def test_only_our_own_files_are_replaced(tmp_path: Path) -> None:
     written(tmp_path / "cache")
     (tmp_path / "cache" / "notes.txt").write_text("mine")
-    earlier = writer.replaceable(tmp_path / "cache")
+    earlier = cache_writer.replaceable(tmp_path / "cache")
     earlier.take()
     earlier.drop()
     assert [file.name for file in (tmp_path / "cache").iterdir()] == ["notes.txt"]
     (tmp_path / "cache" / "features-00000.safetensors").write_bytes(b"someone's")
     with pytest.raises(UsageError, match=r"there is no capture.json"):
-        writer.replaceable(tmp_path / "cache")
+        cache_writer.replaceable(tmp_path / "cache")
     with pytest.raises(UsageError, match="of which nothing is known"):
         CacheWriter(tmp_path / "cache", recipe()).begin()
 
@@ -212,15 +211,15 @@ def test_an_altered_shard_is_named_when_it_is_read(tmp_path: Path) -> None:
 def test_matrices_of_a_cache_have_one_shape(tmp_path: Path) -> None:
     wide = Matrices(torch.zeros(1, TOKENS + 1, CHANNELS), ("wide.jpg",), ("g",))
     with pytest.raises(DataError, match=r"\(5, 6\) \(wide.jpg\), \(4, 6\) \(0-0.jpg\)"):
-        writer.write_cache(tmp_path, recipe(shards=2), [shard(0), wide])
+        cache_writer.write_cache(tmp_path, recipe(shards=2), [shard(0), wide])
 
 
 def test_a_shard_whose_pictures_were_all_left_out(tmp_path: Path) -> None:
     nothing = Matrices(None, (), (), left_out=(("broken.jpg", "is empty"),))
-    cache = writer.write_cache(tmp_path / "some", recipe(shards=2), [nothing, shard(1)])
+    cache = cache_writer.write_cache(tmp_path / "some", recipe(shards=2), [nothing, shard(1)])
     assert len(cache) == 3 and cache.left_out == (("broken.jpg", "is empty"),) and cache.grid == (2, 2)
     with pytest.raises(DataError, match="no picture could be used"):
-        writer.write_cache(tmp_path / "none", recipe(shards=1), [nothing])
+        cache_writer.write_cache(tmp_path / "none", recipe(shards=1), [nothing])
 
 
 SHARD = {"file": "features-00000.safetensors", "rows": 3, "sha256": ""}

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rankwise import cli
+from rankwise.features.nets import ARCHITECTURES
 from rankwise.files.run_folder import read_marks, write_mark
-from rankwise.nets.factorize.architectures import ARCHITECTURES
 
 SMALL = {
     "features.synthetic": 24,

@@ -27,12 +27,11 @@ from rankwise.files.run_folder import RunFolder
 from rankwise.models.adapters import load_adapter
 from rankwise.models.load import load_model, meta_model
 from rankwise.models.sites import model_sites, weight_table
-from rankwise.nets.delta_files import BaseWeights, write_deltas
-from rankwise.stages import finetune
-from rankwise.stages.probing import language_parameters
-from rankwise.store.deltas import open_deltas
+from rankwise.ranks.deltas import BaseWeights, open_deltas, write_deltas
+from rankwise.train import finetune
 from rankwise.train.arguments import build_arguments
-from rankwise.train.memory import Memory, memory_needed, refuse_too_large, state_bytes
+from rankwise.train.estimate.gpus import Memory, memory_needed, refuse_too_large, state_bytes
+from rankwise.train.finetune import language_parameters
 
 NAMES = ("The Vaults", "Alimentum", "Café Adriatic", "Cotto", "Zizzi", "Aromi")
 AREAS = ("riverside", "city centre")

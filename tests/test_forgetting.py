@@ -15,8 +15,7 @@ from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from rankwise.errors import DataError
-from rankwise.models.load import load_model
-from rankwise.score.forgetting import (
+from rankwise.evaluate.forgetting import (
     FILE,
     ForgettingSettings,
     forgetting,
@@ -25,7 +24,8 @@ from rankwise.score.forgetting import (
     logits_without_adapter,
     read_documents,
 )
-from rankwise.score.result import EvaluationResult
+from rankwise.evaluate.predictions import EvaluationResult
+from rankwise.models.load import load_model
 
 TEXTS = [
     "The Vaults pub near Café Adriatic has a 5 star rating.",

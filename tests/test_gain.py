@@ -16,12 +16,21 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rankwise.core.factors import leading_svd
 from rankwise.core.measure import energy_of, from_difference
 from rankwise.core.site import Site, describe
+from rankwise.evaluate.likelihood import answer_losses
 from rankwise.models.load import load_model
 from rankwise.models.sites import model_sites
-from rankwise.score.directions import gradient_spectra, input_spectra, loss_gains, output_change_spectra
-from rankwise.score.gain import arms_of, gain_kept, moved, summarise
-from rankwise.score.likelihood import answer_losses
-from rankwise.score.signals import covariances, loss_shares, mean_gradients, only_trainable, path_gradients
+from rankwise.ranks.decide import (
+    covariances,
+    gradient_spectra,
+    input_spectra,
+    loss_gains,
+    loss_shares,
+    mean_gradients,
+    only_trainable,
+    output_change_spectra,
+    path_gradients,
+)
+from rankwise.ranks.gain import arms_of, gain_kept, moved, summarise
 
 Batch = dict[str, Tensor]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rankwise.score.result import EvaluationResult
+from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.show.gallery import MOST_SHOTS, THUMBNAIL
 from rankwise.show.report import build_report
 

@@ -16,11 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from rankwise.data.example import Example, Turn
 from rankwise.data.render import IGNORED, Rendered, Renderer
 from rankwise.errors import DataError, UsageError
-from rankwise.score.generate import Generated, GenerationSettings, HFGenerator
-from rankwise.score.likelihood import answer_losses, training_batches
-from rankwise.score.predictions import predict
-from rankwise.score.result import EvaluationResult
-from rankwise.score.tasks import evaluate, task
+from rankwise.evaluate.generate import Generated, GenerationSettings, HFGenerator
+from rankwise.evaluate.likelihood import answer_losses, training_batches
+from rankwise.evaluate.predictions import EvaluationResult, predict
+from rankwise.evaluate.tasks import evaluate, task
 
 
 def example(name: str, source: str = "name[x]", answer: str = "An answer.") -> Example:

@@ -19,9 +19,9 @@ from rankwise.data.images import ImageReader
 from rankwise.data.render import Renderer
 from rankwise.data.vision_inputs import Sight
 from rankwise.errors import UsageError
+from rankwise.evaluate.generate import GenerationSettings, HFGenerator
+from rankwise.evaluate.tasks import evaluate, task
 from rankwise.models.load import load_model, load_processor, load_tokenizer
-from rankwise.score.generate import GenerationSettings, HFGenerator
-from rankwise.score.tasks import evaluate, task
 from rankwise.ship.llama.gguf_generator import GGUFGenerator
 from rankwise.ship.llama.runtime import Completion, LlamaServer, RuntimeInfo
 

@@ -15,11 +15,9 @@ from PIL import Image
 from rankwise.errors import DataError
 from rankwise.page import canvas
 from rankwise.scripts import plots
-from rankwise.show import curves, gradient_layers, gradients
-from rankwise.show.curves import plot_loss
-from rankwise.show.gradient_series import WINDOW, boundaries, by_kind, factor_series, read_tables, series, smooth
-from rankwise.show.gradient_summary import JSON, TEXT, generate_summary_report, gradient_summary
-from rankwise.show.gradients import (
+from rankwise.show.report import build_report
+from rankwise.train import gradient_plots, loss_plots
+from rankwise.train.gradient_plots import (
     draw_factors,
     plot_gradient_evolution,
     plot_gradient_norms,
@@ -27,8 +25,21 @@ from rankwise.show.gradients import (
     plot_layer_comparison,
     plot_layer_heatmap,
 )
-from rankwise.show.report import build_report
+from rankwise.train.gradient_summary import (
+    JSON,
+    TEXT,
+    WINDOW,
+    boundaries,
+    by_kind,
+    factor_series,
+    generate_summary_report,
+    gradient_summary,
+    read_tables,
+    series,
+    smooth,
+)
 from rankwise.train.gradient_table import COLUMNS, GROUPS, LAYERS, NORMS, SiteNorm, StepTable, cells, views
+from rankwise.train.loss_plots import plot_loss
 
 NAMES = ["gradient_norms", "layer_heatmap", "layer_comparison", "gradient_evolution", "lora_factors"]
 PHASES = (("both", ("attention", "mlp")), ("mlp", ("mlp",)), ("attention", ("attention",)))
@@ -66,9 +77,9 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         found.append(figure)
         return canvas.save(figure, path, dpi)
 
-    monkeypatch.setattr(gradients, "save", keep)
-    monkeypatch.setattr(gradient_layers, "save", keep)
-    monkeypatch.setattr(curves, "save", keep)
+    monkeypatch.setattr(gradient_plots, "save", keep)
+    monkeypatch.setattr(gradient_plots, "save", keep)
+    monkeypatch.setattr(loss_plots, "save", keep)
     return found
 
 

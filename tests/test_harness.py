@@ -15,11 +15,11 @@ from transformers import AutoTokenizer
 
 from rankwise import cli
 from rankwise.errors import DataError, UsageError
+from rankwise.evaluate import bootstrap
+from rankwise.evaluate.harness import HarnessSettings, evaluate_harness, read_metrics
+from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.models.adapters import save_adapter
 from rankwise.options.sections import is_harness
-from rankwise.score import bootstrap
-from rankwise.score.harness import HarnessSettings, evaluate_harness, read_metrics
-from rankwise.score.result import EvaluationResult
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -26,7 +26,7 @@ from rankwise.options.study import StudyConfig
 from rankwise.pipeline.idle import TABLES, Bound, idle_among, refuse_idle
 from rankwise.pipeline.run import prepared
 from rankwise.pipeline.table import COMMANDS, assemble, command_options
-from rankwise.stages import train
+from rankwise.train import command as train
 
 NAMES = {
     TrainConfig: "train",

@@ -10,9 +10,9 @@ from PIL import Image
 
 from rankwise.cli import main
 from rankwise.data.device import DeviceTarget
-from rankwise.data.labelling.coco import Photo
-from rankwise.data.labelling.image_ids import ImageIds
-from rankwise.data.labelling.labelled import read_rows
+from rankwise.labels.coco import Photo
+from rankwise.labels.dataset import read_rows
+from rankwise.labels.image_ids import ImageIds
 
 SHADES = {"b": 60, "d": 120, "f": 180}
 

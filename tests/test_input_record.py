@@ -30,12 +30,12 @@ from rankwise.data.input_record import FILE, InputRecord, read_input
 from rankwise.data.recorded import as_recorded, recorded
 from rankwise.data.renderer_for import renderer_for
 from rankwise.data.sources import load
+from rankwise.evaluate.engines import load as load_trained
 from rankwise.files.atomic import read_object, write_json
 from rankwise.models.adapters import save_adapter
 from rankwise.models.load import load_config
 from rankwise.options.sections import DataSection, ModelSection
 from rankwise.stages.card import files_of
-from rankwise.stages.loading import load as load_trained
 
 
 @pytest.fixture(scope="module")

@@ -19,15 +19,15 @@ from rankwise import cli
 from rankwise.core.site import Site
 from rankwise.data.renderer_for import positions, renderer_for
 from rankwise.data.sources import load
+from rankwise.evaluate.generate import GenerationSettings, HFGenerator
 from rankwise.files.plan import read_plan
+from rankwise.merge.command import run as merge
 from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, choose_sites, lora_layers, uniform_plan
 from rankwise.models.adapters import load_adapter, save_adapter
 from rankwise.models.load import load_config, load_model, load_processor, meta_model
 from rankwise.models.sites import model_sites, weight_table
 from rankwise.options.commands import MergeConfig
 from rankwise.options.sections import DataSection, ModelSection
-from rankwise.score.generate import GenerationSettings, HFGenerator
-from rankwise.stages.merge import run as merge
 
 COLOURS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250), "white": (250, 250, 250)}
 

@@ -32,12 +32,12 @@ from rankwise.data.label_answer import (
     spellings,
 )
 from rankwise.data.label_task import read_task, task_from
-from rankwise.data.labelling.coco import find_images
-from rankwise.data.labelling.labelled import read_rows
 from rankwise.data.sources import load
-from rankwise.data.teacher.loopback import LoopbackTeacher
 from rankwise.errors import UsageError
-from rankwise.score.generate import Generated, HFGenerator
+from rankwise.evaluate.generate import Generated, HFGenerator
+from rankwise.labels.coco import find_images
+from rankwise.labels.dataset import read_rows
+from rankwise.labels.teacher.loopback import LoopbackTeacher
 from rankwise.ship.llama.gguf_generator import GGUFGenerator
 from rankwise.ship.llama.runtime import Completion
 from rankwise.stages.shipped import Shipped

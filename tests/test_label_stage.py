@@ -22,13 +22,13 @@ from PIL import Image
 from rankwise.cli import main
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.label_task import read_task
-from rankwise.data.labelling.labelled import pixel_hash, read_rows
 from rankwise.data.sources import load
-from rankwise.data.teacher.loopback import LoopbackTeacher, Response, picture_of
 from rankwise.files.atomic import read_object
 from rankwise.files.run_folder import RunFolder
+from rankwise.labels import ask
+from rankwise.labels.dataset import pixel_hash, read_rows
+from rankwise.labels.teacher.loopback import LoopbackTeacher, Response, picture_of
 from rankwise.ship.llama.runtime import LlamaServer
-from rankwise.stages import labelling
 
 COLOURS = {"water": (30, 90, 180), "wood": (45, 110, 45), "fire": (225, 50, 20), "metal": (120, 120, 125)}
 SECRET = "sk-do-not-show-0123456789"
@@ -360,7 +360,7 @@ def test_the_key_of_the_environment_is_not_for_the_loopback_teacher(
             started.append(self)
             return super().__enter__()
 
-    monkeypatch.setattr(labelling, "LoopbackTeacher", Watched)
+    monkeypatch.setattr(ask, "LoopbackTeacher", Watched)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     assert main(words(photos, tmp_path / "d", None, "--num_images", "2")) == 0
     assert [server.keys for server in started] == [{"none"}]

@@ -20,16 +20,16 @@ from rankwise import cli
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.example import Example
 from rankwise.data.label_task import read_task, task_from
-from rankwise.data.labelling.labelled import LabelledRow, store_image, write_dataset
 from rankwise.data.render import IGNORED, Renderer
 from rankwise.data.renderer_for import renderer_for
 from rankwise.data.sources import load
 from rankwise.data.sources.labels import WHY
 from rankwise.errors import DataError, UsageError
+from rankwise.evaluate.classify import up_to_label
+from rankwise.evaluate.likelihood import answer_ids
+from rankwise.labels.dataset import LabelledRow, store_image, write_dataset
 from rankwise.models.load import load_config
 from rankwise.options.sections import DataSection, ModelSection
-from rankwise.score.likelihood import answer_ids
-from rankwise.score.selection import up_to_label
 
 COLOURS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250)}
 TASK = task_from({"classes": list(COLOURS), "field": "colour"}, "the test", "colours")

@@ -25,7 +25,7 @@ from rankwise.core.geometry import letterbox
 from rankwise.data import device, pixels, renderer_for
 from rankwise.data.device import encoded
 from rankwise.data.label_task import read_task
-from rankwise.score.tasks import task
+from rankwise.evaluate.tasks import task
 from rankwise.ship.parity import pixel_rung
 from rankwise.ship.parity.cases import case_of
 from rankwise.ship.parity.embedder import Embedder

@@ -26,7 +26,7 @@ from rankwise.core.measure import (
 from rankwise.core.site import describe
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError
-from rankwise.store.spectra import Measured, MeasureSettings, measure_site, noise_share, refuse_noise, unchanged_share
+from rankwise.ranks.spectra import Measured, MeasureSettings, measure_site, noise_share, refuse_noise, unchanged_share
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -16,9 +16,9 @@ from test_merge import adapter_on, weights
 from tiny import tiny_llama
 
 from rankwise.cli import main
+from rankwise.merge import merge
+from rankwise.merge import merge as merge_module
 from rankwise.models.load import load_model
-from rankwise.ship.merging import merge as merge_module
-from rankwise.ship.merging import shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -96,13 +96,13 @@ def test_a_full_disk_leaves_the_earlier_merge(
     out = tmp_path / "out"
     assert main(["merge", str(adapter), "-o", str(out)]) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith(".")}
-    whole = shards.write_file
+    whole = merge.write_file
 
     def full(path: Path, entries: object, tensor: object) -> None:
         whole(path, entries, tensor)  # type: ignore[arg-type]
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(shards, "write_file", full)
+    monkeypatch.setattr(merge, "write_file", full)
     assert main(["merge", str(adapter), "-o", str(out), "--dtype", "float16"]) == 3
     assert "no space left" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith(".")} == before

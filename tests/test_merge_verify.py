@@ -22,17 +22,23 @@ from rankwise.data.renderer_for import renderer_for
 from rankwise.data.sources import load
 from rankwise.errors import UsageError
 from rankwise.files.checkpoint import open_checkpoint
+from rankwise.merge import merge as merge_module
+from rankwise.merge.by_layer import FileWeights, layered_model
+from rankwise.merge.command import prompts_of, run
+from rankwise.merge.merge import Rounding
+from rankwise.merge.verify import (
+    last_tokens,
+    logits,
+    needs_layers,
+    prompt_batch,
+    reference_logits,
+    text_batch,
+    whole_bytes,
+)
 from rankwise.models.adapters import save_adapter
 from rankwise.models.load import load_model, load_processor
 from rankwise.options.commands import MergeConfig
 from rankwise.options.sections import DataSection, ModelSection
-from rankwise.ship.merging import merge as merge_module
-from rankwise.ship.merging.layered import FileWeights, layered_model
-from rankwise.ship.merging.rounding import Rounding
-from rankwise.ship.merging.samples import prompt_batch, text_batch
-from rankwise.ship.merging.verify import last_tokens, logits, needs_layers, reference_logits, whole_bytes
-from rankwise.stages.merge import run
-from rankwise.stages.prompts import prompts_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),

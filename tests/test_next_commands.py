@@ -21,8 +21,10 @@ import rankwise
 from rankwise.cli import main, resolve, split_command
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import describe
+from rankwise.features import capture
+from rankwise.features import outcome as factor_outcome
 from rankwise.files.adapter import LoraAdapter
-from rankwise.nets.probe import Probe
+from rankwise.labels import command as label
 from rankwise.options.commands import (
     BatchConfig,
     BundleConfig,
@@ -40,9 +42,12 @@ from rankwise.options.sections import DataSection, ModelSection, SitesSection, T
 from rankwise.page.text import command_line
 from rankwise.pipeline import batch
 from rankwise.pipeline.table import ALIASES, COMMANDS, command_options
-from rankwise.show.summary import command_lines
-from rankwise.stages import bundle, compress, extract, finetune, label, outcome, ranks
-from rankwise.stages.features import capture, factor_outcome
+from rankwise.ranks import command as ranks
+from rankwise.ranks import compress, extract
+from rankwise.ranks.probe import Probe
+from rankwise.ranks.summary import command_lines
+from rankwise.stages import bundle
+from rankwise.train import finetune, outcome
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

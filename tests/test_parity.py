@@ -25,9 +25,9 @@ from rankwise.core.geometry import letterbox
 from rankwise.data.device import MARKER, encoded
 from rankwise.data.render import Renderer
 from rankwise.errors import ServiceError
+from rankwise.gguf.export import read_export
 from rankwise.models.load import load_model
 from rankwise.ship.gain import change, gain_kept
-from rankwise.ship.gguf.export import read_export
 from rankwise.ship.parity.cases import BLIND, pick, stratum_of
 from rankwise.ship.parity.divergence import Divergence, Position, compare, divergence, joined, top_of
 from rankwise.ship.parity.embedder import Embedder

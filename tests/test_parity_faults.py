@@ -10,7 +10,7 @@ import pytest
 from gguf import GGUFReader
 from parity_models import Scene, exported_pair, scene_in
 
-from rankwise.ship.gguf.export import read_export
+from rankwise.gguf.export import read_export
 from rankwise.ship.llama.runtime import LlamaServer
 from rankwise.ship.parity.floor import Floor, measure_floor
 from rankwise.ship.parity.ladder import Ladder, climb

@@ -19,13 +19,15 @@ from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import describe
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, UsageError
+from rankwise.evaluate import classify
+from rankwise.evaluate.classify import plot_confusion
+from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.page import canvas
 from rankwise.page.canvas import BLUE, GREY, YELLOW, readable_on
-from rankwise.score.result import EvaluationResult
-from rankwise.show import confusion, curves, plots
-from rankwise.show.confusion import plot_confusion
-from rankwise.show.curves import plot_loss, plot_scores
-from rankwise.show.plots import plot_decay, plot_energy_heatmap, plot_gain, plot_ranks_heatmap
+from rankwise.ranks import plots
+from rankwise.ranks.plots import plot_decay, plot_energy_heatmap, plot_gain, plot_ranks_heatmap
+from rankwise.train import loss_plots
+from rankwise.train.loss_plots import plot_loss, plot_scores
 
 SHAPE = (24, 40)
 
@@ -55,7 +57,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return canvas.save(figure, path, dpi)
 
     monkeypatch.setattr(plots, "save", keep)
-    monkeypatch.setattr(curves, "save", keep)
+    monkeypatch.setattr(loss_plots, "save", keep)
     return found
 
 
@@ -132,7 +134,7 @@ COUNTS = [[3, 1, 0, 0, 1], [0, 4, 0, 1, 0], [1, 0, 2, 0, 0], [0, 0, 0, 5, 0]]
 def confusion_labels(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """Label → fonts, of the y axis of a confusion matrix with class names of the world, as it was written to `path`."""
     saved: list[Any] = []
-    monkeypatch.setattr(confusion, "save", lambda figure, to: saved.append(figure) or canvas.save(figure, to))
+    monkeypatch.setattr(classify, "save", lambda figure, to: saved.append(figure) or canvas.save(figure, to))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plot_confusion(NAMES, COUNTS, path, "🔥水")

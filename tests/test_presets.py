@@ -20,7 +20,7 @@ from rankwise.pipeline.recipe import PACKAGED, find_recipe, load_recipe
 from rankwise.pipeline.table import configured
 from rankwise.scripts import PRESETS, experiment_command
 from rankwise.scripts.running import NAMES, train_config
-from rankwise.stages.scheduling import schedule_of
+from rankwise.train.phases import schedule_of
 
 BASE = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
 DOCUMENTED = {

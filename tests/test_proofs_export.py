@@ -24,10 +24,10 @@ from transformers import PreTrainedTokenizerFast
 
 from rankwise.cli import main
 from rankwise.files.adapter import LoraPair
+from rankwise.gguf import lora, view
+from rankwise.gguf.converter import Converter, Job
+from rankwise.gguf.vocabulary import Vocabulary
 from rankwise.models.load import load_model
-from rankwise.ship.gguf import adapter_gguf, view
-from rankwise.ship.gguf.converter import Converter, Job
-from rankwise.ship.gguf.vocabulary import Vocabulary
 
 gguf = pytest.importorskip("gguf")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -465,12 +465,12 @@ def test_scales_that_are_not_folded_into_b(
     monkeypatch.setattr(Converter, "convert_adapter", convert_adapter)
     words = ["export", "--adapter_gguf", str(adapter), "-o", str(tmp_path / "out")]
     assert main(words) == 0
-    right = adapter_gguf.folded
+    right = lora.folded
 
     def off(pair: LoraPair, largest: int) -> LoraPair:
         found = right(pair, largest)
         return replace(found, lora_B=1.00001 * found.lora_B)
 
-    monkeypatch.setattr(adapter_gguf, "folded", off)
+    monkeypatch.setattr(lora, "folded", off)
     assert main(words) == 6
     assert "not the adapter's factors" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from tiny import tiny_llama
 from rankwise.cli import main
 from rankwise.core.factors import Factors
 from rankwise.files.adapter import LoraPair, write_adapter
-from rankwise.stages import compress, extract
+from rankwise.ranks import compress, extract
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

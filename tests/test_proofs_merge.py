@@ -17,11 +17,10 @@ from torch import Tensor
 from towered import Bases, adapted
 
 from rankwise.cli import main
+from rankwise.merge import by_layer, verify, written
+from rankwise.merge import merge as module
+from rankwise.merge.merge import Entry, MergePlan
 from rankwise.models.adapters import save_adapter
-from rankwise.ship.merging import layered, verify, written
-from rankwise.ship.merging import merge as module
-from rankwise.ship.merging.merge import MergePlan
-from rankwise.ship.merging.shards import Entry
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -208,13 +207,13 @@ def test_an_effect_that_sums_in_another_order_have_as_well(tmp_path: Path, adapt
 
 def test_layers_that_get_another_layers_weights(merge: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the reference: what is compared layer by layer is not the base then."""
-    read = layered.FileWeights.__getitem__
+    read = by_layer.FileWeights.__getitem__
 
-    def other(self: layered.FileWeights, name: str) -> Tensor:
+    def other(self: by_layer.FileWeights, name: str) -> Tensor:
         merged = "merged" in str(self.checkpoint.path) or ".out." in str(self.checkpoint.path)
         return read(self, name if merged else name.replace("layers.1", "layers.0"))
 
-    monkeypatch.setattr(layered.FileWeights, "__getitem__", other)
+    monkeypatch.setattr(by_layer.FileWeights, "__getitem__", other)
     code, said = merge("--max_memory", "99KB")
     assert code == 6 and "logits differ from base + adapter's" in said
 

@@ -21,7 +21,7 @@ from rankwise.cli import main
 from rankwise.options.commands import TrainConfig
 from rankwise.options.field import flatten
 from rankwise.train.arguments import build_arguments
-from rankwise.train.resume import DECISIVE, MAY_RISE, identity_of
+from rankwise.train.checkpoints import DECISIVE, MAY_RISE, identity_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

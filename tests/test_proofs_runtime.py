@@ -20,8 +20,8 @@ from test_quantize import CUTS, FAILS, binary
 
 from rankwise.cli import main
 from rankwise.errors import VerificationError
+from rankwise.gguf.converter import PIN, Converter
 from rankwise.models import tiny
-from rankwise.ship.gguf.converter import PIN, Converter
 from rankwise.ship.llama.runtime import LlamaServer
 from rankwise.ship.parity import embed
 from rankwise.ship.parity.embedder import Embedder

@@ -16,10 +16,10 @@ from tiny import tiny_llama
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.options.field import flatten
 from rankwise.options.study import StudyConfig
-from rankwise.stages import study as stage
-from rankwise.stages.study import design, plans, registration, tuning
-from rankwise.stages.study.design import designed
-from rankwise.stages.study.registration import DEVIATIONS, FILE, TEST_READ, Registration
+from rankwise.study import command as stage
+from rankwise.study import design, plans, tuning
+from rankwise.study import design as registration
+from rankwise.study.design import DEVIATIONS, FILE, TEST_READ, Registration, designed
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_started_again_it_finds_everything_as_it_was(copy: Path, monkeypatch: py
     def not_needed(*_: Any) -> None:
         raise AssertionError("nothing is trained again")
 
-    monkeypatch.setattr("rankwise.stages.study.execution.Bench.make", not_needed)
+    monkeypatch.setattr("rankwise.study.execution.Bench.make", not_needed)
     before = (copy / "out" / "study.json").read_text()
     stage.run(own())
     after = (copy / "out" / "study.json").read_text()

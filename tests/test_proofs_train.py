@@ -21,8 +21,8 @@ from rankwise.cli import main
 from rankwise.files.adapter import LoraPair
 from rankwise.models import adalora, adapt, adapters
 from rankwise.models.adapt import ADAPTER
-from rankwise.stages import allocated as saving
-from rankwise.stages import allocating
+from rankwise.train import adalora as allocating
+from rankwise.train import adalora as saving
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -18,13 +18,13 @@ from tiny_features import tiny_cache, tiny_matrices
 
 from rankwise import cli
 from rankwise.errors import DataError, DivergedError, UsageError
+from rankwise.evaluate import command as evaluate
+from rankwise.features import outcome
+from rankwise.features.capture import SyntheticShards
 from rankwise.files.atomic import PLACE, Aside
 from rankwise.options.commands import EvaluateConfig
 from rankwise.options.sections import ScoredData
-from rankwise.stages import evaluate
-from rankwise.stages.beginning import OF_A_RUN
-from rankwise.stages.features import factor_outcome
-from rankwise.stages.features.shards import SyntheticShards
+from rankwise.train.begin import OF_A_RUN
 from rankwise.train.checkpoints import MANIFEST, checkpoints
 from rankwise.train.trainer import RankwiseTrainer
 
@@ -111,7 +111,7 @@ def test_a_run_that_does_not_begin_deletes_nothing(
 def test_packing_that_mixes_samples_deletes_nothing(base: Path, data: Path, tmp_path: Path) -> None:
     assert cli.main(words("train", base, data, tmp_path)) == 0
     before = tree(tmp_path)
-    with mock.patch("rankwise.stages.beginning.unpacked_difference", return_value=1.0):
+    with mock.patch("rankwise.train.begin.unpacked_difference", return_value=1.0):
         assert cli.main(words("train", base, data, tmp_path, "--overwrite_output_dir", "--packing")) == 6
     assert tree(tmp_path) == before
 
@@ -145,7 +145,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def factors(cache: Path, place: Path, *more: str) -> int:
     own = f"features train --arch MLP --features {cache} --rank 4 --epochs 1 --device cpu"
     folders = f"--results_dir {place / 'results'} --log_dir {place / 'log'}"
-    with mock.patch.object(factor_outcome, "plotted", return_value=False):
+    with mock.patch.object(outcome, "plotted", return_value=False):
         return cli.main([*own.split(), *folders.split(), *more])
 
 

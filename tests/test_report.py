@@ -19,13 +19,13 @@ from rankwise.core.plan import RankPlan
 from rankwise.core.site import Site, describe
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, UsageError
+from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.options.commands import ReportConfig
-from rankwise.score.result import EvaluationResult
-from rankwise.show.curves import leading_metrics
-from rankwise.show.plots import plot_decay
+from rankwise.ranks.plots import plot_decay
 from rankwise.show.reading import read_scores
 from rankwise.show.report import build_report
 from rankwise.stages import report as stage
+from rankwise.train.loss_plots import leading_metrics
 
 SHAPES = {
     "self_attn.q_proj": (64, 64),

@@ -11,8 +11,18 @@ from rows import equal, logged, make_trainer, resumed, weights
 from tiny import tiny_llama
 
 from rankwise.errors import DataError, UsageError
-from rankwise.train.checkpoints import MANIFEST, checkpoints, rotate, seal, unsound
-from rankwise.train.resume import differences, identity_of, newest_complete, refuse_earlier, resume_point
+from rankwise.train.checkpoints import (
+    MANIFEST,
+    checkpoints,
+    differences,
+    identity_of,
+    newest_complete,
+    refuse_earlier,
+    resume_point,
+    rotate,
+    seal,
+    unsound,
+)
 
 
 @pytest.fixture(scope="module")

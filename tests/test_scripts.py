@@ -20,10 +20,10 @@ from rankwise import cli, scripts
 from rankwise.core.phase import bind, parse_schedule, strategy
 from rankwise.data.device import DeviceTarget
 from rankwise.errors import DataError, UsageError
+from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.models.adapt import choose_sites, lora_layers
 from rankwise.models.load import meta_model
 from rankwise.models.sites import model_sites
-from rankwise.score.result import EvaluationResult
 from rankwise.scripts import (
     ATTENTION_ONLY,
     BOTH,

@@ -24,11 +24,10 @@ from rankwise.data.example import Example, Turn
 from rankwise.data.label_answer import found_label
 from rankwise.data.render import Renderer
 from rankwise.errors import Interrupted, UsageError
+from rankwise.evaluate.classify import MAX_NEW_TOKENS, LabelAccuracy, Tally
 from rankwise.options.sections import SelectionSection
-from rankwise.score.selection import MAX_NEW_TOKENS, LabelAccuracy, Tally
-from rankwise.stages.selecting import arguments_for, in_words
-from rankwise.train.balancing import Balanced
 from rankwise.train.checkpoints import checkpoints
+from rankwise.train.selection import Balanced, arguments_for, in_words
 from rankwise.train.stopping import Patience
 
 LABELS = ("yes", "no", "I cannot say")

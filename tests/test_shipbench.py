@@ -19,10 +19,10 @@ import torch
 from parity_models import GIVEN, LONGEST, TARGET, draw, renderer_of
 
 from rankwise.data.device import read_target
+from rankwise.gguf.converter import Converter
+from rankwise.gguf.export import read_export
+from rankwise.gguf.plan import plan_export
 from rankwise.models.load import load_model
-from rankwise.ship.gguf.converter import Converter
-from rankwise.ship.gguf.export import read_export
-from rankwise.ship.gguf.export_plan import plan_export
 from rankwise.ship.llama.runtime import LlamaServer
 from rankwise.ship.parity.cases import Case, blind, case_of
 from rankwise.ship.parity.floor import measure_floor

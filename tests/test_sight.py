@@ -24,8 +24,8 @@ from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.render import IGNORED, Overlong, Renderer
 from rankwise.data.vision_inputs import Sight
 from rankwise.errors import DataError, UsageError
+from rankwise.evaluate.generate import GenerationSettings, HFGenerator
 from rankwise.models.load import load_model, load_processor
-from rankwise.score.generate import GenerationSettings, HFGenerator
 
 FAMILIES = {**NATIVE, "isaac": tiny_isaac}
 SIZES = ((64, 48), (48, 64), (100, 20), (33, 97))

@@ -19,8 +19,8 @@ from rankwise.errors import DataError, UsageError
 from rankwise.files.checkpoint import open_checkpoint
 from rankwise.models.load import load_config, load_model, meta_model
 from rankwise.models.sites import fused_experts, model_sites, weight_table
-from rankwise.nets.pair import SiteFilter
-from rankwise.store.deltas import logical
+from rankwise.ranks.deltas import logical
+from rankwise.ranks.pair import SiteFilter
 
 SMALL = {
     "hidden_size": 32,

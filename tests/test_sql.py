@@ -19,9 +19,8 @@ from rankwise.data.example import Example, Examples
 from rankwise.data.sources import load
 from rankwise.data.sources.wikisql import AGGREGATES, Query, same_query
 from rankwise.errors import DataError
-from rankwise.score.sql import score_sql
-from rankwise.score.sql_database import Database, Refused, Stopped, build_database
-from rankwise.score.sql_text import LONGEST, parsed, without_quotes
+from rankwise.evaluate.sql import LONGEST, parsed, score_sql, without_quotes
+from rankwise.evaluate.sql_database import Database, Refused, Stopped, build_database
 
 HEADER = ("Player", "No.", "School/Club Team", "Yards, total = sum", "Max Speed", "Team and Year", "Player Name")
 

@@ -24,15 +24,12 @@ from rankwise.errors import DataError, UsageError
 from rankwise.files.ledger import Ledger
 from rankwise.options.sections import DataSection, ModelSection
 from rankwise.options.study import GridSection, ProbeSection, StudyConfig
-from rankwise.score.contenders import compressed, ranks_within, type_means
 from rankwise.show.report import build_report
-from rankwise.stages import study as stage
-from rankwise.stages.study import execution
-from rankwise.stages.study.arms import schedule_of
-from rankwise.stages.study.design import designed, digest
-from rankwise.stages.study.registration import DEVIATIONS, FILE, TEST_READ, Registration
-from rankwise.train.arms import random_start, row_order, scales_of
-from rankwise.train.batched import Arm, train_together
+from rankwise.study import command as stage
+from rankwise.study import execution
+from rankwise.study.arms import compressed, ranks_within, schedule_of, type_means
+from rankwise.study.design import DEVIATIONS, FILE, TEST_READ, Registration, designed, digest
+from rankwise.study.together.train import Arm, random_start, row_order, scales_of, train_together
 
 NAMES = ("The Vaults", "Alimentum", "Cotto", "Zizzi", "Aromi", "Fitzbillies", "Strada", "Giraffe")
 AREAS = ("riverside", "city centre", "north", "old town")

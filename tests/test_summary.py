@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import describe
 from rankwise.page.text import duration, memory, percent
-from rankwise.show import summary as module
-from rankwise.show.summary import HEIGHT, WIDTH, RanksSummary, distance_from_uniform, render, verdict
+from rankwise.ranks import summary as module
+from rankwise.ranks.summary import HEIGHT, WIDTH, RanksSummary, distance_from_uniform, render, verdict
 
 
 def plan_of(ranks: dict[str, int], shape: tuple[int, int] = (64, 64), tower: str = "language") -> RankPlan:

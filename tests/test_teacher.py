@@ -35,16 +35,24 @@ from PIL import Image, ImageDraw
 
 from rankwise.data.device import DeviceTarget
 from rankwise.data.label_task import LabelTask, load_task
-from rankwise.data.labelling.labelled import pixel_hash
-from rankwise.data.teacher.answers import Unusable, Verdict, checked, verdict
-from rankwise.data.teacher.asking import Asker, Picture, Question, collect
-from rankwise.data.teacher.client import Teacher, Unanswered
-from rankwise.data.teacher.ledger import AnswerLedger, Entry, Key
-from rankwise.data.teacher.loopback import LoopbackTeacher, Response, picture_of
-from rankwise.data.teacher.price import BudgetReached, Prices, Spending, prices_of
-from rankwise.data.teacher.reply import Reply
-from rankwise.data.teacher.votes import agreement, fleiss, majority, majority_error, symmetric_error
 from rankwise.errors import DataError, ServiceError, UsageError
+from rankwise.labels.dataset import pixel_hash
+from rankwise.labels.teacher.answers import (
+    Reply,
+    Unusable,
+    Verdict,
+    agreement,
+    checked,
+    fleiss,
+    majority,
+    majority_error,
+    symmetric_error,
+    verdict,
+)
+from rankwise.labels.teacher.client import Teacher, Unanswered
+from rankwise.labels.teacher.ledger import AnswerLedger, BudgetReached, Entry, Key, Prices, Spending, prices_of
+from rankwise.labels.teacher.loopback import LoopbackTeacher, Response, picture_of
+from rankwise.labels.teacher.questions import Asker, Picture, Question, collect
 from rankwise.options.label import TeacherSection
 
 TARGET = DeviceTarget(image_size=32)

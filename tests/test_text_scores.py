@@ -18,10 +18,10 @@ from nltk.corpus.util import LazyCorpusLoader
 from rankwise.data.example import one_per_prompt
 from rankwise.data.sources import load
 from rankwise.errors import DataError, UsageError
-from rankwise.score import bootstrap
-from rankwise.score import text as text_module
-from rankwise.score.result import EvaluationResult
-from rankwise.score.text import score_text
+from rankwise.evaluate import bootstrap
+from rankwise.evaluate import text as text_module
+from rankwise.evaluate.predictions import EvaluationResult
+from rankwise.evaluate.text import score_text
 
 # Output of the baseline for the first ten MRs of the development set, from github.com/tuetschek/e2e-metrics,
 # example-inputs/baseline-output.txt; the references there are those of devset.csv. The official script gives 72.0293.

@@ -18,8 +18,8 @@ from rankwise.data.example import Example
 from rankwise.data.images import ImageReader
 from rankwise.data.label_task import load_task
 from rankwise.data.render import Renderer
-from rankwise.data.teacher.loopback import shares
-from rankwise.score.generate import GenerationSettings, HFGenerator
+from rankwise.evaluate.generate import GenerationSettings, HFGenerator
+from rankwise.labels.teacher.loopback import shares
 from rankwise.stages.tiny import World, captioned, device_sight, make_base, seen
 
 

@@ -32,8 +32,8 @@ from rankwise.models.sites import (
     towers_of,
 )
 from rankwise.options.sections import TowersSection
-from rankwise.stages.towers import finetune_use, train_use
-from rankwise.store.deltas import open_deltas
+from rankwise.ranks.deltas import open_deltas
+from rankwise.train.adapter import finetune_use, train_use
 
 # What a parameter's name begins with, read off the models' own code: (vision, projector); the rest is language.
 BEGINNINGS = {

@@ -19,11 +19,11 @@ from rankwise import cli
 from rankwise.core.phase import bind, parse_schedule
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.adapter import read_adapter
+from rankwise.merge.merge import plan_merge, write_merged
 from rankwise.models.adapt import LoraSettings, adapt, choose_sites, full_copies, lora_layers, quiet_peft, uniform_plan
 from rankwise.models.adapters import load_adapter, save_adapter, write_sites
 from rankwise.models.load import load_model, meta_model
 from rankwise.models.sites import full_sites, model_sites, tower_of, tower_parameters, tower_prefixes
-from rankwise.ship.merging.merge import plan_merge, write_merged
 from rankwise.train.phases import PhaseKeeper
 
 
@@ -270,7 +270,7 @@ def test_a_projector_alone_is_verified_on_pictures(
     assert "verified" in capsys.readouterr().out
     plan = plan_merge(str(base), tmp_path)
     monkeypatch.setattr(
-        "rankwise.stages.merge.plan_merge", lambda *_: replace(plan, change=replace(plan.change, whole={}))
+        "rankwise.merge.command.plan_merge", lambda *_: replace(plan, change=replace(plan.change, whole={}))
     )
     assert cli.main(["merge", str(tmp_path), "-o", str(tmp_path / "other")]) == 6
     assert "logits differ" in capsys.readouterr().err

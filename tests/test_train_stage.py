@@ -27,8 +27,8 @@ from rankwise.models.adapt import built_shapes, lora_layers
 from rankwise.models.adapters import load_adapter
 from rankwise.models.load import load_model
 from rankwise.models.sites import model_sites
-from rankwise.store.deltas import open_deltas
-from rankwise.train.resume import newest_complete
+from rankwise.ranks.deltas import open_deltas
+from rankwise.train.checkpoints import newest_complete
 
 Train = Callable[..., int]
 

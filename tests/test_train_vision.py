@@ -23,13 +23,13 @@ from rankwise import cli
 from rankwise.data.images import ImageReader
 from rankwise.data.renderer_for import decode_aside, renderer_for
 from rankwise.data.sources import load
+from rankwise.evaluate.generate import GenerationSettings, HFGenerator
 from rankwise.files.processes import default_workers
 from rankwise.models.adapt import adapt
 from rankwise.models.adapters import load_adapter
 from rankwise.models.load import load_config, load_model, load_processor
 from rankwise.models.sites import tower_of, tower_prefixes
 from rankwise.options.sections import DataSection, ModelSection
-from rankwise.score.generate import GenerationSettings, HFGenerator
 
 COLOURS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250), "white": (250, 250, 250)}
 Train = Callable[..., int]
@@ -266,7 +266,7 @@ def test_checkpointing_leaves_a_frozen_vision_tower_alone(
                 module.register_forward_pre_hook(lambda own, *_, tower=tower: calls.update([tower] * own.training))
         return adapt(model, *rest)
 
-    monkeypatch.setattr("rankwise.stages.adapting.adapt", counted)
+    monkeypatch.setattr("rankwise.train.adapter.adapt", counted)
     more = "--max_steps 2 --gradient_checkpointing --eval_strategy no --val_fraction 0".split()
     assert cli.main(words(base, data, tmp_path / "run", *more)) == 0
     config = load_config(str(base))

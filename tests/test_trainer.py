@@ -18,9 +18,8 @@ from transformers import Trainer, TrainerCallback
 
 from rankwise.errors import DataError, DivergedError, Interrupted, RankwiseError
 from rankwise.train import checkpoints
-from rankwise.train.checkpoints import unsound
+from rankwise.train.checkpoints import newest_complete, unsound
 from rankwise.train.guard import SKIPPED_IN_A_ROW, StepGuard, gradient_norm, memory_advice
-from rankwise.train.resume import newest_complete
 
 
 @pytest.fixture(scope="module")

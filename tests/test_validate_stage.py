@@ -15,11 +15,10 @@ from rankwise.cli import main, resolve
 from rankwise.data.example import Example, Turn
 from rankwise.data.label_task import LabelClass, LabelTask
 from rankwise.errors import DataError, UsageError
+from rankwise.evaluate.classify import score_labels
+from rankwise.evaluate.predictions import EvaluationResult, Prediction
 from rankwise.options.commands import ValidateConfig
 from rankwise.options.sections import ScoredData
-from rankwise.score.classify import score_labels
-from rankwise.score.predictions import Prediction
-from rankwise.score.result import EvaluationResult
 from rankwise.ship.llama.runtime import Completion
 from rankwise.ship.validation import FORMAT, items, scores
 from rankwise.ship.witness import Answered, Overheard, answered

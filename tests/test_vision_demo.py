@@ -16,6 +16,7 @@ from rankwise import cli
 from rankwise.data.drawing_talk import captioned, seen
 from rankwise.data.drawings import draw, paint
 from rankwise.data.example import Example
+from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.models.tiny import check_same_ids
 from rankwise.models.tiny_vision import (
     BREAK,
@@ -27,7 +28,6 @@ from rankwise.models.tiny_vision import (
     random_smolvlm,
     save_tokenizer,
 )
-from rankwise.score.result import EvaluationResult
 from rankwise.stages.demo import lacking_parts
 from rankwise.stages.demo_vision import spoken
 

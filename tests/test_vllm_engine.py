@@ -20,9 +20,9 @@ from rankwise import cli
 from rankwise.data.example import Example, Turn
 from rankwise.data.render import Renderer
 from rankwise.errors import UsageError
+from rankwise.evaluate.generate import GenerationSettings, HFGenerator
+from rankwise.evaluate.vllm_engine import VLLMGenerator, max_rank
 from rankwise.files.atomic import write_json
-from rankwise.score.generate import GenerationSettings, HFGenerator
-from rankwise.score.vllm_engine import VLLMGenerator, max_rank
 
 LABELS = ("yes", "no", "it depends")
 
@@ -136,7 +136,7 @@ def test_label_scores_are_those_of_the_transformers_engine(vllm: FakeVLLM, folde
 
 def test_small_chunks_give_the_same(vllm: FakeVLLM, folder: Path, renderer: Renderer, monkeypatch: Any) -> None:
     whole = sorted(VLLMGenerator(str(folder), renderer).generate(ROWS), key=lambda each: each.position)
-    monkeypatch.setattr("rankwise.score.vllm_engine.CHUNKS_IN_FLIGHT", 1)
+    monkeypatch.setattr("rankwise.evaluate.vllm_engine.CHUNKS_IN_FLIGHT", 1)
     engine = VLLMGenerator(str(folder), renderer, GenerationSettings(batch_size=1))
     assert sorted(engine.generate(ROWS), key=lambda each: each.position) == whole
     assert len(vllm.asked) == 1 + len(ROWS)

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankwise.data.features.cache import FeatureCache
-from rankwise.data.features.writer import CacheRecipe, Matrices, write_cache
+from rankwise.features.cache import FeatureCache
+from rankwise.features.cache_writer import CacheRecipe, Matrices, write_cache
 
 TOKENS, CHANNELS = 12, 24
 

@@ -2,7 +2,7 @@
 
     require_extras("train", config)     UsageError: --report_to wandb: wandb is not installed …; it comes with: …
 
-A scored task knows its own libraries (`score/tasks.py`); a stage's `check_installed` asks for those.
+A scored task knows its own libraries (`evaluate/tasks.py`); a stage's `check_installed` asks for those.
 """
 
 from __future__ import annotations

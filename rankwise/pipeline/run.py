@@ -89,7 +89,7 @@ class Terminated(BaseException):
 @contextmanager
 def stoppable(advice: str) -> Iterator[None]:
     """Turn SIGTERM into Interrupted (143), so that locks and temporary files are cleaned up on the way; a second one
-    ends the process at once. Training sets handlers of its own while it runs (train/interruption.py)."""
+    ends the process at once. Training sets handlers of its own while it runs (train/trainer.py)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

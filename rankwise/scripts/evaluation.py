@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rankwise.evaluate import command as stage
+from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.options.commands import EvaluateConfig
 from rankwise.pipeline.table import configured
-from rankwise.score.result import EvaluationResult
 from rankwise.scripts.experiment import DatasetType, usual_path
-from rankwise.stages import evaluate as stage
 
 BATCH = EvaluateConfig().batch_size
 

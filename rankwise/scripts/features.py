@@ -10,12 +10,10 @@
 
 from __future__ import annotations
 
-from rankwise.nets.factorize.adaptive import AdaptiveLowRankProjAdaLoRA
-from rankwise.nets.factorize.architectures import build
-from rankwise.nets.factorize.factorizer import Factorizer, FactorizerSettings
-from rankwise.nets.factorize.plain import LowRankProjMLP
-from rankwise.nets.factorize.svd_linear import SVDLinear
-from rankwise.nets.factorize.symmetric import LowRankProjSymmetric
+from rankwise.features.nets import build
+from rankwise.features.nets.adaptive import AdaptiveLowRankProjAdaLoRA, SVDLinear
+from rankwise.features.nets.base import Factorizer, FactorizerSettings
+from rankwise.features.nets.symmetric import LowRankProjMLP, LowRankProjSymmetric
 
 __all__ = ["AdaptiveLowRankProjAdaLoRA", "LowRankProjMLP", "LowRankProjSymmetric", "SVDLinear", "build_model"]
 

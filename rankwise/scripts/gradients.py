@@ -20,7 +20,7 @@ from rankwise.data.dataset import Collator, RenderedDataset
 from rankwise.errors import DataError, UsageError
 from rankwise.scripts.experiment import GradientAnalysisConfig
 from rankwise.scripts.phases import DynamicLoRACallback
-from rankwise.show.gradient_series import read_tables, series
+from rankwise.train.gradient_summary import read_tables, series
 from rankwise.train.gradient_table import GROUPS, summary
 from rankwise.train.gradients import GradientNorms
 from rankwise.train.phases import PhaseKeeper

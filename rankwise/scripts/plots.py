@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from rankwise.errors import DataError
-from rankwise.show import curves, gradient_layers, gradient_summary, gradients
-from rankwise.show.gradient_series import GradientTables, read_tables
+from rankwise.train import gradient_plots, gradient_summary, loss_plots
+from rankwise.train.gradient_summary import GradientTables, read_tables
 from rankwise.train.gradient_table import GROUPS, TRAINING_LOG, StepTable
 
 PLOTS = "plots"
@@ -19,25 +19,25 @@ def plot_gradient_norms(experiment_dir: str | Path, output_path: str | Path | No
     """Norms of attention, MLP, embeddings and head over the steps."""
     path = target(experiment_dir, output_path, "gradient_norms")
     tables = measured(experiment_dir)
-    return gradients.plot_gradient_norms(tables.groups, path, tables.boundaries())
+    return gradient_plots.plot_gradient_norms(tables.groups, path, tables.boundaries())
 
 
 def plot_layer_heatmap(experiment_dir: str | Path, output_path: str | Path | None = None) -> Path:
     """Steps × layers, attention and MLP."""
     path, tables = target(experiment_dir, output_path, "layer_heatmap"), measured(experiment_dir)
-    return gradient_layers.plot_layer_heatmap(tables.layers, path, tables.boundaries())
+    return gradient_plots.plot_layer_heatmap(tables.layers, path, tables.boundaries())
 
 
 def plot_layer_comparison(experiment_dir: str | Path, output_path: str | Path | None = None) -> Path:
     """Mean norm of every layer, attention beside MLP."""
     path = target(experiment_dir, output_path, "layer_comparison")
-    return gradient_layers.plot_layer_comparison(measured(experiment_dir).layers, path)
+    return gradient_plots.plot_layer_comparison(measured(experiment_dir).layers, path)
 
 
 def plot_gradient_evolution(experiment_dir: str | Path, output_path: str | Path | None = None) -> Path:
     """Norm over the layers at a few moments of training."""
     path = target(experiment_dir, output_path, "gradient_evolution")
-    return gradient_layers.plot_gradient_evolution(measured(experiment_dir).layers, path)
+    return gradient_plots.plot_gradient_evolution(measured(experiment_dir).layers, path)
 
 
 def plot_training_loss(experiment_dir: str | Path, output_path: str | Path | None = None) -> Path:
@@ -45,7 +45,7 @@ def plot_training_loss(experiment_dir: str | Path, output_path: str | Path | Non
     rows = list(StepTable(Path(experiment_dir) / TRAINING_LOG, ()).read())
     tables = read_tables(Path(experiment_dir))
     path = target(experiment_dir, output_path, "training_loss")
-    return curves.plot_loss(rows, path, tables.boundaries() if tables else ())
+    return loss_plots.plot_loss(rows, path, tables.boundaries() if tables else ())
 
 
 def generate_summary_report(experiment_dir: str | Path) -> list[Path]:

@@ -32,7 +32,8 @@ from rankwise.scripts.experiment import (
     TrainingConfig,
 )
 from rankwise.scripts.phases import schedule_of
-from rankwise.stages import scheduling, train
+from rankwise.train import command as train
+from rankwise.train import phases
 
 MODULES = dict(zip(TARGETS, (ATTENTION_ONLY, MLP_ONLY, BOTH), strict=False))
 FINAL_MODEL = "final_model"
@@ -171,7 +172,7 @@ def experiment_of(config: TrainConfig) -> ExperimentConfig:
 
 def dynamic_lora_of(config: TrainConfig) -> DynamicLoRAConfig:
     """The phases of a config as steps and kinds of modules."""
-    form = scheduling.schedule_of(config.phases)
+    form = phases.schedule_of(config.phases)
     if form is None:
         return DynamicLoRAConfig()
     assert isinstance(form, Phases) and len(form.phases) == 3, "presets have three phases of kinds"

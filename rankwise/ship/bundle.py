@@ -26,10 +26,10 @@ from rankwise.data.example import IMAGE_SLOT, Example
 from rankwise.data.label_task import LabelTask
 from rankwise.data.render import Renderer
 from rankwise.errors import DataError, VerificationError
+from rankwise.evaluate.likelihood import answer_ids
 from rankwise.files.atomic import read_document, read_object, sha256, write_json, write_text
-from rankwise.score.likelihood import answer_ids
-from rankwise.ship.gguf.reading import GGUFFile
-from rankwise.ship.gguf.vocabulary import SPACES
+from rankwise.gguf.reading import GGUFFile
+from rankwise.gguf.vocabulary import SPACES
 from rankwise.ship.parity.cases import Case
 from rankwise.ship.parity.reference import Expected
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rankwise.errors import need
-from rankwise.score.bootstrap import LEVEL, wilson
+from rankwise.evaluate.bootstrap import LEVEL, wilson
 
 NOT_INFERIOR, INFERIOR, UNDECIDED = "not inferior", "inferior", "undecided"
 POWER = 0.8  # for the number of items that would decide

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from rankwise.errors import DataError, UsageError
+from rankwise.evaluate.bootstrap import wilson
 from rankwise.files.atomic import write_json
-from rankwise.score.bootstrap import wilson
-from rankwise.ship.gguf.quantize import quantize
+from rankwise.gguf.export import quantize
 from rankwise.ship.inferiority import NOT_INFERIOR, UNDECIDED, Difference, compared
 from rankwise.ship.llama.runtime import LlamaServer, Runtime
 

@@ -14,11 +14,10 @@ import numpy as np
 
 from rankwise.data.example import Example
 from rankwise.data.label_answer import UNPARSED
-from rankwise.score.answers import is_right
-from rankwise.score.bootstrap import wilson
-from rankwise.score.classify import guess, label_set, true_label
-from rankwise.score.predictions import Prediction
-from rankwise.score.result import EvaluationResult
+from rankwise.evaluate.bootstrap import wilson
+from rankwise.evaluate.classify import guess, label_set, true_label
+from rankwise.evaluate.predictions import EvaluationResult, Prediction
+from rankwise.evaluate.text import is_right
 from rankwise.ship.witness import Answered
 
 FILE, FORMAT = "validation.json", "rankwise-validation/1"

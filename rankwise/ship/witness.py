@@ -15,8 +15,8 @@ from typing import Any
 
 from rankwise.data.example import Example
 from rankwise.data.render import Renderer
+from rankwise.evaluate.generate import Generated, LabelScores
 from rankwise.files.ledger import drop_cut_line
-from rankwise.score.generate import Generated, LabelScores
 from rankwise.ship.llama.gguf_generator import GGUFGenerator
 from rankwise.ship.llama.runtime import Completion, Runtime, RuntimeInfo
 

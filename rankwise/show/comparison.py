@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import DataError
+from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.atomic import read_object
 from rankwise.page.canvas import BLUE, INK, YELLOW, legend, name_axes, new_figure, save
 from rankwise.page.text import amount, clip, duration, is_number, metric_name, number, score
-from rankwise.score.result import EvaluationResult
 from rankwise.show.contents import Contents, Scored
-from rankwise.show.curves import points, shared_metrics
-from rankwise.show.gradient_summary import gradient_summary
 from rankwise.show.reading import read_run
+from rankwise.train.gradient_summary import gradient_summary
+from rankwise.train.loss_plots import points, shared_metrics
 
 CSV, MARKDOWN, JSON, PICTURE = "comparison.csv", "comparison.md", "comparison.json", "comparison.png"
 SUMMARY = "results_summary.json"  # of `rankwise train`: config, train_loss, gradient_stats

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.core.plan import RankPlan
+from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.pipeline.times import StageTime
-from rankwise.score.result import EvaluationResult
-from rankwise.show.gradient_series import GradientTables
+from rankwise.train.gradient_summary import GradientTables
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rankwise.evaluate.classify import plot_confusion
 from rankwise.page.blocks import Picture
 from rankwise.page.text import printable
-from rankwise.show.confusion import plot_confusion
+from rankwise.ranks.plots import plot_energy_heatmap, plot_gain, plot_ranks_heatmap
 from rankwise.show.contents import Contents, Scored
-from rankwise.show.curves import plot_loss, plot_scores, points, shared_metrics
 from rankwise.show.factor_reading import feature_pictures
-from rankwise.show.gradient_series import boundaries
-from rankwise.show.gradients import gradient_pictures
-from rankwise.show.plots import plot_energy_heatmap, plot_gain, plot_ranks_heatmap
-from rankwise.show.study_plots import PLOTS as STUDY_PLOTS
 from rankwise.show.validation import CONFUSION
+from rankwise.study.plots import PLOTS as STUDY_PLOTS
+from rankwise.train.gradient_plots import gradient_pictures
+from rankwise.train.gradient_summary import boundaries
+from rankwise.train.loss_plots import plot_loss, plot_scores, points, shared_metrics
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import DataError
+from rankwise.features.downstream_page import FORMAT as DOWNSTREAM_FORMAT
+from rankwise.features.downstream_page import JSON as DOWNSTREAM_FILE
+from rankwise.features.downstream_page import plot_downstream
+from rankwise.features.history import HISTORY, best_row
+from rankwise.features.plots import PLOTS, plot_factor_training
+from rankwise.features.words import FILE, FORMAT, PARTS
 from rankwise.files.atomic import read_json
 from rankwise.page.text import is_number
 from rankwise.show.contents import Contents
-from rankwise.show.downstream import FORMAT as DOWNSTREAM_FORMAT
-from rankwise.show.downstream import JSON as DOWNSTREAM_FILE
-from rankwise.show.downstream import plot_downstream
-from rankwise.show.factor_curves import plot_factor_training
-from rankwise.show.factor_plots import PLOTS
-from rankwise.show.factor_words import FILE, FORMAT, PARTS
-from rankwise.train.epoch_history import HISTORY, best_row
 
 BY_EPOCH = ("epoch", "train_mse", "val_mse", "lr", "effective_rank")
 DOWNSTREAM_PARTS = ("rows", "notes", "settings", "shapes")

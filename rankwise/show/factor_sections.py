@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rankwise.features.downstream_page import HEADER, RIGHT_ALIGNED, cells, on_what, reading
+from rankwise.features.history import best_row
+from rankwise.features.page import comparison_blocks
+from rankwise.features.plots import PLOTS
 from rankwise.page.blocks import Block, Table, Words
 from rankwise.page.text import plural, printable
 from rankwise.show.contents import Contents
-from rankwise.show.downstream import HEADER, RIGHT_ALIGNED, cells, on_what, reading
 from rankwise.show.drawing import Drawings
-from rankwise.show.factor_blocks import comparison_blocks
-from rankwise.show.factor_plots import PLOTS
 from rankwise.show.factor_reading import CURVES, DOWNSTREAM
-from rankwise.train.epoch_history import best_row
 
 TRAIN, COMPARE, ANSWERS = "features train", "features compare", "features downstream"
 

@@ -13,10 +13,10 @@ from typing import Any
 from PIL import Image
 
 from rankwise.data.images import BadImage, ImageReader
+from rankwise.evaluate.text import is_right
 from rankwise.files.atomic import atomic_write
 from rankwise.page.blocks import Answer, Gallery, Picture, Shot
 from rankwise.page.text import plural, printable
-from rankwise.score.answers import is_right
 from rankwise.show.contents import Scored
 
 MOST_SHOTS = 12

@@ -19,6 +19,9 @@ from typing import Any
 
 from rankwise.core.plan import RankPlan
 from rankwise.errors import DataError
+from rankwise.evaluate.forgetting import FILE as FORGETTING
+from rankwise.evaluate.predictions import FILE as RESULTS
+from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.atomic import read_bytes, read_document, read_json, read_object
 from rankwise.files.lineage import named, walk
 from rankwise.files.plan import read_plan
@@ -26,16 +29,13 @@ from rankwise.files.run_folder import FORMAT as MANIFEST_FORMAT
 from rankwise.files.run_folder import MANIFEST, without_secrets
 from rankwise.page.text import is_number
 from rankwise.pipeline.times import read_times
-from rankwise.score.forgetting import FILE as FORGETTING
-from rankwise.score.result import FILE as RESULTS
-from rankwise.score.result import EvaluationResult
 from rankwise.ship.validation import FILE as VALIDATION
 from rankwise.show.contents import Adapted, Contents, Fidelity, Scored, Stage
 from rankwise.show.factor_reading import read_comparisons, read_downstream, read_histories
-from rankwise.show.gradient_series import GradientTables, read_phases, read_tables
-from rankwise.show.study_words import FORMAT as STUDY_FORMAT
-from rankwise.show.study_words import PARTS as STUDY_PARTS
 from rankwise.show.validation import read_validation
+from rankwise.study.words import FORMAT as STUDY_FORMAT
+from rankwise.study.words import PARTS as STUDY_PARTS
+from rankwise.train.gradient_summary import GradientTables, read_phases, read_tables
 from rankwise.train.gradient_table import GROUPS, NORMS
 
 GENERIC = ("evaluation", "evaluate", "results", "predictions", "final_model")

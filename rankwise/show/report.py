@@ -12,19 +12,19 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from rankwise.evaluate import forgetting
+from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.atomic import write_text
 from rankwise.page.blocks import Block, Figure, Gallery, Page, Section, Words
 from rankwise.page.template import render
 from rankwise.page.text import amount, duration, is_number, metric_name, percent, plural, printable, score
-from rankwise.score import forgetting
-from rankwise.score.result import EvaluationResult
 from rankwise.show.contents import Contents, Scored, Stage
-from rankwise.show.curves import leading_metrics
 from rankwise.show.drawing import Drawings, draw
 from rankwise.show.gallery import gallery
 from rankwise.show.reading import read_run
 from rankwise.show.score_blocks import score_blocks
 from rankwise.show.sections import appendix, sections_of
+from rankwise.train.loss_plots import leading_metrics
 
 HEADLINE_METRICS = 3
 

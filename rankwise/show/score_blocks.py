@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rankwise.evaluate.classify import confusion_table
+from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.page.blocks import Block, Examples, Folded, Gallery, Picture, Table
 from rankwise.page.text import metric_name, number, printable, score
-from rankwise.score.classify import confusion_table
-from rankwise.score.result import EvaluationResult
 from rankwise.show.contents import Scored
 from rankwise.show.gallery import MARKED
 

@@ -13,15 +13,15 @@ from rankwise.core.plan import RankPlan
 from rankwise.page.blocks import Block, Folded, Picture, Section, Table, Words
 from rankwise.page.text import clip, duration, is_number, memory, number, percent, plural, printable
 from rankwise.pipeline.times import time_table
+from rankwise.ranks.plots import is_shuffle
+from rankwise.ranks.summary import layer_ranges
 from rankwise.show.contents import Adapted, Contents, Fidelity, Stage
 from rankwise.show.drawing import Drawings
 from rankwise.show.factor_sections import feature_blocks
-from rankwise.show.gradient_blocks import GRADIENT_PLOTS, gradient_blocks
-from rankwise.show.plots import is_shuffle
-from rankwise.show.rank_table import layer_ranges
-from rankwise.show.study_blocks import study_blocks
-from rankwise.show.study_plots import PLOTS as STUDY_PLOTS
 from rankwise.show.validation import CONFUSION, validation_blocks
+from rankwise.study.page import study_blocks
+from rankwise.study.plots import PLOTS as STUDY_PLOTS
+from rankwise.train.gradient_plots import GRADIENT_PLOTS, gradient_blocks
 
 ORDER = (
     *("label", "check", "finetune", "ranks", "extract", "compress", "train", "evaluate", "study"),

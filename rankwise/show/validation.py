@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import UsageError
+from rankwise.evaluate.classify import plot_confusion
 from rankwise.files.atomic import read_document
 from rankwise.page.blocks import Block, Folded, Picture, Table, Words
 from rankwise.page.text import align, is_number, memory, number, percent, printable
 from rankwise.ship.parity.rung import said, unmeasured
 from rankwise.ship.validation import FORMAT
-from rankwise.show.confusion import plot_confusion
 
 PARTS = ("outtype", "by_outtype", "parity", "verdict", "reference", "failures")
 CONFUSION = "confusion_matrix"

@@ -23,6 +23,8 @@ from rankwise.data.recorded import announce_prompts, recorded
 from rankwise.errors import UsageError, VerificationError
 from rankwise.files.atomic import atomic_folder, write_text
 from rankwise.files.run_folder import RunFolder, called
+from rankwise.gguf.export import Exported
+from rankwise.gguf.reading import GGUFFile
 from rankwise.options.commands import BundleConfig
 from rankwise.page.text import command_line
 from rankwise.ship.abstain import Abstention, abstention
@@ -41,8 +43,6 @@ from rankwise.ship.bundle import (
     write_parts,
 )
 from rankwise.ship.clients import Asking, client_files
-from rankwise.ship.gguf.export import Exported
-from rankwise.ship.gguf.reading import GGUFFile
 from rankwise.ship.golden import FOLDER as GOLDEN
 from rankwise.ship.golden import Golden, read_golden, write_golden
 from rankwise.ship.llama.runtime import LlamaServer, RemoteServer

@@ -14,10 +14,10 @@ from typing import Any
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.atomic import fingerprint, read_document, read_object, sha256
 from rankwise.files.run_folder import CONFIG, RunFolder
+from rankwise.gguf.export import Exported, read_export
 from rankwise.options.commands import BundleConfig, ValidateConfig
 from rankwise.options.sections import ScoredData
 from rankwise.pipeline.table import configured
-from rankwise.ship.gguf.export import Exported, read_export
 from rankwise.ship.parity.floor import K
 from rankwise.ship.validation import FILE, FORMAT
 from rankwise.stages.shipped import LAST, Shipment, Shipped

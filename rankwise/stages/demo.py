@@ -17,15 +17,15 @@ from rankwise.data.restaurants import guide, write_task
 from rankwise.data.sources import load
 from rankwise.data.template import sections
 from rankwise.errors import UsageError, need
+from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.atomic import atomic_folder, read_object
 from rankwise.files.run_folder import RunFolder
+from rankwise.gguf.converter import find_converter
 from rankwise.models.tiny import random_llama, save_tokenizer
 from rankwise.options.commands import DemoConfig, RunConfig
 from rankwise.page.text import amount, duration
 from rankwise.pipeline import run as recipes
 from rankwise.pipeline.recipe import find_recipe, load_recipe
-from rankwise.score.result import EvaluationResult
-from rankwise.ship.gguf.converter import find_converter
 from rankwise.stages import demo_vision
 from rankwise.train.pretrain import pretrain
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankwise.errors import UsageError
+from rankwise.gguf.export import Exported, read_export
+from rankwise.gguf.reading import GGUFFile
 from rankwise.options.commands import ValidateConfig
-from rankwise.ship.gguf.export import Exported, read_export
-from rankwise.ship.gguf.reading import GGUFFile
 from rankwise.ship.llama.runtime import LlamaServer, RemoteServer
 from rankwise.ship.llama.server_api import ServerRuntime
 

@@ -14,13 +14,13 @@ from typing import Any
 
 from rankwise.data.reading import settle
 from rankwise.errors import UsageError, VerificationError
+from rankwise.evaluate.tasks import TASKS
+from rankwise.evaluate.tasks import task as task_named
 from rankwise.files.atomic import write_json
 from rankwise.files.processes import announce
 from rankwise.files.run_folder import RunFolder
 from rankwise.options.commands import ValidateConfig
 from rankwise.pipeline.idle import refuse_idle
-from rankwise.score.tasks import TASKS
-from rankwise.score.tasks import task as task_named
 from rankwise.ship.gain import change, gain_kept
 from rankwise.ship.parity.verdict import verdict
 from rankwise.ship.validation import FILE, FORMAT, items, scores

@@ -21,16 +21,16 @@ from rankwise.data.recorded import recorded, require_same, system_warning
 from rankwise.data.render import Renderer
 from rankwise.data.renderer_for import renderer_for
 from rankwise.errors import DataError, UsageError
+from rankwise.evaluate.engines import fitting, pick_device
+from rankwise.evaluate.generate import GenerationSettings, HFGenerator
+from rankwise.evaluate.predictions import EvaluationResult, Prediction, predict
+from rankwise.evaluate.tasks import Task, evaluate, task
 from rankwise.files.atomic import fingerprint, fingerprints
 from rankwise.files.checkpoint import base_files, resolve
 from rankwise.files.processes import announce
 from rankwise.models.load import load_config, load_model
 from rankwise.options.commands import ValidateConfig
 from rankwise.options.sections import DataSection, ModelSection
-from rankwise.score.generate import GenerationSettings, HFGenerator
-from rankwise.score.predictions import Prediction, predict
-from rankwise.score.result import EvaluationResult
-from rankwise.score.tasks import Task, evaluate, task
 from rankwise.ship.llama.gguf_generator import GGUFGenerator
 from rankwise.ship.llama.server_api import ServerRuntime
 from rankwise.ship.parity.app_pixels import AppPixels
@@ -41,7 +41,6 @@ from rankwise.ship.parity.ladder import Ladder, climb
 from rankwise.ship.parity.reference import HFReference
 from rankwise.ship.validation import latency, rights, scores
 from rankwise.ship.witness import Answered, Witness
-from rankwise.stages.engines import fitting, pick_device
 from rankwise.stages.shipped import Shipment, Shipped
 
 ROOM = (

@@ -17,7 +17,7 @@ from families.commands import command, one_row
 from families.subject import Subject, Tensors
 from families.talks import TALKS
 from rankwise.data.render import IGNORED
-from rankwise.score.generate import GenerationSettings, HFGenerator
+from rankwise.evaluate.generate import GenerationSettings, HFGenerator
 
 NEAR = 1e-3  # logits are of the order of ten
 NEW = 6  # tokens generated

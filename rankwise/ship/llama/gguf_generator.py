@@ -17,8 +17,8 @@ from rankwise.data.device import MARKER, DeviceTarget, encoded
 from rankwise.data.example import Example
 from rankwise.data.render import Rendered, Renderer
 from rankwise.errors import UsageError
-from rankwise.score.generate import Generated, GenerationSettings, LabelScores
-from rankwise.score.likelihood import answer_ids
+from rankwise.evaluate.generate import Generated, GenerationSettings, LabelScores
+from rankwise.evaluate.likelihood import answer_ids
 from rankwise.ship.llama.runtime import Completion, Runtime
 
 

@@ -17,10 +17,10 @@ from PIL import Image
 
 from rankwise.data.device import MARKER, encoded
 from rankwise.data.example import Example
-from rankwise.data.labelling.stratified import in_turn
 from rankwise.data.pixels import kind_of
 from rankwise.data.render import Renderer
 from rankwise.data.template import without_images
+from rankwise.labels.coco import in_turn
 
 UNKNOWN, BLIND = "unknown", "no picture"
 

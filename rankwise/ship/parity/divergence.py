@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankwise.score.bootstrap import wilson
+from rankwise.evaluate.bootstrap import wilson
 
 REST = 1e-6  # mass below which "all other tokens" says nothing: 1 − Σ of single-precision probabilities
 

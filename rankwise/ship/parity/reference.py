@@ -24,7 +24,7 @@ from rankwise.data.dataset import seen
 from rankwise.data.render import Rendered, Renderer
 from rankwise.data.template import joined, without_images
 from rankwise.data.vision_inputs import IGNORED
-from rankwise.score.likelihood import answer_ids
+from rankwise.evaluate.likelihood import answer_ids
 from rankwise.ship.parity.cases import Case
 from rankwise.ship.parity.embedder import Rows, embedded
 

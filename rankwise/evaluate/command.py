@@ -1,0 +1,280 @@
+"""rankwise evaluate: score a task with a base model, an adapter or a merged model; measure what was forgotten.
+
+rankwise evaluate saved_models/dynamic_lora_model --task e2e_nlg --data_path data/e2e_nlg
+rankwise evaluate saved_models/dynamic_lora_model --forget other_text.txt
+torchrun --nproc-per-node 2 -m rankwise.cli evaluate …    (the processes share the items)
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rankwise.data.depth.prepare import depth_facts
+from rankwise.data.example import Examples
+from rankwise.data.reading import reading_scored, settle
+from rankwise.data.recorded import recorded, system_warning
+from rankwise.errors import UsageError
+from rankwise.evaluate import forgetting, harness, vllm_engine
+from rankwise.evaluate.classify import class_table, confusion_table
+from rankwise.evaluate.engines import Subject, base_and_adapter, compared_base, fitting, generator, seeing, subject
+from rankwise.evaluate.predictions import FILE, READ_FIRST, EvaluationResult
+from rankwise.evaluate.tasks import TASKS, Task, evaluate, task
+from rankwise.files.adapter import adapter_files
+from rankwise.files.atomic import fingerprint, fingerprints, write_text
+from rankwise.files.checkpoint import base_files, resolve
+from rankwise.files.lineage import warn_of_training_rows
+from rankwise.files.processes import announce, finish, gathered, process_index
+from rankwise.files.run_folder import CONFIG, RunFolder, held
+from rankwise.options.commands import EvaluateConfig
+from rankwise.options.sections import HARNESS, SCORED_TASKS, is_harness
+from rankwise.pipeline.idle import refuse_idle
+
+CONFUSION, BESIDE = "confusion.csv", "resolved_config.evaluate.json"
+PREDICTIONS = "predictions*.json*"
+WINDOW = 1024  # tokens of a piece of text for --forget
+
+
+def run(config: EvaluateConfig) -> EvaluationResult | None:
+    """The whole command; the task's result, else that of --forget. Processes other than rank 0 return None."""
+    config = settle(config)
+    check(config)
+    check_installed(config)
+    try:
+        return evaluated(config)
+    finally:
+        finish()
+
+
+def evaluated(config: EvaluateConfig) -> EvaluationResult | None:
+    folder = output_folder(config)
+    base, adapter = base_and_adapter(str(config.model_name), config.base_model_id)
+    made_from = model_facts(base, adapter)
+    with held(folder, "evaluate", inputs(config, base, adapter)) as record:
+        tested = subject(config, base, adapter)
+        result = scored(config, tested, folder, made_from) if config.data.task else None
+        lost = forgotten(config, tested, folder, made_from) if config.forget else None
+        if process_index()[0] == 0:
+            folder.save_config(config, config_name(folder))
+            found = {"results": (result, FILE), "forgetting": (lost, forgetting.FILE)}
+            record.outputs |= {name: folder / file for name, (each, file) in found.items() if each}
+    if result:
+        announce(summary(result))
+    if lost:
+        announce(forgetting.in_words(lost))
+    announce(f"results in {folder.path}")
+    return result or lost
+
+
+def start_over(config: EvaluateConfig) -> None:
+    """Delete the answers of an earlier evaluation in the folder, once it is sure that this one can begin."""
+    config = settle(config)
+    check(config)
+    check_installed(config)
+    base_and_adapter(str(config.model_name), config.base_model_id)
+    for file in output_folder(config).path.glob(PREDICTIONS):
+        file.unlink()
+
+
+def config_name(folder: RunFolder) -> str:
+    """In the folder of another stage, a training run's say, that one's config keeps its name."""
+    return BESIDE if set(folder.stages()) - {"evaluate"} else CONFIG
+
+
+def check(config: EvaluateConfig) -> None:
+    """What nothing works without, and combinations that cannot work."""
+    name = config.data.task
+    if not config.model_name:
+        raise UsageError("evaluate needs a model: rankwise evaluate MODEL_OR_ADAPTER --task … --data_path …")
+    if not name and not config.forget:
+        raise UsageError(
+            f"evaluate needs --task ({', '.join(SCORED_TASKS)} or {HARNESS}NAME), or --forget FILE, or both"
+        )
+    if name and not is_harness(name):
+        if name not in SCORED_TASKS:
+            raise UsageError(f"--task: scores exist for {', '.join(SCORED_TASKS)} and {HARNESS}NAME; got {name}")
+        if not config.data.data_path:
+            raise UsageError(f"--data_path is missing: where are the official files of {name}?")
+    refuse_idle(config)
+    if config.lm_eval_tasks_path and not Path(config.lm_eval_tasks_path).is_dir():
+        raise UsageError(f"--lm_eval_tasks_path: {config.lm_eval_tasks_path} is no folder of task files")
+    if config.data.aux_reason:
+        raise UsageError("--aux_reason acts on training; a model that learnt reasons is asked for labels as any other")
+    check_engine(config)
+
+
+def check_engine(config: EvaluateConfig) -> None:
+    several = process_index()[1] > 1
+    if is_harness(config.data.task) and (several or config.engine != "transformers"):
+        raise UsageError("--task lm_eval:NAME runs in one process and with --engine transformers")
+    if config.engine == "vllm" and several:
+        raise UsageError("--engine vllm shares the work itself: start it without torchrun")
+    if config.engine == "vllm" and config.forget:
+        raise UsageError("--forget needs the logits of both models, which vLLM does not give: --engine transformers")
+
+
+def check_installed(config: EvaluateConfig) -> None:
+    """UsageError naming the extra, before a model is loaded and hours are spent."""
+    if config.engine == "vllm":
+        vllm_engine.check_installed()
+    if is_harness(config.data.task):
+        harness.check_installed()
+    elif config.data.task:
+        task(config.data.task).check()
+    if config.forget:
+        forgetting.check_installed()
+
+
+def inputs(config: EvaluateConfig, base: str, adapter: Path | None) -> dict[str, Path | str]:
+    data = None if is_harness(config.data.task) or not config.data.task else config.data.data_path
+    named = {"model": base, "data": data, "forget": config.forget}
+    if adapter:
+        named["adapter"] = str(adapter_files(adapter)[0])
+    elif config.forget:
+        named["base"] = config.base_model_id
+    return {name: value for name, value in named.items() if value}
+
+
+def model_facts(base: str, adapter: Path | None) -> dict[str, Any]:
+    """What answers, by content. Files are listed one by one: the scores may be written into the model's own folder."""
+    files = [file for file in adapter_files(adapter) if file] if adapter else []
+    facts = {"model": fingerprints(base_files(resolve(base)))}
+    return facts | ({"adapter": fingerprints(files)} if files else {})
+
+
+def output_folder(config: EvaluateConfig) -> RunFolder:
+    """evaluation/ beside the model where it is a local folder, else below the current one."""
+    if config.output_dir:
+        return RunFolder(config.output_dir)
+    assert config.model_name is not None
+    local = Path(config.model_name)
+    return RunFolder((local if local.is_dir() else Path.cwd()) / "evaluation")
+
+
+def scored(
+    config: EvaluateConfig, tested: Subject, folder: RunFolder, made_from: Mapping[str, Any]
+) -> EvaluationResult | None:
+    """The task's scores, written into the folder."""
+    name = str(config.data.task)
+    if is_harness(name):
+        if tested.renderer.style == "chat" and config.data.prompt != "chat":
+            announce(
+                f"note: {name} has prompts of its own, without the chat template of training: --prompt chat adds it"
+            )
+        tokenizer = tested.renderer.tokenizer
+        if config.data.prompt == "chat":
+            tokenizer.chat_template = tested.renderer.template_source
+        result = harness.evaluate_harness(name, tested.model, tokenizer, harness_settings(config), made_from)
+        result.save(folder.path)
+        return result
+    chosen = task(name)
+    examples = read_items(config, chosen, sees_images=tested.renderer.sight is not None)
+    if tested.adapter:
+        warn_of_training_rows(tested.adapter, examples.files[0], "scores tell")
+    items = examples.items[: config.num_samples]
+    tested = seeing(config, tested, items)
+    engine = generator(config, tested, chosen, items)
+    usable = fitting(items, engine.renderer)
+    system_warning(recorded(tested.places), usable)
+    made_from = {**made_from, "data": fingerprints(examples.files), **depth_facts(tested.depth)}
+    found = evaluate(chosen, engine, usable, folder.path, made_from, by=config.classify)
+    if found and chosen.classifies:
+        write_confusion(folder / CONFUSION, found.settings["scoring"])
+    return found
+
+
+def read_items(config: EvaluateConfig, chosen: Task, *, sees_images: bool) -> Examples:
+    """The task's items. Of several processes the first one downloads; the others read when it has read."""
+    first = process_index()[0] == 0
+    if not first:
+        gathered({})
+    how = {**reading_scored(config.data), "download": config.data.download and first}
+    examples = chosen.examples(str(config.data.data_path), config.split, **how)
+    if first:
+        gathered({})
+    for note in examples.notes(sees_images=sees_images):
+        announce(note)
+    return examples
+
+
+def harness_settings(config: EvaluateConfig) -> harness.HarnessSettings:
+    return harness.HarnessSettings(
+        tasks_path=config.lm_eval_tasks_path,
+        num_fewshot=config.num_fewshot,
+        limit=config.num_samples,
+        batch_size=config.batch_size,
+        chat=config.data.prompt == "chat",
+        seed=config.seed,
+    )
+
+
+def write_confusion(path: Path, details: Mapping[str, Any]) -> Path:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(confusion_table(details))
+    return write_text(path, text.getvalue())
+
+
+def forgotten(
+    config: EvaluateConfig, tested: Subject, folder: RunFolder, made_from: Mapping[str, Any]
+) -> EvaluationResult | None:
+    """What the model lost on other text, against its base; written into the folder by the first process."""
+    documents = forgetting.read_documents(str(config.forget))
+    if tested.adapter:
+        base = forgetting.logits_without_adapter(tested.model)
+    else:
+        base = forgetting.logits_of(compared_base(config, tested, documents))
+    result = forgetting.forgetting(
+        base,
+        forgetting.logits_of(tested.model),
+        tested.renderer.tokenizer,
+        documents,
+        tested.device,
+        forgetting.ForgettingSettings(window=window(config, tested), seed=config.seed),
+        {**made_from, "text": fingerprint(str(config.forget))},
+    )
+    if process_index()[0] != 0:
+        return None
+    result.save(folder.path, forgetting.FILE)
+    return result
+
+
+def window(config: EvaluateConfig, tested: Subject) -> int:
+    """Tokens of a piece of other text: what training was limited to does not shorten it."""
+    return min(filter(None, (config.data.max_seq_length, tested.renderer.positions, WINDOW)))
+
+
+def summary(result: EvaluationResult) -> str:
+    """One line of scores with their 95 % intervals, the classes, and what could not be computed and why."""
+    headline = TASKS[result.task].headline if result.task in TASKS else ""
+    names = [name for name in dict.fromkeys((headline, *READ_FIRST)) if name in result.metrics]
+    shown = [with_interval(result, name) for name in names or result.metrics]
+    lines = [f"{result.title}, n = {result.n}: " + " · ".join(shown)]
+    details = result.settings.get("scoring", {})
+    lines += class_table(details) if "by_class" in details else []
+    lines += [f"not computed: {name}: {why}" for name, why in result.unavailable.items()]
+    return "\n".join(lines)
+
+
+def with_interval(result: EvaluationResult, name: str) -> str:
+    digits = 2 if result.task in TASKS else 4
+    low, high = result.intervals.get(name, (None, None))
+    span = "" if low is None else f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{name} {result.metrics[name]:.{digits}f}{span}"
+
+
+def describe(config: EvaluateConfig) -> list[str]:
+    config = settle(config)
+    check(config)
+    folder, lines = output_folder(config), []
+    if is_harness(config.data.task):
+        lines.append(f"run {config.data.task} of lm-evaluation-harness on {config.model_name}")
+    elif config.data.task:
+        lines.append(f"answer the {config.split} items of {config.data.data_path} with {config.model_name}")
+    if config.data.task:
+        lines.append(f"score them as {config.data.task} and write {folder / FILE}")
+    if config.forget:
+        lines.append(f"compare it with its base on {config.forget} and write {folder / forgetting.FILE}")
+    return lines

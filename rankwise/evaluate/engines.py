@@ -1,0 +1,218 @@
+"""What `rankwise evaluate` puts to the test: the model with its adapter, its renderer, and the engine that runs it.
+
+MODEL_OR_ADAPTER ── base_and_adapter ──▶ (base, adapter) ── subject ──▶ Subject ── generator ──▶ texts, labels
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankwise.data.dataset import check_samples
+from rankwise.data.depth.prepare import estimator_of, prepared, trained_with
+from rankwise.data.depth.processor import with_depth_output
+from rankwise.data.device import DeviceTarget, device_processor, read_target
+from rankwise.data.example import Example
+from rankwise.data.input_record import InputRecord
+from rankwise.data.recorded import recorded
+from rankwise.data.render import Renderer
+from rankwise.data.renderer_for import renderer_for
+from rankwise.errors import DataError, UsageError
+from rankwise.evaluate.classify import label_set
+from rankwise.evaluate.generate import GenerationSettings, Generator, HFGenerator
+from rankwise.evaluate.likelihood import longest_answer
+from rankwise.evaluate.tasks import Task
+from rankwise.evaluate.vllm_engine import VLLMGenerator
+from rankwise.files.adapter import adapter_files, is_adapter, read_adapter
+from rankwise.files.checkpoint import resolve
+from rankwise.files.processes import announce, process_index
+from rankwise.models.adapters import load_adapter
+from rankwise.models.depth.encoder import ESTIMATOR, attach_depth
+from rankwise.models.depth.settings import DepthSettings
+from rankwise.models.load import load_config, load_model, load_processor, load_tokenizer
+from rankwise.models.sites import torch_dtype
+from rankwise.options.commands import EvaluateConfig
+from rankwise.options.sections import DepthUseSection, ModelSection
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under test. `model` is on its device, in evaluation mode; None where vLLM loads it itself. depth: how it
+    takes depth, if it does."""
+
+    base: str
+    adapter: Path | None
+    renderer: Renderer
+    model: Any = None
+    depth: DepthSettings | None = None
+
+    @property
+    def places(self) -> list[Path]:
+        """Folders that may say how it was trained, the adapter's before its base's."""
+        return [*([self.adapter] if self.adapter else []), resolve(self.base)]
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+
+def base_and_adapter(path: str, base_model: str | None) -> tuple[str, Path | None]:
+    """(base model, adapter folder or None). Whatever takes an adapter accepts the run folder."""
+    folder = resolve(path)
+    if not is_adapter(folder):
+        return path, None
+    base = base_model or read_adapter(folder).base_model
+    if not base:
+        raise DataError(f"{folder}: the adapter doesn't say what its base model is; give it with --base_model_id")
+    return base, adapter_files(folder)[0].parent
+
+
+def subject(config: EvaluateConfig, base: str, adapter: Path | None) -> Subject:
+    """The model with its adapter, and the renderer that its training used."""
+    places = [adapter] if adapter else []
+    renderer = renderer_for(config.data, ModelSection(model_name=base), base, load_config(base), places)
+    depth = trained_with(base, adapter, config.depth)
+    if config.engine == "vllm":
+        if depth:
+            raise UsageError("--engine vllm knows no depth, and this model was trained with it")
+        if renderer.sight is not None:
+            raise UsageError("--engine vllm answers text only here; images need --engine transformers")
+        return Subject(base, adapter, renderer)
+    device = pick_device(config.device)
+    model: Any = plain_model(base, config.dtype, device)
+    if depth:
+        attach_depth(model, depth)
+    if adapter:
+        model = load_adapter(model, adapter)
+    return Subject(base, adapter, renderer, model.to(device).eval(), depth)
+
+
+def seeing(config: EvaluateConfig, tested: Subject, examples: Sequence[Example]) -> Subject:
+    """The subject with depth for the images of these samples, made where the cache lacks it."""
+    sight = tested.renderer.sight
+    if tested.depth is None or sight is None or not any(example.images for example in examples):
+        return tested
+    depth, sight = prepared(tested.depth, config.depth, sight, examples, seed=config.seed, device=tested.device)
+    return replace(tested, renderer=replace(tested.renderer, sight=sight), depth=depth)
+
+
+def plain_model(name: str, dtype: str, device: torch.device) -> Any:
+    return load_model(name, torch_dtype(dtype, trained=False, device=device)).to(device).eval()
+
+
+def compared_base(config: EvaluateConfig, tested: Subject, documents: Sequence[str]) -> Any:
+    """The base of a merged or fully tuned model, with the same tokens."""
+    name = config.base_model_id
+    if not name:
+        raise UsageError(
+            f"--forget: {config.model_name} is no adapter; give the model that it was made from with --base_model_id"
+        )
+    tokenizer, own = load_tokenizer(name), tested.renderer.tokenizer
+    if any(tokenizer(text)["input_ids"] != own(text)["input_ids"] for text in documents):
+        raise DataError(
+            f"{name} and {config.model_name} cut the text into different tokens, so nothing can be compared"
+        )
+    return plain_model(name, config.dtype, tested.device)
+
+
+def generator(config: EvaluateConfig, tested: Subject, task: Task, examples: Sequence[Example]) -> Generator:
+    """The engine, with a renderer that leaves room for what is generated, or for the longest label."""
+    if by_likelihood(config, task):
+        reserve = longest_answer(tested.renderer, examples[0], label_set(examples))
+    else:
+        reserve = config.generation.max_new_tokens
+    renderer = tested.renderer.leaving(reserve)
+    decoding = GenerationSettings(batch_size=config.batch_size, seed=config.seed, **vars(config.generation))
+    if config.engine == "vllm":
+        return VLLMGenerator(tested.base, renderer, decoding, tested.adapter, config.dtype)
+    return HFGenerator(tested.model, renderer, decoding)
+
+
+def by_likelihood(config: EvaluateConfig, task: Task) -> bool:
+    return task.classifies and config.classify == "likelihood"
+
+
+def fitting(examples: Sequence[Example], renderer: Renderer) -> list[Example]:
+    """The items whose prompts fit; the others are counted aloud."""
+    checked = check_samples(examples, renderer, prompts=True)
+    for note in checked.notes():
+        announce(note)
+    return [examples[index] for index in checked.usable]
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: a GPU if there is one; of several processes each takes its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no GPU is visible to torch here")
+    if name == "cuda" and process_index()[1] > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device is auto, cpu or cuda, got {name}") from error
+
+
+@dataclass(frozen=True)
+class Trained:
+    """model: on its device, in evaluation mode; PEFT-wrapped where there is an adapter. processor: of images and text
+    (with depth where the model takes it, as the runtime where it was trained for a device), or the tokenizer of a text
+    model. target: that device; `target.resize` makes the pictures that the model was trained on. record: how training
+    made prompts, where it says so; the tokenizer has its chat template."""
+
+    model: Any
+    processor: Any
+    depth: DepthSettings | None = None
+    target: DeviceTarget | None = None
+    record: InputRecord | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+
+def load(
+    path: str | Path,
+    *,
+    base_model: str | None = None,
+    depth_checkpoint_path: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Trained:
+    """Base + adapter + depth from an adapter's folder, a run folder, one of its checkpoints, or a (merged) model.
+
+    A model that was trained with depth gets its encoder, its gate and its estimator, which `depth.json` names and
+    whose fingerprint is checked. depth_checkpoint_path: that estimator in another place. base_model: the base where
+    the adapter does not say it, or in another place.
+
+    Raises DataError where a part is missing or is another one than in training: a model trained with depth does not
+    run without its estimator.
+    """
+    base, adapter = base_and_adapter(str(path), base_model)
+    settings = trained_with(base, adapter, DepthUseSection(depth_checkpoint_path=depth_checkpoint_path))
+    estimator = estimator_of(settings) if settings else None
+    place = pick_device(device)
+    model: Any = load_model(base, torch_dtype(dtype, trained=False, device=place)).to(place)
+    processor = load_processor(base) if hasattr(load_config(base), "vision_config") else load_tokenizer(base)
+    target = (read_target(adapter) if adapter else None) or read_target(resolve(base))
+    if target:
+        processor = device_processor(processor, target)
+    found = recorded([*([adapter] if adapter else []), resolve(base)])
+    if found.record and found.record.chat_template:
+        getattr(processor, "tokenizer", processor).chat_template = found.record.chat_template
+    if settings:
+        attach_depth(model, settings)
+        processor = with_depth_output(processor, settings, estimator)
+    if estimator:
+        estimator.model.to(place)
+        setattr(model, ESTIMATOR, estimator)
+    if adapter:
+        model = load_adapter(model, adapter)
+    return Trained(model.to(place).eval(), processor, settings, target, found.record)

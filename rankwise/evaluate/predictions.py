@@ -1,0 +1,282 @@
+"""The file of predictions: one JSON line each, on the disk as soon as it is known, with what made them beside it.
+
+predictions.jsonl            {"id", "prompt", "prediction", "references"} per line, and "scores" of labels, "images"
+predictions.settings.json    engine, decoding, model and data that made them: others must not be mixed in
+predictions.part1.jsonl      what process 1 of several has made so far; the first process joins the parts at the end
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from rankwise.data.example import Example
+from rankwise.data.template import without_images
+from rankwise.errors import DataError, UsageError
+from rankwise.evaluate.generate import Answering
+from rankwise.files.atomic import read_document, read_object, write_json
+from rankwise.files.processes import gathered, own_share, process_index
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One generated text, or chosen label, with what it was made from and is compared with.
+
+    scores: log-likelihood of every label where the label was chosen by them. images: references as the data have
+    them; question: the last user turn without its image slots, for rows with images.
+    """
+
+    id: str
+    prompt: str
+    prediction: str
+    references: tuple[str, ...]
+    scores: dict[str, float] | None = None
+    images: tuple[str, ...] = ()
+    question: str | None = None
+
+    def line(self) -> str:
+        row = asdict(self)
+        if self.scores is None:
+            del row["scores"]
+        if not self.images:
+            del row["images"], row["question"]
+        return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def predict(
+    generator: Answering, examples: Sequence[Example], path: str | Path, made_from: Mapping[str, Any] | None = None
+) -> list[Prediction]:
+    """Texts for all samples, in their order; those already in the file are not generated again.
+
+    Several processes (torchrun) share the samples; every process returns all of them.
+
+    made_from: fingerprints of model and data; with the generator's settings they must be those of the file.
+    """
+    path = Path(path)
+    names = [example.id for example in examples]
+    assert len(set(names)) == len(names), "ids must be unique"
+    rank, count = process_index()
+    if rank == 0:
+        _claim(path, {"generator": dict(generator.settings), "made_from": dict(made_from or {})})
+        _join(path)
+    gathered({rank: True})  # nobody reads the file before the first process has made it whole
+    done = _read(path, {example.id: example.references for example in examples})
+    missing = [example for example in examples if example.id not in done]
+    own = own_share(missing, [_length(example) for example in missing]) if count > 1 else missing
+    made = _generate(generator, own, path if count == 1 else _part(path, rank), len(done))
+    done |= gathered(made)
+    if rank == 0:
+        _join(path)
+    return [done[name] for name in names]
+
+
+def _length(example: Example) -> int:
+    return sum(len(turn.text) for turn in example.turns)
+
+
+def _generate(generator: Answering, examples: Sequence[Example], path: Path, before: int) -> dict[str, Prediction]:
+    """Predictions by id, each appended to the file as soon as it is known."""
+    made: dict[str, Prediction] = {}
+    quiet = True if process_index()[0] else None
+    bar = tqdm(total=before + len(examples), initial=before, desc="generate", unit="text", disable=quiet)
+    with path.open("a", encoding="utf-8", newline="\n") as file, bar:
+        for generated in generator.generate(examples) if examples else ():
+            example = examples[generated.position]
+            scores = None if generated.scores is None else dict(generated.scores)
+            answer = (generated.prompt, generated.text, example.references)
+            prediction = Prediction(example.id, *answer, scores, example.images, _question(example))
+            file.write(prediction.line())
+            file.flush()
+            made[example.id] = prediction
+            bar.update()
+    return made
+
+
+def _question(example: Example) -> str | None:
+    """What is asked about the pictures, for eyes: the prompt has it between the family's image tokens."""
+    if not example.images:
+        return None
+    asked = [turn.text for turn in without_images(example).turns if turn.role == "user"]
+    return asked[-1]
+
+
+def _part(path: Path, rank: int) -> Path:
+    return path.with_suffix(f".part{rank}{path.suffix}")
+
+
+def _join(path: Path) -> None:
+    """Make the file whole: the parts of several processes go to its end; lines that a kill cut short go."""
+    for file in (path, *sorted(path.parent.glob(f"{path.stem}.part*{path.suffix}"))):
+        _cut_back(file)
+        if file != path and file.exists():
+            with path.open("ab") as whole:
+                whole.write(file.read_bytes())
+            file.unlink()
+
+
+def _cut_back(path: Path) -> None:
+    """Take off a last line without its end, as a kill leaves it."""
+    content = path.read_bytes() if path.exists() else b""
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+
+
+def _claim(path: Path, settings: dict[str, Any]) -> None:
+    """Write what makes the predictions, or check that it is what made those already there."""
+    record = path.with_suffix(".settings.json")
+    settings = json.loads(json.dumps(settings))
+    parts = list(path.parent.glob(f"{path.stem}.part*{path.suffix}"))
+    if not path.exists() and not parts:
+        write_json(record, settings)
+        return
+    if not record.exists():
+        raise UsageError(f"{path} exists, but {record.name} beside it does not: delete it or choose another folder")
+    before = read_object(record)
+    differences = [
+        f"{name}: {before.get(part, {}).get(name)!r} then, {settings[part].get(name)!r} now"
+        for part in settings
+        for name in sorted({*before.get(part, {}), *settings[part]})
+        if before.get(part, {}).get(name) != settings[part].get(name)
+    ]
+    if differences:
+        listed = "\n    ".join(differences)
+        raise UsageError(
+            f"{path} holds predictions made otherwise:\n    {listed}\n  Delete it or choose another output folder."
+        )
+
+
+def _read(path: Path, references: Mapping[str, tuple[str, ...]]) -> dict[str, Prediction]:
+    """Predictions of the wanted samples that the file holds."""
+    done = {}
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        prediction = _parsed(line, path, number)
+        if prediction.id not in references:
+            continue
+        if prediction.references != references[prediction.id]:
+            raise UsageError(
+                f"{path}, line {number}: the references of {prediction.id} are not those of the data; "
+                "it was made from other data: delete it or choose another output folder"
+            )
+        done[prediction.id] = prediction
+    return done
+
+
+def _parsed(line: str, path: Path, number: int) -> Prediction:
+    try:
+        row = json.loads(line)
+        answer = (row["prompt"], row["prediction"], tuple(row["references"]))
+        seen = (tuple(row.get("images", ())), row.get("question"))
+        return Prediction(row["id"], *answer, row.get("scores"), *seen)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{path}, line {number}: not a prediction ({error}); delete the file to start anew") from error
+
+
+FORMAT = "rankwise-evaluation/1"
+FILE = "evaluation_results.json"
+READ_FIRST = (
+    *("bleu", "accuracy", "exact_match", "logical_form", "execution_accuracy", "macro_f1"),
+    *("rouge_l", "meteor", "meteor_exact_stem", "rouge_lsum", "rouge_1", "rouge_2"),
+)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a scorer found.
+
+    intervals: 95 %, by metric: Wilson's of shares, a bootstrap of the rest; none where all items score alike.
+    unavailable: metrics that could not be computed, and why. details: how the numbers were made (signatures,
+    tokenisation, scale).
+    """
+
+    n: int
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluationResult(Mapping[str, float]):
+    """One evaluation. Reads like a mapping of its metrics, with `num_samples` for n: `result["bleu"]`."""
+
+    task: str
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    n: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """How labels were chosen, `likelihood` or `generation`; "" for a task without classes."""
+        if "classify" not in self.settings.get("scoring", {}):
+            return ""
+        return "likelihood" if self.settings.get("classify") == "likelihood" else "generation"
+
+    @property
+    def title(self) -> str:
+        """The task, and the method where there are two: `labels by generation`."""
+        return f"{self.task} by {self.method}" if self.method else self.task
+
+    def __getitem__(self, name: str) -> float:
+        if name == "num_samples":
+            return self.n
+        if name in self.unavailable:
+            raise KeyError(f"{name} could not be computed: {self.unavailable[name]}")
+        return self.metrics[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self.metrics, "num_samples"))
+
+    def __len__(self) -> int:
+        return len(self.metrics) + 1
+
+    def save(self, folder: str | Path, name: str = FILE) -> Path:
+        """Write `evaluation_results.json`, or a file of that form and another name, in the folder; returns its path."""
+        content = {
+            "format": FORMAT,
+            "task": self.task,
+            "n": self.n,
+            "metrics": self.metrics,
+            "intervals_95": self.intervals,
+            "unavailable": self.unavailable,
+            "settings": self.settings,
+            "versions": self.versions,
+        }
+        return write_json(Path(folder) / name, content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> EvaluationResult:
+        """Read a results file, or that of a folder; DataError where it is none."""
+        file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        content = read_document(file, FORMAT, "an evaluation result")
+        return cls(
+            task=content["task"],
+            metrics=content["metrics"],
+            intervals={name: (low, high) for name, (low, high) in content["intervals_95"].items()},
+            n=content["n"],
+            settings=content["settings"],
+            versions=content["versions"],
+            unavailable=content["unavailable"],
+        )
+
+
+def installed(names: Sequence[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

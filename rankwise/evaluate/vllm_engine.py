@@ -1,0 +1,145 @@
+"""Generation and label scores by vLLM, where it is installed: the same prompts, as token ids.
+
+Renderer ── prompt ids ──▶ vllm.LLM (+ LoRARequest) ──▶ ids ── Renderer ──▶ text
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rankwise.data.example import Example
+from rankwise.data.render import Renderer
+from rankwise.errors import UsageError, need
+from rankwise.evaluate.generate import Generated, GenerationSettings, LabelScores
+from rankwise.evaluate.likelihood import answered, prompt_of
+from rankwise.files.adapter import CONFIG_NAME
+from rankwise.files.atomic import read_object
+
+EXTRA = "vllm"
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
+CHUNKS_IN_FLIGHT = 16  # vLLM fills its own batches; a chunk is what is recorded at once
+
+
+def check_installed() -> None:
+    """UsageError naming the extra where vLLM is missing."""
+    need("vllm", extra=EXTRA)
+
+
+@dataclass(frozen=True)
+class VLLMGenerator:
+    """A model that vLLM runs by its name or folder, with a plain LoRA adapter of one rank everywhere, or none.
+
+    dtype: auto, float32, bfloat16 or float16. Prompts go in as token ids, so they are those of training. What vLLM
+    cannot do (beam search through this interface, adapters with ranks by site, DoRA) is a UsageError that says so.
+    """
+
+    model: str
+    renderer: Renderer
+    decoding: GenerationSettings = GenerationSettings()
+    adapter: Path | None = None
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.decoding.num_beams > 1:
+            raise UsageError("--engine vllm samples or is greedy; --num_beams needs --engine transformers")
+        if self.adapter:
+            max_rank(self.adapter)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"engine": "vllm", "dtype": self.dtype, **self.renderer.settings, **self.decoding.deciding}
+
+    def generate(self, examples: Sequence[Example]) -> Iterator[Generated]:
+        """Texts as chunks of samples are done, longest prompts first."""
+        prompts = [self.renderer.prompt_ids(example) for example in examples]
+        for chunk in self._chunks(prompts, 1):
+            outputs = self._run([prompts[position] for position in chunk], self._sampling())
+            for position, output in zip(chunk, outputs, strict=True):
+                text = self.renderer.answer(list(output.outputs[0].token_ids))
+                yield Generated(position, self.renderer.text(prompts[position]), text)
+
+    def label_scores(self, examples: Sequence[Example], labels: Sequence[str]) -> Iterator[LabelScores]:
+        """Log-likelihoods from vLLM's log-probabilities of a prompt that ends in the label."""
+        rows = answered(self.renderer, examples, labels)
+        parameters = self._parameters(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+        for chunk in self._chunks([group[0].input_ids for group in rows], len(labels)):
+            asked = [row for position in chunk for row in rows[position]]
+            outputs = iter(self._run([row.input_ids for row in asked], parameters))
+            for position in chunk:
+                start = len(prompt_of(rows[position][0]))
+                values = {label: _log_likelihood(next(outputs), start) for label in labels}
+                yield LabelScores(position, self.renderer.text(rows[position][0].input_ids[:start]), values)
+
+    def _chunks(self, prompts: Sequence[Sequence[int]], each: int) -> Iterator[list[int]]:
+        order = self.decoding.order(prompts)
+        size = max(1, self.decoding.batch_size * CHUNKS_IN_FLIGHT // each)
+        return (order[start : start + size] for start in range(0, len(order), size))
+
+    def _run(self, prompts: Sequence[Sequence[int]], parameters: Any) -> list[Any]:
+        asked = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        outputs: list[Any] = self._engine.generate(
+            asked, sampling_params=parameters, use_tqdm=False, lora_request=self._request
+        )
+        return outputs
+
+    def _sampling(self) -> Any:
+        sampled = self.decoding.do_sample
+        return self._parameters(
+            temperature=self.decoding.temperature if sampled else 0.0,
+            top_p=self.decoding.top_p if sampled else 1.0,
+            max_tokens=self.decoding.max_new_tokens,
+            stop_token_ids=list(self.renderer.end_ids),
+            seed=self.decoding.seed,
+        )
+
+    def _parameters(self, **given: Any) -> Any:
+        return need("vllm", extra=EXTRA).SamplingParams(detokenize=False, **given)
+
+    @cached_property
+    def _engine(self) -> Any:
+        """Loaded when first asked. Nothing of the model's own generation defaults enters."""
+        lora: dict[str, Any] = {}
+        if self.adapter:
+            lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_rank(self.adapter)}
+        return need("vllm", extra=EXTRA).LLM(
+            model=self.model,
+            dtype=self.dtype,
+            seed=self.decoding.seed,
+            max_model_len=self.renderer.limit + 1,  # a scored prompt is followed by one generated token
+            generation_config="vllm",
+            **lora,
+        )
+
+    @cached_property
+    def _request(self) -> Any:
+        if self.adapter is None:
+            return None
+        return need("vllm.lora.request", extra=EXTRA).LoRARequest("adapter", 1, str(self.adapter))
+
+
+def _log_likelihood(output: Any, start: int) -> float:
+    """Sum of the log-probabilities of the prompt's ids from `start` on."""
+    ids = output.prompt_token_ids
+    return float(sum(output.prompt_logprobs[place][ids[place]].logprob for place in range(start, len(ids))))
+
+
+def max_rank(adapter: Path) -> int:
+    """The smallest rank limit of vLLM that takes the adapter; UsageError for adapters that it would read wrong."""
+    config: Mapping[str, Any] = read_object(adapter / CONFIG_NAME)
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise UsageError(
+            f"{adapter} has ranks or scales per site, which vLLM does not read; write the uniform form, which changes "
+            f"nothing else, with: rankwise compress {adapter} --uniform --energy 1"
+        )
+    refused = [name for name in ("use_dora", "modules_to_save") if config.get(name)]
+    if config.get("peft_type") != "LORA" or refused or config.get("bias", "none") != "none":
+        what = ", ".join(refused) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
+        raise UsageError(f"{adapter}: vLLM takes plain LoRA only, this is {what}; merge it with `rankwise merge`")
+    found = [rank for rank in RANKS if rank >= int(config["r"])]
+    if not found:
+        raise UsageError(f"{adapter} has rank {config['r']}, vLLM takes {RANKS[-1]} at most; compress or merge it")
+    return found[0]

@@ -1,0 +1,203 @@
+"""rankwise features downstream: does a model's answer survive when factors stand in for its pictures' features?
+
+rankwise features downstream MODEL --data_path heldout.json --results_dir results
+questions with pictures ──▶ the model as it is, and with X̂ of every method and rank ──▶ downstream.json, .md, .png
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rankwise.data.reading import read_examples, task_of
+from rankwise.errors import UsageError
+from rankwise.evaluate import bootstrap
+from rankwise.evaluate.command import model_facts
+from rankwise.evaluate.engines import base_and_adapter, seeing, subject
+from rankwise.evaluate.predictions import installed
+from rankwise.features.answers import Answers, Replacement, compare_answers, measured, paired
+from rankwise.features.downstream_page import FORMAT, JSON, MARKDOWN, PICTURE, markdown, plot_downstream, terminal
+from rankwise.features.measures import PCA, SVD
+from rankwise.features.nets.files import WEIGHTS
+from rankwise.features.questions import (
+    Part,
+    Questions,
+    fitting,
+    origin_notes,
+    parts,
+    questions,
+    ranks_of,
+    replacements,
+    stretched,
+    with_pictures,
+)
+from rankwise.features.trained import is_of, networks, stretch_of
+from rankwise.files.adapter import adapter_files
+from rankwise.files.atomic import fingerprint, write_json, write_text
+from rankwise.files.checkpoint import model_fingerprint, resolve
+from rankwise.files.processes import process_index
+from rankwise.files.run_folder import RunFolder
+from rankwise.options.commands import EvaluateConfig
+from rankwise.options.features import DownstreamConfig
+from rankwise.options.sections import ScoredData
+
+CONFIG, STAGE = "resolved_config.downstream.json", "features downstream"
+LIBRARIES = ("rankwise", "torch", "transformers", "peft")
+
+
+def run(config: DownstreamConfig) -> Mapping[str, Any]:
+    """Measure, write and print; returns the content of downstream.json."""
+    check(config)
+    bootstrap.check_installed()
+    base, adapter = base_and_adapter(str(config.model_name), config.base_model_id)
+    folder = RunFolder(Path(config.results_dir).expanduser())
+    with folder.lock(), folder.recording(STAGE, inputs(config, base, adapter)) as record:
+        content = compared(config, base, adapter)
+        folder.save_config(config, CONFIG)
+        files = written(content, folder, config)
+        record.outputs |= files
+    print("\n".join([*terminal(content), *(f"note: {note}" for note in content["notes"])]))
+    print(f"{', '.join(path.name for path in files.values())} in {folder.path}")
+    return content
+
+
+def check(config: DownstreamConfig) -> None:
+    """What nothing works without, before a model is loaded."""
+    if not config.model_name:
+        raise UsageError("features downstream needs a model: rankwise features downstream MODEL --data_path ROWS")
+    if not config.data_path:
+        raise UsageError("--data_path is missing: where are the questions with pictures and their right answers?")
+    if process_index()[1] > 1:
+        raise UsageError("features downstream runs in one process: start it without torchrun")
+
+
+def inputs(config: DownstreamConfig, base: str, adapter: Path | None) -> dict[str, Path | str]:
+    found: dict[str, Path | str] = {"model": base, "data": str(config.data_path)}
+    return found | ({"adapter": str(adapter_files(adapter)[0])} if adapter else {})
+
+
+def compared(config: DownstreamConfig, base: str, adapter: Path | None) -> dict[str, Any]:
+    """The content of downstream.json."""
+    trained = networks(config.results_dir, config.arch)
+    rows, notes = asked(config, base, adapter, stretch_of(trained))
+    shapes = sorted({(matrix.shape[-2], matrix.shape[-1]) for matrix in rows.features()})
+    found, left_out = fitting(trained, shapes, bool(config.arch))
+    own = model_fingerprint(resolve(base))  # as a feature cache names its model
+    for each in found:
+        each.net.to(rows.tested.device)
+    ranks = ranks_of(config.ranks, found, shapes)
+    divided, source = parts(rows, [each for each in found if is_of(each, own)], ranks[-1], config.seed)
+    stand_ins = [replacements(part, ranks, found, shapes, config.seed) for part in divided]
+    original, results = answers(rows, divided, stand_ins)
+    groups = [rows.groups[place] for part in divided for place in part.places]
+    table = [measured(original, original, groups, seed=config.seed)]
+    for replacement, result in zip(stand_ins[0], results, strict=True):
+        table.append(measured(original, result, groups, replacement, seed=config.seed))
+    return {
+        "format": FORMAT,
+        "model": {"name": config.model_name, "base": base, **model_facts(base, adapter)},
+        "shapes": shapes,
+        "rows": [row.record() for row in table],
+        "paired": against_baselines(stand_ins[0], results, groups, config.seed),
+        "settings": {
+            "samples": len(rows),
+            "pictures": len({picture for row in rows.pictures for picture in row}),
+            "answer_tokens": int(original.tokens.sum()),
+            "ranks": ranks,
+            "pca_basis": source,
+            "networks": {each.name: fingerprint(each.folder / WEIGHTS) for each in found},
+            "data": fingerprint(str(config.data_path)),
+            "dtype": str(next(rows.tested.model.parameters()).dtype).removeprefix("torch."),
+            "seed": config.seed,
+        },
+        "notes": [*notes, *left_out, *origin_notes(found, own, rows)],
+        "versions": installed(LIBRARIES),
+    }
+
+
+def asked(
+    config: DownstreamConfig, base: str, adapter: Path | None, square: int | None = None
+) -> tuple[Questions, list[str]]:
+    """The model with its adapter and the questions, rendered as in its training; and notes on rows left out.
+
+    square: what pictures are stretched to unless --image_size or a device says otherwise.
+    """
+    how = as_evaluation(config)
+    tested = subject(how, base, adapter)
+    examples = read_examples(how.data, str(config.data_path), how.split, sees_images=tested.renderer.sight is not None)
+    tested = stretched(tested, config.image_size, square)
+    chosen, notes = with_pictures(examples, config.num_samples, str(config.data_path))
+    rows = questions(seeing(how, tested, chosen), chosen, config.batch_size)
+    return rows, [*notes, *rows.rows.notes()]
+
+
+def as_evaluation(config: DownstreamConfig) -> EvaluateConfig:
+    """The options under which `rankwise evaluate` would put these questions to this model."""
+    data = ScoredData(data_path=config.data_path, image_folder=config.image_folder, allow_outside=config.allow_outside)
+    task = task_of(data)
+    if task is None:
+        raise UsageError(
+            f"--data_path {config.data_path}: conversations (.json, .jsonl) or the folder of a labelled data set with "
+            "task.json are read here"
+        )
+    return EvaluateConfig(
+        model_name=config.model_name,
+        data=replace(data, task=task),
+        dtype=config.dtype,
+        device=config.device,
+        seed=config.seed,
+    )
+
+
+def answers(
+    rows: Questions, divided: Sequence[Part], stand_ins: Sequence[Sequence[Replacement]]
+) -> tuple[Answers, list[Answers]]:
+    """Of the rows in the order of the parts: as the model is, and with each replacement."""
+    pairs = [
+        compare_answers(rows.tested.model, rows.batches(part.places), own)
+        for part, own in zip(divided, stand_ins, strict=True)
+    ]
+    originals, results = zip(*pairs, strict=True)
+    return Answers.joined(originals), [Answers.joined(same) for same in zip(*results, strict=True)]
+
+
+def against_baselines(
+    stand_ins: Sequence[Replacement], results: Sequence[Answers], groups: Sequence[str], seed: int
+) -> list[dict[str, Any]]:
+    """Every network's KL minus that of the SVD and of the shared PCA of its rank, on the same rows."""
+    found = {(each.method, each.rank): result for each, result in zip(stand_ins, results, strict=True)}
+    return [
+        {
+            "method": each.method,
+            "rank": each.rank,
+            "against": other,
+            **paired(result, found[other, each.rank], groups, seed=seed),
+        }
+        for each, result in zip(stand_ins, results, strict=True)
+        for other in (SVD, PCA)
+        if each.network and (other, each.rank) in found
+    ]
+
+
+def written(content: Mapping[str, Any], folder: RunFolder, config: DownstreamConfig) -> dict[str, Path]:
+    files = {
+        "downstream": write_json(folder / JSON, content),
+        "table": write_text(folder / MARKDOWN, markdown(content)),
+    }
+    if not config.no_plots:
+        files["plot"] = plot_downstream(content, folder / PICTURE)
+    return files
+
+
+def describe(config: DownstreamConfig) -> list[str]:
+    check(config)
+    names = [JSON, MARKDOWN, *([] if config.no_plots else [PICTURE])]
+    nets = ", ".join(config.arch) or f"every network in {config.results_dir} that fits"
+    return [
+        f"put the questions of {config.data_path} to {config.model_name} as it is",
+        "put them again with its pictures' features replaced, by the SVD, the randomized SVD, a shared PCA, "
+        f"{nets}; and by nothing",
+        f"write {', '.join(names)} in {config.results_dir}",
+    ]

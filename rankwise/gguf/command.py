@@ -1,0 +1,239 @@
+"""rankwise export: merged checkpoint → GGUF files and their mmproj, proven tensor by tensor before they are named.
+
+rankwise export merged_model -o exported_model
+rankwise export --install-converter
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rankwise.data.device import DeviceTarget, read_target
+from rankwise.data.example import Example, Turn
+from rankwise.data.recorded import announce_prompts, carry, contracts, recorded
+from rankwise.data.renderer_for import rendered_as, renderer_for, shown_as
+from rankwise.errors import DataError, UsageError
+from rankwise.files.adapter import adapter_files
+from rankwise.files.atomic import atomic_folder, fingerprint, sha256, write_json
+from rankwise.files.checkpoint import resolve
+from rankwise.files.lineage import trained_rows
+from rankwise.files.run_folder import RunFolder
+from rankwise.gguf.converter import OUTTYPES, Converter, converter_folder, find_converter, install_converter
+from rankwise.gguf.export import FILE, FORMAT, Exported, read_export, write_export
+from rankwise.gguf.lora import largest_rank, read_plain, require_text_sites, write_adapter_gguf
+from rankwise.gguf.plan import ExportPlan, plan_export, require_model, require_space
+from rankwise.models.load import load_config
+from rankwise.options.commands import ExportConfig
+from rankwise.options.sections import ModelSection
+from rankwise.page.text import command_line, plural
+
+STAGE = "export"
+ASKED = Example("probe", "probe", (Turn("user", "a"), Turn("assistant", "b")))
+
+
+def run(config: ExportConfig) -> Exported | Path | None:
+    """The whole command; returns the export, the adapter's GGUF, or None where only the converter was installed."""
+    check_options(config)
+    if config.model or config.adapter_gguf:
+        RunFolder(config.output_dir).refuse_other_content(STAGE)
+    converter = the_converter(config)
+    if config.adapter_gguf:
+        return export_adapter(config, Path(config.adapter_gguf), converter)
+    if not config.model:
+        return None
+    started = time.monotonic()
+    plan = plan_of(config, converter)
+    check_input(config, plan)
+    out = RunFolder(config.output_dir)
+    require_space(plan, out.path)
+    with out.lock():
+        print(f"converting {config.model} ({', '.join(plan.kinds)}: {', '.join(plan.outtypes)})", flush=True)
+        with atomic_folder(out.path) as temporary:
+            inside = RunFolder(temporary)
+            with inside.recording(STAGE, {"model": plan.model}) as record:
+                content = write_export(plan, temporary)
+                record.outputs |= {name: temporary / name for name in (FILE, *file_names(content))}
+                record.outputs |= contracts(temporary)
+                record.facts["converter"] = content["converter"]
+                inside.save_config(config)
+    report(plan, content, config, time.monotonic() - started)
+    return read_export(out.path)
+
+
+def check_options(config: ExportConfig) -> None:
+    """What can be said before anything is read."""
+    if not (config.model or config.adapter_gguf or config.install_converter):
+        raise UsageError("export needs a merged model: rankwise export merged_model -o exported_model")
+    unknown = [kind for kind in config.outtype if kind not in OUTTYPES]
+    if unknown or not config.outtype:
+        raise UsageError(f"--outtype takes {', '.join(OUTTYPES)}; got {', '.join(unknown) or 'nothing'}")
+    if config.adapter_gguf and config.mmproj:
+        raise UsageError("--adapter_gguf writes a LoRA for the text model; --mmproj does not go with it")
+
+
+def check_installed(config: ExportConfig) -> None:
+    """UsageError where llama.cpp's converter is not here: in a recipe, before the stages that lead here."""
+    if (config.model or config.adapter_gguf) and not config.install_converter:
+        find_converter(config.llama_cpp_dir)
+
+
+def the_converter(config: ExportConfig) -> Converter:
+    if config.install_converter:
+        converter = install_converter()
+        print(f"llama.cpp's converter (llama-cpp-python {converter.version}) is in {converter.folder}")
+        if not config.llama_cpp_dir:
+            return converter
+    return find_converter(config.llama_cpp_dir)
+
+
+def plan_of(config: ExportConfig, converter: Converter) -> ExportPlan:
+    return plan_export(
+        str(config.model),
+        outtypes=config.outtype,
+        converter=converter,
+        mmproj=config.mmproj,
+        name=config.name,
+        base=config.base_model,
+        target=given_target(config),
+        verify=not config.no_verify,
+        begins=begins(resolve(str(config.model))),
+    )
+
+
+def begins(model: Path) -> bool:
+    """Whether training's prompts open with a start token: a chat template may write none though the tokenizer adds one
+    to other texts, and llama.cpp adds one to every prompt where the GGUF says so. True where nothing is recorded."""
+    require_model(model)
+    record = recorded([model]).record
+    if record is None:
+        return True
+    renderer, _ = rendered_as(shown_as(record), ModelSection(), str(model), load_config(str(model)))
+    return renderer.prompt_ids(ASKED)[:1] == [renderer.tokenizer.bos_token_id]
+
+
+def check_input(config: ExportConfig, plan: ExportPlan) -> None:
+    """How prompts are made, said. UsageError for another device than the training's, DataError for a tokenizer or a
+    template that is not."""
+    found = recorded([plan.model])
+    if found.record is None:
+        announce_prompts(None, found)
+        return
+    geometry, target, name = found.record.image_geometry, given_target(config), str(plan.model)
+    if target and geometry is not None and target.geometry != geometry:
+        raise UsageError(
+            f"--target {config.target}: is for another device than the training's ({target.geometry} against "
+            f"{geometry or 'pictures as the processor takes them'}); leave it out, or train for that device"
+        )
+    renderer_for(shown_as(found.record), ModelSection(), name, load_config(name), strict=True)
+
+
+def given_target(config: ExportConfig) -> DeviceTarget | None:
+    if not config.target:
+        return None
+    target = read_target(config.target)
+    if target is None:
+        raise DataError(f"--target {config.target}: no device.json there")
+    return target
+
+
+def file_names(content: Mapping[str, Any]) -> list[str]:
+    return [name for files in content["files"].values() for name in (files["text"], files["mmproj"]) if name]
+
+
+# --- what people read --------------------------------------------------------------------------------------------
+
+
+def report(plan: ExportPlan, content: Mapping[str, Any], config: ExportConfig, seconds: float) -> None:
+    for note in content["notes"]:
+        print(f"note: {note}")
+    for outtype, files in content["files"].items():
+        for kind, size in files["bytes"].items():
+            print(f"  {files[kind]}  {size / 1e6:,.1f} MB{wider(content['kept_wider'][files[kind]], outtype)}")
+    print(verdict(plan, content["verification"]))
+    print(f"exported to {config.output_dir} in {seconds:.0f} s")
+    rows = trained_rows(Path(config.output_dir))
+    if rows:
+        print(f"next: {command_line('validate', config.output_dir, **rows)}")
+
+
+def wider(kept: Mapping[str, str], outtype: str) -> str:
+    return f" ({plural(len(kept), 'tensor')} wider than {outtype}: {', '.join(kept)})" if kept else ""
+
+
+def verdict(plan: ExportPlan, proof: Mapping[str, Any] | None) -> str:
+    if proof is None:
+        return "not verified (--no_verify)"
+    tensors = sum(proof["checkpoint"]["tensors"].values())
+    lines = [
+        f"verified: {plural(tensors, 'tensor')} of the checkpoint, tokenizer and template as transformers has them"
+    ]
+    for outtype, kinds in proof["errors"].items():
+        worst = max(one["largest_rms"] for one in kinds.values())
+        lines.append(f"  {outtype}: at most {worst:.1e} (relative rms) from the float32 weights in any tensor")
+    lines += [
+        f"  {name}: keeps at least {one['least_kept']:.2%} of the tuning in each of {plural(one['tensors'], 'tensor')}"
+        for name, one in (proof["tuned"] or {}).items()
+    ]
+    if plan.base is None:
+        lines.append("  not compared with the base (give it with --base_model)")
+    return "\n".join(lines)
+
+
+def describe(config: ExportConfig) -> list[str]:
+    check_options(config)
+    lines = []
+    if config.install_converter:
+        lines.append(f"download llama.cpp's converter into {converter_folder()}, unless it is there")
+    if config.adapter_gguf:
+        return [*lines, f"write the adapter {config.adapter_gguf} as GGUF to {config.output_dir}, its scales in B"]
+    if not config.model:
+        return lines
+    if Path(config.model).exists():  # in a recipe an earlier stage may still have to make it
+        require_model(resolve(config.model))
+    tower = {None: "and its vision tower, if it has one", True: "and its vision tower", False: "text only"}
+    lines.append(f"convert {config.model} to GGUF: {', '.join(config.outtype)}; {tower[config.mmproj]}")
+    if not config.no_verify:
+        lines.append("compare every tensor with the checkpoint, and write nothing if one is not what it should be")
+    return [*lines, f"write the files and {FILE} to {config.output_dir}"]
+
+
+# --- an adapter --------------------------------------------------------------------------------------------------
+
+
+def export_adapter(config: ExportConfig, adapter: Path, converter: Converter) -> Path:
+    """The adapter's GGUF in the output folder, with an export.json that names it."""
+    found, made = read_plain(adapter), recorded([adapter_files(adapter)[0].parent])
+    announce_prompts(made.record, made)
+    base = config.model or config.base_model or found.base_model
+    if not base:
+        raise UsageError(f"{adapter}: does not say what its base is; give it with --base_model")
+    require_text_sites(found, resolve(base), adapter)
+    out = RunFolder(config.output_dir)
+    name = f"{config.name or adapter.resolve().name}-lora-f32.gguf"
+    with out.lock(), atomic_folder(out.path) as temporary:
+        inside = RunFolder(temporary)
+        with inside.recording(STAGE, {"adapter": adapter, "base": base}) as record:
+            record.outputs |= carry(adapter_files(adapter)[0].parent, temporary)
+            file = write_adapter_gguf(adapter, resolve(base), temporary / name, converter)
+            write_json(temporary / FILE, adapter_description(adapter, base, file, converter))
+            record.outputs |= {FILE: temporary / FILE, name: file}
+            inside.save_config(config)
+    sites, rank = len(found.pairs), largest_rank(found)
+    print(f"wrote {plural(sites, 'site')} (largest rank {rank}) of {adapter} to {out / name}, checked factor by factor")
+    loaded = shlex.join(["llama-server", "-m", "BASE.gguf", "--lora", str(out / name)])
+    print(f"next, BASE.gguf being that of {base}: {loaded}")
+    return out / name
+
+
+def adapter_description(adapter: Path, base: str, file: Path, converter: Converter) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "adapter": {"path": str(adapter), "fingerprint": fingerprint(adapter), "base": base},
+        "converter": {"version": converter.version, "sha256": converter.sha256},
+        "files": {},
+        "adapter_file": {"name": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)},
+    }

@@ -1,0 +1,209 @@
+"""What an export will do, decided and checked before a byte is written.
+
+merged_model/ ── plan_export(…) ──▶ ExportPlan: types, files, what the converter must be told, the space it takes
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from rankwise.data.device import DeviceTarget, read_target
+from rankwise.errors import DataError, UsageError
+from rankwise.files.adapter import is_adapter
+from rankwise.files.atomic import read_object
+from rankwise.files.checkpoint import Checkpoint, open_checkpoint, resolve
+from rankwise.gguf.converter import OUTTYPES, Converter
+from rankwise.gguf.metadata import config_of
+from rankwise.gguf.view import Changes, changes_for
+from rankwise.gguf.vocabulary import Vocabulary, check_forms
+from rankwise.models.depth.settings import FILE as DEPTH_FILE
+from rankwise.models.load import meta_model
+from rankwise.models.sites import weight_table
+from rankwise.models.vocabulary import embedding_paths
+
+BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # of one weight
+REFERENCE = "f32"
+MARGIN, FIXED = 1.05, 32 * 2**20  # tensors that stay wider; vocabulary and metadata
+TEXT, MMPROJ = "text", "mmproj"
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """An export that the converter can do.
+
+    base: the model before tuning, where it is at hand. silenced: the tokenizer adds a start token to a text, and the
+    prompts of training had none: the GGUF states `vocabulary.add_bos`, false.
+    """
+
+    model: Path
+    name: str
+    outtypes: tuple[str, ...]
+    mmproj: bool
+    converter: Converter
+    checkpoint: Checkpoint
+    vocabulary: Vocabulary
+    changes: Changes
+    target: DeviceTarget | None
+    base: Checkpoint | None
+    verify: bool = True
+    silenced: bool = False
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return (TEXT, MMPROJ) if self.mmproj else (TEXT,)
+
+    @property
+    def sees(self) -> bool:
+        return sees(self.checkpoint.config or {})
+
+    @property
+    def bytes(self) -> int:
+        """Disk space that the files take, with the float32 ones that verification needs for a while."""
+        elements = sum(prod(self.checkpoint.shape(key)) for key in self.checkpoint)
+        kinds = {*self.outtypes, *([REFERENCE] if self.verify else [])}
+        return int(elements * sum(BYTES[kind] for kind in kinds) * MARGIN) + FIXED
+
+    def file(self, outtype: str, kind: str = TEXT) -> str:
+        return f"{'mmproj-' if kind == MMPROJ else ''}{self.name}-{outtype}.gguf"
+
+
+def plan_export(
+    model: str,
+    *,
+    outtypes: Sequence[str],
+    converter: Converter,
+    mmproj: bool | None = None,
+    name: str | None = None,
+    base: str | None = None,
+    target: DeviceTarget | None = None,
+    verify: bool = True,
+    begins: bool = True,
+) -> ExportPlan:
+    """Check all that can be known before converting.
+
+    mmproj: also the vision tower and projector; None: where the model has them. base: what tuning started from; None:
+    what the merge recorded, if it is still there. target: what the device does to an image [the model folder's].
+    begins: whether the prompts of training open with a start token; where not, the GGUF adds none to a text, though the
+    tokenizer does.
+    UsageError for what llama.cpp can't run; DataError for broken files, and for a tokenizer that is longer than the
+    embeddings; VerificationError where the model's two forms of the tokenizer disagree.
+    """
+    folder = resolve(model)
+    config = require_model(folder)
+    kinds = tuple(dict.fromkeys(outtypes))
+    unknown = [kind for kind in kinds if kind not in OUTTYPES]
+    if unknown or not kinds:
+        raise UsageError(f"--outtype takes {', '.join(OUTTYPES)}; got {', '.join(unknown) or 'none'}")
+    if mmproj and not sees(config):
+        raise UsageError(f"{model}: --mmproj is for models that see images, and this one has no vision_config")
+    projector = sees(config) if mmproj is None else mmproj
+    checkpoint, vocabulary = open_checkpoint(folder), Vocabulary.of(folder, sees(config))
+    notes = check_forms(folder)
+    silenced = vocabulary.add_bos and not begins
+    vocabulary = replace(vocabulary, add_bos=vocabulary.add_bos and begins)
+    target = target or read_target(folder)
+    changes = changes_for(folder, converter, vocabulary, target, projector)
+    check_lengths(folder, checkpoint, len(vocabulary.tokens))
+    return ExportPlan(
+        model=folder,
+        name=name or folder.resolve().name,
+        outtypes=kinds,
+        mmproj=projector,
+        converter=converter,
+        checkpoint=checkpoint,
+        vocabulary=vocabulary,
+        changes=Changes(changes.files, (*(f"the converter was told: {note}" for note in changes.notes), *notes)),
+        target=target,
+        base=base_checkpoint(folder, base),
+        verify=verify,
+        silenced=silenced,
+    )
+
+
+def sees(config: Mapping[str, Any]) -> bool:
+    return isinstance(config.get("vision_config"), dict)
+
+
+def require_model(folder: Path) -> dict[str, Any]:
+    """The config of a model that can be converted at all."""
+    if is_adapter(folder):
+        raise UsageError(
+            f"{folder}: an adapter, not a model; merge it first (rankwise merge {folder} -o merged_model), or write it "
+            f"as a LoRA for llama.cpp: rankwise export --adapter_gguf {folder}"
+        )
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{folder}: no config.json, so this is not a Hugging Face model folder")
+    if (folder / DEPTH_FILE).is_file():
+        raise UsageError(
+            f"{folder}: this model takes depth ({DEPTH_FILE}), and llama.cpp has no depth; evaluate it with "
+            "`rankwise evaluate`, or train without --use_depth for the device"
+        )
+    config = read_object(folder / "config.json")
+    if config.get("quantization_config"):
+        raise UsageError(f"{folder}: quantized weights cannot be exported; merge into the base in full precision")
+    return config
+
+
+def base_checkpoint(folder: Path, given: str | None) -> Checkpoint | None:
+    """The base that was named, else the one that the merge recorded and that is still on this machine."""
+    if given:
+        return open_checkpoint(resolve(given))
+    manifest = folder / "manifest.json"
+    entry = read_object(manifest).get("stages", {}).get("merge", {}) if manifest.is_file() else {}
+    recorded = Path(entry.get("inputs", {}).get("base", {}).get("path") or "")
+    return open_checkpoint(recorded) if recorded.parts and (recorded / "config.json").is_file() else None
+
+
+def require_space(plan: ExportPlan, out: Path) -> None:
+    """DataError where the disk of `out` lacks what the export needs."""
+    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if plan.bytes > free:
+        f32 = " (the float32 files that verification needs are in it: --no_verify leaves them out)"
+        raise DataError(
+            f"{out}: the export needs about {plan.bytes / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free"
+            f"{f32 if plan.verify and REFERENCE not in plan.outtypes else ''}; nothing was written"
+        )
+
+
+def check_lengths(folder: Path, checkpoint: Checkpoint, tokens: int) -> None:
+    """How long the vocabulary is, found to agree before the converter asserts it.
+
+    DataError with both numbers where the tokenizer has more tokens (`tokens`: its highest id + 1) than the model, or
+    where config and weights are of different lengths. Nothing is known of a class that transformers does not have."""
+    config = config_of(folder)
+    if config is None:
+        return
+    rows = stored_rows(folder, checkpoint)
+    wrong = [f"{key} has {stored:,} rows and the config is of {stated:,}" for key, stored, stated in rows]
+    wrong = [line for line, (_, stored, stated) in zip(wrong, rows, strict=True) if stored != stated]
+    if wrong:
+        raise DataError(
+            f"{folder}: {'; '.join(wrong)}: config.json and the weights are not of one model; save both again "
+            "(model.resize_token_embeddings changes both)"
+        )
+    known = config.get_text_config().vocab_size
+    held = min([known, *(stored for _, stored, _ in rows)])
+    if tokens > held:
+        raise DataError(
+            f"{folder}: the tokenizer has {tokens:,} tokens (its highest id + 1) and the model {held:,} rows for them; "
+            "call model.resize_token_embeddings(len(tokenizer)) and train the new rows, or put back the tokenizer that "
+            "the model was trained with"
+        )
+
+
+def stored_rows(folder: Path, checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
+    """(key, rows in the files, rows by the config) of the embeddings and of the head; what is tied is stored once."""
+    model = meta_model(str(folder))
+    weights = weight_table(model, checkpoint.keys()).weights
+    found = [(path, weights.get(f"{path}.weight")) for path in embedding_paths(model)]
+    return [
+        (weight.key, checkpoint.shape(weight.key)[0], model.get_parameter(f"{path}.weight").shape[0])
+        for path, weight in found
+        if weight is not None and weight.part == (0, 1)
+    ]

@@ -1,0 +1,161 @@
+"""A GGUF file read with care: metadata and tensors by name, every byte that the header promises checked to be there.
+
+file = GGUFFile("model-q8_0.gguf")
+file.metadata["general.architecture"]     # "llama"
+file.tensors["blk.0.attn_q.weight"]       # shape, type, place in the file
+file.tensor("blk.0.attn_q.weight")        # dequantized, float32
+
+llama.cpp itself ends the process on a bad file, so this is asked first. Reading is the gguf package's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rankwise.errors import VerificationError, need
+
+# What the gguf package raises about a file that is cut off, altered or something else.
+BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, AssertionError)
+
+
+@cache
+def reader_class() -> Any:
+    """The package's reader over a plain array: a vocabulary is a hundred thousand slices, and numpy takes several times
+    as long for each slice of a memmap. The file stays mapped all the same."""
+    gguf = need("gguf", extra="device")
+
+    class PlainReader(gguf.GGUFReader):  # type: ignore[name-defined]
+        @property
+        def data(self) -> Any:
+            return self._plain
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._plain = np.asarray(mapped)
+
+    return PlainReader
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as the header describes it. shape: row-major, as PyTorch has it. type: F32, F16, BF16, Q8_0 …"""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    bytes: int
+
+
+class GGUFFile:
+    """An opened file (memory-mapped: opening a large one is quick).
+
+    VerificationError, naming the file, where it is not a GGUF, is truncated, or names one tensor twice.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._gguf = need("gguf", extra="device")
+        try:
+            self._reader = reader_class()(self.path)
+            self._check_places()
+        except OSError as error:
+            raise VerificationError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+        except BROKEN as error:
+            size = self.path.stat().st_size
+            raise VerificationError(
+                f"{self.path}: not a whole GGUF file ({size:,} bytes; {error or type(error).__name__}); was it cut "
+                "off? Export it again"
+            ) from error
+        self._by_name = {tensor.name: tensor for tensor in self._reader.tensors}
+
+    def _check_places(self) -> None:
+        """Every tensor lies within the file, after the header; numpy would cut a short one silently."""
+        size = self.path.stat().st_size
+        for tensor in self._reader.tensors:
+            end = int(tensor.data_offset) + int(tensor.n_bytes)
+            if end > size:
+                raise ValueError(f"the tensor {tensor.name} should end at byte {end:,}")
+
+    @cached_property
+    def metadata(self) -> Mapping[str, Any]:
+        """Keys and values: strings, numbers, lists of them."""
+        try:
+            return {name: field.contents() for name, field in self._reader.fields.items()}
+        except BROKEN as error:
+            raise VerificationError(f"{self.path}: its metadata cannot be read ({error})") from error
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """What the header lists, in its order."""
+        return {
+            name: TensorInfo(
+                name, tuple(int(size) for size in reversed(tensor.shape)), tensor.tensor_type.name, int(tensor.n_bytes)
+            )
+            for name, tensor in self._by_name.items()
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as float32, dequantized, in its row-major shape. VerificationError where it is absent."""
+        if name not in self._by_name:
+            raise VerificationError(f"{self.path}: has no tensor {name}")
+        stored = self._by_name[name]
+        try:
+            values = self._gguf.quants.dequantize(stored.data, stored.tensor_type)
+        except NotImplementedError as error:
+            raise VerificationError(f"{self.path}: {name} is {stored.tensor_type.name}, which is not read") from error
+        values = np.ascontiguousarray(values, dtype=np.float32)
+        whole = values.copy() if not values.flags.writeable else values
+        return torch.from_numpy(whole).reshape(self.tensors[name].shape)
+
+    @property
+    def architecture(self) -> str:
+        return str(self.metadata.get("general.architecture", ""))
+
+    def of_architecture(self, key: str) -> Any:
+        """`attention.head_count` → the value of `llama.attention.head_count`; None where it is not stated."""
+        return self.metadata.get(f"{self.architecture}.{key}")
+
+
+SUFFIXES = (".weight", ".bias")
+WITHIN = ("text_model.", "language_model.")  # what a vision-language model puts before its language tower's names
+BLOCKS = ("block_count", "vision.block_count")
+
+
+def gguf_names(keys: Iterable[str], file: GGUFFile) -> dict[str, str]:
+    """Name in `file` → key, for the keys that the table knows under a name that the file has."""
+    table = name_table(file)
+    if table is None:
+        return {}
+    found: dict[str, str] = {}
+    for key in keys:
+        name = next((name for form in forms(key) if (name := table.get_name(form, SUFFIXES)) in file.tensors), None)
+        if name is not None:
+            found.setdefault(name, key)
+    return found
+
+
+def forms(key: str) -> Iterator[str]:
+    """The key, and what it would be if the model were its language tower alone."""
+    yield key
+    for part in WITHIN:
+        if part in key:
+            yield key.replace(part, "")
+            yield "model." + key.split(part, 1)[1]
+
+
+def name_table(file: GGUFFile, blocks: int | None = None) -> Any:
+    """The package's table for the file's architecture and depth [as it states it]; None where it doesn't know it."""
+    gguf = need("gguf", extra="device")
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    stated = next((count for key in BLOCKS if (count := file.of_architecture(key)) is not None), blocks)
+    if file.architecture not in kinds or stated is None:
+        return None
+    return gguf.get_tensor_name_map(kinds[file.architecture], int(stated))

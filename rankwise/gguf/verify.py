@@ -1,0 +1,209 @@
+"""The proof of an export: every tensor of a GGUF against the same converter's float32 file, and the tuning in it.
+
+    checkpoint ═(bit for bit, up to row order: origin.py)═ f32 GGUF ═(within the type's rounding)═ f16, q8_0 GGUF
+
+A number format says how far a value may be from its float32 original; an error beyond that is damage, not rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.errors import VerificationError
+from rankwise.files.checkpoint import Checkpoint
+from rankwise.gguf.provenance import Origins, shown
+from rankwise.gguf.reading import GGUFFile
+
+BLOCK = 32  # values that share a scale in Q8_0
+SLACK = 1.001  # float32 arithmetic of the comparison itself
+TINY = 1e-38  # 0 / 0
+HALF_STEP = 2.0**-25  # half the spacing of float16's smallest numbers
+ALLOWED = {
+    "f32": ("F32",),
+    "f16": ("F16", "F32"),
+    "bf16": ("BF16", "F16", "F32"),
+    "q8_0": ("Q8_0", "F16", "BF16", "F32"),
+}
+KEPT_LEAST = 0.5  # of the tuning, along its own direction; rounding leaves it near 1
+SIGMAS = 6
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """How far a tensor is from its float32 original. rms: relative to the original's rms.
+
+    share: the largest error as a share of what the type's rounding can cause, entry by entry; above 1 is damage.
+    """
+
+    name: str
+    type: str
+    max_abs: float
+    rms: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What is left of a tuned tensor's change: ⟨written − base, merged − base⟩ / ‖merged − base‖², 1 if all of it.
+
+    noise: standard deviation that rounding gives to this figure, ‖written − merged‖ / (√entries · ‖merged − base‖).
+    """
+
+    name: str
+    kept: float
+    noise: float
+
+    @property
+    def lost(self) -> bool:
+        """Nearer to the base than to the tuned weights, and not for the rounding's noise."""
+        return not self.kept + SIGMAS * self.noise >= KEPT_LEAST
+
+
+def compare_tensors(file: GGUFFile, reference: GGUFFile, outtype: str) -> list[TensorError]:
+    """One row per tensor of `reference`.
+
+    VerificationError, naming what differs, for a missing or additional tensor, another shape, a type that `outtype`
+    doesn't write, and an error that the type's rounding does not explain.
+    """
+    require_same_tensors(file, reference, outtype)
+    rows = [error_of(file, reference, name) for name in reference.tensors]
+    damaged = [row for row in rows if not row.share <= 1]
+    if damaged:
+        worst = max(damaged, key=lambda row: row.max_abs)
+        raise VerificationError(
+            f"{file.path}: {shown([row.name for row in damaged])}: not the values that were converted (the largest "
+            f"error, {worst.max_abs:.3g} in {worst.name}, is more than rounding to {worst.type} makes)"
+        )
+    return rows
+
+
+def require_same_tensors(file: GGUFFile, reference: GGUFFile, outtype: str) -> None:
+    ours, theirs = file.tensors, reference.tensors
+    missing, extra = [name for name in theirs if name not in ours], [name for name in ours if name not in theirs]
+    shapes = [name for name in theirs if name in ours and ours[name].shape != theirs[name].shape]
+    types = [name for name in ours if ours[name].type not in ALLOWED[outtype]]
+    problems = {
+        "missing": missing,
+        "unknown": extra,
+        "of another shape": shapes,
+        f"of a type that {outtype} does not have": types,
+    }
+    found = [f"{what}: {shown(names)}" for what, names in problems.items() if names]
+    if found:
+        raise VerificationError(
+            f"{file.path}: {len(ours)} tensors where {reference.path.name} has {len(theirs)}; {'; '.join(found)}"
+        )
+
+
+def error_of(file: GGUFFile, reference: GGUFFile, name: str) -> TensorError:
+    original, kind = reference.tensor(name), file.tensors[name].type
+    error = file.tensor(name).sub_(original).abs_()
+    bound = rounding(original, kind).mul_(SLACK).add_(TINY)
+    share = (error / bound).max() if error.numel() else torch.zeros(())
+    norm, off = (float(torch.linalg.vector_norm(one, dtype=torch.float64)) for one in (original, error))
+    rms = off / norm if norm else off
+    return TensorError(name, kind, float(error.max()) if error.numel() else 0.0, rms, float(share))
+
+
+def rounding(original: Tensor, kind: str) -> Tensor:
+    """The largest error, entry by entry, that writing `original` (float32) as a type can cause.
+
+    Q8_0 stores d = max|block| / 127 in float16 and round(x / d): half a step, and d's own rounding 127 times over.
+    """
+    size = original.abs()
+    if kind == "F32":
+        return torch.zeros_like(size)
+    if kind == "F16":
+        return size * 2**-11 + HALF_STEP
+    if kind == "BF16":
+        return size * 2**-8
+    blocks = size.reshape(-1, BLOCK)
+    largest = blocks.amax(1, keepdim=True).expand_as(blocks).reshape(size.shape)
+    return largest * (1 / 254 + 2**-11) + 127 * HALF_STEP
+
+
+def kept_wider(file: GGUFFile, outtype: str) -> dict[str, str]:
+    """Matrices that the converter left in a wider type than asked for (rows that no block of 32 divides, say)."""
+    return {
+        tensor.name: tensor.type
+        for tensor in file.tensors.values()
+        if len(tensor.shape) > 1 and tensor.type != outtype.upper()
+    }
+
+
+def summary(rows: Sequence[TensorError]) -> dict[str, Any]:
+    """The table as JSON, and its largest figures."""
+    return {
+        "tensors": len(rows),
+        "largest_rms": max((row.rms for row in rows), default=0.0),
+        "largest_error": max((row.max_abs for row in rows), default=0.0),
+        "largest_share_of_rounding": max((row.share for row in rows), default=0.0),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+# --- the tuned tensors are the tuned ones --------------------------------------------------------------------------
+
+
+def changed_keys(base: Checkpoint, merged: Checkpoint) -> list[str]:
+    """Keys whose tensors tuning changed, beyond what storing the base in another type does to them.
+
+    VerificationError where there are none: the base itself was exported.
+    """
+    both = [key for key in merged if key in base and base.shape(key) == merged.shape(key)]
+    changed = [key for key in both if not rounded_only(base.tensor(key), merged.tensor(key))]
+    if not changed:
+        raise VerificationError(
+            f"{merged.path}: no tensor differs from the base {base.path}: is this the merged model, and the right base?"
+        )
+    return changed
+
+
+def rounded_only(before: Tensor, after: Tensor) -> bool:
+    """Whether `after` is `before` itself, or cast to a type that a merge computes or saves in."""
+    return any(torch.equal(before.to(kind).float(), after.float()) for kind in dict.fromkeys((after.dtype, *HALVES)))
+
+
+def tuning_kept(
+    file: GGUFFile, sources: Origins, base: Checkpoint, merged: Checkpoint, changed: Sequence[str]
+) -> list[Tuned]:
+    """One row per tuned tensor of the file. VerificationError where the file has the base's tensor in its place."""
+    wanted, rows = set(changed), []
+    for name, origin in sources.found.items():
+        if origin.key not in wanted or name not in file.tensors:
+            continue
+        before, after = (origin.apply(which.tensor(origin.key).float()) for which in (base, merged))
+        if before is not None and after is not None:
+            written = file.tensor(name).reshape(before.shape)
+            rows.append(tuning_of(name, written, before, after))
+    lost = [row.name for row in rows if row.lost]
+    if lost:
+        raise VerificationError(f"{file.path}: {shown(lost)}: nearer to the base's weights than to the tuned ones")
+    return rows
+
+
+def tuning_of(name: str, written: Tensor, before: Tensor, after: Tensor) -> Tuned:
+    change, error = (after - before).double(), (written - after).double()
+    size = float(change.norm())
+    kept = 1 + float((error * change).sum()) / size**2
+    return Tuned(name, kept, float(error.norm()) / (change.numel() ** 0.5 * size))
+
+
+def tuned_summary(rows: Mapping[str, Sequence[Tuned]]) -> dict[str, Any]:
+    """By file: how many tuned tensors it holds, and the least and the mean of their tuning that it keeps."""
+    return {
+        name: {
+            "tensors": len(each),
+            "least_kept": min(row.kept for row in each),
+            "mean_kept": sum(row.kept for row in each) / len(each),
+            "rows": [asdict(row) for row in each],
+        }
+        for name, each in rows.items()
+        if each
+    }

@@ -1,0 +1,173 @@
+"""The proof of a merge's files: changed tensors are base + scale·B·A, entry by entry, rounded once; others the base's.
+
+    adapter's file ── A, B, scale ──┐
+    base's files   ── W ────────────┴─ float32 ──▶ W + scale·B·A ◀── half a spacing of the type ── merged model's files
+
+Computed from the files alone, past PEFT and past the plan of the merge. The logits (`verify.py`) show that the model
+runs as base + adapter; this shows what they cannot: a matrix left unmerged that bfloat16's tolerance would hide, a
+vision tower that text never reaches, rows of tokens that no prompt holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rankwise.errors import VerificationError
+from rankwise.files.adapter import CONFIG_NAME, PAIR_KEY, adapter_files, adapter_tensors, scale_of
+from rankwise.files.atomic import read_object
+from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint
+from rankwise.merge.by_layer import places
+from rankwise.merge.merge import MergePlan
+from rankwise.models.load import meta_model
+from rankwise.models.vocabulary import with_rows
+
+MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.weight)?")
+ORDER = 1e-6, 1e-5  # sums in another order: a share of the entry, and of the largest change in the matrix
+BLOCK = 2**22  # entries in memory at a time
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Files:
+    """A model folder: its structure without weights, and where its files hold each parameter."""
+
+    checkpoint: Checkpoint
+    model: PreTrainedModel
+    places: Mapping[str, Weight]
+
+    @classmethod
+    def of(cls, folder: Path) -> Files:
+        checkpoint, model = open_checkpoint(folder), meta_model(str(folder))
+        return cls(checkpoint, model, places(model, checkpoint))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.places[name].read(self.checkpoint)
+
+    def names(self) -> dict[str, list[str]]:
+        """Key → the parameters in it."""
+        found: dict[str, list[str]] = {key: [] for key in self.checkpoint}
+        for name, place in self.places.items():
+            found[place.key].append(name)
+        return found
+
+
+@dataclass
+class Change:
+    """What the adapter's file says of one weight (out, in): scale·B·A, and DoRA's magnitudes."""
+
+    scale: float
+    halves: dict[str, Tensor]
+    magnitude: Tensor | None = None
+
+    def on(self, rows: slice, before: Tensor) -> Tensor:
+        """Some rows of the changed weight, float32. DoRA (Liu et al. 2024): m · (W + Δ) / ‖W + Δ‖ by row."""
+        after = before + self.scale * (self.halves["B"].flatten(1)[rows].float() @ self.halves["A"].flatten(1).float())
+        if self.magnitude is None:
+            return after
+        lengths: Tensor = after.norm(dim=1, keepdim=True)
+        return after * (self.magnitude.flatten()[rows, None].float() / lengths)
+
+
+def require_written(plan: MergePlan, folder: Path) -> float:
+    """Compare all files of a merged model with what they were made from; returns the largest error as a share of what
+    rounding to its type explains.
+
+    VerificationError, naming the tensors, where one is missing, is not the base's though nothing changes it, or is not
+    base + adapter.
+    """
+    base, merged, changes = Files.of(plan.base.path), Files.of(folder), dict(changes_of(plan.adapter))
+    wrong = [f"{key} is missing" for key in base.checkpoint if key not in merged.checkpoint]
+    largest = 0.0
+    for key, names in merged.names().items():
+        if plan.touched.isdisjoint(names):
+            if not is_kept(key, names, base, merged):
+                wrong.append(f"{key} is not the base's")
+            continue
+        for name in names:
+            share = error_of(name, plan, base, merged, changes.get(name))
+            largest = max(largest, share)
+            if not share <= 1:
+                wrong.append(f"{name} is not base + adapter")
+    if wrong:
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise VerificationError(
+            f"{len(wrong)} tensors of the merged model are not what they should be: {'; '.join(wrong[:SHOWN])}{more}; "
+            "nothing was written"
+        )
+    return largest
+
+
+def is_kept(key: str, names: list[str], base: Files, merged: Files) -> bool:
+    """Whether a tensor that nothing changes is the base's bit for bit, cast to what it is written as."""
+    written = merged.checkpoint.tensor(key)
+    stored = base.checkpoint.tensor(key) if key in base.checkpoint else base[names[0]]
+    return written.shape == stored.shape and torch.equal(bits(stored.to(written.dtype)), bits(written))
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def error_of(name: str, plan: MergePlan, base: Files, merged: Files, change: Change | None) -> float:
+    """The largest error of a weight as a share of what is allowed, some rows at a time; infinite for another shape."""
+    module = merged.model.get_submodule(name.rpartition(".")[0])
+    before, after = started_from(name, plan, base), merged[name]
+    if before.shape != after.shape:
+        return float("inf")
+    before, after = (as_rows(tensor, module) for tensor in (before, after))
+    step, worst = max(1, BLOCK // before.shape[1]), 0.0
+    for rows in (slice(start, start + step) for start in range(0, len(before), step)):
+        stored = before[rows].float()
+        wanted = stored if change is None else change.on(rows, stored)
+        error = (after[rows].float() - wanted).abs_() / allowed(wanted, (wanted - stored).abs().max(), after.dtype)
+        worst = max(worst, float(error.nan_to_num(nan=float("inf")).max()))
+    return worst
+
+
+def started_from(name: str, plan: MergePlan, base: Files) -> Tensor:
+    """What the adapter's factors are added to: the base's weight, or what the adapter has in its place, in as many rows
+    as it has tokens; trained tokens' rows are the adapter's."""
+    before = plan.change.whole.get(name)
+    before = base[name] if before is None else before
+    if name in plan.resized:
+        before = with_rows(before, plan.rows[1])
+    tokens, rows = plan.change.tokens.get(name, (None, None))
+    return before if tokens is None or rows is None else before.float().index_copy(0, tokens, rows)
+
+
+def as_rows(tensor: Tensor, module: nn.Module) -> Tensor:
+    """(out, in); Conv1D and embeddings are stored the other way round."""
+    turned = isinstance(module, Conv1D | nn.Embedding) and tensor.dim() == 2
+    return tensor.T if turned else tensor.reshape(len(tensor), -1)
+
+
+def allowed(wanted: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half a spacing of the type at every entry, and what sums in another order differ by."""
+    kind, (of_entry, of_change) = torch.finfo(dtype), ORDER
+    spacing = wanted.abs().clamp_(min=kind.smallest_normal).mul_(kind.eps / 2 + of_entry)
+    return spacing.add_(of_change * change)
+
+
+def changes_of(adapter: Path) -> Iterator[tuple[str, Change]]:
+    """Parameter → its change, by the tensors and the config of the adapter's files."""
+    config = read_object(adapter / CONFIG_NAME)
+    found: dict[str, Change] = {}
+    for name, tensor in adapter_tensors(adapter_files(adapter)[0]).items():
+        match = PAIR_KEY.fullmatch(name) or MAGNITUDE.fullmatch(name)
+        if match is None:
+            continue
+        path = match["path"]
+        change = found.setdefault(path, Change(scale_of(config, path, adapter / CONFIG_NAME), {}))
+        if "half" in match.groupdict():
+            change.halves[match["half"]] = tensor
+        else:
+            change.magnitude = tensor
+    yield from ((f"{path}.weight", change) for path, change in found.items())

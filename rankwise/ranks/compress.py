@@ -1,0 +1,185 @@
+"""rankwise compress: adapter → smaller adapter. Exact: QR of both factors and an r×r SVD, never the dense matrix.
+
+rankwise compress saved_models/high_rank --energy 0.95 -o smaller/
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rankwise.core.allocate import Rule, by_budget, parse_budget, spectral_gains
+from rankwise.core.factors import Factors, balanced
+from rankwise.core.site import Site
+from rankwise.core.site import describe as describe_site
+from rankwise.core.spectrum import Spectrum
+from rankwise.data.recorded import carry
+from rankwise.errors import DataError, UsageError
+from rankwise.files.adapter import (
+    CONFIG_NAME,
+    LoraAdapter,
+    LoraPair,
+    adapter_files,
+    lora_config,
+    read_adapter,
+    write_adapter,
+)
+from rankwise.files.checkpoint import ADAPTER_NAMES
+from rankwise.files.lineage import trained_rows
+from rankwise.files.run_folder import RunFolder
+from rankwise.merge.tokens import own_files
+from rankwise.models.adapters import publish
+from rankwise.models.depth.settings import read_depth, write_depth
+from rankwise.options.commands import CompressConfig
+from rankwise.page.text import command_line
+from rankwise.ranks.extract import Fidelity, SiteFidelity, require_all_kept
+
+SCALE = 2.0  # alpha = 2r at every site, so that one rank and one alpha describe a uniform adapter
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """A site's product as factors in the order of its singular values: the first k columns are its best rank k."""
+
+    factors: Factors
+    spectrum: Spectrum
+
+    @classmethod
+    def of(cls, factors: Factors) -> Ordered:
+        u, values, vt = factors.svd()
+        energy = float(values.square().sum())
+        return cls(balanced(u, values, vt), Spectrum(values, energy, factors.shape, method="factors", complete=True))
+
+    def first(self, rank: int) -> Factors:
+        return Factors(self.factors.left[:, :rank], self.factors.right[:rank])
+
+
+def run(config: CompressConfig) -> Fidelity:
+    check(config)
+    adapter, folder = read_adapter(str(config.adapter), config.scale), RunFolder(config.output_dir)
+    with folder.lock(), folder.recording("compress", {"adapter": str(config.adapter)}) as record:
+        smaller, fidelity = compressed(adapter, config)
+        with tempfile.TemporaryDirectory(dir=folder.path, prefix=".adapter-") as temporary:
+            written = write_adapter(temporary, smaller)
+            require_all_kept(adapter, read_adapter(written), fidelity)
+            publish(written, folder.path)
+        source = adapter_files(Path(str(config.adapter)))[0].parent
+        record.outputs |= {name: folder / name for name in (ADAPTER_NAMES[0], CONFIG_NAME)} | carry(source, folder.path)
+        record.outputs |= {file.name: Path(shutil.copyfile(file, folder / file.name)) for file in own_files(source)}
+        if depth := read_depth(source):
+            record.outputs["depth"] = write_depth(folder.path, depth)
+        record.outputs["fidelity"] = fidelity.write(folder.path)
+        record.facts |= fidelity.beside((), list(smaller.extra)).facts()
+        folder.save_config(config)
+    report(config, fidelity, smaller)
+    return fidelity
+
+
+def check(config: CompressConfig) -> None:
+    """Combinations that cannot work, before anything is read."""
+    if not config.adapter:
+        raise UsageError("compress needs an adapter: rankwise compress ADAPTER --energy 0.95 -o smaller/")
+    if config.energy is not None and config.budget:
+        raise UsageError("--energy and --budget are alternatives: give one of them")
+    if config.energy is None and not config.budget and not config.uniform:
+        raise UsageError("how small? give --energy 0.95 or --budget N|uniform:R|P% (or --uniform alone: same product)")
+    if Path(config.output_dir).resolve() == adapter_files(Path(config.adapter))[0].parent.resolve():
+        raise UsageError(f"--output_dir {config.output_dir} is where the adapter is: choose another folder")
+
+
+def compressed(adapter: LoraAdapter, config: CompressConfig) -> tuple[LoraAdapter, Fidelity]:
+    """The smaller adapter, in float32 whatever the original's dtype: rounding it again would not be exact."""
+    sites = {
+        path: describe_site(path, pair.shape, transposed=pair.fan_in_fan_out) for path, pair in adapter.pairs.items()
+    }
+    ordered = {site: Ordered.of(adapter.pairs[path].factors()) for path, site in sites.items()}
+    if all(one.spectrum.is_zero for one in ordered.values()):
+        raise DataError(
+            f"{config.adapter}: every B·A is zero, so the adapter has no effect; was it saved before training?"
+        )
+    ranks = chosen_ranks(config, {site: one.spectrum for site, one in ordered.items()})
+    width = max(ranks.values()) if config.uniform else None
+    pairs = {
+        site.path: shrunk(adapter.pairs[site.path], ordered[site], rank, width)
+        for site, rank in ranks.items()
+        if rank or width
+    }
+    table = tuple(fidelity_of(adapter, site, ordered[site].spectrum, rank, width) for site, rank in ranks.items())
+    return replace(adapter, config=settings(adapter), pairs=pairs), Fidelity(table)
+
+
+def chosen_ranks(config: CompressConfig, spectra: Mapping[Site, Spectrum]) -> dict[Site, int]:
+    """Ranks by energy, by budget, or (--uniform alone) as they are. A site whose product is zero gets rank 0."""
+    if config.energy is not None:
+        return {site: spectrum.rank_for(config.energy, least=0) for site, spectrum in spectra.items()}
+    if not config.budget:
+        return {site: 0 if spectrum.is_zero else len(spectrum) for site, spectrum in spectra.items()}
+    budget = parse_budget(config.budget, spectra)
+    if config.uniform:  # one rank for all spends the budget without padding
+        rank = budget // sum(site.parameters(1) for site in spectra)
+        ranks = {site: 0 if spectrum.is_zero else min(rank, len(spectrum)) for site, spectrum in spectra.items()}
+    else:
+        rule = Rule(min_rank=0, max_rank=max(len(spectrum) for spectrum in spectra.values()))
+        ranks = by_budget(spectral_gains(spectra, config.normalise), budget, rule)
+    if not any(ranks.values()):
+        raise UsageError(f"--budget {config.budget} ({budget:,} parameters) is below rank 1 of any site")
+    return ranks
+
+
+def shrunk(pair: LoraPair, ordered: Ordered, rank: int, width: int | None) -> LoraPair:
+    """The pair of this rank, zero-padded to `width` where one rank is wanted everywhere (the same product)."""
+    factors = ordered.first(rank)
+    right, left = (factors.padded(width) if width else factors).lora(SCALE)
+    return LoraPair(right, left, SCALE, pair.fan_in_fan_out, pair.embedding)
+
+
+def fidelity_of(adapter: LoraAdapter, site: Site, spectrum: Spectrum, rank: int, width: int | None) -> SiteFidelity:
+    kept = spectrum.energy(rank).low
+    note = "" if rank else "its product is zero" if spectrum.is_zero else "the budget gives it no rank"
+    if note:
+        note += ": all zeros" if width else ": left out"
+    return SiteFidelity(
+        site, width or rank, spectrum.energy_total, kept, rank_before=adapter.pairs[site.path].rank, note=note
+    )
+
+
+def settings(adapter: LoraAdapter) -> dict[str, Any]:
+    """The adapter's own config; one without (loralib) gets PEFT's, its other tensors as modules to save."""
+    if adapter.config:
+        return dict(adapter.config) | {"use_rslora": False}
+    modules = sorted({name.rpartition(".")[0] for name in adapter.extra})
+    return lora_config(None, task_type=None, modules_to_save=modules or None)
+
+
+def report(config: CompressConfig, fidelity: Fidelity, smaller: LoraAdapter) -> None:
+    for note in fidelity.notes():
+        print(f"note: {note}")
+    if smaller.extra:
+        print(f"note: {len(smaller.extra)} further tensors kept as they are ({', '.join(list(smaller.extra)[:3])} …)")
+    form = " · one rank, no patterns" if config.uniform else ""
+    print(f"compressed {config.adapter}: {fidelity.summary()}{form}")
+    print(f"adapter (float32) and fidelity.json in {config.output_dir}")
+    print(f"next: {next_command(config, smaller)}")
+
+
+def next_command(config: CompressConfig, smaller: LoraAdapter) -> str:
+    """Its scores, where the run that trained it says on what; else the merge."""
+    rows = trained_rows(Path(config.output_dir))
+    if rows and smaller.base_model:
+        return command_line("evaluate", config.output_dir, **rows)
+    return command_line("merge", config.output_dir, base_model=None if smaller.base_model else "BASE")
+
+
+def describe(config: CompressConfig) -> list[str]:
+    check(config)
+    how = f"{config.energy} of its energy at every site" if config.energy is not None else f"the budget {config.budget}"
+    if config.energy is None and not config.budget:
+        how = "the same product, zero-padded to one rank"
+    return [
+        f"compress the adapter {config.adapter} to {how}, exactly, from its factors",
+        f"write the adapter and fidelity.json to {config.output_dir}",
+    ]

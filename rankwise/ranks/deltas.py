@@ -1,0 +1,311 @@
+"""Deltas from the disk, one site at a time: of two checkpoints, of a saved probe, or of a foreign pair.
+
+source = CheckpointPair(base, tuned, sites, places)
+for site, delta in source.deltas(list_of_sites): ...
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rankwise.core.measure import Delta, energy_of, from_difference, subtract
+from rankwise.core.site import Site, describe
+from rankwise.errors import DataError, UsageError
+from rankwise.files.atomic import atomic_folder, read_object, write_json
+from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint
+from rankwise.models.sites import WeightTable
+
+DELTAS_FILE = "deltas.json"
+WEIGHT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CONV1D = frozenset(["c_attn", "c_proj", "c_fc", "q_attn"])  # modules of GPT-2 and its kin
+NOT_ANALYSED = re.compile(r"(running_mean|running_var|num_batches_tracked)$")
+
+
+class DeltaSource(Protocol):
+    """Sites, and the delta of each on demand."""
+
+    @property
+    def sites(self) -> dict[str, Site]: ...
+
+    @property
+    def description(self) -> str: ...
+
+    def read(self, site: Site) -> Delta: ...
+
+    def prefetch(self, site: Site) -> None: ...
+
+
+def deltas(source: DeltaSource, sites: Sequence[Site]) -> Iterator[tuple[Site, Delta]]:
+    """Site after site, the next one's bytes requested from the disk while this one is worked on."""
+    for index, site in enumerate(sites):
+        if index + 1 < len(sites):
+            source.prefetch(sites[index + 1])
+        yield site, source.read(site)
+
+
+def logical(tensor: Tensor, site: Site) -> Tensor:
+    """The stored tensor as (out, in): Conv1D transposed, a convolution flattened."""
+    if site.transposed:
+        return tensor.T
+    return tensor.reshape(tensor.shape[0], -1) if tensor.dim() > 2 else tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in the base and in the tuned checkpoint; None: it is not there."""
+
+    base: Weight | None
+    tuned: Weight | None
+
+
+@dataclass(frozen=True)
+class CheckpointPair:
+    """Two checkpoints with the place of every tensor, by its name in the model, and the sites among them."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    sites: dict[str, Site]
+    places: Mapping[str, Place]
+    description: str = ""
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """config.json of the base, else of the tuned checkpoint."""
+        return self.base.config or self.tuned.config
+
+    def weights(self, site: Site) -> tuple[Weight, Weight]:
+        """The places of a site's weight, which lies in both."""
+        place = self.places[weight_name(site.path, self.places)]
+        assert place.base is not None
+        assert place.tuned is not None
+        return place.base, place.tuned
+
+    def read(self, site: Site) -> Delta:
+        base, tuned = self.weights(site)
+        return subtract(logical(base.read(self.base), site), logical(tuned.read(self.tuned), site))
+
+    def prefetch(self, site: Site) -> None:
+        base, tuned = self.weights(site)
+        self.base.prefetch(base.key)
+        self.tuned.prefetch(tuned.key)
+
+
+def weight_name(path: str, names: Container[str]) -> str:
+    """A module's weight; some checkpoints name it without `.weight`."""
+    return f"{path}.weight" if f"{path}.weight" in names else path
+
+
+@dataclass(frozen=True)
+class SavedDeltas:
+    """The float32 deltas of a `rankwise finetune` run: `deltas/` with one tensor `<path>.weight` per matrix."""
+
+    checkpoint: Checkpoint
+    sites: dict[str, Site]
+    metadata: Mapping[str, Any]
+    description: str = ""
+
+    def read(self, site: Site) -> Delta:
+        matrix = logical(self.checkpoint.tensor(f"{site.path}.weight"), site)
+        return from_difference(matrix, float(self.metadata.get("base_energy", {}).get(site.path, 0.0)))
+
+    def prefetch(self, site: Site) -> None:
+        self.checkpoint.prefetch(f"{site.path}.weight")
+
+
+def open_deltas(path: Path) -> SavedDeltas:
+    """Deltas from a finetune run folder, or from the `deltas/` folder in it."""
+    folder = path / "deltas" if (path / "deltas").is_dir() else path
+    if not (folder / DELTAS_FILE).is_file():
+        raise DataError(
+            f"{path}: no deltas/{DELTAS_FILE} here; `rankwise finetune` writes it (two checkpoints go in as BASE TUNED)"
+        )
+    metadata = read_object(folder / DELTAS_FILE)
+    checkpoint = open_checkpoint(folder)
+    try:
+        rows = [describe(row["path"], row["shape"], row["tower"], row["transposed"]) for row in metadata["sites"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder / DELTAS_FILE}: not what `rankwise finetune` writes: {error!r}") from error
+    for row in rows:
+        shape = checkpoint.shape(f"{row.path}.weight")
+        if shape != (row.shape[::-1] if row.transposed else row.shape):
+            raise DataError(f"{folder}: {row.path} is {shape} in the weights and {row.shape} in {DELTAS_FILE}")
+    return SavedDeltas(checkpoint, {row.path: row for row in rows}, metadata, str(path))
+
+
+def renamed(keys: Iterable[str], rules: Sequence[str]) -> dict[str, str]:
+    """New name → key, after the REGEX=TEXT rules in order. Two keys that get one name are an error."""
+    compiled = []
+    for rule in rules:
+        regex, equals, text = rule.partition("=")
+        if not equals:
+            raise UsageError(f"--rename takes REGEX=TEXT; got {rule!r}")
+        try:
+            compiled.append((re.compile(regex), text))
+        except re.error as error:
+            raise UsageError(f"--rename {rule!r}: {error}") from error
+    names: dict[str, str] = {}
+    for key in keys:
+        name = key
+        for regex_, text in compiled:
+            name = regex_.sub(text, name)
+        if name in names:
+            raise DataError(f"--rename gives {key} and {names[name]} the same name {name}")
+        names[name] = key
+    return names
+
+
+@dataclass(frozen=True)
+class Matching:
+    """What two foreign checkpoints have in common, and what not: everything is counted, nothing silent."""
+
+    shared: dict[str, tuple[str, str]]
+    only_base: tuple[str, ...]
+    only_tuned: tuple[str, ...]
+    other_shape: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+    def explain(self) -> str:
+        """The lists, three names each, for the error and for the printed count."""
+        parts = [
+            (self.only_base, "only in the base"),
+            (self.only_tuned, "only in the tuned checkpoint"),
+            (self.other_shape, "of different shapes"),
+        ]
+        return "; ".join(f"{len(names)} {what} ({', '.join(names[:3])} …)" for names, what in parts if names)
+
+
+def match_keys(base: Checkpoint, tuned: Checkpoint, rules: Sequence[str], flatten_conv: bool) -> Matching:
+    """Matrices that both have. 1-D, integer and running-statistics tensors are skipped, and so are convolutions
+    unless they are to be flattened."""
+    before, after = renamed(base.keys(), rules), renamed(tuned.keys(), rules)
+
+    def analysed(checkpoint: Checkpoint, key: str) -> bool:
+        dims = len(checkpoint.shape(key))
+        fits = dims == 2 or (dims > 2 and flatten_conv)
+        return fits and checkpoint.dtype(key) in WEIGHT_TYPES and not NOT_ANALYSED.search(key)
+
+    left = {name for name, key in before.items() if analysed(base, key)}
+    right = {name for name, key in after.items() if analysed(tuned, key)}
+    both = [name for name in before if name in left & right]
+    same = [name for name in both if base.shape(before[name]) == tuned.shape(after[name])]
+    return Matching(
+        shared={name: (before[name], after[name]) for name in same},
+        only_base=tuple(sorted(left - right)),
+        only_tuned=tuple(sorted(right - left)),
+        other_shape=tuple(name for name in both if name not in set(same)),
+        skipped=tuple(name for name in before if name not in left),
+    )
+
+
+def foreign_sites(base: Checkpoint, matching: Matching) -> dict[str, Site]:
+    """Sites of a pair that has no config.json: the key is the path, the tower is unknown, and names alone tell what is
+    no linear layer (embeddings), what no site (heads), and what is stored transposed (Conv1D)."""
+    sites = {}
+    for name, (key, _) in matching.shared.items():
+        shape = base.shape(key)
+        rest = 1
+        for size in shape[1:]:
+            rest *= size
+        path = name.removesuffix(".weight")
+        site = describe(path, (shape[0], rest))
+        if site.kind not in ("embed", "head"):
+            sites[path] = site
+    conv1d = {site.projection for site in sites.values() if has_conv1d_shape(site)}
+    return {
+        path: replace(site, shape=site.shape[::-1], transposed=True) if conv1d and site.projection in CONV1D else site
+        for path, site in sites.items()
+    }
+
+
+def has_conv1d_shape(site: Site) -> bool:
+    """A fused q, k, v or an MLP's first layer that is wider than it is tall: GPT-2's Conv1D, not nanoGPT's Linear."""
+    return site.projection in ("c_attn", "c_fc") and site.shape[0] < site.shape[1]
+
+
+def check_finite(site: Site, delta: Delta) -> None:
+    """NaN and Inf name their tensor."""
+    if not torch.isfinite(torch.tensor(delta.energy)):
+        raise DataError(f"{site.path}.weight: the delta has NaN or infinite entries; the run it comes from diverged")
+
+
+FORMAT = "rankwise-deltas/1"
+SHARD_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """What the parameters were: by their place in the base's files, or as a copy where no view of a file gives them."""
+
+    checkpoint: Checkpoint
+    table: WeightTable
+    copies: Mapping[str, Tensor]
+
+    @classmethod
+    def before_training(
+        cls, checkpoint: Checkpoint, table: WeightTable, parameters: Mapping[str, Tensor]
+    ) -> BaseWeights:
+        """Call this with the untrained parameters: those that the table lacks are copied now."""
+        copies = {name: value.detach().cpu().clone() for name, value in parameters.items() if name not in table.weights}
+        return cls(checkpoint, table, copies)
+
+    def read(self, name: str) -> Tensor:
+        copy = self.copies.get(name)
+        return (self.table.weights[name].read(self.checkpoint) if copy is None else copy).float()
+
+
+def shards(tensors: Mapping[str, Tensor], limit: int = SHARD_BYTES) -> Iterator[list[str]]:
+    """Names in order, grouped so that a group's float32 tensors stay within `limit` bytes (one tensor at least)."""
+    group: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if group and size + 4 * tensor.numel() > limit:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += 4 * tensor.numel()
+    if group:
+        yield group
+
+
+def write_deltas(
+    folder: Path,
+    tuned: Mapping[str, Tensor],
+    base: BaseWeights,
+    sites: Mapping[str, Site],
+    facts: Mapping[str, Any],
+    limit: int = SHARD_BYTES,
+) -> Path:
+    """tuned − base of every trained parameter, float32, under the parameter's name; whole or not at all.
+
+    One shard is in memory at a time. `deltas.json` holds the sites, the energy of each one's base weight, and `facts`.
+    """
+    groups = list(shards(tuned, limit))
+    energies: dict[str, float] = {}
+    places: dict[str, str] = {}
+    with atomic_folder(folder) as temporary:
+        for index, names in enumerate(tqdm(groups, desc="deltas", unit="shard", disable=None, leave=False), 1):
+            file = f"deltas-{index:05d}-of-{len(groups):05d}.safetensors"
+            differences = {}
+            for name in names:
+                before = base.read(name)
+                differences[name] = (tuned[name].detach().to("cpu", torch.float32) - before).contiguous()
+                path = name.removesuffix(".weight")
+                if path in sites:
+                    energies[path] = energy_of(before)
+            save_file(differences, temporary / file, metadata={"format": "pt"})
+            places |= dict.fromkeys(names, file)
+        size = 4 * sum(tensor.numel() for tensor in tuned.values())
+        index_content = {"metadata": {"total_size": size}, "weight_map": places}
+        write_json(temporary / "deltas.safetensors.index.json", index_content)
+        rows = [sites[path].as_dict() for path in energies]
+        write_json(temporary / DELTAS_FILE, {"format": FORMAT, **facts, "sites": rows, "base_energy": energies})
+    return folder

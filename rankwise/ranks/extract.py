@@ -1,0 +1,419 @@
+"""rankwise extract: two checkpoints (or saved deltas) → LoRA adapter, by truncated SVD of each delta.
+
+rankwise extract BASE TUNED --plan configs/lora_rank_config.json -o adapter/
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from rankwise.core.factors import Factors, share_kept, truncate
+from rankwise.core.measure import Delta
+from rankwise.core.plan import PlannedSite, RankPlan, clamped
+from rankwise.core.site import TOWERS, Site
+from rankwise.data.recorded import carry
+from rankwise.errors import DataError, UsageError, VerificationError
+from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, lora_config, write_adapter
+from rankwise.files.atomic import write_json
+from rankwise.files.checkpoint import ADAPTER_NAMES, open_checkpoint, resolve
+from rankwise.files.plan import find_plan, read_plan
+from rankwise.files.run_folder import RunFolder
+from rankwise.merge.tokens import tokenizer_files
+from rankwise.models.adapters import publish
+from rankwise.models.sites import tower_of, tower_prefixes
+from rankwise.models.vocabulary import Whole, whole_modules
+from rankwise.options.commands import ExtractConfig
+from rankwise.page.text import amount, command_line, plural
+from rankwise.pipeline.idle import refuse_idle
+from rankwise.ranks.command import site_filter
+from rankwise.ranks.deltas import CheckpointPair, DeltaSource, SavedDeltas, check_finite, deltas, weight_name
+from rankwise.ranks.left_out import RESIZED, LeftOut, Proof, by_energy, left_out, prove, sentences
+from rankwise.ranks.pair import Both, Makers, both_models, folder_of, with_tied
+from rankwise.ranks.probe import open_source, source_metadata
+from rankwise.ranks.spectra import on_device, site_generator
+
+FILE = "fidelity.json"
+FORMAT = "rankwise-fidelity/1"
+MEASURED = 1e-5  # of the energy: a delta against its factors, multiplied in float32
+EXACT = 1e-9  # factors against factors in float64; what is written in float32 loses 1e-14
+
+
+@dataclass(frozen=True)
+class SiteFidelity:
+    """One site: `energy_total` is ‖Δ‖²_F of what was to be kept, `energy_kept` the share of it that is.
+
+    `rank` 0 means that the site is not in the adapter; `rank_before` is None where the source is no adapter.
+    """
+
+    site: Site
+    rank: int
+    energy_total: float
+    energy_kept: float
+    rank_before: int | None = None
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        before = {} if self.rank_before is None else {"rank_before": self.rank_before}
+        return {
+            "path": self.site.path,
+            **before,
+            "rank": self.rank,
+            "energy_kept": self.energy_kept,
+            "parameters": self.site.parameters(self.rank),
+            "energy_total": self.energy_total,
+            "shape": list(self.site.shape),
+            "note": self.note,
+        }
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """The whole table. Sites whose delta is zero have nothing to keep and count for nothing.
+
+    `left_out`: tensors that are no sites and that the adapter does not carry; `whole`: names of those that it carries.
+    """
+
+    rows: tuple[SiteFidelity, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    whole: tuple[str, ...] = ()
+
+    @property
+    def kept(self) -> tuple[SiteFidelity, ...]:
+        return tuple(row for row in self.rows if row.rank > 0)
+
+    @property
+    def energy_kept(self) -> float:
+        """Σ of the kept energies ÷ Σ of the energies."""
+        total = sum(row.energy_total for row in self.rows)
+        return sum(row.energy_kept * row.energy_total for row in self.rows) / total if total else 0.0
+
+    def beside(self, rest: Sequence[LeftOut], whole: Sequence[str]) -> Fidelity:
+        """With what lies outside the sites: `rest` differs, and the adapter carries the tensors of these names."""
+        return replace(self, left_out=tuple(row for row in rest if row.name not in whole), whole=tuple(whole))
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest."""
+        dropped = sum(not row.rank and row.energy_total > 0 for row in self.rows)
+        outside = {"sites": dropped, "tensors": len(self.left_out), "share_of_change": self.energy_outside}
+        named = {"largest": [row.name for row in by_energy(self.left_out)[:20]]} if self.left_out else {}
+        return {"energy_kept": self.energy_kept, "left_out": outside | named, "carried_whole": len(self.whole)}
+
+    @property
+    def energy_outside(self) -> float:
+        """Share of all change that lies in tensors which are left out."""
+        outside = sum(row.energy for row in self.left_out)
+        total = outside + sum(row.energy_total for row in self.rows)
+        return outside / total if total else 0.0
+
+    @property
+    def parameters(self) -> int:
+        return sum(row.site.parameters(row.rank) for row in self.rows)
+
+    @property
+    def parameters_before(self) -> int:
+        return sum(row.site.parameters(row.rank_before or 0) for row in self.rows)
+
+    def write(self, folder: Path) -> Path:
+        content = {
+            "format": FORMAT,
+            "energy_kept": self.energy_kept,
+            "energy_left_out": self.energy_outside,
+            "parameters": self.parameters,
+            "parameters_before": self.parameters_before or None,
+            "sites": [row.as_dict() for row in self.rows],
+            "left_out": [row.as_dict() for row in self.left_out],
+            "whole": list(self.whole),
+        }
+        return write_json(folder / FILE, content)
+
+    def summary(self) -> str:
+        """24 sites · rank 3 to 9 · 590K parameters · energy kept 95.4 % (lowest: 95.0 % at model.layers.0…)"""
+        kept = self.kept
+        lowest = min((row for row in kept if row.energy_total > 0), key=lambda row: row.energy_kept)
+        before = f"{amount(self.parameters_before)} → " if self.parameters_before else ""
+        return (
+            f"{plural(len(kept), 'site')} · rank {spread(row.rank for row in kept)} · "
+            f"{before}{amount(self.parameters)} parameters · energy kept {self.energy_kept:.1%} "
+            f"(lowest: {lowest.energy_kept:.1%} at {lowest.site.path})"
+            + (f", {self.energy_kept * (1 - self.energy_outside):.1%} of all change" if self.energy_outside else "")
+            + (f" · {plural(len(self.whole), 'tensor')} carried whole" if self.whole else "")
+        )
+
+    def notes(self) -> list[str]:
+        """The remarks on sites, the same ones together, and what is left out besides."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.note:
+                found.setdefault(row.note, []).append(row.site.path)
+        remarks = [f"{plural(len(paths), 'site')} ({paths[0]} …): {note}" for note, paths in found.items()]
+        return remarks + sentences(self.left_out, self.energy_outside)
+
+
+def spread(values: Iterable[int]) -> str:
+    ordered = sorted(values)
+    return f"{ordered[0]}" if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"
+
+
+def require_kept(site: str, kept: float, claimed: float, tolerance: float = MEASURED) -> None:
+    """VerificationError where factors keep less of what they were made from than their spectrum says."""
+    if not abs(kept - claimed) <= tolerance:
+        raise VerificationError(
+            f"{site}: its factors keep {kept:.6%} of the energy, and by their singular values it would be "
+            f"{claimed:.6%}: they are not the leading directions of what they were made from; nothing was written"
+        )
+
+
+def require_all_kept(before: LoraAdapter, after: LoraAdapter, fidelity: Fidelity) -> None:
+    """`require_kept` of every site of an adapter made from another one; and no site is missing."""
+    for row in fidelity.rows:
+        path = row.site.path
+        if row.energy_total and row.energy_kept:
+            old, new = before.pairs[path].factors(), after.pairs[path].factors() if path in after.pairs else None
+            kept = share_kept(old.inner(new), new.inner(new), old.inner(old)) if new else 0.0
+            require_kept(path, kept, row.energy_kept, EXACT)
+
+
+def carried_whole(both: Both, rest: Sequence[LeftOut], pairs: Mapping[str, LoraPair]) -> Whole:
+    """The embeddings, heads, norms and biases that training changed."""
+    return whole_modules(both.model, [row.name for row in rest], list(pairs))
+
+
+def tensors_of(whole: Whole, both: Both) -> dict[str, Tensor]:
+    """The tuned model's tensors by PEFT's names for them: a bias lies in the layer that an adapted one holds."""
+    names = {name: name for name in whole.names(both.model)}
+    names |= {name: name.removesuffix("bias") + "base_layer.bias" for name in whole.biases}
+    return {key: both.tuned[name]() for name, key in names.items()}
+
+
+def as_settings(whole: Whole) -> dict[str, Any]:
+    return {"modules_to_save": list(whole.modules) or None, "bias": "lora_only" if whole.biases else "none"}
+
+
+def published(
+    folder: Path, adapter: LoraAdapter, both: Both | None, plan: RankPlan, fidelity: Fidelity
+) -> Proof | None:
+    """Write the adapter, whole or not at all: loaded by PEFT, it must give the logits that `fidelity` says it has.
+
+    VerificationError where it does not. None: not compared, for want of a base with a config.
+    """
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as temporary:
+        written = write_adapter(temporary, adapter)
+        proof = None
+        if both:
+            towers = tower_prefixes(both.model)
+            names = [*adapter.pairs, *fidelity.whole]
+            sees = any(tower_of(name, towers) in ("vision", "projector") for name in names)
+            proof = prove(both, written, expected_weights(both, adapter.pairs, plan, fidelity), sees)
+            proof.require()
+        publish(written, folder)
+    return proof
+
+
+def expected_weights(both: Both, pairs: Mapping[str, LoraPair], plan: RankPlan, fidelity: Fidelity) -> Makers:
+    """The tuned model's weights; of sites base + B·A, of what is left out the base's."""
+    names = [f"{row.site.path}.weight" for row in plan.sites] + [row.name for row in fidelity.left_out]
+    made = with_tied(both.model, {name: both.base[name] for name in names if name in both.base})
+    sites = {f"{row.site.path}.weight": row.site for row in plan.sites if row.site.path in pairs}
+    made |= {name: partial(with_pair, both.base[name], pairs[site.path], site) for name, site in sites.items()}
+    return both.tuned | made
+
+
+def with_pair(base: Callable[[], Tensor], pair: LoraPair, site: Site) -> Tensor:
+    product = pair.factors().product()
+    return base().float() + (product.T if site.transposed else product)
+
+
+def tokenizer_of(tuned: str | None, rest: Sequence[LeftOut], fidelity: Fidelity, folder: Path) -> dict[str, Path]:
+    """The tuned model's tokenizer, copied where the adapter carries embeddings of another size than the base's."""
+    resized = [row.name for row in rest if row.why == RESIZED and row.name in fidelity.whole]
+    files = tokenizer_files(folder_of(open_checkpoint(resolve(tuned)))) if tuned and resized else []
+    return {file.name: Path(shutil.copyfile(file, folder / file.name)) for file in files}
+
+
+TASK_TYPES = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+
+
+def run(config: ExtractConfig) -> Fidelity:
+    check(config)
+    notes: list[str] = []
+    source = open_pair_or_deltas(config, notes)
+    plan = planned(config, source, notes)
+    both = both_models(source, base_of(config, source, plan))
+    if config.save_modules and both is None:
+        raise DataError(f"--save_modules needs the base's config.json, which {source.description} has not here")
+    folder = RunFolder(config.output_dir)
+    with folder.lock(), folder.recording("extract", inputs(config)) as record:
+        pairs, fidelity = extracted(source, plan, config.device, config.seed)
+        rest = left_out(source, {weight_name(row.site.path, weight_names(source)) for row in plan.sites})
+        whole = carried_whole(both, rest, pairs) if both and config.save_modules else Whole()
+        extra = tensors_of(whole, both) if both else {}
+        fidelity = fidelity.beside(rest, [name.replace(".base_layer.", ".") for name in extra])
+        adapter = LoraAdapter(settings(config, source, plan) | as_settings(whole), pairs, extra)
+        proof = published(folder.path, adapter, None if config.no_verify else both, plan, fidelity)
+        record.outputs |= {name: folder / name for name in (ADAPTER_NAMES[0], CONFIG_NAME)}
+        record.outputs |= carry(Path(str(config.deltas or config.tuned)), folder.path)
+        record.outputs |= tokenizer_of(config.tuned, rest, fidelity, folder.path)
+        record.outputs["fidelity"] = fidelity.write(folder.path)
+        record.facts |= fidelity.facts() | {"verification": proof and proof.as_dict()}
+        folder.save_config(config)
+    report(config, fidelity, notes, proof, both)
+    return fidelity
+
+
+def check(config: ExtractConfig) -> None:
+    """Combinations that cannot work, before anything is read."""
+    if bool(config.base and config.tuned) == bool(config.deltas) or bool(config.base) != bool(config.tuned):
+        raise UsageError("extract needs one of: BASE TUNED (two checkpoints), --deltas DIR")
+    if (config.plan is None) == (config.rank is None):
+        raise UsageError("extract needs one of: --plan FILE (from `rankwise ranks`), --rank R")
+    refuse_idle(config)
+    if config.sites.flatten_conv:
+        raise UsageError("--flatten_conv is for `ranks`: an adapter of flattened convolutions fits no model")
+
+
+def inputs(config: ExtractConfig) -> dict[str, Path | str]:
+    plan = find_plan(Path(config.plan)) if config.plan else None
+    names = {"base": config.base, "tuned": config.tuned, "deltas": config.deltas, "plan": plan}
+    return {name: value for name, value in names.items() if value}
+
+
+def open_pair_or_deltas(config: ExtractConfig, notes: list[str]) -> DeltaSource:
+    """With a plan every site is opened, so that a site that the plan names and the model lacks can be told from one
+    that --towers, --include and --exclude leave out."""
+    chosen = site_filter(config.sites)
+    if config.plan:
+        chosen = replace(chosen, towers=TOWERS, include=None, exclude=None)
+    return open_source(
+        base=config.base, tuned=config.tuned, deltas=config.deltas, adapter=None, filter_=chosen, notes=notes
+    )
+
+
+def planned(config: ExtractConfig, source: DeltaSource, notes: list[str]) -> RankPlan:
+    """One rank everywhere, or the plan's sites as far as the options ask for them."""
+    if config.rank is not None:
+        return RankPlan(tuple(clamped(site, config.rank, {}) for site in source.sites.values()))
+    plan = read_plan(Path(config.plan or ""), source.sites)
+    plan.require_ranks(str(config.plan))
+    kept = site_filter(config.sites).apply({row.site.path: row.site for row in plan.sites})
+    left_out = [row.site.path for row in plan.sites if row.site.path not in kept]
+    if left_out:
+        notes.append(
+            f"{len(left_out)} sites of the plan are left out by --towers, --include or --exclude ({left_out[0]} …)"
+        )
+    return plan.within(kept)
+
+
+def extracted(source: DeltaSource, plan: RankPlan, device: str, seed: int) -> tuple[dict[str, LoraPair], Fidelity]:
+    """Pairs and their fidelity, one delta in memory at a time. DataError for entries that are not finite."""
+    rows = {row.site.path: row for row in plan.sites}
+    pairs: dict[str, LoraPair] = {}
+    table: list[SiteFidelity] = []
+    bar = tqdm(total=len(rows), desc="extract", unit="site", disable=not sys.stderr.isatty())
+    for site, delta in deltas(source, [row.site for row in plan.sites]):
+        check_finite(site, delta)
+        row = rows[site.path]
+        if row.rank and delta.energy:
+            generator = site_generator(site, seed, device)
+            factors = truncate(on_device(delta, device).matrix, row.rank, generator)
+            factors = Factors(factors.left.cpu(), factors.right.cpu())
+            pairs[site.path] = pair = LoraPair.of(factors, plan.scale(row.rank), site.transposed)
+            kept = min(1.0, factors.spectrum().energy_total / delta.energy)
+            require_kept(site.path, kept_of(delta, pair.factors()), kept)
+            table.append(SiteFidelity(site, row.rank, delta.energy, kept, note=clip_note(row) or rounding_note(delta)))
+        else:
+            why = "rank 0 in the plan: left out" if delta.energy else "the delta is zero: left out"
+            table.append(SiteFidelity(site, 0, delta.energy, float(not delta.energy), note=why))
+        bar.update()
+    bar.close()
+    if not pairs:
+        raise DataError(f"{source.description}: none of the {len(rows)} sites has changed; there is no adapter in this")
+    return pairs, Fidelity(tuple(table))
+
+
+def kept_of(delta: Delta, factors: Factors) -> float:
+    """Share of a delta's energy that these factors keep, by comparing the two."""
+    inner = float(((delta.matrix.T @ factors.left.to(delta.matrix)).double() * factors.right.to(delta.matrix).T).sum())
+    return share_kept(inner, factors.inner(factors), delta.energy)
+
+
+def clip_note(row: PlannedSite) -> str:
+    return f"rank {row.clipped}: clamped" if row.clipped and "above min" in row.clipped else ""
+
+
+def rounding_note(delta: Delta) -> str:
+    """How much of what is kept may be noise, in steps, so that sites with the same remark are told together."""
+    share = next((limit for limit in (0.5, 0.1, 0.01) if delta.noise_share_both > limit), None)
+    if share is None:
+        return ""
+    kind = f"{delta.stored_as} weights: more than {share:.0%} of the delta's energy"
+    return f"{kind} may be rounding, and the energy kept counts it"
+
+
+def base_of(config: ExtractConfig, source: DeltaSource, plan: RankPlan) -> str | None:
+    return config.base or str(source_metadata(source).get("model_name") or plan.model_name) or None
+
+
+def weight_names(source: DeltaSource) -> Container[str]:
+    """The names of a source's tensors."""
+    if isinstance(source, CheckpointPair):
+        return source.places
+    return source.checkpoint if isinstance(source, SavedDeltas) else ()
+
+
+def settings(config: ExtractConfig, source: DeltaSource, plan: RankPlan) -> dict[str, Any]:
+    """What of the adapter's config does not follow from its tensors."""
+    base = base_of(config, source, plan)
+    known = source.config if isinstance(source, CheckpointPair) else None
+    return lora_config(base, task_type(known)) | {"use_rslora": plan.use_rslora}
+
+
+def task_type(model_config: Mapping[str, Any] | None) -> str:
+    """PEFT's name for what the base does, by its architecture; causal language model unless it says otherwise."""
+    architecture = str(((model_config or {}).get("architectures") or [""])[0])
+    return next((kind for suffix, kind in TASK_TYPES.items() if architecture.endswith(suffix)), "CAUSAL_LM")
+
+
+def report(config: ExtractConfig, fidelity: Fidelity, notes: list[str], proof: Proof | None, both: Both | None) -> None:
+    for note in [*notes, *fidelity.notes()]:
+        print(f"note: {note}")
+    if fidelity.left_out and both and not config.save_modules:
+        print("note: --save_modules carries embeddings, heads, norms and biases as they are")
+    source = config.deltas or config.tuned
+    print(f"extracted from {source}: {fidelity.summary()}")
+    print(verdict(config, proof))
+    print(f"adapter and fidelity.json in {config.output_dir}")
+    if both:
+        print(f"next: {next_command(config)}")
+
+
+def next_command(config: ExtractConfig) -> str:
+    return command_line("merge", config.output_dir, base_model=config.base)
+
+
+def verdict(config: ExtractConfig, proof: Proof | None) -> str:
+    if proof is None:
+        return f"not verified ({'--no_verify' if config.no_verify else 'no base with a config.json here'})"
+    return (
+        f"verified: loaded by PEFT, base + adapter is the tuned model but for what is left out (logits within "
+        f"{proof.error:.1e}, relative rms); from the tuned model's logits it is {proof.distance:.1%} as far as the base"
+    )
+
+
+def describe(config: ExtractConfig) -> list[str]:
+    check(config)
+    source = config.deltas or f"{config.base} and {config.tuned}"
+    ranks = f"the ranks of {config.plan}" if config.plan else f"rank {config.rank}"
+    return [
+        f"factor the deltas of {source} with {ranks} (truncated SVD, {', '.join(config.sites.towers)} tower)",
+        f"write the adapter and fidelity.json to {config.output_dir}",
+    ]

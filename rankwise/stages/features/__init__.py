@@ -1,1 +1,0 @@
-"""The stages of `rankwise features …`: capture, train, compare, show, downstream."""

@@ -1,0 +1,217 @@
+"""The names of arms and contrasts: what may stand in `arms:` and `primary:`, and what each of them means.
+
+plans    uniform  energy  loss …  shuffled  inverted:loss  compress  warm  plan-warm  uniform+compute  full  base
+phases   static   both:60 > mlp:60 > attention   reversed:…  permuted:…  random:…   static@…   full  base
+         norm:20  yoked:norm:20
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.core.allocate import Rule, by_budget, decreasing, equalised, spectral_gains, uniform
+from rankwise.core.factors import Factors
+from rankwise.core.phase import (
+    Form,
+    Norm,
+    Phases,
+    parse_schedule,
+    permuted_form,
+    random_form,
+    returns,
+    reversed_form,
+    with_lengths,
+)
+from rankwise.core.site import Site
+from rankwise.core.spectrum import Spectrum
+from rankwise.errors import UsageError
+from rankwise.options.field import unknown
+from rankwise.options.study import StudyConfig
+from rankwise.ranks.decide import Batch, input_spectra, loss_gains
+
+RULES = ("energy", "site", "type", "loss", "eva")
+Gains = Mapping[Site, Tensor]
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What the rules look at: a model in evaluation mode, how its weights moved, and rows of the training part."""
+
+    model: nn.Module
+    spectra: Mapping[Site, Spectrum]
+    deltas: Mapping[Site, Tensor]
+    batches: Sequence[Batch]
+
+
+def gains_of(rule: str, probed: Probed, max_rank: int) -> Gains:
+    """What each further rank is worth by a rule.
+
+    energy: σ² of the delta. site: its share of the site's own energy. type: the mean σ² over the layers of a
+    projection, so that its sites get equal ranks. loss: share of the loss drop along the path from base to tuned.
+    eva: share of the inputs' variance (Paischer et al. 2024).
+    """
+    if rule == "loss":
+        return loss_gains(probed.model, probed.deltas, probed.batches, max_rank)[0]
+    if rule == "eva":
+        return spectral_gains(input_spectra(probed.model, list(probed.deltas), probed.batches), "site")
+    gains = spectral_gains(probed.spectra, "site" if rule == "site" else "none")
+    return type_means(gains) if rule == "type" else gains
+
+
+def type_means(gains: Gains) -> dict[Site, Tensor]:
+    """The mean over the sites of one projection and shape, for each of them."""
+    kinds: dict[tuple[str, tuple[int, int]], list[Site]] = {}
+    for site in gains:
+        kinds.setdefault((site.type_path, site.shape), []).append(site)
+    result: dict[Site, Tensor] = {}
+    for sites in kinds.values():
+        length = max(len(gains[site]) for site in sites)
+        padded = [torch.nn.functional.pad(gains[site].double(), (0, length - len(gains[site]))) for site in sites]
+        result |= dict.fromkeys(sites, torch.stack(padded).mean(0))
+    return {site: result[site] for site in gains}
+
+
+def ranks_within(gains: Gains, budget: int, max_rank: int) -> dict[Site, int]:
+    """The rule's ranks: from 0, greedily by gain per parameter, then brought to the budget within 0.5 %.
+
+    From 0, since at a starved budget a smallest rank of 1 would leave a plan nothing to decide.
+    """
+    rule = Rule(min_rank=0, max_rank=max_rank)
+    worth = {site: decreasing(gain) for site, gain in gains.items()}
+    return equalised(by_budget(gains, budget, rule), budget, worth, {site: rule.most(site) for site in gains})
+
+
+def uniform_ranks(sites: Sequence[Site], budget: int) -> dict[Site, int]:
+    """One rank everywhere, as nearly as the budget and the sizes of the matrices allow."""
+    nothing = torch.zeros(0, dtype=torch.float64)
+    most = {site: site.largest_rank for site in sites}
+    return equalised(uniform(sites, budget), budget, dict.fromkeys(sites, nothing), most)
+
+
+def compressed(
+    pairs: Mapping[Site, tuple[Tensor, Tensor]], scales: Mapping[str, float], budget: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A trained adapter cut to the budget by the energy of its own product; path → A, B for the same scales."""
+    factors = {site: Factors(scales[site.path] * b, a) for site, (a, b) in pairs.items()}
+    gains = {site: each.svd()[1].square().cpu() for site, each in factors.items()}
+    ranks = ranks_within(gains, budget, max(a.shape[0] for a, _ in pairs.values()))
+    return {site.path: factors[site].compress(rank).lora(scales[site.path]) for site, rank in ranks.items() if rank}
+
+
+UNIFORM, STATIC, INVERTED, BASE, YOKED = "uniform", "static", "inverted", "base", "yoked"
+NULLS = ("shuffled", INVERTED)
+REFERENCES = ("full", BASE)
+OTHERS = ("compress", "warm", "plan-warm", "uniform+compute")
+PLAN_ARMS = (UNIFORM, *RULES, *NULLS, *OTHERS, *REFERENCES)
+OF_A_RULE = (*NULLS, "plan-warm")
+CONTROLS = ("reversed", "permuted", "random")
+VERSUS = " vs "
+
+
+def rule_of(arm: str) -> str:
+    """The rule whose ranks an arm takes, shuffles or inverts: energy unless it says so (`shuffled:loss`)."""
+    name, _, rule = arm.partition(":")
+    return rule or (name if name in RULES else "energy")
+
+
+def control_of(arm: str) -> tuple[str, str]:
+    """(reversed, permuted, random or nothing; the schedule's text)."""
+    name, _, rest = arm.partition(":")
+    return (name, rest) if name in CONTROLS else ("", arm)
+
+
+def timed_like(arm: str) -> str | None:
+    """The schedule whose wall clock a `static@SCHEDULE` arm is given."""
+    name, at, schedule = arm.partition("@")
+    return schedule if name == STATIC and at else None
+
+
+def chooses(arm: str) -> bool:
+    """`norm:N` chooses its phases on the way: such an arm is trained by itself."""
+    return arm.partition(":")[0] == "norm"
+
+
+def yoked_to(arm: str) -> str | None:
+    """The arm `norm:N` whose choices of another seed a `yoked:norm:N` arm replays."""
+    name, colon, rest = arm.partition(":")
+    return rest if name == YOKED and colon else None
+
+
+def has_phases(arm: str, config: StudyConfig) -> bool:
+    return config.kind == "phases" and arm not in (STATIC, *REFERENCES) and timed_like(arm) is None
+
+
+def has_state(arm: str, config: StudyConfig) -> bool:
+    """Whether keeping or resetting the optimizer state makes a difference: some site rests and then trains again."""
+    if not has_phases(arm, config):
+        return False
+    control, text = control_of(yoked_to(arm) or arm)
+    form = parse_schedule(text)
+    if control == "permuted":
+        return returns(form, any_order=True)
+    return returns(schedule_of(arm, config.steps, 0) or form) if control else returns(form)
+
+
+def schedule_of(arm: str, steps: int, seed: int) -> Form | None:
+    """The schedule of a phase arm for a seed; None where everything trains all the time. A yoked arm's comes from the
+    run that it replays."""
+    if arm in (STATIC, *REFERENCES) or timed_like(arm) is not None:
+        return None
+    control, text = control_of(arm)
+    form = parse_schedule(text)
+    if isinstance(form, Phases):
+        with_lengths(form, steps)
+    if control == "reversed":
+        return reversed_form(form, steps)
+    if control == "permuted":
+        return permuted_form(form, steps, seed)
+    return random_form(form) if control == "random" else form
+
+
+def default_arms(config: StudyConfig) -> list[str]:
+    if config.kind == "plans":
+        return list(PLAN_ARMS)
+    third = max(1, config.steps // 3)
+    schedule = f"both:{third} > mlp:{third} > attention"
+    return [STATIC, schedule, *(f"{control}:{schedule}" for control in CONTROLS), f"{STATIC}@{schedule}"]
+
+
+def check_arm(arm: str, config: StudyConfig) -> None:
+    """An arm of the study's kind, written as it must be."""
+    if config.kind == "phases":
+        timed, yoked = timed_like(arm), yoked_to(arm)
+        if yoked is not None and not isinstance(parse_schedule(yoked), Norm):
+            raise UsageError(f"{arm}: what is replayed is `norm:N`, as in yoked:norm:20; others never change")
+        if timed is not None and (chooses(timed) or yoked_to(timed)):
+            raise UsageError(f"{arm}: the time of a schedule that chooses on the way is not known beforehand")
+        if yoked is None:
+            schedule_of(timed if timed is not None else arm, config.steps, 0)
+        return
+    name, colon, rule = arm.partition(":")
+    if name not in PLAN_ARMS or (colon and (name not in OF_A_RULE or rule not in RULES)):
+        known = [*PLAN_ARMS, *(f"{null}:{rule}" for null in OF_A_RULE for rule in RULES)]
+        raise unknown(arm, known, "--arms", "arm")
+
+
+def contrast(text: str, arms: tuple[str, ...]) -> tuple[str, str]:
+    first, versus, second = (part.strip() for part in text.partition(VERSUS))
+    if not versus.strip() or first == second:
+        raise UsageError(f"--primary takes `ARM vs ARM`; got {text!r}")
+    for arm in (first, second):
+        if arm not in arms:
+            raise unknown(arm, arms, f"--primary {text!r}", "arm")
+    return first, second
+
+
+def default_contrasts(arms: tuple[str, ...], config: StudyConfig) -> tuple[tuple[str, str], ...]:
+    """Every rule against uniform rank; every schedule against training everything all the time, and one that chooses
+    against what it chose for another seed."""
+    if config.kind == "plans":
+        return tuple((arm, UNIFORM) for arm in arms if arm in RULES and UNIFORM in arms)
+    own = [arm for arm in arms if has_phases(arm, config) and not control_of(arm)[0] and yoked_to(arm) is None]
+    yoked = [(str(yoked_to(arm)), arm) for arm in arms if yoked_to(arm) is not None]
+    return (*((arm, STATIC) for arm in own if STATIC in arms), *yoked)

@@ -1,0 +1,122 @@
+"""rankwise study: rank plans or phase schedules compared at equal parameters, by a protocol fixed beforehand.
+
+rankwise study ranks --model_name MODEL --task e2e_nlg --data_path DIR -o runs/study
+
+    designed ─ registered ─ probed ─ tuned on dev ─ seeds added until sharp ─ test read once ─ study.json, study.md
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rankwise.files.atomic import write_json
+from rankwise.files.ledger import Ledger
+from rankwise.files.processes import announce, finish, gathered, process_index
+from rankwise.files.run_folder import RunFolder, held
+from rankwise.options.study import StudyConfig
+from rankwise.page.text import duration
+from rankwise.study.arms import RULES
+from rankwise.study.design import Design, Registration, designed, digest, register, run_counts
+from rankwise.study.execution import Bench, matched_steps
+from rankwise.study.material import Material, gathered_material, open_probes, probe_cost
+from rankwise.study.page import write_study
+from rankwise.study.plans import Plans
+from rankwise.study.protocol import report
+from rankwise.study.results import Outcome, concluded
+from rankwise.study.tuning import tune, tuning_batch
+from rankwise.study.words import runs_rate, study_lines
+
+PARTS = "parts.json"
+NEED_A_PROBE = (*RULES, "shuffled", "inverted", "warm", "plan-warm")
+
+
+def run(config: StudyConfig) -> Path:
+    """The whole command; returns the run folder."""
+    design = designed(config)
+    folder = RunFolder(config.output_dir)
+    try:
+        with held(folder, "study", inputs(config)) as record:
+            material = gathered_material(config)
+            registration = registered(folder, design, material)
+            bench = workbench(folder, design, material)
+            if config.time_only:
+                time_one_batch(design, bench)
+                return folder.path
+            tuned = tune(design, bench)
+            reported = report(design, bench, tuned)
+            if process_index()[0] == 0:
+                study = concluded(Outcome(design, bench, tuned, reported), registration)
+                record.outputs |= write_study(folder.path, study)
+                record.facts |= {"runs": len(bench.ledger), "runs_per_hour": rate(bench)}
+                print("\n".join(study_lines(study)))
+                print(f"study: {len(bench.ledger):,} runs, {rate(bench):,} an hour and process; all in {folder.path}")
+    finally:
+        finish()
+    return folder.path
+
+
+def inputs(config: StudyConfig) -> dict[str, Path | str]:
+    found = {"model": config.model.model_name, "data": config.data.data_path, "test": config.test_path}
+    return {name: value for name, value in found.items() if value}
+
+
+def registered(folder: RunFolder, design: Design, material: Material) -> Registration:
+    """The study on record before its first run; only the first process writes, the others wait for it."""
+    if process_index()[0] == 0:
+        register(folder.path, design.content | {"inputs": material.inputs}, design.config.deviation)
+        folder.save_config(design.config)
+        write_json(folder / PARTS, material.parts.record())
+    gathered({})
+    return Registration(folder.path)
+
+
+def workbench(folder: RunFolder, design: Design, material: Material) -> Bench:
+    """Probes, plans and ledger; probes are trained only where an arm needs them."""
+    recipe = digest([design.recipe, material.inputs])[:16]
+    probes = open_probes(material, folder.path, recipe) if needs_probe(design) else []
+    plans = Plans(material, probes, folder / "plans" / recipe)
+    plans.timed_steps = matched_steps(design, plans)
+    extra = probe_cost(design.config) if "uniform+compute" in design.arms else 0
+    return Bench(material, plans, Ledger(folder.path), recipe, extra)
+
+
+def needs_probe(design: Design) -> bool:
+    if design.config.kind == "phases":
+        return design.config.schedule_plan != "uniform"
+    return any(arm.partition(":")[0] in NEED_A_PROBE for arm in design.arms)
+
+
+def rate(bench: Bench) -> int:
+    """Runs per hour of one process, by the time that all runs took."""
+    return runs_rate([row["seconds"] for row in bench.ledger.rows.values()])
+
+
+def time_one_batch(design: Design, bench: Bench) -> None:
+    """One batch of tuning runs, which count; then what is left at that rate."""
+    bench.finish(tuning_batch(design, bench), "timing")
+    announce("\n".join(cost_lines(design, [row["seconds"] for row in bench.ledger.rows.values()])))
+
+
+def cost_lines(design: Design, seconds: list[float]) -> list[str]:
+    """Numbers of runs, and hours where a rate was measured; nothing is guessed."""
+    counts = run_counts(design)
+    lines = [
+        f"{counts['tuning']:,} runs to tune (more where a grid grows), {counts['least']:,} to {counts['most']:,} in all"
+    ]
+    if not seconds:
+        return [*lines, "how long that takes is not known yet: --time_only trains one batch of arms and says"]
+    hourly = runs_rate(seconds)
+    span = [duration(3600 * max(0, counts[name] - len(seconds)) / hourly) for name in ("least", "most")]
+    return [*lines, f"{len(seconds):,} are done at {hourly:,} an hour and process; {span[0]} to {span[1]} are left"]
+
+
+def describe(config: StudyConfig) -> list[str]:
+    """What --dry-run prints."""
+    design = designed(config)
+    seconds = [row["seconds"] for row in Ledger(Path(config.output_dir)).rows.values()]
+    return [
+        f"compare {', '.join(design.arms)} of {config.model.model_name} at {', '.join(config.budgets)}",
+        "give a verdict on " + "; ".join(" vs ".join(pair) for pair in design.contrasts),
+        *cost_lines(design, seconds),
+        f"register {digest(design.content)[:16]}… (with fingerprints of model and data) in {config.output_dir}",
+    ]

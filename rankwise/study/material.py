@@ -1,0 +1,210 @@
+"""What all runs of a study share: the model, three parts of the data, the sites, the probes."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from rankwise.core.site import Site
+from rankwise.data.dataset import Collator, RenderedDataset
+from rankwise.data.example import Example
+from rankwise.data.reading import read_examples
+from rankwise.data.recorded import warn_of_others
+from rankwise.data.render import Renderer
+from rankwise.data.renderer_for import renderer_for
+from rankwise.data.split import Parts, Sizes, divided
+from rankwise.errors import DataError
+from rankwise.evaluate.likelihood import Batch, training_batches
+from rankwise.files.atomic import fingerprint, fingerprints, read_object
+from rankwise.files.checkpoint import base_files, open_checkpoint, resolve
+from rankwise.files.processes import announce, gathered, process_index
+from rankwise.files.run_folder import CONFIG
+from rankwise.models.adapt import choose_sites
+from rankwise.models.load import loaded, structure
+from rankwise.models.sites import model_sites, torch_dtype, weight_table
+from rankwise.options.study import StudyConfig
+from rankwise.ranks.deltas import BaseWeights, SavedDeltas, open_deltas, write_deltas
+from rankwise.study.together.alone import borrowed, train_weights
+from rankwise.study.together.train import ArmSettings, row_order
+from rankwise.train.finetune import language_parameters
+from rankwise.train.job import rendered
+
+SCORING_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Items that runs are scored on, as batches, with the learnt tokens and the group of each."""
+
+    batches: Sequence[Batch]
+    tokens: NDArray[np.float64]
+    groups: tuple[str, ...]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], renderer: Renderer, device: str) -> Scored:
+        """Items of like length side by side: less padding."""
+        data = RenderedDataset(examples, renderer)
+        order = sorted(range(len(data)), key=lambda index: data.lengths[index])
+        items = [data.examples[index] for index in order]
+        batches = training_batches(items, renderer, SCORING_BATCH)
+        tokens = torch.cat([(batch["labels"][:, 1:] >= 0).sum(1) for batch in batches])
+        moved = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
+        return cls(moved, tokens.double().numpy(), tuple(item.group for item in items))
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything that is loaded once."""
+
+    config: StudyConfig
+    model: PreTrainedModel
+    renderer: Renderer
+    sites: tuple[Site, ...]
+    parts: Parts
+    rows: list[dict[str, Any]]
+    files: tuple[Path, ...]
+    device: str
+
+    @property
+    def collate(self) -> Collator:
+        return Collator.of(self.renderer.tokenizer)
+
+    @cached_property
+    def dev(self) -> Scored:
+        return Scored.of(self.parts.dev, self.renderer, self.device)
+
+    @cached_property
+    def test(self) -> Scored:
+        return Scored.of(self.parts.test, self.renderer, self.device)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Fingerprints of what the study reads, for the registration."""
+        base = base_files(resolve(str(self.config.model.model_name), self.config.model.revision))
+        return {
+            "base": fingerprints(base),
+            "data": [fingerprint(file) for file in self.files],
+            "prompts": self.renderer.settings,
+            "deltas": [fingerprint(open_deltas(Path(path)).checkpoint.files[0]) for path in self.config.probe.deltas],
+        }
+
+
+def gathered_material(config: StudyConfig) -> Material:
+    """Model and data, checked. float32 unless --dtype says otherwise: what is measured here is small."""
+    name = str(config.model.model_name)
+    skeleton = structure(config.model, name)
+    sites = tuple(choose_sites(model_sites(skeleton), config.target).values())
+    renderer = renderer_for(config.data, config.model, name, skeleton.config)
+    parts, files = read_parts(config)
+    data = rendered(parts.train, renderer)
+    device = config.device if config.device != "auto" else own_device()
+    dtype = torch_dtype(config.model.dtype, trained=True, device=torch.device(device))
+    model = loaded(config.model, name, dtype).to(device).eval()
+    model.requires_grad_(False)
+    rows = [data[index] for index in range(len(data))]
+    return Material(config, model, renderer, sites, parts, rows, files, device)
+
+
+def own_device() -> str:
+    """A GPU for each process, where there are any."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def read_parts(config: StudyConfig) -> tuple[Parts, tuple[Path, ...]]:
+    """Train, dev and test rows, and the files they come from."""
+    pool = read_examples(config.data, str(config.data.data_path))
+    dev = read_examples(config.data, config.dev_path, "dev") if config.dev_path else None
+    test = read_examples(config.data, config.test_path, "test") if config.test_path else None
+    parts = divided(
+        pool.items,
+        dev.items if dev else None,
+        test.items if test else None,
+        Sizes(config.train_size, config.dev_size, config.test_size),
+        random.Random(config.seed),
+    )
+    files = [file for examples in (pool, dev, test) if examples for file in examples.files]
+    return parts, tuple(files)
+
+
+def open_probes(material: Material, folder: Path, recipe: str) -> list[SavedDeltas]:
+    """The given deltas, or those of own probes, which the first process trains where they are not there yet.
+
+    recipe: hash of what the study is made of; a probe of another one is trained anew.
+    """
+    given = material.config.probe.deltas
+    if given:
+        found = [open_deltas(Path(path)) for path in given]
+        for path in given:
+            warn_of_others(Path(path), material.renderer)
+    else:
+        places = [folder / "probe" / str(index) for index in range(material.config.probe.probes)]
+        for index, place in enumerate(places):
+            if process_index()[0] == 0 and not is_of(place, recipe):
+                announce(f"probe {index + 1} of {len(places)}: {material.config.probe.probe_steps} full updates")
+                train_probe(material, place / "deltas", index, recipe)
+        gathered({})  # the others wait for the first
+        found = [open_deltas(place) for place in places]
+    for source in found:
+        missing = [site.path for site in material.sites if site.path not in source.sites]
+        if missing:
+            raise DataError(f"{source.description}: no delta of {missing[0]}; the deltas must be of the study's model")
+    return found
+
+
+def is_of(place: Path, recipe: str) -> bool:
+    return (place / "deltas").is_dir() and open_deltas(place).metadata.get("recipe") == recipe
+
+
+def probe_rows(material: Material, index: int) -> list[int]:
+    """Positions of a probe's rows in the training part."""
+    count = min(material.config.probe.probe_rows, len(material.rows))
+    return random.Random(f"{material.config.seed} probe {index}").sample(range(len(material.rows)), count)
+
+
+def train_probe(material: Material, folder: Path, index: int, recipe: str) -> None:
+    """All language parameters for a few updates on rows of the training part; saves the deltas."""
+    config, model = material.config, material.model
+    own, name = config.probe, str(config.model.model_name)
+    settings = ArmSettings(own.probe_steps, own.probe_batch_size)
+    chosen = probe_rows(material, index)
+    order = row_order(len(chosen), own.probe_steps * own.probe_batch_size, config.seed + index)
+    parameters = language_parameters(model)
+    files = open_checkpoint(resolve(name, config.model.revision))
+    base = BaseWeights.before_training(files, weight_table(model, files.keys()), parameters)
+    with borrowed(model, parameters) as trained:
+        rows = [material.rows[position] for position in chosen]
+        if not train_weights(model, trained, rows, order, material.collate, settings, own.probe_learning_rate):
+            raise DataError(f"the probe diverged at --probe_learning_rate {own.probe_learning_rate:g}; lower it")
+        facts = {
+            "model_name": name,
+            "num_samples": len(chosen),
+            "steps": own.probe_steps,
+            "seed": config.seed + index,
+            "recipe": recipe,
+            "rows": [material.parts.train[position].id for position in chosen],
+        }
+        write_deltas(folder, parameters, base, model_sites(model), facts)
+
+
+def probe_cost(config: StudyConfig) -> int:
+    """Steps of the study's batch size that see as many rows as a probe did."""
+    if not config.probe.deltas:
+        rows = config.probe.probe_steps * config.probe.probe_batch_size
+        return math.ceil(rows / config.batch_size)
+    costs = []
+    for path in map(Path, config.probe.deltas):
+        settings: Mapping[str, Any] = read_object(path / CONFIG) if (path / CONFIG).is_file() else {}
+        per_step: int = settings.get("batch_size", config.batch_size) * settings.get("gradient_accumulation", 1)
+        costs.append(math.ceil(int(open_deltas(path).metadata["steps"]) * per_step / config.batch_size))
+    return max(costs)

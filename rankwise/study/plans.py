@@ -1,0 +1,179 @@
+"""From an arm's name to what is trained: ranks within the budget, scales, starting values, phases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rankwise.core.allocate import inverted, is_equal, parse_budget, plan_of, shuffled, spent, uniform
+from rankwise.core.phase import Bound, BoundNorm, bind, parse_schedule
+from rankwise.core.site import Site
+from rankwise.errors import UsageError, VerificationError
+from rankwise.evaluate.likelihood import Batch
+from rankwise.files.atomic import read_object, write_json
+from rankwise.ranks.deltas import SavedDeltas
+from rankwise.ranks.spectra import MeasureSettings, measure_sites
+from rankwise.study.arms import RULES, Gains, Probed, gains_of, ranks_within, rule_of, schedule_of, uniform_ranks
+from rankwise.study.design import Contender, Run
+from rankwise.study.material import Material, probe_rows
+from rankwise.study.together.train import Arm, Pairs, directed_start, random_start, scales_of, warm_start
+from rankwise.train.starts import input_directions
+
+HIGH = 4
+SIGNAL_ROWS, SIGNAL_BATCH = 256, 16
+Ranks = Mapping[Site, int]
+
+
+@dataclass
+class Plans:
+    """Ranks and starts of every run; what is costly is made once. folder: where ranks are kept, of this recipe only."""
+
+    material: Material
+    probes: Sequence[SavedDeltas]
+    folder: Path
+    timed_steps: Mapping[str, int] = field(default_factory=dict)
+    _gains: dict[tuple[str, int], Gains] = field(default_factory=dict)
+    _ranks: dict[tuple[str, str, int], Ranks] = field(default_factory=dict)
+    _probed: dict[int, Probed] = field(default_factory=dict)
+    _directions: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def max_rank(self) -> int:
+        return self.material.config.max_rank
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        return list(self.material.sites)
+
+    def budget(self, text: str) -> int:
+        return parse_budget(text, self.sites)
+
+    def uniform(self, budget: str) -> Ranks:
+        if ("uniform", budget, 0) not in self._ranks:
+            found = uniform_ranks(self.sites, self.budget(budget))
+            if max(found.values()) > self.max_rank:
+                raise UsageError(f"--budgets {budget} is above --max_rank {self.max_rank} everywhere; raise it")
+            self._ranks["uniform", budget, 0] = found
+        return self._ranks["uniform", budget, 0]
+
+    def probe_of(self, seed: int) -> int:
+        return seed % max(1, len(self.probes))
+
+    def signal_batches(self, probe: int) -> list[Batch]:
+        """Training rows for rules that run the model: the probe's own where it is the study's."""
+        rows = [self.material.rows[index] for index in probe_rows(self.material, probe)[:SIGNAL_ROWS]]
+        parts = [rows[start : start + SIGNAL_BATCH] for start in range(0, len(rows), SIGNAL_BATCH)]
+        batches = [self.material.collate(part) for part in parts]
+        names = ("input_ids", "attention_mask", "labels")
+        return [{name: batch[name].to(self.material.device) for name in names} for batch in batches]
+
+    def probed(self, probe: int) -> Probed:
+        if probe not in self._probed:
+            device = self.material.device
+            source = self.probes[probe]
+            chosen = SavedDeltas(
+                source.checkpoint, {site.path: site for site in self.sites}, source.metadata, source.description
+            )
+            measured = measure_sites(chosen, MeasureSettings(up_to=self.max_rank, exact=True), lambda *_: None)
+            deltas = {site: source.read(site).matrix.to(device) for site in self.sites}
+            spectra = {site: row.spectrum for site, row in measured.items()}
+            self._probed[probe] = Probed(self.material.model, spectra, deltas, self.signal_batches(probe))
+        return self._probed[probe]
+
+    def gains(self, rule: str, probe: int) -> Gains:
+        if (rule, probe) not in self._gains:
+            self._gains[rule, probe] = gains_of(rule, self.probed(probe), self.max_rank)
+        return self._gains[rule, probe]
+
+    def of_rule(self, rule: str, budget: str, seed: int) -> Ranks:
+        """The ranks that a rule gives, from the probe whose turn it is; kept in the folder, for they can be costly."""
+        probe = self.probe_of(seed)
+        if (rule, budget, probe) not in self._ranks:
+            path = self.folder / f"{rule}-{budget.replace(':', '-')}-{probe}.json"
+            if not path.is_file():
+                found = ranks_within(self.gains(rule, probe), self.budget(budget), self.max_rank)
+                write_json(path, {site.path: rank for site, rank in found.items()})
+            kept = read_object(path)
+            self._ranks[rule, budget, probe] = {site: kept[site.path] for site in self.sites}
+        return self._ranks[rule, budget, probe]
+
+    def ranks(self, contender: Contender, seed: int) -> Ranks:
+        """What is trained. `compress` trains four times the budget and is cut to it afterwards."""
+        config = self.material.config
+        budget, kind = contender.budget, contender.arm.partition(":")[0]
+        if config.kind == "phases":
+            rule = config.schedule_plan
+            return self.uniform(budget) if rule == "uniform" else self.of_rule(rule, budget, seed)
+        if kind == "compress":
+            return capped(uniform(self.sites, HIGH * self.budget(budget)), self.max_rank)
+        if kind in (*RULES, "shuffled", "inverted", "plan-warm"):
+            ranks = self.of_rule(rule_of(contender.arm), budget, seed)
+            if kind == "shuffled":
+                return shuffled(ranks, torch.Generator().manual_seed(seed))
+            return inverted(ranks) if kind == "inverted" else ranks
+        return self.uniform(budget)
+
+    def checked_ranks(self, contender: Contender, seed: int) -> Ranks:
+        """The ranks, once their parameters are those of the budget within half a percent."""
+        ranks, budget = self.ranks(contender, seed), self.budget(contender.budget)
+        if contender.arm != "compress" and not is_equal(ranks, budget):
+            raise VerificationError(
+                f"{contender.arm} has {spent(ranks):,} parameters at {contender.budget}, which is {budget:,}: more "
+                "than 0.5 % apart, so it could not be compared"
+            )
+        return ranks
+
+    def scales(self, run: Run, ranks: Ranks) -> dict[str, float]:
+        return scales_of(ranks, run.scale, self.uniform(run.contender.budget))
+
+    def start(self, run: Run, ranks: Ranks, scales: Mapping[str, float]) -> Pairs:
+        kind = run.contender.arm.partition(":")[0]
+        if kind in ("warm", "plan-warm"):
+            return warm_start(ranks, self.probed(self.probe_of(run.seed)).deltas, scales, run.seed)
+        if kind == "eva":
+            return directed_start(ranks, self.directions(run.contender.budget, ranks))
+        return random_start(ranks, run.seed, self.max_rank)
+
+    def directions(self, budget: str, ranks: Ranks) -> Mapping[str, Tensor]:
+        """EVA's start: leading directions of every site's inputs."""
+        if budget not in self._directions:
+            spectra = self.probed(0).spectra
+            plan = plan_of(dict(ranks), spectra)
+            batches = [{n: b[n] for n in ("input_ids", "attention_mask")} for b in self.probed(0).batches]
+            found = input_directions(self.material.model, plan, batches)
+            self._directions[budget] = {path: rows.cpu() for path, rows in found.items()}
+        return self._directions[budget]
+
+    def steps(self, contender: Contender, extra: int) -> int:
+        """Optimizer steps; `uniform+compute` gets the probe's, `static@…` as many as take the schedule's time."""
+        steps = self.material.config.steps
+        if contender.arm == "uniform+compute":
+            return steps + extra
+        return self.timed_steps.get(contender.arm, steps)
+
+    def schedule(self, run: Run, steps: int, replay: str | None) -> Bound | None:
+        """The run's schedule over the sites that train. replay: the text of what another run chose."""
+        if self.material.config.kind != "phases":
+            return None
+        form = schedule_of(run.contender.arm, steps, run.seed) if replay is None else parse_schedule(replay)
+        ranks = self.ranks(run.contender, run.seed)
+        trained = {site.path: site for site, rank in ranks.items() if rank}
+        return None if form is None else bind(form, trained, run.seed)
+
+    def arm(self, run: Run, steps: int, order: Sequence[int], replay: str | None = None) -> Arm:
+        """Everything about one run but what it shares with those that train beside it. What a schedule chooses on the
+        way is not known yet."""
+        ranks = self.checked_ranks(run.contender, run.seed)
+        scales = self.scales(run, ranks)
+        schedule = self.schedule(run, steps, replay)
+        active = None if schedule is None or isinstance(schedule, BoundNorm) else schedule.active
+        return Arm(self.start(run, ranks, scales), scales, run.learning_rate, order, active)
+
+
+def capped(ranks: Ranks, most: int) -> dict[Site, int]:
+    return {site: min(rank, most) for site, rank in ranks.items()}

@@ -1,0 +1,1 @@
+"""Several arms of a study trained as one batch of models."""

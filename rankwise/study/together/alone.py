@@ -1,0 +1,205 @@
+"""Arms of a study that train by themselves: `norm:N`, which chooses on the way what trains next, and all weights.
+
+    trained, replay = train_alone(model, arm, bind(Norm(20), sites, seed=0), rows, collate, settings)
+    str(replay)        # all:1 > mlp:40 > attention: what a yoked arm trains as a fixed schedule
+
+`batched` trains many arms at once and must know beforehand which sites move at which step. All else is alike: start,
+scales, order of rows, optimizer and schedule of the rate, and no dropout. `train_alone` goes through the project's own
+Trainer; `train_weights` is a plain loop over all weights, for probes and for the arm `full` that a study refers to.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import Subset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, TrainingArguments, get_scheduler
+
+from rankwise.core.phase import BoundNorm, Phases
+from rankwise.core.plan import PlannedSite, RankPlan
+from rankwise.errors import DivergedError, Interrupted, UsageError
+from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, lora_layers, lora_pairs
+from rankwise.study.together.train import Arm, ArmSettings, Collate, TrainedArm
+from rankwise.train.arguments import build_arguments
+from rankwise.train.phases import PhaseKeeper
+from rankwise.train.trainer import RankwiseTrainer
+
+JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
+class Undropped(RankwiseTrainer):
+    """A Trainer without any dropout, that of the base included: arms differ in nothing but their phases."""
+
+    def compute_loss(self, model: nn.Module, *args: Any, **rest: Any) -> Any:
+        model.eval()
+        return super().compute_loss(model, *args, **rest)
+
+
+def train_alone(
+    model: PreTrainedModel,
+    arm: Arm,
+    schedule: BoundNorm,
+    rows: Sequence[Mapping[str, Any]],
+    collate: Collate,
+    settings: ArmSettings,
+) -> tuple[TrainedArm, Phases]:
+    """What came of an arm under a schedule that chooses, and the fixed schedule that it amounts to.
+
+    The model is only read, and afterwards as it was. `arm.active` plays no part. An arm that diverged is told as
+    `train_together` tells it; its fixed schedule stays in the phase in which it ended.
+
+    Raises UsageError where the process sees several GPUs, Interrupted on a signal.
+    """
+    with tempfile.TemporaryDirectory(prefix="rankwise-") as name, single_process(), twin_of(model) as twin:
+        folder = Path(name)
+        keeper = PhaseKeeper(schedule, folder, reset=settings.phase_state == "reset", verbose=False)
+        trainer = Undropped(
+            model=adapted(twin, arm, schedule),
+            args=arguments(arm, settings, folder, model.device),
+            train_dataset=Subset(rows, list(arm.order[: settings.steps * settings.batch_size])),  # type: ignore[arg-type]
+            data_collator=collate,
+            phases=keeper,
+        )
+        diverged = not finishes(trainer)
+        steps = [row for row in trainer.state.log_history if "loss" in row]
+        nothing = [torch.nan] * (settings.steps - len(steps))
+        pairs = {path: (pair.lora_A, pair.lora_B) for path, pair in lora_pairs(trainer.model).items()}
+    assert isinstance(keeper.schedule, BoundNorm)
+    losses, norms = ([float(row[column]) for row in steps] + nothing for column in ("loss", "grad_norm"))
+    return TrainedArm(pairs, losses, norms, diverged), keeper.schedule.replay(max(1, len(steps)))
+
+
+def finishes(trainer: RankwiseTrainer) -> bool:
+    """Train to the end; False where a loss or gradient was not finite, in which case that step was not taken."""
+    try:
+        trainer.train()
+    except DivergedError:
+        return False
+    except Interrupted as stop:
+        text = "interrupted; this run starts afresh when the same command is given again, finished runs are kept"
+        raise Interrupted(text, stop.exit_code - 128) from stop
+    return True
+
+
+@contextmanager
+def twin_of(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """A copy of the modules that shares every tensor: an adapter on it leaves nothing behind on the model."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        yield copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def adapted(twin: PreTrainedModel, arm: Arm, schedule: BoundNorm) -> PeftModel:
+    """The arm's PEFT model, with its start and scales."""
+    planned = [PlannedSite(schedule.sites[path], a.shape[0]) for path, (a, _) in arm.start.items()]
+    found = adapt(twin, RankPlan(tuple(planned)), LoraSettings(dropout=0.0))
+    for path, layer in lora_layers(found).items():
+        a, b = arm.start[path]
+        layer.scaling[ADAPTER] = arm.scales[path]
+        layer.lora_A[ADAPTER].weight.copy_(a)
+        layer.lora_B[ADAPTER].weight.copy_(b)
+    return found
+
+
+def arguments(arm: Arm, settings: ArmSettings, folder: Path, device: torch.device) -> TrainingArguments:
+    """TrainingArguments that say what `settings` says to `train_together`; float32 unless the base is otherwise."""
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        raise UsageError(
+            "an arm `norm:N` trains alone, on one GPU, and this process sees several: start the study with one process "
+            "and CUDA_VISIBLE_DEVICES=0"
+        )
+    beta1, beta2 = settings.betas
+    given = {
+        "use_cpu": device.type == "cpu",
+        "optim": "adamw_torch",
+        "adam_beta1": beta1,
+        "adam_beta2": beta2,
+        "adam_epsilon": settings.eps,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "learning_rate": arm.learning_rate,
+        "lr_scheduler_type": settings.lr_scheduler,
+        "warmup_steps": settings.warmup_steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "max_steps": settings.steps,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return build_arguments(folder, 0, given, dtype="float32")
+
+
+@contextmanager
+def single_process() -> Iterator[None]:
+    """Hide the other processes of the job, each of which is busy with a run of its own, from the Trainer."""
+    kept = {name: os.environ.pop(name) for name in JOB if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def train_weights(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    rows: Sequence[Mapping[str, Any]],
+    order: Sequence[int],
+    collate: Collate,
+    settings: ArmSettings,
+    learning_rate: float,
+) -> bool:
+    """Train these parameters in place, without dropout; whether it stayed finite (it stops where it did not)."""
+    model.eval()
+    optimizer = torch.optim.AdamW(
+        parameters, learning_rate, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+    )
+    scheduler = get_scheduler(settings.lr_scheduler, optimizer, settings.warmup_steps, settings.steps)
+    device = parameters[0].device
+    for step in tqdm(range(settings.steps), desc="full", unit="step", disable=None, leave=False):
+        taken = order[step * settings.batch_size : (step + 1) * settings.batch_size]
+        batch = {name: value.to(device) for name, value in collate([rows[index] for index in taken]).items()}
+        batch.pop("sample_index", None)
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf"))
+        if not torch.isfinite(loss + norm):
+            return False
+        optimizer.step()
+        scheduler.step()
+    return True
+
+
+@contextmanager
+def borrowed(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """These parameters to train, the others frozen; afterwards all are as they were, bit for bit."""
+    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.requires_grad_(False)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        yield list(parameters.values())
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(kept[name])
+        for parameter, state in before.items():
+            parameter.requires_grad_(state)
+            parameter.grad = None

@@ -1,0 +1,141 @@
+"""How a run of `finetune` and `train` begins: where it goes on, what it replaces, and that samples stay apart.
+
+starting_point(config, job) ──▶ checkpoint or None ── train_job(config, model, job, checkpoint) ──▶ the trainer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from rankwise.data.dataset import Collator, PackedDataset, RenderedDataset, unpacked_difference
+from rankwise.data.recorded import save_input
+from rankwise.errors import UsageError, VerificationError
+from rankwise.files.atomic import Aside, about_to_write
+from rankwise.files.processes import announce, process_index
+from rankwise.files.run_folder import CONFIG, RunFolder
+from rankwise.options.commands import FinetuneConfig, TrainConfig
+from rankwise.train.allocation import ALLOCATED_TABLE
+from rankwise.train.checkpoints import FirstStep, goes_on_from, refuse_earlier, resume_point
+from rankwise.train.gradient_table import TRAINING_LOG
+from rankwise.train.gradients import GRADIENT_FILES
+from rankwise.train.job import Job
+from rankwise.train.phases import PHASES_TABLE
+from rankwise.train.trainer import RankwiseTrainer
+
+OF_A_RUN = ("checkpoint-*", CONFIG, TRAINING_LOG, *GRADIENT_FILES, PHASES_TABLE, ALLOCATED_TABLE)
+PACKING_EXACT, PACKING_ROUNDED = 1e-3, 0.1  # largest relative difference of logits in float32, and at 16 bits
+
+
+def starting_point(config: FinetuneConfig | TrainConfig, job: Job) -> Path | None:
+    """The checkpoint to resume from, or None for a fresh run that mixes with no earlier one."""
+    check_batches(job)
+    index, processes = process_index()
+    folder = Path(config.output_dir)
+    if index == 0:
+        earlier_of(config).put_back()
+    checkpoint = resume_point(
+        config.resume_from_checkpoint,
+        folder,
+        job.identity,
+        allow_partial=config.allow_partial_resume,
+        processes=processes,
+    )
+    if index == 0 and checkpoint is None:
+        refuse_earlier(folder, bool(config.training.get("overwrite")))
+    about_to_write()  # weights are loaded next: what is refused before them, a dry run has refused by now
+    return checkpoint
+
+
+def check_folder(config: FinetuneConfig | TrainConfig) -> None:
+    """UsageError where a fresh run would mix with an earlier one in its folder; before anything is read."""
+    folder = Path(config.output_dir)
+    if process_index()[0] == 0 and goes_on_from(config.resume_from_checkpoint, folder) is None:
+        refuse_earlier(folder, bool(config.training.get("overwrite")))
+
+
+def earlier_of(config: FinetuneConfig | TrainConfig) -> Aside:
+    """What a fresh run replaces of an earlier one in its folder."""
+    return Aside(Path(config.output_dir), OF_A_RUN)
+
+
+def train_job(
+    config: FinetuneConfig | TrainConfig,
+    model: nn.Module,
+    job: Job,
+    checkpoint: Path | None,
+    *,
+    beside: Callable[[Path], object] = lambda folder: None,
+    callbacks: Sequence[TrainerCallback] = (),
+    **extras: Any,
+) -> RankwiseTrainer:
+    """Train a model on the job's rows, packed ones once it is sure that the model keeps them apart.
+
+    Returns the trainer, which holds the trained model. beside: writes what else a checkpoint's folder must hold.
+    extras: the trainer's `loraplus_lr_ratio`, `tower_rates`, `phases`, `gradients`, `accuracy`, `sampler`.
+    """
+    if isinstance(job.rows, PackedDataset):
+        check_packing(model, job.rows, job.collator)
+    trainer = RankwiseTrainer(
+        model=model,
+        args=job.arguments,
+        train_dataset=job.rows,
+        eval_dataset=job.validation,
+        data_collator=job.collator,
+        identity=job.identity,
+        callbacks=[*callbacks, FirstStep(earlier_of(config))],
+        **extras,
+    )
+    with begun(config, job, checkpoint):
+        beside(Path(config.output_dir))
+        trainer.train(checkpoint)
+    return trainer
+
+
+@contextmanager
+def begun(config: FinetuneConfig | TrainConfig, job: Job, checkpoint: Path | None) -> Iterator[None]:
+    """The folder as this run's: its config and how its prompts are made. What a fresh run replaces lies aside until the
+    first step is taken, and is put back where none is."""
+    if process_index()[0] != 0:
+        yield
+        return
+    folder, earlier = RunFolder(config.output_dir), earlier_of(config)
+    with earlier.until_dropped():
+        for entry in earlier.take() if checkpoint is None else ():
+            if entry.is_dir():
+                announce(f"note: {entry}, left by an earlier run, is deleted at the first step")
+        folder.save_config(config)
+        save_input(job.renderer, job.record, folder.path)
+        yield
+
+
+def check_batches(job: Job) -> None:
+    """UsageError where rows of one batch would have different numbers of images, and the model's rows must not."""
+    if job.renderer.sight is None or not job.renderer.sight.crossed:
+        return
+    of_training = ("per_device_train_batch_size", job.rows, job.arguments.per_device_train_batch_size)
+    of_validation = ("per_device_eval_batch_size", job.validation, job.arguments.per_device_eval_batch_size)
+    for flag, rows, size in (of_training, of_validation):
+        if size > 1 and isinstance(rows, RenderedDataset) and len({len(each.images) for each in rows.examples}) > 1:
+            name = type(job.renderer.sight.processor).__name__
+            raise UsageError(
+                f"{name}: rows with different numbers of images would change each other in a batch of {size}; pass "
+                f"--{flag} 1 (--gradient_accumulation_steps makes up for it)"
+            )
+
+
+def check_packing(model: nn.Module, rows: PackedDataset, collator: Collator) -> None:
+    """VerificationError where this model lets the samples of a row see each other."""
+    exact = next(model.parameters()).dtype == torch.float32
+    difference = unpacked_difference(model, rows, collator)
+    if not difference <= (PACKING_EXACT if exact else PACKING_ROUNDED):
+        raise VerificationError(
+            f"--packing: {type(model).__name__} does not keep samples of one row apart: logits differ by "
+            f"{difference:.1%} from those of each sample alone; leave --packing out (--group_by_length saves padding)"
+        )

@@ -1,0 +1,227 @@
+"""rankwise train: LoRA or QLoRA with a rank plan or one rank, resumable, ending in a PEFT adapter.
+
+rankwise train --model_name MODEL --lora_config configs/lora_rank_config.json --task e2e_nlg --data_path DIR
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from rankwise.core.plan import RankPlan
+from rankwise.data.depth.prepare import asked, depth_lines, gate_module, save_depth
+from rankwise.data.reading import check_data
+from rankwise.data.recorded import save_input
+from rankwise.errors import UsageError
+from rankwise.files.adapter import LoraPair
+from rankwise.files.atomic import read_object, write_json
+from rankwise.files.plan import find_plan
+from rankwise.files.processes import announce
+from rankwise.files.run_folder import RunFolder, held
+from rankwise.models.adapt import MOVES_BASE, lora_pairs, trainable_parameters
+from rankwise.models.depth.encoder import attach_depth
+from rankwise.models.load import load_config, loadable
+from rankwise.models.sites import full_sites, model_sites
+from rankwise.options.commands import TrainConfig
+from rankwise.pipeline.idle import refuse_idle
+from rankwise.train.adalora import (
+    allocation_facts,
+    allocation_of,
+    check_allocation,
+    save_allocated,
+    start_rank,
+    starting,
+)
+from rankwise.train.adapter import (
+    adapted,
+    check_lora,
+    check_rates,
+    described_target,
+    documented,
+    full_of,
+    planned,
+    quantization,
+    train_use,
+    trained_lines,
+    words,
+)
+from rankwise.train.allocation import RankAllocation
+from rankwise.train.arguments import build_arguments
+from rankwise.train.begin import check_folder, starting_point, train_job
+from rankwise.train.estimate.command import check_estimate, estimated
+from rankwise.train.gradient_table import TRAINING_LOG
+from rankwise.train.job import Job, plain_model, write_adapter_files
+from rankwise.train.outcome import SPLIT_FILE, Outcome, adapter_folder, finish
+from rankwise.train.phases import gradient_norms, phase_keeper, schedule_of
+from rankwise.train.prepare import prepare, rates_of, settle_training
+from rankwise.train.selection import (
+    accuracy_of,
+    arguments_for,
+    callbacks_of,
+    check_selection,
+    sampler_of,
+    save_task,
+    selection_lines,
+)
+from rankwise.train.trainer import RankwiseTrainer
+
+
+def run(config: TrainConfig) -> Path:
+    """The whole command; returns the run folder, whose root holds the adapter."""
+    config = settle_training(config)
+    check(config)
+    name = base_name(config)
+    config = documented(config, load_config(name, config.model.revision, config.model.trust_remote_code))
+    arguments = arguments_of(config)
+    if config.estimate.estimate:
+        return estimated(config, name, arguments)
+    check_folder(config)
+    folder, towers = RunFolder(config.output_dir), train_use(config.towers)
+    with held(folder, "train", inputs(config, name), rehearsed=True) as record:
+        skeleton = loadable(config.model, name)
+        depth = asked(config.depth)
+        if depth:
+            attach_depth(skeleton, depth)
+        whole = full_of(skeleton, towers)
+        full = whole | gate_module(skeleton)
+        plan, left_out = planned(starting(config), model_sites(skeleton), name, towers.lora)
+        for line in trained_lines(skeleton, plan, full):
+            announce(line)
+        keeper = phase_keeper(config.phases, plan.adapted, config.seed, arguments, full_sites(skeleton, list(whole)))
+        split, job = prepare(config, name, arguments, plan, skeleton, tuple(full))
+        sampler = sampler_of(config.selection, job)
+        allocation = allocation_of(config, plan, len(sampler or job.rows), arguments)
+        job = replace(job, facts={**job.facts, **allocation_facts(allocation)})
+        checkpoint = starting_point(config, job)
+        model = adapted(config, job, plan, full, allocation)
+        initial = lora_pairs(model) if config.lora.init_lora_weights in MOVES_BASE else None
+        allocator = RankAllocation(allocation, folder.path) if allocation else None
+        started = time.monotonic()
+        trainer = train_job(
+            config,
+            model,
+            job,
+            checkpoint,
+            beside=lambda place: [save_depth(job.depth, place), save_task(config.data, place)],
+            loraplus_lr_ratio=config.lora.loraplus_lr_ratio,
+            tower_rates=rates_of(config),
+            phases=keeper,
+            allocator=allocator,
+            gradients=gradient_norms(config.phases, keeper, arguments),
+            accuracy=accuracy_of(config.selection, job),
+            sampler=sampler,
+            callbacks=callbacks_of(config.selection),
+        )
+        seconds = time.monotonic() - started
+        outcome = saved(config, trainer, allocator, job, plan, left_out, initial, full)
+        record.outputs |= save_depth(job.depth, adapter_folder(config))
+        record.outputs |= save_task(config.data, adapter_folder(config))
+        if trainer.is_world_process_zero():
+            record.outputs |= save_input(job.renderer, job.record, adapter_folder(config))
+            write_json(folder / SPLIT_FILE, split.record())
+            total = sum(parameter.numel() for parameter in skeleton.parameters())
+            finish(config, trainer, outcome, total, record, seconds)
+            record.facts |= {"trained_in_full": list(full)} if full else {}
+    return folder.path
+
+
+def saved(
+    config: TrainConfig,
+    trainer: RankwiseTrainer,
+    allocator: RankAllocation | None,
+    job: Job,
+    plan: RankPlan,
+    left_out: list[str],
+    initial: Mapping[str, LoraPair] | None,
+    full: Mapping[str, str],
+) -> Outcome:
+    """The adapter on the disk as plain PEFT, and what it is."""
+    trainable, _ = trainable_parameters(plain_model(trainer))
+    if allocator is None:
+        write_adapter_files(trainer, adapter_folder(config), job.name, plan, left_out, initial, full)
+    elif trainer.is_world_process_zero():
+        return save_allocated(trainer, allocator, job, config, plan, left_out, full)
+    return Outcome(len(plan.ranks), trainable)
+
+
+def check(config: TrainConfig) -> None:
+    """Combinations that cannot work, before anything is read."""
+    check_estimate(config.estimate, config)
+    if config.data.data_path or not config.estimate.estimate:
+        check_data(config.data, "train")
+    if not config.model.model_name and not config.lora.lora_config:
+        raise UsageError("train needs a base model: --model_name FOLDER_OR_HUB_ID")
+    check_lora(config.lora)
+    check_allocation(config)
+    refuse_idle(config)
+    check_rates(rates_of(config), config.training)
+    check_selection(config.selection, config.data.task, config.training, packing=config.packing)
+    schedule_of(config.phases)
+    asked(config.depth)
+
+
+def base_name(config: TrainConfig) -> str:
+    """The base as given, else as the plan names it."""
+    if config.model.model_name:
+        return config.model.model_name
+    assert config.lora.lora_config is not None
+    plan = find_plan(Path(config.lora.lora_config))
+    name = read_object(plan).get("model_name")
+    if not name:
+        raise UsageError(f"{plan} does not name its model; give it with --model_name")
+    return str(name)
+
+
+def arguments_of(config: TrainConfig) -> TrainingArguments:
+    given = dict(config.training)
+    if not config.val_path and config.val_fraction == 0:
+        if given.get("eval_strategy", "no") != "no":
+            raise UsageError("--eval_strategy needs validation rows: --val_path, or a --val_fraction above 0")
+        given["eval_strategy"] = "no"
+    given = arguments_for(config.selection, given)
+    return build_arguments(config.output_dir, config.seed, given, dtype=config.model.dtype)
+
+
+def inputs(config: TrainConfig, name: str) -> dict[str, Path | str]:
+    found = {
+        "model": name,
+        "data": config.data.data_path,
+        "validation": config.val_path,
+        "plan": config.lora.lora_config,
+        "deltas": config.lora.deltas,
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def describe(config: TrainConfig) -> list[str]:
+    config = settle_training(config)
+    check(config)
+    name = config.model.model_name
+    if name and Path(name, "config.json").is_file():
+        config = documented(config, load_config(name, config.model.revision, config.model.trust_remote_code))
+    lora = config.lora
+    what = f"the plan {lora.lora_config}" if lora.lora_config else f"rank {lora.lora_r} at {described_target(lora)}"
+    alpha = (
+        f"{lora.lora_alpha:g}" if lora.lora_alpha else f"twice the largest rank that fits (at most {2 * lora.lora_r})"
+    )
+    what += f", rsLoRA with alpha {alpha}" if lora.use_rslora else ""
+    lines = [f"adapt {config.model.model_name or 'the model that the plan names'} with {what}"]
+    if config.allocation.allocator != "none":
+        lines.append(f"let AdaLoRA divide the ranks: {start_rank(config)} everywhere, {lora.lora_r} on average at last")
+    lines += [words(train_use(config.towers))]
+    if quantization(lora):
+        lines.append(f"load the base in {quantization(lora)} (extra: quant)")
+    if lora.deltas:
+        lines.append(f"start from the deltas in {lora.deltas}")
+    lines += depth_lines(asked(config.depth))
+    form = schedule_of(config.phases)
+    if form is not None:
+        lines.append(f"train in phases: {form}")
+    lines += selection_lines(config.selection)
+    held_out = config.val_path or f"{config.val_fraction:.0%} of the groups held out"
+    lines.append(f"train on {config.data.data_path} as {config.data.task}, validate on {held_out}")
+    return [*lines, f"write the adapter, sites.json, {TRAINING_LOG} and checkpoints to {config.output_dir}"]

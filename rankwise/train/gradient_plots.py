@@ -1,0 +1,322 @@
+"""The pictures of gradient norms: groups over time, A against B, and with `gradient_layers` all of a run folder.
+
+plot_gradients(Path("runs/first"))      # → runs/first/plots/gradient_norms.png, layer_heatmap.png, …
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import DataError, need
+from rankwise.page.blocks import Block, Folded, Picture, Table, Words
+from rankwise.page.canvas import (
+    BLUE,
+    GREY,
+    INK,
+    YELLOW,
+    colormap,
+    drawable,
+    legend,
+    log_ticks,
+    name_axes,
+    new_figure,
+    save,
+    whole_ticks,
+)
+from rankwise.page.text import number
+from rankwise.train.gradient_summary import (
+    NAMES,
+    NAN,
+    Boundary,
+    GradientTables,
+    Layers,
+    Series,
+    by_kind,
+    gradient_summary,
+    mean,
+    positive,
+    read_tables,
+    sentences,
+    series,
+    write_summary,
+)
+from rankwise.train.loss_plots import draw_phases
+
+TITLES = {"attention": "Attention", "mlp": "MLP"}
+LABELS = {"attention": "attention", "mlp": "MLP"}
+MOST_CELLS = 400  # columns of a heatmap: more than that and pixels would drop some
+MOST_TICKS = 24
+MOMENTS = 7
+MARKERS = "os^Dv<>"
+LIGHTEST = 0.88  # of the colour map: the last tenth is too pale for lines on white
+
+Rows = Iterable[Mapping[str, Any]]
+
+
+def plot_layer_heatmap(layers: Rows, path: Path | str, phases: Sequence[tuple[float, str]] = ()) -> Path:
+    """Norms over steps × layers, attention and MLP on one logarithmic colour scale; blank (white) did not train.
+
+    Args:
+        layers: rows of `gradient_analysis.layer_norms.csv`.
+        path: file to write.
+        phases: (place, name) of every phase, as `Series.boundaries` has them.
+    """
+    table, kinds = kinds_of(layers)
+    height = max(1.4, min(3.0, 0.13 * max(len(one.names) for one in kinds.values()) + 0.5))
+    figure, axes = new_figure(7.2, 0.6 + (height + 0.3) * len(kinds), rows=len(kinds))
+    panels = list(axes.flat) if len(kinds) > 1 else [axes]
+    binned = {kind: binned_columns(table.steps, one.curves) for kind, one in kinds.items()}
+    values = [v for _, grid in binned.values() for row in grid for v in row if v > 0]
+    norm = need("matplotlib.colors", extra="plots").LogNorm(min(values, default=1.0), max(values, default=10.0))
+    masked = need("numpy.ma", extra="plots").masked_invalid
+    for axis, (kind, one) in zip(panels, kinds.items(), strict=True):
+        edges, grid = binned[kind]
+        rows = [i - 0.5 for i in range(len(one.names) + 1)]
+        image = axis.pcolormesh(edges, rows, masked([positive(row) for row in grid]), cmap=colormap(), norm=norm)
+        axis.grid(False)
+        whole_ticks(axis.xaxis)
+        tick_layers(axis.set_yticks, one.names)
+        draw_phases(axis, phases, named=axis is panels[0])
+        name_axes(axis, "optimizer step" if axis is panels[-1] else "", f"{TITLES[kind]}: layer")
+    bar = figure.colorbar(image, ax=panels, pad=0.015, aspect=30)
+    bar.set_label("gradient norm", fontsize=8, color=INK)
+    bar.ax.tick_params(labelsize=7)
+    log_ticks(bar.ax.yaxis)
+    return save(figure, path)
+
+
+def kinds_of(layers: Rows) -> tuple[Series, dict[str, Layers]]:
+    table = series(layers)
+    kinds = by_kind(table)
+    if not kinds:
+        raise DataError("the table of gradient norms holds no norm of a layer")
+    return table, kinds
+
+
+def binned_columns(steps: Sequence[int], curves: Sequence[Sequence[float]]) -> tuple[list[float], list[list[float]]]:
+    """Edges between neighbouring (groups of) steps, and the mean of each layer in each group."""
+    size = max(1, -(-len(steps) // MOST_CELLS))
+    groups = [range(i, min(i + size, len(steps))) for i in range(0, len(steps), size)]
+    middle = [(steps[group[-1]] + steps[nxt[0]]) / 2 for group, nxt in pairwise(groups)]
+    gap = (steps[1] - steps[0]) / 2 if len(steps) > 1 else 0.5
+    return [steps[0] - gap, *middle, steps[-1] + gap], [
+        [mean(curve[i] for i in group) for group in groups] for curve in curves
+    ]
+
+
+def tick_layers(ticks: Any, names: Sequence[str], most: int = MOST_TICKS) -> None:
+    """Names of layers, as many as there is room for."""
+    shown = range(0, len(names), -(-len(names) // most))
+    ticks(list(shown), [names[i] for i in shown])
+
+
+def plot_layer_comparison(layers: Rows, path: Path | str) -> Path:
+    """Mean norm of each layer over the steps at which it trained, attention beside MLP.
+
+    Args as `plot_layer_heatmap`.
+    """
+    _, kinds = kinds_of(layers)
+    names = max((one.names for one in kinds.values()), key=len)
+    figure, axis = new_figure(min(11.0, max(5.0, 1.6 + 0.3 * len(names))), 3.2)
+    width = 0.8 / len(kinds)
+    looks = {"attention": (BLUE, ""), "mlp": (YELLOW, "////")}
+    for place, (kind, one) in enumerate(kinds.items()):
+        colour, hatch = looks[kind]
+        heights = [mean(curve) for curve in one.curves]
+        middle = [i + (place - (len(kinds) - 1) / 2) * width for i in range(len(heights))]
+        kept = [(x, height) for x, height in zip(middle, heights, strict=True) if math.isfinite(height)]
+        look = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
+        axis.bar(*zip(*kept, strict=True), width=width, label=LABELS[kind], **look)
+    axis.grid(False, axis="x")
+    axis.set_xlim(-0.6, len(names) - 0.4)
+    tick_layers(axis.set_xticks, names)
+    name_axes(axis, "layer", "mean gradient norm")
+    axis.margins(y=0.18)
+    legend(axis, loc="upper right", ncols=2)
+    return save(figure, path)
+
+
+def plot_gradient_evolution(layers: Rows, path: Path | str, moments: int = MOMENTS) -> Path:
+    """Norm over the layers at a few moments of training, evenly spaced, each averaged over the steps around it.
+
+    Args as `plot_layer_heatmap`, and `moments`: how many lines at most.
+    """
+    table, kinds = kinds_of(layers)
+    count = min(moments, len(table.steps))
+    chosen = sorted({round(i * (len(table.steps) - 1) / max(1, count - 1)) for i in range(count)})
+    figure, axes = new_figure(7.2, 3.4, columns=len(kinds))
+    panels = list(axes.flat) if len(kinds) > 1 else [axes]
+    shades = colormap()
+    for axis, (kind, one) in zip(panels, kinds.items(), strict=True):
+        smoothed = [table.smoothed(positive(curve)) for curve in one.curves]
+        for place, moment in enumerate(chosen):
+            colour = shades(LIGHTEST * place / max(1, len(chosen) - 1))
+            values = [curve[moment] for curve in smoothed]
+            marker = MARKERS[place % len(MARKERS)]
+            label = f"step {table.steps[moment]:,}"
+            axis.plot(
+                range(len(values)), values, color=colour, marker=marker, markersize=3.5, linewidth=1.3, label=label
+            )
+        axis.set_yscale("log")
+        log_ticks(axis.yaxis)
+        tick_layers(axis.set_xticks, one.names, MOST_TICKS // len(kinds))
+        name_axes(axis, "layer", "gradient norm" if axis is panels[0] else "", TITLES[kind])
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return save(figure, path)
+
+
+Style = str | tuple[int, tuple[int, ...]]  # as matplotlib has line styles
+LINES: dict[str, tuple[str, str, Style]] = {
+    "total_norm": ("all", INK, ":"),
+    "attention_norm": ("attention", BLUE, "-"),
+    "mlp_norm": ("MLP", YELLOW, "--"),
+    "embed_norm": ("embeddings", GREY, "-."),
+    "lm_head_norm": ("output head", "#4a566c", (0, (5, 1, 1, 1))),
+}
+
+
+def plot_gradient_norms(groups: Rows, path: Path | str, phases: Sequence[Boundary] | None = None) -> Path:
+    """Norms of the groups over the steps, logarithmic above linear; changes of phase are marked.
+
+    Args:
+        groups: rows of `gradient_analysis.group_norms.csv`.
+        path: file to write.
+        phases: as `gradient_series.boundaries` has them; None: read off the rows.
+
+    Raises:
+        DataError: no row holds a norm.
+    """
+    table = series(groups)
+    found = table.filled()
+    names = [name for name in LINES if name in found and not is_only_group(name, found)]
+    if not names:
+        raise DataError("the table of gradient norms holds no norm of a group")
+    figure, axes = new_figure(7.2, 5.4, rows=2)
+    for axis, scale in zip(axes.flat, ("log", "linear"), strict=True):
+        for name in names:
+            label, colour, style = LINES[name]
+            draw_smoothed(axis, table, positive(found[name]), label, colour, style)
+        axis.set_yscale(scale)
+        frame_steps(axis, table.steps)
+        name_axes(axis, "optimizer step" if scale == "linear" else "", f"gradient norm ({scale})")
+    log_ticks(axes[0, 0].yaxis)
+    axes[1, 0].set_ylim(bottom=0)
+    for axis in axes.flat:
+        draw_phases(axis, table.boundaries() if phases is None else phases, named=axis is axes[0, 0])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
+    return save(figure, path)
+
+
+def is_only_group(name: str, found: Mapping[str, Sequence[float]]) -> bool:
+    """Whether this is the total of a single group, which would hide that group's line."""
+    return name == "total_norm" and sum(group in found for group in LINES) == 2
+
+
+def draw_smoothed(axis: Any, table: Series, values: Sequence[float], label: str, colour: str, style: Style) -> None:
+    """The values faint, their moving average over them."""
+    axis.plot(table.steps, values, color=colour, linewidth=0.6, alpha=0.35)
+    draw_line(axis, table.steps, table.smoothed(values), label, colour, style)
+
+
+def draw_line(axis: Any, steps: Sequence[int], values: Sequence[float], label: str, colour: str, style: Style) -> None:
+    """A line, with dots where the steps are few: a single step is nothing but its dot."""
+    dots = {"marker": "o", "markersize": 3} if len(steps) <= 12 else {}
+    axis.plot(steps, values, color=colour, linestyle=style, linewidth=1.7, label=label, **dots)
+
+
+def frame_steps(axis: Any, steps: Sequence[int]) -> None:
+    """The whole run, whatever trains in this panel, with whole numbers at the ticks."""
+    margin = max(0.5, 0.02 * (steps[-1] - steps[0]))
+    axis.set_xlim(steps[0] - margin, steps[-1] + margin)
+    whole_ticks(axis.xaxis, 7)
+
+
+def draw_factors(table: Series, path: Path | str, phases: Sequence[Boundary] | None = None) -> Path:
+    """Gradient norms of the LoRA factors A and B apart, and the size of the delta that they make. DataError: no site
+    has the factors A and B."""
+    found = table.filled()
+    kinds = factor_kinds(table)
+    if not kinds:
+        raise DataError("the table of gradient norms holds no LoRA site")
+    nothing = [NAN] * len(table.steps)
+    figure, axes = new_figure(3.2 * (len(kinds) + 1), 3.2, columns=len(kinds) + 1)
+    *panels, last = axes.flat
+    for axis, kind in zip(panels, kinds, strict=True):
+        for part, ink, dashes in (("b", BLUE, "-"), ("a", YELLOW, "--")):
+            values = positive(found.get(f"{kind}_norm_{part}", nothing))
+            draw_smoothed(axis, table, values, part.upper(), ink, dashes)
+        axis.set_yscale("log")
+        log_ticks(axis.yaxis)
+        name_axes(axis, "optimizer step", "gradient norm", f"{TITLES[kind]}: A and B")
+        label, colour, style = LINES[f"{kind}_norm"]
+        draw_line(last, table.steps, found.get(f"{kind}_delta_norm", nothing), label, colour, style)
+    name_axes(last, "optimizer step", "‖scale · BA‖ of the sites that train", "Size of the delta")
+    last.set_ylim(bottom=0)
+    for axis in axes.flat:
+        legend(axis, loc="best")
+        frame_steps(axis, table.steps)
+        draw_phases(axis, table.boundaries() if phases is None else phases, named=False)
+    return save(figure, path)
+
+
+def factor_kinds(table: Series) -> list[str]:
+    found = table.filled()
+    return [kind for kind in TITLES if f"{kind}_norm_b" in found]
+
+
+def gradient_pictures(tables: GradientTables) -> list[tuple[str, str, Callable[[Path], Path]]]:
+    """(name, caption, what draws it into a file) of every picture that the tables have numbers for."""
+    found: list[tuple[str, str, Callable[[Path], Path]]] = []
+    if series(tables.groups).filled():
+        draw = partial(plot_gradient_norms, tables.groups, phases=tables.boundaries())
+        found.append(("gradient_norms", "Gradient norms before clipping, moving average of 5 steps", draw))
+    if by_kind(series(tables.layers)):
+        heatmap = partial(plot_layer_heatmap, tables.layers, phases=tables.boundaries())
+        found += [
+            ("layer_heatmap", "Gradient norms, layers over steps; white: the layer did not train", heatmap),
+            ("layer_comparison", "Mean gradient norm of each layer", partial(plot_layer_comparison, tables.layers)),
+            ("gradient_evolution", "Layers at a few moments", partial(plot_gradient_evolution, tables.layers)),
+        ]
+    if factor_kinds(tables.factors):
+        caption = "Gradient norms of the LoRA factors A and B, and the size of the delta"
+        found.append(("lora_factors", caption, partial(draw_factors, tables.factors, phases=tables.boundaries())))
+    return found
+
+
+def plot_gradients(run_folder: Path, *, pictures: bool = True) -> list[Path]:
+    """Write the summary of a run folder's tables of gradient norms, and draw everything that they hold into `plots/`.
+
+    Returns the files written; none where nothing was measured. Without matplotlib a note stands for the pictures.
+    """
+    tables = read_tables(run_folder)
+    if tables is None or not tables.groups:
+        return []
+    drawn = gradient_pictures(tables) if pictures and drawable("pictures of gradient norms are") else []
+    return [
+        *write_summary(tables, run_folder),
+        *(draw(run_folder / "plots" / f"{name}.png") for name, _, draw in drawn),
+    ]
+
+
+GRADIENT_PLOTS = ("gradient_norms", "layer_heatmap", "layer_comparison", "gradient_evolution", "lora_factors")
+SHOWN = 2  # pictures; the others are folded
+
+
+def gradient_blocks(tables: GradientTables, pictures: Sequence[Picture]) -> list[Block]:
+    """A table of the groups, what stands out in words, and the pictures."""
+    found = gradient_summary(tables.groups, tables.layers)
+    rows = [
+        (NAMES[name], *(number(row[key]) for key in ("mean", "std", "min", "max")), f"{row['peak_step']:,}")
+        for name, row in found["groups"].items()
+    ]
+    header = ("gradient norm", "mean", "std", "min", "max", "peak at step")
+    folded = [Folded("Layers, moments and LoRA factors", pictures[SHOWN:])] if pictures[SHOWN:] else []
+    table = Table(header, rows, note="Before clipping, over the steps at which the group trained.")
+    return [table, Words(" ".join(sentences(found))), *pictures[:SHOWN], *folded] if rows else []

@@ -1,0 +1,316 @@
+"""Tables of gradient norms as curves over the steps, ready to draw and to sum up.
+
+training ──▶ gradient_analysis.*.csv ──▶ Series ──▶ gradients.py (pictures), gradient_summary.py (words)
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import DataError
+from rankwise.files.atomic import write_json, write_text
+from rankwise.page.text import number, percent, plural
+from rankwise.train.gradient_table import GROUP_OF, GROUPS, LAYERS, NORMS, PER_LAYER, SiteNorm, stored, summary, views
+from rankwise.train.phases import PHASES_TABLE
+
+LAYER = re.compile(r"(?:(?P<tower>\w+)_)?layer_(?P<number>\d+)_(?P<kind>attention|mlp)")
+WINDOW = 5  # steps of the moving average that the documented plots have
+NAN = float("nan")
+
+Change = tuple[int, str]  # first step of a phase, its name
+Boundary = tuple[float, str]  # where it begins on the axis of steps, its name
+
+
+@dataclass(frozen=True)
+class Series:
+    """Columns over steps. NaN: blank in the table, so a group that did not train. `phases`: one name per step."""
+
+    steps: list[int]
+    columns: dict[str, list[float]]
+    phases: list[str]
+
+    def changes(self) -> list[Change]:
+        """(first step, name) of every phase; one alone is no phase."""
+        named = list(zip(self.steps, self.phases, strict=True))
+        found = [(step, name) for i, (step, name) in enumerate(named) if not i or name != named[i - 1][1]]
+        return found if len(found) > 1 else []
+
+    def boundaries(self) -> list[Boundary]:
+        """Of the phases as far as the measured steps tell."""
+        return boundaries(self.changes(), self.steps)
+
+    def smoothed(self, values: Sequence[float]) -> list[float]:
+        """The moving average, phase by phase; of a short run the values themselves."""
+        if len(self.steps) < 4 * WINDOW:
+            return list(values)
+        starts = [self.steps.index(step) for step, _ in self.changes()] or [0]
+        parts = [smooth(values[first:end]) for first, end in pairwise([*starts, len(values)])]
+        return [value for part in parts for value in part]
+
+    def filled(self) -> dict[str, list[float]]:
+        """The columns that have a value at some step."""
+        return {name: values for name, values in self.columns.items() if any(map(math.isfinite, values))}
+
+
+def boundaries(starts: Sequence[Change], measured: Sequence[int] = ()) -> list[Boundary]:
+    """Where a phase begins in every picture: between its first step and the step before it.
+
+    measured: steps at which the phase was asked for, where those are not all of them; then it is halfway between.
+    """
+    before = dict(zip(measured[1:], measured, strict=False))
+    return [((step + before.get(step, step - 1)) / 2, name) for step, name in starts]
+
+
+def read_phases(path: Path) -> list[Change]:
+    """(first step, name) of every phase in a `phases.csv`; one alone is no phase."""
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        try:
+            found = [(int(row["step"]), row["phase"]) for row in csv.DictReader(file)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: expected the columns step and phase: {error!r}") from error
+    return found if len(found) > 1 else []
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Norms of one kind by layer: names of the layers from the first on, and one curve each."""
+
+    names: list[str]
+    curves: list[list[float]]
+
+
+def series(rows: Iterable[Mapping[str, Any]]) -> Series:
+    """The curves of a table's rows. DataError: a step or norm that is not a number."""
+    kept = list(rows)
+    names = dict.fromkeys(name for row in kept for name in row if name not in ("step", "phase"))
+    try:
+        steps = [int(row["step"]) for row in kept]
+        columns = {name: [cell(row.get(name)) for row in kept] for name in names}
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"gradient norms: expected a step and numbers or blanks in every row: {error!r}") from error
+    return Series(steps, columns, [str(row.get("phase") or "") for row in kept])
+
+
+def cell(value: Any) -> float:
+    return NAN if value in (None, "") else float(value)
+
+
+def by_kind(table: Series) -> dict[str, Layers]:
+    """attention, mlp → its layers, those of the language model first; kinds that never train are left out."""
+    found: dict[str, list[tuple[tuple[bool, str, int], str]]] = {kind: [] for kind in PER_LAYER}
+    for column in table.columns:
+        match = LAYER.fullmatch(column)
+        if match:
+            tower, number = match["tower"] or "", int(match["number"])
+            found[match["kind"]].append(((bool(tower), tower, number), column))
+    kinds = {}
+    for kind, rows in found.items():
+        curves = [table.columns[column] for _, column in sorted(rows)]
+        if any(math.isfinite(value) for curve in curves for value in curve):
+            names = [f"{tower} {number}".strip() for (_, tower, number), _ in sorted(rows)]
+            kinds[kind] = Layers(names, curves)
+    return kinds
+
+
+def smooth(values: Sequence[float], window: int = WINDOW) -> list[float]:
+    """Centred moving average within each stretch of values; it never bridges a gap, and is shorter at its ends."""
+    half = window // 2
+    found = [NAN] * len(values)
+    for first, last in stretches(values):
+        for i in range(first, last):
+            near = values[max(first, i - half) : min(last, i + half + 1)]
+            found[i] = math.fsum(near) / len(near)
+    return found
+
+
+def stretches(values: Sequence[float]) -> list[tuple[int, int]]:
+    """(first, end) of every run of finite values."""
+    runs = [(there, list(run)) for there, run in groupby(range(len(values)), lambda i: math.isfinite(values[i]))]
+    return [(run[0], run[-1] + 1) for there, run in runs if there]
+
+
+def mean(values: Iterable[float]) -> float:
+    """Of those that are there; NaN where none is."""
+    there = [value for value in values if math.isfinite(value)]
+    return math.fsum(there) / len(there) if there else NAN
+
+
+def positive(values: Sequence[float]) -> list[float]:
+    """A norm of exactly 0 has no place on a logarithmic scale."""
+    return [value if value > 0 else NAN for value in values]
+
+
+@dataclass(frozen=True)
+class GradientTables:
+    """What a run folder says of gradient norms: rows of the two documented tables, curves of the LoRA factors.
+
+    phases: of `phases.csv`, which knows each step; without it they are read off the steps that were measured.
+    """
+
+    groups: Sequence[Mapping[str, Any]]
+    layers: Sequence[Mapping[str, Any]]
+    factors: Series
+    phases: Sequence[Change] = ()
+
+    def boundaries(self) -> list[Boundary]:
+        return boundaries(self.phases) if self.phases else series(self.groups).boundaries()
+
+
+def read_tables(folder: Path) -> GradientTables | None:
+    """The tables of a run folder; None where it has none. Views that are missing are computed from the long table."""
+    long = folder / NORMS
+    factors = factor_series(stored(long)) if long.is_file() else series(())
+    phases = read_phases(folder / PHASES_TABLE) if (folder / PHASES_TABLE).is_file() else []
+    if (folder / GROUPS).is_file() and (folder / LAYERS).is_file():
+        return GradientTables(read_rows(folder / GROUPS), read_rows(folder / LAYERS), factors, phases)
+    if not long.is_file():
+        return None
+    found = views(stored(long))
+    return GradientTables(found.groups, found.layers, factors, phases)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    if rows and "step" not in rows[0]:
+        raise DataError(f"{path}: no column `step`; a table of gradient norms has one row per step")
+    try:
+        series(rows)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    return rows
+
+
+def factor_series(rows: Iterable[SiteNorm]) -> Series:
+    """√Σx² over the sites of a kind, by step: attention_norm_a, attention_norm_b, attention_delta_norm, mlp_…"""
+    steps: dict[tuple[int, str], dict[str, float]] = {}
+    for row in rows:
+        squares = steps.setdefault((row.step, row.phase), {})
+        for name in ("norm_a", "norm_b", "delta_norm") if row.kind in PER_LAYER else ():
+            value = getattr(row, name)
+            if value is not None:
+                squares[f"{row.kind}_{name}"] = squares.get(f"{row.kind}_{name}", 0.0) + value * value
+    return series(
+        {"step": step, "phase": phase, **{name: math.sqrt(square) for name, square in found.items()}}
+        for (step, phase), found in steps.items()
+    )
+
+
+TEXT, JSON = "gradient_summary.txt", "gradient_summary.json"
+MOST_PHASES = 12
+NAMES = {"embed": "embeddings", "attention": "attention", "mlp": "MLP", "lm_head": "output head", "total": "all"}
+
+
+def generate_summary_report(run: Path) -> list[Path]:
+    """Write both files into a run folder and return their paths. DataError: the folder has no gradient norms."""
+    tables = read_tables(run)
+    if tables is None:
+        raise DataError(f"{run}: no {GROUPS}; train with --log_frequency 1 or more to have it")
+    return write_summary(tables, run)
+
+
+def write_summary(tables: GradientTables, folder: Path) -> list[Path]:
+    found = gradient_summary(tables.groups, tables.layers)
+    return [write_text(folder / TEXT, in_words(found)), write_json(folder / JSON, found)]
+
+
+def gradient_summary(groups: Iterable[Mapping[str, Any]], layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The numbers, from rows of the two documented tables.
+
+    groups: mean, std, max, min, peak_step of each. attention_to_mlp_ratio: of the mean norms over the steps at which
+    both train (None where they never do). clipped_steps: share of steps whose norm was above the limit. phases: name,
+    first and last step, means. layers: mean of each, by kind.
+    """
+    rows = list(groups)
+    table = series(rows)
+    return {
+        "steps": len(rows),
+        "skipped_steps": sum(row.get("total_norm") in (None, "") for row in rows),
+        "groups": summary(rows),
+        "attention_to_mlp_ratio": ratio(table),
+        "clipped_steps": clipped_share(table),
+        "phases": phase_means(table),
+        "layers": layer_means(series(layers)),
+    }
+
+
+def ratio(table: Series) -> float | None:
+    pairs = zip(*(table.columns.get(f"{name}_norm", ()) for name in ("attention", "mlp")), strict=False)
+    both = [pair for pair in pairs if all(map(math.isfinite, pair))]
+    below = math.fsum(mlp for _, mlp in both)
+    return math.fsum(attention for attention, _ in both) / below if below else None
+
+
+def clipped_share(table: Series) -> float | None:
+    pairs = zip(table.columns.get("total_norm", ()), table.columns.get("clipped_total_norm", ()), strict=False)
+    known = [pair for pair in pairs if all(map(math.isfinite, pair))]
+    return sum(clipped < total for total, clipped in known) / len(known) if known else None
+
+
+def phase_means(table: Series) -> list[dict[str, Any]]:
+    """One entry per stretch of steps in the same phase; none where there are no phases."""
+    changes = table.changes()
+    ends = [table.steps.index(step) for step, _ in changes] + [len(table.steps)]
+    found = []
+    for (step, name), first, end in zip(changes, ends, ends[1:], strict=False):
+        means = {
+            column: mean(table.columns.get(column, [])[first:end]) for column in (*GROUP_OF.values(), "total_norm")
+        }
+        there = {column.removesuffix("_norm"): value for column, value in means.items() if math.isfinite(value)}
+        found.append({"phase": name, "first_step": step, "last_step": table.steps[end - 1], "means": there})
+    return found
+
+
+def layer_means(table: Series) -> dict[str, dict[str, float]]:
+    return {
+        kind: {
+            name: value
+            for name, curve in zip(one.names, one.curves, strict=True)
+            if math.isfinite(value := mean(curve))
+        }
+        for kind, one in by_kind(table).items()
+    }
+
+
+def in_words(found: Mapping[str, Any]) -> str:
+    """The same as a page of text."""
+    lines = [f"Gradient norms before clipping, measured at {plural(found['steps'], 'step')}.", ""]
+    if found["skipped_steps"]:
+        lines[0] += f" {found['skipped_steps']:,} of them were skipped by the loss scaler."
+    lines += [f"{'group':<12} {'mean':>10} {'std':>10} {'min':>10} {'max':>10}  at step"]
+    for name, row in found["groups"].items():
+        cells = " ".join(f"{number(row[key]):>10}" for key in ("mean", "std", "min", "max"))
+        lines.append(f"{NAMES[name]:<12} {cells}  {row['peak_step']:,}")
+    return "\n".join([*lines, "", *sentences(found), *phase_lines(found["phases"])]) + "\n"
+
+
+def sentences(found: Mapping[str, Any]) -> list[str]:
+    said = []
+    if found["attention_to_mlp_ratio"] is not None:
+        said.append(f"Attention to MLP: {found['attention_to_mlp_ratio']:.3g} (means over steps at which both train).")
+    if found["clipped_steps"] is not None:
+        said.append(f"Clipped: {percent(found['clipped_steps'])} of the steps.")
+    for kind, means in found["layers"].items():
+        most, least = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
+        largest, smallest = f"{most} ({number(means[most])})", f"{least} ({number(means[least])})"
+        said.append(f"Largest {NAMES[kind]} norm on average: layer {largest}; smallest: layer {smallest}.")
+    return said
+
+
+def phase_lines(phases: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not phases:
+        return []
+    rows = [
+        f"  steps {row['first_step']:,} to {row['last_step']:,}, {row['phase']}: "
+        + ", ".join(f"{NAMES[name]} {number(value)}" for name, value in row["means"].items())
+        for row in phases
+    ]
+    more = [f"  … and {len(rows) - MOST_PHASES} more in {JSON}"] if len(rows) > MOST_PHASES else []
+    return ["", "Mean norms by phase:", *rows[:MOST_PHASES], *more]

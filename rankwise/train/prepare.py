@@ -1,0 +1,176 @@
+"""What `train` trains on and what makes the run this run: rows split, rendered and checked, depth beside the images.
+
+files ── read_split ──▶ training and validation rows ── prepare ──▶ Job
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, TrainingArguments
+
+from rankwise.core.plan import RankPlan
+from rankwise.data.dataset import PackedDataset, RenderedDataset
+from rankwise.data.depth.prepare import asked, depth_facts, gate_rate, idle, prepared
+from rankwise.data.example import Example, Examples
+from rankwise.data.images import Placed
+from rankwise.data.reading import read_examples, settle
+from rankwise.data.recorded import warn_of_others
+from rankwise.data.render import Renderer
+from rankwise.data.renderer_for import decode_aside, image_folder, renderer_for
+from rankwise.data.sources.labels import own_validation
+from rankwise.data.split import Split, split_groups, subset
+from rankwise.errors import UsageError
+from rankwise.files.atomic import about_to_write, fingerprints
+from rankwise.files.processes import announce
+from rankwise.models.adapt import scales
+from rankwise.models.depth.settings import DepthSettings
+from rankwise.options.commands import TrainConfig
+from rankwise.ranks.deltas import open_deltas
+from rankwise.train.adapter import quantization, train_use
+from rankwise.train.job import Job, base_facts, before, data_facts, rendered
+from rankwise.train.phases import schedule_of
+from rankwise.train.selection import selection_facts
+
+
+def settle_training(config: TrainConfig) -> TrainConfig:
+    """The config with what its data say by themselves: their task, and the validation rows of a labelled data set."""
+    config = settle(config)
+    if config.data.task != "labels" or config.val_path:
+        return config
+    assert config.data.data_path
+    return replace(config, val_path=own_validation(config.data.data_path) if config.val_fraction else None)
+
+
+def read_split(config: TrainConfig, *, sees_images: bool) -> tuple[Examples, Split]:
+    """Training and validation rows: from two files, or a share of the groups of the sampled rows, held out with the
+    seed."""
+    path = config.data.data_path
+    assert path is not None
+    generator = random.Random(config.seed)
+    examples = read_examples(config.data, path, sees_images=sees_images)
+    sampled = examples.items
+    if config.max_samples is not None:
+        sampled = subset(sampled, 1.0, config.max_samples, generator)
+    if config.val_path:
+        validation = read_examples(config.data, config.val_path, "dev", sees_images=sees_images)
+        own = own_pictures(config)
+        split = Split(sampled, Placed(validation.items, own) if own else validation.items)
+    else:
+        split = split_groups(sampled, config.val_fraction, generator)
+    if config.max_val_samples is not None and split.val:
+        split = Split(split.train, subset(split.val, 1.0, config.max_val_samples, generator))
+    return examples, split
+
+
+def own_pictures(config: TrainConfig) -> Path | None:
+    """Where the validation rows' image paths start, if that is not where the training rows' do."""
+    if config.data.image_folder or not config.val_path:
+        return None
+    files = config.data.data_path, config.val_path
+    first, second = (image_folder(replace(config.data, data_path=path)) for path in files)
+    return second if first.resolve() != second.resolve() else None
+
+
+def prepare(
+    config: TrainConfig,
+    name: str,
+    arguments: TrainingArguments,
+    plan: RankPlan,
+    skeleton: PreTrainedModel,
+    full: Sequence[str] = (),
+) -> tuple[Split, Job]:
+    """Rows, rendered and checked, and what the run is."""
+    earlier = before(config)
+    renderer = renderer_for(config.data, config.model, name, skeleton.config, earlier, anew=not earlier)
+    if config.lora.deltas:
+        warn_of_others(Path(config.lora.deltas), renderer)
+    decode_aside(arguments, config.training, renderer)
+    own = own_pictures(config)
+    if own and renderer.sight is not None:
+        renderer = replace(renderer, sight=replace(renderer.sight, reader=renderer.sight.reader.also(own)))
+    examples, split = read_split(config, sees_images=renderer.sight is not None)
+    rows = rendered(split.train, renderer)
+    evaluates = split.val and arguments.eval_strategy != "no"
+    validation = rendered(split.val, renderer) if evaluates else None
+    depth, renderer = with_depth(
+        config, renderer, [*rows.examples, *(validation.examples if validation else ())], arguments
+    )
+    what = facts(config, name, arguments, plan, renderer, examples, rows) | tower_facts(config, full)
+    what |= depth_facts(depth) | selection_facts(config.selection)
+    chosen = PackedDataset(rows, renderer.limit) if config.packing else rows
+    if config.packing:
+        refuse_packed_images(examples, renderer)
+        announce(f"packing: {len(rows):,} samples in {len(chosen):,} rows of up to {renderer.limit:,} tokens")
+    return split, Job(name, arguments, renderer, chosen, validation, what, depth)
+
+
+def with_depth(
+    config: TrainConfig, renderer: Renderer, examples: Sequence[Example], arguments: TrainingArguments
+) -> tuple[DepthSettings | None, Renderer]:
+    """With --use_depth: depth of every image, made before anything is trained, and a renderer whose sight gives it."""
+    for note in idle(config.depth):
+        announce(note)
+    settings = asked(config.depth)
+    if settings is None:
+        return None, renderer
+    if renderer.sight is None or not any(example.images for example in examples):
+        raise UsageError("--use_depth needs a model that sees images, and rows that have some")
+    about_to_write()  # maps are made and kept
+    settings, sight = prepared(
+        settings, config.depth, renderer.sight, examples, seed=config.seed, device=arguments.device
+    )
+    return settings, replace(renderer, sight=sight)
+
+
+def refuse_packed_images(examples: Examples, renderer: Renderer) -> None:
+    if renderer.sight is not None and examples.with_images:
+        raise UsageError("--packing takes rows of text only: in one row, images of several samples would mix")
+
+
+def facts(
+    config: TrainConfig,
+    name: str,
+    arguments: TrainingArguments,
+    plan: RankPlan,
+    renderer: Renderer,
+    examples: Examples,
+    rows: RenderedDataset,
+) -> dict[str, Any]:
+    """What makes this run this run, beside the training arguments."""
+    lora, form = config.lora, schedule_of(config.phases)
+    return {
+        **base_facts(config.model, name, arguments),
+        **data_facts(config.data, renderer, examples, rows),
+        "validation": "rows of their own" if config.val_path else config.val_fraction,
+        **({"max_val_samples": config.max_val_samples} if config.max_val_samples is not None else {}),
+        "ranks": plan.ranks,
+        "scales": sorted(set(scales(plan).values())),
+        "lora": {
+            "dropout": lora.lora_dropout,
+            "bias": lora.lora_bias,
+            "dora": lora.use_dora,
+            "rslora": plan.use_rslora,
+            "init": lora.init_lora_weights,
+            "loraplus_lr_ratio": lora.loraplus_lr_ratio,
+            "warm_start": fingerprints(open_deltas(Path(lora.deltas)).checkpoint.files) if lora.deltas else None,
+        },
+        "quantization": quantization(lora),
+        "packing": config.packing,
+        "schedule": None if form is None else [str(form), config.phases.phase_state],
+    }
+
+
+def rates_of(config: TrainConfig) -> dict[str, float]:
+    """Tower → learning rate, of those with one of their own; the depth tower is the gate."""
+    return {**train_use(config.towers).rates, **gate_rate(config.depth, config.training)}
+
+
+def tower_facts(config: TrainConfig, full: Sequence[str]) -> dict[str, Any]:
+    """Of a run in which not all is an adapter at one rate."""
+    rates = rates_of(config)
+    return {**({"full": list(full)} if full else {}), **({"tower_rates": rates} if rates else {})}
