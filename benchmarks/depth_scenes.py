@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from rankwise.data import drawings
-from rankwise.data.drawings import OUTLINES, SHAPES, SIDE
+from rankwise.demo import drawings
+from rankwise.demo.drawings import OUTLINES, SHAPES, SIDE
 
 COLOURS = {name: drawings.COLOURS[name] for name in ("red", "green", "blue", "yellow")}
 WIDTHS = (22.0, 32.0)  # pixels of a thing: more than a token's 16

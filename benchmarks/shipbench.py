@@ -28,16 +28,16 @@ from shipbench_fault import FILE, MMPROJ, TEXT, Delivery, Fault, Request, delive
 from shipbench_files import FILES
 from shipbench_ships import FORMS, Ship, drawings, elements, texts
 
+from rankwise.device.llama.client import ServerRuntime
+from rankwise.device.llama.runtime import LlamaServer
+from rankwise.device.parity.ladder import climb
+from rankwise.device.sides import context
 from rankwise.errors import ServiceError, VerificationError
 from rankwise.files.atomic import write_json, write_text
 from rankwise.gguf.converter import find_converter
 from rankwise.gguf.export import verification
 from rankwise.gguf.plan import plan_export
 from rankwise.gguf.reading import GGUFFile
-from rankwise.ship.llama.runtime import LlamaServer
-from rankwise.ship.llama.server_api import ServerRuntime
-from rankwise.ship.parity.ladder import climb
-from rankwise.stages.validating import context
 
 FAULTS = [*APP, *FILES]
 HOLDS, NO_RUNG = "holds", "—"

@@ -13,7 +13,7 @@ from shipbench_fault import Change, Delivery, Fault, Request
 from shipbench_ships import Ship
 
 from rankwise.data.device import MARKER, encoded, resize_for_device
-from rankwise.ship.parity.cases import decoded
+from rankwise.device.parity.cases import decoded
 
 BEGIN, ASKED, END = "<|im_start|>", "User:", "<end_of_utterance>"
 WORDS = "yes no left right red green blue white yellow circle square cross triangle top bottom".split()

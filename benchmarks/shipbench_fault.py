@@ -13,9 +13,9 @@ from typing import Any
 from shipbench_gguf import Draft, altered
 from shipbench_ships import Ship
 
+from rankwise.device.parity.cases import Case
 from rankwise.gguf.plan import plan_export
 from rankwise.gguf.view import shown
-from rankwise.ship.parity.cases import Case
 
 FILE, TEXT, MMPROJ = "file", "text", "mmproj"
 Request = Callable[[dict[str, Any]], dict[str, Any]]

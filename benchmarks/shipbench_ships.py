@@ -22,8 +22,13 @@ from typing import Any
 from PIL import Image
 
 from rankwise.data.device import DeviceTarget
-from rankwise.data.element_scenes import ON_ITS_SIDE, ORIENTATION, SHADES, paint
 from rankwise.data.label_task import load_task
+from rankwise.demo import command as demo
+from rankwise.demo import tiny
+from rankwise.demo.scenes import ON_ITS_SIDE, ORIENTATION, SHADES, paint
+from rankwise.device.parity.cases import Case
+from rankwise.device.parity.floor import Floor
+from rankwise.device.sides import Shipment, Shipped, Trained, trained_side
 from rankwise.gguf import command as export
 from rankwise.gguf.converter import Converter
 from rankwise.gguf.export import Exported, read_export
@@ -31,11 +36,6 @@ from rankwise.gguf.plan import ExportPlan, plan_export
 from rankwise.merge import command as merge
 from rankwise.options.commands import DemoConfig, ExportConfig, MergeConfig, TinyConfig, ValidateConfig
 from rankwise.options.sections import ScoredData
-from rankwise.ship.parity.cases import Case
-from rankwise.ship.parity.floor import Floor
-from rankwise.stages import demo, tiny
-from rankwise.stages.shipped import Shipment, Shipped
-from rankwise.stages.validating import Trained, trained_side
 
 FORMS = ("f32", "f16", "q8_0")
 SHAPES = ((200, 130), (120, 210), (150, 150), (64, 64), (310, 96))  # only one is the device's own

@@ -28,9 +28,9 @@ from PIL import Image
 
 from rankwise.core.geometry import letterbox
 from rankwise.data.device import encoded, resize_for_device
+from rankwise.device.parity.pixels import sha256_rgb
+from rankwise.device.parity.skia_pixels import skia_pixels, unavailable
 from rankwise.files.atomic import write_json, write_text
-from rankwise.ship.parity.app_pixels import sha256_rgb
-from rankwise.ship.parity.skia_pixels import skia_pixels, unavailable
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"

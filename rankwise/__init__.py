@@ -36,8 +36,8 @@ _HOMES = {
     "data.device": ("DeviceTarget", "resize_for_device"),
     "evaluate.predictions": ("EvaluationResult",),
     "evaluate.tasks": ("evaluate",),
-    "ship.llama.runtime": ("LlamaServer", "RemoteServer"),
-    "ship.parity.ladder": ("climb",),
+    "device.llama.runtime": ("LlamaServer", "RemoteServer"),
+    "device.parity.ladder": ("climb",),
     "data.depth.processor": ("depth_processor",),
     "evaluate.engines": ("Trained", "load"),
     "errors": (

@@ -86,5 +86,5 @@ def shipped(vision_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def made(shipped: Path) -> Path:
     """The bundle of it."""
-    importlib.import_module("rankwise.stages.bundle").run(importlib.import_module("bundled").asked(shipped))
+    importlib.import_module("rankwise.device.bundle").run(importlib.import_module("bundled").asked(shipped))
     return shipped / "bundle"

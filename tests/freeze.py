@@ -34,10 +34,10 @@ from tiny_depth import tiny_estimator
 from tiny_vision import drawn_image, tiny_smolvlm
 
 from rankwise import cli
+from rankwise.device import bundle
+from rankwise.device.sweep import Item, Tried, choose
 from rankwise.gguf.converter import MANIFEST, find_converter
 from rankwise.pipeline.table import COMMANDS
-from rankwise.ship.sweep import Item, Tried, choose
-from rankwise.stages import bundle
 
 BEFORE = Path(__file__).parent / "data" / "before"
 DRY, SHIPPED = "dry", "shipped"

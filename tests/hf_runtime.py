@@ -18,9 +18,9 @@ from PIL import Image
 from rankwise.data.device import MARKER
 from rankwise.data.example import Turn
 from rankwise.data.render import Renderer
+from rankwise.device.llama.runtime import Completion, RuntimeInfo
+from rankwise.device.parity.divergence import top_of
 from rankwise.errors import DataError
-from rankwise.ship.llama.runtime import Completion, RuntimeInfo
-from rankwise.ship.parity.divergence import top_of
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from rankwise.data.example import Example, Turn
 from rankwise.data.images import ImageReader
 from rankwise.data.render import Renderer
 from rankwise.data.vision_inputs import Sight
+from rankwise.device.parity.cases import Case, blind, case_of
+from rankwise.device.parity.reference import HFReference
 from rankwise.gguf.export import write_export
 from rankwise.gguf.plan import plan_export
 from rankwise.models import tiny_vision
 from rankwise.models.load import load_model, load_processor
-from rankwise.ship.parity.cases import Case, blind, case_of
-from rankwise.ship.parity.reference import HFReference
 
 SIZES = {"wide": (96, 48), "tall": (40, 80), "square": (64, 64), "large": (130, 190)}
 LONGEST = 5

@@ -12,11 +12,11 @@ import yaml
 
 import rankwise
 from rankwise import cli
+from rankwise.device.parity.skia_pixels import unavailable
 from rankwise.errors import UsageError
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.gguf.converter import find_converter
 from rankwise.pipeline.recipe import find_recipe, load_recipe
-from rankwise.ship.parity.skia_pixels import unavailable
 
 RECIPES = Path(rankwise.__file__).parent / "recipes"
 WAY = ("label", "check", "before", "train", "after", "merge", "export", "validate", "bundle", "report")

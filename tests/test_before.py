@@ -26,6 +26,8 @@ from rankwise.data.depth.cache import DepthCache, MapKey
 from rankwise.data.device import read_target
 from rankwise.data.input_record import read_input
 from rankwise.data.label_task import read_task
+from rankwise.device.bundle_files import read_bundle
+from rankwise.device.validation_page import read_validation
 from rankwise.errors import VerificationError
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.features.cache import open_cache
@@ -41,11 +43,8 @@ from rankwise.labels.dataset import read_rows
 from rankwise.labels.teacher.ledger import AnswerLedger
 from rankwise.models.depth.settings import read_depth, write_depth
 from rankwise.options.field import flatten, load_file
-from rankwise.ship.bundle import read_bundle
-from rankwise.show.factor_reading import read_comparisons, read_downstream
-from rankwise.show.reading import read_fidelity, read_gain, read_sites, read_study
-from rankwise.show.report import build_report
-from rankwise.show.validation import read_validation
+from rankwise.report.contents import read_comparisons, read_downstream, read_fidelity, read_gain, read_sites, read_study
+from rankwise.report.report import build_report
 from rankwise.study.design import Registration
 from rankwise.train.checkpoints import unsound
 from rankwise.train.gradient_table import stored

@@ -29,17 +29,17 @@ from rankwise.data.device import MARKER, read_target
 from rankwise.data.example import Example, Turn
 from rankwise.data.input_record import read_input
 from rankwise.data.label_task import LabelClass, LabelTask
+from rankwise.device import bundle
+from rankwise.device.bundle import source_of
+from rankwise.device.bundle_files import INPUT, LabelAnswer, grammar, label_answers, read_bundle
+from rankwise.device.golden import read_golden
+from rankwise.device.llama.runtime import LlamaServer
+from rankwise.device.parity.ladder import climb
+from rankwise.device.scores import abstention, fewest, lower_bound
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.gguf.reading import GGUFFile
 from rankwise.options.commands import BundleConfig
 from rankwise.options.sections import ScoredData
-from rankwise.ship.abstain import abstention, fewest, lower_bound
-from rankwise.ship.bundle import INPUT, LabelAnswer, grammar, label_answers, read_bundle
-from rankwise.ship.golden import read_golden
-from rankwise.ship.llama.runtime import LlamaServer
-from rankwise.ship.parity.ladder import climb
-from rankwise.stages import bundle
-from rankwise.stages.bundling import source_of
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -127,7 +127,7 @@ def test_the_grammar_has_each_label_once_without_its_end() -> None:
 
 
 def test_labels_of_the_same_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankwise.ship.bundle.answer_ids", lambda *_: [1, 2])
+    monkeypatch.setattr("rankwise.device.bundle_files.answer_ids", lambda *_: [1, 2])
     task = LabelTask("t", "kind", (LabelClass("a"), LabelClass("b")), "a b", "a b Kind:")
     example = Example("x", "x", (Turn("user", "?"), Turn("assistant", "a")))
     with pytest.raises(VerificationError, match="same tokens"):

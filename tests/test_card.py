@@ -22,9 +22,9 @@ from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.run_folder import RunFolder
 from rankwise.merge.command import run as merge
 from rankwise.options.commands import MergeConfig
-from rankwise.ship import hub
-from rankwise.ship.card import MARK, CardFacts, Metric, license_of, model_card, table
-from rankwise.ship.hub import Upload, upload
+from rankwise.report import card as hub
+from rankwise.report.card import Upload, upload
+from rankwise.report.card_text import MARK, CardFacts, Metric, license_of, model_card, table
 from rankwise.train.arguments import build_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -14,10 +14,10 @@ from test_templates import FAMILIES, SYSTEM, TALKS, pytestmark, renderer_of, tok
 from rankwise.data.device import MARKER
 from rankwise.data.example import Example, Turn
 from rankwise.data.render import Renderer
+from rankwise.device.bundle_files import INPUT, Prompt
+from rankwise.device.clients import Asking, client_files
+from rankwise.device.modelfile import CONVERSATION, QUESTION, Template, end_texts, modelfile, template_of
 from rankwise.errors import DataError
-from rankwise.ship.bundle import INPUT, Prompt
-from rankwise.ship.clients import Asking, client_files
-from rankwise.ship.modelfile import CONVERSATION, QUESTION, Template, end_texts, modelfile, template_of
 
 __all__ = ["pytestmark"]
 PROMPT = Prompt("", 0, "", sent=True)

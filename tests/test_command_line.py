@@ -30,7 +30,7 @@ from rankwise import cli
 from rankwise.cli import COMMANDS
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import describe
-from rankwise.data.restaurants import write_task
+from rankwise.demo.restaurants import write_task
 from rankwise.errors import UsageError
 from rankwise.files.plan import write_plan
 from rankwise.options.field import Option, options_of

@@ -13,7 +13,7 @@ import pytest
 from rankwise import cli
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.atomic import write_json
-from rankwise.show.comparison import SUMMARY, Row, markdown, plot_comparison, read_rows
+from rankwise.report.compare import SUMMARY, Row, markdown, plot_comparison, read_rows
 from rankwise.train.gradient_table import SiteNorm, views
 from rankwise.train.outcome import RESULTS_SUMMARY
 
@@ -121,7 +121,7 @@ def test_a_panel_for_everything_that_there_is(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr("rankwise.show.comparison.save", lambda figure, path: drawn.append(figure) or path)
+    monkeypatch.setattr("rankwise.report.compare.save", lambda figure, path: drawn.append(figure) or path)
     plot_comparison(read_rows(runs), tmp_path / "picture.png")
     panels = drawn[0].axes
     assert [axis.get_xlabel() for axis in panels] == [

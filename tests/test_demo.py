@@ -13,13 +13,13 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from rankwise import cli
-from rankwise.data.restaurants import VALUES, describe, guide, restaurants, write_task
 from rankwise.data.sources import load
+from rankwise.demo import command as demo
+from rankwise.demo.restaurants import VALUES, describe, guide, restaurants, write_task
 from rankwise.errors import UsageError, VerificationError
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.models.tiny import check_same_ids, save_tokenizer
 from rankwise.options.commands import DemoConfig
-from rankwise.stages import demo
 
 
 def some(*, held_out: bool, count: int = 300) -> list[dict[str, str]]:

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rankwise.data.drawing_talk import (
+from rankwise.data.images import ImageReader
+from rankwise.data.sources import load
+from rankwise.demo.drawing_talk import (
     ASKED,
     KINDS,
     Question,
@@ -23,7 +25,7 @@ from rankwise.data.drawing_talk import (
     seen,
     write_conversations,
 )
-from rankwise.data.drawings import (
+from rankwise.demo.drawings import (
     BESIDE,
     COLOURS,
     FEATURES,
@@ -37,8 +39,6 @@ from rankwise.data.drawings import (
     draw,
     paint,
 )
-from rankwise.data.images import ImageReader
-from rankwise.data.sources import load
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from rankwise.cli import main
 from rankwise.data.device import DeviceTarget, read_target
+from rankwise.device.llama.runtime import LlamaServer
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.atomic import read_object, sha256, write_json
 from rankwise.files.checkpoint import open_checkpoint
@@ -39,7 +40,6 @@ from rankwise.gguf.view import changes_for, shown
 from rankwise.gguf.vocabulary import Vocabulary, check_forms, check_metadata
 from rankwise.models.load import load_model
 from rankwise.options.commands import ExportConfig
-from rankwise.ship.llama.runtime import LlamaServer
 
 pytest.importorskip("gguf")
 

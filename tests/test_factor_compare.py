@@ -24,7 +24,7 @@ from rankwise.features.page import aligned, closeness_table, cost_table
 from rankwise.features.words import against_pca, storage_words, verdict
 from rankwise.files.atomic import write_json
 from rankwise.options.features import FactorCompareConfig
-from rankwise.show.report import build_report
+from rankwise.report.report import build_report
 
 BASELINES = [SVD, GRAM, RANDOMIZED, PCA]
 QUICK = {"batch_size": 4, "repeats": 1, "sweep": [2, RANK, 8], "device": "cpu"}

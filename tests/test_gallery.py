@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from rankwise.evaluate.predictions import EvaluationResult
-from rankwise.show.gallery import MOST_SHOTS, THUMBNAIL
-from rankwise.show.report import build_report
+from rankwise.report.report import build_report
+from rankwise.report.scores import MOST_SHOTS, THUMBNAIL
 
 ANSWERS = {"before": ["a picture", "blue", ""], "after": ["Red.", "blue", "two <b>dogs</b>"]}
 WANTED = ["red", "blue", "two"]

@@ -18,12 +18,12 @@ from rankwise.data.example import Example, Turn
 from rankwise.data.images import ImageReader
 from rankwise.data.render import Renderer
 from rankwise.data.vision_inputs import Sight
+from rankwise.device.llama.generator import GGUFGenerator
+from rankwise.device.llama.runtime import Completion, LlamaServer, RuntimeInfo
 from rankwise.errors import UsageError
 from rankwise.evaluate.generate import GenerationSettings, HFGenerator
 from rankwise.evaluate.tasks import evaluate, task
 from rankwise.models.load import load_model, load_processor, load_tokenizer
-from rankwise.ship.llama.gguf_generator import GGUFGenerator
-from rankwise.ship.llama.runtime import Completion, LlamaServer, RuntimeInfo
 
 LABELS = ("water", "land", "fire")
 DECODING = GenerationSettings(max_new_tokens=8, batch_size=1)

@@ -14,8 +14,8 @@ from PIL import Image
 
 from rankwise.errors import DataError
 from rankwise.page import canvas
-from rankwise.scripts import plots
-from rankwise.show.report import build_report
+from rankwise.report.report import build_report
+from rankwise.scripts import gradients
 from rankwise.train import gradient_plots, loss_plots
 from rankwise.train.gradient_plots import (
     draw_factors,
@@ -222,9 +222,9 @@ def test_phases_lie_at_one_place_in_all_pictures_of_a_run(tmp_path: Path, figure
     (tmp_path / "training_log.csv").write_text("step,loss,eval_loss\n1,2.0,\n30,1.0,1.5\n")
     (tmp_path / "phases.csv").write_text("step,phase,sites,parameters\n1,both,6,1\n11,mlp,3,1\n21,attention,3,1\n")
     build_report(tmp_path)
-    plots.plot_training_loss(tmp_path)
-    plots.plot_gradient_norms(tmp_path)
-    plots.plot_layer_heatmap(tmp_path)
+    gradients.plot_training_loss(tmp_path)
+    gradients.plot_gradient_norms(tmp_path)
+    gradients.plot_layer_heatmap(tmp_path)
     marked = [vertical_lines(figure.axes[0]) for figure in figures]
     drawn = [lines for lines in marked if lines]
     assert len(drawn) == 4 + 3, "loss, norms, heatmap and factors in the report; the scripts' three"

@@ -31,16 +31,15 @@ from rankwise.data.label_task import task_from
 from rankwise.data.recorded import as_recorded, recorded
 from rankwise.data.renderer_for import renderer_for
 from rankwise.data.sources import load
+from rankwise.device.llama.generator import GGUFGenerator
+from rankwise.device.llama.runtime import Completion, RuntimeInfo
+from rankwise.device.sides import shipment, trained_side
 from rankwise.evaluate.tasks import task as scored_task
 from rankwise.files.atomic import read_object, write_json
 from rankwise.gguf.converter import Converter
 from rankwise.models.load import load_config, load_processor, load_tokenizer
 from rankwise.options.commands import ValidateConfig
 from rankwise.options.sections import DataSection, ModelSection, ScoredData
-from rankwise.ship.llama.gguf_generator import GGUFGenerator
-from rankwise.ship.llama.runtime import Completion, RuntimeInfo
-from rankwise.stages.shipped import shipment
-from rankwise.stages.validating import trained_side
 
 
 @pytest.fixture(scope="module")

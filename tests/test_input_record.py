@@ -35,7 +35,7 @@ from rankwise.files.atomic import read_object, write_json
 from rankwise.models.adapters import save_adapter
 from rankwise.models.load import load_config
 from rankwise.options.sections import DataSection, ModelSection
-from rankwise.stages.card import files_of
+from rankwise.report.card import files_of
 
 
 @pytest.fixture(scope="module")

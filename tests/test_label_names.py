@@ -33,14 +33,14 @@ from rankwise.data.label_answer import (
 )
 from rankwise.data.label_task import read_task, task_from
 from rankwise.data.sources import load
+from rankwise.device.llama.generator import GGUFGenerator
+from rankwise.device.llama.runtime import Completion
+from rankwise.device.sides import Shipped
 from rankwise.errors import UsageError
 from rankwise.evaluate.generate import Generated, HFGenerator
 from rankwise.labels.coco import find_images
 from rankwise.labels.dataset import read_rows
 from rankwise.labels.teacher.loopback import LoopbackTeacher
-from rankwise.ship.llama.gguf_generator import GGUFGenerator
-from rankwise.ship.llama.runtime import Completion
-from rankwise.stages.shipped import Shipped
 
 HARD = ("C", "C++", "un-ripe", "ripe", "🔥", "水", "İ", "café", "hot dog", "dog", "3", "ผลไม้")
 NFD = unicodedata.normalize("NFD", "café")

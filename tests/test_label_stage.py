@@ -23,12 +23,12 @@ from rankwise.cli import main
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.label_task import read_task
 from rankwise.data.sources import load
+from rankwise.device.llama.runtime import LlamaServer
 from rankwise.files.atomic import read_object
 from rankwise.files.run_folder import RunFolder
 from rankwise.labels import ask
 from rankwise.labels.dataset import pixel_hash, read_rows
 from rankwise.labels.teacher.loopback import LoopbackTeacher, Response, picture_of
-from rankwise.ship.llama.runtime import LlamaServer
 
 COLOURS = {"water": (30, 90, 180), "wood": (45, 110, 45), "fire": (225, 50, 20), "metal": (120, 120, 125)}
 SECRET = "sk-do-not-show-0123456789"

@@ -25,13 +25,13 @@ from rankwise.core.geometry import letterbox
 from rankwise.data import device, pixels, renderer_for
 from rankwise.data.device import encoded
 from rankwise.data.label_task import read_task
+from rankwise.device import sides
+from rankwise.device.parity import pixels as pixel_rung
+from rankwise.device.parity.cases import case_of
+from rankwise.device.parity.embedder import Embedder
+from rankwise.device.parity.reference import HFReference
+from rankwise.device.parity.skia_pixels import unavailable
 from rankwise.evaluate.tasks import task
-from rankwise.ship.parity import pixel_rung
-from rankwise.ship.parity.cases import case_of
-from rankwise.ship.parity.embedder import Embedder
-from rankwise.ship.parity.reference import HFReference
-from rankwise.ship.parity.skia_pixels import unavailable
-from rankwise.stages import validating
 
 pytestmark = [
     pytest.mark.slow,
@@ -322,8 +322,8 @@ def test_another_prompt_of_the_product_breaks_the_token_ids(
     validate: Validating, loose: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The text that is sent is not the one that training cut into ids."""
-    own = validating.Renderer.prompt_text
-    monkeypatch.setattr(validating.Renderer, "prompt_text", lambda self, *given: own(self, *given) + " ")
+    own = sides.Renderer.prompt_text
+    monkeypatch.setattr(sides.Renderer, "prompt_text", lambda self, *given: own(self, *given) + " ")
     code, rungs = validate(loose)
     assert code == 6
     assert rungs["token ids"]["status"] == "broken"
@@ -347,10 +347,10 @@ def test_another_tower_breaks_the_embeddings(
 
         return Installed
 
-    monkeypatch.setattr(validating, "Embedder", embedding("tuned"))
+    monkeypatch.setattr(sides, "Embedder", embedding("tuned"))
     code, rungs = validate(loose)
     assert (code, rungs["embeddings"]["status"]) == (0, "ok")
-    monkeypatch.setattr(validating, "Embedder", embedding("base"))
+    monkeypatch.setattr(sides, "Embedder", embedding("base"))
     code, rungs = validate(loose)
     assert code == 6
     assert rungs["embeddings"]["status"] == "broken"

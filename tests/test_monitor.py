@@ -16,7 +16,7 @@ import pytest
 from rankwise.files.monitor import COLUMNS, MIB, Card, Monitor, Sample, usage_of, visible
 from rankwise.files.run_folder import read_marks, write_mark
 from rankwise.pipeline.times import BEFORE, UNREACHED, StageTime, time_lines
-from rankwise.show.report import build_report
+from rankwise.report.report import build_report
 
 GIB = 2**30
 

@@ -21,6 +21,7 @@ import rankwise
 from rankwise.cli import main, resolve, split_command
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import describe
+from rankwise.device import bundle
 from rankwise.features import capture
 from rankwise.features import outcome as factor_outcome
 from rankwise.files.adapter import LoraAdapter
@@ -46,7 +47,6 @@ from rankwise.ranks import command as ranks
 from rankwise.ranks import compress, extract
 from rankwise.ranks.probe import Probe
 from rankwise.ranks.summary import command_lines
-from rankwise.stages import bundle
 from rankwise.train import finetune, outcome
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

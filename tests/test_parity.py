@@ -24,19 +24,17 @@ from torch.nn import functional as F
 from rankwise.core.geometry import letterbox
 from rankwise.data.device import MARKER, encoded
 from rankwise.data.render import Renderer
+from rankwise.device.parity.cases import BLIND, pick, stratum_of
+from rankwise.device.parity.divergence import Divergence, Position, compare, divergence, joined, top_of
+from rankwise.device.parity.embedder import Embedder
+from rankwise.device.parity.floor import LEAST_KL, Floor, Thresholds, chance, measure_floor, q8_0, rounding
+from rankwise.device.parity.ladder import NAMES, Ladder, climb, verdict
+from rankwise.device.parity.reference import HFReference
+from rankwise.device.parity.skia_pixels import unavailable
+from rankwise.device.scores import change, gain_kept
 from rankwise.errors import ServiceError
 from rankwise.gguf.export import read_export
 from rankwise.models.load import load_model
-from rankwise.ship.gain import change, gain_kept
-from rankwise.ship.parity.cases import BLIND, pick, stratum_of
-from rankwise.ship.parity.divergence import Divergence, Position, compare, divergence, joined, top_of
-from rankwise.ship.parity.embedder import Embedder
-from rankwise.ship.parity.floor import LEAST_KL, Floor, Thresholds, chance, measure_floor
-from rankwise.ship.parity.ladder import NAMES, Ladder, climb
-from rankwise.ship.parity.lower_precision import q8_0, rounding
-from rankwise.ship.parity.reference import HFReference
-from rankwise.ship.parity.skia_pixels import unavailable
-from rankwise.ship.parity.verdict import verdict
 
 # --- how far apart two distributions are -----------------------------------------------------------------------------
 

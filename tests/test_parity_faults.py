@@ -10,11 +10,11 @@ import pytest
 from gguf import GGUFReader
 from parity_models import Scene, exported_pair, scene_in
 
+from rankwise.device.llama.runtime import LlamaServer
+from rankwise.device.parity.floor import Floor, measure_floor
+from rankwise.device.parity.ladder import Ladder, climb
+from rankwise.device.parity.skia_pixels import unavailable
 from rankwise.gguf.export import read_export
-from rankwise.ship.llama.runtime import LlamaServer
-from rankwise.ship.parity.floor import Floor, measure_floor
-from rankwise.ship.parity.ladder import Ladder, climb
-from rankwise.ship.parity.skia_pixels import unavailable
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("xllamacpp")

@@ -18,12 +18,12 @@ import pytest
 from PIL import Image
 
 from rankwise.cli import main
+from rankwise.device import bundle as stage
+from rankwise.device import bundle_files as parts
+from rankwise.device import golden as vectors
+from rankwise.device.bundle_files import write_manifest
+from rankwise.device.llama.runtime import LlamaServer
 from rankwise.files.atomic import read_object, write_json
-from rankwise.ship import bundle as parts
-from rankwise.ship import golden as vectors
-from rankwise.ship.bundle import write_manifest
-from rankwise.ship.llama.runtime import LlamaServer
-from rankwise.stages import bundle as stage
 
 pytest.importorskip("xllamacpp")
 pytestmark = [

@@ -19,12 +19,12 @@ from test_merge import adapter_on
 from test_quantize import CUTS, FAILS, binary
 
 from rankwise.cli import main
+from rankwise.device.llama.runtime import LlamaServer
+from rankwise.device.parity import embed
+from rankwise.device.parity.embedder import Embedder
 from rankwise.errors import VerificationError
 from rankwise.gguf.converter import PIN, Converter
 from rankwise.models import tiny
-from rankwise.ship.llama.runtime import LlamaServer
-from rankwise.ship.parity import embed
-from rankwise.ship.parity.embedder import Embedder
 
 gguf = pytest.importorskip("gguf")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

@@ -22,9 +22,9 @@ from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.options.commands import ReportConfig
 from rankwise.ranks.plots import plot_decay
-from rankwise.show.reading import read_scores
-from rankwise.show.report import build_report
-from rankwise.stages import report as stage
+from rankwise.report import report as stage
+from rankwise.report.contents import read_scores
+from rankwise.report.report import build_report
 from rankwise.train.loss_plots import leading_metrics
 
 SHAPES = {

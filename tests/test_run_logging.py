@@ -17,7 +17,7 @@ import pytest
 from tiny import tiny_llama
 
 from rankwise import cli
-from rankwise.data.restaurants import write_task
+from rankwise.demo.restaurants import write_task
 from rankwise.errors import DataError, Interrupted, UsageError
 from rankwise.files.log import NOBODY, Lines, copier, logged, secrets_of, wait
 from rankwise.files.run_folder import RunFolder

@@ -22,10 +22,9 @@ from PIL import Image
 from served import text_gguf, text_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rankwise.device.llama.client import LEAST_LOGPROB, ServerRuntime, Talk, _completion
+from rankwise.device.llama.runtime import LlamaServer, NotTold, RemoteServer, Runtime
 from rankwise.errors import DataError, ServiceError, UsageError, VerificationError
-from rankwise.ship.llama.runtime import LlamaServer, NotTold, RemoteServer, Runtime
-from rankwise.ship.llama.server_api import LEAST_LOGPROB, ServerRuntime, _completion
-from rankwise.ship.llama.talk import Talk
 
 END = 2
 
@@ -210,7 +209,7 @@ def test_a_child_that_dies_while_answering_is_a_broken_runtime() -> None:
 
 PARENT = """
 import os, subprocess, sys, time
-command = [sys.executable, "-m", "rankwise.ship.llama.serve", "--model", sys.argv[1], "--context", "64"]
+command = [sys.executable, "-m", "rankwise.device.llama.serve", "--model", sys.argv[1], "--context", "64"]
 child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 child.stdout.readline()
 sibling = os.fork() if sys.argv[2] == "forked" else 0

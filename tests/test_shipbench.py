@@ -19,15 +19,15 @@ import torch
 from parity_models import GIVEN, LONGEST, TARGET, draw, renderer_of
 
 from rankwise.data.device import read_target
+from rankwise.device.llama.runtime import LlamaServer
+from rankwise.device.parity.cases import Case, blind, case_of
+from rankwise.device.parity.floor import measure_floor
+from rankwise.device.parity.ladder import NAMES, climb
+from rankwise.device.parity.reference import HFReference
 from rankwise.gguf.converter import Converter
 from rankwise.gguf.export import read_export
 from rankwise.gguf.plan import plan_export
 from rankwise.models.load import load_model
-from rankwise.ship.llama.runtime import LlamaServer
-from rankwise.ship.parity.cases import Case, blind, case_of
-from rankwise.ship.parity.floor import measure_floor
-from rankwise.ship.parity.ladder import NAMES, climb
-from rankwise.ship.parity.reference import HFReference
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TOP = 32

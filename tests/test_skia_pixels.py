@@ -19,11 +19,10 @@ from PIL import Image
 from rankwise.data.device import DeviceReader, DeviceTarget, changes, encoded, resize_for_device
 from rankwise.data.images import ImageReader
 from rankwise.data.pixels import BLACK
+from rankwise.device.parity import skia_pixels as side
+from rankwise.device.parity.pixels import sha256_rgb
+from rankwise.device.parity.skia_pixels import canvas_pixels, letterboxed, skia_pixels, unavailable
 from rankwise.errors import DataError, UsageError
-from rankwise.ship.parity import skia_pixels as side
-from rankwise.ship.parity.android_canvas import canvas_pixels
-from rankwise.ship.parity.app_pixels import sha256_rgb
-from rankwise.ship.parity.skia_pixels import letterboxed, skia_pixels, unavailable
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 DATA = Path(__file__).parent / "data"

@@ -24,7 +24,7 @@ from rankwise.errors import DataError, UsageError
 from rankwise.files.ledger import Ledger
 from rankwise.options.sections import DataSection, ModelSection
 from rankwise.options.study import GridSection, ProbeSection, StudyConfig
-from rankwise.show.report import build_report
+from rankwise.report.report import build_report
 from rankwise.study import command as stage
 from rankwise.study import execution
 from rankwise.study.arms import compressed, ranks_within, schedule_of, type_means

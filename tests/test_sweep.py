@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from served import text_gguf
 
+from rankwise.device.llama.runtime import Runtime
+from rankwise.device.scores import INFERIOR, NOT_INFERIOR, UNDECIDED, compared, paired_interval, wilson
+from rankwise.device.sweep import Item, Tried, choose, prepared, sweep
 from rankwise.errors import DataError, UsageError
 from rankwise.options.commands import ValidateConfig
-from rankwise.ship.inferiority import INFERIOR, NOT_INFERIOR, UNDECIDED, compared, paired_interval, wilson
-from rankwise.ship.llama.runtime import Runtime
-from rankwise.ship.sweep import Item, Tried, choose, prepared, sweep
 
 
 def tried(form: str, size: int, right: list[bool]) -> Tried:

@@ -13,14 +13,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rankwise import cli
 from rankwise.data.device import resize_for_device
-from rankwise.data.element_scenes import SHADES, SIZES, paint, photos
 from rankwise.data.example import Example
 from rankwise.data.images import ImageReader
 from rankwise.data.label_task import load_task
 from rankwise.data.render import Renderer
+from rankwise.demo.scenes import SHADES, SIZES, paint, photos
+from rankwise.demo.tiny import World, captioned, device_sight, make_base, seen
 from rankwise.evaluate.generate import GenerationSettings, HFGenerator
 from rankwise.labels.teacher.loopback import shares
-from rankwise.stages.tiny import World, captioned, device_sight, make_base, seen
 
 
 def told(picture: Image.Image) -> str:

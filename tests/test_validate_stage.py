@@ -14,19 +14,19 @@ from parity_models import SIZES, TARGET, draw, exported_pair
 from rankwise.cli import main, resolve
 from rankwise.data.example import Example, Turn
 from rankwise.data.label_task import LabelClass, LabelTask
+from rankwise.device import validate
+from rankwise.device.llama.generator import Answered, Overheard, answered
+from rankwise.device.llama.runtime import Completion
+from rankwise.device.scores import FORMAT, items, scores
+from rankwise.device.sides import shipment
+from rankwise.device.validation_page import draw as draw_validation
+from rankwise.device.validation_page import read_validation, summary
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.classify import score_labels
 from rankwise.evaluate.predictions import EvaluationResult, Prediction
 from rankwise.options.commands import ValidateConfig
 from rankwise.options.sections import ScoredData
-from rankwise.ship.llama.runtime import Completion
-from rankwise.ship.validation import FORMAT, items, scores
-from rankwise.ship.witness import Answered, Overheard, answered
-from rankwise.show.report import build_report
-from rankwise.show.validation import draw as draw_validation
-from rankwise.show.validation import read_validation, summary
-from rankwise.stages import validate
-from rankwise.stages.shipped import shipment
+from rankwise.report.report import build_report
 
 LABELS = ("water", "land", "fire")
 

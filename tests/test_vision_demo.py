@@ -13,9 +13,11 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rankwise import cli
-from rankwise.data.drawing_talk import captioned, seen
-from rankwise.data.drawings import draw, paint
 from rankwise.data.example import Example
+from rankwise.demo.command import lacking_parts
+from rankwise.demo.drawing_talk import captioned, seen
+from rankwise.demo.drawings import draw, paint
+from rankwise.demo.vision import spoken
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.models.tiny import check_same_ids
 from rankwise.models.tiny_vision import (
@@ -28,8 +30,6 @@ from rankwise.models.tiny_vision import (
     random_smolvlm,
     save_tokenizer,
 )
-from rankwise.stages.demo import lacking_parts
-from rankwise.stages.demo_vision import spoken
 
 
 def captions(count: int) -> list[Example]:

@@ -12,13 +12,15 @@ Nothing else imports this package: code that starts today uses the commands, or 
 from __future__ import annotations
 
 from rankwise.models.adapt import print_trainable_parameters
-from rankwise.scripts.android import ANDROID_IMAGE_MARKER, ANDROID_IMAGE_SIZE, ANDROID_MAX_TOKENS, resize_for_android
 from rankwise.scripts.evaluation import (
     ModelEvaluator,
     evaluate_e2e,
     evaluate_multi_nli,
     evaluate_samsum,
     evaluate_wikisql,
+    get_data_collator,
+    load_and_preprocess_dataset,
+    setup_model_with_lora,
 )
 from rankwise.scripts.experiment import (
     ATTENTION_ONLY,
@@ -34,15 +36,20 @@ from rankwise.scripts.experiment import (
     TrainingConfig,
 )
 from rankwise.scripts.features import (
+    ANDROID_IMAGE_MARKER,
+    ANDROID_IMAGE_SIZE,
+    ANDROID_MAX_TOKENS,
     AdaptiveLowRankProjAdaLoRA,
     LowRankProjMLP,
     LowRankProjSymmetric,
     SVDLinear,
     build_model,
+    resize_for_android,
 )
-from rankwise.scripts.gradients import GradientMeasuringTrainer, GradientNormCallback, GradientNormLog
-from rankwise.scripts.phases import DynamicLoRACallback, create_layerwise_lora_config, create_phased_lora_config
-from rankwise.scripts.plots import (
+from rankwise.scripts.gradients import (
+    GradientMeasuringTrainer,
+    GradientNormCallback,
+    GradientNormLog,
     generate_summary_report,
     plot_gradient_evolution,
     plot_gradient_norms,
@@ -50,8 +57,8 @@ from rankwise.scripts.plots import (
     plot_layer_heatmap,
     plot_training_loss,
 )
+from rankwise.scripts.phases import DynamicLoRACallback, create_layerwise_lora_config, create_phased_lora_config
 from rankwise.scripts.running import PRESETS, experiment_command, run_experiment
-from rankwise.scripts.setup import get_data_collator, load_and_preprocess_dataset, setup_model_with_lora
 from rankwise.train.gradients import measure_gradient_norms
 
 __all__ = [

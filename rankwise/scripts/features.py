@@ -10,6 +10,9 @@
 
 from __future__ import annotations
 
+from PIL import Image
+
+from rankwise.data.device import MARKER, MAX_NEW_TOKENS, SIZE, resize_for_device
 from rankwise.features.nets import build
 from rankwise.features.nets.adaptive import AdaptiveLowRankProjAdaLoRA, SVDLinear
 from rankwise.features.nets.base import Factorizer, FactorizerSettings
@@ -33,3 +36,13 @@ def build_model(
     name or a value out of bounds. The classes themselves take one `FactorizerSettings` of the same fields.
     """
     return build(FactorizerSettings(arch, tokens, channels, rank, dropout, refine))
+
+
+ANDROID_IMAGE_SIZE: int = SIZE
+ANDROID_MAX_TOKENS: int = MAX_NEW_TOKENS
+ANDROID_IMAGE_MARKER: str = MARKER
+
+
+def resize_for_android(image: Image.Image, target_size: int = ANDROID_IMAGE_SIZE) -> Image.Image:
+    """The picture as the app gives it to the model: filtered bilinear scaling, black padding."""
+    return resize_for_device(image, target_size)

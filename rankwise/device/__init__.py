@@ -1,0 +1,1 @@
+"""What runs on the device against what was trained: llama.cpp, the parity ladder, `validate`, `bundle`."""

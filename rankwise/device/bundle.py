@@ -1,0 +1,413 @@
+"""rankwise bundle: what an app needs to run the model, with golden vectors; and their replay on any runtime.
+
+rankwise bundle exported_model --validation validation -o bundle
+rankwise bundle --replay bundle --server http://192.168.1.20:8080
+
+export, validation ── sound? ──▶ files, prompt, labels, threshold ─┐
+trained model, float32 ── golden vectors ──────────────────────────┴─▶ bundle/ ── replayed here ──▶ named
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rankwise.data.device import DeviceTarget, read_target
+from rankwise.data.input_record import InputRecord
+from rankwise.data.label_task import FILE as TASK_FILE
+from rankwise.data.label_task import LabelTask, read_task
+from rankwise.data.recorded import announce_prompts, recorded
+from rankwise.device.bundle_files import (
+    GRAMMAR,
+    Prompt,
+    Told,
+    answers_spaced,
+    check_prompt,
+    copy_model,
+    label_answers,
+    ladder_lines,
+    prompt_of,
+    read_bundle,
+    read_labels,
+    readme,
+    spoken,
+    write_manifest,
+    write_parts,
+)
+from rankwise.device.clients import Asking, client_files
+from rankwise.device.golden import FOLDER as GOLDEN
+from rankwise.device.golden import Golden, read_golden, write_golden
+from rankwise.device.llama.client import ServerRuntime
+from rankwise.device.llama.runtime import LlamaServer, RemoteServer
+from rankwise.device.modelfile import FILE as MODELFILE
+from rankwise.device.modelfile import Template, end_texts, modelfile, template_of
+from rankwise.device.parity.floor import K
+from rankwise.device.parity.ladder import Ladder, climb
+from rankwise.device.parity.pixels import AppPixels
+from rankwise.device.scores import FILE, FORMAT, Abstention, abstention
+from rankwise.device.sides import LAST, ROOM, Shipment, Shipped, Trained, context, trained_side
+from rankwise.errors import DataError, UsageError, VerificationError
+from rankwise.files.atomic import atomic_folder, fingerprint, read_document, read_object, sha256, write_text
+from rankwise.files.run_folder import CONFIG, RunFolder, called
+from rankwise.gguf.export import Exported, read_export
+from rankwise.gguf.reading import GGUFFile
+from rankwise.options.commands import BundleConfig, ValidateConfig
+from rankwise.options.sections import ScoredData
+from rankwise.page.text import command_line
+from rankwise.pipeline.table import configured
+
+SHIPPED = "q8_0"
+ITEMS = 200  # rows that golden vectors are chosen from
+SCORES = ("task", "method", "n", "accuracy", "interval", "macro_f1", "metrics", "intervals_95")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The form to ship. validated: validation.json and how it was asked for; None without one. doubts: what was not
+    proven, or found wrong; only with --allow_unverified may there be any."""
+
+    exported: Exported
+    form: str
+    validated: Mapping[str, Any] | None
+    asked: ValidateConfig | None
+    doubts: tuple[str, ...]
+
+    @property
+    def text(self) -> Path:
+        return self.exported.text(self.form)
+
+    @property
+    def mmproj(self) -> Path | None:
+        return self.exported.mmproj(self.form)
+
+    @property
+    def files(self) -> list[Path]:
+        return [file for file in (self.text, self.mmproj) if file]
+
+    @property
+    def predictions(self) -> Sequence[Mapping[str, Any]]:
+        """Items with confidences; those of this form only."""
+        known = self.validated is not None and self.validated.get("outtype") == self.form
+        return self.validated["predictions"] if known and self.validated else []
+
+    @property
+    def by_form(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = (self.validated or {}).get("by_outtype", {}).get(self.form, {})
+        return found
+
+    @property
+    def build(self) -> str | None:
+        return self.by_form.get("runtime")
+
+    @property
+    def scores(self) -> dict[str, Any] | None:
+        return {name: self.by_form[name] for name in SCORES if name in self.by_form} or None
+
+    def tolerance(self, config: BundleConfig) -> float:
+        """As asked for; else the validation's, so that both hold the files to one limit."""
+        return config.tolerance or float((self.validated or {}).get("tolerance", K))
+
+    def trained(self, config: BundleConfig) -> Trained:
+        """The model that was converted, with the items of the validation, or those of --data_path."""
+        shipment = Shipment((Shipped(self.form),), self.exported.folder, reference_of(config, self))
+        return trained_side(self.as_validated(config), shipment)
+
+    def as_validated(self, config: BundleConfig) -> ValidateConfig:
+        asked = self.asked or ValidateConfig()
+        data = config.data if config.data.data_path else asked.data
+        if not (data.task and data.data_path):
+            raise UsageError("golden vectors need items: --validation FOLDER, or --task TASK --data_path DATA")
+        return dataclasses.replace(
+            asked,
+            export=str(self.exported.folder),
+            data=own_data(data, config.data),
+            split=config.split or asked.split,
+            reference=reference_of(config, self),
+            num_samples=min(asked.num_samples or ITEMS, ITEMS),
+            parity_samples=config.num_golden,
+            top=config.top,
+            device="cpu",
+        )
+
+
+def own_data(data: ScoredData, given: ScoredData) -> ScoredData:
+    """The device target that was named here counts."""
+    return dataclasses.replace(data, device_target=given.device_target) if given.device_target else data
+
+
+def reference_of(config: BundleConfig, source: Source) -> str:
+    recorded = source.asked.reference if source.asked else None
+    return config.reference or recorded or str(source.exported.content["model"]["path"])
+
+
+def source_of(config: BundleConfig) -> Source:
+    """VerificationError where the export or its validation is missing, broken or of other files, unless that is
+    allowed; DataError for folders that are not what they should be."""
+    exported = read_export(str(config.export))
+    form = form_of(config, exported)
+    validated, asked = validation_of(config)
+    doubts = (*export_doubts(exported, form), *validation_doubts(config, exported, form, validated))
+    if doubts and not config.allow_unverified:
+        raise VerificationError(f"{exported.folder}: {'; '.join(doubts)}. --allow_unverified bundles it all the same")
+    return Source(exported, form, validated, asked, doubts)
+
+
+def form_of(config: BundleConfig, exported: Exported) -> str:
+    """As asked for; else q8_0, else the smallest that there is."""
+    if config.outtype:
+        assert exported.text(config.outtype)
+        return config.outtype
+    known = [form for form in LAST if form in exported.outtypes]
+    if not (known or exported.outtypes):
+        raise DataError(f"{exported.folder}: holds no model to ship")
+    return SHIPPED if SHIPPED in exported.outtypes else (known or list(exported.outtypes))[-1]
+
+
+def validation_of(config: BundleConfig) -> tuple[dict[str, Any] | None, ValidateConfig | None]:
+    folder = Path(config.validation or "")
+    if not config.validation or not (folder / FILE).is_file():
+        return None, None
+    content = read_document(folder / FILE, FORMAT, "a validation")
+    raw = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    return content, configured("validate", raw, str(folder / CONFIG)) if raw is not None else None
+
+
+def export_doubts(exported: Exported, form: str) -> list[str]:
+    """The files as exported, and proven then."""
+    found = [] if exported.content.get("verification") else ["the export was not verified (--no_verify)"]
+    files = exported.content["files"][form]
+    for kind, expected in files["sha256"].items():
+        if sha256(exported.folder / files[kind]) != expected:
+            found.append(f"{files[kind]} is not the file that was exported (its sha256 differs)")
+    return found
+
+
+def validation_doubts(
+    config: BundleConfig, exported: Exported, form: str, validated: Mapping[str, Any] | None
+) -> list[str]:
+    if validated is None:
+        place = f" in {Path(config.validation).name}" if config.validation else ""
+        return [f"there is no validation{place} (rankwise validate EXPORT …)"]
+    if form not in validated["by_outtype"]:
+        return [f"{form} was not validated, only {', '.join(validated['by_outtype'])}"]
+    found = [f"validation found: {failure}" for failure in validated["failures"] if failure.startswith(f"{form}:")]
+    if form not in validated["parity"]:
+        found.append(f"{form} was never on the parity ladder (--parity_samples 0)")
+    return [*found, *other_files(config, exported, form)]
+
+
+def other_files(config: BundleConfig, exported: Exported, form: str) -> list[str]:
+    """Files that were validated under these names and are others now."""
+    entry = RunFolder(str(config.validation)).stages().get("validate", {}).get("inputs", {})
+    files = [exported.text(form), *([exported.mmproj(form)] if exported.mmproj(form) else [])]
+    return [
+        f"{file.name} is not the file that was validated"
+        for file in files
+        if file and entry.get(file.name, {}).get("fingerprint") not in (None, fingerprint(file))
+    ]
+
+
+STAGE = "bundle"
+
+
+def run(config: BundleConfig) -> dict[str, Any] | Ladder:
+    """The whole command; returns bundle.json's content, or the ladder of a replay. VerificationError where a rung of
+    the golden vectors differs: a bundle does not get its name then."""
+    check(config)
+    if config.replay:
+        return replay(config, Path(config.replay))
+    RunFolder(config.output_dir).refuse_other_content(STAGE)
+    source = source_of(config)
+    trained = source.trained(config)
+    out = RunFolder(config.output_dir)
+    with out.lock(), atomic_folder(out.path) as temporary:
+        inside = RunFolder(temporary, portable=True)
+        with inside.recording(STAGE, {"export": source.exported.folder, "model": trained.name}) as record:
+            content = write_bundle(config, source, trained, temporary)
+            record.outputs["golden"] = temporary / GOLDEN
+        inside.save_config(config)
+        write_manifest(temporary, content)
+        ladder = replayed(config, temporary)
+        require(ladder, str(out.path))
+    report(config, content, ladder)
+    return content
+
+
+def check(config: BundleConfig) -> None:
+    """What can be said before anything is read."""
+    if not config.replay and not config.export:
+        raise UsageError("bundle needs an export: rankwise bundle EXPORT_FOLDER -o bundle, or --replay BUNDLE")
+    if config.server and not config.replay:
+        raise UsageError("--server is asked for the golden vectors of a bundle: give it with --replay BUNDLE")
+    if config.app_pixels and not config.replay:
+        raise UsageError("--app_pixels is compared with the golden vectors of a bundle: give it with --replay BUNDLE")
+    if config.app_pixels and not Path(config.app_pixels).is_dir():
+        raise UsageError(f"--app_pixels: {config.app_pixels} is no folder")
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_bundle(config: BundleConfig, source: Source, trained: Trained, folder: Path) -> dict[str, Any]:
+    """All files of the bundle; returns what bundle.json says beside them."""
+    task = task_of(source.exported, trained)
+    target = shipped_target(source, trained)
+    answers = label_answers(task, trained.items[0], trained.renderer) if task else []
+    unsure = abstention(source.predictions, config.min_precision)
+    prompt = prompt_of(trained.items, trained.renderer, GGUFFile(source.text))
+    copy_model(folder, source.files)
+    found = recorded([source.exported.folder, Path(trained.name)])
+    if found.record:
+        found.record.save(folder)
+    write_parts(folder, prompt, target, task, answers, trained.renderer.end_ids, unsure.as_dict())
+    floor = trained.floor()
+    assert floor
+    limits = floor.thresholds(source.form, source.tolerance(config))
+    write_golden(folder, trained.cases, trained.reference, limits, source.form, config.top)
+    facts = described(source, trained, unsure)
+    template = write_clients(folder, trained, prompt, facts, found.record)
+    spaced = answers_spaced(trained.items[0], trained.renderer)
+    told = Told(facts, prompt.as_dict(), [one.name for one in answers], target, unsure, spaced, template.use)
+    write_text(folder / "README.md", readme(told))
+    return facts
+
+
+def write_clients(
+    folder: Path, trained: Trained, prompt: Prompt, facts: Mapping[str, Any], record: InputRecord | None
+) -> Template:
+    """What asks the model: Ollama's Modelfile, and code for three runtimes."""
+    template, ends = template_of(trained.items[0], trained.renderer, prompt), end_texts(trained.renderer)
+    system = record.system_prompt if record else None
+    write_text(folder / MODELFILE, modelfile(template, prompt, facts, ends, system))
+    for name, content in client_files(Asking(prompt, ends, facts, (folder / GRAMMAR).is_file())).items():
+        write_text(folder / name, content)
+    return template
+
+
+def task_of(exported: Exported, trained: Trained) -> LabelTask | None:
+    """The classes that travelled with the model, else those of the labelled data; None for a task without classes."""
+    places = [exported.folder, Path(str(trained.config.data.data_path))] if trained.task.name == "labels" else []
+    return next((read_task(place) for place in places if (place / TASK_FILE).is_file()), None)
+
+
+def shipped_target(source: Source, trained: Trained) -> DeviceTarget | None:
+    """The contract, with the runtime that the answers were validated on."""
+    target = read_target(source.exported.folder) or trained.target
+    return dataclasses.replace(target, runtime_build=source.build or target.runtime_build) if target else None
+
+
+def described(source: Source, trained: Trained, unsure: Abstention) -> dict[str, Any]:
+    """bundle.json without its list of files."""
+    return {
+        "outtype": source.form,
+        "model": source.text.name,
+        "mmproj": source.mmproj.name if source.mmproj else None,
+        "made_from": called(source.exported.content["model"]),
+        "max_new_tokens": trained.max_new_tokens,
+        "context": context(trained.renderer),
+        "validation": source.scores,
+        "threshold": unsure.threshold,
+        "not_verified": list(source.doubts),
+    }
+
+
+# --- replaying -------------------------------------------------------------------------------------------------------
+
+
+def replay(config: BundleConfig, folder: Path) -> Ladder:
+    """The ladder of a bundle's golden vectors. VerificationError where a rung differs."""
+    ladder = replayed(config, folder)
+    for line in ladder_lines(ladder):
+        print(line)
+    require(ladder, str(folder))
+    print(f"{folder}: what {config.server or 'llama.cpp here'} does is what was trained")
+    return ladder
+
+
+def replayed(config: BundleConfig, folder: Path) -> Ladder:
+    content = read_bundle(folder)
+    if config.replay:
+        found = recorded([folder])
+        announce_prompts(found.record, found)
+    golden = read_golden(folder, read_target(folder))
+    app = AppPixels.read(config.app_pixels, golden.cases) if config.app_pixels else None
+    with runtime_for(config, folder, content, golden) as runtime:
+        ladder = climb(golden, runtime, golden.cases, golden.thresholds, golden.top, app=app)
+        if ladder.holds:
+            check_parts(folder, runtime, golden)
+    return ladder
+
+
+def runtime_for(
+    config: BundleConfig, folder: Path, content: Mapping[str, Any], golden: Golden
+) -> AbstractContextManager[ServerRuntime]:
+    if config.server:
+        return RemoteServer(config.server)
+    needed = max(len(golden.known[case.id].ids) for case in golden.cases) + ROOM
+    mmproj = folder / content["mmproj"] if content["mmproj"] else None
+    held = config.context or min(needed, int(content["context"]))
+    return LlamaServer(folder / content["model"], mmproj, held, config.threads)
+
+
+def check_parts(folder: Path, runtime: ServerRuntime, golden: Golden) -> None:
+    """What an app builds its requests from is what the golden vectors were asked with. VerificationError where it is
+    not."""
+    check_prompt(folder, runtime.info.begin_text, golden.cases)
+    if not (folder / GRAMMAR).is_file():
+        return
+    labels, rules = read_labels(folder, golden.known.values()), (folder / GRAMMAR).read_text(encoding="utf-8")
+    for case in golden.cases:
+        expected = golden.expected(case)
+        said = spoken(expected.answer, expected.end_ids)
+        found = runtime.complete(case.prompt, case.images, max_new_tokens=len(expected.answer) + 8, grammar=rules)
+        words = found.tokens[:-1] if found.ended else found.tokens
+        if words not in labels or (said in labels and golden_sure(golden, case.id) and words != said):
+            raise VerificationError(f"{folder / GRAMMAR}: under it the runtime says {found.text!r} to {case.id}")
+
+
+def golden_sure(golden: Golden, name: str) -> bool:
+    """Whether the trained model's answer is no near tie at any place."""
+    rows = golden.known[name].log_probs.nan_to_num(nan=-1e9).topk(2).values
+    return bool((rows[:, 0] - rows[:, 1] > golden.thresholds.margin).all())
+
+
+def require(ladder: Ladder, where: str) -> None:
+    broken = ladder.first_broken
+    if broken:
+        raise VerificationError(f"{where}: golden vectors: the rung `{broken.name}` differs: {broken.why}")
+
+
+# --- what people read ------------------------------------------------------------------------------------------------
+
+
+def report(config: BundleConfig, content: Mapping[str, Any], ladder: Ladder) -> None:
+    for doubt in content["not_verified"]:
+        print(f"warning: bundled though {doubt}")
+    for line in ladder_lines(ladder):
+        print(line)
+    threshold = content["threshold"]
+    print(
+        f"answer from a confidence of {threshold:.3f} on" if threshold is not None else "no threshold; see abstain.json"
+    )
+    print(f"bundle in {config.output_dir}")
+    print(f"next: {next_command(config)}")
+
+
+def next_command(config: BundleConfig) -> str:
+    return command_line("bundle", replay=config.output_dir, server="http://PHONE:8080")
+
+
+def describe(config: BundleConfig) -> list[str]:
+    check(config)
+    if config.replay:
+        asked = config.server or "a llama.cpp of our own"
+        return [f"put the golden vectors of {config.replay} to {asked}; exit 6 where a rung differs"]
+    return [
+        f"check that the export {config.export} and its validation {config.validation} found nothing wrong",
+        f"write the files, prompt, labels, threshold and {config.num_golden} golden vectors to {config.output_dir}",
+        "replay the golden vectors in llama.cpp; the folder gets its name if no rung differs",
+    ]

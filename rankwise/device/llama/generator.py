@@ -1,0 +1,171 @@
+"""A GGUF engine watched while it answers: seconds and confidence of every item, kept in a file as predictions are.
+
+Witness(generator, folder / "answers.jsonl").generate(examples)        # the generator's texts, one line each
+witness.answers()                                                      # id → Answered, of earlier runs too
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rankwise.data.device import MARKER, DeviceTarget, encoded
+from rankwise.data.example import Example
+from rankwise.data.render import Rendered, Renderer
+from rankwise.device.llama.runtime import Completion, Runtime, RuntimeInfo
+from rankwise.errors import UsageError
+from rankwise.evaluate.generate import Generated, GenerationSettings, LabelScores
+from rankwise.evaluate.likelihood import answer_ids
+from rankwise.files.ledger import drop_cut_line
+
+
+@dataclass(frozen=True)
+class GGUFGenerator:
+    """One request at a time, as a phone is asked. Greedy.
+
+    target: what the device does to an image before the model's own processor; None where the renderer's reader gives
+    the device's pixels already. latencies: seconds of each sample's request by its id, of all labels' requests for
+    label scores. unlike: id → (tokens that training's prompt has, tokens that the runtime read) where they differ,
+    which the parity ladder explains; a caller must say so.
+    """
+
+    runtime: Runtime
+    renderer: Renderer
+    decoding: GenerationSettings = GenerationSettings()
+    target: DeviceTarget | None = None
+    latencies: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
+    unlike: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.decoding.do_sample or self.decoding.num_beams > 1:
+            raise UsageError("a GGUF answers greedily here, as on the device; leave --do_sample and --num_beams out")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        info = self.runtime.info
+        engine = {"engine": "llama.cpp", "build": info.build, "gguf": Path(info.model).name}
+        return {**engine, **self.renderer.settings, **self.decoding.deciding}
+
+    def generate(self, examples: Sequence[Example]) -> Iterator[Generated]:
+        """Texts in the order of the samples, each as soon as it is there."""
+        for position, example in enumerate(examples):
+            prompt = self.renderer.prompt(example)
+            found = self._asked(example, prompt, max_new_tokens=self.decoding.max_new_tokens)
+            self._seen(example, prompt, [found])
+            yield Generated(position, self.renderer.text(prompt.input_ids), self.renderer.answer(found.tokens))
+
+    def label_scores(self, examples: Sequence[Example], labels: Sequence[str]) -> Iterator[LabelScores]:
+        """Each label is given as the answer, with its end token. NotTold for labels whose tokens are pieces of
+        characters."""
+        ends = [answer_ids(self.renderer, examples[0], label) for label in labels] if examples else []
+        for position, example in enumerate(examples):
+            prompt = self.renderer.prompt(example)
+            found = [self._asked(example, prompt, force=end, reuse=number > 0) for number, end in enumerate(ends)]
+            self._seen(example, prompt, found)
+            sums = {label: sum(one.logprobs) for label, one in zip(labels, found, strict=True)}
+            yield LabelScores(position, self.renderer.text(prompt.input_ids), sums)
+
+    def _asked(self, example: Example, prompt: Rendered, **how: Any) -> Completion:
+        if not prompt.images:
+            return self.runtime.complete(prompt.input_ids, **how)
+        text = self.renderer.prompt_text(example, MARKER)
+        return self.runtime.complete(text, [self._picture(reference) for reference in prompt.images], **how)
+
+    def _picture(self, reference: str) -> bytes:
+        assert self.renderer.sight is not None
+        image = self.renderer.sight.reader.open(reference)
+        return self.target.png(image) if self.target else encoded(image, "PNG")
+
+    def _seen(self, example: Example, prompt: Rendered, found: Sequence[Completion]) -> None:
+        self.latencies[example.id] = sum(one.seconds for one in found)
+        if found and found[0].prompt_tokens != len(prompt.input_ids):
+            self.unlike[example.id] = (len(prompt.input_ids), found[0].prompt_tokens)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """seconds: of the request. confidence: probability of the whole answer, its end token included; None where the
+    runtime does not tell it. tokens: generated. prompt_tokens: read."""
+
+    seconds: float
+    confidence: float | None
+    tokens: int
+    prompt_tokens: int
+
+
+@dataclass
+class Overheard:
+    """A runtime whose last completion is remembered, with the log-probability of each of its tokens."""
+
+    runtime: Runtime
+    last: Completion | None = None
+
+    @property
+    def info(self) -> RuntimeInfo:
+        return self.runtime.info
+
+    def tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        return self.runtime.tokenize(text, add_special, parse_special)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return self.runtime.detokenize(ids)
+
+    def apply_template(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
+        return self.runtime.apply_template(messages, variables)
+
+    def memory(self) -> int | None:
+        return self.runtime.memory()
+
+    def complete(self, prompt: str | Sequence[int], images: Sequence[bytes] = (), **how: Any) -> Completion:
+        self.last = self.runtime.complete(prompt, images, **{**how, "top": max(1, how.get("top", 0))})
+        return self.last
+
+
+@dataclass(frozen=True)
+class Witness:
+    """The generator with a record of each answer at `path`, on the disk before the answer is handed on."""
+
+    generator: GGUFGenerator
+    path: Path
+    overheard: Overheard = field(init=False)
+
+    def __post_init__(self) -> None:
+        overheard = Overheard(self.generator.runtime)
+        object.__setattr__(self, "overheard", overheard)
+        object.__setattr__(self, "generator", replace(self.generator, runtime=overheard))
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return self.generator.settings
+
+    @property
+    def renderer(self) -> Renderer:
+        return self.generator.renderer
+
+    def generate(self, examples: Sequence[Example]) -> Iterator[Generated]:
+        drop_cut_line(self.path)
+        with self.path.open("a", encoding="utf-8", newline="\n") as file:
+            for found in self.generator.generate(examples):
+                row = {"id": examples[found.position].id, **asdict(answered(self.overheard.last))}
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                yield found
+
+    def label_scores(self, examples: Sequence[Example], labels: Sequence[str]) -> Iterator[LabelScores]:
+        return self.generator.label_scores(examples, labels)
+
+    def answers(self) -> dict[str, Answered]:
+        """What is recorded, by id; the last record of an item counts."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        rows = [json.loads(line) for line in lines]
+        return {row.pop("id"): Answered(**row) for row in rows}
+
+
+def answered(completion: Completion | None) -> Answered:
+    assert completion
+    sure = math.exp(sum(completion.logprobs)) if completion.logprobs else None
+    return Answered(completion.seconds, sure, len(completion.tokens), completion.prompt_tokens)

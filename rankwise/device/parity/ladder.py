@@ -1,0 +1,171 @@
+"""The parity ladder: is what runs in llama.cpp what was trained? From the picture to the answer, rung by rung.
+
+    pixels ─▶ image tokens ─▶ token ids ─▶ embeddings ─▶ logprobs ─▶ text
+
+    reference = HFReference(load_model(merged, torch.float32), renderer)
+    cases = [case_of(example, renderer) for example in examples]
+    floor = measure_floor(reference, cases)
+    with LlamaServer(gguf, mmproj) as runtime:
+        ladder = climb(reference, runtime, cases, floor.thresholds("f16"))
+    ladder.first_broken                      # None, or the Rung that names what is wrong
+
+Every rung is tried, though one below it is broken; the first broken one is the cause to look for. To try a fault,
+change a case (`replace(case, images=…)`), give another GGUF, or another reference; nothing else is needed. Cases
+without their pictures (`cases.blind`) tell a fault of the language weights from one of the vision side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from rankwise.device.llama.runtime import Runtime
+from rankwise.device.parity import pixels
+from rankwise.device.parity import rungs as answer_rungs
+from rankwise.device.parity import rungs as prompt_rungs
+from rankwise.device.parity.cases import Case
+from rankwise.device.parity.embedder import Rows
+from rankwise.device.parity.floor import TOP, Thresholds
+from rankwise.device.parity.pixels import AppPixels
+from rankwise.device.parity.reference import Observed, Reference
+from rankwise.device.parity.rung import BROKEN, NO_PICTURE, NOT_MEASURED, WEAK, Rung
+
+RUNGS: Mapping[str, Callable[[Sequence[Observed], Runtime, Thresholds], Rung]] = {
+    "pixels": pixels.pixels,
+    "image tokens": prompt_rungs.image_tokens,
+    "token ids": prompt_rungs.token_ids,
+    "embeddings": answer_rungs.embeddings,
+    "logprobs": answer_rungs.logprobs,
+    "text": answer_rungs.text,
+}
+NAMES = tuple(RUNGS)
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """All rungs in order."""
+
+    rungs: tuple[Rung, ...]
+
+    @property
+    def first_broken(self) -> Rung | None:
+        return next((rung for rung in self.rungs if rung.status == BROKEN), None)
+
+    @property
+    def holds(self) -> bool:
+        return self.first_broken is None
+
+    def __getitem__(self, name: str) -> Rung:
+        return self.rungs[NAMES.index(name)]
+
+    def as_dict(self) -> dict[str, Any]:
+        broken = self.first_broken
+        return {"first_broken": broken.name if broken else None, "rungs": [rung.as_dict() for rung in self.rungs]}
+
+
+class Embedding(Protocol):
+    """Whatever embeds pictures; `embedder.Embedder` is one."""
+
+    def of(self, images: Sequence[bytes]) -> list[Rows]: ...
+
+
+def climb(
+    reference: Reference,
+    runtime: Runtime,
+    cases: Sequence[Case],
+    thresholds: Thresholds,
+    top: int = TOP,
+    embedder: Embedding | None = None,
+    app: AppPixels | None = None,
+) -> Ladder:
+    """Put every case to both sides and compare them on all rungs.
+
+    Args:
+        reference: what is right; an `HFReference`, or stored values.
+        runtime: the llama.cpp to test.
+        cases: at least one; a rung that has nothing to compare (no pictures) is "not measured".
+        thresholds: of `Floor.thresholds`.
+        top: tokens compared at each place; the KL lumps all others.
+        embedder: what gives the same file's embeddings of pictures; without one that rung is "not measured". The
+            reference must keep its own (`HFReference(…, embeds=True)`) before the floor is measured.
+        app: the pixels that the app says it sends.
+
+    A case that the runtime refuses breaks the rung where that shows; it raises nothing. A server that is gone raises
+    ServiceError, a GGUF that llama.cpp breaks down on VerificationError.
+    """
+    assert cases
+    seen = [Observed.of(reference.expected(case), runtime, case, top) for case in cases]
+    if embedder:
+        seen = with_embeddings(seen, embedder)
+    if app:
+        seen = [replace(one, handed=tuple(map(app.of, one.case.sources))) for one in seen]
+    return Ladder(tuple(rung(seen, runtime, thresholds) for rung in RUNGS.values()))
+
+
+def with_embeddings(seen: Sequence[Observed], embedder: Embedding) -> list[Observed]:
+    """All pictures of all cases embedded in one go."""
+    rows = iter(embedder.of([image for one in seen for image in one.case.images]))
+    return [
+        replace(one, embeddings=np.concatenate([next(rows) for _ in one.case.images])) if one.case.images else one
+        for one in seen
+    ]
+
+
+EXACT = ("f32", "f16", "bf16")  # forms that hold the weights, or all but all of them
+
+
+def verdict(ladders: Mapping[str, Ladder]) -> list[str]:
+    """Sentences, the most important first."""
+    exact = [form for form in ladders if form in EXACT]
+    rounded = [form for form in ladders if form not in EXACT]
+    broken = {form: ladder.first_broken for form, ladder in ladders.items() if ladder.first_broken}
+    if not broken:
+        return [
+            f"What runs in llama.cpp is what was trained ({', '.join(ladders)}): no rung is broken{unproven(ladders)}.",
+            *cost(ladders),
+        ]
+    lines = []
+    for form in [*exact, *rounded]:
+        if rung := broken.get(form):
+            lines.append(f"{form} breaks at the rung `{rung.name}`: {rung.why}")
+    return [blame(exact, rounded, list(broken)), *lines, *cost(ladders)]
+
+
+def unproven(ladders: Mapping[str, Ladder]) -> str:
+    """What that does not show: rungs that were not measured, and those whose limits are wide."""
+    rungs = [rung for ladder in ladders.values() for rung in ladder.rungs]
+    missing = dict.fromkeys(rung.name for rung in rungs if rung.status == NOT_MEASURED and rung.why != NO_PICTURE)
+    weak = dict.fromkeys(rung.name for rung in rungs if rung.note.startswith(WEAK))
+    parts = [f"{', '.join(names)} {what}" for names, what in ((missing, "not measured"), (weak, "weak")) if names]
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def blame(exact: list[str], rounded: list[str], broken: list[str]) -> str:
+    wrong = [form for form in exact if form in broken]
+    if wrong:
+        beyond = f"; {', '.join(rounded)} says nothing about quantization until that is right" if rounded else ""
+        return f"Conversion error: {', '.join(wrong)} keeps the weights, yet does not do what was trained{beyond}."
+    if exact:
+        return (
+            f"Quantization damage: {', '.join(exact)} does what was trained, {', '.join(broken)} does not, by more "
+            "than rounding explains in transformers."
+        )
+    return (
+        f"{', '.join(broken)} is not what was trained; validate the f16 file too, which tells conversion from rounding."
+    )
+
+
+def cost(ladders: Mapping[str, Ladder]) -> list[str]:
+    """What rounding costs, where there is an exact form to compare with."""
+    measured = {form: ladder["logprobs"].measured.get("kl_mean") for form, ladder in ladders.items()}
+    known = {form: value for form, value in measured.items() if value is not None}
+    if len(known) < 2:
+        return []
+    return [
+        "Mean KL from the trained model: "
+        + ", ".join(f"{form} {value:.2g}" for form, value in known.items())
+        + " nats."
+    ]

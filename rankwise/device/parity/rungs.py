@@ -1,0 +1,266 @@
+"""The rungs about the answer: what the vision side makes of a picture, next-token distributions, greedy texts.
+
+embeddings   not measured: a llama.cpp server hands out none
+logprobs     along the reference's answer: mean, p99 and largest KL, other likeliest tokens
+text         the runtime's own answer: equal, or first different where the reference is not sure itself
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rankwise.device.llama.runtime import Runtime
+from rankwise.device.parity.cases import strata
+from rankwise.device.parity.divergence import Divergence, compare, joined, leaders
+from rankwise.device.parity.embedder import apart
+from rankwise.device.parity.floor import Thresholds
+from rankwise.device.parity.reference import Observed, common
+from rankwise.device.parity.rung import NO_PICTURE, NOT_MEASURED, Rung, judged, named
+
+KLS = ("kl_mean", "kl_p99", "kl_max")
+NO_EMBEDDINGS = (
+    "a llama.cpp server does not hand out the embeddings of a picture; with llama-cpp-python installed (pip install "
+    "llama-cpp-python) they are measured. An error in them shows at the logprobs too"
+)
+EQUAL, TIE, RUNS_ON, STOPS, DIFFERENT = "equal", "tie", "runs on", "stops early", "different"
+
+
+def embeddings(seen: Sequence[Observed], _: Runtime, thresholds: Thresholds) -> Rung:
+    """What the vision tower and the projector make of a picture, relative to its length (root mean square)."""
+    pictured = [one for one in seen if one.case.images]
+    if not pictured:
+        return Rung("embeddings", NOT_MEASURED, why=NO_PICTURE)
+    pairs = [(one, one.embeddings, one.expected.embeddings) for one in pictured]
+    found = {one.case.id: apart(ours, theirs) for one, ours, theirs in pairs if ours is not None and theirs is not None}
+    if not found:
+        return Rung("embeddings", NOT_MEASURED, why=NO_EMBEDDINGS)
+    wrong = [one for one in pictured if found.get(one.case.id, 0) > thresholds.embeddings]
+    largest = max(found.values())
+    measured = {"pictures": len(found), "largest_distance": largest if math.isfinite(largest) else None}
+    apart_by = (
+        f"{largest:.2g} apart, relative to their size" if math.isfinite(largest) else "of another number or width"
+    )
+    why = (
+        f"{named(wrong)}: embeddings of the pictures are {apart_by} (limit {thresholds.embeddings:.2g}): the mmproj "
+        "file is another model's (the base's?), or the runtime scales and normalises a picture otherwise; compare the "
+        "pixel settings in the mmproj file with the processor's"
+    )
+    limit = {"largest_distance": thresholds.embeddings}
+    return judged("embeddings", measured, limit, why if wrong else "", thresholds.note)
+
+
+def logprobs(seen: Sequence[Observed], _: Runtime, thresholds: Thresholds) -> Rung:
+    """KL within k floors, and no other likeliest token where the reference is sure."""
+    heard = [one for one in seen if one.tops]
+    threshold = {name: value for name, value in thresholds.as_dict().items() if name != "embeddings"}
+    if not heard:
+        return Rung("logprobs", NOT_MEASURED, {}, threshold, "the runtime told no log-probabilities of any answer")
+    parts = {one.case.id: compare(one.expected.log_probs, one.tops, one.case.id) for one in heard}
+    found = joined(list(parts.values()))
+    measured = found.as_dict(thresholds.margin)
+    measured |= {"floors": {name: thresholds.k * measured[name] / threshold[name] for name in KLS}}
+    measured |= {"cases_not_told": len(seen) - len(heard), "by_kind": by_kind(heard, found)}
+    facts = beyond(found, measured, thresholds)
+    why = f"{'; '.join(facts)}. {suspect(heard, parts, thresholds)}" if facts else ""
+    return judged("logprobs", measured, threshold, why, thresholds.note)
+
+
+def beyond(found: Divergence, measured: Mapping[str, Any], thresholds: Thresholds) -> list[str]:
+    """What exceeds its limit, in words."""
+    limits = thresholds.as_dict()
+    facts = [
+        f"{name.replace('kl_', '')} KL {measured[name]:.2g} nats (limit {limits[name]:.2g})"
+        for name in KLS
+        if measured[name] > limits[name]
+    ]
+    flips = len(found.flips_above(thresholds.margin))
+    if flips:
+        facts.append(f"another likeliest token at {flips} of {len(found.positions)} places where the reference is sure")
+    if thresholds.agreement is not None and found.agreement < thresholds.agreement:
+        facts.append(f"top-1 agreement {found.agreement:.3f} (asked for: {thresholds.agreement:g})")
+    return facts
+
+
+def by_kind(heard: Sequence[Observed], found: Divergence) -> dict[str, dict[str, float]]:
+    """Mean KL and agreement for each kind of picture."""
+    parts = {kind: found.of(ids) for kind, ids in strata([one.case for one in heard]).items()}
+    return {
+        kind: {"positions": len(part.positions), "kl_mean": part.mean, "top1_agreement": part.agreement}
+        for kind, part in parts.items()
+    }
+
+
+def suspect(heard: Sequence[Observed], parts: Mapping[str, Divergence], thresholds: Thresholds) -> str:
+    """Which weights to look at: prompts without a picture never touch the vision side."""
+    seeing = [one for one in heard if one.case.images]
+    blind = joined([parts[one.case.id] for one in heard if not one.case.images])
+    held = blind.positions and blind.mean <= thresholds.kl_mean and not blind.flips_above(thresholds.margin)
+    if seeing and held:
+        return (
+            "Prompts without a picture agree, so the language weights are right: look at the mmproj file (is it the "
+            "base's, or another model's?), and at what the runtime does to a picture"
+        )
+    which = "language weights" if seeing else "weights"
+    return (
+        f"The {which} are not those that were trained: is the GGUF made from this merged model, and not from its base? "
+        "`rankwise export` compares every tensor with the checkpoint"
+    )
+
+
+def text(seen: Sequence[Observed], _: Runtime, thresholds: Thresholds) -> Rung:
+    """Answers are equal up to ties, and end where the reference's end."""
+    heard = [one for one in seen if one.free and one.expected.greedy]
+    if not heard:
+        return Rung("text", NOT_MEASURED, why="no case was answered freely on both sides")
+    of: dict[str, list[Observed]] = {kind: [] for kind in (EQUAL, TIE, RUNS_ON, STOPS, DIFFERENT)}
+    for one in heard:
+        of[answered(one, thresholds.margin)].append(one)
+    measured = {"cases": len(heard), **{kind.replace(" ", "_"): len(members) for kind, members in of.items()}}
+    bad = next((kind for kind in REASONS if of[kind]), "")
+    why = f"{named(of[bad])}: {REASONS[bad]}; {shown(of[bad][0])}" if bad else ""
+    return judged("text", measured, {"different": 0, "margin": thresholds.margin}, why, thresholds.note)
+
+
+REASONS = {
+    RUNS_ON: "the runtime writes on behind the end token of training, so the GGUF ends answers with another one: look "
+    "at tokenizer.ggml.eos_token_id and at generation_config.json of the merged model",
+    STOPS: "the runtime ends answers where training goes on: look at tokenizer.ggml.eos_token_id",
+    DIFFERENT: "another greedy answer where the reference is sure",
+}
+
+
+def answered(one: Observed, margin: float) -> str:
+    """How the runtime's own answer compares with the reference's."""
+    assert one.free
+    expected, found = one.expected.answer, one.free.tokens
+    place = common(expected, found)
+    if place == len(expected):
+        ended = expected[-1] in one.expected.end_ids
+        return RUNS_ON if ended and len(found) > place else EQUAL
+    if place == len(found):
+        return STOPS
+    return TIE if leaders(one.expected.log_probs[place].double())[1] <= margin else DIFFERENT
+
+
+def shown(one: Observed) -> str:
+    assert one.free
+    return f"training answers {one.expected.text!r}, the runtime {one.free.text.strip()!r}"
+
+
+SHOWN_IDS, SHOWN_CHARACTERS = 6, 40
+
+
+def image_tokens(seen: Sequence[Observed], _: Runtime, __: Thresholds) -> Rung:
+    """The numbers are equal, case by case."""
+    pictured = [one for one in seen if one.case.images or one.expected.expansions]
+    if not pictured:
+        return Rung("image tokens", NOT_MEASURED, why=NO_PICTURE)
+    heard = [one for one in pictured if not one.refused]
+    measured = {
+        "reference": sorted({expected_span(one) for one in heard}),
+        "runtime": sorted({one.span for one in heard}),
+        "embeddings_in_reference": sorted({one.expected.image_tokens for one in pictured}),
+    }
+    return judged("image tokens", measured, {"difference": 0}, why_other_count(pictured, heard))
+
+
+def why_other_count(pictured: Sequence[Observed], heard: Sequence[Observed]) -> str:
+    slots = [one for one in pictured if one.case.prompt.count(one.case.marker) != len(one.case.images)]
+    refused = [one for one in pictured if one.refused]
+    wrong = [one for one in heard if expected_span(one) != one.span]
+    if slots:
+        return (
+            f"{named(slots)}: the prompt does not hold one marker ({slots[0].case.marker}) for each picture; another "
+            "text in its place is read as words"
+        )
+    if refused:
+        return f"{named(refused)}: the runtime refuses the prompt: {refused[0].refused}"
+    if wrong:
+        return (
+            f"{named(wrong)}: a picture is {expected_span(wrong[0])} tokens in training and {wrong[0].span} in the "
+            "runtime, which cuts it into other tiles. Set longest_edge and tiling in device.json (`runtime` lays a "
+            "picture out as llama.cpp does), train with that target, and export with it"
+        )
+    return ""
+
+
+def expected_span(one: Observed) -> int:
+    return sum(map(len, one.expected.expansions))
+
+
+def token_ids(seen: Sequence[Observed], runtime: Runtime, _: Thresholds) -> Rung:
+    """Equal ids, and the runtime read what it was meant to."""
+    heard = [one for one in seen if not one.refused]
+    refused = [one for one in seen if one.refused and not one.case.images]
+    wrong = [one for one in heard if list(one.expected.ids) != one.whole_ids]
+    read = [one for one in heard if one.free and echoed(one.free.prompt_text) != echoed(one.wanted)]
+    asked = [one for one in seen if one.expected.template]
+    templates = [one for one in asked if not same_template(one, runtime)]
+    measured = {
+        "cases": len(seen),
+        "ids_equal": len(heard) - len(wrong),
+        "read_as_written": len(heard) - len(read),
+        "template_equal": not templates if asked else None,
+    }
+    if refused:
+        why = f"{named(refused)}: the runtime refuses the prompt: {refused[0].refused}"
+    elif wrong:
+        why = f"{named(wrong)}: {ids_reason(wrong[0], runtime)}"
+    elif read:
+        why = f"{named(read)}: {text_reason(read[0])}"
+    else:
+        why = template_reason(templates[0], runtime) if templates else ""
+    return judged("token ids", measured, {"different": 0}, why)
+
+
+def echoed(prompt: str) -> str:
+    """Without the space that SentencePiece puts before a prompt without BOS: llama.cpp's echo leaves it out."""
+    return prompt.removeprefix(" ")
+
+
+def ids_reason(one: Observed, runtime: Runtime) -> str:
+    expected, found = list(one.expected.ids), one.whole_ids
+    begin = one.expected.begin_id
+    if found == [begin, *expected]:
+        twice = "a second BOS" if expected[:1] == [begin] else "a BOS"
+        return (
+            f"the runtime reads {twice} at the beginning, which training never saw; set tokenizer.ggml.add_bos_token "
+            "to false in the GGUF, or send the prompt without its own"
+        )
+    if [begin, *found] == expected:
+        return "the BOS of training is missing; set tokenizer.ggml.add_bos_token to true in the GGUF"
+    place = common(expected, found)
+    ours, theirs = (repr(runtime.detokenize(ids[place : place + SHOWN_IDS])) for ids in (expected, found))
+    return (
+        f"from token {place} on, training has {ours} and the runtime reads {theirs}; is the prompt made by the same "
+        "template, and are its special tokens parsed and not read as text?"
+    )
+
+
+def text_reason(one: Observed) -> str:
+    assert one.free
+    place = common([*map(ord, one.wanted)], [*map(ord, one.free.prompt_text)])
+    wanted, read = (repr(text[place : place + SHOWN_CHARACTERS]) for text in (one.wanted, one.free.prompt_text))
+    return (
+        f"the runtime read another prompt than training has: at character {place} it has {read}, training {wanted} "
+        "(delimiters of tiles are the runtime's own: see tiling in device.json)"
+    )
+
+
+def same_template(one: Observed, runtime: Runtime) -> bool:
+    assert one.expected.template
+    messages, text = one.expected.template
+    begin, found = runtime.info.begin_text, runtime.apply_template(messages, one.expected.template_kwargs)
+    return found.removeprefix(begin) == text.removeprefix(begin)
+
+
+def template_reason(one: Observed, runtime: Runtime) -> str:
+    assert one.expected.template
+    messages, text = one.expected.template
+    found = runtime.apply_template(messages, one.expected.template_kwargs)
+    return (
+        f"the chat template in the GGUF makes {found!r} where the model's own makes "
+        f"{text!r}; an app that uses the GGUF's asks otherwise than training did. Export again from the merged folder"
+    )

@@ -1,0 +1,303 @@
+"""The two sides of `rankwise validate`: the trained model in transformers, and one GGUF form in llama.cpp.
+
+config ── trained_side ──▶ Trained ── answers_of ──▶ Answers (of the reference, of the base)
+                              └── floor ── validated(form) ──▶ Validated (answers, ladder, memory)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankwise.data.device import DeviceTarget, read_target
+from rankwise.data.example import Example
+from rankwise.data.reading import reading_scored
+from rankwise.data.recorded import recorded, require_same, system_warning
+from rankwise.data.render import Renderer
+from rankwise.data.renderer_for import renderer_for
+from rankwise.device.llama.client import ServerRuntime
+from rankwise.device.llama.generator import Answered, GGUFGenerator, Witness
+from rankwise.device.llama.runtime import LlamaServer, RemoteServer
+from rankwise.device.parity.cases import Case, blind, case_of, pick
+from rankwise.device.parity.embedder import Embedder
+from rankwise.device.parity.floor import Floor, measure_floor
+from rankwise.device.parity.ladder import Ladder, climb
+from rankwise.device.parity.pixels import AppPixels
+from rankwise.device.parity.reference import HFReference
+from rankwise.device.scores import latency, rights, scores
+from rankwise.errors import DataError, UsageError
+from rankwise.evaluate.engines import fitting, pick_device
+from rankwise.evaluate.generate import GenerationSettings, HFGenerator
+from rankwise.evaluate.predictions import EvaluationResult, Prediction, predict
+from rankwise.evaluate.tasks import Task, evaluate, task
+from rankwise.files.atomic import fingerprint, fingerprints
+from rankwise.files.checkpoint import base_files, resolve
+from rankwise.files.processes import announce
+from rankwise.gguf.export import Exported, read_export
+from rankwise.gguf.reading import GGUFFile
+from rankwise.models.load import load_config, load_model
+from rankwise.options.commands import ValidateConfig
+from rankwise.options.sections import DataSection, ModelSection
+
+FORMS = {0: "f32", 1: "f16", 7: "q8_0", 32: "bf16"}  # llama.cpp's general.file_type
+LAST = ("f32", "bf16", "f16", "q8_0")  # the form to ship is the smallest of these
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One form of the model, and how it is run."""
+
+    form: str
+    text: Path | None = None
+    mmproj: Path | None = None
+    url: str | None = None
+
+    def start(self, context: int | None, threads: int | None) -> AbstractContextManager[ServerRuntime]:
+        if self.url:
+            return RemoteServer(self.url)
+        assert self.text
+        return LlamaServer(self.text, self.mmproj, context, threads)
+
+    @property
+    def files(self) -> list[Path]:
+        return [file for file in (self.text, self.mmproj) if file]
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """All forms, the one to ship last. folder: of the export; reference: what it says it was made from."""
+
+    forms: tuple[Shipped, ...]
+    folder: Path | None = None
+    reference: str | None = None
+
+
+def shipment(config: ValidateConfig) -> Shipment:
+    """UsageError where it is not clear what to run; DataError for files that are missing or broken."""
+    path = Path(config.export) if config.export else None
+    exported = read_export(path) if path and path.is_dir() else None
+    reference = str(exported.content["model"]["path"]) if exported else None
+    if config.server:
+        forms = [Shipped(one_form(config), url=config.server)]
+    elif exported:
+        forms = [Shipped(form, exported.text(form), exported.mmproj(form)) for form in wanted(config, exported)]
+    elif path:
+        form = config.outtype[0] if config.outtype else form_of(path)
+        forms = [Shipped(form, path, Path(config.mmproj) if config.mmproj else None)]
+    else:
+        raise UsageError("validate needs what was exported: rankwise validate EXPORT_FOLDER, or --server URL")
+    return Shipment(tuple(forms), path if exported else None, config.reference or reference)
+
+
+def wanted(config: ValidateConfig, exported: Exported) -> list[str]:
+    """As asked for; else all, largest first."""
+    if config.outtype:
+        return list(config.outtype)
+    known = [form for form in LAST if form in exported.outtypes]
+    return [*known, *(form for form in exported.outtypes if form not in known)]
+
+
+def one_form(config: ValidateConfig) -> str:
+    if len(config.outtype) != 1:
+        raise UsageError("--server runs one file: say which form it is with --outtype (f16, q8_0 …)")
+    return config.outtype[0]
+
+
+def form_of(path: Path) -> str:
+    """The form that a GGUF says it has, else the end of its name."""
+    kind = GGUFFile(path).metadata.get("general.file_type")
+    return FORMS.get(kind, path.stem.rpartition("-")[2]) if isinstance(kind, int) else path.stem.rpartition("-")[2]
+
+
+ROOM = (
+    1024  # tokens of llama.cpp's context beyond the longest sample: a picture cut into more tiles shall show, not fail
+)
+LONGEST = 128
+BLIND = 4  # prompts without their pictures on the ladder
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A model's answers to all items, and what they are worth."""
+
+    result: EvaluationResult
+    predictions: Sequence[Prediction]
+
+    def rights(self, items: Sequence[Example]) -> list[bool] | None:
+        return rights(self.result.task, self.predictions, items)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trained model with the items. renderer: as training had it, with room for an answer. read: the files that
+    the items came from."""
+
+    config: ValidateConfig
+    name: str
+    task: Task
+    renderer: Renderer
+    items: Sequence[Example]
+    max_new_tokens: int
+    model: Any
+    read: tuple[Path, ...] = ()
+
+    @property
+    def target(self) -> DeviceTarget | None:
+        return self.renderer.sight.target if self.renderer.sight else None
+
+    @property
+    def decoding(self) -> GenerationSettings:
+        return GenerationSettings(self.max_new_tokens, batch_size=self.config.batch_size, seed=self.config.seed)
+
+    def on(self, base: str) -> Trained:
+        """The same items for another model, the base."""
+        return replace(self, name=base, model=loaded(self.config, base))
+
+    @cached_property
+    def reference(self) -> HFReference:
+        return HFReference(self.model, self.renderer, self.max_new_tokens, embeds=Embedder.available())
+
+    @cached_property
+    def cases(self) -> list[Case]:
+        """The items of the ladder, and a few of them without their pictures."""
+        folder = self.renderer.sight.reader.folder if self.renderer.sight else None
+        chosen = pick(self.items, self.config.parity_samples, folder)
+        seeing = [example for example in chosen if example.images and self.renderer.sight][:BLIND]
+        return [case_of(one, self.renderer) for one in chosen] + [blind(one, self.renderer) for one in seeing]
+
+    @property
+    def app(self) -> AppPixels | None:
+        return AppPixels.read(self.config.app_pixels, self.cases) if self.config.app_pixels else None
+
+    def floor(self) -> Floor | None:
+        return measure_floor(self.reference, self.cases, self.config.top) if self.config.parity_samples else None
+
+    def made_from(self, *files: Path | str) -> dict[str, Any]:
+        return {"data": fingerprints(self.read), **{Path(file).name: fingerprint(file) for file in files}}
+
+
+@dataclass(frozen=True)
+class Validated:
+    """One form under the device's conditions. records: seconds and confidence by item."""
+
+    form: str
+    build: str
+    answers: Answers
+    records: Mapping[str, Answered]
+    memory: int | None
+    ladder: Ladder | None
+    unlike: int
+
+    @property
+    def accuracy(self) -> float | None:
+        found = self.answers.result.metrics
+        name = "accuracy" if "accuracy" in found else "exact_match" if "exact_match" in found else ""
+        return found[name] / 100 if name else None
+
+    def facts(self, items: Sequence[Example]) -> dict[str, Any]:
+        return {
+            **scores(self.answers.result, self.answers.predictions, items),
+            "latency": latency(self.records),
+            "memory": self.memory,
+            "runtime": self.build,
+            "prompts_of_another_length": self.unlike,
+        }
+
+
+def trained_side(config: ValidateConfig, shipped: Shipment) -> Trained:
+    """DataError where model, data and export are for different devices; UsageError where no reference is known."""
+    name = shipped.reference
+    if not name:
+        raise UsageError("which model were the files made from? Give the merged one with --reference MERGED")
+    if not Path(name).exists() and not config.reference:
+        raise DataError(f"{name}, which the files were made from, is not there; give it with --reference MERGED")
+    chosen = task(str(config.data.task))
+    places = [shipped.folder] if shipped.folder else []
+    if shipped.folder:
+        require_same(shipped.folder, resolve(name))
+    data, model = as_exported(config, shipped), ModelSection(model_name=name)
+    renderer = renderer_for(data, model, name, load_config(name), places, strict=True)
+    target = renderer.sight.target if renderer.sight else None
+    longest = config.max_new_tokens or (target.max_new_tokens if target else LONGEST)
+    renderer = renderer.leaving(longest)
+    items = chosen.examples(str(config.data.data_path), config.split, **reading_scored(config.data))
+    for note in items.notes(sees_images=renderer.sight is not None):
+        announce(note)
+    usable = fitting(items.items[: config.num_samples], renderer)
+    system_warning(recorded([*places, resolve(name)]), usable)
+    if not usable:
+        raise DataError(f"{config.data.data_path}: no item to answer")
+    return Trained(config, name, chosen, renderer, usable, longest, loaded(config, name), items.files)
+
+
+def loaded(config: ValidateConfig, name: str) -> Any:
+    return load_model(name, torch.float32).to(pick_device(config.device)).eval()
+
+
+def as_exported(config: ValidateConfig, shipped: Shipment) -> DataSection:
+    """The data options, with the export's device where nothing else says which; DataError where they disagree."""
+    own = read_target(shipped.folder) if shipped.folder else None
+    if own is None or config.data.device_target or shipped.folder is None:
+        return config.data
+    places = [Path(str(config.data.data_path)), resolve(str(shipped.reference))]
+    for place in places:
+        other = read_target(place if place.is_dir() else place.parent)
+        if other and other.geometry != own.geometry:
+            raise DataError(
+                f"{shipped.folder} and {place} are for different devices ({own.geometry} against {other.geometry}): "
+                "export again, or say which one with --device_target"
+            )
+    return replace(config.data, device_target=str(shipped.folder))
+
+
+def answers_of(trained: Trained, folder: Path) -> Answers:
+    """The transformers model's own greedy answers to all items."""
+    engine = HFGenerator(trained.model, trained.renderer, trained.decoding)
+    made_from = trained.made_from() | {"model": fingerprints(base_files(resolve(trained.name)))}
+    return answered(trained, engine, folder, made_from)
+
+
+def answered(trained: Trained, engine: Any, folder: Path, made_from: Mapping[str, Any]) -> Answers:
+    result = evaluate(trained.task, engine, trained.items, folder, made_from, by="generation")
+    assert result
+    return Answers(result, predict(engine, trained.items, folder / "predictions.jsonl", made_from))
+
+
+def validated(
+    config: ValidateConfig, trained: Trained, one: Shipped, floor: Floor | None, app: AppPixels | None, out: Path
+) -> Validated:
+    """One form: all items answered, some of them on the ladder."""
+    limits = floor.thresholds(one.form, config.tolerance, config.min_agreement) if floor else None
+    with one.start(config.context or context(trained.renderer), config.threads) as runtime:
+        ladder = None
+        if limits:
+            ladder = climb(trained.reference, runtime, trained.cases, limits, config.top, embedder(one), app)
+        return scored(trained, one, runtime, ladder, out / one.form)
+
+
+def scored(trained: Trained, one: Shipped, runtime: ServerRuntime, ladder: Ladder | None, folder: Path) -> Validated:
+    folder.mkdir(parents=True, exist_ok=True)
+    engine = GGUFGenerator(runtime, trained.renderer, trained.decoding)
+    witness = Witness(engine, folder / "answers.jsonl")
+    answers = answered(trained, witness, folder, trained.made_from(*one.files))
+    unlike = len(witness.generator.unlike)
+    if unlike:
+        announce(f"warning: {one.form}: {unlike} prompts are of another length in llama.cpp than in training")
+    records = witness.answers()
+    return Validated(one.form, runtime.info.build, answers, records, runtime.memory(), ladder, unlike)
+
+
+def context(renderer: Renderer) -> int:
+    """Tokens that llama.cpp is asked to hold."""
+    return min(renderer.limit + ROOM, renderer.positions or renderer.limit + ROOM)
+
+
+def embedder(one: Shipped) -> Embedder | None:
+    """llama-cpp-python on the same files, where it is installed and they are on this machine."""
+    return Embedder(one.text, one.mmproj) if one.text and one.mmproj and Embedder.available() else None

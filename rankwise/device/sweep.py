@@ -1,0 +1,193 @@
+"""Which form of a model to ship: the smallest whose answers are not worse than the largest's, on the same items.
+
+    forms ── LlamaServer, one after the other ── ask(runtime) ──▶ right or wrong per item, seconds, peak memory
+          ── paired differences from the largest ──▶ not inferior | inferior | undecided ──▶ Sweep.chosen
+
+Paired, because forms of one model mostly err on the same items: a difference of 1 % shows on far fewer of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rankwise.device.llama.runtime import LlamaServer, Runtime
+from rankwise.device.scores import NOT_INFERIOR, UNDECIDED, Difference, compared
+from rankwise.errors import DataError, UsageError
+from rankwise.evaluate.bootstrap import wilson
+from rankwise.files.atomic import write_json
+from rankwise.gguf.export import quantize
+
+FILE, FORMAT = "sweep.json", "rankwise-sweep/1"
+MARGIN = 0.02  # of accuracy
+
+
+@dataclass(frozen=True)
+class Item:
+    """One item's outcome: right or not, and the seconds of its request."""
+
+    right: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One form's outcomes by item id. bytes: of the text model and the mmproj; memory: peak resident bytes of the
+    process that ran it, interpreter included, None where unknown."""
+
+    form: str
+    bytes: int
+    items: Mapping[str, Item]
+    memory: int | None = None
+
+    @property
+    def rights(self) -> dict[str, bool]:
+        return {name: item.right for name, item in self.items.items()}
+
+    @property
+    def right(self) -> int:
+        return sum(self.rights.values())
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / len(self.items)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All forms, largest first, and the one to ship: None where no form is good enough. why: in a sentence."""
+
+    tried: tuple[Tried, ...]
+    differences: Mapping[str, Difference]
+    margin: float
+    chosen: str | None
+    why: str
+    min_accuracy: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For sweep.json. Accuracies and differences in shares of 1, sizes in bytes, seconds."""
+        return {
+            "format": FORMAT,
+            "items": len(self.tried[0].items),
+            "reference": self.tried[0].form,
+            "margin": self.margin,
+            "min_accuracy": self.min_accuracy,
+            "chosen": self.chosen,
+            "why": self.why,
+            "forms": [self._row(tried) for tried in self.tried],
+        }
+
+    def _row(self, tried: Tried) -> dict[str, Any]:
+        seconds = [item.seconds for item in tried.items.values()]
+        difference = self.differences.get(tried.form)
+        return {
+            "form": tried.form,
+            "bytes": tried.bytes,
+            "accuracy": tried.accuracy,
+            "interval": list(wilson(tried.right, len(tried.items))),
+            "peak_memory": tried.memory,
+            "seconds_median": float(np.median(seconds)),
+            "seconds_p95": float(np.quantile(seconds, 0.95)),
+            "against_reference": asdict(difference) if difference else None,
+        }
+
+    def save(self, folder: Path | str) -> Path:
+        return write_json(Path(folder) / FILE, self.as_dict())
+
+    def lines(self) -> list[str]:
+        """A table for the terminal, and the choice."""
+        head = "  form        MB   accuracy  [95 %]           peak MB   median s   p95 s   against the largest"
+        return [head, *(_line(row) for row in self.as_dict()["forms"]), f"  {self.why}"]
+
+
+def prepared(source: Path, forms: Sequence[str], llama_cpp_dir: Path | str | None = None) -> dict[str, Path]:
+    """Form → file beside `source` (…-f16.gguf or …-f32.gguf), quantized from it where it is not there yet."""
+    stem, _, own = source.stem.rpartition("-")
+    if own not in ("f32", "f16", "bf16") or not stem:
+        raise UsageError(f"{source}: a sweep starts from a file named …-f16.gguf (or -f32, -bf16), which it quantizes")
+    files = {form: source.with_name(f"{stem}-{form}.gguf") for form in forms}
+    for form, path in files.items():
+        if not path.is_file():
+            quantize(source, path, form, llama_cpp_dir)
+    return files
+
+
+def sweep(
+    files: Mapping[str, Path],
+    ask: Callable[[Runtime, str], Mapping[str, Item]],
+    *,
+    mmproj: Path | None = None,
+    margin: float = MARGIN,
+    min_accuracy: float | None = None,
+    context: int | None = None,
+    threads: int | None = None,
+) -> Sweep:
+    """Run every form over the same items, one after the other, and choose.
+
+    ask: (runtime, form) → outcome of every item by its id; the mmproj stays the same for all forms.
+    """
+    tried = []
+    for form, path in files.items():
+        with LlamaServer(path, mmproj, context=context, threads=threads) as runtime:
+            items = dict(ask(runtime, form))
+            size = path.stat().st_size + (mmproj.stat().st_size if mmproj else 0)
+            tried.append(Tried(form, size, items, runtime.memory()))
+    return choose(tried, margin=margin, min_accuracy=min_accuracy)
+
+
+def choose(tried: Sequence[Tried], *, margin: float = MARGIN, min_accuracy: float | None = None) -> Sweep:
+    """The smallest form that is not inferior to the largest and reaches `min_accuracy` (a share of 1).
+
+    Each form is compared by itself: an inferior one passes with a chance of at most 2.5 %, so of k inferior ones some
+    may pass with at most k times that. DataError where forms were tried on different items.
+    """
+    ordered = sorted(tried, key=lambda one: -one.bytes)
+    if not ordered or not ordered[0].items:
+        raise DataError("nothing to choose from: no form was tried on any item")
+    largest = ordered[0]
+    odd = [one.form for one in ordered if one.items.keys() != largest.items.keys()]
+    if odd:
+        raise DataError(f"{', '.join(odd)}: not tried on the same items as {largest.form}; run the sweep again")
+    differences = {one.form: compared(one.rights, largest.rights, margin) for one in ordered[1:]}
+    sound = [one for one in ordered if one is largest or differences[one.form].verdict == NOT_INFERIOR]
+    good = [one for one in sound if min_accuracy is None or one.accuracy >= min_accuracy]
+    chosen = good[-1].form if good else None
+    why = _why(ordered, differences, chosen, margin, min_accuracy)
+    return Sweep(tuple(ordered), differences, margin, chosen, why, min_accuracy)
+
+
+def _why(
+    ordered: Sequence[Tried],
+    differences: Mapping[str, Difference],
+    chosen: str | None,
+    margin: float,
+    min_accuracy: float | None,
+) -> str:
+    largest = ordered[0].form
+    unsure = {form: one for form, one in differences.items() if one.verdict == UNDECIDED}
+    more = ""
+    if unsure:
+        needed = max(one.needed or 0 for one in unsure.values())
+        more = f"; undecided: {', '.join(unsure)}: more items would tell, about {needed:,} in all"
+    if chosen is None:
+        return f"no form reaches an accuracy of {min_accuracy} and is not inferior to {largest}{more}"
+    if chosen == largest:
+        return f"ship {largest}: no smaller form is shown to be within {100 * margin:g} points of it{more}"
+    return f"ship {chosen}: the smallest that is not inferior to {largest} by {100 * margin:g} points{more}"
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    low, high = row["interval"]
+    memory = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 1e6:.0f}"
+    against = row["against_reference"]
+    beside = "the largest"
+    if against:
+        difference = f"{100 * against['low']:+.1f} to {100 * against['high']:+.1f} points"
+        beside = f"{against['verdict']} ({difference}; {against['lost']} lost, {against['won']} won)"
+    accuracy = f"{100 * row['accuracy']:7.2f}   [{100 * low:5.1f}, {100 * high:5.1f}]"
+    seconds = f"{row['seconds_median']:8.3f} {row['seconds_p95']:7.3f}"
+    return f"  {row['form']:<8} {row['bytes'] / 1e6:7.1f}   {accuracy}   {memory:>9}   {seconds}   {beside}"

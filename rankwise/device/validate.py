@@ -1,0 +1,209 @@
+"""rankwise validate: scores under the device's conditions, and the proof that what runs there is what was trained.
+
+rankwise validate exported_model --task labels --data_path dataset -o validation
+
+GGUF files ── LlamaServer ──┬── answers to every item ──▶ accuracy, confusion matrix, latency
+merged model ── HFReference ┴── parity ladder on some ──▶ the first rung that breaks, if one does
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rankwise.data.reading import settle
+from rankwise.device.llama.generator import GGUFGenerator, Witness
+from rankwise.device.llama.runtime import Runtime
+from rankwise.device.parity.ladder import verdict
+from rankwise.device.scores import FILE, FORMAT, change, gain_kept, items, scores
+from rankwise.device.sides import (
+    Answers,
+    Shipment,
+    Shipped,
+    Trained,
+    Validated,
+    answered,
+    answers_of,
+    context,
+    shipment,
+    trained_side,
+    validated,
+)
+from rankwise.device.sweep import FILE as SWEPT
+from rankwise.device.sweep import Item, Sweep, prepared, sweep
+from rankwise.device.validation_page import draw, summary
+from rankwise.errors import UsageError, VerificationError
+from rankwise.evaluate.tasks import TASKS
+from rankwise.evaluate.tasks import task as task_named
+from rankwise.files.atomic import write_json
+from rankwise.files.processes import announce
+from rankwise.files.run_folder import RunFolder
+from rankwise.options.commands import ValidateConfig
+from rankwise.pipeline.idle import refuse_idle
+
+__all__ = ["SWEPT", "sweep_forms"]
+SOURCES = ("f16", "bf16", "f32")
+
+
+def sweep_forms(config: ValidateConfig, trained: Trained, shipped: Shipment, out: Path) -> Sweep:
+    """Make the forms, run them, write sweep.json. UsageError where there is nothing to make them from, or no answer of
+    the task is right or wrong."""
+    source = next((one for form in SOURCES for one in shipped.forms if one.form == form), None)
+    if source is None or source.text is None:
+        raise UsageError("--sweep needs the f16 form among those validated: rankwise export --outtype f16,q8_0")
+    have = {one.form: one.text for one in shipped.forms if one.text and one.form in config.sweep}
+    made = prepared(source.text, [form for form in config.sweep if form not in have], config.llama_cpp_dir)
+    files = {source.form: source.text, **have, **made}
+    found = sweep(
+        files,
+        partial(ask, trained, {form: Shipped(form, path, source.mmproj) for form, path in files.items()}, out),
+        mmproj=source.mmproj,
+        margin=config.sweep_margin,
+        min_accuracy=config.min_accuracy,
+        context=config.context or context(trained.renderer),
+        threads=config.threads,
+    )
+    found.save(out)
+    for line in found.lines():
+        announce(line)
+    announce("")
+    return found
+
+
+def ask(trained: Trained, forms: Mapping[str, Shipped], out: Path, runtime: Runtime, form: str) -> dict[str, Item]:
+    """Every item answered by one form."""
+    folder = out / "sweep" / form
+    folder.mkdir(parents=True, exist_ok=True)
+    witness = Witness(GGUFGenerator(runtime, trained.renderer, trained.decoding), folder / "answers.jsonl")
+    answers = answered(trained, witness, folder, trained.made_from(*forms[form].files))
+    right, records = answers.rights(trained.items), witness.answers()
+    if right is None:
+        raise UsageError(f"--sweep compares right and wrong answers, and {trained.task.name} has texts")
+    pairs = zip(trained.items, right, strict=True)
+    return {item.id: Item(correct, records[item.id].seconds) for item, correct in pairs}
+
+
+def run(config: ValidateConfig) -> dict[str, Any]:
+    """The whole command; returns the content of validation.json. VerificationError, after everything is written, where
+    a rung is broken or a limit is missed."""
+    config = settle(config)
+    check(config)
+    shipped = shipment(config)
+    out = RunFolder(config.output_dir)
+    with out.lock(), out.recording("validate", inputs(config, shipped)) as record:
+        trained = trained_side(config, shipped)
+        app = trained.app  # a folder without its pictures is refused before anything is answered
+        tuned = answers_of(trained, out / "trained")
+        base = answers_of(trained.on(config.base_model), out / "before") if config.base_model else None
+        floor = trained.floor()
+        found = {one.form: validated(config, trained, one, floor, app, out.path) for one in shipped.forms}
+        content = described(config, trained, found, tuned, base) | {"floor": floor.as_dict() if floor else None}
+        if config.sweep:
+            content["sweep"] = sweep_forms(config, trained, shipped, out.path).as_dict()
+            record.outputs["sweep"] = out / SWEPT
+        record.outputs["validation"] = write_json(out / FILE, content)
+        record.outputs |= draw(content, out.path)
+        out.save_config(config)
+    for line in summary(content):
+        announce(line)
+    announce(f"results in {out.path}")
+    if content["failures"]:
+        raise VerificationError("; ".join(content["failures"]))
+    return content
+
+
+def check(config: ValidateConfig) -> None:
+    """What can be said before anything is read."""
+    if not config.data.task or not config.data.data_path:
+        raise UsageError("validate needs the items to answer: --task labels --data_path DATASET")
+    if config.data.task not in TASKS:
+        raise UsageError(f"--task: {', '.join(TASKS)} can be validated; got {config.data.task}")
+    if config.min_agreement and not config.parity_samples:
+        raise UsageError("--min_agreement is measured on the parity ladder, which --parity_samples 0 leaves out")
+    if config.app_pixels and not config.parity_samples:
+        raise UsageError("--app_pixels is a side of the parity ladder, which --parity_samples 0 leaves out")
+    if config.app_pixels and not Path(config.app_pixels).is_dir():
+        raise UsageError(f"--app_pixels: {config.app_pixels} is no folder")
+    if config.sweep and config.server:
+        raise UsageError("--sweep runs files on this machine; leave --server out")
+    refuse_idle(config)
+    task_named(config.data.task).check()
+
+
+def inputs(config: ValidateConfig, shipped: Shipment) -> dict[str, Path | str]:
+    named = {"data": config.data.data_path, "reference": shipped.reference, "base": config.base_model}
+    files = {file.name: str(file) for one in shipped.forms for file in one.files}
+    return {name: value for name, value in {**named, **files}.items() if value}
+
+
+def described(
+    config: ValidateConfig, trained: Trained, found: Mapping[str, Validated], tuned: Answers, base: Answers | None
+) -> dict[str, Any]:
+    """The content of validation.json: the scores of the form to ship, then the comparisons."""
+    form, shipped = list(found.items())[-1]
+    ladders = {name: one.ladder for name, one in found.items() if one.ladder}
+    content = {
+        "format": FORMAT,
+        "outtype": form,
+        "tolerance": config.tolerance,
+        **shipped.facts(trained.items),
+        "target": vars(trained.target) if trained.target else None,
+        "reference": scores(tuned.result, tuned.predictions, trained.items),
+        "base": scores(base.result, base.predictions, trained.items) if base else None,
+        "by_outtype": {name: one.facts(trained.items) for name, one in found.items()},
+        "against_reference": compared(tuned, found, trained),
+        "gain": gains(tuned, base, found, trained),
+        "parity": {name: ladder.as_dict() for name, ladder in ladders.items()},
+        "verdict": verdict(ladders) if ladders else ["The parity ladder was left out (--parity_samples 0)."],
+        "predictions": items(shipped.answers.result.task, shipped.answers.predictions, trained.items, shipped.records),
+    }
+    return content | {"failures": failures(config, found)}
+
+
+def compared(tuned: Answers, found: Mapping[str, Validated], trained: Trained) -> dict[str, Any] | None:
+    """McNemar of each form against the trained model, on right and wrong; None for texts without either."""
+    before = tuned.rights(trained.items)
+    if before is None:
+        return None
+    return {name: change(before, one.answers.rights(trained.items) or []).as_dict() for name, one in found.items()}
+
+
+def gains(
+    tuned: Answers, base: Answers | None, found: Mapping[str, Validated], trained: Trained
+) -> dict[str, Any] | None:
+    """How much of training's gain each form keeps; None without --base_model, or where no answer is right or wrong."""
+    before, after = (one.rights(trained.items) if one else None for one in (base, tuned))
+    if before is None or after is None:
+        return None
+    rows: Mapping[str, Sequence[bool]] = {name: one.answers.rights(trained.items) or [] for name, one in found.items()}
+    return {name: gain_kept(before, after, right).as_dict() for name, right in rows.items()}
+
+
+def failures(config: ValidateConfig, found: Mapping[str, Validated]) -> list[str]:
+    """Why the command ends with exit 6; empty where all is well."""
+    lines = []
+    for form, one in found.items():
+        rung = one.ladder.first_broken if one.ladder else None
+        if rung:
+            lines.append(f"{form}: the rung `{rung.name}` is broken: {rung.why}")
+        accuracy = one.accuracy
+        if config.min_accuracy is not None and accuracy is not None and accuracy < config.min_accuracy:
+            lines.append(f"{form}: accuracy {accuracy:.3f} is below --min_accuracy {config.min_accuracy:g}")
+    return lines
+
+
+def describe(config: ValidateConfig) -> list[str]:
+    config = settle(config)
+    check(config)
+    what = config.server or config.export
+    lines = [f"answer the items of {config.data.data_path} ({config.data.task}) with {what}, in llama.cpp, greedily"]
+    if config.parity_samples:
+        lines.append(
+            f"climb the parity ladder on up to {config.parity_samples} items for each form, against the merged model "
+            "in float32; floors are measured on that model"
+        )
+    if config.sweep:
+        lines.append(f"make and compare the forms {', '.join(config.sweep)}")
+    return [*lines, f"write {FILE}, predictions and plots to {config.output_dir}; exit 6 where a rung is broken"]

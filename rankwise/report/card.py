@@ -1,0 +1,273 @@
+"""rankwise card: a run → README.md, the model card of what it made; with --push_to_hub files and card go to the hub.
+
+rankwise card runs/phone
+rankwise card runs/phone --files export --push_to_hub org/name --private
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+
+from rankwise.data.recorded import CONTRACTS
+from rankwise.errors import ServiceError, UsageError, VerificationError
+from rankwise.files.adapter import CONFIG_NAME
+from rankwise.files.atomic import read_object
+from rankwise.files.checkpoint import HUB_ID
+from rankwise.files.lineage import EXPORT
+from rankwise.options.commands import CardConfig
+from rankwise.page.text import memory, plural
+from rankwise.report import card_facts as facts
+from rankwise.report.card_facts import Recorded, Sources, chosen, sources_of
+from rankwise.report.card_text import CardFacts, license_of, model_card, save_card
+
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{4,}|Bearer\s+\S+")
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What goes where. files: names in the folder; nothing else of it leaves the machine."""
+
+    repository: str
+    folder: Path
+    files: tuple[str, ...]
+    card: str
+    private: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return sum((self.folder / name).stat().st_size for name in self.files)
+
+
+def check_repository(name: str) -> None:
+    if not HUB_ID.fullmatch(name):
+        raise UsageError(f"--push_to_hub takes ORG/NAME, got {name!r}")
+
+
+def upload(what: Upload) -> str:
+    """Create the repository where there is none, send files and card; returns its address.
+
+    The token is the one that `hf auth login` or HF_TOKEN has left. ServiceError, without any token in it, where the hub
+    refuses or is not there; what was sent by then stays, and a second call sends only the rest.
+    """
+    with explained(what.repository):
+        api = HfApi()
+        address = api.create_repo(what.repository, repo_type="model", private=what.private or None, exist_ok=True)
+        api.upload_folder(
+            repo_id=what.repository,
+            folder_path=str(what.folder),
+            allow_patterns=[glob.escape(name) for name in what.files],
+            commit_message="Upload with rankwise",
+        )
+        api.upload_file(
+            path_or_fileobj=what.card.encode(),
+            path_in_repo=CARD,
+            repo_id=what.repository,
+            commit_message="Model card by rankwise",
+        )
+    return str(address)
+
+
+@contextmanager
+def explained(repository: str) -> Iterator[None]:
+    """The hub's errors as ours: what is wrong with the name is the user's, the rest is the service's."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise UsageError(f"--push_to_hub {repository}: {scrubbed(error)}") from None
+    except (LocalTokenNotFoundError, HfHubHTTPError, HTTPError, OSError) as error:
+        raise ServiceError(
+            f"{repository}: the hub did not take it ({scrubbed(error)}); check the network, `hf auth login` and that "
+            "you may write there, then run it again: what has arrived is not sent twice"
+        ) from None
+
+
+def scrubbed(error: Exception) -> str:
+    """The first line of an error, without anything that looks like a token."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return TOKEN.sub("(token)", lines[0] if lines else type(error).__name__)
+
+
+NEVER = (".*", "resolved_config*.json", "manifest.json", "predictions*", "*.log", CARD, "training_args.bin")
+OF_AN_ADAPTER = ("adapter_model.*", "adapter_config.json", "sites.json", "depth.json", *CONTRACTS)
+BESIDE = (
+    "tokenizer*",
+    "special_tokens*",
+    "added_tokens*",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "*.jinja",
+    "*processor_config.json",
+)
+PUBLISHED = (*CONTRACTS, "LICENSE*")
+WORDS = {
+    "adapter": "A LoRA adapter for {base}, trained with Rankwise.",
+    "merged": "{base} with a LoRA adapter merged in, trained with Rankwise.",
+    "export": "GGUF files for llama.cpp of {base} with a LoRA adapter merged in, trained with Rankwise.",
+    "bundle": "GGUF files for llama.cpp of {base} with a LoRA adapter merged in, trained with Rankwise.",
+}
+
+
+def run(config: CardConfig) -> Path:
+    """Write the card; upload it and the files if asked to."""
+    folder = check(config)
+    kind, place = chosen(folder, config.files)
+    sources = sources_of(folder)
+    wrong = facts.failures(sources, kind)
+    if config.push_to_hub and wrong and not config.allow_unverified:
+        raise VerificationError(
+            f"{place} is not uploaded: {'; '.join(wrong)}. Repair that, or pass --allow_unverified (the card says it)"
+        )
+    text = model_card(facts_of(config, sources, kind, place))
+    card = save_card(text, out_path(config, folder))
+    print(f"card of the {kind} in {place}: {card}")
+    for line in wrong:
+        print(f"warning: {line}")
+    if config.push_to_hub:
+        push(config, kind, place, text)
+    return card
+
+
+def check(config: CardConfig) -> Path:
+    if not config.run:
+        raise UsageError("card needs a run folder: rankwise card RUN [--push_to_hub ORG/NAME]")
+    if config.push_to_hub:
+        check_repository(config.push_to_hub)
+    elif config.private or config.allow_unverified:
+        raise UsageError("--private and --allow_unverified act on --push_to_hub ORG/NAME only")
+    return Path(config.run)
+
+
+def out_path(config: CardConfig, folder: Path) -> Path:
+    return Path(config.out) if config.out else folder / CARD
+
+
+def facts_of(config: CardConfig, sources: Sources, kind: str, place: Path) -> CardFacts:
+    base = config.base_model or base_of(sources)
+    shown, sees = facts.public(base), "vision_config" in model_config(place, base)
+    title = config.title or (config.push_to_hub or "").rpartition("/")[2] or sources.roots[0].resolve().name
+    wrong = [f"- **{line}**" for line in facts.failures(sources, kind)]
+    of_files = kind in ("export", "bundle")
+    own = facts.file_scores(sources) if of_files else []
+    data = (sources.stage("train") or Recorded(place, {})).input("data")
+    return CardFacts(
+        title=title,
+        kind=kind,
+        base=shown,
+        sees=sees,
+        license=config.license or base_license(base),
+        datasets=[facts.public(data)] if data and not Path(data).exists() else [],
+        metrics=facts.file_metrics(own) if of_files else facts.metrics(sources.scores),
+        summary=WORDS[kind].format(base=shown),
+        sections={
+            "How to use it": [*usage(kind, place, config.push_to_hub or title, sees=sees), *facts.prompts(place)],
+            "How it was trained": facts.training(sources),
+            "Scores": facts.file_table(own) if of_files else facts.scores(sources.scores),
+            "Merge": facts.merge(sources) if kind != "adapter" else [],
+            "Files": facts.export(sources) if of_files else [],
+            "On the device": facts.device(sources) if of_files else [],
+            "Scores before export, in transformers": facts.scores(sources.scores) if of_files else [],
+            "Limitations": [*wrong, *facts.limitations(sources, kind)],
+        },
+    )
+
+
+def base_of(sources: Sources) -> str | None:
+    """The model that was trained on, as the records name it."""
+    trained, merged = sources.stage("train"), sources.stage("merge")
+    return (trained.input("model") if trained else None) or (merged.input("base") if merged else None)
+
+
+def model_config(place: Path, base: str | None) -> dict[str, Any]:
+    """config.json of the merged model, else of the base where it is on this machine."""
+    for file in (place / "config.json", base_file(base, "config.json")):
+        if file is not None and file.is_file():
+            return read_object(file)
+    return {}
+
+
+def base_license(base: str | None) -> str | None:
+    card = base_file(base, CARD)
+    return license_of(card.parent) if card is not None else None
+
+
+def base_file(base: str | None, name: str) -> Path | None:
+    """A file of the base's folder, or of its copy in the hub's cache; nothing is fetched."""
+    if not base:
+        return None
+    if Path(base).is_dir():
+        return Path(base) / name
+    cached = try_to_load_from_cache(base, name) if HUB_ID.fullmatch(base) else None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def usage(kind: str, place: Path, repository: str, *, sees: bool) -> list[str]:
+    auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+    if kind == "merged":
+        return [
+            "```python",
+            f"from transformers import {auto}",
+            f'model = {auto}.from_pretrained("{repository}")',
+            "```",
+        ]
+    if kind == "adapter":
+        return [
+            "```python",
+            "from peft import PeftModel",
+            f'model = PeftModel.from_pretrained(base, "{repository}")  # base: {auto}.from_pretrained(…)',
+            "```",
+        ]
+    exports = read_object(place / EXPORT).get("files", {}) if (place / EXPORT).is_file() else {}
+    for files in reversed(list(exports.values())):
+        more = f" --mmproj {files['mmproj']}" if files.get("mmproj") else ""
+        return ["```bash", f"llama-server -m {files['text']}{more}", "```"]
+    return []
+
+
+def push(config: CardConfig, kind: str, place: Path, card: str) -> None:
+    what = Upload(str(config.push_to_hub), place, tuple(files_of(kind, place)), card, config.private)
+    print(f"uploading {plural(len(what.files), 'file')} ({memory(what.bytes)}) and the card to {what.repository}")
+    recorded = read_object(place / CONFIG_NAME).get("base_model_name_or_path") if kind == "adapter" else None
+    if recorded and not HUB_ID.fullmatch(recorded):
+        print(f"note: {CONFIG_NAME} names the base by a path of this machine, which others must replace")
+    print(f"uploaded: {upload(what)}")
+
+
+def files_of(kind: str, place: Path) -> list[str]:
+    """What goes out, by name. Records with the paths of this machine, checkpoints and hidden files never do."""
+    present = sorted(path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file())
+    safe = [name for name in present if not any(fnmatch(part, rule) for part in Path(name).parts for rule in NEVER)]
+    if kind == "bundle":
+        return safe
+    if kind == "adapter":
+        return [name for name in safe if matches(name, (*OF_AN_ADAPTER, *BESIDE))]
+    if kind == "export":
+        recorded = read_object(place / EXPORT)["files"].values()
+        wanted = {files[part] for files in recorded for part in ("text", "mmproj") if files.get(part)}
+        return [name for name in safe if name in wanted or matches(name, PUBLISHED)]
+    outputs = read_object(place / "manifest.json")["stages"]["merge"]["outputs"]
+    return [name for name in safe if name in outputs]
+
+
+def matches(name: str, rules: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, rule) for rule in rules)
+
+
+def describe(config: CardConfig) -> list[str]:
+    folder = check(config)
+    lines = [f"read what {folder} records of training, scores, merge, export and validation"]
+    lines.append(f"write the model card {out_path(config, folder)}")
+    if config.push_to_hub:
+        lines.append(f"upload the {config.files if config.files != 'auto' else 'files'} to {config.push_to_hub}")
+    return lines

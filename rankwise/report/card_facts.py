@@ -1,0 +1,408 @@
+"""The sections of a model card, each from the records of one stage; a stage that has left none gives no lines.
+
+Folders are named by their last part only: where they lie on whose machine is nobody's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rankwise.data.input_record import FILE as INPUT
+from rankwise.data.input_record import read_input
+from rankwise.device.scores import FILE as VALIDATION
+from rankwise.errors import DataError
+from rankwise.files.adapter import CONFIG_NAME, is_adapter
+from rankwise.files.atomic import read_object
+from rankwise.files.checkpoint import HUB_ID
+from rankwise.files.lineage import EXPORT, adapters_of, chain, named, walk
+from rankwise.files.run_folder import CONFIG, MANIFEST
+from rankwise.page.text import amount, duration, memory, metric_name, number, percent, score
+from rankwise.report.card_text import Metric, table
+from rankwise.report.contents import Contents, Scored, read_run
+
+BUNDLE = "bundle.json"
+KINDS = ("bundle", "export", "merged", "adapter")  # the furthest along first
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A stage's entry in a manifest, and the folder that it stands in."""
+
+    folder: Path
+    entry: Mapping[str, Any]
+
+    def input(self, name: str) -> str | None:
+        """The path or name of something the stage started from."""
+        row = self.entry.get("inputs", {}).get(name, {})
+        found: str | None = row.get("path") or row.get("name")
+        return found
+
+    @property
+    def config(self) -> dict[str, Any]:
+        file = self.folder / CONFIG
+        return read_object(file) if file.is_file() else {}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """All that is known of a model. `roots`: the run first, then the folders that its records name."""
+
+    roots: tuple[Path, ...]
+    contents: tuple[Contents, ...]
+
+    def files(self, name: str) -> list[Path]:
+        return [path for root in self.roots for path in named(list(walk(root)), name)]
+
+    def stage(self, name: str) -> Recorded | None:
+        """The newest entry of a stage."""
+        found = [
+            Recorded(one.run / stage.folder, stage.entry)
+            for one in self.contents
+            for stage in one.stages
+            if stage.name == name
+        ]
+        return max(found, key=lambda one: str(one.entry.get("started", "")), default=None)
+
+    @property
+    def scores(self) -> list[Scored]:
+        return [scored for one in self.contents for scored in one.scores]
+
+    @property
+    def phases(self) -> list[str]:
+        return [name for one in self.contents for _, table in one.phases for _, name in table]
+
+    def json(self, name: str) -> list[tuple[Path, dict[str, Any]]]:
+        return [(path.parent, read_object(path)) for path in self.files(name)]
+
+
+def sources_of(run: Path) -> Sources:
+    """DataError where there is no such folder, or nothing in it that a card could say."""
+    if not run.is_dir():
+        raise DataError(f"{run}: no such folder; `rankwise card` takes a run folder, an adapter, a model or an export")
+    roots: list[Path] = []
+    for root in chain(run):
+        if not any(root.resolve().is_relative_to(other.resolve()) for other in roots):
+            roots.append(root)
+    contents = tuple(read_run(root) if has_records(root) else Contents(root) for root in roots)
+    return Sources(tuple(roots), contents)
+
+
+def has_records(root: Path) -> bool:
+    return bool(named(list(walk(root)), MANIFEST))
+
+
+def folders_of(run: Path, kind: str) -> list[Path]:
+    """Folders of that kind in the run, the newest first."""
+    files = list(walk(run))
+    if kind in ("export", "bundle"):
+        found = [path.parent for path in named(files, EXPORT if kind == "export" else BUNDLE)]
+    elif kind == "merged":
+        found = [path.parent for path in named(files, MANIFEST) if adapters_of(path, ["merge"])]
+    else:
+        found = [path.parent for path in named(files, CONFIG_NAME) if is_adapter(path.parent)]
+    return sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)
+
+
+def chosen(run: Path, asked: str) -> tuple[str, Path]:
+    """(kind, folder) that the card is for. DataError where the run has none."""
+    for kind in KINDS if asked == "auto" else (asked,):
+        for folder in folders_of(run, kind):
+            return kind, folder
+    wanted = "adapter, merged model or export" if asked == "auto" else asked
+    raise DataError(f"{run}: holds no {wanted} that a card could be for")
+
+
+# Settings worth a line, where the run has them: name in the config → as a card says it.
+SETTINGS = {
+    "task": "task",
+    "learning_rate": "learning rate",
+    "lr_scheduler_type": "schedule",
+    "warmup_ratio": "warm-up, share of the steps",
+    "per_device_train_batch_size": "batch",
+    "gradient_accumulation_steps": "gradient accumulation",
+    "num_train_epochs": "epochs",
+    "weight_decay": "weight decay",
+    "lora_dropout": "LoRA dropout",
+    "init_lora_weights": "LoRA initialisation",
+    "use_dora": "DoRA",
+    "use_rslora": "rsLoRA",
+    "load_in_4bit": "base in 4 bits while training",
+    "load_in_8bit": "base in 8 bits while training",
+    "use_depth": "depth",
+    "balance": "classes balanced",
+    "packing": "packing",
+    "seed": "seed",
+}
+NOT_WORTH_SAYING = (None, False, "", "default", "none")
+
+
+def public(name: str | None) -> str:
+    """A hub id as it is, of a path its last part."""
+    if not name:
+        return "not recorded"
+    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else Path(name).name
+
+
+def training(sources: Sources) -> list[str]:
+    trained = sources.stage("train")
+    if trained is None:
+        return []
+    settings = trained.config
+    rows = [("data", data_of(trained)), *ranks_of(sources, trained)]
+    rows += [("phases", " → ".join(sources.phases))] if sources.phases else []
+    rows += [(label, shown(settings[name])) for name, label in SETTINGS.items() if said(settings.get(name))]
+    entry = trained.entry
+    if "steps" in entry:
+        rows.append(("optimizer steps", f"{entry['steps']:,} in {duration(float(entry.get('training_seconds', 0)))}"))
+    return table(("", ""), rows) + versions_of(trained)
+
+
+def prompts(place: Path) -> list[str]:
+    """How the model is asked as it was trained."""
+    found = read_input(place)
+    return ["", f"Trained with these prompts ({INPUT}): {found[0].words()}."] if found else []
+
+
+def said(value: Any) -> bool:
+    return not any(value is other or value == other for other in NOT_WORTH_SAYING) or (
+        value == 0 and value is not False
+    )
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes"
+    return number(value) if isinstance(value, (int, float)) and abs(value) >= 1e-3 else f"{value}"
+
+
+def data_of(trained: Recorded) -> str:
+    row = trained.entry.get("inputs", {}).get("data", {})
+    mark = row.get("fingerprint")
+    return public(trained.input("data")) + (f" (fingerprint {mark[:12]})" if mark else "")
+
+
+def ranks_of(sources: Sources, trained: Recorded) -> Iterator[tuple[str, str]]:
+    adapted = next((one for content in sources.contents for _, one in content.sites), None)
+    plan = "a rank plan" if trained.input("plan") else "one rank"
+    if adapted and adapted.ranks:
+        least, most = min(adapted.ranks), max(adapted.ranks)
+        ranks = f"rank {least}" if least == most else f"ranks {least} to {most}"
+        yield "adapted", f"{len(adapted.ranks)} matrices by {plan}: {ranks}"
+    entry = trained.entry
+    if "trainable_parameters" in entry and entry.get("total_parameters"):
+        trainable, total = entry["trainable_parameters"], entry["total_parameters"]
+        yield "trained parameters", f"{amount(trainable)} of {amount(total)} ({percent(trainable / total)})"
+    if entry.get("trained_in_full"):
+        yield "trained in full", f"{len(entry['trained_in_full'])} modules"
+
+
+def versions_of(trained: Recorded) -> list[str]:
+    found = {"python": trained.entry.get("python"), **trained.entry.get("versions", {})}
+    words = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    return ["", f"Made with {words}."] if words else []
+
+
+def scores(found: Iterable[Scored]) -> list[str]:
+    rows = [
+        (one.label, one.result.title, metric_name(name), score(value), interval(one, name), f"{one.result.n:,}")
+        for one in found
+        for name, value in one.result.metrics.items()
+    ]
+    return table(("model", "task", "metric", "score", "95 % interval", "n"), rows)
+
+
+def interval(scored: Scored, name: str) -> str:
+    return span(scored.result.intervals.get(name))
+
+
+def span(found: Sequence[float] | None, scale: float = 1) -> str:
+    return f"{score(scale * found[0])} to {score(scale * found[1])}" if found else "not measured"
+
+
+def metrics(found: Iterable[Scored]) -> list[Metric]:
+    """Of the models after training, for the metadata."""
+    after = [one for one in found if not one.is_before]
+    return [
+        Metric(one.result.task, one.result.task, name, round(value, 4), how(one.result.method, one.result.n))
+        for one in after[-1:]
+        for name, value in one.result.metrics.items()
+    ]
+
+
+def how(method: str, n: int) -> str:
+    return f"by {method}, n = {n:,}" if method else f"n = {n:,}"
+
+
+# --- the files' own scores -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FileScore:
+    """A score of one GGUF file in llama.cpp, 0 to 100. ships: it is the form that the validation was for."""
+
+    form: str
+    task: str
+    method: str
+    name: str
+    value: float
+    interval: Sequence[float] | None
+    n: int
+    ships: bool
+
+
+def file_scores(sources: Sources) -> list[FileScore]:
+    """From the validations; without one, from what a bundle keeps of its own."""
+    found = [
+        (form, facts, form == content.get("outtype"))
+        for _, content in sources.json(VALIDATION)
+        for form, facts in (content.get("by_outtype") or {}).items()
+    ]
+    if not found:
+        bundles = [content for _, content in sources.json(BUNDLE) if content.get("validation")]
+        found = [(str(content.get("outtype")), content["validation"], True) for content in bundles]
+    return [row for form, facts, ships in found for row in scores_of(form, facts, ships)]
+
+
+def scores_of(form: str, facts: Mapping[str, Any], ships: bool) -> Iterator[FileScore]:
+    """Of one form, as validation.json has it: accuracy and macro F1 as shares of 1, metrics on 0 to 100."""
+    task, method, n = str(facts.get("task", "")), str(facts.get("method", "generation")), int(facts.get("n", 0))
+    for name, key in (("accuracy", "interval"), ("macro_f1", "")):
+        if facts.get(name) is not None:
+            spread = [100 * end for end in facts[key]] if facts.get(key) else None
+            yield FileScore(form, task, method, name, 100 * facts[name], spread, n, ships)
+    for name, value in (facts.get("metrics") or {}).items():
+        if name != "exact_match" or facts.get("accuracy") is None:
+            yield FileScore(form, task, method, name, value, facts.get("intervals_95", {}).get(name), n, ships)
+
+
+def file_table(found: Sequence[FileScore]) -> list[str]:
+    rows = [
+        (
+            one.form,
+            f"{one.task} by {one.method}",
+            metric_name(one.name),
+            score(one.value),
+            span(one.interval),
+            f"{one.n:,}",
+        )
+        for one in found
+    ]
+    return table(("file, in llama.cpp", "task", "metric", "score", "95 % interval", "n"), rows)
+
+
+def file_metrics(found: Sequence[FileScore]) -> list[Metric]:
+    """Of the form to ship, for the metadata."""
+    return [
+        Metric(one.task, one.task, one.name, round(one.value, 4), f"{one.form} in llama.cpp, {how(one.method, one.n)}")
+        for one in found
+        if one.ships
+    ]
+
+
+def merge(sources: Sources) -> list[str]:
+    merged = sources.stage("merge")
+    if merged is None:
+        return []
+    proof = merged.entry.get("verification")
+    if not proof:
+        return ["The merged weights were not verified (`--no_verify`)."]
+    how = ", layer by layer" if proof.get("layer_by_layer") else ""
+    lines = [
+        f"The merged model was compared with base + adapter on {on_what(proof)}{how}, in float32: logits within "
+        f"{proof['error']:.1e} (relative rms; at most {proof['max_difference']:.1e}), the same top token at "
+        f"{proof['same_top1']:.1%} of the places, KL {proof['kl']:.1e} nats. The adapter's own effect on the logits is "
+        f"{proof['effect']:.1e}, of which rounding the merged weights costs {proof['effect_lost']:.2%}."
+    ]
+    lost = merged.entry.get("rounding", {}).get("share_of_change_lost", {})
+    dtype = merged.config.get("dtype")
+    if dtype in lost:
+        lines.append(f"Rounding to {dtype} changes the weights by {lost[dtype]:.1%} of what the adapter changes.")
+    return lines
+
+
+def on_what(proof: Mapping[str, Any]) -> str:
+    words = str(proof.get("on", "random tokens"))
+    head, of, path = words.partition(" of ")
+    return f"{head} of {public(path)}" if of else words
+
+
+def export(sources: Sources) -> list[str]:
+    lines: list[str] = []
+    for _, content in sources.json(EXPORT):
+        rows = [
+            (files[kind], outtype, memory(files["bytes"][kind]), files["sha256"][kind][:12])
+            for outtype, files in content.get("files", {}).items()
+            for kind in ("text", "mmproj")
+            if files.get(kind)
+        ]
+        lines += table(("file", "type", "size", "sha256"), rows)
+        converter = content.get("converter", {})
+        proven = (
+            "every tensor was compared with the merged checkpoint" if content.get("verification") else "not verified"
+        )
+        lines += [
+            "",
+            f"Converted by llama.cpp's own converter ({converter.get('version', 'unknown version')}); {proven}.",
+        ]
+    return lines
+
+
+def device(sources: Sources) -> list[str]:
+    """How far up the parity ladder the files agree with the trained model."""
+    return [
+        f"- {name}: {ladder_words(ladder)}"
+        for _, content in sources.json(VALIDATION)
+        for name, ladder in (content.get("parity") or {}).items()
+    ]
+
+
+def ladder_words(ladder: Mapping[str, Any]) -> str:
+    """The parity ladder in one line: which rungs agree, which one breaks first, which were not measured."""
+    by_status: dict[str, list[str]] = {}
+    for rung in ladder.get("rungs", ()):
+        note = f" ({rung['note']})" if rung.get("note") else ""
+        by_status.setdefault(rung["status"], []).append(rung["name"] + note)
+    words = [f"{', '.join(names)} {meaning}" for status, meaning in STATUS.items() if (names := by_status.get(status))]
+    return "; ".join(words) or "the parity ladder was not climbed"
+
+
+STATUS = {"ok": "agree with the trained model", "broken": "**broken**", "not measured": "not measured"}
+
+
+def limitations(sources: Sources, kind: str) -> list[str]:
+    """What nobody measured, and what no measurement here covers."""
+    found = sources.scores
+    rows = [
+        (not found, "No score was measured, neither before nor after training."),
+        (bool(found) and not any(one.is_before for one in found), "The model before training was not scored."),
+        (bool(found) and all(one.is_before for one in found), "The model after training was not scored."),
+        (kind != "adapter" and not merge(sources), "The merge left no record."),
+        (kind in ("export", "bundle") and not file_scores(sources), "Not validated in llama.cpp."),
+        (True, "Safety, bias and other languages or domains than those of the training data were not measured."),
+    ]
+    return [f"- {text}" for applies, text in rows if applies]
+
+
+def failures(sources: Sources, kind: str) -> list[str]:
+    """Why these files should not go out: verifications that failed or were skipped."""
+    lines = []
+    merged = sources.stage("merge")
+    if kind != "adapter" and merged is not None and not merged.entry.get("verification"):
+        lines.append("the merge was not verified (--no_verify)")
+    if kind not in ("export", "bundle"):
+        return lines
+    for folder, content in sources.json(EXPORT):
+        lines += [] if content.get("verification") else [f"{folder.name}/{EXPORT}: the export was not verified"]
+    for folder, content in sources.json(VALIDATION):
+        where = f"{folder.name}/{VALIDATION}"
+        lines += [f"{where}: {failure}" for failure in content.get("failures") or ()]
+        broken = {name: ladder.get("first_broken") for name, ladder in (content.get("parity") or {}).items()}
+        lines += [
+            f"{where}: {name}: the rung `{rung}` is broken"
+            for name, rung in broken.items()
+            if rung and not content.get("failures")
+        ]
+    return lines

@@ -1,0 +1,278 @@
+"""Several runs in one table and one picture: what trained, how long, how well, and where its gradients were.
+
+run folders ── read_rows ──▶ Row* ──▶ comparison.csv, comparison.md, comparison.json, comparison.png
+
+A number that a run does not have is blank, never 0.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import DataError, UsageError
+from rankwise.evaluate.predictions import EvaluationResult
+from rankwise.files.atomic import read_object, write_json, write_text
+from rankwise.options.commands import CompareConfig
+from rankwise.page.canvas import BLUE, INK, YELLOW, legend, name_axes, new_figure, save
+from rankwise.page.text import amount, clip, duration, is_number, metric_name, number, score
+from rankwise.report.contents import Contents, Scored, read_run
+from rankwise.train.gradient_summary import gradient_summary
+from rankwise.train.loss_plots import points, shared_metrics
+
+CSV, MARKDOWN, JSON, PICTURE = "comparison.csv", "comparison.md", "comparison.json", "comparison.png"
+SUMMARY = "results_summary.json"  # of `rankwise train`: config, train_loss, gradient_stats
+GRADIENTS = ("attention_mean", "mlp_mean", "attention_to_mlp_ratio")
+MOST_SCORES = 2  # panels of the picture
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run.
+
+    trained: trainable_parameters, steps, seconds, train_loss, eval_loss (the least). gradients: attention_mean and
+    mlp_mean over the steps at which each trained, attention_to_mlp_ratio over those at which both did. scores: the
+    run's own by task, those from before training left out. What is not known is None.
+    """
+
+    name: str
+    folder: str
+    trained: dict[str, float | None] = field(default_factory=dict)
+    gradients: dict[str, float | None] = field(default_factory=dict)
+    scores: dict[str, EvaluationResult] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        scores = {
+            task: {"n": result.n, "metrics": result.metrics, "intervals_95": result.intervals}
+            for task, result in self.scores.items()
+        }
+        return {"run": self.name, "folder": self.folder, **self.trained, **self.gradients, "scores": scores}
+
+
+def read_rows(folders: Sequence[Path]) -> list[Row]:
+    """A row per run folder, in the order given. DataError: a folder that no run has written."""
+    names = short_names(folders)
+    return [row_of(name, read_run(folder)) for name, folder in zip(names, folders, strict=True)]
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' own names, with as many parents as it takes to tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-depth:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise DataError(f"one run folder is named twice: {', '.join(map(str, folders))}")
+
+
+def row_of(name: str, contents: Contents) -> Row:
+    return Row(name, str(contents.run), trained(contents), gradients(contents), scores(contents.scores))
+
+
+def trained(contents: Contents) -> dict[str, float | None]:
+    """Of the last training stage, and of the log beside it."""
+    stages = [stage for stage in contents.stages if stage.name == "train"]
+    entry = stages[-1].entry if stages else {}
+    folder = stages[-1].folder if stages else ""
+    rows = next((rows for where, rows in contents.logs if where == folder), [])
+    summary = contents.run / folder / SUMMARY
+    validation = [value for _, value in points(rows, "eval_loss")]
+    found = {
+        "trainable_parameters": entry.get("trainable_parameters"),
+        "steps": entry.get("steps"),
+        "seconds": entry.get("training_seconds"),
+        "train_loss": read_object(summary).get("train_loss") if stages and summary.is_file() else None,
+        "eval_loss": min(validation, default=None),
+    }
+    return {key: value if is_number(value) else None for key, value in found.items()}
+
+
+def gradients(contents: Contents) -> dict[str, float | None]:
+    """Means over the steps, from the tables of the run that trained last."""
+    if not contents.gradients:
+        return dict.fromkeys(GRADIENTS)
+    _, tables = contents.gradients[-1]
+    found = gradient_summary(tables.groups, tables.layers)
+    means = {f"{name}_mean": found["groups"].get(name, {}).get("mean") for name in ("attention", "mlp")}
+    return {**means, "attention_to_mlp_ratio": found["attention_to_mlp_ratio"]}
+
+
+def scores(found: Sequence[Scored]) -> dict[str, EvaluationResult]:
+    """The newest result of each task and method after training (of a run without training, the newest)."""
+    after = [one for one in found if not one.is_before] or list(found)
+    return {one.result.title: one.result for one in sorted(after, key=lambda one: one.written)}
+
+
+# --- tables --------------------------------------------------------------------------------------------------------
+
+
+def flat(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows as cells by column; scores as task.metric, with .low and .high of the 95 % interval, and task.n."""
+    metrics = {task: metrics_of(rows, task) for task in tasks_of(rows)}
+    return [{"run": row.name, **row.trained, **row.gradients, **flat_scores(row, metrics)} for row in rows]
+
+
+def flat_scores(row: Row, metrics: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for task, names in metrics.items():
+        found[f"{task}.n"] = row.scores[task].n if task in row.scores else None
+        for name in names:
+            low, high = interval_of(row, task, name) or (None, None)
+            cells = {"": value_of(row, task, name), ".low": low, ".high": high}
+            found |= {f"{task}.{name}{end}": value for end, value in cells.items()}
+    return found
+
+
+def tasks_of(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(task for row in rows for task in row.scores))
+
+
+def metrics_of(rows: Sequence[Row], task: str) -> list[str]:
+    """Metrics that any run has for a task; those that all have come first, as people read them."""
+    results = [row.scores[task] for row in rows if task in row.scores]
+    return list(dict.fromkeys([*shared_metrics(results), *(name for one in results for name in one.metrics)]))
+
+
+def value_of(row: Row, task: str, metric: str) -> float | None:
+    return row.scores[task].metrics.get(metric) if task in row.scores else None
+
+
+def interval_of(row: Row, task: str, metric: str) -> tuple[float, float] | None:
+    return row.scores[task].intervals.get(metric) if task in row.scores else None
+
+
+def table_text(rows: Sequence[Row]) -> str:
+    """The table as CSV, every number with all its digits."""
+    cells, text = flat(rows), io.StringIO()
+    writer = csv.DictWriter(text, list(cells[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(cells)
+    return text.getvalue()
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table for people: a line per number, a column per run, scores with their intervals."""
+    lines = [["", *(row.name.replace("|", "\\|") for row in rows)]]
+    shown = {"trainable_parameters": amount, "seconds": duration}
+    for part in ("trained", "gradients"):
+        for name in getattr(rows[0], part):
+            cells = [getattr(row, part)[name] for row in rows]
+            if any(cell is not None for cell in cells):
+                write = shown.get(name, number)
+                lines.append([name.replace("_", " "), *("" if cell is None else write(cell) for cell in cells)])
+    for task in tasks_of(rows):
+        for metric in metrics_of(rows, task):
+            lines.append([f"{task}: {metric_name(metric)}", *(score_cell(row, task, metric) for row in rows)])
+        lines.append([f"{task}: items", *(number(row.scores[task].n) if task in row.scores else "" for row in rows)])
+    ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    note = "\nIn brackets: 95 % intervals. Blank: not measured, or nothing trained there.\n"
+    return "\n".join(f"| {' | '.join(line)} |" for line in ruled) + "\n" + note
+
+
+def score_cell(row: Row, task: str, metric: str) -> str:
+    value, interval = value_of(row, task, metric), interval_of(row, task, metric)
+    if value is None:
+        return ""
+    return score(value) + (f" [{score(interval[0])}, {score(interval[1])}]" if interval else "")
+
+
+# --- picture -------------------------------------------------------------------------------------------------------
+
+
+def plot_comparison(rows: Sequence[Row], path: Path | str) -> Path:
+    """A line per run, a panel per number: gradient norms of attention and MLP, losses, the scores read first.
+
+    Raises:
+        DataError: no run has any of these numbers.
+    """
+    panels = panels_of(rows)
+    if not panels:
+        raise DataError("these runs have neither losses, gradient norms nor scores to compare")
+    figure, axes = new_figure(2.0 + 2.4 * len(panels), 1.3 + 0.34 * len(rows), columns=len(panels))
+    every = [axes] if len(panels) == 1 else list(axes.flat)
+    for place, (axis, draw) in enumerate(zip(every, panels, strict=True)):
+        draw(axis)
+        names = [clip(row.name, 36) for row in rows] if place == 0 else [""] * len(rows)
+        for label in axis.set_yticks(range(len(rows)), names):
+            label.label1.set_parse_math(False)
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+    return save(figure, path)
+
+
+def panels_of(rows: Sequence[Row]) -> list[Callable[[Any], None]]:
+    """What draws each panel that there are numbers for."""
+    norms = [(row.gradients.get("attention_mean"), row.gradients.get("mlp_mean")) for row in rows]
+    losses = [(row.trained.get("train_loss"), row.trained.get("eval_loss")) for row in rows]
+    pairs = (
+        ("gradient norm, mean over steps", ("attention", "MLP"), norms),
+        ("loss (nats per token)", ("training, mean", "validation, least"), losses),
+    )
+    found: list[Callable[[Any], None]] = [
+        partial(draw_pair, title=title, labels=labels, values=values)
+        for title, labels, values in pairs
+        if any(value is not None for pair in values for value in pair)
+    ]
+    tasks = tasks_of(rows)
+    for task in tasks:
+        shown = metrics_of(rows, task)[: max(1, MOST_SCORES // len(tasks))]
+        found += [partial(draw_score, rows=rows, task=task, metric=metric) for metric in shown]
+    return found
+
+
+def draw_pair(axis: Any, title: str, labels: Sequence[str], values: Sequence[Sequence[float | None]]) -> None:
+    """Two numbers of every run, told apart by shape and lightness."""
+    for i, (label, colour, marker) in enumerate(zip(labels, (BLUE, YELLOW), "os", strict=True)):
+        there = [(pair[i], y) for y, pair in enumerate(values) if pair[i] is not None]
+        if there:
+            x, y = zip(*there, strict=True)
+            axis.plot(x, y, color=colour, marker=marker, markersize=7, linestyle="", label=label)
+    name_axes(axis, title, "")
+    legend(axis, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+
+def draw_score(axis: Any, rows: Sequence[Row], task: str, metric: str) -> None:
+    """Values with their 95 % intervals."""
+    for y, row in enumerate(rows):
+        value = value_of(row, task, metric)
+        if value is None:
+            continue
+        low, high = interval_of(row, task, metric) or (value, value)
+        error = [[max(0.0, value - low)], [max(0.0, high - value)]]
+        axis.errorbar(value, y, xerr=error, color=INK, marker="o", markersize=6, capsize=4, linestyle="")
+    name_axes(axis, f"{task}: {metric_name(metric)}", "")
+
+
+def run(config: CompareConfig) -> Path:
+    """Write the tables and, unless told not to, the picture; returns the folder."""
+    rows = read_rows(check(config))
+    folder = Path(config.output_dir)
+    write_text(folder / CSV, table_text(rows))
+    write_json(folder / JSON, {"runs": [row.record() for row in rows]})
+    text = markdown(rows)
+    write_text(folder / MARKDOWN, text)
+    files = [CSV, MARKDOWN, JSON]
+    if not config.no_plots:
+        files.append(plot_comparison(rows, folder / PICTURE).name)
+    print(text)
+    print(f"{', '.join(files)} in {folder}")
+    return folder
+
+
+def check(config: CompareConfig) -> list[Path]:
+    if len(config.runs) < 2:
+        raise UsageError("compare needs two run folders at least: rankwise compare RUN RUN …")
+    folders = [Path(run) for run in config.runs]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UsageError("compare: one run folder is named twice")
+    return folders
+
+
+def describe(config: CompareConfig) -> list[str]:
+    folders = check(config)
+    names = [CSV, MARKDOWN, JSON, *([] if config.no_plots else [PICTURE])]
+    return [f"read {', '.join(map(str, folders))}", f"write {', '.join(names)} in {config.output_dir}"]

@@ -1,0 +1,361 @@
+"""Reading a run folder for the report: missing pieces are empty, broken ones are errors that name the file.
+
+Found anywhere below the folder (checkpoints, hidden folders, earlier reports and links aside): manifest.json,
+resolved_config*.json, lora_rank_config.json, evaluation_results.json with predictions.jsonl beside it,
+forgetting.json, training_log.csv, phases.csv, the tables of gradient norms, gain.json, fidelity.json, sites.json,
+study.json, validation.json, what the commands on features leave (`factor_reading.py`), and the PNGs of `plots/`
+folders.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rankwise.core.plan import RankPlan
+from rankwise.device.scores import FILE as VALIDATION
+from rankwise.device.validation_page import read_validation
+from rankwise.errors import DataError
+from rankwise.evaluate.forgetting import FILE as FORGETTING
+from rankwise.evaluate.predictions import FILE as RESULTS
+from rankwise.evaluate.predictions import EvaluationResult
+from rankwise.features.downstream_page import FORMAT as DOWNSTREAM_FORMAT
+from rankwise.features.downstream_page import JSON as DOWNSTREAM_FILE
+from rankwise.features.downstream_page import plot_downstream
+from rankwise.features.history import HISTORY, best_row
+from rankwise.features.plots import PLOTS, plot_factor_training
+from rankwise.features.words import FILE, FORMAT, PARTS
+from rankwise.files.atomic import read_bytes, read_document, read_json, read_object
+from rankwise.files.lineage import named, walk
+from rankwise.files.plan import read_plan
+from rankwise.files.run_folder import FORMAT as MANIFEST_FORMAT
+from rankwise.files.run_folder import MANIFEST, without_secrets
+from rankwise.page.text import is_number
+from rankwise.pipeline.times import StageTime, read_times
+from rankwise.study.words import FORMAT as STUDY_FORMAT
+from rankwise.study.words import PARTS as STUDY_PARTS
+from rankwise.train.gradient_summary import GradientTables, read_phases, read_tables
+from rankwise.train.gradient_table import GROUPS, NORMS
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One entry of a manifest: which stage ran where (folder relative to the run), when and for how long."""
+
+    name: str
+    folder: str
+    entry: Mapping[str, Any]
+
+    @property
+    def started(self) -> str:
+        return str(self.entry.get("started", ""))
+
+    @property
+    def seconds(self) -> float | None:
+        found = self.entry.get("seconds")
+        return float(found) if isinstance(found, (int, float)) else None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One evaluation_results.json with the label it is shown under and its predictions by id.
+
+    `is_before`: this is what training started from, by its name or because an adapter was put on the same model.
+    """
+
+    label: str
+    folder: str
+    result: EvaluationResult
+    written: float
+    is_before: bool = False
+    predictions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What a sites.json says was adapted: the ranks, their parameters Σ r(m + n), and how many sites were left out."""
+
+    ranks: list[int]
+    parameters: int
+    left_out: int
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How well an extracted or compressed adapter keeps its source: totals by name, and a row per site."""
+
+    totals: Mapping[str, float]
+    rows: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything found; the first member of each pair is the file's folder (or path) relative to the run."""
+
+    run: Path
+    stages: tuple[Stage, ...] = ()
+    plans: tuple[tuple[str, RankPlan], ...] = ()
+    scores: tuple[Scored, ...] = ()
+    logs: tuple[tuple[str, list[dict[str, str]]], ...] = ()
+    gains: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    fidelity: tuple[tuple[str, Fidelity], ...] = ()
+    sites: tuple[tuple[str, Adapted], ...] = ()
+    studies: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    gradients: tuple[tuple[str, GradientTables], ...] = ()
+    validations: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    phases: tuple[tuple[str, list[tuple[int, str]]], ...] = ()
+    factors: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    histories: tuple[tuple[str, Sequence[dict[str, Any]]], ...] = ()
+    downstream: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    times: tuple[StageTime, ...] = ()
+    pictures: tuple[str, ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        return not any(getattr(self, one.name) for one in fields(self) if one.name not in ("run", "settings"))
+
+
+BY_EPOCH = ("epoch", "train_mse", "val_mse", "lr", "effective_rank")
+DOWNSTREAM_PARTS = ("rows", "notes", "settings", "shapes")
+Rows = Sequence[dict[str, Any]]
+CURVES, DOWNSTREAM = "train_val_loss_comparison", "downstream"
+Drawn = tuple[str, str, str, Callable[[Path], Any]]
+
+
+def read_comparisons(files: Sequence[Path]) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Comparisons of factorizations; `rankwise compare` calls its own file so too."""
+    yield from whole(files, FILE, FORMAT, PARTS)
+
+
+def read_downstream(files: Sequence[Path]) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    yield from whole(files, DOWNSTREAM_FILE, DOWNSTREAM_FORMAT, DOWNSTREAM_PARTS)
+
+
+def read_histories(files: Sequence[Path]) -> Iterator[tuple[Path, Rows]]:
+    """Epochs of networks that predict factors; other programs' histories look different and are passed over."""
+    for path in files:
+        content = read_json(path) if path.name == HISTORY else None
+        if isinstance(content, list) and content and all(is_epoch(row) for row in content):
+            yield path, content
+
+
+def is_epoch(row: Any) -> bool:
+    return isinstance(row, dict) and all(is_number(row.get(name)) for name in BY_EPOCH)
+
+
+def whole(
+    files: Sequence[Path], name: str, form: str, parts: Sequence[str]
+) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Files of this name and format. DataError for one that lacks a part."""
+    for path in files:
+        content = read_json(path) if path.name == name else None
+        if not isinstance(content, dict) or content.get("format") != form:
+            continue
+        missing = [part for part in parts if part not in content]
+        if missing:
+            raise DataError(f"{path}: not whole, it lacks {', '.join(missing)}; run the command that wrote it again")
+        yield path, content
+
+
+def feature_pictures(contents: Contents) -> Iterator[Drawn]:
+    for where, rows in contents.histories:
+        caption = "Training and validation error by epoch; learning rate below"
+        yield where, CURVES, caption, partial(plot_factor_training, rows, best_epoch=best_row(rows)["epoch"])
+    for where, comparison in contents.factors:
+        for name, (plot, caption) in PLOTS.items():
+            yield where, name, caption, partial(plot, comparison)
+    for where, answers in contents.downstream:
+        caption = "How far the model's answers move when factors stand in for its features"
+        yield where, DOWNSTREAM, caption, partial(plot_downstream, answers)
+
+
+GENERIC = ("evaluation", "evaluate", "results", "predictions", "final_model")
+BEFORE = re.compile(r"(^|[_\-/])(before|base|pretrained|untrained)($|[_\-/.])")
+
+
+def read_run(run: Path) -> Contents:
+    """Read a run folder. DataError (exit 3): no such folder, nothing to report, or a file that is broken."""
+    if not run.is_dir():
+        raise DataError(f"{run}: no such folder; `rankwise report` takes the folder that a run has written")
+    files = list(walk(run))
+    histories = tuple((folder(run, path), rows) for path, rows in read_histories(files))
+    of_factors = {where for where, _ in histories}
+    contents = Contents(
+        run=run,
+        stages=tuple(sorted(read_stages(run, files), key=lambda stage: stage.started)),
+        plans=tuple(read_plans(run, files)),
+        scores=tuple(in_order(read_scores(run, files))),
+        logs=tuple(
+            (folder(run, path), read_csv(path))
+            for path in named(files, "training_log.csv")
+            if folder(run, path) not in of_factors  # its loss is not in nats per token
+        ),
+        gains=tuple((folder(run, path), read_gain(path)) for path in named(files, "gain.json")),
+        fidelity=tuple((folder(run, path), read_fidelity(path)) for path in named(files, "fidelity.json")),
+        sites=tuple((folder(run, path), read_sites(path)) for path in named(files, "sites.json")),
+        studies=tuple((folder(run, path), read_study(path)) for path in named(files, "study.json")),
+        gradients=tuple(read_gradients(run, files)),
+        validations=tuple((folder(run, path), read_validation(path)) for path in named(files, VALIDATION)),
+        phases=tuple((folder(run, path), read_phases(path)) for path in named(files, "phases.csv")),
+        factors=tuple((folder(run, path), content) for path, content in read_comparisons(files)),
+        histories=histories,
+        downstream=tuple((folder(run, path), content) for path, content in read_downstream(files)),
+        times=read_times(run),
+        pictures=tuple(relative(run, path) for path in files if is_plot(path)),
+        settings=tuple(read_settings(run, files)),
+    )
+    if contents.is_empty:
+        raise DataError(
+            f"{run}: nothing to report: no manifest.json, lora_rank_config.json, evaluation_results.json, "
+            "training_log.csv or plots below it. Name the folder that a rankwise command wrote."
+        )
+    return contents
+
+
+def relative(run: Path, path: Path) -> str:
+    return path.relative_to(run).as_posix()
+
+
+def folder(run: Path, path: Path) -> str:
+    return relative(run, path.parent)
+
+
+def is_plot(path: Path) -> bool:
+    return path.suffix == ".png" and (path.parent.name == "plots" or (path.parent / MANIFEST).is_file())
+
+
+def read_stages(run: Path, files: list[Path]) -> Iterator[Stage]:
+    for path in named(files, MANIFEST):
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("format") != MANIFEST_FORMAT:
+            continue  # other programs call their files so too
+        stages = content.get("stages")
+        if not isinstance(stages, dict) or not all(isinstance(entry, dict) for entry in stages.values()):
+            raise DataError(f"{path}: `stages` is not an object of stages; delete the file or run the stage again")
+        for name, entry in stages.items():
+            yield Stage(name, folder(run, path), entry)
+
+
+def read_plans(run: Path, files: list[Path]) -> Iterator[tuple[str, RankPlan]]:
+    """Plans that name their sites; the minimal form with `layer_ranks` alone has nothing to draw."""
+    for path in named(files, "lora_rank_config.json"):
+        content = read_object(path)
+        if content.get("rank_pattern") and content.get("layer_metadata"):
+            yield folder(run, path), read_plan(path)
+
+
+def read_scores(run: Path, files: list[Path]) -> Iterator[Scored]:
+    """All scores but those that a validation has made for itself: it shows them in its own table."""
+    within = {path.parent for path in named(files, VALIDATION)}
+    for path in [*named(files, RESULTS), *named(files, FORGETTING)]:
+        if within & set(path.parents):
+            continue
+        where = folder(run, path)
+        predictions = path.with_name("predictions.jsonl")
+        rows = read_predictions(predictions) if path.name == RESULTS and predictions.is_file() else {}
+        result, label = EvaluationResult.load(path), label_of(where)
+        is_before = bool(BEFORE.search(f"{where}/{label}"))
+        yield Scored(label, where, result, path.stat().st_mtime, is_before, rows)
+
+
+def label_of(where: str) -> str:
+    """The last telling part of the folder: `evaluate_before` → before, `trained/evaluation` → trained."""
+    parts = [part for part in Path(where).parts if part not in GENERIC]
+    name = re.sub(r"^(evaluate|evaluation|eval|scores?)[_\-]", "", parts[-1]) if parts else ""
+    return name.replace("_", " ") or "result"
+
+
+def in_order(scores: Iterator[Scored]) -> list[Scored]:
+    """What was there before training first, then by time; equal labels are told apart by their folder."""
+    found = list(scores)
+    sources = [one.result.settings.get("made_from") or {} for one in found]
+    bases = [source["model"] for source in sources if "adapter" in source and "model" in source]
+    known = [
+        replace(one, is_before=one.is_before or ("adapter" not in source and source.get("model") in bases))
+        for one, source in zip(found, sources, strict=True)
+    ]
+    labels = [one.label for one in known]
+    ordered = sorted(known, key=lambda one: (not one.is_before, one.written, one.folder))
+    return [one if labels.count(one.label) == 1 else replace(one, label=one.folder) for one in ordered]
+
+
+def read_predictions(path: Path) -> dict[str, Mapping[str, Any]]:
+    """id → row. A last line without its end is what an interrupted evaluation leaves, and is left out."""
+    rows: dict[str, Mapping[str, Any]] = {}
+    text = read_bytes(path).decode("utf-8", errors="replace")
+    complete = text if text.endswith("\n") else text[: text.rfind("\n") + 1]
+    for line, row in enumerate(complete.split("\n"), start=1):
+        if not row.strip():
+            continue
+        try:
+            content = json.loads(row)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {line}: not JSON: {error.msg}") from error
+        if not isinstance(content, dict):
+            raise DataError(f"{path}, line {line}: expected an object {{…}}, found {type(content).__name__}")
+        rows[str(content.get("id", line))] = content
+    return rows
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    text = read_bytes(path).decode("utf-8-sig", errors="replace")
+    return [{key: value for key, value in row.items() if key is not None} for row in csv.DictReader(text.splitlines())]
+
+
+def read_gradients(run: Path, files: list[Path]) -> Iterator[tuple[str, GradientTables]]:
+    """The tables of every folder that has measurements in them."""
+    for where in sorted({path.parent for path in files if path.name in (NORMS, GROUPS)}):
+        tables = read_tables(where)
+        if tables is not None and tables.groups:
+            yield relative(run, where), tables
+
+
+def read_gain(path: Path) -> Mapping[str, Any]:
+    content = read_object(path)
+    arms = content.get("arms")
+    if not isinstance(arms, list) or not all(is_arm(arm) for arm in arms):
+        raise DataError(f"{path}: expected `arms`, a list of objects with name, kept, low and high")
+    return content
+
+
+def read_sites(path: Path) -> Adapted:
+    """The adapted sites of a training run, summed up."""
+    content = read_object(path)
+    try:
+        rows = content["sites"]
+        parameters = sum(row["rank"] * sum(row["shape"]) for row in rows)
+        return Adapted([int(row["rank"]) for row in rows], parameters, len(content["left_out"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: expected `sites` with rank and shape, and `left_out`: {error!r}") from error
+
+
+def read_study(path: Path) -> Mapping[str, Any]:
+    return read_document(path, STUDY_FORMAT, "a study", STUDY_PARTS)
+
+
+def is_arm(arm: Any) -> bool:
+    return isinstance(arm, dict) and "name" in arm and all(is_number(arm.get(name)) for name in ("kept", "low", "high"))
+
+
+def read_fidelity(path: Path) -> Fidelity:
+    content = read_object(path)
+    rows = content.get("sites")
+    numbers = ("rank", "energy_kept", "parameters")
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and "path" in row and all(is_number(row.get(name)) for name in numbers) for row in rows
+    ):
+        raise DataError(f"{path}: expected `sites`, a list of objects with path, {', '.join(numbers)}")
+    return Fidelity({name: value for name, value in content.items() if is_number(value)}, rows)
+
+
+def read_settings(run: Path, files: list[Path]) -> Iterator[tuple[str, Any]]:
+    for path in files:
+        if path.name.startswith("resolved_config") and path.suffix == ".json":
+            yield relative(run, path), without_secrets(read_json(path))

@@ -1,0 +1,174 @@
+"""One self-contained page for a run folder: report.html, and report.md beside it.
+
+    build_report(Path("runs/demo"))        # → runs/demo/report.html
+
+The headline comes first (scores, parameters, the rank heatmap), then every stage in order of time, then versions
+and settings. The page holds its images, asks nothing of the network, and everything from files is escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rankwise.errors import UsageError
+from rankwise.evaluate import forgetting
+from rankwise.evaluate.predictions import EvaluationResult
+from rankwise.files.atomic import write_text
+from rankwise.options.commands import ReportConfig
+from rankwise.page.blocks import Block, Figure, Gallery, Page, Section, Words
+from rankwise.page.template import render
+from rankwise.page.text import amount, duration, is_number, metric_name, percent, plural, printable, score
+from rankwise.report.contents import Contents, Scored, Stage, read_run
+from rankwise.report.drawing import Drawings, draw
+from rankwise.report.scores import gallery, score_blocks
+from rankwise.report.sections import appendix, sections_of
+from rankwise.train.loss_plots import leading_metrics
+
+HEADLINE_METRICS = 3
+
+
+def build_report(run: Path, out: Path | None = None, title: str | None = None) -> Path:
+    """Write the page of a run folder and its Markdown twin.
+
+    Args:
+        run: folder that rankwise commands wrote; whatever it holds is shown, what is missing is left out.
+        out: the page [report.html in the run folder]; Markdown and pictures lie beside it.
+        title: heading [the folder's name].
+
+    Returns:
+        The path of the HTML page.
+
+    Raises:
+        DataError: no such folder, nothing in it to report, or a broken file (named).
+    """
+    run = Path(run)
+    out = Path(out) if out else run / "report.html"
+    contents = read_run(run)
+    tasks = by_task(contents.scores)
+    files = out.with_name(f"{out.stem}_files")
+    drawings = draw(contents, tasks, files)
+    seen = {task: gallery(results, run, files) for task, results in tasks.items()}
+    page = compose(contents, tasks, drawings, seen, title or run.resolve().name)
+    write_text(out.with_suffix(".md"), render(page, "report.md.j2", out.parent))
+    return write_text(out.with_suffix(".html"), render(page, "report.html.j2", out.parent))
+
+
+def by_task(scores: Sequence[Scored]) -> dict[str, list[Scored]]:
+    """Results by task and method, in order; what was forgotten comes after what was learnt."""
+    tasks: dict[str, list[Scored]] = {}
+    for one in sorted(scores, key=lambda one: one.result.task == forgetting.TASK):
+        tasks.setdefault(one.result.title, []).append(one)
+    return tasks
+
+
+def compose(
+    contents: Contents, tasks: dict[str, list[Scored]], drawings: Drawings, seen: dict[str, Gallery | None], title: str
+) -> Page:
+    """The page in no format yet."""
+    heat = [picture for where, _ in contents.plans for picture in drawings.of(where, "ranks_heatmap")]
+    lead: list[Block] = list(heat)
+    if not drawings.possible:
+        lead.append(Words("Pictures are not drawn: matplotlib is not installed (pip install 'rankwise[plots]')."))
+    scored = [
+        Section(
+            f"Scores · {task}" if task else "Scores", score_blocks(results, drawings.of(task, "scores"), seen[task])
+        )
+        for task, results in tasks.items()
+    ]
+    return Page(
+        title=printable(title, 120),
+        subtitle=subtitle(contents),
+        headline=headline(contents, tasks),
+        lead=lead,
+        sections=[*scored, *sections_of(contents, drawings)],
+        appendix=appendix(contents),
+    )
+
+
+def subtitle(contents: Contents) -> str:
+    """Which model, how long, when."""
+    models = dict.fromkeys(plan.model_name for _, plan in contents.plans if plan.model_name)
+    parts = [printable(name, 80) for name in models]
+    times = [stage.seconds for stage in contents.stages if stage.seconds is not None]
+    if times:
+        parts.append(f"{plural(len(times), 'stage')} in {duration(sum(times))}")
+    parts.append(datetime.now(UTC).strftime("%Y-%m-%d"))
+    return " · ".join(parts)
+
+
+def headline(contents: Contents, tasks: dict[str, list[Scored]]) -> list[Figure]:
+    """Scores before → after, and trainable parameters against full fine-tuning."""
+    figures = []
+    for results in list(tasks.values())[:1]:
+        leading = leading_metrics(one.result for one in results)
+        figures += [score_figure(name, results) for name in leading[:HEADLINE_METRICS]]
+    return [*figures, *parameters_figure(contents)]
+
+
+def score_figure(metric: str, results: Sequence[Scored]) -> Figure:
+    """The last result's score, and the first one's where it is what came before."""
+    first, last = results[0], results[-1].result
+    compared = len(results) > 1 and (first.is_before or len(results) == 2)
+    interval = last.intervals.get(metric)
+    return Figure(
+        name=printable(metric_name(metric), 40),
+        value=score(last.metrics[metric]),
+        before=score(first.result.metrics[metric]) if compared else "",
+        detail=" · ".join(
+            [*how_measured(last), *([f"95 %: {score(interval[0])} to {score(interval[1])}"] if interval else [])]
+        ),
+    )
+
+
+def how_measured(result: EvaluationResult) -> list[str]:
+    return [f"by {result.method}, n = {result.n:,}" if result.method else f"n = {result.n:,}"]
+
+
+def parameters_figure(contents: Contents) -> list[Figure]:
+    """From the training stage's own count where it left one, else the plan against the analysed matrices."""
+    trained = fact(contents.stages, "train", "trainable_parameters")
+    if trained is None and contents.sites:
+        trained = contents.sites[-1][1].parameters
+    full = fact(contents.stages, "train", "total_parameters") or fact(
+        contents.stages, "finetune", "trainable_parameters"
+    )
+    whole = "of full fine-tuning"
+    if contents.plans and (trained is None or full is None):
+        plan = contents.plans[-1][1]
+        trained, full = plan.parameters, sum(row.site.size for row in plan.sites)
+        whole = "of the adapted matrices"
+    if not trained or not full:
+        return []
+    return [Figure("trainable parameters", amount(trained), "", f"{percent(trained / full)} {whole} ({amount(full)})")]
+
+
+def fact(stages: Sequence[Stage], kind: str, name: str) -> float | None:
+    """The last entry of this kind that has the number."""
+    found = [stage.entry[name] for stage in stages if stage.name.startswith(kind) and is_number(stage.entry.get(name))]
+    return float(found[-1]) if found else None
+
+
+def run(config: ReportConfig) -> Path:
+    """Write the page and say where it is."""
+    page = build_report(run_folder(config), out_path(config), config.title)
+    print(f"report: {page} and {page.with_suffix('.md').name}, {page.stat().st_size / 2**20:.1f} MiB")
+    return page
+
+
+def describe(config: ReportConfig) -> list[str]:
+    folder = run_folder(config)
+    return [f"read what {folder} holds", f"write {out_path(config) or folder / 'report.html'} and its Markdown twin"]
+
+
+def run_folder(config: ReportConfig) -> Path:
+    if not config.run:
+        raise UsageError("report needs a run folder: rankwise report RUN")
+    return Path(config.run)
+
+
+def out_path(config: ReportConfig) -> Path | None:
+    if config.out and Path(config.out).suffix not in (".html", ".htm", ""):
+        raise UsageError(f"--out {config.out}: the page is HTML; give a name that ends in .html")
+    return Path(config.out) if config.out else None
