@@ -33,7 +33,7 @@ test: $(VENV)/.test
 
 # Rows damaged at random, through check and train: half an hour, other rows every time.
 rows: $(VENV)/.test
-	RANKWISE_ROWS=100 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_check_is_a_gate.py
+	RANKWISE_ROWS=100 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/data/test_check_is_a_gate.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format rankwise tests benchmarks
@@ -44,7 +44,7 @@ bench-ranks: $(VENV)/.test
 	$(BIN)/python benchmarks/ranks.py
 
 matrix: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python tests/family_matrix.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/family_matrix.py
 
 $(VENV)/bin/python:
 	$(CREATE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ from PIL import Image
 
 if TYPE_CHECKING:
     from rankwise.gguf.converter import Converter
+
+# Helpers, and test modules whose cases other rooms' tests share, are imported by name.
+sys.path[:0] = [str(folder) for folder in sorted(Path(__file__).parent.iterdir()) if folder.is_dir()]
 
 # A busy machine is not a failure.
 settings.register_profile("rankwise", deadline=None)

@@ -30,7 +30,7 @@ from rankwise.gguf.vocabulary import Vocabulary
 from rankwise.models.load import load_model
 
 gguf = pytest.importorskip("gguf")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from shipbench_gguf import Draft, altered  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -1,6 +1,6 @@
 """The matrix: every tiny family asked every question, and the table of it that the product and its docs read.
 
-    make matrix        or        python tests/family_matrix.py [--only gemma3,mllama] [--fresh] [--work build/families]
+    make matrix    or    python tests/helpers/family_matrix.py [--only gemma3,mllama] [--fresh] [--work build/families]
 
 One row a family, with its time; rows that are there already for these versions are kept, so an interrupted run goes on.
 Writes rankwise/data/families.json and the table in docs/vision.md. A family that is not exact must be refused by the
@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from rankwise.data import renderer_for as product
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TABLE, PAGE = ROOT / "rankwise" / "data" / "families.json", ROOT / "docs" / "vision.md"
 BEGIN, END = "<!-- families: written by `make matrix` -->", "<!-- end of families -->"
 VERSIONS = {"transformers": transformers.__version__}

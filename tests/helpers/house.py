@@ -1,7 +1,7 @@
 """The house in figures: how large the package is, and what a command imports and enters of it.
 
-    python tests/house.py                  # files, lines, functions, names, static closures: seconds
-    python tests/house.py --run --mypy     # besides: files that `ranks` and `train` enter, errors of mypy: minutes
+    python tests/helpers/house.py                # files, lines, functions, names, static closures: seconds
+    python tests/helpers/house.py --run --mypy     # and files that `ranks` and `train` enter, errors of mypy: minutes
 
 `tests/test_architecture.py` holds the closures to their goals; CONTRIBUTING has the table, before and after.
 """

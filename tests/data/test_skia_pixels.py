@@ -24,8 +24,8 @@ from rankwise.device.parity.pixels import sha256_rgb
 from rankwise.device.parity.skia_pixels import canvas_pixels, letterboxed, skia_pixels, unavailable
 from rankwise.errors import DataError, UsageError
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-DATA = Path(__file__).parent / "data"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+DATA = Path(__file__).parents[1] / "data"
 LIBWEBP = "rgba-soft.webp"  # libwebp multiplies colours by alpha itself, and rounds otherwise
 PLAIN = ("255 × 256", "1 × 1", "3 × 500")  # shapes on which hardly any filter differs
 

@@ -41,7 +41,7 @@ from rankwise.gguf.reading import GGUFFile
 from rankwise.options.commands import BundleConfig
 from rankwise.options.sections import ScoredData
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 # --- when to say unsure ----------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
     from families import FAMILIES
     FAMILIES["gemma3"](folder)      # saves model, processor and chat template in `folder`, returns it
 
-`python tests/family_matrix.py` puts questions to them (`questions`) and writes the table that docs and product read.
+`family_matrix.py` puts questions to them (`questions`) and writes the table that docs and product read.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def test_the_lock_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_no_lock_file_is_committed() -> None:
-    listed = subprocess.run(["git", "ls-files"], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    listed = subprocess.run(["git", "ls-files"], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert not [name for name in listed.stdout.split() if ".lock" in name]
 
 

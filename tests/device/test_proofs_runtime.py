@@ -27,7 +27,7 @@ from rankwise.gguf.converter import PIN, Converter
 from rankwise.models import tiny
 
 gguf = pytest.importorskip("gguf")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from shipbench_gguf import Draft, altered  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -211,7 +211,7 @@ def test_a_vision_side_that_ends_on_a_file(validate: Validate, tmp_path: Path, m
     """The bindings are there, and end the process as they do on a broken file."""
     (tmp_path / "llama_cpp.py").write_text("raise SystemExit('GGML_ASSERT')")
     monkeypatch.setattr(Embedder, "available", staticmethod(lambda: True))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])]))
     code, said = validate("--outtype", "f16", parity=1)
     assert code == 6 and "llama.cpp broke down on" in said and "GGML_ASSERT" in said
 

@@ -17,7 +17,7 @@ from rankwise.data.depth.prepare import GATE_RATE, gate_rate
 from rankwise.errors import UsageError
 from rankwise.options.sections import DepthSection
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SCENES = 1200
 CHANCE = 4 / SCENES**0.5  # four standard errors of a correlation of SCENES independent pairs
 

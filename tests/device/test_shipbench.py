@@ -29,7 +29,7 @@ from rankwise.gguf.export import read_export
 from rankwise.gguf.plan import plan_export
 from rankwise.models.load import load_model
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TOP = 32
 # Of every kind one, and no second conversion. Faults that only training makes visible stay with the benchmark.
 TRIED = (

@@ -1,6 +1,6 @@
 """What the commands write and what their dry runs print, made anew on tiny models: `tests/data/before` is kept of it.
 
-    OMP_NUM_THREADS=1 python tests/freeze.py         # only on purpose: it replaces what was frozen
+    OMP_NUM_THREADS=1 python tests/helpers/freeze.py         # only on purpose: it replaces what was frozen
 
 The commands of `LINES` run in one folder, in their order, in this process, seeded, on the CPU. Kept is every file of
 ours that is data (`KEPT`; no page, no plot, no weights of a model), under its place in that folder, and per command
@@ -39,7 +39,7 @@ from rankwise.device.sweep import Item, Tried, choose
 from rankwise.gguf.converter import MANIFEST, find_converter
 from rankwise.pipeline.table import COMMANDS
 
-BEFORE = Path(__file__).parent / "data" / "before"
+BEFORE = Path(__file__).parents[1] / "data" / "before"
 DRY, SHIPPED = "dry", "shipped"
 SWEPT = {"q4_0": 1, "q8_0": 0, "f16": 0}  # form → how many of eight items it gets wrong
 OF_SHIPPED = (
