@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -145,3 +146,21 @@ def test_a_command_imports_no_more_than_it_needs() -> None:
     graph = grimp.build_graph("rankwise", cache_dir=None)
     found = {name: len(closure(graph, f"rankwise.{COMMANDS[name].stage}")) for name in GOALS}
     assert {name: size for name, size in found.items() if size > GOALS[name]} == {}
+
+
+CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_the_tree_in_contributing_is_the_house() -> None:
+    tree = re.findall(r"^[├└]── ([\w.]+)(/?) ", CONTRIBUTING, re.MULTILINE)
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert {name for name, folder in tree if folder} == rooms
+    assert all((PACKAGE / name).exists() for name, _ in tree)
+
+
+def test_every_file_that_contributing_names_is_there() -> None:
+    files = [path for folder in ("rankwise", "tests", "benchmarks") for path in (REPOSITORY / folder).rglob("*.py")]
+    known = {"/".join(path.parts[-depth:]) for path in files for depth in range(1, 6)}
+    named = re.findall(r"`((?:\w+/)*\w+\.py)\b", CONTRIBUTING)
+    assert len(named) > 30
+    assert not [name for name in named if name not in known]
