@@ -7,15 +7,16 @@ import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from rankwise.data.example import Example, chosen, one_per_prompt
 from rankwise.data.label_answer import name_key
 from rankwise.errors import DataError
 
 FORMAT = "rankwise-split/1"
+T = TypeVar("T")
 
 
 def subset(examples: Sequence[Example], ratio: float, cap: int | None, generator: random.Random) -> Sequence[Example]:
@@ -216,3 +217,12 @@ class Index:
     def holds_similar(self, words: frozenset[str]) -> bool:
         candidates = {other for word in self.prefix(words) for other in self.holders.get(word, ())}
         return any(len(words & other) >= SIMILAR * len(words | other) for other in candidates)
+
+
+def in_turn(items: Sequence[T], kind: Callable[[T], str]) -> list[T]:
+    """One of every kind, then a second one of each, and so on; each kind in its own order."""
+    kinds: dict[str, list[T]] = {}
+    for item in items:
+        kinds.setdefault(kind(item), []).append(item)
+    turns = [(number, place, item) for place, group in enumerate(kinds.values()) for number, item in enumerate(group)]
+    return [item for _, _, item in sorted(turns, key=lambda turn: turn[:2])]

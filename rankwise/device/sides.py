@@ -32,8 +32,7 @@ from rankwise.device.parity.pixels import AppPixels
 from rankwise.device.parity.reference import HFReference
 from rankwise.device.scores import latency, rights, scores
 from rankwise.errors import DataError, UsageError
-from rankwise.evaluate.engines import fitting, pick_device
-from rankwise.evaluate.generate import GenerationSettings, HFGenerator
+from rankwise.evaluate.generate import GenerationSettings, HFGenerator, fitting, pick_device
 from rankwise.evaluate.predictions import EvaluationResult, Prediction, predict
 from rankwise.evaluate.tasks import Task, evaluate, task
 from rankwise.files.atomic import fingerprint, fingerprints

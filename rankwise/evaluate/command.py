@@ -20,7 +20,8 @@ from rankwise.data.recorded import recorded, system_warning
 from rankwise.errors import UsageError
 from rankwise.evaluate import forgetting, harness, vllm_engine
 from rankwise.evaluate.classify import class_table, confusion_table
-from rankwise.evaluate.engines import Subject, base_and_adapter, compared_base, fitting, generator, seeing, subject
+from rankwise.evaluate.engines import Subject, base_and_adapter, compared_base, generator, seeing, subject
+from rankwise.evaluate.generate import fitting
 from rankwise.evaluate.predictions import FILE, READ_FIRST, EvaluationResult
 from rankwise.evaluate.tasks import TASKS, Task, evaluate, task
 from rankwise.files.adapter import adapter_files

@@ -5,7 +5,6 @@ MODEL_OR_ADAPTER ── base_and_adapter ──▶ (base, adapter) ── subjec
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 
-from rankwise.data.dataset import check_samples
 from rankwise.data.depth.prepare import estimator_of, prepared, trained_with
 from rankwise.data.depth.processor import with_depth_output
 from rankwise.data.device import DeviceTarget, device_processor, read_target
@@ -24,13 +22,12 @@ from rankwise.data.render import Renderer
 from rankwise.data.renderer_for import renderer_for
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.classify import label_set
-from rankwise.evaluate.generate import GenerationSettings, Generator, HFGenerator
+from rankwise.evaluate.generate import GenerationSettings, Generator, HFGenerator, pick_device
 from rankwise.evaluate.likelihood import longest_answer
 from rankwise.evaluate.tasks import Task
 from rankwise.evaluate.vllm_engine import VLLMGenerator
 from rankwise.files.adapter import adapter_files, is_adapter, read_adapter
 from rankwise.files.checkpoint import resolve
-from rankwise.files.processes import announce, process_index
 from rankwise.models.adapters import load_adapter
 from rankwise.models.depth.encoder import ESTIMATOR, attach_depth
 from rankwise.models.depth.settings import DepthSettings
@@ -136,28 +133,6 @@ def generator(config: EvaluateConfig, tested: Subject, task: Task, examples: Seq
 
 def by_likelihood(config: EvaluateConfig, task: Task) -> bool:
     return task.classifies and config.classify == "likelihood"
-
-
-def fitting(examples: Sequence[Example], renderer: Renderer) -> list[Example]:
-    """The items whose prompts fit; the others are counted aloud."""
-    checked = check_samples(examples, renderer, prompts=True)
-    for note in checked.notes():
-        announce(note)
-    return [examples[index] for index in checked.usable]
-
-
-def pick_device(name: str) -> torch.device:
-    """auto: a GPU if there is one; of several processes each takes its own."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no GPU is visible to torch here")
-    if name == "cuda" and process_index()[1] > 1:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device is auto, cpu or cuda, got {name}") from error
 
 
 @dataclass(frozen=True)

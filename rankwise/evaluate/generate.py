@@ -8,6 +8,7 @@ Any engine that is a `Generator` will do; `HFGenerator` is the one of transforme
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from rankwise.data.dataset import Collator, pad, seen
+from rankwise.data.dataset import Collator, check_samples, pad, seen
 from rankwise.data.example import Example
 from rankwise.data.render import Rendered, Renderer
 from rankwise.errors import UsageError
 from rankwise.evaluate.likelihood import answered, batch_losses, prompt_of
+from rankwise.files.processes import announce, process_index
 from rankwise.options.field import option
 from rankwise.options.sections import GenerationSection
 
@@ -209,3 +211,25 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def fitting(examples: Sequence[Example], renderer: Renderer) -> list[Example]:
+    """The items whose prompts fit; the others are counted aloud."""
+    checked = check_samples(examples, renderer, prompts=True)
+    for note in checked.notes():
+        announce(note)
+    return [examples[index] for index in checked.usable]
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: a GPU if there is one; of several processes each takes its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no GPU is visible to torch here")
+    if name == "cuda" and process_index()[1] > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device is auto, cpu or cuda, got {name}") from error

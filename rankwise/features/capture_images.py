@@ -27,7 +27,7 @@ from rankwise.core.geometry import Grid
 from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.pixels import WHITE, Colour, Unreadable, picture
 from rankwise.errors import DataError, need
-from rankwise.evaluate.engines import pick_device
+from rankwise.evaluate.generate import pick_device
 from rankwise.features.cache import ModelOrigin
 from rankwise.features.cache_writer import CacheRecipe, Matrices, Preparation, picture_digest, shard_places
 from rankwise.features.encoder import Eye

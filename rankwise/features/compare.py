@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rankwise.errors import DataError, UsageError, need
 from rankwise.evaluate import bootstrap
-from rankwise.evaluate.engines import pick_device
+from rankwise.evaluate.generate import pick_device
 from rankwise.features.approximation import normalised, shared_basis
 from rankwise.features.cache import FeatureCache, open_cache
 from rankwise.features.dataset import SPLIT, FeatureSplit, read_split

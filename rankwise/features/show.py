@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import DataError, UsageError, need
-from rankwise.evaluate.engines import pick_device
+from rankwise.evaluate.generate import pick_device
 from rankwise.features.approximation import by_svd
 from rankwise.features.cache import FeatureCache, open_cache
 from rankwise.features.dataset import SPLIT, read_split

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -73,15 +73,6 @@ def held_out_groups(stratum_of: Mapping[str, str], fraction: float, seed: int) -
     most = {stratum: size - 1 for stratum, size in sizes.items()}
     wanted = shares(sizes, round(fraction * len(stratum_of)), least=least, most=most)
     return {group for stratum, groups in members.items() for group in drawn_order(groups, seed)[: wanted[stratum]]}
-
-
-def in_turn(items: Sequence[T], kind: Callable[[T], str]) -> list[T]:
-    """One of every kind, then a second one of each, and so on; each kind in its own order."""
-    kinds: dict[str, list[T]] = {}
-    for item in items:
-        kinds.setdefault(kind(item), []).append(item)
-    turns = [(number, place, item) for place, group in enumerate(kinds.values()) for number, item in enumerate(group)]
-    return [item for _, _, item in sorted(turns, key=lambda turn: turn[:2])]
 
 
 # The consortium publishes no checksums. Sizes and SHA-256 are those on which several independent public records of

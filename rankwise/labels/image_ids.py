@@ -27,8 +27,9 @@ from rankwise.data.device import FILE as DEVICE
 from rankwise.data.device import DeviceTarget, changes, read_target
 from rankwise.data.images import ImageReader
 from rankwise.data.pixels import kind_of, suffix_of
+from rankwise.data.split import in_turn
 from rankwise.files.atomic import atomic_write
-from rankwise.labels.coco import Photo, in_turn
+from rankwise.labels.coco import Photo
 
 TABLE, FOLDER = "labels.jsonl", "originals"
 NAME = re.compile(r"\d{5,}_[\w.-]*")

@@ -19,8 +19,8 @@ from rankwise.data.device import MARKER, encoded
 from rankwise.data.example import Example
 from rankwise.data.pixels import kind_of
 from rankwise.data.render import Renderer
+from rankwise.data.split import in_turn
 from rankwise.data.template import without_images
-from rankwise.labels.coco import in_turn
 
 UNKNOWN, BLIND = "unknown", "no picture"
 
