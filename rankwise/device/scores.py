@@ -18,10 +18,10 @@ from rankwise.data.example import Example
 from rankwise.data.label_answer import UNPARSED
 from rankwise.device.llama.generator import Answered
 from rankwise.errors import need
+from rankwise.evaluate.answers import is_right
 from rankwise.evaluate.bootstrap import LEVEL, wilson
 from rankwise.evaluate.classify import guess, label_set, true_label
 from rankwise.evaluate.predictions import EvaluationResult, Prediction
-from rankwise.evaluate.text import is_right
 
 FILE, FORMAT = "validation.json", "rankwise-validation/1"
 

@@ -67,22 +67,24 @@ def label_set(examples: Sequence[Example]) -> tuple[str, ...]:
 
 
 def check_installed() -> None:
-    """UsageError naming the extra where a library is missing: before hours of evaluation, not after."""
+    """Raise UsageError naming the extra of a missing library."""
     for module in ("sklearn.metrics", "scipy.stats"):
         need(module, extra="eval")
 
 
 def score_labels(
-    predictions: Sequence[Prediction], examples: Sequence[Example], *, labels: Sequence[str], seed: int = 42
+    predictions: Sequence[Prediction], examples: Sequence[Example], *, labels: Sequence[str] = (), seed: int = 42
 ) -> Scores:
     """Accuracy, macro F1, and precision, recall and F1 of each class (`f1_neutral`), with 95 % intervals: Wilson's of
     shares and of F1, a bootstrap of the mean of F1s.
 
-    A sample's own answer is its true label. Details hold the confusion matrix (rows: true labels, in the order of
-    `labels`; columns: guesses, `unparsed` last), the numbers by class, and the majority baseline.
+    labels: the classes [those that the samples name]. A sample's own answer is its true label. Details hold the
+    confusion matrix (rows: true labels, in the order of `labels`; columns: predicted labels, `unparsed` last), the
+    numbers by class, and the majority baseline.
     """
     if not predictions:
         raise DataError("nothing to score: there are no predictions")
+    labels = labels or label_set(examples)
     gold = [true_label(example, labels) for example in examples]
     by_likelihood = all(prediction.scores is not None for prediction in predictions)
     guesses = [guess(prediction.prediction, labels) for prediction in predictions]

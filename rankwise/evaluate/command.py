@@ -18,12 +18,12 @@ from rankwise.data.example import Examples
 from rankwise.data.reading import reading_scored, settle
 from rankwise.data.recorded import recorded, system_warning
 from rankwise.errors import UsageError
-from rankwise.evaluate import forgetting, harness, vllm_engine
+from rankwise.evaluate import forgetting
 from rankwise.evaluate.classify import class_table, confusion_table
 from rankwise.evaluate.engines import Subject, base_and_adapter, compared_base, generator, seeing, subject
 from rankwise.evaluate.generate import fitting
 from rankwise.evaluate.predictions import FILE, READ_FIRST, EvaluationResult
-from rankwise.evaluate.tasks import TASKS, Task, evaluate, task
+from rankwise.evaluate.tasks import TASKS, Task, evaluate, part, task
 from rankwise.files.adapter import adapter_files
 from rankwise.files.atomic import fingerprint, fingerprints, write_text
 from rankwise.files.checkpoint import base_files, resolve
@@ -120,9 +120,9 @@ def check_engine(config: EvaluateConfig) -> None:
 def check_installed(config: EvaluateConfig) -> None:
     """UsageError naming the extra, before a model is loaded and hours are spent."""
     if config.engine == "vllm":
-        vllm_engine.check_installed()
+        part("vllm_engine").check_installed()
     if is_harness(config.data.task):
-        harness.check_installed()
+        part("harness").check_installed()
     elif config.data.task:
         task(config.data.task).check()
     if config.forget:
@@ -161,14 +161,7 @@ def scored(
     """The task's scores, written into the folder."""
     name = str(config.data.task)
     if is_harness(name):
-        if tested.renderer.style == "chat" and config.data.prompt != "chat":
-            announce(
-                f"note: {name} has prompts of its own, without the chat template of training: --prompt chat adds it"
-            )
-        tokenizer = tested.renderer.tokenizer
-        if config.data.prompt == "chat":
-            tokenizer.chat_template = tested.renderer.template_source
-        result = harness.evaluate_harness(name, tested.model, tokenizer, harness_settings(config), made_from)
+        result: EvaluationResult = part("harness").evaluate_subject(config, tested, made_from)
         result.save(folder.path)
         return result
     chosen = task(name)
@@ -199,17 +192,6 @@ def read_items(config: EvaluateConfig, chosen: Task, *, sees_images: bool) -> Ex
     for note in examples.notes(sees_images=sees_images):
         announce(note)
     return examples
-
-
-def harness_settings(config: EvaluateConfig) -> harness.HarnessSettings:
-    return harness.HarnessSettings(
-        tasks_path=config.lm_eval_tasks_path,
-        num_fewshot=config.num_fewshot,
-        limit=config.num_samples,
-        batch_size=config.batch_size,
-        chat=config.data.prompt == "chat",
-        seed=config.seed,
-    )
 
 
 def write_confusion(path: Path, details: Mapping[str, Any]) -> Path:

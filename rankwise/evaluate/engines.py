@@ -24,8 +24,7 @@ from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.classify import label_set
 from rankwise.evaluate.generate import GenerationSettings, Generator, HFGenerator, pick_device
 from rankwise.evaluate.likelihood import longest_answer
-from rankwise.evaluate.tasks import Task
-from rankwise.evaluate.vllm_engine import VLLMGenerator
+from rankwise.evaluate.tasks import Task, part
 from rankwise.files.adapter import adapter_files, is_adapter, read_adapter
 from rankwise.files.checkpoint import resolve
 from rankwise.models.adapters import load_adapter
@@ -127,7 +126,10 @@ def generator(config: EvaluateConfig, tested: Subject, task: Task, examples: Seq
     renderer = tested.renderer.leaving(reserve)
     decoding = GenerationSettings(batch_size=config.batch_size, seed=config.seed, **vars(config.generation))
     if config.engine == "vllm":
-        return VLLMGenerator(tested.base, renderer, decoding, tested.adapter, config.dtype)
+        engine: Generator = part("vllm_engine").VLLMGenerator(
+            tested.base, renderer, decoding, tested.adapter, config.dtype
+        )
+        return engine
     return HFGenerator(tested.model, renderer, decoding)
 
 

@@ -11,7 +11,10 @@ from typing import Any
 
 from rankwise.errors import DataError, UsageError, need
 from rankwise.evaluate import bootstrap
+from rankwise.evaluate.engines import Subject
 from rankwise.evaluate.predictions import EvaluationResult
+from rankwise.files.processes import announce
+from rankwise.options.commands import EvaluateConfig
 from rankwise.options.field import unknown
 from rankwise.options.sections import HARNESS
 
@@ -39,6 +42,19 @@ def check_installed() -> None:
     """UsageError naming the extra where the harness is missing."""
     need("lm_eval", extra=EXTRA)
     bootstrap.check_installed()
+
+
+def evaluate_subject(config: EvaluateConfig, tested: Subject, made_from: Mapping[str, Any]) -> EvaluationResult:
+    """`evaluate_harness` as the command's options have it."""
+    task, chat, tokenizer = str(config.data.task), config.data.prompt == "chat", tested.renderer.tokenizer
+    if tested.renderer.style == "chat" and not chat:
+        announce(f"note: {task} has prompts of its own, without training's chat template: --prompt chat adds it")
+    if chat:
+        tokenizer.chat_template = tested.renderer.template_source
+    settings = HarnessSettings(
+        *(config.lm_eval_tasks_path, config.num_fewshot, config.num_samples, config.batch_size, chat, config.seed)
+    )
+    return evaluate_harness(task, tested.model, tokenizer, settings, made_from)
 
 
 def evaluate_harness(

@@ -20,7 +20,7 @@ from rankwise.data.example import Example
 from rankwise.data.sources.wikisql import AGGREGATES, OPERATORS, Condition, Query, same_query
 from rankwise.errors import DataError
 from rankwise.evaluate import bootstrap
-from rankwise.evaluate.predictions import Scores
+from rankwise.evaluate.predictions import Prediction, Scores
 from rankwise.evaluate.sql_database import SECONDS, Database, Refused, Stopped, build_database
 
 LONGEST = 4096  # characters; the longest official query has a few hundred, and hostile ones are not worth the time
@@ -156,8 +156,12 @@ HOW = {
 
 
 def check_installed() -> None:
-    """UsageError naming the extra where a library is missing: before hours of generation, not after."""
+    """Raise UsageError naming the extra of a missing library."""
     bootstrap.check_installed()
+
+
+def score_queries(predictions: Sequence[Prediction], examples: Sequence[Example]) -> Scores:
+    return score_sql([one.prediction for one in predictions], examples)
 
 
 def score_sql(

@@ -1,82 +1,76 @@
-"""The table of tasks: a data source and a scorer. To add one: a source, a scorer if it needs its own, one row here."""
+"""The tasks that can be scored: a data source and a scorer each. To add one: a source, a scorer, a row of the table."""
 
 from __future__ import annotations
 
-import difflib
+import importlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rankwise.data.example import Example, Examples, one_per_prompt
 from rankwise.data.sources import load
-from rankwise.errors import UsageError
-from rankwise.evaluate import classify, sql, text
+from rankwise.evaluate.classify import ByLikelihood, label_set
 from rankwise.evaluate.generate import Answering, Generator
 from rankwise.evaluate.predictions import EvaluationResult, Prediction, Scores, installed, predict
-from rankwise.evaluate.text import check_installed, score_text
 from rankwise.files.processes import process_index
+from rankwise.options.field import unknown
 
 LIBRARIES = ("rankwise", "torch", "transformers", "sacrebleu", "rouge-score", "nltk", "scikit-learn", "scipy")
 CLASSIFY = ("likelihood", "generation")
-Scorer = Callable[[Sequence[Prediction], Sequence[Example]], Scores]
 
 
-def score_texts(predictions: Sequence[Prediction], _: Sequence[Example], **how: Any) -> Scores:
-    """Text scores of predictions against all their references."""
-    return score_text([p.prediction for p in predictions], [p.references for p in predictions], **how)
-
-
-def score_queries(predictions: Sequence[Prediction], examples: Sequence[Example]) -> Scores:
-    """Scores of SQL texts; the tables are named in the examples' facts."""
-    return sql.score_sql([p.prediction for p in predictions], examples)
-
-
-def score_classes(predictions: Sequence[Prediction], examples: Sequence[Example]) -> Scores:
-    """Scores of chosen labels; the classes are named in the examples' facts."""
-    return classify.score_labels(predictions, examples, labels=classify.label_set(examples))
+def part(name: str) -> Any:
+    """A file of this room that few runs need (SQL, WordNet, vLLM, the harness), imported where a run asks for it."""
+    return importlib.import_module(f"rankwise.evaluate.{name}")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What can be evaluated: `source` names its data, `score` turns predictions into numbers, `headline` is the
-    one number to show first.
+    """A data source (of the same name) and its scorer. headline: the metric to show first.
 
-    classifies: each item has a class, named with all there are in the items' facts. several_references: samples with
-    one prompt are one item that may be answered in several ways; else every row is an item with its own answer, as the
-    official counts have it.
+    scorer: file and function that turn predictions and examples into `Scores`; how: the function's options. classifies:
+    each item has a class, named with all there are in its facts. several_references: samples with one prompt are one
+    item with several references; else every row is an item with its own answer, as the official counts have it.
     """
 
     name: str
-    source: str
     headline: str
-    score: Scorer
-    check: Callable[[], None]
+    scorer: tuple[str, str]
+    how: Mapping[str, Any] = field(default_factory=dict)
     classifies: bool = False
     several_references: bool = False
 
     def examples(self, path: str | Path, split: str = "test", *, skip_bad: bool = False, **how: Any) -> Examples:
         """The items to answer, each with its references. Further options are those of `data.load`."""
-        read = load(self.source, path, split, skip_bad=skip_bad, **how)
+        read = load(self.name, path, split, skip_bad=skip_bad, **how)
         if self.several_references:
             return replace(read, items=tuple(one_per_prompt(read)))
         return replace(read, items=tuple(replace(example, references=(example.answer,)) for example in read))
+
+    def check(self) -> None:
+        """Raise UsageError naming the extra of a missing library: before hours of generation, not after."""
+        part(self.scorer[0]).check_installed()
+
+    def score(self, predictions: Sequence[Prediction], examples: Sequence[Example]) -> Scores:
+        file, function = self.scorer
+        scores: Scores = getattr(part(file), function)(predictions, examples, **self.how)
+        return scores
 
 
 TASKS = {
     task.name: task
     for task in (
         # As the official E2E script does: lowercase.
-        Task("e2e_nlg", "e2e_nlg", "bleu", score_texts, check_installed, several_references=True),
+        Task("e2e_nlg", "bleu", ("text", "score_texts"), several_references=True),
         # As the field reports dialogue summaries: stemmed ROUGE; BLEU with sacrebleu's own defaults.
-        Task("samsum", "samsum", "rouge_l", partial(score_texts, lowercase=False, stem=True), check_installed),
-        Task("wikisql", "wikisql", "exact_match", score_queries, sql.check_installed),
-        Task("multi_nli", "multi_nli", "accuracy", score_classes, classify.check_installed, classifies=True),
-        Task("labels", "labels", "accuracy", score_classes, classify.check_installed, classifies=True),
-        Task("cota", "cota", "exact_match", text.score_final_answers, text.check_answers_installed),
-        Task("conversations", "conversations", "exact_match", text.score_answers, text.check_answers_installed),
+        Task("samsum", "rouge_l", ("text", "score_texts"), {"lowercase": False, "stem": True}),
+        Task("wikisql", "exact_match", ("sql", "score_queries")),
+        Task("multi_nli", "accuracy", ("classify", "score_labels"), classifies=True),
+        Task("labels", "accuracy", ("classify", "score_labels"), classifies=True),
+        Task("cota", "exact_match", ("answers", "score_final_answers")),
+        Task("conversations", "exact_match", ("answers", "score_answers")),
     )
 }
 
@@ -84,8 +78,7 @@ TASKS = {
 def task(name: str) -> Task:
     """The task of that name, or a UsageError with the nearest names."""
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS) or sorted(TASKS)
-        raise UsageError(f"no task is called {name!r}; did you mean {', '.join(near)}?")
+        raise unknown(name, TASKS, "--task", "task")
     return TASKS[name]
 
 
@@ -100,7 +93,7 @@ def evaluate(
     """Generate, score, and write `predictions.jsonl` and `evaluation_results.json` in the folder.
 
     by: how a classification task's label is chosen, `likelihood` or `generation` (see classify.py). made_from:
-    fingerprints of model and data; a folder with predictions made from others is refused. Of several processes the
+    fingerprints of model and data; a folder with predictions made from others is refused. With several processes the
     first one scores and writes; the others return None.
     """
     assert by in CLASSIFY, by
@@ -109,22 +102,19 @@ def evaluate(
     folder.mkdir(parents=True, exist_ok=True)
     engine: Answering = generator
     if task.classifies and by == "likelihood":
-        engine = classify.ByLikelihood(generator, classify.label_set(examples))
+        engine = ByLikelihood(generator, label_set(examples))
     predictions = predict(engine, examples, folder / "predictions.jsonl", made_from)
     if process_index()[0] != 0:
         return None
     scores = task.score(predictions, examples)
+    images = image_folder(generator, predictions, folder)
+    recorded = {"scoring": scores.details, "made_from": dict(made_from or {})}
     result = EvaluationResult(
         task=task.name,
         metrics=scores.metrics,
         intervals=scores.intervals,
         n=scores.n,
-        settings={
-            **engine.settings,
-            **pictures_of(generator, predictions, folder),
-            "scoring": scores.details,
-            "made_from": dict(made_from or {}),
-        },
+        settings={**engine.settings, **images, **recorded},
         versions=installed(LIBRARIES),
         unavailable=scores.unavailable,
     )
@@ -132,7 +122,7 @@ def evaluate(
     return result
 
 
-def pictures_of(generator: Generator, predictions: Sequence[Prediction], folder: Path) -> dict[str, str]:
+def image_folder(generator: Generator, predictions: Sequence[Prediction], folder: Path) -> dict[str, str]:
     """`image_folder`: where the predictions' image paths start, as a path from `folder`; {} where none has images."""
     sight = generator.renderer.sight if any(prediction.images for prediction in predictions) else None
     return {"image_folder": Path(os.path.relpath(sight.reader.folder, folder)).as_posix()} if sight else {}

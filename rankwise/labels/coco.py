@@ -19,15 +19,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from rankwise.data.label_answer import name_key
 from rankwise.data.sources.archives import unpacked, unpacked_into
 from rankwise.data.sources.download import Download, fetch
 from rankwise.errors import DataError
 from rankwise.files.atomic import atomic_write, read_object
-
-T = TypeVar("T")
 
 
 def shares(

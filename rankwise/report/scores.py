@@ -13,9 +13,9 @@ from typing import Any
 from PIL import Image
 
 from rankwise.data.images import BadImage, ImageReader
+from rankwise.evaluate.answers import is_right
 from rankwise.evaluate.classify import confusion_table
 from rankwise.evaluate.predictions import EvaluationResult
-from rankwise.evaluate.text import is_right
 from rankwise.files.atomic import atomic_write
 from rankwise.page.blocks import Answer, Block, Examples, Folded, Gallery, Picture, Shot, Table
 from rankwise.page.text import metric_name, number, plural, printable, score

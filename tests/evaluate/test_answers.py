@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from rankwise.data.example import Example, Turn
 from rankwise.device.scores import rights
 from rankwise.errors import DataError
+from rankwise.evaluate.answers import exact_match, is_right, normalised, score_answers, token_f1
 from rankwise.evaluate.predictions import Prediction
 from rankwise.evaluate.tasks import task
-from rankwise.evaluate.text import exact_match, is_right, normalised, score_answers, token_f1
 
 
 @pytest.mark.parametrize(
