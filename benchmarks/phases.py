@@ -18,7 +18,8 @@ from pathlib import Path
 
 from workload import Clock, RandomRows, arguments, command, llama, machine, spread, with_lora
 
-from rankwise.core.phase import bind, parse_schedule
+from rankwise.core.phase import bind
+from rankwise.core.schedule import parse_schedule
 from rankwise.data.dataset import Collator
 from rankwise.models.sites import model_sites
 from rankwise.train.phases import PhaseKeeper

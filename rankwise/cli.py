@@ -152,9 +152,10 @@ def dispatch(argv: Sequence[str]) -> None:
     name, rest = split_command(argv)
     built, dry_run = resolve(name, rest)
     stage = stage_of(name)
-    importlib.import_module("rankwise.pipeline.extras").require_extras(name, built)
+    preflight = importlib.import_module("rankwise.pipeline.preflight")
+    preflight.require_extras(name, built)
     lines = stage.describe(built)
-    importlib.import_module("rankwise.pipeline.beforehand").ready(name, built)
+    preflight.ready(name, built)
     if not dry_run:
         stage.run(built)
         return

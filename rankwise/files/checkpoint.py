@@ -127,12 +127,7 @@ def _entry(row: dict[str, Any], base: int) -> Entry:
 SAFETENSORS = ".safetensors"
 INDEX = ".index.json"
 # In transformers' order of preference; safetensors before pickles.
-NAMES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from rankwise.options.field import Options, option
+from rankwise.options.field import Options, option, output
 from rankwise.options.sections import (
     DEVICE,
     DTYPES,
@@ -45,7 +45,7 @@ class FinetuneConfig(Options):
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     towers: TowersSection = field(default_factory=TowersSection)
-    output_dir: str = option("saved_models/preliminary_finetune", help="run folder", short="-o")
+    output_dir: str = output("saved_models/preliminary_finetune", help="run folder")
     subset_ratio: float = option(0.01, above=0, most=1, help="share of the rows, per task type")
     max_samples: int = option(1000, least=1, help="maximum number of training rows")
     learning_rate: float = option(2e-5, least=0, help="peak learning rate", aliases=("lr",))
@@ -71,11 +71,13 @@ class FinetuneConfig(Options):
 class RanksConfig(Options):
     """Compute a rank plan from the spectra of two checkpoints, of deltas or of one adapter."""
 
-    base: str | None = option(help="base checkpoint: folder, file or hub id", aliases=("pretrained",))
-    tuned: str | None = option(help="fine-tuned checkpoint", aliases=("finetuned",))
-    deltas: str | None = option(help=DELTAS)
-    adapter: str | None = option(help="LoRA adapter: its spectrum from the factors, without the dense matrix")
-    output_dir: str = option(".", help="folder for configs/ and analysis_outputs/svd/", short="-o", aliases=("out",))
+    base: str | None = option(path="weights", help="base checkpoint: folder, file or hub id", aliases=("pretrained",))
+    tuned: str | None = option(path="weights", help="fine-tuned checkpoint", aliases=("finetuned",))
+    deltas: str | None = option(path="read", help=DELTAS)
+    adapter: str | None = option(
+        path="weights", help="LoRA adapter: its spectrum from the factors, without the dense matrix"
+    )
+    output_dir: str = output(".", help="folder for configs/ and analysis_outputs/svd/", aliases=("out",))
     spectrum: SpectrumSection = field(default_factory=SpectrumSection)
     sites: SitesSection = field(default_factory=SitesSection)
     signal: str = option(
@@ -88,10 +90,14 @@ class RanksConfig(Options):
         choices=("weight", "activation", "loss"),
         help="how singular directions are weighted: weight norm, activation or loss",
     )
-    probe2: list[str] = option([], help="further probes (folders with deltas, or checkpoints), for repeatability")
-    gain: str | None = option(help="held-out data on which to measure the share of the loss gain that the plan keeps")
+    probe2: list[str] = option(
+        [], path="read", help="further probes (folders with deltas, or checkpoints), for repeatability"
+    )
+    gain: str | None = option(
+        path="read", help="held-out data on which to measure the share of the loss gain that the plan keeps"
+    )
     data: DataSection = field(default_factory=DataSection)
-    model_name: str | None = option(help="model to run for --gain, --metric and --signal [the base]")
+    model_name: str | None = option(path="model", help="model to run for --gain, --metric and --signal [the base]")
     num_samples: int = option(256, least=1, help="number of rows for --gain, --metric and --signal")
     batch_size: int = option(16, least=1, help="rows per forward pass")
     emit: list[str] = option([], choices=TRAINERS, help="also write the plan as a config for these trainers")
@@ -106,15 +112,15 @@ class RanksConfig(Options):
 class ExtractConfig(Options):
     """Extract a LoRA adapter from a checkpoint pair, by truncated SVD of each delta."""
 
-    base: str | None = option(help="base checkpoint", aliases=("pretrained",))
-    tuned: str | None = option(help="fine-tuned checkpoint", aliases=("finetuned",))
-    deltas: str | None = option(help=DELTAS)
-    plan: str | None = option(help="rank plan", aliases=("lora_config",))
+    base: str | None = option(path="weights", help="base checkpoint", aliases=("pretrained",))
+    tuned: str | None = option(path="weights", help="fine-tuned checkpoint", aliases=("finetuned",))
+    deltas: str | None = option(path="read", help=DELTAS)
+    plan: str | None = option(path="read", help="rank plan", aliases=("lora_config",))
     rank: int | None = option(least=1, help="one rank for all sites, instead of a plan", aliases=("r",))
     sites: SitesSection = field(default_factory=SitesSection)
     save_modules: bool = option(False, help="copy changed embeddings, heads, norms and biases in full")
     no_verify: bool = option(False, help="skip verification: logits of base + adapter against the tuned model's")
-    output_dir: str = option("extracted_adapter", help="adapter folder", short="-o")
+    output_dir: str = output("extracted_adapter", help="adapter folder")
     device: str = option("cpu", help="cpu or cuda")
     seed: int = option(42, help="random seed of the sketch")
 
@@ -123,13 +129,13 @@ class ExtractConfig(Options):
 class CompressConfig(Options):
     """Compress an adapter to lower ranks, exactly, through QR of its factors."""
 
-    adapter: str | None = option(help="adapter or run folder")
+    adapter: str | None = option(path="weights", help="adapter or run folder")
     energy: float | None = option(above=0, most=1, help="energy that each site keeps")
     budget: str | None = option(help="parameter budget: N, uniform:R, or 0.5%")
     normalise: str = option("none", choices=("none", "site"), help=NORMALISE)
     uniform: bool = option(False, help="zero-pad to one rank, without patterns, for hot swapping and vLLM")
     scale: float | None = option(above=0, help="scale of an adapter without a config (loralib): lora_alpha / r")
-    output_dir: str = option("compressed_adapter", help="adapter folder", short="-o")
+    output_dir: str = output("compressed_adapter", help="adapter folder")
 
 
 @final
@@ -146,11 +152,11 @@ class TrainConfig(Options):
     phases: PhasesSection = field(default_factory=PhasesSection)
     selection: SelectionSection = field(default_factory=SelectionSection)
     estimate: EstimateSection = field(default_factory=EstimateSection)
-    output_dir: str = option("saved_models/dynamic_lora_model", help="run folder, with the adapter", short="-o")
+    output_dir: str = output("saved_models/dynamic_lora_model", help="run folder, with the adapter")
     adapter_folder: str = option(
         ".", choices=(".", "final_model", "lora_adapter"), help="adapter folder within the run folder"
     )
-    val_path: str | None = option(help="validation rows [a share of the training groups]")
+    val_path: str | None = option(path="read", help="validation rows [a share of the training groups]")
     val_fraction: float = option(0.05, least=0, below=1, help="validation share of the groups without --val_path")
     max_samples: int | None = option(
         least=1,
@@ -177,7 +183,7 @@ class CheckConfig(Options):
         8, least=0, help="number of samples with images to compare with the processor's own ids and pixels"
     )
     run_model: bool = option(False, help="run samples through the model's own weights [a cut-down, random copy]")
-    output_dir: str = option("check", help="folder for check.json and bad_samples.jsonl", short="-o")
+    output_dir: str = output("check", help="folder for check.json and bad_samples.jsonl")
 
 
 @dataclass(frozen=True)
@@ -185,9 +191,11 @@ class EvaluateConfig(Options):
     """Score a base model, an adapter or a merged model on a task; measure forgetting."""
 
     model_name: str | None = option(
-        help="base model, merged model, adapter or run folder", aliases=("model_path", "adapter")
+        path="weights", help="base model, merged model, adapter or run folder", aliases=("model_path", "adapter")
     )
-    base_model_id: str | None = option(help="base of an adapter [as recorded in it]", aliases=("base_model",))
+    base_model_id: str | None = option(
+        path="weights", help="base of an adapter [as recorded in it]", aliases=("base_model",)
+    )
     data: ScoredData = field(default_factory=ScoredData)
     split: str = option("dev", choices=SPLITS, help="official split; dev is dev_matched for MultiNLI")
     num_samples: int | None = option(least=1, help="number of rows, in file order [all]")
@@ -200,11 +208,11 @@ class EvaluateConfig(Options):
         help="classify by log-likelihood, or by the label in the generated text",
     )
     engine: str = option("transformers", choices=("transformers", "vllm"), help="inference engine (extra: vllm)")
-    forget: str | None = option(help="other text (.txt, .jsonl) for KL from the base and perplexities")
-    lm_eval_tasks_path: str | None = option(help="folder with your own task files, for lm_eval:NAME")
+    forget: str | None = option(path="read", help="other text (.txt, .jsonl) for KL from the base and perplexities")
+    lm_eval_tasks_path: str | None = option(path="read", help="folder with your own task files, for lm_eval:NAME")
     num_fewshot: int | None = option(least=0, help="few-shot examples, for lm_eval:NAME [the task's default]")
     dtype: str = option("auto", choices=DTYPES, help="precision of the model")
-    output_dir: str | None = option(help="folder for the scores [evaluation/ in the model's folder]", short="-o")
+    output_dir: str | None = output(help="folder for the scores [evaluation/ in the model's folder]")
     device: str = option("auto", help=DEVICE)
     seed: int = option(42, help="random seed of sampling and bootstrap")
 
@@ -213,9 +221,11 @@ class EvaluateConfig(Options):
 class MergeConfig(Options):
     """Merge an adapter into its base, shard by shard, verified."""
 
-    adapter: str | None = option(help="adapter or run folder", aliases=("adapter_path", "lora_path"))
-    base_model: str | None = option(help="base model [as recorded in the adapter]", aliases=("model_name",))
-    output_dir: str = option("merged_model", help="Hugging Face checkpoint", short="-o", aliases=("output_path",))
+    adapter: str | None = option(path="weights", help="adapter or run folder", aliases=("adapter_path", "lora_path"))
+    base_model: str | None = option(
+        path="model", help="base model [as recorded in the adapter]", aliases=("model_name",)
+    )
+    output_dir: str = output("merged_model", help="Hugging Face checkpoint", aliases=("output_path",))
     dtype: str = option("auto", choices=DTYPES, help="precision on disk [the base's]; float16 for export")
     max_shard_size: str = option("5GB", help="maximum size per file")
     data: DataSection = field(default_factory=DataSection)
@@ -233,8 +243,8 @@ class MergeConfig(Options):
 class ReportConfig(Options):
     """Write one self-contained page for a run folder."""
 
-    run: str | None = option(help="run folder")
-    out: str | None = option(help="page to write [report.html in the run folder]", short="-o")
+    run: str | None = option(path="read", help="run folder")
+    out: str | None = output(help="page to write [report.html in the run folder]", path="file")
     title: str | None = option(help="page title")
 
 
@@ -242,7 +252,7 @@ class ReportConfig(Options):
 class DemoConfig(Options):
     """Run the whole flow on a model and data created here, offline, on a CPU, in about three minutes."""
 
-    output_dir: str | None = option(help="run folder [runs/demo, or runs/demo-vision]", short="-o")
+    output_dir: str | None = output(help="run folder [runs/demo, or runs/demo-vision]")
     vision: bool = option(False, help="use a vision-language model and questions about generated images")
     seed: int = option(42, help=SEED)
     quick: bool = option(False, help="take a few steps only, for tests; scores are meaningless")
@@ -252,7 +262,7 @@ class DemoConfig(Options):
 class TinyConfig(Options):
     """Create a tiny vision-language model and sample images: input of `rankwise run quickstart`."""
 
-    output_dir: str = option("runs/tiny", help="folder for base/ and photos/", short="-o")
+    output_dir: str = output("runs/tiny", help="folder for base/ and photos/")
     seed: int = option(42, help=SEED)
     quick: bool = option(False, help="take a few steps only, for tests; the base has learnt nothing")
 
@@ -262,12 +272,14 @@ class RunConfig(Options):
     """Run a pipeline of stages from one file."""
 
     recipe: str | None = option(help="recipe file, or name of a packaged recipe")
-    output_dir: str | None = option(help="run folder [runs/<recipe>]", short="-o")
+    output_dir: str | None = output(help="run folder [runs/<recipe>]")
     set: list[str] = option([], commas=False, help=SET)
     only: list[str] = option([], help="stages to run, no others")
     from_: str | None = option(help="first stage to rerun, with all after it", aliases=("from",))
     force: bool = option(False, help="rerun all stages")
-    log_file: str | None = option(help="copy the output to this file; auto: logs/TIME.log in the run folder")
+    log_file: str | None = option(
+        path="file", help="copy the output to this file; auto: logs/TIME.log in the run folder"
+    )
     background: bool = option(False, help="run in a process that outlives the terminal, and print its log's path")
     list_: bool = option(False, help=LIST, aliases=("list",))
 
@@ -277,7 +289,7 @@ class BatchConfig(Options):
     """Run several recipes, one after the other, each in its own folder."""
 
     recipes: list[str] = option([], commas=False, help="recipe files, or names of packaged recipes")
-    output_dir: str = option("runs/batch", help="parent of the run folders", short="-o")
+    output_dir: str = output("runs/batch", help="parent of the run folders")
     set: list[str] = option([], commas=False, help=SET)
     force: bool = option(False, help="rerun all stages")
     list_: bool = option(False, help=LIST, aliases=("list",))
@@ -287,8 +299,8 @@ class BatchConfig(Options):
 class CompareConfig(Options):
     """Compare finished runs: parameters, time, losses, gradient norms, scores."""
 
-    runs: list[str] = option([], commas=False, help="run folders")
-    output_dir: str = option("comparison", help="folder for tables and plot", short="-o")
+    runs: list[str] = option([], commas=False, path="read", help="run folders")
+    output_dir: str = output("comparison", help="folder for tables and plot")
     no_plots: bool = option(False, help=NO_PNG)
 
 
@@ -296,16 +308,16 @@ class CompareConfig(Options):
 class DiffConfig(Options):
     """Compare two rank plans."""
 
-    first: str | None = option(help="rank plan (lora_rank_config.json)")
-    second: str | None = option(help="rank plan to compare it with")
+    first: str | None = option(path="read", help="rank plan (lora_rank_config.json)")
+    second: str | None = option(path="read", help="rank plan to compare it with")
 
 
 @dataclass(frozen=True)
 class BundleConfig(Options):
     """Bundle all that an app needs to run the model, with golden vectors to replay."""
 
-    export: str | None = option(help="export folder", aliases=("model_path",))
-    output_dir: str = option("bundle", help="bundle folder", short="-o", aliases=("output_path",))
+    export: str | None = option(path="read", help="export folder", aliases=("model_path",))
+    output_dir: str = output("bundle", help="bundle folder", aliases=("output_path",))
     outtype: str | None = option(help="quantization type to ship [q8_0 if exported, else the smallest]")
     validation: str | None = option("validation", help="`rankwise validate` folder: its items, verdict and confidences")
     reference: str | None = option(help="merged model the files were made from [as recorded in the export]")
@@ -322,10 +334,13 @@ class BundleConfig(Options):
         0.9, above=0, below=1, help="precision the app must reach on answers it does not abstain from"
     )
     allow_unverified: bool = option(False, help="bundle even if export or validation is missing or failed")
-    replay: str | None = option(help="bundle whose golden vectors to replay instead; exit 6 if a rung differs")
+    replay: str | None = option(
+        path="read", help="bundle whose golden vectors to replay instead; exit 6 if a rung differs"
+    )
     server: str | None = option(address=True, help="llama.cpp server to replay on [started here]")
     app_pixels: str | None = option(
-        help="for --replay: folder with the app's pixels for golden/*-source.*: *-device.png, or sha256_rgb.json"
+        path="read",
+        help="for --replay: folder with the app's pixels for golden/*-source.*: *-device.png, or sha256_rgb.json",
     )
     context: int | None = option(help="context size of llama.cpp in tokens [as the longest sample needs]")
     threads: int | None = option(help="CPU threads for llama.cpp [llama.cpp's default]")
@@ -339,12 +354,12 @@ FILES = ("auto", "adapter", "merged", "export", "bundle")
 class CardConfig(Options):
     """Write a model card from a run's records; upload card and files to the Hugging Face hub."""
 
-    run: str | None = option(help="run folder, or an adapter, merged model or export alone")
+    run: str | None = option(path="read", help="run folder, or an adapter, merged model or export alone")
     files: str = option("auto", choices=FILES, help="files to describe [the last product of the run]")
-    out: str | None = option(help="card to write [README.md in the run folder]", short="-o")
+    out: str | None = output(help="card to write [README.md in the run folder]", path="file")
     title: str | None = option(help="model name [the repository's, else the run folder's]")
     license: str | None = option(help="license of the result [from the base's own card]")
-    base_model: str | None = option(help="hub id of the base, if the run names a local folder")
+    base_model: str | None = option(path="model", help="hub id of the base, if the run names a local folder")
     push_to_hub: str | None = option(help="ORG/NAME to upload files and card to")
     private: bool = option(False, help="make the repository private")
     allow_unverified: bool = option(False, help="upload even if a verification failed or was skipped")
@@ -355,19 +370,25 @@ class ExportConfig(Options):
     """Export a merged checkpoint to GGUF files for llama.cpp, verified tensor by tensor."""
 
     model: str | None = option(
-        help="merged model folder (with --adapter_gguf: the base)", aliases=("model_name", "model_path")
+        path="model", help="merged model folder (with --adapter_gguf: the base)", aliases=("model_name", "model_path")
     )
-    output_dir: str = option("exported_model", help="folder of the GGUF files", short="-o", aliases=("output_path",))
+    output_dir: str = output("exported_model", help="folder of the GGUF files", aliases=("output_path",))
     outtype: list[str] = option(["f16", "q8_0"], help="quantization types: f32, f16, bf16, q8_0")
     mmproj: bool | None = option(help="also export vision tower and projector [for vision-language models]")
     name: str | None = option(
         help="base of the file names, <name>-<outtype>.gguf [the model folder's name]",
         aliases=("file_name",),  # in a recipe `name` is the stage's
     )
-    base_model: str | None = option(help="base to measure the kept tuning against [as recorded by the merge]")
+    base_model: str | None = option(
+        path="model", help="base to measure the kept tuning against [as recorded by the merge]"
+    )
     target: str | None = option(help="device.json, or a folder with one [the model folder's]")
-    adapter_gguf: str | None = option(help="export this LoRA adapter instead, each site's scale folded into B")
-    llama_cpp_dir: str | None = option(help="llama.cpp with its converter [$LLAMA_CPP_DIR, else the cache]")
+    adapter_gguf: str | None = option(
+        path="read", help="export this LoRA adapter instead, each site's scale folded into B"
+    )
+    llama_cpp_dir: str | None = option(
+        path="read", help="llama.cpp with its converter [$LLAMA_CPP_DIR, else the cache]"
+    )
     install_converter: bool = option(False, help="download llama.cpp's converter into the cache first")
     no_verify: bool = option(False, help="skip verification of the files against the checkpoint")
 
@@ -376,8 +397,8 @@ class ExportConfig(Options):
 class ValidateConfig(Options):
     """Score under the device's conditions, and prove that llama.cpp runs what was trained."""
 
-    export: str | None = option(help="export folder, or one GGUF file", aliases=("gguf", "model_path"))
-    mmproj: str | None = option(help="vision part of a single GGUF file")
+    export: str | None = option(path="read", help="export folder, or one GGUF file", aliases=("gguf", "model_path"))
+    mmproj: str | None = option(path="read", help="vision part of a single GGUF file")
     reference: str | None = option(help="merged model the files were made from [as recorded in the export]")
     server: str | None = option(address=True, help="llama.cpp server that runs the files, on the phone for example")
     data: ScoredData = field(default_factory=ScoredData)
@@ -386,7 +407,7 @@ class ValidateConfig(Options):
     outtype: list[str] = option(
         [], help="quantization types to validate; the last one is the one you ship [all exported]"
     )
-    base_model: str | None = option(help="model before training, to measure the gain kept on the device")
+    base_model: str | None = option(path="model", help="model before training, to measure the gain kept on the device")
     parity_samples: int = option(
         32, least=0, help="number of items on the parity ladder, spread over kinds of images; 0: no ladder"
     )
@@ -395,17 +416,17 @@ class ValidateConfig(Options):
         10.0, above=0, help="allowed KL divergence as a multiple of the measured noise floor", aliases=("k",)
     )
     app_pixels: str | None = option(
-        help="folder with the app's pixels: PNG files of the images' names, or sha256_rgb.json"
+        path="read", help="folder with the app's pixels: PNG files of the images' names, or sha256_rgb.json"
     )
     min_accuracy: float | None = option(above=0, most=1, help="minimum accuracy; below it exit 6")
     min_agreement: float | None = option(above=0, most=1, help="minimum top-1 token agreement; below it exit 6")
     max_new_tokens: int | None = option(least=1, help="maximum tokens per answer [the device's; 128 without one]")
     sweep: list[str] = option([], help="quantization types to try as well, made from f16: q5_k_m, q4_0 …")
     sweep_margin: float = option(0.02, above=0, below=1, help="non-inferiority margin of --sweep (accuracy)")
-    llama_cpp_dir: str | None = option(help="llama.cpp with llama-quantize, for --sweep [$LLAMA_CPP_DIR]")
+    llama_cpp_dir: str | None = option(path="read", help="llama.cpp with llama-quantize, for --sweep [$LLAMA_CPP_DIR]")
     context: int | None = option(help="context size of llama.cpp in tokens [as the longest sample needs]")
     threads: int | None = option(help="CPU threads for llama.cpp [llama.cpp's default]")
     batch_size: int = option(8, least=1, help="prompts per step of the reference")
     device: str = option("auto", help="device of the float32 reference: auto, cpu or cuda")
-    output_dir: str = option("validation", help="folder for validation.json, plots and predictions", short="-o")
+    output_dir: str = output("validation", help="folder for validation.json, plots and predictions")
     seed: int = option(42, help="random seed of the bootstrap")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rankwise.errors import UsageError
-from rankwise.options.field import Options, option, unknown
+from rankwise.options.field import Options, option, output, unknown
 from rankwise.options.sections import DEVICE, DTYPES, IMAGE_FOLDER, NO_PNG, OUTSIDE
 
 # The names that `--arch` takes, each with its other names.
@@ -47,14 +47,15 @@ class CaptureConfig(Options):
     """Capture visual features, from a model's projector or an encoder, into a cache."""
 
     model_name: str | None = option(
+        path="model",
         help="vision-language model, or vision encoder (DINOv2, SigLIP, CLIP, ViT …): folder or hub id",
         aliases=("model", "model_path", "base_model"),
     )
     revision: str | None = option(help="hub revision")
     images: str | None = option(
-        help="folder of images, parquet file with an image column, or a `datasets` folder or id"
+        path="weights", help="folder of images, parquet file with an image column, or a `datasets` folder or id"
     )
-    output_dir: str = option(CACHE, help="feature cache: sharded safetensors with an index", short="-o")
+    output_dir: str = output(CACHE, help="feature cache: sharded safetensors with an index")
     image_size: int | None = option(
         least=1, help="side of the square to stretch images to [448; as the model's device.json; an encoder's own]"
     )
@@ -81,7 +82,9 @@ class FactorTrainConfig(Options):
     """Train a network that predicts low-rank factors of a feature matrix."""
 
     arch: str = option("ResMLP", help=ARCH_HELP)
-    features: str = option(CACHE, help="feature cache, or a folder of features_{i}.pt", aliases=("cache", "data_path"))
+    features: str = option(
+        CACHE, path="read", help="feature cache, or a folder of features_{i}.pt", aliases=("cache", "data_path")
+    )
     epochs: int = option(20, least=0, help="epochs; with --resume, additional epochs", aliases=("num_train_epochs",))
     lr: float = option(1e-4, above=0, help="learning rate of AdamW", aliases=("learning_rate",))
     rank: int = option(128, least=1, help="rank of the factors", aliases=("r",))
@@ -101,10 +104,10 @@ class FactorTrainConfig(Options):
     dropout: float = option(0.1, least=0, below=1, help="dropout in the networks")
     refine: bool = option(False, help="refine A·B afterwards; scored separately, as its rank may be higher")
     allocator: AllocatorSection = field(default_factory=AllocatorSection)
-    results_dir: str = option(
-        "results", help="parent of the run folder, <results_dir>/<arch>", short="-o", aliases=("output_dir",)
+    results_dir: str = output("results", help="parent of the run folder, <results_dir>/<arch>", aliases=("output_dir",))
+    log_dir: str = option(
+        "log", path="folder", help="folder for logs_<time>/ with config, training.log and final_summary"
     )
-    log_dir: str = option("log", help="folder for logs_<time>/ with config, training.log and final_summary")
     resume: bool = option(False, help="continue from the last complete checkpoint for --epochs more")
     overwrite: bool = option(False, help="delete an earlier run in the folder and start over")
     bf16: bool = option(False, help="use bf16 autocast")
@@ -121,10 +124,10 @@ class FactorCompareConfig(Options):
 
     arch: list[str] = option([], help="networks [all in --results_dir]")
     rank: int | None = option(least=1, help="rank of the baselines [the networks']", aliases=("r",))
-    results_dir: str = option("results", help="folder of the networks", short="-o", aliases=("output_dir",))
-    features: str | None = option(help=TRAINED_ON, aliases=("cache", "data_path"))
+    results_dir: str = output("results", help="folder of the networks", aliases=("output_dir",))
+    features: str | None = option(path="read", help=TRAINED_ON, aliases=("cache", "data_path"))
     ood: str | None = option(
-        help="out-of-distribution feature cache: other images, same model", aliases=("ood_features",)
+        path="read", help="out-of-distribution feature cache: other images, same model", aliases=("ood_features",)
     )
     sweep: list[int] = option(
         [8, 16, 32, 64, 128], least=1, help="ranks of the sweep; networks use their leading channels"
@@ -143,8 +146,8 @@ class FactorShowConfig(Options):
     arch: str = option("ResMLP", help=ARCH_HELP)
     image_idx: int = option(0, help="index of the test image")
     rank: int | None = option(least=1, help="maximum rank of network and SVD [the network's]", aliases=("r",))
-    results_dir: str = option("results", help="folder of the networks", short="-o", aliases=("output_dir",))
-    features: str | None = option(help=TRAINED_ON, aliases=("cache", "data_path"))
+    results_dir: str = output("results", help="folder of the networks", aliases=("output_dir",))
+    features: str | None = option(path="read", help=TRAINED_ON, aliases=("cache", "data_path"))
     channels: int = option(8, least=1, most=32, help="number of leading channels")
     device: str = option("auto", help=DEVICE)
 
@@ -154,19 +157,20 @@ class DownstreamConfig(Options):
     """Score a model's answers with factors in place of its visual features."""
 
     model_name: str | None = option(
+        path="weights",
         help="vision-language model (or an adapter or run folder) that the features came from",
         aliases=("model", "model_path", "base_model"),
     )
-    base_model_id: str | None = option(help="base of an adapter [as recorded in it]")
-    data_path: str | None = option(help="conversations with images: questions and reference answers")
-    image_folder: str | None = option(help=IMAGE_FOLDER)
+    base_model_id: str | None = option(path="weights", help="base of an adapter [as recorded in it]")
+    data_path: str | None = option(path="weights", help="conversations with images: questions and reference answers")
+    image_folder: str | None = option(path="read", help=IMAGE_FOLDER)
     allow_outside: bool = option(False, help=OUTSIDE)
     image_size: int | None = option(
         least=1, help="side of the square to stretch images to [as in the networks' cache, else unresized]"
     )
     arch: list[str] = option([], help="networks [all in --results_dir; if there are none, baselines only]")
-    results_dir: str = option(
-        "results", help="folder of the networks, and for downstream.json", short="-o", aliases=("output_dir",)
+    results_dir: str = output(
+        "results", help="folder of the networks, and for downstream.json", aliases=("output_dir",)
     )
     ranks: list[int] = option([], least=1, help="ranks of the baselines [the networks', or a quarter, half and all]")
     num_samples: int | None = option(least=1, help="number of rows, in file order [all]")

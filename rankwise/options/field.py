@@ -16,7 +16,7 @@ import types
 import typing
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -80,6 +80,7 @@ def option(
     commas: bool = True,
     secret: bool = False,
     address: bool = False,
+    path: str = "",
     least: float | None = None,
     most: float | None = None,
     below: float | None = None,
@@ -93,12 +94,19 @@ def option(
     A list takes commas and repeated flags; with `commas=False` (regexes, assignments) repeated flags only. What is
     secret is in no saved or printed config, and configs that differ in nothing else are equal. An address is saved and
     printed: one with a password or a query, which may hold a key, is refused.
+
+    path: what the text is the path of, if of anything. "read": a file or folder to read; "weights": the same, or a hub
+    id; "model": a model's folder, or a hub id; "folder" or "file": one to write.
     """
     metadata: dict[str, Any] = {"help": help, "aliases": tuple(aliases), "choices": choices, "short": short}
-    metadata |= {"commas": commas, "secret": secret, "address": address, "range": Range(least, most, below, above)}
+    metadata |= {"commas": commas, "secret": secret, "address": address, "path": path}
+    metadata |= {"range": Range(least, most, below, above)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata, repr=not secret, compare=not secret)
+
+
+output = partial(option, short="-o", path="folder")  # where a command's product goes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +133,7 @@ class Option:
     commas: bool = True
     secret: bool = False
     address: bool = False
+    path: str = ""
     range: Range = Range()
     section: str = "options"
     nullable: bool = True

@@ -29,13 +29,7 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def build_parser(prog: str, description: str, options: Sequence[Option], positionals: str, epilog: str = "") -> _Parser:
-    parser = _Parser(
-        prog=prog,
-        description=description,
-        epilog=epilog,
-        allow_abbrev=False,
-        formatter_class=_Formatter,
-    )
+    parser = _Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=_Formatter)
     parser.add_argument("positionals", nargs="*", help=positionals, metavar="FILE")
     groups: dict[str, argparse._ActionsContainer] = {"options": parser}
     for item in options:

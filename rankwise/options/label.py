@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rankwise.options.field import Options, option
+from rankwise.options.field import Options, option, output
 from rankwise.options.sections import OUTSIDE
 
 
@@ -14,8 +14,7 @@ class TeacherSection(Options):
 
     teacher_model: str = option("gpt-4o", help="teacher model", aliases=("teacher",))
     base_url: str | None = option(
-        address=True,
-        help="OpenAI-compatible service, such as a local llama.cpp server [$OPENAI_BASE_URL, else OpenAI]",
+        address=True, help="OpenAI-compatible service, such as a local llama.cpp server [$OPENAI_BASE_URL, else OpenAI]"
     )
     openai_api_key: str | None = option(
         help="better: the variable OPENAI_API_KEY, since other users see command lines",
@@ -58,14 +57,16 @@ class TeacherSection(Options):
 class LabelConfig(Options):
     """Label images by a teacher, or by existing labels, as a data set to train on."""
 
-    images: str | None = option(help="folder of images, or COCO in its official layout", aliases=("coco_dir",))
+    images: str | None = option(
+        path="weights", help="folder of images, or COCO in its official layout", aliases=("coco_dir",)
+    )
     coco: str | None = option(choices=("val2017", "train2017"), help="part of COCO [val2017 without a folder]")
     download: bool = option(False, help="download missing parts of COCO val2017 (1 GB; extra: data)")
     from_folders: bool = option(False, help="no teacher: take an image's subfolder as its label")
-    labels_file: str | None = option(help="no teacher: .csv, .jsonl or .json file with images and labels")
+    labels_file: str | None = option(path="read", help="no teacher: .csv, .jsonl or .json file with images and labels")
     image_column: str | None = option(help="image column of --labels_file [detected by name]")
     label_column: str | None = option(help="label column of --labels_file [detected by name]")
-    output_dir: str = option("./dataset", help="data set folder", short="-o")
+    output_dir: str = output("./dataset", help="data set folder")
     task_file: str | None = option(
         help="labelling task: elements, or a YAML file [elements; without a teacher: the labels]"
     )

@@ -33,7 +33,7 @@ class ModelSection(Options):
     """Which model, and how it is loaded."""
 
     model_name: str | None = option(
-        help="base model: folder or hub id", aliases=("model_path", "base_model", "model_name_or_path")
+        path="model", help="base model: folder or hub id", aliases=("model_path", "base_model", "model_name_or_path")
     )
     revision: str | None = option(help="hub revision (a commit hash where remote code is allowed)")
     trust_remote_code: bool = option(False, help="run the repository's own code; needs --revision COMMIT")
@@ -50,7 +50,7 @@ class DataSection(Options):
     """Which rows, and how they become tokens."""
 
     task: str | None = option(help="kind of data [detected from the rows]", choices=TASKS, aliases=("dataset",))
-    data_path: str | None = option(help="data: file, folder or hub id", aliases=("dataset_dir",))
+    data_path: str | None = option(path="weights", help="data: file, folder or hub id", aliases=("dataset_dir",))
     prompt: str = option(
         "auto",
         choices=("auto", "sections", "chat", "raw"),
@@ -71,7 +71,7 @@ class DataSection(Options):
         help=f"what to do with samples over --max_seq_length [as trained; {OVERLONG}]",
     )
     skip_bad: bool = option(False, help="skip and count malformed rows instead of stopping at the first")
-    image_folder: str | None = option(help=IMAGE_FOLDER)
+    image_folder: str | None = option(path="read", help=IMAGE_FOLDER)
     allow_outside: bool = option(False, help=OUTSIDE)
     allow_urls: bool = option(False, help="fetch images by http(s), from public addresses only")
     repeat_image: bool = option(False, help="let one image fill several <image> placeholders of a row")
@@ -125,7 +125,7 @@ class SitesSection(Options):
 class LoraSection(Options):
     """What is adapted, with which rank and scale."""
 
-    lora_config: str | None = option(help="rank plan (lora_rank_config.json)", aliases=("plan",))
+    lora_config: str | None = option(path="read", help="rank plan (lora_rank_config.json)", aliases=("plan",))
     lora_r: int = option(16, least=1, help="rank without a plan", aliases=("r",))
     lora_alpha: float | None = option(
         help="alpha, the scale's numerator [2·r; with rsLoRA 2·(maximum rank)]; a plan sets its own"
@@ -146,7 +146,7 @@ class LoraSection(Options):
     )
     loraplus_lr_ratio: float | None = option(help="LoRA+: ratio of B's learning rate to A's")
     warm_start: str = option("none", choices=("none", "delta"), help="initialise from the preliminary run's delta")
-    deltas: str | None = option(help="preliminary run for --warm_start delta")
+    deltas: str | None = option(path="read", help="preliminary run for --warm_start delta")
     load_in_8bit: bool = option(False, help="quantize the base to 8 bit (extra: quant)")
     load_in_4bit: bool = option(False, help="quantize the base to 4 bit, NF4 (extra: quant)")
 
@@ -198,7 +198,9 @@ class DepthUseSection(Options):
         choices=DEPTH_CONTROLS,
         help="control condition instead of estimated depth, same parameters; file: --depth_maps [as trained]",
     )
-    depth_maps: str | None = option(help="16-bit PNG depth (far = large): folder, or CSV of image_path,depth_path")
+    depth_maps: str | None = option(
+        path="read", help="16-bit PNG depth (far = large): folder, or CSV of image_path,depth_path"
+    )
     depth_cache: str | None = option(help="cache folder for computed maps [~/.cache/rankwise/depth]")
 
 
@@ -231,7 +233,7 @@ class EstimateSection(Options):
         help="utilisation: share of the GPU's peak rate that training reaches [0.6 of a data sheet's]",
         aliases=("utilization",),
     )
-    estimate_out: str | None = option(help="JSON file to write the estimate to")
+    estimate_out: str | None = option(path="file", help="JSON file to write the estimate to")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rankwise.options.field import Options, option
+from rankwise.options.field import Options, option, output
 from rankwise.options.sections import DEVICE, SEED, DataSection, ModelSection
 
 
@@ -12,7 +12,7 @@ from rankwise.options.sections import DEVICE, SEED, DataSection, ModelSection
 class ProbeSection(Options):
     """Where the deltas come from that plans are made of: finished runs, or short full fine-tunes of the study's own."""
 
-    deltas: list[str] = option([], help="finished `rankwise finetune` runs; seeds take turns")
+    deltas: list[str] = option([], path="read", help="finished `rankwise finetune` runs; seeds take turns")
     probes: int = option(
         1, least=1, help="number of own probes, on disjoint rows of the training part; seeds take turns"
     )
@@ -54,8 +54,10 @@ class StudyConfig(Options):
     data: DataSection = field(default_factory=DataSection)
     probe: ProbeSection = field(default_factory=ProbeSection)
     grid: GridSection = field(default_factory=GridSection)
-    dev_path: str | None = option(help="rows to tune on [groups held out from the training rows]")
-    test_path: str | None = option(help="rows to report on, read once [groups held out from the training rows]")
+    dev_path: str | None = option(path="read", help="rows to tune on [groups held out from the training rows]")
+    test_path: str | None = option(
+        path="read", help="rows to report on, read once [groups held out from the training rows]"
+    )
     train_size: int = option(2000, help="number of training rows")
     dev_size: int = option(250, least=2, help="number of items to tune on, one per prompt")
     test_size: int = option(250, least=2, help="number of items to report on, one per prompt")
@@ -83,7 +85,7 @@ class StudyConfig(Options):
     most_seeds: int = option(30, least=2, help="maximum number of reported seeds")
     resamples: int = option(2000, help="bootstrap resamples over seeds and items")
     seed: int = option(42, help=SEED)
-    output_dir: str = option("runs/study", help="run folder", short="-o")
+    output_dir: str = output("runs/study", help="run folder")
     batch_arms: int = option(16, least=1, help="arms trained together; changes the time, not the numbers")
     device: str = option("auto", help=DEVICE)
     deviation: str | None = option(help="reason for departing from the registration once begun; is reported")

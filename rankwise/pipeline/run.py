@@ -35,8 +35,7 @@ from rankwise.files.run_folder import SECRET, STATE, RunFolder, read_marks, writ
 from rankwise.options.commands import RunConfig
 from rankwise.options.field import flatten, unknown
 from rankwise.page.text import duration
-from rankwise.pipeline import beforehand
-from rankwise.pipeline.extras import require_extras
+from rankwise.pipeline import preflight
 from rankwise.pipeline.recipe import Recipe, Stage, find_recipe, load_recipe, packaged_lines, resolved, shadowed
 from rankwise.pipeline.table import COMMANDS, stage_of
 from rankwise.pipeline.times import BEFORE, UNASKED, UNFINISHED, UNREACHED, StageTime, time_lines
@@ -243,8 +242,8 @@ def ready(config: RunConfig, made: Sequence[Path] = ()) -> None:
     for stage in recipe.stages:
         if stage.name in chosen:
             with naming(stage):
-                require_extras(stage.command, configs[stage.name])
-                beforehand.ready(stage.command, configs[stage.name], there, run_folder(config))
+                preflight.require_extras(stage.command, configs[stage.name])
+                preflight.ready(stage.command, configs[stage.name], there, run_folder(config))
             there += outputs(configs[stage.name])
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rankwise.core.phase import Form, Norm, bind, parse_schedule
+from rankwise.core.phase import Form, Norm, bind
+from rankwise.core.schedule import parse_schedule
 from rankwise.core.site import Site, describe
 from rankwise.errors import UsageError
 from rankwise.models.adapt import lora_layers

@@ -15,17 +15,8 @@ from torch import Tensor, nn
 
 from rankwise.core.allocate import Rule, by_budget, decreasing, equalised, spectral_gains, uniform
 from rankwise.core.factors import Factors
-from rankwise.core.phase import (
-    Form,
-    Norm,
-    Phases,
-    parse_schedule,
-    permuted_form,
-    random_form,
-    returns,
-    reversed_form,
-    with_lengths,
-)
+from rankwise.core.phase import Form, Norm, Phases, returns
+from rankwise.core.schedule import parse_schedule, permuted_form, random_form, reversed_form, with_lengths
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import UsageError

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rankwise.core.allocate import inverted, is_equal, parse_budget, plan_of, shuffled, spent, uniform
-from rankwise.core.phase import Bound, BoundNorm, bind, parse_schedule
+from rankwise.core.phase import Bound, BoundNorm, bind
+from rankwise.core.schedule import parse_schedule
 from rankwise.core.site import Site
 from rankwise.errors import UsageError, VerificationError
 from rankwise.evaluate.likelihood import Batch

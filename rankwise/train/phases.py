@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rankwise.core.phase import Bound, BoundNorm, BoundPhases, Form, Phases, bind, parse_schedule, strategy
+from rankwise.core.phase import Bound, BoundNorm, BoundPhases, Form, Phases, bind
+from rankwise.core.schedule import parse_schedule, strategy
 from rankwise.core.site import Site
 from rankwise.errors import DataError, UsageError
 from rankwise.files.atomic import read_object, write_json

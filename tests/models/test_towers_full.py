@@ -16,7 +16,8 @@ from torch import nn
 from towered import ALL, TOWERS, Bases, adapted, loaded, pictures, seen, trainer_of, values
 
 from rankwise import cli
-from rankwise.core.phase import bind, parse_schedule
+from rankwise.core.phase import bind
+from rankwise.core.schedule import parse_schedule
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.adapter import read_adapter
 from rankwise.merge.merge import plan_merge, write_merged

@@ -12,10 +12,10 @@ import pytest
 from tiny import tiny_llama
 from transformers.training_args import OptimizerNames
 
+import rankwise
 from rankwise import cli
-from rankwise.pipeline import extras
-from rankwise.pipeline.extras import PARTS, require_extras
 from rankwise.pipeline.idle import Told
+from rankwise.pipeline.preflight import EXTRAS, require_extras
 from rankwise.pipeline.table import COMMANDS
 
 
@@ -120,15 +120,15 @@ def test_every_optimizer_of_the_trainer_that_needs_a_package_is_in_the_table() -
     elsewhere = {"adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision"}  # of other hardware
     for name in {each.value for each in OptimizerNames} - own - elsewhere:
         told = Told(optim=name)
-        assert any("--optim" in part.flag and part.asked(told) for part in PARTS), name
-    assert not any("--optim" in part.flag and part.asked(Told(optim=name)) for part in PARTS for name in own)
+        assert any("--optim" in extra.flag and extra.asked(told) for extra in EXTRAS), name
+    assert not any("--optim" in extra.flag and extra.asked(Told(optim=name)) for extra in EXTRAS for name in own)
 
 
 def test_the_table_names_commands_and_extras_that_exist() -> None:
-    text = (Path(extras.__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
-    for part in PARTS:
-        assert set(part.commands) <= set(COMMANDS)
-        assert f"\n{part.extra} = [" in text if part.extra else part.package
+    text = (Path(rankwise.__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    for extra in EXTRAS:
+        assert set(extra.commands) <= set(COMMANDS)
+        assert not extra.brings.startswith("[") or f"\n{extra.brings[1:-1]} = [" in text
 
 
 def test_a_plain_line_needs_nothing(hide: Any, here: Path) -> None:

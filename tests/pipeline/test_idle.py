@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,64 @@ NEEDED: Mapping[str, Mapping[str, Any]] = {
     "check": {"task": "e2e_nlg", "data_path": "rows.csv"},
     "validate": {"export": "export", "task": "e2e_nlg", "data_path": "rows.csv"},
 }
+IMAGES = ({"task": "conversations"}, {"task": "e2e_nlg"})
+PHASES_3 = "with --dynamic_lora or a --phase_strategy of three"
+BY_STEPS = {"early_stopping": 2, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1}
+# How the condition begins: (options among which it holds, options among which it does not). Where none is named, the
+# condition's own words are followed: `with --select accuracy`.
+EXAMPLES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+    "on rows that may have images": IMAGES,
+    "on conversations": IMAGES,
+    "on rows: with --gain": ({"gain": "dev"}, {}),
+    "on two checkpoints": ({"base": "a", "tuned": "b"}, {}),
+    "where no validation rows": ({}, {"val_path": "dev.csv"}),
+    "where rows validate": ({}, {"val_fraction": 0}),
+    "where a checkpoint is chosen": ({"load_best_model_at_end": True}, {}),
+    "with --dynamic_lora or a --phase_strategy of several": ({"phase_strategy": "early-late"}, {}),
+    PHASES_3: ({"dynamic_lora": True}, {"phase_strategy": "early-late"}),
+    "with phases": ({"schedule": "mlp"}, {}),
+    "with --save_strategy steps (and": (BY_STEPS, {"early_stopping": 2}),
+    "with --deltas FINETUNE_RUN": ({"deltas": "probe"}, {}),
+    "with --gradient_checkpointing": ({"activation_checkpointing": True}, {}),
+    "with --metric activation|loss": ({"metric": "activation"}, {}),
+    "with a threshold": ({}, {"budget": "uniform:4"}),
+    "with --budget, on": ({"budget": "uniform:4"}, {}),
+    "with ranks that differ": ({}, {"signal": "uniform", "budget": "uniform:4"}),
+    "with two checkpoints": ({"tuned": True}, {}),
+    "with the arm `full`": ({"arms": ["uniform", "energy", "full"]}, {"arms": ["uniform", "energy"]}),
+    "with --use_rank_allocator": ({"use_rank_allocator": True, "arch": "AdaLoRA"}, {}),
+    "with --arch AdaLoRA": ({"arch": "AdaLoRA"}, {}),
+    "with --arch ResMLP": ({"arch": "MLP"}, {"arch": "Subspace"}),
+    "with --synthetic N": ({"synthetic": True}, {}),
+    "with --num_beams above 1": ({"num_beams": 2}, {}),
+    "with --task lm_eval:NAME": ({"task": "lm_eval:arc"}, {}),
+    "with --run_model": ({"run_model": True, "model_name": "base"}, {}),
+    "without --lora_config": ({}, {"lora_config": "plan.json"}),
+    "without --budget": ({}, {"budget": "uniform:4"}),
+    "without --adapter": ({}, {"adapter": "run"}),
+    "without --deltas": ({}, {"deltas": "probe"}),
+    "without --synthetic": ({}, {"synthetic": 8}),
+}
+FOLLOWED = re.compile(r"with --(\w+)(?: (\S+))?")
 ROWS = [
     pytest.param(NAMES[kind], row, id=f"{NAMES[kind]} {row.option}") for kind, rows in TABLES.items() for row in rows
 ]
+
+
+def example(name: str, row: Bound) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Options among which the row's option acts, and among which it does not."""
+    found = [one for begin, one in EXAMPLES.items() if row.only.startswith(begin)]
+    if not found:
+        followed = FOLLOWED.fullmatch(row.only)
+        assert followed, f"an example for {row.option}, which acts only {row.only}"
+        found = [({followed[1]: followed[2] or True}, {})]
+    acting, idle = found[0]
+    return (dict(acting) | {"gain": "dev"} if name == "ranks" and "task" in acting else acting), idle
+
+
+def test_every_example_is_of_a_row() -> None:
+    said = [row.only for rows in TABLES.values() for row in rows]
+    assert [begin for begin in EXAMPLES if not any(only.startswith(begin) for only in said)] == []
 
 
 def needed(name: str, among: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +152,7 @@ def test_alone_it_is_refused(
     name: str, row: Bound, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    values = needed(name, row.idle) | {row.option: another(options(name)[row.option])}
+    values = needed(name, example(name, row)[1]) | {row.option: another(options(name)[row.option])}
     for more in ([], ["--dry-run"]):
         assert cli.main([*name.split(), *flags(values), *more]) == 2
         assert f"--{row.option} acts only {row.only.format(**values)}" in capsys.readouterr().err
@@ -106,7 +162,7 @@ def test_alone_it_is_refused(
 @pytest.mark.parametrize(("name", "row"), ROWS)
 def test_beside_what_it_needs_it_is_not(name: str, row: Bound) -> None:
     item = options(name)[row.option]
-    values = needed(name, row.acting) | {row.option: another(item)}
+    values = needed(name, example(name, row)[0]) | {row.option: another(item)}
     refuse_idle(assemble(COMMANDS[name], values))
 
 

@@ -165,9 +165,9 @@ def test_there_is_no_other_way_to_print_one() -> None:
     """Every stage that builds a command does so with `command_line`, and is tried above."""
     written = [str(path) for path, text in SOURCES.items() if re.search(r"next: (?:rankwise|\{shlex)", text)]
     assert written == []
-    own = {path.relative_to(PACKAGE / "stages").stem for path, _ in calls("command_line")}
-    elsewhere = {"merge", "export"}  # run in test_input_record and test_export
-    assert own - elsewhere == {module.__name__.split(".")[-1] for module in TRIED}
+    own = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path, _ in calls("command_line")}
+    elsewhere = {"rankwise.merge.command", "rankwise.gguf.command"}  # run in test_input_record and test_export
+    assert own - elsewhere == {module.__name__ for module in TRIED}
 
 
 TRIED = (extract, compress, outcome, label, bundle, capture, factor_outcome, batch, finetune, ranks)

@@ -13,9 +13,9 @@ import yaml
 from tiny import tiny_llama
 
 from rankwise import cli
-from rankwise.core.phase import parse_schedule
+from rankwise.core.schedule import parse_schedule
 from rankwise.errors import UsageError
-from rankwise.pipeline import beforehand
+from rankwise.pipeline import preflight
 from rankwise.pipeline.recipe import PACKAGED, find_recipe, load_recipe
 from rankwise.pipeline.table import configured
 from rankwise.scripts import PRESETS, experiment_command
@@ -47,7 +47,7 @@ def preset_train(name: str) -> Any:
 @pytest.fixture
 def no_data_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recipes of the package ask for data that are not here."""
-    monkeypatch.setattr(beforehand, "require_inputs", lambda *_: None)
+    monkeypatch.setattr(preflight, "require_inputs", lambda *_: None)
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)

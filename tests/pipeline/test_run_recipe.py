@@ -19,7 +19,7 @@ from rankwise.errors import UsageError
 from rankwise.files.plan import PLAN_FILE
 from rankwise.files.run_folder import RunFolder
 from rankwise.options.field import flatten
-from rankwise.pipeline import beforehand
+from rankwise.pipeline import preflight
 from rankwise.pipeline.recipe import PACKAGED, find_recipe, load_recipe, read_content
 from rankwise.pipeline.run import STATE
 from rankwise.pipeline.table import configured
@@ -230,7 +230,7 @@ def test_recipes_are_found_by_path_and_by_name(recipe: Path, tmp_path: Path, mon
 def test_packaged_recipes_are_sound(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(beforehand, "require_inputs", lambda *_: None)  # their data are not here
+    monkeypatch.setattr(preflight, "require_inputs", lambda *_: None)  # their data are not here
     assert cli.main(["run", str(path), "-o", str(tmp_path / "out"), "--dry-run"]) == 0
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert content["name"] == path.stem and content["description"]

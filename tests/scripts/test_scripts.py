@@ -17,7 +17,8 @@ from tiny import tiny_llama
 from transformers import Trainer, TrainingArguments
 
 from rankwise import cli, scripts
-from rankwise.core.phase import bind, parse_schedule, strategy
+from rankwise.core.phase import bind
+from rankwise.core.schedule import parse_schedule, strategy
 from rankwise.data.device import DeviceTarget
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.predictions import EvaluationResult

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import Subset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from rankwise.core.phase import Bound, BoundNorm, bind, boundaries, parse_schedule
+from rankwise.core.phase import Bound, BoundNorm, bind, boundaries
 from rankwise.core.plan import PlannedSite, RankPlan
+from rankwise.core.schedule import parse_schedule
 from rankwise.data.dataset import Collator
 from rankwise.data.render import IGNORED
 from rankwise.errors import Interrupted, UsageError, VerificationError

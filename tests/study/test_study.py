@@ -16,7 +16,8 @@ from transformers import LlamaForCausalLM
 
 from rankwise import cli
 from rankwise.core.allocate import TOLERANCE, equalised, is_equal, spent
-from rankwise.core.phase import bind, parse_schedule, permuted_form, random_form, returns, reversed_form
+from rankwise.core.phase import bind, returns
+from rankwise.core.schedule import parse_schedule, permuted_form, random_form, reversed_form
 from rankwise.core.site import Site, describe
 from rankwise.data.example import Example, Turn
 from rankwise.data.split import Sizes, divided

@@ -15,17 +15,8 @@ from tiny import tiny_llama
 from torch import nn
 from transformers import TrainerCallback
 
-from rankwise.core.phase import (
-    STRATEGIES,
-    BoundNorm,
-    BoundPhases,
-    Lisa,
-    Phases,
-    bind,
-    boundaries,
-    parse_schedule,
-    strategy,
-)
+from rankwise.core.phase import BoundNorm, BoundPhases, Lisa, Phases, bind, boundaries
+from rankwise.core.schedule import STRATEGIES, parse_schedule, strategy
 from rankwise.core.site import Site, describe
 from rankwise.errors import DataError, UsageError
 from rankwise.models.load import meta_model

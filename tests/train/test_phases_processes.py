@@ -11,7 +11,8 @@ import torch
 from rows import make_trainer, weights
 from tiny import tiny_llama
 
-from rankwise.core.phase import bind, parse_schedule
+from rankwise.core.phase import bind
+from rankwise.core.schedule import parse_schedule
 from rankwise.models.load import meta_model
 from rankwise.models.sites import model_sites
 from rankwise.train.phases import PhaseKeeper
@@ -29,7 +30,7 @@ SCRIPT = """
     from torch.distributed.tensor import DTensor
 
     from rankwise.core.phase import bind
-    from rankwise.core.phase import parse_schedule
+    from rankwise.core.schedule import parse_schedule
     from rankwise.models.load import meta_model
     from rankwise.models.sites import model_sites
     from rankwise.files.processes import finish, process_index

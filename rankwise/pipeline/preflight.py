@@ -1,0 +1,207 @@
+"""What is asked of a command before it reads or writes anything: libraries, inputs, places of outputs.
+
+    require_extras("train", config)     UsageError: --report_to wandb: wandb is not installed …; it comes with: …
+    ready("train", config)              UsageError, DataError, or nothing
+    ready("train", config, made, run)   in a recipe: earlier stages make what is at or below `made`; `run` is its folder
+
+Which option names a path, and of what, stands at the option (`option(path=…)`). A scored task knows its own libraries
+(`evaluate/tasks.py`): a command's `check_installed` asks for those. A command that runs recipes has a `ready(config)`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import DataError, UsageError, need
+from rankwise.files.adapter import is_adapter
+from rankwise.files.checkpoint import HUB_ID
+from rankwise.options.field import Option, flatten, neighbours, options_of
+from rankwise.options.sections import TASKS
+from rankwise.pipeline.idle import Told
+from rankwise.pipeline.table import stage_of
+
+DRAWING = ("ranks", "compare", "features compare", "features downstream")
+TRAINERS = ("train", "finetune")
+READING = (*TRAINERS, "ranks", "check", "evaluate", "merge", "study", "validate", "bundle")
+LLAMA = ("validate", "bundle")
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A module that is not in the minimal install, the commands that need it, and when they do.
+
+    flag: what asks for it, as a command line says it. brings: the extra in brackets, or the package, that brings it
+    [the package of the module's name]. instead: an option that does without.
+    """
+
+    module: str
+    commands: tuple[str, ...]
+    flag: str
+    asked: Callable[[Told], bool] = lambda told: True
+    brings: str = ""
+    instead: str = ""
+
+    def require(self) -> None:
+        extra = self.brings[1:-1] if self.brings.startswith("[") else ""
+        try:
+            need(self.module, extra, "" if extra else self.brings or self.module.replace("_", "-").replace(".", "-"))
+        except UsageError as error:
+            otherwise = f", or leave it out: {self.instead}" if self.instead else ""
+            raise UsageError(f"{self.flag}: {error}{otherwise}") from error
+
+
+def on(name: str) -> Callable[[Told], bool]:
+    """Whether an option is given, or switched on."""
+    return lambda told: bool(told.get(name))
+
+
+def ends(name: str, suffix: str) -> Callable[[Told], bool]:
+    return lambda told: str(told.get(name) or "").endswith(suffix)
+
+
+def reports_to(tracker: str) -> Callable[[Told], bool]:
+    return lambda told: tracker in names(told.report_to) or (tracker == "wandb" and bool(told.use_wandb))
+
+
+def names(value: Any) -> list[str]:
+    """A list, or one text of several names with commas between, in lower case."""
+    parts = value if isinstance(value, list) else str(value or "").split(",")
+    return [str(part).strip().lower() for part in parts]
+
+
+def optim(*beginnings: str) -> Callable[[Told], bool]:
+    return lambda told: str(told.optim or "").lower().startswith(beginnings)
+
+
+def of_bitsandbytes(told: Told) -> bool:
+    name = str(told.optim or "").lower()
+    return name.startswith(("paged_", "ademamix", "lion_")) or "bnb" in name or name == "adamw_8bit"
+
+
+TRACKERS = {name: name for name in "wandb tensorboard trackio mlflow comet_ml clearml neptune codecarbon".split()}
+TRACKERS |= {"dvclive": "dvclive", "swanlab": "swanlab", "dagshub": "dagshub"}
+TRACKERS |= {"flyte": "flytekit", "azure_ml": "azureml.core"}
+OPTIMIZERS = {
+    "galore_torch": ("galore_",),
+    "apollo_torch": ("apollo_",),
+    "lomo_optim": ("lomo", "adalomo"),
+    "grokadamw": ("grokadamw",),
+    "schedulefree": ("schedule_free_",),
+    "optimi": ("stable_adamw",),
+    "torchao": ("adamw_torch_4bit", "adamw_torch_8bit"),
+}
+EXTRAS = (
+    Extra("matplotlib", DRAWING, "the pictures", lambda told: not told.no_plots, "[plots]", "--no_plots"),
+    Extra("matplotlib", ("features show",), "the pictures", brings="[plots]"),
+    *(
+        Extra(
+            module,
+            TRAINERS,
+            f"--report_to {name}",
+            reports_to(name),
+            "[track]" if name in ("wandb", "tensorboard") else "",
+            "--report_to none",
+        )
+        for name, module in TRACKERS.items()
+    ),
+    *(
+        Extra(module, TRAINERS, f"--optim {begin[0]}…", optim(*begin), "torch-optimi" if module == "optimi" else "")
+        for module, begin in OPTIMIZERS.items()
+    ),
+    Extra("bitsandbytes", TRAINERS, "this --optim", of_bitsandbytes, "[quant]"),
+    Extra("bitsandbytes", TRAINERS, "--load_in_4bit", on("load_in_4bit"), "[quant]"),
+    Extra("bitsandbytes", TRAINERS, "--load_in_8bit", on("load_in_8bit"), "[quant]"),
+    Extra("scipy.stats", TRAINERS, "LoftQ", lambda told: told.init_lora_weights == "loftq", "[eval]"),
+    Extra("liger_kernel", TRAINERS, "--use_liger_kernel", on("use_liger_kernel")),
+    Extra("deepspeed", TRAINERS, "--deepspeed", on("deepspeed")),
+    Extra("scipy.stats", ("ranks",), "--gain", on("gain"), "[eval]"),
+    Extra("scipy.stats", ("study", *LLAMA), "the command", brings="[eval]"),
+    Extra("gguf", ("export",), "the command", lambda told: bool(told.model or told.adapter_gguf), "[device]"),
+    Extra("gguf", LLAMA, "the command", lambda told: not told.replay, "[device]"),
+    Extra("xllamacpp", LLAMA, "llama.cpp", lambda told: not told.server, "[device]", "--server ADDRESS"),
+    Extra("pooch", (*READING, "label"), "--download", on("download"), "[data]"),
+    Extra("py7zr", READING, "a .7z file", ends("data_path", ".7z"), "[data]"),
+    Extra("pyarrow.parquet", ("features capture",), "a parquet file", ends("images", ".parquet"), "[data]"),
+)
+
+
+def require_extras(command: str, config: Any) -> None:
+    """UsageError naming the extra, or the package, of the first module that the options ask for and that is missing."""
+    told = Told(flatten(config))
+    for extra in EXTRAS:
+        if command in extra.commands and extra.asked(told):
+            extra.require()
+
+
+def ready(command: str, config: Any, made: Sequence[Path] = (), run: Path | None = None) -> None:
+    """Raises what can be said beforehand; see the module."""
+    stage, options = stage_of(command), list(options_of(config))
+    if hasattr(stage, "check_installed"):  # a task's scorers, llama.cpp's converter: of options that go together
+        stage.check_installed(config)
+    for kind, require in (("folder", require_folder), ("file", require_file)):
+        for item in options:
+            if item.path == kind and item.default:
+                require(item.name, item.default)
+    if hasattr(stage, "ready"):
+        stage.ready(config)
+    else:
+        require_inputs(options, [path.absolute() for path in made], run.absolute() if run else None)
+
+
+def require_inputs(options: Sequence[Option], made: Sequence[Path], run: Path | None) -> None:
+    """DataError for an input that is neither there nor made by an earlier stage."""
+    told = Told({item.name: item.default for item in options})
+    without_rows = told.synthetic or (told.task or TASKS[0]) not in TASKS  # the harness has data of its own
+    for kind in ("read", "weights", "model"):
+        for item in options:
+            if item.path == kind and not (without_rows and item.name in ("images", "data_path")):
+                for value in item.default if isinstance(item.default, list) else [item.default]:
+                    path = Path(value or "").expanduser().absolute()
+                    if value and path != run and not any(path.is_relative_to(place) for place in made):
+                        require_input(item, value, fetched=bool(told.download))
+
+
+def require_input(item: Option, value: str, *, fetched: bool) -> None:
+    """A missing path may be a hub id, or a folder that `--download` fills; of a model's folder the config is asked."""
+    path = Path(value).expanduser()
+    if path.exists():
+        if item.path == "model" and not (path / "config.json").is_file() and not is_adapter(path):
+            raise DataError(f"{path}: no config.json, so this is not a Hugging Face model folder (--{item.name})")
+    elif item.path == "read":
+        raise DataError(f"{value}: no such file or folder (--{item.name}){neighbours(Path(value))}")
+    elif not HUB_ID.fullmatch(value) and not (fetched and item.name in ("data_path", "images")):
+        said = f"{value}: no such file or folder, nor a hub id of the form org/name (--{item.name})"
+        raise DataError(f"{said}{neighbours(Path(value))}")
+
+
+def require_folder(option: str, value: str) -> None:
+    """UsageError where a folder cannot be made or written into."""
+    place = nearest(Path(value).expanduser())
+    if not place.is_dir():
+        raise UsageError(f"--{option} {value}: cannot be a run folder, for {place} is a file; choose another one")
+    require_writable(option, value, place)
+
+
+def require_file(option: str, value: str) -> None:
+    """UsageError where a file cannot be written."""
+    path = Path(value).expanduser()
+    place = nearest(path.parent)
+    if path.is_dir():
+        raise UsageError(f"--{option} {value}: cannot be written there: it is a folder; give a file's name")
+    if not place.is_dir():
+        raise UsageError(f"--{option} {value}: cannot be written there, for {place} is a file; choose another place")
+    require_writable(option, value, place)
+
+
+def nearest(path: Path) -> Path:
+    """The path itself or the first folder above it that exists."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
+
+
+def require_writable(option: str, value: str, place: Path) -> None:
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"--{option} {value}: no permission to write to {place}; choose another place")
