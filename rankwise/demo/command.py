@@ -1,7 +1,7 @@
 """rankwise demo: the whole flow on a model and data that it makes itself. No network, no GPU, about three minutes.
 
-It makes a world (a grammar of restaurants; with --vision, drawings: demo_vision.py), a base model that has read about
-it, and a task that the base has never seen, and then runs `recipes/demo.yaml` like anyone would.
+It makes a world (a grammar of restaurants; with --vision, drawings), a base model that knows it, and a task that the
+base has never met, and then runs `recipes/demo.yaml` (or demo_vision.yaml) like anyone would.
 """
 
 from __future__ import annotations
@@ -12,39 +12,43 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rankwise.data.dataset import Collator
+from rankwise.data.device import DeviceTarget
 from rankwise.data.sources import load
 from rankwise.data.template import sections
-from rankwise.demo import vision
-from rankwise.demo.pretrain import pretrain
+from rankwise.demo.base import Course, spoken, train_text_base, train_vision_base
+from rankwise.demo.drawings import FEATURES, captioned, contents, seen, write_conversations
 from rankwise.demo.restaurants import guide, write_task
 from rankwise.errors import UsageError, need
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.atomic import atomic_folder, read_object
 from rankwise.files.run_folder import RunFolder
 from rankwise.gguf.converter import find_converter
-from rankwise.models.tiny import random_llama, save_tokenizer
+from rankwise.models.tiny_vision import SIDE
 from rankwise.options.commands import DemoConfig, RunConfig
-from rankwise.page.text import amount, duration
+from rankwise.page.text import duration
 from rankwise.pipeline import run as recipes
 from rankwise.pipeline.recipe import find_recipe, load_recipe
 
 
 @dataclass(frozen=True)
 class World:
-    """How large everything is. The defaults take about three minutes on two cores."""
+    """How large everything is."""
 
-    pages: int = 8000
-    vocabulary: int = 800
-    steps: int = 800
-    batch_size: int = 16
-    learning_rate: float = 3e-3
-    train_rows: int = 400
-    references: int = 3
-    dev_rows: int = 64
+    train_rows: int
+    held_out_rows: int
+    course: Course
 
 
-QUICK = World(pages=200, vocabulary=400, steps=4, train_rows=24, dev_rows=6)
+# By --vision, then by --quick. The whole ones take about three minutes on two cores, with --vision four.
+WORLDS = {
+    False: {False: World(400, 64, Course(8000, 800, 800)), True: World(24, 6, Course(200, 400, 4))},
+    True: {
+        False: World(800, 200, Course(6000, 400, 1400, eye_steps=180)),
+        True: World(24, 10, Course(60, 340, 4, eye_steps=2)),
+    },
+}
+REFERENCES, TURNS = 3, 3  # wordings per meaning representation, questions per image
+TRAIN, HELD_OUT = "train.json", "heldout.json"
 QUICK_CHANGES = tuple(
     "train.max_steps=4 probe.subset_ratio=0.5 ranks.num_samples=6 before.num_samples=4 after.num_samples=4 "
     "before.max_new_tokens=8 after.max_new_tokens=8 ranks.no_plots=true "
@@ -96,12 +100,15 @@ def recipe_name(config: DemoConfig) -> str:
 
 
 def make(config: DemoConfig, folder: Path) -> None:
-    if config.vision:
-        vision.make(folder, vision.QUICK if config.quick else vision.World(), config.seed)
-        return
-    world = QUICK if config.quick else World()
-    make_data(folder / "data", world, config.seed)
-    make_base(folder / "base", folder / "data", world, config.seed)
+    """`data` and `base` in the run folder, each where it is not there yet."""
+    world = WORLDS[config.vision][config.quick]
+    data_of, base_of = (make_conversations, make_vision_base) if config.vision else (make_rows, make_text_base)
+    if not (folder / "data").is_dir():
+        with atomic_folder(folder / "data") as made:
+            data_of(made, world, random.Random(config.seed))
+    if not (folder / "base").is_dir():
+        with atomic_folder(folder / "base") as made:
+            base_of(made, folder / "data", world.course, config.seed)
 
 
 def recipe_config(config: DemoConfig, *, shipping: bool = True) -> RunConfig:
@@ -115,40 +122,32 @@ def recipe_config(config: DemoConfig, *, shipping: bool = True) -> RunConfig:
     return RunConfig(recipe=recipe, output_dir=str(run_folder(config)), set=changes, only=only)
 
 
-def make_data(folder: Path, world: World, seed: int) -> None:
+def make_rows(folder: Path, world: World, generator: random.Random) -> None:
     """trainset.csv and devset.csv in the official form; names and foods of held-out rows never met in training."""
-    if folder.is_dir():
-        return
-    generator = random.Random(seed)
-    with atomic_folder(folder) as made:
-        rows, references = world.train_rows, world.references
-        write_task(made / "trainset.csv", generator, count=rows, references=references, held_out=False)
-        write_task(made / "devset.csv", generator, count=world.dev_rows, references=references, held_out=True)
+    for name, count, held_out in (("trainset.csv", world.train_rows, False), ("devset.csv", world.held_out_rows, True)):
+        write_task(folder / name, generator, count=count, references=REFERENCES, held_out=held_out)
 
 
-def make_base(folder: Path, data: Path, world: World, seed: int) -> None:
+def make_conversations(folder: Path, world: World, generator: random.Random) -> None:
+    """Conversations in LLaVA form with their images; held-out (colour, shape) pairs never met in training."""
+    write_conversations(folder / TRAIN, generator, count=world.train_rows, turns=TURNS, held_out=False)
+    write_conversations(folder / HELD_OUT, generator, count=world.held_out_rows, turns=1, held_out=True)
+
+
+def make_text_base(folder: Path, data: Path, course: Course, seed: int) -> None:
     """A Llama of a million parameters that has read guide pages: it speaks, and has never seen the task."""
-    if folder.is_dir():
-        return
-    started = time.monotonic()
-    pages = guide(random.Random(seed), world.pages)
-    with atomic_folder(folder) as made:
-        tokenizer = save_tokenizer(made, [*pages[:2000], *prompts(data)], world.vocabulary)
-        model = random_llama(tokenizer, seed)
-        print(f"base: a Llama of {amount(model.num_parameters())} parameters reads {world.pages:,} pages", flush=True)
-        # every page is one sample with an end token, every token a label
-        encoded = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(pages)["input_ids"]]
-        loss = pretrain(
-            model,
-            [{"input_ids": ids, "labels": ids, "sample_index": index} for index, ids in enumerate(encoded)],
-            Collator.of(tokenizer),
-            steps=world.steps,
-            batch_size=world.batch_size,
-            learning_rate=world.learning_rate,
-            seed=seed,
-        )
-        model.save_pretrained(made)
-    print(f"base: loss {loss:.2f} nats per token after {duration(time.monotonic() - started)}", flush=True)
+    train_text_base(folder, guide(random.Random(seed), course.samples), prompts(data), course, seed)
+
+
+def make_vision_base(folder: Path, data: Path, course: Course, seed: int) -> None:
+    """A SmolVLM of a million parameters that has learnt to describe images, and has never been asked a question."""
+    generator = random.Random(seed)
+    pictures = seen(generator, course.samples)
+    examples = captioned(pictures, generator)
+    texts = spoken([*load("conversations", data / TRAIN), *examples[:2000]])
+    classes = [1 + len(names) for names in FEATURES.values()]
+    train_vision_base(folder, texts, examples, [contents(scene) for scene, _ in pictures], classes, course, seed)
+    DeviceTarget(image_size=SIDE).save(folder)  # from here on everything sees images as llama.cpp will show them
 
 
 def prompts(data: Path) -> list[str]:
@@ -168,13 +167,11 @@ def summary(folder: Path, seconds: float, metrics: Sequence[str]) -> str:
 
 
 def describe(config: DemoConfig) -> list[str]:
-    world = QUICK if config.quick else World()
-    seen = vision.QUICK if config.quick else vision.World()
-    made = f"{seen.train_rows} conversations about drawings" if config.vision else ""
-    made = made or f"{world.train_rows} meaning representations"
+    world = WORLDS[config.vision][config.quick]
+    rows = f"{world.train_rows} {'conversations about drawings' if config.vision else 'meaning representations'}"
     return [
-        f"make a task of {made} and a base model in {run_folder(config)}",
-        f"pretrain the base for {seen.steps if config.vision else world.steps} steps",
+        f"make a task of {rows} and a base model in {run_folder(config)}",
+        f"pretrain the base for {world.course.steps} steps",
         f"run the recipe {recipe_config(config).recipe!r} (finetune, ranks, train, evaluate before and after, merge, "
         "export, validate, report)",
     ]

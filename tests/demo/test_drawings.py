@@ -15,29 +15,27 @@ from PIL import Image
 
 from rankwise.data.images import ImageReader
 from rankwise.data.sources import load
-from rankwise.demo.drawing_talk import (
-    ASKED,
-    KINDS,
-    Question,
-    captioned,
-    conversations,
-    questions,
-    seen,
-    write_conversations,
-)
 from rankwise.demo.drawings import (
+    ASKED,
     BESIDE,
     COLOURS,
     FEATURES,
+    KINDS,
     LOOKS,
     PLACES,
     SHAPES,
     SIDE,
+    Question,
     Scene,
     Thing,
+    captioned,
     contents,
+    conversations,
     draw,
     paint,
+    questions,
+    seen,
+    write_conversations,
 )
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}

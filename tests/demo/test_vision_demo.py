@@ -14,10 +14,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rankwise import cli
 from rankwise.data.example import Example
+from rankwise.demo.base import spoken
 from rankwise.demo.command import lacking_parts
-from rankwise.demo.drawing_talk import captioned, seen
-from rankwise.demo.drawings import draw, paint
-from rankwise.demo.vision import spoken
+from rankwise.demo.drawings import captioned, draw, paint, seen
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.models.tiny import check_same_ids
 from rankwise.models.tiny_vision import (
