@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from workload import command, machine
 
 from rankwise.gguf.converter import Converter, converter_environment, find_converter
-from rankwise.gguf.export import read_export
+from rankwise.gguf.reading import read_export
 from rankwise.models.tiny import save_tokenizer
 
 TEXTS = ("The Vaults pub near Café Adriatic has a 5 star rating. Prices start at £30.", "Alimentum is in the city.")

@@ -27,7 +27,7 @@ from rankwise.core.geometry import letterbox
 from rankwise.data import device, pixels
 from rankwise.data.device import read_target
 from rankwise.data.label_task import read_task
-from rankwise.device.parity.skia_pixels import unavailable
+from rankwise.device.parity.pixels import unavailable
 from rankwise.files.atomic import write_json, write_text
 
 Row = dict[str, Any]

@@ -31,8 +31,8 @@ from rankwise.device.parity.floor import Floor
 from rankwise.device.sides import Shipment, Shipped, Trained, trained_side
 from rankwise.gguf import command as export
 from rankwise.gguf.converter import Converter
-from rankwise.gguf.export import Exported, read_export
 from rankwise.gguf.plan import ExportPlan, plan_export
+from rankwise.gguf.reading import Exported, read_export
 from rankwise.merge import command as merge
 from rankwise.options.commands import DemoConfig, ExportConfig, MergeConfig, TinyConfig, ValidateConfig
 from rankwise.options.sections import ScoredData

@@ -28,8 +28,7 @@ from PIL import Image
 
 from rankwise.core.geometry import letterbox
 from rankwise.data.device import encoded, resize_for_device
-from rankwise.device.parity.pixels import sha256_rgb
-from rankwise.device.parity.skia_pixels import skia_pixels, unavailable
+from rankwise.device.parity.pixels import sha256_rgb, skia_pixels, unavailable
 from rankwise.files.atomic import write_json, write_text
 
 ROOT = Path(__file__).parent.parent

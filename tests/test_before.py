@@ -38,7 +38,7 @@ from rankwise.files.atomic import read_json
 from rankwise.files.ledger import Ledger
 from rankwise.files.plan import read_plan, write_plan
 from rankwise.files.run_folder import RunFolder, read_marks, write_mark
-from rankwise.gguf.export import MMPROJ, TEXT, read_export
+from rankwise.gguf.reading import MMPROJ, TEXT, read_export
 from rankwise.labels.dataset import read_rows
 from rankwise.labels.teacher.ledger import AnswerLedger
 from rankwise.models.depth.settings import read_depth, write_depth

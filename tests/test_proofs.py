@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.device.parity.ladder import RUNGS
+from rankwise.device.parity.rungs import RUNGS
 
 ROOT = Path(__file__).parents[1]
 ROW = re.compile(r"\| (?P<proof>[^|]+) \| (?P<catches>[^|]+) \| `(?P<file>test_\w+\.py)::(?P<test>test_\w+)` \|")

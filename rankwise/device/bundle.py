@@ -53,8 +53,7 @@ from rankwise.device.sides import LAST, ROOM, Shipment, Shipped, Trained, contex
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.atomic import atomic_folder, fingerprint, read_document, read_object, sha256, write_text
 from rankwise.files.run_folder import CONFIG, RunFolder, called
-from rankwise.gguf.export import Exported, read_export
-from rankwise.gguf.reading import GGUFFile
+from rankwise.gguf.reading import Exported, GGUFFile, read_export
 from rankwise.options.commands import BundleConfig, ValidateConfig
 from rankwise.options.sections import ScoredData
 from rankwise.page.text import command_line

@@ -29,13 +29,13 @@ from rankwise.data.render import Renderer
 from rankwise.device.parity.cases import Case
 from rankwise.device.parity.ladder import Ladder
 from rankwise.device.parity.reference import Expected
-from rankwise.device.parity.rung import unmeasured
+from rankwise.device.parity.rungs import said, unmeasured
 from rankwise.device.scores import Abstention
 from rankwise.errors import DataError, VerificationError
 from rankwise.evaluate.likelihood import answer_ids
 from rankwise.files.atomic import read_document, read_object, sha256, write_json, write_text
+from rankwise.gguf.metadata import SPACES
 from rankwise.gguf.reading import GGUFFile
-from rankwise.gguf.vocabulary import SPACES
 
 FILE, FORMAT = "bundle.json", "rankwise-bundle/1"
 PROMPT, PROMPT_JSON, LABELS, GRAMMAR, ABSTAIN = (
@@ -245,7 +245,7 @@ def read_bundle(folder: Path) -> dict[str, Any]:
 def ladder_lines(ladder: Ladder) -> list[str]:
     """One line for each rung, why one is not measured, and why the first broken one is broken."""
     width = max(len(rung.name) for rung in ladder.rungs)
-    lines = [f"  {rung.name.ljust(width)}  {rung.said}" for rung in ladder.rungs]
+    lines = [f"  {rung.name.ljust(width)}  {said(rung.as_dict())}" for rung in ladder.rungs]
     lines += [f"  {line}" for line in unmeasured(ladder.as_dict()["rungs"])]
     broken = ladder.first_broken
     return [*lines, f"  first to differ: {broken.name}: {broken.why}"] if broken else lines

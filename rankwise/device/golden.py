@@ -25,8 +25,7 @@ from rankwise.data.example import Example, Turn
 from rankwise.data.images import ImageReader
 from rankwise.data.pixels import suffix_of
 from rankwise.device.parity.cases import Case, Source
-from rankwise.device.parity.divergence import top_of
-from rankwise.device.parity.floor import Thresholds
+from rankwise.device.parity.floor import Thresholds, top_of
 from rankwise.device.parity.pixels import on_canvas, sha256_rgb
 from rankwise.device.parity.reference import Expected, Pixels, Reference
 from rankwise.errors import DataError

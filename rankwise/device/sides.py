@@ -25,9 +25,8 @@ from rankwise.device.llama.client import ServerRuntime
 from rankwise.device.llama.generator import Answered, GGUFGenerator, Witness
 from rankwise.device.llama.runtime import LlamaServer, RemoteServer
 from rankwise.device.parity.cases import Case, blind, case_of, pick
-from rankwise.device.parity.embedder import Embedder
 from rankwise.device.parity.floor import Floor, measure_floor
-from rankwise.device.parity.ladder import Ladder, climb
+from rankwise.device.parity.ladder import Embedder, Ladder, climb
 from rankwise.device.parity.pixels import AppPixels
 from rankwise.device.parity.reference import HFReference
 from rankwise.device.scores import latency, rights, scores
@@ -38,8 +37,7 @@ from rankwise.evaluate.tasks import Task, evaluate, task
 from rankwise.files.atomic import fingerprint, fingerprints
 from rankwise.files.checkpoint import base_files, resolve
 from rankwise.files.processes import announce
-from rankwise.gguf.export import Exported, read_export
-from rankwise.gguf.reading import GGUFFile
+from rankwise.gguf.reading import Exported, GGUFFile, read_export
 from rankwise.models.load import load_config, load_model
 from rankwise.options.commands import ValidateConfig
 from rankwise.options.sections import DataSection, ModelSection

@@ -20,7 +20,7 @@ from rankwise.device.scores import NOT_INFERIOR, UNDECIDED, Difference, compared
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.bootstrap import wilson
 from rankwise.files.atomic import write_json
-from rankwise.gguf.export import quantize
+from rankwise.gguf.quantize import quantize
 
 FILE, FORMAT = "sweep.json", "rankwise-sweep/1"
 MARGIN = 0.02  # of accuracy

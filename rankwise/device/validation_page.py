@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.device.parity.rung import said, unmeasured
+from rankwise.device.parity.rungs import said, unmeasured
 from rankwise.device.scores import FORMAT
 from rankwise.errors import UsageError
 from rankwise.evaluate.classify import plot_confusion

@@ -23,9 +23,10 @@ from rankwise.files.checkpoint import resolve
 from rankwise.files.lineage import trained_rows
 from rankwise.files.run_folder import RunFolder
 from rankwise.gguf.converter import OUTTYPES, Converter, converter_folder, find_converter, install_converter
-from rankwise.gguf.export import FILE, FORMAT, Exported, read_export, write_export
+from rankwise.gguf.export import write_export
 from rankwise.gguf.lora import largest_rank, read_plain, require_text_sites, write_adapter_gguf
 from rankwise.gguf.plan import ExportPlan, plan_export, require_model, require_space
+from rankwise.gguf.reading import FILE, FORMAT, Exported, read_export
 from rankwise.models.load import load_config
 from rankwise.options.commands import ExportConfig
 from rankwise.options.sections import ModelSection

@@ -1,42 +1,39 @@
-"""A merged checkpoint as GGUF files: converted by llama.cpp's own converter, then proven; and the folder read back.
+"""A merged checkpoint as GGUF files: converted by llama.cpp's own converter, then proven.
 
 plan = plan_export("merged_model", outtypes=["f16", "q8_0"], converter=find_converter())   # nothing is written yet
 with atomic_folder("exported") as folder:
     content = write_export(plan, folder)        # GGUF files, verified, and export.json
+
+    checkpoint ═(bit for bit, up to row order: provenance.py)═ f32 GGUF ═(within the type's rounding)═ f16, q8_0 GGUF
+
+The proof compares every tensor of a GGUF with the same converter's float32 file, and looks for the tuning in it. A
+number format says how far a value may be from its float32 original; an error beyond that is damage, not rounding.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-import subprocess
-import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from rankwise.data.recorded import carry
-from rankwise.errors import DataError, UsageError, VerificationError
-from rankwise.files.atomic import atomic_write, fingerprint, read_document, sha256, write_json
-from rankwise.files.lineage import EXPORT
+from rankwise.errors import VerificationError
+from rankwise.files.atomic import fingerprint, sha256, write_json
+from rankwise.files.checkpoint import Checkpoint
 from rankwise.gguf.converter import Job
-from rankwise.gguf.metadata import check_numbers, text_numbers, vision_numbers
-from rankwise.gguf.plan import MMPROJ, REFERENCE, TEXT, ExportPlan
-from rankwise.gguf.provenance import Origins, origins, require_complete
-from rankwise.gguf.reading import GGUFFile
-from rankwise.gguf.verify import Tuned, changed_keys, compare_tensors, kept_wider, summary, tuned_summary, tuning_kept
-from rankwise.gguf.view import shown
-from rankwise.gguf.vocabulary import check_metadata, silence
+from rankwise.gguf.metadata import check_numbers, check_tokenizer, silence, text_numbers, vision_numbers
+from rankwise.gguf.plan import REFERENCE, ExportPlan
+from rankwise.gguf.provenance import Origins, first_few, origins, require_complete
+from rankwise.gguf.reading import FILE, FORMAT, MMPROJ, TEXT, GGUFFile
+from rankwise.gguf.view import model_view
 
-FILE, FORMAT = EXPORT, "rankwise-export/1"
 Files = Mapping[tuple[str, str], GGUFFile]  # by (outtype, kind)
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def write_export(plan: ExportPlan, folder: Path) -> dict[str, Any]:
@@ -54,12 +51,11 @@ def write_export(plan: ExportPlan, folder: Path) -> dict[str, Any]:
         for outtype, place in places.items()
         for kind in plan.kinds
     ]
-    with shown(plan.model, plan.changes, plan.name) as view:
+    with model_view(plan.model, plan.changes, plan.name) as view:
         plan.converter.convert_all(view, jobs, plan.name)
-    if plan.silenced:
-        for job in jobs:
-            if not job.mmproj:
-                silence(job.outfile)
+    for job in jobs:
+        if plan.silenced and not job.mmproj:
+            silence(job.outfile)
     files = {
         (outtype, kind): GGUFFile(folder / plan.file(outtype, kind)) for outtype in plan.outtypes for kind in plan.kinds
     }
@@ -67,7 +63,9 @@ def write_export(plan: ExportPlan, folder: Path) -> dict[str, Any]:
     shutil.rmtree(reference, ignore_errors=True)
     content = description(plan, files, proof)
     write_json(folder / FILE, content)
-    copy_contracts(plan, folder)
+    carry(plan.model, folder)
+    if plan.target:
+        plan.target.save(folder)
     return content
 
 
@@ -79,8 +77,10 @@ def verification(plan: ExportPlan, files: Files, place: Path) -> dict[str, Any]:
     found = {kind: origins(file, plan.checkpoint) for kind, file in references.items()}
     text_alone = references[TEXT] if plan.sees and not plan.mmproj else None
     left_out = require_complete(plan.checkpoint, list(found.values()), text_alone)
-    metadata = check_metadata(references[TEXT], plan.vocabulary)
-    numbers = {kind: numbers_of(plan, file, kind) for kind, file in references.items()}
+    metadata = check_tokenizer(references[TEXT], plan.vocabulary)
+    numbers = {TEXT: text_numbers(references[TEXT], plan.model)}
+    if MMPROJ in references:
+        numbers[MMPROJ] = vision_numbers(references[MMPROJ], plan.model, plan.target)
     for kind, file in references.items():
         check_numbers(file, numbers[kind])
     tables: dict[str, dict[str, Any]] = {}
@@ -91,10 +91,11 @@ def verification(plan: ExportPlan, files: Files, place: Path) -> dict[str, Any]:
         for kind in tqdm(plan.kinds, desc=f"verifying {outtype}", disable=None, leave=False):
             file = files[outtype, kind]
             if kind == TEXT:
-                check_metadata(file, plan.vocabulary)
+                check_tokenizer(file, plan.vocabulary)
             check_numbers(file, numbers[kind])
             tables[outtype][kind] = summary(compare_tensors(file, references[kind], outtype))
-            tuned[file.path.name] = tuning(plan, file, found[kind], changed)
+            if plan.base:
+                tuned[file.path.name] = tuning_kept(file, found[kind], plan.base, plan.checkpoint, changed)
     return {
         "checkpoint": {
             "tensors": {kind: len(one.found) for kind, one in found.items()},
@@ -108,15 +109,6 @@ def verification(plan: ExportPlan, files: Files, place: Path) -> dict[str, Any]:
         "tuned": tuned_summary(tuned) if plan.base else None,
         "base": str(plan.base.path) if plan.base else None,
     }
-
-
-def tuning(plan: ExportPlan, file: GGUFFile, sources: Origins, changed: Sequence[str]) -> list[Tuned]:
-    return tuning_kept(file, sources, plan.base, plan.checkpoint, changed) if plan.base else []
-
-
-def numbers_of(plan: ExportPlan, file: GGUFFile, kind: str) -> dict[str, Any]:
-    """What a file must state about the model."""
-    return text_numbers(file, plan.model) if kind == TEXT else vision_numbers(file, plan.model, plan.target)
 
 
 def description(plan: ExportPlan, files: Files, proof: dict[str, Any] | None) -> dict[str, Any]:
@@ -142,164 +134,193 @@ def files_of(plan: ExportPlan, files: Files, outtype: str) -> dict[str, Any]:
     }
 
 
-def copy_contracts(plan: ExportPlan, folder: Path) -> None:
-    """How prompts are made, what the device does to an image, and the task's classes, beside the files that answer."""
-    carry(plan.model, folder)
-    if plan.target:
-        plan.target.save(folder)
+# --- within the rounding ---------------------------------------------------------------------------------------------
 
-
-# --- reading ---------------------------------------------------------------------------------------------------------
+BLOCK = 32  # values that share a scale in Q8_0
+SLACK = 1.001  # float32 arithmetic of the comparison itself
+TINY = 1e-38  # 0 / 0
+HALF_STEP = 2.0**-25  # half the spacing of float16's smallest numbers
+ALLOWED = {
+    "f32": ("F32",),
+    "f16": ("F16", "F32"),
+    "bf16": ("BF16", "F16", "F32"),
+    "q8_0": ("Q8_0", "F16", "BF16", "F32"),
+}
+KEPT_LEAST = 0.5  # of the tuning, along its own direction; rounding leaves it near 1
+SIGMAS = 6
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Exported:
-    """An export folder: its files by type, and export.json."""
+class TensorError:
+    """How far a tensor is from its float32 original. rms: relative to the original's rms.
 
-    folder: Path
-    content: Mapping[str, Any]
+    share: the largest error as a share of what the type's rounding can cause, entry by entry; above 1 is damage.
+    """
+
+    name: str
+    type: str
+    max_abs: float
+    rms: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What is left of a tuned tensor's change: ⟨written − base, merged − base⟩ / ‖merged − base‖², 1 if all of it.
+
+    noise: standard deviation that rounding gives to this figure, ‖written − merged‖ / (√entries · ‖merged − base‖).
+    """
+
+    name: str
+    kept: float
+    noise: float
 
     @property
-    def outtypes(self) -> tuple[str, ...]:
-        return tuple(self.content["files"])
-
-    def text(self, outtype: str) -> Path:
-        """The text model's GGUF. UsageError for a type that was not exported."""
-        return self.folder / str(self._files(outtype)[TEXT])
-
-    def mmproj(self, outtype: str) -> Path | None:
-        """The vision tower's and projector's GGUF; None for a text model."""
-        name = self._files(outtype)[MMPROJ]
-        return self.folder / name if name else None
-
-    def _files(self, outtype: str) -> Mapping[str, Any]:
-        if outtype not in self.content["files"]:
-            raise UsageError(f"{self.folder}: has no {outtype} files; it has {', '.join(self.outtypes)}")
-        files: Mapping[str, Any] = self.content["files"][outtype]
-        return files
+    def lost(self) -> bool:
+        """Nearer to the base than to the tuned weights, and not for the rounding's noise."""
+        return not self.kept + SIGMAS * self.noise >= KEPT_LEAST
 
 
-def read_export(folder: Path | str) -> Exported:
-    """DataError for a folder that is no export, or lacks one of its files."""
-    folder = Path(folder)
-    if not (folder / FILE).is_file():
-        raise DataError(f"{folder}: no {FILE}; `rankwise export MODEL -o {folder}` makes one")
-    content = read_document(folder / FILE, FORMAT, "an export")
-    if not isinstance(content.get("files"), dict):
-        raise DataError(f"{folder / FILE}: lists no files; export again")
-    names = [files[kind] for files in content["files"].values() for kind in (TEXT, MMPROJ) if files.get(kind)]
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise DataError(f"{folder}: lacks {', '.join(missing)}, which {FILE} lists; export again")
-    return Exported(folder, content)
+def compare_tensors(file: GGUFFile, reference: GGUFFile, outtype: str) -> list[TensorError]:
+    """One row per tensor of `reference`.
 
-
-# What needs no importance matrix; smaller i-quants do, and their makers say so.
-FORMS = (
-    *("q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0"),
-    *("q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs"),
-    *("q3_k_l", "q3_k_m", "q3_k_s", "q2_k"),
-)
-CONVERTED = ("f32", "f16", "bf16")
-FULL = {0: "f32", 1: "f16", 32: "bf16"}  # llama.cpp's general.file_type of what may be quantized
-BINARY = "llama-quantize"
-PLACES = ("", "bin", "build/bin")
-LAST_LINES = 15
-# The package's own call; a broken source may end the process that makes it.
-DRIVER = """
-import ctypes, sys
-import llama_cpp
-source, out, kind, threads = sys.argv[1:]
-settings = llama_cpp.llama_model_quantize_default_params()
-settings.ftype = getattr(llama_cpp, kind)
-settings.nthread = int(threads)
-sys.exit(llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(settings)))
-"""
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A file that was made. types: bytes of its tensors by type; a tensor whose rows don't divide into the form's
-    blocks (256 values for K-quants) gets a larger type, and small models have many such."""
-
-    path: Path
-    form: str
-    bytes: int
-    types: Mapping[str, int]
-
-
-def quantize(
-    source: Path | str, out: Path | str, form: str, llama_cpp_dir: Path | str | None = None, threads: int = 0
-) -> Quantized:
-    """Write `source` (f32, f16 or bf16) in a form of `FORMS`; threads: 0 for as many as there are cores.
-
-    UsageError for another form or source, or where no quantizer is found; VerificationError, with the end of its
-    output, where it fails. A file that is cut off never has the final name.
+    VerificationError, naming what differs, for a missing or additional tensor, another shape, a type that `outtype`
+    doesn't write, and an error that the type's rounding does not explain.
     """
-    source, out = Path(source), Path(out)
-    check_form(form)
-    whole = GGUFFile(source)
-    kind = whole.metadata.get("general.file_type")
-    if kind not in FULL:
-        raise UsageError(f"{source} is quantized already (file type {kind}); give its f16 or f32 form")
-    command = quantizer(llama_cpp_dir)
-    with atomic_write(out) as temporary:
-        _run([*command, *_arguments(command, source, temporary, form, threads)], source, form)
-        made = GGUFFile(temporary)
-        if {one.name: one.shape for one in made.tensors.values()} != {
-            one.name: one.shape for one in whole.tensors.values()
-        }:
-            raise VerificationError(f"{source} as {form}: its tensors are not those of the source; it was not written")
-        types: Counter[str] = Counter()
-        for tensor in made.tensors.values():
-            types[tensor.type] += tensor.bytes
-    return Quantized(out, form, out.stat().st_size, dict(types))
-
-
-def check_form(form: str) -> None:
-    """UsageError with the forms there are."""
-    if form in CONVERTED:
-        raise UsageError(f"{form} comes from the converter: rankwise export --outtype {form}")
-    if form not in FORMS:
-        raise UsageError(f"{form!r} is none of {', '.join(FORMS)}")
-
-
-def quantizer(llama_cpp_dir: Path | str | None = None) -> list[str]:
-    """The command that quantizes, without its arguments; UsageError that names both ways to get one."""
-    if llama_cpp_dir is not None:
-        found = [Path(llama_cpp_dir) / place / BINARY for place in PLACES]
-        for binary in found:
-            if binary.is_file():
-                return [str(binary)]
-    if importlib.util.find_spec("llama_cpp") is not None:
-        return [sys.executable, "-c", DRIVER]
-    on_path = shutil.which(BINARY)
-    if on_path is not None:
-        return [on_path]
-    raise UsageError(
-        "no quantizer is here: pip install llama-cpp-python (it is built from source, which takes some minutes), or "
-        f"build llama.cpp and name its folder with --llama_cpp_dir (or put {BINARY} on the PATH)"
-    )
-
-
-def _arguments(command: Sequence[str], source: Path, out: Path, form: str, threads: int) -> list[str]:
-    if len(command) > 1:
-        return [str(source), str(out), f"LLAMA_FTYPE_MOSTLY_{form.upper()}", str(threads)]
-    return [str(source), str(out), form.upper(), *([str(threads)] if threads else [])]
-
-
-def _run(command: Sequence[str], source: Path, form: str) -> None:
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-    )
-    if done.returncode:
-        said = "\n".join(f"  {line}" for line in done.stdout.strip().splitlines()[-LAST_LINES:])
+    require_same_tensors(file, reference, outtype)
+    rows = [error_of(file, reference, name) for name in reference.tensors]
+    damaged = [row for row in rows if not row.share <= 1]
+    if damaged:
+        worst = max(damaged, key=lambda row: row.max_abs)
         raise VerificationError(
-            f"{source} could not be made {form}: the quantizer ended with {done.returncode}\n{said}"
+            f"{file.path}: {first_few([row.name for row in damaged])}: not the values that were converted (the largest "
+            f"error, {worst.max_abs:.3g} in {worst.name}, is more than rounding to {worst.type} makes)"
         )
+    return rows
+
+
+def require_same_tensors(file: GGUFFile, reference: GGUFFile, outtype: str) -> None:
+    ours, theirs = file.tensors, reference.tensors
+    missing, extra = [name for name in theirs if name not in ours], [name for name in ours if name not in theirs]
+    shapes = [name for name in theirs if name in ours and ours[name].shape != theirs[name].shape]
+    types = [name for name in ours if ours[name].type not in ALLOWED[outtype]]
+    problems = {
+        "missing": missing,
+        "unknown": extra,
+        "of another shape": shapes,
+        f"of a type that {outtype} does not have": types,
+    }
+    found = [f"{what}: {first_few(names)}" for what, names in problems.items() if names]
+    if found:
+        raise VerificationError(
+            f"{file.path}: {len(ours)} tensors where {reference.path.name} has {len(theirs)}; {'; '.join(found)}"
+        )
+
+
+def error_of(file: GGUFFile, reference: GGUFFile, name: str) -> TensorError:
+    original, kind = reference.tensor(name), file.tensors[name].type
+    error = file.tensor(name).sub_(original).abs_()
+    bound = rounding(original, kind).mul_(SLACK).add_(TINY)
+    share = (error / bound).max() if error.numel() else torch.zeros(())
+    norm, off = (float(torch.linalg.vector_norm(one, dtype=torch.float64)) for one in (original, error))
+    rms = off / norm if norm else off
+    return TensorError(name, kind, float(error.max()) if error.numel() else 0.0, rms, float(share))
+
+
+def rounding(original: Tensor, kind: str) -> Tensor:
+    """The largest error, entry by entry, that writing `original` (float32) as a type can cause.
+
+    Q8_0 stores d = max|block| / 127 in float16 and round(x / d): half a step, and d's own rounding 127 times over.
+    """
+    size = original.abs()
+    if kind == "F32":
+        return torch.zeros_like(size)
+    if kind == "F16":
+        return size * 2**-11 + HALF_STEP
+    if kind == "BF16":
+        return size * 2**-8
+    blocks = size.reshape(-1, BLOCK)
+    largest = blocks.amax(1, keepdim=True).expand_as(blocks).reshape(size.shape)
+    return largest * (1 / 254 + 2**-11) + 127 * HALF_STEP
+
+
+def kept_wider(file: GGUFFile, outtype: str) -> dict[str, str]:
+    """Matrices that the converter left in a wider type than asked for (rows that no block of 32 divides, say)."""
+    return {
+        tensor.name: tensor.type
+        for tensor in file.tensors.values()
+        if len(tensor.shape) > 1 and tensor.type != outtype.upper()
+    }
+
+
+def summary(rows: Sequence[TensorError]) -> dict[str, Any]:
+    """The table as JSON, and its largest figures."""
+    return {
+        "tensors": len(rows),
+        "largest_rms": max((row.rms for row in rows), default=0.0),
+        "largest_error": max((row.max_abs for row in rows), default=0.0),
+        "largest_share_of_rounding": max((row.share for row in rows), default=0.0),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+# --- the tuned tensors are the tuned ones --------------------------------------------------------------------------
+
+
+def changed_keys(base: Checkpoint, merged: Checkpoint) -> list[str]:
+    """Keys whose tensors tuning changed, beyond what storing the base in another type does to them.
+
+    VerificationError where there are none: the base itself was exported.
+    """
+    both = [key for key in merged if key in base and base.shape(key) == merged.shape(key)]
+    changed = [key for key in both if not rounded_only(base.tensor(key), merged.tensor(key))]
+    if not changed:
+        raise VerificationError(
+            f"{merged.path}: no tensor differs from the base {base.path}: is this the merged model, and the right base?"
+        )
+    return changed
+
+
+def rounded_only(before: Tensor, after: Tensor) -> bool:
+    """Whether `after` is `before` itself, or cast to a type that a merge computes or saves in."""
+    return any(torch.equal(before.to(kind).float(), after.float()) for kind in dict.fromkeys((after.dtype, *HALVES)))
+
+
+def tuning_kept(
+    file: GGUFFile, sources: Origins, base: Checkpoint, merged: Checkpoint, changed: Sequence[str]
+) -> list[Tuned]:
+    """One row per tuned tensor of the file. VerificationError where the file has the base's tensor in its place."""
+    wanted, rows = set(changed), []
+    for name, origin in sources.found.items():
+        if origin.key not in wanted or name not in file.tensors:
+            continue
+        before, after = (origin.apply(which.tensor(origin.key).float()) for which in (base, merged))
+        if before is not None and after is not None:
+            written = file.tensor(name).reshape(before.shape)
+            rows.append(tuning_of(name, written, before, after))
+    lost = [row.name for row in rows if row.lost]
+    if lost:
+        raise VerificationError(f"{file.path}: {first_few(lost)}: nearer to the base's weights than to the tuned ones")
+    return rows
+
+
+def tuning_of(name: str, written: Tensor, before: Tensor, after: Tensor) -> Tuned:
+    change, error = (after - before).double(), (written - after).double()
+    size = float(change.norm())
+    kept = 1 + float((error * change).sum()) / size**2
+    return Tuned(name, kept, float(error.norm()) / (change.numel() ** 0.5 * size))
+
+
+def tuned_summary(rows: Mapping[str, Sequence[Tuned]]) -> dict[str, Any]:
+    """By file: how many tuned tensors it holds, and the least and the mean of their tuning that it keeps."""
+    return {
+        name: {
+            "tensors": len(each),
+            "least_kept": min(row.kept for row in each),
+            "mean_kept": sum(row.kept for row in each) / len(each),
+            "rows": [asdict(row) for row in each],
+        }
+        for name, each in rows.items()
+        if each
+    }

@@ -21,12 +21,11 @@ from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, lora_conf
 from rankwise.files.atomic import named, write_json
 from rankwise.files.checkpoint import ADAPTER_NAMES
 from rankwise.gguf.converter import Converter
-from rankwise.gguf.metadata import config_of
-from rankwise.gguf.provenance import as_converted, divisors, relation, rotary_heads, shown
+from rankwise.gguf.metadata import Vocabulary, config_of
+from rankwise.gguf.provenance import as_converted, divisors, first_few, relation, rotary_heads
 from rankwise.gguf.reading import SUFFIXES, GGUFFile, forms, name_table
 from rankwise.gguf.view import changes_for
-from rankwise.gguf.view import shown as shown_to_converter
-from rankwise.gguf.vocabulary import Vocabulary
+from rankwise.gguf.view import model_view as shown_to_converter
 from rankwise.models.load import meta_model
 from rankwise.models.sites import tower_of, tower_prefixes
 
@@ -40,8 +39,8 @@ def read_plain(adapter: Path) -> LoraAdapter:
     found = read_adapter(adapter)
     if found.extra:
         raise DataError(
-            f"{adapter}: carries {shown(sorted(found.extra))} whole; a LoRA for llama.cpp holds only low-rank factors. "
-            "Merge it and export the merged model"
+            f"{adapter}: carries {first_few(sorted(found.extra))} whole; a LoRA for llama.cpp holds only low-rank "
+            "factors. Merge it and export the merged model"
         )
     return found
 
@@ -54,9 +53,9 @@ def require_text_sites(adapter: LoraAdapter, base: Path, where: Path) -> None:
     outside = sorted(site for site in adapter.pairs if tower_of(site, towers) != "language")
     if outside:
         raise UsageError(
-            f"{where}: {len(outside)} of its {len(adapter.pairs)} sites lie outside the text model ({shown(outside)}), "
-            f"and a LoRA of llama.cpp acts on the text model only; merge it (rankwise merge {where} -o merged_model) "
-            "and export the merged model"
+            f"{where}: {len(outside)} of its {len(adapter.pairs)} sites lie outside the text model "
+            f"({first_few(outside)}), and a LoRA of llama.cpp acts on the text model only; merge it (rankwise merge "
+            f"{where} -o merged_model) and export the merged model"
         )
 
 
@@ -131,7 +130,7 @@ def check_adapter(file: GGUFFile, adapter: LoraAdapter, config: Any) -> None:
     ]
     strange += [site for site, pair in adapter.pairs.items() if not same_product(pair, folded.pairs[site], largest)]
     if strange:
-        raise VerificationError(f"{file.path}: {shown(strange)}: not the adapter's factors")
+        raise VerificationError(f"{file.path}: {first_few(strange)}: not the adapter's factors")
 
 
 def same_product(pair: LoraPair, written: LoraPair, alpha: int) -> bool:

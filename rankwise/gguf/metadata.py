@@ -1,26 +1,35 @@
-"""The numbers that a GGUF states about its model, against the config and the processor in transformers.
+"""What a GGUF states about its model, against the config, the processor and the tokenizer in transformers.
 
     llama.rope.freq_base = 10000          ◀── config.json, text_config.rope_parameters.rope_theta
     clip.vision.image_mean = [0.5 …]      ◀── processor_config.json, image_processor.image_mean
+    tokenizer.ggml.tokens, …              ◀── tokenizer.json ◀── must agree ──▶ tokenizer.model
 
 Tensors can all be right and the model another one: theta, epsilons and the pixels' mean stand beside them. Only keys
 whose meaning is certain are compared; of families that the tables don't know, those that mean the same everywhere.
+
+Of the tokenizer there are two traps: a `tokenizer.model`, which the converter reads, that differs from the
+`tokenizer.json` beside it, which transformers trained with; and a start token that llama.cpp adds by default before a
+prompt whose template has one already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import isclose
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 from transformers import CONFIG_MAPPING
 
 from rankwise.data.device import DeviceTarget, tiles
-from rankwise.errors import VerificationError
+from rankwise.errors import VerificationError, need
 from rankwise.files.atomic import read_object
 from rankwise.gguf.reading import GGUFFile
-from rankwise.models.load import load_processor
+from rankwise.models.load import load_processor, load_tokenizer
+from rankwise.models.vocabulary import token_count
 
 SAME = 1e-5  # relative; float32 in the file, float64 in the config
 PLAIN = frozenset(["llama", "qwen2", "qwen2vl", "qwen3", "qwen3vl"])  # one kind of layer, whole rotary heads
@@ -67,14 +76,14 @@ def check_numbers(file: GGUFFile, wanted: Mapping[str, Any]) -> None:
     wrong = []
     for key, value in wanted.items():
         stated = file.of_architecture(key)
-        if not agree(silent(file, key) if stated is None else stated, value):
+        if not agree(default_of(file, key) if stated is None else stated, value):
             told = "is not stated" if stated is None else f"is {shorter(stated)}"
             wrong.append(f"{file.architecture}.{key} {told}, and {shorter(value)} in the model")
     if wrong:
         raise VerificationError(f"{file.path}: not the model's config: {'; '.join(wrong)}")
 
 
-def silent(file: GGUFFile, key: str) -> Any:
+def default_of(file: GGUFFile, key: str) -> Any:
     """What llama.cpp takes where a file does not state the key; None where it has nothing of its own."""
     return {"rope.freq_base": 10000.0, "attention.head_count_kv": file.of_architecture("attention.head_count")}.get(key)
 
@@ -158,3 +167,222 @@ def pixel_numbers(images: Any) -> Iterator[tuple[str, list[float]]]:
     if getattr(images, "do_normalize", False):
         yield "vision.image_mean", [float(value) for value in images.image_mean]
         yield "vision.image_std", [float(value) for value in images.image_std]
+
+
+# --- the tokenizer ---------------------------------------------------------------------------------------------------
+
+MODEL = "tokenizer.model"
+SPECIAL_TYPES = (2, 3, 4)  # llama.cpp reads a token in a text as one only if it is unknown, control or user-defined
+PIECES = 24  # of the vocabulary, in one probing text
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "name[The Vaults], priceRange[more than £30], near[Café Adriatic]",
+    "two  spaces,\n\na\tline and 1234567890 digits",
+    "Größe, naïve, señor, 東京, 안녕, Привет, 🙂",
+    "def f(x):\n    return {'a': x ** 2}  # code",
+)
+
+ADD_BOS = "tokenizer.ggml.add_bos_token"
+SPACES = ("▁", "Ġ")  # how SentencePiece and byte-level BPE write a space
+LEADING = "  and so on"  # SentencePiece puts a space before every text, transformers 5 not before one that has it
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How transformers' tokenizer behaves, as far as a GGUF states it.
+
+    tokens: by id, None where an id is unused. added: ids that a text holds as one token, whatever is around them.
+    add_bos, add_eos: whether encoding a text adds them. spaced: whether a space is put before a text. scores: of the
+    ordinary pieces of `tokenizer.model`, by id; empty without one. merges: of byte-level BPE, in their order.
+    """
+
+    tokens: tuple[str | None, ...]
+    added: Mapping[int, str]
+    special: frozenset[int]
+    bos: int | None
+    eos: int | None
+    pad: int | None
+    add_bos: bool
+    add_eos: bool
+    template: str | None
+    spaced: bool
+    scores: Mapping[int, float]
+    merges: tuple[str, ...]
+
+    @classmethod
+    def of(cls, folder: Path, sees: bool = False) -> Vocabulary:
+        """The tokenizer of a model folder; sees: the processor's, whose chat template it then has."""
+        tokenizer = load_processor(str(folder)).tokenizer if sees else load_tokenizer(str(folder))
+        ids = tokenizer("a")["input_ids"]
+        template = tokenizer.chat_template
+        return cls(
+            tokens=tuple(tokenizer.convert_ids_to_tokens(list(range(token_count(tokenizer))))),
+            added={index: token.content for index, token in tokenizer.added_tokens_decoder.items()},
+            special=frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special),
+            bos=tokenizer.bos_token_id,
+            eos=tokenizer.eos_token_id,
+            pad=tokenizer.pad_token_id,
+            add_bos=bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id,
+            add_eos=bool(ids) and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id,
+            template=template.get("default") if isinstance(template, dict) else template,
+            spaced="".join(tokenizer.tokenize("a")).startswith(SPACES),
+            scores=piece_scores(folder),
+            merges=merges_of(tokenizer),
+        )
+
+
+# --- the two forms of one tokenizer ------------------------------------------------------------------------------
+
+
+def check_forms(folder: Path) -> list[str]:
+    """VerificationError, with a text, where tokenizer.model and the tokenizer of transformers disagree.
+
+    Returns a note where they do so only for texts that begin with a space: a prompt that a template makes has none.
+    """
+    if not (folder / MODEL).is_file():
+        return []
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
+    tokenizer = load_tokenizer(str(folder))
+    for text in (*PROBES, *vocabulary_texts(pieces)):
+        here, there = tokenizer(text, add_special_tokens=False)["input_ids"], pieces.encode(text)
+        if here != there:
+            raise VerificationError(
+                f"{folder}: tokenizer.json and tokenizer.model disagree on {text!r}: {here} and {there}. transformers "
+                f"trained with the first, the converter reads the second; make {MODEL} anew, or remove it if it is old"
+            )
+    if tokenizer(LEADING, add_special_tokens=False)["input_ids"] != pieces.encode(LEADING):
+        return ["a text that begins with a space has one token more in llama.cpp than in transformers"]
+    return []
+
+
+def vocabulary_texts(pieces: sentencepiece.SentencePieceProcessor) -> Iterator[str]:
+    """Texts that between them hold every ordinary piece of the vocabulary."""
+    words = [pieces.id_to_piece(i).replace("▁", " ") for i in ordinary_pieces(pieces) if pieces.get_score(i) != 0]
+    for start in range(0, len(words), PIECES):
+        yield "".join(words[start : start + PIECES]).strip()
+
+
+def piece_scores(folder: Path) -> dict[int, float]:
+    if not (folder / MODEL).is_file():
+        return {}
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
+    return {index: pieces.get_score(index) for index in ordinary_pieces(pieces)}
+
+
+def merges_of(tokenizer: Any) -> tuple[str, ...]:
+    """Pairs of pieces in the order in which BPE joins them, as a GGUF writes them: with a space between."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = json.loads(backend.to_str())["model"] if backend else {}
+    return tuple(pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", ()))
+
+
+def ordinary_pieces(pieces: sentencepiece.SentencePieceProcessor) -> list[int]:
+    kinds = (pieces.is_control, pieces.is_unknown, pieces.is_byte, pieces.is_unused)
+    return [index for index in range(pieces.get_piece_size()) if not any(kind(index) for kind in kinds)]
+
+
+def plain_in_model(folder: Path, vocabulary: Vocabulary) -> list[int]:
+    """Added tokens that tokenizer.model holds as ordinary pieces: the converter would take them for plain text."""
+    if not (folder / MODEL).is_file():
+        return []
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
+    size, marked = pieces.get_piece_size(), (pieces.is_control, pieces.is_unknown, pieces.is_byte)
+    return [index for index in vocabulary.added if index >= size or not any(kind(index) for kind in marked)]
+
+
+def silence(path: Path) -> None:
+    """State in a converted file that no start token goes before a text. The converter goes by the tokenizer's own
+    post-processor, whatever tokenizer_config.json says; a tokenizer without it would not be recognised by its hash."""
+    field = need("gguf", extra="device").GGUFReader(path, "r+").fields.get(ADD_BOS)
+    if field is not None:
+        field.parts[field.data[0]][0] = False
+
+
+# --- what a GGUF states ------------------------------------------------------------------------------------------
+
+
+def check_tokenizer(file: GGUFFile, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What was compared. VerificationError, listing all differences, where the GGUF states another tokenizer."""
+    problems = [
+        *token_problems(file, vocabulary),
+        *id_problems(file, vocabulary),
+        *splitting_problems(file, vocabulary),
+    ]
+    if file.metadata.get("tokenizer.chat_template") != vocabulary.template:
+        problems.append("its chat template is not the tokenizer's")
+    if problems:
+        raise VerificationError(f"{file.path}: not the model's tokenizer: {'; '.join(problems)}")
+    return {
+        "tokens": len(vocabulary.tokens),
+        "added_tokens": len(vocabulary.added),
+        "bos": vocabulary.bos,
+        "eos": vocabulary.eos,
+        "add_bos": vocabulary.add_bos,
+        "chat_template": vocabulary.template is not None,
+    }
+
+
+def token_problems(file: GGUFFile, vocabulary: Vocabulary) -> Iterator[str]:
+    tokens: Sequence[str] = file.metadata.get("tokenizer.ggml.tokens", ())
+    types: Sequence[int] = file.metadata.get("tokenizer.ggml.token_type", ())
+    if len(tokens) < len(vocabulary.tokens):
+        yield f"{len(tokens)} tokens where the tokenizer has {len(vocabulary.tokens)}"
+        return
+    other = [i for i, token in enumerate(vocabulary.tokens) if token is not None and plain(token) != plain(tokens[i])]
+    if other:
+        here, there = vocabulary.tokens[other[0]], tokens[other[0]]
+        yield f"{len(other)} tokens differ, the first is {other[0]}: {there!r} instead of {here!r}"
+    split = [index for index in vocabulary.added if index >= len(types) or types[index] not in SPECIAL_TYPES]
+    if split:
+        yield (
+            f"{len(split)} added tokens would be read as plain text, the first is {vocabulary.added[split[0]]!r} "
+            f"({split[0]})"
+        )
+
+
+def plain(token: str) -> str:
+    """Without the sign that SentencePiece writes for a space (the converter takes it out of added tokens)."""
+    return token.replace("▁", " ")
+
+
+def id_problems(file: GGUFFile, vocabulary: Vocabulary) -> Iterable[str]:
+    stated = {name: file.metadata.get(f"tokenizer.ggml.{name}") for name in STATED}
+    if vocabulary.bos is not None and stated["bos_token_id"] != vocabulary.bos:
+        yield f"start token {stated['bos_token_id']} instead of {vocabulary.bos}"
+    if vocabulary.eos is not None and stated["eos_token_id"] != vocabulary.eos:
+        yield f"end token {stated['eos_token_id']} instead of {vocabulary.eos}"
+    if stated["padding_token_id"] not in (None, vocabulary.pad):
+        yield f"padding token {stated['padding_token_id']} instead of {vocabulary.pad}"
+    if stated["add_bos_token"] is not vocabulary.add_bos:
+        told = {None: "leaves open whether to add", True: "adds", False: "does not add"}[stated["add_bos_token"]]
+        yield f"it {told} a start token, and the tokenizer {'does' if vocabulary.add_bos else 'does not'}"
+    if stated["add_eos_token"] not in (None, vocabulary.add_eos):
+        yield f"it says add_eos_token {stated['add_eos_token']}, the tokenizer does otherwise"
+
+
+def splitting_problems(file: GGUFFile, vocabulary: Vocabulary) -> Iterator[str]:
+    """What else decides where a text is split: the space in front, and the order of merges, which scores give."""
+    kind = file.metadata.get("tokenizer.ggml.model")
+    if kind in SPACED:
+        spaced = file.metadata.get("tokenizer.ggml.add_space_prefix", SPACED[kind])
+        if spaced is not vocabulary.spaced:
+            ours, theirs = ("puts", "does not") if spaced else ("does not put", "does")
+            yield f"it {ours} a space before every text (add_space_prefix), and the tokenizer {theirs}"
+    if kind == BYTE_LEVEL:
+        merges = tuple(file.metadata.get("tokenizer.ggml.merges", ()))
+        if merges != vocabulary.merges:
+            yield f"its {len(merges)} merges are not the tokenizer's {len(vocabulary.merges)}, or in another order"
+    scores = file.metadata.get("tokenizer.ggml.scores", ())
+    if kind == SENTENCEPIECE and vocabulary.scores:
+        other = [i for i, score in vocabulary.scores.items() if i not in vocabulary.added and not at(scores, i, score)]
+        if other:
+            yield f"{len(other)} scores differ from {MODEL}'s, the first is that of {other[0]}"
+
+
+def at(scores: Sequence[float], index: int, score: float) -> bool:
+    return index < len(scores) and isclose(scores[index], score, rel_tol=1e-6, abs_tol=1e-6)
+
+
+SENTENCEPIECE, BYTE_LEVEL = "llama", "gpt2"
+SPACED = {SENTENCEPIECE: True, BYTE_LEVEL: False}  # llama.cpp's default, by the kind of tokenizer
+STATED = ("bos_token_id", "eos_token_id", "padding_token_id", "add_bos_token", "add_eos_token")

@@ -18,9 +18,9 @@ from rankwise.files.adapter import is_adapter
 from rankwise.files.atomic import read_object
 from rankwise.files.checkpoint import Checkpoint, open_checkpoint, resolve
 from rankwise.gguf.converter import OUTTYPES, Converter
-from rankwise.gguf.metadata import config_of
+from rankwise.gguf.metadata import Vocabulary, check_forms, config_of
+from rankwise.gguf.reading import MMPROJ, TEXT
 from rankwise.gguf.view import Changes, changes_for
-from rankwise.gguf.vocabulary import Vocabulary, check_forms
 from rankwise.models.depth.settings import FILE as DEPTH_FILE
 from rankwise.models.load import meta_model
 from rankwise.models.sites import weight_table
@@ -29,7 +29,6 @@ from rankwise.models.vocabulary import embedding_paths
 BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # of one weight
 REFERENCE = "f32"
 MARGIN, FIXED = 1.05, 32 * 2**20  # tensors that stay wider; vocabulary and metadata
-TEXT, MMPROJ = "text", "mmproj"
 
 
 @dataclass(frozen=True)

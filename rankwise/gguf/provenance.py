@@ -204,7 +204,7 @@ def origins(file: GGUFFile, checkpoint: Checkpoint) -> Origins:
         else:
             wrong.append(f"{name} is not {named[name]}" if name in named else f"{name} is in no tensor of it")
     if wrong:
-        raise VerificationError(f"{file.path.name} is not {checkpoint.path}: {shown(wrong)}")
+        raise VerificationError(f"{file.path.name} is not {checkpoint.path}: {first_few(wrong)}")
     used = {origin.key for origin in found.values()}
     return Origins(found, tuple(made), tuple(key for key in checkpoint if key not in used))
 
@@ -292,7 +292,7 @@ def require_complete(checkpoint: Checkpoint, each: Sequence[Origins], text: GGUF
             lacking.append(key)
     if lacking:
         raise VerificationError(
-            f"{checkpoint.path}: {len(lacking)} of its tensors are in no GGUF file: {shown(lacking)}"
+            f"{checkpoint.path}: {len(lacking)} of its tensors are in no GGUF file: {first_few(lacking)}"
         )
     return reasons
 
@@ -308,5 +308,5 @@ def same_tensor(checkpoint: Checkpoint, one: str, other: str) -> bool:
     return torch.equal(checkpoint.tensor(one), checkpoint.tensor(other))
 
 
-def shown(names: Sequence[str]) -> str:
+def first_few(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -1,9 +1,11 @@
 """A GGUF file read with care: metadata and tensors by name, every byte that the header promises checked to be there.
 
-file = GGUFFile("model-q8_0.gguf")
-file.metadata["general.architecture"]     # "llama"
-file.tensors["blk.0.attn_q.weight"]       # shape, type, place in the file
-file.tensor("blk.0.attn_q.weight")        # dequantized, float32
+    file = GGUFFile("model-q8_0.gguf")
+    file.metadata["general.architecture"]     # "llama"
+    file.tensors["blk.0.attn_q.weight"]       # shape, type, place in the file
+    file.tensor("blk.0.attn_q.weight")        # dequantized, float32
+
+    read_export("exported_model").text("q8_0")  # the files of an export folder, by type
 
 llama.cpp itself ends the process on a bad file, so this is asked first. Reading is the gguf package's own.
 """
@@ -20,8 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankwise.errors import VerificationError, need
+from rankwise.errors import DataError, UsageError, VerificationError, need
+from rankwise.files.atomic import read_document
+from rankwise.files.lineage import EXPORT
 
+FILE, FORMAT = EXPORT, "rankwise-export/1"
+TEXT, MMPROJ = "text", "mmproj"
 # What the gguf package raises about a file that is cut off, altered or something else.
 BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, AssertionError)
 
@@ -124,6 +130,10 @@ class GGUFFile:
         return self.metadata.get(f"{self.architecture}.{key}")
 
 
+# --- what llama.cpp calls a checkpoint's tensors: model.layers.0.self_attn.q_proj.weight → blk.0.attn_q.weight --------
+#
+# The table is the gguf package's own. Where it is silent (a model newer than the package), contents decide instead.
+
 SUFFIXES = (".weight", ".bias")
 WITHIN = ("text_model.", "language_model.")  # what a vision-language model puts before its language tower's names
 BLOCKS = ("block_count", "vision.block_count")
@@ -159,3 +169,48 @@ def name_table(file: GGUFFile, blocks: int | None = None) -> Any:
     if file.architecture not in kinds or stated is None:
         return None
     return gguf.get_tensor_name_map(kinds[file.architecture], int(stated))
+
+
+# --- an export folder -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export folder: its files by type, and export.json."""
+
+    folder: Path
+    content: Mapping[str, Any]
+
+    @property
+    def outtypes(self) -> tuple[str, ...]:
+        return tuple(self.content["files"])
+
+    def text(self, outtype: str) -> Path:
+        """The text model's GGUF. UsageError for a type that was not exported."""
+        return self.folder / str(self._files(outtype)[TEXT])
+
+    def mmproj(self, outtype: str) -> Path | None:
+        """The vision tower's and projector's GGUF; None for a text model."""
+        name = self._files(outtype)[MMPROJ]
+        return self.folder / name if name else None
+
+    def _files(self, outtype: str) -> Mapping[str, Any]:
+        if outtype not in self.content["files"]:
+            raise UsageError(f"{self.folder}: has no {outtype} files; it has {', '.join(self.outtypes)}")
+        files: Mapping[str, Any] = self.content["files"][outtype]
+        return files
+
+
+def read_export(folder: Path | str) -> Exported:
+    """DataError for a folder that is no export, or lacks one of its files."""
+    folder = Path(folder)
+    if not (folder / FILE).is_file():
+        raise DataError(f"{folder}: no {FILE}; `rankwise export MODEL -o {folder}` makes one")
+    content = read_document(folder / FILE, FORMAT, "an export")
+    if not isinstance(content.get("files"), dict):
+        raise DataError(f"{folder / FILE}: lists no files; export again")
+    names = [files[kind] for files in content["files"].values() for kind in (TEXT, MMPROJ) if files.get(kind)]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise DataError(f"{folder}: lacks {', '.join(missing)}, which {FILE} lists; export again")
+    return Exported(folder, content)

@@ -24,7 +24,7 @@ from rankwise.errors import UsageError
 from rankwise.files.atomic import named, read_object, write_json, write_text
 from rankwise.files.checkpoint import HUB_ID
 from rankwise.gguf.converter import Converter
-from rankwise.gguf.vocabulary import MODEL, Vocabulary, plain_in_model
+from rankwise.gguf.metadata import MODEL, Vocabulary, plain_in_model
 from rankwise.models.load import load_config, load_processor
 
 CONFIG, TOKENIZER, CARD = "config.json", "tokenizer_config.json", "README.md"
@@ -55,7 +55,7 @@ class Changes:
 
 
 @contextmanager
-def shown(model: Path, changes: Changes, name: str) -> Iterator[Path]:
+def model_view(model: Path, changes: Changes, name: str) -> Iterator[Path]:
     """The view, gone afterwards. name: its folder's, from which the converter takes metadata."""
     with TemporaryDirectory(prefix="rankwise-view-") as folder:
         view = Path(folder) / Path(name).name

@@ -19,9 +19,8 @@ from PIL import Image
 from rankwise.data.device import DeviceReader, DeviceTarget, changes, encoded, resize_for_device
 from rankwise.data.images import ImageReader
 from rankwise.data.pixels import BLACK
-from rankwise.device.parity import skia_pixels as side
-from rankwise.device.parity.pixels import sha256_rgb
-from rankwise.device.parity.skia_pixels import canvas_pixels, letterboxed, skia_pixels, unavailable
+from rankwise.device.parity import pixels as side
+from rankwise.device.parity.pixels import canvas_pixels, letterboxed, sha256_rgb, skia_pixels, unavailable
 from rankwise.errors import DataError, UsageError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -28,9 +28,9 @@ from rankwise.data.label_task import read_task
 from rankwise.device import sides
 from rankwise.device.parity import pixels as pixel_rung
 from rankwise.device.parity.cases import case_of
-from rankwise.device.parity.embedder import Embedder
+from rankwise.device.parity.ladder import Embedder
+from rankwise.device.parity.pixels import unavailable
 from rankwise.device.parity.reference import HFReference
-from rankwise.device.parity.skia_pixels import unavailable
 from rankwise.evaluate.tasks import task
 
 pytestmark = [

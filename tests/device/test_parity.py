@@ -25,15 +25,27 @@ from rankwise.core.geometry import letterbox
 from rankwise.data.device import MARKER, encoded
 from rankwise.data.render import Renderer
 from rankwise.device.parity.cases import BLIND, pick, stratum_of
-from rankwise.device.parity.divergence import Divergence, Position, compare, divergence, joined, top_of
-from rankwise.device.parity.embedder import Embedder
-from rankwise.device.parity.floor import LEAST_KL, Floor, Thresholds, chance, measure_floor, q8_0, rounding
-from rankwise.device.parity.ladder import NAMES, Ladder, climb, verdict
+from rankwise.device.parity.floor import (
+    LEAST_KL,
+    Divergence,
+    Floor,
+    Position,
+    Thresholds,
+    chance,
+    compare,
+    divergence,
+    joined,
+    measure_floor,
+    q8_0,
+    rounding,
+    top_of,
+)
+from rankwise.device.parity.ladder import NAMES, Embedder, Ladder, climb, verdict
+from rankwise.device.parity.pixels import unavailable
 from rankwise.device.parity.reference import HFReference
-from rankwise.device.parity.skia_pixels import unavailable
 from rankwise.device.scores import change, gain_kept
 from rankwise.errors import ServiceError
-from rankwise.gguf.export import read_export
+from rankwise.gguf.reading import read_export
 from rankwise.models.load import load_model
 
 # --- how far apart two distributions are -----------------------------------------------------------------------------

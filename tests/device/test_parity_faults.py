@@ -13,8 +13,8 @@ from parity_models import Scene, exported_pair, scene_in
 from rankwise.device.llama.runtime import LlamaServer
 from rankwise.device.parity.floor import Floor, measure_floor
 from rankwise.device.parity.ladder import Ladder, climb
-from rankwise.device.parity.skia_pixels import unavailable
-from rankwise.gguf.export import read_export
+from rankwise.device.parity.pixels import unavailable
+from rankwise.gguf.reading import read_export
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("xllamacpp")

@@ -21,7 +21,7 @@ from test_quantize import CUTS, FAILS, binary
 from rankwise.cli import main
 from rankwise.device.llama.runtime import LlamaServer
 from rankwise.device.parity import embed
-from rankwise.device.parity.embedder import Embedder
+from rankwise.device.parity.ladder import Embedder
 from rankwise.errors import VerificationError
 from rankwise.gguf.converter import PIN, Converter
 from rankwise.models import tiny

@@ -25,8 +25,8 @@ from rankwise.device.parity.floor import measure_floor
 from rankwise.device.parity.ladder import NAMES, climb
 from rankwise.device.parity.reference import HFReference
 from rankwise.gguf.converter import Converter
-from rankwise.gguf.export import read_export
 from rankwise.gguf.plan import plan_export
+from rankwise.gguf.reading import read_export
 from rankwise.models.load import load_model
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

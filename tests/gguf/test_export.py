@@ -29,15 +29,21 @@ from rankwise.files.checkpoint import open_checkpoint
 from rankwise.gguf import plan as planning
 from rankwise.gguf.command import describe, run
 from rankwise.gguf.converter import Converter, Job, own_converter
-from rankwise.gguf.export import read_export
+from rankwise.gguf.export import compare_tensors
 from rankwise.gguf.lora import check_adapter, fold_scales, read_plain, write_adapter_gguf
-from rankwise.gguf.metadata import check_numbers, config_of, text_numbers, vision_numbers
+from rankwise.gguf.metadata import (
+    Vocabulary,
+    check_forms,
+    check_numbers,
+    check_tokenizer,
+    config_of,
+    text_numbers,
+    vision_numbers,
+)
 from rankwise.gguf.plan import ExportPlan, plan_export, require_space
 from rankwise.gguf.provenance import origins
-from rankwise.gguf.reading import GGUFFile
-from rankwise.gguf.verify import compare_tensors
-from rankwise.gguf.view import changes_for, shown
-from rankwise.gguf.vocabulary import Vocabulary, check_forms, check_metadata
+from rankwise.gguf.reading import GGUFFile, read_export
+from rankwise.gguf.view import changes_for, model_view
 from rankwise.models.load import load_model
 from rankwise.options.commands import ExportConfig
 
@@ -246,9 +252,9 @@ def test_the_model_that_adds_no_start_token_says_so(vision_export: Path, text_ex
 def test_metadata_of_another_tokenizer_is_found(vision_export: Path, other: dict[str, Any], message: str) -> None:
     file = GGUFFile(vision_export / "model-f16.gguf")
     own = Vocabulary.of(vision_export.parent / "model", sees=True)
-    assert check_metadata(file, own)["chat_template"]
+    assert check_tokenizer(file, own)["chat_template"]
     with pytest.raises(VerificationError, match=message):
-        check_metadata(file, replace(own, **other))
+        check_tokenizer(file, replace(own, **other))
 
 
 def test_two_forms_that_disagree_are_refused_with_a_text(copied: Path, failing: Converter) -> None:
@@ -365,17 +371,17 @@ def test_a_space_in_front_and_other_scores_are_found(vision_export: Path, text_e
     own = Vocabulary.of(vision_export.parent / "model", sees=True)
     name, key = "model-f16.gguf", "tokenizer.ggml.add_space_prefix"
     with pytest.raises(VerificationError, match=r"puts a space before every text .* the tokenizer does not"):
-        check_metadata(restated(vision_export, name, tmp_path, key, True), own)
+        check_tokenizer(restated(vision_export, name, tmp_path, key, True), own)
     with pytest.raises(VerificationError, match=r"does not put a space before every text .* the tokenizer does"):
-        check_metadata(GGUFFile(vision_export / name), replace(own, spaced=True))
+        check_tokenizer(GGUFFile(vision_export / name), replace(own, spaced=True))
     silent = Vocabulary.of(text_export.parent / "model")
-    assert silent.spaced and check_metadata(GGUFFile(text_export / name), silent)
+    assert silent.spaced and check_tokenizer(GGUFFile(text_export / name), silent)
     copy, reader = tampered(vision_export, name, tmp_path)
     field = reader.fields["tokenizer.ggml.scores"]
     field.parts[field.data[300]][0] -= 1
     reader.data.flush()
     with pytest.raises(VerificationError, match=r"1 scores differ from tokenizer\.model's, the first is that of 300"):
-        check_metadata(GGUFFile(copy), own)
+        check_tokenizer(GGUFFile(copy), own)
 
 
 # --- what the converter is told ------------------------------------------------------------------------------------
@@ -384,7 +390,7 @@ def test_a_space_in_front_and_other_scores_are_found(vision_export: Path, text_e
 def view_of(model: Path, converter: Converter, target: DeviceTarget | None = None) -> dict[str, Any]:
     sees = "vision_config" in read_object(model / "config.json")
     changes = changes_for(model, converter, Vocabulary.of(model, sees), target, mmproj=sees)
-    with shown(model, changes, "mine") as view:
+    with model_view(model, changes, "mine") as view:
         assert (view / "model.safetensors").is_symlink()
         files = {path.name: read_object(path) for path in view.glob("*.json")}
     assert not view.exists()

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from rankwise.errors import VerificationError
 from rankwise.files.checkpoint import Checkpoint, open_checkpoint
+from rankwise.gguf.export import changed_keys, compare_tensors, kept_wider, rounding, tuning_kept, tuning_of
 from rankwise.gguf.provenance import Origin, holds, origins, relation, require_complete, rope_order
 from rankwise.gguf.reading import GGUFFile, gguf_names
-from rankwise.gguf.verify import changed_keys, compare_tensors, kept_wider, rounding, tuning_kept, tuning_of
 
 gguf = pytest.importorskip("gguf")
 

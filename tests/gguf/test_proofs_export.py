@@ -26,7 +26,7 @@ from rankwise.cli import main
 from rankwise.files.adapter import LoraPair
 from rankwise.gguf import lora, view
 from rankwise.gguf.converter import Converter, Job
-from rankwise.gguf.vocabulary import Vocabulary
+from rankwise.gguf.metadata import Vocabulary
 from rankwise.models.load import load_model
 
 gguf = pytest.importorskip("gguf")

@@ -11,8 +11,8 @@ import torch
 from served import text_gguf
 
 from rankwise.errors import UsageError, VerificationError
-from rankwise.gguf import export as module
-from rankwise.gguf.export import FORMS, check_form, quantize, quantizer
+from rankwise.gguf import quantize as module
+from rankwise.gguf.quantize import FORMS, check_form, quantize, quantizer
 from rankwise.gguf.reading import GGUFFile
 
 HAS_PACKAGE = importlib.util.find_spec("llama_cpp") is not None

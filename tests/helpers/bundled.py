@@ -18,7 +18,7 @@ from rankwise.cli import main
 from rankwise.data.input_record import InputRecord
 from rankwise.data.label_task import task_from
 from rankwise.data.renderer_for import renderer_for
-from rankwise.gguf.export import read_export
+from rankwise.gguf.reading import read_export
 from rankwise.models.load import load_config
 from rankwise.options.commands import BundleConfig
 from rankwise.options.sections import DataSection, ModelSection

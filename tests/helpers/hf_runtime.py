@@ -19,7 +19,7 @@ from rankwise.data.device import MARKER
 from rankwise.data.example import Turn
 from rankwise.data.render import Renderer
 from rankwise.device.llama.runtime import Completion, RuntimeInfo
-from rankwise.device.parity.divergence import top_of
+from rankwise.device.parity.floor import top_of
 from rankwise.errors import DataError
 
 

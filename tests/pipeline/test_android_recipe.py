@@ -12,7 +12,7 @@ import yaml
 
 import rankwise
 from rankwise import cli
-from rankwise.device.parity.skia_pixels import unavailable
+from rankwise.device.parity.pixels import unavailable
 from rankwise.errors import UsageError
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.gguf.converter import find_converter

@@ -16,32 +16,27 @@ without their pictures (`cases.blind`) tell a fault of the language weights from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from rankwise.device.llama.runtime import Runtime
-from rankwise.device.parity import pixels
-from rankwise.device.parity import rungs as answer_rungs
-from rankwise.device.parity import rungs as prompt_rungs
 from rankwise.device.parity.cases import Case
-from rankwise.device.parity.embedder import Rows
-from rankwise.device.parity.floor import TOP, Thresholds
+from rankwise.device.parity.floor import TOP, WEAK, Thresholds
 from rankwise.device.parity.pixels import AppPixels
-from rankwise.device.parity.reference import Observed, Reference
-from rankwise.device.parity.rung import BROKEN, NO_PICTURE, NOT_MEASURED, WEAK, Rung
+from rankwise.device.parity.reference import Observed, Reference, Rows
+from rankwise.device.parity.rungs import BROKEN, NO_PICTURE, NOT_MEASURED, RUNGS, Rung
+from rankwise.errors import VerificationError
 
-RUNGS: Mapping[str, Callable[[Sequence[Observed], Runtime, Thresholds], Rung]] = {
-    "pixels": pixels.pixels,
-    "image tokens": prompt_rungs.image_tokens,
-    "token ids": prompt_rungs.token_ids,
-    "embeddings": answer_rungs.embeddings,
-    "logprobs": answer_rungs.logprobs,
-    "text": answer_rungs.text,
-}
 NAMES = tuple(RUNGS)
+LAST = 800  # characters of what a failed process said
 
 
 @dataclass(frozen=True)
@@ -67,9 +62,35 @@ class Ladder:
 
 
 class Embedding(Protocol):
-    """Whatever embeds pictures; `embedder.Embedder` is one."""
+    """Whatever embeds pictures, PNG each."""
 
     def of(self, images: Sequence[bytes]) -> list[Rows]: ...
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """The vision side of one exported form, by llama-cpp-python in a child process. VerificationError where llama.cpp
+    ends on the files."""
+
+    text: Path
+    mmproj: Path
+
+    @staticmethod
+    def available() -> bool:
+        return importlib.util.find_spec("llama_cpp") is not None
+
+    def of(self, images: Sequence[bytes]) -> list[Rows]:
+        """(tokens, width) of each picture, PNG."""
+        with tempfile.TemporaryDirectory() as folder:
+            names = [Path(folder, f"{number:06d}.png") for number in range(len(images))]
+            for name, image in zip(names, images, strict=True):
+                name.write_bytes(image)
+            command = [sys.executable, "-m", "rankwise.device.parity.embed", "--model", str(self.text)]
+            command += ["--mmproj", str(self.mmproj), folder]
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+            if done.returncode:
+                raise VerificationError(f"llama.cpp broke down on {self.mmproj}:\n{done.stderr[-LAST:]}")
+            return [np.load(name.with_suffix(".npy")) for name in names]
 
 
 def climb(
@@ -114,6 +135,12 @@ def with_embeddings(seen: Sequence[Observed], embedder: Embedding) -> list[Obser
     ]
 
 
+# --- in words --------------------------------------------------------------------------------------------------------
+#
+# {"f16": broken, …}             the conversion is wrong: nothing can be said about rounding yet
+# {"f16": ok, "q8_0": broken}    the conversion is right, and rounding costs more than rounding explains
+# {"q8_0": broken}               either; validate the f16 file too
+
 EXACT = ("f32", "f16", "bf16")  # forms that hold the weights, or all but all of them
 
 
@@ -127,10 +154,11 @@ def verdict(ladders: Mapping[str, Ladder]) -> list[str]:
             f"What runs in llama.cpp is what was trained ({', '.join(ladders)}): no rung is broken{unproven(ladders)}.",
             *cost(ladders),
         ]
-    lines = []
-    for form in [*exact, *rounded]:
-        if rung := broken.get(form):
-            lines.append(f"{form} breaks at the rung `{rung.name}`: {rung.why}")
+    lines = [
+        f"{form} breaks at the rung `{broken[form].name}`: {broken[form].why}"
+        for form in [*exact, *rounded]
+        if form in broken
+    ]
     return [blame(exact, rounded, list(broken)), *lines, *cost(ladders)]
 
 
@@ -162,10 +190,5 @@ def cost(ladders: Mapping[str, Ladder]) -> list[str]:
     """What rounding costs, where there is an exact form to compare with."""
     measured = {form: ladder["logprobs"].measured.get("kl_mean") for form, ladder in ladders.items()}
     known = {form: value for form, value in measured.items() if value is not None}
-    if len(known) < 2:
-        return []
-    return [
-        "Mean KL from the trained model: "
-        + ", ".join(f"{form} {value:.2g}" for form, value in known.items())
-        + " nats."
-    ]
+    told = ", ".join(f"{form} {value:.2g}" for form, value in known.items())
+    return [f"Mean KL from the trained model: {told} nats."] if len(known) > 1 else []

@@ -2,15 +2,23 @@
 
     Case ── Renderer ──▶ prompt ids, spans of images ── model ──▶ greedy answer ── one pass over both ──▶ log p
 
-reference = HFReference(load_model(merged, torch.float32), renderer)
-expected = reference.expected(case)           # computed once and kept
+    reference = HFReference(load_model(merged, torch.float32), renderer)
+    expected = reference.expected(case)           # computed once and kept
 
 Anything with `expected(case) -> Expected` is a reference: stored ("golden") values are one too.
+
+    Observed: the same case on both sides, what the reference expects and what the runtime did
+        case ── complete(top=k) ───────────────▶ free: the runtime's own greedy answer
+             ── complete(force=answer, top=k) ─▶ tops: log p at every place of the reference's answer
+             ── tokenize, part by part ────────▶ text_ids: what stands around the pictures
+
+Where the runtime's own answer is the reference's, it was forced along it already, and is not asked again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,11 +35,12 @@ from rankwise.data.vision_inputs import IGNORED
 from rankwise.device.llama.client import NotTold, Refusal
 from rankwise.device.llama.runtime import Completion, Runtime
 from rankwise.device.parity.cases import Case
-from rankwise.device.parity.embedder import Rows, embedded
 from rankwise.errors import DataError, ServiceError, UsageError
 from rankwise.evaluate.likelihood import answer_ids
 
 Pixels = NDArray[np.uint8]
+Rows = NDArray[np.float32]
+MOST_IDS = 3  # cases that a reason names
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,11 @@ class Expected:
     def image_tokens(self) -> int:
         """Embeddings of pictures in the prompt."""
         return self.ids.count(self.image_id) if self.image_id is not None else 0
+
+    @property
+    def span(self) -> int:
+        """Tokens in place of all pictures, delimiters included."""
+        return sum(map(len, self.expansions))
 
     @property
     def written(self) -> list[int]:
@@ -142,14 +156,9 @@ class HFReference:
     @torch.inference_mode()
     def greedy(self, rendered: Rendered) -> list[int]:
         """Ids of the greedy answer, its end token included, alone in its batch."""
-        ids = torch.tensor([rendered.input_ids])
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        inputs |= seen(self.renderer.sight, ids, [rendered.images])
-        device = next(self.model.parameters()).device
-        output = self.model.generate(
-            **{name: value.to(device) for name, value in inputs.items()}, generation_config=self._decoding()
-        )
-        found: list[int] = output[0, ids.shape[1] :].tolist()
+        inputs = inputs_of(self.model, self.renderer, rendered)
+        output = self.model.generate(**inputs, generation_config=self._decoding())
+        found: list[int] = output[0, len(rendered.input_ids) :].tolist()
         return found
 
     def _decoding(self) -> GenerationConfig:
@@ -198,6 +207,49 @@ def forced(
     return [logits[row, place].float().log_softmax(-1).cpu() for row, place in enumerate(places)]
 
 
+def inputs_of(model: Any, renderer: Renderer, rendered: Rendered) -> dict[str, Tensor]:
+    """What the model takes of one prompt."""
+    ids = torch.tensor([rendered.input_ids])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | seen(renderer.sight, ids, [rendered.images])
+    device = next(model.parameters()).device
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+@torch.inference_mode()
+def embedded(model: Any, renderer: Renderer, rendered: Rendered) -> Rows | None:
+    """(image tokens, width) of a prompt's pictures: what stands at their tokens before the first layer. None for a
+    prompt without."""
+    if renderer.sight is None or not rendered.images:
+        return None
+    inputs = inputs_of(model, renderer, rendered)
+    with _first_inputs(model) as found:
+        model(**inputs)
+    rows: Rows = found[0][0, inputs["input_ids"][0] == renderer.sight.placeholder_id].float().cpu().numpy()
+    return rows
+
+
+@contextmanager
+def _first_inputs(model: Any) -> Iterator[list[Any]]:
+    """What the language model is given, as its calls come."""
+    found: list[Any] = []
+
+    def keep(_: Any, __: Any, given: dict[str, Any]) -> None:
+        found.append(given["inputs_embeds"])
+
+    hook = model.get_decoder().register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def distance(found: Rows, expected: Rows) -> float:
+    """Relative (root mean square); infinite where the shapes differ."""
+    if found.shape != expected.shape:
+        return float("inf")
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
 @dataclass(frozen=True)
 class Observed:
     """What was seen of one case. refused: why the runtime did not take it; `free` is then None.
@@ -238,7 +290,7 @@ class Observed:
 
     @property
     def span(self) -> int:
-        """Tokens that the runtime put in place of all pictures; of the reference: `sum(map(len, expansions))`."""
+        """Tokens that the runtime put in place of all pictures."""
         return self.free.prompt_tokens - sum(map(len, self.text_ids)) if self.free else 0
 
 
@@ -284,3 +336,10 @@ def text_ids(runtime: Runtime, case: Case) -> tuple[tuple[int, ...], ...]:
     if not parts[0] and info.begin_id is not None:
         ids[0] = [info.begin_id]
     return tuple(map(tuple, ids))
+
+
+def named(cases: Sequence[Observed]) -> str:
+    """3 cases (a, b, c)"""
+    ids = [one.case.id for one in cases]
+    shown = ", ".join(ids[:MOST_IDS]) + (", …" if len(ids) > MOST_IDS else "")
+    return f"{len(ids)} case{'s' if len(ids) != 1 else ''} ({shown})"
