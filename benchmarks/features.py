@@ -28,6 +28,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rankwise.features.dataset import cached
+
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
@@ -52,9 +54,8 @@ from rankwise.features.measures import (
     timings,
 )
 from rankwise.features.nets import ARCHITECTURES
-from rankwise.features.nets.files import load_factorizer
 from rankwise.features.nets.subspace import quick_products
-from rankwise.features.trained import cached
+from rankwise.features.trained import load_factorizer
 from rankwise.options.features import CaptureConfig, FactorTrainConfig
 
 OURS, QUICK, LOWRANK = "Subspace", "Gram, quick products", "torch.svd_lowrank"

@@ -32,7 +32,7 @@ from rankwise.errors import VerificationError
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.features.cache import open_cache
 from rankwise.features.dataset import read_split
-from rankwise.features.nets.files import load_factorizer
+from rankwise.features.trained import load_factorizer
 from rankwise.files.adapter import read_adapter
 from rankwise.files.atomic import read_json
 from rankwise.files.ledger import Ledger

@@ -12,10 +12,9 @@ Stopped and started again, it makes what is missing; the result is the same to t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -28,19 +27,21 @@ from rankwise.data.vision_inputs import Sight
 from rankwise.errors import DataError, RankwiseError, UsageError
 from rankwise.features.approximation import best_errors, normalised, singular_values
 from rankwise.features.cache import FeatureCache, ModelOrigin
-from rankwise.features.cache_writer import (
+from rankwise.features.cache_writer import CacheRecipe, CacheWriter, Matrices, replaceable
+from rankwise.features.encoder import (
     SQUARE,
-    CacheRecipe,
-    CacheWriter,
-    Matrices,
+    EncoderEye,
+    Eye,
+    ModelEye,
     Preparation,
-    replaceable,
-    shard_places,
+    is_encoder,
+    load_image_processor,
+    own_side,
+    unresized,
 )
-from rankwise.features.capture_images import PictureShards, Step, open_pictures
-from rankwise.features.encoder import EncoderEye, Eye, ModelEye, is_encoder, load_image_processor, own_side, unresized
 from rankwise.features.measures import explained_energy
-from rankwise.features.synthetic import Synthetic
+from rankwise.features.pictures import PictureShards, Step, open_pictures
+from rankwise.features.synthetic import Synthetic, SyntheticShards
 from rankwise.files.adapter import is_adapter
 from rankwise.files.checkpoint import model_fingerprint, resolve
 from rankwise.files.processes import announce, finish, gathered, own_share, process_index
@@ -114,53 +115,6 @@ def preparation_of(config: CaptureConfig, folder: Path) -> Preparation:
         return Preparation(None)
     target = read_target(folder) if config.image_size is None else None
     return Preparation(None, target) if target else Preparation(config.image_size or SQUARE)
-
-
-@dataclass(frozen=True)
-class SyntheticShards:
-    """Matrices with a known spectrum; each is a picture of its own."""
-
-    settings: Synthetic
-    count: int
-    shard_size: int
-    dtype: str
-
-    @property
-    def recipe(self) -> CacheRecipe:
-        one = self.settings
-        return CacheRecipe(
-            shards=len(self.places),
-            dtype=self.dtype,
-            model=None,
-            pictures=f"{self.count} synthetic",
-            settings={
-                "shard_size": self.shard_size,
-                "tokens": one.tokens,
-                "channels": one.channels,
-                "spectrum": one.spectrum,
-                "shared": one.shared,
-                "seed": one.seed,
-                "smooth": one.smooth,
-            },
-            source=f"synthetic, spectrum {one.spectrum}, shared {one.shared:g}",
-            spectrum=one.normalised_values,
-        )
-
-    @property
-    def places(self) -> list[range]:
-        return shard_places(self.count, self.shard_size)
-
-    def size(self, shard: int) -> int:
-        return len(self.places[shard])
-
-    def made(self, shard: int, step: Step) -> Matrices:
-        matrices, names = [], []
-        for place in self.places[shard]:
-            matrices.append(self.settings.matrix(place))
-            names.append(f"synthetic-{place:06d}")
-            step(1)
-        groups = tuple(hashlib.sha256(f"{self.settings.seed} {name}".encode()).hexdigest() for name in names)
-        return Matrices(torch.stack(matrices), tuple(names), groups, self.settings.grid)
 
 
 STAGE = "features capture"

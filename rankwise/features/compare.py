@@ -20,8 +20,9 @@ from rankwise.evaluate import bootstrap
 from rankwise.evaluate.generate import pick_device
 from rankwise.features.approximation import normalised, shared_basis
 from rankwise.features.cache import FeatureCache, open_cache
-from rankwise.features.dataset import SPLIT, FeatureSplit, read_split
+from rankwise.features.dataset import SPLIT, FeatureSplit, cached, read_split
 from rankwise.features.measures import (
+    GRAM,
     PCA,
     ROUNDING,
     SVD,
@@ -44,12 +45,13 @@ from rankwise.features.measures import (
     timings,
 )
 from rankwise.features.nets.base import Factorizer
-from rankwise.features.nets.files import SETTINGS
-from rankwise.features.page import FILE, OF_ONE, PLOT_FOLDER, terminal, write_comparison
-from rankwise.features.trained import Network, cached, networks
-from rankwise.features.words import FORMAT, label
+from rankwise.features.page import FILE, FORMAT, OF_ONE, PLOTS, Comparison, comparison_blocks, label, terminal
+from rankwise.features.trained import SETTINGS, Network, networks
+from rankwise.files.atomic import write_json, write_text
 from rankwise.files.run_folder import RunFolder
 from rankwise.options.features import FactorCompareConfig, canonical
+from rankwise.page.blocks import Page, Picture, Section
+from rankwise.page.template import render
 
 DRAWN = ("relative_error", "excess_error", "cosine")
 
@@ -320,3 +322,59 @@ def describe(config: FactorCompareConfig) -> list[str]:
     lines += [f"and on all images of {config.ood} that are not in that cache"] if config.ood else []
     plots = "" if config.no_plots else f", plots in {PLOT_FOLDER}/"
     return [*lines, f"write {FILE} and .md{plots}, and {OF_ONE} of each network, in {config.results_dir}"]
+
+
+PAGE, PLOT_FOLDER = "comparison.md", "plots"
+
+
+def write_comparison(folder: Path, comparison: Comparison, *, plots: bool = True) -> dict[str, Path | str]:
+    """Write them into the results folder; what was written, by name."""
+    pictures = [
+        Picture(draw(comparison, folder / PLOT_FOLDER / f"{name}.png"), caption)
+        for name, (draw, caption) in (PLOTS if plots else {}).items()
+    ]
+    page = Page(
+        title=f"Factors of rank {comparison['rank']}: {', '.join(comparison['networks'])}",
+        subtitle=f"{comparison['tokens']} tokens × {comparison['channels']} channels of {comparison['features']}",
+        headline=[],
+        lead=[],
+        sections=[Section("Networks against the optimum", comparison_blocks(comparison, pictures))],
+        appendix=[],
+    )
+    written: dict[str, Path | str] = {
+        name: write_json(folder / name / OF_ONE, of_one(comparison, name)) for name in comparison["networks"]
+    }
+    written |= {picture.path.stem: picture.path for picture in pictures}
+    written["page"] = write_text(folder / PAGE, render(page, "report.md.j2", folder))
+    return written | {"comparison": write_json(folder / FILE, comparison)}
+
+
+def of_one(comparison: Comparison, name: str) -> dict[str, Any]:
+    """One network beside the SVD and the shared PCA: means, paired differences, every matrix, cost."""
+    shared = ("rank", "tokens", "channels", "features", "model", "timing", "storage")
+    sweep = comparison["sweep"]
+    return {
+        "arch": name,
+        **{key: comparison[key] for key in shared},
+        "network_rank": comparison["network_ranks"][name],
+        "sources": [one_source(source, name) for source in comparison["sources"]],
+        "cost": [row for row in comparison["cost"] if row["method"] in (SVD, GRAM, PCA, name)],
+        "sweep": {"ranks": sweep["ranks"], **{key: sweep["relative_error"][key] for key in (SVD, PCA, name)}},
+    }
+
+
+def one_source(source: Mapping[str, Any], name: str) -> dict[str, Any]:
+    own, optimum = source["values"][name], source["values"][SVD]
+    rows = {row["method"]: row for row in source["rows"] if not row["refined"]}
+    refined = [row for row in source["rows"] if row["method"] == name and row["refined"]]
+    matrices = zip(source["ids"], optimum["relative_error"], *own.values(), strict=True)
+    names = ("id", "svd_relative_error", *own)
+    return {
+        **{key: source[key] for key in ("name", "source", "features", "matrices", "images")},
+        "svd": rows[SVD],
+        "pca": rows[PCA],
+        "network": rows[name],
+        "refined": refined[0] if refined else None,
+        "paired": [pair for pair in source["paired"] if pair["network"] == name],
+        "per_matrix": [dict(zip(names, row, strict=True)) for row in matrices],
+    }

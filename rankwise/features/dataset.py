@@ -8,7 +8,7 @@ read_split(run / SPLIT, cache)                   # the same again, or a DataErro
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,3 +146,12 @@ def refusal(path: Path, reasons: Mapping[str, str]) -> DataError:
     more = f"; and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
     them = "it again, or without it" if len(listed) == 1 else "them again, or without them"
     return DataError(f"{path}: {'; '.join(listed[:SHOWN])}{more}; capture {them}")
+
+
+BATCH = 16  # matrices of a cache at a time
+
+
+def cached(cache: FeatureCache, places: Sequence[int]) -> Iterator[Tensor]:
+    """Normalised matrices (B, T, D) of a cache. DataError naming one that nothing can be measured on."""
+    for start in range(0, len(places), BATCH):
+        yield torch.stack([measurable(cache, place) for place in places[start : start + BATCH]])

@@ -20,7 +20,6 @@ from rankwise.evaluate.predictions import installed
 from rankwise.features.answers import Answers, Replacement, compare_answers, measured, paired
 from rankwise.features.downstream_page import FORMAT, JSON, MARKDOWN, PICTURE, markdown, plot_downstream, terminal
 from rankwise.features.measures import PCA, SVD
-from rankwise.features.nets.files import WEIGHTS
 from rankwise.features.questions import (
     Part,
     Questions,
@@ -33,7 +32,7 @@ from rankwise.features.questions import (
     stretched,
     with_pictures,
 )
-from rankwise.features.trained import is_of, networks, stretch_of
+from rankwise.features.trained import WEIGHTS, is_of, networks, stretch_of
 from rankwise.files.adapter import adapter_files
 from rankwise.files.atomic import fingerprint, write_json, write_text
 from rankwise.files.checkpoint import model_fingerprint, resolve

@@ -17,12 +17,15 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel, ProcessorMixin
 
 from rankwise.core.geometry import WHOLE, Grid
+from rankwise.data.depth.maps import image_grids
+from rankwise.data.device import DeviceTarget, device_processor
+from rankwise.data.pixels import BLACK, WHITE, Colour
 from rankwise.data.vision_inputs import Sight
 from rankwise.errors import DataError, UsageError
-from rankwise.features.cache_writer import grids
+from rankwise.features.cache_writer import digest
 from rankwise.files.checkpoint import resolve
 from rankwise.models.load import PIXELS, check_torchvision, load_config, model_class, takes
 from rankwise.models.vision_features import image_features, load_vision_side
@@ -193,3 +196,57 @@ class EncoderEye:
 
     def features(self, model: Any, inputs: Inputs) -> list[tuple[Tensor, Grid | None]]:
         return [(matrix, Grid(WHOLE, *grid)) for matrix, grid in encoder_features(model, inputs)]
+
+
+SQUARE = 448  # pixels: 16 × 16 tokens in the Qwen-VL families
+
+
+FILTER = Image.Resampling.BICUBIC  # Pillow's own default
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How pictures go to the processor: to a square of `side` pixels whatever their shape, or as `target`'s device
+    shows them, or, with neither, as they are."""
+
+    side: int | None = SQUARE
+    target: DeviceTarget | None = None
+
+    def __post_init__(self) -> None:
+        assert not (self.side and self.target)
+
+    @property
+    def background(self) -> Colour:
+        """What transparency is laid on before."""
+        return BLACK if self.target else WHITE
+
+    def picture(self, image: Image.Image) -> Image.Image:
+        if self.target:
+            return self.target.resize(image)
+        return image if self.side is None else image.resize((self.side, self.side), FILTER)
+
+    def processor(self, processor: ProcessorMixin) -> ProcessorMixin:
+        return device_processor(processor, self.target) if self.target else processor
+
+    def record(self, images: Any) -> dict[str, Any]:
+        """For the recipe: all that decides the tensors of a picture. images: the image processor."""
+        own = images.to_json_string()
+        return {
+            "stretched_to": self.side,
+            "device": self.target.geometry if self.target else None,
+            "processor": f"{type(images).__name__} {digest(own.encode())[:12]}",
+        }
+
+
+def grids(processor: ProcessorMixin, image: Image.Image) -> tuple[Grid, ...] | None:
+    """One grid per matrix of a prepared picture; None for a family whose rule is not known here, which has then one
+    matrix per picture."""
+    try:
+        return image_grids(processor, *image.size)
+    except UsageError:
+        return None
+
+
+def picture_digest(image: Image.Image) -> str:
+    """SHA-256 of the pixels that the processor gets: what the model cannot tell apart is one picture."""
+    return digest(f"{image.mode} {image.size}".encode() + image.tobytes())

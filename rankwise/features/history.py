@@ -11,17 +11,33 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rankwise.errors import DataError
-from rankwise.features.nets.files import save_factorizer
+from rankwise.errors import DataError, UsageError
 from rankwise.features.objective import TERMS, FactorObjective
+from rankwise.features.trained import save_factorizer
 from rankwise.files.atomic import read_json, read_object, write_json
-from rankwise.files.processes import process_index
+from rankwise.files.processes import announce, process_index
+from rankwise.options.field import flatten
+from rankwise.page.canvas import (
+    BLUE,
+    GREY,
+    INK,
+    YELLOW,
+    legend,
+    log_ticks,
+    name_axes,
+    new_figure,
+    plain,
+    save,
+    whole_ticks,
+)
 from rankwise.train.sharing import summed
 
 HISTORY, STATE = "history.json", "history_state.json"
@@ -150,3 +166,114 @@ def in_words(row: Row, last: int, rank: int) -> str:
         f"{row['val_rel_f']:.4f}, explained energy {row['val_evr']:.4f}, lr {row['lr']:.3g}{acting}, "
         f"{row['time']:.1f} s"
     )
+
+
+OPTIONS, LOG, SUMMARY = "config.json", "training.log", "final_summary.json"
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """A folder per start of the command. Only the first process writes.
+
+    folder: None in the others.
+    """
+
+    folder: Path | None
+
+    @classmethod
+    def begun(cls, log_dir: Path, config: Any) -> RunLog:
+        if process_index()[0] != 0:
+            return cls(None)
+        folder = new_folder(log_dir)
+        write_json(folder / OPTIONS, flatten(config))
+        return cls(folder)
+
+    def line(self, text: str) -> None:
+        """Printed, and written with the time."""
+        announce(text)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        if self.folder is not None:
+            with open(self.folder / LOG, "a", encoding="utf-8") as file:
+                file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+
+    def summary(self, content: dict[str, Any]) -> None:
+        if self.folder is not None:
+            write_json(self.folder / SUMMARY, content)
+
+
+def new_folder(log_dir: Path) -> Path:
+    """`logs_20261121_181200`; a second one of the same second gets a number."""
+    name = f"logs_{datetime.now():%Y%m%d_%H%M%S}"
+    for suffix in ("", *(f"_{number}" for number in range(2, 1000))):
+        folder = log_dir / f"{name}{suffix}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UsageError(f"--log_dir {log_dir}: cannot be a folder ({error.strerror}); choose another") from error
+        return folder
+    raise AssertionError("a thousand runs in one second")
+
+
+DOTS = 12  # epochs up to which every point is marked
+
+
+def plot_factor_training(rows: Sequence[Mapping[str, Any]], path: Path | str, best_epoch: int | None = None) -> Path:
+    """MSE in training and validation by epoch; below it the learning rate, and the effective rank where it changed.
+
+    Args:
+        rows: of `history.json`.
+        path: file to write.
+        best_epoch: the epoch whose network was kept; marked.
+
+    Raises:
+        DataError: there is no epoch.
+    """
+    if not rows:
+        raise DataError("the history holds no epoch")
+    epochs = [row["epoch"] for row in rows]
+    figure, axes = new_figure(7.2, 4.6, rows=2)
+    above, below = axes.flat
+    draw(above, epochs, [row["train_mse"] for row in rows], "training", BLUE, "-")
+    draw(above, epochs, [row["val_mse"] for row in rows], "validation", INK, "--")
+    for row in rows:
+        if row["epoch"] == best_epoch:
+            label = f"kept: {row['val_mse']:.4g} at epoch {best_epoch}"
+            above.plot([best_epoch], [row["val_mse"]], color=INK, linestyle="", marker="D", markersize=7, label=label)
+    above.set_yscale("log")
+    log_ticks(above.yaxis)
+    name_axes(above, "", "MSE of A·B")
+    legend(above, loc="upper right")
+    draw(below, epochs, [row["lr"] for row in rows], "learning rate", GREY, "-")
+    below.set_yscale("log")
+    log_ticks(below.yaxis)
+    name_axes(below, "epoch", "learning rate")
+    draw_ranks(below, epochs, [row["effective_rank"] for row in rows])
+    for axis in (above, below):
+        whole_ticks(axis.xaxis)
+    return save(figure, path)
+
+
+def draw(axis: Any, epochs: Sequence[int], values: Sequence[float], name: str, colour: str, style: str) -> None:
+    dots = "o" if len(epochs) <= DOTS else None
+    axis.plot(epochs, values, color=colour, linestyle=style, linewidth=1.5, marker=dots, markersize=3, label=name)
+
+
+def draw_ranks(axis: Any, epochs: Sequence[int], ranks: Sequence[int]) -> None:
+    """On an axis of its own at the right; nothing where the rank never changed."""
+    if len(set(ranks)) == 1:
+        return
+    other = axis.twinx()
+    plain(other)
+    other.grid(False)
+    other.spines[["left", "top"]].set_visible(False)
+    other.spines["right"].set(visible=True, color=GREY)
+    draw(other, epochs, ranks, "effective rank", YELLOW, "-.")
+    other.set_ylim(0, max(ranks) * 1.05)
+    other.set_ylabel("effective rank", fontsize=9, color=INK)
+    axis.spines[["right", "top"]].set_visible(False)
+    lines = [*axis.get_lines(), *other.get_lines()]
+    other.legend(lines, [line.get_label() for line in lines], fontsize=8, framealpha=0.85, edgecolor="none")

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,18 @@ from rankwise.core.rank_budget import RankBudget
 from rankwise.errors import UsageError
 from rankwise.features.cache import FeatureCache
 from rankwise.features.dataset import SPLIT, FeatureRows, FeatureSplit, read_split, split_of
-from rankwise.features.history import HISTORY, EpochHistory, read_history
+from rankwise.features.history import HISTORY, EpochHistory, RunLog, read_history
 from rankwise.features.nets import build
-from rankwise.features.nets.adaptive import AdaptiveLowRankProjAdaLoRA
 from rankwise.features.nets.base import Factorizer, FactorizerSettings
-from rankwise.features.nets.files import SETTINGS, WEIGHTS, load_factorizer
+from rankwise.features.nets.row_column import AdaptiveLowRankProjAdaLoRA
 from rankwise.features.objective import ROW, FactorObjective, TermWeights, ValidationMeans, with_rows
 from rankwise.features.page import OF_ONE
 from rankwise.features.rank_masks import TABLE, ChannelAllocation, saved_budget
-from rankwise.files.atomic import Aside, read_object, write_json
+from rankwise.features.trained import SETTINGS, WEIGHTS, load_factorizer
+from rankwise.files.atomic import Aside, read_object
 from rankwise.files.processes import announce, process_index
 from rankwise.files.run_folder import CONFIG
 from rankwise.options.features import FactorTrainConfig
-from rankwise.options.field import flatten
 from rankwise.train.arguments import build_arguments
 from rankwise.train.checkpoints import (
     MANIFEST,
@@ -47,56 +45,6 @@ from rankwise.train.checkpoints import (
 from rankwise.train.gradient_table import TRAINING_LOG
 from rankwise.train.stopping import Patience
 from rankwise.train.trainer import RankwiseTrainer
-
-OPTIONS, LOG, SUMMARY = "config.json", "training.log", "final_summary.json"
-
-
-@dataclass(frozen=True)
-class RunLog:
-    """A folder per start of the command. Only the first process writes.
-
-    folder: None in the others.
-    """
-
-    folder: Path | None
-
-    @classmethod
-    def begun(cls, log_dir: Path, config: Any) -> RunLog:
-        if process_index()[0] != 0:
-            return cls(None)
-        folder = new_folder(log_dir)
-        write_json(folder / OPTIONS, flatten(config))
-        return cls(folder)
-
-    def line(self, text: str) -> None:
-        """Printed, and written with the time."""
-        announce(text)
-        self.note(text)
-
-    def note(self, text: str) -> None:
-        if self.folder is not None:
-            with open(self.folder / LOG, "a", encoding="utf-8") as file:
-                file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
-
-    def summary(self, content: dict[str, Any]) -> None:
-        if self.folder is not None:
-            write_json(self.folder / SUMMARY, content)
-
-
-def new_folder(log_dir: Path) -> Path:
-    """`logs_20261121_181200`; a second one of the same second gets a number."""
-    name = f"logs_{datetime.now():%Y%m%d_%H%M%S}"
-    for suffix in ("", *(f"_{number}" for number in range(2, 1000))):
-        folder = log_dir / f"{name}{suffix}"
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UsageError(f"--log_dir {log_dir}: cannot be a folder ({error.strerror}); choose another") from error
-        return folder
-    raise AssertionError("a thousand runs in one second")
-
 
 TRAINER_STATE = "trainer_state.json"
 RESULTS, PLOT = "test_results.json", "train_val_loss_comparison.png"

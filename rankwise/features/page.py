@@ -5,27 +5,125 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import numpy as np
+
 from rankwise.features.measures import GRAM, PCA, SVD
-from rankwise.features.plots import PLOTS
-from rankwise.features.words import (
-    FILE,
-    Comparison,
-    cost_of,
-    effective,
-    label,
-    optimum_words,
-    source_title,
-    span,
-    storage_words,
-    timing_words,
-    verdict,
+from rankwise.page.blocks import Block, Picture, Table, Words
+from rankwise.page.canvas import (
+    BLUE,
+    GREY,
+    INK,
+    YELLOW,
+    log_ticks,
+    name_axes,
+    new_figure,
+    save,
+    style,
 )
-from rankwise.files.atomic import write_json, write_text
-from rankwise.page.blocks import Block, Page, Picture, Section, Table, Words
-from rankwise.page.template import render
-from rankwise.page.text import align, amount, printable
+from rankwise.page.text import align, amount, clip, percent, plural, printable
+
+FORMAT, FILE = "rankwise-factors/1", "comparison.json"
+PARTS = ("rank", "tokens", "channels", "networks", "timing", "storage", "sources", "cost", "sweep")
+Comparison = Mapping[str, Any]
+
+
+def label(row: Mapping[str, Any]) -> str:
+    return f"{row['method']}, refined" if row["refined"] else str(row["method"])
+
+
+def source_title(source: Mapping[str, Any]) -> str:
+    where = f" of {clip(printable(source['source'], 100), 60)}" if source.get("source") else ""
+    tiles = f" ({plural(source['matrices'], 'tile')})" if source["matrices"] != source["images"] else ""
+    return f"{source['name']}: {plural(source['images'], 'image')}{tiles}{where}"
+
+
+def row_of(source: Mapping[str, Any], method: str) -> Mapping[str, Any]:
+    """The row of a method's rank-r product."""
+    return next(row for row in source["rows"] if row["method"] == method and not row["refined"])
+
+
+def cost_of(comparison: Comparison, method: str) -> Mapping[str, Any]:
+    return next(row for row in comparison["cost"] if row["method"] == method)
+
+
+def span(estimate: Mapping[str, Any], digits: int = 4, scale: float = 1.0, signed: bool = False) -> str:
+    """0.1234 [0.1200, 0.1270]"""
+
+    def shown(key: str) -> str:
+        rounded = round(scale * estimate[key], digits) + 0.0  # no −0.00
+        return f"{rounded:{'+' if signed else ''}.{digits}f}"
+
+    return shown("mean") if estimate["low"] is None else f"{shown('mean')} [{shown('low')}, {shown('high')}]"
+
+
+def verdict(comparison: Comparison, source: Mapping[str, Any], name: str) -> str:
+    """How far from the optimum, against the shared PCA, and against the time of the exact factors."""
+    row = row_of(source, name)
+    excess = row["excess_error"]
+    said = f"{name}: relative error {row['relative_error']['mean']:.4f}, "
+    said += f"{percent(excess['mean'])} above the optimum" if excess else "where the SVD of this rank is exact"
+    if excess and excess["low"] is not None:
+        said += f" (95 %: {percent(excess['low'])} to {percent(excess['high'])})"
+    for pair in source["paired"]:
+        if pair["network"] == name and pair["against"] == PCA:
+            said += f"; {against_pca(pair)}"
+    return f"{said}. {speed(comparison, name)}"
+
+
+def against_pca(pair: Mapping[str, Any]) -> str:
+    low, high = pair["low"], pair["high"]
+    if low is None or low <= 0 <= high:
+        word = "not told apart from"
+    else:
+        word = "closer than" if high < 0 else "farther than"
+    return f"{word} the shared PCA basis ({span(pair, signed=True)}, paired)"
+
+
+def speed(comparison: Comparison, name: str) -> str:
+    """0.4× the time of the exact Gram factors: faster than exact."""
+    own, exact = cost_of(comparison, name)["seconds"], cost_of(comparison, GRAM)["seconds"]
+    ratio = own / exact
+    word = "faster" if ratio < 1 else "slower"
+    shown = f"{1 / ratio:.2g}× faster than" if ratio < 1 else f"{ratio:.2g}× the time of"
+    return f"{shown} the exact Gram factors: {word} than exact."
+
+
+def effective(row: Mapping[str, Any]) -> str:
+    """AdaLoRA: 32 of its 128 ranks act; …"""
+    extra = row["excess_at_effective_rank"]
+    return (
+        f"{row['method']}: {row['effective_rank']} of its {row['rank']} ranks act; against the optimum of rank "
+        f"{row['effective_rank']} its excess error is {percent(extra['mean'])}."
+    )
+
+
+def timing_words(comparison: Comparison) -> str:
+    timing = comparison["timing"]
+    cpu = f", {plural(timing['threads'], 'thread')}" if timing["threads"] else ""
+    return (
+        f"Times: {timing['device']}{cpu}, batches of {timing['batch_size']}, all methods in turn after a warm-up, the "
+        f"fastest of {plural(timing['repeats'], 'pass').replace('passs', 'passes')}. Operations: matrix products as "
+        "counted by torch; eigendecomposition, SVD and QR by their textbook counts."
+    )
+
+
+def storage_words(comparison: Comparison) -> str:
+    storage, rank = comparison["storage"], comparison["rank"]
+    ratio = storage["matrix"] / storage["factors"]
+    said = f"Storage at rank {rank}: {storage['factors']:,} numbers for factors, {storage['matrix']:,} for a matrix"
+    fewer = f"{ratio:.2g}× fewer" if ratio > 1 else f"{1 / ratio:.2g}× more"
+    return f"{said} ({fewer}); factors take no more up to rank {storage['break_even_rank']}."
+
+
+def optimum_words(comparison: Comparison) -> str:
+    return (
+        f"No product of rank {comparison['rank']} is closer to a matrix than its {SVD}, so its error is the floor; "
+        "excess error is the distance above it on the same matrix."
+    )
+
 
 CLOSE = ("method", "relative error", "excess error, %", "energy", "cosine", "angle")
 COST = ("method", "time", "speed", "MFLOP", "parameters", "stored")
@@ -106,58 +204,139 @@ def aligned(table: Table) -> str:
     return "\n".join(align([table.header, *table.rows]))
 
 
-PAGE, OF_ONE, PLOT_FOLDER = "comparison.md", "svd_nn_comparison.json", "plots"
-__all__ = ["FILE", "OF_ONE", "PAGE", "PLOT_FOLDER", "of_one", "write_comparison"]
+OF_ONE = "svd_nn_comparison.json"
 
 
-def write_comparison(folder: Path, comparison: Comparison, *, plots: bool = True) -> dict[str, Path | str]:
-    """Write them into the results folder; what was written, by name."""
-    pictures = [
-        Picture(draw(comparison, folder / PLOT_FOLDER / f"{name}.png"), caption)
-        for name, (draw, caption) in (PLOTS if plots else {}).items()
-    ]
-    page = Page(
-        title=f"Factors of rank {comparison['rank']}: {', '.join(comparison['networks'])}",
-        subtitle=f"{comparison['tokens']} tokens × {comparison['channels']} channels of {comparison['features']}",
-        headline=[],
-        lead=[],
-        sections=[Section("Networks against the optimum", comparison_blocks(comparison, pictures))],
-        appendix=[],
-    )
-    written: dict[str, Path | str] = {
-        name: write_json(folder / name / OF_ONE, of_one(comparison, name)) for name in comparison["networks"]
-    }
-    written |= {picture.path.stem: picture.path for picture in pictures}
-    written["page"] = write_text(folder / PAGE, render(page, "report.md.j2", folder))
-    return written | {"comparison": write_json(folder / FILE, comparison)}
+BINS = 30
 
 
-def of_one(comparison: Comparison, name: str) -> dict[str, Any]:
-    """One network beside the SVD and the shared PCA: means, paired differences, every matrix, cost."""
-    shared = ("rank", "tokens", "channels", "features", "model", "timing", "storage")
-    sweep = comparison["sweep"]
-    return {
-        "arch": name,
-        **{key: comparison[key] for key in shared},
-        "network_rank": comparison["network_ranks"][name],
-        "sources": [one_source(source, name) for source in comparison["sources"]],
-        "cost": [row for row in comparison["cost"] if row["method"] in (SVD, GRAM, PCA, name)],
-        "sweep": {"ranks": sweep["ranks"], **{key: sweep["relative_error"][key] for key in (SVD, PCA, name)}},
-    }
+LINEAR_BELOW = 1.0  # per cent of excess error: from there on the axis is logarithmic
 
 
-def one_source(source: Mapping[str, Any], name: str) -> dict[str, Any]:
-    own, optimum = source["values"][name], source["values"][SVD]
-    rows = {row["method"]: row for row in source["rows"] if not row["refined"]}
-    refined = [row for row in source["rows"] if row["method"] == name and row["refined"]]
-    matrices = zip(source["ids"], optimum["relative_error"], *own.values(), strict=True)
-    names = ("id", "svd_relative_error", *own)
-    return {
-        **{key: source[key] for key in ("name", "source", "features", "matrices", "images")},
-        "svd": rows[SVD],
-        "pca": rows[PCA],
-        "network": rows[name],
-        "refined": refined[0] if refined else None,
-        "paired": [pair for pair in source["paired"] if pair["network"] == name],
-        "per_matrix": [dict(zip(names, row, strict=True)) for row in matrices],
-    }
+def plot_error_histogram(comparison: Comparison, path: Path | str) -> Path:
+    """How the relative errors of the matrices are spread, a strip per method and a column per image source."""
+    return histograms(comparison, "relative_error", "relative error", path)
+
+
+def plot_cosine_histogram(comparison: Comparison, path: Path | str) -> Path:
+    """The same of the mean cosine between a token and its approximation."""
+    return histograms(comparison, "cosine", "cosine between token and approximation", path)
+
+
+def histograms(comparison: Comparison, measure: str, title: str, path: Path | str) -> Path:
+    """Strips on common bins, the median marked. The Gram factors are the SVD's and have no strip."""
+    sources = comparison["sources"]
+    names = [name for name in sources[0]["values"] if name != GRAM]
+    edges = bins([value for source in sources for name in names for value in source["values"][name][measure]])
+    figure, axes = new_figure(1.9 + 3.4 * len(sources), 0.8 + 0.55 * len(names), len(sources), len(names))
+    grid = np.reshape(np.array(axes, dtype=object), (len(names), len(sources)))
+    for column, source in enumerate(sources):
+        for row, name in enumerate(names):
+            strip(grid[row, column], source["values"][name][measure], edges, own=name in comparison["networks"])
+            grid[row, column].tick_params(labelbottom=row == len(names) - 1)
+            if column == 0:
+                beside(grid[row, column], clip(name, 30))
+        name_axes(grid[-1, column], title, "")
+        heading = grid[0, column].set_title(
+            f"{source['name']} ({source['images']:,})", fontsize=9, color=INK, loc="left"
+        )
+        heading.set_parse_math(False)
+    return save(figure, path)
+
+
+def strip(axis: Any, values: Sequence[float], edges: Sequence[float], own: bool) -> None:
+    axis.hist(values, bins=edges, color=BLUE if own else GREY)
+    axis.plot([median(values)], [0], marker="D", markersize=6, color=YELLOW, markeredgecolor=INK, clip_on=False)
+    axis.set_ylim(bottom=0)
+    axis.set_xlim(edges[0], edges[-1])
+    axis.set_yticks([])
+    axis.spines["left"].set_visible(False)
+
+
+def beside(axis: Any, name: str) -> None:
+    """The name of a strip, left of it."""
+    text = axis.text(-0.02, 0.4, name, transform=axis.transAxes, ha="right", va="center", fontsize=8, color=INK)
+    text.set_parse_math(False)
+
+
+def bins(values: Sequence[float]) -> list[float]:
+    """Equal bins over all values, a little wider than they are."""
+    low, high = min(values), max(values)
+    room = 0.02 * (high - low) or 1e-3
+    return [float(edge) for edge in np.linspace(low - room, high + room, BINS + 1)]
+
+
+def plot_rank_sweep(comparison: Comparison, path: Path | str) -> Path:
+    """Mean relative error against rank; below the ranks, the share of a matrix's numbers that the factors take."""
+    sweep, tokens, channels = comparison["sweep"], comparison["tokens"], comparison["channels"]
+    figure, axis = new_figure(7.2, 4.0)
+    curves = {name: found for name, found in sweep["relative_error"].items() if name != GRAM}
+    for index, (name, errors) in enumerate(curves.items()):
+        found = [(rank, error) for rank, error in zip(sweep["ranks"], errors, strict=True) if error is not None]
+        x, y = [rank for rank, _ in found], [error for _, error in found]
+        text = f"{name}, leading channels" if name in comparison["networks"] else name
+        axis.plot(x, y, label=clip(text, 40), linewidth=1.3, markersize=4, **style(index))
+    axis.set_xscale("log", base=2)
+    share = [rank * (tokens + channels) / (tokens * channels) for rank in sweep["ranks"]]
+    ticks = [f"{rank}\n{100 * part:.0f} %" for rank, part in zip(sweep["ranks"], share, strict=True)]
+    axis.set_xticks(sweep["ranks"], ticks)
+    axis.minorticks_off()
+    axis.set_ylim(bottom=0)
+    name_axes(axis, "rank, and numbers stored against the whole matrix", "mean relative error")
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return save(figure, path)
+
+
+def plot_error_time(comparison: Comparison, path: Path | str) -> Path:
+    """Excess error against time per matrix: left is faster, down is closer; dotted: the exact factors.
+
+    Where the SVD is exact there is no excess, and the relative error takes its place.
+    """
+    source = comparison["sources"][0]
+    measure = "excess_error" if row_of(source, SVD)["excess_error"] else "relative_error"
+    shown = {"excess_error": "excess error over the SVD, %", "relative_error": "relative error, %"}[measure]
+    figure, axis = new_figure(7.2, 4.0)
+    axis.axvline(1e3 * cost_of(comparison, GRAM)["seconds"], color=GREY, linestyle=(0, (1, 2)), linewidth=1.1)
+    times = []
+    for index, cost in enumerate(comparison["cost"]):
+        look = {**style(index), "linestyle": "", "markersize": 8}
+        excess = row_of(source, cost["method"])[measure]
+        y, low, high = (100 * max(0.0, excess[key] if excess[key] is not None else excess["mean"]) for key in KEYS)
+        times.append(1e3 * cost["seconds"])
+        error = [[max(0.0, y - low)], [max(0.0, high - y)]]
+        axis.errorbar(times[-1], y, yerr=error, color=look["color"], capsize=4, linestyle="")
+        axis.plot([times[-1]], [y], label=clip(cost["method"], 40), zorder=3, **look)
+    axis.set_xscale("log")
+    axis.set_xlim(min(times) / 2, max(times) * 2)
+    log_ticks(axis.xaxis)
+    per_cent_ticks(axis)
+    name_axes(axis, f"milliseconds per matrix ({comparison['timing']['device']})", shown)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return save(figure, path)
+
+
+KEYS = ("mean", "low", "high")
+
+
+def per_cent_ticks(axis: Any) -> None:
+    """Linear up to 1 %, logarithmic above, so that the exact methods' 0 is on the axis."""
+    top = max(axis.get_ylim()[1], 2.0)
+    axis.set_yscale("symlog", linthresh=LINEAR_BELOW, linscale=0.5)
+    decades = range(math.ceil(math.log10(top)) + 1)
+    ticks = [0.0, *(float(step * 10**power) for power in decades for step in (1, 2, 5))]
+    limit = next((tick for tick in ticks if tick >= 1.1 * top), 1.2 * top)
+    shown = [tick for tick in ticks if tick <= limit]
+    axis.set_yticks(shown, [f"{tick:g}" for tick in shown])
+    axis.minorticks_off()
+    axis.set_ylim(-0.15, limit)
+
+
+PLOTS: Mapping[str, tuple[Any, str]] = {
+    "error_time": (
+        plot_error_time,
+        "Excess error over the optimum against time per matrix; dotted: exact Gram factors",
+    ),
+    "rank_sweep": (plot_rank_sweep, f"Mean relative error against rank; nothing is below the {SVD}"),
+    "error_histogram": (plot_error_histogram, "Relative error of the single matrices, median marked"),
+    "cosine_histogram": (plot_cosine_histogram, "Cosine between tokens and their approximation, median marked"),
+}

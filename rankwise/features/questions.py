@@ -23,10 +23,10 @@ from rankwise.evaluate.engines import Subject
 from rankwise.evaluate.likelihood import Batch
 from rankwise.features.answers import Replacement, baselines, controls, of_method
 from rankwise.features.approximation import normalised, shared_basis
-from rankwise.features.cache_writer import Preparation, picture_digest
-from rankwise.features.dataset import SPLIT, read_split
+from rankwise.features.dataset import SPLIT, cached, read_split
+from rankwise.features.encoder import Preparation, picture_digest
 from rankwise.features.measures import network
-from rankwise.features.trained import Network, cached
+from rankwise.features.trained import Network
 from rankwise.models.vision_features import image_features
 from rankwise.page.text import plural
 

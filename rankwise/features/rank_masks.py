@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rankwise.core.rank_budget import Importance, RankBudget, kept, triplet_scores
 from rankwise.errors import DataError
-from rankwise.features.nets.adaptive import AdaptiveLowRankProjAdaLoRA
+from rankwise.features.nets.row_column import AdaptiveLowRankProjAdaLoRA
 from rankwise.files.atomic import atomic_write, read_object, write_json
 from rankwise.train.gradient_table import StepTable
 

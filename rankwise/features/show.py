@@ -18,9 +18,9 @@ from rankwise.errors import DataError, UsageError, need
 from rankwise.evaluate.generate import pick_device
 from rankwise.features.approximation import by_svd
 from rankwise.features.cache import FeatureCache, open_cache
-from rankwise.features.dataset import SPLIT, read_split
+from rankwise.features.dataset import SPLIT, cached, read_split
 from rankwise.features.measures import SVD, cosine, excess_error, mse, network, relative_error
-from rankwise.features.trained import Network, cached, networks
+from rankwise.features.trained import Network, networks
 from rankwise.options.features import FactorShowConfig, canonical
 from rankwise.page.canvas import INK, colormap, new_figure, save
 from rankwise.page.text import clip

@@ -28,9 +28,8 @@ from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.features.downstream_page import FORMAT as DOWNSTREAM_FORMAT
 from rankwise.features.downstream_page import JSON as DOWNSTREAM_FILE
 from rankwise.features.downstream_page import plot_downstream
-from rankwise.features.history import HISTORY, best_row
-from rankwise.features.plots import PLOTS, plot_factor_training
-from rankwise.features.words import FILE, FORMAT, PARTS
+from rankwise.features.history import HISTORY, best_row, plot_factor_training
+from rankwise.features.page import FILE, FORMAT, PARTS, PLOTS
 from rankwise.files.atomic import read_bytes, read_document, read_json, read_object
 from rankwise.files.lineage import named, walk
 from rankwise.files.plan import read_plan

@@ -13,8 +13,7 @@ from rankwise.core.plan import RankPlan
 from rankwise.device.validation_page import CONFUSION, validation_blocks
 from rankwise.features.downstream_page import HEADER, RIGHT_ALIGNED, cells, on_what, reading
 from rankwise.features.history import best_row
-from rankwise.features.page import comparison_blocks
-from rankwise.features.plots import PLOTS
+from rankwise.features.page import PLOTS, comparison_blocks
 from rankwise.page.blocks import Block, Folded, Picture, Section, Table, Words
 from rankwise.page.text import clip, duration, is_number, memory, number, percent, plural, printable
 from rankwise.pipeline.times import time_table

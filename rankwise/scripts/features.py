@@ -14,9 +14,13 @@ from PIL import Image
 
 from rankwise.data.device import MARKER, MAX_NEW_TOKENS, SIZE, resize_for_device
 from rankwise.features.nets import build
-from rankwise.features.nets.adaptive import AdaptiveLowRankProjAdaLoRA, SVDLinear
 from rankwise.features.nets.base import Factorizer, FactorizerSettings
-from rankwise.features.nets.symmetric import LowRankProjMLP, LowRankProjSymmetric
+from rankwise.features.nets.row_column import (
+    AdaptiveLowRankProjAdaLoRA,
+    LowRankProjMLP,
+    LowRankProjSymmetric,
+    SVDLinear,
+)
 
 __all__ = ["AdaptiveLowRankProjAdaLoRA", "LowRankProjMLP", "LowRankProjSymmetric", "SVDLinear", "build_model"]
 

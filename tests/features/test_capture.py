@@ -29,8 +29,8 @@ from rankwise.features import encoder
 from rankwise.features.approximation import normalised, singular_values
 from rankwise.features.cache import FeatureCache, open_cache
 from rankwise.features.cache_writer import CacheWriter
-from rankwise.features.capture_images import open_pictures
 from rankwise.features.dataset import split_of
+from rankwise.features.pictures import open_pictures
 from rankwise.files.atomic import read_object
 from rankwise.models.depth.settings import DepthSettings, write_depth
 from rankwise.models.load import load_model, load_processor

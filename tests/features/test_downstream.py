@@ -41,8 +41,8 @@ from rankwise.features.downstream_page import markdown
 from rankwise.features.measures import PCA, RANDOMIZED, SVD
 from rankwise.features.nets import build
 from rankwise.features.nets.base import FactorizerSettings
-from rankwise.features.nets.files import save_factorizer
 from rankwise.features.questions import Questions, connected, parts, ranks_of
+from rankwise.features.trained import save_factorizer
 from rankwise.files.atomic import write_json
 from rankwise.files.checkpoint import model_fingerprint
 from rankwise.models.adapters import save_adapter

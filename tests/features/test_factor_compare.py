@@ -12,16 +12,15 @@ from factor_folders import CHANNELS, RANK, TOKENS, history, make_cache, make_run
 
 from rankwise.cli import main
 from rankwise.errors import DataError, UsageError
-from rankwise.features import plots
+from rankwise.features import page as pages
 from rankwise.features.answers import NOTHING, ORIGINAL
 from rankwise.features.approximation import by_basis, normalised, shared_basis
 from rankwise.features.cache import open_cache
 from rankwise.features.compare import run
 from rankwise.features.dataset import split_of
 from rankwise.features.measures import GRAM, OF_FACTORS, PCA, RANDOMIZED, SVD, relative_error
-from rankwise.features.nets.files import save_factorizer
-from rankwise.features.page import aligned, closeness_table, cost_table
-from rankwise.features.words import against_pca, storage_words, verdict
+from rankwise.features.page import against_pca, aligned, closeness_table, cost_table, storage_words, verdict
+from rankwise.features.trained import save_factorizer
 from rankwise.files.atomic import write_json
 from rankwise.options.features import FactorCompareConfig
 from rankwise.report.report import build_report
@@ -134,7 +133,7 @@ def test_the_page_the_plots_and_the_manifest(made: Path) -> None:
     page = (results / "comparison.md").read_text()
     for expected in ("MLP, refined", "randomized SVD", "above the optimum", "plots/rank_sweep.png", "numbers"):
         assert expected in page
-    for name in plots.PLOTS:
+    for name in pages.PLOTS:
         assert (results / "plots" / f"{name}.png").stat().st_size > 5000
     entry = json.loads((results / "manifest.json").read_text())["stages"]["features compare"]
     assert {"features", "ood", "MLP", "AdaLoRA"} == set(entry["inputs"])
@@ -152,7 +151,7 @@ def test_the_report_shows_the_comparison_the_curves_and_nothing_twice(made: Path
     assert text.count("AdaLoRA: 3 of its 4 ranks act") == 1
     assert "nats per token" not in text
     drawn = [path.name.split("_", 1)[1] for path in (tmp_path / "report_files").iterdir()]
-    assert sorted(drawn) == sorted(f"{name}.png" for name in (*plots.PLOTS, "train_val_loss_comparison"))
+    assert sorted(drawn) == sorted(f"{name}.png" for name in (*pages.PLOTS, "train_val_loss_comparison"))
     assert text.count(".png)") == len(drawn)
 
 
@@ -231,8 +230,8 @@ def test_the_terminal_tables_are_aligned_and_narrow(content: dict[str, Any]) -> 
 
 def figures(monkeypatch: pytest.MonkeyPatch, content: dict[str, Any]) -> dict[str, Any]:
     kept: dict[str, Any] = {}
-    monkeypatch.setattr(plots, "save", lambda figure, path: kept.setdefault(str(path), figure))
-    for name, (plot, _) in plots.PLOTS.items():
+    monkeypatch.setattr(pages, "save", lambda figure, path: kept.setdefault(str(path), figure))
+    for name, (plot, _) in pages.PLOTS.items():
         plot(content, name)
     return kept
 

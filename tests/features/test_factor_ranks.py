@@ -20,7 +20,7 @@ from rankwise.core.rank_budget import RankBudget
 from rankwise.errors import UsageError
 from rankwise.features.approximation import normalised
 from rankwise.features.history import best_row
-from rankwise.features.nets.files import load_factorizer
+from rankwise.features.trained import load_factorizer
 from rankwise.options.features import AllocatorSection
 from rankwise.train.stopping import Patience
 

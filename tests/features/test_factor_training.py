@@ -19,15 +19,15 @@ from rankwise import cli
 from rankwise.core.factors import Factors
 from rankwise.errors import DataError, DivergedError, UsageError
 from rankwise.features import objective as factorizing
-from rankwise.features import outcome
+from rankwise.features import train
 from rankwise.features.approximation import normalised
 from rankwise.features.cache import open_cache
 from rankwise.features.dataset import read_split, split_of
+from rankwise.features.history import plot_factor_training
 from rankwise.features.nets import ARCHITECTURES, build
 from rankwise.features.nets.base import Factorizer, FactorizerSettings
-from rankwise.features.nets.files import load_factorizer
 from rankwise.features.objective import TERMS, FactorObjective, TermWeights
-from rankwise.features.plots import plot_factor_training
+from rankwise.features.trained import load_factorizer
 from rankwise.options.features import FactorTrainConfig
 
 
@@ -321,7 +321,7 @@ def test_without_matplotlib_the_curves_are_left_out_with_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert not outcome.plotted(rows_of([4]), tmp_path, 1)
+    assert not train.plotted(rows_of([4]), tmp_path, 1)
     assert "train_val_loss_comparison.png is left out" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 

@@ -17,10 +17,14 @@ from rankwise.errors import DataError, UsageError
 from rankwise.features.approximation import best_errors, normalised, singular_values
 from rankwise.features.measures import relative_error
 from rankwise.features.nets import ARCHITECTURES, build
-from rankwise.features.nets.adaptive import AdaptiveLowRankProjAdaLoRA, SVDLinear
 from rankwise.features.nets.base import Factorizer, FactorizerSettings
-from rankwise.features.nets.files import load_factorizer, save_factorizer
-from rankwise.features.nets.symmetric import LowRankProjMLP, LowRankProjSymmetric
+from rankwise.features.nets.row_column import (
+    AdaptiveLowRankProjAdaLoRA,
+    LowRankProjMLP,
+    LowRankProjSymmetric,
+    SVDLinear,
+)
+from rankwise.features.trained import load_factorizer, save_factorizer
 from rankwise.options.features import canonical
 
 TOKENS, CHANNELS, RANK = 12, 20, 4

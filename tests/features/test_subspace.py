@@ -8,20 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rankwise.features.approximation import (
-    BLOCK,
-    TOLERANCE,
-    best_errors,
-    by_gram,
-    inverse_cholesky,
-    normalised,
-    orthonormal,
-    singular_values,
-)
+from rankwise.features.approximation import best_errors, by_gram, normalised, singular_values
 from rankwise.features.measures import excess_error, relative_error
 from rankwise.features.nets.base import FactorizerSettings
-from rankwise.features.nets.files import load_factorizer, save_factorizer
-from rankwise.features.nets.subspace import Subspace
+from rankwise.features.nets.subspace import BLOCK, TOLERANCE, Subspace, inverse_cholesky, orthonormal
+from rankwise.features.trained import load_factorizer, save_factorizer
 
 TOKENS, CHANNELS, RANK = 64, 192, 32
 

@@ -14,7 +14,7 @@ from rankwise.features.cache_writer import CacheRecipe, Matrices, write_cache
 from rankwise.features.dataset import split_of
 from rankwise.features.nets import build
 from rankwise.features.nets.base import Factorizer, FactorizerSettings
-from rankwise.features.nets.files import save_factorizer
+from rankwise.features.trained import save_factorizer
 from rankwise.files.atomic import write_json
 
 TOKENS, CHANNELS, RANK = 16, 24, 4

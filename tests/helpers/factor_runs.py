@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rankwise.features import job as factor_job
-from rankwise.features import outcome, train
+from rankwise.features import train
 from rankwise.features.cache import open_cache
-from rankwise.features.job import RunLog, start_of
+from rankwise.features.history import RunLog
+from rankwise.features.job import start_of
 from rankwise.options.features import AllocatorSection, FactorTrainConfig
 from rankwise.train.checkpoints import checkpoints
 
@@ -42,7 +43,7 @@ def trained(config: FactorTrainConfig) -> Path:
     """The run folder. Neither the picture nor collecting a test session's garbage is waited for."""
     gc.freeze()
     try:
-        with mock.patch.object(outcome, "plotted", return_value=False):
+        with mock.patch.object(train, "plotted", return_value=False):
             return train.run(config)
     finally:
         gc.unfreeze()

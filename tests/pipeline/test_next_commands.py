@@ -23,7 +23,7 @@ from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import describe
 from rankwise.device import bundle
 from rankwise.features import capture
-from rankwise.features import outcome as factor_outcome
+from rankwise.features import train as factor_outcome
 from rankwise.files.adapter import LoraAdapter
 from rankwise.labels import command as label
 from rankwise.options.commands import (

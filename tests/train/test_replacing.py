@@ -19,8 +19,8 @@ from tiny_features import tiny_cache, tiny_matrices
 from rankwise import cli
 from rankwise.errors import DataError, DivergedError, UsageError
 from rankwise.evaluate import command as evaluate
-from rankwise.features import outcome
-from rankwise.features.capture import SyntheticShards
+from rankwise.features import train
+from rankwise.features.synthetic import SyntheticShards
 from rankwise.files.atomic import PLACE, Aside
 from rankwise.options.commands import EvaluateConfig
 from rankwise.options.sections import ScoredData
@@ -145,7 +145,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def factors(cache: Path, place: Path, *more: str) -> int:
     own = f"features train --arch MLP --features {cache} --rank 4 --epochs 1 --device cpu"
     folders = f"--results_dir {place / 'results'} --log_dir {place / 'log'}"
-    with mock.patch.object(outcome, "plotted", return_value=False):
+    with mock.patch.object(train, "plotted", return_value=False):
         return cli.main([*own.split(), *folders.split(), *more])
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rankwise.features.nets.adaptive import AdaptiveLowRankProjAdaLoRA
 from rankwise.features.nets.base import Factorizer, FactorizerSettings
+from rankwise.features.nets.row_column import AdaptiveLowRankProjAdaLoRA, LowRankProjMLP, LowRankProjSymmetric
 from rankwise.features.nets.subspace import Subspace
-from rankwise.features.nets.symmetric import LowRankProjMLP, LowRankProjSymmetric
 from rankwise.options.features import canonical
 
 ARCHITECTURES: dict[str, type[Factorizer]] = {

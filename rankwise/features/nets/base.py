@@ -124,6 +124,10 @@ class Factorizer(nn.Module, ABC):
                 "train a network on them"
             )
 
+    def current_effective_rank(self) -> int:
+        """How many rank channels act."""
+        return self.settings.rank if self.rank_mask is None else int(self.rank_mask.sum())
+
     def orthogonality(self) -> Tensor:
         """Penalty on parameters that should be orthonormal, a number; 0 where there are none."""
         return torch.zeros((), device=next(self.parameters()).device)

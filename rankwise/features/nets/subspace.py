@@ -11,16 +11,13 @@ nothing needs an eigendecomposition, which is what an exact factorization spends
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.core.factors import Factors
-from rankwise.features.approximation import TOLERANCE, orthonormal
 from rankwise.features.nets.base import Factorizer, FactorizerSettings
 
 STEPS = 1
@@ -29,6 +26,9 @@ SHIFT = 0.8  # of the mean eigenvalue left out: above 1 a wanted direction may b
 # by a hundredth of it in a step. The logits of the shifts are kept in hundreds for the same reason.
 START_SIZE, PACE = 0.01, 100.0
 AT_ONCE = 16  # matrices: what lies between their products then stays in memory that is used again, a tenth of the time
+TOLERANCE = 1e-3  # of QᵀQ − I: what it costs an approximation is of its square
+DIAGONAL_SHIFT = 1e-6  # of the trace of the Gram matrix: some ten times what float32 rounds
+BLOCK = 32  # smallest Cholesky factor that is inverted whole
 ROUGH = 1.0  # a basis that the next step multiplies again need only be well conditioned
 
 
@@ -39,7 +39,7 @@ class Subspace(Factorizer):
     pictures of other sources too: it looks at the matrix itself.
     """
 
-    name: ClassVar[str] = "Subspace"
+    name = "Subspace"
 
     def __init__(self, settings: FactorizerSettings, steps: int = STEPS) -> None:
         super().__init__(settings)
@@ -85,58 +85,59 @@ def quick_products(on: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-OFFSET = 0.02  # start values of the offsets, small beside the features' 1
-RIGHT = 0.2  # size of a start product's entries beside the features' 1; A starts at 1, where its orthogonality wants it
+def orthonormal(columns: Tensor, exact: bool = False, tolerance: float = TOLERANCE) -> Tensor:
+    """Orthonormal basis Q (B, m, r) of the span of each (B, m, r), r ≤ m.
 
-
-class Placed(nn.Module):
-    """net (…, places, inputs) → (…, places, r), with an offset per place before it and a bias per place after it.
-
-    scale: standard deviation of the biases' start values.
+    Cholesky QR loses orthogonality like ε·κ², with κ the condition of the columns scaled to length 1 (Higham 2002,
+    section 19.9). A matrix for which that is above the tolerance gets it with a shift, which conditions it, and then
+    again without (Fukaya, Kannan, Nakatsukasa, Yamamoto and Yanagisawa 2020). One whose columns are dependent even so
+    goes to Householder's QR. exact: all do (it has a gradient everywhere, too).
     """
-
-    def __init__(self, net: nn.Module, places: int, inputs: int, rank: int, scale: float) -> None:
-        super().__init__()
-        self.net = net
-        self.offset = nn.Parameter(torch.randn(places, inputs) * OFFSET)
-        self.bias = nn.Parameter(torch.randn(places, rank) * scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        seen: Tensor = self.net(x + self.offset)
-        return seen + self.bias
-
-
-class RowsAndColumns(Factorizer):
-    """Base of the networks that predict A from the rows and B from the columns."""
-
-    def __init__(self, settings: FactorizerSettings) -> None:
-        super().__init__(settings)
-        tokens, channels, rank = settings.tokens, settings.channels, settings.rank
-        self.row_net = Placed(self.rows(1.0), tokens, channels, rank, scale=0.0)
-        right = RIGHT / rank**0.5
-        self.col_net = Placed(self.columns(right), channels, tokens, rank, scale=right)
-
-    @abstractmethod
-    def rows(self, gain: float) -> nn.Module:
-        """The net on tokens (…, D) → (…, r); gain: size of its outputs at the start."""
-
-    @abstractmethod
-    def columns(self, gain: float) -> nn.Module:
-        """The net on channels' columns (…, T) → (…, r)."""
-
-    def factor(self, features: Tensor) -> tuple[Factors, Tensor]:
-        activation = self.row_net(features).float()
-        right = self.col_net(features.mT).float().mT
-        return Factors(self.scaled(activation), right), activation
-
-    def scaled(self, activation: Tensor) -> Tensor:
-        """A with whatever scales its rank channels."""
-        return activation
+    if exact:
+        basis: Tensor = torch.linalg.qr(columns).Q
+        return basis
+    basis, right = cholesky_basis(columns, tolerance)
+    if bool(right.all()):
+        return basis
+    hard = columns[~right]
+    conditioned, _ = cholesky_basis(hard, tolerance, DIAGONAL_SHIFT)
+    again, sound = cholesky_basis(conditioned, tolerance)
+    if not bool(sound.all()):
+        again[~sound] = torch.linalg.qr(hard[~sound]).Q
+    basis[~right] = again
+    return basis
 
 
-def scaled_linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
-    """A linear layer whose outputs start `gain` times as large as its inputs; no bias at the start."""
-    layer = nn.Linear(inputs, outputs)
-    nn.init.normal_(layer.weight, std=gain * inputs**-0.5)
-    nn.init.zeros_(layer.bias)
-    return layer
+def cholesky_basis(columns: Tensor, tolerance: float, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(columns·L⁻ᵀ with L·Lᵀ their shifted Gram matrix, whether its columns are orthonormal within the tolerance)."""
+    gram = columns.mT @ columns
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    if shift:
+        squares += shift * squares.sum(-1, keepdim=True)
+    inverse = inverse_cholesky(gram)
+    condition = (inverse.square() * squares[..., None, :]).sum((-2, -1))  # ‖L⁻¹·D‖_F², at least κ² / r
+    right = condition * torch.finfo(gram.dtype).eps < tolerance  # false for what is no number
+    right &= (inverse.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
+    return columns @ inverse.mT, right
+
+
+def inverse_cholesky(gram: Tensor) -> Tensor:
+    """L⁻¹ (B, r, r) of gram = L·Lᵀ, by halves down to blocks of BLOCK.
+
+    With [[G₁₁, ·], [G₂₁, G₂₂]]: L₂₁ = G₂₁·L₁₁⁻ᵀ, and L₂₂ belongs to G₂₂ − L₂₁·L₂₁ᵀ. Where a matrix is not positive, a
+    number on the diagonal is not positive or not finite.
+    """
+    size = gram.shape[-1]
+    if size <= BLOCK:
+        lower, _ = torch.linalg.cholesky_ex(gram)
+        unit = torch.eye(size, dtype=gram.dtype, device=gram.device).expand_as(lower)
+        inverse: Tensor = torch.linalg.solve_triangular(lower, unit, upper=False)
+        return inverse
+    half = size // 2
+    first = inverse_cholesky(gram[..., :half, :half])
+    below = gram[..., half:, :half] @ first.mT
+    second = inverse_cholesky(gram[..., half:, half:] - below @ below.mT)
+    whole = torch.zeros_like(gram)
+    whole[..., :half, :half], whole[..., half:, half:] = first, second
+    whole[..., half:, :half] = -second @ (below @ first)
+    return whole

@@ -29,8 +29,8 @@ from rankwise.data.pixels import WHITE, Colour, Unreadable, picture
 from rankwise.errors import DataError, need
 from rankwise.evaluate.generate import pick_device
 from rankwise.features.cache import ModelOrigin
-from rankwise.features.cache_writer import CacheRecipe, Matrices, Preparation, picture_digest, shard_places
-from rankwise.features.encoder import Eye
+from rankwise.features.cache_writer import CacheRecipe, Matrices, shard_places
+from rankwise.features.encoder import Eye, Preparation, picture_digest
 from rankwise.files.atomic import fingerprint
 from rankwise.labels.coco import SUFFIXES
 from rankwise.models.sites import torch_dtype
