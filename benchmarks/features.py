@@ -28,8 +28,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rankwise.features.dataset import cached
-
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
@@ -40,7 +38,7 @@ from rankwise.core.factors import Factors
 from rankwise.features import capture, train
 from rankwise.features.approximation import by_gram, shared_basis
 from rankwise.features.cache import FeatureCache, open_cache
-from rankwise.features.dataset import read_split
+from rankwise.features.dataset import cached, read_split
 from rankwise.features.measures import (
     GRAM,
     SVD,

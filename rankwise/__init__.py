@@ -32,7 +32,7 @@ _HOMES = {
     "data.render": ("Renderer",),
     "features.cache": ("open_cache",),
     "features.nets.base": ("FactorizerSettings",),
-    "features.nets.files": ("load_factorizer",),
+    "features.trained": ("load_factorizer",),
     "data.device": ("DeviceTarget", "resize_for_device"),
     "evaluate.predictions": ("EvaluationResult",),
     "evaluate.tasks": ("evaluate",),
