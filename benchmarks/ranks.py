@@ -29,7 +29,8 @@ from torch import Tensor
 from rankwise.core.measure import OVERSAMPLE, exact_spectrum, range_basis
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum
-from rankwise.ranks.pair import SiteFilter, open_pair
+from rankwise.options.sections import SitesSection
+from rankwise.ranks.probe import open_pair
 from rankwise.ranks.spectra import MeasureSettings, measure_site
 
 HIDDEN, MLP, KV = 3584, 18944, 512  # Qwen2.5-7B
@@ -158,7 +159,7 @@ def run_command(folder: Path, layers: int) -> dict[str, float]:
 def bench_dtype(folder: Path, layers: int, dtype: torch.dtype) -> dict[str, object]:
     pair_folder = folder / str(dtype).removeprefix("torch.")
     write_pair(pair_folder, layers, dtype)
-    pair = open_pair(str(pair_folder / "base"), str(pair_folder / "tuned"), SiteFilter(), [])
+    pair = open_pair(str(pair_folder / "base"), str(pair_folder / "tuned"), SitesSection(), [])
     settings = MeasureSettings(up_to=UP_TO)
 
     def question(_: Site, spectrum: Spectrum) -> object:

@@ -1,1 +1,7 @@
-"""Weight deltas → spectra → a rank for every matrix, and adapters cut from them: `ranks`, `extract`, `compress`."""
+"""Ranks from spectra: what weights a fine-tune moved, and how many directions of each matrix are worth training.
+
+In: two checkpoints, saved deltas of `rankwise finetune`, or an adapter. Out: a rank plan with evidence (`ranks`), or
+an adapter (`extract`, `compress`). Start with `command.py`; `probe.py` opens sources, `spectra.py` measures them,
+`decide.py` makes plans, `gain.py` is what running the model says, `summary.py` and `plots.py` show it, `emit.py` writes
+other trainers' configs, `fidelity.py` and `proof.py` tell what an adapter keeps and prove it.
+"""

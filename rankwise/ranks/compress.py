@@ -36,7 +36,7 @@ from rankwise.models.adapters import publish
 from rankwise.models.depth.settings import read_depth, write_depth
 from rankwise.options.commands import CompressConfig
 from rankwise.page.text import command_line
-from rankwise.ranks.extract import Fidelity, SiteFidelity, require_all_kept
+from rankwise.ranks.fidelity import Fidelity, SiteFidelity, require_all_kept
 
 SCALE = 2.0  # alpha = 2r at every site, so that one rank and one alpha describe a uniform adapter
 

@@ -1,12 +1,19 @@
-"""From what was measured to a plan: which spectra decide, by threshold or by budget.
+"""From spectra to ranks: by threshold or by budget, by whatever signal, under either history of rounding.
 
 decision = decide(settings, probe.spectra, probe.source.read, running)
+found = ranks_by_history(settings, probe.measured, probe.source.read)      # two plans, where rounding matters
+
+Sketches: `unsettled` names the sites to measure exactly, so that a plan keeps what exact spectra would make it keep. A
+sketch is low by a fifth and more in a flat tail and exact where values stand out: a budget divided by its values would
+starve flat tails. So the best that any plan can keep under upper bounds is compared with what the budget keeps.
+
+Histories: only the tuned weights were rounded (the run started from this very base), or base and tuned are both rounded
+copies of float32 weights. The files are the same; the noise of the second has about twice the energy (`core.rounding`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,12 +31,13 @@ from rankwise.core.allocate import (
     spectral_gains,
     uniform,
 )
-from rankwise.core.factors import leading_svd
-from rankwise.core.measure import Delta, exact_spectrum, from_difference
+from rankwise.core.measure import Delta
 from rankwise.core.plan import RankPlan
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum
-from rankwise.ranks.gain import moved
+from rankwise.errors import DataError
+from rankwise.ranks.gain import Batch, gradient_spectra, input_spectra, loss_gains, output_change_spectra
+from rankwise.ranks.spectra import ALLOWED, FLOAT32_DELTAS, Measured, finding, noise_share, noise_share_both
 
 TOLERANCE = 1e-3  # of the energy kept: the law of --budget
 
@@ -85,155 +93,6 @@ def unsettled(spectra: Mapping[Site, Spectrum], budget: int, rule: Rule, normali
         chosen.append(site)
         left -= gaps[site]
     return chosen
-
-
-Batch = Mapping[str, Tensor]
-
-# Gauss–Legendre on [0, 1] with eight points: on a tiny model that 25 steps of AdamW moved far, the shares' sum was
-# 3e-5 off the real loss drop (four points: 1.4 %).
-HALF = (0.1834346424956498, 0.5255324099163290, 0.7966664774136267, 0.9602898564975363)
-HALF_WEIGHTS = (0.3626837833783620, 0.3137066458778873, 0.2223810344533745, 0.1012285362903763)
-NODES = tuple((1 + sign * node) / 2 for sign in (-1, 1) for node in HALF)
-WEIGHTS = tuple(weight / 2 for weight in HALF_WEIGHTS * 2)
-
-
-def covariances(model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch]) -> dict[Site, Tensor]:
-    """Site → mean of x·xᵀ (n, n) over the tokens that attention sees, float64."""
-    sums = {site: torch.zeros(site.shape[1], site.shape[1], dtype=torch.float64) for site in sites}
-    seen: dict[str, Tensor] = {}
-
-    def hook(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].detach()[seen["mask"]].double()
-            sums[site] += (rows.T @ rows).cpu()
-
-        return add
-
-    handles = [model.get_submodule(site.path).register_forward_pre_hook(hook(site)) for site in sites]
-    tokens = 0
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                seen["mask"] = batch["attention_mask"].bool()
-                tokens += int(seen["mask"].sum())
-                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {site: total / max(1, tokens) for site, total in sums.items()}
-
-
-@contextmanager
-def only_trainable(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
-    """Gradients for the sites' weights and nothing else; the previous state comes back."""
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        for parameter in before:
-            parameter.requires_grad_(False)
-        for site in sites:
-            model.get_parameter(f"{site.path}.weight").requires_grad_(True)
-        yield
-    finally:
-        for parameter, state in before.items():
-            parameter.requires_grad_(state)
-            parameter.grad = None
-
-
-def mean_gradients(model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch]) -> dict[Site, Tensor]:
-    """Site → gradient (m, n) of the mean loss per scored token."""
-    with only_trainable(model, sites):
-        tokens = 0
-        for batch in batches:
-            scored = int((batch["labels"][:, 1:] != -100).sum())
-            output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"])
-            (output.loss * scored).backward()
-            tokens += scored
-        return {site: logical_gradient(model, site) / max(1, tokens) for site in sites}
-
-
-def logical_gradient(model: nn.Module, site: Site) -> Tensor:
-    gradient = model.get_parameter(f"{site.path}.weight").grad
-    assert gradient is not None, "a trainable weight has a gradient after backward"
-    return (gradient.T if site.transposed else gradient).detach().clone()
-
-
-def path_gradients(model: nn.Module, deltas: Mapping[Site, Tensor], batches: Sequence[Batch]) -> dict[Site, Tensor]:
-    """Gradient averaged along W₀ + tΔ, t from 0 to 1, all sites moving together."""
-    sites = list(deltas)
-    total = {site: torch.zeros_like(delta) for site, delta in deltas.items()}
-    for node, weight in zip(NODES, WEIGHTS, strict=True):
-        with moved(model, {site: node * delta for site, delta in deltas.items()}):
-            for site, gradient in mean_gradients(model, sites, batches).items():
-                total[site] += weight * gradient.to(total[site])
-    return total
-
-
-def loss_shares(
-    triplets: Mapping[Site, tuple[Tensor, Tensor, Tensor]], gradients: Mapping[Site, Tensor]
-) -> dict[Site, Tensor]:
-    """Site → −σᵢ·uᵢᵀ Ḡ vᵢ in nats per token: what each singular direction took off the loss.
-
-    Over all directions of all sites they sum to the loss drop of moving these sites (loss change allocation,
-    Lan et al. 2019).
-    """
-    return {
-        site: -(values * torch.einsum("mk,mn,kn->k", u, gradients[site], vt)).double()
-        for site, (u, values, vt) in triplets.items()
-    }
-
-
-def in_input_metric(delta: Delta, covariance: Tensor) -> Delta:
-    """Δ·L with covariance = L·Lᵀ: its energy is the expected squared change of the site's output."""
-    n = covariance.shape[0]
-    jitter = 1e-8 * float(covariance.diagonal().mean()) * torch.eye(n, dtype=covariance.dtype)
-    root = torch.linalg.cholesky(covariance + jitter)
-    product = from_difference((delta.matrix.double() @ root).float())
-    return replace(product, unchanged=delta.unchanged, stored_as=delta.stored_as)
-
-
-Read = Callable[[Site], Delta]
-
-
-def input_spectra(model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch]) -> dict[Site, Spectrum]:
-    """Spectrum of each site's inputs: σ² are the eigenvalues of their second moments, shares are EVA's
-    explained-variance ratios."""
-    spectra = {}
-    for site, covariance in covariances(model, sites, batches).items():
-        eigenvalues = torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0)
-        values = eigenvalues.sqrt()[: site.full_rank]
-        spectra[site] = Spectrum(values, float(eigenvalues.sum()), site.shape, method="inputs", complete=True)
-    return spectra
-
-
-def gradient_spectra(model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch]) -> dict[Site, Spectrum]:
-    """Spectrum of each site's mean gradient at the base."""
-    gradients = mean_gradients(model, sites, batches)
-    return {site: whole_spectrum(gradient, "gradient") for site, gradient in gradients.items()}
-
-
-def output_change_spectra(
-    model: nn.Module, sites: Sequence[Site], read: Read, batches: Sequence[Batch]
-) -> dict[Site, Spectrum]:
-    """Spectrum of each delta in the metric of its inputs: energy is the expected squared change of the output."""
-    found = covariances(model, sites, batches)
-    return {site: whole_spectrum(in_input_metric(read(site), found[site]).matrix, "delta × inputs") for site in sites}
-
-
-def whole_spectrum(matrix: Tensor, method: str) -> Spectrum:
-    return exact_spectrum(matrix, from_difference(matrix).energy, method)
-
-
-def loss_gains(
-    model: nn.Module, deltas: Mapping[Site, Tensor], batches: Sequence[Batch], up_to: int
-) -> tuple[dict[Site, Tensor], float]:
-    """Gains per further rank in nats per token, and the loss drop that they add up to (all directions).
-
-    Taken in the order of σ, because truncation keeps leading directions; the allocator pools what is not concave.
-    """
-    gradients = path_gradients(model, deltas, batches)
-    triplets = {site: leading_svd(delta, site.full_rank) for site, delta in deltas.items()}
-    shares = loss_shares(triplets, gradients)
-    return {site: share[:up_to] for site, share in shares.items()}, sum(float(s.sum()) for s in shares.values())
 
 
 @dataclass(frozen=True)
@@ -363,3 +222,89 @@ def repeatability(first: Mapping[Site, float], second: Mapping[Site, float]) -> 
         if (rho := spearman([first[site] for site in members], [second[site] for site in members])) is not None
     ]
     return overall, sum(within) / len(within) if within else None
+
+
+FACTOR = 2
+SMALL = 4  # ranks up to the default --min_rank count as equal
+IDLE = 0.03  # of a site's energy: what a budget spends on less than that, it spends for want of anything better
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Ranks by history: `tuned` if only the tuned weights were rounded, `both` if the base was as well."""
+
+    tuned: RankPlan
+    both: RankPlan
+    measured: Mapping[Site, Measured]
+    budget: bool = False
+
+    @property
+    def pairs(self) -> dict[Site, tuple[int, int]]:
+        second = {row.site: row.rank for row in self.both.sites}
+        return {row.site: (row.rank, second[row.site]) for row in self.tuned.sites}
+
+    @property
+    def differing(self) -> dict[Site, tuple[int, int]]:
+        """Sites whose ranks differ by more than a factor of two; under a budget, those where that matters."""
+        found = {site: pair for site, pair in self.pairs.items() if max(pair) > FACTOR * max(min(pair), SMALL)}
+        return {site: pair for site, pair in found.items() if not self.budget or self.disputed(site, *pair) > IDLE}
+
+    def disputed(self, site: Site, first: int, second: int) -> float:
+        """Share of the site's energy that lies between the two ranks, in the history where that is more."""
+        row, (low, high) = self.measured[site], sorted((first, second))
+        curves = [found.cumulative() for found in (row.spectrum, row.if_base_rounded)]
+        return max(float(curve[high - 1] - (curve[low - 1] if low else 0.0)) for curve in curves)
+
+    def sentence(self) -> str:
+        """Both noise shares and both plans, in one line."""
+        shares = noise_share(self.measured), noise_share_both(self.measured)
+        spans = [f"ranks {min(ranks)} to {max(ranks)}" for ranks in zip(*self.pairs.values(), strict=True)]
+        return (
+            f"{shares[0]:.1%} of the energy if only the tuned weights were rounded: {spans[0]}, "
+            f"{self.tuned.parameters:,} parameters; {shares[1]:.1%} if the base was, too: {spans[1]}, "
+            f"{self.both.parameters:,}"
+        )
+
+    def facts(self) -> dict[str, object]:
+        """For the plan file."""
+        return {
+            "noise_share": noise_share(self.measured),
+            "noise_share_if_base_rounded": noise_share_both(self.measured),
+            "parameters_if_base_rounded": self.both.parameters,
+            "sites_that_differ": len(self.differing),
+        }
+
+    def marked(self, plan: RankPlan) -> RankPlan:
+        """The plan with the other history's rank beside each site's own."""
+        return replace(
+            plan, sites=tuple(replace(row, rank_if_base_rounded=self.pairs[row.site][1]) for row in plan.sites)
+        )
+
+    def refuse(self, allowed: bool, warnings: list[str]) -> None:
+        """DataError, or a warning, where the two plans differ by more than a factor of two at any site."""
+        if not self.differing:
+            return
+        site, (tuned, both) = next(iter(self.differing.items()))
+        doubt = (
+            f"{finding(self.measured)}. At {len(self.differing)} of {len(self.pairs)} sites the ranks differ by more "
+            f"than a factor of {FACTOR} between the two histories, which files cannot tell apart ({site.path}: {tuned} "
+            f"if only the tuned weights were rounded, {both} if the base was as well; {self.tuned.parameters:,} and "
+            f"{self.both.parameters:,} parameters in all)"
+        )
+        if not allowed:
+            raise DataError(
+                f"{doubt}: {FLOAT32_DELTAS}, leave these sites out (--exclude), or pass --allow_noise to get the first"
+            )
+        warnings.append(f"{doubt}: THESE RANKS ARE IN DOUBT {ALLOWED}")
+
+
+def ranks_by_history(
+    settings: DecisionSettings, measured: Mapping[Site, Measured], read: Callable[[Site], Delta]
+) -> Histories | None:
+    """Both plans by the deltas' own spectra; None where rounding is negligible or the deltas decide nothing."""
+    if settings.signal != "delta" or all(row.spectrum_both is None for row in measured.values()):
+        return None
+    asked = replace(settings, metric="weight")
+    tuned = decide(asked, {site: row.spectrum for site, row in measured.items()}, read, None).plan
+    both = decide(asked, {site: row.if_base_rounded for site, row in measured.items()}, read, None).plan
+    return Histories(tuned, both, measured, settings.budget is not None)

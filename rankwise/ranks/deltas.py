@@ -6,9 +6,8 @@ for site, delta in source.deltas(list_of_sites): ...
 
 from __future__ import annotations
 
-import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,15 +18,13 @@ from tqdm.auto import tqdm
 
 from rankwise.core.measure import Delta, energy_of, from_difference, subtract
 from rankwise.core.site import Site, describe
-from rankwise.errors import DataError, UsageError
+from rankwise.errors import DataError
 from rankwise.files.atomic import atomic_folder, read_object, write_json
 from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint
 from rankwise.models.sites import WeightTable
 
 DELTAS_FILE = "deltas.json"
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-CONV1D = frozenset(["c_attn", "c_proj", "c_fc", "q_attn"])  # modules of GPT-2 and its kin
-NOT_ANALYSED = re.compile(r"(running_mean|running_var|num_batches_tracked)$")
 
 
 class DeltaSource(Protocol):
@@ -139,96 +136,6 @@ def open_deltas(path: Path) -> SavedDeltas:
         if shape != (row.shape[::-1] if row.transposed else row.shape):
             raise DataError(f"{folder}: {row.path} is {shape} in the weights and {row.shape} in {DELTAS_FILE}")
     return SavedDeltas(checkpoint, {row.path: row for row in rows}, metadata, str(path))
-
-
-def renamed(keys: Iterable[str], rules: Sequence[str]) -> dict[str, str]:
-    """New name → key, after the REGEX=TEXT rules in order. Two keys that get one name are an error."""
-    compiled = []
-    for rule in rules:
-        regex, equals, text = rule.partition("=")
-        if not equals:
-            raise UsageError(f"--rename takes REGEX=TEXT; got {rule!r}")
-        try:
-            compiled.append((re.compile(regex), text))
-        except re.error as error:
-            raise UsageError(f"--rename {rule!r}: {error}") from error
-    names: dict[str, str] = {}
-    for key in keys:
-        name = key
-        for regex_, text in compiled:
-            name = regex_.sub(text, name)
-        if name in names:
-            raise DataError(f"--rename gives {key} and {names[name]} the same name {name}")
-        names[name] = key
-    return names
-
-
-@dataclass(frozen=True)
-class Matching:
-    """What two foreign checkpoints have in common, and what not: everything is counted, nothing silent."""
-
-    shared: dict[str, tuple[str, str]]
-    only_base: tuple[str, ...]
-    only_tuned: tuple[str, ...]
-    other_shape: tuple[str, ...]
-    skipped: tuple[str, ...]
-
-    def explain(self) -> str:
-        """The lists, three names each, for the error and for the printed count."""
-        parts = [
-            (self.only_base, "only in the base"),
-            (self.only_tuned, "only in the tuned checkpoint"),
-            (self.other_shape, "of different shapes"),
-        ]
-        return "; ".join(f"{len(names)} {what} ({', '.join(names[:3])} …)" for names, what in parts if names)
-
-
-def match_keys(base: Checkpoint, tuned: Checkpoint, rules: Sequence[str], flatten_conv: bool) -> Matching:
-    """Matrices that both have. 1-D, integer and running-statistics tensors are skipped, and so are convolutions
-    unless they are to be flattened."""
-    before, after = renamed(base.keys(), rules), renamed(tuned.keys(), rules)
-
-    def analysed(checkpoint: Checkpoint, key: str) -> bool:
-        dims = len(checkpoint.shape(key))
-        fits = dims == 2 or (dims > 2 and flatten_conv)
-        return fits and checkpoint.dtype(key) in WEIGHT_TYPES and not NOT_ANALYSED.search(key)
-
-    left = {name for name, key in before.items() if analysed(base, key)}
-    right = {name for name, key in after.items() if analysed(tuned, key)}
-    both = [name for name in before if name in left & right]
-    same = [name for name in both if base.shape(before[name]) == tuned.shape(after[name])]
-    return Matching(
-        shared={name: (before[name], after[name]) for name in same},
-        only_base=tuple(sorted(left - right)),
-        only_tuned=tuple(sorted(right - left)),
-        other_shape=tuple(name for name in both if name not in set(same)),
-        skipped=tuple(name for name in before if name not in left),
-    )
-
-
-def foreign_sites(base: Checkpoint, matching: Matching) -> dict[str, Site]:
-    """Sites of a pair that has no config.json: the key is the path, the tower is unknown, and names alone tell what is
-    no linear layer (embeddings), what no site (heads), and what is stored transposed (Conv1D)."""
-    sites = {}
-    for name, (key, _) in matching.shared.items():
-        shape = base.shape(key)
-        rest = 1
-        for size in shape[1:]:
-            rest *= size
-        path = name.removesuffix(".weight")
-        site = describe(path, (shape[0], rest))
-        if site.kind not in ("embed", "head"):
-            sites[path] = site
-    conv1d = {site.projection for site in sites.values() if has_conv1d_shape(site)}
-    return {
-        path: replace(site, shape=site.shape[::-1], transposed=True) if conv1d and site.projection in CONV1D else site
-        for path, site in sites.items()
-    }
-
-
-def has_conv1d_shape(site: Site) -> bool:
-    """A fused q, k, v or an MLP's first layer that is wider than it is tall: GPT-2's Conv1D, not nanoGPT's Linear."""
-    return site.projection in ("c_attn", "c_fc") and site.shape[0] < site.shape[1]
 
 
 def check_finite(site: Site, delta: Delta) -> None:

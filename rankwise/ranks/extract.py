@@ -8,8 +8,8 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,8 @@ from rankwise.core.measure import Delta
 from rankwise.core.plan import PlannedSite, RankPlan, clamped
 from rankwise.core.site import TOWERS, Site
 from rankwise.data.recorded import carry
-from rankwise.errors import DataError, UsageError, VerificationError
+from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, lora_config, write_adapter
-from rankwise.files.atomic import write_json
 from rankwise.files.checkpoint import ADAPTER_NAMES, open_checkpoint, resolve
 from rankwise.files.plan import find_plan, read_plan
 from rankwise.files.run_folder import RunFolder
@@ -33,154 +32,13 @@ from rankwise.models.adapters import publish
 from rankwise.models.sites import tower_of, tower_prefixes
 from rankwise.models.vocabulary import Whole, whole_modules
 from rankwise.options.commands import ExtractConfig
-from rankwise.page.text import amount, command_line, plural
+from rankwise.page.text import command_line
 from rankwise.pipeline.idle import refuse_idle
-from rankwise.ranks.command import site_filter
 from rankwise.ranks.deltas import CheckpointPair, DeltaSource, SavedDeltas, check_finite, deltas, weight_name
-from rankwise.ranks.left_out import RESIZED, LeftOut, Proof, by_energy, left_out, prove, sentences
-from rankwise.ranks.pair import Both, Makers, both_models, folder_of, with_tied
-from rankwise.ranks.probe import open_source, source_metadata
+from rankwise.ranks.fidelity import RESIZED, Fidelity, LeftOut, SiteFidelity, left_out, require_kept
+from rankwise.ranks.probe import filter_sites, folder_of, open_source, source_metadata
+from rankwise.ranks.proof import Both, Makers, Proof, both_models, prove, with_tied
 from rankwise.ranks.spectra import on_device, site_generator
-
-FILE = "fidelity.json"
-FORMAT = "rankwise-fidelity/1"
-MEASURED = 1e-5  # of the energy: a delta against its factors, multiplied in float32
-EXACT = 1e-9  # factors against factors in float64; what is written in float32 loses 1e-14
-
-
-@dataclass(frozen=True)
-class SiteFidelity:
-    """One site: `energy_total` is ‖Δ‖²_F of what was to be kept, `energy_kept` the share of it that is.
-
-    `rank` 0 means that the site is not in the adapter; `rank_before` is None where the source is no adapter.
-    """
-
-    site: Site
-    rank: int
-    energy_total: float
-    energy_kept: float
-    rank_before: int | None = None
-    note: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        before = {} if self.rank_before is None else {"rank_before": self.rank_before}
-        return {
-            "path": self.site.path,
-            **before,
-            "rank": self.rank,
-            "energy_kept": self.energy_kept,
-            "parameters": self.site.parameters(self.rank),
-            "energy_total": self.energy_total,
-            "shape": list(self.site.shape),
-            "note": self.note,
-        }
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """The whole table. Sites whose delta is zero have nothing to keep and count for nothing.
-
-    `left_out`: tensors that are no sites and that the adapter does not carry; `whole`: names of those that it carries.
-    """
-
-    rows: tuple[SiteFidelity, ...]
-    left_out: tuple[LeftOut, ...] = ()
-    whole: tuple[str, ...] = ()
-
-    @property
-    def kept(self) -> tuple[SiteFidelity, ...]:
-        return tuple(row for row in self.rows if row.rank > 0)
-
-    @property
-    def energy_kept(self) -> float:
-        """Σ of the kept energies ÷ Σ of the energies."""
-        total = sum(row.energy_total for row in self.rows)
-        return sum(row.energy_kept * row.energy_total for row in self.rows) / total if total else 0.0
-
-    def beside(self, rest: Sequence[LeftOut], whole: Sequence[str]) -> Fidelity:
-        """With what lies outside the sites: `rest` differs, and the adapter carries the tensors of these names."""
-        return replace(self, left_out=tuple(row for row in rest if row.name not in whole), whole=tuple(whole))
-
-    def facts(self) -> dict[str, Any]:
-        """For the manifest."""
-        dropped = sum(not row.rank and row.energy_total > 0 for row in self.rows)
-        outside = {"sites": dropped, "tensors": len(self.left_out), "share_of_change": self.energy_outside}
-        named = {"largest": [row.name for row in by_energy(self.left_out)[:20]]} if self.left_out else {}
-        return {"energy_kept": self.energy_kept, "left_out": outside | named, "carried_whole": len(self.whole)}
-
-    @property
-    def energy_outside(self) -> float:
-        """Share of all change that lies in tensors which are left out."""
-        outside = sum(row.energy for row in self.left_out)
-        total = outside + sum(row.energy_total for row in self.rows)
-        return outside / total if total else 0.0
-
-    @property
-    def parameters(self) -> int:
-        return sum(row.site.parameters(row.rank) for row in self.rows)
-
-    @property
-    def parameters_before(self) -> int:
-        return sum(row.site.parameters(row.rank_before or 0) for row in self.rows)
-
-    def write(self, folder: Path) -> Path:
-        content = {
-            "format": FORMAT,
-            "energy_kept": self.energy_kept,
-            "energy_left_out": self.energy_outside,
-            "parameters": self.parameters,
-            "parameters_before": self.parameters_before or None,
-            "sites": [row.as_dict() for row in self.rows],
-            "left_out": [row.as_dict() for row in self.left_out],
-            "whole": list(self.whole),
-        }
-        return write_json(folder / FILE, content)
-
-    def summary(self) -> str:
-        """24 sites · rank 3 to 9 · 590K parameters · energy kept 95.4 % (lowest: 95.0 % at model.layers.0…)"""
-        kept = self.kept
-        lowest = min((row for row in kept if row.energy_total > 0), key=lambda row: row.energy_kept)
-        before = f"{amount(self.parameters_before)} → " if self.parameters_before else ""
-        return (
-            f"{plural(len(kept), 'site')} · rank {spread(row.rank for row in kept)} · "
-            f"{before}{amount(self.parameters)} parameters · energy kept {self.energy_kept:.1%} "
-            f"(lowest: {lowest.energy_kept:.1%} at {lowest.site.path})"
-            + (f", {self.energy_kept * (1 - self.energy_outside):.1%} of all change" if self.energy_outside else "")
-            + (f" · {plural(len(self.whole), 'tensor')} carried whole" if self.whole else "")
-        )
-
-    def notes(self) -> list[str]:
-        """The remarks on sites, the same ones together, and what is left out besides."""
-        found: dict[str, list[str]] = {}
-        for row in self.rows:
-            if row.note:
-                found.setdefault(row.note, []).append(row.site.path)
-        remarks = [f"{plural(len(paths), 'site')} ({paths[0]} …): {note}" for note, paths in found.items()]
-        return remarks + sentences(self.left_out, self.energy_outside)
-
-
-def spread(values: Iterable[int]) -> str:
-    ordered = sorted(values)
-    return f"{ordered[0]}" if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"
-
-
-def require_kept(site: str, kept: float, claimed: float, tolerance: float = MEASURED) -> None:
-    """VerificationError where factors keep less of what they were made from than their spectrum says."""
-    if not abs(kept - claimed) <= tolerance:
-        raise VerificationError(
-            f"{site}: its factors keep {kept:.6%} of the energy, and by their singular values it would be "
-            f"{claimed:.6%}: they are not the leading directions of what they were made from; nothing was written"
-        )
-
-
-def require_all_kept(before: LoraAdapter, after: LoraAdapter, fidelity: Fidelity) -> None:
-    """`require_kept` of every site of an adapter made from another one; and no site is missing."""
-    for row in fidelity.rows:
-        path = row.site.path
-        if row.energy_total and row.energy_kept:
-            old, new = before.pairs[path].factors(), after.pairs[path].factors() if path in after.pairs else None
-            kept = share_kept(old.inner(new), new.inner(new), old.inner(old)) if new else 0.0
-            require_kept(path, kept, row.energy_kept, EXACT)
 
 
 def carried_whole(both: Both, rest: Sequence[LeftOut], pairs: Mapping[str, LoraPair]) -> Whole:
@@ -290,12 +148,9 @@ def inputs(config: ExtractConfig) -> dict[str, Path | str]:
 def open_pair_or_deltas(config: ExtractConfig, notes: list[str]) -> DeltaSource:
     """With a plan every site is opened, so that a site that the plan names and the model lacks can be told from one
     that --towers, --include and --exclude leave out."""
-    chosen = site_filter(config.sites)
-    if config.plan:
-        chosen = replace(chosen, towers=TOWERS, include=None, exclude=None)
-    return open_source(
-        base=config.base, tuned=config.tuned, deltas=config.deltas, adapter=None, filter_=chosen, notes=notes
-    )
+    whole = replace(config.sites, towers=list(TOWERS), include=None, exclude=None)
+    asked = whole if config.plan else config.sites
+    return open_source(asked, notes, base=config.base, tuned=config.tuned, deltas=config.deltas)
 
 
 def planned(config: ExtractConfig, source: DeltaSource, notes: list[str]) -> RankPlan:
@@ -304,7 +159,7 @@ def planned(config: ExtractConfig, source: DeltaSource, notes: list[str]) -> Ran
         return RankPlan(tuple(clamped(site, config.rank, {}) for site in source.sites.values()))
     plan = read_plan(Path(config.plan or ""), source.sites)
     plan.require_ranks(str(config.plan))
-    kept = site_filter(config.sites).apply({row.site.path: row.site for row in plan.sites})
+    kept = filter_sites({row.site.path: row.site for row in plan.sites}, config.sites)
     left_out = [row.site.path for row in plan.sites if row.site.path not in kept]
     if left_out:
         notes.append(

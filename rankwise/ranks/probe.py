@@ -1,23 +1,203 @@
-"""A probe: whatever shows how the weights moved (checkpoint pair, saved deltas, adapter), opened and measured."""
+"""Whatever shows how weights moved, opened: a checkpoint pair, saved deltas, an adapter; and what is measured of it.
+
+source = open_source(config.sites, notes, base="base/", tuned="tuned/")     # DeltaSource: sites, and a delta of each
+
+Sites of a pair go by the loaded model's paths, or by key where no config.json says more.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from rankwise.core.measure import Delta, from_difference
-from rankwise.core.site import Site, describe, nearest
+from rankwise.core.site import TOWERS, Site, describe, nearest
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import LoraAdapter, read_adapter
-from rankwise.files.checkpoint import resolve
+from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint, resolve
 from rankwise.models.load import meta_model
-from rankwise.models.sites import model_sites
-from rankwise.ranks.deltas import DELTAS_FILE, DeltaSource, SavedDeltas, open_deltas
-from rankwise.ranks.pair import SiteFilter, open_pair
+from rankwise.models.sites import fused_experts, model_sites, weight_table
+from rankwise.models.vocabulary import embedding_paths
+from rankwise.options.sections import SitesSection
+from rankwise.ranks.deltas import (
+    DELTAS_FILE,
+    WEIGHT_TYPES,
+    CheckpointPair,
+    DeltaSource,
+    Place,
+    SavedDeltas,
+    open_deltas,
+)
 from rankwise.ranks.spectra import Measured, MeasureSettings, Question, Unsettled, measure_adapter, measure_sites
+
+NOWHERE = Place(None, None)
+CONV1D = frozenset(["c_attn", "c_proj", "c_fc", "q_attn"])  # modules of GPT-2 and its kin
+NOT_ANALYSED = re.compile(r"(running_mean|running_var|num_batches_tracked)$")
+
+
+def filter_sites(sites: Mapping[str, Site], asked: SitesSection) -> dict[str, Site]:
+    """The sites that --towers, --include and --exclude leave, in order. UsageError for a bad regex or for none left."""
+    for tower in asked.towers:
+        if tower not in TOWERS:
+            raise UsageError(f"--towers: {tower!r} is not one of {', '.join(TOWERS)}")
+    include, exclude = compiled(asked.include, "--include"), compiled(asked.exclude, "--exclude")
+    kept = {
+        path: site
+        for path, site in sites.items()
+        if site.tower in (*asked.towers, "unknown")
+        and (include is None or include.search(path))
+        and not (exclude and exclude.search(path))
+    }
+    if not kept:
+        towers = sorted({site.tower for site in sites.values()})
+        raise UsageError(
+            f"no site is left of {len(sites)} (towers here: {', '.join(towers) or 'none'}); look at --towers "
+            f"{','.join(asked.towers)}, --include {asked.include} and --exclude {asked.exclude}"
+        )
+    return kept
+
+
+def compiled(regex: str | None, flag: str) -> re.Pattern[str] | None:
+    try:
+        return re.compile(regex) if regex else None
+    except re.error as error:
+        raise UsageError(f"{flag} {regex!r} is not a regular expression: {error}") from error
+
+
+def open_pair(base: str, tuned: str, asked: SitesSection, notes: list[str]) -> CheckpointPair:
+    """The pair as a source of deltas. What is left out is counted in `notes`.
+
+    Raises DataError listing the keys and shapes that do not match (unless `allow_unmatched`), and for a checkpoint that
+    holds LoRA factors beside the base's own weights.
+    """
+    before, after = open_checkpoint(resolve(base)), open_checkpoint(resolve(tuned))
+    for checkpoint in (before, after):
+        factor = next((name for name in checkpoint if ".lora_" in name), None)
+        if factor:
+            raise DataError(f"{checkpoint.path}: holds an adapter that is not merged ({factor}): merge it first")
+    described = next((one for one in (before, after) if one.config is not None), None)
+    if described is None:
+        return foreign_pair(before, after, asked, notes)
+    return model_pair(before, after, meta_model(str(folder_of(described))), asked, notes)
+
+
+def folder_of(checkpoint: Checkpoint) -> Path:
+    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+
+
+def model_pair(
+    before: Checkpoint, after: Checkpoint, model: PreTrainedModel, asked: SitesSection, notes: list[str]
+) -> CheckpointPair:
+    sites = filter_sites(model_sites(model), asked)
+    places = places_of(model, before, after, asked.rename)
+    experts = fused_experts(model)
+    if experts:
+        notes.append(f"{len(experts)} fused expert tensors are not analysed ({experts[0]} …)")
+    reasons = {path: mismatch(places.get(f"{path}.weight", NOWHERE), before, after) for path in sites}
+    lines = [f"{path} {reason}" for path, reason in reasons.items() if reason]
+    refuse_unmatched(lines, before.path, after.path, asked.allow_unmatched, notes)
+    matching = {path: site for path, site in sites.items() if not reasons[path]}
+    if not matching:
+        raise DataError(f"{before.path} and {after.path} have no site in common ({lines[0]} …)")
+    return CheckpointPair(before, after, matching, places, f"{before.path} → {after.path}")
+
+
+def places_of(model: PreTrainedModel, before: Checkpoint, after: Checkpoint, rules: Sequence[str]) -> dict[str, Place]:
+    """Where every tensor lies in both, by the model's names; those that the model does not know by their keys.
+
+    A key is brought to the model's name as it is, else as `--rename` changes it; and two keys that `--rename` gives one
+    name are one tensor, whatever the model calls it.
+    """
+    names = [renamed(checkpoint.keys(), rules) for checkpoint in (before, after)]
+    left, right = (model_weights(model, each) for each in names)
+    brought = {key: name for name, key in names[0].items()}
+    for name, weight in left.items():
+        if name not in right and brought[weight.key] in names[1]:
+            right[name] = Weight(names[1][brought[weight.key]], weight.part)
+    for table, each in ((left, names[0]), (right, names[1])):
+        used = {weight.key for weight in table.values()}
+        table |= {name if name not in table else key: Weight(key) for name, key in each.items() if key not in used}
+    for one, other in tied_ends(model):
+        for table, opposite in ((left, right), (right, left)):
+            if one in opposite and one not in table and other in table:
+                table[one] = table[other]
+    return {name: Place(left.get(name), right.get(name)) for name in {**left, **right}}
+
+
+def model_weights(model: PreTrainedModel, names: Mapping[str, str]) -> dict[str, Weight]:
+    """Parameter → place, of a checkpoint's tensors (name after `--rename` → key) that the model knows."""
+    known = model.state_dict()
+    found: dict[str, Weight] = {}
+    for each in ({key: key for key in names.values()}, names):
+        table = weight_table(model, list(each)).weights
+        found = {n: Weight(each[w.key], w.part) for n, w in table.items() if n in known} | found
+    return found
+
+
+def tied_ends(model: PreTrainedModel) -> list[tuple[str, str]]:
+    """The head's weight with the input embeddings', and the reverse: where one is in no file, it is the other."""
+    names = [f"{path}.weight" for path in embedding_paths(model)]
+    return [(names[0], names[1]), (names[1], names[0])] if len(names) == 2 else []
+
+
+def mismatch(place: Place, before: Checkpoint, after: Checkpoint) -> str | None:
+    """Why a site's two weights cannot be subtracted; None where they can."""
+    sides = {"base": (place.base, before), "tuned checkpoint": (place.tuned, after)}
+    absent = [where for where, (weight, _) in sides.items() if weight is None]
+    if absent:
+        return f"is missing in the {' and the '.join(absent)}"
+    found = [(weight, checkpoint) for weight, checkpoint in sides.values() if weight is not None]
+    one, other = (checkpoint.shape(weight.key) for weight, checkpoint in found)
+    if one != other:
+        return f"is {one} in the base and {other} in the tuned checkpoint"
+    types = [checkpoint.dtype(weight.key) for weight, checkpoint in found]
+    odd = [str(dtype).removeprefix("torch.") for dtype in types if dtype not in WEIGHT_TYPES]
+    return f"is stored as {odd[0]}, which is not a plain weight: dequantize it first" if odd else None
+
+
+def foreign_pair(before: Checkpoint, after: Checkpoint, asked: SitesSection, notes: list[str]) -> CheckpointPair:
+    matching = match_keys(before, after, asked.rename, asked.flatten_conv)
+    lines = [f"{name} is only in the base" for name in matching.only_base]
+    lines += [f"{name} is only in the tuned checkpoint" for name in matching.only_tuned]
+    lines += [f"{name} is of another shape" for name in matching.other_shape]
+    if not matching.shared:
+        raise DataError(
+            f"{before.path} and {after.path} have no matrix in common ({matching.explain() or 'no matrices'}); "
+            "see --rename REGEX=TEXT and --flatten_conv"
+        )
+    refuse_unmatched(lines, before.path, after.path, asked.allow_unmatched, notes)
+    if matching.skipped:
+        notes.append(f"{len(matching.skipped)} tensors of the base are not matrices and were skipped")
+    notes.append("no config.json: sites are named by their keys, their tower is unknown, and `train` refuses the plan")
+    found = foreign_sites(before, matching)
+    ends = [name for name in matching.shared if name.removesuffix(".weight") not in found]
+    if ends:
+        notes.append(f"no config.json: by their names {', '.join(ends[:3])} are embeddings or heads, and no sites")
+    left, right = renamed(before.keys(), asked.rename), renamed(after.keys(), asked.rename)
+    places = {name: Place(weight_at(left, name), weight_at(right, name)) for name in {**left, **right}}
+    return CheckpointPair(before, after, filter_sites(found, asked), places, f"{before.path} → {after.path}")
+
+
+def weight_at(names: Mapping[str, str], name: str) -> Weight | None:
+    return Weight(names[name]) if name in names else None
+
+
+def refuse_unmatched(lines: Sequence[str], base: Path, tuned: Path, allowed: bool, notes: list[str]) -> None:
+    if not lines:
+        return
+    if not allowed:
+        shown = "\n  ".join(lines[:20]) + (f"\n  … and {len(lines) - 20} more" if len(lines) > 20 else "")
+        raise DataError(
+            f"{base} and {tuned} do not match:\n  {shown}\n--rename REGEX=TEXT brings names together; "
+            "--allow_unmatched analyses the rest"
+        )
+    notes.append(f"{len(lines)} tensors do not match and were left out ({lines[0]} …)")
 
 
 @dataclass(frozen=True)
@@ -52,47 +232,41 @@ class Probe:
 
 
 def open_source(
-    *,
-    base: str | None,
-    tuned: str | None,
-    deltas: str | None,
-    adapter: str | None,
-    filter_: SiteFilter,
+    asked: SitesSection,
     notes: list[str],
+    *,
+    base: str | None = None,
+    tuned: str | None = None,
+    deltas: str | None = None,
+    adapter: str | None = None,
     model_name: str | None = None,
-    scale: float | None = None,
 ) -> DeltaSource:
     """The deltas of exactly one of: a checkpoint pair, a finetune run, an adapter."""
     if deltas:
         saved = open_deltas(Path(deltas))
-        return replace(saved, sites=filter_.apply(saved.sites))
+        return replace(saved, sites=filter_sites(saved.sites, asked))
     if adapter:
-        return adapter_source(adapter, model_name, filter_, notes, scale)
+        return open_adapter(adapter, model_name, asked, notes)
     assert base is not None
     assert tuned is not None
-    return open_pair(base, tuned, filter_, notes)
+    return open_pair(base, tuned, asked, notes)
 
 
-def adapter_source(
-    path: str, model_name: str | None, filter_: SiteFilter, notes: list[str], scale: float | None = None
-) -> AdapterDeltas:
-    adapter = read_adapter(Path(path), scale)
-    model = meta_model(model_name) if model_name else None
+def open_adapter(path: str, model_name: str | None, asked: SitesSection, notes: list[str]) -> AdapterDeltas:
+    adapter, model = read_adapter(Path(path)), meta_model(model_name) if model_name else None
     known = model_sites(model) if model else {}
     if model:
         check_base(adapter, known, [name for name, _ in model.named_modules()], f"{path} and {model_name}")
     whole = adapter.config.get("modules_to_save")
     if whole:
-        notes.append(
-            f"{path} also carries modules trained in full ({whole[0]} …): they have no factors, and no spectrum"
-        )
+        notes.append(f"{path} also carries modules trained in full ({whole[0]} …): no factors, no spectrum")
     sites = {
         name: known.get(name) or describe(name, pair.shape, transposed=pair.fan_in_fan_out)
         for name, pair in adapter.pairs.items()
     }
     if not model_name:
         notes.append("no --model_name: sites are the adapter's keys, their tower is unknown, `train` refuses the plan")
-    return AdapterDeltas(adapter, filter_.apply(sites), str(path))
+    return AdapterDeltas(adapter, filter_sites(sites, asked), str(path))
 
 
 def check_base(adapter: LoraAdapter, known: Mapping[str, Site], modules: Collection[str], where: str) -> None:
@@ -117,17 +291,107 @@ def measure_source(
     return measure_sites(source, settings, question, unsettled)
 
 
-def other_probe(path: str, base: str | None, filter_: SiteFilter, notes: list[str]) -> DeltaSource:
+def other_probe(path: str, base: str | None, asked: SitesSection, notes: list[str]) -> DeltaSource:
     """A further probe of the same sites: saved deltas, an adapter, or another tuned checkpoint of the same base."""
     folder = resolve(path)
     if (folder / DELTAS_FILE).is_file() or (folder / "deltas" / DELTAS_FILE).is_file():
-        return open_source(base=None, tuned=None, deltas=str(folder), adapter=None, filter_=filter_, notes=notes)
+        return open_source(asked, notes, deltas=str(folder))
     if (folder / "adapter_config.json").is_file():
-        return adapter_source(str(folder), None, filter_, notes)
+        return open_adapter(str(folder), None, asked, notes)
     if base is None:
         raise UsageError(f"--probe2 {path}: a tuned checkpoint is compared with its base: give it as BASE or --base")
-    return open_pair(base, path, filter_, notes)
+    return open_pair(base, path, asked, notes)
 
 
 def source_metadata(source: DeltaSource) -> Mapping[str, Any]:
     return source.metadata if isinstance(source, SavedDeltas) else {}
+
+
+def renamed(keys: Iterable[str], rules: Sequence[str]) -> dict[str, str]:
+    """New name → key, after the REGEX=TEXT rules in order. Two keys that get one name are an error."""
+    compiled = []
+    for rule in rules:
+        regex, equals, text = rule.partition("=")
+        if not equals:
+            raise UsageError(f"--rename takes REGEX=TEXT; got {rule!r}")
+        try:
+            compiled.append((re.compile(regex), text))
+        except re.error as error:
+            raise UsageError(f"--rename {rule!r}: {error}") from error
+    names: dict[str, str] = {}
+    for key in keys:
+        name = key
+        for regex_, text in compiled:
+            name = regex_.sub(text, name)
+        if name in names:
+            raise DataError(f"--rename gives {key} and {names[name]} the same name {name}")
+        names[name] = key
+    return names
+
+
+@dataclass(frozen=True)
+class Matching:
+    """What two foreign checkpoints have in common, and what not: everything is counted, nothing silent."""
+
+    shared: dict[str, tuple[str, str]]
+    only_base: tuple[str, ...]
+    only_tuned: tuple[str, ...]
+    other_shape: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+    def explain(self) -> str:
+        """The lists, three names each, for the error and for the printed count."""
+        parts = [
+            (self.only_base, "only in the base"),
+            (self.only_tuned, "only in the tuned checkpoint"),
+            (self.other_shape, "of different shapes"),
+        ]
+        return "; ".join(f"{len(names)} {what} ({', '.join(names[:3])} …)" for names, what in parts if names)
+
+
+def match_keys(base: Checkpoint, tuned: Checkpoint, rules: Sequence[str], flatten_conv: bool) -> Matching:
+    """Matrices that both have. 1-D, integer and running-statistics tensors are skipped, and so are convolutions
+    unless they are to be flattened."""
+    before, after = renamed(base.keys(), rules), renamed(tuned.keys(), rules)
+
+    def analysed(checkpoint: Checkpoint, key: str) -> bool:
+        dims = len(checkpoint.shape(key))
+        fits = dims == 2 or (dims > 2 and flatten_conv)
+        return fits and checkpoint.dtype(key) in WEIGHT_TYPES and not NOT_ANALYSED.search(key)
+
+    left = {name for name, key in before.items() if analysed(base, key)}
+    right = {name for name, key in after.items() if analysed(tuned, key)}
+    both = [name for name in before if name in left & right]
+    same = [name for name in both if base.shape(before[name]) == tuned.shape(after[name])]
+    return Matching(
+        shared={name: (before[name], after[name]) for name in same},
+        only_base=tuple(sorted(left - right)),
+        only_tuned=tuple(sorted(right - left)),
+        other_shape=tuple(name for name in both if name not in set(same)),
+        skipped=tuple(name for name in before if name not in left),
+    )
+
+
+def foreign_sites(base: Checkpoint, matching: Matching) -> dict[str, Site]:
+    """Sites of a pair that has no config.json: the key is the path, the tower is unknown, and names alone tell what is
+    no linear layer (embeddings), what no site (heads), and what is stored transposed (Conv1D)."""
+    sites = {}
+    for name, (key, _) in matching.shared.items():
+        shape = base.shape(key)
+        rest = 1
+        for size in shape[1:]:
+            rest *= size
+        path = name.removesuffix(".weight")
+        site = describe(path, (shape[0], rest))
+        if site.kind not in ("embed", "head"):
+            sites[path] = site
+    conv1d = {site.projection for site in sites.values() if has_conv1d_shape(site)}
+    return {
+        path: replace(site, shape=site.shape[::-1], transposed=True) if conv1d and site.projection in CONV1D else site
+        for path, site in sites.items()
+    }
+
+
+def has_conv1d_shape(site: Site) -> bool:
+    """A fused q, k, v or an MLP's first layer that is wider than it is tall: GPT-2's Conv1D, not nanoGPT's Linear."""
+    return site.projection in ("c_attn", "c_fc") and site.shape[0] < site.shape[1]

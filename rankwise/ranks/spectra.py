@@ -28,7 +28,6 @@ IDLE_NOISE = 0.001  # the same under a budget, which would spend on noise what n
 TOO_NOISY = 0.5  # above this share of noise, or of unchanged entries, a correction would be a guess
 ALLOWED = "(--allow_noise)"
 FLOAT32_DELTAS = "save float32 deltas (`rankwise finetune` does, `rankwise ranks --deltas` reads them)"
-
 Question = Callable[[Site, Spectrum], object]  # raises Undecided
 Unsettled = Callable[[Mapping[Site, Spectrum]], Collection[Site]]
 

@@ -1,8 +1,8 @@
-"""The one-screen terminal summary of `rankwise ranks`: a pure function from numbers to at most 24 lines of text.
+"""The one-screen summary of `rankwise ranks`: from numbers to at most 24 lines of text, the verdict in words.
 
-    print(render(RanksSummary(model="stories260K", plan=plan, …)))
+    print(render(summarise(plan, measured, rule, budget, evidence, seconds, memory)))
 
-The verdict is in words, and says "no evidence" where there is none.
+It says "no evidence" where there is none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rankwise.core.allocate import Rule
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import Site
 from rankwise.page.text import clip, duration, memory, percent, plural
-from rankwise.ranks.outputs import Evidence
+from rankwise.ranks.plots import Evidence
 from rankwise.ranks.spectra import Measured, dtypes, noise_share
 
 MOST_RANGES = 6

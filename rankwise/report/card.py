@@ -2,33 +2,115 @@
 
 rankwise card runs/phone
 rankwise card runs/phone --files export --push_to_hub org/name --private
+
+    sources_of(run) ─ CardFacts ─ model_card ─▶ "---\\nbase_model: …\\n---\\n# Title …" ─ save_card, upload
+
+What was not measured is said so; a number that nobody took does not appear. Exactly the files that are named go out.
 """
 
 from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 
 from rankwise.data.recorded import CONTRACTS
 from rankwise.errors import ServiceError, UsageError, VerificationError
 from rankwise.files.adapter import CONFIG_NAME
-from rankwise.files.atomic import read_object
+from rankwise.files.atomic import read_bytes, read_object, write_text
 from rankwise.files.checkpoint import HUB_ID
 from rankwise.files.lineage import EXPORT
 from rankwise.options.commands import CardConfig
 from rankwise.page.text import memory, plural
 from rankwise.report import card_facts as facts
-from rankwise.report.card_facts import Recorded, Sources, chosen, sources_of
-from rankwise.report.card_text import CardFacts, license_of, model_card, save_card
+from rankwise.report.card_facts import Metric, Recorded, Sources, chosen, sources_of
+
+MARK = "<!-- written by rankwise card; running it again replaces this file -->"
+LIBRARIES = {"adapter": "peft", "merged": "transformers", "export": "llama.cpp", "bundle": "llama.cpp"}
+RELATIONS = {"adapter": "adapter", "merged": "finetune", "export": "quantized", "bundle": "quantized"}
+TAGS = {"adapter": ("lora",), "merged": ("lora",), "export": ("gguf", "llama.cpp"), "bundle": ("gguf", "llama.cpp")}
+NOT_LICENSES = ("", "unknown", "none")
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Everything a card says. sections: title → Markdown lines, in order; empty ones are left out.
+
+    kind: adapter, merged, export or bundle. base: a hub id or a folder's name. sees: whether the model takes images.
+    """
+
+    title: str
+    kind: str
+    base: str | None = None
+    sees: bool = False
+    license: str | None = None
+    datasets: Sequence[str] = ()
+    metrics: Sequence[Metric] = ()
+    summary: str = ""
+    sections: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+def model_card(facts: CardFacts) -> str:
+    """The whole file. Only hub ids enter the metadata: the hub refuses paths, and they are nobody's business."""
+    lines = [MARK, "", f"# {facts.title}", "", facts.summary]
+    for title, content in facts.sections.items():
+        lines += ["", f"## {title}", "", *content] if content else []
+    card = ModelCard("---\n" + metadata(facts).to_yaml() + "\n---\n" + "\n".join(lines) + "\n")
+    return str(card)
+
+
+def metadata(facts: CardFacts) -> ModelCardData:
+    base = facts.base if facts.base and HUB_ID.fullmatch(facts.base) else None
+    pipeline = "image-text-to-text" if facts.sees else "text-generation"
+    results = [
+        EvalResult(
+            task_type=pipeline,
+            dataset_type=one.task,
+            dataset_name=one.data,
+            metric_type=one.name,
+            metric_name=f"{one.name} ({one.how})" if one.how else None,
+            metric_value=one.value,
+        )
+        for one in facts.metrics
+    ]
+    relation = {"base_model_relation": RELATIONS[facts.kind]} if base else {}
+    return ModelCardData(
+        base_model=base,
+        library_name=LIBRARIES[facts.kind],
+        pipeline_tag=pipeline,
+        tags=["rankwise", *TAGS[facts.kind]],
+        license=facts.license,
+        datasets=[name for name in facts.datasets if HUB_ID.fullmatch(name)] or None,
+        model_name=facts.title if results else None,
+        eval_results=results or None,
+        **relation,
+    )
+
+
+def license_of(base: Path) -> str | None:
+    """What the card of a model folder says its license is; None where there is no card, or it says nothing."""
+    card = base / "README.md"
+    if not card.is_file():
+        return None
+    data = ModelCard(card.read_text(encoding="utf-8", errors="replace"), ignore_metadata_errors=True).data
+    found = str(getattr(data, "license", None) or "").strip()
+    return None if found.lower() in NOT_LICENSES else found
+
+
+def save_card(text: str, path: Path) -> Path:
+    """Write the card atomically. UsageError where a README that somebody else wrote is in the place."""
+    if path.exists() and MARK.encode() not in read_bytes(path):
+        raise UsageError(f"{path}: is not one of `rankwise card`'s; name another file with --out")
+    return write_text(path, text)
+
 
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{4,}|Bearer\s+\S+")
 CARD = "README.md"

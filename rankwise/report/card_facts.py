@@ -1,10 +1,13 @@
-"""The sections of a model card, each from the records of one stage; a stage that has left none gives no lines.
+"""What `rankwise card` says, each section from the records of one stage; a stage that has left none gives no lines.
+
+RUN ── export.json: model ──▶ merged folder ── manifest: adapter ──▶ training run ── manifest: model ──▶ base
 
 Folders are named by their last part only: where they lie on whose machine is nobody's business.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +23,6 @@ from rankwise.files.checkpoint import HUB_ID
 from rankwise.files.lineage import EXPORT, adapters_of, chain, named, walk
 from rankwise.files.run_folder import CONFIG, MANIFEST
 from rankwise.page.text import amount, duration, memory, metric_name, number, percent, score
-from rankwise.report.card_text import Metric, table
 from rankwise.report.contents import Contents, Scored, read_run
 
 BUNDLE = "bundle.json"
@@ -406,3 +408,30 @@ def failures(sources: Sources, kind: str) -> list[str]:
             if rung and not content.get("failures")
         ]
     return lines
+
+
+TABLE_SPECIAL = re.compile(r"([|\\`<>])")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score for the card's metadata. how: what was scored, by which method, on how many items."""
+
+    task: str
+    data: str
+    name: str
+    value: float
+    how: str = ""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """Rows as a Markdown table; nothing for no rows. Text from files is escaped."""
+    if not rows:
+        return []
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join(cell(value) for value in row) + " |" for row in rows]
+
+
+def cell(value: object) -> str:
+    text = TABLE_SPECIAL.sub(lambda match: f"&#{ord(match[1])};", str(value))
+    return " ".join(text.split())

@@ -1,6 +1,6 @@
-"""Several runs in one table and one picture: what trained, how long, how well, and where its gradients were.
+"""rankwise compare: several runs in one table and one picture: what trained, how long, how well, with which gradients.
 
-run folders ── read_rows ──▶ Row* ──▶ comparison.csv, comparison.md, comparison.json, comparison.png
+rankwise compare runs/batch/e2e_attention runs/batch/e2e_mlp -o runs/comparison
 
 A number that a run does not have is blank, never 0.
 """

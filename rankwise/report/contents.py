@@ -3,7 +3,7 @@
 Found anywhere below the folder (checkpoints, hidden folders, earlier reports and links aside): manifest.json,
 resolved_config*.json, lora_rank_config.json, evaluation_results.json with predictions.jsonl beside it,
 forgetting.json, training_log.csv, phases.csv, the tables of gradient norms, gain.json, fidelity.json, sites.json,
-study.json, validation.json, what the commands on features leave (`factor_reading.py`), and the PNGs of `plots/`
+study.json, validation.json, what the commands on features leave, and the PNGs of `plots/`
 folders.
 """
 
@@ -37,8 +37,8 @@ from rankwise.files.run_folder import FORMAT as MANIFEST_FORMAT
 from rankwise.files.run_folder import MANIFEST, without_secrets
 from rankwise.page.text import is_number
 from rankwise.pipeline.times import StageTime, read_times
-from rankwise.study.words import FORMAT as STUDY_FORMAT
-from rankwise.study.words import PARTS as STUDY_PARTS
+from rankwise.study.page import FORMAT as STUDY_FORMAT
+from rankwise.study.page import PARTS as STUDY_PARTS
 from rankwise.train.gradient_summary import GradientTables, read_phases, read_tables
 from rankwise.train.gradient_table import GROUPS, NORMS
 

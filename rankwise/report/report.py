@@ -1,6 +1,6 @@
-"""One self-contained page for a run folder: report.html, and report.md beside it.
+"""rankwise report: a run folder → one self-contained page, report.html, and report.md beside it.
 
-    build_report(Path("runs/demo"))        # → runs/demo/report.html
+rankwise report runs/demo
 
 The headline comes first (scores, parameters, the rank heatmap), then every stage in order of time, then versions
 and settings. The page holds its images, asks nothing of the network, and everything from files is escaped.
@@ -21,9 +21,8 @@ from rankwise.page.blocks import Block, Figure, Gallery, Page, Section, Words
 from rankwise.page.template import render
 from rankwise.page.text import amount, duration, is_number, metric_name, percent, plural, printable, score
 from rankwise.report.contents import Contents, Scored, Stage, read_run
-from rankwise.report.drawing import Drawings, draw
 from rankwise.report.scores import gallery, score_blocks
-from rankwise.report.sections import appendix, sections_of
+from rankwise.report.sections import Drawings, appendix, draw, sections_of
 from rankwise.train.loss_plots import leading_metrics
 
 HEADLINE_METRICS = 3

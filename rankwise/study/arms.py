@@ -22,7 +22,7 @@ from rankwise.core.spectrum import Spectrum
 from rankwise.errors import UsageError
 from rankwise.options.field import unknown
 from rankwise.options.study import StudyConfig
-from rankwise.ranks.decide import Batch, input_spectra, loss_gains
+from rankwise.ranks.gain import Batch, input_spectra, loss_gains
 
 RULES = ("energy", "site", "type", "loss", "eva")
 Gains = Mapping[Site, Tensor]

@@ -19,12 +19,10 @@ from rankwise.study.arms import RULES
 from rankwise.study.design import Design, Registration, designed, digest, register, run_counts
 from rankwise.study.execution import Bench, matched_steps
 from rankwise.study.material import Material, gathered_material, open_probes, probe_cost
-from rankwise.study.page import write_study
+from rankwise.study.page import runs_rate, study_lines, write_study
 from rankwise.study.plans import Plans
-from rankwise.study.protocol import report
+from rankwise.study.protocol import report, tune, tuning_batch
 from rankwise.study.results import Outcome, concluded
-from rankwise.study.tuning import tune, tuning_batch
-from rankwise.study.words import runs_rate, study_lines
 
 PARTS = "parts.json"
 NEED_A_PROBE = (*RULES, "shuffled", "inverted", "warm", "plan-warm")

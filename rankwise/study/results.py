@@ -14,9 +14,8 @@ from rankwise.study.arms import INVERTED, REFERENCES, RULES, STATIC, UNIFORM, VE
 from rankwise.study.design import Contender, Design, Registration
 from rankwise.study.evidence import assay_works, judged
 from rankwise.study.execution import Bench
-from rankwise.study.protocol import Reported, effect_of, report_run
-from rankwise.study.tuning import Tuned
-from rankwise.study.words import FORMAT
+from rankwise.study.page import FORMAT
+from rankwise.study.protocol import Reported, Tuned, effect_of, report_run
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from rankwise.errors import DataError, UsageError
 from rankwise.files.checkpoint import open_checkpoint
 from rankwise.models.load import load_config, load_model, meta_model
 from rankwise.models.sites import fused_experts, model_sites, weight_table
+from rankwise.options.sections import SitesSection
 from rankwise.ranks.deltas import logical
-from rankwise.ranks.pair import SiteFilter
+from rankwise.ranks.probe import filter_sites
 
 SMALL = {
     "hidden_size": 32,
@@ -204,16 +205,16 @@ def test_names_that_look_alike_are_found() -> None:
 
 def test_filters_choose_by_tower_and_regex(shared_data: Path) -> None:
     sites = model_sites(meta_model(str(config_folder(shared_data, "SmolVLM-256M-Instruct"))))
-    assert {site.tower for site in SiteFilter().apply(sites).values()} == {"language"}
-    assert len(SiteFilter(towers=("language", "projector")).apply(sites)) == 211
-    chosen = SiteFilter(include=r"layers\.[0-4]\.", exclude="mlp").apply(sites)
+    assert {site.tower for site in filter_sites(sites, SitesSection()).values()} == {"language"}
+    assert len(filter_sites(sites, SitesSection(towers=["language", "projector"]))) == 211
+    chosen = filter_sites(sites, SitesSection(include=r"layers\.[0-4]\.", exclude="mlp"))
     assert len(chosen) == 5 * 4
     with pytest.raises(UsageError, match="is not one of language, vision"):
-        SiteFilter(towers=("text",)).apply(sites)
+        filter_sites(sites, SitesSection(towers=["text"]))
     with pytest.raises(UsageError, match="--include"):
-        SiteFilter(include="(").apply(sites)
+        filter_sites(sites, SitesSection(include="("))
     with pytest.raises(UsageError, match="no site is left of 283"):
-        SiteFilter(include="nothing").apply(sites)
+        filter_sites(sites, SitesSection(include="nothing"))
 
 
 REMOTE = """

@@ -16,9 +16,9 @@ from torch import Tensor
 from rankwise import cli
 from rankwise.core.site import describe
 from rankwise.errors import DataError, UsageError
-from rankwise.ranks.deltas import DELTAS_FILE, CheckpointPair, deltas, open_deltas, renamed
-from rankwise.ranks.pair import SiteFilter, open_pair
-from rankwise.ranks.probe import open_source, other_probe
+from rankwise.options.sections import SitesSection
+from rankwise.ranks.deltas import DELTAS_FILE, CheckpointPair, deltas, open_deltas
+from rankwise.ranks.probe import open_pair, open_source, other_probe, renamed
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -66,7 +66,7 @@ def quantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def pair(base: Path, tuned: Path, **filters: Any) -> tuple[CheckpointPair, list[str]]:
     notes: list[str] = []
-    return open_pair(str(base), str(tuned), SiteFilter(**filters), notes), notes
+    return open_pair(str(base), str(tuned), SitesSection(**filters), notes), notes
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -229,9 +229,7 @@ def test_saved_deltas_are_read_in_the_orientation_of_the_module(tmp_path: Path) 
         saved = open_deltas(path)
         assert all(torch.equal(saved.read(site).matrix, matrix) for site in saved.sites.values())
         assert saved.read(saved.sites["a.q_proj"]).base_energy == 4.0
-    source = open_source(
-        base=None, tuned=None, deltas=str(folder), adapter=None, filter_=SiteFilter(include="q_proj"), notes=[]
-    )
+    source = open_source(SitesSection(include="q_proj"), [], deltas=str(folder))
     assert list(source.sites) == ["a.q_proj"]
 
 
@@ -259,4 +257,4 @@ def test_a_folder_without_deltas_says_who_writes_them(base: Path) -> None:
 def test_a_second_probe_without_its_base_is_refused(base: Path) -> None:
     """It would be compared with itself: no change anywhere."""
     with pytest.raises(UsageError, match="give it as BASE"):
-        other_probe(str(base), None, SiteFilter(), [])
+        other_probe(str(base), None, SitesSection(), [])

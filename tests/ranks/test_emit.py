@@ -38,7 +38,7 @@ from rankwise.files.plan import read_plan
 from rankwise.models.adapt import lora_layers, quiet_peft, scales
 from rankwise.models.load import meta_model
 from rankwise.models.sites import model_sites
-from rankwise.ranks.outputs import TRAINERS, emit
+from rankwise.ranks.emit import TRAINERS, emit
 
 # --- the trainers ----------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from rankwise.cli import main
 from rankwise.models.load import load_model
 from rankwise.ranks import extract as extracted_adapter
-from rankwise.ranks import left_out
+from rankwise.ranks import proof
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -278,7 +278,7 @@ def test_a_site_that_peft_does_not_find(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loaded with a module left out of its targets, as a wrong name does it silently."""
-    attached = left_out.layered_adapted
+    attached = proof.layered_adapted
 
     def without_one(*given: Any) -> Any:
         adapted = attached(*given)
@@ -286,7 +286,7 @@ def test_a_site_that_peft_does_not_find(
         nn.init.zeros_(layer.lora_B["default"].weight)
         return adapted
 
-    monkeypatch.setattr(left_out, "layered_adapted", without_one)
+    monkeypatch.setattr(proof, "layered_adapted", without_one)
     assert refused(*pair, tmp_path / "out")
 
 
@@ -300,7 +300,7 @@ def test_a_small_change_is_held_to_its_own_size(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "tuned").mkdir()
     save_file(moved, tmp_path / "tuned" / "model.safetensors")
     assert extract(base, tmp_path / "tuned", tmp_path / "out") == 0
-    attached = left_out.layered_adapted
+    attached = proof.layered_adapted
 
     def half(*given: Any) -> Any:
         adapted = attached(*given)
@@ -309,7 +309,7 @@ def test_a_small_change_is_held_to_its_own_size(tmp_path: Path, monkeypatch: pyt
                 nn.init.zeros_(parameter)
         return adapted
 
-    monkeypatch.setattr(left_out, "layered_adapted", half)
+    monkeypatch.setattr(proof, "layered_adapted", half)
     assert refused(base, tmp_path / "tuned", tmp_path / "other")
 
 

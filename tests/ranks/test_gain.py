@@ -19,18 +19,21 @@ from rankwise.core.site import Site, describe
 from rankwise.evaluate.likelihood import answer_losses
 from rankwise.models.load import load_model
 from rankwise.models.sites import model_sites
-from rankwise.ranks.decide import (
+from rankwise.ranks.gain import (
+    arms_of,
     covariances,
+    gain_kept,
     gradient_spectra,
     input_spectra,
     loss_gains,
     loss_shares,
     mean_gradients,
+    moved,
     only_trainable,
     output_change_spectra,
     path_gradients,
+    summarise,
 )
-from rankwise.ranks.gain import arms_of, gain_kept, moved, summarise
 
 Batch = dict[str, Tensor]
 

@@ -22,7 +22,7 @@ from rankwise.evaluate.likelihood import answer_losses
 from rankwise.files.plan import PLAN_FILE, read_plan
 from rankwise.models.load import load_model, load_tokenizer
 from rankwise.models.sites import model_sites
-from rankwise.ranks.command import probe_batches
+from rankwise.ranks.running import probe_batches
 
 RAW = Path("analysis_outputs/svd/raw_data")
 NAMES = ("Alimentum", "Bibimbap", "Clowns", "Cotto", "Strada", "Zizzi", "Wildwood", "Fitzbillies")

@@ -23,8 +23,8 @@ from rankwise.files.run_folder import RunFolder
 from rankwise.merge.command import run as merge
 from rankwise.options.commands import MergeConfig
 from rankwise.report import card as hub
-from rankwise.report.card import Upload, upload
-from rankwise.report.card_text import MARK, CardFacts, Metric, license_of, model_card, table
+from rankwise.report.card import MARK, CardFacts, Upload, license_of, model_card, upload
+from rankwise.report.card_facts import Metric, table
 from rankwise.train.arguments import build_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

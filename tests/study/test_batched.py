@@ -26,9 +26,8 @@ from rankwise.evaluate.likelihood import answer_losses
 from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, choose_sites, lora_layers
 from rankwise.models.sites import model_sites
 from rankwise.study.together import train
-from rankwise.study.together.adamw import Course, Hyperparameters, StackedAdamW, rate_factors
 from rankwise.study.together.alone import train_alone
-from rankwise.study.together.stacked import Stack, running
+from rankwise.study.together.stacked import Course, Hyperparameters, Stack, StackedAdamW, rate_factors, running
 from rankwise.study.together.train import Arm, ArmSettings, TrainedArm, losses_together, train_together
 from rankwise.train.arguments import build_arguments
 from rankwise.train.gradient_table import StepTable

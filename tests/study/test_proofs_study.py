@@ -17,7 +17,7 @@ from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.options.field import flatten
 from rankwise.options.study import StudyConfig
 from rankwise.study import command as stage
-from rankwise.study import design, plans, tuning
+from rankwise.study import design, plans, protocol
 from rankwise.study import design as registration
 from rankwise.study.design import DEVIATIONS, FILE, TEST_READ, Registration, designed
 
@@ -151,8 +151,8 @@ def test_a_deviation_that_was_written_anew(copy: Path) -> None:
 
 def test_test_items_of_other_runs_are_read_once_only(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The protocol is the same, and other code chooses other rates: other runs, whose test items nobody may look at."""
-    best = tuning.best_point
-    monkeypatch.setattr(tuning, "best_point", lambda curve: next(k for k in sorted(curve) if k != best(curve)))
+    best = protocol.best_point
+    monkeypatch.setattr(protocol, "best_point", lambda curve: next(k for k in sorted(curve) if k != best(curve)))
     before = (copy / "out" / TEST_READ).read_text()
     with pytest.raises(UsageError, match=r"the test items were read on .* for 4 runs"):
         stage.run(own())

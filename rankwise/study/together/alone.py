@@ -3,9 +3,9 @@
     trained, replay = train_alone(model, arm, bind(Norm(20), sites, seed=0), rows, collate, settings)
     str(replay)        # all:1 > mlp:40 > attention: what a yoked arm trains as a fixed schedule
 
-`batched` trains many arms at once and must know beforehand which sites move at which step. All else is alike: start,
-scales, order of rows, optimizer and schedule of the rate, and no dropout. `train_alone` goes through the project's own
-Trainer; `train_weights` is a plain loop over all weights, for probes and for the arm `full` that a study refers to.
+`train_together` trains many arms at once and must know beforehand which sites move at which step. All else is alike:
+start, scales, order of rows, optimizer and schedule of the rate, and no dropout. `train_alone` goes through the
+project's own Trainer; `train_weights` is a plain loop over all weights, for probes and for the arm `full` that a study refers to.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 
 Arms share the base, the number of steps and the batch size; ranks, scales, rates, data order and phases are each
 arm's own. A small model spends its time on starting many small operations; together they are one large operation
-each (`stacked`, `stacked_model`, `stacked_adamw`). What comes out is what the Trainer would have made of each arm
+each (`stacked`). What comes out is what the Trainer would have made of each arm
 alone, without any dropout, up to rounding. The base computes in its own precision, or as a `torch.autocast` around
 the call says.
 """
@@ -31,8 +31,16 @@ from rankwise.data.vision_inputs import IGNORED
 from rankwise.errors import UsageError
 from rankwise.evaluate.likelihood import Learnt
 from rankwise.ranks.spectra import site_generator
-from rankwise.study.together.adamw import Active, Course, Hyperparameters, StackedAdamW, rate_factors
-from rankwise.study.together.stacked import Stack, Together, running
+from rankwise.study.together.stacked import (
+    Active,
+    Course,
+    Hyperparameters,
+    Stack,
+    StackedAdamW,
+    Together,
+    rate_factors,
+    running,
+)
 
 Batch = Mapping[str, Tensor]
 Collate = Callable[[Sequence[Mapping[str, Any]]], Batch]
@@ -220,8 +228,8 @@ def losses_together(
 ) -> tuple[Tensor, Tensor]:
     """Summed negative log-likelihood in nats (arms, items) float64 and learnt tokens (items,) of every sample.
 
-    What `score.likelihood.answer_losses` says of each adapter, for all adapters at once; no pairs at all ({}) are the
-    base. batches: as `score.likelihood.training_batches` makes them.
+    What `answer_losses` says of each adapter, for all adapters at once; no pairs at all ({}) are the
+    base. batches: as `training_batches` makes them.
     """
     stack = Stack.of(pairs, scales, model.device)
     sums, counts = [], []
