@@ -5,7 +5,7 @@
 
 `train_together` trains many arms at once and must know beforehand which sites move at which step. All else is alike:
 start, scales, order of rows, optimizer and schedule of the rate, and no dropout. `train_alone` goes through the
-project's own Trainer; `train_weights` is a plain loop over all weights, for probes and for the arm `full` that a study refers to.
+project's own Trainer; `train_weights` is a plain loop over all weights, for probes and for the arm `full`.
 """
 
 from __future__ import annotations
