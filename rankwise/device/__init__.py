@@ -1,1 +1,8 @@
-"""What runs on the device against what was trained: llama.cpp, the parity ladder, `validate`, `bundle`."""
+"""Is what runs on the device what was trained? An export in, a verdict with its proof out, or a folder for an app.
+
+validate.py    `rankwise validate`: every item answered by llama.cpp and by the trained model, and the parity ladder
+sides.py       those two sides; scores.py, validation_page.py, sweep.py: validation.json, its page, the form to ship
+bundle.py      `rankwise bundle`: files, prompt, labels, threshold, clients and golden vectors; their replay
+parity/        the ladder, from the picture to the answer, rung by rung, against a measured floor
+llama/         llama.cpp in a process of its own, or a server elsewhere
+"""

@@ -105,6 +105,13 @@ def latency(answers: Mapping[str, Answered]) -> dict[str, float] | None:
     return {"median": float(np.median(seconds)), "p95": float(np.quantile(seconds, 0.95))}
 
 
+# --- when an app should say "unsure" ---------------------------------------------------------------------------------
+#
+# Looking for the best of many thresholds on the items that also judge it promises too much. Here they are tried in an
+# order that is fixed beforehand, from the surest answer down, and the first that fails its test ends the search: then
+# the level of one test holds for the threshold that was found (fixed-sequence testing; Angelopoulos et al. 2021,
+# "Learn then Test").
+
 ABSTAIN_LEVEL = 0.95
 
 
@@ -147,11 +154,8 @@ def abstention(rows: Sequence[Mapping[str, Any]], min_precision: float) -> Abste
         return Abstention(min_precision, n, why="no validated answer is right or wrong, or none has a confidence")
     least = fewest(min_precision, wrong=0)
     if len(known) < least:
-        return Abstention(
-            min_precision,
-            n,
-            why=f"{len(known)} validated items are too few: {min_precision:.0%} takes {least}, all of them right",
-        )
+        why = f"{len(known)} validated items are too few: {min_precision:.0%} takes {least}, all of them right"
+        return Abstention(min_precision, n, why=why)
     return searched(sorted(known, key=lambda one: -one[0]), n, min_precision)
 
 
@@ -173,11 +177,8 @@ def searched(known: Sequence[tuple[float, bool]], n: int, min_precision: float) 
     if best:
         return best
     right = sum(correct for _, correct in known[:start])
-    return Abstention(
-        min_precision,
-        n,
-        why=f"of the {start} surest answers {right} are right: that does not show a precision of {min_precision:.0%}",
-    )
+    why = f"of the {start} surest answers {right} are right: that does not show a precision of {min_precision:.0%}"
+    return Abstention(min_precision, n, why=why)
 
 
 def fewest(min_precision: float, wrong: int) -> int:
@@ -199,6 +200,12 @@ def interval(count: int, n: int) -> tuple[float, float]:
     found = need("scipy.stats", extra="eval").binomtest(count, n).proportion_ci(ABSTAIN_LEVEL, method="exact")
     return float(found.low), float(found.high)
 
+
+# --- two models on the same items ------------------------------------------------------------------------------------
+#
+# low > -margin    not inferior         the worst that is plausible is still within the margin
+# high < -margin   inferior             the best that is plausible is outside it
+# else             undecided            and about how many items would tell
 
 NOT_INFERIOR, INFERIOR, UNDECIDED = "not inferior", "inferior", "undecided"
 POWER = 0.8  # for the number of items that would decide
@@ -224,13 +231,19 @@ class Difference:
 
 def compared(form: Mapping[str, bool], largest: Mapping[str, bool], margin: float) -> Difference:
     """A form against the largest: item id → right or not, of the same items."""
-    pairs = [(form[name], right) for name, right in largest.items()]
-    both, won, lost = pairs.count((True, True)), pairs.count((True, False)), pairs.count((False, True))
-    low, high = paired_interval(both, won, lost, len(pairs))
+    both, won, lost, p = counted([form[name] for name in largest], list(largest.values()))
+    low, high = paired_interval(both, won, lost, len(largest))
     verdict = NOT_INFERIOR if low > -margin else INFERIOR if high < -margin else UNDECIDED
+    needed = _needed(won + lost, len(largest), margin) if verdict == UNDECIDED else None
+    return Difference(lost, won, low, high, p, verdict, needed)
+
+
+def counted(one: Sequence[bool], other: Sequence[bool]) -> tuple[int, int, int, float]:
+    """Of the same items: right in both, only in the one, only in the other; and McNemar's exact p, two-sided."""
+    pairs = list(zip(one, other, strict=True))
+    both, won, lost = (pairs.count(pair) for pair in ((True, True), (True, False), (False, True)))
     p = need("scipy.stats", extra="eval").binomtest(won, won + lost).pvalue if won + lost else 1.0
-    needed = _needed(won + lost, len(pairs), margin) if verdict == UNDECIDED else None
-    return Difference(lost, won, low, high, float(p), verdict, needed)
+    return both, won, lost, float(p)
 
 
 def paired_interval(both: int, first: int, second: int, n: int) -> tuple[float, float]:
@@ -277,9 +290,6 @@ class Change:
     lost: int
     p: float
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class GainKept:
@@ -289,18 +299,12 @@ class GainKept:
     kept: float | None
     why: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"gain": self.gain.as_dict(), "kept": self.kept, "why": self.why}
-
 
 def change(before: Sequence[bool], after: Sequence[bool]) -> Change:
     """Right or wrong of the same items, in the same order."""
-    pairs = list(zip(before, after, strict=True))
-    both, won, lost = pairs.count((True, True)), pairs.count((False, True)), pairs.count((True, False))
-    n = len(pairs)
-    p = need("scipy.stats", extra="eval").binomtest(won, won + lost).pvalue if won + lost else 1.0
+    (both, won, lost, p), n = counted(after, before), len(before)
     interval = paired_interval(both, won, lost, n)
-    return Change(n, (both + lost) / n, (both + won) / n, (won - lost) / n, interval, won, lost, float(p))
+    return Change(n, (both + lost) / n, (both + won) / n, (won - lost) / n, interval, won, lost, p)
 
 
 def gain_kept(base: Sequence[bool], tuned: Sequence[bool], shipped: Sequence[bool]) -> GainKept:

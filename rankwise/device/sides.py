@@ -1,5 +1,6 @@
 """The two sides of `rankwise validate`: the trained model in transformers, and one GGUF form in llama.cpp.
 
+EXPORT or --server ── shipment ──▶ Shipped*: GGUF files by form, or a server that runs one; what they were made from
 config ── trained_side ──▶ Trained ── answers_of ──▶ Answers (of the reference, of the base)
                               └── floor ── validated(form) ──▶ Validated (answers, ladder, memory)
 """
@@ -22,8 +23,8 @@ from rankwise.data.recorded import recorded, require_same, system_warning
 from rankwise.data.render import Renderer
 from rankwise.data.renderer_for import renderer_for
 from rankwise.device.llama.client import ServerRuntime
-from rankwise.device.llama.generator import Answered, GGUFGenerator, Witness
-from rankwise.device.llama.runtime import LlamaServer, RemoteServer
+from rankwise.device.llama.generator import Answered, GGUFGenerator
+from rankwise.device.llama.runtime import LlamaServer, RemoteServer, Runtime
 from rankwise.device.parity.cases import Case, blind, case_of, pick
 from rankwise.device.parity.floor import Floor, measure_floor
 from rankwise.device.parity.ladder import Embedder, Ladder, climb
@@ -37,13 +38,17 @@ from rankwise.evaluate.tasks import Task, evaluate, task
 from rankwise.files.atomic import fingerprint, fingerprints
 from rankwise.files.checkpoint import base_files, resolve
 from rankwise.files.processes import announce
-from rankwise.gguf.reading import Exported, GGUFFile, read_export
+from rankwise.gguf.reading import GGUFFile, read_export
 from rankwise.models.load import load_config, load_model
 from rankwise.options.commands import ValidateConfig
 from rankwise.options.sections import DataSection, ModelSection
 
 FORMS = {0: "f32", 1: "f16", 7: "q8_0", 32: "bf16"}  # llama.cpp's general.file_type
 LAST = ("f32", "bf16", "f16", "q8_0")  # the form to ship is the smallest of these
+# Tokens of llama.cpp's context beyond the longest sample: a picture cut into more tiles shall show, not fail.
+ROOM = 1024
+LONGEST = 128  # tokens of an answer, where neither the command nor the device says
+BLIND = 4  # prompts without their pictures on the ladder
 
 
 @dataclass(frozen=True)
@@ -81,9 +86,13 @@ def shipment(config: ValidateConfig) -> Shipment:
     exported = read_export(path) if path and path.is_dir() else None
     reference = str(exported.content["model"]["path"]) if exported else None
     if config.server:
-        forms = [Shipped(one_form(config), url=config.server)]
+        if len(config.outtype) != 1:
+            raise UsageError("--server runs one file: say which form it is with --outtype (f16, q8_0 …)")
+        forms = [Shipped(config.outtype[0], url=config.server)]
     elif exported:
-        forms = [Shipped(form, exported.text(form), exported.mmproj(form)) for form in wanted(config, exported)]
+        known = [form for form in LAST if form in exported.outtypes]  # largest first
+        wanted = config.outtype or [*known, *(form for form in exported.outtypes if form not in known)]
+        forms = [Shipped(form, exported.text(form), exported.mmproj(form)) for form in wanted]
     elif path:
         form = config.outtype[0] if config.outtype else form_of(path)
         forms = [Shipped(form, path, Path(config.mmproj) if config.mmproj else None)]
@@ -92,31 +101,9 @@ def shipment(config: ValidateConfig) -> Shipment:
     return Shipment(tuple(forms), path if exported else None, config.reference or reference)
 
 
-def wanted(config: ValidateConfig, exported: Exported) -> list[str]:
-    """As asked for; else all, largest first."""
-    if config.outtype:
-        return list(config.outtype)
-    known = [form for form in LAST if form in exported.outtypes]
-    return [*known, *(form for form in exported.outtypes if form not in known)]
-
-
-def one_form(config: ValidateConfig) -> str:
-    if len(config.outtype) != 1:
-        raise UsageError("--server runs one file: say which form it is with --outtype (f16, q8_0 …)")
-    return config.outtype[0]
-
-
 def form_of(path: Path) -> str:
     """The form that a GGUF says it has, else the end of its name."""
-    kind = GGUFFile(path).metadata.get("general.file_type")
-    return FORMS.get(kind, path.stem.rpartition("-")[2]) if isinstance(kind, int) else path.stem.rpartition("-")[2]
-
-
-ROOM = (
-    1024  # tokens of llama.cpp's context beyond the longest sample: a picture cut into more tiles shall show, not fail
-)
-LONGEST = 128
-BLIND = 4  # prompts without their pictures on the ladder
+    return FORMS.get(GGUFFile(path).metadata.get("general.file_type", -1), path.stem.rpartition("-")[2])
 
 
 @dataclass(frozen=True)
@@ -270,31 +257,29 @@ def validated(
     config: ValidateConfig, trained: Trained, one: Shipped, floor: Floor | None, app: AppPixels | None, out: Path
 ) -> Validated:
     """One form: all items answered, some of them on the ladder."""
-    limits = floor.thresholds(one.form, config.tolerance, config.min_agreement) if floor else None
+    folder = out / one.form
     with one.start(config.context or context(trained.renderer), config.threads) as runtime:
         ladder = None
-        if limits:
-            ladder = climb(trained.reference, runtime, trained.cases, limits, config.top, embedder(one), app)
-        return scored(trained, one, runtime, ladder, out / one.form)
+        if floor:
+            limits = floor.thresholds(one.form, config.tolerance, config.min_agreement)
+            # llama-cpp-python on the same files, where it is installed and they are on this machine
+            embedder = Embedder(one.text, one.mmproj) if one.text and one.mmproj and Embedder.available() else None
+            ladder = climb(trained.reference, runtime, trained.cases, limits, config.top, embedder, app)
+        engine, answers = answers_in(trained, one, runtime, folder)
+        if engine.unlike:
+            other = f"{len(engine.unlike)} prompts are of another length in llama.cpp than in training"
+            announce(f"warning: {one.form}: {other}")
+        build, memory = runtime.info.build, runtime.memory()
+        return Validated(one.form, build, answers, engine.answers(), memory, ladder, len(engine.unlike))
 
 
-def scored(trained: Trained, one: Shipped, runtime: ServerRuntime, ladder: Ladder | None, folder: Path) -> Validated:
+def answers_in(trained: Trained, one: Shipped, runtime: Runtime, folder: Path) -> tuple[GGUFGenerator, Answers]:
+    """llama.cpp's answers to all items, recorded in the folder one by one; the engine knows their seconds."""
     folder.mkdir(parents=True, exist_ok=True)
-    engine = GGUFGenerator(runtime, trained.renderer, trained.decoding)
-    witness = Witness(engine, folder / "answers.jsonl")
-    answers = answered(trained, witness, folder, trained.made_from(*one.files))
-    unlike = len(witness.generator.unlike)
-    if unlike:
-        announce(f"warning: {one.form}: {unlike} prompts are of another length in llama.cpp than in training")
-    records = witness.answers()
-    return Validated(one.form, runtime.info.build, answers, records, runtime.memory(), ladder, unlike)
+    engine = GGUFGenerator(runtime, trained.renderer, trained.decoding, record=folder / "answers.jsonl")
+    return engine, answered(trained, engine, folder, trained.made_from(*one.files))
 
 
 def context(renderer: Renderer) -> int:
     """Tokens that llama.cpp is asked to hold."""
     return min(renderer.limit + ROOM, renderer.positions or renderer.limit + ROOM)
-
-
-def embedder(one: Shipped) -> Embedder | None:
-    """llama-cpp-python on the same files, where it is installed and they are on this machine."""
-    return Embedder(one.text, one.mmproj) if one.text and one.mmproj and Embedder.available() else None

@@ -17,13 +17,17 @@ import numpy as np
 
 from rankwise.device.llama.runtime import LlamaServer, Runtime
 from rankwise.device.scores import NOT_INFERIOR, UNDECIDED, Difference, compared
+from rankwise.device.sides import Shipment, Shipped, Trained, answers_in, context
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.bootstrap import wilson
 from rankwise.files.atomic import write_json
+from rankwise.files.processes import announce
 from rankwise.gguf.quantize import quantize
+from rankwise.options.commands import ValidateConfig
 
 FILE, FORMAT = "sweep.json", "rankwise-sweep/1"
 MARGIN = 0.02  # of accuracy
+SOURCES = ("f16", "bf16", "f32")  # what further forms are made from, the first that is there
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,44 @@ class Sweep:
         """A table for the terminal, and the choice."""
         head = "  form        MB   accuracy  [95 %]           peak MB   median s   p95 s   against the largest"
         return [head, *(_line(row) for row in self.as_dict()["forms"]), f"  {self.why}"]
+
+
+# --- rankwise validate --sweep ---------------------------------------------------------------------------------------
+
+
+def sweep_forms(config: ValidateConfig, trained: Trained, shipped: Shipment, out: Path) -> Sweep:
+    """Make the forms, run them, write sweep.json. UsageError where there is nothing to make them from, or no answer of
+    the task is right or wrong."""
+    source = next((one for form in SOURCES for one in shipped.forms if one.form == form), None)
+    if source is None or source.text is None:
+        raise UsageError("--sweep needs the f16 form among those validated: rankwise export --outtype f16,q8_0")
+    have = {one.form: one.text for one in shipped.forms if one.text and one.form in config.sweep}
+    made = prepared(source.text, [form for form in config.sweep if form not in have], config.llama_cpp_dir)
+    files = {source.form: source.text, **have, **made}
+    forms = {form: Shipped(form, path, source.mmproj) for form, path in files.items()}
+    found = sweep(
+        files,
+        lambda runtime, form: ask(trained, forms[form], out / "sweep" / form, runtime),
+        mmproj=source.mmproj,
+        margin=config.sweep_margin,
+        min_accuracy=config.min_accuracy,
+        context=config.context or context(trained.renderer),
+        threads=config.threads,
+    )
+    found.save(out)
+    for line in (*found.lines(), ""):
+        announce(line)
+    return found
+
+
+def ask(trained: Trained, one: Shipped, folder: Path, runtime: Runtime) -> dict[str, Item]:
+    """Every item answered by one form."""
+    engine, answers = answers_in(trained, one, runtime, folder)
+    right, records = answers.rights(trained.items), engine.answers()
+    if right is None:
+        raise UsageError(f"--sweep compares right and wrong answers, and {trained.task.name} has texts")
+    pairs = zip(trained.items, right, strict=True)
+    return {item.id: Item(correct, records[item.id].seconds) for item, correct in pairs}
 
 
 def prepared(source: Path, forms: Sequence[str], llama_cpp_dir: Path | str | None = None) -> dict[str, Path]:

@@ -9,30 +9,25 @@ merged model ── HFReference ┴── parity ladder on some ──▶ the fi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rankwise.data.reading import settle
-from rankwise.device.llama.generator import GGUFGenerator, Witness
-from rankwise.device.llama.runtime import Runtime
 from rankwise.device.parity.ladder import verdict
 from rankwise.device.scores import FILE, FORMAT, change, gain_kept, items, scores
 from rankwise.device.sides import (
     Answers,
     Shipment,
-    Shipped,
     Trained,
     Validated,
-    answered,
     answers_of,
-    context,
     shipment,
     trained_side,
     validated,
 )
 from rankwise.device.sweep import FILE as SWEPT
-from rankwise.device.sweep import Item, Sweep, prepared, sweep
+from rankwise.device.sweep import sweep_forms
 from rankwise.device.validation_page import draw, summary
 from rankwise.errors import UsageError, VerificationError
 from rankwise.evaluate.tasks import TASKS
@@ -42,47 +37,6 @@ from rankwise.files.processes import announce
 from rankwise.files.run_folder import RunFolder
 from rankwise.options.commands import ValidateConfig
 from rankwise.pipeline.idle import refuse_idle
-
-__all__ = ["SWEPT", "sweep_forms"]
-SOURCES = ("f16", "bf16", "f32")
-
-
-def sweep_forms(config: ValidateConfig, trained: Trained, shipped: Shipment, out: Path) -> Sweep:
-    """Make the forms, run them, write sweep.json. UsageError where there is nothing to make them from, or no answer of
-    the task is right or wrong."""
-    source = next((one for form in SOURCES for one in shipped.forms if one.form == form), None)
-    if source is None or source.text is None:
-        raise UsageError("--sweep needs the f16 form among those validated: rankwise export --outtype f16,q8_0")
-    have = {one.form: one.text for one in shipped.forms if one.text and one.form in config.sweep}
-    made = prepared(source.text, [form for form in config.sweep if form not in have], config.llama_cpp_dir)
-    files = {source.form: source.text, **have, **made}
-    found = sweep(
-        files,
-        partial(ask, trained, {form: Shipped(form, path, source.mmproj) for form, path in files.items()}, out),
-        mmproj=source.mmproj,
-        margin=config.sweep_margin,
-        min_accuracy=config.min_accuracy,
-        context=config.context or context(trained.renderer),
-        threads=config.threads,
-    )
-    found.save(out)
-    for line in found.lines():
-        announce(line)
-    announce("")
-    return found
-
-
-def ask(trained: Trained, forms: Mapping[str, Shipped], out: Path, runtime: Runtime, form: str) -> dict[str, Item]:
-    """Every item answered by one form."""
-    folder = out / "sweep" / form
-    folder.mkdir(parents=True, exist_ok=True)
-    witness = Witness(GGUFGenerator(runtime, trained.renderer, trained.decoding), folder / "answers.jsonl")
-    answers = answered(trained, witness, folder, trained.made_from(*forms[form].files))
-    right, records = answers.rights(trained.items), witness.answers()
-    if right is None:
-        raise UsageError(f"--sweep compares right and wrong answers, and {trained.task.name} has texts")
-    pairs = zip(trained.items, right, strict=True)
-    return {item.id: Item(correct, records[item.id].seconds) for item, correct in pairs}
 
 
 def run(config: ValidateConfig) -> dict[str, Any]:
@@ -167,7 +121,7 @@ def compared(tuned: Answers, found: Mapping[str, Validated], trained: Trained) -
     before = tuned.rights(trained.items)
     if before is None:
         return None
-    return {name: change(before, one.answers.rights(trained.items) or []).as_dict() for name, one in found.items()}
+    return {name: asdict(change(before, one.answers.rights(trained.items) or [])) for name, one in found.items()}
 
 
 def gains(
@@ -178,7 +132,7 @@ def gains(
     if before is None or after is None:
         return None
     rows: Mapping[str, Sequence[bool]] = {name: one.answers.rights(trained.items) or [] for name, one in found.items()}
-    return {name: gain_kept(before, after, right).as_dict() for name, right in rows.items()}
+    return {name: asdict(gain_kept(before, after, right)) for name, right in rows.items()}
 
 
 def failures(config: ValidateConfig, found: Mapping[str, Validated]) -> list[str]:

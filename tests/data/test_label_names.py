@@ -34,7 +34,6 @@ from rankwise.data.label_answer import (
 from rankwise.data.label_task import read_task, task_from
 from rankwise.data.sources import load
 from rankwise.device.llama.generator import GGUFGenerator
-from rankwise.device.llama.runtime import Completion
 from rankwise.device.sides import Shipped
 from rankwise.errors import UsageError
 from rankwise.evaluate.generate import Generated, HFGenerator
@@ -320,12 +319,8 @@ def test_the_best_checkpoint_is_chosen_by_answers_that_are_labels(
 def test_validate_counts_answers_that_are_labels(
     tmp_path: Path, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def generate(self: Any, examples: Sequence[Example]) -> Iterator[Generated]:
-        self.runtime.last = Completion("", (1,), 1, "…", 0.1, True, (-0.1,))
-        return answering(decorated)(self, examples)
-
     monkeypatch.setattr(HFGenerator, "generate", answering(itself))
-    monkeypatch.setattr(GGUFGenerator, "generate", generate)
+    monkeypatch.setattr(GGUFGenerator, "generate", answering(decorated))
     runtime = SimpleNamespace(info=SimpleNamespace(build="test", model="m.gguf"), memory=lambda: None)
     monkeypatch.setattr(Shipped, "start", lambda *_: nullcontext(runtime))
     words = ["validate", "--server", "http://127.0.0.1:9", "--outtype", "f16", "--reference", str(base)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from rankwise.cli import main, resolve
 from rankwise.data.example import Example, Turn
 from rankwise.data.label_task import LabelClass, LabelTask
 from rankwise.device import validate
-from rankwise.device.llama.generator import Answered, Overheard, answered
+from rankwise.device.llama.generator import Answered, GGUFGenerator, answered
 from rankwise.device.llama.runtime import Completion
 from rankwise.device.scores import FORMAT, items, scores
 from rankwise.device.sides import shipment
@@ -150,7 +151,7 @@ def test_numbers_of_labels_are_shares_counted_by_hand(content: dict[str, Any]) -
     assert (last["predicted_label"], last["correct"], last["confidence"]) == ("unparsed", False, None)
 
 
-def test_confidence_is_the_probability_of_the_whole_answer() -> None:
+def test_confidence_is_the_probability_of_the_whole_answer(tmp_path: Path) -> None:
     def completion(logprobs: tuple[float, ...]) -> Completion:
         return Completion("a b", (1, 2), 9, "…", 0.5, True, logprobs)
 
@@ -159,12 +160,20 @@ def test_confidence_is_the_probability_of_the_whole_answer() -> None:
 
     class Asked:
         def complete(self, prompt: str, images: Any = (), **how: Any) -> Completion:
-            assert how["top"] == 1
+            assert how["top"] == 1, "log-probabilities are told where they are asked for"
             return completion((-0.5,))
 
-    overheard = Overheard(Asked())  # type: ignore[arg-type]
-    overheard.complete("a")
-    assert overheard.last == completion((-0.5,))
+    class Renders:
+        def prompt(self, example: Example) -> Any:
+            return SimpleNamespace(input_ids=[1] * 9, images=())
+
+        text = answer = staticmethod(lambda ids: "a b")
+
+    engine = GGUFGenerator(Asked(), Renders(), record=tmp_path / "answers.jsonl")  # type: ignore[arg-type]
+    for found in engine.generate(labelled(ANSWERS)[1]):
+        kept = engine.answers()
+        assert len(kept) == found.position + 1, "on the disk before the answer is handed on"
+    assert kept["00000"] == Answered(0.5, pytest.approx(2.718281828**-0.5), 2, 9)
 
 
 def test_limits_that_are_missed_are_failures(content: dict[str, Any]) -> None:

@@ -1,22 +1,25 @@
-"""A GGUF engine watched while it answers: seconds and confidence of every item, kept in a file as predictions are.
+"""A GGUF as an engine of evaluation: the renderer's prompts, llama.cpp's answers and label scores.
 
-Witness(generator, folder / "answers.jsonl").generate(examples)        # the generator's texts, one line each
-witness.answers()                                                      # id → Answered, of earlier runs too
+    Example ── Renderer ──▶ ids (no image) ───────────────┐
+                       └──▶ text with markers, PNG images ┴── Runtime ──▶ Generated, LabelScores
+                                                                └──▶ answers.jsonl: seconds, confidence of each item
+
+What it gives is comparable with `HFGenerator`, item by item: `evaluate.tasks.evaluate` takes either.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rankwise.data.device import MARKER, DeviceTarget, encoded
 from rankwise.data.example import Example
 from rankwise.data.render import Rendered, Renderer
-from rankwise.device.llama.runtime import Completion, Runtime, RuntimeInfo
+from rankwise.device.llama.runtime import Completion, Runtime
 from rankwise.errors import UsageError
 from rankwise.evaluate.generate import Generated, GenerationSettings, LabelScores
 from rankwise.evaluate.likelihood import answer_ids
@@ -30,13 +33,15 @@ class GGUFGenerator:
     target: what the device does to an image before the model's own processor; None where the renderer's reader gives
     the device's pixels already. latencies: seconds of each sample's request by its id, of all labels' requests for
     label scores. unlike: id → (tokens that training's prompt has, tokens that the runtime read) where they differ,
-    which the parity ladder explains; a caller must say so.
+    which the parity ladder explains; a caller must say so. record: a file with a line of each answer, written before
+    the answer is handed on.
     """
 
     runtime: Runtime
     renderer: Renderer
     decoding: GenerationSettings = GenerationSettings()
     target: DeviceTarget | None = None
+    record: Path | None = None
     latencies: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
     unlike: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -52,10 +57,15 @@ class GGUFGenerator:
 
     def generate(self, examples: Sequence[Example]) -> Iterator[Generated]:
         """Texts in the order of the samples, each as soon as it is there."""
+        if self.record:
+            drop_cut_line(self.record)
         for position, example in enumerate(examples):
-            prompt = self.renderer.prompt(example)
-            found = self._asked(example, prompt, max_new_tokens=self.decoding.max_new_tokens)
+            prompt, top = self.renderer.prompt(example), int(self.record is not None)
+            found = self._asked(example, prompt, max_new_tokens=self.decoding.max_new_tokens, top=top)
             self._seen(example, prompt, [found])
+            if self.record:
+                with self.record.open("a", encoding="utf-8", newline="\n") as file:
+                    file.write(json.dumps({"id": example.id, **asdict(answered(found))}) + "\n")
             yield Generated(position, self.renderer.text(prompt.input_ids), self.renderer.answer(found.tokens))
 
     def label_scores(self, examples: Sequence[Example], labels: Sequence[str]) -> Iterator[LabelScores]:
@@ -68,6 +78,12 @@ class GGUFGenerator:
             self._seen(example, prompt, found)
             sums = {label: sum(one.logprobs) for label, one in zip(labels, found, strict=True)}
             yield LabelScores(position, self.renderer.text(prompt.input_ids), sums)
+
+    def answers(self) -> dict[str, Answered]:
+        """What is recorded, of earlier runs too, by id; the last record of an item counts."""
+        text = self.record.read_text(encoding="utf-8") if self.record and self.record.is_file() else ""
+        rows = [json.loads(line) for line in text.splitlines()]
+        return {row.pop("id"): Answered(**row) for row in rows}
 
     def _asked(self, example: Example, prompt: Rendered, **how: Any) -> Completion:
         if not prompt.images:
@@ -97,75 +113,6 @@ class Answered:
     prompt_tokens: int
 
 
-@dataclass
-class Overheard:
-    """A runtime whose last completion is remembered, with the log-probability of each of its tokens."""
-
-    runtime: Runtime
-    last: Completion | None = None
-
-    @property
-    def info(self) -> RuntimeInfo:
-        return self.runtime.info
-
-    def tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
-        return self.runtime.tokenize(text, add_special, parse_special)
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        return self.runtime.detokenize(ids)
-
-    def apply_template(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
-        return self.runtime.apply_template(messages, variables)
-
-    def memory(self) -> int | None:
-        return self.runtime.memory()
-
-    def complete(self, prompt: str | Sequence[int], images: Sequence[bytes] = (), **how: Any) -> Completion:
-        self.last = self.runtime.complete(prompt, images, **{**how, "top": max(1, how.get("top", 0))})
-        return self.last
-
-
-@dataclass(frozen=True)
-class Witness:
-    """The generator with a record of each answer at `path`, on the disk before the answer is handed on."""
-
-    generator: GGUFGenerator
-    path: Path
-    overheard: Overheard = field(init=False)
-
-    def __post_init__(self) -> None:
-        overheard = Overheard(self.generator.runtime)
-        object.__setattr__(self, "overheard", overheard)
-        object.__setattr__(self, "generator", replace(self.generator, runtime=overheard))
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return self.generator.settings
-
-    @property
-    def renderer(self) -> Renderer:
-        return self.generator.renderer
-
-    def generate(self, examples: Sequence[Example]) -> Iterator[Generated]:
-        drop_cut_line(self.path)
-        with self.path.open("a", encoding="utf-8", newline="\n") as file:
-            for found in self.generator.generate(examples):
-                row = {"id": examples[found.position].id, **asdict(answered(self.overheard.last))}
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                yield found
-
-    def label_scores(self, examples: Sequence[Example], labels: Sequence[str]) -> Iterator[LabelScores]:
-        return self.generator.label_scores(examples, labels)
-
-    def answers(self) -> dict[str, Answered]:
-        """What is recorded, by id; the last record of an item counts."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        rows = [json.loads(line) for line in lines]
-        return {row.pop("id"): Answered(**row) for row in rows}
-
-
-def answered(completion: Completion | None) -> Answered:
-    assert completion
+def answered(completion: Completion) -> Answered:
     sure = math.exp(sum(completion.logprobs)) if completion.logprobs else None
     return Answered(completion.seconds, sure, len(completion.tokens), completion.prompt_tokens)
