@@ -78,17 +78,20 @@ class HFRuntime:
         reuse: bool = False,
     ) -> Completion:
         ids, inputs = self.read(prompt, images)
-        answer: list[int] = []
-        tops: list[Mapping[int, float]] = []
         ends = self.end_ids or self.renderer.end_ids
-        while len(answer) < (max_new_tokens if force is None else len(force)):
-            whole = torch.tensor([ids + answer])
-            row = inputs | (self.renderer.sight.row_inputs(whole) if self.renderer.sight else {})
-            logits = self.model(input_ids=whole, attention_mask=torch.ones_like(whole), **row).logits[0, -1:]
-            tops += top_of(logits.float().log_softmax(-1), max(top, 1))
-            answer.append(int(logits.argmax()) if force is None else int(force[len(answer)]))
-            if force is None and answer[-1] in ends:
+        answer = [] if force is None else [int(token) for token in force]
+        whole = torch.tensor([ids + answer[:-1]])
+        row = inputs | (self.renderer.sight.row_inputs(whole) if self.renderer.sight else {})
+        found = self.model(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=True, **row)
+        rows = found.logits[0, len(ids) - 1 :]
+        while force is None and (answer := [*answer, int(rows[-1].argmax())])[-1] not in ends:
+            if len(answer) == max_new_tokens:
                 break
+            mask, last = torch.ones(1, len(ids) + len(answer)), torch.tensor([answer[-1:]])
+            kept = {"past_key_values": found.past_key_values, "use_cache": True}
+            found = self.model(input_ids=last, attention_mask=mask, **kept)
+            rows = torch.cat([rows, found.logits[0]])
+        tops = top_of(rows.float().log_softmax(-1), max(top, 1))
         logprobs = tuple(found.get(token, -100.0) for found, token in zip(tops, answer, strict=True))
         text, written = self.renderer.answer(answer), [token for token in ids if token != self._image_id]
         shown = self.detokenize(written)
