@@ -32,9 +32,10 @@ from rankwise.core.plan import RankPlan
 from rankwise.data.dataset import Collator, RenderedDataset
 from rankwise.data.render import Renderer
 from rankwise.data.sources import load
-from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, choose_sites, lora_layers, scales, uniform_plan
+from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, lora_layers
 from rankwise.models.load import load_model, load_tokenizer
 from rankwise.models.sites import model_sites
+from rankwise.models.targets import choose_sites, scales, uniform_plan
 from rankwise.study.together.train import Arm, ArmSettings, TrainedArm, train_together
 from rankwise.train.arguments import build_arguments
 from rankwise.train.trainer import RankwiseTrainer

@@ -27,8 +27,7 @@ from workload import command, machine, spread, with_lora
 
 from rankwise.data.depth.prepare import prepared
 from rankwise.data.render import Renderer
-from rankwise.models.depth.encoder import attach_depth
-from rankwise.models.depth.settings import DepthSettings
+from rankwise.models.depth.encoder import DepthSettings, attach_depth
 from rankwise.options.sections import DepthUseSection
 from rankwise.train.trainer import RankwiseTrainer
 

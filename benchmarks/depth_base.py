@@ -25,7 +25,7 @@ from transformers import SmolVLMForConditionalGeneration
 
 from rankwise import cli
 from rankwise.core.geometry import derangement
-from rankwise.models.tiny_vision import processor_of, random_smolvlm, save_tokenizer
+from rankwise.models.tiny import random_smolvlm, save_vision_tokenizer, vision_processor
 
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
 VISION = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
@@ -147,17 +147,17 @@ def make_base(work: Path, size: Size) -> None:
     random_folder.mkdir(exist_ok=True)
     read = [one for name in ("base", "train") for one in read_rows(work, name)[:1500]]
     texts = [turn["value"].removeprefix("<image>\n") for one in read for turn in one["conversations"]]
-    tokenizer = save_tokenizer(random_folder, texts, VOCABULARY)
+    tokenizer = save_vision_tokenizer(random_folder, texts, VOCABULARY)
     model = smaller(random_smolvlm(tokenizer, 0))
     model.save_pretrained(random_folder)
-    processor_of(tokenizer).save_pretrained(random_folder)
+    vision_processor(tokenizer).save_pretrained(random_folder)
     told = f"""finetune --model_name {random_folder} --data_path {work / "base.json"} --image_folder {work / "images"}
         --subset_ratio 1 --max_samples 1000000 --full language,vision,projector --save checkpoints
         --learning_rate {size.base_rate} --batch_size {size.base_batch} --gradient_accumulation 1 --use_cpu
         --max_steps {size.base_steps} --lr_scheduler_type cosine --warmup_steps 50 --logging_steps 100
         --save_strategy no -o {work / "finetune"}"""
     run_command(told.split())
-    processor_of(tokenizer).save_pretrained(work / "finetune" / "finetuned")
+    vision_processor(tokenizer).save_pretrained(work / "finetune" / "finetuned")
     (work / "finetune" / "finetuned").rename(work / "base")
 
 

@@ -26,8 +26,9 @@ import torch
 from workload import Clock, RandomRows, arguments, command, llama, machine, with_lora
 
 from rankwise.data.dataset import Collator
-from rankwise.models.adapt import LoraSettings, choose_sites, uniform_plan
+from rankwise.models.adapt import LoraSettings
 from rankwise.models.sites import model_sites
+from rankwise.models.targets import choose_sites, uniform_plan
 from rankwise.train.arguments import frozen_dtype
 from rankwise.train.estimate.cost import Speed
 from rankwise.train.estimate.gpus import this_machine

@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from rankwise.models.adapt import LoraSettings, adapt, choose_sites, uniform_plan
+from rankwise.models.adapt import LoraSettings, adapt
 from rankwise.models.sites import model_sites
+from rankwise.models.targets import choose_sites, uniform_plan
 from rankwise.train.arguments import build_arguments
 from rankwise.train.gradients import GradientNorms
 from rankwise.train.trainer import RankwiseTrainer

@@ -14,8 +14,9 @@ from peft import PeftModel
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from rankwise.models.adapt import LoraSettings, adapt, choose_sites, uniform_plan
+from rankwise.models.adapt import LoraSettings, adapt
 from rankwise.models.sites import model_sites
+from rankwise.models.targets import choose_sites, uniform_plan
 from rankwise.train.arguments import build_arguments
 
 

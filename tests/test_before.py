@@ -41,7 +41,7 @@ from rankwise.files.run_folder import RunFolder, read_marks, write_mark
 from rankwise.gguf.reading import MMPROJ, TEXT, read_export
 from rankwise.labels.dataset import read_rows
 from rankwise.labels.teacher.ledger import AnswerLedger
-from rankwise.models.depth.settings import read_depth, write_depth
+from rankwise.models.depth.encoder import read_depth, write_depth
 from rankwise.options.field import flatten, load_file
 from rankwise.report.contents import read_comparisons, read_downstream, read_fidelity, read_gain, read_sites, read_study
 from rankwise.report.report import build_report

@@ -27,9 +27,15 @@ from rankwise.data.images import ImageReader
 from rankwise.data.render import Renderer
 from rankwise.data.template import without_images
 from rankwise.data.vision_inputs import Sight
-from rankwise.models.tiny import random_llama
-from rankwise.models.tiny import save_tokenizer as save_text_tokenizer
-from rankwise.models.tiny_vision import SIDE, Eye, processor_of, random_smolvlm, save_tokenizer
+from rankwise.models.tiny import (
+    SIDE,
+    Eye,
+    random_llama,
+    random_smolvlm,
+    save_tokenizer,
+    save_vision_tokenizer,
+    vision_processor,
+)
 from rankwise.page.text import amount, duration
 from rankwise.train.arguments import build_arguments
 from rankwise.train.trainer import RankwiseTrainer
@@ -54,7 +60,7 @@ class Course:
 def train_text_base(folder: Path, pages: list[str], more: list[str], course: Course, seed: int) -> None:
     """A Llama that has read the pages, saved with its tokenizer. more: texts that the vocabulary has words for, too."""
     started = time.monotonic()
-    tokenizer = save_text_tokenizer(folder, [*pages[:2000], *more], course.vocabulary)
+    tokenizer = save_tokenizer(folder, [*pages[:2000], *more], course.vocabulary)
     model = random_llama(tokenizer, seed)
     print(f"base: a Llama of {amount(model.num_parameters())} parameters reads {course.samples:,} pages", flush=True)
     # every page is one sample with an end token, every token a label
@@ -78,8 +84,8 @@ def train_vision_base(
     classes: how many each feature has.
     """
     started = time.monotonic()
-    tokenizer = save_tokenizer(folder, texts, course.vocabulary)
-    processor, reader = processor_of(tokenizer), ImageReader(folder)
+    tokenizer = save_vision_tokenizer(folder, texts, course.vocabulary)
+    processor, reader = vision_processor(tokenizer), ImageReader(folder)
     processor.save_pretrained(folder)
     model = random_smolvlm(tokenizer, seed)
     print(f"base: a SmolVLM of {amount(model.num_parameters())} parameters sees {course.samples:,} images", flush=True)

@@ -23,7 +23,7 @@ from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.atomic import atomic_folder, read_object
 from rankwise.files.run_folder import RunFolder
 from rankwise.gguf.converter import find_converter
-from rankwise.models.tiny_vision import SIDE
+from rankwise.models.tiny import SIDE
 from rankwise.options.commands import DemoConfig, RunConfig
 from rankwise.page.text import duration
 from rankwise.pipeline import run as recipes

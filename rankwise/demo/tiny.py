@@ -20,7 +20,7 @@ from rankwise.demo.base import Course, spoken, train_vision_base
 from rankwise.demo.scenes import LOOKS, SHADES, SIZES, paint, photos
 from rankwise.files.atomic import atomic_folder
 from rankwise.files.run_folder import RunFolder
-from rankwise.models.tiny_vision import SIDE
+from rankwise.models.tiny import SIDE
 from rankwise.options.commands import TinyConfig
 
 TASK, ASKED = "elements", "What do you see?"

@@ -28,10 +28,9 @@ from rankwise.evaluate.tasks import Task, part
 from rankwise.files.adapter import adapter_files, is_adapter, read_adapter
 from rankwise.files.checkpoint import resolve
 from rankwise.models.adapters import load_adapter
-from rankwise.models.depth.encoder import ESTIMATOR, attach_depth
-from rankwise.models.depth.settings import DepthSettings
-from rankwise.models.load import load_config, load_model, load_processor, load_tokenizer
-from rankwise.models.sites import torch_dtype
+from rankwise.models.depth.encoder import DepthSettings, attach_depth
+from rankwise.models.depth.estimator import ESTIMATOR
+from rankwise.models.load import load_config, load_model, load_processor, load_tokenizer, torch_dtype
 from rankwise.options.commands import EvaluateConfig
 from rankwise.options.sections import DepthUseSection, ModelSection
 

@@ -26,7 +26,7 @@ from rankwise.evaluate import bootstrap
 from rankwise.evaluate.likelihood import BESIDE, Batch
 from rankwise.features.approximation import by_basis, by_gram, by_randomized, normalised, restored
 from rankwise.features.measures import PCA, RANDOMIZED, SVD, Method, relative_error
-from rankwise.models.vision_features import approximated, seeing_part
+from rankwise.models.vision_features import approximate_features, seeing_part
 from rankwise.study import evidence
 
 ORIGINAL, WHOLE, NOTHING = "original", "all ranks", "no picture"
@@ -147,7 +147,7 @@ def replaced(model: nn.Module, batch: Batch, replacement: Replacement, original:
         errors.append(relative_error(wanted, found).double().flatten().cpu())
         return restored(found, features)
 
-    with approximated(model, stand_in):
+    with approximate_features(model, stand_in):
         return Predictions.of(model, batch).against(original, errors)
 
 

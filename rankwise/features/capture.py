@@ -46,8 +46,8 @@ from rankwise.files.adapter import is_adapter
 from rankwise.files.checkpoint import model_fingerprint, resolve
 from rankwise.files.processes import announce, finish, gathered, own_share, process_index
 from rankwise.files.run_folder import RunFolder, held
-from rankwise.models.depth.settings import read_depth
-from rankwise.models.load import load_config, load_processor, takes
+from rankwise.models.depth.encoder import read_depth
+from rankwise.models.load import load_config, load_processor, main_input
 from rankwise.options.features import CaptureConfig
 from rankwise.page.text import command_line, memory, percent, plural
 from rankwise.pipeline.idle import refuse_idle
@@ -99,7 +99,7 @@ def seeing_model(name: str, revision: str | None) -> Path:
         raise UsageError(f"{name} is an adapter; `rankwise merge` makes a model of it, whose features can be captured")
     config = load_config(name, revision)
     if not hasattr(config, "vision_config") and not is_encoder(config):
-        told = takes(config)
+        told = main_input(config)
         raise UsageError(
             f"{name} is a text model: it has no image features"
             if told == "input_ids"

@@ -27,7 +27,7 @@ from rankwise.data.vision_inputs import Sight
 from rankwise.errors import DataError, UsageError
 from rankwise.features.cache_writer import digest
 from rankwise.files.checkpoint import resolve
-from rankwise.models.load import PIXELS, check_torchvision, load_config, model_class, takes
+from rankwise.models.load import PIXELS, check_torchvision, load_config, main_input, model_class
 from rankwise.models.vision_features import image_features, load_vision_side
 
 CONTRAST = "return_loss"  # of images and texts: what CLIP, SigLIP and their kin can be asked for
@@ -40,7 +40,7 @@ def is_encoder(config: Any) -> bool:
     if hasattr(config, "vision_config"):
         forward = getattr(model_class(config), "forward", None)
         return forward is not None and CONTRAST in inspect.signature(forward).parameters
-    return takes(config) == PIXELS
+    return main_input(config) == PIXELS
 
 
 def load_encoder(name: str, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> PreTrainedModel:

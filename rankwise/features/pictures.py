@@ -33,7 +33,7 @@ from rankwise.features.cache_writer import CacheRecipe, Matrices, shard_places
 from rankwise.features.encoder import Eye, Preparation, picture_digest
 from rankwise.files.atomic import fingerprint
 from rankwise.labels.coco import SUFFIXES
-from rankwise.models.sites import torch_dtype
+from rankwise.models.load import torch_dtype
 from rankwise.options.features import CaptureConfig
 
 SAVED = ("dataset_info.json", "dataset_dict.json")  # in a folder that `datasets` has saved

@@ -21,7 +21,7 @@ from rankwise.gguf.converter import OUTTYPES, Converter
 from rankwise.gguf.metadata import Vocabulary, check_forms, config_of
 from rankwise.gguf.reading import MMPROJ, TEXT
 from rankwise.gguf.view import Changes, changes_for
-from rankwise.models.depth.settings import FILE as DEPTH_FILE
+from rankwise.models.depth.encoder import FILE as DEPTH_FILE
 from rankwise.models.load import meta_model
 from rankwise.models.sites import weight_table
 from rankwise.models.vocabulary import embedding_paths

@@ -2,6 +2,8 @@
 
 rankwise merge saved_models/dynamic_lora_model -o merged_model
 rankwise merge RUN --task conversations --data_path val.jsonl --dtype float16 -o merged_model
+
+plan_merge ─▶ reference_logits ─▶ write_merged ─▶ require_written ─▶ compare ─▶ rename the folder
 """
 
 from __future__ import annotations
@@ -20,66 +22,28 @@ from rankwise.files.adapter import CONFIG_NAME, adapter_files
 from rankwise.files.atomic import atomic_folder, read_object
 from rankwise.files.checkpoint import HUB_ID
 from rankwise.files.lineage import trained_rows
-from rankwise.files.run_folder import Record, RunFolder
-from rankwise.merge.merge import MergePlan, Written, plan_merge, require_space, shard_bytes, write_merged
-from rankwise.merge.tokens import TOKENIZER_FILE
-from rankwise.merge.verify import (
-    Agreement,
-    Batch,
-    Reference,
-    compare,
-    free_memory,
-    merged_logits,
-    needs_layers,
-    prompt_batch,
-    reference_logits,
-    whole_bytes,
-)
-from rankwise.merge.written import require_written
+from rankwise.files.run_folder import RunFolder
+from rankwise.merge.logits import Batch, free_memory, needs_layers, prompt_batch, whole_bytes
+from rankwise.merge.plan import TOKENIZER_CONFIG, MergePlan, plan_merge
+from rankwise.merge.verify import Agreement, Reference, compare, merged_logits, reference_logits, require_written
+from rankwise.merge.write import Written, dtype_name, require_space, shard_bytes, write_merged
 from rankwise.models.load import load_config
 from rankwise.options.commands import MergeConfig
 from rankwise.options.sections import ModelSection
 from rankwise.page.text import command_line, memory, plural
 
 
-def check_prompts(config: MergeConfig) -> None:
-    """UsageError for half of what prompts need."""
-    data = config.data
-    if data.task and not data.data_path:
-        raise UsageError("merge: --task says how rows become prompts; --data_path is missing: where are the rows?")
-    if data.data_path and not task_of(data):
-        raise UsageError("merge: --data_path says where the rows are; --task is missing: how do they become prompts?")
-
-
-def compared_on(config: MergeConfig) -> str:
-    if not config.data.data_path:
-        return "random tokens"
-    return f"{plural(config.num_samples, 'prompt')} of {config.data.data_path}"
-
-
-def prompts_of(config: MergeConfig, base: str, adapter: Path) -> Batch | None:
-    """The first --num_samples prompts that fit; None without --data_path."""
-    if not config.data.data_path:
-        return None
-    data = replace(config.data, task=task_of(config.data), overlong="drop")
-    renderer = renderer_for(data, ModelSection(model_name=base), base, load_config(base), [adapter])
-    found = read_examples(data, config.data.data_path, config.split, sees_images=renderer.sight is not None)
-    first = list(islice(found.items, config.num_samples))
-    usable = check_samples(first, renderer, prompts=True).usable
-    return prompt_batch(renderer, [first[index] for index in usable])
-
-
 def run(config: MergeConfig) -> Agreement | None:
-    """The whole command; returns what the verification measured."""
+    """Plan, write, verify; returns what the verification measured."""
     adapter, base = check(config)
-    RunFolder(config.output_dir).refuse_other_content("merge")
-    plan = plan_merge(base, adapter, config.dtype)
     out, agreement = RunFolder(config.output_dir), None
+    out.refuse_other_content("merge")
+    plan = plan_merge(base, adapter, config.dtype)
     with out.lock():
         require_space(plan, out.path)
         found = recorded([plan.adapter])
         announce_prompts(found.record, found)
-        layered = not config.no_verify and goes_by_layers(config, plan)
+        layered = not config.no_verify and by_layers(config, plan)
         reference = None if config.no_verify else reference_of(config, plan, base, layered)
         with atomic_folder(out.path) as temporary:
             inside = RunFolder(temporary)
@@ -90,30 +54,46 @@ def run(config: MergeConfig) -> Agreement | None:
                     share = require_written(plan, temporary)
                     agreement = compare(reference, merged_logits(temporary, reference.batches, layered=layered))
                     agreement.require(plan.dtypes[0])
-                    how = {"on": compared_on(config), "layer_by_layer": layered}
-                    record.facts["verification"] = agreement.as_dict() | how | {"share_of_rounding": share}
-                enter(record, written)
+                    how = {"on": inputs_of(config), "layer_by_layer": layered, "share_of_rounding": share}
+                    record.facts["verification"] = agreement.as_dict() | how
+                record.outputs |= {file.name: file for file in written.files}
+                record.facts |= written.as_facts()
                 inside.save_config(config)
     report(config, plan, base, written, agreement)
     return agreement
 
 
+def describe(config: MergeConfig) -> list[str]:
+    adapter = check_options(config)  # in a recipe an earlier stage may still have to make it
+    base = check(config)[1] if adapter.exists() else config.base_model or "the base that it records"
+    lines = [f"merge the adapter {adapter} ({CONFIG_NAME} and weights checked first) into {base}"]
+    if not config.no_verify:
+        lines.append(
+            f"compare every tensor with base + adapter, and the merged model's logits on {inputs_of(config)}; write "
+            "nothing if they differ"
+        )
+    return [*lines, f"write a Hugging Face checkpoint to {config.output_dir}, in files of {config.max_shard_size}"]
+
+
 def check_options(config: MergeConfig) -> Path:
-    """What can be said before anything is read; returns the adapter's path."""
+    """Refuse what is wrong before anything is read; returns the adapter's path."""
     if not config.adapter:
         raise UsageError("merge needs an adapter: rankwise merge ADAPTER [--base_model BASE] -o merged_model")
     shard_bytes(config.max_shard_size)
     if config.max_memory:
         shard_bytes(config.max_memory, "--max_memory")
-    check_prompts(config)
+    data = config.data
+    if data.task and not data.data_path:
+        raise UsageError("merge: --task says how rows become prompts; --data_path is missing: where are the rows?")
+    if data.data_path and not task_of(data):
+        raise UsageError("merge: --data_path says where the rows are; --task is missing: how do they become prompts?")
     return Path(config.adapter)
 
 
 def check(config: MergeConfig) -> tuple[Path, str]:
     """The adapter and the name of its base: the option's, else what the adapter records."""
     adapter = check_options(config)
-    recorded = recorded_base(adapter)
-    base = config.base_model or recorded
+    base = config.base_model or recorded_base(adapter)
     if not base:
         raise DataError(f"{adapter}: the adapter does not say what its base is; give it with --base_model")
     if not config.base_model and not Path(base).exists() and not HUB_ID.fullmatch(base):
@@ -126,8 +106,8 @@ def recorded_base(adapter: Path) -> str | None:
     return (read_object(config_file).get("base_model_name_or_path") or None) if config_file else None
 
 
-def goes_by_layers(config: MergeConfig, plan: MergePlan) -> bool:
-    """Whether the comparison must do with one layer in memory, which is said aloud: it reads the files once a pass."""
+def by_layers(config: MergeConfig, plan: MergePlan) -> bool:
+    """Whether to compare with one layer in memory at a time, which is announced: every pass reads the files again."""
     allowed = shard_bytes(config.max_memory, "--max_memory") if config.max_memory else free_memory()
     if not needs_layers(plan.base, allowed):
         return False
@@ -143,68 +123,64 @@ def reference_of(config: MergeConfig, plan: MergePlan, base: str, layered: bool)
     return reference_logits(base, plan.adapter, pictures=plan.sees, prompts=prompts, layered=layered, rows=plan.rows)
 
 
-def enter(record: Record, written: Written) -> None:
-    """The manifest's account: every file, where those that were taken over came from, and what rounding cost."""
-    record.outputs |= {file.name: file for file in written.files}
-    facts: dict[str, Any] = {"copied": {name: copied.as_dict() for name, copied in written.copied.items()}}
-    rounding = written.rounding.as_dict()
-    record.facts |= facts | ({"rounding": rounding} if rounding else {})
+def prompts_of(config: MergeConfig, base: str, adapter: Path) -> Batch | None:
+    """The first --num_samples prompts that fit; None without --data_path."""
+    if not config.data.data_path:
+        return None
+    data = replace(config.data, task=task_of(config.data), overlong="drop")
+    renderer = renderer_for(data, ModelSection(model_name=base), base, load_config(base), [adapter])
+    found = read_examples(data, config.data.data_path, config.split, sees_images=renderer.sight is not None)
+    first = list(islice(found.items, config.num_samples))
+    usable = check_samples(first, renderer, prompts=True).usable
+    return prompt_batch(renderer, [first[index] for index in usable])
+
+
+def inputs_of(config: MergeConfig) -> str:
+    """What the logits are compared on."""
+    path = config.data.data_path
+    return f"{plural(config.num_samples, 'prompt')} of {path}" if path else "random tokens"
 
 
 def report(config: MergeConfig, plan: MergePlan, base: str, written: Written, agreement: Agreement | None) -> None:
-    recorded = recorded_base(Path(str(config.adapter)))
-    if recorded and recorded != base:
-        print(f"note: the adapter records the base {recorded}; merged into {base}, whose names and shapes fit")
-    if plan.untied:
-        print(f"note: {' and '.join(sorted(plan.untied))} were one weight and are two now (tie_word_embeddings false)")
-    for note in token_notes(plan):
+    for note in notes(config, plan, base):
         print(f"note: {note}")
-    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in plan.dtypes)
-    print(
-        f"merged {plural(len(plan.touched), 'weight')} of {config.adapter} into {base} ({dtypes}, {memory(plan.bytes)})"
-    )
-    if written.rounding.sentence():
-        print(written.rounding.sentence())
-    print(verdict(agreement, compared_on(config)))
+    dtypes = ", ".join(map(dtype_name, plan.dtypes))
+    weights = plural(len(plan.touched), "weight")
+    print(f"merged {weights} of {config.adapter} into {base} ({dtypes}, {memory(plan.bytes)})")
+    if sentence := written.rounding.sentence():
+        print(sentence)
+    print(verdict(agreement, inputs_of(config)))
     print(f"checkpoint in {config.output_dir}")
-    rows = trained_rows(Path(config.output_dir))
+    rows: dict[str, Any] = trained_rows(Path(config.output_dir))
     print(f"next: {command_line('evaluate' if rows else 'export', config.output_dir, **rows)}")
 
 
-def token_notes(plan: MergePlan) -> list[str]:
-    """What the adapter's own tokens change."""
-    before, after = plan.rows
-    notes = (
-        [f"the embeddings have {after:,} rows, as the adapter's, and the base's {before:,}"] if before != after else []
-    )
-    if before < after and not (plan.adapter / TOKENIZER_FILE).is_file():
-        notes.append(
+def notes(config: MergeConfig, plan: MergePlan, base: str) -> list[str]:
+    """What is not as the adapter or the base says: another base, weights no longer tied, the adapter's own tokens."""
+    found, (before, after) = [], plan.rows
+    recorded = recorded_base(Path(str(config.adapter)))
+    if recorded and recorded != base:
+        found.append(f"the adapter records the base {recorded}; merged into {base}, whose names and shapes fit")
+    if plan.untied:
+        found.append(f"{' and '.join(sorted(plan.untied))} were one weight and are two now (tie_word_embeddings false)")
+    if before != after:
+        found.append(f"the embeddings have {after:,} rows, as the adapter's, and the base's {before:,}")
+    if before < after and not (plan.adapter / TOKENIZER_CONFIG).is_file():
+        found.append(
             "the adapter's folder has no tokenizer: the merged model's is the base's, without the added tokens"
         )
     if plan.special:
         tokens = ", ".join(f"{name} {token}" for name, token in plan.special.items())
-        notes.append(f"special tokens as in the adapter's tokenizer: {tokens}")
-    return notes
+        found.append(f"special tokens as in the adapter's tokenizer: {tokens}")
+    return found
 
 
 def verdict(agreement: Agreement | None, on: str) -> str:
     if agreement is None:
         return "not verified (--no_verify)"
     return (
-        f"verified on {on}: logits within {agreement.error:.1e} (relative rms; {agreement.max_difference:.1e} at most) "
+        f"verified on {on}: logits within {agreement.error:.1e} (relative rms; maximum {agreement.max_difference:.1e}) "
         f"of base + adapter's, same top token at {agreement.same_top1:.1%}, KL {agreement.kl:.1e}; the adapter's own "
         f"effect is {agreement.effect:.1e}, of which rounding costs {agreement.effect_lost:.2%}; every tensor of the "
         "files is base + adapter within its type's rounding"
     )
-
-
-def describe(config: MergeConfig) -> list[str]:
-    adapter = check_options(config)  # in a recipe an earlier stage may still have to make it
-    base = check(config)[1] if adapter.exists() else config.base_model or "the base that it records"
-    lines = [f"merge the adapter {adapter} ({CONFIG_NAME} and weights checked first) into {base}"]
-    if not config.no_verify:
-        lines.append(
-            f"compare every tensor with base + adapter, and the merged model's logits on {compared_on(config)}; write "
-            "nothing if they differ"
-        )
-    return [*lines, f"write a Hugging Face checkpoint to {config.output_dir}, in files of {config.max_shard_size}"]

@@ -1,7 +1,9 @@
-"""A skeleton of base + adapter: PEFT's layers with their trained factors, around base weights that take no memory.
+"""A merge that will work: what an adapter changes of its base, checked by name and shape before a byte is written.
 
-skeleton = filled_skeleton(meta_model(base), adapter_folder, "adapter … on …")
-merged = merge_layer(skeleton.layers["model.layers.0.mlp.down_proj.weight"], weight)     # one layer at a time
+    plan = plan_merge("org/base", Path("saved_models/adapter"))
+
+PEFT's own layers merge, so DoRA is right as well: they stand on a skeleton of the model whose base weights are views of
+one zero and take no memory. `write.py` gives a layer its weight, lets it merge, and takes the weight away again.
 """
 
 from __future__ import annotations
@@ -9,43 +11,54 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rankwise.core.site import parameter_name
-from rankwise.errors import DataError
+from rankwise.errors import DataError, VerificationError
 from rankwise.files.adapter import CONFIG_NAME, adapter_files, adapter_tensors, require_plain
 from rankwise.files.atomic import read_object
+from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint, resolve
 from rankwise.models.adapt import ADAPTER, lora_layers, quiet_peft
-from rankwise.models.adapters import attached, check_recorded, fill
-from rankwise.models.vocabulary import fitted, row_names
+from rankwise.models.adapters import attach_layers, check_recorded, fill_weights
+from rankwise.models.depth.encoder import ENCODER, DepthSettings, attach_depth, read_depth
+from rankwise.models.load import load_tokenizer, meta_model
+from rankwise.models.sites import tower_of, tower_prefixes, weight_table
+from rankwise.models.vocabulary import fit_vocabulary, row_count, row_names, token_count
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-@contextmanager
-def quiet_ties() -> Iterator[None]:
-    """Without PEFT's advice on adapted tied embeddings, which `merge` unties itself."""
-    with quiet_peft(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*", category=UserWarning)
-        yield
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that is still to be made."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
 
 
-def mergeable(adapter: Path) -> Path:
-    """The adapter's folder. DataError for what is not LoRA or DoRA, or would need the base changed first."""
-    weights, config_file = adapter_files(adapter)
-    if config_file is None:
-        raise DataError(
-            f"{weights}: no {CONFIG_NAME} beside it; `rankwise compress {weights} --scale S --energy 1` writes it as a "
-            "PEFT adapter"
-        )
-    require_plain(read_object(config_file) | {"use_dora": False}, config_file)
-    return weights.parent
+@dataclass(frozen=True)
+class Source:
+    """Where a merged tensor comes from: a key of the base, and the module parameters that are its equal row blocks."""
+
+    key: str
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -80,13 +93,119 @@ def same(one: Tensor | None, other: Tensor | None) -> bool:
     return one is other if one is None or other is None else torch.equal(one, other)
 
 
-def filled_skeleton(model: PreTrainedModel, folder: Path, where: str) -> Skeleton:
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge that will work: what is written, from what, and what changes it on the way.
+
+    `change`: what the adapter makes of which parameter. `untied`: parameters that shared another one's storage and no
+    longer do. `rows`: of the embeddings, before and after. `special`: special tokens that the adapter's own tokenizer
+    has in place of the base's. `sees`: something of a vision tower or projector changes,
+    which only images show. `depth`: how the merged model takes depth, with the trained gate's value.
+    """
+
+    base: Checkpoint
+    adapter: Path
+    entries: tuple[Entry, ...]
+    sources: Mapping[str, Source]
+    change: Skeleton
+    config: Mapping[str, Any]
+    untied: tuple[str, ...]
+    rows: tuple[int, int]
+    special: Mapping[str, int]
+    sees: bool = False
+    depth: DepthSettings | None = None
+
+    @cached_property
+    def touched(self) -> frozenset[str]:
+        return self.change.touched | self.resized
+
+    @cached_property
+    def resized(self) -> frozenset[str]:
+        """Parameters with a row per token, where the adapter has another number of them."""
+        return self.change.rowed if self.rows[0] != self.rows[1] else frozenset()
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """What the changed tensors are written as, the coarsest first."""
+        changed = {entry.dtype for entry in self.entries if self.touched & set(self.sources[entry.key].names)}
+        return sorted(changed, key=lambda dtype: -torch.finfo(dtype).eps)
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.bytes for entry in self.entries)
+
+
+def plan_merge(base: str, adapter: Path, dtype: str = "auto") -> MergePlan:
+    """Check that the adapter fits the base, name by name and shape by shape.
+
+    DataError, naming both, where it does not, for adapters that cannot be merged, and for quantized bases;
+    VerificationError where the adapter has no effect, or needs embeddings untied that the architecture ties.
+    """
+    folder = mergeable_folder(adapter)
+    checkpoint, model = open_checkpoint(resolve(base)), meta_model(base)
+    refuse_quantized(base, checkpoint.config or {})
+    where = f"adapter {folder} (made for {read_object(folder / CONFIG_NAME).get('base_model_name_or_path')}) on {base}"
+    table = weight_table(model, checkpoint.keys())
+    depth = read_depth(folder) or read_depth(checkpoint.path)
+    if depth:
+        attach_depth(model, depth)
+    before, tied, towers = row_count(model), dict(model.all_tied_weights_keys), tower_prefixes(model)
+    change = build_skeleton(model, folder, where)
+    rows = before, row_count(model)
+    depth = take_gate(depth, model, change.whole)
+    refuse_no_effect(change, where)
+    alike = {one: other for one, other in tied.items() if change.alike(one, other)}
+    touched = change.touched | (change.rowed if rows[0] != rows[1] else set())
+    apart = {one: other for one, other in tied.items() if one not in alike and touched & {one, other}}
+    partner = {one: other for pair in apart.items() for one, other in (pair, pair[::-1])}
+    held = {*table.weights, *partner, *alike}
+    lacking = [name for name in touched if name not in held]
+    if lacking:
+        raise DataError(f"{where}: the files hold {lacking[0]} in another form (fused?): it cannot be merged")
+    special = special_tokens(checkpoint.path, folder, rows[1])
+    config = with_special(merged_config(checkpoint.config or {}, dtype, bool(partner)), special)
+    if rows[0] != rows[1]:
+        config = with_vocabulary(config, model.config, rows[1])
+    if partner:
+        check_untied(model, config, partner)
+    sources = all_sources(checkpoint, table.weights, partner)
+    entries = tuple(
+        Entry(key, output_shape(checkpoint, source, change, rows), output_dtype(checkpoint.dtype(source.key), dtype))
+        for key, source in sources.items()
+    )
+    sees = any(tower_of(name.rpartition(".")[0], towers) in ("vision", "projector") for name in touched)
+    return MergePlan(checkpoint, folder, entries, sources, change, config, tuple(partner), rows, special, sees, depth)
+
+
+def mergeable_folder(adapter: Path) -> Path:
+    """The adapter's folder. DataError for what is not LoRA or DoRA, or would need the base changed first."""
+    weights, config_file = adapter_files(adapter)
+    if config_file is None:
+        raise DataError(
+            f"{weights}: no {CONFIG_NAME} beside it; `rankwise compress {weights} --scale S --energy 1` writes it as a "
+            "PEFT adapter"
+        )
+    require_plain(read_object(config_file) | {"use_dora": False}, config_file)
+    return weights.parent
+
+
+def refuse_quantized(base: str, config: Mapping[str, Any]) -> None:
+    quantization = config.get("quantization_config")
+    if quantization:
+        kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise DataError(
+            f"{base}: its files are quantized ({kind}), and merging into rounded weights would round the adapter away; "
+            "give the full-precision model it was made from with --base_model"
+        )
+
+
+def build_skeleton(model: PreTrainedModel, folder: Path, where: str) -> Skeleton:
     """The adapter on the model's structure, whose embeddings get the adapter's number of rows."""
-    state = {name: tensor.float() for name, tensor in fitted_state(model, folder, where).items()}
+    state = {name: tensor.float() for name, tensor in read_state(model, folder, where).items()}
     rowed = row_names(model)
     with quiet_ties():
-        skeleton = attached(without_weights(model), folder, where, False)
-    fill(skeleton, state, where, assign=True)
+        skeleton = attach_layers(strip_weights(model), folder, where, False)
+    fill_weights(skeleton, state, where, assign=True)
     check_recorded(skeleton, folder, where)
     return Skeleton(
         {f"{path}.weight": layer for path, layer in lora_layers(skeleton).items()},
@@ -96,11 +215,11 @@ def filled_skeleton(model: PreTrainedModel, folder: Path, where: str) -> Skeleto
     )
 
 
-def fitted_state(model: PreTrainedModel, folder: Path, where: str) -> dict[str, Tensor]:
+def read_state(model: PreTrainedModel, folder: Path, where: str) -> dict[str, Tensor]:
     """The adapter's tensors; the model's embeddings are resized to theirs."""
     weights, config_file = adapter_files(folder)
     assert config_file is not None
-    return fitted(model, adapter_tensors(weights), read_object(config_file), where)
+    return fit_vocabulary(model, adapter_tensors(weights), read_object(config_file), where)
 
 
 def token_rows(skeleton: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
@@ -115,7 +234,7 @@ def token_rows(skeleton: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def without_weights(model: PreTrainedModel) -> PreTrainedModel:
+def strip_weights(model: PreTrainedModel) -> PreTrainedModel:
     """The model with float32 weights that are views of one zero: they carry adapters, and take no memory."""
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
@@ -128,13 +247,103 @@ def is_factor(name: str) -> bool:
     return any(part.startswith(("lora_", "trainable_tokens_")) for part in name.split("."))
 
 
-def merge_layer(layer: LoraLayer, weight: Tensor) -> Tensor:
-    """PEFT's merge of one layer, in float32 on a copy of the weight."""
-    base = layer.get_base_layer()
-    empty = base.weight
-    base.weight = nn.Parameter(weight.to(torch.float32, copy=True), requires_grad=False)
-    layer.merge(adapter_names=[ADAPTER])
-    merged: Tensor = base.weight.data
-    base.weight = empty
-    layer.merged_adapters.clear()
-    return merged
+@contextmanager
+def quiet_ties() -> Iterator[None]:
+    """Without PEFT's advice on adapted tied embeddings, which `merge` unties itself."""
+    with quiet_peft(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*", category=UserWarning)
+        yield
+
+
+def take_gate(depth: DepthSettings | None, model: PreTrainedModel, replaced: dict[str, Tensor]) -> DepthSettings | None:
+    """The settings with the adapter's own gate, taken out of what it carries whole: checkpoints hold none."""
+    gate = replaced.pop(f"{model.base_model_prefix}.{ENCODER}.gate", None)
+    return depth if depth is None or gate is None else replace(depth, gate_value=float(gate))
+
+
+def refuse_no_effect(change: Skeleton, where: str) -> None:
+    pairs = [[one for name, one in layer.named_parameters() if "lora_" in name] for layer in change.layers.values()]
+    if not change.whole and not change.tokens and not any(all(bool(one.any()) for one in pair) for pair in pairs):
+        raise VerificationError(f"{where}: every B·A is zero, so the adapter has no effect; was it saved untrained?")
+
+
+def special_tokens(base: Path, adapter: Path, rows: int) -> dict[str, int]:
+    """The special tokens that differ from the base's. DataError where the adapter's tokenizer knows more tokens than
+    the merged model has rows for, and the base's does not."""
+    if not all((folder / TOKENIZER_CONFIG).is_file() for folder in (base, adapter)):
+        return {}
+    before, after = load_tokenizer(str(base)), load_tokenizer(str(adapter))
+    if token_count(after) > max(rows, token_count(before)):
+        raise DataError(
+            f"{adapter}: its tokenizer has {token_count(after)} tokens, and the embeddings {rows} rows: the rows of "
+            "the added tokens are not in the adapter (PEFT's save_pretrained takes save_embedding_layers=True). If "
+            "they were never trained, take the tokenizer's files out of the folder: the base's are used then"
+        )
+    ids = {name: getattr(after, name) for name in SPECIAL_IDS}
+    if ids["pad_token_id"] == ids["eos_token_id"]:
+        del ids["pad_token_id"]  # what stands in for a missing one is no choice
+    return {name: token for name, token in ids.items() if token is not None and token != getattr(before, name)}
+
+
+def with_special(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
+    """config.json with these special tokens, wherever it speaks of them."""
+    changed = {
+        name: with_special(value, special) if isinstance(value, dict) and name == "text_config" else value
+        for name, value in config.items()
+    }
+    return changed | {name: token for name, token in special.items() if name in config}
+
+
+def merged_config(config: Mapping[str, Any], dtype: str, untie: bool) -> dict[str, Any]:
+    """config.json of the merged model: the base's, with what the merge has changed, in its sub-configs as well."""
+    changed = {
+        name: merged_config(value, dtype, untie) if isinstance(value, dict) and name.endswith("_config") else value
+        for name, value in config.items()
+    }
+    if dtype != "auto":
+        changed.pop("torch_dtype", None)
+        changed["dtype"] = dtype
+    if untie and ("architectures" in config or "tie_word_embeddings" in config):
+        changed["tie_word_embeddings"] = False
+    return changed
+
+
+def with_vocabulary(config: Mapping[str, Any], settings: PreTrainedConfig, rows: int) -> dict[str, Any]:
+    """config.json with this many tokens, in the part of it that describes the decoder."""
+    text = settings.get_text_config()
+    part = next((name for name in settings.sub_configs if getattr(settings, name, None) is text), None)
+    return {**config, part: {**config.get(part, {}), "vocab_size": rows}} if part else {**config, "vocab_size": rows}
+
+
+def check_untied(model: PreTrainedModel, config: Mapping[str, Any], partner: Mapping[str, str]) -> None:
+    """The architecture really has two weights once its config says so."""
+    with torch.device("meta"):
+        fresh = type(model)(type(model.config).from_dict(dict(config)))
+    stuck = [name for name in partner if name in fresh.all_tied_weights_keys]
+    if stuck:
+        raise VerificationError(
+            f"the adapter changes {stuck[0]}, which {type(model).__name__} always ties to {partner[stuck[0]]}: "
+            "such a model cannot hold the merged weights; leave that site out of the adapter"
+        )
+
+
+def all_sources(base: Checkpoint, weights: Mapping[str, Weight], partner: Mapping[str, str]) -> dict[str, Source]:
+    """Output key → source: the base's own keys, and a key of their own for parameters that no file holds yet."""
+    names: dict[str, list[str]] = {}
+    for name, _ in sorted(weights.items(), key=lambda item: item[1].part[0]):
+        names.setdefault(weights[name].key, []).append(name)
+    sources = {key: Source(key, tuple(names.get(key, ()))) for key in base}
+    untied = {name: Source(weights[other].key, (name,)) for name, other in partner.items() if name not in weights}
+    return sources | untied
+
+
+def output_shape(checkpoint: Checkpoint, source: Source, change: Skeleton, rows: tuple[int, int]) -> tuple[int, ...]:
+    shape = checkpoint.shape(source.key)
+    return (rows[1], *shape[1:]) if rows[0] != rows[1] and change.rowed & set(source.names) else shape
+
+
+def output_dtype(stored: torch.dtype, asked: str) -> torch.dtype:
+    if asked == "auto" or not stored.is_floating_point:
+        return stored
+    dtype: torch.dtype = getattr(torch, asked)
+    return dtype

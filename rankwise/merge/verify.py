@@ -1,115 +1,194 @@
-"""The proof of a merge: the merged model's logits against those of base + adapter, by PEFT, in float32.
+"""The proof of a merge: first its files, then its logits; nothing gets its name before both hold.
 
-reference = reference_logits("org/base", adapter)       # base and base + adapter, then freed
-agreement = compare(reference, merged_logits(folder, reference.batches))
-agreement.require(torch.bfloat16)
+    adapter's file ── A, B, scale ──┐
+    base's files   ── W ────────────┴─ float32 ──▶ W + scale·B·A ◀── half a spacing of the type ── merged model's files
 
-`layered=True`: the same comparison with one layer in memory at a time (`layered.py`).
+    base ──▶ logits ◀── effect of the adapter ──▶ base + adapter by PEFT ◀── tolerance of the type ──▶ merged model
+
+The files are computed past PEFT and past the plan of the merge: changed tensors are base + scale·B·A, entry by entry,
+rounded once; others are the base's. That shows what logits cannot: a matrix left unmerged that bfloat16's tolerance
+would hide, a vision tower that text never reaches, rows of tokens that no prompt holds. The logits, in float32, show
+that the model runs as base + adapter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from accelerate.utils import get_max_memory
-from peft import PeftModel
-from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from rankwise.core.site import PEFT_PREFIX
-from rankwise.data.dataset import pad, seen
-from rankwise.data.example import Example
-from rankwise.data.render import Renderer
-from rankwise.data.vision_inputs import Sight
-from rankwise.errors import UsageError, VerificationError
-from rankwise.files.adapter import adapter_files
-from rankwise.files.checkpoint import Checkpoint, open_checkpoint
-from rankwise.merge.by_layer import INSTEAD, layered_adapted, layered_model, require_all_came
-from rankwise.merge.plan import quiet_ties
-from rankwise.models.adapters import load_adapter
-from rankwise.models.load import load_model, load_processor
-from rankwise.models.vocabulary import resize, row_count
+from rankwise.errors import VerificationError
+from rankwise.files.adapter import CONFIG_NAME, PAIR_KEY, adapter_files, adapter_tensors, scale_of
+from rankwise.files.atomic import read_object
+from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint
+from rankwise.merge.logits import (
+    Batch,
+    attach_adapter,
+    for_decoder,
+    image_batch,
+    layered_adapted,
+    load,
+    logits,
+    require_finite,
+    text_batch,
+    weight_places,
+)
+from rankwise.merge.plan import MergePlan
+from rankwise.models.load import meta_model
+from rankwise.models.vocabulary import with_rows
 
-SEQUENCES, PICTURES, TOKENS, SEED = 4, 2, 32, 0
-Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Pictures of noise, one for each number; they stand where a reader of files does."""
-
-    width: int = 64
-    height: int = 48
-
-    def size(self, reference: str) -> tuple[int, int]:
-        return self.width, self.height
-
-    def open(self, reference: str) -> Image.Image:
-        pixels = np.random.default_rng(int(reference)).integers(0, 256, (self.height, self.width, 3), dtype=np.uint8)
-        return Image.fromarray(pixels)
-
-
-def prompt_batch(renderer: Renderer, examples: Sequence[Example]) -> Batch:
-    """Prompts as one batch (rows, length), padded on the right."""
-    rows = [renderer.prompt(example) for example in examples]
-    width = max(len(row.input_ids) for row in rows)
-    ids = pad([row.input_ids for row in rows], width, renderer.tokenizer.pad_token_id or 0)
-    mask = pad([[1] * len(row.input_ids) for row in rows], width, 0)
-    return {"input_ids": ids, "attention_mask": mask} | seen(renderer.sight, ids, [row.images for row in rows])
-
-
-def text_batch(model: Any, among: Collection[int] = ()) -> Batch:
-    """Random ordinary tokens: none that stands for an image, padding, or a beginning or end. Every other one is one of
-    `among`, where that is given."""
-    ids = ordinary_tokens(model, SEQUENCES)
-    if among:
-        places = ids[:, ::2].numel()
-        chosen = torch.tensor(list(among))[torch.arange(places) % len(among)]
-        ids[:, ::2] = chosen.view_as(ids[:, ::2])
-    return for_decoder(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-
-
-def for_decoder(model: Any, batch: Batch) -> Batch:
-    """The same tokens for the decoder, where there is one of its own."""
-    return batch | ({"decoder_input_ids": batch["input_ids"]} if model.config.is_encoder_decoder else {})
-
-
-def image_batch(model: Any, folder: str) -> Batch:
-    """Rows of a picture and text. DataError where the folder holds no processor, which knows how to show a picture."""
-    sight = Sight(load_processor(folder), Noise())  # type: ignore[arg-type]
-    references = [str(number) for number in range(PICTURES)]
-    encode = sight.processor.tokenizer
-    shown = [encode(sight.expansions([one])[0], add_special_tokens=False)["input_ids"] for one in references]
-    ids = torch.cat([torch.tensor(shown), ordinary_tokens(model, PICTURES)], 1)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return batch | sight.seen(ids, [[one] for one in references])
-
-
-def ordinary_tokens(model: Any, rows: int) -> Tensor:
-    """(rows, 32) token ids, fewer where the model has fewer positions."""
-    config = model.config.get_text_config()
-    special = {
-        value
-        for part in (model.config.to_dict(), config.to_dict())
-        for name, value in part.items()
-        if name.endswith("token_id") and isinstance(value, int)
-    }
-    ordinary = torch.tensor([token for token in range(config.vocab_size) if token not in special])
-    length = min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS)
-    generator = torch.Generator().manual_seed(SEED)
-    return ordinary[torch.randint(len(ordinary), (rows, length), generator=generator)]
-
-
+MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.weight)?")
+ORDER = 1e-6, 1e-5  # sums in another order: a share of the entry, and of the largest change in the matrix
+BLOCK = 2**22  # entries in memory at a time
+SHOWN = 3
 NO_EFFECT = 1e-6  # relative: what float32 sums in another order differ by
 # Relative error of the logits (rms) that rounding the merged weights may cause; a few times what was measured.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Files:
+    """A model folder: its structure without weights, and where its files hold each parameter."""
+
+    checkpoint: Checkpoint
+    model: PreTrainedModel
+    places: Mapping[str, Weight]
+
+    @classmethod
+    def of(cls, folder: Path) -> Files:
+        checkpoint, model = open_checkpoint(folder), meta_model(str(folder))
+        return cls(checkpoint, model, weight_places(model, checkpoint))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.places[name].read(self.checkpoint)
+
+    def names(self) -> dict[str, list[str]]:
+        """Key → the parameters in it."""
+        found: dict[str, list[str]] = {key: [] for key in self.checkpoint}
+        for name, place in self.places.items():
+            found[place.key].append(name)
+        return found
+
+
+@dataclass
+class Change:
+    """What the adapter's file says of one weight (out, in): scale·B·A, and DoRA's magnitudes."""
+
+    scale: float
+    halves: dict[str, Tensor]
+    magnitude: Tensor | None = None
+
+    def on(self, rows: slice, before: Tensor) -> Tensor:
+        """Some rows of the changed weight, float32. DoRA (Liu et al. 2024): m · (W + Δ) / ‖W + Δ‖ by row."""
+        after = before + self.scale * (self.halves["B"].flatten(1)[rows].float() @ self.halves["A"].flatten(1).float())
+        if self.magnitude is None:
+            return after
+        lengths: Tensor = after.norm(dim=1, keepdim=True)
+        return after * (self.magnitude.flatten()[rows, None].float() / lengths)
+
+
+def require_written(plan: MergePlan, folder: Path) -> float:
+    """Compare all files of a merged model with what they were made from; returns the largest error as a share of what
+    rounding to its type explains.
+
+    VerificationError, naming the tensors, where one is missing, is not the base's though nothing changes it, or is not
+    base + adapter.
+    """
+    base, merged, changes = Files.of(plan.base.path), Files.of(folder), dict(read_changes(plan.adapter))
+    wrong = [f"{key} is missing" for key in base.checkpoint if key not in merged.checkpoint]
+    largest = 0.0
+    for key, names in merged.names().items():
+        if plan.touched.isdisjoint(names):
+            if not is_kept(key, names, base, merged):
+                wrong.append(f"{key} is not the base's")
+            continue
+        for name in names:
+            share = largest_error(name, plan, base, merged, changes.get(name))
+            largest = max(largest, share)
+            if not share <= 1:
+                wrong.append(f"{name} is not base + adapter")
+    if wrong:
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise VerificationError(
+            f"{len(wrong)} tensors of the merged model are not what they should be: {'; '.join(wrong[:SHOWN])}{more}; "
+            "nothing was written"
+        )
+    return largest
+
+
+def is_kept(key: str, names: list[str], base: Files, merged: Files) -> bool:
+    """Whether a tensor that nothing changes is the base's bit for bit, cast to what it is written as."""
+    written = merged.checkpoint.tensor(key)
+    stored = base.checkpoint.tensor(key) if key in base.checkpoint else base[names[0]]
+    return written.shape == stored.shape and torch.equal(as_bytes(stored.to(written.dtype)), as_bytes(written))
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def largest_error(name: str, plan: MergePlan, base: Files, merged: Files, change: Change | None) -> float:
+    """The largest error of a weight as a share of what is allowed, some rows at a time; infinite for another shape."""
+    module = merged.model.get_submodule(name.rpartition(".")[0])
+    before, after = starting_weight(name, plan, base), merged[name]
+    if before.shape != after.shape:
+        return float("inf")
+    before, after = (as_rows(tensor, module) for tensor in (before, after))
+    step, worst = max(1, BLOCK // before.shape[1]), 0.0
+    for rows in (slice(start, start + step) for start in range(0, len(before), step)):
+        stored = before[rows].float()
+        wanted = stored if change is None else change.on(rows, stored)
+        limit = allowed_error(wanted, (wanted - stored).abs().max(), after.dtype)
+        error = (after[rows].float() - wanted).abs_() / limit
+        worst = max(worst, float(error.nan_to_num(nan=float("inf")).max()))
+    return worst
+
+
+def starting_weight(name: str, plan: MergePlan, base: Files) -> Tensor:
+    """What the adapter's factors are added to: the base's weight, or what the adapter has in its place, in as many rows
+    as it has tokens; trained tokens' rows are the adapter's."""
+    before = plan.change.whole.get(name)
+    before = base[name] if before is None else before
+    if name in plan.resized:
+        before = with_rows(before, plan.rows[1])
+    tokens, rows = plan.change.tokens.get(name, (None, None))
+    return before if tokens is None or rows is None else before.float().index_copy(0, tokens, rows)
+
+
+def as_rows(tensor: Tensor, module: nn.Module) -> Tensor:
+    """(out, in); Conv1D and embeddings are stored the other way round."""
+    turned = isinstance(module, Conv1D | nn.Embedding) and tensor.dim() == 2
+    return tensor.T if turned else tensor.reshape(len(tensor), -1)
+
+
+def allowed_error(wanted: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half a spacing of the type at every entry, and what sums in another order differ by."""
+    kind, (of_entry, of_change) = torch.finfo(dtype), ORDER
+    spacing = wanted.abs().clamp_(min=kind.smallest_normal).mul_(kind.eps / 2 + of_entry)
+    return spacing.add_(of_change * change)
+
+
+def read_changes(adapter: Path) -> Iterator[tuple[str, Change]]:
+    """Parameter → its change, by the tensors and the config of the adapter's files."""
+    config = read_object(adapter / CONFIG_NAME)
+    found: dict[str, Change] = {}
+    for name, tensor in adapter_tensors(adapter_files(adapter)[0]).items():
+        match = PAIR_KEY.fullmatch(name) or MAGNITUDE.fullmatch(name)
+        if match is None:
+            continue
+        path = match["path"]
+        change = found.setdefault(path, Change(scale_of(config, path, adapter / CONFIG_NAME), {}))
+        if "half" in match.groupdict():
+            change.halves[match["half"]] = tensor
+        else:
+            change.magnitude = tensor
+    yield from ((f"{path}.weight", change) for path, change in found.items())
 
 
 @dataclass(frozen=True)
@@ -168,32 +247,6 @@ def require_effect(effect: float) -> None:
         )
 
 
-def free_memory() -> int:
-    """Bytes that a comparison may take where nobody says how many."""
-    return int(get_max_memory()["cpu"])
-
-
-def needs_layers(base: Checkpoint, allowed: int) -> bool:
-    """Whether the model in float32 is larger than the memory allowed, so that it must be compared layer by layer.
-
-    UsageError where not even its largest matrix fits, as stored and in float32.
-    """
-    sizes = [torch.Size(base.shape(key)).numel() for key in base]
-    if whole_bytes(base) <= allowed:
-        return False
-    if 8 * max(sizes) > allowed:
-        raise UsageError(
-            f"{base.path}: its largest matrix needs {8 * max(sizes) / 2**30:.1f} GiB to be compared, and "
-            f"{allowed / 2**30:.1f} GiB may be used; raise --max_memory, or {INSTEAD}"
-        )
-    return True
-
-
-def whole_bytes(base: Checkpoint) -> int:
-    """Bytes of the model in float32."""
-    return 4 * sum(torch.Size(base.shape(key)).numel() for key in base)
-
-
 def reference_logits(
     base: str,
     adapter: Path,
@@ -209,7 +262,7 @@ def reference_logits(
     to run them on, instead of random tokens. layered: one layer in memory at a time. rows: of the base's embeddings
     and of the adapter's, where they differ: the base gets as many (new ones zero), and both are asked about new tokens.
     """
-    model = loaded(base, layered, rows[1] if rows else None)
+    model = load(base, layered, rows[1] if rows else None)
     batches = [for_decoder(model, prompts) if prompts else text_batch(model)]
     if rows and rows[1] > rows[0]:
         batches.append(text_batch(model, range(*rows)))
@@ -217,79 +270,17 @@ def reference_logits(
         batches.append(image_batch(model, base))
     before = logits(model, batches)
     if layered:
-        require_all_came(before, model)
+        require_finite(before, model)
         adapted = layered_adapted(base, adapter)
     else:
-        adapted = by_peft(model, adapter)
+        adapted = attach_adapter(model, adapter)
     reference = Reference(batches, before, logits(adapted, batches))
     require_effect(relative(reference.adapted - before, reference.adapted))
     return reference
 
 
 def merged_logits(folder: Path, batches: Sequence[Batch], *, layered: bool = False) -> Tensor:
-    return logits(loaded(str(folder), layered), batches)
-
-
-def loaded(name: str, layered: bool, rows: int | None = None) -> PreTrainedModel:
-    if layered:
-        return layered_model(name, rows)
-    model = load_model(name, torch.float32)
-    if rows and rows != row_count(model):
-        resize(model, rows)
-    return model
-
-
-def by_peft(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """Base + adapter as PEFT itself reads it, where the file has PEFT's own names; else as `load_adapter` does."""
-    with quiet_ties():
-        if all(
-            f"{PEFT_PREFIX}{name}" == key for name, key in open_checkpoint(adapter_files(adapter)[0]).stored.items()
-        ):
-            return PeftModel.from_pretrained(model, str(adapter)).eval()
-        return load_adapter(model, adapter)
-
-
-@torch.inference_mode()
-def logits(model: Any, batches: Sequence[Batch]) -> Tensor:
-    """(positions, vocabulary): the model's first output (logits, or hidden states where it has no head) at the last
-    tokens of every row."""
-    return torch.cat([at_the_ends(model, batch) for batch in batches])
-
-
-def at_the_ends(model: Any, batch: Batch) -> Tensor:
-    places = last_tokens(batch["attention_mask"])
-    with head_sees(model, places):
-        output = model(**batch)
-    found = output.logits if "logits" in output else output[0]
-    everywhere = found.dim() > 2 and found.shape[:2] == places.shape
-    chosen: Tensor = found[places] if everywhere else found.flatten(0, -2)
-    return chosen.float()
-
-
-def last_tokens(mask: Tensor) -> Tensor:
-    """(rows, length), true at the last 32 tokens of every row, padding apart."""
-    from_the_end = mask.flip(1).cumsum(1).flip(1)
-    return mask.bool() & (from_the_end <= TOKENS)
-
-
-@contextmanager
-def head_sees(model: Any, places: Tensor) -> Iterator[None]:
-    """Logits at these places only: at all of a few long prompts they would take gigabytes."""
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    head = plain.get_output_embeddings()
-    if head is None:
-        yield
-        return
-
-    def narrowed(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = inputs[0]
-        return (hidden[places][None], *inputs[1:]) if hidden.shape[:2] == places.shape else inputs
-
-    hook = head.register_forward_pre_hook(narrowed)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return logits(load(str(folder), layered), batches)
 
 
 def compare(reference: Reference, merged: Tensor) -> Agreement:

@@ -1,4 +1,10 @@
-"""Modules: the only place where a name becomes a model, where its sites are, and how a plan becomes adapters."""
+"""A name → a model, its sites, its adapters: the only room where a string becomes a model (`load.py`).
+
+`sites.py`: what can be adapted, its tower, its place in the files. `targets.py`: which of it, at which rank.
+`adapt.py`: a plan → PEFT. `adapters.py`, `vocabulary.py`: an adapter from the disk onto a model. `vision_features.py`:
+what the language part gets of images. `cut_down.py`, `tiny.py`: small models. depth/, isaac/: architectures of our own.
+Expert sites of mixtures of experts will be named in `sites.py` and adapted by `adapt.py`.
+"""
 
 from __future__ import annotations
 

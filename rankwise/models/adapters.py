@@ -38,10 +38,10 @@ from rankwise.models.adapt import (
     lora_layers,
     lora_pairs,
     quiet_peft,
-    scales,
 )
 from rankwise.models.sites import weight_table
-from rankwise.models.vocabulary import fitted
+from rankwise.models.targets import scales
+from rankwise.models.vocabulary import fit_vocabulary
 
 SITES_FILE = "sites.json"
 SITES_FORMAT = "rankwise-sites/1"
@@ -83,7 +83,7 @@ def save_adapter(
     config = model.peft_config[ADAPTER]
     if initial:
         settings = lora_config(base_name, dropout=config.lora_dropout, modules_to_save=config.modules_to_save)
-        write_adapter(folder, LoraAdapter(settings, differences(lora_pairs(model), initial), full_weights(model)))
+        write_adapter(folder, LoraAdapter(settings, subtract_pairs(lora_pairs(model), initial), full_weights(model)))
         return
     config.base_model_name_or_path = base_name
     with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as temporary:
@@ -108,7 +108,7 @@ def publish(source: Path, folder: Path) -> None:
         config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def differences(now: Mapping[str, LoraPair], before: Mapping[str, LoraPair]) -> dict[str, LoraPair]:
+def subtract_pairs(now: Mapping[str, LoraPair], before: Mapping[str, LoraPair]) -> dict[str, LoraPair]:
     """Pairs whose B·A is the difference of two: [B, −B₀]·[A; A₀], exact."""
     return {
         path: LoraPair(
@@ -153,15 +153,15 @@ def load_adapter(model: PreTrainedModel, path: Path | str, *, trainable: bool = 
     folder = weights.parent
     where = f"adapter {folder} (made for {read_object(config_file).get('base_model_name_or_path')})"
     where += f" on model {model.name_or_path}"
-    state = fitted(model, adapter_tensors(weights), read_object(config_file), where)
-    adapted = attached(model, folder, where, trainable)
-    fill(adapted, state, where)
+    state = fit_vocabulary(model, adapter_tensors(weights), read_object(config_file), where)
+    adapted = attach_layers(model, folder, where, trainable)
+    fill_weights(adapted, state, where)
     check_recorded(adapted, folder, where)
     check_effect(adapted, where)
     return adapted.train(trainable)
 
 
-def attached(model: PreTrainedModel, folder: Path, where: str, trainable: bool) -> PeftModel:
+def attach_layers(model: PreTrainedModel, folder: Path, where: str, trainable: bool) -> PeftModel:
     """The model with the adapter's layers, not yet with its weights."""
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = not trainable
@@ -174,7 +174,7 @@ def attached(model: PreTrainedModel, folder: Path, where: str, trainable: bool) 
         raise DataError(f"{where}: {error}") from error
 
 
-def fill(model: PeftModel, state: Mapping[str, Tensor], where: str, *, assign: bool = False) -> None:
+def fill_weights(model: PeftModel, state: Mapping[str, Tensor], where: str, *, assign: bool = False) -> None:
     """Load an adapter's tensors (names as `adapter_tensors` has them) with PEFT. DataError, naming both, for keys that
     are missing or left over and for other shapes. Tensors of the base itself are loaded as PEFT does, onto the base.
 

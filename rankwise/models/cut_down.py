@@ -46,13 +46,13 @@ def cut_down(config: Any) -> Any:
     """
     content = {name: value for name, value in config.to_dict().items() if name not in ("quantization_config", "dtype")}
     for part, _ in list(_parts(content)):
-        part.update({name: _by_number(value) for name, value in part.items()})
-        _shallow(part)
-    _within(content)
-    small = _made(config, content)
+        part.update({name: _number_keys(value) for name, value in part.items()})
+        _cut_layers(part)
+    _clamp_read_layers(content)
+    small = _make_config(config, content)
     if _parameters(small) > PARAMETERS:
         _narrow(content)
-        small = _made(config, content)
+        small = _make_config(config, content)
     if (size := _parameters(small)) > PARAMETERS:
         raise Untried(f"with {LAYERS} layers it still has {size / 1e9:.1f} billion parameters")
     return small
@@ -87,7 +87,7 @@ def _weights(shape: torch.Size, leaf: str, generator: torch.Generator) -> Tensor
     return made.uniform_(-0.1, 0.1, generator=generator) + (leaf != "bias")
 
 
-def _made(config: Any, content: Content) -> Any:
+def _make_config(config: Any, content: Content) -> Any:
     try:
         return type(config).from_dict(content)
     except UNFIT as error:
@@ -117,24 +117,24 @@ def _parts(content: Content, seeing: bool = False) -> Iterator[tuple[Content, bo
             yield from _parts(part, seeing or "vision" in str(name) or "audio" in str(name))
 
 
-def _shallow(tower: Content) -> None:
+def _cut_layers(tower: Content) -> None:
     """Cut a tower to one layer of each kind."""
     for name in DEPTHS:
         depth = tower.get(name)
         if isinstance(depth, int) and depth > LAYERS:
-            kept = _kept(tower, depth)
+            kept = _choose_layers(tower, depth)
             for key, value in tower.items():
                 if _names_layers(key, value, depth):
                     moved = {kept.index(place): place for place in value if place in kept}
                     tower[key] = (
                         {new: value[old] for new, old in moved.items()} if isinstance(value, dict) else [*moved]
                     )
-                elif _by_layer(value, depth):
+                elif _is_per_layer(value, depth):
                     tower[key] = [value[place] for place in kept]
             tower[name] = len(kept)
 
 
-def _kept(tower: Content, depth: int) -> list[int]:
+def _choose_layers(tower: Content, depth: int) -> list[int]:
     """Layers that stay: of each list the first and one that is not in it; of one whose length decides widths (Mllama's
     `intermediate_layers_indices`) all."""
     kept: set[int] = set()
@@ -142,17 +142,17 @@ def _kept(tower: Content, depth: int) -> list[int]:
         if _names_layers(key, value, depth):
             kept |= set(list(value)[: None if "intermediate" in key else 1])
             kept |= {next((place for place in range(depth) if place not in value), 0)}
-        elif _by_layer(value, depth) and len(kinds := dict.fromkeys(map(str, value))) <= KINDS:
+        elif _is_per_layer(value, depth) and len(kinds := dict.fromkeys(map(str, value))) <= KINDS:
             kept |= {list(map(str, value)).index(kind) for kind in kinds}
     rest = (place for place in range(depth) if place not in kept)
     return sorted([*kept, *(next(rest) for _ in range(LAYERS - len(kept)))])
 
 
-def _by_layer(value: Any, depth: int) -> bool:
+def _is_per_layer(value: Any, depth: int) -> bool:
     return isinstance(value, list | tuple) and len(value) == depth
 
 
-def _by_number(value: Any) -> Any:
+def _number_keys(value: Any) -> Any:
     """A table of layers ("05": …) by their numbers."""
     numbered = isinstance(value, dict) and value and all(str(key).isdigit() for key in value)
     return {int(key): entry for key, entry in value.items()} if numbered else value
@@ -166,7 +166,7 @@ def _names_layers(key: str, value: Any, depth: int) -> bool:
     return list(value) == sorted(set(value)) and min(value) >= 0 and max(value) < depth
 
 
-def _within(content: Content) -> None:
+def _clamp_read_layers(content: Content) -> None:
     """Layers that the projector reads, within those that are left."""
     vision, read = content.get("vision_config"), content.get("vision_feature_layer")
     depth = next((vision[name] for name in DEPTHS if name in vision), None) if isinstance(vision, dict) else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_MAPPING,
@@ -29,13 +32,17 @@ from transformers.quantizers import AutoHfQuantizer
 from rankwise.errors import DataError, UsageError, need
 from rankwise.files.atomic import read_object
 from rankwise.files.checkpoint import INDEX, NAMES, resolve
+from rankwise.files.processes import announce
 from rankwise.models.sites import outside_language, tower_prefixes
 from rankwise.options.sections import ModelSection
 
 COMMIT_LENGTH, PIXELS = 40, "pixel_values"
+ROWS, INNER, OUTER = 64, 576, 1536  # a product of the size that small models' are; 6 ms where it is emulated
+RUNS = 4
+SLOW = 2.0  # times as slow; below that, the measurement may be what differs
 UNFIT = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
 # Architectures that transformers lacks: model_type → the module whose import makes their classes known to it.
-OURS = {"isaac": "rankwise.models.isaac.registration"}
+OURS = {"isaac": "rankwise.models.isaac"}
 
 
 def check_remote_code(name: str, trust_remote_code: bool, revision: str | None) -> None:
@@ -99,7 +106,7 @@ def forward_inputs(config: Any) -> frozenset[str] | None:
     return found and frozenset(inspect.signature(found.forward).parameters)
 
 
-def takes(config: Any) -> str:
+def main_input(config: Any) -> str:
     """The main input of the bare model: input_ids, pixel_values, input_features …"""
     if type(config) not in MODEL_MAPPING:
         return "input_ids"
@@ -126,7 +133,7 @@ def weightless_model(name: str) -> PreTrainedModel:
         return new_model(config)
 
 
-def kept_whole(model: PreTrainedModel) -> list[str] | None:
+def unquantized_modules(model: PreTrainedModel) -> list[str] | None:
     """Modules that a quantized base keeps as they are; None: transformers' own choice, which a list would replace."""
     towers = outside_language(model)
     return ["lm_head", *towers] if towers else None
@@ -136,7 +143,7 @@ def quantization_config(kind: str, model: PreTrainedModel) -> Any:
     """bitsandbytes settings: NF4 with double quantization, or int8. Head, vision tower and projector stay as they are:
     they hold few of the weights, and may train in full. `model` may be on the meta device."""
     need("bitsandbytes", extra="quant")
-    modules = kept_whole(model)
+    modules = unquantized_modules(model)
     if kind == "8bit":
         return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=modules)
     return transformers.BitsAndBytesConfig(
@@ -232,12 +239,12 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         register_ours(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        if takes(load_config(name, revision, trust_remote_code)) == PIXELS:
+        if main_input(load_config(name, revision, trust_remote_code)) == PIXELS:
             raise UsageError(
                 f"{name} is a vision encoder: it takes no text; `rankwise features capture` is what it is for"
             ) from error
         raise DataError(f"{folder}: cannot load a tokenizer: {error}") from error
-    return with_pad(tokenizer)
+    return ensure_pad_token(tokenizer)
 
 
 def load_processor(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -256,7 +263,7 @@ def load_processor(name: str, revision: str | None = None, trust_remote_code: bo
         raise DataError(f"{folder}: no processor of images there (preprocessor_config.json or processor_config.json)")
     if getattr(processor, "chat_template", None):
         processor.tokenizer.chat_template = processor.chat_template
-    return with_pad(processor)
+    return ensure_pad_token(processor)
 
 
 def check_torchvision() -> None:
@@ -270,7 +277,7 @@ def check_torchvision() -> None:
         ) from error
 
 
-def with_pad(holder: Any) -> Any:
+def ensure_pad_token(holder: Any) -> Any:
     """A pad token for a tokenizer, or for a processor's: its eos where it has none (padding is masked, never by id)."""
     tokenizer = getattr(holder, "tokenizer", holder)
     if tokenizer.pad_token_id is None:
@@ -278,19 +285,21 @@ def with_pad(holder: Any) -> Any:
     return holder
 
 
-def structure(model: ModelSection, name: str) -> PreTrainedModel:
+def load_structure(model: ModelSection, name: str) -> PreTrainedModel:
     """The model without weights: names and sizes, checked before anything large is read."""
     return meta_model(name, model.revision, model.trust_remote_code)
 
 
-def loadable(model: ModelSection, name: str) -> PreTrainedModel:
+def load_readable_structure(model: ModelSection, name: str) -> PreTrainedModel:
     """The same of a model whose weights will be read: UsageError where a package for them is missing."""
-    skeleton = structure(model, name)
+    skeleton = load_structure(model, name)
     check_quantizer(skeleton.config)
     return skeleton
 
 
-def loaded(model: ModelSection, name: str, dtype: torch.dtype, quantization: str | None = None) -> PreTrainedModel:
+def load_weights(
+    model: ModelSection, name: str, dtype: torch.dtype, quantization: str | None = None
+) -> PreTrainedModel:
     return load_model(
         name,
         dtype,
@@ -299,3 +308,42 @@ def loaded(model: ModelSection, name: str, dtype: torch.dtype, quantization: str
         trust_remote_code=model.trust_remote_code,
         quantization=quantization,
     )
+
+
+def torch_dtype(name: str, trained: bool, device: torch.device) -> torch.dtype:
+    """`auto`: float32 for trained weights; frozen ones bf16 on a GPU and float32 on a CPU. A type that is slow on a CPU
+    is warned about."""
+    if name == "auto":
+        return torch.float32 if trained or device.type == "cpu" else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, name)
+    if device.type == "cpu":
+        warn_if_slow(dtype, "--dtype float32")
+    return dtype
+
+
+@cache
+def warn_if_slow(dtype: torch.dtype, instead: str) -> None:
+    """Say once that this type is slow on this CPU. instead: the option that gives float32."""
+    if dtype != torch.float32 and slowdown(dtype) > SLOW:
+        name = str(dtype).removeprefix("torch.")
+        announce(
+            f"warning: this CPU has no {name} units: a matrix product takes {slowdown(dtype):.0f} times as long as in "
+            f"float32 (measured; a training step up to 35 times). {instead} computes in float32"
+        )
+
+
+@cache
+def slowdown(dtype: torch.dtype) -> float:
+    """Time of a matrix product in this type ÷ in float32, on this CPU; measured once, in hundredths of a second."""
+    return seconds_of(dtype) / seconds_of(torch.float32)
+
+
+def seconds_of(dtype: torch.dtype) -> float:
+    """CPU time of the fastest of a few matrix products."""
+    generator, times = torch.Generator().manual_seed(0), []
+    rows, weight = (torch.randn(count, INNER, generator=generator).to(dtype) for count in (ROWS, OUTER))
+    for _ in range(RUNS):
+        started = time.process_time()
+        linear(rows, weight)
+        times.append(time.process_time() - started)
+    return min(times)

@@ -7,14 +7,10 @@ conversion map: a plan made from raw keys would match nothing.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
-import torch
 from torch import nn
-from torch.nn.functional import linear
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -24,42 +20,6 @@ from transformers.pytorch_utils import Conv1D
 from rankwise.core.site import Site, describe
 from rankwise.errors import UsageError
 from rankwise.files.checkpoint import Weight
-from rankwise.files.processes import announce
-
-ROWS, INNER, OUTER = 64, 576, 1536  # a product of the size that small models' are; 6 ms where it is emulated
-RUNS = 4
-SLOW = 2.0  # times as slow; below that, the measurement may be what differs
-
-
-@cache
-def slowdown(dtype: torch.dtype) -> float:
-    """Time of a matrix product in this type ÷ in float32, on this CPU; measured once, in hundredths of a second."""
-    return seconds_of(dtype) / seconds_of(torch.float32)
-
-
-def seconds_of(dtype: torch.dtype) -> float:
-    """CPU time of the fastest of a few runs."""
-    generator = torch.Generator().manual_seed(0)
-    rows, weight = (torch.randn(count, INNER, generator=generator).to(dtype) for count in (ROWS, OUTER))
-    return min(timed(lambda: linear(rows, weight)) for _ in range(RUNS))
-
-
-def timed(work: Callable[[], object]) -> float:
-    started = time.process_time()
-    work()
-    return time.process_time() - started
-
-
-@cache
-def warn_if_slow(dtype: torch.dtype, instead: str) -> None:
-    """Say once that this type is slow on this CPU. instead: the option that gives float32."""
-    if dtype != torch.float32 and slowdown(dtype) > SLOW:
-        name = str(dtype).removeprefix("torch.")
-        announce(
-            f"warning: this CPU has no {name} units: a matrix product takes {slowdown(dtype):.0f} times as long as in "
-            f"float32 (measured; a training step up to 35 times). {instead} computes in float32"
-        )
-
 
 DEPTH_MODULES = frozenset(["depth_model", "depth_preproc"])
 
@@ -177,17 +137,6 @@ def chunks(converter: WeightConverter, first: str) -> list[str] | None:
     return [first.replace(lead, target) for target in converter.target_patterns]
 
 
-def torch_dtype(name: str, trained: bool, device: torch.device) -> torch.dtype:
-    """`auto`: float32 for trained weights; frozen ones bf16 on a GPU and float32 on a CPU. A type that is slow on a CPU
-    is warned about."""
-    if name == "auto":
-        return torch.float32 if trained or device.type == "cpu" else torch.bfloat16
-    dtype: torch.dtype = getattr(torch, name)
-    if device.type == "cpu":
-        warn_if_slow(dtype, "--dtype float32")
-    return dtype
-
-
 # PEFT calls what it wraps, and these have no forward; inside a sub-model transformers looks for modules by class.
 NOT_WRAPPED = (PreTrainedModel, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -227,13 +176,13 @@ def check_towers(model: PreTrainedModel, towers: Collection[str]) -> None:
 def full_modules(model: PreTrainedModel, towers: Collection[str]) -> FullModules:
     """What PEFT's `modules_to_save` has to name for these towers to train in full."""
     names = {tower: tuple(tower_parameters(model, [tower])) for tower in towers}
-    found = [path for wanted in names.values() for path in covering(model, "", frozenset(wanted))]
+    found = [path for wanted in names.values() for path in cover(model, "", frozenset(wanted))]
     inside = tuple(f"{path}." for path in found)
     loose = (name for wanted in names.values() for name in wanted if not name.startswith(inside))
     return FullModules(tuple(found), tuple(loose))
 
 
-def covering(
+def cover(
     module: nn.Module, path: str, wanted: Collection[str], never: tuple[type[nn.Module], ...] = NOT_WRAPPED
 ) -> Iterator[str]:
     """Paths of the outermost modules that hold wanted parameters only, those of the types `never` left out."""
@@ -244,7 +193,7 @@ def covering(
         yield path
         return
     for name, child in module.named_children():
-        yield from covering(child, f"{path}.{name}".lstrip("."), wanted, never)
+        yield from cover(child, f"{path}.{name}".lstrip("."), wanted, never)
 
 
 def full_sites(model: PreTrainedModel, paths: Sequence[str]) -> dict[str, Site]:
@@ -265,4 +214,4 @@ def full_sites(model: PreTrainedModel, paths: Sequence[str]) -> dict[str, Site]:
 def outside_language(model: PreTrainedModel) -> list[str]:
     """The outermost modules that hold nothing of the language tower: a quantized base keeps them as they are."""
     others = [tower for tower in towers_of(model) if tower != "language"]
-    return list(covering(model, "", set(tower_parameters(model, others)), ()))
+    return list(cover(model, "", set(tower_parameters(model, others)), ()))

@@ -41,7 +41,7 @@ def image_features(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
 
 
 @contextmanager
-def approximated(model: nn.Module, approximate: Approximate) -> Iterator[None]:
+def approximate_features(model: nn.Module, approximate: Approximate) -> Iterator[None]:
     """Inside the block the model's own forward and generate see `approximate(features)` in place of the features.
 
     approximate: (N, T, D) → (N, T, D), on the features' own scale; it gets the matrices of equal T together. What it
@@ -54,7 +54,7 @@ def approximated(model: nn.Module, approximate: Approximate) -> Iterator[None]:
     @functools.wraps(original)
     def get_image_features(*args: Any, **kwargs: Any) -> Any:
         outputs = original(*args, **{**kwargs, "return_dict": True})
-        outputs.pooler_output = replaced(outputs, approximate)
+        outputs.pooler_output = replace_features(outputs, approximate)
         return outputs
 
     inner.get_image_features = get_image_features
@@ -103,11 +103,11 @@ def tile_tokens(outputs: Any) -> int | None:
     return tokens // len(seen) if tokens % len(seen) == 0 else None
 
 
-def replaced(outputs: Any, approximate: Approximate) -> Any:
+def replace_features(outputs: Any, approximate: Approximate) -> Any:
     """`pooler_output` with every matrix approximated, in the form in which the family holds it."""
     given = parts(outputs)
     flat = torch.cat(
-        [matrix.reshape(-1, matrix.shape[-1]) for matrix in each_approximated(matrices(outputs), approximate)]
+        [matrix.reshape(-1, matrix.shape[-1]) for matrix in approximate_each(matrices(outputs), approximate)]
     )
     pieces = flat.split([part.shape[:-1].numel() for part in given])
     shaped = [rows.view_as(part) for rows, part in zip(pieces, given, strict=True)]
@@ -117,7 +117,7 @@ def replaced(outputs: Any, approximate: Approximate) -> Any:
     return type(features)(shaped) if type(features) in (list, tuple) else tuple(shaped)
 
 
-def each_approximated(features: Sequence[Tensor], approximate: Approximate) -> list[Tensor]:
+def approximate_each(features: Sequence[Tensor], approximate: Approximate) -> list[Tensor]:
     """Every matrix's approximation, in order; matrices with the same number of tokens go through together."""
     result: dict[int, Tensor] = {}
     for tokens in dict.fromkeys(len(matrix) for matrix in features):

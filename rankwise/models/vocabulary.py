@@ -21,7 +21,7 @@ from rankwise.errors import DataError
 from rankwise.models.sites import model_sites
 
 
-def fitted(
+def fit_vocabulary(
     model: PreTrainedModel, state: Mapping[str, Tensor], config: Mapping[str, Any], where: str
 ) -> dict[str, Tensor]:
     """Resize the model's embeddings to the adapter's, and return the adapter's tensors, those of tied weights on both.
@@ -29,7 +29,7 @@ def fitted(
     DataError where the adapter's sizes differ, or it lacks rows that the base does not have.
     """
     paths = embedding_paths(model)
-    state = dict(state) | tied_along(model, state, paths)
+    state = dict(state) | share_tied(model, state, paths)
     before = row_count(model)
     rows = embedding_rows(state, config, paths, before, where)
     if rows != before:
@@ -76,7 +76,7 @@ def with_rows(weight: Tensor, rows: int) -> Tensor:
     return torch.cat([weight[:rows], weight.new_zeros(max(0, rows - len(weight)), *weight.shape[1:])])
 
 
-def tied_along(model: PreTrainedModel, state: Mapping[str, Tensor], paths: Collection[str]) -> dict[str, Tensor]:
+def share_tied(model: PreTrainedModel, state: Mapping[str, Tensor], paths: Collection[str]) -> dict[str, Tensor]:
     """A base weight that the adapter carries for one of two tied modules is the other's as well."""
     found = {}
     for one, other in model.all_tied_weights_keys.items():

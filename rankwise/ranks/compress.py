@@ -31,9 +31,9 @@ from rankwise.files.adapter import (
 from rankwise.files.checkpoint import ADAPTER_NAMES
 from rankwise.files.lineage import trained_rows
 from rankwise.files.run_folder import RunFolder
-from rankwise.merge.tokens import own_files
+from rankwise.merge.write import own_files
 from rankwise.models.adapters import publish
-from rankwise.models.depth.settings import read_depth, write_depth
+from rankwise.models.depth.encoder import read_depth, write_depth
 from rankwise.options.commands import CompressConfig
 from rankwise.page.text import command_line
 from rankwise.ranks.fidelity import Fidelity, SiteFidelity, require_all_kept

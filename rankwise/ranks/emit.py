@@ -19,9 +19,9 @@ from rankwise.core.plan import RankPlan
 from rankwise.errors import UsageError
 from rankwise.files.atomic import write_text
 from rankwise.files.checkpoint import resolve
-from rankwise.models.adapt import lora_config
 from rankwise.models.load import meta_model
 from rankwise.models.sites import fused_experts
+from rankwise.models.targets import plan_fields
 from rankwise.options.commands import RanksConfig
 from rankwise.ranks.probe import Probe
 
@@ -34,14 +34,14 @@ Targets = str | list[str]
 
 def lora_fields(plan: RankPlan) -> Fields:
     """PEFT's fields as `train` has them, without what is empty or off, and without targets."""
-    config = lora_config(plan)
+    given = plan_fields(plan)
     fields = {
-        "r": config.r,
-        "lora_alpha": whole(config.lora_alpha),
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": {key: whole(alpha) for key, alpha in config.alpha_pattern.items()},
-        "use_rslora": config.use_rslora,
-        "fan_in_fan_out": config.fan_in_fan_out,
+        "r": given["r"],
+        "lora_alpha": whole(given["lora_alpha"]),
+        "rank_pattern": given["rank_pattern"],
+        "alpha_pattern": {key: whole(alpha) for key, alpha in given["alpha_pattern"].items()},
+        "use_rslora": given["use_rslora"],
+        "fan_in_fan_out": given["fan_in_fan_out"],
     }
     return {name: value for name, value in fields.items() if value}
 
@@ -63,7 +63,7 @@ def targets(plan: RankPlan, trainer: str, experts: bool) -> Targets:
     """All sites as one anchored regex; as full paths for a model with fused experts, of whose regex PEFT keeps the
     bare names. UsageError for names that it takes for the experts."""
     if not experts:
-        return str(lora_config(plan).target_modules)
+        return str(plan_fields(plan)["target_modules"])
     taken = [row.site.path for row in plan.sites if row.rank and row.site.projection in EXPERT_NAMES]
     if taken:
         raise UsageError(

@@ -27,7 +27,7 @@ from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, lora_conf
 from rankwise.files.checkpoint import ADAPTER_NAMES, open_checkpoint, resolve
 from rankwise.files.plan import find_plan, read_plan
 from rankwise.files.run_folder import RunFolder
-from rankwise.merge.tokens import tokenizer_files
+from rankwise.merge.write import tokenizer_files
 from rankwise.models.adapters import publish
 from rankwise.models.sites import tower_of, tower_prefixes
 from rankwise.models.vocabulary import Whole, whole_modules

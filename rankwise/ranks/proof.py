@@ -5,7 +5,7 @@
     proof.require()                                     # exit 6 where the logits differ
 
 Whatever neither the adapter nor the list of what it leaves out knows of (a module that PEFT does not find, an embedding
-taken for a matrix, another config) is a difference. One layer is in memory at a time, as in `merge/by_layer.py`.
+taken for a matrix, another config) is a difference. One layer is in memory at a time, as in `merge/logits.py`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,16 @@ from transformers import PreTrainedModel
 from rankwise.core.measure import same_as_stored
 from rankwise.errors import VerificationError
 from rankwise.files.checkpoint import Checkpoint, open_checkpoint
-from rankwise.merge.by_layer import layered_adapted, require_all_came, streamed
-from rankwise.merge.verify import NO_EFFECT, TOLERANCE, Batch, image_batch, logits, relative, text_batch
+from rankwise.merge.logits import (
+    Batch,
+    image_batch,
+    layered_adapted,
+    logits,
+    require_finite,
+    stream_weights,
+    text_batch,
+)
+from rankwise.merge.verify import NO_EFFECT, TOLERANCE, relative
 from rankwise.models.load import meta_model, weightless_model
 from rankwise.models.vocabulary import embedding_paths, resize, row_count
 from rankwise.ranks.deltas import CheckpointPair, DeltaSource, Place, SavedDeltas
@@ -60,12 +68,12 @@ def prove(both: Both, adapter: Path, expected: Makers, sees: bool) -> Proof:
     UsageError for a model that cannot be run layer by layer.
     """
     base = MadeWeights(both.base)
-    plain = streamed(weightless_model(both.folder), base)
+    plain = stream_weights(weightless_model(both.folder), base)
     batches = [text_batch(plain)]
     if sees:
         batches.append(image_batch(plain, both.folder))
     before = logits(plain, batches)
-    require_all_came(before, plain)
+    require_finite(before, plain)
     adapted = layered_adapted(both.folder, adapter, base)
     added = range(row_count(plain), row_count(adapted.get_base_model()))
     if added:
@@ -88,7 +96,7 @@ def made_logits(structure: str, makers: Makers, batches: list[Batch]) -> Tensor:
     rows = len(weights[f"{embedding_paths(model)[0]}.weight"])
     if rows != row_count(model):
         resize(model, rows)
-    return logits(streamed(model, weights), batches)
+    return logits(stream_weights(model, weights), batches)
 
 
 Maker = Callable[[], Tensor]

@@ -6,7 +6,7 @@ model = PeftModel.from_pretrained(base, "./checkpoints/isaac-lora").merge_and_un
 
 from __future__ import annotations
 
-import rankwise.models.isaac.registration  # noqa: F401 - transformers learns the classes
+import rankwise.models.isaac  # noqa: F401 - transformers learns the classes
 from rankwise.models.isaac.configuration import IsaacConfig
 from rankwise.models.isaac.modeling import IsaacForConditionalGeneration
 from rankwise.models.isaac.processing import IsaacProcessor

@@ -20,9 +20,10 @@ from rankwise.data.render import Renderer
 from rankwise.data.sources import load
 from rankwise.evaluate import command as stage
 from rankwise.evaluate.predictions import EvaluationResult
-from rankwise.models.adapt import LoraSettings, adapt, choose_sites, uniform_plan
-from rankwise.models.load import load_model, load_tokenizer
-from rankwise.models.sites import model_sites, torch_dtype
+from rankwise.models.adapt import LoraSettings, adapt
+from rankwise.models.load import load_model, load_tokenizer, torch_dtype
+from rankwise.models.sites import model_sites
+from rankwise.models.targets import choose_sites, uniform_plan
 from rankwise.options.commands import EvaluateConfig
 from rankwise.options.sections import MAX_SEQ_LENGTH
 from rankwise.pipeline.table import configured

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.core.phase import Phases
-from rankwise.models.adapt import TARGETS
+from rankwise.models.targets import TARGETS
 from rankwise.options.commands import TrainConfig
 from rankwise.pipeline.recipe import PACKAGED, load_recipe
 from rankwise.pipeline.table import configured

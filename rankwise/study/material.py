@@ -30,9 +30,9 @@ from rankwise.files.atomic import fingerprint, fingerprints, read_object
 from rankwise.files.checkpoint import base_files, open_checkpoint, resolve
 from rankwise.files.processes import announce, gathered, process_index
 from rankwise.files.run_folder import CONFIG
-from rankwise.models.adapt import choose_sites
-from rankwise.models.load import loaded, structure
-from rankwise.models.sites import model_sites, torch_dtype, weight_table
+from rankwise.models.load import load_structure, load_weights, torch_dtype
+from rankwise.models.sites import model_sites, weight_table
+from rankwise.models.targets import choose_sites
 from rankwise.options.study import StudyConfig
 from rankwise.ranks.deltas import BaseWeights, SavedDeltas, open_deltas, write_deltas
 from rankwise.study.together.alone import borrowed, train_weights
@@ -103,14 +103,14 @@ class Material:
 def gathered_material(config: StudyConfig) -> Material:
     """Model and data, checked. float32 unless --dtype says otherwise: what is measured here is small."""
     name = str(config.model.model_name)
-    skeleton = structure(config.model, name)
+    skeleton = load_structure(config.model, name)
     sites = tuple(choose_sites(model_sites(skeleton), config.target).values())
     renderer = renderer_for(config.data, config.model, name, skeleton.config)
     parts, files = read_parts(config)
     data = rendered(parts.train, renderer)
     device = config.device if config.device != "auto" else own_device()
     dtype = torch_dtype(config.model.dtype, trained=True, device=torch.device(device))
-    model = loaded(config.model, name, dtype).to(device).eval()
+    model = load_weights(config.model, name, dtype).to(device).eval()
     model.requires_grad_(False)
     rows = [data[index] for index in range(len(data))]
     return Material(config, model, renderer, sites, parts, rows, files, device)

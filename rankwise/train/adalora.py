@@ -21,7 +21,7 @@ from rankwise.evaluate.likelihood import BESIDE
 from rankwise.files.adapter import LoraAdapter, lora_config, write_adapter
 from rankwise.files.plan import PLAN_FILE, write_plan
 from rankwise.files.processes import announce
-from rankwise.models.adalora import Allocation, allocated_plan, plain_pairs
+from rankwise.models.adapt import Allocation, allocated_plan, plain_pairs
 from rankwise.models.adapters import full_weights, load_adapter, write_sites
 from rankwise.options.commands import TrainConfig
 from rankwise.options.sections import LoraSection

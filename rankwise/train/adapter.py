@@ -23,11 +23,11 @@ from rankwise.evaluate.likelihood import BESIDE
 from rankwise.files.atomic import read_object
 from rankwise.files.plan import find_plan, read_plan
 from rankwise.files.processes import announce
-from rankwise.models.adalora import Allocation, adapt_allocated
-from rankwise.models.adapt import LANGUAGE, LoraSettings, adapt, check_plan, choose_sites, restricted, uniform_plan
+from rankwise.models.adapt import Allocation, LoraSettings, adapt, adapt_allocated
 from rankwise.models.depth.encoder import attach_depth
-from rankwise.models.load import loaded
+from rankwise.models.load import load_weights
 from rankwise.models.sites import check_towers, full_modules, tower_of, tower_prefixes, towers_of
+from rankwise.models.targets import LANGUAGE, check_plan, choose_sites, restrict_plan, uniform_plan
 from rankwise.options.commands import TrainConfig
 from rankwise.options.sections import LoraSection, TowersSection
 from rankwise.page.text import plural
@@ -210,7 +210,7 @@ def planned(
     plan = checked_plan(Path(lora.lora_config), sites, towers)
     left_out: list[str] = []
     if lora.target or lora.target_modules:
-        plan, left_out = restricted(plan, choose_sites(sites, lora.target, lora.target_modules, towers))
+        plan, left_out = restrict_plan(plan, choose_sites(sites, lora.target, lora.target_modules, towers))
         announce(f"note: {len(left_out)} sites of the plan are outside the targets and are left out")
     for tower in towers:
         if all(row.site.tower != tower for row in plan.sites if row.rank):
@@ -260,7 +260,7 @@ def adapted(
     dtype = frozen_dtype(config.model.dtype, job.arguments)
     settings = settings_of(config.lora, full)
     check_precision(settings, dtype, job.arguments)
-    base = loaded(config.model, job.name, dtype, quantization(config.lora))
+    base = load_weights(config.model, job.name, dtype, quantization(config.lora))
     if job.depth:
         attach_depth(base, job.depth)
     set_seed(config.seed)

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.errors import DataError, VerificationError
-from rankwise.models.adalora import Allocation, adalora_layers, regularised, site_of
-from rankwise.models.adapt import ADAPTER
+from rankwise.models.adapt import ADAPTER, Allocation, adalora_layers, regularize, site_of
 from rankwise.train.gradient_table import StepTable
 
 ALLOCATED_TABLE, ALLOCATOR_STATE = "allocated_ranks.csv", "allocator.safetensors"
@@ -67,7 +66,7 @@ class RankAllocation(TrainerCallback):
 
     def regularised(self, share: float) -> AbstractContextManager[None]:
         """Around a forward pass whose loss counts for this share of an optimizer step's."""
-        return regularised(self._model, self.allocation.orthogonality * share)
+        return regularize(self._model, self.allocation.orthogonality * share)
 
     # --- after a step of the optimizer, while gradients are there ----------------------------------------------------
 

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from rankwise.errors import UsageError, need
 from rankwise.files.processes import announce
-from rankwise.models.sites import warn_if_slow
+from rankwise.models.load import warn_if_slow
 from rankwise.options.field import Option, Range, hints_of, plain_types
 
 SECTION = "training arguments (transformers)"

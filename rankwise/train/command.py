@@ -24,7 +24,7 @@ from rankwise.files.processes import announce
 from rankwise.files.run_folder import RunFolder, held
 from rankwise.models.adapt import MOVES_BASE, lora_pairs, trainable_parameters
 from rankwise.models.depth.encoder import attach_depth
-from rankwise.models.load import load_config, loadable
+from rankwise.models.load import load_config, load_readable_structure
 from rankwise.models.sites import full_sites, model_sites
 from rankwise.options.commands import TrainConfig
 from rankwise.pipeline.idle import refuse_idle
@@ -82,7 +82,7 @@ def run(config: TrainConfig) -> Path:
     check_folder(config)
     folder, towers = RunFolder(config.output_dir), train_use(config.towers)
     with held(folder, "train", inputs(config, name), rehearsed=True) as record:
-        skeleton = loadable(config.model, name)
+        skeleton = load_readable_structure(config.model, name)
         depth = asked(config.depth)
         if depth:
             attach_depth(skeleton, depth)

@@ -29,9 +29,10 @@ from rankwise.files.atomic import atomic_folder, fingerprints
 from rankwise.files.checkpoint import open_checkpoint, resolve
 from rankwise.files.processes import announce, process_index
 from rankwise.files.run_folder import Record, RunFolder, held
-from rankwise.models.adapt import LoraSettings, adapt, choose_sites, uniform_plan
-from rankwise.models.load import loadable, loaded
+from rankwise.models.adapt import LoraSettings, adapt
+from rankwise.models.load import load_readable_structure, load_weights
 from rankwise.models.sites import check_towers, model_sites, tower_parameters, weight_table
+from rankwise.models.targets import choose_sites, uniform_plan
 from rankwise.options.commands import FinetuneConfig
 from rankwise.options.sections import TowersSection
 from rankwise.page.text import amount, command_line, duration
@@ -67,7 +68,7 @@ def language_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 def train_full(config: FinetuneConfig, job: Job, skeleton: PreTrainedModel, checkpoint: Path | None) -> RankwiseTrainer:
     """All parameters of the towers set to `full`, in float32; then the deltas, or both checkpoints."""
     folder, first = Path(config.output_dir), process_index()[0] == 0
-    model = loaded(config.model, job.name, torch.float32)
+    model = load_weights(config.model, job.name, torch.float32)
     model.requires_grad_(False)
     towers = finetune_use(config.towers, config.method)
     trained = tower_parameters(model, towers.full)
@@ -97,7 +98,7 @@ def train_lora(config: FinetuneConfig, job: Job, skeleton: PreTrainedModel, chec
     plan = uniform_plan(sites, config.lora_r, None, False, job.name)
     for line in trained_lines(skeleton, plan, {}):
         announce(line)
-    model = loaded(config.model, job.name, frozen_dtype(config.model.dtype, job.arguments))
+    model = load_weights(config.model, job.name, frozen_dtype(config.model.dtype, job.arguments))
     set_seed(config.seed)
     adapted = adapt(model, plan, LoraSettings(dropout=0.0))
     trainer = train_job(config, adapted, job, checkpoint, tower_rates=towers.rates)
@@ -150,7 +151,7 @@ def run(config: FinetuneConfig) -> Path:
     folder = RunFolder(config.output_dir)
     given: dict[str, Path | str] = {"model": name, "data": str(config.data.data_path)}
     with held(folder, "finetune", given, rehearsed=True) as record:
-        skeleton = loadable(config.model, name)
+        skeleton = load_readable_structure(config.model, name)
         job = prepare(config, name, arguments, skeleton)
         checkpoint = starting_point(config, job)
         started = time.monotonic()

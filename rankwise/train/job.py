@@ -21,7 +21,7 @@ from rankwise.files.atomic import fingerprints
 from rankwise.files.checkpoint import base_files, open_checkpoint, resolve
 from rankwise.files.processes import announce
 from rankwise.models.adapters import require_converted, save_adapter, write_sites
-from rankwise.models.depth.settings import DepthSettings
+from rankwise.models.depth.encoder import DepthSettings
 from rankwise.models.load import meta_model
 from rankwise.options.commands import FinetuneConfig, TrainConfig
 from rankwise.options.sections import DataSection, ModelSection

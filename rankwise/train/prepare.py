@@ -27,8 +27,8 @@ from rankwise.data.split import Split, split_groups, subset
 from rankwise.errors import UsageError
 from rankwise.files.atomic import about_to_write, fingerprints
 from rankwise.files.processes import announce
-from rankwise.models.adapt import scales
-from rankwise.models.depth.settings import DepthSettings
+from rankwise.models.depth.encoder import DepthSettings
+from rankwise.models.targets import scales
 from rankwise.options.commands import TrainConfig
 from rankwise.ranks.deltas import open_deltas
 from rankwise.train.adapter import quantization, train_use

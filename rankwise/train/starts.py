@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from rankwise.core.factors import truncate
 from rankwise.core.plan import RankPlan
 from rankwise.errors import DataError, UsageError
-from rankwise.models.adapt import ADAPTER, lora_config, lora_layers, scales
+from rankwise.models.adapt import ADAPTER, lora_config, lora_layers
+from rankwise.models.targets import scales
 from rankwise.ranks.deltas import DeltaSource, deltas
 
 

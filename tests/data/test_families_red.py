@@ -16,7 +16,7 @@ from families.trials import QUESTIONS
 from rankwise.data import dataset, render, vision_inputs
 from rankwise.data.render import Rendered, Renderer
 from rankwise.evaluate import generate
-from rankwise.merge import merge
+from rankwise.merge import write
 from rankwise.models import sites
 
 Patch = pytest.MonkeyPatch
@@ -82,12 +82,12 @@ def no_tower_is_told_apart(patch: Patch) -> None:
 
 
 def merged_at_half_the_scale(patch: Patch) -> None:
-    whole = merge.MergePlan.merged
+    whole = write.change_weight
 
-    def merged(self: Any, name: str, weight: torch.Tensor) -> torch.Tensor:
-        return weight + (whole(self, name, weight) - weight) / 2
+    def merged(plan: Any, name: str, weight: torch.Tensor) -> torch.Tensor:
+        return weight + (whole(plan, name, weight) - weight) / 2
 
-    patch.setattr(merge.MergePlan, "merged", merged)
+    patch.setattr(write, "change_weight", merged)
 
 
 FAULTS: tuple[tuple[str, str, Break], ...] = (

@@ -18,16 +18,16 @@ from rankwise.demo.base import spoken
 from rankwise.demo.command import lacking_parts
 from rankwise.demo.drawings import captioned, draw, paint, seen
 from rankwise.evaluate.predictions import EvaluationResult
-from rankwise.models.tiny import check_same_ids
-from rankwise.models.tiny_vision import (
+from rankwise.models.tiny import (
     BREAK,
     IMAGE_TOKENS,
     SIDE,
     TEXT,
     Eye,
-    processor_of,
+    check_same_ids,
     random_smolvlm,
-    save_tokenizer,
+    save_vision_tokenizer,
+    vision_processor,
 )
 
 
@@ -38,8 +38,8 @@ def captions(count: int) -> list[Example]:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    tokenizer = save_tokenizer(folder, spoken(captions(60)), 330)
-    processor_of(tokenizer).save_pretrained(folder)
+    tokenizer = save_vision_tokenizer(folder, spoken(captions(60)), 330)
+    vision_processor(tokenizer).save_pretrained(folder)
     random_smolvlm(tokenizer, 0).save_pretrained(folder)
     return folder
 

@@ -32,7 +32,7 @@ from rankwise.features.cache_writer import CacheWriter
 from rankwise.features.dataset import split_of
 from rankwise.features.pictures import open_pictures
 from rankwise.files.atomic import read_object
-from rankwise.models.depth.settings import DepthSettings, write_depth
+from rankwise.models.depth.encoder import DepthSettings, write_depth
 from rankwise.models.load import load_model, load_processor
 from rankwise.models.vision_features import image_features
 

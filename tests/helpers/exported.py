@@ -23,7 +23,7 @@ from rankwise.errors import UsageError
 from rankwise.gguf.converter import Converter, find_converter
 from rankwise.gguf.export import write_export
 from rankwise.gguf.plan import plan_export
-from rankwise.models import tiny, tiny_vision
+from rankwise.models import tiny
 
 OUTTYPES = ("f32", "f16", "q8_0")
 TUNED = ("q_proj", "k_proj", "down_proj")
@@ -71,9 +71,9 @@ def text_model(folder: Path, seed: int = 0) -> Path:
 def vision_model(folder: Path, seed: int = 0) -> Path:
     """A random SmolVLM and its processor; its chat template writes the start token."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = tiny_vision.save_tokenizer(folder, TEXTS, 400)
-    tiny_vision.random_smolvlm(tokenizer, seed).save_pretrained(folder)
-    tiny_vision.processor_of(tokenizer).save_pretrained(folder)
+    tokenizer = tiny.save_vision_tokenizer(folder, TEXTS, 400)
+    tiny.random_smolvlm(tokenizer, seed).save_pretrained(folder)
+    tiny.vision_processor(tokenizer).save_pretrained(folder)
     return folder
 
 
@@ -110,6 +110,6 @@ def exported_text(folder: Path) -> Path:
 
 def exported_vision(folder: Path) -> Path:
     """`folder`/export for the vision model in `folder`/model; its device target has images of the model's own size."""
-    target = DeviceTarget(image_size=tiny_vision.SIDE, longest_edge=tiny_vision.SIDE)
+    target = DeviceTarget(image_size=tiny.SIDE, longest_edge=tiny.SIDE)
     base = vision_model(folder / "base")
     return export_model(tuned_model(base, folder / "model"), folder / "export", base, target)

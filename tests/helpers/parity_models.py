@@ -24,12 +24,12 @@ from rankwise.device.parity.cases import Case, blind, case_of
 from rankwise.device.parity.reference import HFReference
 from rankwise.gguf.export import write_export
 from rankwise.gguf.plan import plan_export
-from rankwise.models import tiny_vision
+from rankwise.models import tiny
 from rankwise.models.load import load_model, load_processor
 
 SIZES = {"wide": (96, 48), "tall": (40, 80), "square": (64, 64), "large": (130, 190)}
 LONGEST = 5
-TARGET = DeviceTarget(image_size=tiny_vision.SIDE, longest_edge=tiny_vision.SIDE, max_new_tokens=LONGEST)
+TARGET = DeviceTarget(image_size=tiny.SIDE, longest_edge=tiny.SIDE, max_new_tokens=LONGEST)
 GIVEN = "It is red."  # random weights write pieces of characters, of which llama.cpp tells no log-probabilities
 
 

@@ -15,9 +15,10 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, set_seed
 
 from rankwise.data.dataset import Collator
-from rankwise.models.adapt import LoraSettings, adapt, choose_sites, lora_layers, uniform_plan
+from rankwise.models.adapt import LoraSettings, adapt, lora_layers
 from rankwise.models.load import load_model
 from rankwise.models.sites import model_sites
+from rankwise.models.targets import choose_sites, uniform_plan
 from rankwise.train.arguments import build_arguments
 from rankwise.train.checkpoints import identity_of, resume_point
 from rankwise.train.trainer import RankwiseTrainer

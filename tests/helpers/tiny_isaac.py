@@ -12,11 +12,10 @@ from typing import Any
 from tiny_vision import saved, special_tokenizer, text_sizes
 from transformers import PreTrainedTokenizerFast
 
-import rankwise.models.isaac.registration  # noqa: F401 - transformers learns the classes
+import rankwise.models.isaac  # noqa: F401 - transformers learns the classes
 from rankwise.models.isaac.configuration import IsaacConfig
-from rankwise.models.isaac.image_processing import IsaacImageProcessor
 from rankwise.models.isaac.modeling import IsaacForConditionalGeneration
-from rankwise.models.isaac.processing import IsaacProcessor
+from rankwise.models.isaac.processing import IsaacImageProcessor, IsaacProcessor
 
 ISAAC_SPECIALS = ("<|im_start|>", "<|im_end|>", "<|image_pad|>")
 PATCHES = {"min_num_patches": 4, "max_num_patches": 64}

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rankwise.data.dataset import Collator
-from rankwise.merge.verify import image_batch
-from rankwise.models.adapt import LoraSettings, adapt, choose_sites, uniform_plan
+from rankwise.merge.logits import image_batch
+from rankwise.models.adapt import LoraSettings, adapt
 from rankwise.models.load import load_model
 from rankwise.models.sites import full_modules, model_sites
+from rankwise.models.targets import choose_sites, uniform_plan
 from rankwise.train.arguments import build_arguments
 from rankwise.train.trainer import RankwiseTrainer
 

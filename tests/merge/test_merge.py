@@ -32,11 +32,12 @@ from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.atomic import fingerprint
 from rankwise.files.checkpoint import open_checkpoint
 from rankwise.files.run_folder import RunFolder
-from rankwise.merge import merge as merge_module
+from rankwise.merge import write as writing
 from rankwise.merge.command import describe as describe_stage
 from rankwise.merge.command import run
-from rankwise.merge.merge import Entry, plan_merge, shard_bytes, write_merged, write_shards
+from rankwise.merge.plan import Entry, plan_merge
 from rankwise.merge.verify import Agreement, Reference, compare
+from rankwise.merge.write import make_tensor, shard_bytes, write_merged, write_shards
 from rankwise.models.load import load_model
 from rankwise.options.commands import MergeConfig
 
@@ -137,7 +138,7 @@ def test_more_digits_on_disk_are_merged_digits(tmp_path: Path) -> None:
 
 def test_a_plan_can_be_written_again(base: Path, adapter: Path) -> None:
     plan = plan_merge(str(base), adapter)
-    assert all(torch.equal(plan.tensor(entry), plan.tensor(entry)) for entry in plan.entries)
+    assert all(torch.equal(make_tensor(plan, entry), make_tensor(plan, entry)) for entry in plan.entries)
 
 
 @pytest.mark.parametrize("size", ["1GB", "100KB"])
@@ -285,8 +286,8 @@ def test_an_adapter_that_cannot_be_merged_is_refused(damage: str, adapter: Path,
 def test_a_wrong_merge_is_found_and_leaves_nothing(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = merge_module.merge_layer
-    monkeypatch.setattr(merge_module, "merge_layer", lambda layer, weight: 2 * right(layer, weight) - weight)
+    right = writing.merge_layer
+    monkeypatch.setattr(writing, "merge_layer", lambda layer, weight: 2 * right(layer, weight) - weight)
     assert main(["merge", str(adapter), "-o", str(tmp_path / "out")]) == 6
     assert list(tmp_path.iterdir()) == [], "neither a temporary folder nor the output's"
     assert main(["merge", str(adapter), "-o", str(tmp_path / "out"), "--no_verify"]) == 0
@@ -389,9 +390,9 @@ def test_memory_is_that_of_a_few_matrices_whatever_the_size(tmp_path: Path, monk
     plan = plan_merge(str(base), adapter)
     (tmp_path / "out").mkdir()
     seen: list[int] = []
-    one = merge_module.merge_layer
+    one = writing.merge_layer
     monkeypatch.setattr(
-        merge_module, "merge_layer", lambda layer, weight: (one(layer, weight), seen.append(anonymous_bytes()))[0]
+        writing, "merge_layer", lambda layer, weight: (one(layer, weight), seen.append(anonymous_bytes()))[0]
     )
     start = anonymous_bytes()
     write_merged(plan, tmp_path / "out", "5GB")

@@ -16,8 +16,7 @@ from test_merge import adapter_on, weights
 from tiny import tiny_llama
 
 from rankwise.cli import main
-from rankwise.merge import merge
-from rankwise.merge import merge as merge_module
+from rankwise.merge import write
 from rankwise.models.load import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -96,13 +95,13 @@ def test_a_full_disk_leaves_the_earlier_merge(
     out = tmp_path / "out"
     assert main(["merge", str(adapter), "-o", str(out)]) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith(".")}
-    whole = merge.write_file
+    whole = write.write_file
 
     def full(path: Path, entries: object, tensor: object) -> None:
         whole(path, entries, tensor)  # type: ignore[arg-type]
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(merge, "write_file", full)
+    monkeypatch.setattr(write, "write_file", full)
     assert main(["merge", str(adapter), "-o", str(out), "--dtype", "float16"]) == 3
     assert "no space left" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith(".")} == before
@@ -113,7 +112,7 @@ def test_too_small_a_disk_is_seen_before_anything_is_written(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(merge_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: usage)
     assert main(["merge", str(adapter), "-o", str(tmp_path / "out")]) == 3
     assert "are free" in capsys.readouterr().err
     assert not (tmp_path / "out" / "config.json").exists()

@@ -22,19 +22,20 @@ from rankwise.data.renderer_for import renderer_for
 from rankwise.data.sources import load
 from rankwise.errors import UsageError
 from rankwise.files.checkpoint import open_checkpoint
-from rankwise.merge import merge as merge_module
-from rankwise.merge.by_layer import FileWeights, layered_model
+from rankwise.merge import write as writing
 from rankwise.merge.command import prompts_of, run
-from rankwise.merge.merge import Rounding
-from rankwise.merge.verify import (
+from rankwise.merge.logits import (
+    FileWeights,
     last_tokens,
+    layered_model,
     logits,
     needs_layers,
     prompt_batch,
-    reference_logits,
     text_batch,
     whole_bytes,
 )
+from rankwise.merge.verify import reference_logits
+from rankwise.merge.write import Rounding
 from rankwise.models.adapters import save_adapter
 from rankwise.models.load import load_model, load_processor
 from rankwise.options.commands import MergeConfig
@@ -122,8 +123,8 @@ def test_a_limit_on_memory_decides_how_it_is_compared(tmp_path: Path, capsys: py
 def test_a_wrong_merge_is_found_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_llama(tmp_path / "base")
     adapter = adapter_on(base, tmp_path / "adapter")
-    right = merge_module.merge_layer
-    monkeypatch.setattr(merge_module, "merge_layer", lambda layer, weight: 2 * right(layer, weight) - weight)
+    right = writing.merge_layer
+    monkeypatch.setattr(writing, "merge_layer", lambda layer, weight: 2 * right(layer, weight) - weight)
     limit = ["--max_memory", "99KB"]
     assert main(["merge", str(adapter), "-o", str(tmp_path / "out"), *limit]) == 6
     assert not (tmp_path / "out" / "config.json").exists()

@@ -17,9 +17,9 @@ from torch import Tensor
 from towered import Bases, adapted
 
 from rankwise.cli import main
-from rankwise.merge import by_layer, verify, written
-from rankwise.merge import merge as module
-from rankwise.merge.merge import Entry, MergePlan
+from rankwise.merge import logits, verify, write
+from rankwise.merge import plan as planning
+from rankwise.merge.plan import Entry, MergePlan
 from rankwise.models.adapters import save_adapter
 
 pytestmark = [
@@ -31,7 +31,7 @@ pytestmark = [
 DOWN, EMBEDDING = "model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"
 DTYPES = ("float32", "float16", "bfloat16")
 Merge = Callable[..., tuple[int, str]]
-right_layer, right_tensor = module.merge_layer, MergePlan.tensor
+right_layer, right_tensor = write.merge_layer, write.make_tensor
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +59,10 @@ def merge(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def written_as(change: Callable[[Entry, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """In place of `MergePlan.tensor`: what it gives, changed."""
+    """In place of `make_tensor`: what it gives, changed."""
 
-    def tensor(self: MergePlan, entry: Entry, rounding: Any = None) -> Tensor:
-        return change(entry, right_tensor(self, entry, rounding))
+    def tensor(plan: MergePlan, entry: Entry, rounding: Any = None) -> Tensor:
+        return change(entry, right_tensor(plan, entry, rounding))
 
     return tensor
 
@@ -78,9 +78,11 @@ def test_sound_merges_pass(merge: Merge) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_matrix_that_was_not_merged(dtype: str, merge: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three quarters of the effect are lost, and in bfloat16 the logits alone would let it pass."""
-    merged = MergePlan.merged
+    merged = write.change_weight
     monkeypatch.setattr(
-        MergePlan, "merged", lambda self, name, weight: weight.float() if name == DOWN else merged(self, name, weight)
+        write,
+        "change_weight",
+        lambda plan, name, weight: weight.float() if name == DOWN else merged(plan, name, weight),
     )
     code, said = merge("--dtype", dtype)
     assert code == 6 and f"{DOWN} is not base + adapter" in said
@@ -88,13 +90,13 @@ def test_a_matrix_that_was_not_merged(dtype: str, merge: Merge, monkeypatch: pyt
 
 def test_large_matrices_are_looked_at_some_rows_at_a_time(merge: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last row alone is wrong."""
-    monkeypatch.setattr(written, "BLOCK", 100)
+    monkeypatch.setattr(verify, "BLOCK", 100)
     assert merge() == (0, "")
 
     def wrong(entry: Entry, tensor: Tensor) -> Tensor:
         return tensor.index_fill(0, torch.tensor([len(tensor) - 1]), 0.5) if entry.key == DOWN else tensor
 
-    monkeypatch.setattr(MergePlan, "tensor", written_as(wrong))
+    monkeypatch.setattr(write, "make_tensor", written_as(wrong))
     code, said = merge()
     assert code == 6 and f"{DOWN} is not base + adapter" in said
 
@@ -102,27 +104,29 @@ def test_large_matrices_are_looked_at_some_rows_at_a_time(merge: Merge, monkeypa
 def test_a_scale_a_little_off(merge: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ten-thousandths: far below any tolerance of logits."""
     monkeypatch.setattr(
-        module, "merge_layer", lambda layer, weight: weight + 1.0002 * (right_layer(layer, weight) - weight)
+        write, "merge_layer", lambda layer, weight: weight + 1.0002 * (right_layer(layer, weight) - weight)
     )
     code, said = merge("--dtype", "float32")
     assert code == 6 and "4 tensors" in said
 
 
 def test_digits_cut_off_in_place_of_rounding(merge: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut(self: MergePlan, name: str, weight: Tensor) -> Tensor:
-        whole = right_layer(self.change.layers[name], weight)
+    def cut(plan: MergePlan, name: str, weight: Tensor) -> Tensor:
+        whole = right_layer(plan.change.layers[name], weight)
         return (whole.view(torch.int32) & -65536).view(torch.float32)  # towards zero: up to a whole spacing off
 
-    monkeypatch.setattr(MergePlan, "merged", cut)
+    monkeypatch.setattr(write, "change_weight", cut)
     code, said = merge()
     assert code == 6 and "is not base + adapter" in said
 
 
 def test_another_matrixs_factors(merge: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
     other = DOWN.replace("layers.0", "layers.1")
-    merged = MergePlan.merged
+    merged = write.change_weight
     swapped = {DOWN: other, other: DOWN}
-    monkeypatch.setattr(MergePlan, "merged", lambda self, name, weight: merged(self, swapped.get(name, name), weight))
+    monkeypatch.setattr(
+        write, "change_weight", lambda plan, name, weight: merged(plan, swapped.get(name, name), weight)
+    )
     code, said = merge()
     assert code == 6 and DOWN in said and other in said
 
@@ -133,18 +137,18 @@ def test_a_row_that_no_prompt_holds(merge: Merge, monkeypatch: pytest.MonkeyPatc
     def wrong(entry: Entry, tensor: Tensor) -> Tensor:
         return tensor.index_fill(0, torch.tensor([2]), 0.5) if entry.key == EMBEDDING else tensor
 
-    monkeypatch.setattr(MergePlan, "tensor", written_as(wrong))
+    monkeypatch.setattr(write, "make_tensor", written_as(wrong))
     code, said = merge()
     assert code == 6 and f"{EMBEDDING} is not the base's" in said
 
 
 def test_a_tensor_that_was_not_written(merge: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = module.write_shards
+    whole = write.write_shards
 
     def fewer(folder: Path, entries: Any, *rest: Any) -> Any:
         return whole(folder, [entry for entry in entries if entry.key != DOWN], *rest)
 
-    monkeypatch.setattr(module, "write_shards", fewer)
+    monkeypatch.setattr(write, "write_shards", fewer)
     code, said = merge()
     assert code == 6 and f"{DOWN} is missing" in said
 
@@ -164,7 +168,7 @@ def test_a_vision_tower_that_an_adapter_of_the_language_leaves_alone(
     def wrong(entry: Entry, tensor: Tensor) -> Tensor:
         return tensor + 1 if "vision_model" in entry.key and "fc1.weight" in entry.key else tensor
 
-    monkeypatch.setattr(MergePlan, "tensor", written_as(wrong))
+    monkeypatch.setattr(write, "make_tensor", written_as(wrong))
     code, said = merge(of=tmp_path / "adapter")
     assert code == 6 and "vision_model" in said and "is not the base's" in said
 
@@ -178,8 +182,8 @@ def test_a_config_that_is_not_the_bases(
     dtype: str, epsilon: float, limit: str, merge: Merge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All tensors are right, and the model is another; off by less than ten times the tolerance."""
-    config = module.merged_config
-    monkeypatch.setattr(module, "merged_config", lambda *given: config(*given) | {"rms_norm_eps": 1e-6 + epsilon})
+    config = planning.merged_config
+    monkeypatch.setattr(planning, "merged_config", lambda *given: config(*given) | {"rms_norm_eps": 1e-6 + epsilon})
     errors: list[float] = []
     relative = verify.relative
     monkeypatch.setattr(verify, "relative", lambda *given: (errors.append(relative(*given)), errors[-1])[1])
@@ -192,7 +196,7 @@ def test_an_adapter_that_changes_nothing(
     base: Path, tmp_path: Path, merge: Merge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PEFT puts it on the base without effect: the reference is then the base itself."""
-    monkeypatch.setattr(verify.PeftModel, "from_pretrained", lambda model, _: model)
+    monkeypatch.setattr(logits.PeftModel, "from_pretrained", lambda model, _: model)
     code, said = merge()
     assert code == 6 and "which is nothing" in said
 
@@ -207,13 +211,13 @@ def test_an_effect_that_sums_in_another_order_have_as_well(tmp_path: Path, adapt
 
 def test_layers_that_get_another_layers_weights(merge: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the reference: what is compared layer by layer is not the base then."""
-    read = by_layer.FileWeights.__getitem__
+    read = logits.FileWeights.__getitem__
 
-    def other(self: by_layer.FileWeights, name: str) -> Tensor:
+    def other(self: logits.FileWeights, name: str) -> Tensor:
         merged = "merged" in str(self.checkpoint.path) or ".out." in str(self.checkpoint.path)
         return read(self, name if merged else name.replace("layers.1", "layers.0"))
 
-    monkeypatch.setattr(by_layer.FileWeights, "__getitem__", other)
+    monkeypatch.setattr(logits.FileWeights, "__getitem__", other)
     code, said = merge("--max_memory", "99KB")
     assert code == 6 and "logits differ from base + adapter's" in said
 
@@ -223,7 +227,7 @@ def test_untied_weights_under_a_config_that_ties_them(
 ) -> None:
     base = tiny_llama(tmp_path / "base", tie_word_embeddings=True)
     adapter = adapter_on(base, tmp_path / "adapter", ["q_proj", "lm_head"])
-    config = module.merged_config
-    monkeypatch.setattr(module, "merged_config", lambda given, dtype, untie: config(given, dtype, False))
+    config = planning.merged_config
+    monkeypatch.setattr(planning, "merged_config", lambda given, dtype, untie: config(given, dtype, False))
     code, said = merge(of=adapter)
     assert code == 6 and "always ties" in said

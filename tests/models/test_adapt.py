@@ -30,23 +30,11 @@ from rankwise.core.plan import PlannedSite, RankPlan, load_plan
 from rankwise.core.site import Site
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import LoraAdapter, LoraPair, lora_config, read_adapter, write_adapter
-from rankwise.models.adapt import (
-    ADAPTER,
-    LoraSettings,
-    adapt,
-    built_shapes,
-    check_plan,
-    choose_sites,
-    lora_layers,
-    lora_pairs,
-    quiet_peft,
-    restricted,
-    scales,
-    uniform_plan,
-)
+from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, built_shapes, lora_layers, lora_pairs, quiet_peft
 from rankwise.models.adapters import load_adapter, save_adapter, write_sites
 from rankwise.models.load import load_model
 from rankwise.models.sites import model_sites
+from rankwise.models.targets import check_plan, choose_sites, restrict_plan, scales, uniform_plan
 from rankwise.train.starts import eva_start, input_directions, warm_start
 
 IDS = torch.arange(4, 24).reshape(2, 10)
@@ -233,11 +221,11 @@ def test_too_large_a_rank_is_cut_and_recorded_and_rank_zero_left_out(base: Path,
 def test_a_target_narrows_a_plan(base: Path) -> None:
     sites = model_sites(fresh(base))
     attention = choose_sites(sites, "attention_only")
-    narrowed, left_out = restricted(uneven(sites), attention)
+    narrowed, left_out = restrict_plan(uneven(sites), attention)
     assert list(narrowed.ranks) == list(attention)
     assert set(left_out) == set(sites) - set(attention)
     with pytest.raises(UsageError, match="leaves nothing"):
-        restricted(narrowed, choose_sites(sites, "mlp_only"))
+        restrict_plan(narrowed, choose_sites(sites, "mlp_only"))
 
 
 def test_a_narrowed_plan_keeps_its_scales(base: Path) -> None:
@@ -249,7 +237,7 @@ def test_a_narrowed_plan_keeps_its_scales(base: Path) -> None:
         small = min(plan.ranks[path] for path in attention)
         few = [path for path in attention if plan.ranks[path] == small]
         assert plan.largest > small
-        narrowed, _ = restricted(plan, few)
+        narrowed, _ = restrict_plan(plan, few)
         assert narrowed.largest == small and narrowed.scale(small) == pytest.approx(plan.scale(small))
 
 

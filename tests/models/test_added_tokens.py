@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rankwise.cli import main
 from rankwise.files.adapter import read_adapter
 from rankwise.files.checkpoint import open_checkpoint
-from rankwise.merge import merge as module
+from rankwise.merge import plan as module
 from rankwise.models.adapters import load_adapter
 from rankwise.models.load import load_model
 
@@ -170,14 +170,14 @@ def test_a_merge_that_leaves_new_rows_empty_is_found(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tuned(base, tmp_path / "adapter", trainable_token_indices=NEW)
-    change = module.filled_skeleton
+    change = module.build_skeleton
 
     def without_tokens(*given: Any) -> Any:
         found = change(*given)
         found.tokens.clear()
         return found
 
-    monkeypatch.setattr(module, "filled_skeleton", without_tokens)
+    monkeypatch.setattr(module, "build_skeleton", without_tokens)
     assert main(["merge", str(tmp_path / "adapter"), "-o", str(tmp_path / "out")]) == 6
     assert "logits differ from base + adapter's" in capsys.readouterr().err
 

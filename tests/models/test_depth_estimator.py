@@ -19,11 +19,11 @@ from rankwise.models.depth.estimator import (
     SIZES,
     DepthEstimator,
     config_of,
-    filled,
+    fill_model,
     from_original,
     load_estimator,
-    prepared,
-    renamed,
+    prepare_pixels,
+    rename_tensors,
     size_of,
 )
 
@@ -46,7 +46,7 @@ def test_every_tensor_of_the_real_layouts_has_its_place(name: str) -> None:
     assert size.name == name
     with torch.device("meta"):
         wanted = DepthAnythingForDepthEstimation(config_of(size)).state_dict()
-    found = renamed(weights)
+    found = rename_tensors(weights)
     assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in wanted.items()}
 
 
@@ -57,7 +57,7 @@ def test_sizes_differ_in_what_the_head_reads() -> None:
 
 def test_original_names_give_bit_equal_depth() -> None:
     model = tiny_depth_model()
-    again = filled(tiny_depth_config(), as_original(model), Path("x.pth")).eval()
+    again = fill_model(tiny_depth_config(), as_original(model), Path("x.pth")).eval()
     pixels = torch.randn(2, 3, 56, 84, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected, found = model(pixels).predicted_depth, again(pixels).predicted_depth
@@ -68,7 +68,7 @@ def test_original_names_give_bit_equal_depth() -> None:
 def test_query_key_and_value_are_not_mixed_up() -> None:
     weights = as_original(tiny_depth_model())
     joined = weights["pretrained.blocks.0.attn.qkv.weight"]
-    found = renamed(weights)
+    found = rename_tensors(weights)
     for index, name in enumerate("qkv"):
         part = joined[32 * index : 32 * (index + 1)]
         assert torch.equal(found[f"backbone.encoder.layer.0.attention.{name}_proj.weight"], part)
@@ -77,7 +77,7 @@ def test_query_key_and_value_are_not_mixed_up() -> None:
 def test_fingerprint_is_of_the_weights_not_of_the_format(tmp_path: Path) -> None:
     model = tiny_depth_model()
     folder = load_estimator(str(tiny_estimator(tmp_path / "hf")))
-    original = DepthEstimator("x", filled(tiny_depth_config(), as_original(model), Path("x.pth")))
+    original = DepthEstimator("x", fill_model(tiny_depth_config(), as_original(model), Path("x.pth")))
     assert folder.fingerprint == original.fingerprint
     assert folder.fingerprint != load_estimator(str(tiny_estimator(tmp_path / "other", seed=1))).fingerprint
 
@@ -159,7 +159,7 @@ def test_pixels_are_prepared_as_the_original_does() -> None:
     """Bicubic with a = −0.75, half-pixel centres, borders repeated and no antialiasing: OpenCV's INTER_CUBIC, worked
     out here point by point in float64."""
     image = drawn_image(3, (45, 30))
-    found = prepared(image, 56)[0].double()
+    found = prepare_pixels(image, 56)[0].double()
     assert found.shape == (3, 56, 84)
     source = np.asarray(image, dtype=np.float64) / 255
 
@@ -181,4 +181,4 @@ def test_pixels_are_prepared_as_the_original_does() -> None:
 
 
 def test_the_mean_colour_becomes_zero() -> None:
-    assert prepared(Image.new("RGB", (20, 20), (124, 116, 104)), 28).abs().max() < 0.02
+    assert prepare_pixels(Image.new("RGB", (20, 20), (124, 116, 104)), 28).abs().max() < 0.02

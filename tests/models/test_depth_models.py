@@ -19,8 +19,7 @@ from transformers import AutoProcessor
 from rankwise.data.depth.maps import Grid, image_grids
 from rankwise.errors import DataError, UsageError
 from rankwise.models.adapt import quiet_peft
-from rankwise.models.depth.encoder import DepthEncoder, attach_depth, encoder_of
-from rankwise.models.depth.settings import DepthSettings, read_depth, write_depth
+from rankwise.models.depth.encoder import DepthEncoder, DepthSettings, attach_depth, encoder_of, read_depth, write_depth
 from rankwise.models.load import load_model
 from rankwise.models.sites import model_sites
 

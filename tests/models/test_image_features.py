@@ -16,10 +16,9 @@ from torch import Tensor
 
 from rankwise.data.vision_inputs import Sight
 from rankwise.errors import UsageError
-from rankwise.models.depth.encoder import attach_depth
-from rankwise.models.depth.settings import DepthSettings
+from rankwise.models.depth.encoder import DepthSettings, attach_depth
 from rankwise.models.load import load_model, load_processor
-from rankwise.models.vision_features import approximated, image_features, load_vision_side, seeing_part
+from rankwise.models.vision_features import approximate_features, image_features, load_vision_side, seeing_part
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 ALL: Mapping[str, Callable[[Path], Path]] = {**FAMILIES, "isaac": tiny_isaac}
@@ -94,9 +93,9 @@ def test_identity_changes_nothing_and_zero_does(case: Case) -> None:
 
     with torch.no_grad():
         before = model(**case.batch).logits
-        with approximated(model, lambda features: features.clone()):
+        with approximate_features(model, lambda features: features.clone()):
             assert torch.equal(model(**case.batch).logits, before)
-        with approximated(model, zero):
+        with approximate_features(model, zero):
             assert not torch.allclose(model(**case.batch).logits, before, atol=1e-3)
             assert not embedded(model, case.batch).any()
         features = image_features(model, case.batch)
@@ -109,7 +108,7 @@ def test_each_matrix_is_put_where_it_came_from(case: Case) -> None:
     with torch.no_grad():
         features = torch.stack(image_features(model, case.batch))
         factor = 1 + torch.arange(len(features))[:, None, None]
-        with approximated(model, lambda given: given * factor):
+        with approximate_features(model, lambda given: given * factor):
             assert torch.equal(embedded(model, case.batch), (features * factor).flatten(0, 1))
 
 
@@ -122,9 +121,9 @@ def test_generate_sees_the_approximation(case: Case) -> None:
         return torch.zeros_like(features)
 
     before = case.generated(model)
-    with approximated(model, lambda features: features):
+    with approximate_features(model, lambda features: features):
         assert torch.equal(case.generated(model), before)
-    with approximated(model, zero):
+    with approximate_features(model, zero):
         case.generated(model)
     assert len(calls) == 1, "once, before the first token"
 
@@ -133,9 +132,9 @@ def test_through_an_adapter(case: Case) -> None:
     model = get_peft_model(case.model(), LoraConfig(target_modules=["q_proj", "qkv"], r=2))
     with torch.no_grad():
         before = model(**case.batch).logits
-        with approximated(model, lambda features: features):
+        with approximate_features(model, lambda features: features):
             assert torch.equal(model(**case.batch).logits, before)
-        with approximated(model, torch.zeros_like):
+        with approximate_features(model, torch.zeros_like):
             assert not torch.allclose(model(**case.batch).logits, before, atol=1e-3)
         assert torch.equal(model(**case.batch).logits, before)
 
@@ -144,11 +143,14 @@ def test_blocks_within_blocks_and_errors(case: Case) -> None:
     model = case.model()
     with torch.no_grad():
         plain = embedded(model, case.batch)
-        with approximated(model, lambda features: features * 2):
-            with approximated(model, lambda features: features * 3):
+        with approximate_features(model, lambda features: features * 2):
+            with approximate_features(model, lambda features: features * 3):
                 assert torch.equal(embedded(model, case.batch), plain * 2 * 3)
             assert torch.equal(embedded(model, case.batch), plain * 2)
-        with pytest.raises(ValueError, match="came out as"), approximated(model, lambda features: features[:, :1]):
+        with (
+            pytest.raises(ValueError, match="came out as"),
+            approximate_features(model, lambda features: features[:, :1]),
+        ):
             model(**case.batch)
         assert torch.equal(embedded(model, case.batch), plain)
         assert "get_image_features" not in vars(seeing_part(model))
@@ -172,13 +174,13 @@ def test_with_depth_the_encoding_is_part_of_what_is_replaced(tmp_path: Path) -> 
     batch = {**case.batch, "depth": torch.linspace(0, 1, tokens)}
     with torch.no_grad():
         assert torch.equal(torch.cat(image_features(model, batch)), embedded(model, batch))
-        with approximated(model, torch.zeros_like):
+        with approximate_features(model, torch.zeros_like):
             assert not embedded(model, batch).any()
 
 
 def test_a_text_model_has_none(tmp_path: Path) -> None:
     model = load_model(str(tiny_llama(tmp_path)), torch.float32)
-    with pytest.raises(UsageError, match="no image features"), approximated(model, torch.zeros_like):
+    with pytest.raises(UsageError, match="no image features"), approximate_features(model, torch.zeros_like):
         pass
     with pytest.raises(UsageError, match="no image features"):
         load_vision_side(str(tmp_path), torch.float32, CPU)

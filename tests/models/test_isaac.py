@@ -32,7 +32,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from rankwise.models.isaac.configuration import IsaacConfig
 from rankwise.models.isaac.modeling import IsaacForConditionalGeneration, Rotary, position_ids
 from rankwise.models.isaac.processing import IsaacProcessor
-from rankwise.models.isaac.vision import IsaacVisionTower, VisionEmbedding, pixel_shuffle, resized_positions
+from rankwise.models.isaac.vision import IsaacVisionTower, VisionEmbedding, pixel_shuffle, resize_positions
 from rankwise.models.load import load_model, load_processor, meta_model
 from rankwise.scripts import depth_isaac
 
@@ -215,7 +215,7 @@ def test_positions_are_resized_with_antialias(grid: tuple[int, int]) -> None:
     table = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
     square = table.double().view(4, 4, 3)
     expected = torch.einsum("ri,cj,ijk->rck", triangle(4, grid[0]), triangle(4, grid[1]), square).reshape(-1, 3)
-    torch.testing.assert_close(resized_positions(table, *grid).double(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(resize_positions(table, *grid).double(), expected, atol=1e-6, rtol=0)
 
 
 @pytest.fixture(scope="module")

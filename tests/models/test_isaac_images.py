@@ -22,8 +22,7 @@ from rankwise.data.images import ImageReader
 from rankwise.data.vision_inputs import Sight
 from rankwise.errors import DataError
 from rankwise.models.isaac.configuration import IsaacConfig
-from rankwise.models.isaac.image_processing import IsaacImageProcessor
-from rankwise.models.isaac.processing import IsaacProcessor
+from rankwise.models.isaac.processing import IsaacImageProcessor, IsaacProcessor
 
 IMAGE = "<|image_pad|>"
 sides = st.integers(1, 4000)

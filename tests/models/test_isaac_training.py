@@ -22,10 +22,11 @@ from rankwise.data.sources import load
 from rankwise.evaluate.generate import GenerationSettings, HFGenerator
 from rankwise.files.plan import read_plan
 from rankwise.merge.command import run as merge
-from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, choose_sites, lora_layers, uniform_plan
+from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, lora_layers
 from rankwise.models.adapters import load_adapter, save_adapter
 from rankwise.models.load import load_config, load_model, load_processor, meta_model
 from rankwise.models.sites import model_sites, weight_table
+from rankwise.models.targets import choose_sites, uniform_plan
 from rankwise.options.commands import MergeConfig
 from rankwise.options.sections import DataSection, ModelSection
 

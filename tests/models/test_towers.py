@@ -19,7 +19,7 @@ from rankwise import cli
 from rankwise.errors import UsageError
 from rankwise.files.adapter import read_adapter
 from rankwise.files.plan import read_plan
-from rankwise.models.adapt import LoraSettings, adapt, check_plan, choose_sites, lora_layers, uniform_plan
+from rankwise.models.adapt import LoraSettings, adapt, lora_layers
 from rankwise.models.load import meta_model
 from rankwise.models.sites import (
     full_modules,
@@ -31,6 +31,7 @@ from rankwise.models.sites import (
     tower_prefixes,
     towers_of,
 )
+from rankwise.models.targets import check_plan, choose_sites, uniform_plan
 from rankwise.options.sections import TowersSection
 from rankwise.ranks.deltas import open_deltas
 from rankwise.train.adapter import finetune_use, train_use

@@ -20,11 +20,13 @@ from rankwise.core.phase import bind
 from rankwise.core.schedule import parse_schedule
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.adapter import read_adapter
-from rankwise.merge.merge import plan_merge, write_merged
-from rankwise.models.adapt import LoraSettings, adapt, choose_sites, full_copies, lora_layers, quiet_peft, uniform_plan
+from rankwise.merge.plan import plan_merge
+from rankwise.merge.write import write_merged
+from rankwise.models.adapt import LoraSettings, adapt, full_copies, lora_layers, quiet_peft
 from rankwise.models.adapters import load_adapter, save_adapter, write_sites
 from rankwise.models.load import load_model, meta_model
 from rankwise.models.sites import full_sites, model_sites, tower_of, tower_parameters, tower_prefixes
+from rankwise.models.targets import choose_sites, uniform_plan
 from rankwise.train.phases import PhaseKeeper
 
 

@@ -35,9 +35,10 @@ from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import Site
 from rankwise.errors import UsageError
 from rankwise.files.plan import read_plan
-from rankwise.models.adapt import lora_layers, quiet_peft, scales
+from rankwise.models.adapt import lora_layers, quiet_peft
 from rankwise.models.load import meta_model
 from rankwise.models.sites import model_sites
+from rankwise.models.targets import scales
 from rankwise.ranks.emit import TRAINERS, emit
 
 # --- the trainers ----------------------------------------------------------------------------------------------------

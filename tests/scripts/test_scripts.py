@@ -22,9 +22,10 @@ from rankwise.core.schedule import parse_schedule, strategy
 from rankwise.data.device import DeviceTarget
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.predictions import EvaluationResult
-from rankwise.models.adapt import choose_sites, lora_layers
+from rankwise.models.adapt import lora_layers
 from rankwise.models.load import meta_model
 from rankwise.models.sites import model_sites
+from rankwise.models.targets import choose_sites
 from rankwise.scripts import (
     ATTENTION_ONLY,
     BOTH,

@@ -23,8 +23,9 @@ from rankwise.data.dataset import Collator
 from rankwise.data.render import IGNORED
 from rankwise.errors import Interrupted, UsageError, VerificationError
 from rankwise.evaluate.likelihood import answer_losses
-from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, choose_sites, lora_layers
+from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, lora_layers
 from rankwise.models.sites import model_sites
+from rankwise.models.targets import choose_sites
 from rankwise.study.together import train
 from rankwise.study.together.alone import train_alone
 from rankwise.study.together.stacked import Course, Hyperparameters, Stack, StackedAdamW, rate_factors, running

@@ -30,19 +30,21 @@ from rankwise.data.dataset import Collator
 from rankwise.errors import DataError, VerificationError
 from rankwise.files.adapter import LoraAdapter, LoraPair, lora_config, read_adapter, write_adapter
 from rankwise.files.plan import read_plan
-from rankwise.models.adalora import (
+from rankwise.models.adapt import (
+    ADAPTER,
     Allocation,
+    LoraSettings,
     adalora_layers,
     adapt_allocated,
     allocated_plan,
     plain_pairs,
-    regularised,
+    regularize,
     site_of,
 )
-from rankwise.models.adapt import ADAPTER, LoraSettings, choose_sites, uniform_plan
 from rankwise.models.adapters import load_adapter
 from rankwise.models.load import load_model
 from rankwise.models.sites import model_sites
+from rankwise.models.targets import choose_sites, uniform_plan
 from rankwise.train import adalora as saving
 from rankwise.train.allocation import ALLOCATED_TABLE, ALLOCATOR_STATE, RankAllocation
 from rankwise.train.arguments import build_arguments
@@ -297,7 +299,7 @@ def test_peft_and_our_importance_agree_on_scores_budgets_and_kept_channels(base:
     compared = 0
     for step in range(1, found.budget.end):
         ids = torch.randint(4, 300, (2, 8), generator=torch.Generator().manual_seed(step))
-        with regularised(model, 0.5):
+        with regularize(model, 0.5):
             model.train()(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         named = {name: one for name, one in model.base_model.model.named_parameters() if ".lora_" in name}

@@ -14,8 +14,8 @@ from transformers import TrainingArguments
 
 from rankwise import cli
 from rankwise.errors import UsageError
-from rankwise.models import sites
-from rankwise.models.sites import torch_dtype
+from rankwise.models import load
+from rankwise.models.load import torch_dtype
 from rankwise.train.arguments import NO_LONGER, TRANSLATED, autocast, build_arguments, frozen_dtype
 
 
@@ -108,15 +108,15 @@ def test_half_precision_on_a_cpu_is_a_warning_and_float32(tmp_path: Path, capsys
 @pytest.fixture
 def slow_halves(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A CPU on which 16 bits take 35 times as long."""
-    monkeypatch.setattr(sites, "seconds_of", lambda dtype: 0.001 if dtype == torch.float32 else 0.035)
+    monkeypatch.setattr(load, "seconds_of", lambda dtype: 0.001 if dtype == torch.float32 else 0.035)
     yield from forgotten()
 
 
 def forgotten() -> Iterator[None]:
-    for measured in (sites.slowdown, sites.warn_if_slow):
+    for measured in (load.slowdown, load.warn_if_slow):
         measured.cache_clear()
     yield
-    for measured in (sites.slowdown, sites.warn_if_slow):
+    for measured in (load.slowdown, load.warn_if_slow):
         measured.cache_clear()
 
 
@@ -157,8 +157,8 @@ def test_emulated_halves_are_said_where_a_model_is_loaded(
 
 
 def test_what_is_measured_is_a_product_in_that_type() -> None:
-    assert 0.2 < sites.seconds_of(torch.float32) / sites.seconds_of(torch.float32) < 5
-    assert 0 < sites.seconds_of(torch.float16) < 0.5
+    assert 0.2 < load.seconds_of(torch.float32) / load.seconds_of(torch.float32) < 5
+    assert 0 < load.seconds_of(torch.float16) < 0.5
 
 
 def test_precision_is_decided_by_flags_then_dtype() -> None:

@@ -34,8 +34,7 @@ from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.engines import Subject, base_and_adapter, seeing, subject
 from rankwise.evaluate.generate import GenerationSettings, HFGenerator
 from rankwise.models.adapt import quiet_peft
-from rankwise.models.depth.encoder import encoder_of
-from rankwise.models.depth.settings import read_depth, write_depth
+from rankwise.models.depth.encoder import encoder_of, read_depth, write_depth
 from rankwise.models.isaac.modeling import IsaacForConditionalGeneration
 from rankwise.models.load import load_config, load_processor
 from rankwise.options.commands import EvaluateConfig

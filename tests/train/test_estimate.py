@@ -15,8 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from rankwise import cli
 from rankwise.errors import UsageError
 from rankwise.files.atomic import read_object
-from rankwise.models.adapt import LoraSettings, adapt, choose_sites, uniform_plan
+from rankwise.models.adapt import LoraSettings, adapt
 from rankwise.models.sites import model_sites
+from rankwise.models.targets import choose_sites, uniform_plan
 from rankwise.train.arguments import build_arguments
 from rankwise.train.estimate.cost import Curve, Fixed, Profile, Speed, Work, run_length
 from rankwise.train.estimate.gpus import CARDS, GIB, Card, cards, gib

@@ -23,9 +23,10 @@ from transformers import TrainerCallback, set_seed
 
 from rankwise.data.dataset import Collator
 from rankwise.errors import DataError, DivergedError, UsageError
-from rankwise.models.adapt import LoraSettings, adapt, choose_sites, lora_layers, lora_pairs, quiet_peft, uniform_plan
+from rankwise.models.adapt import LoraSettings, adapt, lora_layers, lora_pairs, quiet_peft
 from rankwise.models.load import load_model
 from rankwise.models.sites import model_sites
+from rankwise.models.targets import choose_sites, uniform_plan
 from rankwise.train.arguments import build_arguments
 from rankwise.train.gradient_table import (
     GRADIENT_SUMMARY,

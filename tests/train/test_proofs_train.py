@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from rankwise.cli import main
 from rankwise.files.adapter import LoraPair
-from rankwise.models import adalora, adapt, adapters
+from rankwise.models import adapt, adapters
 from rankwise.models.adapt import ADAPTER
 from rankwise.train import adalora as allocating
 from rankwise.train import adalora as saving
@@ -98,14 +98,14 @@ def test_peft_copies_other_modules_than_asked_for(train: Train, monkeypatch: pyt
 
 
 def test_the_allocator_starts_at_another_rank(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = adalora.adalora_config
+    config = adapt.adalora_config
 
     def wider(*given: Any) -> Any:
         found = config(*given)
         found.init_r += 1
         return found
 
-    monkeypatch.setattr(adalora, "adalora_config", wider)
+    monkeypatch.setattr(adapt, "adalora_config", wider)
     code, said = train(*ADALORA)
     assert code == 6 and "PEFT built 14 sites otherwise than planned" in said
 
@@ -118,7 +118,7 @@ def test_a_masked_channel_that_still_acts(train: Train, monkeypatch: pytest.Monk
     pairs = saving.plain_pairs
 
     def unmasked(model: Any, kept: Any, scale: float) -> dict[str, LoraPair]:
-        for layer in adalora.adalora_layers(model).values():
+        for layer in adapt.adalora_layers(model).values():
             layer.lora_E[ADAPTER].data.fill_(1.0)
         return pairs(model, kept, scale)
 
@@ -164,7 +164,7 @@ def test_a_start_that_is_converted_the_wrong_way_round(
     """base + adapter would not be what was trained: what the start took from the base is given to it a second time."""
     assert train("--init_lora_weights", init, "--lora_r", "4") == (0, "")
     shutil.rmtree(tmp_path / "run")
-    convert = adapters.differences
+    convert = adapters.subtract_pairs
 
     def added(now: Any, before: Any) -> dict[str, LoraPair]:
         back = {
@@ -172,20 +172,20 @@ def test_a_start_that_is_converted_the_wrong_way_round(
         }
         return convert(now, back)
 
-    monkeypatch.setattr(adapters, "differences", added)
+    monkeypatch.setattr(adapters, "subtract_pairs", added)
     code, said = train("--init_lora_weights", init, "--lora_r", "4")
     assert code == 6 and "is not what was trained: on the untouched base 14 sites" in said
 
 
 def test_a_start_that_is_not_converted_at_all(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousandth of what was there at the start stays in the adapter: far less than the weights, and not nothing."""
-    convert = adapters.differences
+    convert = adapters.subtract_pairs
 
     def a_little(now: Any, before: Any) -> dict[str, LoraPair]:
         part = {path: LoraPair(p.lora_A, 0.999 * p.lora_B, p.scale, p.fan_in_fan_out) for path, p in before.items()}
         return convert(now, part)
 
-    monkeypatch.setattr(adapters, "differences", a_little)
+    monkeypatch.setattr(adapters, "subtract_pairs", a_little)
     code, said = train("--init_lora_weights", "pissa", "--lora_r", "4")
     assert code == 6 and "is not what was trained" in said
 

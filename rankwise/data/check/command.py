@@ -24,7 +24,7 @@ from rankwise.errors import DataError
 from rankwise.files.atomic import write_json, write_text
 from rankwise.files.run_folder import RunFolder
 from rankwise.models.cut_down import Untried, cut_down, headless, random_model
-from rankwise.models.load import load_config, loadable, loaded
+from rankwise.models.load import load_config, load_readable_structure, load_weights
 from rankwise.options.commands import CheckConfig
 from rankwise.page.text import plural
 from rankwise.pipeline.idle import refuse_idle
@@ -197,7 +197,7 @@ def renderer_of(config: CheckConfig) -> Renderer | None:
     name = config.model.model_name
     if name is None:
         return None
-    return renderer_for(config.data, config.model, name, loadable(config.model, name).config)
+    return renderer_for(config.data, config.model, name, load_readable_structure(config.model, name).config)
 
 
 def try_model(config: CheckConfig, renderer: Renderer, findings: Findings) -> None:
@@ -205,7 +205,7 @@ def try_model(config: CheckConfig, renderer: Renderer, findings: Findings) -> No
     name = str(config.model.model_name)
     try:
         if config.run_model:
-            model: Any = headless(loaded(config.model, name, torch.float32)).eval()
+            model: Any = headless(load_weights(config.model, name, torch.float32)).eval()
         else:
             model = random_model(cut_down(load_config(name, config.model.revision, config.model.trust_remote_code)))
         trial = tried(model, renderer, findings.shortest, sure=config.run_model)

@@ -24,9 +24,8 @@ from rankwise.data.vision_inputs import Sight
 from rankwise.errors import DataError, RankwiseError, UsageError
 from rankwise.files.checkpoint import resolve
 from rankwise.files.processes import announce, gathered, own_share, process_index
-from rankwise.models.depth.encoder import ENCODER, encoder_of
+from rankwise.models.depth.encoder import ENCODER, DepthSettings, encoder_of, read_depth, write_depth
 from rankwise.models.depth.estimator import SMALL, DepthEstimator, load_estimator
-from rankwise.models.depth.settings import DepthSettings, read_depth, write_depth
 from rankwise.options.sections import DepthSection, DepthUseSection
 
 GATE_RATE = 0.03  # at an adapter's rate the gate stays near its start, 0 (benchmarks/depth_evidence.py)

@@ -24,9 +24,8 @@ from rankwise.core.geometry import permuted
 from rankwise.data.depth.maps import NEEDS_NO_MAP, at_tokens, image_grids, luminance, synthetic
 from rankwise.data.depth.prepare import ESTIMATED
 from rankwise.errors import UsageError
-from rankwise.models.depth.encoder import ESTIMATOR, encoder_of
-from rankwise.models.depth.estimator import DepthEstimator
-from rankwise.models.depth.settings import DepthSettings
+from rankwise.models.depth.encoder import DepthSettings, encoder_of
+from rankwise.models.depth.estimator import ESTIMATOR, DepthEstimator
 
 OF_A_SET = ("shuffled", "file")
 SEED = 42  # of the within-image permutation, as the commands' default

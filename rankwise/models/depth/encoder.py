@@ -7,14 +7,16 @@
     image ──▶ vision tower ──▶ projector ──▶ (tokens, E) ── + gate · PE(alpha · depth) ──▶ merged with the text
 
 One mechanism for all families of transformers whose `get_image_features` gives the projector's output: the model and
-its inner model become instances of subclasses that know `depth`, generation included.
+its inner model become instances of subclasses that know `depth`, generation included. `depth.json` beside an adapter
+says how it was trained to take depth: what must be the same wherever it is used.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,17 +25,79 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rankwise.core.geometry import CONTROLS
 from rankwise.errors import DataError, UsageError
-from rankwise.models.depth.estimator import load_estimator
-from rankwise.models.depth.settings import DepthSettings, read_depth
+from rankwise.files.adapter import beside
+from rankwise.files.atomic import read_document, write_json
 
+FILE, FORMAT = "depth.json", "rankwise-depth/1"
+GATES, LAYOUTS = ("learned", "none"), ("split", "interleaved")
 ENCODER = "depth_preproc"  # the documented module names
-ESTIMATOR = "depth_model"
 BASE = 10_000.0  # of the frequencies
 WITHOUT = (
     "this model was trained with depth, and its images came without: give `depth`, one value per image token "
     "(`rankwise.load` and the commands do, with the estimator that depth.json names)"
 )
+
+
+@dataclass(frozen=True)
+class DepthSettings:
+    """Depth of a model.
+
+    alpha: depth in [0, 1] is multiplied by it before the encoding. input_size: the shorter side of an image as the
+    estimator sees it. gate: `learned`, one number that starts at 0, or `none`, always 1: the encoding's length
+    √(width/2) can then swamp the features. layout: sines before cosines, or by turns. estimator: file, folder or hub
+    id; estimator_hash: its fingerprint. control: where the numbers come from (core.depth.CONTROLS). gate_value: the
+    trained gate of a merged model; an adapter holds its gate itself.
+    """
+
+    alpha: float = 100.0
+    input_size: int = 518
+    gate: str = "learned"
+    layout: str = "split"
+    estimator: str | None = None
+    estimator_hash: str | None = None
+    control: str = "estimated"
+    gate_value: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise UsageError(f"--depth_alpha must be above 0, got {self.alpha}")
+        if self.input_size < 14:
+            raise UsageError(f"--depth_input_size must be at least 14 (one patch), got {self.input_size}")
+        for name, value, known in (
+            ("gate", self.gate, GATES),
+            ("layout", self.layout, LAYOUTS),
+            ("control", self.control, CONTROLS),
+        ):
+            if value not in known:
+                raise UsageError(f"--depth_{name} takes {', '.join(known)}; got {value!r}")
+
+
+def write_depth(folder: Path | str, settings: DepthSettings) -> Path:
+    """`depth.json` in the folder of an adapter, a run or a merged model."""
+    return write_json(Path(folder) / FILE, {"format": FORMAT, **asdict(settings)})
+
+
+def read_depth(folder: Path | str) -> DepthSettings | None:
+    """The settings of an adapter's folder (a checkpoint's: of its run folder), None for a model without depth.
+
+    Raises DataError, naming the file, for one that says something else.
+    """
+    file = beside(folder, FILE)
+    return None if file is None else parse_settings(read_document(file, FORMAT, "depth settings"), file)
+
+
+def parse_settings(content: dict[str, Any], file: Path) -> DepthSettings:
+    known = {field.name for field in fields(DepthSettings)}
+    given = {name: value for name, value in content.items() if name != "format"}
+    if set(given) != known:
+        wrong = ", ".join(sorted(set(given) ^ known))
+        raise DataError(f"{file}: not the depth settings that this version writes ({wrong})")
+    try:
+        return DepthSettings(**given)
+    except (UsageError, TypeError) as error:
+        raise DataError(f"{file}: {error}") from error
 
 
 class DepthEncoder(nn.Module):
@@ -120,7 +184,7 @@ def with_depth_features(family: type) -> type:
         outputs.pooler_output = getattr(self, ENCODER)(outputs.pooler_output, depth)
         return outputs
 
-    return extended(family, get_image_features)
+    return extend_method(family, get_image_features)
 
 
 @cache
@@ -138,7 +202,7 @@ def with_depth_input(family: type) -> type:
             raise DataError(f"{depth.numel()} depth values and no images; they go together")
         return family.forward(self, **given)  # type: ignore[attr-defined]
 
-    return extended(family, forward)
+    return extend_method(family, forward)
 
 
 def image_features(inner: Any, given: dict[str, Any], depth: Tensor | None) -> Any:
@@ -147,7 +211,7 @@ def image_features(inner: Any, given: dict[str, Any], depth: Tensor | None) -> A
     return inner.get_image_features(**wanted, depth=depth)
 
 
-def extended(family: type, method: Any) -> type:
+def extend_method(family: type, method: Any) -> type:
     """A subclass with this one method over the family's, `depth` in its signature.
 
     It keeps the family's name: configs are saved with it, and transformers looks classes up by it.
@@ -159,52 +223,3 @@ def extended(family: type, method: Any) -> type:
     method.__signature__ = original.replace(parameters=[*ordinary, depth, *rest])
     names = {"__module__": family.__module__, "__qualname__": family.__qualname__, "__doc__": family.__doc__}
     return type(family.__name__, (family,), {**names, method.__name__: method})
-
-
-class LoadsWithDepth:
-    """To stand before PreTrainedModel among a class's bases."""
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: Any,
-        *args: Any,
-        use_depth: bool = False,
-        depth_checkpoint_path: str | None = None,
-        depth_alpha: float | None = None,
-        depth_input_size: int | None = None,
-        depth_gate: str | None = None,
-        depth_layout: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As PreTrainedModel.from_pretrained; with `use_depth` the model has a depth encoder and its gate.
-
-        What is not given is as in the folder's depth.json (a merged model's), else as in DepthSettings. With
-        depth_checkpoint_path the frozen estimator stands at `model.depth_model`: no part of the model's parameters,
-        its state dict or what is saved. Raises UsageError for depth options without `use_depth`.
-        """
-        given: dict[str, Any] = {
-            "estimator": depth_checkpoint_path,
-            "alpha": depth_alpha,
-            "input_size": depth_input_size,
-            "gate": depth_gate,
-            "layout": depth_layout,
-        }
-        chosen = {option: value for option, value in given.items() if value is not None}
-        if chosen and not use_depth:
-            raise UsageError(f"the depth option {next(iter(chosen))} acts with use_depth=True only")
-        loaded = super().from_pretrained(name, *args, **kwargs)  # type: ignore[misc]
-        if use_depth:
-            recorded = read_depth(name) if Path(str(name)).is_dir() else None
-            attach(loaded[0] if isinstance(loaded, tuple) else loaded, replace(recorded or DepthSettings(), **chosen))
-        return loaded
-
-
-def attach(model: Any, settings: DepthSettings) -> None:
-    """The encoder, and the estimator where one is named, on the model's device."""
-    if settings.estimator:
-        estimator = load_estimator(settings.estimator, settings.input_size)
-        estimator.model.to(model.device)
-        settings = replace(settings, estimator_hash=estimator.fingerprint)
-        setattr(model, ESTIMATOR, estimator)
-    attach_depth(model, settings)

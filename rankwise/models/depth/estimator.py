@@ -1,8 +1,12 @@
-"""Depth Anything V2's own weight files (.pth) as weights of transformers' DepthAnythingForDepthEstimation.
+"""The depth estimator: Depth Anything V2, frozen, from images to maps of relative inverse depth (near = large).
+
+    estimator = load_estimator("depth_anything_v2_vits.pth")      # or a Hugging Face folder or hub id
+    estimator.depth(image)                                        # (height, width) float32
 
     depth_anything_v2_vits.pth ── from_original ──▶ DepthAnythingForDepthEstimation, size recognised from the shapes
 
-The two name the same tensors differently; the query, key and value of a block are one matrix in the original.
+Original files name the tensors differently, and hold the query, key and value of a block as one matrix.
+`LoadsWithDepth` is for a model class that brings encoder and estimator along when it is loaded, as Isaac does.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,9 +29,10 @@ from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoConfig, DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
 
 from rankwise.core.geometry import estimator_size
-from rankwise.errors import DataError
+from rankwise.errors import DataError, UsageError
 from rankwise.files.checkpoint import resolve
 from rankwise.files.pickled import SUFFIXES, load_pickle
+from rankwise.models.depth.encoder import DepthSettings, attach_depth, read_depth
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ SIZES = (
     Size("Base", 768, 12, 128, (96, 192, 384, 768), (3, 6, 9, 12)),
     Size("Large", 1024, 24, 256, (256, 512, 1024, 1024), (5, 12, 18, 24)),
 )
+ESTIMATOR = "depth_model"  # the documented module name
 HEAD_WIDTH, PATCH, TRAINED_AT = 64, 14, 518
 CLASS_TOKEN, QKV = "pretrained.cls_token", ".attn.qkv."
 
@@ -77,7 +83,7 @@ def from_original(weights: Mapping[str, Tensor], path: Path) -> DepthAnythingFor
 
     Raises DataError where the file is of no known size, lacks tensors, or holds others.
     """
-    return filled(config_of(size_of(weights, path)), weights, path)
+    return fill_model(config_of(size_of(weights, path)), weights, path)
 
 
 def size_of(weights: Mapping[str, Tensor], path: Path) -> Size:
@@ -114,11 +120,13 @@ def config_of(size: Size) -> DepthAnythingConfig:
     )
 
 
-def filled(config: DepthAnythingConfig, weights: Mapping[str, Tensor], path: Path) -> DepthAnythingForDepthEstimation:
+def fill_model(
+    config: DepthAnythingConfig, weights: Mapping[str, Tensor], path: Path
+) -> DepthAnythingForDepthEstimation:
     """The config's model with these tensors, every one of them and no other."""
     with torch.device("meta"):
         model = DepthAnythingForDepthEstimation(config)
-    state = renamed(weights)
+    state = rename_tensors(weights)
     wanted = model.state_dict()
     missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     other = sorted(name for name in set(wanted) & set(state) if wanted[name].shape != state[name].shape)
@@ -131,12 +139,12 @@ def filled(config: DepthAnythingConfig, weights: Mapping[str, Tensor], path: Pat
     return model
 
 
-def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rename_tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under transformers' module names; a key that no rule knows keeps its own."""
-    return {new_name(key): value for key, value in split(weights).items()}
+    return {new_name(key): value for key, value in split_qkv(weights).items()}
 
 
-def split(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def split_qkv(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Joined query, key and value matrices taken apart, in that order."""
     parts: dict[str, Tensor] = {}
     for key, value in weights.items():
@@ -191,7 +199,7 @@ class DepthEstimator:
         One image at a time and in full float32: in a batch the last bits would depend on its company, on a GPU on the
         algorithm that is fastest today, and what is cached must not.
         """
-        pixels = prepared(image, self.input_size).to(self.model.device)
+        pixels = prepare_pixels(image, self.input_size).to(self.model.device)
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             found: Tensor = self.model(pixel_values=pixels).predicted_depth
         return found[0].float().cpu()
@@ -246,9 +254,60 @@ def from_folder(folder: Path) -> DepthAnythingForDepthEstimation:
     return model
 
 
-def prepared(image: Image.Image, input_size: int) -> Tensor:
+def prepare_pixels(image: Image.Image, input_size: int) -> Tensor:
     """(1, 3, height, width) as Depth Anything V2 prepares it: shorter side `input_size`, multiples of 14, bicubic."""
     pixels = pil_to_tensor(image).float()[None] / 255
     size = estimator_size(image.height, image.width, input_size)
     resized = functional.interpolate(pixels, size, mode="bicubic", align_corners=False)
     return (resized - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+
+
+class LoadsWithDepth:
+    """To stand before PreTrainedModel among a class's bases."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: Any,
+        *args: Any,
+        use_depth: bool = False,
+        depth_checkpoint_path: str | None = None,
+        depth_alpha: float | None = None,
+        depth_input_size: int | None = None,
+        depth_gate: str | None = None,
+        depth_layout: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As PreTrainedModel.from_pretrained; with `use_depth` the model has a depth encoder and its gate.
+
+        What is not given is as in the folder's depth.json (a merged model's), else as in DepthSettings. With
+        depth_checkpoint_path the frozen estimator stands at `model.depth_model`: no part of the model's parameters,
+        its state dict or what is saved. Raises UsageError for depth options without `use_depth`.
+        """
+        given: dict[str, Any] = {
+            "estimator": depth_checkpoint_path,
+            "alpha": depth_alpha,
+            "input_size": depth_input_size,
+            "gate": depth_gate,
+            "layout": depth_layout,
+        }
+        chosen = {option: value for option, value in given.items() if value is not None}
+        if chosen and not use_depth:
+            raise UsageError(f"the depth option {next(iter(chosen))} acts with use_depth=True only")
+        loaded = super().from_pretrained(name, *args, **kwargs)  # type: ignore[misc]
+        if use_depth:
+            recorded = read_depth(name) if Path(str(name)).is_dir() else None
+            attach_with_estimator(
+                loaded[0] if isinstance(loaded, tuple) else loaded, replace(recorded or DepthSettings(), **chosen)
+            )
+        return loaded
+
+
+def attach_with_estimator(model: Any, settings: DepthSettings) -> None:
+    """The encoder, and the estimator where one is named, on the model's device."""
+    if settings.estimator:
+        estimator = load_estimator(settings.estimator, settings.input_size)
+        estimator.model.to(model.device)
+        settings = replace(settings, estimator_hash=estimator.fingerprint)
+        setattr(model, ESTIMATOR, estimator)
+    attach_depth(model, settings)

@@ -42,7 +42,7 @@ class IsaacVisionConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
 
-def unsectioned(rope: dict[str, Any] | None) -> dict[str, Any] | None:
+def drop_sections(rope: dict[str, Any] | None) -> dict[str, Any] | None:
     """Rotary settings without the sections of a multi-axis rotary."""
     return rope and {key: value for key, value in rope.items() if key not in ("mrope_section", "mrope_interleaved")}
 
@@ -84,8 +84,8 @@ class IsaacConfig(Qwen3Config):
     vision_attn_implementation: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.rope_parameters: dict[str, Any] | None = unsectioned(self.rope_parameters)
-        kwargs["rope_scaling"] = unsectioned(kwargs.pop("rope_scaling", None))
+        self.rope_parameters: dict[str, Any] | None = drop_sections(self.rope_parameters)
+        kwargs["rope_scaling"] = drop_sections(kwargs.pop("rope_scaling", None))
         super().__post_init__(**kwargs)
         assert self.rope_parameters is not None, "Qwen3's are filled in"
         if self.rope_parameters["rope_type"] != "default":

@@ -24,7 +24,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from rankwise.models.depth.encoder import LoadsWithDepth
+from rankwise.models.depth.estimator import LoadsWithDepth
 from rankwise.models.isaac.configuration import IsaacConfig
 from rankwise.models.isaac.vision import VisionEmbedding
 
@@ -192,7 +192,7 @@ class IsaacModel(IsaacPreTrainedModel):
             plain = plain + self.rope_deltas.repeat_interleave(beams, dim=0).to(plain.device)
         return plain.expand(3, -1, -1)
 
-    def filled(self, inputs_embeds: Tensor, images: Tensor, features: BaseModelOutputWithPooling) -> Tensor:
+    def insert_features(self, inputs_embeds: Tensor, images: Tensor, features: BaseModelOutputWithPooling) -> Tensor:
         """The embeddings with the images' features at the image tokens."""
         tokens = torch.cat(list(features.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
         if len(tokens) != int(images.sum()):
@@ -237,15 +237,15 @@ class IsaacModel(IsaacPreTrainedModel):
         if features is not None or position_ids is None:
             images = self.image_places(input_ids, inputs_embeds)
             if features is not None:
-                inputs_embeds = self.filled(inputs_embeds, images, features)
+                inputs_embeds = self.insert_features(inputs_embeds, images, features)
             if position_ids is None:
                 position_ids = self.positions(images, image_grid_thw, attention_mask, past)
-        hidden = self.decoded(
+        hidden = self.decode(
             inputs_embeds, attention_mask, position_ids, past_key_values, use_cache=use_cache, **kwargs
         )
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values if use_cache else None)
 
-    def decoded(
+    def decode(
         self,
         hidden: Tensor,
         attention_mask: Tensor | None,

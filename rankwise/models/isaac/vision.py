@@ -25,7 +25,7 @@ from rankwise.models.isaac.configuration import IsaacConfig, IsaacVisionConfig
 Sizes = Sequence[tuple[int, int]]
 
 
-def resized_positions(table: Tensor, rows: int, columns: int) -> Tensor:
+def resize_positions(table: Tensor, rows: int, columns: int) -> Tensor:
     """Learned positions (side², width) for a grid of other size: (rows · columns, width), row-major.
 
     Bilinear with antialias, as SigLIP2 resizes them; in float32, since half precision has no such filter on a CPU.
@@ -61,7 +61,7 @@ class IsaacVisionEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor, sizes: Sizes) -> Tensor:
         count = self.position_embedding.num_embeddings
         table = self.position_embedding(torch.arange(count, device=pixel_values.device))  # called: hooks may fetch it
-        resized = {size: resized_positions(table, *size) for size in set(sizes)}
+        resized = {size: resize_positions(table, *size) for size in set(sizes)}
         embedded: Tensor = self.patch_embedding(pixel_values.to(table.dtype))
         return embedded + torch.cat([resized[size] for size in sizes])
 

@@ -19,7 +19,7 @@ from rankwise.core.plan import RankPlan
 from rankwise.errors import UsageError
 from rankwise.files.atomic import write_json
 from rankwise.models.adapt import LoraSettings
-from rankwise.models.load import structure
+from rankwise.models.load import load_structure
 from rankwise.models.sites import model_sites
 from rankwise.options.commands import TrainConfig
 from rankwise.options.sections import EstimateSection
@@ -47,7 +47,7 @@ ALLOWED = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", None)
 
 def estimated(config: TrainConfig, name: str, arguments: TrainingArguments) -> Path:
     """Print what the run would take instead of running it; returns the folder that it would have."""
-    skeleton, towers = structure(config.model, name), train_use(config.towers)
+    skeleton, towers = load_structure(config.model, name), train_use(config.towers)
     full = full_of(skeleton, towers)
     plan, _ = planned(starting(config), model_sites(skeleton), name, towers.lora)
     settings = settings_of(config.lora, full)

@@ -22,7 +22,7 @@ from rankwise.data.renderer_for import own_length, renderer_for
 from rankwise.data.vision_inputs import Sight
 from rankwise.evaluate.likelihood import BESIDE
 from rankwise.models.adapt import LoraSettings, adapt
-from rankwise.models.load import kept_whole
+from rankwise.models.load import unquantized_modules
 from rankwise.options.commands import TrainConfig
 from rankwise.options.sections import EstimateSection
 from rankwise.train.arguments import autocast, frozen_dtype
@@ -149,7 +149,7 @@ class Shapes:
     def __post_init__(self) -> None:
         if self.attention == "eager":
             self.base.set_attn_implementation("eager")
-        skip = kept_whole(self.base) or get_keys_to_not_convert(self.base)
+        skip = unquantized_modules(self.base) or get_keys_to_not_convert(self.base)
         linear = {name: module for name, module in self.base.named_modules() if isinstance(module, nn.Linear)}
         self.quantized = {id(module) for name, module in linear.items() if should_convert_module(name, skip)}
         self.model = adapt(self.base, self.plan, replace(self.settings, init="default"))

@@ -1,0 +1,381 @@
+"""A planned merge, written: tensor by tensor in the base's own layout, and the files beside the weights.
+
+    with atomic_folder("merged_model") as folder:
+        write_merged(plan, folder, "5GB")
+
+    base's weight ── + rows ── PEFT merges in float32 ── rounded once, and counted ──▶ shard ◀── header made beforehand
+    base's, adapter's tokenizer, processor, contracts ── follow template, end tokens, device ──▶ beside the shards
+
+safetensors' own writer wants a whole file's tensors at once, which for 5 GB files is 5 GB of merged weights.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+from huggingface_hub import split_state_dict_into_shards_factory
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rankwise.data.device import FILE as DEVICE
+from rankwise.data.device import DeviceTarget, read_target
+from rankwise.data.input_record import FILE as INPUT
+from rankwise.data.input_record import read_input, sha256_of
+from rankwise.data.recorded import contracts
+from rankwise.data.template import NOW, with_date
+from rankwise.errors import DataError, UsageError
+from rankwise.files.adapter import CONFIG_NAME
+from rankwise.files.atomic import read_object, write_json, write_text
+from rankwise.files.checkpoint import DTYPES, LENGTH_BYTES
+from rankwise.files.run_folder import CONFIG, MANIFEST
+from rankwise.merge.plan import TOKENIZER_CONFIG, Entry, MergePlan
+from rankwise.models.adapt import ADAPTER
+from rankwise.models.depth.encoder import FILE as DEPTH_FILE
+from rankwise.models.depth.encoder import write_depth
+from rankwise.models.load import load_processor, load_tokenizer
+from rankwise.models.vocabulary import with_rows
+
+MUCH = 0.05  # of the adapter's change: above it the other precision is worth a word
+BESIDE = torch.float16
+PATTERN = "model{suffix}.safetensors"
+INDEX = "model.safetensors.index.json"
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+GENERATION = "generation_config.json"
+COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
+NOT_COPIED = (CONFIG, MANIFEST, CONFIG_NAME, "config.json", "sites.json", "trainer_state.json", DEPTH_FILE)
+TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece")
+PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+TEMPLATE, OLDER_TEMPLATE = "chat_template.jinja", "chat_template.json"
+
+
+@dataclass
+class Rounding:
+    """Sums over the weights that the adapter changes, as they are written one after the other.
+
+    `change`: Σ‖Δ‖²_F; `lost`: Σ‖round(W + Δ) − (W + Δ)‖²_F for each precision looked at. `worst`: the weight that loses
+    the largest share of its own change, with that share.
+    """
+
+    dtype: torch.dtype = torch.float32
+    change: float = 0.0
+    lost: dict[torch.dtype, float] = field(default_factory=dict)
+    worst: tuple[str, float] | None = None
+
+    def add(self, key: str, stored: Tensor, merged: Tensor, dtype: torch.dtype) -> None:
+        """Count one weight: as the base stores it, merged in float32, and the precision it is written in."""
+        if dtype == torch.float32:
+            return
+        self.dtype = dtype
+        change = squared_norm(merged - stored)
+        self.change += change
+        for kind in dict.fromkeys((dtype, BESIDE)):
+            lost = squared_norm(merged - merged.to(kind))
+            self.lost[kind] = self.lost.get(kind, 0.0) + lost
+            if kind == dtype and change and (self.worst is None or (lost / change) ** 0.5 > self.worst[1]):
+                self.worst = key, (lost / change) ** 0.5
+
+    def share(self, dtype: torch.dtype) -> float:
+        """‖round(W + Δ) − (W + Δ)‖_F / ‖Δ‖_F over all of them; 0 where they are written as they were merged."""
+        return (self.lost[dtype] / self.change) ** 0.5 if self.change and dtype in self.lost else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest; empty where nothing was rounded."""
+        if not self.change:
+            return {}
+        shares = {dtype_name(dtype): self.share(dtype) for dtype in self.lost if self.share(dtype) != float("inf")}
+        worst = {"worst": {"weight": self.worst[0], "share": self.worst[1]}} if self.worst else {}
+        return {"share_of_change_lost": shares, **worst}
+
+    def sentence(self) -> str | None:
+        """What rounding took, and which precision takes less; None where nothing was rounded."""
+        if not self.change:
+            return None
+        share, other = self.share(self.dtype), self.share(BESIDE)
+        text = f"rounding to {dtype_name(self.dtype)} changes the weights by {share:.1%} of what the adapter changes"
+        if self.dtype == BESIDE or share <= MUCH:
+            return text
+        if other < share:
+            return f"{text}; float16 would by {other:.1%}: --dtype float16 is the better one for export"
+        return f"{text}; --dtype float32 keeps all of it"
+
+
+def squared_norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor)) ** 2
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a merge has written: all files, the weights first; where those that were taken over came from; what rounding
+    cost."""
+
+    files: tuple[Path, ...]
+    copied: Mapping[str, Copied]
+    rounding: Rounding
+
+    def as_facts(self) -> dict[str, Any]:
+        """For the manifest: where the files that were taken over came from, and what rounding cost."""
+        rounding = self.rounding.as_dict()
+        copied = {name: copied.as_dict() for name, copied in self.copied.items()}
+        return {"copied": copied} | ({"rounding": rounding} if rounding else {})
+
+
+@dataclass(frozen=True)
+class Copied:
+    """One file that was taken over: from where, and what was changed in it."""
+
+    source: Path
+    owner: str
+    changed: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        found = {"from": self.owner, "path": str(self.source)}
+        return found | ({"changed": self.changed} if self.changed else {})
+
+
+def require_space(plan: MergePlan, folder: Path) -> None:
+    """DataError where the disk below `folder` has no room for the merged weights."""
+    free = shutil.disk_usage(folder).free
+    if plan.bytes > free:
+        raise DataError(
+            f"{folder}: the merged weights take {plan.bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
+            "free some space, or choose another --output_dir"
+        )
+
+
+def shard_bytes(text: str, flag: str = "--max_shard_size") -> int:
+    """ "5GB" → bytes. UsageError, naming the flag, for what is no size."""
+    try:
+        size = int(convert_file_size_to_int(text))
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise UsageError(f"{flag} takes a number with KB, MB or GB, such as 5GB; got {text!r}")
+    return size
+
+
+def write_merged(plan: MergePlan, folder: Path, max_shard_size: str) -> Written:
+    """Weights, config and the files beside them."""
+    entries = {entry.key: entry for entry in plan.entries}
+    following = dict(zip(list(entries)[:-1], list(entries)[1:], strict=True))
+    bar = tqdm(total=len(entries), desc="merge", unit="tensor", disable=not sys.stderr.isatty())
+    rounding = Rounding()
+
+    def tensor(key: str) -> Tensor:
+        if key in following:
+            plan.base.prefetch(plan.sources[following[key]].key)
+        bar.update()
+        return make_tensor(plan, entries[key], rounding)
+
+    files = write_shards(folder, plan.entries, tensor, max_shard_size)
+    bar.close()
+    own = [write_json(folder / "config.json", plan.config)]
+    own += [write_depth(folder, plan.depth)] if plan.depth else []
+    copied = copy_beside(plan.base.path, plan.adapter, folder, plan.special)
+    return Written((*files, *own, *(folder / name for name in copied)), copied, rounding)
+
+
+def make_tensor(plan: MergePlan, entry: Entry, rounding: Rounding | None = None) -> Tensor:
+    """The merged tensor as it is written; `rounding` counts what that costs. DataError where it has entries that
+    are not finite."""
+    source = plan.sources[entry.key]
+    stored = plan.base.tensor(source.key)
+    if not plan.touched & set(source.names):
+        return stored.to(entry.dtype)
+    written = []
+    for name, block in zip(source.names, stored.chunk(len(source.names)), strict=True):
+        merged = change_weight(plan, name, block)
+        if rounding is not None and name in plan.touched:
+            rounding.add(name, with_rows(block, len(merged)), merged, entry.dtype)
+        written.append(merged.to(entry.dtype))
+        del merged
+    whole = torch.cat(written) if len(written) > 1 else written[0]
+    if not bool(torch.isfinite(whole).all()):
+        raise DataError(f"{entry.key}: merged weights are not finite in {entry.dtype}; try --dtype float32")
+    return whole
+
+
+def change_weight(plan: MergePlan, name: str, weight: Tensor) -> Tensor:
+    weight = plan.change.whole.get(name, weight)
+    if name in plan.resized:
+        weight = with_rows(weight, plan.rows[1])
+    if name in plan.change.tokens:
+        indices, values = plan.change.tokens[name]
+        weight = weight.float().index_copy(0, indices, values)
+    layer = plan.change.layers.get(name)
+    return weight if layer is None else merge_layer(layer, weight)
+
+
+def merge_layer(layer: LoraLayer, weight: Tensor) -> Tensor:
+    """PEFT's merge of one layer, in float32 on a copy of the weight."""
+    base = layer.get_base_layer()
+    empty = base.weight
+    base.weight = nn.Parameter(weight.to(torch.float32, copy=True), requires_grad=False)
+    layer.merge(adapter_names=[ADAPTER])
+    merged: Tensor = base.weight.data
+    base.weight = empty
+    layer.merged_adapters.clear()
+    return merged
+
+
+def write_shards(
+    folder: Path, entries: Sequence[Entry], tensor: Callable[[str], Tensor], max_shard_size: str
+) -> list[Path]:
+    """Write every entry's tensor to `folder`, in one file or several with their index. Returns the files."""
+    by_key = {entry.key: entry for entry in entries}
+    split = split_state_dict_into_shards_factory(
+        by_key,
+        get_storage_size=lambda entry: entry.bytes,
+        filename_pattern=PATTERN,
+        max_shard_size=shard_bytes(max_shard_size),
+    )
+    for name, keys in split.filename_to_tensors.items():
+        write_file(folder / name, [by_key[key] for key in keys], tensor)
+    files = [folder / name for name in split.filename_to_tensors]
+    if split.is_sharded:
+        files.append(write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename}))
+    return files
+
+
+def write_file(path: Path, entries: Sequence[Entry], tensor: Callable[[str], Tensor]) -> None:
+    """One safetensors file: length, header, then the tensors' bytes; wide types first, so that all are aligned."""
+    ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in ordered:
+        end = offset + entry.bytes
+        header[entry.key] = {"dtype": NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % LENGTH_BYTES)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for entry in ordered:
+            made = tensor(entry.key).contiguous()
+            assert (tuple(made.shape), made.dtype) == (entry.shape, entry.dtype), entry.key
+            file.write(made.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def copy_beside(base: Path, adapter: Path, folder: Path, special: Mapping[str, int]) -> dict[str, Copied]:
+    """File name → where it came from. The adapter's tokenizer, processor, device and task replace the base's, and its
+    own special tokens those of the base's generation config."""
+    files = dict(files_to_copy(base, adapter))
+    for name, copied in files.items():
+        shutil.copyfile(copied.source, folder / name)
+    files |= dict(follow_template(adapter, folder, files))
+    if special and GENERATION in files:
+        files[GENERATION] = replace(files[GENERATION], changed=follow_generation(folder, special))
+    target = read_target(folder)
+    return files if target is None else files | dict(follow_device(folder, files, target))
+
+
+def files_to_copy(base: Path, adapter: Path) -> Iterator[tuple[str, Copied]]:
+    found = {file.name: Copied(file, "base") for file in sorted(base.iterdir()) if is_beside(file)}
+    found.pop(INPUT, None)  # of an earlier training, and so is its device where this one saw pictures as well
+    trained = read_input(adapter)
+    if trained and trained[0].image_geometry is not None:
+        found.pop(DEVICE, None)
+    own = [file for file in sorted(adapter.iterdir()) if is_beside(file)]
+    if any(file.name == TOKENIZER_CONFIG for file in own):
+        found = {name: copied for name, copied in found.items() if not name.startswith(TOKENIZER)}
+        found |= {file.name: Copied(file, "adapter") for file in tokenizer_files(adapter)}
+    found |= {file.name: Copied(file, "adapter") for file in own if file.name in PROCESSOR}
+    found |= {name: Copied(file, "adapter") for name, file in contracts(adapter).items()}
+    yield from sorted(found.items())
+
+
+def is_beside(file: Path) -> bool:
+    return (
+        file.is_file()
+        and file.suffix in COPIED
+        and not file.name.startswith(".")
+        and not file.name.endswith(".index.json")
+        and file.name not in NOT_COPIED
+    )
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.iterdir()) if is_beside(file) and file.name.startswith(TOKENIZER)]
+
+
+def own_files(adapter: Path) -> list[Path]:
+    """What an adapter has of its own of the files that show it text and pictures: tokenizer and processor."""
+    processors = [adapter / name for name in PROCESSOR if (adapter / name).is_file()]
+    return tokenizer_files(adapter) + processors
+
+
+def follow_template(adapter: Path, folder: Path, files: dict[str, Copied]) -> Iterator[tuple[str, Copied]]:
+    """A template that training was given, and the date that one printed then, become the model's own, for whoever uses
+    its tokenizer. Yields the changed files."""
+    found = read_input(folder)
+    if found is None or not (found[0].chat_template or NOW in found[0].chat_template_kwargs):
+        return
+    record = found[0]
+    given = record.chat_template or own_template(folder, sees=record.image_geometry is not None)
+    template, kwargs = with_date(given, record.chat_template_kwargs)
+    if files.pop(OLDER_TEMPLATE, None):  # it would go before the other
+        (folder / OLDER_TEMPLATE).unlink()
+    write_text(folder / TEMPLATE, template)
+    digest = sha256_of(template)
+    replace(record, chat_template=None, chat_template_sha256=digest, chat_template_kwargs=kwargs).save(folder)
+    yield TEMPLATE, Copied(adapter / INPUT, "adapter", "the template as training had it")
+    yield INPUT, Copied(files[INPUT].source, "adapter", f"its chat_template is in {TEMPLATE}")
+    config = read_object(folder / TOKENIZER_CONFIG)
+    if config.pop("chat_template", None) is not None:
+        write_json(folder / TOKENIZER_CONFIG, config)
+        yield TOKENIZER_CONFIG, replace(files[TOKENIZER_CONFIG], changed=f"its chat_template is in {TEMPLATE}")
+
+
+def own_template(folder: Path, *, sees: bool) -> str:
+    tokenizer = load_processor(str(folder)).tokenizer if sees else load_tokenizer(str(folder))
+    return str(tokenizer.get_chat_template())
+
+
+def follow_generation(folder: Path, special: Mapping[str, int]) -> str:
+    """Enter the special tokens in the copied generation config, whose own end tokens stay; returns what was changed."""
+    file = folder / GENERATION
+    content = read_object(file)
+    for name, token in special.items():
+        old = content.get(name)
+        ends = [token, *(one for one in (old if isinstance(old, list) else [old]) if one not in (None, token))]
+        content[name] = ends if name == "eos_token_id" and len(ends) > 1 else token
+    write_json(file, content)
+    return ", ".join(f"{name} {content[name]}" for name in special)
+
+
+def follow_device(folder: Path, files: dict[str, Copied], target: DeviceTarget) -> Iterator[tuple[str, Copied]]:
+    """What the device scales an image's longest side to, in the saved processor: the image encoder's converter reads it
+    there. Yields the changed files."""
+    for name in PROCESSOR[:2]:
+        if name not in files:
+            continue
+        content = read_object(folder / name)
+        pixels = set_longest_edge(content, target.longest_edge)
+        if pixels:
+            write_json(folder / name, content)
+            yield name, Copied(files[name].source, files[name].owner, f"longest_edge {pixels}, as on the device")
+
+
+def set_longest_edge(content: dict[str, Any], pixels: int | None) -> int | None:
+    """Set `longest_edge` of a processor that cuts images into tiles, by default to one tile; what it was changed to."""
+    settings = content.get("image_processor", content)
+    if not isinstance(settings, dict) or not isinstance(settings.get("max_image_size"), dict):
+        return None
+    wanted = {"longest_edge": pixels or settings["max_image_size"].get("longest_edge")}
+    if wanted["longest_edge"] is None or settings.get("size") == wanted:
+        return None
+    settings["size"] = wanted
+    return wanted["longest_edge"]
