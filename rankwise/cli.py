@@ -22,7 +22,8 @@ from typing import Any
 
 from rankwise import __version__
 from rankwise.errors import RankwiseError, UsageError
-from rankwise.options import field, flags
+from rankwise.options.field import CONFIG_SUFFIXES, Option, flatten, load_file, typed_values, unknown
+from rankwise.options.flags import build_parser, parse_flags
 from rankwise.page import terminal
 from rankwise.pipeline.recipe import PIPELINES, options_for, packaged_recipe
 from rankwise.pipeline.table import ALIASES, COMMANDS, DRY_RUN, GROUPS, Command, assemble, command_options, stage_of
@@ -30,11 +31,7 @@ from rankwise.pipeline.table import ALIASES, COMMANDS, DRY_RUN, GROUPS, Command,
 RECIPES = Path(__file__).parent / "recipes"
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
 QUOTED = re.compile(r"(`[^`]*`|pip install \S+|rankwise [a-z].*)")  # command lines of their own
-NO_PATH = (
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.EROFS,
-)  # what no file can be looked for or made at, wherever it is met
+NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)  # of a path where nothing can be looked for, or made
 NO_CONFIG = ("", ".txt", ".cfg", ".conf", ".ini", ".json5", ".jsonc")  # suffixes that no file a command takes has
 
 
@@ -80,15 +77,15 @@ def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
     if group and len(argv) == 1:
         raise UsageError(f"rankwise {argv[0]}: which one? {', '.join(group)}")
     if group:
-        raise field.unknown(" ".join(argv[:2]), group, "rankwise", "command")
-    raise field.unknown(argv[0], [name.split()[0] for name in COMMANDS], "rankwise", "command")
+        raise unknown(" ".join(argv[:2]), group, "rankwise", "command")
+    raise unknown(argv[0], [name.split()[0] for name in COMMANDS], "rankwise", "command")
 
 
 def packaged_file(folder: str, name: str, prog: str) -> Path:
     """A config file that comes with the package, by its name."""
     found = {path.stem: path for path in sorted((RECIPES / folder).glob("*.yaml"))}
     if name not in found:
-        raise field.unknown(name, list(found), prog, "config file (.yaml, .json, .toml), nor one of the package's")
+        raise unknown(name, list(found), prog, "config file (.yaml, .json, .toml), nor one of the package's")
     return found[name]
 
 
@@ -103,11 +100,11 @@ def config_file(given: Path) -> Path:
 def take_positionals(command: Command, words: list[str], prog: str) -> tuple[Path | None, dict[str, Any]]:
     """A leading config file, if any, and the fields that the other words fill."""
     path = None
-    if command.takes_file and words and words[0].lower().endswith(field.CONFIG_SUFFIXES):
+    if command.takes_file and words and words[0].lower().endswith(CONFIG_SUFFIXES):
         path, words = config_file(Path(words[0])), words[1:]
     elif command.takes_file and words and Path(words[0]).suffix.lower() in NO_CONFIG and Path(words[0]).is_file():
         raise UsageError(
-            f"{prog}: {words[0]}: the name of a config file ends in {', '.join(field.CONFIG_SUFFIXES)}; rename it"
+            f"{prog}: {words[0]}: the name of a config file ends in {', '.join(CONFIG_SUFFIXES)}; rename it"
         )
     elif command.packaged and words:
         path, words = packaged_file(command.packaged, words[0], prog), words[1:]
@@ -120,12 +117,10 @@ def take_positionals(command: Command, words: list[str], prog: str) -> tuple[Pat
     return path, dict(zip(command.positionals, words, strict=False))
 
 
-def file_values(path: Path, name: str, known: Sequence[field.Option]) -> dict[str, Any]:
+def file_values(path: Path, name: str, known: Sequence[Option]) -> dict[str, Any]:
     """The options that a config file sets, or a recipe in its stage of this command."""
-    content = dict(field.load_file(path))
-    if "stages" in content:
-        return field.typed_values(options_for(path, name), known, str(path))
-    return field.file_values(path, known)
+    content = load_file(path)
+    return typed_values(options_for(path, name) if "stages" in dict(content) else content, known, str(path))
 
 
 def resolve(name: str, argv: Sequence[str]) -> tuple[Any, bool]:
@@ -137,8 +132,8 @@ def resolve(name: str, argv: Sequence[str]) -> tuple[Any, bool]:
     shown += " …" * command.repeated
     below = member_lines(name)
     epilog = "\n".join(["commands below it:", *below]) if below else ""
-    parser = flags.build_parser(prog, type(command.config).__doc__ or "", known, shown, epilog)
-    words, given = flags.parse_flags(parser, known, argv)
+    parser = build_parser(prog, type(command.config).__doc__ or "", known, shown, epilog)
+    words, given = parse_flags(parser, known, argv)
     path, positionals = take_positionals(command, words, prog)
     twice = [name for name in positionals if name in given]
     if twice:
@@ -162,7 +157,7 @@ def dispatch(argv: Sequence[str]) -> None:
     rehearse(stage, built)
     import yaml
 
-    print(yaml.safe_dump(field.flatten(built), sort_keys=False, allow_unicode=True), end="")
+    print(yaml.safe_dump(flatten(built), sort_keys=False, allow_unicode=True), end="")
     for line in lines:
         print("# would " + line.replace("\n", "\n#   "))
 

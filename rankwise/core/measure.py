@@ -24,10 +24,8 @@ BLOCK = 1 << 18  # entries converted at a time: stays in the cache, and bounds t
 PERMUTED = 1 << 20  # entries up to which the null is measured rather than predicted
 OVERSAMPLE = 10  # Halko et al. recommend 5 to 10
 SMALL_SIDE = 4  # a matrix whose short side is within 4× the sketch's width is faster to do exactly
-PROBES, STEPS = (
-    16,
-    4,
-)  # of the bound of what a sketch leaves out: vectors, and powers of RRᵀ that they span (with the 0th)
+# Of the bound of what a sketch leaves out: vectors, and powers of RRᵀ that they span (with the 0th).
+PROBES, STEPS = 16, 4
 FAILURE = 1e-6  # half the probability that this bound is too low, for any spectrum
 UNDECIDED = "exact, undecided by the sketch"
 ROUNDING = 2e-6  # of E(k) by a sketch in float32: up to 3e-7 was seen on flat, polynomial and low-rank spectra

@@ -343,11 +343,6 @@ def neighbours(path: Path) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def file_values(path: Path, options: Sequence[Option]) -> dict[str, Any]:
-    """The options that a config file sets, converted."""
-    return typed_values(load_file(path), options, str(path))
-
-
 def typed_values(
     raw: Mapping[str, Any] | Iterable[tuple[str, Any]], options: Sequence[Option], where: str
 ) -> dict[str, Any]:

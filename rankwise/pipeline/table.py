@@ -12,7 +12,6 @@ from types import ModuleType
 from typing import Any
 
 from rankwise.errors import UsageError
-from rankwise.options import field
 from rankwise.options.commands import (
     BatchConfig,
     BundleConfig,
@@ -41,6 +40,7 @@ from rankwise.options.features import (
     FactorShowConfig,
     FactorTrainConfig,
 )
+from rankwise.options.field import Option, build, options_of, typed_values
 from rankwise.options.label import LabelConfig
 from rankwise.options.study import StudyConfig
 
@@ -99,12 +99,12 @@ COMMANDS = {
 ALIASES = {"features extract": "features capture"}
 GROUPS = ("MEASURE", "TRAIN", "PROVE", "SHIP", "MORE")
 GO_ON = "yes"  # the option of commands that ask at a terminal
-DRY_RUN = field.Option("dry_run", bool, False, "print the resolved config and what would be done, and stop")
+DRY_RUN = Option("dry_run", bool, False, "print the resolved config and what would be done, and stop")
 
 
-def command_options(command: Command) -> list[field.Option]:
+def command_options(command: Command) -> list[Option]:
     """Our own options, and those of TrainingArguments where the command trains (that import takes seconds)."""
-    own = list(field.options_of(command.config))
+    own = list(options_of(command.config))
     if command.trainer:
         own += importlib.import_module("rankwise.train.arguments").training_options(own)
     return own
@@ -112,8 +112,8 @@ def command_options(command: Command) -> list[field.Option]:
 
 def assemble(command: Command, values: dict[str, Any]) -> Any:
     """The config object; what is TrainingArguments' own goes to its `training` mapping."""
-    own = {item.name for item in field.options_of(command.config)} | {"dry_run"}
-    built = field.build(command.config, values)
+    own = {item.name for item in options_of(command.config)} | {"dry_run"}
+    built = build(command.config, values)
     if command.trainer:
         built = replace(built, training={name: value for name, value in values.items() if name not in own})
     return built
@@ -127,7 +127,7 @@ def configured(name: str, raw: Mapping[str, Any], where: str) -> Any:
     """
     command = COMMANDS[name]
     known = command_options(command)
-    values = field.typed_values(raw, known, where)
+    values = typed_values(raw, known, where)
     for item in known:
         if item.secret and values.get(item.name) is not None:
             raise UsageError(f"{where}: {item.name}: recipes are saved with their values; {item.help}")

@@ -43,7 +43,7 @@ def python(code: str, *argv: str) -> subprocess.CompletedProcess[str]:
 HELP = """
 import contextlib, io, sys
 from rankwise import cli
-for name in sys.argv[1:]:
+for name in ["", *sys.argv[1:]]:
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
         cli.main([*name.split(), "--help"])
@@ -347,7 +347,7 @@ def test_a_printed_config_read_back_is_the_same_config(
         (folder / "c.json", json.dumps(shown)),
     ):
         file.write_text(text, encoding="utf-8")
-        assert field.build(command.config, field.file_values(file, rows)) == config
+        assert field.build(command.config, field.typed_values(field.load_file(file), rows, str(file))) == config
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,7 @@ def test_it_means_what_it_should_after_the_shell_and_the_parser(stage: str) -> N
     assert {key: values[key] for key in options} == options
 
 
+@cache
 def calls(name: str) -> list[tuple[Path, ast.Call]]:
     return [
         (path, node)

@@ -23,7 +23,7 @@ from rankwise.data.device import DeviceTarget
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.models.adapt import lora_layers
-from rankwise.models.load import meta_model
+from rankwise.models.load import load_tokenizer, meta_model
 from rankwise.models.sites import model_sites
 from rankwise.models.targets import choose_sites
 from rankwise.scripts import (
@@ -81,7 +81,7 @@ def arguments(folder: Path, **given: Any) -> TrainingArguments:
 
 
 def rows_for(base: Path, task: Path) -> Any:
-    tokenizer = scripts.setup.load_tokenizer(str(base))
+    tokenizer = load_tokenizer(str(base))
     config = scripts.DataConfig(data_path=str(task / "data" / "e2e_nlg"))
     return load_and_preprocess_dataset(config, tokenizer)
 
