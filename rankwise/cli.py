@@ -168,7 +168,7 @@ def rehearse(stage: ModuleType, config: Any) -> None:
         stage.run(config)
 
 
-def own_flags(words: Sequence[str], message: str) -> str:
+def explain_flags(words: Sequence[str], message: str) -> str:
     """The message, with flags that only other commands have named as what they are: layers below know flags, not which
     command is asked. What stands in backquotes is a command line of its own; a recipe's stages have flags of theirs."""
     flags_named = FLAG.findall(message)
@@ -184,7 +184,7 @@ def own_flags(words: Sequence[str], message: str) -> str:
         return message
     elsewhere = {one for other in COMMANDS for one in option_names(other)} - own
     parts = QUOTED.split(message)
-    parts[::2] = [FLAG.sub(partial(unflagged, elsewhere), part) for part in parts[::2]]
+    parts[::2] = [FLAG.sub(partial(mark_unknown, elsewhere), part) for part in parts[::2]]
     return "".join(parts)
 
 
@@ -192,11 +192,11 @@ def option_names(name: str) -> set[str]:
     return {one for item in command_options(COMMANDS[name]) for one in (item.name, *item.aliases)}
 
 
-def unflagged(elsewhere: set[str], found: re.Match[str]) -> str:
+def mark_unknown(elsewhere: set[str], found: re.Match[str]) -> str:
     return f"{found[1]} (no option here)" if found[1].replace("-", "_") in elsewhere else found[0]
 
 
-def answered(words: Sequence[str]) -> bool:
+def answer_help(words: Sequence[str]) -> bool:
     """Whether the line asks for the overview, a group's or the version only, which is then printed."""
     helps = ("-h", "--help")
     if not words or words[0] in (*helps, "help"):
@@ -217,13 +217,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # bitsandbytes says on every import, quantized model or not, that a kernel from the hub is missing on the CPU.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        if not answered(words):
+        if not answer_help(words):
             dispatch(words)
         sys.stdout.flush()
     except RankwiseError as error:
         if os.environ.get("RANKWISE_DEBUG"):
             traceback.print_exc()
-        print(f"rankwise: {terminal.harmless(own_flags(words, str(error)))}", file=sys.stderr)
+        print(f"rankwise: {terminal.harmless(explain_flags(words, str(error)))}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # `| head`: nobody reads on, and Python's own last flush must not fail either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

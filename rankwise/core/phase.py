@@ -232,7 +232,7 @@ def bind(form: Form, sites: Mapping[str, Site], seed: int) -> Bound:
         generator = random.Random(f"{seed} {number}")
         sets.append(frozenset().union(*(part.chosen(sites, generator) for part in phase.parts)))
         if not sets[-1]:
-            raise UsageError(f"--schedule: phase {phase.name!r} trains nothing: {described(sites)}")
+            raise UsageError(f"--schedule: phase {phase.name!r} trains nothing: {describe_sites(sites)}")
         check_layers(phase, sites)
     return BoundPhases(form, tuple(sets))
 
@@ -244,10 +244,10 @@ def check_layers(phase: Phase, sites: Mapping[str, Site]) -> None:
         top = max((site.layer for site in meant if site.layer is not None), default=0)
         last = part.layers[1] if part.layers else part.cut
         if last is not None and last > top:
-            raise UsageError(f"--schedule: phase {phase.name!r} names layer {last}; {described(sites)}")
+            raise UsageError(f"--schedule: phase {phase.name!r} names layer {last}; {describe_sites(sites)}")
 
 
-def described(sites: Mapping[str, Site]) -> str:
+def describe_sites(sites: Mapping[str, Site]) -> str:
     layers = sorted({site.layer for site in sites.values() if site.layer is not None})
     kinds = ", ".join(sorted({site.kind for site in sites.values()}))
     return f"adapted are {len(sites)} sites ({kinds}) of layers {layers[0]} to {layers[-1]}" if layers else kinds

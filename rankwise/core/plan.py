@@ -1,4 +1,4 @@
-"""The rank plan: site → rank and scale, with the reason for each, and the content of its file (read: `plan_content`).
+"""The rank plan: site → rank and scale, with the reason for each, and the content of its file.
 
 plan = RankPlan(by_threshold(spectra, Rule()))
 plan.rank_pattern, plan.alpha_pattern, plan.parameters, plan.dumps()

@@ -43,9 +43,9 @@ def parse_schedule(text: str) -> Form:
     """The schedule that a text describes. UsageError says what is wrong and shows the forms."""
     text = text.strip()
     if whole := re.fullmatch(r"lisa:(\d+)(@(\d+))?", text):
-        return checked(Lisa(int(whole[1]), int(whole[3] or 20)), text)
+        return check_numbers(Lisa(int(whole[1]), int(whole[3] or 20)), text)
     if whole := re.fullmatch(r"norm:(\d+)", text):
-        return checked(Norm(int(whole[1])), text)
+        return check_numbers(Norm(int(whole[1])), text)
     pieces = [piece.strip() for piece in text.split(">")]
     if not all(pieces):
         raise UsageError(
@@ -54,7 +54,7 @@ def parse_schedule(text: str) -> Form:
     return Phases(tuple(parse_phase(piece) for piece in pieces))
 
 
-def checked(form: Lisa | Norm, text: str) -> Form:
+def check_numbers(form: Lisa | Norm, text: str) -> Form:
     if form.every < 1 or (isinstance(form, Lisa) and form.layers < 1):
         raise UsageError(f"--schedule {text}: numbers must be at least 1")
     return form
@@ -76,13 +76,13 @@ def parse_part(text: str) -> Part:
     for match in PART.finditer(text):
         if text[end : match.start()].strip():
             break
-        part, end = refined(part, match), match.end()
+        part, end = narrow(part, match), match.end()
     if not end or text[end:].strip():
         raise UsageError(f"--schedule: cannot read {text!r}; forms are {FORMS}")
     return part
 
 
-def refined(part: Part, match: re.Match[str]) -> Part:
+def narrow(part: Part, match: re.Match[str]) -> Part:
     """The part with one more condition."""
     if match["half"]:
         return replace(part, half=match["half"], cut=int(match["cut"]) if match["cut"] else None)

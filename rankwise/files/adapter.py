@@ -294,7 +294,7 @@ def _check_scale(weights: Path, config_file: Path | None, scale: float | None) -
 
 
 def adapter_tensors(weights: Path) -> dict[str, Tensor]:
-    """Every tensor of an adapter's file by PEFT's name for it, without wrappers and prefix (`core.keys`); of modules
+    """Every tensor of an adapter's file by PEFT's name for it, without wrappers and prefix (`core.site`); of modules
     trained in full the trained copy. DataError for NaN and infinity, and for a file that cannot be read."""
     checkpoint = open_checkpoint(weights)
     tensors = {name.replace(COPY, "."): checkpoint.tensor(name) for name in checkpoint if ORIGINAL not in name}

@@ -140,7 +140,7 @@ class Checkpoint:
 
     `path` is what was opened, `files` the weight files below it. A key lies either in a shard (safetensors)
     or among the `loaded` tensors (pickles). A tensor's name here is its key in the file without the wrappers of
-    training frameworks (`core.keys`); `stored` has the keys.
+    training frameworks (`core.site.unwrapped`); `stored` has the keys.
     """
 
     path: Path
@@ -298,7 +298,7 @@ def resolve(name_or_path: Path | str, revision: str | None = None, *, code: bool
 
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
-    """huggingface_hub's snapshot folder. Imported here: `store` works without it on local files."""
+    """huggingface_hub's snapshot folder. Imported here: local files are read without it."""
     about_to_write()
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

@@ -23,7 +23,7 @@ def find_plan(path: Path) -> Path:
 
 
 def read_plan(path: Path, sites: Mapping[str, Site] | None = None) -> RankPlan:
-    """A plan matched with a model's sites, or with the sites it records itself (see `core.plan_content.load_plan`)."""
+    """A plan matched with a model's sites, or with the sites it records itself (`core.plan.load_plan`)."""
     file = find_plan(path)
     return load_plan(read_object(file), sites, str(file))
 

@@ -29,7 +29,7 @@ from rankwise.labels.image_ids import ImageIds, Originals
 from rankwise.labels.teacher.client import KEY_VARIABLE, address_of
 from rankwise.labels.teacher.ledger import NAME as LEDGER
 from rankwise.labels.teacher.ledger import AnswerLedger
-from rankwise.options.field import plain_address
+from rankwise.options.field import check_address
 from rankwise.options.label import LabelConfig
 from rankwise.page.text import command_line, plural
 
@@ -147,7 +147,7 @@ def check_teacher(config: LabelConfig) -> None:
     section = config.teacher
     if section.loopback_teacher and section.base_url:
         raise UsageError("--loopback_teacher is a teacher of its own; leave --base_url out")
-    plain_address(address_of(section.base_url), "--base_url")
+    check_address(address_of(section.base_url), "--base_url")
     task = load_task(config.task_file or DEFAULT_TASK)
     spending_of(section, question_of(section, task, DeviceTarget(image_size=config.image_size)))
     modules = ["openai", "aiolimiter"] + ["statsmodels.stats.inter_rater"] * (section.votes > 1)

@@ -193,13 +193,13 @@ def as_typed(option: Option, value: Any, where: str) -> Any:
         except (ValueError, TypeError) as error:
             failures.append(str(error))
             continue
-        return (
-            plain_address(converted, f"{where}: {option.name}") if option.address else chosen(option, converted, where)
-        )
+        if option.address:
+            return check_address(converted, f"{where}: {option.name}")
+        return check_choice(option, converted, where)
     raise UsageError(f"{where}: {option.name}: {'; '.join(dict.fromkeys(failures))}")
 
 
-def plain_address(given: str, where: str) -> str:
+def check_address(given: str, where: str) -> str:
     """An address without user, password, query and fragment. UsageError, which does not repeat it, for any other."""
     try:
         parts = urlsplit(given if "://" in given else f"//{given}")
@@ -229,10 +229,10 @@ def convert_list(option: Option, value: Any, where: str) -> list[Any]:
         items = texts if kind is str else [convert_plain(kind, text) for text in texts]
     except ValueError as error:
         raise UsageError(f"{where}: {option.name}: {error}") from error
-    return [chosen(option, item, where) for item in items]
+    return [check_choice(option, item, where) for item in items]
 
 
-def chosen(option: Option, value: Any, where: str) -> Any:
+def check_choice(option: Option, value: Any, where: str) -> Any:
     """The value, once it is one of the choices. YAML reads a bare `no` or `off` as false: it is taken back."""
     choices = option.choices
     if not choices or value in choices:

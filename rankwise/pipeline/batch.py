@@ -77,7 +77,7 @@ def runs_of(config: BatchConfig) -> dict[str, RunConfig]:
         for name, recipe in zip(names, config.recipes, strict=True)
     }
     for job in jobs.values():
-        recipes.prepared(job)
+        recipes.prepare(job)
     return jobs
 
 

@@ -77,7 +77,7 @@ def packaged_lines() -> list[str]:
     return [f"  {name:<{2 + max(map(len, found))}}{text}" for name, text in found.items()]
 
 
-def shadowed(text: str) -> str | None:
+def note_shadowed(text: str) -> str | None:
     """A note where a bare name took the package's recipe although a file of that name lies here."""
     beside = [Path(text + suffix) for suffix in CONFIG_SUFFIXES]
     found = next((path for path in beside if not Path(text).is_file() and path.is_file()), None)
@@ -106,13 +106,13 @@ def load_recipe(path: Path, run: Path, changes: Sequence[str] = ()) -> Recipe:
     defaults = content.get("variables") or {}
     if not isinstance(defaults, dict) or "run" in defaults:
         raise UsageError(f"{path}: variables: a mapping of names to defaults is needed (`run` is the run folder)")
-    variables = resolved_variables(defaults, run, str(path))
+    variables = resolve_variables(defaults, run, str(path))
     rows = content.get("stages")
     if not isinstance(rows, list) or not rows:
         raise UsageError(f"{path}: no stages; a recipe has a list of them under `stages:`")
     stages = [read_stage(row, variables, str(path)) for row in rows]
     for change in changes:
-        stages = changed(stages, change)
+        stages = change_stage(stages, change)
     return Recipe(str(content.get("name") or path.stem), path, tuple(stages), str(content.get("description", "")))
 
 
@@ -132,10 +132,10 @@ def read_content(path: Path, below: Sequence[Path] = ()) -> dict[str, Any]:
     if parent is None:
         return content
     beside = path.parent / f"{parent}.yaml"
-    return extended(read_content(beside if beside.is_file() else find_recipe(str(parent)), [*below, path]), content)
+    return extend(read_content(beside if beside.is_file() else find_recipe(str(parent)), [*below, path]), content)
 
 
-def extended(parent: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
+def extend(parent: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's content with another's over it. What has not the form of a recipe is left for `load_recipe` to say."""
     merged = {**parent, "name": None, **content}
     for key, value in content.items():
@@ -145,11 +145,11 @@ def extended(parent: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str,
         elif isinstance(value, dict) and isinstance(before, dict):
             merged[key] = {**before, **value}
         elif isinstance(value, list) and isinstance(before, list):
-            merged[key] = merged_stages(before, value)
+            merged[key] = merge_stages(before, value)
     return merged
 
 
-def merged_stages(before: Sequence[Any], rows: Sequence[Any]) -> list[Any]:
+def merge_stages(before: Sequence[Any], rows: Sequence[Any]) -> list[Any]:
     """Rows with a stage's name change its options; the others come before the known stage that follows them in the
     list, or after all stages."""
     stages = {stage_name(row): row for row in before}
@@ -169,11 +169,11 @@ def stage_name(row: Any) -> str:
     return str(row.get("name", row.get("command"))) if isinstance(row, dict) else repr(row)
 
 
-def resolved_variables(defaults: Mapping[str, Any], run: Path, where: str) -> dict[str, str]:
+def resolve_variables(defaults: Mapping[str, Any], run: Path, where: str) -> dict[str, str]:
     found = {"run": str(run)}
     for name, value in defaults.items():
         if value is not None:
-            found[name] = substituted(os.environ.get(name, str(value)), found, f"{where}: variables: {name}")
+            found[name] = substitute(os.environ.get(name, str(value)), found, f"{where}: variables: {name}")
     return found
 
 
@@ -185,21 +185,21 @@ def read_stage(row: Any, variables: Mapping[str, str], where: str) -> Stage:
         raise unknown(command, [name for name in COMMANDS if name not in PIPELINES], where, "command")
     name = str(row.get("name", command))
     options = {
-        key: substituted(value, variables, f"{where}: stage {name}: {key}")
+        key: substitute(value, variables, f"{where}: stage {name}: {key}")
         for key, value in row.items()
         if key not in ("name", "command", "nproc")
     }
-    processes = substituted(row.get("nproc", 1), variables, f"{where}: stage {name}: nproc")
+    processes = substitute(row.get("nproc", 1), variables, f"{where}: stage {name}: nproc")
     if not str(processes).isdecimal() or int(processes) < 1:
         raise UsageError(f"{where}: stage {name}: nproc is a number of processes; got {processes!r}")
     return Stage(name, command, options, int(processes))
 
 
-def substituted(value: Any, variables: Mapping[str, str], where: str) -> Any:
+def substitute(value: Any, variables: Mapping[str, str], where: str) -> Any:
     if isinstance(value, list):
-        return [substituted(item, variables, where) for item in value]
+        return [substitute(item, variables, where) for item in value]
     if isinstance(value, dict):
-        return {key: substituted(item, variables, where) for key, item in value.items()}
+        return {key: substitute(item, variables, where) for key, item in value.items()}
     if not isinstance(value, str):
         return value
     for name in VARIABLE.findall(value):
@@ -208,7 +208,7 @@ def substituted(value: Any, variables: Mapping[str, str], where: str) -> Any:
     return VARIABLE.sub(lambda match: variables[match.group(1)], value)
 
 
-def changed(stages: Sequence[Stage], change: str) -> list[Stage]:
+def change_stage(stages: Sequence[Stage], change: str) -> list[Stage]:
     """`STAGE.OPTION=VALUE` applied; the value is converted with the stage's other options."""
     target, equals, value = change.partition("=")
     name, dot, option = target.partition(".")
@@ -233,14 +233,14 @@ def without_aliases(stage: Stage, option: str) -> dict[str, Any]:
 FLAG = re.compile(r"--(\w+)")
 
 
-def resolved(recipe: Recipe, changes: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
+def resolve_stages(recipe: Recipe, changes: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
     """(the recipe without idle options and with a note on each, each stage's config by its name).
 
     changes: the words of `--set`, which are in the recipe already.
     """
     stages, configs, notes = list[Stage](), dict[str, Any](), list[str]()
     for stage in recipe.stages:
-        kept, config, said = acting(stage, options_set(stage, changes), f"{recipe.path}: stage {stage.name}")
+        kept, config, said = drop_idle(stage, options_set(stage, changes), f"{recipe.path}: stage {stage.name}")
         stages.append(kept)
         configs[stage.name] = config
         notes += said
@@ -254,7 +254,7 @@ def options_set(stage: Stage, changes: Sequence[str]) -> set[str]:
     return {item.name for item in known for one in (item.name, *item.aliases) if f"{stage.name}.{one}" in named}
 
 
-def acting(stage: Stage, asked: set[str], where: str) -> tuple[Stage, Any, list[str]]:
+def drop_idle(stage: Stage, asked: set[str], where: str) -> tuple[Stage, Any, list[str]]:
     """(the stage less idle options, its config, notes). UsageError, in the words of `--set`, for an idle option that
     `--set` gave, and for a recipe whose own options are idle."""
     notes = list[str]()

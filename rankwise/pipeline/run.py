@@ -36,9 +36,240 @@ from rankwise.options.commands import RunConfig
 from rankwise.options.field import flatten, unknown
 from rankwise.page.text import duration
 from rankwise.pipeline import preflight
-from rankwise.pipeline.recipe import Recipe, Stage, find_recipe, load_recipe, packaged_lines, resolved, shadowed
+from rankwise.pipeline.recipe import (
+    Recipe,
+    Stage,
+    find_recipe,
+    load_recipe,
+    note_shadowed,
+    packaged_lines,
+    resolve_stages,
+)
 from rankwise.pipeline.table import COMMANDS, stage_of
 from rankwise.pipeline.times import BEFORE, UNASKED, UNFINISHED, UNREACHED, StageTime, time_lines
+
+LOGS, MONITOR, AUTO = "logs", "monitor.csv", "auto"
+RECORD = "resolved_config.recipe.json"  # a stage may write into the run folder itself, and its config beside this one
+OUTPUTS = ("output_dir", "out", "run", "results_dir", "log_dir")
+
+
+def run(config: RunConfig) -> Path | None:
+    """Run the stages in order. Returns the run folder; None where recipes were listed."""
+    if config.list_:
+        print("\n".join(packaged_lines()))
+        return None
+    recipe, configs = prepare(config)
+    for note in (note_shadowed(str(config.recipe)), *recipe.notes):
+        print(note, file=sys.stderr) if note else None
+    folder = RunFolder(run_folder(config))
+    state = RunFolder(folder / STATE)
+    if config.background:
+        with state.lock():  # UsageError where a run holds it
+            pass
+        start(config, folder.path, log_path(config))
+        return folder.path
+    with state.lock(), logging(config), stoppable("the same command goes on from here"):
+        folder.save_config(record_of(recipe), RECORD)
+        chosen, again = selection(config, recipe)
+        times = {stage.name: StageTime(stage.name, note=UNASKED) for stage in recipe.stages}
+        times |= {name: StageTime(name, note=UNREACHED) for name in chosen}
+        print(f"recipe: {recipe.path}")
+        with Monitor(folder / LOGS / MONITOR) as monitor, print_times(times):
+            print(f"watching: {monitor.said}")
+            for index, stage in enumerate(recipe.stages):
+                if stage.name in chosen:
+                    with mark_unfinished(times, stage.name):
+                        times[stage.name] = step(folder, recipe, index, configs[stage.name], again, monitor)
+                    again = times[stage.name].ran or again
+                    gc.collect()
+        print(f"{recipe.name}: everything is in {folder.path}")
+    return folder.path
+
+
+@contextmanager
+def logging(config: RunConfig) -> Iterator[None]:
+    if not config.log_file:
+        yield
+        return
+    with logged(log_path(config)) as path:
+        print(f"log: {path}")
+        yield
+
+
+def log_path(config: RunConfig) -> Path:
+    if config.log_file and config.log_file != AUTO:
+        return Path(config.log_file)
+    return run_folder(config) / LOGS / f"{datetime.now():%Y%m%d-%H%M%S}.log"
+
+
+@contextmanager
+def mark_unfinished(times: dict[str, StageTime], stage: str) -> Iterator[None]:
+    """How long it went until it was stopped, or failed."""
+    started = time.monotonic()
+    try:
+        yield
+    except BaseException:
+        times[stage] = StageTime(stage, time.monotonic() - started, note=UNFINISHED)
+        raise
+
+
+@contextmanager
+def print_times(times: Mapping[str, StageTime]) -> Iterator[None]:
+    """The table of times, however the run ends."""
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt):
+        print("stopped; the same command goes on from here")
+        raise
+    finally:
+        print("\n".join(["", *time_lines(list(times.values())), ""]), flush=True)
+
+
+def step(folder: RunFolder, recipe: Recipe, index: int, config: Any, again: bool, monitor: Monitor) -> StageTime:
+    """One stage, unless it is done and nothing asks for it again; how long it took, now or then."""
+    stage, title = recipe.stages[index], f"[{index + 1}/{len(recipe.stages)}] {recipe.stages[index].name}"
+    entries = read_marks(folder.path)
+    before = entries.get(stage.name, {})
+    previous = entries.get(recipe.stages[index - 1].name, {}).get("done") if index else None
+    mark = fingerprint_of(stage, config, previous)
+    if not again and before.get("done") == mark and all(path.exists() for path in outputs(config)):
+        print(f"{title}: done already in {duration(before['seconds'])}, skipped")
+        return StageTime(stage.name, before["seconds"], before, BEFORE)
+    started = time.monotonic()
+    print(f"{title}: rankwise {stage.command}", flush=True)
+    ready = resuming(stage, config, before, mark)
+    write_mark(folder.path, stage.name, {"started": mark})
+    with monitor.watching(stage.name) as samples:
+        execute(stage, ready, folder / STATE)
+    seconds, usage = round(time.monotonic() - started, 1), usage_of(samples).as_dict()
+    # A stage may write beside what it reads: the mark is that of the finished run.
+    write_mark(folder.path, stage.name, {"done": fingerprint_of(stage, config, previous), "seconds": seconds, **usage})
+    print(f"{title}: {duration(seconds)}", flush=True)
+    return StageTime(stage.name, seconds, usage)
+
+
+def ready(config: RunConfig, made: Sequence[Path] = ()) -> None:
+    """What is asked of every stage to run, before the first one begins. made: what is there by then."""
+    if config.list_:
+        return
+    recipe, configs = prepare(config)
+    chosen, _ = selection(config, recipe)
+    there = list(made)
+    for stage in recipe.stages:
+        if stage.name in chosen:
+            with name_stage(stage):
+                preflight.require_extras(stage.command, configs[stage.name])
+                preflight.ready(stage.command, configs[stage.name], there, run_folder(config))
+            there += outputs(configs[stage.name])
+
+
+def record_of(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as it was resolved, for the run folder."""
+    stages = [{"name": stage.name, "command": stage.command, **stage.options} for stage in recipe.stages]
+    return {"recipe": str(recipe.path), "description": recipe.description, "stages": stages}
+
+
+def prepare(config: RunConfig) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe, and every stage's config: all of it is checked before anything runs."""
+    if not config.recipe:
+        raise UsageError("run needs a recipe: rankwise run RECIPE.yaml, or the name of one of `rankwise run --list`")
+    loaded = load_recipe(find_recipe(config.recipe), run_folder(config), config.set)
+    recipe, configs = resolve_stages(loaded, config.set)
+    selection(config, recipe)
+    return recipe, configs
+
+
+def run_folder(config: RunConfig) -> Path:
+    assert config.recipe is not None
+    return Path(config.output_dir or Path("runs") / Path(config.recipe).stem)
+
+
+def selection(config: RunConfig, recipe: Recipe) -> tuple[set[str], bool]:
+    """The stages to look at, and whether they run whatever was done before."""
+    names = [stage.name for stage in recipe.stages]
+    for name in [*config.only, *([config.from_] if config.from_ else [])]:
+        if name not in names:
+            error = unknown(name, names, str(recipe.path), "stage")
+            raise UsageError(f"{error}; the stages are {', '.join(names)}")
+    chosen = names[names.index(config.from_) :] if config.from_ else names
+    return {name for name in chosen if not config.only or name in config.only}, bool(config.force or config.from_)
+
+
+def outputs(config: Any) -> list[Path]:
+    """Where a stage writes, as far as its options say so."""
+    options = flatten(config)
+    return [Path(options[name]) for name in OUTPUTS if options.get(name)]
+
+
+def fingerprint_of(stage: Stage, config: Any, previous: str | None) -> str:
+    """Hash of a stage's resolved options, of the files that they name (outputs are not among them), and of the mark
+    of the stage before it: what changes one, changes all after it."""
+    options = flatten(config)
+    named = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+    inputs = {
+        f"{name} {value}": fingerprint(Path(value))
+        for name, values in named.items()
+        for value in values
+        if name not in OUTPUTS and isinstance(value, str) and value and Path(value).exists()
+    }
+    content = json.dumps([stage.command, options, inputs, previous], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def resuming(stage: Stage, config: Any, before: Mapping[str, Any], mark: str) -> Any:
+    """A training stage that was stopped in the middle goes on from its newest complete checkpoint; one whose options
+    or inputs have changed since starts over. So does an evaluation, whose answers of before are deleted."""
+    if stage.command == "evaluate" and before and before.get("started") != mark:
+        stage_of(stage.command).start_over(config)
+    going_on = getattr(stage_of(stage.command), "going_on", None)
+    if going_on is not None and before:  # what this recipe has not made is not its to replace
+        return going_on(config, unchanged=before.get("started") == mark)
+    if not COMMANDS[stage.command].trainer or config.resume_from_checkpoint:
+        return config
+    if not any(Path(config.output_dir).glob("checkpoint-*")):
+        return config
+    if before.get("started") == mark:
+        return replace(config, resume_from_checkpoint="true")
+    return replace(config, training=config.training | {"overwrite": True})
+
+
+def execute(stage: Stage, config: Any, scratch: Path) -> None:
+    with name_stage(stage):
+        if stage.nproc > 1:
+            run_in_processes(stage.command, flatten(config), stage.nproc, scratch / f"{stage.name}.json")
+        else:
+            stage_of(stage.command).run(config)
+    sys.stdout.flush()
+
+
+@contextmanager
+def name_stage(stage: Stage) -> Iterator[None]:
+    """Say whose flags a refusal is about: `--metric` of a stage is `--set STAGE.metric=…` here."""
+    try:
+        yield
+    except (UsageError, DataError) as error:
+        error.args = (f"stage {stage.name} (rankwise {stage.command}): {error}",)
+        raise
+
+
+def describe(config: RunConfig) -> list[str]:
+    """Every stage with its resolved options, then what it would do."""
+    if config.list_:
+        return ["list the recipes that come with the package"]
+    recipe, configs = prepare(config)
+    lines = [f"run {recipe.path} in {run_folder(config)}"]
+    for stage in recipe.stages:
+        lines.append(f"{stage.name}: rankwise {stage.command} {as_flags(configs[stage.name])}")
+        with name_stage(stage):
+            lines += [f"  {line}" for line in stage_of(stage.command).describe(configs[stage.name])]
+    return lines
+
+
+def as_flags(config: Any) -> str:
+    """The resolved options as flags, less those that are unset or off."""
+    given = {name: value for name, value in flatten(config).items() if value not in (None, "", [], False)}
+    values = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in given.items()}
+    return " ".join(f"--{name} {value}" for name, value in values.items())
 
 
 def start(config: RunConfig, folder: Path, log: Path) -> int:
@@ -113,11 +344,11 @@ def run_in_processes(command: str, options: Mapping[str, Any], processes: int, c
     """Run `rankwise COMMAND` on these options under torchrun; raises with its exit code where it fails."""
     write_json(config, {name: value for name, value in options.items() if value is not None})
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    if waited_for([*line, "-m", "rankwise.cli", *command.split(), str(config)]):
+    if wait_for([*line, "-m", "rankwise.cli", *command.split(), str(config)]):
         raise RankwiseError(f"rankwise {command} in {processes} processes failed; its message stands above")
 
 
-def waited_for(line: Sequence[str]) -> int:
+def wait_for(line: Sequence[str]) -> int:
     """The exit code. A run that is stopped tells torchrun, which tells the processes, and waits until they have saved;
     Ctrl-C has reached them already."""
     with subprocess.Popen(line) as child:
@@ -130,227 +361,3 @@ def waited_for(line: Sequence[str]) -> int:
             child.terminate()
             child.wait()
             raise
-
-
-LOGS, MONITOR, AUTO = "logs", "monitor.csv", "auto"
-RECORD = "resolved_config.recipe.json"  # a stage may write into the run folder itself, and its config beside this one
-OUTPUTS = ("output_dir", "out", "run", "results_dir", "log_dir")
-
-
-def run(config: RunConfig) -> Path | None:
-    """Run the stages in order. Returns the run folder; None where recipes were listed."""
-    if config.list_:
-        print("\n".join(packaged_lines()))
-        return None
-    recipe, configs = prepared(config)
-    for note in (shadowed(str(config.recipe)), *recipe.notes):
-        print(note, file=sys.stderr) if note else None
-    folder = RunFolder(run_folder(config))
-    state = RunFolder(folder / STATE)
-    if config.background:
-        with state.lock():  # UsageError where a run holds it
-            pass
-        start(config, folder.path, log_path(config))
-        return folder.path
-    with state.lock(), logging(config), stoppable("the same command goes on from here"):
-        folder.save_config(record_of(recipe), RECORD)
-        chosen, again = selection(config, recipe)
-        times = {stage.name: StageTime(stage.name, note=UNASKED) for stage in recipe.stages}
-        times |= {name: StageTime(name, note=UNREACHED) for name in chosen}
-        print(f"recipe: {recipe.path}")
-        with Monitor(folder / LOGS / MONITOR) as monitor, telling(times):
-            print(f"watching: {monitor.said}")
-            for index, stage in enumerate(recipe.stages):
-                if stage.name in chosen:
-                    with unfinished(times, stage.name):
-                        times[stage.name] = step(folder, recipe, index, configs[stage.name], again, monitor)
-                    again = times[stage.name].ran or again
-                    gc.collect()
-        print(f"{recipe.name}: everything is in {folder.path}")
-    return folder.path
-
-
-@contextmanager
-def logging(config: RunConfig) -> Iterator[None]:
-    if not config.log_file:
-        yield
-        return
-    with logged(log_path(config)) as path:
-        print(f"log: {path}")
-        yield
-
-
-def log_path(config: RunConfig) -> Path:
-    if config.log_file and config.log_file != AUTO:
-        return Path(config.log_file)
-    return run_folder(config) / LOGS / f"{datetime.now():%Y%m%d-%H%M%S}.log"
-
-
-@contextmanager
-def unfinished(times: dict[str, StageTime], stage: str) -> Iterator[None]:
-    """How long it went until it was stopped, or failed."""
-    started = time.monotonic()
-    try:
-        yield
-    except BaseException:
-        times[stage] = StageTime(stage, time.monotonic() - started, note=UNFINISHED)
-        raise
-
-
-@contextmanager
-def telling(times: Mapping[str, StageTime]) -> Iterator[None]:
-    """The table of times, however the run ends."""
-    try:
-        yield
-    except (Interrupted, KeyboardInterrupt):
-        print("stopped; the same command goes on from here")
-        raise
-    finally:
-        print("\n".join(["", *time_lines(list(times.values())), ""]), flush=True)
-
-
-def step(folder: RunFolder, recipe: Recipe, index: int, config: Any, again: bool, monitor: Monitor) -> StageTime:
-    """One stage, unless it is done and nothing asks for it again; how long it took, now or then."""
-    stage, title = recipe.stages[index], f"[{index + 1}/{len(recipe.stages)}] {recipe.stages[index].name}"
-    entries = read_marks(folder.path)
-    before = entries.get(stage.name, {})
-    previous = entries.get(recipe.stages[index - 1].name, {}).get("done") if index else None
-    mark = fingerprint_of(stage, config, previous)
-    if not again and before.get("done") == mark and all(path.exists() for path in outputs(config)):
-        print(f"{title}: done already in {duration(before['seconds'])}, skipped")
-        return StageTime(stage.name, before["seconds"], before, BEFORE)
-    started = time.monotonic()
-    print(f"{title}: rankwise {stage.command}", flush=True)
-    ready = resuming(stage, config, before, mark)
-    write_mark(folder.path, stage.name, {"started": mark})
-    with monitor.watching(stage.name) as samples:
-        execute(stage, ready, folder / STATE)
-    seconds, usage = round(time.monotonic() - started, 1), usage_of(samples).as_dict()
-    # A stage may write beside what it reads: the mark is that of the finished run.
-    write_mark(folder.path, stage.name, {"done": fingerprint_of(stage, config, previous), "seconds": seconds, **usage})
-    print(f"{title}: {duration(seconds)}", flush=True)
-    return StageTime(stage.name, seconds, usage)
-
-
-def ready(config: RunConfig, made: Sequence[Path] = ()) -> None:
-    """What is asked of every stage to run, before the first one begins. made: what is there by then."""
-    if config.list_:
-        return
-    recipe, configs = prepared(config)
-    chosen, _ = selection(config, recipe)
-    there = list(made)
-    for stage in recipe.stages:
-        if stage.name in chosen:
-            with naming(stage):
-                preflight.require_extras(stage.command, configs[stage.name])
-                preflight.ready(stage.command, configs[stage.name], there, run_folder(config))
-            there += outputs(configs[stage.name])
-
-
-def record_of(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as it was resolved, for the run folder."""
-    stages = [{"name": stage.name, "command": stage.command, **stage.options} for stage in recipe.stages]
-    return {"recipe": str(recipe.path), "description": recipe.description, "stages": stages}
-
-
-def prepared(config: RunConfig) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe, and every stage's config: all of it is checked before anything runs."""
-    if not config.recipe:
-        raise UsageError("run needs a recipe: rankwise run RECIPE.yaml, or the name of one of `rankwise run --list`")
-    loaded = load_recipe(find_recipe(config.recipe), run_folder(config), config.set)
-    recipe, configs = resolved(loaded, config.set)
-    selection(config, recipe)
-    return recipe, configs
-
-
-def run_folder(config: RunConfig) -> Path:
-    assert config.recipe is not None
-    return Path(config.output_dir or Path("runs") / Path(config.recipe).stem)
-
-
-def selection(config: RunConfig, recipe: Recipe) -> tuple[set[str], bool]:
-    """The stages to look at, and whether they run whatever was done before."""
-    names = [stage.name for stage in recipe.stages]
-    for name in [*config.only, *([config.from_] if config.from_ else [])]:
-        if name not in names:
-            error = unknown(name, names, str(recipe.path), "stage")
-            raise UsageError(f"{error}; the stages are {', '.join(names)}")
-    chosen = names[names.index(config.from_) :] if config.from_ else names
-    return {name for name in chosen if not config.only or name in config.only}, bool(config.force or config.from_)
-
-
-def outputs(config: Any) -> list[Path]:
-    """Where a stage writes, as far as its options say so."""
-    options = flatten(config)
-    return [Path(options[name]) for name in OUTPUTS if options.get(name)]
-
-
-def fingerprint_of(stage: Stage, config: Any, previous: str | None) -> str:
-    """Hash of a stage's resolved options, of the files that they name (outputs are not among them), and of the mark
-    of the stage before it: what changes one, changes all after it."""
-    options = flatten(config)
-    named = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
-    inputs = {
-        f"{name} {value}": fingerprint(Path(value))
-        for name, values in named.items()
-        for value in values
-        if name not in OUTPUTS and isinstance(value, str) and value and Path(value).exists()
-    }
-    content = json.dumps([stage.command, options, inputs, previous], sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def resuming(stage: Stage, config: Any, before: Mapping[str, Any], mark: str) -> Any:
-    """A training stage that was stopped in the middle goes on from its newest complete checkpoint; one whose options
-    or inputs have changed since starts over. So does an evaluation, whose answers of before are deleted."""
-    if stage.command == "evaluate" and before and before.get("started") != mark:
-        stage_of(stage.command).start_over(config)
-    going_on = getattr(stage_of(stage.command), "going_on", None)
-    if going_on is not None and before:  # what this recipe has not made is not its to replace
-        return going_on(config, unchanged=before.get("started") == mark)
-    if not COMMANDS[stage.command].trainer or config.resume_from_checkpoint:
-        return config
-    if not any(Path(config.output_dir).glob("checkpoint-*")):
-        return config
-    if before.get("started") == mark:
-        return replace(config, resume_from_checkpoint="true")
-    return replace(config, training=config.training | {"overwrite": True})
-
-
-def execute(stage: Stage, config: Any, scratch: Path) -> None:
-    with naming(stage):
-        if stage.nproc > 1:
-            run_in_processes(stage.command, flatten(config), stage.nproc, scratch / f"{stage.name}.json")
-        else:
-            stage_of(stage.command).run(config)
-    sys.stdout.flush()
-
-
-@contextmanager
-def naming(stage: Stage) -> Iterator[None]:
-    """Say whose flags a refusal is about: `--metric` of a stage is `--set STAGE.metric=…` here."""
-    try:
-        yield
-    except (UsageError, DataError) as error:
-        error.args = (f"stage {stage.name} (rankwise {stage.command}): {error}",)
-        raise
-
-
-def describe(config: RunConfig) -> list[str]:
-    """Every stage with its resolved options, then what it would do."""
-    if config.list_:
-        return ["list the recipes that come with the package"]
-    recipe, configs = prepared(config)
-    lines = [f"run {recipe.path} in {run_folder(config)}"]
-    for stage in recipe.stages:
-        lines.append(f"{stage.name}: rankwise {stage.command} {shown(configs[stage.name])}")
-        with naming(stage):
-            lines += [f"  {line}" for line in stage_of(stage.command).describe(configs[stage.name])]
-    return lines
-
-
-def shown(config: Any) -> str:
-    """The resolved options as flags, less those that are unset or off."""
-    given = {name: value for name, value in flatten(config).items() if value not in (None, "", [], False)}
-    values = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in given.items()}
-    return " ".join(f"--{name} {value}" for name, value in values.items())

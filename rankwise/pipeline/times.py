@@ -73,7 +73,7 @@ def columns(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class StageTime:
-    """How long a recipe's stage took (None: it did not finish), and what it used, as store.monitor.Usage names it."""
+    """How long a recipe's stage took (None: it did not finish), and what it used, as files.monitor.Usage names it."""
 
     name: str
     seconds: float | None = None

@@ -23,7 +23,7 @@ from rankwise.files.log import NOBODY, Lines, copier, logged, secrets_of, wait
 from rankwise.files.run_folder import RunFolder
 from rankwise.options.commands import RunConfig
 from rankwise.pipeline import run
-from rankwise.pipeline.run import waited_for
+from rankwise.pipeline.run import wait_for
 from rankwise.train.checkpoints import MANIFEST
 
 KEY = "sk-0123456789abcdef"
@@ -194,7 +194,7 @@ def test_processes_are_told_and_waited_for(tmp_path: Path) -> None:
     teller = threading.Thread(target=stop)
     teller.start()
     with pytest.raises(Interrupted), run.stoppable("again"):
-        waited_for(["sh", "-c", script])
+        wait_for(["sh", "-c", script])
     teller.join()
     assert mark.exists(), "the child saved what it had before the parent went on"
 

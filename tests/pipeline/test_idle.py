@@ -25,7 +25,7 @@ from rankwise.options.features import CaptureConfig, FactorTrainConfig
 from rankwise.options.field import Option, options_of
 from rankwise.options.study import StudyConfig
 from rankwise.pipeline.idle import TABLES, Bound, idle_among, refuse_idle
-from rankwise.pipeline.run import prepared
+from rankwise.pipeline.run import prepare
 from rankwise.pipeline.table import COMMANDS, assemble, command_options
 from rankwise.train import command as train
 
@@ -235,7 +235,7 @@ def test_a_recipes_own_setting_gives_way_to_set(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found, configs = prepared(RunConfig(recipe, set=[change]))
+    found, configs = prepare(RunConfig(recipe, set=[change]))
     (said,) = found.notes
     assert f"note: {left} acts only" in said and "--" not in said
     stage, option = left.split(".")

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 from rankwise.errors import ServiceError, UsageError, need
 from rankwise.labels.teacher.answers import FILTERED, NO_QUOTA, NoAnswer, Reply, read
 from rankwise.labels.teacher.ledger import Spending
-from rankwise.options.field import plain_address
+from rankwise.options.field import check_address
 from rankwise.options.label import TeacherSection
 
 LARGEST = 8 * 2**20  # bytes of one response, decompressed; an answer has a few thousand
@@ -119,7 +119,7 @@ class TeacherStopped(Exception):
 def address_of(base_url: str | None) -> str:
     """Where the teacher is: the given address, else $OPENAI_BASE_URL, else OpenAI. UsageError where that variable holds
     a password or a query: the address is recorded and printed."""
-    given = base_url or plain_address(os.environ.get(ADDRESS_VARIABLE) or OFFICIAL, ADDRESS_VARIABLE)
+    given = base_url or check_address(os.environ.get(ADDRESS_VARIABLE) or OFFICIAL, ADDRESS_VARIABLE)
     return given.rstrip("/")
 
 
