@@ -17,56 +17,15 @@ TOWERS = ("language", "vision", "projector", "depth", "unknown")
 KINDS = ("attention", "mlp", "embed", "head", "other")
 
 ATTENTION = frozenset(
-    [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "out_proj",
-        "qkv_proj",
-        "qkv",
-        "c_attn",
-        "query_key_value",
-        "Wqkv",
-        "query",
-        "key",
-        "value",
-        "q_lin",
-        "k_lin",
-        "v_lin",
-        "out_lin",
-        "attn_out",
-        "q_a_proj",
-        "q_b_proj",
-        "kv_a_proj_with_mqa",
-        "kv_b_proj",
-        "in_proj",
-    ]
+    "q_proj k_proj v_proj o_proj out_proj qkv_proj qkv c_attn query_key_value Wqkv query key value q_lin k_lin v_lin "
+    "out_lin attn_out q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj in_proj".split()
 )
 MLP = frozenset(
-    [
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-        "gate_up_proj",
-        "fc1",
-        "fc2",
-        "c_fc",
-        "lin1",
-        "lin2",
-        "dense_h_to_4h",
-        "dense_4h_to_h",
-        "w1",
-        "w2",
-        "w3",
-        "fc_in",
-        "fc_out",
-    ]
+    "gate_proj up_proj down_proj gate_up_proj fc1 fc2 c_fc lin1 lin2 dense_h_to_4h dense_4h_to_h w1 w2 w3 fc_in "
+    "fc_out".split()
 )
 EMBED = frozenset(["wte", "wpe", "shared", "relative_attention_bias", "embed_tokens", "embed_positions", "embed_in"])
-EMBEDDING = re.compile(
-    r"(?:.+_)?(?:emb|embed|embeds|embedding|embeddings)"
-)  # word_embeddings, tok_embeddings, pos_embed
+EMBEDDING = re.compile(r"(?:.+_)?(?:emb|embed|embeds|embedding|embeddings)")  # word_embeddings, pos_embed
 HEAD = frozenset(["lm_head", "embed_out", "score", "classifier", "pre_classifier", "output_projection"])
 ATTENTION_PARENT = re.compile(r"attn|attention", re.IGNORECASE)
 LAYER_LIST = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)(?=\.|$)")

@@ -168,9 +168,8 @@ class Spectrum:
             return self
         squares, reach = self.values.square(), self.values.square() + self.missed_each()
         shrunk, highest = (shrunk_squares(x / unit, n / m) * unit for x in (squares, reach))
-        share = (
-            float(highest[-1] / reach[-1]) if reach[-1] > 0 and not self.complete else 0.0
-        )  # f(x)/x beyond the values
+        # f(x)/x beyond the values
+        share = float(highest[-1] / reach[-1]) if reach[-1] > 0 and not self.complete else 0.0
         beyond = share * max(0.0, self.energy_total - float(squares.sum()))
         missed = min((1 - share) * float(self.missed()[-1]), float((highest - shrunk).sum()))
         total = max(self.energy_total - energy, float(shrunk.sum()))

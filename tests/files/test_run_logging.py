@@ -19,7 +19,9 @@ from tiny import tiny_llama
 from rankwise import cli
 from rankwise.demo.restaurants import write_task
 from rankwise.errors import DataError, Interrupted, UsageError
-from rankwise.files.log import NOBODY, Lines, copier, logged, secrets_of, wait
+from rankwise.files import log_copy
+from rankwise.files.log import NOBODY, copier, logged, wait
+from rankwise.files.log_copy import Lines, secrets_of
 from rankwise.files.run_folder import RunFolder
 from rankwise.options.commands import RunConfig
 from rankwise.pipeline import run
@@ -121,6 +123,13 @@ def test_the_last_words_of_a_process_that_dies_are_in_the_log(tmp_path: Path) ->
     wait(process)
     assert dead.returncode < 0
     assert path.read_text(encoding="utf-8") == "before the end\n", "one target, one order"
+
+
+def test_the_copying_process_needs_no_package(tmp_path: Path) -> None:
+    """Isolated, and without site-packages: where the package was installed for one user, say."""
+    command = [sys.executable, "-I", "-S", log_copy.__file__, str(tmp_path / "a.log"), "utf-8", "0:1"]
+    done = subprocess.run(command, input=b"a line\n", capture_output=True, check=True)
+    assert done.stdout == b"a line\n" == (tmp_path / "a.log").read_bytes()
 
 
 def test_a_run_writes_its_log_and_watches_itself(
