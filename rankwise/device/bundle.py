@@ -24,7 +24,6 @@ from rankwise.data.recorded import announce_prompts, recorded
 from rankwise.device.bundle_files import (
     GRAMMAR,
     Prompt,
-    Told,
     answers_spaced,
     check_prompt,
     copy_model,
@@ -38,13 +37,11 @@ from rankwise.device.bundle_files import (
     write_manifest,
     write_parts,
 )
-from rankwise.device.clients import Asking, client_files
+from rankwise.device.clients import MODELFILE, Asking, Template, client_files, end_texts, modelfile, template_of
 from rankwise.device.golden import FOLDER as GOLDEN
 from rankwise.device.golden import Golden, read_golden, write_golden
 from rankwise.device.llama.client import ServerRuntime
 from rankwise.device.llama.runtime import LlamaServer, RemoteServer
-from rankwise.device.modelfile import FILE as MODELFILE
-from rankwise.device.modelfile import Template, end_texts, modelfile, template_of
 from rankwise.device.parity.floor import K
 from rankwise.device.parity.ladder import Ladder, climb
 from rankwise.device.parity.pixels import AppPixels
@@ -55,10 +52,10 @@ from rankwise.files.atomic import atomic_folder, fingerprint, read_document, rea
 from rankwise.files.run_folder import CONFIG, RunFolder, called
 from rankwise.gguf.reading import Exported, GGUFFile, read_export
 from rankwise.options.commands import BundleConfig, ValidateConfig
-from rankwise.options.sections import ScoredData
 from rankwise.page.text import command_line
 from rankwise.pipeline.table import configured
 
+STAGE = "bundle"
 SHIPPED = "q8_0"
 ITEMS = 200  # rows that golden vectors are chosen from
 SCORES = ("task", "method", "n", "accuracy", "interval", "macro_f1", "metrics", "intervals_95")
@@ -120,10 +117,12 @@ class Source:
         data = config.data if config.data.data_path else asked.data
         if not (data.task and data.data_path):
             raise UsageError("golden vectors need items: --validation FOLDER, or --task TASK --data_path DATA")
+        if config.data.device_target:  # the one that is named here counts
+            data = dataclasses.replace(data, device_target=config.data.device_target)
         return dataclasses.replace(
             asked,
             export=str(self.exported.folder),
-            data=own_data(data, config.data),
+            data=data,
             split=config.split or asked.split,
             reference=reference_of(config, self),
             num_samples=min(asked.num_samples or ITEMS, ITEMS),
@@ -131,11 +130,6 @@ class Source:
             top=config.top,
             device="cpu",
         )
-
-
-def own_data(data: ScoredData, given: ScoredData) -> ScoredData:
-    """The device target that was named here counts."""
-    return dataclasses.replace(data, device_target=given.device_target) if given.device_target else data
 
 
 def reference_of(config: BundleConfig, source: Source) -> str:
@@ -210,7 +204,7 @@ def other_files(config: BundleConfig, exported: Exported, form: str) -> list[str
     ]
 
 
-STAGE = "bundle"
+# --- the command -----------------------------------------------------------------------------------------------------
 
 
 def run(config: BundleConfig) -> dict[str, Any] | Ladder:
@@ -270,8 +264,8 @@ def write_bundle(config: BundleConfig, source: Source, trained: Trained, folder:
     facts = described(source, trained, unsure)
     template = write_clients(folder, trained, prompt, facts, found.record)
     spaced = answers_spaced(trained.items[0], trained.renderer)
-    told = Told(facts, prompt.as_dict(), [one.name for one in answers], target, unsure, spaced, template.use)
-    write_text(folder / "README.md", readme(told))
+    names = [one.name for one in answers]
+    write_text(folder / "README.md", readme(facts, prompt.as_dict(), names, target, unsure, spaced, template.use))
     return facts
 
 
@@ -388,10 +382,8 @@ def report(config: BundleConfig, content: Mapping[str, Any], ladder: Ladder) -> 
         print(f"warning: bundled though {doubt}")
     for line in ladder_lines(ladder):
         print(line)
-    threshold = content["threshold"]
-    print(
-        f"answer from a confidence of {threshold:.3f} on" if threshold is not None else "no threshold; see abstain.json"
-    )
+    sure = content["threshold"]
+    print(f"answer from a confidence of {sure:.3f} on" if sure is not None else "no threshold; see abstain.json")
     print(f"bundle in {config.output_dir}")
     print(f"next: {next_command(config)}")
 

@@ -38,13 +38,8 @@ from rankwise.gguf.metadata import SPACES
 from rankwise.gguf.reading import GGUFFile
 
 FILE, FORMAT = "bundle.json", "rankwise-bundle/1"
-PROMPT, PROMPT_JSON, LABELS, GRAMMAR, ABSTAIN = (
-    "prompt.txt",
-    "prompt.json",
-    "labels.json",
-    "labels.gbnf",
-    "abstain.json",
-)
+PROMPT, PROMPT_JSON, ABSTAIN = "prompt.txt", "prompt.json", "abstain.json"
+LABELS, GRAMMAR = "labels.json", "labels.gbnf"
 INPUT = "{input}"
 SENTINEL = "\ue000input\ue001"  # private use: no template and no tokenizer treats it specially
 ADD_BOS, BOS = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.bos_token_id"
@@ -126,11 +121,9 @@ class LabelAnswer:
 
 def label_answers(task: LabelTask, example: Example, renderer: Renderer) -> list[LabelAnswer]:
     """The answers that training taught, label by label. VerificationError where two are the same ids."""
-    found = [
-        LabelAnswer(each.name, each.definition, tuple(answer_ids(renderer, example, each.name)))
-        for each in task.classes
-    ]
-    if len({one.ids for one in found}) < len(found):
+    ids = [tuple(answer_ids(renderer, example, each.name)) for each in task.classes]
+    found = [LabelAnswer(one.name, one.definition, given) for one, given in zip(task.classes, ids, strict=True)]
+    if len(set(ids)) < len(ids):
         raise VerificationError(f"task {task.name}: two labels are the same tokens, so no answer tells them apart")
     return found
 
@@ -145,11 +138,6 @@ def grammar(answers: Sequence[LabelAnswer], end_ids: Sequence[int]) -> str:
         names.append(f"label-{number}")
         lines += [f"# {one.name}", f"label-{number} ::= " + " ".join(f"<[{token}]>" for token in inner)]
     return "\n".join(["root ::= " + " | ".join(names), *lines]) + "\n"
-
-
-def labels_content(task: LabelTask, answers: Sequence[LabelAnswer]) -> dict[str, Any]:
-    rows = [{"name": one.name, "definition": one.definition, "ids": list(one.ids)} for one in answers]
-    return {"task": task.name, "field": task.field, "labels": rows}
 
 
 # --- the parts read back ---------------------------------------------------------------------------------------------
@@ -202,7 +190,8 @@ def write_parts(
     write_text(folder / PROMPT, prompt.text)
     write_json(folder / PROMPT_JSON, prompt.as_dict())
     if task:
-        write_json(folder / LABELS, labels_content(task, answers))
+        rows = [{"name": one.name, "definition": one.definition, "ids": list(one.ids)} for one in answers]
+        write_json(folder / LABELS, {"task": task.name, "field": task.field, "labels": rows})
         write_text(folder / GRAMMAR, grammar(answers, end_ids))
     if abstain:
         write_json(folder / ABSTAIN, abstain)
@@ -251,29 +240,28 @@ def ladder_lines(ladder: Ladder) -> list[str]:
     return [*lines, f"  first to differ: {broken.name}: {broken.why}"] if broken else lines
 
 
-@dataclass(frozen=True)
-class Told:
-    """What the README tells. facts, prompt: bundle.json's and prompt.json's; spaced: answers begin with a space;
-    ollama: what the Modelfile's template is for."""
-
-    facts: Mapping[str, Any]
-    prompt: Mapping[str, Any]
-    labels: Sequence[str]
-    target: DeviceTarget | None
-    unsure: Abstention
-    spaced: bool
-    ollama: str
+# --- README.md, for the app's developer ------------------------------------------------------------------------------
 
 
-def readme(told: Told) -> str:
-    """README.md of the bundle."""
+def readme(
+    facts: Mapping[str, Any],
+    prompt: Mapping[str, Any],
+    labels: Sequence[str],
+    target: DeviceTarget | None,
+    unsure: Abstention,
+    spaced: bool,
+    ollama: str,
+) -> str:
+    """facts, prompt: bundle.json's and prompt.json's; spaced: answers begin with a space; ollama: what the Modelfile's
+    template is for."""
+    doubts = ["\n".join(["## Not verified", "", *(f"- {doubt}" for doubt in facts["not_verified"])])]
     parts = [
-        running(told.facts),
-        asking(told.facts, told.prompt, told.target),
-        answering(told.labels, told.unsure, told.spaced),
-        from_code(told.ollama),
+        running(facts),
+        asking(facts, prompt, target),
+        answering(labels, unsure, spaced),
+        FROM_CODE + ollama,
         REPLAY,
-        *doubts(told.facts),
+        *(doubts if facts["not_verified"] else []),
     ]
     return "\n\n".join(["# A model for the device", *parts]) + "\n"
 
@@ -326,14 +314,6 @@ def start(token: Mapping[str, str]) -> str:
     return f"The runtime puts the start token `{token['text']}` before it."
 
 
-def from_code(ollama: str) -> str:
-    return (
-        "## From code\n\n`clients/` has about twenty lines each for llama.node (Node.js), llama.rn (React Native) and "
-        "Android, with this bundle's constants; `Modelfile` is for Ollama (`ollama create NAME -f Modelfile`). "
-        f"{ollama}"
-    )
-
-
 def answering(labels: Sequence[str], unsure: Abstention, spaced: bool) -> str:
     lines = ["## Take the answer", ""]
     if spaced:
@@ -358,6 +338,10 @@ def answering(labels: Sequence[str], unsure: Abstention, spaced: bool) -> str:
     return "\n".join(lines)
 
 
+FROM_CODE = """## From code
+
+`clients/` has about twenty lines each for llama.node (Node.js), llama.rn (React Native) and Android, with this \
+bundle's constants; `Modelfile` is for Ollama (`ollama create NAME -f Modelfile`). """
 REPLAY = """## Replay the golden vectors
 
 `golden/golden.json` has inputs with what the trained model makes of them in float32: for each case the prompt, the
@@ -377,9 +361,3 @@ The first rung that differs is named, with what to look at; exit code 6. By hand
 3. compare the ids of the text around the picture;
 4. compare the log-probabilities of the first answer token; a difference below `margin` nats is no difference;
 5. compare the text."""
-
-
-def doubts(facts: Mapping[str, Any]) -> list[str]:
-    if not facts["not_verified"]:
-        return []
-    return ["\n".join(["## Not verified", "", *(f"- {doubt}" for doubt in facts["not_verified"])])]

@@ -26,7 +26,7 @@ from rankwise.gguf.converter import OUTTYPES, Converter, converter_folder, find_
 from rankwise.gguf.export import write_export
 from rankwise.gguf.lora import largest_rank, read_plain, require_text_sites, write_adapter_gguf
 from rankwise.gguf.plan import ExportPlan, plan_export, require_model, require_space
-from rankwise.gguf.reading import FILE, FORMAT, Exported, read_export
+from rankwise.gguf.reading import FILE, FORMAT, MMPROJ, TEXT, Exported, read_export
 from rankwise.models.load import load_config
 from rankwise.options.commands import ExportConfig
 from rankwise.options.sections import ModelSection
@@ -57,7 +57,8 @@ def run(config: ExportConfig) -> Exported | Path | None:
             inside = RunFolder(temporary)
             with inside.recording(STAGE, {"model": plan.model}) as record:
                 content = write_export(plan, temporary)
-                record.outputs |= {name: temporary / name for name in (FILE, *file_names(content))}
+                files = [files[kind] for files in content["files"].values() for kind in (TEXT, MMPROJ) if files[kind]]
+                record.outputs |= {name: temporary / name for name in (FILE, *files)}
                 record.outputs |= contracts(temporary)
                 record.facts["converter"] = content["converter"]
                 inside.save_config(config)
@@ -141,10 +142,6 @@ def given_target(config: ExportConfig) -> DeviceTarget | None:
     return target
 
 
-def file_names(content: Mapping[str, Any]) -> list[str]:
-    return [name for files in content["files"].values() for name in (files["text"], files["mmproj"]) if name]
-
-
 # --- what people read --------------------------------------------------------------------------------------------
 
 
@@ -153,16 +150,14 @@ def report(plan: ExportPlan, content: Mapping[str, Any], config: ExportConfig, s
         print(f"note: {note}")
     for outtype, files in content["files"].items():
         for kind, size in files["bytes"].items():
-            print(f"  {files[kind]}  {size / 1e6:,.1f} MB{wider(content['kept_wider'][files[kind]], outtype)}")
+            kept = content["kept_wider"][files[kind]]
+            wider = f" ({plural(len(kept), 'tensor')} wider than {outtype}: {', '.join(kept)})" if kept else ""
+            print(f"  {files[kind]}  {size / 1e6:,.1f} MB{wider}")
     print(verdict(plan, content["verification"]))
     print(f"exported to {config.output_dir} in {seconds:.0f} s")
     rows = trained_rows(Path(config.output_dir))
     if rows:
         print(f"next: {command_line('validate', config.output_dir, **rows)}")
-
-
-def wider(kept: Mapping[str, str], outtype: str) -> str:
-    return f" ({plural(len(kept), 'tensor')} wider than {outtype}: {', '.join(kept)})" if kept else ""
 
 
 def verdict(plan: ExportPlan, proof: Mapping[str, Any] | None) -> str:
@@ -220,7 +215,14 @@ def export_adapter(config: ExportConfig, adapter: Path, converter: Converter) ->
         with inside.recording(STAGE, {"adapter": adapter, "base": base}) as record:
             record.outputs |= carry(adapter_files(adapter)[0].parent, temporary)
             file = write_adapter_gguf(adapter, resolve(base), temporary / name, converter)
-            write_json(temporary / FILE, adapter_description(adapter, base, file, converter))
+            content = {
+                "format": FORMAT,
+                "adapter": {"path": str(adapter), "fingerprint": fingerprint(adapter), "base": base},
+                "converter": {"version": converter.version, "sha256": converter.sha256},
+                "files": {},
+                "adapter_file": {"name": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)},
+            }
+            write_json(temporary / FILE, content)
             record.outputs |= {FILE: temporary / FILE, name: file}
             inside.save_config(config)
     sites, rank = len(found.pairs), largest_rank(found)
@@ -228,13 +230,3 @@ def export_adapter(config: ExportConfig, adapter: Path, converter: Converter) ->
     loaded = shlex.join(["llama-server", "-m", "BASE.gguf", "--lora", str(out / name)])
     print(f"next, BASE.gguf being that of {base}: {loaded}")
     return out / name
-
-
-def adapter_description(adapter: Path, base: str, file: Path, converter: Converter) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "adapter": {"path": str(adapter), "fingerprint": fingerprint(adapter), "base": base},
-        "converter": {"version": converter.version, "sha256": converter.sha256},
-        "files": {},
-        "adapter_file": {"name": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)},
-    }

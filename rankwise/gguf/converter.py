@@ -71,10 +71,6 @@ class Job:
     outtype: str
     mmproj: bool = False
 
-    @property
-    def flags(self) -> list[str]:
-        return ["--mmproj"] if self.mmproj else []
-
 
 @dataclass(frozen=True)
 class Converter:
@@ -111,7 +107,7 @@ class Converter:
         called = ["--model-name", name or Path(model).resolve().name]
         with atomic_files(*(job.outfile for job in jobs)) as temporaries:
             lines = [
-                [str(model), *called, "--outtype", job.outtype, "--outfile", str(path), *job.flags]
+                [str(model), *called, "--outtype", job.outtype, "--outfile", str(path), *(["--mmproj"] * job.mmproj)]
                 for job, path in zip(jobs, temporaries, strict=True)
             ]
             self._run(["-c", DRIVER, json.dumps(lines)], temporaries, str(model))

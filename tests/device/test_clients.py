@@ -15,8 +15,16 @@ from rankwise.data.device import MARKER
 from rankwise.data.example import Example, Turn
 from rankwise.data.render import Renderer
 from rankwise.device.bundle_files import INPUT, Prompt
-from rankwise.device.clients import Asking, client_files
-from rankwise.device.modelfile import CONVERSATION, QUESTION, Template, end_texts, modelfile, template_of
+from rankwise.device.clients import (
+    CONVERSATION,
+    QUESTION,
+    Asking,
+    Template,
+    client_files,
+    end_texts,
+    modelfile,
+    template_of,
+)
 from rankwise.errors import DataError
 
 __all__ = ["pytestmark"]
