@@ -32,7 +32,7 @@ from rankwise.models.targets import choose_sites, uniform_plan
 from rankwise.train.arguments import frozen_dtype
 from rankwise.train.estimate.cost import Speed
 from rankwise.train.estimate.gpus import this_machine
-from rankwise.train.estimate.shapes import Place, Rows, Shapes, Way, measured
+from rankwise.train.estimate.shapes import Place, Rows, Shapes, Way, measure_way
 from rankwise.train.trainer import RankwiseTrainer
 
 RANK = 16
@@ -133,7 +133,7 @@ def estimates(options: argparse.Namespace) -> dict[tuple[bool, int], tuple[float
     found = {}
     for checkpointing in (False, True):
         way = Way("", "", None, checkpointing)
-        taken = measured(shapes, way, place, Rows(None, 0, None, options.length), settings)
+        taken = measure_way(shapes, way, place, Rows(None, 0, None, options.length), settings)
         for batch in options.batches:
             needs = taken.profile.needs(batch)
             seconds = taken.work.seconds(batch, options.length, speed)

@@ -46,7 +46,7 @@ from rankwise.options.field import flatten, load_file
 from rankwise.report.contents import read_comparisons, read_downstream, read_fidelity, read_gain, read_sites, read_study
 from rankwise.report.report import build_report
 from rankwise.study.design import Registration
-from rankwise.train.checkpoints import unsound
+from rankwise.train.checkpoints import find_damage
 from rankwise.train.gradient_table import stored
 
 NUMBER = re.compile(rb"(?<![\w.])-?\d+(?:\.\d+(?:[eE][-+]?\d+)?|[eE][-+]?\d+)(?!\w)")
@@ -260,7 +260,7 @@ def test_lines_of_the_teacher_are_written_back() -> None:
 def test_a_checkpoint_is_not_damaged_but_for_what_is_not_kept() -> None:
     found = [folder for folder in BEFORE.rglob("checkpoint-*") if folder.is_dir()]
     assert found
-    assert not any("damaged" in reason for folder in found for reason in unsound(folder))
+    assert not any("damaged" in reason for folder in found for reason in find_damage(folder))
 
 
 def test_the_report_shows_all_of_it(copied: Path) -> None:

@@ -38,7 +38,7 @@ from rankwise.page.canvas import (
     save,
     whole_ticks,
 )
-from rankwise.train.sharing import summed
+from rankwise.train.rows import summed
 
 HISTORY, STATE = "history.json", "history_state.json"
 Row = dict[str, Any]

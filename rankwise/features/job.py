@@ -43,7 +43,7 @@ from rankwise.train.checkpoints import (
     step_of,
 )
 from rankwise.train.gradient_table import TRAINING_LOG
-from rankwise.train.stopping import Patience
+from rankwise.train.selection import Patience
 from rankwise.train.trainer import RankwiseTrainer
 
 TRAINER_STATE = "trainer_state.json"

@@ -22,7 +22,7 @@ from rankwise.features.dataset import collate
 from rankwise.features.measures import explained_energy, mse, relative_error
 from rankwise.features.nets.base import Factorization, Factorizer
 from rankwise.files.processes import process_index
-from rankwise.train.sharing import summed
+from rankwise.train.rows import summed
 
 TERMS = ("loss", "mse", "b", "ortho", "activation_ortho", "refined")
 MEASURES = ("mse", "relative_error", "explained_energy", "refined_mse")

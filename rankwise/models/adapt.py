@@ -5,7 +5,7 @@
 What PEFT built is compared with what was planned, site by site: it matches names by their ends.
 
     model = adapt_allocated(base, start, LoraSettings(), allocation)     every site at the starting rank
-    … train.allocation masks channels while it trains …
+    … train.adalora masks channels while it trains …
     pairs = plain_pairs(model, kept)                                     Λ within B, masked channels gone: plain LoRA
 
 AdaLoRA (Zhang et al. 2023): of all rank channels of all sites training keeps the best. Λ is `lora_E`: one number per

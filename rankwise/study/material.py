@@ -38,7 +38,7 @@ from rankwise.ranks.deltas import BaseWeights, SavedDeltas, open_deltas, write_d
 from rankwise.study.together.alone import borrowed, train_weights
 from rankwise.study.together.train import ArmSettings, row_order
 from rankwise.train.finetune import language_parameters
-from rankwise.train.job import rendered
+from rankwise.train.job import render_rows
 
 SCORING_BATCH = 16
 
@@ -107,7 +107,7 @@ def gathered_material(config: StudyConfig) -> Material:
     sites = tuple(choose_sites(model_sites(skeleton), config.target).values())
     renderer = renderer_for(config.data, config.model, name, skeleton.config)
     parts, files = read_parts(config)
-    data = rendered(parts.train, renderer)
+    data = render_rows(parts.train, renderer)
     device = config.device if config.device != "auto" else own_device()
     dtype = torch_dtype(config.model.dtype, trained=True, device=torch.device(device))
     model = load_weights(config.model, name, dtype).to(device).eval()

@@ -23,7 +23,7 @@ from rankwise.study.arms import RULES, Gains, Probed, gains_of, ranks_within, ru
 from rankwise.study.design import Contender, Run
 from rankwise.study.material import Material, probe_rows
 from rankwise.study.together.train import Arm, Pairs, directed_start, random_start, scales_of, warm_start
-from rankwise.train.starts import input_directions
+from rankwise.train.adapter import input_directions
 
 HIGH = 4
 SIGNAL_ROWS, SIGNAL_BATCH = 256, 16

@@ -1,49 +1,43 @@
-"""`train --allocator adalora`: from its options to ranks and steps, and what it does not go with.
+"""`train --allocator adalora`: PEFT's rank allocator, from its options to masks in every checkpoint.
 
---lora_r 16, keep 0.5 ─▶ start: 32 everywhere ─▶ training masks ─▶ mean 16 (`allocated.py` saves them)
+    --lora_r 16, keep 0.5 ─▶ rank 32 everywhere ─▶ masks while training ─▶ 16 on average (`results.py` saves them)
+    backward ─▶ clipping ─▶ optimizer step ─▶ on_optimizer_step: scores, masks ─▶ gradients dropped ─▶ on_save: state
+
+PEFT keeps what it has kept (`rank_pattern`) in its config, and saves an adapter with such a config without the masked
+channels: a checkpoint like that could not be resumed, since masked channels may come back until the budget is final.
+So the pattern lives here, and PEFT's config holds it only during PEFT's own call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import TrainingArguments
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.core.plan import RankPlan
 from rankwise.core.rank_budget import RankBudget
-from rankwise.errors import UsageError, VerificationError
-from rankwise.evaluate.likelihood import BESIDE
-from rankwise.files.adapter import LoraAdapter, lora_config, write_adapter
-from rankwise.files.plan import PLAN_FILE, write_plan
+from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.processes import announce
-from rankwise.models.adapt import Allocation, allocated_plan, plain_pairs
-from rankwise.models.adapters import full_weights, load_adapter, write_sites
+from rankwise.models.adapt import ADAPTER, Allocation, adalora_layers, regularize, site_of
 from rankwise.options.commands import TrainConfig
 from rankwise.options.sections import LoraSection
-from rankwise.page.text import amount, plural
-from rankwise.train.allocation import ALLOCATED_TABLE, RankAllocation
+from rankwise.page.text import plural
 from rankwise.train.estimate.cost import run_length
-from rankwise.train.job import Job
-from rankwise.train.outcome import Outcome, adapter_folder
+from rankwise.train.gradient_table import StepTable
 from rankwise.train.phases import schedule_of
-from rankwise.train.trainer import RankwiseTrainer
 
 
 def check_allocation(config: TrainConfig) -> None:
     """UsageError for all that does not go with AdaLoRA."""
     if config.allocation.allocator == "none":
         return
-    for option, reason in conflicts(config).items():
-        raise UsageError(f"--allocator adalora does not go with {option}: {reason}")
-
-
-def conflicts(config: TrainConfig) -> dict[str, str]:
-    """Option in use → why AdaLoRA does not go with it."""
     lora, selection, training = config.lora, config.selection, config.training
     start = "AdaLoRA has its own start: B·Λ·A with Λ = 0"
     final = "ranks are final only near the end, and an earlier checkpoint has others; leave it out"
@@ -68,7 +62,9 @@ def conflicts(config: TrainConfig) -> dict[str, str]:
             "that loss is computed outside the model, without AdaLoRA's term; --allocator_orth 0 leaves the term out",
         ),
     }
-    return {option: reason for option, (used, reason) in wrong.items() if used}
+    for option, (used, reason) in wrong.items():
+        if used:
+            raise UsageError(f"--allocator adalora does not go with {option}: {reason}")
 
 
 def start_rank(config: TrainConfig) -> int:
@@ -76,7 +72,7 @@ def start_rank(config: TrainConfig) -> int:
     return max(config.lora.lora_r + 1, round(config.lora.lora_r / config.allocation.allocator_keep_ratio))
 
 
-def starting(config: TrainConfig) -> LoraSection:
+def starting_lora(config: TrainConfig) -> LoraSection:
     """The LoRA options as training starts: with an allocator at the starting rank, at the scale of --lora_r."""
     lora = config.lora
     if config.allocation.allocator == "none" or lora.lora_r < 1:
@@ -106,26 +102,22 @@ def allocation_of(config: TrainConfig, plan: RankPlan, rows: int, arguments: Tra
     budget = RankBudget(
         rank=first * sites,
         keep_ratio=last / first,
-        init_warmup=chosen(section.allocator_init_warmup, steps // 10),
-        final_warmup=chosen(section.allocator_final_warmup, 3 * steps // 10),
-        mask_interval=chosen(section.allocator_mask_interval, max(1, steps // 100)),
+        init_warmup=default(section.allocator_init_warmup, steps // 10),
+        final_warmup=default(section.allocator_final_warmup, 3 * steps // 10),
+        mask_interval=default(section.allocator_mask_interval, max(1, steps // 100)),
         total_steps=steps,
     )
-    announce(in_words(first, last, sites, budget))
-    return Allocation(first, last, budget, section.allocator_orth)
-
-
-def chosen(given: int | None, otherwise: int) -> int:
-    return otherwise if given is None else given
-
-
-def in_words(first: int, last: int, sites: int, budget: RankBudget) -> str:
-    return (
+    announce(
         f"allocator: rank {first} at each of {plural(sites, 'site')} ({budget.rank:,} in all) for "
         f"{plural(budget.init_warmup, 'step')}, then down to {last} on average ({budget.final:,}) until step "
         f"{budget.end:,}, masked every {plural(budget.mask_interval, 'step')}; the last "
         f"{plural(budget.final_warmup, 'step')} of {budget.total_steps:,} with the final ranks"
     )
+    return Allocation(first, last, budget, section.allocator_orth)
+
+
+def default(given: int | None, otherwise: int) -> int:
+    return otherwise if given is None else given
 
 
 def allocation_facts(allocation: Allocation | None) -> dict[str, Any]:
@@ -135,89 +127,114 @@ def allocation_facts(allocation: Allocation | None) -> dict[str, Any]:
     return {"allocator": {"method": "adalora", **asdict(allocation)}}
 
 
-# What logits may differ by: a share of the adapter's effect, and one of the logits (in float32; with fewer bits).
-SHARE, EXACT, ROUNDED = 1e-3, 1e-4, 5e-2
-PROOF_ROWS = 4
+ALLOCATED_TABLE, ALLOCATOR_STATE = "allocated_ranks.csv", "allocator.safetensors"
+COLUMNS = ("step", "budget", "total_rank")
+SENSITIVITY, UNCERTAINTY, KEPT = "sensitivity/", "uncertainty/", "kept/"
 
 
-def save_allocated(
-    trainer: RankwiseTrainer,
-    keeper: RankAllocation,
-    job: Job,
-    config: TrainConfig,
-    start: RankPlan,
-    left_out: list[str],
-    full: Mapping[str, str],
-) -> Outcome:
-    """Write the adapter as plain LoRA, each site with its rank, and the ranks as a plan; then prove the adapter.
+class RankAllocation(TrainerCallback):
+    """Lets PEFT score and mask rank channels after every optimizer step.
 
-    The adapter is read back onto the very base it was trained on, in place of what trained: the trainer's model is used
-    up. Called in the first process alone. VerificationError where its logits are not those of the trained model.
+    `kept` holds the mask of every site, as last set. `allocated_ranks.csv` in output_dir gets a row at the start and
+    per mask: budget, ranks kept in all, ranks of each site. Between masks all channels train, until the budget is
+    final; the last row is what comes out.
     """
-    folder = adapter_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # the proof without autocast
-    plan = allocated_plan(start, keeper.kept)
-    settings = lora_config(job.name, dropout=config.lora.lora_dropout, modules_to_save=list(full) or None)
-    pairs = plain_pairs(model, keeper.kept, start.alpha_over_rank)
-    write_adapter(folder, LoraAdapter(settings, pairs, full_weights(model)))
-    write_sites(folder, plan, left_out, full)
-    ranks = write_plan(Path(config.output_dir) / PLAN_FILE.name, plan)
-    count = sum(parameter.numel() for parameter in full_weights(model).values()) + plan.parameters
-    prove(model, folder, job)
-    table = Path(config.output_dir) / ALLOCATED_TABLE
-    return Outcome(
-        len(plan.ranks), count, described(start, plan, config.lora.lora_r), facts(start, plan), (ranks, table)
-    )
+
+    def __init__(self, allocation: Allocation, output_dir: Path) -> None:
+        self.allocation = allocation
+        self.kept: dict[str, Tensor] = {}
+        self.table = StepTable(output_dir / ALLOCATED_TABLE, COLUMNS)
+        self._restored: Mapping[str, Tensor] = {}
+        self._model: Any = None
+
+    # --- at the beginning -----------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
+        planned = self.allocation.budget.total_steps
+        if state.max_steps != planned:
+            raise VerificationError(
+                f"training has {state.max_steps} optimizer steps and the rank allocator planned for {planned}; give "
+                "the number with --max_steps"
+            )
+        self._model = model
+        layers = adalora_layers(model)
+        self.kept = {path: torch.ones(layer.r[ADAPTER], dtype=torch.bool) for path, layer in layers.items()}
+        self.take_up(model)
+        self.table = StepTable(self.table.path, (*COLUMNS, *layers))
+        if state.is_world_process_zero:
+            self.table.cut(state.global_step)
+            if state.global_step == 0:
+                self.record(0)
+
+    def regularised(self, share: float) -> AbstractContextManager[None]:
+        """Around a forward pass whose loss counts for this share of an optimizer step's."""
+        return regularize(self._model, self.allocation.orthogonality * share)
+
+    # --- after a step of the optimizer, while gradients are there ----------------------------------------------------
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, optimizer: Any = None, **_: Any) -> None:
+        step, budget = state.global_step + 1, self.allocation.budget
+        skipped = getattr(optimizer, "step_was_skipped", False)
+        if skipped and step != budget.end:
+            return  # the loss scaler found gradients that are not finite: they say nothing of importance
+        if step < budget.end:
+            fill_missing(self._model)
+        pattern = self.allocated(step)
+        if pattern is not None:
+            self.kept = {site_of(name): torch.tensor(mask, dtype=torch.bool) for name, mask in pattern.items()}
+            if state.is_world_process_zero:
+                self.record(step)
+
+    def allocated(self, step: int) -> Mapping[str, list[bool]] | None:
+        """PEFT's own call, with its pattern in its config; the new pattern where this step sets one."""
+        config = self._model.peft_config[ADAPTER]
+        config.rank_pattern = None
+        if step > self.allocation.budget.end:
+            config.rank_pattern = {f"{path}.lora_E.{ADAPTER}": mask.tolist() for path, mask in self.kept.items()}
+        self._model.base_model.update_and_allocate(step)
+        pattern, config.rank_pattern = config.rank_pattern, None
+        return pattern if step <= self.allocation.budget.end else None
+
+    def record(self, step: int) -> None:
+        ranks = {path: int(mask.sum()) for path, mask in self.kept.items()}
+        budget = self.allocation.budget.at(step)
+        self.table.append({"step": step, "budget": budget, "total_rank": sum(ranks.values()), **ranks})
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """What the scores have smoothed so far, and the masks, go into the checkpoint, before it is sealed."""
+        if state.is_world_process_zero:
+            scores = self._model.base_model.rankallocator
+            tensors = {SENSITIVITY + name: value for name, value in scores.exp_avg_ipt.items()}
+            tensors |= {UNCERTAINTY + name: value for name, value in scores.exp_avg_unc.items()}
+            tensors |= {KEPT + path: mask for path, mask in self.kept.items()}
+            file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / ALLOCATOR_STATE
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Read the state that a checkpoint holds. DataError where it is gone."""
+        file = checkpoint / ALLOCATOR_STATE
+        if not file.is_file():
+            raise DataError(f"{file} is missing: without it the rank allocator cannot go on as it would have")
+        self._restored = load_file(file)
+
+    def take_up(self, model: Any) -> None:
+        """Give the allocator its restored state. PEFT overwrites `ipt` before it reads it; only its names count."""
+        scores, parameters = model.base_model.rankallocator, dict(model.base_model.model.named_parameters())
+        for key, value in self._restored.items():
+            prefix, _, name = key.partition("/")
+            if f"{prefix}/" == KEPT:
+                self.kept[name] = value
+                continue
+            average = scores.exp_avg_ipt if f"{prefix}/" == SENSITIVITY else scores.exp_avg_unc
+            average[name] = value.to(parameters[name].device)
+            scores.ipt[name] = torch.zeros_like(average[name])
 
 
-def prove(model: Any, folder: Path, job: Job) -> None:
-    """VerificationError unless the saved adapter on the model's own base gives the model's logits, on training rows.
-
-    Up to a thousandth of what the adapter changes, and what sums in another order differ by.
-    """
-    batch = job.collator([job.rows[index] for index in range(min(PROOF_ROWS, len(job.rows)))])
-    inputs = {name: value.to(model.device) for name, value in batch.items() if name not in BESIDE}
-    noise = EXACT if computes_exactly(model.get_base_model()) else ROUNDED
-    trained = logits(model, inputs)
-    with model.disable_adapter():
-        effect = float((trained - logits(model, inputs)).abs().max())
-    saved = logits(load_adapter(model.unload(), folder), inputs)
-    difference = float((saved - trained).abs().max())
-    if not difference <= SHARE * effect + noise * float(trained.abs().max()):
-        raise VerificationError(
-            f"the adapter in {folder} is not what was trained: its logits differ by up to {difference:.2g}, where "
-            f"training changed them by {effect:.2g}; the last checkpoint holds the trained form"
-        )
-
-
-def computes_exactly(base: Any) -> bool:
-    """Whether logits come out in float32 throughout."""
-    plain = all(value.dtype == torch.float32 for value in base.parameters())
-    return plain and torch.get_float32_matmul_precision() == "highest"
-
-
-@torch.no_grad()
-def logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    found: Tensor = model.eval()(**inputs).logits
-    return found.float()
-
-
-def described(start: RankPlan, plan: RankPlan, uniform: int) -> str:
-    """`ranks: 448 → 224 over 14 sites, 3 to 29 each; 9,830 parameters (rank 16 everywhere: 9,720)`"""
-    before, ranks, none = sum(start.ranks.values()), list(plan.ranks.values()), len(plan.sites) - len(plan.ranks)
-    alike = sum(row.site.parameters(uniform) for row in plan.sites)
-    lost = f"; {plural(none, 'site')} came out without any" if none else ""
-    return (
-        f"ranks: {before:,} → {sum(ranks):,} over {plural(len(plan.sites), 'site')}, {min(ranks)} to {max(ranks)} each"
-        f"{lost}; {amount(plan.parameters)} parameters (rank {uniform} everywhere: {amount(alike)})"
-    )
-
-
-def facts(start: RankPlan, plan: RankPlan) -> dict[str, Any]:
-    return {
-        "allocator": "adalora",
-        "total_rank_before": sum(start.ranks.values()),
-        "total_rank_after": sum(plan.ranks.values()),
-        "parameters_while_training": start.parameters + sum(start.ranks.values()),
-    }
+def fill_missing(model: nn.Module) -> None:
+    """A site that this step's rows did not reach (a vision tower, without images) has no influence: gradient zero."""
+    for layer in adalora_layers(model).values():
+        for part in (layer.lora_A, layer.lora_E, layer.lora_B):
+            if part[ADAPTER].grad is None:
+                part[ADAPTER].grad = torch.zeros_like(part[ADAPTER])

@@ -20,9 +20,11 @@ from rankwise.errors import UsageError, need
 from rankwise.files.processes import announce
 from rankwise.models.load import warn_if_slow
 from rankwise.options.field import Option, Range, hints_of, plain_types
+from rankwise.options.sections import LoraSection
 
 SECTION = "training arguments (transformers)"
 OLDER = "older names"
+SHARE, AGAIN = Range(least=0, below=1), ("overwrite_output_dir",)
 
 # New name → names that mean exactly the same.
 ALIASES = {
@@ -38,25 +40,14 @@ ALIASES = {
 }
 # Names that say something else than the field they set: see `translated`.
 TRANSLATED = {
-    "warmup_ratio": Option(
-        "warmup_ratio",
-        float,
-        None,
-        "share of the optimizer steps: warmup_steps below 1",
-        range=Range(least=0, below=1),
-        section=OLDER,
-    ),
-    "group_by_length": Option("group_by_length", bool, False, "train_sampling_strategy group_by_length", section=OLDER),
-    "adafactor": Option("adafactor", bool, False, "optim adafactor", section=OLDER),
-    "use_wandb": Option("use_wandb", bool, False, "report_to wandb (extra: track)", section=OLDER),
-    "overwrite": Option(
-        "overwrite",
-        bool,
-        False,
-        "delete the checkpoints of an earlier run there and start over",
-        aliases=("overwrite_output_dir",),
-        section=OLDER,
-    ),
+    row.name: dataclasses.replace(row, section=OLDER)
+    for row in (
+        Option("warmup_ratio", float, None, "share of the optimizer steps: warmup_steps below 1", range=SHARE),
+        Option("group_by_length", bool, False, "train_sampling_strategy group_by_length"),
+        Option("adafactor", bool, False, "optim adafactor"),
+        Option("use_wandb", bool, False, "report_to wandb (extra: track)"),
+        Option("overwrite", bool, False, "delete the checkpoints of an earlier run there and start over", AGAIN),
+    )
 }
 # Names that no longer do anything, with what to say about them.
 NO_LONGER = {
@@ -151,17 +142,14 @@ def translated(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def translations(given: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
     """Older name → the field it sets and the value, for those given."""
-    found: dict[str, tuple[str, Any]] = {}
+    switches: dict[str, tuple[str, Any]] = {
+        "group_by_length": ("train_sampling_strategy", "group_by_length"),
+        "adafactor": ("optim", "adafactor"),
+        "use_wandb": ("report_to", ["wandb"]),
+    }
     ratio = given.get("warmup_ratio")
-    if ratio is not None:
-        found["warmup_ratio"] = ("warmup_steps", ratio)
-    if given.get("group_by_length"):
-        found["group_by_length"] = ("train_sampling_strategy", "group_by_length")
-    if given.get("adafactor"):
-        found["adafactor"] = ("optim", "adafactor")
-    if given.get("use_wandb"):
-        found["use_wandb"] = ("report_to", ["wandb"])
-    return found
+    found = {} if ratio is None else {"warmup_ratio": ("warmup_steps", ratio)}
+    return found | {name: field for name, field in switches.items() if given.get(name)}
 
 
 def build_arguments(
@@ -248,3 +236,7 @@ def refuse_data_parallel(arguments: TrainingArguments) -> None:
             f"  torchrun --nproc-per-node {arguments.n_gpu} -m rankwise.cli {words}\n"
             "or use one GPU: CUDA_VISIBLE_DEVICES=0 in front of the command"
         )
+
+
+def quantization(lora: LoraSection) -> str | None:
+    return "8bit" if lora.load_in_8bit else "4bit" if lora.load_in_4bit else None

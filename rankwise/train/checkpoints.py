@@ -2,7 +2,7 @@
 
     Trainer saves ──▶ files flushed ──▶ rankwise_manifest.json (last) ──▶ older complete checkpoints rotated out
 
-A folder without a manifest was being written when the process ended. `resume.py` reads what is written here.
+A folder without a manifest was being written when the process ended.
 """
 
 from __future__ import annotations
@@ -61,18 +61,14 @@ def seal(folder: Path, identity: Mapping[str, Any]) -> None:
         {
             "format": FORMAT,
             "step": step_of(folder),
-            "files": {file.relative_to(folder).as_posix(): described(file) for file in files},
+            "files": {file.relative_to(folder).as_posix(): file_entry(file) for file in files},
             "identity": dict(identity),
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "peft": peft.__version__,
-            },
+            "versions": {each.__name__: each.__version__ for each in (torch, transformers, peft)},
         },
     )
 
 
-def described(file: Path) -> dict[str, Any]:
+def file_entry(file: Path) -> dict[str, Any]:
     size = file.stat().st_size
     return {"size": size, "sha256": sha256(file) if size <= HASHED_BYTES else None}
 
@@ -90,7 +86,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def unsound(folder: Path) -> list[str]:
+def find_damage(folder: Path) -> list[str]:
     """Why a checkpoint is not as it was saved; empty for a sound one.
 
     A state file that is gone altogether is no reason here: whether to go on without it is the user's choice.
@@ -180,12 +176,6 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + name, value
 
 
-def state_files(processes: int) -> tuple[str, ...]:
-    """What the Trainer needs beside the weights to go on exactly: optimizer, schedule, random state."""
-    random = ["rng_state.pth"] if processes <= 1 else [f"rng_state_{index}.pth" for index in range(processes)]
-    return ("optimizer.pt", "scheduler.pt", *random)
-
-
 def goes_on_from(asked: str | None, output_dir: Path) -> Path | None:
     """The checkpoint folder that `resume_point` will look at first, not looked into yet; None for a fresh start."""
     if asked is None or asked.lower() in NO:
@@ -196,9 +186,10 @@ def goes_on_from(asked: str | None, output_dir: Path) -> Path | None:
 
 
 def missing_state(folder: Path, processes: int) -> list[str]:
-    """State files that an exact resume needs and this checkpoint lacks (sharded optimizers have their own names)."""
-    sharded = any(folder.glob("optimizer*/")) or any(folder.glob("global_step*/"))
-    wanted = [name for name in state_files(processes) if not (sharded and name == "optimizer.pt")]
+    """What an exact resume needs beside the weights and this checkpoint lacks: optimizer, schedule, random state."""
+    sharded = any(folder.glob("optimizer*/")) or any(folder.glob("global_step*/"))  # they have names of their own
+    random = ["rng_state.pth"] if processes <= 1 else [f"rng_state_{index}.pth" for index in range(processes)]
+    wanted = [*([] if sharded else ["optimizer.pt"]), "scheduler.pt", *random]
     return [name for name in wanted if not (folder / name).is_file()]
 
 
@@ -208,7 +199,7 @@ def newest_complete(output_dir: Path) -> Path | None:
     One that is sound but for a state file that is gone is returned as well: `missing_state` judges that.
     """
     for folder in checkpoints(output_dir):
-        reasons = unsound(folder)
+        reasons = find_damage(folder)
         if not reasons:
             return folder
         announce(f"warning: skipped {folder}: {'; '.join(reasons[:3])}")
@@ -230,7 +221,7 @@ def resume_point(
     """
     if asked is None or asked.lower() in NO:
         return None
-    folder = newest_complete(output_dir) if asked.lower() in NEWEST else named(Path(asked))
+    folder = newest_complete(output_dir) if asked.lower() in NEWEST else named_checkpoint(Path(asked))
     if folder is None:
         announce(f"note: no complete checkpoint in {output_dir}; starting from the beginning")
         return None
@@ -248,11 +239,11 @@ def resume_point(
     return folder
 
 
-def named(folder: Path) -> Path:
+def named_checkpoint(folder: Path) -> Path:
     """A checkpoint that the user named, or what is wrong with it."""
     if not folder.is_dir():
         raise UsageError(f"--resume_from_checkpoint {folder}: no such folder")
-    reasons = unsound(folder)
+    reasons = find_damage(folder)
     if reasons:
         raise DataError(
             f"{folder} cannot be resumed from: {'; '.join(reasons[:5])}; "
@@ -276,15 +267,15 @@ def refuse_other_run(folder: Path, identity: Mapping[str, Any]) -> None:
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One line per entry that differs. Epochs and max_steps may rise."""
     return [
-        f"{name}: {shortened(saved.get(name))} in the checkpoint, {shortened(now.get(name))} now"
+        f"{name}: {shorten(saved.get(name))} in the checkpoint, {shorten(now.get(name))} now"
         for name in sorted({*saved, *now})
         if saved.get(name) != now.get(name)
         and not (name in MAY_RISE and rises(saved.get(name), now.get(name)))
-        and not unknown(name, saved)
+        and not unrecorded(name, saved)
     ]
 
 
-def unknown(name: str, saved: Mapping[str, Any]) -> bool:
+def unrecorded(name: str, saved: Mapping[str, Any]) -> bool:
     """Whether the checkpoint is of a version that did not record this."""
     first = name.partition(".")[0]
     return first in NEWER and all(one.partition(".")[0] != first for one in saved)
@@ -295,7 +286,7 @@ def rises(before: Any, after: Any) -> bool:
     return numbers and 0 < before <= after
 
 
-def shortened(value: Any) -> str:
+def shorten(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 80 else text[:77] + "…"
 

@@ -29,44 +29,39 @@ from rankwise.models.sites import full_sites, model_sites
 from rankwise.options.commands import TrainConfig
 from rankwise.pipeline.idle import refuse_idle
 from rankwise.train.adalora import (
+    RankAllocation,
     allocation_facts,
     allocation_of,
     check_allocation,
-    save_allocated,
     start_rank,
-    starting,
+    starting_lora,
 )
-from rankwise.train.adapter import (
-    adapted,
-    check_lora,
-    check_rates,
-    described_target,
-    documented,
-    full_of,
-    planned,
-    quantization,
-    train_use,
-    trained_lines,
-    words,
-)
-from rankwise.train.allocation import RankAllocation
-from rankwise.train.arguments import build_arguments
-from rankwise.train.begin import check_folder, starting_point, train_job
-from rankwise.train.estimate.command import check_estimate, estimated
+from rankwise.train.adapter import adapt_base, check_lora, choose_plan, describe_target
+from rankwise.train.arguments import build_arguments, quantization
+from rankwise.train.estimate.command import check_estimate, run_estimate
 from rankwise.train.gradient_table import TRAINING_LOG
-from rankwise.train.job import Job, plain_model, write_adapter_files
-from rankwise.train.outcome import SPLIT_FILE, Outcome, adapter_folder, finish
+from rankwise.train.job import Job, prepare, rates_of, settle_training
+from rankwise.train.launch import check_folder, starting_point, train_job
 from rankwise.train.phases import gradient_norms, phase_keeper, schedule_of
-from rankwise.train.prepare import prepare, rates_of, settle_training
+from rankwise.train.results import (
+    SPLIT_FILE,
+    Outcome,
+    adapter_folder,
+    finish,
+    plain_model,
+    save_allocated,
+    write_adapter_files,
+)
 from rankwise.train.selection import (
+    Patience,
     accuracy_of,
     arguments_for,
-    callbacks_of,
     check_selection,
     sampler_of,
     save_task,
     selection_lines,
 )
+from rankwise.train.towers import check_rates, default_towers, describe_towers, describe_trained, full_of, train_use
 from rankwise.train.trainer import RankwiseTrainer
 
 
@@ -75,29 +70,31 @@ def run(config: TrainConfig) -> Path:
     config = settle_training(config)
     check(config)
     name = base_name(config)
-    config = documented(config, load_config(name, config.model.revision, config.model.trust_remote_code))
+    config = default_towers(config, load_config(name, config.model.revision, config.model.trust_remote_code))
     arguments = arguments_of(config)
     if config.estimate.estimate:
-        return estimated(config, name, arguments)
+        return run_estimate(config, name, arguments)
     check_folder(config)
     folder, towers = RunFolder(config.output_dir), train_use(config.towers)
     with held(folder, "train", inputs(config, name), rehearsed=True) as record:
+        # what trains: names and shapes, before a weight is loaded
         skeleton = load_readable_structure(config.model, name)
-        depth = asked(config.depth)
-        if depth:
+        if depth := asked(config.depth):
             attach_depth(skeleton, depth)
         whole = full_of(skeleton, towers)
         full = whole | gate_module(skeleton)
-        plan, left_out = planned(starting(config), model_sites(skeleton), name, towers.lora)
-        for line in trained_lines(skeleton, plan, full):
+        plan, left_out = choose_plan(starting_lora(config), model_sites(skeleton), name, towers.lora)
+        for line in describe_trained(skeleton, plan, full):
             announce(line)
         keeper = phase_keeper(config.phases, plan.adapted, config.seed, arguments, full_sites(skeleton, list(whole)))
+        # on what, and what makes the run this run
         split, job = prepare(config, name, arguments, plan, skeleton, tuple(full))
         sampler = sampler_of(config.selection, job)
         allocation = allocation_of(config, plan, len(sampler or job.rows), arguments)
         job = replace(job, facts={**job.facts, **allocation_facts(allocation)})
         checkpoint = starting_point(config, job)
-        model = adapted(config, job, plan, full, allocation)
+        # train
+        model = adapt_base(config, job, plan, full, allocation)
         initial = lora_pairs(model) if config.lora.init_lora_weights in MOVES_BASE else None
         allocator = RankAllocation(allocation, folder.path) if allocation else None
         started = time.monotonic()
@@ -114,10 +111,11 @@ def run(config: TrainConfig) -> Path:
             gradients=gradient_norms(config.phases, keeper, arguments),
             accuracy=accuracy_of(config.selection, job),
             sampler=sampler,
-            callbacks=callbacks_of(config.selection),
+            callbacks=[Patience(patience)] if (patience := config.selection.early_stopping) else [],
         )
         seconds = time.monotonic() - started
-        outcome = saved(config, trainer, allocator, job, plan, left_out, initial, full)
+        # what it leaves
+        outcome = save_trained(config, trainer, allocator, job, plan, left_out, initial, full)
         record.outputs |= save_depth(job.depth, adapter_folder(config))
         record.outputs |= save_task(config.data, adapter_folder(config))
         if trainer.is_world_process_zero():
@@ -129,7 +127,7 @@ def run(config: TrainConfig) -> Path:
     return folder.path
 
 
-def saved(
+def save_trained(
     config: TrainConfig,
     trainer: RankwiseTrainer,
     allocator: RankAllocation | None,
@@ -187,13 +185,8 @@ def arguments_of(config: TrainConfig) -> TrainingArguments:
 
 
 def inputs(config: TrainConfig, name: str) -> dict[str, Path | str]:
-    found = {
-        "model": name,
-        "data": config.data.data_path,
-        "validation": config.val_path,
-        "plan": config.lora.lora_config,
-        "deltas": config.lora.deltas,
-    }
+    found = {"model": name, "data": config.data.data_path, "validation": config.val_path}
+    found |= {"plan": config.lora.lora_config, "deltas": config.lora.deltas}
     return {key: value for key, value in found.items() if value}
 
 
@@ -202,17 +195,15 @@ def describe(config: TrainConfig) -> list[str]:
     check(config)
     name = config.model.model_name
     if name and Path(name, "config.json").is_file():
-        config = documented(config, load_config(name, config.model.revision, config.model.trust_remote_code))
+        config = default_towers(config, load_config(name, config.model.revision, config.model.trust_remote_code))
     lora = config.lora
-    what = f"the plan {lora.lora_config}" if lora.lora_config else f"rank {lora.lora_r} at {described_target(lora)}"
-    alpha = (
-        f"{lora.lora_alpha:g}" if lora.lora_alpha else f"twice the largest rank that fits (at most {2 * lora.lora_r})"
-    )
-    what += f", rsLoRA with alpha {alpha}" if lora.use_rslora else ""
+    what = f"the plan {lora.lora_config}" if lora.lora_config else f"rank {lora.lora_r} at {describe_target(lora)}"
+    twice = f"twice the largest rank that fits (at most {2 * lora.lora_r})"
+    what += f", rsLoRA with alpha {f'{lora.lora_alpha:g}' if lora.lora_alpha else twice}" if lora.use_rslora else ""
     lines = [f"adapt {config.model.model_name or 'the model that the plan names'} with {what}"]
     if config.allocation.allocator != "none":
         lines.append(f"let AdaLoRA divide the ranks: {start_rank(config)} everywhere, {lora.lora_r} on average at last")
-    lines += [words(train_use(config.towers))]
+    lines += [describe_towers(train_use(config.towers))]
     if quantization(lora):
         lines.append(f"load the base in {quantization(lora)} (extra: quant)")
     if lora.deltas:

@@ -5,7 +5,6 @@ rankwise finetune --model_name MODEL --task e2e_nlg --data_path DIR --subset_rat
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -38,26 +37,19 @@ from rankwise.options.sections import TowersSection
 from rankwise.page.text import amount, command_line, duration
 from rankwise.pipeline.idle import refuse_idle
 from rankwise.ranks.deltas import BaseWeights, write_deltas
-from rankwise.train.adapter import check_rates, finetune_use, trained_lines
 from rankwise.train.arguments import FINETUNE_DEFAULTS, build_arguments, frozen_dtype
-from rankwise.train.begin import check_folder, starting_point, train_job
+from rankwise.train.estimate.cost import run_length
 from rankwise.train.estimate.gpus import memory_available, memory_needed, refuse_too_large
 from rankwise.train.gradient_table import TRAINING_LOG
-from rankwise.train.job import (
-    Job,
-    base_facts,
-    before,
-    data_facts,
-    describe_losses,
-    plain_model,
-    rendered,
-    whole_state,
-    write_adapter_files,
-)
+from rankwise.train.job import Job, base_facts, data_facts, earlier_checkpoint, render_rows
+from rankwise.train.launch import check_folder, starting_point, train_job
+from rankwise.train.results import describe_losses, plain_model, whole_state, write_adapter_files
+from rankwise.train.towers import check_rates, describe_trained, finetune_use
 from rankwise.train.trainer import RankwiseTrainer
 
 LORA_RATE = 1e-4
 MAX_SHARD = "5GB"
+FEW_UPDATES = 50
 
 
 def language_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -96,7 +88,7 @@ def train_lora(config: FinetuneConfig, job: Job, skeleton: PreTrainedModel, chec
     towers = finetune_use(config.towers, config.method)
     sites = choose_sites(model_sites(skeleton), towers=towers.lora)
     plan = uniform_plan(sites, config.lora_r, None, False, job.name)
-    for line in trained_lines(skeleton, plan, {}):
+    for line in describe_trained(skeleton, plan, {}):
         announce(line)
     model = load_weights(config.model, job.name, frozen_dtype(config.model.dtype, job.arguments))
     set_seed(config.seed)
@@ -135,9 +127,6 @@ def delta_facts(config: FinetuneConfig, job: Job, trainer: RankwiseTrainer, file
         "steps": trainer.state.global_step,
         "task": config.data.task,
     }
-
-
-FEW_UPDATES = 50
 
 
 def run(config: FinetuneConfig) -> Path:
@@ -194,12 +183,12 @@ def prepare(config: FinetuneConfig, name: str, arguments: TrainingArguments, ske
     """The subset, rendered and checked, and the memory that training on it takes."""
     towers = finetune_use(config.towers, config.method)
     check_towers(skeleton, towers.trained)
-    earlier = before(config)
+    earlier = earlier_checkpoint(config)
     renderer = renderer_for(config.data, config.model, name, skeleton.config, earlier, anew=not earlier)
     decode_aside(arguments, config.training, renderer)
     sees_images = renderer.sight is not None
     examples = read_examples(config.data, str(config.data.data_path), sees_images=sees_images)
-    rows = rendered(chosen(config, examples), renderer)
+    rows = render_rows(choose_subset(config, examples), renderer)
     warn_few_updates(len(rows), arguments)
     if config.method == "full":
         trained = sum(parameter.numel() for parameter in tower_parameters(skeleton, towers.full).values())
@@ -210,16 +199,13 @@ def prepare(config: FinetuneConfig, name: str, arguments: TrainingArguments, ske
         **data_facts(config.data, renderer, examples, rows),
         "subset": [config.subset_ratio, config.max_samples, config.skip_shards],
         "method": [config.method, config.lora_r if config.method == "lora" else None],
-        **(
-            {"towers": list(towers.trained), "tower_rates": dict(towers.rates)}
-            if config.towers != TowersSection()
-            else {}
-        ),
     }
+    if config.towers != TowersSection():
+        facts |= {"towers": list(towers.trained), "tower_rates": dict(towers.rates)}
     return Job(name, arguments, renderer, rows, facts=facts)
 
 
-def chosen(config: FinetuneConfig, examples: Examples) -> Sequence[Example]:
+def choose_subset(config: FinetuneConfig, examples: Examples) -> Sequence[Example]:
     """The subset of the seed; with --skip_shards N the (N+1)-th of disjoint subsets of equal size."""
     generator = random.Random(config.seed)
     rest: Sequence[Example] = examples.items
@@ -235,9 +221,7 @@ def chosen(config: FinetuneConfig, examples: Examples) -> Sequence[Example]:
 
 
 def warn_few_updates(samples: int, arguments: TrainingArguments) -> None:
-    batches = math.ceil(samples / (arguments.per_device_train_batch_size * arguments.world_size))
-    updates = math.ceil(math.ceil(batches / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)
-    updates = arguments.max_steps if arguments.max_steps > 0 else updates
+    updates = run_length(samples, arguments.per_device_train_batch_size, arguments).updates
     if updates < FEW_UPDATES:
         announce(
             f"warning: {samples} samples make {updates} updates; below {FEW_UPDATES} the delta shows the optimizer's "

@@ -45,10 +45,9 @@ from rankwise.train.gradient_summary import (
     series,
     write_summary,
 )
-from rankwise.train.loss_plots import draw_phases
+from rankwise.train.loss_plots import draw_phases, legend_below
 
 TITLES = {"attention": "Attention", "mlp": "MLP"}
-LABELS = {"attention": "attention", "mlp": "MLP"}
 MOST_CELLS = 400  # columns of a heatmap: more than that and pixels would drop some
 MOST_TICKS = 24
 MOMENTS = 7
@@ -61,10 +60,7 @@ Rows = Iterable[Mapping[str, Any]]
 def plot_layer_heatmap(layers: Rows, path: Path | str, phases: Sequence[tuple[float, str]] = ()) -> Path:
     """Norms over steps × layers, attention and MLP on one logarithmic colour scale; blank (white) did not train.
 
-    Args:
-        layers: rows of `gradient_analysis.layer_norms.csv`.
-        path: file to write.
-        phases: (place, name) of every phase, as `Series.boundaries` has them.
+    layers: rows of `gradient_analysis.layer_norms.csv`. phases: as `Series.boundaries` has them.
     """
     table, kinds = kinds_of(layers)
     height = max(1.4, min(3.0, 0.13 * max(len(one.names) for one in kinds.values()) + 0.5))
@@ -116,10 +112,7 @@ def tick_layers(ticks: Any, names: Sequence[str], most: int = MOST_TICKS) -> Non
 
 
 def plot_layer_comparison(layers: Rows, path: Path | str) -> Path:
-    """Mean norm of each layer over the steps at which it trained, attention beside MLP.
-
-    Args as `plot_layer_heatmap`.
-    """
+    """Mean norm of each layer over the steps at which it trained, attention beside MLP."""
     _, kinds = kinds_of(layers)
     names = max((one.names for one in kinds.values()), key=len)
     figure, axis = new_figure(min(11.0, max(5.0, 1.6 + 0.3 * len(names))), 3.2)
@@ -131,7 +124,7 @@ def plot_layer_comparison(layers: Rows, path: Path | str) -> Path:
         middle = [i + (place - (len(kinds) - 1) / 2) * width for i in range(len(heights))]
         kept = [(x, height) for x, height in zip(middle, heights, strict=True) if math.isfinite(height)]
         look = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
-        axis.bar(*zip(*kept, strict=True), width=width, label=LABELS[kind], **look)
+        axis.bar(*zip(*kept, strict=True), width=width, label=NAMES[kind], **look)
     axis.grid(False, axis="x")
     axis.set_xlim(-0.6, len(names) - 0.4)
     tick_layers(axis.set_xticks, names)
@@ -142,10 +135,7 @@ def plot_layer_comparison(layers: Rows, path: Path | str) -> Path:
 
 
 def plot_gradient_evolution(layers: Rows, path: Path | str, moments: int = MOMENTS) -> Path:
-    """Norm over the layers at a few moments of training, evenly spaced, each averaged over the steps around it.
-
-    Args as `plot_layer_heatmap`, and `moments`: how many lines at most.
-    """
+    """Norm over the layers at a few moments of training, evenly spaced, each averaged over the steps around it."""
     table, kinds = kinds_of(layers)
     count = min(moments, len(table.steps))
     chosen = sorted({round(i * (len(table.steps) - 1) / max(1, count - 1)) for i in range(count)})
@@ -157,17 +147,13 @@ def plot_gradient_evolution(layers: Rows, path: Path | str, moments: int = MOMEN
         for place, moment in enumerate(chosen):
             colour = shades(LIGHTEST * place / max(1, len(chosen) - 1))
             values = [curve[moment] for curve in smoothed]
-            marker = MARKERS[place % len(MARKERS)]
-            label = f"step {table.steps[moment]:,}"
-            axis.plot(
-                range(len(values)), values, color=colour, marker=marker, markersize=3.5, linewidth=1.3, label=label
-            )
+            look = {"color": colour, "marker": MARKERS[place % len(MARKERS)], "markersize": 3.5, "linewidth": 1.3}
+            axis.plot(range(len(values)), values, label=f"step {table.steps[moment]:,}", **look)
         axis.set_yscale("log")
         log_ticks(axis.yaxis)
         tick_layers(axis.set_xticks, one.names, MOST_TICKS // len(kinds))
         name_axes(axis, "layer", "gradient norm" if axis is panels[0] else "", TITLES[kind])
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    legend_below(figure, panels[0], 4)
     return save(figure, path)
 
 
@@ -184,13 +170,8 @@ LINES: dict[str, tuple[str, str, Style]] = {
 def plot_gradient_norms(groups: Rows, path: Path | str, phases: Sequence[Boundary] | None = None) -> Path:
     """Norms of the groups over the steps, logarithmic above linear; changes of phase are marked.
 
-    Args:
-        groups: rows of `gradient_analysis.group_norms.csv`.
-        path: file to write.
-        phases: as `gradient_series.boundaries` has them; None: read off the rows.
-
-    Raises:
-        DataError: no row holds a norm.
+    groups: rows of `gradient_analysis.group_norms.csv`. phases: as `gradient_summary.boundaries` has them; None: read
+    off the rows. DataError: no row holds a norm.
     """
     table = series(groups)
     found = table.filled()
@@ -209,8 +190,7 @@ def plot_gradient_norms(groups: Rows, path: Path | str, phases: Sequence[Boundar
     axes[1, 0].set_ylim(bottom=0)
     for axis in axes.flat:
         draw_phases(axis, table.boundaries() if phases is None else phases, named=axis is axes[0, 0])
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
+    legend_below(figure, axes[0, 0], len(names))
     return save(figure, path)
 
 
@@ -299,10 +279,8 @@ def plot_gradients(run_folder: Path, *, pictures: bool = True) -> list[Path]:
     if tables is None or not tables.groups:
         return []
     drawn = gradient_pictures(tables) if pictures and drawable("pictures of gradient norms are") else []
-    return [
-        *write_summary(tables, run_folder),
-        *(draw(run_folder / "plots" / f"{name}.png") for name, _, draw in drawn),
-    ]
+    pages = (draw(run_folder / "plots" / f"{name}.png") for name, _, draw in drawn)
+    return [*write_summary(tables, run_folder), *pages]
 
 
 GRADIENT_PLOTS = ("gradient_norms", "layer_heatmap", "layer_comparison", "gradient_evolution", "lora_factors")

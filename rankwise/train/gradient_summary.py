@@ -1,6 +1,6 @@
-"""Tables of gradient norms as curves over the steps, ready to draw and to sum up.
+"""Tables of gradient norms as curves over the steps, and their summary in numbers and words.
 
-training ──▶ gradient_analysis.*.csv ──▶ Series ──▶ gradients.py (pictures), gradient_summary.py (words)
+training ──▶ gradient_analysis.*.csv ──▶ Series ──▶ write_summary (numbers, words), gradient_plots.py (pictures)
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def generate_summary_report(run: Path) -> list[Path]:
 
 def write_summary(tables: GradientTables, folder: Path) -> list[Path]:
     found = gradient_summary(tables.groups, tables.layers)
-    return [write_text(folder / TEXT, in_words(found)), write_json(folder / JSON, found)]
+    return [write_text(folder / TEXT, summary_text(found)), write_json(folder / JSON, found)]
 
 
 def gradient_summary(groups: Iterable[Mapping[str, Any]], layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -242,15 +242,19 @@ def gradient_summary(groups: Iterable[Mapping[str, Any]], layers: Iterable[Mappi
 
 
 def ratio(table: Series) -> float | None:
-    pairs = zip(*(table.columns.get(f"{name}_norm", ()) for name in ("attention", "mlp")), strict=False)
-    both = [pair for pair in pairs if all(map(math.isfinite, pair))]
+    both = finite_pairs(table, "attention_norm", "mlp_norm")
     below = math.fsum(mlp for _, mlp in both)
     return math.fsum(attention for attention, _ in both) / below if below else None
 
 
+def finite_pairs(table: Series, *names: str) -> list[tuple[float, ...]]:
+    """The values of two columns at the steps at which both have one."""
+    pairs = zip(*(table.columns.get(name, ()) for name in names), strict=False)
+    return [pair for pair in pairs if all(map(math.isfinite, pair))]
+
+
 def clipped_share(table: Series) -> float | None:
-    pairs = zip(table.columns.get("total_norm", ()), table.columns.get("clipped_total_norm", ()), strict=False)
-    known = [pair for pair in pairs if all(map(math.isfinite, pair))]
+    known = finite_pairs(table, "total_norm", "clipped_total_norm")
     return sum(clipped < total for total, clipped in known) / len(known) if known else None
 
 
@@ -260,26 +264,22 @@ def phase_means(table: Series) -> list[dict[str, Any]]:
     ends = [table.steps.index(step) for step, _ in changes] + [len(table.steps)]
     found = []
     for (step, name), first, end in zip(changes, ends, ends[1:], strict=False):
-        means = {
-            column: mean(table.columns.get(column, [])[first:end]) for column in (*GROUP_OF.values(), "total_norm")
-        }
-        there = {column.removesuffix("_norm"): value for column, value in means.items() if math.isfinite(value)}
+        names = (*GROUP_OF.values(), "total_norm")
+        means = {name.removesuffix("_norm"): mean(table.columns.get(name, [])[first:end]) for name in names}
+        there = {name: value for name, value in means.items() if math.isfinite(value)}
         found.append({"phase": name, "first_step": step, "last_step": table.steps[end - 1], "means": there})
     return found
 
 
 def layer_means(table: Series) -> dict[str, dict[str, float]]:
-    return {
-        kind: {
-            name: value
-            for name, curve in zip(one.names, one.curves, strict=True)
-            if math.isfinite(value := mean(curve))
-        }
-        for kind, one in by_kind(table).items()
-    }
+    found: dict[str, dict[str, float]] = {}
+    for kind, one in by_kind(table).items():
+        means = zip(one.names, map(mean, one.curves), strict=True)
+        found[kind] = {name: value for name, value in means if math.isfinite(value)}
+    return found
 
 
-def in_words(found: Mapping[str, Any]) -> str:
+def summary_text(found: Mapping[str, Any]) -> str:
     """The same as a page of text."""
     lines = [f"Gradient norms before clipping, measured at {plural(found['steps'], 'step')}.", ""]
     if found["skipped_steps"]:
@@ -305,12 +305,9 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
 
 
 def phase_lines(phases: Sequence[Mapping[str, Any]]) -> list[str]:
-    if not phases:
-        return []
-    rows = [
-        f"  steps {row['first_step']:,} to {row['last_step']:,}, {row['phase']}: "
-        + ", ".join(f"{NAMES[name]} {number(value)}" for name, value in row["means"].items())
-        for row in phases
-    ]
-    more = [f"  … and {len(rows) - MOST_PHASES} more in {JSON}"] if len(rows) > MOST_PHASES else []
-    return ["", "Mean norms by phase:", *rows[:MOST_PHASES], *more]
+    lines = ["", "Mean norms by phase:"] if phases else []
+    for row in phases[:MOST_PHASES]:
+        means = ", ".join(f"{NAMES[name]} {number(value)}" for name, value in row["means"].items())
+        lines.append(f"  steps {row['first_step']:,} to {row['last_step']:,}, {row['phase']}: {means}")
+    more = len(phases) - MOST_PHASES
+    return [*lines, f"  … and {more} more in {JSON}"] if more > 0 else lines

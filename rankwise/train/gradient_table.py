@@ -111,12 +111,10 @@ def kept(step: int) -> bool:
     1,000 steps leave 330, 100,000 leave 790. They follow from the step alone, so a resumed run keeps the same ones, and
     keep no time with a schedule of phases that change every few steps.
     """
-    return step <= DENSE or growths(step) > growths(step - 1)
-
-
-def growths(step: int) -> int:
-    """How often a number of steps has grown by 1 % since step 100."""
-    return math.floor(DENSE * math.log(step / DENSE))
+    if step <= DENSE:
+        return True
+    grown, before = (math.floor(DENSE * math.log(count / DENSE)) for count in (step, step - 1))
+    return grown > before
 
 
 def rounded(value: float) -> float:
@@ -159,10 +157,8 @@ def group_row(rows: Sequence[SiteNorm], max_grad_norm: float | None) -> Row:
 
 def layer_row(rows: Sequence[SiteNorm]) -> Row:
     """The same by layer, for attention and MLP."""
-    return {
-        "step": rows[0].step,
-        **summed(rows, lambda row: None if row.layer is None else layer_column(row.tower, row.layer, row.kind)),
-    }
+    found = summed(rows, lambda row: None if row.layer is None else layer_column(row.tower, row.layer, row.kind))
+    return {"step": rows[0].step, **found}
 
 
 def summed(rows: Sequence[SiteNorm], name: Any) -> Row:
@@ -256,21 +252,10 @@ class TrainingLog(TrainerCallback):
             rows = list(self.table.read())
             self._started = time.monotonic() - (float(rows[-1]["seconds"] or 0) if rows else 0.0)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        values = {name: number(logs[name]) for name in self.table.columns if logs and name in logs and name != "epoch"}
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
+        columns = [name for name in self.table.columns if logs and name in logs and name != "epoch"]
+        values = {name: f"{float(logs[name]):.8g}" for name in columns}  # what float32 holds
         if state.is_world_process_zero and values:
             seconds = round(time.monotonic() - self._started, 2)
-            epoch = number(state.epoch or 0.0)
+            epoch = f"{state.epoch or 0.0:.8g}"
             self.table.append({"step": state.global_step, "epoch": epoch, "seconds": seconds} | values)
-
-
-def number(value: float) -> str:
-    """Eight significant digits: what float32 holds."""
-    return f"{float(value):.8g}"

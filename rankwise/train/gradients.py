@@ -26,6 +26,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.core.site import PEFT_PREFIX, describe
@@ -36,6 +37,7 @@ from rankwise.train.gradient_table import (
     COLUMNS,
     GRADIENT_SUMMARY,
     GROUP_COLUMNS,
+    GROUP_OF,
     GROUPS,
     LAYERS,
     NORMS,
@@ -82,9 +84,7 @@ class GradientNorms(TrainerCallback):
         self.groups = StepTable(output_dir / GROUPS, GROUP_COLUMNS)
         self.layers = StepTable(output_dir / LAYERS, ("step",))
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
         """Find what trains, and cut the tables back to where training goes on."""
         self.model = trained_model(model)
         self.layers = StepTable(self.layers.path, layer_columns(self.model.places))
@@ -102,7 +102,7 @@ class GradientNorms(TrainerCallback):
         A float32 tensor of one dimension on the gradients' device. With FSDP2 it is a collective call, and every
         process gets the norms of the whole gradient.
         """
-        gradients = gradient_norms([one.parameter for one in self.model.parameters])
+        gradients = parameter_norms([one.parameter for one in self.model.parameters])
         return torch.cat([gradients, delta_norms(self.model.pairs).to(gradients.device, non_blocking=True)])
 
     def record(self, step: int, norms: Sequence[float], loss_scale: float, max_grad_norm: float | None) -> None:
@@ -141,20 +141,20 @@ def site_norms(model: TrainedModel, norms: Sequence[float], loss_scale: float, s
     rows = []
     for number, place in enumerate(model.places):
         if number in parts:
-            measured = measured_parts(parts[number], counts[number]) if finite else {"norm": None}
-            at = (place.path, place.tower, place.kind, place.layer)
-            rows.append(SiteNorm(step, *at, **measured, delta_norm=delta.get(number), phase=phase))
+            total, a, b, share = part_norms(parts[number], counts[number]) if finite else (None,) * 4
+            at = (step, place.path, place.tower, place.kind, place.layer)
+            rows.append(SiteNorm(*at, total, a, b, share, delta.get(number), phase))
     return rows
 
 
-def measured_parts(parts: Mapping[str, Sequence[float]], count: int) -> dict[str, float | None]:
+Norms = tuple[float | None, float | None, float | None, float | None]
+
+
+def part_norms(parts: Mapping[str, Sequence[float]], count: int) -> Norms:
+    """norm, norm_a, norm_b, norm_per_sqrt_parameter of a site, as `SiteNorm` has them."""
     norm = root_sum(value for values in parts.values() for value in values)
-    return {
-        "norm": rounded(norm),
-        "norm_a": rounded(root_sum(parts[A])) if A in parts else None,
-        "norm_b": rounded(root_sum(parts[B])) if B in parts else None,
-        "norm_per_sqrt_parameter": rounded(norm / math.sqrt(count)),
-    }
+    a, b = (rounded(root_sum(parts[part])) if part in parts else None for part in (A, B))
+    return rounded(norm), a, b, rounded(norm / math.sqrt(count))
 
 
 def measure_gradient_norms(model: nn.Module, loss_scale: float = 1.0) -> dict[str, Any]:
@@ -165,23 +165,16 @@ def measure_gradient_norms(model: nn.Module, loss_scale: float = 1.0) -> dict[st
         layer_data: layer → {"attention": norm, "mlp": norm} of the language model.
     """
     trained = trained_model(model)
-    gradients = gradient_norms([one.parameter for one in trained.parameters]).tolist()
+    gradients = parameter_norms([one.parameter for one in trained.parameters]).tolist()
     deltas = [0.0] * len(trained.pairs)
     rows = site_norms(trained, [*gradients, *deltas], loss_scale, step=0, phase="")
     groups, layers = (group_row(rows, None), layer_row(rows)) if rows else ({}, {})
-    found: dict[str, Any] = {name: groups.get(name) for name in GROUP_COLUMNS if name.endswith("_norm")}
-    del found["clipped_total_norm"]
-    return found | {"layer_data": by_layer(layers)}
-
-
-def by_layer(row: Mapping[str, Any]) -> dict[int, dict[str, float]]:
-    """A row of the layer table as layer → kind → norm; towers beside the language model are left out."""
-    found: dict[int, dict[str, float]] = {}
-    for column, norm in row.items():
+    by_layer: dict[int, dict[str, float]] = {}
+    for column, norm in layers.items():
         first, *rest = column.split("_")
-        if first == "layer" and rest[-1] in PER_LAYER:
-            found.setdefault(int(rest[0]), {})[rest[-1]] = norm
-    return found
+        if first == "layer" and rest[-1] in PER_LAYER:  # a tower beside the language model begins with its own name
+            by_layer.setdefault(int(rest[0]), {})[rest[-1]] = norm
+    return {name: groups.get(name) for name in (*GROUP_OF.values(), "total_norm")} | {"layer_data": by_layer}
 
 
 @dataclass(frozen=True)
@@ -293,7 +286,7 @@ def factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter, float] | None:
     return None
 
 
-def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
+def parameter_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     """‖∇‖₂ of each parameter, (P,) float32; ABSENT where there is no gradient.
 
     Half-precision gradients are summed in float32. Shards of one gradient (DTensor) are summed over their processes.
@@ -383,12 +376,20 @@ def gathered(shards: Sequence[Any], mesh: Any, placements: Sequence[Any]) -> lis
         return [shard.full_tensor() for shard in shards]
     (dimension,) = dimensions
     flat = torch.zeros(sum(shard.numel() for shard in shards), device=shards[0].to_local().device)
-    parts = [
-        part.view(shard.shape) for part, shard in zip(flat.split([s.numel() for s in shards]), shards, strict=True)
-    ]
+    pieces = zip(flat.split([shard.numel() for shard in shards]), shards, strict=True)
+    parts = [part.view(shard.shape) for part, shard in pieces]
     for part, shard in zip(parts, shards, strict=True):
         rows = shard.to_local()
         first = mesh.get_local_rank(dimension) * -(-shard.shape[0] // mesh.size(dimension))
         part[first : first + len(rows)] = rows
     torch.distributed.all_reduce(flat, group=mesh.get_group(dimension))
     return parts
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """‖gradient‖₂ over all parameters that have one, as a scalar tensor: nothing is copied to the host.
+
+    With FSDP2 the norm is that of the whole gradient (a collective call, so every process must make it).
+    """
+    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

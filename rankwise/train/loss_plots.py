@@ -24,15 +24,10 @@ MOST_NAMES, MOST_PHASES = 5, 12
 
 
 def plot_loss(rows: Iterable[Mapping[str, Any]], path: Path | str, phases: Sequence[tuple[float, str]] = ()) -> Path:
-    """Training and validation loss by optimizer step, the minimum of each marked.
+    """Training and validation loss by optimizer step, the minimum of each marked; DataError where there is no loss.
 
-    Args:
-        rows: of `training_log.csv`: `step`, `loss`, `eval_loss`; a blank cell is a value that was not logged.
-        path: file to write.
-        phases: (place, name) of every phase of training, as `gradient_series.boundaries` has them; marked as well.
-
-    Raises:
-        DataError: no row holds a loss.
+    rows: of `training_log.csv`: `step`, `loss`, `eval_loss`; a blank cell is a value that was not logged. phases:
+    (place, name) of every phase, as `gradient_summary.boundaries` has them; marked as well.
     """
     rows = list(rows)
     training, validation = points(rows, "loss"), points(rows, "eval_loss")
@@ -86,15 +81,7 @@ def draw_phases(axis: Any, phases: Sequence[tuple[float, str]], named: bool = Tr
 
 
 def plot_scores(results: Mapping[str, EvaluationResult], path: Path | str) -> Path:
-    """One panel per metric, one bar per result, 95 % intervals.
-
-    Args:
-        results: label → evaluation, in the order shown.
-        path: file to write.
-
-    Raises:
-        DataError: the results share no metric.
-    """
+    """One panel per metric, one bar per result (label → evaluation), 95 % intervals. DataError: no metric is shared."""
     names = leading_metrics(results.values())[:MOST_PANELS]
     if not names:
         raise DataError("these results share no metric to draw")
@@ -102,9 +89,13 @@ def plot_scores(results: Mapping[str, EvaluationResult], path: Path | str) -> Pa
     panels = [axes] if len(names) == 1 else list(axes.flat)
     for panel, name in zip(panels, names, strict=True):
         draw_metric(panel, name, results)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8, frameon=False)
+    legend_below(figure, panels[0], min(3, len(results)))
     return save(figure, path)
+
+
+def legend_below(figure: Any, panel: Any, columns: int) -> None:
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def shared_metrics(results: Iterable[EvaluationResult]) -> list[str]:

@@ -29,8 +29,7 @@ from rankwise.files.processes import announce
 from rankwise.models.adapt import full_parameters, site_parameters
 from rankwise.options.sections import PhasesSection
 from rankwise.train.gradient_table import StepTable
-from rankwise.train.gradients import GradientNorms
-from rankwise.train.guard import gradient_norm
+from rankwise.train.gradients import GradientNorms, gradient_norm
 
 PHASES_TABLE, PHASES_STATE = "phases.csv", "phases.json"
 COLUMNS = ("step", "phase", "sites", "parameters")
@@ -66,9 +65,7 @@ class PhaseKeeper(TrainerCallback):
 
     # --- at the beginning, and between steps -------------------------------------------------------------------
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
         self._toggles = args.world_size == 1
         whole = full_parameters(model)
         self.parameters = site_parameters(model) | {path: whole[path] for path in sorted(self.full)}
@@ -76,9 +73,7 @@ class PhaseKeeper(TrainerCallback):
             self.table.cut(state.global_step)
         self.warn_unreached(state.max_steps)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, optimizer: Any = None, **_: Any) -> None:
         step = state.global_step
         active = self.schedule.active(step)
         if self._toggles:

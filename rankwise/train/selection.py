@@ -1,6 +1,6 @@
-"""Which checkpoint `train` keeps, when it stops, and how often it sees rare classes.
+"""Which checkpoint `train` keeps, when it stops early, and how often it sees rare classes.
 
---select, --early_stopping ── arguments_for ──▶ training arguments (evaluate, save, load the best)
+--select, --early_stopping ── arguments_for ──▶ training arguments (evaluate, save, load the best), Patience
 validation rows ── accuracy_of ──▶ LabelAccuracy ──┐
 --balance ── sampler_of ──▶ Balanced ──────────────┴─▶ the Trainer
 """
@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerState
 
 from rankwise.data.dataset import RenderedDataset
 from rankwise.data.label_task import read_task
@@ -26,25 +25,25 @@ from rankwise.files.processes import announce, process_index
 from rankwise.options.sections import DataSection, SelectionSection
 from rankwise.train.arguments import TRAIN_DEFAULTS
 from rankwise.train.job import Job
-from rankwise.train.stopping import Patience
+from rankwise.train.rows import Seeded
 
 RULES = ("oversample", "sqrt")
 
 
-class Balanced(Sampler[int]):
+class Balanced(Seeded):
     """Positions of the rows in random order, each at least once, rows of rarer classes several times.
 
     Repetition is as even as it can be: a row occurs ⌊target/count⌋ times or once more, and which ones get one more is
-    drawn anew in each epoch. The order depends on seed and epoch alone, so that a resumed run sees the same rows.
+    drawn anew in each epoch.
 
     Args:
         labels: the class of every row.
         rule: `oversample`: target = count of the largest class. `sqrt`: √(count · that of the largest), between the
             counts as they are and equal ones: where equal counts would teach the few rows of a class by heart.
-        seed: with the epoch, all that the order depends on.
     """
 
     def __init__(self, labels: Sequence[str], rule: str, seed: int) -> None:
+        super().__init__(seed)
         assert rule in RULES, rule
         self.places: dict[str, list[int]] = {}
         for place, label in enumerate(labels):
@@ -53,18 +52,12 @@ class Balanced(Sampler[int]):
         most = max(self.before.values())
         between = {label: round(math.sqrt(count * most)) for label, count in self.before.items()}
         self.after = dict.fromkeys(between, most) if rule == "oversample" else between
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return sum(self.after.values())
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        rows: list[int] = []
+        generator, rows = self.generator(), list[int]()
         for label, places in self.places.items():
             whole, more = divmod(self.after[label], len(places))
             drawn = torch.randperm(len(places), generator=generator)[:more].tolist()
@@ -79,10 +72,8 @@ def check_selection(selection: SelectionSection, task: str | None, given: Mappin
     """Combinations that cannot work, before anything is read."""
     classifies = task in TASKS and TASKS[task].classifies
     named = ", ".join(name for name, each in TASKS.items() if each.classifies)
-    for asked, option in (
-        (selection.select == "accuracy", "--select accuracy"),
-        (selection.balance != "none", "--balance"),
-    ):
+    by_class = {"--select accuracy": selection.select == "accuracy", "--balance": selection.balance != "none"}
+    for option, asked in by_class.items():
         if asked and task is not None and not classifies:
             raise UsageError(f"{option} needs rows with a class: --task {named}; {task} has none")
     if selection.balance != "none" and packing:
@@ -124,10 +115,6 @@ def _refuse_nothing_to_choose(asked: str, given: Mapping[str, Any]) -> None:
         raise UsageError(f"{asked} keeps the best checkpoint: leave out --save_strategy and --load_best_model_at_end")
 
 
-def callbacks_of(selection: SelectionSection) -> list[TrainerCallback]:
-    return [Patience(selection.early_stopping)] if selection.early_stopping else []
-
-
 def accuracy_of(selection: SelectionSection, job: Job) -> LabelAccuracy | None:
     """What measures accuracy on the validation rows, for --select accuracy."""
     if selection.select != "accuracy":
@@ -145,12 +132,12 @@ def sampler_of(selection: SelectionSection, job: Job) -> Balanced | None:
     arguments = job.arguments
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     sampler = Balanced([str(example.facts["label"]) for example in job.rows.examples], selection.balance, seed)
-    for line in in_words(sampler, label_set(job.rows.examples)):
+    for line in describe_balance(sampler, label_set(job.rows.examples)):
         announce(line)
     return sampler
 
 
-def in_words(sampler: Balanced, labels: tuple[str, ...]) -> list[str]:
+def describe_balance(sampler: Balanced, labels: tuple[str, ...]) -> list[str]:
     """Rows of each class, as they are and as an epoch has them; a warning for what repetition cannot mend."""
     before, after = sampler.before, sampler.after
     counts = ", ".join(f"{label} {before[label]:,} → {after[label]:,}" for label in labels if label in after)
@@ -162,11 +149,6 @@ def in_words(sampler: Balanced, labels: tuple[str, ...]) -> list[str]:
     if absent:
         lines.append(f"warning: no training row is of {', '.join(absent)}: the model cannot learn it")
     return lines
-
-
-def selection_facts(selection: SelectionSection) -> dict[str, Any]:
-    """Of what decides which weights come out, that which is not the default; choosing among them is no part of it."""
-    return {"balance": selection.balance} if selection.balance != "none" else {}
 
 
 def selection_lines(selection: SelectionSection) -> list[str]:
@@ -187,3 +169,29 @@ def save_task(data: DataSection, folder: Path) -> dict[str, Path]:
     assert data.data_path is not None
     path = Path(data.data_path).expanduser()
     return {"task": read_task(path if path.is_dir() else path.parent).save(folder)}
+
+
+class Patience(EarlyStoppingCallback):
+    """Ends training after so many evaluations without a better one.
+
+    The Trainer saves a callback's count with each checkpoint, and takes it back only where all callbacks are made anew
+    from there (which would lose those of ours): a resumed run would wait longer than an uninterrupted one. A run that
+    was stopped early and is asked to go on nevertheless starts counting anew.
+    """
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
+        super().on_train_begin(args, state, control, **rest)
+        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # the Trainer saves those it finds there
+        counted = saved["attributes"]["early_stopping_patience_counter"] if saved else 0
+        self.early_stopping_patience_counter = counted if counted < self.early_stopping_patience else 0
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **rest: Any) -> None:
+        before = control.should_training_stop
+        super().on_evaluate(args, state, control, metrics, **rest)
+        if control.should_training_stop and not before:
+            count = self.early_stopping_patience_counter
+            announce(
+                f"early stopping at step {state.global_step:,}: {count} evaluations without a better "
+                f"{args.metric_for_best_model} than {state.best_metric:.4g}"
+            )

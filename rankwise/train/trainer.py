@@ -3,20 +3,15 @@
     trainer = RankwiseTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collator, identity=...)
     trainer.train(resume_from_checkpoint=checkpoint)
 
-What it adds lives in functions and small classes of its siblings (guard, checkpoints, tables, interruption); here
+What it adds lives in functions and small classes of its siblings (step, rows, checkpoints, interruption); here
 they are only hooked in. `before_step` is the place for whatever looks at gradients before clipping.
 """
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,75 +23,28 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from rankwise.errors import Interrupted, RankwiseError, UsageError
+from rankwise.errors import RankwiseError, UsageError
 from rankwise.evaluate.classify import LabelAccuracy, Tally
 from rankwise.evaluate.likelihood import Learnt, token_losses
 from rankwise.files.atomic import explained
 from rankwise.models.adapt import full_parameters
-from rankwise.train.allocation import RankAllocation
+from rankwise.train.adalora import RankAllocation
 from rankwise.train.checkpoints import CheckpointKeeper, discard_unsealed
 from rankwise.train.gradient_table import TrainingLog
 from rankwise.train.gradients import GradientNorms, parameter_towers
-from rankwise.train.guard import StepGuard, diverged, memory_advice
+from rankwise.train.interruption import EvaluationStopped, Interruption, StopOnSignal, stoppable
 from rankwise.train.phases import PhaseKeeper
-from rankwise.train.rates import RATE_COLUMN, LengthGrouped, RateWatch, full_at_common_rate, split_by_tower
-from rankwise.train.sharing import evened, silenceable, summed
-from rankwise.train.step import FrozenPrefix, counts_all_tokens, prove_counting, within_reach
-from rankwise.train.stopping import EvaluationStopped, StopOnSignal, stoppable
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-ECHO_SECONDS = 2.0  # torchrun and a terminal may both deliver one and the same signal to each of its processes
-
-
-class Interruption:
-    """A context in which the two signals are requests. `requested` is the signal's number, or None.
-
-    A repeated signal ends the process with 128 + its number, from wherever it is: checkpoints that bear a manifest
-    are complete, and the one being written bears none. Handlers are set in the main thread only, and put back.
-    """
-
-    def __init__(self, processes: int = 1) -> None:
-        self.requested: int | None = None
-        self._echo = ECHO_SECONDS if processes > 1 else 0.0
-        self._asked_at = 0.0
-        self._process = os.getpid()
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Interruption:
-        self.requested = None
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a data loader's worker, forked with this handler
-            return
-        if self.requested is None:
-            self.requested, self._asked_at = number, time.monotonic()
-            say("finishing this step or validation batch, then saving a checkpoint; a second signal stops at once")
-        elif time.monotonic() - self._asked_at >= self._echo:
-            say("stopped; the last complete checkpoint is intact")
-            os._exit(128 + number)
-
-    def raise_if_requested(self, folder: str) -> None:
-        """Raise Interrupted where a signal came: training has stopped and its checkpoint is written."""
-        if self.requested is not None:
-            raise Interrupted(
-                f"interrupted by {signal.Signals(self.requested).name}; the checkpoint is complete. To go on, run the "
-                f"same command with --resume_from_checkpoint true (checkpoints in {folder})",
-                self.requested,
-            )
-
-
-def say(text: str) -> None:
-    """Straight to standard error: print may be what the signal interrupted."""
-    os.write(2, f"\nrankwise: {text}\n".encode())
-
+from rankwise.train.rows import LengthGrouped, share_evenly, silenceable, summed
+from rankwise.train.step import (
+    FrozenPrefix,
+    StepGuard,
+    counts_all_tokens,
+    diverged,
+    memory_advice,
+    prove_counting,
+    within_reach,
+)
+from rankwise.train.towers import RATE_COLUMN, RateWatch, full_at_common_rate, split_by_tower
 
 SAMPLE_INDEX, ACCURACY = "sample_index", "eval_accuracy"
 DATA_SETS = ("train_dataset", "eval_dataset")
@@ -299,10 +247,10 @@ class RankwiseTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """Every row once in an epoch, in whichever process."""
-        return evened(super().get_train_dataloader())
+        return share_evenly(super().get_train_dataloader())
 
     def get_eval_dataloader(self, *args: Any, **rest: Any) -> Any:
-        return evened(super().get_eval_dataloader(*args, **rest))
+        return share_evenly(super().get_eval_dataloader(*args, **rest))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """The Trainer's, but for rows of like length: those lengths are known, and the order must survive a resume."""

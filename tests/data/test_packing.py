@@ -19,8 +19,8 @@ from rankwise.data.render import Renderer
 from rankwise.errors import VerificationError
 from rankwise.evaluate.likelihood import answer_losses
 from rankwise.models.load import load_model, load_tokenizer
-from rankwise.train.begin import check_packing
-from rankwise.train.rates import LengthGrouped
+from rankwise.train.launch import check_packing
+from rankwise.train.rows import LengthGrouped
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 384}
 MODELS = {

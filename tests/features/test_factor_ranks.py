@@ -22,7 +22,7 @@ from rankwise.features.approximation import normalised
 from rankwise.features.history import best_row
 from rankwise.features.trained import load_factorizer
 from rankwise.options.features import AllocatorSection
-from rankwise.train.stopping import Patience
+from rankwise.train.selection import Patience
 
 
 @pytest.fixture(scope="module")

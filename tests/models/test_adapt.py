@@ -35,7 +35,7 @@ from rankwise.models.adapters import load_adapter, save_adapter, write_sites
 from rankwise.models.load import load_model
 from rankwise.models.sites import model_sites
 from rankwise.models.targets import check_plan, choose_sites, restrict_plan, scales, uniform_plan
-from rankwise.train.starts import eva_start, input_directions, warm_start
+from rankwise.train.adapter import eva_start, input_directions, warm_start
 
 IDS = torch.arange(4, 24).reshape(2, 10)
 

@@ -34,7 +34,7 @@ from rankwise.models.sites import (
 from rankwise.models.targets import check_plan, choose_sites, uniform_plan
 from rankwise.options.sections import TowersSection
 from rankwise.ranks.deltas import open_deltas
-from rankwise.train.adapter import finetune_use, train_use
+from rankwise.train.towers import finetune_use, train_use
 
 # What a parameter's name begins with, read off the models' own code: (vision, projector); the rest is language.
 BEGINNINGS = {

@@ -48,7 +48,7 @@ from rankwise.ranks import command as ranks
 from rankwise.ranks import compress, extract
 from rankwise.ranks.probe import Probe
 from rankwise.ranks.summary import command_lines
-from rankwise.train import finetune, outcome
+from rankwise.train import finetune, results
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -93,14 +93,14 @@ PRINTED: dict[str, tuple[str, str, dict[str, Any]]] = {
         "merge",
         {"adapter": ODD, "base_model": "BASE"},
     ),
-    "train": (outcome.next_command(TRAINED), "evaluate", {"model_name": ODD, "data_path": f"{ODD}/rows"}),
+    "train": (results.next_command(TRAINED), "evaluate", {"model_name": ODD, "data_path": f"{ODD}/rows"}),
     "train, own validation rows": (
-        outcome.next_command(replace(TRAINED, val_path=f"{ODD}/val")),
+        results.next_command(replace(TRAINED, val_path=f"{ODD}/val")),
         "evaluate",
         {"data_path": f"{ODD}/val", "image_folder": f"{ODD}/images"},
     ),
     "train, a task without scores": (
-        outcome.next_command(replace(TRAINED, data=replace(DATA, task=None))),
+        results.next_command(replace(TRAINED, data=replace(DATA, task=None))),
         "merge",
         {"adapter": ODD},
     ),
@@ -172,7 +172,7 @@ def test_there_is_no_other_way_to_print_one() -> None:
     assert own - elsewhere == {module.__name__ for module in TRIED}
 
 
-TRIED = (extract, compress, outcome, label, bundle, capture, factor_outcome, batch, finetune, ranks)
+TRIED = (extract, compress, results, label, bundle, capture, factor_outcome, batch, finetune, ranks)
 
 
 def test_words_and_flags_are_those_of_a_command() -> None:

@@ -15,7 +15,7 @@ from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.atomic import write_json
 from rankwise.report.compare import SUMMARY, Row, markdown, plot_comparison, read_rows
 from rankwise.train.gradient_table import SiteNorm, views
-from rankwise.train.outcome import RESULTS_SUMMARY
+from rankwise.train.results import RESULTS_SUMMARY
 
 LOSSES = "step,loss,eval_loss\n1,2.0,\n2,1.5,1.75\n3,1.25,1.5\n4,1.0,1.625\n"
 

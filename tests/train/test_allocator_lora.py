@@ -45,8 +45,8 @@ from rankwise.models.adapters import load_adapter
 from rankwise.models.load import load_model
 from rankwise.models.sites import model_sites
 from rankwise.models.targets import choose_sites, uniform_plan
-from rankwise.train import adalora as saving
-from rankwise.train.allocation import ALLOCATED_TABLE, ALLOCATOR_STATE, RankAllocation
+from rankwise.train import results as saving
+from rankwise.train.adalora import ALLOCATED_TABLE, ALLOCATOR_STATE, RankAllocation
 from rankwise.train.arguments import build_arguments
 from rankwise.train.checkpoints import remove
 from rankwise.train.trainer import RankwiseTrainer

@@ -21,8 +21,8 @@ from rankwise.models.targets import choose_sites, uniform_plan
 from rankwise.train.arguments import build_arguments
 from rankwise.train.estimate.cost import Curve, Fixed, Profile, Speed, Work, run_length
 from rankwise.train.estimate.gpus import CARDS, GIB, Card, cards, gib
-from rankwise.train.estimate.shapes import Measured, Place, Rows, Shapes, Way, measured
-from rankwise.train.estimate.trace import Trace, empty, traced
+from rankwise.train.estimate.shapes import Measured, Place, Rows, Shapes, Way, measure_way
+from rankwise.train.estimate.trace import Trace, empty, trace_step
 
 AS_GIVEN = Way("as given", "", None, False)
 SAVING = Way("", "", None, True)
@@ -45,7 +45,7 @@ def shapes_of(rank: int = 8, dropout: float = 0.0, **changes: int) -> Shapes:
 
 def found(shapes: Shapes, way: Way, place: Place, folder: Path, length: int = 64, **more: object) -> Measured:
     arguments = build_arguments(folder, 1, {"use_cpu": True, **more})
-    return measured(shapes, way, place, Rows(None, 0, None, length), arguments)
+    return measure_way(shapes, way, place, Rows(None, 0, None, length), arguments)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_a_trace_without_weights_is_that_of_a_real_step(autocast: torch.dtype | 
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         model = empty(model, torch.float32) if device == "meta" else model
-        traces.append(traced(model, batch_of(2, 24), autocast=autocast))
+        traces.append(trace_step(model, batch_of(2, 24), autocast=autocast))
     assert traces[0].operations == traces[1].operations
     assert traces[0].flops == traces[1].flops
     assert traces[0].peak == pytest.approx(traces[1].peak, rel=0.01)
@@ -102,7 +102,7 @@ def test_what_autograd_saves_is_what_is_held_before_the_backward_pass() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(**batch_of(2, 48))
-    peak = traced(model, batch_of(2, 48)).peak
+    peak = trace_step(model, batch_of(2, 48)).peak
     logits = 4 * 2 * 48 * 400
     assert sum(saved.values()) <= peak <= sum(saved.values()) + 3 * logits
 
@@ -112,7 +112,7 @@ def test_work_is_two_products_per_frozen_weight_and_three_per_trained_one() -> N
     third time for the gradients of what trains. Without the quadratic term of attention."""
     shapes = shapes_of(rank=8)
     empty(shapes.model, torch.float32)
-    trace = traced(shapes.model, batch_of(2, 8))
+    trace = trace_step(shapes.model, batch_of(2, 8))
     sites = model_sites(small_llama())
     frozen = sum(m * n for m, n in (site.shape for site in sites.values())) + 64 * 400
     trained = sum(8 * (m + n) for m, n in (site.shape for site in sites.values()))

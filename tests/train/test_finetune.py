@@ -144,12 +144,12 @@ def test_further_subsets_are_disjoint_and_of_equal_size(base: Path, data: Path, 
     picks = []
     for shard in range(3):
         config = config_of(base, data, tmp_path, "--subset_ratio", "0.25", "--skip_shards", str(shard))
-        picks.append([example.id for example in finetune.chosen(config, examples)])
+        picks.append([example.id for example in finetune.choose_subset(config, examples)])
     assert [len(pick) for pick in picks] == [6, 6, 6]
     assert len({name for pick in picks for name in pick}) == 18
     config = config_of(base, data, tmp_path, "--subset_ratio", "0.25", "--skip_shards", "4")
     with pytest.raises(UsageError, match="are left"):
-        finetune.chosen(config, examples)
+        finetune.choose_subset(config, examples)
 
 
 def test_few_updates_are_warned_of(base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

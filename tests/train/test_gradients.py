@@ -46,9 +46,9 @@ from rankwise.train.gradients import (
     Place,
     Trained,
     TrainedModel,
-    gradient_norms,
     measure_gradient_norms,
     one_by_one,
+    parameter_norms,
     site_norms,
     stacked,
     trained_model,
@@ -108,11 +108,11 @@ def straight(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_long_table_is_thinned_and_the_others_are_not(tmp_path: Path) -> None:
-    """1,000 steps with 210 sites: 25 MB before, 8 MB now, and the statistics are those of all steps."""
-    places = [Place(f"model.layers.{n // 7}.mlp.up_proj_{n % 7}", "language", "mlp", n // 7) for n in range(210)]
-    weights = [nn.Parameter(torch.zeros(2, 3)) for _ in range(420)]
+    """1,000 steps with 35 sites: 4 MB before, 1.3 MB now, and the statistics are those of all steps."""
+    places = [Place(f"model.layers.{n // 7}.mlp.up_proj_{n % 7}", "language", "mlp", n // 7) for n in range(35)]
+    weights = [nn.Parameter(torch.zeros(2, 3)) for _ in range(70)]
     parameters = [Trained(n // 2, "ab"[n % 2], weight) for n, weight in enumerate(weights)]
-    pairs = [Pair(n, weights[2 * n], weights[2 * n + 1], 1.0) for n in range(210)]
+    pairs = [Pair(n, weights[2 * n], weights[2 * n + 1], 1.0) for n in range(35)]
     sizes = {}
     for every in (None, 1):
         folder = tmp_path / str(every)
@@ -120,10 +120,10 @@ def test_the_long_table_is_thinned_and_the_others_are_not(tmp_path: Path) -> Non
         table = GradientNorms(folder, every)
         table.model = TrainedModel(tuple(places), tuple(parameters), tuple(pairs))
         for step in range(1, 1001):
-            table.record(step, [0.01234567 / step] * 630, 1.0, None)
+            table.record(step, [0.01234567 / step] * 105, 1.0, None)
         sizes[every] = (folder / NORMS).stat().st_size
         (folder / "summary.json").write_text(json.dumps(summary(table.groups.read())))
-    assert sizes[1] > 20e6
+    assert sizes[1] > 20e6 / 6
     assert sizes[None] < sizes[1] / 3
     assert written(tmp_path / "None" / GROUPS) == written(tmp_path / "1" / GROUPS)
     assert (tmp_path / "None" / "summary.json").read_text() == (tmp_path / "1" / "summary.json").read_text()
@@ -368,7 +368,7 @@ def load_rows(folder: Path) -> list[SiteNorm]:
 def test_half_precision_gradients_do_not_overflow(dtype: torch.dtype) -> None:
     parameter, frozen = nn.Parameter(torch.zeros(64, 64, dtype=dtype)), nn.Parameter(torch.zeros(2))
     parameter.grad = torch.full_like(parameter, 30000.0)
-    norms = gradient_norms([parameter, frozen])
+    norms = parameter_norms([parameter, frozen])
     assert norms.dtype == torch.float32
     assert norms[0] == pytest.approx(64 * float(torch.tensor(30000.0, dtype=dtype)), rel=1e-5)
     assert norms[1] == ABSENT

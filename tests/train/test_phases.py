@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -192,23 +195,32 @@ def test_ends_must_rise_and_strategies_must_exist() -> None:
 SCHEDULES = [strategy(name, 3, 6) for name in STRATEGIES] + ["lisa:1@2", "mlp layers 1-2:4 > attention + mlp layers 0"]
 
 
+Run = Callable[[str, bool], tuple[RankwiseTrainer, Watch]]
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path, sites: dict[str, Site], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One run of nine steps per schedule, with checkpointing or without, for all laws about it."""
+
+    @cache
+    def run(text: str, checkpointing: bool) -> tuple[RankwiseTrainer, Watch]:
+        watch, folder = Watch(), tmp_path_factory.mktemp("run")
+        given = {"max_steps": 9, "weight_decay": 0.1, "activation_checkpointing": checkpointing}
+        trainer = phased(base, folder, bound(text, sites), callbacks=[watch], **given)
+        trainer.train()
+        return trainer, watch
+
+    return run
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("text", SCHEDULES)
 def test_frozen_is_bit_equal_and_active_has_moved(
-    base: Path, tmp_path: Path, sites: dict[str, Site], text: str, checkpointing: bool
+    trained: Run, sites: dict[str, Site], text: str, checkpointing: bool
 ) -> None:
     """Seen from the weights, step by step, under accumulation."""
-    schedule, watch = bound(text, sites), Watch()
-    trainer = phased(
-        base,
-        tmp_path,
-        schedule,
-        callbacks=[watch],
-        max_steps=9,
-        activation_checkpointing=checkpointing,
-        weight_decay=0.1,
-    )
-    trainer.train()
+    schedule = bound(text, sites)
+    trainer, watch = trained(text, checkpointing)
     assert watch.moved == [schedule.active(step) for step in range(9)]
     table = [(int(row["step"]) - 1, row["phase"], int(row["sites"])) for row in trainer.phases.table.read()]
     changes = [step for step in range(9) if step == 0 or schedule.active(step) != schedule.active(step - 1)]
@@ -218,20 +230,20 @@ def test_frozen_is_bit_equal_and_active_has_moved(
 
 @pytest.mark.parametrize(
     ("text", "checkpointing"),
-    [("both:3 > mlp:3 > attention", False), ("early:4 > late", True), ("lisa:1@2", True), ("norm:2", False)],
+    [
+        (strategy("both-mlp-attn", 3, 6), False),
+        (strategy("early-late", 3, 6), True),
+        ("lisa:1@2", True),
+        ("norm:2", False),
+    ],
 )
 def test_dropping_gradients_equals_not_asking_for_them(
-    base: Path, tmp_path: Path, sites: dict[str, Site], text: str, checkpointing: bool
+    base: Path, tmp_path: Path, trained: Run, sites: dict[str, Site], text: str, checkpointing: bool
 ) -> None:
-    results = []
-    for several in (False, True):
-        folder = tmp_path / str(several)
-        trainer = phased(
-            base, folder, bound(text, sites), several=several, max_steps=8, activation_checkpointing=checkpointing
-        )
-        trainer.train()
-        results.append(weights(trainer))
-    assert equal(*results)
+    given = {"max_steps": 9, "weight_decay": 0.1, "activation_checkpointing": checkpointing}
+    several = phased(base, tmp_path, bound(text, sites), several=True, **given)
+    several.train()
+    assert equal(weights(several), weights(trained(text, checkpointing)[0]))
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["keep", "reset"])
@@ -241,12 +253,15 @@ def test_dropping_gradients_equals_not_asking_for_them(
 def test_resume_inside_a_phase_is_exact(
     base: Path, tmp_path: Path, sites: dict[str, Site], text: str, reset: bool, stop: int
 ) -> None:
-    given = {"reset": reset, "lr_scheduler_type": "constant"}
-    whole = phased(base, tmp_path / "whole", bound(text, sites), max_steps=8, **given)
+    given = {"reset": reset, "lr_scheduler_type": "constant", "max_steps": 8}
+    saved = {"save_strategy": "steps", "save_steps": stop}
+    whole = phased(base, tmp_path / "whole", bound(text, sites), **given, **saved)
     whole.train()
-    saved = {"max_steps": stop, "save_strategy": "steps", "save_steps": stop}
-    phased(base, tmp_path / "part", bound(text, sites), **given, **saved).train()
-    after = phased(base, tmp_path / "part", bound(text, sites), max_steps=8, **given)
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")  # the tables run on beyond the checkpoint: they are cut
+    for later in (tmp_path / "part").glob("checkpoint-*"):
+        if later.name != f"checkpoint-{stop}":
+            shutil.rmtree(later)
+    after = phased(base, tmp_path / "part", bound(text, sites), **given)
     assert equal(weights(resumed(after)), weights(whole))
     assert list(after.phases.table.read()) == list(whole.phases.table.read())
     assert phase_of(tmp_path / "part" / f"checkpoint-{stop}") == whole.phases.schedule.name(stop - 1)
@@ -323,12 +338,7 @@ def test_a_frozen_prefix_is_neither_recomputed_nor_passed_through(
     """What makes the late phase faster: with checkpointing only the late layers run again in backward."""
     calls: dict[int, int] = dict.fromkeys(range(LAYERS), 0)
     trainer = phased(
-        base,
-        tmp_path,
-        bound("late", sites),
-        max_steps=1,
-        gradient_accumulation_steps=1,
-        activation_checkpointing=True,
+        base, tmp_path, bound("late", sites), max_steps=1, gradient_accumulation_steps=1, activation_checkpointing=True
     )
     for number, layer in enumerate(trainer.model.get_base_model().model.layers):
         layer.mlp.register_forward_pre_hook(lambda *_, number=number: calls.update({number: calls[number] + 1}))

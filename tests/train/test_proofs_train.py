@@ -22,7 +22,7 @@ from rankwise.files.adapter import LoraPair
 from rankwise.models import adapt, adapters
 from rankwise.models.adapt import ADAPTER
 from rankwise.train import adalora as allocating
-from rankwise.train import adalora as saving
+from rankwise.train import results as saving
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

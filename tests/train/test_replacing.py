@@ -24,8 +24,8 @@ from rankwise.features.synthetic import SyntheticShards
 from rankwise.files.atomic import PLACE, Aside
 from rankwise.options.commands import EvaluateConfig
 from rankwise.options.sections import ScoredData
-from rankwise.train.begin import OF_A_RUN
 from rankwise.train.checkpoints import MANIFEST, checkpoints
+from rankwise.train.launch import OF_A_RUN
 from rankwise.train.trainer import RankwiseTrainer
 
 Tree = dict[str, bytes]
@@ -111,7 +111,7 @@ def test_a_run_that_does_not_begin_deletes_nothing(
 def test_packing_that_mixes_samples_deletes_nothing(base: Path, data: Path, tmp_path: Path) -> None:
     assert cli.main(words("train", base, data, tmp_path)) == 0
     before = tree(tmp_path)
-    with mock.patch("rankwise.train.begin.unpacked_difference", return_value=1.0):
+    with mock.patch("rankwise.train.launch.unpacked_difference", return_value=1.0):
         assert cli.main(words("train", base, data, tmp_path, "--overwrite_output_dir", "--packing")) == 6
     assert tree(tmp_path) == before
 

@@ -15,13 +15,13 @@ from rankwise.train.checkpoints import (
     MANIFEST,
     checkpoints,
     differences,
+    find_damage,
     identity_of,
     newest_complete,
     refuse_earlier,
     resume_point,
     rotate,
     seal,
-    unsound,
 )
 
 
@@ -202,4 +202,4 @@ def test_the_manifest_lists_every_file_and_the_run(tmp_path: Path) -> None:
     assert content["step"] == 3
     assert content["identity"] == {"seed": 1}
     assert content["files"]["weights"]["size"] == 1
-    assert unsound(checkpoint) == []
+    assert find_damage(checkpoint) == []

@@ -27,8 +27,7 @@ from rankwise.errors import Interrupted, UsageError
 from rankwise.evaluate.classify import MAX_NEW_TOKENS, LabelAccuracy, Tally
 from rankwise.options.sections import SelectionSection
 from rankwise.train.checkpoints import checkpoints
-from rankwise.train.selection import Balanced, arguments_for, in_words
-from rankwise.train.stopping import Patience
+from rankwise.train.selection import Balanced, Patience, arguments_for, describe_balance
 
 LABELS = ("yes", "no", "I cannot say")
 SAID = ("It rains.", "The sun shines.", "Two dogs.", "A man eats.", "Nobody is here.", "It snows.", "A cat.")
@@ -278,7 +277,7 @@ def test_the_order_comes_from_seed_and_epoch_alone() -> None:
 
 
 def test_counts_are_said_and_classes_without_rows_named() -> None:
-    said = in_words(Balanced(["a"] * 300 + ["b"] * 12, "sqrt", 1), ("b", "a", "c"))
+    said = describe_balance(Balanced(["a"] * 300 + ["b"] * 12, "sqrt", 1), ("b", "a", "c"))
     assert said[0] == "balance: b 12 → 60, a 300 → 300; 360 rows an epoch instead of 312"
     assert said[1:] == ["warning: no training row is of c: the model cannot learn it"]
 

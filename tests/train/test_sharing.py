@@ -31,7 +31,7 @@ from rankwise.errors import UsageError, VerificationError
 from rankwise.files.atomic import read_object
 from rankwise.models.adapters import load_adapter
 from rankwise.models.load import load_model
-from rankwise.train.sharing import Filled, Silenceable, silenceable
+from rankwise.train.rows import Filled, Silenceable, silenceable
 
 SEEING = {**FAMILIES, "isaac": tiny_isaac}
 PLAIN = {"dropout": 0.0, "optim": "sgd", "learning_rate": 0.3}  # AdamW makes much of a gradient's rounding

@@ -123,15 +123,7 @@ def test_stopping_and_resuming_is_exact_with_images(smolvlm: Path, data: Path, t
 
 
 def test_phases_and_gradient_tables_on_a_model_that_sees(smolvlm: Path, data: Path, tmp_path: Path) -> None:
-    more = [
-        "--schedule",
-        "attention:2 > mlp",
-        "--max_steps",
-        "4",
-        "--gradient_checkpointing",
-        "--eval_strategy",
-        "no",
-    ]
+    more = ["--schedule", "attention:2 > mlp", "--max_steps", "4", "--gradient_checkpointing", "--eval_strategy", "no"]
     assert cli.main(words(smolvlm, data, tmp_path, *more)) == 0
     with (tmp_path / "gradient_norms.csv").open() as stream:
         rows = list(csv.DictReader(stream))

@@ -18,8 +18,9 @@ from transformers import Trainer, TrainerCallback
 
 from rankwise.errors import DataError, DivergedError, Interrupted, RankwiseError
 from rankwise.train import checkpoints
-from rankwise.train.checkpoints import newest_complete, unsound
-from rankwise.train.guard import SKIPPED_IN_A_ROW, StepGuard, gradient_norm, memory_advice
+from rankwise.train.checkpoints import find_damage, newest_complete
+from rankwise.train.gradients import gradient_norm
+from rankwise.train.step import SKIPPED_IN_A_ROW, StepGuard, memory_advice
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(
         trainer.train()
     monkeypatch.undo()
     assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
-    assert unsound(tmp_path / "checkpoint-3") == []
+    assert find_damage(tmp_path / "checkpoint-3") == []
     assert resumed(make_trainer(base, tmp_path)).state.global_step == 12
 
 

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from rankwise.train.estimate.gpus import FLOAT32, GIB, Card
 from rankwise.train.estimate.trace import Trace
-from rankwise.train.rates import LengthGrouped
+from rankwise.train.rows import LengthGrouped
 
 # Bytes of a quantized weight: NF4 with a scale of 8 bits for 64, and a float32 for 256 of those; int8, a row's scale.
 QUANTIZED = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}

@@ -191,20 +191,10 @@ def this_machine(device: torch.device, autocast: torch.dtype | None) -> Card:
     """The device as it is now: free memory, and rates measured in about a second. A CPU computes with as many threads
     as torch uses."""
     product = measured_flops(device, autocast or torch.float32)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return Card(
-        name,
-        memory_available(device),
-        product,
-        product,
-        measured_bandwidth(device),
-        measured=True,
-        cpu=device.type == "cpu",
-    )
-
-
-def cpu_name() -> str:
-    return f"this CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    threads = f"this CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+    memory, on_cpu = memory_available(device), device.type == "cpu"
+    return Card(name, memory, product, product, measured_bandwidth(device), measured=True, cpu=on_cpu)
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:

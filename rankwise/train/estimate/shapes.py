@@ -28,9 +28,8 @@ from rankwise.options.sections import EstimateSection
 from rankwise.train.arguments import autocast, frozen_dtype
 from rankwise.train.estimate.cost import CPU_ALLOWANCE, GPU_ALLOWANCE, QUANTIZED, Fixed, Profile, Work
 from rankwise.train.estimate.gpus import FLOAT32, Card, cards, state_bytes, this_machine
-from rankwise.train.estimate.trace import as_on_gpu, empty, traced
-from rankwise.train.job import rendered
-from rankwise.train.prepare import read_split
+from rankwise.train.estimate.trace import as_on_gpu, empty, trace_step
+from rankwise.train.job import read_split, render_rows
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def rows_of(config: TrainConfig, name: str, skeleton: PreTrainedModel) -> Rows:
         return Rows(None, 0, None, config.data.max_seq_length or own_length(skeleton.config))
     renderer = renderer_for(config.data, config.model, name, skeleton.config)
     _, split = read_split(config, sees_images=renderer.sight is not None)
-    rows = rendered(split.train, renderer)
+    rows = render_rows(split.train, renderer)
     chosen = PackedDataset(rows, renderer.limit) if config.packing else rows
     return Rows(chosen, renderer.tokenizer.pad_token_id or 0, renderer.sight, renderer.limit)
 
@@ -196,14 +195,10 @@ class Shapes:
                 each = QUANTIZED[way.quantization] if small and way.quantization else parameter.element_size()
                 weights += 0 if parameter.requires_grad else count * each
         allowance = CPU_ALLOWANCE if card.cpu else GPU_ALLOWANCE
-        if way.quantization:
-            allowance += self.unpacked()
+        if way.quantization:  # the largest quantized matrix is unpacked to 16 bits for each product
+            sizes = [module.weight.numel() for module in self.model.modules() if id(module) in self.quantized]
+            allowance += 2.0 * max(sizes, default=0)
         return Fixed(weights, FLOAT32 * trained, FLOAT32 * trained, state_bytes(optimizer) * trained, allowance)
-
-    def unpacked(self) -> float:
-        """The largest quantized matrix, which is unpacked to 16 bits for each product."""
-        counts = [m.weight.numel() for m in self.model.modules() if id(m) in self.quantized]
-        return 2.0 * max(counts, default=0)
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -220,7 +215,7 @@ class Measured:
     work: Work
 
 
-def measured(
+def measure_way(
     shapes: Shapes, way: Way, place: Place, rows: Rows, arguments: TrainingArguments, first: Measured | None = None
 ) -> Measured:
     """Of one way; `first`, another one, has shown what grows with the square of the width."""
@@ -231,12 +226,12 @@ def measured(
         "vocabulary": shapes.base.config.get_text_config().vocab_size,
     }
     wide = [rows.batch(count, place.multiple_of, wide=True) for count in (2, 3)]
-    two, three = (traced(shapes.model, batch, **settings) for batch in wide)
+    two, three = (trace_step(shapes.model, batch, **settings) for batch in wide)
     width = wide[0]["input_ids"].shape[1]
     profile = Profile.of(shapes.fixed(way, place.card, str(arguments.optim)), two, three)
     if first is not None:
         return Measured(profile, first.work.like(two, three, width))
     narrow = rows.batch(2, place.multiple_of, wide=False)
     less = narrow["input_ids"].shape[1]
-    average = two if less == width else traced(shapes.model, narrow, **settings)
+    average = two if less == width else trace_step(shapes.model, narrow, **settings)
     return Measured(profile, Work.of(two, three, width, average, less))

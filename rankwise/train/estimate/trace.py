@@ -75,7 +75,7 @@ def empty(model: nn.Module, frozen: torch.dtype, float32: frozenset[str] = froze
     return model
 
 
-def traced(
+def trace_step(
     model: nn.Module,
     batch: Mapping[str, Any],
     *,

@@ -1,4 +1,4 @@
-"""Rows shared among processes: none counts twice, whatever their number.
+"""The order of the rows, and how processes share them: none counts twice, whatever the number of processes.
 
     batches of the sampler ── Filled ──▶ as many full batches for every process ── Silenceable ──▶ rows
     [3 1] [0 2] [4]                      [3 1] [0 2] [4 ~3] [~1 ~0]               ~3: row 3 with nothing to learn
@@ -11,13 +11,15 @@ nothing.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from rankwise.data.vision_inputs import IGNORED
 from rankwise.errors import UsageError
@@ -43,7 +45,7 @@ class Silenceable(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, place: int) -> Any:
-        return self.rows[place] if place >= 0 else silenced(self.rows[~place])
+        return self.rows[place] if place >= 0 else silence(self.rows[~place])
 
 
 def silenceable(rows: Any) -> Any:
@@ -53,7 +55,7 @@ def silenceable(rows: Any) -> Any:
     return Silenceable(rows)
 
 
-def silenced(row: Mapping[str, Any]) -> dict[str, Any]:
+def silence(row: Mapping[str, Any]) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     if "labels" in row:
         changed["labels"] = [IGNORED] * len(row["labels"])
@@ -92,7 +94,7 @@ class Filled(BatchSampler):
         return [~row for row in itertools.islice(rows, count)]
 
 
-def evened(loader: DataLoader[Any]) -> DataLoader[Any]:
+def share_evenly(loader: DataLoader[Any]) -> DataLoader[Any]:
     """A loader that accelerate has prepared, whose processes get every row once and fill up with silenced ones.
 
     Its data set must be `Silenceable`. One process, and a sampler that shares the rows out itself, are left alone.
@@ -104,3 +106,38 @@ def evened(loader: DataLoader[Any]) -> DataLoader[Any]:
         shard.batch_sampler = Filled(shard.batch_sampler, 1 if shard.split_batches else shard.num_processes)
         shard.sampler = shard.batch_sampler.sampler  # or accelerate tells the number of a resumed epoch to no one
     return loader
+
+
+class Seeded(Sampler[int]):
+    """An order that depends on seed and epoch alone, so that a resumed run sees the same rows."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed + self.epoch)
+
+
+class LengthGrouped(Seeded):
+    """Positions in random order, sorted by length within blocks of 50 batches; the longest batch comes first.
+
+    The Trainer's own sampler tokenises every sample to learn its length, and draws from torch's global generator,
+    whose state a resumed epoch does not have.
+
+    Args:
+        lengths: tokens of each sample.
+        batch_size: samples of one optimizer step (accumulation included).
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        super().__init__(seed)
+        self.lengths, self.batch_size = list(lengths), batch_size
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=self.generator()))

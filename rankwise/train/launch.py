@@ -1,6 +1,6 @@
-"""How a run of `finetune` and `train` begins: where it goes on, what it replaces, and that samples stay apart.
+"""Launch a run of `finetune` or `train`: where it goes on, what it replaces in its folder, and that samples stay apart.
 
-starting_point(config, job) ──▶ checkpoint or None ── train_job(config, model, job, checkpoint) ──▶ the trainer
+starting_point(config, job) ─▶ checkpoint or None ─ train_job(config, model, job, checkpoint) ─▶ the trainer
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rankwise.files.atomic import Aside, about_to_write
 from rankwise.files.processes import announce, process_index
 from rankwise.files.run_folder import CONFIG, RunFolder
 from rankwise.options.commands import FinetuneConfig, TrainConfig
-from rankwise.train.allocation import ALLOCATED_TABLE
+from rankwise.train.adalora import ALLOCATED_TABLE
 from rankwise.train.checkpoints import FirstStep, goes_on_from, refuse_earlier, resume_point
 from rankwise.train.gradient_table import TRAINING_LOG
 from rankwise.train.gradients import GRADIENT_FILES
@@ -39,14 +39,9 @@ def starting_point(config: FinetuneConfig | TrainConfig, job: Job) -> Path | Non
     index, processes = process_index()
     folder = Path(config.output_dir)
     if index == 0:
-        earlier_of(config).put_back()
-    checkpoint = resume_point(
-        config.resume_from_checkpoint,
-        folder,
-        job.identity,
-        allow_partial=config.allow_partial_resume,
-        processes=processes,
-    )
+        earlier_run(config).put_back()
+    asked, partial = config.resume_from_checkpoint, config.allow_partial_resume
+    checkpoint = resume_point(asked, folder, job.identity, allow_partial=partial, processes=processes)
     if index == 0 and checkpoint is None:
         refuse_earlier(folder, bool(config.training.get("overwrite")))
     about_to_write()  # weights are loaded next: what is refused before them, a dry run has refused by now
@@ -60,7 +55,7 @@ def check_folder(config: FinetuneConfig | TrainConfig) -> None:
         refuse_earlier(folder, bool(config.training.get("overwrite")))
 
 
-def earlier_of(config: FinetuneConfig | TrainConfig) -> Aside:
+def earlier_run(config: FinetuneConfig | TrainConfig) -> Aside:
     """What a fresh run replaces of an earlier one in its folder."""
     return Aside(Path(config.output_dir), OF_A_RUN)
 
@@ -89,23 +84,23 @@ def train_job(
         eval_dataset=job.validation,
         data_collator=job.collator,
         identity=job.identity,
-        callbacks=[*callbacks, FirstStep(earlier_of(config))],
+        callbacks=[*callbacks, FirstStep(earlier_run(config))],
         **extras,
     )
-    with begun(config, job, checkpoint):
+    with claim_folder(config, job, checkpoint):
         beside(Path(config.output_dir))
         trainer.train(checkpoint)
     return trainer
 
 
 @contextmanager
-def begun(config: FinetuneConfig | TrainConfig, job: Job, checkpoint: Path | None) -> Iterator[None]:
+def claim_folder(config: FinetuneConfig | TrainConfig, job: Job, checkpoint: Path | None) -> Iterator[None]:
     """The folder as this run's: its config and how its prompts are made. What a fresh run replaces lies aside until the
     first step is taken, and is put back where none is."""
     if process_index()[0] != 0:
         yield
         return
-    folder, earlier = RunFolder(config.output_dir), earlier_of(config)
+    folder, earlier = RunFolder(config.output_dir), earlier_run(config)
     with earlier.until_dropped():
         for entry in earlier.take() if checkpoint is None else ():
             if entry.is_dir():

@@ -1,22 +1,26 @@
-"""What ends training before its last step, and can go on: a signal, and evaluations that do not improve.
+"""A signal ends training with a checkpoint from which it goes on as if no signal had come.
 
-    signal ─▶ StopOnSignal: no further step, no (further) evaluation ─▶ checkpoint that says which evaluation it owes
-    resume ─▶ the evaluation that is owed, then as if no signal had come
-
-Patience is transformers' early stopping, with its count taken from the checkpoint.
+signal ─▶ Interruption: a request ─▶ StopOnSignal: no further step, no (further) evaluation ─▶ checkpoint
+resume ─▶ the evaluation that is owed, then on
 """
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
+from rankwise.errors import Interrupted
 from rankwise.files.processes import announce
 
 
@@ -88,31 +92,57 @@ def ends_in_evaluation(args: TrainingArguments, state: TrainerState, control: Tr
     return by_epoch and (epoch.is_integer() or control.should_training_stop)
 
 
-class Patience(EarlyStoppingCallback):
-    """Ends training after so many evaluations without a better one.
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    The Trainer saves a callback's count with each checkpoint, and takes it back only where all callbacks are made anew
-    from there (which would lose those of ours): a resumed run would wait longer than an uninterrupted one. A run that
-    was stopped early and is asked to go on nevertheless starts counting anew.
+
+ECHO_SECONDS = 2.0  # torchrun and a terminal may both deliver one and the same signal to each of its processes
+
+
+class Interruption:
+    """A context in which the two signals are requests. `requested` is the signal's number, or None.
+
+    A repeated signal ends the process with 128 + its number, from wherever it is: checkpoints that bear a manifest
+    are complete, and the one being written bears none. Handlers are set in the main thread only, and put back.
     """
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
-    ) -> None:
-        super().on_train_begin(args, state, control, **rest)
-        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # the Trainer saves those it finds there
-        counted = saved["attributes"]["early_stopping_patience_counter"] if saved else 0
-        self.early_stopping_patience_counter = counted if counted < self.early_stopping_patience else 0
+    def __init__(self, processes: int = 1) -> None:
+        self.requested: int | None = None
+        self._echo = ECHO_SECONDS if processes > 1 else 0.0
+        self._asked_at = 0.0
+        self._process = os.getpid()
+        self._previous: dict[int, Any] = {}
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **rest: Any
-    ) -> None:
-        before = control.should_training_stop
-        super().on_evaluate(args, state, control, metrics, **rest)
-        if control.should_training_stop and not before:
-            evaluations = self.early_stopping_patience_counter
-            announce(
-                f"early stopping at step {state.global_step:,}: {evaluations} evaluations without a better "
-                f"{args.metric_for_best_model} than {state.best_metric:.4g}"
+    def __enter__(self) -> Interruption:
+        self.requested = None
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a data loader's worker, forked with this handler
+            return
+        if self.requested is None:
+            self.requested, self._asked_at = number, time.monotonic()
+            say("finishing this step or validation batch, then saving a checkpoint; a second signal stops at once")
+        elif time.monotonic() - self._asked_at >= self._echo:
+            say("stopped; the last complete checkpoint is intact")
+            os._exit(128 + number)
+
+    def raise_if_requested(self, folder: str) -> None:
+        """Raise Interrupted where a signal came: training has stopped and its checkpoint is written."""
+        if self.requested is not None:
+            raise Interrupted(
+                f"interrupted by {signal.Signals(self.requested).name}; the checkpoint is complete. To go on, run the "
+                f"same command with --resume_from_checkpoint true (checkpoints in {folder})",
+                self.requested,
             )
+
+
+def say(text: str) -> None:
+    """Straight to standard error: print may be what the signal interrupted."""
+    os.write(2, f"\nrankwise: {text}\n".encode())
