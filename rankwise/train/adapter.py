@@ -35,65 +35,6 @@ from rankwise.ranks.deltas import DeltaSource, deltas, open_deltas
 from rankwise.train.arguments import frozen_dtype, quantization
 from rankwise.train.job import Job
 
-
-def write_pair(layer: LoraLayer, lora_a: Tensor, lora_b: Tensor | None = None) -> None:
-    """Copy values into a layer's A, and into its B where some are given."""
-    with torch.no_grad():
-        layer.lora_A[ADAPTER].weight.copy_(lora_a)
-        if lora_b is not None:
-            layer.lora_B[ADAPTER].weight.copy_(lora_b)
-
-
-def warm_start(model: PeftModel, plan: RankPlan, source: DeltaSource, generator: torch.Generator) -> None:
-    """Start from a preliminary run: A and B of each site become the leading singular vectors of its delta.
-
-    base + adapter is then base + truncated delta. DataError where the run has no delta of a planned site.
-    """
-    settings = model.peft_config[ADAPTER]
-    if settings.use_dora or settings.init_lora_weights is not True:
-        raise UsageError("--warm_start delta goes with the default initialisation, without --use_dora")
-    missing = [path for path in plan.ranks if path not in source.sites]
-    if missing:
-        raise DataError(
-            f"the preliminary run has no delta of {len(missing)} planned sites ({missing[0]} …); the plan and --deltas "
-            "must be of one model"
-        )
-    layers, scale = lora_layers(model), scales(plan)
-    for site, delta in deltas(source, [row.site for row in plan.sites if row.rank]):
-        factors = truncate(delta.matrix, plan.ranks[site.path], generator)
-        write_pair(layers[site.path], *factors.lora(scale[site.path]))
-
-
-def input_directions(
-    model: PreTrainedModel, plan: RankPlan, batches: Sequence[Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Path → leading directions (r, n) of the site's inputs on these batches: EVA (Paischer et al. 2024).
-
-    PEFT's own incremental SVD, on the model before it is adapted, at the plan's largest rank. UsageError where the
-    batches hold fewer tokens than that.
-    """
-    r, modules = (choose_plan := lora_config(plan)).r, choose_plan.target_modules
-    config = LoraConfig(r=r, target_modules=modules, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
-    tokens = min(int(batch["attention_mask"].sum()) for batch in batches)
-    if tokens < config.r:
-        raise UsageError(
-            f"--init_lora_weights eva needs batches of at least {config.r} tokens, the smallest has {tokens}; raise "
-            "--per_device_train_batch_size"
-        )
-    was_training = model.training
-    model.eval()
-    moved = [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in batches]
-    found = get_eva_state_dict(model, moved, config, show_progress_bar=False)
-    model.train(was_training)
-    return {path: found[path][:rank] for path, rank in plan.ranks.items()}
-
-
-def eva_start(model: PeftModel, directions: Mapping[str, Tensor]) -> None:
-    """A becomes the leading directions of each site's inputs; B stays zero."""
-    for path, layer in lora_layers(model).items():
-        write_pair(layer, directions[path])
-
-
 EVA_BATCHES, EVA_ROWS = 16, 8
 PLAIN_SCALE, LARGE_SCALE = 2, 4
 
@@ -211,3 +152,61 @@ def eva_batches(job: Job, seed: int) -> list[dict[str, torch.Tensor]]:
     parts = [chosen[start : start + EVA_ROWS] for start in range(0, count - count % EVA_ROWS or count, EVA_ROWS)]
     batches = [collator([rows[index] for index in part]) for part in parts]
     return [{name: value for name, value in batch.items() if name not in BESIDE} for batch in batches]
+
+
+def write_pair(layer: LoraLayer, lora_a: Tensor, lora_b: Tensor | None = None) -> None:
+    """Copy values into a layer's A, and into its B where some are given."""
+    with torch.no_grad():
+        layer.lora_A[ADAPTER].weight.copy_(lora_a)
+        if lora_b is not None:
+            layer.lora_B[ADAPTER].weight.copy_(lora_b)
+
+
+def warm_start(model: PeftModel, plan: RankPlan, source: DeltaSource, generator: torch.Generator) -> None:
+    """Start from a preliminary run: A and B of each site become the leading singular vectors of its delta.
+
+    base + adapter is then base + truncated delta. DataError where the run has no delta of a planned site.
+    """
+    settings = model.peft_config[ADAPTER]
+    if settings.use_dora or settings.init_lora_weights is not True:
+        raise UsageError("--warm_start delta goes with the default initialisation, without --use_dora")
+    missing = [path for path in plan.ranks if path not in source.sites]
+    if missing:
+        raise DataError(
+            f"the preliminary run has no delta of {len(missing)} planned sites ({missing[0]} …); the plan and --deltas "
+            "must be of one model"
+        )
+    layers, scale = lora_layers(model), scales(plan)
+    for site, delta in deltas(source, [row.site for row in plan.sites if row.rank]):
+        factors = truncate(delta.matrix, plan.ranks[site.path], generator)
+        write_pair(layers[site.path], *factors.lora(scale[site.path]))
+
+
+def input_directions(
+    model: PreTrainedModel, plan: RankPlan, batches: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Path → leading directions (r, n) of the site's inputs on these batches: EVA (Paischer et al. 2024).
+
+    PEFT's own incremental SVD, on the model before it is adapted, at the plan's largest rank. UsageError where the
+    batches hold fewer tokens than that.
+    """
+    r, modules = (choose_plan := lora_config(plan)).r, choose_plan.target_modules
+    config = LoraConfig(r=r, target_modules=modules, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
+    tokens = min(int(batch["attention_mask"].sum()) for batch in batches)
+    if tokens < config.r:
+        raise UsageError(
+            f"--init_lora_weights eva needs batches of at least {config.r} tokens, the smallest has {tokens}; raise "
+            "--per_device_train_batch_size"
+        )
+    was_training = model.training
+    model.eval()
+    moved = [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in batches]
+    found = get_eva_state_dict(model, moved, config, show_progress_bar=False)
+    model.train(was_training)
+    return {path: found[path][:rank] for path, rank in plan.ranks.items()}
+
+
+def eva_start(model: PeftModel, directions: Mapping[str, Tensor]) -> None:
+    """A becomes the leading directions of each site's inputs; B stays zero."""
+    for path, layer in lora_layers(model).items():
+        write_pair(layer, directions[path])

@@ -286,6 +286,15 @@ def factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter, float] | None:
     return None
 
 
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """‖gradient‖₂ over all parameters that have one, as a scalar tensor: nothing is copied to the host.
+
+    With FSDP2 the norm is that of the whole gradient (a collective call, so every process must make it).
+    """
+    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
 def parameter_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     """‖∇‖₂ of each parameter, (P,) float32; ABSENT where there is no gradient.
 
@@ -384,12 +393,3 @@ def gathered(shards: Sequence[Any], mesh: Any, placements: Sequence[Any]) -> lis
         part[first : first + len(rows)] = rows
     torch.distributed.all_reduce(flat, group=mesh.get_group(dimension))
     return parts
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """‖gradient‖₂ over all parameters that have one, as a scalar tensor: nothing is copied to the host.
-
-    With FSDP2 the norm is that of the whole gradient (a collective call, so every process must make it).
-    """
-    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

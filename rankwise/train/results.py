@@ -47,6 +47,9 @@ from rankwise.train.trainer import ACCURACY, RankwiseTrainer
 
 SPLIT_FILE, RESULTS_SUMMARY = "split.json", "results_summary.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", SITES_FILE)
+# What logits may differ by: a share of the adapter's effect, and one of the logits (in float32; with fewer bits).
+SHARE, EXACT, ROUNDED = 1e-3, 1e-4, 5e-2
+PROOF_ROWS = 4
 
 
 def adapter_folder(config: TrainConfig) -> Path:
@@ -63,6 +66,107 @@ class Outcome:
     said: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
+
+
+def whole_state(trainer: RankwiseTrainer) -> Mapping[str, Tensor] | None:
+    """The state dict gathered from all processes where parameters are sharded; every process must ask for it."""
+    return trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+
+
+def plain_model(trainer: RankwiseTrainer) -> Any:
+    return trainer.accelerator.unwrap_model(trainer.model)
+
+
+def write_adapter_files(
+    trainer: RankwiseTrainer,
+    folder: Path,
+    name: str,
+    plan: RankPlan,
+    left_out: list[str],
+    initial: Mapping[str, LoraPair] | None = None,
+    full: Mapping[str, str] | None = None,
+) -> None:
+    """The adapter in this folder, and sites.json beside it. full: path → tower of the modules trained in full."""
+    state = whole_state(trainer)
+    if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_adapter(plain_model(trainer), folder, name, initial, state)
+        write_sites(folder, plan, left_out, full)
+        if initial:
+            require_converted(plain_model(trainer), folder, open_checkpoint(resolve(name)), meta_model(name))
+
+
+def save_allocated(
+    trainer: RankwiseTrainer,
+    keeper: RankAllocation,
+    job: Job,
+    config: TrainConfig,
+    start: RankPlan,
+    left_out: list[str],
+    full: Mapping[str, str],
+) -> Outcome:
+    """Write the adapter as plain LoRA, each site with its rank, and the ranks as a plan; then prove the adapter.
+
+    The adapter is read back onto the very base it was trained on, in place of what trained: the trainer's model is used
+    up. Called in the first process alone. VerificationError where its logits are not those of the trained model.
+    """
+    folder = adapter_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # the proof without autocast
+    plan = allocated_plan(start, keeper.kept)
+    settings = lora_config(job.name, dropout=config.lora.lora_dropout, modules_to_save=list(full) or None)
+    pairs = plain_pairs(model, keeper.kept, start.alpha_over_rank)
+    write_adapter(folder, LoraAdapter(settings, pairs, full_weights(model)))
+    write_sites(folder, plan, left_out, full)
+    ranks = write_plan(Path(config.output_dir) / PLAN_FILE.name, plan)
+    count = sum(parameter.numel() for parameter in full_weights(model).values()) + plan.parameters
+    prove(model, folder, job)
+    told, files = describe_ranks(start, plan, config.lora.lora_r), (ranks, Path(config.output_dir) / ALLOCATED_TABLE)
+    facts = {
+        "allocator": "adalora",
+        "total_rank_before": sum(start.ranks.values()),
+        "total_rank_after": sum(plan.ranks.values()),
+        "parameters_while_training": start.parameters + sum(start.ranks.values()),
+    }
+    return Outcome(len(plan.ranks), count, told, facts, files)
+
+
+def prove(model: Any, folder: Path, job: Job) -> None:
+    """VerificationError unless the saved adapter on the model's own base gives the model's logits, on training rows.
+
+    Up to a thousandth of what the adapter changes, and what sums in another order differ by.
+    """
+    batch = job.collator([job.rows[index] for index in range(min(PROOF_ROWS, len(job.rows)))])
+    inputs = {name: value.to(model.device) for name, value in batch.items() if name not in BESIDE}
+    plain = all(value.dtype == torch.float32 for value in model.get_base_model().parameters())
+    noise = EXACT if plain and torch.get_float32_matmul_precision() == "highest" else ROUNDED
+    trained = logits(model, inputs)
+    with model.disable_adapter():
+        effect = float((trained - logits(model, inputs)).abs().max())
+    saved = logits(load_adapter(model.unload(), folder), inputs)
+    difference = float((saved - trained).abs().max())
+    if not difference <= SHARE * effect + noise * float(trained.abs().max()):
+        raise VerificationError(
+            f"the adapter in {folder} is not what was trained: its logits differ by up to {difference:.2g}, where "
+            f"training changed them by {effect:.2g}; the last checkpoint holds the trained form"
+        )
+
+
+@torch.no_grad()
+def logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    found: Tensor = model.eval()(**inputs).logits
+    return found.float()
+
+
+def describe_ranks(start: RankPlan, plan: RankPlan, uniform: int) -> str:
+    """`ranks: 448 → 224 over 14 sites, 3 to 29 each; 9,830 parameters (rank 16 everywhere: 9,720)`"""
+    before, ranks, none = sum(start.ranks.values()), list(plan.ranks.values()), len(plan.sites) - len(plan.ranks)
+    alike = sum(row.site.parameters(uniform) for row in plan.sites)
+    lost = f"; {plural(none, 'site')} came out without any" if none else ""
+    return (
+        f"ranks: {before:,} → {sum(ranks):,} over {plural(len(plan.sites), 'site')}, {min(ranks)} to {max(ranks)} each"
+        f"{lost}; {amount(plan.parameters)} parameters (rank {uniform} everywhere: {amount(alike)})"
+    )
 
 
 def finish(
@@ -142,34 +246,6 @@ def write_results_summary(config: TrainConfig, state: TrainerState) -> None:
     write_json(folder / RESULTS_SUMMARY, row)
 
 
-def whole_state(trainer: RankwiseTrainer) -> Mapping[str, Tensor] | None:
-    """The state dict gathered from all processes where parameters are sharded; every process must ask for it."""
-    return trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
-
-
-def plain_model(trainer: RankwiseTrainer) -> Any:
-    return trainer.accelerator.unwrap_model(trainer.model)
-
-
-def write_adapter_files(
-    trainer: RankwiseTrainer,
-    folder: Path,
-    name: str,
-    plan: RankPlan,
-    left_out: list[str],
-    initial: Mapping[str, LoraPair] | None = None,
-    full: Mapping[str, str] | None = None,
-) -> None:
-    """The adapter in this folder, and sites.json beside it. full: path → tower of the modules trained in full."""
-    state = whole_state(trainer)
-    if trainer.is_world_process_zero():
-        folder.mkdir(parents=True, exist_ok=True)
-        save_adapter(plain_model(trainer), folder, name, initial, state)
-        write_sites(folder, plan, left_out, full)
-        if initial:
-            require_converted(plain_model(trainer), folder, open_checkpoint(resolve(name)), meta_model(name))
-
-
 def describe_losses(history: Sequence[Mapping[str, Any]]) -> str:
     """`loss 2.31 → 0.52, validation 0.61, accuracy 0.93`, from the Trainer's log."""
     training = [row["loss"] for row in history if "loss" in row]
@@ -179,83 +255,3 @@ def describe_losses(history: Sequence[Mapping[str, Any]]) -> str:
     first_and_last = [f"{value:.3f}" for value in dict.fromkeys((training[0], training[-1]))]
     last = {"validation": validation[-1:], "accuracy": accuracy[-1:]}
     return f"loss {' → '.join(first_and_last)}" + "".join(f", {name} {row:.3f}" for name in last for row in last[name])
-
-
-# What logits may differ by: a share of the adapter's effect, and one of the logits (in float32; with fewer bits).
-SHARE, EXACT, ROUNDED = 1e-3, 1e-4, 5e-2
-
-
-PROOF_ROWS = 4
-
-
-def save_allocated(
-    trainer: RankwiseTrainer,
-    keeper: RankAllocation,
-    job: Job,
-    config: TrainConfig,
-    start: RankPlan,
-    left_out: list[str],
-    full: Mapping[str, str],
-) -> Outcome:
-    """Write the adapter as plain LoRA, each site with its rank, and the ranks as a plan; then prove the adapter.
-
-    The adapter is read back onto the very base it was trained on, in place of what trained: the trainer's model is used
-    up. Called in the first process alone. VerificationError where its logits are not those of the trained model.
-    """
-    folder = adapter_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # the proof without autocast
-    plan = allocated_plan(start, keeper.kept)
-    settings = lora_config(job.name, dropout=config.lora.lora_dropout, modules_to_save=list(full) or None)
-    pairs = plain_pairs(model, keeper.kept, start.alpha_over_rank)
-    write_adapter(folder, LoraAdapter(settings, pairs, full_weights(model)))
-    write_sites(folder, plan, left_out, full)
-    ranks = write_plan(Path(config.output_dir) / PLAN_FILE.name, plan)
-    count = sum(parameter.numel() for parameter in full_weights(model).values()) + plan.parameters
-    prove(model, folder, job)
-    told, files = describe_ranks(start, plan, config.lora.lora_r), (ranks, Path(config.output_dir) / ALLOCATED_TABLE)
-    facts = {
-        "allocator": "adalora",
-        "total_rank_before": sum(start.ranks.values()),
-        "total_rank_after": sum(plan.ranks.values()),
-        "parameters_while_training": start.parameters + sum(start.ranks.values()),
-    }
-    return Outcome(len(plan.ranks), count, told, facts, files)
-
-
-def prove(model: Any, folder: Path, job: Job) -> None:
-    """VerificationError unless the saved adapter on the model's own base gives the model's logits, on training rows.
-
-    Up to a thousandth of what the adapter changes, and what sums in another order differ by.
-    """
-    batch = job.collator([job.rows[index] for index in range(min(PROOF_ROWS, len(job.rows)))])
-    inputs = {name: value.to(model.device) for name, value in batch.items() if name not in BESIDE}
-    plain = all(value.dtype == torch.float32 for value in model.get_base_model().parameters())
-    noise = EXACT if plain and torch.get_float32_matmul_precision() == "highest" else ROUNDED
-    trained = logits(model, inputs)
-    with model.disable_adapter():
-        effect = float((trained - logits(model, inputs)).abs().max())
-    saved = logits(load_adapter(model.unload(), folder), inputs)
-    difference = float((saved - trained).abs().max())
-    if not difference <= SHARE * effect + noise * float(trained.abs().max()):
-        raise VerificationError(
-            f"the adapter in {folder} is not what was trained: its logits differ by up to {difference:.2g}, where "
-            f"training changed them by {effect:.2g}; the last checkpoint holds the trained form"
-        )
-
-
-@torch.no_grad()
-def logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    found: Tensor = model.eval()(**inputs).logits
-    return found.float()
-
-
-def describe_ranks(start: RankPlan, plan: RankPlan, uniform: int) -> str:
-    """`ranks: 448 → 224 over 14 sites, 3 to 29 each; 9,830 parameters (rank 16 everywhere: 9,720)`"""
-    before, ranks, none = sum(start.ranks.values()), list(plan.ranks.values()), len(plan.sites) - len(plan.ranks)
-    alike = sum(row.site.parameters(uniform) for row in plan.sites)
-    lost = f"; {plural(none, 'site')} came out without any" if none else ""
-    return (
-        f"ranks: {before:,} → {sum(ranks):,} over {plural(len(plan.sites), 'site')}, {min(ranks)} to {max(ranks)} each"
-        f"{lost}; {amount(plan.parameters)} parameters (rank {uniform} everywhere: {amount(alike)})"
-    )
