@@ -31,7 +31,7 @@ from workload import command
 from rankwise.core.plan import RankPlan
 from rankwise.data.dataset import Collator, RenderedDataset
 from rankwise.data.render import Renderer
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, lora_layers
 from rankwise.models.load import load_model, load_tokenizer
 from rankwise.models.sites import model_sites

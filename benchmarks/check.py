@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from rankwise.data.check.examine import examined
+from rankwise.data.check.examine import examine
 from rankwise.data.dataset import outcomes
 from rankwise.data.example import Examples
 from rankwise.data.render import Renderer
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.data.template import template_text
 from rankwise.models.load import load_tokenizer
 
@@ -50,7 +50,7 @@ def main() -> None:
             outcomes(example, made)
 
     pairs = [
-        (seconds(lambda: rendered(rows)), seconds(lambda: examined(rows, None, renderer(), 0)))
+        (seconds(lambda: rendered(rows)), seconds(lambda: examine(rows, None, renderer(), 0)))
         for _ in range(given.repeats)
     ]
     plain, compared = (statistics.median(times) for times in zip(*pairs, strict=True))

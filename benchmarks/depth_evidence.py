@@ -35,7 +35,7 @@ from safetensors import safe_open
 from workload import command, machine
 
 from rankwise.data.example import Example
-from rankwise.data.sources import load as load_rows
+from rankwise.data.sources.load import load as load_rows
 from rankwise.evaluate.engines import base_and_adapter, seeing, subject
 from rankwise.evaluate.generate import GenerationSettings, HFGenerator
 from rankwise.options.commands import EvaluateConfig

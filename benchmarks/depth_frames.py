@@ -18,8 +18,7 @@ from PIL import Image
 from vision_workload import processor as qwen_processor
 
 from rankwise.core.geometry import normalised
-from rankwise.data.depth.cache import DepthCache, DepthFiles
-from rankwise.data.depth.maps import DepthMaps, image_grids
+from rankwise.data.depth.maps import DepthCache, DepthFiles, DepthMaps, image_grids
 from rankwise.data.depth.prepare import fill
 from rankwise.data.images import ImageReader
 from rankwise.models.load import load_processor

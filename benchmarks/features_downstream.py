@@ -15,7 +15,7 @@ from pathlib import Path
 
 from workload import machine
 
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.features import capture, downstream, train
 from rankwise.features.nets import ARCHITECTURES
 from rankwise.options.features import CaptureConfig, DownstreamConfig, FactorTrainConfig

@@ -23,7 +23,7 @@ from workload import Clock, RandomRows, arguments, command, llama, machine, spre
 
 from rankwise.data.dataset import Collator, PackedDataset, RenderedDataset
 from rankwise.data.render import Renderer
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.models.load import load_tokenizer
 from rankwise.train.gradients import GradientNorms
 from rankwise.train.trainer import RankwiseTrainer

@@ -23,7 +23,7 @@ from transformers import (
 from rankwise.data.dataset import RenderedDataset
 from rankwise.data.images import ImageReader
 from rankwise.data.render import Renderer
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.data.vision_inputs import Sight
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")

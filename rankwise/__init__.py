@@ -38,7 +38,7 @@ _HOMES = {
     "evaluate.tasks": ("evaluate",),
     "device.llama.runtime": ("LlamaServer", "RemoteServer"),
     "device.parity.ladder": ("climb",),
-    "data.depth.processor": ("depth_processor",),
+    "data.depth.prepare": ("depth_processor",),
     "evaluate.engines": ("Trained", "load"),
     "errors": (
         "DataError",

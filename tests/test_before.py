@@ -22,7 +22,7 @@ from safetensors.torch import load
 import rankwise
 from rankwise import cli
 from rankwise.core.geometry import Grid
-from rankwise.data.depth.cache import DepthCache, MapKey
+from rankwise.data.depth.maps import DepthCache, MapKey
 from rankwise.data.device import read_target
 from rankwise.data.input_record import read_input
 from rankwise.data.label_task import read_task

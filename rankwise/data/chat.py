@@ -1,9 +1,10 @@
-"""A chat template at work: what it writes before an answer, what the answer adds to that, and which token ends it.
+"""A chat template at work, and its tokens: what it writes before an answer, what the answer adds, which token ends it.
 
     messages before answer k ── with the generation prompt ──▶ prompt of answer k
     the same with answer k ──── what is added to that prompt ─▶ what answer k teaches
 
-Nothing stands in for an answer: templates look into answers (Qwen3 parts off `<think>`) and at where they stand.
+Nothing stands in for an answer: templates look into answers (Qwen3 parts off `<think>`) and at where they stand. A text
+is only tokenized from the last control token of its head on: tokenizers cut there, whatever stands before.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Encoder:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
-def marked(turn: Turn, control: re.Pattern[str]) -> Turn:
+def mark_control(turn: Turn, control: re.Pattern[str]) -> Turn:
     """The turn with control tokens in its texts marked, so that they are tokenized as text."""
     if MARK not in turn.text and not control.search(turn.text) and not control.search(turn.reasoning):
         return turn
@@ -211,7 +212,7 @@ class ChatTemplate:
 
     def messages(self, turns: Sequence[Turn]) -> list[Message]:
         """What the template is given: control tokens in the turns' texts are marked, so that they are read as text."""
-        return [self._message(marked(turn, self.control)) for turn in turns]
+        return [self._message(mark_control(turn, self.control)) for turn in turns]
 
     def _message(self, turn: Turn) -> Message:
         reasoning = {"reasoning_content": turn.reasoning} if turn.reasoning else {}

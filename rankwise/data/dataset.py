@@ -1,4 +1,11 @@
-"""Rendered samples as a torch data set: all checked once before training, tokenized again as they are asked for."""
+"""Rendered samples as a torch data set, and as batches: checked once, tokenized when asked for, padded or packed.
+
+    Example* ── RenderedDataset ── (pack ──▶ PackedDataset) ── Collator ──▶ {input_ids, labels, attention_mask, …}
+
+transformers' collators need a pad token and read the tokenizer's padding side; `Collator` needs neither. Its masks part
+a packed row where position ids start again at 0, in every attention implementation without a cache. That is a property
+of the model's code, so `unpacked_difference` measures it on the model at hand before anyone relies on it.
+"""
 
 from __future__ import annotations
 
@@ -62,11 +69,13 @@ class Checked:
         return lines
 
 
-def outcomes(example: Example, renderer: Renderer) -> list[tuple[Example, Rendered | ValueError]]:
-    """The sample as training sees it, rendered, or why it cannot be: one, or one for each of its answers where the chat
-    template renders earlier answers otherwise than they were given."""
+def outcomes(
+    example: Example, renderer: Renderer, *, prompts: bool = False
+) -> list[tuple[Example, Rendered | ValueError]]:
+    """The sample as training sees it (`prompts`: its prompt), rendered, or why it cannot be: one, or one for each of
+    its answers where the chat template renders earlier answers otherwise than they were given."""
     try:
-        return [(example, renderer.training(example))]
+        return [(example, renderer.prompt(example) if prompts else renderer.training(example))]
     except TurnsApart:
         return [outcome for part in answers_apart(example) for outcome in outcomes(part, renderer)]
     except UsageError:
@@ -87,8 +96,7 @@ def check_samples(examples: Sequence[Example], renderer: Renderer, *, prompts: b
     overlong: list[tuple[int, str]] = []
     digest = hashlib.sha256()
     for position, example in enumerate(tqdm(examples, desc="tokenize", unit="sample", disable=None, leave=False)):
-        found = [prompted(example, renderer)] if prompts else outcomes(example, renderer)
-        for number, (sample, rendered) in enumerate(found, 1):
+        for number, (sample, rendered) in enumerate(outcomes(example, renderer, prompts=prompts), 1):
             if isinstance(rendered, Rendered):
                 usable.append(position)
                 lengths.append(len(rendered.input_ids))
@@ -127,16 +135,6 @@ def pieces(rendered: Rendered, renderer: Renderer) -> Iterator[bytes]:
         for reference in rendered.images:
             yield reference.encode()
             yield renderer.sight.reader.mark(reference)
-
-
-def prompted(example: Example, renderer: Renderer) -> tuple[Example, Rendered | ValueError]:
-    """The sample's prompt, or why it cannot be rendered."""
-    try:
-        return example, renderer.prompt(example)
-    except UsageError:
-        raise
-    except ValueError as error:
-        return example, error
 
 
 @dataclass(frozen=True)
@@ -181,12 +179,8 @@ class RenderedDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rendered = self.renderer.training(self.examples[index])
-        return {
-            "input_ids": rendered.input_ids,
-            "labels": rendered.labels,
-            "sample_index": index,
-            "images": rendered.images,
-        }
+        ids, labels = rendered.input_ids, rendered.labels
+        return {"input_ids": ids, "labels": labels, "sample_index": index, "images": rendered.images}
 
 
 def _too_long(overlong: Sequence[tuple[int, str]], total: int, renderer: Renderer, limit: int) -> DataError:
@@ -246,7 +240,7 @@ class Collator:
 def seen(
     sight: Sight | None, ids: Tensor, images: Sequence[Sequence[str]], labels: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """What a model that sees takes beside ids (batch, length): the images of all rows, and which tokens are theirs."""
+    """`Sight.seen`; nothing for a model that takes no images."""
     return {} if sight is None else sight.seen(ids, images, labels)
 
 

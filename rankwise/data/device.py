@@ -6,6 +6,12 @@ target = read_target(folder) or DeviceTarget()
 target.resize(photo)          # the pixels of the device, from a picture as Pillow opens it
 target.jpeg(photo)            # those pixels as the teacher gets them
 target.save(folder)           # device.json, beside the data, the adapter, the merged model, the GGUF files
+
+llama.cpp cuts a SmolVLM (Idefics3) image into tiles even where one tile holds all of it; `device_processor` does too:
+
+    transformers, one tile:   <fake_token_around_image><global-img><image>×64<fake_token_around_image>
+    llama.cpp, one tile:      <fake_token_around_image><row_1_col_1><image>×64 ⏎⏎
+                              <fake_token_around_image><global-img><image>×64<fake_token_around_image>
 """
 
 from __future__ import annotations
@@ -27,10 +33,10 @@ from rankwise.core.geometry import letterbox
 from rankwise.data.images import ImageReader
 from rankwise.data.pixels import BLACK, Unreadable, flattened
 from rankwise.errors import DataError, UsageError
-from rankwise.files.adapter import beside
+from rankwise.files.adapter import DEVICE, beside
 from rankwise.files.atomic import read_object, write_json
 
-FILE, FORMAT = "device.json", "rankwise-device/1"
+FILE, FORMAT = DEVICE, "rankwise-device/1"
 SIZE, MAX_NEW_TOKENS, MARKER = 256, 32, "<__media__>"
 CHOICES = {"prompt": ("chat", "raw"), "tiling": ("runtime", "processor")}
 

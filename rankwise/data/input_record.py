@@ -1,7 +1,7 @@
 """What decides a model's input, kept beside everything that is made of a training run: `input.json`.
 
     train ── InputRecord.of(renderer, rows).save ──▶ run, adapter ── merge ──▶ model ── export ──▶ GGUF ── bundle
-    every later command ── read_input(folder) ──▶ its defaults; `differences` says where a flag or a file disagrees
+    later commands ── recorded(folders) ──▶ Recorded ── as_recorded(options) ──▶ renderer ── compare ──▶ line, errors
 
 device.json stays the declaration of the device; the record holds its geometry only to notice another one.
 """
@@ -10,19 +10,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from rankwise.data.device import read_target
 from rankwise.data.example import Example
 from rankwise.data.render import STYLES, Renderer
-from rankwise.errors import DataError
-from rankwise.files.adapter import beside
+from rankwise.errors import DataError, UsageError
+from rankwise.files.adapter import CHECKPOINT, DEVICE, INPUT, beside, is_adapter
 from rankwise.files.atomic import read_document, write_json
+from rankwise.files.processes import announce
+from rankwise.files.run_folder import RunFolder
+from rankwise.options.sections import DataSection
 
-FILE, FORMAT = "input.json", "rankwise-input/1"
+FILE, FORMAT = INPUT, "rankwise-input/1"
 SHOWN, WIDE = 8, 60  # characters of a hash, and of a value in a message
+TEMPLATE = ("chat_template_sha256", "chat_template_kwargs")
+COMPARED = ("prompt", *TEMPLATE, "begin_tokens", "end_tokens", "image_geometry", "max_seq_length")
+OPTIONS = {
+    "prompt": "prompt",
+    "chat_template_sha256": "chat_template",
+    "chat_template_kwargs": "chat_template_kwargs",
+    "image_geometry": "device_target",
+    "max_seq_length": "max_seq_length",
+}
+HARMLESS = ("max_seq_length",)  # another limit leaves prompts as they are, or cuts them aloud
 TYPES: Mapping[str, tuple[type, ...]] = {
     "prompt": (str,),
     "max_seq_length": (int,),
@@ -66,6 +80,7 @@ class InputRecord:
         names = renderer.tokenizer.convert_ids_to_tokens
         sight, chat = renderer.sight, renderer.style == "chat"
         geometry = None if sight is None else sight.target.geometry if sight.target else {}
+        own = renderer.tokenizer.get_chat_template() if renderer.tokenizer.chat_template else None
         return cls(
             prompt=renderer.style,
             max_seq_length=renderer.limit,
@@ -73,7 +88,7 @@ class InputRecord:
             begin_tokens={str(names(token)): token for token in renderer.begin_ids},
             end_tokens={str(names(token)): token for token in renderer.end_ids},
             chat_template_sha256=sha256_of(renderer.template_source) if chat else None,
-            chat_template=own_text(renderer) if chat else None,
+            chat_template=None if not chat or renderer.template_source == own else renderer.template_source,
             chat_template_kwargs=dict(renderer.template_kwargs) if chat else {},
             system_prompt=shared_system_prompt(rows),
             image_geometry=geometry,
@@ -88,7 +103,9 @@ class InputRecord:
         if self.system_prompt:
             parts.append(f"system prompt {shortened(self.system_prompt)}")
         if self.image_geometry is not None:
-            parts.append(geometry_words(self.image_geometry))
+            size = self.image_geometry.get("image_size")
+            device = f"of {size}×{size} pixels as on the device" if self.image_geometry else "as the model's processor"
+            parts.append(f"pictures {device}{'' if self.image_geometry else ' takes them'}")
         ends = next(iter(self.end_tokens))
         return ", ".join([*parts, f"up to {self.max_seq_length:,} tokens", f"answers end at {ends}"])
 
@@ -123,10 +140,6 @@ class InputRecord:
         )
 
 
-TEMPLATE = ("chat_template_sha256", "chat_template_kwargs")
-COMPARED = ("prompt", *TEMPLATE, "begin_tokens", "end_tokens", "image_geometry", "max_seq_length")
-
-
 def read_input(folder: Path | str) -> tuple[InputRecord, Path] | None:
     """The record of an artefact's folder (a checkpoint's: of its run) and its file; None where there is none.
 
@@ -146,13 +159,6 @@ def parsed(content: Mapping[str, Any], file: Path) -> InputRecord:
     if record.chat_template is not None and sha256_of(record.chat_template) != record.chat_template_sha256:
         raise DataError(f"{file}: its chat_template is not the one of its chat_template_sha256; was it edited?")
     return record
-
-
-def own_text(renderer: Renderer) -> str | None:
-    """The template's text, where it is not the tokenizer's own."""
-    tokenizer = renderer.tokenizer
-    known = tokenizer.get_chat_template() if tokenizer.chat_template else None
-    return None if renderer.template_source == known else renderer.template_source
 
 
 def sha256_of(text: str) -> str:
@@ -175,12 +181,6 @@ def shared_system_prompt(rows: Iterable[Example]) -> str | None:
     return found
 
 
-def geometry_words(geometry: Mapping[str, Any]) -> str:
-    if not geometry:
-        return "pictures as the model's processor takes them"
-    return f"pictures of {geometry['image_size']}×{geometry['image_size']} pixels as on the device"
-
-
 def shown(value: Any) -> str:
     """A value as JSON, by its beginning."""
     text = json.dumps(value, ensure_ascii=False)
@@ -190,3 +190,134 @@ def shown(value: Any) -> str:
 def shortened(text: str) -> str:
     line = " ".join(text.split())
     return repr(line if len(line) <= WIDE else line[: WIDE - 1] + "…")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The record that counts and its file; without one, whether the model was trained here (`trained`) and should have
+    one."""
+
+    record: InputRecord | None = None
+    file: Path | None = None
+    trained: Path | None = None
+
+
+def recorded(places: Sequence[Path]) -> Recorded:
+    """The record of the first of these folders that has one: an adapter's goes before its base's.
+
+    DataError where device.json beside it declares another device than it holds.
+    """
+    for place in places:
+        found = read_input(place)
+        if found is not None:
+            require_device(*found)
+            return Recorded(*found)
+        if was_trained(place):
+            return Recorded(trained=place)
+    return Recorded()
+
+
+def was_trained(place: Path) -> bool:
+    """Whether a folder without a record is an adapter, a checkpoint, or came out of a training run."""
+    tuned = place.name == "finetuned" and "finetune" in RunFolder(place.parent).stages()
+    made = {"merge", "finetune"} & RunFolder(place).stages().keys()
+    return is_adapter(place) or place.name.startswith(CHECKPOINT) or tuned or bool(made)
+
+
+def require_device(record: InputRecord, file: Path) -> None:
+    if record.image_geometry is None:
+        return
+    target = read_target(file.parent)
+    declared = target.geometry if target else {}
+    if declared != record.image_geometry:
+        says = f"says {declared}" if target else "is not there"
+        raise DataError(
+            f"{file}: training saw pictures as {record.image_geometry or 'the processor takes them'}, and "
+            f"{file.parent / DEVICE} {says}; put back the one of the training"
+        )
+
+
+def as_recorded(data: DataSection, found: Recorded, *, anew: bool = False) -> DataSection:
+    """The options with what the record says where they say nothing; template variables are taken one by one.
+
+    anew: a training that begins, from a model with a record. Its pictures are made for the device of its own data, if
+    they declare one, whatever the model saw before.
+    """
+    record = found.record
+    if record is None:
+        return data
+    chat = record.prompt == "chat" and data.prompt in ("auto", "chat")
+    kwargs = {**(record.chat_template_kwargs if chat else {}), **(data.chat_template_kwargs or {})}
+    without_device = not anew and record.image_geometry is not None and not record.image_geometry
+    return replace(
+        data,
+        prompt=record.prompt if data.prompt == "auto" else data.prompt,
+        max_seq_length=data.max_seq_length or record.max_seq_length,
+        overlong=data.overlong or record.overlong,
+        chat_template=data.chat_template or (record.chat_template if chat else None),
+        chat_template_kwargs=kwargs or None,
+        device_target=data.device_target or ("off" if without_device else None),
+    )
+
+
+def compare(given: DataSection, found: Recorded, renderer: Renderer, *, strict: bool) -> None:
+    """Print how prompts are made, and where that is not how training made them.
+
+    strict: other prompts would make a wrong artefact or a wrong proof. UsageError for a flag that makes others,
+    DataError for a tokenizer, a template or a device that does. Elsewhere they are warned about.
+    """
+    now = InputRecord.of(renderer)
+    announce_prompts(now, found)
+    different = found.record.differences(now) if found.record else {}
+    asked = {name: option for name, option in OPTIONS.items() if getattr(given, option) not in (None, "auto")}
+    for name, what in different.items():
+        text = f"prompts are not those of training ({found.file}): {name} {what}"
+        if name in HARMLESS or not strict:
+            announce(f"warning: {f'--{asked[name]}: ' if name in asked else ''}{text}")
+        elif name in asked:
+            raise UsageError(f"--{asked[name]}: {text}; leave the option out")
+        else:
+            raise DataError(f"{text}; put back the files that it was trained with")
+
+
+def announce_prompts(now: InputRecord | None, found: Recorded) -> None:
+    """How prompts are made, in one line, with the file that says so; a warning where it should be there and is not."""
+    if now is not None:
+        same = found.record is not None and not found.record.differences(now)
+        announce(f"prompts: {now.words()}{f' — from {found.file}' if same else ''}")
+    if found.trained:
+        announce(
+            f"warning: {found.trained} has no {FILE} (made by an earlier version, or elsewhere): prompts are made as "
+            "the options say, which may not be how it was trained"
+        )
+
+
+def require_same(first: Path, second: Path) -> None:
+    """DataError where two folders of one model record other prompts."""
+    found = [each for place in (first, second) if (each := read_input(place))]
+    if len(found) < 2:
+        return
+    (record, file), (other, other_file) = found
+    different = record.differences(other)
+    if different:
+        listed = "; ".join(f"{name}: {what}" for name, what in different.items())
+        raise DataError(f"{file} and {other_file} are of different trainings ({listed}); export the model again")
+
+
+def warn_of_others(place: Path, renderer: Renderer) -> None:
+    """Say where deltas that this training starts or plans from were made with other prompts."""
+    found = read_input(place)
+    different = found[0].differences(InputRecord.of(renderer)) if found else {}
+    for name, what in different.items():
+        announce(f"warning: {place} was trained with other prompts: {name} {what}")
+
+
+def system_warning(found: Recorded, rows: Iterable[Example]) -> None:
+    if found.record is not None and (note := found.record.system_note(rows)):
+        announce(note)
+
+
+def save_input(renderer: Renderer, record: InputRecord, folder: Path) -> dict[str, Path]:
+    """input.json in the folder of what was trained, and device.json where it was trained for a device."""
+    target = renderer.sight.target if renderer.sight else None
+    return {"input": record.save(folder), **({"device": target.save(folder)} if target else {})}

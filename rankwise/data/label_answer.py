@@ -1,10 +1,18 @@
-"""The form of a teacher's answer: one JSON schema, sent with the question and held against what comes back.
+"""Class names and the answers that hold them: one rule for files, teachers, scores and the device.
 
-    field, classes ── answer_schema ──▶ schema ──┬─ response_format ──▶ the request
+    name_key("CAFE\\u0301") == name_key("café")          names: Unicode form, case and space at the ends do not count
+    label_of('"Ripe."', labels)                         "ripe": an answer that is a label
+    found_label("It looks ripe to me", labels)          "ripe": the only label that a text names
+
+In scripts with spaces a text names a label where no letter, digit, hyphen or apostrophe touches it (`un-ripe` is not
+`ripe`, nor `C#` `C`); in Han, kana, Thai, Lao, Khmer and Myanmar, which write none, wherever it stands. What a longer
+label covers does not count, and a text that names two labels names none.
+
+    field, classes ── answer_schema ──▶ schema ──┬─ response_format ──▶ the teacher's request
                                                  └─ parsed(text) ─────▶ {"element": "water", …} or BadAnswer
 
-The schema is the only statement of that form. It keeps to what strict structured output takes: every key is required,
-no other is allowed, "none" is null.
+The schema is the only statement of a teacher's answer. It keeps to what strict structured output takes: every key is
+required, no other is allowed, "none" is null.
 """
 
 from __future__ import annotations

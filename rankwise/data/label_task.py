@@ -24,6 +24,7 @@ from rankwise.data import label_answer
 from rankwise.data.label_answer import UNPARSED, name_key, named_labels
 from rankwise.data.template import PATTERN
 from rankwise.errors import DataError, UsageError
+from rankwise.files.adapter import TASK
 from rankwise.files.atomic import read_json, write_json
 from rankwise.options.field import unknown
 
@@ -56,7 +57,7 @@ class _Strict(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-FILE, FORMAT = "task.json", "rankwise-task/1"
+FILE, FORMAT = TASK, "rankwise-task/1"
 PACKAGED = Path(__file__).parents[1] / "recipes" / "tasks"
 KEYS = ("format", "name", "field", "classes", "teacher_prompt", "student_prompt", "answer")
 NAME, FIELD = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII), re.compile(r"[a-z][a-z0-9_]*")

@@ -18,10 +18,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rankwise.data.chat import MARK, ChatTemplate, Encoder, marked, pattern, plain
+from rankwise.data.chat import MARK, ChatTemplate, Encoder, mark_control, pattern, plain
 from rankwise.data.example import Example, check_answer, check_media, check_slots
 from rankwise.data.images import BadImage
-from rankwise.data.template import Layout, of_media, pinned, prefixed, raw, sections, without_images
+from rankwise.data.template import Layout, of_media, pin_date, prefixed, raw, sections, without_images
 from rankwise.data.vision_inputs import IGNORED, Sight
 from rankwise.errors import DataError, UsageError
 
@@ -107,7 +107,7 @@ class Renderer:
             name = type(self.sight.processor).__name__
             raise UsageError(f"{name} makes rows of one prompt and one answer: --prompt raw, not --prompt {self.style}")
         if self.style == "chat":
-            object.__setattr__(self, "template_kwargs", pinned(self.template_source, self.template_kwargs))
+            object.__setattr__(self, "template_kwargs", pin_date(self.template_source, self.template_kwargs))
         assert self.end_ids
 
     @cached_property
@@ -266,7 +266,8 @@ class Renderer:
             return [_Piece(self._opening(text), False)]
         for turn in example.turns if with_answer else example.turns[:-1]:
             check_answer(example.id, turn, self.encoder.control)
-        layout = self._layout(example)
+        chat = self.style == "chat"
+        layout = self.template.layout(example, self._end) if chat else self._plain_layout(example)
         before = self._expanded(example, layout.before)
         pieces = [_Piece(self._opening(before[0]), False)]
         for number, answer in enumerate(layout.answers if with_answer else layout.answers[:-1]):
@@ -302,10 +303,6 @@ class Renderer:
         except BadImage as error:
             raise BadImage(f"sample {example.id}: {error}") from error
 
-    def _layout(self, example: Example) -> Layout:
-        """Texts of a whole sample, with its answers."""
-        return self.template.layout(example, self._end) if self.style == "chat" else self._plain_layout(example)
-
     def _before(self, example: Example) -> str:
         """Text of everything before the last answer."""
         if self.style == "chat":
@@ -320,7 +317,7 @@ class Renderer:
             raise DataError(
                 f"sample {example.id}: reasoning_content needs a chat template that writes it: --prompt chat"
             )
-        example = replace(example, turns=tuple(marked(turn, self.encoder.control) for turn in example.turns))
+        example = replace(example, turns=tuple(mark_control(turn, self.encoder.control) for turn in example.turns))
         if self.style == "raw" and self.sight and self.sight.prefixes:
             return prefixed(example, self.sight.image_token, self._end)
         if self.style == "raw":

@@ -1,6 +1,9 @@
-"""The renderer of a run: one for training, evaluation and everything else that shows rows to a model.
+"""Build the renderer of a run: one for training, evaluation and everything else that shows rows to a model.
 
-model folder, input.json, data options ── renderer_for ──▶ Renderer ( + Sight where model and rows have images )
+    model folder, input.json, data options ── renderer_for ──▶ Renderer ( + Sight where model and rows have images )
+
+Which model families with images are tested stands in families.json, written by the test matrix: one that is refused
+stops before weights load, one that is not there is used with a warning.
 """
 
 from __future__ import annotations
@@ -15,8 +18,7 @@ from transformers import GenerationConfig, TrainingArguments
 
 from rankwise.data.device import DeviceReader, DeviceTarget, device_processor, read_target
 from rankwise.data.images import ImageReader
-from rankwise.data.input_record import InputRecord
-from rankwise.data.recorded import Recorded, as_recorded, compare, recorded
+from rankwise.data.input_record import InputRecord, Recorded, as_recorded, compare, recorded
 from rankwise.data.render import Renderer
 from rankwise.data.template import template_text
 from rankwise.data.vision_inputs import Sight

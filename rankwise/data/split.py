@@ -1,4 +1,9 @@
-"""Which samples: a stratified subset for the preliminary fine-tune, and a train/validation split by group."""
+"""Divide samples: a stratified subset, a train/validation split by group, and parts that share nothing (`divided`).
+
+Two prompts are near-duplicates when their words (case and punctuation aside) have a Jaccard similarity of 0.95 or more:
+the same facts in another order, or one more word among twenty. What train shares with dev or test is taken out of
+train, what dev shares with test out of dev, and counted.
+"""
 
 from __future__ import annotations
 
@@ -122,12 +127,12 @@ def divided(
     Raises DataError where fewer rows are left than asked for.
     """
     order = shuffled_by_group(pool, generator)
-    test_rows, order = taken(order, sizes.test) if test is None else (drawn_rows(test, sizes.test, generator), order)
-    dev_rows, order = taken(order, sizes.dev) if dev is None else (drawn_rows(dev, sizes.dev, generator), order)
+    test_rows, order = take(order, sizes.test) if test is None else (drawn_rows(test, sizes.test, generator), order)
+    dev_rows, order = take(order, sizes.dev) if dev is None else (drawn_rows(dev, sizes.dev, generator), order)
     words = telling_words([*order, *dev_rows, *test_rows])
-    dev_left = apart(dev_rows, test_rows, words)
-    off_test = apart(order, test_rows, words)
-    off_both = apart(off_test, dev_left, words)
+    dev_left = without_near(dev_rows, test_rows, words)
+    off_test = without_near(order, test_rows, words)
+    off_both = without_near(off_test, dev_left, words)
     removed = {
         "dev, in or near test": len(dev_rows) - len(dev_left),
         "train, in or near test": len(order) - len(off_test),
@@ -152,7 +157,7 @@ def shuffled_by_group(rows: Sequence[Example], generator: random.Random) -> list
     return [row for name in names for row in groups[name]]
 
 
-def taken(order: Sequence[Example], count: int) -> tuple[list[Example], list[Example]]:
+def take(order: Sequence[Example], count: int) -> tuple[list[Example], list[Example]]:
     """One row per prompt of the first groups that give `count`, and the rows of the other groups."""
     rows: list[Example] = []
     seen: set[str] = set()
@@ -168,10 +173,12 @@ def taken(order: Sequence[Example], count: int) -> tuple[list[Example], list[Exa
 
 def drawn_rows(rows: Sequence[Example], count: int, generator: random.Random) -> list[Example]:
     """`count` random rows with prompts of their own."""
-    return taken(shuffled_by_group(rows, generator), count)[0]
+    return take(shuffled_by_group(rows, generator), count)[0]
 
 
-def apart(rows: Sequence[Example], others: Sequence[Example], words: Mapping[str, frozenset[str]]) -> list[Example]:
+def without_near(
+    rows: Sequence[Example], others: Sequence[Example], words: Mapping[str, frozenset[str]]
+) -> list[Example]:
     """The rows that share no group with `others` and whose prompts are not near any of theirs."""
     groups = {other.group for other in others}
     index = Index(words[other.id] for other in others)

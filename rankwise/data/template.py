@@ -1,6 +1,8 @@
-"""A chat template's text and variables, with the date that it prints fixed.
+"""Prompt layouts without a chat template, a chat template's text and variables, and image placeholders in texts.
 
-    given, or the tokenizer's own ── template_text ──▶ text ── pinned(kwargs) ──▶ kwargs ── with_date ──▶ as rendered
+    Example ── sections | raw | prefixed ──▶ Layout(before, answers, end)
+    given, or the tokenizer's own ── template_text ──▶ text ── pin_date(kwargs) ──▶ kwargs ── with_date ──▶ as rendered
+    "Picture 1: <img>a.jpg</img> or <|image_2|>?" ── found ──▶ Marker(path="a.jpg"), Marker(number=2)
 
 Templates that print today's date (Llama 3.2: "Today Date: 29 Nov 2026") would make another prompt tomorrow. The date of
 the first rendering is kept among the variables, so that whoever reads them later makes the same prompt.
@@ -125,7 +127,7 @@ def template_text(given: str | None) -> str | None:
         raise UsageError(f"--chat_template {given}: neither a readable file nor a Jinja template ({error})") from error
 
 
-def pinned(text: str, kwargs: Mapping[str, Any], today: date | None = None) -> dict[str, Any]:
+def pin_date(text: str, kwargs: Mapping[str, Any], today: date | None = None) -> dict[str, Any]:
     """The variables with the date that the template prints among them; as they are where it prints none.
 
     It is `date_string`, in the template's own format, where the template has that variable; elsewhere `strftime_now`
@@ -159,7 +161,8 @@ IMAGE, VIDEO, AUDIO = "image", "video", "audio"
 OWN = ("<image>", "<IMAGE>", "<__media__>")  # what docs/data.md asks for: in a row without images, an image is missing
 NAMED = re.compile(r"<[Ii]mg>([^<>\n]*)</[Ii]mg>")  # the image's own path stands in it
 
-# name in messages (N: it says which image) · what it stands for · pattern; the first pattern that fits counts
+# Image placeholders of other programs: name in messages (N: it says which image) · what it stands for · pattern. The
+# first pattern that fits counts; one that was expanded already (`[IMG][IMG_BREAK]…[IMG_END]`) is one image.
 TABLE: tuple[tuple[str, str, str], ...] = (
     ("<img>…</img>", IMAGE, rf"<[Ii]mg>(?:(?:<IMG_CONTEXT>)+|<ImageHere>)</[Ii]mg>|{NAMED.pattern}"),
     ("(<image>./</image>)", IMAGE, r"\(?<image>\./</image>\)?"),

@@ -44,7 +44,7 @@ CROSSED = "cross_attention_mask"
 
 
 class ImageDepth(Protocol):
-    """Depth of an image at its tokens, (tokens,) in their order; `data.depth_maps` reads it from a cache."""
+    """Depth of an image at its tokens, (tokens,) in their order; `data.depth.maps` reads it from a cache."""
 
     def for_image(self, reference: str) -> Tensor: ...
 
@@ -137,7 +137,7 @@ class Sight:
 
     def _written(self, texts: Sequence[str], sizes: Sizes) -> list[str]:
         """What the processor hands to its tokenizer for these texts, which have images of these sizes."""
-        _, given = heard(self.processor, [APART.join(texts)], [blank(sizes)])
+        _, given = listen(self.processor, [APART.join(texts)], [blank(sizes)])
         found = given[0].split(APART) if len(given) == 1 else []
         if len(found) != len(texts):
             raise UsageError(f"{self._name} builds prompts in a way that is not supported; {SUPPORTED}")
@@ -176,7 +176,7 @@ class Sight:
     def pixels(self, rows: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
         """The same tensors, without depth, of pictures at hand: at least one in every row. Floats are float32."""
         texts = [self.image_token * len(row) for row in rows]
-        found, _ = heard(self.processor, texts, rows)
+        found, _ = listen(self.processor, texts, rows)
         return {
             name: value.float() if value.is_floating_point() else value
             for name, value in found.items()
@@ -189,15 +189,12 @@ class Sight:
         if self.prefixes:
             answers = torch.zeros_like(ids) if labels is None else (labels != IGNORED).long()
             return {name: answers.cummax(1).values for name in self.token_types if name == PREFIX}
-        return {name: torch.tensor(self._types(name)(ids.tolist())) for name in self.token_types}
-
-    def _types(self, name: str) -> Callable[[list[list[int]]], list[list[int]]]:
-        """How the processor makes an input of its ids: which tokens are an image's, unless it has a way of its own
-        (ERNIE's experts count the tokens around an image, too)."""
-        made: Callable[[list[list[int]]], list[list[int]]] = getattr(
-            self.processor, f"create_{name}", self.processor.create_mm_token_type_ids
-        )
-        return made
+        # A family may have a way of its own: ERNIE's experts count the tokens around an image, too.
+        own: Any = self.processor
+        makers = {name: getattr(own, f"create_{name}", None) for name in self.token_types}
+        return {
+            name: torch.tensor((make or own.create_mm_token_type_ids)(ids.tolist())) for name, make in makers.items()
+        }
 
     @cached_property
     def token_types(self) -> tuple[str, ...]:
@@ -210,7 +207,7 @@ class Sight:
     def _probe(self) -> Mapping[str, Any]:
         """What the processor makes of an image alone. UsageError where it takes no such row."""
         try:
-            found, _ = heard(self.processor, [self.image_token], [blank((PROBE,))])
+            found, _ = listen(self.processor, [self.image_token], [blank((PROBE,))])
         except ValueError as error:
             raise UsageError(f"{self._name} does not take an image by its image token: {error}; {SUPPORTED}") from error
         return found
@@ -224,7 +221,7 @@ def blank(sizes: Sizes) -> list[Image.Image]:
     return [Image.new("RGB", size) for size in sizes]
 
 
-def heard(
+def listen(
     processor: ProcessorMixin, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]
 ) -> tuple[Mapping[str, Any], list[str]]:
     """(the processor's output as tensors, the texts given to its tokenizer) for rows of text with their images.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankwise.data.device import DeviceTarget
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.data.template import sections
 from rankwise.demo.base import Course, spoken, train_text_base, train_vision_base
 from rankwise.demo.drawings import FEATURES, captioned, contents, seen, write_conversations

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.data.device import DeviceTarget, read_target
-from rankwise.data.input_record import InputRecord
+from rankwise.data.input_record import InputRecord, announce_prompts, recorded
 from rankwise.data.label_task import FILE as TASK_FILE
 from rankwise.data.label_task import LabelTask, read_task
-from rankwise.data.recorded import announce_prompts, recorded
 from rankwise.device.bundle_files import (
     GRAMMAR,
     Prompt,

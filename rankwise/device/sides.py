@@ -18,10 +18,10 @@ import torch
 
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.example import Example
-from rankwise.data.reading import reading_scored
-from rankwise.data.recorded import recorded, require_same, system_warning
+from rankwise.data.input_record import recorded, require_same, system_warning
 from rankwise.data.render import Renderer
 from rankwise.data.renderer_for import renderer_for
+from rankwise.data.sources.load import reading_scored
 from rankwise.device.llama.client import ServerRuntime
 from rankwise.device.llama.generator import Answered, GGUFGenerator
 from rankwise.device.llama.runtime import LlamaServer, RemoteServer, Runtime

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rankwise.data.reading import settle
+from rankwise.data.sources.load import settle
 from rankwise.device.parity.ladder import verdict
 from rankwise.device.scores import FILE, FORMAT, change, gain_kept, items, scores
 from rankwise.device.sides import (

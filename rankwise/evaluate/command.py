@@ -15,8 +15,8 @@ from typing import Any
 
 from rankwise.data.depth.prepare import depth_facts
 from rankwise.data.example import Examples
-from rankwise.data.reading import reading_scored, settle
-from rankwise.data.recorded import recorded, system_warning
+from rankwise.data.input_record import recorded, system_warning
+from rankwise.data.sources.load import reading_scored, settle
 from rankwise.errors import UsageError
 from rankwise.evaluate import forgetting
 from rankwise.evaluate.classify import class_table, confusion_table

@@ -12,12 +12,10 @@ from typing import Any
 
 import torch
 
-from rankwise.data.depth.prepare import estimator_of, prepared, trained_with
-from rankwise.data.depth.processor import with_depth_output
+from rankwise.data.depth.prepare import estimator_of, prepared, trained_with, with_depth_output
 from rankwise.data.device import DeviceTarget, device_processor, read_target
 from rankwise.data.example import Example
-from rankwise.data.input_record import InputRecord
-from rankwise.data.recorded import recorded
+from rankwise.data.input_record import InputRecord, recorded
 from rankwise.data.render import Renderer
 from rankwise.data.renderer_for import renderer_for
 from rankwise.errors import DataError, UsageError

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.data.example import Example, Examples, one_per_prompt
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.evaluate.classify import ByLikelihood, label_set
 from rankwise.evaluate.generate import Answering, Generator
 from rankwise.evaluate.predictions import EvaluationResult, Prediction, Scores, installed, predict

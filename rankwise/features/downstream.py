@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rankwise.data.reading import read_examples, task_of
+from rankwise.data.sources.load import read_examples, task_of
 from rankwise.errors import UsageError
 from rankwise.evaluate import bootstrap
 from rankwise.evaluate.command import model_facts

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -281,6 +282,20 @@ def beside(folder: Path | str, name: str) -> Path | None:
     folder = Path(folder)
     places = [folder, folder.resolve().parent] if folder.resolve().name.startswith(CHECKPOINT) else [folder]
     return next((place / name for place in places if (place / name).is_file()), None)
+
+
+INPUT, DEVICE, TASK = CONTRACTS = ("input.json", "device.json", "task.json")  # of data/: they travel with a model
+
+
+def contracts(folder: Path) -> dict[str, Path]:
+    """File name → file, of those that an artefact (of a checkpoint also: its run) has."""
+    found = {name: beside(folder, name) for name in CONTRACTS}
+    return {name: file for name, file in found.items() if file is not None}
+
+
+def carry(source: Path, folder: Path) -> dict[str, Path]:
+    """Copy them into another artefact's folder; name → the copy."""
+    return {name: Path(shutil.copyfile(file, folder / name)) for name, file in contracts(source).items()}
 
 
 def _check_scale(weights: Path, config_file: Path | None, scale: float | None) -> None:

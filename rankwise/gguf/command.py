@@ -14,10 +14,10 @@ from typing import Any
 
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.example import Example, Turn
-from rankwise.data.recorded import announce_prompts, carry, contracts, recorded
+from rankwise.data.input_record import announce_prompts, recorded
 from rankwise.data.renderer_for import rendered_as, renderer_for, shown_as
 from rankwise.errors import DataError, UsageError
-from rankwise.files.adapter import adapter_files
+from rankwise.files.adapter import adapter_files, carry, contracts
 from rankwise.files.atomic import atomic_folder, fingerprint, sha256, write_json
 from rankwise.files.checkpoint import resolve
 from rankwise.files.lineage import trained_rows

@@ -27,7 +27,7 @@ from zlib import error as ZlibError
 
 from filelock import FileLock
 
-from rankwise.data.sources.archives import cache
+from rankwise.data.sources.official import cache
 from rankwise.errors import DataError, ServiceError, UsageError, VerificationError
 from rankwise.files.atomic import about_to_write, atomic_files, atomic_folder, read_object, sha256, write_json
 

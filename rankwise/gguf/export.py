@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rankwise.data.recorded import carry
 from rankwise.errors import VerificationError
+from rankwise.files.adapter import carry
 from rankwise.files.atomic import fingerprint, sha256, write_json
 from rankwise.files.checkpoint import Checkpoint
 from rankwise.gguf.converter import Job

@@ -22,8 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rankwise.data.label_answer import name_key
-from rankwise.data.sources.archives import unpacked, unpacked_into
-from rankwise.data.sources.download import Download, fetch
+from rankwise.data.sources.official import Download, fetch, unpacked, unpacked_into
 from rankwise.errors import DataError
 from rankwise.files.atomic import atomic_write, read_object
 

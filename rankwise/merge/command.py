@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.data.dataset import check_samples
-from rankwise.data.reading import read_examples, task_of
-from rankwise.data.recorded import announce_prompts, recorded
+from rankwise.data.input_record import announce_prompts, recorded
 from rankwise.data.renderer_for import renderer_for, require_input
+from rankwise.data.sources.load import read_examples, task_of
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import CONFIG_NAME, adapter_files
 from rankwise.files.atomic import atomic_folder, read_object

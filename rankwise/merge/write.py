@@ -31,10 +31,9 @@ from rankwise.data.device import FILE as DEVICE
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.input_record import FILE as INPUT
 from rankwise.data.input_record import read_input, sha256_of
-from rankwise.data.recorded import contracts
 from rankwise.data.template import NOW, with_date
 from rankwise.errors import DataError, UsageError
-from rankwise.files.adapter import CONFIG_NAME
+from rankwise.files.adapter import CONFIG_NAME, contracts
 from rankwise.files.atomic import read_object, write_json, write_text
 from rankwise.files.checkpoint import DTYPES, LENGTH_BYTES
 from rankwise.files.run_folder import CONFIG, MANIFEST

@@ -17,13 +17,13 @@ from rankwise.core.factors import Factors, balanced
 from rankwise.core.site import Site
 from rankwise.core.site import describe as describe_site
 from rankwise.core.spectrum import Spectrum
-from rankwise.data.recorded import carry
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import (
     CONFIG_NAME,
     LoraAdapter,
     LoraPair,
     adapter_files,
+    carry,
     lora_config,
     read_adapter,
     write_adapter,

@@ -21,9 +21,8 @@ from rankwise.core.factors import Factors, share_kept, truncate
 from rankwise.core.measure import Delta
 from rankwise.core.plan import PlannedSite, RankPlan, clamped
 from rankwise.core.site import TOWERS, Site
-from rankwise.data.recorded import carry
 from rankwise.errors import DataError, UsageError
-from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, lora_config, write_adapter
+from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, carry, lora_config, write_adapter
 from rankwise.files.checkpoint import ADAPTER_NAMES, open_checkpoint, resolve
 from rankwise.files.plan import find_plan, read_plan
 from rankwise.files.run_folder import RunFolder

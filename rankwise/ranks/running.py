@@ -14,10 +14,9 @@ import torch
 
 from rankwise.core.plan import RankPlan
 from rankwise.data.example import one_per_prompt
-from rankwise.data.reading import reading, task_of
 from rankwise.data.render import Renderer
 from rankwise.data.renderer_for import renderer_for
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load, reading, task_of
 from rankwise.errors import UsageError
 from rankwise.evaluate.likelihood import Batch, answer_losses, training_batches
 from rankwise.files.lineage import warn_of_training_rows

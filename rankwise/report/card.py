@@ -22,9 +22,8 @@ from typing import Any
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 
-from rankwise.data.recorded import CONTRACTS
 from rankwise.errors import ServiceError, UsageError, VerificationError
-from rankwise.files.adapter import CONFIG_NAME
+from rankwise.files.adapter import CONFIG_NAME, CONTRACTS
 from rankwise.files.atomic import read_bytes, read_object, write_text
 from rankwise.files.checkpoint import HUB_ID
 from rankwise.files.lineage import EXPORT

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rankwise.data.dataset import Collator, RenderedDataset
 from rankwise.data.render import Renderer
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.evaluate import command as stage
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.models.adapt import LoraSettings, adapt

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rankwise.data.reading import check_data
+from rankwise.data.sources.load import check_data
 from rankwise.errors import UsageError, VerificationError
 from rankwise.files.atomic import read_object, write_json
 from rankwise.files.run_folder import versions

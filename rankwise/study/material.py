@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from rankwise.core.site import Site
 from rankwise.data.dataset import Collator, RenderedDataset
 from rankwise.data.example import Example
-from rankwise.data.reading import read_examples
-from rankwise.data.recorded import warn_of_others
+from rankwise.data.input_record import warn_of_others
 from rankwise.data.render import Renderer
 from rankwise.data.renderer_for import renderer_for
+from rankwise.data.sources.load import read_examples
 from rankwise.data.split import Parts, Sizes, divided
 from rankwise.errors import DataError
 from rankwise.evaluate.likelihood import Batch, training_batches

@@ -14,8 +14,8 @@ from transformers import TrainingArguments
 
 from rankwise.core.plan import RankPlan
 from rankwise.data.depth.prepare import asked, depth_lines, gate_module, save_depth
-from rankwise.data.reading import check_data
-from rankwise.data.recorded import save_input
+from rankwise.data.input_record import save_input
+from rankwise.data.sources.load import check_data
 from rankwise.errors import UsageError
 from rankwise.files.adapter import LoraPair
 from rankwise.files.atomic import read_object, write_json

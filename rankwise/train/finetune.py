@@ -17,11 +17,10 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from rankwise.data.example import Example, Examples
 from rankwise.data.input_record import FILE as INPUT
-from rankwise.data.input_record import InputRecord
-from rankwise.data.reading import check_data, read_examples, settle
-from rankwise.data.recorded import save_input
+from rankwise.data.input_record import InputRecord, save_input
 from rankwise.data.render import Renderer
 from rankwise.data.renderer_for import decode_aside, renderer_for
+from rankwise.data.sources.load import check_data, read_examples, settle
 from rankwise.data.split import subset
 from rankwise.errors import UsageError
 from rankwise.files.atomic import atomic_folder, fingerprints

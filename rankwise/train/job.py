@@ -19,12 +19,11 @@ from rankwise.data.dataset import Collator, PackedDataset, RenderedDataset
 from rankwise.data.depth.prepare import asked, depth_facts, gate_rate, idle, prepared
 from rankwise.data.example import Example, Examples
 from rankwise.data.images import Placed
-from rankwise.data.input_record import InputRecord
-from rankwise.data.reading import read_examples, settle
-from rankwise.data.recorded import warn_of_others
+from rankwise.data.input_record import InputRecord, warn_of_others
 from rankwise.data.render import Renderer
 from rankwise.data.renderer_for import decode_aside, image_folder, renderer_for
-from rankwise.data.sources.labels import own_validation
+from rankwise.data.sources.load import read_examples, settle
+from rankwise.data.sources.table import own_validation
 from rankwise.data.split import Split, split_groups, subset
 from rankwise.errors import UsageError
 from rankwise.files.atomic import about_to_write, fingerprints

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from rankwise.data.dataset import Collator, PackedDataset, RenderedDataset, unpacked_difference
-from rankwise.data.recorded import save_input
+from rankwise.data.input_record import save_input
 from rankwise.errors import UsageError, VerificationError
 from rankwise.files.atomic import Aside, about_to_write
 from rankwise.files.processes import announce, process_index

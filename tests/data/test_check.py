@@ -19,10 +19,10 @@ from tiny_vision import drawn_image, tiny_qwen25vl, tiny_smolvlm
 from rankwise.cli import main
 from rankwise.data.chat import ChatTemplate, Encoder
 from rankwise.data.check.command import bars, in_words
-from rankwise.data.check.examine import Findings, examined, histogram
+from rankwise.data.check.examine import Findings, examine, histogram
 from rankwise.data.images import ImageReader
 from rankwise.data.renderer_for import renderer_for
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.files.atomic import read_json
 from rankwise.models.load import load_config
 from rankwise.options.sections import DataSection, ModelSection
@@ -143,7 +143,7 @@ def test_every_bad_sample_is_named_with_line_and_reason(
 def test_workers_find_the_same(tmp_path: Path, folder: Path) -> None:
     rows = load("conversations", write(tmp_path / "rows.jsonl", *GOOD_ROWS, *(row for row, *_ in BROKEN_ROWS[:6])))
     reader = ImageReader(folder)
-    alone, together = (examined(rows, reader, None, workers) for workers in (0, 2))
+    alone, together = (examine(rows, reader, None, workers) for workers in (0, 2))
     assert alone.problems == together.problems
     assert (len(alone.problems), alone.pictures) == (6, 8)
 
@@ -153,7 +153,7 @@ def test_a_picture_named_often_is_decoded_once(tmp_path: Path, folder: Path, mon
     direct = ImageReader.open
     monkeypatch.setattr(ImageReader, "open", lambda self, name: opened.append(name) or direct(self, name))
     rows = [talk(f"r{number}", "<image>What?", image=("0.png", "cut.png")[number % 2]) for number in range(20)]
-    findings = examined(load("conversations", write(tmp_path / "r.jsonl", *rows)), ImageReader(folder), None, 0)
+    findings = examine(load("conversations", write(tmp_path / "r.jsonl", *rows)), ImageReader(folder), None, 0)
     assert opened == ["0.png", "cut.png"]
     assert [problem.sample for problem in findings.problems] == [f"r{number}" for number in range(1, 20, 2)]
 
@@ -296,7 +296,7 @@ def another_answer(self: ChatTemplate, example: Any, turns: Any, number: int, pr
 
 
 BREAKS: dict[str, tuple[str, Any, str]] = {
-    "a token too many in every prompt": ("encoding.Encoder.ids", encodes(lambda ids: [*ids, ids[-1]]), "its prompt"),
+    "a token too many in every prompt": ("chat.Encoder.ids", encodes(lambda ids: [*ids, ids[-1]]), "its prompt"),
     "no template but the texts": (
         "chat.ChatTemplate.prompt",
         lambda self, example: example.turns[0].text,
@@ -305,7 +305,7 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
     "a second start token": ("render.Renderer._opening", lambda self, text: [1, *self.encoder.ids(text)], "its prompt"),
     "answers in small letters": ("chat.ChatTemplate._answer", another_answer, "its ids|its text"),
     "answers without their end": (
-        "encoding.Encoder.behind",
+        "chat.Encoder.behind",
         lambda self, head, text: self.ids(text)[:-1],
         "what is learnt|its ids",
     ),
@@ -387,7 +387,7 @@ def test_a_big_file_is_checked_as_a_small_one(
     file = write(tmp_path / "rows.jsonl", *GOOD_ROWS, *(row for row, *_ in BROKEN_ROWS))
     flags = ("--model-name", str(models("qwen")))
     held = checked(file, folder, *flags)
-    monkeypatch.setattr("rankwise.data.sources.LARGE", 0)
+    monkeypatch.setattr("rankwise.data.sources.load.LARGE", 0)
     assert checked(file, folder, *flags) == held
 
 

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from rankwise.cli import main
 from rankwise.data.render import Rendered
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.files.atomic import read_json
 
 EXAMPLES = int(os.environ.get("RANKWISE_ROWS", "0"))  # 0: the suite's few, always the same

@@ -16,8 +16,8 @@ from rankwise.data.dataset import RenderedDataset
 from rankwise.data.example import Chosen, Examples, check_slots
 from rankwise.data.images import ImageReader
 from rankwise.data.render import IGNORED, Renderer
-from rankwise.data.sources import load
-from rankwise.data.sources.files import IndexedSamples
+from rankwise.data.sources.load import load
+from rankwise.data.sources.rows import IndexedSamples
 from rankwise.data.split import split_groups, subset
 from rankwise.errors import DataError
 
@@ -287,7 +287,7 @@ def test_real_files_are_read_with_all_their_images(shared_data: Path, name: str)
 
 @pytest.fixture
 def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankwise.data.sources.LARGE", 0)
+    monkeypatch.setattr("rankwise.data.sources.load.LARGE", 0)
 
 
 MIXED = [
@@ -310,7 +310,7 @@ def mixed_file(path: Path) -> Path:
 def test_a_big_file_reads_as_a_small_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = mixed_file(tmp_path / "rows.jsonl")
     held = load("conversations", file)
-    monkeypatch.setattr("rankwise.data.sources.LARGE", file.stat().st_size - 1)
+    monkeypatch.setattr("rankwise.data.sources.load.LARGE", file.stat().st_size - 1)
     lazy = load("conversations", file)
     assert isinstance(held.items, tuple) and isinstance(lazy.items, IndexedSamples)
     assert list(lazy) == list(held) and lazy[-1] == held[-1]
@@ -330,7 +330,7 @@ def test_bad_rows_of_a_big_file_are_named_as_in_memory(tmp_path: Path, monkeypat
     held = load("conversations", file, skip_bad=True)
     with pytest.raises(DataError) as first:
         load("conversations", file)
-    monkeypatch.setattr("rankwise.data.sources.LARGE", 0)
+    monkeypatch.setattr("rankwise.data.sources.load.LARGE", 0)
     lazy = load("conversations", file, skip_bad=True)
     assert list(lazy) == list(held) and lazy.skipped == held.skipped and len(held.skipped) == 4
     with pytest.raises(DataError) as again:
@@ -385,7 +385,7 @@ def test_splits_and_subsets_of_a_big_file_are_those_of_a_small_one(
 ) -> None:
     file = big_file(tmp_path / "rows.jsonl", 300)
     held = load("conversations", file)
-    monkeypatch.setattr("rankwise.data.sources.LARGE", 0)
+    monkeypatch.setattr("rankwise.data.sources.load.LARGE", 0)
     lazy = load("conversations", file)
     one, two = (split_groups(rows.items, 0.2, random.Random(5)) for rows in (held, lazy))
     assert one.record() == two.record() and list(two.val) == list(one.val)
@@ -399,7 +399,7 @@ def test_a_big_file_renders_as_a_small_one(tmp_path: Path, monkeypatch: pytest.M
     file = mixed_file(tmp_path / "rows.jsonl")
     renderer = Renderer(tiny_tokenizer(tmp_path / "tokenizer"))
     held = RenderedDataset(load("conversations", file).items, renderer)
-    monkeypatch.setattr("rankwise.data.sources.LARGE", 0)
+    monkeypatch.setattr("rankwise.data.sources.load.LARGE", 0)
     lazy = RenderedDataset(load("conversations", file).items, renderer)
     assert [lazy[n] for n in range(len(lazy))] == [held[n] for n in range(len(held))]
     assert lazy.lengths == held.lengths

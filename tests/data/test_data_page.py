@@ -13,8 +13,8 @@ from tiny import CHAT_TEMPLATE, tiny_llama
 from tiny_vision import drawn_image, tiny_smolvlm
 
 from rankwise.cli import main
-from rankwise.data.sources import load
 from rankwise.data.sources.conversations import SPEAKERS
+from rankwise.data.sources.load import load
 from rankwise.data.template import found
 
 PAGE = DOCS / "data.md"

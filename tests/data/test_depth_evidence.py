@@ -88,7 +88,7 @@ def test_maps_say_what_was_drawn(scenes: list[Any], tmp_path: Path) -> None:
     from depth_base import mixed
     from depth_scenes import distances, picture
 
-    from rankwise.data.depth.cache import inverse_depth
+    from rankwise.data.depth.maps import inverse_depth
 
     for scene in scenes[:40]:
         Image.fromarray(distances(scene)).save(tmp_path / "map.png")

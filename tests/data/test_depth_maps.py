@@ -18,8 +18,18 @@ from tiny_vision import FAMILIES, drawn_image
 from transformers import AutoProcessor, ViTImageProcessor
 
 from rankwise.core.geometry import WHOLE, Grid, derangement, normalised, on_grids, permuted, pooled, ramp
-from rankwise.data.depth.cache import BrokenMap, DepthCache, DepthFiles, MapKey, inverse_depth, source_name
-from rankwise.data.depth.maps import DepthMaps, at_tokens, image_grids, luminance
+from rankwise.data.depth.maps import (
+    BrokenMap,
+    DepthCache,
+    DepthFiles,
+    DepthMaps,
+    MapKey,
+    at_tokens,
+    image_grids,
+    inverse_depth,
+    luminance,
+    source_name,
+)
 from rankwise.data.images import ImageReader
 from rankwise.errors import DataError, UsageError
 

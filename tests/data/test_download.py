@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from rankwise.data.sources import SOURCES, download, load
-from rankwise.data.sources.download import Download, fetch
+from rankwise.data.sources import official as archives
+from rankwise.data.sources.load import load
+from rankwise.data.sources.official import Download, fetch
+from rankwise.data.sources.table import SOURCES
 from rankwise.errors import DataError, ServiceError, UsageError
 
 CONTENT = json.dumps([{"id": str(n), "dialogue": f"A: {n}?\nB: yes", "summary": f"{n} it is."} for n in range(200)])
@@ -76,8 +78,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     thread.start()
     state.url = f"http://127.0.0.1:{listening.server_port}/files/train.json"
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(download, "WAIT", 0.0)
-    monkeypatch.setattr(download, "BLOCK", 50)
+    monkeypatch.setattr(archives, "WAIT", 0.0)
+    monkeypatch.setattr(archives, "BLOCK", 50)
     yield state
     listening.shutdown()
     listening.server_close()
@@ -107,7 +109,7 @@ def test_a_cut_transfer_goes_on_where_it_stopped(server: Server, tmp_path: Path)
 
 
 def test_a_transfer_goes_on_in_the_next_run(server: Server, tmp_path: Path) -> None:
-    server.cut = [100] * download.ATTEMPTS
+    server.cut = [100] * archives.ATTEMPTS
     with pytest.raises(ServiceError, match=rf"500 of {len(BYTES):,} bytes have arrived\. Run it again") as error:
         fetch(official(server), tmp_path)
     assert error.value.exit_code == 5
@@ -125,7 +127,7 @@ def test_an_error_page_with_status_200_is_no_part_of_the_file(
     server.pages, server.cut = [length], [1000]
     assert fetch(official(server), tmp_path / "a").read_bytes() == BYTES
     assert server.asked == [None, None, "bytes=1000-"]
-    server.pages = [length] * download.ATTEMPTS
+    server.pages = [length] * archives.ATTEMPTS
     with pytest.raises(ServiceError, match="a page that is not the file"):
         fetch(official(server), tmp_path / "b")
     assert visible(tmp_path / "b") == []
@@ -170,7 +172,7 @@ def test_a_busy_server_is_asked_again_and_a_missing_file_is_not(server: Server, 
 
 
 def test_no_server_is_a_service_error(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "ATTEMPTS", 2)
+    monkeypatch.setattr(archives, "ATTEMPTS", 2)
     nowhere = replace(official(server), url="http://127.0.0.1:1/train.json")
     with pytest.raises(ServiceError, match="could not be fetched"):
         fetch(nowhere, tmp_path)

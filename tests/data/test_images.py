@@ -25,7 +25,7 @@ import pytest
 from PIL import ExifTags, Image, ImageFile, ImageOps
 from tiny_vision import drawn_image
 
-from rankwise.data import remote
+from rankwise.data import images
 from rankwise.data.images import BadImage, ImageReader
 
 WIDTH, HEIGHT = 40, 24
@@ -375,7 +375,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             each = [found] if isinstance(found, str) else found
             return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, port)) for address in each]
 
-        monkeypatch.setattr(remote.socket, "getaddrinfo", lookup)
+        monkeypatch.setattr(images.socket, "getaddrinfo", lookup)
         return asked
 
     return give
@@ -383,8 +383,8 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 
 def on_loopback(monkeypatch: pytest.MonkeyPatch, port: int) -> list[str]:
     """The address 198.18.0.1 counts as public and is this machine; returns the addresses that were connected to."""
-    known, connected = remote.is_public, []
-    monkeypatch.setattr(remote, "is_public", lambda address: address == "198.18.0.1" or known(address))
+    known, connected = images.is_public, []
+    monkeypatch.setattr(images, "is_public", lambda address: address == "198.18.0.1" or known(address))
     direct = socket.create_connection
 
     def connect(address: tuple[str, int], *rest: Any, **more: Any) -> socket.socket:
@@ -395,7 +395,7 @@ def on_loopback(monkeypatch: pytest.MonkeyPatch, port: int) -> list[str]:
         return raw
 
     assert direct is not connect
-    monkeypatch.setattr(remote.socket, "create_connection", connect)
+    monkeypatch.setattr(images.socket, "create_connection", connect)
     return connected
 
 
@@ -439,14 +439,14 @@ def test_an_error_page_with_status_200_is_not_kept_as_the_picture(
     names(photos="198.18.0.1")
     on_loopback(monkeypatch, server.server_port)
     reader, url = ImageReader(folder, allow_urls=True), "http://photos.example/photo"
-    true_content = remote._content
-    monkeypatch.setattr(remote, "_content", lambda url: b"<html>Down for maintenance</html>")
+    true_content = images._content
+    monkeypatch.setattr(images, "_content", lambda url: b"<html>Down for maintenance</html>")
     with pytest.raises(BadImage, match=r"is no picture: the server sent '<html>Down"):
         reader.size(url)
     kept = folder.parent / "cache" / "urls" / hashlib.sha256(url.encode()).hexdigest()
     assert not kept.exists()
     kept.write_bytes(b"<html>Down for maintenance</html>")
-    monkeypatch.setattr(remote, "_content", true_content)
+    monkeypatch.setattr(images, "_content", true_content)
     assert reader.size(url) == (WIDTH, HEIGHT)
     assert len(server.asked) == 1
 
@@ -500,7 +500,7 @@ def test_what_a_server_does_wrong_is_named(
 ) -> None:
     names(photos="198.18.0.1")
     on_loopback(monkeypatch, server.server_port)
-    monkeypatch.setattr(remote, "LARGEST", 1000)
+    monkeypatch.setattr(images, "LARGEST", 1000)
     with pytest.raises(BadImage, match=rf"image http://photos\.example{path[:4]}.*{reason}"):
         ImageReader(folder, allow_urls=True).open(f"http://photos.example{path}")
     assert not [file for file in (folder.parent / "cache" / "urls").iterdir() if file.suffix != ".lock"]
@@ -533,7 +533,7 @@ def test_addresses_inside_are_never_called(folder: Path, names: Callable[..., li
     names(photos=["93.184.215.14", address])
     with pytest.raises(BadImage, match=r"is no public address|leads to photos"):
         ImageReader(folder, allow_urls=True).open("http://photos.example/x.png")
-    assert remote.is_public("93.184.215.14") and remote.is_public("2606:2800:21f:cb07::1")
+    assert images.is_public("93.184.215.14") and images.is_public("2606:2800:21f:cb07::1")
 
 
 @pytest.mark.parametrize(

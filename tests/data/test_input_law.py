@@ -26,11 +26,10 @@ from recorded_runs import (
 from tiny_vision import tiny_smolvlm
 
 from rankwise.data.device import DeviceTarget
-from rankwise.data.input_record import FILE, read_input
+from rankwise.data.input_record import FILE, as_recorded, read_input, recorded
 from rankwise.data.label_task import task_from
-from rankwise.data.recorded import as_recorded, recorded
 from rankwise.data.renderer_for import renderer_for
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.device.llama.generator import GGUFGenerator
 from rankwise.device.llama.runtime import Completion, RuntimeInfo
 from rankwise.device.sides import shipment, trained_side

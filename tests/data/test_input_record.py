@@ -26,10 +26,9 @@ from rows import adapted_base
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 from transformers import AutoTokenizer
 
-from rankwise.data.input_record import FILE, InputRecord, read_input
-from rankwise.data.recorded import as_recorded, recorded
+from rankwise.data.input_record import FILE, InputRecord, as_recorded, read_input, recorded
 from rankwise.data.renderer_for import renderer_for
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.evaluate.engines import load as load_trained
 from rankwise.files.atomic import read_object, write_json
 from rankwise.models.adapters import save_adapter

@@ -32,7 +32,7 @@ from rankwise.data.label_answer import (
     spellings,
 )
 from rankwise.data.label_task import read_task, task_from
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.device.llama.generator import GGUFGenerator
 from rankwise.device.sides import Shipped
 from rankwise.errors import UsageError

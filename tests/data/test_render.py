@@ -16,7 +16,7 @@ from rankwise.data.chat import TurnsApart
 from rankwise.data.dataset import Collator, RenderedDataset
 from rankwise.data.example import Example, Examples, Turn, one_per_prompt
 from rankwise.data.render import IGNORED, Overlong, Renderer
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.errors import DataError, UsageError
 
 FACTS = "name[Alimentum], area[city centre]"

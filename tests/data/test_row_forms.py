@@ -16,7 +16,8 @@ from tiny_vision import drawn_image
 from rankwise.cli import main
 from rankwise.data.example import Examples
 from rankwise.data.images import ImageReader
-from rankwise.data.sources import kind_of, load
+from rankwise.data.sources.load import load
+from rankwise.data.sources.table import kind_of
 from rankwise.data.template import TABLE, found
 from rankwise.errors import DataError, UsageError
 
@@ -149,7 +150,7 @@ def test_roles_and_places_on_the_command_line(tmp_path: Path, capsys: pytest.Cap
 def test_turns_alone_are_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = turns("role", "content", user="a", assistant="b")
     assert texts(read(tmp_path, alone)[0]) == ["a", "b"]
-    monkeypatch.setattr("rankwise.data.sources.LARGE", 0)
+    monkeypatch.setattr("rankwise.data.sources.load.LARGE", 0)
     assert texts(read(tmp_path, alone)[0]) == ["a", "b"]
 
 
@@ -171,7 +172,7 @@ def test_minicpms_images_are_named_by_their_placeholders(tmp_path: Path) -> None
 def test_rows_of_one_id_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
     """LLaVA names rows by their image, so that three rows are called alike."""
     if large:
-        monkeypatch.setattr("rankwise.data.sources.LARGE", 0)
+        monkeypatch.setattr("rankwise.data.sources.load.LARGE", 0)
     rows = read(tmp_path, *(shared("a", f"b{n}", id="000000442786") for n in range(3)), shared("a", "b", id="other"))
     assert [row.id for row in rows] == ["000000442786", "000000442786~2", "000000442786~3", "other"]
     assert [rows[place].answer for place in (2, 0)] == ["b2", "b0"]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from rankwise.data.example import Example, one_per_prompt
-from rankwise.data.sources import kind_of, load
+from rankwise.data.sources.load import load
+from rankwise.data.sources.table import kind_of
 from rankwise.errors import DataError, UsageError
 
 E2E = "mr,ref\r\n"
@@ -95,7 +96,7 @@ def test_a_folder_is_searched_by_official_names(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_an_error_and_never_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankwise.data.sources.files.hf_hub_download", lambda *_, **__: pytest.fail("network"))
+    monkeypatch.setattr("rankwise.data.sources.load.hf_hub_download", lambda *_, **__: pytest.fail("network"))
     for path in ("data/cota_train.json", str(tmp_path / "nowhere"), "data/rows.csv"):
         with pytest.raises(DataError, match="does not exist"):
             load("cota", path)
@@ -109,7 +110,7 @@ def test_a_hub_id_is_fetched_by_official_name(tmp_path: Path, monkeypatch: pytes
         asked.append((repository, name, repo_type))
         return str(file)
 
-    monkeypatch.setattr("rankwise.data.sources.files.hf_hub_download", download)
+    monkeypatch.setattr("rankwise.data.sources.load.hf_hub_download", download)
     assert len(load("e2e_nlg", "someone/e2e_nlg", "dev")) == 1
     assert asked == [("someone/e2e_nlg", "devset.csv", "dataset")]
 
@@ -118,7 +119,7 @@ def test_a_hub_id_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPa
     def download(*_: Any, **__: Any) -> str:
         raise FileNotFoundError("cannot find the requested files; check your connection")
 
-    monkeypatch.setattr("rankwise.data.sources.files.hf_hub_download", download)
+    monkeypatch.setattr("rankwise.data.sources.load.hf_hub_download", download)
     with pytest.raises(DataError, match=r"devset\.csv: cannot find(.|\n)*pass the path of the official file"):
         load("e2e_nlg", "someone/e2e_nlg", "dev")
 

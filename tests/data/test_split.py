@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwise.data.example import Example, Turn
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.data.split import split_groups, subset
 from rankwise.errors import DataError, UsageError
 from rankwise.options.commands import FinetuneConfig

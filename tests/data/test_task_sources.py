@@ -17,7 +17,11 @@ from typing import Any
 import pytest
 
 from rankwise.data.example import Example
-from rankwise.data.sources import SOURCES, archives, load
+from rankwise.data.sources import official as archives
+from rankwise.data.sources.load import load
+from rankwise.data.sources.slots import FORMS
+from rankwise.data.sources.table import SOURCES
+from rankwise.data.sources.wikisql import DATABASE, TABLES
 from rankwise.errors import DataError, UsageError
 from rankwise.options.sections import TASKS
 
@@ -45,6 +49,8 @@ def lines(*rows: Any) -> str:
 
 def test_every_task_has_a_source() -> None:
     assert set(TASKS) == set(SOURCES)
+    assert SOURCES["conversations"].marks == tuple(map(" ".join, FORMS))  # told apart before `slots` is imported
+    assert SOURCES["wikisql"].companions == (TABLES, DATABASE)
 
 
 # --- SAMSum ------------------------------------------------------------------------------------------------------
@@ -251,7 +257,7 @@ def test_wikisql_from_the_hub_with_its_companions(tmp_path: Path, monkeypatch: p
             write(tmp_path / name, lines(TABLE))
         return str(tmp_path / name)
 
-    monkeypatch.setattr("rankwise.data.sources.files.hf_hub_download", download)
+    monkeypatch.setattr("rankwise.data.sources.load.hf_hub_download", download)
     assert len(load("wikisql", "someone/wikisql", "dev")) == 1
     assert asked == ["dev.jsonl", "dev.tables.jsonl", "dev.db"]
 
@@ -264,7 +270,7 @@ def test_an_archive_on_the_hub_is_opened(shared_data: Path, monkeypatch: pytest.
             raise FileNotFoundError("no such file")
         return str(archive)
 
-    monkeypatch.setattr("rankwise.data.sources.files.hf_hub_download", download)
+    monkeypatch.setattr("rankwise.data.sources.load.hf_hub_download", download)
     assert len(load("samsum", "someone/samsum", "dev")) == 5
 
 

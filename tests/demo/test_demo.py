@@ -13,7 +13,7 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from rankwise import cli
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.demo import command as demo
 from rankwise.demo.restaurants import VALUES, describe, guide, restaurants, write_task
 from rankwise.errors import UsageError, VerificationError

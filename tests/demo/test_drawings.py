@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from rankwise.data.images import ImageReader
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.demo.drawings import (
     ASKED,
     BESIDE,

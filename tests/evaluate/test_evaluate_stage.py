@@ -16,8 +16,9 @@ from tiny import CHAT_TEMPLATE, tiny_llama
 from rankwise import cli
 from rankwise.data.render import IGNORED
 from rankwise.data.renderer_for import renderer_for
-from rankwise.data.sources import SOURCES, load
-from rankwise.data.sources import SPLITS as SOURCE_SPLITS
+from rankwise.data.sources.load import load
+from rankwise.data.sources.table import SOURCES
+from rankwise.data.sources.table import SPLITS as SOURCE_SPLITS
 from rankwise.evaluate import command as evaluate
 from rankwise.evaluate.forgetting import FILE as FORGETTING
 from rankwise.evaluate.predictions import EvaluationResult

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwise.data.example import Example, Examples
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.data.sources.wikisql import AGGREGATES, Query, same_query
 from rankwise.errors import DataError
 from rankwise.evaluate.sql import LONGEST, parsed, score_sql, without_quotes

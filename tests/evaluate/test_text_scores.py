@@ -16,7 +16,7 @@ from nltk.corpus.reader.wordnet import WordNetCorpusReader
 from nltk.corpus.util import LazyCorpusLoader
 
 from rankwise.data.example import one_per_prompt
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate import bootstrap
 from rankwise.evaluate import text as text_module

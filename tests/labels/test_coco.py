@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rankwise.data.images import ImageReader
-from rankwise.data.sources import archives, download
-from rankwise.data.sources.download import Download
+from rankwise.data.sources import official as archives
+from rankwise.data.sources import official as download
+from rankwise.data.sources.official import Download
 from rankwise.errors import DataError, ServiceError, UsageError
 from rankwise.labels import coco
 from rankwise.labels.coco import Photo, download_coco, drawn_order, find_images, held_out_groups, select, shares

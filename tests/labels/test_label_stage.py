@@ -22,7 +22,7 @@ from PIL import Image
 from rankwise.cli import main
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.label_task import read_task
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.device.llama.runtime import LlamaServer
 from rankwise.files.atomic import read_object
 from rankwise.files.run_folder import RunFolder

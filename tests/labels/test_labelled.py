@@ -14,7 +14,7 @@ from PIL import Image
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.label_task import LabelTask, load_task, read_task, task_from
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.errors import DataError, UsageError
 from rankwise.labels.coco import find_images, select
 from rankwise.labels.dataset import LabelledRow, StoredImage, Written, pixel_hash, read_rows, store_image, write_dataset

@@ -22,8 +22,8 @@ from rankwise.data.example import Example
 from rankwise.data.label_task import read_task, task_from
 from rankwise.data.render import IGNORED, Renderer
 from rankwise.data.renderer_for import renderer_for
-from rankwise.data.sources import load
 from rankwise.data.sources.labels import WHY
+from rankwise.data.sources.load import load
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.classify import up_to_label
 from rankwise.evaluate.likelihood import answer_ids

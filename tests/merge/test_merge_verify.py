@@ -19,7 +19,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from rankwise.cli import main
 from rankwise.data.device import DeviceTarget
 from rankwise.data.renderer_for import renderer_for
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.errors import UsageError
 from rankwise.files.checkpoint import open_checkpoint
 from rankwise.merge import write as writing

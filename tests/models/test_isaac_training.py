@@ -18,7 +18,7 @@ from torch.nn import functional
 from rankwise import cli
 from rankwise.core.site import Site
 from rankwise.data.renderer_for import positions, renderer_for
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.evaluate.generate import GenerationSettings, HFGenerator
 from rankwise.files.plan import read_plan
 from rankwise.merge.command import run as merge

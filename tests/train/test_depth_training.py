@@ -22,13 +22,12 @@ from tiny_vision import drawn_image, tiny_qwen25vl, tiny_smolvlm
 import rankwise
 from rankwise import cli
 from rankwise.data.dataset import Collator
-from rankwise.data.depth.cache import DepthCache, source_name
-from rankwise.data.depth.maps import DepthMaps, image_grids
+from rankwise.data.depth.maps import DepthCache, DepthMaps, image_grids, source_name
 from rankwise.data.depth.prepare import asked, depth_facts, idle, overruled, prepared
 from rankwise.data.images import ImageReader
 from rankwise.data.render import Renderer
 from rankwise.data.renderer_for import renderer_for
-from rankwise.data.sources import load as load_rows
+from rankwise.data.sources.load import load as load_rows
 from rankwise.data.vision_inputs import Sight
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.engines import Subject, base_and_adapter, seeing, subject

@@ -20,7 +20,7 @@ from transformers import (
 
 from rankwise import cli
 from rankwise.data.input_record import FILE as INPUT
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.errors import UsageError
 from rankwise.files.checkpoint import open_checkpoint
 from rankwise.files.run_folder import RunFolder

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from rankwise import cli
 from rankwise.data.dataset import RenderedDataset
 from rankwise.data.render import Renderer
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.errors import UsageError, VerificationError
 from rankwise.files.atomic import read_object
 from rankwise.models.adapters import load_adapter

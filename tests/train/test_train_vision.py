@@ -22,7 +22,7 @@ from tiny_vision import FAMILIES, drawn_image, tiny_smolvlm
 from rankwise import cli
 from rankwise.data.images import ImageReader
 from rankwise.data.renderer_for import decode_aside, renderer_for
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.evaluate.generate import GenerationSettings, HFGenerator
 from rankwise.files.processes import default_workers
 from rankwise.models.adapt import adapt

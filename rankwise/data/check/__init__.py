@@ -1,1 +1,6 @@
-"""A data set looked at before it is trained on: every image, token count and label mask."""
+"""`rankwise check`: a data set examined before it is trained on; all bad samples found at once, none trained on.
+
+In: rows, images, a model's processor. Out: check.json and bad_samples.jsonl; exit 3 where training would refuse a row.
+`command`: run and describe, read first, then what is said of the findings; `examine`: images, tokens, labels of every
+row; `comparison`: ids and pixels against the family's own `apply_chat_template`; `trial`: a few rows through the model.
+"""

@@ -1,6 +1,6 @@
-"""A data set gone over before a GPU is touched: every picture decoded, every sample made tokens, all that is bad named.
+"""Examine a data set before a GPU is used: decode every picture, make tokens of every sample, name all that is bad.
 
-    findings = examined(load("conversations", "train.json", skip_bad=True), reader, renderer)
+    findings = examine(load("conversations", "train.json", skip_bad=True), reader, renderer)
     findings.problems      # sample, line, kind, reason: all of them, not the first
 
 Training refuses the same samples by the same code; this finds them all at once.
@@ -132,7 +132,7 @@ class Findings:
         return sum(problem.kind == kind for problem in self.problems)
 
 
-def examined(
+def examine(
     examples: Examples,
     reader: ImageReader | None,
     renderer: Renderer | None,

@@ -1,6 +1,6 @@
-"""A model that sees, run once on a few rows before it is trained: what `rankwise check` does with a model.
+"""Run a few rows through a vision-language model before it is trained: what `rankwise check` does with a model.
 
-rows of check ── chosen ──▶ a few ── tried(model, renderer, rows) ──▶ Trial: what the model says of them
+    rows of check ── chosen ──▶ a few ── try_rows(model, renderer, rows) ──▶ Trial: what the model says of them
 
 The model is a cut-down copy with random weights, or the real one: which tokens take an image's features, and what
 padding does to a row, is the same in both.
@@ -56,7 +56,7 @@ def chosen(by_count: Mapping[int, Sequence[Row]]) -> list[Row]:
 
 
 @torch.inference_mode()
-def tried(model: Any, renderer: Renderer, by_count: Mapping[int, Sequence[Row]], *, sure: bool) -> Trial:
+def try_rows(model: Any, renderer: Renderer, by_count: Mapping[int, Sequence[Row]], *, sure: bool) -> Trial:
     """Rows through the model, each alone, then in one batch: it must take them, with a placeholder for each feature of
     their images, make of the first what it makes of the processor's own inputs, and the same of all before padding.
 

@@ -1,4 +1,8 @@
-"""The depth of a data set's images at their tokens, read from a cache that a pass before training has filled.
+"""Depth at image tokens: where the tokens lie (`image_grids`), the maps' cache on disk, and a data set's maps.
+
+    <folder>/3f/3f9c….safetensors              {"depth": (tokens,) float16}, its key as metadata; whole once it is named
+    --depth_maps DIR                           DIR/kitchen/17.png belongs to the image kitchen/17.jpg
+    --depth_maps pairs.csv                     image_path,depth_path, both relative to the table's folder
 
     maps = DepthMaps(reader, processor, DepthCache(folder), source)
     missing = maps.missing(references)          # what the pass must make
@@ -10,28 +14,159 @@ Every control goes through the same cache, the same float16 values and, in the m
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import ProcessorMixin
 
 from rankwise.core import geometry as core
 from rankwise.core.geometry import WHOLE, Grid, bounded_size, centre_crop, tile_counts, tiled
-from rankwise.data.depth.cache import BrokenMap, DepthCache, DepthFiles, MapKey, inverse_depth
 from rankwise.data.device import AlwaysTiled, DeviceReader
 from rankwise.data.images import ImageReader, shown
 from rankwise.errors import DataError, UsageError
-from rankwise.files.atomic import sha256
+from rankwise.files.atomic import atomic_write, sha256
 
-__all__ = ["Grid", "image_grids"]
-
+FORMAT = "rankwise-depth-map/1"
+REMEDY = "run the command again, which makes it anew before it starts"
+COLUMNS = ("image_path", "depth_path")
+MODES = ("I;16", "I;16B", "I;16L", "I")
+NEEDS_NO_MAP = ("off", "constant", "ramp")
+LUMINANCE = "luminance"
 Rule = Callable[[Any, int, int], tuple[Grid, ...]]
+
+
+class BrokenMap(DataError):
+    """A cached map that cannot be used. The pass that fills the cache makes it again; a reader stops."""
+
+
+@dataclass(frozen=True)
+class MapKey:
+    """What a cached map depends on: the image, what made the map (with its input size), and the token grids.
+
+    image, source: hexadecimal digests or short names.
+    """
+
+    image: str
+    source: str
+    grids: tuple[Grid, ...]
+
+    @property
+    def text(self) -> str:
+        grids = [[*grid.box, grid.rows, grid.columns] for grid in self.grids]
+        return json.dumps({"format": FORMAT, "image": self.image, "source": self.source, "grids": grids})
+
+    @property
+    def tokens(self) -> int:
+        return sum(grid.tokens for grid in self.grids)
+
+
+@dataclass(frozen=True)
+class DepthCache:
+    """A folder of maps normalised to [0, 1], float16, before alpha."""
+
+    folder: Path
+
+    def file(self, key: MapKey) -> Path:
+        name = hashlib.sha256(key.text.encode()).hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def read(self, key: MapKey) -> Tensor | None:
+        """(tokens,) float16 in [0, 1], or None where there is none. Raises BrokenMap."""
+        file = self.file(key)
+        if not file.is_file():
+            return None
+        try:
+            with safe_open(str(file), framework="pt") as content:
+                same = (content.metadata() or {}).get("key") == key.text
+                values: Tensor = content.get_tensor("depth")
+        except (OSError, SafetensorError) as error:
+            raise BrokenMap(f"{file}: not a sound depth map ({error}); {REMEDY}") from error
+        if (
+            not same
+            or values.dtype != torch.float16
+            or values.shape != (key.tokens,)
+            or not ((values >= 0) & (values <= 1)).all()
+        ):
+            raise BrokenMap(f"{file}: not the depth map that its name says; {REMEDY}")
+        return values
+
+    def write(self, key: MapKey, values: Tensor) -> None:
+        assert values.shape == (key.tokens,) and values.dtype == torch.float16
+        with atomic_write(self.file(key)) as temporary:
+            save_file({"depth": values.contiguous()}, str(temporary), metadata={"key": key.text})
+
+
+def source_name(fingerprint: str, input_size: int) -> str:
+    """An estimator's name in a key: the same weights at another input size give other maps."""
+    return f"{fingerprint}@{input_size}"
+
+
+@dataclass(frozen=True)
+class DepthFiles:
+    """Which file holds the depth of which image. table: image reference → file; without one the names decide."""
+
+    folder: Path
+    table: Mapping[str, Path] | None = field(default=None, repr=False)
+
+    @classmethod
+    def at(cls, place: Path) -> DepthFiles:
+        """A folder, or a CSV table with the columns image_path and depth_path."""
+        if place.is_dir():
+            return cls(place)
+        if not place.is_file():
+            raise DataError(f"{place}: no such folder or table of depth maps")
+        with place.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            if not set(COLUMNS) <= set(rows.fieldnames or ()):
+                raise DataError(f"{place}, line 1: a table of depth maps has the columns {', '.join(COLUMNS)}")
+            table = {row["image_path"]: place.parent / row["depth_path"] for row in rows}
+        return cls(place.parent, table)
+
+    def file(self, reference: str) -> Path:
+        """The map of an image. Raises DataError where there is none."""
+        named = PurePosixPath(reference)
+        if self.table is not None:
+            found = self.table.get(reference)
+        elif named.is_absolute() or ".." in named.parts:
+            found = None
+        else:
+            found = self.folder / named.with_suffix(".png")
+        if found is None or not found.is_file():
+            looked = f"in the table, or not at its place: {found}" if self.table is not None else f"at {found}"
+            raise DataError(f"image {reference}: no depth map {looked}")
+        return found
+
+
+def inverse_depth(file: Path) -> Tensor:
+    """Relative inverse depth (height, width), near = large, from a 16-bit PNG of distances in any unit.
+
+    0 means not measured and counts as farthest. Raises DataError for other kinds of images.
+    """
+    try:
+        with Image.open(file) as image:
+            if image.mode not in MODES:
+                raise DataError(f"{file}: a depth map is a 16-bit grey PNG; this is {image.mode}")
+            distance = torch.from_numpy(np.asarray(image).astype(np.float32))
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise DataError(f"{file}: not a readable depth map ({error})") from error
+    measured = distance > 0
+    if not bool(measured.any()):
+        raise DataError(f"{file}: no pixel of it is measured (all are 0)")
+    inverse = torch.where(measured, 1 / distance, torch.inf)
+    return torch.where(measured, inverse, inverse.min())
 
 
 def image_grids(processor: ProcessorMixin, width: int, height: int) -> tuple[Grid, ...]:
@@ -103,10 +238,6 @@ RULES: dict[str, Rule] = {
 }
 
 
-NEEDS_NO_MAP = ("off", "constant", "ramp")
-LUMINANCE = "luminance"
-
-
 @dataclass(frozen=True)
 class MapTask:
     """One cached map: whose depth it is, at which image's tokens. They differ where maps are shuffled."""
@@ -120,8 +251,8 @@ class MapTask:
 class DepthMaps:
     """Depth values of images by their references.
 
-    source: what made the maps (`depth_cache.source_name` of an estimator); files and luminance name themselves.
-    control: one of core.depth.CONTROLS. donors: image digest → reference whose map it gets (control `shuffled`).
+    source: what made the maps (`source_name` of an estimator); files and luminance name themselves.
+    control: one of core.geometry.CONTROLS. donors: image digest → reference whose map it gets (control `shuffled`).
     seed: of the within-image permutation and of the shuffle.
     """
 

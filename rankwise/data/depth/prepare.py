@@ -1,37 +1,60 @@
-"""Depth in a run: maps made once per image before anything is trained, the encoder at the model, depth.json.
+"""Depth in a run: maps made once per image before anything is trained, depth.json, and a processor that gives `depth`.
 
-settings + images ── prepared ──▶ depth.json's settings, and a Sight that gives `depth` beside the pixels
-                        └── fill: what the cache lacks, one image at a time, the work shared by the processes
+    settings + images ── prepare ──▶ depth.json's settings, and a Sight that gives `depth` beside the pixels
+                            └── fill: what the cache lacks, one image at a time, the work shared by the processes
+
+    processor = with_depth_output(processor, settings, estimator)      # a model used from Python, as training saw it
+    inputs = processor(text=[…], images=[…], return_tensors="pt")      # pixel_values, …, depth
+    inputs = processor(text=[…], images=[…], depth=values, …)          # values of your own, one per image token
+
+The processor's values are those of the training cache, bit for bit: the same estimator, one image at a time, rounded to
+float16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.image_utils import load_image
 
-from rankwise.core.geometry import CONTROLS
-from rankwise.data.depth.cache import DepthCache, DepthFiles, source_name
-from rankwise.data.depth.maps import DepthMaps, MapTask
+from rankwise.core.geometry import CONTROLS, permuted
+from rankwise.data.depth.maps import (
+    NEEDS_NO_MAP,
+    DepthCache,
+    DepthFiles,
+    DepthMaps,
+    MapTask,
+    at_tokens,
+    image_grids,
+    luminance,
+    source_name,
+    synthetic,
+)
 from rankwise.data.example import Example
 from rankwise.data.vision_inputs import Sight
 from rankwise.errors import DataError, RankwiseError, UsageError
 from rankwise.files.checkpoint import resolve
 from rankwise.files.processes import announce, gathered, own_share, process_index
 from rankwise.models.depth.encoder import ENCODER, DepthSettings, encoder_of, read_depth, write_depth
-from rankwise.models.depth.estimator import SMALL, DepthEstimator, load_estimator
+from rankwise.models.depth.estimator import ESTIMATOR, SMALL, DepthEstimator, load_estimator
 from rankwise.options.sections import DepthSection, DepthUseSection
 
 GATE_RATE = 0.03  # at an adapter's rate the gate stays near its start, 0 (benchmarks/depth_evidence.py)
 CACHE = Path("~/.cache/rankwise/depth")
 ESTIMATED = ("estimated", "shuffled", "permuted")  # controls that look at estimated depth
+OF_A_SET = ("shuffled", "file")  # controls that need a whole data set
 PATH_FREE = ("estimator", "gate_value")
+SEED = 42  # of the within-image permutation, as the commands' default
 
 
 def asked(section: DepthSection) -> DepthSettings | None:
@@ -162,15 +185,11 @@ def prepared(
         maps = maps.shuffled(references)
     if estimator:
         estimator.model.to(device)
-        settings = replace(settings, estimator=lasting(estimator.name), estimator_hash=estimator.fingerprint)
+        place = Path(estimator.name).expanduser()
+        name = str(place.resolve()) if place.exists() else estimator.name  # a hub id as it is
+        settings = replace(settings, estimator=name, estimator_hash=estimator.fingerprint)
     fill(maps, references, lambda name: estimator.depth(sight.reader.open(name)) if estimator else maps.own_map(name))
     return settings, replace(sight, depth=maps)
-
-
-def lasting(name: str) -> str:
-    """A local path in full; a hub id as it is."""
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() else name
 
 
 def fill(maps: DepthMaps, references: Sequence[str], depth_of: Callable[[str], Tensor]) -> None:
@@ -234,3 +253,82 @@ def depth_facts(settings: DepthSettings | None) -> dict[str, Any]:
     if settings is None:
         return {}
     return {"depth": {name: value for name, value in asdict(settings).items() if name not in PATH_FREE}}
+
+
+class ImageDepth:
+    """Depth of single images at their tokens.
+
+    estimator: where the settings' control looks at estimated depth.
+    """
+
+    def __init__(
+        self, processor: Any, settings: DepthSettings, estimator: DepthEstimator | None, seed: int = SEED
+    ) -> None:
+        self.processor, self.settings, self.estimator, self.seed = processor, settings, estimator, seed
+
+    def __call__(self, image: Image.Image, name: str) -> Tensor:
+        """(tokens,) float16 in [0, 1]. UsageError for controls that need a whole data set."""
+        control, picture = self.settings.control, image.convert("RGB")
+        grids = image_grids(self.processor, *picture.size)
+        if control in NEEDS_NO_MAP:
+            return synthetic(control, grids)
+        if control == "luminance":
+            return at_tokens(luminance(picture), grids, name)
+        if control in OF_A_SET:
+            raise UsageError(f"depth control {control} belongs to a data set, not to one image: pass depth=values")
+        assert self.estimator is not None, control
+        values = at_tokens(self.estimator.depth(picture), grids, name)
+        return permuted(values, grids, self.seed) if control == "permuted" else values
+
+
+def with_depth_output(processor: Any, settings: DepthSettings, estimator: DepthEstimator | None) -> Any:
+    """The processor, in place, with `depth` (image tokens of all images,) float32 among its outputs."""
+    family: type = type(processor)
+    processor.__class__ = giving_depth(family)
+    processor.image_depth = ImageDepth(processor, settings, estimator)
+    return processor
+
+
+def depth_processor(processor: Any, model: Any) -> Any:
+    """The processor, in place, for a model with depth that was put together by hand (plain PEFT, say): settings and
+    estimator are the model's own, at `model.depth_model`. UsageError for a model without depth or estimator."""
+    encoder = encoder_of(model)
+    if encoder is None:
+        raise UsageError(f"{type(model).__name__} has no depth encoder; load it with use_depth=True")
+    estimator = getattr(model, ESTIMATOR, None)
+    if estimator is None and encoder.settings.control in ESTIMATED:
+        raise UsageError(f"{type(model).__name__} has no depth estimator; load it with depth_checkpoint_path=…")
+    return with_depth_output(processor, encoder.settings, estimator)
+
+
+@cache
+def giving_depth(family: type) -> type:
+    """The family's processor that gives depth. It keeps the family's name, which is saved with it."""
+    assert issubclass(family, ProcessorMixin)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        depth = kwargs.pop("depth", None)
+        images = inspect.signature(family.__call__).bind(self, *args, **kwargs).arguments.get("images")
+        found = family.__call__(self, *args, **kwargs)
+        if depth is None and images is not None:
+            values = [self.image_depth(image, f"{index + 1}") for index, image in enumerate(pictures(images))]
+            depth = torch.cat(values)
+        if depth is not None:
+            found["depth"] = depth.float()
+        return found
+
+    names = {"__module__": family.__module__, "__qualname__": family.__qualname__, "__doc__": family.__doc__}
+    return type(family.__name__, (family,), {**names, "__call__": call})
+
+
+def pictures(images: Any) -> Iterator[Image.Image]:
+    """All images of a batch in order, as the family's processor takes them: nested lists, files, URLs."""
+    if isinstance(images, (list, tuple)):
+        for image in images:
+            yield from pictures(image)
+    elif isinstance(images, Image.Image):
+        yield images
+    elif isinstance(images, str):
+        yield load_image(images)
+    else:
+        raise UsageError(f"depth needs images as PIL images, paths or URLs, not as {type(images).__name__}")

@@ -14,8 +14,8 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-from rankwise.data.example import IMAGE_SLOT, ROLES, Example, Turn
-from rankwise.data.sources.rows import BadRow, Build, Reading, RowFile, as_found, json_samples
+from rankwise.data.example import IMAGE_SLOT, Example, Turn
+from rankwise.data.sources.rows import BadRow, Build, Reading, RowFile, as_found, json_samples, speakers_of
 from rankwise.data.sources.slots import (
     BESIDE_TURNS,
     COLUMNS,
@@ -29,7 +29,6 @@ from rankwise.data.sources.slots import (
     turns_of,
 )
 from rankwise.data.template import NAMED
-from rankwise.errors import UsageError
 
 SAID_BY = {
     "system": "system developer",
@@ -57,19 +56,6 @@ def build(source: RowFile) -> Build:
     """How a row of this file becomes a sample; no row needs another one."""
     speakers = SPEAKERS | speakers_of(source.reading.roles)
     return partial(_example, source.reading, speakers)
-
-
-def speakers_of(given: Sequence[str]) -> dict[str, str]:
-    """--roles: who says what, `bot=assistant`. UsageError for anything else."""
-    pairs = [pair.partition("=")[::2] for pair in given]
-    for (name, role), pair in zip(pairs, given, strict=True):
-        if not name.strip() or role.strip() not in ROLES:
-            raise UsageError(f"--roles {pair}: a name of the rows and {', '.join(ROLES)}: bot=assistant,customer=user")
-    named: dict[str, str] = {}
-    for name, role in ((name.strip().lower(), role.strip()) for name, role in pairs):
-        if named.setdefault(name, role) != role:
-            raise UsageError(f"--roles: {name} is named {named[name]} and {role}; give one role")
-    return named
 
 
 def _example(reading: Reading, speakers: Mapping[str, str], identity: str, row: dict[str, Any]) -> Example:

@@ -13,29 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rankwise.data.example import IMAGE_SLOT, Example, Turn
 from rankwise.data.label_answer import label_called
-from rankwise.data.label_task import FILE as TASK_FILE
 from rankwise.data.label_task import LabelTask, read_task
 from rankwise.data.sources.rows import BadRow, RowFile, json_rows, samples, text_of
+from rankwise.files.adapter import TASK
 
-FILES = {"train": ("train.jsonl",), "dev": ("val.jsonl",)}
 WHY = "Why?"
-
-
-def is_dataset(path: str | Path | None) -> bool:
-    """Whether a path is the folder of a labelled data set: its task beside its training rows."""
-    folder = Path(path or "").expanduser()
-    return bool(path) and all((folder / name).is_file() for name in (TASK_FILE, *FILES["train"]))
-
-
-def own_validation(path: str | Path) -> str | None:
-    """The folder again where it has validation rows of its own, for the split `dev`."""
-    file = Path(path).expanduser() / FILES["dev"][0]
-    return str(path) if file.is_file() and file.stat().st_size else None
 
 
 def read(source: RowFile) -> Iterator[Example]:
@@ -47,7 +33,7 @@ def read(source: RowFile) -> Iterator[Example]:
 def task_of(source: RowFile) -> LabelTask:
     """The task of the rows' folder; it is part of what was read."""
     task = read_task(source.path.parent)
-    source.companions.append(source.path.parent / TASK_FILE)
+    source.companions.append(source.path.parent / TASK)
     return task
 
 
@@ -55,7 +41,7 @@ def _example(task: LabelTask, aux_reason: bool, identity: str, row: dict[str, An
     given = row.get(task.field)
     label = label_called(given, task.labels) if isinstance(given, str) else None
     if label is None:
-        raise BadRow(f"{task.field} must be {', '.join(task.labels)} ({TASK_FILE}), found {given!r:.60}")
+        raise BadRow(f"{task.field} must be {', '.join(task.labels)} ({TASK}), found {given!r:.60}")
     image = text_of(row, "image_path")
     turns = [Turn("user", f"{IMAGE_SLOT}\n{task.student_prompt}"), Turn("assistant", label)]
     if aux_reason:

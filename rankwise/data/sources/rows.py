@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import re
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from os import stat_result
 from pathlib import Path
 from typing import Any
 
-from rankwise.data.example import Example, Rejected
-from rankwise.errors import DataError, need
+from rankwise.data.example import ROLES, Example, Rejected, View
+from rankwise.errors import DataError, UsageError, need
 from rankwise.files.atomic import RepeatedKey, read_json, unique
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -20,6 +22,7 @@ PARQUET = ".parquet"
 OTHERS = (".csv", ".tsv", ".gz", ".zst", ".bz2", ".arrow", ".feather", ".xlsx", ".yaml", ".yml")  # never JSON
 SPEAKER = {"from", "role"}  # keys of a turn
 NAMED_AGAIN = "an id that occurred before; named by its number in the file too"
+LARGE = 64 * 2**20  # bytes; from here on a JSON Lines file is indexed and not held: its objects would be ten times that
 LONGEST_LINE = 64 * 2**20  # bytes; a line beyond it is a broken file, not a sample
 Row = tuple[int, dict[str, Any]]
 Build = Callable[[str, dict[str, Any]], Example]  # (id, row) → sample
@@ -38,6 +41,19 @@ class Reading:
     image_first: bool = False
     roles: tuple[str, ...] = ()
     aux_reason: bool = False
+
+
+def speakers_of(given: Sequence[str]) -> dict[str, str]:
+    """--roles: who says what, `bot=assistant`. UsageError for anything else."""
+    pairs = [pair.partition("=")[::2] for pair in given]
+    for (name, role), pair in zip(pairs, given, strict=True):
+        if not name.strip() or role.strip() not in ROLES:
+            raise UsageError(f"--roles {pair}: a name of the rows and {', '.join(ROLES)}: bot=assistant,customer=user")
+    named: dict[str, str] = {}
+    for name, role in ((name.strip().lower(), role.strip()) for name, role in pairs):
+        if named.setdefault(name, role) != role:
+            raise UsageError(f"--roles: {name} is named {named[name]} and {role}; give one role")
+    return named
 
 
 class BadRow(Exception):
@@ -164,7 +180,7 @@ def samples(
             continue
         seen.add(identity)
         source.changes.update([*sample.changes, *([NAMED_AGAIN] if source.again else [])])
-        yield located(sample, line)
+        yield with_line(sample, line)
 
 
 def identity_of(row: Mapping[str, Any], file: Path, number: int, id_key: str = "id") -> str:
@@ -178,7 +194,7 @@ def again(identity: str, number: int) -> str:
     return f"{identity}~{number}"
 
 
-def located(sample: Example, line: int) -> Example:
+def with_line(sample: Example, line: int) -> Example:
     """The sample, knowing the line on which its row starts."""
     return replace(sample, line=line)
 
@@ -307,3 +323,55 @@ def _line_numbers(text: str, count: int, *, nested: bool) -> Iterator[int]:
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", type(None): "null", bool: "a truth value"}
     return names.get(type(value), "a number")
+
+
+@dataclass(frozen=True, eq=False)
+class IndexedSamples(View):
+    """Samples of a JSON Lines file by the places of their lines. repeated: of those whose id occurred before.
+
+    The file must stay as it was: DataError once its size or time differs. Copies of this object (in the workers of a
+    data loader) open the file for themselves.
+    """
+
+    path: Path
+    build: Build
+    version: tuple[int, int]
+    starts: array[int] = field(repr=False)
+    lines: array[int] = field(repr=False)
+    numbers: array[int] = field(repr=False)
+    repeated: frozenset[int] = field(default=frozenset(), repr=False)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def made(self, index: int) -> Example:
+        row = as_object(json.loads(self._line(self.starts[index])))
+        number = self.numbers[index]
+        identity = identity_of(row, self.path, number)
+        if index in self.repeated:
+            identity = again(identity, number)
+        return with_line(self.build(identity, row), self.lines[index])
+
+    def _line(self, start: int) -> str:
+        with self.path.open("rb") as stream:
+            if _stamp(self.path.stat()) != self.version:
+                raise DataError(f"{self.path} has changed since it was checked; start again")
+            stream.seek(start)
+            return stream.readline().decode("utf-8-sig")
+
+
+def index_rows(source: RowFile, build: Build) -> IndexedSamples:
+    """Parse and check every row once; bad ones are rejected as in memory. The source's file must be JSON Lines."""
+    version = _stamp(source.path.stat())
+    starts, lines, numbers = array("Q"), array("Q"), array("Q")
+    repeated: set[int] = set()
+    for sample in json_samples(source, build):
+        repeated |= {len(starts)} if source.again else set()
+        starts.append(source.start)
+        lines.append(sample.line)
+        numbers.append(source.number)
+    return IndexedSamples(source.path, build, version, starts, lines, numbers, frozenset(repeated))
+
+
+def _stamp(status: stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns

@@ -1,6 +1,19 @@
-"""Where the images of a row go: placeholders of any program in its texts, matched with the images that it names.
+"""What a row holds: its turns, and where its images go (placeholders of any program, matched with the images named).
 
     "Who? <|image_1|>", ["a.jpg"] ──▶ "Who? <image>", ("a.jpg",)
+
+The forms that conversations come in are read as one, turns {role, content}, the system's first (`FORMS`):
+
+    ShareGPT, LLaVA, Qwen-VL, XComposer   conversations: [{from, value}]
+    messages                              messages: [{role, content}]
+    XTuner                                conversation: [{system, input, output}]
+    Firefly, Phi-3                        conversation, conversations: [{human or user, assistant}]
+    the Cauldron, FineVision              images, texts: [{user, assistant}]
+    swift                                 query, response, history: [[query, response]]
+    Alpaca, Dolly                         instruction, input or context, output or response, history
+    OpenOrca                              system_prompt, question, response
+    TRL                                   prompt, completion (or response): texts, or lists of messages
+    PaliGemma, Florence                   image, prefix, suffix
 
 Texts are kept as they are but for the placeholder's spelling. A placeholder stands for one image, and every image needs
 one; only an image that stands alone, without any placeholder, has a place of its own: first.
@@ -297,4 +310,3 @@ FORMS: dict[tuple[str, ...], Callable[[Row], Iterator[Row]]] = {
     ("prompt", "response"): _prompted("response"),
     ("prefix", "suffix"): _pair("prefix", "suffix"),
 }
-MARKS = tuple(map(" ".join, FORMS))  # columns by which a row is told

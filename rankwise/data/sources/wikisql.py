@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.data.example import Example, Turn
-from rankwise.data.sources.download import Download
 from rankwise.data.sources.rows import BadRow, RowFile, json_rows, json_samples, text_of
 from rankwise.errors import DataError
 
@@ -78,17 +77,6 @@ def _form(query: Query) -> tuple[int, int, frozenset[tuple[int, int, str]]]:
 INSTRUCTION = "Write the SQL query that answers the question about the table."
 TABLES, DATABASE = ".tables.jsonl", ".db"
 
-FILES = {split: (f"{split}.jsonl", f"data/{split}.jsonl") for split in ("train", "dev", "test")}
-ARCHIVES = ("data.tar.bz2",)
-COMPANIONS = (TABLES, DATABASE)
-DOWNLOADS = (
-    Download(
-        "https://github.com/salesforce/WikiSQL/raw/master/data.tar.bz2",
-        "755c728ab188e364575705c8641f3fafd86fb089cb8b08e8c03f01832aae0881",
-        26_164_664,
-    ),
-)
-
 
 @dataclass(frozen=True)
 class Table:
@@ -100,7 +88,7 @@ class Table:
 
 def read(source: RowFile) -> Iterator[Example]:
     """One sample per question, named by the file and its line, with what a scorer needs in `facts`."""
-    tables_file, database = (source.path.with_suffix(suffix) for suffix in COMPANIONS)
+    tables_file, database = (source.path.with_suffix(suffix) for suffix in (TABLES, DATABASE))
     tables = read_tables(tables_file, source.path)
     source.companions.append(tables_file)
     files = {"tables": str(tables_file), "database": str(database) if database.is_file() else None}

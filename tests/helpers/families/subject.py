@@ -25,7 +25,7 @@ from rankwise.data.dataset import Collator
 from rankwise.data.example import Example
 from rankwise.data.render import Renderer
 from rankwise.data.renderer_for import renderer_for
-from rankwise.data.sources import load
+from rankwise.data.sources.load import load
 from rankwise.models.load import load_config, load_model, load_processor
 from rankwise.options.sections import DataSection, ModelSection
 
