@@ -42,23 +42,18 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor that is still to be made."""
+    """A tensor that is still to be made. `source`: the base's key that it comes from; `names`: the module parameters
+    that are equal row blocks of it."""
 
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    source: str = ""
+    names: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a merged tensor comes from: a key of the base, and the module parameters that are its equal row blocks."""
-
-    key: str
-    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -99,14 +94,13 @@ class MergePlan:
 
     `change`: what the adapter makes of which parameter. `untied`: parameters that shared another one's storage and no
     longer do. `rows`: of the embeddings, before and after. `special`: special tokens that the adapter's own tokenizer
-    has in place of the base's. `sees`: something of a vision tower or projector changes,
-    which only images show. `depth`: how the merged model takes depth, with the trained gate's value.
+    has in place of the base's. `sees`: something of a vision tower or projector changes, which only images show.
+    `depth`: how the merged model takes depth, with the trained gate's value.
     """
 
     base: Checkpoint
     adapter: Path
     entries: tuple[Entry, ...]
-    sources: Mapping[str, Source]
     change: Skeleton
     config: Mapping[str, Any]
     untied: tuple[str, ...]
@@ -127,7 +121,7 @@ class MergePlan:
     @property
     def dtypes(self) -> list[torch.dtype]:
         """What the changed tensors are written as, the coarsest first."""
-        changed = {entry.dtype for entry in self.entries if self.touched & set(self.sources[entry.key].names)}
+        changed = {entry.dtype for entry in self.entries if self.touched & set(entry.names)}
         return sorted(changed, key=lambda dtype: -torch.finfo(dtype).eps)
 
     @property
@@ -168,13 +162,9 @@ def plan_merge(base: str, adapter: Path, dtype: str = "auto") -> MergePlan:
         config = with_vocabulary(config, model.config, rows[1])
     if partner:
         check_untied(model, config, partner)
-    sources = all_sources(checkpoint, table.weights, partner)
-    entries = tuple(
-        Entry(key, output_shape(checkpoint, source, change, rows), output_dtype(checkpoint.dtype(source.key), dtype))
-        for key, source in sources.items()
-    )
+    entries = entries_of(checkpoint, table.weights, partner, change, rows, dtype)
     sees = any(tower_of(name.rpartition(".")[0], towers) in ("vision", "projector") for name in touched)
-    return MergePlan(checkpoint, folder, entries, sources, change, config, tuple(partner), rows, special, sees, depth)
+    return MergePlan(checkpoint, folder, entries, change, config, tuple(partner), rows, special, sees, depth)
 
 
 def mergeable_folder(adapter: Path) -> Path:
@@ -327,23 +317,25 @@ def check_untied(model: PreTrainedModel, config: Mapping[str, Any], partner: Map
         )
 
 
-def all_sources(base: Checkpoint, weights: Mapping[str, Weight], partner: Mapping[str, str]) -> dict[str, Source]:
-    """Output key → source: the base's own keys, and a key of their own for parameters that no file holds yet."""
+def entries_of(
+    base: Checkpoint,
+    weights: Mapping[str, Weight],
+    partner: Mapping[str, str],
+    change: Skeleton,
+    rows: tuple[int, int],
+    dtype: str,
+) -> tuple[Entry, ...]:
+    """The base's own keys, and a key of their own for parameters that no file holds yet."""
     names: dict[str, list[str]] = {}
-    for name, _ in sorted(weights.items(), key=lambda item: item[1].part[0]):
-        names.setdefault(weights[name].key, []).append(name)
-    sources = {key: Source(key, tuple(names.get(key, ()))) for key in base}
-    untied = {name: Source(weights[other].key, (name,)) for name, other in partner.items() if name not in weights}
-    return sources | untied
-
-
-def output_shape(checkpoint: Checkpoint, source: Source, change: Skeleton, rows: tuple[int, int]) -> tuple[int, ...]:
-    shape = checkpoint.shape(source.key)
-    return (rows[1], *shape[1:]) if rows[0] != rows[1] and change.rowed & set(source.names) else shape
-
-
-def output_dtype(stored: torch.dtype, asked: str) -> torch.dtype:
-    if asked == "auto" or not stored.is_floating_point:
-        return stored
-    dtype: torch.dtype = getattr(torch, asked)
-    return dtype
+    for name, weight in sorted(weights.items(), key=lambda item: item[1].part[0]):
+        names.setdefault(weight.key, []).append(name)
+    sources = {key: (key, tuple(names.get(key, ()))) for key in base}
+    sources |= {name: (weights[other].key, (name,)) for name, other in partner.items() if name not in weights}
+    resized = change.rowed if rows[0] != rows[1] else frozenset()
+    entries = []
+    for key, (source, blocks) in sources.items():
+        shape, stored = base.shape(source), base.dtype(source)
+        shape = (rows[1], *shape[1:]) if resized & set(blocks) else shape
+        kept = dtype == "auto" or not stored.is_floating_point
+        entries.append(Entry(key, shape, stored if kept else getattr(torch, dtype), source, blocks))
+    return tuple(entries)

@@ -17,6 +17,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -169,13 +170,13 @@ def shard_bytes(text: str, flag: str = "--max_shard_size") -> int:
 def write_merged(plan: MergePlan, folder: Path, max_shard_size: str) -> Written:
     """Weights, config and the files beside them."""
     entries = {entry.key: entry for entry in plan.entries}
-    following = dict(zip(list(entries)[:-1], list(entries)[1:], strict=True))
+    following = {one.key: other.source for one, other in pairwise(plan.entries)}
     bar = tqdm(total=len(entries), desc="merge", unit="tensor", disable=not sys.stderr.isatty())
     rounding = Rounding()
 
     def tensor(key: str) -> Tensor:
         if key in following:
-            plan.base.prefetch(plan.sources[following[key]].key)
+            plan.base.prefetch(following[key])
         bar.update()
         return make_tensor(plan, entries[key], rounding)
 
@@ -190,12 +191,11 @@ def write_merged(plan: MergePlan, folder: Path, max_shard_size: str) -> Written:
 def make_tensor(plan: MergePlan, entry: Entry, rounding: Rounding | None = None) -> Tensor:
     """The merged tensor as it is written; `rounding` counts what that costs. DataError where it has entries that
     are not finite."""
-    source = plan.sources[entry.key]
-    stored = plan.base.tensor(source.key)
-    if not plan.touched & set(source.names):
+    stored = plan.base.tensor(entry.source)
+    if not plan.touched & set(entry.names):
         return stored.to(entry.dtype)
     written = []
-    for name, block in zip(source.names, stored.chunk(len(source.names)), strict=True):
+    for name, block in zip(entry.names, stored.chunk(len(entry.names)), strict=True):
         merged = change_weight(plan, name, block)
         if rounding is not None and name in plan.touched:
             rounding.add(name, with_rows(block, len(merged)), merged, entry.dtype)

@@ -88,9 +88,7 @@ def matrices(outputs: Any) -> list[Tensor]:
 def parts(outputs: Any) -> list[Tensor]:
     """One tensor (tokens, D), or (tiles, T, D), per image or row of the batch, however the family holds them."""
     features = outputs.pooler_output
-    if isinstance(features, Tensor):
-        return [features] if features.dim() == 2 else list(features)
-    return list(features)
+    return [features] if isinstance(features, Tensor) and features.dim() == 2 else list(features)
 
 
 def tile_tokens(outputs: Any) -> int | None:
