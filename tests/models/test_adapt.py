@@ -218,6 +218,14 @@ def test_too_large_a_rank_is_cut_and_recorded_and_rank_zero_left_out(base: Path,
     assert record["left_out"] == [paths[1]]
 
 
+def test_a_uniform_rank_is_cut_where_a_matrix_is_smaller(base: Path) -> None:
+    sites = model_sites(fresh(base))
+    plan = uniform_plan(sites, 999, None, False, "tiny")
+    assert plan.ranks == {path: site.full_rank for path, site in sites.items()}
+    assert all(row.clipped and row.clipped.startswith("999 is above min(m, n)") for row in plan.sites)
+    assert all(row.clipped is None for row in uniform_plan(sites, 2, None, False, "tiny").sites)
+
+
 def test_a_target_narrows_a_plan(base: Path) -> None:
     sites = model_sites(fresh(base))
     attention = choose_sites(sites, "attention_only")
