@@ -20,7 +20,7 @@ from rankwise.device.llama.generator import Answered
 from rankwise.errors import need
 from rankwise.evaluate.answers import is_right
 from rankwise.evaluate.bootstrap import LEVEL, wilson
-from rankwise.evaluate.classify import guess, label_set, true_label
+from rankwise.evaluate.classify import label_set, predicted_label, true_label
 from rankwise.evaluate.predictions import EvaluationResult, Prediction
 
 FILE, FORMAT = "validation.json", "rankwise-validation/1"
@@ -32,7 +32,7 @@ def rights(task: str, predictions: Sequence[Prediction], examples: Sequence[Exam
     if all(example.facts.get("labels") for example in examples):
         labels = label_set(examples)
         pairs = zip(predictions, examples, strict=True)
-        return [guess(one.prediction, labels) == true_label(item, labels) for one, item in pairs]
+        return [predicted_label(one.prediction, labels) == true_label(item, labels) for one, item in pairs]
     if task in ("conversations", "cota"):
         return [is_right(task, one.prediction, one.references) for one in predictions]
     return None
@@ -87,7 +87,7 @@ def items(
                 "image_id": one.id,
                 "images": list(one.images),
                 "true_label": true_label(example, labels) if labels else example.answer,
-                "predicted_label": guess(one.prediction, labels) if labels else one.prediction,
+                "predicted_label": predicted_label(one.prediction, labels) if labels else one.prediction,
                 "raw_output": one.prediction,
                 "correct": None if right is None else right[number],
                 "confidence": answer.confidence if answer else None,

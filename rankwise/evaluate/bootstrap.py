@@ -1,4 +1,4 @@
-"""How sure a score is, by scipy: Wilson's interval of a share of the items, a percentile bootstrap for the rest."""
+"""Confidence intervals of scores, by scipy: Wilson's for shares of the items, a percentile bootstrap for the rest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Array = NDArray[np.float64]
 
 
 def check_installed() -> None:
-    """UsageError naming the extra where scipy is missing: before hours of evaluation, not after."""
+    """Raise UsageError naming the extra where scipy is missing: before hours of evaluation, not after."""
     need("scipy.stats", extra="eval")
 
 

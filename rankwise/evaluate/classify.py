@@ -1,9 +1,11 @@
-"""Classification: a label chosen by its likelihood or found in a generated text, and what such guesses are worth.
+"""Classification: a label chosen by its likelihood or found in a generated text, and how good such predictions are.
 
     Generator ── ByLikelihood ──▶ predictions with log-likelihoods ─┐
-    Generator ────────────────▶ predictions with texts ─────────────┴─ score_labels ──▶ Scores
+    Generator ────────────────▶ predictions with texts ─────────────┴─ score_labels ──▶ Scores ──▶ tables, plot
+    validation samples ── LabelAccuracy.of ──▶ prompts up to the label ── right(model) ──▶ Tally: picks the checkpoint
 
-All numbers on the scale 0 to 100. `confusion_table` and `class_table` read the details of a result for files and eyes.
+All numbers on the scale 0 to 100. While training, accuracy is measured as `evaluate` does it: never by comparing the
+logits of a forward pass with labels one position off, and never on the tokens of a reason.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from rankwise.files.processes import own_share
 from rankwise.page.canvas import colormap, name_axes, new_figure, readable_on, save
 from rankwise.page.text import clip
 
+MAX_NEW_TOKENS = 32  # where no device says how long an answer may be
+CELL, NONE = 0.62, "no class"  # of the plot: inches, and the last column
 BY_CLASS = ("precision", "recall", "f1")
 LIKELIHOOD = "log-likelihood of the label and its end token, not normalised by length; a tie goes to the first label"
 GENERATION = "the label that the generated text is, or the only one that it names; else wrong (unparsed)"
@@ -87,7 +91,7 @@ def score_labels(
     labels = labels or label_set(examples)
     gold = [true_label(example, labels) for example in examples]
     by_likelihood = all(prediction.scores is not None for prediction in predictions)
-    guesses = [guess(prediction.prediction, labels) for prediction in predictions]
+    guesses = [predicted_label(prediction.prediction, labels) for prediction in predictions]
     counts = need("sklearn.metrics", extra="eval").confusion_matrix(gold, guesses, labels=[*labels, UNPARSED])
     by_class = _by_class(gold, guesses, labels)
     names = ["accuracy", "macro_f1", *(f"{kind}_{label}" for kind in BY_CLASS for label in labels)]
@@ -122,7 +126,7 @@ def true_label(example: Example, labels: Sequence[str]) -> str:
     return label
 
 
-def guess(text: str, labels: Sequence[str]) -> str:
+def predicted_label(text: str, labels: Sequence[str]) -> str:
     """The class that an answer means, or UNPARSED."""
     return found_label(text, labels) or UNPARSED
 
@@ -199,9 +203,6 @@ def class_table(details: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-MAX_NEW_TOKENS = 32  # where no device says how long an answer may be
-
-
 @dataclass(frozen=True)
 class Tally:
     """Right answers among those asked for."""
@@ -241,7 +242,7 @@ class LabelAccuracy:
         if not share:
             return Tally(0, 0)
         engine, labels = self._engine(model), label_set(share)
-        guesses = {one.position: guess(one.text, labels) for one in engine.generate(share)}
+        guesses = {one.position: predicted_label(one.text, labels) for one in engine.generate(share)}
         right = sum(guesses[position] == true_label(example, labels) for position, example in enumerate(share))
         return Tally(right, len(share))
 
@@ -254,10 +255,6 @@ def up_to_label(example: Example) -> Example:
     """The sample up to its first answer, which is its label."""
     first = next(place for place, turn in enumerate(example.turns) if turn.role == "assistant")
     return replace(example, turns=example.turns[: first + 1])
-
-
-CELL = 0.62  # inches
-NONE = "no class"
 
 
 def plot_confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], path: Path, title: str = "") -> Path:

@@ -18,9 +18,9 @@ from rankwise.data.example import Examples
 from rankwise.data.input_record import recorded, system_warning
 from rankwise.data.sources.load import reading_scored, settle
 from rankwise.errors import UsageError
-from rankwise.evaluate import forgetting
+from rankwise.evaluate import bootstrap, forgetting
 from rankwise.evaluate.classify import class_table, confusion_table
-from rankwise.evaluate.engines import Subject, base_and_adapter, compared_base, generator, seeing, subject
+from rankwise.evaluate.engines import Subject, add_depth, base_and_adapter, compared_base, generator, subject
 from rankwise.evaluate.generate import fitting
 from rankwise.evaluate.predictions import FILE, READ_FIRST, EvaluationResult
 from rankwise.evaluate.tasks import TASKS, Task, evaluate, part, task
@@ -45,19 +45,19 @@ def run(config: EvaluateConfig) -> EvaluationResult | None:
     check(config)
     check_installed(config)
     try:
-        return evaluated(config)
+        return evaluate_model(config)
     finally:
         finish()
 
 
-def evaluated(config: EvaluateConfig) -> EvaluationResult | None:
+def evaluate_model(config: EvaluateConfig) -> EvaluationResult | None:
     folder = output_folder(config)
     base, adapter = base_and_adapter(str(config.model_name), config.base_model_id)
     made_from = model_facts(base, adapter)
     with held(folder, "evaluate", inputs(config, base, adapter)) as record:
         tested = subject(config, base, adapter)
-        result = scored(config, tested, folder, made_from) if config.data.task else None
-        lost = forgotten(config, tested, folder, made_from) if config.forget else None
+        result = score_task(config, tested, folder, made_from) if config.data.task else None
+        lost = measure_forgetting(config, tested, folder, made_from) if config.forget else None
         if process_index()[0] == 0:
             folder.save_config(config, config_name(folder))
             found = {"results": (result, FILE), "forgetting": (lost, forgetting.FILE)}
@@ -86,17 +86,16 @@ def config_name(folder: RunFolder) -> str:
 
 
 def check(config: EvaluateConfig) -> None:
-    """What nothing works without, and combinations that cannot work."""
+    """Refuse missing options, and combinations that cannot work."""
     name = config.data.task
     if not config.model_name:
         raise UsageError("evaluate needs a model: rankwise evaluate MODEL_OR_ADAPTER --task … --data_path …")
+    tasks = f"{', '.join(SCORED_TASKS)} or {HARNESS}NAME"
     if not name and not config.forget:
-        raise UsageError(
-            f"evaluate needs --task ({', '.join(SCORED_TASKS)} or {HARNESS}NAME), or --forget FILE, or both"
-        )
+        raise UsageError(f"evaluate needs --task ({tasks}), or --forget FILE, or both")
     if name and not is_harness(name):
         if name not in SCORED_TASKS:
-            raise UsageError(f"--task: scores exist for {', '.join(SCORED_TASKS)} and {HARNESS}NAME; got {name}")
+            raise UsageError(f"--task is one of {tasks}; got {name}")
         if not config.data.data_path:
             raise UsageError(f"--data_path is missing: where are the official files of {name}?")
     refuse_idle(config)
@@ -126,7 +125,7 @@ def check_installed(config: EvaluateConfig) -> None:
     elif config.data.task:
         task(config.data.task).check()
     if config.forget:
-        forgetting.check_installed()
+        bootstrap.check_installed()
 
 
 def inputs(config: EvaluateConfig, base: str, adapter: Path | None) -> dict[str, Path | str]:
@@ -155,7 +154,7 @@ def output_folder(config: EvaluateConfig) -> RunFolder:
     return RunFolder((local if local.is_dir() else Path.cwd()) / "evaluation")
 
 
-def scored(
+def score_task(
     config: EvaluateConfig, tested: Subject, folder: RunFolder, made_from: Mapping[str, Any]
 ) -> EvaluationResult | None:
     """The task's scores, written into the folder."""
@@ -169,14 +168,16 @@ def scored(
     if tested.adapter:
         warn_of_training_rows(tested.adapter, examples.files[0], "scores tell")
     items = examples.items[: config.num_samples]
-    tested = seeing(config, tested, items)
+    tested = add_depth(config, tested, items)
     engine = generator(config, tested, chosen, items)
     usable = fitting(items, engine.renderer)
     system_warning(recorded(tested.places), usable)
     made_from = {**made_from, "data": fingerprints(examples.files), **depth_facts(tested.depth)}
     found = evaluate(chosen, engine, usable, folder.path, made_from, by=config.classify)
     if found and chosen.classifies:
-        write_confusion(folder / CONFUSION, found.settings["scoring"])
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(confusion_table(found.settings["scoring"]))
+        write_text(folder / CONFUSION, text.getvalue())
     return found
 
 
@@ -194,13 +195,7 @@ def read_items(config: EvaluateConfig, chosen: Task, *, sees_images: bool) -> Ex
     return examples
 
 
-def write_confusion(path: Path, details: Mapping[str, Any]) -> Path:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(confusion_table(details))
-    return write_text(path, text.getvalue())
-
-
-def forgotten(
+def measure_forgetting(
     config: EvaluateConfig, tested: Subject, folder: RunFolder, made_from: Mapping[str, Any]
 ) -> EvaluationResult | None:
     """What the model lost on other text, against its base; written into the folder by the first process."""
@@ -251,13 +246,10 @@ def with_interval(result: EvaluationResult, name: str) -> str:
 def describe(config: EvaluateConfig) -> list[str]:
     config = settle(config)
     check(config)
-    folder, lines = output_folder(config), []
-    if is_harness(config.data.task):
-        lines.append(f"run {config.data.task} of lm-evaluation-harness on {config.model_name}")
-    elif config.data.task:
-        lines.append(f"answer the {config.split} items of {config.data.data_path} with {config.model_name}")
-    if config.data.task:
-        lines.append(f"score them as {config.data.task} and write {folder / FILE}")
+    folder, task, model = output_folder(config), config.data.task, config.model_name
+    items = f"answer the {config.split} items of {config.data.data_path} with {model}"
+    items = f"run {task} of lm-evaluation-harness on {model}" if is_harness(task) else items
+    lines = [items, f"score them as {task} and write {folder / FILE}"] if task else []
     if config.forget:
         lines.append(f"compare it with its base on {config.forget} and write {folder / forgetting.FILE}")
     return lines

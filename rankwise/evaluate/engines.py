@@ -1,6 +1,11 @@
-"""What `rankwise evaluate` puts to the test: the model with its adapter, its renderer, and the engine that runs it.
+"""The model under evaluation: base and adapter, the renderer of its training, and the engine that runs it.
 
 MODEL_OR_ADAPTER ── base_and_adapter ──▶ (base, adapter) ── subject ──▶ Subject ── generator ──▶ texts, labels
+                 ── load ──▶ Trained: the same for Python, with the processor of images and text
+
+trained = rankwise.load("runs/isaac_depth/train")            # a run folder, an adapter, a checkpoint, or a model
+inputs = trained.processor(text=[prompt], images=[picture], return_tensors="pt")
+trained.model.generate(**inputs)
 """
 
 from __future__ import annotations
@@ -86,7 +91,7 @@ def subject(config: EvaluateConfig, base: str, adapter: Path | None) -> Subject:
     return Subject(base, adapter, renderer, model.to(device).eval(), depth)
 
 
-def seeing(config: EvaluateConfig, tested: Subject, examples: Sequence[Example]) -> Subject:
+def add_depth(config: EvaluateConfig, tested: Subject, examples: Sequence[Example]) -> Subject:
     """The subject with depth for the images of these samples, made where the cache lacks it."""
     sight = tested.renderer.sight
     if tested.depth is None or sight is None or not any(example.images for example in examples):
@@ -103,20 +108,16 @@ def compared_base(config: EvaluateConfig, tested: Subject, documents: Sequence[s
     """The base of a merged or fully tuned model, with the same tokens."""
     name = config.base_model_id
     if not name:
-        raise UsageError(
-            f"--forget: {config.model_name} is no adapter; give the model that it was made from with --base_model_id"
-        )
+        raise UsageError(f"--forget: {config.model_name} is no adapter; give its base model with --base_model_id")
     tokenizer, own = load_tokenizer(name), tested.renderer.tokenizer
     if any(tokenizer(text)["input_ids"] != own(text)["input_ids"] for text in documents):
-        raise DataError(
-            f"{name} and {config.model_name} cut the text into different tokens, so nothing can be compared"
-        )
+        raise DataError(f"{name} and {config.model_name} tokenize the text differently, so nothing can be compared")
     return plain_model(name, config.dtype, tested.device)
 
 
 def generator(config: EvaluateConfig, tested: Subject, task: Task, examples: Sequence[Example]) -> Generator:
     """The engine, with a renderer that leaves room for what is generated, or for the longest label."""
-    if by_likelihood(config, task):
+    if task.classifies and config.classify == "likelihood":
         reserve = longest_answer(tested.renderer, examples[0], label_set(examples))
     else:
         reserve = config.generation.max_new_tokens
@@ -128,10 +129,6 @@ def generator(config: EvaluateConfig, tested: Subject, task: Task, examples: Seq
         )
         return engine
     return HFGenerator(tested.model, renderer, decoding)
-
-
-def by_likelihood(config: EvaluateConfig, task: Task) -> bool:
-    return task.classifies and config.classify == "likelihood"
 
 
 @dataclass(frozen=True)

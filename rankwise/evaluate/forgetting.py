@@ -1,4 +1,4 @@
-"""What a model has forgotten: how far its predictions on other text are from those of its base.
+"""Forgetting: KL divergence and perplexity of a model on other text, against its base.
 
     plain text ── documents ──▶ windows of token ids ──▶ base logits, adapted logits ──▶ KL, perplexities
 
@@ -50,11 +50,6 @@ class ForgettingSettings:
     seed: int = 42
 
 
-def check_installed() -> None:
-    """UsageError naming the extra where the intervals' library is missing."""
-    bootstrap.check_installed()
-
-
 def read_documents(path: str | Path) -> list[str]:
     """Texts of a file: the `text` of each line of .jsonl, else paragraphs (blank lines between)."""
     file = Path(path)
@@ -96,10 +91,8 @@ def logits_without_adapter(model: Any) -> Logits:
     """
     kept = [name for name, config in model.peft_config.items() if getattr(config, "bias", "none") != "none"]
     if kept:
-        raise DataError(
-            f"the adapter ({', '.join(kept)}) trained biases of the base, which cannot be switched off; "
-            "merge it, and give the base with --base_model_id"
-        )
+        advice = "which cannot be switched off; merge it, and give the base with --base_model_id"
+        raise DataError(f"the adapter ({', '.join(kept)}) trained biases of the base, {advice}")
 
     def base(ids: Tensor, mask: Tensor) -> Tensor:
         with model.disable_adapter():

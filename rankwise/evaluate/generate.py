@@ -1,4 +1,4 @@
-"""From samples to generated texts, or to how likely each of a few labels is.
+"""Engines: from samples to generated texts, or to the log-likelihood of each label.
 
 Any engine that is a `Generator` will do; `HFGenerator` is the one of transformers models.
 
@@ -22,7 +22,7 @@ from rankwise.data.dataset import Collator, check_samples, pad, seen
 from rankwise.data.example import Example
 from rankwise.data.render import Rendered, Renderer
 from rankwise.errors import UsageError
-from rankwise.evaluate.likelihood import answered, batch_losses, prompt_of
+from rankwise.evaluate.likelihood import batch_losses, prompt_of, render_answers
 from rankwise.files.processes import announce, process_index
 from rankwise.options.field import option
 from rankwise.options.sections import GenerationSection
@@ -135,7 +135,7 @@ class HFGenerator:
 
         The renderer's `reserve` should be the longest label's tokens, its end token included.
         """
-        rows = answered(self.renderer, examples, labels)
+        rows = render_answers(self.renderer, examples, labels)
         order = self.decoding.order([group[0].input_ids for group in rows])
         step = max(1, self.decoding.batch_size // len(labels))
         with _evaluating(self.model):

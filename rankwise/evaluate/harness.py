@@ -1,4 +1,4 @@
-"""Tasks of the lm-evaluation-harness, with the model that we loaded: its prompts, its data, its scores, our file.
+"""Tasks of the lm-evaluation-harness on a loaded model: its prompts, data and scores, our results file.
 
 rankwise evaluate RUN --task lm_eval:arc_easy
 """
@@ -112,9 +112,7 @@ def _result(
     name = task.removeprefix(HARNESS)
     values, errors = read_metrics(found["results"][name])
     if not values:
-        raise UsageError(
-            f"{task}: the harness reports no number for it; choose one of its parts: {_parts(found, name)}"
-        )
+        raise UsageError(f"{task}: the harness reports no number for it; choose a part of it: {_parts(found, name)}")
     parts = {part: row["effective"] for part, row in found["n-samples"].items()}
     return EvaluationResult(
         task=task,

@@ -1,4 +1,4 @@
-"""How well a model foretells given answers: teacher-forced loss of each sample, without generating anything."""
+"""Teacher-forced loss of given answers, per sample, without generating anything."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Batch = Mapping[str, Tensor]
 BESIDE = ("labels", "sample_index")  # what a batch holds for the loss and for messages, not for the model
 
 
-def answered(renderer: Renderer, examples: Sequence[Example], answers: Sequence[str]) -> list[list[Rendered]]:
+def render_answers(renderer: Renderer, examples: Sequence[Example], answers: Sequence[str]) -> list[list[Rendered]]:
     """Each sample with each of the answers in place of its own, all of a sample over one and the same prompt.
 
     The ids are those of training: `renderer.prompt_ids`, then the answer and its end token as `renderer.training`
@@ -30,10 +30,10 @@ def answered(renderer: Renderer, examples: Sequence[Example], answers: Sequence[
     """
     prompts = [renderer.prompt(example) for example in examples]
     ends = [answer_ids(renderer, examples[0], answer) for answer in answers]
-    return [[continued(prompt, end) for end in ends] for prompt in prompts]
+    return [[append_ids(prompt, end) for end in ends] for prompt in prompts]
 
 
-def continued(prompt: Rendered, end: list[int]) -> Rendered:
+def append_ids(prompt: Rendered, end: list[int]) -> Rendered:
     """A prompt with an answer's ids behind it, which alone are learnt."""
     return Rendered(prompt.input_ids + end, prompt.labels + end, images=prompt.images)
 

@@ -1,7 +1,11 @@
 """Scores of generated WikiSQL queries: the text, its logical form, and what it finds in the table.
 
-Each on the scale 0 to 100, with Wilson's 95 % interval. A text that states no WikiSQL query (see sql_text.py) is wrong
-in form and execution, and is never sent to a database.
+    "select count(Player) from table where No. = 3", ("Player", "No.") ── parsed ──▶ Query(0, 3, ((1, 0, "3"),))
+
+Each on the scale 0 to 100, with Wilson's 95 % interval. A text that states no WikiSQL query is wrong in form and
+execution, and is never sent to a database. Column names hold spaces, slashes, commas and signs, and nothing is quoted,
+so the header decides where a name ends: the longest name that leaves a readable rest is taken; a value ends at the
+first AND after which conditions follow.
 """
 
 from __future__ import annotations
@@ -31,6 +35,10 @@ AND = re.compile(r"\s+and\s+", re.IGNORECASE)
 OPERATOR = re.compile(r"\s*([=<>])(?![=<>])\s*|\s+(op)\s+", re.IGNORECASE)
 SELECT = re.compile(r"select\s+", re.IGNORECASE)
 AGGREGATE = re.compile(rf"({'|'.join(AGGREGATES[1:])})\s*(\(?)\s*", re.IGNORECASE)
+HOW = {
+    "exact_match": "equal texts, case-folded, white space as one space",
+    "logical_form": "column, aggregate and set of conditions equal, values in lower case, as the official evaluator",
+}
 Names = tuple[tuple[re.Pattern[str], int], ...]
 
 
@@ -39,7 +47,7 @@ def normalised(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def parsed(text: str, header: Sequence[str]) -> Query | None:
+def parse_query(text: str, header: Sequence[str]) -> Query | None:
     """The query that a text states about a table with these columns; None where it states none.
 
     Case and the amount of white space don't matter, nor a closing semicolon, nor quotation marks around column names,
@@ -149,12 +157,6 @@ def _from(
     return None
 
 
-HOW = {
-    "exact_match": "equal texts, case-folded, white space as one space",
-    "logical_form": "column, aggregate and set of conditions equal, values in lower case, as the official evaluator",
-}
-
-
 def check_installed() -> None:
     """Raise UsageError naming the extra of a missing library."""
     bootstrap.check_installed()
@@ -211,7 +213,7 @@ class Item:
     @classmethod
     def of(cls, text: str, example: Example) -> Item:
         header, gold = example.facts["header"], Query.of(example.facts["sql"])
-        query = parsed(text, header)
+        query = parse_query(text, header)
         return cls(text, example, gold, None if query is None else _reading(query, gold))
 
     @property

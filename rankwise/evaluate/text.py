@@ -66,13 +66,12 @@ def score_text(
         _rouge(predictions, references, stem, seed),
         _meteor(predictions, references, seed),
     )
-    return Scores(
-        n=len(predictions),
-        metrics={name: value for part in parts for name, value in part.metrics.items()},
-        intervals={name: value for part in parts for name, value in part.intervals.items()},
-        unavailable={name: value for part in parts for name, value in part.unavailable.items()},
-        details={name: value for part in parts for name, value in part.details.items()} | {"scale": "0-100"},
-    )
+    kinds: dict[str, dict[str, Any]] = {"metrics": {}, "intervals": {}, "unavailable": {}, "details": {}}
+    for name, joint in kinds.items():
+        for part in parts:
+            joint |= getattr(part, name)
+    kinds["details"]["scale"] = "0-100"
+    return Scores(len(predictions), **kinds)
 
 
 def _scores(

@@ -15,7 +15,7 @@ from rankwise.data.example import Example
 from rankwise.data.render import Renderer
 from rankwise.errors import UsageError, need
 from rankwise.evaluate.generate import Generated, GenerationSettings, LabelScores
-from rankwise.evaluate.likelihood import answered, prompt_of
+from rankwise.evaluate.likelihood import prompt_of, render_answers
 from rankwise.files.adapter import CONFIG_NAME
 from rankwise.files.atomic import read_object
 
@@ -64,7 +64,7 @@ class VLLMGenerator:
 
     def label_scores(self, examples: Sequence[Example], labels: Sequence[str]) -> Iterator[LabelScores]:
         """Log-likelihoods from vLLM's log-probabilities of a prompt that ends in the label."""
-        rows = answered(self.renderer, examples, labels)
+        rows = render_answers(self.renderer, examples, labels)
         parameters = self._parameters(temperature=0.0, max_tokens=1, prompt_logprobs=0)
         for chunk in self._chunks([group[0].input_ids for group in rows], len(labels)):
             asked = [row for position in chunk for row in rows[position]]

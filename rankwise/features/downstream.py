@@ -15,7 +15,7 @@ from rankwise.data.sources.load import read_examples, task_of
 from rankwise.errors import UsageError
 from rankwise.evaluate import bootstrap
 from rankwise.evaluate.command import model_facts
-from rankwise.evaluate.engines import base_and_adapter, seeing, subject
+from rankwise.evaluate.engines import add_depth, base_and_adapter, subject
 from rankwise.evaluate.predictions import installed
 from rankwise.features.answers import Answers, Replacement, compare_answers, measured, paired
 from rankwise.features.downstream_page import FORMAT, JSON, MARKDOWN, PICTURE, markdown, plot_downstream, terminal
@@ -128,7 +128,7 @@ def asked(
     examples = read_examples(how.data, str(config.data_path), how.split, sees_images=tested.renderer.sight is not None)
     tested = stretched(tested, config.image_size, square)
     chosen, notes = with_pictures(examples, config.num_samples, str(config.data_path))
-    rows = questions(seeing(how, tested, chosen), chosen, config.batch_size)
+    rows = questions(add_depth(how, tested, chosen), chosen, config.batch_size)
     return rows, [*notes, *rows.rows.notes()]
 
 

@@ -32,7 +32,7 @@ from rankwise.features.cache import ModelOrigin
 from rankwise.features.cache_writer import CacheRecipe, Matrices, shard_places
 from rankwise.features.encoder import Eye, Preparation, picture_digest
 from rankwise.files.atomic import fingerprint
-from rankwise.labels.coco import SUFFIXES
+from rankwise.labels.images import SUFFIXES
 from rankwise.models.load import torch_dtype
 from rankwise.options.features import CaptureConfig
 

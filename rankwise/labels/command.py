@@ -11,24 +11,21 @@ dataset/ labels.jsonl train.jsonl val.jsonl images/ originals/ conversations/ ta
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rankwise.data.device import DeviceTarget
-from rankwise.data.images import ImageReader
 from rankwise.data.label_task import LabelTask, load_task
-from rankwise.errors import DataError, UsageError, need
+from rankwise.errors import UsageError, need
 from rankwise.files.atomic import write_json, write_text
 from rankwise.files.run_folder import RunFolder
-from rankwise.labels.ask import QUARANTINE, ask_teacher, question_of, reason_for_nothing, spending_of
-from rankwise.labels.coco import ImageSet, download_coco, find_images
-from rankwise.labels.dataset import ALL, LabelledRow, Written, remove_orphans, write_dataset
+from rankwise.labels.ask import QUARANTINE, ask_teacher
+from rankwise.labels.dataset import ALL, Labels, Written, remove_orphans, write_dataset
 from rankwise.labels.existing import label_rows, read_existing, task_for
-from rankwise.labels.image_ids import ImageIds, Originals
+from rankwise.labels.images import ImageIds, ImageSet, Originals, download_coco, find_images
 from rankwise.labels.teacher.client import KEY_VARIABLE, address_of
 from rankwise.labels.teacher.ledger import NAME as LEDGER
-from rankwise.labels.teacher.ledger import AnswerLedger
+from rankwise.labels.teacher.questions import question_of, spending_of
 from rankwise.options.field import check_address
 from rankwise.options.label import LabelConfig
 from rankwise.page.text import command_line, plural
@@ -47,51 +44,32 @@ def run(config: LabelConfig) -> Written:
     with out.lock():
         out.save_config(config)
         with out.recording("label", inputs(config)) as record:
-            found = existing(config, target) if labels_given(config) else asked(config, target)
+            found = (from_existing if labels_given(config) else from_teacher)(config, target)
             task, drawn = found.task, (config.val_fraction, config.seed)
             written = write_dataset(out.path, found.rows, task, target, *drawn, found.originals)
             remove_orphans(out.path, found.ids, written.rows)
-            summary = {"format": FORMAT, "task": task.name, "field": task.field, **counts(written, task), **found.facts}
+            summary = {
+                "format": FORMAT,
+                "task": task.name,
+                "field": task.field,
+                **count_rows(written, task),
+                **found.facts,
+            }
             write_json(out / SUMMARY, summary)
             names = (ALL, "train.jsonl", "val.jsonl", SUMMARY)
             record.outputs |= {name: out / name for name in names}
-    report(config, summary)
+    print_report(config, summary)
     return written
 
 
-@dataclass(frozen=True)
-class Labels:
-    """Everything that becomes a data set. facts: for label.json; ids: the names of images, those of before too."""
-
-    task: LabelTask
-    rows: list[LabelledRow]
-    originals: Originals
-    facts: dict[str, Any]
-    ids: ImageIds
-
-
-def asked(config: LabelConfig, target: DeviceTarget) -> Labels:
-    """From a teacher."""
-    task = load_task(config.task_file or DEFAULT_TASK)
-    images = find(config)
+def from_teacher(config: LabelConfig, target: DeviceTarget) -> Labels:
+    task, images = load_task(config.task_file or DEFAULT_TASK), find(config)
     if config.num_images > len(images.photos):
         print(f"note: there are only {plural(len(images.photos), 'image')} in {images.folder}")
-    ledger = AnswerLedger(Path(config.output_dir) / LEDGER)
-    before = [(entry.image_id, entry.key.image) for entry in ledger.entries]
-    ids = ImageIds.of_folder(Path(config.output_dir), target, before)
-    labelled = ask_teacher(config, images, task, target, ledger, ids)
-    if not labelled.rows:
-        raise DataError(
-            f"{images.folder}: of {plural(len(labelled.verdicts), 'image')} none was kept: "
-            f"{reason_for_nothing(labelled.verdicts, config.min_confidence)}. So far: {labelled.spending.words()}; the "
-            f"answers are in {config.output_dir}/{LEDGER}, and what got no label is in {QUARANTINE}"
-        )
-    reader = ImageReader(images.folder, config.allow_outside)
-    return Labels(task, labelled.rows, Originals(reader, labelled.references), labelled.facts, ids)
+    return ask_teacher(config, images, task, target)
 
 
-def existing(config: LabelConfig, target: DeviceTarget) -> Labels:
-    """From labels that are there."""
+def from_existing(config: LabelConfig, target: DeviceTarget) -> Labels:
     given = read_existing(
         config.labels_file or str(config.images),
         image_folder=config.images if config.labels_file else None,
@@ -115,9 +93,7 @@ def find(config: LabelConfig) -> ImageSet:
     if config.download:
         download_coco(folder)
     elif not config.images and not folder.is_dir():
-        raise UsageError(
-            "label needs images: rankwise label FOLDER, or --download to fetch COCO val2017 into ./coco (1 GB)"
-        )
+        raise UsageError("label needs images: rankwise label FOLDER, or --download (COCO val2017 into ./coco, 1 GB)")
     return find_images(folder, part)
 
 
@@ -179,21 +155,17 @@ def inputs(config: LabelConfig) -> dict[str, Path | str]:
 # --- what is told -------------------------------------------------------------------------------------------------
 
 
-def counts(written: Written, task: LabelTask) -> dict[str, Any]:
-    return {
-        "rows": len(written.rows),
-        "train": len(written.train),
-        "val": len(written.val),
-        "classes": written.counts(task),
-    }
+def count_rows(written: Written, task: LabelTask) -> dict[str, Any]:
+    parts = {"rows": written.rows, "train": written.train, "val": written.val}
+    return {**{name: len(rows) for name, rows in parts.items()}, "classes": written.counts(task)}
 
 
-def report(config: LabelConfig, summary: dict[str, Any]) -> None:
-    print(f"{plural(summary['rows'], 'image')}: {summary['train']} to train on, {summary['val']} to validate on")
+def print_report(config: LabelConfig, summary: dict[str, Any]) -> None:
+    print(f"{plural(summary['rows'], 'image')}: {summary['train']} for training, {summary['val']} for validation")
     for name, parts in summary["classes"].items():
         print(f"  {name:<12}{parts['train']:>6}{parts['val']:>6}")
     if "images" in summary:
-        report_teacher(summary)
+        print_teacher(summary)
     for name, label in summary.get("respelt", {}).items():
         print(f"note: {name!r} is the class {label!r} in another spelling")
     if summary.get("unreadable"):
@@ -206,45 +178,34 @@ def next_command(config: LabelConfig) -> str:
     return command_line("train", task="labels", data_path=config.output_dir, model_name="MODEL")
 
 
-def report_teacher(summary: dict[str, Any]) -> None:
+def print_teacher(summary: dict[str, Any]) -> None:
     images, cost, votes = summary["images"], summary["cost"], summary["agreement"]
     dropped = {
-        "less sure than wanted": images["below_min_confidence"],
+        "below --min_confidence": images["below_min_confidence"],
         f"in {QUARANTINE}": images["quarantined"],
         "unanswered": len(images["unanswered"]),
-        "the same pixels again": len(images["twins_left_out"]),
+        "with duplicate pixels": len(images["twins_left_out"]),
         "unreadable": len(images["unreadable"]),
     }
-    print(f"asked about {images['asked']} of {images['there']} images; not kept: " + tally(dropped))
-    print(
-        f"cost so far: {cost['answers']} answers, {cost['input_tokens']:,} + {cost['output_tokens']:,} tokens, "
-        + usd(cost)
-    )
+    counted = ", ".join(f"{count} {name}" for name, count in dropped.items() if count) or "none"
+    print(f"asked about {images['asked']} of {images['there']} images; dropped: {counted}")
+    usd = "no price known" if cost["usd"] is None else f"${cost['usd']:.4f}"
+    tokens = f"{cost['input_tokens']:,} + {cost['output_tokens']:,} tokens"
+    print(f"cost so far: {cost['answers']} answers, {tokens}, {usd}")
     if votes:
         kappa = "not defined" if votes["kappa"] is None else f"{votes['kappa']:.2f}"
-        print(
-            f"{votes['votes']} votes per image: Fleiss' kappa {kappa}, pairs agree at {votes['pair_agreement']:.1%}; a "
-            f"student who is always right would reach {votes['accuracy_ceiling']:.1%} on these labels"
-        )
+        pairs, ceiling = votes["pair_agreement"], votes["accuracy_ceiling"]
+        print(f"{votes['votes']} votes per image: Fleiss' kappa {kappa}, pairwise agreement {pairs:.1%}", end="; ")
+        print(f"accuracy ceiling on these labels {ceiling:.1%}")
     if images["kept"] < images["wanted"]:
-        print(f"note: {images['wanted']} were wanted; there are no more images to ask about")
-
-
-def tally(parts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in parts.items() if count) or "none"
-
-
-def usd(cost: dict[str, Any]) -> str:
-    return "no price known" if cost["usd"] is None else f"${cost['usd']:.4f}"
+        print(f"note: --num_images is {images['wanted']}; there are no more images to ask about")
 
 
 def describe(config: LabelConfig) -> list[str]:
     check_options(config)
     if labels_given(config):
-        return [
-            f"take the labels of {config.labels_file or config.images}",
-            f"write the data set to {config.output_dir}",
-        ]
+        labels = config.labels_file or config.images
+        return [f"take the labels of {labels}", f"write the data set to {config.output_dir}"]
     task, section = load_task(config.task_file or DEFAULT_TASK), config.teacher
     who = "the loopback teacher (colours only)" if section.loopback_teacher else section.teacher_model
     budget = spending_of(section, question_of(section, task, DeviceTarget(image_size=config.image_size))).budget_usd

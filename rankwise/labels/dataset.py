@@ -20,7 +20,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,7 @@ from rankwise.data.pixels import BROKEN
 from rankwise.data.sources.rows import BadRow, RowFile, json_rows
 from rankwise.errors import DataError
 from rankwise.files.atomic import atomic_files, atomic_write
-from rankwise.labels.coco import held_out_groups
-from rankwise.labels.image_ids import ImageIds, Originals
+from rankwise.labels.images import ImageIds, Originals, drawn_order, shares
 
 IMAGES, CONVERSATIONS = "images", "conversations"
 ALL, TRAIN, VAL = "labels.jsonl", "train.jsonl", "val.jsonl"
@@ -80,21 +79,26 @@ class LabelledRow:
         return cls(image_id, stored.path, stored.sha256, label, alternative=alternative, **own)
 
     def record(self, task: LabelTask) -> dict[str, Any]:
-        """The row as its file has it."""
-        return {
-            "image_id": self.image_id,
-            "image_path": self.image_path,
-            task.field: self.label,
-            "reason": self.reason,
-            "visual_features": list(self.visual_features),
-            "color_breakdown": self.color_breakdown,
-            "texture": self.texture,
-            "confidence": self.confidence,
-            task.alternative: self.alternative,
-            "ambiguity_note": self.ambiguity_note,
-            "image_sha256": self.image_sha256,
-            **({"source_path": self.source_path} if self.source_path else {}),
+        """The row as its file has it: the hash last, and the original only where there is one."""
+        own = {"label": task.field, "alternative": task.alternative}
+        row = {
+            own.get(name, name): value
+            for name, value in vars(self).items()
+            if name not in ("image_sha256", "source_path")
         }
+        row |= {"visual_features": list(self.visual_features), "image_sha256": self.image_sha256}
+        return row | ({"source_path": self.source_path} if self.source_path else {})
+
+
+@dataclass(frozen=True)
+class Labels:
+    """All that becomes a data set. facts: for label.json; ids: the names of images, those of earlier runs too."""
+
+    task: LabelTask
+    rows: list[LabelledRow]
+    originals: Originals
+    facts: dict[str, Any]
+    ids: ImageIds
 
 
 @dataclass(frozen=True)
@@ -217,6 +221,21 @@ def _split(rows: Sequence[LabelledRow], fraction: float, seed: int) -> Written:
     )
 
 
+def held_out_groups(stratum_of: Mapping[str, str], fraction: float, seed: int) -> set[str]:
+    """Which groups validate: of every stratum its share of the fraction, one at least where it has two groups or more,
+    and never all."""
+    if not fraction:
+        return set()
+    members: dict[str, list[str]] = {}
+    for group, stratum in stratum_of.items():
+        members.setdefault(stratum, []).append(group)
+    sizes = {stratum: len(groups) for stratum, groups in members.items()}
+    least = {stratum: int(size > 1) for stratum, size in sizes.items()}
+    most = {stratum: size - 1 for stratum, size in sizes.items()}
+    wanted = shares(sizes, round(fraction * len(stratum_of)), least=least, most=most)
+    return {group for stratum, groups in members.items() for group in drawn_order(groups, seed)[: wanted[stratum]]}
+
+
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
@@ -256,24 +275,14 @@ def row_of(content: Mapping[str, Any], task: LabelTask) -> LabelledRow:
         if wrong:
             raise BadRow(wrong)
     names = {"label": task.field, "alternative": task.alternative}
-    own = {
-        "reason",
-        "visual_features",
-        "color_breakdown",
-        "texture",
-        "confidence",
-        "ambiguity_note",
-        "source_path",
-        *TEXTS,
-    }
-    values = {key: given[key] for key in own if key in given}
-    values |= {key: given[name] for key, name in names.items() if name in given}
+    own = {field.name: names.get(field.name, field.name) for field in fields(LabelledRow)}
+    values = {key: given[name] for key, name in own.items() if name in given}
     return LabelledRow(**values | {"visual_features": tuple(values.get("visual_features", ()))})
 
 
 def remove_orphans(folder: Path, ids: ImageIds, rows: Iterable[LabelledRow]) -> int:
-    """Delete them, and the originals that earlier tables named; how many images it were. Only a file that still holds
-    what was stored under its name is deleted."""
+    """Delete images of earlier runs that no row names, and the originals that earlier tables named; returns how many
+    images. Only a file that still holds what was stored under its name is deleted."""
     rows, count = tuple(rows), 0
     used = {row.image_id for row in rows}
     for image_id, sha256 in ids.known.items():

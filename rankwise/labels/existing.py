@@ -1,4 +1,4 @@
-"""Labels that somebody has given already, brought into the form of a labelled data set. No teacher is asked.
+"""Labels that exist already, as a labelled data set. No teacher is asked.
 
     photos/cat/1.jpg, photos/dog/2.jpg        the folder is the class
     labels.csv, labels.jsonl                  columns image, label (or others, by name); paths start at --image_folder
@@ -21,9 +21,8 @@ from rankwise.data.label_answer import label_called, name_key, spellings
 from rankwise.data.label_task import LabelTask, task_of_labels
 from rankwise.data.sources.rows import BadRow, Row, RowFile, csv_rows, json_rows
 from rankwise.errors import DataError, UsageError
-from rankwise.labels.coco import Photo, images_below
 from rankwise.labels.dataset import LabelledRow, pixel_hash, store_image
-from rankwise.labels.image_ids import ImageIds
+from rankwise.labels.images import ImageIds, Photo, images_below
 from rankwise.options.field import unknown
 
 IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "file", "path")
@@ -178,10 +177,9 @@ def _in_folders(folder: Path) -> Iterator[Given]:
     photos = images_below(folder).photos
     loose = [photo.reference for photo in photos if "/" not in photo.reference]
     if loose:
-        raise DataError(
-            f"{folder}: {len(loose)} images lie in no class folder ({', '.join(loose[:MENTIONED])}); put each image "
-            "into a subfolder named after its class"
-        )
+        named = ", ".join(loose[:MENTIONED])
+        advice = "put each image into a subfolder named after its class"
+        raise DataError(f"{folder}: {len(loose)} images lie in no class folder ({named}); {advice}")
     for photo in photos:
         yield Given(photo, photo.reference.split("/")[0], str(folder / photo.reference))
 
@@ -204,12 +202,8 @@ def _in_file(source: RowFile, image_column: str | None, label_column: str | None
         _refuse_dispute(before, given)
         if before is not given:
             source.reject(line, f"{image} stands before ({before.place})")
-    yield from _numbered(list(seen.values()))
-
-
-def _numbered(given: Sequence[Given]) -> Iterator[Given]:
-    """Numbered by name, as the images of a folder are, so that reordering a file changes no id."""
-    for index, each in enumerate(sorted(given, key=lambda one: one.photo.reference)):
+    # Numbered by name, as the images of a folder are, so that reordering a file changes no id.
+    for index, each in enumerate(sorted(seen.values(), key=lambda one: one.photo.reference)):
         yield replace(each, photo=replace(each.photo, index=index))
 
 
@@ -230,9 +224,8 @@ def _column(source: RowFile, row: dict[str, object], named: str | None, usual: S
     found = [column for column in usual if column in row]
     if len(found) != 1:
         which = f"several may be it ({', '.join(found)})" if found else f"none is called {', '.join(usual)}"
-        raise UsageError(
-            f"{source.path}: which column is the {what}? {which}; say --{what}_column, of {', '.join(row)}"
-        )
+        wanted = f"say --{what}_column, of {', '.join(row)}"
+        raise UsageError(f"{source.path}: which column is the {what}? {which}; {wanted}")
     return found[0]
 
 

@@ -37,8 +37,8 @@ from rankwise.device.llama.generator import GGUFGenerator
 from rankwise.device.sides import Shipped
 from rankwise.errors import UsageError
 from rankwise.evaluate.generate import Generated, HFGenerator
-from rankwise.labels.coco import find_images
 from rankwise.labels.dataset import read_rows
+from rankwise.labels.images import find_images
 from rankwise.labels.teacher.loopback import LoopbackTeacher
 
 HARD = ("C", "C++", "un-ripe", "ripe", "🔥", "水", "İ", "café", "hot dog", "dog", "3", "ผลไม้")

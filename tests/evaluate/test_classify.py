@@ -23,7 +23,7 @@ from rankwise.evaluate import bootstrap
 from rankwise.evaluate.classify import UNPARSED, ByLikelihood, class_table, confusion_table, score_labels
 from rankwise.evaluate.classify import _resampled as resampled
 from rankwise.evaluate.generate import GenerationSettings, HFGenerator, LabelScores
-from rankwise.evaluate.likelihood import answered
+from rankwise.evaluate.likelihood import render_answers
 from rankwise.evaluate.predictions import EvaluationResult, Prediction, predict
 from rankwise.evaluate.tasks import evaluate, task
 
@@ -68,7 +68,7 @@ def scored(model: PreTrainedModel, renderer: Renderer, batch_size: int = 7, **ho
 
 
 def test_a_label_is_judged_on_the_tokens_that_training_sees(renderer: Renderer) -> None:
-    for row, group in zip(MIXED, answered(renderer, MIXED, LABELS), strict=True):
+    for row, group in zip(MIXED, render_answers(renderer, MIXED, LABELS), strict=True):
         prompt = renderer.prompt_ids(row)
         for label, rendered in zip(LABELS, group, strict=True):
             trained = renderer.training(
@@ -84,7 +84,7 @@ def test_a_label_is_judged_on_the_tokens_that_training_sees(renderer: Renderer) 
 def test_log_likelihoods_are_sums_over_a_plain_forward_pass(
     model: PreTrainedModel, renderer: Renderer, batch_size: int
 ) -> None:
-    groups = answered(renderer, MIXED, LABELS)
+    groups = render_answers(renderer, MIXED, LABELS)
     for row, found, group in zip(MIXED, scored(model, renderer, batch_size), groups, strict=True):
         for label, rendered in zip(LABELS, group, strict=True):
             ids = rendered.input_ids
@@ -110,7 +110,7 @@ def test_a_cut_source_is_cut_alike_for_all_labels(model: PreTrainedModel) -> Non
     tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
     renderer = Renderer(tokenizer, max_length=200, overlong="truncate_source", reserve=30)
     long = example("long", premise="It rains. " * 60)
-    [rows] = answered(renderer, [long], LABELS)
+    [rows] = render_answers(renderer, [long], LABELS)
     prompt = renderer.prompt_ids(long)
     assert renderer.prompt(long).truncated
     assert all(row.input_ids[: len(prompt)] == prompt and len(row.input_ids) <= 200 for row in rows)

@@ -19,7 +19,7 @@ from rankwise.data.example import Example, Examples
 from rankwise.data.sources.load import load
 from rankwise.data.sources.wikisql import AGGREGATES, Query, same_query
 from rankwise.errors import DataError
-from rankwise.evaluate.sql import LONGEST, parsed, score_sql, without_quotes
+from rankwise.evaluate.sql import LONGEST, parse_query, score_sql, without_quotes
 from rankwise.evaluate.sql_database import Database, Refused, Stopped, build_database
 
 HEADER = ("Player", "No.", "School/Club Team", "Yards, total = sum", "Max Speed", "Team and Year", "Player Name")
@@ -83,7 +83,7 @@ def test_the_text_is_that_of_the_specification() -> None:
     ],
 )
 def test_texts_that_state_a_query(text: str, expected: Query) -> None:
-    assert parsed(text, HEADER) == expected
+    assert parse_query(text, HEADER) == expected
 
 
 @pytest.mark.parametrize(
@@ -108,13 +108,13 @@ def test_texts_that_state_a_query(text: str, expected: Query) -> None:
     ],
 )
 def test_texts_that_state_none(text: str) -> None:
-    assert parsed(text, HEADER) is None
+    assert parse_query(text, HEADER) is None
 
 
 def test_a_text_full_of_conditions_takes_no_time() -> None:
     started = time.perf_counter()
-    parsed(("SELECT Player FROM table WHERE " + "No. = 1 AND " * 500)[:LONGEST], HEADER)
-    assert parsed("SELECT Player FROM table WHERE No. =" + " and" * 1000, HEADER)
+    parse_query(("SELECT Player FROM table WHERE " + "No. = 1 AND " * 500)[:LONGEST], HEADER)
+    assert parse_query("SELECT Player FROM table WHERE No. =" + " and" * 1000, HEADER)
     assert time.perf_counter() - started < 2
 
 
@@ -133,7 +133,7 @@ def queries(draw: st.DrawFn) -> tuple[tuple[str, ...], Query]:
 @given(queries())
 def test_a_query_survives_its_text(case: tuple[tuple[str, ...], Query]) -> None:
     header, query = case
-    found = parsed(query.text(header), header)
+    found = parse_query(query.text(header), header)
     assert found is not None
     as_texts = tuple((column, operator, str(value)) for column, operator, value in query.conditions)
     assert found == replace(query, conditions=as_texts)
@@ -148,7 +148,7 @@ def test_every_official_query_survives_its_text(shared_data: Path, tmp_path: Pat
         examples = load("wikisql", file)
         assert len(examples) == rows
         for example in examples:
-            found = parsed(example.answer, example.facts["header"])
+            found = parse_query(example.answer, example.facts["header"])
             assert found is not None and same_query(found, Query.of(example.facts["sql"])), example.answer
 
 

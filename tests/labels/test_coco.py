@@ -25,8 +25,9 @@ from rankwise.data.sources import official as archives
 from rankwise.data.sources import official as download
 from rankwise.data.sources.official import Download
 from rankwise.errors import DataError, ServiceError, UsageError
-from rankwise.labels import coco
-from rankwise.labels.coco import Photo, download_coco, drawn_order, find_images, held_out_groups, select, shares
+from rankwise.labels import images as coco
+from rankwise.labels.dataset import held_out_groups
+from rankwise.labels.images import Photo, download_coco, drawn_order, find_images, select, shares
 from rankwise.options.label import LabelConfig
 
 CATEGORIES = [

@@ -486,7 +486,7 @@ def test_the_trial_of_a_teacher_that_answers_nothing_usable_is_shown(
 def test_a_bare_run_has_a_budget(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rankwise.labels.ask.DEFAULT_BUDGET", 0.25)
+    monkeypatch.setattr("rankwise.labels.teacher.questions.DEFAULT_BUDGET", 0.25)
     prices = ("--usd_per_million_input", "0", "--usd_per_million_output", "1000", "--max_tokens", "100")
     assert label(photos, tmp_path / "d", usage(None), *prices)[0] == 5
     shown = capsys.readouterr()

@@ -10,9 +10,8 @@ from PIL import Image
 
 from rankwise.cli import main
 from rankwise.data.device import DeviceTarget
-from rankwise.labels.coco import Photo
 from rankwise.labels.dataset import read_rows
-from rankwise.labels.image_ids import ImageIds
+from rankwise.labels.images import ImageIds, Photo
 
 SHADES = {"b": 60, "d": 120, "f": 180}
 

@@ -26,8 +26,8 @@ from rankwise.data.sources.load import load
 from rankwise.device.llama.runtime import LlamaServer
 from rankwise.files.atomic import read_object
 from rankwise.files.run_folder import RunFolder
-from rankwise.labels import ask
 from rankwise.labels.dataset import pixel_hash, read_rows
+from rankwise.labels.teacher import loopback
 from rankwise.labels.teacher.loopback import LoopbackTeacher, Response, picture_of
 
 COLOURS = {"water": (30, 90, 180), "wood": (45, 110, 45), "fire": (225, 50, 20), "metal": (120, 120, 125)}
@@ -176,7 +176,7 @@ def test_unsure_and_useless_answers_are_left_out_and_counted(
     assert quarantine[0]["answers"] == ["It looks like a lake to me!", "I cannot help with this image."]
     assert "sky" in quarantine[1]["problem"]
     shown = capsys.readouterr().out
-    assert "1 less sure than wanted, 2 in quarantine.jsonl" in shown
+    assert "1 below --min_confidence, 2 in quarantine.jsonl" in shown
     assert "no more images" in shown
 
 
@@ -360,7 +360,7 @@ def test_the_key_of_the_environment_is_not_for_the_loopback_teacher(
             started.append(self)
             return super().__enter__()
 
-    monkeypatch.setattr(ask, "LoopbackTeacher", Watched)
+    monkeypatch.setattr(loopback, "LoopbackTeacher", Watched)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     assert main(words(photos, tmp_path / "d", None, "--num_images", "2")) == 0
     assert [server.keys for server in started] == [{"none"}]

@@ -16,9 +16,9 @@ from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.label_task import LabelTask, load_task, read_task, task_from
 from rankwise.data.sources.load import load
 from rankwise.errors import DataError, UsageError
-from rankwise.labels.coco import find_images, select
 from rankwise.labels.dataset import LabelledRow, StoredImage, Written, pixel_hash, read_rows, store_image, write_dataset
 from rankwise.labels.existing import Existing, label_rows, read_existing, task_for
+from rankwise.labels.images import find_images, select
 from rankwise.options.label import LabelConfig
 
 TARGET = DeviceTarget(image_size=16)

@@ -42,7 +42,7 @@ from rankwise.labels.teacher.answers import (
     Unusable,
     Verdict,
     agreement,
-    checked,
+    check_answer,
     fleiss,
     majority,
     majority_error,
@@ -534,7 +534,7 @@ def test_the_loopback_teacher_labels_by_colours(element: str, task: LabelTask, l
     assert isinstance(found, list) and found[0].content
     assert found[0].content["element"] == element
     assert found[0].confidence > 0.9, "a JPEG's colours bleed into the padding"
-    assert checked(ledger.entries[0].reply, task) == found[0].content
+    assert check_answer(ledger.entries[0].reply, task) == found[0].content
 
 
 def test_the_loopback_teacher_tells_other_tasks_by_hue(ledger: AnswerLedger, tmp_path: Path) -> None:

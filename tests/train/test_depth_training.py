@@ -30,7 +30,7 @@ from rankwise.data.renderer_for import renderer_for
 from rankwise.data.sources.load import load as load_rows
 from rankwise.data.vision_inputs import Sight
 from rankwise.errors import DataError, UsageError
-from rankwise.evaluate.engines import Subject, base_and_adapter, seeing, subject
+from rankwise.evaluate.engines import Subject, add_depth, base_and_adapter, subject
 from rankwise.evaluate.generate import GenerationSettings, HFGenerator
 from rankwise.models.adapt import quiet_peft
 from rankwise.models.depth.encoder import encoder_of, read_depth, write_depth
@@ -383,7 +383,7 @@ def evaluation(run: Path, place: Path, **depth: Any) -> EvaluateConfig:
 
 def under_test(config: EvaluateConfig, rows: Any) -> Subject:
     base, adapter = base_and_adapter(str(config.model_name), None)
-    return seeing(config, subject(config, base, adapter), rows)
+    return add_depth(config, subject(config, base, adapter), rows)
 
 
 def texts(tested: Subject, rows: Any, batch_size: int = 4) -> list[str]:

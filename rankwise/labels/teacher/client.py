@@ -1,15 +1,15 @@
-"""One question to a service that speaks the OpenAI protocol, asked with patience that has bounds.
+"""One question to a service that speaks the OpenAI protocol, asked with bounded patience.
 
     slot (at most `concurrency`) ──▶ budget ──▶ rate (requests per minute) ──▶ request ──▶ Reply
-                                                       ▲ retries of the SDK (`transport`): 429, 5xx, timeouts, pages
-                                                         with status 200 that are no answer; Retry-After
+                                                  ▲ the SDK's retries: 408, 409, 429, 5xx, timeouts; Retry-After
 
 async with Teacher(settings, spending) as teacher:
     reply = await teacher.ask(messages, response_format)
 
 Whatever makes every further request pointless (a wrong key, no quota, an unknown model) is a ServiceError; what only
-this request ran into, after all retries or because of its picture, is Unanswered. Nothing else comes back as a Reply
-than an answer of the teacher.
+this request ran into, after all retries or because of its image, is Unanswered. Nothing but an answer of the teacher
+comes back as a Reply: what came with status 200 and is no answer gets the status that it should have had
+(`judge_response`), so that it is waited out and asked again like any other outage.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ from rankwise.labels.teacher.ledger import Spending
 from rankwise.options.field import check_address
 from rankwise.options.label import TeacherSection
 
+KEY_VARIABLE, ADDRESS_VARIABLE = "OPENAI_API_KEY", "OPENAI_BASE_URL"
+OFFICIAL = "https://api.openai.com/v1"
+HERE = ("127.0.0.1", "localhost", "::1")
+OF_THE_PICTURE = (400, 413, 415, 422)  # error statuses that another picture may not get
+LONGEST = 500  # characters of a service's own words in a message
 LARGEST = 8 * 2**20  # bytes of one response, decompressed; an answer has a few thousand
 NOT_THE_BODY_S = ("content-encoding", "content-length", "transfer-encoding")
 KEPT = ("retry-after",)  # of the headers of what is no answer
@@ -62,12 +67,12 @@ def http_client(openai: ModuleType, before_retry: Callable[[Attempts], Awaitable
 
             attempts.fault = None
             request.extensions["trace"] = trace
-            return await judged(await super().send(request, stream=True, **options), attempts)
+            return await judge_response(await super().send(request, stream=True, **options), attempts)
 
     return Client(trust_env=trust_env, follow_redirects=False)
 
 
-async def judged(response: Any, attempts: Attempts) -> Any:
+async def judge_response(response: Any, attempts: Attempts) -> Any:
     """The whole response, or the error that it is. An error status costs nothing; no retry helps an empty account."""
     content, status, headers = b"", response.status_code, dict[str, str]()
     try:
@@ -99,13 +104,6 @@ async def body_of(response: Any) -> bytes:
     finally:
         await response.aclose()
     return bytes(body)
-
-
-KEY_VARIABLE, ADDRESS_VARIABLE = "OPENAI_API_KEY", "OPENAI_BASE_URL"
-OFFICIAL = "https://api.openai.com/v1"
-HERE = ("127.0.0.1", "localhost", "::1")
-OF_THE_PICTURE = (400, 413, 415, 422)  # error statuses that another picture may not get
-LONGEST = 500  # characters of a service's own words in a message
 
 
 class Unanswered(Exception):
@@ -165,18 +163,15 @@ class Teacher:
             self._raise_if_stopped()
             try:
                 await self.spending.admit()
+                try:
+                    await self._rate.acquire()
+                    self._raise_if_stopped()
+                    return await self._answered(self._request(messages, response_format))
+                finally:
+                    self.spending.release()
             except ServiceError as error:
                 self.stop(error)
                 raise
-            try:
-                await self._rate.acquire()
-                self._raise_if_stopped()
-                return await self._answered(self._request(messages, response_format))
-            except ServiceError as error:
-                self.stop(error)
-                raise
-            finally:
-                self.spending.release()
 
     def stop(self, reason: Exception) -> None:
         """From now on nothing is sent: whoever asks, or waits to, gets the (first) reason."""
@@ -186,18 +181,13 @@ class Teacher:
         if self._stopped:
             raise self._stopped
 
-    def _request(
-        self, messages: Sequence[Mapping[str, Any]], response_format: Mapping[str, Any] | None
-    ) -> dict[str, Any]:
+    def _request(self, messages: Sequence[Mapping[str, Any]], form: Mapping[str, Any] | None) -> dict[str, Any]:
         # OpenAI's reasoning models take the new name only, most other servers the old one only.
         official = self._client.base_url.host == urlsplit(OFFICIAL).hostname
         limit = "max_completion_tokens" if official else "max_tokens"
         request = {"model": self.settings.teacher_model, "messages": list(messages), limit: self.settings.max_tokens}
-        if response_format is not None:
-            request["response_format"] = response_format
-        if self.settings.temperature is not None:
-            request["temperature"] = self.settings.temperature
-        return request
+        more = {"response_format": form, "temperature": self.settings.temperature}
+        return request | {name: value for name, value in more.items() if value is not None}
 
     async def _answered(self, request: dict[str, Any]) -> Reply:
         attempts, answered = Attempts(), False
@@ -233,9 +223,7 @@ class Teacher:
         if status in OF_THE_PICTURE:
             raise Unanswered(f"the teacher refuses the request ({status}: {said})") from None
         if status < 400:
-            raise ServiceError(
-                f"the teacher is elsewhere ({status}: a redirect, which is not followed); see --base_url"
-            )
+            raise ServiceError(f"the teacher is elsewhere ({status}: a redirect, not followed); see --base_url")
         raise ServiceError(f"the teacher refuses the request ({status}: {said})") from None
 
     async def _before_retry(self, attempts: Attempts) -> None:

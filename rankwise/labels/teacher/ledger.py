@@ -1,4 +1,6 @@
-"""Every answer of the teacher, appended to a file as soon as it is there: what is in it is never paid for again.
+"""Every answer of the teacher, appended to a file as soon as it is there, and what the answers cost.
+
+What is in the ledger is never paid for again, and the budget is not exceeded.
 
 ledger = AnswerLedger(folder / "ledger.jsonl")
 ledger.add(Entry(Key(image, task, model, vote), …))     # on the disk when this returns
@@ -8,6 +10,11 @@ One line per answer, unusable ones too (they were paid for):
     {"image": sha256, "task": sha256, "model": "gpt-4o", "vote": 0, "attempt": 1, "image_id": "00007_beach",
      "text": "{…}", "refusal": null, "finish_reason": "stop", "input_tokens": 812, "output_tokens": 97, …,
      "address": "https://api.openai.com/v1", "max_tokens": 1000}
+
+spending = Spending(prices_of("gpt-4o", None, None), budget_usd=5.0, max_output_tokens=600, text_bytes=2400)
+await spending.admit()                # waits where the open requests might use up the budget; raises where none is open
+spending.enter(812, 97, spending.cost(812, 97))
+spending.release()
 """
 
 from __future__ import annotations
@@ -27,6 +34,12 @@ from rankwise.labels.teacher.answers import Reply, count, refusal_of, text_of, w
 
 NAME = "ledger.jsonl"
 FAULT = "the service's response is"  # how the problem of an error page began that earlier versions stored
+MILLION = 1_000_000
+DEFAULT_BUDGET = 10.0  # dollars, where prices are known: some 1,500 pictures of gpt-4o
+# US dollars per million tokens (input, output), list prices of June 2026; exact names only: dated versions differ.
+PRICES = {"gpt-4o": (2.50, 10.00), "gpt-4o-mini": (0.15, 0.60)}
+# Before the first answer has said how many: above gpt-4o-mini's 8,500 tokens for a picture of one tile.
+IMAGE_TOKENS = 10_000
 
 
 @dataclass(frozen=True)
@@ -105,7 +118,7 @@ class AnswerLedger:
         content = self.path.read_bytes() if self.path.is_file() else b""
         for number, line in enumerate(content.split(b"\n")[:-1], 1):
             try:
-                entry = parsed(json.loads(line))
+                entry = parse_entry(json.loads(line))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 self.bad.append(f"line {number}: {type(error).__name__}: {str(error)[:80]}")
                 continue
@@ -115,7 +128,7 @@ class AnswerLedger:
                 self._keep(entry)
 
 
-def parsed(row: Any) -> Entry:
+def parse_entry(row: Any) -> Entry:
     """A line's content as an entry. ValueError, KeyError or TypeError where it is none.
 
     A text that an earlier version stored as it came (a list of parts) is read as `reply` reads it.
@@ -133,16 +146,8 @@ def parsed(row: Any) -> Entry:
     usd = _typed(row, "usd", (int, float), None)
     if usd is not None and not 0 <= usd < math.inf:
         raise ValueError(f"usd is {usd}")
-    return Entry(
-        key,
-        _typed(row, "attempt", int),
-        _typed(row, "image_id", str),
-        reply,
-        usd,
-        _typed(row, "at", str),
-        word(row.get("address")),
-        count(row, "max_tokens"),
-    )
+    attempt, image_id, at = _typed(row, "attempt", int), _typed(row, "image_id", str), _typed(row, "at", str)
+    return Entry(key, attempt, image_id, reply, usd, at, word(row.get("address")), count(row, "max_tokens"))
 
 
 def _typed(row: Any, name: str, kind: type | tuple[type, ...], missing: Any = ...) -> Any:
@@ -152,14 +157,6 @@ def _typed(row: Any, name: str, kind: type | tuple[type, ...], missing: Any = ..
     if isinstance(value, bool) or not isinstance(value, kind):
         raise TypeError(f"{name} is {value!r:.40}")
     return value
-
-
-MILLION = 1_000_000
-DEFAULT_BUDGET = 10.0  # dollars, where prices are known: some 1,500 pictures of gpt-4o
-# US dollars per million tokens (input, output), list prices of June 2026; exact names only: dated versions differ.
-PRICES = {"gpt-4o": (2.50, 10.00), "gpt-4o-mini": (0.15, 0.60)}
-# Before the first answer has said how many: above gpt-4o-mini's 8,500 tokens for a picture of one tile.
-IMAGE_TOKENS = 10_000
 
 
 class BudgetReached(ServiceError):
@@ -216,10 +213,8 @@ class Spending:
 
     def __post_init__(self) -> None:
         if self.budget_usd is not None and self.prices is None:
-            raise UsageError(
-                "--budget_usd needs prices, and this model's are not known: give --usd_per_million_input and "
-                "--usd_per_million_output"
-            )
+            known = "give --usd_per_million_input and --usd_per_million_output"
+            raise UsageError(f"--budget_usd needs prices, and this model's are not known: {known}")
 
     @property
     def usd(self) -> float | None:

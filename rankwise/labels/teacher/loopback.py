@@ -15,16 +15,19 @@ import io
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from PIL import Image, ImageColor
 
 from rankwise.data.label_answer import name_key
+from rankwise.options.label import TeacherSection
 
 MODEL = "loopback-colours"
+NO_LIMIT = 600_000.0  # requests per minute of a teacher on this machine
 GRID = 48  # pixels of the image that are looked at, per side
 PADDING = 24  # an RGB sum up to this is the black around a letterboxed image
 ELEMENTS = {
@@ -55,18 +58,14 @@ def completion(text: str, request: Mapping[str, Any], **message: Any) -> Respons
     """A chat completion with this text. Tokens are guesses: 255 for the picture, and 4 characters each for texts."""
     asked = sum(len(part.get("text", "")) for part in parts_of(request))
     usage = {"prompt_tokens": 255 + asked // 4, "completion_tokens": max(1, len(text) // 4)}
+    reason = message.pop("finish_reason", "stop")
+    said = {"role": "assistant", "content": text, "refusal": None, **message}
     body = {
         "id": "chatcmpl-loopback",
         "object": "chat.completion",
         "created": 0,
         "model": request.get("model", MODEL),
-        "choices": [
-            {
-                "index": 0,
-                "finish_reason": message.pop("finish_reason", "stop"),
-                "message": {"role": "assistant", "content": text, "refusal": None, **message},
-            }
-        ],
+        "choices": [{"index": 0, "finish_reason": reason, "message": said}],
         "usage": {**usage, "total_tokens": sum(usage.values())},
     }
     return Response(200, json.dumps(body).encode())
@@ -236,3 +235,19 @@ def _handler(teacher: LoopbackTeacher) -> type[BaseHTTPRequestHandler]:
             """Silent: tests and pipelines read the output of the command."""
 
     return Handler
+
+
+@contextmanager
+def serving(section: TeacherSection) -> Iterator[TeacherSection]:
+    """The options with a service that is there: `--loopback_teacher` starts its own."""
+    if not section.loopback_teacher:
+        yield section
+        return
+    with LoopbackTeacher() as loopback:
+        yield replace(
+            section,
+            base_url=loopback.url,
+            teacher_model=MODEL,
+            openai_api_key="none",  # whatever key is in the environment is nobody's business here
+            requests_per_minute=max(section.requests_per_minute, NO_LIMIT),
+        )

@@ -22,14 +22,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from rankwise.data.device import DeviceTarget
 from rankwise.data.label_task import LabelTask
 from rankwise.errors import Interrupted, ServiceError
-from rankwise.labels.teacher.answers import CUT, Content, Unusable, Verdict, checked, usable, verdict
-from rankwise.labels.teacher.client import Teacher, TeacherStopped, Unanswered
-from rankwise.labels.teacher.ledger import AnswerLedger, Entry, Key
+from rankwise.labels.teacher.answers import CUT, Content, Unusable, Verdict, check_answer, usable, verdict
+from rankwise.labels.teacher.client import OFFICIAL, Teacher, TeacherStopped, Unanswered, address_of
+from rankwise.labels.teacher.ledger import DEFAULT_BUDGET, AnswerLedger, Entry, Key, Prices, Spending, prices_of
+from rankwise.labels.teacher.loopback import MODEL as LOOPBACK
+from rankwise.options.label import TeacherSection
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-GRACE = 20.0
+GRACE = 20.0  # seconds that open questions get to finish
+ATTEMPTS = 2  # an answer that cannot be used is asked for once more
+UNANSWERED_IN_A_ROW = 3  # after so many questions without any answer, each with all its retries, the service is down
 
 
 class Stopping:
@@ -85,10 +90,6 @@ class Stopping:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-ATTEMPTS = 2  # an answer that cannot be used is asked for once more
-UNANSWERED_IN_A_ROW = 3  # after so many questions without any answer, each with all its retries, the service is down
-
-
 @dataclass(frozen=True)
 class Picture:
     """An image to label. digest: of the device's pixels. jpeg: those pixels, as the teacher sees them."""
@@ -136,6 +137,29 @@ class Question:
     def text_bytes(self) -> int:
         """Size of what goes with every picture: more tokens than this it cannot be."""
         return len(self.text.encode()) + len(json.dumps(self.response_format).encode())
+
+
+def where(section: TeacherSection) -> str:
+    """The address of the teacher, as it is recorded."""
+    return LOOPBACK if section.loopback_teacher else address_of(section.base_url)
+
+
+def question_of(section: TeacherSection, task: LabelTask, target: DeviceTarget) -> Question:
+    return Question(task, section.detail, section.response_format, section.temperature, target.jpeg_quality)
+
+
+def spending_of(section: TeacherSection, question: Question, ledger: AnswerLedger | None = None) -> Spending:
+    """What the data set has cost so far, and the limit. List prices are OpenAI's own: elsewhere they must be given."""
+    listed = section.teacher_model if where(section) == OFFICIAL else ""
+    prices = prices_of(listed, section.usd_per_million_input, section.usd_per_million_output)
+    prices = Prices(0.0, 0.0) if section.loopback_teacher else prices
+    budget = section.budget_usd
+    if budget is None and prices and not section.loopback_teacher:
+        budget = DEFAULT_BUDGET
+    spending = Spending(prices, budget, section.max_tokens, question.text_bytes)
+    for entry in ledger.entries if ledger else ():
+        spending.enter(entry.reply.input_tokens, entry.reply.output_tokens, entry.usd)
+    return spending
 
 
 class Asker:
@@ -201,7 +225,7 @@ class Asker:
             entries = self.standing(key)
             try:
                 if entries:
-                    return checked(entries[-1].reply, self.question.task)
+                    return check_answer(entries[-1].reply, self.question.task)
             except Unusable:
                 if len(entries) >= ATTEMPTS:
                     raise

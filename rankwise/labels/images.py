@@ -1,76 +1,42 @@
-"""Images to label: COCO in its official layout, or any folder, and a seeded selection that is fair to what they show.
+"""Images to label: which there are, which are selected, what they are called, and the originals that are kept.
 
     val2017/000000000139.jpg …                     ── find_images ──▶ ImageSet ── select(photos, 1000, seed=42)
     annotations/instances_val2017.json                                  folder, photos (index, reference, strata)
 
-found = find_images("data/coco")                  # also images/val2017, train2017, or a folder of any images
-reader = ImageReader(found.folder)
-for photo in select(found.photos, 1000, seed=42):
-    reader.open(photo.reference)                  # photo.id: 00000_000000000139
+    labels.jsonl, ledger.jsonl of earlier runs ── of_folder ──▶ ImageIds ── claim(photo, pixels' hash) ──▶ 00017_beach
+    originals/00017_IMG_2041.jpeg                  a few files as they were, metadata (place, camera) included
 
-Where annotations say what is in an image, its stratum is the category that fills most of it.
+Any folder will do; where it has COCO's layout, the stratum of an image is the category that fills most of it. A new
+image is named by its place among all images and its file, and where an earlier image has that name, by its content too
+(`00017_beach-3fa9c1d2`): no name ever means two images, and none changes because a folder grows.
+
+Validation and golden vectors start from the originals: the data set's own images have the device's size, which any
+resizer passes on, so with them alone nobody could tell whether an app scales, turns and pads as training saw it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from PIL import Image
+
+from rankwise.data.device import FILE as DEVICE
+from rankwise.data.device import DeviceTarget, changes, read_target
+from rankwise.data.images import ImageReader
 from rankwise.data.label_answer import name_key
+from rankwise.data.pixels import kind_of, suffix_of
 from rankwise.data.sources.official import Download, fetch, unpacked, unpacked_into
+from rankwise.data.split import in_turn
 from rankwise.errors import DataError
 from rankwise.files.atomic import atomic_write, read_object
-
-
-def shares(
-    sizes: Mapping[str, int],
-    total: int,
-    *,
-    least: Mapping[str, int] | None = None,
-    most: Mapping[str, int] | None = None,
-) -> dict[str, int]:
-    """Largest-remainder shares of `total` in proportion to the sizes; ties go to the earlier name.
-
-    least, most: bounds of each share (default 0 and the size). They stand over the total where both can't hold.
-    """
-    least, most = least or dict.fromkeys(sizes, 0), most or sizes
-    whole, names = sum(sizes.values()) or 1, sorted(sizes)
-    given = {name: min(max(total * sizes[name] // whole, least[name]), most[name]) for name in names}
-
-    def owed(name: str) -> int:
-        return total * sizes[name] - given[name] * whole
-
-    while sum(given.values()) < total and (open_names := [name for name in names if given[name] < most[name]]):
-        given[max(open_names, key=owed)] += 1
-    while sum(given.values()) > total and (open_names := [name for name in names if given[name] > least[name]]):
-        given[min(open_names, key=owed)] -= 1
-    return given
-
-
-def drawn_order(names: Iterable[str], seed: int) -> list[str]:
-    """The names in a random order that the seed and the names decide."""
-    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}\n{name}".encode()).digest())
-
-
-def held_out_groups(stratum_of: Mapping[str, str], fraction: float, seed: int) -> set[str]:
-    """Which groups validate: of every stratum its share of the fraction, one at least where it has two groups or more,
-    and never all."""
-    if not fraction:
-        return set()
-    members: dict[str, list[str]] = {}
-    for group, stratum in stratum_of.items():
-        members.setdefault(stratum, []).append(group)
-    sizes = {stratum: len(groups) for stratum, groups in members.items()}
-    least = {stratum: int(size > 1) for stratum, size in sizes.items()}
-    most = {stratum: size - 1 for stratum, size in sizes.items()}
-    wanted = shares(sizes, round(fraction * len(stratum_of)), least=least, most=most)
-    return {group for stratum, groups in members.items() for group in drawn_order(groups, seed)[: wanted[stratum]]}
-
 
 # The consortium publishes no checksums. Sizes and SHA-256 are those on which several independent public records of
 # these files agree (their MD5 sums are 442b8da7639aecaf257c1dceb8ba8c80 and f4bbac642086de4f52a3fdda2de5fa2c).
@@ -92,6 +58,12 @@ SUFFIXES = frozenset(
 UNSAFE = re.compile(r"[^\w.-]+")
 LONGEST_STEM = 100
 MENTIONED = 3
+TABLE, FOLDER = "labels.jsonl", "originals"
+NAME = re.compile(r"\d{5,}_[\w.-]*")
+ORIGINAL = re.compile(rf"{FOLDER}/{NAME.pattern}")
+MOST = 32  # as many as the parity ladder asks about
+MOST_BYTES = 64 * 2**20
+AMONG = 200  # pictures that are looked at
 
 
 @dataclass(frozen=True)
@@ -173,6 +145,32 @@ def _drawn(photos: Sequence[Photo], num: int, seed: int, level: int) -> list[Pho
     return [photo for name, members in strata.items() for photo in _drawn(members, wanted[name], seed, level + 1)]
 
 
+def shares(
+    sizes: Mapping[str, int], total: int, *, least: Mapping[str, int] = {}, most: Mapping[str, int] = {}
+) -> dict[str, int]:
+    """Largest-remainder shares of `total` in proportion to the sizes; ties go to the earlier name.
+
+    least, most: bounds of each share [0 and the size]. They stand over the total where both can't hold.
+    """
+    least, most = least or dict.fromkeys(sizes, 0), most or sizes
+    whole, names = sum(sizes.values()) or 1, sorted(sizes)
+    given = {name: min(max(total * sizes[name] // whole, least[name]), most[name]) for name in names}
+
+    def owed(name: str) -> int:
+        return total * sizes[name] - given[name] * whole
+
+    while sum(given.values()) < total and (open_names := [name for name in names if given[name] < most[name]]):
+        given[max(open_names, key=owed)] += 1
+    while sum(given.values()) > total and (open_names := [name for name in names if given[name] > least[name]]):
+        given[min(open_names, key=owed)] -= 1
+    return given
+
+
+def drawn_order(names: Iterable[str], seed: int) -> list[str]:
+    """The names in a random order that the seed and the names decide."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}\n{name}".encode()).digest())
+
+
 def download_coco(folder: str | Path) -> Path:
     """COCO val2017 in its official layout, fetched from its official place (1 GB) as far as the folder lacks it.
 
@@ -241,13 +239,10 @@ def _listed(file: Path, content: Mapping[str, Any]) -> list[tuple[str, int]]:
 
 def _strata(file: Path, content: Mapping[str, Any]) -> dict[int, tuple[str, str]]:
     """Of every annotated image (by id): the supercategory and category (their keys) with the largest area in it."""
-    names = {
-        _value(row, "id", int, where): (
-            name_key(str(row.get("supercategory", ""))),
-            name_key(_value(row, "name", str, where)),
-        )
-        for row, where in _rows(file, content, "categories")
-    }
+    names = {}
+    for row, where in _rows(file, content, "categories"):
+        keys = (name_key(str(row.get("supercategory", ""))), name_key(_value(row, "name", str, where)))
+        names[_value(row, "id", int, where)] = keys
     areas: dict[int, dict[tuple[str, str], float]] = {}
     for row, where in _rows(file, content, "annotations"):
         category = _value(row, "category_id", int, where)
@@ -281,3 +276,87 @@ def _value(row: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool) or value == "":
         raise DataError(f"{where}: {key} must be a {'text' if kind is str else 'whole number'}, found {value!r:.40}")
     return value
+
+
+class ImageIds:
+    """The names of a data set. known: id → hash of the pixels; originals: paths below the data set; both of earlier
+    runs. reserved: a new image does not get one of the known names."""
+
+    def __init__(
+        self, known: Iterable[tuple[str, str]] = (), originals: Iterable[str] = (), *, reserved: bool = True
+    ) -> None:
+        self.known, self.reserved = dict[str, str](), reserved
+        self.originals = frozenset(path for path in originals if ORIGINAL.fullmatch(path))
+        self._free: dict[str, list[str]] = {}
+        self._claimed: dict[str, str] = {}
+        for name, sha256 in known:
+            if NAME.fullmatch(name) and name not in self.known:
+                self.known[name] = sha256
+                self._free.setdefault(sha256, []).append(name)
+
+    @classmethod
+    def of_folder(cls, folder: Path, target: DeviceTarget, asked: Iterable[tuple[str, str]] = ()) -> ImageIds:
+        """Those of the table of an earlier run, and of answers that were paid for. Of a run for another device all
+        pixels were others: its names are free."""
+        table, same = folder / TABLE, not (folder / DEVICE).is_file() or read_target(folder) == target
+        rows = list(_named_rows(table))
+        named = [(str(row["image_id"]), str(row["image_sha256"])) for row in rows]
+        originals = [str(row["source_path"]) for row in rows if row.get("source_path")]
+        return cls([*named, *asked], originals, reserved=same)
+
+    def claim(self, photo: Photo, sha256: str) -> str:
+        """The id of an image; the same however often it is asked for."""
+        if photo.reference not in self._claimed:
+            self._claimed[photo.reference] = self._chosen(photo, sha256)
+        return self._claimed[photo.reference]
+
+    def _chosen(self, photo: Photo, sha256: str) -> str:
+        names = self._free.get(sha256, [])
+        if names:
+            own = photo.id.split("_", 1)[1]
+            name = next((name for name in names if name.split("_", 1)[1] == own), names[0])
+            names.remove(name)
+            return name
+        return f"{photo.id}-{sha256[:8]}" if self.reserved and photo.id in self.known else photo.id
+
+
+def _named_rows(table: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a table that name an image; broken lines name none, since the table is about to be replaced."""
+    for line in table.read_bytes().split(b"\n") if table.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and {"image_id", "image_sha256"} <= row.keys():
+            yield row
+
+
+@dataclass(frozen=True)
+class Originals:
+    """Where the pictures of a data set came from. references: by image id, as `reader` knows them."""
+
+    reader: ImageReader
+    references: Mapping[str, str]
+
+    def keep(self, folder: Path, ids: Sequence[str], target: DeviceTarget) -> dict[str, str]:
+        """Copy some, those that the device changes first, in turn of every kind (wide, tall; colour mode; turned).
+        Returns image id → path below `folder`: at most MOST pictures, MOST_BYTES in all."""
+        known = [one for one in ids[:AMONG] if one in self.references]
+        passed = [one for one in known if not changes(self._content(one), target.image_size)]
+        kept: dict[str, str] = {}
+        room = MOST_BYTES
+        for one in (*in_turn([one for one in known if one not in passed], self._kind), *passed):
+            content = self._content(one)
+            if len(kept) < MOST and len(content) <= room:
+                kept[one] = f"{FOLDER}/{one}{suffix_of(content)}"
+                room -= len(content)
+                with atomic_write(folder / kept[one]) as temporary:
+                    temporary.write_bytes(content)
+        return kept
+
+    def _content(self, one: str) -> bytes:
+        return self.reader.content(self.references[one])
+
+    def _kind(self, one: str) -> str:
+        with Image.open(io.BytesIO(self._content(one))) as picture:
+            return kind_of(picture)
