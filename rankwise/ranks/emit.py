@@ -87,20 +87,13 @@ def unsloth(plan: RankPlan, experts: bool) -> Fields:
 
 def axolotl(plan: RankPlan, experts: bool) -> Fields:
     """Whole alphas only."""
-    names = {
-        "r": "lora_r",
-        "lora_alpha": "lora_alpha",
-        "rank_pattern": "lora_rank_pattern",
-        "alpha_pattern": "lora_alpha_pattern",
-        "use_rslora": "peft_use_rslora",
-        "fan_in_fan_out": "lora_fan_in_fan_out",
-    }
+    names = {"lora_alpha": "lora_alpha", "use_rslora": "peft_use_rslora"}
     fields = lora_fields(plan)
     require_whole([fields["lora_alpha"], *fields.get("alpha_pattern", {}).values()], "axolotl", "peft or unsloth")
     return {
         **model("base_model", plan),
         "adapter": "lora",
-        **{names[name]: value for name, value in fields.items()},
+        **{names.get(name, f"lora_{name}"): value for name, value in fields.items()},
         "lora_target_modules": targets(plan, "axolotl", experts),
     }
 

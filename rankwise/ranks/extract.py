@@ -52,10 +52,6 @@ def tensors_of(whole: Whole, both: Both) -> dict[str, Tensor]:
     return {key: both.tuned[name]() for name, key in names.items()}
 
 
-def as_settings(whole: Whole) -> dict[str, Any]:
-    return {"modules_to_save": list(whole.modules) or None, "bias": "lora_only" if whole.biases else "none"}
-
-
 def published(
     folder: Path, adapter: LoraAdapter, both: Both | None, plan: RankPlan, fidelity: Fidelity
 ) -> Proof | None:
@@ -115,7 +111,8 @@ def run(config: ExtractConfig) -> Fidelity:
         whole = carried_whole(both, rest, pairs) if both and config.save_modules else Whole()
         extra = tensors_of(whole, both) if both else {}
         fidelity = fidelity.beside(rest, [name.replace(".base_layer.", ".") for name in extra])
-        adapter = LoraAdapter(settings(config, source, plan) | as_settings(whole), pairs, extra)
+        carried = {"modules_to_save": list(whole.modules) or None, "bias": "lora_only" if whole.biases else "none"}
+        adapter = LoraAdapter(settings(config, source, plan) | carried, pairs, extra)
         proof = published(folder.path, adapter, None if config.no_verify else both, plan, fidelity)
         record.outputs |= {name: folder / name for name in (ADAPTER_NAMES[0], CONFIG_NAME)}
         record.outputs |= carry(Path(str(config.deltas or config.tuned)), folder.path)
@@ -183,7 +180,7 @@ def extracted(source: DeltaSource, plan: RankPlan, device: str, seed: int) -> tu
             pairs[site.path] = pair = LoraPair.of(factors, plan.scale(row.rank), site.transposed)
             kept = min(1.0, factors.spectrum().energy_total / delta.energy)
             require_kept(site.path, kept_of(delta, pair.factors()), kept)
-            table.append(SiteFidelity(site, row.rank, delta.energy, kept, note=clip_note(row) or rounding_note(delta)))
+            table.append(SiteFidelity(site, row.rank, delta.energy, kept, note=note_of(row, delta)))
         else:
             why = "rank 0 in the plan: left out" if delta.energy else "the delta is zero: left out"
             table.append(SiteFidelity(site, 0, delta.energy, float(not delta.energy), note=why))
@@ -200,12 +197,11 @@ def kept_of(delta: Delta, factors: Factors) -> float:
     return share_kept(inner, factors.inner(factors), delta.energy)
 
 
-def clip_note(row: PlannedSite) -> str:
-    return f"rank {row.clipped}: clamped" if row.clipped and "above min" in row.clipped else ""
-
-
-def rounding_note(delta: Delta) -> str:
-    """How much of what is kept may be noise, in steps, so that sites with the same remark are told together."""
+def note_of(row: PlannedSite, delta: Delta) -> str:
+    """That the rank was clamped, or how much of what is kept may be noise, in steps, so that sites with the same remark
+    are told together."""
+    if row.clipped and "above min" in row.clipped:
+        return f"rank {row.clipped}: clamped"
     share = next((limit for limit in (0.5, 0.1, 0.01) if delta.noise_share_both > limit), None)
     if share is None:
         return ""

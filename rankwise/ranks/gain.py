@@ -303,20 +303,11 @@ def summarise(
         kept = float((base - nll).sum() / (base - tuned).sum())
         spent = sum(site.parameters(rank) for site, rank in arms[name].items())
         rows.append(Arm(name, spent, float(nll.sum()) / total, kept, low, high))
-    gain_low, gain_high = interval(per_token)
     margin = None
     if {"plan", "uniform"} <= set(results):
         margin = interval((results["uniform"] - results["plan"])[picks].sum(1) / whole)
-    return Gain(
-        base_loss=float(base.sum()) / total,
-        tuned_loss=float(tuned.sum()) / total,
-        items=len(base),
-        tokens=int(total),
-        gain_low=gain_low,
-        gain_high=gain_high,
-        margin=margin,
-        arms=tuple(rows),
-    )
+    losses = float(base.sum()) / total, float(tuned.sum()) / total
+    return Gain(*losses, len(base), int(total), *interval(per_token), margin, tuple(rows))
 
 
 def interval(samples: Tensor) -> tuple[float, float]:

@@ -7,6 +7,7 @@ Sites of a pair go by the loaded model's paths, or by key where no config.json s
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -179,13 +180,10 @@ def foreign_pair(before: Checkpoint, after: Checkpoint, asked: SitesSection, not
     ends = [name for name in matching.shared if name.removesuffix(".weight") not in found]
     if ends:
         notes.append(f"no config.json: by their names {', '.join(ends[:3])} are embeddings or heads, and no sites")
-    left, right = renamed(before.keys(), asked.rename), renamed(after.keys(), asked.rename)
-    places = {name: Place(weight_at(left, name), weight_at(right, name)) for name in {**left, **right}}
+    sides = [renamed(checkpoint.keys(), asked.rename) for checkpoint in (before, after)]
+    left, right = ({name: Weight(key) for name, key in side.items()} for side in sides)
+    places = {name: Place(left.get(name), right.get(name)) for name in {**left, **right}}
     return CheckpointPair(before, after, filter_sites(found, asked), places, f"{before.path} → {after.path}")
-
-
-def weight_at(names: Mapping[str, str], name: str) -> Weight | None:
-    return Weight(names[name]) if name in names else None
 
 
 def refuse_unmatched(lines: Sequence[str], base: Path, tuned: Path, allowed: bool, notes: list[str]) -> None:
@@ -378,20 +376,14 @@ def foreign_sites(base: Checkpoint, matching: Matching) -> dict[str, Site]:
     sites = {}
     for name, (key, _) in matching.shared.items():
         shape = base.shape(key)
-        rest = 1
-        for size in shape[1:]:
-            rest *= size
         path = name.removesuffix(".weight")
-        site = describe(path, (shape[0], rest))
+        site = describe(path, (shape[0], math.prod(shape[1:])))
         if site.kind not in ("embed", "head"):
             sites[path] = site
-    conv1d = {site.projection for site in sites.values() if has_conv1d_shape(site)}
+    # A fused q, k, v or an MLP's first layer that is wider than it is tall: GPT-2's Conv1D, not nanoGPT's Linear.
+    fused = [site for site in sites.values() if site.projection in ("c_attn", "c_fc")]
+    conv1d = any(site.shape[0] < site.shape[1] for site in fused)
     return {
         path: replace(site, shape=site.shape[::-1], transposed=True) if conv1d and site.projection in CONV1D else site
         for path, site in sites.items()
     }
-
-
-def has_conv1d_shape(site: Site) -> bool:
-    """A fused q, k, v or an MLP's first layer that is wider than it is tall: GPT-2's Conv1D, not nanoGPT's Linear."""
-    return site.projection in ("c_attn", "c_fc") and site.shape[0] < site.shape[1]

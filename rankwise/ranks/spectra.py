@@ -251,17 +251,8 @@ def measure_adapter(adapter: LoraAdapter, sites: Mapping[str, Site]) -> dict[Sit
     for path, site in sites.items():
         started = time.perf_counter()
         spectrum = adapter.pairs[path].factors().spectrum()
-        measured[site] = Measured(
-            spectrum=spectrum,
-            spectrum_both=None,
-            energy=spectrum.energy_total,
-            relative_change=float("nan"),
-            unchanged=0.0,
-            noise_share=0.0,
-            noise_share_both=0.0,
-            corrected=False,
-            stored_as=str(adapter.pairs[path].lora_A.dtype).removeprefix("torch."),
-            null_edge=marchenko_pastur_edge(spectrum.energy_total, site.shape),
-            seconds=time.perf_counter() - started,
-        )
+        dtype = str(adapter.pairs[path].lora_A.dtype).removeprefix("torch.")
+        total, edge = spectrum.energy_total, marchenko_pastur_edge(spectrum.energy_total, site.shape)
+        found = Measured(spectrum, None, total, float("nan"), 0.0, 0.0, 0.0, False, dtype, edge, 0.0)  # nothing rounded
+        measured[site] = replace(found, seconds=time.perf_counter() - started)
     return measured

@@ -259,8 +259,7 @@ def unproven(summary: RanksSummary) -> str:
 
 
 def lowest_rho(summary: RanksSummary) -> float | None:
-    known = [rho for rho in (summary.rho_all, summary.rho_within) if rho is not None]
-    return min(known, default=None)
+    return least((summary.rho_all, summary.rho_within))
 
 
 def distance_from_uniform(plan: RankPlan) -> float:
@@ -335,9 +334,10 @@ def summarise(
     peak_memory: int,
 ) -> RanksSummary:
     """Everything that can be said without knowing the command line: next commands and files are the caller's."""
-    gain, compared = evidence.gain, list((evidence.repeats or {}).get("compared", []))
-    defined = gain is not None and gain.defined
-    bounds = [site_bounds(site, row, rule) for site, row in measured.items()]
+    gain = evidence.gain if evidence.gain and evidence.gain.defined else None
+    compared = list((evidence.repeats or {}).get("compared", []))
+    found = {site: row.spectrum.rank_bounds(rule.threshold)[0] for site, row in measured.items()}
+    bounds = [min(rank, site.full_rank) / site.full_rank for site, rank in found.items()]
     return RanksSummary(
         model=plan.model_name,
         plan=plan,
@@ -357,17 +357,12 @@ def summarise(
         rho_all=least(row["rho_all"] for row in compared),
         rho_within=least(row["rho_within"] for row in compared),
         probes=1 + len(compared),
-        gain_plan=gain.arm("plan").kept if defined and gain else None,
-        gain_uniform=gain.arm("uniform").kept if defined and gain else None,
-        gain_shuffles=tuple(arm.kept for arm in gain.shuffles) if defined and gain else (),
-        gain_margin=gain.margin if defined and gain else None,
+        gain_plan=gain.arm("plan").kept if gain else None,
+        gain_uniform=gain.arm("uniform").kept if gain else None,
+        gain_shuffles=tuple(arm.kept for arm in gain.shuffles) if gain else (),
+        gain_margin=gain.margin if gain else None,
         gain_note=undefined_note(evidence),
     )
-
-
-def site_bounds(site: Site, row: Measured, rule: Rule) -> float:
-    """Energy rank ÷ full rank; for a saturated site what was computed, which is a lower bound."""
-    return min(row.spectrum.rank_bounds(rule.threshold)[0], site.full_rank) / site.full_rank
 
 
 def undefined_note(evidence: Evidence) -> str:
@@ -380,7 +375,6 @@ def undefined_note(evidence: Evidence) -> str:
     )
 
 
-def least(values: object) -> float | None:
+def least(values: Iterable[float | None]) -> float | None:
     """The smallest of the numbers that are there: repeatability is as good as its worst comparison."""
-    found = [value for value in values if value is not None]  # type: ignore[attr-defined]
-    return min(found) if found else None
+    return min((value for value in values if value is not None), default=None)

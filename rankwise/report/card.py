@@ -182,13 +182,7 @@ def scrubbed(error: Exception) -> str:
 NEVER = (".*", "resolved_config*.json", "manifest.json", "predictions*", "*.log", CARD, "training_args.bin")
 OF_AN_ADAPTER = ("adapter_model.*", "adapter_config.json", "sites.json", "depth.json", *CONTRACTS)
 BESIDE = (
-    "tokenizer*",
-    "special_tokens*",
-    "added_tokens*",
-    "vocab*",
-    "merges*",
-    "*.model",
-    "*.jinja",
+    *("tokenizer*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "*.model", "*.jinja"),
     "*processor_config.json",
 )
 PUBLISHED = (*CONTRACTS, "LICENSE*")
@@ -296,19 +290,11 @@ def base_file(base: str | None, name: str) -> Path | None:
 def usage(kind: str, place: Path, repository: str, *, sees: bool) -> list[str]:
     auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
     if kind == "merged":
-        return [
-            "```python",
-            f"from transformers import {auto}",
-            f'model = {auto}.from_pretrained("{repository}")',
-            "```",
-        ]
+        load = f'model = {auto}.from_pretrained("{repository}")'
+        return ["```python", f"from transformers import {auto}", load, "```"]
     if kind == "adapter":
-        return [
-            "```python",
-            "from peft import PeftModel",
-            f'model = PeftModel.from_pretrained(base, "{repository}")  # base: {auto}.from_pretrained(…)',
-            "```",
-        ]
+        load = f'model = PeftModel.from_pretrained(base, "{repository}")  # base: {auto}.from_pretrained(…)'
+        return ["```python", "from peft import PeftModel", load, "```"]
     exports = read_object(place / EXPORT).get("files", {}) if (place / EXPORT).is_file() else {}
     for files in reversed(list(exports.values())):
         more = f" --mmproj {files['mmproj']}" if files.get("mmproj") else ""

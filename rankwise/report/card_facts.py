@@ -88,12 +88,8 @@ def sources_of(run: Path) -> Sources:
     for root in chain(run):
         if not any(root.resolve().is_relative_to(other.resolve()) for other in roots):
             roots.append(root)
-    contents = tuple(read_run(root) if has_records(root) else Contents(root) for root in roots)
+    contents = tuple(read_run(root) if named(list(walk(root)), MANIFEST) else Contents(root) for root in roots)
     return Sources(tuple(roots), contents)
-
-
-def has_records(root: Path) -> bool:
-    return bool(named(list(walk(root)), MANIFEST))
 
 
 def folders_of(run: Path, kind: str) -> list[Path]:
@@ -181,8 +177,7 @@ def shown(value: Any) -> str:
 
 
 def data_of(trained: Recorded) -> str:
-    row = trained.entry.get("inputs", {}).get("data", {})
-    mark = row.get("fingerprint")
+    mark = trained.entry.get("inputs", {}).get("data", {}).get("fingerprint")
     return public(trained.input("data")) + (f" (fingerprint {mark[:12]})" if mark else "")
 
 
@@ -209,19 +204,24 @@ def versions_of(trained: Recorded) -> list[str]:
 
 def scores(found: Iterable[Scored]) -> list[str]:
     rows = [
-        (one.label, one.result.title, metric_name(name), score(value), interval(one, name), f"{one.result.n:,}")
+        (one.label, one.result.title, name, value, one.result.intervals.get(name), one.result.n)
         for one in found
         for name, value in one.result.metrics.items()
     ]
-    return table(("model", "task", "metric", "score", "95 % interval", "n"), rows)
+    return score_table("model", rows)
 
 
-def interval(scored: Scored, name: str) -> str:
-    return span(scored.result.intervals.get(name))
+def score_table(what: str, rows: Iterable[tuple[str, str, str, float, Sequence[float] | None, int]]) -> list[str]:
+    """(what was scored, task, metric, value, interval, items) in each row."""
+    shown = [
+        (scored, task, metric_name(name), score(value), span(interval), f"{n:,}")
+        for scored, task, name, value, interval, n in rows
+    ]
+    return table((what, "task", "metric", "score", "95 % interval", "n"), shown)
 
 
-def span(found: Sequence[float] | None, scale: float = 1) -> str:
-    return f"{score(scale * found[0])} to {score(scale * found[1])}" if found else "not measured"
+def span(found: Sequence[float] | None) -> str:
+    return f"{score(found[0])} to {score(found[1])}" if found else "not measured"
 
 
 def metrics(found: Iterable[Scored]) -> list[Metric]:
@@ -281,18 +281,8 @@ def scores_of(form: str, facts: Mapping[str, Any], ships: bool) -> Iterator[File
 
 
 def file_table(found: Sequence[FileScore]) -> list[str]:
-    rows = [
-        (
-            one.form,
-            f"{one.task} by {one.method}",
-            metric_name(one.name),
-            score(one.value),
-            span(one.interval),
-            f"{one.n:,}",
-        )
-        for one in found
-    ]
-    return table(("file, in llama.cpp", "task", "metric", "score", "95 % interval", "n"), rows)
+    rows = [(one.form, f"{one.task} by {one.method}", one.name, one.value, one.interval, one.n) for one in found]
+    return score_table("file, in llama.cpp", rows)
 
 
 def file_metrics(found: Sequence[FileScore]) -> list[Metric]:
@@ -342,13 +332,10 @@ def export(sources: Sources) -> list[str]:
         ]
         lines += table(("file", "type", "size", "sha256"), rows)
         converter = content.get("converter", {})
-        proven = (
-            "every tensor was compared with the merged checkpoint" if content.get("verification") else "not verified"
-        )
-        lines += [
-            "",
-            f"Converted by llama.cpp's own converter ({converter.get('version', 'unknown version')}); {proven}.",
-        ]
+        compared = "every tensor was compared with the merged checkpoint"
+        proven = compared if content.get("verification") else "not verified"
+        version = converter.get("version", "unknown version")
+        lines += ["", f"Converted by llama.cpp's own converter ({version}); {proven}."]
     return lines
 
 

@@ -141,12 +141,8 @@ def read_histories(files: Sequence[Path]) -> Iterator[tuple[Path, Rows]]:
     """Epochs of networks that predict factors; other programs' histories look different and are passed over."""
     for path in files:
         content = read_json(path) if path.name == HISTORY else None
-        if isinstance(content, list) and content and all(is_epoch(row) for row in content):
+        if isinstance(content, list) and content and all(has_numbers(row, BY_EPOCH) for row in content):
             yield path, content
-
-
-def is_epoch(row: Any) -> bool:
-    return isinstance(row, dict) and all(is_number(row.get(name)) for name in BY_EPOCH)
 
 
 def whole(
@@ -207,7 +203,11 @@ def read_run(run: Path) -> Contents:
         histories=histories,
         downstream=tuple((folder(run, path), content) for path, content in read_downstream(files)),
         times=read_times(run),
-        pictures=tuple(relative(run, path) for path in files if is_plot(path)),
+        pictures=tuple(
+            relative(run, path)
+            for path in files
+            if path.suffix == ".png" and (path.parent.name == "plots" or (path.parent / MANIFEST).is_file())
+        ),
         settings=tuple(read_settings(run, files)),
     )
     if contents.is_empty:
@@ -224,10 +224,6 @@ def relative(run: Path, path: Path) -> str:
 
 def folder(run: Path, path: Path) -> str:
     return relative(run, path.parent)
-
-
-def is_plot(path: Path) -> bool:
-    return path.suffix == ".png" and (path.parent.name == "plots" or (path.parent / MANIFEST).is_file())
 
 
 def read_stages(run: Path, files: list[Path]) -> Iterator[Stage]:
@@ -319,7 +315,7 @@ def read_gradients(run: Path, files: list[Path]) -> Iterator[tuple[str, Gradient
 def read_gain(path: Path) -> Mapping[str, Any]:
     content = read_object(path)
     arms = content.get("arms")
-    if not isinstance(arms, list) or not all(is_arm(arm) for arm in arms):
+    if not isinstance(arms, list) or not all(has_numbers(arm, ("kept", "low", "high"), "name") for arm in arms):
         raise DataError(f"{path}: expected `arms`, a list of objects with name, kept, low and high")
     return content
 
@@ -339,17 +335,16 @@ def read_study(path: Path) -> Mapping[str, Any]:
     return read_document(path, STUDY_FORMAT, "a study", STUDY_PARTS)
 
 
-def is_arm(arm: Any) -> bool:
-    return isinstance(arm, dict) and "name" in arm and all(is_number(arm.get(name)) for name in ("kept", "low", "high"))
+def has_numbers(row: Any, numbers: Sequence[str], name: str = "") -> bool:
+    """An object with these numbers and, where one is named, another entry."""
+    return isinstance(row, dict) and (not name or name in row) and all(is_number(row.get(each)) for each in numbers)
 
 
 def read_fidelity(path: Path) -> Fidelity:
     content = read_object(path)
     rows = content.get("sites")
     numbers = ("rank", "energy_kept", "parameters")
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and "path" in row and all(is_number(row.get(name)) for name in numbers) for row in rows
-    ):
+    if not isinstance(rows, list) or not all(has_numbers(row, numbers, "path") for row in rows):
         raise DataError(f"{path}: expected `sites`, a list of objects with path, {', '.join(numbers)}")
     return Fidelity({name: value for name, value in content.items() if is_number(value)}, rows)
 

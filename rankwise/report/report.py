@@ -14,7 +14,6 @@ from pathlib import Path
 
 from rankwise.errors import UsageError
 from rankwise.evaluate import forgetting
-from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.atomic import write_text
 from rankwise.options.commands import ReportConfig
 from rankwise.page.blocks import Block, Figure, Gallery, Page, Section, Words
@@ -111,18 +110,13 @@ def score_figure(metric: str, results: Sequence[Scored]) -> Figure:
     first, last = results[0], results[-1].result
     compared = len(results) > 1 and (first.is_before or len(results) == 2)
     interval = last.intervals.get(metric)
+    how = f"by {last.method}, n = {last.n:,}" if last.method else f"n = {last.n:,}"
     return Figure(
         name=printable(metric_name(metric), 40),
         value=score(last.metrics[metric]),
         before=score(first.result.metrics[metric]) if compared else "",
-        detail=" · ".join(
-            [*how_measured(last), *([f"95 %: {score(interval[0])} to {score(interval[1])}"] if interval else [])]
-        ),
+        detail=how + (f" · 95 %: {score(interval[0])} to {score(interval[1])}" if interval else ""),
     )
-
-
-def how_measured(result: EvaluationResult) -> list[str]:
-    return [f"by {result.method}, n = {result.n:,}" if result.method else f"n = {result.n:,}"]
 
 
 def parameters_figure(contents: Contents) -> list[Figure]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,8 @@ class Drawings:
     def names(self) -> set[str]:
         return {name for _, name in self.pictures}
 
-    def of(self, where: str, name: str) -> Sequence[Picture]:
-        found = self.pictures.get((where, name))
-        return () if found is None else (found,)
+    def of(self, where: str, *names: str) -> list[Picture]:
+        return [self.pictures[where, name] for name in names if (where, name) in self.pictures]
 
 
 def draw(contents: Contents, tasks: dict[str, list[Scored]], folder: Path) -> Drawings:
@@ -93,20 +92,8 @@ def draw(contents: Contents, tasks: dict[str, list[Scored]], folder: Path) -> Dr
     return Drawings(found, possible=True)
 
 
+Found = tuple[tuple[str, ...], str, list[Block]]  # kinds of stage that make it, folder, what is shown
 TRAIN, COMPARE, ANSWERS = "features train", "features compare", "features downstream"
-
-
-def feature_blocks(contents: Contents, drawings: Drawings) -> list[tuple[tuple[str, ...], str, list[Block]]]:
-    """(kinds of stage that make it, folder, blocks)."""
-    found: list[tuple[tuple[str, ...], str, list[Block]]] = []
-    for where, rows in contents.histories:
-        found.append(((TRAIN,), where, [Words(trained(where, rows)), *drawings.of(where, CURVES)]))
-    for where, comparison in contents.factors:
-        drawn = [picture for name in PLOTS for picture in drawings.of(where, name)]
-        found.append(((COMPARE,), where, comparison_blocks(comparison, drawn)))
-    for where, answers in contents.downstream:
-        found.append(((ANSWERS,), where, [*answer_blocks(answers), *drawings.of(where, DOWNSTREAM)]))
-    return found
 
 
 def trained(where: str, rows: Sequence[dict[str, Any]]) -> str:
@@ -147,40 +134,41 @@ def sections_of(contents: Contents, drawings: Drawings) -> list[Section]:
     stages = sorted(contents.stages, key=lambda stage: (stage.started, position(stage.name)))  # times are in seconds
     pieces: dict[Owned, list[Block]] = {(stage, stage.name): [] for stage in stages}
     for kinds, where, blocks in found_blocks(contents, drawings):
-        stage = owner(contents.stages, kinds, where)
-        pieces.setdefault((stage, stage.name if stage else kinds[0]), []).extend(blocks)
+        if blocks:
+            stage = owner(contents.stages, kinds, where)
+            pieces.setdefault((stage, stage.name if stage else kinds[0]), []).extend(blocks)
     timed = [key for key in pieces if key[0] is not None]
     loose = sorted((key for key in pieces if key[0] is None), key=lambda key: position(key[1]))
     spent = [Section("time and memory", [time_table(contents.times)])] if contents.times else []
     return [*(section(stage, name, pieces[stage, name]) for stage, name in [*timed, *loose]), *spent]
 
 
-def found_blocks(contents: Contents, drawings: Drawings) -> list[tuple[tuple[str, ...], str, list[Block]]]:
-    """(kinds of stage that make it, folder, blocks) of every artefact but the scores, which have the headline."""
-    found: list[tuple[tuple[str, ...], str, list[Block]]] = []
+def found_blocks(contents: Contents, drawings: Drawings) -> Iterator[Found]:
+    """Every artefact but the scores, which have the headline."""
     for where, plan in contents.plans:
-        found.append((("ranks",), where, plan_blocks(plan, drawings.of(where, "energy_heatmap"))))
+        yield ("ranks",), where, plan_blocks(plan, drawings.of(where, "energy_heatmap"))
     for where, gain in contents.gains:
-        found.append((("ranks",), where, gain_blocks(gain, drawings.of(where, "gain"))))
+        yield ("ranks",), where, gain_blocks(gain, drawings.of(where, "gain"))
     for where, adapted in contents.sites:
-        found.append((("train",), where, [Words(adapted_sites(adapted))]))
+        yield ("train",), where, [Words(adapted_sites(adapted))]
     for where, _ in contents.logs:
-        found.append((("train", "finetune"), where, list(drawings.of(where, "training_loss"))))
+        yield ("train", "finetune"), where, [*drawings.of(where, "training_loss")]
     for where, tables in contents.gradients:
-        drawn = [picture for name in GRADIENT_PLOTS for picture in drawings.of(where, name)]
-        found.append((("train", "finetune"), where, gradient_blocks(tables, drawn)))
+        yield ("train", "finetune"), where, gradient_blocks(tables, drawings.of(where, *GRADIENT_PLOTS))
     for where, study in contents.studies:
-        drawn = [picture for name in STUDY_PLOTS for picture in drawings.of(where, name)]
-        found.append((("study",), where, study_blocks(study, drawn)))
+        yield ("study",), where, study_blocks(study, drawings.of(where, *STUDY_PLOTS))
     for where, validation in contents.validations:
-        found.append((("validate",), where, validation_blocks(validation, drawings.of(where, CONFUSION))))
-    found += feature_blocks(contents, drawings)
+        yield ("validate",), where, validation_blocks(validation, drawings.of(where, CONFUSION))
+    for where, rows in contents.histories:
+        yield (TRAIN,), where, [Words(trained(where, rows)), *drawings.of(where, CURVES)]
+    for where, comparison in contents.factors:
+        yield (COMPARE,), where, comparison_blocks(comparison, drawings.of(where, *PLOTS))
+    for where, answers in contents.downstream:
+        yield (ANSWERS,), where, [*answer_blocks(answers), *drawings.of(where, DOWNSTREAM)]
     for where, fidelity in contents.fidelity:
-        found.append((("extract", "compress", "merge"), where, fidelity_blocks(fidelity)))
+        yield ("extract", "compress", "merge"), where, fidelity_blocks(fidelity)
     for where, pictures in loose_pictures(contents, drawings).items():
-        kinds = ("ranks",) if "analysis_outputs" in where else ("train", *ORDER)
-        found.append((kinds, where, pictures))
-    return [row for row in found if row[2]]
+        yield ("ranks",) if "analysis_outputs" in where else ("train", *ORDER), where, pictures
 
 
 def owner(stages: Sequence[Stage], kinds: Sequence[str], where: str) -> Stage | None:

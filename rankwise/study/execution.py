@@ -55,15 +55,9 @@ class Bench:
 
     def settings(self, run: Run) -> ArmSettings:
         config, contender = self.material.config, run.contender
-        return ArmSettings(
-            steps=self.plans.steps(contender, self.extra_steps),
-            batch_size=config.batch_size,
-            lr_scheduler=contender.scheduler,
-            warmup_steps=config.warmup_steps,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            phase_state=contender.state,
-        )
+        steps, rest = self.plans.steps(contender, self.extra_steps), (config.warmup_steps, config.weight_decay)
+        found = ArmSettings(steps, config.batch_size, contender.scheduler, *rest)
+        return replace(found, max_grad_norm=config.max_grad_norm, phase_state=contender.state)
 
     def order(self, run: Run, settings: ArmSettings) -> list[int]:
         return row_order(len(self.material.rows), settings.steps * settings.batch_size, run.seed)
@@ -151,9 +145,8 @@ class Bench:
         parameters = language_parameters(material.model)
         with borrowed(material.model, parameters) as trained:
             order = self.order(run, settings)
-            finite = train_weights(
-                material.model, trained, material.rows, order, material.collate, settings, run.learning_rate
-            )
+            data = (material.rows, order, material.collate)
+            finite = train_weights(material.model, trained, *data, settings, run.learning_rate)
             matrices = self.scores(run)
         finite = finite and all(bool(matrix.isfinite().all()) for matrix in matrices.values())
         if not finite:
@@ -225,9 +218,8 @@ def step_time(design: Design, plans: Plans, schedule: str | None) -> float:
     order = row_order(len(material.rows), config.steps * config.batch_size, config.seed)
     arm = Arm(start, scales, design.grid(design.contenders[0]).low, order, active)
     settings = ArmSettings(config.steps, config.batch_size)
-    train_together(
-        material.model, [arm], material.rows, material.collate, replace(settings, steps=min(5, config.steps))
-    )
+    shared = (material.model, [arm], material.rows, material.collate)
+    train_together(*shared, replace(settings, steps=min(5, config.steps)))
     started = time.perf_counter()
-    train_together(material.model, [arm], material.rows, material.collate, settings)
+    train_together(*shared, settings)
     return (time.perf_counter() - started) / config.steps

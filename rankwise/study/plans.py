@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -77,9 +77,7 @@ class Plans:
         if probe not in self._probed:
             device = self.material.device
             source = self.probes[probe]
-            chosen = SavedDeltas(
-                source.checkpoint, {site.path: site for site in self.sites}, source.metadata, source.description
-            )
+            chosen = replace(source, sites={site.path: site for site in self.sites})
             measured = measure_sites(chosen, MeasureSettings(up_to=self.max_rank, exact=True), lambda *_: None)
             deltas = {site: source.read(site).matrix.to(device) for site in self.sites}
             spectra = {site: row.spectrum for site, row in measured.items()}
@@ -111,7 +109,8 @@ class Plans:
             rule = config.schedule_plan
             return self.uniform(budget) if rule == "uniform" else self.of_rule(rule, budget, seed)
         if kind == "compress":
-            return capped(uniform(self.sites, HIGH * self.budget(budget)), self.max_rank)
+            high = uniform(self.sites, HIGH * self.budget(budget))
+            return {site: min(rank, self.max_rank) for site, rank in high.items()}
         if kind in (*RULES, "shuffled", "inverted", "plan-warm"):
             ranks = self.of_rule(rule_of(contender.arm), budget, seed)
             if kind == "shuffled":
@@ -174,7 +173,3 @@ class Plans:
         schedule = self.schedule(run, steps, replay)
         active = None if schedule is None or isinstance(schedule, BoundNorm) else schedule.active
         return Arm(self.start(run, ranks, scales), scales, run.learning_rate, order, active)
-
-
-def capped(ranks: Ranks, most: int) -> dict[Site, int]:
-    return {site: min(rank, most) for site, rank in ranks.items()}

@@ -5,7 +5,7 @@ Each case is a 96×144 matrix with a threshold just below or above its true E(k)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -85,12 +85,10 @@ def case_of(seed: int) -> Case:
     return Case(matrix, threshold, min(int((energies < threshold).sum()) + 1, UP_TO))
 
 
-def wrong_ranks(found: Iterable[Case]) -> list[str]:
-    """Cases that the product answers wrongly, whatever path it took."""
-    wrong = []
+def wrong_ranks(found: Iterable[Case]) -> Iterator[str]:
+    """Cases that the product answers wrongly, whatever path it took, as they are found."""
     for index, case in enumerate(found):
         spectrum = measure(case.delta, UP_TO, case.rank_of, generator=generator(index))
         rank = case.rank_of(spectrum)
         if rank != case.rank:
-            wrong.append(f"case {index}: rank {rank} by {spectrum.method}, {case.rank} in truth")
-    return wrong
+            yield f"case {index}: rank {rank} by {spectrum.method}, {case.rank} in truth"

@@ -223,7 +223,7 @@ def test_a_plan_of_one_tower_is_trained_exactly(qwen: Path, trainer: str, tower:
         assert trained(fresh(qwen), trainer, emit(plan, trainer)[0]) == wanted(plan)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_any_plan_is_trained_exactly_or_refused(llama: Path, qwen: Path, data: st.DataObject) -> None:
     folder = data.draw(st.sampled_from([llama, qwen]))
