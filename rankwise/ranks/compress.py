@@ -62,7 +62,7 @@ def run(config: CompressConfig) -> Fidelity:
     check(config)
     adapter, folder = read_adapter(str(config.adapter), config.scale), RunFolder(config.output_dir)
     with folder.lock(), folder.recording("compress", {"adapter": str(config.adapter)}) as record:
-        smaller, fidelity = compressed(adapter, config)
+        smaller, fidelity = compress_adapter(adapter, config)
         with tempfile.TemporaryDirectory(dir=folder.path, prefix=".adapter-") as temporary:
             written = write_adapter(temporary, smaller)
             require_all_kept(adapter, read_adapter(written), fidelity)
@@ -91,7 +91,7 @@ def check(config: CompressConfig) -> None:
         raise UsageError(f"--output_dir {config.output_dir} is where the adapter is: choose another folder")
 
 
-def compressed(adapter: LoraAdapter, config: CompressConfig) -> tuple[LoraAdapter, Fidelity]:
+def compress_adapter(adapter: LoraAdapter, config: CompressConfig) -> tuple[LoraAdapter, Fidelity]:
     """The smaller adapter, in float32 whatever the original's dtype: rounding it again would not be exact."""
     sites = {
         path: describe_site(path, pair.shape, transposed=pair.fan_in_fan_out) for path, pair in adapter.pairs.items()
@@ -101,10 +101,10 @@ def compressed(adapter: LoraAdapter, config: CompressConfig) -> tuple[LoraAdapte
         raise DataError(
             f"{config.adapter}: every B·A is zero, so the adapter has no effect; was it saved before training?"
         )
-    ranks = chosen_ranks(config, {site: one.spectrum for site, one in ordered.items()})
+    ranks = choose_ranks(config, {site: one.spectrum for site, one in ordered.items()})
     width = max(ranks.values()) if config.uniform else None
     pairs = {
-        site.path: shrunk(adapter.pairs[site.path], ordered[site], rank, width)
+        site.path: shrink(adapter.pairs[site.path], ordered[site], rank, width)
         for site, rank in ranks.items()
         if rank or width
     }
@@ -112,7 +112,7 @@ def compressed(adapter: LoraAdapter, config: CompressConfig) -> tuple[LoraAdapte
     return replace(adapter, config=settings(adapter), pairs=pairs), Fidelity(table)
 
 
-def chosen_ranks(config: CompressConfig, spectra: Mapping[Site, Spectrum]) -> dict[Site, int]:
+def choose_ranks(config: CompressConfig, spectra: Mapping[Site, Spectrum]) -> dict[Site, int]:
     """Ranks by energy, by budget, or (--uniform alone) as they are. A site whose product is zero gets rank 0."""
     if config.energy is not None:
         return {site: spectrum.rank_for(config.energy, least=0) for site, spectrum in spectra.items()}
@@ -130,7 +130,7 @@ def chosen_ranks(config: CompressConfig, spectra: Mapping[Site, Spectrum]) -> di
     return ranks
 
 
-def shrunk(pair: LoraPair, ordered: Ordered, rank: int, width: int | None) -> LoraPair:
+def shrink(pair: LoraPair, ordered: Ordered, rank: int, width: int | None) -> LoraPair:
     """The pair of this rank, zero-padded to `width` where one rank is wanted everywhere (the same product)."""
     factors = ordered.first(rank)
     right, left = (factors.padded(width) if width else factors).lora(SCALE)

@@ -40,7 +40,7 @@ from rankwise.ranks.proof import Both, Makers, Proof, both_models, prove, with_t
 from rankwise.ranks.spectra import on_device, site_generator
 
 
-def carried_whole(both: Both, rest: Sequence[LeftOut], pairs: Mapping[str, LoraPair]) -> Whole:
+def find_whole(both: Both, rest: Sequence[LeftOut], pairs: Mapping[str, LoraPair]) -> Whole:
     """The embeddings, heads, norms and biases that training changed."""
     return whole_modules(both.model, [row.name for row in rest], list(pairs))
 
@@ -52,7 +52,7 @@ def tensors_of(whole: Whole, both: Both) -> dict[str, Tensor]:
     return {key: both.tuned[name]() for name, key in names.items()}
 
 
-def published(
+def publish_proven(
     folder: Path, adapter: LoraAdapter, both: Both | None, plan: RankPlan, fidelity: Fidelity
 ) -> Proof | None:
     """Write the adapter, whole or not at all: loaded by PEFT, it must give the logits that `fidelity` says it has.
@@ -100,20 +100,20 @@ def run(config: ExtractConfig) -> Fidelity:
     check(config)
     notes: list[str] = []
     source = open_pair_or_deltas(config, notes)
-    plan = planned(config, source, notes)
+    plan = planned_ranks(config, source, notes)
     both = both_models(source, base_of(config, source, plan))
     if config.save_modules and both is None:
         raise DataError(f"--save_modules needs the base's config.json, which {source.description} has not here")
     folder = RunFolder(config.output_dir)
     with folder.lock(), folder.recording("extract", inputs(config)) as record:
-        pairs, fidelity = extracted(source, plan, config.device, config.seed)
+        pairs, fidelity = factor_deltas(source, plan, config.device, config.seed)
         rest = left_out(source, {weight_name(row.site.path, weight_names(source)) for row in plan.sites})
-        whole = carried_whole(both, rest, pairs) if both and config.save_modules else Whole()
+        whole = find_whole(both, rest, pairs) if both and config.save_modules else Whole()
         extra = tensors_of(whole, both) if both else {}
         fidelity = fidelity.beside(rest, [name.replace(".base_layer.", ".") for name in extra])
         carried = {"modules_to_save": list(whole.modules) or None, "bias": "lora_only" if whole.biases else "none"}
         adapter = LoraAdapter(settings(config, source, plan) | carried, pairs, extra)
-        proof = published(folder.path, adapter, None if config.no_verify else both, plan, fidelity)
+        proof = publish_proven(folder.path, adapter, None if config.no_verify else both, plan, fidelity)
         record.outputs |= {name: folder / name for name in (ADAPTER_NAMES[0], CONFIG_NAME)}
         record.outputs |= carry(Path(str(config.deltas or config.tuned)), folder.path)
         record.outputs |= tokenizer_of(config.tuned, rest, fidelity, folder.path)
@@ -149,7 +149,7 @@ def open_pair_or_deltas(config: ExtractConfig, notes: list[str]) -> DeltaSource:
     return open_source(asked, notes, base=config.base, tuned=config.tuned, deltas=config.deltas)
 
 
-def planned(config: ExtractConfig, source: DeltaSource, notes: list[str]) -> RankPlan:
+def planned_ranks(config: ExtractConfig, source: DeltaSource, notes: list[str]) -> RankPlan:
     """One rank everywhere, or the plan's sites as far as the options ask for them."""
     if config.rank is not None:
         return RankPlan(tuple(clamped(site, config.rank, {}) for site in source.sites.values()))
@@ -164,7 +164,7 @@ def planned(config: ExtractConfig, source: DeltaSource, notes: list[str]) -> Ran
     return plan.within(kept)
 
 
-def extracted(source: DeltaSource, plan: RankPlan, device: str, seed: int) -> tuple[dict[str, LoraPair], Fidelity]:
+def factor_deltas(source: DeltaSource, plan: RankPlan, device: str, seed: int) -> tuple[dict[str, LoraPair], Fidelity]:
     """Pairs and their fidelity, one delta in memory at a time. DataError for entries that are not finite."""
     rows = {row.site.path: row for row in plan.sites}
     pairs: dict[str, LoraPair] = {}

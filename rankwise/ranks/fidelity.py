@@ -183,7 +183,7 @@ class LeftOut:
 def left_out(source: DeltaSource, carried: Collection[str]) -> list[LeftOut]:
     """Every tensor but the `carried` ones that differs. One is in memory at a time."""
     if isinstance(source, CheckpointPair):
-        found = (compared(source, name, place) for name, place in source.places.items() if name not in carried)
+        found = (compare_tensor(source, name, place) for name, place in source.places.items() if name not in carried)
         return [row for row in found if row]
     if isinstance(source, SavedDeltas):
         names = [name for name in source.checkpoint if name not in carried]
@@ -209,7 +209,7 @@ def unpaired(source: DeltaSource) -> list[LeftOut]:
     return found
 
 
-def compared(pair: CheckpointPair, name: str, place: Place) -> LeftOut | None:
+def compare_tensor(pair: CheckpointPair, name: str, place: Place) -> LeftOut | None:
     """One tensor of both; None where they do not differ, or the tuned model has none (the base's stays then)."""
     if place.tuned is None:
         return None

@@ -47,7 +47,7 @@ def filter_sites(sites: Mapping[str, Site], asked: SitesSection) -> dict[str, Si
     for tower in asked.towers:
         if tower not in TOWERS:
             raise UsageError(f"--towers: {tower!r} is not one of {', '.join(TOWERS)}")
-    include, exclude = compiled(asked.include, "--include"), compiled(asked.exclude, "--exclude")
+    include, exclude = compile_regex(asked.include, "--include"), compile_regex(asked.exclude, "--exclude")
     kept = {
         path: site
         for path, site in sites.items()
@@ -64,7 +64,7 @@ def filter_sites(sites: Mapping[str, Site], asked: SitesSection) -> dict[str, Si
     return kept
 
 
-def compiled(regex: str | None, flag: str) -> re.Pattern[str] | None:
+def compile_regex(regex: str | None, flag: str) -> re.Pattern[str] | None:
     try:
         return re.compile(regex) if regex else None
     except re.error as error:
@@ -115,7 +115,7 @@ def places_of(model: PreTrainedModel, before: Checkpoint, after: Checkpoint, rul
     A key is brought to the model's name as it is, else as `--rename` changes it; and two keys that `--rename` gives one
     name are one tensor, whatever the model calls it.
     """
-    names = [renamed(checkpoint.keys(), rules) for checkpoint in (before, after)]
+    names = [rename_keys(checkpoint.keys(), rules) for checkpoint in (before, after)]
     left, right = (model_weights(model, each) for each in names)
     brought = {key: name for name, key in names[0].items()}
     for name, weight in left.items():
@@ -180,7 +180,7 @@ def foreign_pair(before: Checkpoint, after: Checkpoint, asked: SitesSection, not
     ends = [name for name in matching.shared if name.removesuffix(".weight") not in found]
     if ends:
         notes.append(f"no config.json: by their names {', '.join(ends[:3])} are embeddings or heads, and no sites")
-    sides = [renamed(checkpoint.keys(), asked.rename) for checkpoint in (before, after)]
+    sides = [rename_keys(checkpoint.keys(), asked.rename) for checkpoint in (before, after)]
     left, right = ({name: Weight(key) for name, key in side.items()} for side in sides)
     places = {name: Place(left.get(name), right.get(name)) for name in {**left, **right}}
     return CheckpointPair(before, after, filter_sites(found, asked), places, f"{before.path} → {after.path}")
@@ -305,21 +305,21 @@ def source_metadata(source: DeltaSource) -> Mapping[str, Any]:
     return source.metadata if isinstance(source, SavedDeltas) else {}
 
 
-def renamed(keys: Iterable[str], rules: Sequence[str]) -> dict[str, str]:
+def rename_keys(keys: Iterable[str], rules: Sequence[str]) -> dict[str, str]:
     """New name → key, after the REGEX=TEXT rules in order. Two keys that get one name are an error."""
-    compiled = []
+    compile_regex = []
     for rule in rules:
         regex, equals, text = rule.partition("=")
         if not equals:
             raise UsageError(f"--rename takes REGEX=TEXT; got {rule!r}")
         try:
-            compiled.append((re.compile(regex), text))
+            compile_regex.append((re.compile(regex), text))
         except re.error as error:
             raise UsageError(f"--rename {rule!r}: {error}") from error
     names: dict[str, str] = {}
     for key in keys:
         name = key
-        for regex_, text in compiled:
+        for regex_, text in compile_regex:
             name = regex_.sub(text, name)
         if name in names:
             raise DataError(f"--rename gives {key} and {names[name]} the same name {name}")
@@ -350,7 +350,7 @@ class Matching:
 def match_keys(base: Checkpoint, tuned: Checkpoint, rules: Sequence[str], flatten_conv: bool) -> Matching:
     """Matrices that both have. 1-D, integer and running-statistics tensors are skipped, and so are convolutions
     unless they are to be flattened."""
-    before, after = renamed(base.keys(), rules), renamed(tuned.keys(), rules)
+    before, after = rename_keys(base.keys(), rules), rename_keys(tuned.keys(), rules)
 
     def analysed(checkpoint: Checkpoint, key: str) -> bool:
         dims = len(checkpoint.shape(key))

@@ -97,14 +97,14 @@ def measure_sites(
     them get all results. Raises DataError for entries that are not finite.
     """
     sites = list(source.sites.values())
-    found = measured_share(source, sites, settings, question)
+    found = measure_share(source, sites, settings, question)
     while wide := wide_sites(found, sites, unsettled):
-        exact = measured_share(source, wide, replace(settings, exact=True), question)
-        found |= {path: undecided(row) for path, row in exact.items()}
+        exact = measure_share(source, wide, replace(settings, exact=True), question)
+        found |= {path: mark_undecided(row) for path, row in exact.items()}
     return {site: found[site.path] for site in sites}
 
 
-def measured_share(
+def measure_share(
     source: DeltaSource, sites: Sequence[Site], settings: MeasureSettings, question: Question
 ) -> dict[str, Measured]:
     """Path → what was measured, of these sites, by all processes together."""
@@ -126,7 +126,7 @@ def wide_sites(found: Mapping[str, Measured], sites: Sequence[Site], unsettled: 
     return [site for site in sites if site in tuned or site in both]
 
 
-def undecided(row: Measured) -> Measured:
+def mark_undecided(row: Measured) -> Measured:
     """An exact result that a sketch had left open, marked as such."""
 
     def marked(found: Spectrum) -> Spectrum:

@@ -30,7 +30,7 @@ from rankwise.files.lineage import EXPORT
 from rankwise.options.commands import CardConfig
 from rankwise.page.text import memory, plural
 from rankwise.report import card_facts as facts
-from rankwise.report.card_facts import Metric, Recorded, Sources, chosen, sources_of
+from rankwise.report.card_facts import Metric, Recorded, Sources, choose_folder, sources_of
 
 MARK = "<!-- written by rankwise card; running it again replaces this file -->"
 LIBRARIES = {"adapter": "peft", "merged": "transformers", "export": "llama.cpp", "bundle": "llama.cpp"}
@@ -141,7 +141,7 @@ def upload(what: Upload) -> str:
     The token is the one that `hf auth login` or HF_TOKEN has left. ServiceError, without any token in it, where the hub
     refuses or is not there; what was sent by then stays, and a second call sends only the rest.
     """
-    with explained(what.repository):
+    with hub_errors(what.repository):
         api = HfApi()
         address = api.create_repo(what.repository, repo_type="model", private=what.private or None, exist_ok=True)
         api.upload_folder(
@@ -160,20 +160,20 @@ def upload(what: Upload) -> str:
 
 
 @contextmanager
-def explained(repository: str) -> Iterator[None]:
+def hub_errors(repository: str) -> Iterator[None]:
     """The hub's errors as ours: what is wrong with the name is the user's, the rest is the service's."""
     try:
         yield
     except HFValidationError as error:
-        raise UsageError(f"--push_to_hub {repository}: {scrubbed(error)}") from None
+        raise UsageError(f"--push_to_hub {repository}: {scrub(error)}") from None
     except (LocalTokenNotFoundError, HfHubHTTPError, HTTPError, OSError) as error:
         raise ServiceError(
-            f"{repository}: the hub did not take it ({scrubbed(error)}); check the network, `hf auth login` and that "
+            f"{repository}: the hub did not take it ({scrub(error)}); check the network, `hf auth login` and that "
             "you may write there, then run it again: what has arrived is not sent twice"
         ) from None
 
 
-def scrubbed(error: Exception) -> str:
+def scrub(error: Exception) -> str:
     """The first line of an error, without anything that looks like a token."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return TOKEN.sub("(token)", lines[0] if lines else type(error).__name__)
@@ -197,7 +197,7 @@ WORDS = {
 def run(config: CardConfig) -> Path:
     """Write the card; upload it and the files if asked to."""
     folder = check(config)
-    kind, place = chosen(folder, config.files)
+    kind, place = choose_folder(folder, config.files)
     sources = sources_of(folder)
     wrong = facts.failures(sources, kind)
     if config.push_to_hub and wrong and not config.allow_unverified:

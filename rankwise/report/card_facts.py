@@ -104,7 +104,7 @@ def folders_of(run: Path, kind: str) -> list[Path]:
     return sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)
 
 
-def chosen(run: Path, asked: str) -> tuple[str, Path]:
+def choose_folder(run: Path, asked: str) -> tuple[str, Path]:
     """(kind, folder) that the card is for. DataError where the run has none."""
     for kind in KINDS if asked == "auto" else (asked,):
         for folder in folders_of(run, kind):

@@ -83,7 +83,7 @@ def uniform_ranks(sites: Sequence[Site], budget: int) -> dict[Site, int]:
     return equalised(uniform(sites, budget), budget, dict.fromkeys(sites, nothing), most)
 
 
-def compressed(
+def compress_pairs(
     pairs: Mapping[Site, tuple[Tensor, Tensor]], scales: Mapping[str, float], budget: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """A trained adapter cut to the budget by the energy of its own product; path → A, B for the same scales."""

@@ -16,13 +16,13 @@ from rankwise.files.run_folder import RunFolder, held
 from rankwise.options.study import StudyConfig
 from rankwise.page.text import duration
 from rankwise.study.arms import RULES
-from rankwise.study.design import Design, Registration, designed, digest, register, run_counts
+from rankwise.study.design import Design, Registration, design_study, digest, register, run_counts
 from rankwise.study.execution import Bench, matched_steps
-from rankwise.study.material import Material, gathered_material, open_probes, probe_cost
+from rankwise.study.material import Material, load_material, open_probes, probe_cost
 from rankwise.study.page import runs_rate, study_lines, write_study
 from rankwise.study.plans import Plans
 from rankwise.study.protocol import report, tune, tuning_batch
-from rankwise.study.results import Outcome, concluded
+from rankwise.study.results import Outcome, conclude
 
 PARTS = "parts.json"
 NEED_A_PROBE = (*RULES, "shuffled", "inverted", "warm", "plan-warm")
@@ -30,12 +30,12 @@ NEED_A_PROBE = (*RULES, "shuffled", "inverted", "warm", "plan-warm")
 
 def run(config: StudyConfig) -> Path:
     """The whole command; returns the run folder."""
-    design = designed(config)
+    design = design_study(config)
     folder = RunFolder(config.output_dir)
     try:
         with held(folder, "study", inputs(config)) as record:
-            material = gathered_material(config)
-            registration = registered(folder, design, material)
+            material = load_material(config)
+            registration = register_study(folder, design, material)
             bench = workbench(folder, design, material)
             if config.time_only:
                 time_one_batch(design, bench)
@@ -43,7 +43,7 @@ def run(config: StudyConfig) -> Path:
             tuned = tune(design, bench)
             reported = report(design, bench, tuned)
             if process_index()[0] == 0:
-                study = concluded(Outcome(design, bench, tuned, reported), registration)
+                study = conclude(Outcome(design, bench, tuned, reported), registration)
                 record.outputs |= write_study(folder.path, study)
                 record.facts |= {"runs": len(bench.ledger), "runs_per_hour": rate(bench)}
                 print("\n".join(study_lines(study)))
@@ -58,7 +58,7 @@ def inputs(config: StudyConfig) -> dict[str, Path | str]:
     return {name: value for name, value in found.items() if value}
 
 
-def registered(folder: RunFolder, design: Design, material: Material) -> Registration:
+def register_study(folder: RunFolder, design: Design, material: Material) -> Registration:
     """The study on record before its first run; only the first process writes, the others wait for it."""
     if process_index()[0] == 0:
         register(folder.path, design.content | {"inputs": material.inputs}, design.config.deviation)
@@ -110,7 +110,7 @@ def cost_lines(design: Design, seconds: list[float]) -> list[str]:
 
 def describe(config: StudyConfig) -> list[str]:
     """What --dry-run prints."""
-    design = designed(config)
+    design = design_study(config)
     seconds = [row["seconds"] for row in Ledger(Path(config.output_dir)).rows.values()]
     return [
         f"compare {', '.join(design.arms)} of {config.model.model_name} at {', '.join(config.budgets)}",

@@ -1,6 +1,6 @@
 """What a study is going to do, as values: arms, contrasts, grids, seeds. Checked before anything is read.
 
-design = designed(config)
+design = design_study(config)
 design.contenders        arm × budget × scheduler × phase state
 design.contrasts         (first, second) pairs that get a verdict
 """
@@ -175,7 +175,7 @@ def digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def designed(config: StudyConfig) -> Design:
+def design_study(config: StudyConfig) -> Design:
     """The study of a config. UsageError names what cannot be."""
     check(config)
     arms = tuple(dict.fromkeys(config.arms or default_arms(config)))

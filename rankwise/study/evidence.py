@@ -1,7 +1,7 @@
 """From paired runs to words: better, worse, equivalent within δ, or undecided and by how many seeds.
 
-    effect = measured(first - second, tokens)           # seeds × groups of items, the same seeds and items for both
-    judged({"energy vs uniform": effect, …}, 0.02)      # Holm over all contrasts, a verdict for each
+    effect = measure_effect(first - second, tokens)     # seeds × groups of items, the same seeds and items for both
+    judge({"energy vs uniform": effect, …}, 0.02)      # Holm over all contrasts, a verdict for each
 
 Two things vary: the seed of a run and the items it is scored on. Both are resampled, crossed: the pigeonhole bootstrap
 (Owen 2007), which never understates the variance of a crossed mean. One fewer than there are is drawn at each level,
@@ -102,7 +102,7 @@ def by_group(values: Array, groups: Sequence[str]) -> Array:
     return total
 
 
-def measured(sums: Array, weights: Array, *, resamples: int = RESAMPLES, seed: int = 42) -> Effect:
+def measure_effect(sums: Array, weights: Array, *, resamples: int = RESAMPLES, seed: int = 42) -> Effect:
     """The ratio Σ sums ÷ Σ weights of a mean run, with its error.
 
     Args:
@@ -153,7 +153,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def judged(
+def judge(
     effects: Mapping[str, Effect], smallest_effect: float, *, lower_is_better: bool = True, level: float = LEVEL
 ) -> dict[str, Verdict]:
     """A verdict for every primary contrast; an effect is first − second.

@@ -21,7 +21,7 @@ from rankwise.evaluate.likelihood import answer_losses
 from rankwise.files.atomic import read_object, write_json
 from rankwise.files.ledger import Ledger
 from rankwise.files.processes import gathered, own_share, process_index
-from rankwise.study.arms import STATIC, compressed, schedule_of, timed_like
+from rankwise.study.arms import STATIC, compress_pairs, schedule_of, timed_like
 from rankwise.study.design import Design, Run
 from rankwise.study.material import Material, Scored
 from rankwise.study.plans import Plans
@@ -135,7 +135,7 @@ class Bench:
             return result.pairs
         by_path = {site.path: site for site in self.plans.sites}
         pairs = {by_path[path]: pair for path, pair in result.pairs.items()}
-        return compressed(pairs, scales, self.plans.budget(run.contender.budget))
+        return compress_pairs(pairs, scales, self.plans.budget(run.contender.budget))
 
     def reference(self, run: Run) -> tuple[list[Row], Matrices]:
         """All weights trained, or none."""

@@ -100,7 +100,7 @@ class Material:
         }
 
 
-def gathered_material(config: StudyConfig) -> Material:
+def load_material(config: StudyConfig) -> Material:
     """Model and data, checked. float32 unless --dtype says otherwise: what is measured here is small."""
     name = str(config.model.model_name)
     skeleton = load_structure(config.model, name)

@@ -27,7 +27,7 @@ def signed(value: float) -> str:
     return f"{value:+.4f}".replace("-", "−")
 
 
-def shown_interval(row: Mapping[str, Any]) -> str:
+def format_interval(row: Mapping[str, Any]) -> str:
     return f"{signed(row['estimate'])} [{signed(row['low'])}, {signed(row['high'])}]"
 
 
@@ -43,7 +43,7 @@ def verdict_sentence(row: Mapping[str, Any], study: Study) -> str:
     first, second, where = row["first"], row["second"], place(row, study)
     if row["verdict"] == "diverged":
         return f"{where}: {first} and {second} cannot be compared: fewer than two seeds of both stayed finite."
-    difference = f"{shown_interval(row)} {study['metric'].replace('answer ', '')}"
+    difference = f"{format_interval(row)} {study['metric'].replace('answer ', '')}"
     chance = f"p {row['p_difference']:.2g} after Holm"
     if row["verdict"] == "equivalent":
         return f"{where}: {first} and {second} are equivalent within {study['smallest_effect']:g}: {difference}."
@@ -56,7 +56,7 @@ def verdict_sentence(row: Mapping[str, Any], study: Study) -> str:
 
 def assay_sentence(row: Mapping[str, Any], study: Study) -> str:
     """Whether the bad plan did harm; where not, no verdict about plans means anything on this task."""
-    against = ", ".join(f"{shown_interval(effect)} against {name}" for name, effect in row["against"].items())
+    against = ", ".join(f"{format_interval(effect)} against {name}" for name, effect in row["against"].items())
     where = place(row, study)
     if row["works"]:
         return f"{where}: the task tells plans apart: {row['arm']} is worse ({against})."
@@ -155,7 +155,7 @@ def differences_table(study: Study) -> Table:
         (
             printable(f"{row['first']} − {row['second']}", 120),
             printable(place(row, study), 60),
-            shown_interval(row),
+            format_interval(row),
             "primary" if row["primary"] else "",
         )
         for row in study["differences"]

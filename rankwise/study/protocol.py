@@ -18,7 +18,7 @@ from rankwise.errors import DivergedError
 from rankwise.files.processes import announce
 from rankwise.options.study import StudyConfig
 from rankwise.study.design import Contender, Design, Run, another_seed, further_counts
-from rankwise.study.evidence import Array, Effect, by_group, decides, measured
+from rankwise.study.evidence import Array, Effect, by_group, decides, measure_effect
 from rankwise.study.execution import Bench, batches_of
 from rankwise.study.material import Material, Scored
 from rankwise.study.plans import Plans
@@ -202,4 +202,4 @@ def effect_of(
     if len(sums) < 2:
         return None
     weights = by_group(scored(bench.material, part).tokens, scored(bench.material, part).groups)
-    return measured(sums, weights, resamples=design.config.resamples, seed=design.config.seed)
+    return measure_effect(sums, weights, resamples=design.config.resamples, seed=design.config.seed)

@@ -12,7 +12,7 @@ import numpy as np
 
 from rankwise.study.arms import INVERTED, REFERENCES, RULES, STATIC, UNIFORM, VERSUS, rule_of
 from rankwise.study.design import Contender, Design, Registration
-from rankwise.study.evidence import assay_works, judged
+from rankwise.study.evidence import assay_works, judge
 from rankwise.study.execution import Bench
 from rankwise.study.page import FORMAT
 from rankwise.study.protocol import Reported, Tuned, effect_of, report_run
@@ -34,7 +34,7 @@ class Outcome:
         return self.bench.ledger[report_run(self.design, self.bench, self.tuned, contender, seed).key]
 
 
-def concluded(outcome: Outcome, registration: Registration) -> dict[str, Any]:
+def conclude(outcome: Outcome, registration: Registration) -> dict[str, Any]:
     """Everything that study.json holds. The test items are read here and nowhere else."""
     design, config = outcome.design, outcome.design.config
     seeds = design.report_seeds(outcome.reported.seeds)
@@ -81,7 +81,7 @@ def verdicts(outcome: Outcome) -> list[dict[str, Any]]:
     design = outcome.design
     effects = {pair: outcome.effect(*pair) for pair in design.pairs()}
     known = {str(number): effect for number, effect in enumerate(effects.values()) if effect is not None}
-    found = judged(known, design.config.smallest_effect)
+    found = judge(known, design.config.smallest_effect)
     rows = []
     for number, (first, second) in enumerate(effects):
         names = {"contrast": f"{design.label(first)}{VERSUS}{design.label(second)}", **setting(first, second)}

@@ -20,7 +20,7 @@ from rankwise.cli import main
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import LoraAdapter, LoraPair, lora_config, read_adapter, write_adapter
 from rankwise.options.commands import CompressConfig
-from rankwise.ranks.compress import compressed, run
+from rankwise.ranks.compress import compress_adapter, run
 from rankwise.ranks.compress import describe as describe_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -122,7 +122,7 @@ def test_unsound_adapters_are_refused_by_name(name: str, reason: str, shared_dat
 )
 def test_no_factors_of_that_rank_come_closer(rank: int, rows: int, columns: int, energy: float, seed: int) -> None:
     adapter = random_adapter({"q": rank}, seed, rows, columns)
-    smaller, fidelity = compressed(adapter, CompressConfig(adapter="a", energy=energy))
+    smaller, fidelity = compress_adapter(adapter, CompressConfig(adapter="a", energy=energy))
     dense = adapter.pairs["q"].factors().product().double()
     squares = torch.linalg.svdvals(dense).square()
     found = smaller.pairs["q"].rank
@@ -137,9 +137,9 @@ def test_a_budget_is_kept_and_spent_where_the_energy_is(normalise: str) -> None:
     adapter = random_adapter({"a.q": 8, "b.q": 8, "c.q": 8})
     strong = replace(adapter.pairs["a.q"], scale=30.0)
     adapter = replace(adapter, pairs={**adapter.pairs, "a.q": strong})
-    smaller, fidelity = compressed(adapter, CompressConfig(adapter="a", budget="uniform:3", normalise=normalise))
+    smaller, fidelity = compress_adapter(adapter, CompressConfig(adapter="a", budget="uniform:3", normalise=normalise))
     assert fidelity.parameters <= 3 * 3 * 22
-    uniform, same_size = compressed(adapter, CompressConfig(adapter="a", budget="uniform:3", uniform=True))
+    uniform, same_size = compress_adapter(adapter, CompressConfig(adapter="a", budget="uniform:3", uniform=True))
     assert {pair.rank for pair in uniform.pairs.values()} == {3}
     assert same_size.parameters == 3 * 3 * 22
     if normalise == "none":
@@ -152,15 +152,15 @@ def test_a_budget_is_kept_and_spent_where_the_energy_is(normalise: str) -> None:
 
 def test_a_budget_that_buys_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match="below rank 1"):
-        compressed(random_adapter({"q": 4}), CompressConfig(adapter="a", budget="10"))
+        compress_adapter(random_adapter({"q": 4}), CompressConfig(adapter="a", budget="10"))
 
 
 @pytest.mark.parametrize("energy", [None, 0.9])
 def test_the_uniform_form_has_the_same_product_and_no_patterns(energy: float | None, tmp_path: Path) -> None:
     adapter = random_adapter({"a.q": 6, "b.q": 3, "c.q": 5})
     adapter = replace(adapter, pairs={**adapter.pairs, "b.q": replace(adapter.pairs["b.q"], scale=0.25)})
-    plain, _ = compressed(adapter, CompressConfig(adapter="a", energy=energy or 1.0))
-    uniform, _ = compressed(adapter, CompressConfig(adapter="a", energy=energy, uniform=True))
+    plain, _ = compress_adapter(adapter, CompressConfig(adapter="a", energy=energy or 1.0))
+    uniform, _ = compress_adapter(adapter, CompressConfig(adapter="a", energy=energy, uniform=True))
     assert len({pair.rank for pair in uniform.pairs.values()}) == 1
     for path, pair in uniform.pairs.items():
         torch.testing.assert_close(pair.factors().product(), plain.pairs[path].factors().product())

@@ -18,7 +18,7 @@ from rankwise.core.site import describe
 from rankwise.errors import DataError, UsageError
 from rankwise.options.sections import SitesSection
 from rankwise.ranks.deltas import DELTAS_FILE, CheckpointPair, deltas, open_deltas
-from rankwise.ranks.probe import open_pair, open_source, other_probe, renamed
+from rankwise.ranks.probe import open_pair, open_source, other_probe, rename_keys
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -178,12 +178,12 @@ def test_foreign_pairs_are_brought_together_by_rename_and_the_rest_is_counted(tm
 
 def test_renames_that_cannot_work_are_refused() -> None:
     with pytest.raises(UsageError, match="REGEX=TEXT"):
-        renamed(["a"], ["b"])
+        rename_keys(["a"], ["b"])
     with pytest.raises(UsageError, match="--rename"):
-        renamed(["a"], ["(=b"])
+        rename_keys(["a"], ["(=b"])
     with pytest.raises(DataError, match="gives b and a the same name c"):
-        renamed(["a", "b"], ["[ab]=c"])
-    assert renamed(["x.a", "y"], ["^x\\.=z.", "a$=b"]) == {"z.b": "x.a", "y": "y"}
+        rename_keys(["a", "b"], ["[ab]=c"])
+    assert rename_keys(["x.a", "y"], ["^x\\.=z.", "a$=b"]) == {"z.b": "x.a", "y": "y"}
 
 
 @pytest.mark.parametrize(

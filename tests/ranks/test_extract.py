@@ -27,7 +27,7 @@ from rankwise.models.sites import model_sites
 from rankwise.options.commands import ExtractConfig
 from rankwise.options.sections import SitesSection
 from rankwise.ranks.extract import describe as describe_stage
-from rankwise.ranks.extract import extracted, run
+from rankwise.ranks.extract import factor_deltas, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -129,7 +129,7 @@ def test_nothing_beats_it_at_equal_rank(m: int, n: int, rank: int, seed: int) ->
     delta = torch.randn(m, n, generator=generator)
     rank = min(rank, m, n)
     source = OneDelta(delta)
-    pairs, fidelity = extracted(source, RankPlan((PlannedSite(source.site, rank),)), "cpu", seed)  # type: ignore[arg-type]
+    pairs, fidelity = factor_deltas(source, RankPlan((PlannedSite(source.site, rank),)), "cpu", seed)  # type: ignore[arg-type]
     error = float((delta - pairs["layer.q_proj"].factors().product()).norm())
     tail = float(torch.linalg.svdvals(delta.double())[rank:].norm())
     assert error == pytest.approx(tail, rel=1e-4, abs=1e-4)
@@ -144,8 +144,8 @@ def test_a_large_matrix_through_the_sketch_is_as_good_as_the_svd() -> None:
     delta += 0.05 * torch.randn(300, 200, generator=generator)
     source = OneDelta(delta)
     plan = RankPlan((PlannedSite(source.site, 5),))
-    pairs, _ = extracted(source, plan, "cpu", 42)  # type: ignore[arg-type]
-    again, _ = extracted(source, plan, "cpu", 42)  # type: ignore[arg-type]
+    pairs, _ = factor_deltas(source, plan, "cpu", 42)  # type: ignore[arg-type]
+    again, _ = factor_deltas(source, plan, "cpu", 42)  # type: ignore[arg-type]
     error = float((delta - pairs["layer.q_proj"].factors().product()).norm())
     assert error <= 1.001 * float(torch.linalg.svdvals(delta)[5:].norm())
     assert torch.equal(pairs["layer.q_proj"].lora_A, again["layer.q_proj"].lora_A), "the sketch is seeded by site"

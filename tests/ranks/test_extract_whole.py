@@ -315,12 +315,12 @@ def test_a_small_change_is_held_to_its_own_size(tmp_path: Path, monkeypatch: pyt
 
 def test_a_tied_head_left_behind(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embeddings alone as a module to save: PEFT's copy of them is no longer the head's."""
-    both = extracted_adapter.carried_whole
+    both = extracted_adapter.find_whole
 
     def embeddings_alone(*given: Any) -> Any:
         whole = both(*given)
         return type(whole)(tuple(path for path in whole.modules if path != "lm_head"), whole.biases)
 
     assert extract(*pair, tmp_path / "sound", "--save_modules") == 0
-    monkeypatch.setattr("rankwise.ranks.extract.carried_whole", embeddings_alone)
+    monkeypatch.setattr("rankwise.ranks.extract.find_whole", embeddings_alone)
     assert refused(*pair, tmp_path / "out", "--save_modules")

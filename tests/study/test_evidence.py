@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from rankwise.study.evidence import Effect, assay_works, by_group, decides, further_seeds, holm, judged, measured
+from rankwise.study.evidence import Effect, assay_works, by_group, decides, further_seeds, holm, judge, measure_effect
 
 WEIGHTS = np.full(40, 20.0)
 
@@ -28,14 +28,14 @@ def test_95_percent_intervals_cover_about_95_percent(by_seed: float, by_item: fl
     covered = 0
     for trial in range(400):
         sums = simulated(generator, 0.03, 8, 40, by_seed, by_item, 0.05)
-        low, high = measured(sums, WEIGHTS, resamples=400, seed=trial).interval()
+        low, high = measure_effect(sums, WEIGHTS, resamples=400, seed=trial).interval()
         covered += low <= 0.03 <= high
     assert 0.925 <= covered / 400 <= 1.0
 
 
 def test_with_spread_between_seeds_alone_it_is_the_t_test() -> None:
     per_seed = np.random.default_rng(2).normal(0.02, 0.05, 10)
-    effect = measured(np.outer(per_seed, WEIGHTS), WEIGHTS, resamples=20_000)
+    effect = measure_effect(np.outer(per_seed, WEIGHTS), WEIGHTS, resamples=20_000)
     known = stats.ttest_1samp(per_seed, 0.0)
     assert effect.degrees == pytest.approx(9, rel=0.01)
     assert effect.error == pytest.approx(stats.sem(per_seed), rel=0.03)
@@ -45,19 +45,19 @@ def test_with_spread_between_seeds_alone_it_is_the_t_test() -> None:
 
 def test_the_estimate_is_a_ratio_of_sums() -> None:
     """Long answers count by their tokens, not once each."""
-    effect = measured(np.array([[2.0, 30.0], [4.0, 30.0]]), np.array([1.0, 9.0]))
+    effect = measure_effect(np.array([[2.0, 30.0], [4.0, 30.0]]), np.array([1.0, 9.0]))
     assert effect.estimate == pytest.approx(66 / 20)
 
 
 def test_equal_runs_are_certainly_equivalent() -> None:
-    effect = measured(np.zeros((4, 40)), WEIGHTS)
+    effect = measure_effect(np.zeros((4, 40)), WEIGHTS)
     assert effect.error == 0
-    assert judged({"a vs a": effect}, 0.02)["a vs a"].word == "equivalent"
+    assert judge({"a vs a": effect}, 0.02)["a vs a"].word == "equivalent"
 
 
 def test_one_seed_has_no_interval() -> None:
     with pytest.raises(ValueError, match="two seeds"):
-        measured(np.zeros((1, 40)), WEIGHTS)
+        measure_effect(np.zeros((1, 40)), WEIGHTS)
 
 
 def test_items_are_summed_within_their_group() -> None:
@@ -94,11 +94,11 @@ def effect_of(estimate: float, error: float, seeds: int = 8, share_of_seeds: flo
     ],
 )
 def test_the_words(estimate: float, error: float, word: str) -> None:
-    assert judged({"one": effect_of(estimate, error)}, 0.02)["one"].word == word
+    assert judge({"one": effect_of(estimate, error)}, 0.02)["one"].word == word
 
 
 def test_where_more_is_better_the_words_turn_round() -> None:
-    assert judged({"one": effect_of(-0.05, 0.005)}, 0.02, lower_is_better=False)["one"].word == "worse"
+    assert judge({"one": effect_of(-0.05, 0.005)}, 0.02, lower_is_better=False)["one"].word == "worse"
 
 
 @given(st.floats(-0.1, 0.1), st.floats(1e-4, 0.1), st.floats(1e-3, 0.1))
@@ -115,24 +115,24 @@ def test_a_half_width_of_half_delta_always_decides_a_single_contrast(
 ) -> None:
     effect = effect_of(estimate, error)
     if decides([effect], delta):
-        assert judged({"one": effect}, delta)["one"].word != "undecided"
+        assert judge({"one": effect}, delta)["one"].word != "undecided"
 
 
 def test_more_contrasts_never_make_a_verdict_easier() -> None:
     effect = effect_of(-0.03, 0.01)
-    assert judged({"one": effect}, 0.02)["one"].word == "better"
-    many = judged({"one": effect} | {f"null {i}": effect_of(0.015, 0.02) for i in range(5)}, 0.02)
+    assert judge({"one": effect}, 0.02)["one"].word == "better"
+    many = judge({"one": effect} | {f"null {i}": effect_of(0.015, 0.02) for i in range(5)}, 0.02)
     assert many["one"].word == "undecided"
 
 
 def test_the_number_of_further_seeds_is_what_it_takes() -> None:
     """Simulated with as many as it says, the half-width is near δ/2."""
     generator = np.random.default_rng(3)
-    effect = measured(simulated(generator, 0.0, 8, 200, 0.03, 0.02, 0.05), np.full(200, 20.0))
+    effect = measure_effect(simulated(generator, 0.0, 8, 200, 0.03, 0.02, 0.05), np.full(200, 20.0))
     more = further_seeds(effect, 0.02)
     assert more is not None and more > 4
     later = [
-        measured(simulated(generator, 0.0, 8 + more, 200, 0.03, 0.02, 0.05), np.full(200, 20.0)).half_width()
+        measure_effect(simulated(generator, 0.0, 8 + more, 200, 0.03, 0.02, 0.05), np.full(200, 20.0)).half_width()
         for _ in range(20)
     ]
     assert np.median(later) == pytest.approx(0.01, rel=0.35)
@@ -141,7 +141,7 @@ def test_the_number_of_further_seeds_is_what_it_takes() -> None:
 def test_seeds_cannot_decide_what_the_items_leave_open() -> None:
     effect = effect_of(0.0, 0.02, share_of_seeds=0.1)
     assert further_seeds(effect, 0.02) is None
-    assert judged({"one": effect}, 0.02)["one"].more_seeds is None
+    assert judge({"one": effect}, 0.02)["one"].more_seeds is None
 
 
 def test_wider_errors_ask_for_more_seeds() -> None:

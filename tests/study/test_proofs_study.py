@@ -19,7 +19,7 @@ from rankwise.options.study import StudyConfig
 from rankwise.study import command as stage
 from rankwise.study import design, plans, protocol
 from rankwise.study import design as registration
-from rankwise.study.design import DEVIATIONS, FILE, TEST_READ, Registration, designed
+from rankwise.study.design import DEVIATIONS, FILE, TEST_READ, Registration, design_study
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_started_again_it_finds_everything_as_it_was(copy: Path, monkeypatch: py
 def test_all_that_decides_the_outcome_is_registered(copy: Path) -> None:
     """Whatever is added to a study's options is registered, and makes runs of another recipe, unless named here."""
     config = own()
-    found = designed(config)
+    found = design_study(config)
     assert set(flatten(config)) - set(found.content) == {"output_dir", "batch_arms", "device", "deviation", "time_only"}
     grids = {name for name in flatten(config) if name in flatten(config.grid)}
     asked = {"question", "arms", "primary", "budgets", "smallest_effect", "resamples", "kind", "metric"}

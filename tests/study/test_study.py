@@ -28,8 +28,8 @@ from rankwise.options.study import GridSection, ProbeSection, StudyConfig
 from rankwise.report.report import build_report
 from rankwise.study import command as stage
 from rankwise.study import execution
-from rankwise.study.arms import compressed, ranks_within, schedule_of, type_means
-from rankwise.study.design import DEVIATIONS, FILE, TEST_READ, Registration, designed, digest
+from rankwise.study.arms import compress_pairs, ranks_within, schedule_of, type_means
+from rankwise.study.design import DEVIATIONS, FILE, TEST_READ, Registration, design_study, digest
 from rankwise.study.together.train import Arm, random_start, row_order, scales_of, train_together
 
 NAMES = ("The Vaults", "Alimentum", "Cotto", "Zizzi", "Aromi", "Fitzbillies", "Strada", "Giraffe")
@@ -312,7 +312,7 @@ def test_state_is_crossed_only_where_a_site_rests_and_comes_back(base: Path, dat
     arms = ["static", comes_back, goes, f"permuted:{goes}", f"random:{comes_back}", "norm:1", "yoked:norm:1"]
     grid = GridSection(tuning_seeds=2, phase_states=["keep", "reset"])
     primary = [f"{comes_back} vs static", f"{goes} vs static", f"{comes_back} vs {goes}", "norm:1 vs yoked:norm:1"]
-    design = designed(small(base, data, tmp_path, kind="phases", arms=arms, steps=4, grid=grid, primary=primary))
+    design = design_study(small(base, data, tmp_path, kind="phases", arms=arms, steps=4, grid=grid, primary=primary))
     twice = [comes_back, f"random:{comes_back}", "norm:1", "yoked:norm:1"]
     assert [each.arm for each in design.contenders if each.state == "reset"] == twice
     pairs = [(one.arm, one.state, other.arm, other.state) for one, other in design.pairs()]
@@ -438,7 +438,7 @@ def test_what_cannot_be_is_refused_before_anything_is_read(
     base: Path, data: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        designed(small(base, data, tmp_path, **changes))
+        design_study(small(base, data, tmp_path, **changes))
 
 
 def test_the_packages_studies_are_found_by_name(
@@ -529,18 +529,18 @@ def test_a_compressed_adapter_has_the_budget_and_the_best_product() -> None:
         for site in sites
     }
     budget = sum(site.parameters(8) for site in sites)
-    whole = compressed(pairs, {site.path: 2.0 for site in sites}, budget)
+    whole = compress_pairs(pairs, {site.path: 2.0 for site in sites}, budget)
     for site, (a, b) in pairs.items():
         left, right = whole[site.path]
         torch.testing.assert_close(right @ left, b @ a, rtol=1e-4, atol=1e-4)
-    half = compressed(pairs, {site.path: 2.0 for site in sites}, budget // 2)
+    half = compress_pairs(pairs, {site.path: 2.0 for site in sites}, budget // 2)
     assert sum(a.numel() + b.numel() for a, b in half.values()) == pytest.approx(budget / 2, rel=TOLERANCE)
 
 
 def test_shuffled_plans_are_fresh_for_every_seed(base: Path, data: Path, tmp_path: Path) -> None:
     config = small(base, data, tmp_path, arms=["uniform", "energy", "shuffled"], time_only=True)
-    design = designed(config)
-    material = stage.gathered_material(config)
+    design = design_study(config)
+    material = stage.load_material(config)
     bench = stage.workbench(stage.RunFolder(tmp_path), design, material)
     contender = next(each for each in design.contenders if each.arm == "shuffled")
     drawn = [tuple(bench.plans.ranks(contender, seed).values()) for seed in range(6)]

@@ -140,7 +140,7 @@ def train_together(
             norm = optimizer.step(step, loss, gradients)
             losses.append(loss.where(optimizer.alive[:, 0], torch.nan))
             norms.append(norm.where(optimizer.alive[:, 0], torch.nan))
-    return collected(stack, arms, torch.stack(losses), torch.stack(norms), optimizer.alive)
+    return collect(stack, arms, torch.stack(losses), torch.stack(norms), optimizer.alive)
 
 
 def check(arms: Sequence[Arm], count: int, settings: ArmSettings) -> None:
@@ -210,7 +210,7 @@ def backward(together: Together, part: Stack, batch: Batch) -> tuple[Tensor, Ten
     return losses, part.gradients(token_losses, weights)
 
 
-def collected(stack: Stack, arms: Sequence[Arm], losses: Tensor, norms: Tensor, alive: Tensor) -> list[TrainedArm]:
+def collect(stack: Stack, arms: Sequence[Arm], losses: Tensor, norms: Tensor, alive: Tensor) -> list[TrainedArm]:
     """The only wait for the device: everything comes to the host at the end."""
     by_arm = zip(arms, losses.T.tolist(), norms.T.tolist(), alive[:, 0].tolist(), strict=True)
     return [
