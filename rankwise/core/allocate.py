@@ -49,7 +49,7 @@ class Rule:
         return min(self.min_rank, self.most(site))
 
 
-def rounded(rank: float, rule: str) -> int:
+def round_rank(rank: float, rule: str) -> int:
     """Nearest power of two or multiple of eight, ties up; `none` keeps the rank."""
     if rule == "power-of-two" and rank > 0:
         low = 1 << math.floor(math.log2(rank))
@@ -59,7 +59,7 @@ def rounded(rank: float, rule: str) -> int:
     return int(rank)
 
 
-def smoothed(ranks: Sequence[int], factor: float) -> list[int]:
+def smooth(ranks: Sequence[int], factor: float) -> list[int]:
     """r' = ⌊s·mean + (1 − s)·r⌋ over the layers of one projection."""
     mean = statistics.fmean(ranks)
     return [math.floor(factor * mean + (1 - factor) * rank + 1e-9) for rank in ranks]
@@ -83,11 +83,11 @@ def by_threshold(spectra: Mapping[Site, Spectrum], rule: Rule) -> tuple[PlannedS
         if rule.per == "type":
             ranks = [int(statistics.median(ranks))] * len(group)
         else:
-            ranks = smoothed(ranks, rule.smoothing)
+            ranks = smooth(ranks, rule.smoothing)
         final |= dict(zip(group, ranks, strict=True))
     rows = []
     for site in spectra:
-        chosen = min(max(rounded(final[site], rule.round), rule.least(site)), rule.most(site))
+        chosen = min(max(round_rank(final[site], rule.round), rule.least(site)), rule.most(site))
         row = explain(site, spectra[site], chosen)
         saturated = spectra[site].saturated(rule.threshold, rule.max_rank)
         rows.append(replace(row, r_raw=raw[site], clipped=clip_reason(raw[site], site, rule), saturated=saturated))
@@ -239,7 +239,7 @@ def shape_classes(sites: Iterable[Site]) -> list[list[Site]]:
     return list(found.values())
 
 
-def shuffled(ranks: Mapping[Site, int], generator: torch.Generator) -> dict[Site, int]:
+def shuffle(ranks: Mapping[Site, int], generator: torch.Generator) -> dict[Site, int]:
     """The same ranks dealt out at random within each shape class: the null of every claim about a plan."""
     result = dict(ranks)
     for members in shape_classes(ranks):
@@ -248,7 +248,7 @@ def shuffled(ranks: Mapping[Site, int], generator: torch.Generator) -> dict[Site
     return result
 
 
-def inverted(ranks: Mapping[Site, int]) -> dict[Site, int]:
+def invert(ranks: Mapping[Site, int]) -> dict[Site, int]:
     """The same ranks the wrong way round within each shape class: largest where the plan has the smallest."""
     result = dict(ranks)
     for members in shape_classes(ranks):
@@ -257,7 +257,7 @@ def inverted(ranks: Mapping[Site, int]) -> dict[Site, int]:
     return result
 
 
-def explained_by(rows: Iterable[PlannedSite], spectra: Mapping[Site, Spectrum]) -> tuple[PlannedSite, ...]:
+def explain_by(rows: Iterable[PlannedSite], spectra: Mapping[Site, Spectrum]) -> tuple[PlannedSite, ...]:
     """Ranks that other spectra decided (of inputs, of gradients), with what the deltas' own say about them."""
     return tuple(
         replace(
@@ -298,7 +298,7 @@ def is_equal(ranks: Ranks, budget: int, tolerance: float = TOLERANCE) -> bool:
     return abs(spent(ranks) - budget) <= tolerance * budget
 
 
-def equalised(
+def equalise(
     ranks: Ranks, budget: int, gains: Mapping[Site, Tensor], most: Mapping[Site, int], tolerance: float = TOLERANCE
 ) -> dict[Site, int]:
     """The ranks with a few moved by one, so that their parameters are within `tolerance` of the budget.

@@ -134,7 +134,7 @@ def target_regex(paths: Iterable[str]) -> str:
     return f"^(?:{'|'.join(re.escape(path) for path in paths)})$"
 
 
-def completed(
+def complete_config(
     config: Mapping[str, Any], ranks: Mapping[str, int], scales: Mapping[str, float], fan_in_fan_out: bool
 ) -> dict[str, Any]:
     """The whole adapter_config.json for these sites.
@@ -240,7 +240,7 @@ def read_adapter(path: Path | str, scale: float | None = None) -> LoraAdapter:
     if config_file:
         require_plain(config, config_file)
     _check_scale(weights, config_file, scale)
-    halves, extra = _sorted_out(adapter_tensors(weights), weights)
+    halves, extra = _sort_out(adapter_tensors(weights), weights)
     if not config_file and any(".base_layer." in name for name in extra):
         raise DataError(f"{weights}: the whole state of a running PEFT model: put its {CONFIG_NAME} beside it")
     pairs = {}
@@ -323,7 +323,7 @@ def adapter_tensors(weights: Path) -> dict[str, Tensor]:
 Halves = dict[tuple[str, bool], dict[str, Tensor]]
 
 
-def _sorted_out(tensors: Mapping[str, Tensor], weights: Path) -> tuple[Halves, dict[str, Tensor]]:
+def _sort_out(tensors: Mapping[str, Tensor], weights: Path) -> tuple[Halves, dict[str, Tensor]]:
     """{(path, is embedding): {"A": …, "B": …}} and the rest; tensors of other methods are refused."""
     halves: Halves = {}
     extra = {}
@@ -389,7 +389,7 @@ def write_adapter(folder: Path | str, adapter: LoraAdapter) -> Path:
             raise DataError(f"{path}: rank 0 cannot be written as an adapter; leave the site out")
     if not adapter.pairs:
         raise DataError(f"{folder}: an adapter without a single site cannot be written")
-    config = completed(
+    config = complete_config(
         adapter.config,
         {path: pair.rank for path, pair in adapter.pairs.items()},
         {path: pair.scale for path, pair in adapter.pairs.items()},

@@ -32,7 +32,7 @@ def logged(path: Path) -> Iterator[Path]:
 
     An error that ends the block is written to the file here, because whoever prints it does so after the block.
     """
-    created(path)
+    require_log_file(path)
     line_by_line()
     try:
         with redirected(path):
@@ -67,7 +67,7 @@ def copier(path: Path, targets: Mapping[int, int]) -> Iterator[tuple[subprocess.
     share a pipe, which keeps their order."""
     if sys.platform == "win32":
         raise UsageError("a log file needs what Windows lacks; redirect the output instead: rankwise … > LOG 2>&1")
-    created(path)
+    require_log_file(path)
     pipes = {target: os.pipe() for target in dict.fromkeys(targets.values())}
     words = [f"{reading}:{target}" for target, (reading, _) in pipes.items()]
     try:
@@ -84,7 +84,7 @@ def copier(path: Path, targets: Mapping[int, int]) -> Iterator[tuple[subprocess.
                 os.close(end)
 
 
-def created(path: Path) -> None:
+def require_log_file(path: Path) -> None:
     """UsageError where the file cannot be written: before anything runs."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

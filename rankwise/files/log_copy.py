@@ -73,12 +73,12 @@ def copy(log: int, encoding: str, targets: Mapping[int, int], secrets: Mapping[b
             piece = os.read(source, BLOCK)
             if not piece:
                 selector.unregister(source)
-            open_targets[source] = passed_on(piece, open_targets[source])
+            open_targets[source] = pass_on(piece, open_targets[source])
             written = lines[source].add(piece) if piece else lines[source].end()
             os.write(log, b"".join(written))
 
 
-def passed_on(piece: bytes, target: int) -> int:
+def pass_on(piece: bytes, target: int) -> int:
     """The target, or NOWHERE once it takes no more."""
     while piece and target != NOWHERE:
         try:

@@ -18,7 +18,7 @@ from typing import Any
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import Site, nearest
 from rankwise.errors import UsageError
-from rankwise.files.adapter import completed
+from rankwise.files.adapter import complete_config
 
 TARGETS = ("attention_only", "mlp_only", "both", "all")
 QUERY_VALUE = frozenset(["q_proj", "v_proj", "query", "value", "q_lin", "v_lin"])
@@ -140,5 +140,5 @@ def scales(plan: RankPlan) -> dict[str, float]:
 def plan_fields(plan: RankPlan) -> dict[str, Any]:
     """The fields of PEFT's config that a plan decides: largest rank as `r`, anchored patterns for others, one regex."""
     transposed = {row.site.transposed for row in plan.sites if row.rank}
-    fields = completed({"use_rslora": plan.use_rslora}, plan.ranks, scales(plan), transposed == {True})
+    fields = complete_config({"use_rslora": plan.use_rslora}, plan.ranks, scales(plan), transposed == {True})
     return {name: fields[name] for name in TENSOR_FIELDS} | {"use_rslora": plan.use_rslora}

@@ -24,7 +24,7 @@ from rankwise.core.allocate import (
     by_budget,
     by_threshold,
     decreasing,
-    explained_by,
+    explain_by,
     next_rank,
     parse_budget,
     plan_of,
@@ -134,7 +134,7 @@ def decide(
     """Ranks of all sites. Whatever decides, the plan's rows are explained by the deltas' own spectra."""
     if settings.budget is None:
         deciding = deciding_spectra(settings, spectra, read, running)
-        return Decision(RankPlan(explained_by(by_threshold(deciding, settings.rule), spectra)))
+        return Decision(RankPlan(explain_by(by_threshold(deciding, settings.rule), spectra)))
     budget = parse_budget(settings.budget, spectra)
     if settings.signal == "uniform":
         return Decision(plan_of(uniform(list(spectra), budget), spectra), budget)

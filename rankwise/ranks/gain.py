@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.core.allocate import inverted, shuffled, uniform
+from rankwise.core.allocate import invert, shuffle, uniform
 from rankwise.core.factors import leading_svd
 from rankwise.core.measure import Delta, exact_spectrum, from_difference
 from rankwise.core.site import Site
@@ -246,8 +246,8 @@ class Gain:
 def arms_of(plan: Ranks, generator: torch.Generator, shuffles: int = SHUFFLES) -> dict[str, Ranks]:
     """The plan, and what it must beat at the same number of parameters."""
     parameters = sum(site.parameters(rank) for site, rank in plan.items())
-    arms: dict[str, Ranks] = {"plan": plan, "uniform": uniform(list(plan), parameters), "inverted": inverted(plan)}
-    return arms | {f"shuffled {i + 1}": shuffled(plan, generator) for i in range(shuffles)}
+    arms: dict[str, Ranks] = {"plan": plan, "uniform": uniform(list(plan), parameters), "inverted": invert(plan)}
+    return arms | {f"shuffled {i + 1}": shuffle(plan, generator) for i in range(shuffles)}
 
 
 def truncations(deltas: Mapping[Site, Tensor], arms: Mapping[str, Ranks]) -> dict[Site, Triplets]:

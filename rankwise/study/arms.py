@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rankwise.core.allocate import Rule, by_budget, decreasing, equalised, spectral_gains, uniform
+from rankwise.core.allocate import Rule, by_budget, decreasing, equalise, spectral_gains, uniform
 from rankwise.core.factors import Factors
 from rankwise.core.phase import Form, Norm, Phases, returns
 from rankwise.core.schedule import parse_schedule, permuted_form, random_form, reversed_form, with_lengths
@@ -73,14 +73,14 @@ def ranks_within(gains: Gains, budget: int, max_rank: int) -> dict[Site, int]:
     """
     rule = Rule(min_rank=0, max_rank=max_rank)
     worth = {site: decreasing(gain) for site, gain in gains.items()}
-    return equalised(by_budget(gains, budget, rule), budget, worth, {site: rule.most(site) for site in gains})
+    return equalise(by_budget(gains, budget, rule), budget, worth, {site: rule.most(site) for site in gains})
 
 
 def uniform_ranks(sites: Sequence[Site], budget: int) -> dict[Site, int]:
     """One rank everywhere, as nearly as the budget and the sizes of the matrices allow."""
     nothing = torch.zeros(0, dtype=torch.float64)
     most = {site: site.largest_rank for site in sites}
-    return equalised(uniform(sites, budget), budget, dict.fromkeys(sites, nothing), most)
+    return equalise(uniform(sites, budget), budget, dict.fromkeys(sites, nothing), most)
 
 
 def compress_pairs(

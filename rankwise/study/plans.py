@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankwise.core.allocate import inverted, is_equal, parse_budget, plan_of, shuffled, spent, uniform
+from rankwise.core.allocate import invert, is_equal, parse_budget, plan_of, shuffle, spent, uniform
 from rankwise.core.phase import Bound, BoundNorm, bind
 from rankwise.core.schedule import parse_schedule
 from rankwise.core.site import Site
@@ -114,8 +114,8 @@ class Plans:
         if kind in (*RULES, "shuffled", "inverted", "plan-warm"):
             ranks = self.of_rule(rule_of(contender.arm), budget, seed)
             if kind == "shuffled":
-                return shuffled(ranks, torch.Generator().manual_seed(seed))
-            return inverted(ranks) if kind == "inverted" else ranks
+                return shuffle(ranks, torch.Generator().manual_seed(seed))
+            return invert(ranks) if kind == "inverted" else ranks
         return self.uniform(budget)
 
     def checked_ranks(self, contender: Contender, seed: int) -> Ranks:

@@ -17,13 +17,13 @@ from rankwise.core.allocate import (
     by_budget,
     by_threshold,
     decreasing,
-    inverted,
+    invert,
     parse_budget,
     plan_of,
-    rounded,
+    round_rank,
     shape_classes,
-    shuffled,
-    smoothed,
+    shuffle,
+    smooth,
     spectral_gains,
     uniform,
 )
@@ -54,16 +54,16 @@ def ranks_of(rows: tuple[PlannedSite, ...]) -> list[int]:
 
 
 def test_the_documented_smoothing_example() -> None:
-    assert smoothed([4, 8, 16, 32, 64, 128], 0.8) == [34, 35, 36, 40, 46, 59]
+    assert smooth([4, 8, 16, 32, 64, 128], 0.8) == [34, 35, 36, 40, 46, 59]
 
 
 @given(ranks=st.lists(st.integers(1, 128), min_size=1), factor=st.floats(0, 1))
 def test_smoothing_pulls_towards_the_mean(ranks: list[int], factor: float) -> None:
-    result = smoothed(ranks, factor)
+    result = smooth(ranks, factor)
     assert min(ranks) <= min(result)
     assert max(result) <= max(ranks)
     assert max(result) - min(result) <= (1 - factor) * (max(ranks) - min(ranks)) + 1
-    assert smoothed(ranks, 0.0) == ranks
+    assert smooth(ranks, 0.0) == ranks
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_smoothing_pulls_towards_the_mean(ranks: list[int], factor: float) -> No
     ],
 )
 def test_rounding_goes_to_the_nearest_and_ties_go_up(rule: str, pairs: dict[int, int]) -> None:
-    assert {rank: rounded(rank, rule) for rank in pairs} == pairs
+    assert {rank: round_rank(rank, rule) for rank in pairs} == pairs
 
 
 def test_the_order_is_bounds_then_smoothing_then_rounding_then_bounds() -> None:
@@ -281,12 +281,12 @@ plans = st.lists(st.tuples(st.sampled_from(SHARED_SHAPES), st.integers(0, 4)), m
 
 @given(ranks=plans, seed=st.integers(0, 99))
 def test_nulls_have_the_plan_s_parameters(ranks: dict[Site, int], seed: int) -> None:
-    for null in (shuffled(ranks, generator(seed)), inverted(ranks)):
+    for null in (shuffle(ranks, generator(seed)), invert(ranks)):
         assert parameters(null) == parameters(ranks)
         for members in shape_classes(ranks):
             assert sorted(null[s] for s in members) == sorted(ranks[s] for s in members)
     for members in shape_classes(ranks):
-        pairs = [(ranks[s], inverted(ranks)[s]) for s in members]
+        pairs = [(ranks[s], invert(ranks)[s]) for s in members]
         assert all(a[1] >= b[1] for a in pairs for b in pairs if a[0] < b[0]), "inverted is the wrong way round"
 
 

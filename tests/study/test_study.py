@@ -15,7 +15,7 @@ from tiny import tiny_llama
 from transformers import LlamaForCausalLM
 
 from rankwise import cli
-from rankwise.core.allocate import TOLERANCE, equalised, is_equal, spent
+from rankwise.core.allocate import TOLERANCE, equalise, is_equal, spent
 from rankwise.core.phase import bind, returns
 from rankwise.core.schedule import parse_schedule, permuted_form, random_form, reversed_form
 from rankwise.core.site import Site, describe
@@ -485,9 +485,9 @@ def test_budgets_are_met_within_half_a_percent(seed: int, rank: int) -> None:
 def test_equal_already_stays_as_it_is_and_the_impossible_is_refused() -> None:
     gains = random_gains(0)
     ranks = dict.fromkeys(gains, 2)
-    assert equalised(ranks, spent(ranks), gains, dict.fromkeys(gains, 8)) == ranks
+    assert equalise(ranks, spent(ranks), gains, dict.fromkeys(gains, 8)) == ranks
     with pytest.raises(UsageError, match="raise the budget"):
-        equalised(dict.fromkeys(gains, 0), 5, gains, dict.fromkeys(gains, 8))
+        equalise(dict.fromkeys(gains, 0), 5, gains, dict.fromkeys(gains, 8))
 
 
 def test_type_means_give_a_projection_one_worth() -> None:
