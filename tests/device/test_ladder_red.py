@@ -109,7 +109,8 @@ class Validating:
         files = [str(text), "--mmproj", str(export / "mmproj-model-f16.gguf")] if text else [str(export)]
         files += ["--reference", str(self.ship / "tuned" / "model")] if text else ["--outtype", "f16"]
         shutil.rmtree(self.out, ignore_errors=True)
-        asked = ["--task", "labels", "--data_path", str(data), "--threads", "1", "-o", str(self.out), *more]
+        few = [] if more else ["--num_samples", "3"]  # one picture of each kind or more
+        asked = ["--task", "labels", "--data_path", str(data), "--threads", "1", "-o", str(self.out), *few, *more]
         code = main(["validate", *files, *asked])
         rungs = json.loads((self.out / "validation.json").read_text())["parity"]["f16"]["rungs"]
         return code, {rung["name"]: rung for rung in rungs}
