@@ -160,6 +160,8 @@ def test_limits_are_k_floors_of_what_the_form_explains(floor: Floor) -> None:
     f16, q8 = floor.thresholds("f16", k=4), floor.thresholds("q8_0", k=4)
     assert f16.kl_mean == pytest.approx(max(LEAST_KL, 4 * floor.paths["float16"].mean))
     assert q8.kl_mean == pytest.approx(4 * floor.paths["q8_0"].mean)
+    explained = [floor.paths[name].margin_difference for name in ("attention", "padded", "float16", "q8_0")]
+    assert q8.margin == pytest.approx(2 * max(explained)), "KL is quadratic in the logits' difference"
     assert f16.margin < q8.margin
     assert floor.thresholds("f32") == floor.thresholds("f16")  # what is stored exactly is not computed exactly
 
