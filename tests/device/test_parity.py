@@ -42,7 +42,8 @@ from rankwise.device.parity.floor import (
 )
 from rankwise.device.parity.ladder import NAMES, Embedder, Ladder, climb, verdict
 from rankwise.device.parity.pixels import unavailable
-from rankwise.device.parity.reference import HFReference
+from rankwise.device.parity.reference import HFReference, Observed
+from rankwise.device.parity.rungs import RUNGS
 from rankwise.device.scores import change, gain_kept
 from rankwise.errors import ServiceError
 from rankwise.gguf.reading import read_export
@@ -322,6 +323,10 @@ def test_embeddings_are_compared_where_something_tells_them(scene: Scene, other_
     assert sound["embeddings"].status == "ok"
     assert sound["embeddings"].measured["pictures"] == 4
     assert sound["embeddings"].measured["largest_distance"] < 1e-5
+    seen = [Observed.of(reference.expected(case), runtime, case, 2) for case in cases[:1]]
+    for far, status in ((0.5, "ok"), (20, "broken")):  # within a hundred limits
+        scaled = [replace(one, embeddings=one.expected.embeddings * (1 + far * limits.embeddings)) for one in seen]
+        assert RUNGS["embeddings"](scaled, runtime, limits).status == status
     mixed = copy.deepcopy(scene.model)
     mixed.model.vision_model = other_model.model.vision_model
     wrong = HFRuntime(mixed, scene.renderer)
