@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from test_finetune import restaurants
 from test_train_stage import words
 from tiny import tiny_llama
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerState, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainerState, set_seed
 
 from rankwise import cli
 from rankwise.core.rank_budget import Importance, RankBudget, kept, triplet_scores
@@ -373,6 +373,25 @@ def test_a_skipped_step_and_a_missing_gradient_say_nothing_of_importance(base: P
     state.global_step = 5  # the mask of this step: what nothing reached goes first
     keeper.on_optimizer_step(arguments, state, None, optimizer=taken)
     assert not keeper.kept["model.layers.0.self_attn.q_proj"].any()
+
+
+class Kept(TrainerCallback):
+    """How many channels are left after each optimizer step."""
+
+    def __init__(self, keeper: RankAllocation) -> None:
+        self.keeper, self.counts = keeper, dict[int, int]()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self.counts[state.global_step] = sum(int(mask.sum()) for mask in self.keeper.kept.values())
+
+
+def test_a_mask_is_set_after_the_step_that_the_schedule_names(base: Path, tmp_path: Path) -> None:
+    trainer, budget = trainer_of(base, tmp_path), allocation().budget
+    seen = Kept(trainer.allocator)
+    trainer.add_callback(seen)
+    trainer.train()
+    last = {step: max([0, *filter(budget.masks_at, range(step + 1))]) for step in range(1, 13)}
+    assert seen.counts == {step: budget.at(mask) for step, mask in last.items()}
 
 
 def test_another_number_of_steps_than_planned_is_an_error(base: Path, tmp_path: Path) -> None:
