@@ -4,7 +4,7 @@
     <cache>/features-00000.safetensors  {"features": (rows, T, D)}
 
 `index.json` is written last, so a folder without one holds no finished cache. A shard is compared with its sha256 when
-it is first read. Folders of the older `features_{i}.pt` are opened too (legacy.py).
+it is first read. A folder of the older `features_{i}.pt`, one matrix a file, is opened too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,64 +26,10 @@ from rankwise.files.atomic import read_object, sha256
 from rankwise.files.pickled import load_tensor
 
 NAME = re.compile(r"features_(?P<number>\d+)\.pt")
-
-
-def legacy_files(folder: Path) -> list[Path]:
-    """In the order of their numbers: 2 before 10."""
-    named = {file: match for file in folder.iterdir() if (match := NAME.fullmatch(file.name))}
-    return sorted(named, key=lambda file: int(named[file]["number"]))
-
-
-def gaps(files: Sequence[Path]) -> list[str]:
-    """Names of the files that are missing between the lowest and the highest number."""
-    numbers = {int(match["number"]) for file in files if (match := NAME.fullmatch(file.name))}
-    return [f"features_{number}.pt" for number in range(min(numbers), max(numbers)) if number not in numbers]
-
-
-class LegacyFiles:
-    """One matrix a file; all of one shape."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = tuple(paths)
-        tokens, channels = matrix_of(self.paths[0]).shape
-        self.shape = tokens, channels
-
-    def read(self, place: int) -> Tensor:
-        matrix = matrix_of(self.paths[place])
-        if tuple(matrix.shape) != self.shape:
-            raise DataError(f"{self.paths[place]}: {tuple(matrix.shape)}, and {self.paths[0].name} is {self.shape}")
-        return matrix
-
-    def digests(self) -> tuple[str, ...]:
-        """SHA-256 of every matrix."""
-        return tuple(digest_of(self.read(place)) for place in range(len(self.paths)))
-
-
-def matrix_of(file: Path) -> Tensor:
-    """(T, D). DataError for what is no such matrix."""
-    tensor = load_tensor(file)
-    if tensor.dim() == 3 and len(tensor) == 1:
-        tensor = tensor[0]
-    if tensor.dim() != 2 or not tensor.is_floating_point() or not tensor.numel():
-        raise DataError(
-            f"{file}: {tensor.dtype} of shape {tuple(tensor.shape)}; features are floats (1, tokens, channels)"
-        )
-    return tensor
-
-
-def digest_of(matrix: Tensor) -> str:
-    return hashlib.sha256(matrix.detach().contiguous().view(torch.uint8).numpy().data).hexdigest()
-
-
 INDEX, RECIPE, FORMAT = "index.json", "capture.json", "rankwise-features/1"
 KEY, SHOWN = "features", 8
 AGAIN = "capture it again (`rankwise features capture` makes what is missing)"
-
-
-class MatrixFiles(Protocol):
-    """Where matrices lie; `read` gives (T, D) as stored, or raises a DataError that names the file."""
-
-    def read(self, place: int) -> Tensor: ...
+REMOVE = "delete it and run the same `rankwise features capture` again, which makes only what is missing"
 
 
 @dataclass(frozen=True)
@@ -113,7 +59,7 @@ class FeatureCache:
     model: ModelOrigin | None
     source: str
     fingerprint: str
-    files: MatrixFiles = field(repr=False, compare=False)
+    files: ShardFiles | LegacyFiles = field(repr=False, compare=False)
     spectrum: tuple[float, ...] | None = field(default=None, repr=False)
     left_out: tuple[tuple[str, str], ...] = ()
 
@@ -193,27 +139,6 @@ def content_fingerprint(index: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([content, index["ids"], index["groups"]]).encode()).hexdigest()
 
 
-def from_legacy(folder: Path) -> FeatureCache:
-    """Every file is read once: for its shape, and because equal features make one group."""
-    files = LegacyFiles(legacy_files(folder))
-    groups = files.digests()
-    tokens, channels = files.shape
-    side = int(tokens**0.5)
-    return FeatureCache(
-        folder,
-        tokens=tokens,
-        channels=channels,
-        grid=(side, side) if side * side == tokens else None,
-        ids=tuple(file.stem for file in files.paths),
-        groups=groups,
-        model=None,
-        source=f"{len(groups)} files features_{{i}}.pt",
-        fingerprint=hashlib.sha256(json.dumps(groups).encode()).hexdigest(),
-        files=files,
-        left_out=tuple((name, "no such file") for name in gaps(files.paths)),
-    )
-
-
 class ShardFiles:
     """The shards of a cache. Files are opened for a read and closed again, so that workers may share this."""
 
@@ -247,10 +172,69 @@ class ShardFiles:
         return matrix
 
 
-REMOVE = "delete it and run the same `rankwise features capture` again, which makes only what is missing"
+def from_legacy(folder: Path) -> FeatureCache:
+    """Every file is read once: for its shape, and because equal features make one group."""
+    files = LegacyFiles(legacy_files(folder))
+    groups = files.digests()
+    tokens, channels = files.shape
+    side = int(tokens**0.5)
+    return FeatureCache(
+        folder,
+        tokens=tokens,
+        channels=channels,
+        grid=(side, side) if side * side == tokens else None,
+        ids=tuple(file.stem for file in files.paths),
+        groups=groups,
+        model=None,
+        source=f"{len(groups)} files features_{{i}}.pt",
+        fingerprint=hashlib.sha256(json.dumps(groups).encode()).hexdigest(),
+        files=files,
+        left_out=tuple((name, "no such file") for name in gaps(files.paths)),
+    )
 
 
-def stored_dtype(name: str) -> torch.dtype:
-    """A precision by its name."""
-    found: torch.dtype = getattr(torch, name)
-    return found
+def legacy_files(folder: Path) -> list[Path]:
+    """In the order of their numbers: 2 before 10."""
+    named = {file: match for file in folder.iterdir() if (match := NAME.fullmatch(file.name))}
+    return sorted(named, key=lambda file: int(named[file]["number"]))
+
+
+def gaps(files: Sequence[Path]) -> list[str]:
+    """Names of the files that are missing between the lowest and the highest number."""
+    numbers = {int(match["number"]) for file in files if (match := NAME.fullmatch(file.name))}
+    return [f"features_{number}.pt" for number in range(min(numbers), max(numbers)) if number not in numbers]
+
+
+class LegacyFiles:
+    """One matrix a file; all of one shape."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = tuple(paths)
+        tokens, channels = matrix_of(self.paths[0]).shape
+        self.shape = tokens, channels
+
+    def read(self, place: int) -> Tensor:
+        matrix = matrix_of(self.paths[place])
+        if tuple(matrix.shape) != self.shape:
+            raise DataError(f"{self.paths[place]}: {tuple(matrix.shape)}, and {self.paths[0].name} is {self.shape}")
+        return matrix
+
+    def digests(self) -> tuple[str, ...]:
+        """SHA-256 of every matrix."""
+        return tuple(digest_of(self.read(place)) for place in range(len(self.paths)))
+
+
+def matrix_of(file: Path) -> Tensor:
+    """(T, D). DataError for what is no such matrix."""
+    tensor = load_tensor(file)
+    if tensor.dim() == 3 and len(tensor) == 1:
+        tensor = tensor[0]
+    if tensor.dim() != 2 or not tensor.is_floating_point() or not tensor.numel():
+        raise DataError(
+            f"{file}: {tensor.dtype} of shape {tuple(tensor.shape)}; features are floats (1, tokens, channels)"
+        )
+    return tensor
+
+
+def digest_of(matrix: Tensor) -> str:
+    return hashlib.sha256(matrix.detach().contiguous().view(torch.uint8).numpy().data).hexdigest()

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rankwise.errors import DataError, UsageError
-from rankwise.features.cache import FORMAT, INDEX, KEY, RECIPE, FeatureCache, ModelOrigin, open_cache, stored_dtype
+from rankwise.features.cache import FORMAT, INDEX, KEY, RECIPE, FeatureCache, ModelOrigin, open_cache
 from rankwise.files.atomic import Aside, atomic_write, read_object, sha256, write_json
 
 HEADER = "shard"
@@ -141,7 +141,7 @@ class CacheWriter:
         header = {HEADER: json.dumps({"recipe": self.recipe.digest, **names})}
         rows = torch.empty(0) if matrices.features is None else matrices.features
         assert len(rows) == len(matrices.ids) == len(matrices.groups)
-        stored = rows.to(stored_dtype(self.recipe.dtype)).contiguous()
+        stored = rows.to(getattr(torch, self.recipe.dtype)).contiguous()
         self.refuse_overflow(stored, rows, matrices.ids)
         with atomic_write(self.file(shard)) as temporary:
             save_file({KEY: stored}, str(temporary), metadata=header)

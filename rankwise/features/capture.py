@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -27,7 +27,7 @@ from rankwise.data.vision_inputs import Sight
 from rankwise.errors import DataError, RankwiseError, UsageError
 from rankwise.features.approximation import best_errors, normalised, singular_values
 from rankwise.features.cache import FeatureCache, ModelOrigin
-from rankwise.features.cache_writer import CacheRecipe, CacheWriter, Matrices, replaceable
+from rankwise.features.cache_writer import CacheWriter, replaceable
 from rankwise.features.encoder import (
     SQUARE,
     EncoderEye,
@@ -40,7 +40,7 @@ from rankwise.features.encoder import (
     unresized,
 )
 from rankwise.features.measures import explained_energy
-from rankwise.features.pictures import PictureShards, Step, open_pictures
+from rankwise.features.pictures import PictureShards, open_pictures
 from rankwise.features.synthetic import Synthetic, SyntheticShards
 from rankwise.files.adapter import is_adapter
 from rankwise.files.checkpoint import model_fingerprint, resolve
@@ -52,74 +52,10 @@ from rankwise.options.features import CaptureConfig
 from rankwise.page.text import command_line, memory, percent, plural
 from rankwise.pipeline.idle import refuse_idle
 
-
-class Shards(Protocol):
-    """The shards of one cache: `made` gives the rows of one of them, the same whenever it is called."""
-
-    @property
-    def recipe(self) -> CacheRecipe: ...
-
-    def size(self, shard: int) -> int: ...
-
-    def made(self, shard: int, step: Step) -> Matrices: ...
-
-
-def shards_of(config: CaptureConfig) -> Shards:
-    if config.synthetic is not None:
-        settings = Synthetic(config.tokens, config.channels, config.spectrum, config.shared, config.seed, config.smooth)
-        return SyntheticShards(settings, config.synthetic, config.shard_size, config.cache_dtype)
-    assert config.model_name and config.images
-    folder = seeing_model(config.model_name, config.revision)
-    preparation, eye = eye_of(config, folder)
-    pictures = open_pictures(config.images, background=preparation.background)
-    origin = ModelOrigin(config.model_name, model_fingerprint(folder))
-    return PictureShards(config, pictures, preparation, eye, origin)
-
-
-def eye_of(config: CaptureConfig, folder: Path) -> tuple[Preparation, Eye]:
-    """How pictures are prepared, and what sees them: a vision-language model's vision side, or an encoder."""
-    name = str(config.model_name)
-    known = load_config(name, config.revision)
-    if is_encoder(known):
-        processor = load_image_processor(name, config.revision)
-        if config.native:
-            return Preparation(None), EncoderEye(name, processor, config.revision)
-        side = config.image_size or own_side(processor, known)
-        return Preparation(side), EncoderEye(name, unresized(processor), config.revision)
-    preparation = preparation_of(config, folder)
-    processor = preparation.processor(load_processor(name, config.revision))
-    # The reader is never asked: pictures come prepared.
-    return preparation, ModelEye(name, Sight(processor, ImageReader(folder)), config.revision)
-
-
-def seeing_model(name: str, revision: str | None) -> Path:
-    """The folder of a whole model that takes images. UsageError for an adapter, a text model, a model with depth."""
-    folder = resolve(name, revision)
-    if is_adapter(folder):
-        raise UsageError(f"{name} is an adapter; `rankwise merge` makes a model of it, whose features can be captured")
-    config = load_config(name, revision)
-    if not hasattr(config, "vision_config") and not is_encoder(config):
-        told = main_input(config)
-        raise UsageError(
-            f"{name} is a text model: it has no image features"
-            if told == "input_ids"
-            else f"{name} takes {told}, not pictures: it has no image features"
-        )
-    if read_depth(folder):
-        raise UsageError(f"{name} adds depth to its image features, and features are captured without; give its base")
-    return folder
-
-
-def preparation_of(config: CaptureConfig, folder: Path) -> Preparation:
-    if config.native:
-        return Preparation(None)
-    target = read_target(folder) if config.image_size is None else None
-    return Preparation(None, target) if target else Preparation(config.image_size or SQUARE)
-
-
 STAGE = "features capture"
 LOOKED_AT = 8  # matrices that the last lines' energy is the median of
 Result = TypeVar("Result")
+Shards = SyntheticShards | PictureShards
 
 
 def run(config: CaptureConfig) -> FeatureCache | None:
@@ -263,3 +199,56 @@ def describe(config: CaptureConfig) -> list[str]:
         f"show {what} in {config.images} to {config.model_name}, {shown}",
         f"write its image features in shards of {config.shard_size} pictures and index.json to {config.output_dir}",
     ]
+
+
+def shards_of(config: CaptureConfig) -> Shards:
+    if config.synthetic is not None:
+        settings = Synthetic(config.tokens, config.channels, config.spectrum, config.shared, config.seed, config.smooth)
+        return SyntheticShards(settings, config.synthetic, config.shard_size, config.cache_dtype)
+    assert config.model_name and config.images
+    folder = seeing_model(config.model_name, config.revision)
+    preparation, eye = eye_of(config, folder)
+    pictures = open_pictures(config.images, background=preparation.background)
+    origin = ModelOrigin(config.model_name, model_fingerprint(folder))
+    return PictureShards(config, pictures, preparation, eye, origin)
+
+
+def eye_of(config: CaptureConfig, folder: Path) -> tuple[Preparation, Eye]:
+    """How pictures are prepared, and what sees them: a vision-language model's vision side, or an encoder."""
+    name = str(config.model_name)
+    known = load_config(name, config.revision)
+    if is_encoder(known):
+        processor = load_image_processor(name, config.revision)
+        if config.native:
+            return Preparation(None), EncoderEye(name, processor, config.revision)
+        side = config.image_size or own_side(processor, known)
+        return Preparation(side), EncoderEye(name, unresized(processor), config.revision)
+    preparation = preparation_of(config, folder)
+    processor = preparation.processor(load_processor(name, config.revision))
+    # The reader is never asked: pictures come prepared.
+    return preparation, ModelEye(name, Sight(processor, ImageReader(folder)), config.revision)
+
+
+def seeing_model(name: str, revision: str | None) -> Path:
+    """The folder of a whole model that takes images. UsageError for an adapter, a text model, a model with depth."""
+    folder = resolve(name, revision)
+    if is_adapter(folder):
+        raise UsageError(f"{name} is an adapter; `rankwise merge` makes a model of it, whose features can be captured")
+    config = load_config(name, revision)
+    if not hasattr(config, "vision_config") and not is_encoder(config):
+        told = main_input(config)
+        raise UsageError(
+            f"{name} is a text model: it has no image features"
+            if told == "input_ids"
+            else f"{name} takes {told}, not pictures: it has no image features"
+        )
+    if read_depth(folder):
+        raise UsageError(f"{name} adds depth to its image features, and features are captured without; give its base")
+    return folder
+
+
+def preparation_of(config: CaptureConfig, folder: Path) -> Preparation:
+    if config.native:
+        return Preparation(None)
+    target = read_target(folder) if config.image_size is None else None
+    return Preparation(None, target) if target else Preparation(config.image_size or SQUARE)

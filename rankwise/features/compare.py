@@ -1,14 +1,16 @@
-"""The measuring of `rankwise features compare`: from networks and images to the content of comparison.json.
+"""rankwise features compare: trained networks against the SVD three ways and a shared PCA, on test and other images.
 
+rankwise features compare --results_dir results --ood feature_cache_other
 training matrices ── shared_basis ──▶ PCA ─┐
-networks ──────────────────────────────────┴─ measure, timings, sweep on every source ──▶ one mapping (factor_words)
+networks ──────────────────────────────────┴─ measure, timings, sweep on every source ──▶ comparison.json, .md, plots/
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,114 @@ from rankwise.page.blocks import Page, Picture, Section
 from rankwise.page.template import render
 
 DRAWN = ("relative_error", "excess_error", "cosine")
+CONFIG, STAGE = "resolved_config.compare.json", "features compare"
+PAGE, PLOT_FOLDER = "comparison.md", "plots"
+
+
+def run(config: FactorCompareConfig) -> Mapping[str, Any]:
+    """Measure, write and print; returns the content of comparison.json."""
+    check(config)
+    found = networks(config.results_dir, config.arch)
+    if not found:
+        raise UsageError(
+            f"{config.results_dir}: no trained network (<arch>/{SETTINGS}) there; train one with `rankwise features "
+            "train`, or give its folder as --results_dir"
+        )
+    cache, split = trained_on(found, config)
+    sources = [Source("test images", cache, split.test)]
+    if config.ood:
+        sources.append(other_source(config.ood, cache))
+    for note in dict.fromkeys(note for source in sources for note in source.cache.notes()):
+        print(note)
+    comparison = Compared(
+        networks={each.folder.name: each.net for each in found},
+        rank=common_rank(config.rank, found),
+        training=Source("training images", cache, split.train),
+        sources=sources,
+        ranks=config.sweep,
+        batch_size=config.batch_size,
+        repeats=config.repeats,
+        device=pick_device(config.device),
+        seed=config.seed,
+    )
+    folder = RunFolder(Path(config.results_dir).expanduser())
+    with folder.lock(), folder.recording(STAGE, inputs(config, found, cache)) as record:
+        content = compared(comparison)
+        folder.save_config(config, CONFIG)
+        record.outputs |= write_comparison(folder.path, content, plots=not config.no_plots)
+    print(terminal(content))
+    print(f"\n{', '.join(sorted({Path(path).name for path in record.outputs.values()}))} in {folder.path}")
+    return content
+
+
+def describe(config: FactorCompareConfig) -> list[str]:
+    check(config)
+    names = ", ".join(map(canonical, config.arch)) or f"every network in {config.results_dir}"
+    where = f"the test images of {config.features or 'the cache they were trained on'}"
+    lines = [f"compare {names} with the SVD three ways and a shared PCA on {where}"]
+    lines += [f"and on all images of {config.ood} that are not in that cache"] if config.ood else []
+    plots = "" if config.no_plots else f", plots in {PLOT_FOLDER}/"
+    return [*lines, f"write {FILE} and .md{plots}, and {OF_ONE} of each network, in {config.results_dir}"]
+
+
+def check(config: FactorCompareConfig) -> None:
+    """What nothing works without, before anything is measured."""
+    bootstrap.check_installed()
+    if not config.no_plots:
+        need("matplotlib", extra="plots")
+
+
+def trained_on(found: Sequence[Network], config: FactorCompareConfig) -> tuple[FeatureCache, FeatureSplit]:
+    """The cache that all networks were trained on, and its split. DataError where there is not one of each."""
+    first = found[0]
+    cache = first.cache_or(config.features)
+    splits = [read_split(each.folder / SPLIT, cache) for each in found]
+    for each, split in zip(found, splits, strict=True):
+        if split != splits[0]:
+            raise DataError(
+                f"{first.folder} and {each.folder} divide {cache.path} differently: what one was tested on, the other "
+                "may have seen; compare them apart (--arch), or train both with one --seed"
+            )
+    return cache, splits[0]
+
+
+def common_rank(asked: int | None, found: Sequence[Network]) -> int:
+    """The rank of the comparison. UsageError where networks have none in common, or fewer channels than asked."""
+    ranks = {each.folder.name: each.rank for each in found}
+    told = ", ".join(f"{name} {rank}" for name, rank in ranks.items())
+    least = min(ranks.values())
+    if asked is None and len(set(ranks.values())) > 1:
+        raise UsageError(
+            f"the networks have different ranks ({told}): give --rank {least} (larger networks then give their leading "
+            "channels), or compare them apart with --arch"
+        )
+    if asked is not None and asked > least:
+        raise UsageError(f"--rank {asked}: a network has no more channels than it was trained with ({told})")
+    return asked or least
+
+
+def other_source(path: str, cache: FeatureCache) -> Source:
+    """All matrices of another cache. DataError where they are of another shape or model, or the same pictures."""
+    other = open_cache(path)
+    for what in ("tokens", "channels"):
+        if getattr(other, what) != getattr(cache, what):
+            raise DataError(
+                f"--ood {path}: matrices of {other.tokens} tokens × {other.channels} channels; the networks take "
+                f"{cache.tokens} × {cache.channels}. Capture them with the same model and --image_size"
+            )
+    if (other.model and other.model.fingerprint) != (cache.model and cache.model.fingerprint):
+        names = [one.model.name if one.model else one.source for one in (other, cache)]
+        raise DataError(f"--ood {path}: features of {names[0]}; the networks were trained on those of {names[1]}")
+    seen = set(cache.groups)
+    places = tuple(place for place, group in enumerate(other.groups) if group not in seen)
+    if not places:
+        raise DataError(f"--ood {path}: every picture in it is in {cache.path} too; give other pictures")
+    return Source("other images", other, places)
+
+
+def inputs(config: FactorCompareConfig, found: Sequence[Network], cache: FeatureCache) -> dict[str, Path | str]:
+    weights: dict[str, Path | str] = {each.folder.name: each.folder / SETTINGS for each in found}
+    return weights | {"features": cache.path} | ({"ood": config.ood} if config.ood else {})
 
 
 @dataclass(frozen=True)
@@ -63,10 +173,6 @@ class Source:
     name: str
     cache: FeatureCache
     places: tuple[int, ...]
-
-    def batches(self, device: torch.device) -> Iterator[Tensor]:
-        """Normalised (B, T, D) on the device."""
-        return (batch.to(device) for batch in cached(self.cache, self.places))
 
     def groups(self) -> list[str]:
         return [self.cache.groups[place] for place in self.places]
@@ -94,6 +200,10 @@ class Compared:
         """Those asked for that such a matrix has, and the comparison's own."""
         return sorted({rank for rank in self.ranks if rank <= min(self.shape)} | {self.rank})
 
+    def batches(self, source: Source) -> Batches:
+        """Normalised (B, T, D) on the device."""
+        return partial(cached, source.cache, source.places, self.device)
+
     def generator(self) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(self.seed)
 
@@ -103,13 +213,13 @@ def compared(asked: Compared) -> dict[str, Any]:
     for net in asked.networks.values():
         net.to(asked.device).eval()
     ranks = asked.swept_ranks()
-    basis = shared_basis(asked.training.batches(asked.device), max(ranks)).to(asked.device)
+    basis = shared_basis(asked.batches(asked.training)(), max(ranks)).to(asked.device)
     methods = baselines(asked.rank, basis, asked.generator())
     methods += [network(net, name, asked.rank) for name, net in asked.networks.items()]
-    first, best = asked.sources[0], {source.name: optimum(of(source, asked)) for source in asked.sources}
+    first, best = asked.sources[0], {source.name: optimum(asked.batches(source)) for source in asked.sources}
     (tokens, channels), cache = asked.shape, asked.training.cache
     factors, whole = stored_numbers(tokens, channels, asked.rank)
-    errors = sweep(ranks, of(first, asked), best[first.name], basis, asked.networks, asked.generator())
+    errors = sweep(ranks, asked.batches(first), best[first.name], basis, asked.networks, asked.generator())
     return {
         "format": FORMAT,
         "rank": asked.rank,
@@ -127,14 +237,10 @@ def compared(asked: Compared) -> dict[str, Any]:
     }
 
 
-def of(source: Source, asked: Compared) -> Batches:
-    return lambda: source.batches(asked.device)
-
-
 def source_record(source: Source, methods: Sequence[Method], best: Tensor, asked: Compared) -> dict[str, Any]:
     """Means with intervals of every method on one source, paired differences, and the single matrices."""
     groups = source.groups()
-    found = measure(methods, of(source, asked), best)
+    found = measure(methods, asked.batches(source), best)
     rows = [row_record(one, methods, best, groups, asked.seed) for one in found]
     products = {one.method: one for one in found if not one.refined}
     return {
@@ -211,120 +317,6 @@ def timing_batch(asked: Compared) -> Tensor:
     source = asked.sources[0]
     places = itertools.islice(itertools.cycle(source.places), asked.batch_size)
     return torch.stack([normalised(source.cache[place]) for place in places]).to(asked.device)
-
-
-CONFIG, STAGE = "resolved_config.compare.json", "features compare"
-
-
-def run(config: FactorCompareConfig) -> Mapping[str, Any]:
-    """Measure, write and print; returns the content of comparison.json."""
-    check(config)
-    found = networks(config.results_dir, config.arch)
-    if not found:
-        raise UsageError(
-            f"{config.results_dir}: no trained network (<arch>/{SETTINGS}) there; train one with `rankwise features "
-            "train`, or give its folder as --results_dir"
-        )
-    cache, split = trained_on(found, config)
-    sources = [Source("test images", cache, split.test)]
-    if config.ood:
-        sources.append(other_source(config.ood, cache))
-    for note in dict.fromkeys(note for source in sources for note in source.cache.notes()):
-        print(note)
-    comparison = Compared(
-        networks={each.folder.name: each.net for each in found},
-        rank=common_rank(config.rank, found),
-        training=Source("training images", cache, split.train),
-        sources=sources,
-        ranks=config.sweep,
-        batch_size=config.batch_size,
-        repeats=config.repeats,
-        device=pick_device(config.device),
-        seed=config.seed,
-    )
-    folder = RunFolder(Path(config.results_dir).expanduser())
-    with folder.lock(), folder.recording(STAGE, inputs(config, found, cache)) as record:
-        content = compared(comparison)
-        folder.save_config(config, CONFIG)
-        record.outputs |= write_comparison(folder.path, content, plots=not config.no_plots)
-    print(terminal(content))
-    print(f"\n{', '.join(sorted({Path(path).name for path in record.outputs.values()}))} in {folder.path}")
-    return content
-
-
-def check(config: FactorCompareConfig) -> None:
-    """What nothing works without, before anything is measured."""
-    bootstrap.check_installed()
-    if not config.no_plots:
-        need("matplotlib", extra="plots")
-
-
-def trained_on(found: Sequence[Network], config: FactorCompareConfig) -> tuple[FeatureCache, FeatureSplit]:
-    """The cache that all networks were trained on, and its split. DataError where there is not one of each."""
-    first = found[0]
-    cache = open_cache(config.features) if config.features else first.cache
-    if cache is None:
-        raise DataError(f"{first.folder}: its feature cache cannot be read, give it as --features: {first.lost}")
-    splits = [read_split(each.folder / SPLIT, cache) for each in found]
-    for each, split in zip(found, splits, strict=True):
-        if split != splits[0]:
-            raise DataError(
-                f"{first.folder} and {each.folder} divide {cache.path} differently: what one was tested on, the other "
-                "may have seen; compare them apart (--arch), or train both with one --seed"
-            )
-    return cache, splits[0]
-
-
-def common_rank(asked: int | None, found: Sequence[Network]) -> int:
-    """The rank of the comparison. UsageError where networks have none in common, or fewer channels than asked."""
-    ranks = {each.folder.name: each.rank for each in found}
-    told = ", ".join(f"{name} {rank}" for name, rank in ranks.items())
-    least = min(ranks.values())
-    if asked is None and len(set(ranks.values())) > 1:
-        raise UsageError(
-            f"the networks have different ranks ({told}): give --rank {least} (larger networks then give their leading "
-            "channels), or compare them apart with --arch"
-        )
-    if asked is not None and asked > least:
-        raise UsageError(f"--rank {asked}: a network has no more channels than it was trained with ({told})")
-    return asked or least
-
-
-def other_source(path: str, cache: FeatureCache) -> Source:
-    """All matrices of another cache. DataError where they are of another shape or model, or the same pictures."""
-    other = open_cache(path)
-    for what in ("tokens", "channels"):
-        if getattr(other, what) != getattr(cache, what):
-            raise DataError(
-                f"--ood {path}: matrices of {other.tokens} tokens × {other.channels} channels; the networks take "
-                f"{cache.tokens} × {cache.channels}. Capture them with the same model and --image_size"
-            )
-    if (other.model and other.model.fingerprint) != (cache.model and cache.model.fingerprint):
-        names = [one.model.name if one.model else one.source for one in (other, cache)]
-        raise DataError(f"--ood {path}: features of {names[0]}; the networks were trained on those of {names[1]}")
-    seen = set(cache.groups)
-    places = tuple(place for place, group in enumerate(other.groups) if group not in seen)
-    if not places:
-        raise DataError(f"--ood {path}: every picture in it is in {cache.path} too; give other pictures")
-    return Source("other images", other, places)
-
-
-def inputs(config: FactorCompareConfig, found: Sequence[Network], cache: FeatureCache) -> dict[str, Path | str]:
-    weights: dict[str, Path | str] = {each.folder.name: each.folder / SETTINGS for each in found}
-    return weights | {"features": cache.path} | ({"ood": config.ood} if config.ood else {})
-
-
-def describe(config: FactorCompareConfig) -> list[str]:
-    check(config)
-    names = ", ".join(map(canonical, config.arch)) or f"every network in {config.results_dir}"
-    where = f"the test images of {config.features or 'the cache they were trained on'}"
-    lines = [f"compare {names} with the SVD three ways and a shared PCA on {where}"]
-    lines += [f"and on all images of {config.ood} that are not in that cache"] if config.ood else []
-    plots = "" if config.no_plots else f", plots in {PLOT_FOLDER}/"
-    return [*lines, f"write {FILE} and .md{plots}, and {OF_ONE} of each network, in {config.results_dir}"]
-
-
-PAGE, PLOT_FOLDER = "comparison.md", "plots"
 
 
 def write_comparison(folder: Path, comparison: Comparison, *, plots: bool = True) -> dict[str, Path | str]:

@@ -1,8 +1,9 @@
-"""Which matrices train, validate and test: 80/10/10 by picture, so that what is tested was never seen in training.
+"""Which matrices train, validate and test, and what a network gets of them: normalised, and fit to measure errors on.
 
-split = split_of(cache, seed=42)
+split = split_of(cache, seed=42)                 # 80/10/10 by picture: what is tested was never seen in training
 write_json(run / SPLIT, split.record())
 read_split(run / SPLIT, cache)                   # the same again, or a DataError
+rows = FeatureRows(cache, split.train)           # a torch Dataset; `collate` makes batches
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from rankwise.files.processes import gathered, own_share
 SPLIT, FORMAT = "split.json", "rankwise-feature-split/1"
 PARTS = ("train", "val", "test")
 LEAST_PICTURES = 3
+SHOWN = 8
+BATCH = 16  # matrices of a cache at a time
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,6 @@ def read_split(path: Path | str, cache: FeatureCache) -> FeatureSplit:
     if type(seed) is not int:
         raise DataError(f"{path}: its seed is missing or no whole number: the file is not as it was written")
     return FeatureSplit(**{name: tuple(part) for name, part in parts.items()}, cache=cache.fingerprint, seed=seed)
-
-
-SHOWN = 8
 
 
 class FeatureRows(Dataset[dict[str, Any]]):
@@ -148,10 +148,7 @@ def refusal(path: Path, reasons: Mapping[str, str]) -> DataError:
     return DataError(f"{path}: {'; '.join(listed[:SHOWN])}{more}; capture {them}")
 
 
-BATCH = 16  # matrices of a cache at a time
-
-
-def cached(cache: FeatureCache, places: Sequence[int]) -> Iterator[Tensor]:
-    """Normalised matrices (B, T, D) of a cache. DataError naming one that nothing can be measured on."""
+def cached(cache: FeatureCache, places: Sequence[int], device: torch.device | str = "cpu") -> Iterator[Tensor]:
+    """Normalised matrices (B, T, D) of a cache, on a device. DataError naming one that nothing can be measured on."""
     for start in range(0, len(places), BATCH):
-        yield torch.stack([measurable(cache, place) for place in places[start : start + BATCH]])
+        yield torch.stack([measurable(cache, place) for place in places[start : start + BATCH]]).to(device)

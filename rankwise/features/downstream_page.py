@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.features.answers import NOTHING, ORIGINAL, WHOLE
-from rankwise.page.canvas import BLUE, GREY, INK, YELLOW, name_axes, new_figure, save
+from rankwise.page import canvas
+from rankwise.page.canvas import GREY, INK, name_axes, new_figure, save
 from rankwise.page.text import align, clip, plural
 
 FORMAT = "rankwise-downstream/1"
 JSON, MARKDOWN, PICTURE = "downstream.json", "downstream.md", "downstream.png"
 HEADER = ("method", "rank", "feature error", "loss", "loss change", "KL", "same token", "answer right")
 RIGHT_ALIGNED = 1  # the first column that holds numbers
-COLOURS, MARKERS = (BLUE, YELLOW, INK, GREY), ("o", "s", "D", "^", "v", "P", "X")
-LINES = ("-", "--", ":", "-.")
 INVISIBLE = 1e-6  # KL below it is rounding; on a logarithmic axis it would take most of the room
 Row = Mapping[str, Any]
 
@@ -153,10 +152,6 @@ def draw_method(axis: Any, curve: Sequence[Row], metric: str, shift: float, look
 
 def style(index: int, network: bool) -> dict[str, Any]:
     """A network is a single open marker, a baseline a line."""
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "markersize": 7 if network else 4,
-        "fillstyle": "none" if network else "full",
-        "linestyle": "" if network else LINES[index % len(LINES)],
-    }
+    line = canvas.LINES[index % len(canvas.LINES)]
+    baseline = {"markersize": 4, "fillstyle": "full", "linestyle": line}
+    return canvas.style(index) | ({"markersize": 7, "fillstyle": "none", "linestyle": ""} if network else baseline)

@@ -1,10 +1,10 @@
-"""Plain vision encoders: DINOv2 and 3, SigLIP, CLIP, ViT …: pixels → one matrix (T, D) of patch tokens per picture.
+"""How a picture becomes a matrix (T, D): prepared for the processor, then through a vision side or a plain encoder.
 
-    model, side = load_encoder(name, dtype, device)
-    encoder_features(model, {"pixel_values": …})          [(features, (rows, columns)), …]
+    picture ── Preparation ──▶ square, or as the device shows it ── pixels, features ──▶ [((T, D), grid), …]
 
-What stands in front of the patches (a class token, registers) is dropped: it has no place on the picture. Of two towers
-(CLIP, SigLIP) the one that sees is kept.
+A vision-language model (`ModelEye`) gives what its language part gets; a plain encoder (`EncoderEye`: DINOv2 and 3,
+SigLIP, CLIP, ViT …) its last hidden state at the patches. What stands in front of the patches (a class token,
+registers) is dropped: it has no place on the picture. Of two towers (CLIP, SigLIP) the one that sees is kept.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -33,6 +33,59 @@ from rankwise.models.vision_features import image_features, load_vision_side
 CONTRAST = "return_loss"  # of images and texts: what CLIP, SigLIP and their kin can be asked for
 UNUSED = ("pooler", "head", "embeddings.mask_token")  # behind the last hidden state, or for training alone
 Seen = tuple[Tensor, tuple[int, int]]
+FRONT = 32  # most class tokens and registers that stand in front
+Inputs = Mapping[str, Tensor]
+SQUARE = 448  # pixels: 16 × 16 tokens in the Qwen-VL families
+FILTER = Image.Resampling.BICUBIC  # Pillow's own default
+
+
+@dataclass(frozen=True)
+class ModelEye:
+    """A vision-language model: what its language part gets."""
+
+    name: str
+    sight: Sight
+    revision: str | None = None
+
+    @property
+    def processor(self) -> Any:
+        return self.sight.processor.image_processor
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> Any:
+        return load_vision_side(self.name, dtype, device, self.revision)
+
+    def pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        return self.sight.pixels([[image] for image in images])
+
+    def grids(self, image: Image.Image) -> tuple[Grid, ...] | None:
+        return grids(self.sight.processor, image)
+
+    def features(self, model: Any, inputs: Inputs) -> list[tuple[Tensor, Grid | None]]:
+        return [(matrix, None) for matrix in image_features(model, inputs)]
+
+
+@dataclass(frozen=True)
+class EncoderEye:
+    """A vision encoder: its last hidden state at the patches."""
+
+    name: str
+    processor: Any
+    revision: str | None = None
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> Any:
+        return load_encoder(self.name, dtype, device, self.revision)
+
+    def pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        return dict(self.processor(images=list(images), return_tensors="pt"))
+
+    def grids(self, image: Image.Image) -> tuple[Grid, ...] | None:
+        return None
+
+    def features(self, model: Any, inputs: Inputs) -> list[tuple[Tensor, Grid | None]]:
+        return [(matrix, Grid(WHOLE, *grid)) for matrix, grid in encoder_features(model, inputs)]
+
+
+Eye = ModelEye | EncoderEye
 
 
 def is_encoder(config: Any) -> bool:
@@ -122,86 +175,12 @@ def encoder_features(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> li
     return [(row[front:], grid) for row in hidden]
 
 
-FRONT = 32  # most class tokens and registers that stand in front
-
-
 def patch_grid(model: PreTrainedModel, pixels: Tensor) -> tuple[int, int]:
     size = getattr(model.config, "patch_size", None)
     high, wide = size if isinstance(size, list | tuple) else (size, size)
     if not high or pixels.dim() != 4:
         raise UsageError(f"{type(model).__name__} names no patch size: where its tokens lie is not known here")
     return pixels.shape[-2] // high, pixels.shape[-1] // wide
-
-
-Inputs = Mapping[str, Tensor]
-
-
-class Eye(Protocol):
-    """processor: the image processor, which decides the tensors of a picture."""
-
-    @property
-    def processor(self) -> Any: ...
-
-    def load(self, dtype: torch.dtype, device: torch.device) -> Any: ...
-
-    def pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]: ...
-
-    def grids(self, image: Image.Image) -> tuple[Grid, ...] | None:
-        """One per matrix of a prepared picture; None for one matrix, of which nothing is known before it is seen."""
-
-    def features(self, model: Any, inputs: Inputs) -> list[tuple[Tensor, Grid | None]]: ...
-
-
-@dataclass(frozen=True)
-class ModelEye:
-    """A vision-language model: what its language part gets."""
-
-    name: str
-    sight: Sight
-    revision: str | None = None
-
-    @property
-    def processor(self) -> Any:
-        return self.sight.processor.image_processor
-
-    def load(self, dtype: torch.dtype, device: torch.device) -> Any:
-        return load_vision_side(self.name, dtype, device, self.revision)
-
-    def pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        return self.sight.pixels([[image] for image in images])
-
-    def grids(self, image: Image.Image) -> tuple[Grid, ...] | None:
-        return grids(self.sight.processor, image)
-
-    def features(self, model: Any, inputs: Inputs) -> list[tuple[Tensor, Grid | None]]:
-        return [(matrix, None) for matrix in image_features(model, inputs)]
-
-
-@dataclass(frozen=True)
-class EncoderEye:
-    """A vision encoder: its last hidden state at the patches."""
-
-    name: str
-    processor: Any
-    revision: str | None = None
-
-    def load(self, dtype: torch.dtype, device: torch.device) -> Any:
-        return load_encoder(self.name, dtype, device, self.revision)
-
-    def pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        return dict(self.processor(images=list(images), return_tensors="pt"))
-
-    def grids(self, image: Image.Image) -> tuple[Grid, ...] | None:
-        return None
-
-    def features(self, model: Any, inputs: Inputs) -> list[tuple[Tensor, Grid | None]]:
-        return [(matrix, Grid(WHOLE, *grid)) for matrix, grid in encoder_features(model, inputs)]
-
-
-SQUARE = 448  # pixels: 16 × 16 tokens in the Qwen-VL families
-
-
-FILTER = Image.Resampling.BICUBIC  # Pillow's own default
 
 
 @dataclass(frozen=True)

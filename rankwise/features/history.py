@@ -1,4 +1,4 @@
-"""One row per epoch of a network that predicts factors: written, printed, saved with checkpoints; and the best network.
+"""What a run tells of itself: a log per start, a row per epoch, the curves; and the best network, kept.
 
     evaluation at the end of an epoch ──▶ row ──▶ history.json, a line, best_model where no earlier epoch is better
     checkpoint ◀── rows so far, and the running sums where it is saved within an epoch
@@ -111,7 +111,7 @@ class EpochHistory(TrainerCallback):
             **refined,
             "lr": float(rate),
             "time": round(time.monotonic() - self.started, 3),
-            "effective_rank": net.settings.rank if net.rank_mask is None else int(net.rank_mask.sum()),
+            "effective_rank": net.current_effective_rank(),
         }
 
     def means(self) -> list[float]:

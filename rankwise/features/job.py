@@ -1,6 +1,8 @@
-"""What `rankwise features train` trains, put together: the Trainer, and all that hangs on it.
+"""A run of `rankwise features train`, put together: what it starts from, its identity, its Trainer.
 
 config, cache ──▶ FactorJob (arguments, identity) ── Start ──▶ RankwiseTrainer + EpochHistory (+ ChannelAllocation)
+
+A run starts afresh, from its newest complete checkpoint, or from its best network with a fresh optimizer.
 """
 
 from __future__ import annotations
@@ -51,6 +53,8 @@ RESULTS, PLOT = "test_results.json", "train_val_loss_comparison.png"
 CHECKPOINTS = ("checkpoint-*",)
 OF_A_RUN = (*CHECKPOINTS, WEIGHTS, SETTINGS, HISTORY, RESULTS, SPLIT, PLOT, TRAINING_LOG, TABLE, OF_ONE, CONFIG)
 STEP_TABLES = (TRAINING_LOG, TABLE)
+CLIP, FACTOR, PLATEAU = 5.0, 0.5, 3  # norm of gradients; the rate's factor after so many epochs without improvement
+KEPT = 3  # the best, the newest and one before it, should the newest be damaged
 
 
 @dataclass(frozen=True)
@@ -121,9 +125,7 @@ def require_state(checkpoint: Path) -> None:
 def from_best(config: FactorTrainConfig, folder: Path, cache: FeatureCache, settings: FactorizerSettings) -> Start:
     """The best network with a fresh optimizer. The history goes on; tables by step begin anew, the old ones aside."""
     net = load_factorizer(folder)
-    found = differences(asdict(net.settings), asdict(settings))
-    if found:
-        raise UsageError(other_run(folder / SETTINGS, found))
+    refuse_other_run(folder / SETTINGS, asdict(net.settings), asdict(settings))
     rows = read_history(folder / HISTORY) if (folder / HISTORY).is_file() else []
     if not rows and config.epochs < 1:
         raise UsageError(f"--epochs 0: {folder} has neither a checkpoint nor a history of epochs; give at least 1")
@@ -135,19 +137,14 @@ def from_best(config: FactorTrainConfig, folder: Path, cache: FeatureCache, sett
     return Start(net, split, steps_of(config, split), config.epochs, rows=rows)
 
 
-def refuse_other_run(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def refuse_other_run(place: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """UsageError with the differences between the run that was saved and this one."""
-    found = differences(saved, now)
-    if found:
-        raise UsageError(other_run(checkpoint, found))
-
-
-def other_run(place: Path, found: list[str]) -> str:
-    listed = "\n  ".join(found)
-    return (
-        f"{place} belongs to another run; what differs:\n  {listed}\nChange these back, or train in another "
-        "--results_dir (--epochs and --patience may change)"
-    )
+    if found := differences(saved, now):
+        listed = "\n  ".join(found)
+        raise UsageError(
+            f"{place} belongs to another run; what differs:\n  {listed}\nChange these back, or train in another "
+            "--results_dir (--epochs and --patience may change)"
+        )
 
 
 def refuse_earlier(folder: Path, overwrite: bool) -> None:
@@ -193,10 +190,6 @@ def room_made(start: Start, folder: Path) -> Iterator[None]:
                 name = f"{Path(table).stem}.until_epoch_{len(start.rows)}.csv"
                 os.replace(folder / table, folder / name)
         yield
-
-
-CLIP, FACTOR, PLATEAU = 5.0, 0.5, 3  # norm of gradients; the rate's factor after so many epochs without improvement
-KEPT = 3  # the best, the newest and one before it, should the newest be damaged
 
 
 @dataclass(frozen=True)

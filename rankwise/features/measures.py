@@ -4,7 +4,7 @@
     best    = optimum(batches)                          # the SVD's errors, at every rank
     for row in measure(methods, batches, best): row.values["excess_error"].mean()
 
-Everything gets the same normalised X (B, T, D) and is scored there. What each method costs: `factor_cost.py`.
+Everything gets the same normalised X (B, T, D) and is scored there. What each method costs is measured too.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Method:
     """One way from X (B, T, D) to factors of rank r.
 
     learned: it was trained on other matrices. `parameters`: numbers it needs beside X.
-    flops: per matrix, a multiplication and an addition counted as two; see `factor_cost.counted`.
+    flops: per matrix, a multiplication and an addition counted as two; see `counted`.
     shared_right: B is the same for all matrices, so it is stored once.
     effective_rank: where a network's mask lets fewer than r channels act.
     refine: the whole approximation (B, T, D) after the product, whose rank may be higher; scored apart.
@@ -120,7 +120,7 @@ class Method:
 
 @dataclass(frozen=True, eq=False)
 class Closeness:
-    """How close one method came to each of n matrices: measure → (n,), float64, by the names of `core.closeness`.
+    """How close one method came to each of n matrices: measure → (n,), float64, by the names in OF_FACTORS.
 
     `principal_angle` is the mean angle in radians between its row space and that of the truncated SVD. A refined
     output has no rank, so it has neither that nor an excess.
@@ -159,7 +159,7 @@ def network(net: Factorizer, name: str | None = None, rank: int | None = None) -
         assert refined is not None, "a network with refine gives a refined output"
         return refined
 
-    acting = own if net.rank_mask is None else int(net.rank_mask.sum())
+    acting = net.current_effective_rank()
     return Method(
         name or net.settings.arch,
         factorize,

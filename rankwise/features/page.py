@@ -1,4 +1,11 @@
-"""A comparison of factorizations on a page, and on the terminal: verdicts, tables, pictures, small print."""
+"""comparison.json of factorizations as it is shown: verdicts, tables, small print and plots, on a page and a terminal.
+
+{"format": "rankwise-factors/1", "rank", "tokens", "channels", "networks", "timing", "storage",
+ "sources": [{"name", "matrices", "images", "rows": [{"method", "relative_error": {"mean", "low", "high"}, …}],
+              "paired": […], "ids": […], "values": {label: {"relative_error": […], "cosine": […]}}}],
+ "cost": [{"method", "flops", "seconds", "parameters", "stored"}],
+ "sweep": {"ranks": […], "relative_error": {method: […]}}}
+"""
 
 from __future__ import annotations
 
@@ -28,6 +35,12 @@ from rankwise.page.text import align, amount, clip, percent, plural, printable
 FORMAT, FILE = "rankwise-factors/1", "comparison.json"
 PARTS = ("rank", "tokens", "channels", "networks", "timing", "storage", "sources", "cost", "sweep")
 Comparison = Mapping[str, Any]
+CLOSE = ("method", "relative error", "excess error, %", "energy", "cosine", "angle")
+COST = ("method", "time", "speed", "MFLOP", "parameters", "stored")
+OF_ONE = "svd_nn_comparison.json"
+BINS = 30
+LINEAR_BELOW = 1.0  # per cent of excess error: from there on the axis is logarithmic
+KEYS = ("mean", "low", "high")
 
 
 def label(row: Mapping[str, Any]) -> str:
@@ -125,10 +138,6 @@ def optimum_words(comparison: Comparison) -> str:
     )
 
 
-CLOSE = ("method", "relative error", "excess error, %", "energy", "cosine", "angle")
-COST = ("method", "time", "speed", "MFLOP", "parameters", "stored")
-
-
 def comparison_blocks(comparison: Comparison, pictures: Sequence[Picture] = ()) -> list[Block]:
     """Everything about one comparison, in the order of its weight."""
     sources, names = comparison["sources"], comparison["networks"]
@@ -202,15 +211,6 @@ def terminal(comparison: Comparison) -> str:
 
 def aligned(table: Table) -> str:
     return "\n".join(align([table.header, *table.rows]))
-
-
-OF_ONE = "svd_nn_comparison.json"
-
-
-BINS = 30
-
-
-LINEAR_BELOW = 1.0  # per cent of excess error: from there on the axis is logarithmic
 
 
 def plot_error_histogram(comparison: Comparison, path: Path | str) -> Path:
@@ -313,9 +313,6 @@ def plot_error_time(comparison: Comparison, path: Path | str) -> Path:
     name_axes(axis, f"milliseconds per matrix ({comparison['timing']['device']})", shown)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return save(figure, path)
-
-
-KEYS = ("mean", "low", "high")
 
 
 def per_cent_ticks(axis: Any) -> None:

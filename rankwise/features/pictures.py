@@ -1,8 +1,9 @@
-"""The pictures that features are captured of: a folder of images, a parquet file, a data set of `datasets`.
+"""The pictures that features are captured of, and the shards of their features.
 
     open_pictures("photos/")              photos/a.jpg, photos/2024/b.png … in name order
     open_pictures("val.parquet")          its image column: {"bytes", "path"} as `datasets` writes it, or bytes
     open_pictures("org/name:test")        a saved data set's folder, or a hub id, with a split
+    PictureShards(…).made(shard, step)    the matrices of one shard of them
 
 Every picture is decoded as anywhere else (data/pixels.py): upright, RGB, bombs and broken files refused by name.
 """
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -38,22 +39,12 @@ from rankwise.options.features import CaptureConfig
 
 SAVED = ("dataset_info.json", "dataset_dict.json")  # in a folder that `datasets` has saved
 EXTRA = "data"
+Step = Callable[[int], object]  # told how many more pictures are done
 
 
-class Pictures(Protocol):
-    """Pictures with unique names. `open(place)` raises BadImage; `digest(count)` is that of the first ones."""
-
-    @property
-    def names(self) -> Sequence[str]: ...
-
-    def open(self, place: int) -> Image.Image: ...
-
-    def digest(self, count: int) -> str: ...
-
-
-def open_pictures(where: str, background: Colour = WHITE) -> Pictures:
+def open_pictures(where: str, background: Colour = WHITE) -> FolderPictures | TablePictures:
     """The pictures of a folder, a parquet file or a data set, transparency on `background`. DataError where there are
-    none."""
+    none. Names are unique; `open(place)` raises BadImage; `digest(count)` is that of the first ones."""
     path = Path(where).expanduser()
     if path.is_file() and path.suffix == ".parquet":
         return of_parquet(path, background)
@@ -212,15 +203,12 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-Step = Callable[[int], object]  # told how many more pictures are done
-
-
 @dataclass
 class PictureShards:
     """Features of pictures, `--batch_size` of them at a time."""
 
     config: CaptureConfig
-    pictures: Pictures
+    pictures: FolderPictures | TablePictures
     preparation: Preparation
     eye: Eye
     origin: ModelOrigin

@@ -54,7 +54,7 @@ class ChannelAllocation(TrainerCallback):
 
     def restore(self, checkpoint: Path) -> None:
         """Take up scores and mask of a checkpoint. DataError where they are not there or damaged."""
-        self.evaluated = read_state(checkpoint)["evaluated"]
+        self.evaluated = read_object(checkpoint / STATE)["evaluated"]
         try:
             tensors = load_file(checkpoint / SCORES)
         except (OSError, SafetensorError) as error:
@@ -145,14 +145,9 @@ class ChannelAllocation(TrainerCallback):
             save_file(tensors, str(temporary))
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """DataError where a checkpoint holds none."""
-    return read_object(checkpoint / STATE)
-
-
 def saved_budget(checkpoint: Path) -> RankBudget:
     """The schedule that a checkpoint's run began with."""
-    return RankBudget(**read_state(checkpoint)["budget"])
+    return RankBudget(**read_object(checkpoint / STATE)["budget"])
 
 
 def gradient(parameter: nn.Parameter) -> Tensor:

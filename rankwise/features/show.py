@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankwise.errors import DataError, UsageError, need
+from rankwise.errors import UsageError, need
 from rankwise.evaluate.generate import pick_device
 from rankwise.features.approximation import by_svd
-from rankwise.features.cache import FeatureCache, open_cache
+from rankwise.features.cache import FeatureCache
 from rankwise.features.dataset import SPLIT, cached, read_split
 from rankwise.features.measures import SVD, cosine, excess_error, mse, network, relative_error
 from rankwise.features.trained import Network, networks
@@ -27,6 +27,42 @@ from rankwise.page.text import clip
 
 CELL, LABELS, BAR = 0.95, 1.0, 0.75  # inches
 Grid = tuple[int, int]
+ORIGINAL = "original"
+
+
+def run(config: FactorShowConfig) -> tuple[Path, Path]:
+    """Draw and print; returns both pictures."""
+    check(config)
+    found = networks(config.results_dir, [config.arch])[0]
+    cache = found.cache_or(config.features)
+    grid, assumed = grid_of(cache, config.channels)
+    place = test_place(read_split(found.folder / SPLIT, cache).test, config.image_idx, cache)
+    shown = approximations(found, next(cached(cache, [place])), rank_of(config.rank, found), config.device)
+    for line in [assumed, f"{cache.ids[place]} (test image {config.image_idx}, on normalised features)"]:
+        print(line) if line else None
+    for line in errors(shown):
+        print(line)
+    title = f"{cache.ids[place]} · normalised features"
+    few = {name: matrix[:, : config.channels] for name, matrix in shown.items()}
+    pictures = targets(found.folder, config.image_idx)
+    plot_channels(few, grid, pictures[0], title)
+    plot_channel_errors(few, grid, pictures[1], title)
+    print(f"{pictures[0]}\n{pictures[1]}")
+    return pictures
+
+
+def describe(config: FactorShowConfig) -> list[str]:
+    check(config)
+    folder = Path(config.results_dir).expanduser() / canonical(config.arch)
+    pictures = targets(folder, config.image_idx)
+    return [
+        f"approximate test image {config.image_idx} with {folder} and the SVD",
+        f"write {pictures[0]} and {pictures[1].name}",
+    ]
+
+
+def check(config: FactorShowConfig) -> None:
+    need("matplotlib", extra="plots")
 
 
 def plot_channels(shown: Mapping[str, Tensor], grid: Grid, path: Path | str, title: str = "") -> Path:
@@ -90,42 +126,6 @@ def label_rows(axes: Any, names: list[str]) -> None:
         label.set_parse_math(False)
 
 
-ORIGINAL = "original"
-
-
-def run(config: FactorShowConfig) -> tuple[Path, Path]:
-    """Draw and print; returns both pictures."""
-    check(config)
-    found = networks(config.results_dir, [config.arch])[0]
-    cache = cache_of(found, config.features)
-    grid, assumed = grid_of(cache, config.channels)
-    place = test_place(read_split(found.folder / SPLIT, cache).test, config.image_idx, cache)
-    shown = approximations(found, next(cached(cache, [place])), rank_of(config.rank, found), config.device)
-    for line in [assumed, f"{cache.ids[place]} (test image {config.image_idx}, on normalised features)"]:
-        print(line) if line else None
-    for line in errors(shown):
-        print(line)
-    title = f"{cache.ids[place]} · normalised features"
-    few = {name: matrix[:, : config.channels] for name, matrix in shown.items()}
-    pictures = targets(found.folder, config.image_idx)
-    plot_channels(few, grid, pictures[0], title)
-    plot_channel_errors(few, grid, pictures[1], title)
-    print(f"{pictures[0]}\n{pictures[1]}")
-    return pictures
-
-
-def check(config: FactorShowConfig) -> None:
-    need("matplotlib", extra="plots")
-
-
-def cache_of(found: Network, path: str | None) -> FeatureCache:
-    """The cache given, else the one trained on. DataError where that cannot be read."""
-    cache = open_cache(path) if path else found.cache
-    if cache is None:
-        raise DataError(f"{found.folder}: its feature cache cannot be read, give it as --features: {found.lost}")
-    return cache
-
-
 def grid_of(cache: FeatureCache, channels: int) -> tuple[Grid, str]:
     """The token grid; of a cache that has none, a square where the tokens make one, and a line that says so."""
     if channels > cache.channels:
@@ -181,13 +181,3 @@ def errors(shown: Mapping[str, Tensor]) -> list[str]:
 
 def targets(folder: Path, index: int) -> tuple[Path, Path]:
     return folder / f"spatial_{index}.png", folder / f"spatial_error_{index}.png"
-
-
-def describe(config: FactorShowConfig) -> list[str]:
-    check(config)
-    folder = Path(config.results_dir).expanduser() / canonical(config.arch)
-    pictures = targets(folder, config.image_idx)
-    return [
-        f"approximate test image {config.image_idx} with {folder} and the SVD",
-        f"write {pictures[0]} and {pictures[1].name}",
-    ]

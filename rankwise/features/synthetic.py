@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import torch
@@ -132,6 +132,45 @@ class Synthetic:
         return both[:, order]
 
 
+@dataclass(frozen=True)
+class SyntheticShards:
+    """Matrices with a known spectrum; each is a picture of its own."""
+
+    settings: Synthetic
+    count: int
+    shard_size: int
+    dtype: str
+
+    @property
+    def recipe(self) -> CacheRecipe:
+        one = self.settings
+        return CacheRecipe(
+            shards=len(self.places),
+            dtype=self.dtype,
+            model=None,
+            pictures=f"{self.count} synthetic",
+            settings={"shard_size": self.shard_size, **asdict(one)},
+            source=f"synthetic, spectrum {one.spectrum}, shared {one.shared:g}",
+            spectrum=one.normalised_values,
+        )
+
+    @property
+    def places(self) -> list[range]:
+        return shard_places(self.count, self.shard_size)
+
+    def size(self, shard: int) -> int:
+        return len(self.places[shard])
+
+    def made(self, shard: int, step: Step) -> Matrices:
+        matrices, names = [], []
+        for place in self.places[shard]:
+            matrices.append(self.settings.matrix(place))
+            names.append(f"synthetic-{place:06d}")
+            step(1)
+        groups = tuple(hashlib.sha256(f"{self.settings.seed} {name}".encode()).hexdigest() for name in names)
+        return Matrices(torch.stack(matrices), tuple(names), groups, self.settings.grid)
+
+
 def decay(spectrum: str, rank: int) -> Tensor:
     """(rank,) float64: the shape of a spectrum, the first value 1."""
     kind, _, number = spectrum.partition(":")
@@ -192,50 +231,3 @@ def even_rows(matrix: Tensor) -> Tensor:
         off[other] += off[place]
         off[place] = 0.0
     return torch.from_numpy(rows)
-
-
-@dataclass(frozen=True)
-class SyntheticShards:
-    """Matrices with a known spectrum; each is a picture of its own."""
-
-    settings: Synthetic
-    count: int
-    shard_size: int
-    dtype: str
-
-    @property
-    def recipe(self) -> CacheRecipe:
-        one = self.settings
-        return CacheRecipe(
-            shards=len(self.places),
-            dtype=self.dtype,
-            model=None,
-            pictures=f"{self.count} synthetic",
-            settings={
-                "shard_size": self.shard_size,
-                "tokens": one.tokens,
-                "channels": one.channels,
-                "spectrum": one.spectrum,
-                "shared": one.shared,
-                "seed": one.seed,
-                "smooth": one.smooth,
-            },
-            source=f"synthetic, spectrum {one.spectrum}, shared {one.shared:g}",
-            spectrum=one.normalised_values,
-        )
-
-    @property
-    def places(self) -> list[range]:
-        return shard_places(self.count, self.shard_size)
-
-    def size(self, shard: int) -> int:
-        return len(self.places[shard])
-
-    def made(self, shard: int, step: Step) -> Matrices:
-        matrices, names = [], []
-        for place in self.places[shard]:
-            matrices.append(self.settings.matrix(place))
-            names.append(f"synthetic-{place:06d}")
-            step(1)
-        groups = tuple(hashlib.sha256(f"{self.settings.seed} {name}".encode()).hexdigest() for name in names)
-        return Matrices(torch.stack(matrices), tuple(names), groups, self.settings.grid)

@@ -1,6 +1,10 @@
-"""Trained factorizers and the features they were trained on, as `compare` and `downstream` find them again.
+"""Trained networks on the disk, and the features that they were trained on.
 
-results/<arch>/best_model.* ── networks ──▶ Network(net, cache)        cache ── cached(places) ──▶ normalised (B, T, D)
+    results/<arch>/best_model.safetensors, .json ── networks ──▶ Network(net, cache)
+    save_factorizer(net, run)          # both files or neither
+    net = load_factorizer(run)         # built from the settings, every tensor checked by name, shape and type
+
+The settings hold the fingerprint of the weights, so that files of two runs cannot be mixed up unseen.
 """
 
 from __future__ import annotations
@@ -128,6 +132,13 @@ class Network:
     @property
     def rank(self) -> int:
         return self.net.settings.rank
+
+    def cache_or(self, path: str | None) -> FeatureCache:
+        """The cache of a path, where one is given, else its own. DataError where that cannot be read."""
+        cache = open_cache(path) if path else self.cache
+        if cache is None:
+            raise DataError(f"{self.folder}: its feature cache cannot be read, give it as --features: {self.lost}")
+        return cache
 
 
 def networks(results_dir: str, archs: Sequence[str]) -> list[Network]:

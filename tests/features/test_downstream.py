@@ -26,9 +26,11 @@ from rankwise.features.answers import (
     WHOLE,
     Answers,
     Predictions,
+    Questions,
     Replacement,
     baselines,
     compare_answers,
+    connected,
     controls,
     measured,
 )
@@ -36,12 +38,11 @@ from rankwise.features.approximation import by_basis, by_gram, normalised, share
 from rankwise.features.cache import ModelOrigin, open_cache
 from rankwise.features.cache_writer import CacheRecipe, Matrices, write_cache
 from rankwise.features.dataset import split_of
-from rankwise.features.downstream import asked
+from rankwise.features.downstream import asked, parts, ranks_of
 from rankwise.features.downstream_page import markdown
 from rankwise.features.measures import PCA, RANDOMIZED, SVD
 from rankwise.features.nets import build
 from rankwise.features.nets.base import FactorizerSettings
-from rankwise.features.questions import Questions, connected, parts, ranks_of
 from rankwise.features.trained import save_factorizer
 from rankwise.files.atomic import write_json
 from rankwise.files.checkpoint import model_fingerprint

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import grimp
 import pytest
 
 from rankwise import cli
@@ -22,7 +23,16 @@ SMALL = {
     "AdaLoRA.allocator_final_warmup": 1,
     "AdaLoRA.allocator_mask_interval": 1,
     "compare.sweep": "2,8",
+    "compare.batch_size": 4,
+    "compare.repeats": 1,
 }
+
+
+def test_nothing_but_the_report_and_the_documented_names_needs_this_room() -> None:
+    graph = grimp.build_graph("rankwise", cache_dir=None)
+    inside = {"rankwise.features", *graph.find_descendants("rankwise.features")}
+    users = {user for module in inside for user in graph.find_modules_that_directly_import(module)} - inside
+    assert {user.split(".")[1] for user in users} == {"report", "scripts"}
 
 
 @pytest.mark.slow

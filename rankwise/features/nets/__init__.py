@@ -1,4 +1,10 @@
-"""The networks by the names that `--arch` takes: the one table of them."""
+"""Networks that predict the low-rank factors of visual features, in one pass and for each input anew.
+
+    net = build(FactorizerSettings("ResMLP", tokens=256, channels=2048, rank=128))
+    net(normalised(features)).factors.product()          # (B, T, D), of rank 128
+
+A new network is a subclass of `Factorizer` (`base.py`) and a name in `ARCHITECTURES`, which `--arch` takes.
+"""
 
 from __future__ import annotations
 
