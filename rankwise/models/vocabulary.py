@@ -9,16 +9,14 @@ by token (trainable_token_indices). What it does not bring was lost when it was 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankwise.core.site import parameter_name
 from rankwise.errors import DataError
-from rankwise.models.sites import model_sites
 
 
 def fit_vocabulary(
@@ -128,30 +126,3 @@ def trained_tokens(path: str, config: Mapping[str, Any]) -> list[int]:
     if isinstance(indices, Mapping):
         return [token for name, tokens in indices.items() if path.endswith(name) for token in tokens]
     return list(indices)
-
-
-@dataclass(frozen=True)
-class Whole:
-    """`modules`: paths of modules to save; `biases`: names of the adapted layers' biases (all of them, or none)."""
-
-    modules: tuple[str, ...] = ()
-    biases: tuple[str, ...] = ()
-
-    def names(self, model: nn.Module) -> list[str]:
-        """Names of the tensors."""
-        inside = [f"{path}.{name}" for path in self.modules for name in model.get_submodule(path).state_dict()]
-        return inside + list(self.biases)
-
-
-def whole_modules(model: PreTrainedModel, changed: Collection[str], adapted: Collection[str]) -> Whole:
-    """The modules that hold changed tensors and nothing else: embeddings, heads, norms, convolutions; no matrix that is
-    a site, because leaving that out was a choice. Of a tied pair of embeddings and head both or none."""
-    sites, paths = model_sites(model), dict(model.named_modules())
-    holders = dict.fromkeys(name.rpartition(".")[0] for name in changed)
-    modules = [path for path in holders if path in paths and path not in sites and not any(paths[path].children())]
-    ends = embedding_paths(model)
-    if model.all_tied_weights_keys and ends[0] in modules:
-        modules += [path for path in ends if path not in modules]
-    biased = any(name == f"{path}.bias" for path in adapted for name in changed)
-    biases = [f"{path}.bias" for path in adapted if getattr(paths[path], "bias", None) is not None] if biased else []
-    return Whole(tuple(path for path in paths if path in modules), tuple(biases))

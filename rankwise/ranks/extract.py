@@ -9,12 +9,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from rankwise.core.factors import Factors, share_kept, truncate
@@ -28,8 +28,8 @@ from rankwise.files.plan import find_plan, read_plan
 from rankwise.files.run_folder import RunFolder
 from rankwise.merge.write import tokenizer_files
 from rankwise.models.adapters import publish
-from rankwise.models.sites import tower_of, tower_prefixes
-from rankwise.models.vocabulary import Whole, whole_modules
+from rankwise.models.sites import model_sites, tower_of, tower_prefixes
+from rankwise.models.vocabulary import embedding_paths
 from rankwise.options.commands import ExtractConfig
 from rankwise.page.text import command_line
 from rankwise.pipeline.idle import refuse_idle
@@ -40,9 +40,32 @@ from rankwise.ranks.proof import Both, Makers, Proof, both_models, prove, with_t
 from rankwise.ranks.spectra import on_device, site_generator
 
 
+@dataclass(frozen=True)
+class Whole:
+    """`modules`: paths of modules to save; `biases`: names of the adapted layers' biases (all of them, or none)."""
+
+    modules: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
+
+    def names(self, model: nn.Module) -> list[str]:
+        """Names of the tensors."""
+        inside = [f"{path}.{name}" for path in self.modules for name in model.get_submodule(path).state_dict()]
+        return inside + list(self.biases)
+
+
 def find_whole(both: Both, rest: Sequence[LeftOut], pairs: Mapping[str, LoraPair]) -> Whole:
-    """The embeddings, heads, norms and biases that training changed."""
-    return whole_modules(both.model, [row.name for row in rest], list(pairs))
+    """The modules that hold changed tensors and nothing else: embeddings, heads, norms, convolutions; no matrix that is
+    a site, because leaving that out was a choice. Of a tied pair of embeddings and head both or none."""
+    model, changed = both.model, [row.name for row in rest]
+    sites, paths = model_sites(model), dict(model.named_modules())
+    holders = dict.fromkeys(name.rpartition(".")[0] for name in changed)
+    modules = [path for path in holders if path in paths and path not in sites and not any(paths[path].children())]
+    ends = embedding_paths(model)
+    if model.all_tied_weights_keys and ends[0] in modules:
+        modules += [path for path in ends if path not in modules]
+    biased = any(name == f"{path}.bias" for path in pairs for name in changed)
+    biases = [f"{path}.bias" for path in pairs if getattr(paths[path], "bias", None) is not None] if biased else []
+    return Whole(tuple(path for path in paths if path in modules), tuple(biases))
 
 
 def tensors_of(whole: Whole, both: Both) -> dict[str, Tensor]:
