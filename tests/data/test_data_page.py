@@ -76,6 +76,6 @@ def test_the_tables_of_the_page_are_the_products() -> None:
     table = re.findall(r"^\| (`.*`) \| (system|user|assistant)", text, re.MULTILINE)
     named = {name: role for names, role in table for name in re.findall(r"`(\w+)`", names)}
     assert named == SPEAKERS
-    listed = text[text.index("So do the placeholders") : text.index("with what the program puts around")]
+    listed = text[text.index("- Placeholders of other programs") :].split("\n- ")[0]
     for marker in re.findall(r"`([^`]+)`", listed):
         assert [one.stands_for for one in found(marker.replace("…", "a.jpg"))] == ["image"], marker
