@@ -66,10 +66,11 @@ def test_a_block_is_sampled_at_both_ends_and_between(tmp_path: Path, no_gpu: Non
             held[::4096] = b"1" * len(held[::4096])
             time.sleep(0.3)
         time.sleep(0.2)
-        with monitor.watching("merge"):
+        with monitor.watching("merge") as last:
             pass
     found = rows(path)
-    assert [row["stage"] for row in found] == ["train"] * len(samples) + ["merge"] * 2, "nothing between stages"
+    assert [row["stage"] for row in found] == ["train"] * len(samples) + ["merge"] * len(last), "nothing between stages"
+    assert len(last) >= 2, "its begin and its end; on a busy machine more"
     assert len(samples) >= 4
     own = psutil.Process().memory_info().rss
     assert usage_of(samples).peak_memory >= samples[0].memory + 50 * MIB
