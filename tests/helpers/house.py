@@ -114,9 +114,9 @@ def run_files(folder: Path, tiny_llama: Callable[..., Path]) -> dict[str, int]:
 
 
 def mypy_errors() -> int:
-    """Of mypy's strict mode on the whole package."""
+    """Of mypy on the whole package, as pyproject sets it."""
     found = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "-p", "rankwise"], cwd=PACKAGE.parent, capture_output=True, text=True
+        [sys.executable, "-m", "mypy", "-p", "rankwise"], cwd=PACKAGE.parent, capture_output=True, text=True
     )
     return found.stdout.count(": error:")
 
@@ -124,7 +124,7 @@ def mypy_errors() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true", help="run `ranks` and `train` on a tiny model")
-    parser.add_argument("--mypy", action="store_true", help="count the errors of mypy --strict")
+    parser.add_argument("--mypy", action="store_true", help="count mypy's errors")
     given = parser.parse_args()
     graph = grimp.build_graph("rankwise", cache_dir=None)
     figures = size(graph)
