@@ -30,12 +30,12 @@ from transformers import (
 from rankwise.cli import main
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.atomic import fingerprint
-from rankwise.files.checkpoint import open_checkpoint
+from rankwise.files.checkpoint import Weight, open_checkpoint
 from rankwise.files.run_folder import RunFolder
 from rankwise.merge import write as writing
 from rankwise.merge.command import describe as describe_stage
 from rankwise.merge.command import run
-from rankwise.merge.plan import Entry, plan_merge
+from rankwise.merge.plan import Entry, Skeleton, entries_of, plan_merge
 from rankwise.merge.verify import Agreement, Reference, compare
 from rankwise.merge.write import make_tensor, shard_bytes, write_merged, write_shards
 from rankwise.models.load import load_model
@@ -411,3 +411,12 @@ def test_what_cannot_work_is_refused_before_anything_is_read(adapter: Path, tmp_
     with pytest.raises(DataError, match="not on this machine; give the base with --base_model"):
         describe_stage(MergeConfig(adapter=str(gone)))
     assert any("compare" in line for line in describe_stage(MergeConfig(adapter=str(adapter))))
+
+
+def test_row_blocks_of_one_key_are_written_in_their_order(tmp_path: Path) -> None:
+    """A fused tensor of a file (q, k and v in one) is put together block by block, however the names are listed."""
+    file = tmp_path / "model.safetensors"
+    save_file({"qkv.weight": torch.zeros(6, 4), "norm.weight": torch.zeros(4)}, file)
+    weights = {name: Weight("qkv.weight", part=(index, 3)) for index, name in [(2, "v"), (0, "q"), (1, "k")]}
+    entries = entries_of(open_checkpoint(file), weights, {}, Skeleton({}, {}, {}, frozenset()), (0, 0), "auto")
+    assert {entry.key: entry.names for entry in entries} == {"qkv.weight": ("q", "k", "v"), "norm.weight": ()}
