@@ -144,7 +144,7 @@ def source_of(config: BundleConfig) -> Source:
     validated, asked = validation_of(config)
     doubts = (*export_doubts(exported, form), *validation_doubts(config, exported, form, validated))
     if doubts and not config.allow_unverified:
-        raise VerificationError(f"{exported.folder}: {'; '.join(doubts)}. --allow_unverified bundles it all the same")
+        raise VerificationError(f"{exported.folder}: {'; '.join(doubts)}. --allow_unverified bundles it anyway")
     return Source(exported, form, validated, asked, doubts)
 
 
@@ -155,7 +155,7 @@ def form_of(config: BundleConfig, exported: Exported) -> str:
         return config.outtype
     known = [form for form in LAST if form in exported.outtypes]
     if not (known or exported.outtypes):
-        raise DataError(f"{exported.folder}: holds no model to ship")
+        raise DataError(f"{exported.folder}: holds no GGUF model to bundle; export again")
     return SHIPPED if SHIPPED in exported.outtypes else (known or list(exported.outtypes))[-1]
 
 
@@ -234,11 +234,11 @@ def check(config: BundleConfig) -> None:
     if not config.replay and not config.export:
         raise UsageError("bundle needs an export: rankwise bundle EXPORT_FOLDER -o bundle, or --replay BUNDLE")
     if config.server and not config.replay:
-        raise UsageError("--server is asked for the golden vectors of a bundle: give it with --replay BUNDLE")
+        raise UsageError("--server runs the golden vectors of an existing bundle: add --replay BUNDLE")
     if config.app_pixels and not config.replay:
-        raise UsageError("--app_pixels is compared with the golden vectors of a bundle: give it with --replay BUNDLE")
+        raise UsageError("--app_pixels is compared with the golden vectors of an existing bundle: add --replay BUNDLE")
     if config.app_pixels and not Path(config.app_pixels).is_dir():
-        raise UsageError(f"--app_pixels: {config.app_pixels} is no folder")
+        raise UsageError(f"--app_pixels: {config.app_pixels} is not a folder")
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def replay(config: BundleConfig, folder: Path) -> Ladder:
     for line in ladder_lines(ladder):
         print(line)
     require(ladder, str(folder))
-    print(f"{folder}: what {config.server or 'llama.cpp here'} does is what was trained")
+    print(f"{folder}: {config.server or 'llama.cpp here'} agrees with the trained model")
     return ladder
 
 
@@ -358,7 +358,7 @@ def check_parts(folder: Path, runtime: ServerRuntime, golden: Golden) -> None:
         found = runtime.complete(case.prompt, case.images, max_new_tokens=len(expected.answer) + 8, grammar=rules)
         words = found.tokens[:-1] if found.ended else found.tokens
         if words not in labels or (said in labels and golden_sure(golden, case.id) and words != said):
-            raise VerificationError(f"{folder / GRAMMAR}: under it the runtime says {found.text!r} to {case.id}")
+            raise VerificationError(f"{folder / GRAMMAR}: the runtime answers {found.text!r} to {case.id}")
 
 
 def golden_sure(golden: Golden, name: str) -> bool:
@@ -382,7 +382,7 @@ def report(config: BundleConfig, content: Mapping[str, Any], ladder: Ladder) -> 
     for line in ladder_lines(ladder):
         print(line)
     sure = content["threshold"]
-    print(f"answer from a confidence of {sure:.3f} on" if sure is not None else "no threshold; see abstain.json")
+    print("no confidence threshold; see abstain.json" if sure is None else f"abstain below a confidence of {sure:.3f}")
     print(f"bundle in {config.output_dir}")
     print(f"next: {next_command(config)}")
 

@@ -124,7 +124,7 @@ def label_answers(task: LabelTask, example: Example, renderer: Renderer) -> list
     ids = [tuple(answer_ids(renderer, example, each.name)) for each in task.classes]
     found = [LabelAnswer(one.name, one.definition, given) for one, given in zip(task.classes, ids, strict=True)]
     if len(set(ids)) < len(ids):
-        raise VerificationError(f"task {task.name}: two labels are the same tokens, so no answer tells them apart")
+        raise VerificationError(f"task {task.name}: two labels have the same token ids; no answer distinguishes them")
     return found
 
 
@@ -148,12 +148,12 @@ def check_prompt(folder: Path, begin: str, cases: Sequence[Case]) -> None:
     where the runtime puts it."""
     text, facts = (folder / PROMPT).read_text(encoding="utf-8"), read_object(folder / PROMPT_JSON)
     if begin and text.startswith(begin):
-        raise VerificationError(f"{folder / PROMPT}: begins with {begin}, which the runtime puts before it once more")
+        raise VerificationError(f"{folder / PROMPT}: begins with {begin}, which the runtime adds a second time")
     asked = [case.prompt.removeprefix(begin) for case in cases if len(case.images) == facts["images"]]
     before, _, after = text.partition(INPUT)
     fits = [one.startswith(before) and one.endswith(after) if facts["input"] else one == text for one in asked]
     if asked and not (any(fits) if facts["input"] else all(fits)):
-        raise VerificationError(f"{folder / PROMPT}: not what the golden vectors were asked with: {asked[0]!r}")
+        raise VerificationError(f"{folder / PROMPT}: differs from the prompt of the golden vectors: {asked[0]!r}")
 
 
 def read_labels(folder: Path, known: Iterable[Expected]) -> set[tuple[int, ...]]:
@@ -204,7 +204,7 @@ def copy_model(folder: Path, files: Sequence[Path]) -> None:
     for file in files:
         shutil.copyfile(file, folder / file.name)
         if sha256(folder / file.name) != sha256(file):
-            raise VerificationError(f"{folder / file.name}: not what {file} is; is the disk sound?")
+            raise VerificationError(f"{folder / file.name}: the copy differs from {file}; check the disk")
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> Path:
@@ -227,7 +227,7 @@ def read_bundle(folder: Path) -> dict[str, Any]:
         if not path.is_file():
             raise VerificationError(f"{path}: missing, and {FILE} lists it; bundle the model again")
         if sha256(path) != facts["sha256"]:
-            raise VerificationError(f"{path}: not the file that was bundled (its sha256 differs); copy it again")
+            raise VerificationError(f"{path}: changed since it was bundled (its sha256 differs); copy it again")
     return content
 
 

@@ -186,5 +186,5 @@ def pixels_of(row: Row, folder: Path) -> Pixels:
     with Image.open(file) as picture:
         pixels = np.asarray(picture.convert("RGB"))
     if sha256_rgb(pixels) != row["sha256_rgb"]:
-        raise DataError(f"{file}: its pixels are not those that were written (sha256 of the raw RGB differs)")
+        raise DataError(f"{file}: its pixels changed since they were written (sha256 of the raw RGB differs)")
     return pixels

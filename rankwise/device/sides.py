@@ -87,7 +87,7 @@ def shipment(config: ValidateConfig) -> Shipment:
     reference = str(exported.content["model"]["path"]) if exported else None
     if config.server:
         if len(config.outtype) != 1:
-            raise UsageError("--server runs one file: say which form it is with --outtype (f16, q8_0 …)")
+            raise UsageError("--server runs one file: give its quantization type with --outtype (f16, q8_0 …)")
         forms = [Shipped(config.outtype[0], url=config.server)]
     elif exported:
         known = [form for form in LAST if form in exported.outtypes]  # largest first
@@ -198,9 +198,9 @@ def trained_side(config: ValidateConfig, shipped: Shipment) -> Trained:
     """DataError where model, data and export are for different devices; UsageError where no reference is known."""
     name = shipped.reference
     if not name:
-        raise UsageError("which model were the files made from? Give the merged one with --reference MERGED")
+        raise UsageError("the model that was exported is not recorded; give the merged model with --reference MERGED")
     if not Path(name).exists() and not config.reference:
-        raise DataError(f"{name}, which the files were made from, is not there; give it with --reference MERGED")
+        raise DataError(f"{name}, the model that was exported, is missing; give it with --reference MERGED")
     chosen = task(str(config.data.task))
     places = [shipped.folder] if shipped.folder else []
     if shipped.folder:
@@ -216,7 +216,7 @@ def trained_side(config: ValidateConfig, shipped: Shipment) -> Trained:
     usable = fitting(items.items[: config.num_samples], renderer)
     system_warning(recorded([*places, resolve(name)]), usable)
     if not usable:
-        raise DataError(f"{config.data.data_path}: no item to answer")
+        raise DataError(f"{config.data.data_path}: no items to evaluate")
     return Trained(config, name, chosen, renderer, usable, longest, loaded(config, name), items.files)
 
 

@@ -116,7 +116,7 @@ def sweep_forms(config: ValidateConfig, trained: Trained, shipped: Shipment, out
     the task is right or wrong."""
     source = next((one for form in SOURCES for one in shipped.forms if one.form == form), None)
     if source is None or source.text is None:
-        raise UsageError("--sweep needs the f16 form among those validated: rankwise export --outtype f16,q8_0")
+        raise UsageError("--sweep needs f16 among the quantization types: rankwise export --outtype f16,q8_0")
     have = {one.form: one.text for one in shipped.forms if one.text and one.form in config.sweep}
     made = prepared(source.text, [form for form in config.sweep if form not in have], config.llama_cpp_dir)
     files = {source.form: source.text, **have, **made}
@@ -189,11 +189,11 @@ def choose(tried: Sequence[Tried], *, margin: float = MARGIN, min_accuracy: floa
     """
     ordered = sorted(tried, key=lambda one: -one.bytes)
     if not ordered or not ordered[0].items:
-        raise DataError("nothing to choose from: no form was tried on any item")
+        raise DataError("nothing to choose from: no quantization type was evaluated on any item")
     largest = ordered[0]
     odd = [one.form for one in ordered if one.items.keys() != largest.items.keys()]
     if odd:
-        raise DataError(f"{', '.join(odd)}: not tried on the same items as {largest.form}; run the sweep again")
+        raise DataError(f"{', '.join(odd)}: not evaluated on the same items as {largest.form}; run the sweep again")
     differences = {one.form: compared(one.rights, largest.rights, margin) for one in ordered[1:]}
     sound = [one for one in ordered if one is largest or differences[one.form].verdict == NOT_INFERIOR]
     good = [one for one in sound if min_accuracy is None or one.accuracy >= min_accuracy]

@@ -77,9 +77,9 @@ def check(config: ValidateConfig) -> None:
     if config.min_agreement and not config.parity_samples:
         raise UsageError("--min_agreement is measured on the parity ladder, which --parity_samples 0 leaves out")
     if config.app_pixels and not config.parity_samples:
-        raise UsageError("--app_pixels is a side of the parity ladder, which --parity_samples 0 leaves out")
+        raise UsageError("--app_pixels is compared on the parity ladder, which --parity_samples 0 leaves out")
     if config.app_pixels and not Path(config.app_pixels).is_dir():
-        raise UsageError(f"--app_pixels: {config.app_pixels} is no folder")
+        raise UsageError(f"--app_pixels: {config.app_pixels} is not a folder")
     if config.sweep and config.server:
         raise UsageError("--sweep runs files on this machine; leave --server out")
     refuse_idle(config)

@@ -315,7 +315,7 @@ def with_pictures(examples: Examples, most: int | None, path: str) -> tuple[Sequ
     first = examples.items[:most] if most else examples.items
     seeing = [place for place in range(len(first)) if first[place].images]
     if not seeing:
-        raise DataError(f"{path}: none of {plural(len(first), 'row')} has a picture, so there is nothing to replace")
+        raise DataError(f"{path}: none of {plural(len(first), 'row')} has an image, so there is nothing to replace")
     left_out = len(first) - len(seeing)
     notes = [f"{plural(left_out, 'row')} of {len(first)} left out: without a picture"] if left_out else []
     return chosen(first, seeing), notes
@@ -333,7 +333,7 @@ def questions(tested: Subject, examples: Sequence[Example], batch_size: int) -> 
 def require_sight(tested: Subject) -> Sight:
     """UsageError for a model that sees nothing."""
     if tested.renderer.sight is None:
-        raise UsageError(f"{tested.base} takes no pictures, so it has no visual features to replace")
+        raise UsageError(f"{tested.base} takes no images, so it has no visual features to replace")
     return tested.renderer.sight
 
 

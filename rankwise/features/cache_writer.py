@@ -102,13 +102,13 @@ class CacheWriter:
             write_json(self.folder / RECIPE, {**self.recipe.content, "source": self.recipe.source})
             return
         if not (self.folder / RECIPE).is_file():
-            raise UsageError(f"{self.folder}: holds features of which nothing is known; choose another --output_dir")
+            raise UsageError(f"{self.folder}: holds features of unknown origin; choose another --output_dir")
         before = {name: value for name, value in read_object(self.folder / RECIPE).items() if name != "source"}
         different = changes(before, self.recipe.content)
         if different:
             raise UsageError(
-                f"{self.folder}: holds features made otherwise ({'; '.join(different)}); choose another --output_dir, "
-                "or pass --overwrite to make these anew"
+                f"{self.folder}: holds features of other settings ({'; '.join(different)}); choose another "
+                "--output_dir, or pass --overwrite to make these anew"
             )
 
     def missing(self) -> list[int]:
@@ -153,7 +153,7 @@ class CacheWriter:
         bad = [name for name, one in zip(ids, lost, strict=True) if one.any()]
         if bad:
             raise DataError(
-                f"{', '.join(bad[:8])}: features beyond the largest {self.recipe.dtype}; capture them with "
+                f"{', '.join(bad[:8])}: features exceed the range of {self.recipe.dtype}; capture them with "
                 "--cache_dtype bfloat16 or float32"
             )
 
@@ -163,7 +163,7 @@ class CacheWriter:
         filled = [row for row in described if row["rows"]]
         left_out = [entry for row in described for entry in row["left_out"]]
         if not filled:
-            raise DataError(f"{self.folder}: no picture could be used ({len(left_out)} left out)")
+            raise DataError(f"{self.folder}: no usable image ({len(left_out)} left out)")
         tokens, channels = one_shape(self.folder, filled)
         grids = {json.dumps(row["grid"]) for row in filled}
         ids = [name for row in filled for name in row["ids"]]

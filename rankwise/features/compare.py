@@ -121,8 +121,8 @@ def trained_on(found: Sequence[Network], config: FactorCompareConfig) -> tuple[F
     for each, split in zip(found, splits, strict=True):
         if split != splits[0]:
             raise DataError(
-                f"{first.folder} and {each.folder} divide {cache.path} differently: what one was tested on, the other "
-                "may have seen; compare them apart (--arch), or train both with one --seed"
+                f"{first.folder} and {each.folder} split {cache.path} differently: test images of one may be training "
+                "images of the other; compare them separately (--arch), or train both with one --seed"
             )
     return cache, splits[0]
 

@@ -86,7 +86,7 @@ def check(config: DownstreamConfig) -> None:
     if not config.model_name:
         raise UsageError("features downstream needs a model: rankwise features downstream MODEL --data_path ROWS")
     if not config.data_path:
-        raise UsageError("--data_path is missing: where are the questions with pictures and their right answers?")
+        raise UsageError("--data_path is missing: give questions with images and reference answers")
     if process_index()[1] > 1:
         raise UsageError("features downstream runs in one process: start it without torchrun")
 

@@ -169,8 +169,8 @@ def encoder_features(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> li
     front = (hidden.shape[1] if hidden.dim() == 3 else 0) - grid[0] * grid[1]
     if front < 0 or front > FRONT:
         raise UsageError(
-            f"{type(model).__name__} gives {tuple(hidden.shape[1:])} for {grid[0]} × {grid[1]} patches: how its tokens "
-            "lie on the picture is not known here"
+            f"{type(model).__name__} gives {tuple(hidden.shape[1:])} for {grid[0]} × {grid[1]} patches: the position "
+            "of its tokens in the image is unknown"
         )
     return [(row[front:], grid) for row in hidden]
 
@@ -179,7 +179,7 @@ def patch_grid(model: PreTrainedModel, pixels: Tensor) -> tuple[int, int]:
     size = getattr(model.config, "patch_size", None)
     high, wide = size if isinstance(size, list | tuple) else (size, size)
     if not high or pixels.dim() != 4:
-        raise UsageError(f"{type(model).__name__} names no patch size: where its tokens lie is not known here")
+        raise UsageError(f"{type(model).__name__} has no patch size: the position of its tokens is unknown")
     return pixels.shape[-2] // high, pixels.shape[-1] // wide
 
 

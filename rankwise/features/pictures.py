@@ -294,7 +294,7 @@ class PictureShards:
         if len(features) != sum(counts):
             raise DataError(
                 f"{len(images)} pictures ({next(iter(images))} …) gave {len(features)} feature matrices where "
-                f"{sum(counts)} were expected: how {type(self.model).__name__} cuts pictures is not known here"
+                f"{sum(counts)} were expected: how {type(self.model).__name__} divides images into tiles is unknown"
             )
         rows, rest = [], iter(features)
         for (name, image), found, count in zip(images.items(), laid, counts, strict=True):

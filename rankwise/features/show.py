@@ -135,8 +135,8 @@ def grid_of(cache: FeatureCache, channels: int) -> tuple[Grid, str]:
     side = round(cache.tokens**0.5)
     if side * side != cache.tokens:
         raise UsageError(
-            f"{cache.path} does not say how its {cache.tokens} tokens lie in the picture, and they make no square: "
-            "there is no map to draw. Capture the features again with `rankwise features capture`, which notes the grid"
+            f"{cache.path} does not record the grid of its {cache.tokens} tokens, and they form no square: "
+            "no map can be drawn. Capture the features again with `rankwise features capture`, which records the grid"
         )
     return (side, side), f"{cache.path} names no grid: {cache.tokens} tokens are drawn as {side} × {side}"
 

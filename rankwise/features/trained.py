@@ -78,7 +78,7 @@ def read_settings(path: Path) -> tuple[dict[str, Any], str]:
 def read_weights(path: Path, fingerprint: str) -> dict[str, Tensor]:
     shard = Shard(path)
     if sha256(path) != fingerprint:
-        raise DataError(f"{path}: not the weights that {SETTINGS} beside it was written with: altered, or of two runs")
+        raise DataError(f"{path}: not the weights that {SETTINGS} was written with: altered, or mixed from two runs")
     return {key: shard.tensor(key).clone() for key in shard.entries}
 
 

@@ -127,7 +127,7 @@ def check_input(config: ExportConfig, plan: ExportPlan) -> None:
     geometry, target, name = found.record.image_geometry, given_target(config), str(plan.model)
     if target and geometry is not None and target.geometry != geometry:
         raise UsageError(
-            f"--target {config.target}: is for another device than the training's ({target.geometry} against "
+            f"--target {config.target}: image preparation differs from training's ({target.geometry} against "
             f"{geometry or 'pictures as the processor takes them'}); leave it out, or train for that device"
         )
     renderer_for(shown_as(found.record), ModelSection(), name, load_config(name), strict=True)
@@ -206,7 +206,7 @@ def export_adapter(config: ExportConfig, adapter: Path, converter: Converter) ->
     announce_prompts(made.record, made)
     base = config.model or config.base_model or found.base_model
     if not base:
-        raise UsageError(f"{adapter}: does not say what its base is; give it with --base_model")
+        raise UsageError(f"{adapter}: base model not recorded; give it with --base_model")
     require_text_sites(found, resolve(base), adapter)
     out = RunFolder(config.output_dir)
     name = f"{config.name or adapter.resolve().name}-lora-f32.gguf"
@@ -228,5 +228,5 @@ def export_adapter(config: ExportConfig, adapter: Path, converter: Converter) ->
     sites, rank = len(found.pairs), largest_rank(found)
     print(f"wrote {plural(sites, 'site')} (largest rank {rank}) of {adapter} to {out / name}, checked factor by factor")
     loaded = shlex.join(["llama-server", "-m", "BASE.gguf", "--lora", str(out / name)])
-    print(f"next, BASE.gguf being that of {base}: {loaded}")
+    print(f"next, with BASE.gguf exported from {base}: {loaded}")
     return out / name

@@ -210,7 +210,7 @@ def installed(folder: Path) -> Converter:
     if changed or len(now) != len(manifest["files"]):
         which = changed[0] if changed else sorted(set(now) - set(manifest["files"]))[0]
         raise VerificationError(
-            f"{folder}: {which} is not as it was installed; remove the folder and install it again: {INSTALL}"
+            f"{folder}: {which} has changed since it was installed; remove the folder and install it again: {INSTALL}"
         )
     return Converter(folder.resolve(), manifest["version"], digest(now))
 
@@ -286,7 +286,7 @@ def download(pin: Pin, folder: Path) -> Path:
     environment = {**os.environ, "PYTHONPATH": str(stand_in(pin, folder))}
     status, output = streamed(command, environment, "")
     if MISMATCH in output:
-        raise DataError(f"{pin.package} {pin.version}: what the index gave is not the pinned archive:\n{output}")
+        raise DataError(f"{pin.package} {pin.version}: the index did not return the pinned archive:\n{output}")
     found = list((folder / "archive").glob("*.tar.gz"))
     if status or len(found) != 1:
         raise ServiceError(
@@ -326,7 +326,7 @@ def chosen(archive: Path, members: list[tarfile.TarInfo]) -> list[tarfile.TarInf
     for member in members:
         path = PurePosixPath(member.name)
         if path.is_absolute() or ".." in path.parts:
-            raise DataError(f"{archive}: the member {member.name!r} leads outside the archive; it is refused whole")
+            raise DataError(f"{archive}: the member {member.name!r} points outside the archive; nothing was unpacked")
         parts = path.parts[1:]  # the first is the package's name and version
         if parts[:2] != INSIDE_PACKAGE.parts:
             continue
@@ -335,10 +335,10 @@ def chosen(archive: Path, members: list[tarfile.TarInfo]) -> list[tarfile.TarInf
             if member.isdir():
                 continue
             if not member.isreg():
-                raise DataError(f"{archive}: {member.name} is not a plain file; the archive is refused")
+                raise DataError(f"{archive}: {member.name} is not a regular file; nothing was unpacked")
             found.append(member.replace(name=inside, deep=False))
     if sum(member.size for member in found) > LARGEST:
-        raise DataError(f"{archive}: its converter would take more than {LARGEST / 2**20:g} MiB; it is refused")
+        raise DataError(f"{archive}: its converter takes more than {LARGEST / 2**20:g} MiB; nothing was unpacked")
     if SCRIPT not in {member.name for member in found}:
         raise DataError(f"{archive}: holds no {INSIDE_PACKAGE.as_posix()}/{SCRIPT}")
     return found

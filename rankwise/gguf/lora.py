@@ -39,7 +39,7 @@ def read_plain(adapter: Path) -> LoraAdapter:
     found = read_adapter(adapter)
     if found.extra:
         raise DataError(
-            f"{adapter}: carries {first_few(sorted(found.extra))} whole; a LoRA for llama.cpp holds only low-rank "
+            f"{adapter}: contains {first_few(sorted(found.extra))} in full; a LoRA for llama.cpp holds only low-rank "
             "factors. Merge it and export the merged model"
         )
     return found

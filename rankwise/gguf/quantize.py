@@ -68,7 +68,7 @@ def quantize(
     whole = GGUFFile(source)
     kind = whole.metadata.get("general.file_type")
     if kind not in FULL:
-        raise UsageError(f"{source} is quantized already (file type {kind}); give its f16 or f32 form")
+        raise UsageError(f"{source} is already quantized (file type {kind}); give the f16 or f32 file")
     command = quantizer(llama_cpp_dir)
     with atomic_write(out) as temporary:
         if len(command) > 1:
@@ -79,7 +79,7 @@ def quantize(
         made = GGUFFile(temporary)
         here, there = ({one.name: one.shape for one in file.tensors.values()} for file in (made, whole))
         if here != there:
-            raise VerificationError(f"{source} as {form}: its tensors are not those of the source; it was not written")
+            raise VerificationError(f"{source} as {form}: its tensors differ from the source's; nothing was written")
         types: Counter[str] = Counter()
         for tensor in made.tensors.values():
             types[tensor.type] += tensor.bytes
@@ -89,9 +89,9 @@ def quantize(
 def check_form(form: str) -> None:
     """UsageError with the forms there are."""
     if form in CONVERTED:
-        raise UsageError(f"{form} comes from the converter: rankwise export --outtype {form}")
+        raise UsageError(f"quantization type {form} is made by the converter: rankwise export --outtype {form}")
     if form not in FORMS:
-        raise UsageError(f"{form!r} is none of {', '.join(FORMS)}")
+        raise UsageError(f"unknown quantization type {form!r}; known are {', '.join(FORMS)}")
 
 
 def quantizer(llama_cpp_dir: Path | str | None = None) -> list[str]:
@@ -105,8 +105,8 @@ def quantizer(llama_cpp_dir: Path | str | None = None) -> list[str]:
     if on_path is not None:
         return [on_path]
     raise UsageError(
-        "no quantizer is here: pip install llama-cpp-python (it is built from source, which takes some minutes), or "
-        f"build llama.cpp and name its folder with --llama_cpp_dir (or put {BINARY} on the PATH)"
+        "llama.cpp's quantizer is not installed: pip install llama-cpp-python (it is built from source, which takes "
+        f"some minutes), or build llama.cpp and name its folder with --llama_cpp_dir (or put {BINARY} on the PATH)"
     )
 
 
@@ -122,6 +122,4 @@ def _run(command: Sequence[str], source: Path, form: str) -> None:
     )
     if done.returncode:
         said = "\n".join(f"  {line}" for line in done.stdout.strip().splitlines()[-LAST_LINES:])
-        raise VerificationError(
-            f"{source} could not be made {form}: the quantizer ended with {done.returncode}\n{said}"
-        )
+        raise VerificationError(f"{source}: quantization to {form} failed (exit status {done.returncode})\n{said}")

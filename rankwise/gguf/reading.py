@@ -116,7 +116,9 @@ class GGUFFile:
         try:
             values = self._gguf.quants.dequantize(stored.data, stored.tensor_type)
         except NotImplementedError as error:
-            raise VerificationError(f"{self.path}: {name} is {stored.tensor_type.name}, which is not read") from error
+            raise VerificationError(
+                f"{self.path}: {name} has an unsupported type, {stored.tensor_type.name}"
+            ) from error
         values = np.ascontiguousarray(values, dtype=np.float32)
         whole = values.copy() if not values.flags.writeable else values
         return torch.from_numpy(whole).reshape(self.tensors[name].shape)

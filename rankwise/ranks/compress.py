@@ -86,7 +86,9 @@ def check(config: CompressConfig) -> None:
     if config.energy is not None and config.budget:
         raise UsageError("--energy and --budget are alternatives: give one of them")
     if config.energy is None and not config.budget and not config.uniform:
-        raise UsageError("how small? give --energy 0.95 or --budget N|uniform:R|P% (or --uniform alone: same product)")
+        raise UsageError(
+            "compress needs a size: --energy 0.95 or --budget N|uniform:R|P% (or --uniform alone: same product)"
+        )
     if Path(config.output_dir).resolve() == adapter_files(Path(config.adapter))[0].parent.resolve():
         raise UsageError(f"--output_dir {config.output_dir} is where the adapter is: choose another folder")
 

@@ -55,7 +55,7 @@ def full_paths(plan: RankPlan, trainer: str) -> list[str]:
     for path in plan.ranks:
         other = next((row.site.path for row in plan.sites if row.site.path.endswith(f".{path}")), None)
         if other:
-            raise UsageError(f"--emit {trainer} takes names, and {path} is the end of {other} too; {INSTEAD} peft")
+            raise UsageError(f"--emit {trainer} matches name suffixes; {path} also matches {other}; {INSTEAD} peft")
     return list(plan.ranks)
 
 

@@ -210,7 +210,7 @@ def factor_deltas(source: DeltaSource, plan: RankPlan, device: str, seed: int) -
         bar.update()
     bar.close()
     if not pairs:
-        raise DataError(f"{source.description}: none of the {len(rows)} sites has changed; there is no adapter in this")
+        raise DataError(f"{source.description}: none of the {len(rows)} sites has changed; nothing to extract")
     return pairs, Fidelity(tuple(table))
 
 

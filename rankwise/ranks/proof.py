@@ -55,7 +55,7 @@ class Proof:
     def require(self) -> None:
         if not self.error <= max(NO_EFFECT, min(TOLERANCE[torch.float32], LOST * self.effect)):
             raise VerificationError(
-                "base + adapter, loaded by PEFT, is not the tuned model but for what is left out: its logits differ by "
+                "base + adapter, loaded by PEFT, differs from the tuned model in more than what is left out: logits by "
                 f"{self.error:.2g} (relative rms), and the adapter's effect is {self.effect:.2g}. Something differs "
                 "that is neither in the adapter nor among what it leaves out: compare the two config.json. Nothing was "
                 "written (--no_verify skips this)"

@@ -110,7 +110,7 @@ def choose_folder(run: Path, asked: str) -> tuple[str, Path]:
         for folder in folders_of(run, kind):
             return kind, folder
     wanted = "adapter, merged model or export" if asked == "auto" else asked
-    raise DataError(f"{run}: holds no {wanted} that a card could be for")
+    raise DataError(f"{run}: holds no {wanted} to write a card for")
 
 
 # Settings worth a line, where the run has them: name in the config → as a card says it.

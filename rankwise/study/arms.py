@@ -176,9 +176,9 @@ def check_arm(arm: str, config: StudyConfig) -> None:
     if config.kind == "phases":
         timed, yoked = timed_like(arm), yoked_to(arm)
         if yoked is not None and not isinstance(parse_schedule(yoked), Norm):
-            raise UsageError(f"{arm}: what is replayed is `norm:N`, as in yoked:norm:20; others never change")
+            raise UsageError(f"{arm}: only `norm:N` can be replayed, as in yoked:norm:20; other schedules are fixed")
         if timed is not None and (chooses(timed) or yoked_to(timed)):
-            raise UsageError(f"{arm}: the time of a schedule that chooses on the way is not known beforehand")
+            raise UsageError(f"{arm}: the duration of an adaptive schedule is not known in advance")
         if yoked is None:
             schedule_of(timed if timed is not None else arm, config.steps, 0)
         return

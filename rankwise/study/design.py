@@ -221,7 +221,7 @@ def check(config: StudyConfig) -> None:
     if config.kind == "plans" and (len(grid.lr_schedulers) > 1 or len(grid.phase_states) > 1):
         raise UsageError("--lr_schedulers and --phase_states are crossed in a study of phases; give one of each")
     if not config.budgets:
-        raise UsageError("study needs --budgets: what every arm may spend")
+        raise UsageError("study needs --budgets: parameter budgets of every arm")
 
 
 def run_counts(design: Design) -> Mapping[str, int]:

@@ -135,7 +135,7 @@ def translated(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     notes = [f"note: --{name} has no effect: {NO_LONGER[name]}" for name in given if name in NO_LONGER]
     for name, (field, value) in translations(given).items():
         if field in values:
-            raise UsageError(f"--{name} and --{field} say the same thing; give one of them")
+            raise UsageError(f"--{name} and --{field} set the same option; give one of them")
         values[field] = value
     return values, notes
 

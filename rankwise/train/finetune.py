@@ -160,7 +160,7 @@ def check(config: FinetuneConfig) -> None:
         raise UsageError("--method lora saves its adapter, whose spectra are exact; --save is for --method full")
     sharded = config.training.get("fsdp") or config.training.get("deepspeed")
     if config.method == "full" and sharded and config.save != "checkpoints":
-        raise UsageError("with sharded parameters, --save checkpoints is what finetune can write")
+        raise UsageError("finetune with sharded parameters needs --save checkpoints")
 
 
 def arguments_of(config: FinetuneConfig) -> TrainingArguments:

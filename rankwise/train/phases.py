@@ -179,9 +179,7 @@ def schedule_of(phases: PhasesSection) -> Form | None:
     """The schedule as it was asked for; None where everything trains all the time."""
     named = phases.phase_strategy or (RECOMMENDED if phases.dynamic_lora else None)
     if phases.schedule and named:
-        raise UsageError(
-            "--schedule and --phase_strategy (or --dynamic_lora) both say which phases there are; give one"
-        )
+        raise UsageError("--schedule and --phase_strategy (or --dynamic_lora) both define the phases; give one")
     if named:
         return parse_schedule(strategy(named, phases.phase1_end, phases.phase2_end))
     return parse_schedule(phases.schedule) if phases.schedule else None

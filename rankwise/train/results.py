@@ -148,7 +148,7 @@ def prove(model: Any, folder: Path, job: Job) -> None:
     if not difference <= SHARE * effect + noise * float(trained.abs().max()):
         raise VerificationError(
             f"the adapter in {folder} is not what was trained: its logits differ by up to {difference:.2g}, where "
-            f"training changed them by {effect:.2g}; the last checkpoint holds the trained form"
+            f"training changed them by {effect:.2g}; the last checkpoint holds the trained weights"
         )
 
 

@@ -108,7 +108,7 @@ def _refuse_nothing_to_choose(asked: str, given: Mapping[str, Any]) -> None:
     none = {name for name in ("eval_strategy", "save_strategy") if given.get(name, "some") in (None, "no")}
     if "eval_strategy" in none:
         raise UsageError(
-            f"{asked} compares evaluations, and there are none: it needs validation rows (--val_path, or a "
+            f"{asked} needs evaluations to compare: give validation rows (--val_path, or a "
             "--val_fraction above 0) and --eval_strategy epoch or steps"
         )
     if "save_strategy" in none or given.get("load_best_model_at_end") is False:

@@ -50,8 +50,8 @@ def counts_all_tokens(trainer: Trainer) -> bool:
         return trainer.label_smoother is None
     if trainer.args.world_size > 1:
         raise UsageError(
-            f"{type(plain(trainer.model)).__name__} takes no {COUNT}, so its processes could not be weighed by their "
-            "tokens; train it in one process"
+            f"{type(plain(trainer.model)).__name__} takes no {COUNT}, so its processes could not be weighted by their "
+            "token counts; train it in one process"
         )
     return False
 
@@ -71,7 +71,7 @@ def prove_counting(trainer: Trainer, model: nn.Module, inputs: Mapping[str, Any]
     if torch.equal(once, twice) and bool((inputs["labels"] >= 0).any()):
         raise VerificationError(
             f"{type(plain(trainer.model)).__name__} does not divide its loss by {COUNT}: batches and processes would "
-            "not be weighed by their tokens"
+            "not be weighted by their token counts"
         )
 
 

@@ -130,7 +130,7 @@ def test_labels_of_the_same_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("rankwise.device.bundle_files.answer_ids", lambda *_: [1, 2])
     task = LabelTask("t", "kind", (LabelClass("a"), LabelClass("b")), "a b", "a b Kind:")
     example = Example("x", "x", (Turn("user", "?"), Turn("assistant", "a")))
-    with pytest.raises(VerificationError, match="same tokens"):
+    with pytest.raises(VerificationError, match="same token ids"):
         label_answers(task, example, None)  # type: ignore[arg-type]
 
 

@@ -290,7 +290,7 @@ def test_a_folder_without_the_apps_pictures_is_refused(
     export = str(ship / "tuned" / "export")
     asked = ["--task", "labels", "--data_path", str(loose), "-o", str(tmp_path / "out"), "--app_pixels"]
     assert main(["validate", export, *asked, str(tmp_path / "nothing")]) == 3
-    assert "no picture of the app is there" in capsys.readouterr().err
+    assert "no image from the app" in capsys.readouterr().err
     assert not (tmp_path / "out" / "trained").exists()
     assert main(["validate", export, *asked, str(tmp_path / "nowhere")]) == 2
 

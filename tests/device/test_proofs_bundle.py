@@ -138,7 +138,7 @@ def test_a_file_that_is_another_or_gone(name: str, replay: Said) -> None:
         (folder / name).write_bytes(content)
 
     code, said = replay(flip, sealed=False)
-    assert code == 6 and f"{name}: not the file that was bundled" in said
+    assert code == 6 and f"{name}: changed since it was bundled" in said
     code, said = replay(lambda folder: (folder / name).unlink(), sealed=False)
     assert code == 6 and f"{name}: missing" in said
 
@@ -151,7 +151,7 @@ def test_device_pixels_that_were_drawn_over(replay: Said) -> None:
         Image.fromarray(pixels).save(file)
 
     code, said = replay(paint)
-    assert code == 3 and "its pixels are not those that were written" in said
+    assert code == 3 and "its pixels changed since they were written" in said
 
 
 # --- what an app builds its requests from ----------------------------------------------------------------------------
@@ -188,7 +188,7 @@ PARTS: dict[str, tuple[Fault, str]] = {
         edited("prompt.txt", lambda text: text.replace("Element", "element") + " "),
         "prompt.txt: not",
     ),
-    "labels cut otherwise": (without_its_first_token, "labels.gbnf: under it the runtime says"),
+    "labels cut otherwise": (without_its_first_token, "labels.gbnf: the runtime answers"),
     "a label in other tokens": (said_in_other_tokens, "and the trained model says it as"),
 }
 
@@ -211,7 +211,7 @@ def test_a_start_token_that_would_stand_twice(
     monkeypatch.setattr(stage, "prompt_of", lambda *given: replace(found := own(*given), text=found.begin + found.text))
     words = ["bundle", str(text_export), "--task", "e2e_nlg", "--data_path", str(tmp_path), "--allow_unverified"]
     assert main([*words, "--num_golden", "1", "--top", "16", "--threads", "1", "-o", str(tmp_path / "out")]) == 6
-    assert "which the runtime puts before it once more" in capsys.readouterr().err
+    assert "which the runtime adds a second time" in capsys.readouterr().err
 
 
 # --- making one ------------------------------------------------------------------------------------------------------
@@ -243,13 +243,13 @@ def test_a_copy_that_is_not_the_original(bundle: Said, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(parts.shutil, "copyfile", cut)
     code, said = bundle()
-    assert code == 6 and "model-q8_0.gguf: not what " in said
+    assert code == 6 and "model-q8_0.gguf: the copy differs from " in said
 
 
 def test_labels_of_the_same_tokens(bundle: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "answer_ids", lambda *_: [7, 2])
     code, said = bundle()
-    assert code == 6 and "two labels are the same tokens" in said
+    assert code == 6 and "two labels have the same token ids" in said
 
 
 def with_json(file: Path, **changes: Any) -> None:
@@ -288,4 +288,4 @@ def test_what_was_not_proven_before(name: str, shipped: Path, tmp_path: Path, bu
         shutil.copytree(shipped / part, tmp_path / "copy" / part)
     fault(tmp_path / "copy")
     code, error = bundle(of=tmp_path / "copy")
-    assert code == 6 and said in error and json.dumps(error).endswith('it all the same\\n"')
+    assert code == 6 and said in error and json.dumps(error).endswith('it anyway\\n"')

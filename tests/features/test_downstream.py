@@ -499,8 +499,8 @@ def test_what_cannot_work_says_why(
     bare = tmp_path / "bare.json"
     bare.write_text(json.dumps([row for row in json.loads(data.read_text()) if "image" not in row]))
     cases = [
-        (2, "takes no pictures", downstream(text, data, tmp_path / "r")),
-        (3, "none of 1 row has a picture", downstream(smolvlm, bare, tmp_path / "r")),
+        (2, "takes no images", downstream(text, data, tmp_path / "r")),
+        (3, "none of 1 row has an image", downstream(smolvlm, bare, tmp_path / "r")),
         (2, "ranks 1 to 4", downstream(smolvlm, data, tmp_path / "r", "--ranks", "2,5")),
         (3, "no trained network", downstream(smolvlm, data, tmp_path / "r", "--arch", "MLP")),
         (

@@ -118,7 +118,7 @@ def test_tokens_that_make_a_square_are_drawn_as_one_and_it_is_said(
 
 def test_without_a_grid_or_a_square_there_is_no_map(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", matrices(9, tokens=12), grid=None)
-    with pytest.raises(UsageError, match=r"12 tokens lie in the picture.*no square"):
+    with pytest.raises(UsageError, match=r"does not record the grid of its 12 tokens.*no square"):
         run(config(run_folder(tmp_path, cache)))
 
 

@@ -232,7 +232,7 @@ def test_an_unknown_name_gets_near_ones_and_all_there_are() -> None:
         ({"rank": 13}, r"--rank 13.*12 tokens × 20 channels.*1 to 12"),
         ({"rank": 0}, "--rank 0"),
         ({"dropout": 1.0}, "--dropout"),
-        ({"tokens": 0}, "hold nothing"),
+        ({"tokens": 0}, "channels are empty"),
     ],
 )
 def test_settings_out_of_bounds(changes: dict[str, object], message: str) -> None:
@@ -423,7 +423,7 @@ def test_weights_of_another_run_are_refused(run: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     save_factorizer(build(settings_of("MLP")), tmp_path / "other")
     (tmp_path / "other" / "best_model.safetensors").replace(run / "best_model.safetensors")
-    with pytest.raises(DataError, match="of two runs"):
+    with pytest.raises(DataError, match="from two runs"):
         load_factorizer(run)
 
 

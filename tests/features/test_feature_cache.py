@@ -156,7 +156,7 @@ def test_only_our_own_files_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "cache" / "features-00000.safetensors").write_bytes(b"someone's")
     with pytest.raises(UsageError, match=r"there is no capture.json"):
         cache_writer.replaceable(tmp_path / "cache")
-    with pytest.raises(UsageError, match="of which nothing is known"):
+    with pytest.raises(UsageError, match="features of unknown origin"):
         CacheWriter(tmp_path / "cache", recipe()).begin()
 
 
@@ -169,7 +169,7 @@ def test_numbers_that_the_precision_on_disk_does_not_have_are_refused(tmp_path: 
         made.begin()
         shard = Matrices(large, ("a.png", "b.png"), ("a", "b"))
         if refused:
-            with pytest.raises(DataError, match=r"b\.png: features beyond the largest float16"):
+            with pytest.raises(DataError, match=r"b\.png: features exceed the range of float16"):
                 made.write(0, shard)
             assert not made.file(0).exists()
         else:
@@ -218,7 +218,7 @@ def test_a_shard_whose_pictures_were_all_left_out(tmp_path: Path) -> None:
     nothing = Matrices(None, (), (), left_out=(("broken.jpg", "is empty"),))
     cache = cache_writer.write_cache(tmp_path / "some", recipe(shards=2), [nothing, shard(1)])
     assert len(cache) == 3 and cache.left_out == (("broken.jpg", "is empty"),) and cache.grid == (2, 2)
-    with pytest.raises(DataError, match="no picture could be used"):
+    with pytest.raises(DataError, match="no usable image"):
         cache_writer.write_cache(tmp_path / "none", recipe(shards=1), [nothing])
 
 

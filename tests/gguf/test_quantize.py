@@ -83,7 +83,7 @@ def test_a_quantized_source_would_lose_twice(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UsageError, match="quantized already"):
+    with pytest.raises(UsageError, match="already quantized"):
         quantize(source, tmp_path / "out.gguf", "q4_0", binary(tmp_path / "llama.cpp", COPIES))
 
 

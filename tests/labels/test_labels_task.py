@@ -265,8 +265,8 @@ def test_what_label_writes_is_what_train_reads(tmp_path: Path, base: Path, call:
     [
         ("--balance sqrt --packing", "--packing puts several into one row"),
         ("--balance sqrt --group_by_length", "both decide the order"),
-        ("--select accuracy --eval_strategy no", "it needs validation rows"),
-        ("--select accuracy --val_fraction 0", "it needs validation rows"),
+        ("--select accuracy --eval_strategy no", "give validation rows"),
+        ("--select accuracy --val_fraction 0", "give validation rows"),
         ("--early_stopping -1", "--early_stopping is -1; give a number of at least 0"),
         ("--early_stopping 2 --save_strategy no", "keeps the best checkpoint"),
         ("--metric_for_best_model accuracy", "acts only where a checkpoint is chosen"),

@@ -57,7 +57,7 @@ def test_names_without_effect_are_accepted_and_said(tmp_path: Path, capsys: pyte
 
 
 def test_two_names_for_one_thing_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="same thing"):
+    with pytest.raises(UsageError, match="set the same option"):
         built(tmp_path, "--warmup_ratio", "0.1", "--warmup_steps", "5")
     with pytest.raises(UsageError, match=r"--warmup_ratio is 10\.0; give a number of at least 0 and below 1"):
         built(tmp_path, "--warmup_ratio", "10")

@@ -203,7 +203,7 @@ def test_cards_by_name_and_by_memory() -> None:
     assert cards("7GB")[0].bandwidth == 0, "no card of that size is known: no time, but memory"
     with pytest.raises(UsageError, match="rtx4090"):
         cards("rtx4091")
-    with pytest.raises(UsageError, match="no memory"):
+    with pytest.raises(UsageError, match="memory must be above 0"):
         cards("0GB")
 
 

@@ -341,7 +341,7 @@ class ServerRuntime:
     def _sent(self, prompt: str | Sequence[int], images: Sequence[bytes]) -> Any:
         if not isinstance(prompt, str):
             if images:
-                raise DataError("images go with a prompt that is a text; ids leave no place for them")
+                raise DataError("images need a text prompt; a prompt of token ids has no image slots")
             return list(prompt)
         if prompt.count(MARKER) != len(images):
             raise DataError(
@@ -366,7 +366,7 @@ def _understood(where: str, read: Callable[[Mapping[str, Any]], Told], answer: M
         if isinstance(error, RankwiseError):
             raise
         raise ServiceError(
-            f"{where} answers with JSON of another form ({type(error).__name__}: {error}): {str(answer)[:SHOWN]}; "
+            f"{where} answered with unexpected JSON ({type(error).__name__}: {error}): {str(answer)[:SHOWN]}; "
             "is it a llama.cpp server, and not too old?"
         ) from error
 

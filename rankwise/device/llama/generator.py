@@ -47,7 +47,7 @@ class GGUFGenerator:
 
     def __post_init__(self) -> None:
         if self.decoding.do_sample or self.decoding.num_beams > 1:
-            raise UsageError("a GGUF answers greedily here, as on the device; leave --do_sample and --num_beams out")
+            raise UsageError("GGUF files are decoded greedily, as on the device; leave --do_sample and --num_beams out")
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class LlamaServer:
 
     def _lost(self) -> None:
         if self._child is not None and self._child.poll() is not None:
-            raise VerificationError(f"llama.cpp broke down while answering from {self.files}: it {self._ended()}")
+            raise VerificationError(f"llama.cpp crashed while answering from {self.files}: it {self._ended()}")
 
     def _ended(self) -> str:
         """How the child ended, and the last that it said."""

@@ -59,7 +59,7 @@ def _embedded(model: Any, context: Any, picture: Image.Image) -> NDArray[np.floa
     text = vision.mtmd_input_text(marker, len(marker), False, True)
     try:
         if vision.mtmd_tokenize(context, chunks, ctypes.byref(text), (vision.mtmd_bitmap_p_ctypes * 1)(bitmap), 1):
-            raise VerificationError("llama.cpp could not cut the picture into tokens")
+            raise VerificationError("llama.cpp could not tokenize the image")
         return np.concatenate(list(_parts(vision, context, chunks, llama.llama_model_n_embd(model))))
     finally:
         vision.mtmd_input_chunks_free(chunks)
@@ -73,7 +73,7 @@ def _parts(vision: Any, context: Any, chunks: Any, width: int) -> Iterator[NDArr
         if vision.mtmd_input_chunk_get_type(chunk) != vision.MTMD_INPUT_CHUNK_TYPE_IMAGE:
             continue
         if vision.mtmd_encode_chunk(context, chunk):
-            raise VerificationError("llama.cpp could not encode the picture")
+            raise VerificationError("llama.cpp could not encode the image")
         tokens = vision.mtmd_input_chunk_get_n_tokens(chunk)
         yield np.ctypeslib.as_array(vision.mtmd_get_output_embd(context), (tokens, width)).copy()
 

@@ -89,7 +89,7 @@ class Embedder:
             command += ["--mmproj", str(self.mmproj), folder]
             done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
             if done.returncode:
-                raise VerificationError(f"llama.cpp broke down on {self.mmproj}:\n{done.stderr[-LAST:]}")
+                raise VerificationError(f"llama.cpp crashed on {self.mmproj}:\n{done.stderr[-LAST:]}")
             return [np.load(name.with_suffix(".npy")) for name in names]
 
 

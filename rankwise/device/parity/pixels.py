@@ -210,7 +210,7 @@ class AppPixels:
         names = [source.name for case in cases for source in case.sources]
         if not any(name in found.hashes or (place / name).is_file() for name in names):
             wanted = ", ".join(names[:MENTIONED]) or "no case has a picture"
-            raise DataError(f"{place}: no picture of the app is there; expected PNG files or {HASHES} with {wanted} …")
+            raise DataError(f"{place}: no image from the app; expected PNG files or {HASHES} with {wanted} …")
         return found
 
     def of(self, source: Source) -> Pixels | str | None:

@@ -61,7 +61,7 @@ class FactorizerSettings:
 
     def __post_init__(self) -> None:
         if min(self.tokens, self.channels) < 1:
-            raise UsageError(f"matrices of {self.tokens} tokens × {self.channels} channels hold nothing")
+            raise UsageError(f"matrices of {self.tokens} tokens × {self.channels} channels are empty")
         most = min(self.tokens, self.channels)
         if not 1 <= self.rank <= most:
             raise UsageError(

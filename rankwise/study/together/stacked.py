@@ -251,7 +251,7 @@ def site_module(model: nn.Module, site: StackedSite) -> nn.Module:
     shape = (site.b.shape[1], site.a.shape[2])
     if module is None or linear_shape(module) is None:
         linear = [path for path, other in modules.items() if linear_shape(other)]
-        raise UsageError(f"the model has no linear layer {site.path}; near it: {', '.join(nearest(site.path, linear))}")
+        raise UsageError(f"the model has no linear layer {site.path}; nearest: {', '.join(nearest(site.path, linear))}")
     if linear_shape(module) != shape:
         raise UsageError(f"{site.path} is {linear_shape(module)} in the model, and the factors are for {shape}")
     return module

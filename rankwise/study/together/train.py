@@ -84,7 +84,7 @@ class ArmSettings:
 
     def __post_init__(self) -> None:
         if self.phase_state not in PHASE_STATES:
-            raise UsageError(f"phase_state {self.phase_state!r} is none of {', '.join(PHASE_STATES)}")
+            raise UsageError(f"phase_state {self.phase_state!r} is not one of {', '.join(PHASE_STATES)}")
         if self.steps < 1 or self.batch_size < 1:
             raise UsageError(f"steps and batch_size must be at least 1, got {self.steps} and {self.batch_size}")
 

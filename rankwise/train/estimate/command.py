@@ -69,9 +69,9 @@ def check_estimate(section: EstimateSection, config: TrainConfig) -> None:
     if config.training.get("deepspeed") or config.training.get("fsdp"):
         raise UsageError("--estimate is for one GPU that holds the whole model: leave --deepspeed and --fsdp out")
     if config.depth.use_depth:
-        raise UsageError("--estimate does not know --use_depth: leave it out; the depth gate adds next to nothing")
+        raise UsageError("--estimate does not support --use_depth: leave it out; the depth gate adds next to nothing")
     if config.model.attn_implementation not in ALLOWED:
-        raise UsageError(f"--estimate knows sdpa, flash and eager attention, not {config.model.attn_implementation}")
+        raise UsageError(f"--estimate supports sdpa, flash and eager attention, not {config.model.attn_implementation}")
 
 
 def estimate(config: TrainConfig, name: str, arguments: TrainingArguments, shapes: Shapes, rows: Rows) -> EstimatePage:

@@ -171,7 +171,7 @@ def cards(text: str) -> list[Card]:
         return [named(word, text)]
     count = float(found[1]) * UNITS[found[2]]
     if not count:
-        raise UsageError(f"--gpu {text}: no memory, no training")
+        raise UsageError(f"--gpu {text}: the memory must be above 0")
     return [replace(card, memory=count) for card in CARDS.values() if abs(card.memory / count - 1) <= ALIKE] or [
         Card(text, count, 0, 0, 0)
     ]
@@ -183,7 +183,7 @@ def named(word: str, text: str) -> Card:
     if card is None:
         near = difflib.get_close_matches(word, CARDS, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UsageError(f"--gpu {text}: unknown card; {hint}Known: {', '.join(CARDS)}; or its memory: 24GB")
+        raise UsageError(f"--gpu {text}: unknown GPU; {hint}Known: {', '.join(CARDS)}; or its memory: 24GB")
     return card
 
 

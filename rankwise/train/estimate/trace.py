@@ -105,7 +105,7 @@ def trace_step(
             loss.backward()
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UsageError(
-            f"{type(model).__name__} decides from values what it computes ({error.func}), so nothing can be estimated "
+            f"{type(model).__name__} has value-dependent computation ({error.func}), so nothing can be estimated "
             "without its weights; start training with --max_steps 2 and watch it"
         ) from error
     finally:
