@@ -163,7 +163,7 @@ def dispatch(argv: Sequence[str]) -> None:
 
 
 def rehearse(stage: ModuleType, config: Any) -> None:
-    """The command up to its first write, for what it refuses; what it says on the way is no part of the config."""
+    """Run the command up to its first write, for its checks; what it says on the way is no part of the config."""
     with contextlib.redirect_stdout(sys.stderr), importlib.import_module("rankwise.files.atomic").rehearsal():
         stage.run(config)
 

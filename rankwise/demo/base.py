@@ -1,4 +1,4 @@
-"""Base models of a million parameters, trained from scratch: they learn to speak, and those with a vision tower to see.
+"""Base models of a million parameters, trained from scratch: language models and vision-language models.
 
 images ── pretrain (Eye) ──▶ vision tower     it tells what is in each quarter of an image
 captions ── pretrain ──────▶ the whole        it says what is where, and has never been asked anything
@@ -46,7 +46,7 @@ Rows = Sequence[dict[str, Any]] | Dataset[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Course:
-    """What a base learns from: samples (pages or captioned images), words of its vocabulary, optimizer steps."""
+    """Training data of a base: samples (pages or captioned images), words of its vocabulary, optimizer steps."""
 
     samples: int
     vocabulary: int

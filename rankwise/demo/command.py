@@ -80,7 +80,7 @@ def ready(config: DemoConfig) -> None:
 
 
 def lacking_parts() -> str:
-    """What of llama.cpp is not installed here, as a sentence; nothing where all of it is."""
+    """The parts of llama.cpp that are not installed, as a sentence; empty where all are."""
     try:
         need("gguf", extra="device")
         need("xllamacpp", extra="device")

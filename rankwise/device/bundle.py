@@ -103,7 +103,7 @@ class Source:
         return {name: self.by_form[name] for name in SCORES if name in self.by_form} or None
 
     def tolerance(self, config: BundleConfig) -> float:
-        """As asked for; else the validation's, so that both hold the files to one limit."""
+        """As given; else the validation's, so that both apply one limit to the files."""
         return config.tolerance or float((self.validated or {}).get("tolerance", K))
 
     def trained(self, config: BundleConfig) -> Trained:
@@ -149,7 +149,7 @@ def source_of(config: BundleConfig) -> Source:
 
 
 def form_of(config: BundleConfig, exported: Exported) -> str:
-    """As asked for; else q8_0, else the smallest that there is."""
+    """The quantization type to bundle: as given, else q8_0, else the smallest exported."""
     if config.outtype:
         assert exported.text(config.outtype)
         return config.outtype
@@ -193,7 +193,7 @@ def validation_doubts(
 
 
 def other_files(config: BundleConfig, exported: Exported, form: str) -> list[str]:
-    """Files that were validated under these names and are others now."""
+    """Files that changed since they were validated under these names."""
     entry = RunFolder(str(config.validation)).stages().get("validate", {}).get("inputs", {})
     files = [exported.text(form), *([exported.mmproj(form)] if exported.mmproj(form) else [])]
     return [
@@ -230,7 +230,7 @@ def run(config: BundleConfig) -> dict[str, Any] | Ladder:
 
 
 def check(config: BundleConfig) -> None:
-    """What can be said before anything is read."""
+    """Check the options before anything is read."""
     if not config.replay and not config.export:
         raise UsageError("bundle needs an export: rankwise bundle EXPORT_FOLDER -o bundle, or --replay BUNDLE")
     if config.server and not config.replay:
@@ -271,7 +271,7 @@ def write_bundle(config: BundleConfig, source: Source, trained: Trained, folder:
 def write_clients(
     folder: Path, trained: Trained, prompt: Prompt, facts: Mapping[str, Any], record: InputRecord | None
 ) -> Template:
-    """What asks the model: Ollama's Modelfile, and code for three runtimes."""
+    """Write the client files: Ollama's Modelfile, and code for three runtimes."""
     template, ends = template_of(trained.items[0], trained.renderer, prompt), end_texts(trained.renderer)
     system = record.system_prompt if record else None
     write_text(folder / MODELFILE, modelfile(template, prompt, facts, ends, system))
@@ -362,7 +362,7 @@ def check_parts(folder: Path, runtime: ServerRuntime, golden: Golden) -> None:
 
 
 def golden_sure(golden: Golden, name: str) -> bool:
-    """Whether the trained model's answer is no near tie at any place."""
+    """Whether the trained model's answer has no near tie at any token."""
     rows = golden.known[name].log_probs.nan_to_num(nan=-1e9).topk(2).values
     return bool((rows[:, 0] - rows[:, 1] > golden.thresholds.margin).all())
 

@@ -1,4 +1,4 @@
-"""What an app needs to run the model, in one folder that says what is in it; and the folder read back.
+"""Bundle folder: the files that an app needs to run the model, with a manifest; written and read back.
 
     export + validation + trained model ── write_bundle ──▶ DIR/
         model.gguf, mmproj.gguf             the files
@@ -74,7 +74,7 @@ class Prompt:
 
 
 def prompt_of(examples: Sequence[Example], renderer: Renderer, file: GGUFFile) -> Prompt:
-    """The prompt that all samples share: a constant where they ask the same, else with a place for the input."""
+    """The prompt common to all samples: a constant where they ask the same, else with a place for the input."""
     texts = {renderer.prompt_text(example, MARKER) for example in examples}
     whole = texts.pop() if len(texts) == 1 else with_input(examples[0], renderer)
     begin = begin_text(file)
@@ -186,7 +186,7 @@ def write_parts(
     end_ids: Sequence[int],
     abstain: Mapping[str, Any] | None,
 ) -> None:
-    """Everything that is small text."""
+    """Write the small text files."""
     write_text(folder / PROMPT, prompt.text)
     write_json(folder / PROMPT_JSON, prompt.as_dict())
     if task:

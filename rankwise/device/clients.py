@@ -1,4 +1,4 @@
-"""What asks a bundle's model: an Ollama `Modelfile`; code for llama.node (Node.js), llama.rn (React Native), Android.
+"""Clients of a bundle's model: an Ollama `Modelfile`; code for llama.node (Node.js), llama.rn (React Native), Android.
 
     conversations with marked texts ── Renderer ──▶ Pieces ── laid_out = rendered? ──▶ TEMPLATE (a conversation)
     the bundle's own prompt ── cut at its question ──▶ before, after ─────────────────▶ TEMPLATE (one question)
@@ -43,7 +43,7 @@ TALKS: tuple[Talk, ...] = (
 
 @dataclass(frozen=True)
 class Pieces:
-    """What a chat template writes around texts. system: None for a template that takes none; head: without one."""
+    """Fixed text of a chat template around messages. system: None for a template that takes none; head: without one."""
 
     system: tuple[str, str] | None
     head: str
@@ -213,7 +213,7 @@ def question_template(example: Example, renderer: Renderer, skip: str) -> Templa
 
 
 def around(text: str) -> tuple[str, str, str]:
-    """What stands before the question and its pictures, these, and what stands behind."""
+    """The text before the question and its images, these, and the text after."""
     if text.count(SENTINEL) != 1:
         raise DataError("a template that repeats, changes or drops the question")
     marks = [mark for mark in (SENTINEL, MARKER) if mark in text]
@@ -265,7 +265,7 @@ def end_texts(renderer: Renderer) -> Sequence[str]:
 
 @dataclass(frozen=True)
 class Asking:
-    """What a client has to know. grammar: whether labels.gbnf is there."""
+    """Inputs of a client's code. grammar: whether labels.gbnf is there."""
 
     prompt: Prompt
     ends: Sequence[str]

@@ -1,4 +1,4 @@
-"""Golden vectors: what the trained model makes of a few inputs, written down, so that any runtime can be held to it.
+"""Golden vectors: the trained model's outputs for a few inputs, stored as the reference for any runtime.
 
     cases, HFReference ── write_golden ──▶ golden/golden.json, 00-source.png, 00-device.png …
     golden/ ── read_golden ──▶ Golden(cases, thresholds) ── climb ──▶ the first rung that differs

@@ -39,7 +39,7 @@ def rights(task: str, predictions: Sequence[Prediction], examples: Sequence[Exam
 
 
 def scores(result: EvaluationResult, predictions: Sequence[Prediction], examples: Sequence[Example]) -> dict[str, Any]:
-    """The numbers of one runtime, without the items."""
+    """Aggregate scores of one runtime."""
     right = rights(result.task, predictions, examples)
     found: dict[str, Any] = {"task": result.task, "method": "generation", "n": result.n}
     if right is not None:
@@ -230,7 +230,7 @@ class Difference:
 
 
 def compared(form: Mapping[str, bool], largest: Mapping[str, bool], margin: float) -> Difference:
-    """A form against the largest: item id → right or not, of the same items."""
+    """Compare a quantization type with the largest one: item id → right or not, of the same items."""
     both, won, lost, p = counted([form[name] for name in largest], list(largest.values()))
     low, high = paired_interval(both, won, lost, len(largest))
     verdict = NOT_INFERIOR if low > -margin else INFERIOR if high < -margin else UNDECIDED
@@ -239,7 +239,7 @@ def compared(form: Mapping[str, bool], largest: Mapping[str, bool], margin: floa
 
 
 def counted(one: Sequence[bool], other: Sequence[bool]) -> tuple[int, int, int, float]:
-    """Of the same items: right in both, only in the one, only in the other; and McNemar's exact p, two-sided."""
+    """Paired counts: right in both, only in the first, only in the second; and McNemar's exact p, two-sided."""
     pairs = list(zip(one, other, strict=True))
     both, won, lost = (pairs.count(pair) for pair in ((True, True), (True, False), (False, True)))
     p = need("scipy.stats", extra="eval").binomtest(won, won + lost).pvalue if won + lost else 1.0

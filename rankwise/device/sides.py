@@ -1,4 +1,4 @@
-"""The two sides of `rankwise validate`: the trained model in transformers, and one GGUF form in llama.cpp.
+"""The two sides of `rankwise validate`: the trained model in transformers, and one GGUF file in llama.cpp.
 
 EXPORT or --server ── shipment ──▶ Shipped*: GGUF files by form, or a server that runs one; what they were made from
 config ── trained_side ──▶ Trained ── answers_of ──▶ Answers (of the reference, of the base)
@@ -53,7 +53,7 @@ BLIND = 4  # prompts without their pictures on the ladder
 
 @dataclass(frozen=True)
 class Shipped:
-    """One form of the model, and how it is run."""
+    """One quantization type of the model, and how it is run."""
 
     form: str
     text: Path | None = None
@@ -73,7 +73,7 @@ class Shipped:
 
 @dataclass(frozen=True)
 class Shipment:
-    """All forms, the one to ship last. folder: of the export; reference: what it says it was made from."""
+    """All quantization types, the one to ship last. folder: of the export; reference: what it says it was made from."""
 
     forms: tuple[Shipped, ...]
     folder: Path | None = None
@@ -102,7 +102,7 @@ def shipment(config: ValidateConfig) -> Shipment:
 
 
 def form_of(path: Path) -> str:
-    """The form that a GGUF says it has, else the end of its name."""
+    """The quantization type stated in a GGUF, else the suffix of its name."""
     return FORMS.get(GGUFFile(path).metadata.get("general.file_type", -1), path.stem.rpartition("-")[2])
 
 
@@ -168,7 +168,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Validated:
-    """One form under the device's conditions. records: seconds and confidence by item."""
+    """One quantization type under the device's conditions. records: seconds and confidence by item."""
 
     form: str
     build: str
@@ -256,7 +256,7 @@ def answered(trained: Trained, engine: Any, folder: Path, made_from: Mapping[str
 def validated(
     config: ValidateConfig, trained: Trained, one: Shipped, floor: Floor | None, app: AppPixels | None, out: Path
 ) -> Validated:
-    """One form: all items answered, some of them on the ladder."""
+    """Validate one quantization type: answer all items, run some of them on the ladder."""
     folder = out / one.form
     with one.start(config.context or context(trained.renderer), config.threads) as runtime:
         ladder = None

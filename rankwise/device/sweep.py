@@ -1,4 +1,4 @@
-"""Which form of a model to ship: the smallest whose answers are not worse than the largest's, on the same items.
+"""Choose the quantization type to ship: the smallest that is non-inferior to the largest on the same items.
 
     forms ── LlamaServer, one after the other ── ask(runtime) ──▶ right or wrong per item, seconds, peak memory
           ── paired differences from the largest ──▶ not inferior | inferior | undecided ──▶ Sweep.chosen
@@ -40,7 +40,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Tried:
-    """One form's outcomes by item id. bytes: of the text model and the mmproj; memory: peak resident bytes of the
+    """A quantization's outcomes by id. bytes: of the text model and the mmproj; memory: peak resident bytes of the
     process that ran it, interpreter included, None where unknown."""
 
     form: str
@@ -63,7 +63,7 @@ class Tried:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All forms, largest first, and the one to ship: None where no form is good enough. why: in a sentence."""
+    """All quantization types, largest first, and the one to ship: None if none is good enough. why: in a sentence."""
 
     tried: tuple[Tried, ...]
     differences: Mapping[str, Difference]
@@ -137,7 +137,7 @@ def sweep_forms(config: ValidateConfig, trained: Trained, shipped: Shipment, out
 
 
 def ask(trained: Trained, one: Shipped, folder: Path, runtime: Runtime) -> dict[str, Item]:
-    """Every item answered by one form."""
+    """Answer every item with one quantization type."""
     engine, answers = answers_in(trained, one, runtime, folder)
     right, records = answers.rights(trained.items), engine.answers()
     if right is None:
@@ -168,7 +168,7 @@ def sweep(
     context: int | None = None,
     threads: int | None = None,
 ) -> Sweep:
-    """Run every form over the same items, one after the other, and choose.
+    """Run every quantization type over the same items, one after the other, and choose.
 
     ask: (runtime, form) → outcome of every item by its id; the mmproj stays the same for all forms.
     """
@@ -182,7 +182,7 @@ def sweep(
 
 
 def choose(tried: Sequence[Tried], *, margin: float = MARGIN, min_accuracy: float | None = None) -> Sweep:
-    """The smallest form that is not inferior to the largest and reaches `min_accuracy` (a share of 1).
+    """The smallest quantization type that is non-inferior to the largest and reaches `min_accuracy` (a share of 1).
 
     Each form is compared by itself: an inferior one passes with a chance of at most 2.5 %, so of k inferior ones some
     may pass with at most k times that. DataError where forms were tried on different items.

@@ -40,7 +40,7 @@ from rankwise.pipeline.idle import refuse_idle
 
 
 def run(config: ValidateConfig) -> dict[str, Any]:
-    """The whole command; returns the content of validation.json. VerificationError, after everything is written, where
+    """Run the command. Returns the content of validation.json. VerificationError, after everything is written, where
     a rung is broken or a limit is missed."""
     config = settle(config)
     check(config)
@@ -69,7 +69,7 @@ def run(config: ValidateConfig) -> dict[str, Any]:
 
 
 def check(config: ValidateConfig) -> None:
-    """What can be said before anything is read."""
+    """Check the options before anything is read."""
     if not config.data.task or not config.data.data_path:
         raise UsageError("validate needs the items to answer: --task labels --data_path DATASET")
     if config.data.task not in TASKS:
@@ -136,7 +136,7 @@ def gains(
 
 
 def failures(config: ValidateConfig, found: Mapping[str, Validated]) -> list[str]:
-    """Why the command ends with exit 6; empty where all is well."""
+    """Reasons for exit code 6; empty where all checks pass."""
     lines = []
     for form, one in found.items():
         rung = one.ladder.first_broken if one.ladder else None

@@ -117,7 +117,7 @@ def validation_blocks(content: Mapping[str, Any], pictures: Sequence[Picture] = 
 
 
 def sweep_table(swept: Mapping[str, Any]) -> Table:
-    """Forms from the largest to the smallest, and which one to ship."""
+    """Quantization types from the largest to the smallest, and which one to ship."""
     rows = []
     for form in swept["forms"]:
         low, high = form["interval"]
@@ -137,7 +137,7 @@ def sweep_table(swept: Mapping[str, Any]) -> Table:
 
 
 def ladder_rows(parity: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Rung, then its status for each form."""
+    """Rung, then its status for each quantization type."""
     names = [rung["name"] for rung in next(iter(parity.values()))["rungs"]]
     status = {form: {rung["name"]: said(rung) for rung in ladder["rungs"]} for form, ladder in parity.items()}
     return [("rung", *parity), *((name, *(status[form][name] for form in parity)) for name in names)]

@@ -1,4 +1,4 @@
-"""Whether a model's answers survive when approximations stand in for its pictures' features.
+"""Effect on a model's answers of replacing its image features by approximations.
 
 rows ── model ──────────────────────▶ p(answer)  ─┐
      └─ model, features X → X̂ ──────▶ p̂(answer)  ─┴─▶ loss of the right answer, KL(p ‖ p̂), agreement, accuracy
@@ -48,7 +48,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Replacement:
-    """What stands in for features. approximate: normalised X (N, T, D) → X̂ of the same shape."""
+    """A replacement for features. approximate: normalised X (N, T, D) → X̂ of the same shape."""
 
     method: str
     rank: int
@@ -165,7 +165,7 @@ def replaced(model: nn.Module, batch: Batch, replacement: Replacement, original:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says at the answer tokens of a batch of n rows: logits (positions, vocabulary) in its own precision,
+    """Predictions at the answer tokens of a batch of n rows: logits (positions, vocabulary) in its own precision,
     targets and row of each position."""
 
     logits: Tensor
@@ -268,7 +268,7 @@ def _metrics(sums: bootstrap.Array) -> bootstrap.Array:
 
 @dataclass(frozen=True)
 class Questions:
-    """Samples with pictures that a model is asked.
+    """Samples with images to evaluate a model on.
 
     pictures: of each sample, SHA-256 of its pictures as the processor gets them, which is how a feature cache names
     them. groups: one name per sample; samples that share a picture, directly or over others, have the same.

@@ -1,4 +1,4 @@
-"""rankwise features capture: images → what a model's language part gets of them, or an encoder gives, in a cache.
+"""rankwise features capture: images → a cache of the features that a language model receives, or an encoder outputs.
 
 rankwise features capture photos/ --model Qwen/Qwen2.5-VL-3B-Instruct -o feature_cache_real
 rankwise features capture photos/ --model facebook/dinov2-small -o feature_cache_dinov2
@@ -59,7 +59,7 @@ Shards = SyntheticShards | PictureShards
 
 
 def run(config: CaptureConfig) -> FeatureCache | None:
-    """The whole command. Processes other than rank 0 make their share and return None."""
+    """Run the command. Processes other than rank 0 make their share and return None."""
     check(config)
     try:
         return captured(config)
@@ -68,7 +68,7 @@ def run(config: CaptureConfig) -> FeatureCache | None:
 
 
 def check(config: CaptureConfig) -> None:
-    """Combinations that cannot work, before anything is read."""
+    """Refuse invalid combinations of options before anything is read."""
     if config.synthetic is None and not (config.model_name and config.images):
         raise UsageError("features capture needs IMAGES and --model, or --synthetic N")
     if config.synthetic is not None and (config.model_name or config.images):
@@ -168,7 +168,7 @@ def next_command(config: CaptureConfig) -> str:
 
 
 def energy_line(cache: FeatureCache) -> str:
-    """What the best factors of half the rank keep: whether there is anything to gain."""
+    """Energy that the best factors of half the rank keep: whether there is room for improvement."""
     step = max(1, len(cache) // LOOKED_AT)
     rank = max(1, min(cache.tokens, cache.channels) // 2)
     values = singular_values(
@@ -214,7 +214,7 @@ def shards_of(config: CaptureConfig) -> Shards:
 
 
 def eye_of(config: CaptureConfig, folder: Path) -> tuple[Preparation, Eye]:
-    """How pictures are prepared, and what sees them: a vision-language model's vision side, or an encoder."""
+    """The image preparation and the vision encoder: a vision-language model's, or a plain one."""
     name = str(config.model_name)
     known = load_config(name, config.revision)
     if is_encoder(known):

@@ -107,7 +107,7 @@ def describe(config: FactorCompareConfig) -> list[str]:
 
 
 def check(config: FactorCompareConfig) -> None:
-    """What nothing works without, before anything is measured."""
+    """Check the required inputs before anything is measured."""
     bootstrap.check_installed()
     if not config.no_plots:
         need("matplotlib", extra="plots")
@@ -342,7 +342,7 @@ def write_comparison(folder: Path, comparison: Comparison, *, plots: bool = True
 
 
 def of_one(comparison: Comparison, name: str) -> dict[str, Any]:
-    """One network beside the SVD and the shared PCA: means, paired differences, every matrix, cost."""
+    """One network compared with the SVD and the shared PCA: means, paired differences, every matrix, cost."""
     shared = ("rank", "tokens", "channels", "features", "model", "timing", "storage")
     sweep = comparison["sweep"]
     return {

@@ -1,4 +1,4 @@
-"""Which matrices train, validate and test, and what a network gets of them: normalised, and fit to measure errors on.
+"""The split into training, validation and test matrices, and the rows: normalised and checked to be measurable.
 
 split = split_of(cache, seed=42)                 # 80/10/10 by picture: what is tested was never seen in training
 write_json(run / SPLIT, split.record())

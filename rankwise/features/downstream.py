@@ -1,4 +1,4 @@
-"""rankwise features downstream: does a model's answer survive when factors stand in for its pictures' features?
+"""rankwise features downstream: effect on a model's answers of replacing its image features by low-rank factors.
 
 rankwise features downstream MODEL --data_path heldout.json --results_dir results
 questions with pictures ──▶ the model as it is, and with X̂ of every method and rank ──▶ downstream.json, .md, .png
@@ -82,7 +82,7 @@ def describe(config: DownstreamConfig) -> list[str]:
 
 
 def check(config: DownstreamConfig) -> None:
-    """What nothing works without, before a model is loaded."""
+    """Check the required inputs before a model is loaded."""
     if not config.model_name:
         raise UsageError("features downstream needs a model: rankwise features downstream MODEL --data_path ROWS")
     if not config.data_path:
@@ -236,7 +236,7 @@ def fitting(found: Sequence[Network], shapes: Sequence[Shape], asked: bool) -> t
 
 
 def origin_notes(found: Sequence[Network], fingerprint: str, rows: Questions) -> list[str]:
-    """What a reader must know of where the networks come from: another model, or pictures that are asked about here."""
+    """Caveats about the networks' training data: another model, or images that are evaluated here."""
     notes = []
     for each in found:
         if each.cache is None:
@@ -300,7 +300,7 @@ def parts(rows: Questions, found: Sequence[Network], rank: int, seed: int) -> tu
 def replacements(
     part: Part, ranks: Sequence[int], found: Sequence[Network], shapes: Sequence[Shape], seed: int
 ) -> list[Replacement]:
-    """All that stand in, in the table's order: no picture, baselines by method and rank, networks, all ranks."""
+    """All replacements, in the table's order: no image, baselines by method and rank, networks, all ranks."""
     whole, nothing = controls(*max(shapes, key=min))
     by_rank = [baselines(rank, part.basis, seed) for rank in ranks]
     ordered = [method for same in zip(*by_rank, strict=True) for method in same]

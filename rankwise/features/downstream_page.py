@@ -1,4 +1,4 @@
-"""What a model's answers are worth with approximated features, as a table and a picture, from downstream.json.
+"""Answer quality with approximated features, as a table and a plot, from downstream.json.
 
 content ── markdown ──▶ downstream.md, and the terminal's table · plot_downstream ──▶ downstream.png
 """

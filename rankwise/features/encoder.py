@@ -1,4 +1,4 @@
-"""How a picture becomes a matrix (T, D): prepared for the processor, then through a vision side or a plain encoder.
+"""From an image to a matrix (T, D): the processor's input, then a model's vision encoder or a plain encoder.
 
     picture ── Preparation ──▶ square, or as the device shows it ── pixels, features ──▶ [((T, D), grid), …]
 
@@ -41,7 +41,7 @@ FILTER = Image.Resampling.BICUBIC  # Pillow's own default
 
 @dataclass(frozen=True)
 class ModelEye:
-    """A vision-language model: what its language part gets."""
+    """A vision-language model: the features that its language model receives."""
 
     name: str
     sight: Sight
@@ -89,7 +89,7 @@ Eye = ModelEye | EncoderEye
 
 
 def is_encoder(config: Any) -> bool:
-    """Whether a model only sees: it takes pixels alone, or is the contrast of two towers, one of which does."""
+    """Whether a model is a vision encoder: its only input is pixels, or it is contrastive with one such tower."""
     if hasattr(config, "vision_config"):
         forward = getattr(model_class(config), "forward", None)
         return forward is not None and CONTRAST in inspect.signature(forward).parameters

@@ -1,4 +1,4 @@
-"""What a run tells of itself: a log per start, a row per epoch, the curves; and the best network, kept.
+"""Records of a run: a log per start, a row per epoch, the curves, and the best network.
 
     evaluation at the end of an epoch ──▶ row ──▶ history.json, a line, best_model where no earlier epoch is better
     checkpoint ◀── rows so far, and the running sums where it is saved within an epoch
@@ -146,7 +146,7 @@ def read_history(file: Path) -> list[Row]:
 
 
 def order(row: Row) -> tuple[int, float]:
-    """What is better comes first: fewer channels that act, and among equals the lower error.
+    """Sort key, best first: fewer channels that act, and among equals the lower error.
 
     While the allocator takes channels away the error rises; a network of an earlier, larger rank is not the result.
     """

@@ -59,7 +59,7 @@ KEPT = 3  # the best, the newest and one before it, should the newest be damaged
 
 @dataclass(frozen=True)
 class Start:
-    """What training starts from.
+    """The starting point of training.
 
     checkpoint: to resume from. rows: history of the epochs before, where a best network goes on without a checkpoint.
     steps: optimizer steps an epoch. epochs: to train in all, as the Trainer counts them.
@@ -208,7 +208,7 @@ class FactorJob:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes this run this run: everything that decides its weights but for the number of epochs."""
+        """The run's identity: everything that determines its weights except the number of epochs."""
         config = self.config
         unused = {"use_rank_allocator": False}
         facts = {

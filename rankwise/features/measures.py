@@ -120,7 +120,7 @@ class Method:
 
 @dataclass(frozen=True, eq=False)
 class Closeness:
-    """How close one method came to each of n matrices: measure → (n,), float64, by the names in OF_FACTORS.
+    """Errors of one method on each of n matrices: measure → (n,), float64, by the names in OF_FACTORS.
 
     `principal_angle` is the mean angle in radians between its row space and that of the truncated SVD. A refined
     output has no rank, so it has neither that nor an excess.
@@ -348,7 +348,7 @@ def pass_seconds(method: Method, batch: Tensor) -> float:
 
 
 def settle(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
+    """Synchronize with the device."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 

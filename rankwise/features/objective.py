@@ -1,4 +1,4 @@
-"""What a network that predicts factors is trained for, as a module that the Trainer can train.
+"""The training objective of a network that predicts factors, as a module for the Trainer.
 
     features (B, T, D) ── network ──▶ A·B ──▶ MSE + λ_B·mean(B²) + λ_ortho·orthogonality (+ MSE of the refinement)
 

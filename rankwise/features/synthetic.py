@@ -1,4 +1,4 @@
-"""Feature matrices whose singular values are known: what methods can be tested on without any model.
+"""Synthetic feature matrices with known singular values, to test methods without a model.
 
     X = U · diag(σ) · Vᵀ        U (T, k)  smooth over the grid or random     σ (k,)  as asked     V (D, k)
 

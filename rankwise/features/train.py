@@ -55,7 +55,7 @@ EXACT = 1e-6  # relative error of the optimum below which "how far above it" mea
 
 
 def run(config: FactorTrainConfig) -> Path:
-    """The whole command; returns the run folder."""
+    """Run the command. Returns the run folder."""
     weights = check(config)
     folder = RunFolder(folder_of(config))
     cache = open_cache(config.features)
@@ -84,7 +84,7 @@ def run(config: FactorTrainConfig) -> Path:
 
 
 def check(config: FactorTrainConfig) -> TermWeights:
-    """Combinations that cannot work, before anything is read."""
+    """Refuse invalid combinations of options before anything is read."""
     canonical(config.arch)
     if config.epochs == 0 and not config.resume:
         raise UsageError("--epochs is 0; without --resume give a number of at least 1")
@@ -129,7 +129,7 @@ def train(trainer: RankwiseTrainer, start: Start, log: RunLog) -> None:
 def finish(
     job: FactorJob, split: FeatureSplit, rows: Sequence[Row], record: Record, log: RunLog, seconds: float
 ) -> None:
-    """Test the best network, enter the run in its manifest, and say in a few lines what came out and what is next."""
+    """Test the best network, enter the run in its manifest, and print the results and the next command."""
     folder, best = job.folder, best_row(rows)
     results = tested(job, split.test) | {"best_epoch": best["epoch"]}
     write_json(folder / RESULTS, results)

@@ -37,7 +37,7 @@ ASKED = Example("probe", "probe", (Turn("user", "a"), Turn("assistant", "b")))
 
 
 def run(config: ExportConfig) -> Exported | Path | None:
-    """The whole command; returns the export, the adapter's GGUF, or None where only the converter was installed."""
+    """Run the command. Returns the export, the adapter's GGUF, or None where only the converter was installed."""
     check_options(config)
     if config.model or config.adapter_gguf:
         RunFolder(config.output_dir).refuse_other_content(STAGE)
@@ -67,7 +67,7 @@ def run(config: ExportConfig) -> Exported | Path | None:
 
 
 def check_options(config: ExportConfig) -> None:
-    """What can be said before anything is read."""
+    """Check the options before anything is read."""
     if not (config.model or config.adapter_gguf or config.install_converter):
         raise UsageError("export needs a merged model: rankwise export merged_model -o exported_model")
     unknown = [kind for kind in config.outtype if kind not in OUTTYPES]

@@ -1,4 +1,4 @@
-"""llama.cpp's own converter: found or installed, asked what it knows, and run as a subprocess.
+"""llama.cpp's own converter: find or install it, list the architectures it supports, run it as a subprocess.
 
     --llama_cpp_dir ──┐
     $LLAMA_CPP_DIR ───┼──▶ Converter(folder, version, sha256) ── convert(model, "m-q8_0.gguf", "q8_0") ──▶ GGUF
@@ -84,7 +84,7 @@ class Converter:
     sha256: str
 
     def knows(self, architecture: str, mmproj: bool = False) -> bool | None:
-        """Whether it converts this class of model; None where its list cannot be read (an older llama.cpp)."""
+        """Whether it supports this model class; None where its list cannot be read (an older llama.cpp)."""
         known = registry(self.folder, REGISTRIES[mmproj])
         return None if known is None else architecture in known
 

@@ -70,7 +70,7 @@ def write_export(plan: ExportPlan, folder: Path) -> dict[str, Any]:
 
 
 def verification(plan: ExportPlan, files: Files, place: Path) -> dict[str, Any]:
-    """All proofs as JSON; VerificationError at the first that fails. place: the folder of the float32 files."""
+    """Run all proofs, as JSON; VerificationError at the first that fails. place: the folder of the float32 files."""
     references = {
         kind: files.get((REFERENCE, kind)) or GGUFFile(place / plan.file(REFERENCE, kind)) for kind in plan.kinds
     }
@@ -153,7 +153,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class TensorError:
-    """How far a tensor is from its float32 original. rms: relative to the original's rms.
+    """Error of a tensor against its float32 original. rms: relative to the original's rms.
 
     share: the largest error as a share of what the type's rounding can cause, entry by entry; above 1 is damage.
     """
@@ -167,7 +167,7 @@ class TensorError:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What is left of a tuned tensor's change: ⟨written − base, merged − base⟩ / ‖merged − base‖², 1 if all of it.
+    """Kept share of a tuned tensor's change: ⟨written − base, merged − base⟩ / ‖merged − base‖², 1 if all of it.
 
     noise: standard deviation that rounding gives to this figure, ‖written − merged‖ / (√entries · ‖merged − base‖).
     """
@@ -178,7 +178,7 @@ class Tuned:
 
     @property
     def lost(self) -> bool:
-        """Nearer to the base than to the tuned weights, and not for the rounding's noise."""
+        """Whether it is nearer to the base than to the tuned weights by more than rounding noise."""
         return not self.kept + SIGMAS * self.noise >= KEPT_LEAST
 
 
@@ -229,7 +229,7 @@ def error_of(file: GGUFFile, reference: GGUFFile, name: str) -> TensorError:
 
 
 def rounding(original: Tensor, kind: str) -> Tensor:
-    """The largest error, entry by entry, that writing `original` (float32) as a type can cause.
+    """Maximum error per entry from storing `original` (float32) in a type.
 
     Q8_0 stores d = max|block| / 127 in float16 and round(x / d): half a step, and d's own rounding 127 times over.
     """
@@ -269,7 +269,7 @@ def summary(rows: Sequence[TensorError]) -> dict[str, Any]:
 
 
 def changed_keys(base: Checkpoint, merged: Checkpoint) -> list[str]:
-    """Keys whose tensors tuning changed, beyond what storing the base in another type does to them.
+    """Keys of tensors that tuning changed by more than storing the base in another type does.
 
     VerificationError where there are none: the base itself was exported.
     """

@@ -1,4 +1,4 @@
-"""What an export will do, decided and checked before a byte is written.
+"""The plan of an export, checked before anything is written.
 
 merged_model/ ── plan_export(…) ──▶ ExportPlan: types, files, what the converter must be told, the space it takes
 """
@@ -33,7 +33,7 @@ MARGIN, FIXED = 1.05, 32 * 2**20  # tensors that stay wider; vocabulary and meta
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """An export that the converter can do.
+    """A checked export.
 
     base: the model before tuning, where it is at hand. silenced: the tokenizer adds a start token to a text, and the
     prompts of training had none: the GGUF states `vocabulary.add_bos`, false.
@@ -171,7 +171,7 @@ def require_space(plan: ExportPlan, out: Path) -> None:
 
 
 def check_lengths(folder: Path, checkpoint: Checkpoint, tokens: int) -> None:
-    """How long the vocabulary is, found to agree before the converter asserts it.
+    """Check that tokenizer, config and weights agree on the vocabulary size, before the converter asserts it.
 
     DataError with both numbers where the tokenizer has more tokens (`tokens`: its highest id + 1) than the model, or
     where config and weights are of different lengths. Nothing is known of a class that transformers does not have."""

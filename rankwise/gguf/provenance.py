@@ -37,7 +37,7 @@ ODD = 0x9E3779B97F4A7C15 - 2**64  # 2⁶⁴ / the golden ratio, as a signed numb
 def relation(
     stored: Tensor, source: Tensor, heads: Sequence[int] = (), name: str = ""
 ) -> tuple[str, int | None] | None:
-    """How a GGUF's tensor follows from a checkpoint's, the plainest answer first; None where it does not.
+    """The transformation from a checkpoint's tensor to a GGUF's, simplest first; None where there is none.
 
     heads: the counts that the file states. name: the tensor's in the GGUF, which decides what orders it may have.
     """
@@ -133,7 +133,7 @@ def holds(whole: Tensor, part: Tensor, heads: Sequence[int] = ()) -> bool:
 
 
 def in_order(some: Tensor, every: Tensor) -> bool:
-    """Whether `some` is left of `every` when entries are taken out."""
+    """Whether `some` is a subsequence of `every`."""
     if not torch.isin(some, every).all():
         return False
     rest = iter(every.tolist())
@@ -241,7 +241,7 @@ def as_converted(kind: str, stored: Tensor, source: Tensor, how: str, heads: int
 
 
 def candidates(checkpoint: Checkpoint, shape: tuple[int, ...], taken: set[str]) -> list[str]:
-    """Keys that are large enough to hold the tensor: those that no name claims first, and those of its size first.
+    """Keys large enough to contain the tensor: unclaimed ones first, and those of equal size first.
 
     A claimed key can hold a second tensor: Qwen2.5-VL's patch kernel for two frames becomes two kernels.
     """

@@ -1,4 +1,4 @@
-"""A smaller GGUF from one in full precision, by llama.cpp's own quantizer, in a process of its own.
+"""Quantize a full-precision GGUF with llama.cpp's own quantizer, in a subprocess.
 
     model-f16.gguf ── quantize(…, "q4_0") ──▶ model-q4_0.gguf + what became of every tensor
 
@@ -87,7 +87,7 @@ def quantize(
 
 
 def check_form(form: str) -> None:
-    """UsageError with the forms there are."""
+    """UsageError, with the known types, for an unknown quantization type."""
     if form in CONVERTED:
         raise UsageError(f"quantization type {form} is made by the converter: rankwise export --outtype {form}")
     if form not in FORMS:

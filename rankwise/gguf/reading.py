@@ -1,4 +1,4 @@
-"""A GGUF file read with care: metadata and tensors by name, every byte that the header promises checked to be there.
+"""Validated GGUF reading: metadata and tensors by name, every byte that the header promises checked to be there.
 
     file = GGUFFile("model-q8_0.gguf")
     file.metadata["general.architecture"]     # "llama"

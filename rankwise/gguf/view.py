@@ -1,4 +1,4 @@
-"""The model folder as the converter is shown it: links to the files, and what they leave unsaid written out.
+"""The model folder as the converter reads it: links to the files, with implicit defaults written out.
 
     merged/ ── changes_for(…) ──▶ Changes(files, notes) ── shown(…) ──▶ a folder of links + the changed JSON files
 

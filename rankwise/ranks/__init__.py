@@ -1,4 +1,4 @@
-"""Ranks from spectra: what weights a fine-tune moved, and how many directions of each matrix are worth training.
+"""Ranks from spectra: what fine-tuning changed, and the rank to train of each matrix.
 
 In: two checkpoints, saved deltas of `rankwise finetune`, or an adapter. Out: a rank plan with evidence (`ranks`), or
 an adapter (`extract`, `compress`). Start with `command.py`; `probe.py` opens sources, `spectra.py` measures them,

@@ -100,7 +100,7 @@ def describe(config: RanksConfig) -> list[str]:
 
 
 def sub_task(name: str) -> Any:
-    """What only some options need, loaded by name as commands are: `running` reads data and runs the model (--gain,
+    """Modules that only some options need, imported on demand: `running` reads data and runs the model (--gain,
     --metric, --signal), `emit` writes other trainers' configs."""
     return importlib.import_module(f"rankwise.ranks.{name}")
 
@@ -111,7 +111,7 @@ def with_task(config: RanksConfig) -> RanksConfig:
 
 
 def check(config: RanksConfig) -> None:
-    """Combinations that cannot work, before anything is read."""
+    """Refuse invalid combinations of options before anything is read."""
     rule_of(config)
     given = [bool(config.base and config.tuned), bool(config.deltas), bool(config.adapter)]
     half = (config.tuned and not config.base) or (config.base and not config.tuned and not config.probe2)
@@ -143,7 +143,7 @@ def decision_settings(config: RanksConfig) -> DecisionSettings:
 
 
 def inputs(config: RanksConfig) -> dict[str, Path | str]:
-    """Everything the result depends on, for the manifest."""
+    """All inputs of the result, for the manifest."""
     further = {f"probe {index}": path for index, path in enumerate(config.probe2, 2)}
     named = {**sources(config), **further, "data": config.data.data_path, "gain": config.gain}
     return {name: value for name, value in named.items() if value}
@@ -204,7 +204,7 @@ def decide_ranks(config: RanksConfig, probe: Probe) -> Decision:
 def annotate(
     config: RanksConfig, plan: RankPlan, probe: Probe, rounding: Histories | None, warnings: Sequence[str]
 ) -> RankPlan:
-    """The plan with what a reader of the file wants to know of its making."""
+    """The plan with its provenance."""
     asked = {"svd_threshold", "min_rank", "max_rank", "smoothing_factor", "round", "per", "budget", "normalise"}
     found = {name: Path(value) for name, value in sources(config).items() if value}
     doubt = " ".join(warning for warning in warnings if warning.endswith(ALLOWED))
@@ -240,7 +240,7 @@ def compare_probes(config: RanksConfig, probe: Probe, others: Sequence[Probe]) -
 
 
 def wanted_ranks(config: RanksConfig, probe: Probe) -> dict[Site, float]:
-    """What a probe's own spectra ask for: ranks under the budget, or r_raw before bounds and smoothing."""
+    """Ranks by a probe's own spectra: ranks under the budget, or r_raw before bounds and smoothing."""
     settings = replace(decision_settings(config), signal="delta", metric="weight")
     plan = decide(settings, probe.spectra, probe.source.read, None).plan
     return {row.site: float(row.rank if config.spectrum.budget else row.r_raw or 0) for row in plan.sites}

@@ -80,7 +80,7 @@ def run(config: CompressConfig) -> Fidelity:
 
 
 def check(config: CompressConfig) -> None:
-    """Combinations that cannot work, before anything is read."""
+    """Refuse invalid combinations of options before anything is read."""
     if not config.adapter:
         raise UsageError("compress needs an adapter: rankwise compress ADAPTER --energy 0.95 -o smaller/")
     if config.energy is not None and config.budget:
@@ -169,7 +169,7 @@ def report(config: CompressConfig, fidelity: Fidelity, smaller: LoraAdapter) -> 
 
 
 def next_command(config: CompressConfig, smaller: LoraAdapter) -> str:
-    """Its scores, where the run that trained it says on what; else the merge."""
+    """`rankwise evaluate`, where the training run records its data; else `rankwise merge`."""
     rows = trained_rows(Path(config.output_dir))
     if rows and smaller.base_model:
         return command_line("evaluate", config.output_dir, **rows)

@@ -54,7 +54,7 @@ def upper_gains(spectra: Mapping[Site, Spectrum], normalise: str = "none") -> di
 
 
 def most_gain(gains: Mapping[Site, Tensor], budget: int, rule: Rule) -> float:
-    """What no plan within the budget and the rule's bounds exceeds: the best one if ranks were divisible."""
+    """Upper bound on the gain of any plan within the budget and the rule's bounds: the fractional relaxation."""
     total, left = 0.0, float(budget)
     steps: list[tuple[float, int]] = []
     for site, gain in gains.items():
@@ -74,7 +74,7 @@ def most_gain(gains: Mapping[Site, Tensor], budget: int, rule: Rule) -> float:
 
 
 def unsettled(spectra: Mapping[Site, Spectrum], budget: int, rule: Rule, normalise: str = "none") -> list[Site]:
-    """Sites to measure exactly, so that the plan keeps what exact spectra would make it keep, within TOLERANCE.
+    """Sites that need exact spectra for the plan to keep the same energy within TOLERANCE.
 
     None are left where the bounds prove that (up to one step of the allocator); else those whose bounds are widest
     where the budget would go under the upper bounds.
@@ -179,7 +179,7 @@ def deciding_gains(
 
 
 def random_gains(sites: Sequence[Site], rule: Rule, seed: int) -> dict[Site, Tensor]:
-    """A null: every site gets a random weight, so that ranks under the budget are random but as uneven as others'."""
+    """Null baseline: a random weight per site, so that ranks under the budget are random but as uneven as others'."""
     generator = torch.Generator().manual_seed(seed)
     weights = torch.rand(len(sites), generator=generator, dtype=torch.float64) + 0.05
     steps = torch.arange(1, rule.max_rank + 1, dtype=torch.float64)
@@ -189,7 +189,7 @@ def random_gains(sites: Sequence[Site], rule: Rule, seed: int) -> dict[Site, Ten
 
 
 def fractional_ranks(values: Sequence[float]) -> Tensor:
-    """Ranks from 1, ties at their mean."""
+    """Fractional ranking from 1: ties get their mean."""
     data = torch.tensor(list(values), dtype=torch.float64)
     below = (data[:, None] > data[None, :]).sum(1)
     equal = (data[:, None] == data[None, :]).sum(1)

@@ -1,4 +1,4 @@
-"""rankwise ranks diff: what two rank plans disagree on.
+"""rankwise ranks diff: differences between two rank plans.
 
 rankwise ranks diff first/configs/lora_rank_config.json second/configs/lora_rank_config.json
 """

@@ -1,4 +1,4 @@
-"""A rank plan as a config for the trainer that people already use: exactly the plan, or why it cannot be said.
+"""Convert a rank plan to another trainer's config: exactly the plan, or the reason why it cannot be expressed.
 
 What each trainer takes was read in its package (November 2026): axolotl 0.19.0 and unsloth 2026.10.9 hand
 `rank_pattern` and `alpha_pattern` on to PEFT; ms-swift 4.6.0 and LLaMA-Factory 0.9.5 have one rank. Targets are whole
@@ -129,7 +129,7 @@ def model(key: str, plan: RankPlan) -> Fields:
 
 
 def one_rank(plan: RankPlan, trainer: str) -> Fields:
-    """Rank and alpha of a trainer that has one of each. UsageError for a plan of several."""
+    """Rank and alpha for a trainer with a single rank. UsageError for a plan with several."""
     fields, ranks = lora_fields(plan), plan.ranks.values()
     if "rank_pattern" in fields or "alpha_pattern" in fields:
         raise UsageError(

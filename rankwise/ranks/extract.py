@@ -148,7 +148,7 @@ def run(config: ExtractConfig) -> Fidelity:
 
 
 def check(config: ExtractConfig) -> None:
-    """Combinations that cannot work, before anything is read."""
+    """Refuse invalid combinations of options before anything is read."""
     if bool(config.base and config.tuned) == bool(config.deltas) or bool(config.base) != bool(config.tuned):
         raise UsageError("extract needs one of: BASE TUNED (two checkpoints), --deltas DIR")
     if (config.plan is None) == (config.rank is None):
@@ -244,7 +244,7 @@ def weight_names(source: DeltaSource) -> Container[str]:
 
 
 def settings(config: ExtractConfig, source: DeltaSource, plan: RankPlan) -> dict[str, Any]:
-    """What of the adapter's config does not follow from its tensors."""
+    """The fields of the adapter's config that do not follow from its tensors."""
     base = base_of(config, source, plan)
     known = source.config if isinstance(source, CheckpointPair) else None
     return lora_config(base, task_type(known)) | {"use_rslora": plan.use_rslora}

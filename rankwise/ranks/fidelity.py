@@ -1,4 +1,4 @@
-"""What an adapter keeps of what it was made from, and what it leaves out: `fidelity.json` of `extract` and `compress`.
+"""Energy that an adapter keeps of its source, and what it leaves out: `fidelity.json` of `extract` and `compress`.
 
 left_out(source, carried)     # [LeftOut("model.norm.weight", "changed", energy …), LeftOut("lm_head.weight", "new" …)]
 """
@@ -77,7 +77,7 @@ class Fidelity:
         return sum(row.energy_kept * row.energy_total for row in self.rows) / total if total else 0.0
 
     def beside(self, rest: Sequence[LeftOut], whole: Sequence[str]) -> Fidelity:
-        """With what lies outside the sites: `rest` differs, and the adapter carries the tensors of these names."""
+        """Add the tensors outside the sites: `rest` differs, and the adapter carries the tensors of these names."""
         return replace(self, left_out=tuple(row for row in rest if row.name not in whole), whole=tuple(whole))
 
     def facts(self) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def spread(values: Iterable[int]) -> str:
 
 
 def require_kept(site: str, kept: float, claimed: float, tolerance: float = MEASURED) -> None:
-    """VerificationError where factors keep less of what they were made from than their spectrum says."""
+    """VerificationError where factors keep less energy than their spectrum states."""
     if not abs(kept - claimed) <= tolerance:
         raise VerificationError(
             f"{site}: its factors keep {kept:.6%} of the energy, and by their singular values it would be "

@@ -1,4 +1,4 @@
-"""What running the model says of directions and plans: signals besides σ² of the delta, and the gain a plan keeps.
+"""Measurements that run the model: signals other than σ² of the delta, and the share of the loss gain a plan keeps.
 
 weight      σ² of Δ                                     (core.measure; nothing runs)
 activation  σ² of Δ in the metric of the site's inputs  → output_change_spectra
@@ -244,7 +244,7 @@ class Gain:
 
 
 def arms_of(plan: Ranks, generator: torch.Generator, shuffles: int = SHUFFLES) -> dict[str, Ranks]:
-    """The plan, and what it must beat at the same number of parameters."""
+    """The plan, and its baselines at equal parameters."""
     parameters = sum(site.parameters(rank) for site, rank in plan.items())
     arms: dict[str, Ranks] = {"plan": plan, "uniform": uniform(list(plan), parameters), "inverted": invert(plan)}
     return arms | {f"shuffled {i + 1}": shuffle(plan, generator) for i in range(shuffles)}

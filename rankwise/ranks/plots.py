@@ -1,4 +1,4 @@
-"""What `rankwise ranks` leaves on the disk besides the plan: raw data, deltas, and the pictures of spectra and plans.
+"""Outputs of `rankwise ranks` besides the plan: raw data, deltas, and plots of spectra and plans.
 
 write_raw_data(folder, plan, measured, threshold, evidence)     # detailed_svd_analysis.json, gain.json, …
 plot_decay(spectrum, planned_site, threshold=0.9, path=plots / "q_proj.png", null_edge=edge)
@@ -221,7 +221,7 @@ SVD_FOLDER = Path("analysis_outputs") / "svd"
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured about the plan beyond its spectra; None where there was nothing to measure."""
+    """Measurements of the plan besides its spectra; None where there was nothing to measure."""
 
     gain: Gain | None = None
     repeats: Mapping[str, Any] | None = None

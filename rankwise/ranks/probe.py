@@ -1,4 +1,4 @@
-"""Whatever shows how weights moved, opened: a checkpoint pair, saved deltas, an adapter; and what is measured of it.
+"""Open a source of weight changes (a checkpoint pair, saved deltas, an adapter) and measure its spectra.
 
 source = open_source(config.sites, notes, base="base/", tuned="tuned/")     # DeltaSource: sites, and a delta of each
 
@@ -329,7 +329,7 @@ def rename_keys(keys: Iterable[str], rules: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Matching:
-    """What two foreign checkpoints have in common, and what not: everything is counted, nothing silent."""
+    """The tensors that two foreign checkpoints share, and those they do not, all counted."""
 
     shared: dict[str, tuple[str, str]]
     only_base: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What of `ranks` reads data and runs the model: --gain, and signals and metrics from activations or gradients.
+"""The parts of `ranks` that read data and run the model: --gain, and signals and metrics from activations or gradients.
 
 Loaded by name when one of them is asked for, so that plain `ranks` imports no data reader.
 """

@@ -1,4 +1,4 @@
-"""The spectra of all sites: streamed, shared among processes, corrected for rounding, with what was found on the way.
+"""The spectra of all sites: streamed, shared among processes, corrected for rounding, with findings.
 
 measured = measure_sites(source, MeasureSettings(up_to=128), question)
 """
@@ -49,7 +49,7 @@ class MeasureSettings:
 
 @dataclass(frozen=True)
 class Measured:
-    """One site's spectrum and what its delta looked like. `null_edge`: largest singular value without structure.
+    """Spectrum and statistics of one site's delta. `null_edge`: largest singular value without structure.
 
     `spectrum` and `noise_share` are those of weights that were rounded after training, `spectrum_both` and
     `noise_share_both` those of a base that was rounded as well; None where that makes no difference.
@@ -211,7 +211,7 @@ def unchanged_share(measured: Mapping[Site, Measured]) -> float:
 
 
 def finding(measured: Mapping[Site, Measured]) -> str:
-    """What rounding did to these deltas, in numbers."""
+    """The effect of rounding on these deltas, in numbers."""
     noise, both, unchanged = noise_share(measured), noise_share_both(measured), unchanged_share(measured)
     more = f" ({both:.0%} if the base is a rounded copy as well)" if both > noise else ""
     return (

@@ -80,7 +80,7 @@ NOISY = 0.5
 
 @dataclass(frozen=True)
 class RanksSummary:
-    """Everything that the summary says, as plain values. None and () mean "not measured".
+    """Content of the summary, as plain values. None and () mean "not measured".
 
     `energy_rank_share` is the median over sites of r_raw ÷ min(m, n); `clipped_sites` counts ranks that a bound
     decided; `gain_*` are shares of the probe's loss improvement (1 = all of it), `gain_margin` the 95 % interval
@@ -157,7 +157,7 @@ def finding_lines(summary: RanksSummary) -> list[str]:
 
 
 def energy_finding(summary: RanksSummary) -> str:
-    """What energy rank came out, how many sites the bounds decided, and what that means."""
+    """The median energy rank, how many sites the bounds decided, and what that means."""
     saturated, sites = summary.saturated_sites, max(1, summary.sites)
     said = f"{saturated} of {sites} sites ({percent(saturated / sites)}) saturate: "
     said += f"{percent(summary.threshold)} of the energy is not reached within rank {summary.max_rank}."
@@ -206,7 +206,7 @@ def gain_kept(summary: RanksSummary) -> str:
 
 
 def verdict(summary: RanksSummary) -> str:
-    """What a careful reader may conclude, in words. Evidence against the plan is said before evidence for it."""
+    """The conclusion in words. Evidence against the plan comes before evidence for it."""
     if summary.noise_share is not None and summary.noise_share >= NOISY:
         return "mostly rounding noise: these ranks say more about the file format than about the training"
     moved = distance_from_uniform(summary.plan)
@@ -248,7 +248,7 @@ def trust(summary: RanksSummary) -> str:
 
 
 def unproven(summary: RanksSummary) -> str:
-    """Without a gain to compare: all that can be said is whether the plan repeats."""
+    """The verdict without a measured gain: only whether the plan is repeatable."""
     flat = "; layers of one projection type hardly differ" if distance_from_types(summary.plan) < DISGUISE else ""
     rho = lowest_rho(summary)
     if rho is None:

@@ -41,7 +41,7 @@ NOT_LICENSES = ("", "unknown", "none")
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Everything a card says. sections: title → Markdown lines, in order; empty ones are left out.
+    """Content of a card. sections: title → Markdown lines, in order; empty ones are left out.
 
     kind: adapter, merged, export or bundle. base: a hub id or a folder's name. sees: whether the model takes images.
     """
@@ -117,7 +117,7 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Upload:
-    """What goes where. files: names in the folder; nothing else of it leaves the machine."""
+    """An upload to the hub. files: names in the folder; nothing else of it leaves the machine."""
 
     repository: str
     folder: Path
@@ -312,7 +312,7 @@ def push(config: CardConfig, kind: str, place: Path, card: str) -> None:
 
 
 def files_of(kind: str, place: Path) -> list[str]:
-    """What goes out, by name. Records with the paths of this machine, checkpoints and hidden files never do."""
+    """Files to upload, by name. Records with the paths of this machine, checkpoints and hidden files never do."""
     present = sorted(path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file())
     safe = [name for name in present if not any(fnmatch(part, rule) for part in Path(name).parts for rule in NEVER)]
     if kind == "bundle":

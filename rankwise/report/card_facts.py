@@ -1,4 +1,4 @@
-"""What `rankwise card` says, each section from the records of one stage; a stage that has left none gives no lines.
+"""Sections of `rankwise card`, each from the records of one stage; a stage without records gives no lines.
 
 RUN ── export.json: model ──▶ merged folder ── manifest: adapter ──▶ training run ── manifest: model ──▶ base
 
@@ -159,7 +159,7 @@ def training(sources: Sources) -> list[str]:
 
 
 def prompts(place: Path) -> list[str]:
-    """How the model is asked as it was trained."""
+    """The prompt format that the model was trained with."""
     found = read_input(place)
     return ["", f"Trained with these prompts ({INPUT}): {found[0].words()}."] if found else []
 
@@ -362,7 +362,7 @@ STATUS = {"ok": "agree with the trained model", "broken": "**broken**", "not mea
 
 
 def limitations(sources: Sources, kind: str) -> list[str]:
-    """What nobody measured, and what no measurement here covers."""
+    """Limitations: missing measurements, and what the measurements do not cover."""
     found = sources.scores
     rows = [
         (not found, "No score was measured, neither before nor after training."),
@@ -376,7 +376,7 @@ def limitations(sources: Sources, kind: str) -> list[str]:
 
 
 def failures(sources: Sources, kind: str) -> list[str]:
-    """Why these files should not go out: verifications that failed or were skipped."""
+    """Reasons not to upload: verifications that failed or were skipped."""
     lines = []
     merged = sources.stage("merge")
     if kind != "adapter" and merged is not None and not merged.entry.get("verification"):

@@ -78,7 +78,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Adapted:
-    """What a sites.json says was adapted: the ranks, their parameters Σ r(m + n), and how many sites were left out."""
+    """Adapted sites, from sites.json: the ranks, their parameters Σ r(m + n), and how many sites were left out."""
 
     ranks: list[int]
     parameters: int

@@ -1,4 +1,4 @@
-"""The part of a report that shows what was seen: pictures with their question, reference and every result's answer.
+"""The report's examples: images with their question, reference and every result's answer.
 
 predictions.jsonl (question, images) + the image folder of evaluation_results.json ──▶ thumbnails ──▶ Gallery
 """

@@ -302,7 +302,7 @@ def loose_pictures(contents: Contents, drawings: Drawings) -> dict[str, list[Blo
 
 
 def appendix(contents: Contents) -> list[Block]:
-    """Versions and settings, for those who want to repeat it."""
+    """Versions and settings, for reproduction."""
     found: list[Block] = []
     versions = {f"{name} {version}" for stage in contents.stages for name, version in known_versions(stage)}
     if versions:

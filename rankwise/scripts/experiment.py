@@ -1,4 +1,4 @@
-"""What an experiment of the documented scripts is told: mutable, with their defaults, and nothing that acts.
+"""Configs of the documented scripts' experiments: mutable dataclasses with their defaults.
 
     config = ExperimentConfig()
     config.data.dataset_type = DatasetType.WIKISQL
@@ -48,7 +48,7 @@ class ModelConfig:
 
 @dataclass
 class LoRAConfig:
-    """What is adapted: projection names, and the rank and scale of all of them."""
+    """LoRA settings: projection names, and the rank and scale of all of them."""
 
     r: int = 4
     alpha: float = 32
@@ -58,7 +58,7 @@ class LoRAConfig:
 
 @dataclass
 class TrainingConfig:
-    """How long and how fast. Every `eval_steps` the model is validated and saved; the best one is kept."""
+    """Training length and learning rate. Every `eval_steps` the model is validated and saved; the best one is kept."""
 
     lr: float = 2e-4
     max_steps: int = 1000

@@ -63,7 +63,7 @@ class GradientNormCallback(TrainerCallback):
         self.output_dir = Path(output_dir)
 
     def norms(self, phases: PhaseKeeper | None) -> GradientNorms | None:
-        """What measures; None where the config turns it off."""
+        """The gradient-norm recorder; None where the config turns it off."""
         if self.config.every == 0:
             return None
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ class GradientNormCallback(TrainerCallback):
 
     @property
     def log(self) -> GradientNormLog:
-        """What has been measured so far."""
+        """The measurements so far."""
         return GradientNormLog.load(self.output_dir)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -68,7 +68,7 @@ def create_layerwise_lora_config(
 
 
 def phase_name(modules: Sequence[str]) -> str:
-    """What a schedule calls the union of these kinds."""
+    """A schedule's name for the union of these kinds."""
     kinds = [modules] if isinstance(modules, str) else list(modules)
     if not kinds:
         raise UsageError("a phase without modules trains nothing; name attention, mlp, or both")
@@ -148,7 +148,7 @@ class DynamicLoRACallback(TrainerCallback):
         self._keeper: PhaseKeeper | None = None
 
     def keeper(self, model: PeftModel, output_dir: Path) -> PhaseKeeper:
-        """What freezes and thaws in this model."""
+        """The phase keeper of this model."""
         schedule = bind(self.phase_configs, adapted_sites(model), self.seed)
         return PhaseKeeper(schedule, output_dir, reset=self.reset, verbose=self.verbose)
 

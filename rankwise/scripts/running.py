@@ -41,7 +41,7 @@ RESULTS = "results"
 
 
 def experiment_options(config: ExperimentConfig) -> dict[str, Any]:
-    """What `rankwise train` is told of this experiment, by option."""
+    """Options of `rankwise train` for this experiment."""
     training = config.training
     named = {
         "model_name": config.model.model_name,

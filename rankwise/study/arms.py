@@ -1,4 +1,4 @@
-"""The names of arms and contrasts: what may stand in `arms:` and `primary:`, and what each of them means.
+"""The valid names in `arms:` and `primary:`, and their meaning.
 
 plans    uniform  energy  loss …  shuffled  inverted:loss  compress  warm  plan-warm  uniform+compute  full  base
 phases   static   both:60 > mlp:60 > attention   reversed:…  permuted:…  random:…   static@…   full  base
@@ -30,7 +30,7 @@ Gains = Mapping[Site, Tensor]
 
 @dataclass(frozen=True)
 class Probed:
-    """What the rules look at: a model in evaluation mode, how its weights moved, and rows of the training part."""
+    """Inputs of the rules: a model in evaluation mode, its weight deltas, and rows of the training split."""
 
     model: nn.Module
     spectra: Mapping[Site, Spectrum]
@@ -39,7 +39,7 @@ class Probed:
 
 
 def gains_of(rule: str, probed: Probed, max_rank: int) -> Gains:
-    """What each further rank is worth by a rule.
+    """Gain of each further rank by a rule.
 
     energy: σ² of the delta. site: its share of the site's own energy. type: the mean σ² over the layers of a
     projection, so that its sites get equal ranks. loss: share of the loss drop along the path from base to tuned.
@@ -122,7 +122,7 @@ def timed_like(arm: str) -> str | None:
 
 
 def chooses(arm: str) -> bool:
-    """`norm:N` chooses its phases on the way: such an arm is trained by itself."""
+    """Whether the arm chooses its phases during training (`norm:N`): such an arm trains separately."""
     return arm.partition(":")[0] == "norm"
 
 
@@ -172,7 +172,7 @@ def default_arms(config: StudyConfig) -> list[str]:
 
 
 def check_arm(arm: str, config: StudyConfig) -> None:
-    """An arm of the study's kind, written as it must be."""
+    """Check that an arm is valid for the study's kind."""
     if config.kind == "phases":
         timed, yoked = timed_like(arm), yoked_to(arm)
         if yoked is not None and not isinstance(parse_schedule(yoked), Norm):

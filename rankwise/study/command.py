@@ -29,7 +29,7 @@ NEED_A_PROBE = (*RULES, "shuffled", "inverted", "warm", "plan-warm")
 
 
 def run(config: StudyConfig) -> Path:
-    """The whole command; returns the run folder."""
+    """Run the command. Returns the run folder."""
     design = design_study(config)
     folder = RunFolder(config.output_dir)
     try:
@@ -109,7 +109,7 @@ def cost_lines(design: Design, seconds: list[float]) -> list[str]:
 
 
 def describe(config: StudyConfig) -> list[str]:
-    """What --dry-run prints."""
+    """The lines of --dry-run."""
     design = design_study(config)
     seconds = [row["seconds"] for row in Ledger(Path(config.output_dir)).rows.values()]
     return [

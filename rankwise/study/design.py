@@ -1,4 +1,4 @@
-"""What a study is going to do, as values: arms, contrasts, grids, seeds. Checked before anything is read.
+"""The design of a study: arms, contrasts, grids, seeds. Checked before anything is read.
 
 design = design_study(config)
 design.contenders        arm × budget × scheduler × phase state
@@ -59,7 +59,7 @@ class Contender:
 
     @property
     def trains_alone(self) -> bool:
-        """All weights, or phases that are chosen on the way: nothing that adapters in a stack could share."""
+        """Whether it trains separately (all weights, or phases chosen during training) instead of in a stack."""
         return self.is_reference or chooses(self.arm)
 
     @property
@@ -71,7 +71,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Run:
-    """One training: what the ledger keeps. purpose: tune or report. source: the run that a yoked one replays."""
+    """One training run, as the ledger keeps it. purpose: tune or report. source: the run that a yoked one replays."""
 
     contender: Contender
     scale: str
@@ -155,13 +155,13 @@ class Design:
 
     @property
     def content(self) -> dict[str, Any]:
-        """Everything that was decided beforehand: what is hashed."""
+        """All preregistered decisions: the content that is hashed."""
         rest = {name: value for name, value in flatten(self.config).items() if name not in NOT_DESIGN}
         return rest | {"arms": list(self.arms), "primary": [VERSUS.join(pair) for pair in self.contrasts]}
 
     @property
     def recipe(self) -> str:
-        """Hash of what decides how one run trains and is scored: runs of another recipe are not reused."""
+        """Hash of the settings that determine a run's training and scoring: runs of another recipe are not reused."""
         asked = ("question", "arms", "primary", "budgets", "smallest_effect", "resamples", "kind", "metric")
         grids = tuple(flatten(self.config.grid))
         counts = ("first_seeds", "more_seeds", "most_seeds")
@@ -176,7 +176,7 @@ def digest(content: Any) -> str:
 
 
 def design_study(config: StudyConfig) -> Design:
-    """The study of a config. UsageError names what cannot be."""
+    """The design of a config. UsageError for invalid values."""
     check(config)
     arms = tuple(dict.fromkeys(config.arms or default_arms(config)))
     for arm in arms:
@@ -204,7 +204,7 @@ def another_seed(seed: int, first: int) -> int:
 
 
 def check(config: StudyConfig) -> None:
-    """Numbers and combinations that cannot work."""
+    """Refuse invalid numbers and combinations."""
     check_data(config.data, "study")
     refuse_idle(config)
     grid = config.grid
@@ -308,7 +308,7 @@ class Registration:
 
     @property
     def latest(self) -> dict[str, Any]:
-        """What holds now: as registered, or as the last deviation left it."""
+        """The current design: as registered, or as changed by the last deviation."""
         return [self.first, *self.deviations][-1]
 
     @property
@@ -356,7 +356,7 @@ def register(folder: Path, content: Mapping[str, Any], deviation: str | None) ->
 
 
 def other_versions(before: Mapping[str, Any] | None) -> dict[str, list[Any]]:
-    """Libraries that have changed since: half of the runs would be of one version, half of another."""
+    """Libraries that have changed since registration: the runs would mix versions."""
     here, there = ({f"version of {name}": one for name, one in found.items()} for found in (before or {}, versions()))
     return differences(here, there) if before else {}
 

@@ -77,7 +77,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a contrast says. p-values after Holm; more_seeds: for `undecided`, None where seeds alone cannot decide."""
+    """Result of a contrast. p-values after Holm; more_seeds: for `undecided`, None where seeds alone cannot decide."""
 
     word: str
     effect: Effect
@@ -156,7 +156,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def judge(
     effects: Mapping[str, Effect], smallest_effect: float, *, lower_is_better: bool = True, level: float = LEVEL
 ) -> dict[str, Verdict]:
-    """A verdict for every primary contrast; an effect is first − second.
+    """Judge every primary contrast; an effect is first − second.
 
     Tests of difference and of equivalence are two families, each adjusted by Holm. Where both reject, the difference
     is real and below δ: `equivalent` is then the more useful word.
@@ -198,7 +198,7 @@ def decides(effects: Sequence[Effect], smallest_effect: float) -> bool:
 
 
 def assay_works(bad_against: Sequence[Effect], *, lower_is_better: bool = True, level: float = LEVEL) -> bool:
-    """Whether a plan known to be bad came out worse than any of the arms it was set against (one-sided, Holm)."""
+    """Whether a plan known to be bad scored worse than any arm it was compared with (one-sided, Holm)."""
     sign = 1 if lower_is_better else -1
     p_values = [effect.upper_tail(sign * effect.estimate) for effect in bad_against]
     return any(p < 1 - level for p in holm(p_values))

@@ -1,4 +1,4 @@
-"""Runs, many at a time: trained together, scored on dev, and for the report on test, entered in the ledger.
+"""Execute runs in batches: train together, score on dev (and on test for the report), enter in the ledger.
 
 What is scored on test lies in the same file and is looked at by nothing before `results` reads it once.
 """
@@ -115,7 +115,7 @@ class Bench:
         return facts, matrices
 
     def replay(self, run: Run) -> str | None:
-        """What the run that a yoked one replays has chosen."""
+        """The choices of the run that a yoked one replays."""
         return None if run.source is None else str(self.ledger[run.source.key]["replay"])
 
     def trained(
@@ -130,7 +130,7 @@ class Bench:
         return [result], [{"replay": str(replay)}]
 
     def final(self, run: Run, result: TrainedArm, scales: Mapping[str, float]) -> Mapping[str, Any]:
-        """What is scored: the trained pairs, or for `compress` what is left of them within the budget."""
+        """The pairs to score: as trained, or for `compress` cut to the budget."""
         if run.contender.arm != "compress" or result.diverged:
             return result.pairs
         by_path = {site.path: site for site in self.plans.sites}
@@ -161,7 +161,7 @@ class Bench:
         }
 
     def parts(self, run: Run) -> dict[str, Scored]:
-        """What a run is scored on: tuning never sees test."""
+        """The splits a run is scored on: tuning never uses test."""
         dev = {"dev": self.material.dev}
         return dev if run.purpose == "tune" else dev | {"test": self.material.test}
 

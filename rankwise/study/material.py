@@ -1,4 +1,4 @@
-"""What all runs of a study share: the model, three parts of the data, the sites, the probes."""
+"""Inputs common to all runs of a study: the model, three parts of the data, the sites, the probes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Material:
-    """Everything that is loaded once."""
+    """Model, data and probes, loaded once."""
 
     config: StudyConfig
     model: PreTrainedModel
@@ -198,7 +198,7 @@ def train_probe(material: Material, folder: Path, index: int, recipe: str) -> No
 
 
 def probe_cost(config: StudyConfig) -> int:
-    """Steps of the study's batch size that see as many rows as a probe did."""
+    """Steps at the study's batch size that train on as many rows as a probe did."""
     if not config.probe.deltas:
         rows = config.probe.probe_steps * config.probe.probe_batch_size
         return math.ceil(rows / config.batch_size)

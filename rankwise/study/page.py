@@ -1,4 +1,4 @@
-"""A study as sentences, tables and pictures, for terminal, study.md and report alike: study.json told once.
+"""Presentation of study.json: sentences, tables and plots for terminal, study.md and report.
 
 study_lines(study)                 # the terminal's last lines
 study_blocks(study, pictures)      # verdicts in words first, then the table of arms, then what stands behind both
@@ -71,7 +71,7 @@ def deviation_sentence(row: Mapping[str, Any]) -> str:
 
 
 def study_lines(study: Study) -> list[str]:
-    """The terminal's last lines: verdicts first, then what they stand on."""
+    """The terminal's last lines: verdicts first, then the evidence."""
     registration = study["registration"]
     return [
         *(f"  {verdict_sentence(row, study)}" for row in study["verdicts"]),
@@ -97,7 +97,7 @@ def rate_words(value: float | None) -> str:
 
 
 def study_blocks(study: Study, pictures: Sequence[Picture]) -> list[Block]:
-    """Everything about one study, in the order of its weight."""
+    """All blocks of one study, most important first."""
     question = [Words(printable(study["question"]))] if study.get("question") else []
     told = [*(verdict_sentence(row, study) for row in study["verdicts"])]
     told += [assay_sentence(row, study) for row in study["assay"]]

@@ -1,4 +1,4 @@
-"""From an arm's name to what is trained: ranks within the budget, scales, starting values, phases."""
+"""From an arm's name to its training settings: ranks within the budget, scales, initialization, phases."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Plans:
         return self._ranks[rule, budget, probe]
 
     def ranks(self, contender: Contender, seed: int) -> Ranks:
-        """What is trained. `compress` trains four times the budget and is cut to it afterwards."""
+        """The ranks to train. `compress` trains four times the budget and is cut to it afterwards."""
         config = self.material.config
         budget, kind = contender.budget, contender.arm.partition(":")[0]
         if config.kind == "phases":

@@ -1,4 +1,4 @@
-"""The protocol's two loops: the same grid of learning rates for every arm, then seeds until the answer is sharp.
+"""The protocol's two loops: the same learning-rate grid for every arm, then seeds up to the required precision.
 
 tuned    = tune(design, bench)               # contender → learning rate and scale, by the loss on dev of tuning seeds
 reported = report(design, bench, tuned)      # as many seeds as the stop rule asks for, looking at dev only
@@ -30,7 +30,7 @@ Wanted = dict[tuple[Contender, str], list[int]]
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning found for a contender: dev losses per token of each point of the grid and seed, by scale.
+    """Tuning results of a contender: dev losses per token of each point of the grid and seed, by scale.
 
     at_edge: the best point is still the outermost one, and the grid was not to grow further.
     """
@@ -144,7 +144,7 @@ def best_of(contender: Contender, curves: dict[str, Curve]) -> Tuned:
 
 @dataclass(frozen=True)
 class Reported:
-    """How many seeds are reported, and why no more."""
+    """Number of reported seeds, and the reason for stopping."""
 
     seeds: int
     reason: str

@@ -20,7 +20,7 @@ from rankwise.study.protocol import Reported, Tuned, effect_of, report_run
 
 @dataclass(frozen=True)
 class Outcome:
-    """A study whose runs are all there."""
+    """A study with all runs finished."""
 
     design: Design
     bench: Bench
@@ -35,7 +35,7 @@ class Outcome:
 
 
 def conclude(outcome: Outcome, registration: Registration) -> dict[str, Any]:
-    """Everything that study.json holds. The test items are read here and nowhere else."""
+    """The content of study.json. The test items are read here and nowhere else."""
     design, config = outcome.design, outcome.design.config
     seeds = design.report_seeds(outcome.reported.seeds)
     runs = [
@@ -71,7 +71,7 @@ def registered(registration: Registration) -> dict[str, Any]:
 
 
 def setting(contender: Contender, other: Contender | None = None) -> dict[str, str]:
-    """Where a contender stands; of a pair, where they meet: a reference has no budget, the base no scheduler."""
+    """Budget and scheduler of a contender, or common to a pair: a reference has no budget, the base no scheduler."""
     told = other if other is not None and contender.is_reference else contender
     return {"budget": told.budget, "scheduler": told.scheduler, "state": told.state}
 
@@ -188,7 +188,7 @@ def data(outcome: Outcome) -> dict[str, Any]:
 
 
 def notes(outcome: Outcome) -> list[str]:
-    """What a reader must know to read the numbers right."""
+    """Caveats for reading the numbers."""
     design, config = outcome.design, outcome.design.config
     found = []
     if "compress" in design.arms:

@@ -35,7 +35,7 @@ from rankwise.train.phases import schedule_of
 
 
 def check_allocation(config: TrainConfig) -> None:
-    """UsageError for all that does not go with AdaLoRA."""
+    """UsageError for options that are incompatible with AdaLoRA."""
     if config.allocation.allocator == "none":
         return
     lora, selection, training = config.lora, config.selection, config.training
@@ -203,7 +203,7 @@ class RankAllocation(TrainerCallback):
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """What the scores have smoothed so far, and the masks, go into the checkpoint, before it is sealed."""
+        """Save the smoothed scores and the masks into the checkpoint before it is sealed."""
         if state.is_world_process_zero:
             scores = self._model.base_model.rankallocator
             tensors = {SENSITIVITY + name: value for name, value in scores.exp_avg_ipt.items()}

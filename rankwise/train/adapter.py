@@ -40,7 +40,7 @@ PLAIN_SCALE, LARGE_SCALE = 2, 4
 
 
 def check_lora(lora: LoraSection) -> None:
-    """Combinations of LoRA options that cannot work."""
+    """Refuse invalid combinations of LoRA options."""
     settings_of(lora)
     if lora.load_in_8bit and lora.load_in_4bit:
         raise UsageError("--load_in_8bit and --load_in_4bit exclude each other")
@@ -59,7 +59,7 @@ def describe_target(lora: LoraSection) -> str:
 def choose_plan(
     lora: LoraSection, sites: Mapping[str, Site], name: str, towers: Sequence[str] = LANGUAGE
 ) -> tuple[RankPlan, list[str]]:
-    """What is adapted with which rank, in these towers, checked against the model; and what of a plan is left out."""
+    """Sites and ranks to adapt in these towers, checked against the model; and the sites of a plan left out."""
     if not lora.lora_config:
         chosen = choose_sites(sites, lora.target, lora.target_modules, towers)
         plan = uniform_plan(chosen, lora.lora_r, lora.lora_alpha, lora.use_rslora, name)

@@ -130,7 +130,7 @@ def older_options() -> list[Option]:
 
 
 def translated(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What was given in the installed version's own names, and a note for each name that has no effect any more."""
+    """Translate given options to the installed version's names, with a note for each that no longer has an effect."""
     values = {name: value for name, value in given.items() if name not in TRANSLATED and name not in NO_LONGER}
     notes = [f"note: --{name} has no effect: {NO_LONGER[name]}" for name in given if name in NO_LONGER]
     for name, (field, value) in translations(given).items():
@@ -201,7 +201,7 @@ def without_none(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def autocast(dtype: str, given: Mapping[str, Any], *, on_cpu: bool) -> tuple[dict[str, Any], list[str]]:
-    """Which mixed precision applies, and what to say about it: trained weights stay float32 in every case.
+    """The mixed precision that applies, and a note about it: trained weights stay float32 in every case.
 
     An accelerator defaults to bf16 where it has it; a CPU computes in float32, and --fp16 there is only a warning.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints that say of themselves that they are complete, and what run they belong to.
+"""Checkpoints with a manifest that marks them complete and identifies their run.
 
     Trainer saves ──▶ files flushed ──▶ rankwise_manifest.json (last) ──▶ older complete checkpoints rotated out
 
@@ -87,7 +87,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_damage(folder: Path) -> list[str]:
-    """Why a checkpoint is not as it was saved; empty for a sound one.
+    """Reasons why a checkpoint differs from what was saved; empty for an intact one.
 
     A state file that is gone altogether is no reason here: whether to go on without it is the user's choice.
     """
@@ -158,7 +158,7 @@ DECISIVE = (
 
 
 def identity_of(arguments: TrainingArguments, **facts: Any) -> dict[str, Any]:
-    """What a run is: the decisive training arguments and the caller's facts (model, data, plan …), as plain JSON.
+    """Identity of a run: the decisive training arguments and the caller's facts (model, data, plan …), as plain JSON.
 
     A nested mapping becomes entries of its own (`ranks.model.layers.0…: 8`), so that a difference names its place.
     """
@@ -186,7 +186,7 @@ def goes_on_from(asked: str | None, output_dir: Path) -> Path | None:
 
 
 def missing_state(folder: Path, processes: int) -> list[str]:
-    """What an exact resume needs beside the weights and this checkpoint lacks: optimizer, schedule, random state."""
+    """State needed for an exact resume that this checkpoint lacks: optimizer, schedule, random state."""
     sharded = any(folder.glob("optimizer*/")) or any(folder.glob("global_step*/"))  # they have names of their own
     random = ["rng_state.pth"] if processes <= 1 else [f"rng_state_{index}.pth" for index in range(processes)]
     wanted = [*([] if sharded else ["optimizer.pt"]), "scheduler.pt", *random]
@@ -240,7 +240,7 @@ def resume_point(
 
 
 def named_checkpoint(folder: Path) -> Path:
-    """A checkpoint that the user named, or what is wrong with it."""
+    """The checkpoint that the user named; an error if it is missing or damaged."""
     if not folder.is_dir():
         raise UsageError(f"--resume_from_checkpoint {folder}: no such folder")
     reasons = find_damage(folder)

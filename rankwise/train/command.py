@@ -66,7 +66,7 @@ from rankwise.train.trainer import RankwiseTrainer
 
 
 def run(config: TrainConfig) -> Path:
-    """The whole command; returns the run folder, whose root holds the adapter."""
+    """Run the command. Returns the run folder, whose root holds the adapter."""
     config = settle_training(config)
     check(config)
     name = base_name(config)
@@ -137,7 +137,7 @@ def save_trained(
     initial: Mapping[str, LoraPair] | None,
     full: Mapping[str, str],
 ) -> Outcome:
-    """The adapter on the disk as plain PEFT, and what it is."""
+    """Save the adapter as plain PEFT, and describe it."""
     trainable, _ = trainable_parameters(plain_model(trainer))
     if allocator is None:
         write_adapter_files(trainer, adapter_folder(config), job.name, plan, left_out, initial, full)
@@ -147,7 +147,7 @@ def save_trained(
 
 
 def check(config: TrainConfig) -> None:
-    """Combinations that cannot work, before anything is read."""
+    """Refuse invalid combinations of options before anything is read."""
     check_estimate(config.estimate, config)
     if config.data.data_path or not config.estimate.estimate:
         check_data(config.data, "train")

@@ -1,4 +1,4 @@
-"""rankwise finetune: a short full fine-tune on a subset, for the sake of its deltas.
+"""rankwise finetune: a short full fine-tune on a subset, to obtain its weight deltas.
 
 rankwise finetune --model_name MODEL --task e2e_nlg --data_path DIR --subset_ratio 0.01 -o saved_models/probe
 """
@@ -114,7 +114,7 @@ def save_checkpoint(
 
 
 def delta_facts(config: FinetuneConfig, job: Job, trainer: RankwiseTrainer, files: Sequence[Path]) -> dict[str, Any]:
-    """What the deltas are deltas of, and how they came about."""
+    """Provenance of the deltas: the base, and how they were trained."""
     return {
         "model_name": job.name,
         "revision": config.model.revision,
@@ -129,7 +129,7 @@ def delta_facts(config: FinetuneConfig, job: Job, trainer: RankwiseTrainer, file
 
 
 def run(config: FinetuneConfig) -> Path:
-    """The whole command; returns the run folder."""
+    """Run the command. Returns the run folder."""
     config = settle(config)
     check(config)
     name = config.model.model_name
@@ -150,7 +150,7 @@ def run(config: FinetuneConfig) -> Path:
 
 
 def check(config: FinetuneConfig) -> None:
-    """Combinations that cannot work, before anything is read."""
+    """Refuse invalid combinations of options before anything is read."""
     check_data(config.data, "finetune")
     if not config.model.model_name:
         raise UsageError("finetune needs a model: --model_name FOLDER_OR_HUB_ID")
@@ -247,7 +247,7 @@ def next_command(config: FinetuneConfig) -> str:
 
 
 def finish(config: FinetuneConfig, trainer: RankwiseTrainer, samples: int, record: Record, seconds: float) -> None:
-    """Enter the run in its manifest, and say in a few lines what came out and what comes next."""
+    """Enter the run in its manifest; print the results and the next command."""
     trained = {name: value.numel() for name, value in plain_model(trainer).named_parameters() if value.requires_grad}
     full = config.method == "full"
     record.facts |= {

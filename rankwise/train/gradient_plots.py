@@ -1,4 +1,4 @@
-"""The pictures of gradient norms: groups over time, A against B, and with `gradient_layers` all of a run folder.
+"""Plots of gradient norms: groups over time, A against B, and with `gradient_layers` all of a run folder.
 
 plot_gradients(Path("runs/first"))      # → runs/first/plots/gradient_norms.png, layer_heatmap.png, …
 """

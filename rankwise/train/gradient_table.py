@@ -106,7 +106,7 @@ cells = attrgetter(*COLUMNS)  # of a row; the csv module writes None as blank an
 
 
 def kept(step: int) -> bool:
-    """Whether the long table has this optimizer step (from 1): all of the first 100, then steps 1 % apart.
+    """Whether the long table includes this optimizer step (from 1): the first 100, then steps 1 % apart.
 
     1,000 steps leave 330, 100,000 leave 790. They follow from the step alone, so a resumed run keeps the same ones, and
     keep no time with a schedule of phases that change every few steps.

@@ -85,7 +85,7 @@ class GradientNorms(TrainerCallback):
         self.layers = StepTable(output_dir / LAYERS, ("step",))
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
-        """Find what trains, and cut the tables back to where training goes on."""
+        """Find the trainable parameters, and truncate the tables to the step that training resumes from."""
         self.model = trained_model(model)
         self.layers = StepTable(self.layers.path, layer_columns(self.model.places))
         if state.is_world_process_zero:
@@ -208,7 +208,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """All that trains, in module order."""
+    """All trainable parameters, in module order."""
 
     places: tuple[Place, ...] = ()
     parameters: tuple[Trained, ...] = ()
@@ -216,7 +216,7 @@ class TrainedModel:
 
 
 def trained_model(model: nn.Module) -> TrainedModel:
-    """What trains in a model (wrapped for several processes or not, with adapters or without).
+    """The trainable parameters of a model (wrapped for several processes or not, with or without adapters).
 
     The adapters of LoRA layers count even where they are frozen at the moment, because a phase may thaw them.
     """

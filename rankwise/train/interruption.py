@@ -1,4 +1,4 @@
-"""A signal ends training with a checkpoint from which it goes on as if no signal had come.
+"""On a signal, end training with a checkpoint that resumes exactly.
 
 signal ─▶ Interruption: a request ─▶ StopOnSignal: no further step, no (further) evaluation ─▶ checkpoint
 resume ─▶ the evaluation that is owed, then on
@@ -73,7 +73,7 @@ class Interruption:
 
 
 def say(text: str) -> None:
-    """Straight to standard error: print may be what the signal interrupted."""
+    """Write directly to standard error: the signal may have interrupted print."""
     os.write(2, f"\nrankwise: {text}\n".encode())
 
 

@@ -1,4 +1,4 @@
-"""A job: rows rendered and checked before a weight is loaded, and what makes the run this run.
+"""A job: rows rendered and checked before any weights are loaded, and the run's identity.
 
 files ─ read_split ─▶ training and validation rows ─ prepare ─▶ Job(rows, validation, depth, facts)
 """
@@ -42,7 +42,7 @@ from rankwise.train.towers import train_use
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained on and from where, checked before a weight is loaded.
+    """Training rows and their sources, checked before any weights are loaded.
 
     `facts` make the run this run, beside the training arguments: a checkpoint with other facts is refused.
     """
@@ -57,7 +57,7 @@ class Job:
 
     @cached_property
     def record(self) -> InputRecord:
-        """How its rows become tokens, for every command that comes after."""
+        """The record of how rows become tokens, for later commands."""
         samples = self.rows.rows if isinstance(self.rows, PackedDataset) else self.rows
         return InputRecord.of(self.renderer, samples.examples)
 
@@ -152,7 +152,7 @@ def prepare(
     skeleton: PreTrainedModel,
     full: Sequence[str] = (),
 ) -> tuple[Split, Job]:
-    """Rows, rendered and checked, and what the run is."""
+    """Render and check the rows, and establish the run's identity."""
     earlier = earlier_checkpoint(config)
     renderer = renderer_for(config.data, config.model, name, skeleton.config, earlier, anew=not earlier)
     if config.lora.deltas:

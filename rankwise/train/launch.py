@@ -1,4 +1,4 @@
-"""Launch a run of `finetune` or `train`: where it goes on, what it replaces in its folder, and that samples stay apart.
+"""Launch `finetune` or `train`: resume point, replacement of an earlier run, and isolation of packed samples.
 
 starting_point(config, job) ─▶ checkpoint or None ─ train_job(config, model, job, checkpoint) ─▶ the trainer
 """
@@ -56,7 +56,7 @@ def check_folder(config: FinetuneConfig | TrainConfig) -> None:
 
 
 def earlier_run(config: FinetuneConfig | TrainConfig) -> Aside:
-    """What a fresh run replaces of an earlier one in its folder."""
+    """Files of an earlier run that a fresh one replaces in its folder."""
     return Aside(Path(config.output_dir), OF_A_RUN)
 
 
@@ -126,7 +126,7 @@ def check_batches(job: Job) -> None:
 
 
 def check_packing(model: nn.Module, rows: PackedDataset, collator: Collator) -> None:
-    """VerificationError where this model lets the samples of a row see each other."""
+    """VerificationError where this model attends across the samples of a packed row."""
     exact = next(model.parameters()).dtype == torch.float32
     difference = unpacked_difference(model, rows, collator)
     if not difference <= (PACKING_EXACT if exact else PACKING_ROUNDED):

@@ -1,4 +1,4 @@
-"""The pictures of training and of evidence: loss curves, scores before and after, gain kept.
+"""Plots of training and evaluation: loss curves, scores before and after, gain kept.
 
 plot_loss(csv.DictReader(open("training_log.csv")), plots / "training_loss.png")
 plot_scores({"base": EvaluationResult.load(a), "adapter": EvaluationResult.load(b)}, plots / "scores.png")

@@ -1,4 +1,4 @@
-"""Freezing and thawing adapters as a schedule says, between steps and before clipping.
+"""Freeze and unfreeze adapters by a schedule, between steps and before clipping.
 
 schedule ──▶ PhaseKeeper: on_step_begin (requires_grad) ──▶ backward ──▶ before_clipping (grad = None) ──▶ step
 
@@ -36,7 +36,7 @@ COLUMNS = ("step", "phase", "sites", "parameters")
 
 
 class PhaseKeeper(TrainerCallback):
-    """Keeps the sites out of phase frozen.
+    """Keeps the sites that are not in the current phase frozen.
 
     Args:
         schedule: bound to the adapted sites, and to those modules trained in full that take part in the phases.
@@ -97,7 +97,7 @@ class PhaseKeeper(TrainerCallback):
                 optimizer.state.pop(parameter, None)
 
     def enter(self, step: int, active: frozenset[str]) -> None:
-        """Say and record which phase begins. The table counts steps as finished ones, like the other tables."""
+        """Print and record the phase that begins. The table counts steps as finished ones, like the other tables."""
         name = self.schedule.name(step)
         count = sum(parameter.numel() for path in active for parameter in self.parameters[path])
         self.table.append({"step": step + 1, "phase": name, "sites": len(active), "parameters": count})
@@ -139,7 +139,7 @@ class PhaseKeeper(TrainerCallback):
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """What the schedule has chosen so far goes into the checkpoint, before it is sealed."""
+        """Save the schedule's choices so far into the checkpoint before it is sealed."""
         if state.is_world_process_zero:
             write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / PHASES_STATE, self.record(state))
 
@@ -176,7 +176,7 @@ RECOMMENDED = "both-mlp-attn"
 
 
 def schedule_of(phases: PhasesSection) -> Form | None:
-    """The schedule as it was asked for; None where everything trains all the time."""
+    """The schedule given by the options; None where everything trains all the time."""
     named = phases.phase_strategy or (RECOMMENDED if phases.dynamic_lora else None)
     if phases.schedule and named:
         raise UsageError("--schedule and --phase_strategy (or --dynamic_lora) both define the phases; give one")
@@ -192,7 +192,7 @@ def phase_keeper(
     arguments: TrainingArguments,
     full: Mapping[str, Site] | None = None,
 ) -> PhaseKeeper | None:
-    """What freezes and thaws, bound to the sites that will be adapted: wrong phases are refused before the model loads.
+    """The phase keeper, bound to the sites to be adapted: invalid phases are refused before the model loads.
 
     full: modules that are trained in full. They take part in the phases where a phase names their tower; else they
     train all the time, as the words of a schedule mean adapted matrices.

@@ -1,4 +1,4 @@
-"""What a training run leaves: the adapter as plain PEFT, its entry in the manifest, a summary, plots, its last words.
+"""Outputs of a training run: the adapter as plain PEFT, its manifest entry, a summary, plots, the final lines.
 
 An adapter of AdaLoRA is written as plain LoRA, each site with its own rank, and proven against the trained model.
 """
@@ -172,7 +172,7 @@ def describe_ranks(start: RankPlan, plan: RankPlan, uniform: int) -> str:
 def finish(
     config: TrainConfig, trainer: RankwiseTrainer, outcome: Outcome, full: int, record: Record, seconds: float
 ) -> None:
-    """Enter the run in its manifest, and say in a few lines what came out and what comes next.
+    """Enter the run in its manifest; print the results and the next command.
 
     full: parameters of the whole model, which full fine-tuning would train.
     """
@@ -221,7 +221,7 @@ def best_checkpoint(state: TrainerState) -> str:
 
 
 def best_metric(trainer: RankwiseTrainer, config: TrainConfig) -> str:
-    """`accuracy by generation 0.9130`: what it was chosen by."""
+    """`accuracy by generation 0.9130`: the metric that chose the checkpoint."""
     name = str(trainer.args.metric_for_best_model).removeprefix("eval_")
     method = f" by {config.selection.select_by}" if name == "accuracy" else ""
     return f"{name}{method} {trainer.state.best_metric:.4f}"

@@ -1,4 +1,4 @@
-"""The order of the rows, and how processes share them: none counts twice, whatever the number of processes.
+"""The order of the rows, and their distribution over processes: every row counts exactly once.
 
     batches of the sampler ── Filled ──▶ as many full batches for every process ── Silenceable ──▶ rows
     [3 1] [0 2] [4]                      [3 1] [0 2] [4 ~3] [~1 ~0]               ~3: row 3 with nothing to learn

@@ -1,4 +1,4 @@
-"""Which checkpoint `train` keeps, when it stops early, and how often it sees rare classes.
+"""Checkpoint selection, early stopping and class balancing of `train`.
 
 --select, --early_stopping ── arguments_for ──▶ training arguments (evaluate, save, load the best), Patience
 validation rows ── accuracy_of ──▶ LabelAccuracy ──┐
@@ -69,7 +69,7 @@ RARE = 10  # rows of a class; below it, repetition teaches the rows rather than 
 
 
 def check_selection(selection: SelectionSection, task: str | None, given: Mapping[str, Any], *, packing: bool) -> None:
-    """Combinations that cannot work, before anything is read."""
+    """Refuse invalid combinations of options before anything is read."""
     classifies = task in TASKS and TASKS[task].classifies
     named = ", ".join(name for name, each in TASKS.items() if each.classifies)
     by_class = {"--select accuracy": selection.select == "accuracy", "--balance": selection.balance != "none"}
@@ -116,7 +116,7 @@ def _refuse_nothing_to_choose(asked: str, given: Mapping[str, Any]) -> None:
 
 
 def accuracy_of(selection: SelectionSection, job: Job) -> LabelAccuracy | None:
-    """What measures accuracy on the validation rows, for --select accuracy."""
+    """The accuracy metric on the validation rows, for --select accuracy."""
     if selection.select != "accuracy":
         return None
     assert job.validation is not None
@@ -125,7 +125,7 @@ def accuracy_of(selection: SelectionSection, job: Job) -> LabelAccuracy | None:
 
 
 def sampler_of(selection: SelectionSection, job: Job) -> Balanced | None:
-    """The balanced order of the training rows, with what it changes said aloud; validation rows stay as they are."""
+    """The balanced order of the training rows, with a printed summary; validation rows stay as they are."""
     if selection.balance == "none":
         return None
     assert isinstance(job.rows, RenderedDataset)

@@ -1,4 +1,4 @@
-"""One optimizer step: what its loss is divided by, how far backward goes, and whether it is safe to take.
+"""One optimizer step: loss normalization, extent of the backward pass, and the check before it is taken.
 
 The divisor is the number of learnt tokens of the whole step, of all batches and processes. Most models are told it as
 `num_items_in_batch`. Many vision-language models say `accepts_loss_kwargs = False`, from when they dropped it on its
@@ -26,7 +26,7 @@ COUNT = "num_items_in_batch"
 
 
 class NextTokenSmoother(LabelSmoother):
-    """transformers' label smoothing, which takes models that see for classifiers and does not shift their labels."""
+    """Label smoothing with shifted labels: transformers' takes vision-language models for classifiers, unshifted."""
 
     def __call__(
         self, model_output: Any, labels: Tensor, shift_labels: bool = True, num_items_in_batch: Any = None
@@ -90,7 +90,7 @@ def within_reach(model: nn.Module, _: Any, output: Any) -> None:
 
 
 class FrozenPrefix(TrainerCallback):
-    """Keeps backward from going further than the first thing that trains.
+    """Stops the backward pass at the first trainable parameter.
 
     With checkpointing transformers makes the embeddings' outputs require gradients, a vision tower's too; then all
     frozen layers are computed twice and passed through. Only reentrant checkpointing needs that.
@@ -126,7 +126,7 @@ class StepGuard:
         return torch.stack([loss, gradient_norm(parameters).to(loss.device, torch.float32)])
 
     def check(self, loss: float, norm: float, *, scaled: bool) -> str | None:
-        """What is wrong with this step, or None. With a gradient scaler a non-finite gradient is its skipped step."""
+        """The fault of this step, or None. With a gradient scaler a non-finite gradient is its skipped step."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if math.isfinite(norm):

@@ -1,4 +1,4 @@
-"""What trains of each tower, and at which rate: from the tower options to modules and groups of the optimizer.
+"""Trainable modules and learning rate of each tower: from the tower options to modules and groups of the optimizer.
 
     --lora language,projector --full vision --vision_lr 1e-5     a tower that is not named keeps its default
     [A, B of all towers] ─ split_by_tower(…, {"vision": 1e-5}) ─▶ [all other towers: 2e-4] [vision: 1e-5]
@@ -85,7 +85,7 @@ def check_rates(rates: Mapping[str, float], training: Mapping[str, Any]) -> None
 
 
 def train_use(section: TowersSection) -> TowerUse:
-    """Of `train`: adapters, and other towers in full beside them.
+    """Towers of `train`: adapters, and other towers in full.
 
     UsageError for the language tower in full: PEFT would keep a copy of nearly the whole model beside the model, could
     not tie it to its embeddings, and what comes out is no adapter. Also where there is no adapter at all.
@@ -106,7 +106,7 @@ def train_use(section: TowersSection) -> TowerUse:
 
 
 def finetune_use(section: TowersSection, method: str) -> TowerUse:
-    """Of `finetune`: towers in full with `--method full`, adapters with `--method lora`."""
+    """Towers of `finetune`: in full with `--method full`, adapters with `--method lora`."""
     use = tower_use(section, FULL if method == "full" else LORA)
     odd, way = (use.lora, LORA) if method == "full" else (use.full, FULL)
     if odd:
@@ -133,7 +133,7 @@ def full_of(model: PreTrainedModel, use: TowerUse) -> dict[str, str]:
 
 
 def describe_trained(model: PreTrainedModel, plan: RankPlan, full: Mapping[str, str]) -> list[str]:
-    """One line per tower: what is adapted with which ranks, what trains in full, what is frozen."""
+    """One line per tower: adapted modules and ranks, modules trained in full, frozen modules."""
     adapted = [row.site.tower for row in plan.sites if row.rank]
     lines = [sites_line(plan, tower) for tower in dict.fromkeys(adapted)]
     for tower in dict.fromkeys(full.values()):

@@ -1,4 +1,4 @@
-"""How a llama.cpp server is asked: prompts with images, given answers and their log-probabilities, token ids.
+"""Client of a llama.cpp server: prompts with images, forced answers and their log-probabilities, token ids.
 
     prompt ── marker and BOS put right ──▶ /completion ──▶ Completion(text, tokens, logprobs, top …)
 
@@ -71,7 +71,7 @@ class Talk:
             time.sleep(PAUSES[1])
 
     def _tried(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
-        """Status and content; what did not get through is tried again, what takes too long is not."""
+        """Status and content. Failed connections are retried, timeouts are not."""
         for pause in (*PAUSES, None):
             try:
                 return self._once(method, path, body)
@@ -161,7 +161,7 @@ TOO_LONG = "exceed_context_size_error"
 
 
 class NotTold(UsageError):
-    """A given answer's log-probabilities can't be had from a llama.cpp server."""
+    """The log-probabilities of a given answer are not available from a llama.cpp server."""
 
 
 @dataclass(frozen=True)
@@ -359,7 +359,7 @@ class ServerRuntime:
 
 
 def _understood(where: str, read: Callable[[Mapping[str, Any]], Told], answer: Mapping[str, Any]) -> Told:
-    """What an answer says. ServiceError where its JSON has another form than a llama.cpp server's."""
+    """Parse a response. ServiceError where its JSON is not a llama.cpp server's."""
     try:
         return read(answer)
     except (LookupError, TypeError, AttributeError, ValueError) as error:

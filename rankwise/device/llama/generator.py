@@ -1,4 +1,4 @@
-"""A GGUF as an engine of evaluation: the renderer's prompts, llama.cpp's answers and label scores.
+"""Evaluation with a GGUF: the renderer's prompts, llama.cpp's answers and label scores.
 
     Example ── Renderer ──▶ ids (no image) ───────────────┐
                        └──▶ text with markers, PNG images ┴── Runtime ──▶ Generated, LabelScores
@@ -80,7 +80,7 @@ class GGUFGenerator:
             yield LabelScores(position, self.renderer.text(prompt.input_ids), sums)
 
     def answers(self) -> dict[str, Answered]:
-        """What is recorded, of earlier runs too, by id; the last record of an item counts."""
+        """Recorded answers by id, earlier runs included; the last record of an item counts."""
         text = self.record.read_text(encoding="utf-8") if self.record and self.record.is_file() else ""
         rows = [json.loads(line) for line in text.splitlines()]
         return {row.pop("id"): Answered(**row) for row in rows}

@@ -1,4 +1,4 @@
-"""What runs a GGUF: llama.cpp in a process of its own, or a llama.cpp server somewhere else, such as on a phone.
+"""Runtimes of a GGUF: llama.cpp in a subprocess, or a remote llama.cpp server, such as on a phone.
 
     with LlamaServer(Path("model-q8_0.gguf"), Path("mmproj-model-f16.gguf")) as runtime:
         runtime.complete("<|im_start|>User:<__media__>What is it?…", [png], max_new_tokens=32).text
@@ -90,7 +90,7 @@ class LlamaServer:
 
     @property
     def files(self) -> str:
-        """The files as messages name them."""
+        """The file names, for messages."""
         return str(self.model) if self.mmproj is None else f"{self.model} with {self.mmproj}"
 
     def __enter__(self) -> ServerRuntime:
@@ -148,7 +148,7 @@ class LlamaServer:
             raise VerificationError(f"llama.cpp crashed while answering from {self.files}: it {self._ended()}")
 
     def _ended(self) -> str:
-        """How the child ended, and the last that it said."""
+        """The child's exit status and its last output."""
         assert self._child is not None and self._said is not None
         code = self._child.returncode
         how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"ended with code {code}"

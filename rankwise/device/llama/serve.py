@@ -24,7 +24,7 @@ ERRORS_ONLY = 1  # of llama.cpp's levels of talking; its errors are what a broke
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Load, say where, and serve until nobody listens."""
+    """Load the model, print the address, and serve until the parent disconnects."""
     given = _parser().parse_args(arguments)
     announce = _own_output()
     for leave, given_up in ((_leave_with_input, ()), (_leave_with_parent, (os.getppid(),))):

@@ -27,7 +27,7 @@ UNKNOWN, BLIND = "unknown", "no picture"
 
 @dataclass(frozen=True)
 class Source:
-    """A picture before the device does anything to it. name: what the app's version of it is called (`--app_pixels`);
+    """An image before the device processes it. name: what the app's version of it is called (`--app_pixels`);
     content: the file's bytes."""
 
     name: str
@@ -114,5 +114,5 @@ def strata(cases: Sequence[Case]) -> Mapping[str, list[str]]:
 
 
 def decoded(image: bytes) -> Image.Image:
-    """What the runtime sees of the bytes: RGB."""
+    """The bytes decoded as the runtime does: RGB."""
     return Image.open(io.BytesIO(image)).convert("RGB")

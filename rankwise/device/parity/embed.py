@@ -1,4 +1,4 @@
-"""A process that runs llama.cpp's vision side alone: pictures in, embeddings out. It may be ended by a broken file.
+"""Subprocess that runs llama.cpp's vision encoder alone: images in, embeddings out. A broken file may crash it.
 
     python -m rankwise.device.parity.embed --model model.gguf --mmproj mmproj.gguf FOLDER
 

@@ -1,4 +1,4 @@
-"""How far apart two ways of running one model are, and how far apart ways are that are all right.
+"""Divergence between two ways of running one model, and the noise floor: that between known-good ways.
 
     reference: log p, all tokens ─┐
     other: log p of its top k ────┴─ compare ──▶ Position* ──▶ Divergence(mean, p99, max KL, flips …)
@@ -41,7 +41,7 @@ REST = 1e-6  # mass below which "all other tokens" says nothing: 1 − Σ of sin
 
 @dataclass(frozen=True)
 class Position:
-    """One place of an answer.
+    """Divergence at one token of an answer.
 
     kl: nats, reference from other. first, other_first: the likeliest token of each; other_first is -1 where nothing
     is known. margin: log p of the reference's first token less that of its second. margin_difference: how far the
@@ -84,14 +84,14 @@ class Divergence:
 
     @property
     def effective(self) -> float:
-        """How many places the mean really rests on, (Σ KL)² / Σ KL²: a few unsure places can make up nearly all of
+        """Effective sample size of the mean, (Σ KL)² / Σ KL²: a few unsure places can make up nearly all of
         it."""
         squares = float((self.kl**2).sum())
         return float(self.kl.sum()) ** 2 / squares if squares else float(len(self.positions))
 
     @property
     def flips(self) -> tuple[Position, ...]:
-        """Places where the likeliest token is another one."""
+        """Positions where the top-1 token differs."""
         return tuple(position for position in self.positions if position.flipped)
 
     @property
@@ -110,7 +110,7 @@ class Divergence:
         return max(known, default=0.0)
 
     def flips_above(self, margin: float) -> tuple[Position, ...]:
-        """Flips where the reference was surer than this: no tie."""
+        """Flips where the reference's margin exceeds this: no ties."""
         return tuple(flip for flip in self.flips if flip.margin > margin)
 
     def of(self, cases: Sequence[str]) -> Divergence:
@@ -208,7 +208,7 @@ EXPLAINS = {
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What a runtime is held to. kl_*: nats. margin: nats; where the reference is less sure than this, another
+    """Limits for a runtime. kl_*: nats. margin: nats; where the reference is less sure than this, another
     likeliest token is a tie. agreement: least top-1 agreement, as asked for. k: how many floors they are.
     embeddings: relative distance of a picture's embeddings."""
 
@@ -225,7 +225,7 @@ class Thresholds:
 
     @property
     def note(self) -> str:
-        """How many floors the limits are. Above K only large faults exceed them."""
+        """The limits as multiples of the noise floor. Above K only large faults exceed them."""
         return f"k = {self.k:.3g}" if self.k <= K else f"{WEAK}: k = {self.k:.3g}"
 
 

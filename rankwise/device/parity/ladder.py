@@ -62,7 +62,7 @@ class Ladder:
 
 
 class Embedding(Protocol):
-    """Whatever embeds pictures, PNG each."""
+    """Protocol: embeds images, PNG each."""
 
     def of(self, images: Sequence[bytes]) -> list[Rows]: ...
 
@@ -102,7 +102,7 @@ def climb(
     embedder: Embedding | None = None,
     app: AppPixels | None = None,
 ) -> Ladder:
-    """Put every case to both sides and compare them on all rungs.
+    """Run every case on both sides and compare them on all rungs.
 
     Args:
         reference: what is right; an `HFReference`, or stored values.
@@ -163,7 +163,7 @@ def verdict(ladders: Mapping[str, Ladder]) -> list[str]:
 
 
 def unproven(ladders: Mapping[str, Ladder]) -> str:
-    """What that does not show: rungs that were not measured, and those whose limits are wide."""
+    """Limits of the verdict: rungs that were not measured, and those whose limits are wide."""
     rungs = [rung for ladder in ladders.values() for rung in ladder.rungs]
     missing = dict.fromkeys(rung.name for rung in rungs if rung.status == NOT_MEASURED and rung.why != NO_PICTURE)
     weak = dict.fromkeys(rung.name for rung in rungs if rung.note.startswith(WEAK))

@@ -1,4 +1,4 @@
-"""A picture as the model was trained on it, compared with what the device makes of it: four other sides.
+"""Images as in training, compared with the device's preprocessing: four other sides.
 
     sent             what this client sends, made anew of the source
     Skia             the source as Skia decodes, turns and scales it, where it imports
@@ -95,7 +95,7 @@ def sent_by_us(pictured: Sequence[Observed]) -> Side:
 
 
 def seen_by_skia(pictured: Sequence[Observed]) -> Side:
-    """Every source as Skia shows it; those that it cannot decode are left out."""
+    """Every source as Skia renders it; those that it cannot decode are left out."""
     return Side(
         "Skia", [] if unavailable() else remade(pictured, lambda one, case: skia_pixels(one.content, case.size))
     )
@@ -127,7 +127,7 @@ def remade(pictured: Sequence[Observed], make: Callable[[Source, Case], Pixels |
 
 
 def nearest(told: Pixels | str, right: Sequence[Pixels]) -> Apart | None:
-    """To the right picture that the app's is nearest to. Of a hash nothing is known but that it is equal."""
+    """Difference to the nearest expected image. For a hash only equality is known."""
     if isinstance(told, str):
         return Apart(0, 0.0, 0.0, False) if told.lower() in map(sha256_rgb, right) else None
     known = [found for one in right if (found := apart(told, one)) is not None]

@@ -1,4 +1,4 @@
-"""The trained side of the parity ladder: what transformers makes of a case, from the picture to the answer.
+"""The trained side of the parity ladder: transformers' result for a case, from the image to the answer.
 
     Case ── Renderer ──▶ prompt ids, spans of images ── model ──▶ greedy answer ── one pass over both ──▶ log p
 
@@ -45,7 +45,7 @@ MOST_IDS = 3  # cases that a reason names
 
 @dataclass(frozen=True)
 class Expected:
-    """What is right for one case.
+    """Reference values of one case.
 
     pixels: (height, width, 3) of each picture as the device gives it to the model. tiles: (frames, height, width) that
     the processor cuts each one into. ids: of the prompt, pictures expanded. expansions: ids that stand for each one,
@@ -89,7 +89,7 @@ class Expected:
 
 
 class Reference(Protocol):
-    """Whatever knows what is right for a case."""
+    """Protocol: gives the reference values of a case."""
 
     def expected(self, case: Case) -> Expected: ...
 
@@ -132,7 +132,7 @@ class HFReference:
         )
 
     def _seen(self, images: Sequence[str]) -> dict[str, Any]:
-        """What the processor makes of the pictures."""
+        """The processor's output for the images."""
         sight = self.renderer.sight
         if sight is None:
             return {}

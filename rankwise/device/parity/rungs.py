@@ -59,7 +59,7 @@ class Rung:
 
 
 def judged(name: str, measured: Mapping[str, Any], threshold: Mapping[str, Any], why: str, note: str = "") -> Rung:
-    """Broken where there is a reason, else ok, with the note."""
+    """Status: broken where there is a reason, else ok, with the note."""
     return Rung(name, BROKEN, measured, threshold, why) if why else Rung(name, OK, measured, threshold, note=note)
 
 

@@ -46,7 +46,7 @@ WIDEST = 4  # a hidden layer is as wide as documented, but at most so many times
 
 @dataclass(frozen=True)
 class FactorizerSettings:
-    """What a network is built from. tokens T and channels D are those of every matrix that it will take.
+    """Settings of a network. tokens T and channels D are those of every matrix that it will take.
 
     refine: a small network after A·B, whose output is given beside the product and never in its place.
     Raises UsageError for a rank that no T × D matrix has, and for a dropout outside 0 ≤ p < 1.
@@ -74,7 +74,7 @@ class FactorizerSettings:
 
 @dataclass(frozen=True)
 class Factorization:
-    """What one pass gives. Only `factors` is of rank r, and is what every measure is of.
+    """Output of one forward pass. Only `factors` is of rank r, and is what every measure is of.
 
     activation: A (B, T, r) before any scale of the rank channels; the orthogonality loss is on it.
     refined: (B, T, D) where the network refines. No gradient flows from it into the factors, so that refining does not

@@ -53,7 +53,7 @@ def train_alone(
     collate: Collate,
     settings: ArmSettings,
 ) -> tuple[TrainedArm, Phases]:
-    """What came of an arm under a schedule that chooses, and the fixed schedule that it amounts to.
+    """Train an arm under an adaptive schedule; returns the result and the equivalent fixed schedule.
 
     The model is only read, and afterwards as it was. `arm.active` plays no part. An arm that diverged is told as
     `train_together` tells it; its fixed schedule stays in the phase in which it ended.

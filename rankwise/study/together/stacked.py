@@ -263,7 +263,7 @@ CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Of AdamW and of what happens to gradients before it. Norms above max_grad_norm are cut to it; 0: never."""
+    """Hyperparameters of AdamW and of gradient clipping. Norms above max_grad_norm are cut to it; 0: never."""
 
     betas: tuple[float, float]
     eps: float
@@ -312,7 +312,7 @@ def moving(active: Active | None, paths: Sequence[str], steps: int) -> Tensor:
 
 
 def rate_factors(name: str, warmup_steps: int, steps: int) -> Tensor:
-    """What the rate is multiplied by at each step (steps,) float64, from transformers' schedule of that name."""
+    """Multiplier of the learning rate at each step (steps,) float64, from transformers' schedule of that name."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     try:
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)

@@ -66,7 +66,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class ArmSettings:
-    """What all arms of a batch share; the defaults are those of transformers' TrainingArguments, its rate apart.
+    """Settings of all arms of a batch; the defaults are those of transformers' TrainingArguments, its rate apart.
 
     lr_scheduler: transformers' name of a schedule that follows from the step. max_grad_norm: of each arm by itself; 0
     never clips. phase_state: the optimizer state of a site that trains again is kept, or with `reset` starts anew.
@@ -91,7 +91,7 @@ class ArmSettings:
 
 @dataclass(frozen=True)
 class TrainedArm:
-    """What came of an arm.
+    """Result of an arm.
 
     pairs: site path → A, B, on the CPU. losses: nats per token at every step. norms: of the gradient of the sites
     that train, before clipping. diverged: a loss or gradient was not finite. That step was not taken and none after

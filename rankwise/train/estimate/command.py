@@ -47,7 +47,7 @@ ALLOWED = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", None)
 
 
 def run_estimate(config: TrainConfig, name: str, arguments: TrainingArguments) -> Path:
-    """Print what the run would take instead of running it; returns the folder that it would have."""
+    """Print memory, time and cost of the run instead of running it; returns the run folder it would have."""
     skeleton, towers = load_structure(config.model, name), train_use(config.towers)
     full = full_of(skeleton, towers)
     plan, _ = choose_plan(starting_lora(config), model_sites(skeleton), name, towers.lora)
@@ -61,7 +61,7 @@ def run_estimate(config: TrainConfig, name: str, arguments: TrainingArguments) -
 
 
 def check_estimate(section: EstimateSection, config: TrainConfig) -> None:
-    """UsageError for runs that --estimate does not know."""
+    """UsageError for runs that --estimate does not support."""
     if not section.estimate:
         return
     if section.gpu is not None:
@@ -75,7 +75,7 @@ def check_estimate(section: EstimateSection, config: TrainConfig) -> None:
 
 
 def estimate(config: TrainConfig, name: str, arguments: TrainingArguments, shapes: Shapes, rows: Rows) -> EstimatePage:
-    """Everything that is printed."""
+    """Compute the estimate to print."""
     place = place_of(config.estimate, config, arguments)
     ways = ways_of(quantization(config.lora), bool(getattr(arguments, CHECKPOINTING)))
     first = measure_way(shapes, ways[0], place, rows, arguments)
@@ -107,7 +107,7 @@ def estimate(config: TrainConfig, name: str, arguments: TrainingArguments, shape
 
 
 def column(way: Way, found: Measured, place: Place, rows: Rows, config: TrainConfig, arguments: Any) -> Column:
-    """One column of the table: the batch as given where it fits, else the largest that does."""
+    """One column of the table: the given batch size if it fits, else the largest that does."""
     asked, most = arguments.per_device_train_batch_size, MOST_ROWS
     if rows.rows is not None:
         most = max(asked, min(most, len(rows.lengths)))
@@ -170,7 +170,7 @@ class Column:
 
 @dataclass(frozen=True)
 class EstimatePage:
-    """What is estimated, for which machine, and a column for each way to run it."""
+    """The estimated run, the machine, and a column for each configuration."""
 
     model: str
     what: str
@@ -193,7 +193,7 @@ class EstimatePage:
     columns: tuple[Column, ...]
 
     def record(self) -> dict[str, Any]:
-        """All of it, for a file. Memory in bytes."""
+        """All values, as written to a file. Memory in bytes."""
         return asdict(self) | {"totals": {column.label: column.needs.total for column in self.columns}}
 
 
@@ -267,7 +267,7 @@ def time(seconds: tuple[float, ...]) -> str:
 
 
 def verdict(found: EstimatePage, asked: Column) -> str:
-    """One sentence: it fits, or what does."""
+    """One sentence: the run fits, or which configuration does."""
     if asked.largest >= found.batch:
         return f"Fits as given, with {memory(found.memory - asked.needs.total)} to spare."
     if asked.largest:

@@ -47,7 +47,7 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes at the peak of a step, by what they are for. activations: everything else that is alive then."""
+    """Peak bytes of a step by purpose. activations: everything else that is alive then."""
 
     fixed: Fixed
     activations: float
@@ -60,7 +60,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Profile:
-    """What is held beside the weights after each operation of a step: start + rows · each, (operations,)."""
+    """Memory held besides the weights after each operation of a step: start + rows · each, (operations,)."""
 
     fixed: Fixed
     start: Tensor
@@ -117,7 +117,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Work:
-    """What a step computes and moves: `flops` and `moved` of a row by its width, bytes that any batch moves."""
+    """Compute and memory traffic of a step: `flops` and `moved` of a row by its width, bytes that any batch moves."""
 
     flops: Curve
     moved: Curve
@@ -156,7 +156,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Speed:
-    """Rates that are reached: FLOP/s of matrix products and bytes per second of everything else."""
+    """Achieved rates: FLOP/s of matrix products and bytes per second of everything else."""
 
     flops: float
     bandwidth: float
@@ -170,7 +170,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Length:
-    """How long a run is: optimizer steps, and forward and backward passes."""
+    """Length of a run: optimizer steps, and forward and backward passes."""
 
     updates: int
     passes: float

@@ -1,4 +1,4 @@
-"""How much memory a GPU has and how fast it is: a table from the vendors' data sheets, or this machine, measured.
+"""Memory and speed of GPUs: a table from the vendors' data sheets, or this machine, measured.
 
 card("rtx4090")  ─▶ [Card]          card("24GB")  ─▶ the cards of about that memory, with the memory as given
 """
@@ -81,7 +81,7 @@ def memory_available(device: torch.device) -> int:
 
 
 def machine_memory() -> int:
-    """What the kernel says it can give (Linux), else all that is built in."""
+    """Available memory as the kernel states it (Linux), else all that is installed."""
     if MEMINFO.is_file():
         rows = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
         return 1024 * int(rows["MemAvailable"].split()[0])
@@ -161,7 +161,7 @@ CARDS = {
 
 
 def cards(text: str) -> list[Card]:
-    """The cards that are meant: one by its name, or all of about a memory size, which they then have exactly.
+    """The GPUs selected by --gpu: one by its name, or all of about a memory size, which they then have exactly.
 
     UsageError for a name that is not in the table, with near ones, and for a size that says nothing.
     """

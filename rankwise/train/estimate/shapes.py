@@ -1,4 +1,4 @@
-"""The adapted model as shapes, set up for one way to run after another, and what traces of each say.
+"""The adapted model on the meta device, set up for one configuration after another, and the traces of each.
 
 base (meta), plan ── Shapes ── set_up(way, place) ── traces of two and three rows ──▶ Measured(profile, work)
 """
@@ -81,7 +81,7 @@ CHECKPOINTING = (
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run: the base's quantization, and whether activations are computed again instead of kept."""
+    """One configuration: the base's quantization, and whether activations are computed again instead of kept."""
 
     label: str
     flags: str
@@ -91,7 +91,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Place:
-    """Where it would run, and in which precision. autocast: None computes in float32."""
+    """The target device and the precision. autocast: None computes in float32."""
 
     cards: tuple[Card, ...]
     autocast: torch.dtype | None
@@ -107,7 +107,7 @@ class Place:
 
 
 def place_of(section: EstimateSection, config: TrainConfig, arguments: TrainingArguments) -> Place:
-    """The card that was named, all of the size that was named, or this machine; and the precision there."""
+    """The GPUs given by name or memory size, or this machine; and the precision there."""
     if section.gpu is None:
         kind = mixed(arguments.bf16, arguments.fp16)
         return Place((this_machine(arguments.device, kind),), kind, frozen_dtype(config.model.dtype, arguments))
@@ -209,7 +209,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the traces of one way say."""
+    """Results of the traces of one configuration."""
 
     profile: Profile
     work: Work

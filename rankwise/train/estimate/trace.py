@@ -1,4 +1,4 @@
-"""One training step of a model that has no weights: what it would hold in memory, compute and move.
+"""Trace one training step of a model without weights: its memory, compute and memory traffic.
 
     empty(as_on_gpu(model), torch.bfloat16)            shapes without storage (torch's fake tensors)
     traced(model, batch, autocast=torch.bfloat16)  ─▶  Trace(held, logits, flops, moved)
@@ -146,7 +146,7 @@ class Counter(TorchDispatchMode):
             self.moved += sum(size(value) for value in tree_leaves((args, kwargs, result)))
 
     def know(self, tensors: list[Tensor]) -> None:
-        """What is there anyway and is not counted."""
+        """Register storages that exist anyway and are not counted."""
         self._sizes |= {key(tensor): (0, 0) for tensor in tensors}
 
     def see(self, values: Any) -> None:
