@@ -141,7 +141,7 @@ def ask(trained: Trained, one: Shipped, folder: Path, runtime: Runtime) -> dict[
     engine, answers = answers_in(trained, one, runtime, folder)
     right, records = answers.rights(trained.items), engine.answers()
     if right is None:
-        raise UsageError(f"--sweep compares right and wrong answers, and {trained.task.name} has texts")
+        raise UsageError(f"--sweep needs right or wrong answers; {trained.task.name} is free text")
     pairs = zip(trained.items, right, strict=True)
     return {item.id: Item(correct, records[item.id].seconds) for item, correct in pairs}
 

@@ -389,7 +389,7 @@ def stretched(tested: Subject, side: int | None, default: int | None = None) -> 
         return tested
     if sight.target:
         raise UsageError(
-            f"--image_size {side}: the pictures of this model are made for its device ({sight.target.image_size} "
+            f"--image_size {side}: this model's images are prepared for its device ({sight.target.image_size} "
             "pixels, device.json); leave --image_size out"
         )
     seeing: Any = StretchedReader(sight.reader, side or default or 0)

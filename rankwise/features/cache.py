@@ -129,7 +129,7 @@ def indexed(folder: Path, index: Mapping[str, Any]) -> FeatureCache:
 def whole(number: Any) -> int:
     """TypeError for what is no whole number above 0."""
     if type(number) is not int or number < 1:
-        raise TypeError(f"{number!r} where a whole number above 0 is expected")
+        raise TypeError(f"{number!r} where a positive integer is expected")
     return number
 
 

@@ -72,10 +72,10 @@ def check(config: CaptureConfig) -> None:
     if config.synthetic is None and not (config.model_name and config.images):
         raise UsageError("features capture needs IMAGES and --model, or --synthetic N")
     if config.synthetic is not None and (config.model_name or config.images):
-        raise UsageError("--synthetic N makes matrices without a model: leave --model and the images out")
+        raise UsageError("--synthetic N needs no model: leave --model and the images out")
     refuse_idle(config)
     if config.native and config.image_size is not None:
-        raise UsageError("--native takes pictures as they are, --image_size stretches them: give one of them")
+        raise UsageError("--native keeps image sizes, --image_size stretches images: give one of them")
 
 
 def captured(config: CaptureConfig) -> FeatureCache | None:

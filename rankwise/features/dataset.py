@@ -81,7 +81,7 @@ def read_split(path: Path | str, cache: FeatureCache) -> FeatureSplit:
     if not all(parts.values()) or not numbers or sorted(places) != list(range(len(cache))):
         raise DataError(f"{path}: does not put each of the {len(cache)} matrices into one of {', '.join(PARTS)}")
     if type(seed) is not int:
-        raise DataError(f"{path}: its seed is missing or no whole number: the file is not as it was written")
+        raise DataError(f"{path}: its seed is missing or not an integer: the file has changed since it was written")
     return FeatureSplit(**{name: tuple(part) for name, part in parts.items()}, cache=cache.fingerprint, seed=seed)
 
 

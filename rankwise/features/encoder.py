@@ -142,7 +142,7 @@ def own_side(processor: Any, config: Any) -> int:
     stated = getattr(getattr(config, "vision_config", config), "image_size", None)
     side = found or (stated[0] if isinstance(stated, list | tuple) else stated)
     if not side:
-        raise UsageError(f"{type(processor).__name__} and the config name no size of a picture; give --image_size")
+        raise UsageError(f"{type(processor).__name__} and the config state no image size; give --image_size")
     return int(side)
 
 

@@ -213,7 +213,7 @@ def new_folder(log_dir: Path) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise UsageError(f"--log_dir {log_dir}: cannot be a folder ({error.strerror}); choose another") from error
+            raise UsageError(f"--log_dir {log_dir}: cannot be created ({error.strerror}); choose another") from error
         return folder
     raise AssertionError("a thousand runs in one second")
 

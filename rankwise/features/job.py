@@ -152,7 +152,7 @@ def refuse_earlier(folder: Path, overwrite: bool) -> None:
     found = holds_run(folder)
     if found and not overwrite and process_index()[0] == 0:
         raise UsageError(
-            f"{folder} holds an earlier run ({found[0]}); train it further with --resume, delete it and start over "
+            f"{folder} holds an earlier run ({found[0]}); continue it with --resume, delete it and start over "
             "with --overwrite, or choose another --results_dir"
         )
 

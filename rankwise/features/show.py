@@ -149,7 +149,7 @@ def test_place(places: tuple[int, ...], index: int, cache: FeatureCache) -> int:
 
 def rank_of(asked: int | None, found: Network) -> int:
     if asked is not None and asked > found.rank:
-        raise UsageError(f"--rank {asked}: {found.folder.name} has {found.rank} channels, and no more")
+        raise UsageError(f"--rank {asked}: {found.folder.name} has only {found.rank} channels")
     return asked or found.rank
 
 

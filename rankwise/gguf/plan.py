@@ -99,7 +99,7 @@ def plan_export(
     if unknown or not kinds:
         raise UsageError(f"--outtype takes {', '.join(OUTTYPES)}; got {', '.join(unknown) or 'none'}")
     if mmproj and not sees(config):
-        raise UsageError(f"{model}: --mmproj is for models that see images, and this one has no vision_config")
+        raise UsageError(f"{model}: --mmproj is for vision-language models, and this one has no vision_config")
     projector = sees(config) if mmproj is None else mmproj
     checkpoint, vocabulary = open_checkpoint(folder), Vocabulary.of(folder, sees(config))
     notes = check_forms(folder)
@@ -139,7 +139,7 @@ def require_model(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder}: no config.json, so this is not a Hugging Face model folder")
     if (folder / DEPTH_FILE).is_file():
         raise UsageError(
-            f"{folder}: this model takes depth ({DEPTH_FILE}), and llama.cpp has no depth; evaluate it with "
+            f"{folder}: this model uses depth ({DEPTH_FILE}), which llama.cpp does not support; evaluate it with "
             "`rankwise evaluate`, or train without --use_depth for the device"
         )
     config = read_object(folder / "config.json")

@@ -58,7 +58,7 @@ def filter_sites(sites: Mapping[str, Site], asked: SitesSection) -> dict[str, Si
     if not kept:
         towers = sorted({site.tower for site in sites.values()})
         raise UsageError(
-            f"no site is left of {len(sites)} (towers here: {', '.join(towers) or 'none'}); look at --towers "
+            f"none of {len(sites)} sites selected (towers here: {', '.join(towers) or 'none'}); look at --towers "
             f"{','.join(asked.towers)}, --include {asked.include} and --exclude {asked.exclude}"
         )
     return kept

@@ -32,7 +32,7 @@ def running_model(config: RanksConfig, probe: Probe, path: str | None = None, sp
     """The base model and up to `num_samples` items, one per prompt, drawn with the seed."""
     name = probe.model_name
     if not name:
-        raise UsageError("give the base model with --model_name: --gain, --metric and --signal run it")
+        raise UsageError("--gain, --metric and --signal run the base model: give it with --model_name")
     model = load_model(name, torch.float32).to(config.device).eval()
     tuned = [Path(each) for each in (config.deltas, config.adapter, config.tuned) if each]
     data = replace(config.data, data_path=path or config.data.data_path)  # beside which pictures and device.json lie

@@ -265,7 +265,7 @@ def run(config: CompareConfig) -> Path:
 
 def check(config: CompareConfig) -> list[Path]:
     if len(config.runs) < 2:
-        raise UsageError("compare needs two run folders at least: rankwise compare RUN RUN …")
+        raise UsageError("compare needs at least two run folders: rankwise compare RUN RUN …")
     folders = [Path(run) for run in config.runs]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UsageError("compare: one run folder is named twice")

@@ -46,7 +46,7 @@ class GradientNormLog:
         """Read the tables of a run folder; DataError where it has none."""
         tables = read_tables(Path(folder))
         if tables is None:
-            raise DataError(f"{folder}: no {GROUPS}: nothing was measured there")
+            raise DataError(f"{folder}: no {GROUPS}: no gradient norms were measured")
         groups, layers = series(tables.groups), series(tables.layers)
         return cls(groups.steps, groups.columns, layers.columns, summary(tables.groups))
 

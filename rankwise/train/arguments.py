@@ -232,7 +232,7 @@ def refuse_data_parallel(arguments: TrainingArguments) -> None:
     if arguments.n_gpu > 1:
         words = " ".join(sys.argv[1:]) or "train …"
         raise UsageError(
-            f"one process sees {arguments.n_gpu} GPUs; start one process per GPU:\n"
+            f"{arguments.n_gpu} GPUs are visible to one process; start one process per GPU:\n"
             f"  torchrun --nproc-per-node {arguments.n_gpu} -m rankwise.cli {words}\n"
             "or use one GPU: CUDA_VISIBLE_DEVICES=0 in front of the command"
         )

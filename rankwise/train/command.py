@@ -170,7 +170,7 @@ def base_name(config: TrainConfig) -> str:
     plan = find_plan(Path(config.lora.lora_config))
     name = read_object(plan).get("model_name")
     if not name:
-        raise UsageError(f"{plan} does not name its model; give it with --model_name")
+        raise UsageError(f"{plan}: model not recorded; give it with --model_name")
     return str(name)
 
 

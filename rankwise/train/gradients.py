@@ -75,7 +75,7 @@ class GradientNorms(TrainerCallback):
         self, output_dir: Path, every: int | None = None, phase_at: Callable[[int], str] | None = None
     ) -> None:
         if every is not None and every < 1:
-            raise UsageError(f"--log_frequency {every}: gradient norms are measured every so many steps, 1 or more")
+            raise UsageError(f"--log_frequency {every}: the interval in steps must be at least 1")
         self.every = every
         self.phase_at = phase_at or (lambda _: "")
         self.output_dir = output_dir

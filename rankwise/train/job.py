@@ -173,7 +173,7 @@ def prepare(
     chosen = PackedDataset(rows, renderer.limit) if config.packing else rows
     if config.packing:
         if renderer.sight is not None and examples.with_images:
-            raise UsageError("--packing takes rows of text only: in one row, images of several samples would mix")
+            raise UsageError("--packing supports text rows only: in one row, images of several samples would mix")
         announce(f"packing: {len(rows):,} samples in {len(chosen):,} rows of up to {renderer.limit:,} tokens")
     return split, Job(name, arguments, renderer, chosen, validation, what, depth)
 
@@ -188,7 +188,7 @@ def with_depth(
     if settings is None:
         return None, renderer
     if renderer.sight is None or not any(example.images for example in examples):
-        raise UsageError("--use_depth needs a model that sees images, and rows that have some")
+        raise UsageError("--use_depth needs a vision-language model and rows with images")
     about_to_write()  # maps are made and kept
     sight, device = renderer.sight, arguments.device
     settings, sight = prepared(settings, config.depth, sight, examples, seed=config.seed, device=device)

@@ -99,7 +99,7 @@ def train_use(section: TowersSection) -> TowerUse:
     if not use.lora:
         towers = ",".join(use.full)
         raise UsageError(
-            f"nothing gets an adapter; `rankwise finetune --freeze language --full {towers} --save both` trains "
+            f"no tower gets an adapter; `rankwise finetune --freeze language --full {towers} --save both` trains "
             f"{' and '.join(use.full)} alone"
         )
     return use

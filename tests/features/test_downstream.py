@@ -375,7 +375,7 @@ def test_a_device_beside_the_data_makes_the_pictures(smolvlm: Path, tmp_path: Pa
     rows, _ = asked(settings(smolvlm, data), str(smolvlm), None)
     sight = rows.tested.renderer.sight
     assert sight is not None and sight.target is not None
-    with pytest.raises(UsageError, match="made for its device"):
+    with pytest.raises(UsageError, match="prepared for its device"):
         asked(settings(smolvlm, data, image_size=32), str(smolvlm), None)
     assert asked(settings(smolvlm, data), str(smolvlm), None, 999)[0].pictures == rows.pictures, "the device decides"
     (tmp_path / "device.json").unlink()

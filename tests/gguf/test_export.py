@@ -449,7 +449,7 @@ def test_isaac_is_refused_by_name(copied: Path, failing: Converter) -> None:
 
 def test_a_model_that_takes_depth_is_refused(copied: Path, failing: Converter) -> None:
     write_json(copied / "depth.json", {})
-    with pytest.raises(UsageError, match=r"llama\.cpp has no depth"):
+    with pytest.raises(UsageError, match=r"which llama\.cpp does not support"):
         planned(copied, failing)
 
 

@@ -213,7 +213,7 @@ def test_filters_choose_by_tower_and_regex(shared_data: Path) -> None:
         filter_sites(sites, SitesSection(towers=["text"]))
     with pytest.raises(UsageError, match="--include"):
         filter_sites(sites, SitesSection(include="("))
-    with pytest.raises(UsageError, match="no site is left of 283"):
+    with pytest.raises(UsageError, match="none of 283 sites selected"):
         filter_sites(sites, SitesSection(include="nothing"))
 
 

@@ -141,7 +141,7 @@ def test_a_tower_that_is_not_named_keeps_its_default() -> None:
         (TowersSection(freeze=["vision"], lora=["vision"]), "--freeze vision and --lora vision exclude"),
         (TowersSection(freeze=["language"]), "every tower is frozen"),
         (TowersSection(full=["language"]), "rankwise finetune --full language"),
-        (TowersSection(freeze=["language"], full=["projector"]), "nothing gets an adapter"),
+        (TowersSection(freeze=["language"], full=["projector"]), "no tower gets an adapter"),
         (TowersSection(vision_lr=1e-5), "the vision tower is frozen"),
     ],
 )

@@ -301,7 +301,7 @@ def test_every_signal_gives_a_plan_within_the_budget(
         (["--metric", "activation"], "give --data_path"),
         (["--gain", "x"], "need --task"),
         (["--include", "("], "not a regular expression"),
-        (["--include", "nothing"], "no site is left of 21"),
+        (["--include", "nothing"], "none of 21 sites selected"),
         (["--budget", "some"], "--budget takes"),
     ],
 )

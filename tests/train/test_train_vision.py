@@ -135,7 +135,7 @@ def test_phases_and_gradient_tables_on_a_model_that_sees(smolvlm: Path, data: Pa
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        (["--packing"], "--packing takes rows of text only"),
+        (["--packing"], "--packing supports text rows only"),
         (["--prompt", "sections"], "images need the model's chat template"),
         (["--max_seq_length", "12"], "longer than 12 tokens"),
     ],

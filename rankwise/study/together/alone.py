@@ -119,7 +119,7 @@ def arguments(arm: Arm, settings: ArmSettings, folder: Path, device: torch.devic
     """TrainingArguments that say what `settings` says to `train_together`; float32 unless the base is otherwise."""
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         raise UsageError(
-            "an arm `norm:N` trains alone, on one GPU, and this process sees several: start the study with one process "
+            "an arm `norm:N` trains alone, on one GPU, and several are visible: start the study with one process "
             "and CUDA_VISIBLE_DEVICES=0"
         )
     beta1, beta2 = settings.betas
