@@ -439,7 +439,7 @@ def test_what_does_not_fit_is_said() -> None:
     path, (a, b) = next(iter(arm.start.items()))
     cases: list[tuple[str, Any]] = [
         ("need an order of 72 rows", {"order": arm.order[:-1]}),
-        ("above the 20", {"order": [20] * 72}),
+        ("outside the 20", {"order": [20] * 72}),
         (re.escape(f"no scale for {path}"), {"scales": {}}),
         ("nothing to train", {"start": {}}),
         ("do not fit", {"start": {path: (a, b[:, :0])}}),

@@ -154,7 +154,7 @@ def check(arms: Sequence[Arm], count: int, settings: ArmSettings) -> None:
                 f"and it has {len(arm.order)}"
             )
         if min(arm.order) < 0 or max(arm.order) >= count:
-            raise UsageError(f"arm {number}: its order has row numbers above the {count} rows of the data")
+            raise UsageError(f"arm {number}: its order has row numbers outside the {count} rows of the data")
 
 
 def optimizer_of(stack: Stack, arms: Sequence[Arm], settings: ArmSettings) -> StackedAdamW:
