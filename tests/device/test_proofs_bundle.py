@@ -186,7 +186,7 @@ def said_in_other_tokens(folder: Path) -> None:
 PARTS: dict[str, tuple[Fault, str]] = {
     "another question": (
         edited("prompt.txt", lambda text: text.replace("Element", "element") + " "),
-        "prompt.txt: not",
+        "prompt.txt: differs from the prompt of the golden vectors",
     ),
     "labels cut otherwise": (without_its_first_token, "labels.gbnf: the runtime answers"),
     "a label in other tokens": (said_in_other_tokens, "and the trained model says it as"),

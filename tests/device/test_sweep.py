@@ -111,7 +111,7 @@ def test_too_few_items_ship_the_largest_and_say_so() -> None:
 def test_forms_of_different_items_are_not_compared() -> None:
     with pytest.raises(DataError, match="q8_0: not evaluated on the same items"):
         choose([tried("f16", 2, outcomes(10, 1)), tried("q8_0", 1, outcomes(9, 1))])
-    with pytest.raises(DataError, match="no form"):
+    with pytest.raises(DataError, match="no quantization type was evaluated"):
         choose([])
     with pytest.raises(UsageError, match="--sweep_margin is 2; give a number above 0 and below 1"):
         ValidateConfig(sweep_margin=2)
