@@ -66,7 +66,7 @@ def smooth(ranks: Sequence[int], factor: float) -> list[int]:
 
 
 def raw_rank(site: Site, spectrum: Spectrum, rule: Rule) -> int:
-    """r_raw; the number just above what was computed where the threshold lies beyond (saturated), and the bound
+    """r_raw; one above the computed values where the threshold is not reached (saturated), and the bound
     itself where all that is known of r_raw is on which side of a bound it lies. Raises Undecided."""
     low, high = spectrum.rank_bounds(rule.threshold)
     bounded = spectrum.rank_for(rule.threshold, rule.least(site), rule.most(site))
@@ -95,7 +95,7 @@ def by_threshold(spectra: Mapping[Site, Spectrum], rule: Rule) -> tuple[PlannedS
 
 
 def clip_reason(raw: int, site: Site, rule: Rule) -> str | None:
-    """Which bound r_raw ran into: `min`, `max`, or the rank above which a LoRA pair is larger than its matrix."""
+    """The bound that limits r_raw: `min`, `max`, or the rank above which a LoRA pair is larger than its matrix."""
     if raw < rule.least(site):
         return "min"
     if raw <= rule.most(site):
@@ -104,7 +104,7 @@ def clip_reason(raw: int, site: Site, rule: Rule) -> str | None:
 
 
 def groups(sites: Iterable[Site]) -> list[list[Site]]:
-    """Sites that are the same projection in different layers."""
+    """Sites grouped by projection, over all layers."""
     found: dict[str, list[Site]] = {}
     for site in sites:
         found.setdefault(site.type_path, []).append(site)
@@ -142,7 +142,7 @@ def parse_budget(text: str, sites: Iterable[Site]) -> int:
     except (ValueError, OverflowError):
         raise UsageError(f"--budget takes N, uniform:R or P%; got {text!r}") from None
     if budget <= 0:
-        raise UsageError(f"--budget {text} is no parameters at all")
+        raise UsageError(f"--budget {text} allows no parameters; give a budget above 0")
     return budget
 
 
@@ -240,7 +240,7 @@ def shape_classes(sites: Iterable[Site]) -> list[list[Site]]:
 
 
 def shuffle(ranks: Mapping[Site, int], generator: torch.Generator) -> dict[Site, int]:
-    """The same ranks dealt out at random within each shape class: the null of every claim about a plan."""
+    """Ranks shuffled within each shape class: the null hypothesis of every claim about a plan."""
     result = dict(ranks)
     for members in shape_classes(ranks):
         order = torch.randperm(len(members), generator=generator).tolist()
@@ -249,7 +249,7 @@ def shuffle(ranks: Mapping[Site, int], generator: torch.Generator) -> dict[Site,
 
 
 def invert(ranks: Mapping[Site, int]) -> dict[Site, int]:
-    """The same ranks the wrong way round within each shape class: largest where the plan has the smallest."""
+    """Ranks inverted within each shape class: largest where the plan has the smallest."""
     result = dict(ranks)
     for members in shape_classes(ranks):
         ordered = sorted(members, key=lambda site: ranks[site])
@@ -282,7 +282,7 @@ Ranks = Mapping[Site, int]
 
 @dataclass(frozen=True)
 class Change:
-    """Some sites of equal cost one rank up, or some one rank down: what it costs and what it is worth."""
+    """One rank more, or one less, at some sites of equal cost: the change in parameters and in gain."""
 
     sites: tuple[Site, ...]
     step: int
@@ -301,7 +301,7 @@ def is_equal(ranks: Ranks, budget: int, tolerance: float = TOLERANCE) -> bool:
 def equalise(
     ranks: Ranks, budget: int, gains: Mapping[Site, Tensor], most: Mapping[Site, int], tolerance: float = TOLERANCE
 ) -> dict[Site, int]:
-    """The ranks with a few moved by one, so that their parameters are within `tolerance` of the budget.
+    """Adjust a few ranks by one, so that their parameters are within `tolerance` of the budget.
 
     Args:
         gains: site → what each further rank is worth; beyond its end nothing.

@@ -153,7 +153,7 @@ class Letterbox:
 
 
 def letterbox(width: int, height: int, size: int) -> Letterbox:
-    """Where an image of this size lies in a square of `size` pixels, as the phone app computes it.
+    """Position of an image of this size in a square of `size` pixels, as the phone app computes it.
 
     The factor and both products are single precision and cut down to whole pixels; the longest side is `size` by
     definition (its product can come out as 255.99998, which would leave a line of padding).
@@ -188,7 +188,7 @@ def on_grids(values: Tensor, grids: Sequence[Grid]) -> Tensor:
 
 
 def ramp() -> Tensor:
-    """What vertical position alone would say: far at the top, near at the bottom, the same for every image."""
+    """Depth from vertical position alone: far at the top, near at the bottom, the same for every image."""
     return torch.linspace(0, 1, RAMP_ROWS)[:, None]
 
 
@@ -198,7 +198,7 @@ def constant(grids: Sequence[Grid]) -> Tensor:
 
 
 def permuted(values: Tensor, grids: Sequence[Grid], seed: int) -> Tensor:
-    """The image's own values at other tokens of the same grid: their distribution without their places.
+    """The image's own values, permuted over the tokens of its grid: the distribution without the positions.
 
     The order follows from the seed and the values themselves, so that an image is always permuted the same way.
     """

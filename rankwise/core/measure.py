@@ -117,7 +117,7 @@ def subtract(base: Tensor, tuned: Tensor) -> Delta:
 
 
 def same_as_stored(before: Tensor, after: Tensor) -> bool:
-    """Whether the tuned values are the base's, stored in the tuned tensor's type.
+    """Whether the tuned values equal the base's, cast to the tuned tensor's type.
 
     In float32 over a bf16 base every difference counts, however far below bf16's spacing: it is what was trained.
     """
@@ -134,7 +134,7 @@ def energy_between(before: Tensor, after: Tensor) -> float:
 
 
 def from_difference(matrix: Tensor, base_energy: float = 0.0) -> Delta:
-    """A delta that was saved as such: nothing was rounded away (in 16 bits, 3e-6 of its energy)."""
+    """A delta that was saved directly, without rounding loss (in 16 bits, 3e-6 of its energy)."""
     stored_as, matrix = str(matrix.dtype).removeprefix("torch."), matrix.float()
     unchanged = 1 - int(torch.count_nonzero(matrix)) / max(1, matrix.numel())
     return Delta(matrix, energy_of(matrix), base_energy, unchanged, 0.0, stored_as)

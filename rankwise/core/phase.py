@@ -26,7 +26,7 @@ class Schedule(Protocol):
         """Paths of the sites that train in the optimizer step that starts when `step` steps are done."""
 
     def name(self, step: int) -> str:
-        """What the phase of that step is called."""
+        """Name of the phase at that step."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class BoundNorm:
         return self.kind(step) or "all"
 
     def chosen(self, norms: Mapping[str, float]) -> BoundNorm:
-        """With the kind of the largest norm chosen next; of equal ones the first by name."""
+        """The schedule with the kind of the largest norm as its next choice; ties go to the first name."""
         return replace(self, choices=(*self.choices, max(sorted(norms), key=norms.__getitem__)))
 
     def replay(self, steps: int) -> Phases:
@@ -225,7 +225,7 @@ def bind(form: Form, sites: Mapping[str, Site], seed: int) -> Bound:
     if isinstance(form, Norm):
         kinds = {site.kind for site in sites.values()}
         if len(kinds) < 2:
-            raise UsageError(f"--schedule {form} chooses between kinds of sites; only {', '.join(kinds)} is adapted")
+            raise UsageError(f"--schedule {form} needs at least two kinds of sites; only {', '.join(kinds)} is adapted")
         return BoundNorm(form, sites)
     sets = []
     for number, phase in enumerate(form.phases):
@@ -250,7 +250,7 @@ def check_layers(phase: Phase, sites: Mapping[str, Site]) -> None:
 def describe_sites(sites: Mapping[str, Site]) -> str:
     layers = sorted({site.layer for site in sites.values() if site.layer is not None})
     kinds = ", ".join(sorted({site.kind for site in sites.values()}))
-    return f"adapted are {len(sites)} sites ({kinds}) of layers {layers[0]} to {layers[-1]}" if layers else kinds
+    return f"{len(sites)} sites ({kinds}) of layers {layers[0]} to {layers[-1]} are adapted" if layers else kinds
 
 
 def boundaries(schedule: Schedule, steps: int) -> Sequence[tuple[int, str]]:
@@ -275,7 +275,7 @@ def returns(form: Form, *, any_order: bool = False) -> bool:
 
 
 def apart(one: Phase, other: Phase) -> bool:
-    """No site is in both."""
+    """Whether no site is in both."""
     return all(parts_apart(left, right) for left in one.parts for right in other.parts)
 
 
@@ -295,7 +295,7 @@ def layers_apart(one: Part, other: Part) -> bool:
 
 
 def covers(whole: Phase, some: Phase) -> bool:
-    """Every site of `some` is in `whole`."""
+    """Whether every site of `some` is in `whole`."""
     return all(any(part_covers(left, right) for left in whole.parts) for right in some.parts)
 
 

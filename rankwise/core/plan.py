@@ -23,7 +23,7 @@ FORMER = "rankwise-rank-plan/1"  # the same, but for what alpha_over_rank means 
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """One site's rank and why it is that.
+    """Rank of one site, with the reason for it.
 
     `r_raw`: what the energy rule asked for before bounds, smoothing and rounding (None for plans that no
     spectrum decided); `energy_retained`: share of the delta's energy that the final rank keeps (what is certain of it,
@@ -92,12 +92,12 @@ class RankPlan:
 
     @property
     def doubt(self) -> str:
-        """Why these ranks are not to be trusted; empty where nothing speaks against them."""
+        """Reasons to distrust these ranks; empty where there are none."""
         return str(self.metadata.get("doubt", ""))
 
     @property
     def adapted(self) -> dict[str, Site]:
-        """Path → site of what gets a LoRA pair."""
+        """Path → site, of the sites that get a LoRA pair."""
         return {row.site.path: row.site for row in self.sites if row.rank}
 
     @property
@@ -218,7 +218,7 @@ def load_plan(content: Mapping[str, Any], sites: Mapping[str, Site] | None, wher
     if sites is None:
         sites = recorded_sites(content)
         if not sites:
-            raise DataError(f"{where}: says nothing of its sites' shapes, so that it can be read for a model only")
+            raise DataError(f"{where}: layer_metadata has no site shapes; read the plan together with its model")
     if content.get("rank_pattern"):
         rows = rows_from_patterns(content, sites, where)
     elif content.get("layer_ranks"):
@@ -238,7 +238,7 @@ def load_plan(content: Mapping[str, Any], sites: Mapping[str, Site] | None, wher
 
 
 def check_fields(content: Mapping[str, Any], where: str) -> None:
-    """Known names with values of the right kind."""
+    """Check that all fields are known and have values of the right type."""
     unknown = set(content) - KNOWN_KEYS
     if unknown:
         raise DataError(f"{where}: unknown fields {sorted(unknown)}; a rank plan has {sorted(KNOWN_KEYS)}")
@@ -246,15 +246,15 @@ def check_fields(content: Mapping[str, Any], where: str) -> None:
         raise DataError(f"{where}: format {content['format']!r} is not {FORMAT!r}")
     for name in ("layer_ranks", "rank_pattern", "alpha_pattern", "layer_metadata", "analysis_metadata"):
         if not isinstance(content.get(name, {}), dict):
-            raise DataError(f"{where}: {name} is an object {{…}}; got {type(content[name]).__name__}")
+            raise DataError(f"{where}: {name} must be an object {{…}}; got {type(content[name]).__name__}")
     for name, rows in content.get("layer_metadata", {}).items():
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise DataError(f"{where}: layer_metadata of {name} is a list of objects")
+            raise DataError(f"{where}: layer_metadata of {name} must be a list of objects")
     alpha = content.get("alpha_over_rank", 2.0)
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
-        raise DataError(f"{where}: alpha_over_rank is a number above 0; got {alpha!r}")
+        raise DataError(f"{where}: alpha_over_rank must be a number above 0; got {alpha!r}")
     if not isinstance(content.get("use_rslora", False), bool):
-        raise DataError(f"{where}: use_rslora is true or false; got {content['use_rslora']!r}")
+        raise DataError(f"{where}: use_rslora must be true or false; got {content['use_rslora']!r}")
 
 
 def check_scales(content: Mapping[str, Any], where: str) -> None:
@@ -271,7 +271,7 @@ def check_scales(content: Mapping[str, Any], where: str) -> None:
                 f"ranks`, or set its format to {FORMAT} and leave alpha_pattern out to train with one alpha"
             )
         if content.get("alpha_pattern"):
-            raise DataError(f"{where}: {one}, so there is no alpha_pattern beside it; leave alpha_pattern out")
+            raise DataError(f"{where}: {one}, so alpha_pattern does not apply; leave alpha_pattern out")
     for key, alpha in content.get("alpha_pattern", {}).items():
         rank = content.get("rank_pattern", {}).get(key)
         if rank is None or alpha != ratio * rank:

@@ -1,4 +1,4 @@
-"""Which rank channels matter: AdaLoRA's scores and its budget (Zhang et al. 2023, arXiv 2303.10512).
+"""Importance of rank channels: AdaLoRA's scores and its budget (Zhang et al. 2023, arXiv 2303.10512).
 
     gradients ── Importance.updated ──▶ scores per weight ── triplet_scores ──▶ one per rank channel ──┐
     step ── RankBudget.at ──▶ how many stay ──────────────────────────────────────────────────────── kept ──▶ mask
@@ -38,7 +38,7 @@ class Importance:
 
     @torch.no_grad()
     def updated(self, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Importance:
-        """With one step's weights and gradients of the same names and shapes taken in; averages start at zero."""
+        """A copy updated by one step's weights and gradients, of the same names and shapes; averages start at zero."""
         assert values.keys() == gradients.keys(), "a gradient for each parameter"
         sensitivity, uncertainty = {}, {}
         for name, value in values.items():
@@ -51,7 +51,7 @@ class Importance:
         return replace(self, sensitivity=sensitivity, uncertainty=uncertainty)
 
     def to(self, device: torch.device) -> Importance:
-        """The same, there."""
+        """A copy on this device."""
         sides = [{name: one.to(device) for name, one in side.items()} for side in (self.sensitivity, self.uncertainty)]
         return replace(self, sensitivity=sides[0], uncertainty=sides[1])
 
@@ -102,7 +102,7 @@ class RankBudget:
 
     @property
     def final(self) -> int:
-        """Channels left at the end."""
+        """Final number of rank channels."""
         return max(1, round(self.keep_ratio * self.rank))
 
     @property
@@ -125,7 +125,7 @@ class RankBudget:
 
 
 def kept(scores: Tensor, budget: int, among: Tensor | None = None) -> Tensor:
-    """Mask (r,), true for the `budget` channels of the highest scores; of equal ones the first stay.
+    """Mask (r,), true for the top `budget` channels by score; ties go to the first.
 
     among: mask (r,) of those that still act. What is masked stays masked, whatever its score: with fewer than
     `budget` of them left, those stay.

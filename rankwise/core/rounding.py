@@ -1,4 +1,4 @@
-"""What number formats did to a weight delta: which format its values went through, and how much noise that made.
+"""Rounding noise of a weight delta: the number format that its values were rounded to, and the noise energy.
 
     before, after = Digits(base.dtype), Digits(tuned.dtype)
     after.see(block, changed)                       # block by block, while the delta is computed

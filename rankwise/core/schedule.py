@@ -78,7 +78,7 @@ def parse_part(text: str) -> Part:
             break
         part, end = narrow(part, match), match.end()
     if not end or text[end:].strip():
-        raise UsageError(f"--schedule: cannot read {text!r}; forms are {FORMS}")
+        raise UsageError(f"--schedule: cannot read {text!r}; valid forms: {FORMS}")
     return part
 
 
@@ -89,7 +89,7 @@ def narrow(part: Part, match: re.Match[str]) -> Part:
     if match["first"]:
         first, last = int(match["first"]), int(match["last"] or match["first"])
         if last < first:
-            raise UsageError(f"--schedule: layers {first}-{last} runs backwards")
+            raise UsageError(f"--schedule: layers {first}-{last}: the first layer must not be above the last")
         return replace(part, layers=(first, last))
     word = match["word"]
     if word in KINDS:
@@ -100,7 +100,7 @@ def narrow(part: Part, match: re.Match[str]) -> Part:
         return replace(part, at_random=True)
     known = [*KINDS, *TOWERS, *HALVES, "layers", "random"]
     near = nearest(word, known) or known
-    raise UsageError(f"--schedule: {word!r} is no kind of sites; did you mean {', '.join(near)}? Forms: {FORMS}")
+    raise UsageError(f"--schedule: unknown kind of sites {word!r}; did you mean {', '.join(near)}? Forms: {FORMS}")
 
 
 def phases_of(name: str) -> int:
@@ -132,14 +132,14 @@ def strategy(name: str, phase1_end: int, phase2_end: int) -> str:
     ends = (phase1_end, phase2_end)[: len(words) - 1]
     lengths = [end - start for start, end in zip((0, *ends), ends, strict=False)]
     if min(lengths) < 1:
-        raise UsageError(f"--phase1_end {phase1_end} and --phase2_end {phase2_end} must rise from above 0")
+        raise UsageError(f"need 0 < --phase1_end < --phase2_end; got {phase1_end} and {phase2_end}")
     return " > ".join([*(f"{word}:{n}" for word, n in zip(words, lengths, strict=False)), words[-1]])
 
 
 def require_phases(form: Form, control: str) -> Phases:
     """A control must do worse, or the schedule's own order explains nothing. UsageError for a form without phases."""
     if not isinstance(form, Phases):
-        raise UsageError(f"{control}:{form}: only a list of phases can be {control}")
+        raise UsageError(f"{control}:{form}: {control} needs a list of phases")
     return form
 
 

@@ -156,7 +156,7 @@ def unwrapped(keys: Iterable[str], where: object) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, key in zip(without_adapter_name(names, where), keys, strict=True):
         if name in found:
-            raise DataError(f"{where}: {found[name]} and {key} are one tensor, {name}, without their wrappers")
+            raise DataError(f"{where}: {found[name]} and {key} are the same tensor, {name}, without wrapper prefixes")
         found[name] = key
     return found
 
@@ -166,7 +166,7 @@ def without_adapter_name(names: list[str], where: object) -> list[str]:
     adapters = sorted({match[1] for name in names for match in ADAPTER_NAME.finditer(name)})
     if len(adapters) > 1 or (adapters and any(re.search(r"\.lora_[AB]\.weight$", name) for name in names)):
         shown = ", ".join(adapters)
-        raise DataError(f"{where}: several adapters in one file ({shown}): save the one that is meant by itself")
+        raise DataError(f"{where}: several adapters in one file ({shown}): save the one to use as a file of its own")
     if not adapters:
         return names
     return [NAMED_PARTS.sub(lambda m: f".{m[1]}" if m[2] == adapters[0] else m[0], name) for name in names]

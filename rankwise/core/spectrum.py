@@ -21,7 +21,7 @@ class Interval(NamedTuple):
 
 
 class Undecided(ValueError):
-    """The computed part of a spectrum does not decide the question; the exact path does."""
+    """The computed part of a spectrum cannot decide the question; the exact spectrum can."""
 
 
 @dataclass(frozen=True)

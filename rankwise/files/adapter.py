@@ -242,7 +242,7 @@ def read_adapter(path: Path | str, scale: float | None = None) -> LoraAdapter:
     _check_scale(weights, config_file, scale)
     halves, extra = _sort_out(adapter_tensors(weights), weights)
     if not config_file and any(".base_layer." in name for name in extra):
-        raise DataError(f"{weights}: the whole state of a running PEFT model: put its {CONFIG_NAME} beside it")
+        raise DataError(f"{weights}: the state dict of a whole PEFT model: put its {CONFIG_NAME} next to it")
     pairs = {}
     for (site, embedding), found in halves.items():
         lora_A, lora_B = _matching(site, found, weights)
@@ -303,7 +303,7 @@ def _check_scale(weights: Path, config_file: Path | None, scale: float | None) -
         raise UsageError(f"{config_file} gives the scale: leave the explicit scale ({scale:g}) out")
     if not config_file and scale is None:
         raise DataError(
-            f"{weights}: no {CONFIG_NAME} beside it, and the tensors do not tell the scale: give it explicitly "
+            f"{weights}: scale unknown (there is no {CONFIG_NAME} next to it): give the scale explicitly "
             "(lora_alpha / r of the training, 1 for B·A as it is)"
         )
 
@@ -338,7 +338,7 @@ def _sort_out(tensors: Mapping[str, Tensor], weights: Path) -> tuple[Halves, dic
         pair = halves.setdefault((match["path"], bool(match["embedding"])), {})
         pair[match["half"]] = tensor
     if not halves:
-        raise DataError(f"{weights}: no lora_A and lora_B tensors in it ({len(extra)} others)")
+        raise DataError(f"{weights}: no lora_A and lora_B tensors ({len(extra)} other tensors)")
     return halves, extra
 
 
@@ -388,7 +388,7 @@ def write_adapter(folder: Path | str, adapter: LoraAdapter) -> Path:
         if pair.rank == 0:
             raise DataError(f"{path}: rank 0 cannot be written as an adapter; leave the site out")
     if not adapter.pairs:
-        raise DataError(f"{folder}: an adapter without a single site cannot be written")
+        raise DataError(f"{folder}: no sites to write; an adapter needs at least one")
     config = complete_config(
         adapter.config,
         {path: pair.rank for path, pair in adapter.pairs.items()},

@@ -50,12 +50,12 @@ def rehearsal() -> Iterator[None]:
 
 
 def rehearsing() -> bool:
-    """Whether this is a rehearsal: nothing may be made, locked or fetched."""
+    """Whether this is a dry run: nothing may be created, locked or downloaded."""
     return _rehearsing.get()
 
 
 def about_to_write() -> None:
-    """Said before anything is made, locked or fetched; ends a rehearsal."""
+    """Call before anything is created, locked or downloaded; ends a dry run."""
     if _rehearsing.get():
         raise FirstWrite
 
@@ -141,7 +141,7 @@ def _beside(path: Path, role: str) -> Path:
 
 
 def as_created(path: Path) -> None:
-    """Permissions as the user's umask has them: safetensors writes files that only their owner can read."""
+    """Set permissions by the user's umask: safetensors writes files that only their owner can read."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
@@ -158,7 +158,7 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def named(path: Path, temporary: Path) -> Iterator[None]:
-    """Let errors speak of `path`: nobody finds the temporary folder afterwards."""
+    """Name `path` in errors instead of the temporary folder, which is gone afterwards."""
     try:
         yield
     except RankwiseError as error:
@@ -261,7 +261,7 @@ def read_document(path: Path | str, form: str, what: str, parts: Iterable[str] =
     if content.get("format") != form:
         raise DataError(f"{path}: not {what} of this version (format {content.get('format')!r}, expected {form!r})")
     if missing := [part for part in parts if part not in content]:
-        raise DataError(f"{path}: not whole, it lacks {', '.join(missing)}; run the command that wrote it again")
+        raise DataError(f"{path}: incomplete: {', '.join(missing)} missing; run the command that wrote it again")
     return content
 
 
@@ -305,7 +305,7 @@ def sha256(path: Path | str) -> str:
 
 
 def fingerprint(path: Path | str) -> str:
-    """What a file or folder holds, as one hexadecimal SHA-256; the place and the times do not enter.
+    """SHA-256 of the content of a file or folder, in hexadecimal; location and times do not count.
 
     A file up to 64 MiB counts whole; of a larger one its size and 256 evenly spread blocks of 16 KiB, both ends
     included (a fine-tune touches all of a weight file; reading all of a 140 GB model would take minutes). A

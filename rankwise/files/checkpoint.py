@@ -46,7 +46,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies in its file: `start` and `end` are byte offsets from the start of the file."""
+    """Position of one tensor in its file: `start` and `end` are byte offsets from the start of the file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -63,7 +63,7 @@ class Shard:
         try:
             self._file: Any = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise DataError(f"{path}: not a sound safetensors file ({error}); fetch or save it again") from error
+            raise DataError(f"{path}: not a valid safetensors file ({error}); fetch or save it again") from error
 
     def tensor(self, key: str) -> Tensor:
         """A view of the mapped file; nothing is read before its elements are."""
@@ -94,12 +94,12 @@ def read_entries(path: Path) -> dict[str, Entry]:
     if head == POINTER[:LENGTH_BYTES]:
         raise DataError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` in its repository")
     if header is None:
-        raise DataError(f"{path}: cut off within its header ({size:,} bytes); fetch or save it again")
+        raise DataError(f"{path}: truncated within its header ({size:,} bytes); fetch or save it again")
     entries = parse_header(path, header)
     expected = max((entry.end for entry in entries.values()), default=LENGTH_BYTES + length)
     if expected != size:
         raise DataError(
-            f"{path}: {size:,} bytes where its header describes {expected:,}: cut off or altered; "
+            f"{path}: {size:,} bytes where its header describes {expected:,}: truncated or altered; "
             "fetch or save it again"
         )
     return entries
@@ -166,12 +166,12 @@ class Checkpoint:
         return len(self.stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Without reading the tensor."""
+        """Shape, without reading the tensor."""
         key = self._key(name)
         return self.shards[key].entries[key].shape if key in self.shards else tuple(self.loaded[key].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """As stored, without reading the tensor."""
+        """Stored type, without reading the tensor."""
         key = self._key(name)
         return self.shards[key].entries[key].dtype if key in self.shards else self.loaded[key].dtype
 
@@ -186,7 +186,7 @@ class Checkpoint:
         return self.shards[key].tensor(key) if key in self.shards else self.loaded[key]
 
     def prefetch(self, name: str) -> None:
-        """Have the tensor's bytes read from the disk while the caller works on something else."""
+        """Prefetch the tensor's bytes from the disk while the caller does other work."""
         key = self._key(name)
         if key in self.shards:
             self.shards[key].prefetch(key)
@@ -220,7 +220,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         return Checkpoint(path, (weights,), shards=dict.fromkeys(shard.entries, shard))
     if weights.suffix in SUFFIXES:
         return Checkpoint(path, (weights,), loaded=load_pickle(weights))
-    raise DataError(f"{weights}: not a weight file that is known here ({SAFETENSORS}, {', '.join(SUFFIXES)})")
+    raise DataError(f"{weights}: unknown type of weight file (known: {SAFETENSORS}, {', '.join(SUFFIXES)})")
 
 
 def weights_of(folder: Path) -> Path:
@@ -269,10 +269,10 @@ def _weight_map(index: Path) -> dict[str, str]:
     """tensor → file name of an index; DataError where it is not one, or leaves its own folder."""
     places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise DataError(f"{index}: no weight_map from tensor names to file names in it")
+        raise DataError(f"{index}: weight_map (tensor name → file name) is missing")
     for name in set(places.values()):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise DataError(f"{index}: names the file {name!r} outside its folder")
+            raise DataError(f"{index}: weight_map names {name!r}, a file outside its folder")
     return places
 
 
@@ -331,7 +331,7 @@ def model_fingerprint(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Weight:
-    """Where a matrix lies: a key, and for fused tensors which of how many equal row blocks."""
+    """Location of a matrix: its key, and for fused tensors its block among equal row blocks."""
 
     key: str
     part: tuple[int, int] = (0, 1)

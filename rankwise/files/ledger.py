@@ -89,8 +89,8 @@ class Ledger:
             try:
                 if "sha256" in row and sha256(path) != row["sha256"]:  # lines of earlier versions have none
                     raise DataError(
-                        f"{path}: not the numbers that were written (its sha256 differs); put the file back, "
-                        "or delete it with its lines, and those runs are made again"
+                        f"{path}: changed since it was written (its sha256 differs); restore the file, "
+                        "or delete it with its lines to repeat those runs"
                     )
                 with safe_open(path, framework="pt") as file:
                     self._matrices[row["file"], name] = file.get_tensor(name)

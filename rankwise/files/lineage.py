@@ -1,4 +1,4 @@
-"""Where a folder came from, as the records in it say, and how the rows were read that it was trained on.
+"""Lineage of a folder, from its records, and the reading options of its training rows.
 
 RUN ── export.json: model ──▶ merged folder ── manifest: adapter ──▶ training run ── manifest: model ──▶ base
 """
@@ -53,7 +53,7 @@ def chain(run: Path) -> Iterator[Path]:
 
 
 def row_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a config, how its rows are read by a command that scores them."""
+    """Options of a config that set how a scoring command reads its rows."""
     return {name: config[name] for name in ROWS if config.get(name)}
 
 
@@ -88,7 +88,7 @@ def adapters_of(manifest: Path, stages: Sequence[str] = ("merge", "compress")) -
 
 
 def warn_of_training_rows(run: Path, file: Path, measured: str) -> None:
-    """Say so where a training run in this folder, or in the one above, has learnt from this very file."""
+    """Warn where a training run in this folder, or its parent, was trained on this file."""
     entries = [RunFolder(folder).stages().get(stage, {}) for folder in (run, run.parent) for stage in TRAINING]
     learnt_from = {entry.get("inputs", {}).get("data", {}).get("fingerprint") for entry in entries}
     if fingerprint(file) in learnt_from:

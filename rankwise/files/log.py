@@ -66,7 +66,7 @@ def copier(path: Path, targets: Mapping[int, int]) -> Iterator[tuple[subprocess.
     block. A target is where the stream goes besides, a descriptor of this process or NOWHERE; streams of one target
     share a pipe, which keeps their order."""
     if sys.platform == "win32":
-        raise UsageError("a log file needs what Windows lacks; redirect the output instead: rankwise … > LOG 2>&1")
+        raise UsageError("log files are not supported on Windows; redirect the output instead: rankwise … > LOG 2>&1")
     require_log_file(path)
     pipes = {target: os.pipe() for target in dict.fromkeys(targets.values())}
     words = [f"{reading}:{target}" for target, (reading, _) in pipes.items()]
@@ -98,11 +98,11 @@ def wait(process: subprocess.Popen[bytes]) -> None:
     try:
         process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
-        print("note: a process of this run is still there; the log goes on as long as it writes", file=sys.stderr)
+        print("note: a process of this run is still running; its output still goes to the log", file=sys.stderr)
 
 
 def line_by_line() -> None:
-    """So that the log can be followed; a pipe would otherwise be written to in blocks."""
+    """Switch to line buffering, so that the log can be followed; a pipe is block-buffered otherwise."""
     flush()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)

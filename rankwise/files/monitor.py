@@ -1,4 +1,4 @@
-"""What a run takes while it runs: memory and CPU of its processes, and what NVIDIA's driver says of every GPU.
+"""Resource usage of a run: memory and CPU of its processes, and what NVIDIA's driver says of every GPU.
 
 with Monitor(run / "logs" / "monitor.csv") as monitor:
     with monitor.watching("train") as samples:      # a thread samples every two seconds
@@ -61,7 +61,7 @@ class PeakMemory:
 
     @property
     def bytes(self) -> int:
-        """Up to now."""
+        """Peak memory so far, in bytes."""
         self.sample()
         return self._most
 
@@ -107,7 +107,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a stage took: bytes, and percent. GPU memory is the most that one GPU held; None without a GPU."""
+    """Resource usage of a stage: bytes and percent. GPU memory is the most that one GPU held; None without a GPU."""
 
     peak_memory: int
     cpu_percent: float
@@ -146,7 +146,7 @@ class Monitor:
 
     @contextmanager
     def watching(self, stage: str) -> Iterator[list[Sample]]:
-        """The samples of this block, the first at its beginning and the last at its end."""
+        """Samples of this block, including one at its start and one at its end."""
         with self._lock:
             self._stage, self._samples = stage, []
             samples = self._samples

@@ -41,7 +41,7 @@ def load_tensor(path: Path) -> Tensor:
     """The one tensor that `torch.save(tensor, path)` has written. DataError as `load_pickle`, and for anything else."""
     content = _load(path)
     if not isinstance(content, Tensor):
-        raise DataError(f"{path}: a {type(content).__name__}, where one tensor is expected")
+        raise DataError(f"{path}: expected one tensor, found a {type(content).__name__}")
     return content.detach()
 
 
@@ -60,7 +60,7 @@ def _load(path: Path) -> Any:
         mapped = zipfile.is_zipfile(path)
         if not mapped:
             size = path.stat().st_size / 2**20
-            logger.warning("%s: legacy pickle, loads whole into memory (%.1f MiB)", path, size)
+            logger.warning("%s: legacy pickle, loaded into memory as a whole (%.1f MiB)", path, size)
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except BROKEN as error:
@@ -78,6 +78,6 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError | PermissionError):
         return f"cannot be read: {error.strerror}"
     if isinstance(error, pickle.UnpicklingError):
-        return "not a sound PyTorch weights file (its pickle is broken); fetch or save it again"
+        return "not a valid PyTorch weights file (its pickle is broken); fetch or save it again"
     first = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return f"not a sound PyTorch weights file ({first[:160]}); fetch or save it again"
+    return f"not a valid PyTorch weights file ({first[:160]}); fetch or save it again"

@@ -1,4 +1,4 @@
-"""Several processes on one job: who takes which sites, and how the results come together.
+"""Several processes on one job: how sites are distributed and results gathered.
 
 Started by `torchrun --nproc-per-node N -m rankwise …` (or accelerate launch); alone, nothing here does anything.
 """
@@ -37,7 +37,7 @@ def announce(text: str) -> None:
 
 
 def own_share(items: Sequence[Item], costs: Sequence[float]) -> list[Item]:
-    """This process's items: largest first, each to the process with the least work so far."""
+    """Items of this process: largest first, each assigned to the process with the least work so far."""
     rank, count = process_index()
     load = [0.0] * count
     mine: list[Item] = []

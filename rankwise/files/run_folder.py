@@ -40,7 +40,7 @@ NOT_SHOWN = "(not shown)"
 
 
 def without_secrets(content: Any, instead: str | None = NOT_SHOWN) -> Any:
-    """The settings with something else in place of the values of keys that name a secret."""
+    """The settings, with the values of keys that name a secret masked."""
     if isinstance(content, dict):
         return {
             key: instead if SECRET.search(str(key)) and isinstance(value, str) else without_secrets(value, instead)
@@ -157,7 +157,7 @@ class RunFolder:
         seconds: float,
         **facts: Any,
     ) -> None:
-        """Enter a stage that has just finished and was timed by the caller."""
+        """Record a stage that has just finished and was timed by the caller."""
         described = {name: describe_input(value) for name, value in inputs.items()}
         started = datetime.now(UTC) - timedelta(seconds=seconds)
         self._enter(stage, described, Record(dict(outputs), facts), started, seconds)
@@ -256,7 +256,7 @@ def remove_empty(folders: Sequence[Path]) -> None:
 
 
 def _holder(path: Path) -> str:
-    """Who holds the lock, as far as it has said so by now."""
+    """Holder of the lock, as far as it is recorded."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return f"process {content['pid']} on {content['host']} since {content['since']}"

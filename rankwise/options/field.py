@@ -31,7 +31,7 @@ TRUE, FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that an option takes. None: no bound on that side."""
+    """Range of the numbers that an option takes. None: no bound on that side."""
 
     least: float | None = None
     most: float | None = None
@@ -59,7 +59,7 @@ class Range:
 
     @property
     def shown(self) -> str:
-        """For the help; empty where anyone would guess it."""
+        """Text of the range for the help; empty where it is obvious."""
         guessed = self.most is None and self.below is None and (self.least in (None, 0, 1))
         return "" if guessed else f" ({str(self).removeprefix('of ')})"
 
@@ -205,10 +205,10 @@ def check_address(given: str, where: str) -> str:
         parts = urlsplit(given if "://" in given else f"//{given}")
         extra = "@" in parts.netloc or "?" in given or "#" in given
     except ValueError as error:
-        raise UsageError(f"{where}: not the address of a server") from error
+        raise UsageError(f"{where}: not a server address") from error
     if extra:
         raise UsageError(
-            f"{where}: an address is saved and printed, so no user, password or query may stand in it; keys come from "
+            f"{where}: an address is saved and printed, so it must have no user, password or query; keys come from "
             "the environment (OPENAI_API_KEY, LLAMA_API_KEY)"
         )
     return given
@@ -285,7 +285,7 @@ def convert_object(value: Any) -> dict[str, Any]:
 
 
 def unknown(name: str, known: Iterable[str], where: str, what: str = "option") -> UsageError:
-    """The error for a name that nothing answers to, with the nearest names there are."""
+    """Error for an unknown name, with the nearest known names."""
     names = list(dict.fromkeys(known))
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6) or [n for n in names if n.startswith(name)][:3]
     hint = f"; did you mean {' or '.join(near)}?" if near else ""

@@ -20,7 +20,7 @@ from rankwise.pipeline.recipe import packaged_lines
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one recipe went."""
+    """Result of one recipe."""
 
     name: str
     folder: Path
@@ -55,7 +55,7 @@ def next_command(config: BatchConfig, done: Sequence[Path]) -> str:
 
 
 def raise_first(failed: Sequence[Outcome], total: int) -> None:
-    """Tell which failed, with the first one's exit code; nothing where none did."""
+    """Raise an error that names the failed recipes, with the first one's exit code, if any failed."""
     for outcome in failed[:1]:
         assert outcome.error is not None
         error = RankwiseError(f"{len(failed)} of {total} recipes failed: {', '.join(each.name for each in failed)}")
@@ -71,7 +71,7 @@ def runs_of(config: BatchConfig) -> dict[str, RunConfig]:
         )
     names = [Path(recipe).stem for recipe in config.recipes]
     if len(set(names)) < len(names):
-        raise UsageError(f"two recipes have one name: {', '.join(names)}; each gets the folder of its name")
+        raise UsageError(f"duplicate recipe name: {', '.join(names)}; each recipe needs a folder name of its own")
     jobs = {
         name: RunConfig(recipe, str(Path(config.output_dir) / name), set=list(config.set), force=config.force)
         for name, recipe in zip(names, config.recipes, strict=True)
@@ -82,7 +82,7 @@ def runs_of(config: BatchConfig) -> dict[str, RunConfig]:
 
 
 def ready(config: BatchConfig) -> None:
-    """What is asked of every stage of every recipe, before the first one begins."""
+    """Check every stage of every recipe before the first one starts."""
     jobs = [] if config.list_ else list(runs_of(config).values())
     for job in jobs:
         recipes.ready(job)

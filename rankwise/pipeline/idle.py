@@ -1,4 +1,4 @@
-"""Options that act only beside others: one table, asked by every command's check before anything is read or made.
+"""Options that need other options: one table, checked by every command before anything is read or written.
 
     refuse_idle(config)     UsageError: --select_by acts only with --select accuracy; here it would have no effect …
 
@@ -63,7 +63,7 @@ def without(other: str, names: str, why: str = "") -> list[Bound]:
 
 
 def phases(told: Told) -> int:
-    """How many phases the options of `--phase_strategy` have."""
+    """Number of phases of `--phase_strategy`."""
     return phases_of(told.phase_strategy or ("both-mlp-attn" if told.dynamic_lora else ""))
 
 
@@ -243,7 +243,7 @@ TABLES: Mapping[type, list[Bound]] = {
 
 
 def as_said(default: Any) -> str:
-    """A default as a command line takes it."""
+    """A default, formatted as a command-line value."""
     return "none" if default in (None, []) else ",".join(default) if isinstance(default, list) else str(default)
 
 

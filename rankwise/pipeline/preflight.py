@@ -1,4 +1,4 @@
-"""What is asked of a command before it reads or writes anything: libraries, inputs, places of outputs.
+"""Checks before a command reads or writes anything: libraries, inputs, output locations.
 
     require_extras("train", config)     UsageError: --report_to wandb: wandb is not installed …; it comes with: …
     ready("train", config)              UsageError, DataError, or nothing
@@ -138,7 +138,7 @@ def require_extras(command: str, config: Any) -> None:
 
 
 def ready(command: str, config: Any, made: Sequence[Path] = (), run: Path | None = None) -> None:
-    """Raises what can be said beforehand; see the module."""
+    """Raise every error that can be found beforehand; see the module."""
     stage, options = stage_of(command), list(options_of(config))
     if hasattr(stage, "check_installed"):  # a task's scorers, llama.cpp's converter: of options that go together
         stage.check_installed(config)

@@ -81,7 +81,7 @@ def note_shadowed(text: str) -> str | None:
     """A note where a bare name took the package's recipe although a file of that name lies here."""
     beside = [Path(text + suffix) for suffix in CONFIG_SUFFIXES]
     found = next((path for path in beside if not Path(text).is_file() and path.is_file()), None)
-    return f"note: {text} is the package's recipe; for the file beside you: rankwise run {found}" if found else None
+    return f"note: {text} is the packaged recipe; to run the file here: rankwise run {found}" if found else None
 
 
 def options_for(path: Path, command: str) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def load_recipe(path: Path, run: Path, changes: Sequence[str] = ()) -> Recipe:
     content = read_content(path)
     defaults = content.get("variables") or {}
     if not isinstance(defaults, dict) or "run" in defaults:
-        raise UsageError(f"{path}: variables: a mapping of names to defaults is needed (`run` is the run folder)")
+        raise UsageError(f"{path}: variables: must be a mapping from names to defaults (`run` is the run folder)")
     variables = resolve_variables(defaults, run, str(path))
     rows = content.get("stages")
     if not isinstance(rows, list) or not rows:
@@ -125,9 +125,9 @@ def read_content(path: Path, below: Sequence[Path] = ()) -> dict[str, Any]:
     rows = content.get("stages")
     names = [stage_name(row) for row in rows] if isinstance(rows, list) else []
     if len(set(names)) < len(names):
-        raise UsageError(f"{path}: two stages have one name: {', '.join(names)}")
+        raise UsageError(f"{path}: duplicate stage name: {', '.join(names)}")
     if path in below:
-        raise UsageError(f"{path}: extends itself, by way of {', '.join(str(each) for each in below)}")
+        raise UsageError(f"{path}: extends itself through {', '.join(str(each) for each in below)}")
     parent = content.pop("extends", None)
     if parent is None:
         return content
@@ -179,7 +179,7 @@ def resolve_variables(defaults: Mapping[str, Any], run: Path, where: str) -> dic
 
 def read_stage(row: Any, variables: Mapping[str, str], where: str) -> Stage:
     if not isinstance(row, dict) or "command" not in row:
-        raise UsageError(f"{where}: a stage is a mapping with `command:`; got {row!r}")
+        raise UsageError(f"{where}: a stage must be a mapping with `command:`; got {row!r}")
     command = ALIASES.get(str(row["command"]), str(row["command"]))
     if command not in COMMANDS or command in PIPELINES:
         raise unknown(command, [name for name in COMMANDS if name not in PIPELINES], where, "command")
@@ -191,7 +191,7 @@ def read_stage(row: Any, variables: Mapping[str, str], where: str) -> Stage:
     }
     processes = substitute(row.get("nproc", 1), variables, f"{where}: stage {name}: nproc")
     if not str(processes).isdecimal() or int(processes) < 1:
-        raise UsageError(f"{where}: stage {name}: nproc is a number of processes; got {processes!r}")
+        raise UsageError(f"{where}: stage {name}: nproc must be a number of processes; got {processes!r}")
     return Stage(name, command, options, int(processes))
 
 

@@ -104,7 +104,7 @@ def log_path(config: RunConfig) -> Path:
 
 @contextmanager
 def mark_unfinished(times: dict[str, StageTime], stage: str) -> Iterator[None]:
-    """How long it went until it was stopped, or failed."""
+    """Record the time until the run was stopped or failed."""
     started = time.monotonic()
     try:
         yield
@@ -115,7 +115,7 @@ def mark_unfinished(times: dict[str, StageTime], stage: str) -> Iterator[None]:
 
 @contextmanager
 def print_times(times: Mapping[str, StageTime]) -> Iterator[None]:
-    """The table of times, however the run ends."""
+    """Print the table of times, however the run ends."""
     try:
         yield
     except (Interrupted, KeyboardInterrupt):
@@ -149,7 +149,7 @@ def step(folder: RunFolder, recipe: Recipe, index: int, config: Any, again: bool
 
 
 def ready(config: RunConfig, made: Sequence[Path] = ()) -> None:
-    """What is asked of every stage to run, before the first one begins. made: what is there by then."""
+    """Check every stage to run before the first one starts. made: outputs that exist by then."""
     if config.list_:
         return
     recipe, configs = prepare(config)
@@ -244,7 +244,7 @@ def execute(stage: Stage, config: Any, scratch: Path) -> None:
 
 @contextmanager
 def name_stage(stage: Stage) -> Iterator[None]:
-    """Say whose flags a refusal is about: `--metric` of a stage is `--set STAGE.metric=…` here."""
+    """Name the stage in an error about its flags: `--metric` of a stage is `--set STAGE.metric=…` here."""
     try:
         yield
     except (UsageError, DataError) as error:
@@ -345,7 +345,7 @@ def run_in_processes(command: str, options: Mapping[str, Any], processes: int, c
     write_json(config, {name: value for name, value in options.items() if value is not None})
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     if wait_for([*line, "-m", "rankwise.cli", *command.split(), str(config)]):
-        raise RankwiseError(f"rankwise {command} in {processes} processes failed; its message stands above")
+        raise RankwiseError(f"rankwise {command} in {processes} processes failed; see its message above")
 
 
 def wait_for(line: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""Where a pipeline's time and memory went: a table in the terminal when it ends, and in its report.
+"""Time and memory of a pipeline's stages: a table in the terminal when it ends, and in its report.
 
 stage        time    memory  GPU memory  GPU use
 train     2 h 05 min  9.1 GiB   29.7 GiB     94 %
@@ -53,13 +53,13 @@ def total(times: Sequence[StageTime]) -> list[str]:
 
 
 def time_table(times: Sequence[StageTime]) -> Table:
-    """For the report. Columns that say nothing are left out."""
+    """Table of times for the report, without empty columns."""
     header, *rows = columns([HEADER, *map(cells, times), total(times)])
     return Table(header, rows, note=NOTE)
 
 
 def time_lines(times: Sequence[StageTime]) -> list[str]:
-    """For the terminal."""
+    """Lines of the table of times for the terminal."""
     rows = columns([HEADER, *map(cells, times), total(times)])
     notes = [len(rows[0]) - 1] if rows[0][-1] == "" else []
     return align(rows, left=[0, *notes])

@@ -155,7 +155,7 @@ def whole(
             continue
         missing = [part for part in parts if part not in content]
         if missing:
-            raise DataError(f"{path}: not whole, it lacks {', '.join(missing)}; run the command that wrote it again")
+            raise DataError(f"{path}: incomplete: {', '.join(missing)} missing; run the command that wrote it again")
         yield path, content
 
 

@@ -84,7 +84,7 @@ def read(tmp_path: Path, content: dict[str, Any], sites: dict[str, Site] | None 
 def test_the_documented_minimal_form_expands_over_the_language_tower_only(tmp_path: Path) -> None:
     plan = read(tmp_path, {"description": "by hand", **minimal()})
     assert plan.ranks == {path: 8 if "q_proj" in path else 4 for path in SITES if not path.startswith("visual")}
-    with pytest.raises(DataError, match="for a model only"):
+    with pytest.raises(DataError, match="no site shapes; read the plan together with its model"):
         read(tmp_path, minimal(), None)
 
 
@@ -102,11 +102,11 @@ def test_the_documented_minimal_form_expands_over_the_language_tower_only(tmp_pa
         ({"layer_ranks": {"q_proj": -1}}, "whole number"),
         ({"layer_ranks": {"q_proj": True}}, "whole number"),
         ({"layer_ranks": {"q_proj": "8"}}, "whole number"),
-        ({"layer_ranks": ["q_proj"]}, "layer_ranks is an object"),
+        ({"layer_ranks": ["q_proj"]}, "layer_ranks must be an object"),
         ({}, "neither rank_pattern nor layer_ranks"),
-        (minimal(layer_metadata={"q_proj": "all"}), "layer_metadata of q_proj is a list"),
-        (minimal(alpha_over_rank="two"), "alpha_over_rank is a number above 0"),
-        (minimal(use_rslora="yes"), "use_rslora is true or false"),
+        (minimal(layer_metadata={"q_proj": "all"}), "layer_metadata of q_proj must be a list"),
+        (minimal(alpha_over_rank="two"), "alpha_over_rank must be a number above 0"),
+        (minimal(use_rslora="yes"), "use_rslora must be true or false"),
         (
             {"rank_pattern": {"^model\\.layers\\.7\\.self_attn\\.q_proj$": 4}},
             "nearest: model.layers.[01].self_attn.q_proj",
@@ -155,7 +155,7 @@ def test_rslora_by_hand_in_a_written_plan_takes_no_alpha_pattern(tmp_path: Path)
     written = {**one_site(4), "format": FORMAT, "alpha_pattern": {pattern("model.layers.0.self_attn.q_proj"): 8.0}}
     assert read(tmp_path, written).scale(4) == 2
     with pytest.raises(
-        DataError, match=r"one alpha, alpha_over_rank \(2\) × the largest rank, so there is no alpha_pattern"
+        DataError, match=r"one alpha, alpha_over_rank \(2\) × the largest rank, so alpha_pattern does not apply"
     ):
         read(tmp_path, written | {"use_rslora": True})
     assert read(tmp_path, written | {"use_rslora": True, "alpha_pattern": {}}).scale(4) == 4

@@ -203,7 +203,7 @@ def test_summary_and_report_tell_the_verdict_and_the_classes(tmp_path: Path, con
     assert page.count("What was taken for what") >= 1
     assert "Always water: accuracy 0.400." in page
     (tmp_path / "validation.json").write_text(json.dumps({"format": FORMAT}))
-    with pytest.raises(DataError, match="not whole, it lacks outtype, by_outtype"):
+    with pytest.raises(DataError, match="incomplete: outtype, by_outtype"):
         read_validation(tmp_path / "validation.json")
 
 

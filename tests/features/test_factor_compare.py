@@ -197,7 +197,7 @@ def test_another_programs_history_is_passed_over(tmp_path: Path) -> None:
 
 def test_a_broken_comparison_is_named_in_the_report(tmp_path: Path) -> None:
     write_json(tmp_path / "comparison.json", {"format": "rankwise-factors/1", "rank": 3})
-    with pytest.raises(DataError, match=r"comparison\.json: not whole, it lacks .*sources"):
+    with pytest.raises(DataError, match=r"comparison\.json: incomplete: .*sources.* missing"):
         build_report(tmp_path)
 
 

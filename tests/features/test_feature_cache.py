@@ -302,7 +302,7 @@ class TestOlderFiles:
             (torch.zeros(1, 5, 6), r"\(5, 6\), and features_0.pt is \(4, 6\)"),
             (torch.zeros(4), "floats"),
             (torch.zeros(1, 4, 6, dtype=torch.int64), "int64"),
-            ({"features": torch.zeros(1, 4, 6)}, "a dict, where one tensor is expected"),
+            ({"features": torch.zeros(1, 4, 6)}, "expected one tensor, found a dict"),
         ],
     )
     def test_a_file_that_is_no_matrix_is_named(self, folder: Path, content: Any, told: str) -> None:

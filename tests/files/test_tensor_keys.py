@@ -239,5 +239,5 @@ def test_a_module_of_that_name_is_no_wrapper() -> None:
 
 def test_two_keys_of_one_name_are_refused(tmp_path: Path) -> None:
     save_file({"a.weight": torch.ones(1), "_orig_mod.a.weight": torch.ones(1)}, tmp_path / "two.safetensors")
-    with pytest.raises(DataError, match=r"two\.safetensors: .*are one tensor, a\.weight"):
+    with pytest.raises(DataError, match=r"two\.safetensors: .*are the same tensor, a\.weight"):
         open_checkpoint(tmp_path / "two.safetensors").keys()

@@ -132,8 +132,8 @@ def test_the_documented_extension_is_understood(tmp_path: Path, capsys: pytest.C
     [
         ("extends: child", "extends itself"),
         ("extends: parnet", "no such recipe"),
-        ("extends: parent\nstages:\n  - {name: prob, title: t}", "a stage is a mapping with `command:`"),
-        ("extends: parent\nstages:\n  - {name: probe}\n  - {name: probe}", "two stages have one name"),
+        ("extends: parent\nstages:\n  - {name: prob, title: t}", "a stage must be a mapping with `command:`"),
+        ("extends: parent\nstages:\n  - {name: probe}\n  - {name: probe}", "duplicate stage name"),
         ("extends: parent\nstgaes: []", "did you mean stages"),
     ],
 )
@@ -184,7 +184,7 @@ def test_a_batch_is_checked_whole_before_it_starts(tmp_path: Path, call: Call) -
     good = report_recipe(tmp_path, "good", tmp_path)
     for words, said in (
         ((good, "e2e_atention"), "e2e_attention"),
-        ((good, good), "two recipes have one name: good, good"),
+        ((good, good), "duplicate recipe name: good, good"),
         ((good, "--set", "report.titel=x"), "did you mean title"),
         ((), "needs recipes"),
     ):

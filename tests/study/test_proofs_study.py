@@ -168,7 +168,7 @@ def test_losses_that_were_altered(copy: Path) -> None:
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     tensors["dev"][0, 0] += 0.5
     save_file(tensors, file)
-    with pytest.raises(DataError, match=rf"{file.name}: not the numbers that were written"):
+    with pytest.raises(DataError, match=rf"{file.name}: changed since it was written"):
         stage.run(own())
 
 

@@ -429,7 +429,7 @@ def test_without_a_measured_rate_no_time_is_guessed(base: Path, data: Path, tmp_
         ({"kind": "phases", "arms": ["static", "norm:2", "yoked:norm:2"]}, "tuning_seeds at least 2"),
         ({"kind": "phases", "arms": ["static", "yoked:mlp:1 > attention"]}, "can be replayed"),
         ({"kind": "phases", "arms": ["static", "static@norm:2"]}, "not known in advance"),
-        ({"kind": "phases", "arms": ["static", "reversed:norm:2"]}, "only a list of phases"),
+        ({"kind": "phases", "arms": ["static", "reversed:norm:2"]}, "needs a list of phases"),
         ({"kind": "phases", "arms": ["static", "mlp:9 > attention"]}, "9 steps before the last"),
         ({"arms": ["shuffled", "base"]}, "no primary contrast"),
     ],

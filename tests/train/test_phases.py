@@ -155,7 +155,7 @@ def test_norm_is_a_function_of_its_choices_and_replays_as_phases(sites: dict[str
         ("both > mlp", ("needs a length", "both:300")),
         ("both:3 >", ("empty phase", "quotes")),
         ("mlp:many", ("mlp:many", "number of optimizer steps")),
-        ("layers 3-1", ("runs backwards",)),
+        ("layers 3-1", ("the first layer must not be above the last",)),
         ("mlp:0 > both", ("needs a length",)),
         ("lisa:0@4", ("at least 1",)),
         ("layers 2-9", ("layer 9", "layers 0 to 3")),
