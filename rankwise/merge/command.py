@@ -84,9 +84,9 @@ def check_options(config: MergeConfig) -> Path:
         shard_bytes(config.max_memory, "--max_memory")
     data = config.data
     if data.task and not data.data_path:
-        raise UsageError("merge: --task says how rows become prompts; --data_path is missing: where are the rows?")
+        raise UsageError("merge: --task needs --data_path, the file or folder of the rows")
     if data.data_path and not task_of(data):
-        raise UsageError("merge: --data_path says where the rows are; --task is missing: how do they become prompts?")
+        raise UsageError("merge: --data_path needs --task, which says how rows become prompts")
     return Path(config.adapter)
 
 
@@ -95,7 +95,7 @@ def check(config: MergeConfig) -> tuple[Path, str]:
     adapter = check_options(config)
     base = config.base_model or recorded_base(adapter)
     if not base:
-        raise DataError(f"{adapter}: the adapter does not say what its base is; give it with --base_model")
+        raise DataError(f"{adapter}: the adapter names no base model; give it with --base_model")
     if not config.base_model and not Path(base).exists() and not HUB_ID.fullmatch(base):
         raise DataError(f"{adapter}: made for {base}, which is not on this machine; give the base with --base_model")
     return adapter, base
@@ -136,7 +136,7 @@ def prompts_of(config: MergeConfig, base: str, adapter: Path) -> Batch | None:
 
 
 def inputs_of(config: MergeConfig) -> str:
-    """What the logits are compared on."""
+    """Inputs of the logit comparison."""
     path = config.data.data_path
     return f"{plural(config.num_samples, 'prompt')} of {path}" if path else "random tokens"
 
@@ -156,7 +156,7 @@ def report(config: MergeConfig, plan: MergePlan, base: str, written: Written, ag
 
 
 def notes(config: MergeConfig, plan: MergePlan, base: str) -> list[str]:
-    """What is not as the adapter or the base says: another base, weights no longer tied, the adapter's own tokens."""
+    """Notes on deviations from adapter or base: another base, weights no longer tied, the adapter's own tokens."""
     found, (before, after) = [], plan.rows
     recorded = recorded_base(Path(str(config.adapter)))
     if recorded and recorded != base:

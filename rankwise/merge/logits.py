@@ -51,7 +51,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Noise:
-    """Pictures of noise, one for each number; they stand where a reader of files does."""
+    """Noise images, one per number, in place of an image reader."""
 
     width: int = 64
     height: int = 48
@@ -85,7 +85,7 @@ def text_batch(model: Any, among: Collection[int] = ()) -> Batch:
 
 
 def for_decoder(model: Any, batch: Batch) -> Batch:
-    """The same tokens for the decoder, where there is one of its own."""
+    """Add the same tokens as decoder inputs, for an encoder-decoder model."""
     return batch | ({"decoder_input_ids": batch["input_ids"]} if model.config.is_encoder_decoder else {})
 
 
@@ -197,8 +197,8 @@ class FileWeights:
         lacking = [name for name, _ in model.named_parameters() if name not in self.places]
         if lacking:
             raise UsageError(
-                f"{checkpoint.path}: {type(model).__name__} cannot be compared layer by layer: its files hold "
-                f"{lacking[0]} in another form; {INSTEAD}"
+                f"{checkpoint.path}: {type(model).__name__} cannot be compared layer by layer: its files store "
+                f"{lacking[0]} in a different layout; {INSTEAD}"
             )
 
     def __contains__(self, name: object) -> bool:
@@ -267,7 +267,7 @@ def stream_weights(model: PreTrainedModel, weights: Weights) -> PreTrainedModel:
     """A model without weights, to which they come from anywhere. UsageError where some come from nowhere."""
     lacking = [name for name, _ in model.named_parameters() if name not in weights]
     if lacking:
-        raise UsageError(f"{type(model).__name__} cannot be run layer by layer: {lacking[0]} is in no file as such")
+        raise UsageError(f"{type(model).__name__} cannot be run layer by layer: no file stores {lacking[0]}")
     hook_layers(model, empty_weights(model, weights))
     return model.eval()
 
@@ -283,7 +283,7 @@ def empty_weights(model: PreTrainedModel, weights: Weights) -> Weights:
 
 
 def hook_layers(model: nn.Module, weights: Weights) -> None:
-    """Hang the hooks. What an adapter has brought with it (factors, biases, modules trained in full) stays."""
+    """Register the hooks. What an adapter has brought with it (factors, biases, modules trained in full) stays."""
     done: list[str] = []
     for path, module in list(model.named_modules()):
         if any(path.startswith(f"{other}.") for other in done):
@@ -318,7 +318,7 @@ def require_finite(logits: Tensor, model: Any) -> None:
 
 
 def free_memory() -> int:
-    """Bytes that a comparison may take where nobody says how many."""
+    """Default memory limit of a comparison, in bytes."""
     return int(get_max_memory()["cpu"])
 
 

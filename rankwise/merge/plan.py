@@ -1,4 +1,4 @@
-"""A merge that will work: what an adapter changes of its base, checked by name and shape before a byte is written.
+"""Merge plan: what an adapter changes in its base, checked by name and shape before a byte is written.
 
     plan = plan_merge("org/base", Path("saved_models/adapter"))
 
@@ -75,7 +75,7 @@ class Skeleton:
         return frozenset([*self.layers, *self.whole, *self.tokens])
 
     def alike(self, one: str, other: str) -> bool:
-        """Whether two parameters that are one weight in the base are still equal with the adapter."""
+        """Whether two parameters that are tied in the base are still equal with the adapter."""
         whole, tokens = (self.whole.get(one), self.whole.get(other)), (self.tokens.get(one), self.tokens.get(other))
         return (
             not {one, other} & set(self.layers)
@@ -90,7 +90,7 @@ def same(one: Tensor | None, other: Tensor | None) -> bool:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A merge that will work: what is written, from what, and what changes it on the way.
+    """Merge plan: which tensors are written, their sources, and their changes.
 
     `change`: what the adapter makes of which parameter. `untied`: parameters that shared another one's storage and no
     longer do. `rows`: of the embeddings, before and after. `special`: special tokens that the adapter's own tokenizer
@@ -155,7 +155,7 @@ def plan_merge(base: str, adapter: Path, dtype: str = "auto") -> MergePlan:
     held = {*table.weights, *partner, *alike}
     lacking = [name for name in touched if name not in held]
     if lacking:
-        raise DataError(f"{where}: the files hold {lacking[0]} in another form (fused?): it cannot be merged")
+        raise DataError(f"{where}: the files store {lacking[0]} in a different layout (fused?): it cannot be merged")
     special = special_tokens(checkpoint.path, folder, rows[1])
     config = with_special(merged_config(checkpoint.config or {}, dtype, bool(partner)), special)
     if rows[0] != rows[1]:
@@ -306,7 +306,7 @@ def with_vocabulary(config: Mapping[str, Any], settings: PreTrainedConfig, rows:
 
 
 def check_untied(model: PreTrainedModel, config: Mapping[str, Any], partner: Mapping[str, str]) -> None:
-    """The architecture really has two weights once its config says so."""
+    """Check that the architecture has two separate weights once its config unties them."""
     with torch.device("meta"):
         fresh = type(model)(type(model.config).from_dict(dict(config)))
     stuck = [name for name in partner if name in fresh.all_tied_weights_keys]

@@ -78,7 +78,7 @@ class Files:
 
 @dataclass
 class Change:
-    """What the adapter's file says of one weight (out, in): scale·B·A, and DoRA's magnitudes."""
+    """Change of one weight (out, in) by the adapter's file: scale·B·A, and DoRA's magnitudes."""
 
     scale: float
     halves: dict[str, Tensor]
@@ -116,7 +116,7 @@ def require_written(plan: MergePlan, folder: Path) -> float:
     if wrong:
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise VerificationError(
-            f"{len(wrong)} tensors of the merged model are not what they should be: {'; '.join(wrong[:SHOWN])}{more}; "
+            f"{len(wrong)} tensors of the merged model differ from base + adapter: {'; '.join(wrong[:SHOWN])}{more}; "
             "nothing was written"
         )
     return largest
@@ -202,7 +202,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How the merged model differs from base + adapter, and how much the adapter does at all.
+    """Difference between merged model and base + adapter, and the size of the adapter's own effect.
 
     `error` and `effect`: rms difference of the logits to base + adapter and of base + adapter to the base, both
     relative to the rms of base + adapter's. `same_top1`: share of positions with the same most likely token;
@@ -227,12 +227,12 @@ class Agreement:
         if not self.error <= tolerance:
             raise VerificationError(
                 f"the merged model's logits differ from base + adapter's by {self.error:.2g} (relative rms), "
-                f"more than the {tolerance:g} that {dtype} explains; nothing was written"
+                f"above the tolerance for {dtype}, {tolerance:g}; nothing was written"
             )
         if self.error >= self.effect:
             raise VerificationError(
                 f"rounding to {dtype} changes the logits by {self.error:.2g}, the adapter by {self.effect:.2g}: the "
-                "adapter would be lost; write more digits with --dtype float32 (or float16)"
+                "adapter would be lost; keep more precision with --dtype float32 (or float16)"
             )
 
     def as_dict(self) -> dict[str, float]:
@@ -242,7 +242,7 @@ class Agreement:
 def require_effect(effect: float) -> None:
     if not effect > NO_EFFECT:
         raise VerificationError(
-            f"the adapter changes the logits by {effect:.1g} (relative rms), which is nothing: is it the right one, "
+            f"the adapter changes the logits by {effect:.1g} (relative rms), no effect: is it the right one, "
             "and was it trained?"
         )
 

@@ -42,7 +42,7 @@ SHARED_FIELDS = ("lora_alpha", "target_modules", "fan_in_fan_out", "lora_dropout
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What a plan does not say. `init`: default, gaussian, orthogonal, pissa, olora, eva.
+    """LoRA settings that a plan does not contain. `init`: default, gaussian, orthogonal, pissa, olora, eva.
 
     full: modules (paths) of which a copy trains in full beside the adapter, and is saved with it.
     """
@@ -68,7 +68,7 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class Allocation:
-    """From which rank to which, and when.
+    """Starting rank, final rank and schedule of rank allocation.
 
     start, target: rank of every site at the beginning, and the mean over the sites at the end. budget: of all sites
     together, after each optimizer step. orthogonality: weight of PEFT's term that keeps A and B near orthonormal.
@@ -164,17 +164,17 @@ def check_init(model: PreTrainedModel, plan: RankPlan, settings: LoraSettings) -
 
 
 def check_copied(model: PeftModel, full: Iterable[str]) -> None:
-    """Exactly these modules are trained in full."""
+    """Check that exactly these modules are trained in full."""
     copied, wanted = set(full_copies(model)), set(full)
     if copied != wanted:
         raise VerificationError(
-            f"to be trained in full: {', '.join(sorted(wanted)) or 'nothing'}; PEFT copied "
+            f"modules to train in full: {', '.join(sorted(wanted)) or 'nothing'}; PEFT copied "
             f"{', '.join(sorted(copied)) or 'nothing'}"
         )
 
 
 def check_built(model: PeftModel, plan: RankPlan) -> None:
-    """Exactly the planned sites, each with A (r, n) and B (m, r)."""
+    """Check that exactly the planned sites are adapted, each with A (r, n) and B (m, r)."""
     built = built_shapes(model)
     wanted = {
         row.site.path: ((row.rank, row.site.shape[1]), (row.site.shape[0], row.rank)) for row in plan.sites if row.rank
@@ -303,7 +303,7 @@ def plain_pairs(model: PeftModel, kept: Mapping[str, Tensor], scale: float) -> d
         mask = kept[path].cpu()
         a, e, b = (part[ADAPTER].detach().float().cpu() for part in (layer.lora_A, layer.lora_E, layer.lora_B))
         if bool(e[~mask].any()):
-            raise VerificationError(f"{path}: a masked rank channel still acts, so leaving it out would lose it")
+            raise VerificationError(f"{path}: a masked rank channel is not zero, so removing it would change the model")
         if bool(mask.any()):
             own = float(layer.scaling[ADAPTER]) / (float(layer.ranknum[ADAPTER]) + 1e-5)
             transposed = getattr(layer, "fan_in_fan_out", False)  # layers on quantized bases do not have it

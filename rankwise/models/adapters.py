@@ -101,7 +101,7 @@ def full_weights(model: PeftModel) -> dict[str, Tensor]:
 
 
 def publish(source: Path, folder: Path) -> None:
-    """Move the two files of a saved adapter to their place, and say in the config that B·A is all there is."""
+    """Move the two files of a saved adapter to their place; its config marks it as plain B·A."""
     content = read_object(source / CONFIG_NAME) | {"init_lora_weights": True, "eva_config": None}
     with atomic_files(folder / ADAPTER_NAMES[0], folder / CONFIG_NAME) as (weights, config):
         (source / ADAPTER_NAMES[0]).rename(weights)
@@ -136,8 +136,8 @@ def require_converted(model: PeftModel, folder: Path, base: Checkpoint, skeleton
             wrong.append(path)
     if wrong:
         raise VerificationError(
-            f"the adapter in {folder} is not what was trained: on the untouched base {len(wrong)} sites come out "
-            f"otherwise ({wrong[0]} …); the last checkpoint holds the trained form"
+            f"the adapter in {folder} is not what was trained: on the unmodified base {len(wrong)} sites have "
+            f"another delta ({wrong[0]} …); use the last checkpoint"
         )
 
 
@@ -149,7 +149,7 @@ def load_adapter(model: PreTrainedModel, path: Path | str, *, trainable: bool = 
     """
     weights, config_file = adapter_files(Path(path))
     if config_file is None:
-        raise DataError(f"{path}: no {CONFIG_NAME} beside the weights, so it does not say what it adapts")
+        raise DataError(f"{path}: {CONFIG_NAME} is missing next to the weights; it names the adapted modules")
     folder = weights.parent
     where = f"adapter {folder} (made for {read_object(config_file).get('base_model_name_or_path')})"
     where += f" on model {model.name_or_path}"
@@ -189,7 +189,7 @@ def fill_weights(model: PeftModel, state: Mapping[str, Tensor], where: str, *, a
     compare_keys(expected | {key: own[key] for key in found if key in own}, found, where)
     left = set_peft_model_state_dict(model, found, low_cpu_mem_usage=assign).unexpected_keys
     if left:
-        raise DataError(f"{where}: {len(left)} weights have no place ({left[0]} …)")
+        raise DataError(f"{where}: {len(left)} unexpected weights ({left[0]} …)")
 
 
 def compare_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
@@ -199,32 +199,32 @@ def compare_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], wh
         lines = [f"{len(missing)} weights are missing ({missing[0]} …)"] if missing else []
         if extra:
             near = ", ".join(nearest(extra[0], expected)) or "none"
-            lines.append(f"{len(extra)} weights have no place ({extra[0]} …; nearest: {near})")
+            lines.append(f"{len(extra)} unexpected weights ({extra[0]} …; nearest: {near})")
         raise DataError(f"{where}: {'; '.join(lines)}")
     other = [key for key, value in found.items() if value.shape != expected[key].shape]
     if other:
         shapes = f"{tuple(found[other[0]].shape)} in the adapter, {tuple(expected[other[0]].shape)} in the model"
-        raise DataError(f"{where}: {len(other)} weights have other shapes ({other[0]}: {shapes}); another base?")
+        raise DataError(f"{where}: {len(other)} weights have different shapes ({other[0]}: {shapes}); another base?")
 
 
 def check_recorded(model: PeftModel, folder: Path, where: str) -> None:
-    """The sites and whole modules that PEFT matched are those that `sites.json` lists (where there is one)."""
+    """Check that the sites and whole modules that PEFT matched are those of `sites.json`, where there is one."""
     file = folder / SITES_FILE
     if not file.is_file():
         return
     content = read_object(file)
     whole = {row["path"] for row in content.get("full", ())} ^ set(full_copies(model))
     if whole and "full" in content:
-        raise DataError(f"{where}: modules trained in full are not those of {SITES_FILE} ({min(whole)} …)")
+        raise DataError(f"{where}: modules trained in full differ from {SITES_FILE} ({min(whole)} …)")
     recorded = {row["path"]: row["shape"] for row in content["sites"]}
     matched = {path: [b[0], a[1]] for path, (a, b) in built_shapes(model).items()}
     if matched != recorded:
         wrong = sorted(path for path in {**recorded, **matched} if recorded.get(path) != matched.get(path))
-        raise DataError(f"{where}: {len(wrong)} sites are not those of {SITES_FILE} ({wrong[0]} …)")
+        raise DataError(f"{where}: {len(wrong)} sites differ from {SITES_FILE} ({wrong[0]} …)")
 
 
 def check_effect(model: PeftModel, where: str) -> None:
-    """A plain LoRA adapter all of whose products are zero changes nothing: an untrained or misread one."""
+    """Refuse a plain LoRA adapter whose products are all zero: an untrained or misread one."""
     config: Any = model.peft_config[ADAPTER]
     if config.peft_type != "LORA" or config.use_dora or config.bias != "none" or config.modules_to_save:
         return

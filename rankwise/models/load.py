@@ -55,7 +55,7 @@ def check_remote_code(name: str, trust_remote_code: bool, revision: str | None) 
 
 
 def register_ours(folder: Path) -> None:
-    """Where a folder holds a model of ours, transformers learns its classes; OSError for a config that is no JSON."""
+    """Register our model classes for a folder that holds one; OSError for a config that is no JSON."""
     if (folder / "config.json").is_file():
         content, _ = PreTrainedConfig.get_config_dict(folder)
         if home := OURS.get(str(content.get("model_type"))):
@@ -99,7 +99,7 @@ def new_model(config: Any, **options: Any) -> PreTrainedModel:
 
 
 def forward_inputs(config: Any) -> frozenset[str] | None:
-    """Names that the forward of a model that sees takes; None where the class is not known before it is loaded."""
+    """Input names of a vision-language model's forward; None if the class is unknown before loading."""
     found = model_class(config)
     if not issubclass(found, nn.Module):
         found = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
@@ -115,7 +115,7 @@ def main_input(config: Any) -> str:
 
 
 def meta_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model's modules with no weights: what its sites are called, for a few kilobytes."""
+    """The model's modules without weights: its site names, for a few kilobytes."""
     config = load_config(name, revision, trust_remote_code)
     try:
         with torch.device("meta"):
@@ -123,7 +123,7 @@ def meta_model(name: str, revision: str | None = None, trust_remote_code: bool =
     except ImportError as error:
         raise UsageError(f"{name}: the model needs a package: {error}") from error
     except UNFIT as error:
-        raise DataError(f"{name}/config.json: no model can be made of it: {error}") from error
+        raise DataError(f"{name}/config.json: cannot build a model from it: {error}") from error
 
 
 def weightless_model(name: str) -> PreTrainedModel:
@@ -241,7 +241,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     except (OSError, ValueError) as error:
         if main_input(load_config(name, revision, trust_remote_code)) == PIXELS:
             raise UsageError(
-                f"{name} is a vision encoder: it takes no text; `rankwise features capture` is what it is for"
+                f"{name} is a vision encoder, which takes no text; use it with `rankwise features capture`"
             ) from error
         raise DataError(f"{folder}: cannot load a tokenizer: {error}") from error
     return ensure_pad_token(tokenizer)
@@ -260,7 +260,7 @@ def load_processor(name: str, revision: str | None = None, trust_remote_code: bo
     except (ImportError, OSError, ValueError) as error:
         raise DataError(f"{folder}: cannot load a processor: {error}") from error
     if not hasattr(processor, "image_processor"):
-        raise DataError(f"{folder}: no processor of images there (preprocessor_config.json or processor_config.json)")
+        raise DataError(f"{folder}: no image processor there (preprocessor_config.json or processor_config.json)")
     if getattr(processor, "chat_template", None):
         processor.tokenizer.chat_template = processor.chat_template
     return ensure_pad_token(processor)
@@ -272,7 +272,7 @@ def check_torchvision() -> None:
         importlib.import_module("torchvision")
     except (ImportError, RuntimeError) as error:
         raise UsageError(
-            f"torchvision cannot be used ({error}), and models that see images need it; install torch and torchvision "
+            f"torchvision cannot be used ({error}), and vision-language models need it; install torch and torchvision "
             "together, from one source: pip install --force-reinstall torch torchvision"
         ) from error
 

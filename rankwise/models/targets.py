@@ -1,4 +1,4 @@
-"""What an adapter adapts, and at which rank: sites by part (`--target`) or by name (`--target_modules`), rank plans.
+"""Adapted sites and their ranks: sites by part (`--target`) or by name (`--target_modules`), rank plans.
 
     sites = choose_sites(model_sites(model), "attention_only")
     plan = uniform_plan(sites, rank=8, alpha=None, use_rslora=False, model_name="org/base")
@@ -41,7 +41,7 @@ def choose_sites(
         UsageError: names that match nothing in the asked towers (with near names), or nothing to adapt in one of them.
     """
     if target and names:
-        raise UsageError("--target and --target_modules both say what is adapted; give one of them")
+        raise UsageError("--target and --target_modules both select the sites to adapt; give one of them")
     within = {path: site for path, site in sites.items() if site.tower in towers}
     if names == ["all-linear"]:
         target, names = "all", ()
@@ -63,7 +63,7 @@ def choose_sites(
 def by_part(sites: Mapping[str, Site], target: str) -> dict[str, Site]:
     """Sites of a part of every layer, by kind and by the field's names of queries and values."""
     if target not in TARGETS:
-        raise UsageError(f"--target {target!r} is none of {', '.join(TARGETS)}")
+        raise UsageError(f"--target must be one of {', '.join(TARGETS)}; got {target!r}")
     kinds = {"mlp_only": ("mlp",), "both": ("attention", "mlp"), "attention_only": ("attention",)}.get(target)
     kept = {path: site for path, site in sites.items() if kinds is None or site.kind in kinds}
     if target != "attention_only":
@@ -82,16 +82,16 @@ def by_name(
 
 
 def explain_unmatched(name: str, sites: Mapping[str, Site], within: Mapping[str, Site], towers: Sequence[str]) -> str:
-    """Why a name matches nothing, and what is near it."""
+    """Explain an unmatched name, with the nearest names."""
     elsewhere = sorted({site.tower for path, site in sites.items() if name in (path, site.projection)})
     if elsewhere:
         return (
-            f"--target_modules {name}: only the {' and '.join(elsewhere)} tower has it, and what is adapted is "
+            f"--target_modules {name}: only the {' and '.join(elsewhere)} tower has it, and the adapted towers are "
             f"{', '.join(towers)}"
         )
     known = [*dict.fromkeys(site.projection for site in within.values()), *within]
     near = ", ".join(nearest(name, known)) or ", ".join(known[:7])
-    return f"--target_modules {name} matches no matrix of the model; near it: {near}"
+    return f"--target_modules {name} matches no matrix of the model; nearest: {near}"
 
 
 def uniform_plan(
@@ -117,7 +117,7 @@ def restrict_plan(plan: RankPlan, chosen: Iterable[str]) -> tuple[RankPlan, list
     kept = set(chosen)
     part = plan.within(kept)
     if not part.ranks:
-        raise UsageError("--target leaves nothing of the rank plan; leave --target out, or make a plan for that part")
+        raise UsageError("--target excludes every site of the rank plan; leave it out, or make a plan for that part")
     return part, [path for path in plan.ranks if path not in kept]
 
 

@@ -1,4 +1,4 @@
-"""The demos' base models before they have read or seen anything: about a million random parameters, and a vocabulary.
+"""Untrained base models of the demos: about a million random parameters, and a vocabulary.
 
     texts ──▶ SentencePiece vocabulary ──▶ Llama                                        demo
     picture of 64 × 64 ── 64 patches ── vision tower ── shuffled 2 × 2 ── projector ──▶ 16 image tokens ──▶ SmolVLM

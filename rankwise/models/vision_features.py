@@ -1,4 +1,4 @@
-"""What a vision-language model's language part gets of its images: to read it, and to put something else in its place.
+"""Image features that a vision-language model's language model receives: read them, or replace them.
 
     pixel_values ──▶ vision tower ──▶ projector ──▶ features (T, D) per matrix ──▶ merged with the text
                                                      │  image_features reads them here
@@ -68,7 +68,7 @@ def approximate_features(model: nn.Module, approximate: Approximate) -> Iterator
 
 
 def seeing_part(model: nn.Module) -> Any:
-    """The innermost model that has image features, below whatever wraps it (PEFT, a head, DDP)."""
+    """The innermost model with image features, below any wrapper (PEFT, a head, DDP)."""
     found = [
         module
         for module in model.modules()
@@ -163,6 +163,6 @@ def seeing_names(model: PreTrainedModel) -> list[str]:
 
 
 def put(model: nn.Module, path: str, value: torch.Tensor) -> None:
-    """A parameter or buffer of a module below the model, replaced."""
+    """Replace a parameter or buffer of a module below the model."""
     inner, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(inner), leaf, value)

@@ -98,7 +98,7 @@ def embedding_rows(
         sizes |= {key: state[key].shape[0] for key in (f"{path}.lora_B.weight",) if key in state}
     if len(set(sizes.values())) > 1:
         shown = ", ".join(f"{key} {size}" for key, size in sizes.items())
-        raise DataError(f"{where}: the adapter's tensors are of vocabularies of several sizes: {shown}")
+        raise DataError(f"{where}: the adapter's tensors have different vocabulary sizes: {shown}")
     trained = [token for path in paths for token in trained_tokens(path, config)]
     return next(iter(sizes.values()), max([before, *(token + 1 for token in trained)]))
 

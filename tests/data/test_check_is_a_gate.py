@@ -177,7 +177,7 @@ REFUSED = {
     ),
     "heads that do not divide the width": ({"num_attention_heads": 3}, 3, r"config.json: .*number of attention heads"),
     "a width that is a word": ({"hidden_size": "wide"}, 3, r"config.json: "),
-    "an activation that does not exist": ({"hidden_act": "silly"}, 3, r"config.json: no model can be made of it"),
+    "an activation that does not exist": ({"hidden_act": "silly"}, 3, r"config.json: cannot build a model from it"),
 }
 
 

@@ -165,7 +165,7 @@ def test_an_encoder_is_not_taken_for_a_text_model(tmp_path: Path, capsys: Any) -
     words = ["--model_name", str(tmp_path / "model"), "--data_path", str(tmp_path / "rows.json")]
     for command in ("train", "check"):
         assert cli.main([command, *words, "-o", str(tmp_path / command)]) == 2
-        assert "is a vision encoder: it takes no text; `rankwise features capture`" in capsys.readouterr().err
+        assert "which takes no text; use it with `rankwise features capture`" in capsys.readouterr().err
 
 
 def test_an_encoder_without_its_processor_or_weights_is_named(photos: Path, tmp_path: Path, capsys: Any) -> None:

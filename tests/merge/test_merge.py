@@ -250,7 +250,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], Any], typ
     "stray factor": (
         lambda t, c: t.update({"base_model.model.x.lora_A.weight": torch.ones(4, 4)}),
         DataError,
-        "no place",
+        "1 unexpected weights",
     ),
     "stray head": (
         lambda t, c: t.update({"base_model.model.score.weight": torch.ones(2, 32)}),
@@ -269,7 +269,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], Any], typ
     "next to no effect": (
         lambda t, c: [tensor.mul_(1e-9) for key, tensor in t.items() if "lora_B" in key],
         VerificationError,
-        "which is nothing",
+        "no effect",
     ),
 }
 

@@ -146,7 +146,7 @@ def test_two_sizes_of_vocabulary_are_refused(base: Path, tmp_path: Path, capsys:
     cut = {key: tensor[:390].clone() if "lm_head" in key else tensor for key, tensor in load_file(file).items()}
     save_file(cut, file)
     assert main(["merge", str(tmp_path / "adapter"), "-o", str(tmp_path / "out")]) == 3
-    assert "vocabularies of several sizes" in capsys.readouterr().err
+    assert "different vocabulary sizes" in capsys.readouterr().err
 
 
 def test_special_tokens_of_the_training_are_the_merged_models(base: Path, tmp_path: Path) -> None:

@@ -112,10 +112,10 @@ def test_truncated_and_foreign_files_are_refused(tmp_path: Path) -> None:
     lacking = {name: value for name, value in weights.items() if "refinenet3.out_conv" not in name}
     with pytest.raises(DataError, match=r"2 tensors .* are missing \(neck.fusion_stage.layers.1.projection"):
         from_original(lacking, path)
-    with pytest.raises(DataError, match=r"have no place \(depth_head.readout"):
+    with pytest.raises(DataError, match=r"are unexpected \(depth_head.readout"):
         from_original({**weights, "depth_head.readout.weight": torch.zeros(1)}, path)
     narrow = {**weights, "pretrained.norm.bias": torch.zeros(3)}
-    with pytest.raises(DataError, match="other shapes"):
+    with pytest.raises(DataError, match="different shapes"):
         from_original(narrow, path)
     short = {name: value for name, value in weights.items() if "blocks.11." not in name}
     with pytest.raises(DataError, match=r"384 × 11 layers"):

@@ -250,7 +250,7 @@ def test_images_without_depth_are_refused(folders: dict[str, Path], family: str)
         model(**inputs, depth=depth[1:])
     text = {name: inputs[name][:, :2] for name in ("input_ids", "attention_mask")}
     assert model(**text).logits.shape[1] == 2
-    with pytest.raises(DataError, match="no images"):
+    with pytest.raises(DataError, match="without images"):
         model(**text, depth=depth)
 
 

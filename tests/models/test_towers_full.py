@@ -74,7 +74,7 @@ def test_what_is_missing_or_added_is_an_error(bases: Bases, tmp_path: Path) -> N
     sites = {path: site for path, site in model_sites(loaded(base)).items() if path in lora_layers(model)}
     plan = uniform_plan(sites, 2, None, False, "")
     write_sites(tmp_path, plan, [], {})
-    with pytest.raises(DataError, match=r"trained in full are not those of sites\.json \(model\.connector"):
+    with pytest.raises(DataError, match=r"trained in full differ from sites\.json \(model\.connector"):
         load_adapter(loaded(base), tmp_path)
     write_sites(tmp_path, plan, [], {"model.connector": "projector"})
     file = tmp_path / "adapter_model.safetensors"

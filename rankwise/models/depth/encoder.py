@@ -42,7 +42,7 @@ WITHOUT = (
 
 @dataclass(frozen=True)
 class DepthSettings:
-    """Depth of a model.
+    """Depth settings of a model.
 
     alpha: depth in [0, 1] is multiplied by it before the encoding. input_size: the shorter side of an image as the
     estimator sees it. gate: `learned`, one number that starts at 0, or `none`, always 1: the encoding's length
@@ -126,10 +126,10 @@ class DepthEncoder(nn.Module):
         Raises DataError where the numbers of tokens differ, and for bfloat16: its 8 bits are fewer than a map has.
         """
         if depth.dtype == torch.bfloat16:
-            raise DataError("depth in bfloat16 has lost digits (did `inputs.to(dtype)` take it?); keep it in float32")
+            raise DataError("bfloat16 depth has lost precision (did `inputs.to(dtype)` take it?); keep it in float32")
         counts = [part.shape[:-1].numel() for part in features]
         if sum(counts) != depth.numel():
-            raise DataError(f"{depth.numel()} depth values for {sum(counts)} image tokens; they must be one to one")
+            raise DataError(f"{depth.numel()} depth values for {sum(counts)} image tokens; give exactly one per token")
         parts = depth.to(features[0].device).flatten().split(counts)
         return [part + self.added(values).view_as(part).to(part) for part, values in zip(features, parts, strict=True)]
 
@@ -199,7 +199,7 @@ def with_depth_input(family: type) -> type:
             seen = image_features(self.base_model, given, depth)
             given = {**given, "pixel_values": None, "mm_encoder_outputs": {"image": seen}}
         elif depth is not None:
-            raise DataError(f"{depth.numel()} depth values and no images; they go together")
+            raise DataError(f"{depth.numel()} depth values without images; give both or neither")
         return family.forward(self, **given)  # type: ignore[attr-defined]
 
     return extend_method(family, forward)

@@ -90,7 +90,7 @@ def size_of(weights: Mapping[str, Tensor], path: Path) -> Size:
     """Small, Base or Large, by the width of the class token and the number of blocks."""
     token = weights.get(CLASS_TOKEN)
     if token is None:
-        raise DataError(f"{path}: no {CLASS_TOKEN} in it, so these are not the weights of Depth Anything V2")
+        raise DataError(f"{path}: not the weights of Depth Anything V2: {CLASS_TOKEN} is missing")
     layers = len({found[1] for key in weights if (found := re.match(r"pretrained\.blocks\.(\d+)\.", key))})
     for size in SIZES:
         if (token.shape[-1], layers) == (size.hidden, size.layers):
@@ -130,7 +130,7 @@ def fill_model(
     wanted = model.state_dict()
     missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     other = sorted(name for name in set(wanted) & set(state) if wanted[name].shape != state[name].shape)
-    for names, what in ((missing, "are missing"), (extra, "have no place"), (other, "have other shapes")):
+    for names, what in ((missing, "are missing"), (extra, "are unexpected"), (other, "have different shapes")):
         if names:
             raise DataError(
                 f"{path}: {len(names)} tensors of Depth Anything V2 {what} ({names[0]} …); cut short, or another model?"
@@ -250,7 +250,7 @@ def from_folder(folder: Path) -> DepthAnythingForDepthEstimation:
         raise DataError(f"{folder}: cannot load the estimator: {error}") from error
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
     if wrong:
-        raise DataError(f"{folder}: {len(wrong)} weights are missing or have no place ({wrong[0]} …)")
+        raise DataError(f"{folder}: {len(wrong)} weights are missing or unexpected ({wrong[0]} …)")
     return model
 
 
@@ -293,7 +293,7 @@ class LoadsWithDepth:
         }
         chosen = {option: value for option, value in given.items() if value is not None}
         if chosen and not use_depth:
-            raise UsageError(f"the depth option {next(iter(chosen))} acts with use_depth=True only")
+            raise UsageError(f"the depth option {next(iter(chosen))} needs use_depth=True")
         loaded = super().from_pretrained(name, *args, **kwargs)  # type: ignore[misc]
         if use_depth:
             recorded = read_depth(name) if Path(str(name)).is_dir() else None
