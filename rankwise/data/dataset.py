@@ -128,7 +128,7 @@ def check_samples(examples: Sequence[Example], renderer: Renderer, *, prompts: b
 
 
 def pieces(rendered: Rendered, renderer: Renderer) -> Iterator[bytes]:
-    """What is learnt of a sample, as bytes."""
+    """Learnt tokens of a sample, as bytes."""
     yield array("q", rendered.input_ids).tobytes()
     yield array("q", rendered.labels).tobytes()
     if renderer.sight is not None:

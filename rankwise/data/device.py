@@ -1,4 +1,4 @@
-"""What the phone does to an image and a prompt, declared once: labels, training, evaluation and validation all use it.
+"""The phone's image and prompt processing, declared once: labels, training, evaluation and validation all use it.
 
     photo ── resize (letterbox, bilinear, black) ──▶ 256 × 256 ── the runtime's own processor ──▶ tiles ──▶ tokens
 
@@ -77,7 +77,7 @@ class DeviceTarget:
         return resize_for_device(image, self.image_size)
 
     def jpeg(self, image: Image.Image) -> bytes:
-        """What a teacher sees: the device's pixels as a JPEG."""
+        """The device's pixels as a JPEG, for the teacher."""
         return encoded(self.resize(image), "JPEG", quality=self.jpeg_quality)
 
     def png(self, image: Image.Image) -> bytes:
@@ -86,7 +86,7 @@ class DeviceTarget:
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """What decides the tokens that a model sees: training and the device must agree on it."""
+        """Image geometry, which decides the model's input tokens: training and the device must agree on it."""
         return {name: getattr(self, name) for name in ("image_size", "prompt", "longest_edge", "tiling")}
 
     def save(self, folder: Path | str) -> Path:

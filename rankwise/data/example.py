@@ -74,7 +74,7 @@ class Example:
 
     @property
     def prompt(self) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
-        """What the answer is given to: samples with equal prompts are one question with several answers."""
+        """Prompt of the answer: samples with equal prompts are one question with several answers."""
         return self.turns[:-1], self.images
 
 

@@ -1,4 +1,4 @@
-"""What decides a model's input, kept beside everything that is made of a training run: `input.json`.
+"""Input record: what decides a model's input, stored with every artefact of a training run as `input.json`.
 
     train ── InputRecord.of(renderer, rows).save ──▶ run, adapter ── merge ──▶ model ── export ──▶ GGUF ── bundle
     later commands ── recorded(folders) ──▶ Recorded ── as_recorded(options) ──▶ renderer ── compare ──▶ line, errors
@@ -53,7 +53,7 @@ TYPES: Mapping[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class InputRecord:
-    """How training rows became tokens.
+    """Settings that turned training rows into tokens.
 
     prompt: sections, chat or raw. max_seq_length: tokens of a training row. overlong: what happened to longer ones.
     begin_tokens, end_tokens: text → id, of what opens a prompt (empty where nothing does) and of what ends an answer,
@@ -232,8 +232,8 @@ def require_device(record: InputRecord, file: Path) -> None:
     if declared != record.image_geometry:
         says = f"says {declared}" if target else "is not there"
         raise DataError(
-            f"{file}: training saw pictures as {record.image_geometry or 'the processor takes them'}, and "
-            f"{file.parent / DEVICE} {says}; put back the one of the training"
+            f"{file}: training used images as {record.image_geometry or 'the processor takes them'}, and "
+            f"{file.parent / DEVICE} {says}; restore the one from training"
         )
 
 
@@ -277,7 +277,7 @@ def compare(given: DataSection, found: Recorded, renderer: Renderer, *, strict: 
         elif name in asked:
             raise UsageError(f"--{asked[name]}: {text}; leave the option out")
         else:
-            raise DataError(f"{text}; put back the files that it was trained with")
+            raise DataError(f"{text}; restore the files that it was trained with")
 
 
 def announce_prompts(now: InputRecord | None, found: Recorded) -> None:
@@ -301,7 +301,7 @@ def require_same(first: Path, second: Path) -> None:
     different = record.differences(other)
     if different:
         listed = "; ".join(f"{name}: {what}" for name, what in different.items())
-        raise DataError(f"{file} and {other_file} are of different trainings ({listed}); export the model again")
+        raise DataError(f"{file} and {other_file} come from different training runs ({listed}); export the model again")
 
 
 def warn_of_others(place: Path, renderer: Renderer) -> None:

@@ -1,4 +1,4 @@
-"""What is asked of every image: classes, what the teacher is told, what the student is told, the form of the answer.
+"""Label task: classes, prompts of teacher and student, and the answer's schema.
 
     elements.yaml ── load_task ──▶ LabelTask ──┬─ teacher_prompt, response_format, validate_answer ──── teacher
                                                ├─ student_prompt, labels ────────────────────────────── training, device
@@ -68,7 +68,7 @@ CUE = re.compile(r"[^\s:：][:：]\Z")  # how a student prompt ends: "Element:",
 
 @dataclass(frozen=True)
 class LabelClass:
-    """One answer that may be given, and what belongs to it (may be empty)."""
+    """One class, with its definition (may be empty)."""
 
     name: str
     definition: str = ""
@@ -151,7 +151,7 @@ def read_task(folder: Path | str) -> LabelTask:
     """The task of a labelled data set. DataError where task.json is missing or not one."""
     path = Path(folder) / FILE
     if not path.is_file():
-        raise DataError(f"{path} is missing: the folder is no labelled data set (`rankwise label` writes one)")
+        raise DataError(f"{path} is missing: the folder is not a labelled data set (`rankwise label` writes one)")
     try:
         return task_from(content_of(path), str(path))
     except UsageError as error:
@@ -161,7 +161,7 @@ def read_task(folder: Path | str) -> LabelTask:
 def task_from(content: Any, where: str, name: str = "task") -> LabelTask:
     """A task from a file's content. Only `classes` is needed: names with definitions, or a list of names."""
     if not isinstance(content, dict):
-        raise UsageError(f"{where}: a task is a mapping with {', '.join(KEYS[1:])}")
+        raise UsageError(f"{where}: a task must be a mapping with {', '.join(KEYS[1:])}")
     for key in content:
         if key not in KEYS:
             raise unknown(str(key), KEYS, where, "key")
@@ -243,7 +243,7 @@ def _classes(given: Any, where: str) -> tuple[LabelClass, ...]:
 
 def _answer(given: Any, field: str, where: str) -> dict[str, str]:
     if not isinstance(given, dict | None) or not all(isinstance(text, str) for text in (given or {}).values()):
-        raise UsageError(f"{where}: answer: a mapping from keys of the answer to what they mean is needed")
+        raise UsageError(f"{where}: answer: must be a mapping from keys of the answer to their meanings")
     keys = label_answer.answer_keys(field)
     for key in given or {}:
         if key not in keys:
@@ -269,13 +269,13 @@ def _check_classes(labels: tuple[str, ...], where: str) -> None:
     seen: dict[str, str] = {}
     for label in labels:
         if not label or label != " ".join(label.split()) or PATTERN.search(label):
-            raise UsageError(f"{where}: classes: {label!r} is no name: one line of text without space at its ends")
+            raise UsageError(f"{where}: classes: {label!r} is not a valid name: one line without surrounding spaces")
         key = name_key(label)
         if key == UNPARSED:
             raise UsageError(f"{where}: classes: {label!r} is the name of answers that mean no class; choose another")
         if key in seen:
             twin = seen[key]
-            raise UsageError(f"{where}: classes: {twin!r} and {label!r} are one name; an answer must mean one class")
+            raise UsageError(f"{where}: classes: {twin!r} and {label!r} count as the same name; use different ones")
         seen[key] = label
 
 

@@ -93,7 +93,7 @@ class Renderer:
     def __post_init__(self) -> None:
         for value, allowed in ((self.style, STYLES), (self.overlong, OVERLONG)):
             if value not in allowed:
-                raise UsageError(f"{value!r} is none of {', '.join(allowed)}")
+                raise UsageError(f"{value!r} is not one of {', '.join(allowed)}")
         if self.reserve >= self.limit:
             raise UsageError(
                 f"{self.reserve} tokens to generate leave no room for a prompt within {self.limit}; "

@@ -248,7 +248,7 @@ def target_for(data: DataSection, models: Sequence[Path]) -> DeviceTarget | None
         if target.geometry != nearest.geometry:
             raise DataError(
                 f"{first} and {place} are for different devices ({nearest.geometry} against {target.geometry}): "
-                "say which one with --device_target"
+                "choose one with --device_target"
             )
     return nearest
 

@@ -152,7 +152,7 @@ def with_date(text: str, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]
     try:
         day = date.fromisoformat(str(kwargs[NOW]))
     except ValueError as error:
-        raise UsageError(f"--chat_template_kwargs: {NOW} is a date, YYYY-MM-DD; got {kwargs[NOW]!r}") from error
+        raise UsageError(f"--chat_template_kwargs: {NOW} must be a date, YYYY-MM-DD; got {kwargs[NOW]!r}") from error
     fixed = CALL.sub(lambda call: json.dumps(day.strftime(call[2])), text)
     return fixed, {name: value for name, value in kwargs.items() if name != NOW}
 

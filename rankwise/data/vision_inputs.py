@@ -116,7 +116,7 @@ class Sight:
             raise DataError(f"{self._name} takes no row without images: {error}") from error
 
     def expansions(self, references: Sequence[str]) -> tuple[str, ...]:
-        """What stands for each image of a row."""
+        """Expanded text of each image of a row."""
         return self._sized(references, self._expanded) if references else ()
 
     def _sized(self, references: Sequence[str], asked: Callable[[Sizes], Made]) -> Made:
@@ -145,7 +145,7 @@ class Sight:
 
     @cached_property
     def replaces(self) -> bool:
-        """Whether all that the processor does to a text is to replace its image token: then what replaces it depends on
+        """Whether the processor only replaces its image token in a text: then the replacement depends on
         the images alone."""
         assert self._probe
         pair = (PROBE, PROBE)
@@ -174,7 +174,7 @@ class Sight:
         return tensors
 
     def pixels(self, rows: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
-        """The same tensors, without depth, of pictures at hand: at least one in every row. Floats are float32."""
+        """The same tensors, without depth, of loaded images: at least one per row. Floats are float32."""
         texts = [self.image_token * len(row) for row in rows]
         found, _ = listen(self.processor, texts, rows)
         return {

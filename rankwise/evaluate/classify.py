@@ -66,7 +66,7 @@ def label_set(examples: Sequence[Example]) -> tuple[str, ...]:
     """The classes of these samples' task, in its own order; every sample names all of them."""
     named = examples[0].facts.get("labels") if examples else None
     if not named:
-        raise DataError("nothing to classify: no sample names the classes that there are")
+        raise DataError("nothing to classify: no sample lists the task's classes")
     return tuple(named)
 
 
@@ -122,7 +122,7 @@ def true_label(example: Example, labels: Sequence[str]) -> str:
     """A sample's own answer, as its class is spelt. DataError where it is no class."""
     label = label_called(example.answer, labels)
     if label is None:
-        raise DataError(f"sample {example.id}: its label {example.answer!r} is none of {', '.join(labels)}")
+        raise DataError(f"sample {example.id}: its label {example.answer!r} is not one of {', '.join(labels)}")
     return label
 
 
@@ -142,7 +142,7 @@ def _by_class(gold: Sequence[str], guesses: Sequence[str], labels: Sequence[str]
 
 
 def _majority(gold: Sequence[str]) -> dict[str, Any]:
-    """What always naming the most frequent label of these samples would score."""
+    """Majority baseline: the score of always predicting the most frequent label."""
     label, count = Counter(gold).most_common(1)[0]
     return {"label": label, "accuracy": 100 * count / len(gold)}
 
@@ -205,7 +205,7 @@ def class_table(details: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Tally:
-    """Right answers among those asked for."""
+    """Count of correct answers."""
 
     right: int
     asked: int

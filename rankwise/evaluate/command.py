@@ -97,12 +97,12 @@ def check(config: EvaluateConfig) -> None:
         if name not in SCORED_TASKS:
             raise UsageError(f"--task is one of {tasks}; got {name}")
         if not config.data.data_path:
-            raise UsageError(f"--data_path is missing: where are the official files of {name}?")
+            raise UsageError(f"--data_path is missing: give the official files of {name}")
     refuse_idle(config)
     if config.lm_eval_tasks_path and not Path(config.lm_eval_tasks_path).is_dir():
-        raise UsageError(f"--lm_eval_tasks_path: {config.lm_eval_tasks_path} is no folder of task files")
+        raise UsageError(f"--lm_eval_tasks_path: {config.lm_eval_tasks_path} is not a folder of task files")
     if config.data.aux_reason:
-        raise UsageError("--aux_reason acts on training; a model that learnt reasons is asked for labels as any other")
+        raise UsageError("--aux_reason applies to training only; leave it out (labels alone are evaluated)")
     check_engine(config)
 
 
@@ -111,7 +111,7 @@ def check_engine(config: EvaluateConfig) -> None:
     if is_harness(config.data.task) and (several or config.engine != "transformers"):
         raise UsageError("--task lm_eval:NAME runs in one process and with --engine transformers")
     if config.engine == "vllm" and several:
-        raise UsageError("--engine vllm shares the work itself: start it without torchrun")
+        raise UsageError("--engine vllm runs its own processes: start it without torchrun")
     if config.engine == "vllm" and config.forget:
         raise UsageError("--forget needs the logits of both models, which vLLM does not give: --engine transformers")
 
@@ -139,7 +139,7 @@ def inputs(config: EvaluateConfig, base: str, adapter: Path | None) -> dict[str,
 
 
 def model_facts(base: str, adapter: Path | None) -> dict[str, Any]:
-    """What answers, by content. Files are listed one by one: the scores may be written into the model's own folder."""
+    """Fingerprints of the model. Files are listed one by one: the scores may be written into the model's own folder."""
     files = [file for file in adapter_files(adapter) if file] if adapter else []
     facts = {"model": fingerprints(base_files(resolve(base)))}
     return facts | ({"adapter": fingerprints(files)} if files else {})
@@ -198,7 +198,7 @@ def read_items(config: EvaluateConfig, chosen: Task, *, sees_images: bool) -> Ex
 def measure_forgetting(
     config: EvaluateConfig, tested: Subject, folder: RunFolder, made_from: Mapping[str, Any]
 ) -> EvaluationResult | None:
-    """What the model lost on other text, against its base; written into the folder by the first process."""
+    """Forgetting of the model on other text, against its base; written into the folder by the first process."""
     documents = forgetting.read_documents(str(config.forget))
     if tested.adapter:
         base = forgetting.logits_without_adapter(tested.model)

@@ -51,7 +51,7 @@ class Subject:
 
     @property
     def places(self) -> list[Path]:
-        """Folders that may say how it was trained, the adapter's before its base's."""
+        """Folders with training records, the adapter's before its base's."""
         return [*([self.adapter] if self.adapter else []), resolve(self.base)]
 
     @property
@@ -78,9 +78,9 @@ def subject(config: EvaluateConfig, base: str, adapter: Path | None) -> Subject:
     depth = trained_with(base, adapter, config.depth)
     if config.engine == "vllm":
         if depth:
-            raise UsageError("--engine vllm knows no depth, and this model was trained with it")
+            raise UsageError("--engine vllm does not support depth, which this model needs: --engine transformers")
         if renderer.sight is not None:
-            raise UsageError("--engine vllm answers text only here; images need --engine transformers")
+            raise UsageError("--engine vllm takes text only here; images need --engine transformers")
         return Subject(base, adapter, renderer)
     device = pick_device(config.device)
     model: Any = plain_model(base, config.dtype, device)
@@ -108,7 +108,7 @@ def compared_base(config: EvaluateConfig, tested: Subject, documents: Sequence[s
     """The base of a merged or fully tuned model, with the same tokens."""
     name = config.base_model_id
     if not name:
-        raise UsageError(f"--forget: {config.model_name} is no adapter; give its base model with --base_model_id")
+        raise UsageError(f"--forget: {config.model_name} is not an adapter; give its base model with --base_model_id")
     tokenizer, own = load_tokenizer(name), tested.renderer.tokenizer
     if any(tokenizer(text)["input_ids"] != own(text)["input_ids"] for text in documents):
         raise DataError(f"{name} and {config.model_name} tokenize the text differently, so nothing can be compared")

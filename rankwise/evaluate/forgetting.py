@@ -65,7 +65,7 @@ def read_documents(path: str | Path) -> list[str]:
         texts = re.split(r"\n\s*\n", content)
     found = [text.strip() for text in texts if text.strip()]
     if not found:
-        raise DataError(f"{file}: no text in it")
+        raise DataError(f"{file}: the file has no text")
     return found
 
 
@@ -85,7 +85,7 @@ def logits_of(model: nn.Module) -> Logits:
 
 
 def logits_without_adapter(model: Any) -> Logits:
-    """Those of a PEFT model's base: the adapter is switched off meanwhile.
+    """Logits of a PEFT model's base: the adapter is disabled meanwhile.
 
     DataError for an adapter that trained biases of the base: switched off, they stay.
     """
@@ -120,7 +120,7 @@ def forgetting(
     pieces = [_pieces(tokenizer, text, settings.window) for text in documents]
     used = [number for number, parts in enumerate(pieces) if parts]
     if not used:
-        raise DataError("no document has two tokens, so nothing is predicted")
+        raise DataError("every document is shorter than two tokens, so no token can be predicted")
     mine = own_share(used, [sum(map(len, pieces[number])) for number in used])
     sums = gathered(_sums(base, adapted, {number: pieces[number] for number in mine}, device, settings))
     rows = np.array([sums[number] for number in used])

@@ -44,11 +44,11 @@ class GenerationSettings(GenerationSection):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.do_sample and (self.temperature != 1 or self.top_p != 1):
-            raise UsageError("--temperature and --top_p act on sampling only; add --do_sample")
+            raise UsageError("--temperature and --top_p need --do_sample")
 
     @property
     def deciding(self) -> dict[str, Any]:
-        """What decides the texts: those of other values must not be mixed in."""
+        """Settings that decide the texts: texts of other settings must not be mixed in."""
         return {name: getattr(self, name) for name in DECIDING}
 
     def order(self, prompts: Sequence[Sequence[int]]) -> list[int]:
@@ -79,7 +79,7 @@ class LabelScores:
 
 
 class Answering(Protocol):
-    """Whatever gives a text for each sample, in any order. `settings`: all that decides the texts, as JSON values."""
+    """Engine: a text for each sample, in any order. `settings`: all that decides the texts, as JSON values."""
 
     @property
     def settings(self) -> Mapping[str, Any]: ...

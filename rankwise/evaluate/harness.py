@@ -89,7 +89,7 @@ def evaluate_harness(
             fewshot_random_seed=settings.seed,
         )
     except OSError as error:  # what `datasets` raises for a missing file, data set or network
-        raise DataError(f"{task}: the harness cannot get its data: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{task}: the harness cannot load its data: {str(error).splitlines()[0]}") from error
     return _result(task, found, model, settings, dict(made_from or {}))
 
 
@@ -112,7 +112,7 @@ def _result(
     name = task.removeprefix(HARNESS)
     values, errors = read_metrics(found["results"][name])
     if not values:
-        raise UsageError(f"{task}: the harness reports no number for it; choose a part of it: {_parts(found, name)}")
+        raise UsageError(f"{task}: the harness reports no score for it; choose one of its tasks: {_parts(found, name)}")
     parts = {part: row["effective"] for part, row in found["n-samples"].items()}
     return EvaluationResult(
         task=task,

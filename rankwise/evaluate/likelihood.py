@@ -142,7 +142,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 @dataclass
 class Head:
-    """Whether the output head was called with the learnt positions alone."""
+    """State of the output head: whether it was called with the learnt positions only."""
 
     ran: bool = False
 

@@ -192,13 +192,13 @@ def _generate(generator: Answering, examples: Sequence[Example], path: Path, bef
 
 
 def _question(example: Example) -> str | None:
-    """What is asked about the images, to be read by people: the prompt has it between the family's image tokens."""
+    """The question about the images, for people: the prompt has it between the family's image tokens."""
     asked = [turn.text for turn in without_images(example).turns if turn.role == "user"] if example.images else []
     return asked[-1] if asked else None
 
 
 def _join(path: Path) -> None:
-    """Make the file whole: the parts of several processes go to its end; lines that a kill cut short go."""
+    """Complete the file: the parts of several processes go to its end; lines that a kill cut short go."""
     for file in (path, *sorted(path.parent.glob(f"{path.stem}.part*{path.suffix}"))):
         _cut_back(file)
         if file != path and file.exists():
@@ -208,7 +208,7 @@ def _join(path: Path) -> None:
 
 
 def _cut_back(path: Path) -> None:
-    """Take off a last line without its end, as a kill leaves it."""
+    """Remove an incomplete last line, as a kill leaves it."""
     content = path.read_bytes() if path.exists() else b""
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
@@ -225,7 +225,7 @@ def _claim(path: Path, settings: dict[str, Any]) -> None:
         write_json(record, settings)
         return
     if not record.exists():
-        raise UsageError(f"{path} exists, but {record.name} beside it does not: delete it or choose another folder")
+        raise UsageError(f"{path} exists, but {record.name} next to it does not: delete it or choose another folder")
     before = read_object(record)
     differences = [
         f"{name}: {before.get(part, {}).get(name)!r} then, {settings[part].get(name)!r} now"
@@ -236,7 +236,7 @@ def _claim(path: Path, settings: dict[str, Any]) -> None:
     if differences:
         listed = "\n    ".join(differences)
         advice = "Delete it or choose another output folder."
-        raise UsageError(f"{path} holds predictions made otherwise:\n    {listed}\n  {advice}")
+        raise UsageError(f"{path} holds predictions made with other settings:\n    {listed}\n  {advice}")
 
 
 def _read(path: Path, references: Mapping[str, tuple[str, ...]]) -> dict[str, Prediction]:

@@ -45,7 +45,7 @@ class VLLMGenerator:
 
     def __post_init__(self) -> None:
         if self.decoding.num_beams > 1:
-            raise UsageError("--engine vllm samples or is greedy; --num_beams needs --engine transformers")
+            raise UsageError("--num_beams needs --engine transformers; vLLM only samples or decodes greedily")
         if self.adapter:
             max_rank(self.adapter)
 

@@ -45,7 +45,7 @@ MENTIONED = 3
 
 @dataclass(frozen=True)
 class Asking:
-    """A teacher, where it is, and what was asked of it before. settings: of the one that answers, the loopback say."""
+    """Teacher, its address, and its earlier answers. settings: of the one that answers, the loopback say."""
 
     settings: TeacherSection
     section: TeacherSection
@@ -115,7 +115,7 @@ class Gathering:
     _held: dict[str, Image.Image] = field(default_factory=dict)
 
     def pictures(self) -> Iterator[Picture]:
-        """What the teacher is to see, one by one. Pixels that came before would get the same answer: left out."""
+        """Images for the teacher, one by one. Pixels that came before would get the same answer: left out."""
         seen: set[str] = set()
         for photo in self.photos:
             image = self._seen_by_device(photo)
@@ -183,7 +183,7 @@ def ask_teacher(config: LabelConfig, images: ImageSet, task: LabelTask, target: 
         warn_of_ledger(asking)
         spending = asking.spending()
         if section.budget_usd is None and spending.budget_usd is not None:
-            print(f"budget: ${spending.budget_usd:.2f}, the default; another one: --budget_usd")
+            print(f"budget: ${spending.budget_usd:.2f}, the default; change it with --budget_usd")
         try:
             if trial_is_due(asking, gathering):
                 try_out(asking, tried, spending)
@@ -275,12 +275,12 @@ def save_quarantine(
 
 
 def warn_of_ledger(asking: Asking) -> None:
-    """What stands in the ledger and is not what it seems, before anything is asked."""
+    """Warn about unusable ledger lines before anything is asked."""
     ledger, model, address = asking.ledger, asking.settings.teacher_model, asking.address
     for line in ledger.bad[:MENTIONED]:
-        warn(f"{ledger.path}, {line}: not an answer of a teacher; it stays there, and is not used")
+        warn(f"{ledger.path}, {line}: not a teacher's answer; the line is kept but ignored")
     if len(ledger.bad) > MENTIONED:
-        warn(f"{ledger.path}: {len(ledger.bad) - MENTIONED} more lines are no answers")
+        warn(f"{ledger.path}: {len(ledger.bad) - MENTIONED} more lines are not answers")
     if ledger.faults:
         warn(f"{ledger.path}: {ledger.faults} error pages, stored as answers by an earlier version, are asked again")
     asked = [one for one in ledger.entries if (one.key.task, one.key.model) == (asking.question.digest, model)]
@@ -323,7 +323,7 @@ def try_out(asking: Asking, gathering: Gathering, spending: Spending) -> None:
 
 
 def remaining(verdicts: Sequence[Verdict], kept: int, wanted: int, there: int) -> int:
-    """How many more images will be asked about, if as large a share of them is kept."""
+    """Number of images still to ask about, at the same share of kept ones."""
     share = kept / len(verdicts) if kept else 1 / len(verdicts)
     return min(there - len(verdicts), math.ceil((wanted - kept) / share))
 

@@ -105,15 +105,15 @@ def labels_given(config: LabelConfig) -> bool:
 
 
 def check_options(config: LabelConfig) -> None:
-    """What can be said before anything is read, asked or paid."""
+    """Check the options before anything is read, asked or paid."""
     if config.from_folders and config.labels_file:
-        raise UsageError("labels come from --from_folders or from --labels_file, not from both")
+        raise UsageError("--from_folders and --labels_file exclude each other; give one of them")
     if config.from_folders and not config.images:
         raise UsageError("--from_folders needs the folder: rankwise label FOLDER --from_folders")
     if config.download and (config.coco == "train2017" or labels_given(config)):
         raise UsageError("--download fetches COCO val2017, to be labelled by a teacher")
     if (config.image_column or config.label_column) and not config.labels_file:
-        raise UsageError("--image_column and --label_column are those of a --labels_file")
+        raise UsageError("--image_column and --label_column need --labels_file")
     if not labels_given(config):
         check_teacher(config)
 
@@ -122,7 +122,7 @@ def check_teacher(config: LabelConfig) -> None:
     """The teacher's options, and the libraries that asking takes."""
     section = config.teacher
     if section.loopback_teacher and section.base_url:
-        raise UsageError("--loopback_teacher is a teacher of its own; leave --base_url out")
+        raise UsageError("--loopback_teacher starts a server of its own; leave --base_url out")
     check_address(address_of(section.base_url), "--base_url")
     task = load_task(config.task_file or DEFAULT_TASK)
     spending_of(section, question_of(section, task, DeviceTarget(image_size=config.image_size)))
@@ -141,7 +141,7 @@ def hide_key(config: LabelConfig) -> None:
 
 
 def refuse_other_content(out: RunFolder) -> None:
-    """Tables of the same names that something else made are not overwritten."""
+    """Refuse to overwrite tables of the same names that another program wrote."""
     if (out / ALL).exists() and "label" not in out.stages():
         raise UsageError(f"{out.path}: holds a {ALL} that `rankwise label` did not make; choose another --output_dir")
 

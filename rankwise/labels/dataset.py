@@ -115,7 +115,7 @@ class Written:
 
     @property
     def twins(self) -> int:
-        """How many rows show pixels that an earlier one shows."""
+        """Number of rows whose pixels an earlier row has."""
         return len(self.rows) - len({row.image_sha256 for row in self.rows})
 
     def counts(self, task: LabelTask) -> dict[str, dict[str, int]]:
@@ -222,7 +222,7 @@ def _split(rows: Sequence[LabelledRow], fraction: float, seed: int) -> Written:
 
 
 def held_out_groups(stratum_of: Mapping[str, str], fraction: float, seed: int) -> set[str]:
-    """Which groups validate: of every stratum its share of the fraction, one at least where it has two groups or more,
+    """Validation groups: of every stratum its share of the fraction, one at least where it has two groups or more,
     and never all."""
     if not fraction:
         return set()

@@ -112,7 +112,7 @@ def task_for(existing: Existing, task: LabelTask | None, name: str = "labels") -
         try:
             return task_of_labels(existing.labels, name)
         except UsageError as error:
-            raise DataError(f"the labels found make no task: {error}") from error
+            raise DataError(f"the labels found cannot be the classes of a task: {error}") from error
     strange = [label for label in existing.labels if label_called(label, task.labels) is None]
     if strange:
         first = next(each for each in existing.given if each.label == strange[0])
@@ -179,7 +179,7 @@ def _in_folders(folder: Path) -> Iterator[Given]:
     if loose:
         named = ", ".join(loose[:MENTIONED])
         advice = "put each image into a subfolder named after its class"
-        raise DataError(f"{folder}: {len(loose)} images lie in no class folder ({named}); {advice}")
+        raise DataError(f"{folder}: {len(loose)} images are in no class folder ({named}); {advice}")
     for photo in photos:
         yield Given(photo, photo.reference.split("/")[0], str(folder / photo.reference))
 

@@ -1,4 +1,4 @@
-"""Images to label: which there are, which are selected, what they are called, and the originals that are kept.
+"""Images to label: find them, select them, name them, and keep the originals.
 
     val2017/000000000139.jpg …                     ── find_images ──▶ ImageSet ── select(photos, 1000, seed=42)
     annotations/instances_val2017.json                                  folder, photos (index, reference, strata)
@@ -103,7 +103,7 @@ def find_images(path: str | Path, split: str | None = None) -> ImageSet:
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; pass the folder of the images, or one in COCO's layout")
+        raise DataError(f"{folder} is not a folder; pass the folder of the images, or one in COCO's layout")
     for name in (split,) if split else SPLITS:
         images = _image_folder(folder, name)
         if images is not None:

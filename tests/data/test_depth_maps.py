@@ -284,7 +284,7 @@ def test_measured_depth_is_turned_round(tmp_path: Path) -> None:
     found = inverse_depth(tmp_path / "a.png")
     assert torch.allclose(found, torch.tensor([[1 / 1000, 1 / 2000], [1 / 4000, 1 / 4000]]))
     Image.fromarray(np.zeros((2, 2), dtype=np.uint16)).save(tmp_path / "b.png")
-    with pytest.raises(DataError, match=r"b\.png: no pixel"):
+    with pytest.raises(DataError, match=r"b\.png: no measured pixels"):
         inverse_depth(tmp_path / "b.png")
     drawn_image().save(tmp_path / "c.png")
     with pytest.raises(DataError, match="16-bit grey PNG; this is RGB"):

@@ -171,7 +171,7 @@ def test_validate_refuses_other_prompts(
     assert validated(export, rows, "--prompt", "sections") == 2
     assert "--prompt: prompts are not those of training" in capsys.readouterr().err
     assert validated(edited(export, prompt="sections", chat_template_sha256=None), rows) == 3
-    assert "are of different trainings" in capsys.readouterr().err
+    assert "come from different training runs" in capsys.readouterr().err
     shutil.copyfile(merged / FILE, export / FILE)
     (merged / "chat_template.jinja").write_text(OTHER_TEMPLATE)
     assert validated(export, rows) == 3

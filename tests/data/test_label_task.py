@@ -93,12 +93,12 @@ def test_yaml_json_and_a_list_of_names_say_the_same(tmp_path: Path) -> None:
         ("classes: {}", "classes: needs names"),
         ("classes: {a: x}", "classes: 1 given; a choice needs two"),
         ("classes: {a: x, b: y, a: z}", r"task\.yaml, line 1: .*'a' appears twice"),
-        ("classes: [a, b, a]", "'a' and 'a' are one name"),
-        ("classes: {Water: x, water: y}", "'Water' and 'water' are one name"),
+        ("classes: [a, b, a]", "'a' and 'a' count as the same name"),
+        ("classes: {Water: x, water: y}", "'Water' and 'water' count as the same name"),
         ("classes: {yes: x, no: y}", "True is no text; put it in quotes"),
         ("classes: {a: [1], b: y}", "the definition of a must be a text"),
-        ("classes: {' a': x, b: y}", "' a' is no name"),
-        ("classes: {a: x, '<image>': y}", "'<image>' is no name"),
+        ("classes: {' a': x, b: y}", "' a' is not a valid name"),
+        ("classes: {a: x, '<image>': y}", "'<image>' is not a valid name"),
         ("classes: [a, b]\nname: 7", "name must be a text, found 7"),
         ("classes: [a, b]\nname: a b", "the name needs letters"),
         ("classes: [a, b]\nfield: reason", "field 'reason': a row has another column of that name"),
@@ -109,10 +109,10 @@ def test_yaml_json_and_a_list_of_names_say_the_same(tmp_path: Path) -> None:
         ("classes: [cat, dog]\nstudent_prompt: cat or dog?", r"must end in a cue such as `Label:`"),
         ("classes: [cat, dog]\nfield: pet\nstudent_prompt: 'cat or dog :'", r"must end in a cue such as `Pet:`"),
         ("classes: [cat, dog]\nstudent_prompt: '<__media__> cat or dog? Pet:'", "leave the image marker out"),
-        ("classes: [a, b]\nanswer: {texture: 3}", "answer: a mapping"),
+        ("classes: [a, b]\nanswer: {texture: 3}", "answer: must be a mapping"),
         ("classes: [a, b]\nanswer: {textur: x}", "answer: unknown key 'textur'; did you mean texture"),
         ("classes: [a, b]\nformat: rankwise-task/9", "this version reads"),
-        ("- a\n- b", "a task is a mapping"),
+        ("- a\n- b", "a task must be a mapping"),
         ("classes: [a, b", r"task\.yaml, line \d: not YAML"),
     ],
 )
@@ -161,7 +161,7 @@ def test_missing_tasks_and_broken_folders(tmp_path: Path) -> None:
         UsageError, match="the package has the tasks elements: unknown task 'element'; did you mean ele"
     ):
         load_task("element")
-    with pytest.raises(DataError, match="is no labelled data set"):
+    with pytest.raises(DataError, match="is not a labelled data set"):
         read_task(tmp_path)
     written(tmp_path, '{"classes": ["a"]}', FILE)
     with pytest.raises(DataError, match=r"task\.json: .*a choice needs two"):

@@ -360,7 +360,7 @@ def test_a_parquet_file_reads_like_lines(tmp_path: Path) -> None:
     assert [row.answer for row in read_rows] == ["b0", "b1", "b2"] and [row.line for row in read_rows.skipped] == [4]
     assert ImageReader(tmp_path).open(read_rows[0].images[0]).tobytes() == drawn_image().tobytes()
     (tmp_path / "y.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(DataError, match="not a sound parquet file"):
+    with pytest.raises(DataError, match="not a valid parquet file"):
         load("conversations", tmp_path / "y.parquet")
 
 
@@ -432,7 +432,7 @@ def test_anthropics_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("rows.csv", "instruction,output\na,b\n", r"such rows are read from .json.* not .csv"),
+        ("rows.csv", "instruction,output\na,b\n", r"unsupported file type \.csv; give .json"),
         ("rows.jsonl", '[{"messages": []}]', "a list of samples belongs in a file named .json"),
         ("rows.jsonl", '{"messages": [{"role": "gpt", "content": "b"}]}', "no question comes before one"),
     ],

@@ -321,7 +321,7 @@ def test_a_base_with_other_tokens_is_refused(base: Path, other_text: Path, tmp_p
         (("m", "--task", "e2e_nlg"), "--data_path is missing"),
         (("m", "--forget", "x.txt", "--num_fewshot", "2"), "acts only with --task lm_eval:NAME"),
         (("m", "--task", "lm_eval:x", "--engine", "vllm"), "--engine transformers"),
-        (("m", "--task", "lm_eval:x", "--lm_eval_tasks_path", "no/such"), "no folder of task files"),
+        (("m", "--task", "lm_eval:x", "--lm_eval_tasks_path", "no/such"), "not a folder of task files"),
         (
             ("m", "--task", "e2e_nlg", "--data_path", "d", "--num_samples", "0"),
             "--num_samples is 0; give",

@@ -138,7 +138,7 @@ def test_documents_of_one_token_are_left_out_and_counted(base: Path) -> None:
     model = adapted(base, 0.1)
     result = measured(model, bare, [TEXTS[0], "a"])
     assert (result.n, result.settings["left_out"]) == (1, 1)
-    with pytest.raises(DataError, match="no document has two tokens"):
+    with pytest.raises(DataError, match="every document is shorter than two tokens"):
         measured(model, bare, ["a"])
 
 
@@ -181,7 +181,7 @@ def test_paragraphs_and_json_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"\n \n", "no text in it"),
+        ("a.txt", b"\n \n", "the file has no text"),
         ("a.txt", b"\xff\xfe", "not UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "line 2: expected"),
         ("a.jsonl", b'{"text": 3}\n', "line 1: text must be a string"),

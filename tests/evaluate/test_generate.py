@@ -209,7 +209,7 @@ def test_predictions_made_otherwise_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="references of e3"):
         predict(Echo(), [example("e3", answer="Other.")], path, {"model": "aaa"})
     (tmp_path / "p.settings.json").unlink()
-    with pytest.raises(UsageError, match="beside it does not"):
+    with pytest.raises(UsageError, match="next to it does not"):
         predict(Echo(), MIXED, path, {"model": "aaa"})
 
 

@@ -116,7 +116,7 @@ def test_a_group_gives_its_own_number_and_those_of_its_parts(model: Any, base: P
     alone = evaluate_harness("lm_eval:tiny_choice", model, tokenizer, settings)
     assert (result["acc"], result.n) == (alone["acc"], 6)
     assert result.settings["by_task"] == {"tiny_choice": {"acc": alone["acc"]}}
-    with pytest.raises(UsageError, match="choose a part of it: tiny_choice"):
+    with pytest.raises(UsageError, match="choose one of its tasks: tiny_choice"):
         evaluate_harness("lm_eval:tiny_bare", model, tokenizer, settings)
 
 
@@ -125,7 +125,7 @@ def test_unknown_tasks_and_missing_data_are_named(model: Any, base: Path, tasks:
     tokenizer, settings = AutoTokenizer.from_pretrained(base), HarnessSettings(tasks_path=str(tasks))
     with pytest.raises(UsageError, match="did you mean tiny_choice"):
         evaluate_harness("lm_eval:tiny_choise", model, tokenizer, settings)
-    with pytest.raises(DataError, match="tiny_broken: the harness cannot get its data"):
+    with pytest.raises(DataError, match="tiny_broken: the harness cannot load its data"):
         evaluate_harness("lm_eval:tiny_broken", model, tokenizer, settings)
 
 

@@ -117,7 +117,7 @@ def test_any_folder_of_images(tmp_path: Path) -> None:
 def test_a_folder_without_images(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no images"):
         find_images(tmp_path)
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         find_images(tmp_path / "nowhere")
 
 

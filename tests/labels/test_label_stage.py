@@ -403,7 +403,7 @@ def test_a_key_in_a_recipe_is_refused_before_the_recipe_is_saved(
         (["--val_fraction", "1"], "--val_fraction"),
         (["--concurrency", "0"], "--concurrency"),
         (["--requests_per_minute", "0"], "--requests_per_minute"),
-        (["--from_folders", "--labels_file", "x.csv"], "not from both"),
+        (["--from_folders", "--labels_file", "x.csv"], "exclude each other"),
         (["--label_column", "x"], "--labels_file"),
         (["--task_file", "elementz"], "elements"),
         (["--loopback_teacher", "--base_url", "http://127.0.0.1:9/v1"], "--loopback_teacher"),

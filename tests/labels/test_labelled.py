@@ -348,7 +348,7 @@ def test_a_given_task_is_kept_to(tmp_path: Path) -> None:
 
 
 def test_labels_that_make_no_task(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"the labels found make no task: .*a choice needs two"):
+    with pytest.raises(DataError, match=r"the labels found cannot be the classes of a task: .*a choice needs two"):
         task_for(read_existing(saved(tmp_path, ["cat/a.png"])), None)
 
 
@@ -407,7 +407,7 @@ def test_a_path_that_is_nothing_of_this(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message):
             read_existing(path)
     saved(tmp_path, ["loose.png", *NAMES])
-    with pytest.raises(DataError, match=r"1 images lie in no class folder \(loose\.png\)"):
+    with pytest.raises(DataError, match=r"1 images are in no class folder \(loose\.png\)"):
         read_existing(tmp_path)
     with pytest.raises(UsageError, match="is a folder, whose classes are its subfolders"):
         read_existing(tmp_path, label_column="x")

@@ -176,7 +176,7 @@ def test_reasons_are_asked_of_data_that_have_them(tmp_path: Path, data: Path, ca
     with pytest.raises(DataError, match="reason must be a text"):
         load("labels", lines(tmp_path / "d" / "train.jsonl", silent), aux_reason=True)
     code, _, said = call("evaluate", tmp_path, "--task", "labels", "--data_path", data, "--aux_reason")
-    assert (code, "--aux_reason acts on training" in said) == (2, True)
+    assert (code, "--aux_reason applies to training only" in said) == (2, True)
 
 
 # --- commands ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`rankwise check`: a data set examined before it is trained on; all bad samples found at once, none trained on.
+"""`rankwise check`: examine a data set before training, and report all bad samples at once.
 
 In: rows, images, a model's processor. Out: check.json and bad_samples.jsonl; exit 3 where training would refuse a row.
 `command`: run and describe, read first, then what is said of the findings; `examine`: images, tokens, labels of every

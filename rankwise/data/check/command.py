@@ -120,7 +120,7 @@ def try_model(config: CheckConfig, renderer: Renderer, findings: Findings) -> No
 
 
 def bad(findings: Findings) -> list[Problem]:
-    """In the order of the file."""
+    """Bad samples, in the order of the file."""
     return sorted(findings.problems, key=lambda problem: problem.line or 0)
 
 

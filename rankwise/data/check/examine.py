@@ -139,7 +139,7 @@ def examine(
     workers: int | None = None,
     compare: int = 8,
 ) -> Findings:
-    """Everything that training would stumble over.
+    """Find every sample that training could not use.
 
     reader: where the images are; None leaves them alone, as a text model does. renderer: None leaves tokens out.
     workers: processes that decode; one per core by default, 8 at most, 0 for this one. compare: samples with images of

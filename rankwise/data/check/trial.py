@@ -46,7 +46,7 @@ class Trial:
 
 
 def chosen(by_count: Mapping[int, Sequence[Row]]) -> list[Row]:
-    """A few rows within `TOKENS` together: short ones of each number of images first, one without images second."""
+    """A few rows, at most `TOKENS` in total: short ones of each number of images first, one without images second."""
     turns = [(place, row) for count, rows in by_count.items() if count for place, row in enumerate(rows)]
     seen = [row for _, row in sorted(turns, key=lambda turn: (turn[0], len(turn[1][1].input_ids)))]
     blind = [*by_count.get(0, ())][:1]

@@ -116,7 +116,7 @@ def source_name(fingerprint: str, input_size: int) -> str:
 
 @dataclass(frozen=True)
 class DepthFiles:
-    """Which file holds the depth of which image. table: image reference → file; without one the names decide."""
+    """Depth file of each image. table: image reference → file; without one the names decide."""
 
     folder: Path
     table: Mapping[str, Path] | None = field(default=None, repr=False)
@@ -164,7 +164,7 @@ def inverse_depth(file: Path) -> Tensor:
         raise DataError(f"{file}: not a readable depth map ({error})") from error
     measured = distance > 0
     if not bool(measured.any()):
-        raise DataError(f"{file}: no pixel of it is measured (all are 0)")
+        raise DataError(f"{file}: no measured pixels (all values are 0)")
     inverse = torch.where(measured, 1 / distance, torch.inf)
     return torch.where(measured, inverse, inverse.min())
 
@@ -180,8 +180,8 @@ def image_grids(processor: ProcessorMixin, width: int, height: int) -> tuple[Gri
     if rule is None or not getattr(images, "do_resize", True):
         known = "Qwen2-VL, Qwen2.5-VL, Isaac, SmolVLM, Idefics3 and LLaVA (CLIP)"
         raise UsageError(
-            f"{type(processor).__name__} with {type(images).__name__}: how its image tokens lie on the image is not "
-            f"known here, so depth has no place to go; it works with the processors of {known}, images resized"
+            f"{type(processor).__name__} with {type(images).__name__}: the grid of its image tokens is not "
+            f"known here, so depth cannot be aligned with them; use a processor of {known}, images resized"
         )
     return rule(processor, width, height)
 
@@ -224,7 +224,7 @@ def cropped_patches(processor: Any, width: int, height: int) -> tuple[Grid, ...]
     if extra or not images.do_center_crop or not shortest or max(crop) > shortest:
         raise UsageError(
             f"{type(processor).__name__}: depth needs one token per patch of an image that is resized by its shortest "
-            "side and cropped in the middle; this processor's settings are others"
+            "side and cropped in the middle; this processor has other settings"
         )
     return (Grid(centre_crop(height, width, shortest, crop), crop[0] // patch, crop[1] // patch),)
 
@@ -282,7 +282,7 @@ class DepthMaps:
         if values is None:
             raise DataError(
                 f"image {shown(reference)}: its depth map is not in {self.cache.folder} (deleted since the start, or "
-                "the image has changed); run the command again, which makes what is missing before it starts"
+                "the image has changed); run the command again: it computes missing maps first"
             )
         return core.permuted(values, task.grids, self.seed) if self.control == "permuted" else values
 
@@ -341,7 +341,7 @@ class DepthMaps:
         return LUMINANCE if self.control == LUMINANCE else self.source
 
     def _seen(self, reference: str) -> tuple[str, tuple[Grid, ...]]:
-        """An image's digest and grids, read once."""
+        """Digest and grids of an image, read once."""
         if reference not in self._known:
             grids = image_grids(self.processor, *self.reader.size(reference))
             self._known[reference] = self.reader.digest(reference), grids

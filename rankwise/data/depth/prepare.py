@@ -58,7 +58,7 @@ SEED = 42  # of the within-image permutation, as the commands' default
 
 
 def asked(section: DepthSection) -> DepthSettings | None:
-    """What a run's options say, before an estimator is read; None without --use_depth.
+    """Depth settings from a run's options, before an estimator is read; None without --use_depth.
 
     UsageError for maps without the control that takes them.
     """
@@ -106,7 +106,7 @@ def idle(section: DepthSection) -> list[str]:
 def check_maps(control: str, maps: str | None) -> None:
     assert control in CONTROLS, control
     if (control == "file") != (maps is not None):
-        raise UsageError("--depth_control file and --depth_maps FOLDER_OR_TABLE go together")
+        raise UsageError("--depth_control file needs --depth_maps FOLDER_OR_TABLE, and vice versa")
 
 
 def overruled(settings: DepthSettings, use: DepthUseSection) -> DepthSettings:
@@ -212,7 +212,7 @@ def fill(maps: DepthMaps, references: Sequence[str], depth_of: Callable[[str], T
 
 
 def made(maps: DepthMaps, tasks: Sequence[MapTask], depth_of: Callable[[str], Tensor]) -> str | None:
-    """What went wrong, for the other processes to hear of; None if nothing did."""
+    """Error message for the other processes; None without an error."""
     bar = tqdm(tasks, desc="depth", unit="image", disable=None, leave=False)
     try:
         for task in bar:
@@ -233,7 +233,7 @@ def save_depth(settings: DepthSettings | None, folder: Path) -> dict[str, Path]:
 
 
 def depth_lines(settings: DepthSettings | None) -> list[str]:
-    """For --dry-run."""
+    """Depth lines of a dry run."""
     if settings is None:
         return []
     source = f"estimated by {settings.estimator}" if settings.control == "estimated" else f"control {settings.control}"
@@ -275,7 +275,7 @@ class ImageDepth:
         if control == "luminance":
             return at_tokens(luminance(picture), grids, name)
         if control in OF_A_SET:
-            raise UsageError(f"depth control {control} belongs to a data set, not to one image: pass depth=values")
+            raise UsageError(f"depth control {control} needs a whole data set, not one image: pass depth=values")
         assert self.estimator is not None, control
         values = at_tokens(self.estimator.depth(picture), grids, name)
         return permuted(values, grids, self.seed) if control == "permuted" else values

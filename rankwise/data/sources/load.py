@@ -1,4 +1,4 @@
-"""Read the rows that a command is told to read: settle their task, find their file, say what was left out.
+"""Read a command's rows: determine their task, find their file, report what was left out.
 
 --data_path: a file, a folder of official files, an archive, a hub id ── find_file ──▶ file ── load ──▶ Examples
 """
@@ -43,9 +43,9 @@ def task_of(data: DataSection) -> str | None:
 def check_data(data: DataSection, command: str) -> None:
     if not data.task:
         where = f", and {data.data_path} does not show it" if data.data_path else ""
-        raise UsageError(f"{command}: --task says how rows become text; it is missing{where}")
+        raise UsageError(f"{command}: --task is missing{where}; it says how rows become text")
     if not data.data_path:
-        raise UsageError(f"{command}: --data_path is missing: where are the rows?")
+        raise UsageError(f"{command}: --data_path is missing: give the file or folder of the rows")
     speakers_of(data.roles)
 
 
@@ -97,7 +97,7 @@ def load(
     repeat_image, image_first, roles, aux_reason: see `Reading`. allow_empty: a file without a sample is no error.
     """
     if split not in SPLITS:
-        raise UsageError(f"no split is called {split!r}; there are {', '.join(SPLITS)}")
+        raise UsageError(f"unknown split {split!r}; splits: {', '.join(SPLITS)}")
     chosen = source(name)
     sought = chosen.sought(split)
     if download:

@@ -232,7 +232,7 @@ def fetch(download: Download, folder: Path) -> Path:
             )
         except ValueError as error:
             raise DataError(
-                f"{download.url}: what arrived has not the checksum of the official {download.name} "
+                f"{download.url}: the downloaded file has not the checksum of the official {download.name} "
                 f"({download.sha256[:16]}…) and was deleted; get the file from elsewhere and put it into {folder}"
             ) from error
     return file

@@ -127,9 +127,7 @@ def json_rows(source: RowFile) -> Iterator[Row]:
     file, whose lines are its rows."""
     suffix = source.path.suffix.lower()
     if suffix in OTHERS:
-        raise DataError(
-            f"{source.path}: such rows are read from {', '.join(JSON_SUFFIXES)} and {PARQUET}, not {suffix}"
-        )
+        raise DataError(f"{source.path}: unsupported file type {suffix}; give {', '.join(JSON_SUFFIXES)} or {PARQUET}")
     if suffix == PARQUET:
         rows = _parquet(source)
     else:
@@ -284,7 +282,7 @@ def _parquet(source: RowFile) -> Iterator[tuple[int, Any]]:
         rows = (row for batch in batches for row in batch.to_pylist())
         yield from enumerate(rows, 1)
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise DataError(f"{source.path}: not a sound parquet file ({error})") from error
+        raise DataError(f"{source.path}: not a valid parquet file ({error})") from error
 
 
 def _json_list(source: RowFile) -> Iterator[tuple[int, Any]]:

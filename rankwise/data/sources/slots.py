@@ -179,7 +179,7 @@ def embedded(content: Any) -> str:
 
 
 def put_first(text: str, count: int) -> str:
-    """The text behind so many image slots, each on a line of its own."""
+    """The text after this many image slots, each on a line of its own."""
     return f"{IMAGE_SLOT}\n" * count + text
 
 

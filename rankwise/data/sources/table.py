@@ -95,7 +95,7 @@ class Source:
         return _imported(self.builder)(rows)
 
     def sought(self, split: str) -> Sought:
-        """What to look for; UsageError where the official data have no such split with answers."""
+        """File names to look for; UsageError where the official data have no such split with answers."""
         wanted = SPLITS[split]
         if self.files and wanted not in self.files:
             raise UsageError(f"{self.name} has no split {split} with answers; it has {', '.join(self.files)}")
@@ -202,7 +202,7 @@ def source(name: str) -> Source:
     """The source of that name, or a UsageError with the nearest names."""
     if name not in SOURCES:
         near = difflib.get_close_matches(name, SOURCES) or sorted(SOURCES)
-        raise UsageError(f"no data source is called {name!r}; did you mean {', '.join(near)}?")
+        raise UsageError(f"unknown data source {name!r}; did you mean {', '.join(near)}?")
     return SOURCES[name]
 
 

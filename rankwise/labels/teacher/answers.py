@@ -1,4 +1,4 @@
-"""What a service sent back, what counts as an answer, and what becomes of several: a label, or why there is none.
+"""Teacher responses: parse them, check the answers, and combine votes into a label, or the reason for none.
 
     body of a response ── read ──┬─▶ Reply        an answer, usable or not: it was paid for, and is stored
                                  └─▶ NoAnswer     an error page, a cut body, an error with status 200: asked again
@@ -194,7 +194,7 @@ def usable(reply: Reply, task: LabelTask) -> bool:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the votes say of an image.
+    """Result of the votes on an image.
 
     content: the first answer that voted for the label, with the mean confidence of all that did; None where there is no
     label, for the reason in `problem`. votes: the label of each usable vote. answered: False where the service gave no
@@ -239,7 +239,7 @@ def majority(votes: Sequence[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far k votes per image agree.
+    """Agreement of k votes per image.
 
     pair_agreement: share of pairs of votes on one image that are equal. kappa: Fleiss', None where it is not defined
     (all votes are one class). vote_error, majority_error: share of wrong labels that `symmetric_error` implies, for one
@@ -292,7 +292,7 @@ def symmetric_error(pair_agreement: float, classes: int) -> float:
 
 
 def majority_error(error: float, votes: int, classes: int) -> float:
-    """How often the majority of k votes is wrong, where it has one: summed over all outcomes of the votes."""
+    """Error rate of the majority of k votes, where there is one: summed over all outcomes of the votes."""
     others = classes - 1
     right = wrong = 0.0
     for counts in compositions(votes, classes):

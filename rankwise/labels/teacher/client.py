@@ -174,7 +174,7 @@ class Teacher:
                 raise
 
     def stop(self, reason: Exception) -> None:
-        """From now on nothing is sent: whoever asks, or waits to, gets the (first) reason."""
+        """Stop sending: every new or waiting request fails with the (first) reason."""
         self._stopped = self._stopped or reason
 
     def _raise_if_stopped(self) -> None:
@@ -223,7 +223,7 @@ class Teacher:
         if status in OF_THE_PICTURE:
             raise Unanswered(f"the teacher refuses the request ({status}: {said})") from None
         if status < 400:
-            raise ServiceError(f"the teacher is elsewhere ({status}: a redirect, not followed); see --base_url")
+            raise ServiceError(f"the teacher's address redirects ({status}, not followed); correct --base_url")
         raise ServiceError(f"the teacher refuses the request ({status}: {said})") from None
 
     async def _before_retry(self, attempts: Attempts) -> None:

@@ -99,7 +99,7 @@ class AnswerLedger:
         return self._by_key.get(key, [])
 
     def is_old(self, entry: Entry) -> bool:
-        """Whether an entry was there before this run."""
+        """Whether an entry is from an earlier run."""
         return id(entry) in self._old
 
     def add(self, entry: Entry) -> None:
@@ -223,7 +223,7 @@ class Spending:
 
     @property
     def most_per_request(self) -> float:
-        """The most that one more request can cost, in dollars."""
+        """Maximum cost of one more request, in dollars."""
         expected = self.most_input or IMAGE_TOKENS + self.text_bytes
         return self.cost(expected, self.max_output_tokens) or 0.0
 
@@ -263,7 +263,7 @@ class Spending:
         return self.spent + unsettled * self.most_per_request <= self.budget_usd
 
     def release(self) -> None:
-        """One request less is open."""
+        """Mark one request as finished."""
         self.open -= 1
         self._change.set()
 

@@ -130,7 +130,7 @@ def shares(image: Image.Image, classes: Sequence[str]) -> Counter[str]:
 
 
 def colours_of(name: str, classes: Sequence[str]) -> tuple[Colour, ...]:
-    """What a class looks like to this teacher."""
+    """Colours of a class for this teacher."""
     key = name_key(name)
     if key in ELEMENTS:
         return ELEMENTS[key]
@@ -201,7 +201,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hung up is not worth a traceback."""
+        """Print no traceback for a client that disconnected."""
 
 
 def _handler(teacher: LoopbackTeacher) -> type[BaseHTTPRequestHandler]:

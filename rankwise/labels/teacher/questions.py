@@ -188,7 +188,7 @@ class Asker:
 
     @property
     def room(self) -> int:
-        """How many pictures may be asked about at a time: of a teacher that has not answered usably yet, no more than
+        """Maximum number of images in flight: of a teacher that has not answered usably yet, no more than
         it takes to tell."""
         most = self.teacher.settings.concurrency
         return min(most, self.max_unusable - self.unusable) if self.max_unusable else most
@@ -232,7 +232,7 @@ class Asker:
             await self._ask(key, picture, len(self.ledger.of(key)) + 1)
 
     def standing(self, key: Key) -> list[Entry]:
-        """The answers of the ledger that count: not those that ended at a lower limit than they would now."""
+        """Valid answers of the ledger: without those cut at a lower token limit than today's."""
         return [entry for entry in self.ledger.of(key) if not self._superseded(entry)]
 
     def _superseded(self, entry: Entry) -> bool:
