@@ -89,7 +89,7 @@ def test_a_path_that_ends_like_another_is_caught(bases: Bases) -> None:
     model = loaded(bases("smolvlm"))
     plan = uniform_plan(choose_sites(model_sites(model)), 2, None, False, "")
     with pytest.raises(
-        VerificationError, match=r"trained in full: embeddings; PEFT copied model\.vision_model\.embeddings"
+        VerificationError, match=r"modules to train in full: embeddings; PEFT copied model\.vision_model\.embeddings"
     ):
         adapt(model, plan, LoraSettings(full=("embeddings",)))
 
