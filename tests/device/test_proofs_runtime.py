@@ -53,7 +53,7 @@ def test_a_converter_that_somebody_edited(
     with (copy / "convert_hf_to_gguf.py").open("a") as file:
         file.write("# one more line\n")
     assert main(["export", str(text_export.parent / "model"), "-o", str(tmp_path / "out")]) == 6
-    assert "convert_hf_to_gguf.py is not as it was installed" in capsys.readouterr().err
+    assert "convert_hf_to_gguf.py has changed since it was installed" in capsys.readouterr().err
 
 
 def nothing_written(job: Any) -> None:

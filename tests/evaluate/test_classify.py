@@ -274,7 +274,7 @@ def test_a_class_that_nobody_names_has_zeros_not_warnings() -> None:
 
 
 def test_rows_without_a_label_are_named() -> None:
-    with pytest.raises(DataError, match=r"x0.*'-' is none of entailment"):
+    with pytest.raises(DataError, match=r"x0.*'-' is not one of entailment"):
         score_labels(predictions_of(["neutral"]), [example("x0", "-")], labels=LABELS)
     with pytest.raises(DataError, match="no predictions"):
         score_labels([], [], labels=LABELS)

@@ -311,7 +311,7 @@ def test_matrices_with_a_known_spectrum(tmp_path: Path, capsys: Any) -> None:
     [
         ([], "needs IMAGES and --model, or --synthetic"),
         (["photos"], "needs IMAGES and --model"),
-        (["photos", "--synthetic", "3"], "without a model"),
+        (["photos", "--synthetic", "3"], "needs no model"),
         (["photos", "--model", "m", "--native", "--image_size", "56"], "give one of them"),
         (["photos", "--model", "m", "--shard_size", "0"], "--shard_size is 0; give a number of at least 1"),
         (["--synthetic", "2", "--channels", "20"], "needs 39 channels"),

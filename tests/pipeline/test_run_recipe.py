@@ -99,7 +99,7 @@ def edited(recipe: Path, old: str, new: str) -> Path:
         ("command: report", "command: raport", ("command 'raport'", "did you mean report")),
         ("${BASE}", "${BSE}", ("stage ranks: base", "${BSE}", "BASE, TUNED")),
         ("min_rank: 1", "min_rank: one", ("stage ranks", "min_rank", "'one'")),
-        ("name: page", "name: ranks", ("two stages", "ranks, ranks")),
+        ("name: page", "name: ranks", ("duplicate stage name", "ranks, ranks")),
         ("name: pair", "nmae: pair", ("'nmae'", "did you mean name")),
         ("min_rank: 1", "nproc: few", ("stage ranks", "nproc", "'few'")),
         ("stages:\n", "stages: []\nrest:\n", ("'rest'",)),

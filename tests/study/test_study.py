@@ -129,7 +129,7 @@ def test_deltas_of_a_run_outside_are_taken_and_said_to_be_unchecked(
 
 def test_a_broken_study_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text('{"format": "rankwise-study/1", "verdicts": []}')
-    with pytest.raises(DataError, match=r"study\.json.*lacks"):
+    with pytest.raises(DataError, match=r"study\.json: incomplete: assay"):
         build_report(tmp_path)
 
 
