@@ -32,7 +32,7 @@ from rankwise.models.targets import choose_sites, uniform_plan
 from rankwise.train.arguments import frozen_dtype
 from rankwise.train.estimate.cost import Speed
 from rankwise.train.estimate.gpus import this_machine
-from rankwise.train.estimate.shapes import Place, Rows, Shapes, Way, measure_way
+from rankwise.train.estimate.shapes import Hardware, Rows, Shapes, Way, measure_way
 from rankwise.train.trainer import RankwiseTrainer
 
 RANK = 16
@@ -127,7 +127,7 @@ def estimates(options: argparse.Namespace) -> dict[tuple[bool, int], tuple[float
     with tempfile.TemporaryDirectory() as folder:
         settings = arguments(folder, 1, 1)
     autocast = torch.bfloat16 if settings.bf16 else None
-    place = Place((this_machine(settings.device, autocast),), autocast, frozen_dtype("auto", settings))
+    place = Hardware((this_machine(settings.device, autocast),), autocast, frozen_dtype("auto", settings))
     speed = Speed.of(place.card, autocast)
     shapes = Shapes(base, plan, LoraSettings(dropout=0.0), None)
     found = {}

@@ -28,7 +28,7 @@ from rankwise.demo import tiny
 from rankwise.demo.scenes import ON_ITS_SIDE, ORIENTATION, SHADES, paint
 from rankwise.device.parity.cases import Case
 from rankwise.device.parity.floor import Floor
-from rankwise.device.sides import Shipment, Shipped, Trained, trained_side
+from rankwise.device.sides import Shipment, Shipped, TrainedSide, trained_side
 from rankwise.gguf import command as export
 from rankwise.gguf.converter import Converter
 from rankwise.gguf.plan import ExportPlan, plan_export
@@ -48,7 +48,7 @@ class Ship:
     """A sound export with its ladder. base, adapter: what was merged; None where the base itself is shipped."""
 
     name: str
-    trained: Trained
+    trained: TrainedSide
     exported: Exported
     plan: ExportPlan
     base: Path | None = None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import grimp
 import pytest
-from house import closure
+from house import classes_of, closure
 
 import rankwise
 from rankwise.pipeline.table import COMMANDS
@@ -116,6 +116,14 @@ def test_every_module_opens_with_its_place_in_the_flow() -> None:
         str(path) for path in sources() if path.stat().st_size and not ast.get_docstring(ast.parse(path.read_text()))
     ]
     assert not missing
+
+
+def test_a_class_name_stands_for_one_thing() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in sources():
+        for name in classes_of(ast.parse(path.read_text(encoding="utf-8"))):
+            homes.setdefault(name, []).append(str(path.relative_to(PACKAGE)))
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
 
 
 TRAIN = ("finetune", "train", "study", "features train", "tiny", "demo")  # the last two make a model to begin with

@@ -281,7 +281,7 @@ Ranks = Mapping[Site, int]
 
 
 @dataclass(frozen=True)
-class Change:
+class RankStep:
     """One rank more, or one less, at some sites of equal cost: the change in parameters and in gain."""
 
     sites: tuple[Site, ...]
@@ -326,11 +326,13 @@ def equalise(
     return {site: rank + moved.get(site, 0) for site, rank in ranks.items()}
 
 
-def cost_of(changes: Iterable[Change]) -> int:
+def cost_of(changes: Iterable[RankStep]) -> int:
     return sum(change.cost for change in changes)
 
 
-def combinations(ranks: Ranks, gains: Mapping[Site, Tensor], most: Mapping[Site, int]) -> Iterable[tuple[Change, ...]]:
+def combinations(
+    ranks: Ranks, gains: Mapping[Site, Tensor], most: Mapping[Site, int]
+) -> Iterable[tuple[RankStep, ...]]:
     """One change, or none, per cost of a rank; fewer ranks each where there are many costs."""
     costs = sorted({site.parameters(1) for site in ranks})
     reach = next(reach for reach in (3, 2, 1, 0) if (2 * reach + 1) ** len(costs) <= MOST_COMBINATIONS or not reach)
@@ -341,16 +343,18 @@ def combinations(ranks: Ranks, gains: Mapping[Site, Tensor], most: Mapping[Site,
     return itertools.product(*options)
 
 
-def changes(members: list[Site], ranks: Ranks, gains: Mapping[Site, Tensor], most: Mapping[Site, int]) -> list[Change]:
+def changes(
+    members: list[Site], ranks: Ranks, gains: Mapping[Site, Tensor], most: Mapping[Site, int]
+) -> list[RankStep]:
     """Nothing; the best one, two, three ranks to add; the one, two, three that are missed least."""
     cost = members[0].parameters(1)
     up = sorted(((gain_at(gains[s], ranks[s]), s) for s in members if ranks[s] < most[s]), key=lambda x: -x[0])
     down = sorted(((gain_at(gains[s], ranks[s] - 1), s) for s in members if ranks[s] > 0), key=lambda x: x[0])
-    found = [Change((), 0, 0, 0.0)]
+    found = [RankStep((), 0, 0, 0.0)]
     for step, ranked in ((1, up), (-1, down)):
         for count in range(1, min(3, len(ranked)) + 1):
             sites, worth = tuple(s for _, s in ranked[:count]), sum(gain for gain, _ in ranked[:count])
-            found.append(Change(sites, step, step * count * cost, step * worth))
+            found.append(RankStep(sites, step, step * count * cost, step * worth))
     return found
 
 

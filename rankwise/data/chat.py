@@ -110,7 +110,7 @@ QUESTION, ANSWER, REPLY = ("\ue000question\ue001", "\ue000answer\ue001", "\ue000
 Message = dict[str, Any]
 
 
-class Refused(DataError):
+class TemplateRefused(DataError):
     """The template raises an error for a conversation: a role that it does not take, say."""
 
 
@@ -161,7 +161,7 @@ class ChatTemplate:
             form = cls(tokenizer, source, kwargs, image_token, typed)
             try:
                 text = form.text(asked)
-            except Refused as error:  # this template takes content in the other form
+            except TemplateRefused as error:  # this template takes content in the other form
                 reason = str(error)
                 continue
             if QUESTION in text and ANSWER in text and text.count(image_token or QUESTION) == 1:
@@ -178,7 +178,7 @@ class ChatTemplate:
         """The template with what it puts behind an answer, and with its control tokens."""
         try:
             going_on = self.text([*asked, Turn("user", REPLY)], generate=True)
-        except Refused:  # one exchange is all that it takes
+        except TemplateRefused:  # one exchange is all that it takes
             going_on = ""
         added = [token for token in self.tokenizer.added_tokens_decoder.values() if not token.content.isspace()]
         end = _end(tail, going_on.split(ANSWER)[-1], [token.content for token in added], ends)
@@ -208,7 +208,7 @@ class ChatTemplate:
                 )
             )
         except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise Refused(f"the chat template refuses it: {error}") from error
+            raise TemplateRefused(f"the chat template refuses it: {error}") from error
 
     def messages(self, turns: Sequence[Turn]) -> list[Message]:
         """What the template is given: control tokens in the turns' texts are marked, so that they are read as text."""
@@ -272,8 +272,8 @@ class ChatTemplate:
     def _named(self, example: Example, turns: Sequence[Turn], *, generate: bool = False) -> str:
         try:
             return self.text(turns, generate=generate)
-        except Refused as error:
-            raise Refused(f"sample {example.id}: {error}") from error
+        except TemplateRefused as error:
+            raise TemplateRefused(f"sample {example.id}: {error}") from error
 
 
 def pattern(tokens: Sequence[str], but: str | None = None) -> re.Pattern[str]:

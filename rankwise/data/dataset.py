@@ -138,7 +138,7 @@ def pieces(rendered: Rendered, renderer: Renderer) -> Iterator[bytes]:
 
 
 @dataclass(frozen=True)
-class Learnt(View):
+class AnswerRows(View):
     """Rows as samples: each whole, or one of its answers with what was said before it (see `Checked.answers`)."""
 
     rows: Sequence[Example]
@@ -162,7 +162,7 @@ class RenderedDataset(Dataset[dict[str, Any]]):
         self.renderer = renderer
         self.checked = check_samples(examples, renderer)
         rows = chosen(examples, self.checked.usable)
-        self.examples = Learnt(rows, self.checked.answers) if any(self.checked.answers) else rows
+        self.examples = AnswerRows(rows, self.checked.answers) if any(self.checked.answers) else rows
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ SUPPORTED = "`rankwise check` says which model families are tested; docs/vision.
 CROSSED = "cross_attention_mask"
 
 
-class ImageDepth(Protocol):
+class DepthSource(Protocol):
     """Depth of an image at its tokens, (tokens,) in their order; `data.depth.maps` reads it from a cache."""
 
     def for_image(self, reference: str) -> Tensor: ...
@@ -59,7 +59,7 @@ class Sight:
 
     processor: ProcessorMixin
     reader: ImageReader | DeviceReader
-    depth: ImageDepth | None = None
+    depth: DepthSource | None = None
     target: DeviceTarget | None = None
     takes: frozenset[str] | None = None
     _expansions: dict[Sizes, tuple[str, ...]] = field(default_factory=dict, compare=False, repr=False)

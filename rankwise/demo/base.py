@@ -45,7 +45,7 @@ Rows = Sequence[dict[str, Any]] | Dataset[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Course:
+class BaseTraining:
     """Training data of a base: samples (pages or captioned images), words of its vocabulary, optimizer steps."""
 
     samples: int
@@ -57,7 +57,7 @@ class Course:
     learning_rate: float = 3e-3
 
 
-def train_text_base(folder: Path, pages: list[str], more: list[str], course: Course, seed: int) -> None:
+def train_text_base(folder: Path, pages: list[str], more: list[str], course: BaseTraining, seed: int) -> None:
     """A Llama that has read the pages, saved with its tokenizer. more: texts that the vocabulary has words for, too."""
     started = time.monotonic()
     tokenizer = save_tokenizer(folder, [*pages[:2000], *more], course.vocabulary)
@@ -75,7 +75,7 @@ def train_vision_base(
     examples: list[Example],
     contents: Sequence[Sequence[Sequence[int]]],
     classes: Sequence[int],
-    course: Course,
+    course: BaseTraining,
     seed: int,
 ) -> None:
     """A SmolVLM that describes images, saved with its processor. texts: what the vocabulary has words for.
@@ -97,7 +97,9 @@ def train_vision_base(
     finish(model, rows, Collator.of(tokenizer, sight=sight), course, seed, folder, started)
 
 
-def finish(model: Any, rows: Rows, collate: Collate, course: Course, seed: int, folder: Path, started: float) -> None:
+def finish(
+    model: Any, rows: Rows, collate: Collate, course: BaseTraining, seed: int, folder: Path, started: float
+) -> None:
     """Train the whole model on its samples and save it."""
     loss = pretrain(model, rows, collate, course, seed)
     model.save_pretrained(folder)
@@ -122,7 +124,7 @@ def spoken(examples: list[Example]) -> list[str]:
     return [f"{turn.role.capitalize()}: {turn.text}" for turn in turns]
 
 
-def pretrain(model: nn.Module, rows: Rows, collate: Collate, course: Course, seed: int) -> float:
+def pretrain(model: nn.Module, rows: Rows, collate: Collate, course: BaseTraining, seed: int) -> float:
     """Train all weights in place on samples as the collator takes them; returns the last logged loss in nats."""
     settings = {
         "max_steps": course.steps,

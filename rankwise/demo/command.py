@@ -15,7 +15,7 @@ from pathlib import Path
 from rankwise.data.device import DeviceTarget
 from rankwise.data.sources.load import load
 from rankwise.data.template import sections
-from rankwise.demo.base import Course, spoken, train_text_base, train_vision_base
+from rankwise.demo.base import BaseTraining, spoken, train_text_base, train_vision_base
 from rankwise.demo.drawings import FEATURES, captioned, contents, seen, write_conversations
 from rankwise.demo.restaurants import guide, write_task
 from rankwise.errors import UsageError, need
@@ -36,15 +36,15 @@ class World:
 
     train_rows: int
     held_out_rows: int
-    course: Course
+    course: BaseTraining
 
 
 # By --vision, then by --quick. The whole ones take about three minutes on two cores, with --vision four.
 WORLDS = {
-    False: {False: World(400, 64, Course(8000, 800, 800)), True: World(24, 6, Course(200, 400, 4))},
+    False: {False: World(400, 64, BaseTraining(8000, 800, 800)), True: World(24, 6, BaseTraining(200, 400, 4))},
     True: {
-        False: World(800, 200, Course(6000, 400, 1400, eye_steps=180)),
-        True: World(24, 10, Course(60, 340, 4, eye_steps=2)),
+        False: World(800, 200, BaseTraining(6000, 400, 1400, eye_steps=180)),
+        True: World(24, 10, BaseTraining(60, 340, 4, eye_steps=2)),
     },
 }
 REFERENCES, TURNS = 3, 3  # wordings per meaning representation, questions per image
@@ -134,12 +134,12 @@ def make_conversations(folder: Path, world: World, generator: random.Random) -> 
     write_conversations(folder / HELD_OUT, generator, count=world.held_out_rows, turns=1, held_out=True)
 
 
-def make_text_base(folder: Path, data: Path, course: Course, seed: int) -> None:
+def make_text_base(folder: Path, data: Path, course: BaseTraining, seed: int) -> None:
     """A Llama of a million parameters that has read guide pages: it speaks, and has never seen the task."""
     train_text_base(folder, guide(random.Random(seed), course.samples), prompts(data), course, seed)
 
 
-def make_vision_base(folder: Path, data: Path, course: Course, seed: int) -> None:
+def make_vision_base(folder: Path, data: Path, course: BaseTraining, seed: int) -> None:
     """A SmolVLM of a million parameters that has learnt to describe images, and has never been asked a question."""
     generator = random.Random(seed)
     pictures = seen(generator, course.samples)

@@ -172,7 +172,7 @@ def contents(scene: Scene) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class Question:
+class SceneQuestion:
     """kind: what has to be found out; `about`: the things that it takes to answer."""
 
     kind: str
@@ -197,22 +197,22 @@ def caption(scene: Scene, random_state: random.Random) -> str:
     return ", ".join(form.format_map(vars(thing)) for thing in things)
 
 
-def questions(scene: Scene) -> Iterator[Question]:
+def questions(scene: Scene) -> Iterator[SceneQuestion]:
     """Every question that has one answer."""
     for thing in scene.things:
         if sum(other.shape == thing.shape for other in scene.things) == 1:
-            yield Question("colour", f"What colour is the {thing.shape}?", thing.colour, (thing,))
+            yield SceneQuestion("colour", f"What colour is the {thing.shape}?", thing.colour, (thing,))
         if sum(other.colour == thing.colour for other in scene.things) == 1:
-            yield Question("shape", f"Which shape is {thing.colour}?", thing.shape, (thing,))
-        yield Question("place", f"Where is the {thing.name}?", thing.place, (thing,))
-    yield Question("count", "How many shapes are there?", NUMBERS[len(scene.things) - 1], scene.things)
+            yield SceneQuestion("shape", f"Which shape is {thing.colour}?", thing.shape, (thing,))
+        yield SceneQuestion("place", f"Where is the {thing.name}?", thing.place, (thing,))
+    yield SceneQuestion("count", "How many shapes are there?", NUMBERS[len(scene.things) - 1], scene.things)
     for words, thing, other in neighbours(scene):
-        yield Question("beside", f"What is {words} the {thing.name}?", other.name, (thing, other))
+        yield SceneQuestion("beside", f"What is {words} the {thing.name}?", other.name, (thing, other))
 
 
 def conversations(
     random_state: random.Random, count: int, *, turns: int, held_out: bool, look: str = "filled"
-) -> Iterator[tuple[Scene, list[Question]]]:
+) -> Iterator[tuple[Scene, list[SceneQuestion]]]:
     """Scenes with up to `turns` questions of different kinds, of one side of the split; answers are balanced.
 
     Held-out questions are about a held-out pair; the other side's scenes show none.
@@ -233,9 +233,9 @@ def conversations(
         yield scene, found
 
 
-def _candidates(random_state: random.Random, kind: str, held_out: bool, look: str) -> list[tuple[Scene, Question]]:
+def _candidates(random_state: random.Random, kind: str, held_out: bool, look: str) -> list[tuple[Scene, SceneQuestion]]:
     """Questions of a kind to choose from, about `CHOICE` scenes of one side of the split."""
-    found: list[tuple[Scene, Question]] = []
+    found: list[tuple[Scene, SceneQuestion]] = []
     scenes = 0
     while scenes < CHOICE:
         scene = draw(random_state, look=look)

@@ -16,7 +16,7 @@ from pathlib import Path
 from rankwise.data.device import encoded, resize_for_device
 from rankwise.data.example import IMAGE_SLOT, Example, Turn
 from rankwise.data.label_task import load_task
-from rankwise.demo.base import Course, spoken, train_vision_base
+from rankwise.demo.base import BaseTraining, spoken, train_vision_base
 from rankwise.demo.scenes import LOOKS, SHADES, SIZES, paint, photos
 from rankwise.files.atomic import atomic_folder
 from rankwise.files.run_folder import RunFolder
@@ -26,12 +26,12 @@ from rankwise.options.commands import TinyConfig
 TASK, ASKED = "elements", "What do you see?"
 QUARTERS = 4  # of a picture, as the Eye looks at them; a scene is of one element in all of them
 # Ten to fifteen seconds on two cores.
-COURSE = Course(400, 320, 100, batch_size=12, eye_steps=40, eye_batch_size=24)
+COURSE = BaseTraining(400, 320, 100, batch_size=12, eye_steps=40, eye_batch_size=24)
 QUICK = replace(COURSE, samples=40, steps=4, eye_steps=2)
 
 
 @dataclass(frozen=True)
-class Scene:
+class ElementImage:
     """A picture, letterboxed to the tower's size as a data URL, and its element."""
 
     element: str
@@ -56,7 +56,7 @@ def make_photos(folder: Path, seed: int) -> None:
     print(f"photos: {len(written)} drawn, one of them twice and one on its side", flush=True)
 
 
-def make_base(folder: Path, course: Course, seed: int) -> None:
+def make_base(folder: Path, course: BaseTraining, seed: int) -> None:
     """A SmolVLM of a million parameters that can tell the elements apart and name them in a caption."""
     if folder.is_dir():
         return
@@ -69,13 +69,13 @@ def make_base(folder: Path, course: Course, seed: int) -> None:
         train_vision_base(made, texts, examples, contents, [len(SHADES)], course, seed)
 
 
-def seen(element: str, generator: random.Random) -> Scene:
+def seen(element: str, generator: random.Random) -> ElementImage:
     width, height = generator.choice(SIZES)
     picture = resize_for_device(paint(element, width // 2, height // 2, generator), SIDE)
-    return Scene(element, "data:image/png;base64," + base64.b64encode(encoded(picture, "PNG")).decode())
+    return ElementImage(element, "data:image/png;base64," + base64.b64encode(encoded(picture, "PNG")).decode())
 
 
-def captioned(scene: Scene, generator: random.Random) -> Example:
+def captioned(scene: ElementImage, generator: random.Random) -> Example:
     """What is seen, and what it is made of, in either order."""
     words = [LOOKS[scene.element], scene.element]
     turns = (Turn("user", f"{IMAGE_SLOT}\n{ASKED}"), Turn("assistant", ": ".join(generator.sample(words, 2))))

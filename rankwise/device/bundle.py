@@ -36,7 +36,7 @@ from rankwise.device.bundle_files import (
     write_manifest,
     write_parts,
 )
-from rankwise.device.clients import MODELFILE, Asking, Template, client_files, end_texts, modelfile, template_of
+from rankwise.device.clients import MODELFILE, ClientInputs, Template, client_files, end_texts, modelfile, template_of
 from rankwise.device.golden import FOLDER as GOLDEN
 from rankwise.device.golden import Golden, read_golden, write_golden
 from rankwise.device.llama.client import ServerRuntime
@@ -45,7 +45,7 @@ from rankwise.device.parity.floor import K
 from rankwise.device.parity.ladder import Ladder, climb
 from rankwise.device.parity.pixels import AppPixels
 from rankwise.device.scores import FILE, FORMAT, Abstention, abstention
-from rankwise.device.sides import LAST, ROOM, Shipment, Shipped, Trained, context, trained_side
+from rankwise.device.sides import LAST, ROOM, Shipment, Shipped, TrainedSide, context, trained_side
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.atomic import atomic_folder, fingerprint, read_document, read_object, sha256, write_text
 from rankwise.files.run_folder import CONFIG, RunFolder, called
@@ -61,7 +61,7 @@ SCORES = ("task", "method", "n", "accuracy", "interval", "macro_f1", "metrics", 
 
 
 @dataclass(frozen=True)
-class Source:
+class ShippedForm:
     """The form to ship. validated: validation.json and how it was asked for; None without one. doubts: what was not
     proven, or found wrong; only with --allow_unverified may there be any."""
 
@@ -106,7 +106,7 @@ class Source:
         """As given; else the validation's, so that both apply one limit to the files."""
         return config.tolerance or float((self.validated or {}).get("tolerance", K))
 
-    def trained(self, config: BundleConfig) -> Trained:
+    def trained(self, config: BundleConfig) -> TrainedSide:
         """The model that was converted, with the items of the validation, or those of --data_path."""
         shipment = Shipment((Shipped(self.form),), self.exported.folder, reference_of(config, self))
         return trained_side(self.as_validated(config), shipment)
@@ -131,12 +131,12 @@ class Source:
         )
 
 
-def reference_of(config: BundleConfig, source: Source) -> str:
+def reference_of(config: BundleConfig, source: ShippedForm) -> str:
     recorded = source.asked.reference if source.asked else None
     return config.reference or recorded or str(source.exported.content["model"]["path"])
 
 
-def source_of(config: BundleConfig) -> Source:
+def source_of(config: BundleConfig) -> ShippedForm:
     """VerificationError where the export or its validation is missing, broken or of other files, unless that is
     allowed; DataError for folders that are not what they should be."""
     exported = read_export(str(config.export))
@@ -145,7 +145,7 @@ def source_of(config: BundleConfig) -> Source:
     doubts = (*export_doubts(exported, form), *validation_doubts(config, exported, form, validated))
     if doubts and not config.allow_unverified:
         raise VerificationError(f"{exported.folder}: {'; '.join(doubts)}. --allow_unverified bundles it anyway")
-    return Source(exported, form, validated, asked, doubts)
+    return ShippedForm(exported, form, validated, asked, doubts)
 
 
 def form_of(config: BundleConfig, exported: Exported) -> str:
@@ -244,7 +244,7 @@ def check(config: BundleConfig) -> None:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_bundle(config: BundleConfig, source: Source, trained: Trained, folder: Path) -> dict[str, Any]:
+def write_bundle(config: BundleConfig, source: ShippedForm, trained: TrainedSide, folder: Path) -> dict[str, Any]:
     """All files of the bundle; returns what bundle.json says beside them."""
     task = task_of(source.exported, trained)
     target = shipped_target(source, trained)
@@ -269,30 +269,30 @@ def write_bundle(config: BundleConfig, source: Source, trained: Trained, folder:
 
 
 def write_clients(
-    folder: Path, trained: Trained, prompt: Prompt, facts: Mapping[str, Any], record: InputRecord | None
+    folder: Path, trained: TrainedSide, prompt: Prompt, facts: Mapping[str, Any], record: InputRecord | None
 ) -> Template:
     """Write the client files: Ollama's Modelfile, and code for three runtimes."""
     template, ends = template_of(trained.items[0], trained.renderer, prompt), end_texts(trained.renderer)
     system = record.system_prompt if record else None
     write_text(folder / MODELFILE, modelfile(template, prompt, facts, ends, system))
-    for name, content in client_files(Asking(prompt, ends, facts, (folder / GRAMMAR).is_file())).items():
+    for name, content in client_files(ClientInputs(prompt, ends, facts, (folder / GRAMMAR).is_file())).items():
         write_text(folder / name, content)
     return template
 
 
-def task_of(exported: Exported, trained: Trained) -> LabelTask | None:
+def task_of(exported: Exported, trained: TrainedSide) -> LabelTask | None:
     """The classes that travelled with the model, else those of the labelled data; None for a task without classes."""
     places = [exported.folder, Path(str(trained.config.data.data_path))] if trained.task.name == "labels" else []
     return next((read_task(place) for place in places if (place / TASK_FILE).is_file()), None)
 
 
-def shipped_target(source: Source, trained: Trained) -> DeviceTarget | None:
+def shipped_target(source: ShippedForm, trained: TrainedSide) -> DeviceTarget | None:
     """The contract, with the runtime that the answers were validated on."""
     target = read_target(source.exported.folder) or trained.target
     return dataclasses.replace(target, runtime_build=source.build or target.runtime_build) if target else None
 
 
-def described(source: Source, trained: Trained, unsure: Abstention) -> dict[str, Any]:
+def described(source: ShippedForm, trained: TrainedSide, unsure: Abstention) -> dict[str, Any]:
     """bundle.json without its list of files."""
     return {
         "outtype": source.form,

@@ -264,7 +264,7 @@ def end_texts(renderer: Renderer) -> Sequence[str]:
 
 
 @dataclass(frozen=True)
-class Asking:
+class ClientInputs:
     """Inputs of a client's code. grammar: whether labels.gbnf is there."""
 
     prompt: Prompt
@@ -278,7 +278,7 @@ class Asking:
         return [*(["picture"] if self.prompt.images else []), *(["input"] if self.prompt.takes_input else [])]
 
 
-def client_files(asking: Asking) -> dict[str, str]:
+def client_files(asking: ClientInputs) -> dict[str, str]:
     """Name in the bundle → content."""
     return {
         f"{FOLDER}/llama.node.mjs": llama_node(asking),
@@ -287,11 +287,11 @@ def client_files(asking: Asking) -> dict[str, str]:
     }
 
 
-def javascript_constants(asking: Asking) -> list[str]:
+def javascript_constants(asking: ClientInputs) -> list[str]:
     return [f"const PROMPT = {quoted(asking.prompt.text)}", f"const STOP = {quoted(list(asking.ends))}"]
 
 
-def settings(asking: Asking, model: str, mmproj: str, grammar: str) -> tuple[list[str], list[str], list[str]]:
+def settings(asking: ClientInputs, model: str, mmproj: str, grammar: str) -> tuple[list[str], list[str], list[str]]:
     """Lines of llama.node and llama.rn, whose interfaces are one: loading, seeing, asking."""
     facts = asking.facts
     load = [f"  model: {model},", f"  n_ctx: {facts['context']},"]
@@ -306,7 +306,7 @@ def settings(asking: Asking, model: str, mmproj: str, grammar: str) -> tuple[lis
     return load, see, ask
 
 
-def llama_node(asking: Asking) -> str:
+def llama_node(asking: ClientInputs) -> str:
     takes = asking.takes
     arguments = " ".join({"picture": "PICTURE.png", "input": '"YOUR TEXT"'}[name] for name in takes)
     model, mmproj = (f"file({quoted(asking.facts[name])})" for name in ("model", "mmproj"))
@@ -334,7 +334,7 @@ def llama_node(asking: Asking) -> str:
     return "\n".join(lines) + "\n"
 
 
-def llama_rn(asking: Asking) -> str:
+def llama_rn(asking: ClientInputs) -> str:
     arguments = ["folder: string", *(f"{name}: string" for name in asking.takes)]
     arguments += ["grammar: string"] if asking.grammar else []
     model, projector = (f"`${{folder}}/{asking.facts[name]}`" for name in ("model", "mmproj"))
@@ -357,7 +357,7 @@ def llama_rn(asking: Asking) -> str:
     return "\n".join(lines) + "\n"
 
 
-def kotlin(asking: Asking) -> str:
+def kotlin(asking: ClientInputs) -> str:
     prompt = asking.prompt
     arguments = [*(["png: ByteArray"] if prompt.images else []), *(["input: String"] if prompt.takes_input else [])]
     arguments += ["grammar: String"] if asking.grammar else []

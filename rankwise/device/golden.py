@@ -24,7 +24,7 @@ from rankwise.data.device import DeviceReader, DeviceTarget, encoded
 from rankwise.data.example import Example, Turn
 from rankwise.data.images import ImageReader
 from rankwise.data.pixels import suffix_of
-from rankwise.device.parity.cases import Case, Source
+from rankwise.device.parity.cases import Case, SourceImage
 from rankwise.device.parity.floor import Thresholds, top_of
 from rankwise.device.parity.pixels import on_canvas, sha256_rgb
 from rankwise.device.parity.reference import Expected, Pixels, Reference
@@ -145,7 +145,7 @@ def case_of_row(row: Row, folder: Path, target: DeviceTarget | None) -> Case:
     reader = ImageReader(folder)
     read: Any = DeviceReader(reader, target) if target else reader
     images = [encoded(read.open(one["source"]), "PNG") for one in row["images"]]
-    sources = tuple(Source(one["device"], reader.content(one["source"])) for one in row["images"])
+    sources = tuple(SourceImage(one["device"], reader.content(one["source"])) for one in row["images"])
     size = target.image_size if target else None
     example = Example(row["id"], row["id"], (Turn("user", row["prompt"]), Turn("assistant", row["text"])))
     prompt, kind, marker = row["prompt"], row["kind"], row["marker"]

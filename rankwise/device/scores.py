@@ -277,7 +277,7 @@ def _needed(differing: int, n: int, margin: float) -> int:
 
 
 @dataclass(frozen=True)
-class Change:
+class AccuracyChange:
     """From one model to another on the same items. difference and interval: of accuracy, in shares of 1 (Newcombe's
     paired interval). won, lost: items that only the second, only the first has right. p: exact McNemar, two-sided."""
 
@@ -295,16 +295,16 @@ class Change:
 class GainKept:
     """kept: share of the gain; None where the gain is not clearly above 0, and why says so."""
 
-    gain: Change
+    gain: AccuracyChange
     kept: float | None
     why: str = ""
 
 
-def change(before: Sequence[bool], after: Sequence[bool]) -> Change:
+def change(before: Sequence[bool], after: Sequence[bool]) -> AccuracyChange:
     """Right or wrong of the same items, in the same order."""
     (both, won, lost, p), n = counted(after, before), len(before)
     interval = paired_interval(both, won, lost, n)
-    return Change(n, (both + lost) / n, (both + won) / n, (won - lost) / n, interval, won, lost, p)
+    return AccuracyChange(n, (both + lost) / n, (both + won) / n, (won - lost) / n, interval, won, lost, p)
 
 
 def gain_kept(base: Sequence[bool], tuned: Sequence[bool], shipped: Sequence[bool]) -> GainKept:

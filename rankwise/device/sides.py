@@ -107,7 +107,7 @@ def form_of(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Answers:
+class ScoredAnswers:
     """A model's answers to all items, and what they are worth."""
 
     result: EvaluationResult
@@ -118,7 +118,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedSide:
     """The trained model with the items. renderer: as training had it, with room for an answer. read: the files that
     the items came from."""
 
@@ -139,7 +139,7 @@ class Trained:
     def decoding(self) -> GenerationSettings:
         return GenerationSettings(self.max_new_tokens, batch_size=self.config.batch_size, seed=self.config.seed)
 
-    def on(self, base: str) -> Trained:
+    def on(self, base: str) -> TrainedSide:
         """The same items for another model, the base."""
         return replace(self, name=base, model=loaded(self.config, base))
 
@@ -172,7 +172,7 @@ class Validated:
 
     form: str
     build: str
-    answers: Answers
+    answers: ScoredAnswers
     records: Mapping[str, Answered]
     memory: int | None
     ladder: Ladder | None
@@ -194,7 +194,7 @@ class Validated:
         }
 
 
-def trained_side(config: ValidateConfig, shipped: Shipment) -> Trained:
+def trained_side(config: ValidateConfig, shipped: Shipment) -> TrainedSide:
     """DataError where model, data and export are for different devices; UsageError where no reference is known."""
     name = shipped.reference
     if not name:
@@ -217,7 +217,7 @@ def trained_side(config: ValidateConfig, shipped: Shipment) -> Trained:
     system_warning(recorded([*places, resolve(name)]), usable)
     if not usable:
         raise DataError(f"{config.data.data_path}: no items to evaluate")
-    return Trained(config, name, chosen, renderer, usable, longest, loaded(config, name), items.files)
+    return TrainedSide(config, name, chosen, renderer, usable, longest, loaded(config, name), items.files)
 
 
 def loaded(config: ValidateConfig, name: str) -> Any:
@@ -240,21 +240,21 @@ def as_exported(config: ValidateConfig, shipped: Shipment) -> DataSection:
     return replace(config.data, device_target=str(shipped.folder))
 
 
-def answers_of(trained: Trained, folder: Path) -> Answers:
+def answers_of(trained: TrainedSide, folder: Path) -> ScoredAnswers:
     """The transformers model's own greedy answers to all items."""
     engine = HFGenerator(trained.model, trained.renderer, trained.decoding)
     made_from = trained.made_from() | {"model": fingerprints(base_files(resolve(trained.name)))}
     return answered(trained, engine, folder, made_from)
 
 
-def answered(trained: Trained, engine: Any, folder: Path, made_from: Mapping[str, Any]) -> Answers:
+def answered(trained: TrainedSide, engine: Any, folder: Path, made_from: Mapping[str, Any]) -> ScoredAnswers:
     result = evaluate(trained.task, engine, trained.items, folder, made_from, by="generation")
     assert result
-    return Answers(result, predict(engine, trained.items, folder / "predictions.jsonl", made_from))
+    return ScoredAnswers(result, predict(engine, trained.items, folder / "predictions.jsonl", made_from))
 
 
 def validated(
-    config: ValidateConfig, trained: Trained, one: Shipped, floor: Floor | None, app: AppPixels | None, out: Path
+    config: ValidateConfig, trained: TrainedSide, one: Shipped, floor: Floor | None, app: AppPixels | None, out: Path
 ) -> Validated:
     """Validate one quantization type: answer all items, run some of them on the ladder."""
     folder = out / one.form
@@ -273,7 +273,9 @@ def validated(
         return Validated(one.form, build, answers, engine.answers(), memory, ladder, len(engine.unlike))
 
 
-def answers_in(trained: Trained, one: Shipped, runtime: Runtime, folder: Path) -> tuple[GGUFGenerator, Answers]:
+def answers_in(
+    trained: TrainedSide, one: Shipped, runtime: Runtime, folder: Path
+) -> tuple[GGUFGenerator, ScoredAnswers]:
     """llama.cpp's answers to all items, recorded in the folder one by one; the engine knows their seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     engine = GGUFGenerator(runtime, trained.renderer, trained.decoding, record=folder / "answers.jsonl")

@@ -17,7 +17,7 @@ import numpy as np
 
 from rankwise.device.llama.runtime import LlamaServer, Runtime
 from rankwise.device.scores import NOT_INFERIOR, UNDECIDED, Difference, compared
-from rankwise.device.sides import Shipment, Shipped, Trained, answers_in, context
+from rankwise.device.sides import Shipment, Shipped, TrainedSide, answers_in, context
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.bootstrap import wilson
 from rankwise.files.atomic import write_json
@@ -31,7 +31,7 @@ SOURCES = ("f16", "bf16", "f32")  # what further forms are made from, the first 
 
 
 @dataclass(frozen=True)
-class Item:
+class ItemOutcome:
     """One item's outcome: right or not, and the seconds of its request."""
 
     right: bool
@@ -45,7 +45,7 @@ class Tried:
 
     form: str
     bytes: int
-    items: Mapping[str, Item]
+    items: Mapping[str, ItemOutcome]
     memory: int | None = None
 
     @property
@@ -111,7 +111,7 @@ class Sweep:
 # --- rankwise validate --sweep ---------------------------------------------------------------------------------------
 
 
-def sweep_forms(config: ValidateConfig, trained: Trained, shipped: Shipment, out: Path) -> Sweep:
+def sweep_forms(config: ValidateConfig, trained: TrainedSide, shipped: Shipment, out: Path) -> Sweep:
     """Make the forms, run them, write sweep.json. UsageError where there is nothing to make them from, or no answer of
     the task is right or wrong."""
     source = next((one for form in SOURCES for one in shipped.forms if one.form == form), None)
@@ -136,14 +136,14 @@ def sweep_forms(config: ValidateConfig, trained: Trained, shipped: Shipment, out
     return found
 
 
-def ask(trained: Trained, one: Shipped, folder: Path, runtime: Runtime) -> dict[str, Item]:
+def ask(trained: TrainedSide, one: Shipped, folder: Path, runtime: Runtime) -> dict[str, ItemOutcome]:
     """Answer every item with one quantization type."""
     engine, answers = answers_in(trained, one, runtime, folder)
     right, records = answers.rights(trained.items), engine.answers()
     if right is None:
         raise UsageError(f"--sweep needs right or wrong answers; {trained.task.name} is free text")
     pairs = zip(trained.items, right, strict=True)
-    return {item.id: Item(correct, records[item.id].seconds) for item, correct in pairs}
+    return {item.id: ItemOutcome(correct, records[item.id].seconds) for item, correct in pairs}
 
 
 def prepared(source: Path, forms: Sequence[str], llama_cpp_dir: Path | str | None = None) -> dict[str, Path]:
@@ -160,7 +160,7 @@ def prepared(source: Path, forms: Sequence[str], llama_cpp_dir: Path | str | Non
 
 def sweep(
     files: Mapping[str, Path],
-    ask: Callable[[Runtime, str], Mapping[str, Item]],
+    ask: Callable[[Runtime, str], Mapping[str, ItemOutcome]],
     *,
     mmproj: Path | None = None,
     margin: float = MARGIN,

@@ -17,9 +17,9 @@ from rankwise.data.sources.load import settle
 from rankwise.device.parity.ladder import verdict
 from rankwise.device.scores import FILE, FORMAT, change, gain_kept, items, scores
 from rankwise.device.sides import (
-    Answers,
+    ScoredAnswers,
     Shipment,
-    Trained,
+    TrainedSide,
     Validated,
     answers_of,
     shipment,
@@ -93,7 +93,11 @@ def inputs(config: ValidateConfig, shipped: Shipment) -> dict[str, Path | str]:
 
 
 def described(
-    config: ValidateConfig, trained: Trained, found: Mapping[str, Validated], tuned: Answers, base: Answers | None
+    config: ValidateConfig,
+    trained: TrainedSide,
+    found: Mapping[str, Validated],
+    tuned: ScoredAnswers,
+    base: ScoredAnswers | None,
 ) -> dict[str, Any]:
     """The content of validation.json: the scores of the form to ship, then the comparisons."""
     form, shipped = list(found.items())[-1]
@@ -116,7 +120,7 @@ def described(
     return content | {"failures": failures(config, found)}
 
 
-def compared(tuned: Answers, found: Mapping[str, Validated], trained: Trained) -> dict[str, Any] | None:
+def compared(tuned: ScoredAnswers, found: Mapping[str, Validated], trained: TrainedSide) -> dict[str, Any] | None:
     """McNemar of each form against the trained model, on right and wrong; None for texts without either."""
     before = tuned.rights(trained.items)
     if before is None:
@@ -125,7 +129,7 @@ def compared(tuned: Answers, found: Mapping[str, Validated], trained: Trained) -
 
 
 def gains(
-    tuned: Answers, base: Answers | None, found: Mapping[str, Validated], trained: Trained
+    tuned: ScoredAnswers, base: ScoredAnswers | None, found: Mapping[str, Validated], trained: TrainedSide
 ) -> dict[str, Any] | None:
     """How much of training's gain each form keeps; None without --base_model, or where no answer is right or wrong."""
     before, after = (one.rights(trained.items) if one else None for one in (base, tuned))

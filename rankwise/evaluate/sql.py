@@ -25,7 +25,7 @@ from rankwise.data.sources.wikisql import AGGREGATES, OPERATORS, Condition, Quer
 from rankwise.errors import DataError
 from rankwise.evaluate import bootstrap
 from rankwise.evaluate.predictions import Prediction, Scores
-from rankwise.evaluate.sql_database import SECONDS, Database, Refused, Stopped, build_database
+from rankwise.evaluate.sql_database import SECONDS, Database, QueryRefused, Stopped, build_database
 
 LONGEST = 4096  # characters; the longest official query has a few hundred, and hostile ones are not worth the time
 MOST_CONDITIONS = 32
@@ -228,7 +228,7 @@ class Item:
         table = self.example.facts["table_id"]
         try:
             expected = database.answer(table, self.gold)
-        except Refused as error:
+        except QueryRefused as error:
             raise DataError(f"{database.path}: the query of {self.example.id} fails there ({error})") from error
         if self.query is None:
             return False
@@ -236,7 +236,7 @@ class Item:
             return self.same or database.answer(table, self.query) == expected
         except Stopped:
             wrong["stopped"] += 1
-        except Refused:
+        except QueryRefused:
             wrong["refused"] += 1
         return False
 

@@ -41,11 +41,11 @@ LIMITS = {
 }
 
 
-class Refused(Exception):
+class QueryRefused(Exception):
     """Why a query has no answer: it is wrong, forbidden, too slow or too large."""
 
 
-class Stopped(Refused):
+class Stopped(QueryRefused):
     """A query that ran into a limit of time or size, or was not allowed."""
 
 
@@ -84,9 +84,9 @@ class Database:
         name = table_name(table_id)
         types = self.types.get(name)
         if types is None:
-            raise Refused(f"{self.path} has no table {name}")
+            raise QueryRefused(f"{self.path} has no table {name}")
         if max(query.columns) >= len(types):
-            raise Refused(f"{name} has {len(types)} columns")
+            raise QueryRefused(f"{name} has {len(types)} columns")
         values = [_bound(value, types[column]) for column, _, value in query.conditions]
         where = " AND ".join(f"col{column} {OPERATORS[operator]} ?" for column, operator, _ in query.conditions)
         selected = f"{AGGREGATES[query.aggregate]}(col{query.column})"
@@ -102,7 +102,7 @@ class Database:
         except (sqlite3.Error, sqlite3.Warning, OverflowError, UnicodeError) as error:
             code = getattr(error, "sqlite_errorcode", None)
             stopped = code in {sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_AUTH, sqlite3.SQLITE_TOOBIG}
-            raise (Stopped if stopped else Refused)(str(error)) from error
+            raise (Stopped if stopped else QueryRefused)(str(error)) from error
         if len(rows) > MOST_ROWS:
             raise Stopped(f"more than {MOST_ROWS:,} rows")
         return rows
@@ -144,7 +144,7 @@ def _number(text: str) -> float:
     except InvalidOperation:
         found = NUMBER.search(text)
         if not found:
-            raise Refused(f"{text!r:.60} is compared with numbers") from None
+            raise QueryRefused(f"{text!r:.60} is compared with numbers") from None
         return float(found[0])
 
 

@@ -204,7 +204,7 @@ def _addends(original: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ReplacementScores:
     """Metrics of a replacement (METRICS; per answer token, accuracy per row), and their 95 % intervals over pictures.
     relative_error: of the features, mean over matrices; None for the model as it is."""
 
@@ -223,7 +223,7 @@ class Measured:
 
 def measured(
     original: Answers, found: Answers, groups: Sequence[str], replacement: Replacement | None = None, *, seed: int = 42
-) -> Measured:
+) -> ReplacementScores:
     """The means, and paired bootstrap intervals over groups of rows (those of one picture).
 
     The same groups are drawn for every replacement, so that two of them can be set side by side.
@@ -231,7 +231,7 @@ def measured(
     sums = group_sums(original, found, groups)
     values = _metrics(sums.sum(0)[None])[:, 0]
     spread = bootstrap.intervals(lambda positions: _metrics(sums[positions].sum(1)), len(sums), seed=seed)
-    return Measured(
+    return ReplacementScores(
         method=replacement.method if replacement else ORIGINAL,
         rank=replacement.rank if replacement else None,
         network=bool(replacement and replacement.network),

@@ -70,7 +70,7 @@ def run(config: FactorCompareConfig) -> Mapping[str, Any]:
             "train`, or give its folder as --results_dir"
         )
     cache, split = trained_on(found, config)
-    sources = [Source("test images", cache, split.test)]
+    sources = [CacheSubset("test images", cache, split.test)]
     if config.ood:
         sources.append(other_source(config.ood, cache))
     for note in dict.fromkeys(note for source in sources for note in source.cache.notes()):
@@ -78,7 +78,7 @@ def run(config: FactorCompareConfig) -> Mapping[str, Any]:
     comparison = Compared(
         networks={each.folder.name: each.net for each in found},
         rank=common_rank(config.rank, found),
-        training=Source("training images", cache, split.train),
+        training=CacheSubset("training images", cache, split.train),
         sources=sources,
         ranks=config.sweep,
         batch_size=config.batch_size,
@@ -142,7 +142,7 @@ def common_rank(asked: int | None, found: Sequence[Network]) -> int:
     return asked or least
 
 
-def other_source(path: str, cache: FeatureCache) -> Source:
+def other_source(path: str, cache: FeatureCache) -> CacheSubset:
     """All matrices of another cache. DataError where they are of another shape or model, or the same pictures."""
     other = open_cache(path)
     for what in ("tokens", "channels"):
@@ -158,7 +158,7 @@ def other_source(path: str, cache: FeatureCache) -> Source:
     places = tuple(place for place, group in enumerate(other.groups) if group not in seen)
     if not places:
         raise DataError(f"--ood {path}: every picture in it is in {cache.path} too; give other pictures")
-    return Source("other images", other, places)
+    return CacheSubset("other images", other, places)
 
 
 def inputs(config: FactorCompareConfig, found: Sequence[Network], cache: FeatureCache) -> dict[str, Path | str]:
@@ -167,7 +167,7 @@ def inputs(config: FactorCompareConfig, found: Sequence[Network], cache: Feature
 
 
 @dataclass(frozen=True)
-class Source:
+class CacheSubset:
     """Some matrices of a cache, under the name they are shown by."""
 
     name: str
@@ -184,8 +184,8 @@ class Compared:
 
     networks: Mapping[str, Factorizer]
     rank: int
-    training: Source
-    sources: Sequence[Source]
+    training: CacheSubset
+    sources: Sequence[CacheSubset]
     ranks: Sequence[int]
     batch_size: int
     repeats: int
@@ -200,7 +200,7 @@ class Compared:
         """Those asked for that such a matrix has, and the comparison's own."""
         return sorted({rank for rank in self.ranks if rank <= min(self.shape)} | {self.rank})
 
-    def batches(self, source: Source) -> Batches:
+    def batches(self, source: CacheSubset) -> Batches:
         """Normalised (B, T, D) on the device."""
         return partial(cached, source.cache, source.places, self.device)
 
@@ -237,7 +237,7 @@ def compared(asked: Compared) -> dict[str, Any]:
     }
 
 
-def source_record(source: Source, methods: Sequence[Method], best: Tensor, asked: Compared) -> dict[str, Any]:
+def source_record(source: CacheSubset, methods: Sequence[Method], best: Tensor, asked: Compared) -> dict[str, Any]:
     """Means with intervals of every method on one source, paired differences, and the single matrices."""
     groups = source.groups()
     found = measure(methods, asked.batches(source), best)

@@ -170,7 +170,7 @@ def as_evaluation(config: DownstreamConfig) -> EvaluateConfig:
 
 
 def answers(
-    rows: Questions, divided: Sequence[Part], stand_ins: Sequence[Sequence[Replacement]]
+    rows: Questions, divided: Sequence[Fold], stand_ins: Sequence[Sequence[Replacement]]
 ) -> tuple[Answers, list[Answers]]:
     """Of the rows in the order of the parts: as the model is, and with each replacement."""
     pairs = [
@@ -210,7 +210,7 @@ def written(content: Mapping[str, Any], folder: RunFolder, config: DownstreamCon
 
 
 @dataclass(frozen=True)
-class Part:
+class Fold:
     """Rows that share a basis (r, D) of the shared PCA; None where there are too few pictures for one."""
 
     places: Sequence[int]
@@ -281,7 +281,7 @@ def ranks_of(asked: Sequence[int], found: Sequence[Network], shapes: Sequence[Sh
     return ranks
 
 
-def parts(rows: Questions, found: Sequence[Network], rank: int, seed: int) -> tuple[list[Part], str]:
+def parts(rows: Questions, found: Sequence[Network], rank: int, seed: int) -> tuple[list[Fold], str]:
     """The rows with the bases of the shared PCA, and where those come from: the training matrices of a cache, else,
     crosswise, the rows' own pictures. found: networks whose caches hold features of this model."""
     whole = list(range(len(rows)))
@@ -289,16 +289,16 @@ def parts(rows: Questions, found: Sequence[Network], rank: int, seed: int) -> tu
         if each.cache is not None:
             split = read_split(each.folder / SPLIT, each.cache)
             basis = shared_basis(cached(each.cache, split.train), rank).to(rows.tested.device)
-            return [Part(whole, basis)], f"basis from the {len(split.train)} training matrices of {each.cache.path}"
+            return [Fold(whole, basis)], f"basis from the {len(split.train)} training matrices of {each.cache.path}"
     halves = rows.halves(seed)
     if len(halves) < 2:
-        return [Part(whole, None)], "left out, since there is only one picture and no cache to take a basis from"
+        return [Fold(whole, None)], "left out, since there is only one picture and no cache to take a basis from"
     first, second = (shared_basis(rows.features(places), rank) for places in halves)
-    return [Part(halves[0], second), Part(halves[1], first)], CROSSED
+    return [Fold(halves[0], second), Fold(halves[1], first)], CROSSED
 
 
 def replacements(
-    part: Part, ranks: Sequence[int], found: Sequence[Network], shapes: Sequence[Shape], seed: int
+    part: Fold, ranks: Sequence[int], found: Sequence[Network], shapes: Sequence[Shape], seed: int
 ) -> list[Replacement]:
     """All replacements, in the table's order: no image, baselines by method and rank, networks, all ranks."""
     whole, nothing = controls(*max(shapes, key=min))

@@ -286,7 +286,7 @@ class PictureShards:
                 bad.append((name, str(reason)))
         return found, bad
 
-    def seen(self, images: dict[str, Image.Image]) -> list[Row]:
+    def seen(self, images: dict[str, Image.Image]) -> list[NamedMatrix]:
         """The matrices of these pictures, in order."""
         laid = [self.eye.grids(image) for image in images.values()]
         counts = [len(found) if found else 1 for found in laid]
@@ -303,7 +303,9 @@ class PictureShards:
                 named = f"{name}#{tile}" if count > 1 else name
                 matrix, seen = next(rest)
                 grid = found[tile] if found else seen
-                rows.append(self.checked(Row(named, group, matrix, (grid.rows, grid.columns) if grid else None)))
+                rows.append(
+                    self.checked(NamedMatrix(named, group, matrix, (grid.rows, grid.columns) if grid else None))
+                )
         return rows
 
     def features(self, images: dict[str, Image.Image]) -> list[tuple[Tensor, Grid | None]]:
@@ -322,7 +324,7 @@ class PictureShards:
                 "smaller --batch_size"
             ) from error
 
-    def checked(self, row: Row) -> Row:
+    def checked(self, row: NamedMatrix) -> NamedMatrix:
         shape = (row.features.shape[0], row.features.shape[1])
         self.first = self.first or (row.name, shape)
         if shape != self.first[1]:
@@ -336,7 +338,7 @@ class PictureShards:
 
 
 @dataclass(frozen=True)
-class Row:
+class NamedMatrix:
     """One matrix with its names. grid: (rows, columns) of its tokens, where known."""
 
     name: str
@@ -345,7 +347,7 @@ class Row:
     grid: tuple[int, int] | None
 
 
-def one_grid(rows: Sequence[Row]) -> tuple[int, int] | None:
+def one_grid(rows: Sequence[NamedMatrix]) -> tuple[int, int] | None:
     """The grid of all rows; None where they differ."""
     found = {row.grid for row in rows}
     return found.pop() if len(found) == 1 else None

@@ -45,7 +45,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorRange:
     """Position of one tensor in its file: `start` and `end` are byte offsets from the start of the file."""
 
     shape: tuple[int, ...]
@@ -81,7 +81,7 @@ class Shard:
                 os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
 
-def read_entries(path: Path) -> dict[str, Entry]:
+def read_entries(path: Path) -> dict[str, TensorRange]:
     """The tensors that a header names, in the order of their bytes, once it agrees with the file's size."""
     try:
         size = path.stat().st_size
@@ -105,7 +105,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def parse_header(path: Path, header: bytes) -> dict[str, Entry]:
+def parse_header(path: Path, header: bytes) -> dict[str, TensorRange]:
     """Entries in the order of their bytes; DataError where a row does not describe a tensor."""
     base = LENGTH_BYTES + len(header)
     try:
@@ -116,9 +116,9 @@ def parse_header(path: Path, header: bytes) -> dict[str, Entry]:
     return dict(sorted(entries.items(), key=lambda item: item[1].start))
 
 
-def _entry(row: dict[str, Any], base: int) -> Entry:
+def _entry(row: dict[str, Any], base: int) -> TensorRange:
     start, end = row["data_offsets"]
-    entry = Entry(tuple(row["shape"]), DTYPES[row["dtype"]], base + start, base + end)
+    entry = TensorRange(tuple(row["shape"]), DTYPES[row["dtype"]], base + start, base + end)
     if math.prod(entry.shape) * entry.dtype.itemsize != end - start:
         raise ValueError(f"{end - start} bytes do not make {entry.shape} of {entry.dtype}")
     return entry

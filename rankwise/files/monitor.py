@@ -74,7 +74,7 @@ COLUMNS = (*OWN_COLUMNS, "gpu", *GPU_COLUMNS, "gpu_power_w")
 
 
 @dataclass(frozen=True)
-class Card:
+class CardState:
     """One GPU at one moment, all its users together; None where its driver has no answer.
 
     Memory in bytes, utilisation in percent (share of the time in which a kernel ran), °C, watts.
@@ -97,7 +97,7 @@ class Sample:
     stage: str
     memory: int
     cpu: float
-    cards: tuple[Card, ...] = ()
+    cards: tuple[CardState, ...] = ()
 
     def rows(self) -> list[list[str]]:
         """One row per GPU, or one with empty GPU columns."""
@@ -216,7 +216,7 @@ class Processes:
         return memory, cpu
 
 
-def find_cards() -> tuple[list[Callable[[], Card]], str]:
+def find_cards() -> tuple[list[Callable[[], CardState]], str]:
     """A reader for each NVIDIA GPU that this process may use, and what to tell people about it."""
     nothing = "no GPU found, CPU and memory only"
     try:
@@ -251,18 +251,18 @@ def handle_of(nvml: ModuleType, name: str) -> Any:
     return nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdecimal() else nvml.nvmlDeviceGetHandleByUUID(name)
 
 
-def reader(nvml: ModuleType, name: str, handle: Any) -> Callable[[], Card]:
+def reader(nvml: ModuleType, name: str, handle: Any) -> Callable[[], CardState]:
     def ask(question: Callable[[], Any]) -> Any:
         try:
             return question()
         except nvml.NVMLError:  # this card does not say
             return None
 
-    def read() -> Card:
+    def read() -> CardState:
         memory = ask(lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
         rates = ask(lambda: nvml.nvmlDeviceGetUtilizationRates(handle))
         power = ask(lambda: nvml.nvmlDeviceGetPowerUsage(handle))
-        return Card(
+        return CardState(
             name,
             None if memory is None else int(memory.used),
             None if memory is None else int(memory.total),
@@ -274,7 +274,7 @@ def reader(nvml: ModuleType, name: str, handle: Any) -> Callable[[], Card]:
     return read
 
 
-def card_cells(card: Card) -> list[str]:
+def card_cells(card: CardState) -> list[str]:
     used, total = (None if count is None else count / MIB for count in (card.memory_used, card.memory_total))
     numbers = (used, total, card.utilisation, card.temperature, card.power)
     return [card.name, *("" if value is None else f"{value:.0f}" for value in numbers)]

@@ -64,7 +64,7 @@ for words in json.loads(sys.argv[1]):
 
 
 @dataclass(frozen=True)
-class Job:
+class Conversion:
     """One file to make. mmproj: of the vision tower and the projector, else of the text model."""
 
     outfile: Path
@@ -96,10 +96,10 @@ class Converter:
         name: what the file says the model is called [its folder]. UsageError for an unknown type; VerificationError,
         with the end of the converter's output, where it fails; then nothing bears the final name.
         """
-        self.convert_all(model, [Job(Path(outfile), outtype, mmproj)], name)
+        self.convert_all(model, [Conversion(Path(outfile), outtype, mmproj)], name)
         return Path(outfile)
 
-    def convert_all(self, model: Path | str, jobs: Sequence[Job], name: str | None = None) -> None:
+    def convert_all(self, model: Path | str, jobs: Sequence[Conversion], name: str | None = None) -> None:
         """`convert` for several files of one model, in one process: its imports take longer than a small model."""
         for job in jobs:
             if job.outtype not in OUTTYPES:

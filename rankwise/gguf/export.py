@@ -26,7 +26,7 @@ from rankwise.errors import VerificationError
 from rankwise.files.adapter import carry
 from rankwise.files.atomic import fingerprint, sha256, write_json
 from rankwise.files.checkpoint import Checkpoint
-from rankwise.gguf.converter import Job
+from rankwise.gguf.converter import Conversion
 from rankwise.gguf.metadata import check_numbers, check_tokenizer, silence, text_numbers, vision_numbers
 from rankwise.gguf.plan import REFERENCE, ExportPlan
 from rankwise.gguf.provenance import Origins, first_few, origins, require_complete
@@ -47,7 +47,7 @@ def write_export(plan: ExportPlan, folder: Path) -> dict[str, Any]:
     if plan.verify:
         places.setdefault(REFERENCE, reference)
     jobs = [
-        Job(place / plan.file(outtype, kind), outtype, kind == MMPROJ)
+        Conversion(place / plan.file(outtype, kind), outtype, kind == MMPROJ)
         for outtype, place in places.items()
         for kind in plan.kinds
     ]
@@ -84,7 +84,7 @@ def verification(plan: ExportPlan, files: Files, place: Path) -> dict[str, Any]:
     for kind, file in references.items():
         check_numbers(file, numbers[kind])
     tables: dict[str, dict[str, Any]] = {}
-    tuned: dict[str, list[Tuned]] = {}
+    tuned: dict[str, list[KeptTuning]] = {}
     changed = changed_keys(plan.base, plan.checkpoint) if plan.base else []
     for outtype in plan.outtypes:
         tables[outtype] = {}
@@ -166,7 +166,7 @@ class TensorError:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class KeptTuning:
     """Kept share of a tuned tensor's change: ⟨written − base, merged − base⟩ / ‖merged − base‖², 1 if all of it.
 
     noise: standard deviation that rounding gives to this figure, ‖written − merged‖ / (√entries · ‖merged − base‖).
@@ -289,7 +289,7 @@ def rounded_only(before: Tensor, after: Tensor) -> bool:
 
 def tuning_kept(
     file: GGUFFile, sources: Origins, base: Checkpoint, merged: Checkpoint, changed: Sequence[str]
-) -> list[Tuned]:
+) -> list[KeptTuning]:
     """One row per tuned tensor of the file. VerificationError where the file has the base's tensor in its place."""
     wanted, rows = set(changed), []
     for name, origin in sources.found.items():
@@ -305,14 +305,14 @@ def tuning_kept(
     return rows
 
 
-def tuning_of(name: str, written: Tensor, before: Tensor, after: Tensor) -> Tuned:
+def tuning_of(name: str, written: Tensor, before: Tensor, after: Tensor) -> KeptTuning:
     change, error = (after - before).double(), (written - after).double()
     size = float(change.norm())
     kept = 1 + float((error * change).sum()) / size**2
-    return Tuned(name, kept, float(error.norm()) / (change.numel() ** 0.5 * size))
+    return KeptTuning(name, kept, float(error.norm()) / (change.numel() ** 0.5 * size))
 
 
-def tuned_summary(rows: Mapping[str, Sequence[Tuned]]) -> dict[str, Any]:
+def tuned_summary(rows: Mapping[str, Sequence[KeptTuning]]) -> dict[str, Any]:
     """By file: how many tuned tensors it holds, and the least and the mean of their tuning that it keeps."""
     return {
         name: {

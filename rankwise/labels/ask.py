@@ -30,12 +30,12 @@ from rankwise.errors import DataError, Interrupted, ServiceError
 from rankwise.files.atomic import write_text
 from rankwise.labels.dataset import LabelledRow, Labels, pixel_hash, store_image
 from rankwise.labels.images import ImageIds, ImageSet, Originals, Photo, select
-from rankwise.labels.teacher.answers import Verdict, agreement
+from rankwise.labels.teacher.answers import VoteResult, agreement
 from rankwise.labels.teacher.client import Teacher
 from rankwise.labels.teacher.ledger import NAME as LEDGER
-from rankwise.labels.teacher.ledger import AnswerLedger, Entry, Key, Spending
+from rankwise.labels.teacher.ledger import AnswerLedger, Key, LedgerEntry, Spending
 from rankwise.labels.teacher.loopback import serving
-from rankwise.labels.teacher.questions import Asker, Picture, Question, collect, question_of, spending_of, where
+from rankwise.labels.teacher.questions import Asker, ImageToLabel, Question, collect, question_of, spending_of, where
 from rankwise.options.label import LabelConfig, TeacherSection
 from rankwise.page.text import plural
 
@@ -61,12 +61,12 @@ class Asking:
 
     def verdicts(
         self,
-        pictures: Iterable[Picture],
+        pictures: Iterable[ImageToLabel],
         wanted: int,
-        keep: Callable[[Verdict], bool],
-        seen: Callable[[Verdict], None],
+        keep: Callable[[VoteResult], bool],
+        seen: Callable[[VoteResult], None],
         spending: Spending,
-    ) -> list[Verdict]:
+    ) -> list[VoteResult]:
         """What the teacher says of the first pictures of which so many are kept."""
         section = self.section
         how: dict[str, Any] = {
@@ -75,7 +75,7 @@ class Asking:
             "max_unusable": section.max_unusable,
         }
 
-        async def work() -> list[Verdict]:
+        async def work() -> list[VoteResult]:
             async with Teacher(self.settings, spending) as teacher:
                 asker = Asker(teacher, self.ledger, self.question, section.votes, **how)
                 return await collect(asker, pictures, wanted, keep, seen)
@@ -106,7 +106,7 @@ class Gathering:
     reader: DeviceReader
     photos: tuple[Photo, ...]
     ids: ImageIds
-    verdicts: list[Verdict] = field(default_factory=list)
+    verdicts: list[VoteResult] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)
     rows: list[LabelledRow] = field(default_factory=list)
@@ -114,7 +114,7 @@ class Gathering:
     twins: list[str] = field(default_factory=list)
     _held: dict[str, Image.Image] = field(default_factory=dict)
 
-    def pictures(self) -> Iterator[Picture]:
+    def pictures(self) -> Iterator[ImageToLabel]:
         """Images for the teacher, one by one. Pixels that came before would get the same answer: left out."""
         seen: set[str] = set()
         for photo in self.photos:
@@ -128,7 +128,7 @@ class Gathering:
             seen.add(digest)
             name = self.ids.claim(photo, digest)
             self._held[name], self.digests[name], self.references[name] = image, digest, photo.reference
-            yield Picture(name, digest, self.target.jpeg(image))
+            yield ImageToLabel(name, digest, self.target.jpeg(image))
 
     def _seen_by_device(self, photo: Photo) -> Image.Image | None:
         try:
@@ -139,10 +139,10 @@ class Gathering:
             self.skipped.append(str(error))
             return None
 
-    def keep(self, verdict: Verdict) -> bool:
+    def keep(self, verdict: VoteResult) -> bool:
         return verdict.content is not None and verdict.confidence >= self.config.min_confidence
 
-    def take(self, verdict: Verdict) -> None:
+    def take(self, verdict: VoteResult) -> None:
         """Enter a verdict; store the image of one that is kept, and its row."""
         image = self._held.pop(verdict.image_id)
         self.verdicts.append(verdict)
@@ -150,7 +150,7 @@ class Gathering:
             stored = store_image(Path(self.config.output_dir), verdict.image_id, image, self.target)
             self.rows.append(LabelledRow.of_answer(verdict.image_id, stored, verdict.content, self.task))
 
-    def facts(self, images: ImageSet, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    def facts(self, images: ImageSet, verdicts: Sequence[VoteResult]) -> dict[str, Any]:
         """For label.json."""
         labelled = [verdict for verdict in verdicts if verdict.content is not None]
         return {
@@ -214,12 +214,12 @@ def ask_teacher(config: LabelConfig, images: ImageSet, task: LabelTask, target: 
     return Labels(task, gathering.rows, Originals(images_of, gathering.references), facts, ids)
 
 
-def ask_about_all(asking: Asking, gathering: Gathering, spending: Spending) -> list[Verdict]:
+def ask_about_all(asking: Asking, gathering: Gathering, spending: Spending) -> list[VoteResult]:
     """The verdicts, with a bar of the rows kept."""
     wanted = gathering.config.num_images
     with tqdm(total=wanted, unit="row", desc="label", disable=None) as bar:
 
-        def seen(verdict: Verdict) -> None:
+        def seen(verdict: VoteResult) -> None:
             gathering.take(verdict)
             bar.set_postfix_str("" if spending.usd is None else f"${spending.usd:.2f}", refresh=False)
             bar.update(gathering.keep(verdict))
@@ -241,7 +241,7 @@ def with_cost(
     return Interrupted(text, error.exit_code - 128) if isinstance(error, Interrupted) else ServiceError(text)
 
 
-def reason_for_nothing(verdicts: Sequence[Verdict], min_confidence: float) -> str:
+def reason_for_nothing(verdicts: Sequence[VoteResult], min_confidence: float) -> str:
     """Why no image of those asked about was kept."""
     unusable = [verdict for verdict in verdicts if not verdict.votes]
     tied = [verdict for verdict in verdicts if verdict.votes and verdict.content is None]
@@ -259,7 +259,7 @@ def reason_for_nothing(verdicts: Sequence[Verdict], min_confidence: float) -> st
 
 
 def save_quarantine(
-    folder: Path, verdicts: Iterable[Verdict], digests: dict[str, str], ledger: AnswerLedger, question: Question
+    folder: Path, verdicts: Iterable[VoteResult], digests: dict[str, str], ledger: AnswerLedger, question: Question
 ) -> Path:
     """The images without a label, with all that was answered to this question. digests: of the pixels, by image id."""
     answers: dict[str, list[str]] = {}
@@ -322,14 +322,14 @@ def try_out(asking: Asking, gathering: Gathering, spending: Spending) -> None:
     ask_to_go_on(section.yes)
 
 
-def remaining(verdicts: Sequence[Verdict], kept: int, wanted: int, there: int) -> int:
+def remaining(verdicts: Sequence[VoteResult], kept: int, wanted: int, there: int) -> int:
     """Number of images still to ask about, at the same share of kept ones."""
     share = kept / len(verdicts) if kept else 1 / len(verdicts)
     return min(there - len(verdicts), math.ceil((wanted - kept) / share))
 
 
 def trial_lines(
-    verdicts: Sequence[Verdict], entries: dict[str, list[Entry]], rest: int, budget: float | None
+    verdicts: Sequence[VoteResult], entries: dict[str, list[LedgerEntry]], rest: int, budget: float | None
 ) -> list[str]:
     """The trial for people: image, answer, tokens, price; then what about the `rest` images will cost at that price."""
     lines = [f"trial: {plural(len(verdicts), 'image')}"]
@@ -347,13 +347,13 @@ def trial_lines(
     return [*lines, f"{left} ({limit})"]
 
 
-def verdict_text(verdict: Verdict) -> str:
+def verdict_text(verdict: VoteResult) -> str:
     if verdict.content is None:
         return f"no label: {verdict.problem}"
     return f"{max(set(verdict.votes), key=verdict.votes.count)} {verdict.confidence:.2f}"
 
 
-def cost_text(entries: Sequence[Entry]) -> str:
+def cost_text(entries: Sequence[LedgerEntry]) -> str:
     """Tokens and dollars of the answers to one image."""
     if not entries:
         return "no answer"

@@ -20,7 +20,7 @@ from rankwise.errors import UsageError, need
 from rankwise.files.atomic import write_json, write_text
 from rankwise.files.run_folder import RunFolder
 from rankwise.labels.ask import QUARANTINE, ask_teacher
-from rankwise.labels.dataset import ALL, Labels, Written, remove_orphans, write_dataset
+from rankwise.labels.dataset import ALL, Labels, WrittenDataset, remove_orphans, write_dataset
 from rankwise.labels.existing import label_rows, read_existing, task_for
 from rankwise.labels.images import ImageIds, ImageSet, Originals, download_coco, find_images
 from rankwise.labels.teacher.client import KEY_VARIABLE, address_of
@@ -35,7 +35,7 @@ FORMAT = "rankwise-label/1"
 DEFAULT_TASK, COCO_FOLDER = "elements", "coco"
 
 
-def run(config: LabelConfig) -> Written:
+def run(config: LabelConfig) -> WrittenDataset:
     """The whole command; returns the rows in their two parts."""
     check_options(config)
     hide_key(config)
@@ -155,7 +155,7 @@ def inputs(config: LabelConfig) -> dict[str, Path | str]:
 # --- what is told -------------------------------------------------------------------------------------------------
 
 
-def count_rows(written: Written, task: LabelTask) -> dict[str, Any]:
+def count_rows(written: WrittenDataset, task: LabelTask) -> dict[str, Any]:
     parts = {"rows": written.rows, "train": written.train, "val": written.val}
     return {**{name: len(rows) for name, rows in parts.items()}, "classes": written.counts(task)}
 

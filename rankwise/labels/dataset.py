@@ -102,7 +102,7 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenDataset:
     """What `write_dataset` wrote. disputed: ids of images whose twins (the same pixels) bear another label."""
 
     train: tuple[LabelledRow, ...]
@@ -152,7 +152,7 @@ def write_dataset(
     val_fraction: float = 0.1,
     seed: int = 42,
     originals: Originals | None = None,
-) -> Written:
+) -> WrittenDataset:
     """Write the tables of a data set whose images are stored; all are replaced together or none.
 
     originals: where the images came from; a few of those that validate are kept. DataError where there is no row, ids
@@ -180,7 +180,7 @@ def write_dataset(
     return written
 
 
-def with_originals(folder: Path, written: Written, originals: Originals, target: DeviceTarget) -> Written:
+def with_originals(folder: Path, written: WrittenDataset, originals: Originals, target: DeviceTarget) -> WrittenDataset:
     """The rows with the paths of those originals that are kept: of the validation rows, if there are any."""
     kept = originals.keep(folder, [row.image_id for row in written.val or written.train], target)
     train, val = (
@@ -207,14 +207,14 @@ def _check(folder: Path, rows: Sequence[LabelledRow], task: LabelTask) -> None:
             raise DataError(f"{row.image_id}: the image {folder / row.image_path} was not stored")
 
 
-def _split(rows: Sequence[LabelledRow], fraction: float, seed: int) -> Written:
+def _split(rows: Sequence[LabelledRow], fraction: float, seed: int) -> WrittenDataset:
     """Images of the same pixels stay together. Every class with two different images or more has some in both parts."""
     labels: dict[str, str] = {}
     for row in rows:
         labels.setdefault(row.image_sha256, row.label)
     disputed = {row.image_sha256 for row in rows if labels[row.image_sha256] != row.label}
     held_out = held_out_groups(labels, fraction, seed)
-    return Written(
+    return WrittenDataset(
         tuple(row for row in rows if row.image_sha256 not in held_out),
         tuple(row for row in rows if row.image_sha256 in held_out),
         tuple(row.image_id for row in rows if row.image_sha256 in disputed),

@@ -25,7 +25,7 @@ from rankwise.files.lineage import trained_rows
 from rankwise.files.run_folder import RunFolder
 from rankwise.merge.logits import Batch, free_memory, needs_layers, prompt_batch, whole_bytes
 from rankwise.merge.plan import TOKENIZER_CONFIG, MergePlan, plan_merge
-from rankwise.merge.verify import Agreement, Reference, compare, merged_logits, reference_logits, require_written
+from rankwise.merge.verify import Agreement, ReferenceLogits, compare, merged_logits, reference_logits, require_written
 from rankwise.merge.write import Written, dtype_name, require_space, shard_bytes, write_merged
 from rankwise.models.load import load_config
 from rankwise.options.commands import MergeConfig
@@ -118,7 +118,7 @@ def by_layers(config: MergeConfig, plan: MergePlan) -> bool:
     return True
 
 
-def reference_of(config: MergeConfig, plan: MergePlan, base: str, layered: bool) -> Reference:
+def reference_of(config: MergeConfig, plan: MergePlan, base: str, layered: bool) -> ReferenceLogits:
     prompts = prompts_of(config, base, plan.adapter)
     return reference_logits(base, plan.adapter, pictures=plan.sees, prompts=prompts, layered=layered, rows=plan.rows)
 

@@ -192,7 +192,7 @@ def read_changes(adapter: Path) -> Iterator[tuple[str, Change]]:
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceLogits:
     """Logits of the base and of base + adapter on the same inputs, float32."""
 
     batches: Sequence[Batch]
@@ -255,7 +255,7 @@ def reference_logits(
     prompts: Batch | None = None,
     layered: bool = False,
     rows: tuple[int, int] | None = None,
-) -> Reference:
+) -> ReferenceLogits:
     """Run the base, put the adapter on it, run it again. VerificationError where that changes nothing.
 
     pictures: look at images as well; an adapter of the vision tower or the projector shows only there. prompts: what
@@ -274,7 +274,7 @@ def reference_logits(
         adapted = layered_adapted(base, adapter)
     else:
         adapted = attach_adapter(model, adapter)
-    reference = Reference(batches, before, logits(adapted, batches))
+    reference = ReferenceLogits(batches, before, logits(adapted, batches))
     require_effect(relative(reference.adapted - before, reference.adapted))
     return reference
 
@@ -283,7 +283,7 @@ def merged_logits(folder: Path, batches: Sequence[Batch], *, layered: bool = Fal
     return logits(load(str(folder), layered), batches)
 
 
-def compare(reference: Reference, merged: Tensor) -> Agreement:
+def compare(reference: ReferenceLogits, merged: Tensor) -> Agreement:
     adapted = reference.adapted
     log_adapted, log_merged = adapted.log_softmax(-1), merged.log_softmax(-1)
     return Agreement(

@@ -39,7 +39,7 @@ class Words:
 
 
 @dataclass(frozen=True)
-class Examples:
+class SideBySide:
     """Items as (title, text) pairs side by side: input, reference, one answer per result."""
 
     items: Sequence[Sequence[tuple[str, str]]]
@@ -84,7 +84,7 @@ class Folded:
     kind: str = "folded"
 
 
-Block = Table | Picture | Words | Examples | Gallery | Folded
+Block = Table | Picture | Words | SideBySide | Gallery | Folded
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from rankwise.pipeline.recipe import packaged_lines
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RecipeOutcome:
     """Result of one recipe."""
 
     name: str
@@ -54,7 +54,7 @@ def next_command(config: BatchConfig, done: Sequence[Path]) -> str:
     return command_line("compare", *done, output_dir=Path(config.output_dir) / "comparison")
 
 
-def raise_first(failed: Sequence[Outcome], total: int) -> None:
+def raise_first(failed: Sequence[RecipeOutcome], total: int) -> None:
     """Raise an error that names the failed recipes, with the first one's exit code, if any failed."""
     for outcome in failed[:1]:
         assert outcome.error is not None
@@ -88,7 +88,7 @@ def ready(config: BatchConfig) -> None:
         recipes.ready(job)
 
 
-def attempt(name: str, job: RunConfig) -> Outcome:
+def attempt(name: str, job: RunConfig) -> RecipeOutcome:
     print(f"\n== {name}", flush=True)
     started, error = time.monotonic(), None
     try:
@@ -99,7 +99,7 @@ def attempt(name: str, job: RunConfig) -> Outcome:
         error = failure.with_traceback(None)  # its frames hold the model
         print(f"{name} failed: {error}", flush=True)
     gc.collect()
-    return Outcome(name, recipes.run_folder(job), time.monotonic() - started, error)
+    return RecipeOutcome(name, recipes.run_folder(job), time.monotonic() - started, error)
 
 
 def describe(config: BatchConfig) -> list[str]:

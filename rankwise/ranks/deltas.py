@@ -57,7 +57,7 @@ def logical(tensor: Tensor, site: Site) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightPair:
     """Where a tensor lies in the base and in the tuned checkpoint; None: it is not there."""
 
     base: Weight | None
@@ -71,7 +71,7 @@ class CheckpointPair:
     base: Checkpoint
     tuned: Checkpoint
     sites: dict[str, Site]
-    places: Mapping[str, Place]
+    places: Mapping[str, WeightPair]
     description: str = ""
 
     @property

@@ -34,7 +34,7 @@ from rankwise.options.commands import ExtractConfig
 from rankwise.page.text import command_line
 from rankwise.pipeline.idle import refuse_idle
 from rankwise.ranks.deltas import CheckpointPair, DeltaSource, SavedDeltas, check_finite, deltas, weight_name
-from rankwise.ranks.fidelity import RESIZED, Fidelity, LeftOut, SiteFidelity, left_out, require_kept
+from rankwise.ranks.fidelity import RESIZED, Fidelity, OmittedTensor, SiteFidelity, left_out, require_kept
 from rankwise.ranks.probe import filter_sites, folder_of, open_source, source_metadata
 from rankwise.ranks.proof import Both, Makers, Proof, both_models, prove, with_tied
 from rankwise.ranks.spectra import on_device, site_generator
@@ -53,7 +53,7 @@ class Whole:
         return inside + list(self.biases)
 
 
-def find_whole(both: Both, rest: Sequence[LeftOut], pairs: Mapping[str, LoraPair]) -> Whole:
+def find_whole(both: Both, rest: Sequence[OmittedTensor], pairs: Mapping[str, LoraPair]) -> Whole:
     """The modules that hold changed tensors and nothing else: embeddings, heads, norms, convolutions; no matrix that is
     a site, because leaving that out was a choice. Of a tied pair of embeddings and head both or none."""
     model, changed = both.model, [row.name for row in rest]
@@ -109,7 +109,7 @@ def with_pair(base: Callable[[], Tensor], pair: LoraPair, site: Site) -> Tensor:
     return base().float() + (product.T if site.transposed else product)
 
 
-def tokenizer_of(tuned: str | None, rest: Sequence[LeftOut], fidelity: Fidelity, folder: Path) -> dict[str, Path]:
+def tokenizer_of(tuned: str | None, rest: Sequence[OmittedTensor], fidelity: Fidelity, folder: Path) -> dict[str, Path]:
     """The tuned model's tokenizer, copied where the adapter carries embeddings of another size than the base's."""
     resized = [row.name for row in rest if row.why == RESIZED and row.name in fidelity.whole]
     files = tokenizer_files(folder_of(open_checkpoint(resolve(tuned)))) if tuned and resized else []

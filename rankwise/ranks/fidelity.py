@@ -19,7 +19,7 @@ from rankwise.errors import VerificationError
 from rankwise.files.adapter import LoraAdapter
 from rankwise.files.atomic import write_json
 from rankwise.page.text import amount, plural
-from rankwise.ranks.deltas import CheckpointPair, DeltaSource, Place, SavedDeltas, weight_name
+from rankwise.ranks.deltas import CheckpointPair, DeltaSource, SavedDeltas, WeightPair, weight_name
 
 FILE = "fidelity.json"
 FORMAT = "rankwise-fidelity/1"
@@ -63,7 +63,7 @@ class Fidelity:
     """
 
     rows: tuple[SiteFidelity, ...]
-    left_out: tuple[LeftOut, ...] = ()
+    left_out: tuple[OmittedTensor, ...] = ()
     whole: tuple[str, ...] = ()
 
     @property
@@ -76,7 +76,7 @@ class Fidelity:
         total = sum(row.energy_total for row in self.rows)
         return sum(row.energy_kept * row.energy_total for row in self.rows) / total if total else 0.0
 
-    def beside(self, rest: Sequence[LeftOut], whole: Sequence[str]) -> Fidelity:
+    def beside(self, rest: Sequence[OmittedTensor], whole: Sequence[str]) -> Fidelity:
         """Add the tensors outside the sites: `rest` differs, and the adapter carries the tensors of these names."""
         return replace(self, left_out=tuple(row for row in rest if row.name not in whole), whole=tuple(whole))
 
@@ -166,7 +166,7 @@ CHANGED, RESIZED, NEW = "changed", "resized", "only in the tuned model"
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class OmittedTensor:
     """A tensor that the adapter does not carry. `energy`: ‖Δ‖²_F of what both have of it, 0 where the base has none."""
 
     name: str
@@ -180,7 +180,7 @@ class LeftOut:
         return {"name": self.name, "why": self.why, "energy_total": self.energy, **shapes}
 
 
-def left_out(source: DeltaSource, carried: Collection[str]) -> list[LeftOut]:
+def left_out(source: DeltaSource, carried: Collection[str]) -> list[OmittedTensor]:
     """Every tensor but the `carried` ones that differs. One is in memory at a time."""
     if isinstance(source, CheckpointPair):
         found = (compare_tensor(source, name, place) for name, place in source.places.items() if name not in carried)
@@ -189,11 +189,13 @@ def left_out(source: DeltaSource, carried: Collection[str]) -> list[LeftOut]:
         names = [name for name in source.checkpoint if name not in carried]
         energies = {name: energy_of(matrix(source.checkpoint.tensor(name))) for name in names}
         shapes = {name: source.checkpoint.shape(name) for name in names}
-        return [LeftOut(name, CHANGED, energies[name], shapes[name], shapes[name]) for name in names if energies[name]]
+        return [
+            OmittedTensor(name, CHANGED, energies[name], shapes[name], shapes[name]) for name in names if energies[name]
+        ]
     return []
 
 
-def unpaired(source: DeltaSource) -> list[LeftOut]:
+def unpaired(source: DeltaSource) -> list[OmittedTensor]:
     """The tensors of a pair that have no delta, because the base has none or one of another shape. Reads no tensor."""
     if not isinstance(source, CheckpointPair):
         return []
@@ -205,21 +207,23 @@ def unpaired(source: DeltaSource) -> list[LeftOut]:
         before = source.base.shape(place.base.key) if place.base else None
         after = source.tuned.shape(place.tuned.key)
         if before != after:
-            found.append(LeftOut(name, RESIZED if before else NEW, 0.0, after, before))
+            found.append(OmittedTensor(name, RESIZED if before else NEW, 0.0, after, before))
     return found
 
 
-def compare_tensor(pair: CheckpointPair, name: str, place: Place) -> LeftOut | None:
+def compare_tensor(pair: CheckpointPair, name: str, place: WeightPair) -> OmittedTensor | None:
     """One tensor of both; None where they do not differ, or the tuned model has none (the base's stays then)."""
     if place.tuned is None:
         return None
     after = place.tuned.read(pair.tuned)
     if place.base is None:
-        return LeftOut(name, NEW, 0.0, tuple(after.shape), None)
+        return OmittedTensor(name, NEW, 0.0, tuple(after.shape), None)
     before = place.base.read(pair.base)
     why = CHANGED if before.shape == after.shape else RESIZED
     energy = common_energy(before, after)
-    return LeftOut(name, why, energy, tuple(after.shape), tuple(before.shape)) if energy or why == RESIZED else None
+    return (
+        OmittedTensor(name, why, energy, tuple(after.shape), tuple(before.shape)) if energy or why == RESIZED else None
+    )
 
 
 def common_energy(before: Tensor, after: Tensor) -> float:
@@ -234,7 +238,7 @@ def matrix(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
 
 
-def sentences(rows: Sequence[LeftOut], share: float) -> list[str]:
+def sentences(rows: Sequence[OmittedTensor], share: float) -> list[str]:
     """What is left out, by kind, three names each. share: of all change, in what both models have."""
     lines = []
     changed = [row for row in rows if row.energy]
@@ -254,10 +258,10 @@ def sentences(rows: Sequence[LeftOut], share: float) -> list[str]:
     return lines
 
 
-def names(rows: Sequence[LeftOut]) -> str:
+def names(rows: Sequence[OmittedTensor]) -> str:
     return ", ".join(row.name for row in by_energy(rows)[:3]) + (" …" if len(rows) > 3 else "")
 
 
-def by_energy(rows: Sequence[LeftOut]) -> list[LeftOut]:
+def by_energy(rows: Sequence[OmittedTensor]) -> list[OmittedTensor]:
     """The most changed first."""
     return sorted(rows, key=lambda row: -row.energy)

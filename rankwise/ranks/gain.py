@@ -198,7 +198,7 @@ RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
-class Arm:
+class KeptGain:
     """Share of the gain that one assignment of ranks keeps, with its 95 % interval over held-out items."""
 
     name: str
@@ -223,17 +223,17 @@ class Gain:
     gain_low: float
     gain_high: float
     margin: tuple[float, float] | None = None
-    arms: tuple[Arm, ...] = field(default_factory=tuple)
+    arms: tuple[KeptGain, ...] = field(default_factory=tuple)
 
     @property
     def defined(self) -> bool:
         return self.gain_low > 0
 
-    def arm(self, name: str) -> Arm:
+    def arm(self, name: str) -> KeptGain:
         return next(arm for arm in self.arms if arm.name == name)
 
     @property
-    def shuffles(self) -> tuple[Arm, ...]:
+    def shuffles(self) -> tuple[KeptGain, ...]:
         return tuple(arm for arm in self.arms if arm.name.startswith("shuffled"))
 
     def as_dict(self) -> dict[str, Any]:
@@ -302,7 +302,7 @@ def summarise(
         low, high = interval((base - nll)[picks].sum(1) / whole)
         kept = float((base - nll).sum() / (base - tuned).sum())
         spent = sum(site.parameters(rank) for site, rank in arms[name].items())
-        rows.append(Arm(name, spent, float(nll.sum()) / total, kept, low, high))
+        rows.append(KeptGain(name, spent, float(nll.sum()) / total, kept, low, high))
     margin = None
     if {"plan", "uniform"} <= set(results):
         margin = interval((results["uniform"] - results["plan"])[picks].sum(1) / whole)

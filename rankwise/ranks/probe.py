@@ -31,13 +31,13 @@ from rankwise.ranks.deltas import (
     WEIGHT_TYPES,
     CheckpointPair,
     DeltaSource,
-    Place,
     SavedDeltas,
+    WeightPair,
     open_deltas,
 )
 from rankwise.ranks.spectra import Measured, MeasureSettings, Question, Unsettled, measure_adapter, measure_sites
 
-NOWHERE = Place(None, None)
+NOWHERE = WeightPair(None, None)
 CONV1D = frozenset(["c_attn", "c_proj", "c_fc", "q_attn"])  # modules of GPT-2 and its kin
 NOT_ANALYSED = re.compile(r"(running_mean|running_var|num_batches_tracked)$")
 
@@ -109,7 +109,9 @@ def model_pair(
     return CheckpointPair(before, after, matching, places, f"{before.path} → {after.path}")
 
 
-def places_of(model: PreTrainedModel, before: Checkpoint, after: Checkpoint, rules: Sequence[str]) -> dict[str, Place]:
+def places_of(
+    model: PreTrainedModel, before: Checkpoint, after: Checkpoint, rules: Sequence[str]
+) -> dict[str, WeightPair]:
     """Where every tensor lies in both, by the model's names; those that the model does not know by their keys.
 
     A key is brought to the model's name as it is, else as `--rename` changes it; and two keys that `--rename` gives one
@@ -128,7 +130,7 @@ def places_of(model: PreTrainedModel, before: Checkpoint, after: Checkpoint, rul
         for table, opposite in ((left, right), (right, left)):
             if one in opposite and one not in table and other in table:
                 table[one] = table[other]
-    return {name: Place(left.get(name), right.get(name)) for name in {**left, **right}}
+    return {name: WeightPair(left.get(name), right.get(name)) for name in {**left, **right}}
 
 
 def model_weights(model: PreTrainedModel, names: Mapping[str, str]) -> dict[str, Weight]:
@@ -147,7 +149,7 @@ def tied_ends(model: PreTrainedModel) -> list[tuple[str, str]]:
     return [(names[0], names[1]), (names[1], names[0])] if len(names) == 2 else []
 
 
-def mismatch(place: Place, before: Checkpoint, after: Checkpoint) -> str | None:
+def mismatch(place: WeightPair, before: Checkpoint, after: Checkpoint) -> str | None:
     """Why a site's two weights cannot be subtracted; None where they can."""
     sides = {"base": (place.base, before), "tuned checkpoint": (place.tuned, after)}
     absent = [where for where, (weight, _) in sides.items() if weight is None]
@@ -182,7 +184,7 @@ def foreign_pair(before: Checkpoint, after: Checkpoint, asked: SitesSection, not
         notes.append(f"no config.json: by their names {', '.join(ends[:3])} are embeddings or heads, and no sites")
     sides = [rename_keys(checkpoint.keys(), asked.rename) for checkpoint in (before, after)]
     left, right = ({name: Weight(key) for name, key in side.items()} for side in sides)
-    places = {name: Place(left.get(name), right.get(name)) for name in {**left, **right}}
+    places = {name: WeightPair(left.get(name), right.get(name)) for name in {**left, **right}}
     return CheckpointPair(before, after, filter_sites(found, asked), places, f"{before.path} → {after.path}")
 
 

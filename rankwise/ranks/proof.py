@@ -34,7 +34,7 @@ from rankwise.merge.logits import (
 from rankwise.merge.verify import NO_EFFECT, TOLERANCE, relative
 from rankwise.models.load import meta_model, weightless_model
 from rankwise.models.vocabulary import embedding_paths, resize, row_count
-from rankwise.ranks.deltas import CheckpointPair, DeltaSource, Place, SavedDeltas
+from rankwise.ranks.deltas import CheckpointPair, DeltaSource, SavedDeltas, WeightPair
 from rankwise.ranks.probe import folder_of, model_weights
 
 LOST = 0.1  # of the adapter's effect: a difference of rounding is far below it, an adapter half loaded far above
@@ -157,7 +157,7 @@ def of_deltas(source: SavedDeltas, base: str) -> Both:
     return Both(model, base, base, before, before | with_tied(model, moved))
 
 
-def tuned_of(pair: CheckpointPair, place: Place) -> Tensor:
+def tuned_of(pair: CheckpointPair, place: WeightPair) -> Tensor:
     """The tuned tensor; the base's, where it is nothing but the base's in another type."""
     assert place.tuned is not None
     after = place.tuned.read(pair.tuned)

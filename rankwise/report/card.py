@@ -30,7 +30,7 @@ from rankwise.files.lineage import EXPORT
 from rankwise.options.commands import CardConfig
 from rankwise.page.text import memory, plural
 from rankwise.report import card_facts as facts
-from rankwise.report.card_facts import Metric, Recorded, Sources, choose_folder, sources_of
+from rankwise.report.card_facts import ManifestEntry, Metric, Sources, choose_folder, sources_of
 
 MARK = "<!-- written by rankwise card; running it again replaces this file -->"
 LIBRARIES = {"adapter": "peft", "merged": "transformers", "export": "llama.cpp", "bundle": "llama.cpp"}
@@ -235,7 +235,7 @@ def facts_of(config: CardConfig, sources: Sources, kind: str, place: Path) -> Ca
     wrong = [f"- **{line}**" for line in facts.failures(sources, kind)]
     of_files = kind in ("export", "bundle")
     own = facts.file_scores(sources) if of_files else []
-    data = (sources.stage("train") or Recorded(place, {})).input("data")
+    data = (sources.stage("train") or ManifestEntry(place, {})).input("data")
     return CardFacts(
         title=title,
         kind=kind,

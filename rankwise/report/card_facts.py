@@ -30,7 +30,7 @@ KINDS = ("bundle", "export", "merged", "adapter")  # the furthest along first
 
 
 @dataclass(frozen=True)
-class Recorded:
+class ManifestEntry:
     """A stage's entry in a manifest, and the folder that it stands in."""
 
     folder: Path
@@ -58,10 +58,10 @@ class Sources:
     def files(self, name: str) -> list[Path]:
         return [path for root in self.roots for path in named(list(walk(root)), name)]
 
-    def stage(self, name: str) -> Recorded | None:
+    def stage(self, name: str) -> ManifestEntry | None:
         """The newest entry of a stage."""
         found = [
-            Recorded(one.run / stage.folder, stage.entry)
+            ManifestEntry(one.run / stage.folder, stage.entry)
             for one in self.contents
             for stage in one.stages
             if stage.name == name
@@ -176,12 +176,12 @@ def shown(value: Any) -> str:
     return number(value) if isinstance(value, (int, float)) and abs(value) >= 1e-3 else f"{value}"
 
 
-def data_of(trained: Recorded) -> str:
+def data_of(trained: ManifestEntry) -> str:
     mark = trained.entry.get("inputs", {}).get("data", {}).get("fingerprint")
     return public(trained.input("data")) + (f" (fingerprint {mark[:12]})" if mark else "")
 
 
-def ranks_of(sources: Sources, trained: Recorded) -> Iterator[tuple[str, str]]:
+def ranks_of(sources: Sources, trained: ManifestEntry) -> Iterator[tuple[str, str]]:
     adapted = next((one for content in sources.contents for _, one in content.sites), None)
     plan = "a rank plan" if trained.input("plan") else "one rank"
     if adapted and adapted.ranks:
@@ -196,7 +196,7 @@ def ranks_of(sources: Sources, trained: Recorded) -> Iterator[tuple[str, str]]:
         yield "trained in full", f"{len(entry['trained_in_full'])} modules"
 
 
-def versions_of(trained: Recorded) -> list[str]:
+def versions_of(trained: ManifestEntry) -> list[str]:
     found = {"python": trained.entry.get("python"), **trained.entry.get("versions", {})}
     words = ", ".join(f"{name} {version}" for name, version in found.items() if version)
     return ["", f"Made with {words}."] if words else []

@@ -44,7 +44,7 @@ from rankwise.train.gradient_table import GROUPS, NORMS
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
+class StageRun:
     """One entry of a manifest: which stage ran where (folder relative to the run), when and for how long."""
 
     name: str
@@ -86,7 +86,7 @@ class Adapted:
 
 
 @dataclass(frozen=True)
-class Fidelity:
+class RecordedFidelity:
     """How well an extracted or compressed adapter keeps its source: totals by name, and a row per site."""
 
     totals: Mapping[str, float]
@@ -98,12 +98,12 @@ class Contents:
     """Everything found; the first member of each pair is the file's folder (or path) relative to the run."""
 
     run: Path
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[StageRun, ...] = ()
     plans: tuple[tuple[str, RankPlan], ...] = ()
     scores: tuple[Scored, ...] = ()
     logs: tuple[tuple[str, list[dict[str, str]]], ...] = ()
     gains: tuple[tuple[str, Mapping[str, Any]], ...] = ()
-    fidelity: tuple[tuple[str, Fidelity], ...] = ()
+    fidelity: tuple[tuple[str, RecordedFidelity], ...] = ()
     sites: tuple[tuple[str, Adapted], ...] = ()
     studies: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     gradients: tuple[tuple[str, GradientTables], ...] = ()
@@ -226,7 +226,7 @@ def folder(run: Path, path: Path) -> str:
     return relative(run, path.parent)
 
 
-def read_stages(run: Path, files: list[Path]) -> Iterator[Stage]:
+def read_stages(run: Path, files: list[Path]) -> Iterator[StageRun]:
     for path in named(files, MANIFEST):
         content = read_json(path)
         if not isinstance(content, dict) or content.get("format") != MANIFEST_FORMAT:
@@ -235,7 +235,7 @@ def read_stages(run: Path, files: list[Path]) -> Iterator[Stage]:
         if not isinstance(stages, dict) or not all(isinstance(entry, dict) for entry in stages.values()):
             raise DataError(f"{path}: `stages` is not an object of stages; delete the file or run the stage again")
         for name, entry in stages.items():
-            yield Stage(name, folder(run, path), entry)
+            yield StageRun(name, folder(run, path), entry)
 
 
 def read_plans(run: Path, files: list[Path]) -> Iterator[tuple[str, RankPlan]]:
@@ -340,13 +340,13 @@ def has_numbers(row: Any, numbers: Sequence[str], name: str = "") -> bool:
     return isinstance(row, dict) and (not name or name in row) and all(is_number(row.get(each)) for each in numbers)
 
 
-def read_fidelity(path: Path) -> Fidelity:
+def read_fidelity(path: Path) -> RecordedFidelity:
     content = read_object(path)
     rows = content.get("sites")
     numbers = ("rank", "energy_kept", "parameters")
     if not isinstance(rows, list) or not all(has_numbers(row, numbers, "path") for row in rows):
         raise DataError(f"{path}: expected `sites`, a list of objects with path, {', '.join(numbers)}")
-    return Fidelity({name: value for name, value in content.items() if is_number(value)}, rows)
+    return RecordedFidelity({name: value for name, value in content.items() if is_number(value)}, rows)
 
 
 def read_settings(run: Path, files: list[Path]) -> Iterator[tuple[str, Any]]:

@@ -19,7 +19,7 @@ from rankwise.options.commands import ReportConfig
 from rankwise.page.blocks import Block, Figure, Gallery, Page, Section, Words
 from rankwise.page.template import render
 from rankwise.page.text import amount, duration, is_number, metric_name, percent, plural, printable, score
-from rankwise.report.contents import Contents, Scored, Stage, read_run
+from rankwise.report.contents import Contents, Scored, StageRun, read_run
 from rankwise.report.scores import gallery, score_blocks
 from rankwise.report.sections import Drawings, appendix, draw, sections_of
 from rankwise.train.loss_plots import leading_metrics
@@ -137,7 +137,7 @@ def parameters_figure(contents: Contents) -> list[Figure]:
     return [Figure("trainable parameters", amount(trained), "", f"{percent(trained / full)} {whole} ({amount(full)})")]
 
 
-def fact(stages: Sequence[Stage], kind: str, name: str) -> float | None:
+def fact(stages: Sequence[StageRun], kind: str, name: str) -> float | None:
     """The last entry of this kind that has the number."""
     found = [stage.entry[name] for stage in stages if stage.name.startswith(kind) and is_number(stage.entry.get(name))]
     return float(found[-1]) if found else None

@@ -17,7 +17,7 @@ from rankwise.evaluate.answers import is_right
 from rankwise.evaluate.classify import confusion_table
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.atomic import atomic_write
-from rankwise.page.blocks import Answer, Block, Examples, Folded, Gallery, Picture, Shot, Table
+from rankwise.page.blocks import Answer, Block, Folded, Gallery, Picture, Shot, SideBySide, Table
 from rankwise.page.text import metric_name, number, plural, printable, score
 from rankwise.report.contents import Scored
 
@@ -162,7 +162,7 @@ def examples(results: Sequence[Scored]) -> list[Block]:
         return []
     ids = [key for key in answered[0].predictions if all(key in one.predictions for one in answered)]
     items = [example(key, answered) for key in ids[:MOST_EXAMPLES]]
-    return [Examples(items, "The first items of the file, not chosen.")] if items else []
+    return [SideBySide(items, "The first items of the file, not chosen.")] if items else []
 
 
 def example(key: str, results: Sequence[Scored]) -> list[tuple[str, str]]:

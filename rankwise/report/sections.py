@@ -25,7 +25,16 @@ from rankwise.page.text import clip, duration, is_number, memory, number, percen
 from rankwise.pipeline.times import time_table
 from rankwise.ranks.plots import is_shuffle, plot_energy_heatmap, plot_gain, plot_ranks_heatmap
 from rankwise.ranks.summary import layer_ranges
-from rankwise.report.contents import CURVES, DOWNSTREAM, Adapted, Contents, Fidelity, Scored, Stage, feature_pictures
+from rankwise.report.contents import (
+    CURVES,
+    DOWNSTREAM,
+    Adapted,
+    Contents,
+    RecordedFidelity,
+    Scored,
+    StageRun,
+    feature_pictures,
+)
 from rankwise.study.page import PLOTS as STUDY_PLOTS
 from rankwise.study.page import study_blocks
 from rankwise.train.gradient_plots import GRADIENT_PLOTS, gradient_blocks, gradient_pictures
@@ -126,7 +135,7 @@ ORDER = (
 )
 STAGE_KEYS = {"stage", "energy_kept", "started", "finished", "seconds", "python", "versions", "inputs", "outputs"}
 MOST_ROWS, MOST_PICTURES, MOST_FACTS = 14, 8, 16
-Owned = tuple[Stage | None, str]
+Owned = tuple[StageRun | None, str]
 
 
 def sections_of(contents: Contents, drawings: Drawings) -> list[Section]:
@@ -171,7 +180,7 @@ def found_blocks(contents: Contents, drawings: Drawings) -> Iterator[Found]:
         yield ("ranks",) if "analysis_outputs" in where else ("train", *ORDER), where, pictures
 
 
-def owner(stages: Sequence[Stage], kinds: Sequence[str], where: str) -> Stage | None:
+def owner(stages: Sequence[StageRun], kinds: Sequence[str], where: str) -> StageRun | None:
     """The stage of one of these kinds in the deepest folder that holds `where`."""
     fitting = [
         stage
@@ -190,7 +199,7 @@ def position(name: str) -> int:
     return ORDER.index(name) if name in ORDER else len(ORDER)
 
 
-def section(stage: Stage | None, name: str, blocks: list[Block]) -> Section:
+def section(stage: StageRun | None, name: str, blocks: list[Block]) -> Section:
     if stage is None:
         return Section(name, blocks)
     facts = stage_facts(stage.entry)
@@ -267,7 +276,7 @@ def gain_blocks(gain: Mapping[str, Any], picture: Sequence[Picture]) -> list[Blo
     return [*picture, Table(("gain kept", "share", "95 % interval"), rows, note=note)]
 
 
-def fidelity_blocks(fidelity: Fidelity) -> list[Block]:
+def fidelity_blocks(fidelity: RecordedFidelity) -> list[Block]:
     """What is kept in total, and the sites that lose most."""
     totals = [(name.replace("_", " "), share_or_number(name, value)) for name, value in fidelity.totals.items()]
     before = any("rank_before" in row for row in fidelity.rows)
@@ -313,7 +322,7 @@ def appendix(contents: Contents) -> list[Block]:
     return found
 
 
-def known_versions(stage: Stage) -> list[tuple[str, str]]:
+def known_versions(stage: StageRun) -> list[tuple[str, str]]:
     listed = stage.entry.get("versions")
     found = [(name, version) for name, version in (listed if isinstance(listed, dict) else {}).items() if version]
     return found + ([("Python", stage.entry["python"])] if stage.entry.get("python") else [])

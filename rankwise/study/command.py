@@ -22,7 +22,7 @@ from rankwise.study.material import Material, load_material, open_probes, probe_
 from rankwise.study.page import runs_rate, study_lines, write_study
 from rankwise.study.plans import Plans
 from rankwise.study.protocol import report, tune, tuning_batch
-from rankwise.study.results import Outcome, conclude
+from rankwise.study.results import FinishedStudy, conclude
 
 PARTS = "parts.json"
 NEED_A_PROBE = (*RULES, "shuffled", "inverted", "warm", "plan-warm")
@@ -43,7 +43,7 @@ def run(config: StudyConfig) -> Path:
             tuned = tune(design, bench)
             reported = report(design, bench, tuned)
             if process_index()[0] == 0:
-                study = conclude(Outcome(design, bench, tuned, reported), registration)
+                study = conclude(FinishedStudy(design, bench, tuned, reported), registration)
                 record.outputs |= write_study(folder.path, study)
                 record.facts |= {"runs": len(bench.ledger), "runs_per_hour": rate(bench)}
                 print("\n".join(study_lines(study)))

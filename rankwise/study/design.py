@@ -90,7 +90,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Grid:
+class RateGrid:
     """Learning rates low·ratio^k; k below 0 and above the last point continue it."""
 
     low: float
@@ -121,11 +121,11 @@ class Design:
             found += [Contender(arm, "" if arm in REFERENCES else budget, way, state) for state in states]
         return sorted(dict.fromkeys(found), key=lambda each: each.is_reference)
 
-    def grid(self, contender: Contender) -> Grid:
+    def grid(self, contender: Contender) -> RateGrid:
         own = self.config.grid
         if contender.arm == "full":
-            return Grid(own.full_grid_low, own.full_grid_high, own.grid_points)
-        return Grid(own.grid_low, own.grid_high, own.grid_points)
+            return RateGrid(own.full_grid_low, own.full_grid_high, own.grid_points)
+        return RateGrid(own.grid_low, own.grid_high, own.grid_points)
 
     def pairs(self) -> list[tuple[Contender, Contender]]:
         """The primary contrasts in every budget and way of training."""

@@ -23,7 +23,7 @@ from rankwise.files.ledger import Ledger
 from rankwise.files.processes import gathered, own_share, process_index
 from rankwise.study.arms import STATIC, compress_pairs, schedule_of, timed_like
 from rankwise.study.design import Design, Run
-from rankwise.study.material import Material, Scored
+from rankwise.study.material import Material, ScoredItems
 from rankwise.study.plans import Plans
 from rankwise.study.together.alone import borrowed, train_alone, train_weights
 from rankwise.study.together.train import (
@@ -160,7 +160,7 @@ class Bench:
             name: answer_losses(self.material.model, part.batches)[0][None] for name, part in self.parts(run).items()
         }
 
-    def parts(self, run: Run) -> dict[str, Scored]:
+    def parts(self, run: Run) -> dict[str, ScoredItems]:
         """The splits a run is scored on: tuning never uses test."""
         dev = {"dev": self.material.dev}
         return dev if run.purpose == "tune" else dev | {"test": self.material.test}

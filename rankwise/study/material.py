@@ -44,7 +44,7 @@ SCORING_BATCH = 16
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredItems:
     """Items that runs are scored on, as batches, with the learnt tokens and the group of each."""
 
     batches: Sequence[Batch]
@@ -52,7 +52,7 @@ class Scored:
     groups: tuple[str, ...]
 
     @classmethod
-    def of(cls, examples: Sequence[Example], renderer: Renderer, device: str) -> Scored:
+    def of(cls, examples: Sequence[Example], renderer: Renderer, device: str) -> ScoredItems:
         """Items of like length side by side: less padding."""
         data = RenderedDataset(examples, renderer)
         order = sorted(range(len(data)), key=lambda index: data.lengths[index])
@@ -81,12 +81,12 @@ class Material:
         return Collator.of(self.renderer.tokenizer)
 
     @cached_property
-    def dev(self) -> Scored:
-        return Scored.of(self.parts.dev, self.renderer, self.device)
+    def dev(self) -> ScoredItems:
+        return ScoredItems.of(self.parts.dev, self.renderer, self.device)
 
     @cached_property
-    def test(self) -> Scored:
-        return Scored.of(self.parts.test, self.renderer, self.device)
+    def test(self) -> ScoredItems:
+        return ScoredItems.of(self.parts.test, self.renderer, self.device)
 
     @property
     def inputs(self) -> dict[str, Any]:

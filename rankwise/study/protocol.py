@@ -20,7 +20,7 @@ from rankwise.options.study import StudyConfig
 from rankwise.study.design import Contender, Design, Run, another_seed, further_counts
 from rankwise.study.evidence import Array, Effect, by_group, decides, measure_effect
 from rankwise.study.execution import Bench, batches_of
-from rankwise.study.material import Material, Scored
+from rankwise.study.material import Material, ScoredItems
 from rankwise.study.plans import Plans
 from rankwise.study.together.train import scales_of
 
@@ -186,7 +186,7 @@ def sums_of(
     return by_group(rows, scored(bench.material, part).groups)
 
 
-def scored(material: Material, part: str) -> Scored:
+def scored(material: Material, part: str) -> ScoredItems:
     return material.dev if part == "dev" else material.test
 
 

@@ -19,7 +19,7 @@ from rankwise.study.protocol import Reported, Tuned, effect_of, report_run
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FinishedStudy:
     """A study with all runs finished."""
 
     design: Design
@@ -34,7 +34,7 @@ class Outcome:
         return self.bench.ledger[report_run(self.design, self.bench, self.tuned, contender, seed).key]
 
 
-def conclude(outcome: Outcome, registration: Registration) -> dict[str, Any]:
+def conclude(outcome: FinishedStudy, registration: Registration) -> dict[str, Any]:
     """The content of study.json. The test items are read here and nowhere else."""
     design, config = outcome.design, outcome.design.config
     seeds = design.report_seeds(outcome.reported.seeds)
@@ -76,7 +76,7 @@ def setting(contender: Contender, other: Contender | None = None) -> dict[str, s
     return {"budget": told.budget, "scheduler": told.scheduler, "state": told.state}
 
 
-def verdicts(outcome: Outcome) -> list[dict[str, Any]]:
+def verdicts(outcome: FinishedStudy) -> list[dict[str, Any]]:
     """One row per primary contrast and setting, Holm over all of them."""
     design = outcome.design
     effects = {pair: outcome.effect(*pair) for pair in design.pairs()}
@@ -91,7 +91,7 @@ def verdicts(outcome: Outcome) -> list[dict[str, Any]]:
     return rows
 
 
-def assays(outcome: Outcome) -> list[dict[str, Any]]:
+def assays(outcome: FinishedStudy) -> list[dict[str, Any]]:
     """Per budget: whether an inverted plan does harm, against the plan itself or against uniform rank."""
     design, rows = outcome.design, []
     everything = {(each.arm, each.budget): each for each in design.contenders}
@@ -108,7 +108,7 @@ def assays(outcome: Outcome) -> list[dict[str, Any]]:
     return rows
 
 
-def arm_row(outcome: Outcome, contender: Contender) -> dict[str, Any]:
+def arm_row(outcome: FinishedStudy, contender: Contender) -> dict[str, Any]:
     """An arm's mean over seeds and items with its interval, and what it is made of."""
     design, seeds = outcome.design, outcome.design.report_seeds(outcome.reported.seeds)
     rows = [outcome.row(contender, seed) for seed in seeds]
@@ -129,7 +129,7 @@ def arm_row(outcome: Outcome, contender: Contender) -> dict[str, Any]:
     }
 
 
-def differences(outcome: Outcome) -> list[dict[str, Any]]:
+def differences(outcome: FinishedStudy) -> list[dict[str, Any]]:
     """Every arm but the references against the one that all are compared with, primary or not; without verdicts."""
     design = outcome.design
     common = UNIFORM if design.config.kind == "plans" else STATIC
@@ -147,7 +147,7 @@ def differences(outcome: Outcome) -> list[dict[str, Any]]:
     return rows
 
 
-def tuning_row(outcome: Outcome, contender: Contender, tuned: Tuned) -> dict[str, Any]:
+def tuning_row(outcome: FinishedStudy, contender: Contender, tuned: Tuned) -> dict[str, Any]:
     grid = outcome.design.grid(contender)
     curves = {
         scale: [{"learning_rate": grid.rate(k), "losses": [finite(loss) for loss in curve[k]]} for k in sorted(curve)]
@@ -163,7 +163,7 @@ def tuning_row(outcome: Outcome, contender: Contender, tuned: Tuned) -> dict[str
     }
 
 
-def same_as_uniform(outcome: Outcome) -> list[tuple[str, str]]:
+def same_as_uniform(outcome: FinishedStudy) -> list[tuple[str, str]]:
     """(arm, budget) of the rules whose plan turned out to be uniform rank."""
     plans, seed = outcome.bench.plans, outcome.design.report_seeds(1)[0]
     return [
@@ -177,7 +177,7 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def data(outcome: Outcome) -> dict[str, Any]:
+def data(outcome: FinishedStudy) -> dict[str, Any]:
     material = outcome.bench.material
     parts = {"dev": material.dev, "test": material.test}
     sizes = {
@@ -187,7 +187,7 @@ def data(outcome: Outcome) -> dict[str, Any]:
     return {"train": {"items": len(material.rows)}, **sizes, "removed": dict(material.parts.removed)}
 
 
-def notes(outcome: Outcome) -> list[str]:
+def notes(outcome: FinishedStudy) -> list[str]:
     """Caveats for reading the numbers."""
     design, config = outcome.design, outcome.design.config
     found = []

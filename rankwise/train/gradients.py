@@ -178,7 +178,7 @@ def measure_gradient_norms(model: nn.Module, loss_scale: float = 1.0) -> dict[st
 
 
 @dataclass(frozen=True)
-class Place:
+class TrainedModule:
     """A module with something to train: a site, an embedding, a norm. `kind` and `layer` as in `core.site`."""
 
     path: str
@@ -188,7 +188,7 @@ class Place:
 
 
 @dataclass(frozen=True, eq=False)
-class Trained:
+class TrainedParameter:
     """One trainable parameter: number of its place, and its part there (A or B of a LoRA pair, or the rest)."""
 
     place: int
@@ -210,8 +210,8 @@ class Pair:
 class TrainedModel:
     """All trainable parameters, in module order."""
 
-    places: tuple[Place, ...] = ()
-    parameters: tuple[Trained, ...] = ()
+    places: tuple[TrainedModule, ...] = ()
+    parameters: tuple[TrainedParameter, ...] = ()
     pairs: tuple[Pair, ...] = ()
 
 
@@ -230,11 +230,11 @@ def trained_model(model: nn.Module) -> TrainedModel:
     for owner, parameter in owners(model):
         if parameter.requires_grad or id(parameter) in parts:
             number = paths.setdefault(owner, len(paths))
-            found.append(Trained(number, parts.get(id(parameter), REST), parameter))
+            found.append(TrainedParameter(number, parts.get(id(parameter), REST), parameter))
     # norms and biases have no shape of a matrix; where they lie is all we ask
     sites = [describe(path, (1, 1), tower_of(path, towers)) for path in paths]
     return TrainedModel(
-        places=tuple(Place(site.path, site.tower, site.kind, site.layer) for site in sites),
+        places=tuple(TrainedModule(site.path, site.tower, site.kind, site.layer) for site in sites),
         parameters=tuple(found),
         pairs=tuple(Pair(paths[path], *pair) for path, pair in pairs.items() if path in paths),
     )

@@ -17,7 +17,7 @@ from tiny import TEXTS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rankwise.data.chat import Refused
+from rankwise.data.chat import TemplateRefused
 from rankwise.data.check.comparison import Oracle
 from rankwise.data.dataset import RenderedDataset, outcomes
 from rankwise.data.example import Example, Turn
@@ -184,7 +184,9 @@ def test_a_system_turn_is_rendered_or_refused_by_name(name: str) -> None:
     if FAMILIES[name].system:
         checked(renderer, SYSTEM)
     else:
-        with pytest.raises(Refused, match="sample talk: the chat template refuses it: System role not supported"):
+        with pytest.raises(
+            TemplateRefused, match="sample talk: the chat template refuses it: System role not supported"
+        ):
             renderer.training(example)
 
 

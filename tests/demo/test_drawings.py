@@ -25,8 +25,8 @@ from rankwise.demo.drawings import (
     PLACES,
     SHAPES,
     SIDE,
-    Question,
     Scene,
+    SceneQuestion,
     Thing,
     captioned,
     contents,
@@ -46,7 +46,7 @@ def scenes(count: int, look: str = "filled") -> list[Scene]:
     return [draw(generator, look=look) for _ in range(count)]
 
 
-def asked(*, held_out: bool, count: int = 120, turns: int = 1) -> list[tuple[Scene, list[Question]]]:
+def asked(*, held_out: bool, count: int = 120, turns: int = 1) -> list[tuple[Scene, list[SceneQuestion]]]:
     return list(conversations(random.Random(0), count, turns=turns, held_out=held_out))
 
 

@@ -18,7 +18,7 @@ from rankwise.device.bundle_files import INPUT, Prompt
 from rankwise.device.clients import (
     CONVERSATION,
     QUESTION,
-    Asking,
+    ClientInputs,
     Template,
     client_files,
     end_texts,
@@ -130,7 +130,7 @@ def constants(name: str, content: str) -> tuple[str, list[str]]:
 def test_clients_have_the_bundles_constants(images: int, takes_input: bool, grammar: bool) -> None:
     text = f'<|im_start|>User:{MARKER * images}Is "$x" \\ 5 € or\n水?{INPUT * takes_input}<|im_end|>\nAssistant:'
     facts: dict[str, Any] = FACTS | {"mmproj": "mmproj-m.gguf" if images else None}
-    files = client_files(Asking(Prompt(text, images, "", sent=True), ["<|im_end|>", "$</s>"], facts, grammar))
+    files = client_files(ClientInputs(Prompt(text, images, "", sent=True), ["<|im_end|>", "$</s>"], facts, grammar))
     assert len(files) == 3
     for name, content in files.items():
         assert constants(name, content) == (text, ["<|im_end|>", "$</s>"])

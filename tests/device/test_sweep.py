@@ -11,13 +11,13 @@ from served import text_gguf
 
 from rankwise.device.llama.runtime import Runtime
 from rankwise.device.scores import INFERIOR, NOT_INFERIOR, UNDECIDED, compared, paired_interval, wilson
-from rankwise.device.sweep import Item, Tried, choose, prepared, sweep
+from rankwise.device.sweep import ItemOutcome, Tried, choose, prepared, sweep
 from rankwise.errors import DataError, UsageError
 from rankwise.options.commands import ValidateConfig
 
 
 def tried(form: str, size: int, right: list[bool]) -> Tried:
-    return Tried(form, size, {f"i{n}": Item(bool(value), 0.1) for n, value in enumerate(right)}, 1000)
+    return Tried(form, size, {f"i{n}": ItemOutcome(bool(value), 0.1) for n, value in enumerate(right)}, 1000)
 
 
 def outcomes(n: int, wrong: int, flipped: int = 0) -> list[bool]:
@@ -132,11 +132,11 @@ def test_files_that_are_there_are_taken(tmp_path: Path) -> None:
 def test_a_sweep_runs_every_form_and_records_what_it_took(tmp_path: Path) -> None:
     asked: list[tuple[str, str]] = []
 
-    def ask(runtime: Runtime, form: str) -> dict[str, Item]:
+    def ask(runtime: Runtime, form: str) -> dict[str, ItemOutcome]:
         found = {}
         for number in range(3):
             answer = runtime.complete([1, 5 + number], max_new_tokens=2)
-            found[str(number)] = Item(len(answer.tokens) == 2, answer.seconds)
+            found[str(number)] = ItemOutcome(len(answer.tokens) == 2, answer.seconds)
         asked.append((form, Path(runtime.info.model).name))
         return found
 

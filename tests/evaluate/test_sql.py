@@ -20,7 +20,7 @@ from rankwise.data.sources.load import load
 from rankwise.data.sources.wikisql import AGGREGATES, Query, same_query
 from rankwise.errors import DataError
 from rankwise.evaluate.sql import LONGEST, parse_query, score_sql, without_quotes
-from rankwise.evaluate.sql_database import Database, Refused, Stopped, build_database
+from rankwise.evaluate.sql_database import Database, QueryRefused, Stopped, build_database
 
 HEADER = ("Player", "No.", "School/Club Team", "Yards, total = sum", "Max Speed", "Team and Year", "Player Name")
 
@@ -242,11 +242,11 @@ def test_the_official_quirks_of_values(tmp_path: Path) -> None:
         assert ask(Query(0, 0, ((1, 1, 3), (1, 2, 8)))) == ["cid"]  # two conditions on one column
         assert ask(Query(1, 4, ((2, 0, "reds 1999"),))) == [10.5]
         for query in (Query(0, 0, ((1, 0, "none"),)), Query(7, 0), Query(0, 0, ((0, 3, "x"),))):
-            with pytest.raises(Refused):
+            with pytest.raises(QueryRefused):
                 ask(query)
-        with pytest.raises(Refused, match="no table table_9_9"):
+        with pytest.raises(QueryRefused, match="no table table_9_9"):
             database.answer("9-9", Query(0, 0))
-        with pytest.raises(Refused):
+        with pytest.raises(QueryRefused):
             ask(Query(0, 0, ((0, 0, "\ud800"),)))
 
 
@@ -347,7 +347,7 @@ def wide(tmp_path: Path) -> Path:
 def test_hostile_statements_are_refused_and_change_nothing(wide: Path, statement: str) -> None:
     before, files = wide.read_bytes(), sorted(wide.parent.iterdir())
     with Database(wide, seconds=0.5) as database:
-        with pytest.raises(Refused):
+        with pytest.raises(QueryRefused):
             database.run(statement.format(folder=wide.parent))
         assert database.run("SELECT count(col0) FROM table_1_22_3") == [(1000,)]
     assert wide.read_bytes() == before
@@ -361,7 +361,7 @@ def test_endless_and_huge_queries_are_stopped_in_time(wide: Path) -> None:
         for statement in (f"SELECT count(a.col0) {product} WHERE a.col1 + b.col1 < c.col1", f"SELECT a.col0 {product}"):
             with pytest.raises(Stopped):
                 database.run(statement)
-        with pytest.raises(Refused):
+        with pytest.raises(QueryRefused):
             database.run("SELECT col0 FROM table_1_22_3 WHERE col0 = ?", ["x" * 10**8])
         assert time.perf_counter() - started < 5
         assert database.run("SELECT max(col1) FROM table_1_22_3") == [(999.0,)]

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from rankwise.files.monitor import COLUMNS, MIB, Card, Monitor, Sample, usage_of, visible
+from rankwise.files.monitor import COLUMNS, MIB, CardState, Monitor, Sample, usage_of, visible
 from rankwise.files.run_folder import read_marks, write_mark
 from rankwise.pipeline.times import BEFORE, UNREACHED, StageTime, time_lines
 from rankwise.report.report import build_report
@@ -127,14 +127,14 @@ def test_a_driver_that_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_peaks_and_means_by_hand() -> None:
-    def sample(memory: int, cpu: float, *cards: Card) -> Sample:
+    def sample(memory: int, cpu: float, *cards: CardState) -> Sample:
         return Sample("now", "train", memory, cpu, cards)
 
     usage = usage_of(
         [
-            sample(10, 900.0, Card("0", 7, 9, 10.0), Card("1", 3, 9, 30.0)),
-            sample(30, 50.0, Card("0", 4, 9, 80.0), Card("1")),
-            sample(20, 150.0, Card("0", 5, 9, 40.0)),
+            sample(10, 900.0, CardState("0", 7, 9, 10.0), CardState("1", 3, 9, 30.0)),
+            sample(30, 50.0, CardState("0", 4, 9, 80.0), CardState("1")),
+            sample(20, 150.0, CardState("0", 5, 9, 40.0)),
         ]
     )
     assert usage.peak_memory == 30

@@ -15,8 +15,8 @@ from rankwise.errors import DataError, ServiceError, UsageError, VerificationErr
 from rankwise.gguf import command as stage
 from rankwise.gguf import converter as installing
 from rankwise.gguf.converter import (
+    Conversion,
     Converter,
-    Job,
     Pin,
     find_converter,
     install_converter,
@@ -242,7 +242,7 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Converter:
 
 
 def test_every_file_of_a_model_comes_from_one_process(fake: Converter, tmp_path: Path) -> None:
-    jobs = [Job(tmp_path / "a.gguf", "f16"), Job(tmp_path / "mmproj-a.gguf", "q8_0", mmproj=True)]
+    jobs = [Conversion(tmp_path / "a.gguf", "f16"), Conversion(tmp_path / "mmproj-a.gguf", "q8_0", mmproj=True)]
     fake.convert_all("some/model", jobs, name="shown")
     text, projector = (job.outfile.read_text().split() for job in jobs)
     assert text[:5] == ["some/model", "--model-name", "shown", "--outtype", "f16"] and "--mmproj" not in text
@@ -260,7 +260,7 @@ def test_a_failing_conversion_shows_its_end_and_leaves_nothing(fake: Converter, 
 def test_a_failing_second_file_takes_the_first_with_it(tmp_path: Path) -> None:
     script = SCRIPT.replace('"breaks" in words[0]', '"--mmproj" in words')
     found = own_converter(checkout(tmp_path / "llama.cpp", script), "x")
-    jobs = [Job(tmp_path / "a.gguf", "f16"), Job(tmp_path / "b.gguf", "f16", mmproj=True)]
+    jobs = [Conversion(tmp_path / "a.gguf", "f16"), Conversion(tmp_path / "b.gguf", "f16", mmproj=True)]
     with pytest.raises(VerificationError, match="nothing was written"):
         found.convert_all("model", jobs)
     assert not list(tmp_path.glob("*.gguf"))

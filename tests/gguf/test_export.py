@@ -28,7 +28,7 @@ from rankwise.files.atomic import read_object, sha256, write_json
 from rankwise.files.checkpoint import open_checkpoint
 from rankwise.gguf import plan as planning
 from rankwise.gguf.command import describe, run
-from rankwise.gguf.converter import Converter, Job, own_converter
+from rankwise.gguf.converter import Conversion, Converter, own_converter
 from rankwise.gguf.export import compare_tensors
 from rankwise.gguf.lora import check_adapter, fold_scales, read_plain, write_adapter_gguf
 from rankwise.gguf.metadata import (
@@ -554,7 +554,7 @@ def test_lengths_are_compared_before_converting(
 def test_a_failed_proof_speaks_of_the_folder_that_was_asked_for(
     text: Path, converter: Converter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    def convert_all(self: Converter, model: Path, jobs: Sequence[Job], name: str | None = None) -> None:
+    def convert_all(self: Converter, model: Path, jobs: Sequence[Conversion], name: str | None = None) -> None:
         for job in jobs:
             job.outfile.write_bytes(b"GGUF, cut off")
 

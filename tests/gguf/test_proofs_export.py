@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from rankwise.cli import main
 from rankwise.files.adapter import LoraPair
 from rankwise.gguf import lora, view
-from rankwise.gguf.converter import Converter, Job
+from rankwise.gguf.converter import Conversion, Converter
 from rankwise.gguf.metadata import Vocabulary
 from rankwise.models.load import load_model
 
@@ -52,7 +52,7 @@ def export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     def run(
         sound: Path, *words: str, text: Fault | None = None, vision: Fault | None = None, only: tuple[str, ...] = ALL
     ) -> tuple[int, str]:
-        def convert_all(self: Converter, model: Path, jobs: list[Job], name: str) -> None:
+        def convert_all(self: Converter, model: Path, jobs: list[Conversion], name: str) -> None:
             for job in jobs:
                 job.outfile.parent.mkdir(parents=True, exist_ok=True)
                 own, fault = sound / job.outfile.name, vision if job.mmproj else text

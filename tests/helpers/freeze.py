@@ -35,7 +35,7 @@ from tiny_vision import drawn_image, tiny_smolvlm
 
 from rankwise import cli
 from rankwise.device import bundle
-from rankwise.device.sweep import Item, Tried, choose
+from rankwise.device.sweep import ItemOutcome, Tried, choose
 from rankwise.gguf.converter import MANIFEST, find_converter
 from rankwise.pipeline.table import COMMANDS
 
@@ -233,7 +233,9 @@ def normal(name: str, content: bytes, folder: Path) -> bytes:
 
 def shipped(folder: Path) -> dict[str, bytes]:
     """The same of what `bundled.py` leaves in a folder, and a sweep of ours."""
-    items = {form: {f"i{place}": Item(place >= wrong, 0.5) for place in range(8)} for form, wrong in SWEPT.items()}
+    items = {
+        form: {f"i{place}": ItemOutcome(place >= wrong, 0.5) for place in range(8)} for form, wrong in SWEPT.items()
+    }
     tried = [Tried(form, size, items[form], 1000) for size, form in enumerate(items, 1)]
     sweep = choose(tried).save(folder).read_bytes()
     files = {f"{SHIPPED}/{name}": (folder / name).read_bytes() for name in OF_SHIPPED}

@@ -45,7 +45,7 @@ from PIL import Image
 from rankwise.cli import main
 from rankwise.files.atomic import read_object
 from rankwise.labels.dataset import read_rows
-from rankwise.labels.teacher.ledger import AnswerLedger, Entry
+from rankwise.labels.teacher.ledger import AnswerLedger, LedgerEntry
 from rankwise.labels.teacher.loopback import LoopbackTeacher
 
 SECRET = "sk-do-not-show-0123456789"
@@ -368,7 +368,7 @@ def test_killed_at_any_request_nothing_is_paid_twice_or_lost(
     for at in range(1, PICTURES + 1):
         out, behaviour, count = tmp_path / str(at), made(), 0
 
-        def dying(ledger: AnswerLedger, entry: Entry, at: int = at) -> None:
+        def dying(ledger: AnswerLedger, entry: LedgerEntry, at: int = at) -> None:
             nonlocal count
             count += 1
             if count < at or stored:

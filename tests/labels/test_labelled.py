@@ -16,7 +16,15 @@ from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.label_task import LabelTask, load_task, read_task, task_from
 from rankwise.data.sources.load import load
 from rankwise.errors import DataError, UsageError
-from rankwise.labels.dataset import LabelledRow, StoredImage, Written, pixel_hash, read_rows, store_image, write_dataset
+from rankwise.labels.dataset import (
+    LabelledRow,
+    StoredImage,
+    WrittenDataset,
+    pixel_hash,
+    read_rows,
+    store_image,
+    write_dataset,
+)
 from rankwise.labels.existing import Existing, label_rows, read_existing, task_for
 from rankwise.labels.images import find_images, select
 from rankwise.options.label import LabelConfig
@@ -301,7 +309,7 @@ def labels_of(existing: Existing) -> dict[str, str]:
     return {each.photo.reference: each.label for each in existing.given}
 
 
-def built(existing: Existing, out: Path, task: LabelTask | None = None, **options: Any) -> Written:
+def built(existing: Existing, out: Path, task: LabelTask | None = None, **options: Any) -> WrittenDataset:
     chosen = task_for(existing, task)
     return write_dataset(out, label_rows(existing, chosen, TARGET, out, **options).rows, chosen, TARGET)
 

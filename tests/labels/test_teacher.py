@@ -40,7 +40,7 @@ from rankwise.labels.dataset import pixel_hash
 from rankwise.labels.teacher.answers import (
     Reply,
     Unusable,
-    Verdict,
+    VoteResult,
     agreement,
     check_answer,
     fleiss,
@@ -50,9 +50,9 @@ from rankwise.labels.teacher.answers import (
     verdict,
 )
 from rankwise.labels.teacher.client import Teacher, Unanswered
-from rankwise.labels.teacher.ledger import AnswerLedger, BudgetReached, Entry, Key, Prices, Spending, prices_of
+from rankwise.labels.teacher.ledger import AnswerLedger, BudgetReached, Key, LedgerEntry, Prices, Spending, prices_of
 from rankwise.labels.teacher.loopback import LoopbackTeacher, Response, picture_of
-from rankwise.labels.teacher.questions import Asker, Picture, Question, collect
+from rankwise.labels.teacher.questions import Asker, ImageToLabel, Question, collect
 from rankwise.options.label import TeacherSection
 
 TARGET = DeviceTarget(image_size=32)
@@ -65,11 +65,11 @@ def task() -> LabelTask:
     return load_task("elements")
 
 
-def picture(number: int, colour: tuple[int, int, int] = COLOURS["water"]) -> Picture:
+def picture(number: int, colour: tuple[int, int, int] = COLOURS["water"]) -> ImageToLabel:
     """A picture of one colour but for a dot whose place is its number."""
     image = Image.new("RGB", (32, 32), colour)
     ImageDraw.Draw(image).point((number % 32, number // 32), "white")
-    return Picture(f"{number:05d}_picture", pixel_hash(image), TARGET.jpeg(image))
+    return ImageToLabel(f"{number:05d}_picture", pixel_hash(image), TARGET.jpeg(image))
 
 
 def settings(url: str, **changes: Any) -> TeacherSection:
@@ -81,18 +81,18 @@ def asking(
     behaviour: Behaviour,
     task: LabelTask,
     ledger: AnswerLedger,
-    pictures: list[Picture],
+    pictures: list[ImageToLabel],
     wanted: int = 99,
     *,
     votes: int = 1,
     spending: Spending | None = None,
     seen: Any = lambda found: None,
     **changes: Any,
-) -> tuple[list[Verdict] | BaseException, LoopbackTeacher, Spending]:
+) -> tuple[list[VoteResult] | BaseException, LoopbackTeacher, Spending]:
     """Collect verdicts from a server that behaves so; what came out or was raised, the server, the cost."""
     spending = spending or Spending(None)
 
-    async def work(server: LoopbackTeacher) -> list[Verdict]:
+    async def work(server: LoopbackTeacher) -> list[VoteResult]:
         async with Teacher(settings(server.url, **changes), spending) as teacher:
             return await collect(Asker(teacher, ledger, Question(task), votes), pictures, wanted, keep, seen)
 
@@ -100,7 +100,7 @@ def asking(
         return outcome(work(server)), server, spending
 
 
-def keep(found: Verdict) -> bool:
+def keep(found: VoteResult) -> bool:
     return found.confidence >= 0.75
 
 
@@ -305,7 +305,7 @@ def test_fences_and_case_are_put_right(behaviour: Behaviour, task: LabelTask, le
 def test_an_attempt_of_an_earlier_run_counts(task: LabelTask, ledger: AnswerLedger) -> None:
     """Stopped between the first, useless answer and the second: one more is asked, not two."""
     key = Key(picture(0).digest, Question(task).digest, "gpt-4o", 0)
-    ledger.add(Entry(key, 1, "00000_picture", Reply("no idea"), 0.0, "then"))
+    ledger.add(LedgerEntry(key, 1, "00000_picture", Reply("no idea"), 0.0, "then"))
     _, server, _ = asking(chatting, task, AnswerLedger(ledger.path), [picture(0)])
     assert len(server.requests) == 1
 
@@ -330,7 +330,7 @@ def test_another_question_has_another_key(change: dict[str, Any], task: LabelTas
 
 
 def test_a_cut_line_is_dropped_and_all_others_stay(ledger: AnswerLedger) -> None:
-    entries = [Entry(KEY, number, "id", Reply(f"{{}}\n\u2028{number} é"), 0.1, "now") for number in (1, 2)]
+    entries = [LedgerEntry(KEY, number, "id", Reply(f"{{}}\n\u2028{number} é"), 0.1, "now") for number in (1, 2)]
     for entry in entries:
         ledger.add(entry)
     whole = ledger.path.read_bytes()
@@ -346,7 +346,7 @@ def test_a_cut_line_is_dropped_and_all_others_stay(ledger: AnswerLedger) -> None
 
 @pytest.mark.parametrize("line", [b"nonsense", b"{}", b"[]", b'{"image": 1}', b"\xff\xfe", b"[" * 100_000])
 def test_a_broken_line_is_named_and_left_where_it_is(line: bytes, ledger: AnswerLedger) -> None:
-    ledger.add(Entry(KEY, 1, "id", Reply("{}"), None, "now"))
+    ledger.add(LedgerEntry(KEY, 1, "id", Reply("{}"), None, "now"))
     ledger.path.write_bytes(line + b"\n" + ledger.path.read_bytes())
     before = ledger.path.read_bytes()
     read = AnswerLedger(ledger.path)
@@ -529,7 +529,7 @@ def test_a_retried_answer_is_charged_twice(task: LabelTask, ledger: AnswerLedger
 def test_the_loopback_teacher_labels_by_colours(element: str, task: LabelTask, ledger: AnswerLedger) -> None:
     """Padding is not counted, and the answer is of the schema."""
     wide = Image.new("RGB", (64, 16), COLOURS[element])
-    shown = Picture("id", "digest", DeviceTarget(image_size=64).jpeg(wide))
+    shown = ImageToLabel("id", "digest", DeviceTarget(image_size=64).jpeg(wide))
     found, _, _ = asking(well, task, ledger, [shown])
     assert isinstance(found, list) and found[0].content
     assert found[0].content["element"] == element

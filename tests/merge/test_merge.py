@@ -36,7 +36,7 @@ from rankwise.merge import write as writing
 from rankwise.merge.command import describe as describe_stage
 from rankwise.merge.command import run
 from rankwise.merge.plan import Entry, Skeleton, entries_of, plan_merge
-from rankwise.merge.verify import Agreement, Reference, compare
+from rankwise.merge.verify import Agreement, ReferenceLogits, compare
 from rankwise.merge.write import make_tensor, shard_bytes, write_merged, write_shards
 from rankwise.models.load import load_model
 from rankwise.options.commands import MergeConfig
@@ -319,10 +319,10 @@ def test_an_effect_smaller_than_the_rounding_is_not_written(base: Path, tmp_path
 def test_agreement_measures_what_it_says() -> None:
     torch.manual_seed(0)
     start, moved = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
-    same = compare(Reference((), start, moved), moved)
+    same = compare(ReferenceLogits((), start, moved), moved)
     assert (same.error, same.max_difference, same.same_top1, same.kl) == (0, 0, 1, 0)
     assert same.effect == pytest.approx(float((moved - start).norm() / moved.norm()))
-    off = compare(Reference((), start, moved), start)
+    off = compare(ReferenceLogits((), start, moved), start)
     assert off.effect_lost == pytest.approx(1) and off.kl > 0
     with pytest.raises(VerificationError, match="differ"):
         Agreement(float("nan"), 1.0, 0.0, 1.0, 0.0).require(torch.float32)

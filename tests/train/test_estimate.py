@@ -21,14 +21,14 @@ from rankwise.models.targets import choose_sites, uniform_plan
 from rankwise.train.arguments import build_arguments
 from rankwise.train.estimate.cost import Curve, Fixed, Profile, Speed, Work, run_length
 from rankwise.train.estimate.gpus import CARDS, GIB, Card, cards, gib
-from rankwise.train.estimate.shapes import Measured, Place, Rows, Shapes, Way, measure_way
+from rankwise.train.estimate.shapes import Hardware, Rows, Shapes, Traced, Way, measure_way
 from rankwise.train.estimate.trace import Trace, empty, trace_step
 
 AS_GIVEN = Way("as given", "", None, False)
 SAVING = Way("", "", None, True)
 FOUR_BIT = Way("", "", "4bit", False)
-GPU = Place((CARDS["rtx4090"],), torch.bfloat16, torch.bfloat16)
-CPU = Place((Card("cpu", 8 * GIB, 1e11, 1e11, 1e10, measured=True, cpu=True),), None, torch.float32)
+GPU = Hardware((CARDS["rtx4090"],), torch.bfloat16, torch.bfloat16)
+CPU = Hardware((Card("cpu", 8 * GIB, 1e11, 1e11, 1e10, measured=True, cpu=True),), None, torch.float32)
 
 
 def small_llama(**changes: int) -> PreTrainedModel:
@@ -43,13 +43,13 @@ def shapes_of(rank: int = 8, dropout: float = 0.0, **changes: int) -> Shapes:
     return Shapes(base, plan, LoraSettings(dropout=dropout), None)
 
 
-def found(shapes: Shapes, way: Way, place: Place, folder: Path, length: int = 64, **more: object) -> Measured:
+def found(shapes: Shapes, way: Way, place: Hardware, folder: Path, length: int = 64, **more: object) -> Traced:
     arguments = build_arguments(folder, 1, {"use_cpu": True, **more})
     return measure_way(shapes, way, place, Rows(None, 0, None, length), arguments)
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Traced]:
     folder, shapes = tmp_path_factory.mktemp("out"), shapes_of(dropout=0.05)
     ways = {"given": AS_GIVEN, "saving": SAVING, "4bit": FOUR_BIT}
     return {name: found(shapes, way, GPU, folder) for name, way in ways.items()}
@@ -122,21 +122,21 @@ def test_work_is_two_products_per_frozen_weight_and_three_per_trained_one() -> N
     assert 0.85 * bound < trace.flops < 1.1 * bound
 
 
-def test_more_rows_and_longer_rows_take_more(both: dict[str, Measured], tmp_path: Path) -> None:
+def test_more_rows_and_longer_rows_take_more(both: dict[str, Traced], tmp_path: Path) -> None:
     totals = [both["given"].profile.needs(batch).total for batch in (1, 2, 4, 8)]
     assert totals == sorted(set(totals))
     longer = found(shapes_of(dropout=0.05), AS_GIVEN, GPU, tmp_path, length=128)
     assert longer.profile.needs(2).total > both["given"].profile.needs(2).total
 
 
-def test_checkpointing_takes_less_memory_and_more_work(both: dict[str, Measured]) -> None:
+def test_checkpointing_takes_less_memory_and_more_work(both: dict[str, Traced]) -> None:
     given, saving = both["given"], both["saving"]
     for batch in (1, 4, 16):
         assert saving.profile.needs(batch).total < given.profile.needs(batch).total
     assert saving.work.flops.at(64) > given.work.flops.at(64)
 
 
-def test_four_bit_weights_are_smaller_and_the_head_stays(both: dict[str, Measured], tmp_path: Path) -> None:
+def test_four_bit_weights_are_smaller_and_the_head_stays(both: dict[str, Traced], tmp_path: Path) -> None:
     small, given = both["4bit"].profile.fixed, both["given"].profile.fixed
     assert small.weights < given.weights
     assert (small.trained, small.optimizer) == (given.trained, given.optimizer)

@@ -43,9 +43,9 @@ from rankwise.train.gradients import (
     ABSENT,
     GradientNorms,
     Pair,
-    Place,
-    Trained,
     TrainedModel,
+    TrainedModule,
+    TrainedParameter,
     measure_gradient_norms,
     one_by_one,
     parameter_norms,
@@ -109,9 +109,9 @@ def straight(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_long_table_is_thinned_and_the_others_are_not(tmp_path: Path) -> None:
     """1,000 steps with 35 sites: 4 MB before, 1.3 MB now, and the statistics are those of all steps."""
-    places = [Place(f"model.layers.{n // 7}.mlp.up_proj_{n % 7}", "language", "mlp", n // 7) for n in range(35)]
+    places = [TrainedModule(f"model.layers.{n // 7}.mlp.up_proj_{n % 7}", "language", "mlp", n // 7) for n in range(35)]
     weights = [nn.Parameter(torch.zeros(2, 3)) for _ in range(70)]
-    parameters = [Trained(n // 2, "ab"[n % 2], weight) for n, weight in enumerate(weights)]
+    parameters = [TrainedParameter(n // 2, "ab"[n % 2], weight) for n, weight in enumerate(weights)]
     pairs = [Pair(n, weights[2 * n], weights[2 * n + 1], 1.0) for n in range(35)]
     sizes = {}
     for every in (None, 1):

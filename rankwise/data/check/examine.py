@@ -17,7 +17,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from rankwise.data.chat import Refused
+from rankwise.data.chat import TemplateRefused
 from rankwise.data.check.comparison import Differs, Oracle, Sample
 from rankwise.data.dataset import outcomes
 from rankwise.data.example import IMAGE_SLOT, Example, Examples, NothingToLearn
@@ -71,7 +71,7 @@ _KIND_OF = {
     BadImage: "image",
     Overlong: "overlong",
     NothingToLearn: "labels",
-    Refused: "template",
+    TemplateRefused: "template",
     Differs: "differs",
     DataError: "text",
     ValueError: "image",

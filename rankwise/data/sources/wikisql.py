@@ -79,7 +79,7 @@ TABLES, DATABASE = ".tables.jsonl", ".db"
 
 
 @dataclass(frozen=True)
-class Table:
+class TableColumns:
     """Names and types (`text` or `real`) of a table's columns."""
 
     header: tuple[str, ...]
@@ -95,7 +95,7 @@ def read(source: RowFile) -> Iterator[Example]:
     return json_samples(source, partial(_example, tables, files))
 
 
-def read_tables(file: Path, questions: Path) -> dict[str, Table]:
+def read_tables(file: Path, questions: Path) -> dict[str, TableColumns]:
     """The tables by their ids. DataError where the file is missing or a table is broken: no question can be skipped
     for that."""
     if not file.is_file():
@@ -108,7 +108,7 @@ def read_tables(file: Path, questions: Path) -> dict[str, Table]:
         header, types = _texts(row.get("header")), _texts(row.get("types"))
         if not header or len(header) != len(types):
             raise DataError(f"{file}, line {line}: a table needs header and types, lists of as many texts")
-        tables[str(row.get("id"))] = Table(header, types)
+        tables[str(row.get("id"))] = TableColumns(header, types)
     return tables
 
 
@@ -118,7 +118,9 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(value) if texts else ()
 
 
-def _example(tables: dict[str, Table], files: dict[str, str | None], identity: str, row: dict[str, Any]) -> Example:
+def _example(
+    tables: dict[str, TableColumns], files: dict[str, str | None], identity: str, row: dict[str, Any]
+) -> Example:
     name = str(row.get("table_id"))
     if name not in tables:
         raise BadRow(f"its table {name} is not in {Path(str(files['tables'])).name}")
@@ -134,7 +136,7 @@ def _example(tables: dict[str, Table], files: dict[str, str | None], identity: s
     return Example(identity, name, turns, facts=known)
 
 
-def _query(content: Any, table: Table) -> Query:
+def _query(content: Any, table: TableColumns) -> Query:
     try:
         query = Query.of(content)
     except ValueError as error:

@@ -26,7 +26,7 @@ UNKNOWN, BLIND = "unknown", "no picture"
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceImage:
     """An image before the device processes it. name: what the app's version of it is called (`--app_pixels`);
     content: the file's bytes."""
 
@@ -52,7 +52,7 @@ class Case:
     answer: str | None = None
     stratum: str = ""
     marker: str = MARKER
-    sources: tuple[Source, ...] = ()
+    sources: tuple[SourceImage, ...] = ()
     size: int | None = None
 
 
@@ -65,7 +65,7 @@ def case_of(example: Example, renderer: Renderer, answer: str | None = None) -> 
     images = tuple(encoded(sight.reader.open(reference), "PNG") for reference in example.sources)
     kind, size = stratum_of(example, sight.reader.folder), sight.target.image_size if sight.target else None
     sources = tuple(
-        Source(name_of(shown), sight.reader.content(reference))
+        SourceImage(name_of(shown), sight.reader.content(reference))
         for shown, reference in zip(example.images, example.sources, strict=True)
     )
     return Case(example.id, example, images, prompt, answer, kind, sources=sources, size=size)

@@ -29,7 +29,7 @@ from PIL import ExifTags, Image
 
 from rankwise.core.geometry import letterbox
 from rankwise.data.pixels import BLACK, Unreadable, flattened
-from rankwise.device.parity.cases import Case, Source, decoded
+from rankwise.device.parity.cases import Case, SourceImage, decoded
 from rankwise.device.parity.reference import Observed, Pixels, named
 from rankwise.errors import DataError, UsageError, need
 from rankwise.files.atomic import read_object
@@ -116,7 +116,7 @@ def told_by_app(pictured: Sequence[Observed]) -> Side:
     return Side("app", found)
 
 
-def remade(pictured: Sequence[Observed], make: Callable[[Source, Case], Pixels | None]) -> Compared:
+def remade(pictured: Sequence[Observed], make: Callable[[SourceImage, Case], Pixels | None]) -> Compared:
     """Every source as `make` shows it against what is expected of it; those of which it makes None are left out."""
     pairs = [
         (one, make(source, one.case), expected)
@@ -213,7 +213,7 @@ class AppPixels:
             raise DataError(f"{place}: no image from the app; expected PNG files or {HASHES} with {wanted} …")
         return found
 
-    def of(self, source: Source) -> Pixels | str | None:
+    def of(self, source: SourceImage) -> Pixels | str | None:
         """(height, width, 3), or a hash; None where the app gives neither."""
         file = self.folder / source.name
         return np.asarray(decoded(file.read_bytes())) if file.is_file() else self.hashes.get(source.name)
@@ -323,7 +323,7 @@ SPAN = 127  # pixels of a line that Skia computes from one start; the rounding o
 Places = NDArray[np.int64]
 
 
-def on_canvas(source: Source, case: Case) -> Pixels | None:
+def on_canvas(source: SourceImage, case: Case) -> Pixels | None:
     """None where pictures are sent in their own size, or the source is none that we read."""
     if case.size is None:
         return None

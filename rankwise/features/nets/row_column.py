@@ -34,7 +34,7 @@ AFTER_GELU = 2**0.5  # GELU halves the mean square, about; the next layer makes 
 LAYER_RANK = 2  # rank of a layer, in multiples of the factors' rank: its share of a full layer's cost is small then
 
 
-class Placed(nn.Module):
+class PerPlace(nn.Module):
     """net (…, places, inputs) → (…, places, r), with an offset per place before it and a bias per place after it.
 
     scale: standard deviation of the biases' start values.
@@ -57,9 +57,9 @@ class RowsAndColumns(Factorizer):
     def __init__(self, settings: FactorizerSettings) -> None:
         super().__init__(settings)
         tokens, channels, rank = settings.tokens, settings.channels, settings.rank
-        self.row_net = Placed(self.net(channels, 1.0), tokens, channels, rank, scale=0.0)
+        self.row_net = PerPlace(self.net(channels, 1.0), tokens, channels, rank, scale=0.0)
         right = RIGHT / rank**0.5
-        self.col_net = Placed(self.net(tokens, right, columns=True), channels, tokens, rank, scale=right)
+        self.col_net = PerPlace(self.net(tokens, right, columns=True), channels, tokens, rank, scale=right)
 
     @abstractmethod
     def net(self, inputs: int, gain: float, *, columns: bool = False) -> nn.Module:

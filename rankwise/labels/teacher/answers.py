@@ -193,7 +193,7 @@ def usable(reply: Reply, task: LabelTask) -> bool:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class VoteResult:
     """Result of the votes on an image.
 
     content: the first answer that voted for the label, with the mean confidence of all that did; None where there is no
@@ -212,7 +212,7 @@ class Verdict:
         return float(self.content["confidence"]) if self.content else 0.0
 
 
-def verdict(image_id: str, outcomes: Sequence[Content | Unusable], task: LabelTask) -> Verdict:
+def verdict(image_id: str, outcomes: Sequence[Content | Unusable], task: LabelTask) -> VoteResult:
     """The majority of the usable votes; without one, the reason."""
     contents = [outcome for outcome in outcomes if not isinstance(outcome, Unusable)]
     votes = tuple(str(content[task.field]) for content in contents)
@@ -220,10 +220,10 @@ def verdict(image_id: str, outcomes: Sequence[Content | Unusable], task: LabelTa
     if label is None:
         tied = "votes tied: " + ", ".join(f"{name} {count}" for name, count in Counter(votes).most_common())
         reasons = [str(outcome) for outcome in outcomes if isinstance(outcome, Unusable)]
-        return Verdict(image_id, votes, problem=tied if votes else reasons[-1])
+        return VoteResult(image_id, votes, problem=tied if votes else reasons[-1])
     agreeing = [content for content in contents if content[task.field] == label]
     confidence = sum(content["confidence"] for content in agreeing) / len(agreeing)
-    return Verdict(image_id, votes, {**agreeing[0], "confidence": confidence})
+    return VoteResult(image_id, votes, {**agreeing[0], "confidence": confidence})
 
 
 def majority(votes: Sequence[str]) -> str | None:
@@ -238,7 +238,7 @@ def majority(votes: Sequence[str]) -> str | None:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class VoteAgreement:
     """Agreement of k votes per image.
 
     pair_agreement: share of pairs of votes on one image that are equal. kappa: Fleiss', None where it is not defined
@@ -259,7 +259,7 @@ class Agreement:
         return {**asdict(self), "error_model": MODEL}
 
 
-def agreement(votes: Sequence[Sequence[str]], labels: Sequence[str]) -> Agreement | None:
+def agreement(votes: Sequence[Sequence[str]], labels: Sequence[str]) -> VoteAgreement | None:
     """Agreement of images that all have the same number k ≥ 2 of votes; None where there are none."""
     if not votes or len(votes[0]) < 2:
         return None
@@ -268,7 +268,7 @@ def agreement(votes: Sequence[Sequence[str]], labels: Sequence[str]) -> Agreemen
     pairs = sum(count * (count - 1) for row in table for count in row) / (len(table) * k * (k - 1))
     error = symmetric_error(pairs, len(labels))
     wrong = majority_error(error, k, len(labels))
-    return Agreement(len(table), k, pairs, fleiss(table), error, wrong, 1 - wrong)
+    return VoteAgreement(len(table), k, pairs, fleiss(table), error, wrong, 1 - wrong)
 
 
 def fleiss(table: Sequence[Sequence[int]]) -> float | None:

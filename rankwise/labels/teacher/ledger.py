@@ -53,7 +53,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Entry:
+class LedgerEntry:
     """A line of the ledger. attempt: 1 for the first answer to the question. usd: its cost; None where not known.
 
     address: where it was asked; max_tokens: the longest answer that was asked for. Both are no part of the question:
@@ -84,10 +84,10 @@ class AnswerLedger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.entries: list[Entry] = []
+        self.entries: list[LedgerEntry] = []
         self.bad: list[str] = []
         self.faults = 0
-        self._by_key: dict[Key, list[Entry]] = {}
+        self._by_key: dict[Key, list[LedgerEntry]] = {}
         drop_cut_line(path)
         self._read()
         self._old = frozenset(map(id, self.entries))
@@ -95,14 +95,14 @@ class AnswerLedger:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def of(self, key: Key) -> list[Entry]:
+    def of(self, key: Key) -> list[LedgerEntry]:
         return self._by_key.get(key, [])
 
-    def is_old(self, entry: Entry) -> bool:
+    def is_old(self, entry: LedgerEntry) -> bool:
         """Whether an entry is from an earlier run."""
         return id(entry) in self._old
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: LedgerEntry) -> None:
         """Append; the line is on the disk when this returns."""
         with explained(self.path), self.path.open("a", encoding="utf-8") as stream:
             stream.write(entry.line())
@@ -110,7 +110,7 @@ class AnswerLedger:
             os.fsync(stream.fileno())
         self._keep(entry)
 
-    def _keep(self, entry: Entry) -> None:
+    def _keep(self, entry: LedgerEntry) -> None:
         self.entries.append(entry)
         self._by_key.setdefault(entry.key, []).append(entry)
 
@@ -128,7 +128,7 @@ class AnswerLedger:
                 self._keep(entry)
 
 
-def parse_entry(row: Any) -> Entry:
+def parse_entry(row: Any) -> LedgerEntry:
     """A line's content as an entry. ValueError, KeyError or TypeError where it is none.
 
     A text that an earlier version stored as it came (a list of parts) is read as `reply` reads it.
@@ -147,7 +147,7 @@ def parse_entry(row: Any) -> Entry:
     if usd is not None and not 0 <= usd < math.inf:
         raise ValueError(f"usd is {usd}")
     attempt, image_id, at = _typed(row, "attempt", int), _typed(row, "image_id", str), _typed(row, "at", str)
-    return Entry(key, attempt, image_id, reply, usd, at, word(row.get("address")), count(row, "max_tokens"))
+    return LedgerEntry(key, attempt, image_id, reply, usd, at, word(row.get("address")), count(row, "max_tokens"))
 
 
 def _typed(row: Any, name: str, kind: type | tuple[type, ...], missing: Any = ...) -> Any:

@@ -25,9 +25,9 @@ from typing import Any
 from rankwise.data.device import DeviceTarget
 from rankwise.data.label_task import LabelTask
 from rankwise.errors import Interrupted, ServiceError
-from rankwise.labels.teacher.answers import CUT, Content, Unusable, Verdict, check_answer, usable, verdict
+from rankwise.labels.teacher.answers import CUT, Content, Unusable, VoteResult, check_answer, usable, verdict
 from rankwise.labels.teacher.client import OFFICIAL, Teacher, TeacherStopped, Unanswered, address_of
-from rankwise.labels.teacher.ledger import DEFAULT_BUDGET, AnswerLedger, Entry, Key, Prices, Spending, prices_of
+from rankwise.labels.teacher.ledger import DEFAULT_BUDGET, AnswerLedger, Key, LedgerEntry, Prices, Spending, prices_of
 from rankwise.labels.teacher.loopback import MODEL as LOOPBACK
 from rankwise.options.label import TeacherSection
 
@@ -91,7 +91,7 @@ class Stopping:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageToLabel:
     """An image to label. digest: of the device's pixels. jpeg: those pixels, as the teacher sees them."""
 
     image_id: str
@@ -193,7 +193,7 @@ class Asker:
         most = self.teacher.settings.concurrency
         return min(most, self.max_unusable - self.unusable) if self.max_unusable else most
 
-    def judge(self, verdict: Verdict) -> None:
+    def judge(self, verdict: VoteResult) -> None:
         """Count a verdict. Raises ServiceError where the teacher never answers usably."""
         if verdict.votes:
             self.max_unusable = 0
@@ -205,7 +205,7 @@ class Asker:
                 "ask the same teacher anew with --ask_again, or go on with --max_unusable 0"
             )
 
-    async def verdict(self, picture: Picture) -> Verdict:
+    async def verdict(self, picture: ImageToLabel) -> VoteResult:
         """Raises ServiceError where going on is pointless, TeacherStopped where work was stopped before an answer."""
         outcomes = await asyncio.gather(
             *(self._vote(picture, number) for number in range(self.votes)), return_exceptions=True
@@ -216,10 +216,10 @@ class Asker:
                 raise failure
         unanswered = [failure for failure in failures if isinstance(failure, Unanswered)]
         if unanswered:
-            return Verdict(picture.image_id, problem=str(unanswered[0]), answered=False)
+            return VoteResult(picture.image_id, problem=str(unanswered[0]), answered=False)
         return verdict(picture.image_id, outcomes, self.question.task)  # type: ignore[arg-type]
 
-    async def _vote(self, picture: Picture, number: int) -> Content:
+    async def _vote(self, picture: ImageToLabel, number: int) -> Content:
         key = Key(picture.digest, self._digest, self.teacher.settings.teacher_model, number)
         while True:
             entries = self.standing(key)
@@ -231,18 +231,18 @@ class Asker:
                     raise
             await self._ask(key, picture, len(self.ledger.of(key)) + 1)
 
-    def standing(self, key: Key) -> list[Entry]:
+    def standing(self, key: Key) -> list[LedgerEntry]:
         """Valid answers of the ledger: without those cut at a lower token limit than today's."""
         return [entry for entry in self.ledger.of(key) if not self._superseded(entry)]
 
-    def _superseded(self, entry: Entry) -> bool:
+    def _superseded(self, entry: LedgerEntry) -> bool:
         cut = entry.reply.finish_reason == CUT and (entry.max_tokens or 0) < self.teacher.settings.max_tokens
         old = self.again and self.ledger.is_old(entry)
         if old and entry.address != self.address:
             return True
         return (cut or old) and not usable(entry.reply, self.question.task)
 
-    async def _ask(self, key: Key, picture: Picture, attempt: int) -> None:
+    async def _ask(self, key: Key, picture: ImageToLabel, attempt: int) -> None:
         """One answer, in the ledger before anything else happens to it."""
         try:
             reply = await self.teacher.ask(self.question.messages(picture.jpeg), self._format)
@@ -255,25 +255,25 @@ class Asker:
         usd = self.teacher.spending.cost(reply.input_tokens, reply.output_tokens)
         at = datetime.now(UTC).isoformat(timespec="seconds")
         limit = self.teacher.settings.max_tokens
-        self.ledger.add(Entry(key, attempt, picture.image_id, reply, usd, at, self.address, limit))
+        self.ledger.add(LedgerEntry(key, attempt, picture.image_id, reply, usd, at, self.address, limit))
         self.teacher.spending.enter(reply.input_tokens, reply.output_tokens, usd)
 
 
 async def collect(
     asker: Asker,
-    pictures: Iterable[Picture],
+    pictures: Iterable[ImageToLabel],
     wanted: int,
-    keep: Callable[[Verdict], bool],
-    seen: Callable[[Verdict], None] = lambda verdict: None,
-) -> list[Verdict]:
+    keep: Callable[[VoteResult], bool],
+    seen: Callable[[VoteResult], None] = lambda verdict: None,
+) -> list[VoteResult]:
     """Verdicts on the first pictures of which `wanted` are kept (on all, where there are not so many), in order.
 
     pictures: made one by one, in a thread, one ahead of the requests and none in vain. seen: called with each verdict
     as it comes. SIGINT and SIGTERM stop the work: Interrupted. Whatever ends it early, no new question is sent, and
     those that are on their way are waited for a while, since they are paid for, and seen.
     """
-    stream, order, kept = iter(pictures), list[asyncio.Task[Verdict]](), 0
-    open_tasks, picture = set[asyncio.Task[Verdict]](), None
+    stream, order, kept = iter(pictures), list[asyncio.Task[VoteResult]](), 0
+    open_tasks, picture = set[asyncio.Task[VoteResult]](), None
     with Stopping() as stopping:
         try:
             while True:

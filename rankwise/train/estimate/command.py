@@ -30,10 +30,10 @@ from rankwise.train.estimate.cost import Length, Needs, Speed, Work, run_length,
 from rankwise.train.estimate.gpus import cards
 from rankwise.train.estimate.shapes import (
     CHECKPOINTING,
-    Measured,
-    Place,
+    Hardware,
     Rows,
     Shapes,
+    Traced,
     Way,
     measure_way,
     place_of,
@@ -106,7 +106,7 @@ def estimate(config: TrainConfig, name: str, arguments: TrainingArguments, shape
     )
 
 
-def column(way: Way, found: Measured, place: Place, rows: Rows, config: TrainConfig, arguments: Any) -> Column:
+def column(way: Way, found: Traced, place: Hardware, rows: Rows, config: TrainConfig, arguments: Any) -> Column:
     """One column of the table: the given batch size if it fits, else the largest that does."""
     asked, most = arguments.per_device_train_batch_size, MOST_ROWS
     if rows.rows is not None:
@@ -122,7 +122,7 @@ def column(way: Way, found: Measured, place: Place, rows: Rows, config: TrainCon
 
 
 def duration_of(
-    work: Work, batch: int, place: Place, rows: Rows, config: TrainConfig, arguments: Any, trained: float
+    work: Work, batch: int, place: Hardware, rows: Rows, config: TrainConfig, arguments: Any, trained: float
 ) -> tuple[Length | None, tuple[float, ...]]:
     """Steps, and seconds on the fastest and the slowest card; none where how much there is to do is not known."""
     if rows.rows is None and arguments.max_steps <= 0:

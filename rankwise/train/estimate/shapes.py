@@ -90,7 +90,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Place:
+class Hardware:
     """The target device and the precision. autocast: None computes in float32."""
 
     cards: tuple[Card, ...]
@@ -106,18 +106,18 @@ class Place:
         return 1 if self.card.cpu else 8
 
 
-def place_of(section: EstimateSection, config: TrainConfig, arguments: TrainingArguments) -> Place:
+def place_of(section: EstimateSection, config: TrainConfig, arguments: TrainingArguments) -> Hardware:
     """The GPUs given by name or memory size, or this machine; and the precision there."""
     if section.gpu is None:
         kind = mixed(arguments.bf16, arguments.fp16)
-        return Place((this_machine(arguments.device, kind),), kind, frozen_dtype(config.model.dtype, arguments))
+        return Hardware((this_machine(arguments.device, kind),), kind, frozen_dtype(config.model.dtype, arguments))
     found = tuple(sorted(cards(section.gpu), key=lambda card: -card.half))
     given = {name: value for name in ("bf16", "fp16") if (value := config.training.get(name)) is not None}
     if config.model.dtype == "auto" and not given:
         given["bf16"] = found[0].bf16
     chosen, _ = autocast(config.model.dtype, given, on_cpu=False)
     there: Any = SimpleNamespace(use_cpu=False, **({"bf16": False, "fp16": False} | chosen))
-    return Place(found, mixed(there.bf16, there.fp16), frozen_dtype(config.model.dtype, there))
+    return Hardware(found, mixed(there.bf16, there.fp16), frozen_dtype(config.model.dtype, there))
 
 
 def mixed(bf16: bool, fp16: bool) -> torch.dtype | None:
@@ -155,7 +155,7 @@ class Shapes:
         self.model.config.use_cache = False
         self.model.train()
 
-    def set_up(self, way: Way, place: Place, arguments: TrainingArguments) -> None:
+    def set_up(self, way: Way, place: Hardware, arguments: TrainingArguments) -> None:
         if not place.card.cpu:
             as_on_gpu(self.model)
         compute = place.autocast or torch.float32
@@ -208,7 +208,7 @@ class Shapes:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Traced:
     """Results of the traces of one configuration."""
 
     profile: Profile
@@ -216,8 +216,8 @@ class Measured:
 
 
 def measure_way(
-    shapes: Shapes, way: Way, place: Place, rows: Rows, arguments: TrainingArguments, first: Measured | None = None
-) -> Measured:
+    shapes: Shapes, way: Way, place: Hardware, rows: Rows, arguments: TrainingArguments, first: Traced | None = None
+) -> Traced:
     """Of one way; `first`, another one, has shown what grows with the square of the width."""
     shapes.set_up(way, place, arguments)
     settings = {
@@ -230,8 +230,8 @@ def measure_way(
     width = wide[0]["input_ids"].shape[1]
     profile = Profile.of(shapes.fixed(way, place.card, str(arguments.optim)), two, three)
     if first is not None:
-        return Measured(profile, first.work.like(two, three, width))
+        return Traced(profile, first.work.like(two, three, width))
     narrow = rows.batch(2, place.multiple_of, wide=False)
     less = narrow["input_ids"].shape[1]
     average = two if less == width else trace_step(shapes.model, narrow, **settings)
-    return Measured(profile, Work.of(two, three, width, average, less))
+    return Traced(profile, Work.of(two, three, width, average, less))
