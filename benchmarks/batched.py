@@ -36,8 +36,9 @@ from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, lora_layers
 from rankwise.models.load import load_model, load_tokenizer
 from rankwise.models.sites import model_sites
 from rankwise.models.targets import choose_sites, scales, uniform_plan
-from rankwise.study.together.train import Arm, ArmSettings, TrainedArm, train_together
 from rankwise.train.arguments import build_arguments
+from rankwise.train.together.stacked import ArmSettings
+from rankwise.train.together.train import Arm, TrainedArm, train_together
 from rankwise.train.trainer import RankwiseTrainer
 
 Pairs = dict[str, tuple[Tensor, Tensor]]

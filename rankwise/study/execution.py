@@ -25,10 +25,11 @@ from rankwise.study.arms import STATIC, compress_pairs, schedule_of, timed_like
 from rankwise.study.design import Design, Run
 from rankwise.study.material import Material, ScoredItems
 from rankwise.study.plans import Plans
-from rankwise.study.together.alone import borrowed, train_alone, train_weights
-from rankwise.study.together.train import (
+from rankwise.train.finetune import language_parameters
+from rankwise.train.together.alone import borrowed, train_alone, train_weights
+from rankwise.train.together.stacked import ArmSettings
+from rankwise.train.together.train import (
     Arm,
-    ArmSettings,
     TrainedArm,
     losses_together,
     random_start,
@@ -36,7 +37,6 @@ from rankwise.study.together.train import (
     scales_of,
     train_together,
 )
-from rankwise.train.finetune import language_parameters
 
 LAST = 0.1
 Matrices = dict[str, Tensor]

@@ -35,10 +35,11 @@ from rankwise.models.sites import model_sites, weight_table
 from rankwise.models.targets import choose_sites
 from rankwise.options.study import StudyConfig
 from rankwise.ranks.deltas import BaseWeights, SavedDeltas, open_deltas, write_deltas
-from rankwise.study.together.alone import borrowed, train_weights
-from rankwise.study.together.train import ArmSettings, row_order
 from rankwise.train.finetune import language_parameters
 from rankwise.train.job import render_rows
+from rankwise.train.together.alone import borrowed, train_weights
+from rankwise.train.together.stacked import ArmSettings
+from rankwise.train.together.train import row_order
 
 SCORING_BATCH = 16
 

@@ -22,8 +22,8 @@ from rankwise.ranks.spectra import MeasureSettings, measure_sites
 from rankwise.study.arms import RULES, Gains, Probed, gains_of, ranks_within, rule_of, schedule_of, uniform_ranks
 from rankwise.study.design import Contender, Run
 from rankwise.study.material import Material, probe_rows
-from rankwise.study.together.train import Arm, Pairs, directed_start, random_start, scales_of, warm_start
 from rankwise.train.adapter import input_directions
+from rankwise.train.together.train import Arm, Pairs, directed_start, random_start, scales_of, warm_start
 
 HIGH = 4
 SIGNAL_ROWS, SIGNAL_BATCH = 256, 16

@@ -6,5 +6,5 @@
 freezes when: `phases.py`. Rank allocation during training: `adalora.py`. Which checkpoint is kept: `selection.py`.
 What a resume needs: `checkpoints.py`. Flags of transformers: `arguments.py`. Inside a step: `step.py`, `rows.py`,
 `gradients.py`, `interruption.py`. Tables and plots: `gradient_table.py`, `gradient_summary.py`, `gradient_plots.py`,
-`loss_plots.py`. Time and memory before the start: estimate/.
+`loss_plots.py`. Time and memory before the start: estimate/. Many adapters at a time: together/.
 """

@@ -26,13 +26,13 @@ from rankwise.evaluate.likelihood import answer_losses
 from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, lora_layers
 from rankwise.models.sites import model_sites
 from rankwise.models.targets import choose_sites
-from rankwise.study.together import train
-from rankwise.study.together.alone import train_alone
-from rankwise.study.together.stacked import Course, Hyperparameters, Stack, StackedAdamW, rate_factors, running
-from rankwise.study.together.train import Arm, ArmSettings, TrainedArm, losses_together, train_together
 from rankwise.train.arguments import build_arguments
 from rankwise.train.gradient_table import StepTable
 from rankwise.train.phases import COLUMNS, PHASES_TABLE, PhaseKeeper
+from rankwise.train.together import train
+from rankwise.train.together.alone import train_alone
+from rankwise.train.together.stacked import ArmSettings, Course, Stack, StackedAdamW, rate_factors, running
+from rankwise.train.together.train import Arm, TrainedArm, losses_together, train_together
 from rankwise.train.trainer import RankwiseTrainer
 
 STEPS, BATCH = 24, 3
@@ -296,7 +296,7 @@ def test_zero_rows_of_padding_stay_zero() -> None:
         stack,
         Course.of([None] * 3, [site.path for site in stack.sites], 5, reset=False),
         torch.full((5, 3), 1e-2, dtype=torch.float64),
-        Hyperparameters((0.9, 0.999), 1e-8, 0.1, 1.0),
+        ArmSettings(5, 2, weight_decay=0.1),
     )
     with running(model, stack) as runner:
         for step in range(5):

@@ -31,10 +31,10 @@ from rankwise.data.vision_inputs import IGNORED
 from rankwise.errors import UsageError
 from rankwise.evaluate.likelihood import Learnt
 from rankwise.ranks.spectra import site_generator
-from rankwise.study.together.stacked import (
+from rankwise.train.together.stacked import (
     Active,
+    ArmSettings,
     Course,
-    Hyperparameters,
     Stack,
     StackedAdamW,
     Together,
@@ -44,7 +44,6 @@ from rankwise.study.together.stacked import (
 
 Batch = Mapping[str, Tensor]
 Collate = Callable[[Sequence[Mapping[str, Any]]], Batch]
-PHASE_STATES = ("keep", "reset")
 CPU_TOKENS, DEVICE_TOKENS = 2048, 16384  # in one forward pass; the first is measured
 
 
@@ -62,31 +61,6 @@ class Arm:
     learning_rate: float
     order: Sequence[int]
     active: Active | None = None
-
-
-@dataclass(frozen=True)
-class ArmSettings:
-    """Settings of all arms of a batch; the defaults are those of transformers' TrainingArguments, its rate apart.
-
-    lr_scheduler: transformers' name of a schedule that follows from the step. max_grad_norm: of each arm by itself; 0
-    never clips. phase_state: the optimizer state of a site that trains again is kept, or with `reset` starts anew.
-    """
-
-    steps: int
-    batch_size: int
-    lr_scheduler: str = "constant"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    max_grad_norm: float = 1.0
-    phase_state: str = "keep"
-
-    def __post_init__(self) -> None:
-        if self.phase_state not in PHASE_STATES:
-            raise UsageError(f"phase_state {self.phase_state!r} is not one of {', '.join(PHASE_STATES)}")
-        if self.steps < 1 or self.batch_size < 1:
-            raise UsageError(f"steps and batch_size must be at least 1, got {self.steps} and {self.batch_size}")
 
 
 @dataclass(frozen=True)
@@ -162,8 +136,7 @@ def optimizer_of(stack: Stack, arms: Sequence[Arm], settings: ArmSettings) -> St
     rates = factors[:, None] * torch.tensor([arm.learning_rate for arm in arms], dtype=torch.float64)
     paths, reset = [site.path for site in stack.sites], settings.phase_state == "reset"
     course = Course.of([arm.active for arm in arms], paths, settings.steps, reset=reset)
-    hyper = Hyperparameters(settings.betas, settings.eps, settings.weight_decay, settings.max_grad_norm)
-    return StackedAdamW(stack, course, rates, hyper)
+    return StackedAdamW(stack, course, rates, settings)
 
 
 def fitting(tokens_per_arm: int, device: torch.device) -> int:

@@ -258,17 +258,33 @@ def site_module(model: nn.Module, site: StackedSite) -> nn.Module:
 
 
 Active = Callable[[int], frozenset[str]]
+PHASE_STATES = ("keep", "reset")
 CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 
 @dataclass(frozen=True)
-class Hyperparameters:
-    """Hyperparameters of AdamW and of gradient clipping. Norms above max_grad_norm are cut to it; 0: never."""
+class ArmSettings:
+    """Settings of all arms of a batch; the defaults are those of transformers' TrainingArguments, its rate apart.
 
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    max_grad_norm: float
+    lr_scheduler: transformers' name of a schedule that follows from the step. max_grad_norm: of each arm by itself; 0
+    never clips. phase_state: the optimizer state of a site that trains again is kept, or with `reset` starts anew.
+    """
+
+    steps: int
+    batch_size: int
+    lr_scheduler: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    phase_state: str = "keep"
+
+    def __post_init__(self) -> None:
+        if self.phase_state not in PHASE_STATES:
+            raise UsageError(f"phase_state {self.phase_state!r} is not one of {', '.join(PHASE_STATES)}")
+        if self.steps < 1 or self.batch_size < 1:
+            raise UsageError(f"steps and batch_size must be at least 1, got {self.steps} and {self.batch_size}")
 
 
 @dataclass(frozen=True)
@@ -323,7 +339,7 @@ def rate_factors(name: str, warmup_steps: int, steps: int) -> Tensor:
     return torch.tensor([scheduler.lr_lambdas[0](step) for step in range(steps)], dtype=torch.float64)
 
 
-def coefficients(course: Course, rates: Tensor, settings: Hyperparameters) -> Tensor:
+def coefficients(course: Course, rates: Tensor, settings: ArmSettings) -> Tensor:
     """(steps, 3, N, S) float32: factor of the weight decay, √ of the second bias correction, size of the step."""
     counts = course.counts.double()
     first, second = (1 - beta**counts for beta in settings.betas)
@@ -340,7 +356,7 @@ class StackedAdamW:
     `alive` (N, 1): arms whose losses and gradients were finite so far; the others don't move any more.
     """
 
-    def __init__(self, stack: Stack, course: Course, rates: Tensor, settings: Hyperparameters) -> None:
+    def __init__(self, stack: Stack, course: Course, rates: Tensor, settings: ArmSettings) -> None:
         self.stack, self.course, self.settings = stack, course, settings
         device = stack.values.device
         self.alive = torch.ones(len(stack.values), 1, dtype=torch.bool, device=device)

@@ -29,9 +29,10 @@ from rankwise.core.phase import BoundNorm, Phases
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.errors import DivergedError, Interrupted, UsageError
 from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, lora_layers, lora_pairs
-from rankwise.study.together.train import Arm, ArmSettings, Collate, TrainedArm
 from rankwise.train.arguments import build_arguments
 from rankwise.train.phases import PhaseKeeper
+from rankwise.train.together.stacked import ArmSettings
+from rankwise.train.together.train import Arm, Collate, TrainedArm
 from rankwise.train.trainer import RankwiseTrainer
 
 JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
