@@ -6,6 +6,8 @@ import gc
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +15,15 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
+from rankwise.page import canvas
+
 if TYPE_CHECKING:
     from rankwise.gguf.converter import Converter
 
 # Helpers, and test modules whose cases other rooms' tests share, are imported by name.
 sys.path[:0] = [str(folder) for folder in sorted(Path(__file__).parent.iterdir()) if folder.is_dir()]
+
+DRAWN = canvas.every_glyph
 
 # A busy machine is not a failure.
 settings.register_profile("rankwise", deadline=None)
@@ -35,16 +41,24 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def blank_pictures() -> Iterator[None]:
+    """Plots are composed, then saved as one pixel: rendering takes five times as long as a tiny training run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(canvas, "every_glyph", blank)
+        yield
+
+
 @pytest.fixture
-def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots are composed and saved, but as one pixel: where a whole way is walked, rendering is half of its time."""
-    figure = pytest.importorskip("matplotlib.figure")
+def drawn_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots are rendered: for the tests of what they look like, one or more for each plot."""
+    monkeypatch.setattr(canvas, "every_glyph", DRAWN)
 
-    def blank(self: Any, target: Path, **_: Any) -> None:
-        Image.new("RGB", (1, 1)).save(target)
 
-    monkeypatch.setattr(figure.Figure, "savefig", blank)
-    monkeypatch.setattr(figure.Figure, "findobj", lambda self, match: [])  # no text whose fonts are looked for
+@contextmanager
+def blank(figure: Any) -> Iterator[None]:
+    figure.savefig = lambda target, **_: Image.new("RGB", (1, 1)).save(target)
+    yield
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,6 @@ NEEDS_CONVERTER = ("export", "validate")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.usefixtures("blank_pictures"),
     pytest.mark.filterwarnings("ignore"),  # what tiny data make libraries say is no matter here
 ]
 

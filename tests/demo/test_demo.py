@@ -84,7 +84,6 @@ def retrained(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("blank_pictures")
 def test_the_quick_demo_makes_every_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "demo"
     assert cli.main(["demo", "--quick", "-o", str(folder)]) == 0

@@ -108,7 +108,6 @@ def test_the_eye_looks_at_the_tokens_of_each_quarter(base: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("blank_pictures")
 def test_the_quick_demo_makes_every_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "demo"
     assert cli.main(["demo", "--vision", "--quick", "-o", str(folder)]) == 0

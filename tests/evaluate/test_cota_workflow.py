@@ -18,9 +18,6 @@ SHORT = (
 )
 
 
-pytestmark = pytest.mark.usefixtures("blank_pictures")
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and data/cota_train.json: sixteen rows about pubs."""

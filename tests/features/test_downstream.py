@@ -316,6 +316,7 @@ def downstream(base: Path, data: Path, results: Path, *more: str) -> int:
     return cli.main([*own, "--device", "cpu", *more])
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_the_command_writes_table_page_and_picture(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,6 +76,7 @@ def test_the_map_has_tokens_row_by_row() -> None:
     assert axes.shape == (1, 1) and figure is not None
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_files_and_words(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["features", "show", "--arch", "mlp", "--results_dir", str(made / "results"), "--channels", "3"]) == 0
     told = capsys.readouterr().out

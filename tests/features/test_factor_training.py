@@ -308,6 +308,7 @@ def rows_of(ranks: list[int]) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 @pytest.mark.parametrize("ranks", [[4], [4, 4, 4], [4, 3, 2]])
 def test_the_curves_are_drawn(tmp_path: Path, ranks: list[int]) -> None:
     pytest.importorskip("matplotlib")

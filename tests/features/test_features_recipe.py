@@ -36,7 +36,6 @@ def test_nothing_but_the_report_and_the_documented_names_needs_this_room() -> No
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("blank_pictures")
 def test_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("FACTOR_RANK", "8")
     monkeypatch.setenv("EPOCHS", "2")

@@ -29,6 +29,7 @@ from rankwise.ranks.plots import plot_decay, plot_energy_heatmap, plot_gain, plo
 from rankwise.train import loss_plots
 from rankwise.train.loss_plots import plot_loss, plot_scores
 
+pytestmark = pytest.mark.usefixtures("drawn_pictures")
 SHAPE = (24, 40)
 
 

@@ -107,7 +107,6 @@ def can_convert() -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("blank_pictures")
 @pytest.mark.skipif(not can_convert(), reason="no converter (rankwise export --install-converter), or no device extra")
 def test_quickstart_walks_the_whole_way_and_is_done_then(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"

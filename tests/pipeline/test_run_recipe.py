@@ -138,7 +138,6 @@ def test_wrong_flags_are_refused_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("blank_pictures")
 def test_what_is_done_is_skipped_and_what_changed_runs_with_all_after_it(run: Run, tmp_path: Path) -> None:
     code, output, error = run()
     assert code == 0, error
@@ -158,7 +157,6 @@ def test_what_is_done_is_skipped_and_what_changed_runs_with_all_after_it(run: Ru
     assert ran(run(*again)[1]) == ["ranks", "page"], "an output that is gone is made again"
 
 
-@pytest.mark.usefixtures("blank_pictures")
 def test_parts_can_be_asked_for(run: Run) -> None:
     assert ran(run("--only", "ranks")[1]) == ["ranks"]
     assert ran(run()[1]) == ["page"]

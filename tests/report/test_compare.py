@@ -99,6 +99,7 @@ def test_labels_by_likelihood_and_by_generation_are_never_in_one_row(runs: list[
     assert "| labels by generation: accuracy |  | 0.000 |" in text
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_the_command_writes_tables_and_a_picture(runs: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert cli.main(["compare", *map(str, runs), "-o", str(out)]) == 0
@@ -113,6 +114,7 @@ def test_the_command_writes_tables_and_a_picture(runs: list[Path], tmp_path: Pat
     text = (out / "comparison.md").read_text()
     assert "| e2e_nlg: BLEU | 30.00 [29.00, 31.00] | 20.00 [19.00, 21.00] |  |" in text
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "comparison.png").stat().st_size > 5000
     assert cli.main(["compare", *map(str, runs), "-o", str(tmp_path / "bare"), "--no_plots"]) == 0
     assert not (tmp_path / "bare" / "comparison.png").exists()
 

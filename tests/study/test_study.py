@@ -200,6 +200,7 @@ def test_deviations_are_recorded_and_told(finished: Path, base: Path, data: Path
     assert len((tmp_path / DEVIATIONS).read_text().splitlines()) == 2
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_the_report_shows_the_study(finished: Path, tmp_path: Path) -> None:
     page = build_report(finished, tmp_path / "page.html").read_text()
     assert "energy" in page and "uniform:3" in page and page.count("data:image/png") >= 3

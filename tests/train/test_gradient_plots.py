@@ -87,6 +87,7 @@ def labelled(axis: Any, label: str) -> Any:
     return next(line for line in axis.lines if line.get_label() == label)
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_everything_is_drawn_into_the_run_folder(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     written = plot_gradients(write(tmp_path, table()))
@@ -99,6 +100,7 @@ def test_everything_is_drawn_into_the_run_folder(tmp_path: Path) -> None:
     assert plot_gradients(tmp_path / "plots") == [], "nothing was measured here"
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 @pytest.mark.parametrize(("steps", "layers", "phased"), [(1, 1, False), (2, 1, False), (8, 2, True), (1500, 22, True)])
 def test_long_and_short_runs_can_be_drawn(tmp_path: Path, steps: int, layers: int, phased: bool) -> None:
     found = views(table(steps, layers, every=1 if steps < 100 else 10, phased=phased))
