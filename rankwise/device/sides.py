@@ -21,7 +21,6 @@ from rankwise.data.example import Example
 from rankwise.data.input_record import recorded, require_same, system_warning
 from rankwise.data.render import Renderer
 from rankwise.data.renderer_for import renderer_for
-from rankwise.data.sources.load import reading_scored
 from rankwise.device.llama.client import ServerRuntime
 from rankwise.device.llama.generator import Answered, GGUFGenerator
 from rankwise.device.llama.runtime import LlamaServer, RemoteServer, Runtime
@@ -210,7 +209,7 @@ def trained_side(config: ValidateConfig, shipped: Shipment) -> TrainedSide:
     target = renderer.sight.target if renderer.sight else None
     longest = config.max_new_tokens or (target.max_new_tokens if target else LONGEST)
     renderer = renderer.leaving(longest)
-    items = chosen.examples(str(config.data.data_path), config.split, **reading_scored(config.data))
+    items = chosen.examples(str(config.data.data_path), config.split, replace(config.data, download=False))
     for note in items.notes(sees_images=renderer.sight is not None):
         announce(note)
     usable = fitting(items.items[: config.num_samples], renderer)

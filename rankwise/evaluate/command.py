@@ -10,13 +10,14 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rankwise.data.depth.prepare import depth_facts
 from rankwise.data.example import Examples
 from rankwise.data.input_record import recorded, system_warning
-from rankwise.data.sources.load import reading_scored, settle
+from rankwise.data.sources.load import settle
 from rankwise.errors import UsageError
 from rankwise.evaluate import bootstrap, forgetting
 from rankwise.evaluate.classify import class_table, confusion_table
@@ -186,8 +187,8 @@ def read_items(config: EvaluateConfig, chosen: Task, *, sees_images: bool) -> Ex
     first = process_index()[0] == 0
     if not first:
         gathered({})
-    how = {**reading_scored(config.data), "download": config.data.download and first}
-    examples = chosen.examples(str(config.data.data_path), config.split, **how)
+    how = replace(config.data, download=config.data.download and first)
+    examples = chosen.examples(str(config.data.data_path), config.split, how)
     if first:
         gathered({})
     for note in examples.notes(sees_images=sees_images):

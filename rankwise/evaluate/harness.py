@@ -6,7 +6,6 @@ rankwise evaluate RUN --task lm_eval:arc_easy
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from rankwise.errors import DataError, UsageError, need
@@ -24,20 +23,6 @@ MORE = 3
 SHARES = ("acc", "acc_norm", "exact_match")  # metrics that are a share of the items
 
 
-@dataclass(frozen=True)
-class HarnessSettings:
-    """How the harness asks. tasks_path: a folder with task files (YAML) besides those that it brings; num_fewshot:
-    worked examples in each prompt, None for the task's own number; limit: first items only; chat: prompts through
-    the tokenizer's chat template."""
-
-    tasks_path: str | None = None
-    num_fewshot: int | None = None
-    limit: int | None = None
-    batch_size: int = 16
-    chat: bool = False
-    seed: int = 42
-
-
 def check_installed() -> None:
     """UsageError naming the extra where the harness is missing."""
     need("lm_eval", extra=EXTRA)
@@ -45,23 +30,25 @@ def check_installed() -> None:
 
 
 def evaluate_subject(config: EvaluateConfig, tested: Subject, made_from: Mapping[str, Any]) -> EvaluationResult:
-    """`evaluate_harness` as the command's options have it."""
-    task, chat, tokenizer = str(config.data.task), config.data.prompt == "chat", tested.renderer.tokenizer
+    """`evaluate_harness` with the command's task and chat template."""
+    task, chat, tokenizer = str(config.data.task), in_chat(config), tested.renderer.tokenizer
     if tested.renderer.style == "chat" and not chat:
         announce(f"note: {task} has prompts of its own, without training's chat template: --prompt chat adds it")
     if chat:
         tokenizer.chat_template = tested.renderer.template_source
-    settings = HarnessSettings(
-        *(config.lm_eval_tasks_path, config.num_fewshot, config.num_samples, config.batch_size, chat, config.seed)
-    )
-    return evaluate_harness(task, tested.model, tokenizer, settings, made_from)
+    return evaluate_harness(task, tested.model, tokenizer, config, made_from)
+
+
+def in_chat(config: EvaluateConfig) -> bool:
+    """Whether prompts go through the tokenizer's chat template."""
+    return config.data.prompt == "chat"
 
 
 def evaluate_harness(
     task: str,
     model: Any,
     tokenizer: Any,
-    settings: HarnessSettings = HarnessSettings(),
+    config: EvaluateConfig,
     made_from: Mapping[str, Any] | None = None,
 ) -> EvaluationResult:
     """Run `lm_eval:NAME` (a task or a group of tasks) on a transformers or PEFT model.
@@ -71,26 +58,26 @@ def evaluate_harness(
     for a task that it does not know, DataError where it cannot get the task's data.
     """
     name = task.removeprefix(HARNESS)
-    manager = _manager(name, settings.tasks_path)
+    manager = _manager(name, config.lm_eval_tasks_path)
     adapter = need("lm_eval.models.huggingface", extra=EXTRA).HFLM
-    runner = adapter(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, device=str(model.device))
+    runner = adapter(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size, device=str(model.device))
     try:
         found = need("lm_eval", extra=EXTRA).simple_evaluate(
             model=runner,
             tasks=[name],
             task_manager=manager,
-            num_fewshot=settings.num_fewshot,
-            limit=settings.limit,
-            apply_chat_template=settings.chat,
+            num_fewshot=config.num_fewshot,
+            limit=config.num_samples,
+            apply_chat_template=in_chat(config),
             log_samples=False,
-            random_seed=settings.seed,
-            numpy_random_seed=settings.seed,
-            torch_random_seed=settings.seed,
-            fewshot_random_seed=settings.seed,
+            random_seed=config.seed,
+            numpy_random_seed=config.seed,
+            torch_random_seed=config.seed,
+            fewshot_random_seed=config.seed,
         )
     except OSError as error:  # what `datasets` raises for a missing file, data set or network
         raise DataError(f"{task}: the harness cannot load its data: {str(error).splitlines()[0]}") from error
-    return _result(task, found, model, settings, dict(made_from or {}))
+    return _result(task, found, model, config, dict(made_from or {}))
 
 
 def _manager(name: str, tasks_path: str | None) -> Any:
@@ -107,7 +94,7 @@ def _manager(name: str, tasks_path: str | None) -> Any:
 
 
 def _result(
-    task: str, found: Mapping[str, Any], model: Any, settings: HarnessSettings, made_from: dict[str, Any]
+    task: str, found: Mapping[str, Any], model: Any, config: EvaluateConfig, made_from: dict[str, Any]
 ) -> EvaluationResult:
     name = task.removeprefix(HARNESS)
     values, errors = read_metrics(found["results"][name])
@@ -122,7 +109,12 @@ def _result(
         settings={
             "engine": "lm-evaluation-harness",
             "dtype": str(model.dtype).removeprefix("torch."),
-            **asdict(settings),
+            "tasks_path": config.lm_eval_tasks_path,
+            "num_fewshot": config.num_fewshot,
+            "limit": config.num_samples,
+            "batch_size": config.batch_size,
+            "chat": in_chat(config),
+            "seed": config.seed,
             "scale": "as the harness gives it",
             "task_versions": dict(found["versions"]),
             "n_shot": dict(found["n-shot"]),

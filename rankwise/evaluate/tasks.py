@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.data.example import Example, Examples, one_per_prompt
-from rankwise.data.sources.load import load
+from rankwise.data.sources.load import BY_DEFAULT, load
 from rankwise.evaluate.classify import ByLikelihood, label_set
 from rankwise.evaluate.generate import Answering, Generator
 from rankwise.evaluate.predictions import EvaluationResult, Prediction, Scores, installed, predict
 from rankwise.files.processes import process_index
 from rankwise.options.field import unknown
+from rankwise.options.sections import DataSection
 
 LIBRARIES = ("rankwise", "torch", "transformers", "sacrebleu", "rouge-score", "nltk", "scikit-learn", "scipy")
 CLASSIFY = ("likelihood", "generation")
@@ -42,9 +43,9 @@ class Task:
     classifies: bool = False
     several_references: bool = False
 
-    def examples(self, path: str | Path, split: str = "test", *, skip_bad: bool = False, **how: Any) -> Examples:
-        """The items to answer, each with its references. Further options are those of `data.load`."""
-        read = load(self.name, path, split, skip_bad=skip_bad, **how)
+    def examples(self, path: str | Path, split: str = "test", how: DataSection = BY_DEFAULT) -> Examples:
+        """The items to answer, each with its references. Reasons (`how.aux_reason`) are not asked for."""
+        read = load(self.name, path, split, replace(how, aux_reason=False))
         if self.several_references:
             return replace(read, items=tuple(one_per_prompt(read)))
         return replace(read, items=tuple(replace(example, references=(example.answer,)) for example in read))

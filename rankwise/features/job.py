@@ -25,7 +25,7 @@ from rankwise.features.history import HISTORY, EpochHistory, RunLog, read_histor
 from rankwise.features.nets import build
 from rankwise.features.nets.base import Factorizer, FactorizerSettings
 from rankwise.features.nets.row_column import AdaptiveLowRankProjAdaLoRA
-from rankwise.features.objective import ROW, FactorObjective, TermWeights, ValidationMeans, with_rows
+from rankwise.features.objective import ROW, FactorObjective, ValidationMeans, with_rows
 from rankwise.features.page import OF_ONE
 from rankwise.features.rank_masks import TABLE, ChannelAllocation, saved_budget
 from rankwise.features.trained import SETTINGS, WEIGHTS, load_factorizer
@@ -199,7 +199,6 @@ class FactorJob:
     config: FactorTrainConfig
     cache: FeatureCache
     settings: FactorizerSettings
-    weights: TermWeights
     arguments: TrainingArguments
 
     @property
@@ -270,7 +269,7 @@ def trainer_of(
 ) -> tuple[RankwiseTrainer, EpochHistory]:
     """Taken up from the checkpoint where there is one. The process's own random state is used on a fresh start."""
     job.arguments.num_train_epochs = start.epochs
-    objective = FactorObjective(start.net, job.weights)
+    objective = FactorObjective(start.net, job.config)
     history = EpochHistory(objective, job.folder, start.rows, log.line)
     stateful: list[EpochHistory | ChannelAllocation] = [history] if allocation is None else [allocation, history]
     if start.checkpoint is not None:

@@ -22,6 +22,7 @@ from rankwise.features.dataset import collate
 from rankwise.features.measures import explained_energy, mse, relative_error
 from rankwise.features.nets.base import Factorization, Factorizer
 from rankwise.files.processes import process_index
+from rankwise.options.features import FactorTrainConfig
 from rankwise.train.rows import summed
 
 TERMS = ("loss", "mse", "b", "ortho", "activation_ortho", "refined")
@@ -29,21 +30,11 @@ MEASURES = ("mse", "relative_error", "explained_energy", "refined_mse")
 ROW = "row"  # a batch's key for its places in the cache; the Trainer carries it through an evaluation as labels
 
 
-@dataclass(frozen=True)
-class TermWeights:
-    """Weights of the terms beside the MSE.
-
-    ortho: of the orthogonality of the network's own layers where it has that (AdaLoRA), else of A's columns.
-    activation: of A's columns beside the layers.
-    """
-
-    b: float = 1e-4
-    ortho: float = 1e-3
-    activation: float = 0.0
-
-
 class FactorObjective(nn.Module):
     """A network with its loss. In training `forward` returns {"loss"}; in evaluation also "measures" (B, k).
+
+    options: `lambda_ortho` is the weight of the orthogonality of the network's own layers where it has that (AdaLoRA),
+    else of A's columns; `activation_orth_regu_A` that of A's columns beside the layers.
 
     A batch's `row` may have matrices that do not count: those below 0, with which a process fills up its last batch.
     In several processes the loss is this one's share of the mean over all matrices of the step.
@@ -52,10 +43,10 @@ class FactorObjective(nn.Module):
     many matrices they are over. In several processes both are added up.
     """
 
-    def __init__(self, net: Factorizer, weights: TermWeights) -> None:
+    def __init__(self, net: Factorizer, options: FactorTrainConfig) -> None:
         super().__init__()
         self.net = net
-        self.weights = weights
+        self.options = options
         self.holds_layers = type(net).orthogonality is not Factorizer.orthogonality
         self.restart()
 
@@ -85,8 +76,9 @@ class FactorObjective(nn.Module):
         columns = column_orthogonality(found.activation.float(), mask) @ shares
         ortho, apart = (self.net.orthogonality(), columns) if self.holds_layers else (columns, nothing)
         refined = nothing if found.refined is None else mse(features, found.refined.float()) @ shares
-        weights = self.weights
-        loss = error + weights.b * size + weights.ortho * ortho + weights.activation * apart + refined
+        options = self.options
+        loss = error + options.lambda_B * size + options.lambda_ortho * ortho
+        loss = loss + options.activation_orth_regu_A * apart + refined
         return torch.stack([loss, error, size, ortho, apart, refined])
 
     @property

@@ -37,7 +37,7 @@ from rankwise.features.job import (
 )
 from rankwise.features.measures import OF_REFINED, Closeness, excess_error, measure, network, optimum
 from rankwise.features.nets.base import FactorizerSettings
-from rankwise.features.objective import TermWeights, refuse_not_finite
+from rankwise.features.objective import refuse_not_finite
 from rankwise.features.rank_masks import TABLE
 from rankwise.features.trained import SETTINGS, WEIGHTS, load_factorizer
 from rankwise.files.atomic import write_json
@@ -56,7 +56,7 @@ EXACT = 1e-6  # relative error of the optimum below which "how far above it" mea
 
 def run(config: FactorTrainConfig) -> Path:
     """Run the command. Returns the run folder."""
-    weights = check(config)
+    check(config)
     folder = RunFolder(folder_of(config))
     cache = open_cache(config.features)
     settings = settings_of(config, cache)
@@ -67,7 +67,7 @@ def run(config: FactorTrainConfig) -> Path:
         refuse_earlier(folder.path, config.overwrite)
     with held(folder, "features train", {"features": config.features}) as record:
         set_seed(config.seed)
-        job = FactorJob(config, cache, settings, weights, arguments_of(config, folder.path))
+        job = FactorJob(config, cache, settings, arguments_of(config, folder.path))
         start = start_of(config, folder.path, cache, settings, job.identity)
         allocation = allocation_of(job, start)
         log = RunLog.begun(Path(config.log_dir).expanduser(), config)
@@ -83,7 +83,7 @@ def run(config: FactorTrainConfig) -> Path:
     return folder.path
 
 
-def check(config: FactorTrainConfig) -> TermWeights:
+def check(config: FactorTrainConfig) -> None:
     """Refuse invalid combinations of options before anything is read."""
     canonical(config.arch)
     if config.epochs == 0 and not config.resume:
@@ -95,7 +95,6 @@ def check(config: FactorTrainConfig) -> TermWeights:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no GPU is visible to torch here")
     refuse_idle(config)
-    return TermWeights(config.lambda_B, config.lambda_ortho, config.activation_orth_regu_A)
 
 
 def folder_of(config: FactorTrainConfig) -> Path:

@@ -16,7 +16,7 @@ from rankwise.core.plan import RankPlan
 from rankwise.data.example import one_per_prompt
 from rankwise.data.render import Renderer
 from rankwise.data.renderer_for import renderer_for
-from rankwise.data.sources.load import load, reading, task_of
+from rankwise.data.sources.load import load, task_of
 from rankwise.errors import UsageError
 from rankwise.evaluate.likelihood import Batch, answer_losses, training_batches
 from rankwise.files.lineage import warn_of_training_rows
@@ -45,7 +45,8 @@ def probe_batches(config: RanksConfig, renderer: Renderer, path: str | None, spl
     data = config.data
     assert data.task is not None
     assert path is not None
-    examples = load(data.task, Path(path), split, download=data.download and not Path(path).is_file(), **reading(data))
+    how = replace(data, download=data.download and not Path(path).is_file())
+    examples = load(data.task, Path(path), split, how)
     for note in examples.notes(sees_images=renderer.sight is not None):
         print(note)
     items = one_per_prompt(examples)

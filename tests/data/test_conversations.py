@@ -20,6 +20,7 @@ from rankwise.data.sources.load import load
 from rankwise.data.sources.rows import IndexedSamples
 from rankwise.data.split import split_groups, subset
 from rankwise.errors import DataError
+from rankwise.options.sections import DataSection
 
 Row = dict[str, Any]
 
@@ -45,7 +46,7 @@ def weighted(last: Any = None, asked: Any = None, **first: Any) -> Row:
 def rows_of(tmp_path: Path, *rows: Any, name: str = "rows.jsonl", **how: Any) -> Examples:
     file = tmp_path / name
     file.write_text("\n".join(map(json.dumps, rows)))
-    return load("conversations", file, **how)
+    return load("conversations", file, how=DataSection(**how))
 
 
 # --- slots and images --------------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ def test_half_a_character_is_no_text(tmp_path: Path, name: str) -> None:
     written = ",\n".join(map(json.dumps, rows))
     file = tmp_path / name
     file.write_text(written.replace(",\n", "\n") if name.endswith("l") else f"[\n{written}]")
-    read = load("conversations", file, skip_bad=True)
+    read = load("conversations", file, how=DataSection(skip_bad=True))
     assert [example.turns[0].text for example in read] == ["Hi \U0001f600 \\\\ud83d"]
     assert [row.line for row in read.skipped] == ([2, 3] if name.endswith("l") else [3, 4])
     assert all("half of a character" in row.reason for row in read.skipped)
@@ -327,11 +328,11 @@ def test_bad_rows_of_a_big_file_are_named_as_in_memory(tmp_path: Path, monkeypat
     good = json.dumps(said("Hi", "Yo", id="a"))
     bad = [good, '{"x', json.dumps(said("Hi")), "[1]", b"\xff".decode("latin1")]
     file.write_bytes("\n".join([good, *bad, json.dumps(said("Hi", "Yo"))]).encode("latin1"))
-    held = load("conversations", file, skip_bad=True)
+    held = load("conversations", file, how=DataSection(skip_bad=True))
     with pytest.raises(DataError) as first:
         load("conversations", file)
     monkeypatch.setattr("rankwise.data.sources.load.LARGE", 0)
-    lazy = load("conversations", file, skip_bad=True)
+    lazy = load("conversations", file, how=DataSection(skip_bad=True))
     assert list(lazy) == list(held) and lazy.skipped == held.skipped and len(held.skipped) == 4
     with pytest.raises(DataError) as again:
         load("conversations", file)

@@ -18,6 +18,7 @@ from rankwise.data.sources.load import load
 from rankwise.data.sources.official import Download, fetch
 from rankwise.data.sources.table import SOURCES
 from rankwise.errors import DataError, ServiceError, UsageError
+from rankwise.options.sections import DataSection
 
 CONTENT = json.dumps([{"id": str(n), "dialogue": f"A: {n}?\nB: yes", "summary": f"{n} it is."} for n in range(200)])
 BYTES = CONTENT.encode()
@@ -200,14 +201,14 @@ def test_load_fetches_what_the_folder_lacks(samsum: Server, tmp_path: Path) -> N
     with pytest.raises(DataError, match="does not exist"):
         load("samsum", folder)
     assert samsum.asked == []
-    assert len(load("samsum", folder, download=True)) == 200
-    assert len(load("samsum", folder, download=True)) == len(load("samsum", folder)) == 200
+    assert len(load("samsum", folder, how=DataSection(download=True))) == 200
+    assert len(load("samsum", folder, how=DataSection(download=True))) == len(load("samsum", folder)) == 200
     assert samsum.asked == [None]
 
 
 def test_load_keeps_to_other_forms_that_are_there(samsum: Server, tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("id,dialogue,summary\n1,A: x,y\n")
-    assert len(load("samsum", tmp_path, download=True)) == 1
+    assert len(load("samsum", tmp_path, how=DataSection(download=True))) == 1
     assert samsum.asked == []
 
 
@@ -215,9 +216,9 @@ def test_load_fetches_nothing_into_a_file_or_for_a_task_without_official_files(t
     file = tmp_path / "rows.json"
     file.write_text(CONTENT)
     with pytest.raises(UsageError, match="is a file; leave --download out"):
-        load("samsum", file, download=True)
+        load("samsum", file, how=DataSection(download=True))
     with pytest.raises(UsageError, match="cota has no official files"):
-        load("cota", tmp_path, download=True)
+        load("cota", tmp_path, how=DataSection(download=True))
 
 
 def test_every_split_of_the_official_data_can_be_fetched(shared_data: Path) -> None:

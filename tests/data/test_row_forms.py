@@ -20,6 +20,7 @@ from rankwise.data.sources.load import load
 from rankwise.data.sources.table import kind_of
 from rankwise.data.template import TABLE, found
 from rankwise.errors import DataError, UsageError
+from rankwise.options.sections import DataSection
 
 Row = dict[str, Any]
 
@@ -27,7 +28,7 @@ Row = dict[str, Any]
 def read(folder: Path, *rows: Any, **how: Any) -> Examples:
     file = folder / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    return load("conversations", file, **how)
+    return load("conversations", file, how=DataSection(**how))
 
 
 def shared(*texts: str, **more: Any) -> Row:
@@ -356,7 +357,7 @@ def test_a_parquet_file_reads_like_lines(tmp_path: Path) -> None:
     ]
     parquet.write_table(arrow.Table.from_pylist([*rows, {"messages": [], "images": []}]), tmp_path / "x.parquet")
     assert kind_of(tmp_path / "x.parquet") == "conversations"
-    read_rows = load("conversations", tmp_path / "x.parquet", skip_bad=True)
+    read_rows = load("conversations", tmp_path / "x.parquet", how=DataSection(skip_bad=True))
     assert [row.answer for row in read_rows] == ["b0", "b1", "b2"] and [row.line for row in read_rows.skipped] == [4]
     assert ImageReader(tmp_path).open(read_rows[0].images[0]).tobytes() == drawn_image().tobytes()
     (tmp_path / "y.parquet").write_bytes(b"PAR1 no")

@@ -12,6 +12,7 @@ from rankwise.data.example import Example, one_per_prompt
 from rankwise.data.sources.load import load
 from rankwise.data.sources.table import kind_of
 from rankwise.errors import DataError, UsageError
+from rankwise.options.sections import DataSection
 
 E2E = "mr,ref\r\n"
 
@@ -71,7 +72,7 @@ def test_bad_csv_rows_are_named_or_skipped_and_counted(tmp_path: Path, body: byt
     file = write(tmp_path / "x.csv", E2E.encode() + body)
     with pytest.raises(DataError, match=rf"x\.csv, line {line}: .*{reason}"):
         load("e2e_nlg", file)
-    kept = load("e2e_nlg", file, skip_bad=True)
+    kept = load("e2e_nlg", file, how=DataSection(skip_bad=True))
     assert kept[0].answer == "one"
     assert len(kept.skipped) == 1
     assert f"line {line}" in kept.notes()[0]
@@ -184,7 +185,7 @@ def test_bad_cota_rows_name_line_and_sample(tmp_path: Path, change: dict[str, An
     file = write(tmp_path / "c.json", "[\n" + ",\n\n".join(map(json.dumps, rows)) + "\n]")
     with pytest.raises(DataError, match=rf"c\.json, line 4: sample \d: {reason}"):
         load("cota", file)
-    assert len(load("cota", file, skip_bad=True)) == 1
+    assert len(load("cota", file, how=DataSection(skip_bad=True))) == 1
 
 
 @pytest.mark.parametrize(

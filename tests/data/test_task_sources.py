@@ -23,7 +23,7 @@ from rankwise.data.sources.slots import FORMS
 from rankwise.data.sources.table import SOURCES
 from rankwise.data.sources.wikisql import DATABASE, TABLES
 from rankwise.errors import DataError, UsageError
-from rankwise.options.sections import TASKS
+from rankwise.options.sections import TASKS, DataSection
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,7 @@ def test_other_empty_rows_of_samsum_are_bad(tmp_path: Path, row: dict[str, Any])
     file = write(tmp_path / "train.json", rows)
     with pytest.raises(DataError, match=r"sample 2: .* must be a text"):
         load("samsum", file)
-    assert len(load("samsum", file, skip_bad=True)) == 1
+    assert len(load("samsum", file, how=DataSection(skip_bad=True))) == 1
 
 
 def test_a_broken_samsum_csv_is_named(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_cut_table_is_a_bad_row(shared_data: Path) -> None:
     file = shared_data / "multinli" / "official_mini" / "multinli_1.0" / "multinli_1.0_train.txt"
     with pytest.raises(DataError, match="line 5: 11 fields, the header has 15"):
         load("multi_nli", file)
-    rows = load("multi_nli", file, skip_bad=True)
+    rows = load("multi_nli", file, how=DataSection(skip_bad=True))
     assert rows.items == load("multi_nli", file.with_suffix(".jsonl")).items[: len(rows)]
     assert len(rows.skipped) == 1
 
@@ -157,7 +157,7 @@ def test_pairs_without_a_majority_are_left_out_and_counted(tmp_path: Path) -> No
     write(file, lines(pair(1, "neutral"), pair(2, "hidden"), pair(1, "neutral")))
     with pytest.raises(DataError, match="line 2: sample 2: gold_label must be"):
         load("multi_nli", file)
-    assert "this id occurred before" in str(load("multi_nli", file, skip_bad=True).skipped[1])
+    assert "this id occurred before" in str(load("multi_nli", file, how=DataSection(skip_bad=True)).skipped[1])
 
 
 def test_splits_that_a_task_lacks(tmp_path: Path) -> None:
@@ -233,16 +233,16 @@ def test_bad_questions_are_named(tmp_path: Path, change: dict[str, Any], reason:
     file = write(tmp_path / "dev.jsonl", lines(QUESTION, QUESTION | change))
     with pytest.raises(DataError, match=f"line 2: sample dev-2: .*{reason}"):
         load("wikisql", file)
-    assert len(load("wikisql", file, skip_bad=True)) == 1
+    assert len(load("wikisql", file, how=DataSection(skip_bad=True))) == 1
 
 
 def test_questions_need_their_tables(tmp_path: Path) -> None:
     file = write(tmp_path / "dev.jsonl", lines(QUESTION))
     with pytest.raises(DataError, match=r"from dev\.tables\.jsonl in the same folder"):
-        load("wikisql", file, skip_bad=True)
+        load("wikisql", file, how=DataSection(skip_bad=True))
     write(tmp_path / "dev.tables.jsonl", lines(TABLE | {"types": ["text"]}))
     with pytest.raises(DataError, match=r"dev\.tables\.jsonl, line 1: a table needs header and types"):
-        load("wikisql", file, skip_bad=True)
+        load("wikisql", file, how=DataSection(skip_bad=True))
 
 
 def test_wikisql_from_the_hub_with_its_companions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +362,7 @@ def test_hostile_tars_are_refused_and_nothing_is_written(
 ) -> None:
     archive = tar(tmp_path / "data.tar.bz2", content, *special)
     with pytest.raises(DataError, match=r"data\.tar\.bz2"):
-        load("wikisql", archive, "dev", skip_bad=True)
+        load("wikisql", archive, "dev", how=DataSection(skip_bad=True))
     assert {path.name for path in everything_below(cache)} == {"archives"}
     assert set(tmp_path.iterdir()) == {archive}
     assert not Path("/tmp/outside.jsonl").exists()

@@ -255,9 +255,9 @@ def test_download_is_asked_for_by_its_flag_only(
 ) -> None:
     asked: list[bool] = []
 
-    def reads(*place: Any, download: bool = False, **how: Any) -> Any:
-        asked.append(download)
-        return load(*place, **how)
+    def reads(name: str, path: str, split: str, how: DataSection) -> Any:
+        asked.append(how.download)
+        return load(name, path, split, replace(how, download=False))
 
     monkeypatch.setattr("rankwise.evaluate.tasks.load", reads)
     words = (base, "--task", "e2e_nlg", "--data_path", restaurants, "--max_new_tokens", 2, "-o", tmp_path)

@@ -16,9 +16,10 @@ from transformers import AutoTokenizer
 from rankwise import cli
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate import bootstrap
-from rankwise.evaluate.harness import HarnessSettings, evaluate_harness, read_metrics
+from rankwise.evaluate.harness import evaluate_harness, read_metrics
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.models.adapters import save_adapter
+from rankwise.options.commands import EvaluateConfig
 from rankwise.options.sections import is_harness
 
 with warnings.catch_warnings():
@@ -95,7 +96,7 @@ def likelier(model: Any, tokenizer: Any, question: str) -> int:
 def test_accuracy_is_that_of_a_plain_forward_pass(model: Any, base: Path, tasks: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     right = [likelier(model, tokenizer, text) == number % 2 for number, text in enumerate(QUESTIONS)]
-    result = evaluate_harness("lm_eval:tiny_choice", model, tokenizer, HarnessSettings(tasks_path=str(tasks)))
+    result = evaluate_harness("lm_eval:tiny_choice", model, tokenizer, EvaluateConfig(lm_eval_tasks_path=str(tasks)))
     accuracy = sum(right) / 6
     assert (result.task, result.n) == ("lm_eval:tiny_choice", 6)
     assert result["acc"] == pytest.approx(accuracy)
@@ -105,13 +106,13 @@ def test_accuracy_is_that_of_a_plain_forward_pass(model: Any, base: Path, tasks:
 
 
 def test_limit_and_worked_examples_reach_the_harness(model: Any, base: Path, tasks: Path) -> None:
-    settings = HarnessSettings(tasks_path=str(tasks), limit=4, num_fewshot=0)
+    settings = EvaluateConfig(lm_eval_tasks_path=str(tasks), num_samples=4, num_fewshot=0)
     result = evaluate_harness("lm_eval:tiny_choice", model, AutoTokenizer.from_pretrained(base), settings)
     assert (result.n, result.settings["n_shot"]) == (4, {"tiny_choice": 0})
 
 
 def test_a_group_gives_its_own_number_and_those_of_its_parts(model: Any, base: Path, tasks: Path) -> None:
-    tokenizer, settings = AutoTokenizer.from_pretrained(base), HarnessSettings(tasks_path=str(tasks))
+    tokenizer, settings = AutoTokenizer.from_pretrained(base), EvaluateConfig(lm_eval_tasks_path=str(tasks))
     result = evaluate_harness("lm_eval:tiny_group", model, tokenizer, settings)
     alone = evaluate_harness("lm_eval:tiny_choice", model, tokenizer, settings)
     assert (result["acc"], result.n) == (alone["acc"], 6)
@@ -122,7 +123,7 @@ def test_a_group_gives_its_own_number_and_those_of_its_parts(model: Any, base: P
 
 @pytest.mark.slow  # the harness reads its thousands of task files to say what is near
 def test_unknown_tasks_and_missing_data_are_named(model: Any, base: Path, tasks: Path) -> None:
-    tokenizer, settings = AutoTokenizer.from_pretrained(base), HarnessSettings(tasks_path=str(tasks))
+    tokenizer, settings = AutoTokenizer.from_pretrained(base), EvaluateConfig(lm_eval_tasks_path=str(tasks))
     with pytest.raises(UsageError, match="did you mean tiny_choice"):
         evaluate_harness("lm_eval:tiny_choise", model, tokenizer, settings)
     with pytest.raises(DataError, match="tiny_broken: the harness cannot load its data"):

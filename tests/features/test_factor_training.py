@@ -26,7 +26,7 @@ from rankwise.features.dataset import read_split, split_of
 from rankwise.features.history import plot_factor_training
 from rankwise.features.nets import ARCHITECTURES, build
 from rankwise.features.nets.base import Factorizer, FactorizerSettings
-from rankwise.features.objective import TERMS, FactorObjective, TermWeights
+from rankwise.features.objective import TERMS, FactorObjective
 from rankwise.features.trained import load_factorizer
 from rankwise.options.features import FactorTrainConfig
 
@@ -95,7 +95,7 @@ def test_the_loss_is_the_formula(channels: list[int]) -> None:
     net = Plain(SETTINGS)
     if len(channels) < RANK:
         net.rank_mask = torch.tensor([k in channels for k in range(RANK)])
-    objective = FactorObjective(net, TermWeights(b=0.3, ortho=0.7))
+    objective = FactorObjective(net, FactorTrainConfig(lambda_B=0.3, lambda_ortho=0.7))
     features = normalised(tiny_matrices(2))
     loss = objective(features)["loss"]
     error, size, ortho = by_hand(net, features, channels)
@@ -108,16 +108,18 @@ def test_orthogonality_of_layers_and_of_activations_are_weighted_apart() -> None
     net, features = Layered(SETTINGS), normalised(tiny_matrices(2))
     error, _, columns = by_hand(net, features, [0, 1, 2, 3])
     layers = net.left.square().sum().item()
-    loss = FactorObjective(net, TermWeights(b=0.0, ortho=0.7, activation=0.2))(features)["loss"]
+    loss = FactorObjective(net, FactorTrainConfig(lambda_B=0.0, lambda_ortho=0.7, activation_orth_regu_A=0.2))(
+        features
+    )["loss"]
     assert loss.item() == pytest.approx(error + 0.7 * layers + 0.2 * columns, rel=1e-5)
 
 
 def test_means_are_over_matrices_not_over_batches() -> None:
-    objective = FactorObjective(Plain(SETTINGS), TermWeights(b=0.0, ortho=0.0))
+    objective = FactorObjective(Plain(SETTINGS), FactorTrainConfig(lambda_B=0.0, lambda_ortho=0.0))
     features = normalised(tiny_matrices(5))
     objective(features[:4])
     objective(features[4:])
-    whole = FactorObjective(objective.net, objective.weights)
+    whole = FactorObjective(objective.net, objective.options)
     whole(features)
     torch.testing.assert_close(objective.sums / 5, whole.sums / 5)
 

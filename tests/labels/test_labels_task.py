@@ -130,7 +130,7 @@ def test_a_broken_row_is_named_by_line_and_id(tmp_path: Path, broken: dict[str, 
         load("labels", tmp_path / "d")
     assert "train.jsonl, line 2" in str(refused.value)
     assert reason in str(refused.value)
-    kept = load("labels", tmp_path / "d", skip_bad=True)
+    kept = load("labels", tmp_path / "d", how=DataSection(skip_bad=True))
     assert (len(kept), len(kept.skipped)) == (2, 1)
 
 
@@ -148,7 +148,7 @@ def test_without_a_task_or_with_a_broken_one_nothing_is_read(tmp_path: Path, dat
 
 
 def test_a_reason_is_learnt_behind_the_label_and_never_asked_with_it(data: Path, renderer: Renderer) -> None:
-    plain, reasoned = load("labels", data)[0], load("labels", data, aux_reason=True)[0]
+    plain, reasoned = load("labels", data)[0], load("labels", data, how=DataSection(aux_reason=True))[0]
     assert [turn.text for turn in reasoned.turns[2:]] == [WHY, "It is red."]
     assert up_to_label(reasoned).turns == plain.turns
     short, long = renderer.training(plain), renderer.training(reasoned)
@@ -161,7 +161,7 @@ def test_a_reason_is_learnt_behind_the_label_and_never_asked_with_it(data: Path,
 
 
 def test_labels_are_compared_alike_with_and_without_reasons(data: Path, renderer: Renderer) -> None:
-    plain, reasoned = load("labels", data)[0], load("labels", data, aux_reason=True)[0]
+    plain, reasoned = load("labels", data)[0], load("labels", data, how=DataSection(aux_reason=True))[0]
     for label in COLOURS:
         ids = answer_ids(renderer, plain, label)
         assert ids == answer_ids(renderer, up_to_label(reasoned), label)
@@ -170,11 +170,11 @@ def test_labels_are_compared_alike_with_and_without_reasons(data: Path, renderer
 
 def test_reasons_are_asked_of_data_that_have_them(tmp_path: Path, data: Path, call: Call) -> None:
     with pytest.raises(UsageError, match="rows of conversations have no reasons"):
-        load("conversations", data / "train.jsonl", aux_reason=True)
+        load("conversations", data / "train.jsonl", how=DataSection(aux_reason=True))
     dataset(tmp_path / "d")
     silent = [{**json.loads(line), "reason": None} for line in (data / "train.jsonl").read_text().splitlines()]
     with pytest.raises(DataError, match="reason must be a text"):
-        load("labels", lines(tmp_path / "d" / "train.jsonl", silent), aux_reason=True)
+        load("labels", lines(tmp_path / "d" / "train.jsonl", silent), how=DataSection(aux_reason=True))
     code, _, said = call("evaluate", tmp_path, "--task", "labels", "--data_path", data, "--aux_reason")
     assert (code, "--aux_reason applies to training only" in said) == (2, True)
 

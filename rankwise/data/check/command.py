@@ -18,7 +18,7 @@ from rankwise.data.check.trial import try_rows
 from rankwise.data.example import Examples
 from rankwise.data.render import Renderer
 from rankwise.data.renderer_for import image_reader, renderer_for
-from rankwise.data.sources.load import check_data, load, reading, settle
+from rankwise.data.sources.load import check_data, load, settle
 from rankwise.errors import DataError
 from rankwise.files.atomic import write_json, write_text
 from rankwise.files.run_folder import RunFolder
@@ -81,14 +81,7 @@ def rows(config: CheckConfig, *, sees_images: bool) -> Examples:
     """All samples, with the bad rows beside them."""
     data = config.data
     assert data.task and data.data_path
-    examples = load(
-        data.task,
-        data.data_path,
-        config.split,
-        download=data.download,
-        allow_empty=True,
-        **(reading(data) | {"skip_bad": True}),
-    )
+    examples = load(data.task, data.data_path, config.split, replace(data, skip_bad=True), allow_empty=True)
     for note in replace(examples, skipped=()).notes(sees_images=sees_images):
         print(note)
     return examples

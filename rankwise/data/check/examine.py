@@ -1,6 +1,6 @@
 """Examine a data set before a GPU is used: decode every picture, make tokens of every sample, name all that is bad.
 
-    findings = examine(load("conversations", "train.json", skip_bad=True), reader, renderer)
+    findings = examine(load("conversations", "train.json", how=DataSection(skip_bad=True)), reader, renderer)
     findings.problems      # sample, line, kind, reason: all of them, not the first
 
 Training refuses the same samples by the same code; this finds them all at once.

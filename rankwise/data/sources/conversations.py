@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import Any
 
 from rankwise.data.example import IMAGE_SLOT, Example, Turn
-from rankwise.data.sources.rows import BadRow, Build, Reading, RowFile, as_found, json_samples, speakers_of
+from rankwise.data.sources.rows import BadRow, Build, RowFile, as_found, json_samples, speakers_of
 from rankwise.data.sources.slots import (
     BESIDE_TURNS,
     COLUMNS,
@@ -29,6 +29,7 @@ from rankwise.data.sources.slots import (
     turns_of,
 )
 from rankwise.data.template import NAMED
+from rankwise.options.sections import DataSection
 
 SAID_BY = {
     "system": "system developer",
@@ -54,11 +55,11 @@ def read(source: RowFile) -> Iterator[Example]:
 
 def build(source: RowFile) -> Build:
     """How a row of this file becomes a sample; no row needs another one."""
-    speakers = SPEAKERS | speakers_of(source.reading.roles)
-    return partial(_example, source.reading, speakers)
+    speakers = SPEAKERS | speakers_of(source.how.roles)
+    return partial(_example, source.how, speakers)
 
 
-def _example(reading: Reading, speakers: Mapping[str, str], identity: str, row: dict[str, Any]) -> Example:
+def _example(how: DataSection, speakers: Mapping[str, str], identity: str, row: dict[str, Any]) -> Example:
     _refuse_unused(row)
     listed, written = listed_images(row), list(turns_of(row))
     slots = Slots(bool(listed) or any(_shows(_content(turn)) for turn in written), listed=bool(listed))
@@ -66,8 +67,8 @@ def _example(reading: Reading, speakers: Mapping[str, str], identity: str, row: 
         refuse_unread_images(row, COLUMNS)
     said = [turn for turn in (_turn(turn, speakers, slots) for turn in written) if turn.text.strip()]
     turns = _in_order(said, slots.changes)
-    turns = _with_places(turns, listed, slots, reading)
-    images = slots.filled(listed, repeat=reading.repeat_image)
+    turns = _with_places(turns, listed, slots, how)
+    images = slots.filled(listed, repeat=how.repeat_image)
     turns = _up_to_the_last_learnt(turns, slots.changes)
     images = images[: sum(turn.text.count(IMAGE_SLOT) for turn in turns)]
     stratum = row.get("task_type")
@@ -233,10 +234,10 @@ def _one(turns: list[Turn], changes: list[str]) -> Turn:
     return replace(turns[0], text="\n".join(turn.text for turn in turns))
 
 
-def _with_places(turns: list[Turn], listed: Sequence[str], slots: Slots, reading: Reading) -> list[Turn]:
+def _with_places(turns: list[Turn], listed: Sequence[str], slots: Slots, how: DataSection) -> list[Turn]:
     """With the images of a row that has no placeholder before its first question: a single one, or as asked."""
     first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
-    if slots.places or first is None or not (len(listed) == 1 or (listed and reading.image_first)):
+    if slots.places or first is None or not (len(listed) == 1 or (listed and how.image_first)):
         return turns
     slots.places += [None] * len(listed)
     slots.changes.append("images without a placeholder put before the first question")

@@ -36,7 +36,7 @@ def read(source: RowFile) -> Iterator[Example]:
 
 def build(source: RowFile) -> Build:
     """How a row of this file becomes a sample; no row needs another one."""
-    return partial(_example, source.reading.repeat_image)
+    return partial(_example, source.how.repeat_image)
 
 
 def _example(repeat_image: bool, identity: str, row: dict[str, Any]) -> Example:

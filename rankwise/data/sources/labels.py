@@ -27,7 +27,7 @@ WHY = "Why?"
 def read(source: RowFile) -> Iterator[Example]:
     """One sample per row, named by its image_id. The task is read from the folder of the rows."""
     task = task_of(source)
-    return samples(source, json_rows(source), partial(_example, task, source.reading.aux_reason), id_key="image_id")
+    return samples(source, json_rows(source), partial(_example, task, source.how.aux_reason), id_key="image_id")
 
 
 def task_of(source: RowFile) -> LabelTask:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from accelerate import PartialState
 from huggingface_hub import hf_hub_download
@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from rankwise.data.example import Example, Examples, share_references
 from rankwise.data.sources.official import fetch, is_archive, unpacked
-from rankwise.data.sources.rows import LARGE, Reading, RowFile, index_rows, speakers_of
+from rankwise.data.sources.rows import LARGE, RowFile, index_rows, speakers_of
 from rankwise.data.sources.table import SPLITS, Sought, Source, first_of, kind_of, source
 from rankwise.errors import DataError, UsageError
 from rankwise.files.processes import announce
@@ -27,6 +27,7 @@ from rankwise.options.sections import DataSection
 
 Configured = TypeVar("Configured", FinetuneConfig, TrainConfig, CheckConfig, EvaluateConfig, ValidateConfig)
 HUB_ID = re.compile(r"(hf://)?(?P<id>[\w.-]+/[\w.-]+)")
+BY_DEFAULT = DataSection()
 DATA_SUFFIXES = set(".csv .json .jsonl .ndjson .tsv .txt .parquet .7z .bz2 .zip .gz .tgz .tar".split())
 
 
@@ -54,58 +55,36 @@ def read_examples(data: DataSection, path: str, split: str = "train", *, sees_im
     named beside it is read as it is. Of several processes the first one downloads while the others wait."""
     fetches = data.download and path == data.data_path
     with PartialState().local_main_process_first() if fetches else nullcontext():
-        examples = load(data.task or "", path, split, download=fetches, **reading(data))
+        examples = load(data.task or "", path, split, replace(data, download=fetches))
     for note in examples.notes(sees_images=sees_images):
         announce(note)
     return examples
-
-
-def reading(data: DataSection) -> dict[str, Any]:
-    """How rows are read, as `load` takes it."""
-    return {
-        "skip_bad": data.skip_bad,
-        "repeat_image": data.repeat_image,
-        "image_first": data.image_first,
-        "roles": data.roles,
-        "aux_reason": data.aux_reason,
-    }
-
-
-def reading_scored(data: DataSection) -> dict[str, Any]:
-    """The same for items to answer, whose reasons are nothing that is asked for."""
-    return reading(data) | {"aux_reason": False}
 
 
 def load(
     name: str,
     path: str | Path,
     split: str = "train",
+    how: DataSection = BY_DEFAULT,
     *,
-    skip_bad: bool = False,
-    download: bool = False,
-    repeat_image: bool = False,
-    image_first: bool = False,
-    roles: Sequence[str] = (),
-    aux_reason: bool = False,
     allow_empty: bool = False,
 ) -> Examples:
     """Read a data set from its official file, the folder of its files, its archive, or a hub id.
 
     split: which file of a folder, archive or hub data set; a path to one file is read whatever the split. Bad rows are
-    a DataError with file and line, or with `skip_bad` left out and listed in the result's `skipped`. download: `path`
-    is a folder; official files that it lacks are fetched into it and checked (ServiceError where that fails).
-    repeat_image, image_first, roles, aux_reason: see `Reading`. allow_empty: a file without a sample is no error.
+    a DataError with file and line, or with `how.skip_bad` left out and listed in the result's `skipped`. how.download:
+    `path` is a folder; official files that it lacks are fetched into it and checked (ServiceError where that fails).
+    allow_empty: a file without a sample is no error.
     """
     if split not in SPLITS:
         raise UsageError(f"unknown split {split!r}; splits: {', '.join(SPLITS)}")
     chosen = source(name)
     sought = chosen.sought(split)
-    if download:
+    if how.download:
         _complete(chosen, Path(path).expanduser(), sought)
-    if aux_reason and not chosen.reasons:
+    if how.aux_reason and not chosen.reasons:
         raise UsageError(f"--aux_reason: rows of {name} have no reasons; those of a labelled data set (labels) have")
-    reading = Reading(repeat_image, image_first, tuple(roles), aux_reason)
-    rows = RowFile(find_file(path, sought), skip=skip_bad, reading=reading)
+    rows = RowFile(find_file(path, sought), how.skip_bad, how)
     items = _items(chosen, rows)
     if not items and not allow_empty:
         raise DataError(f"{rows.path}: no usable samples ({len(rows.rejected)} bad rows); is it a {name} file?")

@@ -16,6 +16,7 @@ from typing import Any
 from rankwise.data.example import ROLES, Example, Rejected, View
 from rankwise.errors import DataError, UsageError, need
 from rankwise.files.atomic import RepeatedKey, read_json, unique
+from rankwise.options.sections import DataSection
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 PARQUET = ".parquet"
@@ -26,21 +27,6 @@ LARGE = 64 * 2**20  # bytes; from here on a JSON Lines file is indexed and not h
 LONGEST_LINE = 64 * 2**20  # bytes; a line beyond it is a broken file, not a sample
 Row = tuple[int, dict[str, Any]]
 Build = Callable[[str, dict[str, Any]], Example]  # (id, row) → sample
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How rows are read where they leave it open.
-
-    repeat_image: one image may fill several placeholders. image_first: images without placeholders come before the
-    first question. roles: names of speakers, `bot=assistant`. aux_reason: the reason of a label is learnt too, behind
-    it.
-    """
-
-    repeat_image: bool = False
-    image_first: bool = False
-    roles: tuple[str, ...] = ()
-    aux_reason: bool = False
 
 
 def speakers_of(given: Sequence[str]) -> dict[str, str]:
@@ -71,13 +57,14 @@ class RowFile:
     left_out: rows that the official files are known to hold and that are no samples, by reason: never an error.
     changes: what was done to rows to make samples of them, with the number of rows.
     companions: other files that the source read with this one.
+    how: the options that decide where rows leave it open (repeat_image, image_first, roles, aux_reason).
     start, number, again: the byte at which the line read last starts, the number of its row, and whether its id
     occurred before, for an index.
     """
 
     path: Path
     skip: bool = False
-    reading: Reading = Reading()
+    how: DataSection = field(default_factory=DataSection)
     rejected: list[Rejected] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     changes: Counter[str] = field(default_factory=Counter)
