@@ -66,10 +66,9 @@ class Scores:
         return total if math.isfinite(total) else math.inf
 
     def curve(self, rank: int, placement: str, seed: int) -> dict[float, float]:
-        """Loss by learning rate, ascending."""
-        found = {
-            t.learning_rate: self.loss(t) for t in self.sums if (t.rank, t.placement, t.seed) == (rank, placement, seed)
-        }
+        """Loss by learning rate, ascending; infinite where the arm diverged for any of its seeds."""
+        arms = [t for t in self.sums if (t.rank, t.placement, t.seed) == (rank, placement, seed)]
+        found = {arm.learning_rate: math.inf if self.diverged(arm) else self.loss(arm) for arm in arms}
         return dict(sorted(found.items()))
 
     def seeds(self, arm: Trial) -> list[int]:

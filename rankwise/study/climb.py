@@ -168,9 +168,24 @@ def around(rate: float, ratio: float) -> list[float]:
 
 
 def repeat_the_best(ladder: Ladder, bench: Bench, found: Findings) -> None:
-    again = [replace(arm, seed=ladder.seeds[1]) for arm in found.best.values()]
-    bench.run(again, "C")
+    """An arm that diverges for its second seed gives way to the next best one of its rank."""
+    assert found.gain is not None
+    seed, second = ladder.seeds[:2]
+    while True:
+        bench.run([replace(arm, seed=second) for arm in found.best.values()], "C")
+        failed = [rank for rank, arm in found.best.items() if bench.choose.diverged(arm)]
+        if not failed:
+            break
+        for rank in failed:
+            del found.best[rank], found.rates[rank]
+            curve = bench.choose.curve(rank, UNIFORM, seed)
+            if any(map(math.isfinite, curve.values())):
+                found.best[rank] = best_of(bench.choose, rank, seed)
+                found.rates[rank] = find_rates(curve, found.delta, found.gain.estimate)
+    if not found.best:
+        raise DivergedError("every arm diverged for one of two seeds; give lower --rates, or a longer warm-up")
     found.rank = find_rank(bench.choose, found.best, found.delta)
+    again = [replace(arm, seed=second) for arm in found.best.values()]
     found.loss = bench.confirm(again).mean(found.best[found.rank.by_bound])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -51,7 +52,7 @@ class Truth:
         self.items = np.random.default_rng(self.draw).normal(0, 1, GROUPS)
 
     def noise(self, *what: object) -> np.random.Generator:
-        return np.random.default_rng([self.draw, *(abs(hash(each)) % 2**32 for each in what)])
+        return np.random.default_rng([self.draw, *(zlib.crc32(repr(each).encode()) for each in what)])
 
     def sums(self, trial: Trial, part: str = "choose") -> np.ndarray:
         mean = self.loss(trial)
@@ -299,14 +300,26 @@ def test_where_every_rate_diverges_lower_ones_are_tried_and_then_it_ends() -> No
     assert min(trial.learning_rate for trial in truth.made) == pytest.approx(1e-3 / 2.5**5, rel=1e-3)
 
 
-def test_a_diverged_second_seed_leaves_the_rank_undecided() -> None:
+def test_an_arm_that_diverges_for_its_second_seed_gives_way_to_the_next_best() -> None:
+    def loss(trial: Trial) -> float:
+        return math.inf if (trial.rank, trial.seed, trial.learning_rate) == (4, 2, 1e-3) else bowl()(trial)
+
+    found = climb(LADDER, Truth(loss, arm_noise=1e-4, item_noise=0.01, budget=15))
+    assert found.rung == "C"
+    assert found.best[4].learning_rate == 4e-4
+    assert found.best[16].learning_rate == 1e-3
+    assert found.advised.rank == 16
+
+
+def test_a_rank_that_always_diverges_for_its_second_seed_is_out() -> None:
     def loss(trial: Trial) -> float:
         return math.inf if (trial.rank, trial.seed) == (4, 2) else bowl()(trial)
 
     found = climb(LADDER, Truth(loss, arm_noise=1e-4, item_noise=0.01, budget=15))
-    assert found.rung == "C"
-    assert found.rank is not None and found.rank.steps[0].verdict == "diverged"
-    assert found.advised.rank == 16
+    assert set(found.best) == set(found.rates) == {16, 1}
+    assert found.rank is not None and [step.rank for step in found.rank.steps] == [1]
+    with pytest.raises(DivergedError, match="one of two seeds"):
+        climb(LADDER, Truth(lambda trial: math.inf if trial.seed == 2 else bowl()(trial), item_noise=0.01))
 
 
 def test_a_climb_that_was_interrupted_ends_the_same() -> None:
