@@ -66,9 +66,10 @@ class Scores:
         return total if math.isfinite(total) else math.inf
 
     def curve(self, rank: int, placement: str, seed: int) -> dict[float, float]:
-        """Loss by learning rate, ascending; infinite where the arm diverged for any of its seeds."""
+        """Loss by learning rate, ascending; infinite from the lowest rate on that diverged for any of its seeds."""
         arms = [t for t in self.sums if (t.rank, t.placement, t.seed) == (rank, placement, seed)]
-        found = {arm.learning_rate: math.inf if self.diverged(arm) else self.loss(arm) for arm in arms}
+        limit = min((arm.learning_rate for arm in arms if self.diverged(arm)), default=math.inf)
+        found = {arm.learning_rate: self.loss(arm) if arm.learning_rate < limit else math.inf for arm in arms}
         return dict(sorted(found.items()))
 
     def seeds(self, arm: Trial) -> list[int]:
