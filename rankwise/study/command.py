@@ -8,7 +8,9 @@ rankwise study ranks --model_name MODEL --task e2e_nlg --data_path DIR -o runs/s
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from rankwise.data.split import Parts, Sizes
 from rankwise.files.atomic import write_json
 from rankwise.files.ledger import Ledger
 from rankwise.files.processes import announce, finish, gathered, process_index
@@ -18,7 +20,7 @@ from rankwise.page.text import duration
 from rankwise.study.arms import RULES
 from rankwise.study.design import Design, Registration, design_study, digest, register, run_counts
 from rankwise.study.execution import Bench, matched_steps
-from rankwise.study.material import Material, load_material, open_probes, probe_cost
+from rankwise.study.material import Material, load_material, open_probes, probe_cost, read_parts
 from rankwise.study.page import runs_rate, study_lines, write_study
 from rankwise.study.plans import Plans
 from rankwise.study.protocol import report, tune, tuning_batch
@@ -34,7 +36,7 @@ def run(config: StudyConfig) -> Path:
     folder = RunFolder(config.output_dir)
     try:
         with held(folder, "study", inputs(config)) as record:
-            material = load_material(config)
+            material = load_material(config.model, config.data, config.target, config.device, parts_of(config))
             registration = register_study(folder, design, material)
             bench = workbench(folder, design, material)
             if config.time_only:
@@ -58,10 +60,19 @@ def inputs(config: StudyConfig) -> dict[str, Path | str]:
     return {name: value for name, value in found.items() if value}
 
 
+def parts_of(config: StudyConfig) -> tuple[Parts, tuple[Path, ...]]:
+    sizes = Sizes(config.train_size, config.dev_size, config.test_size)
+    return read_parts(config.data, sizes, config.seed, config.dev_path, config.test_path)
+
+
+def read_by(config: StudyConfig, material: Material) -> dict[str, Any]:
+    return material.inputs(config.model, config.probe.deltas)
+
+
 def register_study(folder: RunFolder, design: Design, material: Material) -> Registration:
     """The study on record before its first run; only the first process writes, the others wait for it."""
     if process_index()[0] == 0:
-        register(folder.path, design.content | {"inputs": material.inputs}, design.config.deviation)
+        register(folder.path, design.content | {"inputs": read_by(design.config, material)}, design.config.deviation)
         folder.save_config(design.config)
         write_json(folder / PARTS, material.parts.record())
     gathered({})
@@ -70,12 +81,12 @@ def register_study(folder: RunFolder, design: Design, material: Material) -> Reg
 
 def workbench(folder: RunFolder, design: Design, material: Material) -> Bench:
     """Probes, plans and ledger; probes are trained only where an arm needs them."""
-    recipe = digest([design.recipe, material.inputs])[:16]
-    probes = open_probes(material, folder.path, recipe) if needs_probe(design) else []
-    plans = Plans(material, probes, folder / "plans" / recipe)
+    recipe = digest([design.recipe, read_by(design.config, material)])[:16]
+    probes = open_probes(material, design.config, folder.path, recipe) if needs_probe(design) else []
+    plans = Plans(design.config, material, probes, folder / "plans" / recipe)
     plans.timed_steps = matched_steps(design, plans)
     extra = probe_cost(design.config) if "uniform+compute" in design.arms else 0
-    return Bench(material, plans, Ledger(folder.path), recipe, extra)
+    return Bench(design.config, material, plans, Ledger(folder.path), recipe, extra)
 
 
 def needs_probe(design: Design) -> bool:

@@ -21,6 +21,7 @@ from rankwise.evaluate.likelihood import answer_losses
 from rankwise.files.atomic import read_object, write_json
 from rankwise.files.ledger import Ledger
 from rankwise.files.processes import gathered, own_share, process_index
+from rankwise.options.study import StudyConfig
 from rankwise.study.arms import STATIC, compress_pairs, schedule_of, timed_like
 from rankwise.study.design import Design, Run
 from rankwise.study.material import Material, ScoredItems
@@ -47,6 +48,7 @@ Row = dict[str, Any]
 class Bench:
     """Where runs are made. recipe: hash of everything that decides how a run trains, beside its key."""
 
+    config: StudyConfig
     material: Material
     plans: Plans
     ledger: Ledger
@@ -54,7 +56,7 @@ class Bench:
     extra_steps: int
 
     def settings(self, run: Run) -> ArmSettings:
-        config, contender = self.material.config, run.contender
+        config, contender = self.config, run.contender
         steps, rest = self.plans.steps(contender, self.extra_steps), (config.warmup_steps, config.weight_decay)
         found = ArmSettings(steps, config.batch_size, contender.scheduler, *rest)
         return replace(found, max_grad_norm=config.max_grad_norm, phase_state=contender.state)
@@ -175,7 +177,7 @@ def batches_of(runs: Sequence[Run], bench: Bench) -> list[list[Run]]:
         alone = run if contender.trains_alone else None
         kind = (run.purpose, bench.settings(run), contender.budget, contender.arm == "compress", alone)
         kinds.setdefault(kind, []).append(run)
-    most = bench.material.config.batch_arms
+    most = bench.config.batch_arms
     return [group[start : start + most] for group in kinds.values() for start in range(0, len(group), most)]
 
 

@@ -33,6 +33,7 @@ from rankwise.files.run_folder import CONFIG
 from rankwise.models.load import load_structure, load_weights, torch_dtype
 from rankwise.models.sites import model_sites, weight_table
 from rankwise.models.targets import choose_sites
+from rankwise.options.sections import DataSection, ModelSection
 from rankwise.options.study import StudyConfig
 from rankwise.ranks.deltas import BaseWeights, SavedDeltas, open_deltas, write_deltas
 from rankwise.train.finetune import language_parameters
@@ -68,7 +69,6 @@ class ScoredItems:
 class Material:
     """Model, data and probes, loaded once."""
 
-    config: StudyConfig
     model: PreTrainedModel
     renderer: Renderer
     sites: tuple[Site, ...]
@@ -89,32 +89,35 @@ class Material:
     def test(self) -> ScoredItems:
         return ScoredItems.of(self.parts.test, self.renderer, self.device)
 
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """Fingerprints of what the study reads, for the registration."""
-        base = base_files(resolve(str(self.config.model.model_name), self.config.model.revision))
+    def inputs(self, model: ModelSection, deltas: Sequence[str] = ()) -> dict[str, Any]:
+        """Fingerprints of all that is read: runs of other inputs are not reused."""
         return {
-            "base": fingerprints(base),
+            "base": fingerprints(base_files(resolve(str(model.model_name), model.revision))),
             "data": [fingerprint(file) for file in self.files],
             "prompts": self.renderer.settings,
-            "deltas": [fingerprint(open_deltas(Path(path)).checkpoint.files[0]) for path in self.config.probe.deltas],
+            "deltas": [fingerprint(open_deltas(Path(path)).checkpoint.files[0]) for path in deltas],
         }
 
 
-def load_material(config: StudyConfig) -> Material:
-    """Model and data, checked. float32 unless --dtype says otherwise: what is measured here is small."""
-    name = str(config.model.model_name)
-    skeleton = load_structure(config.model, name)
-    sites = tuple(choose_sites(model_sites(skeleton), config.target).values())
-    renderer = renderer_for(config.data, config.model, name, skeleton.config)
-    parts, files = read_parts(config)
-    data = render_rows(parts.train, renderer)
-    device = config.device if config.device != "auto" else own_device()
-    dtype = torch_dtype(config.model.dtype, trained=True, device=torch.device(device))
-    model = load_weights(config.model, name, dtype).to(device).eval()
-    model.requires_grad_(False)
-    rows = [data[index] for index in range(len(data))]
-    return Material(config, model, renderer, sites, parts, rows, files, device)
+def load_material(
+    model: ModelSection, data: DataSection, target: str | None, device: str, read: tuple[Parts, tuple[Path, ...]]
+) -> Material:
+    """Model and data, checked. float32 unless --dtype says otherwise: what is measured here is small.
+
+    read: the parts of the data and the files they come from, as `read_parts` gives them.
+    """
+    name = str(model.model_name)
+    skeleton = load_structure(model, name)
+    sites = tuple(choose_sites(model_sites(skeleton), target).values())
+    renderer = renderer_for(data, model, name, skeleton.config)
+    parts, files = read
+    rendered = render_rows(parts.train, renderer)
+    device = device if device != "auto" else own_device()
+    dtype = torch_dtype(model.dtype, trained=True, device=torch.device(device))
+    weights = load_weights(model, name, dtype).to(device).eval()
+    weights.requires_grad_(False)
+    rows = [rendered[index] for index in range(len(rendered))]
+    return Material(weights, renderer, sites, parts, rows, files, device)
 
 
 def own_device() -> str:
@@ -122,38 +125,35 @@ def own_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
-def read_parts(config: StudyConfig) -> tuple[Parts, tuple[Path, ...]]:
+def read_parts(
+    data: DataSection, sizes: Sizes, seed: int, dev_path: str | None = None, test_path: str | None = None
+) -> tuple[Parts, tuple[Path, ...]]:
     """Train, dev and test rows, and the files they come from."""
-    pool = read_examples(config.data, str(config.data.data_path))
-    dev = read_examples(config.data, config.dev_path, "dev") if config.dev_path else None
-    test = read_examples(config.data, config.test_path, "test") if config.test_path else None
-    parts = divided(
-        pool.items,
-        dev.items if dev else None,
-        test.items if test else None,
-        Sizes(config.train_size, config.dev_size, config.test_size),
-        random.Random(config.seed),
-    )
+    pool = read_examples(data, str(data.data_path))
+    dev = read_examples(data, dev_path, "dev") if dev_path else None
+    test = read_examples(data, test_path, "test") if test_path else None
+    given = dev.items if dev else None, test.items if test else None
+    parts = divided(pool.items, given[0], given[1], sizes, random.Random(seed))
     files = [file for examples in (pool, dev, test) if examples for file in examples.files]
     return parts, tuple(files)
 
 
-def open_probes(material: Material, folder: Path, recipe: str) -> list[SavedDeltas]:
+def open_probes(material: Material, config: StudyConfig, folder: Path, recipe: str) -> list[SavedDeltas]:
     """The given deltas, or those of own probes, which the first process trains where they are not there yet.
 
     recipe: hash of what the study is made of; a probe of another one is trained anew.
     """
-    given = material.config.probe.deltas
+    given = config.probe.deltas
     if given:
         found = [open_deltas(Path(path)) for path in given]
         for path in given:
             warn_of_others(Path(path), material.renderer)
     else:
-        places = [folder / "probe" / str(index) for index in range(material.config.probe.probes)]
+        places = [folder / "probe" / str(index) for index in range(config.probe.probes)]
         for index, place in enumerate(places):
             if process_index()[0] == 0 and not is_of(place, recipe):
-                announce(f"probe {index + 1} of {len(places)}: {material.config.probe.probe_steps} full updates")
-                train_probe(material, place / "deltas", index, recipe)
+                announce(f"probe {index + 1} of {len(places)}: {config.probe.probe_steps} full updates")
+                train_probe(material, config, place / "deltas", index, recipe)
         gathered({})  # the others wait for the first
         found = [open_deltas(place) for place in places]
     for source in found:
@@ -167,18 +167,18 @@ def is_of(place: Path, recipe: str) -> bool:
     return (place / "deltas").is_dir() and open_deltas(place).metadata.get("recipe") == recipe
 
 
-def probe_rows(material: Material, index: int) -> list[int]:
+def probe_rows(material: Material, config: StudyConfig, index: int) -> list[int]:
     """Positions of a probe's rows in the training part."""
-    count = min(material.config.probe.probe_rows, len(material.rows))
-    return random.Random(f"{material.config.seed} probe {index}").sample(range(len(material.rows)), count)
+    count = min(config.probe.probe_rows, len(material.rows))
+    return random.Random(f"{config.seed} probe {index}").sample(range(len(material.rows)), count)
 
 
-def train_probe(material: Material, folder: Path, index: int, recipe: str) -> None:
+def train_probe(material: Material, config: StudyConfig, folder: Path, index: int, recipe: str) -> None:
     """All language parameters for a few updates on rows of the training part; saves the deltas."""
-    config, model = material.config, material.model
+    model = material.model
     own, name = config.probe, str(config.model.model_name)
     settings = ArmSettings(own.probe_steps, own.probe_batch_size)
-    chosen = probe_rows(material, index)
+    chosen = probe_rows(material, config, index)
     order = row_order(len(chosen), own.probe_steps * own.probe_batch_size, config.seed + index)
     parameters = language_parameters(model)
     files = open_checkpoint(resolve(name, config.model.revision))

@@ -17,6 +17,7 @@ from rankwise.core.site import Site
 from rankwise.errors import UsageError, VerificationError
 from rankwise.evaluate.likelihood import Batch
 from rankwise.files.atomic import read_object, write_json
+from rankwise.options.study import StudyConfig
 from rankwise.ranks.deltas import SavedDeltas
 from rankwise.ranks.spectra import MeasureSettings, measure_sites
 from rankwise.study.arms import RULES, Gains, Probed, gains_of, ranks_within, rule_of, schedule_of, uniform_ranks
@@ -34,6 +35,7 @@ Ranks = Mapping[Site, int]
 class Plans:
     """Ranks and starts of every run; what is costly is made once. folder: where ranks are kept, of this recipe only."""
 
+    config: StudyConfig
     material: Material
     probes: Sequence[SavedDeltas]
     folder: Path
@@ -45,7 +47,7 @@ class Plans:
 
     @property
     def max_rank(self) -> int:
-        return self.material.config.max_rank
+        return self.config.max_rank
 
     @cached_property
     def sites(self) -> list[Site]:
@@ -67,7 +69,7 @@ class Plans:
 
     def signal_batches(self, probe: int) -> list[Batch]:
         """Training rows for rules that run the model: the probe's own where it is the study's."""
-        rows = [self.material.rows[index] for index in probe_rows(self.material, probe)[:SIGNAL_ROWS]]
+        rows = [self.material.rows[index] for index in probe_rows(self.material, self.config, probe)[:SIGNAL_ROWS]]
         parts = [rows[start : start + SIGNAL_BATCH] for start in range(0, len(rows), SIGNAL_BATCH)]
         batches = [self.material.collate(part) for part in parts]
         names = ("input_ids", "attention_mask", "labels")
@@ -103,7 +105,7 @@ class Plans:
 
     def ranks(self, contender: Contender, seed: int) -> Ranks:
         """The ranks to train. `compress` trains four times the budget and is cut to it afterwards."""
-        config = self.material.config
+        config = self.config
         budget, kind = contender.budget, contender.arm.partition(":")[0]
         if config.kind == "phases":
             rule = config.schedule_plan
@@ -151,14 +153,14 @@ class Plans:
 
     def steps(self, contender: Contender, extra: int) -> int:
         """Optimizer steps; `uniform+compute` gets the probe's, `static@…` as many as take the schedule's time."""
-        steps = self.material.config.steps
+        steps = self.config.steps
         if contender.arm == "uniform+compute":
             return steps + extra
         return self.timed_steps.get(contender.arm, steps)
 
     def schedule(self, run: Run, steps: int, replay: str | None) -> Bound | None:
         """The run's schedule over the sites that train. replay: the text of what another run chose."""
-        if self.material.config.kind != "phases":
+        if self.config.kind != "phases":
             return None
         form = schedule_of(run.contender.arm, steps, run.seed) if replay is None else parse_schedule(replay)
         ranks = self.ranks(run.contender, run.seed)

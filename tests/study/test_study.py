@@ -541,7 +541,7 @@ def test_a_compressed_adapter_has_the_budget_and_the_best_product() -> None:
 def test_shuffled_plans_are_fresh_for_every_seed(base: Path, data: Path, tmp_path: Path) -> None:
     config = small(base, data, tmp_path, arms=["uniform", "energy", "shuffled"], time_only=True)
     design = design_study(config)
-    material = stage.load_material(config)
+    material = stage.load_material(config.model, config.data, config.target, config.device, stage.parts_of(config))
     bench = stage.workbench(stage.RunFolder(tmp_path), design, material)
     contender = next(each for each in design.contenders if each.arm == "shuffled")
     drawn = [tuple(bench.plans.ranks(contender, seed).values()) for seed in range(6)]
