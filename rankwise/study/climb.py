@@ -60,7 +60,7 @@ class Ladder:
         return dict(zip(LETTERS, per_rung, strict=True))
 
 
-class Bench(Protocol):
+class Trials(Protocol):
     """Where trials are run and scored."""
 
     def run(self, trials: Sequence[Trial], rung: str) -> None:
@@ -111,7 +111,7 @@ class Findings:
         return Trial(rank, self.rates[rank].advised, self.best[rank].seed, where)
 
 
-def climb(ladder: Ladder, bench: Bench) -> Findings:
+def climb(ladder: Ladder, bench: Trials) -> Findings:
     """Up to the last rung that the time reaches. DivergedError where no learning rate trains at all."""
     found = Findings()
     stages = dict(zip(LETTERS, (find_the_rate, find_the_ranks, repeat_the_best, try_placements, compare), strict=True))
@@ -123,7 +123,7 @@ def climb(ladder: Ladder, bench: Bench) -> Findings:
     return found
 
 
-def find_the_rate(ladder: Ladder, bench: Bench, found: Findings) -> None:
+def find_the_rate(ladder: Ladder, bench: Trials, found: Findings) -> None:
     rank, seed = ladder.ranks[0], ladder.seeds[0]
     bench.run([Trial(rank, rate, seed) for rate in first_grid(ladder.prior, ladder.points, ladder.ratio)], "A")
     for _ in range(GROWN):
@@ -148,7 +148,7 @@ def best_of(scores: Scores, rank: int, seed: int) -> Trial:
     return Trial(rank, min(curve, key=lambda rate: (curve[rate], rate)), seed)
 
 
-def find_the_ranks(ladder: Ladder, bench: Bench, found: Findings) -> None:
+def find_the_ranks(ladder: Ladder, bench: Trials, found: Findings) -> None:
     """At one common rate small ranks would look worse than they are: each is tried at three."""
     assert found.gain is not None
     seed, best = ladder.seeds[0], found.best[ladder.ranks[0]].learning_rate
@@ -167,7 +167,7 @@ def around(rate: float, ratio: float) -> list[float]:
     return first_grid(rate, NEIGHBOURS, ratio)
 
 
-def repeat_the_best(ladder: Ladder, bench: Bench, found: Findings) -> None:
+def repeat_the_best(ladder: Ladder, bench: Trials, found: Findings) -> None:
     """An arm that diverges for its second seed gives way to the next best one of its rank."""
     assert found.gain is not None
     seed, second = ladder.seeds[:2]
@@ -189,7 +189,7 @@ def repeat_the_best(ladder: Ladder, bench: Bench, found: Findings) -> None:
     found.loss = bench.confirm(again).mean(found.best[found.rank.by_bound])
 
 
-def try_placements(ladder: Ladder, bench: Bench, found: Findings) -> None:
+def try_placements(ladder: Ladder, bench: Trials, found: Findings) -> None:
     assert found.rank is not None
     uniform = found.best[found.rank.by_bound]
     trials = [replace(uniform, placement=name) for name in ladder.placements]
@@ -199,7 +199,7 @@ def try_placements(ladder: Ladder, bench: Bench, found: Findings) -> None:
     found.challenger = min(found.tried, key=lambda name: found.tried[name].estimate, default=None)
 
 
-def compare(ladder: Ladder, bench: Bench, found: Findings) -> None:
+def compare(ladder: Ladder, bench: Trials, found: Findings) -> None:
     assert found.rank is not None
     uniform = found.best[found.rank.by_bound]
     if found.challenger is None:
