@@ -1,12 +1,12 @@
 """Conclusions from trials: learning rates within δ of the best, the smallest sufficient rank, the prior's rate.
 
-    scores = Scores({Trial(16, 2e-4, seed=1): sums, …}, tokens, base)      # summed losses by group of held-out items
+    scores = TrialLosses({ShortRun(16, 2e-4, seed=1): sums, …}, tokens, base)      # summed losses by group of held-out items
     gain = scores.gain(trial)                                              # base − trial, with its interval
     rates = find_rates(scores.curve(16, "uniform", 1), delta, gain)        # the set, its middle, the parabola's vertex
     ranks = find_rank(scores, best, delta)                                 # top down by the upper bound of the excess
 
 All differences are paired by item and seed. Few seeds say little of their own spread, so it is pooled over all arms
-that share seeds (`Scores.noise`); with one seed there is none, and then no rank is given up (`undecided`).
+that share seeds (`TrialLosses.noise`); with one seed there is none, and then no rank is given up (`undecided`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Curve = Mapping[float, float]  # learning rate → loss per token; infinite wher
 
 
 @dataclass(frozen=True)
-class Trial:
+class ShortRun:
     """A short training run. placement: `uniform`, or which sites or which rule the same parameters are spent by."""
 
     rank: int
@@ -35,13 +35,13 @@ class Trial:
     placement: str = UNIFORM
 
     @property
-    def arm(self) -> Trial:
+    def arm(self) -> ShortRun:
         """What trials that differ in their seed alone have in common."""
         return replace(self, seed=0)
 
 
 @dataclass(frozen=True)
-class Noise:
+class SeedNoise:
     """Variance of one run's loss per token from seed to seed, with the arms' and the seeds' own means taken out."""
 
     variance: float
@@ -49,18 +49,18 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Scores:
+class TrialLosses:
     """Held-out losses of trials, in nats.
 
     sums: trial → summed loss of each group of items (groups,); not finite for a trial that diverged. tokens (groups,):
     learnt tokens. base (groups,): sums of the model without any adapter.
     """
 
-    sums: Mapping[Trial, Array]
+    sums: Mapping[ShortRun, Array]
     tokens: Array
     base: Array
 
-    def loss(self, trial: Trial) -> float:
+    def loss(self, trial: ShortRun) -> float:
         """Nats per token; infinite for a trial that diverged."""
         total = float(self.sums[trial].sum() / self.tokens.sum())
         return total if math.isfinite(total) else math.inf
@@ -72,30 +72,30 @@ class Scores:
         found = {arm.learning_rate: self.loss(arm) if arm.learning_rate < limit else math.inf for arm in arms}
         return dict(sorted(found.items()))
 
-    def seeds(self, arm: Trial) -> list[int]:
+    def seeds(self, arm: ShortRun) -> list[int]:
         """Seeds of an arm's finite trials."""
         return sorted(t.seed for t in self.sums if t.arm == arm.arm and math.isfinite(self.loss(t)))
 
-    def diverged(self, arm: Trial) -> bool:
+    def diverged(self, arm: ShortRun) -> bool:
         """Whether any of an arm's trials did."""
         return any(trial.arm == arm.arm and not math.isfinite(self.loss(trial)) for trial in self.sums)
 
-    def gain(self, trial: Trial) -> Effect:
+    def gain(self, trial: ShortRun) -> Effect:
         """base − trial. One seed: the interval is over items only."""
         return effect((self.base - self.sums[trial])[None], self.tokens, None)
 
-    def mean(self, arm: Trial) -> Effect:
+    def mean(self, arm: ShortRun) -> Effect:
         """Mean loss of an arm over its seeds; the seeds' spread is the pooled one, where there is one."""
         return effect(np.stack([self.sums[replace(arm, seed=s)] for s in self.seeds(arm)]), self.tokens, self.noise, 1)
 
-    def excess(self, arm: Trial, other: Trial) -> Effect | None:
+    def excess(self, arm: ShortRun, other: ShortRun) -> Effect | None:
         """arm − other over the seeds that both have; None where they share none."""
         shared = sorted({*self.seeds(arm)} & {*self.seeds(other)})
         pairs = [self.sums[replace(arm, seed=s)] - self.sums[replace(other, seed=s)] for s in shared]
         return effect(np.stack(pairs), self.tokens, self.noise) if pairs else None
 
     @property
-    def noise(self) -> Noise | None:
+    def noise(self) -> SeedNoise | None:
         """Pooled over all arms by their sets of seeds: residuals of loss ~ arm + seed. None where no two arms share two
         seeds."""
         blocks: dict[tuple[int, ...], list[list[float]]] = {}
@@ -108,10 +108,10 @@ class Scores:
             residuals = block - block.mean(0) - block.mean(1, keepdims=True) + block.mean()
             squares += float((residuals**2).sum())
             degrees += (block.shape[0] - 1) * (block.shape[1] - 1)
-        return Noise(squares / degrees, degrees) if degrees else None
+        return SeedNoise(squares / degrees, degrees) if degrees else None
 
 
-def effect(sums: Array, tokens: Array, noise: Noise | None, runs: int = 2) -> Effect:
+def effect(sums: Array, tokens: Array, noise: SeedNoise | None, runs: int = 2) -> Effect:
     """Mean over seeds of sums (seeds, groups) per token. runs: how many runs each row is the difference of.
 
     The variance over items is that of the ratio's linearization, over seeds the pooled one; degrees of freedom after
@@ -216,7 +216,7 @@ def rounded(rate: float) -> float:
 
 
 @dataclass(frozen=True)
-class RankStep:
+class RankExcess:
     """A smaller rank against the largest.
 
     verdict: `enough`, `worse`, `undecided`, or `diverged` where one of its seeds did. more_seeds: for `undecided`.
@@ -235,10 +235,10 @@ class Rank:
 
     by_bound: int
     by_estimate: int
-    steps: tuple[RankStep, ...]
+    steps: tuple[RankExcess, ...]
 
 
-def find_rank(scores: Scores, arms: Mapping[int, Trial], delta: float) -> Rank:
+def find_rank(scores: TrialLosses, arms: Mapping[int, ShortRun], delta: float) -> Rank:
     """arms: rank → its best arm. Top down from the largest: each next rank is taken as long as it is enough."""
     largest, *smaller = sorted(arms, reverse=True)
     steps = [rank_step(scores, arms[rank], arms[largest], delta) for rank in smaller]
@@ -254,19 +254,19 @@ def find_rank(scores: Scores, arms: Mapping[int, Trial], delta: float) -> Rank:
     return Rank(by_bound, by_estimate, tuple(steps))
 
 
-def rank_step(scores: Scores, arm: Trial, largest: Trial, delta: float) -> RankStep:
+def rank_step(scores: TrialLosses, arm: ShortRun, largest: ShortRun, delta: float) -> RankExcess:
     excess, noise = scores.excess(arm, largest), scores.noise
     if excess is None or scores.diverged(arm):
-        return RankStep(arm.rank, None, math.inf, "diverged", None)
+        return RankExcess(arm.rank, None, math.inf, "diverged", None)
     if noise is None:
-        return RankStep(arm.rank, excess, math.inf, "undecided", None)
+        return RankExcess(arm.rank, excess, math.inf, "undecided", None)
     bound, lower = upper_bound(excess), 2 * excess.estimate - upper_bound(excess)
     verdict = "enough" if bound <= delta else "worse" if lower > delta else "undecided"
     more = further_seeds(excess, noise, delta) if verdict == "undecided" else None
-    return RankStep(arm.rank, excess, bound, verdict, more)
+    return RankExcess(arm.rank, excess, bound, verdict, more)
 
 
-def further_seeds(found: Effect, noise: Noise, delta: float) -> int | None:
+def further_seeds(found: Effect, noise: SeedNoise, delta: float) -> int | None:
     """How many more seeds bring the bound below δ or above it, at this estimate; None where only more items would.
 
     The pooled degrees of freedom grow in proportion to the seeds beyond the first.

@@ -6,7 +6,7 @@
     D  other placements of the chosen rank's parameters, at its rate                   one seed
     E  the best of them and uniform rank, compared once on rows kept back for that     two fresh seeds
 
-Every rung needs the one before. The budget is asked before each: a rung that does not fit is not begun. Trials that the
+Every rung needs the one before. The budget is asked before each: a rung that does not fit is not begun. TrialBench that the
 bench has made already cost nothing, so a climb that was interrupted goes on where it stopped.
 """
 
@@ -22,8 +22,8 @@ from rankwise.study.advice import (
     UNIFORM,
     Rank,
     Rates,
-    Scores,
-    Trial,
+    ShortRun,
+    TrialLosses,
     find_rank,
     find_rates,
     first_grid,
@@ -38,7 +38,7 @@ GROWN, NEIGHBOURS, FRESH = 3, 3, 2
 
 
 @dataclass(frozen=True)
-class Ladder:
+class Rungs:
     """What is climbed.
 
     ranks: descending. placements: beside uniform rank. seeds: the first for rungs A, B and D,
@@ -54,32 +54,32 @@ class Ladder:
     delta: float | None
 
     def counts(self) -> dict[str, int]:
-        """Trials of each rung where no grid has to grow."""
+        """TrialBench of each rung where no grid has to grow."""
         smaller = len(self.ranks) - 1
         per_rung = [self.points + 1, NEIGHBOURS * smaller, len(self.ranks), len(self.placements), 2 * FRESH]
         return dict(zip(LETTERS, per_rung, strict=True))
 
 
-class Trials(Protocol):
+class TrialBench(Protocol):
     """Where trials are run and scored."""
 
-    def run(self, trials: Sequence[Trial], rung: str) -> None:
+    def run(self, trials: Sequence[ShortRun], rung: str) -> None:
         """Ask for trials: those that are not finished yet are trained and scored."""
 
     def affords(self, trials: int) -> bool:
         """Whether so many further trials fit into the time that is left."""
 
     @property
-    def choose(self) -> Scores:
+    def choose(self) -> TrialLosses:
         """Losses on the rows that decide, of the trials asked for so far and no others: a climb that goes on must see
         what it saw the first time."""
 
-    def confirm(self, trials: Sequence[Trial]) -> Scores:
+    def confirm(self, trials: Sequence[ShortRun]) -> TrialLosses:
         """Losses of these trials on the rows that decide nothing but the last comparison; read once."""
 
 
 @dataclass
-class Findings:
+class Conclusions:
     """What the climb has decided; what stayed None was not reached.
 
     rung: the last one that was climbed. rates: by rank. best: by rank, the best arm. challenger: the placement that was
@@ -90,7 +90,7 @@ class Findings:
     gain: Effect | None = None
     delta: float = math.nan
     rates: dict[int, Rates] = field(default_factory=dict)
-    best: dict[int, Trial] = field(default_factory=dict)
+    best: dict[int, ShortRun] = field(default_factory=dict)
     rank: Rank | None = None
     tried: dict[str, Effect] = field(default_factory=dict)
     challenger: str | None = None
@@ -103,17 +103,17 @@ class Findings:
         return self.gain is not None and self.gain.interval()[0] > 0
 
     @property
-    def advised(self) -> Trial:
+    def advised(self) -> ShortRun:
         """The arm to train: a smaller rank only by its bound, another placement only by its verdict."""
         rank = self.rank.by_bound if self.rank is not None else max(self.best)
         better = self.placement is not None and self.placement.word == "better"
         where = self.challenger if better and self.challenger else UNIFORM
-        return Trial(rank, self.rates[rank].advised, self.best[rank].seed, where)
+        return ShortRun(rank, self.rates[rank].advised, self.best[rank].seed, where)
 
 
-def climb(ladder: Ladder, bench: Trials) -> Findings:
+def climb(ladder: Rungs, bench: TrialBench) -> Conclusions:
     """Up to the last rung that the time reaches. DivergedError where no learning rate trains at all."""
-    found = Findings()
+    found = Conclusions()
     stages = dict(zip(LETTERS, (find_the_rate, find_the_ranks, repeat_the_best, try_placements, compare), strict=True))
     for (rung, stage), count in zip(stages.items(), ladder.counts().values(), strict=True):
         if rung != "A" and not (found.learnt and bench.affords(count)):
@@ -123,19 +123,19 @@ def climb(ladder: Ladder, bench: Trials) -> Findings:
     return found
 
 
-def find_the_rate(ladder: Ladder, bench: Trials, found: Findings) -> None:
+def find_the_rate(ladder: Rungs, bench: TrialBench, found: Conclusions) -> None:
     rank, seed = ladder.ranks[0], ladder.seeds[0]
-    bench.run([Trial(rank, rate, seed) for rate in first_grid(ladder.prior, ladder.points, ladder.ratio)], "A")
+    bench.run([ShortRun(rank, rate, seed) for rate in first_grid(ladder.prior, ladder.points, ladder.ratio)], "A")
     for _ in range(GROWN):
         further = growth(bench.choose.curve(rank, UNIFORM, seed), ladder.ratio)
         if further is None:
             break
-        bench.run([Trial(rank, further, seed)], "A")
+        bench.run([ShortRun(rank, further, seed)], "A")
     curve = bench.choose.curve(rank, UNIFORM, seed)
     if not any(map(math.isfinite, curve.values())):
         tried = f"{min(curve):.3g} to {max(curve):.3g}"
         raise DivergedError(f"every learning rate diverged at rank {rank} (tried {tried}); check the rows, or --rates")
-    bench.run([Trial(rank, refinement(curve), seed)], "A")
+    bench.run([ShortRun(rank, refinement(curve), seed)], "A")
     scores = bench.choose
     found.best[rank] = best_of(scores, rank, seed)
     found.gain = scores.gain(found.best[rank])
@@ -143,21 +143,21 @@ def find_the_rate(ladder: Ladder, bench: Trials, found: Findings) -> None:
     found.rates[rank] = find_rates(scores.curve(rank, UNIFORM, seed), found.delta, found.gain.estimate)
 
 
-def best_of(scores: Scores, rank: int, seed: int) -> Trial:
+def best_of(scores: TrialLosses, rank: int, seed: int) -> ShortRun:
     curve = scores.curve(rank, UNIFORM, seed)
-    return Trial(rank, min(curve, key=lambda rate: (curve[rate], rate)), seed)
+    return ShortRun(rank, min(curve, key=lambda rate: (curve[rate], rate)), seed)
 
 
-def find_the_ranks(ladder: Ladder, bench: Trials, found: Findings) -> None:
+def find_the_ranks(ladder: Rungs, bench: TrialBench, found: Conclusions) -> None:
     """At one common rate small ranks would look worse than they are: each is tried at three."""
     assert found.gain is not None
     seed, best = ladder.seeds[0], found.best[ladder.ranks[0]].learning_rate
     smaller = ladder.ranks[1:]
-    bench.run([Trial(rank, rate, seed) for rank in smaller for rate in around(best, ladder.ratio)], "B")
+    bench.run([ShortRun(rank, rate, seed) for rank in smaller for rate in around(best, ladder.ratio)], "B")
     for rank in smaller:
         further = growth(bench.choose.curve(rank, UNIFORM, seed), ladder.ratio)
         if further is not None:
-            bench.run([Trial(rank, further, seed)], "B")
+            bench.run([ShortRun(rank, further, seed)], "B")
         found.best[rank] = best_of(bench.choose, rank, seed)
         found.rates[rank] = find_rates(bench.choose.curve(rank, UNIFORM, seed), found.delta, found.gain.estimate)
     found.rank = find_rank(bench.choose, found.best, found.delta)
@@ -167,7 +167,7 @@ def around(rate: float, ratio: float) -> list[float]:
     return first_grid(rate, NEIGHBOURS, ratio)
 
 
-def repeat_the_best(ladder: Ladder, bench: Trials, found: Findings) -> None:
+def repeat_the_best(ladder: Rungs, bench: TrialBench, found: Conclusions) -> None:
     """An arm that diverges for its second seed gives way to the next best one of its rank."""
     assert found.gain is not None
     seed, second = ladder.seeds[:2]
@@ -189,7 +189,7 @@ def repeat_the_best(ladder: Ladder, bench: Trials, found: Findings) -> None:
     found.loss = bench.confirm(again).mean(found.best[found.rank.by_bound])
 
 
-def try_placements(ladder: Ladder, bench: Trials, found: Findings) -> None:
+def try_placements(ladder: Rungs, bench: TrialBench, found: Conclusions) -> None:
     assert found.rank is not None
     uniform = found.best[found.rank.by_bound]
     trials = [replace(uniform, placement=name) for name in ladder.placements]
@@ -199,7 +199,7 @@ def try_placements(ladder: Ladder, bench: Trials, found: Findings) -> None:
     found.challenger = min(found.tried, key=lambda name: found.tried[name].estimate, default=None)
 
 
-def compare(ladder: Ladder, bench: Trials, found: Findings) -> None:
+def compare(ladder: Rungs, bench: TrialBench, found: Conclusions) -> None:
     assert found.rank is not None
     uniform = found.best[found.rank.by_bound]
     if found.challenger is None:

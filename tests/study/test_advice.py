@@ -12,9 +12,9 @@ import pytest
 
 from rankwise.errors import DivergedError
 from rankwise.study.advice import (
-    Noise,
-    Scores,
-    Trial,
+    SeedNoise,
+    ShortRun,
+    TrialLosses,
     effect,
     find_rank,
     find_rates,
@@ -26,27 +26,27 @@ from rankwise.study.advice import (
     smallest_effect,
     upper_bound,
 )
-from rankwise.study.climb import Ladder, climb
+from rankwise.study.climb import Rungs, climb
 
 GROUPS, TOKENS = 80, 40.0
-LADDER = Ladder(1e-3, 5, 2.5, (16, 4, 1), ("attention_only", "mlp_only", "energy"), (1, 2, 3, 4), None)
+LADDER = Rungs(1e-3, 5, 2.5, (16, 4, 1), ("attention_only", "mlp_only", "energy"), (1, 2, 3, 4), None)
 
 
 @dataclass
 class Truth:
     """A bench whose trials lose what a formula says, plus noise of seed, arm and item."""
 
-    loss: Callable[[Trial], float]
+    loss: Callable[[ShortRun], float]
     seed_noise: float = 0.0
     arm_noise: float = 0.0
     item_noise: float = 0.0
     budget: int = 1000
     base_loss: float = 3.0
     draw: int = 0
-    made: dict[Trial, np.ndarray] = field(default_factory=dict)
-    asked: list[Trial] = field(default_factory=list)
+    made: dict[ShortRun, np.ndarray] = field(default_factory=dict)
+    asked: list[ShortRun] = field(default_factory=list)
     rungs: list[str] = field(default_factory=list)
-    confirmed: list[Trial] = field(default_factory=list)
+    confirmed: list[ShortRun] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.items = np.random.default_rng(self.draw).normal(0, 1, GROUPS)
@@ -54,13 +54,13 @@ class Truth:
     def noise(self, *what: object) -> np.random.Generator:
         return np.random.default_rng([self.draw, *(zlib.crc32(repr(each).encode()) for each in what)])
 
-    def sums(self, trial: Trial, part: str = "choose") -> np.ndarray:
+    def sums(self, trial: ShortRun, part: str = "choose") -> np.ndarray:
         mean = self.loss(trial)
         mean += self.seed_noise * self.noise("seed", trial.seed).normal()
         mean += self.arm_noise * self.noise(trial).normal()
         return TOKENS * (mean + self.items + self.item_noise * self.noise(trial, part).normal(size=GROUPS))
 
-    def run(self, trials: Sequence[Trial], rung: str) -> None:
+    def run(self, trials: Sequence[ShortRun], rung: str) -> None:
         self.asked += trials
         for trial in trials:
             if trial not in self.made:
@@ -71,22 +71,22 @@ class Truth:
         return len(self.made) + trials <= self.budget
 
     @property
-    def choose(self) -> Scores:
-        return Scores(
+    def choose(self) -> TrialLosses:
+        return TrialLosses(
             {trial: self.made[trial] for trial in self.asked},
             np.full(GROUPS, TOKENS),
             TOKENS * (self.base_loss + self.items),
         )
 
-    def confirm(self, trials: Sequence[Trial]) -> Scores:
+    def confirm(self, trials: Sequence[ShortRun]) -> TrialLosses:
         self.confirmed += trials
         return replace(self.choose, sums={trial: self.sums(trial, "confirm") for trial in trials})
 
 
-def bowl(optimum: float = 1e-3, curvature: float = 0.05, **excess: float) -> Callable[[Trial], float]:
+def bowl(optimum: float = 1e-3, curvature: float = 0.05, **excess: float) -> Callable[[ShortRun], float]:
     """Loss 1 at the optimum, quadratic in log rate; excess: by `rank4`, `energy`, …"""
 
-    def loss(trial: Trial) -> float:
+    def loss(trial: ShortRun) -> float:
         above = excess.get(f"rank{trial.rank}", 0.0) + excess.get(trial.placement, 0.0)
         return 1 + curvature * math.log(trial.learning_rate / optimum) ** 2 + above
 
@@ -94,7 +94,7 @@ def bowl(optimum: float = 1e-3, curvature: float = 0.05, **excess: float) -> Cal
 
 
 def test_the_vertex_of_a_parabola_is_its_minimum() -> None:
-    curve = {rate: bowl(1.3e-3)(Trial(16, rate, 1)) for rate in first_grid(1e-3, 5, 2.5)}
+    curve = {rate: bowl(1.3e-3)(ShortRun(16, rate, 1)) for rate in first_grid(1e-3, 5, 2.5)}
     found = find_rates(curve, delta=1e-9, gain=1.0)
     assert found.vertex == pytest.approx(1.3e-3, rel=1e-6)
     assert found.best == found.advised == 1e-3
@@ -158,7 +158,7 @@ def test_pooled_noise_is_that_of_the_runs_not_of_seeds_or_arms() -> None:
     found = []
     for draw in range(200):
         truth = Truth(lambda trial: trial.rank / 7, seed_noise=0.5, arm_noise=0.02, draw=draw)
-        truth.run([Trial(rank, 1e-3, seed) for rank in (16, 4, 1) for seed in (1, 2)], "C")
+        truth.run([ShortRun(rank, 1e-3, seed) for rank in (16, 4, 1) for seed in (1, 2)], "C")
         noise = truth.choose.noise
         assert noise is not None and noise.degrees == 2
         found.append(noise.variance)
@@ -167,7 +167,7 @@ def test_pooled_noise_is_that_of_the_runs_not_of_seeds_or_arms() -> None:
 
 def test_noise_needs_two_arms_with_two_seeds_each() -> None:
     truth = Truth(bowl())
-    truth.run([Trial(16, 1e-3, 1), Trial(16, 1e-3, 2), Trial(4, 1e-3, 1)], "C")
+    truth.run([ShortRun(16, 1e-3, 1), ShortRun(16, 1e-3, 2), ShortRun(4, 1e-3, 1)], "C")
     assert truth.choose.noise is None
 
 
@@ -176,9 +176,9 @@ def accepted(excess: float, delta: float, draws: int, **noise: float) -> float:
     count = 0
     for draw in range(draws):
         truth = Truth(bowl(rank1=excess), draw=draw, **noise)
-        truth.run([Trial(rank, 1e-3, seed) for rank in (16, 1) for seed in (1, 2)], "C")
-        truth.run([Trial(4, 1e-3, seed) for seed in (1, 2)], "C")
-        arms = {rank: Trial(rank, 1e-3, 1) for rank in (16, 1)}
+        truth.run([ShortRun(rank, 1e-3, seed) for rank in (16, 1) for seed in (1, 2)], "C")
+        truth.run([ShortRun(4, 1e-3, seed) for seed in (1, 2)], "C")
+        arms = {rank: ShortRun(rank, 1e-3, 1) for rank in (16, 1)}
         count += find_rank(truth.choose, arms, delta).by_bound == 1
     return count / draws
 
@@ -199,22 +199,22 @@ def test_a_rank_that_loses_nothing_is_advised_where_the_noise_allows_it() -> Non
 
 def test_one_seed_gives_no_rank_up() -> None:
     truth = Truth(bowl(), item_noise=0.001)
-    truth.run([Trial(rank, 1e-3, 1) for rank in (16, 4, 1)], "B")
-    found = find_rank(truth.choose, {rank: Trial(rank, 1e-3, 1) for rank in (16, 4, 1)}, 0.02)
+    truth.run([ShortRun(rank, 1e-3, 1) for rank in (16, 4, 1)], "B")
+    found = find_rank(truth.choose, {rank: ShortRun(rank, 1e-3, 1) for rank in (16, 4, 1)}, 0.02)
     assert (found.by_bound, found.by_estimate) == (16, 1)
     assert [step.verdict for step in found.steps] == ["undecided", "undecided"]
 
 
 def test_a_rank_below_one_that_is_not_enough_is_not_advised() -> None:
     truth = Truth(bowl(rank4=0.5), arm_noise=1e-4, item_noise=1e-3)
-    truth.run([Trial(rank, 1e-3, seed) for rank in (16, 4, 1) for seed in (1, 2)], "C")
-    found = find_rank(truth.choose, {rank: Trial(rank, 1e-3, 1) for rank in (16, 4, 1)}, 0.02)
+    truth.run([ShortRun(rank, 1e-3, seed) for rank in (16, 4, 1) for seed in (1, 2)], "C")
+    found = find_rank(truth.choose, {rank: ShortRun(rank, 1e-3, 1) for rank in (16, 4, 1)}, 0.02)
     assert (found.by_bound, found.by_estimate) == (16, 16)
     assert [step.verdict for step in found.steps] == ["worse", "enough"]
 
 
 def test_the_seeds_that_are_foretold_bring_the_bound_to_delta() -> None:
-    noise, delta = Noise(0.01**2, 2), 0.02
+    noise, delta = SeedNoise(0.01**2, 2), 0.02
     one = effect(np.full((2, GROUPS), 0.005 * TOKENS), np.full(GROUPS, TOKENS), noise)
     assert upper_bound(one) > delta
     more = further_seeds(one, noise, delta)
@@ -301,7 +301,7 @@ def test_where_every_rate_diverges_lower_ones_are_tried_and_then_it_ends() -> No
 
 
 def test_an_arm_that_diverges_for_its_second_seed_gives_way_to_the_next_best() -> None:
-    def loss(trial: Trial) -> float:
+    def loss(trial: ShortRun) -> float:
         return math.inf if (trial.rank, trial.seed, trial.learning_rate) == (4, 2, 1e-3) else bowl()(trial)
 
     found = climb(LADDER, Truth(loss, arm_noise=1e-4, item_noise=0.01, budget=15))
@@ -312,7 +312,7 @@ def test_an_arm_that_diverges_for_its_second_seed_gives_way_to_the_next_best() -
 
 
 def test_a_rank_that_always_diverges_for_its_second_seed_is_out() -> None:
-    def loss(trial: Trial) -> float:
+    def loss(trial: ShortRun) -> float:
         return math.inf if (trial.rank, trial.seed) == (4, 2) else bowl()(trial)
 
     found = climb(LADDER, Truth(loss, arm_noise=1e-4, item_noise=0.01, budget=15))
