@@ -1,6 +1,6 @@
 """Conclusions from trials: learning rates within δ of the best, the smallest sufficient rank, the prior's rate.
 
-    scores = TrialLosses({ShortRun(16, 2e-4, seed=1): sums, …}, tokens, base)      # summed losses by group of held-out items
+    scores = TrialLosses({TrialRun(16, 2e-4, seed=1): sums, …}, tokens, base)   # summed by group of held-out items
     gain = scores.gain(trial)                                              # base − trial, with its interval
     rates = find_rates(scores.curve(16, "uniform", 1), delta, gain)        # the set, its middle, the parabola's vertex
     ranks = find_rank(scores, best, delta)                                 # top down by the upper bound of the excess
@@ -26,7 +26,7 @@ Curve = Mapping[float, float]  # learning rate → loss per token; infinite wher
 
 
 @dataclass(frozen=True)
-class ShortRun:
+class TrialRun:
     """A short training run. placement: `uniform`, or which sites or which rule the same parameters are spent by."""
 
     rank: int
@@ -35,7 +35,7 @@ class ShortRun:
     placement: str = UNIFORM
 
     @property
-    def arm(self) -> ShortRun:
+    def arm(self) -> TrialRun:
         """What trials that differ in their seed alone have in common."""
         return replace(self, seed=0)
 
@@ -56,11 +56,11 @@ class TrialLosses:
     learnt tokens. base (groups,): sums of the model without any adapter.
     """
 
-    sums: Mapping[ShortRun, Array]
+    sums: Mapping[TrialRun, Array]
     tokens: Array
     base: Array
 
-    def loss(self, trial: ShortRun) -> float:
+    def loss(self, trial: TrialRun) -> float:
         """Nats per token; infinite for a trial that diverged."""
         total = float(self.sums[trial].sum() / self.tokens.sum())
         return total if math.isfinite(total) else math.inf
@@ -72,23 +72,23 @@ class TrialLosses:
         found = {arm.learning_rate: self.loss(arm) if arm.learning_rate < limit else math.inf for arm in arms}
         return dict(sorted(found.items()))
 
-    def seeds(self, arm: ShortRun) -> list[int]:
+    def seeds(self, arm: TrialRun) -> list[int]:
         """Seeds of an arm's finite trials."""
         return sorted(t.seed for t in self.sums if t.arm == arm.arm and math.isfinite(self.loss(t)))
 
-    def diverged(self, arm: ShortRun) -> bool:
+    def diverged(self, arm: TrialRun) -> bool:
         """Whether any of an arm's trials did."""
         return any(trial.arm == arm.arm and not math.isfinite(self.loss(trial)) for trial in self.sums)
 
-    def gain(self, trial: ShortRun) -> Effect:
+    def gain(self, trial: TrialRun) -> Effect:
         """base − trial. One seed: the interval is over items only."""
         return effect((self.base - self.sums[trial])[None], self.tokens, None)
 
-    def mean(self, arm: ShortRun) -> Effect:
+    def mean(self, arm: TrialRun) -> Effect:
         """Mean loss of an arm over its seeds; the seeds' spread is the pooled one, where there is one."""
         return effect(np.stack([self.sums[replace(arm, seed=s)] for s in self.seeds(arm)]), self.tokens, self.noise, 1)
 
-    def excess(self, arm: ShortRun, other: ShortRun) -> Effect | None:
+    def excess(self, arm: TrialRun, other: TrialRun) -> Effect | None:
         """arm − other over the seeds that both have; None where they share none."""
         shared = sorted({*self.seeds(arm)} & {*self.seeds(other)})
         pairs = [self.sums[replace(arm, seed=s)] - self.sums[replace(other, seed=s)] for s in shared]
@@ -238,7 +238,7 @@ class Rank:
     steps: tuple[RankExcess, ...]
 
 
-def find_rank(scores: TrialLosses, arms: Mapping[int, ShortRun], delta: float) -> Rank:
+def find_rank(scores: TrialLosses, arms: Mapping[int, TrialRun], delta: float) -> Rank:
     """arms: rank → its best arm. Top down from the largest: each next rank is taken as long as it is enough."""
     largest, *smaller = sorted(arms, reverse=True)
     steps = [rank_step(scores, arms[rank], arms[largest], delta) for rank in smaller]
@@ -254,7 +254,7 @@ def find_rank(scores: TrialLosses, arms: Mapping[int, ShortRun], delta: float) -
     return Rank(by_bound, by_estimate, tuple(steps))
 
 
-def rank_step(scores: TrialLosses, arm: ShortRun, largest: ShortRun, delta: float) -> RankExcess:
+def rank_step(scores: TrialLosses, arm: TrialRun, largest: TrialRun, delta: float) -> RankExcess:
     excess, noise = scores.excess(arm, largest), scores.noise
     if excess is None or scores.diverged(arm):
         return RankExcess(arm.rank, None, math.inf, "diverged", None)

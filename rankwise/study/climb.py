@@ -6,7 +6,7 @@
     D  other placements of the chosen rank's parameters, at its rate                   one seed
     E  the best of them and uniform rank, compared once on rows kept back for that     two fresh seeds
 
-Every rung needs the one before. The budget is asked before each: a rung that does not fit is not begun. TrialBench that the
+Every rung needs the one before. The budget is asked before each: a rung that does not fit is not begun. Trials that the
 bench has made already cost nothing, so a climb that was interrupted goes on where it stopped.
 """
 
@@ -22,7 +22,7 @@ from rankwise.study.advice import (
     UNIFORM,
     Rank,
     Rates,
-    ShortRun,
+    TrialRun,
     TrialLosses,
     find_rank,
     find_rates,
@@ -63,7 +63,7 @@ class Rungs:
 class TrialBench(Protocol):
     """Where trials are run and scored."""
 
-    def run(self, trials: Sequence[ShortRun], rung: str) -> None:
+    def run(self, trials: Sequence[TrialRun], rung: str) -> None:
         """Ask for trials: those that are not finished yet are trained and scored."""
 
     def affords(self, trials: int) -> bool:
@@ -74,7 +74,7 @@ class TrialBench(Protocol):
         """Losses on the rows that decide, of the trials asked for so far and no others: a climb that goes on must see
         what it saw the first time."""
 
-    def confirm(self, trials: Sequence[ShortRun]) -> TrialLosses:
+    def confirm(self, trials: Sequence[TrialRun]) -> TrialLosses:
         """Losses of these trials on the rows that decide nothing but the last comparison; read once."""
 
 
@@ -90,7 +90,7 @@ class Conclusions:
     gain: Effect | None = None
     delta: float = math.nan
     rates: dict[int, Rates] = field(default_factory=dict)
-    best: dict[int, ShortRun] = field(default_factory=dict)
+    best: dict[int, TrialRun] = field(default_factory=dict)
     rank: Rank | None = None
     tried: dict[str, Effect] = field(default_factory=dict)
     challenger: str | None = None
@@ -103,12 +103,12 @@ class Conclusions:
         return self.gain is not None and self.gain.interval()[0] > 0
 
     @property
-    def advised(self) -> ShortRun:
+    def advised(self) -> TrialRun:
         """The arm to train: a smaller rank only by its bound, another placement only by its verdict."""
         rank = self.rank.by_bound if self.rank is not None else max(self.best)
         better = self.placement is not None and self.placement.word == "better"
         where = self.challenger if better and self.challenger else UNIFORM
-        return ShortRun(rank, self.rates[rank].advised, self.best[rank].seed, where)
+        return TrialRun(rank, self.rates[rank].advised, self.best[rank].seed, where)
 
 
 def climb(ladder: Rungs, bench: TrialBench) -> Conclusions:
@@ -125,17 +125,17 @@ def climb(ladder: Rungs, bench: TrialBench) -> Conclusions:
 
 def find_the_rate(ladder: Rungs, bench: TrialBench, found: Conclusions) -> None:
     rank, seed = ladder.ranks[0], ladder.seeds[0]
-    bench.run([ShortRun(rank, rate, seed) for rate in first_grid(ladder.prior, ladder.points, ladder.ratio)], "A")
+    bench.run([TrialRun(rank, rate, seed) for rate in first_grid(ladder.prior, ladder.points, ladder.ratio)], "A")
     for _ in range(GROWN):
         further = growth(bench.choose.curve(rank, UNIFORM, seed), ladder.ratio)
         if further is None:
             break
-        bench.run([ShortRun(rank, further, seed)], "A")
+        bench.run([TrialRun(rank, further, seed)], "A")
     curve = bench.choose.curve(rank, UNIFORM, seed)
     if not any(map(math.isfinite, curve.values())):
         tried = f"{min(curve):.3g} to {max(curve):.3g}"
         raise DivergedError(f"every learning rate diverged at rank {rank} (tried {tried}); check the rows, or --rates")
-    bench.run([ShortRun(rank, refinement(curve), seed)], "A")
+    bench.run([TrialRun(rank, refinement(curve), seed)], "A")
     scores = bench.choose
     found.best[rank] = best_of(scores, rank, seed)
     found.gain = scores.gain(found.best[rank])
@@ -143,9 +143,9 @@ def find_the_rate(ladder: Rungs, bench: TrialBench, found: Conclusions) -> None:
     found.rates[rank] = find_rates(scores.curve(rank, UNIFORM, seed), found.delta, found.gain.estimate)
 
 
-def best_of(scores: TrialLosses, rank: int, seed: int) -> ShortRun:
+def best_of(scores: TrialLosses, rank: int, seed: int) -> TrialRun:
     curve = scores.curve(rank, UNIFORM, seed)
-    return ShortRun(rank, min(curve, key=lambda rate: (curve[rate], rate)), seed)
+    return TrialRun(rank, min(curve, key=lambda rate: (curve[rate], rate)), seed)
 
 
 def find_the_ranks(ladder: Rungs, bench: TrialBench, found: Conclusions) -> None:
@@ -153,11 +153,11 @@ def find_the_ranks(ladder: Rungs, bench: TrialBench, found: Conclusions) -> None
     assert found.gain is not None
     seed, best = ladder.seeds[0], found.best[ladder.ranks[0]].learning_rate
     smaller = ladder.ranks[1:]
-    bench.run([ShortRun(rank, rate, seed) for rank in smaller for rate in around(best, ladder.ratio)], "B")
+    bench.run([TrialRun(rank, rate, seed) for rank in smaller for rate in around(best, ladder.ratio)], "B")
     for rank in smaller:
         further = growth(bench.choose.curve(rank, UNIFORM, seed), ladder.ratio)
         if further is not None:
-            bench.run([ShortRun(rank, further, seed)], "B")
+            bench.run([TrialRun(rank, further, seed)], "B")
         found.best[rank] = best_of(bench.choose, rank, seed)
         found.rates[rank] = find_rates(bench.choose.curve(rank, UNIFORM, seed), found.delta, found.gain.estimate)
     found.rank = find_rank(bench.choose, found.best, found.delta)

@@ -13,7 +13,7 @@ import pytest
 from rankwise.errors import DivergedError
 from rankwise.study.advice import (
     SeedNoise,
-    ShortRun,
+    TrialRun,
     TrialLosses,
     effect,
     find_rank,
@@ -36,17 +36,17 @@ LADDER = Rungs(1e-3, 5, 2.5, (16, 4, 1), ("attention_only", "mlp_only", "energy"
 class Truth:
     """A bench whose trials lose what a formula says, plus noise of seed, arm and item."""
 
-    loss: Callable[[ShortRun], float]
+    loss: Callable[[TrialRun], float]
     seed_noise: float = 0.0
     arm_noise: float = 0.0
     item_noise: float = 0.0
     budget: int = 1000
     base_loss: float = 3.0
     draw: int = 0
-    made: dict[ShortRun, np.ndarray] = field(default_factory=dict)
-    asked: list[ShortRun] = field(default_factory=list)
+    made: dict[TrialRun, np.ndarray] = field(default_factory=dict)
+    asked: list[TrialRun] = field(default_factory=list)
     rungs: list[str] = field(default_factory=list)
-    confirmed: list[ShortRun] = field(default_factory=list)
+    confirmed: list[TrialRun] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.items = np.random.default_rng(self.draw).normal(0, 1, GROUPS)
@@ -54,13 +54,13 @@ class Truth:
     def noise(self, *what: object) -> np.random.Generator:
         return np.random.default_rng([self.draw, *(zlib.crc32(repr(each).encode()) for each in what)])
 
-    def sums(self, trial: ShortRun, part: str = "choose") -> np.ndarray:
+    def sums(self, trial: TrialRun, part: str = "choose") -> np.ndarray:
         mean = self.loss(trial)
         mean += self.seed_noise * self.noise("seed", trial.seed).normal()
         mean += self.arm_noise * self.noise(trial).normal()
         return TOKENS * (mean + self.items + self.item_noise * self.noise(trial, part).normal(size=GROUPS))
 
-    def run(self, trials: Sequence[ShortRun], rung: str) -> None:
+    def run(self, trials: Sequence[TrialRun], rung: str) -> None:
         self.asked += trials
         for trial in trials:
             if trial not in self.made:
@@ -78,15 +78,15 @@ class Truth:
             TOKENS * (self.base_loss + self.items),
         )
 
-    def confirm(self, trials: Sequence[ShortRun]) -> TrialLosses:
+    def confirm(self, trials: Sequence[TrialRun]) -> TrialLosses:
         self.confirmed += trials
         return replace(self.choose, sums={trial: self.sums(trial, "confirm") for trial in trials})
 
 
-def bowl(optimum: float = 1e-3, curvature: float = 0.05, **excess: float) -> Callable[[ShortRun], float]:
+def bowl(optimum: float = 1e-3, curvature: float = 0.05, **excess: float) -> Callable[[TrialRun], float]:
     """Loss 1 at the optimum, quadratic in log rate; excess: by `rank4`, `energy`, …"""
 
-    def loss(trial: ShortRun) -> float:
+    def loss(trial: TrialRun) -> float:
         above = excess.get(f"rank{trial.rank}", 0.0) + excess.get(trial.placement, 0.0)
         return 1 + curvature * math.log(trial.learning_rate / optimum) ** 2 + above
 
@@ -94,7 +94,7 @@ def bowl(optimum: float = 1e-3, curvature: float = 0.05, **excess: float) -> Cal
 
 
 def test_the_vertex_of_a_parabola_is_its_minimum() -> None:
-    curve = {rate: bowl(1.3e-3)(ShortRun(16, rate, 1)) for rate in first_grid(1e-3, 5, 2.5)}
+    curve = {rate: bowl(1.3e-3)(TrialRun(16, rate, 1)) for rate in first_grid(1e-3, 5, 2.5)}
     found = find_rates(curve, delta=1e-9, gain=1.0)
     assert found.vertex == pytest.approx(1.3e-3, rel=1e-6)
     assert found.best == found.advised == 1e-3
@@ -158,7 +158,7 @@ def test_pooled_noise_is_that_of_the_runs_not_of_seeds_or_arms() -> None:
     found = []
     for draw in range(200):
         truth = Truth(lambda trial: trial.rank / 7, seed_noise=0.5, arm_noise=0.02, draw=draw)
-        truth.run([ShortRun(rank, 1e-3, seed) for rank in (16, 4, 1) for seed in (1, 2)], "C")
+        truth.run([TrialRun(rank, 1e-3, seed) for rank in (16, 4, 1) for seed in (1, 2)], "C")
         noise = truth.choose.noise
         assert noise is not None and noise.degrees == 2
         found.append(noise.variance)
@@ -167,7 +167,7 @@ def test_pooled_noise_is_that_of_the_runs_not_of_seeds_or_arms() -> None:
 
 def test_noise_needs_two_arms_with_two_seeds_each() -> None:
     truth = Truth(bowl())
-    truth.run([ShortRun(16, 1e-3, 1), ShortRun(16, 1e-3, 2), ShortRun(4, 1e-3, 1)], "C")
+    truth.run([TrialRun(16, 1e-3, 1), TrialRun(16, 1e-3, 2), TrialRun(4, 1e-3, 1)], "C")
     assert truth.choose.noise is None
 
 
@@ -176,9 +176,9 @@ def accepted(excess: float, delta: float, draws: int, **noise: float) -> float:
     count = 0
     for draw in range(draws):
         truth = Truth(bowl(rank1=excess), draw=draw, **noise)
-        truth.run([ShortRun(rank, 1e-3, seed) for rank in (16, 1) for seed in (1, 2)], "C")
-        truth.run([ShortRun(4, 1e-3, seed) for seed in (1, 2)], "C")
-        arms = {rank: ShortRun(rank, 1e-3, 1) for rank in (16, 1)}
+        truth.run([TrialRun(rank, 1e-3, seed) for rank in (16, 1) for seed in (1, 2)], "C")
+        truth.run([TrialRun(4, 1e-3, seed) for seed in (1, 2)], "C")
+        arms = {rank: TrialRun(rank, 1e-3, 1) for rank in (16, 1)}
         count += find_rank(truth.choose, arms, delta).by_bound == 1
     return count / draws
 
@@ -199,16 +199,16 @@ def test_a_rank_that_loses_nothing_is_advised_where_the_noise_allows_it() -> Non
 
 def test_one_seed_gives_no_rank_up() -> None:
     truth = Truth(bowl(), item_noise=0.001)
-    truth.run([ShortRun(rank, 1e-3, 1) for rank in (16, 4, 1)], "B")
-    found = find_rank(truth.choose, {rank: ShortRun(rank, 1e-3, 1) for rank in (16, 4, 1)}, 0.02)
+    truth.run([TrialRun(rank, 1e-3, 1) for rank in (16, 4, 1)], "B")
+    found = find_rank(truth.choose, {rank: TrialRun(rank, 1e-3, 1) for rank in (16, 4, 1)}, 0.02)
     assert (found.by_bound, found.by_estimate) == (16, 1)
     assert [step.verdict for step in found.steps] == ["undecided", "undecided"]
 
 
 def test_a_rank_below_one_that_is_not_enough_is_not_advised() -> None:
     truth = Truth(bowl(rank4=0.5), arm_noise=1e-4, item_noise=1e-3)
-    truth.run([ShortRun(rank, 1e-3, seed) for rank in (16, 4, 1) for seed in (1, 2)], "C")
-    found = find_rank(truth.choose, {rank: ShortRun(rank, 1e-3, 1) for rank in (16, 4, 1)}, 0.02)
+    truth.run([TrialRun(rank, 1e-3, seed) for rank in (16, 4, 1) for seed in (1, 2)], "C")
+    found = find_rank(truth.choose, {rank: TrialRun(rank, 1e-3, 1) for rank in (16, 4, 1)}, 0.02)
     assert (found.by_bound, found.by_estimate) == (16, 16)
     assert [step.verdict for step in found.steps] == ["worse", "enough"]
 
@@ -301,7 +301,7 @@ def test_where_every_rate_diverges_lower_ones_are_tried_and_then_it_ends() -> No
 
 
 def test_an_arm_that_diverges_for_its_second_seed_gives_way_to_the_next_best() -> None:
-    def loss(trial: ShortRun) -> float:
+    def loss(trial: TrialRun) -> float:
         return math.inf if (trial.rank, trial.seed, trial.learning_rate) == (4, 2, 1e-3) else bowl()(trial)
 
     found = climb(LADDER, Truth(loss, arm_noise=1e-4, item_noise=0.01, budget=15))
@@ -312,7 +312,7 @@ def test_an_arm_that_diverges_for_its_second_seed_gives_way_to_the_next_best() -
 
 
 def test_a_rank_that_always_diverges_for_its_second_seed_is_out() -> None:
-    def loss(trial: ShortRun) -> float:
+    def loss(trial: TrialRun) -> float:
         return math.inf if (trial.rank, trial.seed) == (4, 2) else bowl()(trial)
 
     found = climb(LADDER, Truth(loss, arm_noise=1e-4, item_noise=0.01, budget=15))
