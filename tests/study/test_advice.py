@@ -13,8 +13,8 @@ import pytest
 from rankwise.errors import DivergedError
 from rankwise.study.advice import (
     SeedNoise,
-    TrialRun,
     TrialLosses,
+    TrialRun,
     effect,
     find_rank,
     find_rates,
