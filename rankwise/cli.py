@@ -5,7 +5,6 @@ rankwise ranks BASE TUNED --budget uniform:16 --dry-run
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import importlib
 import logging
@@ -17,12 +16,11 @@ import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from rankwise import __version__
 from rankwise.errors import RankwiseError, UsageError
-from rankwise.options.field import CONFIG_SUFFIXES, Option, flatten, load_file, typed_values, unknown
+from rankwise.options.field import CONFIG_SUFFIXES, Option, load_file, typed_values, unknown
 from rankwise.options.flags import build_parser, parse_flags
 from rankwise.page import terminal
 from rankwise.pipeline.recipe import PIPELINES, options_for, packaged_recipe
@@ -145,27 +143,13 @@ def resolve(name: str, argv: Sequence[str]) -> tuple[Any, bool]:
 def dispatch(argv: Sequence[str]) -> None:
     """Run one command line. Raises RankwiseError; `main` turns that into an exit code."""
     name, rest = split_command(argv)
-    built, dry_run = resolve(name, rest)
-    stage = stage_of(name)
+    config, dry_run = resolve(name, rest)
     preflight = importlib.import_module("rankwise.pipeline.preflight")
-    preflight.require_extras(name, built)
-    lines = stage.describe(built)
-    preflight.ready(name, built)
-    if not dry_run:
-        stage.run(built)
-        return
-    rehearse(stage, built)
-    import yaml
-
-    print(yaml.safe_dump(flatten(built), sort_keys=False, allow_unicode=True), end="")
-    for line in lines:
-        print("# would " + line.replace("\n", "\n#   "))
-
-
-def rehearse(stage: ModuleType, config: Any) -> None:
-    """Run the command up to its first write, for its checks; what it says on the way is no part of the config."""
-    with contextlib.redirect_stdout(sys.stderr), importlib.import_module("rankwise.files.atomic").rehearsal():
-        stage.run(config)
+    preflight.ready(name, config)
+    if dry_run:
+        preflight.dry_run(name, config)
+    else:
+        stage_of(name).run(config)
 
 
 def explain_flags(words: Sequence[str], message: str) -> str:

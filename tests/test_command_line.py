@@ -49,7 +49,7 @@ LINES = {
     "check": (f"{ROWS} --model_name @/base", 0),
     "label": ("@/photos --from_folders", 0),
     "evaluate": (f"@/base {ROWS}", 0),
-    "study": (f"--model_name @/base {ROWS}", 0),
+    "study": (f"--model_name @/base {ROWS} --train_size 4 --dev_size 2 --test_size 2", 0),
     "compare": ("@/run @/run2 --no_plots", 0),
     "report": ("@/run", 0),
     "merge": ("@/lora --base_model @/base", 0),
@@ -57,7 +57,7 @@ LINES = {
     "validate": (f"@/export {ROWS}", 3),
     "bundle": ("@/export", 3),
     "card": ("@/run", 3),
-    "features capture": ("--synthetic 4 --tokens 8 --channels 16", 0),
+    "features capture": ("--synthetic 4 --tokens 8 --channels 32", 0),
     "features train": ("--features @/cache --arch MLP --rank 2", 0),
     "features compare": ("--results_dir @/results --no_plots", 0),
     "features show": ("--results_dir @/results --arch MLP", 0),
@@ -105,7 +105,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / run / "training_log.csv").write_text("step,loss\n1,2.5\n2,2.0\n")
     cache = make_cache(folder / "cache", matrices(20))
     make_run(folder / "results", cache, "MLP")
-    (folder / "export").mkdir()
+    for name in ("export", "empty"):
+        (folder / name).mkdir()
+    (folder / "empty.txt").write_text("")
+    (folder / "wrong.csv").write_text("a,b\n1,2\n")
+    (folder / "wrong.yaml").write_text(f"stages: [{{command: report, run: {folder / 'nowhere'}}}]")
     (folder / "own.yaml").write_text(f"stages: [{{command: report, run: {folder / 'run'}}}]")
     (folder / "file").write_text("")
     return folder
@@ -291,20 +295,72 @@ def test_a_dry_run(name: str, world: Path, here: Path, capsys: pytest.CaptureFix
         assert "# would " in said and isinstance(yaml.safe_load(said), dict)
 
 
-@pytest.mark.parametrize("name", ["train", "finetune"])
-@pytest.mark.parametrize(
-    ("more", "code", "said"),
-    [
-        (("--max_seq_length", "4"), 3, "tokens"),
-        (("--chat_template_kwargs", '{"a": 1}'), 2, "chat"),
-    ],
-)
-def test_a_dry_run_of_training_reads_the_rows(
-    name: str, more: tuple[str, ...], code: int, said: str, world: Path, here: Path, capsys: pytest.CaptureFixture[str]
+ON_BASE = "--model_name @/base --task e2e_nlg"
+# Command → lines on the folder `@` that are refused once options have been read: by what is in the files.
+REFUSED = {
+    "ranks": ("@/base @/empty", "--deltas @/empty", "--adapter @/base"),
+    "ranks diff": ("@/plan.json @/rows.csv",),
+    "extract": ("@/base @/tuned --plan @/rows.csv", "--deltas @/empty --rank 2"),
+    "compress": ("@/base --energy 0.9", "@/lora --budget 1"),
+    "finetune": (
+        f"{ON_BASE} --data_path @/wrong.csv",
+        f"{ON_BASE} --data_path @/rows.csv --max_seq_length 4",
+        f'{ON_BASE} --data_path @/rows.csv --chat_template_kwargs {{"a":1}}',
+    ),
+    "train": (
+        f"{ON_BASE} --data_path @/wrong.csv",
+        f"{ON_BASE} --data_path @/rows.csv --max_seq_length 4",
+        f'{ON_BASE} --data_path @/rows.csv --chat_template_kwargs {{"a":1}}',
+        f"{ON_BASE} --data_path @/rows.csv --lora_config @/rows.csv",
+    ),
+    "check": (
+        f"{ON_BASE} --data_path @/wrong.csv",
+        f'{ON_BASE} --data_path @/rows.csv --chat_template_kwargs {{"a":1}}',
+    ),
+    "label": ("@/empty --from_folders", "@/photos --labels_file @/wrong.csv", "@/empty --loopback_teacher"),
+    "evaluate": (
+        "@/base --task e2e_nlg --data_path @/wrong.csv",
+        "@/base --forget @/empty.txt",
+        f"@/lora --base_model_id @/empty {ROWS}",
+    ),
+    "study": (f"{ON_BASE} --data_path @/wrong.csv", f"{ON_BASE} --data_path @/rows.csv"),
+    "compare": ("@/run @/empty --no_plots",),
+    "report": ("@/empty",),
+    "merge": ("@/lora --base_model @/empty", "@/lora", "@/base --base_model @/base"),
+    "export": ("@/lora", "@/base --llama_cpp_dir @/empty"),
+    "validate": (f"@/export {ROWS}",),
+    "bundle": ("@/export", "--replay @/empty"),
+    "card": ("@/run",),
+    "features capture": (
+        "@/photos --model @/base",
+        "--synthetic 4 --tokens 8 --channels 32 -o @/cache",
+    ),
+    "features train": (
+        "--features @/cache --arch MLP --rank 999",
+        "--features @/cache --arch MLP --rank 2 --resume",
+    ),
+    "features compare": ("--results_dir @/empty --no_plots", "--results_dir @/results --features @/empty --no_plots"),
+    "features show": ("--results_dir @/results --arch MLP --image_idx 99", "--results_dir @/empty --arch MLP"),
+    "features downstream": ("@/base --data_path @/wrong.csv --no_plots",),
+    "run": ("@/wrong.yaml", "@/rows.csv"),
+    "batch": ("@/own.yaml @/wrong.yaml",),
+    "tiny": ("-o @/file/below",),
+    "demo": ("-o @/file/below",),
+}
+
+
+@pytest.mark.parametrize(("name", "line"), [(name, line) for name, lines in REFUSED.items() for line in lines])
+def test_a_dry_run_refuses_what_the_command_would(
+    name: str, line: str, world: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is refused within the locked folder, before weights are loaded, is refused by the dry run, word for word."""
-    found = [called(words(name, world, *more, *dry), capsys) for dry in ((), ("--dry-run",))]
-    assert found[0] == found[1] and found[0][0] == code and said in found[0][1], found
+    """Before its first write, word for word."""
+    given = [*name.split(), *line.replace("@", str(world)).split()]
+    found = [called([*given, *dry], capsys) for dry in ((), ("--dry-run",))]
+    assert found[0] == found[1] and found[0][0] in (2, 3), found
+
+
+def test_every_command_is_refused_something() -> None:
+    assert set(REFUSED) == set(COMMANDS)
 
 
 @pytest.mark.parametrize(

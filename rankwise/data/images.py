@@ -37,7 +37,7 @@ from rankwise.data.example import Example, View
 from rankwise.data.pixels import WHITE, Colour, Unreadable, is_picture, picture, upright_size
 from rankwise.data.sources.official import cache
 from rankwise.errors import DataError
-from rankwise.files.atomic import atomic_write
+from rankwise.files.atomic import about_to_write, atomic_write
 
 DATA_URL = re.compile(r"data:(?P<type>image/[\w.+-]+)(;[\w-]+=[^;,]*)*;base64,", re.IGNORECASE)
 SCHEME = re.compile(r"(?P<name>[a-z][a-z0-9+.-]+)://|(?P<bare>data|file):", re.IGNORECASE)
@@ -211,6 +211,7 @@ def fetched(url: str) -> Path:
     file = cache() / "urls" / hashlib.sha256(url.encode()).hexdigest()
     if file.is_file() and is_picture(file):
         return file
+    about_to_write()
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_suffix(".lock")):
         if not file.is_file() or not is_picture(file):

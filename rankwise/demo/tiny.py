@@ -85,7 +85,4 @@ def captioned(scene: ElementImage, generator: random.Random) -> Example:
 
 def describe(config: TinyConfig) -> list[str]:
     course = QUICK if config.quick else COURSE
-    return [
-        f"draw photos to {config.output_dir}/photos",
-        f"pretrain a tiny SmolVLM for {course.eye_steps} + {course.steps} steps, to {config.output_dir}/base",
-    ]
+    return [f"draw photos, and pretrain a tiny SmolVLM for {course.eye_steps} + {course.steps} steps"]

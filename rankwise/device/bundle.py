@@ -47,7 +47,15 @@ from rankwise.device.parity.pixels import AppPixels
 from rankwise.device.scores import FILE, FORMAT, Abstention, abstention
 from rankwise.device.sides import LAST, ROOM, Shipment, Shipped, TrainedSide, context, trained_side
 from rankwise.errors import DataError, UsageError, VerificationError
-from rankwise.files.atomic import atomic_folder, fingerprint, read_document, read_object, sha256, write_text
+from rankwise.files.atomic import (
+    about_to_write,
+    atomic_folder,
+    fingerprint,
+    read_document,
+    read_object,
+    sha256,
+    write_text,
+)
 from rankwise.files.run_folder import CONFIG, RunFolder, called
 from rankwise.gguf.reading import Exported, GGUFFile, read_export
 from rankwise.options.commands import BundleConfig, ValidateConfig
@@ -327,6 +335,7 @@ def replayed(config: BundleConfig, folder: Path) -> Ladder:
         announce_prompts(found.record, found)
     golden = read_golden(folder, read_target(folder))
     app = AppPixels.read(config.app_pixels, golden.cases) if config.app_pixels else None
+    about_to_write()
     with runtime_for(config, folder, content, golden) as runtime:
         ladder = climb(golden, runtime, golden.cases, golden.thresholds, golden.top, app=app)
         if ladder.holds:
@@ -392,12 +401,11 @@ def next_command(config: BundleConfig) -> str:
 
 
 def describe(config: BundleConfig) -> list[str]:
-    check(config)
     if config.replay:
         asked = config.server or "a llama.cpp of our own"
         return [f"put the golden vectors of {config.replay} to {asked}; exit 6 where a rung differs"]
     return [
         f"check that the export {config.export} and its validation {config.validation} found nothing wrong",
-        f"write the files, prompt, labels, threshold and {config.num_golden} golden vectors to {config.output_dir}",
+        f"bundle files, prompt, labels, threshold and {config.num_golden} golden vectors",
         "replay the golden vectors in llama.cpp; the folder gets its name if no rung differs",
     ]

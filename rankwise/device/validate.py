@@ -42,8 +42,7 @@ from rankwise.pipeline.idle import refuse_idle
 def run(config: ValidateConfig) -> dict[str, Any]:
     """Run the command. Returns the content of validation.json. VerificationError, after everything is written, where
     a rung is broken or a limit is missed."""
-    config = settle(config)
-    check(config)
+    config = check(config)
     shipped = shipment(config)
     out = RunFolder(config.output_dir)
     with out.lock(), out.recording("validate", inputs(config, shipped)) as record:
@@ -68,8 +67,9 @@ def run(config: ValidateConfig) -> dict[str, Any]:
     return content
 
 
-def check(config: ValidateConfig) -> None:
-    """Check the options before anything is read."""
+def check(config: ValidateConfig) -> ValidateConfig:
+    """The config with its data's task; the options are checked before anything is read."""
+    config = settle(config)
     if not config.data.task or not config.data.data_path:
         raise UsageError("validate needs the items to answer: --task labels --data_path DATASET")
     if config.data.task not in TASKS:
@@ -84,6 +84,7 @@ def check(config: ValidateConfig) -> None:
         raise UsageError("--sweep runs files on this machine; leave --server out")
     refuse_idle(config)
     task_named(config.data.task).check()
+    return config
 
 
 def inputs(config: ValidateConfig, shipped: Shipment) -> dict[str, Path | str]:
@@ -153,10 +154,8 @@ def failures(config: ValidateConfig, found: Mapping[str, Validated]) -> list[str
 
 
 def describe(config: ValidateConfig) -> list[str]:
-    config = settle(config)
-    check(config)
     what = config.server or config.export
-    lines = [f"answer the items of {config.data.data_path} ({config.data.task}) with {what}, in llama.cpp, greedily"]
+    lines = [f"answer the items of {config.data.data_path} with {what}, in llama.cpp, greedily"]
     if config.parity_samples:
         lines.append(
             f"climb the parity ladder on up to {config.parity_samples} items for each form, against the merged model "
@@ -164,4 +163,4 @@ def describe(config: ValidateConfig) -> list[str]:
         )
     if config.sweep:
         lines.append(f"make and compare the forms {', '.join(config.sweep)}")
-    return [*lines, f"write {FILE}, predictions and plots to {config.output_dir}; exit 6 where a rung is broken"]
+    return [*lines, "exit with 6 where a rung is broken"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,18 @@ from rankwise.data.sources.load import settle
 from rankwise.errors import UsageError
 from rankwise.evaluate import bootstrap, forgetting
 from rankwise.evaluate.classify import class_table, confusion_table
-from rankwise.evaluate.engines import Subject, add_depth, base_and_adapter, compared_base, generator, subject
+from rankwise.evaluate.engines import (
+    Subject,
+    add_depth,
+    base_and_adapter,
+    compared_base,
+    generator,
+    renderer_of,
+    subject,
+)
 from rankwise.evaluate.generate import fitting
 from rankwise.evaluate.predictions import FILE, READ_FIRST, EvaluationResult
-from rankwise.evaluate.tasks import TASKS, Task, evaluate, part, task
+from rankwise.evaluate.tasks import TASKS, evaluate, part, task
 from rankwise.files.adapter import adapter_files
 from rankwise.files.atomic import fingerprint, fingerprints, write_text
 from rankwise.files.checkpoint import base_files, resolve
@@ -42,8 +50,7 @@ WINDOW = 1024  # tokens of a piece of text for --forget
 
 def run(config: EvaluateConfig) -> EvaluationResult | None:
     """The whole command; the task's result, else that of --forget. Processes other than rank 0 return None."""
-    config = settle(config)
-    check(config)
+    config = check(config)
     check_installed(config)
     try:
         return evaluate_model(config)
@@ -56,9 +63,12 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult | None:
     base, adapter = base_and_adapter(str(config.model_name), config.base_model_id)
     made_from = model_facts(base, adapter)
     with held(folder, "evaluate", inputs(config, base, adapter)) as record:
-        tested = subject(config, base, adapter)
-        result = score_task(config, tested, folder, made_from) if config.data.task else None
-        lost = measure_forgetting(config, tested, folder, made_from) if config.forget else None
+        renderer = renderer_of(config, base, adapter)
+        examples = read_items(config, sees_images=renderer.sight is not None)
+        documents = forgetting.read_documents(config.forget) if config.forget else []
+        tested = subject(config, base, adapter, renderer)
+        result = score_task(config, tested, examples, folder, made_from) if config.data.task else None
+        lost = measure_forgetting(config, tested, documents, folder, made_from) if config.forget else None
         if process_index()[0] == 0:
             folder.save_config(config, config_name(folder))
             found = {"results": (result, FILE), "forgetting": (lost, forgetting.FILE)}
@@ -73,8 +83,7 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult | None:
 
 def start_over(config: EvaluateConfig) -> None:
     """Delete the answers of an earlier evaluation in the folder, once it is sure that this one can begin."""
-    config = settle(config)
-    check(config)
+    config = check(config)
     check_installed(config)
     base_and_adapter(str(config.model_name), config.base_model_id)
     for file in output_folder(config).path.glob(PREDICTIONS):
@@ -86,8 +95,9 @@ def config_name(folder: RunFolder) -> str:
     return BESIDE if set(folder.stages()) - {"evaluate"} else CONFIG
 
 
-def check(config: EvaluateConfig) -> None:
-    """Refuse missing options, and combinations that cannot work."""
+def check(config: EvaluateConfig) -> EvaluateConfig:
+    """The config with its data's task; missing options, and combinations that cannot work, are refused."""
+    config = settle(config)
     name = config.data.task
     if not config.model_name:
         raise UsageError("evaluate needs a model: rankwise evaluate MODEL_OR_ADAPTER --task … --data_path …")
@@ -105,6 +115,7 @@ def check(config: EvaluateConfig) -> None:
     if config.data.aux_reason:
         raise UsageError("--aux_reason applies to training only; leave it out (labels alone are evaluated)")
     check_engine(config)
+    return config
 
 
 def check_engine(config: EvaluateConfig) -> None:
@@ -156,16 +167,18 @@ def output_folder(config: EvaluateConfig) -> RunFolder:
 
 
 def score_task(
-    config: EvaluateConfig, tested: Subject, folder: RunFolder, made_from: Mapping[str, Any]
+    config: EvaluateConfig,
+    tested: Subject,
+    examples: Examples | None,
+    folder: RunFolder,
+    made_from: Mapping[str, Any],
 ) -> EvaluationResult | None:
     """The task's scores, written into the folder."""
-    name = str(config.data.task)
-    if is_harness(name):
+    if examples is None:
         result: EvaluationResult = part("harness").evaluate_subject(config, tested, made_from)
         result.save(folder.path)
         return result
-    chosen = task(name)
-    examples = read_items(config, chosen, sees_images=tested.renderer.sight is not None)
+    chosen = task(str(config.data.task))
     if tested.adapter:
         warn_of_training_rows(tested.adapter, examples.files[0], "scores tell")
     items = examples.items[: config.num_samples]
@@ -182,13 +195,16 @@ def score_task(
     return found
 
 
-def read_items(config: EvaluateConfig, chosen: Task, *, sees_images: bool) -> Examples:
-    """The task's items. Of several processes the first one downloads; the others read when it has read."""
+def read_items(config: EvaluateConfig, *, sees_images: bool) -> Examples | None:
+    """The task's items; None of the harness, which has its own. Of several processes the first one downloads; the
+    others read when it has read."""
+    if not config.data.task or is_harness(config.data.task):
+        return None
     first = process_index()[0] == 0
     if not first:
         gathered({})
     how = replace(config.data, download=config.data.download and first)
-    examples = chosen.examples(str(config.data.data_path), config.split, how)
+    examples = task(config.data.task).examples(str(config.data.data_path), config.split, how)
     if first:
         gathered({})
     for note in examples.notes(sees_images=sees_images):
@@ -197,10 +213,13 @@ def read_items(config: EvaluateConfig, chosen: Task, *, sees_images: bool) -> Ex
 
 
 def measure_forgetting(
-    config: EvaluateConfig, tested: Subject, folder: RunFolder, made_from: Mapping[str, Any]
+    config: EvaluateConfig,
+    tested: Subject,
+    documents: Sequence[str],
+    folder: RunFolder,
+    made_from: Mapping[str, Any],
 ) -> EvaluationResult | None:
     """Forgetting of the model on other text, against its base; written into the folder by the first process."""
-    documents = forgetting.read_documents(str(config.forget))
     if tested.adapter:
         base = forgetting.logits_without_adapter(tested.model)
     else:
@@ -246,7 +265,6 @@ def with_interval(result: EvaluationResult, name: str) -> str:
 
 def describe(config: EvaluateConfig) -> list[str]:
     config = settle(config)
-    check(config)
     folder, task, model = output_folder(config), config.data.task, config.model_name
     items = f"answer the {config.split} items of {config.data.data_path} with {model}"
     items = f"run {task} of lm-evaluation-harness on {model}" if is_harness(task) else items

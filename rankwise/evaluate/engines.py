@@ -29,6 +29,7 @@ from rankwise.evaluate.generate import GenerationSettings, Generator, HFGenerato
 from rankwise.evaluate.likelihood import longest_answer
 from rankwise.evaluate.tasks import Task, part
 from rankwise.files.adapter import adapter_files, is_adapter, read_adapter
+from rankwise.files.atomic import about_to_write
 from rankwise.files.checkpoint import resolve
 from rankwise.models.adapters import load_adapter
 from rankwise.models.depth.encoder import DepthSettings, attach_depth
@@ -71,16 +72,21 @@ def base_and_adapter(path: str, base_model: str | None) -> tuple[str, Path | Non
     return base, adapter_files(folder)[0].parent
 
 
-def subject(config: EvaluateConfig, base: str, adapter: Path | None) -> Subject:
-    """The model with its adapter, and the renderer that its training used."""
+def renderer_of(config: EvaluateConfig, base: str, adapter: Path | None) -> Renderer:
+    """The renderer that the model's training used."""
     places = [adapter] if adapter else []
-    renderer = renderer_for(config.data, ModelSection(model_name=base), base, load_config(base), places)
+    return renderer_for(config.data, ModelSection(model_name=base), base, load_config(base), places)
+
+
+def subject(config: EvaluateConfig, base: str, adapter: Path | None, renderer: Renderer) -> Subject:
+    """The model with its adapter."""
     depth = trained_with(base, adapter, config.depth)
     if config.engine == "vllm":
         if depth:
             raise UsageError("--engine vllm does not support depth, which this model needs: --engine transformers")
         if renderer.sight is not None:
             raise UsageError("--engine vllm takes text only here; images need --engine transformers")
+        about_to_write()
         return Subject(base, adapter, renderer)
     device = pick_device(config.device)
     model: Any = plain_model(base, config.dtype, device)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rankwise.errors import DataError, UsageError
 from rankwise.features.cache import FORMAT, INDEX, KEY, RECIPE, FeatureCache, ModelOrigin, open_cache
-from rankwise.files.atomic import Aside, atomic_write, read_object, sha256, write_json
+from rankwise.files.atomic import Aside, about_to_write, atomic_write, read_object, sha256, write_json
 
 HEADER = "shard"
 
@@ -94,13 +94,16 @@ class CacheWriter:
 
     def begin(self) -> None:
         """Say what is being made. UsageError where the folder holds features made of something else."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        there = self.index.is_file() or any(self.folder.glob("features[-_]*"))
+        if there:
+            self.require_same()
+        about_to_write()
         for left_behind in self.folder.glob(".features-*.tmp.safetensors"):  # by a process that was killed
             left_behind.unlink()
-        there = self.index.is_file() or any(self.folder.glob("features[-_]*"))
         if not there:
             write_json(self.folder / RECIPE, {**self.recipe.content, "source": self.recipe.source})
-            return
+
+    def require_same(self) -> None:
         if not (self.folder / RECIPE).is_file():
             raise UsageError(f"{self.folder}: holds features of unknown origin; choose another --output_dir")
         before = {name: value for name, value in read_object(self.folder / RECIPE).items() if name != "source"}

@@ -184,21 +184,16 @@ def going_on(config: CaptureConfig, *, unchanged: bool) -> CaptureConfig:
 
 
 def describe(config: CaptureConfig) -> list[str]:
-    check(config)
     if config.synthetic is not None:
         return [
             f"make {config.synthetic} matrices of {config.tokens} × {config.channels} with spectrum {config.spectrum}, "
-            f"{percent(config.shared)} of the energy in shared directions",
-            f"write shards of {config.shard_size} and index.json to {config.output_dir}",
+            f"{percent(config.shared)} of the energy in shared directions"
         ]
     what = f"the first {plural(config.num_images, 'picture')}" if config.num_images else "all pictures"
     side = config.image_size or SQUARE
     device = "" if config.image_size else ", or as its device.json or an encoder's own processor says"
     shown = "as they are" if config.native else f"stretched to {side} × {side}{device}"
-    return [
-        f"show {what} in {config.images} to {config.model_name}, {shown}",
-        f"write its image features in shards of {config.shard_size} pictures and index.json to {config.output_dir}",
-    ]
+    return [f"show {what} in {config.images} to {config.model_name}, {shown}"]
 
 
 def shards_of(config: CaptureConfig) -> Shards:

@@ -49,7 +49,7 @@ from rankwise.features.measures import (
 from rankwise.features.nets.base import Factorizer
 from rankwise.features.page import FILE, FORMAT, OF_ONE, PLOTS, Comparison, comparison_blocks, label, terminal
 from rankwise.features.trained import SETTINGS, Network, networks
-from rankwise.files.atomic import write_json, write_text
+from rankwise.files.atomic import about_to_write, write_json, write_text
 from rankwise.files.run_folder import RunFolder
 from rankwise.options.features import FactorCompareConfig, canonical
 from rankwise.page.blocks import Page, Picture, Section
@@ -88,6 +88,7 @@ def run(config: FactorCompareConfig) -> Mapping[str, Any]:
     )
     folder = RunFolder(Path(config.results_dir).expanduser())
     with folder.lock(), folder.recording(STAGE, inputs(config, found, cache)) as record:
+        about_to_write()
         content = compared(comparison)
         folder.save_config(config, CONFIG)
         record.outputs |= write_comparison(folder.path, content, plots=not config.no_plots)
@@ -97,13 +98,11 @@ def run(config: FactorCompareConfig) -> Mapping[str, Any]:
 
 
 def describe(config: FactorCompareConfig) -> list[str]:
-    check(config)
     names = ", ".join(map(canonical, config.arch)) or f"every network in {config.results_dir}"
     where = f"the test images of {config.features or 'the cache they were trained on'}"
     lines = [f"compare {names} with the SVD three ways and a shared PCA on {where}"]
     lines += [f"and on all images of {config.ood} that are not in that cache"] if config.ood else []
-    plots = "" if config.no_plots else f", plots in {PLOT_FOLDER}/"
-    return [*lines, f"write {FILE} and .md{plots}, and {OF_ONE} of each network, in {config.results_dir}"]
+    return [*lines, f"write {FILE}, and {OF_ONE} of each network, in {config.results_dir}"]
 
 
 def check(config: FactorCompareConfig) -> None:

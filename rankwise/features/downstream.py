@@ -17,7 +17,7 @@ from rankwise.data.sources.load import read_examples, task_of
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate import bootstrap
 from rankwise.evaluate.command import model_facts
-from rankwise.evaluate.engines import add_depth, base_and_adapter, subject
+from rankwise.evaluate.engines import add_depth, base_and_adapter, renderer_of, subject
 from rankwise.evaluate.predictions import installed
 from rankwise.features.answers import (
     Answers,
@@ -70,14 +70,12 @@ def run(config: DownstreamConfig) -> Mapping[str, Any]:
 
 
 def describe(config: DownstreamConfig) -> list[str]:
-    check(config)
-    names = [JSON, MARKDOWN, *([] if config.no_plots else [PICTURE])]
     nets = ", ".join(config.arch) or f"every network in {config.results_dir} that fits"
     return [
         f"put the questions of {config.data_path} to {config.model_name} as it is",
         "put them again with its pictures' features replaced, by the SVD, the randomized SVD, a shared PCA, "
         f"{nets}; and by nothing",
-        f"write {', '.join(names)} in {config.results_dir}",
+        f"write {JSON} in {config.results_dir}",
     ]
 
 
@@ -143,9 +141,9 @@ def asked(
     square: what pictures are stretched to unless --image_size or a device says otherwise.
     """
     how = as_evaluation(config)
-    tested = subject(how, base, adapter)
-    examples = read_examples(how.data, str(config.data_path), how.split, sees_images=tested.renderer.sight is not None)
-    tested = stretched(tested, config.image_size, square)
+    renderer = renderer_of(how, base, adapter)
+    examples = read_examples(how.data, str(config.data_path), how.split, sees_images=renderer.sight is not None)
+    tested = stretched(subject(how, base, adapter, renderer), config.image_size, square)
     chosen, notes = with_pictures(examples, config.num_samples, str(config.data_path))
     rows = questions(add_depth(how, tested, chosen), chosen, config.batch_size)
     return rows, [*notes, *rows.rows.notes()]

@@ -26,6 +26,7 @@ from rankwise.data.pixels import BLACK, WHITE, Colour
 from rankwise.data.vision_inputs import Sight
 from rankwise.errors import DataError, UsageError
 from rankwise.features.cache_writer import digest
+from rankwise.files.atomic import about_to_write
 from rankwise.files.checkpoint import resolve
 from rankwise.models.load import PIXELS, check_torchvision, load_config, main_input, model_class
 from rankwise.models.vision_features import image_features, load_vision_side
@@ -99,6 +100,7 @@ def is_encoder(config: Any) -> bool:
 def load_encoder(name: str, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> PreTrainedModel:
     """The encoder in evaluation mode. DataError where the files lack weights that its patch tokens need."""
     folder, config = resolve(name, revision), load_config(name, revision)
+    about_to_write()
     try:
         model, found = AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:

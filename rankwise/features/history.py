@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from rankwise.errors import DataError, UsageError
 from rankwise.features.objective import TERMS, FactorObjective
 from rankwise.features.trained import save_factorizer
-from rankwise.files.atomic import read_json, read_object, write_json
+from rankwise.files.atomic import about_to_write, read_json, read_object, write_json
 from rankwise.files.processes import announce, process_index
 from rankwise.options.field import flatten
 from rankwise.page.canvas import (
@@ -184,6 +184,7 @@ class RunLog:
     def begun(cls, log_dir: Path, config: Any) -> RunLog:
         if process_index()[0] != 0:
             return cls(None)
+        about_to_write()
         folder = new_folder(log_dir)
         write_json(folder / OPTIONS, flatten(config))
         return cls(folder)

@@ -52,13 +52,9 @@ def run(config: FactorShowConfig) -> tuple[Path, Path]:
 
 
 def describe(config: FactorShowConfig) -> list[str]:
-    check(config)
     folder = Path(config.results_dir).expanduser() / canonical(config.arch)
-    pictures = targets(folder, config.image_idx)
-    return [
-        f"approximate test image {config.image_idx} with {folder} and the SVD",
-        f"write {pictures[0]} and {pictures[1].name}",
-    ]
+    pictures = " and ".join(map(str, targets(folder, config.image_idx)))
+    return [f"approximate test image {config.image_idx} with {folder} and the SVD", f"write {pictures}"]
 
 
 def check(config: FactorShowConfig) -> None:

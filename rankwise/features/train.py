@@ -229,7 +229,6 @@ def going_on(config: FactorTrainConfig, *, unchanged: bool) -> FactorTrainConfig
 
 
 def describe(config: FactorTrainConfig) -> list[str]:
-    check(config)
     arch, folder = canonical(config.arch), folder_of(config)
     lines = [f"train {arch} for {config.epochs} epochs on {config.features}: factors of rank {config.rank}"]
     if config.resume:
@@ -237,5 +236,4 @@ def describe(config: FactorTrainConfig) -> list[str]:
     if config.allocator.use_rank_allocator:
         lines.append(f"lower the rank to {config.allocator.allocator_keep_ratio:.0%} of its channels on the way")
     patience = f"stop after {config.patience} epochs without a better validation MSE, " if config.patience else ""
-    lines.append(f"{patience}keep the best network, test it")
-    return [*lines, f"write network, history, test results and checkpoints to {folder}, a log to {config.log_dir}"]
+    return [*lines, f"{patience}keep the best network, test it", f"write network, history and checkpoints to {folder}"]

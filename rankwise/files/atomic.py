@@ -50,12 +50,13 @@ def rehearsal() -> Iterator[None]:
 
 
 def rehearsing() -> bool:
-    """Whether this is a dry run: nothing may be created, locked or downloaded."""
+    """Whether this is a dry run, which creates, locks and downloads nothing."""
     return _rehearsing.get()
 
 
 def about_to_write() -> None:
-    """Call before anything is created, locked or downloaded; ends a dry run."""
+    """Call before anything is created or downloaded, and before what takes long (weights are loaded, spectra measured);
+    ends a dry run."""
     if _rehearsing.get():
         raise FirstWrite
 
@@ -178,7 +179,7 @@ def explained(path: Path) -> Iterator[None]:
         if not is_disk_full(error, path):
             raise
         raise DataError(
-            f"{path}: no space left to write it ({_free(path) / 2**20:,.1f} MiB free on its disk). What was "
+            f"{path}: no space left to write it ({free_space(path) / 2**20:,.1f} MiB free on its disk). What was "
             "there before is untouched. Free some space or choose another output folder, then run it again."
         ) from error
 
@@ -199,11 +200,12 @@ def is_disk_full(error: BaseException, path: Path) -> bool:
         return True
     if any(text in str(error) for text in NO_SPACE_TEXTS):
         return True
-    return isinstance(error, RuntimeError) and "inline_container" in str(error) and _free(path) < 2**20
+    return isinstance(error, RuntimeError) and "inline_container" in str(error) and free_space(path) < 2**20
 
 
-def _free(path: Path) -> int:
-    existing = next(folder for folder in path.absolute().parents if folder.exists())
+def free_space(path: Path) -> int:
+    """Free bytes of the disk where `path` is or will be."""
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     return shutil.disk_usage(existing).free
 
 
@@ -360,6 +362,7 @@ class Aside:
         """Move the entries aside; returns where they were."""
         found = self.there()
         if found:
+            about_to_write()
             self.place.mkdir(exist_ok=True)
         for entry in found:
             os.replace(entry, self.place / entry.name)

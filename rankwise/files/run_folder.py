@@ -87,13 +87,15 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[RunFolder]:
-        """Hold the folder for this process. UsageError where another one holds it.
+        """Hold the folder for this process. UsageError where another one holds it. A dry run makes and locks nothing.
 
         The operating system frees the lock when its process ends, however it ends: nothing to clean up after a
         kill. Of several processes of one run only rank 0 takes it. The lock's files go with the block, and so do
         folders that were made for it and into which nothing was written.
         """
-        about_to_write()
+        if rehearsing():
+            yield self
+            return
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -139,8 +141,12 @@ class RunFolder:
     def recording(self, stage: str, inputs: Mapping[str, Path | str]) -> Iterator[Record]:
         """Measure a stage, and enter it in the manifest when the block ends without an error.
 
-        Inputs are fingerprinted before the block: they are what the stage started from.
+        Inputs are fingerprinted before the block: they are what the stage started from. Not so in a dry run, whose
+        block ends before there is anything to enter.
         """
+        if rehearsing():
+            yield Record()
+            about_to_write()
         started, clock = datetime.now(UTC), time.monotonic()
         described = {name: describe_input(value) for name, value in inputs.items()}
         record = Record()
@@ -265,14 +271,9 @@ def _holder(path: Path) -> str:
 
 
 @contextmanager
-def held(
-    folder: RunFolder, stage: str, inputs: Mapping[str, Path | str], *, rehearsed: bool = False
-) -> Iterator[Record]:
-    """The run folder, locked and recorded by the first process; the others work beside it.
-
-    rehearsed: a dry run goes on into the block, without the folder; the block itself calls `about_to_write`.
-    """
-    if process_index()[0] != 0 or (rehearsed and rehearsing()):
+def held(folder: RunFolder, stage: str, inputs: Mapping[str, Path | str]) -> Iterator[Record]:
+    """The run folder, locked and recorded by the first process; the others work beside it."""
+    if process_index()[0] != 0:
         yield Record()
         return
     with folder.lock(), folder.recording(stage, inputs) as record:

@@ -38,7 +38,7 @@ ASKED = Example("probe", "probe", (Turn("user", "a"), Turn("assistant", "b")))
 
 def run(config: ExportConfig) -> Exported | Path | None:
     """Run the command. Returns the export, the adapter's GGUF, or None where only the converter was installed."""
-    check_options(config)
+    check(config)
     if config.model or config.adapter_gguf:
         RunFolder(config.output_dir).refuse_other_content(STAGE)
     converter = the_converter(config)
@@ -66,7 +66,7 @@ def run(config: ExportConfig) -> Exported | Path | None:
     return read_export(out.path)
 
 
-def check_options(config: ExportConfig) -> None:
+def check(config: ExportConfig) -> None:
     """Check the options before anything is read."""
     if not (config.model or config.adapter_gguf or config.install_converter):
         raise UsageError("export needs a merged model: rankwise export merged_model -o exported_model")
@@ -180,21 +180,18 @@ def verdict(plan: ExportPlan, proof: Mapping[str, Any] | None) -> str:
 
 
 def describe(config: ExportConfig) -> list[str]:
-    check_options(config)
     lines = []
     if config.install_converter:
         lines.append(f"download llama.cpp's converter into {converter_folder()}, unless it is there")
     if config.adapter_gguf:
-        return [*lines, f"write the adapter {config.adapter_gguf} as GGUF to {config.output_dir}, its scales in B"]
+        return [*lines, "write the adapter as GGUF, its scales in B"]
     if not config.model:
         return lines
-    if Path(config.model).exists():  # in a recipe an earlier stage may still have to make it
-        require_model(resolve(config.model))
     tower = {None: "and its vision tower, if it has one", True: "and its vision tower", False: "text only"}
     lines.append(f"convert {config.model} to GGUF: {', '.join(config.outtype)}; {tower[config.mmproj]}")
     if not config.no_verify:
         lines.append("compare every tensor with the checkpoint, and write nothing if one is not what it should be")
-    return [*lines, f"write the files and {FILE} to {config.output_dir}"]
+    return lines
 
 
 # --- an adapter --------------------------------------------------------------------------------------------------

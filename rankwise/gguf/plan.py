@@ -5,7 +5,6 @@ merged_model/ ── plan_export(…) ──▶ ExportPlan: types, files, what t
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -15,7 +14,7 @@ from typing import Any
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import is_adapter
-from rankwise.files.atomic import read_object
+from rankwise.files.atomic import free_space, read_object
 from rankwise.files.checkpoint import Checkpoint, open_checkpoint, resolve
 from rankwise.gguf.converter import OUTTYPES, Converter
 from rankwise.gguf.metadata import Vocabulary, check_forms, config_of
@@ -160,8 +159,7 @@ def base_checkpoint(folder: Path, given: str | None) -> Checkpoint | None:
 
 def require_space(plan: ExportPlan, out: Path) -> None:
     """DataError where the disk of `out` lacks what the export needs."""
-    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_space(out)
     if plan.bytes > free:
         f32 = " (the float32 files that verification needs are in it: --no_verify leaves them out)"
         raise DataError(

@@ -24,7 +24,6 @@ from rankwise.labels.dataset import ALL, Labels, WrittenDataset, remove_orphans,
 from rankwise.labels.existing import label_rows, read_existing, task_for
 from rankwise.labels.images import ImageIds, ImageSet, Originals, download_coco, find_images
 from rankwise.labels.teacher.client import KEY_VARIABLE, address_of
-from rankwise.labels.teacher.ledger import NAME as LEDGER
 from rankwise.labels.teacher.questions import question_of, spending_of
 from rankwise.options.field import check_address
 from rankwise.options.label import LabelConfig
@@ -37,39 +36,38 @@ DEFAULT_TASK, COCO_FOLDER = "elements", "coco"
 
 def run(config: LabelConfig) -> WrittenDataset:
     """The whole command; returns the rows in their two parts."""
-    check_options(config)
+    check(config)
     hide_key(config)
     target, out = DeviceTarget(image_size=config.image_size), RunFolder(config.output_dir)
     refuse_other_content(out)
-    with out.lock():
-        out.save_config(config)
-        with out.recording("label", inputs(config)) as record:
-            found = (from_existing if labels_given(config) else from_teacher)(config, target)
-            task, drawn = found.task, (config.val_fraction, config.seed)
-            written = write_dataset(out.path, found.rows, task, target, *drawn, found.originals)
-            remove_orphans(out.path, found.ids, written.rows)
-            summary = {
-                "format": FORMAT,
-                "task": task.name,
-                "field": task.field,
-                **count_rows(written, task),
-                **found.facts,
-            }
-            write_json(out / SUMMARY, summary)
-            names = (ALL, "train.jsonl", "val.jsonl", SUMMARY)
-            record.outputs |= {name: out / name for name in names}
+    with out.lock(), out.recording("label", inputs(config)) as record:
+        found = (from_existing if labels_given(config) else from_teacher)(config, target, out)
+        task, drawn = found.task, (config.val_fraction, config.seed)
+        written = write_dataset(out.path, found.rows, task, target, *drawn, found.originals)
+        remove_orphans(out.path, found.ids, written.rows)
+        summary = {
+            "format": FORMAT,
+            "task": task.name,
+            "field": task.field,
+            **count_rows(written, task),
+            **found.facts,
+        }
+        write_json(out / SUMMARY, summary)
+        names = (ALL, "train.jsonl", "val.jsonl", SUMMARY)
+        record.outputs |= {name: out / name for name in names}
     print_report(config, summary)
     return written
 
 
-def from_teacher(config: LabelConfig, target: DeviceTarget) -> Labels:
+def from_teacher(config: LabelConfig, target: DeviceTarget, out: RunFolder) -> Labels:
     task, images = load_task(config.task_file or DEFAULT_TASK), find(config)
     if config.num_images > len(images.photos):
         print(f"note: there are only {plural(len(images.photos), 'image')} in {images.folder}")
+    out.save_config(config)
     return ask_teacher(config, images, task, target)
 
 
-def from_existing(config: LabelConfig, target: DeviceTarget) -> Labels:
+def from_existing(config: LabelConfig, target: DeviceTarget, out: RunFolder) -> Labels:
     given = read_existing(
         config.labels_file or str(config.images),
         image_folder=config.images if config.labels_file else None,
@@ -79,9 +77,10 @@ def from_existing(config: LabelConfig, target: DeviceTarget) -> Labels:
         allow_outside=config.allow_outside,
     )
     task = task_for(given, load_task(config.task_file) if config.task_file else None)
-    ids = ImageIds.of_folder(Path(config.output_dir), target)
-    found = label_rows(given, task, target, Path(config.output_dir), skip_bad=config.skip_bad, ids=ids)
-    write_text(Path(config.output_dir) / QUARANTINE, "")
+    out.save_config(config)
+    ids = ImageIds.of_folder(out.path, target)
+    found = label_rows(given, task, target, out.path, skip_bad=config.skip_bad, ids=ids)
+    write_text(out / QUARANTINE, "")
     source = config.labels_file or f"the folders of {config.images}"
     facts = {"labels_from": source, "respelt": given.respelt, "unreadable": [*given.skipped, *found.skipped]}
     return Labels(task, list(found.rows), Originals(given.reader, found.references), facts, ids)
@@ -104,7 +103,7 @@ def labels_given(config: LabelConfig) -> bool:
     return config.from_folders or config.labels_file is not None
 
 
-def check_options(config: LabelConfig) -> None:
+def check(config: LabelConfig) -> None:
     """Check the options before anything is read, asked or paid."""
     if config.from_folders and config.labels_file:
         raise UsageError("--from_folders and --labels_file exclude each other; give one of them")
@@ -202,19 +201,17 @@ def print_teacher(summary: dict[str, Any]) -> None:
 
 
 def describe(config: LabelConfig) -> list[str]:
-    check_options(config)
     if labels_given(config):
-        labels = config.labels_file or config.images
-        return [f"take the labels of {labels}", f"write the data set to {config.output_dir}"]
+        return [f"take the labels of {config.labels_file or config.images}"]
     task, section = load_task(config.task_file or DEFAULT_TASK), config.teacher
     who = "the loopback teacher (colours only)" if section.loopback_teacher else section.teacher_model
     budget = spending_of(section, question_of(section, task, DeviceTarget(image_size=config.image_size))).budget_usd
     limit = "without a budget (no price known)" if budget is None else f"for at most ${budget:.2f} (--budget_usd)"
-    first = f"label {plural(section.trial, 'image')} first, and show answers and cost" if section.trial else ""
-    return [
+    lines = [
         f"show {who} images of {config.images or COCO_FOLDER} as the device sees them ({config.image_size} px, JPEG)",
         f"ask which of {', '.join(task.labels)} each one is, {plural(section.votes, 'vote')} per image, until "
         f"{config.num_images} answers with confidence {config.min_confidence} or more are there, {limit}",
-        *([first] if first and not section.loopback_teacher else []),
-        f"write the data set to {config.output_dir}, and every answer to {config.output_dir}/{LEDGER}",
     ]
+    if section.trial and not section.loopback_teacher:
+        lines.append(f"label {plural(section.trial, 'image')} first, and show answers and cost")
+    return lines

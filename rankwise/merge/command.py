@@ -18,8 +18,8 @@ from rankwise.data.input_record import announce_prompts, recorded
 from rankwise.data.renderer_for import renderer_for, require_input
 from rankwise.data.sources.load import read_examples, task_of
 from rankwise.errors import DataError, UsageError
-from rankwise.files.adapter import CONFIG_NAME, adapter_files
-from rankwise.files.atomic import atomic_folder, read_object
+from rankwise.files.adapter import adapter_files
+from rankwise.files.atomic import about_to_write, atomic_folder, read_object
 from rankwise.files.checkpoint import HUB_ID
 from rankwise.files.lineage import trained_rows
 from rankwise.files.run_folder import RunFolder
@@ -35,7 +35,7 @@ from rankwise.page.text import command_line, memory, plural
 
 def run(config: MergeConfig) -> Agreement | None:
     """Plan, write, verify; returns what the verification measured."""
-    adapter, base = check(config)
+    adapter, base = made_from(config)
     out, agreement = RunFolder(config.output_dir), None
     out.refuse_other_content("merge")
     plan = plan_merge(base, adapter, config.dtype)
@@ -43,6 +43,7 @@ def run(config: MergeConfig) -> Agreement | None:
         require_space(plan, out.path)
         found = recorded([plan.adapter])
         announce_prompts(found.record, found)
+        about_to_write()
         layered = not config.no_verify and by_layers(config, plan)
         reference = None if config.no_verify else reference_of(config, plan, base, layered)
         with atomic_folder(out.path) as temporary:
@@ -64,18 +65,16 @@ def run(config: MergeConfig) -> Agreement | None:
 
 
 def describe(config: MergeConfig) -> list[str]:
-    adapter = check_options(config)  # in a recipe an earlier stage may still have to make it
-    base = check(config)[1] if adapter.exists() else config.base_model or "the base that it records"
-    lines = [f"merge the adapter {adapter} ({CONFIG_NAME} and weights checked first) into {base}"]
+    lines = [f"merge the adapter into {config.base_model or 'the base that it records'}"]
     if not config.no_verify:
         lines.append(
             f"compare every tensor with base + adapter, and the merged model's logits on {inputs_of(config)}; write "
             "nothing if they differ"
         )
-    return [*lines, f"write a Hugging Face checkpoint to {config.output_dir}, in files of {config.max_shard_size}"]
+    return [*lines, f"write a Hugging Face checkpoint in files of {config.max_shard_size}"]
 
 
-def check_options(config: MergeConfig) -> Path:
+def check(config: MergeConfig) -> Path:
     """Refuse what is wrong before anything is read; returns the adapter's path."""
     if not config.adapter:
         raise UsageError("merge needs an adapter: rankwise merge ADAPTER [--base_model BASE] -o merged_model")
@@ -90,9 +89,9 @@ def check_options(config: MergeConfig) -> Path:
     return Path(config.adapter)
 
 
-def check(config: MergeConfig) -> tuple[Path, str]:
+def made_from(config: MergeConfig) -> tuple[Path, str]:
     """The adapter and the name of its base: the option's, else what the adapter records."""
-    adapter = check_options(config)
+    adapter = check(config)
     base = config.base_model or recorded_base(adapter)
     if not base:
         raise DataError(f"{adapter}: the adapter names no base model; give it with --base_model")

@@ -35,7 +35,7 @@ from rankwise.data.input_record import read_input, sha256_of
 from rankwise.data.template import NOW, with_date
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import CONFIG_NAME, contracts
-from rankwise.files.atomic import read_object, write_json, write_text
+from rankwise.files.atomic import free_space, read_object, write_json, write_text
 from rankwise.files.checkpoint import DTYPES, LENGTH_BYTES
 from rankwise.files.run_folder import CONFIG, MANIFEST
 from rankwise.merge.plan import TOKENIZER_CONFIG, Entry, MergePlan
@@ -148,7 +148,7 @@ class Copied:
 
 def require_space(plan: MergePlan, folder: Path) -> None:
     """DataError where the disk below `folder` has no room for the merged weights."""
-    free = shutil.disk_usage(folder).free
+    free = free_space(folder)
     if plan.bytes > free:
         raise DataError(
             f"{folder}: the merged weights take {plan.bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "

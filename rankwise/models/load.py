@@ -30,7 +30,7 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer
 
 from rankwise.errors import DataError, UsageError, need
-from rankwise.files.atomic import read_object
+from rankwise.files.atomic import about_to_write, read_object
 from rankwise.files.checkpoint import INDEX, NAMES, resolve
 from rankwise.files.processes import announce
 from rankwise.models.sites import outside_language, tower_prefixes
@@ -191,6 +191,7 @@ def load_model(
         extra["quantization_config"] = quantization_config(quantization, skeleton)
     folder = resolve(name, revision, code=trust_remote_code)
     check_index(folder)
+    about_to_write()
     try:
         model, info = model_class(config).from_pretrained(
             folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code, **extra

@@ -1,16 +1,19 @@
-"""Checks before a command reads or writes anything: libraries, inputs, output locations.
+"""Checks before a command reads or writes anything: libraries, options, inputs, output locations; and its dry run.
 
-    require_extras("train", config)     UsageError: --report_to wandb: wandb is not installed …; it comes with: …
     ready("train", config)              UsageError, DataError, or nothing
     ready("train", config, made, run)   in a recipe: earlier stages make what is at or below `made`; `run` is its folder
+    dry_run("train", config)            the command itself up to its first write; then what it would do
 
-Which option names a path, and of what, stands at the option (`option(path=…)`). A scored task knows its own libraries
-(`evaluate/tasks.py`): a command's `check_installed` asks for those. A command that runs recipes has a `ready(config)`.
+Which option names a path, and of what, stands at the option (`option(path=…)`). A command's `check(config)` refuses
+options that do not go together, its `check_installed(config)` what a scored task, say, needs (`evaluate/tasks.py`), its
+`describe(config)` says what it does between reading and writing. One that runs recipes has a `ready(config)`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +21,14 @@ from typing import Any
 
 from rankwise.errors import DataError, UsageError, need
 from rankwise.files.adapter import is_adapter
+from rankwise.files.atomic import rehearsal
 from rankwise.files.checkpoint import HUB_ID
 from rankwise.options.field import Option, flatten, neighbours, options_of
 from rankwise.options.sections import TASKS
 from rankwise.pipeline.idle import Told
 from rankwise.pipeline.table import stage_of
 
+INPUTS, OUTPUTS = ("read", "weights", "model"), ("folder", "file")  # kinds of paths (`option(path=…)`)
 DRAWING = ("ranks", "compare", "features compare", "features downstream")
 TRAINERS = ("train", "finetune")
 READING = (*TRAINERS, "ranks", "check", "evaluate", "merge", "study", "validate", "bundle")
@@ -139,10 +144,12 @@ def require_extras(command: str, config: Any) -> None:
 
 def ready(command: str, config: Any, made: Sequence[Path] = (), run: Path | None = None) -> None:
     """Raise every error that can be found beforehand; see the module."""
+    require_extras(command, config)
     stage, options = stage_of(command), list(options_of(config))
-    if hasattr(stage, "check_installed"):  # a task's scorers, llama.cpp's converter: of options that go together
-        stage.check_installed(config)
-    for kind, require in (("folder", require_folder), ("file", require_file)):
+    for check in ("check", "check_installed"):
+        if hasattr(stage, check):
+            getattr(stage, check)(config)
+    for kind, require in zip(OUTPUTS, (require_folder, require_file), strict=True):
         for item in options:
             if item.path == kind and item.default:
                 require(item.name, item.default)
@@ -152,11 +159,37 @@ def ready(command: str, config: Any, made: Sequence[Path] = (), run: Path | None
         require_inputs(options, [path.absolute() for path in made], run.absolute() if run else None)
 
 
+def dry_run(command: str, config: Any) -> None:
+    """Run the command up to its first write; print the resolved config and what it would do. What it says on the way is
+    no part of the config."""
+    import yaml
+
+    with contextlib.redirect_stdout(sys.stderr), rehearsal():
+        stage_of(command).run(config)
+    print(yaml.safe_dump(flatten(config), sort_keys=False, allow_unicode=True), end="")
+    for line in describe(command, config):
+        print("# would " + line.replace("\n", "\n#   "))
+
+
+def describe(command: str, config: Any) -> list[str]:
+    """What a command reads, does and writes."""
+    stage, options = stage_of(command), list(options_of(config))
+    does = stage.describe(config) if hasattr(stage, "describe") else []
+    return [*named("read", options, INPUTS), *does, *named("write", options, OUTPUTS)]
+
+
+def named(verb: str, options: Sequence[Option], kinds: Sequence[str]) -> list[str]:
+    """A line of the paths that options of these kinds give, if any do."""
+    given = [(item.name, item.default) for item in options if item.path in kinds and item.default]
+    paths = [f"--{name} {' '.join(value) if isinstance(value, list) else value}" for name, value in given]
+    return [f"{verb} {', '.join(paths)}"] if paths else []
+
+
 def require_inputs(options: Sequence[Option], made: Sequence[Path], run: Path | None) -> None:
     """DataError for an input that is neither there nor made by an earlier stage."""
     told = Told({item.name: item.default for item in options})
     without_rows = told.synthetic or (told.task or TASKS[0]) not in TASKS  # the harness has data of its own
-    for kind in ("read", "weights", "model"):
+    for kind in INPUTS:
         for item in options:
             if item.path == kind and not (without_rows and item.name in ("images", "data_path")):
                 for value in item.default if isinstance(item.default, list) else [item.default]:

@@ -28,7 +28,7 @@ from types import FrameType
 from typing import Any
 
 from rankwise.errors import DataError, Interrupted, RankwiseError, UsageError
-from rankwise.files.atomic import fingerprint, write_json
+from rankwise.files.atomic import about_to_write, fingerprint, write_json
 from rankwise.files.log import NOBODY, copier, logged
 from rankwise.files.monitor import Monitor, usage_of
 from rankwise.files.run_folder import SECRET, STATE, RunFolder, read_marks, write_mark
@@ -61,6 +61,7 @@ def run(config: RunConfig) -> Path | None:
     recipe, configs = prepare(config)
     for note in (note_shadowed(str(config.recipe)), *recipe.notes):
         print(note, file=sys.stderr) if note else None
+    about_to_write()
     folder = RunFolder(run_folder(config))
     state = RunFolder(folder / STATE)
     if config.background:
@@ -158,7 +159,6 @@ def ready(config: RunConfig, made: Sequence[Path] = ()) -> None:
     for stage in recipe.stages:
         if stage.name in chosen:
             with name_stage(stage):
-                preflight.require_extras(stage.command, configs[stage.name])
                 preflight.ready(stage.command, configs[stage.name], there, run_folder(config))
             there += outputs(configs[stage.name])
 
@@ -261,7 +261,7 @@ def describe(config: RunConfig) -> list[str]:
     for stage in recipe.stages:
         lines.append(f"{stage.name}: rankwise {stage.command} {as_flags(configs[stage.name])}")
         with name_stage(stage):
-            lines += [f"  {line}" for line in stage_of(stage.command).describe(configs[stage.name])]
+            lines += [f"  {line}" for line in preflight.describe(stage.command, configs[stage.name])]
     return lines
 
 

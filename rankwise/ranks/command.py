@@ -21,7 +21,7 @@ from rankwise.core.plan import RankPlan
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import UsageError
-from rankwise.files.atomic import fingerprint
+from rankwise.files.atomic import about_to_write, fingerprint
 from rankwise.files.lineage import row_options, rows_of
 from rankwise.files.plan import PLAN_FILE, write_plan
 from rankwise.files.processes import finish, process_index
@@ -51,8 +51,7 @@ def run(config: RanksConfig) -> RankPlan | None:
 
     UsageError at the end, when everything is written, where a trainer of `--emit` cannot take the plan.
     """
-    config = with_task(config)
-    check(config)
+    config = check(config)
     started = time.perf_counter()
     if process_index()[0] != 0:
         measure_probes(config)
@@ -88,14 +87,11 @@ def run(config: RanksConfig) -> RankPlan | None:
 
 
 def describe(config: RanksConfig) -> list[str]:
-    config = with_task(config)
-    check(config)
     source = config.deltas or config.adapter or f"{config.base} and {config.tuned}"
     how = f"within {config.spectrum.budget}" if config.spectrum.budget else f"at {config.spectrum.svd_threshold} energy"
     return [
         f"measure the spectra of {source} ({', '.join(config.sites.towers)} tower)",
         f"plan ranks {how}, between {config.spectrum.min_rank} and {config.spectrum.max_rank}",
-        f"write {Path(config.output_dir) / PLAN_FILE} and {Path(config.output_dir) / SVD_FOLDER}",
     ]
 
 
@@ -110,8 +106,9 @@ def with_task(config: RanksConfig) -> RanksConfig:
     return sub_task("running").with_task(config) if config.gain or config.data.data_path else config
 
 
-def check(config: RanksConfig) -> None:
-    """Refuse invalid combinations of options before anything is read."""
+def check(config: RanksConfig) -> RanksConfig:
+    """The config with its data's task; invalid combinations of options are refused before anything is read."""
+    config = with_task(config)
     rule_of(config)
     given = [bool(config.base and config.tuned), bool(config.deltas), bool(config.adapter)]
     half = (config.tuned and not config.base) or (config.base and not config.tuned and not config.probe2)
@@ -130,6 +127,7 @@ def check(config: RanksConfig) -> None:
     refuse_idle(config)
     if (config.gain or config.data.data_path) and not config.data.task:
         raise UsageError("--gain and --data_path need --task, which says how rows become text; the data do not show it")
+    return config
 
 
 def rule_of(config: RanksConfig) -> Rule:
@@ -179,6 +177,7 @@ def measure(config: RanksConfig, source: DeltaSource) -> Any:
         else:
             spectrum.rank_for(rule.threshold, rule.least(site), rule.most(site))
 
+    about_to_write()
     negligible = IDLE_NOISE if own.budget else (1 - rule.threshold) / 10
     settings = MeasureSettings(rule.max_rank, own.exact, own.noise_floor, config.device, config.seed, negligible)
     return measure_source(source, settings, question, partial(unsettled_sites, decision_settings(config)))

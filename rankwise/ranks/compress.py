@@ -28,6 +28,7 @@ from rankwise.files.adapter import (
     read_adapter,
     write_adapter,
 )
+from rankwise.files.atomic import about_to_write
 from rankwise.files.checkpoint import ADAPTER_NAMES
 from rankwise.files.lineage import trained_rows
 from rankwise.files.run_folder import RunFolder
@@ -63,6 +64,7 @@ def run(config: CompressConfig) -> Fidelity:
     adapter, folder = read_adapter(str(config.adapter), config.scale), RunFolder(config.output_dir)
     with folder.lock(), folder.recording("compress", {"adapter": str(config.adapter)}) as record:
         smaller, fidelity = compress_adapter(adapter, config)
+        about_to_write()
         with tempfile.TemporaryDirectory(dir=folder.path, prefix=".adapter-") as temporary:
             written = write_adapter(temporary, smaller)
             require_all_kept(adapter, read_adapter(written), fidelity)
@@ -177,11 +179,7 @@ def next_command(config: CompressConfig, smaller: LoraAdapter) -> str:
 
 
 def describe(config: CompressConfig) -> list[str]:
-    check(config)
     how = f"{config.energy} of its energy at every site" if config.energy is not None else f"the budget {config.budget}"
     if config.energy is None and not config.budget:
         how = "the same product, zero-padded to one rank"
-    return [
-        f"compress the adapter {config.adapter} to {how}, exactly, from its factors",
-        f"write the adapter and fidelity.json to {config.output_dir}",
-    ]
+    return [f"compress the adapter to {how}, exactly, from its factors"]

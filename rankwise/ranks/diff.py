@@ -19,10 +19,6 @@ def plans(config: DiffConfig) -> tuple[str, str]:
     return config.first, config.second
 
 
-def describe(config: DiffConfig) -> list[str]:
-    return [f"compare the rank plans {' and '.join(plans(config))}"]
-
-
 def run(config: DiffConfig) -> dict[str, Any]:
     """Print the sites whose ranks differ; a site that one plan lacks, or leaves out, has none."""
     names = plans(config)

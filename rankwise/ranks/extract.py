@@ -23,6 +23,7 @@ from rankwise.core.plan import PlannedSite, RankPlan, clamped
 from rankwise.core.site import TOWERS, Site
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, carry, lora_config, write_adapter
+from rankwise.files.atomic import about_to_write
 from rankwise.files.checkpoint import ADAPTER_NAMES, open_checkpoint, resolve
 from rankwise.files.plan import find_plan, read_plan
 from rankwise.files.run_folder import RunFolder
@@ -129,6 +130,7 @@ def run(config: ExtractConfig) -> Fidelity:
         raise DataError(f"--save_modules needs the base's config.json, which {source.description} has not here")
     folder = RunFolder(config.output_dir)
     with folder.lock(), folder.recording("extract", inputs(config)) as record:
+        about_to_write()
         pairs, fidelity = factor_deltas(source, plan, config.device, config.seed)
         rest = left_out(source, {weight_name(row.site.path, weight_names(source)) for row in plan.sites})
         whole = find_whole(both, rest, pairs) if both and config.save_modules else Whole()
@@ -283,10 +285,5 @@ def verdict(config: ExtractConfig, proof: Proof | None) -> str:
 
 
 def describe(config: ExtractConfig) -> list[str]:
-    check(config)
-    source = config.deltas or f"{config.base} and {config.tuned}"
     ranks = f"the ranks of {config.plan}" if config.plan else f"rank {config.rank}"
-    return [
-        f"factor the deltas of {source} with {ranks} (truncated SVD, {', '.join(config.sites.towers)} tower)",
-        f"write the adapter and fidelity.json to {config.output_dir}",
-    ]
+    return [f"factor the deltas with {ranks} (truncated SVD, {', '.join(config.sites.towers)} tower)"]

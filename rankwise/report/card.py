@@ -332,9 +332,7 @@ def matches(name: str, rules: tuple[str, ...]) -> bool:
 
 
 def describe(config: CardConfig) -> list[str]:
-    folder = check(config)
-    lines = [f"read what {folder} records of training, scores, merge, export and validation"]
-    lines.append(f"write the model card {out_path(config, folder)}")
+    lines = [f"write the model card {out_path(config, Path(str(config.run)))}"]
     if config.push_to_hub:
         lines.append(f"upload the {config.files if config.files != 'auto' else 'files'} to {config.push_to_hub}")
     return lines

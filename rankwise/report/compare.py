@@ -270,9 +270,3 @@ def check(config: CompareConfig) -> list[Path]:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UsageError("compare: one run folder is named twice")
     return folders
-
-
-def describe(config: CompareConfig) -> list[str]:
-    folders = check(config)
-    names = [CSV, MARKDOWN, JSON, *([] if config.no_plots else [PICTURE])]
-    return [f"read {', '.join(map(str, folders))}", f"write {', '.join(names)} in {config.output_dir}"]

@@ -151,8 +151,7 @@ def run(config: ReportConfig) -> Path:
 
 
 def describe(config: ReportConfig) -> list[str]:
-    folder = run_folder(config)
-    return [f"read what {folder} holds", f"write {out_path(config) or folder / 'report.html'} and its Markdown twin"]
+    return [f"write {out_path(config) or run_folder(config) / 'report.html'} and its Markdown twin"]
 
 
 def run_folder(config: ReportConfig) -> Path:

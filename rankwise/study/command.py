@@ -27,6 +27,7 @@ from rankwise.study.protocol import report, tune, tuning_batch
 from rankwise.study.results import FinishedStudy, conclude
 
 PARTS = "parts.json"
+check = design_study  # of options, before anything is read
 NEED_A_PROBE = (*RULES, "shuffled", "inverted", "warm", "plan-warm")
 
 
@@ -120,7 +121,6 @@ def cost_lines(design: Design, seconds: list[float]) -> list[str]:
 
 
 def describe(config: StudyConfig) -> list[str]:
-    """The lines of --dry-run."""
     design = design_study(config)
     seconds = [row["seconds"] for row in Ledger(Path(config.output_dir)).rows.values()]
     return [

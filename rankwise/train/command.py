@@ -39,7 +39,6 @@ from rankwise.train.adalora import (
 from rankwise.train.adapter import adapt_base, check_lora, choose_plan, describe_target
 from rankwise.train.arguments import build_arguments, quantization
 from rankwise.train.estimate.command import check_estimate, run_estimate
-from rankwise.train.gradient_table import TRAINING_LOG
 from rankwise.train.job import Job, prepare, rates_of, settle_training
 from rankwise.train.launch import check_folder, starting_point, train_job
 from rankwise.train.phases import gradient_norms, phase_keeper, schedule_of
@@ -67,8 +66,7 @@ from rankwise.train.trainer import RankwiseTrainer
 
 def run(config: TrainConfig) -> Path:
     """Run the command. Returns the run folder, whose root holds the adapter."""
-    config = settle_training(config)
-    check(config)
+    config = check(config)
     name = base_name(config)
     config = default_towers(config, load_config(name, config.model.revision, config.model.trust_remote_code))
     arguments = arguments_of(config)
@@ -76,7 +74,7 @@ def run(config: TrainConfig) -> Path:
         return run_estimate(config, name, arguments)
     check_folder(config)
     folder, towers = RunFolder(config.output_dir), train_use(config.towers)
-    with held(folder, "train", inputs(config, name), rehearsed=True) as record:
+    with held(folder, "train", inputs(config, name)) as record:
         # what trains: names and shapes, before a weight is loaded
         skeleton = load_readable_structure(config.model, name)
         if depth := asked(config.depth):
@@ -146,8 +144,9 @@ def save_trained(
     return Outcome(len(plan.ranks), trainable)
 
 
-def check(config: TrainConfig) -> None:
-    """Refuse invalid combinations of options before anything is read."""
+def check(config: TrainConfig) -> TrainConfig:
+    """The config with what its data say; invalid combinations of options are refused before anything is read."""
+    config = settle_training(config)
     check_estimate(config.estimate, config)
     if config.data.data_path or not config.estimate.estimate:
         check_data(config.data, "train")
@@ -160,6 +159,7 @@ def check(config: TrainConfig) -> None:
     check_selection(config.selection, config.data.task, config.training, packing=config.packing)
     schedule_of(config.phases)
     asked(config.depth)
+    return config
 
 
 def base_name(config: TrainConfig) -> str:
@@ -192,7 +192,6 @@ def inputs(config: TrainConfig, name: str) -> dict[str, Path | str]:
 
 def describe(config: TrainConfig) -> list[str]:
     config = settle_training(config)
-    check(config)
     name = config.model.model_name
     if name and Path(name, "config.json").is_file():
         config = default_towers(config, load_config(name, config.model.revision, config.model.trust_remote_code))
@@ -214,5 +213,4 @@ def describe(config: TrainConfig) -> list[str]:
         lines.append(f"train in phases: {form}")
     lines += selection_lines(config.selection)
     held_out = config.val_path or f"{config.val_fraction:.0%} of the groups held out"
-    lines.append(f"train on {config.data.data_path} as {config.data.task}, validate on {held_out}")
-    return [*lines, f"write the adapter, sites.json, {TRAINING_LOG} and checkpoints to {config.output_dir}"]
+    return [*lines, f"train on {config.data.data_path} as {config.data.task}, validate on {held_out}"]

@@ -130,15 +130,14 @@ def delta_facts(config: FinetuneConfig, job: Job, trainer: RankwiseTrainer, file
 
 def run(config: FinetuneConfig) -> Path:
     """Run the command. Returns the run folder."""
-    config = settle(config)
-    check(config)
+    config = check(config)
     name = config.model.model_name
     assert name is not None
     arguments = arguments_of(config)
     check_folder(config)
     folder = RunFolder(config.output_dir)
     given: dict[str, Path | str] = {"model": name, "data": str(config.data.data_path)}
-    with held(folder, "finetune", given, rehearsed=True) as record:
+    with held(folder, "finetune", given) as record:
         skeleton = load_readable_structure(config.model, name)
         job = prepare(config, name, arguments, skeleton)
         checkpoint = starting_point(config, job)
@@ -149,8 +148,9 @@ def run(config: FinetuneConfig) -> Path:
     return folder.path
 
 
-def check(config: FinetuneConfig) -> None:
-    """Refuse invalid combinations of options before anything is read."""
+def check(config: FinetuneConfig) -> FinetuneConfig:
+    """The config with its data's task; invalid combinations of options are refused before anything is read."""
+    config = settle(config)
     check_data(config.data, "finetune")
     if not config.model.model_name:
         raise UsageError("finetune needs a model: --model_name FOLDER_OR_HUB_ID")
@@ -161,6 +161,7 @@ def check(config: FinetuneConfig) -> None:
     sharded = config.training.get("fsdp") or config.training.get("deepspeed")
     if config.method == "full" and sharded and config.save != "checkpoints":
         raise UsageError("finetune with sharded parameters needs --save checkpoints")
+    return config
 
 
 def arguments_of(config: FinetuneConfig) -> TrainingArguments:
@@ -269,12 +270,11 @@ def finish(config: FinetuneConfig, trainer: RankwiseTrainer, samples: int, recor
 
 def describe(config: FinetuneConfig) -> list[str]:
     config = settle(config)
-    check(config)
     towers = " and ".join(finetune_use(config.towers, config.method).trained)
     what = f"every {towers} parameter" if config.method == "full" else f"a LoRA of rank {config.lora_r} ({towers})"
     return [
-        f"fine-tune {what} of {config.model.model_name} on {config.subset_ratio:.3%} of {config.data.data_path} "
-        f"(at most {config.max_samples:,} rows) as {config.data.task}",
+        f"fine-tune {what} on {config.subset_ratio:.3%} of {config.data.data_path} (at most {config.max_samples:,} "
+        f"rows) as {config.data.task}",
         "write " + ", ".join(str(path) for path in outputs(config)),
         f"continue with: {next_command(config)}",
     ]

@@ -33,8 +33,7 @@ from rankwise.files.atomic import fingerprint
 from rankwise.files.checkpoint import Weight, open_checkpoint
 from rankwise.files.run_folder import RunFolder
 from rankwise.merge import write as writing
-from rankwise.merge.command import describe as describe_stage
-from rankwise.merge.command import run
+from rankwise.merge.command import describe, made_from, run
 from rankwise.merge.plan import Entry, Skeleton, entries_of, plan_merge
 from rankwise.merge.verify import Agreement, ReferenceLogits, compare
 from rankwise.merge.write import make_tensor, shard_bytes, write_merged, write_shards
@@ -402,15 +401,15 @@ def test_memory_is_that_of_a_few_matrices_whatever_the_size(tmp_path: Path, monk
 
 def test_what_cannot_work_is_refused_before_anything_is_read(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="needs an adapter"):
-        describe_stage(MergeConfig())
+        made_from(MergeConfig())
     for size in ("5", "many", "0GB"):
         with pytest.raises(UsageError, match="max_shard_size"):
-            describe_stage(MergeConfig(adapter=str(adapter), max_shard_size=size))
+            made_from(MergeConfig(adapter=str(adapter), max_shard_size=size))
     assert shard_bytes("5GB") == 5 * 10**9
     gone = edited(adapter, tmp_path / "gone", lambda t, config: config.update(base_model_name_or_path="C:/me/model"))
     with pytest.raises(DataError, match="not on this machine; give the base with --base_model"):
-        describe_stage(MergeConfig(adapter=str(gone)))
-    assert any("compare" in line for line in describe_stage(MergeConfig(adapter=str(adapter))))
+        made_from(MergeConfig(adapter=str(gone)))
+    assert any("compare" in line for line in describe(MergeConfig(adapter=str(adapter))))
 
 
 def test_row_blocks_of_one_key_are_written_in_their_order(tmp_path: Path) -> None:

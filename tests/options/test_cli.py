@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from rankwise import cli
 from rankwise.errors import DataError, DivergedError, Interrupted, RankwiseError, ServiceError, VerificationError
@@ -295,9 +297,12 @@ def test_a_dry_run_prints_a_config_and_does_nothing(
     monkeypatch.chdir(tmp_path)
     for name in ("base", "tuned"):
         (tmp_path / name).mkdir()
+        save_file({"layers.0.mlp.up_proj.weight": torch.ones(4, 4)}, tmp_path / name / "model.safetensors")
+    before = sorted(tmp_path.rglob("*"))
     shown = dry_run(capsys, "ranks", "base", "tuned", "--max-rank", "8", "--rename", "a=b")
     assert "# would measure the spectra of base and tuned" in shown
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["base", "tuned"]
+    assert "# would read --base base, --tuned tuned" in shown and "# would write --output_dir ." in shown
+    assert sorted(tmp_path.rglob("*")) == before
     config = resolved("ranks", save(tmp_path / "c.yaml", shown))
     assert config == resolved("ranks", "base", "tuned", "--max-rank", "8", "--rename", "a=b")
 

@@ -112,7 +112,8 @@ def test_what_can_be_left_out_is_said_and_can_be(hide: Any, here: Path, capsys: 
     hide("matplotlib")
     assert cli.main(["ranks", "base", "tuned", "--dry-run"]) == 2
     assert "leave it out: --no_plots" in capsys.readouterr().err
-    assert cli.main(["ranks", "base", "tuned", "--no_plots", "--dry-run"]) == 0
+    assert cli.main(["ranks", "base", "tuned", "--no_plots", "--dry-run"]) == 3
+    assert "base: which weights are meant?" in capsys.readouterr().err, "it goes on to read"
 
 
 def test_every_optimizer_of_the_trainer_that_needs_a_package_is_in_the_table() -> None:

@@ -36,17 +36,16 @@ SHOWN = 10
 
 def run(config: CheckConfig) -> Findings:
     """Print and write what was found. DataError (exit 3) where samples are bad, once the report is written."""
-    config = settle(config)
-    check(config)
+    config = check(config)
     folder = RunFolder(config.output_dir)
     inputs: dict[str, Path | str | None] = {"model": config.model.model_name, "data": config.data.data_path}
     given = {name: value for name, value in inputs.items() if value}
     with folder.lock(), folder.recording("check", given) as record:
-        folder.save_config(config)
         renderer = renderer_of(config)
         seen = renderer is None or renderer.sight is not None
         examples = rows(config, sees_images=seen)
         reader = image_reader(config.data) if seen else None
+        folder.save_config(config)
         findings = examine(examples, reader, renderer, config.workers, config.compare)
         if renderer is not None and any(findings.shortest):
             try_model(config, renderer, findings)
@@ -61,20 +60,21 @@ def run(config: CheckConfig) -> Findings:
 
 def describe(config: CheckConfig) -> list[str]:
     config = settle(config)
-    check(config)
-    lines = [f"read every row of {config.data.data_path} as {config.data.task}", "decode every image it names"]
+    lines = [f"read every row as {config.data.task}, and decode every image it names"]
     if config.model.model_name:
         lines.append(f"make tokens of every sample as training does for {config.model.model_name}")
         lines.append("compare them with what the model's own chat template makes, where it is used")
         lines.append(
             "run a few with images through the model" + ("" if config.run_model else ", cut down to two layers")
         )
-    return [*lines, f"write {REPORT} and {BAD} to {config.output_dir}"]
+    return lines
 
 
-def check(config: CheckConfig) -> None:
+def check(config: CheckConfig) -> CheckConfig:
+    config = settle(config)
     check_data(config.data, "check")
     refuse_idle(config)
+    return config
 
 
 def rows(config: CheckConfig, *, sees_images: bool) -> Examples:

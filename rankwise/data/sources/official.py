@@ -67,6 +67,8 @@ def unpacked(archive: Path, wanted: Collection[str]) -> Path:
 
 def unpacked_into(archive: Path, wanted: Collection[str], folder: Path) -> Path:
     """`unpacked` into a folder that is not there yet; it appears whole or not at all."""
+    if not folder.is_dir():
+        about_to_write()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if not folder.is_dir():
