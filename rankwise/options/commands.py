@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from rankwise.options.field import Options, option, output
+from rankwise.options.field import Options, option, output, reads, reads_model, reads_or_hub
 from rankwise.options.sections import (
     DEVICE,
     DTYPES,
@@ -71,12 +71,10 @@ class FinetuneConfig(Options):
 class RanksConfig(Options):
     """Compute a rank plan from the spectra of two checkpoints, of deltas or of one adapter."""
 
-    base: str | None = option(path="weights", help="base checkpoint: folder, file or hub id", aliases=("pretrained",))
-    tuned: str | None = option(path="weights", help="fine-tuned checkpoint", aliases=("finetuned",))
-    deltas: str | None = option(path="read", help=DELTAS)
-    adapter: str | None = option(
-        path="weights", help="LoRA adapter: its spectrum from the factors, without the dense matrix"
-    )
+    base: str | None = reads_or_hub(help="base checkpoint: folder, file or hub id", aliases=("pretrained",))
+    tuned: str | None = reads_or_hub(help="fine-tuned checkpoint", aliases=("finetuned",))
+    deltas: str | None = reads(help=DELTAS)
+    adapter: str | None = reads_or_hub(help="LoRA adapter, measured from its factors, not the dense matrix")
     output_dir: str = output(".", help="folder for configs/ and analysis_outputs/svd/", aliases=("out",))
     spectrum: SpectrumSection = field(default_factory=SpectrumSection)
     sites: SitesSection = field(default_factory=SitesSection)
@@ -90,14 +88,10 @@ class RanksConfig(Options):
         choices=("weight", "activation", "loss"),
         help="how singular directions are weighted: weight norm, activation or loss",
     )
-    probe2: list[str] = option(
-        [], path="read", help="further probes (folders with deltas, or checkpoints), for repeatability"
-    )
-    gain: str | None = option(
-        path="read", help="held-out data on which to measure the share of the loss gain that the plan keeps"
-    )
+    probe2: list[str] = reads([], help="further probes (deltas or checkpoints), for repeatability")
+    gain: str | None = reads(help="held-out data to measure the plan's share of the loss gain on")
     data: DataSection = field(default_factory=DataSection)
-    model_name: str | None = option(path="model", help="model to run for --gain, --metric and --signal [the base]")
+    model_name: str | None = reads_model(help="model to run for --gain, --metric and --signal [the base]")
     num_samples: int = option(256, least=1, help="number of rows for --gain, --metric and --signal")
     batch_size: int = option(16, least=1, help="rows per forward pass")
     emit: list[str] = option([], choices=TRAINERS, help="also write the plan as a config for these trainers")
@@ -112,10 +106,10 @@ class RanksConfig(Options):
 class ExtractConfig(Options):
     """Extract a LoRA adapter from a checkpoint pair, by truncated SVD of each delta."""
 
-    base: str | None = option(path="weights", help="base checkpoint", aliases=("pretrained",))
-    tuned: str | None = option(path="weights", help="fine-tuned checkpoint", aliases=("finetuned",))
-    deltas: str | None = option(path="read", help=DELTAS)
-    plan: str | None = option(path="read", help="rank plan", aliases=("lora_config",))
+    base: str | None = reads_or_hub(help="base checkpoint", aliases=("pretrained",))
+    tuned: str | None = reads_or_hub(help="fine-tuned checkpoint", aliases=("finetuned",))
+    deltas: str | None = reads(help=DELTAS)
+    plan: str | None = reads(help="rank plan", aliases=("lora_config",))
     rank: int | None = option(least=1, help="one rank for all sites, instead of a plan", aliases=("r",))
     sites: SitesSection = field(default_factory=SitesSection)
     save_modules: bool = option(False, help="copy changed embeddings, heads, norms and biases in full")
@@ -129,7 +123,7 @@ class ExtractConfig(Options):
 class CompressConfig(Options):
     """Compress an adapter to lower ranks, exactly, through QR of its factors."""
 
-    adapter: str | None = option(path="weights", help="adapter or run folder")
+    adapter: str | None = reads_or_hub(help="adapter or run folder")
     energy: float | None = option(above=0, most=1, help="energy that each site keeps")
     budget: str | None = option(help="parameter budget: N, uniform:R, or 0.5%")
     normalise: str = option("none", choices=("none", "site"), help=NORMALISE)
@@ -156,7 +150,7 @@ class TrainConfig(Options):
     adapter_folder: str = option(
         ".", choices=(".", "final_model", "lora_adapter"), help="adapter folder within the run folder"
     )
-    val_path: str | None = option(path="read", help="validation rows [a share of the training groups]")
+    val_path: str | None = reads(help="validation rows [a share of the training groups]")
     val_fraction: float = option(0.05, least=0, below=1, help="validation share of the groups without --val_path")
     max_samples: int | None = option(
         least=1,
@@ -179,9 +173,7 @@ class CheckConfig(Options):
     data: DataSection = field(default_factory=DataSection)
     split: str = option("train", choices=SPLITS, help=SPLIT)
     workers: int | None = option(least=0, help="processes that decode images, 0: none [one per core, maximum 8]")
-    compare: int = option(
-        8, least=0, help="number of samples with images to compare with the processor's own ids and pixels"
-    )
+    compare: int = option(8, least=0, help="samples with images to compare with the processor's own ids and pixels")
     run_model: bool = option(False, help="run samples through the model's own weights [a cut-down, random copy]")
     output_dir: str = output("check", help="folder for check.json and bad_samples.jsonl")
 
@@ -190,12 +182,10 @@ class CheckConfig(Options):
 class EvaluateConfig(Options):
     """Score a base model, an adapter or a merged model on a task; measure forgetting."""
 
-    model_name: str | None = option(
-        path="weights", help="base model, merged model, adapter or run folder", aliases=("model_path", "adapter")
+    model_name: str | None = reads_or_hub(
+        help="base model, merged model, adapter or run folder", aliases=("model_path", "adapter")
     )
-    base_model_id: str | None = option(
-        path="weights", help="base of an adapter [as recorded in it]", aliases=("base_model",)
-    )
+    base_model_id: str | None = reads_or_hub(help="base of an adapter [as it records]", aliases=("base_model",))
     data: ScoredData = field(default_factory=ScoredData)
     split: str = option("dev", choices=SPLITS, help="official split; dev is dev_matched for MultiNLI")
     num_samples: int | None = option(least=1, help="number of rows, in file order [all]")
@@ -208,8 +198,8 @@ class EvaluateConfig(Options):
         help="classify by log-likelihood, or by the label in the generated text",
     )
     engine: str = option("transformers", choices=("transformers", "vllm"), help="inference engine (extra: vllm)")
-    forget: str | None = option(path="read", help="other text (.txt, .jsonl) for KL from the base and perplexities")
-    lm_eval_tasks_path: str | None = option(path="read", help="folder with your own task files, for lm_eval:NAME")
+    forget: str | None = reads(help="other text (.txt, .jsonl) for KL from the base and perplexities")
+    lm_eval_tasks_path: str | None = reads(help="folder with your own task files, for lm_eval:NAME")
     num_fewshot: int | None = option(least=0, help="few-shot examples, for lm_eval:NAME [the task's default]")
     dtype: str = option("auto", choices=DTYPES, help="precision of the model")
     output_dir: str | None = output(help="folder for the scores [evaluation/ in the model's folder]")
@@ -221,21 +211,15 @@ class EvaluateConfig(Options):
 class MergeConfig(Options):
     """Merge an adapter into its base, shard by shard, verified."""
 
-    adapter: str | None = option(path="weights", help="adapter or run folder", aliases=("adapter_path", "lora_path"))
-    base_model: str | None = option(
-        path="model", help="base model [as recorded in the adapter]", aliases=("model_name",)
-    )
+    adapter: str | None = reads_or_hub(help="adapter or run folder", aliases=("adapter_path", "lora_path"))
+    base_model: str | None = reads_model(help="base model [as the adapter records]", aliases=("model_name",))
     output_dir: str = output("merged_model", help="Hugging Face checkpoint", aliases=("output_path",))
     dtype: str = option("auto", choices=DTYPES, help="precision on disk [the base's]; float16 for export")
     max_shard_size: str = option("5GB", help="maximum size per file")
     data: DataSection = field(default_factory=DataSection)
     split: str = option("dev", choices=SPLITS, help="official split of --data_path for the prompts")
-    num_samples: int = option(
-        8, least=1, help="number of prompts of --data_path to compare on; without it, random tokens"
-    )
-    max_memory: str | None = option(
-        help="maximum memory of the comparison; larger models go layer by layer [free memory]"
-    )
+    num_samples: int = option(8, least=1, help="prompts of --data_path to compare on; without it, random tokens")
+    max_memory: str | None = option(help="memory of the comparison; larger models go layer by layer [free memory]")
     no_verify: bool = option(False, help="skip verification: merged tensors and logits against base + adapter")
 
 
@@ -243,7 +227,7 @@ class MergeConfig(Options):
 class ReportConfig(Options):
     """Write one self-contained page for a run folder."""
 
-    run: str | None = option(path="read", help="run folder")
+    run: str | None = reads(help="run folder")
     out: str | None = output(help="page to write [report.html in the run folder]", path="file")
     title: str | None = option(help="page title")
 
@@ -277,9 +261,7 @@ class RunConfig(Options):
     only: list[str] = option([], help="stages to run, no others")
     from_: str | None = option(help="first stage to rerun, with all after it", aliases=("from",))
     force: bool = option(False, help="rerun all stages")
-    log_file: str | None = option(
-        path="file", help="copy the output to this file; auto: logs/TIME.log in the run folder"
-    )
+    log_file: str | None = option(path="file", help="copy the output here; auto: logs/TIME.log in the run folder")
     background: bool = option(False, help="run in a process that outlives the terminal, and print its log's path")
     list_: bool = option(False, help=LIST, aliases=("list",))
 
@@ -299,7 +281,7 @@ class BatchConfig(Options):
 class CompareConfig(Options):
     """Compare finished runs: parameters, time, losses, gradient norms, scores."""
 
-    runs: list[str] = option([], commas=False, path="read", help="run folders")
+    runs: list[str] = reads([], commas=False, help="run folders")
     output_dir: str = output("comparison", help="folder for tables and plot")
     no_plots: bool = option(False, help=NO_PNG)
 
@@ -308,15 +290,15 @@ class CompareConfig(Options):
 class DiffConfig(Options):
     """Compare two rank plans."""
 
-    first: str | None = option(path="read", help="rank plan (lora_rank_config.json)")
-    second: str | None = option(path="read", help="rank plan to compare it with")
+    first: str | None = reads(help="rank plan (lora_rank_config.json)")
+    second: str | None = reads(help="rank plan to compare it with")
 
 
 @dataclass(frozen=True)
 class BundleConfig(Options):
     """Bundle all that an app needs to run the model, with golden vectors to replay."""
 
-    export: str | None = option(path="read", help="export folder", aliases=("model_path",))
+    export: str | None = reads(help="export folder", aliases=("model_path",))
     output_dir: str = output("bundle", help="bundle folder", aliases=("output_path",))
     outtype: str | None = option(help="quantization type to ship [q8_0 if exported, else the smallest]")
     validation: str | None = option("validation", help="`rankwise validate` folder: its items, verdict and confidences")
@@ -334,13 +316,10 @@ class BundleConfig(Options):
         0.9, above=0, below=1, help="precision the app must reach on answers it does not abstain from"
     )
     allow_unverified: bool = option(False, help="bundle even if export or validation is missing or failed")
-    replay: str | None = option(
-        path="read", help="bundle whose golden vectors to replay instead; exit 6 if a rung differs"
-    )
+    replay: str | None = reads(help="bundle whose golden vectors to replay instead; exit 6 if a rung differs")
     server: str | None = option(address=True, help="llama.cpp server to replay on [started here]")
-    app_pixels: str | None = option(
-        path="read",
-        help="for --replay: folder with the app's pixels for golden/*-source.*: *-device.png, or sha256_rgb.json",
+    app_pixels: str | None = reads(
+        help="for --replay: folder with the app's pixels for golden/*-source.*: *-device.png, or sha256_rgb.json"
     )
     context: int | None = option(help="context size of llama.cpp in tokens [as the longest sample needs]")
     threads: int | None = option(help="CPU threads for llama.cpp [llama.cpp's default]")
@@ -354,12 +333,12 @@ FILES = ("auto", "adapter", "merged", "export", "bundle")
 class CardConfig(Options):
     """Write a model card from a run's records; upload card and files to the Hugging Face hub."""
 
-    run: str | None = option(path="read", help="run folder, or an adapter, merged model or export alone")
+    run: str | None = reads(help="run folder, or an adapter, merged model or export alone")
     files: str = option("auto", choices=FILES, help="files to describe [the last product of the run]")
     out: str | None = output(help="card to write [README.md in the run folder]", path="file")
     title: str | None = option(help="model name [the repository's, else the run folder's]")
     license: str | None = option(help="license of the result [from the base's own card]")
-    base_model: str | None = option(path="model", help="hub id of the base, if the run names a local folder")
+    base_model: str | None = reads_model(help="hub id of the base, if the run names a local folder")
     push_to_hub: str | None = option(help="ORG/NAME to upload files and card to")
     private: bool = option(False, help="make the repository private")
     allow_unverified: bool = option(False, help="upload even if a verification failed or was skipped")
@@ -369,8 +348,8 @@ class CardConfig(Options):
 class ExportConfig(Options):
     """Export a merged checkpoint to GGUF files for llama.cpp, verified tensor by tensor."""
 
-    model: str | None = option(
-        path="model", help="merged model folder (with --adapter_gguf: the base)", aliases=("model_name", "model_path")
+    model: str | None = reads_model(
+        help="merged model folder (with --adapter_gguf: the base)", aliases=("model_name", "model_path")
     )
     output_dir: str = output("exported_model", help="folder of the GGUF files", aliases=("output_path",))
     outtype: list[str] = option(["f16", "q8_0"], help="quantization types: f32, f16, bf16, q8_0")
@@ -379,16 +358,10 @@ class ExportConfig(Options):
         help="base of the file names, <name>-<outtype>.gguf [the model folder's name]",
         aliases=("file_name",),  # in a recipe `name` is the stage's
     )
-    base_model: str | None = option(
-        path="model", help="base to measure the kept tuning against [as recorded by the merge]"
-    )
+    base_model: str | None = reads_model(help="base to measure the kept tuning against [as the merge records]")
     target: str | None = option(help="device.json, or a folder with one [the model folder's]")
-    adapter_gguf: str | None = option(
-        path="read", help="export this LoRA adapter instead, each site's scale folded into B"
-    )
-    llama_cpp_dir: str | None = option(
-        path="read", help="llama.cpp with its converter [$LLAMA_CPP_DIR, else the cache]"
-    )
+    adapter_gguf: str | None = reads(help="export this LoRA adapter instead, each site's scale in B")
+    llama_cpp_dir: str | None = reads(help="llama.cpp with its converter [$LLAMA_CPP_DIR, else the cache]")
     install_converter: bool = option(False, help="download llama.cpp's converter into the cache first")
     no_verify: bool = option(False, help="skip verification of the files against the checkpoint")
 
@@ -397,8 +370,8 @@ class ExportConfig(Options):
 class ValidateConfig(Options):
     """Score under the device's conditions, and prove that llama.cpp runs what was trained."""
 
-    export: str | None = option(path="read", help="export folder, or one GGUF file", aliases=("gguf", "model_path"))
-    mmproj: str | None = option(path="read", help="vision part of a single GGUF file")
+    export: str | None = reads(help="export folder, or one GGUF file", aliases=("gguf", "model_path"))
+    mmproj: str | None = reads(help="vision part of a single GGUF file")
     reference: str | None = option(help="merged model the files were made from [as recorded in the export]")
     server: str | None = option(address=True, help="llama.cpp server that runs the files, on the phone for example")
     data: ScoredData = field(default_factory=ScoredData)
@@ -407,7 +380,7 @@ class ValidateConfig(Options):
     outtype: list[str] = option(
         [], help="quantization types to validate; the last one is the one you ship [all exported]"
     )
-    base_model: str | None = option(path="model", help="model before training, to measure the gain kept on the device")
+    base_model: str | None = reads_model(help="model before training, to measure the gain kept on the device")
     parity_samples: int = option(
         32, least=0, help="number of items on the parity ladder, spread over kinds of images; 0: no ladder"
     )
@@ -415,15 +388,15 @@ class ValidateConfig(Options):
     tolerance: float = option(
         10.0, above=0, help="allowed KL divergence as a multiple of the measured noise floor", aliases=("k",)
     )
-    app_pixels: str | None = option(
-        path="read", help="folder with the app's pixels: PNG files of the images' names, or sha256_rgb.json"
+    app_pixels: str | None = reads(
+        help="folder with the app's pixels: PNG files of the images' names, or sha256_rgb.json"
     )
     min_accuracy: float | None = option(above=0, most=1, help="minimum accuracy; below it exit 6")
     min_agreement: float | None = option(above=0, most=1, help="minimum top-1 token agreement; below it exit 6")
     max_new_tokens: int | None = option(least=1, help="maximum tokens per answer [the device's; 128 without one]")
     sweep: list[str] = option([], help="quantization types to try as well, made from f16: q5_k_m, q4_0 …")
     sweep_margin: float = option(0.02, above=0, below=1, help="non-inferiority margin of --sweep (accuracy)")
-    llama_cpp_dir: str | None = option(path="read", help="llama.cpp with llama-quantize, for --sweep [$LLAMA_CPP_DIR]")
+    llama_cpp_dir: str | None = reads(help="llama.cpp with llama-quantize, for --sweep [$LLAMA_CPP_DIR]")
     context: int | None = option(help="context size of llama.cpp in tokens [as the longest sample needs]")
     threads: int | None = option(help="CPU threads for llama.cpp [llama.cpp's default]")
     batch_size: int = option(8, least=1, help="prompts per step of the reference")

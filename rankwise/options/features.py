@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rankwise.errors import UsageError
-from rankwise.options.field import Options, option, output, unknown
+from rankwise.options.field import Options, option, output, reads, reads_model, reads_or_hub, unknown
 from rankwise.options.sections import DEVICE, DTYPES, IMAGE_FOLDER, NO_PNG, OUTSIDE
 
 # The names that `--arch` takes, each with its other names.
@@ -46,15 +46,12 @@ class AllocatorSection(Options):
 class CaptureConfig(Options):
     """Capture visual features, from a model's projector or an encoder, into a cache."""
 
-    model_name: str | None = option(
-        path="model",
+    model_name: str | None = reads_model(
         help="vision-language model, or vision encoder (DINOv2, SigLIP, CLIP, ViT …): folder or hub id",
         aliases=("model", "model_path", "base_model"),
     )
     revision: str | None = option(help="hub revision")
-    images: str | None = option(
-        path="weights", help="folder of images, parquet file with an image column, or a `datasets` folder or id"
-    )
+    images: str | None = reads_or_hub(help="folder, parquet file with an image column, `datasets` folder or id")
     output_dir: str = output(CACHE, help="feature cache: sharded safetensors with an index")
     image_size: int | None = option(
         least=1, help="side of the square to stretch images to [448; as the model's device.json; an encoder's own]"
@@ -82,17 +79,13 @@ class FactorTrainConfig(Options):
     """Train a network that predicts low-rank factors of a feature matrix."""
 
     arch: str = option("ResMLP", help=ARCH_HELP)
-    features: str = option(
-        CACHE, path="read", help="feature cache, or a folder of features_{i}.pt", aliases=("cache", "data_path")
-    )
+    features: str = reads(CACHE, help="feature cache, or folder of features_{i}.pt", aliases=("cache", "data_path"))
     epochs: int = option(20, least=0, help="epochs; with --resume, additional epochs", aliases=("num_train_epochs",))
     lr: float = option(1e-4, above=0, help="learning rate of AdamW", aliases=("learning_rate",))
     rank: int = option(128, least=1, help="rank of the factors", aliases=("r",))
     batch_size: int = option(8, least=1, help="matrices per step", aliases=("per_device_train_batch_size",))
     lambda_B: float = option(1e-4, least=0, help="weight of mean(B²) in the loss", aliases=("lambda_b",))
-    lambda_ortho: float = option(
-        1e-3, least=0, help="weight of ‖AᵀA/T − I‖²/r² in the loss; AdaLoRA: of its layers' orthogonality"
-    )
+    lambda_ortho: float = option(1e-3, least=0, help="weight of ‖AᵀA/T − I‖²/r² in the loss (AdaLoRA: of its layers')")
     activation_orth_regu_A: float = option(
         0.0,
         least=0,
@@ -105,9 +98,7 @@ class FactorTrainConfig(Options):
     refine: bool = option(False, help="refine A·B afterwards; scored separately, as its rank may be higher")
     allocator: AllocatorSection = field(default_factory=AllocatorSection)
     results_dir: str = output("results", help="parent of the run folder, <results_dir>/<arch>", aliases=("output_dir",))
-    log_dir: str = option(
-        "log", path="folder", help="folder for logs_<time>/ with config, training.log and final_summary"
-    )
+    log_dir: str = option("log", path="folder", help="parent of logs_<time>/ (config, training.log, final_summary)")
     resume: bool = option(False, help="continue from the last complete checkpoint for --epochs more")
     overwrite: bool = option(False, help="delete an earlier run in the folder and start over")
     bf16: bool = option(False, help="use bf16 autocast")
@@ -125,13 +116,9 @@ class FactorCompareConfig(Options):
     arch: list[str] = option([], help="networks [all in --results_dir]")
     rank: int | None = option(least=1, help="rank of the baselines [the networks']", aliases=("r",))
     results_dir: str = output("results", help="folder of the networks", aliases=("output_dir",))
-    features: str | None = option(path="read", help=TRAINED_ON, aliases=("cache", "data_path"))
-    ood: str | None = option(
-        path="read", help="out-of-distribution feature cache: other images, same model", aliases=("ood_features",)
-    )
-    sweep: list[int] = option(
-        [8, 16, 32, 64, 128], least=1, help="ranks of the sweep; networks use their leading channels"
-    )
+    features: str | None = reads(help=TRAINED_ON, aliases=("cache", "data_path"))
+    ood: str | None = reads(help="out-of-distribution cache: other images, same model", aliases=("ood_features",))
+    sweep: list[int] = option([8, 16, 32, 64, 128], least=1, help="ranks of the sweep, of leading channels")
     batch_size: int = option(64, least=1, help="matrices per timed batch")
     repeats: int = option(3, least=1, help="timed passes; the fastest counts")
     no_plots: bool = option(False, help=NO_PNG)
@@ -147,7 +134,7 @@ class FactorShowConfig(Options):
     image_idx: int = option(0, help="index of the test image")
     rank: int | None = option(least=1, help="maximum rank of network and SVD [the network's]", aliases=("r",))
     results_dir: str = output("results", help="folder of the networks", aliases=("output_dir",))
-    features: str | None = option(path="read", help=TRAINED_ON, aliases=("cache", "data_path"))
+    features: str | None = reads(help=TRAINED_ON, aliases=("cache", "data_path"))
     channels: int = option(8, least=1, most=32, help="number of leading channels")
     device: str = option("auto", help=DEVICE)
 
@@ -156,14 +143,13 @@ class FactorShowConfig(Options):
 class DownstreamConfig(Options):
     """Score a model's answers with factors in place of its visual features."""
 
-    model_name: str | None = option(
-        path="weights",
+    model_name: str | None = reads_or_hub(
         help="vision-language model (or an adapter or run folder) that the features came from",
         aliases=("model", "model_path", "base_model"),
     )
-    base_model_id: str | None = option(path="weights", help="base of an adapter [as recorded in it]")
-    data_path: str | None = option(path="weights", help="conversations with images: questions and reference answers")
-    image_folder: str | None = option(path="read", help=IMAGE_FOLDER)
+    base_model_id: str | None = reads_or_hub(help="base of an adapter [as recorded in it]")
+    data_path: str | None = reads_or_hub(help="conversations with images: questions and reference answers")
+    image_folder: str | None = reads(help=IMAGE_FOLDER)
     allow_outside: bool = option(False, help=OUTSIDE)
     image_size: int | None = option(
         least=1, help="side of the square to stretch images to [as in the networks' cache, else unresized]"

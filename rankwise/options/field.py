@@ -106,6 +106,7 @@ def option(
     return dataclasses.field(default=default, metadata=metadata, repr=not secret, compare=not secret)
 
 
+reads, reads_or_hub, reads_model = (partial(option, path=kind) for kind in ("read", "weights", "model"))
 output = partial(option, short="-o", path="folder")  # where a command's product goes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rankwise.options.field import Options, option, output
+from rankwise.options.field import Options, option, output, reads, reads_or_hub
 from rankwise.options.sections import OUTSIDE
 
 
@@ -31,9 +31,7 @@ class TeacherSection(Options):
     temperature: float | None = option(help="sampling temperature of the teacher [the service's default]")
     max_tokens: int = option(1000, least=1, help="maximum tokens per answer")
     concurrency: int = option(5, least=1, help="maximum requests in flight")
-    requests_per_minute: float = option(
-        60, above=0, help="maximum requests per minute, retries included", aliases=("rpm",)
-    )
+    requests_per_minute: float = option(60, above=0, help="requests per minute, retries included", aliases=("rpm",))
     timeout: float = option(60, above=0, help="seconds before an unanswered request is retried")
     max_retries: int = option(10, least=0, help="maximum retries on 429, 5xx, timeouts and lost connections")
     max_wait: float = option(600, above=0, help="maximum seconds per question, retries and waits included")
@@ -44,9 +42,7 @@ class TeacherSection(Options):
         5, least=0, help="consecutive unusable answers before stopping, if none was usable before; 0: no limit"
     )
     ask_again: bool = option(False, help="ask again for answers of another address and for unusable ones in the ledger")
-    budget_usd: float | None = option(
-        above=0, help="maximum cost of the data set, earlier runs included [10 where prices are known]"
-    )
+    budget_usd: float | None = option(above=0, help="maximum cost, earlier runs included [10 where prices are known]")
     usd_per_million_input: float | None = option(
         least=0, help="price per million input tokens [list price of OpenAI's gpt-4o and gpt-4o-mini]"
     )
@@ -57,23 +53,17 @@ class TeacherSection(Options):
 class LabelConfig(Options):
     """Label images by a teacher, or by existing labels, as a data set to train on."""
 
-    images: str | None = option(
-        path="weights", help="folder of images, or COCO in its official layout", aliases=("coco_dir",)
-    )
+    images: str | None = reads_or_hub(help="folder of images, or COCO in its official layout", aliases=("coco_dir",))
     coco: str | None = option(choices=("val2017", "train2017"), help="part of COCO [val2017 without a folder]")
     download: bool = option(False, help="download missing parts of COCO val2017 (1 GB; extra: data)")
     from_folders: bool = option(False, help="no teacher: take an image's subfolder as its label")
-    labels_file: str | None = option(path="read", help="no teacher: .csv, .jsonl or .json file with images and labels")
+    labels_file: str | None = reads(help="no teacher: .csv, .jsonl or .json file with images and labels")
     image_column: str | None = option(help="image column of --labels_file [detected by name]")
     label_column: str | None = option(help="label column of --labels_file [detected by name]")
     output_dir: str = output("./dataset", help="data set folder")
-    task_file: str | None = option(
-        help="labelling task: elements, or a YAML file [elements; without a teacher: the labels]"
-    )
+    task_file: str | None = option(help="task: elements, or a YAML file [elements; without a teacher: the labels]")
     num_images: int = option(1000, least=1, help="number of images to keep; the teacher is asked until reached")
-    min_confidence: float = option(
-        0.75, least=0, most=1, help="confidence threshold; less confident answers are dropped"
-    )
+    min_confidence: float = option(0.75, least=0, most=1, help="threshold below which answers are dropped")
     val_fraction: float = option(0.1, least=0, below=1, help="validation share of the images, per class")
     image_size: int = option(256, least=1, help="side of the square image for device and teacher, in pixels")
     skip_bad: bool = option(False, help="skip and count unreadable images and rows instead of stopping")

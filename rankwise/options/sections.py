@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rankwise.options.field import Options, option
+from rankwise.options.field import Options, option, reads, reads_model, reads_or_hub
 
 TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli", "labels", "cota", "conversations")
 SCORED_TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli", "labels", "cota", "conversations")
@@ -32,8 +32,8 @@ def is_harness(task: str | None) -> bool:
 class ModelSection(Options):
     """Which model, and how it is loaded."""
 
-    model_name: str | None = option(
-        path="model", help="base model: folder or hub id", aliases=("model_path", "base_model", "model_name_or_path")
+    model_name: str | None = reads_model(
+        help="base model: folder or hub id", aliases=("model_path", "base_model", "model_name_or_path")
     )
     revision: str | None = option(help="hub revision (a commit hash where remote code is allowed)")
     trust_remote_code: bool = option(False, help="run the repository's own code; needs --revision COMMIT")
@@ -50,7 +50,7 @@ class DataSection(Options):
     """Which rows, and how they become tokens."""
 
     task: str | None = option(help="kind of data [detected from the rows]", choices=TASKS, aliases=("dataset",))
-    data_path: str | None = option(path="weights", help="data: file, folder or hub id", aliases=("dataset_dir",))
+    data_path: str | None = reads_or_hub(help="data: file, folder or hub id", aliases=("dataset_dir",))
     prompt: str = option(
         "auto",
         choices=("auto", "sections", "chat", "raw"),
@@ -71,15 +71,13 @@ class DataSection(Options):
         help=f"what to do with samples over --max_seq_length [as trained; {OVERLONG}]",
     )
     skip_bad: bool = option(False, help="skip and count malformed rows instead of stopping at the first")
-    image_folder: str | None = option(path="read", help=IMAGE_FOLDER)
+    image_folder: str | None = reads(help=IMAGE_FOLDER)
     allow_outside: bool = option(False, help=OUTSIDE)
     allow_urls: bool = option(False, help="fetch images by http(s), from public addresses only")
     repeat_image: bool = option(False, help="let one image fill several <image> placeholders of a row")
     image_first: bool = option(False, help="put images of a row without placeholders before its first question")
     roles: list[str] = option([], help="map other role names of conversations: pupil=user,coach=assistant")
-    aux_reason: bool = option(
-        False, help="labels: also train on the teacher's reason, as the answer to a second question, not in the prompt"
-    )
+    aux_reason: bool = option(False, help="labels: also train on the teacher's reason, as answer to a second question")
     download: bool = option(False, help="download official files missing from --data_path (extra: data)")
     device_target: str | None = option(
         help="device.json, or a folder with one: preprocess images and prompts as on that device; off: ignore it [as "
@@ -125,7 +123,7 @@ class SitesSection(Options):
 class LoraSection(Options):
     """What is adapted, with which rank and scale."""
 
-    lora_config: str | None = option(path="read", help="rank plan (lora_rank_config.json)", aliases=("plan",))
+    lora_config: str | None = reads(help="rank plan (lora_rank_config.json)", aliases=("plan",))
     lora_r: int = option(16, least=1, help="rank without a plan", aliases=("r",))
     lora_alpha: float | None = option(
         help="alpha, the scale's numerator [2·r; with rsLoRA 2·(maximum rank)]; a plan sets its own"
@@ -146,7 +144,7 @@ class LoraSection(Options):
     )
     loraplus_lr_ratio: float | None = option(help="LoRA+: ratio of B's learning rate to A's")
     warm_start: str = option("none", choices=("none", "delta"), help="initialise from the preliminary run's delta")
-    deltas: str | None = option(path="read", help="preliminary run for --warm_start delta")
+    deltas: str | None = reads(help="preliminary run for --warm_start delta")
     load_in_8bit: bool = option(False, help="quantize the base to 8 bit (extra: quant)")
     load_in_4bit: bool = option(False, help="quantize the base to 4 bit, NF4 (extra: quant)")
 
@@ -163,15 +161,11 @@ class AllocationSection(Options):
     allocator_keep_ratio: float = option(
         0.5, above=0, below=1, help="final share of the ranks: every matrix starts with --lora_r ÷ it"
     )
-    allocator_init_warmup: int | None = option(
-        least=0, help="optimizer steps at full rank before the first mask [a tenth of all steps]"
-    )
+    allocator_init_warmup: int | None = option(least=0, help="optimizer steps before the first mask [a tenth of all]")
     allocator_final_warmup: int | None = option(
         least=0, help="last optimizer steps, at the final ranks [three tenths of all steps]"
     )
-    allocator_mask_interval: int | None = option(
-        least=1, help="optimizer steps between masks [a hundredth of all steps]"
-    )
+    allocator_mask_interval: int | None = option(least=1, help="optimizer steps between masks [a hundredth of all]")
     allocator_orth: float = option(0.5, least=0, help="weight of AdaLoRA's orthogonality loss")
 
 
@@ -198,9 +192,7 @@ class DepthUseSection(Options):
         choices=DEPTH_CONTROLS,
         help="control condition instead of estimated depth, same parameters; file: --depth_maps [as trained]",
     )
-    depth_maps: str | None = option(
-        path="read", help="16-bit PNG depth (far = large): folder, or CSV of image_path,depth_path"
-    )
+    depth_maps: str | None = reads(help="16-bit PNG depth (far = large): folder, or CSV of image_path,depth_path")
     depth_cache: str | None = option(help="cache folder for computed maps [~/.cache/rankwise/depth]")
 
 
@@ -211,9 +203,7 @@ class DepthSection(DepthUseSection):
     use_depth: bool = option(False, help="train with depth (models with image tokens on a grid)")
     depth_alpha: float = option(100.0, above=0, help="factor on depth in [0, 1] before the encoding")
     depth_input_size: int = option(518, least=14, help="shorter image side for the depth estimator, in pixels")
-    depth_gate: str = option(
-        "learned", choices=("learned", "none"), help="learned: scalar gate that starts at 0; none: constant 1"
-    )
+    depth_gate: str = option("learned", choices=("learned", "none"), help="scalar gate: learned from 0, or constant 1")
     depth_lr: float | None = option(least=0, help="learning rate of the learned gate [0.03: it has far to go from 0]")
     depth_layout: str = option(
         "split", choices=("split", "interleaved"), help="sine and cosine channels in two blocks, or interleaved"
@@ -247,9 +237,7 @@ class PhasesSection(Options):
     phase1_end: int = option(300, help="optimizer step at which the first phase ends")
     phase2_end: int = option(600, help="optimizer step at which the second of three phases ends")
     schedule: str | None = option(help="phases in the general form: 'both:300 > mlp layers 0-10:300 > attention'")
-    phase_state: str = option(
-        "keep", choices=("keep", "reset"), help="optimizer state of a site that is activated again"
-    )
+    phase_state: str = option("keep", choices=("keep", "reset"), help="optimizer state of a site that is active again")
     log_frequency: int | None = option(
         least=0, help="optimizer steps between gradient norms, 0: none [1; per site at steps 1 % apart]"
     )
@@ -269,9 +257,7 @@ class SelectionSection(Options):
         choices=("likelihood", "generation"),
         help="accuracy of the most likely label, or of the label in up to 32 generated tokens",
     )
-    early_stopping: int | None = option(
-        least=0, help="patience: evaluations without improvement, by loss or --select [0: off]"
-    )
+    early_stopping: int | None = option(least=0, help="evaluations without improvement, by loss or --select [0: off]")
     balance: str = option(
         "none", choices=("none", "oversample", "sqrt"), help="oversample rare classes: fully, or by square root"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rankwise.options.field import Options, option, output
+from rankwise.options.field import Options, option, output, reads
 from rankwise.options.sections import DEVICE, SEED, DataSection, ModelSection
 
 
@@ -12,10 +12,8 @@ from rankwise.options.sections import DEVICE, SEED, DataSection, ModelSection
 class ProbeSection(Options):
     """Where the deltas come from that plans are made of: finished runs, or short full fine-tunes of the study's own."""
 
-    deltas: list[str] = option([], path="read", help="finished `rankwise finetune` runs; seeds take turns")
-    probes: int = option(
-        1, least=1, help="number of own probes, on disjoint rows of the training part; seeds take turns"
-    )
+    deltas: list[str] = reads([], help="finished `rankwise finetune` runs; seeds take turns")
+    probes: int = option(1, least=1, help="own probes, on disjoint rows of the training part; seeds take turns")
     probe_rows: int = option(500, help="rows per probe")
     probe_steps: int = option(100, help="updates per probe")
     probe_batch_size: int = option(8, help="rows per update of a probe")
@@ -54,10 +52,8 @@ class StudyConfig(Options):
     data: DataSection = field(default_factory=DataSection)
     probe: ProbeSection = field(default_factory=ProbeSection)
     grid: GridSection = field(default_factory=GridSection)
-    dev_path: str | None = option(path="read", help="rows to tune on [groups held out from the training rows]")
-    test_path: str | None = option(
-        path="read", help="rows to report on, read once [groups held out from the training rows]"
-    )
+    dev_path: str | None = reads(help="rows to tune on [groups held out from the training rows]")
+    test_path: str | None = reads(help="rows to report on, read once [groups held out of training rows]")
     train_size: int = option(2000, help="number of training rows")
     dev_size: int = option(250, least=2, help="number of items to tune on, one per prompt")
     test_size: int = option(250, least=2, help="number of items to report on, one per prompt")
@@ -70,9 +66,7 @@ class StudyConfig(Options):
     arms: list[str] = option([], help="arms to compare; see docs/study.md [by kind]")
     primary: list[str] = option([], help="primary contrasts, as `energy vs uniform` [every arm's own]")
     metric: str = option("loss", choices=("loss",), help="nats per answer token")
-    smallest_effect: float = option(
-        0.02, above=0, help="smallest effect of interest, δ; differences below it do not matter", aliases=("delta",)
-    )
+    smallest_effect: float = option(0.02, above=0, help="smallest effect of interest, δ", aliases=("delta",))
     schedule_plan: str = option("uniform", help="phases: rank plan that all arms share")
     steps: int = option(200, least=1, help="optimizer steps per arm", aliases=("max_steps",))
     batch_size: int = option(8, least=1, help="rows per step")
