@@ -118,7 +118,7 @@ def take_positionals(command: Command, words: list[str], prog: str) -> tuple[Pat
 def file_values(path: Path, name: str, known: Sequence[Option]) -> dict[str, Any]:
     """The options that a config file sets, or a recipe in its stage of this command."""
     content = load_file(path)
-    return typed_values(options_for(path, name) if "stages" in dict(content) else content, known, str(path))
+    return typed_values(options_for(path, name) if "stages" in content else content, known, str(path))
 
 
 def resolve(name: str, argv: Sequence[str]) -> tuple[Any, bool]:

@@ -18,43 +18,18 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rankwise.data import label_answer
 from rankwise.data.label_answer import UNPARSED, name_key, named_labels
 from rankwise.data.template import PATTERN
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import TASK
 from rankwise.files.atomic import read_json, write_json
-from rankwise.options.field import unknown
+from rankwise.options.field import read_values, unknown
 
 
 def content_of(path: Path) -> Any:
-    """What the file holds. UsageError (YAML) or DataError (JSON) with the line where it cannot be read."""
-    if path.suffix == ".json":
-        return read_json(path)
-    try:
-        return yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Strict)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text: {error.reason}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from error
-
-
-class _Strict(yaml.SafeLoader):
-    """YAML in which a key that a mapping holds twice is an error: PyYAML keeps the last one silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        written: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in written:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} appears twice", key.start_mark)
-            written.add(str(key.value))
-        return super().construct_mapping(node, deep)
+    """What the file holds; an error with the line where it cannot be read: DataError of a task.json, which we write."""
+    return read_json(path) if path.suffix == ".json" else read_values(path)
 
 
 FILE, FORMAT = TASK, "rankwise-task/1"

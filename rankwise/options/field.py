@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from rankwise.errors import UsageError
 
-PARSERS = {".json": json.loads, ".toml": tomllib.loads}
+PARSERS = {".json": lambda text: json.loads(text, object_pairs_hook=unique), ".toml": tomllib.loads}
 CONFIG_SUFFIXES = (".yaml", ".yml", *PARSERS)
 hints_of = cache(typing.get_type_hints)  # milliseconds each, and a recipe asks for every stage of every change
 TRUE, FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
@@ -293,48 +293,62 @@ def unknown(name: str, known: Iterable[str], where: str, what: str = "option") -
     return UsageError(f"{where}: unknown {what} {name!r}{hint}")
 
 
-def load_file(path: Path) -> list[tuple[str, Any]]:
-    """The names and values of a YAML, JSON or TOML file, by its suffix; without one it is read as YAML. `2e-4` is a
-    number once its option says so (see `convert`)."""
+def load_file(path: Path) -> dict[str, Any]:
+    """The names and values of a YAML, JSON or TOML file. `2e-4` is a number once its option says so (`convert`)."""
+    loaded = read_values(path)
+    if not isinstance(loaded, dict):
+        raise UsageError(f"{path}: expected option names with values, got {type(loaded).__name__}")
+    return {str(name): value for name, value in loaded.items()}
+
+
+def read_values(path: Path) -> Any:
+    """What a file holds, by its suffix; without one it is read as YAML. UsageError, with the line, for what cannot be
+    read, and for a name that one mapping holds twice: parsers keep the last one, silently."""
     import yaml
 
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot read the config file: {error.strerror}{neighbours(path)}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text: {error.reason}") from error
     suffix = path.suffix.lower()
     try:
-        names = repeatable_names(text, suffix)
-        loaded = PARSERS[suffix](text) if suffix in PARSERS else yaml.safe_load(text)
+        text = path.read_text(encoding="utf-8-sig")
+        return PARSERS[suffix](text) if suffix in PARSERS else yaml.load(text, strict_loader())
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}{neighbours(path)}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text: {error.reason}") from error
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path}: not TOML: {error}") from error
     except json.JSONDecodeError as error:
-        raise UsageError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+        raise UsageError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
+        line = f", line {mark.line + 1}" if mark else ""
         raise UsageError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from error
-    if not isinstance(loaded, dict):
-        raise UsageError(f"{path}: expected option names with values, got {type(loaded).__name__}")
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise UsageError(f"{path}: {repeated[0]} is set twice")
-    return [(str(name), value) for name, value in loaded.items()]
+    except RepeatedName as error:
+        raise UsageError(f"{path}: {error} is set twice") from error
 
 
-def repeatable_names(text: str, suffix: str) -> list[str]:
-    """The names at the top of a file as they are written: parsers keep the last of two equal ones, silently."""
+class RepeatedName(ValueError):
+    """A name that a mapping holds twice."""
+
+
+def unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """`object_pairs_hook` of json."""
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise RepeatedName(name)
+    return dict(pairs)
+
+
+@cache
+def strict_loader() -> Any:
+    """A YAML loader whose mappings hold each name once."""
     import yaml
 
-    if suffix == ".toml":  # refuses a repeated name itself
-        return []
-    if suffix == ".json":
-        pairs: Any = json.loads(text, object_pairs_hook=list)
-        return [str(pair[0]) for pair in pairs if isinstance(pair, tuple)] if isinstance(pairs, list) else []
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    return [str(key.value) for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    class Strict(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            unique([(key.value, None) for key, _ in node.value if isinstance(key.value, str)])
+            return super().construct_mapping(node, deep)
+
+    return Strict
 
 
 def neighbours(path: Path) -> str:

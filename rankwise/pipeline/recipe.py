@@ -118,7 +118,7 @@ def load_recipe(path: Path, run: Path, changes: Sequence[str] = ()) -> Recipe:
 
 def read_content(path: Path, below: Sequence[Path] = ()) -> dict[str, Any]:
     """The file's keys, over those of the recipe that it extends (found beside it, or by name in the package)."""
-    content = dict(load_file(path))
+    content = load_file(path)
     for key in content:
         if key not in KEYS:
             raise unknown(key, KEYS, str(path))

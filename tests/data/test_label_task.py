@@ -92,7 +92,7 @@ def test_yaml_json_and_a_list_of_names_say_the_same(tmp_path: Path) -> None:
         ("name: x", r"task\.yaml: classes: needs names"),
         ("classes: {}", "classes: needs names"),
         ("classes: {a: x}", "classes: 1 given; a choice needs two"),
-        ("classes: {a: x, b: y, a: z}", r"task\.yaml, line 1: .*'a' appears twice"),
+        ("classes: {a: x, b: y, a: z}", r"task\.yaml: a is set twice"),
         ("classes: [a, b, a]", "'a' and 'a' count as the same name"),
         ("classes: {Water: x, water: y}", "'Water' and 'water' count as the same name"),
         ("classes: {yes: x, no: y}", "True is no text; put it in quotes"),
