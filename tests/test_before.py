@@ -103,12 +103,12 @@ def facts(tensors: dict[str, Any]) -> dict[str, Any]:
 
 def skeleton(name: str, text: bytes) -> str:
     """All but the digits of floats, the digests of what holds such, and what a dry run says it would do."""
-    text = facts(text) if name.startswith(f"{DRY}/") else text
+    text = config_alone(text) if name.startswith(f"{DRY}/") else text
     known = DIGEST.sub(b"<digest>", text) if OF_FLOATS.search(name) else text
     return NUMBER.sub(b"<number>", known).decode()
 
 
-def facts(dry_run: bytes) -> bytes:
+def config_alone(dry_run: bytes) -> bytes:
     """Without what it says it would do."""
     return re.sub(rb"(?m)^#.*\n", b"", dry_run)
 
@@ -132,7 +132,7 @@ def test_what_is_shipped_is_written_as_before(shipped: Path) -> None:
 def shape(text: bytes) -> Any:
     """Of JSON, or of lines of it."""
     if not text.startswith(b"{"):
-        return facts(text)
+        return config_alone(text)
     lines = text.decode().splitlines() if text.startswith(b"{") and text.count(b"\n{") else [text.decode()]
     return [kind(json.loads(line)) for line in lines]
 
