@@ -18,12 +18,14 @@ import numpy as np
 from rankwise.device.llama.runtime import LlamaServer, Runtime
 from rankwise.device.scores import NOT_INFERIOR, UNDECIDED, Difference, compared
 from rankwise.device.sides import Shipment, Shipped, TrainedSide, answers_in, context
+from rankwise.device.validation_page import sweep_table
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.bootstrap import wilson
 from rankwise.files.atomic import write_json
 from rankwise.files.processes import announce
 from rankwise.gguf.quantize import quantize
 from rankwise.options.commands import ValidateConfig
+from rankwise.page.blocks import lines
 
 FILE, FORMAT = "sweep.json", "rankwise-sweep/1"
 MARGIN = 0.02  # of accuracy
@@ -104,8 +106,7 @@ class Sweep:
 
     def lines(self) -> list[str]:
         """A table for the terminal, and the choice."""
-        head = "  form        MB   accuracy  [95 %]           peak MB   median s   p95 s   against the largest"
-        return [head, *(_line(row) for row in self.as_dict()["forms"]), f"  {self.why}"]
+        return lines([sweep_table(self.as_dict())])
 
 
 # --- rankwise validate --sweep ---------------------------------------------------------------------------------------
@@ -220,16 +221,3 @@ def _why(
     if chosen == largest:
         return f"ship {largest}: no smaller form is shown to be within {100 * margin:g} points of it{more}"
     return f"ship {chosen}: the smallest that is not inferior to {largest} by {100 * margin:g} points{more}"
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    low, high = row["interval"]
-    memory = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 1e6:.0f}"
-    against = row["against_reference"]
-    beside = "the largest"
-    if against:
-        difference = f"{100 * against['low']:+.1f} to {100 * against['high']:+.1f} points"
-        beside = f"{against['verdict']} ({difference}; {against['lost']} lost, {against['won']} won)"
-    accuracy = f"{100 * row['accuracy']:7.2f}   [{100 * low:5.1f}, {100 * high:5.1f}]"
-    seconds = f"{row['seconds_median']:8.3f} {row['seconds_p95']:7.3f}"
-    return f"  {row['form']:<8} {row['bytes'] / 1e6:7.1f}   {accuracy}   {memory:>9}   {seconds}   {beside}"

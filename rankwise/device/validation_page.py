@@ -1,21 +1,22 @@
 """A validation in words and pictures: the verdict, the ladder of each form, scores and what was taken for what.
 
-validation.json ── summary ──▶ lines for the terminal · draw ──▶ plots · blocks ──▶ the report's section
+validation.json ── validation_blocks ──▶ terminal (summary), plots (draw), the report's section
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rankwise.device.parity.rungs import said, unmeasured
 from rankwise.device.scores import FORMAT
-from rankwise.errors import UsageError
-from rankwise.evaluate.classify import plot_confusion
+from rankwise.evaluate.classify import class_table, plot_confusion
 from rankwise.files.atomic import read_document
-from rankwise.page.blocks import Block, Folded, Picture, Table, Words
-from rankwise.page.text import align, is_number, memory, number, percent, printable
+from rankwise.page.blocks import Block, Folded, Plot, Table, Words, drawn, into, lines, pictures
+from rankwise.page.canvas import drawable
+from rankwise.page.text import is_number, memory, number, percent, printable, with_interval
 
 PARTS = ("outtype", "by_outtype", "parity", "verdict", "reference", "failures")
 CONFUSION = "confusion_matrix"
@@ -27,131 +28,108 @@ def read_validation(path: Path) -> Mapping[str, Any]:
 
 def draw(content: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     """The plots of a validation in folder/plots, by name; none where matplotlib is missing or there are no classes."""
-    if "confusion_matrix" not in content:
+    if CONFUSION not in content or not drawable("the confusion matrix is"):
         return {}
-    path = folder / "plots" / f"{CONFUSION}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        return {CONFUSION: plot_confusion(content["labels"], content["confusion_matrix"], path, content["outtype"])}
-    except UsageError as error:
-        print(f"note: no plots: {error}")
-        return {}
-
-
-# --- terminal --------------------------------------------------------------------------------------------------------
+    return pictures(drawn(validation_blocks(content), into(folder / "plots")))
 
 
 def summary(content: Mapping[str, Any]) -> list[str]:
-    """The verdict first, then a line for each form and a table of rungs."""
-    lines = list(content["verdict"])
-    lines += ["", *(f"  {form}: {form_line(facts)}" for form, facts in content["by_outtype"].items())]
-    lines.append(f"  trained, in transformers: {form_line(content['reference'])}")
-    if content.get("base"):
-        lines.append(f"  before training: {form_line(content['base'])}")
-    lines += gain_lines(content)
-    if content["parity"]:
-        rows = ladder_rows(content["parity"])
-        lines += ["", *(f"  {line}" for line in align(rows, left=range(len(rows[0])), gap=3))]
-        lines += [f"  {line}" for line in not_measured(content["parity"])]
-    return lines
+    """The lines of the terminal."""
+    return lines(validation_blocks(content))
 
 
-def form_line(facts: Mapping[str, Any]) -> str:
-    """accuracy 86.0 % [77.9, 91.5] · macro F1 0.85 · by generation, n = 100 · 0.21 s, p95 0.30 s · 612 MiB"""
-    parts = []
-    if "accuracy" in facts:
-        low, high = facts["interval"]
-        parts.append(f"accuracy {100 * facts['accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
-    if "macro_f1" in facts:
-        parts.append(f"macro F1 {facts['macro_f1']:.3f}")
-    parts += [f"{name} {number(value)}" for name, value in facts.get("metrics", {}).items()][:4]
-    parts.append(f"by {facts.get('method', 'generation')}, n = {facts['n']}")
-    if facts.get("unparsed"):
-        parts.append(f"{facts['unparsed']} unparsed")
-    if facts.get("latency"):
-        parts.append(f"{facts['latency']['median']:.3f} s an item, p95 {facts['latency']['p95']:.3f} s")
-    if facts.get("memory"):
-        parts.append(memory(facts["memory"]))
-    return " · ".join(parts)
-
-
-def gain_lines(content: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for form, row in (content.get("against_reference") or {}).items():
-        low, high = row["interval"]
-        lines.append(
-            f"  {form} against the trained model: {100 * row['difference']:+.1f} points "
-            f"[{100 * low:+.1f}, {100 * high:+.1f}], {row['lost']} lost, {row['won']} won, McNemar p = {row['p']:.2g}"
-        )
-    for form, row in (content.get("gain") or {}).items():
-        kept = f"{percent(row['kept'])} of training's gain" if row["kept"] is not None else f"undefined: {row['why']}"
-        lines.append(f"  {form} keeps {kept}" if row["kept"] is not None else f"  gain kept by {form} is {kept}")
-    return lines
-
-
-# --- report ----------------------------------------------------------------------------------------------------------
-
-
-def validation_blocks(content: Mapping[str, Any], pictures: Sequence[Picture] = ()) -> list[Block]:
+def validation_blocks(content: Mapping[str, Any]) -> list[Block]:
     """The verdict, the ladder, the scores, the confusion matrix, the classes."""
-    found: list[Block] = [Words(printable(" ".join(content["verdict"]), 1500))]
+    parity = content["parity"]
+    found: list[Block] = [Words(printable(line)) for line in content["verdict"]]
     found += [Words("Failed: " + printable("; ".join(content["failures"]), 1500))] if content["failures"] else []
-    if content["parity"]:
-        header, *rows = ladder_rows(content["parity"])
-        note = (
-            "Each rung compares transformers with llama.cpp on the same items; the first broken one is the cause. "
-            "Limits are k measured floors; above 10 they are weak: only large faults show."
-        )
-        found += [
-            Table(header, rows, first_number=99, note=note),
-            Folded("What each rung measured", measured_tables(content)),
-        ]
-    found += [score_table(content), *pictures]
-    if lines := gain_lines(content):
-        found.append(Words(printable(" · ".join(line.strip() for line in lines), 1500)))
+    found += ladder_blocks(parity) if parity else []
+    found += [score_table(content), *(Words(printable(line)) for line in gain_sentences(content))]
+    if CONFUSION in content:
+        name = printable(content["outtype"], 20)
+        draw = partial(plot_confusion, content["labels"], content[CONFUSION], title=name)
+        found.append(Plot(CONFUSION, "What was taken for what: rows are true classes, columns answers", draw))
     if "per_class" in content:
-        found.append(class_table(content))
+        rows = {label: in_percent(row) for label, row in content["per_class"].items()}
+        details = {"by_class": rows, "unparsed": content["unparsed"]}
+        found.append(class_table(details, f"{content['outtype']}, by class"))
     if content.get("sweep"):
         found.append(sweep_table(content["sweep"]))
     return found
 
 
+def ladder_blocks(parity: Mapping[str, Any]) -> list[Block]:
+    """Rungs of every quantization type, those that were not measured, and what each measured."""
+    names = [rung["name"] for rung in next(iter(parity.values()))["rungs"]]
+    status = {form: {rung["name"]: said(rung) for rung in ladder["rungs"]} for form, ladder in parity.items()}
+    rows = [(name, *(status[form][name] for form in parity)) for name in names]
+    note = (
+        "Each rung compares transformers with llama.cpp on the same items; the first broken one is the cause. "
+        "Limits are k measured floors; above 10 they are weak: only large faults show."
+    )
+    missing = dict.fromkeys(line for ladder in parity.values() for line in unmeasured(ladder["rungs"]))
+    return [
+        Table(("rung", *parity), rows, first_number=len(rows[0]), note=note),
+        *(Words(printable(line)) for line in missing),
+        Folded("What each rung measured", measured_tables(parity)),
+    ]
+
+
+def gain_sentences(content: Mapping[str, Any]) -> list[str]:
+    """Each quantization type against the trained model, and how much of training's gain it keeps."""
+    found = []
+    for form, row in (content.get("against_reference") or {}).items():
+        low, high = row["interval"]
+        found.append(
+            f"{form} against the trained model: {100 * row['difference']:+.1f} points "
+            f"[{100 * low:+.1f}, {100 * high:+.1f}], {row['lost']} lost, {row['won']} won, McNemar p = {row['p']:.2g}"
+        )
+    for form, row in (content.get("gain") or {}).items():
+        undefined = f"gain kept by {form} is undefined: {row['why']}"
+        found.append(undefined if row["kept"] is None else f"{form} keeps {percent(row['kept'])} of training's gain")
+    return found
+
+
 def sweep_table(swept: Mapping[str, Any]) -> Table:
-    """Quantization types from the largest to the smallest, and which one to ship."""
+    """Quantization types from the largest to the smallest, and which one to ship. swept: content of `sweep.json`."""
     rows = []
     for form in swept["forms"]:
-        low, high = form["interval"]
-        against = form["against_reference"]
         rows.append(
             (
                 printable(form["form"], 20),
                 memory(form["bytes"]),
-                f"{form['accuracy']:.3f} [{low:.3f}, {high:.3f}]",
+                with_interval(form["accuracy"], form["interval"], in_points),
                 f"{form['seconds_median']:.3f} s",
+                f"{form['seconds_p95']:.3f} s",
                 memory(form["peak_memory"]) if form["peak_memory"] else "",
-                against["verdict"] if against else "the largest",
+                beside_largest(form["against_reference"]),
             )
         )
-    header = ("form", "size", "accuracy", "median latency", "peak memory with weights", "against the largest")
+    header = ("form", "size", "accuracy, %", "median latency", "p95", "peak memory with weights", "against the largest")
     return Table(header, rows, note=printable(swept["why"], 400))
 
 
-def ladder_rows(parity: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Rung, then its status for each quantization type."""
-    names = [rung["name"] for rung in next(iter(parity.values()))["rungs"]]
-    status = {form: {rung["name"]: said(rung) for rung in ladder["rungs"]} for form, ladder in parity.items()}
-    return [("rung", *parity), *((name, *(status[form][name] for form in parity)) for name in names)]
+def beside_largest(against: Mapping[str, Any] | None) -> str:
+    if not against:
+        return "the largest"
+    span = f"{100 * against['low']:+.1f} to {100 * against['high']:+.1f} points"
+    return f"{against['verdict']} ({span}; {against['lost']} lost, {against['won']} won)"
 
 
-def not_measured(parity: Mapping[str, Any]) -> list[str]:
-    """Reasons, once for all forms."""
-    return list(dict.fromkeys(line for ladder in parity.values() for line in unmeasured(ladder["rungs"])))
+def in_points(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
-def measured_tables(content: Mapping[str, Any]) -> list[Block]:
+def in_percent(row: Mapping[str, Any]) -> dict[str, float]:
+    """A class of validation.json, in shares, as `evaluate` has it."""
+    keys = {"precision": "precision", "recall": "recall", "f1": "f1_score"}
+    return {**{name: 100 * row[key] for name, key in keys.items()}, "n": row["support"]}
+
+
+def measured_tables(parity: Mapping[str, Any]) -> list[Block]:
     """Numbers of every rung of every form, with what they are held to, and the reasons."""
     tables: list[Block] = []
-    for form, ladder in content["parity"].items():
+    for form, ladder in parity.items():
         rows = []
         for rung in ladder["rungs"]:
             limits = {name: value for name, value in rung["threshold"].items() if value is not None}
@@ -175,15 +153,16 @@ def cell(value: Any) -> str:
 def score_table(content: Mapping[str, Any]) -> Table:
     columns = {**content["by_outtype"], "trained": content["reference"]}
     columns |= {"before training": content["base"]} if content.get("base") else {}
-    names = [name for name in ("accuracy", "macro_f1", "unparsed", "n") if any(name in one for one in columns.values())]
+    names = [name for name in ("accuracy", "macro_f1", "unparsed") if any(name in one for one in columns.values())]
     names += list(dict.fromkeys(name for one in columns.values() for name in one.get("metrics", {})))
     rows = [(name.replace("_", " "), *(score_cell(one, name) for one in columns.values())) for name in names]
-    rows.append(("median latency", *(seconds(one) for one in columns.values())))
-    rows.append(
-        ("peak memory with weights", *(memory(one["memory"]) if one.get("memory") else "" for one in columns.values()))
-    )
+    rows += [
+        ("items", *(f"{one['n']} by {one.get('method', 'generation')}" for one in columns.values())),
+        ("latency, median and p95", *(latency(one) for one in columns.values())),
+        ("peak memory with weights", *(memory(one["memory"]) if one.get("memory") else "" for one in columns.values())),
+    ]
     baseline = content.get("majority_baseline")
-    note = "All by greedy generation; in brackets Wilson's 95 % intervals."
+    note = "Greedy generation; in brackets Wilson's 95 % intervals."
     note += f" Always {baseline['label']}: accuracy {baseline['accuracy']:.3f}." if baseline else ""
     return Table(("", *columns), rows, note=printable(note, 200))
 
@@ -192,25 +171,10 @@ def score_cell(facts: Mapping[str, Any], name: str) -> str:
     value = facts.get(name, facts.get("metrics", {}).get(name))
     if not is_number(value):
         return ""
-    shown = f"{value:.3f}" if isinstance(value, float) else number(value)
-    if name != "accuracy":
-        return shown
-    low, high = facts["interval"]
-    return f"{shown} [{low:.3f}, {high:.3f}]"
+    if name == "accuracy":
+        return with_interval(value, facts["interval"], in_points).replace(" ", " % ", 1)
+    return f"{value:.3f}" if isinstance(value, float) else number(value)
 
 
-def seconds(facts: Mapping[str, Any]) -> str:
-    return f"{facts['latency']['median']:.3f} s" if facts.get("latency") else ""
-
-
-def class_table(content: Mapping[str, Any]) -> Table:
-    rows = [
-        (
-            printable(label, 40),
-            *(f"{row[name]:.3f}" for name in ("precision", "recall", "f1_score")),
-            str(row["support"]),
-        )
-        for label, row in content["per_class"].items()
-    ]
-    note = f"{content['unparsed']} answers name no class; they count as wrong." if content["unparsed"] else ""
-    return Table((f"{content['outtype']}, by class", "precision", "recall", "F1", "n"), rows, note=note)
+def latency(facts: Mapping[str, Any]) -> str:
+    return "{median:.3f} s, {p95:.3f} s".format(**facts["latency"]) if facts.get("latency") else ""

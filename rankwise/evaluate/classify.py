@@ -28,8 +28,9 @@ from rankwise.evaluate.generate import Answering, Generated, GenerationSettings,
 from rankwise.evaluate.likelihood import longest_answer
 from rankwise.evaluate.predictions import Prediction, Scores
 from rankwise.files.processes import own_share
-from rankwise.page.canvas import colormap, name_axes, new_figure, readable_on, save
-from rankwise.page.text import clip
+from rankwise.page.blocks import Table
+from rankwise.page.canvas import bare, colormap, name_axes, new_figure, save, write_cells
+from rankwise.page.text import clip, printable
 
 MAX_NEW_TOKENS = 32  # where no device says how long an answer may be
 CELL, NONE = 0.62, "no class"  # of the plot: inches, and the last column
@@ -189,18 +190,16 @@ def confusion_table(details: Mapping[str, Any]) -> list[list[str]]:
     return [head, *([label, *map(str, row)] for label, row in rows)]
 
 
-def class_table(details: Mapping[str, Any]) -> list[str]:
-    """Lines for the terminal: one per class, then the baseline and what could not be read."""
-    width = max(len(label) for label in details["labels"])
-    lines = [f"  {'':<{width}}  precision  recall     f1       n"]
-    for label, row in details["by_class"].items():
-        numbers = f"{row['precision']:9.2f}  {row['recall']:6.2f} {row['f1']:6.2f} {row['n']:7d}"
-        lines.append(f"  {label:<{width}}  {numbers}")
-    baseline = details["majority_baseline"]
-    lines.append(f"  always {baseline['label']}: accuracy {baseline['accuracy']:.2f}")
-    if details["unparsed"]:
-        lines.append(f"  {details['unparsed']} texts name no label, or several; they count as wrong")
-    return lines
+def class_table(details: Mapping[str, Any], title: str = "") -> Table:
+    """A row per class: precision, recall and F1 from 0 to 100, and n; below it the baseline and what names no class."""
+    rows = [
+        (printable(label, 40), *(f"{row[name]:.2f}" for name in ("precision", "recall", "f1")), f"{row['n']:,}")
+        for label, row in details["by_class"].items()
+    ]
+    baseline, unparsed = details.get("majority_baseline"), details["unparsed"]
+    notes = [f"Always {printable(baseline['label'], 40)}: accuracy {baseline['accuracy']:.2f}."] if baseline else []
+    notes += [f"{unparsed:,} texts name no label, or several; they count as wrong."] if unparsed else []
+    return Table((title, "precision", "recall", "F1", "n"), rows, note=" ".join(notes))
 
 
 @dataclass(frozen=True)
@@ -267,14 +266,9 @@ def plot_confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], path:
     figure, axis = new_figure(size + 2.2, CELL * max(len(labels), 3) + 1.6)
     shares = [[count / max(1, sum(row)) for count in row[: len(columns)]] for row in counts]
     image = axis.imshow(shares, cmap=colormap(), vmin=0, vmax=1, aspect="auto")
-    for y, row in enumerate(counts):
-        for x in range(len(columns)):
-            ink = readable_on(image.cmap(image.norm(shares[y][x])))
-            axis.text(x, y, str(row[x]), ha="center", va="center", fontsize=9, color=ink)
+    write_cells(axis, image, [[str(count) for count in row[: len(columns)]] for row in counts], size=9)
     axis.set_xticks(range(len(columns)), [clip(name, 14) for name in columns], rotation=30, ha="right")
     axis.set_yticks(range(len(labels)), [clip(name, 14) for name in labels])
-    axis.grid(False)
-    axis.spines[:].set_visible(False)
-    axis.tick_params(length=0)
+    bare(axis)
     name_axes(axis, "answered", "true", f"{title}: items" if title else "items")
     return save(figure, path)

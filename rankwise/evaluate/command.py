@@ -41,6 +41,8 @@ from rankwise.files.processes import announce, finish, gathered, process_index
 from rankwise.files.run_folder import CONFIG, RunFolder, held
 from rankwise.options.commands import EvaluateConfig
 from rankwise.options.sections import HARNESS, SCORED_TASKS, is_harness
+from rankwise.page.blocks import lines
+from rankwise.page.text import with_interval
 from rankwise.pipeline.idle import refuse_idle
 
 CONFUSION, BESIDE = "confusion.csv", "resolved_config.evaluate.json"
@@ -248,19 +250,17 @@ def summary(result: EvaluationResult) -> str:
     """One line of scores with their 95 % intervals, the classes, and what could not be computed and why."""
     headline = TASKS[result.task].headline if result.task in TASKS else ""
     names = [name for name in dict.fromkeys((headline, *READ_FIRST)) if name in result.metrics]
-    shown = [with_interval(result, name) for name in names or result.metrics]
-    lines = [f"{result.title}, n = {result.n}: " + " · ".join(shown)]
+    shown = [named_score(result, name) for name in names or result.metrics]
+    said = [f"{result.title}, n = {result.n}: " + " · ".join(shown)]
     details = result.settings.get("scoring", {})
-    lines += class_table(details) if "by_class" in details else []
-    lines += [f"not computed: {name}: {why}" for name, why in result.unavailable.items()]
-    return "\n".join(lines)
+    said += lines([class_table(details)]) if "by_class" in details else []
+    said += [f"not computed: {name}: {why}" for name, why in result.unavailable.items()]
+    return "\n".join(said)
 
 
-def with_interval(result: EvaluationResult, name: str) -> str:
-    digits = 2 if result.task in TASKS else 4
-    low, high = result.intervals.get(name, (None, None))
-    span = "" if low is None else f" [{low:.{digits}f}, {high:.{digits}f}]"
-    return f"{name} {result.metrics[name]:.{digits}f}{span}"
+def named_score(result: EvaluationResult, name: str) -> str:
+    form = "{:.2f}" if result.task in TASKS else "{:.4f}"
+    return f"{name} {with_interval(result.metrics[name], result.intervals.get(name), form.format)}"
 
 
 def describe(config: EvaluateConfig) -> list[str]:

@@ -47,13 +47,13 @@ from rankwise.features.measures import (
     timings,
 )
 from rankwise.features.nets.base import Factorizer
-from rankwise.features.page import FILE, FORMAT, OF_ONE, PLOTS, Comparison, comparison_blocks, label, terminal
+from rankwise.features.page import FILE, FORMAT, OF_ONE, Comparison, comparison_blocks, label
 from rankwise.features.trained import SETTINGS, Network, networks
 from rankwise.files.atomic import about_to_write, write_json, write_text
 from rankwise.files.run_folder import RunFolder
 from rankwise.options.features import FactorCompareConfig, canonical
-from rankwise.page.blocks import Page, Picture, Section
-from rankwise.page.template import render
+from rankwise.page.blocks import Page, Section, drawn, into, lines, pictures
+from rankwise.page.template import markdown
 
 DRAWN = ("relative_error", "excess_error", "cosine")
 CONFIG, STAGE = "resolved_config.compare.json", "features compare"
@@ -92,7 +92,7 @@ def run(config: FactorCompareConfig) -> Mapping[str, Any]:
         content = compared(comparison)
         folder.save_config(config, CONFIG)
         record.outputs |= write_comparison(folder.path, content, plots=not config.no_plots)
-    print(terminal(content))
+    print("\n".join(lines(comparison_blocks(content))))
     print(f"\n{', '.join(sorted({Path(path).name for path in record.outputs.values()}))} in {folder.path}")
     return content
 
@@ -255,7 +255,7 @@ def source_record(source: CacheSubset, methods: Sequence[Method], best: Tensor, 
             for other in (SVD, PCA)
         ],
         "ids": [source.cache.ids[place] for place in source.places],
-        "values": {label(row): drawn(one) for row, one in zip(rows, found, strict=True)},
+        "values": {label(row): shown_values(one) for row, one in zip(rows, found, strict=True)},
     }
 
 
@@ -282,7 +282,7 @@ def row_record(
     return row
 
 
-def drawn(found: Closeness) -> dict[str, list[float]]:
+def shown_values(found: Closeness) -> dict[str, list[float]]:
     return {name: found.values[name].tolist() for name in DRAWN if name in found.values}
 
 
@@ -320,23 +320,15 @@ def timing_batch(asked: Compared) -> Tensor:
 
 def write_comparison(folder: Path, comparison: Comparison, *, plots: bool = True) -> dict[str, Path | str]:
     """Write them into the results folder; what was written, by name."""
-    pictures = [
-        Picture(draw(comparison, folder / PLOT_FOLDER / f"{name}.png"), caption)
-        for name, (draw, caption) in (PLOTS if plots else {}).items()
-    ]
-    page = Page(
-        title=f"Factors of rank {comparison['rank']}: {', '.join(comparison['networks'])}",
-        subtitle=f"{comparison['tokens']} tokens × {comparison['channels']} channels of {comparison['features']}",
-        headline=[],
-        lead=[],
-        sections=[Section("Networks against the optimum", comparison_blocks(comparison, pictures))],
-        appendix=[],
-    )
+    blocks = drawn(comparison_blocks(comparison), into(folder / PLOT_FOLDER) if plots else None)
+    title = f"Factors of rank {comparison['rank']}: {', '.join(comparison['networks'])}"
+    subtitle = f"{comparison['tokens']} tokens × {comparison['channels']} channels of {comparison['features']}"
+    page = Page(title, subtitle, sections=[Section("Networks against the optimum", blocks)])
     written: dict[str, Path | str] = {
         name: write_json(folder / name / OF_ONE, of_one(comparison, name)) for name in comparison["networks"]
     }
-    written |= {picture.path.stem: picture.path for picture in pictures}
-    written["page"] = write_text(folder / PAGE, render(page, "report.md.j2", folder))
+    written |= pictures(blocks)
+    written["page"] = write_text(folder / PAGE, markdown(page, folder))
     return written | {"comparison": write_json(folder / FILE, comparison)}
 
 

@@ -36,7 +36,7 @@ from rankwise.features.answers import (
 )
 from rankwise.features.approximation import shared_basis
 from rankwise.features.dataset import SPLIT, cached, read_split
-from rankwise.features.downstream_page import FORMAT, JSON, MARKDOWN, PICTURE, markdown, plot_downstream, terminal
+from rankwise.features.downstream_page import FORMAT, JSON, MARKDOWN, PICTURE, answer_blocks, answer_page
 from rankwise.features.measures import PCA, SVD, network
 from rankwise.features.trained import WEIGHTS, Network, is_of, networks, stretch_of
 from rankwise.files.adapter import adapter_files
@@ -47,6 +47,8 @@ from rankwise.files.run_folder import RunFolder
 from rankwise.options.commands import EvaluateConfig
 from rankwise.options.features import DownstreamConfig
 from rankwise.options.sections import ScoredData
+from rankwise.page.blocks import into, lines
+from rankwise.page.template import markdown
 
 CONFIG, STAGE = "resolved_config.downstream.json", "features downstream"
 LIBRARIES = ("rankwise", "torch", "transformers", "peft")
@@ -64,7 +66,7 @@ def run(config: DownstreamConfig) -> Mapping[str, Any]:
         folder.save_config(config, CONFIG)
         files = written(content, folder, config)
         record.outputs |= files
-    print("\n".join([*terminal(content), *(f"note: {note}" for note in content["notes"])]))
+    print("\n".join(lines(answer_blocks(content))))
     print(f"{', '.join(path.name for path in files.values())} in {folder.path}")
     return content
 
@@ -198,13 +200,12 @@ def against_baselines(
 
 
 def written(content: Mapping[str, Any], folder: RunFolder, config: DownstreamConfig) -> dict[str, Path]:
+    page = answer_page(content, None if config.no_plots else into(folder.path))
     files = {
         "downstream": write_json(folder / JSON, content),
-        "table": write_text(folder / MARKDOWN, markdown(content)),
+        "table": write_text(folder / MARKDOWN, markdown(page, folder.path)),
     }
-    if not config.no_plots:
-        files["plot"] = plot_downstream(content, folder / PICTURE)
-    return files
+    return files if config.no_plots else {**files, "plot": folder / PICTURE}
 
 
 @dataclass(frozen=True)

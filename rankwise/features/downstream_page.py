@@ -1,54 +1,55 @@
 """Answer quality with approximated features, as a table and a plot, from downstream.json.
 
-content ── markdown ──▶ downstream.md, and the terminal's table · plot_downstream ──▶ downstream.png
+content ── answer_blocks ──▶ downstream.md with downstream.png, the terminal, the report's section
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rankwise.features.answers import NOTHING, ORIGINAL, WHOLE
 from rankwise.page import canvas
-from rankwise.page.canvas import GREY, INK, name_axes, new_figure, save
-from rankwise.page.text import align, clip, plural
+from rankwise.page.blocks import Block, Page, Plot, Table, Target, Words, drawn
+from rankwise.page.canvas import GREY, INK, error_bars, legend_outside, name_axes, panels, save
+from rankwise.page.text import clip, plural, printable
 
 FORMAT = "rankwise-downstream/1"
 JSON, MARKDOWN, PICTURE = "downstream.json", "downstream.md", "downstream.png"
 HEADER = ("method", "rank", "feature error", "loss", "loss change", "KL", "same token", "answer right")
-RIGHT_ALIGNED = 1  # the first column that holds numbers
 INVISIBLE = 1e-6  # KL below it is rounding; on a logarithmic axis it would take most of the room
 Row = Mapping[str, Any]
 
 
-def markdown(content: Mapping[str, Any]) -> str:
-    """The whole page: on what, the table, how to read it, notes."""
-    lines = [f"# Answers of {content['model']['name']} with approximated features", "", on_what(content), ""]
-    lines += [f"| {' | '.join(HEADER)} |", f"|{' --- |' * RIGHT_ALIGNED}{' ---: |' * (len(HEADER) - RIGHT_ALIGNED)}"]
-    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in cells(row))} |" for row in content["rows"]]
-    lines += ["", *(f"- {line}" for line in differences(content))] if content["paired"] else []
-    lines += ["", *reading(content)]
-    lines += ["", *(f"- {note}" for note in content["notes"])] if content["notes"] else []
-    return "\n".join(lines) + "\n"
+def answer_page(content: Mapping[str, Any], target: Target | None) -> Page:
+    """The page with its plot drawn into the target; without one it has none."""
+    title = f"Answers of {content['model']['name']} with approximated features"
+    return Page(title, on_what(content), lead=drawn(answer_blocks(content)[1:], target))
 
 
-def terminal(content: Mapping[str, Any]) -> list[str]:
-    """The same for a terminal: aligned columns."""
-    table = align([HEADER, *(cells(row) for row in content["rows"])], left=range(RIGHT_ALIGNED), gap=3)
-    lines = [on_what(content), "", *(f"  {line}" for line in table)]
-    return [*lines, "", *differences(content), *([""] if content["paired"] else []), *reading(content)]
+def answer_blocks(content: Mapping[str, Any]) -> list[Block]:
+    """On what, the table, how to read it, notes."""
+    caption = "How far the model's answers move when factors stand in for its features"
+    return [
+        Words(printable(on_what(content))),
+        Table(HEADER, [[printable(cell, 80) for cell in cells(row)] for row in content["rows"]]),
+        *(Words(printable(line)) for line in [*differences(content), *reading(content)]),
+        *(Words(f"Note: {printable(note)}.") for note in content["notes"]),
+        Plot("downstream", caption, partial(plot_downstream, content)),
+    ]
 
 
 def differences(content: Mapping[str, Any]) -> list[str]:
     """MLP, rank 4: KL 0.11 below that of the shared PCA [-0.15, -0.07]"""
-    lines = []
-    for row in content["paired"]:
+    said = []
+    for row in content.get("paired", ()):
         value, interval = row["kl_difference"], row["interval"]
         span = f" [{interval[0]:+.4f}, {interval[1]:+.4f}]" if interval else ""
         compared = f"{abs(value):.4f} {'above' if value > 0 else 'below'} that of {row['against']} on the same rows"
-        lines.append(f"{row['method']}, rank {row['rank']}: KL {compared}{span}")
-    return lines
+        said.append(f"{row['method']}, rank {row['rank']}: KL {compared}{span}")
+    return said
 
 
 def on_what(content: Mapping[str, Any]) -> str:
@@ -102,8 +103,7 @@ def shown(value: float, form: str) -> str:
 def plot_downstream(content: Mapping[str, Any], path: Path | str) -> Path:
     """KL and loss against rank, a line per method, a marker per network, both controls as horizontal lines."""
     rows = content["rows"]
-    figure, axes = new_figure(9.6, 4.0, columns=2)
-    divergence, loss = axes[0]
+    figure, (divergence, loss) = panels(9.6, 4.0, columns=2)
     draw(divergence, rows, "kl")
     draw(loss, rows, "loss")
     divergence.set_yscale("log")
@@ -112,8 +112,7 @@ def plot_downstream(content: Mapping[str, Any], path: Path | str) -> Path:
         divergence.set_ylim(min(visible) / 2, max(visible) * 2)
     name_axes(divergence, "rank", "nats per answer token", "KL from the model as it is")
     name_axes(loss, "rank", "nats per answer token", "Loss of the right answer")
-    found, labels = loss.get_legend_handles_labels()
-    figure.legend(found, labels, loc="outside right upper", fontsize=8, frameon=False)
+    legend_outside(figure, "right upper", [loss])
     return save(figure, path)
 
 
@@ -140,11 +139,7 @@ def draw(axis: Any, rows: Sequence[Row], metric: str) -> None:
 
 def draw_method(axis: Any, curve: Sequence[Row], metric: str, shift: float, look: Mapping[str, Any]) -> None:
     y = [max(row[metric], INVISIBLE / 100) for row in curve]
-    reach = [row["intervals"].get(metric, (value, value)) for row, value in zip(curve, y, strict=True)]
-    error = [
-        [max(0.0, value - low) for value, (low, _) in zip(y, reach, strict=True)],
-        [max(0.0, high - value) for value, (_, high) in zip(y, reach, strict=True)],
-    ]
+    error = error_bars(y, [row["intervals"].get(metric) for row in curve])
     x = [row["rank"] * shift for row in curve]
     name = clip(curve[0]["method"], 40) + (f", rank {curve[0]['rank']}" if curve[0]["network"] else "")
     axis.errorbar(x, y, yerr=error, label=name, capsize=2, linewidth=1.2, **look)

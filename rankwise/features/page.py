@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,19 +19,22 @@ from typing import Any
 import numpy as np
 
 from rankwise.features.measures import GRAM, PCA, SVD
-from rankwise.page.blocks import Block, Picture, Table, Words
+from rankwise.page.blocks import Block, Plot, Table, Words
 from rankwise.page.canvas import (
     BLUE,
     GREY,
     INK,
     YELLOW,
+    error_bars,
+    legend_outside,
     log_ticks,
     name_axes,
     new_figure,
+    panels,
     save,
     style,
 )
-from rankwise.page.text import align, amount, clip, percent, plural, printable
+from rankwise.page.text import amount, clip, percent, plural, printable
 
 FORMAT, FILE = "rankwise-factors/1", "comparison.json"
 PARTS = ("rank", "tokens", "channels", "networks", "timing", "storage", "sources", "cost", "sweep")
@@ -138,7 +142,7 @@ def optimum_words(comparison: Comparison) -> str:
     )
 
 
-def comparison_blocks(comparison: Comparison, pictures: Sequence[Picture] = ()) -> list[Block]:
+def comparison_blocks(comparison: Comparison) -> list[Block]:
     """Everything about one comparison, in the order of its weight."""
     sources, names = comparison["sources"], comparison["networks"]
     return [
@@ -146,7 +150,7 @@ def comparison_blocks(comparison: Comparison, pictures: Sequence[Picture] = ()) 
         *(closeness_table(source) for source in sources),
         *(Words(printable(effective(row))) for row in sources[0]["rows"] if row.get("excess_at_effective_rank")),
         cost_table(comparison),
-        *pictures,
+        *(Plot(name, caption, partial(plot, comparison)) for name, (plot, caption) in PLOTS.items()),
         *(Words(text) for text in (optimum_words(comparison), storage_words(comparison))),
     ]
 
@@ -191,28 +195,6 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-4 else f"{1e6 * seconds:.3g} µs"
 
 
-def terminal(comparison: Comparison) -> str:
-    """Both tables and the verdicts, for a terminal."""
-    parts = []
-    for source in comparison["sources"]:
-        parts += [f"{source_title(source)}, rank {comparison['rank']} (95 % intervals over images)"]
-        parts += [aligned(closeness_table(source)), ""]
-    parts += [
-        "per matrix (speed: against the exact Gram factors)",
-        aligned(cost_table(comparison)),
-        timing_words(comparison),
-        storage_words(comparison),
-        "",
-    ]
-    parts += [verdict(comparison, comparison["sources"][0], name) for name in comparison["networks"]]
-    parts += [effective(row) for row in comparison["sources"][0]["rows"] if row.get("excess_at_effective_rank")]
-    return "\n".join(parts)
-
-
-def aligned(table: Table) -> str:
-    return "\n".join(align([table.header, *table.rows]))
-
-
 def plot_error_histogram(comparison: Comparison, path: Path | str) -> Path:
     """How the relative errors of the matrices are spread, a strip per method and a column per image source."""
     return histograms(comparison, "relative_error", "relative error", path)
@@ -228,7 +210,7 @@ def histograms(comparison: Comparison, measure: str, title: str, path: Path | st
     sources = comparison["sources"]
     names = [name for name in sources[0]["values"] if name != GRAM]
     edges = bins([value for source in sources for name in names for value in source["values"][name][measure]])
-    figure, axes = new_figure(1.9 + 3.4 * len(sources), 0.8 + 0.55 * len(names), len(sources), len(names))
+    figure, axes = panels(1.9 + 3.4 * len(sources), 0.8 + 0.55 * len(names), len(sources), len(names))
     grid = np.reshape(np.array(axes, dtype=object), (len(names), len(sources)))
     for column, source in enumerate(sources):
         for row, name in enumerate(names):
@@ -283,7 +265,7 @@ def plot_rank_sweep(comparison: Comparison, path: Path | str) -> Path:
     axis.minorticks_off()
     axis.set_ylim(bottom=0)
     name_axes(axis, "rank, and numbers stored against the whole matrix", "mean relative error")
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    legend_outside(figure, "right upper", [axis])
     return save(figure, path)
 
 
@@ -303,15 +285,14 @@ def plot_error_time(comparison: Comparison, path: Path | str) -> Path:
         excess = row_of(source, cost["method"])[measure]
         y, low, high = (100 * max(0.0, excess[key] if excess[key] is not None else excess["mean"]) for key in KEYS)
         times.append(1e3 * cost["seconds"])
-        error = [[max(0.0, y - low)], [max(0.0, high - y)]]
-        axis.errorbar(times[-1], y, yerr=error, color=look["color"], capsize=4, linestyle="")
+        axis.errorbar(times[-1], y, yerr=error_bars([y], [(low, high)]), color=look["color"], capsize=4, linestyle="")
         axis.plot([times[-1]], [y], label=clip(cost["method"], 40), zorder=3, **look)
     axis.set_xscale("log")
     axis.set_xlim(min(times) / 2, max(times) * 2)
     log_ticks(axis.xaxis)
     per_cent_ticks(axis)
     name_axes(axis, f"milliseconds per matrix ({comparison['timing']['device']})", shown)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    legend_outside(figure, "right upper", [axis])
     return save(figure, path)
 
 

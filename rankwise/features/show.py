@@ -22,7 +22,7 @@ from rankwise.features.dataset import SPLIT, cached, read_split
 from rankwise.features.measures import SVD, cosine, excess_error, mse, network, relative_error
 from rankwise.features.trained import Network, networks
 from rankwise.options.features import FactorShowConfig, canonical
-from rankwise.page.canvas import INK, colormap, new_figure, save
+from rankwise.page.canvas import INK, bare, colormap, colour_bar, name_figure, panels, save
 from rankwise.page.text import clip
 
 CELL, LABELS, BAR = 0.95, 1.0, 0.75  # inches
@@ -68,7 +68,7 @@ def plot_channels(shown: Mapping[str, Tensor], grid: Grid, path: Path | str, tit
         shown: name → (T, C), the original first.
         grid: (rows, columns) of the T tokens, row-major.
     """
-    figure, axes = panels(len(shown), next(iter(shown.values())).shape[1], grid, title)
+    figure, axes = maps_of(len(shown), next(iter(shown.values())).shape[1], grid, title)
     for channel in range(axes.shape[1]):
         maps = [spread(matrix[:, channel], grid) for matrix in shown.values()]
         low, high = min(float(one.min()) for one in maps), max(float(one.max()) for one in maps)
@@ -83,31 +83,28 @@ def plot_channel_errors(shown: Mapping[str, Tensor], grid: Grid, path: Path | st
     """|member − original| of every member but the first, all on one scale that begins at 0."""
     (_, original), *others = shown.items()
     errors = {name: (matrix - original).abs() for name, matrix in others}
-    figure, axes = panels(len(errors), original.shape[1], grid, title, bar=BAR)
+    figure, axes = maps_of(len(errors), original.shape[1], grid, title, bar=BAR)
     top = max(float(one.max()) for one in errors.values()) or 1.0
     for row, matrix in enumerate(errors.values()):
         for channel, axis in enumerate(axes[row]):
             drawn = spread(matrix[:, channel], grid)
             image = axis.imshow(drawn, cmap=colormap(), vmin=0.0, vmax=top, interpolation="nearest")
-    bar = figure.colorbar(image, ax=axes, fraction=0.02, pad=0.01)
-    bar.ax.tick_params(labelsize=7, colors=INK)
-    bar.set_label("|error|", fontsize=8, color=INK)
+    colour_bar(figure, image, axes, "|error|", fraction=0.02, pad=0.01)
     label_rows(axes, list(errors))
     return save(figure, path)
 
 
-def panels(rows: int, channels: int, grid: Grid, title: str, bar: float = 0.0) -> tuple[Any, Any]:
+def maps_of(rows: int, channels: int, grid: Grid, title: str, bar: float = 0.0) -> tuple[Any, Any]:
     """Bare axes (rows, channels), the channels' numbers above them."""
     height = CELL * grid[0] / grid[1]
-    figure, found = new_figure(LABELS + bar + CELL * channels, 0.72 + 0.96 * rows * height, channels, rows)
+    figure, found = panels(LABELS + bar + CELL * channels, 0.72 + 0.96 * rows * height, channels, rows)
     axes = np.reshape(np.array(found, dtype=object), (rows, channels))
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-        axis.grid(False)
-        axis.spines[:].set_visible(False)
+        bare(axis)
     for channel, axis in enumerate(axes[0]):
         axis.set_title(f"channel {channel}", fontsize=8, color=INK)
-    figure.suptitle(clip(title, 110), fontsize=9, color=INK, x=0.01, ha="left").set_parse_math(False)
+    name_figure(figure, clip(title, 110), size=9)
     return figure, axes
 
 

@@ -1,13 +1,18 @@
-"""What a report page is made of: sections of tables, pictures, words and examples, in no format yet.
+"""What is shown, in no format: tables, plots, words and examples. A room describes its result once, as blocks.
 
-Both templates (HTML and Markdown) render these, and only they escape: every text in here is as it was found.
+    blocks ── lines ──▶ a terminal · drawn, then template.render ──▶ Markdown and HTML
+
+Only the templates escape: every text in here is as it was found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
+
+from rankwise.page.text import align
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,17 @@ class Table:
     rows: Sequence[Sequence[str]]
     first_number: int = 1
     note: str = ""
-    kind: str = "table"
+    kind: ClassVar[str] = "table"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture that is yet to be drawn: the stem of its file, what it shows, and the function that writes it."""
+
+    name: str
+    caption: str
+    draw: Callable[[Path], Path]
+    kind: ClassVar[str] = "plot"
 
 
 @dataclass(frozen=True)
@@ -27,7 +42,7 @@ class Picture:
 
     path: Path
     caption: str
-    kind: str = "picture"
+    kind: ClassVar[str] = "picture"
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,7 @@ class Words:
     """A paragraph."""
 
     text: str
-    kind: str = "words"
+    kind: ClassVar[str] = "words"
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,7 @@ class SideBySide:
 
     items: Sequence[Sequence[tuple[str, str]]]
     note: str = ""
-    kind: str = "examples"
+    kind: ClassVar[str] = "examples"
 
 
 @dataclass(frozen=True)
@@ -71,7 +86,7 @@ class Gallery:
 
     shots: Sequence[Shot]
     note: str = ""
-    kind: str = "gallery"
+    kind: ClassVar[str] = "gallery"
 
 
 @dataclass(frozen=True)
@@ -81,10 +96,10 @@ class Folded:
     title: str
     blocks: Sequence[Block] = ()
     verbatim: str = ""
-    kind: str = "folded"
+    kind: ClassVar[str] = "folded"
 
 
-Block = Table | Picture | Words | SideBySide | Gallery | Folded
+Block = Table | Plot | Picture | Words | SideBySide | Gallery | Folded
 
 
 @dataclass(frozen=True)
@@ -109,11 +124,64 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """The whole report."""
+    """A whole document."""
 
     title: str
     subtitle: str
-    headline: Sequence[Figure]
-    lead: Sequence[Block]
-    sections: Sequence[Section]
-    appendix: Sequence[Block]
+    headline: Sequence[Figure] = ()
+    lead: Sequence[Block] = ()
+    sections: Sequence[Section] = ()
+    appendix: Sequence[Block] = ()
+
+
+Target = Callable[[Plot], Path]
+
+
+def into(folder: Path) -> Target:
+    """The target that names each file in a folder like its plot."""
+    return lambda plot: folder / f"{plot.name}.png"
+
+
+def drawn(blocks: Iterable[Block], target: Target | None) -> list[Block]:
+    """The blocks with every plot drawn into its target; without a target the plots are left out."""
+    found: list[Block] = []
+    for block in blocks:
+        if isinstance(block, Folded):
+            inner = drawn(block.blocks, target)
+            found += [replace(block, blocks=inner)] if inner or block.verbatim else []
+        elif not isinstance(block, Plot):
+            found.append(block)
+        elif target:
+            found.append(Picture(block.draw(target(block)), block.caption))
+    return found
+
+
+def each(blocks: Iterable[Block]) -> Iterator[Block]:
+    """Every block, those that are folded as well."""
+    for block in blocks:
+        yield block
+        yield from each(block.blocks) if isinstance(block, Folded) else ()
+
+
+def pictures(blocks: Iterable[Block]) -> dict[str, Path]:
+    """Files of the pictures, by name."""
+    return {block.path.stem: block.path for block in each(blocks) if isinstance(block, Picture)}
+
+
+def lines(blocks: Iterable[Block]) -> list[str]:
+    """For a terminal: words as they are, tables aligned. Pictures and what is folded are for pages."""
+    found: list[str] = []
+    for block in blocks:
+        if isinstance(block, Words):
+            found.append(block.text)
+        elif isinstance(block, Table):
+            note = [block.note] if block.note else []
+            found += ["", *(f"  {line}" for line in [*table_lines(block), *note]), ""]
+    tidy = [line for line, before in zip(found, ["", *found], strict=False) if line or before]
+    return tidy[:-1] if tidy and not tidy[-1] else tidy
+
+
+def table_lines(table: Table) -> list[str]:
+    """Aligned columns."""
+    rows = [table.header, *table.rows] if table.header else list(table.rows)
+    return align(rows, left=range(table.first_number)) if rows else []

@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import math
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import groupby
@@ -34,30 +34,41 @@ REGULAR = 400
 EXTRA = "plots"
 
 
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def drawable(what: str) -> bool:
-    """Whether matplotlib is there to draw with; where it is not, a note says which pictures are left out."""
-    if importlib.util.find_spec("matplotlib") is not None:
+    """The same; where it is not, a note says which pictures are left out."""
+    if can_draw():
         return True
     print(f"note: {what} left out: matplotlib is not installed (pip install 'rankwise[plots]')")
     return False
 
 
-def new_figure(
+def new_figure(width: float, height: float) -> tuple[Any, Any]:
+    """A matplotlib figure of this size in inches and its axes."""
+    figure, (axis,) = panels(width, height)
+    return figure, axis
+
+
+def panels(
     width: float, height: float, columns: int = 1, rows: int = 1, margins: dict[str, float] | None = None
-) -> tuple[Any, Any]:
-    """A matplotlib figure of this size in inches and its axes (one, or an array of them).
+) -> tuple[Any, list[Any]]:
+    """A figure and its axes in reading order.
 
     Room for labels is found by matplotlib's constrained layout, or given as `margins` (twice as fast).
     """
     layout = None if margins else "constrained"
-    figure = need("matplotlib.figure", extra="plots").Figure(figsize=(width, height), layout=layout)
+    figure = need("matplotlib.figure", extra=EXTRA).Figure(figsize=(width, height), layout=layout)
     if margins:
         figure.subplots_adjust(**margins)
     figure.set_facecolor("white")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes:
         plain(axis)
-    return figure, axes[0, 0] if rows * columns == 1 else axes
+    return figure, axes
 
 
 def plain(axis: Any) -> None:
@@ -77,19 +88,72 @@ def name_axes(axis: Any, x: str, y: str, title: str = "") -> None:
     axis.set_title(title, fontsize=10, color=INK, loc="left").set_parse_math(False)
 
 
+def name_figure(figure: Any, title: str, size: float = 10) -> None:
+    figure.suptitle(title, fontsize=size, color=INK, x=0.01, ha="left").set_parse_math(False)
+
+
+def name_rows(axis: Any, names: Sequence[str]) -> None:
+    """Named rows from the top down, one mark's height each; an empty name leaves its row without."""
+    for tick in axis.set_yticks(range(len(names)), names):
+        tick.label1.set_parse_math(False)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+
+
 def legend(axis: Any, **where: Any) -> None:
     axis.legend(fontsize=8, frameon=True, framealpha=0.85, edgecolor="none", **where)
 
 
+def legend_outside(figure: Any, where: str, axes: Sequence[Any], size: float = 8, columns: int = 1) -> None:
+    """One legend of all panels, beside ("right upper") or below ("lower center") them."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    if found:
+        labels, handles = zip(*found.items(), strict=True)
+        figure.legend(handles, labels, loc=f"outside {where}", ncols=columns, fontsize=size, frameon=False)
+
+
+def error_bars(values: Sequence[float], intervals: Iterable[Sequence[float] | None]) -> tuple[list[float], list[float]]:
+    """How far the intervals reach below and above their values, as `errorbar` takes it; 0 where there is none."""
+    reach = [interval or (value, value) for value, interval in zip(values, intervals, strict=True)]
+    below = [max(0.0, value - low) for value, (low, _) in zip(values, reach, strict=True)]
+    return below, [max(0.0, high - value) for value, (_, high) in zip(values, reach, strict=True)]
+
+
+def bare(axis: Any) -> None:
+    """For a map of cells: no grid, no spines, no ticks."""
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+
+
+def write_cells(axis: Any, image: Any, texts: Sequence[Sequence[str]], size: float) -> None:
+    """Texts on the cells of an image, in the ink that can be read there; a cell without one stays blank."""
+    colours = image.cmap(image.norm(image.get_array()))
+    for y, row in enumerate(texts):
+        for x, text in enumerate(row):
+            if text:
+                axis.text(x, y, text, ha="center", va="center", fontsize=size, color=readable_on(colours[y][x]))
+
+
+def colour_bar(figure: Any, image: Any, axes: Any, label: str, **shape: Any) -> Any:
+    """The bar beside a map; returned for its ticks."""
+    bar = figure.colorbar(image, ax=axes, **shape)
+    bar.set_label(label, fontsize=8, color=INK)
+    bar.ax.tick_params(labelsize=7, colors=INK)
+    return bar
+
+
 def whole_ticks(axis: Any, most: int = 9) -> None:
     """Whole numbers at the ticks of an axis that counts something."""
-    ticker = need("matplotlib.ticker", extra="plots")
+    ticker = need("matplotlib.ticker", extra=EXTRA)
     axis.set_major_locator(ticker.MaxNLocator(most, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
 
 def log_ticks(axis: Any) -> None:
     """Plain numbers on a logarithmic axis, also within a decade."""
-    ticker = need("matplotlib.ticker", extra="plots")
+    ticker = need("matplotlib.ticker", extra=EXTRA)
     low, high = axis.get_view_interval()
     decades = math.log10(high / low) if 0 < low < high else 1.0
     steps = (1,) if decades > 3 else (1, 2, 5)
@@ -107,7 +171,7 @@ def save(figure: Any, path: Path | str, dpi: int = DPI) -> Path:
 
 def colormap(name: str = SEQUENCE) -> Any:
     """The colour map, with blank (white) for missing cells."""
-    return need("matplotlib", extra="plots").colormaps[name].with_extremes(bad="white")
+    return need("matplotlib", extra=EXTRA).colormaps[name].with_extremes(bad="white")
 
 
 def readable_on(colour: tuple[float, float, float, float]) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-import html
 import os
 import re
 from functools import cache
+from html import escape
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -14,15 +14,26 @@ from PIL import Image
 
 from rankwise.errors import DataError
 from rankwise.files.atomic import read_bytes
-from rankwise.page.blocks import Page, Picture
+from rankwise.page.blocks import Page, Picture, Table
 from rankwise.page.canvas import DPI
 
-MARKDOWN = re.compile(r"([`*_\[\]|~#$])")
+MARKDOWN = re.compile(r"([`*\[\]|~#$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")  # within a word _ has no meaning
 LINE_START = re.compile(r"^(\d+(?=[.)](?:\s|$))|(?=[-+=]))(.)")
 
 
-def render(page: Page, template: str, folder: Path) -> str:
-    return compiled(template).render(page=page, folder=folder)
+def html(page: Page) -> str:
+    """The page in one file, its pictures held in it."""
+    return compiled("page.html.j2").render(page=page)
+
+
+def markdown(page: Page, folder: Path) -> str:
+    """The page for a file in this folder, its pictures linked from there."""
+    return compiled("page.md.j2").render(page=page, folder=folder)
+
+
+def markdown_table(table: Table) -> list[str]:
+    """Lines of a table alone, for a document that is written elsewhere."""
+    return compiled("blocks.md.j2").render(blocks=[table]).strip().split("\n") if table.rows else []
 
 
 @cache
@@ -34,7 +45,7 @@ def compiled(template: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"data_uri": data_uri, "css_width": css_width, "md": markdown, "link": link}
+    environment.filters |= {"data_uri": data_uri, "css_width": css_width, "md": escaped, "link": link}
     return environment.get_template(template)
 
 
@@ -57,9 +68,9 @@ def link(picture: Picture, folder: Path) -> str:
     return "".join(c if c.isalnum() or c in "/._-" else "".join(f"%{byte:02X}" for byte in c.encode()) for c in path)
 
 
-def markdown(text: str) -> str:
+def escaped(text: str) -> str:
     """Text that Markdown, and the HTML inside it, shows as it is, on one line; addresses do not become links."""
-    shown = html.escape(str(text).strip(), quote=False).replace("\\", "&#92;")
+    shown = escape(str(text).strip(), quote=False).replace("\\", "&#92;")
     shown = shown.replace("://", "&#58;//").replace("www.", "www&#46;")
     shown = LINE_START.sub(r"\1\\\2", MARKDOWN.sub(r"\\\1", shown))
     return "<br>".join(shown.split("\n"))

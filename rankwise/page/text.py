@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from rankwise.page.terminal import harmless
@@ -62,6 +63,11 @@ def score(value: float) -> str:
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
 
 
+def with_interval(value: float, interval: Sequence[float] | None, write: Callable[[float], str] = score) -> str:
+    """61.42 [58.35, 64.49]; without an interval the value alone."""
+    return write(value) + (f" [{write(interval[0])}, {write(interval[1])}]" if interval else "")
+
+
 def number(value: float) -> str:
     """A score or setting: whole numbers as such, others with four significant digits."""
     if isinstance(value, int) or (value == int(value) and abs(value) < 1e15):
@@ -83,9 +89,10 @@ def plural(count: int, noun: str) -> str:
 
 def align(rows: Sequence[Sequence[str]], left: Collection[int] = (0,), gap: int = 2) -> list[str]:
     """Rows of cells as lines of a terminal, the columns in `left` aligned to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    single = [line for row in rows for line in zip_longest(*(cell.split("\n") for cell in row), fillvalue="")]
+    widths = [max(map(len, column)) for column in zip(*single, strict=True)]
     lines = []
-    for row in rows:
+    for row in single:
         cells = enumerate(zip(row, widths, strict=True))
         padded = [cell.ljust(width) if place in left else cell.rjust(width) for place, (cell, width) in cells]
         lines.append((" " * gap).join(padded).rstrip())

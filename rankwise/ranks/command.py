@@ -32,6 +32,7 @@ from rankwise.pipeline.idle import refuse_idle
 from rankwise.ranks.decide import (
     Decision,
     DecisionSettings,
+    Evidence,
     Histories,
     decide,
     ranks_by_history,
@@ -40,7 +41,7 @@ from rankwise.ranks.decide import (
 )
 from rankwise.ranks.deltas import DeltaSource
 from rankwise.ranks.fidelity import sentences, unpaired
-from rankwise.ranks.plots import SVD_FOLDER, Evidence, write_delta_weights, write_plots, write_raw_data
+from rankwise.ranks.plots import SVD_FOLDER, write_delta_weights, write_plots, write_raw_data
 from rankwise.ranks.probe import Probe, measure_source, open_source, other_probe, source_metadata
 from rankwise.ranks.spectra import ALLOWED, IDLE_NOISE, MeasureSettings, dtypes, refuse_noise
 from rankwise.ranks.summary import render, summarise

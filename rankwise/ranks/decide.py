@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ from rankwise.core.plan import RankPlan
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError
-from rankwise.ranks.gain import Batch, gradient_spectra, input_spectra, loss_gains, output_change_spectra
+from rankwise.ranks.gain import Batch, Gain, gradient_spectra, input_spectra, loss_gains, output_change_spectra
 from rankwise.ranks.spectra import ALLOWED, FLOAT32_DELTAS, Measured, finding, noise_share, noise_share_both
 
 TOLERANCE = 1e-3  # of the energy kept: the law of --budget
@@ -308,3 +309,13 @@ def ranks_by_history(
     tuned = decide(asked, {site: row.spectrum for site, row in measured.items()}, read, None).plan
     both = decide(asked, {site: row.if_base_rounded for site, row in measured.items()}, read, None).plan
     return Histories(tuned, both, measured, settings.budget is not None)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Measurements of the plan besides its spectra; None where there was nothing to measure."""
+
+    gain: Gain | None = None
+    repeats: Mapping[str, Any] | None = None
+    explained_loss: float | None = None
+    rounding: Histories | None = None

@@ -5,7 +5,7 @@ left_out(source, carried)     # [LeftOut("model.norm.weight", "changed", energy 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from rankwise.core.site import Site
 from rankwise.errors import VerificationError
 from rankwise.files.adapter import LoraAdapter
 from rankwise.files.atomic import write_json
-from rankwise.page.text import amount, plural
+from rankwise.page.blocks import Block, Folded, Table
+from rankwise.page.text import amount, is_number, number, plural, printable
 from rankwise.ranks.deltas import CheckpointPair, DeltaSource, SavedDeltas, WeightPair, weight_name
 
 FILE = "fidelity.json"
@@ -265,3 +266,30 @@ def names(rows: Sequence[OmittedTensor]) -> str:
 def by_energy(rows: Sequence[OmittedTensor]) -> list[OmittedTensor]:
     """The most changed first."""
     return sorted(rows, key=lambda row: -row.energy)
+
+
+# --- in the report ---------------------------------------------------------------------------------------------------
+
+WORST = 14  # sites
+
+
+def fidelity_blocks(content: Mapping[str, Any]) -> list[Block]:
+    """Of `fidelity.json`: what is kept in total, and the sites that lose most."""
+    totals = [(spaced(name), share_or_number(name, value)) for name, value in content.items() if is_number(value)]
+    sites = content["sites"]
+    columns = ["rank_before"] * any("rank_before" in row for row in sites) + ["rank", "parameters", "energy_kept"]
+    worst = sorted(sites, key=lambda row: float(row["energy_kept"]))[:WORST]
+    rows = [[printable(row["path"], 120), *(share_or_number(name, row.get(name)) for name in columns)] for row in worst]
+    note = f"The {len(rows)} of {plural(len(sites), 'site')} that lose most." if len(rows) > 1 else ""
+    table = Table(("site", *map(spaced, columns)), rows, note=note)
+    return [Table((), totals), Folded("Sites", [table])]
+
+
+def spaced(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def share_or_number(name: str, value: Any) -> str:
+    if not is_number(value):
+        return ""
+    return f"{100 * value:.2f} %" if name == "energy_kept" else number(value)

@@ -1,4 +1,4 @@
-"""Outputs of `rankwise ranks` besides the plan: raw data, deltas, and plots of spectra and plans.
+"""Outputs of `rankwise ranks` besides the plan: raw data, deltas, plots of spectra and plans, the report's blocks.
 
 write_raw_data(folder, plan, measured, threshold, evidence)     # detailed_svd_analysis.json, gain.json, …
 plot_decay(spectrum, planned_site, threshold=0.9, path=plots / "q_proj.png", null_edge=edge)
@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,29 @@ from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import need
 from rankwise.files.atomic import atomic_write, write_json
-from rankwise.page.canvas import BLUE, GREY, INK, colormap, legend, name_axes, new_figure, readable_on, save
-from rankwise.page.text import clip
-from rankwise.ranks.decide import Histories
+from rankwise.page.blocks import Block, Folded, Plot, Table, Words
+from rankwise.page.canvas import (
+    BLUE,
+    GREY,
+    INK,
+    bare,
+    colormap,
+    colour_bar,
+    error_bars,
+    legend,
+    name_axes,
+    name_figure,
+    name_rows,
+    new_figure,
+    panels,
+    save,
+    write_cells,
+)
+from rankwise.page.text import clip, percent, plural, printable
+from rankwise.ranks.decide import Evidence
 from rankwise.ranks.deltas import DeltaSource
-from rankwise.ranks.gain import Gain
 from rankwise.ranks.spectra import Measured
+from rankwise.ranks.summary import layer_ranges
 
 Cells = dict[tuple[str, int | None], float]
 CELL, MOST_WIDTH, LEAST_WIDTH_FOR_TEXT = 0.5, 11.0, 0.27  # inches
@@ -48,8 +65,7 @@ def plot_decay(
         path: file to write; the suffix chooses the format.
         null_edge: largest singular value of the same entries permuted, where it was measured.
     """
-    figure, axes = new_figure(8.4, 3.2, columns=2, margins=DECAY_MARGINS)
-    decay, energy = axes[0]
+    figure, (decay, energy) = panels(8.4, 3.2, columns=2, margins=DECAY_MARGINS)
     if spectrum.is_zero or not len(spectrum):
         for axis in (decay, energy):
             axis.text(0.5, 0.5, "the delta is zero", ha="center", va="center", transform=axis.transAxes)
@@ -60,8 +76,7 @@ def plot_decay(
     known = "" if spectrum.complete else f", first {len(spectrum)} of {min(spectrum.shape)} values"
     name_axes(decay, f"index ({shape}{known})", "singular value")
     name_axes(energy, "rank k", "energy kept, E(k)")
-    title = figure.suptitle(clip(site.site.path, 90), fontsize=10, color=INK, x=0.01, ha="left")
-    title.set_parse_math(False)
+    name_figure(figure, clip(site.site.path, 90))
     return save(figure, path, dpi=110)
 
 
@@ -144,24 +159,15 @@ def draw_heatmap(
     masked = need("numpy.ma", extra="plots").masked_invalid([[v if v > 0 else nothing for v in row] for row in grid])
     image = axis.imshow(masked, cmap=colormap(), norm=norm, aspect="auto", interpolation="nearest")
     if (width - 2.6) / max(1, len(layers)) >= LEAST_WIDTH_FOR_TEXT:
-        write_cells(axis, grid, image, text)
+        texts = [[text(value) if value == value else "" for value in row] for row in grid]
+        write_cells(axis, image, texts, size=7.5)
     frame_heatmap(axis, names, layers)
-    bar = figure.colorbar(image, ax=axis, pad=0.015, aspect=14)
-    bar.set_label(unit, fontsize=8, color=INK)
-    bar.ax.tick_params(labelsize=7)
+    bar = colour_bar(figure, image, axis, unit, pad=0.015, aspect=14)
     bar.ax.yaxis.set_major_formatter(need("matplotlib.ticker", extra="plots").FormatStrFormatter("%g"))
     bar.ax.minorticks_off()
     bar.set_ticks(ticks_between(norm.vmin, norm.vmax))
     name_axes(axis, "layer", "", title)
     return save(figure, path)
-
-
-def write_cells(axis: Any, grid: list[list[float]], image: Any, text: Callable[[float], str]) -> None:
-    for y, row in enumerate(grid):
-        for x, value in enumerate(row):
-            if value == value:
-                ink = readable_on(image.cmap(image.norm(value))) if value > 0 else INK
-                axis.text(x, y, text(value), ha="center", va="center", fontsize=7.5, color=ink)
 
 
 def frame_heatmap(axis: Any, names: Sequence[str], layers: Sequence[int | None]) -> None:
@@ -170,9 +176,7 @@ def frame_heatmap(axis: Any, names: Sequence[str], layers: Sequence[int | None])
     shown = range(0, len(layers), step)
     axis.set_xticks(list(shown), ["none" if layers[i] is None else str(layers[i]) for i in shown])
     axis.set_yticks(range(len(names)), [clip(name, 30) for name in names])
-    axis.grid(False)
-    axis.spines[:].set_visible(False)
-    axis.tick_params(length=0)
+    bare(axis)
     if len(layers) <= 64:
         axis.set_xticks([i - 0.5 for i in range(1, len(layers))], minor=True)
         axis.set_yticks([i - 0.5 for i in range(1, len(names))], minor=True)
@@ -201,13 +205,12 @@ def plot_gain(gain: Mapping[str, Any], path: Path | str) -> Path:
     figure, axis = new_figure(7.2, 0.9 + 0.36 * (len(others) + bool(shuffles)))
     for y, arm in enumerate(others):
         marker, colour = ("D", BLUE) if arm["name"] == "plan" else ("o", GREY)
-        error = [[max(0.0, arm["kept"] - arm["low"])], [max(0.0, arm["high"] - arm["kept"])]]
+        error = error_bars([arm["kept"]], [(arm["low"], arm["high"])])
         axis.errorbar(arm["kept"], y, xerr=error, color=colour, marker=marker, markersize=7, capsize=4, linestyle="")
     for arm in shuffles:
         axis.plot([arm["kept"]], [len(others)], color=INK, marker="|", markersize=13, linestyle="")
     names = [arm["name"] for arm in others] + ([f"{len(shuffles)} shuffles"] if shuffles else [])
-    axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(len(names) - 0.4, -0.6)
+    name_rows(axis, names)
     name_axes(axis, "share of the loss gain kept (95 % interval)", "")
     return save(figure, path)
 
@@ -216,17 +219,63 @@ def is_shuffle(arm: Mapping[str, Any]) -> bool:
     return str(arm["name"]).startswith("shuffled")
 
 
+# --- in the report ---------------------------------------------------------------------------------------------------
+
+
+def ranks_plot(plan: RankPlan) -> Plot:
+    caption = "Rank of every site: projection types × layers"
+    return Plot("ranks_heatmap", caption, partial(plot_ranks_heatmap, plan))
+
+
+def plan_blocks(plan: RankPlan) -> list[Block]:
+    """The plan in a sentence, the energy its ranks keep, and the ranks as a table."""
+    ranks = [row.rank for row in plan.sites]
+    saturated = sum(row.saturated for row in plan.sites)
+    said = f"{plural(len(plan.ranks), 'site')} with ranks from {min(ranks)} to {max(ranks)}: {plan.parameters:,} "
+    said += f"trainable parameters, {percent(plan.kept_fraction)} of the analysed matrices."
+    if saturated:
+        said += f" {plural(saturated, 'site')} did not reach the energy threshold within the largest rank."
+    budget = plan.metadata.get("budget")
+    said += f" Chosen within a budget of {printable(budget, 40)}." if budget else ""
+    energy = Plot(
+        "energy_heatmap", "Share of each delta's energy that its rank keeps", partial(plot_energy_heatmap, plan)
+    )
+    known = any(row.energy_retained is not None for row in plan.sites)
+    return [Words(said), *([energy] if known else []), Folded("Ranks by layer", [ranks_table(plan)])]
+
+
+def ranks_table(plan: RankPlan) -> Table:
+    columns = list(dict.fromkeys(row.site.projection for row in plan.sites))
+    rows = []
+    for name, members in layer_ranges(plan.sites, len(plan.sites)):
+        ranks = {column: [row.rank for row in members if row.site.projection == column] for column in columns}
+        cells = [" ".join(map(str, sorted(set(ranks[column])))) for column in columns]
+        rows.append((name, *(clip(cell, 24) for cell in cells)))
+    return Table(("", *columns), rows)
+
+
+def gain_blocks(gain: Mapping[str, Any]) -> list[Block]:
+    """Share of the loss gain that each arm keeps (content of `gain.json`), shuffles summed up in one row."""
+    rows = [
+        (printable(arm["name"], 40), percent(arm["kept"]), f"{percent(arm['low'])} to {percent(arm['high'])}")
+        for arm in gain["arms"]
+        if not is_shuffle(arm)
+    ]
+    shuffles = [arm["kept"] for arm in gain["arms"] if is_shuffle(arm)]
+    if shuffles:
+        spread = f"{percent(min(shuffles))} to {percent(max(shuffles))}"
+        rows.append((f"{len(shuffles)} shuffles, mean and range", percent(sum(shuffles) / len(shuffles)), spread))
+    note = "Share of the preliminary fine-tune's loss improvement that survives truncation to the plan's parameters."
+    if gain.get("defined") is False:
+        note = "The fine-tune's own gain is not clearly above zero, so these shares mean nothing. " + note
+    caption = "Share of the loss gain kept: the plan against uniform rank and shuffles of its own ranks"
+    plots = [] if gain.get("defined") is False else [Plot("gain", caption, partial(plot_gain, gain))]
+    return [*plots, Table(("gain kept", "share", "95 % interval"), rows, note=note)]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
 SVD_FOLDER = Path("analysis_outputs") / "svd"
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Measurements of the plan besides its spectra; None where there was nothing to measure."""
-
-    gain: Gain | None = None
-    repeats: Mapping[str, Any] | None = None
-    explained_loss: float | None = None
-    rounding: Histories | None = None
 
 
 def write_raw_data(

@@ -17,7 +17,7 @@ from rankwise.core.allocate import Rule
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import Site
 from rankwise.page.text import clip, duration, memory, percent, plural
-from rankwise.ranks.plots import Evidence
+from rankwise.ranks.decide import Evidence
 from rankwise.ranks.spectra import Measured, dtypes, noise_share
 
 MOST_RANGES = 6

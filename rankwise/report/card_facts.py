@@ -7,7 +7,6 @@ Folders are named by their last part only: where they lie on whose machine is no
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ from rankwise.files.atomic import read_object
 from rankwise.files.checkpoint import HUB_ID
 from rankwise.files.lineage import EXPORT, adapters_of, chain, named, walk
 from rankwise.files.run_folder import CONFIG, MANIFEST
+from rankwise.page.blocks import Table
+from rankwise.page.template import markdown_table
 from rankwise.page.text import amount, duration, memory, metric_name, number, percent, score
 from rankwise.report.contents import Contents, Scored, read_run
 
@@ -155,7 +156,7 @@ def training(sources: Sources) -> list[str]:
     entry = trained.entry
     if "steps" in entry:
         rows.append(("optimizer steps", f"{entry['steps']:,} in {duration(float(entry.get('training_seconds', 0)))}"))
-    return table(("", ""), rows) + versions_of(trained)
+    return markdown_table(Table((), rows)) + versions_of(trained)
 
 
 def prompts(place: Path) -> list[str]:
@@ -185,9 +186,7 @@ def ranks_of(sources: Sources, trained: ManifestEntry) -> Iterator[tuple[str, st
     adapted = next((one for content in sources.contents for _, one in content.sites), None)
     plan = "a rank plan" if trained.input("plan") else "one rank"
     if adapted and adapted.ranks:
-        least, most = min(adapted.ranks), max(adapted.ranks)
-        ranks = f"rank {least}" if least == most else f"ranks {least} to {most}"
-        yield "adapted", f"{len(adapted.ranks)} matrices by {plan}: {ranks}"
+        yield "adapted", f"{len(adapted.ranks)} matrices by {plan}: {adapted.span()}"
     entry = trained.entry
     if "trainable_parameters" in entry and entry.get("total_parameters"):
         trainable, total = entry["trainable_parameters"], entry["total_parameters"]
@@ -217,7 +216,7 @@ def score_table(what: str, rows: Iterable[tuple[str, str, str, float, Sequence[f
         (scored, task, metric_name(name), score(value), span(interval), f"{n:,}")
         for scored, task, name, value, interval, n in rows
     ]
-    return table((what, "task", "metric", "score", "95 % interval", "n"), shown)
+    return markdown_table(Table((what, "task", "metric", "score", "95 % interval", "n"), shown, first_number=3))
 
 
 def span(found: Sequence[float] | None) -> str:
@@ -330,7 +329,7 @@ def export(sources: Sources) -> list[str]:
             for kind in ("text", "mmproj")
             if files.get(kind)
         ]
-        lines += table(("file", "type", "size", "sha256"), rows)
+        lines += markdown_table(Table(("file", "type", "size", "sha256"), rows, first_number=2))
         converter = content.get("converter", {})
         compared = "every tensor was compared with the merged checkpoint"
         proven = compared if content.get("verification") else "not verified"
@@ -397,9 +396,6 @@ def failures(sources: Sources, kind: str) -> list[str]:
     return lines
 
 
-TABLE_SPECIAL = re.compile(r"([|\\`<>])")
-
-
 @dataclass(frozen=True)
 class Metric:
     """A score for the card's metadata. how: what was scored, by which method, on how many items."""
@@ -409,16 +405,3 @@ class Metric:
     name: str
     value: float
     how: str = ""
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """Rows as a Markdown table; nothing for no rows. Text from files is escaped."""
-    if not rows:
-        return []
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join(cell(value) for value in row) + " |" for row in rows]
-
-
-def cell(value: object) -> str:
-    text = TABLE_SPECIAL.sub(lambda match: f"&#{ord(match[1])};", str(value))
-    return " ".join(text.split())

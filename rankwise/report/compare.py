@@ -19,8 +19,10 @@ from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.atomic import read_object, write_json, write_text
 from rankwise.options.commands import CompareConfig
-from rankwise.page.canvas import BLUE, INK, YELLOW, legend, name_axes, new_figure, save
-from rankwise.page.text import amount, clip, duration, is_number, metric_name, number, score
+from rankwise.page.blocks import Table, lines
+from rankwise.page.canvas import BLUE, INK, YELLOW, error_bars, legend, name_axes, name_rows, panels, save
+from rankwise.page.template import markdown_table
+from rankwise.page.text import amount, clip, duration, is_number, metric_name, number, printable, with_interval
 from rankwise.report.contents import Contents, Scored, read_run
 from rankwise.train.gradient_summary import gradient_summary
 from rankwise.train.loss_plots import points, shared_metrics
@@ -155,30 +157,27 @@ def table_text(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def comparison_table(rows: Sequence[Row]) -> Table:
     """The table for people: a line per number, a column per run, scores with their intervals."""
-    lines = [["", *(row.name.replace("|", "\\|") for row in rows)]]
+    found = []
     shown = {"trainable_parameters": amount, "seconds": duration}
     for part in ("trained", "gradients"):
         for name in getattr(rows[0], part):
             cells = [getattr(row, part)[name] for row in rows]
             if any(cell is not None for cell in cells):
                 write = shown.get(name, number)
-                lines.append([name.replace("_", " "), *("" if cell is None else write(cell) for cell in cells)])
+                found.append([name.replace("_", " "), *("" if cell is None else write(cell) for cell in cells)])
     for task in tasks_of(rows):
         for metric in metrics_of(rows, task):
-            lines.append([f"{task}: {metric_name(metric)}", *(score_cell(row, task, metric) for row in rows)])
-        lines.append([f"{task}: items", *(number(row.scores[task].n) if task in row.scores else "" for row in rows)])
-    ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    note = "\nIn brackets: 95 % intervals. Blank: not measured, or nothing trained there.\n"
-    return "\n".join(f"| {' | '.join(line)} |" for line in ruled) + "\n" + note
+            found.append([f"{task}: {metric_name(metric)}", *(score_cell(row, task, metric) for row in rows)])
+        found.append([f"{task}: items", *(number(row.scores[task].n) if task in row.scores else "" for row in rows)])
+    note = "In brackets: 95 % intervals. Blank: not measured, or nothing trained there."
+    return Table(("", *(printable(row.name, 120) for row in rows)), found, note=note)
 
 
 def score_cell(row: Row, task: str, metric: str) -> str:
-    value, interval = value_of(row, task, metric), interval_of(row, task, metric)
-    if value is None:
-        return ""
-    return score(value) + (f" [{score(interval[0])}, {score(interval[1])}]" if interval else "")
+    value = value_of(row, task, metric)
+    return "" if value is None else with_interval(value, interval_of(row, task, metric))
 
 
 # --- picture -------------------------------------------------------------------------------------------------------
@@ -190,17 +189,13 @@ def plot_comparison(rows: Sequence[Row], path: Path | str) -> Path:
     Raises:
         DataError: no run has any of these numbers.
     """
-    panels = panels_of(rows)
-    if not panels:
+    parts = panels_of(rows)
+    if not parts:
         raise DataError("these runs have neither losses, gradient norms nor scores to compare")
-    figure, axes = new_figure(2.0 + 2.4 * len(panels), 1.3 + 0.34 * len(rows), columns=len(panels))
-    every = [axes] if len(panels) == 1 else list(axes.flat)
-    for place, (axis, draw) in enumerate(zip(every, panels, strict=True)):
+    figure, axes = panels(2.0 + 2.4 * len(parts), 1.3 + 0.34 * len(rows), columns=len(parts))
+    for place, (axis, draw) in enumerate(zip(axes, parts, strict=True)):
         draw(axis)
-        names = [clip(row.name, 36) for row in rows] if place == 0 else [""] * len(rows)
-        for label in axis.set_yticks(range(len(rows)), names):
-            label.label1.set_parse_math(False)
-        axis.set_ylim(len(rows) - 0.5, -0.5)
+        name_rows(axis, ["" if place else clip(row.name, 36) for row in rows])
     return save(figure, path)
 
 
@@ -241,8 +236,7 @@ def draw_score(axis: Any, rows: Sequence[Row], task: str, metric: str) -> None:
         value = value_of(row, task, metric)
         if value is None:
             continue
-        low, high = interval_of(row, task, metric) or (value, value)
-        error = [[max(0.0, value - low)], [max(0.0, high - value)]]
+        error = error_bars([value], [interval_of(row, task, metric)])
         axis.errorbar(value, y, xerr=error, color=INK, marker="o", markersize=6, capsize=4, linestyle="")
     name_axes(axis, f"{task}: {metric_name(metric)}", "")
 
@@ -253,12 +247,12 @@ def run(config: CompareConfig) -> Path:
     folder = Path(config.output_dir)
     write_text(folder / CSV, table_text(rows))
     write_json(folder / JSON, {"runs": [row.record() for row in rows]})
-    text = markdown(rows)
-    write_text(folder / MARKDOWN, text)
+    table = comparison_table(rows)
+    write_text(folder / MARKDOWN, "\n".join(markdown_table(table)) + "\n")
     files = [CSV, MARKDOWN, JSON]
     if not config.no_plots:
         files.append(plot_comparison(rows, folder / PICTURE).name)
-    print(text)
+    print("\n".join([*lines([table]), ""]))
     print(f"{', '.join(files)} in {folder}")
     return folder
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,8 @@ from rankwise.evaluate.predictions import FILE as RESULTS
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.features.downstream_page import FORMAT as DOWNSTREAM_FORMAT
 from rankwise.features.downstream_page import JSON as DOWNSTREAM_FILE
-from rankwise.features.downstream_page import plot_downstream
-from rankwise.features.history import HISTORY, best_row, plot_factor_training
-from rankwise.features.page import FILE, FORMAT, PARTS, PLOTS
+from rankwise.features.history import HISTORY
+from rankwise.features.page import FILE, FORMAT, PARTS
 from rankwise.files.atomic import read_bytes, read_document, read_json, read_object
 from rankwise.files.lineage import named, walk
 from rankwise.files.plan import read_plan
@@ -84,13 +82,10 @@ class Adapted:
     parameters: int
     left_out: int
 
-
-@dataclass(frozen=True)
-class RecordedFidelity:
-    """How well an extracted or compressed adapter keeps its source: totals by name, and a row per site."""
-
-    totals: Mapping[str, float]
-    rows: Sequence[Mapping[str, Any]]
+    def span(self) -> str:
+        """rank 4 · ranks 2 to 6"""
+        low, high = min(self.ranks), max(self.ranks)
+        return f"rank {low}" if low == high else f"ranks {low} to {high}"
 
 
 @dataclass(frozen=True)
@@ -103,7 +98,7 @@ class Contents:
     scores: tuple[Scored, ...] = ()
     logs: tuple[tuple[str, list[dict[str, str]]], ...] = ()
     gains: tuple[tuple[str, Mapping[str, Any]], ...] = ()
-    fidelity: tuple[tuple[str, RecordedFidelity], ...] = ()
+    fidelity: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     sites: tuple[tuple[str, Adapted], ...] = ()
     studies: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     gradients: tuple[tuple[str, GradientTables], ...] = ()
@@ -124,8 +119,6 @@ class Contents:
 BY_EPOCH = ("epoch", "train_mse", "val_mse", "lr", "effective_rank")
 DOWNSTREAM_PARTS = ("rows", "notes", "settings", "shapes")
 Rows = Sequence[dict[str, Any]]
-CURVES, DOWNSTREAM = "train_val_loss_comparison", "downstream"
-Drawn = tuple[str, str, str, Callable[[Path], Any]]
 
 
 def read_comparisons(files: Sequence[Path]) -> Iterator[tuple[Path, Mapping[str, Any]]]:
@@ -157,18 +150,6 @@ def whole(
         if missing:
             raise DataError(f"{path}: incomplete: {', '.join(missing)} missing; run the command that wrote it again")
         yield path, content
-
-
-def feature_pictures(contents: Contents) -> Iterator[Drawn]:
-    for where, rows in contents.histories:
-        caption = "Training and validation error by epoch; learning rate below"
-        yield where, CURVES, caption, partial(plot_factor_training, rows, best_epoch=best_row(rows)["epoch"])
-    for where, comparison in contents.factors:
-        for name, (plot, caption) in PLOTS.items():
-            yield where, name, caption, partial(plot, comparison)
-    for where, answers in contents.downstream:
-        caption = "How far the model's answers move when factors stand in for its features"
-        yield where, DOWNSTREAM, caption, partial(plot_downstream, answers)
 
 
 GENERIC = ("evaluation", "evaluate", "results", "predictions", "final_model")
@@ -340,13 +321,13 @@ def has_numbers(row: Any, numbers: Sequence[str], name: str = "") -> bool:
     return isinstance(row, dict) and (not name or name in row) and all(is_number(row.get(each)) for each in numbers)
 
 
-def read_fidelity(path: Path) -> RecordedFidelity:
+def read_fidelity(path: Path) -> Mapping[str, Any]:
     content = read_object(path)
     rows = content.get("sites")
     numbers = ("rank", "energy_kept", "parameters")
     if not isinstance(rows, list) or not all(has_numbers(row, numbers, "path") for row in rows):
         raise DataError(f"{path}: expected `sites`, a list of objects with path, {', '.join(numbers)}")
-    return RecordedFidelity({name: value for name, value in content.items() if is_number(value)}, rows)
+    return content
 
 
 def read_settings(run: Path, files: list[Path]) -> Iterator[tuple[str, Any]]:

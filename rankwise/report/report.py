@@ -8,7 +8,9 @@ and settings. The page holds its images, asks nothing of the network, and everyt
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,12 +18,14 @@ from rankwise.errors import UsageError
 from rankwise.evaluate import forgetting
 from rankwise.files.atomic import write_text
 from rankwise.options.commands import ReportConfig
-from rankwise.page.blocks import Block, Figure, Gallery, Page, Section, Words
-from rankwise.page.template import render
+from rankwise.page.blocks import Block, Figure, Gallery, Page, Plot, Section, Words, drawn, each
+from rankwise.page.canvas import can_draw
+from rankwise.page.template import html, markdown
 from rankwise.page.text import amount, duration, is_number, metric_name, percent, plural, printable, score
+from rankwise.ranks.plots import ranks_plot
 from rankwise.report.contents import Contents, Scored, StageRun, read_run
 from rankwise.report.scores import gallery, score_blocks
-from rankwise.report.sections import Drawings, appendix, draw, sections_of
+from rankwise.report.sections import appendix, sections_of
 from rankwise.train.loss_plots import leading_metrics
 
 HEADLINE_METRICS = 3
@@ -46,11 +50,10 @@ def build_report(run: Path, out: Path | None = None, title: str | None = None) -
     contents = read_run(run)
     tasks = by_task(contents.scores)
     files = out.with_name(f"{out.stem}_files")
-    drawings = draw(contents, tasks, files)
     seen = {task: gallery(results, run, files) for task, results in tasks.items()}
-    page = compose(contents, tasks, drawings, seen, title or run.resolve().name)
-    write_text(out.with_suffix(".md"), render(page, "report.md.j2", out.parent))
-    return write_text(out.with_suffix(".html"), render(page, "report.html.j2", out.parent))
+    page = with_pictures(compose(contents, tasks, seen, title or run.resolve().name), files)
+    write_text(out.with_suffix(".md"), markdown(page, out.parent))
+    return write_text(out.with_suffix(".html"), html(page))
 
 
 def by_task(scores: Sequence[Scored]) -> dict[str, list[Scored]]:
@@ -61,28 +64,32 @@ def by_task(scores: Sequence[Scored]) -> dict[str, list[Scored]]:
     return tasks
 
 
-def compose(
-    contents: Contents, tasks: dict[str, list[Scored]], drawings: Drawings, seen: dict[str, Gallery | None], title: str
-) -> Page:
-    """The page in no format yet."""
-    heat = [picture for where, _ in contents.plans for picture in drawings.of(where, "ranks_heatmap")]
-    lead: list[Block] = list(heat)
-    if not drawings.possible:
-        lead.append(Words("Pictures are not drawn: matplotlib is not installed (pip install 'rankwise[plots]')."))
+def compose(contents: Contents, tasks: dict[str, list[Scored]], seen: dict[str, Gallery | None], title: str) -> Page:
+    """The page in no format yet, its plots not drawn."""
+    lead: list[Block] = [ranks_plot(plan) for _, plan in contents.plans]
     scored = [
-        Section(
-            f"Scores · {task}" if task else "Scores", score_blocks(results, drawings.of(task, "scores"), seen[task])
-        )
+        Section(f"Scores · {task}" if task else "Scores", score_blocks(results, seen[task]))
         for task, results in tasks.items()
     ]
+    elsewhere = each([*lead, *(block for section in scored for block in section.blocks)])
+    names = {block.name for block in elsewhere if isinstance(block, Plot)}
     return Page(
         title=printable(title, 120),
         subtitle=subtitle(contents),
         headline=headline(contents, tasks),
         lead=lead,
-        sections=[*scored, *sections_of(contents, drawings)],
+        sections=[*scored, *sections_of(contents, names)],
         appendix=appendix(contents),
     )
+
+
+def with_pictures(page: Page, folder: Path) -> Page:
+    """The page with its plots drawn into the folder; a sentence where they cannot be."""
+    possible, count = can_draw(), itertools.count()
+    target = (lambda plot: folder / f"{next(count):02d}_{plot.name}.png") if possible else None
+    missing = "Pictures are not drawn: matplotlib is not installed (pip install 'rankwise[plots]')."
+    lead = [*drawn(page.lead, target), *([] if possible else [Words(missing)])]
+    return replace(page, lead=lead, sections=[replace(one, blocks=drawn(one.blocks, target)) for one in page.sections])
 
 
 def subtitle(contents: Contents) -> str:

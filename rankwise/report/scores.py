@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from rankwise.evaluate.answers import is_right
 from rankwise.evaluate.classify import confusion_table
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.atomic import atomic_write
-from rankwise.page.blocks import Answer, Block, Folded, Gallery, Picture, Shot, SideBySide, Table
-from rankwise.page.text import metric_name, number, plural, printable, score
+from rankwise.page.blocks import Answer, Block, Folded, Gallery, Picture, Plot, Shot, SideBySide, Table
+from rankwise.page.text import metric_name, number, plural, printable, score, with_interval
 from rankwise.report.contents import Scored
+from rankwise.train.loss_plots import plot_scores, shared_metrics
 
 MOST_SHOTS = 12
 THUMBNAIL = 192  # pixels of the longer side: sharp at 128 CSS pixels, and twelve of them stay below a megabyte
@@ -105,8 +107,8 @@ INTERVALS = (
 )
 
 
-def score_blocks(results: Sequence[Scored], pictures: Sequence[Picture], seen: Gallery | None = None) -> list[Block]:
-    """One table of all results of a task, the bars, and the first items side by side: with their pictures, if any."""
+def score_blocks(results: Sequence[Scored], seen: Gallery | None = None) -> list[Block]:
+    """The bars, one table of all results of a task, and the first items side by side: with their pictures, if any."""
     metrics = dict.fromkeys(name for one in results for name in (*one.result.metrics, *one.result.unavailable))
     rows = [[printable(metric_name(name), 40), *(score_cell(one.result, name) for one in results)] for name in metrics]
     rows.append(["items", *(number(one.result.n) for one in results)])
@@ -118,7 +120,14 @@ def score_blocks(results: Sequence[Scored], pictures: Sequence[Picture], seen: G
     header = ("", *(printable(one.label, 40) for one in results))
     table = Table(header, rows, note=printable(" ".join([*notes, *reasons])))
     shown = [seen] if seen else examples(results)
-    return [*pictures, table, *confusions(results), *types(results), *shown]
+    return [*bars(results), table, *confusions(results), *types(results), *shown]
+
+
+def bars(results: Sequence[Scored]) -> list[Block]:
+    if not shared_metrics(one.result for one in results):
+        return []
+    caption = "Scores with 95 % intervals, each metric on its own scale"
+    return [Plot("scores", caption, partial(plot_scores, {one.label: one.result for one in results}))]
 
 
 def types(results: Sequence[Scored]) -> list[Block]:
@@ -151,8 +160,7 @@ def score_cell(result: EvaluationResult, metric: str) -> str:
     value = result.metrics.get(metric)
     if value is None:
         return "not measured"
-    interval = result.intervals.get(metric)
-    return score(value) + (f" [{score(interval[0])}, {score(interval[1])}]" if interval else "")
+    return with_interval(value, result.intervals.get(metric))
 
 
 def examples(results: Sequence[Scored]) -> list[Block]:

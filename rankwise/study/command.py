@@ -16,12 +16,13 @@ from rankwise.files.ledger import Ledger
 from rankwise.files.processes import announce, finish, gathered, process_index
 from rankwise.files.run_folder import RunFolder, held
 from rankwise.options.study import StudyConfig
+from rankwise.page.blocks import lines
 from rankwise.page.text import duration
 from rankwise.study.arms import RULES
 from rankwise.study.design import Design, Registration, design_study, digest, register, run_counts
 from rankwise.study.execution import Bench, matched_steps
 from rankwise.study.material import Material, load_material, open_probes, probe_cost, read_parts
-from rankwise.study.page import runs_rate, study_lines, write_study
+from rankwise.study.page import runs_rate, study_blocks, write_study
 from rankwise.study.plans import Plans
 from rankwise.study.protocol import report, tune, tuning_batch
 from rankwise.study.results import FinishedStudy, conclude
@@ -49,7 +50,7 @@ def run(config: StudyConfig) -> Path:
                 study = conclude(FinishedStudy(design, bench, tuned, reported), registration)
                 record.outputs |= write_study(folder.path, study)
                 record.facts |= {"runs": len(bench.ledger), "runs_per_hour": rate(bench)}
-                print("\n".join(study_lines(study)))
+                print("\n".join(lines(study_blocks(study))))
                 print(f"study: {len(bench.ledger):,} runs, {rate(bench):,} an hour and process; all in {folder.path}")
     finally:
         finish()

@@ -1,21 +1,35 @@
-"""Presentation of study.json: sentences, tables and plots for terminal, study.md and report.
+"""Presentation of study.json: sentences, tables and plots, once, for terminal, study.md and report.
 
-study_lines(study)                 # the terminal's last lines
-study_blocks(study, pictures)      # verdicts in words first, then the table of arms, then what stands behind both
+study.json ── study_blocks ──▶ the terminal's last lines, study.md with its plots (write_study), the report's section
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from rankwise.files.atomic import write_json, write_text
-from rankwise.page.blocks import Block, Folded, Page, Picture, Section, Table, Words
-from rankwise.page.canvas import BLUE, FAINT, GREY, drawable, log_ticks, name_axes, new_figure, save, style
-from rankwise.page.template import render
+from rankwise.page.blocks import Block, Folded, Page, Plot, Section, Table, Words, drawn, into, pictures
+from rankwise.page.canvas import (
+    BLUE,
+    FAINT,
+    GREY,
+    drawable,
+    error_bars,
+    legend_outside,
+    log_ticks,
+    name_axes,
+    name_rows,
+    new_figure,
+    panels,
+    save,
+    style,
+)
+from rankwise.page.template import markdown
 from rankwise.page.text import clip, number, plural, printable
 
 FORMAT = "rankwise-study/1"
@@ -70,18 +84,6 @@ def deviation_sentence(row: Mapping[str, Any]) -> str:
     return f"Deviation of {row['time']}: {what}. Why: {row['why']} ({known})."
 
 
-def study_lines(study: Study) -> list[str]:
-    """The terminal's last lines: verdicts first, then the evidence."""
-    registration = study["registration"]
-    return [
-        *(f"  {verdict_sentence(row, study)}" for row in study["verdicts"]),
-        *(f"  {assay_sentence(row, study)}" for row in study["assay"]),
-        *(f"  {deviation_sentence(row)}" for row in registration["deviations"]),
-        f"  registered {registration['time']} as {registration['sha256']}; {stopped(study)}",
-        *(f"  note: {note}" for note in study["notes"]),
-    ]
-
-
 def stopped(study: Study) -> str:
     seeds = study["seeds"]
     return f"{plural(seeds['reported'], 'seed')} reported, stopped by {seeds['stopped']}"
@@ -96,8 +98,8 @@ def rate_words(value: float | None) -> str:
     return "–" if value is None else number(value)
 
 
-def study_blocks(study: Study, pictures: Sequence[Picture]) -> list[Block]:
-    """All blocks of one study, most important first."""
+def study_blocks(study: Study) -> list[Block]:
+    """All blocks of one study, most important first: verdicts in words, then the arms, then what stands behind both."""
     question = [Words(printable(study["question"]))] if study.get("question") else []
     told = [*(verdict_sentence(row, study) for row in study["verdicts"])]
     told += [assay_sentence(row, study) for row in study["assay"]]
@@ -105,7 +107,7 @@ def study_blocks(study: Study, pictures: Sequence[Picture]) -> list[Block]:
         *question,
         *(Words(printable(sentence)) for sentence in told),
         arms_table(study),
-        *pictures,
+        *(Plot(name, caption, partial(draw, study)) for name, (draw, caption) in PLOTS.items()),
         differences_table(study),
         *(Words(printable(deviation_sentence(row))) for row in study["registration"]["deviations"]),
         Words(printable(standing(study))),
@@ -183,24 +185,15 @@ FILE = "study.json"
 
 def write_study(folder: Path, study: Mapping[str, Any]) -> dict[str, Path | str]:
     """Write them into the run folder; what was written, by name."""
-    pictures = []
-    if drawable("pictures of the study are"):
-        pictures = [
-            Picture(draw(study, folder / "plots" / f"{name}.png"), caption) for name, (draw, caption) in PLOTS.items()
-        ]
-    page = Page(
-        title=study["question"] or "Study",
-        subtitle=f"{study['kind']} compared at equal parameters",
-        headline=[],
-        lead=[],
-        sections=[Section("Verdicts", study_blocks({**study, "question": None}, pictures))],
-        appendix=[],
-    )
+    target = into(folder / "plots") if drawable("pictures of the study are") else None
+    blocks = drawn(study_blocks({**study, "question": None}), target)
+    title, subtitle = study["question"] or "Study", f"{study['kind']} compared at equal parameters"
+    page = Page(title, subtitle, sections=[Section("Verdicts", blocks)])
     written: dict[str, Path | str] = {
         "study": write_json(folder / FILE, study),
-        "page": write_text(folder / "study.md", render(page, "report.md.j2", folder)),
+        "page": write_text(folder / "study.md", markdown(page, folder)),
     }
-    return written | {picture.path.stem: picture.path for picture in pictures}
+    return written | pictures(blocks)
 
 
 REFERENCES = ("full", "base")
@@ -217,15 +210,14 @@ def plot_study_scores(study: Study, path: Path | str) -> Path:
         found = sorted((row for row in rows if series(row, study) == name), key=lambda row: row["parameters"])
         shift = 1 + SPREAD * (index - (len(names) - 1) / 2)  # side by side, or intervals hide each other
         x, y = [row["parameters"] * shift for row in found], [row["loss"] for row in found]
-        error = [[row["loss"] - row["low"] for row in found], [row["high"] - row["loss"] for row in found]]
+        error = error_bars(y, [(row["low"], row["high"]) for row in found])
         axis.errorbar(x, y, yerr=error, label=clip(name, 48), capsize=2, linewidth=1, markersize=4, **style(index))
     axis.set_xscale("log")
     ticks = sorted({row["parameters"] for row in rows if row["arm"] == rows[0]["arm"]})
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axis.minorticks_off()
     name_axes(axis, "trainable parameters", "test loss (nats per token)", references(study))
-    if names:
-        figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+    legend_outside(figure, "right upper", [axis], size=7)
     return save(figure, path)
 
 
@@ -243,15 +235,14 @@ def references(study: Study) -> str:
 
 def plot_study_rates(study: Study, path: Path | str) -> Path:
     """Dev loss against learning rate, one panel per budget and way of training, the chosen point of each arm ringed."""
-    panels: dict[str, list[Mapping[str, Any]]] = {}
+    places: dict[str, list[Mapping[str, Any]]] = {}
     for row in study["tuning"]:
-        panels.setdefault(place(row, study), []).append(row)
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure, axes = new_figure(3.4 * columns + 1.6, 2.9 * rows, columns=columns, rows=rows)
-    flat = [axes] if len(panels) == 1 else list(axes.flat)
+        places.setdefault(place(row, study), []).append(row)
+    columns = min(3, len(places))
+    rows = math.ceil(len(places) / columns)
+    figure, axes = panels(3.4 * columns + 1.6, 2.9 * rows, columns=columns, rows=rows)
     names = list(dict.fromkeys(row["label"] for row in study["tuning"]))
-    for axis, (title, members) in zip(flat, panels.items(), strict=False):
+    for axis, (title, members) in zip(axes, places.items(), strict=False):
         for row in members:
             draw_rates(axis, row, style(names.index(row["label"])))
         top = ceiling([point for row in members for curve in row["curves"].values() for point in points(curve)])
@@ -259,10 +250,9 @@ def plot_study_rates(study: Study, path: Path | str) -> Path:
         axis.set_ylim(*top)
         log_ticks(axis.xaxis)
         name_axes(axis, "learning rate", "dev loss (nats per token)", title)
-    for axis in flat[len(panels) :]:
+    for axis in axes[len(places) :]:
         axis.set_visible(False)
-    handles = {label: handle for axis in flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=7, frameon=False)
+    legend_outside(figure, "right upper", axes, size=7)
     return save(figure, path)
 
 
@@ -299,15 +289,14 @@ def plot_study_differences(study: Study, path: Path | str) -> Path:
     axis.axvspan(-delta, delta, color=FAINT, zorder=0)
     axis.axvline(0, color=GREY, linewidth=0.8)
     for y, row in enumerate(rows):
-        error = [[row["estimate"] - row["low"]], [row["high"] - row["estimate"]]]
+        error = error_bars([row["estimate"]], [(row["low"], row["high"])])
         filled = "full" if row["primary"] else "none"
         colour = BLUE if row["primary"] else GREY
         axis.errorbar(
             row["estimate"], y, xerr=error, color=colour, marker="o", fillstyle=filled, markersize=5, capsize=3
         )
     names = [clip(f"{row['first']} · {place(row, study)}", 66) for row in rows]
-    axis.set_yticks(range(len(rows)), names)
-    axis.set_ylim(len(rows) - 0.4, -0.6)
+    name_rows(axis, names)
     better = "← better     " if study["lower_is_better"] else ""
     common = ", ".join(dict.fromkeys(row["second"] for row in rows))
     title = f"minus {common} · filled: primary · grey: ±{delta:g}"

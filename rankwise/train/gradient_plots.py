@@ -6,29 +6,31 @@ plot_gradients(Path("runs/first"))      # → runs/first/plots/gradient_norms.pn
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from rankwise.errors import DataError, need
-from rankwise.page.blocks import Block, Folded, Picture, Table, Words
+from rankwise.page.blocks import Block, Folded, Plot, drawn, into, pictures
 from rankwise.page.canvas import (
     BLUE,
     GREY,
     INK,
     YELLOW,
     colormap,
+    colour_bar,
     drawable,
     legend,
+    legend_outside,
     log_ticks,
     name_axes,
     new_figure,
+    panels,
     save,
     whole_ticks,
 )
-from rankwise.page.text import number
 from rankwise.train.gradient_summary import (
     NAMES,
     NAN,
@@ -41,11 +43,11 @@ from rankwise.train.gradient_summary import (
     mean,
     positive,
     read_tables,
-    sentences,
     series,
+    summary_blocks,
     write_summary,
 )
-from rankwise.train.loss_plots import draw_phases, legend_below
+from rankwise.train.loss_plots import draw_phases
 
 TITLES = {"attention": "Attention", "mlp": "MLP"}
 MOST_CELLS = 400  # columns of a heatmap: more than that and pixels would drop some
@@ -64,25 +66,21 @@ def plot_layer_heatmap(layers: Rows, path: Path | str, phases: Sequence[tuple[fl
     """
     table, kinds = kinds_of(layers)
     height = max(1.4, min(3.0, 0.13 * max(len(one.names) for one in kinds.values()) + 0.5))
-    figure, axes = new_figure(7.2, 0.6 + (height + 0.3) * len(kinds), rows=len(kinds))
-    panels = list(axes.flat) if len(kinds) > 1 else [axes]
+    figure, axes = panels(7.2, 0.6 + (height + 0.3) * len(kinds), rows=len(kinds))
     binned = {kind: binned_columns(table.steps, one.curves) for kind, one in kinds.items()}
     values = [v for _, grid in binned.values() for row in grid for v in row if v > 0]
     norm = need("matplotlib.colors", extra="plots").LogNorm(min(values, default=1.0), max(values, default=10.0))
     masked = need("numpy.ma", extra="plots").masked_invalid
-    for axis, (kind, one) in zip(panels, kinds.items(), strict=True):
+    for axis, (kind, one) in zip(axes, kinds.items(), strict=True):
         edges, grid = binned[kind]
         rows = [i - 0.5 for i in range(len(one.names) + 1)]
         image = axis.pcolormesh(edges, rows, masked([positive(row) for row in grid]), cmap=colormap(), norm=norm)
         axis.grid(False)
         whole_ticks(axis.xaxis)
         tick_layers(axis.set_yticks, one.names)
-        draw_phases(axis, phases, named=axis is panels[0])
-        name_axes(axis, "optimizer step" if axis is panels[-1] else "", f"{TITLES[kind]}: layer")
-    bar = figure.colorbar(image, ax=panels, pad=0.015, aspect=30)
-    bar.set_label("gradient norm", fontsize=8, color=INK)
-    bar.ax.tick_params(labelsize=7)
-    log_ticks(bar.ax.yaxis)
+        draw_phases(axis, phases, named=axis is axes[0])
+        name_axes(axis, "optimizer step" if axis is axes[-1] else "", f"{TITLES[kind]}: layer")
+    log_ticks(colour_bar(figure, image, axes, "gradient norm", pad=0.015, aspect=30).ax.yaxis)
     return save(figure, path)
 
 
@@ -139,10 +137,9 @@ def plot_gradient_evolution(layers: Rows, path: Path | str, moments: int = MOMEN
     table, kinds = kinds_of(layers)
     count = min(moments, len(table.steps))
     chosen = sorted({round(i * (len(table.steps) - 1) / max(1, count - 1)) for i in range(count)})
-    figure, axes = new_figure(7.2, 3.4, columns=len(kinds))
-    panels = list(axes.flat) if len(kinds) > 1 else [axes]
+    figure, axes = panels(7.2, 3.4, columns=len(kinds))
     shades = colormap()
-    for axis, (kind, one) in zip(panels, kinds.items(), strict=True):
+    for axis, (kind, one) in zip(axes, kinds.items(), strict=True):
         smoothed = [table.smoothed(positive(curve)) for curve in one.curves]
         for place, moment in enumerate(chosen):
             colour = shades(LIGHTEST * place / max(1, len(chosen) - 1))
@@ -152,8 +149,8 @@ def plot_gradient_evolution(layers: Rows, path: Path | str, moments: int = MOMEN
         axis.set_yscale("log")
         log_ticks(axis.yaxis)
         tick_layers(axis.set_xticks, one.names, MOST_TICKS // len(kinds))
-        name_axes(axis, "layer", "gradient norm" if axis is panels[0] else "", TITLES[kind])
-    legend_below(figure, panels[0], 4)
+        name_axes(axis, "layer", "gradient norm" if axis is axes[0] else "", TITLES[kind])
+    legend_outside(figure, "lower center", axes[:1], columns=4)
     return save(figure, path)
 
 
@@ -178,19 +175,19 @@ def plot_gradient_norms(groups: Rows, path: Path | str, phases: Sequence[Boundar
     names = [name for name in LINES if name in found and not is_only_group(name, found)]
     if not names:
         raise DataError("the table of gradient norms holds no norm of a group")
-    figure, axes = new_figure(7.2, 5.4, rows=2)
-    for axis, scale in zip(axes.flat, ("log", "linear"), strict=True):
+    figure, (above, below) = panels(7.2, 5.4, rows=2)
+    for axis, scale in ((above, "log"), (below, "linear")):
         for name in names:
             label, colour, style = LINES[name]
             draw_smoothed(axis, table, positive(found[name]), label, colour, style)
         axis.set_yscale(scale)
         frame_steps(axis, table.steps)
         name_axes(axis, "optimizer step" if scale == "linear" else "", f"gradient norm ({scale})")
-    log_ticks(axes[0, 0].yaxis)
-    axes[1, 0].set_ylim(bottom=0)
-    for axis in axes.flat:
-        draw_phases(axis, table.boundaries() if phases is None else phases, named=axis is axes[0, 0])
-    legend_below(figure, axes[0, 0], len(names))
+    log_ticks(above.yaxis)
+    below.set_ylim(bottom=0)
+    for axis in (above, below):
+        draw_phases(axis, table.boundaries() if phases is None else phases, named=axis is above)
+    legend_outside(figure, "lower center", [above], columns=len(names))
     return save(figure, path)
 
 
@@ -226,9 +223,9 @@ def draw_factors(table: Series, path: Path | str, phases: Sequence[Boundary] | N
     if not kinds:
         raise DataError("the table of gradient norms holds no LoRA site")
     nothing = [NAN] * len(table.steps)
-    figure, axes = new_figure(3.2 * (len(kinds) + 1), 3.2, columns=len(kinds) + 1)
-    *panels, last = axes.flat
-    for axis, kind in zip(panels, kinds, strict=True):
+    figure, axes = panels(3.2 * (len(kinds) + 1), 3.2, columns=len(kinds) + 1)
+    *of_kinds, last = axes
+    for axis, kind in zip(of_kinds, kinds, strict=True):
         for part, ink, dashes in (("b", BLUE, "-"), ("a", YELLOW, "--")):
             values = positive(found.get(f"{kind}_norm_{part}", nothing))
             draw_smoothed(axis, table, values, part.upper(), ink, dashes)
@@ -239,7 +236,7 @@ def draw_factors(table: Series, path: Path | str, phases: Sequence[Boundary] | N
         draw_line(last, table.steps, found.get(f"{kind}_delta_norm", nothing), label, colour, style)
     name_axes(last, "optimizer step", "‖scale · BA‖ of the sites that train", "Size of the delta")
     last.set_ylim(bottom=0)
-    for axis in axes.flat:
+    for axis in axes:
         legend(axis, loc="best")
         frame_steps(axis, table.steps)
         draw_phases(axis, table.boundaries() if phases is None else phases, named=False)
@@ -251,50 +248,44 @@ def factor_kinds(table: Series) -> list[str]:
     return [kind for kind in TITLES if f"{kind}_norm_b" in found]
 
 
-def gradient_pictures(tables: GradientTables) -> list[tuple[str, str, Callable[[Path], Path]]]:
-    """(name, caption, what draws it into a file) of every picture that the tables have numbers for."""
-    found: list[tuple[str, str, Callable[[Path], Path]]] = []
+def gradient_plots(tables: GradientTables) -> list[Plot]:
+    """Every plot that the tables have numbers for."""
+    found: list[Plot] = []
     if series(tables.groups).filled():
         draw = partial(plot_gradient_norms, tables.groups, phases=tables.boundaries())
-        found.append(("gradient_norms", "Gradient norms before clipping, moving average of 5 steps", draw))
+        found.append(Plot("gradient_norms", "Gradient norms before clipping, moving average of 5 steps", draw))
     if by_kind(series(tables.layers)):
         heatmap = partial(plot_layer_heatmap, tables.layers, phases=tables.boundaries())
         found += [
-            ("layer_heatmap", "Gradient norms, layers over steps; white: the layer did not train", heatmap),
-            ("layer_comparison", "Mean gradient norm of each layer", partial(plot_layer_comparison, tables.layers)),
-            ("gradient_evolution", "Layers at a few moments", partial(plot_gradient_evolution, tables.layers)),
+            Plot("layer_heatmap", "Gradient norms, layers over steps; white: the layer did not train", heatmap),
+            Plot("layer_comparison", "Mean gradient norm of each layer", partial(plot_layer_comparison, tables.layers)),
+            Plot("gradient_evolution", "Layers at a few moments", partial(plot_gradient_evolution, tables.layers)),
         ]
     if factor_kinds(tables.factors):
         caption = "Gradient norms of the LoRA factors A and B, and the size of the delta"
-        found.append(("lora_factors", caption, partial(draw_factors, tables.factors, phases=tables.boundaries())))
+        found.append(Plot("lora_factors", caption, partial(draw_factors, tables.factors, phases=tables.boundaries())))
     return found
 
 
-def plot_gradients(run_folder: Path, *, pictures: bool = True) -> list[Path]:
+SHOWN = 2  # plots; the others are folded
+
+
+def gradient_blocks(tables: GradientTables) -> list[Block]:
+    """The summary in numbers and words, and the plots."""
+    plots = gradient_plots(tables)
+    folded = [Folded("Layers, moments and LoRA factors", plots[SHOWN:])] if plots[SHOWN:] else []
+    return [*summary_blocks(gradient_summary(tables.groups, tables.layers)), *plots[:SHOWN], *folded]
+
+
+def plot_gradients(run_folder: Path, *, plots: bool = True) -> list[Path]:
     """Write the summary of a run folder's tables of gradient norms, and draw everything that they hold into `plots/`.
 
-    Returns the files written; none where nothing was measured. Without matplotlib a note stands for the pictures.
+    Returns the files written; none where nothing was measured. Without matplotlib a note stands for the plots.
     """
     tables = read_tables(run_folder)
     if tables is None or not tables.groups:
         return []
-    drawn = gradient_pictures(tables) if pictures and drawable("pictures of gradient norms are") else []
-    pages = (draw(run_folder / "plots" / f"{name}.png") for name, _, draw in drawn)
-    return [*write_summary(tables, run_folder), *pages]
-
-
-GRADIENT_PLOTS = ("gradient_norms", "layer_heatmap", "layer_comparison", "gradient_evolution", "lora_factors")
-SHOWN = 2  # pictures; the others are folded
-
-
-def gradient_blocks(tables: GradientTables, pictures: Sequence[Picture]) -> list[Block]:
-    """A table of the groups, what stands out in words, and the pictures."""
-    found = gradient_summary(tables.groups, tables.layers)
-    rows = [
-        (NAMES[name], *(number(row[key]) for key in ("mean", "std", "min", "max")), f"{row['peak_step']:,}")
-        for name, row in found["groups"].items()
-    ]
-    header = ("gradient norm", "mean", "std", "min", "max", "peak at step")
-    folded = [Folded("Layers, moments and LoRA factors", pictures[SHOWN:])] if pictures[SHOWN:] else []
-    table = Table(header, rows, note="Before clipping, over the steps at which the group trained.")
-    return [table, Words(" ".join(sentences(found))), *pictures[:SHOWN], *folded] if rows else []
+    written = write_summary(tables, run_folder)
+    if plots and drawable("pictures of gradient norms are"):
+        written += pictures(drawn(gradient_plots(tables), into(run_folder / "plots"))).values()
+    return written

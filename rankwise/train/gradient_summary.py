@@ -16,6 +16,7 @@ from typing import Any
 
 from rankwise.errors import DataError
 from rankwise.files.atomic import write_json, write_text
+from rankwise.page.blocks import Block, Table, Words, lines
 from rankwise.page.text import number, percent, plural
 from rankwise.train.gradient_table import GROUP_OF, GROUPS, LAYERS, NORMS, PER_LAYER, SiteNorm, stored, summary, views
 from rankwise.train.phases import PHASES_TABLE
@@ -218,7 +219,8 @@ def generate_summary_report(run: Path) -> list[Path]:
 
 def write_summary(tables: GradientTables, folder: Path) -> list[Path]:
     found = gradient_summary(tables.groups, tables.layers)
-    return [write_text(folder / TEXT, summary_text(found)), write_json(folder / JSON, found)]
+    text = "\n".join(lines(summary_blocks(found)))
+    return [write_text(folder / TEXT, f"{text}\n"), write_json(folder / JSON, found)]
 
 
 def gradient_summary(groups: Iterable[Mapping[str, Any]], layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -279,16 +281,18 @@ def layer_means(table: Series) -> dict[str, dict[str, float]]:
     return found
 
 
-def summary_text(found: Mapping[str, Any]) -> str:
-    """The same as a page of text."""
-    lines = [f"Gradient norms before clipping, measured at {plural(found['steps'], 'step')}.", ""]
+def summary_blocks(found: Mapping[str, Any]) -> list[Block]:
+    """The same as a table and in words; nothing where no group trained."""
+    rows = [
+        (NAMES[name], *(number(row[key]) for key in ("mean", "std", "min", "max")), f"{row['peak_step']:,}")
+        for name, row in found["groups"].items()
+    ]
+    header = ("gradient norm", "mean", "std", "min", "max", "peak at step")
+    note = f"Before clipping, over the steps at which the group trained; measured at {plural(found['steps'], 'step')}."
     if found["skipped_steps"]:
-        lines[0] += f" {found['skipped_steps']:,} of them were skipped by the loss scaler."
-    lines += [f"{'group':<12} {'mean':>10} {'std':>10} {'min':>10} {'max':>10}  at step"]
-    for name, row in found["groups"].items():
-        cells = " ".join(f"{number(row[key]):>10}" for key in ("mean", "std", "min", "max"))
-        lines.append(f"{NAMES[name]:<12} {cells}  {row['peak_step']:,}")
-    return "\n".join([*lines, "", *sentences(found), *phase_lines(found["phases"])]) + "\n"
+        note += f" {found['skipped_steps']:,} of them were skipped by the loss scaler."
+    table, said = Table(header, rows, note=note), Words(" ".join(sentences(found)))
+    return [table, said, *phase_blocks(found["phases"])] if rows else []
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
@@ -304,10 +308,15 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def phase_lines(phases: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = ["", "Mean norms by phase:"] if phases else []
-    for row in phases[:MOST_PHASES]:
-        means = ", ".join(f"{NAMES[name]} {number(value)}" for name, value in row["means"].items())
-        lines.append(f"  steps {row['first_step']:,} to {row['last_step']:,}, {row['phase']}: {means}")
+def phase_blocks(phases: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """Mean norms of each phase."""
+    rows = [
+        (
+            f"steps {row['first_step']:,} to {row['last_step']:,}, {row['phase']}",
+            ", ".join(f"{NAMES[name]} {number(value)}" for name, value in row["means"].items()),
+        )
+        for row in phases[:MOST_PHASES]
+    ]
     more = len(phases) - MOST_PHASES
-    return [*lines, f"  … and {more} more in {JSON}"] if more > 0 else lines
+    note = f"And {plural(more, 'more phase')} in {JSON}." if more > 0 else ""
+    return [Table(("phase", "mean norms"), rows, first_number=2, note=note)] if rows else []

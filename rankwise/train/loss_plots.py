@@ -8,12 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rankwise.errors import DataError
 from rankwise.evaluate.predictions import READ_FIRST, EvaluationResult
-from rankwise.page.canvas import BLUE, GREY, INK, YELLOW, legend, name_axes, new_figure, save
+from rankwise.page.blocks import Block, Plot
+from rankwise.page.canvas import (
+    BLUE,
+    GREY,
+    INK,
+    YELLOW,
+    error_bars,
+    legend,
+    legend_outside,
+    name_axes,
+    new_figure,
+    panels,
+    save,
+)
 from rankwise.page.text import clip, metric_name, score
 
 Point = tuple[float, float]
@@ -40,6 +54,13 @@ def plot_loss(rows: Iterable[Mapping[str, Any]], path: Path | str, phases: Seque
     name_axes(axis, "optimizer step", "loss (nats per token)")
     legend(axis, loc="upper right")
     return save(figure, path)
+
+
+def loss_blocks(rows: Sequence[Mapping[str, Any]], phases: Sequence[tuple[float, str]] = ()) -> list[Block]:
+    """The curves of a training log that has any."""
+    caption = "Training and validation loss, minima marked"
+    draw = partial(plot_loss, rows, phases=phases)
+    return [Plot("training_loss", caption, draw)] if points(rows, "loss") or points(rows, "eval_loss") else []
 
 
 def points(rows: Sequence[Mapping[str, Any]], column: str) -> list[Point]:
@@ -85,17 +106,11 @@ def plot_scores(results: Mapping[str, EvaluationResult], path: Path | str) -> Pa
     names = leading_metrics(results.values())[:MOST_PANELS]
     if not names:
         raise DataError("these results share no metric to draw")
-    figure, axes = new_figure(2.1 * max(2, len(names)), 2.9, columns=len(names))
-    panels = [axes] if len(names) == 1 else list(axes.flat)
-    for panel, name in zip(panels, names, strict=True):
-        draw_metric(panel, name, results)
-    legend_below(figure, panels[0], min(3, len(results)))
+    figure, axes = panels(2.1 * max(2, len(names)), 2.9, columns=len(names))
+    for axis, name in zip(axes, names, strict=True):
+        draw_metric(axis, name, results)
+    legend_outside(figure, "lower center", axes[:1], columns=min(3, len(results)))
     return save(figure, path)
-
-
-def legend_below(figure: Any, panel: Any, columns: int) -> None:
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def shared_metrics(results: Iterable[EvaluationResult]) -> list[str]:
@@ -120,8 +135,7 @@ def draw_metric(axis: Any, name: str, results: Mapping[str, EvaluationResult]) -
         shade, hatch = SHADES[i % len(SHADES)], HATCHES[i % len(HATCHES)]
         axis.bar(i, value, color=shade, hatch=hatch, edgecolor="white", linewidth=0, width=0.7, label=clip(label, 40))
         if high > low:
-            error = [[max(0.0, value - low)], [max(0.0, high - value)]]
-            axis.errorbar(i, value, yerr=error, color=INK, capsize=4, linewidth=1.2)
+            axis.errorbar(i, value, yerr=error_bars([value], [(low, high)]), color=INK, capsize=4, linewidth=1.2)
         axis.annotate(score(value), (i, max(value, high)), (0, 3), textcoords="offset points", ha="center", fontsize=8)
         tallest = max(tallest, value, high)
     axis.set_xticks([])

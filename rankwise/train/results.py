@@ -233,7 +233,7 @@ def tables_and_plots(config: TrainConfig) -> list[Path]:
     tables = [folder / name for name in (*GRADIENT_FILES, PHASES_TABLE) if (folder / name).is_file()]
     if config.phases.log_frequency == 0:
         return tables
-    return tables + plot_gradients(folder, pictures=not config.phases.no_plots)
+    return tables + plot_gradients(folder, plots=not config.phases.no_plots)
 
 
 def write_results_summary(config: TrainConfig, state: TrainerState) -> None:

@@ -39,7 +39,7 @@ from rankwise.features.cache import ModelOrigin, open_cache
 from rankwise.features.cache_writer import CacheRecipe, Matrices, write_cache
 from rankwise.features.dataset import split_of
 from rankwise.features.downstream import asked, parts, ranks_of
-from rankwise.features.downstream_page import markdown
+from rankwise.features.downstream_page import answer_page
 from rankwise.features.measures import PCA, RANDOMIZED, SVD
 from rankwise.features.nets import build
 from rankwise.features.nets.base import FactorizerSettings
@@ -49,6 +49,8 @@ from rankwise.files.checkpoint import model_fingerprint
 from rankwise.models.adapters import save_adapter
 from rankwise.models.vision_features import image_features, seeing_part
 from rankwise.options.features import DownstreamConfig
+from rankwise.page.blocks import into
+from rankwise.page.template import markdown
 
 ANSWERS = ("It is red.", "Two: a dog and a cat.", "red", "It is blue.")
 FAMILIES: dict[str, Callable[[Path], Path]] = {
@@ -337,7 +339,7 @@ def test_the_command_writes_table_page_and_picture(
     assert content["notes"] == ["1 row of 9 left out: without a picture"]
     assert "1 row of 9 left out" in printed and "8 questions about 8 pictures" in printed
     page = (tmp_path / "downstream.md").read_text()
-    assert page == markdown(content) and page.count("| SVD |") == 2
+    assert page == markdown(answer_page(content, into(tmp_path)), tmp_path) and page.count("| SVD |") == 2
     assert (tmp_path / "downstream.png").stat().st_size > 10_000
     stages = json.loads((tmp_path / "manifest.json").read_text())["stages"]
     assert stages["features downstream"]["outputs"].keys() == {"downstream", "table", "plot"}
@@ -452,7 +454,7 @@ def test_a_network_of_another_shape_is_left_out_aloud_or_refused_where_asked_for
 ) -> None:
     save_factorizer(build(FactorizerSettings("MLP", 5, 32, rank=2)), results / "MLP")
     assert downstream(smolvlm, data, results, "--no_plots") == 0
-    assert "note: MLP takes 5 tokens × 32 channels" in capsys.readouterr().out
+    assert "Note: MLP takes 5 tokens × 32 channels" in capsys.readouterr().out
     assert "MLP" not in {row["method"] for row in json.loads((results / "downstream.json").read_text())["rows"]}
     assert downstream(smolvlm, data, results, "--no_plots", "--arch", "mlp") == 3
     assert "5 tokens × 32 channels" in capsys.readouterr().err

@@ -19,10 +19,11 @@ from rankwise.features.cache import open_cache
 from rankwise.features.compare import run
 from rankwise.features.dataset import split_of
 from rankwise.features.measures import GRAM, OF_FACTORS, PCA, RANDOMIZED, SVD, relative_error
-from rankwise.features.page import against_pca, aligned, closeness_table, cost_table, storage_words, verdict
+from rankwise.features.page import against_pca, closeness_table, cost_table, storage_words, verdict
 from rankwise.features.trained import save_factorizer
 from rankwise.files.atomic import write_json
 from rankwise.options.features import FactorCompareConfig
+from rankwise.page.blocks import table_lines
 from rankwise.report.report import build_report
 
 BASELINES = [SVD, GRAM, RANDOMIZED, PCA]
@@ -227,7 +228,7 @@ def test_storage_says_fewer_or_more(content: dict[str, Any]) -> None:
 
 def test_the_terminal_tables_are_aligned_and_narrow(content: dict[str, Any]) -> None:
     for table in (closeness_table(content["sources"][0]), cost_table(content)):
-        lines = aligned(table).splitlines()
+        lines = table_lines(table)
         assert len(lines) == 1 + len(table.rows) and max(map(len, lines)) <= 100
 
 

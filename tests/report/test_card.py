@@ -22,9 +22,11 @@ from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.run_folder import RunFolder
 from rankwise.merge.command import run as merge
 from rankwise.options.commands import MergeConfig
+from rankwise.page.blocks import Table
+from rankwise.page.template import markdown_table
 from rankwise.report import card as hub
 from rankwise.report.card import MARK, CardFacts, Upload, license_of, model_card, upload
-from rankwise.report.card_facts import Metric, table
+from rankwise.report.card_facts import Metric
 from rankwise.train.arguments import build_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -308,8 +310,9 @@ def test_training_uploads_nothing(tmp_path: Path) -> None:
 
 def test_text_from_files_stays_text() -> None:
     hostile = "a|b <script>\nalert `x`"
-    [_, _, row] = table(("h",), [(hostile,)])
-    assert row.count("|") == 2 and "<" not in row and "`" not in row and "\n" not in row
+    [_, _, row] = markdown_table(Table(("h",), [(hostile,)]))
+    assert row.replace("\\|", "").count("|") == 2 and "<script" not in row and "\n" not in row
+    assert row.count("\\`") == row.count("`") == 2, "no code begins"
     facts = CardFacts("x: [y", "merged", "../base", metrics=[Metric("t", "d", "bleu", 1.0)], datasets=["/home/me/data"])
     assert front(model_card(facts))["model-index"][0]["name"] == "x: [y"
     assert "base_model" not in front(model_card(facts)) and "datasets" not in front(model_card(facts))

@@ -13,7 +13,8 @@ import pytest
 from rankwise import cli
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.atomic import write_json
-from rankwise.report.compare import SUMMARY, Row, markdown, plot_comparison, read_rows
+from rankwise.page.template import markdown_table
+from rankwise.report.compare import SUMMARY, Row, comparison_table, plot_comparison, read_rows
 from rankwise.train.gradient_table import SiteNorm, views
 from rankwise.train.results import RESULTS_SUMMARY
 
@@ -112,7 +113,7 @@ def test_the_command_writes_tables_and_a_picture(runs: list[Path], tmp_path: Pat
     assert [run["attention_mean"] for run in content["runs"]] == [2.0, 2.0, None]
     assert content["runs"][0]["scores"]["e2e_nlg"]["intervals_95"]["bleu"] == [29.0, 31.0]
     text = (out / "comparison.md").read_text()
-    assert "| e2e_nlg: BLEU | 30.00 [29.00, 31.00] | 20.00 [19.00, 21.00] |  |" in text
+    assert "| e2e_nlg: BLEU | 30.00 \\[29.00, 31.00\\] | 20.00 \\[19.00, 21.00\\] |  |" in text
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "comparison.png").stat().st_size > 5000
     assert cli.main(["compare", *map(str, runs), "-o", str(tmp_path / "bare"), "--no_plots"]) == 0
@@ -163,5 +164,5 @@ def test_runs_of_one_name_are_told_apart_and_names_cannot_break_the_table(tmp_pa
         finished_run(place, ("mlp",))
     assert [row.name for row in read_rows(places)] == ["a/same", "b/same"]
     trained = {"train_loss": 0.5, "eval_loss": math.pi}
-    text = markdown([Row("a|b", "x", trained), Row("c", "y", trained)])
-    assert text.splitlines()[:3] == ["|  | a\\|b | c |", "| --- | --- | --- |", "| train loss | 0.5 | 0.5 |"]
+    text = markdown_table(comparison_table([Row("a|b", "x", trained), Row("c", "y", trained)]))
+    assert text[:3] == ["|  | a\\|b | c |", "|---|---:|---:|", "| train loss | 0.5 | 0.5 |"]

@@ -342,7 +342,7 @@ def test_a_classification_shows_what_was_taken_for_what_and_forgetting_comes_las
     scoring = {"labels": ["neutral", "entailment"], "confusion": [[31, 4, 0], [7, 29, 2]]}
     EvaluationResult("multi_nli", {"accuracy": 82.19}, {}, 73, {"scoring": scoring}).save(tmp_path)
     page = build_report(tmp_path).with_suffix(".md").read_text()
-    assert page.index("Scores · multi\\_nli") < page.index("Scores · forgetting")
+    assert page.index("Scores · multi_nli") < page.index("Scores · forgetting")
     assert "0.125" in page
     assert "What was taken for what" in page
     row = next(line for line in page.splitlines() if "entailment" in line and "29" in line)

@@ -258,7 +258,7 @@ def test_the_summary_has_numbers_and_words(tmp_path: Path) -> None:
     assert set(found["phases"][1]["means"]) == {"mlp", "total"}
     assert found["layers"]["attention"] == {"0": 1.0, "1": 2.0, "2": 3.0}
     said = text.read_text()
-    for words in ("Attention to MLP: 0.1 ", "layer 2 (3)", "steps 11 to 20, mlp: MLP 37.42", "30 steps"):
+    for words in ("Attention to MLP: 0.1 ", "layer 2 (3)", "steps 11 to 20, mlp  ", "  MLP 37.42", "30 steps"):
         assert words in said
     with pytest.raises(DataError, match="log_frequency"):
         generate_summary_report(tmp_path / "plots")
