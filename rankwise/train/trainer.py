@@ -98,6 +98,7 @@ class RankwiseTrainer(Trainer):
         self.accuracy, self.sampler = accuracy, sampler
         self._agreed_signal: int | None = None
         self._resumed_from: str | None = None
+        self._operations_per_token: int | None = None
         self._stop = StopOnSignal(self.stops, self.make_up_evaluation)
         keeper = CheckpointKeeper(identity or {}, keep)  # seals what those before it have written
         more = [RATE_COLUMN.format(tower) for tower in self.tower_rates]
@@ -190,6 +191,16 @@ class RankwiseTrainer(Trainer):
         if self.accelerator.sync_gradients:
             self.before_step(model)
         return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As the Trainer counts them, which walks over all parameters at each batch; here once: they stay as many."""
+        tokens = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        if tokens is None:
+            return 0
+        count: int = tokens.numel()
+        if self._operations_per_token is None:
+            self._operations_per_token = super().floating_point_ops(inputs) // count
+        return self._operations_per_token * count
 
     def regularised(self, num_items_in_batch: Tensor | int | None) -> AbstractContextManager[None]:
         """AdaLoRA's orthogonality term within the model's loss, once per optimizer step whatever the accumulation.
