@@ -7,13 +7,11 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
-from PIL import Image
 
 from rankwise.page import canvas
 
@@ -22,8 +20,6 @@ if TYPE_CHECKING:
 
 # Helpers, and test modules whose cases other rooms' tests share, are imported by name.
 sys.path[:0] = [str(folder) for folder in sorted(Path(__file__).parent.iterdir()) if folder.is_dir()]
-
-DRAWN = canvas.every_glyph
 
 # A busy machine is not a failure.
 settings.register_profile("rankwise", deadline=None)
@@ -43,22 +39,16 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def blank_pictures() -> Iterator[None]:
-    """Plots are composed, then saved as one pixel: rendering takes five times as long as a tiny training run."""
+    """Plots are composed and saved as one pixel; `processes.py` does the same in its processes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(canvas, "every_glyph", blank)
+        patch.setattr(canvas, "every_glyph", importlib.import_module("pictures").blank)
         yield
 
 
 @pytest.fixture
 def drawn_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots are rendered: for the tests of what they look like, one or more for each plot."""
-    monkeypatch.setattr(canvas, "every_glyph", DRAWN)
-
-
-@contextmanager
-def blank(figure: Any) -> Iterator[None]:
-    figure.savefig = lambda target, **_: Image.new("RGB", (1, 1)).save(target)
-    yield
+    monkeypatch.setattr(canvas, "every_glyph", importlib.import_module("pictures").DRAWN)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ goes through the real launcher: test_capture.py::test_two_processes_make_what_on
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import runpy
 import subprocess
@@ -21,9 +22,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+from pictures import blank
+
+from rankwise.page import canvas
 
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "transformers.trainer", "peft", "rankwise.train.job"])
+LIBRARIES = ("transformers.trainer", "transformers.models.llama.modeling_llama", "matplotlib.figure")
+OURS = ("rankwise.train.command", "rankwise.models.adapt", "rankwise.study.command")
+CONTEXT.set_forkserver_preload(["torch", "peft", "pytest", "hypothesis", *LIBRARIES, *OURS])
 LOCAL = "127.0.0.1"
 
 
@@ -85,6 +91,8 @@ def _become(argv: list[str], stdout: Path, stderr: Path, environment: dict[str, 
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    gc.freeze()  # what was loaded before the fork need not be walked through, nor its memory copied
+    canvas.every_glyph = blank
     warnings.simplefilter("ignore")
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
     try:
