@@ -32,10 +32,11 @@ from rankwise.core.plan import RankPlan
 from rankwise.data.dataset import Collator, RenderedDataset
 from rankwise.data.render import Renderer
 from rankwise.data.sources.load import load
-from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, lora_layers
+from rankwise.models.adapt import ADAPTER, adapt, lora_layers
 from rankwise.models.load import load_model, load_tokenizer
 from rankwise.models.sites import model_sites
 from rankwise.models.targets import choose_sites, scales, uniform_plan
+from rankwise.options.sections import LoraSection
 from rankwise.train.arguments import build_arguments
 from rankwise.train.together.stacked import ArmSettings
 from rankwise.train.together.train import Arm, TrainedArm, train_together
@@ -96,7 +97,7 @@ def prepared(options: argparse.Namespace) -> Work:
 
 def one_by_one(work: Work, arm: Arm) -> Pairs:
     """A run by the project's own Trainer on the adapted model, which is unadapted again afterwards."""
-    adapted = adapt(work.model, work.plan, LoraSettings(dropout=0.0))
+    adapted = adapt(work.model, work.plan, LoraSection(lora_dropout=0.0))
     for path, layer in lora_layers(adapted).items():
         for factor, value in zip((layer.lora_A, layer.lora_B), arm.start[path], strict=True):
             factor[ADAPTER].weight.data.copy_(value)

@@ -26,9 +26,9 @@ import torch
 from workload import Clock, RandomRows, arguments, command, llama, machine, with_lora
 
 from rankwise.data.dataset import Collator
-from rankwise.models.adapt import LoraSettings
 from rankwise.models.sites import model_sites
 from rankwise.models.targets import choose_sites, uniform_plan
+from rankwise.options.sections import LoraSection
 from rankwise.train.arguments import frozen_dtype
 from rankwise.train.estimate.cost import Speed
 from rankwise.train.estimate.gpus import this_machine
@@ -129,7 +129,7 @@ def estimates(options: argparse.Namespace) -> dict[tuple[bool, int], tuple[float
     autocast = torch.bfloat16 if settings.bf16 else None
     place = Hardware((this_machine(settings.device, autocast),), autocast, frozen_dtype("auto", settings))
     speed = Speed.of(place.card, autocast)
-    shapes = Shapes(base, plan, LoraSettings(dropout=0.0), None)
+    shapes = Shapes(base, plan, LoraSection(lora_dropout=0.0), (), None)
     found = {}
     for checkpointing in (False, True):
         way = Way("", "", None, checkpointing)

@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from rankwise.models.adapt import LoraSettings, adapt
+from rankwise.models.adapt import adapt
 from rankwise.models.sites import model_sites
 from rankwise.models.targets import choose_sites, uniform_plan
+from rankwise.options.sections import LoraSection
 from rankwise.train.arguments import build_arguments
 from rankwise.train.gradients import GradientNorms
 from rankwise.train.trainer import RankwiseTrainer
@@ -149,7 +150,7 @@ def adapted_model(sizes: Sequence[int], rank: int, device: str) -> nn.Module:
     )
     model = LlamaForCausalLM(config).to(torch.bfloat16 if device == "cuda" else torch.float32)
     plan = uniform_plan(choose_sites(model_sites(model)), rank, None, False, "random")
-    return adapt(model, plan, LoraSettings(dropout=0.0))
+    return adapt(model, plan, LoraSection(lora_dropout=0.0))
 
 
 def train(options: argparse.Namespace, device: str, folder: Path) -> tuple[Dealt, int]:

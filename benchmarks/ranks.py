@@ -29,9 +29,10 @@ from torch import Tensor
 from rankwise.core.measure import OVERSAMPLE, exact_spectrum, range_basis
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum
-from rankwise.options.sections import SitesSection
+from rankwise.options.commands import RanksConfig
+from rankwise.options.sections import SitesSection, SpectrumSection
 from rankwise.ranks.probe import open_pair
-from rankwise.ranks.spectra import MeasureSettings, measure_site
+from rankwise.ranks.spectra import measure_site
 
 HIDDEN, MLP, KV = 3584, 18944, 512  # Qwen2.5-7B
 UP_TO, THRESHOLD = 128, 0.9
@@ -160,7 +161,7 @@ def bench_dtype(folder: Path, layers: int, dtype: torch.dtype) -> dict[str, obje
     pair_folder = folder / str(dtype).removeprefix("torch.")
     write_pair(pair_folder, layers, dtype)
     pair = open_pair(str(pair_folder / "base"), str(pair_folder / "tuned"), SitesSection(), [])
-    settings = MeasureSettings(up_to=UP_TO)
+    config = RanksConfig(spectrum=SpectrumSection(max_rank=UP_TO))
 
     def question(_: Site, spectrum: Spectrum) -> object:
         return spectrum.rank_for(THRESHOLD, 1, UP_TO)
@@ -168,7 +169,7 @@ def bench_dtype(folder: Path, layers: int, dtype: torch.dtype) -> dict[str, obje
     rate = read_rate(pair_folder)
     rows = []
     for site in pair.sites.values():
-        seconds, found = timed(lambda s=site: measure_site(s, pair.read(s), settings, question))  # type: ignore[misc]
+        seconds, found = timed(lambda s=site: measure_site(s, pair.read(s), config, question))  # type: ignore[misc]
         spectrum = found.spectrum  # type: ignore[attr-defined]
         rows.append(
             {

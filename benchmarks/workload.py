@@ -14,9 +14,10 @@ from peft import PeftModel
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from rankwise.models.adapt import LoraSettings, adapt
+from rankwise.models.adapt import adapt
 from rankwise.models.sites import model_sites
 from rankwise.models.targets import choose_sites, uniform_plan
+from rankwise.options.sections import LoraSection
 from rankwise.train.arguments import build_arguments
 
 
@@ -46,7 +47,7 @@ def llama(hidden: int, layers: int, vocabulary: int) -> LlamaForCausalLM:
 
 def with_lora(model: LlamaForCausalLM, rank: int) -> PeftModel:
     plan = uniform_plan(choose_sites(model_sites(model)), rank, None, False, "random")
-    return adapt(model, plan, LoraSettings(dropout=0.0))
+    return adapt(model, plan, LoraSection(lora_dropout=0.0))
 
 
 def arguments(folder: Path | str, batch_size: int, steps: int, **more: Any) -> TrainingArguments:

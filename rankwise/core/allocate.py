@@ -21,6 +21,7 @@ from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum, Undecided
 from rankwise.errors import UsageError
+from rankwise.options.sections import SpectrumSection
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,9 @@ class Rule:
     per: str = "site"
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise UsageError(f"--svd_threshold is a share of the energy, 0 < t ≤ 1; got {self.threshold}")
-        if not 0 <= self.min_rank <= self.max_rank or self.max_rank < 1:
-            raise UsageError(f"bounds need 0 ≤ --min_rank ≤ --max_rank; got {self.min_rank} and {self.max_rank}")
-        if not 0 <= self.smoothing <= 1:
-            raise UsageError(f"--smoothing_factor lies between 0 and 1; got {self.smoothing}")
+        SpectrumSection(self.threshold, self.min_rank, self.max_rank, self.smoothing)  # UsageError: out of range
+        if self.min_rank > self.max_rank:
+            raise UsageError(f"bounds need --min_rank ≤ --max_rank; got {self.min_rank} and {self.max_rank}")
 
     def most(self, site: Site) -> int:
         return min(self.max_rank, site.largest_rank)

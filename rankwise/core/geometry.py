@@ -164,7 +164,6 @@ def letterbox(width: int, height: int, size: int) -> Letterbox:
     return Letterbox(wide, tall, (size - wide) // 2, (size - tall) // 2)
 
 
-CONTROLS = ("estimated", "off", "shuffled", "constant", "luminance", "ramp", "permuted", "file")
 FLATNESS = 1e-9  # keeps a constant map from dividing by zero: it becomes 0 everywhere
 CONSTANT = 0.5
 RAMP_ROWS = 1024

@@ -13,7 +13,6 @@ from typing import Any
 
 from rankwise.errors import DataError
 
-TOWERS = ("language", "vision", "projector", "depth", "unknown")
 KINDS = ("attention", "mlp", "embed", "head", "other")
 
 ATTENTION = frozenset(

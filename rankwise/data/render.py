@@ -24,9 +24,9 @@ from rankwise.data.images import BadImage
 from rankwise.data.template import Layout, of_media, pin_date, prefixed, raw, sections, without_images
 from rankwise.data.vision_inputs import IGNORED, Sight
 from rankwise.errors import DataError, UsageError
+from rankwise.options.sections import IF_OVERLONG
 
 STYLES = ("sections", "chat", "raw")
-OVERLONG = ("error", "drop", "truncate_source")
 
 
 class Overlong(DataError):
@@ -91,7 +91,7 @@ class Renderer:
     vocabulary: int | None = None
 
     def __post_init__(self) -> None:
-        for value, allowed in ((self.style, STYLES), (self.overlong, OVERLONG)):
+        for value, allowed in ((self.style, STYLES), (self.overlong, IF_OVERLONG)):
             if value not in allowed:
                 raise UsageError(f"{value!r} is not one of {', '.join(allowed)}")
         if self.reserve >= self.limit:

@@ -16,10 +16,9 @@ from rankwise.evaluate.generate import Answering, Generator
 from rankwise.evaluate.predictions import EvaluationResult, Prediction, Scores, installed, predict
 from rankwise.files.processes import process_index
 from rankwise.options.field import unknown
-from rankwise.options.sections import DataSection
+from rankwise.options.sections import CLASSIFY, DataSection
 
 LIBRARIES = ("rankwise", "torch", "transformers", "sacrebleu", "rouge-score", "nltk", "scikit-learn", "scipy")
-CLASSIFY = ("likelihood", "generation")
 
 
 def part(name: str) -> Any:

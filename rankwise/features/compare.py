@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +76,11 @@ def run(config: FactorCompareConfig) -> Mapping[str, Any]:
     for note in dict.fromkeys(note for source in sources for note in source.cache.notes()):
         print(note)
     comparison = Compared(
+        config=config,
         networks={each.folder.name: each.net for each in found},
         rank=common_rank(config.rank, found),
         training=CacheSubset("training images", cache, split.train),
         sources=sources,
-        ranks=config.sweep,
-        batch_size=config.batch_size,
-        repeats=config.repeats,
-        device=pick_device(config.device),
-        seed=config.seed,
     )
     folder = RunFolder(Path(config.results_dir).expanduser())
     with folder.lock(), folder.recording(STAGE, inputs(config, found, cache)) as record:
@@ -181,15 +177,15 @@ class CacheSubset:
 class Compared:
     """What is compared, on what, and how. sources: the test images first."""
 
+    config: FactorCompareConfig
     networks: Mapping[str, Factorizer]
     rank: int
     training: CacheSubset
     sources: Sequence[CacheSubset]
-    ranks: Sequence[int]
-    batch_size: int
-    repeats: int
-    device: torch.device
-    seed: int
+
+    @cached_property
+    def device(self) -> torch.device:
+        return pick_device(self.config.device)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -197,14 +193,14 @@ class Compared:
 
     def swept_ranks(self) -> list[int]:
         """Those asked for that such a matrix has, and the comparison's own."""
-        return sorted({rank for rank in self.ranks if rank <= min(self.shape)} | {self.rank})
+        return sorted({rank for rank in self.config.sweep if rank <= min(self.shape)} | {self.rank})
 
     def batches(self, source: CacheSubset) -> Batches:
         """Normalised (B, T, D) on the device."""
         return partial(cached, source.cache, source.places, self.device)
 
     def generator(self) -> torch.Generator:
-        return torch.Generator(self.device).manual_seed(self.seed)
+        return torch.Generator(self.device).manual_seed(self.config.seed)
 
 
 def compared(asked: Compared) -> dict[str, Any]:
@@ -240,7 +236,7 @@ def source_record(source: CacheSubset, methods: Sequence[Method], best: Tensor, 
     """Means with intervals of every method on one source, paired differences, and the single matrices."""
     groups = source.groups()
     found = measure(methods, asked.batches(source), best)
-    rows = [row_record(one, methods, best, groups, asked.seed) for one in found]
+    rows = [row_record(one, methods, best, groups, asked.config.seed) for one in found]
     products = {one.method: one for one in found if not one.refined}
     return {
         "name": source.name,
@@ -250,7 +246,7 @@ def source_record(source: CacheSubset, methods: Sequence[Method], best: Tensor, 
         "images": len(set(groups)),
         "rows": rows,
         "paired": [
-            paired(products[name], products[other], groups, "relative_error", asked.seed)
+            paired(products[name], products[other], groups, "relative_error", asked.config.seed)
             for name in asked.networks
             for other in (SVD, PCA)
         ],
@@ -289,7 +285,7 @@ def shown_values(found: Closeness) -> dict[str, list[float]]:
 def cost_record(methods: Sequence[Method], asked: Compared) -> dict[str, Any]:
     """Operations, time, parameters and stored numbers of every method, and how time was measured."""
     batch = timing_batch(asked)
-    spent = timings(methods, batch, asked.repeats)
+    spent = timings(methods, batch, asked.config.repeats)
     cost = [
         {
             "method": method.name,
@@ -305,8 +301,8 @@ def cost_record(methods: Sequence[Method], asked: Compared) -> dict[str, Any]:
     timing = {
         "device": "CPU" if on_cpu else torch.cuda.get_device_name(asked.device),
         "threads": torch.get_num_threads() if on_cpu else None,
-        "batch_size": asked.batch_size,
-        "repeats": asked.repeats,
+        "batch_size": asked.config.batch_size,
+        "repeats": asked.config.repeats,
     }
     return {"cost": cost, "timing": timing}
 
@@ -314,7 +310,7 @@ def cost_record(methods: Sequence[Method], asked: Compared) -> dict[str, Any]:
 def timing_batch(asked: Compared) -> Tensor:
     """`batch_size` test matrices, over again where there are fewer: time does not depend on what is in them."""
     source = asked.sources[0]
-    places = itertools.islice(itertools.cycle(source.places), asked.batch_size)
+    places = itertools.islice(itertools.cycle(source.places), asked.config.batch_size)
     return torch.stack([normalised(source.cache[place]) for place in places]).to(asked.device)
 
 

@@ -37,6 +37,7 @@ from rankwise.data.sources.official import Download, fetch, unpacked, unpacked_i
 from rankwise.data.split import in_turn
 from rankwise.errors import DataError
 from rankwise.files.atomic import atomic_write, read_object
+from rankwise.options.label import COCO_SPLITS
 
 # The consortium publishes no checksums. Sizes and SHA-256 are those on which several independent public records of
 # these files agree (their MD5 sums are 442b8da7639aecaf257c1dceb8ba8c80 and f4bbac642086de4f52a3fdda2de5fa2c).
@@ -50,7 +51,6 @@ ANNOTATIONS = Download(
     "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
     252_907_541,
 )
-SPLITS = ("val2017", "train2017")
 KINDS = ("instances", "person_keypoints")  # of annotation files that say what is where, the fuller one first
 SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif", ".mpo")
@@ -104,7 +104,7 @@ def find_images(path: str | Path, split: str | None = None) -> ImageSet:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; pass the folder of the images, or one in COCO's layout")
-    for name in (split,) if split else SPLITS:
+    for name in (split,) if split else COCO_SPLITS:
         images = _image_folder(folder, name)
         if images is not None:
             files = [folder / "annotations" / f"{kind}_{name}.json" for kind in KINDS]

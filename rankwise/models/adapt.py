@@ -1,10 +1,10 @@
 """From a rank plan to a PEFT model whose every shape is the plan's: LoRA, and AdaLoRA's B·Λ·A.
 
-    model = adapt(load_model(name, dtype), plan, LoraSettings())
+    model = adapt(load_model(name, dtype), plan, LoraSection())
 
 What PEFT built is compared with what was planned, site by site: it matches names by their ends.
 
-    model = adapt_allocated(base, start, LoraSettings(), allocation)     every site at the starting rank
+    model = adapt_allocated(base, start, LoraSection(), allocation)      every site at the starting rank
     … train.adalora masks channels while it trains …
     pairs = plain_pairs(model, kept)                                     Λ within B, masked channels gone: plain LoRA
 
@@ -15,7 +15,7 @@ rank channel, 0 at the start.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,37 +33,12 @@ from rankwise.core.site import PEFT_PREFIX
 from rankwise.errors import UsageError, VerificationError
 from rankwise.files.adapter import LoraPair
 from rankwise.models.targets import plan_fields
+from rankwise.options.sections import LoraSection
 
 ADAPTER = "default"
 MOVES_BASE = ("pissa", "olora")
 SUFFIX = f".lora_E.{ADAPTER}"  # PEFT's rank pattern names a site by its Λ
 SHARED_FIELDS = ("lora_alpha", "target_modules", "fan_in_fan_out", "lora_dropout", "modules_to_save", "task_type")
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """LoRA settings that a plan does not contain. `init`: default, gaussian, orthogonal, pissa, olora, eva.
-
-    full: modules (paths) of which a copy trains in full beside the adapter, and is saved with it.
-    """
-
-    dropout: float = 0.05
-    bias: str = "none"
-    use_dora: bool = False
-    init: str = "default"
-    full: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.init == "loftq":
-            raise UsageError(
-                "--init_lora_weights loftq replaces the base by a quantized one that the adapter then depends on: that "
-                "cannot be saved as plain LoRA; train on a quantized base with --load_in_4bit instead"
-            )
-        if self.init in MOVES_BASE and (self.use_dora or self.bias != "none"):
-            raise UsageError(
-                f"--init_lora_weights {self.init} changes the base; with --use_dora or --lora_bias it cannot be saved "
-                "as one plain adapter"
-            )
 
 
 @dataclass(frozen=True)
@@ -80,46 +55,49 @@ class Allocation:
     orthogonality: float = 0.5
 
 
-def adapt(model: PreTrainedModel, plan: RankPlan, settings: LoraSettings) -> PeftModel:
+def adapt(model: PreTrainedModel, plan: RankPlan, lora: LoraSection, full: Collection[str] = ()) -> PeftModel:
     """The model with LoRA pairs at the plan's sites and copies of the `full` modules, float32; the rest is frozen.
 
-    Random initial values come from torch's global generator: seed it before. Raises UsageError for initialisations
-    that do not go with the plan or the model, VerificationError where PEFT built other shapes than planned, or copied
-    other modules (it takes every module whose path ends like a given one).
+    Ranks, alpha and rsLoRA are the plan's. full: paths of modules of which a copy trains in full beside the adapter,
+    and is saved with it. Random initial values come from torch's global generator: seed it before. Raises UsageError
+    for initialisations that do not go with the plan or the model, VerificationError where PEFT built other shapes than
+    planned, or copied other modules (it takes every module whose path ends like a given one).
     """
-    check_init(model, plan, settings)
-    adapted = wrap(model, lora_config(plan, settings), settings.full)
+    check_init(model, plan, lora)
+    adapted = wrap(model, lora_config(plan, lora, full), full)
     check_built(adapted, plan)
     return adapted
 
 
-def adapt_allocated(model: Any, plan: RankPlan, settings: LoraSettings, allocation: Allocation) -> PeftModel:
+def adapt_allocated(
+    model: Any, plan: RankPlan, lora: LoraSection, allocation: Allocation, full: Collection[str] = ()
+) -> PeftModel:
     """The model with B·Λ·A at the plan's sites, all of them at the starting rank, which is the plan's.
 
     Random initial values come from torch's global generator. VerificationError where PEFT built other shapes.
     """
-    adapted = wrap(model, adalora_config(plan, settings, allocation), settings.full)
+    adapted = wrap(model, adalora_config(lora_config(plan, lora, full), allocation), full)
     check_built(adapted, plan)
     return adapted
 
 
-def lora_config(plan: RankPlan, settings: LoraSettings | None = None) -> LoraConfig:
+def lora_config(plan: RankPlan, lora: LoraSection, full: Collection[str] = ()) -> LoraConfig:
     """PEFT's config for the plan."""
-    settings = settings or LoraSettings()
+    check_savable(lora)
     return LoraConfig(
         **plan_fields(plan),
-        lora_dropout=settings.dropout,
-        bias=settings.bias,
-        use_dora=settings.use_dora,
-        init_lora_weights=True if settings.init in ("default", "eva") else settings.init,
-        modules_to_save=list(settings.full) or None,
+        lora_dropout=lora.lora_dropout,
+        bias=lora.lora_bias,
+        use_dora=lora.use_dora,
+        init_lora_weights=True if lora.init_lora_weights in ("default", "eva") else lora.init_lora_weights,
+        modules_to_save=list(full) or None,
         task_type="CAUSAL_LM",
     )
 
 
-def adalora_config(plan: RankPlan, settings: LoraSettings, allocation: Allocation) -> AdaLoraConfig:
+def adalora_config(lora: LoraConfig, allocation: Allocation) -> AdaLoraConfig:
     """PEFT's config. Its alpha belongs to the starting rank, so that the scale of B·Λ·A is the plan's."""
-    lora, budget = lora_config(plan, settings), allocation.budget
+    budget = allocation.budget
     return AdaLoraConfig(
         **{name: getattr(lora, name) for name in SHARED_FIELDS},
         init_r=allocation.start,
@@ -153,13 +131,27 @@ def keep_trainable_layout(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def check_init(model: PreTrainedModel, plan: RankPlan, settings: LoraSettings) -> None:
-    if settings.init in MOVES_BASE and getattr(model, "quantization_method", None):
+def check_savable(lora: LoraSection) -> None:
+    """Refuse initialisations after which no plain adapter can be saved."""
+    init = lora.init_lora_weights
+    if init == "loftq":
         raise UsageError(
-            f"--init_lora_weights {settings.init} changes base weights, and this base is quantized; leave it out"
+            "--init_lora_weights loftq replaces the base by a quantized one that the adapter then depends on: that "
+            "cannot be saved as plain LoRA; train on a quantized base with --load_in_4bit instead"
         )
+    if init in MOVES_BASE and (lora.use_dora or lora.lora_bias != "none"):
+        raise UsageError(
+            f"--init_lora_weights {init} changes the base; with --use_dora or --lora_bias it cannot be saved as one "
+            "plain adapter"
+        )
+
+
+def check_init(model: PreTrainedModel, plan: RankPlan, lora: LoraSection) -> None:
+    init = lora.init_lora_weights
+    if init in MOVES_BASE and getattr(model, "quantization_method", None):
+        raise UsageError(f"--init_lora_weights {init} changes base weights, and this base is quantized; leave it out")
     odd = [path for path, rank in plan.ranks.items() if rank % 2]
-    if settings.init == "orthogonal" and odd:
+    if init == "orthogonal" and odd:
         raise UsageError(f"--init_lora_weights orthogonal needs even ranks; {odd[0]} has {plan.ranks[odd[0]]}")
 
 

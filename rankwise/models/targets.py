@@ -19,8 +19,8 @@ from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import Site, nearest
 from rankwise.errors import UsageError
 from rankwise.files.adapter import complete_config
+from rankwise.options.sections import TARGETS
 
-TARGETS = ("attention_only", "mlp_only", "both", "all")
 QUERY_VALUE = frozenset(["q_proj", "v_proj", "query", "value", "q_lin", "v_lin"])
 FUSED_QUERY_VALUE = frozenset(["qkv_proj", "qkv", "c_attn", "query_key_value", "Wqkv", "in_proj"])
 LANGUAGE = ("language",)

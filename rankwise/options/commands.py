@@ -7,6 +7,7 @@ from typing import Any, final
 
 from rankwise.options.field import Options, option, output, reads, reads_model, reads_or_hub
 from rankwise.options.sections import (
+    CLASSIFY,
     DEVICE,
     DTYPES,
     NO_PNG,
@@ -194,7 +195,7 @@ class EvaluateConfig(Options):
     depth: DepthUseSection = field(default_factory=DepthUseSection)
     classify: str = option(
         "likelihood",
-        choices=("likelihood", "generation"),
+        choices=CLASSIFY,
         help="classify by log-likelihood, or by the label in the generated text",
     )
     engine: str = option("transformers", choices=("transformers", "vllm"), help="inference engine (extra: vllm)")

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from rankwise.options.field import Options, option, output, reads, reads_or_hub
 from rankwise.options.sections import OUTSIDE
 
+COCO_SPLITS = ("val2017", "train2017")
+
 
 @dataclass(frozen=True)
 class TeacherSection(Options):
@@ -54,7 +56,7 @@ class LabelConfig(Options):
     """Label images by a teacher, or by existing labels, as a data set to train on."""
 
     images: str | None = reads_or_hub(help="folder of images, or COCO in its official layout", aliases=("coco_dir",))
-    coco: str | None = option(choices=("val2017", "train2017"), help="part of COCO [val2017 without a folder]")
+    coco: str | None = option(choices=COCO_SPLITS, help="part of COCO [val2017 without a folder]")
     download: bool = option(False, help="download missing parts of COCO val2017 (1 GB; extra: data)")
     from_folders: bool = option(False, help="no teacher: take an image's subfolder as its label")
     labels_file: str | None = reads(help="no teacher: .csv, .jsonl or .json file with images and labels")

@@ -8,13 +8,17 @@ from typing import Any
 from rankwise.options.field import Options, option, reads, reads_model, reads_or_hub
 
 TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli", "labels", "cota", "conversations")
-SCORED_TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli", "labels", "cota", "conversations")
+SCORED_TASKS = TASKS  # each has a scorer
 CONVERSATIONS = ("conversations", "cota", "labels")  # sources whose rows are conversations, and may have images
 HARNESS = "lm_eval:"
 SPLITS = ("train", "dev", "test", "dev_matched", "dev_mismatched")
 TOWERS = ("language", "vision", "projector", "depth", "unknown")
 TRAINED_TOWERS = ("language", "vision", "projector")
 TRAINERS = ("peft", "axolotl", "swift", "unsloth", "llamafactory")
+TARGETS = ("attention_only", "mlp_only", "both", "all")
+CLASSIFY = ("likelihood", "generation")
+IF_OVERLONG = ("error", "drop", "truncate_source")
+DEPTH_GATES, DEPTH_LAYOUTS = ("learned", "none"), ("split", "interleaved")
 DEPTH_CONTROLS = ("estimated", "off", "shuffled", "constant", "luminance", "ramp", "permuted", "file")
 MAX_SEQ_LENGTH, OVERLONG = 2048, "error"  # where neither an option nor a record says otherwise
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -67,7 +71,7 @@ class DataSection(Options):
         aliases=("max_length",),
     )
     overlong: str | None = option(
-        choices=("error", "drop", "truncate_source"),
+        choices=IF_OVERLONG,
         help=f"what to do with samples over --max_seq_length [as trained; {OVERLONG}]",
     )
     skip_bad: bool = option(False, help="skip and count malformed rows instead of stopping at the first")
@@ -131,7 +135,7 @@ class LoraSection(Options):
     lora_dropout: float = option(0.05, least=0, below=1, help="dropout on the adapter input")
     lora_bias: str = option("none", choices=("none", "all", "lora_only"), help="biases to train")
     target: str | None = option(
-        choices=("attention_only", "mlp_only", "both", "all"),
+        choices=TARGETS,
         help="matrices to adapt: q, v · gate, up, down · all seven · every linear layer",
     )
     target_modules: list[str] = option([], help="projection names or full paths to adapt, in the trained towers")
@@ -203,10 +207,10 @@ class DepthSection(DepthUseSection):
     use_depth: bool = option(False, help="train with depth (models with image tokens on a grid)")
     depth_alpha: float = option(100.0, above=0, help="factor on depth in [0, 1] before the encoding")
     depth_input_size: int = option(518, least=14, help="shorter image side for the depth estimator, in pixels")
-    depth_gate: str = option("learned", choices=("learned", "none"), help="scalar gate: learned from 0, or constant 1")
+    depth_gate: str = option("learned", choices=DEPTH_GATES, help="scalar gate: learned from 0, or constant 1")
     depth_lr: float | None = option(least=0, help="learning rate of the learned gate [0.03: it has far to go from 0]")
     depth_layout: str = option(
-        "split", choices=("split", "interleaved"), help="sine and cosine channels in two blocks, or interleaved"
+        "split", choices=DEPTH_LAYOUTS, help="sine and cosine channels in two blocks, or interleaved"
     )
 
 
@@ -254,7 +258,7 @@ class SelectionSection(Options):
     )
     select_by: str = option(
         "likelihood",
-        choices=("likelihood", "generation"),
+        choices=CLASSIFY,
         help="accuracy of the most likely label, or of the label in up to 32 generated tokens",
     )
     early_stopping: int | None = option(least=0, help="evaluations without improvement, by loss or --select [0: off]")
@@ -291,6 +295,6 @@ class ScoredData(DataSection):
     )
     overlong: str | None = option(
         "truncate_source",
-        choices=("error", "drop", "truncate_source"),
+        choices=IF_OVERLONG,
         help="what to do with prompts over --max_seq_length",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rankwise.options.field import Options, option, output, reads
-from rankwise.options.sections import DEVICE, SEED, DataSection, ModelSection
+from rankwise.options.sections import DEVICE, SEED, TARGETS, DataSection, ModelSection
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,7 @@ class StudyConfig(Options):
     train_size: int = option(2000, help="number of training rows")
     dev_size: int = option(250, least=2, help="number of items to tune on, one per prompt")
     test_size: int = option(250, least=2, help="number of items to report on, one per prompt")
-    target: str | None = option(
-        choices=("attention_only", "mlp_only", "both", "all"), help="matrices to adapt [all attention and MLP]"
-    )
+    target: str | None = option(choices=TARGETS, help="matrices to adapt [all attention and MLP]")
     budgets: list[str] = option(
         ["uniform:2", "uniform:4", "uniform:8"], help="parameter budgets: N, uniform:R, or 0.5%; one of them starved"
     )

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rankwise.core.allocate import Rule
 from rankwise.core.plan import RankPlan
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum
@@ -31,19 +30,20 @@ from rankwise.page.text import command_line
 from rankwise.pipeline.idle import refuse_idle
 from rankwise.ranks.decide import (
     Decision,
-    DecisionSettings,
     Evidence,
     Histories,
     decide,
     ranks_by_history,
     repeatability,
+    rule_of,
+    runs_the_model,
     unsettled_sites,
 )
 from rankwise.ranks.deltas import DeltaSource
 from rankwise.ranks.fidelity import sentences, unpaired
 from rankwise.ranks.plots import SVD_FOLDER, write_delta_weights, write_plots, write_raw_data
 from rankwise.ranks.probe import Probe, measure_source, open_source, other_probe, source_metadata
-from rankwise.ranks.spectra import ALLOWED, IDLE_NOISE, MeasureSettings, dtypes, refuse_noise
+from rankwise.ranks.spectra import ALLOWED, dtypes, refuse_noise
 from rankwise.ranks.summary import render, summarise
 
 
@@ -78,7 +78,7 @@ def run(config: RanksConfig) -> RankPlan | None:
         for note in [*(f"note: {note}" for note in probe.notes), *(f"warning: {warning}" for warning in warnings)]:
             print(note)
         seconds, memory = time.perf_counter() - started, record.memory.bytes
-        summary = summarise(plan, probe.measured, rule_of(config), decision.budget, evidence, seconds, memory)
+        summary = summarise(plan, probe.measured, rule_of(config.spectrum), decision.budget, evidence, seconds, memory)
         command, shown = next_command(config, plan, probe, files[0]), tuple(map(str, [*files, *emitted]))
         following = (command,) if command else ()
         print(render(replace(summary, warnings=tuple(warnings), next_commands=following, files=shown)))
@@ -110,7 +110,7 @@ def with_task(config: RanksConfig) -> RanksConfig:
 def check(config: RanksConfig) -> RanksConfig:
     """The config with its data's task; invalid combinations of options are refused before anything is read."""
     config = with_task(config)
-    rule_of(config)
+    rule_of(config.spectrum)
     given = [bool(config.base and config.tuned), bool(config.deltas), bool(config.adapter)]
     half = (config.tuned and not config.base) or (config.base and not config.tuned and not config.probe2)
     if sum(given) != 1 or half:
@@ -121,7 +121,7 @@ def check(config: RanksConfig) -> RanksConfig:
         raise UsageError("--metric loss gives shares of a loss, not of energy: no threshold applies; it needs --budget")
     if config.metric != "weight" and config.signal != "delta":
         raise UsageError("--metric and --signal are alternatives: give one of them")
-    if decision_settings(config).runs_the_model and not config.data.data_path:
+    if runs_the_model(config) and not config.data.data_path:
         raise UsageError("--metric activation|loss and --signal activation|gradient run the model: give --data_path")
     if config.adapter and config.spectrum.noise_floor != "none":
         raise UsageError("--noise_floor estimates the noise of a dense delta; an adapter's B·A has none")
@@ -129,16 +129,6 @@ def check(config: RanksConfig) -> RanksConfig:
     if (config.gain or config.data.data_path) and not config.data.task:
         raise UsageError("--gain and --data_path need --task, which says how rows become text; the data do not show it")
     return config
-
-
-def rule_of(config: RanksConfig) -> Rule:
-    own = config.spectrum
-    return Rule(own.svd_threshold, own.min_rank, own.max_rank, own.smoothing_factor, own.round, own.per)
-
-
-def decision_settings(config: RanksConfig) -> DecisionSettings:
-    own = config.spectrum
-    return DecisionSettings(rule_of(config), own.budget, own.normalise, config.signal, config.metric, config.seed)
 
 
 def inputs(config: RanksConfig) -> dict[str, Path | str]:
@@ -170,7 +160,7 @@ def measure_probes(config: RanksConfig) -> list[Probe]:
 
 def measure(config: RanksConfig, source: DeltaSource) -> Any:
     """Spectra that can answer the threshold question, or that settle how the budget is divided."""
-    own, rule = config.spectrum, rule_of(config)
+    own, rule = config.spectrum, rule_of(config.spectrum)
 
     def question(site: Site, spectrum: Spectrum) -> None:
         if own.budget:
@@ -179,9 +169,7 @@ def measure(config: RanksConfig, source: DeltaSource) -> Any:
             spectrum.rank_for(rule.threshold, rule.least(site), rule.most(site))
 
     about_to_write()
-    negligible = IDLE_NOISE if own.budget else (1 - rule.threshold) / 10
-    settings = MeasureSettings(rule.max_rank, own.exact, own.noise_floor, config.device, config.seed, negligible)
-    return measure_source(source, settings, question, partial(unsettled_sites, decision_settings(config)))
+    return measure_source(source, config, question, partial(unsettled_sites, config))
 
 
 def refuse_rounding(config: RanksConfig, found: Sequence[Probe], warnings: list[str]) -> Histories | None:
@@ -189,16 +177,15 @@ def refuse_rounding(config: RanksConfig, found: Sequence[Probe], warnings: list[
     negligible. With --allow_noise both are warnings."""
     for probe in found:
         refuse_noise(probe.measured, config.allow_noise, warnings)
-    rounding = ranks_by_history(decision_settings(config), found[0].measured, found[0].source.read)
+    rounding = ranks_by_history(config, found[0].measured, found[0].source.read)
     if rounding:
         rounding.refuse(config.allow_noise, warnings)
     return rounding
 
 
 def decide_ranks(config: RanksConfig, probe: Probe) -> Decision:
-    settings = decision_settings(config)
-    running = sub_task("running").running_model(config, probe) if settings.runs_the_model else None
-    return decide(settings, probe.spectra, probe.source.read, running)
+    running = sub_task("running").running_model(config, probe) if runs_the_model(config) else None
+    return decide(config, probe.spectra, probe.source.read, running)
 
 
 def annotate(
@@ -241,8 +228,8 @@ def compare_probes(config: RanksConfig, probe: Probe, others: Sequence[Probe]) -
 
 def wanted_ranks(config: RanksConfig, probe: Probe) -> dict[Site, float]:
     """Ranks by a probe's own spectra: ranks under the budget, or r_raw before bounds and smoothing."""
-    settings = replace(decision_settings(config), signal="delta", metric="weight")
-    plan = decide(settings, probe.spectra, probe.source.read, None).plan
+    by_weight = replace(config, signal="delta", metric="weight")
+    plan = decide(by_weight, probe.spectra, probe.source.read, None).plan
     return {row.site: float(row.rank if config.spectrum.budget else row.r_raw or 0) for row in plan.sites}
 
 

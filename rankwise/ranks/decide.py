@@ -1,7 +1,7 @@
 """From spectra to ranks: by threshold or by budget, by whatever signal, under either history of rounding.
 
-decision = decide(settings, probe.spectra, probe.source.read, running)
-found = ranks_by_history(settings, probe.measured, probe.source.read)      # two plans, where rounding matters
+decision = decide(config, probe.spectra, probe.source.read, running)
+found = ranks_by_history(config, probe.measured, probe.source.read)      # two plans, where rounding matters
 
 Sketches: `unsettled` names the sites to measure exactly, so that a plan keeps what exact spectra would make it keep. A
 sketch is low by a fifth and more in a flat tail and exact where values stand out: a budget divided by its values would
@@ -37,6 +37,8 @@ from rankwise.core.plan import RankPlan
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError
+from rankwise.options.commands import RanksConfig
+from rankwise.options.sections import SpectrumSection
 from rankwise.ranks.gain import Batch, Gain, gradient_spectra, input_spectra, loss_gains, output_change_spectra
 from rankwise.ranks.spectra import ALLOWED, FLOAT32_DELTAS, Measured, finding, noise_share, noise_share_both
 
@@ -96,20 +98,14 @@ def unsettled(spectra: Mapping[Site, Spectrum], budget: int, rule: Rule, normali
     return chosen
 
 
-@dataclass(frozen=True)
-class DecisionSettings:
-    """signal: delta, activation, gradient, uniform or random; metric: weight, activation or loss."""
+def rule_of(own: SpectrumSection) -> Rule:
+    """UsageError for bounds that exclude each other."""
+    return Rule(own.svd_threshold, own.min_rank, own.max_rank, own.smoothing_factor, own.round, own.per)
 
-    rule: Rule
-    budget: str | None = None
-    normalise: str = "none"
-    signal: str = "delta"
-    metric: str = "weight"
-    seed: int = 42
 
-    @property
-    def runs_the_model(self) -> bool:
-        return self.metric != "weight" or self.signal in ("activation", "gradient")
+def runs_the_model(config: RanksConfig) -> bool:
+    """Whether ranks are computed from more than the weights."""
+    return config.metric != "weight" or config.signal in ("activation", "gradient")
 
 
 @dataclass(frozen=True)
@@ -130,53 +126,55 @@ class Decision:
 
 
 def decide(
-    settings: DecisionSettings, spectra: Mapping[Site, Spectrum], read: Callable[[Site], Delta], running: Running | None
+    config: RanksConfig, spectra: Mapping[Site, Spectrum], read: Callable[[Site], Delta], running: Running | None
 ) -> Decision:
     """Ranks of all sites. Whatever decides, the plan's rows are explained by the deltas' own spectra."""
-    if settings.budget is None:
-        deciding = deciding_spectra(settings, spectra, read, running)
-        return Decision(RankPlan(explain_by(by_threshold(deciding, settings.rule), spectra)))
-    budget = parse_budget(settings.budget, spectra)
-    if settings.signal == "uniform":
+    own, rule = config.spectrum, rule_of(config.spectrum)
+    if own.budget is None:
+        deciding = deciding_spectra(config, spectra, read, running)
+        return Decision(RankPlan(explain_by(by_threshold(deciding, rule), spectra)))
+    budget = parse_budget(own.budget, spectra)
+    if config.signal == "uniform":
         return Decision(plan_of(uniform(list(spectra), budget), spectra), budget)
-    gains, explained = deciding_gains(settings, spectra, read, running)
-    return Decision(plan_of(by_budget(gains, budget, settings.rule), spectra), budget, explained)
+    gains, explained = deciding_gains(config, spectra, read, running)
+    return Decision(plan_of(by_budget(gains, budget, rule), spectra), budget, explained)
 
 
-def unsettled_sites(settings: DecisionSettings, spectra: Mapping[Site, Spectrum]) -> list[Site]:
+def unsettled_sites(config: RanksConfig, spectra: Mapping[Site, Spectrum]) -> list[Site]:
     """Sites whose sketches leave open how a budget is best divided by the deltas' own energy."""
-    if settings.budget is None or settings.signal != "delta" or settings.metric != "weight":
+    own = config.spectrum
+    if own.budget is None or config.signal != "delta" or config.metric != "weight":
         return []
-    return unsettled(spectra, parse_budget(settings.budget, spectra), settings.rule, settings.normalise)
+    return unsettled(spectra, parse_budget(own.budget, spectra), rule_of(own), own.normalise)
 
 
 def deciding_spectra(
-    settings: DecisionSettings, spectra: Mapping[Site, Spectrum], read: Callable[[Site], Delta], running: Running | None
+    config: RanksConfig, spectra: Mapping[Site, Spectrum], read: Callable[[Site], Delta], running: Running | None
 ) -> Mapping[Site, Spectrum]:
-    if not settings.runs_the_model:
+    if not runs_the_model(config):
         return spectra
     assert running is not None, "the stage loads a model where one is needed"
     sites = list(spectra)
-    if settings.signal == "activation":
+    if config.signal == "activation":
         return input_spectra(running.model, sites, running.batches)
-    if settings.signal == "gradient":
+    if config.signal == "gradient":
         return gradient_spectra(running.model, sites, running.batches)
     return output_change_spectra(running.model, sites, read, running.batches)
 
 
 def deciding_gains(
-    settings: DecisionSettings, spectra: Mapping[Site, Spectrum], read: Callable[[Site], Delta], running: Running | None
+    config: RanksConfig, spectra: Mapping[Site, Spectrum], read: Callable[[Site], Delta], running: Running | None
 ) -> tuple[dict[Site, Tensor], float | None]:
     """Gains per further rank of every site, and for loss shares what they add up to."""
-    if settings.signal == "random":
-        return random_gains(list(spectra), settings.rule, settings.seed), None
-    if settings.metric == "loss":
+    if config.signal == "random":
+        return random_gains(list(spectra), rule_of(config.spectrum), config.seed), None
+    if config.metric == "loss":
         assert running is not None, "the stage loads a model where one is needed"
         deltas = {site: read(site).matrix for site in spectra}
-        return loss_gains(running.model, deltas, running.batches, settings.rule.max_rank)
+        return loss_gains(running.model, deltas, running.batches, config.spectrum.max_rank)
     # EVA compares explained-variance ratios, so its gains are shares of each site's own variance.
-    normalise = "site" if settings.signal == "activation" else settings.normalise
-    return spectral_gains(deciding_spectra(settings, spectra, read, running), normalise), None
+    normalise = "site" if config.signal == "activation" else config.spectrum.normalise
+    return spectral_gains(deciding_spectra(config, spectra, read, running), normalise), None
 
 
 def random_gains(sites: Sequence[Site], rule: Rule, seed: int) -> dict[Site, Tensor]:
@@ -300,15 +298,15 @@ class Histories:
 
 
 def ranks_by_history(
-    settings: DecisionSettings, measured: Mapping[Site, Measured], read: Callable[[Site], Delta]
+    config: RanksConfig, measured: Mapping[Site, Measured], read: Callable[[Site], Delta]
 ) -> Histories | None:
     """Both plans by the deltas' own spectra; None where rounding is negligible or the deltas decide nothing."""
-    if settings.signal != "delta" or all(row.spectrum_both is None for row in measured.values()):
+    if config.signal != "delta" or all(row.spectrum_both is None for row in measured.values()):
         return None
-    asked = replace(settings, metric="weight")
+    asked = replace(config, metric="weight")
     tuned = decide(asked, {site: row.spectrum for site, row in measured.items()}, read, None).plan
     both = decide(asked, {site: row.if_base_rounded for site, row in measured.items()}, read, None).plan
-    return Histories(tuned, both, measured, settings.budget is not None)
+    return Histories(tuned, both, measured, config.spectrum.budget is not None)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from rankwise.core.factors import Factors, share_kept, truncate
 from rankwise.core.measure import Delta
 from rankwise.core.plan import PlannedSite, RankPlan, clamped
-from rankwise.core.site import TOWERS, Site
+from rankwise.core.site import Site
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, carry, lora_config, write_adapter
 from rankwise.files.atomic import about_to_write
@@ -32,6 +32,7 @@ from rankwise.models.adapters import publish
 from rankwise.models.sites import model_sites, tower_of, tower_prefixes
 from rankwise.models.vocabulary import embedding_paths
 from rankwise.options.commands import ExtractConfig
+from rankwise.options.sections import TOWERS
 from rankwise.page.text import command_line
 from rankwise.pipeline.idle import refuse_idle
 from rankwise.ranks.deltas import CheckpointPair, DeltaSource, SavedDeltas, check_finite, deltas, weight_name

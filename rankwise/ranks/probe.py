@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from rankwise.core.measure import Delta, from_difference
-from rankwise.core.site import TOWERS, Site, describe, nearest
+from rankwise.core.site import Site, describe, nearest
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import LoraAdapter, read_adapter
@@ -25,7 +25,8 @@ from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint, resol
 from rankwise.models.load import meta_model
 from rankwise.models.sites import fused_experts, model_sites, weight_table
 from rankwise.models.vocabulary import embedding_paths
-from rankwise.options.sections import SitesSection
+from rankwise.options.commands import RanksConfig
+from rankwise.options.sections import TOWERS, SitesSection
 from rankwise.ranks.deltas import (
     DELTAS_FILE,
     WEIGHT_TYPES,
@@ -35,7 +36,7 @@ from rankwise.ranks.deltas import (
     WeightPair,
     open_deltas,
 )
-from rankwise.ranks.spectra import Measured, MeasureSettings, Question, Unsettled, measure_adapter, measure_sites
+from rankwise.ranks.spectra import Measured, Question, Unsettled, measure_adapter, measure_sites
 
 NOWHERE = WeightPair(None, None)
 CONV1D = frozenset(["c_attn", "c_proj", "c_fc", "q_attn"])  # modules of GPT-2 and its kin
@@ -284,11 +285,11 @@ def check_base(adapter: LoraAdapter, known: Mapping[str, Site], modules: Collect
 
 
 def measure_source(
-    source: DeltaSource, settings: MeasureSettings, question: Question, unsettled: Unsettled
+    source: DeltaSource, config: RanksConfig, question: Question, unsettled: Unsettled
 ) -> dict[Site, Measured]:
     if isinstance(source, AdapterDeltas):
         return measure_adapter(source.adapter, source.sites)
-    return measure_sites(source, settings, question, unsettled)
+    return measure_sites(source, config, question, unsettled)
 
 
 def other_probe(path: str, base: str | None, asked: SitesSection, notes: list[str]) -> DeltaSource:

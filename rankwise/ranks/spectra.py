@@ -1,6 +1,6 @@
 """The spectra of all sites: streamed, shared among processes, corrected for rounding, with findings.
 
-measured = measure_sites(source, MeasureSettings(up_to=128), question)
+measured = measure_sites(source, RanksConfig(), question)
 """
 
 from __future__ import annotations
@@ -21,30 +21,17 @@ from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError
 from rankwise.files.adapter import LoraAdapter
 from rankwise.files.processes import gathered, own_share
+from rankwise.options.commands import RanksConfig
+from rankwise.options.sections import SpectrumSection
 from rankwise.ranks.deltas import DeltaSource, check_finite, deltas
 
-NEGLIGIBLE = 0.01  # a share of rounding noise below which nothing is corrected
-IDLE_NOISE = 0.001  # the same under a budget, which would spend on noise what nothing else wants
+NEGLIGIBLE = 0.01  # a share of rounding noise; sites with more that cannot be corrected are reported
+IDLE_NOISE = 0.001  # under a budget, which would spend on noise what nothing else wants
 TOO_NOISY = 0.5  # above this share of noise, or of unchanged entries, a correction would be a guess
 ALLOWED = "(--allow_noise)"
 FLOAT32_DELTAS = "save float32 deltas (`rankwise finetune` does, `rankwise ranks --deltas` reads them)"
 Question = Callable[[Site, Spectrum], object]  # raises Undecided
 Unsettled = Callable[[Mapping[Site, Spectrum]], Collection[Site]]
-
-
-@dataclass(frozen=True)
-class MeasureSettings:
-    """`up_to` singular values per site; `noise_floor` cuts the spectrum's own noise before the energy rule.
-
-    `negligible`: share of rounding noise below which nothing is corrected, a tenth of what the threshold leaves out.
-    """
-
-    up_to: int = 128
-    exact: bool = False
-    noise_floor: str = "none"
-    device: str = "cpu"
-    seed: int = 42
-    negligible: float = NEGLIGIBLE
 
 
 @dataclass(frozen=True)
@@ -88,7 +75,7 @@ def site_generator(site: Site, seed: int, device: str = "cpu") -> torch.Generato
 
 
 def measure_sites(
-    source: DeltaSource, settings: MeasureSettings, question: Question, unsettled: Unsettled = lambda _: ()
+    source: DeltaSource, config: RanksConfig, question: Question, unsettled: Unsettled = lambda _: ()
 ) -> dict[Site, Measured]:
     """Every site's spectrum, in the source's order; `question` is what each must be able to answer.
 
@@ -97,22 +84,23 @@ def measure_sites(
     them get all results. Raises DataError for entries that are not finite.
     """
     sites = list(source.sites.values())
-    found = measure_share(source, sites, settings, question)
+    found = measure_share(source, sites, config, question)
+    exactly = replace(config, spectrum=replace(config.spectrum, exact=True))
     while wide := wide_sites(found, sites, unsettled):
-        exact = measure_share(source, wide, replace(settings, exact=True), question)
+        exact = measure_share(source, wide, exactly, question)
         found |= {path: mark_undecided(row) for path, row in exact.items()}
     return {site: found[site.path] for site in sites}
 
 
 def measure_share(
-    source: DeltaSource, sites: Sequence[Site], settings: MeasureSettings, question: Question
+    source: DeltaSource, sites: Sequence[Site], config: RanksConfig, question: Question
 ) -> dict[str, Measured]:
     """Path → what was measured, of these sites, by all processes together."""
     mine = own_share(sites, [float(site.size * min(site.shape)) for site in sites])
     bar = tqdm(total=len(mine), desc="spectra", unit="site", disable=not sys.stderr.isatty())
     found: dict[str, Measured] = {}
     for site, delta in deltas(source, mine):
-        found[site.path] = measure_site(site, delta, settings, question)
+        found[site.path] = measure_site(site, delta, config, question)
         del delta  # or the next one would be read while this one is still held
         bar.update()
     bar.close()
@@ -135,20 +123,21 @@ def mark_undecided(row: Measured) -> Measured:
     return replace(row, spectrum=marked(row.spectrum), spectrum_both=row.spectrum_both and marked(row.spectrum_both))
 
 
-def measure_site(site: Site, delta: Delta, settings: MeasureSettings, question: Question) -> Measured:
+def measure_site(site: Site, delta: Delta, config: RanksConfig, question: Question) -> Measured:
     """One site's spectra, which answer `question` under both histories of its rounding."""
     started = time.perf_counter()
     check_finite(site, delta)
-    delta = on_device(delta, settings.device)
-    generator = site_generator(site, settings.seed, settings.device)
-    exact = settings.exact or settings.noise_floor != "none"
+    delta = on_device(delta, config.device)
+    generator = site_generator(site, config.seed, config.device)
+    section = config.spectrum
+    exact = section.exact or section.noise_floor != "none"
 
     def asked(found: Spectrum) -> None:
-        for spectrum in filter(None, histories(found, delta, settings)):
+        for spectrum in filter(None, histories(found, delta, section)):
             question(site, spectrum)
 
-    found = measure(delta, settings.up_to, asked, exact=exact, generator=generator)
-    spectrum, spectrum_both = histories(found, delta, settings)
+    found = measure(delta, section.max_rank, asked, exact=exact, generator=generator)
+    spectrum, spectrum_both = histories(found, delta, section)
     return Measured(
         spectrum=spectrum,
         spectrum_both=spectrum_both,
@@ -157,7 +146,7 @@ def measure_site(site: Site, delta: Delta, settings: MeasureSettings, question: 
         unchanged=delta.unchanged,
         noise_share=delta.noise_share,
         noise_share_both=delta.noise_share_both,
-        corrected=correctable(delta, settings.negligible),
+        corrected=correctable(delta, negligible(section)),
         stored_as=delta.stored_as if delta.energy else None,
         null_edge=null_edge(delta, generator) if delta.energy else 0.0,
         seconds=time.perf_counter() - started,
@@ -168,25 +157,31 @@ def on_device(delta: Delta, device: str) -> Delta:
     return delta if device == "cpu" else replace(delta, matrix=delta.matrix.to(device))
 
 
-def correctable(delta: Delta, negligible: float = NEGLIGIBLE) -> bool:
+def negligible(section: SpectrumSection) -> float:
+    """Share of rounding noise below which nothing is corrected: a tenth of what the threshold leaves out."""
+    return IDLE_NOISE if section.budget else (1 - section.svd_threshold) / 10
+
+
+def correctable(delta: Delta, least: float) -> bool:
     """Whether rounding is large enough to matter and small enough to be white noise of known energy."""
-    return negligible < delta.noise_share <= TOO_NOISY and delta.unchanged <= TOO_NOISY
+    return least < delta.noise_share <= TOO_NOISY and delta.unchanged <= TOO_NOISY
 
 
-def histories(spectrum: Spectrum, delta: Delta, settings: MeasureSettings) -> tuple[Spectrum, Spectrum | None]:
+def histories(spectrum: Spectrum, delta: Delta, section: SpectrumSection) -> tuple[Spectrum, Spectrum | None]:
     """The spectrum if only the tuned weights were rounded, and if the base was rounded as well (None: the same).
 
     The second is ruled out where few entries are unchanged and yet the delta has less energy than
     two roundings make. Where the first cannot be corrected, the second lacks all that rounding can have made.
     """
-    noise, alone = delta.rounding_energy + delta.base_rounding, correctable(delta, settings.negligible)
+    least = negligible(section)
+    noise, alone = delta.rounding_energy + delta.base_rounding, correctable(delta, least)
     first = spectrum.without_noise(delta.rounding_energy) if alone else spectrum
     ruled_out = alone and noise >= delta.energy
-    matters = delta.noise_share_both > settings.negligible and not ruled_out
+    matters = delta.noise_share_both > least and not ruled_out
     second = spectrum.without_noise(min(noise, delta.energy)) if matters else None
-    if settings.noise_floor == "none" or spectrum.is_zero:
+    if section.noise_floor == "none" or spectrum.is_zero:
         return first, second
-    return first.cut(settings.noise_floor), second and second.cut(settings.noise_floor)
+    return first.cut(section.noise_floor), second and second.cut(section.noise_floor)
 
 
 def noise_share(measured: Mapping[Site, Measured]) -> float:

@@ -20,12 +20,12 @@ from rankwise.data.render import Renderer
 from rankwise.data.sources.load import load
 from rankwise.evaluate import command as stage
 from rankwise.evaluate.predictions import EvaluationResult
-from rankwise.models.adapt import LoraSettings, adapt
+from rankwise.models.adapt import adapt
 from rankwise.models.load import load_model, load_tokenizer, torch_dtype
 from rankwise.models.sites import model_sites
 from rankwise.models.targets import choose_sites, uniform_plan
 from rankwise.options.commands import EvaluateConfig
-from rankwise.options.sections import MAX_SEQ_LENGTH
+from rankwise.options.sections import MAX_SEQ_LENGTH, LoraSection
 from rankwise.pipeline.table import configured
 from rankwise.scripts.experiment import DataConfig, DatasetType, LoRAConfig, ModelConfig, usual_path
 
@@ -114,7 +114,7 @@ def setup_model_with_lora(model_config: ModelConfig, lora_config: LoRAConfig) ->
     base = load_model(name, torch_dtype(model_config.dtype, trained=False, device=device))
     sites = choose_sites(model_sites(base), names=lora_config.target_modules)
     plan = uniform_plan(sites, lora_config.r, lora_config.alpha, False, name)
-    model = adapt(base, plan, LoraSettings(dropout=lora_config.dropout))
+    model = adapt(base, plan, LoraSection(lora_dropout=lora_config.dropout))
     if model_config.gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
         base.disable_input_require_grads()  # or backward would pass through every frozen layer

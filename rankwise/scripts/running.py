@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.core.phase import Phases
-from rankwise.models.targets import TARGETS
 from rankwise.options.commands import TrainConfig
+from rankwise.options.sections import TARGETS
 from rankwise.pipeline.recipe import PACKAGED, load_recipe
 from rankwise.pipeline.table import configured
 from rankwise.scripts.evaluation import ModelEvaluator

@@ -17,9 +17,11 @@ from rankwise.core.site import Site
 from rankwise.errors import UsageError, VerificationError
 from rankwise.evaluate.likelihood import Batch
 from rankwise.files.atomic import read_object, write_json
+from rankwise.options.commands import RanksConfig
+from rankwise.options.sections import SpectrumSection
 from rankwise.options.study import StudyConfig
 from rankwise.ranks.deltas import SavedDeltas
-from rankwise.ranks.spectra import MeasureSettings, measure_sites
+from rankwise.ranks.spectra import measure_sites
 from rankwise.study.arms import RULES, Gains, Probed, gains_of, ranks_within, rule_of, schedule_of, uniform_ranks
 from rankwise.study.design import Contender, Run
 from rankwise.study.material import Material, probe_rows
@@ -80,7 +82,8 @@ class Plans:
             device = self.material.device
             source = self.probes[probe]
             chosen = replace(source, sites={site.path: site for site in self.sites})
-            measured = measure_sites(chosen, MeasureSettings(up_to=self.max_rank, exact=True), lambda *_: None)
+            how = RanksConfig(spectrum=SpectrumSection(max_rank=self.max_rank, exact=True))
+            measured = measure_sites(chosen, how, lambda *_: None)
             deltas = {site: source.read(site).matrix.to(device) for site in self.sites}
             spectra = {site: row.spectrum for site, row in measured.items()}
             self._probed[probe] = Probed(self.material.model, spectra, deltas, self.signal_batches(probe))

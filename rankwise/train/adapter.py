@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from rankwise.evaluate.likelihood import BESIDE
 from rankwise.files.atomic import read_object
 from rankwise.files.plan import find_plan, read_plan
 from rankwise.files.processes import announce
-from rankwise.models.adapt import ADAPTER, Allocation, LoraSettings, adapt, adapt_allocated, lora_config, lora_layers
+from rankwise.models.adapt import ADAPTER, Allocation, adapt, adapt_allocated, check_savable, lora_config, lora_layers
 from rankwise.models.depth.encoder import attach_depth
 from rankwise.models.load import load_weights
 from rankwise.models.sites import tower_of
@@ -41,15 +41,11 @@ PLAIN_SCALE, LARGE_SCALE = 2, 4
 
 def check_lora(lora: LoraSection) -> None:
     """Refuse invalid combinations of LoRA options."""
-    settings_of(lora)
+    check_savable(lora)
     if lora.load_in_8bit and lora.load_in_4bit:
         raise UsageError("--load_in_8bit and --load_in_4bit exclude each other")
     if lora.warm_start == "delta" and (lora.use_dora or lora.init_lora_weights != "default"):
         raise UsageError("--warm_start delta is an initialisation: leave --use_dora and --init_lora_weights out")
-
-
-def settings_of(lora: LoraSection, full: Iterable[str] = ()) -> LoraSettings:
-    return LoraSettings(lora.lora_dropout, lora.lora_bias, lora.use_dora, lora.init_lora_weights, tuple(full))
 
 
 def describe_target(lora: LoraSection) -> str:
@@ -111,35 +107,34 @@ def load_plan(path: Path, sites: Mapping[str, Site], towers: Sequence[str] = LAN
 
 
 def adapt_base(
-    config: TrainConfig, job: Job, plan: RankPlan, full: Iterable[str] = (), allocation: Allocation | None = None
+    config: TrainConfig, job: Job, plan: RankPlan, full: Collection[str] = (), allocation: Allocation | None = None
 ) -> PeftModel:
     """The base with its adapter at the planned start, and copies of the `full` modules. The one seed decides the random
     part. allocation: the plan is where AdaLoRA starts."""
     dtype = frozen_dtype(config.model.dtype, job.arguments)
-    settings = settings_of(config.lora, full)
-    check_precision(settings, dtype, job.arguments)
+    check_precision(full, dtype, job.arguments)
     base = load_weights(config.model, job.name, dtype, quantization(config.lora))
     if job.depth:
         attach_depth(base, job.depth)
     set_seed(config.seed)
     if allocation is not None:
-        return adapt_allocated(base, plan, settings, allocation)
-    if settings.init == "eva":
+        return adapt_allocated(base, plan, config.lora, allocation, full)
+    if config.lora.init_lora_weights == "eva":
         directions = input_directions(base, plan, eva_batches(job, config.seed))
-        model = adapt(base, plan, settings)
+        model = adapt(base, plan, config.lora, full)
         eva_start(model, directions)
         return model
-    model = adapt(base, plan, settings)
+    model = adapt(base, plan, config.lora, full)
     if config.lora.deltas:
         generator = torch.Generator().manual_seed(config.seed)
         warm_start(model, plan, open_deltas(Path(config.lora.deltas)), generator)
     return model
 
 
-def check_precision(settings: LoraSettings, dtype: torch.dtype, arguments: TrainingArguments) -> None:
+def check_precision(full: Collection[str], dtype: torch.dtype, arguments: TrainingArguments) -> None:
     """Modules trained in full are float32: among half-precision ones only autocast lets them work. A depth gate sees
     to that itself."""
-    whole = [path for path in settings.full if tower_of(path, {}) != "depth"]
+    whole = [path for path in full if tower_of(path, {}) != "depth"]
     if whole and dtype != torch.float32 and not (arguments.bf16 or arguments.fp16):
         raise UsageError(f"--full among weights in {dtype} needs mixed precision: --bf16 or --fp16, or --dtype float32")
 
@@ -190,7 +185,7 @@ def input_directions(
     PEFT's own incremental SVD, on the model before it is adapted, at the plan's largest rank. UsageError where the
     batches hold fewer tokens than that.
     """
-    r, modules = (choose_plan := lora_config(plan)).r, choose_plan.target_modules
+    r, modules = (choose_plan := lora_config(plan, LoraSection())).r, choose_plan.target_modules
     config = LoraConfig(r=r, target_modules=modules, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
     tokens = min(int(batch["attention_mask"].sum()) for batch in batches)
     if tokens < config.r:

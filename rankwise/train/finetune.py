@@ -27,12 +27,12 @@ from rankwise.files.atomic import atomic_folder, fingerprints
 from rankwise.files.checkpoint import open_checkpoint, resolve
 from rankwise.files.processes import announce, process_index
 from rankwise.files.run_folder import Record, RunFolder, held
-from rankwise.models.adapt import LoraSettings, adapt
+from rankwise.models.adapt import adapt
 from rankwise.models.load import load_readable_structure, load_weights
 from rankwise.models.sites import check_towers, model_sites, tower_parameters, weight_table
 from rankwise.models.targets import choose_sites, uniform_plan
 from rankwise.options.commands import FinetuneConfig
-from rankwise.options.sections import TowersSection
+from rankwise.options.sections import LoraSection, TowersSection
 from rankwise.page.text import amount, command_line, duration
 from rankwise.pipeline.idle import refuse_idle
 from rankwise.ranks.deltas import BaseWeights, write_deltas
@@ -91,7 +91,7 @@ def train_lora(config: FinetuneConfig, job: Job, skeleton: PreTrainedModel, chec
         announce(line)
     model = load_weights(config.model, job.name, frozen_dtype(config.model.dtype, job.arguments))
     set_seed(config.seed)
-    adapted = adapt(model, plan, LoraSettings(dropout=0.0))
+    adapted = adapt(model, plan, LoraSection(lora_dropout=0.0))
     trainer = train_job(config, adapted, job, checkpoint, tower_rates=towers.rates)
     write_adapter_files(trainer, Path(config.output_dir), job.name, plan, [])
     return trainer

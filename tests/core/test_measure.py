@@ -26,7 +26,9 @@ from rankwise.core.measure import (
 from rankwise.core.site import describe
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError
-from rankwise.ranks.spectra import Measured, MeasureSettings, measure_site, noise_share, refuse_noise, unchanged_share
+from rankwise.options.commands import RanksConfig
+from rankwise.options.sections import SpectrumSection
+from rankwise.ranks.spectra import Measured, measure_site, noise_share, refuse_noise, unchanged_share
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -125,8 +127,8 @@ def test_what_is_not_finite_is_an_error_that_names_the_tensor(value: float) -> N
 
 def measured(delta: Delta, noise_floor: str = "none", threshold: float = 0.9) -> Measured:
     m, n = delta.matrix.shape
-    settings_ = MeasureSettings(up_to=300, noise_floor=noise_floor)
-    return measure_site(describe("layers.0.q_proj", (m, n)), delta, settings_, lambda site, s: s.rank_for(threshold))
+    config = RanksConfig(spectrum=SpectrumSection(max_rank=300, noise_floor=noise_floor))
+    return measure_site(describe("layers.0.q_proj", (m, n)), delta, config, lambda site, s: s.rank_for(threshold))
 
 
 def fine_tune(m: int, n: int, rms: float, dtype: torch.dtype, base: torch.dtype | None = None) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from rankwise.core.site import Site, describe, pattern
 from rankwise.errors import DataError
 from rankwise.files.plan import PLAN_FILE, find_plan, read_plan, write_plan
 from rankwise.models.adapt import lora_config
+from rankwise.options.sections import LoraSection
 
 SITES = {
     path: describe(path, shape, tower)
@@ -195,5 +196,5 @@ def test_a_plan_is_found_in_its_run_folder(tmp_path: Path) -> None:
 
 def test_a_regex_of_all_sites_matches_them_and_no_others() -> None:
     plan = RankPlan(tuple(PlannedSite(s, 8) for s in SITES.values() if s.tower == "language"))
-    target = lora_config(plan).target_modules
+    target = lora_config(plan, LoraSection()).target_modules
     assert [path for path in SITES if re.fullmatch(target, path)] == list(plan.ranks)

@@ -15,10 +15,11 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, set_seed
 
 from rankwise.data.dataset import Collator
-from rankwise.models.adapt import LoraSettings, adapt, lora_layers
+from rankwise.models.adapt import adapt, lora_layers
 from rankwise.models.load import load_model
 from rankwise.models.sites import model_sites
 from rankwise.models.targets import choose_sites, uniform_plan
+from rankwise.options.sections import LoraSection
 from rankwise.train.arguments import build_arguments
 from rankwise.train.checkpoints import identity_of, resume_point
 from rankwise.train.trainer import RankwiseTrainer
@@ -60,7 +61,7 @@ def adapted_base(base: Path, dropout: float = 0.1) -> torch.nn.Module:
     set_seed(0)
     model = load_model(str(base), torch.float32)
     plan = uniform_plan(choose_sites(model_sites(model)), 4, None, False, "tiny")
-    return adapt(model, plan, LoraSettings(dropout=dropout))
+    return adapt(model, plan, LoraSection(lora_dropout=dropout))
 
 
 def make_trainer(

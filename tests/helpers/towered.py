@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 
 from rankwise.data.dataset import Collator
 from rankwise.merge.logits import image_batch
-from rankwise.models.adapt import LoraSettings, adapt
+from rankwise.models.adapt import adapt
 from rankwise.models.load import load_model
 from rankwise.models.sites import full_modules, model_sites
 from rankwise.models.targets import choose_sites, uniform_plan
+from rankwise.options.sections import LoraSection
 from rankwise.train.arguments import build_arguments
 from rankwise.train.trainer import RankwiseTrainer
 
@@ -57,7 +58,7 @@ def adapted(base: Path, lora: tuple[str, ...], full: tuple[str, ...] = (), **set
     torch.manual_seed(0)
     model = loaded(base)
     plan = uniform_plan(choose_sites(model_sites(model), towers=lora), 2, None, False, "tiny")
-    found = adapt(model, plan, LoraSettings(dropout=0.0, full=full_modules(model, full).paths, **settings))
+    found = adapt(model, plan, LoraSection(lora_dropout=0.0, **settings), full_modules(model, full).paths)
     with torch.no_grad():
         for name, parameter in found.named_parameters():
             if parameter.requires_grad:

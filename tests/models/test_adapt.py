@@ -30,11 +30,12 @@ from rankwise.core.plan import PlannedSite, RankPlan, load_plan
 from rankwise.core.site import Site
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import LoraAdapter, LoraPair, lora_config, read_adapter, write_adapter
-from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, built_shapes, lora_layers, lora_pairs, quiet_peft
+from rankwise.models.adapt import ADAPTER, adapt, built_shapes, lora_layers, lora_pairs, quiet_peft
 from rankwise.models.adapters import load_adapter, save_adapter, write_sites
 from rankwise.models.load import load_model
 from rankwise.models.sites import model_sites
 from rankwise.models.targets import check_plan, choose_sites, restrict_plan, scales, uniform_plan
+from rankwise.options.sections import LoraSection
 from rankwise.train.adapter import eva_start, input_directions, warm_start
 
 IDS = torch.arange(4, 24).reshape(2, 10)
@@ -79,7 +80,7 @@ def test_a_plan_is_built_and_read_back_in_exactly_its_shapes(
     sites = model_sites(model)
     written = RankPlan(tuple(PlannedSite(s, r) for s, r in zip(sites.values(), ranks, strict=True)), "tiny", rslora)
     plan = load_plan(json.loads(written.dumps()), sites, "plan")
-    adapted = adapt(model, plan, LoraSettings())
+    adapted = adapt(model, plan, LoraSection())
     wanted = {
         path: ((min(rank, site.full_rank), site.shape[1]), (site.shape[0], min(rank, site.full_rank)))
         for (path, site), rank in zip(sites.items(), ranks, strict=True)
@@ -97,7 +98,7 @@ def test_a_plan_is_built_and_read_back_in_exactly_its_shapes(
 
 def test_the_scale_is_two_at_every_site_and_in_readers_that_ignore_patterns(base: Path, tmp_path: Path) -> None:
     model = fresh(base)
-    adapted = adapt(model, uneven(model_sites(model)), LoraSettings())
+    adapted = adapt(model, uneven(model_sites(model)), LoraSection())
     assert {layer.scaling[ADAPTER] for layer in lora_layers(adapted).values()} == {2.0}
     save_adapter(adapted, tmp_path, "org/model")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -109,7 +110,7 @@ def test_the_scale_is_two_at_every_site_and_in_readers_that_ignore_patterns(base
 def test_one_rank_needs_no_patterns(base: Path) -> None:
     model = fresh(base)
     plan = uniform_plan(choose_sites(model_sites(model)), 8, 32.0, False, "tiny")
-    config = adapt(model, plan, LoraSettings()).peft_config[ADAPTER]
+    config = adapt(model, plan, LoraSection()).peft_config[ADAPTER]
     assert (config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern) == (8, 32, {}, {})
 
 
@@ -120,7 +121,7 @@ def test_known_number_of_parameters_of_tinyllama() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     plan = uniform_plan(choose_sites(model_sites(model)), 4, None, False, "tinyllama")
-    adapted = adapt(model, plan, LoraSettings())
+    adapted = adapt(model, plan, LoraSection())
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     assert (sum(p.numel() for p in trained), len(trained), plan.parameters) == (3_153_920, 308, 3_153_920)
 
@@ -150,7 +151,7 @@ def test_targets_and_shapes_on_fused_transposed_projections(tmp_path: Path) -> N
         "mlp.c_fc",
         "mlp.c_proj",
     }
-    adapted = adapt(model, uneven(choose_sites(sites)), LoraSettings())
+    adapted = adapt(model, uneven(choose_sites(sites)), LoraSection())
     torch.testing.assert_close(logits(adapted), before)
     disturb(adapted)
     save_adapter(adapted, tmp_path, "gpt2")
@@ -270,7 +271,7 @@ def test_a_warm_start_is_the_truncated_delta(base: Path) -> None:
     model = fresh(base)
     sites = model_sites(model)
     plan, probe = uneven(sites, start=2), Probe(sites)
-    adapted = adapt(model, plan, LoraSettings())
+    adapted = adapt(model, plan, LoraSection())
     warm_start(adapted, plan, probe, torch.Generator().manual_seed(0))
     expected = fresh(base)
     with torch.no_grad():
@@ -285,7 +286,7 @@ def test_a_warm_start_is_the_truncated_delta(base: Path) -> None:
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_starts_that_change_the_base_are_saved_as_plain_lora(base: Path, tmp_path: Path, init: str) -> None:
     model = fresh(base)
-    adapted = adapt(model, uneven(model_sites(model)), LoraSettings(init=init))
+    adapted = adapt(model, uneven(model_sites(model)), LoraSection(init_lora_weights=init))
     torch.testing.assert_close(logits(adapted), logits(fresh(base)), atol=1e-4, rtol=1e-4)
     before = lora_pairs(adapted)
     disturb(adapted)
@@ -295,11 +296,11 @@ def test_starts_that_change_the_base_are_saved_as_plain_lora(base: Path, tmp_pat
 
 
 def test_starts_that_cannot_be_saved_plainly_are_refused(base: Path) -> None:
-    with pytest.raises(UsageError, match="load_in_4bit"):
-        LoraSettings(init="loftq")
     model = fresh(base)
+    with pytest.raises(UsageError, match="load_in_4bit"):
+        adapt(model, uneven(model_sites(model)), LoraSection(init_lora_weights="loftq"))
     with pytest.raises(UsageError, match="even"):
-        adapt(model, uneven(model_sites(model)), LoraSettings(init="orthogonal"))
+        adapt(model, uneven(model_sites(model)), LoraSection(init_lora_weights="orthogonal"))
 
 
 def test_eva_starts_from_the_inputs_and_changes_nothing_yet(base: Path) -> None:
@@ -307,7 +308,7 @@ def test_eva_starts_from_the_inputs_and_changes_nothing_yet(base: Path) -> None:
     plan = uneven(model_sites(model))
     batches = [{"input_ids": IDS + shift, "attention_mask": torch.ones_like(IDS)} for shift in range(4)]
     directions = input_directions(model, plan, batches)
-    adapted = adapt(model, plan, LoraSettings(init="eva"))
+    adapted = adapt(model, plan, LoraSection(init_lora_weights="eva"))
     eva_start(adapted, directions)
     torch.testing.assert_close(logits(adapted), logits(fresh(base)))
     for path, rank in plan.ranks.items():
@@ -320,7 +321,7 @@ def saved(base: Path, tmp_path: Path) -> Path:
     set_seed(0)
     model = fresh(base)
     plan = uneven(model_sites(model))
-    adapted = adapt(model, plan, LoraSettings())
+    adapted = adapt(model, plan, LoraSection())
     disturb(adapted)
     save_adapter(adapted, tmp_path, "tiny")
     write_sites(tmp_path, plan, [])
@@ -349,7 +350,7 @@ def test_loading_on_another_base_names_both(saved: Path, tmp_path: Path) -> None
 
 def test_loading_refuses_an_adapter_without_effect(base: Path, tmp_path: Path) -> None:
     model = fresh(base)
-    save_adapter(adapt(model, uneven(model_sites(model)), LoraSettings()), tmp_path, "tiny")
+    save_adapter(adapt(model, uneven(model_sites(model)), LoraSection()), tmp_path, "tiny")
     with pytest.raises(DataError, match="no effect"):
         load_adapter(fresh(base), tmp_path)
 
@@ -371,7 +372,7 @@ def test_plans_of_different_ranks_swap_in_their_uniform_form(base: Path, tmp_pat
     outputs = []
     for name, start, rank in (("small", 1, 8), ("large", 4, 16)):
         model = fresh(base)
-        adapted = adapt(model, uneven(model_sites(model), start), LoraSettings())
+        adapted = adapt(model, uneven(model_sites(model), start), LoraSection())
         disturb(adapted, seed=rank)
         save_adapter(adapted, tmp_path, "tiny")
         write_adapter(tmp_path / name, uniform_form(read_adapter(tmp_path), rank))
@@ -388,7 +389,7 @@ def test_a_quantized_base_takes_an_adapter(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("bitsandbytes")
     wide = tiny_llama(tmp_path, hidden_size=64, intermediate_size=128)  # bitsandbytes' blocks are 64 wide
     model = load_model(str(wide), torch.float32, quantization=kind)
-    adapted = adapt(model, uneven(model_sites(model)), LoraSettings(dropout=0.0))
+    adapted = adapt(model, uneven(model_sites(model)), LoraSection(lora_dropout=0.0))
     gradients = []
     for _ in range(2):  # an evaluation before the second changes nothing
         adapted.train().zero_grad()
@@ -398,4 +399,4 @@ def test_a_quantized_base_takes_an_adapter(tmp_path: Path, kind: str) -> None:
     assert all(gradient.any() for gradient in gradients[0])
     torch.testing.assert_close(gradients[0], gradients[1])
     with pytest.raises(UsageError, match="quantized"):
-        adapt(model, uneven(model_sites(model)), LoraSettings(init="pissa"))
+        adapt(model, uneven(model_sites(model)), LoraSection(init_lora_weights="pissa"))

@@ -22,13 +22,13 @@ from rankwise.data.sources.load import load
 from rankwise.evaluate.generate import GenerationSettings, HFGenerator
 from rankwise.files.plan import read_plan
 from rankwise.merge.command import run as merge
-from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, lora_layers
+from rankwise.models.adapt import ADAPTER, adapt, lora_layers
 from rankwise.models.adapters import load_adapter, save_adapter
 from rankwise.models.load import load_config, load_model, load_processor, meta_model
 from rankwise.models.sites import model_sites, weight_table
 from rankwise.models.targets import choose_sites, uniform_plan
 from rankwise.options.commands import MergeConfig
-from rankwise.options.sections import DataSection, ModelSection
+from rankwise.options.sections import DataSection, LoraSection, ModelSection
 
 COLOURS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250), "white": (250, 250, 250)}
 
@@ -82,7 +82,7 @@ def test_what_is_adapted_unasked_is_the_language_tower(sites: dict[str, Site]) -
 def disturbed_adapter(base: Path, folder: Path, chosen: dict[str, Site]) -> Path:
     model = load_model(str(base), torch.float32)
     torch.manual_seed(0)
-    adapted = adapt(model, uniform_plan(chosen, 2, None, False, str(base)), LoraSettings())
+    adapted = adapt(model, uniform_plan(chosen, 2, None, False, str(base)), LoraSection())
     assert set(lora_layers(adapted)) == set(chosen)
     with torch.no_grad():
         for layer in lora_layers(adapted).values():

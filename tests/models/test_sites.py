@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Llama4ForCausalLM, Llama4TextConfig, PreTrainedModel
 
-from rankwise.core.site import KINDS, TOWERS, Site, describe, nearest, pattern
+from rankwise.core.site import KINDS, Site, describe, nearest, pattern
 from rankwise.errors import DataError, UsageError
 from rankwise.files.checkpoint import open_checkpoint
 from rankwise.models.load import load_config, load_model, meta_model
 from rankwise.models.sites import fused_experts, model_sites, weight_table
-from rankwise.options.sections import SitesSection
+from rankwise.options.sections import TOWERS, SitesSection
 from rankwise.ranks.deltas import logical
 from rankwise.ranks.probe import filter_sites
 

@@ -19,7 +19,7 @@ from rankwise import cli
 from rankwise.errors import UsageError
 from rankwise.files.adapter import read_adapter
 from rankwise.files.plan import read_plan
-from rankwise.models.adapt import LoraSettings, adapt, lora_layers
+from rankwise.models.adapt import adapt, lora_layers
 from rankwise.models.load import meta_model
 from rankwise.models.sites import (
     full_modules,
@@ -32,7 +32,7 @@ from rankwise.models.sites import (
     towers_of,
 )
 from rankwise.models.targets import check_plan, choose_sites, uniform_plan
-from rankwise.options.sections import TowersSection
+from rankwise.options.sections import LoraSection, TowersSection
 from rankwise.ranks.deltas import open_deltas
 from rankwise.train.towers import finetune_use, train_use
 
@@ -170,7 +170,7 @@ def test_no_name_reaches_a_tower_that_was_not_asked_for(family: str, bases: Base
     language = {path for path, site in sites.items() if site.tower == "language"}
     assert set(choose_sites(sites)) == language, "every linear layer of the language tower but the head"
     names = ["q_proj", "down_proj"]
-    found = adapt(model, uniform_plan(choose_sites(sites, names=names), 2, None, False, ""), LoraSettings())
+    found = adapt(model, uniform_plan(choose_sites(sites, names=names), 2, None, False, ""), LoraSection())
     assert set(lora_layers(found)) == {path for path in language if path.endswith(tuple(names))}
     towers = tower_prefixes(meta_model(str(bases(family))))
     trained = [name.removeprefix("base_model.model.") for name, p in found.named_parameters() if p.requires_grad]

@@ -22,11 +22,12 @@ from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.adapter import read_adapter
 from rankwise.merge.plan import plan_merge
 from rankwise.merge.write import write_merged
-from rankwise.models.adapt import LoraSettings, adapt, full_copies, lora_layers, quiet_peft
+from rankwise.models.adapt import adapt, full_copies, lora_layers, quiet_peft
 from rankwise.models.adapters import load_adapter, save_adapter, write_sites
 from rankwise.models.load import load_model, meta_model
 from rankwise.models.sites import full_sites, model_sites, tower_of, tower_parameters, tower_prefixes
 from rankwise.models.targets import choose_sites, uniform_plan
+from rankwise.options.sections import LoraSection
 from rankwise.train.phases import PhaseKeeper
 
 
@@ -91,13 +92,13 @@ def test_a_path_that_ends_like_another_is_caught(bases: Bases) -> None:
     with pytest.raises(
         VerificationError, match=r"modules to train in full: embeddings; PEFT copied model\.vision_model\.embeddings"
     ):
-        adapt(model, plan, LoraSettings(full=("embeddings",)))
+        adapt(model, plan, LoraSection(), ("embeddings",))
 
 
 def test_copies_train_in_float32_beside_a_base_in_bfloat16(bases: Bases) -> None:
     model = load_model(str(bases("smolvlm")), torch.bfloat16)
     plan = uniform_plan(choose_sites(model_sites(model)), 2, None, False, "")
-    found = adapt(model, plan, LoraSettings(full=("model.connector",)))
+    found = adapt(model, plan, LoraSection(), ("model.connector",))
     assert {p.dtype for p in found.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in found.parameters() if not p.requires_grad} == {torch.bfloat16}
 

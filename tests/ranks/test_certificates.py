@@ -25,14 +25,16 @@ from torch import Tensor
 
 from rankwise import cli
 from rankwise.core import measure as measuring
-from rankwise.core.allocate import Rule, by_budget, spectral_gains
+from rankwise.core.allocate import by_budget, spectral_gains
 from rankwise.core.measure import Delta, Sketch, energy_of, exact_spectrum, from_difference, sketch
 from rankwise.core.site import Site, describe
 from rankwise.core.spectrum import Spectrum
 from rankwise.files.plan import read_plan
+from rankwise.options.commands import RanksConfig
+from rankwise.options.sections import SpectrumSection
 from rankwise.ranks import decide
-from rankwise.ranks.decide import DecisionSettings, unsettled_sites
-from rankwise.ranks.spectra import MeasureSettings, measure_sites
+from rankwise.ranks.decide import rule_of, unsettled_sites
+from rankwise.ranks.spectra import measure_sites
 
 RAW = Path("analysis_outputs/svd/raw_data/detailed_svd_analysis.json")
 BARE = ["--no_plots", "--min_rank", "1", "--max_rank", str(UP_TO)]
@@ -214,11 +216,11 @@ def uneven(seed: int) -> Matrices:
 
 def kept_by_budget(seed: int, normalise: str) -> float:
     """Energy that the plan from certified spectra keeps ÷ what the plan from exact ones keeps."""
-    source, rule = uneven(seed), Rule(min_rank=1, max_rank=UP_TO)
-    asked = DecisionSettings(rule, budget="uniform:6", normalise=normalise)
+    source, section = uneven(seed), SpectrumSection(min_rank=1, max_rank=UP_TO, budget="uniform:6", normalise=normalise)
+    asked, rule = RanksConfig(spectrum=section), rule_of(section)
     found = measure_sites(
         source,
-        MeasureSettings(up_to=UP_TO),
+        asked,
         lambda _, spectrum: spectrum.require_refined(),
         lambda spectra: unsettled_sites(asked, spectra),
     )

@@ -33,7 +33,6 @@ from rankwise.files.plan import read_plan
 from rankwise.models.adapt import (
     ADAPTER,
     Allocation,
-    LoraSettings,
     adalora_layers,
     adapt_allocated,
     allocated_plan,
@@ -45,6 +44,7 @@ from rankwise.models.adapters import load_adapter
 from rankwise.models.load import load_model
 from rankwise.models.sites import model_sites
 from rankwise.models.targets import choose_sites, uniform_plan
+from rankwise.options.sections import LoraSection
 from rankwise.train import results as saving
 from rankwise.train.adalora import ALLOCATED_TABLE, ALLOCATOR_STATE, RankAllocation
 from rankwise.train.arguments import build_arguments
@@ -228,7 +228,7 @@ def adapted(base: Path, found: Allocation, dropout: float = 0.0) -> PeftModel:
     set_seed(0)
     model = load_model(str(base), torch.float32)
     plan = uniform_plan(choose_sites(model_sites(model)), START, None, False, "tiny")
-    return adapt_allocated(model, plan, LoraSettings(dropout=dropout), found)
+    return adapt_allocated(model, plan, LoraSection(lora_dropout=dropout), found)
 
 
 def trainer_of(base: Path, folder: Path, found: Allocation | None = None, **given: Any) -> RankwiseTrainer:
@@ -277,7 +277,7 @@ def test_transposed_weights_fold_the_same(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     plan = uniform_plan(choose_sites(model_sites(model)), 4, 12.0, False, "tiny")
     found = Allocation(4, 2, RankBudget(4 * len(plan.ranks), 0.5, 1, 1, 1, 8))
-    trained = adapt_allocated(model, plan, LoraSettings(0.0), found)
+    trained = adapt_allocated(model, plan, LoraSection(lora_dropout=0.0), found)
     masks = {path: torch.tensor([True, False, True, False]) for path in plan.ranks}
     masks[next(iter(masks))][:] = False
     with torch.no_grad():

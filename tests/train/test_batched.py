@@ -23,9 +23,10 @@ from rankwise.data.dataset import Collator
 from rankwise.data.render import IGNORED
 from rankwise.errors import Interrupted, UsageError, VerificationError
 from rankwise.evaluate.likelihood import answer_losses
-from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, lora_layers
+from rankwise.models.adapt import ADAPTER, adapt, lora_layers
 from rankwise.models.sites import model_sites
 from rankwise.models.targets import choose_sites
+from rankwise.options.sections import LoraSection
 from rankwise.train.arguments import build_arguments
 from rankwise.train.gradient_table import StepTable
 from rankwise.train.phases import COLUMNS, PHASES_TABLE, PhaseKeeper
@@ -108,7 +109,7 @@ def adapted(model: PreTrainedModel, pairs: Mapping[str, tuple[Tensor, Tensor]], 
     """The project's own PEFT model with these factors."""
     sites = model_sites(model)
     plan = RankPlan(tuple(PlannedSite(sites[path], a.shape[0]) for path, (a, _) in pairs.items()), "", False, scale)
-    found = adapt(model, plan, LoraSettings(dropout=0.0))
+    found = adapt(model, plan, LoraSection(lora_dropout=0.0))
     for path, layer in lora_layers(found).items():
         layer.lora_A[ADAPTER].weight.data.copy_(pairs[path][0])
         layer.lora_B[ADAPTER].weight.data.copy_(pairs[path][1])

@@ -15,9 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from rankwise import cli
 from rankwise.errors import UsageError
 from rankwise.files.atomic import read_object
-from rankwise.models.adapt import LoraSettings, adapt
+from rankwise.models.adapt import adapt
 from rankwise.models.sites import model_sites
 from rankwise.models.targets import choose_sites, uniform_plan
+from rankwise.options.sections import LoraSection
 from rankwise.train.arguments import build_arguments
 from rankwise.train.estimate.cost import Curve, Fixed, Profile, Speed, Work, run_length
 from rankwise.train.estimate.gpus import CARDS, GIB, Card, cards, gib
@@ -40,7 +41,7 @@ def shapes_of(rank: int = 8, dropout: float = 0.0, **changes: int) -> Shapes:
     with torch.device("meta"):
         base = small_llama(**changes)
     plan = uniform_plan(choose_sites(model_sites(base)), rank, None, False, "tiny")
-    return Shapes(base, plan, LoraSettings(dropout=dropout), None)
+    return Shapes(base, plan, LoraSection(lora_dropout=dropout), (), None)
 
 
 def found(shapes: Shapes, way: Way, place: Hardware, folder: Path, length: int = 64, **more: object) -> Traced:
@@ -69,7 +70,7 @@ def test_a_trace_without_weights_is_that_of_a_real_step(autocast: torch.dtype | 
         with torch.device(device):
             base = small_llama()
         model = adapt(
-            base, uniform_plan(choose_sites(model_sites(base)), 4, None, False, "x"), LoraSettings(dropout=0.1)
+            base, uniform_plan(choose_sites(model_sites(base)), 4, None, False, "x"), LoraSection(lora_dropout=0.1)
         )
         model.config.use_cache = False
         model.train()
@@ -86,7 +87,9 @@ def test_a_trace_without_weights_is_that_of_a_real_step(autocast: torch.dtype | 
 def test_what_autograd_saves_is_what_is_held_before_the_backward_pass() -> None:
     """torch's own hooks name every saved tensor: parameters apart, they and nothing much else are alive then."""
     base = small_llama()
-    model = adapt(base, uniform_plan(choose_sites(model_sites(base)), 4, None, False, "x"), LoraSettings(dropout=0.0))
+    model = adapt(
+        base, uniform_plan(choose_sites(model_sites(base)), 4, None, False, "x"), LoraSection(lora_dropout=0.0)
+    )
     model.config.use_cache = False
     model.train()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

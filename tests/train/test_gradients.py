@@ -23,10 +23,11 @@ from transformers import TrainerCallback, set_seed
 
 from rankwise.data.dataset import Collator
 from rankwise.errors import DataError, DivergedError, UsageError
-from rankwise.models.adapt import LoraSettings, adapt, lora_layers, lora_pairs, quiet_peft
+from rankwise.models.adapt import adapt, lora_layers, lora_pairs, quiet_peft
 from rankwise.models.load import load_model
 from rankwise.models.sites import model_sites
 from rankwise.models.targets import choose_sites, uniform_plan
+from rankwise.options.sections import LoraSection
 from rankwise.train.arguments import build_arguments
 from rankwise.train.gradient_table import (
     GRADIENT_SUMMARY,
@@ -281,7 +282,7 @@ def with_gradients(base: Path, rank: int = 4, **settings: Any) -> Any:
     set_seed(1)
     model = load_model(str(base), torch.float32)
     plan = uniform_plan(choose_sites(model_sites(model)), rank, None, False, "tiny")
-    model = adapt(model, plan, LoraSettings(dropout=0.0, **settings))
+    model = adapt(model, plan, LoraSection(lora_dropout=0.0, **settings))
     for layer in lora_layers(model).values():
         nn.init.normal_(layer.lora_B.default.weight, std=0.1)
     backward(model)

@@ -38,6 +38,7 @@ from rankwise.data.device import AlwaysTiled, DeviceReader
 from rankwise.data.images import ImageReader, shown
 from rankwise.errors import DataError, UsageError
 from rankwise.files.atomic import atomic_write, sha256
+from rankwise.options.sections import DEPTH_CONTROLS
 
 FORMAT = "rankwise-depth-map/1"
 REMEDY = "run the command again, which makes it anew before it starts"
@@ -252,7 +253,7 @@ class DepthMaps:
     """Depth values of images by their references.
 
     source: what made the maps (`source_name` of an estimator); files and luminance name themselves.
-    control: one of core.geometry.CONTROLS. donors: image digest → reference whose map it gets (control `shuffled`).
+    control: one of DEPTH_CONTROLS. donors: image digest → reference whose map it gets (control `shuffled`).
     seed: of the within-image permutation and of the shuffle.
     """
 
@@ -267,7 +268,7 @@ class DepthMaps:
     _known: dict[str, tuple[str, tuple[Grid, ...]]] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        assert self.control in core.CONTROLS, self.control
+        assert self.control in DEPTH_CONTROLS, self.control
         assert (self.control == "file") == (self.files is not None), self.control
 
     def for_image(self, reference: str) -> Tensor:

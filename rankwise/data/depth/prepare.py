@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.image_utils import load_image
 
-from rankwise.core.geometry import CONTROLS, permuted
+from rankwise.core.geometry import permuted
 from rankwise.data.depth.maps import (
     NEEDS_NO_MAP,
     DepthCache,
@@ -47,7 +47,7 @@ from rankwise.files.checkpoint import resolve
 from rankwise.files.processes import announce, gathered, own_share, process_index
 from rankwise.models.depth.encoder import ENCODER, DepthSettings, encoder_of, read_depth, write_depth
 from rankwise.models.depth.estimator import ESTIMATOR, SMALL, DepthEstimator, load_estimator
-from rankwise.options.sections import DepthSection, DepthUseSection
+from rankwise.options.sections import DEPTH_CONTROLS, DepthSection, DepthUseSection
 
 GATE_RATE = 0.03  # at an adapter's rate the gate stays near its start, 0 (benchmarks/depth_evidence.py)
 CACHE = Path("~/.cache/rankwise/depth")
@@ -104,7 +104,7 @@ def idle(section: DepthSection) -> list[str]:
 
 
 def check_maps(control: str, maps: str | None) -> None:
-    assert control in CONTROLS, control
+    assert control in DEPTH_CONTROLS, control
     if (control == "file") != (maps is not None):
         raise UsageError("--depth_control file needs --depth_maps FOLDER_OR_TABLE, and vice versa")
 

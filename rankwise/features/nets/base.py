@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from rankwise.core.factors import Factors
 from rankwise.errors import DataError, UsageError
+from rankwise.options.features import FactorTrainConfig
 
 WIDTH = 256
 
@@ -68,8 +69,7 @@ class FactorizerSettings:
                 f"--rank {self.rank}: matrices of {self.tokens} tokens × {self.channels} channels have rank {most} "
                 f"at most; give 1 to {most}"
             )
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"--dropout is a probability, 0 ≤ p < 1; got {self.dropout}")
+        FactorTrainConfig(dropout=self.dropout)  # UsageError for a number out of range
 
 
 @dataclass(frozen=True)

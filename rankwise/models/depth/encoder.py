@@ -14,7 +14,6 @@ says how it was trained to take depth: what must be the same wherever it is used
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -25,13 +24,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankwise.core.geometry import CONTROLS
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import beside
 from rankwise.files.atomic import read_document, write_json
+from rankwise.options.sections import DEPTH_CONTROLS, DEPTH_GATES, DEPTH_LAYOUTS, DepthSection
 
 FILE, FORMAT = "depth.json", "rankwise-depth/1"
-GATES, LAYOUTS = ("learned", "none"), ("split", "interleaved")
 ENCODER = "depth_preproc"  # the documented module names
 BASE = 10_000.0  # of the frequencies
 WITHOUT = (
@@ -47,7 +45,7 @@ class DepthSettings:
     alpha: depth in [0, 1] is multiplied by it before the encoding. input_size: the shorter side of an image as the
     estimator sees it. gate: `learned`, one number that starts at 0, or `none`, always 1: the encoding's length
     √(width/2) can then swamp the features. layout: sines before cosines, or by turns. estimator: file, folder or hub
-    id; estimator_hash: its fingerprint. control: where the numbers come from (core.depth.CONTROLS). gate_value: the
+    id; estimator_hash: its fingerprint. control: where the numbers come from (DEPTH_CONTROLS). gate_value: the
     trained gate of a merged model; an adapter holds its gate itself.
     """
 
@@ -61,14 +59,11 @@ class DepthSettings:
     gate_value: float | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise UsageError(f"--depth_alpha must be above 0, got {self.alpha}")
-        if self.input_size < 14:
-            raise UsageError(f"--depth_input_size must be at least 14 (one patch), got {self.input_size}")
+        DepthSection(depth_alpha=self.alpha, depth_input_size=self.input_size)  # UsageError for a number out of range
         for name, value, known in (
-            ("gate", self.gate, GATES),
-            ("layout", self.layout, LAYOUTS),
-            ("control", self.control, CONTROLS),
+            ("gate", self.gate, DEPTH_GATES),
+            ("layout", self.layout, DEPTH_LAYOUTS),
+            ("control", self.control, DEPTH_CONTROLS),
         ):
             if value not in known:
                 raise UsageError(f"--depth_{name} takes {', '.join(known)}; got {value!r}")

@@ -24,7 +24,7 @@ from rankwise.options.commands import TrainConfig
 from rankwise.options.sections import EstimateSection
 from rankwise.page.text import amount, memory, plural
 from rankwise.train.adalora import starting_lora
-from rankwise.train.adapter import choose_plan, settings_of
+from rankwise.train.adapter import choose_plan
 from rankwise.train.arguments import quantization
 from rankwise.train.estimate.cost import Length, Needs, Speed, Work, run_length, run_seconds, widths
 from rankwise.train.estimate.gpus import cards
@@ -52,7 +52,7 @@ def run_estimate(config: TrainConfig, name: str, arguments: TrainingArguments) -
     full = full_of(skeleton, towers)
     plan, _ = choose_plan(starting_lora(config), model_sites(skeleton), name, towers.lora)
     rows = rows_of(config, name, skeleton)
-    shapes = Shapes(skeleton, plan, settings_of(config.lora, full), config.model.attn_implementation)
+    shapes = Shapes(skeleton, plan, config.lora, full, config.model.attn_implementation)
     found = estimate(config, name, arguments, shapes, rows)
     print(page(found))
     if config.estimate.estimate_out:
@@ -85,7 +85,7 @@ def estimate(config: TrainConfig, name: str, arguments: TrainingArguments, shape
     trained, total = shapes.counts
     return EstimatePage(
         model=name,
-        what=describe_adapted(shapes.plan.ranks, shapes.settings.full),
+        what=describe_adapted(shapes.plan.ranks, shapes.full),
         trained=trained,
         total=total,
         card=place.card.name if len(place.cards) == 1 else str(config.estimate.gpu),

@@ -1,10 +1,11 @@
 """The adapted model on the meta device, set up for one configuration after another, and the traces of each.
 
-base (meta), plan ── Shapes ── set_up(way, place) ── traces of two and three rows ──▶ Measured(profile, work)
+base (meta), plan ── Shapes ── set_up(way, place) ── traces of two and three rows ──▶ Traced(profile, work)
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import SimpleNamespace
@@ -21,10 +22,10 @@ from rankwise.data.dataset import Collator, PackedDataset, RenderedDataset
 from rankwise.data.renderer_for import own_length, renderer_for
 from rankwise.data.vision_inputs import Sight
 from rankwise.evaluate.likelihood import BESIDE
-from rankwise.models.adapt import LoraSettings, adapt
+from rankwise.models.adapt import adapt
 from rankwise.models.load import unquantized_modules
 from rankwise.options.commands import TrainConfig
-from rankwise.options.sections import EstimateSection
+from rankwise.options.sections import EstimateSection, LoraSection
 from rankwise.train.arguments import autocast, frozen_dtype
 from rankwise.train.estimate.cost import CPU_ALLOWANCE, GPU_ALLOWANCE, QUANTIZED, Fixed, Profile, Work
 from rankwise.train.estimate.gpus import FLOAT32, Card, cards, state_bytes, this_machine
@@ -142,7 +143,8 @@ class Shapes:
 
     base: PreTrainedModel
     plan: RankPlan
-    settings: LoraSettings
+    lora: LoraSection
+    full: Collection[str]
     attention: str | None
 
     def __post_init__(self) -> None:
@@ -151,7 +153,7 @@ class Shapes:
         skip = unquantized_modules(self.base) or get_keys_to_not_convert(self.base)
         linear = {name: module for name, module in self.base.named_modules() if isinstance(module, nn.Linear)}
         self.quantized = {id(module) for name, module in linear.items() if should_convert_module(name, skip)}
-        self.model = adapt(self.base, self.plan, replace(self.settings, init="default"))
+        self.model = adapt(self.base, self.plan, replace(self.lora, init_lora_weights="default"), self.full)
         self.model.config.use_cache = False
         self.model.train()
 

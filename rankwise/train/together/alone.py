@@ -28,7 +28,8 @@ from transformers import PreTrainedModel, TrainingArguments, get_scheduler
 from rankwise.core.phase import BoundNorm, Phases
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.errors import DivergedError, Interrupted, UsageError
-from rankwise.models.adapt import ADAPTER, LoraSettings, adapt, lora_layers, lora_pairs
+from rankwise.models.adapt import ADAPTER, adapt, lora_layers, lora_pairs
+from rankwise.options.sections import LoraSection
 from rankwise.train.arguments import build_arguments
 from rankwise.train.phases import PhaseKeeper
 from rankwise.train.together.stacked import ArmSettings
@@ -107,7 +108,7 @@ def twin_of(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 def adapted(twin: PreTrainedModel, arm: Arm, schedule: BoundNorm) -> PeftModel:
     """The arm's PEFT model, with its start and scales."""
     planned = [PlannedSite(schedule.sites[path], a.shape[0]) for path, (a, _) in arm.start.items()]
-    found = adapt(twin, RankPlan(tuple(planned)), LoraSettings(dropout=0.0))
+    found = adapt(twin, RankPlan(tuple(planned)), LoraSection(lora_dropout=0.0))
     for path, layer in lora_layers(found).items():
         a, b = arm.start[path]
         layer.scaling[ADAPTER] = arm.scales[path]
