@@ -32,6 +32,8 @@ from rankwise.errors import VerificationError
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.features.cache import open_cache
 from rankwise.features.dataset import read_split
+from rankwise.features.downstream_page import read_answers
+from rankwise.features.page import read_comparison
 from rankwise.features.trained import load_factorizer
 from rankwise.files.adapter import read_adapter
 from rankwise.files.atomic import read_json
@@ -43,9 +45,12 @@ from rankwise.labels.dataset import read_rows
 from rankwise.labels.teacher.ledger import AnswerLedger
 from rankwise.models.depth.encoder import read_depth, write_depth
 from rankwise.options.field import flatten, load_file
-from rankwise.report.contents import read_comparisons, read_downstream, read_fidelity, read_gain, read_sites, read_study
+from rankwise.ranks.fidelity import read_fidelity
+from rankwise.ranks.plots import read_gain
+from rankwise.report.contents import read_sites
 from rankwise.report.report import build_report
 from rankwise.study.design import Registration
+from rankwise.study.page import read_study
 from rankwise.train.checkpoints import find_damage
 from rankwise.train.gradient_table import stored
 
@@ -210,8 +215,8 @@ READ: dict[str, Read] = {
     r"AdaLoRA/best_model\.json": lambda file: load_factorizer(file.parent),
     r"extracted/adapter_config\.json": lambda file: read_adapter(file.parent),
     r"nets/\w+/split\.json": lambda file: read_split(file, open_cache(BEFORE / "cache")),
-    r"nets/comparison\.json": lambda file: list(read_comparisons([file])),
-    r"downstream\.json": lambda file: list(read_downstream([file])),
+    r"nets/comparison\.json": read_comparison,
+    r"downstream\.json": read_answers,
     r"done\.json": lambda file: read_marks(file.parents[1]),
     r"manifest\.json": lambda file: RunFolder(file.parent).stages(),
 }

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.device.parity.rungs import said, unmeasured
-from rankwise.device.scores import FORMAT
+from rankwise.device.scores import FILE, FORMAT
 from rankwise.evaluate.classify import class_table, plot_confusion
 from rankwise.files.atomic import read_document
-from rankwise.page.blocks import Block, Folded, Plot, Table, Words, drawn, into, lines, pictures
+from rankwise.page.blocks import Block, Finding, Folded, Plot, Table, Words, drawn, into, lines, pictures
 from rankwise.page.canvas import drawable
 from rankwise.page.text import is_number, memory, number, percent, printable, with_interval
 
@@ -178,3 +178,6 @@ def score_cell(facts: Mapping[str, Any], name: str) -> str:
 
 def latency(facts: Mapping[str, Any]) -> str:
     return "{median:.3f} s, {p95:.3f} s".format(**facts["latency"]) if facts.get("latency") else ""
+
+
+VALIDATION = Finding(FILE, ("validate",), read_validation, validation_blocks)

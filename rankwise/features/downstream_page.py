@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.features.answers import NOTHING, ORIGINAL, WHOLE
+from rankwise.files.atomic import read_own
 from rankwise.page import canvas
-from rankwise.page.blocks import Block, Page, Plot, Table, Target, Words, drawn
+from rankwise.page.blocks import Block, Finding, Page, Plot, Table, Target, Words, drawn
 from rankwise.page.canvas import GREY, INK, error_bars, legend_outside, name_axes, panels, save
 from rankwise.page.text import clip, plural, printable
 
 FORMAT = "rankwise-downstream/1"
+PARTS = ("rows", "notes", "settings", "shapes")
 JSON, MARKDOWN, PICTURE = "downstream.json", "downstream.md", "downstream.png"
 HEADER = ("method", "rank", "feature error", "loss", "loss change", "KL", "same token", "answer right")
 INVISIBLE = 1e-6  # KL below it is rounding; on a logarithmic axis it would take most of the room
@@ -150,3 +152,10 @@ def style(index: int, network: bool) -> dict[str, Any]:
     line = canvas.LINES[index % len(canvas.LINES)]
     baseline = {"markersize": 4, "fillstyle": "full", "linestyle": line}
     return canvas.style(index) | ({"markersize": 7, "fillstyle": "none", "linestyle": ""} if network else baseline)
+
+
+def read_answers(path: Path) -> Mapping[str, Any] | None:
+    return read_own(path, FORMAT, "answers with factors", PARTS)
+
+
+ANSWERS = Finding(JSON, ("features downstream",), read_answers, answer_blocks)

@@ -26,7 +26,7 @@ from rankwise.features.trained import save_factorizer
 from rankwise.files.atomic import about_to_write, read_json, read_object, write_json
 from rankwise.files.processes import announce, process_index
 from rankwise.options.field import flatten
-from rankwise.page.blocks import Block, Plot, Words
+from rankwise.page.blocks import Block, Finding, Plot, Words
 from rankwise.page.canvas import (
     BLUE,
     GREY,
@@ -40,7 +40,7 @@ from rankwise.page.canvas import (
     save,
     whole_ticks,
 )
-from rankwise.page.text import plural
+from rankwise.page.text import has_numbers, plural, printable
 from rankwise.train.rows import summed
 
 HISTORY, STATE = "history.json", "history_state.json"
@@ -223,11 +223,26 @@ def new_folder(log_dir: Path) -> Path:
     raise AssertionError("a thousand runs in one second")
 
 
-def history_blocks(rows: Sequence[Mapping[str, Any]], name: str = "") -> list[Block]:
+@dataclass(frozen=True)
+class Epochs:
+    """The rows of a `history.json` and whose they are."""
+
+    name: str
+    rows: Sequence[Mapping[str, Any]]
+
+
+def read_epochs(path: Path) -> Epochs | None:
+    """None for another program's history, which looks different."""
+    rows, needed = read_json(path), ("epoch", "train_mse", "val_mse", "lr", "effective_rank")
+    ours = isinstance(rows, list) and rows and all(has_numbers(row, needed) for row in rows)
+    return Epochs(path.parent.name, rows) if ours else None
+
+
+def epochs_blocks(found: Epochs) -> list[Block]:
     """ResMLP: 20 epochs; kept with validation MSE 0.412 at epoch 17, where the relative error is 0.642; the curves."""
-    kept = best_row(rows)
-    told = f"{name}: " if name else ""
-    told += f"{plural(len(rows), 'epoch')}; kept with validation MSE {kept['val_mse']:.4g} at epoch {kept['epoch']}"
+    rows, kept = found.rows, best_row(found.rows)
+    told = f"{printable(found.name, 80)}: {plural(len(rows), 'epoch')}; "
+    told += f"kept with validation MSE {kept['val_mse']:.4g} at epoch {kept['epoch']}"
     if kept.get("val_rel_f") is not None:
         told += f", where the relative error is {kept['val_rel_f']:.4f}"
     ranks = [row["effective_rank"] for row in rows]
@@ -237,6 +252,7 @@ def history_blocks(rows: Sequence[Mapping[str, Any]], name: str = "") -> list[Bl
     return [Words(told), Plot(CURVES, caption, draw)]
 
 
+EPOCHS = Finding(HISTORY, ("features train",), read_epochs, epochs_blocks)
 DOTS = 12  # epochs up to which every point is marked
 
 

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from rankwise.features.measures import GRAM, PCA, SVD
-from rankwise.page.blocks import Block, Plot, Table, Words
+from rankwise.files.atomic import read_own
+from rankwise.page.blocks import Block, Finding, Plot, Table, Words
 from rankwise.page.canvas import (
     BLUE,
     GREY,
@@ -318,3 +319,11 @@ PLOTS: Mapping[str, tuple[Any, str]] = {
     "error_histogram": (plot_error_histogram, "Relative error of the single matrices, median marked"),
     "cosine_histogram": (plot_cosine_histogram, "Cosine between tokens and their approximation, median marked"),
 }
+
+
+def read_comparison(path: Path) -> Comparison | None:
+    """None: `rankwise compare` calls its own file so too."""
+    return read_own(path, FORMAT, "a comparison of factors", PARTS)
+
+
+FACTORS = Finding(FILE, ("features compare",), read_comparison, comparison_blocks)

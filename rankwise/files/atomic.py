@@ -267,6 +267,14 @@ def read_document(path: Path | str, form: str, what: str, parts: Iterable[str] =
     return content
 
 
+def read_own(path: Path | str, form: str, what: str, parts: Iterable[str] = ()) -> dict[str, Any] | None:
+    """The same; None for a file of that name in no format of ours: other programs call their files so too."""
+    content = read_json(path)
+    return (
+        read_document(path, form, what, parts) if isinstance(content, dict) and content.get("format") == form else None
+    )
+
+
 def read_bytes(path: Path) -> bytes:
     """The whole file; DataError where it cannot be read."""
     try:

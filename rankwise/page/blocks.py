@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from rankwise.page.text import align
 
@@ -100,6 +100,19 @@ class Folded:
 
 
 Block = Table | Plot | Picture | Words | SideBySide | Gallery | Folded
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A kind of stored result: its file, the commands that leave it, its reader, and the blocks that show it.
+
+    read: DataError for a broken file; None for one that another program has named so.
+    """
+
+    file: str
+    commands: tuple[str, ...]
+    read: Callable[[Path], Any]
+    blocks: Callable[[Any], list[Block]]
 
 
 @dataclass(frozen=True)

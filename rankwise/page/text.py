@@ -114,6 +114,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def has_numbers(row: Any, numbers: Sequence[str], name: str = "") -> bool:
+    """Whether an object from a file has these numbers and, where one is named, another entry."""
+    return isinstance(row, dict) and (not name or name in row) and all(is_number(row.get(each)) for each in numbers)
+
+
 def printable(text: Any, most: int = 700) -> str:
     """Text from a file as one may show it: no control characters, no direction overrides, not endless."""
     shown = harmless(str(text)).encode("utf-8", "replace").decode()

@@ -15,11 +15,11 @@ from torch import Tensor
 from rankwise.core.factors import share_kept
 from rankwise.core.measure import energy_between, energy_of
 from rankwise.core.site import Site
-from rankwise.errors import VerificationError
+from rankwise.errors import DataError, VerificationError
 from rankwise.files.adapter import LoraAdapter
-from rankwise.files.atomic import write_json
-from rankwise.page.blocks import Block, Folded, Table
-from rankwise.page.text import amount, is_number, number, plural, printable
+from rankwise.files.atomic import read_object, write_json
+from rankwise.page.blocks import Block, Finding, Folded, Table
+from rankwise.page.text import amount, has_numbers, is_number, number, plural, printable
 from rankwise.ranks.deltas import CheckpointPair, DeltaSource, SavedDeltas, WeightPair, weight_name
 
 FILE = "fidelity.json"
@@ -283,6 +283,18 @@ def fidelity_blocks(content: Mapping[str, Any]) -> list[Block]:
     note = f"The {len(rows)} of {plural(len(sites), 'site')} that lose most." if len(rows) > 1 else ""
     table = Table(("site", *map(spaced, columns)), rows, note=note)
     return [Table((), totals), Folded("Sites", [table])]
+
+
+def read_fidelity(path: Path) -> Mapping[str, Any]:
+    content = read_object(path)
+    rows = content.get("sites")
+    numbers = ("rank", "energy_kept", "parameters")
+    if not isinstance(rows, list) or not all(has_numbers(row, numbers, "path") for row in rows):
+        raise DataError(f"{path}: expected `sites`, a list of objects with path, {', '.join(numbers)}")
+    return content
+
+
+FIDELITY = Finding(FILE, ("extract", "compress", "merge"), read_fidelity, fidelity_blocks)
 
 
 def spaced(name: str) -> str:

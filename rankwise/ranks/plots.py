@@ -20,9 +20,9 @@ from tqdm import tqdm
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum
-from rankwise.errors import need
-from rankwise.files.atomic import atomic_write, write_json
-from rankwise.page.blocks import Block, Folded, Plot, Table, Words
+from rankwise.errors import DataError, need
+from rankwise.files.atomic import atomic_write, read_object, write_json
+from rankwise.page.blocks import Block, Finding, Folded, Plot, Table, Words
 from rankwise.page.canvas import (
     BLUE,
     GREY,
@@ -40,7 +40,7 @@ from rankwise.page.canvas import (
     save,
     write_cells,
 )
-from rankwise.page.text import clip, percent, plural, printable
+from rankwise.page.text import clip, has_numbers, percent, plural, printable
 from rankwise.ranks.decide import Evidence
 from rankwise.ranks.deltas import DeltaSource
 from rankwise.ranks.spectra import Measured
@@ -271,6 +271,17 @@ def gain_blocks(gain: Mapping[str, Any]) -> list[Block]:
     caption = "Share of the loss gain kept: the plan against uniform rank and shuffles of its own ranks"
     plots = [] if gain.get("defined") is False else [Plot("gain", caption, partial(plot_gain, gain))]
     return [*plots, Table(("gain kept", "share", "95 % interval"), rows, note=note)]
+
+
+def read_gain(path: Path) -> Mapping[str, Any]:
+    content = read_object(path)
+    arms = content.get("arms")
+    if not isinstance(arms, list) or not all(has_numbers(arm, ("kept", "low", "high"), "name") for arm in arms):
+        raise DataError(f"{path}: expected `arms`, a list of objects with name, kept, low and high")
+    return content
+
+
+GAIN = Finding("gain.json", ("ranks",), read_gain, gain_blocks)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -12,31 +12,30 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rankwise.core.plan import RankPlan
-from rankwise.device.scores import FILE as VALIDATION
-from rankwise.device.validation_page import read_validation
+from rankwise.device.validation_page import VALIDATION
 from rankwise.errors import DataError
 from rankwise.evaluate.forgetting import FILE as FORGETTING
 from rankwise.evaluate.predictions import FILE as RESULTS
 from rankwise.evaluate.predictions import EvaluationResult
-from rankwise.features.downstream_page import FORMAT as DOWNSTREAM_FORMAT
-from rankwise.features.downstream_page import JSON as DOWNSTREAM_FILE
-from rankwise.features.history import HISTORY
-from rankwise.features.page import FILE, FORMAT, PARTS
-from rankwise.files.atomic import read_bytes, read_document, read_json, read_object
+from rankwise.features.downstream_page import ANSWERS
+from rankwise.features.history import EPOCHS
+from rankwise.features.page import FACTORS
+from rankwise.files.atomic import read_bytes, read_json, read_object
 from rankwise.files.lineage import named, walk
 from rankwise.files.plan import read_plan
 from rankwise.files.run_folder import FORMAT as MANIFEST_FORMAT
 from rankwise.files.run_folder import MANIFEST, without_secrets
-from rankwise.page.text import is_number
+from rankwise.page.blocks import Finding
 from rankwise.pipeline.times import StageTime, read_times
-from rankwise.study.page import FORMAT as STUDY_FORMAT
-from rankwise.study.page import PARTS as STUDY_PARTS
+from rankwise.ranks.fidelity import FIDELITY
+from rankwise.ranks.plots import GAIN
+from rankwise.study.page import STUDY
 from rankwise.train.gradient_summary import GradientTables, read_phases, read_tables
 from rankwise.train.gradient_table import GROUPS, NORMS
 
@@ -97,16 +96,10 @@ class Contents:
     plans: tuple[tuple[str, RankPlan], ...] = ()
     scores: tuple[Scored, ...] = ()
     logs: tuple[tuple[str, list[dict[str, str]]], ...] = ()
-    gains: tuple[tuple[str, Mapping[str, Any]], ...] = ()
-    fidelity: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     sites: tuple[tuple[str, Adapted], ...] = ()
-    studies: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     gradients: tuple[tuple[str, GradientTables], ...] = ()
-    validations: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    findings: tuple[tuple[Finding, str, Any], ...] = ()
     phases: tuple[tuple[str, list[tuple[int, str]]], ...] = ()
-    factors: tuple[tuple[str, Mapping[str, Any]], ...] = ()
-    histories: tuple[tuple[str, Sequence[dict[str, Any]]], ...] = ()
-    downstream: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     times: tuple[StageTime, ...] = ()
     pictures: tuple[str, ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
@@ -116,40 +109,8 @@ class Contents:
         return not any(getattr(self, one.name) for one in fields(self) if one.name not in ("run", "settings"))
 
 
-BY_EPOCH = ("epoch", "train_mse", "val_mse", "lr", "effective_rank")
-DOWNSTREAM_PARTS = ("rows", "notes", "settings", "shapes")
-Rows = Sequence[dict[str, Any]]
-
-
-def read_comparisons(files: Sequence[Path]) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """Comparisons of factorizations; `rankwise compare` calls its own file so too."""
-    yield from whole(files, FILE, FORMAT, PARTS)
-
-
-def read_downstream(files: Sequence[Path]) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    yield from whole(files, DOWNSTREAM_FILE, DOWNSTREAM_FORMAT, DOWNSTREAM_PARTS)
-
-
-def read_histories(files: Sequence[Path]) -> Iterator[tuple[Path, Rows]]:
-    """Epochs of networks that predict factors; other programs' histories look different and are passed over."""
-    for path in files:
-        content = read_json(path) if path.name == HISTORY else None
-        if isinstance(content, list) and content and all(has_numbers(row, BY_EPOCH) for row in content):
-            yield path, content
-
-
-def whole(
-    files: Sequence[Path], name: str, form: str, parts: Sequence[str]
-) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """Files of this name and format. DataError for one that lacks a part."""
-    for path in files:
-        content = read_json(path) if path.name == name else None
-        if not isinstance(content, dict) or content.get("format") != form:
-            continue
-        missing = [part for part in parts if part not in content]
-        if missing:
-            raise DataError(f"{path}: incomplete: {', '.join(missing)} missing; run the command that wrote it again")
-        yield path, content
+# What is shown where it lies; each room says how.
+FINDINGS = (GAIN, STUDY, VALIDATION, EPOCHS, FACTORS, ANSWERS, FIDELITY)
 
 
 GENERIC = ("evaluation", "evaluate", "results", "predictions", "final_model")
@@ -161,8 +122,8 @@ def read_run(run: Path) -> Contents:
     if not run.is_dir():
         raise DataError(f"{run}: no such folder; `rankwise report` takes the folder that a run has written")
     files = list(walk(run))
-    histories = tuple((folder(run, path), rows) for path, rows in read_histories(files))
-    of_factors = {where for where, _ in histories}
+    findings = tuple(read_findings(run, files))
+    of_factors = {where for finding, where, _ in findings if finding is EPOCHS}
     contents = Contents(
         run=run,
         stages=tuple(sorted(read_stages(run, files), key=lambda stage: stage.started)),
@@ -173,16 +134,10 @@ def read_run(run: Path) -> Contents:
             for path in named(files, "training_log.csv")
             if folder(run, path) not in of_factors  # its loss is not in nats per token
         ),
-        gains=tuple((folder(run, path), read_gain(path)) for path in named(files, "gain.json")),
-        fidelity=tuple((folder(run, path), read_fidelity(path)) for path in named(files, "fidelity.json")),
         sites=tuple((folder(run, path), read_sites(path)) for path in named(files, "sites.json")),
-        studies=tuple((folder(run, path), read_study(path)) for path in named(files, "study.json")),
         gradients=tuple(read_gradients(run, files)),
-        validations=tuple((folder(run, path), read_validation(path)) for path in named(files, VALIDATION)),
+        findings=findings,
         phases=tuple((folder(run, path), read_phases(path)) for path in named(files, "phases.csv")),
-        factors=tuple((folder(run, path), content) for path, content in read_comparisons(files)),
-        histories=histories,
-        downstream=tuple((folder(run, path), content) for path, content in read_downstream(files)),
         times=read_times(run),
         pictures=tuple(
             relative(run, path)
@@ -197,6 +152,14 @@ def read_run(run: Path) -> Contents:
             "training_log.csv or plots below it. Name the folder that a rankwise command wrote."
         )
     return contents
+
+
+def read_findings(run: Path, files: list[Path]) -> Iterator[tuple[Finding, str, Any]]:
+    for finding in FINDINGS:
+        for path in named(files, finding.file):
+            content = finding.read(path)
+            if content is not None:
+                yield finding, folder(run, path), content
 
 
 def relative(run: Path, path: Path) -> str:
@@ -229,7 +192,7 @@ def read_plans(run: Path, files: list[Path]) -> Iterator[tuple[str, RankPlan]]:
 
 def read_scores(run: Path, files: list[Path]) -> Iterator[Scored]:
     """All scores but those that a validation has made for itself: it shows them in its own table."""
-    within = {path.parent for path in named(files, VALIDATION)}
+    within = {path.parent for path in named(files, VALIDATION.file)}
     for path in [*named(files, RESULTS), *named(files, FORGETTING)]:
         if within & set(path.parents):
             continue
@@ -293,14 +256,6 @@ def read_gradients(run: Path, files: list[Path]) -> Iterator[tuple[str, Gradient
             yield relative(run, where), tables
 
 
-def read_gain(path: Path) -> Mapping[str, Any]:
-    content = read_object(path)
-    arms = content.get("arms")
-    if not isinstance(arms, list) or not all(has_numbers(arm, ("kept", "low", "high"), "name") for arm in arms):
-        raise DataError(f"{path}: expected `arms`, a list of objects with name, kept, low and high")
-    return content
-
-
 def read_sites(path: Path) -> Adapted:
     """The adapted sites of a training run, summed up."""
     content = read_object(path)
@@ -310,24 +265,6 @@ def read_sites(path: Path) -> Adapted:
         return Adapted([int(row["rank"]) for row in rows], parameters, len(content["left_out"]))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: expected `sites` with rank and shape, and `left_out`: {error!r}") from error
-
-
-def read_study(path: Path) -> Mapping[str, Any]:
-    return read_document(path, STUDY_FORMAT, "a study", STUDY_PARTS)
-
-
-def has_numbers(row: Any, numbers: Sequence[str], name: str = "") -> bool:
-    """An object with these numbers and, where one is named, another entry."""
-    return isinstance(row, dict) and (not name or name in row) and all(is_number(row.get(each)) for each in numbers)
-
-
-def read_fidelity(path: Path) -> Mapping[str, Any]:
-    content = read_object(path)
-    rows = content.get("sites")
-    numbers = ("rank", "energy_kept", "parameters")
-    if not isinstance(rows, list) or not all(has_numbers(row, numbers, "path") for row in rows):
-        raise DataError(f"{path}: expected `sites`, a list of objects with path, {', '.join(numbers)}")
-    return content
 
 
 def read_settings(run: Path, files: list[Path]) -> Iterator[tuple[str, Any]]:

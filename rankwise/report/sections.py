@@ -13,18 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from rankwise.device.validation_page import validation_blocks
-from rankwise.features.downstream_page import answer_blocks
-from rankwise.features.history import history_blocks
-from rankwise.features.page import comparison_blocks
 from rankwise.page.blocks import Block, Folded, Picture, Plot, Section, Table, Words, each
 from rankwise.page.canvas import can_draw
 from rankwise.page.text import clip, duration, is_number, memory, number, plural, printable
 from rankwise.pipeline.times import time_table
-from rankwise.ranks.fidelity import fidelity_blocks
-from rankwise.ranks.plots import gain_blocks, plan_blocks
+from rankwise.ranks.plots import plan_blocks
 from rankwise.report.contents import Adapted, Contents, StageRun
-from rankwise.study.page import study_blocks
 from rankwise.train.gradient_plots import gradient_blocks
 from rankwise.train.gradient_summary import boundaries
 from rankwise.train.loss_plots import loss_blocks
@@ -65,26 +59,14 @@ def artefacts(contents: Contents) -> Iterator[Found]:
     """What each artefact looks like, in its room's blocks; the scores have the headline."""
     for where, plan in contents.plans:
         yield ("ranks",), where, plan_blocks(plan)
-    for where, gain in contents.gains:
-        yield ("ranks",), where, gain_blocks(gain)
     for where, adapted in contents.sites:
         yield ("train",), where, [Words(adapted_sites(adapted))]
     for where, log in contents.logs:
         yield ("train", "finetune"), where, loss_blocks(log, boundaries(dict(contents.phases).get(where, ())))
     for where, tables in contents.gradients:
         yield ("train", "finetune"), where, gradient_blocks(tables)
-    for where, study in contents.studies:
-        yield ("study",), where, study_blocks(study)
-    for where, validation in contents.validations:
-        yield ("validate",), where, validation_blocks(validation)
-    for where, history in contents.histories:
-        yield ("features train",), where, history_blocks(history, "" if where == "." else printable(where, 80))
-    for where, comparison in contents.factors:
-        yield ("features compare",), where, comparison_blocks(comparison)
-    for where, answers in contents.downstream:
-        yield ("features downstream",), where, answer_blocks(answers)
-    for where, fidelity in contents.fidelity:
-        yield ("extract", "compress", "merge"), where, fidelity_blocks(fidelity)
+    for finding, where, content in contents.findings:
+        yield finding.commands, where, finding.blocks(content)
 
 
 def owner(stages: Sequence[StageRun], kinds: Sequence[str], where: str) -> StageRun | None:

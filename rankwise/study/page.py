@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from rankwise.files.atomic import write_json, write_text
-from rankwise.page.blocks import Block, Folded, Page, Plot, Section, Table, Words, drawn, into, pictures
+from rankwise.files.atomic import read_document, write_json, write_text
+from rankwise.page.blocks import Block, Finding, Folded, Page, Plot, Section, Table, Words, drawn, into, pictures
 from rankwise.page.canvas import (
     BLUE,
     FAINT,
@@ -309,3 +309,10 @@ PLOTS = {
     "study_differences": (plot_study_differences, "Paired differences with 95 % intervals; grey: below δ"),
     "study_rates": (plot_study_rates, "Dev loss against learning rate; the ring marks what was chosen"),
 }
+
+
+def read_study(path: Path) -> Study:
+    return read_document(path, FORMAT, "a study", PARTS)
+
+
+STUDY = Finding(FILE, ("study",), read_study, study_blocks)
