@@ -87,10 +87,10 @@ def check(config: ValidateConfig) -> ValidateConfig:
     return config
 
 
-def inputs(config: ValidateConfig, shipped: Shipment) -> dict[str, Path | str]:
+def inputs(config: ValidateConfig, shipped: Shipment) -> dict[str, str | None]:
     named = {"data": config.data.data_path, "reference": shipped.reference, "base": config.base_model}
     files = {file.name: str(file) for one in shipped.forms for file in one.files}
-    return {name: value for name, value in {**named, **files}.items() if value}
+    return {**named, **files}
 
 
 def described(

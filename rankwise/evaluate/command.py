@@ -142,14 +142,12 @@ def check_installed(config: EvaluateConfig) -> None:
         bootstrap.check_installed()
 
 
-def inputs(config: EvaluateConfig, base: str, adapter: Path | None) -> dict[str, Path | str]:
+def inputs(config: EvaluateConfig, base: str, adapter: Path | None) -> dict[str, str | None]:
     data = None if is_harness(config.data.task) or not config.data.task else config.data.data_path
     named = {"model": base, "data": data, "forget": config.forget}
     if adapter:
-        named["adapter"] = str(adapter_files(adapter)[0])
-    elif config.forget:
-        named["base"] = config.base_model_id
-    return {name: value for name, value in named.items() if value}
+        return named | {"adapter": str(adapter_files(adapter)[0])}
+    return named | ({"base": config.base_model_id} if config.forget else {})
 
 
 def model_facts(base: str, adapter: Path | None) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def check(config: CaptureConfig) -> None:
 
 def captured(config: CaptureConfig) -> FeatureCache | None:
     folder = RunFolder(Path(config.output_dir).expanduser())
-    with held(folder, STAGE, inputs(config)) as record:
+    with held(folder, STAGE, {"model": config.model_name, "images": config.images}) as record:
         shards = shards_of(config)
         writer = CacheWriter(folder.path, shards.recipe)
         with until_a_shard_is_made(writer, config.overwrite) as made:
@@ -95,11 +95,6 @@ def captured(config: CaptureConfig) -> FeatureCache | None:
         record.facts |= {"matrices": len(cache), "shards_made": len(missing), "fingerprint": cache.fingerprint}
     report(config, writer, cache, len(missing))
     return cache
-
-
-def inputs(config: CaptureConfig) -> dict[str, Path | str]:
-    named = {"model": config.model_name, "images": config.images}
-    return {name: value for name, value in named.items() if value}
 
 
 @contextmanager

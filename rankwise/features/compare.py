@@ -156,9 +156,9 @@ def other_source(path: str, cache: FeatureCache) -> CacheSubset:
     return CacheSubset("other images", other, places)
 
 
-def inputs(config: FactorCompareConfig, found: Sequence[Network], cache: FeatureCache) -> dict[str, Path | str]:
-    weights: dict[str, Path | str] = {each.folder.name: each.folder / SETTINGS for each in found}
-    return weights | {"features": cache.path} | ({"ood": config.ood} if config.ood else {})
+def inputs(config: FactorCompareConfig, found: Sequence[Network], cache: FeatureCache) -> dict[str, Path | str | None]:
+    weights = {each.folder.name: each.folder / SETTINGS for each in found}
+    return {**weights, "features": cache.path, "ood": config.ood}
 
 
 @dataclass(frozen=True)

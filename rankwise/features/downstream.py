@@ -91,9 +91,8 @@ def check(config: DownstreamConfig) -> None:
         raise UsageError("features downstream runs in one process: start it without torchrun")
 
 
-def inputs(config: DownstreamConfig, base: str, adapter: Path | None) -> dict[str, Path | str]:
-    found: dict[str, Path | str] = {"model": base, "data": str(config.data_path)}
-    return found | ({"adapter": str(adapter_files(adapter)[0])} if adapter else {})
+def inputs(config: DownstreamConfig, base: str, adapter: Path | None) -> dict[str, Path | str | None]:
+    return {"model": base, "data": config.data_path, "adapter": adapter_files(adapter)[0] if adapter else None}
 
 
 def compared(config: DownstreamConfig, base: str, adapter: Path | None) -> dict[str, Any]:

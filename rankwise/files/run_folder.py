@@ -56,6 +56,7 @@ LOCK, HOLDER = ".rankwise.lock", ".rankwise.lock.json"
 CONFIG, MANIFEST = "resolved_config.json", "manifest.json"
 FORMAT = "rankwise-manifest/1"
 LIBRARIES = ("rankwise", "torch", "transformers", "peft")
+Inputs = Mapping[str, Path | str | None]
 
 
 @dataclass
@@ -138,8 +139,9 @@ class RunFolder:
         return write_json(self / name, without_places(content) if self.portable else content)
 
     @contextmanager
-    def recording(self, stage: str, inputs: Mapping[str, Path | str]) -> Iterator[Record]:
-        """Measure a stage, and enter it in the manifest when the block ends without an error.
+    def recording(self, stage: str, inputs: Inputs) -> Iterator[Record]:
+        """Measure a stage, and enter it in the manifest when the block ends without an error. inputs: by name; None or
+        "" for one that is not given.
 
         Inputs are fingerprinted before the block: they are what the stage started from. Not so in a dry run, whose
         block ends before there is anything to enter.
@@ -148,7 +150,7 @@ class RunFolder:
             yield Record()
             about_to_write()
         started, clock = datetime.now(UTC), time.monotonic()
-        described = {name: describe_input(value) for name, value in inputs.items()}
+        described = {name: describe_input(value) for name, value in inputs.items() if value}
         record = Record()
         with record.memory:
             yield record
@@ -158,13 +160,13 @@ class RunFolder:
     def record(
         self,
         stage: str,
-        inputs: Mapping[str, Path | str],
+        inputs: Inputs,
         outputs: Mapping[str, Path | str],
         seconds: float,
         **facts: Any,
     ) -> None:
         """Record a stage that has just finished and was timed by the caller."""
-        described = {name: describe_input(value) for name, value in inputs.items()}
+        described = {name: describe_input(value) for name, value in inputs.items() if value}
         started = datetime.now(UTC) - timedelta(seconds=seconds)
         self._enter(stage, described, Record(dict(outputs), facts), started, seconds)
 
@@ -271,7 +273,7 @@ def _holder(path: Path) -> str:
 
 
 @contextmanager
-def held(folder: RunFolder, stage: str, inputs: Mapping[str, Path | str]) -> Iterator[Record]:
+def held(folder: RunFolder, stage: str, inputs: Inputs) -> Iterator[Record]:
     """The run folder, locked and recorded by the first process; the others work beside it."""
     if process_index()[0] != 0:
         yield Record()

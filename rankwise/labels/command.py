@@ -145,10 +145,9 @@ def refuse_other_content(out: RunFolder) -> None:
         raise UsageError(f"{out.path}: holds a {ALL} that `rankwise label` did not make; choose another --output_dir")
 
 
-def inputs(config: LabelConfig) -> dict[str, Path | str]:
+def inputs(config: LabelConfig) -> dict[str, str | None]:
     """What the manifest fingerprints: not the images themselves, which may be 19 GB; the rows have their hashes."""
-    files = {"labels_file": config.labels_file, "task": config.task_file or DEFAULT_TASK}
-    return {name: Path(file) for name, file in files.items() if file}
+    return {"labels_file": config.labels_file, "task": config.task_file or DEFAULT_TASK}
 
 
 # --- what is told -------------------------------------------------------------------------------------------------

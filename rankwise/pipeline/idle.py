@@ -13,16 +13,7 @@ from typing import Any
 
 from rankwise.core.schedule import phases_of
 from rankwise.errors import UsageError
-from rankwise.options.commands import (
-    CheckConfig,
-    EvaluateConfig,
-    ExtractConfig,
-    FinetuneConfig,
-    RanksConfig,
-    TrainConfig,
-    ValidateConfig,
-)
-from rankwise.options.features import CaptureConfig, FactorTrainConfig, canonical
+from rankwise.options import commands, features
 from rankwise.options.field import flatten
 from rankwise.options.sections import CONVERSATIONS, is_harness
 from rankwise.options.study import StudyConfig
@@ -95,7 +86,7 @@ TRAINING = [
 ]
 TWO_CHECKPOINTS = "two checkpoints, BASE TUNED"
 TABLES: Mapping[type, list[Bound]] = {
-    TrainConfig: [
+    commands.TrainConfig: [
         *ROWS,
         *TRAINING,
         *without("lora_config", "lora_r", ": a plan has a rank for every matrix"),
@@ -150,13 +141,13 @@ TABLES: Mapping[type, list[Bound]] = {
             ),
         ),
     ],
-    FinetuneConfig: [
+    commands.FinetuneConfig: [
         *ROWS,
         *TRAINING,
         *with_("method", "lora", "lora_r"),
         *with_("save_strategy", "steps", "save_steps"),
     ],
-    RanksConfig: [
+    commands.RanksConfig: [
         *bound(
             "num_samples batch_size prompt chat_template chat_template_kwargs max_seq_length overlong skip_bad "
             f"download {IMAGES}",
@@ -189,7 +180,7 @@ TABLES: Mapping[type, list[Bound]] = {
         *bound("rename", f"on {TWO_CHECKPOINTS}", lambda told: bool(told.tuned or told.probe2)),
         *with_("tuned", True, "allow_unmatched flatten_conv", TWO_CHECKPOINTS),
     ],
-    ExtractConfig: with_("tuned", True, "rename allow_unmatched", TWO_CHECKPOINTS),
+    commands.ExtractConfig: with_("tuned", True, "rename allow_unmatched", TWO_CHECKPOINTS),
     StudyConfig: [
         *ROWS,
         *without("deltas", "probes probe_rows probe_steps probe_batch_size probe_learning_rate", ", the probes"),
@@ -200,7 +191,7 @@ TABLES: Mapping[type, list[Bound]] = {
         ),
         *with_("kind", "phases", "phase_states schedule_plan"),
     ],
-    FactorTrainConfig: [
+    features.FactorTrainConfig: [
         *with_(
             "use_rank_allocator",
             True,
@@ -209,36 +200,36 @@ TABLES: Mapping[type, list[Bound]] = {
         *bound(
             "use_rank_allocator",
             "with --arch AdaLoRA, whose lora_E has channels to mask",
-            lambda told: canonical(told.arch) == "AdaLoRA",
+            lambda told: features.canonical(told.arch) == "AdaLoRA",
         ),
         *bound(
             "activation_orth_regu_A",
             "with --arch AdaLoRA; elsewhere --lambda_ortho weights that term",
-            lambda told: canonical(told.arch) == "AdaLoRA",
+            lambda told: features.canonical(told.arch) == "AdaLoRA",
         ),
         *bound(
             "dropout",
             "with --arch ResMLP, MLP or AdaLoRA, or with --refine",
-            lambda told: canonical(told.arch) != "Subspace" or told.refine,
+            lambda told: features.canonical(told.arch) != "Subspace" or told.refine,
         ),
     ],
-    CaptureConfig: [
+    features.CaptureConfig: [
         *with_("synthetic", True, "tokens channels spectrum smooth shared seed", "--synthetic N"),
         *without("synthetic", "image_size native num_images revision skip_bad", ", on pictures"),
     ],
-    EvaluateConfig: [
+    commands.EvaluateConfig: [
         *OF_IMAGES,
         *with_("do_sample", True, "temperature top_p"),
         *bound("length_penalty", "with --num_beams above 1", lambda told: told.num_beams > 1),
         *bound("num_fewshot lm_eval_tasks_path", "with --task lm_eval:NAME", lambda told: is_harness(told.task)),
     ],
-    CheckConfig: [
+    commands.CheckConfig: [
         *ROWS,
         *with_("model_name", True, "run_model prompt chat_template chat_template_kwargs max_seq_length overlong"),
         *with_("model_name", True, "compare revision trust_remote_code"),
         *with_("run_model", True, "attn_implementation"),
     ],
-    ValidateConfig: [*OF_IMAGES, *with_("sweep", True, "sweep_margin llama_cpp_dir")],
+    commands.ValidateConfig: [*OF_IMAGES, *with_("sweep", True, "sweep_margin llama_cpp_dir")],
 }
 
 

@@ -78,10 +78,6 @@ def names(value: Any) -> list[str]:
     return [str(part).strip().lower() for part in parts]
 
 
-def optim(*beginnings: str) -> Callable[[Told], bool]:
-    return lambda told: str(told.optim or "").lower().startswith(beginnings)
-
-
 def of_bitsandbytes(told: Told) -> bool:
     name = str(told.optim or "").lower()
     return name.startswith(("paged_", "ademamix", "lion_")) or "bnb" in name or name == "adamw_8bit"
@@ -99,24 +95,25 @@ OPTIMIZERS = {
     "optimi": ("stable_adamw",),
     "torchao": ("adamw_torch_4bit", "adamw_torch_8bit"),
 }
+
+
+def tracker(name: str, module: str) -> Extra:
+    brings = "[track]" if name in ("wandb", "tensorboard") else ""
+    return Extra(module, TRAINERS, f"--report_to {name}", reports_to(name), brings, "--report_to none")
+
+
+def optimizer(module: str, *begin: str) -> Extra:
+    def asked(told: Told) -> bool:
+        return str(told.optim or "").lower().startswith(begin)
+
+    return Extra(module, TRAINERS, f"--optim {begin[0]}…", asked, "torch-optimi" if module == "optimi" else "")
+
+
 EXTRAS = (
     Extra("matplotlib", DRAWING, "the pictures", lambda told: not told.no_plots, "[plots]", "--no_plots"),
     Extra("matplotlib", ("features show",), "the pictures", brings="[plots]"),
-    *(
-        Extra(
-            module,
-            TRAINERS,
-            f"--report_to {name}",
-            reports_to(name),
-            "[track]" if name in ("wandb", "tensorboard") else "",
-            "--report_to none",
-        )
-        for name, module in TRACKERS.items()
-    ),
-    *(
-        Extra(module, TRAINERS, f"--optim {begin[0]}…", optim(*begin), "torch-optimi" if module == "optimi" else "")
-        for module, begin in OPTIMIZERS.items()
-    ),
+    *(tracker(name, module) for name, module in TRACKERS.items()),
+    *(optimizer(module, *begin) for module, begin in OPTIMIZERS.items()),
     Extra("bitsandbytes", TRAINERS, "this --optim", of_bitsandbytes, "[quant]"),
     Extra("bitsandbytes", TRAINERS, "--load_in_4bit", on("load_in_4bit"), "[quant]"),
     Extra("bitsandbytes", TRAINERS, "--load_in_8bit", on("load_in_8bit"), "[quant]"),
@@ -149,10 +146,9 @@ def ready(command: str, config: Any, made: Sequence[Path] = (), run: Path | None
     for check in ("check", "check_installed"):
         if hasattr(stage, check):
             getattr(stage, check)(config)
-    for kind, require in zip(OUTPUTS, (require_folder, require_file), strict=True):
-        for item in options:
-            if item.path == kind and item.default:
-                require(item.name, item.default)
+    for item in options:
+        if item.path in OUTPUTS and item.default:
+            require_output(item, item.default)
     if hasattr(stage, "ready"):
         stage.ready(config)
     else:
@@ -211,30 +207,18 @@ def require_input(item: Option, value: str, *, fetched: bool) -> None:
         raise DataError(f"{said}{neighbours(Path(value))}")
 
 
-def require_folder(option: str, value: str) -> None:
-    """UsageError where a folder cannot be made or written into."""
-    place = nearest(Path(value).expanduser())
+def require_output(item: Option, value: str) -> None:
+    """UsageError where a folder cannot be made or written into, or a file not be written."""
+    path, said = Path(value).expanduser(), f"--{item.name} {value}: cannot be written there"
+    place = nearest(path if item.path == "folder" else path.parent)
+    if item.path == "file" and path.is_dir():
+        raise UsageError(f"{said}: it is a folder; give a file's name")
     if not place.is_dir():
-        raise UsageError(f"--{option} {value}: cannot be a run folder, for {place} is a file; choose another one")
-    require_writable(option, value, place)
-
-
-def require_file(option: str, value: str) -> None:
-    """UsageError where a file cannot be written."""
-    path = Path(value).expanduser()
-    place = nearest(path.parent)
-    if path.is_dir():
-        raise UsageError(f"--{option} {value}: cannot be written there: it is a folder; give a file's name")
-    if not place.is_dir():
-        raise UsageError(f"--{option} {value}: cannot be written there, for {place} is a file; choose another place")
-    require_writable(option, value, place)
+        raise UsageError(f"{said}, for {place} is a file; choose another place")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"{said}: no permission to write to {place}; choose another place")
 
 
 def nearest(path: Path) -> Path:
     """The path itself or the first folder above it that exists."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
-
-
-def require_writable(option: str, value: str, place: Path) -> None:
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UsageError(f"--{option} {value}: no permission to write to {place}; choose another place")

@@ -12,34 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from rankwise.errors import UsageError
-from rankwise.options.commands import (
-    BatchConfig,
-    BundleConfig,
-    CardConfig,
-    CheckConfig,
-    CompareConfig,
-    CompressConfig,
-    DemoConfig,
-    DiffConfig,
-    EvaluateConfig,
-    ExportConfig,
-    ExtractConfig,
-    FinetuneConfig,
-    MergeConfig,
-    RanksConfig,
-    ReportConfig,
-    RunConfig,
-    TinyConfig,
-    TrainConfig,
-    ValidateConfig,
-)
-from rankwise.options.features import (
-    CaptureConfig,
-    DownstreamConfig,
-    FactorCompareConfig,
-    FactorShowConfig,
-    FactorTrainConfig,
-)
+from rankwise.options import commands, features
 from rankwise.options.field import Option, build, options_of, typed_values
 from rankwise.options.label import LabelConfig
 from rankwise.options.study import StudyConfig
@@ -69,32 +42,32 @@ class Command:
 
 
 COMMANDS = {
-    "ranks": Command("MEASURE", "ranks.command", RanksConfig(), ("base", "tuned")),
-    "ranks diff": Command("MEASURE", "ranks.diff", DiffConfig(), ("first", "second"), takes_file=False),
-    "extract": Command("MEASURE", "ranks.extract", ExtractConfig(), ("base", "tuned")),
-    "compress": Command("MEASURE", "ranks.compress", CompressConfig(), ("adapter",)),
-    "finetune": Command("TRAIN", "train.finetune", FinetuneConfig(), trainer=True),
-    "train": Command("TRAIN", "train.command", TrainConfig(), trainer=True),
-    "check": Command("TRAIN", "data.check.command", CheckConfig()),
+    "ranks": Command("MEASURE", "ranks.command", commands.RanksConfig(), ("base", "tuned")),
+    "ranks diff": Command("MEASURE", "ranks.diff", commands.DiffConfig(), ("first", "second"), takes_file=False),
+    "extract": Command("MEASURE", "ranks.extract", commands.ExtractConfig(), ("base", "tuned")),
+    "compress": Command("MEASURE", "ranks.compress", commands.CompressConfig(), ("adapter",)),
+    "finetune": Command("TRAIN", "train.finetune", commands.FinetuneConfig(), trainer=True),
+    "train": Command("TRAIN", "train.command", commands.TrainConfig(), trainer=True),
+    "check": Command("TRAIN", "data.check.command", commands.CheckConfig()),
     "label": Command("TRAIN", "labels.command", LabelConfig(), ("images",)),
-    "evaluate": Command("PROVE", "evaluate.command", EvaluateConfig(), ("model_name",)),
+    "evaluate": Command("PROVE", "evaluate.command", commands.EvaluateConfig(), ("model_name",)),
     "study": Command("PROVE", "study.command", StudyConfig(), packaged="studies"),
-    "compare": Command("PROVE", "report.compare", CompareConfig(), ("runs",), takes_file=False, repeated=True),
-    "report": Command("PROVE", "report.report", ReportConfig(), ("run",)),
-    "merge": Command("SHIP", "merge.command", MergeConfig(), ("adapter",)),
-    "export": Command("SHIP", "gguf.command", ExportConfig(), ("model",)),
-    "validate": Command("SHIP", "device.validate", ValidateConfig(), ("export",)),
-    "bundle": Command("SHIP", "device.bundle", BundleConfig(), ("export",)),
-    "card": Command("SHIP", "report.card", CardConfig(), ("run",)),
-    "features capture": Command("MORE", "features.capture", CaptureConfig(), ("images",)),
-    "features train": Command("MORE", "features.train", FactorTrainConfig()),
-    "features compare": Command("MORE", "features.compare", FactorCompareConfig()),
-    "features show": Command("MORE", "features.show", FactorShowConfig()),
-    "features downstream": Command("MORE", "features.downstream", DownstreamConfig(), ("model_name",)),
-    "run": Command("MORE", "pipeline.run", RunConfig(), ("recipe",), takes_file=False),
-    "batch": Command("MORE", "pipeline.batch", BatchConfig(), ("recipes",), takes_file=False, repeated=True),
-    "tiny": Command("MORE", "demo.tiny", TinyConfig()),
-    "demo": Command("MORE", "demo.command", DemoConfig()),
+    "compare": Command("PROVE", "report.compare", commands.CompareConfig(), ("runs",), takes_file=False, repeated=True),
+    "report": Command("PROVE", "report.report", commands.ReportConfig(), ("run",)),
+    "merge": Command("SHIP", "merge.command", commands.MergeConfig(), ("adapter",)),
+    "export": Command("SHIP", "gguf.command", commands.ExportConfig(), ("model",)),
+    "validate": Command("SHIP", "device.validate", commands.ValidateConfig(), ("export",)),
+    "bundle": Command("SHIP", "device.bundle", commands.BundleConfig(), ("export",)),
+    "card": Command("SHIP", "report.card", commands.CardConfig(), ("run",)),
+    "features capture": Command("MORE", "features.capture", features.CaptureConfig(), ("images",)),
+    "features train": Command("MORE", "features.train", features.FactorTrainConfig()),
+    "features compare": Command("MORE", "features.compare", features.FactorCompareConfig()),
+    "features show": Command("MORE", "features.show", features.FactorShowConfig()),
+    "features downstream": Command("MORE", "features.downstream", features.DownstreamConfig(), ("model_name",)),
+    "run": Command("MORE", "pipeline.run", commands.RunConfig(), ("recipe",), takes_file=False),
+    "batch": Command("MORE", "pipeline.batch", commands.BatchConfig(), ("recipes",), takes_file=False, repeated=True),
+    "tiny": Command("MORE", "demo.tiny", commands.TinyConfig()),
+    "demo": Command("MORE", "demo.command", commands.DemoConfig()),
 }
 ALIASES = {"features extract": "features capture"}
 GROUPS = ("MEASURE", "TRAIN", "PROVE", "SHIP", "MORE")

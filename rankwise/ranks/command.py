@@ -131,11 +131,10 @@ def check(config: RanksConfig) -> RanksConfig:
     return config
 
 
-def inputs(config: RanksConfig) -> dict[str, Path | str]:
+def inputs(config: RanksConfig) -> dict[str, str | None]:
     """All inputs of the result, for the manifest."""
     further = {f"probe {index}": path for index, path in enumerate(config.probe2, 2)}
-    named = {**sources(config), **further, "data": config.data.data_path, "gain": config.gain}
-    return {name: value for name, value in named.items() if value}
+    return {**sources(config), **further, "data": config.data.data_path, "gain": config.gain}
 
 
 def sources(config: RanksConfig) -> dict[str, str | None]:

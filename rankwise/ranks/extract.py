@@ -161,10 +161,9 @@ def check(config: ExtractConfig) -> None:
         raise UsageError("--flatten_conv is for `ranks`: an adapter of flattened convolutions fits no model")
 
 
-def inputs(config: ExtractConfig) -> dict[str, Path | str]:
+def inputs(config: ExtractConfig) -> dict[str, Path | str | None]:
     plan = find_plan(Path(config.plan)) if config.plan else None
-    names = {"base": config.base, "tuned": config.tuned, "deltas": config.deltas, "plan": plan}
-    return {name: value for name, value in names.items() if value}
+    return {"base": config.base, "tuned": config.tuned, "deltas": config.deltas, "plan": plan}
 
 
 def open_pair_or_deltas(config: ExtractConfig, notes: list[str]) -> DeltaSource:

@@ -57,9 +57,8 @@ def run(config: StudyConfig) -> Path:
     return folder.path
 
 
-def inputs(config: StudyConfig) -> dict[str, Path | str]:
-    found = {"model": config.model.model_name, "data": config.data.data_path, "test": config.test_path}
-    return {name: value for name, value in found.items() if value}
+def inputs(config: StudyConfig) -> dict[str, str | None]:
+    return {"model": config.model.model_name, "data": config.data.data_path, "test": config.test_path}
 
 
 def parts_of(config: StudyConfig) -> tuple[Parts, tuple[Path, ...]]:

@@ -184,10 +184,9 @@ def arguments_of(config: TrainConfig) -> TrainingArguments:
     return build_arguments(config.output_dir, config.seed, given, dtype=config.model.dtype)
 
 
-def inputs(config: TrainConfig, name: str) -> dict[str, Path | str]:
-    found = {"model": name, "data": config.data.data_path, "validation": config.val_path}
-    found |= {"plan": config.lora.lora_config, "deltas": config.lora.deltas}
-    return {key: value for key, value in found.items() if value}
+def inputs(config: TrainConfig, name: str) -> dict[str, str | None]:
+    rows = {"data": config.data.data_path, "validation": config.val_path}
+    return {"model": name, **rows, "plan": config.lora.lora_config, "deltas": config.lora.deltas}
 
 
 def describe(config: TrainConfig) -> list[str]:

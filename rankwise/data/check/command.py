@@ -38,8 +38,7 @@ def run(config: CheckConfig) -> Findings:
     """Print and write what was found. DataError (exit 3) where samples are bad, once the report is written."""
     config = check(config)
     folder = RunFolder(config.output_dir)
-    inputs: dict[str, Path | str | None] = {"model": config.model.model_name, "data": config.data.data_path}
-    given = {name: value for name, value in inputs.items() if value}
+    given = {"model": config.model.model_name, "data": config.data.data_path}
     with folder.lock(), folder.recording("check", given) as record:
         renderer = renderer_of(config)
         seen = renderer is None or renderer.sight is not None

@@ -20,12 +20,12 @@ from rankwise.data.sources.slots import (
     BESIDE_TURNS,
     COLUMNS,
     Slots,
-    group_of,
     listed_images,
     put_first,
     reference_of,
     refuse_in_answer,
     refuse_unread_images,
+    sample_of,
     turns_of,
 )
 from rankwise.data.template import NAMED
@@ -71,16 +71,7 @@ def _example(how: DataSection, speakers: Mapping[str, str], identity: str, row: 
     images = slots.filled(listed, repeat=how.repeat_image)
     turns = _up_to_the_last_learnt(turns, slots.changes)
     images = images[: sum(turn.text.count(IMAGE_SLOT) for turn in turns)]
-    stratum = row.get("task_type")
-    return Example(
-        id=identity,
-        group=group_of(images) or identity,
-        turns=tuple(turns),
-        references=(turns[-1].text,),
-        stratum=None if stratum is None else str(stratum),
-        images=images,
-        changes=tuple(dict.fromkeys(slots.changes)),
-    )
+    return sample_of(identity, row, turns, images, slots.changes)
 
 
 def _content(turn: Mapping[str, Any]) -> Any:

@@ -17,12 +17,12 @@ from rankwise.data.sources.rows import BadRow, Build, RowFile, json_samples
 from rankwise.data.sources.slots import (
     COLUMNS,
     Slots,
-    group_of,
     listed_images,
     put_first,
     refuse_beside,
     refuse_in_answer,
     refuse_unread_images,
+    sample_of,
 )
 
 ANSWER = "Answer:"
@@ -40,7 +40,7 @@ def build(source: RowFile) -> Build:
 
 
 def _example(repeat_image: bool, identity: str, row: dict[str, Any]) -> Example:
-    listed, stratum = listed_images(row), row.get("task_type")
+    listed = listed_images(row)
     refuse_beside(row)
     if not listed:
         refuse_unread_images(row, COLUMNS)
@@ -56,20 +56,8 @@ def _example(repeat_image: bool, identity: str, row: dict[str, Any]) -> Example:
         slots.changes.append(
             f"without a chain of thought, read as CoTA: an instruction before it, {ANSWER!r} learnt too"
         )
-    turns = (
-        Turn("user", INSTRUCTION, "Instruction"),
-        Turn("user", question, "Question"),
-        Turn("assistant", response, "Response"),
-    )
-    return Example(
-        id=identity,
-        group=group_of(images) or identity,
-        turns=turns,
-        references=(turns[-1].text,),
-        stratum=None if stratum is None else str(stratum),
-        images=images,
-        changes=tuple(dict.fromkeys(slots.changes)),
-    )
+    asked = [Turn("user", INSTRUCTION, "Instruction"), Turn("user", question, "Question")]
+    return sample_of(identity, row, [*asked, Turn("assistant", response, "Response")], images, slots.changes)
 
 
 def final_answer(response: str) -> str:

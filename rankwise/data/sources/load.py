@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from rankwise.data.example import Example, Examples, share_references
 from rankwise.data.sources.official import fetch, is_archive, unpacked
 from rankwise.data.sources.rows import LARGE, RowFile, index_rows, speakers_of
-from rankwise.data.sources.table import SPLITS, Sought, Source, first_of, kind_of, source
+from rankwise.data.sources.table import OFFICIAL, SPLITS, Sought, Source, first_of, kind_of, source
 from rankwise.errors import DataError, UsageError
 from rankwise.files.processes import announce
 from rankwise.options.commands import CheckConfig, EvaluateConfig, FinetuneConfig, TrainConfig, ValidateConfig
@@ -101,7 +101,7 @@ def _items(source: Source, rows: RowFile) -> Sequence[Example]:
 
 def _complete(source: Source, folder: Path, sought: Sought) -> None:
     """Fetch what the split needs, unless the folder has a file of that split already."""
-    downloads = [download for download in source.downloads if download.name in sought.all_names]
+    downloads = [download for download in OFFICIAL if download.name in sought.all_names]
     if not downloads:
         raise UsageError(f"--download: {source.name} has no official files to fetch; pass a file with --data_path")
     if folder.is_file():

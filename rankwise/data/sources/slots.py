@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rankwise.data.example import IMAGE_SLOT
+from rankwise.data.example import IMAGE_SLOT, Example, Turn
 from rankwise.data.sources.rows import BadRow, as_found
 from rankwise.data.template import IMAGE, Marker, found
 
@@ -203,6 +203,22 @@ def refuse_in_answer(text: str) -> None:
     """BadRow where an answer holds a slot: answers are learnt, and an image is nothing that a model can write."""
     if any(marker.own for marker in found(text)):
         raise BadRow(f"an answer holds an image placeholder ({IMAGE_SLOT})")
+
+
+def sample_of(
+    identity: str, row: Mapping[str, Any], turns: Sequence[Turn], images: tuple[str, ...], changes: Sequence[str]
+) -> Example:
+    """The sample of a row: its images are its group, `task_type` its stratum."""
+    stratum = row.get("task_type")
+    return Example(
+        id=identity,
+        group=group_of(images) or identity,
+        turns=tuple(turns),
+        references=(turns[-1].text,),
+        stratum=None if stratum is None else str(stratum),
+        images=images,
+        changes=tuple(dict.fromkeys(changes)),
+    )
 
 
 def group_of(images: Sequence[str]) -> str:

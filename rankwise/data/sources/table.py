@@ -28,6 +28,17 @@ SPLITS = {"train": "train", "dev": "dev", "val": "dev", "validation": "dev", "te
     "validation_mismatched": "dev_mismatched",
 }
 E2E = "https://raw.githubusercontent.com/tuetschek/e2e-dataset/master/"
+SAMSUM = "https://arxiv.org/src/1911.12237v2/anc/corpus.7z"
+WIKISQL = "https://github.com/salesforce/WikiSQL/raw/master/data.tar.bz2"
+MULTI_NLI = "https://cims.nyu.edu/~sbowman/multinli/multinli_1.0.zip"
+OFFICIAL = [  # where official files and archives can be had: URL, SHA-256, bytes
+    Download(f"{E2E}trainset.csv", "f27d48df45815288ab15619d47a79028c300fbb7f42e373668aba0b98c1d57c6", 9_340_189),
+    Download(f"{E2E}devset.csv", "fc26b78cdb849c80545f513b223d1e051138b43882eeb79e3eb153e689c864f9", 1_161_305),
+    Download(f"{E2E}testset_w_refs.csv", "edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd", 1_310_822),
+    Download(SAMSUM, "a97674c66726f66b98a08ca5e8868fb8af9d4843f2b05c4f839bc5cfe91e8899", 2_944_100),
+    Download(WIKISQL, "755c728ab188e364575705c8641f3fafd86fb089cb8b08e8c03f01832aae0881", 26_164_664),
+    Download(MULTI_NLI, "049f507b9e36b1fcb756cfd5aeb3b7a0cfcb84bf023793652987f7e7e0957822", 226_850_426),
+]
 MNLI = tuple(f"{folder}multinli_1.0_{{}}{suffix}" for suffix in (".jsonl", ".txt") for folder in ("", "multinli_1.0/"))
 CONVERSATIONS = (  # the forms of `slots.FORMS`
     *("conversations", "messages", "conversation", "texts", "query response", "instruction output"),
@@ -71,10 +82,10 @@ class Source:
     reader: `module:function` of this folder, imported when rows are read: file → samples; bad rows go to the file's
     `reject`. marks: sets of columns; a row that has all of one is this source's (`kind_of`). files: the official file
     names of each split, to look for in folders, archives and on the hub; empty where any file will do. archives:
-    official archives of those files. companions: suffixes of files that belong beside each. downloads: where the
-    official files can be had. builder: how one JSON row becomes a sample, where rows need nothing of each other: such
-    a source's big files are indexed and not held in memory. Of the other sources, samples with one prompt share their
-    references. reasons: rows say why their answer is right, for `aux_reason`.
+    official archives of those files. companions: suffixes of files that belong beside each. builder: how one JSON row
+    becomes a sample, where rows need nothing of each other: such a source's big files are indexed and not held in
+    memory. Of the other sources, samples with one prompt share their references. reasons: rows say why their answer is
+    right, for `aux_reason`.
     """
 
     name: str
@@ -83,7 +94,6 @@ class Source:
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     archives: tuple[str, ...] = ()
     companions: tuple[str, ...] = ()
-    downloads: tuple[Download, ...] = ()
     builder: str = ""
     reasons: bool = False
 
@@ -121,19 +131,6 @@ SOURCES = {
                 "dev": ("devset.csv", "devel-fixed.no-ol.csv"),
                 "test": ("testset_w_refs.csv", "test-fixed.csv"),
             },
-            downloads=(
-                Download(
-                    f"{E2E}trainset.csv", "f27d48df45815288ab15619d47a79028c300fbb7f42e373668aba0b98c1d57c6", 9_340_189
-                ),
-                Download(
-                    f"{E2E}devset.csv", "fc26b78cdb849c80545f513b223d1e051138b43882eeb79e3eb153e689c864f9", 1_161_305
-                ),
-                Download(
-                    f"{E2E}testset_w_refs.csv",
-                    "edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd",
-                    1_310_822,
-                ),
-            ),
         ),
         Source(
             "samsum",
@@ -145,13 +142,6 @@ SOURCES = {
                 "test": ("test.json", "test.csv"),
             },
             ("corpus.7z",),
-            downloads=(
-                Download(
-                    "https://arxiv.org/src/1911.12237v2/anc/corpus.7z",
-                    "a97674c66726f66b98a08ca5e8868fb8af9d4843f2b05c4f839bc5cfe91e8899",
-                    2_944_100,
-                ),
-            ),
         ),
         Source(
             "wikisql",
@@ -160,13 +150,6 @@ SOURCES = {
             {split: (f"{split}.jsonl", f"data/{split}.jsonl") for split in ("train", "dev", "test")},
             ("data.tar.bz2",),
             (".tables.jsonl", ".db"),
-            (
-                Download(
-                    "https://github.com/salesforce/WikiSQL/raw/master/data.tar.bz2",
-                    "755c728ab188e364575705c8641f3fafd86fb089cb8b08e8c03f01832aae0881",
-                    26_164_664,
-                ),
-            ),
         ),
         Source(
             "multi_nli",
@@ -177,13 +160,6 @@ SOURCES = {
                 for split, part in (("train", "train"), ("dev", "dev_matched"), ("dev_mismatched", "dev_mismatched"))
             },
             ("multinli_1.0.zip",),
-            downloads=(
-                Download(
-                    "https://cims.nyu.edu/~sbowman/multinli/multinli_1.0.zip",
-                    "049f507b9e36b1fcb756cfd5aeb3b7a0cfcb84bf023793652987f7e7e0957822",
-                    226_850_426,
-                ),
-            ),
         ),
         Source(
             "labels",
