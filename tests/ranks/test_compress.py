@@ -20,8 +20,7 @@ from rankwise.cli import main
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import LoraAdapter, LoraPair, lora_config, read_adapter, write_adapter
 from rankwise.options.commands import CompressConfig
-from rankwise.ranks.compress import compress_adapter, run
-from rankwise.ranks.compress import describe as describe_stage
+from rankwise.ranks.compress import check, compress_adapter, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -246,4 +245,4 @@ def test_what_cannot_work_is_refused_before_anything_is_read(tmp_path: Path) -> 
         {"adapter": str(tmp_path), "energy": 0.9, "output_dir": str(tmp_path)},
     ):
         with pytest.raises(UsageError):
-            describe_stage(CompressConfig(**options))  # type: ignore[arg-type]
+            check(CompressConfig(**options))  # type: ignore[arg-type]

@@ -26,8 +26,7 @@ from rankwise.models.load import meta_model
 from rankwise.models.sites import model_sites
 from rankwise.options.commands import ExtractConfig
 from rankwise.options.sections import SitesSection
-from rankwise.ranks.extract import describe as describe_stage
-from rankwise.ranks.extract import factor_deltas, run
+from rankwise.ranks.extract import check, factor_deltas, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -279,6 +278,6 @@ def test_what_cannot_work_is_refused_before_anything_is_read(tmp_path: Path) -> 
         {"base": "a", "tuned": "b", "rank": 2, "sites": SitesSection(flatten_conv=True)},
     ):
         with pytest.raises(UsageError):
-            describe_stage(ExtractConfig(**options))  # type: ignore[arg-type]
+            check(ExtractConfig(**options))  # type: ignore[arg-type]
     assert main(["extract", "nowhere", "either", "--rank", "4", "-o", str(tmp_path / "out")]) == 3
     assert not (tmp_path / "out").exists()

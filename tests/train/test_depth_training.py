@@ -30,7 +30,8 @@ from rankwise.data.renderer_for import renderer_for
 from rankwise.data.sources.load import load as load_rows
 from rankwise.data.vision_inputs import Sight
 from rankwise.errors import DataError, UsageError
-from rankwise.evaluate.engines import Subject, add_depth, base_and_adapter, subject
+from rankwise.evaluate import engines
+from rankwise.evaluate.engines import Subject, add_depth, base_and_adapter
 from rankwise.evaluate.generate import GenerationSettings, HFGenerator
 from rankwise.models.adapt import quiet_peft
 from rankwise.models.depth.encoder import encoder_of, read_depth, write_depth
@@ -383,7 +384,8 @@ def evaluation(run: Path, place: Path, **depth: Any) -> EvaluateConfig:
 
 def under_test(config: EvaluateConfig, rows: Any) -> Subject:
     base, adapter = base_and_adapter(str(config.model_name), None)
-    return add_depth(config, subject(config, base, adapter), rows)
+    renderer = engines.renderer_of(config, base, adapter)
+    return add_depth(config, engines.subject(config, base, adapter, renderer), rows)
 
 
 def texts(tested: Subject, rows: Any, batch_size: int = 4) -> list[str]:
