@@ -18,14 +18,11 @@ import numpy as np
 from rankwise.device.llama.runtime import LlamaServer, Runtime
 from rankwise.device.scores import NOT_INFERIOR, UNDECIDED, Difference, compared
 from rankwise.device.sides import Shipment, Shipped, TrainedSide, answers_in, context
-from rankwise.device.validation_page import sweep_table
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.bootstrap import wilson
 from rankwise.files.atomic import write_json
-from rankwise.files.processes import announce
 from rankwise.gguf.quantize import quantize
 from rankwise.options.commands import ValidateConfig
-from rankwise.page.blocks import lines
 
 FILE, FORMAT = "sweep.json", "rankwise-sweep/1"
 MARGIN = 0.02  # of accuracy
@@ -104,10 +101,6 @@ class Sweep:
     def save(self, folder: Path | str) -> Path:
         return write_json(Path(folder) / FILE, self.as_dict())
 
-    def lines(self) -> list[str]:
-        """A table for the terminal, and the choice."""
-        return lines([sweep_table(self.as_dict())])
-
 
 # --- rankwise validate --sweep ---------------------------------------------------------------------------------------
 
@@ -132,8 +125,6 @@ def sweep_forms(config: ValidateConfig, trained: TrainedSide, shipped: Shipment,
         threads=config.threads,
     )
     found.save(out)
-    for line in (*found.lines(), ""):
-        announce(line)
     return found
 
 

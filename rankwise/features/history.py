@@ -32,6 +32,7 @@ from rankwise.page.canvas import (
     GREY,
     INK,
     YELLOW,
+    draw_line,
     legend,
     log_ticks,
     name_axes,
@@ -253,7 +254,6 @@ def epochs_blocks(found: Epochs) -> list[Block]:
 
 
 EPOCHS = Finding(HISTORY, ("features train",), read_epochs, epochs_blocks)
-DOTS = 12  # epochs up to which every point is marked
 
 
 def plot_factor_training(rows: Sequence[Mapping[str, Any]], path: Path | str, best_epoch: int | None = None) -> Path:
@@ -271,8 +271,8 @@ def plot_factor_training(rows: Sequence[Mapping[str, Any]], path: Path | str, be
         raise DataError("the history holds no epoch")
     epochs = [row["epoch"] for row in rows]
     figure, (above, below) = panels(7.2, 4.6, rows=2)
-    draw(above, epochs, [row["train_mse"] for row in rows], "training", BLUE, "-")
-    draw(above, epochs, [row["val_mse"] for row in rows], "validation", INK, "--")
+    draw_line(above, epochs, [row["train_mse"] for row in rows], "training", BLUE, "-")
+    draw_line(above, epochs, [row["val_mse"] for row in rows], "validation", INK, "--")
     for row in rows:
         if row["epoch"] == best_epoch:
             label = f"kept: {row['val_mse']:.4g} at epoch {best_epoch}"
@@ -281,7 +281,7 @@ def plot_factor_training(rows: Sequence[Mapping[str, Any]], path: Path | str, be
     log_ticks(above.yaxis)
     name_axes(above, "", "MSE of A·B")
     legend(above, loc="upper right")
-    draw(below, epochs, [row["lr"] for row in rows], "learning rate", GREY, "-")
+    draw_line(below, epochs, [row["lr"] for row in rows], "learning rate", GREY, "-")
     below.set_yscale("log")
     log_ticks(below.yaxis)
     name_axes(below, "epoch", "learning rate")
@@ -289,11 +289,6 @@ def plot_factor_training(rows: Sequence[Mapping[str, Any]], path: Path | str, be
     for axis in (above, below):
         whole_ticks(axis.xaxis)
     return save(figure, path)
-
-
-def draw(axis: Any, epochs: Sequence[int], values: Sequence[float], name: str, colour: str, style: str) -> None:
-    dots = "o" if len(epochs) <= DOTS else None
-    axis.plot(epochs, values, color=colour, linestyle=style, linewidth=1.5, marker=dots, markersize=3, label=name)
 
 
 def draw_ranks(axis: Any, epochs: Sequence[int], ranks: Sequence[int]) -> None:
@@ -305,7 +300,7 @@ def draw_ranks(axis: Any, epochs: Sequence[int], ranks: Sequence[int]) -> None:
     other.grid(False)
     other.spines[["left", "top"]].set_visible(False)
     other.spines["right"].set(visible=True, color=GREY)
-    draw(other, epochs, ranks, "effective rank", YELLOW, "-.")
+    draw_line(other, epochs, ranks, "effective rank", YELLOW, "-.")
     other.set_ylim(0, max(ranks) * 1.05)
     other.set_ylabel("effective rank", fontsize=9, color=INK)
     axis.spines[["right", "top"]].set_visible(False)

@@ -25,7 +25,15 @@ from rankwise.files.lineage import trained_rows
 from rankwise.files.run_folder import RunFolder
 from rankwise.merge.logits import Batch, free_memory, needs_layers, prompt_batch, whole_bytes
 from rankwise.merge.plan import TOKENIZER_CONFIG, MergePlan, plan_merge
-from rankwise.merge.verify import Agreement, ReferenceLogits, compare, merged_logits, reference_logits, require_written
+from rankwise.merge.verify import (
+    Agreement,
+    ReferenceLogits,
+    compare,
+    merged_logits,
+    proof_words,
+    reference_logits,
+    require_written,
+)
 from rankwise.merge.write import Written, dtype_name, require_space, shard_bytes, write_merged
 from rankwise.models.load import load_config
 from rankwise.options.commands import MergeConfig
@@ -177,9 +185,5 @@ def notes(config: MergeConfig, plan: MergePlan, base: str) -> list[str]:
 def verdict(agreement: Agreement | None, on: str) -> str:
     if agreement is None:
         return "not verified (--no_verify)"
-    return (
-        f"verified on {on}: logits within {agreement.error:.1e} (relative rms; maximum {agreement.max_difference:.1e}) "
-        f"of base + adapter's, same top token at {agreement.same_top1:.1%}, KL {agreement.kl:.1e}; the adapter's own "
-        f"effect is {agreement.effect:.1e}, of which rounding costs {agreement.effect_lost:.2%}; every tensor of the "
-        "files is base + adapter within its type's rounding"
-    )
+    parts = "every tensor of the files is base + adapter within its type's rounding"
+    return f"verified on {on}: {proof_words(agreement.as_dict())}; {parts}"

@@ -239,6 +239,15 @@ class Agreement:
         return asdict(self) | {"effect_lost": self.effect_lost}
 
 
+def proof_words(proof: Mapping[str, float]) -> str:
+    """What a verification measured, from `Agreement.as_dict` or a manifest's entry."""
+    return (
+        f"logits within {proof['error']:.1e} (relative rms; maximum {proof['max_difference']:.1e}) of base + "
+        f"adapter's, same top token at {proof['same_top1']:.1%}, KL {proof['kl']:.1e} nats; the adapter's own "
+        f"effect is {proof['effect']:.1e}, of which rounding costs {proof['effect_lost']:.2%}"
+    )
+
+
 def require_effect(effect: float) -> None:
     if not effect > NO_EFFECT:
         raise VerificationError(

@@ -24,6 +24,7 @@ INK, BLUE, GREY, YELLOW = "#222222", "#123570", "#7d7c78", "#cfb93f"
 FAINT = "#d9d9d6"
 SEQUENCE = "cividis"
 DPI = 150
+FEW = 12  # points of a line that are marked
 COLOURS = (BLUE, YELLOW, INK, GREY)
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*")
 LINES = ("-", "--", ":", "-.")
@@ -112,6 +113,14 @@ def legend_outside(figure: Any, where: str, axes: Sequence[Any], size: float = 8
     if found:
         labels, handles = zip(*found.items(), strict=True)
         figure.legend(handles, labels, loc=f"outside {where}", ncols=columns, fontsize=size, frameon=False)
+
+
+def draw_line(
+    axis: Any, x: Sequence[float], y: Sequence[float], label: str, colour: str, style: Any, width: float = 1.5
+) -> None:
+    """A line, with dots where the points are few: a single point is nothing but its dot."""
+    dots = {"marker": "o", "markersize": 3} if len(x) <= FEW else {}
+    axis.plot(x, y, color=colour, linestyle=style, linewidth=width, label=label, **dots)
 
 
 def error_bars(values: Sequence[float], intervals: Iterable[Sequence[float] | None]) -> tuple[list[float], list[float]]:

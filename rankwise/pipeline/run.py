@@ -34,6 +34,7 @@ from rankwise.files.monitor import Monitor, usage_of
 from rankwise.files.run_folder import SECRET, STATE, RunFolder, read_marks, write_mark
 from rankwise.options.commands import RunConfig
 from rankwise.options.field import flatten, unknown
+from rankwise.page.blocks import table_lines
 from rankwise.page.text import duration
 from rankwise.pipeline import preflight
 from rankwise.pipeline.recipe import (
@@ -46,7 +47,7 @@ from rankwise.pipeline.recipe import (
     resolve_stages,
 )
 from rankwise.pipeline.table import COMMANDS, stage_of
-from rankwise.pipeline.times import BEFORE, UNASKED, UNFINISHED, UNREACHED, StageTime, time_lines
+from rankwise.pipeline.times import BEFORE, UNASKED, UNFINISHED, UNREACHED, StageTime, time_table
 
 LOGS, MONITOR, AUTO = "logs", "monitor.csv", "auto"
 RECORD = "resolved_config.recipe.json"  # a stage may write into the run folder itself, and its config beside this one
@@ -123,7 +124,7 @@ def print_times(times: Mapping[str, StageTime]) -> Iterator[None]:
         print("stopped; the same command goes on from here")
         raise
     finally:
-        print("\n".join(["", *time_lines(list(times.values())), ""]), flush=True)
+        print("\n".join(["", *table_lines(time_table(list(times.values()))), ""]), flush=True)
 
 
 def step(folder: RunFolder, recipe: Recipe, index: int, config: Any, again: bool, monitor: Monitor) -> StageTime:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rankwise.files.run_folder import read_marks
 from rankwise.page.blocks import Table
-from rankwise.page.text import align, duration, is_number, memory, printable
+from rankwise.page.text import duration, is_number, memory, printable
 
 HEADER = ("stage", "time", "memory", "GPU memory", "GPU use", "")
 BEFORE, UNFINISHED, UNREACHED, UNASKED = "done before", "not finished", "not reached", "not asked for"
@@ -53,16 +53,9 @@ def total(times: Sequence[StageTime]) -> list[str]:
 
 
 def time_table(times: Sequence[StageTime]) -> Table:
-    """Table of times for the report, without empty columns."""
+    """Table of times, without empty columns."""
     header, *rows = columns([HEADER, *map(cells, times), total(times)])
     return Table(header, rows, note=NOTE)
-
-
-def time_lines(times: Sequence[StageTime]) -> list[str]:
-    """Lines of the table of times for the terminal."""
-    rows = columns([HEADER, *map(cells, times), total(times)])
-    notes = [len(rows[0]) - 1] if rows[0][-1] == "" else []
-    return align(rows, left=[0, *notes])
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -21,6 +21,7 @@ from rankwise.files.atomic import read_object
 from rankwise.files.checkpoint import HUB_ID
 from rankwise.files.lineage import EXPORT, adapters_of, chain, named, walk
 from rankwise.files.run_folder import CONFIG, MANIFEST
+from rankwise.merge.verify import proof_words
 from rankwise.page.blocks import Table
 from rankwise.page.template import markdown_table
 from rankwise.page.text import amount, duration, memory, metric_name, number, percent, score
@@ -302,10 +303,7 @@ def merge(sources: Sources) -> list[str]:
         return ["The merged weights were not verified (`--no_verify`)."]
     how = ", layer by layer" if proof.get("layer_by_layer") else ""
     lines = [
-        f"The merged model was compared with base + adapter on {on_what(proof)}{how}, in float32: logits within "
-        f"{proof['error']:.1e} (relative rms; at most {proof['max_difference']:.1e}), the same top token at "
-        f"{proof['same_top1']:.1%} of the places, KL {proof['kl']:.1e} nats. The adapter's own effect on the logits is "
-        f"{proof['effect']:.1e}, of which rounding the merged weights costs {proof['effect_lost']:.2%}."
+        f"The merged model was compared with base + adapter on {on_what(proof)}{how}, in float32: {proof_words(proof)}."
     ]
     lost = merged.entry.get("rounding", {}).get("share_of_change_lost", {})
     dtype = merged.config.get("dtype")

@@ -21,6 +21,7 @@ from rankwise.page.canvas import (
     YELLOW,
     colormap,
     colour_bar,
+    draw_line,
     drawable,
     legend,
     legend_outside,
@@ -53,6 +54,7 @@ TITLES = {"attention": "Attention", "mlp": "MLP"}
 MOST_CELLS = 400  # columns of a heatmap: more than that and pixels would drop some
 MOST_TICKS = 24
 MOMENTS = 7
+WIDTH = 1.7  # of a line
 MARKERS = "os^Dv<>"
 LIGHTEST = 0.88  # of the colour map: the last tenth is too pale for lines on white
 
@@ -199,13 +201,7 @@ def is_only_group(name: str, found: Mapping[str, Sequence[float]]) -> bool:
 def draw_smoothed(axis: Any, table: Series, values: Sequence[float], label: str, colour: str, style: Style) -> None:
     """The values faint, their moving average over them."""
     axis.plot(table.steps, values, color=colour, linewidth=0.6, alpha=0.35)
-    draw_line(axis, table.steps, table.smoothed(values), label, colour, style)
-
-
-def draw_line(axis: Any, steps: Sequence[int], values: Sequence[float], label: str, colour: str, style: Style) -> None:
-    """A line, with dots where the steps are few: a single step is nothing but its dot."""
-    dots = {"marker": "o", "markersize": 3} if len(steps) <= 12 else {}
-    axis.plot(steps, values, color=colour, linestyle=style, linewidth=1.7, label=label, **dots)
+    draw_line(axis, table.steps, table.smoothed(values), label, colour, style, WIDTH)
 
 
 def frame_steps(axis: Any, steps: Sequence[int]) -> None:
@@ -233,7 +229,7 @@ def draw_factors(table: Series, path: Path | str, phases: Sequence[Boundary] | N
         log_ticks(axis.yaxis)
         name_axes(axis, "optimizer step", "gradient norm", f"{TITLES[kind]}: A and B")
         label, colour, style = LINES[f"{kind}_norm"]
-        draw_line(last, table.steps, found.get(f"{kind}_delta_norm", nothing), label, colour, style)
+        draw_line(last, table.steps, found.get(f"{kind}_delta_norm", nothing), label, colour, style, WIDTH)
     name_axes(last, "optimizer step", "‖scale · BA‖ of the sites that train", "Size of the delta")
     last.set_ylim(bottom=0)
     for axis in axes:

@@ -20,6 +20,7 @@ from rankwise.page.canvas import (
     GREY,
     INK,
     YELLOW,
+    draw_line,
     error_bars,
     legend,
     legend_outside,
@@ -82,8 +83,7 @@ def draw_curve(axis: Any, curve: list[Point], name: str, colour: str, style: str
     if not curve:
         return
     steps, values = zip(*curve, strict=True)
-    dots = "o" if len(curve) <= 12 else None
-    axis.plot(steps, values, color=colour, linestyle=style, linewidth=1.5, marker=dots, markersize=3)
+    draw_line(axis, steps, values, "_", colour, style)
     step, least = min(curve, key=lambda point: point[1])
     label = f"{name}, least {least:.3f} at step {step:.0f}"
     axis.plot([step], [least], color=colour, linestyle=style, marker=marker, markersize=8, label=label)

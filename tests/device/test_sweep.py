@@ -12,8 +12,10 @@ from served import text_gguf
 from rankwise.device.llama.runtime import Runtime
 from rankwise.device.scores import INFERIOR, NOT_INFERIOR, UNDECIDED, compared, paired_interval, wilson
 from rankwise.device.sweep import ItemOutcome, Tried, choose, prepared, sweep
+from rankwise.device.validation_page import sweep_table
 from rankwise.errors import DataError, UsageError
 from rankwise.options.commands import ValidateConfig
+from rankwise.page.blocks import lines
 
 
 def tried(form: str, size: int, right: list[bool]) -> Tried:
@@ -150,5 +152,5 @@ def test_a_sweep_runs_every_form_and_records_what_it_took(tmp_path: Path) -> Non
         assert row["bytes"] == path.stat().st_size
         assert 0 < row["seconds_median"] <= row["seconds_p95"]
         assert row["peak_memory"] is None or row["peak_memory"] > 10e6
-    lines = "\n".join(found.lines())
-    assert "f32" in lines and "undecided" in lines and "ship f32" in lines
+    said = "\n".join(lines([sweep_table(found.as_dict())]))
+    assert "f32" in said and "undecided" in said and "ship f32" in said

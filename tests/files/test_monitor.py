@@ -15,7 +15,8 @@ import pytest
 
 from rankwise.files.monitor import COLUMNS, MIB, CardState, Monitor, Sample, usage_of, visible
 from rankwise.files.run_folder import read_marks, write_mark
-from rankwise.pipeline.times import BEFORE, UNREACHED, StageTime, time_lines
+from rankwise.page.blocks import table_lines
+from rankwise.pipeline.times import BEFORE, UNREACHED, StageTime, time_table
 from rankwise.report.report import build_report
 
 GIB = 2**30
@@ -150,13 +151,15 @@ def test_the_table_says_what_ran_what_was_done_before_and_what_was_not_reached()
         StageTime("train", 90.0, usage),
         StageTime("merge", note=UNREACHED),
     ]
-    header, label, train, merge, total = time_lines(times)
+    header, label, train, merge, total = table_lines(time_table(times))
     assert "GPU" not in header, "a column that says nothing"
     assert label.split() == ["label", "5.0", "s", "3.0", "GiB", "done", "before"]
     assert train.split() == ["train", "1", "min", "30", "s", "3.0", "GiB"]
     assert merge.split() == ["merge", "not", "reached"]
     assert total.split()[:5] == ["total", "1", "min", "30", "s"] and "and 5.0 s before" in total
-    with_gpu = time_lines([StageTime("train", 1.0, {"peak_gpu_memory": 30 * GIB, "gpu_utilisation": 93.6})])
+    with_gpu = table_lines(
+        time_table([StageTime("train", 1.0, {"peak_gpu_memory": 30 * GIB, "gpu_utilisation": 93.6})])
+    )
     assert "30.0 GiB" in with_gpu[1] and "94 %" in with_gpu[1]
 
 
