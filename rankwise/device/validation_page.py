@@ -41,10 +41,10 @@ def summary(content: Mapping[str, Any]) -> list[str]:
 def validation_blocks(content: Mapping[str, Any]) -> list[Block]:
     """The verdict, the ladder, the scores, the confusion matrix, the classes."""
     parity = content["parity"]
-    found: list[Block] = [Words(printable(line)) for line in content["verdict"]]
-    found += [Words("Failed: " + printable("; ".join(content["failures"]), 1500))] if content["failures"] else []
+    found: list[Block] = [Words(line) for line in content["verdict"]]
+    found += [Words("Failed: " + "; ".join(content["failures"]))] if content["failures"] else []
     found += ladder_blocks(parity) if parity else []
-    found += [score_table(content), *(Words(printable(line)) for line in gain_sentences(content))]
+    found += [score_table(content), *(Words(line) for line in gain_sentences(content))]
     if CONFUSION in content:
         name = printable(content["outtype"], 20)
         draw = partial(plot_confusion, content["labels"], content[CONFUSION], title=name)
@@ -70,7 +70,7 @@ def ladder_blocks(parity: Mapping[str, Any]) -> list[Block]:
     missing = dict.fromkeys(line for ladder in parity.values() for line in unmeasured(ladder["rungs"]))
     return [
         Table(("rung", *parity), rows, first_number=len(rows[0]), note=note),
-        *(Words(printable(line)) for line in missing),
+        *(Words(line) for line in missing),
         Folded("What each rung measured", measured_tables(parity)),
     ]
 
@@ -96,7 +96,7 @@ def sweep_table(swept: Mapping[str, Any]) -> Table:
     for form in swept["forms"]:
         rows.append(
             (
-                printable(form["form"], 20),
+                form["form"],
                 memory(form["bytes"]),
                 with_interval(form["accuracy"], form["interval"], in_points),
                 f"{form['seconds_median']:.3f} s",
@@ -106,7 +106,7 @@ def sweep_table(swept: Mapping[str, Any]) -> Table:
             )
         )
     header = ("form", "size", "accuracy, %", "median latency", "p95", "peak memory with weights", "against the largest")
-    return Table(header, rows, note=printable(swept["why"], 400))
+    return Table(header, rows, note=swept["why"])
 
 
 def beside_largest(against: Mapping[str, Any] | None) -> str:
@@ -137,8 +137,8 @@ def measured_tables(parity: Mapping[str, Any]) -> list[Block]:
             for name, value in plain.items():
                 rows.append((rung["name"], name.replace("_", " "), cell(value), cell(limits.get(name))))
             if rung["why"]:
-                rows.append((rung["name"], "why", printable(rung["why"], 400), ""))
-        tables.append(Table((printable(form, 20), "", "measured", "at most"), rows, first_number=2))
+                rows.append((rung["name"], "why", rung["why"], ""))
+        tables.append(Table((form, "", "measured", "at most"), rows, first_number=2))
     return tables
 
 
@@ -147,7 +147,7 @@ def cell(value: Any) -> str:
         return ""
     if is_number(value):
         return f"{value:.2e}" if value and abs(value) < 1e-3 else number(value)
-    return printable(", ".join(map(cell, value)) if isinstance(value, list) else value, 80)
+    return ", ".join(map(cell, value)) if isinstance(value, list) else str(value)
 
 
 def score_table(content: Mapping[str, Any]) -> Table:
@@ -164,7 +164,7 @@ def score_table(content: Mapping[str, Any]) -> Table:
     baseline = content.get("majority_baseline")
     note = "Greedy generation; in brackets Wilson's 95 % intervals."
     note += f" Always {baseline['label']}: accuracy {baseline['accuracy']:.3f}." if baseline else ""
-    return Table(("", *columns), rows, note=printable(note, 200))
+    return Table(("", *columns), rows, note=note)
 
 
 def score_cell(facts: Mapping[str, Any], name: str) -> str:

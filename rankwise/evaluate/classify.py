@@ -30,7 +30,7 @@ from rankwise.evaluate.predictions import Prediction, Scores
 from rankwise.files.processes import own_share
 from rankwise.page.blocks import Table
 from rankwise.page.canvas import bare, colormap, name_axes, new_figure, save, write_cells
-from rankwise.page.text import clip, printable
+from rankwise.page.text import clip
 
 MAX_NEW_TOKENS = 32  # where no device says how long an answer may be
 CELL, NONE = 0.62, "no class"  # of the plot: inches, and the last column
@@ -193,11 +193,11 @@ def confusion_table(details: Mapping[str, Any]) -> list[list[str]]:
 def class_table(details: Mapping[str, Any], title: str = "") -> Table:
     """A row per class: precision, recall and F1 from 0 to 100, and n; below it the baseline and what names no class."""
     rows = [
-        (printable(label, 40), *(f"{row[name]:.2f}" for name in ("precision", "recall", "f1")), f"{row['n']:,}")
+        (label, *(f"{row[name]:.2f}" for name in ("precision", "recall", "f1")), f"{row['n']:,}")
         for label, row in details["by_class"].items()
     ]
     baseline, unparsed = details.get("majority_baseline"), details["unparsed"]
-    notes = [f"Always {printable(baseline['label'], 40)}: accuracy {baseline['accuracy']:.2f}."] if baseline else []
+    notes = [f"Always {baseline['label']}: accuracy {baseline['accuracy']:.2f}."] if baseline else []
     notes += [f"{unparsed:,} texts name no label, or several; they count as wrong."] if unparsed else []
     return Table((title, "precision", "recall", "F1", "n"), rows, note=" ".join(notes))
 

@@ -15,7 +15,7 @@ from rankwise.files.atomic import read_own
 from rankwise.page import canvas
 from rankwise.page.blocks import Block, Finding, Page, Plot, Table, Target, Words, drawn
 from rankwise.page.canvas import GREY, INK, error_bars, legend_outside, name_axes, panels, save
-from rankwise.page.text import clip, plural, printable
+from rankwise.page.text import clip, plural
 
 FORMAT = "rankwise-downstream/1"
 PARTS = ("rows", "notes", "settings", "shapes")
@@ -35,10 +35,10 @@ def answer_blocks(content: Mapping[str, Any]) -> list[Block]:
     """On what, the table, how to read it, notes."""
     caption = "How far the model's answers move when factors stand in for its features"
     return [
-        Words(printable(on_what(content))),
-        Table(HEADER, [[printable(cell, 80) for cell in cells(row)] for row in content["rows"]]),
-        *(Words(printable(line)) for line in [*differences(content), *reading(content)]),
-        *(Words(f"Note: {printable(note)}.") for note in content["notes"]),
+        Words(on_what(content)),
+        Table(HEADER, [cells(row) for row in content["rows"]]),
+        *(Words(line) for line in [*differences(content), *reading(content)]),
+        *(Words(f"Note: {note}.") for note in content["notes"]),
         Plot("downstream", caption, partial(plot_downstream, content)),
     ]
 

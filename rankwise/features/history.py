@@ -41,7 +41,7 @@ from rankwise.page.canvas import (
     save,
     whole_ticks,
 )
-from rankwise.page.text import has_numbers, plural, printable
+from rankwise.page.text import has_numbers, plural
 from rankwise.train.rows import summed
 
 HISTORY, STATE = "history.json", "history_state.json"
@@ -242,7 +242,7 @@ def read_epochs(path: Path) -> Epochs | None:
 def epochs_blocks(found: Epochs) -> list[Block]:
     """ResMLP: 20 epochs; kept with validation MSE 0.412 at epoch 17, where the relative error is 0.642; the curves."""
     rows, kept = found.rows, best_row(found.rows)
-    told = f"{printable(found.name, 80)}: {plural(len(rows), 'epoch')}; "
+    told = f"{found.name}: {plural(len(rows), 'epoch')}; "
     told += f"kept with validation MSE {kept['val_mse']:.4g} at epoch {kept['epoch']}"
     if kept.get("val_rel_f") is not None:
         told += f", where the relative error is {kept['val_rel_f']:.4f}"

@@ -35,7 +35,7 @@ from rankwise.page.canvas import (
     save,
     style,
 )
-from rankwise.page.text import amount, clip, percent, plural, printable
+from rankwise.page.text import amount, clip, percent, plural
 
 FORMAT, FILE = "rankwise-factors/1", "comparison.json"
 PARTS = ("rank", "tokens", "channels", "networks", "timing", "storage", "sources", "cost", "sweep")
@@ -53,7 +53,7 @@ def label(row: Mapping[str, Any]) -> str:
 
 
 def source_title(source: Mapping[str, Any]) -> str:
-    where = f" of {clip(printable(source['source'], 100), 60)}" if source.get("source") else ""
+    where = f" of {clip(source['source'], 60)}" if source.get("source") else ""
     tiles = f" ({plural(source['matrices'], 'tile')})" if source["matrices"] != source["images"] else ""
     return f"{source['name']}: {plural(source['images'], 'image')}{tiles}{where}"
 
@@ -147,9 +147,9 @@ def comparison_blocks(comparison: Comparison) -> list[Block]:
     """Everything about one comparison, in the order of its weight."""
     sources, names = comparison["sources"], comparison["networks"]
     return [
-        *(Words(printable(verdict(comparison, sources[0], name))) for name in names),
+        *(Words(verdict(comparison, sources[0], name)) for name in names),
         *(closeness_table(source) for source in sources),
-        *(Words(printable(effective(row))) for row in sources[0]["rows"] if row.get("excess_at_effective_rank")),
+        *(Words(effective(row)) for row in sources[0]["rows"] if row.get("excess_at_effective_rank")),
         cost_table(comparison),
         *(Plot(name, caption, partial(plot, comparison)) for name, (plot, caption) in PLOTS.items()),
         *(Words(text) for text in (optimum_words(comparison), storage_words(comparison))),
@@ -157,7 +157,7 @@ def comparison_blocks(comparison: Comparison) -> list[Block]:
 
 
 def closeness_table(source: Mapping[str, Any]) -> Table:
-    rows = [[printable(cell, 60) for cell in closeness_cells(row)] for row in source["rows"]]
+    rows = [closeness_cells(row) for row in source["rows"]]
     note = f"{source_title(source)}. 95 % intervals over images; angle: mean principal angle to the SVD's row space."
     return Table(CLOSE, rows, note=note)
 
@@ -177,7 +177,7 @@ def closeness_cells(row: Mapping[str, Any]) -> list[str]:
 
 def cost_table(comparison: Comparison) -> Table:
     exact = cost_of(comparison, GRAM)["seconds"]
-    rows = [[printable(cell, 60) for cell in cost_cells(row, exact)] for row in comparison["cost"]]
+    rows = [cost_cells(row, exact) for row in comparison["cost"]]
     return Table(COST, rows, note=f"Per matrix; speed: against the exact Gram factors. {timing_words(comparison)}")
 
 

@@ -2,7 +2,8 @@
 
     blocks ── lines ──▶ a terminal · drawn, then template.render ──▶ Markdown and HTML
 
-Only the templates escape: every text in here is as it was found.
+Text from files may go in as it was found: tables, words and titles take no control characters, no direction overrides
+and nothing endless; only the templates escape.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from rankwise.page.text import align
+from rankwise.page.text import align, printable
+
+CELL, PARAGRAPH = 160, 1500  # characters
+
+
+def _clean(block: object, name: str, value: object) -> None:
+    """Set a field of a frozen block, once."""
+    object.__setattr__(block, name, value)
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,11 @@ class Table:
     first_number: int = 1
     note: str = ""
     kind: ClassVar[str] = "table"
+
+    def __post_init__(self) -> None:
+        _clean(self, "header", [printable(cell, CELL) for cell in self.header])
+        _clean(self, "rows", [[printable(cell, CELL) for cell in row] for row in self.rows])
+        _clean(self, "note", printable(self.note))
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,9 @@ class Words:
 
     text: str
     kind: ClassVar[str] = "words"
+
+    def __post_init__(self) -> None:
+        _clean(self, "text", printable(self.text, PARAGRAPH))
 
 
 @dataclass(frozen=True)
@@ -98,6 +114,9 @@ class Folded:
     verbatim: str = ""
     kind: ClassVar[str] = "folded"
 
+    def __post_init__(self) -> None:
+        _clean(self, "title", printable(self.title, CELL))
+
 
 Block = Table | Plot | Picture | Words | SideBySide | Gallery | Folded
 
@@ -133,6 +152,9 @@ class Section:
     blocks: Sequence[Block]
     started: str = ""
     aside: str = ""
+
+    def __post_init__(self) -> None:
+        _clean(self, "title", printable(self.title, CELL))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from rankwise.files.run_folder import read_marks
 from rankwise.page.blocks import Table
-from rankwise.page.text import duration, is_number, memory, printable
+from rankwise.page.text import duration, is_number, memory
 
 HEADER = ("stage", "time", "memory", "GPU memory", "GPU use", "")
 BEFORE, UNFINISHED, UNREACHED, UNASKED = "done before", "not finished", "not reached", "not asked for"
@@ -28,7 +28,7 @@ NOTE = (
 def cells(time: StageTime) -> list[str]:
     took = "" if time.seconds is None else duration(time.seconds)
     sizes = [in_words(time.usage.get(name), memory) for name in ("peak_memory", "peak_gpu_memory")]
-    return [printable(time.name, 60), took, *sizes, in_words(time.usage.get("gpu_utilisation"), share), time.note]
+    return [time.name, took, *sizes, in_words(time.usage.get("gpu_utilisation"), share), time.note]
 
 
 def in_words(value: Any, words: Callable[[float], str]) -> str:

@@ -19,7 +19,7 @@ from rankwise.errors import DataError, VerificationError
 from rankwise.files.adapter import LoraAdapter
 from rankwise.files.atomic import read_object, write_json
 from rankwise.page.blocks import Block, Finding, Folded, Table
-from rankwise.page.text import amount, has_numbers, is_number, number, plural, printable
+from rankwise.page.text import amount, has_numbers, is_number, number, plural
 from rankwise.ranks.deltas import CheckpointPair, DeltaSource, SavedDeltas, WeightPair, weight_name
 
 FILE = "fidelity.json"
@@ -279,7 +279,7 @@ def fidelity_blocks(content: Mapping[str, Any]) -> list[Block]:
     sites = content["sites"]
     columns = ["rank_before"] * any("rank_before" in row for row in sites) + ["rank", "parameters", "energy_kept"]
     worst = sorted(sites, key=lambda row: float(row["energy_kept"]))[:WORST]
-    rows = [[printable(row["path"], 120), *(share_or_number(name, row.get(name)) for name in columns)] for row in worst]
+    rows = [[row["path"], *(share_or_number(name, row.get(name)) for name in columns)] for row in worst]
     note = f"The {len(rows)} of {plural(len(sites), 'site')} that lose most." if len(rows) > 1 else ""
     table = Table(("site", *map(spaced, columns)), rows, note=note)
     return [Table((), totals), Folded("Sites", [table])]

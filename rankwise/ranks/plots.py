@@ -40,7 +40,7 @@ from rankwise.page.canvas import (
     save,
     write_cells,
 )
-from rankwise.page.text import clip, has_numbers, percent, plural, printable
+from rankwise.page.text import clip, has_numbers, percent, plural
 from rankwise.ranks.decide import Evidence
 from rankwise.ranks.deltas import DeltaSource
 from rankwise.ranks.spectra import Measured
@@ -236,7 +236,7 @@ def plan_blocks(plan: RankPlan) -> list[Block]:
     if saturated:
         said += f" {plural(saturated, 'site')} did not reach the energy threshold within the largest rank."
     budget = plan.metadata.get("budget")
-    said += f" Chosen within a budget of {printable(budget, 40)}." if budget else ""
+    said += f" Chosen within a budget of {budget}." if budget else ""
     energy = Plot(
         "energy_heatmap", "Share of each delta's energy that its rank keeps", partial(plot_energy_heatmap, plan)
     )
@@ -257,7 +257,7 @@ def ranks_table(plan: RankPlan) -> Table:
 def gain_blocks(gain: Mapping[str, Any]) -> list[Block]:
     """Share of the loss gain that each arm keeps (content of `gain.json`), shuffles summed up in one row."""
     rows = [
-        (printable(arm["name"], 40), percent(arm["kept"]), f"{percent(arm['low'])} to {percent(arm['high'])}")
+        (arm["name"], percent(arm["kept"]), f"{percent(arm['low'])} to {percent(arm['high'])}")
         for arm in gain["arms"]
         if not is_shuffle(arm)
     ]

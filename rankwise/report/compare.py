@@ -22,7 +22,7 @@ from rankwise.options.commands import CompareConfig
 from rankwise.page.blocks import Table, lines
 from rankwise.page.canvas import BLUE, INK, YELLOW, error_bars, legend, name_axes, name_rows, panels, save
 from rankwise.page.template import markdown_table
-from rankwise.page.text import amount, clip, duration, is_number, metric_name, number, printable, with_interval
+from rankwise.page.text import amount, clip, duration, is_number, metric_name, number, with_interval
 from rankwise.report.contents import Contents, Scored, read_run
 from rankwise.train.gradient_summary import gradient_summary
 from rankwise.train.loss_plots import points, shared_metrics
@@ -172,7 +172,7 @@ def comparison_table(rows: Sequence[Row]) -> Table:
             found.append([f"{task}: {metric_name(metric)}", *(score_cell(row, task, metric) for row in rows)])
         found.append([f"{task}: items", *(number(row.scores[task].n) if task in row.scores else "" for row in rows)])
     note = "In brackets: 95 % intervals. Blank: not measured, or nothing trained there."
-    return Table(("", *(printable(row.name, 120) for row in rows)), found, note=note)
+    return Table(("", *(row.name for row in rows)), found, note=note)
 
 
 def score_cell(row: Row, task: str, metric: str) -> str:

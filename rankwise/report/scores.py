@@ -110,15 +110,14 @@ INTERVALS = (
 def score_blocks(results: Sequence[Scored], seen: Gallery | None = None) -> list[Block]:
     """The bars, one table of all results of a task, and the first items side by side: with their pictures, if any."""
     metrics = dict.fromkeys(name for one in results for name in (*one.result.metrics, *one.result.unavailable))
-    rows = [[printable(metric_name(name), 40), *(score_cell(one.result, name) for one in results)] for name in metrics]
+    rows = [[metric_name(name), *(score_cell(one.result, name) for one in results)] for name in metrics]
     rows.append(["items", *(number(one.result.n) for one in results)])
     notes = [INTERVALS] if any(one.result.intervals for one in results) else []
     notes += [f"Labels by {method}." for method in dict.fromkeys(one.result.method for one in results) if method]
     reasons = dict.fromkeys(
         f"{metric_name(name)}: {why.rstrip('.')}." for one in results for name, why in one.result.unavailable.items()
     )
-    header = ("", *(printable(one.label, 40) for one in results))
-    table = Table(header, rows, note=printable(" ".join([*notes, *reasons])))
+    table = Table(("", *(one.label for one in results)), rows, note=" ".join([*notes, *reasons]))
     shown = [seen] if seen else examples(results)
     return [*bars(results), table, *confusions(results), *types(results), *shown]
 
@@ -136,10 +135,8 @@ def types(results: Sequence[Scored]) -> list[Block]:
     if not all(isinstance(one, dict) for one in found):
         return []
     names = dict.fromkeys(name for one in found for name in one)
-    rows = [
-        [printable(name, 40), *(score(one[name][MARKED]) if name in one else "" for one in found)] for name in names
-    ]
-    return [Table(("exact match of", *(printable(one.label, 40) for one in results)), rows)]
+    rows = [[name, *(score(one[name][MARKED]) if name in one else "" for one in found)] for name in names]
+    return [Table(("exact match of", *(one.label for one in results)), rows)]
 
 
 def confusions(results: Sequence[Scored]) -> list[Block]:
@@ -149,10 +146,7 @@ def confusions(results: Sequence[Scored]) -> list[Block]:
         details = one.result.settings.get("scoring")
         if isinstance(details, dict) and "confusion" in details:
             head, *rows = confusion_table(details)
-            table = Table(
-                tuple(printable(name, 40) for name in head), [[printable(cell, 40) for cell in row] for row in rows]
-            )
-            found.append(Folded(f"What was taken for what · {printable(one.label, 40)}", [table]))
+            found.append(Folded(f"What was taken for what · {one.label}", [Table(head, rows)]))
     return found
 
 

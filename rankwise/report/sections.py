@@ -94,7 +94,7 @@ def section(stage: StageRun | None, name: str, blocks: list[Block]) -> Section:
     facts = stage_facts(stage.entry)
     aside = "" if stage.seconds is None else duration(stage.seconds)
     title = name if stage.folder in (".", name) else f"{name} · {stage.folder}"
-    return Section(printable(title, 90), [*facts, *blocks], stage.started, aside)
+    return Section(title, [*facts, *blocks], stage.started, aside)
 
 
 def stage_facts(entry: Mapping[str, Any]) -> list[Block]:
@@ -104,16 +104,16 @@ def stage_facts(entry: Mapping[str, Any]) -> list[Block]:
         if name in STAGE_KEYS or isinstance(value, (dict, list)) or value is None:
             continue
         shown = memory(value) if name.endswith("_bytes") and is_number(value) else plain(value)
-        rows.append((printable(name.replace("_bytes", "_memory").replace("_", " "), 60), shown))
+        rows.append((name.replace("_bytes", "_memory").replace("_", " "), shown))
     outputs = entry.get("outputs")
     if isinstance(outputs, dict) and outputs:
         paths = [str(row.get("path", name)) if isinstance(row, dict) else str(row) for name, row in outputs.items()]
-        rows.append(("written", clip(printable(", ".join(paths), 400), 160)))
+        rows.append(("written", clip(", ".join(paths), 160)))
     return [Table((), rows[:MOST_FACTS])] if rows else []
 
 
 def plain(value: Any) -> str:
-    return number(value) if is_number(value) else clip(printable(value, 200), 120)
+    return number(value) if is_number(value) else clip(str(value), 120)
 
 
 def adapted_sites(adapted: Adapted) -> str:
@@ -141,10 +141,10 @@ def appendix(contents: Contents) -> list[Block]:
     found: list[Block] = []
     versions = {f"{name} {version}" for stage in contents.stages for name, version in known_versions(stage)}
     if versions:
-        found.append(Folded("Versions", [Words(", ".join(printable(text, 80) for text in sorted(versions)))]))
+        found.append(Folded("Versions", [Words(", ".join(sorted(versions)))]))
     for path, settings in contents.settings:
         text = json.dumps(settings, indent=2, ensure_ascii=False)
-        found.append(Folded(f"Settings · {printable(path, 120)}", verbatim=printable(text, 8000)))
+        found.append(Folded(f"Settings · {path}", verbatim=printable(text, 8000)))
     return found
 
 

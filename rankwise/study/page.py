@@ -30,7 +30,7 @@ from rankwise.page.canvas import (
     style,
 )
 from rankwise.page.template import markdown
-from rankwise.page.text import clip, number, plural, printable
+from rankwise.page.text import clip, number, plural
 
 FORMAT = "rankwise-study/1"
 PARTS = ("verdicts", "assay", "arms", "differences", "tuning", "seeds", "data", "notes", "registration")
@@ -100,18 +100,18 @@ def rate_words(value: float | None) -> str:
 
 def study_blocks(study: Study) -> list[Block]:
     """All blocks of one study, most important first: verdicts in words, then the arms, then what stands behind both."""
-    question = [Words(printable(study["question"]))] if study.get("question") else []
+    question = [Words(study["question"])] if study.get("question") else []
     told = [*(verdict_sentence(row, study) for row in study["verdicts"])]
     told += [assay_sentence(row, study) for row in study["assay"]]
     return [
         *question,
-        *(Words(printable(sentence)) for sentence in told),
+        *(Words(sentence) for sentence in told),
         arms_table(study),
         *(Plot(name, caption, partial(draw, study)) for name, (draw, caption) in PLOTS.items()),
         differences_table(study),
-        *(Words(printable(deviation_sentence(row))) for row in study["registration"]["deviations"]),
-        Words(printable(standing(study))),
-        *(Words(f"Note: {printable(note)}.") for note in study["notes"]),
+        *(Words(deviation_sentence(row)) for row in study["registration"]["deviations"]),
+        Words(standing(study)),
+        *(Words(f"Note: {note}.") for note in study["notes"]),
         Folded("Learning rates", [tuning_table(study)]),
     ]
 
@@ -134,12 +134,10 @@ def arms_table(study: Study) -> Table:
     places = list(dict.fromkeys(place(row, study) for row in study["arms"]))
     cells = {(row["arm"] + row["state"], row["label"], place(row, study)): row for row in study["arms"]}
     labels = list(dict.fromkeys((arm, label) for arm, label, _ in cells))
-    rows = [
-        [printable(label, 80), *(cell(cells.get((arm, label, where))) for where in places)] for arm, label in labels
-    ]
+    rows = [[label, *(cell(cells.get((arm, label, where))) for where in places)] for arm, label in labels]
     shown = [where for where in places if any(cells.get((arm, label, where)) for arm, label in labels)]
     note = "Mean test loss in nats per token [95 % interval over seeds and items]; parameters; rate and scale as tuned."
-    return Table(("arm", *(printable(where, 60) for where in shown)), rows, note=note)
+    return Table(("arm", *shown), rows, note=note)
 
 
 def cell(row: Mapping[str, Any] | None) -> str:
@@ -155,8 +153,8 @@ def cell(row: Mapping[str, Any] | None) -> str:
 def differences_table(study: Study) -> Table:
     rows = [
         (
-            printable(f"{row['first']} − {row['second']}", 120),
-            printable(place(row, study), 60),
+            f"{row['first']} − {row['second']}",
+            place(row, study),
             format_interval(row),
             "primary" if row["primary"] else "",
         )
@@ -169,10 +167,10 @@ def differences_table(study: Study) -> Table:
 def tuning_table(study: Study) -> Table:
     rows = [
         (
-            printable(row["label"], 80),
-            printable(place(row, study), 60),
+            row["label"],
+            place(row, study),
             rate_words(row["learning_rate"]) + (" (edge)" if row["at_edge"] else ""),
-            printable(row["scale"], 20),
+            row["scale"],
             str(sum(len(curve) for curve in row["curves"].values())),
         )
         for row in study["tuning"]
