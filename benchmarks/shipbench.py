@@ -38,6 +38,7 @@ from rankwise.gguf.converter import find_converter
 from rankwise.gguf.export import verification
 from rankwise.gguf.plan import plan_export
 from rankwise.gguf.reading import GGUFFile
+from rankwise.options.commands import ExportConfig
 
 FAULTS = [*APP, *FILES]
 HOLDS, NO_RUNG = "holds", "—"
@@ -100,9 +101,8 @@ def proven(fault: Fault, ship: Ship, folder: Path) -> str | None:
         return None
     plan = replace(ship.plan, outtypes=(fault.form,))
     if fault.model in ("base", "alpha"):
-        plan = plan_export(
-            str(ship.other_model(fault.model)), outtypes=(fault.form,), converter=plan.converter, base=str(ship.base)
-        )
+        model, base = str(ship.other_model(fault.model)), str(ship.base)
+        plan = plan_export(ExportConfig(model=model, outtype=[fault.form], base_model=base), plan.converter)
         plan = replace(plan, name=ship.plan.name)
     places = {fault.form: folder, "f32": folder / ".f32"}
     for form, place in places.items():

@@ -16,6 +16,7 @@ from shipbench_ships import Ship
 from rankwise.device.parity.cases import Case
 from rankwise.gguf.plan import plan_export
 from rankwise.gguf.view import model_view
+from rankwise.options.commands import ExportConfig
 
 FILE, TEXT, MMPROJ = "file", "text", "mmproj"
 Request = Callable[[dict[str, Any]], dict[str, Any]]
@@ -91,6 +92,8 @@ def make_file(fault: Fault, ship: Ship, source: Path, out: Path) -> Path:
 
 def convert(ship: Ship, fault: Fault, out: Path) -> None:
     """The other model's file, made as `rankwise export` makes it."""
-    plan = plan_export(str(ship.other_model(fault.model)), outtypes=(fault.form,), converter=ship.plan.converter)
+    plan = plan_export(
+        ExportConfig(model=str(ship.other_model(fault.model)), outtype=[fault.form]), ship.plan.converter
+    )
     with model_view(plan.model, plan.changes) as view:
         plan.converter.convert(view, out, fault.form, fault.kind == MMPROJ)

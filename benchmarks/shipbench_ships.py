@@ -161,12 +161,8 @@ def ready(
     section = ScoredData(task=task, data_path=str(data), device_target=str(target) if target else None)
     config = ValidateConfig(export=str(folder), data=section, parity_samples=PARITY, num_samples=SEEN)
     exported = read_export(folder)
-    plan = plan_export(
-        str(model),
-        outtypes=("f16",),
-        converter=converter,
-        base=str(origin["base"]) if origin else None,
-    )
+    base = str(origin["base"]) if origin else None
+    plan = plan_export(ExportConfig(model=str(model), outtype=["f16"], base_model=base), converter)
     trained = trained_side(config, Shipment((Shipped("f16"),), folder, str(model)))
     return Ship(name, trained, exported, plan, **origin)
 

@@ -93,17 +93,7 @@ def the_converter(config: ExportConfig) -> Converter:
 
 
 def plan_of(config: ExportConfig, converter: Converter) -> ExportPlan:
-    return plan_export(
-        str(config.model),
-        outtypes=config.outtype,
-        converter=converter,
-        mmproj=config.mmproj,
-        name=config.name,
-        base=config.base_model,
-        target=given_target(config),
-        verify=not config.no_verify,
-        begins=begins(resolve(str(config.model))),
-    )
+    return plan_export(config, converter, target=given_target(config), begins=begins(resolve(str(config.model))))
 
 
 def begins(model: Path) -> bool:

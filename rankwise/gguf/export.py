@@ -1,6 +1,6 @@
 """A merged checkpoint as GGUF files: converted by llama.cpp's own converter, then proven.
 
-plan = plan_export("merged_model", outtypes=["f16", "q8_0"], converter=find_converter())   # nothing is written yet
+plan = plan_export(ExportConfig(model="merged_model"), find_converter())   # nothing is written yet
 with atomic_folder("exported") as folder:
     content = write_export(plan, folder)        # GGUF files, verified, and export.json
 

@@ -1,11 +1,11 @@
 """The plan of an export, checked before anything is written.
 
-merged_model/ ── plan_export(…) ──▶ ExportPlan: types, files, what the converter must be told, the space it takes
+merged_model/ ── plan_export(config, converter) ──▶ ExportPlan: types, files, what the converter must be told, its space
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -24,6 +24,7 @@ from rankwise.models.depth.encoder import FILE as DEPTH_FILE
 from rankwise.models.load import meta_model
 from rankwise.models.sites import weight_table
 from rankwise.models.vocabulary import embedding_paths
+from rankwise.options.commands import ExportConfig
 
 BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # of one weight
 REFERENCE = "f32"
@@ -71,36 +72,25 @@ class ExportPlan:
 
 
 def plan_export(
-    model: str,
-    *,
-    outtypes: Sequence[str],
-    converter: Converter,
-    mmproj: bool | None = None,
-    name: str | None = None,
-    base: str | None = None,
-    target: DeviceTarget | None = None,
-    verify: bool = True,
-    begins: bool = True,
+    config: ExportConfig, converter: Converter, *, target: DeviceTarget | None = None, begins: bool = True
 ) -> ExportPlan:
     """Check all that can be known before converting.
 
-    mmproj: also the vision tower and projector; None: where the model has them. base: what tuning started from; None:
-    what the merge recorded, if it is still there. target: what the device does to an image [the model folder's].
-    begins: whether the prompts of training open with a start token; where not, the GGUF adds none to a text, though the
-    tokenizer does.
+    target: what the device does to an image [the model folder's]. begins: whether the prompts of training open with a
+    start token; where not, the GGUF adds none to a text, though the tokenizer does.
     UsageError for what llama.cpp can't run; DataError for broken files, and for a tokenizer that is longer than the
     embeddings; VerificationError where the model's two forms of the tokenizer disagree.
     """
-    folder = resolve(model)
-    config = require_model(folder)
-    kinds = tuple(dict.fromkeys(outtypes))
+    folder = resolve(str(config.model))
+    looks = sees(require_model(folder))
+    kinds = tuple(dict.fromkeys(config.outtype))
     unknown = [kind for kind in kinds if kind not in OUTTYPES]
     if unknown or not kinds:
         raise UsageError(f"--outtype takes {', '.join(OUTTYPES)}; got {', '.join(unknown) or 'none'}")
-    if mmproj and not sees(config):
-        raise UsageError(f"{model}: --mmproj is for vision-language models, and this one has no vision_config")
-    projector = sees(config) if mmproj is None else mmproj
-    checkpoint, vocabulary = open_checkpoint(folder), Vocabulary.of(folder, sees(config))
+    if config.mmproj and not looks:
+        raise UsageError(f"{config.model}: --mmproj is for vision-language models, and this one has no vision_config")
+    projector = looks if config.mmproj is None else config.mmproj
+    checkpoint, vocabulary = open_checkpoint(folder), Vocabulary.of(folder, looks)
     notes = check_forms(folder)
     silenced = vocabulary.add_bos and not begins
     vocabulary = replace(vocabulary, add_bos=vocabulary.add_bos and begins)
@@ -109,7 +99,7 @@ def plan_export(
     check_lengths(folder, checkpoint, len(vocabulary.tokens))
     return ExportPlan(
         model=folder,
-        name=name or folder.resolve().name,
+        name=config.name or folder.resolve().name,
         outtypes=kinds,
         mmproj=projector,
         converter=converter,
@@ -117,8 +107,8 @@ def plan_export(
         vocabulary=vocabulary,
         changes=Changes(changes.files, (*(f"the converter was told: {note}" for note in changes.notes), *notes)),
         target=target,
-        base=base_checkpoint(folder, base),
-        verify=verify,
+        base=base_checkpoint(folder, config.base_model),
+        verify=not config.no_verify,
         silenced=silenced,
     )
 

@@ -28,6 +28,7 @@ from rankwise.gguf.converter import Converter
 from rankwise.gguf.plan import plan_export
 from rankwise.gguf.reading import read_export
 from rankwise.models.load import load_model
+from rankwise.options.commands import ExportConfig
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TOP = 32
@@ -163,7 +164,8 @@ def test_verification_finds_the_faults_of_files_that_it_must_find(
     from shipbench import proven
 
     target = read_target(vision_export)
-    plan = plan_export(str(vision_export.parent / "model"), outtypes=["f16"], converter=converter, target=target)
+    config = ExportConfig(model=str(vision_export.parent / "model"), outtype=["f16"])
+    plan = plan_export(config, converter, target=target)
     ship: Any = SimpleNamespace(plan=plan, exported=read_export(vision_export))
     of_files = {name: fault for name, fault in faults.items() if (fault.edit or fault.cut) and fault.proof}
     assert len(of_files) > 20

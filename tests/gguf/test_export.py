@@ -26,7 +26,6 @@ from rankwise.device.llama.runtime import LlamaServer
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.atomic import read_object, sha256, write_json
 from rankwise.files.checkpoint import open_checkpoint
-from rankwise.gguf import plan as planning
 from rankwise.gguf.command import describe, run
 from rankwise.gguf.converter import Conversion, Converter, own_converter
 from rankwise.gguf.export import compare_tensors
@@ -108,7 +107,7 @@ def copied(text: Path, tmp_path: Path) -> Path:
 
 
 def planned(model: Path, converter: Converter, **options: Any) -> ExportPlan:
-    return plan_export(str(model), converter=converter, **{"outtypes": ["q8_0"]} | options)
+    return plan_export(ExportConfig(model=str(model), **{"outtype": ["q8_0"]} | options), converter)
 
 
 # --- what a whole export holds -----------------------------------------------------------------------------------
@@ -476,7 +475,7 @@ def test_a_projector_is_only_for_models_that_see(text: Path, vision: Path, faili
 def test_a_disk_without_room_is_said_before(text: Path, failing: Converter, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planned(text, failing)
     free = type("Usage", (), {"free": plan.bytes - 1})
-    monkeypatch.setattr(planning.shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free)
     with pytest.raises(DataError, match=r"GiB are free.*--no_verify"):
         require_space(plan, Path("exported"))
     assert replace(plan, verify=False).bytes < plan.bytes

@@ -24,6 +24,7 @@ from rankwise.gguf.converter import Converter, find_converter
 from rankwise.gguf.export import write_export
 from rankwise.gguf.plan import plan_export
 from rankwise.models import tiny
+from rankwise.options.commands import ExportConfig
 
 OUTTYPES = ("f32", "f16", "q8_0")
 TUNED = ("q_proj", "k_proj", "down_proj")
@@ -96,7 +97,8 @@ def tuned_model(base: Path, folder: Path, seed: int = 1) -> Path:
 def export_model(model: Path, folder: Path, base: Path, target: DeviceTarget | None = None) -> Path:
     """f32, f16 and q8_0 files of a model folder, all proofs made."""
     converter = installed_converter()
-    plan = plan_export(str(model), outtypes=OUTTYPES, converter=converter, base=str(base), target=target)
+    config = ExportConfig(model=str(model), outtype=list(OUTTYPES), base_model=str(base))
+    plan = plan_export(config, converter, target=target)
     folder.mkdir(parents=True, exist_ok=True)
     write_export(plan, folder)
     return folder

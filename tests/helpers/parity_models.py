@@ -26,6 +26,7 @@ from rankwise.gguf.export import write_export
 from rankwise.gguf.plan import plan_export
 from rankwise.models import tiny
 from rankwise.models.load import load_model, load_processor
+from rankwise.options.commands import ExportConfig
 
 SIZES = {"wide": (96, 48), "tall": (40, 80), "square": (64, 64), "large": (130, 190)}
 LONGEST = 5
@@ -56,7 +57,8 @@ def export_pair(ship: Path) -> None:
         folder = ship / name
         model, converter = vision_model(folder / "model", seed), installed_converter()
         draw(folder / "photos")
-        plan = plan_export(str(model), outtypes=forms, converter=converter, target=TARGET, verify=False)
+        config = ExportConfig(model=str(model), outtype=list(forms), no_verify=True)
+        plan = plan_export(config, converter, target=TARGET)
         (folder / "export").mkdir()
         write_export(plan, folder / "export")
 
