@@ -45,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(base: Path, data: Path, out: Path, *more: str) -> list[str]:
     own = f"train --model_name {base} --task e2e_nlg --data_path {data} -o {out} --lr 1e-2 --logging_steps 1"
-    return [*own.split(), "--use_cpu", "--per_device_train_batch_size", "4", "--save_strategy", "no", *more]
+    return [*own.split(), *"--use_cpu --per_device_train_batch_size 4 --save_strategy no --no_plots".split(), *more]
 
 
 @pytest.fixture
