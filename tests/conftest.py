@@ -6,7 +6,7 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +68,15 @@ def shared_data() -> Path:
 def converter() -> Converter:
     """llama.cpp's converter as `rankwise export --install-converter` leaves it; skips where there is none."""
     return importlib.import_module("exported").installed_converter()
+
+
+@pytest.fixture(scope="session")
+def family_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """model_type → the folder of a family's tiny model and processor; read only."""
+    exported, families = (importlib.import_module(name) for name in ("exported", "families"))
+    root = exported.session_root(tmp_path_factory) / "families"
+    root.mkdir(exist_ok=True)
+    return lambda name: exported.once(root / name, families.FAMILIES[name])
 
 
 @pytest.fixture(scope="session")

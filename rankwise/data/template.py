@@ -189,6 +189,7 @@ TABLE: tuple[tuple[str, str, str], ...] = (
     ("<audio>", AUDIO, r"<(?:audio|AUDIO|audio_soft_token)>|<\|(?:audio|AUDIO|audio_\d+)\|>"),
 )
 PATTERN = re.compile("|".join(f"(?P<row{row}>{pattern})" for row, (*_, pattern) in enumerate(TABLE)))
+OPENING = re.compile(r"[<(\[]")  # how each placeholder begins: `re` alone would try all rows at every character
 OF_MEDIA = re.compile(r"image|img|vision|video|audio|media|patch", re.IGNORECASE)
 
 
@@ -211,12 +212,22 @@ class Marker:
 
 def found(text: str) -> Iterator[Marker]:
     """The placeholders of a text, in order."""
-    for match in PATTERN.finditer(text):
+    for match in _matches(text):
         name, stands_for, _ = TABLE[int(str(match.lastgroup).removeprefix("row"))]
         number = int("".join(filter(str.isdigit, match[0]))) if "_N" in name else None
         named = NAMED.fullmatch(match[0])
         path = named[1].strip() or None if named else None
         yield Marker(name, stands_for, *match.span(), any(own in match[0] for own in OWN), number, path)
+
+
+def _matches(text: str) -> Iterator[re.Match[str]]:
+    """What `PATTERN.finditer` finds."""
+    end = 0
+    while opening := OPENING.search(text, end):
+        match = PATTERN.match(text, opening.start())
+        end = match.end() if match else opening.end()
+        if match:
+            yield match
 
 
 def of_media(tokens: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ Here the questions that take no command; `make matrix` asks all of them and writ
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,17 +29,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*__array__ implementation:Depre
 
 
 @pytest.fixture(scope="module")
-def subjects(tmp_path_factory: pytest.TempPathFactory) -> Subjects:
+def subjects(family_models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Subjects:
     """A family's tiny model and both sides; made once."""
-    made: dict[str, Subject] = {}
-
-    def subject(name: str) -> Subject:
-        if name not in made:
-            work = tmp_path_factory.mktemp(name)
-            made[name] = Subject.of(name, FAMILIES[name](work / "model"), work)
-        return made[name]
-
-    return subject
+    return cache(lambda name: Subject.of(name, family_models(name), tmp_path_factory.mktemp(name)))
 
 
 @pytest.mark.parametrize("question", ASKED)

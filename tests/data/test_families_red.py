@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
-from families.subject import Subject
+from families.subject import Family, Product, Subject
+from families.talks import TALKS, drawn, written
 from families.trials import QUESTIONS
 
 from rankwise.data import dataset, render, vision_inputs
@@ -108,11 +109,18 @@ FAULTS: tuple[tuple[str, str, Break], ...] = (
 )
 
 
+@pytest.fixture(scope="module")
+def sides(family_models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
+    """The families' own sides, which no fault of the product touches."""
+    return cache(lambda name: Family(family_models(name), drawn(tmp_path_factory.mktemp(name))))
+
+
 @pytest.mark.parametrize(("question", "name", "fault"), FAULTS, ids=lambda value: getattr(value, "__name__", None))
 def test_a_fault_of_the_product_is_seen(
-    question: str, name: str, fault: Break, tmp_path: Path, monkeypatch: Patch
+    question: str, name: str, fault: Break, sides: Callable[[str], Family], tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    subject = Subject.of(name, FAMILIES[name](tmp_path / "model"), tmp_path)
+    family = sides(name)
+    subject = Subject(name, family, Product(family.folder, written(tmp_path / "data", list(TALKS))), tmp_path)
     fault(monkeypatch)
     try:
         said = QUESTIONS[question](subject)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
-from test_sight import CONVERSATIONS, SIZES, batch_of, losses, renderer_of, talk
+from pictured import CONVERSATIONS, batch_of, checked, losses, renderer_of, rows, talk
 from tiny import CHAT_TEMPLATE, tiny_llama
-from tiny_vision import drawn_image
 from torch import Tensor
 from transformers import Blip2Processor, BlipImageProcessor
 
@@ -28,26 +25,6 @@ from rankwise.models.load import forward_inputs, load_config, load_model, load_p
 
 SEEN = tuple(name for name, example in CONVERSATIONS.items() if example.images)
 CLOSED = ("mm_input_projection_weight", "cross_attn_attn_gate", "cross_attn_mlp_gate")  # new models have zeros there
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def folder(family: str) -> Path:
-        if family not in made:
-            made[family] = FAMILIES[family](tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for number, size in enumerate(SIZES):
-        drawn_image(number, size).save(folder / f"{number}.png")
-    return folder
 
 
 def sees(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -74,35 +51,12 @@ def given(renderer: Renderer, name: str) -> dict[str, Tensor]:
     return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
 
 
-def rows(folder: Path, *names: str) -> Path:
-    """Conversations as a file."""
-    roles = {"user": "human", "assistant": "gpt", "system": "system"}
-    content = [
-        {
-            "id": name,
-            "image": list(CONVERSATIONS[name].images),
-            "conversations": [{"from": roles[turn.role], "value": turn.text} for turn in CONVERSATIONS[name].turns],
-        }
-        for name in names
-    ]
-    file = folder / "rows.json"
-    file.write_text(json.dumps(content))
-    return file
-
-
-def checked(model: Path, file: Path, pictures: Path, *flags: str) -> tuple[int, dict[str, Any]]:
-    out = file.parent / "report"
-    data = ["--data_path", str(file), "--image_folder", str(pictures), "--task", "conversations"]
-    code = main(["check", "--model_name", str(model), *data, "-o", str(out), *flags])
-    return code, json.loads((out / "check.json").read_text()) if (out / "check.json").exists() else {}
-
-
 @pytest.mark.parametrize("name", SEEN)
 @pytest.mark.parametrize("family", ["gemma3", "llava_onevision", "idefics2", "llama4", "mllama"])
 def test_one_call_of_the_processor_makes_the_same(
-    family: str, name: str, models: Callable[[str], Path], pictures: Path
+    family: str, name: str, family_models: Callable[[str], Path], pictures: Path
 ) -> None:
-    renderer, example = renderer_of(models(family), pictures), CONVERSATIONS[name]
+    renderer, example = renderer_of(family_models(family), pictures), CONVERSATIONS[name]
     sample = (example, renderer.training(example), renderer.prompt_ids(example))
     assert list(Oracle(renderer).differences([sample])) == []
     assert Oracle(renderer).difference_seen(*sample) is None
@@ -110,8 +64,10 @@ def test_one_call_of_the_processor_makes_the_same(
 
 @torch.inference_mode()
 @pytest.mark.parametrize("family", ["gemma3", "llava_onevision", "idefics2", "mllama"])
-def test_logits_are_those_of_the_familys_own_inputs(family: str, models: Callable[[str], Path], pictures: Path) -> None:
-    renderer, model = renderer_of(models(family), pictures), sees(models(family))
+def test_logits_are_those_of_the_familys_own_inputs(
+    family: str, family_models: Callable[[str], Path], pictures: Path
+) -> None:
+    renderer, model = renderer_of(family_models(family), pictures), sees(family_models(family))
     ours = batch_of(renderer, [CONVERSATIONS["two images"]])
     ours.pop("labels")
     own = given(renderer, "two images")
@@ -121,10 +77,10 @@ def test_logits_are_those_of_the_familys_own_inputs(family: str, models: Callabl
 
 @torch.inference_mode()
 @pytest.mark.parametrize("family", ["gemma3", "llava_onevision", "idefics2", "mllama"])
-def test_rows_of_a_batch_are_as_alone(family: str, models: Callable[[str], Path], pictures: Path) -> None:
+def test_rows_of_a_batch_are_as_alone(family: str, family_models: Callable[[str], Path], pictures: Path) -> None:
     """One image, several, none; and another order of two pictures is another answer. In Mllama rows with different
     numbers of images change each other, so they are refused in one batch."""
-    renderer, model = renderer_of(models(family), pictures), sees(models(family))
+    renderer, model = renderer_of(family_models(family), pictures), sees(family_models(family))
     examples = list(CONVERSATIONS.values())
     if family == "mllama":
         with pytest.raises(UsageError, match="batch size of 1"):
@@ -140,31 +96,35 @@ def test_rows_of_a_batch_are_as_alone(family: str, models: Callable[[str], Path]
 
 
 def test_image_tokens_are_counted_as_the_model_counts_them(
-    models: Callable[[str], Path], pictures: Path, tmp_path: Path
+    family_models: Callable[[str], Path], pictures: Path, tmp_path: Path
 ) -> None:
     """Gemma 3's image token is not the one in the sequence, nor is Llama 4's."""
     for family in ("gemma3", "llama4", "aya_vision", "llava_onevision"):
-        renderer = renderer_of(models(family), pictures)
-        image_id = load_config(str(models(family))).image_token_id
+        renderer = renderer_of(family_models(family), pictures)
+        image_id = load_config(str(family_models(family))).image_token_id
         tokens = int((given(renderer, "one image")["input_ids"] == image_id).sum())
-        code, report = checked(models(family), rows(tmp_path, "one image"), pictures)
+        code, report = checked(family_models(family), rows(tmp_path, "one image"), pictures)
         assert (code, report["tokens"]["of_images"]) == (0, tokens)
         assert renderer.sight and renderer.sight.placeholder_id == image_id
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pixels_fit_the_models_precision(dtype: torch.dtype, models: Callable[[str], Path], pictures: Path) -> None:
+def test_pixels_fit_the_models_precision(
+    dtype: torch.dtype, family_models: Callable[[str], Path], pictures: Path
+) -> None:
     """Llama 4's processor makes bfloat16, and its model casts nothing."""
-    renderer = renderer_of(models("llama4"), pictures)
-    assert losses(sees(models("llama4"), dtype), batch_of(renderer, [CONVERSATIONS["two images"]])).isfinite().all()
+    renderer = renderer_of(family_models("llama4"), pictures)
+    assert (
+        losses(sees(family_models("llama4"), dtype), batch_of(renderer, [CONVERSATIONS["two images"]])).isfinite().all()
+    )
 
 
 def test_rows_that_would_change_each_other_are_refused_before_training(
-    models: Callable[[str], Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family_models: Callable[[str], Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = ["--data_path", str(rows(tmp_path, "one image", "two images", "no image")), "--image_folder", str(pictures)]
-    start = ["train", "--model_name", str(models("mllama")), *data, "--task", "conversations", "--lora_r", "2"]
+    start = ["train", "--model_name", str(family_models("mllama")), *data, "--task", "conversations", "--lora_r", "2"]
     start += ["--max_steps", "2", "--use_cpu", "-o", str(tmp_path / "run")]
     assert main([*start, "--per_device_train_batch_size", "2"]) == 2
     assert "MllamaProcessor: rows with different numbers of images" in capsys.readouterr().err
@@ -176,9 +136,9 @@ PALIGEMMA = pytest.mark.filterwarnings("ignore:__array__ implementation")  # in 
 
 
 @PALIGEMMA
-def test_only_what_forward_takes_is_made(models: Callable[[str], Path], pictures: Path) -> None:
+def test_only_what_forward_takes_is_made(family_models: Callable[[str], Path], pictures: Path) -> None:
     """PaliGemma's processor makes labels, which would replace those of the answers."""
-    folder = models("paligemma")
+    folder = family_models("paligemma")
     takes = forward_inputs(load_config(str(folder)))
     assert takes and {"labels", "pixel_values", "token_type_ids"} <= takes
     made = Sight(load_processor(str(folder)), ImageReader(pictures), takes=takes).inputs([["0.png"]])
@@ -186,9 +146,11 @@ def test_only_what_forward_takes_is_made(models: Callable[[str], Path], pictures
     assert Sight(load_processor(str(folder)), ImageReader(pictures), takes=frozenset()).inputs([["0.png"]]) == {}
 
 
-def test_a_processor_that_works_otherwise_is_refused_by_name(models: Callable[[str], Path], pictures: Path) -> None:
+def test_a_processor_that_works_otherwise_is_refused_by_name(
+    family_models: Callable[[str], Path], pictures: Path
+) -> None:
     """BLIP-2 puts its image tokens before the prompt, wherever the image is."""
-    tokenizer = load_processor(str(models("llava"))).tokenizer
+    tokenizer = load_processor(str(family_models("llava"))).tokenizer
     processor = Blip2Processor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer, num_query_tokens=4)
     renderer = Renderer(tokenizer, style="chat", sight=Sight(processor, ImageReader(pictures)))
     with pytest.raises(UsageError, match="Blip2Processor"):
@@ -196,7 +158,7 @@ def test_a_processor_that_works_otherwise_is_refused_by_name(models: Callable[[s
 
 
 def test_a_refused_family_stops_before_weights_load(
-    models: Callable[[str], Path],
+    family_models: Callable[[str], Path],
     pictures: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -205,7 +167,7 @@ def test_a_refused_family_stops_before_weights_load(
     table = {"families": {"qwen2_vl": {"state": "refused", "why": "of a reason"}}}
     monkeypatch.setattr(tested, "table", lambda _: table)
     monkeypatch.setattr("rankwise.models.load.check_index", lambda _: pytest.fail("weights were loaded"))
-    model, data = str(models("qwen2_vl")), ["--data_path", str(rows(tmp_path, "one image"))]
+    model, data = str(family_models("qwen2_vl")), ["--data_path", str(rows(tmp_path, "one image"))]
     for command in ("train", "finetune", "check"):
         flags = ["--lora_r", "4"] if command == "train" else []
         where = ["--image_folder", str(pictures), "--task", "conversations", "-o", str(tmp_path / command)]
@@ -214,17 +176,17 @@ def test_a_refused_family_stops_before_weights_load(
 
 
 def test_a_family_outside_the_table_is_warned_of(
-    models: Callable[[str], Path],
+    family_models: Callable[[str], Path],
     pictures: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = rows(tmp_path, "one image")
-    assert checked(models("qwen2_vl"), file, pictures)[0] == 0
+    assert checked(family_models("qwen2_vl"), file, pictures)[0] == 0
     assert "not among the tested" not in capsys.readouterr().out
     monkeypatch.setattr(tested, "table", lambda _: {"families": {}})
-    assert checked(models("qwen2_vl"), file, pictures)[0] == 0
+    assert checked(family_models("qwen2_vl"), file, pictures)[0] == 0
     assert "the family qwen2_vl is not among the tested ones" in capsys.readouterr().out
 
 
@@ -260,11 +222,11 @@ def talks(renderer: Renderer, example: Any) -> dict[str, Tensor]:
 
 @PALIGEMMA
 @torch.inference_mode()
-def test_paligemma_sees_prompts_in_both_directions(models: Callable[[str], Path], pictures: Path) -> None:
+def test_paligemma_sees_prompts_in_both_directions(family_models: Callable[[str], Path], pictures: Path) -> None:
     """Ids, labels and the mask of its own call; no answer sees what comes behind it."""
-    processor = load_processor(str(models("paligemma")))
+    processor = load_processor(str(family_models("paligemma")))
     renderer = Renderer(processor.tokenizer, style="raw", sight=Sight(processor, ImageReader(pictures)))
-    model = sees(models("paligemma"))
+    model = sees(family_models("paligemma"))
     for name in ("one image", "two images"):
         example = CONVERSATIONS[name]
         ours, own = batch_of(renderer, [example]), talks(renderer, example)
@@ -283,9 +245,9 @@ def test_paligemma_sees_prompts_in_both_directions(models: Callable[[str], Path]
 
 @PALIGEMMA
 def test_paligemma_takes_its_own_form_only(
-    models: Callable[[str], Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family_models: Callable[[str], Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = models("paligemma")
+    model = family_models("paligemma")
     code, report = checked(model, rows(tmp_path, "one image", "two images"), pictures)
     assert (code, report["model_run"]["samples"]) == (0, 2)
     code, report = checked(model, rows(tmp_path, "one image", "no image", "turns"), pictures)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_family_faults import checked, models, pictures, rows  # noqa: F401
+from pictured import checked, rows
 from transformers import (
     Gemma3Config,
     Gemma4Config,
@@ -30,8 +31,8 @@ FILE = ("one image", "two images", "no image")
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_vl", "idefics2", "llava_onevision", "isaac"])
-def test_good_rows_pass(family: str, models: Models, pictures: Path, tmp_path: Path) -> None:  # noqa: F811
-    code, report = checked(models(family), rows(tmp_path, *FILE), pictures)
+def test_good_rows_pass(family: str, family_models: Models, pictures: Path, tmp_path: Path) -> None:
+    code, report = checked(family_models(family), rows(tmp_path, *FILE), pictures)
     assert (code, report["model_run"], report["bad"]["model"]) == (0, {"samples": 3, "notes": []}, 0)
 
 
@@ -71,36 +72,35 @@ def test_what_is_wrong_with_the_products_own_inputs_is_found(
     change: Any,
     reason: str,
     bad: set[str],
-    models: Models,  # noqa: F811
-    pictures: Path,  # noqa: F811
+    family_models: Models,
+    pictures: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without the comparison of ids and pixels: the model alone shows it."""
     monkeypatch.setattr(Sight, place, change(getattr(Sight, place)))
     file = rows(tmp_path, *FILE)
-    code, report = checked(models("gemma3"), file, pictures, "--compare", "0")
+    code, report = checked(family_models("gemma3"), file, pictures, "--compare", "0")
     assert code == 3 and report["bad"]["model"] >= 1
     named = (tmp_path / "report" / "bad_samples.jsonl").read_text()
     assert all(f'"sample": "{name}"' in named for name in bad)
     assert reason in named
 
 
-def test_a_processor_that_does_not_fit_its_model_is_found(models: Models, pictures: Path, tmp_path: Path) -> None:  # noqa: F811
-    folder = models("llava")
+def test_a_processor_that_does_not_fit_its_model_is_found(
+    family_models: Models, pictures: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(family_models("llava"), tmp_path / "llava"))
     config = (folder / "processor_config.json").read_text()
-    try:
-        (folder / "processor_config.json").write_text(config.replace('"patch_size": 8', '"patch_size": 16'))
-        assert '"patch_size": 16' in (folder / "processor_config.json").read_text()
-        code, report = checked(folder, rows(tmp_path, *FILE), pictures)
-    finally:
-        (folder / "processor_config.json").write_text(config)
+    assert '"patch_size": 8' in config
+    (folder / "processor_config.json").write_text(config.replace('"patch_size": 8', '"patch_size": 16'))
+    code, report = checked(folder, rows(tmp_path, *FILE), pictures)
     assert code == 3 and report["bad"]["model"] == 2
 
 
 def test_a_copy_that_does_not_run_is_a_note(
-    models: Models,  # noqa: F811
-    pictures: Path,  # noqa: F811
+    family_models: Models,
+    pictures: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -111,7 +111,7 @@ def test_a_copy_that_does_not_run_is_a_note(
         return model
 
     monkeypatch.setattr("rankwise.data.check.command.random_model", broken)
-    code, report = checked(models("gemma3"), rows(tmp_path, *FILE), pictures)
+    code, report = checked(family_models("gemma3"), rows(tmp_path, *FILE), pictures)
     assert code == 0 and report["model_run"]["samples"] == 0
     assert (
         "note: the model was not run: its cut-down copy does not run (RuntimeError: shapes)" in capsys.readouterr().out
@@ -119,13 +119,13 @@ def test_a_copy_that_does_not_run_is_a_note(
     monkeypatch.setattr(
         "rankwise.data.check.command.cut_down", lambda _: (_ for _ in ()).throw(Untried("it has no layers"))
     )
-    code, report = checked(models("gemma3"), rows(tmp_path, *FILE), pictures)
+    code, report = checked(family_models("gemma3"), rows(tmp_path, *FILE), pictures)
     assert code == 0 and "it has no layers; --run_model" in report["model_run"]["notes"][0]
 
 
-def test_the_models_own_weights_run(models: Models, pictures: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
+def test_the_models_own_weights_run(family_models: Models, pictures: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("rankwise.data.check.command.cut_down", lambda _: pytest.fail("a copy was made"))
-    code, report = checked(models("qwen3_vl"), rows(tmp_path, *FILE), pictures, "--run_model")
+    code, report = checked(family_models("qwen3_vl"), rows(tmp_path, *FILE), pictures, "--run_model")
     assert (code, report["model_run"]["samples"]) == (0, 3)
 
 
@@ -157,8 +157,8 @@ def test_layers_of_every_kind_stay() -> None:
     assert set(cut_down(Gemma4Config()).text_config.layer_types) == {"sliding_attention", "full_attention"}
 
 
-def test_no_weight_is_zero(models: Models) -> None:  # noqa: F811
+def test_no_weight_is_zero(family_models: Models) -> None:
     """Gates that keep images out of a new model are open, and the head is gone."""
-    model = random_model(cut_down(load_config(str(models("mllama")))))
+    model = random_model(cut_down(load_config(str(family_models("mllama")))))
     zero = [name for name, value in model.named_parameters() if not name.endswith("bias") and not value.any()]
     assert zero == [] and not any(name.startswith("lm_head") for name, _ in model.named_parameters())

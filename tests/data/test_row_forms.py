@@ -18,7 +18,7 @@ from rankwise.data.example import Examples
 from rankwise.data.images import ImageReader
 from rankwise.data.sources.load import load
 from rankwise.data.sources.table import kind_of
-from rankwise.data.template import TABLE, found
+from rankwise.data.template import PATTERN, TABLE, found
 from rankwise.errors import DataError, UsageError
 from rankwise.options.sections import DataSection
 
@@ -313,6 +313,14 @@ def test_one_numbered_image_twice_on_request(tmp_path: Path) -> None:
 def test_every_row_of_the_table_is_tried() -> None:
     tried = {marker.name for text in (*PLACES, *REFUSED) for marker in found(text)}
     assert {name for name, *_ in TABLE} - tried == {"<image_pad>", "<|IMAGE|>"}
+
+
+def test_placeholders_are_looked_for_where_they_can_begin() -> None:
+    """Also where one opens inside another, or what opens is none."""
+    text = "".join(f"({text}< [[{text[1:]} <image{text}" for text in (*PLACES, *REFUSED))
+    places = [match.span() for match in PATTERN.finditer(text)]
+    assert len(places) > len(TABLE)
+    assert [(marker.start, marker.end) for marker in found(text)] == places
 
 
 # --- images as `datasets` exports them -----------------------------------------------------------------------------

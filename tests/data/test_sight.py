@@ -10,16 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from pictured import CONVERSATIONS, batch_of, losses, renderer_of, talk
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
-from tiny_isaac import tiny_isaac
-from tiny_vision import FAMILIES as NATIVE
 from tiny_vision import drawn_image
-from torch import Tensor
-from transformers import AutoProcessor
 
 from rankwise.data.check.comparison import Oracle
-from rankwise.data.dataset import Collator
-from rankwise.data.example import Example, Turn
+from rankwise.data.example import Example
 from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.render import IGNORED, Overlong, Renderer
 from rankwise.data.vision_inputs import Sight
@@ -27,57 +23,22 @@ from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.generate import GenerationSettings, HFGenerator
 from rankwise.models.load import load_model, load_processor
 
-FAMILIES = {**NATIVE, "isaac": tiny_isaac}
-SIZES = ((64, 48), (48, 64), (100, 20), (33, 97))
+FAMILIES = ("idefics3", "isaac", "llava", "qwen2_5_vl", "qwen2_vl", "smolvlm")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, family_models: Callable[[str], Path]) -> Path:
+    return family_models(request.param)
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a family's tiny model; made once."""
-    made: dict[str, Path] = {}
-
-    def folder(family: str) -> Path:
-        if family not in made:
-            made[family] = FAMILIES[family](tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return folder
+def renderer(family: Path, pictures: Path) -> Renderer:
+    return renderer_of(family, pictures)
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for number, size in enumerate(SIZES):
-        drawn_image(number, size).save(folder / f"{number}.png")
-    return folder
-
-
-@pytest.fixture(params=sorted(FAMILIES))
-def renderer(request: pytest.FixtureRequest, models: Callable[[str], Path], pictures: Path) -> Renderer:
-    return renderer_of(models(request.param), pictures)
-
-
-def renderer_of(folder: Path, pictures: Path, **changes: Any) -> Renderer:
-    processor = load_processor(str(folder))
-    return Renderer(processor.tokenizer, style="chat", sight=Sight(processor, ImageReader(pictures)), **changes)
-
-
-def talk(*texts: str, images: tuple[int, ...] = (), system: str = "") -> Example:
-    """User and assistant in turn."""
-    turns = [Turn(role, text) for role, text in zip(("user", "assistant") * 9, texts, strict=False)]
-    turns = [Turn("system", system), *turns] if system else turns
-    return Example("1", "1", tuple(turns), images=tuple(f"{number}.png" for number in images))
-
-
-CONVERSATIONS = {
-    "one image": talk("<image>\nWhat colour is it?", "It is red.", images=(0,)),
-    "image last": talk("What is this? <image>", "A square.", images=(1,)),
-    "two images": talk("<image><image>\nWhich is larger?", "The first.", images=(2, 3)),
-    "image within": talk("Is <image> the same as <image>?", "No.", images=(0, 2)),
-    "turns": talk("<image>\nWhat is it?", "A dog.", "And here?\n<image>", "Two cats.", "Sure?", "Yes.", images=(3, 1)),
-    "system": talk("<image>\nWhat is it?", "It is red.", images=(0,), system="Answer in a few words."),
-    "no image": talk("What is red?", "A rose."),
-}
+def model(family: Path) -> Any:
+    return load_model(str(family), torch.float32).eval()
 
 
 def parts(example: Example) -> list[dict[str, Any]]:
@@ -149,49 +110,25 @@ def test_training_starts_with_the_prompt_of_evaluation(renderer: Renderer, name:
     assert IGNORED not in training.labels[len(prompt) :]
 
 
-def batch_of(renderer: Renderer, examples: list[Example]) -> dict[str, Tensor]:
-    rows = [renderer.training(example) for example in examples]
-    return Collator.of(renderer.tokenizer, sight=renderer.sight)([vars(row) for row in rows])
-
-
-def losses(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean negative log-likelihood of each row's labels."""
-    labels = batch.pop("labels")
-    logits = model(**batch).logits[:, :-1].log_softmax(-1)
-    mask = labels[:, 1:] != IGNORED
-    picked = logits.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
-    return -(picked * mask).sum(1) / mask.sum(1)
-
-
 @torch.inference_mode()
-def test_a_batch_is_its_samples_alone(renderer: Renderer, models: Callable[[str], Path]) -> None:
+def test_a_batch_is_its_samples_alone(renderer: Renderer, model: Any) -> None:
     """Several images of several sizes, text-only rows between them, padding: none changes a sample's loss."""
-    model = model_of(renderer, models)
     examples = list(CONVERSATIONS.values())
     together = losses(model, batch_of(renderer, examples))
     alone = torch.cat([losses(model, batch_of(renderer, [example])) for example in examples])
     torch.testing.assert_close(together, alone, atol=2e-5, rtol=0)
 
 
-def model_of(renderer: Renderer, models: Callable[[str], Path]) -> Any:
-    assert renderer.sight is not None
-    kind = type(renderer.sight.processor)
-    family = next(name for name in FAMILIES if type(AutoProcessor.from_pretrained(models(name))) is kind)
-    return load_model(str(models(family)), torch.float32).eval()
-
-
 @torch.inference_mode()
-def test_the_pictures_reach_the_answer(renderer: Renderer, models: Callable[[str], Path]) -> None:
+def test_the_pictures_reach_the_answer(renderer: Renderer, model: Any) -> None:
     """Another picture, or the same two in the other order, changes what the model thinks of the answer."""
-    model = model_of(renderer, models)
     example = CONVERSATIONS["two images"]
     swapped = replace(example, images=example.images[::-1])
     first, second = (losses(model, batch_of(renderer, [each])) for each in (example, swapped))
     assert (first - second).abs() > 1e-4
 
 
-def test_answers_are_generated_alike_alone_and_together(renderer: Renderer, models: Callable[[str], Path]) -> None:
-    model = model_of(renderer, models)
+def test_answers_are_generated_alike_alone_and_together(renderer: Renderer, model: Any) -> None:
     examples = list(CONVERSATIONS.values())
     settings = GenerationSettings(max_new_tokens=6, batch_size=4)
     generator = HFGenerator(model, replace(renderer, reserve=6), settings)
@@ -204,9 +141,8 @@ def test_answers_are_generated_alike_alone_and_together(renderer: Renderer, mode
         assert found.log_likelihoods == pytest.approx(scores[found.position], abs=1e-3)
 
 
-def test_generation_continues_the_forward_pass(renderer: Renderer, models: Callable[[str], Path]) -> None:
+def test_generation_continues_the_forward_pass(renderer: Renderer, model: Any) -> None:
     """Greedy tokens with the cache are those that a whole forward pass finds likeliest."""
-    model = model_of(renderer, models)
     assert renderer.sight is not None
     prompt = renderer.prompt(CONVERSATIONS["two images"])
     ids, images = torch.tensor([prompt.input_ids]), renderer.sight.inputs([prompt.images])
@@ -218,8 +154,8 @@ def test_generation_continues_the_forward_pass(renderer: Renderer, models: Calla
     assert whole.logits[0, ids.shape[1] - 1 : -1].argmax(-1).tolist() == made[0, ids.shape[1] :].tolist()
 
 
-def test_beams_with_images_are_refused(renderer: Renderer, models: Callable[[str], Path]) -> None:
-    generator = HFGenerator(model_of(renderer, models), renderer, GenerationSettings(num_beams=2))
+def test_beams_with_images_are_refused(renderer: Renderer, model: Any) -> None:
+    generator = HFGenerator(model, renderer, GenerationSettings(num_beams=2))
     with pytest.raises(UsageError, match="num_beams"):
         list(generator.generate([CONVERSATIONS["one image"]]))
 
@@ -238,49 +174,51 @@ def test_slots_and_images_must_agree(renderer: Renderer, example: Example, reaso
         renderer.training(example)
 
 
-def test_the_image_token_is_never_text(models: Callable[[str], Path], pictures: Path) -> None:
-    renderer = renderer_of(models("qwen25vl"), pictures)
+def test_the_image_token_is_never_text(family_models: Callable[[str], Path], pictures: Path) -> None:
+    renderer = renderer_of(family_models("qwen2_5_vl"), pictures)
     with pytest.raises(DataError, match=r"sample 1: its text holds <\|image_pad\|>"):
         renderer.training(talk("<image> and <|image_pad|>", "Red.", images=(0,)))
 
 
 @pytest.mark.parametrize("overlong", ["error", "truncate_source"])
-def test_an_image_is_never_cut(models: Callable[[str], Path], pictures: Path, overlong: str) -> None:
-    renderer = renderer_of(models("llava"), pictures, max_length=30, overlong=overlong)
+def test_an_image_is_never_cut(family_models: Callable[[str], Path], pictures: Path, overlong: str) -> None:
+    renderer = renderer_of(family_models("llava"), pictures, max_length=30, overlong=overlong)
     example = talk("<image><image>\nWhat?", "Red.", images=(0, 1))
     with pytest.raises(Overlong, match=r"sample 1 needs \d+ tokens, 32 of them for its images, the limit is 30"):
         renderer.training(example)
 
 
-def test_a_size_that_the_processor_refuses_is_named(models: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_size_that_the_processor_refuses_is_named(family_models: Callable[[str], Path], tmp_path: Path) -> None:
     """Qwen's processor takes no picture of more than 200:1."""
     drawn_image(0, (3000, 8)).save(tmp_path / "0.png")
-    renderer = renderer_of(models("qwen25vl"), tmp_path)
+    renderer = renderer_of(family_models("qwen2_5_vl"), tmp_path)
     with pytest.raises(BadImage, match=r"sample 1: image 0.png: the processor refuses 3000×8 pixels"):
         renderer.training(CONVERSATIONS["one image"])
 
 
-def test_images_need_a_chat_template(models: Callable[[str], Path], pictures: Path) -> None:
-    renderer = replace(renderer_of(models("llava"), pictures), style="sections")
+def test_images_need_a_chat_template(family_models: Callable[[str], Path], pictures: Path) -> None:
+    renderer = replace(renderer_of(family_models("llava"), pictures), style="sections")
     assert renderer.training(CONVERSATIONS["no image"]).images == ()
     with pytest.raises(UsageError, match="--prompt chat"):
         renderer.training(CONVERSATIONS["one image"])
 
 
-def test_a_template_that_loses_images_is_refused(models: Callable[[str], Path], pictures: Path) -> None:
-    renderer = renderer_of(models("qwen25vl"), pictures)
+def test_a_template_that_loses_images_is_refused(family_models: Callable[[str], Path], pictures: Path) -> None:
+    renderer = renderer_of(family_models("qwen2_5_vl"), pictures)
     template = CHAT_TEMPLATE.replace("m['content']", "m['content'] | string | replace('<','')")
     with pytest.raises(UsageError, match="does not put one"):
         replace(renderer, chat_template=template)
 
 
-def test_a_template_that_takes_strings_gets_the_image_token(models: Callable[[str], Path], pictures: Path) -> None:
+def test_a_template_that_takes_strings_gets_the_image_token(
+    family_models: Callable[[str], Path], pictures: Path
+) -> None:
     """Old LLaVA models have templates that only paste the content."""
     template = (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %} "
         "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    renderer = replace(renderer_of(models("llava"), pictures), chat_template=template)
+    renderer = replace(renderer_of(family_models("llava"), pictures), chat_template=template)
     rendered = renderer.training(CONVERSATIONS["two images"])
     token = renderer.sight.placeholder_id  # type: ignore[union-attr]
     assert rendered.input_ids.count(token) == 32

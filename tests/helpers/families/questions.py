@@ -8,7 +8,6 @@ Here: what goes into the model and comes out of it. `trials` has the questions t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -125,7 +124,7 @@ def forward(subject: Subject) -> str:
 def sighted(subject: Subject) -> str:
     """The tiny model looks at its pictures, or nothing here would tell right from wrong ones."""
     family = subject.family
-    other = replace(family, pictures={**family.pictures, "wide": family.pictures["wide"].rotate(180)})
+    other = family.seeing({**family.pictures, "wide": family.pictures["wide"].rotate(180)})
     apart = (family.logits(TALKS["one image"])[-1] - other.logits(TALKS["one image"])[-1]).abs().max().item()
     return "" if apart > 10 * NEAR else f"another picture moves the family's own logits by {apart:.2g} only"
 

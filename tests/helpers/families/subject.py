@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,20 @@ class NotTheirs(Exception):
 
 @dataclass(frozen=True)
 class Family:
-    """transformers alone: the processor's one call, and the model that is given what it returns."""
+    """transformers alone: the processor's one call, and the model that is given what it returns.
+
+    known: what conversations were made into, for all questions about them.
+    """
 
     folder: Path
     pictures: dict[str, Image.Image]
+    known: dict[tuple[str, Talk, bool], Any] = field(default_factory=dict, repr=False)
+
+    def seeing(self, pictures: dict[str, Image.Image]) -> Family:
+        """The same processor and model with other pictures."""
+        other = Family(self.folder, pictures)
+        vars(other).update(processor=self.processor, model=self.model)
+        return other
 
     @cached_property
     def processor(self) -> Any:
@@ -65,6 +75,12 @@ class Family:
     def inputs(self, talk: Talk, *, answered: bool = False) -> Tensors:
         """What the model takes for one conversation, asked for an answer unless `answered`. NotTheirs where the
         processor refuses it."""
+        key = ("inputs", talk, answered)
+        if key not in self.known:
+            self.known[key] = self._inputs(talk, answered)
+        return dict(self.known[key])
+
+    def _inputs(self, talk: Talk, answered: bool) -> Tensors:
         try:
             found = self.processor.apply_chat_template(
                 talk.messages(self.pictures, answered=answered),
@@ -79,9 +95,12 @@ class Family:
         return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
 
     @torch.no_grad()
-    def logits(self, talk: Talk, *, answered: bool = True) -> Tensor:
-        """(length, vocabulary) of one conversation alone."""
-        return self.model(**self.inputs(talk, answered=answered)).logits[0].float()
+    def logits(self, talk: Talk) -> Tensor:
+        """(length, vocabulary) of one conversation with its answers, alone."""
+        key = ("logits", talk, True)
+        if key not in self.known:
+            self.known[key] = self.model(**self.inputs(talk, answered=True)).logits[0].float()
+        return self.known[key]
 
     @torch.no_grad()
     def generated(self, talk: Talk, tokens: int, ends: Sequence[int]) -> list[int]:
