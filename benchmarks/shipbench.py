@@ -76,11 +76,11 @@ class Found:
     kl: float | None = None
 
 
-def climbed(delivery: Delivery, ship: Ship) -> Found:
-    """Put a delivery on the ladder, as `rankwise validate` does."""
+def climbed(delivery: Delivery, ship: Ship, threads: int | None = None) -> Found:
+    """Put a delivery on the ladder, as `rankwise validate` does. threads: as it takes them."""
     limits = ship.floor.thresholds(delivery.form)
     try:
-        with LlamaServer(delivery.text, delivery.mmproj, context(ship.trained.renderer)) as runtime:
+        with LlamaServer(delivery.text, delivery.mmproj, context(ship.trained.renderer), threads) as runtime:
             asked = changed(runtime, delivery.request)
             ladder = climb(ship.trained.reference, asked, delivery.cases, limits)
     except (VerificationError, ServiceError) as error:

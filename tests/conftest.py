@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # Helpers, and test modules whose cases other rooms' tests share, are imported by name.
 sys.path[:0] = [str(folder) for folder in sorted(Path(__file__).parent.iterdir()) if folder.is_dir()]
 
+# Threads of llama.cpp that wait for each other sleep: on busy cores they would spin for most of the suite's time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # A busy machine is not a failure.
 settings.register_profile("rankwise", deadline=None)
 settings.load_profile("rankwise")
