@@ -27,7 +27,6 @@ from rankwise.device.bundle_files import (
     check_prompt,
     copy_model,
     label_answers,
-    ladder_lines,
     prompt_of,
     read_bundle,
     read_labels,
@@ -46,6 +45,7 @@ from rankwise.device.parity.ladder import Ladder, climb
 from rankwise.device.parity.pixels import AppPixels
 from rankwise.device.scores import FILE, FORMAT, Abstention, abstention
 from rankwise.device.sides import LAST, ROOM, Shipment, Shipped, TrainedSide, context, trained_side
+from rankwise.device.validation_page import ladder_blocks
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.atomic import (
     about_to_write,
@@ -59,6 +59,7 @@ from rankwise.files.atomic import (
 from rankwise.files.run_folder import CONFIG, RunFolder, called
 from rankwise.gguf.reading import Exported, GGUFFile, read_export
 from rankwise.options.commands import BundleConfig, ValidateConfig
+from rankwise.page.blocks import lines
 from rankwise.page.text import command_line
 from rankwise.pipeline.table import configured
 
@@ -321,8 +322,7 @@ def described(source: ShippedForm, trained: TrainedSide, unsure: Abstention) -> 
 def replay(config: BundleConfig, folder: Path) -> Ladder:
     """The ladder of a bundle's golden vectors. VerificationError where a rung differs."""
     ladder = replayed(config, folder)
-    for line in ladder_lines(ladder):
-        print(line)
+    print("\n".join(lines(ladder_blocks({"golden vectors": ladder.as_dict()}))))
     require(ladder, str(folder))
     print(f"{folder}: {config.server or 'llama.cpp here'} agrees with the trained model")
     return ladder
@@ -388,8 +388,7 @@ def require(ladder: Ladder, where: str) -> None:
 def report(config: BundleConfig, content: Mapping[str, Any], ladder: Ladder) -> None:
     for doubt in content["not_verified"]:
         print(f"warning: bundled though {doubt}")
-    for line in ladder_lines(ladder):
-        print(line)
+    print("\n".join(lines(ladder_blocks({"golden vectors": ladder.as_dict()}))))
     sure = content["threshold"]
     print("no confidence threshold; see abstain.json" if sure is None else f"abstain below a confidence of {sure:.3f}")
     print(f"bundle in {config.output_dir}")

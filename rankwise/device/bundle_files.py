@@ -27,9 +27,7 @@ from rankwise.data.example import IMAGE_SLOT, Example
 from rankwise.data.label_task import LabelTask
 from rankwise.data.render import Renderer
 from rankwise.device.parity.cases import Case
-from rankwise.device.parity.ladder import Ladder
 from rankwise.device.parity.reference import Expected
-from rankwise.device.parity.rungs import said, unmeasured
 from rankwise.device.scores import Abstention
 from rankwise.errors import DataError, VerificationError
 from rankwise.evaluate.likelihood import answer_ids
@@ -229,15 +227,6 @@ def read_bundle(folder: Path) -> dict[str, Any]:
         if sha256(path) != facts["sha256"]:
             raise VerificationError(f"{path}: changed since it was bundled (its sha256 differs); copy it again")
     return content
-
-
-def ladder_lines(ladder: Ladder) -> list[str]:
-    """One line for each rung, why one is not measured, and why the first broken one is broken."""
-    width = max(len(rung.name) for rung in ladder.rungs)
-    lines = [f"  {rung.name.ljust(width)}  {said(rung.as_dict())}" for rung in ladder.rungs]
-    lines += [f"  {line}" for line in unmeasured(ladder.as_dict()["rungs"])]
-    broken = ladder.first_broken
-    return [*lines, f"  first to differ: {broken.name}: {broken.why}"] if broken else lines
 
 
 # --- README.md, for the app's developer ------------------------------------------------------------------------------

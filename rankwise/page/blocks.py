@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from rankwise.page.text import align, printable
 
-CELL, PARAGRAPH = 160, 1500  # characters
+CELL, PARAGRAPH = 400, 1500  # characters
 
 
 def _clean(block: object, name: str, value: object) -> None:
