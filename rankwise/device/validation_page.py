@@ -97,11 +97,11 @@ def sweep_table(swept: Mapping[str, Any]) -> Table:
         rows.append(
             (
                 form["form"],
-                memory(form["bytes"]),
+                f"{form['bytes'] / 1e6:,.1f} MB",
                 with_interval(form["accuracy"], form["interval"], in_points),
                 f"{form['seconds_median']:.3f} s",
                 f"{form['seconds_p95']:.3f} s",
-                memory(form["peak_memory"]) if form["peak_memory"] else "",
+                f"{form['peak_memory'] / 1e6:,.0f} MB" if form["peak_memory"] else "",
                 beside_largest(form["against_reference"]),
             )
         )
