@@ -130,9 +130,7 @@ class ImageReader:
         real = os.path.realpath(os.path.join(root, path))
         roots = [root, *(os.path.realpath(folder) for folder in self.beside)]
         if not self.allow_outside and all(os.path.commonpath([each, real]) != each for each in roots):
-            raise Refused(
-                f"leads out of the image folder {self.folder}, to {real}; pass --allow-outside if that is meant"
-            )
+            raise Refused(f"leads out of the image folder {self.folder}, to {real}; if that is meant: --allow-outside")
         if not os.path.exists(real):
             raise Refused(f"is not there: no file {real} (paths start in --image_folder, {self.folder})")
         if not stat.S_ISREG(os.stat(real).st_mode):

@@ -59,11 +59,7 @@ class Split:
 
     def record(self) -> dict[str, Any]:
         """Content of `split.json`: ids, so that a later run trains and validates on the same samples."""
-        return {
-            "format": FORMAT,
-            "train": [example.id for example in self.train],
-            "val": [example.id for example in self.val],
-        }
+        return {"format": FORMAT, "train": [one.id for one in self.train], "val": [one.id for one in self.val]}
 
 
 def split_groups(examples: Sequence[Example], fraction: float, generator: random.Random) -> Split:
@@ -80,10 +76,8 @@ def split_groups(examples: Sequence[Example], fraction: float, generator: random
     count = min(max(1, round(len(groups) * fraction)), len(groups) - 1)
     held_out = set(generator.sample(groups, count))
     train = [position for position, group in enumerate(group_of) if group not in held_out]
-    return Split(
-        chosen(examples, train),
-        chosen(examples, [position for position, group in enumerate(group_of) if group in held_out]),
-    )
+    val = [position for position, group in enumerate(group_of) if group in held_out]
+    return Split(chosen(examples, train), chosen(examples, val))
 
 
 PARTS_FORMAT = "rankwise-parts/1"

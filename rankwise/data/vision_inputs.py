@@ -240,9 +240,7 @@ def listen(
         )
     except (AttributeError, LookupError, TypeError, NotImplementedError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UsageError(
-            f"{type(processor).__name__} takes no rows of text with images ({reason}); {SUPPORTED}"
-        ) from error
+        raise UsageError(f"{type(processor).__name__} takes no text with images ({reason}); {SUPPORTED}") from error
     return found, tokenizer.given
 
 

@@ -91,7 +91,8 @@ def check(config: CompressConfig) -> None:
         raise UsageError(
             "compress needs a size: --energy 0.95 or --budget N|uniform:R|P% (or --uniform alone: same product)"
         )
-    if Path(config.output_dir).resolve() == adapter_files(Path(config.adapter))[0].parent.resolve():
+    given = Path(config.adapter)  # in a recipe an earlier stage may still have to make it
+    if given.exists() and Path(config.output_dir).resolve() == adapter_files(given)[0].parent.resolve():
         raise UsageError(f"--output_dir {config.output_dir} is where the adapter is: choose another folder")
 
 

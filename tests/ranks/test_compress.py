@@ -246,3 +246,4 @@ def test_what_cannot_work_is_refused_before_anything_is_read(tmp_path: Path) -> 
     ):
         with pytest.raises(UsageError):
             check(CompressConfig(**options))  # type: ignore[arg-type]
+    check(CompressConfig(adapter="not/made/yet", energy=0.9))

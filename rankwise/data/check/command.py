@@ -63,9 +63,7 @@ def describe(config: CheckConfig) -> list[str]:
     if config.model.model_name:
         lines.append(f"make tokens of every sample as training does for {config.model.model_name}")
         lines.append("compare them with what the model's own chat template makes, where it is used")
-        lines.append(
-            "run a few with images through the model" + ("" if config.run_model else ", cut down to two layers")
-        )
+        lines.append("run a few through the model" + ("" if config.run_model else ", cut down to two layers"))
     return lines
 
 

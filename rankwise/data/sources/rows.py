@@ -123,9 +123,8 @@ def json_rows(source: RowFile) -> Iterator[Row]:
         if isinstance(row := as_object(row), dict):
             yield line, row
         else:
-            hint = (
-                "; a list of samples belongs in a file named .json" if isinstance(row, list) and source.is_lines else ""
-            )
+            misnamed = isinstance(row, list) and source.is_lines
+            hint = "; a list of samples belongs in a file named .json" if misnamed else ""
             source.reject(line, f"a sample must be a JSON object, this is {_kind(row)}{hint}")
 
 
@@ -219,9 +218,7 @@ def _text_lines(source: RowFile) -> Iterator[str]:
         for number, raw in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), 1):
             source.start, following = following, following + len(raw)
             if len(raw) > LONGEST_LINE:
-                raise DataError(
-                    f"{source.path}, line {number}: longer than {LONGEST_LINE:,} bytes; is this a data file?"
-                )
+                raise DataError(f"{source.path}, line {number}: longer than {LONGEST_LINE:,} bytes; is it a data file?")
             try:
                 yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
