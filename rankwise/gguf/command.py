@@ -22,7 +22,7 @@ from rankwise.files.atomic import atomic_folder, fingerprint, sha256, write_json
 from rankwise.files.checkpoint import resolve
 from rankwise.files.lineage import trained_rows
 from rankwise.files.run_folder import RunFolder
-from rankwise.gguf.converter import OUTTYPES, Converter, converter_folder, find_converter, install_converter
+from rankwise.gguf.converter import Converter, converter_folder, find_converter, install_converter
 from rankwise.gguf.export import write_export
 from rankwise.gguf.lora import largest_rank, read_plain, require_text_sites, write_adapter_gguf
 from rankwise.gguf.plan import ExportPlan, plan_export, require_model, require_space
@@ -70,9 +70,8 @@ def check(config: ExportConfig) -> None:
     """Check the options before anything is read."""
     if not (config.model or config.adapter_gguf or config.install_converter):
         raise UsageError("export needs a merged model: rankwise export merged_model -o exported_model")
-    unknown = [kind for kind in config.outtype if kind not in OUTTYPES]
-    if unknown or not config.outtype:
-        raise UsageError(f"--outtype takes {', '.join(OUTTYPES)}; got {', '.join(unknown) or 'nothing'}")
+    if not config.outtype:
+        raise UsageError("export needs a quantization type: --outtype f16,q8_0")
     if config.adapter_gguf and config.mmproj:
         raise UsageError("--adapter_gguf writes a LoRA for the text model; --mmproj does not go with it")
 

@@ -30,6 +30,7 @@ from filelock import FileLock
 from rankwise.data.sources.official import cache
 from rankwise.errors import DataError, ServiceError, UsageError, VerificationError
 from rankwise.files.atomic import about_to_write, atomic_files, atomic_folder, read_object, sha256, write_json
+from rankwise.options.sections import OUTTYPES
 
 SCRIPT, ADAPTER_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 KEPT = (SCRIPT, ADAPTER_SCRIPT, "LICENSE", "conversion/", "gguf-py/gguf/", "gguf-py/LICENSE")
@@ -38,7 +39,6 @@ MANIFEST = "converter.json"
 FORMAT = "rankwise-converter/1"
 VARIABLE = "LLAMA_CPP_DIR"
 INSTALL = "rankwise export --install-converter"
-OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 REGISTRIES = {False: "TEXT_MODEL_MAP", True: "MMPROJ_MODEL_MAP"}
 TAIL = 15  # lines of a failed subprocess that an error shows
 

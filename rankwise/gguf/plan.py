@@ -16,7 +16,7 @@ from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import is_adapter
 from rankwise.files.atomic import free_space, read_object
 from rankwise.files.checkpoint import Checkpoint, open_checkpoint, resolve
-from rankwise.gguf.converter import OUTTYPES, Converter
+from rankwise.gguf.converter import Converter
 from rankwise.gguf.metadata import Vocabulary, check_forms, config_of
 from rankwise.gguf.reading import MMPROJ, TEXT
 from rankwise.gguf.view import Changes, changes_for
@@ -83,10 +83,6 @@ def plan_export(
     """
     folder = resolve(str(config.model))
     looks = sees(require_model(folder))
-    kinds = tuple(dict.fromkeys(config.outtype))
-    unknown = [kind for kind in kinds if kind not in OUTTYPES]
-    if unknown or not kinds:
-        raise UsageError(f"--outtype takes {', '.join(OUTTYPES)}; got {', '.join(unknown) or 'none'}")
     if config.mmproj and not looks:
         raise UsageError(f"{config.model}: --mmproj is for vision-language models, and this one has no vision_config")
     projector = looks if config.mmproj is None else config.mmproj
@@ -100,7 +96,7 @@ def plan_export(
     return ExportPlan(
         model=folder,
         name=config.name or folder.resolve().name,
-        outtypes=kinds,
+        outtypes=tuple(dict.fromkeys(config.outtype)),
         mmproj=projector,
         converter=converter,
         checkpoint=checkpoint,

@@ -12,6 +12,7 @@ from rankwise.options.sections import (
     DTYPES,
     NO_PNG,
     NORMALISE,
+    OUTTYPES,
     SEED,
     SPLITS,
     TRAINERS,
@@ -353,7 +354,7 @@ class ExportConfig(Options):
         help="merged model folder (with --adapter_gguf: the base)", aliases=("model_name", "model_path")
     )
     output_dir: str = output("exported_model", help="folder of the GGUF files", aliases=("output_path",))
-    outtype: list[str] = option(["f16", "q8_0"], help="quantization types: f32, f16, bf16, q8_0")
+    outtype: list[str] = option(["f16", "q8_0"], choices=OUTTYPES, help="quantization types")
     mmproj: bool | None = option(help="also export vision tower and projector [for vision-language models]")
     name: str | None = option(
         help="base of the file names, <name>-<outtype>.gguf [the model folder's name]",
