@@ -14,6 +14,7 @@ import pytest
 from house import classes_of, closure
 
 import rankwise
+from rankwise.options.field import options_of
 from rankwise.pipeline.table import COMMANDS
 
 PACKAGE = Path(rankwise.__file__).parent
@@ -124,6 +125,28 @@ def test_a_class_name_stands_for_one_thing() -> None:
         for name in classes_of(ast.parse(path.read_text(encoding="utf-8"))):
             homes.setdefault(name, []).append(str(path.relative_to(PACKAGE)))
     assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+
+
+def words_in(path: Path) -> Iterator[tuple[str, ...]]:
+    """The tuples, lists and sets of at least two texts that a file spells out."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Tuple, ast.List, ast.Set)) and len(node.elts) > 1:
+            texts = [each.value for each in node.elts if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+            if len(texts) == len(node.elts):
+                yield tuple(texts)
+
+
+def test_the_choices_of_an_option_stand_there_only() -> None:
+    options = [option for name in COMMANDS for option in options_of(COMMANDS[name].config)]
+    choices = {tuple(option.choices) for option in options if option.choices}
+    repeated = {
+        str(path.relative_to(PACKAGE)): words
+        for path in sources()
+        if path.relative_to(PACKAGE).parts[0] != "options"
+        for words in words_in(path)
+        if words in choices
+    }
+    assert repeated == {}
 
 
 TRAIN = ("finetune", "train", "study", "features train", "tiny", "demo")  # the last two make a model to begin with

@@ -16,6 +16,7 @@ TOWERS = ("language", "vision", "projector", "depth", "unknown")
 TRAINED_TOWERS = ("language", "vision", "projector")
 TRAINERS = ("peft", "axolotl", "swift", "unsloth", "llamafactory")
 TARGETS = ("attention_only", "mlp_only", "both", "all")
+PHASE_STATES = ("keep", "reset")
 CLASSIFY = ("likelihood", "generation")
 IF_OVERLONG = ("error", "drop", "truncate_source")
 DEPTH_GATES, DEPTH_LAYOUTS = ("learned", "none"), ("split", "interleaved")
@@ -242,7 +243,7 @@ class PhasesSection(Options):
     phase1_end: int = option(300, help="optimizer step at which the first phase ends")
     phase2_end: int = option(600, help="optimizer step at which the second of three phases ends")
     schedule: str | None = option(help="phases in the general form: 'both:300 > mlp layers 0-10:300 > attention'")
-    phase_state: str = option("keep", choices=("keep", "reset"), help="optimizer state of a site that is active again")
+    phase_state: str = option("keep", choices=PHASE_STATES, help="optimizer state of a site that is active again")
     log_frequency: int | None = option(
         least=0, help="optimizer steps between gradient norms, 0: none [1; per site at steps 1 % apart]"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rankwise.options.field import Options, option, output, reads
-from rankwise.options.sections import DEVICE, SEED, TARGETS, DataSection, ModelSection
+from rankwise.options.sections import DEVICE, PHASE_STATES, SEED, TARGETS, DataSection, ModelSection
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class GridSection(Options):
     lr_schedulers: list[str] = option(
         ["constant"], choices=("constant", "cosine", "linear"), help="learning rate schedules to cross with phases"
     )
-    phase_states: list[str] = option(["keep"], choices=("keep", "reset"), help="optimizer states to cross with phases")
+    phase_states: list[str] = option(["keep"], choices=PHASE_STATES, help="optimizer states to cross with phases")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from rankwise.core.site import nearest
 from rankwise.errors import UsageError, VerificationError
 from rankwise.evaluate.likelihood import Learnt, token_losses
 from rankwise.models.sites import linear_shape
+from rankwise.options.sections import PHASE_STATES
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -258,7 +259,6 @@ def site_module(model: nn.Module, site: StackedSite) -> nn.Module:
 
 
 Active = Callable[[int], frozenset[str]]
-PHASE_STATES = ("keep", "reset")
 CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 
