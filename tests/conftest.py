@@ -24,6 +24,9 @@ sys.path[:0] = [str(folder) for folder in sorted(Path(__file__).parent.iterdir()
 # Threads of llama.cpp that wait for each other sleep: on busy cores they would spin for most of the suite's time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# What tests write need not outlive a power cut: most of the time of a small write is waiting for the disk.
+os.fsync = lambda _: None
+
 # A busy machine is not a failure.
 settings.register_profile("rankwise", deadline=None)
 settings.load_profile("rankwise")

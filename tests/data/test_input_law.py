@@ -205,7 +205,7 @@ def test_a_gguf_adds_no_start_token_that_training_never_saw(converter: Converter
     assert read_object(out / FILE)["begin_tokens"] == {} and load_tokenizer(str(base))("a")["input_ids"][0] == 1
     assert run("merge", out, "-o", tmp_path / "merged") == 0
     assert run("export", tmp_path / "merged", "--outtype", "f16", "-o", tmp_path / "export") == 0
-    rows = ("--task", "conversations", "--data_path", data, "--device", "cpu", "--threads", 1)
+    rows = ("--task", "conversations", "--data_path", data, "--device", "cpu", "--threads", 1, "--max_new_tokens", 8)
     assert run("validate", tmp_path / "export", *rows, "-o", tmp_path / "validation") == 0
 
 

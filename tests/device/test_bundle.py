@@ -347,7 +347,7 @@ def test_nothing_that_is_printed_names_the_folder_in_the_making(
     bundle.run(asked(shipped, output_dir=str(tmp_path / "bundle")))
     printed = capsys.readouterr()
     assert ".tmp" not in printed.out + printed.err and str(tmp_path / "bundle") in printed.out
-    assert main(["bundle", "--replay", str(tmp_path / "bundle")]) == 0
+    assert main(["bundle", "--replay", str(tmp_path / "bundle"), "--threads", "1"]) == 0
     assert f"from {tmp_path / 'bundle' / 'input.json'}" in capsys.readouterr().out
 
 
@@ -400,6 +400,7 @@ def test_a_text_model_is_bundled_with_a_place_for_its_input(text_export: Path, t
         output_dir=str(tmp_path / "bundle"),
         num_golden=2,
         top=16,
+        threads=1,
         allow_unverified=True,
     )
     content = bundle.run(config)

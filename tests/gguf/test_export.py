@@ -222,7 +222,7 @@ def test_llama_cpp_reads_prompts_as_transformers_does(vision_export: Path, text_
     prompt = "<|im_start|>User: What colour?\n\nRed<end_of_utterance>\nAssistant:<fake_token_around_image><global-img>"
     for folder, spoken in ((vision_export, prompt), (text_export, "name[The Vaults], near[Café Adriatic]")):
         tokenizer = AutoTokenizer.from_pretrained(folder.parent / "model")
-        with LlamaServer(read_export(folder).text("q8_0")) as runtime:
+        with LlamaServer(read_export(folder).text("q8_0"), threads=1) as runtime:
             assert runtime.tokenize(spoken, add_special=True) == tokenizer(spoken)["input_ids"]
             evaluated = runtime.complete(spoken, max_new_tokens=1).prompt_tokens
         assert evaluated == len(tokenizer(spoken)["input_ids"])

@@ -171,9 +171,11 @@ def divergence(row: Tensor, top: Mapping[int, float]) -> float:
     Summed as Σ p·log(p/q) − p + q: equal to KL for distributions, and no bin is negative, so that the rounding of the
     masses does not drown it.
     """
-    ids = [token for token in top if 0 <= token < len(row) and not bool(row[token].isnan())]
-    log_p = row[ids]
-    log_q = torch.tensor([top[token] for token in ids], dtype=torch.float64)
+    size = len(row)
+    ids = [token for token in top if 0 <= token < size]
+    log_p, log_q = row[ids], torch.tensor([top[token] for token in ids], dtype=torch.float64)
+    known = ~log_p.isnan()
+    log_p, log_q = log_p[known], log_q[known]
     p, q = log_p.exp(), log_q.exp()
     rest_p, rest_q = max(1 - float(p.sum()), REST), max(1 - float(q.sum()), REST)
     named = torch.where(p > 0, p * (log_p - log_q), 0.0) - p + q

@@ -52,9 +52,10 @@ class Attempts:
 attempts_of: ContextVar[Attempts] = ContextVar("attempts_of")
 
 
-def http_client(openai: ModuleType, before_retry: Callable[[Attempts], Awaitable[None]], trust_env: bool) -> Any:
+def http_client(openai: ModuleType, before_retry: Callable[[Attempts], Awaitable[None]], address: str) -> Any:
     """The SDK's HTTP client. before_retry: awaited before every attempt but the first. Redirects are not followed: the
     key and the picture are for the address that was given."""
+    given = urlsplit(address)
 
     class Client(openai.DefaultAsyncHttpxClient):  # type: ignore[name-defined]
         async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
@@ -69,7 +70,11 @@ def http_client(openai: ModuleType, before_retry: Callable[[Attempts], Awaitable
             request.extensions["trace"] = trace
             return await judge_response(await super().send(request, stream=True, **options), attempts)
 
-    return Client(trust_env=trust_env, follow_redirects=False)
+    return Client(
+        trust_env=given.hostname not in HERE,
+        follow_redirects=False,
+        verify=given.scheme != "http",  # which shows no certificate: reading authorities takes longer than a request
+    )
 
 
 async def judge_response(response: Any, attempts: Attempts) -> Any:
@@ -148,7 +153,7 @@ class Teacher:
             base_url=address,
             timeout=self.settings.timeout,
             max_retries=self.settings.max_retries,
-            http_client=http_client(self._openai, self._before_retry, urlsplit(address).hostname not in HERE),
+            http_client=http_client(self._openai, self._before_retry, address),
         )
 
     async def __aenter__(self) -> Teacher:
