@@ -28,8 +28,8 @@ from rankwise.evaluate.generate import Answering, Generated, GenerationSettings,
 from rankwise.evaluate.likelihood import longest_answer
 from rankwise.evaluate.predictions import Prediction, Scores
 from rankwise.files.processes import own_share
+from rankwise.page import canvas
 from rankwise.page.blocks import Table
-from rankwise.page.canvas import bare, colormap, name_axes, new_figure, save, write_cells
 from rankwise.page.text import clip
 
 MAX_NEW_TOKENS = 32  # where no device says how long an answer may be
@@ -263,12 +263,12 @@ def plot_confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], path:
     """
     columns = [*labels, NONE] if any(row[-1] for row in counts) else list(labels)
     size = CELL * max(len(columns), 4)
-    figure, axis = new_figure(size + 2.2, CELL * max(len(labels), 3) + 1.6)
+    figure, axis = canvas.new_figure(size + 2.2, CELL * max(len(labels), 3) + 1.6)
     shares = [[count / max(1, sum(row)) for count in row[: len(columns)]] for row in counts]
-    image = axis.imshow(shares, cmap=colormap(), vmin=0, vmax=1, aspect="auto")
-    write_cells(axis, image, [[str(count) for count in row[: len(columns)]] for row in counts], size=9)
+    image = axis.imshow(shares, cmap=canvas.colormap(), vmin=0, vmax=1, aspect="auto")
+    canvas.write_cells(axis, image, [[str(count) for count in row[: len(columns)]] for row in counts], size=9)
     axis.set_xticks(range(len(columns)), [clip(name, 14) for name in columns], rotation=30, ha="right")
     axis.set_yticks(range(len(labels)), [clip(name, 14) for name in labels])
-    bare(axis)
-    name_axes(axis, "answered", "true", f"{title}: items" if title else "items")
-    return save(figure, path)
+    canvas.bare(axis)
+    canvas.name_axes(axis, "answered", "true", f"{title}: items" if title else "items")
+    return canvas.save(figure, path)

@@ -14,7 +14,6 @@ from rankwise.features.answers import NOTHING, ORIGINAL, WHOLE
 from rankwise.files.atomic import read_own
 from rankwise.page import canvas
 from rankwise.page.blocks import Block, Finding, Page, Plot, Table, Target, Words, drawn
-from rankwise.page.canvas import GREY, INK, error_bars, legend_outside, name_axes, panels, save
 from rankwise.page.text import clip, plural
 
 FORMAT = "rankwise-downstream/1"
@@ -105,17 +104,17 @@ def shown(value: float, form: str) -> str:
 def plot_downstream(content: Mapping[str, Any], path: Path | str) -> Path:
     """KL and loss against rank, a line per method, a marker per network, both controls as horizontal lines."""
     rows = content["rows"]
-    figure, (divergence, loss) = panels(9.6, 4.0, columns=2)
+    figure, (divergence, loss) = canvas.panels(9.6, 4.0, columns=2)
     draw(divergence, rows, "kl")
     draw(loss, rows, "loss")
     divergence.set_yscale("log")
     visible = [row["kl"] for row in rows if row["kl"] > INVISIBLE]
     if visible:
         divergence.set_ylim(min(visible) / 2, max(visible) * 2)
-    name_axes(divergence, "rank", "nats per answer token", "KL from the model as it is")
-    name_axes(loss, "rank", "nats per answer token", "Loss of the right answer")
-    legend_outside(figure, "right upper", [loss])
-    return save(figure, path)
+    canvas.name_axes(divergence, "rank", "nats per answer token", "KL from the model as it is")
+    canvas.name_axes(loss, "rank", "nats per answer token", "Loss of the right answer")
+    canvas.legend_outside(figure, "right upper", [loss])
+    return canvas.save(figure, path)
 
 
 def draw(axis: Any, rows: Sequence[Row], metric: str) -> None:
@@ -132,16 +131,16 @@ def draw(axis: Any, rows: Sequence[Row], metric: str) -> None:
         draw_method(axis, curve, metric, shift, style(index, is_network))
     for row in rows:
         if row["method"] == NOTHING:
-            axis.axhline(row[metric], color=GREY, linestyle="--", linewidth=1, label=NOTHING)
+            axis.axhline(row[metric], color=canvas.GREY, linestyle="--", linewidth=1, label=NOTHING)
         if row["method"] == ORIGINAL and metric != "kl":
-            axis.axhline(row[metric], color=INK, linewidth=1, label=ORIGINAL)
+            axis.axhline(row[metric], color=canvas.INK, linewidth=1, label=ORIGINAL)
     axis.set_xticks(ranks, [str(rank) for rank in ranks])
     axis.minorticks_off()
 
 
 def draw_method(axis: Any, curve: Sequence[Row], metric: str, shift: float, look: Mapping[str, Any]) -> None:
     y = [max(row[metric], INVISIBLE / 100) for row in curve]
-    error = error_bars(y, [row["intervals"].get(metric) for row in curve])
+    error = canvas.error_bars(y, [row["intervals"].get(metric) for row in curve])
     x = [row["rank"] * shift for row in curve]
     name = clip(curve[0]["method"], 40) + (f", rank {curve[0]['rank']}" if curve[0]["network"] else "")
     axis.errorbar(x, y, yerr=error, label=name, capsize=2, linewidth=1.2, **look)

@@ -26,21 +26,8 @@ from rankwise.features.trained import save_factorizer
 from rankwise.files.atomic import about_to_write, read_json, read_object, write_json
 from rankwise.files.processes import announce, process_index
 from rankwise.options.field import flatten
+from rankwise.page import canvas
 from rankwise.page.blocks import Block, Finding, Plot, Words
-from rankwise.page.canvas import (
-    BLUE,
-    GREY,
-    INK,
-    YELLOW,
-    draw_line,
-    legend,
-    log_ticks,
-    name_axes,
-    panels,
-    plain,
-    save,
-    whole_ticks,
-)
 from rankwise.page.text import has_numbers, plural
 from rankwise.train.rows import summed
 
@@ -270,25 +257,27 @@ def plot_factor_training(rows: Sequence[Mapping[str, Any]], path: Path | str, be
     if not rows:
         raise DataError("the history holds no epoch")
     epochs = [row["epoch"] for row in rows]
-    figure, (above, below) = panels(7.2, 4.6, rows=2)
-    draw_line(above, epochs, [row["train_mse"] for row in rows], "training", BLUE, "-")
-    draw_line(above, epochs, [row["val_mse"] for row in rows], "validation", INK, "--")
+    figure, (above, below) = canvas.panels(7.2, 4.6, rows=2)
+    canvas.draw_line(above, epochs, [row["train_mse"] for row in rows], "training", canvas.BLUE, "-")
+    canvas.draw_line(above, epochs, [row["val_mse"] for row in rows], "validation", canvas.INK, "--")
     for row in rows:
         if row["epoch"] == best_epoch:
             label = f"kept: {row['val_mse']:.4g} at epoch {best_epoch}"
-            above.plot([best_epoch], [row["val_mse"]], color=INK, linestyle="", marker="D", markersize=7, label=label)
+            above.plot(
+                [best_epoch], [row["val_mse"]], color=canvas.INK, linestyle="", marker="D", markersize=7, label=label
+            )
     above.set_yscale("log")
-    log_ticks(above.yaxis)
-    name_axes(above, "", "MSE of A·B")
-    legend(above, loc="upper right")
-    draw_line(below, epochs, [row["lr"] for row in rows], "learning rate", GREY, "-")
+    canvas.log_ticks(above.yaxis)
+    canvas.name_axes(above, "", "MSE of A·B")
+    canvas.legend(above, loc="upper right")
+    canvas.draw_line(below, epochs, [row["lr"] for row in rows], "learning rate", canvas.GREY, "-")
     below.set_yscale("log")
-    log_ticks(below.yaxis)
-    name_axes(below, "epoch", "learning rate")
+    canvas.log_ticks(below.yaxis)
+    canvas.name_axes(below, "epoch", "learning rate")
     draw_ranks(below, epochs, [row["effective_rank"] for row in rows])
     for axis in (above, below):
-        whole_ticks(axis.xaxis)
-    return save(figure, path)
+        canvas.whole_ticks(axis.xaxis)
+    return canvas.save(figure, path)
 
 
 def draw_ranks(axis: Any, epochs: Sequence[int], ranks: Sequence[int]) -> None:
@@ -296,13 +285,13 @@ def draw_ranks(axis: Any, epochs: Sequence[int], ranks: Sequence[int]) -> None:
     if len(set(ranks)) == 1:
         return
     other = axis.twinx()
-    plain(other)
+    canvas.plain(other)
     other.grid(False)
     other.spines[["left", "top"]].set_visible(False)
-    other.spines["right"].set(visible=True, color=GREY)
-    draw_line(other, epochs, ranks, "effective rank", YELLOW, "-.")
+    other.spines["right"].set(visible=True, color=canvas.GREY)
+    canvas.draw_line(other, epochs, ranks, "effective rank", canvas.YELLOW, "-.")
     other.set_ylim(0, max(ranks) * 1.05)
-    other.set_ylabel("effective rank", fontsize=9, color=INK)
+    other.set_ylabel("effective rank", fontsize=9, color=canvas.INK)
     axis.spines[["right", "top"]].set_visible(False)
     lines = [*axis.get_lines(), *other.get_lines()]
     other.legend(lines, [line.get_label() for line in lines], fontsize=8, framealpha=0.85, edgecolor="none")

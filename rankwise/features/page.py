@@ -20,21 +20,8 @@ import numpy as np
 
 from rankwise.features.measures import GRAM, PCA, SVD
 from rankwise.files.atomic import read_own
+from rankwise.page import canvas
 from rankwise.page.blocks import Block, Finding, Plot, Table, Words
-from rankwise.page.canvas import (
-    BLUE,
-    GREY,
-    INK,
-    YELLOW,
-    error_bars,
-    legend_outside,
-    log_ticks,
-    name_axes,
-    new_figure,
-    panels,
-    save,
-    style,
-)
 from rankwise.page.text import amount, clip, percent, plural
 
 FORMAT, FILE = "rankwise-factors/1", "comparison.json"
@@ -211,7 +198,7 @@ def histograms(comparison: Comparison, measure: str, title: str, path: Path | st
     sources = comparison["sources"]
     names = [name for name in sources[0]["values"] if name != GRAM]
     edges = bins([value for source in sources for name in names for value in source["values"][name][measure]])
-    figure, axes = panels(1.9 + 3.4 * len(sources), 0.8 + 0.55 * len(names), len(sources), len(names))
+    figure, axes = canvas.panels(1.9 + 3.4 * len(sources), 0.8 + 0.55 * len(names), len(sources), len(names))
     grid = np.reshape(np.array(axes, dtype=object), (len(names), len(sources)))
     for column, source in enumerate(sources):
         for row, name in enumerate(names):
@@ -219,17 +206,19 @@ def histograms(comparison: Comparison, measure: str, title: str, path: Path | st
             grid[row, column].tick_params(labelbottom=row == len(names) - 1)
             if column == 0:
                 beside(grid[row, column], clip(name, 30))
-        name_axes(grid[-1, column], title, "")
+        canvas.name_axes(grid[-1, column], title, "")
         heading = grid[0, column].set_title(
-            f"{source['name']} ({source['images']:,})", fontsize=9, color=INK, loc="left"
+            f"{source['name']} ({source['images']:,})", fontsize=9, color=canvas.INK, loc="left"
         )
         heading.set_parse_math(False)
-    return save(figure, path)
+    return canvas.save(figure, path)
 
 
 def strip(axis: Any, values: Sequence[float], edges: Sequence[float], own: bool) -> None:
-    axis.hist(values, bins=edges, color=BLUE if own else GREY)
-    axis.plot([median(values)], [0], marker="D", markersize=6, color=YELLOW, markeredgecolor=INK, clip_on=False)
+    axis.hist(values, bins=edges, color=canvas.BLUE if own else canvas.GREY)
+    axis.plot(
+        [median(values)], [0], marker="D", markersize=6, color=canvas.YELLOW, markeredgecolor=canvas.INK, clip_on=False
+    )
     axis.set_ylim(bottom=0)
     axis.set_xlim(edges[0], edges[-1])
     axis.set_yticks([])
@@ -238,7 +227,7 @@ def strip(axis: Any, values: Sequence[float], edges: Sequence[float], own: bool)
 
 def beside(axis: Any, name: str) -> None:
     """The name of a strip, left of it."""
-    text = axis.text(-0.02, 0.4, name, transform=axis.transAxes, ha="right", va="center", fontsize=8, color=INK)
+    text = axis.text(-0.02, 0.4, name, transform=axis.transAxes, ha="right", va="center", fontsize=8, color=canvas.INK)
     text.set_parse_math(False)
 
 
@@ -252,22 +241,22 @@ def bins(values: Sequence[float]) -> list[float]:
 def plot_rank_sweep(comparison: Comparison, path: Path | str) -> Path:
     """Mean relative error against rank; below the ranks, the share of a matrix's numbers that the factors take."""
     sweep, tokens, channels = comparison["sweep"], comparison["tokens"], comparison["channels"]
-    figure, axis = new_figure(7.2, 4.0)
+    figure, axis = canvas.new_figure(7.2, 4.0)
     curves = {name: found for name, found in sweep["relative_error"].items() if name != GRAM}
     for index, (name, errors) in enumerate(curves.items()):
         found = [(rank, error) for rank, error in zip(sweep["ranks"], errors, strict=True) if error is not None]
         x, y = [rank for rank, _ in found], [error for _, error in found]
         text = f"{name}, leading channels" if name in comparison["networks"] else name
-        axis.plot(x, y, label=clip(text, 40), linewidth=1.3, markersize=4, **style(index))
+        axis.plot(x, y, label=clip(text, 40), linewidth=1.3, markersize=4, **canvas.style(index))
     axis.set_xscale("log", base=2)
     share = [rank * (tokens + channels) / (tokens * channels) for rank in sweep["ranks"]]
     ticks = [f"{rank}\n{100 * part:.0f} %" for rank, part in zip(sweep["ranks"], share, strict=True)]
     axis.set_xticks(sweep["ranks"], ticks)
     axis.minorticks_off()
     axis.set_ylim(bottom=0)
-    name_axes(axis, "rank, and numbers stored against the whole matrix", "mean relative error")
-    legend_outside(figure, "right upper", [axis])
-    return save(figure, path)
+    canvas.name_axes(axis, "rank, and numbers stored against the whole matrix", "mean relative error")
+    canvas.legend_outside(figure, "right upper", [axis])
+    return canvas.save(figure, path)
 
 
 def plot_error_time(comparison: Comparison, path: Path | str) -> Path:
@@ -278,23 +267,25 @@ def plot_error_time(comparison: Comparison, path: Path | str) -> Path:
     source = comparison["sources"][0]
     measure = "excess_error" if row_of(source, SVD)["excess_error"] else "relative_error"
     shown = {"excess_error": "excess error over the SVD, %", "relative_error": "relative error, %"}[measure]
-    figure, axis = new_figure(7.2, 4.0)
-    axis.axvline(1e3 * cost_of(comparison, GRAM)["seconds"], color=GREY, linestyle=(0, (1, 2)), linewidth=1.1)
+    figure, axis = canvas.new_figure(7.2, 4.0)
+    axis.axvline(1e3 * cost_of(comparison, GRAM)["seconds"], color=canvas.GREY, linestyle=(0, (1, 2)), linewidth=1.1)
     times = []
     for index, cost in enumerate(comparison["cost"]):
-        look = {**style(index), "linestyle": "", "markersize": 8}
+        look = {**canvas.style(index), "linestyle": "", "markersize": 8}
         excess = row_of(source, cost["method"])[measure]
         y, low, high = (100 * max(0.0, excess[key] if excess[key] is not None else excess["mean"]) for key in KEYS)
         times.append(1e3 * cost["seconds"])
-        axis.errorbar(times[-1], y, yerr=error_bars([y], [(low, high)]), color=look["color"], capsize=4, linestyle="")
+        axis.errorbar(
+            times[-1], y, yerr=canvas.error_bars([y], [(low, high)]), color=look["color"], capsize=4, linestyle=""
+        )
         axis.plot([times[-1]], [y], label=clip(cost["method"], 40), zorder=3, **look)
     axis.set_xscale("log")
     axis.set_xlim(min(times) / 2, max(times) * 2)
-    log_ticks(axis.xaxis)
+    canvas.log_ticks(axis.xaxis)
     per_cent_ticks(axis)
-    name_axes(axis, f"milliseconds per matrix ({comparison['timing']['device']})", shown)
-    legend_outside(figure, "right upper", [axis])
-    return save(figure, path)
+    canvas.name_axes(axis, f"milliseconds per matrix ({comparison['timing']['device']})", shown)
+    canvas.legend_outside(figure, "right upper", [axis])
+    return canvas.save(figure, path)
 
 
 def per_cent_ticks(axis: Any) -> None:

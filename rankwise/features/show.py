@@ -22,7 +22,7 @@ from rankwise.features.dataset import SPLIT, cached, read_split
 from rankwise.features.measures import SVD, cosine, excess_error, mse, network, relative_error
 from rankwise.features.trained import Network, networks
 from rankwise.options.features import FactorShowConfig, canonical
-from rankwise.page.canvas import INK, bare, colormap, colour_bar, name_figure, panels, save
+from rankwise.page import canvas
 from rankwise.page.text import clip
 
 CELL, LABELS, BAR = 0.95, 1.0, 0.75  # inches
@@ -73,10 +73,10 @@ def plot_channels(shown: Mapping[str, Tensor], grid: Grid, path: Path | str, tit
         maps = [spread(matrix[:, channel], grid) for matrix in shown.values()]
         low, high = min(float(one.min()) for one in maps), max(float(one.max()) for one in maps)
         for axis, one in zip(axes[:, channel], maps, strict=True):
-            axis.imshow(one, cmap=colormap(), vmin=low, vmax=high, interpolation="nearest")
-        axes[-1, channel].set_xlabel(f"{low:.1f} to {high:.1f}", fontsize=7, color=INK)
+            axis.imshow(one, cmap=canvas.colormap(), vmin=low, vmax=high, interpolation="nearest")
+        axes[-1, channel].set_xlabel(f"{low:.1f} to {high:.1f}", fontsize=7, color=canvas.INK)
     label_rows(axes, list(shown))
-    return save(figure, path)
+    return canvas.save(figure, path)
 
 
 def plot_channel_errors(shown: Mapping[str, Tensor], grid: Grid, path: Path | str, title: str = "") -> Path:
@@ -88,23 +88,23 @@ def plot_channel_errors(shown: Mapping[str, Tensor], grid: Grid, path: Path | st
     for row, matrix in enumerate(errors.values()):
         for channel, axis in enumerate(axes[row]):
             drawn = spread(matrix[:, channel], grid)
-            image = axis.imshow(drawn, cmap=colormap(), vmin=0.0, vmax=top, interpolation="nearest")
-    colour_bar(figure, image, axes, "|error|", fraction=0.02, pad=0.01)
+            image = axis.imshow(drawn, cmap=canvas.colormap(), vmin=0.0, vmax=top, interpolation="nearest")
+    canvas.colour_bar(figure, image, axes, "|error|", fraction=0.02, pad=0.01)
     label_rows(axes, list(errors))
-    return save(figure, path)
+    return canvas.save(figure, path)
 
 
 def maps_of(rows: int, channels: int, grid: Grid, title: str, bar: float = 0.0) -> tuple[Any, Any]:
     """Bare axes (rows, channels), the channels' numbers above them."""
     height = CELL * grid[0] / grid[1]
-    figure, found = panels(LABELS + bar + CELL * channels, 0.72 + 0.96 * rows * height, channels, rows)
+    figure, found = canvas.panels(LABELS + bar + CELL * channels, 0.72 + 0.96 * rows * height, channels, rows)
     axes = np.reshape(np.array(found, dtype=object), (rows, channels))
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-        bare(axis)
+        canvas.bare(axis)
     for channel, axis in enumerate(axes[0]):
-        axis.set_title(f"channel {channel}", fontsize=8, color=INK)
-    name_figure(figure, clip(title, 110), size=9)
+        axis.set_title(f"channel {channel}", fontsize=8, color=canvas.INK)
+    canvas.name_figure(figure, clip(title, 110), size=9)
     return figure, axes
 
 
@@ -115,7 +115,7 @@ def spread(tokens: Tensor, grid: Grid) -> Any:
 
 def label_rows(axes: Any, names: list[str]) -> None:
     for axis, name in zip(axes[:, 0], names, strict=True):
-        label = axis.set_ylabel(clip(name, 24), rotation=0, ha="right", va="center", fontsize=8, color=INK)
+        label = axis.set_ylabel(clip(name, 24), rotation=0, ha="right", va="center", fontsize=8, color=canvas.INK)
         label.set_parse_math(False)
 
 

@@ -22,24 +22,8 @@ from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, need
 from rankwise.files.atomic import atomic_write, read_object, write_json
+from rankwise.page import canvas
 from rankwise.page.blocks import Block, Finding, Folded, Plot, Table, Words
-from rankwise.page.canvas import (
-    BLUE,
-    GREY,
-    INK,
-    bare,
-    colormap,
-    colour_bar,
-    error_bars,
-    legend,
-    name_axes,
-    name_figure,
-    name_rows,
-    new_figure,
-    panels,
-    save,
-    write_cells,
-)
 from rankwise.page.text import clip, has_numbers, percent, plural
 from rankwise.ranks.decide import Evidence
 from rankwise.ranks.deltas import DeltaSource
@@ -65,7 +49,7 @@ def plot_decay(
         path: file to write; the suffix chooses the format.
         null_edge: largest singular value of the same entries permuted, where it was measured.
     """
-    figure, (decay, energy) = panels(8.4, 3.2, columns=2, margins=DECAY_MARGINS)
+    figure, (decay, energy) = canvas.panels(8.4, 3.2, columns=2, margins=DECAY_MARGINS)
     if spectrum.is_zero or not len(spectrum):
         for axis in (decay, energy):
             axis.text(0.5, 0.5, "the delta is zero", ha="center", va="center", transform=axis.transAxes)
@@ -74,43 +58,49 @@ def plot_decay(
         draw_energy(energy, spectrum, site.rank, threshold)
     shape = f"{site.site.shape[0]}×{site.site.shape[1]}"
     known = "" if spectrum.complete else f", first {len(spectrum)} of {min(spectrum.shape)} values"
-    name_axes(decay, f"index ({shape}{known})", "singular value")
-    name_axes(energy, "rank k", "energy kept, E(k)")
-    name_figure(figure, clip(site.site.path, 90))
-    return save(figure, path, dpi=110)
+    canvas.name_axes(decay, f"index ({shape}{known})", "singular value")
+    canvas.name_axes(energy, "rank k", "energy kept, E(k)")
+    canvas.name_figure(figure, clip(site.site.path, 90))
+    return canvas.save(figure, path, dpi=110)
 
 
 def draw_values(axis: Any, spectrum: Spectrum, rank: int, null_edge: float | None) -> None:
     positive = spectrum.values[spectrum.values > 0]
     marker = "o" if len(positive) <= MANY_POINTS else None
     index = range(1, len(positive) + 1)
-    axis.plot(index, positive.tolist(), color=BLUE, linewidth=1.6, marker=marker, markersize=3)
+    axis.plot(index, positive.tolist(), color=canvas.BLUE, linewidth=1.6, marker=marker, markersize=3)
     axis.set_yscale("log")
     if null_edge:
         label = "largest of permuted entries"
-        axis.axhline(null_edge, color=GREY, linestyle=":", linewidth=1.4, label=label)
+        axis.axhline(null_edge, color=canvas.GREY, linestyle=":", linewidth=1.4, label=label)
     draw_rank(axis, rank)
-    legend(axis, loc="upper right")
+    canvas.legend(axis, loc="upper right")
 
 
 def draw_energy(axis: Any, spectrum: Spectrum, rank: int, threshold: float) -> None:
     """E(k) from 0, the band that the sketch's certificate leaves open, threshold and rank."""
     kept = torch.cat([torch.zeros(1, dtype=torch.float64), spectrum.cumulative()])
     index = torch.arange(len(kept), dtype=torch.float64)
-    axis.plot(index.tolist(), kept.tolist(), color=BLUE, linewidth=1.6)
+    axis.plot(index.tolist(), kept.tolist(), color=canvas.BLUE, linewidth=1.6)
     if spectrum.residual > 0:
         most = torch.cat([torch.zeros(1, dtype=torch.float64), spectrum.upper()])
         axis.fill_between(
-            index.tolist(), kept.tolist(), most.tolist(), color=BLUE, alpha=0.15, linewidth=0, label="certified bound"
+            index.tolist(),
+            kept.tolist(),
+            most.tolist(),
+            color=canvas.BLUE,
+            alpha=0.15,
+            linewidth=0,
+            label="certified bound",
         )
-    axis.axhline(threshold, color=GREY, linestyle="-.", linewidth=1.2, label=f"threshold {threshold:g}")
+    axis.axhline(threshold, color=canvas.GREY, linestyle="-.", linewidth=1.2, label=f"threshold {threshold:g}")
     axis.set_ylim(0, 1.03)
     draw_rank(axis, rank)
-    legend(axis, loc="lower right")
+    canvas.legend(axis, loc="lower right")
 
 
 def draw_rank(axis: Any, rank: int) -> None:
-    axis.axvline(rank, color=INK, linestyle="--", linewidth=1.2, label=f"rank {rank}")
+    axis.axvline(rank, color=canvas.INK, linestyle="--", linewidth=1.2, label=f"rank {rank}")
 
 
 def plot_ranks_heatmap(plan: RankPlan, path: Path | str) -> Path:
@@ -153,21 +143,21 @@ def draw_heatmap(
     names = list(dict.fromkeys(name for name, _ in cells))
     layers = sorted({layer for _, layer in cells}, key=lambda layer: (layer is None, layer or 0))
     width = min(MOST_WIDTH, 2.6 + CELL * max(4, len(layers)))
-    figure, axis = new_figure(width, 1.25 + 0.34 * max(2, len(names)))
+    figure, axis = canvas.new_figure(width, 1.25 + 0.34 * max(2, len(names)))
     nothing = float("nan")
     grid = [[cells.get((name, layer), nothing) for layer in layers] for name in names]
     masked = need("numpy.ma", extra="plots").masked_invalid([[v if v > 0 else nothing for v in row] for row in grid])
-    image = axis.imshow(masked, cmap=colormap(), norm=norm, aspect="auto", interpolation="nearest")
+    image = axis.imshow(masked, cmap=canvas.colormap(), norm=norm, aspect="auto", interpolation="nearest")
     if (width - 2.6) / max(1, len(layers)) >= LEAST_WIDTH_FOR_TEXT:
         texts = [[text(value) if value == value else "" for value in row] for row in grid]
-        write_cells(axis, image, texts, size=7.5)
+        canvas.write_cells(axis, image, texts, size=7.5)
     frame_heatmap(axis, names, layers)
-    bar = colour_bar(figure, image, axis, unit, pad=0.015, aspect=14)
+    bar = canvas.colour_bar(figure, image, axis, unit, pad=0.015, aspect=14)
     bar.ax.yaxis.set_major_formatter(need("matplotlib.ticker", extra="plots").FormatStrFormatter("%g"))
     bar.ax.minorticks_off()
     bar.set_ticks(ticks_between(norm.vmin, norm.vmax))
-    name_axes(axis, "layer", "", title)
-    return save(figure, path)
+    canvas.name_axes(axis, "layer", "", title)
+    return canvas.save(figure, path)
 
 
 def frame_heatmap(axis: Any, names: Sequence[str], layers: Sequence[int | None]) -> None:
@@ -176,7 +166,7 @@ def frame_heatmap(axis: Any, names: Sequence[str], layers: Sequence[int | None])
     shown = range(0, len(layers), step)
     axis.set_xticks(list(shown), ["none" if layers[i] is None else str(layers[i]) for i in shown])
     axis.set_yticks(range(len(names)), [clip(name, 30) for name in names])
-    bare(axis)
+    canvas.bare(axis)
     if len(layers) <= 64:
         axis.set_xticks([i - 0.5 for i in range(1, len(layers))], minor=True)
         axis.set_yticks([i - 0.5 for i in range(1, len(names))], minor=True)
@@ -202,17 +192,17 @@ def plot_gain(gain: Mapping[str, Any], path: Path | str) -> Path:
     arms = gain["arms"]
     shuffles = [arm for arm in arms if is_shuffle(arm)]
     others = [arm for arm in arms if not is_shuffle(arm)]
-    figure, axis = new_figure(7.2, 0.9 + 0.36 * (len(others) + bool(shuffles)))
+    figure, axis = canvas.new_figure(7.2, 0.9 + 0.36 * (len(others) + bool(shuffles)))
     for y, arm in enumerate(others):
-        marker, colour = ("D", BLUE) if arm["name"] == "plan" else ("o", GREY)
-        error = error_bars([arm["kept"]], [(arm["low"], arm["high"])])
+        marker, colour = ("D", canvas.BLUE) if arm["name"] == "plan" else ("o", canvas.GREY)
+        error = canvas.error_bars([arm["kept"]], [(arm["low"], arm["high"])])
         axis.errorbar(arm["kept"], y, xerr=error, color=colour, marker=marker, markersize=7, capsize=4, linestyle="")
     for arm in shuffles:
-        axis.plot([arm["kept"]], [len(others)], color=INK, marker="|", markersize=13, linestyle="")
+        axis.plot([arm["kept"]], [len(others)], color=canvas.INK, marker="|", markersize=13, linestyle="")
     names = [arm["name"] for arm in others] + ([f"{len(shuffles)} shuffles"] if shuffles else [])
-    name_rows(axis, names)
-    name_axes(axis, "share of the loss gain kept (95 % interval)", "")
-    return save(figure, path)
+    canvas.name_rows(axis, names)
+    canvas.name_axes(axis, "share of the loss gain kept (95 % interval)", "")
+    return canvas.save(figure, path)
 
 
 def is_shuffle(arm: Mapping[str, Any]) -> bool:

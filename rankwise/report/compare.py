@@ -19,8 +19,8 @@ from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.atomic import read_object, write_json, write_text
 from rankwise.options.commands import CompareConfig
+from rankwise.page import canvas
 from rankwise.page.blocks import Table, lines
-from rankwise.page.canvas import BLUE, INK, YELLOW, error_bars, legend, name_axes, name_rows, panels, save
 from rankwise.page.template import markdown_table
 from rankwise.page.text import amount, clip, duration, is_number, metric_name, number, with_interval
 from rankwise.report.contents import Contents, Scored, read_run
@@ -192,11 +192,11 @@ def plot_comparison(rows: Sequence[Row], path: Path | str) -> Path:
     parts = panels_of(rows)
     if not parts:
         raise DataError("these runs have neither losses, gradient norms nor scores to compare")
-    figure, axes = panels(2.0 + 2.4 * len(parts), 1.3 + 0.34 * len(rows), columns=len(parts))
+    figure, axes = canvas.panels(2.0 + 2.4 * len(parts), 1.3 + 0.34 * len(rows), columns=len(parts))
     for place, (axis, draw) in enumerate(zip(axes, parts, strict=True)):
         draw(axis)
-        name_rows(axis, ["" if place else clip(row.name, 36) for row in rows])
-    return save(figure, path)
+        canvas.name_rows(axis, ["" if place else clip(row.name, 36) for row in rows])
+    return canvas.save(figure, path)
 
 
 def panels_of(rows: Sequence[Row]) -> list[Callable[[Any], None]]:
@@ -221,13 +221,13 @@ def panels_of(rows: Sequence[Row]) -> list[Callable[[Any], None]]:
 
 def draw_pair(axis: Any, title: str, labels: Sequence[str], values: Sequence[Sequence[float | None]]) -> None:
     """Two numbers of every run, told apart by shape and lightness."""
-    for i, (label, colour, marker) in enumerate(zip(labels, (BLUE, YELLOW), "os", strict=True)):
+    for i, (label, colour, marker) in enumerate(zip(labels, (canvas.BLUE, canvas.YELLOW), "os", strict=True)):
         there = [(pair[i], y) for y, pair in enumerate(values) if pair[i] is not None]
         if there:
             x, y = zip(*there, strict=True)
             axis.plot(x, y, color=colour, marker=marker, markersize=7, linestyle="", label=label)
-    name_axes(axis, title, "")
-    legend(axis, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    canvas.name_axes(axis, title, "")
+    canvas.legend(axis, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
 
 def draw_score(axis: Any, rows: Sequence[Row], task: str, metric: str) -> None:
@@ -236,9 +236,9 @@ def draw_score(axis: Any, rows: Sequence[Row], task: str, metric: str) -> None:
         value = value_of(row, task, metric)
         if value is None:
             continue
-        error = error_bars([value], [interval_of(row, task, metric)])
-        axis.errorbar(value, y, xerr=error, color=INK, marker="o", markersize=6, capsize=4, linestyle="")
-    name_axes(axis, f"{task}: {metric_name(metric)}", "")
+        error = canvas.error_bars([value], [interval_of(row, task, metric)])
+        axis.errorbar(value, y, xerr=error, color=canvas.INK, marker="o", markersize=6, capsize=4, linestyle="")
+    canvas.name_axes(axis, f"{task}: {metric_name(metric)}", "")
 
 
 def run(config: CompareConfig) -> Path:

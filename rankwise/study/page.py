@@ -13,22 +13,8 @@ from statistics import fmean, median
 from typing import Any
 
 from rankwise.files.atomic import read_document, write_json, write_text
+from rankwise.page import canvas
 from rankwise.page.blocks import Block, Finding, Folded, Page, Plot, Section, Table, Words, drawn, into, pictures
-from rankwise.page.canvas import (
-    BLUE,
-    FAINT,
-    GREY,
-    drawable,
-    error_bars,
-    legend_outside,
-    log_ticks,
-    name_axes,
-    name_rows,
-    new_figure,
-    panels,
-    save,
-    style,
-)
 from rankwise.page.template import markdown
 from rankwise.page.text import clip, number, plural
 
@@ -183,7 +169,7 @@ FILE = "study.json"
 
 def write_study(folder: Path, study: Mapping[str, Any]) -> dict[str, Path | str]:
     """Write them into the run folder; what was written, by name."""
-    target = into(folder / "plots") if drawable("pictures of the study are") else None
+    target = into(folder / "plots") if canvas.drawable("pictures of the study are") else None
     blocks = drawn(study_blocks({**study, "question": None}), target)
     title, subtitle = study["question"] or "Study", f"{study['kind']} compared at equal parameters"
     page = Page(title, subtitle, sections=[Section("Verdicts", blocks)])
@@ -203,20 +189,22 @@ def plot_study_scores(study: Study, path: Path | str) -> Path:
     """Test loss against parameters, one line per arm with its 95 % intervals; references as numbers in the title."""
     rows = [row for row in study["arms"] if row["loss"] is not None and row["budget"]]
     names = list(dict.fromkeys(series(row, study) for row in rows))
-    figure, axis = new_figure(7.2, 4.2)
+    figure, axis = canvas.new_figure(7.2, 4.2)
     for index, name in enumerate(names):
         found = sorted((row for row in rows if series(row, study) == name), key=lambda row: row["parameters"])
         shift = 1 + SPREAD * (index - (len(names) - 1) / 2)  # side by side, or intervals hide each other
         x, y = [row["parameters"] * shift for row in found], [row["loss"] for row in found]
-        error = error_bars(y, [(row["low"], row["high"]) for row in found])
-        axis.errorbar(x, y, yerr=error, label=clip(name, 48), capsize=2, linewidth=1, markersize=4, **style(index))
+        error = canvas.error_bars(y, [(row["low"], row["high"]) for row in found])
+        axis.errorbar(
+            x, y, yerr=error, label=clip(name, 48), capsize=2, linewidth=1, markersize=4, **canvas.style(index)
+        )
     axis.set_xscale("log")
     ticks = sorted({row["parameters"] for row in rows if row["arm"] == rows[0]["arm"]})
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axis.minorticks_off()
-    name_axes(axis, "trainable parameters", "test loss (nats per token)", references(study))
-    legend_outside(figure, "right upper", [axis], size=7)
-    return save(figure, path)
+    canvas.name_axes(axis, "trainable parameters", "test loss (nats per token)", references(study))
+    canvas.legend_outside(figure, "right upper", [axis], size=7)
+    return canvas.save(figure, path)
 
 
 def series(row: Mapping[str, Any], study: Study) -> str:
@@ -238,20 +226,20 @@ def plot_study_rates(study: Study, path: Path | str) -> Path:
         places.setdefault(place(row, study), []).append(row)
     columns = min(3, len(places))
     rows = math.ceil(len(places) / columns)
-    figure, axes = panels(3.4 * columns + 1.6, 2.9 * rows, columns=columns, rows=rows)
+    figure, axes = canvas.panels(3.4 * columns + 1.6, 2.9 * rows, columns=columns, rows=rows)
     names = list(dict.fromkeys(row["label"] for row in study["tuning"]))
     for axis, (title, members) in zip(axes, places.items(), strict=False):
         for row in members:
-            draw_rates(axis, row, style(names.index(row["label"])))
+            draw_rates(axis, row, canvas.style(names.index(row["label"])))
         top = ceiling([point for row in members for curve in row["curves"].values() for point in points(curve)])
         axis.set_xscale("log")
         axis.set_ylim(*top)
-        log_ticks(axis.xaxis)
-        name_axes(axis, "learning rate", "dev loss (nats per token)", title)
+        canvas.log_ticks(axis.xaxis)
+        canvas.name_axes(axis, "learning rate", "dev loss (nats per token)", title)
     for axis in axes[len(places) :]:
         axis.set_visible(False)
-    legend_outside(figure, "right upper", axes, size=7)
-    return save(figure, path)
+    canvas.legend_outside(figure, "right upper", axes, size=7)
+    return canvas.save(figure, path)
 
 
 def draw_rates(axis: Any, row: Mapping[str, Any], look: Mapping[str, Any]) -> None:
@@ -282,24 +270,24 @@ def ceiling(found: Sequence[tuple[float, float]]) -> tuple[float, float]:
 def plot_study_differences(study: Study, path: Path | str) -> Path:
     """Every arm minus the common one with its 95 % interval; within the grey band of ±δ nothing is of interest."""
     rows = study["differences"]
-    figure, axis = new_figure(7.2, 1.2 + 0.24 * len(rows))
+    figure, axis = canvas.new_figure(7.2, 1.2 + 0.24 * len(rows))
     delta = study["smallest_effect"]
-    axis.axvspan(-delta, delta, color=FAINT, zorder=0)
-    axis.axvline(0, color=GREY, linewidth=0.8)
+    axis.axvspan(-delta, delta, color=canvas.FAINT, zorder=0)
+    axis.axvline(0, color=canvas.GREY, linewidth=0.8)
     for y, row in enumerate(rows):
-        error = error_bars([row["estimate"]], [(row["low"], row["high"])])
+        error = canvas.error_bars([row["estimate"]], [(row["low"], row["high"])])
         filled = "full" if row["primary"] else "none"
-        colour = BLUE if row["primary"] else GREY
+        colour = canvas.BLUE if row["primary"] else canvas.GREY
         axis.errorbar(
             row["estimate"], y, xerr=error, color=colour, marker="o", fillstyle=filled, markersize=5, capsize=3
         )
     names = [clip(f"{row['first']} · {place(row, study)}", 66) for row in rows]
-    name_rows(axis, names)
+    canvas.name_rows(axis, names)
     better = "← better     " if study["lower_is_better"] else ""
     common = ", ".join(dict.fromkeys(row["second"] for row in rows))
     title = f"minus {common} · filled: primary · grey: ±{delta:g}"
-    name_axes(axis, f"{better}nats per token (95 %)", "", title)
-    return save(figure, path)
+    canvas.name_axes(axis, f"{better}nats per token (95 %)", "", title)
+    return canvas.save(figure, path)
 
 
 PLOTS = {

@@ -13,25 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import DataError, need
+from rankwise.page import canvas
 from rankwise.page.blocks import Block, Folded, Plot, drawn, into, pictures
-from rankwise.page.canvas import (
-    BLUE,
-    GREY,
-    INK,
-    YELLOW,
-    colormap,
-    colour_bar,
-    draw_line,
-    drawable,
-    legend,
-    legend_outside,
-    log_ticks,
-    name_axes,
-    new_figure,
-    panels,
-    save,
-    whole_ticks,
-)
 from rankwise.train.gradient_summary import (
     NAMES,
     NAN,
@@ -68,7 +51,7 @@ def plot_layer_heatmap(layers: Rows, path: Path | str, phases: Sequence[tuple[fl
     """
     table, kinds = kinds_of(layers)
     height = max(1.4, min(3.0, 0.13 * max(len(one.names) for one in kinds.values()) + 0.5))
-    figure, axes = panels(7.2, 0.6 + (height + 0.3) * len(kinds), rows=len(kinds))
+    figure, axes = canvas.panels(7.2, 0.6 + (height + 0.3) * len(kinds), rows=len(kinds))
     binned = {kind: binned_columns(table.steps, one.curves) for kind, one in kinds.items()}
     values = [v for _, grid in binned.values() for row in grid for v in row if v > 0]
     norm = need("matplotlib.colors", extra="plots").LogNorm(min(values, default=1.0), max(values, default=10.0))
@@ -76,14 +59,14 @@ def plot_layer_heatmap(layers: Rows, path: Path | str, phases: Sequence[tuple[fl
     for axis, (kind, one) in zip(axes, kinds.items(), strict=True):
         edges, grid = binned[kind]
         rows = [i - 0.5 for i in range(len(one.names) + 1)]
-        image = axis.pcolormesh(edges, rows, masked([positive(row) for row in grid]), cmap=colormap(), norm=norm)
+        image = axis.pcolormesh(edges, rows, masked([positive(row) for row in grid]), cmap=canvas.colormap(), norm=norm)
         axis.grid(False)
-        whole_ticks(axis.xaxis)
+        canvas.whole_ticks(axis.xaxis)
         tick_layers(axis.set_yticks, one.names)
         draw_phases(axis, phases, named=axis is axes[0])
-        name_axes(axis, "optimizer step" if axis is axes[-1] else "", f"{TITLES[kind]}: layer")
-    log_ticks(colour_bar(figure, image, axes, "gradient norm", pad=0.015, aspect=30).ax.yaxis)
-    return save(figure, path)
+        canvas.name_axes(axis, "optimizer step" if axis is axes[-1] else "", f"{TITLES[kind]}: layer")
+    canvas.log_ticks(canvas.colour_bar(figure, image, axes, "gradient norm", pad=0.015, aspect=30).ax.yaxis)
+    return canvas.save(figure, path)
 
 
 def kinds_of(layers: Rows) -> tuple[Series, dict[str, Layers]]:
@@ -115,9 +98,9 @@ def plot_layer_comparison(layers: Rows, path: Path | str) -> Path:
     """Mean norm of each layer over the steps at which it trained, attention beside MLP."""
     _, kinds = kinds_of(layers)
     names = max((one.names for one in kinds.values()), key=len)
-    figure, axis = new_figure(min(11.0, max(5.0, 1.6 + 0.3 * len(names))), 3.2)
+    figure, axis = canvas.new_figure(min(11.0, max(5.0, 1.6 + 0.3 * len(names))), 3.2)
     width = 0.8 / len(kinds)
-    looks = {"attention": (BLUE, ""), "mlp": (YELLOW, "////")}
+    looks = {"attention": (canvas.BLUE, ""), "mlp": (canvas.YELLOW, "////")}
     for place, (kind, one) in enumerate(kinds.items()):
         colour, hatch = looks[kind]
         heights = [mean(curve) for curve in one.curves]
@@ -128,10 +111,10 @@ def plot_layer_comparison(layers: Rows, path: Path | str) -> Path:
     axis.grid(False, axis="x")
     axis.set_xlim(-0.6, len(names) - 0.4)
     tick_layers(axis.set_xticks, names)
-    name_axes(axis, "layer", "mean gradient norm")
+    canvas.name_axes(axis, "layer", "mean gradient norm")
     axis.margins(y=0.18)
-    legend(axis, loc="upper right", ncols=2)
-    return save(figure, path)
+    canvas.legend(axis, loc="upper right", ncols=2)
+    return canvas.save(figure, path)
 
 
 def plot_gradient_evolution(layers: Rows, path: Path | str, moments: int = MOMENTS) -> Path:
@@ -139,8 +122,8 @@ def plot_gradient_evolution(layers: Rows, path: Path | str, moments: int = MOMEN
     table, kinds = kinds_of(layers)
     count = min(moments, len(table.steps))
     chosen = sorted({round(i * (len(table.steps) - 1) / max(1, count - 1)) for i in range(count)})
-    figure, axes = panels(7.2, 3.4, columns=len(kinds))
-    shades = colormap()
+    figure, axes = canvas.panels(7.2, 3.4, columns=len(kinds))
+    shades = canvas.colormap()
     for axis, (kind, one) in zip(axes, kinds.items(), strict=True):
         smoothed = [table.smoothed(positive(curve)) for curve in one.curves]
         for place, moment in enumerate(chosen):
@@ -149,19 +132,19 @@ def plot_gradient_evolution(layers: Rows, path: Path | str, moments: int = MOMEN
             look = {"color": colour, "marker": MARKERS[place % len(MARKERS)], "markersize": 3.5, "linewidth": 1.3}
             axis.plot(range(len(values)), values, label=f"step {table.steps[moment]:,}", **look)
         axis.set_yscale("log")
-        log_ticks(axis.yaxis)
+        canvas.log_ticks(axis.yaxis)
         tick_layers(axis.set_xticks, one.names, MOST_TICKS // len(kinds))
-        name_axes(axis, "layer", "gradient norm" if axis is axes[0] else "", TITLES[kind])
-    legend_outside(figure, "lower center", axes[:1], columns=4)
-    return save(figure, path)
+        canvas.name_axes(axis, "layer", "gradient norm" if axis is axes[0] else "", TITLES[kind])
+    canvas.legend_outside(figure, "lower center", axes[:1], columns=4)
+    return canvas.save(figure, path)
 
 
 Style = str | tuple[int, tuple[int, ...]]  # as matplotlib has line styles
 LINES: dict[str, tuple[str, str, Style]] = {
-    "total_norm": ("all", INK, ":"),
-    "attention_norm": ("attention", BLUE, "-"),
-    "mlp_norm": ("MLP", YELLOW, "--"),
-    "embed_norm": ("embeddings", GREY, "-."),
+    "total_norm": ("all", canvas.INK, ":"),
+    "attention_norm": ("attention", canvas.BLUE, "-"),
+    "mlp_norm": ("MLP", canvas.YELLOW, "--"),
+    "embed_norm": ("embeddings", canvas.GREY, "-."),
     "lm_head_norm": ("output head", "#4a566c", (0, (5, 1, 1, 1))),
 }
 
@@ -177,20 +160,20 @@ def plot_gradient_norms(groups: Rows, path: Path | str, phases: Sequence[Boundar
     names = [name for name in LINES if name in found and not is_only_group(name, found)]
     if not names:
         raise DataError("the table of gradient norms holds no norm of a group")
-    figure, (above, below) = panels(7.2, 5.4, rows=2)
+    figure, (above, below) = canvas.panels(7.2, 5.4, rows=2)
     for axis, scale in ((above, "log"), (below, "linear")):
         for name in names:
             label, colour, style = LINES[name]
             draw_smoothed(axis, table, positive(found[name]), label, colour, style)
         axis.set_yscale(scale)
         frame_steps(axis, table.steps)
-        name_axes(axis, "optimizer step" if scale == "linear" else "", f"gradient norm ({scale})")
-    log_ticks(above.yaxis)
+        canvas.name_axes(axis, "optimizer step" if scale == "linear" else "", f"gradient norm ({scale})")
+    canvas.log_ticks(above.yaxis)
     below.set_ylim(bottom=0)
     for axis in (above, below):
         draw_phases(axis, table.boundaries() if phases is None else phases, named=axis is above)
-    legend_outside(figure, "lower center", [above], columns=len(names))
-    return save(figure, path)
+    canvas.legend_outside(figure, "lower center", [above], columns=len(names))
+    return canvas.save(figure, path)
 
 
 def is_only_group(name: str, found: Mapping[str, Sequence[float]]) -> bool:
@@ -201,14 +184,14 @@ def is_only_group(name: str, found: Mapping[str, Sequence[float]]) -> bool:
 def draw_smoothed(axis: Any, table: Series, values: Sequence[float], label: str, colour: str, style: Style) -> None:
     """The values faint, their moving average over them."""
     axis.plot(table.steps, values, color=colour, linewidth=0.6, alpha=0.35)
-    draw_line(axis, table.steps, table.smoothed(values), label, colour, style, WIDTH)
+    canvas.draw_line(axis, table.steps, table.smoothed(values), label, colour, style, WIDTH)
 
 
 def frame_steps(axis: Any, steps: Sequence[int]) -> None:
     """The whole run, whatever trains in this panel, with whole numbers at the ticks."""
     margin = max(0.5, 0.02 * (steps[-1] - steps[0]))
     axis.set_xlim(steps[0] - margin, steps[-1] + margin)
-    whole_ticks(axis.xaxis, 7)
+    canvas.whole_ticks(axis.xaxis, 7)
 
 
 def draw_factors(table: Series, path: Path | str, phases: Sequence[Boundary] | None = None) -> Path:
@@ -219,24 +202,24 @@ def draw_factors(table: Series, path: Path | str, phases: Sequence[Boundary] | N
     if not kinds:
         raise DataError("the table of gradient norms holds no LoRA site")
     nothing = [NAN] * len(table.steps)
-    figure, axes = panels(3.2 * (len(kinds) + 1), 3.2, columns=len(kinds) + 1)
+    figure, axes = canvas.panels(3.2 * (len(kinds) + 1), 3.2, columns=len(kinds) + 1)
     *of_kinds, last = axes
     for axis, kind in zip(of_kinds, kinds, strict=True):
-        for part, ink, dashes in (("b", BLUE, "-"), ("a", YELLOW, "--")):
+        for part, ink, dashes in (("b", canvas.BLUE, "-"), ("a", canvas.YELLOW, "--")):
             values = positive(found.get(f"{kind}_norm_{part}", nothing))
             draw_smoothed(axis, table, values, part.upper(), ink, dashes)
         axis.set_yscale("log")
-        log_ticks(axis.yaxis)
-        name_axes(axis, "optimizer step", "gradient norm", f"{TITLES[kind]}: A and B")
+        canvas.log_ticks(axis.yaxis)
+        canvas.name_axes(axis, "optimizer step", "gradient norm", f"{TITLES[kind]}: A and B")
         label, colour, style = LINES[f"{kind}_norm"]
-        draw_line(last, table.steps, found.get(f"{kind}_delta_norm", nothing), label, colour, style, WIDTH)
-    name_axes(last, "optimizer step", "‖scale · BA‖ of the sites that train", "Size of the delta")
+        canvas.draw_line(last, table.steps, found.get(f"{kind}_delta_norm", nothing), label, colour, style, WIDTH)
+    canvas.name_axes(last, "optimizer step", "‖scale · BA‖ of the sites that train", "Size of the delta")
     last.set_ylim(bottom=0)
     for axis in axes:
-        legend(axis, loc="best")
+        canvas.legend(axis, loc="best")
         frame_steps(axis, table.steps)
         draw_phases(axis, table.boundaries() if phases is None else phases, named=False)
-    return save(figure, path)
+    return canvas.save(figure, path)
 
 
 def factor_kinds(table: Series) -> list[str]:
@@ -282,6 +265,6 @@ def plot_gradients(run_folder: Path, *, plots: bool = True) -> list[Path]:
     if tables is None or not tables.groups:
         return []
     written = write_summary(tables, run_folder)
-    if plots and drawable("pictures of gradient norms are"):
+    if plots and canvas.drawable("pictures of gradient norms are"):
         written += pictures(drawn(gradient_plots(tables), into(run_folder / "plots"))).values()
     return written

@@ -14,25 +14,12 @@ from typing import Any
 
 from rankwise.errors import DataError
 from rankwise.evaluate.predictions import READ_FIRST, EvaluationResult
+from rankwise.page import canvas
 from rankwise.page.blocks import Block, Plot
-from rankwise.page.canvas import (
-    BLUE,
-    GREY,
-    INK,
-    YELLOW,
-    draw_line,
-    error_bars,
-    legend,
-    legend_outside,
-    name_axes,
-    new_figure,
-    panels,
-    save,
-)
 from rankwise.page.text import clip, metric_name, score
 
 Point = tuple[float, float]
-SHADES = (GREY, BLUE, YELLOW, "#4a566c", "#b0a473", "#222222")
+SHADES = (canvas.GREY, canvas.BLUE, canvas.YELLOW, "#4a566c", "#b0a473", "#222222")
 HATCHES = ("", "", "///", "...", "\\\\\\", "xxx")
 MOST_PANELS = 4
 MOST_NAMES, MOST_PHASES = 5, 12
@@ -48,13 +35,13 @@ def plot_loss(rows: Iterable[Mapping[str, Any]], path: Path | str, phases: Seque
     training, validation = points(rows, "loss"), points(rows, "eval_loss")
     if not training and not validation:
         raise DataError("the training log holds no loss: its columns are step, loss, eval_loss")
-    figure, axis = new_figure(7.2, 3.4)
-    draw_curve(axis, training, "training", BLUE, "-", "v")
-    draw_curve(axis, validation, "validation", INK, "--", "D")
+    figure, axis = canvas.new_figure(7.2, 3.4)
+    draw_curve(axis, training, "training", canvas.BLUE, "-", "v")
+    draw_curve(axis, validation, "validation", canvas.INK, "--", "D")
     draw_phases(axis, phases)
-    name_axes(axis, "optimizer step", "loss (nats per token)")
-    legend(axis, loc="upper right")
-    return save(figure, path)
+    canvas.name_axes(axis, "optimizer step", "loss (nats per token)")
+    canvas.legend(axis, loc="upper right")
+    return canvas.save(figure, path)
 
 
 def loss_blocks(rows: Sequence[Mapping[str, Any]], phases: Sequence[tuple[float, str]] = ()) -> list[Block]:
@@ -83,7 +70,7 @@ def draw_curve(axis: Any, curve: list[Point], name: str, colour: str, style: str
     if not curve:
         return
     steps, values = zip(*curve, strict=True)
-    draw_line(axis, steps, values, "_", colour, style)
+    canvas.draw_line(axis, steps, values, "_", colour, style)
     step, least = min(curve, key=lambda point: point[1])
     label = f"{name}, least {least:.3f} at step {step:.0f}"
     axis.plot([step], [least], color=colour, linestyle=style, marker=marker, markersize=8, label=label)
@@ -94,10 +81,12 @@ def draw_phases(axis: Any, phases: Sequence[tuple[float, str]], named: bool = Tr
     curves, and are left out."""
     left = axis.get_xlim()[0]
     for x, _ in phases[1:] if len(phases) <= MOST_PHASES else ():
-        axis.axvline(x, color=INK, linestyle=(0, (1, 2)), linewidth=1.1)
+        axis.axvline(x, color=canvas.INK, linestyle=(0, (1, 2)), linewidth=1.1)
     for x, name in phases if named and len(phases) <= MOST_NAMES else ():
         label = f" {clip(name, 22)}"
-        text = axis.text(max(x, left), 1.01, label, fontsize=7.5, color=INK, transform=axis.get_xaxis_transform())
+        text = axis.text(
+            max(x, left), 1.01, label, fontsize=7.5, color=canvas.INK, transform=axis.get_xaxis_transform()
+        )
         text.set_parse_math(False)
 
 
@@ -106,11 +95,11 @@ def plot_scores(results: Mapping[str, EvaluationResult], path: Path | str) -> Pa
     names = leading_metrics(results.values())[:MOST_PANELS]
     if not names:
         raise DataError("these results share no metric to draw")
-    figure, axes = panels(2.1 * max(2, len(names)), 2.9, columns=len(names))
+    figure, axes = canvas.panels(2.1 * max(2, len(names)), 2.9, columns=len(names))
     for axis, name in zip(axes, names, strict=True):
         draw_metric(axis, name, results)
-    legend_outside(figure, "lower center", axes[:1], columns=min(3, len(results)))
-    return save(figure, path)
+    canvas.legend_outside(figure, "lower center", axes[:1], columns=min(3, len(results)))
+    return canvas.save(figure, path)
 
 
 def shared_metrics(results: Iterable[EvaluationResult]) -> list[str]:
@@ -135,11 +124,13 @@ def draw_metric(axis: Any, name: str, results: Mapping[str, EvaluationResult]) -
         shade, hatch = SHADES[i % len(SHADES)], HATCHES[i % len(HATCHES)]
         axis.bar(i, value, color=shade, hatch=hatch, edgecolor="white", linewidth=0, width=0.7, label=clip(label, 40))
         if high > low:
-            axis.errorbar(i, value, yerr=error_bars([value], [(low, high)]), color=INK, capsize=4, linewidth=1.2)
+            axis.errorbar(
+                i, value, yerr=canvas.error_bars([value], [(low, high)]), color=canvas.INK, capsize=4, linewidth=1.2
+            )
         axis.annotate(score(value), (i, max(value, high)), (0, 3), textcoords="offset points", ha="center", fontsize=8)
         tallest = max(tallest, value, high)
     axis.set_xticks([])
     axis.set_xlim(-0.7, max(1, len(results) - 1) + 0.7)
     axis.set_ylim(min(0.0, axis.get_ylim()[0]), (tallest or 1.0) * 1.15)
     axis.grid(False, axis="x")
-    name_axes(axis, "", "", metric_name(name))
+    canvas.name_axes(axis, "", "", metric_name(name))

@@ -23,6 +23,7 @@ from rankwise.features.page import against_pca, closeness_table, cost_table, sto
 from rankwise.features.trained import save_factorizer
 from rankwise.files.atomic import write_json
 from rankwise.options.features import FactorCompareConfig
+from rankwise.page import canvas
 from rankwise.page.blocks import table_lines
 from rankwise.report.report import build_report
 
@@ -234,7 +235,7 @@ def test_the_terminal_tables_are_aligned_and_narrow(content: dict[str, Any]) -> 
 
 def figures(monkeypatch: pytest.MonkeyPatch, content: dict[str, Any]) -> dict[str, Any]:
     kept: dict[str, Any] = {}
-    monkeypatch.setattr(pages, "save", lambda figure, path: kept.setdefault(str(path), figure))
+    monkeypatch.setattr(canvas, "save", lambda figure, path: kept.setdefault(str(path), figure))
     for name, (plot, _) in pages.PLOTS.items():
         plot(content, name)
     return kept

@@ -19,6 +19,7 @@ from rankwise.features.cache import FeatureCache, open_cache
 from rankwise.features.dataset import split_of
 from rankwise.features.show import run
 from rankwise.options.features import FactorShowConfig
+from rankwise.page import canvas
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def config(made: Path, **changes: Any) -> FactorShowConfig:
 
 def drawn(monkeypatch: pytest.MonkeyPatch, asked: FactorShowConfig) -> list[Any]:
     kept: list[Any] = []
-    monkeypatch.setattr(show, "save", lambda figure, path: kept.append(figure))
+    monkeypatch.setattr(canvas, "save", lambda figure, path: kept.append(figure))
     run(asked)
     return kept
 
@@ -70,8 +71,10 @@ def test_three_rows_of_eight_channels_and_two_of_their_errors(made: Path, monkey
 
 
 def test_the_map_has_tokens_row_by_row() -> None:
+    figure, axes = show.maps_of(1, 1, (2, 3), "")
     tokens = torch.arange(6.0)
     assert show.spread(tokens, (2, 3)).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert axes.shape == (1, 1) and figure is not None
 
 
 @pytest.mark.usefixtures("drawn_pictures")

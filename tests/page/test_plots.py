@@ -19,14 +19,12 @@ from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import describe
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, UsageError
-from rankwise.evaluate import classify
 from rankwise.evaluate.classify import plot_confusion
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.page import canvas
 from rankwise.page.canvas import BLUE, GREY, YELLOW, readable_on
 from rankwise.ranks import plots
 from rankwise.ranks.plots import plot_decay, plot_energy_heatmap, plot_gain, plot_ranks_heatmap
-from rankwise.train import loss_plots
 from rankwise.train.loss_plots import plot_loss, plot_scores
 
 pytestmark = pytest.mark.usefixtures("drawn_pictures")
@@ -52,13 +50,13 @@ def ragged_plan() -> RankPlan:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that were saved, in order."""
     found: list[Any] = []
+    save = canvas.save
 
     def keep(figure: Any, path: Path | str, dpi: int = canvas.DPI) -> Path:
         found.append(figure)
-        return canvas.save(figure, path, dpi)
+        return save(figure, path, dpi)
 
-    monkeypatch.setattr(plots, "save", keep)
-    monkeypatch.setattr(loss_plots, "save", keep)
+    monkeypatch.setattr(canvas, "save", keep)
     return found
 
 
@@ -135,7 +133,8 @@ COUNTS = [[3, 1, 0, 0, 1], [0, 4, 0, 1, 0], [1, 0, 2, 0, 0], [0, 0, 0, 5, 0]]
 def confusion_labels(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """Label → fonts, of the y axis of a confusion matrix with class names of the world, as it was written to `path`."""
     saved: list[Any] = []
-    monkeypatch.setattr(classify, "save", lambda figure, to: saved.append(figure) or canvas.save(figure, to))
+    save = canvas.save
+    monkeypatch.setattr(canvas, "save", lambda figure, to: saved.append(figure) or save(figure, to))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plot_confusion(NAMES, COUNTS, path, "🔥水")

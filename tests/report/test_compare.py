@@ -124,7 +124,7 @@ def test_a_panel_for_everything_that_there_is(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr("rankwise.report.compare.save", lambda figure, path: drawn.append(figure) or path)
+    monkeypatch.setattr("rankwise.page.canvas.save", lambda figure, path: drawn.append(figure) or path)
     plot_comparison(read_rows(runs), tmp_path / "picture.png")
     panels = drawn[0].axes
     assert [axis.get_xlabel() for axis in panels] == [

@@ -16,7 +16,6 @@ from rankwise.errors import DataError
 from rankwise.page import canvas
 from rankwise.report.report import build_report
 from rankwise.scripts import gradients
-from rankwise.train import gradient_plots, loss_plots
 from rankwise.train.gradient_plots import (
     draw_factors,
     plot_gradient_evolution,
@@ -72,14 +71,13 @@ def write(folder: Path, rows: list[SiteNorm]) -> Path:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that were saved, in order."""
     found: list[Any] = []
+    save = canvas.save
 
     def keep(figure: Any, path: Path | str, dpi: int = canvas.DPI) -> Path:
         found.append(figure)
-        return canvas.save(figure, path, dpi)
+        return save(figure, path, dpi)
 
-    monkeypatch.setattr(gradient_plots, "save", keep)
-    monkeypatch.setattr(gradient_plots, "save", keep)
-    monkeypatch.setattr(loss_plots, "save", keep)
+    monkeypatch.setattr(canvas, "save", keep)
     return found
 
 
