@@ -437,7 +437,7 @@ def test_a_network_stands_beside_the_baselines_of_its_rank(smolvlm: Path, data: 
     for name, value in differences.items():
         assert value == pytest.approx(by_name["MLP"]["kl"] - by_name[name]["kl"], abs=1e-9)
     assert all(low <= high for low, high in (row["interval"] for row in content["paired"]))
-    assert (results / "downstream.md").read_text().count("- MLP, rank 2: KL") == 2
+    assert (results / "downstream.md").read_text().count("\nMLP, rank 2: KL") == 2
     cache = open_cache(results.parent / "cache")
     split = split_of(cache, seed=0)
     assert content["settings"]["pca_basis"].startswith(f"basis from the {len(split.train)} training matrices")
