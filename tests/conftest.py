@@ -18,6 +18,8 @@ from rankwise.page import canvas
 if TYPE_CHECKING:
     from rankwise.gguf.converter import Converter
 
+gc.disable()  # while modules are imported, up to the end of the collection: nothing of them is garbage
+
 # Helpers, and test modules whose cases other rooms' tests share, are imported by name.
 sys.path[:0] = [str(folder) for folder in sorted(Path(__file__).parent.iterdir()) if folder.is_dir()]
 
@@ -34,6 +36,18 @@ settings.load_profile("rankwise")
 
 def pytest_collection_finish() -> None:
     """What is imported by now stays: `gc.collect()`, which the Trainer calls after every run, need not walk it."""
+    gc.enable()
+    settle()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> Iterator[None]:
+    """What a module's tests have imported stays as well; what they have left behind does not."""
+    yield
+    settle()
+
+
+def settle() -> None:
     gc.collect()
     gc.freeze()
 
