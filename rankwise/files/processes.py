@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from functools import cache
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -54,14 +55,23 @@ def gathered(results: Mapping[Key, Value]) -> dict[Key, Value]:
     _, count = process_index()
     if count == 1:
         return dict(results)
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=LONGEST)
     parts: list[Mapping[Key, Value]] = [{} for _ in range(count)]
-    dist.all_gather_object(parts, dict(results))
+    dist.all_gather_object(parts, dict(results), patient_group())
     return {key: value for part in parts for key, value in part.items()}
+
+
+@cache
+def patient_group() -> dist.ProcessGroup | None:
+    """Processes that wait for each other as long as it takes; those of the Trainer's group would not."""
+    if dist.is_initialized():
+        group: Any = dist.new_group(timeout=LONGEST, backend="gloo")
+        return cast("dist.ProcessGroup", group)
+    dist.init_process_group("gloo", timeout=LONGEST)
+    return None
 
 
 def finish() -> None:
     """Leave the process group, if there is one."""
+    patient_group.cache_clear()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -148,6 +148,9 @@ class TrainConfig(Options):
     phases: PhasesSection = field(default_factory=PhasesSection)
     selection: SelectionSection = field(default_factory=SelectionSection)
     estimate: EstimateSection = field(default_factory=EstimateSection)
+    arms: str | None = reads(
+        help="adapters to train in one batch: YAML or JSON list of {name, rank | plan, learning_rate, seed, scale}"
+    )
     output_dir: str = output("saved_models/dynamic_lora_model", help="run folder, with the adapter")
     adapter_folder: str = option(
         ".", choices=(".", "final_model", "lora_adapter"), help="adapter folder within the run folder"

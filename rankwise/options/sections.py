@@ -156,6 +156,18 @@ class LoraSection(Options):
 
 
 @dataclass(frozen=True)
+class ArmSection(Options):
+    """One adapter of `train --arms`; what it does not say is as the command says."""
+
+    name: str = option("", help="name: its folder within the run folder")
+    rank: int | None = option(least=1, help="rank at every adapted matrix [--lora_r]", aliases=("lora_r", "r"))
+    plan: str | None = reads(help="rank plan [--lora_config]", aliases=("lora_config",))
+    learning_rate: float | None = option(above=0, help="learning rate [--learning_rate]", aliases=("lr",))
+    seed: int | None = option(least=0, help="seed of initialisation and order of the rows [--seed]")
+    scale: float | None = option(above=0, help="scale of B·A: alpha/r, with rsLoRA alpha/√r [2, or the plan's]")
+
+
+@dataclass(frozen=True)
 class AllocationSection(Options):
     """Training divides the ranks among the matrices. The names are those of the feature networks' allocator."""
 

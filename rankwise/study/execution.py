@@ -28,16 +28,10 @@ from rankwise.study.material import Material, ScoredItems
 from rankwise.study.plans import Plans
 from rankwise.train.finetune import language_parameters
 from rankwise.train.together.alone import borrowed, train_alone, train_weights
+from rankwise.train.together.fit import score
 from rankwise.train.together.stacked import ArmSettings
-from rankwise.train.together.train import (
-    Arm,
-    TrainedArm,
-    losses_together,
-    random_start,
-    row_order,
-    scales_of,
-    train_together,
-)
+from rankwise.train.together.starts import random_start, row_order, scales_of
+from rankwise.train.together.train import Arm, TrainedArm, train_together
 
 LAST = 0.1
 Matrices = dict[str, Tensor]
@@ -95,24 +89,18 @@ class Bench:
         material, settings = self.material, self.settings(runs[0])
         arms = [self.plans.arm(run, settings.steps, self.order(run, settings), self.replay(run)) for run in runs]
         trained, replays = self.trained(runs, arms, settings)
-        pairs = [self.final(run, result, arm.scales) for run, result, arm in zip(runs, trained, arms, strict=True)]
-        scales = [arm.scales for arm in arms]
-        matrices = {
-            name: losses_together(material.model, pairs, scales, part.batches)[0].clone()
-            for name, part in self.parts(runs[0]).items()
-        }
-        bad = torch.tensor([result.diverged for result in trained])
-        for matrix in matrices.values():
-            matrix[bad | ~matrix.isfinite().all(1)] = torch.nan
+        results = [self.final(run, result, arm.scales) for run, result, arm in zip(runs, trained, arms, strict=True)]
+        parts = {name: part.batches for name, part in self.parts(runs[0]).items()}
+        matrices = score(material.model, results, [arm.scales for arm in arms], parts)
         facts = [
             {
-                "parameters": sum(a.numel() + b.numel() for a, b in pair.values()),
+                "parameters": sum(a.numel() + b.numel() for a, b in result.pairs.values()),
                 "diverged": bool(matrices["dev"][index].isnan().any()),
                 "train_loss": last_loss(result.losses),
                 "steps": settings.steps,
                 **replay,
             }
-            for index, (pair, result, replay) in enumerate(zip(pairs, trained, replays, strict=True))
+            for index, (result, replay) in enumerate(zip(results, replays, strict=True))
         ]
         return facts, matrices
 
@@ -131,13 +119,13 @@ class Bench:
         result, replay = train_alone(material.model, arms[0], schedule, *shared)
         return [result], [{"replay": str(replay)}]
 
-    def final(self, run: Run, result: TrainedArm, scales: Mapping[str, float]) -> Mapping[str, Any]:
-        """The pairs to score: as trained, or for `compress` cut to the budget."""
+    def final(self, run: Run, result: TrainedArm, scales: Mapping[str, float]) -> TrainedArm:
+        """What is scored: as trained, or for `compress` cut to the budget."""
         if run.contender.arm != "compress" or result.diverged:
-            return result.pairs
+            return result
         by_path = {site.path: site for site in self.plans.sites}
         pairs = {by_path[path]: pair for path, pair in result.pairs.items()}
-        return compress_pairs(pairs, scales, self.plans.budget(run.contender.budget))
+        return replace(result, pairs=compress_pairs(pairs, scales, self.plans.budget(run.contender.budget)))
 
     def reference(self, run: Run) -> tuple[list[Row], Matrices]:
         """All weights trained, or none."""

@@ -40,7 +40,7 @@ from rankwise.train.finetune import language_parameters
 from rankwise.train.job import render_rows
 from rankwise.train.together.alone import borrowed, train_weights
 from rankwise.train.together.stacked import ArmSettings
-from rankwise.train.together.train import row_order
+from rankwise.train.together.starts import row_order
 
 SCORING_BATCH = 16
 

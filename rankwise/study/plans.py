@@ -26,7 +26,8 @@ from rankwise.study.arms import RULES, Gains, Probed, gains_of, ranks_within, ru
 from rankwise.study.design import Contender, Run
 from rankwise.study.material import Material, probe_rows
 from rankwise.train.adapter import input_directions
-from rankwise.train.together.train import Arm, Pairs, directed_start, random_start, scales_of, warm_start
+from rankwise.train.together.starts import Pairs, directed_start, random_start, scales_of, warm_start
+from rankwise.train.together.train import Arm
 
 HIGH = 4
 SIGNAL_ROWS, SIGNAL_BATCH = 256, 16

@@ -22,7 +22,7 @@ from rankwise.study.evidence import Array, Effect, by_group, decides, measure_ef
 from rankwise.study.execution import Bench, batches_of
 from rankwise.study.material import Material, ScoredItems
 from rankwise.study.plans import Plans
-from rankwise.train.together.train import scales_of
+from rankwise.train.together.starts import scales_of
 
 Curve = dict[int, list[float]]
 Wanted = dict[tuple[Contender, str], list[int]]

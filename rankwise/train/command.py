@@ -60,6 +60,7 @@ from rankwise.train.selection import (
     save_task,
     selection_lines,
 )
+from rankwise.train.together.command import describe_arms, run_arms
 from rankwise.train.towers import check_rates, default_towers, describe_towers, describe_trained, full_of, train_use
 from rankwise.train.trainer import RankwiseTrainer
 
@@ -70,6 +71,8 @@ def run(config: TrainConfig) -> Path:
     name = base_name(config)
     config = default_towers(config, load_config(name, config.model.revision, config.model.trust_remote_code))
     arguments = arguments_of(config)
+    if config.arms:
+        return run_arms(config, name, arguments, inputs(config, name))
     if config.estimate.estimate:
         return run_estimate(config, name, arguments)
     check_folder(config)
@@ -212,4 +215,5 @@ def describe(config: TrainConfig) -> list[str]:
         lines.append(f"train in phases: {form}")
     lines += selection_lines(config.selection)
     held_out = config.val_path or f"{config.val_fraction:.0%} of the groups held out"
-    return [*lines, f"train on {config.data.data_path} as {config.data.task}, validate on {held_out}"]
+    lines.append(f"train on {config.data.data_path} as {config.data.task}, validate on {held_out}")
+    return [*describe_arms(config), *lines[1:]] if config.arms else lines

@@ -189,7 +189,7 @@ def finish(
         **({"best_checkpoint": best_checkpoint(state)} if state.best_model_checkpoint else {}),
         **outcome.facts,
     }
-    write_results_summary(config, state)
+    write_results_summary(config, state, folder)
     print(
         f"train: {state.global_step:,} steps in {duration(seconds)}, {describe_losses(state.log_history)}; "
         f"{amount(trainable)} trainable parameters, {percent(trainable / full)} of full fine-tuning ({amount(full)})"
@@ -236,9 +236,8 @@ def tables_and_plots(config: TrainConfig) -> list[Path]:
     return tables + plot_gradients(folder, plots=not config.phases.no_plots)
 
 
-def write_results_summary(config: TrainConfig, state: TrainerState) -> None:
+def write_results_summary(config: TrainConfig, state: TrainerState, folder: Path) -> None:
     """`results_summary.json`: config, train_loss and gradient_stats in one file, for tables over many runs."""
-    folder = Path(config.output_dir)
     stats = folder / GRADIENT_SUMMARY
     losses = [row["train_loss"] for row in state.log_history if "train_loss" in row]
     row: dict[str, Any] = {"config": flatten(config), "train_loss": losses[-1] if losses else None}

@@ -130,11 +130,14 @@ def sampler_of(selection: SelectionSection, job: Job) -> Balanced | None:
         return None
     assert isinstance(job.rows, RenderedDataset)
     arguments = job.arguments
-    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-    sampler = Balanced([str(example.facts["label"]) for example in job.rows.examples], selection.balance, seed)
+    sampler = balanced(selection, job.rows, arguments.seed if arguments.data_seed is None else arguments.data_seed)
     for line in describe_balance(sampler, label_set(job.rows.examples)):
         announce(line)
     return sampler
+
+
+def balanced(selection: SelectionSection, rows: RenderedDataset, seed: int) -> Balanced:
+    return Balanced([str(example.facts["label"]) for example in rows.examples], selection.balance, seed)
 
 
 def describe_balance(sampler: Balanced, labels: tuple[str, ...]) -> list[str]:
@@ -162,9 +165,9 @@ def selection_lines(selection: SelectionSection) -> list[str]:
     return lines
 
 
-def save_task(data: DataSection, folder: Path) -> dict[str, Path]:
-    """task.json beside an adapter that was trained on a labelled data set, by the first process."""
-    if data.task != "labels" or process_index()[0] != 0:
+def save_task(data: DataSection, folder: Path, *, everywhere: bool = False) -> dict[str, Path]:
+    """task.json beside an adapter that was trained on a labelled data set, by the first process, or any."""
+    if data.task != "labels" or (process_index()[0] != 0 and not everywhere):
         return {}
     assert data.data_path is not None
     path = Path(data.data_path).expanduser()

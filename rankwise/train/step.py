@@ -150,8 +150,15 @@ def diverged(reason: str, step: int, samples: Sequence[str], folder: str) -> Div
     )
 
 
+SMALLER_BATCHES = (
+    "Halve --per_device_train_batch_size and double --gradient_accumulation_steps (the same result), add "
+    "--gradient_checkpointing, lower --max_seq_length, or load the base with --load_in_8bit or --load_in_4bit; "
+    "checkpoints written before are intact"
+)
+
+
 @contextmanager
-def memory_advice() -> Iterator[None]:
+def memory_advice(advice: str = SMALLER_BATCHES) -> Iterator[None]:
     """Turn "out of memory" into an error that says what helps."""
     try:
         yield
@@ -159,8 +166,4 @@ def memory_advice() -> Iterator[None]:
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in MEMORY_TEXTS):
             raise
         reason = next(iter(str(error).splitlines()), "MemoryError")
-        raise RankwiseError(
-            f"out of memory ({reason}). Halve --per_device_train_batch_size and double "
-            "--gradient_accumulation_steps (the same result), add --gradient_checkpointing, lower --max_seq_length, or "
-            "load the base with --load_in_8bit or --load_in_4bit; checkpoints written before are intact"
-        ) from error
+        raise RankwiseError(f"out of memory ({reason}). {advice}") from error

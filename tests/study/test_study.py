@@ -30,7 +30,8 @@ from rankwise.study import command as stage
 from rankwise.study import execution
 from rankwise.study.arms import compress_pairs, ranks_within, schedule_of, type_means
 from rankwise.study.design import DEVIATIONS, FILE, TEST_READ, Registration, design_study, digest
-from rankwise.train.together.train import Arm, random_start, row_order, scales_of, train_together
+from rankwise.train.together.starts import random_start, row_order, scales_of
+from rankwise.train.together.train import Arm, train_together
 
 NAMES = ("The Vaults", "Alimentum", "Cotto", "Zizzi", "Aromi", "Fitzbillies", "Strada", "Giraffe")
 AREAS = ("riverside", "city centre", "north", "old town")

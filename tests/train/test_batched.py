@@ -32,8 +32,9 @@ from rankwise.train.gradient_table import StepTable
 from rankwise.train.phases import COLUMNS, PHASES_TABLE, PhaseKeeper
 from rankwise.train.together import train
 from rankwise.train.together.alone import train_alone
-from rankwise.train.together.stacked import ArmSettings, Course, Stack, StackedAdamW, rate_factors, running
-from rankwise.train.together.train import Arm, TrainedArm, losses_together, train_together
+from rankwise.train.together.fit import fit
+from rankwise.train.together.stacked import ArmSettings, Course, Stack, StackedAdamW, learning_rates, running
+from rankwise.train.together.train import Arm, TrainedArm, Validation, losses_together, train_together
 from rankwise.train.trainer import RankwiseTrainer
 
 STEPS, BATCH = 24, 3
@@ -427,11 +428,14 @@ def test_the_course_counts_and_restarts() -> None:
 
 
 def test_rates_follow_transformers() -> None:
-    assert rate_factors("linear", 2, 6).tolist() == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25])
-    assert rate_factors("constant", 0, 3).tolist() == [1, 1, 1]
+    linear = ArmSettings(6, 1, "linear", warmup_steps=2)
+    assert learning_rates(linear, 0.5).tolist() == pytest.approx([0, 0.25, 0.5, 0.375, 0.25, 0.125])
+    assert learning_rates(ArmSettings(3, 1), 1.0).tolist() == [1, 1, 1]
     for name in ("reduce_lr_on_plateau", "nonsense", "cosine_with_min_lr"):
         with pytest.raises(UsageError, match=name):
-            rate_factors(name, 0, 3)
+            learning_rates(ArmSettings(3, 1, name), 1.0)
+    floor = ArmSettings(3, 1, "cosine_with_min_lr", scheduler_kwargs=(("min_lr", 0.1),))
+    assert learning_rates(floor, 1.0)[-1] > learning_rates(floor, 0.2)[-1] > 0.1
 
 
 def test_what_does_not_fit_is_said() -> None:
@@ -466,3 +470,70 @@ def test_a_site_that_is_never_called_or_has_no_rows_is_said() -> None:
     layer.forward = lambda x: plain(x.flatten(0, 1)).view_as(x)
     with pytest.raises(UsageError, match="rows of tokens"):
         together(model, make_arms(model))
+
+
+def batches() -> list[dict[str, Tensor]]:
+    return [Collator(0)([Answers()[index] for index in range(start, start + 5)]) for start in (0, 5)]
+
+
+def test_each_arm_ends_with_its_best_factors_where_they_are_kept() -> None:
+    """At a rate that overshoots: validated on the way as afterwards, and the pairs are those of that step."""
+    model = tiny("llama")
+    settings = dataclasses.replace(SETTINGS, lr_scheduler="constant", warmup_steps=0, max_grad_norm=0.0)
+    arms = [
+        dataclasses.replace(arm, learning_rate=rate)
+        for arm, rate in zip(make_arms(model), (0.1, 0.2, 1e-3), strict=True)
+    ]
+    shared = (model, arms, Answers(), Collator(0), settings)
+    kept = train_together(*shared, validation=Validation(batches(), {6, 12, 18, 24}, keep_best=True))
+    last = train_together(*shared)
+    sums, tokens = losses_together(model, [arm.pairs for arm in kept], [arm.scales for arm in arms], batches())
+    for arm, end, loss in zip(kept, last, (sums.sum(1) / tokens.sum()).tolist(), strict=True):
+        assert list(arm.validated) == [6, 12, 18, 24] and arm.best == min(arm.validated, key=arm.validated.__getitem__)
+        assert loss == pytest.approx(min(arm.validated.values()), abs=1e-5)
+        assert (distance(arm.pairs, end.pairs) < 1e-6) == (arm.best == 24)
+    assert len({arm.best for arm in kept}) > 1
+
+
+def test_what_leaves_is_told_and_the_others_go_on_with_their_phases_and_their_best() -> None:
+    """In parts of two arms, of which one leaves in the middle."""
+    model = tiny("llama")
+    arms = make_arms(model, schedules=SCHEDULES)
+    lost = dataclasses.replace(arms[0], learning_rate=1e36)
+    validation = Validation(batches(), {8, 16, 24}, keep_best=True)
+    rows = (Answers(), Collator(0), dataclasses.replace(SETTINGS, phase_state="reset", warmup_steps=0))
+    found = train_together(
+        model, [arms[0], lost, arms[1], arms[2]], *rows, at_once=2, watch=True, validation=validation
+    )
+    alone = train_together(model, arms, *rows, validation=validation)
+    assert found[1].diverged and "not finite by step 3" in found[1].left
+    assert len(found[1].losses) == STEPS and found[1].losses[-1] != found[1].losses[-1]
+    for one, other in zip([found[0], *found[2:]], alone, strict=True):
+        assert distance(one.pairs, other.pairs) < 1e-6 and not one.left
+        assert one.losses == pytest.approx(other.losses, abs=1e-6)
+        assert one.validated == pytest.approx(other.validated, abs=1e-6) and one.best == other.best
+        assert one.tokens == other.tokens > found[1].tokens > 0
+
+
+def test_fitted_in_one_batch_or_in_turn_is_the_same() -> None:
+    model = tiny("gpt2")
+    arms = make_arms(model)
+    lost = dataclasses.replace(arms[0], learning_rate=1e36)
+    settings = dataclasses.replace(SETTINGS, steps=8)
+    shared = (model, [*arms, lost], Answers(), Collator(0), settings, {"dev": batches(), "test": batches()[:1]})
+    one, other = (fit(*shared, in_turn=in_turn) for in_turn in (False, True))
+    for name, items in (("dev", 10), ("test", 5)):
+        assert one.losses[name].shape == (4, items) and one.losses[name][3].isnan().all()
+        assert torch.allclose(one.losses[name], other.losses[name], atol=1e-4, equal_nan=True)
+    assert [arm.tokens for arm in one.trained[:3]] == [arm.tokens for arm in other.trained[:3]]
+    assert one.peak_bytes > 0 and [arm.diverged for arm in one.trained] == [False] * 3 + [True]
+
+
+def test_rows_of_more_than_tokens_are_refused() -> None:
+    model = tiny("llama")
+
+    def collate(rows: Any) -> Any:
+        return Collator(0)(rows) | {"pixel_values": torch.zeros(1)}
+
+    with pytest.raises(UsageError, match="carry pixel_values"):
+        train_together(model, make_arms(model), Answers(), collate, SETTINGS)

@@ -1,4 +1,4 @@
-"""Arms of a study that train by themselves: `norm:N`, which chooses on the way what trains next, and all weights.
+"""Arms that train by themselves: `norm:N`, which chooses on the way what trains next, rows of pictures, all weights.
 
     trained, replay = train_alone(model, arm, bind(Norm(20), sites, seed=0), rows, collate, settings)
     str(replay)        # all:1 > mlp:40 > attention: what a yoked arm trains as a fixed schedule
@@ -29,11 +29,12 @@ from rankwise.core.phase import BoundNorm, Phases
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.errors import DivergedError, Interrupted, UsageError
 from rankwise.models.adapt import ADAPTER, adapt, lora_layers, lora_pairs
+from rankwise.models.sites import model_sites
 from rankwise.options.sections import LoraSection
 from rankwise.train.arguments import build_arguments
 from rankwise.train.phases import PhaseKeeper
-from rankwise.train.together.stacked import ArmSettings
-from rankwise.train.together.train import Arm, Collate, TrainedArm
+from rankwise.train.together.stacked import ArmSettings, Pairs
+from rankwise.train.together.train import Arm, Collate, Rows, TrainedArm
 from rankwise.train.trainer import RankwiseTrainer
 
 JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -50,25 +51,27 @@ class Undropped(RankwiseTrainer):
 def train_alone(
     model: PreTrainedModel,
     arm: Arm,
-    schedule: BoundNorm,
-    rows: Sequence[Mapping[str, Any]],
+    schedule: BoundNorm | None,
+    rows: Rows,
     collate: Collate,
     settings: ArmSettings,
-) -> tuple[TrainedArm, Phases]:
-    """Train an arm under an adaptive schedule; returns the result and the equivalent fixed schedule.
+) -> tuple[TrainedArm, Phases | None]:
+    """Train an arm, under an adaptive schedule if any; returns the result and the equivalent fixed schedule.
 
     The model is only read, and afterwards as it was. `arm.active` plays no part. An arm that diverged is told as
     `train_together` tells it; its fixed schedule stays in the phase in which it ended.
 
     Raises UsageError where the process sees several GPUs, Interrupted on a signal.
     """
+    order = list(arm.order[: settings.rows])
     with tempfile.TemporaryDirectory(prefix="rankwise-") as name, single_process(), twin_of(model) as twin:
         folder = Path(name)
-        keeper = PhaseKeeper(schedule, folder, reset=settings.phase_state == "reset", verbose=False)
+        reset = settings.phase_state == "reset"
+        keeper = PhaseKeeper(schedule, folder, reset=reset, verbose=False) if schedule else None
         trainer = Undropped(
-            model=adapted(twin, arm, schedule),
+            model=adapted(twin, arm.start, arm.scales),
             args=arguments(arm, settings, folder, model.device),
-            train_dataset=Subset(rows, list(arm.order[: settings.steps * settings.batch_size])),  # type: ignore[arg-type]
+            train_dataset=Subset(rows, order),  # type: ignore[arg-type]
             data_collator=collate,
             phases=keeper,
         )
@@ -76,9 +79,13 @@ def train_alone(
         steps = [row for row in trainer.state.log_history if "loss" in row]
         nothing = [torch.nan] * (settings.steps - len(steps))
         pairs = {path: (pair.lora_A, pair.lora_B) for path, pair in lora_pairs(trainer.model).items()}
-    assert isinstance(keeper.schedule, BoundNorm)
     losses, norms = ([float(row[column]) for row in steps] + nothing for column in ("loss", "grad_norm"))
-    return TrainedArm(pairs, losses, norms, diverged), keeper.schedule.replay(max(1, len(steps)))
+    tokens = sum(len(rows[index]["input_ids"]) for index in order[: len(steps) * settings.batch_size])
+    result = TrainedArm(pairs, losses, norms, diverged, tokens=tokens)
+    if keeper is None:
+        return result, None
+    assert isinstance(keeper.schedule, BoundNorm)
+    return result, keeper.schedule.replay(max(1, len(steps)))
 
 
 def finishes(trainer: RankwiseTrainer) -> bool:
@@ -105,13 +112,14 @@ def twin_of(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 @torch.no_grad()
-def adapted(twin: PreTrainedModel, arm: Arm, schedule: BoundNorm) -> PeftModel:
-    """The arm's PEFT model, with its start and scales."""
-    planned = [PlannedSite(schedule.sites[path], a.shape[0]) for path, (a, _) in arm.start.items()]
+def adapted(twin: PreTrainedModel, pairs: Pairs, scales: Mapping[str, float]) -> PeftModel:
+    """The PEFT model of these factors and scales."""
+    sites = model_sites(twin)
+    planned = [PlannedSite(sites[path], a.shape[0]) for path, (a, _) in pairs.items()]
     found = adapt(twin, RankPlan(tuple(planned)), LoraSection(lora_dropout=0.0))
     for path, layer in lora_layers(found).items():
-        a, b = arm.start[path]
-        layer.scaling[ADAPTER] = arm.scales[path]
+        a, b = pairs[path]
+        layer.scaling[ADAPTER] = scales[path]
         layer.lora_A[ADAPTER].weight.copy_(a)
         layer.lora_B[ADAPTER].weight.copy_(b)
     return found
@@ -160,7 +168,7 @@ def single_process() -> Iterator[None]:
 def train_weights(
     model: nn.Module,
     parameters: Sequence[nn.Parameter],
-    rows: Sequence[Mapping[str, Any]],
+    rows: Rows,
     order: Sequence[int],
     collate: Collate,
     settings: ArmSettings,

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,11 +30,12 @@ from transformers import PreTrainedModel, get_scheduler
 
 from rankwise.core.site import nearest
 from rankwise.errors import UsageError, VerificationError
-from rankwise.evaluate.likelihood import Learnt, token_losses
+from rankwise.evaluate.likelihood import BESIDE, Learnt, batch_losses, token_losses
 from rankwise.models.sites import linear_shape
 from rankwise.options.sections import PHASE_STATES
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
+PASSED_ON = {"input_ids", "attention_mask", *BESIDE}
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,22 @@ class Stack:
         return [self.part(slice(start, start + size)) for start in starts]
 
     def part(self, arms: slice) -> Stack:
-        values, sites = self.values[arms], []
+        """A run of its arms: views of the same numbers."""
+        return self.over(self.values[arms], arms, arms.start)
+
+    def only(self, arms: Tensor) -> Stack:
+        """A stack of its own of some of the arms: copies of their numbers."""
+        return self.over(self.values[arms], arms)
+
+    def over(self, values: Tensor, arms: slice | Tensor, first: int = 0) -> Stack:
+        """The sites as views of these rows, which hold the numbers of these arms."""
+        sites = []
         for site in self.sites:
             (_, rank, n), (_, m, _), start = site.a.shape, site.b.shape, site.columns.start
             a, b = leaf(values, start, (rank, n)), leaf(values, start + rank * n, (m, rank))
             scale = site.scale[arms] if isinstance(site.scale, Tensor) else site.scale
             sites.append(StackedSite(site.path, a, b, scale, site.columns))
-        return Stack(values, tuple(sites), arms.start)
+        return Stack(values, tuple(sites), first)
 
     def train(self, trains: Sequence[bool]) -> None:
         """Which sites get a gradient, or one word for all; without one, backward does less."""
@@ -135,10 +146,13 @@ class Stack:
         parts = [next(found) if factor.requires_grad else still.expand_as(factor) for factor in factors]
         return torch.cat([part.flatten(1) for part in parts], dim=1)
 
-    def pairs(self, arm: int, like: Pairs) -> dict[str, tuple[Tensor, Tensor]]:
-        """Copies of one arm's factors, on the CPU and without padding; `like` says which and how wide."""
+    def pairs(self, arm: int, like: Pairs, values: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Copies of one arm's factors, on the CPU and without padding; `like` says which and how wide.
+
+        values: other numbers (N, P) of the same arms, in place of the stack's.
+        """
         found = {}
-        for site in self.sites:
+        for site in (self if values is None else self.over(values, slice(None))).sites:
             if site.path in like:
                 rank = like[site.path][0].shape[0]
                 a, b = site.a[arm, :rank].detach(), site.b[arm, :, :rank].detach()
@@ -189,9 +203,14 @@ class Together:
     stack: Stack
     shape: tuple[int, int] = (0, 0)
     called: set[str] = field(default_factory=set)
+    bare: bool = False
 
     def token_losses(self, stack: Stack, batch: Mapping[str, Tensor], learnt: Learnt) -> Tensor:
-        """Negative log-likelihood (K,) in nats, float32, of all rows of the arms of a stack."""
+        """Negative log-likelihood (K,) in nats, float32, of all rows of the arms of a stack.
+
+        UsageError where the batch holds more than tokens: it would not reach the model.
+        """
+        check_keys(batch)
         ids = batch["input_ids"]
         self.stack, self.shape = stack, (ids.shape[0], ids.shape[1])
         mask = None if padded_right(batch["attention_mask"]) else batch["attention_mask"].to(self.model.device)
@@ -201,6 +220,8 @@ class Together:
         return losses
 
     def add(self, number: int, module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
+        if self.bare:
+            return outputs
         site = self.stack.sites[number]
         if inputs[0].shape[:-1] != self.shape:
             raise UsageError(
@@ -210,10 +231,30 @@ class Together:
         self.called.add(site.path)
         return site.added(inputs[0], outputs)
 
+    @torch.no_grad()
+    def base_losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Summed losses (n,) and learnt tokens (n,) of the rows of a batch under the base, without any factors."""
+        check_keys(batch)
+        self.bare = True
+        try:
+            return batch_losses(self.model, batch, self.model.device)
+        finally:
+            self.bare = False
+
     def check_called(self) -> None:
         if len(self.called) < len(self.stack.sites):
             missed = next(site.path for site in self.stack.sites if site.path not in self.called)
             raise VerificationError(f"the model never calls {missed}, so its factors would have no effect")
+
+
+def check_keys(batch: Mapping[str, Tensor]) -> None:
+    """UsageError for what a batch holds beside tokens: pictures, positions of packed rows, a model's own inputs."""
+    foreign = sorted(set(batch) - PASSED_ON)
+    if foreign:
+        raise UsageError(
+            f"the rows carry {', '.join(foreign)}, which arms in one batch do not pass on to the model: they take text "
+            "rows of tokens; train such arms one after the other"
+        )
 
 
 def padded_right(mask: Tensor) -> bool:
@@ -268,6 +309,7 @@ class ArmSettings:
 
     lr_scheduler: transformers' name of a schedule that follows from the step. max_grad_norm: of each arm by itself; 0
     never clips. phase_state: the optimizer state of a site that trains again is kept, or with `reset` starts anew.
+    epoch_rows: rows after which a batch ends though it be short, as a data loader's last one does; 0: none does.
     """
 
     steps: int
@@ -279,12 +321,27 @@ class ArmSettings:
     eps: float = 1e-8
     max_grad_norm: float = 1.0
     phase_state: str = "keep"
+    epoch_rows: int = 0
+    scheduler_kwargs: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.phase_state not in PHASE_STATES:
             raise UsageError(f"phase_state {self.phase_state!r} is not one of {', '.join(PHASE_STATES)}")
         if self.steps < 1 or self.batch_size < 1:
             raise UsageError(f"steps and batch_size must be at least 1, got {self.steps} and {self.batch_size}")
+
+    @property
+    def rows(self) -> int:
+        """Rows that an arm trains on, repeated ones included."""
+        stop: int = self.taken(self.steps - 1).stop
+        return stop
+
+    def taken(self, step: int) -> slice:
+        """Places of a step's rows in an arm's order."""
+        size, rows = self.batch_size, self.epoch_rows
+        epoch, batch = divmod(step, -(-rows // size)) if rows else (0, step)
+        start = epoch * rows + batch * size
+        return slice(start, min(start + size, (epoch + 1) * rows) if rows else start + size)
 
 
 @dataclass(frozen=True)
@@ -313,6 +370,9 @@ class Course:
         before = torch.where(fresh, seen - 1, 0).cummax(0).values
         return cls(moves, (seen - before).clamp(min=1), fresh, phased=True)
 
+    def only(self, arms: Tensor) -> Course:
+        return Course(self.moves[:, arms], self.counts[:, arms], self.fresh[:, arms], self.phased)
+
     def trains(self, step: int, first: int, arms: int) -> list[bool]:
         """Which sites train at all in so many arms from the first one on."""
         moves = self.moves[step, first : first + arms].any(0)
@@ -327,16 +387,18 @@ def moving(active: Active | None, paths: Sequence[str], steps: int) -> Tensor:
     return torch.tensor([[path in chosen for path in paths] for chosen in sets])
 
 
-def rate_factors(name: str, warmup_steps: int, steps: int) -> Tensor:
-    """Multiplier of the learning rate at each step (steps,) float64, from transformers' schedule of that name."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+def learning_rates(settings: ArmSettings, peak: float) -> Tensor:
+    """The learning rate at each step (steps,) float64, from transformers' schedule of that name."""
+    name, own = settings.lr_scheduler, dict(settings.scheduler_kwargs) or None
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
     try:
-        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
+        scheduler = get_scheduler(name, optimizer, settings.warmup_steps, settings.steps, own)
     except (ValueError, TypeError) as error:
         raise UsageError(f"lr_scheduler {name!r}: {error}") from error
     if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
         raise UsageError(f"lr_scheduler {name!r} depends on how a run goes; take one that follows from the step")
-    return torch.tensor([scheduler.lr_lambdas[0](step) for step in range(steps)], dtype=torch.float64)
+    factors = [scheduler.lr_lambdas[0](step) for step in range(settings.steps)]
+    return peak * torch.tensor(factors, dtype=torch.float64)
 
 
 def coefficients(course: Course, rates: Tensor, settings: ArmSettings) -> Tensor:
@@ -386,6 +448,15 @@ class StackedAdamW:
         self.restart(step)
         self.move(step, moves & self.alive, gradients)
         return norms[:, 0]
+
+    def only(self, arms: Tensor, stack: Stack) -> StackedAdamW:
+        """The optimizer of some of the arms, in the state it is in. stack: of the same arms."""
+        device = arms.to(self.alive.device)
+        found = copy(self)
+        found.stack, found.course = stack, self.course.only(arms)
+        found.alive, found.mean, found.square = self.alive[device], self.mean[device], self.square[device]
+        found.table, found.moves, found.fresh = self.table[:, :, device], self.moves[:, device], self.fresh[:, device]
+        return found
 
     def restart(self, step: int) -> None:
         if self.restarts[step]:

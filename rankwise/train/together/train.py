@@ -15,22 +15,19 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from rankwise.core.factors import truncate
-from rankwise.core.site import Site
 from rankwise.data.vision_inputs import IGNORED
 from rankwise.errors import UsageError
 from rankwise.evaluate.likelihood import Learnt
-from rankwise.ranks.spectra import site_generator
 from rankwise.train.together.stacked import (
     Active,
     ArmSettings,
@@ -38,13 +35,21 @@ from rankwise.train.together.stacked import (
     Stack,
     StackedAdamW,
     Together,
-    rate_factors,
+    learning_rates,
     running,
 )
 
 Batch = Mapping[str, Tensor]
 Collate = Callable[[Sequence[Mapping[str, Any]]], Batch]
+WATCHED, MARGIN = 8, 0.01  # steps of each eighth that are compared with the base, and what its loss may be passed by
 CPU_TOKENS, DEVICE_TOKENS = 2048, 16384  # in one forward pass; the first is measured
+
+
+class Rows(Protocol):
+    """A data set of {input_ids, labels, …}."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -68,24 +73,43 @@ class TrainedArm:
     """Result of an arm.
 
     pairs: site path → A, B, on the CPU. losses: nats per token at every step. norms: of the gradient of the sites
-    that train, before clipping. diverged: a loss or gradient was not finite. That step was not taken and none after
-    it; losses and norms are nan from there on, and the pairs are those before it.
+    that train, before clipping. diverged: a loss or gradient was not finite (that step was not taken and none after
+    it; losses and norms are nan from there on, and the pairs are those before it), or the arm has left.
+
+    left: why, where an arm that was watched left before the end. validated: step → nats per token of the rows that
+    validate. best: the step that the pairs are of, where the best one was kept. tokens: trained on, padding excluded.
     """
 
     pairs: dict[str, tuple[Tensor, Tensor]]
     losses: list[float]
     norms: list[float]
     diverged: bool
+    left: str = ""
+    validated: Mapping[int, float] = field(default_factory=dict)
+    best: int | None = None
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Rows that validate, as batches, after which steps, and whether each arm ends with its best factors by them."""
+
+    batches: Sequence[Batch]
+    steps: Collection[int]
+    keep_best: bool = False
 
 
 def train_together(
     model: PreTrainedModel,
     arms: Sequence[Arm],
-    rows: Sequence[Mapping[str, Any]],
+    rows: Rows,
     collate: Collate,
     settings: ArmSettings,
     *,
     at_once: int | None = None,
+    watch: bool = False,
+    validation: Validation | None = None,
+    after_step: Callable[[int], object] = lambda step: None,
 ) -> list[TrainedArm]:
     """Train all arms; the model is only read, and afterwards as it was.
 
@@ -95,33 +119,168 @@ def train_together(
         collate: rows → {input_ids, attention_mask, labels}, padded to one length.
         at_once: arms in one forward pass; the others take their turn within the same step. Fewer need less memory.
             None: as many as the device works on well.
+        watch: after each eighth of the steps, arms that diverge leave: those that are not finite, and those whose loss
+            over the eighth's last steps is above the base's on the same rows.
+        after_step: called with the number of steps done.
 
-    Raises UsageError: orders that are too short or leave the data, factors that do not fit each other or the model.
+    Raises UsageError: orders that are too short or leave the data, factors that do not fit each other or the model,
+    rows of more than text.
     """
     check(arms, len(rows), settings)
-    stack = Stack.of([arm.start for arm in arms], [arm.scales for arm in arms], model.device)
-    optimizer = optimizer_of(stack, arms, settings)
-    supply = Supply(arms, cache(rows.__getitem__), collate, settings.batch_size)  # rendering a row is slow
-    parts = stack.parts(at_once or fitting(supply.tokens_per_arm(), model.device))
-    losses, norms = [], []
-    with running(model, stack) as together:
+    training = Training(model, arms, rows, collate, settings, at_once)
+    with running(model, training.stack) as together:
         for step in tqdm(range(settings.steps), desc="arms", unit="step", disable=None):
-            results = []
-            for part, batch in zip(parts, supply.batches(step, len(parts[0])), strict=True):
-                part.train(optimizer.course.trains(step, part.first, len(part)))
-                results.append(backward(together, part, batch))
-            loss, gradients = (torch.cat(result) for result in zip(*results, strict=True))
-            norm = optimizer.step(step, loss, gradients)
-            losses.append(loss.where(optimizer.alive[:, 0], torch.nan))
-            norms.append(norm.where(optimizer.alive[:, 0], torch.nan))
-    return collect(stack, arms, torch.stack(losses), torch.stack(norms), optimizer.alive)
+            training.step(together, step)
+            if validation is not None and step + 1 in validation.steps:
+                training.validate(together, step + 1, validation)
+            if watch and step + 1 in eighths(settings.steps):
+                training.dismiss(together, step + 1)
+            after_step(step + 1)
+            if not training.there:
+                break
+    return training.results()
+
+
+class Training:
+    """Arms on their way. `there`: numbers of those that have not left, in the order of the stack."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arms: Sequence[Arm],
+        rows: Rows,
+        collate: Collate,
+        settings: ArmSettings,
+        at_once: int | None,
+    ) -> None:
+        self.model, self.arms, self.settings = model, arms, settings
+        self.there = list(range(len(arms)))
+        self.stack = Stack.of([arm.start for arm in arms], [arm.scales for arm in arms], model.device)
+        self.optimizer = optimizer_of(self.stack, arms, settings)
+        self.supply = Supply(arms, cache(rows.__getitem__), collate, settings)  # rendering a row is slow
+        self.at_once = at_once or fitting(self.supply.tokens_per_arm(), model.device)
+        self.parts = self.stack.parts(self.at_once)
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []
+        self.left: dict[int, TrainedArm] = {}
+        self.validated: list[dict[int, float]] = [{} for _ in arms]
+        self.best: Tensor | None = None
+        self.base: dict[int, tuple[float, int]] = {}
+
+    def step(self, together: Together, step: int) -> None:
+        course, results = self.optimizer.course, []
+        for part, batch in zip(self.parts, self.supply.batches(self.there, step, self.at_once), strict=True):
+            part.train(course.trains(step, part.first, len(part)))
+            results.append(backward(together, part, batch))
+        loss, gradients = (torch.cat(result) for result in zip(*results, strict=True))
+        norm = self.optimizer.step(step, loss, gradients)
+        self.losses.append(self.of_all(loss))
+        self.norms.append(self.of_all(norm))
+
+    def of_all(self, values: Tensor) -> Tensor:
+        """A step's values of all arms, nan for those that have left or stopped."""
+        values = values.where(self.optimizer.alive[:, 0], torch.nan)
+        if len(self.there) == len(self.arms):
+            return values
+        return values.new_full((len(self.arms),), torch.nan).index_copy(0, self.places(), values)
+
+    def places(self) -> Tensor:
+        return torch.tensor(self.there, device=self.stack.values.device)
+
+    @torch.no_grad()
+    def validate(self, together: Together, step: int, validation: Validation) -> None:
+        sums, tokens = stack_losses(together, self.stack, validation.batches)
+        losses = (sums.sum(1) / tokens.sum()).tolist()
+        better = []
+        for number, loss in zip(self.there, losses, strict=True):
+            better.append(loss < min(self.validated[number].values(), default=math.inf))
+            self.validated[number][step] = loss
+        if validation.keep_best:
+            chosen = torch.tensor(better, device=self.stack.values.device)[:, None]
+            before = self.stack.values if self.best is None else self.best
+            self.best = torch.where(chosen, self.stack.values, before)
+
+    def dismiss(self, together: Together, step: int) -> None:
+        """Arms that diverge leave, the others go on as they were."""
+        count = min(WATCHED, max(1, step - max((end for end in eighths(self.settings.steps) if end < step), default=0)))
+        steps = range(step - count, step)
+        means = torch.stack(self.losses[-count:]).mean(0)[self.places()].tolist()
+        base = self.base_means(together, steps)
+        reasons = [
+            f"a loss or gradient was not finite by step {step}"
+            if not alive
+            else f"mean loss {mean:.4g} over steps {step - count + 1} to {step}, the base's there is {of_base:.4g}"
+            if not mean <= of_base * (1 + MARGIN)
+            else ""
+            for mean, of_base, alive in zip(means, base, self.optimizer.alive[:, 0].tolist(), strict=True)
+        ]
+        if any(reasons):
+            self.leave(reasons)
+
+    def base_means(self, together: Together, steps: range) -> list[float]:
+        """The base's mean loss on the rows of these steps, of every arm that is there."""
+        taken = [[self.supply.taken(number, step) for step in steps] for number in self.there]
+        new = sorted({row for arm in taken for rows in arm for row in rows} - self.base.keys())
+        size = self.at_once * self.settings.batch_size
+        for start in range(0, len(new), size):
+            part = new[start : start + size]
+            sums, tokens = together.base_losses(self.supply.collate([self.supply.row(row) for row in part]))
+            self.base |= dict(zip(part, zip(sums.tolist(), tokens.tolist(), strict=True), strict=True))
+        return [statistics.fmean(mean_loss([self.base[row] for row in rows]) for rows in arm) for arm in taken]
+
+    def leave(self, reasons: Sequence[str]) -> None:
+        """Those with a reason are told as they are; the stack, the optimizer and the batches go on without them."""
+        losses, norms = torch.stack(self.losses), torch.stack(self.norms)
+        for place, (number, reason) in enumerate(zip(self.there, reasons, strict=True)):
+            if reason:
+                self.left[number] = replace(self.result(place, losses, norms), diverged=True, left=reason)
+        staying = [place for place, reason in enumerate(reasons) if not reason]
+        self.there = [self.there[place] for place in staying]
+        places = torch.tensor(staying, dtype=torch.long)
+        if staying:
+            on_device = places.to(self.stack.values.device)
+            self.stack = self.stack.only(on_device)
+            self.optimizer = self.optimizer.only(places, self.stack)
+            self.best = None if self.best is None else self.best[on_device]
+            self.parts = self.stack.parts(self.at_once)
+
+    def result(self, place: int, losses: Tensor, norms: Tensor) -> TrainedArm:
+        """What has become of an arm of the stack so far. losses, norms: (steps, arms)."""
+        number, done = self.there[place], len(losses)
+        rest = [math.nan] * (self.settings.steps - done)
+        validated = self.validated[number]
+        return TrainedArm(
+            self.stack.pairs(place, self.arms[number].start, self.best),
+            losses[:, number].tolist() + rest,
+            norms[:, number].tolist() + rest,
+            not bool(self.optimizer.alive[place]),
+            validated=validated,
+            best=None if self.best is None else min(validated, key=lambda step: (validated[step], step)),
+            tokens=self.supply.tokens(number, done),
+        )
+
+    def results(self) -> list[TrainedArm]:
+        """Of all arms, in their order; where nobody was watched, the only wait for the device."""
+        losses, norms = torch.stack(self.losses).cpu(), torch.stack(self.norms).cpu()
+        found = {number: self.result(place, losses, norms) for place, number in enumerate(self.there)} | self.left
+        return [found[number] for number in range(len(self.arms))]
+
+
+def eighths(steps: int) -> list[int]:
+    """The steps after which each eighth of a run is done."""
+    return [-(-steps * part // 8) for part in range(1, 9)]
+
+
+def mean_loss(rows: Sequence[tuple[float, int]]) -> float:
+    """Nats per token of a batch, from summed losses and tokens."""
+    return math.fsum(loss for loss, _ in rows) / max(1, sum(tokens for _, tokens in rows))
 
 
 def check(arms: Sequence[Arm], count: int, settings: ArmSettings) -> None:
     if not any(arm.start for arm in arms):
         raise UsageError("no arm adapts any site: there is nothing to train")
     for number, arm in enumerate(arms):
-        needed = settings.steps * settings.batch_size
+        needed = settings.rows
         if len(arm.order) < needed:
             raise UsageError(
                 f"arm {number}: {settings.steps} steps of {settings.batch_size} rows need an order of {needed} rows, "
@@ -132,8 +291,7 @@ def check(arms: Sequence[Arm], count: int, settings: ArmSettings) -> None:
 
 
 def optimizer_of(stack: Stack, arms: Sequence[Arm], settings: ArmSettings) -> StackedAdamW:
-    factors = rate_factors(settings.lr_scheduler, settings.warmup_steps, settings.steps)
-    rates = factors[:, None] * torch.tensor([arm.learning_rate for arm in arms], dtype=torch.float64)
+    rates = torch.stack([learning_rates(settings, arm.learning_rate) for arm in arms], dim=1)
     paths, reset = [site.path for site in stack.sites], settings.phase_state == "reset"
     course = Course.of([arm.active for arm in arms], paths, settings.steps, reset=reset)
     return StackedAdamW(stack, course, rates, settings)
@@ -152,19 +310,26 @@ class Supply:
     arms: Sequence[Arm]
     row: Callable[[int], Mapping[str, Any]]
     collate: Collate
-    batch_size: int
+    settings: ArmSettings
 
-    def batches(self, step: int, size: int) -> Iterator[Batch]:
-        """Those of one step, for so many arms each: the rows of the first arm, then of the next, …"""
-        taken = slice(step * self.batch_size, (step + 1) * self.batch_size)
-        for first in range(0, len(self.arms), size):
-            group = self.arms[first : first + size]
-            yield self.collate([self.row(position) for arm in group for position in arm.order[taken]])
+    def taken(self, arm: int, step: int) -> Sequence[int]:
+        """Positions of the rows of an arm's step."""
+        return self.arms[arm].order[self.settings.taken(step)]
+
+    def batches(self, there: Sequence[int], step: int, size: int) -> Iterator[Batch]:
+        """Those of one step, for so many of these arms each: the rows of the first arm, then of the next, …"""
+        for first in range(0, len(there), size):
+            group = there[first : first + size]
+            yield self.collate([self.row(position) for arm in group for position in self.taken(arm, step)])
 
     def tokens_per_arm(self) -> int:
         """In the first step, padding included."""
-        sizes = [batch["input_ids"].numel() for batch in self.batches(0, 1)]
+        sizes = [batch["input_ids"].numel() for batch in self.batches(range(len(self.arms)), 0, 1)]
         return sum(sizes) // len(sizes)
+
+    def tokens(self, arm: int, steps: int) -> int:
+        """That an arm has seen in so many steps, padding excluded."""
+        return sum(len(self.row(position)["input_ids"]) for step in range(steps) for position in self.taken(arm, step))
 
 
 def backward(together: Together, part: Stack, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -183,15 +348,6 @@ def backward(together: Together, part: Stack, batch: Batch) -> tuple[Tensor, Ten
     return losses, part.gradients(token_losses, weights)
 
 
-def collect(stack: Stack, arms: Sequence[Arm], losses: Tensor, norms: Tensor, alive: Tensor) -> list[TrainedArm]:
-    """The only wait for the device: everything comes to the host at the end."""
-    by_arm = zip(arms, losses.T.tolist(), norms.T.tolist(), alive[:, 0].tolist(), strict=True)
-    return [
-        TrainedArm(stack.pairs(number, arm.start), arm_losses, arm_norms, not lived)
-        for number, (arm, arm_losses, arm_norms, lived) in enumerate(by_arm)
-    ]
-
-
 @torch.inference_mode()
 def losses_together(
     model: PreTrainedModel,
@@ -205,12 +361,17 @@ def losses_together(
     base. batches: as `training_batches` makes them.
     """
     stack = Stack.of(pairs, scales, model.device)
-    sums, counts = [], []
     with running(model, stack) as together:
-        for batch in tqdm(batches, desc="loss", unit="batch", disable=None, leave=False):
-            parts = stack.parts(fitting(batch["input_ids"].numel(), model.device))
-            sums.append(torch.cat([row_losses(together, part, batch) for part in parts]))
-            counts.append((batch["labels"][:, 1:] != IGNORED).sum(1).cpu())
+        return stack_losses(together, stack, batches)
+
+
+def stack_losses(together: Together, stack: Stack, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """The same, of a stack that runs."""
+    sums, counts = [], []
+    for batch in tqdm(batches, desc="loss", unit="batch", disable=None, leave=False):
+        parts = stack.parts(fitting(batch["input_ids"].numel(), stack.values.device))
+        sums.append(torch.cat([row_losses(together, part, batch) for part in parts]))
+        counts.append((batch["labels"][:, 1:] != IGNORED).sum(1).cpu())
     return torch.cat(sums, dim=1), torch.cat(counts)
 
 
@@ -222,61 +383,3 @@ def row_losses(together: Together, part: Stack, batch: Batch) -> Tensor:
     losses = together.token_losses(part, repeated, learnt).double()
     total = torch.zeros(len(part) * items, dtype=torch.float64, device=losses.device)
     return total.index_add(0, learnt.rows, losses).view(-1, items).cpu()
-
-
-SCALE = 2.0
-Pairs = dict[str, tuple[Tensor, Tensor]]
-Ranks = Mapping[Site, int]
-
-
-def random_start(ranks: Ranks, seed: int, largest: int) -> Pairs:
-    """LoRA's start: A uniform within ±1/√n as PEFT draws it, B zero; path → A (r, n), B (m, r).
-
-    A site's A depends on the seed and its path alone: arms of unequal rank share their leading rows.
-    """
-    pairs = {}
-    for site, rank in ranks.items():
-        if rank:
-            rows, (m, n) = max(largest, rank), site.shape
-            drawn = torch.rand(rows, n, generator=site_generator(site, seed))
-            pairs[site.path] = (((2 * drawn - 1) / math.sqrt(n))[:rank].clone(), torch.zeros(m, rank))
-    return pairs
-
-
-def warm_start(ranks: Ranks, deltas: Mapping[Site, Tensor], scales: Mapping[str, float], seed: int) -> Pairs:
-    """The probe's delta cut to the ranks: base + adapter is base + truncated delta."""
-    return {
-        site.path: truncate(deltas[site], rank, site_generator(site, seed)).lora(scales[site.path])
-        for site, rank in ranks.items()
-        if rank
-    }
-
-
-def directed_start(ranks: Ranks, directions: Mapping[str, Tensor]) -> Pairs:
-    """A from given directions (r, n) of each site's inputs, B zero."""
-    return {
-        site.path: (directions[site.path][:rank].float().clone(), torch.zeros(site.shape[0], rank))
-        for site, rank in ranks.items()
-        if rank
-    }
-
-
-def scales_of(ranks: Ranks, rule: str, reference: Ranks) -> dict[str, float]:
-    """Path → factor of B·A.
-
-    constant: 2 everywhere (alpha = 2r). alpha: one alpha over r. rslora: one alpha over √r. The one alpha is that which
-    gives 2 at the median rank of `reference`, the uniform arm of the same budget (`train` takes 2·largest rank for
-    rsLoRA): arms are to differ in how the scale follows the rank, not in its size, which a tuned rate takes up.
-    """
-    typical = statistics.median([rank for rank in reference.values() if rank] or [1])
-    power = {"constant": 0.0, "alpha": 1.0, "rslora": 0.5}[rule]
-    return {site.path: SCALE * (typical / rank) ** power for site, rank in ranks.items() if rank}
-
-
-def row_order(rows: int, count: int, seed: int) -> list[int]:
-    """Positions of `count` rows: permutation after permutation. A longer order starts with the shorter one."""
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    while len(order) < count:
-        order += torch.randperm(rows, generator=generator).tolist()
-    return order[:count]

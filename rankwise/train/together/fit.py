@@ -1,0 +1,104 @@
+"""Train arms and score what they have learnt: what `study` does with its batches, and `advise` with its rungs.
+
+    fitted = fit(model, arms, rows, collate, settings, {"choose": batches}, watch=True)
+    fitted.losses["choose"]           # (arms, items): summed nats of every item, nan for arms that diverged
+    fitted.tokens, fitted.seconds, fitted.peak_bytes
+
+Arms share one frozen base and one forward pass; what cannot (rows with pictures) trains in turn, `in_turn`, by the
+Trainer, from the same starts on the same rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rankwise.evaluate.likelihood import answer_losses
+from rankwise.files.monitor import PeakMemory
+from rankwise.train.together.alone import adapted, train_alone, twin_of
+from rankwise.train.together.stacked import ArmSettings
+from rankwise.train.together.starts import Pairs
+from rankwise.train.together.train import Arm, Batch, Collate, Rows, TrainedArm, losses_together, train_together
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Arms, trained and scored.
+
+    losses: name of the rows → (arms, items) float64, the summed nats of every item; nan for arms that diverged. tokens:
+    trained on, of all arms, padding excluded. seconds, peak_bytes: of training and scoring; the memory of the process,
+    on a GPU that of the card.
+    """
+
+    trained: list[TrainedArm]
+    losses: dict[str, Tensor]
+    tokens: int
+    seconds: float
+    peak_bytes: int
+
+
+def fit(
+    model: PreTrainedModel,
+    arms: Sequence[Arm],
+    rows: Rows,
+    collate: Collate,
+    settings: ArmSettings,
+    scored: Mapping[str, Sequence[Batch]],
+    *,
+    in_turn: bool = False,
+    **how: Any,
+) -> Fitted:
+    """Train all arms and score each on these batches; the model is only read, and afterwards as it was.
+
+    in_turn: one after the other by the Trainer; such arms are not watched. how: keywords of `train_together`.
+    """
+    started, on_gpu = time.monotonic(), model.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    with PeakMemory() as memory:
+        if in_turn:
+            trained = [train_alone(model, arm, None, rows, collate, settings)[0] for arm in arms]
+        else:
+            trained = train_together(model, arms, rows, collate, settings, **how)
+        found = score(model, trained, [arm.scales for arm in arms], scored, in_turn=in_turn)
+    peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else memory.bytes
+    return Fitted(trained, found, sum(arm.tokens for arm in trained), time.monotonic() - started, peak)
+
+
+def score(
+    model: PreTrainedModel,
+    trained: Sequence[TrainedArm],
+    scales: Sequence[Mapping[str, float]],
+    scored: Mapping[str, Sequence[Batch]],
+    *,
+    in_turn: bool = False,
+) -> dict[str, Tensor]:
+    """Losses of the arms' factors on each set of rows, as `Fitted` has them."""
+    pairs = [arm.pairs for arm in trained]
+    losses = score_in_turn if in_turn else losses_together
+    found = {name: losses(model, pairs, scales, batches)[0].clone() for name, batches in scored.items()}
+    bad = torch.tensor([arm.diverged for arm in trained])
+    for matrix in found.values():
+        matrix[bad | ~matrix.isfinite().all(1)] = torch.nan
+    return found
+
+
+def score_in_turn(
+    model: PreTrainedModel,
+    pairs: Sequence[Pairs],
+    scales: Sequence[Mapping[str, float]],
+    batches: Sequence[Batch],
+) -> tuple[Tensor, Tensor]:
+    """`losses_together`, adapter after adapter, of rows that may have pictures."""
+    sums = []
+    for own, factor in zip(pairs, scales, strict=True):
+        with twin_of(model) as twin:
+            losses, tokens = answer_losses(adapted(twin, own, factor) if own else twin, batches)
+        sums.append(losses)
+    return torch.stack(sums), tokens
