@@ -34,7 +34,7 @@ from rankwise.options.sections import LoraSection
 from rankwise.train.arguments import build_arguments
 from rankwise.train.phases import PhaseKeeper
 from rankwise.train.together.stacked import ArmSettings, Pairs
-from rankwise.train.together.train import Arm, Collate, Rows, TrainedArm
+from rankwise.train.together.train import Arm, Collate, TokenRows, TrainedArm
 from rankwise.train.trainer import RankwiseTrainer
 
 JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -52,7 +52,7 @@ def train_alone(
     model: PreTrainedModel,
     arm: Arm,
     schedule: BoundNorm | None,
-    rows: Rows,
+    rows: TokenRows,
     collate: Collate,
     settings: ArmSettings,
 ) -> tuple[TrainedArm, Phases | None]:
@@ -168,7 +168,7 @@ def single_process() -> Iterator[None]:
 def train_weights(
     model: nn.Module,
     parameters: Sequence[nn.Parameter],
-    rows: Rows,
+    rows: TokenRows,
     order: Sequence[int],
     collate: Collate,
     settings: ArmSettings,

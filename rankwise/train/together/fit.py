@@ -24,7 +24,7 @@ from rankwise.files.monitor import PeakMemory
 from rankwise.train.together.alone import adapted, train_alone, twin_of
 from rankwise.train.together.stacked import ArmSettings
 from rankwise.train.together.starts import Pairs
-from rankwise.train.together.train import Arm, Batch, Collate, Rows, TrainedArm, losses_together, train_together
+from rankwise.train.together.train import Arm, Batch, Collate, TokenRows, TrainedArm, losses_together, train_together
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Fitted:
 def fit(
     model: PreTrainedModel,
     arms: Sequence[Arm],
-    rows: Rows,
+    rows: TokenRows,
     collate: Collate,
     settings: ArmSettings,
     scored: Mapping[str, Sequence[Batch]],

@@ -45,7 +45,7 @@ WATCHED, MARGIN = 8, 0.01  # steps of each eighth that are compared with the bas
 CPU_TOKENS, DEVICE_TOKENS = 2048, 16384  # in one forward pass; the first is measured
 
 
-class Rows(Protocol):
+class TokenRows(Protocol):
     """A data set of {input_ids, labels, …}."""
 
     def __len__(self) -> int: ...
@@ -92,7 +92,7 @@ class TrainedArm:
 
 @dataclass(frozen=True)
 class Validation:
-    """Rows that validate, as batches, after which steps, and whether each arm ends with its best factors by them."""
+    """TokenRows that validate, as batches, after which steps, and whether each arm ends with its best factors by them."""
 
     batches: Sequence[Batch]
     steps: Collection[int]
@@ -102,7 +102,7 @@ class Validation:
 def train_together(
     model: PreTrainedModel,
     arms: Sequence[Arm],
-    rows: Rows,
+    rows: TokenRows,
     collate: Collate,
     settings: ArmSettings,
     *,
@@ -148,7 +148,7 @@ class Training:
         self,
         model: PreTrainedModel,
         arms: Sequence[Arm],
-        rows: Rows,
+        rows: TokenRows,
         collate: Collate,
         settings: ArmSettings,
         at_once: int | None,
