@@ -92,7 +92,7 @@ class TrainedArm:
 
 @dataclass(frozen=True)
 class Validation:
-    """TokenRows that validate, as batches, after which steps, and whether each arm ends with its best factors by them."""
+    """Rows that validate, as batches, after which steps, and whether each arm ends with its best factors by them."""
 
     batches: Sequence[Batch]
     steps: Collection[int]
