@@ -29,7 +29,7 @@ test: $(VENV)/.test
 	$(BIN)/ruff check rankwise tests benchmarks
 	$(BIN)/ruff format --check rankwise tests benchmarks
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Rows damaged at random, through check and train: half an hour, other rows every time.
 rows: $(VENV)/.test

@@ -114,6 +114,14 @@ def vision_export(converter: Converter, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
+def trained_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base that `rankwise tiny` makes, with all of its training."""
+    exported, tiny = (importlib.import_module(name) for name in ("exported", "rankwise.demo.tiny"))
+    folder = exported.session_root(tmp_path_factory) / "trained-base"
+    return exported.once(folder, lambda place: tiny.make_base(place, tiny.COURSE, seed=1))
+
+
+@pytest.fixture(scope="session")
 def shipped(vision_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with export/, dataset/ and validation/: as the three commands before `bundle` leave them."""
     pytest.importorskip("xllamacpp")

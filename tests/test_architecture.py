@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -53,8 +54,12 @@ def test_imports_point_inward() -> None:
     assert result.returncode == 0, result.stdout
 
 
-def test_no_cycle_of_modules() -> None:
-    graph = grimp.build_graph("rankwise", cache_dir=None)
+@pytest.fixture(scope="module")
+def graph() -> grimp.ImportGraph:
+    return grimp.build_graph("rankwise", cache_dir=None)
+
+
+def test_no_cycle_of_modules(graph: grimp.ImportGraph) -> None:
     open_modules = {module: set(graph.find_modules_directly_imported_by(module)) for module in graph.modules}
     while open_modules:
         leaves = {module for module, needed in open_modules.items() if not needed & set(open_modules)}
@@ -78,27 +83,38 @@ def test_inner_layers_need_no_more_than_they_say() -> None:
             assert not outside, f"{place} imports {outside}"
 
 
+TRAIN = ("finetune", "train", "study", "features train", "tiny", "demo")  # the last two make a model to begin with
 IMPORT_ALL = """
-import importlib, pkgutil, sys
+import gc, importlib, json, pkgutil, sys
 from importlib.machinery import PathFinder
+
+gc.disable()
+extras, commands = map(json.loads, sys.argv[1:])
 
 class WithoutExtras(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        return None if name.split(".")[0] in sys.argv[1:] else super().find_spec(name, path, target)
+        return None if name.split(".")[0] in extras else super().find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutExtras
 import rankwise
 assert "torch" not in sys.modules, "import rankwise loads torch"
+from rankwise.pipeline.table import stage_of
+for command in commands:
+    stage_of(command)
+    assert not {"rankwise.train.trainer", "transformers.trainer"} & set(sys.modules), f"{command} imports the Trainer"
 for module in pkgutil.walk_packages(rankwise.__path__, "rankwise."):
     importlib.import_module(module.name)
     print(module.name)
-assert not set(sys.argv[1:]) & set(sys.modules)
+assert not set(extras) & set(sys.modules)
 """
 
 
-def test_every_module_imports_on_the_minimal_install() -> None:
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", IMPORT_ALL, *EXTRAS], capture_output=True, text=True)
+def test_every_module_imports_on_the_minimal_install_and_only_commands_that_train_import_the_trainer() -> None:
+    """In one process of its own: its imports take seconds."""
+    commands = [name for name in COMMANDS if name not in TRAIN]
+    lists = (json.dumps(names) for names in (EXTRAS, commands))
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", IMPORT_ALL, *lists], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert len(result.stdout.split()) >= len(sources()) - 1
 
@@ -129,7 +145,7 @@ def test_a_class_name_stands_for_one_thing() -> None:
 
 def words_in(path: Path) -> Iterator[tuple[str, ...]]:
     """The tuples, lists and sets of at least two texts that a file spells out."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, (ast.Tuple, ast.List, ast.Set)) and len(node.elts) > 1:
             texts = [each.value for each in node.elts if isinstance(each, ast.Constant) and isinstance(each.value, str)]
             if len(texts) == len(node.elts):
@@ -149,32 +165,10 @@ def test_the_choices_of_an_option_stand_there_only() -> None:
     assert repeated == {}
 
 
-TRAIN = ("finetune", "train", "study", "features train", "tiny", "demo")  # the last two make a model to begin with
-IMPORT_COMMANDS = """
-import sys
-from rankwise.pipeline.table import stage_of
-
-for command in sys.argv[1:]:
-    stage_of(command)
-    assert not {"rankwise.train.trainer", "transformers.trainer"} & set(sys.modules), command
-    print(command)
-"""
-
-
-def test_no_command_but_those_that_train_imports_the_trainer() -> None:
-    commands = [name for name in COMMANDS if name not in TRAIN]
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", IMPORT_COMMANDS, *commands], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.splitlines() == commands
-
-
 GOALS = {"ranks": 55, "check": 65, "evaluate": 82, "merge": 66, "validate": 94, "export": 61, "bundle": 94}
 
 
-def test_a_command_imports_no_more_than_it_needs() -> None:
-    graph = grimp.build_graph("rankwise", cache_dir=None)
+def test_a_command_imports_no_more_than_it_needs(graph: grimp.ImportGraph) -> None:
     found = {name: len(closure(graph, f"rankwise.{COMMANDS[name].stage}")) for name in GOALS}
     assert {name: size for name, size in found.items() if size > GOALS[name]} == {}
 

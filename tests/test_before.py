@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import freeze
 import pytest
+from exported import once, session_root
 from freeze import BEFORE, DRY, SHIPPED, SHIPPING
 from peft import LoraConfig
 from safetensors import safe_open
@@ -65,13 +67,14 @@ NOTHING = re.compile(rf'(?m)^ *"?({"|".join(SINCE)})"?: null,?\n'.encode())
 PACKAGE = Path(rankwise.__file__).parent
 
 
-def frozen() -> dict[str, bytes]:
+def contents(folder: Path) -> dict[str, bytes]:
     """Name → content."""
-    files = (file for file in sorted(BEFORE.rglob("*")) if file.is_file())
-    return {file.relative_to(BEFORE).as_posix(): file.read_bytes() for file in files}
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
-NAMES = list(frozen())
+FROZEN = contents(BEFORE)
+NAMES = list(FROZEN)
 OF_SHIPPED = {name for name in NAMES if name.startswith(f"{SHIPPED}/")} | {f"{DRY}/{name}.yaml" for name in SHIPPING}
 TEXTS = [name for name in NAMES if name not in OF_SHIPPED]
 
@@ -81,7 +84,13 @@ TEXTS = [name for name in NAMES if name not in OF_SHIPPED]
 
 @pytest.fixture(scope="module")
 def now(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    return freeze.made(tmp_path_factory.mktemp("now"))
+    """Made once for all workers."""
+    return contents(once(session_root(tmp_path_factory) / "now", write_now))
+
+
+def write_now(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        freeze.write(freeze.made(Path(place)), folder)
 
 
 @pytest.mark.filterwarnings("ignore")  # what tiny data make libraries say is no matter here
@@ -92,7 +101,7 @@ def test_the_same_files_are_written(now: dict[str, bytes]) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", TEXTS)
 def test_it_is_written_as_before(name: str, now: dict[str, bytes]) -> None:
-    before, after = frozen()[name], now[name]
+    before, after = FROZEN[name], now[name]
     if name.endswith(".safetensors"):
         old, new = load(before), load(after)
         assert facts(old) == facts(new)
@@ -130,7 +139,7 @@ def numbers(text: bytes) -> list[float]:
 def test_what_is_shipped_is_written_as_before(shipped: Path) -> None:
     """Its models are random and llama.cpp's digits its own: the same keys in the same order, of the same kinds."""
     after = freeze.shipped(shipped)
-    before = {name: content for name, content in frozen().items() if name in OF_SHIPPED}
+    before = {name: content for name, content in FROZEN.items() if name in OF_SHIPPED}
     assert sorted(after) == sorted(before)
     assert {name: shape(content) for name, content in after.items()} == {
         name: shape(content) for name, content in before.items()
@@ -302,7 +311,7 @@ def test_every_format_is_frozen() -> None:
         for file in PACKAGE.rglob("*.py")
         for found in re.finditer(r'"(rankwise-[a-z-]+/\d+)"', file.read_text(encoding="utf-8"))
     }
-    held = b"\n".join(frozen().values()).decode(errors="replace")
+    held = b"\n".join(FROZEN.values()).decode(errors="replace")
     assert named - set(ELSEWHERE) - {one for one in named if one in held} == set()
 
 

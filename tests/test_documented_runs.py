@@ -18,9 +18,17 @@ from rankwise.cli import main
 from rankwise.labels.teacher.loopback import LoopbackTeacher
 
 SCRIPTS, RECIPES = lines(DOCS / "from-the-scripts.md"), lines(DOCS / "recipes.md")
-ELSEWHERE = {  # lines that other tests run: the way of both recipes, and running in the background
+ELSEWHERE = {  # lines that other tests run: the way of both recipes, running in the background, a batch of presets
     "rankwise run quickstart": ("test_android_recipe.py", '"run", "quickstart"'),
     "rankwise run smolvlm_android --background": ("test_run_logging.py", '"--background"'),
+    "rankwise batch e2e_attention e2e_mlp -o runs/batch --set train.max_steps=500": (
+        "test_presets.py",
+        '"batch", "e2e_attention", "e2e_mlp"',
+    ),
+    "rankwise compare runs/batch/e2e_attention runs/batch/e2e_mlp -o runs/batch/comparison": (
+        "test_presets.py",
+        'call("compare", *runs',
+    ),
 }
 NEEDS_CONVERTER = ("export", "validate")
 
@@ -86,7 +94,7 @@ def test_the_documented_lines_run(
 
 
 def test_what_runs_elsewhere_does() -> None:
-    written = {line.text for line in SCRIPTS}
+    written = {line.text for line in (*SCRIPTS, *RECIPES)}
     for text, (file, words) in ELSEWHERE.items():
         assert text in written
         (path,) = Path(__file__).parent.rglob(file)

@@ -19,7 +19,7 @@ from rankwise.data.label_task import load_task
 from rankwise.data.render import Renderer
 from rankwise.demo.base import device_sight
 from rankwise.demo.scenes import SHADES, SIZES, paint, photos
-from rankwise.demo.tiny import COURSE, captioned, make_base, seen
+from rankwise.demo.tiny import captioned, seen
 from rankwise.evaluate.generate import GenerationSettings, HFGenerator
 from rankwise.labels.teacher.loopback import shares
 
@@ -68,11 +68,10 @@ def test_the_command_makes_each_part_once(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.slow
-def test_the_base_names_the_element_of_scenes_that_it_has_not_seen(tmp_path: Path) -> None:
-    make_base(tmp_path / "base", COURSE, seed=1)
+def test_the_base_names_the_element_of_scenes_that_it_has_not_seen(trained_base: Path) -> None:
     generator = random.Random("others")
     scenes = [seen(element, generator) for element in SHADES for _ in range(6)]
-    answers = captions(tmp_path / "base", [captioned(scene, generator) for scene in scenes])
+    answers = captions(trained_base, [captioned(scene, generator) for scene in scenes])
     right = sum(scene.element in answer for scene, answer in zip(scenes, answers, strict=True))
     assert right >= 27, answers
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -370,9 +367,8 @@ def test_two_processes_make_what_one_makes(qwen: Path, photos: Path, tmp_path: P
     options = ["--shard_size", "2", "--image_size", "56"]
     words = ["-m", "rankwise.cli", "features", "capture", str(photos), "--model", str(qwen), "--device", "cpu"]
     capture(photos, qwen, tmp_path / "one", *options)
-    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, *words, *options, "-o", str(tmp_path / "two")]
-    two = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = processes.run(*torchrun, *words, *options, "-o", tmp_path / "two", env={"OMP_NUM_THREADS": "1"})
     assert two.returncode == 0, two.stderr[-2000:]
     assert two.stdout.count("captured 7 pictures") == 1, "one process speaks"
     assert shard_bytes(tmp_path / "one") == shard_bytes(tmp_path / "two")

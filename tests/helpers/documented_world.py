@@ -170,5 +170,5 @@ SHORTER: dict[str, Callable[[list[str]], list[str]]] = {
     "features": shorter_features,
     "evaluate": lambda _: ["--max_new_tokens", "4"],
     "ranks": lambda _: ["--no-plots"],
-    "validate": lambda _: ["--parity_samples", "4"],
+    "validate": lambda _: ["--parity_samples", "4", "--threads", "1"],
 }

@@ -251,6 +251,12 @@ def shipped(folder: Path) -> dict[str, bytes]:
     return {name: normal(name, content, folder) for name, content in files.items()}
 
 
+def write(files: dict[str, bytes], folder: Path) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         contents = made(Path(place))
@@ -260,6 +266,4 @@ if __name__ == "__main__":
         contents |= shipped(Path(place) / "shipped")
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else BEFORE
     shutil.rmtree(target, ignore_errors=True)
-    for name, content in contents.items():
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).write_bytes(content)
+    write(contents, target)

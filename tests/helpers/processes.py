@@ -84,6 +84,7 @@ def _wait(processes: list[BaseProcess], timeout: float) -> int:
 
 def _become(argv: list[str], stdout: Path, stderr: Path, environment: dict[str, str], folder: Path) -> None:
     """The forked process turns into the command."""
+    gc.freeze()  # what the server imported stays: the Trainer's `gc.collect()` need not walk it, nor copy its pages
     for number, file in ((1, stdout), (2, stderr)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115

@@ -54,16 +54,17 @@ def test_both_streams_of_a_command_take_every_sign(encoding: str, monkeypatch: p
     assert said[0].startswith("ok done -> Sigmasigma") and said[1].startswith("rankwise: row 7")
 
 
-def test_the_log_is_utf8_whatever_the_terminal_is(tmp_path: Path) -> None:
+def test_the_log_is_utf8_whatever_the_terminal_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
     run = tmp_path / "caf\u00e9"
     run.mkdir()
     (run / "training_log.csv").write_text("step,loss\n1,2.5\n2,2.0\n", encoding="utf-8")
     recipe = tmp_path / "page.yaml"
     recipe.write_text(f"stages: [{{command: report, run: {run}}}]", encoding="utf-8")
-    command = [sys.executable, "-m", "rankwise", "run", str(recipe), "-o", str(tmp_path / "r"), "--log_file", "auto"]
-    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
-    done = subprocess.run(command, capture_output=True, env=environment, check=True)
-    assert "caf\u00e9" in done.stdout.decode("latin-1")
+    monkeypatch.setattr(sys, "stdout", open(1, "w", closefd=False, encoding="latin-1"))  # noqa: SIM115
+    assert cli.main(["run", str(recipe), "-o", str(tmp_path / "r"), "--log_file", "auto"]) == 0
+    assert "caf\u00e9".encode("latin-1") in capfdbinary.readouterr().out
     (log,) = (tmp_path / "r" / "logs").glob("*.log")
     assert f"report: {run}" in log.read_text(encoding="utf-8")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,13 @@ def can_convert() -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_convert(), reason="no converter (rankwise export --install-converter), or no device extra")
-def test_quickstart_walks_the_whole_way_and_is_done_then(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quickstart_walks_the_whole_way_and_is_done_then(
+    trained_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the base on that its first stage trains (test_tiny_command.py), and with a third of its epochs."""
+    monkeypatch.setenv("EPOCHS", "4")
     out = tmp_path / "run"
+    shutil.copytree(trained_base, out / "tiny" / "base")
     assert cli.main(["run", "quickstart", "-o", str(out)]) == 0
     capsys.readouterr()
     found = json.loads((out / "validation" / "validation.json").read_text(encoding="utf-8"))
