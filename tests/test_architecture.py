@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import grimp
@@ -33,9 +34,14 @@ def sources() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path: Path, *, nested: bool) -> Iterator[str]:
     """Modules that a file imports: at its top level, or inside its functions."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     inside = {id(node) for function in functions for node in ast.walk(function)}
     for node in ast.walk(tree):
@@ -129,10 +135,7 @@ def test_public_names_resolve_and_explain_themselves() -> None:
 
 
 def test_every_module_opens_with_its_place_in_the_flow() -> None:
-    missing = [
-        str(path) for path in sources() if path.stat().st_size and not ast.get_docstring(ast.parse(path.read_text()))
-    ]
-    assert not missing
+    assert not [str(path) for path in sources() if path.stat().st_size and not ast.get_docstring(parsed(path))]
 
 
 def test_a_class_name_stands_for_one_thing() -> None:

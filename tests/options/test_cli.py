@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import json
 import math
 import re
@@ -23,6 +24,7 @@ from rankwise import cli
 from rankwise.errors import DataError, DivergedError, Interrupted, RankwiseError, ServiceError, VerificationError
 from rankwise.options import field
 from rankwise.options.commands import RanksConfig, TrainConfig
+from rankwise.pipeline import table
 
 LIGHT = [name for name, command in cli.COMMANDS.items() if not command.trainer]
 
@@ -58,6 +60,19 @@ print("answered")
 def test_help_imports_nothing_heavy() -> None:
     result = python(HELP, "", *LIGHT)
     assert result.stdout == "answered\n", result.stderr
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_importing_a_command_leaves_garbage_collection_as_it_was(collecting: bool) -> None:
+    (gc.enable if collecting else gc.disable)()
+    try:
+        table.stage_of("report")
+        assert gc.isenabled() is collecting
+        with pytest.raises(ModuleNotFoundError):
+            table.imported("rankwise.nothing")
+        assert gc.isenabled() is collecting
+    finally:
+        gc.enable()
 
 
 def test_overview_names_every_command_in_its_group(capsys: pytest.CaptureFixture[str]) -> None:
