@@ -141,7 +141,7 @@ def test_every_module_opens_with_its_place_in_the_flow() -> None:
 def test_a_class_name_stands_for_one_thing() -> None:
     homes: dict[str, list[str]] = {}
     for path in sources():
-        for name in classes_of(ast.parse(path.read_text(encoding="utf-8"))):
+        for name in classes_of(parsed(path)):
             homes.setdefault(name, []).append(str(path.relative_to(PACKAGE)))
     assert {name: found for name, found in homes.items() if len(found) > 1} == {}
 
