@@ -29,7 +29,7 @@ from rankwise.data.device import read_target
 from rankwise.data.input_record import read_input
 from rankwise.data.label_task import read_task
 from rankwise.device.bundle_files import read_bundle
-from rankwise.device.validation_page import read_validation
+from rankwise.device.scores import DOCUMENT as VALIDATION
 from rankwise.errors import VerificationError
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.features.cache import open_cache
@@ -39,6 +39,7 @@ from rankwise.features.page import read_comparison
 from rankwise.features.trained import load_factorizer
 from rankwise.files.adapter import read_adapter
 from rankwise.files.atomic import read_json
+from rankwise.files.document import lines_of
 from rankwise.files.ledger import Ledger
 from rankwise.files.plan import read_plan, write_plan
 from rankwise.files.run_folder import RunFolder, read_marks, write_mark
@@ -205,7 +206,7 @@ def exported(file: Path) -> Any:
 
 READ: dict[str, Read] = {
     r"export\.json": exported,
-    r"validation\.json": read_validation,
+    r"validation\.json": VALIDATION.read,
     r"lora_rank_config\.json": read_plan,
     r"peft\.json": lambda file: LoraConfig(**read_json(file)),
     r"run/sites\.json": read_sites,
@@ -275,7 +276,7 @@ def test_marks_are_written_back(copied: Path) -> None:
 
 def test_lines_of_the_teacher_are_written_back() -> None:
     file = BEFORE / "labelled" / "ledger.jsonl"
-    assert "".join(entry.line() for entry in AnswerLedger(file).entries) == file.read_text(encoding="utf-8")
+    assert lines_of(entry.record() for entry in AnswerLedger(file).entries) == file.read_text(encoding="utf-8")
 
 
 def test_a_checkpoint_is_not_damaged_but_for_what_is_not_kept() -> None:

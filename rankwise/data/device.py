@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import io
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,9 @@ from rankwise.data.images import ImageReader
 from rankwise.data.pixels import BLACK, Unreadable, flattened
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import DEVICE, beside
-from rankwise.files.atomic import read_object, write_json
+from rankwise.files.document import Document
 
-FILE, FORMAT = DEVICE, "rankwise-device/1"
+DOCUMENT = Document(DEVICE, "rankwise-device/1", "a device target")
 SIZE, MAX_NEW_TOKENS, MARKER = 256, 32, "<__media__>"
 CHOICES = {"prompt": ("chat", "raw"), "tiling": ("runtime", "processor")}
 
@@ -90,7 +90,7 @@ class DeviceTarget:
         return {name: getattr(self, name) for name in ("image_size", "prompt", "longest_edge", "tiling")}
 
     def save(self, folder: Path | str) -> Path:
-        return write_json(Path(folder) / FILE, {"format": FORMAT, **asdict(self)})
+        return DOCUMENT.write(folder, self)
 
 
 def read_target(folder: Path | str) -> DeviceTarget | None:
@@ -98,16 +98,8 @@ def read_target(folder: Path | str) -> DeviceTarget | None:
 
     DataError where device.json is not one.
     """
-    path = Path(folder) if Path(folder).is_file() else beside(folder, FILE)
-    if path is None:
-        return None
-    content = read_object(path)
-    known = {field.name for field in fields(DeviceTarget)}
-    unknown = sorted(set(content) - known - {"format"})
-    if content.get("format") != FORMAT or unknown:
-        found = f"unknown keys: {', '.join(unknown)}" if unknown else f"format is {content.get('format')!r}"
-        raise DataError(f"{path}: not a device target of this version ({found}; expected {FORMAT!r})")
-    return DeviceTarget(**{name: value for name, value in content.items() if name in known})
+    path = Path(folder) if Path(folder).is_file() else beside(folder, DEVICE)
+    return None if path is None else DOCUMENT.read_as(DeviceTarget, path, partial=True)
 
 
 def resize_for_device(image: Image.Image, size: int = SIZE) -> Image.Image:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from rankwise.data.example import Example
 from rankwise.data.render import STYLES, Renderer
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import CHECKPOINT, DEVICE, INPUT, beside, is_adapter
-from rankwise.files.atomic import read_document, write_json
+from rankwise.files.document import Document
 from rankwise.files.processes import announce
 from rankwise.files.run_folder import RunFolder
 from rankwise.options.sections import DataSection
 
-FILE, FORMAT = INPUT, "rankwise-input/1"
+DOCUMENT = Document(INPUT, "rankwise-input/1", "an input record")
 SHOWN, WIDE = 8, 60  # characters of a hash, and of a value in a message
 TEMPLATE = ("chat_template_sha256", "chat_template_kwargs")
 COMPARED = ("prompt", *TEMPLATE, "begin_tokens", "end_tokens", "image_geometry", "max_seq_length")
@@ -37,18 +37,6 @@ OPTIONS = {
     "max_seq_length": "max_seq_length",
 }
 HARMLESS = ("max_seq_length",)  # another limit leaves prompts as they are, or cuts them aloud
-TYPES: Mapping[str, tuple[type, ...]] = {
-    "prompt": (str,),
-    "max_seq_length": (int,),
-    "overlong": (str,),
-    "begin_tokens": (dict,),
-    "end_tokens": (dict,),
-    "chat_template_sha256": (str, type(None)),
-    "chat_template": (str, type(None)),
-    "chat_template_kwargs": (dict,),
-    "system_prompt": (str, type(None)),
-    "image_geometry": (dict, type(None)),
-}
 
 
 @dataclass(frozen=True)
@@ -95,7 +83,7 @@ class InputRecord:
         )
 
     def save(self, folder: Path | str) -> Path:
-        return write_json(Path(folder) / FILE, {"format": FORMAT, **asdict(self)})
+        return DOCUMENT.write(folder, self)
 
     def words(self) -> str:
         """One line for people: `chat template of the tokenizer (sha256 1a2b3c4d), up to 2,048 tokens, ends at </s>`."""
@@ -145,20 +133,15 @@ def read_input(folder: Path | str) -> tuple[InputRecord, Path] | None:
 
     DataError, naming the file, for one that is not whole or says something else.
     """
-    file = beside(Path(folder), FILE)
-    return None if file is None else (parsed(read_document(file, FORMAT, "an input record"), file), file)
-
-
-def parsed(content: Mapping[str, Any], file: Path) -> InputRecord:
-    given = {name: value for name, value in content.items() if name != "format"}
-    wrong = sorted(set(given) ^ {each.name for each in fields(InputRecord)})
-    wrong += [name for name, kinds in TYPES.items() if name in given and not isinstance(given[name], kinds)]
-    if wrong or given["prompt"] not in STYLES or not given["end_tokens"]:
-        raise DataError(f"{file}: not an input record of this version ({', '.join(wrong) or 'prompt, end_tokens'})")
-    record = InputRecord(**given)
+    file = beside(folder, INPUT)
+    if file is None:
+        return None
+    record = DOCUMENT.read_as(InputRecord, file)
+    if record.prompt not in STYLES or not record.end_tokens:
+        raise DataError(f"{file}: not an input record of this version (prompt, end_tokens)")
     if record.chat_template is not None and sha256_of(record.chat_template) != record.chat_template_sha256:
         raise DataError(f"{file}: its chat_template is not the one of its chat_template_sha256; was it edited?")
-    return record
+    return record, file
 
 
 def sha256_of(text: str) -> str:
@@ -287,7 +270,7 @@ def announce_prompts(now: InputRecord | None, found: Recorded) -> None:
         announce(f"prompts: {now.words()}{f' — from {found.file}' if same else ''}")
     if found.trained:
         announce(
-            f"warning: {found.trained} has no {FILE} (made by an earlier version, or elsewhere): prompts are made as "
+            f"warning: {found.trained} has no {INPUT} (made by an earlier version, or elsewhere): prompts are made as "
             "the options say, which may not be how it was trained"
         )
 

@@ -23,7 +23,8 @@ from rankwise.data.label_answer import UNPARSED, name_key, named_labels
 from rankwise.data.template import PATTERN
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import TASK
-from rankwise.files.atomic import read_json, write_json
+from rankwise.files.atomic import read_json
+from rankwise.files.document import Document
 from rankwise.options.field import read_values, unknown
 
 
@@ -32,7 +33,7 @@ def content_of(path: Path) -> Any:
     return read_json(path) if path.suffix == ".json" else read_values(path)
 
 
-FILE, FORMAT = TASK, "rankwise-task/1"
+DOCUMENT = Document(TASK, "rankwise-task/1", "a label task", "rankwise label")
 PACKAGED = Path(__file__).parents[1] / "recipes" / "tasks"
 KEYS = ("format", "name", "field", "classes", "teacher_prompt", "student_prompt", "answer")
 NAME, FIELD = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII), re.compile(r"[a-z][a-z0-9_]*")
@@ -98,7 +99,6 @@ class LabelTask:
     def record(self) -> dict[str, Any]:
         """The content of task.json; `task_from` reads it back."""
         return {
-            "format": FORMAT,
             "name": self.name,
             "field": self.field,
             "classes": {each.name: each.definition for each in self.classes},
@@ -108,7 +108,7 @@ class LabelTask:
         }
 
     def save(self, folder: Path | str) -> Path:
-        return write_json(Path(folder) / FILE, self.record())
+        return DOCUMENT.write(folder, self.record())
 
 
 def load_task(name_or_path: str | Path) -> LabelTask:
@@ -117,14 +117,14 @@ def load_task(name_or_path: str | Path) -> LabelTask:
     Raises UsageError, naming file and key.
     """
     path = Path(name_or_path).expanduser()
-    if path.is_dir() and (path / FILE).is_file():
-        path = path / FILE
+    if path.is_dir() and (path / TASK).is_file():
+        path = path / TASK
     return _read(path) if path.is_file() else _packaged(path)
 
 
 def read_task(folder: Path | str) -> LabelTask:
     """The task of a labelled data set. DataError where task.json is missing or not one."""
-    path = Path(folder) / FILE
+    path = Path(folder) / TASK
     if not path.is_file():
         raise DataError(f"{path} is missing: the folder is not a labelled data set (`rankwise label` writes one)")
     try:
@@ -140,8 +140,8 @@ def task_from(content: Any, where: str, name: str = "task") -> LabelTask:
     for key in content:
         if key not in KEYS:
             raise unknown(str(key), KEYS, where, "key")
-    if content.get("format", FORMAT) != FORMAT:
-        raise UsageError(f"{where}: the format is {content['format']!r}, this version reads {FORMAT!r}")
+    if content.get("format", DOCUMENT.format) != DOCUMENT.format:
+        raise UsageError(f"{where}: the format is {content['format']!r}, this version reads {DOCUMENT.format!r}")
     texts = {key: _text(content, key, where) for key in ("name", "field", "teacher_prompt", "student_prompt")}
     classes = _classes(content.get("classes"), where)
     chosen = texts["field"] or "label"

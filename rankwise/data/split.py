@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 from rankwise.data.example import Example, chosen, one_per_prompt
 from rankwise.data.label_answer import name_key
 from rankwise.errors import DataError
+from rankwise.files.document import Document
 
-FORMAT = "rankwise-split/1"
+SPLIT = Document("split.json", "rankwise-split/1", "a split", "rankwise train")
 T = TypeVar("T")
 
 
@@ -59,7 +60,7 @@ class Split:
 
     def record(self) -> dict[str, Any]:
         """Content of `split.json`: ids, so that a later run trains and validates on the same samples."""
-        return {"format": FORMAT, "train": [one.id for one in self.train], "val": [one.id for one in self.val]}
+        return {"train": [one.id for one in self.train], "val": [one.id for one in self.val]}
 
 
 def split_groups(examples: Sequence[Example], fraction: float, generator: random.Random) -> Split:
@@ -80,7 +81,7 @@ def split_groups(examples: Sequence[Example], fraction: float, generator: random
     return Split(chosen(examples, train), chosen(examples, val))
 
 
-PARTS_FORMAT = "rankwise-parts/1"
+PARTS = Document("parts.json", "rankwise-parts/1", "the parts of a study's rows", "rankwise study")
 SIMILAR = 0.95
 COMMON = 0.5
 WORD = re.compile(r"\w+")
@@ -106,7 +107,7 @@ class Parts:
         """Content of `parts.json`."""
         named = {"train": self.train, "dev": self.dev, "test": self.test}
         ids = {name: [example.id for example in part] for name, part in named.items()}
-        return {"format": PARTS_FORMAT, **ids, "removed": dict(self.removed)}
+        return {**ids, "removed": dict(self.removed)}
 
 
 def divided(

@@ -18,7 +18,6 @@ from typing import Any
 
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.input_record import InputRecord, announce_prompts, recorded
-from rankwise.data.label_task import FILE as TASK_FILE
 from rankwise.data.label_task import LabelTask, read_task
 from rankwise.device.bundle_files import (
     GRAMMAR,
@@ -36,26 +35,18 @@ from rankwise.device.bundle_files import (
     write_parts,
 )
 from rankwise.device.clients import MODELFILE, ClientInputs, Template, client_files, end_texts, modelfile, template_of
-from rankwise.device.golden import FOLDER as GOLDEN
-from rankwise.device.golden import Golden, read_golden, write_golden
+from rankwise.device.golden import FOLDER, Golden, read_golden, write_golden
 from rankwise.device.llama.client import ServerRuntime
 from rankwise.device.llama.runtime import LlamaServer, RemoteServer
 from rankwise.device.parity.floor import K
 from rankwise.device.parity.ladder import Ladder, climb
 from rankwise.device.parity.pixels import AppPixels
-from rankwise.device.scores import FILE, FORMAT, Abstention, abstention
+from rankwise.device.scores import DOCUMENT, Abstention, abstention
 from rankwise.device.sides import LAST, ROOM, Shipment, Shipped, TrainedSide, context, trained_side
 from rankwise.device.validation_page import ladder_blocks
 from rankwise.errors import DataError, UsageError, VerificationError
-from rankwise.files.atomic import (
-    about_to_write,
-    atomic_folder,
-    fingerprint,
-    read_document,
-    read_object,
-    sha256,
-    write_text,
-)
+from rankwise.files.adapter import TASK
+from rankwise.files.atomic import about_to_write, atomic_folder, fingerprint, read_object, sha256, write_text
 from rankwise.files.run_folder import CONFIG, RunFolder, called
 from rankwise.gguf.reading import Exported, GGUFFile, read_export
 from rankwise.options.commands import BundleConfig, ValidateConfig
@@ -170,9 +161,9 @@ def form_of(config: BundleConfig, exported: Exported) -> str:
 
 def validation_of(config: BundleConfig) -> tuple[dict[str, Any] | None, ValidateConfig | None]:
     folder = Path(config.validation or "")
-    if not config.validation or not (folder / FILE).is_file():
+    if not config.validation or not (folder / DOCUMENT.name).is_file():
         return None, None
-    content = read_document(folder / FILE, FORMAT, "a validation")
+    content = DOCUMENT.read(folder)
     raw = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else None
     return content, configured("validate", raw, str(folder / CONFIG)) if raw is not None else None
 
@@ -229,7 +220,7 @@ def run(config: BundleConfig) -> dict[str, Any] | Ladder:
         inside = RunFolder(temporary, portable=True)
         with inside.recording(STAGE, {"export": source.exported.folder, "model": trained.name}) as record:
             content = write_bundle(config, source, trained, temporary)
-            record.outputs["golden"] = temporary / GOLDEN
+            record.outputs["golden"] = temporary / FOLDER
         inside.save_config(config)
         write_manifest(temporary, content)
         ladder = replayed(config, temporary)
@@ -292,7 +283,7 @@ def write_clients(
 def task_of(exported: Exported, trained: TrainedSide) -> LabelTask | None:
     """The classes that travelled with the model, else those of the labelled data; None for a task without classes."""
     places = [exported.folder, Path(str(trained.config.data.data_path))] if trained.task.name == "labels" else []
-    return next((read_task(place) for place in places if (place / TASK_FILE).is_file()), None)
+    return next((read_task(place) for place in places if (place / TASK).is_file()), None)
 
 
 def shipped_target(source: ShippedForm, trained: TrainedSide) -> DeviceTarget | None:

@@ -31,11 +31,12 @@ from rankwise.device.parity.reference import Expected
 from rankwise.device.scores import Abstention
 from rankwise.errors import DataError, VerificationError
 from rankwise.evaluate.likelihood import answer_ids
-from rankwise.files.atomic import read_document, read_object, sha256, write_json, write_text
+from rankwise.files.atomic import read_object, sha256, write_json, write_text
+from rankwise.files.document import Document
 from rankwise.gguf.metadata import SPACES
 from rankwise.gguf.reading import GGUFFile
 
-FILE, FORMAT = "bundle.json", "rankwise-bundle/1"
+BUNDLE = Document("bundle.json", "rankwise-bundle/1", "a bundle", "rankwise bundle", ("files",))
 PROMPT, PROMPT_JSON, ABSTAIN = "prompt.txt", "prompt.json", "abstain.json"
 LABELS, GRAMMAR = "labels.json", "labels.gbnf"
 INPUT = "{input}"
@@ -207,23 +208,21 @@ def copy_model(folder: Path, files: Sequence[Path]) -> None:
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> Path:
     """bundle.json: the facts, and size and sha256 of all other files."""
-    listed = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FILE)
+    listed = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != BUNDLE.name)
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in listed
     }
-    return write_json(folder / FILE, {"format": FORMAT, **facts, "files": files})
+    return BUNDLE.write(folder, {**facts, "files": files})
 
 
 def read_bundle(folder: Path) -> dict[str, Any]:
     """bundle.json. DataError for a folder that is no bundle; VerificationError, naming it, for a file that is missing
     or not the one that was bundled."""
-    if not (folder / FILE).is_file():
-        raise DataError(f"{folder}: no {FILE}; `rankwise bundle EXPORT -o {folder}` makes one")
-    content = read_document(folder / FILE, FORMAT, "a bundle")
+    content = BUNDLE.read(folder)
     for name, facts in content["files"].items():
         path = folder / name
         if not path.is_file():
-            raise VerificationError(f"{path}: missing, and {FILE} lists it; bundle the model again")
+            raise VerificationError(f"{path}: missing, and {BUNDLE.name} lists it; bundle the model again")
         if sha256(path) != facts["sha256"]:
             raise VerificationError(f"{path}: changed since it was bundled (its sha256 differs); copy it again")
     return content

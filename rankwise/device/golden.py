@@ -8,7 +8,6 @@ No model is needed to replay them: they are a `Reference` of the parity ladder w
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,9 +28,10 @@ from rankwise.device.parity.floor import Thresholds, top_of
 from rankwise.device.parity.pixels import on_canvas, sha256_rgb
 from rankwise.device.parity.reference import Expected, Pixels, Reference
 from rankwise.errors import DataError
-from rankwise.files.atomic import read_document, write_text
+from rankwise.files.document import Document
 
-FOLDER, FILE, FORMAT = "golden", "golden.json", "rankwise-golden/1"
+FOLDER = "golden"
+GOLDEN = Document("golden.json", "rankwise-golden/1", "golden vectors", "rankwise bundle", indent=None)
 Row = dict[str, Any]
 
 
@@ -62,14 +62,13 @@ def write_golden(
     rows = [row_of(number, case, reference.expected(case), place, top) for number, case in enumerate(cases)]
     vocabulary = reference.expected(cases[0]).log_probs.shape[-1] if cases else 0
     content = {
-        "format": FORMAT,
         "outtype": form,
         "vocabulary": vocabulary,
         "top": top,
         "tolerance": thresholds.as_dict(),
         "cases": rows,
     }
-    return write_text(place / FILE, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+    return GOLDEN.write(place, content)
 
 
 def row_of(number: int, case: Case, expected: Expected, place: Path, top: int) -> Row:
@@ -129,8 +128,8 @@ def read_golden(folder: Path, target: DeviceTarget | None) -> Golden:
 
     target: what the device does to a source picture; each case sends what it makes of it now.
     """
-    file = folder / FOLDER / FILE
-    content = read_document(file, FORMAT, "golden vectors")
+    file = folder / FOLDER / GOLDEN.name
+    content = GOLDEN.read(file)
     try:
         rows = content["cases"]
         tolerance = Thresholds(**{name: value for name, value in content["tolerance"].items() if value is not None})

@@ -22,8 +22,15 @@ from rankwise.evaluate.answers import is_right
 from rankwise.evaluate.bootstrap import LEVEL, wilson
 from rankwise.evaluate.classify import label_set, predicted_label, true_label
 from rankwise.evaluate.predictions import EvaluationResult, Prediction
+from rankwise.files.document import Document
 
-FILE, FORMAT = "validation.json", "rankwise-validation/1"
+DOCUMENT = Document(
+    "validation.json",
+    "rankwise-validation/1",
+    "a validation",
+    "rankwise validate",
+    ("outtype", "by_outtype", "parity", "verdict", "reference", "failures"),
+)
 
 
 def rights(task: str, predictions: Sequence[Prediction], examples: Sequence[Example]) -> list[bool] | None:

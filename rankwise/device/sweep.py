@@ -20,11 +20,11 @@ from rankwise.device.scores import NOT_INFERIOR, UNDECIDED, Difference, compared
 from rankwise.device.sides import Shipment, Shipped, TrainedSide, answers_in, context
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.bootstrap import wilson
-from rankwise.files.atomic import write_json
+from rankwise.files.document import Document
 from rankwise.gguf.quantize import quantize
 from rankwise.options.commands import ValidateConfig
 
-FILE, FORMAT = "sweep.json", "rankwise-sweep/1"
+SWEEP = Document("sweep.json", "rankwise-sweep/1", "a sweep", "rankwise validate --sweep")
 MARGIN = 0.02  # of accuracy
 SOURCES = ("f16", "bf16", "f32")  # what further forms are made from, the first that is there
 
@@ -74,7 +74,6 @@ class Sweep:
     def as_dict(self) -> dict[str, Any]:
         """For sweep.json. Accuracies and differences in shares of 1, sizes in bytes, seconds."""
         return {
-            "format": FORMAT,
             "items": len(self.tried[0].items),
             "reference": self.tried[0].form,
             "margin": self.margin,
@@ -99,7 +98,7 @@ class Sweep:
         }
 
     def save(self, folder: Path | str) -> Path:
-        return write_json(Path(folder) / FILE, self.as_dict())
+        return SWEEP.write(folder, self.as_dict())
 
 
 # --- rankwise validate --sweep ---------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 
 from rankwise.data.sources.load import settle
 from rankwise.device.parity.ladder import verdict
-from rankwise.device.scores import FILE, FORMAT, change, gain_kept, items, scores
+from rankwise.device.scores import DOCUMENT, change, gain_kept, items, scores
 from rankwise.device.sides import (
     ScoredAnswers,
     Shipment,
@@ -26,13 +26,11 @@ from rankwise.device.sides import (
     trained_side,
     validated,
 )
-from rankwise.device.sweep import FILE as SWEPT
-from rankwise.device.sweep import sweep_forms
+from rankwise.device.sweep import SWEEP, sweep_forms
 from rankwise.device.validation_page import draw, summary
 from rankwise.errors import UsageError, VerificationError
 from rankwise.evaluate.tasks import TASKS
 from rankwise.evaluate.tasks import task as task_named
-from rankwise.files.atomic import write_json
 from rankwise.files.processes import announce
 from rankwise.files.run_folder import RunFolder
 from rankwise.options.commands import ValidateConfig
@@ -54,9 +52,9 @@ def run(config: ValidateConfig) -> dict[str, Any]:
         found = {one.form: validated(config, trained, one, floor, app, out.path) for one in shipped.forms}
         content = described(config, trained, found, tuned, base) | {"floor": floor.as_dict() if floor else None}
         if config.sweep:
-            content["sweep"] = sweep_forms(config, trained, shipped, out.path).as_dict()
-            record.outputs["sweep"] = out / SWEPT
-        record.outputs["validation"] = write_json(out / FILE, content)
+            content["sweep"] = SWEEP.stamped(sweep_forms(config, trained, shipped, out.path).as_dict())
+            record.outputs["sweep"] = out / SWEEP.name
+        record.outputs["validation"] = DOCUMENT.write(out, content)
         record.outputs |= draw(content, out.path)
         out.save_config(config)
     for line in summary(content):
@@ -104,7 +102,6 @@ def described(
     form, shipped = list(found.items())[-1]
     ladders = {name: one.ladder for name, one in found.items() if one.ladder}
     content = {
-        "format": FORMAT,
         "outtype": form,
         "tolerance": config.tolerance,
         **shipped.facts(trained.items),

@@ -11,19 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.device.parity.rungs import said, unmeasured
-from rankwise.device.scores import FILE, FORMAT
+from rankwise.device.scores import DOCUMENT
 from rankwise.evaluate.classify import class_table, plot_confusion
-from rankwise.files.atomic import read_document
 from rankwise.page.blocks import Block, Finding, Folded, Plot, Table, Words, drawn, into, lines, pictures
 from rankwise.page.canvas import drawable
 from rankwise.page.text import is_number, memory, number, percent, printable, with_interval
 
-PARTS = ("outtype", "by_outtype", "parity", "verdict", "reference", "failures")
 CONFUSION = "confusion_matrix"
-
-
-def read_validation(path: Path) -> Mapping[str, Any]:
-    return read_document(path, FORMAT, "a validation", PARTS)
 
 
 def draw(content: Mapping[str, Any], folder: Path) -> dict[str, Path]:
@@ -180,4 +174,4 @@ def latency(facts: Mapping[str, Any]) -> str:
     return "{median:.3f} s, {p95:.3f} s".format(**facts["latency"]) if facts.get("latency") else ""
 
 
-VALIDATION = Finding(FILE, ("validate",), read_validation, validation_blocks)
+VALIDATION = Finding(DOCUMENT.name, ("validate",), DOCUMENT.read, validation_blocks)

@@ -31,7 +31,7 @@ from rankwise.evaluate.engines import (
     subject,
 )
 from rankwise.evaluate.generate import fitting
-from rankwise.evaluate.predictions import FILE, READ_FIRST, EvaluationResult
+from rankwise.evaluate.predictions import READ_FIRST, RESULTS, EvaluationResult
 from rankwise.evaluate.tasks import TASKS, evaluate, part, task
 from rankwise.files.adapter import adapter_files
 from rankwise.files.atomic import fingerprint, fingerprints, write_text
@@ -73,7 +73,7 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult | None:
         lost = measure_forgetting(config, tested, documents, folder, made_from) if config.forget else None
         if process_index()[0] == 0:
             folder.save_config(config, config_name(folder))
-            found = {"results": (result, FILE), "forgetting": (lost, forgetting.FILE)}
+            found = {"results": (result, RESULTS.name), "forgetting": (lost, forgetting.FILE)}
             record.outputs |= {name: folder / file for name, (each, file) in found.items() if each}
     if result:
         announce(summary(result))
@@ -266,7 +266,7 @@ def describe(config: EvaluateConfig) -> list[str]:
     folder, task, model = output_folder(config), config.data.task, config.model_name
     items = f"answer the {config.split} items of {config.data.data_path} with {model}"
     items = f"run {task} of lm-evaluation-harness on {model}" if is_harness(task) else items
-    lines = [items, f"score them as {task} and write {folder / FILE}"] if task else []
+    lines = [items, f"score them as {task} and write {folder / RESULTS.name}"] if task else []
     if config.forget:
         lines.append(f"compare it with its base on {config.forget} and write {folder / forgetting.FILE}")
     return lines

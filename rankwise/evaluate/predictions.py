@@ -9,9 +9,9 @@ evaluation_results.json      `EvaluationResult`: metrics, 95 % intervals, how th
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,19 @@ from tqdm.auto import tqdm
 
 from rankwise.data.example import Example
 from rankwise.data.template import without_images
-from rankwise.errors import DataError, UsageError
+from rankwise.errors import UsageError
 from rankwise.evaluate.generate import Answering
-from rankwise.files.atomic import read_document, read_object, write_json
+from rankwise.files.atomic import read_object, write_json
+from rankwise.files.document import Document, as_plain, build, drop_cut_line, lines_of, read_lines
 from rankwise.files.processes import gathered, own_share, process_index
 
-FORMAT = "rankwise-evaluation/1"
-FILE = "evaluation_results.json"
+RESULTS = Document(
+    "evaluation_results.json",
+    "rankwise-evaluation/1",
+    "an evaluation result",
+    "rankwise evaluate",
+    ("task", "n", "metrics", "intervals_95"),
+)
 READ_FIRST = (
     *("bleu", "accuracy", "exact_match", "logical_form", "execution_accuracy", "macro_f1"),
     *("rouge_l", "meteor", "meteor_exact_stem", "rouge_lsum", "rouge_1", "rouge_2"),
@@ -85,10 +91,9 @@ class EvaluationResult(Mapping[str, float]):
     def __len__(self) -> int:
         return len(self.metrics) + 1
 
-    def save(self, folder: str | Path, name: str = FILE) -> Path:
+    def save(self, folder: str | Path, name: str = "") -> Path:
         """Write `evaluation_results.json`, or a file of that form and another name, in the folder; returns its path."""
         content = {
-            "format": FORMAT,
             "task": self.task,
             "n": self.n,
             "metrics": self.metrics,
@@ -97,15 +102,14 @@ class EvaluationResult(Mapping[str, float]):
             "settings": self.settings,
             "versions": self.versions,
         }
-        return write_json(Path(folder) / name, content)
+        return RESULTS.write(folder, content, name)
 
     @classmethod
     def load(cls, path: str | Path) -> EvaluationResult:
         """Read a results file, or that of a folder; DataError where it is none."""
-        file = Path(path) / FILE if Path(path).is_dir() else Path(path)
-        content = read_document(file, FORMAT, "an evaluation result")
-        own = {name: content[name] for name in "task metrics n settings versions unavailable".split()}
-        return cls(intervals={name: (low, high) for name, (low, high) in content["intervals_95"].items()}, **own)
+        content = RESULTS.read(path)
+        intervals = {name: (low, high) for name, (low, high) in content.pop("intervals_95").items()}
+        return cls(**content, intervals=intervals)
 
 
 def installed(names: Sequence[str]) -> dict[str, str]:
@@ -135,13 +139,14 @@ class Prediction:
     images: tuple[str, ...] = ()
     question: str | None = None
 
-    def line(self) -> str:
+    def record(self) -> dict[str, Any]:
+        """A line of the file."""
         row = asdict(self)
         if self.scores is None:
             del row["scores"]
         if not self.images:
             del row["images"], row["question"]
-        return json.dumps(row, ensure_ascii=False) + "\n"
+        return row
 
 
 def predict(
@@ -184,7 +189,7 @@ def _generate(generator: Answering, examples: Sequence[Example], path: Path, bef
             scores = None if generated.scores is None else dict(generated.scores)
             answer = (generated.prompt, generated.text, example.references)
             prediction = Prediction(example.id, *answer, scores, example.images, _question(example))
-            file.write(prediction.line())
+            file.write(lines_of([prediction.record()], allow_nan=True))
             file.flush()
             made[example.id] = prediction
             bar.update()
@@ -200,26 +205,17 @@ def _question(example: Example) -> str | None:
 def _join(path: Path) -> None:
     """Complete the file: the parts of several processes go to its end; lines that a kill cut short go."""
     for file in (path, *sorted(path.parent.glob(f"{path.stem}.part*{path.suffix}"))):
-        _cut_back(file)
+        drop_cut_line(file)
         if file != path and file.exists():
             with path.open("ab") as whole:
                 whole.write(file.read_bytes())
             file.unlink()
 
 
-def _cut_back(path: Path) -> None:
-    """Remove an incomplete last line, as a kill leaves it."""
-    content = path.read_bytes() if path.exists() else b""
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-
-
 def _claim(path: Path, settings: dict[str, Any]) -> None:
     """Write what makes the predictions, or check that it is what made those already there."""
     record = path.with_suffix(".settings.json")
-    settings = json.loads(json.dumps(settings))
+    settings = as_plain(settings)
     parts = list(path.parent.glob(f"{path.stem}.part*{path.suffix}"))
     if not path.exists() and not parts:
         write_json(record, settings)
@@ -242,9 +238,8 @@ def _claim(path: Path, settings: dict[str, Any]) -> None:
 def _read(path: Path, references: Mapping[str, tuple[str, ...]]) -> dict[str, Prediction]:
     """Predictions of the wanted samples that the file holds."""
     done = {}
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        prediction = _parsed(line, path, number)
+    kept = partial(build, Prediction, partial=True)
+    for number, prediction in enumerate(read_lines(path, "a prediction", kept), 1):
         if prediction.id not in references:
             continue
         if prediction.references != references[prediction.id]:
@@ -252,13 +247,3 @@ def _read(path: Path, references: Mapping[str, tuple[str, ...]]) -> dict[str, Pr
             raise UsageError(f"{path}, line {number}: the references of {prediction.id} are not the data's; {advice}")
         done[prediction.id] = prediction
     return done
-
-
-def _parsed(line: str, path: Path, number: int) -> Prediction:
-    try:
-        row = json.loads(line)
-        answer = (row["prompt"], row["prediction"], tuple(row["references"]))
-        seen = (tuple(row.get("images", ())), row.get("question"))
-        return Prediction(row["id"], *answer, row.get("scores"), *seen)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{path}, line {number}: not a prediction ({error}); delete the file to start anew") from error

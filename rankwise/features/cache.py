@@ -10,7 +10,6 @@ it is first read. A folder of the older `features_{i}.pt`, one matrix a file, is
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +21,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rankwise.errors import DataError
-from rankwise.files.atomic import read_object, sha256
+from rankwise.files.atomic import digest_of, sha256
+from rankwise.files.document import Document
 from rankwise.files.pickled import load_tensor
 
 NAME = re.compile(r"features_(?P<number>\d+)\.pt")
-INDEX, RECIPE, FORMAT = "index.json", "capture.json", "rankwise-features/1"
+CACHE = Document("index.json", "rankwise-features/1", "a feature cache", "rankwise features capture")
+INDEX, RECIPE = CACHE.name, "capture.json"
 KEY, SHOWN = "features", 8
 AGAIN = "capture it again (`rankwise features capture` makes what is missing)"
 REMOVE = "delete it and run the same `rankwise features capture` again, which makes only what is missing"
@@ -87,7 +88,7 @@ def open_cache(path: Path | str) -> FeatureCache:
     """
     folder = Path(path).expanduser()
     if (folder / INDEX).is_file():
-        return indexed(folder, read_object(folder / INDEX))
+        return indexed(folder, CACHE.read(folder))
     if (folder / RECIPE).is_file():
         raise DataError(f"{folder}: its capture has not finished ({INDEX} is missing): run the same command again")
     if folder.is_dir() and legacy_files(folder):
@@ -99,8 +100,6 @@ def open_cache(path: Path | str) -> FeatureCache:
 
 
 def indexed(folder: Path, index: Mapping[str, Any]) -> FeatureCache:
-    if index.get("format") != FORMAT:
-        raise DataError(f"{folder / INDEX}: format {index.get('format')!r}, not {FORMAT!r}; {AGAIN}")
     try:
         shape = (whole(index["tokens"]), whole(index["channels"]))
         shards = ShardFiles(folder, index["shards"], shape)
@@ -136,7 +135,7 @@ def whole(number: Any) -> int:
 def content_fingerprint(index: Mapping[str, Any]) -> str:
     """Of the matrices, their names and their groups; paths and the place of the cache do not enter."""
     content = [index["tokens"], index["channels"], [row["sha256"] for row in index["shards"]]]
-    return hashlib.sha256(json.dumps([content, index["ids"], index["groups"]]).encode()).hexdigest()
+    return digest_of([content, index["ids"], index["groups"]])
 
 
 class ShardFiles:
@@ -187,7 +186,7 @@ def from_legacy(folder: Path) -> FeatureCache:
         groups=groups,
         model=None,
         source=f"{len(groups)} files features_{{i}}.pt",
-        fingerprint=hashlib.sha256(json.dumps(groups).encode()).hexdigest(),
+        fingerprint=digest_of(groups),
         files=files,
         left_out=tuple((name, "no such file") for name in gaps(files.paths)),
     )
@@ -221,7 +220,7 @@ class LegacyFiles:
 
     def digests(self) -> tuple[str, ...]:
         """SHA-256 of every matrix."""
-        return tuple(digest_of(self.read(place)) for place in range(len(self.paths)))
+        return tuple(matrix_digest(self.read(place)) for place in range(len(self.paths)))
 
 
 def matrix_of(file: Path) -> Tensor:
@@ -236,5 +235,5 @@ def matrix_of(file: Path) -> Tensor:
     return tensor
 
 
-def digest_of(matrix: Tensor) -> str:
+def matrix_digest(matrix: Tensor) -> str:
     return hashlib.sha256(matrix.detach().contiguous().view(torch.uint8).numpy().data).hexdigest()

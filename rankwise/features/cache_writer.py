@@ -26,8 +26,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rankwise.errors import DataError, UsageError
-from rankwise.features.cache import FORMAT, INDEX, KEY, RECIPE, FeatureCache, ModelOrigin, open_cache
-from rankwise.files.atomic import Aside, about_to_write, atomic_write, read_object, sha256, write_json
+from rankwise.features.cache import CACHE, INDEX, KEY, RECIPE, FeatureCache, ModelOrigin, open_cache
+from rankwise.files.atomic import (
+    Aside,
+    about_to_write,
+    atomic_write,
+    digest_of,
+    read_if_there,
+    read_object,
+    sha256,
+    write_json,
+)
+from rankwise.files.document import as_plain
 
 HEADER = "shard"
 
@@ -52,12 +62,12 @@ class CacheRecipe:
     def content(self) -> dict[str, Any]:
         """What is compared on a second run."""
         kept = {name: value for name, value in asdict(self).items() if name != "source"}
-        plain: dict[str, Any] = json.loads(json.dumps(kept))
+        plain: dict[str, Any] = as_plain(kept)
         return plain
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()
+        return digest_of(self.content, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -134,8 +144,7 @@ class CacheWriter:
     @cached_property
     def written(self) -> dict[str, str]:
         """sha256 of the shards by name, as a capture that has finished here before knows them."""
-        rows = read_object(self.index).get("shards", []) if self.index.is_file() else []
-        return {row["file"]: row["sha256"] for row in rows}
+        return {row["file"]: row["sha256"] for row in read_if_there(self.index).get("shards", [])}
 
     def write(self, shard: int, matrices: Matrices) -> Path:
         """One shard, whole or not at all. Its bytes depend on its content alone."""
@@ -170,10 +179,9 @@ class CacheWriter:
         tokens, channels = one_shape(self.folder, filled)
         grids = {json.dumps(row["grid"]) for row in filled}
         ids = [name for row in filled for name in row["ids"]]
-        write_json(
-            self.folder / INDEX,
+        CACHE.write(
+            self.folder,
             {
-                "format": FORMAT,
                 "matrices": len(ids),
                 "tokens": tokens,
                 "channels": channels,

@@ -22,7 +22,7 @@ from rankwise.evaluate import bootstrap
 from rankwise.evaluate.generate import pick_device
 from rankwise.features.approximation import normalised, shared_basis
 from rankwise.features.cache import FeatureCache, open_cache
-from rankwise.features.dataset import SPLIT, FeatureSplit, cached, read_split
+from rankwise.features.dataset import FeatureSplit, cached, read_split
 from rankwise.features.measures import (
     GRAM,
     PCA,
@@ -47,7 +47,7 @@ from rankwise.features.measures import (
     timings,
 )
 from rankwise.features.nets.base import Factorizer
-from rankwise.features.page import FILE, FORMAT, OF_ONE, Comparison, comparison_blocks, label
+from rankwise.features.page import COMPARISON, OF_ONE, Comparison, comparison_blocks, label
 from rankwise.features.trained import SETTINGS, Network, networks
 from rankwise.files.atomic import about_to_write, write_json, write_text
 from rankwise.files.run_folder import RunFolder
@@ -98,7 +98,7 @@ def describe(config: FactorCompareConfig) -> list[str]:
     where = f"the test images of {config.features or 'the cache they were trained on'}"
     lines = [f"compare {names} with the SVD three ways and a shared PCA on {where}"]
     lines += [f"and on all images of {config.ood} that are not in that cache"] if config.ood else []
-    return [*lines, f"write {FILE}, and {OF_ONE} of each network, in {config.results_dir}"]
+    return [*lines, f"write {COMPARISON.name}, and {OF_ONE} of each network, in {config.results_dir}"]
 
 
 def check(config: FactorCompareConfig) -> None:
@@ -112,7 +112,7 @@ def trained_on(found: Sequence[Network], config: FactorCompareConfig) -> tuple[F
     """The cache that all networks were trained on, and its split. DataError where there is not one of each."""
     first = found[0]
     cache = first.cache_or(config.features)
-    splits = [read_split(each.folder / SPLIT, cache) for each in found]
+    splits = [read_split(each.folder, cache) for each in found]
     for each, split in zip(found, splits, strict=True):
         if split != splits[0]:
             raise DataError(
@@ -216,7 +216,6 @@ def compared(asked: Compared) -> dict[str, Any]:
     factors, whole = stored_numbers(tokens, channels, asked.rank)
     errors = sweep(ranks, asked.batches(first), best[first.name], basis, asked.networks, asked.generator())
     return {
-        "format": FORMAT,
         "rank": asked.rank,
         "tokens": tokens,
         "channels": channels,
@@ -325,7 +324,7 @@ def write_comparison(folder: Path, comparison: Comparison, *, plots: bool = True
     }
     written |= pictures(blocks)
     written["page"] = write_text(folder / PAGE, markdown(page, folder))
-    return written | {"comparison": write_json(folder / FILE, comparison)}
+    return written | {"comparison": COMPARISON.write(folder, comparison)}
 
 
 def of_one(comparison: Comparison, name: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The split into training, validation and test matrices, and the rows: normalised and checked to be measurable.
 
 split = split_of(cache, seed=42)                 # 80/10/10 by picture: what is tested was never seen in training
-write_json(run / SPLIT, split.record())
-read_split(run / SPLIT, cache)                   # the same again, or a DataError
+SPLIT.write(run, split)
+read_split(run, cache)                           # the same again, or a DataError
 rows = FeatureRows(cache, split.train)           # a torch Dataset; `collate` makes batches
 """
 
@@ -22,10 +22,10 @@ from tqdm.auto import tqdm
 from rankwise.errors import DataError
 from rankwise.features.approximation import normalised
 from rankwise.features.cache import FeatureCache
-from rankwise.files.atomic import read_document
+from rankwise.files.document import Document
 from rankwise.files.processes import gathered, own_share
 
-SPLIT, FORMAT = "split.json", "rankwise-feature-split/1"
+SPLIT = Document("split.json", "rankwise-feature-split/1", "a split of features", "rankwise features train")
 PARTS = ("train", "val", "test")
 LEAST_PICTURES = 3
 SHOWN = 8
@@ -36,16 +36,11 @@ BATCH = 16  # matrices of a cache at a time
 class FeatureSplit:
     """Places in a cache, ascending; all matrices of one picture are in one part. cache: the cache's fingerprint."""
 
+    cache: str
+    seed: int
     train: tuple[int, ...]
     val: tuple[int, ...]
     test: tuple[int, ...]
-    cache: str
-    seed: int
-
-    def record(self) -> dict[str, Any]:
-        """Content of `split.json`."""
-        parts = {name: list(getattr(self, name)) for name in PARTS}
-        return {"format": FORMAT, "cache": self.cache, "seed": self.seed, **parts}
 
 
 def split_of(cache: FeatureCache, seed: int) -> FeatureSplit:
@@ -69,20 +64,18 @@ def split_of(cache: FeatureCache, seed: int) -> FeatureSplit:
 
 def read_split(path: Path | str, cache: FeatureCache) -> FeatureSplit:
     """The split that a run has saved. DataError where it is damaged, or was made of another cache."""
-    content = read_document(path, FORMAT, "a split of features")
-    if content.get("cache") != cache.fingerprint:
+    split = SPLIT.read_as(FeatureSplit, path)
+    if split.cache != cache.fingerprint:
         raise DataError(
-            f"{path} divides another feature cache than {cache.path}: its test images may have trained there; give the "
-            "cache that the network was trained on, or another one as --ood where the command has that"
+            f"{SPLIT.file(path)} divides another feature cache than {cache.path}: its test images may have trained "
+            "there; give the cache that the network was trained on, or another one as --ood where the command has that"
         )
-    parts, seed = {name: content.get(name) or [] for name in PARTS}, content.get("seed")
-    places = [place for part in parts.values() if isinstance(part, list) for place in part]
-    numbers = all(type(place) is int for place in places)
-    if not all(parts.values()) or not numbers or sorted(places) != list(range(len(cache))):
-        raise DataError(f"{path}: does not put each of the {len(cache)} matrices into one of {', '.join(PARTS)}")
-    if type(seed) is not int:
-        raise DataError(f"{path}: its seed is missing or not an integer: the file has changed since it was written")
-    return FeatureSplit(**{name: tuple(part) for name, part in parts.items()}, cache=cache.fingerprint, seed=seed)
+    parts = (split.train, split.val, split.test)
+    if not all(parts) or sorted(sum(parts, ())) != list(range(len(cache))):
+        raise DataError(
+            f"{SPLIT.file(path)}: does not put each of the {len(cache)} matrices into one of {', '.join(PARTS)}"
+        )
+    return split
 
 
 class FeatureRows(Dataset[dict[str, Any]]):

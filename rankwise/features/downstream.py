@@ -35,12 +35,12 @@ from rankwise.features.answers import (
     with_pictures,
 )
 from rankwise.features.approximation import shared_basis
-from rankwise.features.dataset import SPLIT, cached, read_split
-from rankwise.features.downstream_page import FORMAT, JSON, MARKDOWN, PICTURE, answer_blocks, answer_page
+from rankwise.features.dataset import cached, read_split
+from rankwise.features.downstream_page import DOWNSTREAM, MARKDOWN, PICTURE, answer_blocks, answer_page
 from rankwise.features.measures import PCA, SVD, network
 from rankwise.features.trained import WEIGHTS, Network, is_of, networks, stretch_of
 from rankwise.files.adapter import adapter_files
-from rankwise.files.atomic import fingerprint, write_json, write_text
+from rankwise.files.atomic import fingerprint, write_text
 from rankwise.files.checkpoint import model_fingerprint, resolve
 from rankwise.files.processes import process_index
 from rankwise.files.run_folder import RunFolder
@@ -77,7 +77,7 @@ def describe(config: DownstreamConfig) -> list[str]:
         f"put the questions of {config.data_path} to {config.model_name} as it is",
         "put them again with its pictures' features replaced, by the SVD, the randomized SVD, a shared PCA, "
         f"{nets}; and by nothing",
-        f"write {JSON} in {config.results_dir}",
+        f"write {DOWNSTREAM.name} in {config.results_dir}",
     ]
 
 
@@ -113,7 +113,6 @@ def compared(config: DownstreamConfig, base: str, adapter: Path | None) -> dict[
     for replacement, result in zip(stand_ins[0], results, strict=True):
         table.append(measured(original, result, groups, replacement, seed=config.seed))
     return {
-        "format": FORMAT,
         "model": {"name": config.model_name, "base": base, **model_facts(base, adapter)},
         "shapes": shapes,
         "rows": [row.record() for row in table],
@@ -201,7 +200,7 @@ def against_baselines(
 def written(content: Mapping[str, Any], folder: RunFolder, config: DownstreamConfig) -> dict[str, Path]:
     page = answer_page(content, None if config.no_plots else into(folder.path))
     files = {
-        "downstream": write_json(folder / JSON, content),
+        "downstream": DOWNSTREAM.write(folder, content),
         "table": write_text(folder / MARKDOWN, markdown(page, folder.path)),
     }
     return files if config.no_plots else {**files, "plot": folder / PICTURE}
@@ -255,7 +254,7 @@ def origin_notes(found: Sequence[Network], fingerprint: str, rows: Questions) ->
 
 def seen_in_training(each: Network, rows: Questions) -> list[str]:
     assert each.cache is not None
-    trained = {each.cache.groups[place] for place in read_split(each.folder / SPLIT, each.cache).train}
+    trained = {each.cache.groups[place] for place in read_split(each.folder, each.cache).train}
     shown = {picture for row in rows.pictures for picture in row}
     known = len(shown & trained)
     if not known:
@@ -285,7 +284,7 @@ def parts(rows: Questions, found: Sequence[Network], rank: int, seed: int) -> tu
     whole = list(range(len(rows)))
     for each in found:
         if each.cache is not None:
-            split = read_split(each.folder / SPLIT, each.cache)
+            split = read_split(each.folder, each.cache)
             basis = shared_basis(cached(each.cache, split.train), rank).to(rows.tested.device)
             return [Fold(whole, basis)], f"basis from the {len(split.train)} training matrices of {each.cache.path}"
     halves = rows.halves(seed)

@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.features.answers import NOTHING, ORIGINAL, WHOLE
-from rankwise.files.atomic import read_own
+from rankwise.files.document import Document
 from rankwise.page import canvas
 from rankwise.page.blocks import Block, Finding, Page, Plot, Table, Target, Words, drawn
 from rankwise.page.text import clip, plural
 
-FORMAT = "rankwise-downstream/1"
-PARTS = ("rows", "notes", "settings", "shapes")
-JSON, MARKDOWN, PICTURE = "downstream.json", "downstream.md", "downstream.png"
+DOWNSTREAM = Document(
+    "downstream.json",
+    "rankwise-downstream/1",
+    "answers with approximated features",
+    "rankwise features downstream",
+    ("rows", "notes", "settings", "shapes"),
+)
+MARKDOWN, PICTURE = "downstream.md", "downstream.png"
 HEADER = ("method", "rank", "feature error", "loss", "loss change", "KL", "same token", "answer right")
 INVISIBLE = 1e-6  # KL below it is rounding; on a logarithmic axis it would take most of the room
 Row = Mapping[str, Any]
@@ -154,7 +159,7 @@ def style(index: int, network: bool) -> dict[str, Any]:
 
 
 def read_answers(path: Path) -> Mapping[str, Any] | None:
-    return read_own(path, FORMAT, "answers with factors", PARTS)
+    return DOWNSTREAM.read_own(path)
 
 
-ANSWERS = Finding(JSON, ("features downstream",), read_answers, answer_blocks)
+ANSWERS = Finding(DOWNSTREAM.name, ("features downstream",), read_answers, answer_blocks)

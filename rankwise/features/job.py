@@ -36,6 +36,7 @@ from rankwise.options.features import FactorTrainConfig
 from rankwise.train.arguments import build_arguments
 from rankwise.train.checkpoints import (
     MANIFEST,
+    SEAL,
     FirstStep,
     checkpoints,
     differences,
@@ -51,7 +52,7 @@ from rankwise.train.trainer import RankwiseTrainer
 TRAINER_STATE = "trainer_state.json"
 RESULTS, PLOT = "test_results.json", "train_val_loss_comparison.png"
 CHECKPOINTS = ("checkpoint-*",)
-OF_A_RUN = (*CHECKPOINTS, WEIGHTS, SETTINGS, HISTORY, RESULTS, SPLIT, PLOT, TRAINING_LOG, TABLE, OF_ONE, CONFIG)
+OF_A_RUN = (*CHECKPOINTS, WEIGHTS, SETTINGS, HISTORY, RESULTS, SPLIT.name, PLOT, TRAINING_LOG, TABLE, OF_ONE, CONFIG)
 STEP_TABLES = (TRAINING_LOG, TABLE)
 CLIP, FACTOR, PLATEAU = 5.0, 0.5, 3  # norm of gradients; the rate's factor after so many epochs without improvement
 KEPT = 3  # the best, the newest and one before it, should the newest be damaged
@@ -99,8 +100,8 @@ def start_of(
     checkpoint = newest_complete(folder)
     if checkpoint is not None:
         require_state(checkpoint)
-        refuse_other_run(checkpoint, read_object(checkpoint / MANIFEST)["identity"], identity)
-        split = read_split(folder / SPLIT, cache)
+        refuse_other_run(checkpoint, SEAL.read(checkpoint)["identity"], identity)
+        split = read_split(folder, cache)
         steps = steps_of(config, split)
         return Start(build(settings), split, steps, step_of(checkpoint) // steps + config.epochs, checkpoint)
     if not (folder / WEIGHTS).is_file():
@@ -133,7 +134,7 @@ def from_best(config: FactorTrainConfig, folder: Path, cache: FeatureCache, sett
         f"note: no complete checkpoint in {folder}; going on from {WEIGHTS} with a fresh optimizer, learning rate and "
         "rank schedule"
     )
-    split = read_split(folder / SPLIT, cache) if (folder / SPLIT).is_file() else split_of(cache, config.seed)
+    split = read_split(folder, cache) if (folder / SPLIT.name).is_file() else split_of(cache, config.seed)
     return Start(net, split, steps_of(config, split), config.epochs, rows=rows)
 
 

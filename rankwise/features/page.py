@@ -19,13 +19,18 @@ from typing import Any
 import numpy as np
 
 from rankwise.features.measures import GRAM, PCA, SVD
-from rankwise.files.atomic import read_own
+from rankwise.files.document import Document
 from rankwise.page import canvas
 from rankwise.page.blocks import Block, Finding, Plot, Table, Words
 from rankwise.page.text import amount, clip, percent, plural
 
-FORMAT, FILE = "rankwise-factors/1", "comparison.json"
-PARTS = ("rank", "tokens", "channels", "networks", "timing", "storage", "sources", "cost", "sweep")
+COMPARISON = Document(
+    "comparison.json",
+    "rankwise-factors/1",
+    "a comparison of factorizations",
+    "rankwise features compare",
+    ("rank", "tokens", "channels", "networks", "timing", "storage", "sources", "cost", "sweep"),
+)
 Comparison = Mapping[str, Any]
 CLOSE = ("method", "relative error", "excess error, %", "energy", "cosine", "angle")
 COST = ("method", "time", "speed", "MFLOP", "parameters", "stored")
@@ -314,7 +319,7 @@ PLOTS: Mapping[str, tuple[Any, str]] = {
 
 def read_comparison(path: Path) -> Comparison | None:
     """None: `rankwise compare` calls its own file so too."""
-    return read_own(path, FORMAT, "a comparison of factors", PARTS)
+    return COMPARISON.read_own(path)
 
 
-FACTORS = Finding(FILE, ("features compare",), read_comparison, comparison_blocks)
+FACTORS = Finding(COMPARISON.name, ("features compare",), read_comparison, comparison_blocks)

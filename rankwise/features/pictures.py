@@ -10,9 +10,7 @@ Every picture is decoded as anywhere else (data/pixels.py): upright, RGB, bombs 
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +30,7 @@ from rankwise.evaluate.generate import pick_device
 from rankwise.features.cache import ModelOrigin
 from rankwise.features.cache_writer import CacheRecipe, Matrices, shard_places
 from rankwise.features.encoder import Eye, Preparation, picture_digest
-from rankwise.files.atomic import fingerprint
+from rankwise.files.atomic import digest_of, fingerprint
 from rankwise.labels.images import SUFFIXES
 from rankwise.models.load import torch_dtype
 from rankwise.options.features import CaptureConfig
@@ -193,10 +191,6 @@ def row_names(stem: str, paths: Sequence[str | None]) -> list[str]:
     """A row's own path where it is the only one of that name, else its number."""
     counts = Counter(paths)
     return [path if path and counts[path] == 1 else f"{stem}-{place:06d}" for place, path in enumerate(paths)]
-
-
-def digest_of(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def first_line(error: BaseException) -> str:

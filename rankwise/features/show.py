@@ -18,7 +18,7 @@ from rankwise.errors import UsageError, need
 from rankwise.evaluate.generate import pick_device
 from rankwise.features.approximation import by_svd
 from rankwise.features.cache import FeatureCache
-from rankwise.features.dataset import SPLIT, cached, read_split
+from rankwise.features.dataset import cached, read_split
 from rankwise.features.measures import SVD, cosine, excess_error, mse, network, relative_error
 from rankwise.features.trained import Network, networks
 from rankwise.options.features import FactorShowConfig, canonical
@@ -36,7 +36,7 @@ def run(config: FactorShowConfig) -> tuple[Path, Path]:
     found = networks(config.results_dir, [config.arch])[0]
     cache = found.cache_or(config.features)
     grid, assumed = grid_of(cache, config.channels)
-    place = test_place(read_split(found.folder / SPLIT, cache).test, config.image_idx, cache)
+    place = test_place(read_split(found.folder, cache).test, config.image_idx, cache)
     shown = approximations(found, next(cached(cache, [place])), rank_of(config.rank, found), config.device)
     for line in [assumed, f"{cache.ids[place]} (test image {config.image_idx}, on normalised features)"]:
         print(line) if line else None

@@ -76,7 +76,7 @@ def run(config: FactorTrainConfig) -> Path:
         with room_made(start, folder.path):
             if process_index()[0] == 0:
                 folder.save_config(config)
-                write_json(folder / SPLIT, start.split.record())
+                SPLIT.write(folder, start.split)
             train(trainer, start, log)
         if process_index()[0] == 0:
             finish(job, start.split, history.rows, record, log, time.monotonic() - began)
@@ -133,7 +133,7 @@ def finish(
     results = tested(job, split.test) | {"best_epoch": best["epoch"]}
     write_json(folder / RESULTS, results)
     drawn = plotted(rows, folder, best["epoch"])
-    names = [WEIGHTS, SETTINGS, HISTORY, RESULTS, SPLIT, TRAINING_LOG, TABLE, *([PLOT] if drawn else [])]
+    names = [WEIGHTS, SETTINGS, HISTORY, RESULTS, SPLIT.name, TRAINING_LOG, TABLE, *([PLOT] if drawn else [])]
     record.outputs |= {name: folder / name for name in names if (folder / name).is_file()}
     record.facts |= {
         "arch": results["arch"],

@@ -9,11 +9,9 @@ The settings hold the fingerprint of the weights, so that files of two runs cann
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,14 +21,23 @@ from rankwise.errors import DataError, UsageError
 from rankwise.features.cache import INDEX, FeatureCache, open_cache
 from rankwise.features.nets import build
 from rankwise.features.nets.base import Factorizer, FactorizerSettings
-from rankwise.files.atomic import atomic_files, read_document, read_object, sha256
+from rankwise.files.atomic import atomic_files, read_object, sha256
 from rankwise.files.checkpoint import Shard
+from rankwise.files.document import Document
 from rankwise.files.pickled import load_pickle
 from rankwise.files.run_folder import CONFIG
 from rankwise.options.features import canonical
 
 WEIGHTS, OLDER, SETTINGS = "best_model.safetensors", "best_model.pt", "best_model.json"
-FORMAT = "rankwise-factorizer/1"
+DOCUMENT = Document(SETTINGS, "rankwise-factorizer/1", "a network's settings", "rankwise features train")
+
+
+@dataclass(frozen=True)
+class SavedSettings:
+    """Content of `best_model.json`."""
+
+    settings: FactorizerSettings
+    weights_sha256: str
 
 
 def save_factorizer(net: Factorizer, folder: Path | str) -> Path:
@@ -39,40 +46,33 @@ def save_factorizer(net: Factorizer, folder: Path | str) -> Path:
     state = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
     with atomic_files(weights, settings) as (weights_file, settings_file):
         save_file(state, weights_file, metadata={"format": "pt"})
-        content = {"format": FORMAT, "settings": asdict(net.settings), "weights_sha256": sha256(weights_file)}
-        settings_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        saved = SavedSettings(net.settings, sha256(weights_file))
+        settings_file.write_text(DOCUMENT.text(saved), encoding="utf-8")
     return weights
 
 
 def load_factorizer(folder: Path | str) -> Factorizer:
-    """The network of a folder, on the CPU, in evaluation mode.
+    """The network of a folder, on the CPU, in evaluation mode; torch's global generator is left as it was.
 
     Where there is no `best_model.safetensors`, a `best_model.pt` with the same tensors is read, its tensors only.
     Raises DataError, naming the file, where one is missing, damaged, or not of the other.
     """
     folder = Path(folder)
-    settings, fingerprint = read_settings(folder / SETTINGS)
+    saved = DOCUMENT.read_as(SavedSettings, folder / SETTINGS)
     weights = folder / WEIGHTS
     if not weights.is_file() and (folder / OLDER).is_file():
         weights = folder / OLDER
         state = load_pickle(weights)
     else:
-        state = read_weights(weights, fingerprint)
-    net = built(settings, folder / SETTINGS)
+        state = read_weights(weights, saved.weights_sha256)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            net = build(saved.settings)
+    except UsageError as error:
+        raise DataError(f"{folder / SETTINGS}: {error}") from error
     check_state(state, net.state_dict(), weights)
     net.load_state_dict(state)
     return net.eval()
-
-
-def read_settings(path: Path) -> tuple[dict[str, Any], str]:
-    """(the settings, SHA-256 of the weights) of a settings file."""
-    if not path.is_file():
-        raise DataError(f"{path}: no trained network here; `rankwise features train` makes one")
-    content = read_document(path, FORMAT, "a network's settings")
-    settings, fingerprint = content.get("settings"), content.get("weights_sha256")
-    if not isinstance(settings, dict) or not isinstance(fingerprint, str):
-        raise DataError(f"{path}: `settings` or `weights_sha256` is missing or of another type; save the network again")
-    return settings, fingerprint
 
 
 def read_weights(path: Path, fingerprint: str) -> dict[str, Tensor]:
@@ -80,24 +80,6 @@ def read_weights(path: Path, fingerprint: str) -> dict[str, Tensor]:
     if sha256(path) != fingerprint:
         raise DataError(f"{path}: not the weights that {SETTINGS} was written with: altered, or mixed from two runs")
     return {key: shard.tensor(key).clone() for key in shard.entries}
-
-
-def built(settings: dict[str, Any], path: Path) -> Factorizer:
-    """The network of these settings; torch's global generator is left as it was."""
-    wanted = FactorizerSettings.__annotations__
-    types: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
-    wrong = sorted(wanted.keys() ^ settings.keys()) or [
-        key
-        for key, value in settings.items()
-        if not isinstance(value, types[wanted[key]]) or (isinstance(value, bool) and wanted[key] != "bool")
-    ]
-    if wrong:
-        raise DataError(f"{path}: settings {', '.join(wrong)} are missing, unknown or of another type")
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return build(FactorizerSettings(**settings))
-    except UsageError as error:
-        raise DataError(f"{path}: {error}") from error
 
 
 def check_state(found: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from rankwise.errors import DataError, RankwiseError, UsageError
+from rankwise.options.field import RepeatedName, unique
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_SPACE_TEXTS = ("No space left", "os error 28", "Disk quota exceeded", "os error 122")
@@ -217,9 +218,13 @@ def write_text(path: Path | str, text: str) -> Path:
 
 
 def write_json(path: Path | str, content: Any) -> Path:
-    """Write JSON atomically; returns the path. NaN and infinity are a ValueError: they are not JSON."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False, default=_encode)
-    return write_text(path, text + "\n")
+    """Write JSON atomically; returns the path. A file of a format of our own is a `document.Document`."""
+    return write_text(path, json_text(content))
+
+
+def json_text(content: Any, indent: int | None = 2) -> str:
+    """A file's JSON. NaN and infinity are a ValueError: they are not JSON."""
+    return json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False, default=_encode) + "\n"
 
 
 def _encode(value: object) -> str:
@@ -241,9 +246,9 @@ def read_json(path: Path | str) -> Any:
         raise DataError(f"{path}, line {line}: not UTF-8 text: save the file as UTF-8") from error
     except RecursionError as error:
         raise DataError(f"{path}: nested too deeply") from error
-    except RepeatedKey as error:
-        line = _second_line(content, error.key)
-        raise DataError(f"{path}, line {line}: the key {error.key!r} appears twice in one object") from error
+    except RepeatedName as error:
+        line = _second_line(content, str(error))
+        raise DataError(f"{path}, line {line}: the key {str(error)!r} appears twice in one object") from error
 
 
 def read_object(path: Path | str) -> dict[str, Any]:
@@ -254,25 +259,9 @@ def read_object(path: Path | str) -> dict[str, Any]:
     return content
 
 
-def read_document(path: Path | str, form: str, what: str, parts: Iterable[str] = ()) -> dict[str, Any]:
-    """`read_object` for a file that some command wrote in this format. what: "an export", for the message.
-
-    DataError for another format or version, and where one of the parts is missing.
-    """
-    content = read_object(path)
-    if content.get("format") != form:
-        raise DataError(f"{path}: not {what} of this version (format {content.get('format')!r}, expected {form!r})")
-    if missing := [part for part in parts if part not in content]:
-        raise DataError(f"{path}: incomplete: {', '.join(missing)} missing; run the command that wrote it again")
-    return content
-
-
-def read_own(path: Path | str, form: str, what: str, parts: Iterable[str] = ()) -> dict[str, Any] | None:
-    """The same; None for a file of that name in no format of ours: other programs call their files so too."""
-    content = read_json(path)
-    return (
-        read_document(path, form, what, parts) if isinstance(content, dict) and content.get("format") == form else None
-    )
+def read_if_there(path: Path | str) -> dict[str, Any]:
+    """`read_object`, empty where there is no such file."""
+    return read_object(path) if Path(path).is_file() else {}
 
 
 def read_bytes(path: Path) -> bytes:
@@ -281,24 +270,6 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-class RepeatedKey(ValueError):
-    """A key that an object holds twice (json keeps the last one silently)."""
-
-    def __init__(self, key: str) -> None:
-        super().__init__(key)
-        self.key = key
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """json's `object_pairs_hook` that raises RepeatedKey."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise RepeatedKey(key)
-        found[key] = value
-    return found
 
 
 def _second_line(content: bytes, key: str) -> int:
@@ -314,6 +285,11 @@ def sha256(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest_of(content: Any, **how: Any) -> str:
+    """SHA-256 of a value as JSON, in hexadecimal. how: `json.dumps`'s options."""
+    return hashlib.sha256(json.dumps(content, **how).encode()).hexdigest()
+
+
 def fingerprint(path: Path | str) -> str:
     """SHA-256 of the content of a file or folder, in hexadecimal; location and times do not count.
 
@@ -325,7 +301,7 @@ def fingerprint(path: Path | str) -> str:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file, path))
         rows = [(file.relative_to(path).as_posix(), file.stat().st_size, fingerprint(file)) for file in files]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return digest_of(rows)
     if not path.is_file():
         raise DataError(f"{path}: no such file or folder")
     size = path.stat().st_size

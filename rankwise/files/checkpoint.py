@@ -9,7 +9,6 @@ Every file is checked against its header, and every key of an index against its 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from rankwise.core.site import nearest, unwrapped
 from rankwise.errors import DataError, UsageError
-from rankwise.files.atomic import about_to_write, fingerprints, read_object
+from rankwise.files.atomic import about_to_write, digest_of, fingerprints, read_object
 from rankwise.files.pickled import SUFFIXES, load_pickle
 
 LENGTH_BYTES = 8
@@ -326,7 +325,7 @@ def base_files(folder: Path) -> list[Path]:
 
 def model_fingerprint(folder: Path) -> str:
     """One digest of a model's configuration and weights: what else lies in its folder does not change it."""
-    return hashlib.sha256(json.dumps(fingerprints(base_files(folder))).encode()).hexdigest()
+    return digest_of(fingerprints(base_files(folder)))
 
 
 @dataclass(frozen=True)

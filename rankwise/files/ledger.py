@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rankwise.errors import DataError
-from rankwise.files.atomic import atomic_write, explained, sha256
+from rankwise.files.atomic import atomic_write, sha256
+from rankwise.files.document import append_lines, read_lines
 from rankwise.files.processes import process_index
 
 FOLDER = "runs"
@@ -51,7 +51,7 @@ class Ledger:
     def refresh(self) -> None:
         """Read what the other processes have entered meanwhile."""
         for path in sorted(self.folder.glob("runs*.jsonl")):
-            self.rows |= {text_of(row["key"]): row for row in read_lines(path)}
+            self.rows |= dict(read_lines(path, "an entry of a finished run", keyed))
 
     def __contains__(self, key: Mapping[str, Any]) -> bool:
         return text_of(key) in self.rows
@@ -73,12 +73,7 @@ class Ledger:
             save_file({name: matrix.contiguous() for name, matrix in matrices.items()}, temporary)
         written = sha256(self.folder / file)
         entered = [{**row, "file": file, "row": index, "sha256": written} for index, row in enumerate(rows)]
-        lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in entered)
-        drop_cut_line(self.own_file)
-        with explained(self.own_file), self.own_file.open("a", encoding="utf-8") as stream:
-            stream.write(lines)
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_lines(self.own_file, entered)
         self.rows |= {text_of(row["key"]): row for row in entered}
 
     def numbers(self, key: Mapping[str, Any], name: str) -> Tensor:
@@ -99,22 +94,7 @@ class Ledger:
         return self._matrices[row["file"], name][row["row"]]
 
 
-def read_lines(path: Path) -> Iterator[Row]:
-    """The lines that have their end. DataError, naming the line, for one that is not an object with a key."""
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            row["key"], row["file"], row["row"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}, line {number}: not an entry of a finished run: {error!r}") from error
-        yield row
-
-
-def drop_cut_line(path: Path) -> None:
-    """Take away the beginning of a line that a killed process has left, so that the next one starts afresh."""
-    if path.is_file():
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(path, whole)
+def keyed(row: Row) -> tuple[str, Row]:
+    """A line with its key as text. KeyError where it is not of a run."""
+    row["file"], row["row"]
+    return text_of(row["key"]), row

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.files.adapter import is_adapter
-from rankwise.files.atomic import fingerprint, read_object
+from rankwise.files.atomic import fingerprint, read_if_there, read_object
 from rankwise.files.processes import announce
 from rankwise.files.run_folder import CONFIG, MANIFEST, RunFolder
 from rankwise.options.sections import SCORED_TASKS
@@ -72,8 +72,7 @@ def rows_of(places: Iterable[Path], *stages: str) -> dict[str, Any]:
 
 
 def config_of(run: Path) -> dict[str, Any]:
-    file = run / CONFIG
-    return read_object(file) if file.is_file() else {}
+    return read_if_there(run / CONFIG)
 
 
 def model_of(export: Path) -> str | None:

@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +24,7 @@ import psutil
 
 from rankwise.errors import UsageError, need
 from rankwise.files.atomic import explained
-from rankwise.files.ledger import drop_cut_line
+from rankwise.files.document import drop_cut_line
 
 MEMORY_SECONDS = 0.1  # between two samples
 
@@ -113,9 +113,6 @@ class Usage:
     cpu_percent: float
     peak_gpu_memory: int | None = None
     gpu_utilisation: float | None = None
-
-    def as_dict(self) -> dict[str, float | None]:
-        return asdict(self)
 
 
 class Monitor:

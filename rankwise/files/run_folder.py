@@ -30,7 +30,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from rankwise.errors import DataError, UsageError
-from rankwise.files.atomic import about_to_write, fingerprint, read_object, rehearsing, write_json
+from rankwise.files.atomic import about_to_write, fingerprint, read_if_there, rehearsing, write_json
+from rankwise.files.document import Document
 from rankwise.files.monitor import PeakMemory
 from rankwise.files.processes import process_index
 from rankwise.options.field import flatten
@@ -54,7 +55,7 @@ if sys.platform != "win32":
 
 LOCK, HOLDER = ".rankwise.lock", ".rankwise.lock.json"
 CONFIG, MANIFEST = "resolved_config.json", "manifest.json"
-FORMAT = "rankwise-manifest/1"
+STAGES = Document(MANIFEST, "rankwise-manifest/1", "a manifest")
 LIBRARIES = ("rankwise", "torch", "transformers", "peft")
 Inputs = Mapping[str, Path | str | None]
 
@@ -184,12 +185,11 @@ class RunFolder:
             "outputs": {name: self._describe_output(Path(path)) for name, path in record.outputs.items()},
             **record.facts,
         }
-        write_json(self / MANIFEST, {"format": FORMAT, "stages": {**self.stages(), stage: entry}})
+        STAGES.write(self, {"stages": {**self.stages(), stage: entry}})
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """The manifest's entries by stage; empty where no stage has finished yet."""
-        path = self / MANIFEST
-        stages: dict[str, dict[str, Any]] = read_object(path).get("stages", {}) if path.is_file() else {}
+        stages: dict[str, dict[str, Any]] = read_if_there(self / MANIFEST).get("stages", {})
         return stages
 
     def _describe_output(self, path: Path) -> dict[str, str]:
@@ -288,7 +288,7 @@ STATE, MARKS = ".stages", "done.json"
 def read_marks(run: Path) -> dict[str, dict[str, Any]]:
     """Empty where no stage has begun. DataError, naming the file, where it is broken."""
     file = run / STATE / MARKS
-    content = read_object(file) if file.is_file() else {}
+    content = read_if_there(file)
     if not all(isinstance(entry, dict) for entry in content.values()):
         raise DataError(f"{file}: expected an object per stage; delete the file, and every stage runs again")
     return content

@@ -18,7 +18,7 @@ from rankwise.data.input_record import announce_prompts, recorded
 from rankwise.data.renderer_for import rendered_as, renderer_for, shown_as
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import adapter_files, carry, contracts
-from rankwise.files.atomic import atomic_folder, fingerprint, sha256, write_json
+from rankwise.files.atomic import atomic_folder, fingerprint, sha256
 from rankwise.files.checkpoint import resolve
 from rankwise.files.lineage import trained_rows
 from rankwise.files.run_folder import RunFolder
@@ -26,7 +26,7 @@ from rankwise.gguf.converter import Converter, converter_folder, find_converter,
 from rankwise.gguf.export import write_export
 from rankwise.gguf.lora import largest_rank, read_plain, require_text_sites, write_adapter_gguf
 from rankwise.gguf.plan import ExportPlan, plan_export, require_model, require_space
-from rankwise.gguf.reading import FILE, FORMAT, MMPROJ, TEXT, Exported, read_export
+from rankwise.gguf.reading import EXPORT, MMPROJ, TEXT, Exported, read_export
 from rankwise.models.load import load_config
 from rankwise.options.commands import ExportConfig
 from rankwise.options.sections import ModelSection
@@ -58,7 +58,7 @@ def run(config: ExportConfig) -> Exported | Path | None:
             with inside.recording(STAGE, {"model": plan.model}) as record:
                 content = write_export(plan, temporary)
                 files = [files[kind] for files in content["files"].values() for kind in (TEXT, MMPROJ) if files[kind]]
-                record.outputs |= {name: temporary / name for name in (FILE, *files)}
+                record.outputs |= {name: temporary / name for name in (EXPORT.name, *files)}
                 record.outputs |= contracts(temporary)
                 record.facts["converter"] = content["converter"]
                 inside.save_config(config)
@@ -202,14 +202,13 @@ def export_adapter(config: ExportConfig, adapter: Path, converter: Converter) ->
             record.outputs |= carry(adapter_files(adapter)[0].parent, temporary)
             file = write_adapter_gguf(adapter, resolve(base), temporary / name, converter)
             content = {
-                "format": FORMAT,
                 "adapter": {"path": str(adapter), "fingerprint": fingerprint(adapter), "base": base},
                 "converter": {"version": converter.version, "sha256": converter.sha256},
                 "files": {},
                 "adapter_file": {"name": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)},
             }
-            write_json(temporary / FILE, content)
-            record.outputs |= {FILE: temporary / FILE, name: file}
+            EXPORT.write(temporary, content)
+            record.outputs |= {EXPORT.name: temporary / EXPORT.name, name: file}
             inside.save_config(config)
     sites, rank = len(found.pairs), largest_rank(found)
     print(f"wrote {plural(sites, 'site')} (largest rank {rank}) of {adapter} to {out / name}, checked factor by factor")

@@ -11,7 +11,6 @@ Only the converter comes out of the source package (two scripts, `conversion/`, 
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib.util
 import json
 import os
@@ -29,16 +28,16 @@ from filelock import FileLock
 
 from rankwise.data.sources.official import cache
 from rankwise.errors import DataError, ServiceError, UsageError, VerificationError
-from rankwise.files.atomic import about_to_write, atomic_files, atomic_folder, read_object, sha256, write_json
+from rankwise.files.atomic import about_to_write, atomic_files, atomic_folder, digest_of, sha256
+from rankwise.files.document import Document
 from rankwise.options.sections import OUTTYPES
 
 SCRIPT, ADAPTER_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 KEPT = (SCRIPT, ADAPTER_SCRIPT, "LICENSE", "conversion/", "gguf-py/gguf/", "gguf-py/LICENSE")
 INSIDE_PACKAGE = Path("vendor/llama.cpp")  # where llama-cpp-python's source package has it
-MANIFEST = "converter.json"
-FORMAT = "rankwise-converter/1"
 VARIABLE = "LLAMA_CPP_DIR"
 INSTALL = "rankwise export --install-converter"
+MANIFEST = Document("converter.json", "rankwise-converter/1", "an installed converter", INSTALL, ("files", "version"))
 REGISTRIES = {False: "TEXT_MODEL_MAP", True: "MMPROJ_MODEL_MAP"}
 TAIL = 15  # lines of a failed subprocess that an error shows
 
@@ -174,7 +173,7 @@ def find_converter(llama_cpp_dir: str | None = None) -> Converter:
         if value:
             return own_converter(Path(value).expanduser(), named)
     folder = converter_folder()
-    if not (folder / MANIFEST).is_file():
+    if not (folder / MANIFEST.name).is_file():
         raise UsageError(
             f"llama.cpp's converter is not installed: {INSTALL} does it once, or point --llama_cpp_dir (or {VARIABLE}) "
             "to a checkout of llama.cpp"
@@ -205,7 +204,7 @@ def package_version(folder: Path) -> str:
 
 def installed(folder: Path) -> Converter:
     """The converter of the cache, its files as they were installed."""
-    manifest, now = read_object(folder / MANIFEST), hashes(folder)
+    manifest, now = MANIFEST.read(folder), hashes(folder)
     changed = sorted(name for name, value in manifest["files"].items() if now.get(name) != value)
     if changed or len(now) != len(manifest["files"]):
         which = changed[0] if changed else sorted(set(now) - set(manifest["files"]))[0]
@@ -229,7 +228,7 @@ def converter_files(folder: Path) -> Iterator[Path]:
 
 
 def digest(files: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
+    return digest_of(sorted(files.items()))
 
 
 def registry(folder: Path, name: str) -> frozenset[str] | None:
@@ -269,7 +268,7 @@ def install_converter(pin: Pin = PIN) -> Converter:
     folder = converter_folder(pin)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{pin.version}.lock"):
-        if not (folder / MANIFEST).is_file():
+        if not (folder / MANIFEST.name).is_file():
             with TemporaryDirectory() as temporary:
                 unpack(download(pin, Path(temporary)), folder, pin)
         return installed(folder)
@@ -314,8 +313,8 @@ def unpack(archive: Path, folder: Path, pin: Pin) -> None:
         with tarfile.open(archive) as file, atomic_folder(folder) as temporary:
             members = chosen(archive, file.getmembers())
             file.extractall(temporary, members, filter="data")
-            manifest = {"format": FORMAT, "package": pin.package, "version": pin.version, "archive_sha256": pin.sha256}
-            write_json(temporary / MANIFEST, manifest | {"files": hashes(temporary)})
+            manifest = {"package": pin.package, "version": pin.version, "archive_sha256": pin.sha256}
+            MANIFEST.write(temporary, manifest | {"files": hashes(temporary)})
     except (tarfile.TarError, ZlibError, EOFError) as error:
         raise DataError(f"{archive}: cannot be unpacked ({error}); nothing was installed") from error
 

@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 from rankwise.errors import VerificationError
 from rankwise.files.adapter import carry
-from rankwise.files.atomic import fingerprint, sha256, write_json
+from rankwise.files.atomic import fingerprint, sha256
 from rankwise.files.checkpoint import Checkpoint
 from rankwise.gguf.converter import Conversion
 from rankwise.gguf.metadata import check_numbers, check_tokenizer, silence, text_numbers, vision_numbers
 from rankwise.gguf.plan import REFERENCE, ExportPlan
 from rankwise.gguf.provenance import Origins, first_few, origins, require_complete
-from rankwise.gguf.reading import FILE, FORMAT, MMPROJ, TEXT, GGUFFile
+from rankwise.gguf.reading import EXPORT, MMPROJ, TEXT, GGUFFile
 from rankwise.gguf.view import model_view
 
 Files = Mapping[tuple[str, str], GGUFFile]  # by (outtype, kind)
@@ -62,7 +62,7 @@ def write_export(plan: ExportPlan, folder: Path) -> dict[str, Any]:
     proof = verification(plan, files, places[REFERENCE]) if plan.verify else None
     shutil.rmtree(reference, ignore_errors=True)
     content = description(plan, files, proof)
-    write_json(folder / FILE, content)
+    EXPORT.write(folder, content)
     carry(plan.model, folder)
     if plan.target:
         plan.target.save(folder)
@@ -113,7 +113,6 @@ def verification(plan: ExportPlan, files: Files, place: Path) -> dict[str, Any]:
 
 def description(plan: ExportPlan, files: Files, proof: dict[str, Any] | None) -> dict[str, Any]:
     return {
-        "format": FORMAT,
         "name": plan.name,
         "model": {"path": str(plan.model), "fingerprint": fingerprint(plan.model)},
         "converter": {"version": plan.converter.version, "sha256": plan.converter.sha256},

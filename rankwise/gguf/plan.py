@@ -14,13 +14,13 @@ from typing import Any
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import is_adapter
-from rankwise.files.atomic import free_space, read_object
+from rankwise.files.atomic import free_space, read_if_there, read_object
 from rankwise.files.checkpoint import Checkpoint, open_checkpoint, resolve
 from rankwise.gguf.converter import Converter
 from rankwise.gguf.metadata import Vocabulary, check_forms, config_of
 from rankwise.gguf.reading import MMPROJ, TEXT
 from rankwise.gguf.view import Changes, changes_for
-from rankwise.models.depth.encoder import FILE as DEPTH_FILE
+from rankwise.models.depth.encoder import DEPTH
 from rankwise.models.load import meta_model
 from rankwise.models.sites import weight_table
 from rankwise.models.vocabulary import embedding_paths
@@ -122,9 +122,9 @@ def require_model(folder: Path) -> dict[str, Any]:
         )
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder}: no config.json, so this is not a Hugging Face model folder")
-    if (folder / DEPTH_FILE).is_file():
+    if (folder / DEPTH.name).is_file():
         raise UsageError(
-            f"{folder}: this model uses depth ({DEPTH_FILE}), which llama.cpp does not support; evaluate it with "
+            f"{folder}: this model uses depth ({DEPTH.name}), which llama.cpp does not support; evaluate it with "
             "`rankwise evaluate`, or train without --use_depth for the device"
         )
     config = read_object(folder / "config.json")
@@ -138,7 +138,7 @@ def base_checkpoint(folder: Path, given: str | None) -> Checkpoint | None:
     if given:
         return open_checkpoint(resolve(given))
     manifest = folder / "manifest.json"
-    entry = read_object(manifest).get("stages", {}).get("merge", {}) if manifest.is_file() else {}
+    entry = read_if_there(manifest).get("stages", {}).get("merge", {})
     recorded = Path(entry.get("inputs", {}).get("base", {}).get("path") or "")
     return open_checkpoint(recorded) if recorded.parts and (recorded / "config.json").is_file() else None
 

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import DataError, UsageError, VerificationError, need
-from rankwise.files.atomic import read_document
-from rankwise.files.lineage import EXPORT
+from rankwise.files.document import Document
+from rankwise.files.lineage import EXPORT as NAME
 
-FILE, FORMAT = EXPORT, "rankwise-export/1"
+EXPORT = Document(NAME, "rankwise-export/1", "an export", "rankwise export", ("files",))
 TEXT, MMPROJ = "text", "mmproj"
 # What the gguf package raises about a file that is cut off, altered or something else.
 BROKEN = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, AssertionError)
@@ -206,13 +206,9 @@ class Exported:
 def read_export(folder: Path | str) -> Exported:
     """DataError for a folder that is no export, or lacks one of its files."""
     folder = Path(folder)
-    if not (folder / FILE).is_file():
-        raise DataError(f"{folder}: no {FILE}; `rankwise export MODEL -o {folder}` makes one")
-    content = read_document(folder / FILE, FORMAT, "an export")
-    if not isinstance(content.get("files"), dict):
-        raise DataError(f"{folder / FILE}: lists no files; export again")
+    content = EXPORT.read(folder)
     names = [files[kind] for files in content["files"].values() for kind in (TEXT, MMPROJ) if files.get(kind)]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise DataError(f"{folder}: lacks {', '.join(missing)}, which {FILE} lists; export again")
+        raise DataError(f"{folder}: lacks {', '.join(missing)}, which {NAME} lists; export again")
     return Exported(folder, content)

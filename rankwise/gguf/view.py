@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard
 
 from rankwise.data.device import DeviceTarget, longest_edge, tiles
 from rankwise.errors import UsageError
-from rankwise.files.atomic import named, read_object, write_json, write_text
+from rankwise.files.atomic import named, read_if_there, read_object, write_json, write_text
 from rankwise.files.checkpoint import HUB_ID
 from rankwise.gguf.converter import Converter
 from rankwise.gguf.metadata import MODEL, Vocabulary, plain_in_model
@@ -167,7 +167,7 @@ def with_vision_defaults(config: dict[str, Any], model: Path) -> tuple[dict[str,
 def tokenizer_change(model: Path, vocabulary: Vocabulary) -> Change:
     """Whether a start token is added, which tokens are special, and the template, as transformers has them."""
     file = model / TOKENIZER
-    stated = read_object(file) if file.is_file() else {}
+    stated = read_if_there(file)
     wanted: dict[str, Any] = {"add_bos_token": vocabulary.add_bos, "add_eos_token": vocabulary.add_eos}
     notes = []
     if not vocabulary.add_bos and stated.get("add_bos_token") is not False:

@@ -10,7 +10,6 @@ the rest.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import signal
 import sys
@@ -28,6 +27,7 @@ from rankwise.data.images import BadImage, ImageReader
 from rankwise.data.label_task import LabelTask
 from rankwise.errors import DataError, Interrupted, ServiceError
 from rankwise.files.atomic import write_text
+from rankwise.files.document import lines_of
 from rankwise.labels.dataset import LabelledRow, Labels, pixel_hash, store_image
 from rankwise.labels.images import ImageIds, ImageSet, Originals, Photo, select
 from rankwise.labels.teacher.answers import VoteResult, agreement
@@ -271,7 +271,7 @@ def save_quarantine(
         for one in verdicts
         if one.content is None
     ]
-    return write_text(folder / QUARANTINE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return write_text(folder / QUARANTINE, lines_of(rows))
 
 
 def warn_of_ledger(asking: Asking) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 from rankwise.data.device import DeviceTarget
 from rankwise.data.label_task import LabelTask, load_task
 from rankwise.errors import UsageError, need
-from rankwise.files.atomic import write_json, write_text
+from rankwise.files.atomic import write_text
+from rankwise.files.document import Document
 from rankwise.files.run_folder import RunFolder
 from rankwise.labels.ask import QUARANTINE, ask_teacher
 from rankwise.labels.dataset import ALL, Labels, WrittenDataset, remove_orphans, write_dataset
@@ -29,8 +30,8 @@ from rankwise.options.field import check_address
 from rankwise.options.label import LabelConfig
 from rankwise.page.text import command_line, plural
 
-SUMMARY = "label.json"
-FORMAT = "rankwise-label/1"
+DOCUMENT = Document("label.json", "rankwise-label/1", "a summary of labels", "rankwise label")
+SUMMARY = DOCUMENT.name
 DEFAULT_TASK, COCO_FOLDER = "elements", "coco"
 
 
@@ -46,13 +47,12 @@ def run(config: LabelConfig) -> WrittenDataset:
         written = write_dataset(out.path, found.rows, task, target, *drawn, found.originals)
         remove_orphans(out.path, found.ids, written.rows)
         summary = {
-            "format": FORMAT,
             "task": task.name,
             "field": task.field,
             **count_rows(written, task),
             **found.facts,
         }
-        write_json(out / SUMMARY, summary)
+        DOCUMENT.write(out, summary)
         names = (ALL, "train.jsonl", "val.jsonl", SUMMARY)
         record.outputs |= {name: out / name for name in names}
     print_report(config, summary)

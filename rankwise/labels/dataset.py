@@ -17,7 +17,6 @@ Other files of the folder (a ledger, say) are left alone.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -33,7 +32,8 @@ from rankwise.data.label_task import LabelTask, read_task
 from rankwise.data.pixels import BROKEN
 from rankwise.data.sources.rows import BadRow, RowFile, json_rows
 from rankwise.errors import DataError
-from rankwise.files.atomic import atomic_files, atomic_write
+from rankwise.files.atomic import atomic_files, atomic_write, json_text
+from rankwise.files.document import lines_of
 from rankwise.labels.images import ImageIds, Originals, drawn_order, shares
 
 IMAGES, CONVERSATIONS = "images", "conversations"
@@ -165,13 +165,10 @@ def write_dataset(
         written = with_originals(folder, written, originals, target)
     whole = tuple(sorted(written.rows, key=lambda row: row.image_id))
     tables = {ALL: whole, TRAIN: written.train, VAL: written.val}
-    contents = {}
-    for name, part in tables.items():
-        lines = [json.dumps(row.record(task), ensure_ascii=False, allow_nan=False) + "\n" for row in part]
-        contents[name] = "".join(lines)
+    contents = {name: lines_of(row.record(task) for row in part) for name, part in tables.items()}
     for name, part in (("train", written.train), ("val", written.val)):
         talks = [conversation(row, task) for row in part]
-        contents[f"{CONVERSATIONS}/{name}.json"] = json.dumps(talks, ensure_ascii=False, indent=1) + "\n"
+        contents[f"{CONVERSATIONS}/{name}.json"] = json_text(talks, indent=1)
     task.save(folder)
     target.save(folder)
     with atomic_files(*(folder / name for name in contents)) as temporaries:

@@ -28,7 +28,6 @@ from typing import Any
 
 from PIL import Image
 
-from rankwise.data.device import FILE as DEVICE
 from rankwise.data.device import DeviceTarget, changes, read_target
 from rankwise.data.images import ImageReader
 from rankwise.data.label_answer import name_key
@@ -36,7 +35,9 @@ from rankwise.data.pixels import kind_of, suffix_of
 from rankwise.data.sources.official import Download, fetch, unpacked, unpacked_into
 from rankwise.data.split import in_turn
 from rankwise.errors import DataError
+from rankwise.files.adapter import DEVICE
 from rankwise.files.atomic import atomic_write, read_object
+from rankwise.files.document import finished_lines
 from rankwise.options.label import COCO_SPLITS
 
 # The consortium publishes no checksums. Sizes and SHA-256 are those on which several independent public records of
@@ -322,7 +323,7 @@ class ImageIds:
 
 def _named_rows(table: Path) -> Iterator[dict[str, Any]]:
     """The rows of a table that name an image; broken lines name none, since the table is about to be replaced."""
-    for line in table.read_bytes().split(b"\n") if table.is_file() else ():
+    for _, line in finished_lines(table):
         try:
             row = json.loads(line)
         except ValueError:

@@ -28,20 +28,17 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rankwise.data.device import FILE as DEVICE
 from rankwise.data.device import DeviceTarget, read_target
-from rankwise.data.input_record import FILE as INPUT
 from rankwise.data.input_record import read_input, sha256_of
 from rankwise.data.template import NOW, with_date
 from rankwise.errors import DataError, UsageError
-from rankwise.files.adapter import CONFIG_NAME, contracts
+from rankwise.files.adapter import CONFIG_NAME, DEVICE, INPUT, contracts
 from rankwise.files.atomic import free_space, read_object, write_json, write_text
 from rankwise.files.checkpoint import DTYPES, LENGTH_BYTES
 from rankwise.files.run_folder import CONFIG, MANIFEST
 from rankwise.merge.plan import TOKENIZER_CONFIG, Entry, MergePlan
 from rankwise.models.adapt import ADAPTER
-from rankwise.models.depth.encoder import FILE as DEPTH_FILE
-from rankwise.models.depth.encoder import write_depth
+from rankwise.models.depth.encoder import DEPTH, write_depth
 from rankwise.models.load import load_processor, load_tokenizer
 from rankwise.models.vocabulary import with_rows
 
@@ -52,7 +49,7 @@ INDEX = "model.safetensors.index.json"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 GENERATION = "generation_config.json"
 COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
-NOT_COPIED = (CONFIG, MANIFEST, CONFIG_NAME, "config.json", "sites.json", "trainer_state.json", DEPTH_FILE)
+NOT_COPIED = (CONFIG, MANIFEST, CONFIG_NAME, "config.json", "sites.json", "trainer_state.json", DEPTH.name)
 TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece")
 PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 TEMPLATE, OLDER_TEMPLATE = "chat_template.jinja", "chat_template.json"

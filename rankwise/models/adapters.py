@@ -28,8 +28,9 @@ from rankwise.files.adapter import (
     read_adapter,
     write_adapter,
 )
-from rankwise.files.atomic import atomic_files, read_object, write_json
+from rankwise.files.atomic import atomic_files, read_object
 from rankwise.files.checkpoint import ADAPTER_NAMES, Checkpoint
+from rankwise.files.document import Document
 from rankwise.models.adapt import (
     ADAPTER,
     built_shapes,
@@ -43,8 +44,7 @@ from rankwise.models.sites import weight_table
 from rankwise.models.targets import scales
 from rankwise.models.vocabulary import fit_vocabulary
 
-SITES_FILE = "sites.json"
-SITES_FORMAT = "rankwise-sites/1"
+SITES = Document("sites.json", "rankwise-sites/1", "a record of adapted sites", "rankwise train", ("sites", "left_out"))
 CONVERTED = 1e-5  # relative: what float32 leaves of a weight that gave away its leading directions and got them back
 
 
@@ -61,8 +61,8 @@ def write_sites(folder: Path, plan: RankPlan, left_out: list[str], full: Mapping
     ]
     left_out = left_out + [row.site.path for row in plan.sites if not row.rank]
     whole = [{"path": path, "tower": tower} for path, tower in (full or {}).items()]
-    content = {"format": SITES_FORMAT, "model_name": plan.model_name, "sites": rows, "left_out": left_out}
-    return write_json(folder / SITES_FILE, {**content, "full": whole})
+    content = {"model_name": plan.model_name, "sites": rows, "left_out": left_out}
+    return SITES.write(folder, {**content, "full": whole})
 
 
 def save_adapter(
@@ -209,18 +209,17 @@ def compare_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], wh
 
 def check_recorded(model: PeftModel, folder: Path, where: str) -> None:
     """Check that the sites and whole modules that PEFT matched are those of `sites.json`, where there is one."""
-    file = folder / SITES_FILE
-    if not file.is_file():
+    if not (folder / SITES.name).is_file():
         return
-    content = read_object(file)
+    content = SITES.read(folder)
     whole = {row["path"] for row in content.get("full", ())} ^ set(full_copies(model))
     if whole and "full" in content:
-        raise DataError(f"{where}: modules trained in full differ from {SITES_FILE} ({min(whole)} …)")
+        raise DataError(f"{where}: modules trained in full differ from {SITES.name} ({min(whole)} …)")
     recorded = {row["path"]: row["shape"] for row in content["sites"]}
     matched = {path: [b[0], a[1]] for path, (a, b) in built_shapes(model).items()}
     if matched != recorded:
         wrong = sorted(path for path in {**recorded, **matched} if recorded.get(path) != matched.get(path))
-        raise DataError(f"{where}: {len(wrong)} sites differ from {SITES_FILE} ({wrong[0]} …)")
+        raise DataError(f"{where}: {len(wrong)} sites differ from {SITES.name} ({wrong[0]} …)")
 
 
 def check_effect(model: PeftModel, where: str) -> None:

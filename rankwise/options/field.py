@@ -14,7 +14,6 @@ import math
 import tomllib
 import types
 import typing
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -332,10 +331,11 @@ class RepeatedName(ValueError):
 
 def unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     """`object_pairs_hook` of json."""
-    for name, count in Counter(name for name, _ in pairs).items():
-        if count > 1:
-            raise RepeatedName(name)
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise RepeatedName(next(name for name in names if names.count(name) > 1))
+    return found
 
 
 @cache

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -143,7 +143,7 @@ def step(folder: RunFolder, recipe: Recipe, index: int, config: Any, again: bool
     write_mark(folder.path, stage.name, {"started": mark})
     with monitor.watching(stage.name) as samples:
         execute(stage, ready, folder / STATE)
-    seconds, usage = round(time.monotonic() - started, 1), usage_of(samples).as_dict()
+    seconds, usage = round(time.monotonic() - started, 1), asdict(usage_of(samples))
     # A stage may write beside what it reads: the mark is that of the finished run.
     write_mark(folder.path, stage.name, {"done": fingerprint_of(stage, config, previous), "seconds": seconds, **usage})
     print(f"{title}: {duration(seconds)}", flush=True)

@@ -19,11 +19,12 @@ from tqdm.auto import tqdm
 from rankwise.core.measure import Delta, energy_of, from_difference, subtract
 from rankwise.core.site import Site, describe
 from rankwise.errors import DataError
-from rankwise.files.atomic import atomic_folder, read_object, write_json
+from rankwise.files.atomic import atomic_folder, write_json
 from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint
+from rankwise.files.document import Document
 from rankwise.models.sites import WeightTable
 
-DELTAS_FILE = "deltas.json"
+DELTAS = Document("deltas.json", "rankwise-deltas/1", "saved deltas", "rankwise finetune")
 WEIGHT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -121,20 +122,20 @@ class SavedDeltas:
 def open_deltas(path: Path) -> SavedDeltas:
     """Deltas from a finetune run folder, or from the `deltas/` folder in it."""
     folder = path / "deltas" if (path / "deltas").is_dir() else path
-    if not (folder / DELTAS_FILE).is_file():
+    if not (folder / DELTAS.name).is_file():
         raise DataError(
-            f"{path}: no deltas/{DELTAS_FILE} here; `rankwise finetune` writes it (two checkpoints go in as BASE TUNED)"
+            f"{path}: no deltas/{DELTAS.name} here; `rankwise finetune` writes it (two checkpoints go in as BASE TUNED)"
         )
-    metadata = read_object(folder / DELTAS_FILE)
+    metadata = DELTAS.read(folder)
     checkpoint = open_checkpoint(folder)
     try:
         rows = [describe(row["path"], row["shape"], row["tower"], row["transposed"]) for row in metadata["sites"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{folder / DELTAS_FILE}: not what `rankwise finetune` writes: {error!r}") from error
+        raise DataError(f"{folder / DELTAS.name}: not what `rankwise finetune` writes: {error!r}") from error
     for row in rows:
         shape = checkpoint.shape(f"{row.path}.weight")
         if shape != (row.shape[::-1] if row.transposed else row.shape):
-            raise DataError(f"{folder}: {row.path} is {shape} in the weights and {row.shape} in {DELTAS_FILE}")
+            raise DataError(f"{folder}: {row.path} is {shape} in the weights and {row.shape} in {DELTAS.name}")
     return SavedDeltas(checkpoint, {row.path: row for row in rows}, metadata, str(path))
 
 
@@ -144,7 +145,6 @@ def check_finite(site: Site, delta: Delta) -> None:
         raise DataError(f"{site.path}.weight: the delta has NaN or infinite entries; the run it comes from diverged")
 
 
-FORMAT = "rankwise-deltas/1"
 SHARD_BYTES = 2**30
 
 
@@ -214,5 +214,5 @@ def write_deltas(
         index_content = {"metadata": {"total_size": size}, "weight_map": places}
         write_json(temporary / "deltas.safetensors.index.json", index_content)
         rows = [sites[path].as_dict() for path in energies]
-        write_json(temporary / DELTAS_FILE, {"format": FORMAT, **facts, "sites": rows, "base_energy": energies})
+        DELTAS.write(temporary, {**facts, "sites": rows, "base_energy": energies})
     return folder

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def run(config: ExtractConfig) -> Fidelity:
         record.outputs |= carry(Path(str(config.deltas or config.tuned)), folder.path)
         record.outputs |= tokenizer_of(config.tuned, rest, fidelity, folder.path)
         record.outputs["fidelity"] = fidelity.write(folder.path)
-        record.facts |= fidelity.facts() | {"verification": proof and proof.as_dict()}
+        record.facts |= fidelity.facts() | {"verification": proof and asdict(proof)}
         folder.save_config(config)
     report(config, fidelity, notes, proof, both)
     return fidelity

@@ -17,13 +17,12 @@ from rankwise.core.measure import energy_between, energy_of
 from rankwise.core.site import Site
 from rankwise.errors import DataError, VerificationError
 from rankwise.files.adapter import LoraAdapter
-from rankwise.files.atomic import read_object, write_json
+from rankwise.files.document import Document
 from rankwise.page.blocks import Block, Finding, Folded, Table
 from rankwise.page.text import amount, has_numbers, is_number, number, plural
 from rankwise.ranks.deltas import CheckpointPair, DeltaSource, SavedDeltas, WeightPair, weight_name
 
-FILE = "fidelity.json"
-FORMAT = "rankwise-fidelity/1"
+DOCUMENT = Document("fidelity.json", "rankwise-fidelity/1", "a record of the energy kept")
 MEASURED = 1e-5  # of the energy: a delta against its factors, multiplied in float32
 EXACT = 1e-9  # factors against factors in float64; what is written in float32 loses 1e-14
 
@@ -105,7 +104,6 @@ class Fidelity:
 
     def write(self, folder: Path) -> Path:
         content = {
-            "format": FORMAT,
             "energy_kept": self.energy_kept,
             "energy_left_out": self.energy_outside,
             "parameters": self.parameters,
@@ -114,7 +112,7 @@ class Fidelity:
             "left_out": [row.as_dict() for row in self.left_out],
             "whole": list(self.whole),
         }
-        return write_json(folder / FILE, content)
+        return DOCUMENT.write(folder, content)
 
     def summary(self) -> str:
         """24 sites · rank 3 to 9 · 590K parameters · energy kept 95.4 % (lowest: 95.0 % at model.layers.0…)"""
@@ -286,7 +284,7 @@ def fidelity_blocks(content: Mapping[str, Any]) -> list[Block]:
 
 
 def read_fidelity(path: Path) -> Mapping[str, Any]:
-    content = read_object(path)
+    content = DOCUMENT.read(path)
     rows = content.get("sites")
     numbers = ("rank", "energy_kept", "parameters")
     if not isinstance(rows, list) or not all(has_numbers(row, numbers, "path") for row in rows):
@@ -294,7 +292,7 @@ def read_fidelity(path: Path) -> Mapping[str, Any]:
     return content
 
 
-FIDELITY = Finding(FILE, ("extract", "compress", "merge"), read_fidelity, fidelity_blocks)
+FIDELITY = Finding(DOCUMENT.name, ("extract", "compress", "merge"), read_fidelity, fidelity_blocks)
 
 
 def spaced(name: str) -> str:

@@ -28,7 +28,7 @@ from rankwise.models.vocabulary import embedding_paths
 from rankwise.options.commands import RanksConfig
 from rankwise.options.sections import TOWERS, SitesSection
 from rankwise.ranks.deltas import (
-    DELTAS_FILE,
+    DELTAS,
     WEIGHT_TYPES,
     CheckpointPair,
     DeltaSource,
@@ -295,7 +295,7 @@ def measure_source(
 def other_probe(path: str, base: str | None, asked: SitesSection, notes: list[str]) -> DeltaSource:
     """A further probe of the same sites: saved deltas, an adapter, or another tuned checkpoint of the same base."""
     folder = resolve(path)
-    if (folder / DELTAS_FILE).is_file() or (folder / "deltas" / DELTAS_FILE).is_file():
+    if (folder / DELTAS.name).is_file() or (folder / "deltas" / DELTAS.name).is_file():
         return open_source(asked, notes, deltas=str(folder))
     if (folder / "adapter_config.json").is_file():
         return open_adapter(str(folder), None, asked, notes)

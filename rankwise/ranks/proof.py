@@ -11,7 +11,7 @@ taken for a matrix, another config) is a difference. One layer is in memory at a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -48,9 +48,6 @@ class Proof:
     error: float
     effect: float
     distance: float
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
 
     def require(self) -> None:
         if not self.error <= max(NO_EFFECT, min(TOLERANCE[torch.float32], LOST * self.effect)):

@@ -24,7 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 
 from rankwise.errors import ServiceError, UsageError, VerificationError
 from rankwise.files.adapter import CONFIG_NAME, CONTRACTS
-from rankwise.files.atomic import read_bytes, read_object, write_text
+from rankwise.files.atomic import read_bytes, read_if_there, read_object, write_text
 from rankwise.files.checkpoint import HUB_ID
 from rankwise.files.lineage import EXPORT
 from rankwise.options.commands import CardConfig
@@ -295,7 +295,7 @@ def usage(kind: str, place: Path, repository: str, *, sees: bool) -> list[str]:
     if kind == "adapter":
         load = f'model = PeftModel.from_pretrained(base, "{repository}")  # base: {auto}.from_pretrained(…)'
         return ["```python", "from peft import PeftModel", load, "```"]
-    exports = read_object(place / EXPORT).get("files", {}) if (place / EXPORT).is_file() else {}
+    exports = read_if_there(place / EXPORT).get("files", {})
     for files in reversed(list(exports.values())):
         more = f" --mmproj {files['mmproj']}" if files.get("mmproj") else ""
         return ["```bash", f"llama-server -m {files['text']}{more}", "```"]

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise.data.input_record import FILE as INPUT
 from rankwise.data.input_record import read_input
-from rankwise.device.scores import FILE as VALIDATION
+from rankwise.device.bundle_files import BUNDLE
+from rankwise.device.validation_page import VALIDATION
 from rankwise.errors import DataError
-from rankwise.files.adapter import CONFIG_NAME, is_adapter
-from rankwise.files.atomic import read_object
+from rankwise.files.adapter import CONFIG_NAME, INPUT, is_adapter
+from rankwise.files.atomic import read_if_there, read_object
 from rankwise.files.checkpoint import HUB_ID
 from rankwise.files.lineage import EXPORT, adapters_of, chain, named, walk
 from rankwise.files.run_folder import CONFIG, MANIFEST
@@ -27,7 +27,6 @@ from rankwise.page.template import markdown_table
 from rankwise.page.text import amount, duration, memory, metric_name, number, percent, score
 from rankwise.report.contents import Contents, Scored, read_run
 
-BUNDLE = "bundle.json"
 KINDS = ("bundle", "export", "merged", "adapter")  # the furthest along first
 
 
@@ -46,8 +45,7 @@ class ManifestEntry:
 
     @property
     def config(self) -> dict[str, Any]:
-        file = self.folder / CONFIG
-        return read_object(file) if file.is_file() else {}
+        return read_if_there(self.folder / CONFIG)
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def folders_of(run: Path, kind: str) -> list[Path]:
     """Folders of that kind in the run, the newest first."""
     files = list(walk(run))
     if kind in ("export", "bundle"):
-        found = [path.parent for path in named(files, EXPORT if kind == "export" else BUNDLE)]
+        found = [path.parent for path in named(files, EXPORT if kind == "export" else BUNDLE.name)]
     elif kind == "merged":
         found = [path.parent for path in named(files, MANIFEST) if adapters_of(path, ["merge"])]
     else:
@@ -259,11 +257,11 @@ def file_scores(sources: Sources) -> list[FileScore]:
     """From the validations; without one, from what a bundle keeps of its own."""
     found = [
         (form, facts, form == content.get("outtype"))
-        for _, content in sources.json(VALIDATION)
+        for _, content in sources.json(VALIDATION.file)
         for form, facts in (content.get("by_outtype") or {}).items()
     ]
     if not found:
-        bundles = [content for _, content in sources.json(BUNDLE) if content.get("validation")]
+        bundles = [content for _, content in sources.json(BUNDLE.name) if content.get("validation")]
         found = [(str(content.get("outtype")), content["validation"], True) for content in bundles]
     return [row for form, facts, ships in found for row in scores_of(form, facts, ships)]
 
@@ -340,7 +338,7 @@ def device(sources: Sources) -> list[str]:
     """How far up the parity ladder the files agree with the trained model."""
     return [
         f"- {name}: {ladder_words(ladder)}"
-        for _, content in sources.json(VALIDATION)
+        for _, content in sources.json(VALIDATION.file)
         for name, ladder in (content.get("parity") or {}).items()
     ]
 
@@ -382,8 +380,8 @@ def failures(sources: Sources, kind: str) -> list[str]:
         return lines
     for folder, content in sources.json(EXPORT):
         lines += [] if content.get("verification") else [f"{folder.name}/{EXPORT}: the export was not verified"]
-    for folder, content in sources.json(VALIDATION):
-        where = f"{folder.name}/{VALIDATION}"
+    for folder, content in sources.json(VALIDATION.file):
+        where = f"{folder.name}/{VALIDATION.file}"
         lines += [f"{where}: {failure}" for failure in content.get("failures") or ()]
         broken = {name: ladder.get("first_broken") for name, ladder in (content.get("parity") or {}).items()}
         lines += [

@@ -17,7 +17,7 @@ from typing import Any
 
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.predictions import EvaluationResult
-from rankwise.files.atomic import read_object, write_json, write_text
+from rankwise.files.atomic import read_if_there, write_json, write_text
 from rankwise.options.commands import CompareConfig
 from rankwise.page import canvas
 from rankwise.page.blocks import Table, lines
@@ -88,7 +88,7 @@ def trained(contents: Contents) -> dict[str, float | None]:
         "trainable_parameters": entry.get("trainable_parameters"),
         "steps": entry.get("steps"),
         "seconds": entry.get("training_seconds"),
-        "train_loss": read_object(summary).get("train_loss") if stages and summary.is_file() else None,
+        "train_loss": read_if_there(summary).get("train_loss") if stages else None,
         "eval_loss": min(validation, default=None),
     }
     return {key: value if is_number(value) else None for key, value in found.items()}

@@ -10,7 +10,6 @@ folders.
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -21,16 +20,16 @@ from rankwise.core.plan import RankPlan
 from rankwise.device.validation_page import VALIDATION
 from rankwise.errors import DataError
 from rankwise.evaluate.forgetting import FILE as FORGETTING
-from rankwise.evaluate.predictions import FILE as RESULTS
-from rankwise.evaluate.predictions import EvaluationResult
+from rankwise.evaluate.predictions import RESULTS, EvaluationResult
 from rankwise.features.downstream_page import ANSWERS
 from rankwise.features.history import EPOCHS
 from rankwise.features.page import FACTORS
 from rankwise.files.atomic import read_bytes, read_json, read_object
+from rankwise.files.document import read_lines
 from rankwise.files.lineage import named, walk
 from rankwise.files.plan import read_plan
-from rankwise.files.run_folder import FORMAT as MANIFEST_FORMAT
-from rankwise.files.run_folder import MANIFEST, without_secrets
+from rankwise.files.run_folder import MANIFEST, STAGES, without_secrets
+from rankwise.models.adapters import SITES
 from rankwise.page.blocks import Finding
 from rankwise.pipeline.times import StageTime, read_times
 from rankwise.ranks.fidelity import FIDELITY
@@ -172,9 +171,9 @@ def folder(run: Path, path: Path) -> str:
 
 def read_stages(run: Path, files: list[Path]) -> Iterator[StageRun]:
     for path in named(files, MANIFEST):
-        content = read_json(path)
-        if not isinstance(content, dict) or content.get("format") != MANIFEST_FORMAT:
-            continue  # other programs call their files so too
+        content = STAGES.read_own(path)
+        if content is None:
+            continue
         stages = content.get("stages")
         if not isinstance(stages, dict) or not all(isinstance(entry, dict) for entry in stages.values()):
             raise DataError(f"{path}: `stages` is not an object of stages; delete the file or run the stage again")
@@ -193,12 +192,12 @@ def read_plans(run: Path, files: list[Path]) -> Iterator[tuple[str, RankPlan]]:
 def read_scores(run: Path, files: list[Path]) -> Iterator[Scored]:
     """All scores but those that a validation has made for itself: it shows them in its own table."""
     within = {path.parent for path in named(files, VALIDATION.file)}
-    for path in [*named(files, RESULTS), *named(files, FORGETTING)]:
+    for path in [*named(files, RESULTS.name), *named(files, FORGETTING)]:
         if within & set(path.parents):
             continue
         where = folder(run, path)
         predictions = path.with_name("predictions.jsonl")
-        rows = read_predictions(predictions) if path.name == RESULTS and predictions.is_file() else {}
+        rows = read_predictions(predictions) if path.name == RESULTS.name and predictions.is_file() else {}
         result, label = EvaluationResult.load(path), label_of(where)
         is_before = bool(BEFORE.search(f"{where}/{label}"))
         yield Scored(label, where, result, path.stat().st_mtime, is_before, rows)
@@ -227,20 +226,8 @@ def in_order(scores: Iterator[Scored]) -> list[Scored]:
 
 def read_predictions(path: Path) -> dict[str, Mapping[str, Any]]:
     """id → row. A last line without its end is what an interrupted evaluation leaves, and is left out."""
-    rows: dict[str, Mapping[str, Any]] = {}
-    text = read_bytes(path).decode("utf-8", errors="replace")
-    complete = text if text.endswith("\n") else text[: text.rfind("\n") + 1]
-    for line, row in enumerate(complete.split("\n"), start=1):
-        if not row.strip():
-            continue
-        try:
-            content = json.loads(row)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {line}: not JSON: {error.msg}") from error
-        if not isinstance(content, dict):
-            raise DataError(f"{path}, line {line}: expected an object {{…}}, found {type(content).__name__}")
-        rows[str(content.get("id", line))] = content
-    return rows
+    rows = enumerate(read_lines(path, "a prediction", dict), 1)
+    return {str(row.get("id", line)): row for line, row in rows}
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -258,7 +245,7 @@ def read_gradients(run: Path, files: list[Path]) -> Iterator[tuple[str, Gradient
 
 def read_sites(path: Path) -> Adapted:
     """The adapted sites of a training run, summed up."""
-    content = read_object(path)
+    content = SITES.read(path)
     try:
         rows = content["sites"]
         parameters = sum(row["rank"] * sum(row["shape"]) for row in rows)

@@ -10,8 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rankwise.data.split import Parts, Sizes
-from rankwise.files.atomic import write_json
+from rankwise.data.split import PARTS, Parts, Sizes
 from rankwise.files.ledger import Ledger
 from rankwise.files.processes import announce, finish, gathered, process_index
 from rankwise.files.run_folder import RunFolder, held
@@ -27,7 +26,6 @@ from rankwise.study.plans import Plans
 from rankwise.study.protocol import report, tune, tuning_batch
 from rankwise.study.results import FinishedStudy, conclude
 
-PARTS = "parts.json"
 check = design_study  # of options, before anything is read
 NEED_A_PROBE = (*RULES, "shuffled", "inverted", "warm", "plan-warm")
 
@@ -75,7 +73,7 @@ def register_study(folder: RunFolder, design: Design, material: Material) -> Reg
     if process_index()[0] == 0:
         register(folder.path, design.content | {"inputs": read_by(design.config, material)}, design.config.deviation)
         folder.save_config(design.config)
-        write_json(folder / PARTS, material.parts.record())
+        PARTS.write(folder, material.parts.record())
     gathered({})
     return Registration(folder.path)
 

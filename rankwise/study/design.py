@@ -7,9 +7,7 @@ design.contrasts         (first, second) pairs that get a verdict
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +17,8 @@ from typing import Any
 
 from rankwise.data.sources.load import check_data
 from rankwise.errors import UsageError, VerificationError
-from rankwise.files.atomic import read_object, write_json
+from rankwise.files.atomic import digest_of, read_if_there, write_json
+from rankwise.files.document import Document, append_lines, as_plain, finished_lines, read_lines
 from rankwise.files.run_folder import versions
 from rankwise.options.field import flatten
 from rankwise.options.study import StudyConfig
@@ -171,8 +170,7 @@ class Design:
 
 def digest(content: Any) -> str:
     """SHA-256 of the content as canonical JSON."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest_of(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
 def design_study(config: StudyConfig) -> Design:
@@ -243,8 +241,8 @@ def further_counts(config: StudyConfig) -> list[int]:
     return [min(config.first_seeds + i * config.more_seeds, config.most_seeds) for i in range(steps + 1)]
 
 
-FORMAT = "rankwise-preregistration/1"
-FILE, DEVIATIONS, TEST_READ = "preregistration.json", "deviations.jsonl", "test_read.json"
+PREREGISTRATION = Document("preregistration.json", "rankwise-preregistration/1", "a preregistration", "rankwise study")
+FILE, DEVIATIONS, TEST_READ = PREREGISTRATION.name, "deviations.jsonl", "test_read.json"
 
 
 @dataclass(frozen=True)
@@ -256,19 +254,20 @@ class Registration:
     @property
     def first(self) -> dict[str, Any]:
         """VerificationError where it was altered."""
-        return sound(read_object(self.folder / FILE), str(self.folder / FILE))
+        return sound(PREREGISTRATION.read(self.folder), str(self.folder / FILE))
 
     @property
     def deviations(self) -> list[dict[str, Any]]:
         """VerificationError where one was altered."""
         path = self.folder / DEVIATIONS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [sound(json.loads(line), f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+        return [
+            sound(row, f"{path}, line {number}")
+            for number, row in enumerate(read_lines(path, "a deviation", dict, "restore the file"), 1)
+        ]
 
     @property
     def test_read(self) -> dict[str, Any] | None:
-        path = self.folder / TEST_READ
-        return read_object(path) if path.is_file() else None
+        return read_if_there(self.folder / TEST_READ) or None
 
     def deviate(self, why: str, what: Mapping[str, Any], content: Mapping[str, Any]) -> None:
         """Put a deviation on record, with what was known when it was decided."""
@@ -276,16 +275,13 @@ class Registration:
             "time": now(),
             "why": why,
             **what,
-            "runs_finished": sum(
-                len(path.read_text(encoding="utf-8").splitlines()) for path in self.folder.glob("runs*.jsonl")
-            ),
+            "runs_finished": sum(len(list(finished_lines(path))) for path in self.folder.glob("runs*.jsonl")),
             "test_was_read": self.test_read is not None,
             "sha256": digest(content),
             "versions": versions(),
             "content": content,
         }
-        with (self.folder / DEVIATIONS).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
+        append_lines(self.folder / DEVIATIONS, [as_plain(row, sort_keys=True)])
 
     def read_test(self, runs: Sequence[Mapping[str, Any]], deviation: str | None) -> None:
         """Mark that the test items of these runs are looked at; once, or as a deviation.
@@ -337,10 +333,10 @@ def register(folder: Path, content: Mapping[str, Any], deviation: str | None) ->
     Raises UsageError, naming every difference, where it does not and no deviation is declared.
     """
     registration = Registration(folder)
-    content = json.loads(json.dumps(content))
+    content = as_plain(content)
     if not (folder / FILE).is_file():
-        facts = {"format": FORMAT, "sha256": digest(content), "time": now(), "versions": versions()}
-        write_json(folder / FILE, facts | {"content": content})
+        facts = {"sha256": digest(content), "time": now(), "versions": versions()}
+        PREREGISTRATION.write(folder, facts | {"content": content})
         return registration
     changed = differences(registration.current, content) | other_versions(registration.latest.get("versions"))
     if changed and not deviation:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from rankwise.core.phase import BoundNorm, bind
 from rankwise.evaluate.likelihood import answer_losses
-from rankwise.files.atomic import read_object, write_json
+from rankwise.files.atomic import read_if_there, read_object, write_json
 from rankwise.files.ledger import Ledger
 from rankwise.files.processes import gathered, own_share, process_index
 from rankwise.options.study import StudyConfig
@@ -190,7 +190,7 @@ def matched_steps(design: Design, plans: Plans) -> dict[str, int]:
     path = plans.folder / STEP_TIMES
     timed = [arm for arm in design.arms if timed_like(arm) is not None]
     if timed and process_index()[0] == 0:
-        times = read_object(path) if path.is_file() else {STATIC: step_time(design, plans, None)}
+        times = read_if_there(path) or {STATIC: step_time(design, plans, None)}
         new = [arm for arm in timed if arm not in times]
         write_json(path, times | {arm: step_time(design, plans, timed_like(arm)) for arm in new})
     gathered({})  # the others wait for the first

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from rankwise.data.sources.load import read_examples
 from rankwise.data.split import Parts, Sizes, divided
 from rankwise.errors import DataError
 from rankwise.evaluate.likelihood import Batch, training_batches
-from rankwise.files.atomic import fingerprint, fingerprints, read_object
+from rankwise.files.atomic import fingerprint, fingerprints, read_if_there
 from rankwise.files.checkpoint import base_files, open_checkpoint, resolve
 from rankwise.files.processes import announce, gathered, process_index
 from rankwise.files.run_folder import CONFIG
@@ -205,7 +205,7 @@ def probe_cost(config: StudyConfig) -> int:
         return math.ceil(rows / config.batch_size)
     costs = []
     for path in map(Path, config.probe.deltas):
-        settings: Mapping[str, Any] = read_object(path / CONFIG) if (path / CONFIG).is_file() else {}
+        settings = read_if_there(path / CONFIG)
         per_step: int = settings.get("batch_size", config.batch_size) * settings.get("gradient_accumulation", 1)
         costs.append(math.ceil(int(open_deltas(path).metadata["steps"]) * per_step / config.batch_size))
     return max(costs)

@@ -12,14 +12,20 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from rankwise.files.atomic import read_document, write_json, write_text
+from rankwise.files.atomic import write_text
+from rankwise.files.document import Document
 from rankwise.page import canvas
 from rankwise.page.blocks import Block, Finding, Folded, Page, Plot, Section, Table, Words, drawn, into, pictures
 from rankwise.page.template import markdown
 from rankwise.page.text import clip, number, plural
 
-FORMAT = "rankwise-study/1"
-PARTS = ("verdicts", "assay", "arms", "differences", "tuning", "seeds", "data", "notes", "registration")
+DOCUMENT = Document(
+    "study.json",
+    "rankwise-study/1",
+    "a study",
+    "rankwise study",
+    ("verdicts", "assay", "arms", "differences", "tuning", "seeds", "data", "notes", "registration"),
+)
 Study = Mapping[str, Any]
 
 
@@ -164,9 +170,6 @@ def tuning_table(study: Study) -> Table:
     return Table(("arm", "at", "learning rate", "scale", "points tried"), rows, first_number=2)
 
 
-FILE = "study.json"
-
-
 def write_study(folder: Path, study: Mapping[str, Any]) -> dict[str, Path | str]:
     """Write them into the run folder; what was written, by name."""
     target = into(folder / "plots") if canvas.drawable("pictures of the study are") else None
@@ -174,7 +177,7 @@ def write_study(folder: Path, study: Mapping[str, Any]) -> dict[str, Path | str]
     title, subtitle = study["question"] or "Study", f"{study['kind']} compared at equal parameters"
     page = Page(title, subtitle, sections=[Section("Verdicts", blocks)])
     written: dict[str, Path | str] = {
-        "study": write_json(folder / FILE, study),
+        "study": DOCUMENT.write(folder, study),
         "page": write_text(folder / "study.md", markdown(page, folder)),
     }
     return written | pictures(blocks)
@@ -298,7 +301,7 @@ PLOTS = {
 
 
 def read_study(path: Path) -> Study:
-    return read_document(path, FORMAT, "a study", PARTS)
+    return DOCUMENT.read(path)
 
 
-STUDY = Finding(FILE, ("study",), read_study, study_blocks)
+STUDY = Finding(DOCUMENT.name, ("study",), read_study, study_blocks)

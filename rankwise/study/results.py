@@ -14,7 +14,6 @@ from rankwise.study.arms import INVERTED, REFERENCES, RULES, STATIC, UNIFORM, VE
 from rankwise.study.design import Contender, Design, Registration
 from rankwise.study.evidence import assay_works, judge
 from rankwise.study.execution import Bench
-from rankwise.study.page import FORMAT
 from rankwise.study.protocol import Reported, Tuned, effect_of, report_run
 
 
@@ -45,7 +44,6 @@ def conclude(outcome: FinishedStudy, registration: Registration) -> dict[str, An
     ]
     registration.read_test(runs, config.deviation)
     return {
-        "format": FORMAT,
         "question": config.question,
         "kind": config.kind,
         "metric": "nats per answer token",

@@ -7,7 +7,6 @@ A folder without a manifest was being written when the process ended.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,11 +20,12 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.errors import DataError, UsageError
-from rankwise.files.atomic import Aside, flush, read_object, sha256, write_json
+from rankwise.files.atomic import Aside, flush, sha256
+from rankwise.files.document import Document, as_plain
 from rankwise.files.processes import announce
 
 MANIFEST = "rankwise_manifest.json"
-FORMAT = "rankwise-checkpoint/1"
+SEAL = Document(MANIFEST, "rankwise-checkpoint/1", "a checkpoint's manifest", parts=("files", "identity"))
 HASHED_BYTES = 2**30  # larger files are checked by size alone: hashing 16 GB takes longer than saving them
 FOLDER = re.compile(r"checkpoint-(\d+)")
 STATE = re.compile(r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth")
@@ -56,10 +56,9 @@ def seal(folder: Path, identity: Mapping[str, Any]) -> None:
         flush(file)
     for inner in {file.parent for file in files}:
         flush(inner)
-    write_json(
-        folder / MANIFEST,
+    SEAL.write(
+        folder,
         {
-            "format": FORMAT,
             "step": step_of(folder),
             "files": {file.relative_to(folder).as_posix(): file_entry(file) for file in files},
             "identity": dict(identity),
@@ -94,7 +93,7 @@ def find_damage(folder: Path) -> list[str]:
     if not (folder / MANIFEST).is_file():
         return ["it has no manifest: saving it was interrupted"]
     try:
-        files: Mapping[str, Mapping[str, Any]] = read_object(folder / MANIFEST)["files"]
+        files: Mapping[str, Mapping[str, Any]] = SEAL.read(folder)["files"]
         return [reason for name, row in files.items() if (reason := difference(folder / name, row))]
     except (DataError, KeyError, TypeError, AttributeError):
         return [f"its {MANIFEST} is damaged"]
@@ -164,7 +163,7 @@ def identity_of(arguments: TrainingArguments, **facts: Any) -> dict[str, Any]:
     """
     settings = {name: getattr(arguments, name) for name in DECISIVE if hasattr(arguments, name)}
     whole = {**settings, "processes": arguments.world_size, **facts}
-    plain: dict[str, Any] = json.loads(json.dumps(dict(leaves(whole)), default=str))
+    plain: dict[str, Any] = as_plain(dict(leaves(whole)), default=str)
     return plain
 
 
@@ -254,7 +253,7 @@ def named_checkpoint(folder: Path) -> Path:
 
 def refuse_other_run(folder: Path, identity: Mapping[str, Any]) -> None:
     """Raise UsageError with the differences between the run that was saved and this one."""
-    found = differences(read_object(folder / MANIFEST)["identity"], identity)
+    found = differences(SEAL.read(folder)["identity"], identity)
     if found:
         more = [f"… and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
         raise UsageError(

@@ -16,9 +16,10 @@ from rankwise.core.plan import RankPlan
 from rankwise.data.depth.prepare import asked, depth_lines, gate_module, save_depth
 from rankwise.data.input_record import save_input
 from rankwise.data.sources.load import check_data
+from rankwise.data.split import SPLIT
 from rankwise.errors import UsageError
 from rankwise.files.adapter import LoraPair
-from rankwise.files.atomic import read_object, write_json
+from rankwise.files.atomic import read_object
 from rankwise.files.plan import find_plan
 from rankwise.files.processes import announce
 from rankwise.files.run_folder import RunFolder, held
@@ -43,7 +44,6 @@ from rankwise.train.job import Job, prepare, rates_of, settle_training
 from rankwise.train.launch import check_folder, starting_point, train_job
 from rankwise.train.phases import gradient_norms, phase_keeper, schedule_of
 from rankwise.train.results import (
-    SPLIT_FILE,
     Outcome,
     adapter_folder,
     finish,
@@ -121,7 +121,7 @@ def run(config: TrainConfig) -> Path:
         record.outputs |= save_task(config.data, adapter_folder(config))
         if trainer.is_world_process_zero():
             record.outputs |= save_input(job.renderer, job.record, adapter_folder(config))
-            write_json(folder / SPLIT_FILE, split.record())
+            SPLIT.write(folder, split.record())
             total = sum(parameter.numel() for parameter in skeleton.parameters())
             finish(config, trainer, outcome, total, record, seconds)
             record.facts |= {"trained_in_full": list(full)} if full else {}

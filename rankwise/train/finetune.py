@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from rankwise.data.example import Example, Examples
-from rankwise.data.input_record import FILE as INPUT
 from rankwise.data.input_record import InputRecord, save_input
 from rankwise.data.render import Renderer
 from rankwise.data.renderer_for import decode_aside, renderer_for
 from rankwise.data.sources.load import check_data, read_examples, settle
 from rankwise.data.split import subset
 from rankwise.errors import UsageError
+from rankwise.files.adapter import INPUT
 from rankwise.files.atomic import atomic_folder, fingerprints
 from rankwise.files.checkpoint import open_checkpoint, resolve
 from rankwise.files.processes import announce, process_index

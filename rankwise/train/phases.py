@@ -24,7 +24,7 @@ from rankwise.core.phase import Bound, BoundNorm, BoundPhases, Form, Phases, bin
 from rankwise.core.schedule import parse_schedule, strategy
 from rankwise.core.site import Site
 from rankwise.errors import DataError, UsageError
-from rankwise.files.atomic import read_object, write_json
+from rankwise.files.atomic import read_if_there, read_object, write_json
 from rankwise.files.processes import announce
 from rankwise.models.adapt import full_parameters, site_parameters
 from rankwise.options.sections import PhasesSection
@@ -168,8 +168,8 @@ def measuring(schedule: Bound, step: int) -> BoundNorm | None:
 
 def phase_of(checkpoint: Path) -> str | None:
     """The phase that a checkpoint was saved in; None where training had none."""
-    file = checkpoint / PHASES_STATE
-    return str(read_object(file)["phase"]) if file.is_file() else None
+    phase: str | None = read_if_there(checkpoint / PHASES_STATE).get("phase")
+    return phase
 
 
 RECOMMENDED = "both-mlp-attn"

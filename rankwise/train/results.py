@@ -15,17 +15,18 @@ from torch import Tensor
 from transformers import TrainerState
 
 from rankwise.core.plan import RankPlan
+from rankwise.data.split import SPLIT
 from rankwise.errors import VerificationError
 from rankwise.evaluate.likelihood import BESIDE
 from rankwise.files.adapter import LoraAdapter, LoraPair, lora_config, write_adapter
-from rankwise.files.atomic import read_object, write_json
+from rankwise.files.atomic import read_if_there, write_json
 from rankwise.files.checkpoint import open_checkpoint, resolve
 from rankwise.files.lineage import row_options
 from rankwise.files.plan import PLAN_FILE, write_plan
 from rankwise.files.run_folder import Record
 from rankwise.models.adapt import allocated_plan, plain_pairs
 from rankwise.models.adapters import (
-    SITES_FILE,
+    SITES,
     full_weights,
     load_adapter,
     require_converted,
@@ -45,8 +46,8 @@ from rankwise.train.job import Job
 from rankwise.train.phases import PHASES_TABLE, phase_of
 from rankwise.train.trainer import ACCURACY, RankwiseTrainer
 
-SPLIT_FILE, RESULTS_SUMMARY = "split.json", "results_summary.json"
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", SITES_FILE)
+RESULTS_SUMMARY = "results_summary.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", SITES.name)
 # What logits may differ by: a share of the adapter's effect, and one of the logits (in float32; with fewer bits).
 SHARE, EXACT, ROUNDED = 1e-3, 1e-4, 5e-2
 PROOF_ROWS = 4
@@ -178,7 +179,7 @@ def finish(
     """
     folder, state, trainable = Path(config.output_dir), trainer.state, outcome.parameters
     adapter = {name: adapter_folder(config) / name for name in ADAPTER_FILES}
-    record.outputs |= adapter | {name: folder / name for name in (SPLIT_FILE, TRAINING_LOG)}
+    record.outputs |= adapter | {name: folder / name for name in (SPLIT.name, TRAINING_LOG)}
     record.outputs |= {path.name: path for path in (*tables_and_plots(config), *outcome.files)}
     record.facts |= {
         "trainable_parameters": trainable,
@@ -241,7 +242,7 @@ def write_results_summary(config: TrainConfig, state: TrainerState, folder: Path
     stats = folder / GRADIENT_SUMMARY
     losses = [row["train_loss"] for row in state.log_history if "train_loss" in row]
     row: dict[str, Any] = {"config": flatten(config), "train_loss": losses[-1] if losses else None}
-    row["gradient_stats"] = read_object(stats) if stats.is_file() else {}
+    row["gradient_stats"] = read_if_there(stats)
     write_json(folder / RESULTS_SUMMARY, row)
 
 

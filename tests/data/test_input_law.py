@@ -26,7 +26,7 @@ from recorded_runs import (
 from tiny_vision import tiny_smolvlm
 
 from rankwise.data.device import DeviceTarget
-from rankwise.data.input_record import FILE, as_recorded, read_input, recorded
+from rankwise.data.input_record import as_recorded, read_input, recorded
 from rankwise.data.label_task import task_from
 from rankwise.data.renderer_for import renderer_for
 from rankwise.data.sources.load import load
@@ -34,6 +34,7 @@ from rankwise.device.llama.generator import GGUFGenerator
 from rankwise.device.llama.runtime import Completion, RuntimeInfo
 from rankwise.device.sides import shipment, trained_side
 from rankwise.evaluate.tasks import task as scored_task
+from rankwise.files.adapter import INPUT
 from rankwise.files.atomic import read_object, write_json
 from rankwise.gguf.converter import Converter
 from rankwise.models.load import load_config, load_processor, load_tokenizer
@@ -68,7 +69,7 @@ def test_the_line_that_train_prints_asks_as_training_did(
     words = shlex.split(line.removeprefix("next: rankwise "))
     assert run(*words, "--device", "cpu", "--max_new_tokens", 2) == 0
     said = capsys.readouterr().out
-    assert f"— from {tmp_path / 'run' / FILE}" in said.splitlines()[0]
+    assert f"— from {tmp_path / 'run' / INPUT}" in said.splitlines()[0]
     renderer = renderer_for(DataSection(prompt=style), ModelSection(), str(base), load_config(str(base)))
     assert asked == trained_prompts(renderer, load("e2e_nlg", data, "dev"))
 
@@ -202,7 +203,7 @@ def test_a_gguf_adds_no_start_token_that_training_never_saw(converter: Converter
     (base / "chat_template.jinja").write_text(WITHOUT_START)
     data = talks(tmp_path / "rows.jsonl")
     out = train(base, tmp_path / "run", "--data_path", data, "--prompt", "chat")
-    assert read_object(out / FILE)["begin_tokens"] == {} and load_tokenizer(str(base))("a")["input_ids"][0] == 1
+    assert read_object(out / INPUT)["begin_tokens"] == {} and load_tokenizer(str(base))("a")["input_ids"][0] == 1
     assert run("merge", out, "-o", tmp_path / "merged") == 0
     assert run("export", tmp_path / "merged", "--outtype", "f16", "-o", tmp_path / "export") == 0
     rows = ("--task", "conversations", "--data_path", data, "--device", "cpu", "--threads", 1, "--max_new_tokens", 8)
@@ -227,7 +228,7 @@ def without_a_device(base: Path, data: Path, folder: Path, asked: dict[str, list
     own, before = Path(shutil.copytree(base, folder / "own")), dict(asked)
     DeviceTarget(image_size=32, longest_edge=32).save(own)
     out = train(own, folder / "off", "--data_path", data, "--device_target", "off", "--prompt", "chat")
-    assert read_object(out / FILE)["image_geometry"] == {}
+    assert read_object(out / INPUT)["image_geometry"] == {}
     assert run("merge", out, "-o", folder / "off merged") == 0
     found = []
     for model in (out, folder / "off merged"):
@@ -241,7 +242,7 @@ def without_a_device(base: Path, data: Path, folder: Path, asked: dict[str, list
 def with_its_own_processor(base: Path, out: Path, data: Path, folder: Path, asked: dict[str, list[int]]) -> None:
     """Of another program, which writes a processor beside the adapter and no record."""
     other, words = Path(shutil.copytree(out, folder / "other")), ("--task", "labels", "--data_path", data)
-    (other / FILE).unlink()
+    (other / INPUT).unlink()
     processor = load_processor(str(base))
     processor.chat_template = "Look! " + processor.chat_template
     processor.save_pretrained(other)
@@ -258,7 +259,7 @@ def with_its_own_processor(base: Path, out: Path, data: Path, folder: Path, aske
 def with_its_own_tokenizer(base: Path, out: Path, data: Path, folder: Path, asked: dict[str, list[int]]) -> None:
     """Beside the adapter, without a processor: pictures are the base's matter, the template is the adapter's."""
     other, words = Path(shutil.copytree(out, folder / "worded")), ("--task", "labels", "--data_path", data)
-    for name in (FILE, "processor_config.json", "preprocessor_config.json", "chat_template.jinja"):
+    for name in (INPUT, "processor_config.json", "preprocessor_config.json", "chat_template.jinja"):
         (other / name).unlink(missing_ok=True)
     processor = load_processor(str(base))
     processor.tokenizer.chat_template = "Listen! " + processor.chat_template
@@ -275,10 +276,10 @@ def with_its_own_tokenizer(base: Path, out: Path, data: Path, folder: Path, aske
 
 def trained_anew(base: Path, data: Path, folder: Path) -> None:
     """From a model that was trained without a device, on data that declare one: for that device."""
-    record = read_object(folder / "off merged" / FILE)
+    record = read_object(folder / "off merged" / INPUT)
     assert record["image_geometry"] == {}
     again = train(folder / "off merged", folder / "anew", "--data_path", data, "--prompt", "chat")
-    assert read_object(again / FILE)["image_geometry"]["image_size"] == 32
+    assert read_object(again / INPUT)["image_geometry"]["image_size"] == 32
 
 
 @pytest.mark.slow
@@ -287,7 +288,7 @@ def test_pictures_are_asked_about_the_same(style: str, tmp_path: Path, asked: di
     """Ids of adapter and merged model; text and pixels of the GGUF; and device.json that is another one is refused."""
     base, data = tiny_smolvlm(tmp_path / "base", longest_edge=32), pictures(tmp_path / "data")
     out = train(base, tmp_path / "run", "--data_path", data, "--prompt", style)
-    assert read_object(out / FILE)["image_geometry"]["image_size"] == 32
+    assert read_object(out / INPUT)["image_geometry"]["image_size"] == 32
     assert run("merge", out, "-o", tmp_path / "merged") == 0
     own, found = ("--task", "labels", "--data_path", data), []
     for model in (out, tmp_path / "merged"):

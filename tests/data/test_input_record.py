@@ -26,10 +26,11 @@ from rows import adapted_base
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 from transformers import AutoTokenizer
 
-from rankwise.data.input_record import FILE, InputRecord, as_recorded, read_input, recorded
+from rankwise.data.input_record import InputRecord, as_recorded, read_input, recorded
 from rankwise.data.renderer_for import renderer_for
 from rankwise.data.sources.load import load
 from rankwise.evaluate.engines import load as load_trained
+from rankwise.files.adapter import INPUT
 from rankwise.files.atomic import read_object, write_json
 from rankwise.models.adapters import save_adapter
 from rankwise.models.load import load_config
@@ -83,14 +84,14 @@ def test_conversations_of_a_chat_model_are_chat(
 ) -> None:
     base = tiny_llama(tmp_path / "base", tokenizer={"chat_template": template})
     out = train(base, tmp_path / "run", "--data_path", rows)
-    assert read_object(out / FILE)["prompt"] == style
+    assert read_object(out / INPUT)["prompt"] == style
     assert {"chat": "prompts: chat template", "sections": "prompts: headed sections"}[style] in capsys.readouterr().out
 
 
 def test_a_task_of_sections_stays_one_on_a_chat_model(base: Path, tmp_path: Path) -> None:
     (tmp_path / "trainset.csv").write_text("mr,ref\n" + "".join(f'"name[a{n}]",text {n}\n' for n in range(6)))
     out = train(base, tmp_path / "run", "--task", "e2e_nlg", "--data_path", tmp_path)
-    assert read_object(out / FILE)["prompt"] == "sections"
+    assert read_object(out / INPUT)["prompt"] == "sections"
 
 
 def test_a_resumed_run_keeps_its_own_style(base: Path, rows: Path, tmp_path: Path) -> None:
@@ -98,13 +99,13 @@ def test_a_resumed_run_keeps_its_own_style(base: Path, rows: Path, tmp_path: Pat
     saving = ("--data_path", rows, "--save_strategy", "steps", "--save_steps", 1)
     for name in ("run", "old"):
         train(base, tmp_path / name, *saving, "--prompt", "sections", "--max_seq_length", 100)
-    (tmp_path / "old" / FILE).unlink()
+    (tmp_path / "old" / INPUT).unlink()
     going_on = (*saving, "--max_steps", 3, "--resume_from_checkpoint", "true")
     train(base, tmp_path / "run", *going_on)
-    assert read_object(tmp_path / "run" / FILE)["prompt"] == "sections"
+    assert read_object(tmp_path / "run" / INPUT)["prompt"] == "sections"
     assert run("train", "--model_name", base, "-o", tmp_path / "run", *FAST, *going_on, "--prompt", "chat") == 2
     train(base, tmp_path / "old", *going_on, "--max_seq_length", 100)
-    assert read_object(tmp_path / "old" / FILE)["prompt"] == "sections"
+    assert read_object(tmp_path / "old" / INPUT)["prompt"] == "sections"
 
 
 def test_a_chat_run_of_an_earlier_version_goes_on(base: Path, rows: Path, tmp_path: Path) -> None:
@@ -115,9 +116,9 @@ def test_a_chat_run_of_an_earlier_version_goes_on(base: Path, rows: Path, tmp_pa
     content = read_object(file)
     content["identity"] = {k: v for k, v in content["identity"].items() if not k.startswith("chat_template")}
     write_json(file, content)
-    (out / FILE).unlink()
+    (out / INPUT).unlink()
     train(base, out, *saving, "--max_steps", 3, "--resume_from_checkpoint", "true")
-    assert read_object(out / FILE)["prompt"] == "chat", "written anew, as it was trained"
+    assert read_object(out / INPUT)["prompt"] == "chat", "written anew, as it was trained"
 
 
 # --- noticed where it is not as it was -------------------------------------------------------------------------------
@@ -127,9 +128,9 @@ def test_an_artefact_without_a_record_is_read_as_before_aloud(
     own_run: Path, rows: Path, asked: dict[str, list[int]], base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Conversations without images were sections then."""
-    (own_run / FILE).unlink()
+    (own_run / INPUT).unlink()
     assert evaluate(own_run, "--task", "conversations", "--data_path", rows) == 0
-    assert f"warning: {own_run} has no {FILE}" in capsys.readouterr().out
+    assert f"warning: {own_run} has no {INPUT}" in capsys.readouterr().out
     renderer = renderer_for(DataSection(prompt="sections"), ModelSection(), str(base), load_config(str(base)))
     assert asked.items() <= trained_prompts(renderer, load("conversations", rows)).items()
 
@@ -156,7 +157,7 @@ def test_a_damaged_record_is_named(
     damage: dict[str, Any], own_run: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate(edited(own_run, **damage), "--task", "conversations", "--data_path", rows) == 3
-    assert str(own_run / FILE) in capsys.readouterr().err
+    assert str(own_run / INPUT) in capsys.readouterr().err
 
 
 def validated(export: Path, rows: Path, *more: Any) -> int:
@@ -172,7 +173,7 @@ def test_validate_refuses_other_prompts(
     assert "--prompt: prompts are not those of training" in capsys.readouterr().err
     assert validated(edited(export, prompt="sections", chat_template_sha256=None), rows) == 3
     assert "come from different training runs" in capsys.readouterr().err
-    shutil.copyfile(merged / FILE, export / FILE)
+    shutil.copyfile(merged / INPUT, export / INPUT)
     (merged / "chat_template.jinja").write_text(OTHER_TEMPLATE)
     assert validated(export, rows) == 3
     assert "chat_template_sha256" in capsys.readouterr().err
@@ -198,7 +199,7 @@ def test_export_refuses_a_model_whose_prompts_are_not_those_of_its_training(
     pytest.importorskip("gguf")
     words = ("export", merged, "--llama_cpp_dir", converter, "-o", tmp_path / "out")
     assert run(*words) == 6, "as it is, it comes to the converter"
-    assert f"— from {merged / FILE}" in capsys.readouterr().out
+    assert f"— from {merged / INPUT}" in capsys.readouterr().out
     if damage == "template":
         (merged / "chat_template.jinja").write_text(OTHER_TEMPLATE)
     elif damage == "record":
@@ -217,11 +218,11 @@ def test_a_given_template_becomes_the_merged_models_own(base: Path, rows: Path, 
     """Whoever uses the merged tokenizer, llama.cpp's converter among them, asks as training did."""
     (tmp_path / "own.jinja").write_text(OTHER_TEMPLATE)
     out = train(base, tmp_path / "run", "--data_path", rows, "--chat_template", tmp_path / "own.jinja")
-    assert read_object(out / FILE)["chat_template"] == OTHER_TEMPLATE
+    assert read_object(out / INPUT)["chat_template"] == OTHER_TEMPLATE
     assert run("merge", out, "-o", tmp_path / "merged") == 0
-    record = read_object(tmp_path / "merged" / FILE)
+    record = read_object(tmp_path / "merged" / INPUT)
     assert record["chat_template"] is None
-    assert record["chat_template_sha256"] == read_object(out / FILE)["chat_template_sha256"]
+    assert record["chat_template_sha256"] == read_object(out / INPUT)["chat_template_sha256"]
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == OTHER_TEMPLATE
 
 
@@ -249,7 +250,7 @@ def test_an_adapters_own_tokenizer_asks_before_and_after_merging(
     assert evaluate(out, *words) == 0
     before = dict(asked)
     assert run("merge", out, "-o", tmp_path / "merged") == 0
-    assert not (tmp_path / "merged" / FILE).exists()
+    assert not (tmp_path / "merged" / INPUT).exists()
     asked.clear()
     assert evaluate(tmp_path / "merged", *words) == 0
     assert before == asked
@@ -273,19 +274,19 @@ def test_a_fine_tune_is_measured_and_extracted_with_its_prompts(
     probe = tmp_path / "probe"
     assert run("finetune", "--model_name", base, "--data_path", rows, "-o", probe, *words, "--prompt", "raw") == 0
     assert all(
-        read_input(probe / kind) == (record_of(probe), probe / kind / FILE) for kind in ("finetuned", "pretrained")
+        read_input(probe / kind) == (record_of(probe), probe / kind / INPUT) for kind in ("finetuned", "pretrained")
     )
     capsys.readouterr()
     measured = ("ranks", "--deltas", probe, "--model_name", base, "--task", "conversations", "--gain", rows)
     assert run(*measured, "--num_samples", 2, "--no_plots", "--allow_noise", "-o", tmp_path / "ranks") == 0
-    assert f"prompts: the rows' texts alone, up to 512 tokens, answers end at </s> — from {probe / FILE}" in (
+    assert f"prompts: the rows' texts alone, up to 512 tokens, answers end at </s> — from {probe / INPUT}" in (
         capsys.readouterr().out
     )
     capsys.readouterr()
     train(base, tmp_path / "warm", "--data_path", rows, "--warm_start", "delta", "--deltas", probe, "--prompt", "chat")
     assert f'{probe} was trained with other prompts: prompt "raw" in training, "chat" now' in capsys.readouterr().out
     assert run("extract", "--deltas", probe, "--rank", 2, "-o", tmp_path / "adapter") == 0
-    assert read_input(tmp_path / "adapter") == (record_of(probe), tmp_path / "adapter" / FILE)
+    assert read_input(tmp_path / "adapter") == (record_of(probe), tmp_path / "adapter" / INPUT)
 
 
 def record_of(folder: Path) -> InputRecord:
@@ -297,16 +298,16 @@ def record_of(folder: Path) -> InputRecord:
 def test_the_record_of_a_model_is_the_default_of_further_training(merged: Path, rows: Path, tmp_path: Path) -> None:
     edited(merged, overlong="drop")
     out = train(merged, tmp_path / "more", "--data_path", rows, "--task", "conversations")
-    found = read_object(out / FILE)
+    found = read_object(out / INPUT)
     assert (found["max_seq_length"], found["overlong"], found["prompt"]) == (64, "drop", "chat")
 
 
 def test_a_merge_does_not_take_its_bases_record_for_its_own(merged: Path, rows: Path, tmp_path: Path) -> None:
     """An adapter of before there were records, on a base that has one."""
     out = train(merged, tmp_path / "more", "--data_path", rows)
-    (out / FILE).unlink()
+    (out / INPUT).unlink()
     assert run("merge", out, "-o", tmp_path / "again") == 0
-    assert not (tmp_path / "again" / FILE).exists()
+    assert not (tmp_path / "again" / INPUT).exists()
 
 
 def test_the_system_prompt_that_all_rows_share_is_recorded_and_missed(
@@ -314,7 +315,7 @@ def test_the_system_prompt_that_all_rows_share_is_recorded_and_missed(
 ) -> None:
     shared = talks(tmp_path / "shared.jsonl", system="Be brief.")
     out = train(base, tmp_path / "run", "--data_path", shared)
-    assert read_object(out / FILE)["system_prompt"] == "Be brief."
+    assert read_object(out / INPUT)["system_prompt"] == "Be brief."
     other = talks(tmp_path / "other.jsonl")
     assert evaluate(out, "--task", "conversations", "--data_path", other, "-o", tmp_path / "e") == 0
     assert "warning: 2 of 2 rows do not begin with the system prompt" in capsys.readouterr().out
@@ -322,7 +323,7 @@ def test_the_system_prompt_that_all_rows_share_is_recorded_and_missed(
         tmp_path / "mixed.jsonl", [conversation(0, "Be brief."), conversation(1, "Be long."), conversation(2)]
     )
     found = train(base, tmp_path / "mixed", "--data_path", mixed)
-    assert read_object(found / FILE)["system_prompt"] is None
+    assert read_object(found / INPUT)["system_prompt"] is None
 
 
 def test_the_date_of_training_is_asked_with_later(
@@ -351,7 +352,7 @@ def test_the_date_of_training_is_asked_with_later(
         asked.clear()
         assert evaluate(model, *words, "-o", tmp_path / f"later {model.name}") == 0
         assert before == asked
-    assert read_object(tmp_path / "merged" / FILE)["chat_template_kwargs"] == {}
+    assert read_object(tmp_path / "merged" / INPUT)["chat_template_kwargs"] == {}
     own = AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
     assert "strftime_now" not in own and own.startswith(f'Today is {{{{ "{datetime.date.today().year}" }}}}')
 
@@ -365,8 +366,10 @@ def test_variables_are_taken_one_by_one(own_run: Path) -> None:
 
 def test_the_card_says_how_the_model_is_asked_and_the_record_is_published(own_run: Path) -> None:
     assert run("card", own_run) == 0
-    assert f"Trained with these prompts ({FILE}): chat template of the tokenizer" in (own_run / "README.md").read_text()
-    assert FILE in files_of("adapter", own_run)
+    assert (
+        f"Trained with these prompts ({INPUT}): chat template of the tokenizer" in (own_run / "README.md").read_text()
+    )
+    assert INPUT in files_of("adapter", own_run)
 
 
 def test_from_python_too(base: Path, rows: Path, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwise.data.label_answer import BadAnswer
-from rankwise.data.label_task import FILE, PACKAGED, LabelTask, load_task, read_task, task_from, task_of_labels
+from rankwise.data.label_task import PACKAGED, LabelTask, load_task, read_task, task_from, task_of_labels
 from rankwise.errors import DataError, UsageError
+from rankwise.files.adapter import TASK
 
 MINIMAL = {"classes": {"cat": "small, meows", "dog": "larger, barks"}}
 GOOD: dict[str, Any] = {
@@ -163,10 +164,10 @@ def test_missing_tasks_and_broken_folders(tmp_path: Path) -> None:
         load_task("element")
     with pytest.raises(DataError, match="is not a labelled data set"):
         read_task(tmp_path)
-    written(tmp_path, '{"classes": ["a"]}', FILE)
+    written(tmp_path, '{"classes": ["a"]}', TASK)
     with pytest.raises(DataError, match=r"task\.json: .*a choice needs two"):
         read_task(tmp_path)
-    written(tmp_path, '{"classes":\n ["a",}', FILE)
+    written(tmp_path, '{"classes":\n ["a",}', TASK)
     with pytest.raises(DataError, match=r"task\.json, line 2"):
         read_task(tmp_path)
 

@@ -19,10 +19,10 @@ from rankwise.data.label_task import LabelClass, LabelTask
 from rankwise.device import validate
 from rankwise.device.llama.generator import Answered, GGUFGenerator, answered
 from rankwise.device.llama.runtime import Completion
-from rankwise.device.scores import FORMAT, items, scores
+from rankwise.device.scores import DOCUMENT, items, scores
 from rankwise.device.sides import shipment
 from rankwise.device.validation_page import draw as draw_validation
-from rankwise.device.validation_page import read_validation, summary
+from rankwise.device.validation_page import summary
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.classify import score_labels
 from rankwise.evaluate.predictions import EvaluationResult, Prediction
@@ -114,7 +114,7 @@ def content() -> dict[str, Any]:
     facts = scores(result, predictions, examples) | {"latency": {"median": 0.2, "p95": 0.3}, "memory": 2**30}
     rung = {"name": "pixels", "status": "broken", "measured": {"pictures": 5}, "threshold": {}, "why": "white | margin"}
     return {
-        "format": FORMAT,
+        "format": DOCUMENT.format,
         "outtype": "q8_0",
         **facts,
         "reference": scores(result, predictions, examples),
@@ -203,9 +203,9 @@ def test_summary_and_report_tell_the_verdict_and_the_classes(tmp_path: Path, con
     assert "white | margin" in page
     assert page.count("What was taken for what") >= 1
     assert "Always water: accuracy 0.400." in page
-    (tmp_path / "validation.json").write_text(json.dumps({"format": FORMAT}))
+    (tmp_path / "validation.json").write_text(json.dumps({"format": DOCUMENT.format}))
     with pytest.raises(DataError, match="incomplete: outtype, by_outtype"):
-        read_validation(tmp_path / "validation.json")
+        DOCUMENT.read(tmp_path / "validation.json")
 
 
 # --- the whole command -----------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def test_the_best_reference_counts() -> None:
 
 
 def test_lines_carry_images_only_where_there_are_some(tmp_path: Path) -> None:
-    plain = json.loads(Prediction("a", "p", "t", ("r",)).line())
+    plain = Prediction("a", "p", "t", ("r",)).record()
     assert set(plain) == {"id", "prompt", "prediction", "references"}
-    seen = json.loads(Prediction("a", "p", "t", ("r",), None, ("x.png",), "What?").line())
-    assert (seen["images"], seen["question"]) == (["x.png"], "What?")
+    seen = Prediction("a", "p", "t", ("r",), None, ("x.png",), "What?").record()
+    assert (seen["images"], seen["question"]) == (("x.png",), "What?")

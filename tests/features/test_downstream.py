@@ -37,7 +37,7 @@ from rankwise.features.answers import (
 from rankwise.features.approximation import by_basis, by_gram, normalised, shared_basis
 from rankwise.features.cache import ModelOrigin, open_cache
 from rankwise.features.cache_writer import CacheRecipe, Matrices, write_cache
-from rankwise.features.dataset import split_of
+from rankwise.features.dataset import SPLIT, split_of
 from rankwise.features.downstream import asked, parts, ranks_of
 from rankwise.features.downstream_page import answer_page
 from rankwise.features.measures import PCA, RANDOMIZED, SVD
@@ -420,7 +420,7 @@ def trained(
     split = split_of(made, seed=0)
     if shared:
         split = replace(split, train=tuple(range(len(made) - 2)), val=(len(made) - 2,), test=(len(made) - 1,))
-    write_json(folder / "split.json", split.record())
+    SPLIT.write(folder, split)
     write_json(folder / "resolved_config.json", {"features": str(cache)})
     return results
 

@@ -20,7 +20,7 @@ from rankwise.features import cache_writer
 from rankwise.features.approximation import best_errors, normalised, shared_basis, singular_values
 from rankwise.features.cache import FeatureCache, ModelOrigin, content_fingerprint, open_cache
 from rankwise.features.cache_writer import CacheRecipe, CacheWriter, Matrices
-from rankwise.features.dataset import FeatureRows, collate, read_split, split_of
+from rankwise.features.dataset import SPLIT, FeatureRows, collate, read_split, split_of
 from rankwise.features.synthetic import Synthetic, even_rows
 from rankwise.files.atomic import read_object, write_json
 from rankwise.options.features import CaptureConfig
@@ -354,16 +354,16 @@ def test_a_split_follows_its_seed_and_comes_back(tmp_path: Path) -> None:
     split = split_of(cache, 1)
     assert Counter(map(len, (split.train, split.val, split.test))) == Counter([80, 10, 10])
     assert split == split_of(cache, 1) != split_of(cache, 2)
-    write_json(tmp_path / "split.json", split.record())
-    assert read_split(tmp_path / "split.json", cache) == split
+    file = SPLIT.write(tmp_path, split)
+    assert read_split(file, cache) == read_split(tmp_path, cache) == split
 
 
 def test_a_split_is_not_used_with_another_cache(tmp_path: Path) -> None:
     cache = written(tmp_path / "cache")
-    file = write_json(tmp_path / "split.json", split_of(with_groups(list(range(9))), 1).record())
+    file = SPLIT.write(tmp_path, split_of(with_groups(list(range(9))), 1))
     with pytest.raises(DataError, match="divides another feature cache"):
         read_split(file, cache)
-    own = split_of(cache, 1).record()
+    own = read_object(SPLIT.write(tmp_path, split_of(cache, 1)))
     words = [str(place) for place in own["test"]]
     broken: list[dict[str, Any]] = [{"format": "x"}, {"test": []}, {"train": [*own["train"], 0]}, {"val": None}]
     for change in [*broken, {"test": words}, {"seed": None}]:

@@ -160,7 +160,7 @@ def test_missing_files_of_an_export_are_named(text_export: Path, tmp_path: Path)
     write_json(folder / "export.json", {"format": "something else"})
     with pytest.raises(DataError, match="not an export of this version"):
         read_export(folder)
-    with pytest.raises(DataError, match=r"no export\.json"):
+    with pytest.raises(DataError, match=r"export\.json: no such file; `rankwise export` makes it"):
         read_export(tmp_path)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rankwise.features.cache import FeatureCache
 from rankwise.features.cache_writer import CacheRecipe, Matrices, write_cache
-from rankwise.features.dataset import split_of
+from rankwise.features.dataset import SPLIT, split_of
 from rankwise.features.nets import build
 from rankwise.features.nets.base import Factorizer, FactorizerSettings
 from rankwise.features.trained import save_factorizer
@@ -52,7 +52,7 @@ def make_run(
     folder = results / net.settings.arch
     folder.mkdir(parents=True)
     save_factorizer(net, folder)
-    write_json(folder / "split.json", split_of(cache, seed).record())
+    SPLIT.write(folder, split_of(cache, seed))
     write_json(folder / "resolved_config.json", {"arch": arch, "features": str(cache.path), "rank": rank})
     return net
 

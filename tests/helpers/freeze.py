@@ -241,7 +241,7 @@ def shipped(folder: Path) -> dict[str, bytes]:
     files = {f"{SHIPPED}/{name}": (folder / name).read_bytes() for name in OF_SHIPPED}
     files |= {
         f"{SHIPPED}/sweep.json": sweep,
-        f"{SHIPPED}/converter.json": (find_converter().folder / MANIFEST).read_bytes(),
+        f"{SHIPPED}/converter.json": (find_converter().folder / MANIFEST.name).read_bytes(),
     }
     model = json.loads(files[f"{SHIPPED}/export/export.json"])["model"]["path"]
     with contextlib.chdir(folder):

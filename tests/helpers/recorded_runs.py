@@ -12,8 +12,8 @@ from tiny import CHAT_TEMPLATE, tiny_llama
 
 from rankwise import cli
 from rankwise.data.example import Example
-from rankwise.data.input_record import FILE
 from rankwise.data.render import Rendered, Renderer
+from rankwise.files.adapter import INPUT as FILE
 from rankwise.files.atomic import read_object, write_json
 
 OTHER_TEMPLATE = CHAT_TEMPLATE.replace("<|", "[").replace("|>", "]")

@@ -335,7 +335,7 @@ def test_settings_travel(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"format": "rankwise-depth/2"}, "not depth settings of this version .*rankwise-depth/2"),
-        ({"beta": 1}, r"not the depth settings .*\(beta\)"),
+        ({"beta": 1}, r"not depth settings of this version \(beta: unknown\)"),
         ({"alpha": -1.0}, "above 0"),
         ({"layout": "diagonal"}, "layout takes"),
         ({"control": "guess"}, "control takes"),

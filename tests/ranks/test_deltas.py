@@ -17,7 +17,7 @@ from rankwise import cli
 from rankwise.core.site import describe
 from rankwise.errors import DataError, UsageError
 from rankwise.options.sections import SitesSection
-from rankwise.ranks.deltas import DELTAS_FILE, CheckpointPair, deltas, open_deltas
+from rankwise.ranks.deltas import DELTAS, CheckpointPair, deltas, open_deltas
 from rankwise.ranks.probe import open_pair, open_source, other_probe, rename_keys
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -212,7 +212,7 @@ def save_deltas(folder: Path, rows: list[dict[str, Any]], tensors: dict[str, Ten
     (folder / "deltas").mkdir(parents=True)
     save_file(tensors, folder / "deltas" / "model.safetensors")
     content = {"model_name": "org/base", "num_samples": 7, "base_energy": {"a.q_proj": 4.0}, "sites": rows}
-    (folder / "deltas" / DELTAS_FILE).write_text(json.dumps(content))
+    DELTAS.write(folder / "deltas", content)
     return folder
 
 

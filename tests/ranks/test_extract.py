@@ -26,6 +26,7 @@ from rankwise.models.load import meta_model
 from rankwise.models.sites import model_sites
 from rankwise.options.commands import ExtractConfig
 from rankwise.options.sections import SitesSection
+from rankwise.ranks.deltas import DELTAS
 from rankwise.ranks.extract import check, factor_deltas, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -191,7 +192,7 @@ def test_saved_deltas_give_the_same_adapter(llama: tuple[Path, Path], tmp_path: 
     save_file({f"{path}.weight": delta for path, delta in deltas.items()}, folder / "model.safetensors")
     sites = model_sites(meta_model(str(llama[0])))
     rows = [{"path": p, "shape": list(s.shape), "tower": s.tower, "transposed": s.transposed} for p, s in sites.items()]
-    (folder / "deltas.json").write_text(json.dumps({"sites": rows, "model_name": "org/base", "base_energy": {}}))
+    DELTAS.write(folder, {"sites": rows, "model_name": "org/base", "base_energy": {}})
     run(settings_for(llama, tmp_path / "one", rank=3))
     run(ExtractConfig(deltas=str(tmp_path / "run"), rank=3, output_dir=str(tmp_path / "two")))
     one, two = read_adapter(tmp_path / "one"), read_adapter(tmp_path / "two")

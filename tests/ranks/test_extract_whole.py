@@ -20,6 +20,7 @@ from rankwise.cli import main
 from rankwise.models.load import load_model
 from rankwise.ranks import extract as extracted_adapter
 from rankwise.ranks import proof
+from rankwise.ranks.deltas import DELTAS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -199,7 +200,7 @@ def test_saved_deltas_count_and_carry_what_is_no_site(tmp_path: Path, capsys: py
     known = fidelity(tmp_path / "known")["sites"]
     rows = [{"path": r["path"], "shape": r["shape"], "tower": "language", "transposed": False} for r in known]
     facts = {"sites": rows, "model_name": str(base), "base_energy": {}}
-    (folder / "deltas.json").write_text(json.dumps(facts))
+    DELTAS.write(folder, facts)
     words = ["extract", "--deltas", str(tmp_path / "run"), "--rank", "1000"]
     capsys.readouterr()
     assert main([*words, "-o", str(tmp_path / "some")]) == 0

@@ -21,6 +21,7 @@ from rankwise.errors import ServiceError, UsageError
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.run_folder import RunFolder
 from rankwise.merge.command import run as merge
+from rankwise.models.adapters import SITES
 from rankwise.options.commands import MergeConfig
 from rankwise.page.blocks import Table
 from rankwise.page.template import markdown_table
@@ -54,7 +55,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         EvaluationResult("e2e_nlg", {"bleu": value}, intervals, 547).save(root / "run" / name)
     merge(MergeConfig(adapter=str(train), output_dir=str(root / "run" / "merged"), dtype="bfloat16"))
     sites = [{"path": f"s{rank}", "rank": rank, "shape": [32, 32]} for rank in (2, 6)]
-    (train / "sites.json").write_text(json.dumps({"sites": sites, "left_out": []}))
+    SITES.write(train, {"sites": sites, "left_out": []})
     exported(root / "run" / "gguf", root / "run" / "merged")
     validated(root / "run" / "validation")
     return root

@@ -288,8 +288,8 @@ def test_nothing_to_report_is_bad_data(tmp_path: Path) -> None:
         ("gain.json", '{"arms": [{"name": "plan"}]}', "kept, low and high"),
         ("training_log.csv", "step,loss\n1,abc\n", "not a number"),
         ("plots/ranks_heatmap.png", "not a PNG", "not a picture"),
-        ("fidelity.json", '{"sites": [{"path": "x"}]}', "energy_kept"),
-        ("sites.json", '{"sites": [1]}', "rank and shape"),
+        ("fidelity.json", '{"format": "rankwise-fidelity/1", "sites": [{"path": "x"}]}', "energy_kept"),
+        ("sites.json", '{"format": "rankwise-sites/1", "sites": [1], "left_out": []}', "rank and shape"),
         ("manifest.json", '{"format": "rankwise-manifest/1", "stages": []}', "stages"),
     ],
 )

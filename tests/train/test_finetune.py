@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from rankwise import cli
-from rankwise.data.input_record import FILE as INPUT
 from rankwise.data.sources.load import load
 from rankwise.errors import UsageError
+from rankwise.files.adapter import INPUT
 from rankwise.files.checkpoint import open_checkpoint
 from rankwise.files.run_folder import RunFolder
 from rankwise.models.adapters import load_adapter

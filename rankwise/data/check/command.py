@@ -5,7 +5,6 @@ rankwise check --model_name MODEL --task conversations --data_path train.json --
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
@@ -20,7 +19,8 @@ from rankwise.data.render import Renderer
 from rankwise.data.renderer_for import image_reader, renderer_for
 from rankwise.data.sources.load import check_data, load, settle
 from rankwise.errors import DataError
-from rankwise.files.atomic import write_json, write_text
+from rankwise.files.atomic import write_text
+from rankwise.files.document import Document, lines_of
 from rankwise.files.run_folder import RunFolder
 from rankwise.models.cut_down import Untried, cut_down, headless, random_model
 from rankwise.models.load import load_config, load_readable_structure, load_weights
@@ -28,8 +28,8 @@ from rankwise.options.commands import CheckConfig
 from rankwise.page.text import plural
 from rankwise.pipeline.idle import refuse_idle
 
-FORMAT = "rankwise-check/1"
-REPORT, BAD = "check.json", "bad_samples.jsonl"
+DOCUMENT = Document("check.json", "rankwise-check/1", "a report on samples", "rankwise check")
+REPORT, BAD = DOCUMENT.name, "bad_samples.jsonl"
 BAR = 40  # characters of the longest bar
 SHOWN = 10
 
@@ -49,8 +49,8 @@ def run(config: CheckConfig) -> Findings:
         if renderer is not None and any(findings.shortest):
             try_model(config, renderer, findings)
         limit = None if renderer is None else renderer.limit
-        write_json(folder / REPORT, report(findings, limit) | {"model": config.model.model_name})
-        write_text(folder / BAD, "".join(f"{json.dumps(one.record(), ensure_ascii=False)}\n" for one in bad(findings)))
+        DOCUMENT.write(folder, report(findings, limit) | {"model": config.model.model_name})
+        write_text(folder / BAD, lines_of(one.record() for one in bad(findings)))
         record.outputs |= {"report": folder / REPORT, "bad samples": folder / BAD}
         print("\n".join(in_words(findings, limit)))
         refuse(findings, config, renderer)
@@ -134,7 +134,6 @@ def refuse(findings: Findings, config: CheckConfig, renderer: Renderer | None) -
 def report(findings: Findings, limit: int | None) -> dict[str, Any]:
     """Content of check.json. limit: most tokens of a sample; None where no tokens were made."""
     content: dict[str, Any] = {
-        "format": FORMAT,
         "samples": findings.samples,
         "usable": findings.usable,
         "changes": dict(findings.changes),

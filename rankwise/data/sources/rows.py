@@ -15,7 +15,8 @@ from typing import Any
 
 from rankwise.data.example import ROLES, Example, Rejected, View
 from rankwise.errors import DataError, UsageError, need
-from rankwise.files.atomic import RepeatedKey, read_json, unique
+from rankwise.files.atomic import read_json
+from rankwise.options.field import RepeatedName, unique
 from rankwise.options.sections import DataSection
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -234,8 +235,8 @@ def _json_lines(source: RowFile) -> Iterator[tuple[int, Any]]:
             row = json.loads(line, object_pairs_hook=unique)
         except json.JSONDecodeError as error:
             source.reject(number, f"not valid JSON ({error.msg} at column {error.colno})")
-        except RepeatedKey as error:
-            source.reject(number, f"the key {error.key!r} appears twice in one object")
+        except RepeatedName as error:
+            source.reject(number, f"the key {str(error)!r} appears twice in one object")
         except (ValueError, RecursionError) as error:
             source.reject(number, f"cannot be read ({error})")
         else:

@@ -9,7 +9,6 @@ What it gives is comparable with `HFGenerator`, item by item: `evaluate.tasks.ev
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ from rankwise.device.llama.runtime import Completion, Runtime
 from rankwise.errors import UsageError
 from rankwise.evaluate.generate import Generated, GenerationSettings, LabelScores
 from rankwise.evaluate.likelihood import answer_ids
-from rankwise.files.ledger import drop_cut_line
+from rankwise.files.document import append_lines, read_lines
 
 
 @dataclass(frozen=True)
@@ -57,15 +56,12 @@ class GGUFGenerator:
 
     def generate(self, examples: Sequence[Example]) -> Iterator[Generated]:
         """Texts in the order of the samples, each as soon as it is there."""
-        if self.record:
-            drop_cut_line(self.record)
         for position, example in enumerate(examples):
             prompt, top = self.renderer.prompt(example), int(self.record is not None)
             found = self._asked(example, prompt, max_new_tokens=self.decoding.max_new_tokens, top=top)
             self._seen(example, prompt, [found])
             if self.record:
-                with self.record.open("a", encoding="utf-8", newline="\n") as file:
-                    file.write(json.dumps({"id": example.id, **asdict(answered(found))}) + "\n")
+                append_lines(self.record, [{"id": example.id, **asdict(answered(found))}])
             yield Generated(position, self.renderer.text(prompt.input_ids), self.renderer.answer(found.tokens))
 
     def label_scores(self, examples: Sequence[Example], labels: Sequence[str]) -> Iterator[LabelScores]:
@@ -81,8 +77,7 @@ class GGUFGenerator:
 
     def answers(self) -> dict[str, Answered]:
         """Recorded answers by id, earlier runs included; the last record of an item counts."""
-        text = self.record.read_text(encoding="utf-8") if self.record and self.record.is_file() else ""
-        rows = [json.loads(line) for line in text.splitlines()]
+        rows = read_lines(self.record, "an answer", dict) if self.record else ()
         return {row.pop("id"): Answered(**row) for row in rows}
 
     def _asked(self, example: Example, prompt: Rendered, **how: Any) -> Completion:

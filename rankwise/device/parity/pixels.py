@@ -32,7 +32,7 @@ from rankwise.data.pixels import BLACK, Unreadable, flattened
 from rankwise.device.parity.cases import Case, SourceImage, decoded
 from rankwise.device.parity.reference import Observed, Pixels, named
 from rankwise.errors import DataError, UsageError, need
-from rankwise.files.atomic import read_object
+from rankwise.files.atomic import read_if_there
 
 HASHES = "sha256_rgb.json"
 MENTIONED = 3
@@ -206,7 +206,7 @@ class AppPixels:
     def read(cls, folder: Path | str, cases: Iterable[Case]) -> AppPixels:
         """DataError where the folder has none of the cases' pictures."""
         place = Path(folder)
-        found = cls(place, read_object(place / HASHES) if (place / HASHES).is_file() else {})
+        found = cls(place, read_if_there(place / HASHES))
         names = [source.name for case in cases for source in case.sources]
         if not any(name in found.hashes or (place / name).is_file() for name in names):
             wanted = ", ".join(names[:MENTIONED]) or "no case has a picture"

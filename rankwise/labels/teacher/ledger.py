@@ -22,14 +22,12 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from rankwise.errors import ServiceError, UsageError
-from rankwise.files.atomic import explained
-from rankwise.files.ledger import drop_cut_line
+from rankwise.files.document import append_lines, drop_cut_line, finished_lines
 from rankwise.labels.teacher.answers import Reply, count, refusal_of, text_of, word
 
 NAME = "ledger.jsonl"
@@ -69,10 +67,10 @@ class LedgerEntry:
     address: str | None = None
     max_tokens: int | None = None
 
-    def line(self) -> str:
+    def record(self) -> dict[str, Any]:
+        """A line of the ledger: the fields of question and reply among its own."""
         row = {**asdict(self.key), "attempt": self.attempt, "image_id": self.image_id, **asdict(self.reply)}
-        row |= {"usd": self.usd, "at": self.at, "address": self.address, "max_tokens": self.max_tokens}
-        return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        return row | {"usd": self.usd, "at": self.at, "address": self.address, "max_tokens": self.max_tokens}
 
 
 class AnswerLedger:
@@ -104,10 +102,7 @@ class AnswerLedger:
 
     def add(self, entry: LedgerEntry) -> None:
         """Append; the line is on the disk when this returns."""
-        with explained(self.path), self.path.open("a", encoding="utf-8") as stream:
-            stream.write(entry.line())
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_lines(self.path, [entry.record()])
         self._keep(entry)
 
     def _keep(self, entry: LedgerEntry) -> None:
@@ -115,8 +110,7 @@ class AnswerLedger:
         self._by_key.setdefault(entry.key, []).append(entry)
 
     def _read(self) -> None:
-        content = self.path.read_bytes() if self.path.is_file() else b""
-        for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        for number, line in finished_lines(self.path):
             try:
                 entry = parse_entry(json.loads(line))
             except (ValueError, KeyError, TypeError, RecursionError) as error:

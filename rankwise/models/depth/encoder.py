@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ from transformers import PreTrainedModel
 
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import beside
-from rankwise.files.atomic import read_document, write_json
+from rankwise.files.document import Document
 from rankwise.options.sections import DEPTH_CONTROLS, DEPTH_GATES, DEPTH_LAYOUTS, DepthSection
 
-FILE, FORMAT = "depth.json", "rankwise-depth/1"
+DEPTH = Document("depth.json", "rankwise-depth/1", "depth settings")
 ENCODER = "depth_preproc"  # the documented module names
 BASE = 10_000.0  # of the frequencies
 WITHOUT = (
@@ -71,7 +71,7 @@ class DepthSettings:
 
 def write_depth(folder: Path | str, settings: DepthSettings) -> Path:
     """`depth.json` in the folder of an adapter, a run or a merged model."""
-    return write_json(Path(folder) / FILE, {"format": FORMAT, **asdict(settings)})
+    return DEPTH.write(folder, settings)
 
 
 def read_depth(folder: Path | str) -> DepthSettings | None:
@@ -79,20 +79,8 @@ def read_depth(folder: Path | str) -> DepthSettings | None:
 
     Raises DataError, naming the file, for one that says something else.
     """
-    file = beside(folder, FILE)
-    return None if file is None else parse_settings(read_document(file, FORMAT, "depth settings"), file)
-
-
-def parse_settings(content: dict[str, Any], file: Path) -> DepthSettings:
-    known = {field.name for field in fields(DepthSettings)}
-    given = {name: value for name, value in content.items() if name != "format"}
-    if set(given) != known:
-        wrong = ", ".join(sorted(set(given) ^ known))
-        raise DataError(f"{file}: not the depth settings that this version writes ({wrong})")
-    try:
-        return DepthSettings(**given)
-    except (UsageError, TypeError) as error:
-        raise DataError(f"{file}: {error}") from error
+    file = beside(folder, DEPTH.name)
+    return None if file is None else DEPTH.read_as(DepthSettings, file)
 
 
 class DepthEncoder(nn.Module):

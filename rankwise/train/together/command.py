@@ -29,16 +29,17 @@ from transformers.trainer_callback import DefaultFlowCallback
 from rankwise.core.phase import Bound, bind, boundaries
 from rankwise.data.dataset import RenderedDataset
 from rankwise.data.input_record import save_input
-from rankwise.data.split import Split
+from rankwise.data.split import SPLIT, Split
 from rankwise.errors import DivergedError, UsageError
 from rankwise.files.adapter import LoraAdapter, LoraPair, lora_config, write_adapter
-from rankwise.files.atomic import about_to_write, atomic_folder, read_document, sha256, write_json
+from rankwise.files.atomic import about_to_write, atomic_folder, sha256
+from rankwise.files.document import Document
 from rankwise.files.plan import PLAN_FILE, write_plan
 from rankwise.files.processes import announce, gathered, own_share, process_index
 from rankwise.files.processes import finish as leave_group
 from rankwise.files.run_folder import RunFolder, held
 from rankwise.models.adapt import adapt, keep_trainable_layout, lora_pairs
-from rankwise.models.adapters import SITES_FILE, write_sites
+from rankwise.models.adapters import SITES, write_sites
 from rankwise.models.load import load_readable_structure, load_weights
 from rankwise.models.targets import scales
 from rankwise.options.commands import TrainConfig
@@ -51,7 +52,6 @@ from rankwise.train.phases import COLUMNS, PHASES_TABLE, schedule_of
 from rankwise.train.results import (
     ADAPTER_FILES,
     RESULTS_SUMMARY,
-    SPLIT_FILE,
     describe_losses,
     next_command,
     write_results_summary,
@@ -64,8 +64,8 @@ from rankwise.train.together.requested import PlannedArm, plan_arm, read_arms, r
 from rankwise.train.together.stacked import ArmSettings, check_keys, learning_rates
 from rankwise.train.together.train import Arm, TrainedArm, Validation, train_together
 
-ARM, FORMAT = "arm.json", "rankwise-arm/1"
-ARMS, ARMS_FORMAT = "arms.json", "rankwise-arms/1"
+ARM = Document("arm.json", "rankwise-arm/1", "an arm", "rankwise train --arms", ("identity", "files", "result"))
+ARMS = Document("arms.json", "rankwise-arms/1", "the arms of a run", "rankwise train --arms")
 
 
 def run_arms(config: TrainConfig, name: str, arguments: TrainingArguments, inputs: Mapping[str, str | None]) -> Path:
@@ -93,10 +93,10 @@ def run_arms(config: TrainConfig, name: str, arguments: TrainingArguments, input
                 batch.train(mine)
             gathered({})  # all have finished theirs
             # what came of them
-            rows = [read_document(arm.folder / ARM, FORMAT, "an arm")["result"] for arm in planned]
+            rows = [ARM.read(arm.folder)["result"] for arm in planned]
             if process_index()[0] == 0:
-                content = {"format": ARMS_FORMAT, "steps": arguments.max_steps, "arms": rows}
-                record.outputs |= {"arms": write_json(folder / ARMS, content)}
+                content = {"steps": arguments.max_steps, "arms": rows}
+                record.outputs |= {"arms": ARMS.write(folder, content)}
                 record.facts |= {"arms": len(rows), "left": sum(bool(row["left"]) for row in rows)}
                 tell(planned, rows)
     finally:
@@ -211,7 +211,7 @@ class ArmBatch:
         UsageError where some are, and neither --resume_from_checkpoint true nor --overwrite says what to do with them,
         or where one is of another run.
         """
-        there = [arm for arm in planned if (arm.folder / ARM).is_file()]
+        there = [arm for arm in planned if (arm.folder / ARM.name).is_file()]
         if not there or self.config.training.get("overwrite"):
             return list(planned)
         if str(self.config.resume_from_checkpoint).lower() in ("none", "false", "no"):
@@ -225,7 +225,7 @@ class ArmBatch:
 
     def is_whole(self, arm: PlannedArm) -> bool:
         """Whether the arm is as it was written; where its files have changed, it is trained anew."""
-        content = read_document(arm.folder / ARM, FORMAT, "an arm", ("identity", "files", "result"))
+        content = ARM.read(arm.folder)
         found = differences(content["identity"], self.identity(arm))
         if found:
             raise UsageError(
@@ -329,11 +329,11 @@ class ArmBatch:
                 write_plan(place / PLAN_FILE.name, arm.plan)
                 config = replace(config, lora=replace(config.lora, lora_config=str(arm.folder / PLAN_FILE.name)))
             folder.save_config(config)
-            write_json(place / SPLIT_FILE, self.split.record())
+            SPLIT.write(place, self.split.record())
             write_log(place, history)
             self.write_phases(arm, place, state.global_step)
             write_results_summary(config, state, place)
-            outputs = {name: place / name for name in (*adapter, SPLIT_FILE, TRAINING_LOG, RESULTS_SUMMARY)}
+            outputs = {name: place / name for name in (*adapter, SPLIT.name, TRAINING_LOG, RESULTS_SUMMARY)}
             outputs |= save_input(job.renderer, job.record, place) | save_task(config.data, place, everywhere=True)
             facts = self.facts(arm, result, state)
             seconds = round(times[-1], 2)
@@ -345,9 +345,9 @@ class ArmBatch:
                 **facts,
                 training_seconds=seconds,
             )
-            files = {name: sha256(place / name) for name in adapter if name != SITES_FILE}
+            files = {name: sha256(place / name) for name in adapter if name != SITES.name}
             row = self.row(arm, result, history, facts)
-            write_json(place / ARM, {"format": FORMAT, "identity": self.identity(arm), "files": files, "result": row})
+            ARM.write(place, {"identity": self.identity(arm), "files": files, "result": row})
 
     def pairs(self, arm: PlannedArm, trained: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, LoraPair]:
         scale, sites = scales(arm.plan), arm.plan.adapted
