@@ -350,6 +350,17 @@ def test_the_key_is_nowhere(
     assert SECRET not in output.out + output.err + caplog.text + " ".join(sys.argv)
 
 
+def test_no_proxy_comes_between_a_teacher_on_this_machine(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This one would refuse."""
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert label(photos, tmp_path / "d", well, "--num_images", "2")[0] == 0
+
+
 def test_the_key_of_the_environment_is_not_for_the_loopback_teacher(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
