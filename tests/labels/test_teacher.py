@@ -11,7 +11,9 @@ import time
 from collections import Counter
 from collections.abc import Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from hypothesis import given
@@ -49,7 +51,7 @@ from rankwise.labels.teacher.answers import (
     symmetric_error,
     verdict,
 )
-from rankwise.labels.teacher.client import Teacher, Unanswered
+from rankwise.labels.teacher.client import Teacher, Unanswered, http_client
 from rankwise.labels.teacher.ledger import AnswerLedger, BudgetReached, Key, LedgerEntry, Prices, Spending, prices_of
 from rankwise.labels.teacher.loopback import LoopbackTeacher, Response, picture_of
 from rankwise.labels.teacher.questions import Asker, ImageToLabel, Question, collect
@@ -549,3 +551,13 @@ def test_the_loopback_teacher_tells_other_tasks_by_hue(ledger: AnswerLedger, tmp
     found, _, _ = asking(well, load_task(path), ledger, [picture(2, (200, 40, 40)), picture(3, (40, 200, 40))])
     assert isinstance(found, list)
     assert [one.content["label"] for one in found if one.content] == ["spoon", "fork"]
+
+
+def test_certificates_are_verified_wherever_there_are_some() -> None:
+    class Told:
+        def __init__(self, **options: Any) -> None:
+            self.verify = options["verify"]
+
+    sdk: Any = SimpleNamespace(DefaultAsyncHttpxClient=Told)
+    told = {"https://api.openai.com/v1": True, "https://127.0.0.1/v1": True, "http://127.0.0.1:8080/v1": False}
+    assert {address: http_client(sdk, AsyncMock(), address).verify for address in told} == told
