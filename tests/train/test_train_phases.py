@@ -40,7 +40,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def train(base: Path, data: Path, tmp_path: Path) -> Train:
-    return lambda *more: cli.main(words(base, data, tmp_path, *more))
+    """With plots, which other tests of the command leave out."""
+    plain = [word for word in words(base, data, tmp_path) if word != "--no_plots"]
+    return lambda *more: cli.main([*plain, *more])
 
 
 def table(path: Path) -> list[dict[str, str]]:
