@@ -1,6 +1,7 @@
-"""Many small training runs at once, equal to one after the other; also what `study` trains with.
+"""Many small training runs at once, equal to one after the other: `train --arms`, and what `study` and `advise` use.
 
 In: arms (start, scales, rate, order of rows, phases) on one frozen base. Out: their trained factors and losses.
-`train.py` trains and scores them, `stacked.py` holds their factors and AdamW in one matrix each, `alone.py` trains what
-cannot share a stack: phases that are chosen on the way, and all weights.
+`train.py` trains and scores them, `stacked.py` holds their factors and AdamW in one matrix each, `starts.py` is where
+they begin, `alone.py` trains what cannot share a stack (phases that are chosen on the way, pictures, all weights), and
+`fit.py` trains and scores in one call. `train --arms`: `requested.py` reads and refuses, `command.py` runs.
 """
