@@ -279,19 +279,24 @@ def test_finished_arms_are_kept_and_a_cut_batch_starts_anew(
     file.write_text("- {name: a, rank: 2}\n- {name: b, rank: 3, lr: 1e-3}\n")
     steps = ["--max_steps", "4"]
 
+    done: list[int] = []
+
     def cut(*args: Any, after_step: Any, **rest: Any) -> Any:
         def stop(step: int) -> None:
             after_step(step)
-            if step == 2:
+            done.append(step)
+            if len(done) == 6:
                 raise KeyboardInterrupt
 
         return train.train_together(*args, after_step=stop, **rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(command, "train_together", cut)
+        patch.setattr(train, "CPU_TOKENS", 1)  # each arm a batch of its own
         assert cli.main(words(out, *steps, arms=str(file))) == 130
-    assert {path.name for path in out.iterdir()} == {"resolved_config.json"}
+    assert {path.name for path in out.iterdir()} == {"resolved_config.json", "a"}
     assert cli.main(words(out, *steps, "--resume_from_checkpoint", "true", arms=str(file))) == 0
+    assert "kept: 1 of 2 arms" in capsys.readouterr().out
     before = {name: (out / name / "adapter_model.safetensors").stat().st_mtime_ns for name in "ab"}
     assert "2 finished arms (a …)" in refused(capsys, *words(out, *steps, arms=str(file)))
     file.write_text("- {name: a, rank: 2}\n- {name: b, rank: 3, lr: 1e-3}\n- {name: c, rank: 1}\n")

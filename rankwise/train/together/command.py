@@ -62,7 +62,7 @@ from rankwise.train.step import memory_advice
 from rankwise.train.together.alone import twin_of
 from rankwise.train.together.requested import PlannedArm, plan_arm, read_arms, refuse, refuse_model
 from rankwise.train.together.stacked import ArmSettings, check_keys, learning_rates
-from rankwise.train.together.train import Arm, TrainedArm, Validation, train_together
+from rankwise.train.together.train import Arm, TrainedArm, Validation, fitting, train_together
 
 ARM = Document("arm.json", "rankwise-arm/1", "an arm", "rankwise train --arms", ("identity", "files", "result"))
 ARMS = Document("arms.json", "rankwise-arms/1", "the arms of a run", "rankwise train --arms")
@@ -86,11 +86,7 @@ def run_arms(config: TrainConfig, name: str, arguments: TrainingArguments, input
             about_to_write()
             if process_index()[0] == 0:
                 folder.save_config(config)
-            mine = own_share(left, [1.0] * len(left))
-            for arm in mine:
-                print(arm.line())
-            if mine:
-                batch.train(mine)
+            batch.train(own_share(left, [1.0] * len(left)))
             gathered({})  # all have finished theirs
             # what came of them
             rows = [ARM.read(arm.folder)["result"] for arm in planned]
@@ -239,16 +235,31 @@ class ArmBatch:
         return True
 
     def train(self, planned: Sequence[PlannedArm]) -> None:
-        """One batch, from the base to the folders."""
-        job, started, quantized = self.job, time.monotonic(), quantization(self.config.lora)
+        """The arms of this process, in batches of as many as one forward pass takes: more at once would be no faster,
+        and what is finished is kept."""
+        if not planned:
+            return
+        base = self.base()
+        length = fmean(self.rows.lengths[: self.settings.rows])
+        size = fitting(math.ceil(length * self.settings.batch_size), base.device)
+        for first in range(0, len(planned), size):
+            self.train_batch(base, planned[first : first + size])
+
+    def base(self) -> PreTrainedModel:
+        job, quantized = self.job, quantization(self.config.lora)
         dtype = frozen_dtype(self.config.model.dtype, job.arguments)
         base = load_weights(self.config.model, job.name, dtype, quantized)
         if quantized:
             keep_trainable_layout(base)
         else:
             base.to(job.arguments.device)
-        arms = [self.arm(base, arm) for arm in planned]
-        times: list[float] = []
+        return base
+
+    def train_batch(self, base: PreTrainedModel, planned: Sequence[PlannedArm]) -> None:
+        """One batch, from the starts to the folders."""
+        for arm in planned:
+            print(arm.line())
+        job, arms, times, started = self.job, [self.arm(base, arm) for arm in planned], list[float](), time.monotonic()
         with memory_advice(MEMORY), torch.autocast(base.device.type, torch.bfloat16, enabled=job.arguments.bf16):
             trained = train_together(
                 base,
@@ -257,7 +268,7 @@ class ArmBatch:
                 job.collator,
                 self.settings,
                 watch=True,
-                validation=self.validation(),
+                validation=self.validation,
                 after_step=lambda step: times.append(time.monotonic() - started),
             )
         for arm, result in zip(planned, trained, strict=True):
@@ -273,6 +284,7 @@ class ArmBatch:
         active = None if schedule is None else schedule.active
         return Arm(start, scales(arm.plan), arm.learning_rate, self.order(arm.config.seed), active)
 
+    @cached_property
     def validation(self) -> Validation | None:
         if self.job.validation is None:
             return None
