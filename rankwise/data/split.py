@@ -89,9 +89,12 @@ WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Sizes:
+    """Numbers of rows. least: so many training rows will do where there are not as many as asked for."""
+
     train: int
     dev: int
     test: int
+    least: int | None = None
 
 
 @dataclass(frozen=True)
@@ -133,12 +136,12 @@ def divided(
         "train, in or near test": len(order) - len(off_test),
         "train, in or near dev": len(off_test) - len(off_both),
     }
-    if len(off_both) < sizes.train:
+    if len(off_both) < (sizes.train if sizes.least is None else sizes.least):
         raise DataError(
-            f"{len(off_both):,} rows are left to train on, {sizes.train:,} were asked for (--train_size); "
+            f"{len(off_both):,} rows are left to train on, {sizes.least or sizes.train:,} are needed (--train_size); "
             f"removed: {', '.join(f'{count} ({what})' for what, count in removed.items())}"
         )
-    train = generator.sample(off_both, sizes.train)
+    train = generator.sample(off_both, min(sizes.train, len(off_both)))
     return Parts(tuple(train), tuple(dev_left), tuple(test_rows), removed)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from rankwise.errors import UsageError
 from rankwise.options import commands, features
+from rankwise.options.advise import AdviseConfig
 from rankwise.options.field import Option, build, options_of, typed_values
 from rankwise.options.label import LabelConfig
 from rankwise.options.study import StudyConfig
@@ -45,6 +46,7 @@ class Command:
 COMMANDS = {
     "ranks": Command("MEASURE", "ranks.command", commands.RanksConfig(), ("base", "tuned")),
     "ranks diff": Command("MEASURE", "ranks.diff", commands.DiffConfig(), ("first", "second"), takes_file=False),
+    "advise": Command("MEASURE", "study.advise", AdviseConfig(), ("model_name", "data_path")),
     "extract": Command("MEASURE", "ranks.extract", commands.ExtractConfig(), ("base", "tuned")),
     "compress": Command("MEASURE", "ranks.compress", commands.CompressConfig(), ("adapter",)),
     "finetune": Command("TRAIN", "train.finetune", commands.FinetuneConfig(), trainer=True),

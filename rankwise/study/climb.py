@@ -41,12 +41,11 @@ GROWN, NEIGHBOURS, FRESH = 3, 3, 2
 class Rungs:
     """What is climbed.
 
-    ranks: descending. placements: beside uniform rank. seeds: the first for rungs A, B and D,
-    the second for C, two further ones for E.
+    grid: learning rates of the first rung; beyond an edge it goes on by `ratio`. ranks: descending. placements: beside
+    uniform rank. seeds: the first for rungs A, B and D, the second for C, two further ones for E.
     """
 
-    prior: float
-    points: int
+    grid: tuple[float, ...]
     ratio: float
     ranks: tuple[int, ...]
     placements: tuple[str, ...]
@@ -56,7 +55,7 @@ class Rungs:
     def counts(self) -> dict[str, int]:
         """TrialBench of each rung where no grid has to grow."""
         smaller = len(self.ranks) - 1
-        per_rung = [self.points + 1, NEIGHBOURS * smaller, len(self.ranks), len(self.placements), 2 * FRESH]
+        per_rung = [len(self.grid) + 1, NEIGHBOURS * smaller, len(self.ranks), len(self.placements), 2 * FRESH]
         return dict(zip(LETTERS, per_rung, strict=True))
 
 
@@ -66,8 +65,8 @@ class TrialBench(Protocol):
     def run(self, trials: Sequence[TrialRun], rung: str) -> None:
         """Ask for trials: those that are not finished yet are trained and scored."""
 
-    def affords(self, trials: int) -> bool:
-        """Whether so many further trials fit into the time that is left."""
+    def affords(self, rung: str, trials: int) -> bool:
+        """Whether so many trials fit into the time that is left, or the rung was begun before."""
 
     @property
     def choose(self) -> TrialLosses:
@@ -103,12 +102,16 @@ class Conclusions:
         return self.gain is not None and self.gain.interval()[0] > 0
 
     @property
-    def advised(self) -> TrialRun:
-        """The arm to train: a smaller rank only by its bound, another placement only by its verdict."""
+    def tested(self) -> TrialRun:
+        """The advised arm at its best rate: a smaller rank only by its bound, another placement only by its verdict."""
         rank = self.rank.by_bound if self.rank is not None else max(self.best)
         better = self.placement is not None and self.placement.word == "better"
-        where = self.challenger if better and self.challenger else UNIFORM
-        return TrialRun(rank, self.rates[rank].advised, self.best[rank].seed, where)
+        return replace(self.best[rank], placement=self.challenger if better and self.challenger else UNIFORM)
+
+    @property
+    def advised(self) -> TrialRun:
+        """The arm to train: what was tested, at the middle of the rates that are as good."""
+        return replace(self.tested, learning_rate=self.rates[self.tested.rank].advised)
 
 
 def climb(ladder: Rungs, bench: TrialBench) -> Conclusions:
@@ -116,7 +119,7 @@ def climb(ladder: Rungs, bench: TrialBench) -> Conclusions:
     found = Conclusions()
     stages = dict(zip(LETTERS, (find_the_rate, find_the_ranks, repeat_the_best, try_placements, compare), strict=True))
     for (rung, stage), count in zip(stages.items(), ladder.counts().values(), strict=True):
-        if rung != "A" and not (found.learnt and bench.affords(count)):
+        if rung != "A" and not (found.learnt and bench.affords(rung, count)):
             break
         stage(ladder, bench, found)
         found.rung = rung
@@ -125,7 +128,7 @@ def climb(ladder: Rungs, bench: TrialBench) -> Conclusions:
 
 def find_the_rate(ladder: Rungs, bench: TrialBench, found: Conclusions) -> None:
     rank, seed = ladder.ranks[0], ladder.seeds[0]
-    bench.run([TrialRun(rank, rate, seed) for rate in first_grid(ladder.prior, ladder.points, ladder.ratio)], "A")
+    bench.run([TrialRun(rank, rate, seed) for rate in ladder.grid], "A")
     for _ in range(GROWN):
         further = growth(bench.choose.curve(rank, UNIFORM, seed), ladder.ratio)
         if further is None:
@@ -211,4 +214,4 @@ def compare(ladder: Rungs, bench: TrialBench, found: Conclusions) -> None:
     effect = scores.excess(other, uniform)
     if effect is not None:
         found.placement = judge({found.challenger: effect}, found.delta)[found.challenger]
-    found.loss = scores.mean(replace(uniform, placement=found.advised.placement))
+    found.loss = scores.mean(found.tested)

@@ -29,7 +29,7 @@ from rankwise.study.advice import (
 from rankwise.study.climb import Rungs, climb
 
 GROUPS, TOKENS = 80, 40.0
-LADDER = Rungs(1e-3, 5, 2.5, (16, 4, 1), ("attention_only", "mlp_only", "energy"), (1, 2, 3, 4), None)
+LADDER = Rungs(tuple(first_grid(1e-3, 5, 2.5)), 2.5, (16, 4, 1), ("attention_only", "mlp_only", "energy"), (1, 2, 3, 4), None)
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Truth:
                 self.made[trial] = self.sums(trial)
                 self.rungs.append(rung)
 
-    def affords(self, trials: int) -> bool:
+    def affords(self, rung: str, trials: int) -> bool:
         return len(self.made) + trials <= self.budget
 
     @property

@@ -1,0 +1,240 @@
+"""Short runs of `advise`: trained together on one frozen base, scored on held-out rows, kept in a ledger.
+
+    bench = ShortRuns(config, material, Ledger(folder), recipe)
+    bench.run([TrialRun(16, 2e-4, seed=1), …], "A")       # those that the ledger has are not trained again
+    bench.choose                                          # TrialLosses on the rows that decide
+
+Rows of the last comparison (`confirm`) are scored for runs of the rungs C and E only, lie in the same file and are read
+by `confirm` alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rankwise.core.allocate import spectral_gains
+from rankwise.core.factors import Factors
+from rankwise.core.site import Site
+from rankwise.errors import UsageError
+from rankwise.evaluate.likelihood import answer_losses
+from rankwise.files.atomic import atomic_write
+from rankwise.files.ledger import Ledger
+from rankwise.files.processes import gathered, own_share, process_index
+from rankwise.options.advise import AdviseConfig
+from rankwise.ranks.gain import input_spectra
+from rankwise.study.advice import UNIFORM, TrialLosses, TrialRun
+from rankwise.study.arms import Gains, ranks_within, uniform_ranks
+from rankwise.study.evidence import Array, by_group
+from rankwise.study.material import Material, ScoredItems
+from rankwise.train.together.stacked import ArmSettings
+from rankwise.train.together.train import (
+    Arm,
+    TrainedArm,
+    losses_together,
+    random_start,
+    row_order,
+    train_together,
+)
+
+SCALE = 2.0  # alpha = 2·rank, as `train` has it
+BATCH_SECONDS = 180  # a batch that is cut starts anew: this much is lost at most
+CONFIRMED = "CE"
+EVA_ROWS, EVA_BATCH = 64, 8
+Ranks = Mapping[Site, int]
+
+
+@dataclass
+class ShortRuns:
+    """The bench of one `advise`. recipe: hash of everything that decides how a trial trains, beside its key."""
+
+    config: AdviseConfig
+    material: Material
+    ledger: Ledger
+    recipe: str
+    asked: dict[TrialRun, str] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> ArmSettings:
+        config = self.config
+        warmup = math.ceil(config.warmup_ratio * config.steps)
+        return ArmSettings(
+            config.steps,
+            config.batch_size,
+            config.lr_scheduler_type,
+            warmup,
+            config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+        )
+
+    def key(self, trial: TrialRun) -> dict[str, Any]:
+        return asdict(trial) | {"recipe": self.recipe}
+
+    def run(self, trials: Sequence[TrialRun], rung: str) -> None:
+        """Ask for trials; processes share the batches of those that are not finished."""
+        self.asked |= dict.fromkeys(trials, rung)
+        left = [trial for trial in dict.fromkeys(trials) if self.key(trial) not in self.ledger]
+        size = self.batch_size()
+        batches = [left[start : start + size] for start in range(0, len(left), size)]
+        mine = own_share(batches, [float(len(batch)) for batch in batches])
+        for batch in tqdm(mine, desc=f"rung {rung}", unit="batch", disable=None, leave=False):
+            self.make(batch, rung)
+        gathered({})  # all have finished theirs
+        self.ledger.refresh()
+
+    def batch_size(self) -> int:
+        """Trials per batch: as many as take `BATCH_SECONDS`, by those that are finished."""
+        fitting = int(BATCH_SECONDS / self.seconds) if self.seconds else self.config.batch_arms
+        return max(1, min(self.config.batch_arms, fitting))
+
+    def make(self, trials: Sequence[TrialRun], rung: str) -> None:
+        """One batch, from start to ledger."""
+        started = time.monotonic()
+        arms = [self.arm(trial) for trial in trials]
+        trained = train_together(self.material.model, arms, self.material.rows, self.material.collate, self.settings)
+        matrices = self.scores(arms, trained, rung)
+        for trial, result in zip(trials, trained, strict=True):
+            self.keep(trial, result)
+        seconds = round((time.monotonic() - started) / len(trials), 3)
+        rows = [
+            {
+                "key": self.key(trial),
+                "rung": rung,
+                "parameters": sum(a.numel() + b.numel() for a, b in result.pairs.values()),
+                "diverged": bool(matrices["dev"][index].isnan().any()),
+                "train_losses": [round(loss, 6) if math.isfinite(loss) else None for loss in result.losses],
+                "seconds": seconds,
+            }
+            for index, (trial, result) in enumerate(zip(trials, trained, strict=True))
+        ]
+        self.ledger.add(rows, matrices)
+
+    def scores(self, arms: Sequence[Arm], trained: Sequence[TrainedArm], rung: str) -> dict[str, Tensor]:
+        """Summed losses (arms, items) of each part; nan for an arm that diverged."""
+        parts = {"dev": self.material.dev} | ({"test": self.material.test} if rung in CONFIRMED else {})
+        pairs, scales = [arm.pairs for arm in trained], [arm.scales for arm in arms]
+        found = {
+            name: losses_together(self.material.model, pairs, scales, part.batches)[0].clone()
+            for name, part in parts.items()
+        }
+        diverged = torch.tensor([arm.diverged for arm in trained])
+        for matrix in found.values():
+            matrix[diverged | ~matrix.isfinite().all(1)] = torch.nan
+        return found
+
+    def arm(self, trial: TrialRun) -> Arm:
+        ranks = self.ranks(trial)
+        start = random_start(ranks, trial.seed, max(self.config.ranks))
+        order = row_order(len(self.material.rows), self.config.steps * self.config.batch_size, trial.seed)
+        return Arm(start, dict.fromkeys(start, SCALE), trial.learning_rate, order)
+
+    def ranks(self, trial: TrialRun) -> dict[Site, int]:
+        """Ranks of a trial: other placements spend the parameters of uniform rank."""
+        sites = list(self.material.sites)
+        uniform = {site: min(trial.rank, site.largest_rank) for site in sites}
+        if trial.placement == UNIFORM:
+            return uniform
+        budget = sum(site.parameters(rank) for site, rank in uniform.items())
+        if trial.placement in ("attention", "mlp"):
+            chosen = [site for site in sites if site.kind == trial.placement]
+            if not chosen:
+                raise UsageError(f"--placements {trial.placement}: the adapted matrices have none of that kind")
+            return uniform_ranks(chosen, budget)
+        gains = self.energy_gains() if trial.placement == "energy" else self.eva_gains
+        return ranks_within(gains, budget, max(site.largest_rank for site in sites))
+
+    def energy_gains(self) -> Gains:
+        """σ² of the change that the best trial of the largest rank made, computed from its factors."""
+        best = self.best_of_largest
+        kept = load_file(self.factors(best))
+        found = {}
+        for site in self.material.sites:
+            factors = Factors(SCALE * kept[f"{site.path}.B"], kept[f"{site.path}.A"])
+            found[site] = factors.svd()[1].double().square().cpu()
+        return found
+
+    @property
+    def best_of_largest(self) -> TrialRun:
+        largest = max(self.config.ranks)
+        losses = self.choose
+        kept = [trial for trial in self.asked if trial.rank == largest and self.is_kept(trial)]
+        return min(kept, key=lambda trial: (losses.loss(trial), trial.learning_rate))
+
+    @cached_property
+    def eva_gains(self) -> Gains:
+        """Share of the inputs' variance, on training rows (Paischer et al. 2024)."""
+        rows = self.material.rows[:EVA_ROWS]
+        batches = [self.material.collate(rows[at : at + EVA_BATCH]) for at in range(0, len(rows), EVA_BATCH)]
+        names = ("input_ids", "attention_mask", "labels")
+        moved = [{name: batch[name].to(self.material.device) for name in names} for batch in batches]
+        return spectral_gains(input_spectra(self.material.model, list(self.material.sites), moved), "site")
+
+    def is_kept(self, trial: TrialRun) -> bool:
+        """Whether a trial's factors are kept, for the placements that are made of them."""
+        first = min(each.seed for each in self.asked)
+        return trial.rank == max(self.config.ranks) and trial.placement == UNIFORM and trial.seed == first
+
+    def factors(self, trial: TrialRun) -> Path:
+        return self.ledger.folder / "factors" / f"rank{trial.rank}-{trial.learning_rate:g}.safetensors"
+
+    def keep(self, trial: TrialRun, result: TrainedArm) -> None:
+        if self.is_kept(trial) and not result.diverged:
+            tensors = {f"{path}.A": a.contiguous() for path, (a, _) in result.pairs.items()}
+            tensors |= {f"{path}.B": b.contiguous() for path, (_, b) in result.pairs.items()}
+            with atomic_write(self.factors(trial)) as temporary:
+                save_file(tensors, temporary)
+
+    @property
+    def rows(self) -> dict[TrialRun, dict[str, Any]]:
+        """Ledger rows of the trials that were asked for."""
+        return {trial: self.ledger[self.key(trial)] for trial in self.asked}
+
+    @property
+    def seconds(self) -> float:
+        """Mean seconds of a trial; 0 before the first."""
+        finished = [row["seconds"] for row in self.ledger.rows.values()]
+        return sum(finished) / len(finished) if finished else 0.0
+
+    def affords(self, rung: str, trials: int) -> bool:
+        """A rung that was begun goes on, whatever it takes: what stops the climb is recorded in no other place."""
+        rows = self.ledger.rows.values()
+        if any(row["rung"] == rung for row in rows):
+            return True
+        processes = process_index()[1]
+        spent = sum(row["seconds"] for row in rows)
+        return bool(spent + trials * self.seconds <= 60 * self.config.minutes * processes)
+
+    @property
+    def choose(self) -> TrialLosses:
+        return self.losses(list(self.asked), "dev", self.material.dev, self.base_of_choose)
+
+    def confirm(self, trials: Sequence[TrialRun]) -> TrialLosses:
+        return self.losses(trials, "test", self.material.test, self.base_of_confirm)
+
+    def losses(self, trials: Sequence[TrialRun], part: str, scored: ScoredItems, base: Array) -> TrialLosses:
+        sums = {
+            trial: by_group(self.ledger.numbers(self.key(trial), part).double().numpy(), scored.groups)
+            for trial in trials
+        }
+        return TrialLosses(sums, by_group(scored.tokens, scored.groups), base)
+
+    @cached_property
+    def base_of_choose(self) -> Array:
+        return self.base(self.material.dev)
+
+    @cached_property
+    def base_of_confirm(self) -> Array:
+        return self.base(self.material.test)
+
+    def base(self, scored: ScoredItems) -> Array:
+        return by_group(answer_losses(self.material.model, scored.batches)[0].double().cpu().numpy(), scored.groups)
