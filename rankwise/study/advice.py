@@ -212,7 +212,7 @@ def growth(curve: Curve, ratio: float) -> float | None:
 
 
 def rounded(rate: float) -> float:
-    return float(f"{rate:.4g}")
+    return float(f"{rate:.2g}")
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from rankwise.files.atomic import write_json, write_text
 from rankwise.files.plan import write_plan
 from rankwise.options.advise import AdviseConfig
 from rankwise.options.field import flatten
-from rankwise.page.blocks import Block, Picture, Table, Words
+from rankwise.page.blocks import Block, Folded, Page, Plot, Section, Table, drawn, into, pictures
 from rankwise.page.canvas import BLUE, FAINT, GREY, drawable, legend, log_ticks, name_axes, new_figure, save, style
-from rankwise.page.text import align, command_line, duration, number, plural
+from rankwise.page.template import markdown
+from rankwise.page.text import duration, number, plural
 from rankwise.study.advice import UNIFORM
+from rankwise.study.page import ceiling
 
 FORMAT = "rankwise-advice/1"
 FILE, CONFIG, PLAN = "advice.json", "advice.yaml", "advice_plan.json"
@@ -50,8 +53,12 @@ def rate_words(advice: Advice) -> list[str]:
     """The rate, the set that it is the middle of, the parabola, and what was known before."""
     rates, prior = advised_rates(advice), advice["prior"]
     low, high = rates["within"][0], rates["within"][-1]
-    span = f"{number(low)} to {number(high)} lose" if low != high else f"{number(low)} alone loses"
-    told = [f"{number(advice['advised']['learning_rate'])}: of those tried, {span} at most {advice['delta']:.3f} nats"]
+    rate, delta = number(advice["advised"]["learning_rate"]), advice["delta"]
+    told = [
+        f"{rate}: the middle of {number(low)} to {number(high)}, which lose at most {delta:.3f} nats on the best"
+        if low != high
+        else f"{rate}: no other rate that was tried comes within {delta:.3f} nats of the best"
+    ]
     if rates["vertex"]:
         told.append(f"minimum of the parabola in log rate: {number(rates['vertex'])}")
     else:
@@ -140,19 +147,13 @@ def screen(advice: Advice) -> list[tuple[str, list[str]]]:
     ]
 
 
-def advice_lines(advice: Advice, folder: Path | None = None) -> list[str]:
-    """The terminal's last lines."""
+def advice_blocks(advice: Advice) -> list[Block]:
+    """All blocks of one advice: what to do and how sure it is, the plots, every short run."""
     rows = [
-        [subject if not index else "", line] for subject, lines in screen(advice) for index, line in enumerate(lines)
+        (subject if not index else "", line) for subject, lines in screen(advice) for index, line in enumerate(lines)
     ]
-    after = [f"next: {command_line('train', folder / CONFIG)}"] if folder and advice["learnt"] else []
-    return [*align(rows, left=(0, 1)), *after]
-
-
-def advice_blocks(advice: Advice, pictures: Sequence[Picture]) -> list[Block]:
-    """The report's section."""
-    words = [Words(f"{subject[0].upper()}{subject[1:]}: {'; '.join(lines)}.") for subject, lines in screen(advice)]
-    return [*words, *pictures, trials_table(advice)]
+    plots = [Plot(name, caption, partial(draw, advice)) for name, (draw, caption) in PLOTS.items()]
+    return [Table((), rows, first_number=2), *plots, Folded("Short runs", [trials_table(advice)])]
 
 
 def trials_table(advice: Advice) -> Table:
@@ -209,9 +210,11 @@ def write_advice(
         head = "# What `rankwise advise` recommends; run it with: rankwise train advice.yaml\n"
         text = head + yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
         written["config"] = write_text(folder / CONFIG, text)
-    if not config.no_plots and drawable("pictures of the advice are"):
-        written |= {name: draw(advice, folder / "plots" / f"{name}.png") for name, (draw, _) in PLOTS.items()}
-    return written
+    target = into(folder / "plots") if not config.no_plots and drawable("pictures of the advice are") else None
+    blocks = drawn(advice_blocks(advice), target)
+    page = Page("Advice", str(config.model.model_name), sections=[Section("What to train", blocks)])
+    written["page"] = write_text(folder / "advice.md", markdown(page, folder))
+    return written | pictures(blocks)
 
 
 def plot_advice_rates(advice: Advice, path: Path | str) -> Path:
@@ -230,6 +233,7 @@ def plot_advice_rates(advice: Advice, path: Path | str) -> Path:
     for loss in ring:
         axis.plot([advised["learning_rate"]], [loss], "o", markersize=11, fillstyle="none", color=BLUE, label="advised")
     axis.set_xscale("log")
+    axis.set_ylim(*ceiling([(t["learning_rate"], t["loss"]) for t in kept]))
     log_ticks(axis.xaxis)
     legend(axis)
     name_axes(axis, "learning rate", advice["metric"], f"grey: within {advice['delta']:.3f} of the best")

@@ -24,9 +24,10 @@ from rankwise.files.run_folder import RunFolder, held
 from rankwise.models.load import load_structure
 from rankwise.options.advise import AdviseConfig
 from rankwise.options.field import flatten
-from rankwise.page.text import duration
+from rankwise.page.blocks import lines
+from rankwise.page.text import command_line, duration
 from rankwise.study.advice import first_grid, prior_rate, rounded
-from rankwise.study.advice_page import FORMAT, advice_lines, write_advice
+from rankwise.study.advice_page import CONFIG, FORMAT, advice_blocks, write_advice
 from rankwise.study.climb import Conclusions, Rungs, climb
 from rankwise.study.design import digest
 from rankwise.study.material import Material, load_material, read_parts
@@ -58,7 +59,9 @@ def run(config: AdviseConfig) -> Path:
                 advice = conclude(config, rungs, bench, found)
                 record.outputs |= write_advice(folder.path, config, advice, bench.ranks(found.advised))
                 record.facts |= {"runs": len(bench.ledger), "rung": found.rung}
-                print("\n".join(advice_lines(advice, folder.path)))
+                print("\n".join(lines(advice_blocks(advice))))
+                if found.learnt:
+                    print(f"next: {command_line('train', folder / CONFIG)}")
     finally:
         finish()
     return folder.path
