@@ -92,18 +92,20 @@ def excess_words(step: Mapping[str, Any], advice: Advice) -> str:
 
 
 def placement_words(advice: Advice) -> list[str]:
+    """The verdict on the best other placement, or what was only tried."""
+    small = [f"{PLACES[name]} cannot hold as many parameters: not compared" for name in advice["too_small"]]
     if advice["placement"] is None:
         tried = [f"{PLACES[name]} {interval(row)}" for name, row in advice["placements"].items()]
-        first = "one rank everywhere; not compared" if not tried else "one rank everywhere; not confirmed"
-        return [first, *tried]
+        return [f"one rank everywhere; not {'confirmed' if tried else 'compared'}", *tried, *small]
     found, name = advice["placement"], PLACES[advice["challenger"]]
-    word = found["verdict"]
-    if word == "better":
-        return [f"{name} is better than one rank everywhere: {interval(found)} nats"]
-    told = {"equivalent": "is as good as", "worse": "is better than", "undecided": "is not shown to be worse than"}[
-        word
-    ]
-    return [f"one rank everywhere {told} {name} ({interval(found)} nats)"]
+    if found["verdict"] == "better":
+        return [f"{name} is better than one rank everywhere: {interval(found)} nats", *small]
+    words = {
+        "equivalent": "is as good as",
+        "worse": "is better than",
+        "undecided": "is advised; it is undecided against",
+    }
+    return [f"one rank everywhere {words[found['verdict']]} {name} ({interval(found)} nats)", *small]
 
 
 def open_words(advice: Advice) -> list[str]:

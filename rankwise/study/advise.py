@@ -7,13 +7,12 @@ rankwise advise MODEL train.jsonl --minutes 30
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from rankwise.core.site import Site
+from rankwise.core.allocate import spent
 from rankwise.data.example import one_per_prompt
 from rankwise.data.sources.load import check_data, read_examples
 from rankwise.data.split import Parts, Sizes
@@ -48,7 +47,7 @@ def run(config: AdviseConfig) -> Path:
         with held(folder, "advise", inputs(config)) as record:
             material = load_material(config.model, config.data, config.target, config.device, parts_of(config))
             rungs = rungs_of(config, material.model.config)
-            check_ranks(config, material)
+            check_sites(config, material)
             recipe = digest([trial_settings(config), material.inputs(config.model)])[:16]
             bench = ShortRuns(config, material, Ledger(folder.path), recipe)
             if process_index()[0] == 0:
@@ -116,8 +115,12 @@ def prior_of(model_config: Any) -> tuple[float, bool]:
     return prior_rate(text.model_type, text.hidden_size)
 
 
-def check_ranks(config: AdviseConfig, material: Material) -> None:
-    """UsageError for a rank above ⌊mn/(m+n)⌋ of a matrix: there a LoRA pair has more parameters than the matrix."""
+def check_sites(config: AdviseConfig, material: Material) -> None:
+    """UsageError for a placement without matrices, and for a rank above ⌊mn/(m+n)⌋ of a matrix: there a LoRA pair has
+    more parameters than the matrix."""
+    for kind in ("attention", "mlp"):
+        if kind in config.placements and all(site.kind != kind for site in material.sites):
+            raise UsageError(f"--placements {kind}: none of the matrices to adapt is of that kind; leave it out")
     narrow = min(material.sites, key=lambda site: site.largest_rank)
     if max(config.ranks) > narrow.largest_rank:
         raise UsageError(
@@ -147,10 +150,11 @@ def conclude(config: AdviseConfig, rungs: Rungs, bench: ShortRuns, found: Conclu
         "gain": found.gain.as_dict() if found.gain else None,
         "delta": found.delta,
         "prior": {"learning_rate": rounded(prior), "calibrated": calibrated},
-        "advised": asdict(found.advised) | {"parameters": parameters(bench.ranks(found.advised))},
+        "advised": asdict(found.advised) | {"parameters": spent(bench.ranks(found.advised))},
         "rates": {str(rank): asdict(rates) for rank, rates in found.rates.items()},
         "rank": asdict(found.rank) if found.rank else None,
         "placements": {name: effect.as_dict() for name, effect in found.tried.items()},
+        "too_small": found.too_small,
         "challenger": found.challenger,
         "placement": found.placement.as_dict() if found.placement else None,
         "loss": found.loss.as_dict() if found.loss else None,
@@ -170,10 +174,6 @@ def conclude(config: AdviseConfig, rungs: Rungs, bench: ShortRuns, found: Conclu
         "seconds_per_run": bench.seconds,
         "open": open_rungs(rungs, found, bench.seconds),
     }
-
-
-def parameters(ranks: Mapping[Site, int]) -> int:
-    return sum(site.parameters(rank) for site, rank in ranks.items() if rank)
 
 
 def open_rungs(rungs: Rungs, found: Conclusions, seconds: float) -> list[dict[str, Any]]:

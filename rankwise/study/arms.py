@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rankwise.core.allocate import Rule, by_budget, decreasing, equalise, spectral_gains, uniform
+from rankwise.core.allocate import TOLERANCE, Rule, by_budget, decreasing, equalise, spectral_gains, uniform
 from rankwise.core.factors import Factors
 from rankwise.core.phase import Form, Norm, Phases, returns
 from rankwise.core.schedule import parse_schedule, permuted_form, random_form, reversed_form, with_lengths
@@ -66,21 +66,21 @@ def type_means(gains: Gains) -> dict[Site, Tensor]:
     return {site: result[site] for site in gains}
 
 
-def ranks_within(gains: Gains, budget: int, max_rank: int) -> dict[Site, int]:
-    """The rule's ranks: from 0, greedily by gain per parameter, then brought to the budget within 0.5 %.
+def ranks_within(gains: Gains, budget: int, max_rank: int, tolerance: float = TOLERANCE) -> dict[Site, int]:
+    """The rule's ranks: from 0, greedily by gain per parameter, then brought to the budget within the tolerance.
 
     From 0, since at a starved budget a smallest rank of 1 would leave a plan nothing to decide.
     """
     rule = Rule(min_rank=0, max_rank=max_rank)
     worth = {site: decreasing(gain) for site, gain in gains.items()}
-    return equalise(by_budget(gains, budget, rule), budget, worth, {site: rule.most(site) for site in gains})
+    return equalise(by_budget(gains, budget, rule), budget, worth, {site: rule.most(site) for site in gains}, tolerance)
 
 
-def uniform_ranks(sites: Sequence[Site], budget: int) -> dict[Site, int]:
+def uniform_ranks(sites: Sequence[Site], budget: int, tolerance: float = TOLERANCE) -> dict[Site, int]:
     """One rank everywhere, as nearly as the budget and the sizes of the matrices allow."""
     nothing = torch.zeros(0, dtype=torch.float64)
     most = {site: site.largest_rank for site in sites}
-    return equalise(uniform(sites, budget), budget, dict.fromkeys(sites, nothing), most)
+    return equalise(uniform(sites, budget), budget, dict.fromkeys(sites, nothing), most, tolerance)
 
 
 def compress_pairs(

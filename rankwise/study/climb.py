@@ -65,6 +65,9 @@ class TrialBench(Protocol):
     def run(self, trials: Sequence[TrialRun], rung: str) -> None:
         """Ask for trials: those that are not finished yet are trained and scored."""
 
+    def can_place(self, trial: TrialRun) -> bool:
+        """Whether a trial's placement can spend as many parameters as uniform rank."""
+
     def affords(self, rung: str, trials: int) -> bool:
         """Whether so many trials fit into the time that is left, or the rung was begun before."""
 
@@ -81,8 +84,8 @@ class TrialBench(Protocol):
 class Conclusions:
     """What the climb has decided; what stayed None was not reached.
 
-    rung: the last one that was climbed. rates: by rank. best: by rank, the best arm. challenger: the placement that was
-    compared with uniform rank; placement: the verdict on it. loss: of the advised arm on the rows kept back.
+    rung: the last one that was climbed. rates: by rank. best: by rank, the best arm. too_small: placements that cannot spend
+    uniform rank's parameters. challenger: the placement that was compared with uniform rank; placement: the verdict on it. loss: of the advised arm on the rows kept back.
     """
 
     rung: str = ""
@@ -92,6 +95,7 @@ class Conclusions:
     best: dict[int, TrialRun] = field(default_factory=dict)
     rank: Rank | None = None
     tried: dict[str, Effect] = field(default_factory=dict)
+    too_small: list[str] = field(default_factory=list)
     challenger: str | None = None
     placement: Verdict | None = None
     loss: Effect | None = None
@@ -195,7 +199,9 @@ def repeat_the_best(ladder: Rungs, bench: TrialBench, found: Conclusions) -> Non
 def try_placements(ladder: Rungs, bench: TrialBench, found: Conclusions) -> None:
     assert found.rank is not None
     uniform = found.best[found.rank.by_bound]
-    trials = [replace(uniform, placement=name) for name in ladder.placements]
+    wanted = [replace(uniform, placement=name) for name in ladder.placements]
+    trials = [trial for trial in wanted if bench.can_place(trial)]
+    found.too_small = [trial.placement for trial in wanted if trial not in trials]
     bench.run(trials, "D")
     effects = {trial.placement: bench.choose.excess(trial, uniform) for trial in trials}
     found.tried = {name: effect for name, effect in effects.items() if effect is not None}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rankwise.core.allocate import spectral_gains
+from rankwise.core.allocate import spectral_gains, spent
 from rankwise.core.factors import Factors
 from rankwise.core.site import Site
 from rankwise.errors import UsageError
@@ -50,6 +51,7 @@ from rankwise.train.together.train import (
 SCALE = 2.0  # alpha = 2·rank, as `train` has it
 BATCH_SECONDS = 180  # a batch that is cut starts anew: this much is lost at most
 CONFIRMED = "CE"
+TOLERANCES = (0.005, 0.02, 0.1)  # of the parameters that are to be equal: small matrices have few ranks
 EVA_ROWS, EVA_BATCH = 64, 8
 Ranks = Mapping[Site, int]
 
@@ -139,19 +141,32 @@ class ShortRuns:
         return Arm(start, dict.fromkeys(start, SCALE), trial.learning_rate, order)
 
     def ranks(self, trial: TrialRun) -> dict[Site, int]:
-        """Ranks of a trial: other placements spend the parameters of uniform rank."""
-        sites = list(self.material.sites)
-        uniform = {site: min(trial.rank, site.largest_rank) for site in sites}
+        """Ranks of a trial: other placements spend the parameters of uniform rank, as nearly as the matrices allow.
+
+        UsageError where they cannot come near: attention alone may be too small.
+        """
+        uniform = {site: min(trial.rank, site.largest_rank) for site in self.material.sites}
         if trial.placement == UNIFORM:
             return uniform
-        budget = sum(site.parameters(rank) for site, rank in uniform.items())
-        if trial.placement in ("attention", "mlp"):
-            chosen = [site for site in sites if site.kind == trial.placement]
-            if not chosen:
-                raise UsageError(f"--placements {trial.placement}: the adapted matrices have none of that kind")
-            return uniform_ranks(chosen, budget)
-        gains = self.energy_gains() if trial.placement == "energy" else self.eva_gains
-        return ranks_within(gains, budget, max(site.largest_rank for site in sites))
+        for tolerance in TOLERANCES[:-1]:
+            with suppress(UsageError):
+                return self.placed(trial.placement, spent(uniform), tolerance)
+        return self.placed(trial.placement, spent(uniform), TOLERANCES[-1])
+
+    def can_place(self, trial: TrialRun) -> bool:
+        try:
+            self.ranks(trial)
+        except UsageError:
+            return False
+        return True
+
+    def placed(self, placement: str, budget: int, tolerance: float) -> dict[Site, int]:
+        """UsageError where no ranks come that near to the budget."""
+        sites = list(self.material.sites)
+        if placement in ("attention", "mlp"):
+            return uniform_ranks([site for site in sites if site.kind == placement], budget, tolerance)
+        gains = self.energy_gains() if placement == "energy" else self.eva_gains
+        return ranks_within(gains, budget, max(site.largest_rank for site in sites), tolerance)
 
     def energy_gains(self) -> Gains:
         """σ² of the change that the best trial of the largest rank made, computed from its factors."""
@@ -165,9 +180,8 @@ class ShortRuns:
 
     @property
     def best_of_largest(self) -> TrialRun:
-        largest = max(self.config.ranks)
-        losses = self.choose
-        kept = [trial for trial in self.asked if trial.rank == largest and self.is_kept(trial)]
+        kept = [trial for trial in self.asked if self.is_kept(trial)]
+        losses = self.losses(kept, "dev", self.material.dev, self.base_of_choose)
         return min(kept, key=lambda trial: (losses.loss(trial), trial.learning_rate))
 
     @cached_property

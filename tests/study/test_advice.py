@@ -48,6 +48,7 @@ class Truth:
     made: dict[TrialRun, np.ndarray] = field(default_factory=dict)
     asked: list[TrialRun] = field(default_factory=list)
     rungs: list[str] = field(default_factory=list)
+    too_small: tuple[str, ...] = ()
     confirmed: list[TrialRun] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -68,6 +69,9 @@ class Truth:
             if trial not in self.made:
                 self.made[trial] = self.sums(trial)
                 self.rungs.append(rung)
+
+    def can_place(self, trial: TrialRun) -> bool:
+        return trial.placement not in self.too_small
 
     def affords(self, rung: str, trials: int) -> bool:
         return len(self.made) + trials <= self.budget
