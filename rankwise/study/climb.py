@@ -84,8 +84,9 @@ class TrialBench(Protocol):
 class Conclusions:
     """What the climb has decided; what stayed None was not reached.
 
-    rung: the last one that was climbed. rates: by rank. best: by rank, the best arm. too_small: placements that cannot spend
-    uniform rank's parameters. challenger: the placement that was compared with uniform rank; placement: the verdict on it. loss: of the advised arm on the rows kept back.
+    rung: the last one that was climbed. rates: by rank. best: by rank, the best arm. tried: other placements against
+    uniform rank, on the rows that decide; too_small: those that cannot spend its parameters. challenger: the best of
+    those tried, and placement the verdict on it. loss: of the advised arm on the rows kept back.
     """
 
     rung: str = ""
