@@ -34,6 +34,7 @@ from rankwise.page.blocks import Finding
 from rankwise.pipeline.times import StageTime, read_times
 from rankwise.ranks.fidelity import FIDELITY
 from rankwise.ranks.plots import GAIN
+from rankwise.study.advice_page import ADVICE
 from rankwise.study.page import STUDY
 from rankwise.train.gradient_summary import GradientTables, read_phases, read_tables
 from rankwise.train.gradient_table import GROUPS, NORMS
@@ -109,7 +110,7 @@ class Contents:
 
 
 # What is shown where it lies; each room says how.
-FINDINGS = (GAIN, STUDY, VALIDATION, EPOCHS, FACTORS, ANSWERS, FIDELITY)
+FINDINGS = (GAIN, ADVICE, STUDY, VALIDATION, EPOCHS, FACTORS, ANSWERS, FIDELITY)
 
 
 GENERIC = ("evaluation", "evaluate", "results", "predictions", "final_model")

@@ -12,11 +12,11 @@ import yaml
 
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import Site
-from rankwise.files.atomic import write_json, write_text
+from rankwise.files.atomic import read_document, write_json, write_text
 from rankwise.files.plan import write_plan
 from rankwise.options.advise import AdviseConfig
 from rankwise.options.field import flatten
-from rankwise.page.blocks import Block, Folded, Page, Plot, Section, Table, drawn, into, pictures
+from rankwise.page.blocks import Block, Finding, Folded, Page, Plot, Section, Table, drawn, into, pictures
 from rankwise.page.canvas import BLUE, FAINT, GREY, drawable, legend, log_ticks, name_axes, new_figure, save, style
 from rankwise.page.template import markdown
 from rankwise.page.text import duration, number, plural
@@ -285,3 +285,13 @@ PLOTS = {
     "advice_ranks": (plot_advice_ranks, "Excess loss of smaller ranks with its upper bound; dashed: δ"),
     "advice_placements": (plot_advice_placements, "Placements minus one rank everywhere; grey: below δ"),
 }
+
+
+PARTS = ("rung", "learnt", "gain", "delta", "prior", "rates", "placements", "trials", "data", "open")
+
+
+def read_advice(path: Path) -> Advice:
+    return read_document(path, FORMAT, "an advice", PARTS)
+
+
+ADVICE = Finding(FILE, ("advise",), read_advice, advice_blocks)
