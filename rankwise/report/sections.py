@@ -27,7 +27,7 @@ Found = tuple[tuple[str, ...], str, list[Block]]  # kinds of stage that make it,
 
 
 ORDER = (
-    *("label", "check", "finetune", "ranks", "extract", "compress", "train", "evaluate", "study"),
+    *("label", "check", "finetune", "ranks", "advise", "extract", "compress", "train", "evaluate", "study"),
     *("merge", "export", "validate", "bundle"),
     *("features capture", "features train", "features compare", "features downstream"),
 )

@@ -12,7 +12,8 @@ import yaml
 
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import Site
-from rankwise.files.atomic import read_document, write_json, write_text
+from rankwise.files.atomic import write_text
+from rankwise.files.document import Document
 from rankwise.files.plan import write_plan
 from rankwise.options.advise import AdviseConfig
 from rankwise.options.field import flatten
@@ -23,8 +24,14 @@ from rankwise.page.text import duration, number, plural
 from rankwise.study.advice import UNIFORM
 from rankwise.study.page import ceiling
 
-FORMAT = "rankwise-advice/1"
-FILE, CONFIG, PLAN = "advice.json", "advice.yaml", "advice_plan.json"
+DOCUMENT = Document(
+    "advice.json",
+    "rankwise-advice/1",
+    "an advice",
+    made_by="rankwise advise",
+    parts=("rung", "learnt", "gain", "delta", "prior", "rates", "placements", "trials", "data", "open"),
+)
+CONFIG, PLAN = "advice.yaml", "advice_plan.json"
 DECIDES = {"B": "rank", "C": "rank", "D": "placement", "E": "placement"}
 PLACES = {
     UNIFORM: "one rank everywhere",
@@ -200,7 +207,7 @@ def write_advice(
     folder: Path, config: AdviseConfig, advice: Advice, ranks: Mapping[Site, int]
 ) -> dict[str, Path | str]:
     """Write them into the run folder; what was written, by name. Nothing learnt: no advice.yaml."""
-    written: dict[str, Path | str] = {"advice": write_json(folder / FILE, advice)}
+    written: dict[str, Path | str] = {"advice": DOCUMENT.write(folder, advice)}
     if advice["learnt"]:
         plan = None
         if advice["advised"]["placement"] != UNIFORM:
@@ -287,11 +294,8 @@ PLOTS = {
 }
 
 
-PARTS = ("rung", "learnt", "gain", "delta", "prior", "rates", "placements", "trials", "data", "open")
-
-
 def read_advice(path: Path) -> Advice:
-    return read_document(path, FORMAT, "an advice", PARTS)
+    return DOCUMENT.read(path)
 
 
-ADVICE = Finding(FILE, ("advise",), read_advice, advice_blocks)
+ADVICE = Finding(DOCUMENT.name, ("advise",), read_advice, advice_blocks)

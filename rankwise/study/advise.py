@@ -26,7 +26,7 @@ from rankwise.options.field import flatten
 from rankwise.page.blocks import lines
 from rankwise.page.text import command_line, duration
 from rankwise.study.advice import first_grid, prior_rate, rounded
-from rankwise.study.advice_page import CONFIG, FORMAT, advice_blocks, write_advice
+from rankwise.study.advice_page import CONFIG, advice_blocks, write_advice
 from rankwise.study.climb import Conclusions, Rungs, climb
 from rankwise.study.design import digest
 from rankwise.study.material import Material, load_material, read_parts
@@ -142,7 +142,6 @@ def conclude(config: AdviseConfig, rungs: Rungs, bench: ShortRuns, found: Conclu
     losses, material = bench.choose, bench.material
     prior, calibrated = prior_of(material.model.config)
     return {
-        "format": FORMAT,
         "metric": "nats per answer token",
         "rung": found.rung,
         "learnt": found.learnt,

@@ -11,7 +11,6 @@ by `confirm` alone.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -19,9 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from rankwise.core.allocate import spectral_gains, spent
@@ -38,17 +35,11 @@ from rankwise.study.advice import UNIFORM, TrialLosses, TrialRun
 from rankwise.study.arms import Gains, ranks_within, uniform_ranks
 from rankwise.study.evidence import Array, by_group
 from rankwise.study.material import Material, ScoredItems
+from rankwise.train.together.fit import fit
 from rankwise.train.together.stacked import ArmSettings
-from rankwise.train.together.train import (
-    Arm,
-    TrainedArm,
-    losses_together,
-    random_start,
-    row_order,
-    train_together,
-)
+from rankwise.train.together.starts import SCALE, random_start, row_order
+from rankwise.train.together.train import Arm, TrainedArm
 
-SCALE = 2.0  # alpha = 2·rank, as `train` has it
 BATCH_SECONDS = 180  # a batch that is cut starts anew: this much is lost at most
 CONFIRMED = "CE"
 TOLERANCES = (0.005, 0.02, 0.1)  # of the parameters that are to be equal: small matrices have few ranks
@@ -101,38 +92,25 @@ class ShortRuns:
 
     def make(self, trials: Sequence[TrialRun], rung: str) -> None:
         """One batch, from start to ledger."""
-        started = time.monotonic()
-        arms = [self.arm(trial) for trial in trials]
-        trained = train_together(self.material.model, arms, self.material.rows, self.material.collate, self.settings)
-        matrices = self.scores(arms, trained, rung)
-        for trial, result in zip(trials, trained, strict=True):
+        material, arms = self.material, [self.arm(trial) for trial in trials]
+        parts = {"dev": material.dev} | ({"test": material.test} if rung in CONFIRMED else {})
+        scored = {name: part.batches for name, part in parts.items()}
+        fitted = fit(material.model, arms, material.rows, material.collate, self.settings, scored, watch=True)
+        for trial, result in zip(trials, fitted.trained, strict=True):
             self.keep(trial, result)
-        seconds = round((time.monotonic() - started) / len(trials), 3)
         rows = [
             {
                 "key": self.key(trial),
                 "rung": rung,
                 "parameters": sum(a.numel() + b.numel() for a, b in result.pairs.values()),
-                "diverged": bool(matrices["dev"][index].isnan().any()),
+                "diverged": bool(fitted.losses["dev"][index].isnan().any()),
                 "train_losses": [round(loss, 6) if math.isfinite(loss) else None for loss in result.losses],
-                "seconds": seconds,
+                "seconds": round(fitted.seconds / len(trials), 3),
+                "peak_bytes": fitted.peak_bytes,
             }
-            for index, (trial, result) in enumerate(zip(trials, trained, strict=True))
+            for index, (trial, result) in enumerate(zip(trials, fitted.trained, strict=True))
         ]
-        self.ledger.add(rows, matrices)
-
-    def scores(self, arms: Sequence[Arm], trained: Sequence[TrainedArm], rung: str) -> dict[str, Tensor]:
-        """Summed losses (arms, items) of each part; nan for an arm that diverged."""
-        parts = {"dev": self.material.dev} | ({"test": self.material.test} if rung in CONFIRMED else {})
-        pairs, scales = [arm.pairs for arm in trained], [arm.scales for arm in arms]
-        found = {
-            name: losses_together(self.material.model, pairs, scales, part.batches)[0].clone()
-            for name, part in parts.items()
-        }
-        diverged = torch.tensor([arm.diverged for arm in trained])
-        for matrix in found.values():
-            matrix[diverged | ~matrix.isfinite().all(1)] = torch.nan
-        return found
+        self.ledger.add(rows, fitted.losses)
 
     def arm(self, trial: TrialRun) -> Arm:
         ranks = self.ranks(trial)
