@@ -89,7 +89,15 @@ def test_inner_layers_need_no_more_than_they_say() -> None:
             assert not outside, f"{place} imports {outside}"
 
 
-TRAIN = ("finetune", "train", "study", "features train", "tiny", "demo")  # the last two make a model to begin with
+TRAIN = (
+    "finetune",
+    "train",
+    "study",
+    "advise",
+    "features train",
+    "tiny",
+    "demo",
+)  # the last two make a model to begin with
 IMPORT_ALL = """
 import gc, importlib, json, pkgutil, sys
 from importlib.machinery import PathFinder

@@ -21,6 +21,8 @@ from rankwise.files.ledger import Ledger
 from rankwise.files.processes import announce, finish, process_index
 from rankwise.files.run_folder import RunFolder, held
 from rankwise.models.load import load_structure
+from rankwise.models.sites import model_sites
+from rankwise.models.targets import choose_sites
 from rankwise.options.advise import AdviseConfig
 from rankwise.options.field import flatten
 from rankwise.page.blocks import lines
@@ -29,7 +31,7 @@ from rankwise.study.advice import first_grid, prior_rate, rounded
 from rankwise.study.advice_page import CONFIG, advice_blocks, write_advice
 from rankwise.study.climb import Conclusions, Rungs, climb
 from rankwise.study.design import digest
-from rankwise.study.material import Material, load_material, read_parts
+from rankwise.study.material import load_material, read_parts
 from rankwise.study.results import finite
 from rankwise.study.trials import ShortRuns
 
@@ -45,9 +47,9 @@ def run(config: AdviseConfig) -> Path:
     folder = RunFolder(config.output_dir)
     try:
         with held(folder, "advise", inputs(config)) as record:
+            check_sites(config)
             material = load_material(config.model, config.data, config.target, config.device, parts_of(config))
             rungs = rungs_of(config, material.model.config)
-            check_sites(config, material)
             recipe = digest([trial_settings(config), material.inputs(config.model)])[:16]
             bench = ShortRuns(config, material, Ledger(folder.path), recipe)
             if process_index()[0] == 0:
@@ -60,10 +62,14 @@ def run(config: AdviseConfig) -> Path:
                 record.facts |= {"runs": len(bench.ledger), "rung": found.rung}
                 print("\n".join(lines(advice_blocks(advice))))
                 if found.learnt:
-                    print(f"next: {command_line('train', folder / CONFIG)}")
+                    print(f"next: {next_command(config)}")
     finally:
         finish()
     return folder.path
+
+
+def next_command(config: AdviseConfig) -> str:
+    return command_line("train", Path(config.output_dir) / CONFIG)
 
 
 def check(config: AdviseConfig) -> None:
@@ -115,13 +121,15 @@ def prior_of(model_config: Any) -> tuple[float, bool]:
     return prior_rate(text.model_type, text.hidden_size)
 
 
-def check_sites(config: AdviseConfig, material: Material) -> None:
+def check_sites(config: AdviseConfig) -> None:
     """UsageError for a placement without matrices, and for a rank above ⌊mn/(m+n)⌋ of a matrix: there a LoRA pair has
     more parameters than the matrix."""
+    found = model_sites(load_structure(config.model, str(config.model.model_name)))
+    sites = choose_sites(found, config.target).values()
     for kind in ("attention", "mlp"):
-        if kind in config.placements and all(site.kind != kind for site in material.sites):
+        if kind in config.placements and all(site.kind != kind for site in sites):
             raise UsageError(f"--placements {kind}: none of the matrices to adapt is of that kind; leave it out")
-    narrow = min(material.sites, key=lambda site: site.largest_rank)
+    narrow = min(sites, key=lambda site: site.largest_rank)
     if max(config.ranks) > narrow.largest_rank:
         raise UsageError(
             f"--ranks {max(config.ranks)} is above ⌊mn/(m+n)⌋ = {narrow.largest_rank} of {narrow.path} "

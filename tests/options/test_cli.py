@@ -328,6 +328,8 @@ def values_of(row: field.Option) -> st.SearchStrategy[Any]:
     text = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(
         lambda word: word.lower() not in ("none", "null")
     )
+    if row.address:
+        text = st.sampled_from(["http://localhost:8080/v1", "https://example.org"])
     if row.choices:
         one: st.SearchStrategy[Any] = st.sampled_from(list(row.choices))
     else:
@@ -344,7 +346,7 @@ def values_of(row: field.Option) -> st.SearchStrategy[Any]:
         one = {**plain_kinds, dict: st.dictionaries(text, text, max_size=2)}.get(kind, text)
         one = one.filter(lambda value: value in row.range) if row.range else one
     if row.is_list:
-        whole = row.choices or not row.commas or kind is int
+        whole = row.choices or not row.commas or kind in (int, float)
         plain = one if whole else one.map(lambda s: s.replace(",", "").strip()).filter(bool)
         return st.lists(plain, max_size=3)
     return one | st.none() if row.nullable else one

@@ -168,7 +168,8 @@ def test_there_is_no_other_way_to_print_one() -> None:
     written = [str(path) for path, text in SOURCES.items() if re.search(r"next: (?:rankwise|\{shlex)", text)]
     assert written == []
     own = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path, _ in calls("command_line")}
-    elsewhere = {"rankwise.merge.command", "rankwise.gguf.command"}  # run in test_input_record and test_export
+    # Run in test_input_record, test_export and test_advise.
+    elsewhere = {"rankwise.merge.command", "rankwise.gguf.command", "rankwise.study.advise"}
     assert own - elsewhere == {module.__name__ for module in TRIED}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -111,11 +112,13 @@ def test_placements_spend_the_same_parameters(finished: Path) -> None:
     assert max(spent.values()) - min(spent.values()) <= 0.1 * max(spent.values())
 
 
-def test_train_runs_the_advice_unchanged(finished: Path, tmp_path: Path) -> None:
+def test_train_runs_the_advice_unchanged(finished: Path, base: Path, data: Path, tmp_path: Path) -> None:
     advice, options = content(finished)["advised"], yaml.safe_load((finished / "advice.yaml").read_text())
     assert options["learning_rate"] == advice["learning_rate"]
     assert options["lora_dropout"] == 0
-    assert cli.main(["train", str(finished / "advice.yaml"), "-o", str(tmp_path), "--num_epochs", "0.2"]) == 0
+    program, *words = shlex.split(advise.next_command(small(base, data, finished)))
+    assert program == "rankwise"
+    assert cli.main([*words, "-o", str(tmp_path), "--num_epochs", "0.2"]) == 0
     assert PeftConfig.from_pretrained(tmp_path).r == advice["rank"] == options["lora_r"]
 
 

@@ -448,7 +448,7 @@ def test_the_packages_studies_are_found_by_name(
 ) -> None:
     for name in ("ranks", "phases"):
         words = ["study", name, "--model_name", str(base), "--data_path", str(data), "-o", str(tmp_path), "--dry-run"]
-        assert cli.main(words) == 0
+        assert cli.main([*words, "--train_size", "30", "--dev_size", "5", "--test_size", "6"]) == 0
         assert "runs to tune" in capsys.readouterr().out
     assert cli.main(["study", "rank"]) == 2
     assert "ranks" in capsys.readouterr().err
