@@ -21,7 +21,9 @@ class AdviseConfig(Options):
     batch_size: int = option(
         8, least=1, help="rows per step, as in the real run", aliases=("per_device_train_batch_size",)
     )
-    ranks: list[int] = option([16, 4, 1], least=1, help="ranks to compare; the largest is the reference")
+    ranks: list[int] = option(
+        [], least=1, help="ranks to compare, the largest is the reference [16, 4, 1 as far as the matrices allow]"
+    )
     rates: list[float] = option([], above=0, help="learning rates to begin with [--rate_points around the prior]")
     rate_points: int = option(5, least=3, help="number of learning rates to begin with, each 2.5 times the one before")
     placements: list[str] = option(

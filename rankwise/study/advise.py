@@ -7,12 +7,16 @@ rankwise advise MODEL train.jsonl --minutes 30
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from rankwise.core.allocate import spent
+from rankwise.core.site import Site
 from rankwise.data.example import one_per_prompt
 from rankwise.data.sources.load import check_data, read_examples
 from rankwise.data.split import Parts, Sizes
@@ -35,7 +39,7 @@ from rankwise.study.material import load_material, read_parts
 from rankwise.study.results import finite
 from rankwise.study.trials import ShortRuns
 
-RATIO = 2.5
+RANKS, RATIO = (16, 4, 1), 2.5
 CHOOSE, CONFIRM, SHARE, LEAST = 100, 150, 5, 20  # held-out items by default, at most a fifth of the prompts each
 NOT_THE_RUNS = ("output_dir", "minutes", "ranks", "rates", "rate_points", "placements", "delta", "num_epochs", "emit")
 NOT_THE_NUMBERS = ("batch_arms", "no_plots", "device")
@@ -47,11 +51,11 @@ def run(config: AdviseConfig) -> Path:
     folder = RunFolder(config.output_dir)
     try:
         with held(folder, "advise", inputs(config)) as record:
-            check_sites(config)
+            skeleton = load_structure(config.model, str(config.model.model_name))
+            rungs = rungs_of(config, skeleton)
             material = load_material(config.model, config.data, config.target, config.device, parts_of(config))
-            rungs = rungs_of(config, material.model.config)
             recipe = digest([trial_settings(config), material.inputs(config.model)])[:16]
-            bench = ShortRuns(config, material, Ledger(folder.path), recipe)
+            bench = ShortRuns(config, material, Ledger(folder.path), recipe, rungs.ranks[0])
             if process_index()[0] == 0:
                 folder.save_config(config)
             announce(f"advise: {counts_line(rungs)}")
@@ -77,7 +81,7 @@ def check(config: AdviseConfig) -> None:
     check_data(config.data, "advise")
     if not config.model.model_name:
         raise UsageError("advise needs a model: rankwise advise MODEL ROWS")
-    if len(set(config.ranks)) < 2:
+    if len(set(config.ranks)) == 1:
         raise UsageError(f"--ranks {','.join(map(str, config.ranks))}: give at least two different ranks to compare")
     if len(config.rates) in (1, 2):
         raise UsageError("--rates: give at least three learning rates, or none (they then lie around the prior)")
@@ -108,9 +112,10 @@ def trial_settings(config: AdviseConfig) -> dict[str, Any]:
     return {name: value for name, value in flatten(config).items() if name not in (*NOT_THE_RUNS, *NOT_THE_NUMBERS)}
 
 
-def rungs_of(config: AdviseConfig, model_config: Any) -> Rungs:
-    prior, _ = prior_of(model_config)
-    ranks = tuple(sorted(set(config.ranks), reverse=True))
+def rungs_of(config: AdviseConfig, skeleton: PreTrainedModel) -> Rungs:
+    """What is climbed, from the model's sizes. UsageError where the matrices do not fit what is asked."""
+    ranks = ranks_of(config, choose_sites(model_sites(skeleton), config.target).values())
+    prior, _ = prior_of(skeleton.config)
     seeds = (config.seed * 1000, config.seed * 1000 + 1, config.seed * 1000 + 2, config.seed * 1000 + 3)
     grid = sorted(set(config.rates)) or first_grid(prior, config.rate_points, RATIO)
     return Rungs(tuple(grid), RATIO, ranks, tuple(config.placements), seeds, config.delta)
@@ -121,20 +126,20 @@ def prior_of(model_config: Any) -> tuple[float, bool]:
     return prior_rate(text.model_type, text.hidden_size)
 
 
-def check_sites(config: AdviseConfig) -> None:
-    """UsageError for a placement without matrices, and for a rank above ⌊mn/(m+n)⌋ of a matrix: there a LoRA pair has
-    more parameters than the matrix."""
-    found = model_sites(load_structure(config.model, str(config.model.model_name)))
-    sites = choose_sites(found, config.target).values()
+def ranks_of(config: AdviseConfig, sites: Collection[Site]) -> tuple[int, ...]:
+    """Ranks to compare, descending. UsageError for a placement without matrices, and for a rank above ⌊mn/(m+n)⌋ of a
+    matrix: there a LoRA pair has more parameters than the matrix."""
     for kind in ("attention", "mlp"):
         if kind in config.placements and all(site.kind != kind for site in sites):
             raise UsageError(f"--placements {kind}: none of the matrices to adapt is of that kind; leave it out")
     narrow = min(sites, key=lambda site: site.largest_rank)
-    if max(config.ranks) > narrow.largest_rank:
+    if config.ranks and max(config.ranks) > narrow.largest_rank:
         raise UsageError(
             f"--ranks {max(config.ranks)} is above ⌊mn/(m+n)⌋ = {narrow.largest_rank} of {narrow.path} "
             f"{narrow.shape[0]}×{narrow.shape[1]}; give ranks up to {narrow.largest_rank}"
         )
+    ranks = set(config.ranks) or {min(rank, narrow.largest_rank) for rank in RANKS}
+    return tuple(sorted(ranks, reverse=True))
 
 
 def counts_line(rungs: Rungs) -> str:
@@ -205,7 +210,7 @@ def rung_lines(rungs: Rungs, seconds: float, minutes: float) -> list[str]:
 def describe(config: AdviseConfig) -> list[str]:
     """The lines of --dry-run."""
     check(config)
-    rungs = rungs_of(config, load_structure(config.model, str(config.model.model_name)).config)
+    rungs = rungs_of(config, load_structure(config.model, str(config.model.model_name)))
     ledger = Ledger(Path(config.output_dir))
     seconds = [row["seconds"] for row in ledger.rows.values()]
     rates = ", ".join(f"{rate:.3g}" for rate in rungs.grid)

@@ -49,12 +49,14 @@ Ranks = Mapping[Site, int]
 
 @dataclass
 class ShortRuns:
-    """The bench of one `advise`. recipe: hash of everything that decides how a trial trains, beside its key."""
+    """The bench of one `advise`. recipe: hash of everything that decides how a trial trains, beside its key. largest:
+    the rank that the others are compared with."""
 
     config: AdviseConfig
     material: Material
     ledger: Ledger
     recipe: str
+    largest: int
     asked: dict[TrialRun, str] = field(default_factory=dict)
 
     @property
@@ -114,7 +116,7 @@ class ShortRuns:
 
     def arm(self, trial: TrialRun) -> Arm:
         ranks = self.ranks(trial)
-        start = random_start(ranks, trial.seed, max(self.config.ranks))
+        start = random_start(ranks, trial.seed, self.largest)
         order = row_order(len(self.material.rows), self.config.steps * self.config.batch_size, trial.seed)
         return Arm(start, dict.fromkeys(start, SCALE), trial.learning_rate, order)
 
@@ -174,7 +176,7 @@ class ShortRuns:
     def is_kept(self, trial: TrialRun) -> bool:
         """Whether a trial's factors are kept, for the placements that are made of them."""
         first = min(each.seed for each in self.asked)
-        return trial.rank == max(self.config.ranks) and trial.placement == UNIFORM and trial.seed == first
+        return trial.rank == self.largest and trial.placement == UNIFORM and trial.seed == first
 
     def factors(self, trial: TrialRun) -> Path:
         return self.ledger.folder / "factors" / f"rank{trial.rank}-{trial.learning_rate:g}.safetensors"

@@ -230,6 +230,11 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_trained(
         advise.run(small(base, data, tmp_path, **changes))
 
 
+def test_without_ranks_they_end_where_the_matrices_do(base: Path, data: Path, tmp_path: Path) -> None:
+    told = "\n".join(advise.describe(small(base, data, tmp_path, ranks=[])))
+    assert "at rank 10, then" in told and "B 10, C 13" in told
+
+
 def test_too_few_rows_are_refused_with_the_number_that_is_needed(base: Path, data: Path, tmp_path: Path) -> None:
     few = tmp_path / "few.csv"
     few.write_text("".join(data.read_text().splitlines(keepends=True)[:60]))
