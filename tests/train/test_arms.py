@@ -310,6 +310,17 @@ def test_finished_arms_are_kept_and_a_cut_batch_starts_anew(
     file.write_text("- {name: a, rank: 4}\n")
     said = refused(capsys, *words(out, *steps, "--resume_from_checkpoint", "true", arms=str(file)))
     assert "an arm of another run" in said and "ranks.model.layers.0.mlp.down_proj: 2 in the checkpoint, 4 now" in said
+    for arm, more, why in (
+        ("{name: a, rank: 2, lr: 1e-4}", [], "learning_rate: 0.005 in the checkpoint, 0.0001 now"),
+        ("{name: a, rank: 2, seed: 1}", [], "seed: 42"),
+        ("{name: a, rank: 2, scale: 1}", [], "scales: [2.0]"),
+        ("{name: a, rank: 2}", ["--max_steps", "5"], "steps: 4 in the checkpoint, 5 now"),
+        ("{name: a, rank: 2}", ["--select", "loss"], "best_of: None"),
+        ("{name: a, rank: 2}", ["--max_samples", "20"], "samples:"),
+    ):
+        file.write_text(f"- {arm}\n")
+        assert why in refused(capsys, *words(out, *steps, *more, "--resume_from_checkpoint", "true", arms=str(file)))
+    file.write_text("- {name: a, rank: 4}\n")
     assert cli.main(words(out, *steps, "--overwrite", arms=str(file))) == 0
     assert read_adapter(out / "a").config["r"] == 4
 

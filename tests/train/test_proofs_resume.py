@@ -43,11 +43,12 @@ FREE = """
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp
     fsdp_config deepspeed debug skip_memory_metrics do_train do_eval do_predict resume_from_checkpoint local_rank
 """.split()
-# The command's own options that do the same, or that only say where something is read or written.
+# The command's own options that do the same, or that only say where something is read or written; arms have checks of
+# their own (test_arms.py).
 OPTIONS_FREE = """
     output_dir adapter_folder val_path resume_from_checkpoint allow_partial_resume estimate gpu usd_per_hour utilisation
     estimate_out log_frequency no_plots select select_by early_stopping skip_bad allow_outside allow_urls download
-    revision trust_remote_code depth_cache training
+    revision trust_remote_code depth_cache training arms
 """.split()
 Resume = Callable[..., tuple[int, str]]
 

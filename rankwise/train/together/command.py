@@ -194,7 +194,13 @@ class ArmBatch:
     def identity(self, arm: PlannedArm) -> dict[str, Any]:
         """What makes the arm this arm, whichever process trains it, and beside whom."""
         facts = {**self.job.facts, **adapter_facts(arm.config, arm.plan, ())}
-        own = {"learning_rate": arm.learning_rate, "seed": arm.config.seed, "best": self.keeps_best}
+        best = sorted(self.moments["evaluate"]) if self.keeps_best else None
+        own = {
+            "learning_rate": arm.learning_rate,
+            "seed": arm.config.seed,
+            "steps": self.settings.steps,
+            "best_of": best,
+        }
         return identity_of(self.job.arguments, **facts) | own | {"processes": 1}
 
     @property
