@@ -25,7 +25,7 @@ from rankwise.files.plan import write_plan
 from rankwise.models.adapt import quiet_peft
 from rankwise.models.load import load_model
 from rankwise.models.sites import model_sites
-from rankwise.train.together import command, train
+from rankwise.train.together import arm_batch, train
 
 SHAPE = "--max_steps 20 --lora_dropout 0 --lr_scheduler_type cosine --warmup_ratio 0.2 --weight_decay 0.05"
 SHAPE += " --max_grad_norm 0.3 --logging_steps 3 --dtype float32"
@@ -291,7 +291,7 @@ def test_finished_arms_are_kept_and_a_cut_batch_starts_anew(
         return train.train_together(*args, after_step=stop, **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(command, "train_together", cut)
+        patch.setattr(arm_batch, "train_together", cut)
         patch.setattr(train, "CPU_TOKENS", 1)  # each arm a batch of its own
         assert cli.main(words(out, *steps, arms=str(file))) == 130
     assert {path.name for path in out.iterdir()} == {"resolved_config.json", "a"}
@@ -307,6 +307,10 @@ def test_finished_arms_are_kept_and_a_cut_batch_starts_anew(
     after = {name: (out / name / "adapter_model.safetensors").stat().st_mtime_ns for name in "abc"}
     assert after["a"] == before["a"] and after["b"] > before["b"]
     assert [row["name"] for row in json.loads((out / "arms.json").read_text())["arms"]] == ["a", "b", "c"]
+    (out / "notes").mkdir()
+    (out / "notes/mine.txt").touch()
+    file.write_text("- {name: notes, rank: 2}\n")
+    assert "notes is in the way" in refused(capsys, *words(out, *steps, "--overwrite", arms=str(file)))
     file.write_text("- {name: a, rank: 4}\n")
     said = refused(capsys, *words(out, *steps, "--resume_from_checkpoint", "true", arms=str(file)))
     assert "an arm of another run" in said and "ranks.model.layers.0.mlp.down_proj: 2 in the checkpoint, 4 now" in said

@@ -3,5 +3,6 @@
 In: arms (start, scales, rate, order of rows, phases) on one frozen base. Out: their trained factors and losses.
 `train.py` trains and scores them, `stacked.py` holds their factors and AdamW in one matrix each, `starts.py` is where
 they begin, `alone.py` trains what cannot share a stack (phases that are chosen on the way, pictures, all weights), and
-`fit.py` trains and scores in one call. `train --arms`: `requested.py` reads and refuses, `command.py` runs.
+`fit.py` trains and scores in one call. `train --arms`: `command.py` runs, `requested.py` reads and refuses,
+`arm_batch.py` trains, `arm_folder.py` writes.
 """
