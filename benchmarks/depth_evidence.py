@@ -36,7 +36,7 @@ from workload import command, machine
 
 from rankwise.data.example import Example
 from rankwise.data.sources.load import load as load_rows
-from rankwise.evaluate.engines import add_depth, base_and_adapter, subject
+from rankwise.evaluate.engines import add_depth, base_and_adapter, renderer_of, subject
 from rankwise.evaluate.generate import GenerationSettings, HFGenerator
 from rankwise.options.commands import EvaluateConfig
 from rankwise.options.sections import DepthUseSection, ScoredData
@@ -185,7 +185,8 @@ def right(model: Path, work: Path, rows: str, depth: DepthUseSection) -> list[bo
     data = ScoredData(task="conversations", data_path=str(work / rows), image_folder=str(work / "images"))
     config = EvaluateConfig(model_name=str(model), data=data, depth=depth, device="cpu")
     examples: Sequence[Example] = load_rows("conversations", work / rows).items
-    tested = add_depth(config, subject(config, *base_and_adapter(str(model), None)), examples)
+    base, adapter = base_and_adapter(str(model), None)
+    tested = add_depth(config, subject(config, base, adapter, renderer_of(config, base, adapter)), examples)
     renderer = replace(tested.renderer, reserve=ANSWER)
     generator = HFGenerator(tested.model, renderer, GenerationSettings(ANSWER, batch_size=64))
     found = {one.position: one.text for one in generator.generate(examples)}

@@ -33,7 +33,7 @@ from rankwise.files.log import NOBODY, copier, logged
 from rankwise.files.monitor import Monitor, usage_of
 from rankwise.files.run_folder import SECRET, STATE, RunFolder, read_marks, write_mark
 from rankwise.options.commands import RunConfig
-from rankwise.options.field import flatten, unknown
+from rankwise.options.field import flatten, options_of, unknown
 from rankwise.page.blocks import table_lines
 from rankwise.page.text import duration
 from rankwise.pipeline import preflight
@@ -52,6 +52,7 @@ from rankwise.pipeline.times import BEFORE, UNASKED, UNFINISHED, UNREACHED, Stag
 LOGS, MONITOR, AUTO = "logs", "monitor.csv", "auto"
 RECORD = "resolved_config.recipe.json"  # a stage may write into the run folder itself, and its config beside this one
 OUTPUTS = ("output_dir", "out", "run", "results_dir", "log_dir")
+FILLED = "depth_cache"  # by whichever stage finds it lacking
 
 
 def run(config: RunConfig) -> Path | None:
@@ -203,15 +204,16 @@ def outputs(config: Any) -> list[Path]:
 
 
 def fingerprint_of(stage: Stage, config: Any, previous: str | None) -> str:
-    """Hash of a stage's resolved options, of the files that they name (outputs are not among them), and of the mark
-    of the stage before it: what changes one, changes all after it."""
+    """Hash of a stage's resolved options, of the files that they name (what is written is not among them, nor is a
+    choice: `.` may be one), and of the mark of the stage before it: what changes one, changes all after it."""
     options = flatten(config)
+    no_inputs = {item.name for item in options_of(config) if item.choices or item.path in preflight.OUTPUTS}
     named = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
     inputs = {
         f"{name} {value}": fingerprint(Path(value))
         for name, values in named.items()
         for value in values
-        if name not in OUTPUTS and isinstance(value, str) and value and Path(value).exists()
+        if name not in (*OUTPUTS, FILLED, *no_inputs) and isinstance(value, str) and value and Path(value).exists()
     }
     content = json.dumps([stage.command, options, inputs, previous], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()

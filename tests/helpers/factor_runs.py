@@ -55,7 +55,8 @@ def trainer_of(config: FactorTrainConfig) -> tuple[Any, Any]:
     features = open_cache(config.features)
     folder = Path(config.results_dir) / config.arch
     settings = train.settings_of(config, features)
-    job = factor_job.FactorJob(config, features, settings, train.check(config), factor_job.arguments_of(config, folder))
+    train.check(config)
+    job = factor_job.FactorJob(config, features, settings, factor_job.arguments_of(config, folder))
     start = start_of(config, folder, features, settings, job.identity)
     allocation = factor_job.allocation_of(job, start)
     return factor_job.trainer_of(job, start, allocation, RunLog(None))[0], allocation

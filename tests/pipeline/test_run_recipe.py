@@ -18,11 +18,11 @@ from rankwise import cli
 from rankwise.errors import UsageError
 from rankwise.files.plan import PLAN_FILE
 from rankwise.files.run_folder import RunFolder
-from rankwise.options.field import flatten
+from rankwise.options.field import flatten, options_of
 from rankwise.pipeline import preflight
-from rankwise.pipeline.recipe import PACKAGED, find_recipe, load_recipe, read_content
-from rankwise.pipeline.run import STATE
-from rankwise.pipeline.table import configured
+from rankwise.pipeline.recipe import PACKAGED, Stage, find_recipe, load_recipe, read_content
+from rankwise.pipeline.run import STATE, fingerprint_of
+from rankwise.pipeline.table import COMMANDS, configured
 
 RECIPE = """
 name: pair
@@ -155,6 +155,22 @@ def test_what_is_done_is_skipped_and_what_changed_runs_with_all_after_it(run: Ru
     (tmp_path / "out" / "report.html").rename(tmp_path / "elsewhere.html")
     (tmp_path / "out" / "ranks").rename(tmp_path / "taken away")
     assert ran(run(*again)[1]) == ["ranks", "page"], "an output that is gone is made again"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_current_folder_is_no_input_of_a_stage(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is what happens to be called like a choice; `.` is one (`train --adapter_folder`)."""
+    monkeypatch.chdir(tmp_path)
+    stage, config = Stage(command, command, {}), configured(command, {}, "defaults")
+    before = fingerprint_of(stage, config, None)
+    texts = [item for item in options_of(config) if isinstance(item.default, str)]
+    chosen, free = ({item.default for item in texts if bool(item.choices) is choice} for choice in (True, False))
+    for name in {"notes"} | chosen - free:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "page.txt").write_text("written later", encoding="utf-8")
+    assert fingerprint_of(stage, config, None) == before
 
 
 def test_parts_can_be_asked_for(run: Run) -> None:
