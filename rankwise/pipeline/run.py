@@ -144,7 +144,7 @@ def step(folder: RunFolder, recipe: Recipe, index: int, config: Any, again: bool
     write_mark(folder.path, stage.name, {"started": mark})
     with monitor.watching(stage.name) as samples:
         execute(stage, ready, folder / STATE)
-    seconds, usage = round(time.monotonic() - started, 1), asdict(usage_of(samples))
+    seconds, usage = round(time.monotonic() - started, 3), asdict(usage_of(samples))
     # A stage may write beside what it reads: the mark is that of the finished run.
     write_mark(folder.path, stage.name, {"done": fingerprint_of(stage, config, previous), "seconds": seconds, **usage})
     print(f"{title}: {duration(seconds)}", flush=True)

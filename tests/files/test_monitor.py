@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import mmap
 import sys
 import time
 from collections.abc import Callable
@@ -57,15 +58,22 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def fresh_pages(size: int) -> mmap.mmap:
+    """Memory that the process did not have: what it asks of malloc may be what it has freed, and held all along."""
+    held = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    held[::4096] = b"1" * (size // 4096)
+    return held
+
+
 def test_a_block_is_sampled_at_both_ends_and_between(tmp_path: Path, no_gpu: None) -> None:
     path = tmp_path / "logs" / "monitor.csv"
     with Monitor(path, seconds=0.05) as monitor:
         assert "no GPU found, CPU and memory only" in monitor.said
         assert "rankwise[track]" in monitor.said, "what would bring GPU figures"
         with monitor.watching("train") as samples:
-            held = bytearray(64 * MIB)
-            held[::4096] = b"1" * len(held[::4096])
+            held = fresh_pages(64 * MIB)
             time.sleep(0.3)
+        held.close()
         time.sleep(0.2)
         with monitor.watching("merge") as last:
             pass

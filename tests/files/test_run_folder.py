@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from test_monitor import fresh_pages
 
 from rankwise.cli import resolve
 from rankwise.errors import DataError, UsageError
@@ -128,9 +129,9 @@ def test_pages_of_mapped_files_are_no_memory_that_a_stage_takes(tmp_path: Path) 
         mapped = np.memmap(tmp_path / "weights", mode="r")
         assert int(mapped[::4096].sum(dtype=np.int64)) == 49 * 256 * MIB // 4096
         resident = psutil.Process().memory_info().rss
-        held = np.ones(64 * MIB, dtype=np.uint8)
+        held = fresh_pages(64 * MIB)
         time.sleep(3 * MEMORY_SECONDS)
-        del held
+        held.close()
     entry = run.stages()["ranks"]
     assert resident > 256 * MIB
     assert 60 * MIB < entry["peak_memory_bytes"] - before < 120 * MIB, "what was held for a moment counts"

@@ -511,15 +511,16 @@ def test_a_folder_with_other_things_is_not_replaced(text: Path, failing: Convert
         run(ExportConfig(model=str(text), output_dir=str(tmp_path), llama_cpp_dir=str(failing.folder)))
 
 
-def test_options_are_checked_before_anything_is_read() -> None:
+def test_options_are_checked_before_anything_is_read(capsys: pytest.CaptureFixture[str]) -> None:
     for config, message in (
         (ExportConfig(), "needs a merged model"),
-        (ExportConfig(model="x", outtype=["q4"]), "q4"),
-        (ExportConfig(model="x", outtype=[]), "nothing"),
+        (ExportConfig(model="x", outtype=[]), "needs a quantization type"),
         (ExportConfig(adapter_gguf="x", mmproj=True), "--mmproj"),
     ):
         with pytest.raises(UsageError, match=message):
             run(config)
+    assert main(["export", "x", "--outtype", "q4"]) == 2
+    assert "outtype takes f32, f16" in (said := capsys.readouterr().err) and "got 'q4'" in said
 
 
 def test_a_dry_run_tells_what_would_happen(text: Path) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from rankwise.errors import DataError, DivergedError, Interrupted, RankwiseError
-from rankwise.train import checkpoints
+from rankwise.files import document
 from rankwise.train.checkpoints import find_damage, newest_complete
 from rankwise.train.gradients import gradient_norm
 from rankwise.train.step import SKIPPED_IN_A_ROW, StepGuard, memory_advice
@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(
     elif place == "optimizer":
         monkeypatch.setattr(torch, "save", FullDisk(torch.save, 5, full))
     else:
-        monkeypatch.setattr(checkpoints, "write_json", FullDisk(checkpoints.write_json, 1, DataError("no space left")))
+        monkeypatch.setattr(document, "write_text", FullDisk(document.write_text, 1, DataError("no space left")))
     with pytest.raises(DataError, match=r"(?i)no space left"):
         trainer.train()
     monkeypatch.undo()
