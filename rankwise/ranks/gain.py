@@ -35,15 +35,28 @@ NODES = tuple((1 + sign * node) / 2 for sign in (-1, 1) for node in HALF)
 WEIGHTS = tuple(weight / 2 for weight in HALF_WEIGHTS * 2)
 
 
-def covariances(model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch]) -> dict[Site, Tensor]:
-    """Site → mean of x·xᵀ (n, n) over the tokens that attention sees, float64."""
+@dataclass(frozen=True)
+class InputMoments:
+    """Mean of x·xᵀ (n, n) and of x (n,) over the tokens that attention sees, float64."""
+
+    second: Tensor
+    mean: Tensor
+
+    @property
+    def covariance(self) -> Tensor:
+        return self.second - torch.outer(self.mean, self.mean)
+
+
+def input_moments(model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch]) -> dict[Site, InputMoments]:
     sums = {site: torch.zeros(site.shape[1], site.shape[1], dtype=torch.float64) for site in sites}
+    totals = {site: torch.zeros(site.shape[1], dtype=torch.float64) for site in sites}
     seen: dict[str, Tensor] = {}
 
     def hook(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             rows = inputs[0].detach()[seen["mask"]].double()
             sums[site] += (rows.T @ rows).cpu()
+            totals[site] += rows.sum(0).cpu()
 
         return add
 
@@ -58,7 +71,7 @@ def covariances(model: nn.Module, sites: Sequence[Site], batches: Iterable[Batch
     finally:
         for handle in handles:
             handle.remove()
-    return {site: total / max(1, tokens) for site, total in sums.items()}
+    return {site: InputMoments(sums[site] / max(1, tokens), totals[site] / max(1, tokens)) for site in sites}
 
 
 @contextmanager
@@ -120,11 +133,11 @@ def loss_shares(
     }
 
 
-def in_input_metric(delta: Delta, covariance: Tensor) -> Delta:
-    """Δ·L with covariance = L·Lᵀ: its energy is the expected squared change of the site's output."""
-    n = covariance.shape[0]
-    jitter = 1e-8 * float(covariance.diagonal().mean()) * torch.eye(n, dtype=covariance.dtype)
-    root = torch.linalg.cholesky(covariance + jitter)
+def in_input_metric(delta: Delta, second: Tensor) -> Delta:
+    """Δ·L with the inputs' second moments = L·Lᵀ: its energy is the expected squared change of the site's output."""
+    n = second.shape[0]
+    jitter = 1e-8 * float(second.diagonal().mean()) * torch.eye(n, dtype=second.dtype)
+    root = torch.linalg.cholesky(second + jitter)
     product = from_difference((delta.matrix.double() @ root).float())
     return replace(product, unchanged=delta.unchanged, stored_as=delta.stored_as)
 
@@ -133,11 +146,11 @@ Read = Callable[[Site], Delta]
 
 
 def input_spectra(model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch]) -> dict[Site, Spectrum]:
-    """Spectrum of each site's inputs: σ² are the eigenvalues of their second moments, shares are EVA's
-    explained-variance ratios."""
+    """Spectrum of each site's inputs: σ² are the eigenvalues of their covariance, shares are EVA's explained-variance
+    ratios (Paischer et al. 2024), as PEFT computes them."""
     spectra = {}
-    for site, covariance in covariances(model, sites, batches).items():
-        eigenvalues = torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0)
+    for site, moments in input_moments(model, sites, batches).items():
+        eigenvalues = torch.linalg.eigvalsh(moments.covariance).flip(0).clamp(min=0)
         values = eigenvalues.sqrt()[: site.full_rank]
         spectra[site] = Spectrum(values, float(eigenvalues.sum()), site.shape, method="inputs", complete=True)
     return spectra
@@ -153,8 +166,10 @@ def output_change_spectra(
     model: nn.Module, sites: Sequence[Site], read: Read, batches: Sequence[Batch]
 ) -> dict[Site, Spectrum]:
     """Spectrum of each delta in the metric of its inputs: energy is the expected squared change of the output."""
-    found = covariances(model, sites, batches)
-    return {site: whole_spectrum(in_input_metric(read(site), found[site]).matrix, "delta × inputs") for site in sites}
+    found = input_moments(model, sites, batches)
+    return {
+        site: whole_spectrum(in_input_metric(read(site), found[site].second).matrix, "delta × inputs") for site in sites
+    }
 
 
 def whole_spectrum(matrix: Tensor, method: str) -> Spectrum:

@@ -26,6 +26,7 @@ from rankwise.options.advise import AdviseConfig
 from rankwise.options.sections import DataSection, ModelSection
 from rankwise.report.report import build_report
 from rankwise.study import advise, trials
+from rankwise.study.material import load_material
 
 NAMES = ("The Vaults", "Alimentum", "Cotto", "Zizzi", "Aromi", "Fitzbillies", "Strada", "Giraffe", "Wildwood", "Clowns")
 AREAS = (
@@ -110,6 +111,27 @@ def test_placements_spend_the_same_parameters(finished: Path) -> None:
     spent = {row["key"]["placement"]: row["parameters"] for row in rows if row["rung"] in "DE"}
     assert len(spent) == 4
     assert max(spent.values()) - min(spent.values()) <= 0.1 * max(spent.values())
+
+
+def test_ranks_by_eva_are_of_training_rows_alone_without_their_padding(base: Path, data: Path, tmp_path: Path) -> None:
+    """Every row by itself, unpadded, its inputs centred over all of them; no row that decides or confirms is read."""
+    config = small(base, data, tmp_path)
+    material = load_material(config.model, config.data, config.target, "cpu", advise.parts_of(config))
+    rows = [row["input_ids"] for row in material.rows]
+    found = trials.ShortRuns(config, material, Ledger(tmp_path), "", largest=4).eva_gains
+    seen: dict[str, list[torch.Tensor]] = {site.path: [] for site in material.sites}
+    for path, inputs in seen.items():
+        material.model.get_submodule(path).register_forward_pre_hook(
+            lambda _, x, to=inputs: to.append(x[0][0].double())
+        )
+    with torch.no_grad():
+        for ids in rows:
+            material.model(input_ids=torch.tensor([ids]))
+    assert len({len(ids) for ids in rows}) > 1 and len(rows) <= trials.EVA_ROWS
+    for site, gains in found.items():
+        inputs = torch.cat(seen[site.path])
+        shares = torch.linalg.svdvals(inputs - inputs.mean(0)).square()
+        torch.testing.assert_close(gains, (shares / shares.sum())[: len(gains)], atol=1e-5, rtol=0)
 
 
 def test_train_runs_the_advice_unchanged(finished: Path, base: Path, data: Path, tmp_path: Path) -> None:
