@@ -30,7 +30,9 @@ def test_no_fenced_line_is_overlooked() -> None:
 def test_a_documented_line_is_understood(line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Command, flags and values; of `run` the recipe with the variables that are set, too."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
+    for file in ("config.json", "runs/advise/advice.yaml"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{}")
     words = list(line.words)
     while LEFT_OUT in words:
         place = words.index(LEFT_OUT)

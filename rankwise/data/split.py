@@ -189,14 +189,16 @@ def without_near(
 
 
 def telling_words(rows: Iterable[Example]) -> dict[str, frozenset[str]]:
-    """Row id → the words of its prompt, less the turns that most rows share (instructions)."""
+    """Row id → the words of its prompt, less the turns that most rows share (instructions). Words about other pictures
+    are other words."""
     rows = list(rows)
     counts = Counter(turn.text for row in rows for turn in row.prompt[0])
     common = {text for text, count in counts.items() if count > COMMON * len(rows)}
     found = {}
     for row in rows:
         text = " ".join(turn.text for turn in row.prompt[0] if turn.text not in common)
-        found[row.id] = frozenset(WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+        words = WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+        found[row.id] = frozenset(f"{row.images} {word}" for word in words) if row.images else frozenset(words)
     return found
 
 

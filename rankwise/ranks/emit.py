@@ -9,8 +9,9 @@ and its table of model families decides what of a vision tower or projector may 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -163,8 +164,40 @@ TRAINERS: dict[str, tuple[Callable[[RankPlan, bool], Fields], Callable[[Mapping[
 }
 
 
-def emit(plan: RankPlan, trainer: str, experts: bool = False) -> tuple[str, str]:
-    """(text, file suffix) of the plan for one trainer. experts: the model has fused experts.
+# `rankwise train`'s name of a run's option → the trainer's. peft's LoraConfig and unsloth's get_peft_model take the
+# adapter only. Read in axolotl/utils/schemas, swift/trainers/arguments.py and, for LLaMA-Factory, transformers' own.
+ADAPTER_OPTIONS = {"lora_dropout": "lora_dropout"}
+TRANSFORMERS_OPTIONS = {
+    **ADAPTER_OPTIONS,
+    "learning_rate": "learning_rate",
+    "lr_scheduler_type": "lr_scheduler_type",
+    "warmup_ratio": "warmup_ratio",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+    "batch_size": "per_device_train_batch_size",
+    "num_epochs": "num_train_epochs",
+}
+AXOLOTL_OPTIONS = {"lr_scheduler_type": "lr_scheduler", "batch_size": "micro_batch_size", "num_epochs": "num_epochs"}
+RUN_OPTIONS: dict[str, Mapping[str, str]] = {
+    "peft": ADAPTER_OPTIONS,
+    "axolotl": TRANSFORMERS_OPTIONS | AXOLOTL_OPTIONS,
+    "swift": TRANSFORMERS_OPTIONS,
+    "unsloth": ADAPTER_OPTIONS,
+    "llamafactory": TRANSFORMERS_OPTIONS,
+}
+
+
+def unplaced(trainer: str, options: Mapping[str, Any]) -> str:
+    """What a trainer's file has no place for, as a sentence; empty where it takes all."""
+    left = [f"{name} {value}" for name, value in options.items() if name not in RUN_OPTIONS[trainer]]
+    return f"{trainer} takes the adapter only; set in your training script: {', '.join(left)}" if left else ""
+
+
+def emit(
+    plan: RankPlan, trainer: str, experts: bool = False, options: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[str, str]:
+    """(text, file suffix) of the plan for one trainer. experts: the model has fused experts. options: of the run, by
+    `rankwise train`'s names; the trainer's file gets those that it has a place for.
 
     Raises UsageError, naming what this trainer cannot express and what can, where it would train anything else.
     """
@@ -172,20 +205,29 @@ def emit(plan: RankPlan, trainer: str, experts: bool = False) -> tuple[str, str]
         raise UsageError(f"--emit {trainer}: known trainers are {', '.join(TRAINERS)}")
     plan.require_ranks(f"--emit {trainer}: the plan")
     fields, written, suffix = TRAINERS[trainer]
-    return written(fields(plan, experts)), suffix
+    names = RUN_OPTIONS[trainer]
+    return written(fields(plan, experts) | {names[key]: options[key] for key in options if key in names}), suffix
+
+
+def write_configs(
+    folder: Path, trainers: Sequence[str], plan: RankPlan, experts: bool, options: Mapping[str, Any]
+) -> tuple[dict[str, Path], list[str]]:
+    """One config per trainer, by name, and what the others cannot express."""
+    files, refused = {}, []
+    for trainer in trainers:
+        try:
+            text, suffix = emit(plan, trainer, experts, options)
+        except UsageError as error:
+            refused.append(str(error))
+            continue
+        files[trainer] = write_text(folder / "configs" / f"{trainer}.{suffix}", text + "\n")
+    return files, refused
 
 
 def write_emitted(config: RanksConfig, plan: RankPlan, probe: Probe) -> tuple[list[Path], list[str]]:
     """One config per trainer, and why the others cannot take the plan: known only now that it has been measured."""
-    files, refused, experts = [], [], has_experts(config, probe)
-    for trainer in config.emit:
-        try:
-            text, suffix = emit(plan, trainer, experts)
-        except UsageError as error:
-            refused.append(str(error))
-            continue
-        files.append(write_text(Path(config.output_dir) / "configs" / f"{trainer}.{suffix}", text + "\n"))
-    return files, refused
+    files, refused = write_configs(Path(config.output_dir), config.emit, plan, has_experts(config, probe), {})
+    return [*files.values()], refused
 
 
 def has_experts(config: RanksConfig, probe: Probe) -> bool:

@@ -27,6 +27,7 @@ from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum
 
 Batch = Mapping[str, Tensor]
+OF_THE_LOSS = ("labels", "sample_index")  # what is no input of the model (`evaluate.likelihood.BESIDE`)
 # Gauss–Legendre on [0, 1] with eight points: on a tiny model that 25 steps of AdamW moved far, the shares' sum was
 # 3e-5 off the real loss drop (four points: 1.4 %).
 HALF = (0.1834346424956498, 0.5255324099163290, 0.7966664774136267, 0.9602898564975363)
@@ -67,7 +68,7 @@ def input_moments(model: nn.Module, sites: Sequence[Site], batches: Iterable[Bat
             for batch in batches:
                 seen["mask"] = batch["attention_mask"].bool()
                 tokens += int(seen["mask"].sum())
-                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+                model(**{name: value for name, value in batch.items() if name not in OF_THE_LOSS})
     finally:
         for handle in handles:
             handle.remove()

@@ -20,7 +20,7 @@ from rankwise.options.field import flatten
 from rankwise.page.blocks import Block, Finding, Folded, Page, Plot, Section, Table, drawn, into, pictures
 from rankwise.page.canvas import BLUE, FAINT, GREY, drawable, legend, log_ticks, name_axes, new_figure, save, style
 from rankwise.page.template import markdown
-from rankwise.page.text import duration, number, plural
+from rankwise.page.text import duration, memory, number, plural
 from rankwise.study.advice import UNIFORM
 from rankwise.study.page import ceiling
 
@@ -29,10 +29,10 @@ DOCUMENT = Document(
     "rankwise-advice/1",
     "an advice",
     made_by="rankwise advise",
-    parts=("rung", "learnt", "gain", "delta", "prior", "rates", "placements", "trials", "data", "open"),
+    parts=tuple("rung learnt gain delta prior rates placements trials data open cost too_few in_turn".split()),
 )
 CONFIG, PLAN = "advice.yaml", "advice_plan.json"
-DECIDES = {"B": "rank", "C": "rank", "D": "placement", "E": "placement"}
+RANKS_SHOWN = 3  # beside the largest, on the screen
 PLACES = {
     UNIFORM: "one rank everywhere",
     "attention": "attention only",
@@ -60,87 +60,129 @@ def rate_words(advice: Advice) -> list[str]:
     """The rate, the set that it is the middle of, the parabola, and what was known before."""
     rates, prior = advised_rates(advice), advice["prior"]
     low, high = rates["within"][0], rates["within"][-1]
-    rate, delta = number(advice["advised"]["learning_rate"]), advice["delta"]
+    rate, delta = number(advice["advised"]["learning_rate"]), f"{advice['delta']:.3f}"
     told = [
-        f"{rate}: the middle of {number(low)} to {number(high)}, which lose at most {delta:.3f} nats on the best"
+        f"{rate}: from {number(low)} to {number(high)} no rate that was tried loses more than {delta} nats"
         if low != high
-        else f"{rate}: no other rate that was tried comes within {delta:.3f} nats of the best"
+        else f"{rate}: every other rate that was tried loses more than {delta} nats against it"
     ]
-    if rates["vertex"]:
-        told.append(f"minimum of the parabola in log rate: {number(rates['vertex'])}")
-    else:
-        told.append(f"no parabola: {rates['why']}")
+    told.append(
+        f"lowest point of a parabola through the losses: {number(rates['vertex'])}"
+        if rates["vertex"]
+        else f"no parabola was fitted: {rates['why']}"
+    )
     if rates["cliff"]:
-        told.append(f"a cliff: from {number(rates['cliff'])} on training diverges or loses half the gain")
+        told.append(f"too high: from {number(rates['cliff'])} on training diverges or loses half of the gain")
     if rates["at_edge"]:
-        told.append("the best rate is still at the edge of those tried")
-    calibrated = "" if prior["calibrated"] else ", uncalibrated for this family"
-    return [*told, f"by the model's size alone: {number(prior['learning_rate'])} at rank 16{calibrated}"]
+        told.append("the best rate is the last that was tried on its side; a better one may lie beyond (--rates)")
+    calibrated = "" if prior["calibrated"] else "; the formula is not calibrated for this family"
+    return [*told, f"the model's size alone would have said {number(prior['learning_rate'])}{calibrated}"]
 
 
 def rank_words(advice: Advice) -> list[str]:
-    """The rank with its bound, and where estimate and bound differ both."""
-    rank, advised = advice["rank"], advice["advised"]["rank"]
+    """The rank with its bound, and where estimate and bound differ both; of many ranks those next to the decision."""
+    rank, advised = advice["rank"], f"{advice['advised']['rank']} ({advice['advised']['parameters']:,} parameters)"
     if rank is None:
-        return [f"{advised}: the only one that was tried"]
-    told = [f"{advised}"]
+        return [f"{advised}; smaller ranks were not tried"]
+    told = [advised]
     if rank["by_estimate"] != rank["by_bound"]:
         more = next((step["more_seeds"] for step in rank["steps"] if step["rank"] == rank["by_estimate"]), None)
         needs = f"about {plural(more, 'more seed')}" if more else "more seeds or more items"
-        told = [f"{rank['by_estimate']} by the estimate, {rank['by_bound']} by the bound; {needs} would decide"]
-    return told + [excess_words(step, advice) for step in rank["steps"]]
+        told = [f"{advised}; {rank['by_estimate']} may be enough, which {needs} would decide"]
+    steps = rank["steps"]
+    last = sum(step["rank"] >= rank["by_estimate"] for step in steps)
+    first = max(0, min(last - 2, len(steps) - RANKS_SHOWN))
+    shown = steps[first : first + RANKS_SHOWN]
+    left = len(steps) - len(shown)
+    more_ranks = [f"{plural(left, 'more rank')} in advice.json"] if left else []
+    return told + [excess_words(step, advice) for step in shown] + more_ranks
 
 
 def excess_words(step: Mapping[str, Any], advice: Advice) -> str:
     if step["excess"] is None:
         return f"rank {step['rank']}: diverged for one of its seeds"
-    bound = f", at most {nats(step['bound'])} by the bound" if step["bound"] is not None else ", one seed: no bound"
-    return f"rank {step['rank']} loses {nats(step['excess']['estimate'])} nats{bound}: {step['verdict']}"
+    largest = max(map(int, advice["rates"]))
+    bound = f", at most {nats(step['bound'])} (95 %)" if step["bound"] is not None else ", one seed: no bound"
+    verdict = {"enough": "enough", "worse": "too small", "undecided": "undecided"}[step["verdict"]]
+    return f"rank {step['rank']} loses {nats(step['excess']['estimate'])} against rank {largest}{bound}: {verdict}"
 
 
 def placement_words(advice: Advice) -> list[str]:
     """The verdict on the best other placement, or what was only tried."""
-    small = [f"{PLACES[name]} cannot hold as many parameters: not compared" for name in advice["too_small"]]
+    small = [f"{PLACES[name]}: cannot hold as many parameters, not compared" for name in advice["too_small"]]
     if advice["placement"] is None:
-        tried = [f"{PLACES[name]} {interval(row)}" for name, row in advice["placements"].items()]
-        return [f"one rank everywhere; not {'confirmed' if tried else 'compared'}", *tried, *small]
+        tried = [f"{PLACES[name]}: {interval(row)} against it" for name, row in advice["placements"].items()]
+        return [
+            f"one rank everywhere; others were {'tried, not confirmed' if tried else 'not compared'}",
+            *tried,
+            *small,
+        ]
     found, name = advice["placement"], PLACES[advice["challenger"]]
     if found["verdict"] == "better":
-        return [f"{name} is better than one rank everywhere: {interval(found)} nats", *small]
+        return [f"{name}: better than one rank everywhere by {interval(found)}", *small]
     words = {
-        "equivalent": "is as good as",
-        "worse": "is better than",
-        "undecided": "is advised; it is undecided against",
+        "equivalent": f"{name} is no better",
+        "worse": f"{name} is worse",
+        "undecided": f"whether {name} is better is undecided",
     }
-    return [f"one rank everywhere {words[found['verdict']]} {name} ({interval(found)} nats)", *small]
+    return [f"one rank everywhere; {words[found['verdict']]}: {interval(found)}", *small]
+
+
+def cost_words(advice: Advice) -> list[str]:
+    """Time and memory of a short run, and what follows for the real one."""
+    found, epochs = advice["cost"], advice["cost"]["epochs"]
+    peak = f"{memory(found['peak_bytes'])} of {'GPU memory' if found['device'] == 'cuda' else 'memory'}"
+    turn = [f"the short runs trained one after the other: {advice['in_turn']}"] if advice["in_turn"] else []
+    return [
+        f"a short run: {duration(advice['seconds_per_run'])}; one alone takes at most {peak}",
+        *turn,
+        f"the real run: {found['steps']:,} steps ({epochs:g} epochs of {found['rows']:,} rows), about "
+        f"{duration(found['seconds'])}:",
+        f"training only, at the {1000 * found['seconds_per_token']:.2g} ms per token of a short run on this machine",
+    ]
+
+
+def few_words(advice: Advice) -> list[str]:
+    """Whether rows and items can carry the decision; nothing where they can."""
+    found, told = advice["too_few"], []
+    if "items" in found:
+        told.append(
+            f"{advice['data']['choose']} items tell no {advice['delta']:.3f} apart (±{found['half_width']:.3f}); about "
+            f"{found['items']:,} would do (--choose_size)"
+        )
+    if "overfit" in found:
+        over = found["overfit"]
+        told.append(
+            f"{over['rows']:,} rows were seen {over['seen']:.1f} times; held-out loss is {over['above']:.3f} above the "
+            f"training loss (margin {over['margin']:.3f}): more rows would help"
+        )
+    return told
 
 
 def open_words(advice: Advice) -> list[str]:
     """What was not decided, and what it takes: rungs are climbed in order, so each includes those before."""
+    what = {"B": "smaller ranks", "C": "whether a smaller rank is enough", "D": "placement", "E": "its confirmation"}
     total, told = 0.0, []
     for row in advice["open"]:
         total += row["seconds"]
-        what = {
-            "B": "smaller ranks",
-            "C": "whether a smaller rank is enough",
-            "D": "placement",
-            "E": "its confirmation",
-        }
         told.append(f"{what[row['rung']]} (rung {row['rung']}): {duration(total)} more")
     return told
 
 
 def screen(advice: Advice) -> list[tuple[str, list[str]]]:
-    """Subjects of the screen with their lines."""
+    """Subjects of the screen with their lines, 25 at most. Losses are in nats per answer token, with 95 %
+    intervals."""
     gain, data = advice["gain"], advice["data"]
-    learnt = f"{interval(gain)} nats per token in {advice['steps']} steps of {advice['batch_size']} rows"
+    learnt = f"{interval(gain)} nats per answer token in {advice['steps']} steps of {advice['batch_size']} rows"
     if not advice["learnt"]:
-        return [("gain", [f"nothing was learnt: {learnt}", "longer runs (--steps) or other rows; no advice.yaml"])]
-    loss = advice["loss"]
+        told = ["take longer runs (--steps) or look at the rows (`rankwise check`); there is no advice.yaml"]
+        return [("gain", [f"nothing was learnt: {learnt}", *told])]
+    loss, few = advice["loss"], few_words(advice)
     expected = (
-        f"{loss['estimate']:.3f} [{loss['low']:.3f}, {loss['high']:.3f}] on {data['confirm']} items kept back"
+        f"{loss['estimate']:.3f} [{loss['low']:.3f}, {loss['high']:.3f}] on {data['confirm']} items kept back, after "
+        f"{advice['steps']} steps"
         if loss
-        else "not measured on items kept back before rung C"
+        else "not known yet; rung C measures it on items kept back"
     )
     return [
         ("learning rate", rate_words(advice)),
@@ -148,21 +190,29 @@ def screen(advice: Advice) -> list[tuple[str, list[str]]]:
         ("placement", placement_words(advice)),
         (
             "gain",
-            [learnt, f"base {advice['base_loss']:.3f}; decided on {data['choose']} items, δ {advice['delta']:.3f}"],
+            [
+                f"{learnt}; without adapter the loss is {advice['base_loss']:.3f}",
+                f"compared on {data['choose']} items; a difference below {advice['delta']:.3f} (δ) counts as none",
+            ],
         ),
-        ("loss expected", [f"{expected}, after {advice['steps']} steps"]),
-        ("adapter", [f"{advice['advised']['parameters']:,} parameters"]),
+        ("loss expected", [expected]),
+        *([("too small a set", few)] if few else []),
+        ("time", cost_words(advice)),
         *([("not decided", open_words(advice))] if advice["open"] else []),
     ]
 
 
-def advice_blocks(advice: Advice) -> list[Block]:
-    """All blocks of one advice: what to do and how sure it is, the plots, every short run."""
+def screen_table(advice: Advice) -> Table:
     rows = [
         (subject if not index else "", line) for subject, lines in screen(advice) for index, line in enumerate(lines)
     ]
+    return Table((), rows, first_number=2)
+
+
+def advice_blocks(advice: Advice) -> list[Block]:
+    """All blocks of one advice: what to do and how sure it is, the plots, every short run."""
     plots = [Plot(name, caption, partial(draw, advice)) for name, (draw, caption) in PLOTS.items()]
-    return [Table((), rows, first_number=2), *plots, Folded("Short runs", [trials_table(advice)])]
+    return [screen_table(advice), *plots, Folded("Short runs", [trials_table(advice)])]
 
 
 def trials_table(advice: Advice) -> Table:
@@ -188,9 +238,12 @@ def train_options(config: AdviseConfig, advice: Advice, plan: Path | None) -> di
     values = flatten(config)
     given = {name: values[name] for name in (*shared, "target") if values[name] != defaults[name]}
     lora = {"lora_config": str(plan)} if plan else {"lora_r": advice["advised"]["rank"]}
+    return {**given, **lora, **run_options(config, advice), "seed": config.seed}
+
+
+def run_options(config: AdviseConfig, advice: Advice) -> dict[str, Any]:
+    """What is advised, and the shape of the runs, by `rankwise train`'s names."""
     return {
-        **given,
-        **lora,
         "lora_dropout": 0.0,
         "learning_rate": advice["advised"]["learning_rate"],
         "lr_scheduler_type": config.lr_scheduler_type,
@@ -199,22 +252,22 @@ def train_options(config: AdviseConfig, advice: Advice, plan: Path | None) -> di
         "max_grad_norm": config.max_grad_norm,
         "batch_size": config.batch_size,
         "num_epochs": config.num_epochs,
-        "seed": config.seed,
     }
 
 
-def write_advice(
-    folder: Path, config: AdviseConfig, advice: Advice, ranks: Mapping[Site, int]
-) -> dict[str, Path | str]:
+def advised_plan(config: AdviseConfig, advice: Advice, ranks: Mapping[Site, int]) -> RankPlan:
+    """The advised ranks as a plan."""
+    placement = advice["advised"]["placement"]
+    rows = tuple(PlannedSite(site, rank, method=placement) for site, rank in ranks.items())
+    return RankPlan(rows, str(config.model.model_name), description=PLACES[placement])
+
+
+def write_advice(folder: Path, config: AdviseConfig, advice: Advice, ranks: RankPlan) -> dict[str, Path | str]:
     """Write them into the run folder; what was written, by name. Nothing learnt: no advice.yaml."""
     written: dict[str, Path | str] = {"advice": DOCUMENT.write(folder, advice)}
     if advice["learnt"]:
-        plan = None
-        if advice["advised"]["placement"] != UNIFORM:
-            rows = tuple(PlannedSite(site, rank, method=advice["advised"]["placement"]) for site, rank in ranks.items())
-            named = PLACES[advice["advised"]["placement"]]
-            plan = write_plan(folder / PLAN, RankPlan(rows, str(config.model.model_name), description=named))
-            written["plan"] = plan
+        plan = write_plan(folder / PLAN, ranks) if advice["advised"]["placement"] != UNIFORM else None
+        written |= {"plan": plan} if plan else {}
         options = train_options(config, advice, plan)
         head = "# What `rankwise advise` recommends; run it with: rankwise train advice.yaml\n"
         text = head + yaml.safe_dump(options, sort_keys=False, allow_unicode=True)

@@ -7,40 +7,57 @@ rankwise advise MODEL train.jsonl --minutes 30
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import asdict
+import math
+import random
+import signal
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from rankwise.core.allocate import spent
+from rankwise.core.plan import RankPlan
 from rankwise.core.site import Site
 from rankwise.data.example import one_per_prompt
+from rankwise.data.render import Renderer
+from rankwise.data.renderer_for import sees
 from rankwise.data.sources.load import check_data, read_examples
-from rankwise.data.split import Parts, Sizes
-from rankwise.errors import DataError, UsageError
+from rankwise.data.split import Parts, Sizes, divided
+from rankwise.errors import DataError, Interrupted, UsageError
 from rankwise.files.ledger import Ledger
 from rankwise.files.processes import announce, finish, process_index
+from rankwise.files.run_folder import CONFIG as RESOLVED
 from rankwise.files.run_folder import RunFolder, held
-from rankwise.models.load import load_structure
-from rankwise.models.sites import model_sites
+from rankwise.models.load import load_structure, torch_dtype
+from rankwise.models.sites import fused_experts, model_sites
 from rankwise.models.targets import choose_sites
 from rankwise.options.advise import AdviseConfig
+from rankwise.options.commands import TrainConfig
 from rankwise.options.field import flatten
 from rankwise.page.blocks import lines
-from rankwise.page.text import command_line, duration
-from rankwise.study.advice import first_grid, prior_rate, rounded
-from rankwise.study.advice_page import CONFIG, advice_blocks, write_advice
+from rankwise.page.text import command_line, duration, plural
+from rankwise.ranks.emit import unplaced, write_configs
+from rankwise.study.advice import UNIFORM, TrialRun, first_grid, prior_rate, rounded
+from rankwise.study.advice_page import CONFIG, advised_plan, run_options, screen_table, write_advice
 from rankwise.study.climb import Conclusions, Rungs, climb
 from rankwise.study.design import digest
-from rankwise.study.material import load_material, read_parts
+from rankwise.study.evidence import LEVEL, Effect, student
+from rankwise.study.footprint import Footprint, footprint, most_learnt, refuse_too_large
+from rankwise.study.material import load_material, own_device
 from rankwise.study.results import finite
-from rankwise.study.trials import ShortRuns
+from rankwise.study.trials import ShortRuns, median_seconds, why_in_turn
+from rankwise.train.estimate.gpus import memory_available
 
 RANKS, RATIO = (16, 4, 1), 2.5
 CHOOSE, CONFIRM, SHARE, LEAST = 100, 150, 5, 20  # held-out items by default, at most a fifth of the prompts each
+OVERFIT = 0.1  # of the gain: held-out loss above the training loss of rows seen more than once
 NOT_THE_RUNS = ("output_dir", "minutes", "ranks", "rates", "rate_points", "placements", "delta", "num_epochs", "emit")
 NOT_THE_NUMBERS = ("batch_arms", "no_plots", "device")
 
@@ -48,28 +65,94 @@ NOT_THE_NUMBERS = ("batch_arms", "no_plots", "device")
 def run(config: AdviseConfig) -> Path:
     """Run the command. Returns the run folder."""
     check(config)
-    folder = RunFolder(config.output_dir)
+    folder, refused = RunFolder(config.output_dir), list[str]()
     try:
         with held(folder, "advise", inputs(config)) as record:
-            skeleton = load_structure(config.model, str(config.model.model_name))
-            rungs = rungs_of(config, skeleton)
-            material = load_material(config.model, config.data, config.target, config.device, parts_of(config))
-            recipe = digest([trial_settings(config), material.inputs(config.model)])[:16]
-            bench = ShortRuns(config, material, Ledger(folder.path), recipe, rungs.ranks[0])
+            bench, rungs, rows = prepare(config, folder.path)
             if process_index()[0] == 0:
                 folder.save_config(config)
             announce(f"advise: {counts_line(rungs)}")
-            found = climb(rungs, bench)
+            if bench.in_turn:
+                announce(f"short runs train one after the other: {bench.in_turn}")
+            with kept_when_interrupted(config, bench):
+                found = climb(rungs, bench)
             if process_index()[0] == 0:
-                advice = conclude(config, rungs, bench, found)
-                record.outputs |= write_advice(folder.path, config, advice, bench.ranks(found.advised))
+                advice = conclude(config, rungs, bench, found, rows)
+                plan = advised_plan(config, advice, bench.ranks(found.advised))
+                record.outputs |= write_advice(folder.path, config, advice, plan)
                 record.facts |= {"runs": len(bench.ledger), "rung": found.rung}
-                print("\n".join(lines(advice_blocks(advice))))
+                print("\n".join(lines([screen_table(advice)])))
                 if found.learnt:
+                    refused = write_emitted(config, advice, plan, bool(fused_experts(bench.material.model)))
                     print(f"next: {next_command(config)}")
     finally:
         finish()
+    if refused:
+        raise UsageError(f"{'; '.join(refused)}. The advice and everything else is written")
     return folder.path
+
+
+def prepare(config: AdviseConfig, folder: Path) -> tuple[ShortRuns, Rungs, int]:
+    """The bench, what is climbed on it, and the number of rows of the data set."""
+    skeleton = load_structure(config.model, str(config.model.model_name))
+    rungs = rungs_of(config, skeleton)
+    parts, files, count = parts_of(config, skeleton)
+    known: dict[str, Any] = {}
+
+    def before_loading(renderer: Renderer, rows: list[dict[str, Any]]) -> None:
+        known["in_turn"] = why_in_turn(skeleton, renderer, parts, rows)
+        known["needs"] = fitting_needs(config, skeleton, rungs.ranks[0], rows, whole=bool(known["in_turn"]))
+
+    material = load_material(config.model, config.data, config.target, config.device, (parts, files), before_loading)
+    recipe = digest([trial_settings(config), material.inputs(config.model)])[:16]
+    told = partial(tell_reach, config, rungs)
+    return ShortRuns(config, material, Ledger(folder), recipe, rungs.ranks[0], told=told, **known), rungs, count
+
+
+def fitting_needs(
+    config: AdviseConfig, skeleton: PreTrainedModel, rank: int, rows: Sequence[Mapping[str, Any]], *, whole: bool
+) -> Footprint:
+    """Memory of a short run. whole: logits of all tokens are computed, not of those learnt alone.
+
+    UsageError where the base or a run does not fit.
+    """
+    device = torch.device(config.device if config.device != "auto" else own_device())
+    dtype = torch_dtype(config.model.dtype, trained=True, device=device)
+    lengths = [len(row["input_ids"]) for row in rows]
+    learnt = max(lengths) if whole else most_learnt([row["labels"] for row in rows])
+    sites = choose_sites(model_sites(skeleton), config.target).values()
+    needs = footprint(skeleton, sites, rank, dtype, lengths, learnt, config.batch_size)
+    refuse_too_large(needs, memory_available(device), "the GPU" if device.type == "cuda" else "this machine")
+    return needs
+
+
+def tell_reach(config: AdviseConfig, rungs: Rungs, seconds: float) -> None:
+    _, line = rung_lines(rungs, seconds, config.minutes * process_index()[1])
+    announce(f"a short run takes {duration(seconds)}: {line}")
+
+
+@contextmanager
+def kept_when_interrupted(config: AdviseConfig, bench: ShortRuns) -> Iterator[None]:
+    """Interrupted with what is kept and how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted) as stop:
+        number = signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.exit_code - 128
+        kept, again = plural(len(bench.finished), "finished short run"), Path(config.output_dir) / RESOLVED
+        raise Interrupted(
+            f"interrupted: {kept} kept in {config.output_dir}, what was in training is lost; go on with: "
+            f"{command_line('advise', again)}",
+            number,
+        ) from None
+
+
+def write_emitted(config: AdviseConfig, advice: Mapping[str, Any], plan: RankPlan, experts: bool) -> list[str]:
+    """Configs for other trainers, with what they have no place for said; why the others cannot take the advice."""
+    options = run_options(config, advice)
+    files, refused = write_configs(Path(config.output_dir), config.emit, plan, experts, options)
+    for trainer, file in files.items():
+        print(": ".join(filter(None, [str(file), unplaced(trainer, options)])))
+    return refused
 
 
 def next_command(config: AdviseConfig) -> str:
@@ -92,9 +175,12 @@ def inputs(config: AdviseConfig) -> dict[str, Path | str]:
     return {name: value for name, value in found.items() if value}
 
 
-def parts_of(config: AdviseConfig) -> tuple[Parts, tuple[Path, ...]]:
-    """Rows to train on, items that decide (dev) and items kept back for the last comparison (test)."""
-    prompts = len(one_per_prompt(read_examples(config.data, str(config.data.data_path)).items))
+def parts_of(config: AdviseConfig, skeleton: PreTrainedModel) -> tuple[Parts, tuple[Path, ...], int]:
+    """Rows to train on, items that decide (dev) and items kept back for the last comparison (test); the files; and the
+    number of all rows."""
+    seeing = sees(config.data, skeleton.config)
+    pool = read_examples(config.data, str(config.data.data_path), sees_images=seeing)
+    prompts = len(one_per_prompt(pool.items))
     share = prompts // SHARE
     if share < LEAST and None in (config.choose_size, config.confirm_size):
         raise DataError(
@@ -104,7 +190,8 @@ def parts_of(config: AdviseConfig) -> tuple[Parts, tuple[Path, ...]]:
     choose = config.choose_size or min(CHOOSE, share)
     confirm = config.confirm_size or min(CONFIRM, share)
     train = config.train_size or config.steps * config.batch_size
-    return read_parts(config.data, Sizes(train, choose, confirm, least=config.batch_size), config.seed)
+    sizes = Sizes(train, choose, confirm, least=config.batch_size)
+    return divided(pool.items, None, None, sizes, random.Random(config.seed)), tuple(pool.files), len(pool.items)
 
 
 def trial_settings(config: AdviseConfig) -> dict[str, Any]:
@@ -150,8 +237,8 @@ def counts_line(rungs: Rungs) -> str:
     return f"short runs up to each rung: {', '.join(words)} (more where a grid grows)"
 
 
-def conclude(config: AdviseConfig, rungs: Rungs, bench: ShortRuns, found: Conclusions) -> dict[str, Any]:
-    """Content of advice.json."""
+def conclude(config: AdviseConfig, rungs: Rungs, bench: ShortRuns, found: Conclusions, rows: int) -> dict[str, Any]:
+    """Content of advice.json. rows: of the data set."""
     losses, material = bench.choose, bench.material
     prior, calibrated = prior_of(material.model.config)
     return {
@@ -184,8 +271,72 @@ def conclude(config: AdviseConfig, rungs: Rungs, bench: ShortRuns, found: Conclu
         "batch_size": config.batch_size,
         "minutes": config.minutes,
         "seconds_per_run": bench.seconds,
+        "in_turn": bench.in_turn,
+        "cost": cost(config, bench, rows),
+        "too_few": too_few(config, rungs, bench, found) if found.learnt else {},
         "open": open_rungs(rungs, found, bench.seconds),
     }
+
+
+def cost(config: AdviseConfig, bench: ShortRuns, rows: int) -> dict[str, Any]:
+    """Time and memory of a short run that trained alone, and of the real run by the seconds per token of that one."""
+    alone = [row for row in bench.finished if row["batch"] == 1]
+    train = bench.material.rows
+    per_row = sum(len(row["input_ids"]) for row in train) / len(train)
+    per_token = median(row["training_seconds"] / max(1, row["tokens"]) for row in alone)
+    learnt = round(rows * (1 - TrainConfig().val_fraction))  # `train` holds some out
+    return {
+        "peak_bytes": max(row["peak_bytes"] for row in alone),
+        "device": torch.device(bench.material.device).type,
+        "seconds_per_token": per_token,
+        "tokens_per_row": per_row,
+        "rows": learnt,
+        "epochs": config.num_epochs,
+        "steps": math.ceil(config.num_epochs * math.ceil(learnt / config.batch_size)),
+        "seconds": learnt * config.num_epochs * per_row * per_token,
+    }
+
+
+def too_few(config: AdviseConfig, rungs: Rungs, bench: ShortRuns, found: Conclusions) -> dict[str, Any]:
+    """Where held-out items or training rows cannot carry the decision; empty where they can.
+
+    items: so many would decide what these leave open, at the same spread. overfit: held-out loss above the training
+    loss of rows that were seen more than once, where it passes `margin`.
+    """
+    assert found.gain is not None
+    told: dict[str, Any] = {}
+    scores, advised = bench.choose, found.advised
+    steps = found.rank.steps if found.rank else ()
+    contrasts = [step.excess for step in steps if step.excess] + list(found.tried.values())
+    if not contrasts:
+        best, second = nearest_rates(scores.curve(advised.rank, UNIFORM, rungs.seeds[0]))
+        first = TrialRun(advised.rank, best, rungs.seeds[0])
+        contrasts = [effect for effect in [scores.excess(replace(first, learning_rate=second), first)] if effect]
+    open_widths = [width for each in contrasts if (width := open_width(each, found.delta))]
+    if open_widths:
+        count = len(bench.material.dev.groups)
+        told |= {"half_width": max(open_widths), "items": math.ceil(count * (max(open_widths) / found.delta) ** 2)}
+    trial = replace(advised, placement=UNIFORM, seed=rungs.seeds[0])
+    seen = config.steps * config.batch_size / len(bench.material.rows)
+    last = bench.rows[trial]["train_losses"][-max(1, config.steps // 8) :]
+    margin = max(found.delta, OVERFIT * found.gain.estimate)
+    above = scores.loss(trial) - sum(last) / len(last)
+    if seen > 1 and above > margin:
+        told["overfit"] = {"rows": len(bench.material.rows), "seen": seen, "above": above, "margin": margin}
+    return told
+
+
+def nearest_rates(curve: Mapping[float, float]) -> tuple[float, float]:
+    """The best rate and the second best."""
+    best, second, *_ = sorted(curve, key=lambda rate: (curve[rate], rate))
+    return best, second
+
+
+def open_width(found: Effect, delta: float) -> float:
+    """Half of the interval over items alone, where it is above δ and leaves open on which side of ±δ the difference
+    lies; else 0."""
+    width = float(student().ppf((1 + LEVEL) / 2, found.groups - 1)) * math.sqrt(found.item_variance)
+    return width if width > delta and abs(abs(found.estimate) - delta) < width else 0.0
 
 
 def open_rungs(rungs: Rungs, found: Conclusions, seconds: float) -> list[dict[str, Any]]:
@@ -195,28 +346,32 @@ def open_rungs(rungs: Rungs, found: Conclusions, seconds: float) -> list[dict[st
 
 
 def rung_lines(rungs: Rungs, seconds: float, minutes: float) -> list[str]:
-    """How far the time reaches, by the time of a run in the folder; nothing is guessed."""
+    """How far the time reaches, by the time of a run that is known; nothing is guessed."""
     if not seconds:
-        return [counts_line(rungs), "how long that takes is not known before the first runs"]
-    totals = list(accumulate(rungs.counts().values()))
-    reached = [rung for rung, total in zip(rungs.counts(), totals, strict=True) if total * seconds <= 60 * minutes]
-    times = ", ".join(f"{rung} {duration(total * seconds)}" for rung, total in zip(rungs.counts(), totals, strict=True))
-    return [
-        counts_line(rungs),
-        f"{minutes:g} minutes reach rung {reached[-1] if reached else 'A, and take longer'} ({times})",
-    ]
+        return [counts_line(rungs), "how long that takes is not known before the first run"]
+    counts = rungs.counts()
+    ends = dict(zip(counts, accumulate(count * seconds for count in counts.values()), strict=True))
+    reached = [rung for rung, end in ends.items() if end <= 60 * minutes]
+    times = ", ".join(f"{rung} {duration(end)}" for rung, end in ends.items())
+    left = [rung for rung in counts if rung not in reached]
+    if not reached:
+        return [
+            counts_line(rungs),
+            f"{minutes:g} minutes are too short for rung A, which is climbed all the same ({times})",
+        ]
+    more = f"; rung {left[0]} takes {duration(counts[left[0]] * seconds)} more" if left else ""
+    return [counts_line(rungs), f"{minutes:g} minutes reach rung {reached[-1]} ({times}){more}"]
 
 
 def describe(config: AdviseConfig) -> list[str]:
     """The lines of --dry-run."""
     check(config)
     rungs = rungs_of(config, load_structure(config.model, str(config.model.model_name)))
-    ledger = Ledger(Path(config.output_dir))
-    seconds = [row["seconds"] for row in ledger.rows.values()]
+    seconds = median_seconds([*Ledger(Path(config.output_dir)).rows.values()])
     rates = ", ".join(f"{rate:.3g}" for rate in rungs.grid)
     return [
         f"short runs of {config.model.model_name}: {config.steps} steps of {config.batch_size} rows each",
         f"rung A: learning rates {rates} at rank {rungs.ranks[0]}, then one between the best two",
-        *rung_lines(rungs, sum(seconds) / len(seconds) if seconds else 0.0, config.minutes),
+        *rung_lines(rungs, seconds, config.minutes),
         f"write advice.json, advice.yaml, plots in {config.output_dir}",
     ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from rankwise.data.render import Renderer
 from rankwise.data.renderer_for import renderer_for
 from rankwise.data.sources.load import read_examples
 from rankwise.data.split import Parts, Sizes, divided
+from rankwise.data.vision_inputs import IGNORED
 from rankwise.errors import DataError
 from rankwise.evaluate.likelihood import Batch, training_batches
 from rankwise.files.atomic import fingerprint, fingerprints, read_if_there
@@ -42,7 +43,7 @@ from rankwise.train.together.alone import borrowed, train_weights
 from rankwise.train.together.stacked import ArmSettings
 from rankwise.train.together.starts import row_order
 
-SCORING_BATCH = 16
+SCORING_BATCH, PICTURED_BATCH = 16, 8
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,37 @@ class ScoredItems:
         data = RenderedDataset(examples, renderer)
         order = sorted(range(len(data)), key=lambda index: data.lengths[index])
         items = [data.examples[index] for index in order]
+        groups = tuple(item.group for item in items)
+        if any(item.images for item in items) and renderer.sight is not None:
+            tokens = [sum(label != IGNORED for label in data[index]["labels"][1:]) for index in order]
+            return cls(PicturedBatches(items, renderer), np.array(tokens, dtype=np.float64), groups)
         batches = training_batches(items, renderer, SCORING_BATCH)
-        tokens = torch.cat([(batch["labels"][:, 1:] >= 0).sum(1) for batch in batches])
+        counts = torch.cat([(batch["labels"][:, 1:] != IGNORED).sum(1) for batch in batches])
         moved = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
-        return cls(moved, tokens.double().numpy(), tuple(item.group for item in items))
+        return cls(moved, counts.double().numpy(), groups)
+
+
+@dataclass(frozen=True)
+class PicturedBatches(Sequence[Batch]):
+    """Items with pictures as batches, made each time they are asked for: pixels of all would fill the memory."""
+
+    items: Sequence[Example]
+    renderer: Renderer
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.items) / PICTURED_BATCH)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Batch]: ...
+
+    def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        start = range(len(self))[index] * PICTURED_BATCH  # IndexError ends an iteration
+        return training_batches(self.items[start : start + PICTURED_BATCH], self.renderer, PICTURED_BATCH)[0]
 
 
 @dataclass(frozen=True)
@@ -79,7 +107,7 @@ class Material:
 
     @property
     def collate(self) -> Collator:
-        return Collator.of(self.renderer.tokenizer)
+        return Collator.of(self.renderer.tokenizer, sight=self.renderer.sight)
 
     @cached_property
     def dev(self) -> ScoredItems:
@@ -100,11 +128,17 @@ class Material:
 
 
 def load_material(
-    model: ModelSection, data: DataSection, target: str | None, device: str, read: tuple[Parts, tuple[Path, ...]]
+    model: ModelSection,
+    data: DataSection,
+    target: str | None,
+    device: str,
+    read: tuple[Parts, tuple[Path, ...]],
+    before_loading: Callable[[Renderer, list[dict[str, Any]]], object] = lambda renderer, rows: None,
 ) -> Material:
     """Model and data, checked. float32 unless --dtype says otherwise: what is measured here is small.
 
-    read: the parts of the data and the files they come from, as `read_parts` gives them.
+    read: the parts of the data and the files they come from, as `read_parts` gives them. before_loading: called with
+    the renderer and the rendered training rows before any weights are read.
     """
     name = str(model.model_name)
     skeleton = load_structure(model, name)
@@ -112,11 +146,12 @@ def load_material(
     renderer = renderer_for(data, model, name, skeleton.config)
     parts, files = read
     rendered = render_rows(parts.train, renderer)
+    rows = [rendered[index] for index in range(len(rendered))]
+    before_loading(renderer, rows)
     device = device if device != "auto" else own_device()
     dtype = torch_dtype(model.dtype, trained=True, device=torch.device(device))
     weights = load_weights(model, name, dtype).to(device).eval()
     weights.requires_grad_(False)
-    rows = [rendered[index] for index in range(len(rendered))]
     return Material(weights, renderer, sites, parts, rows, files, device)
 
 

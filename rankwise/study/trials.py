@@ -4,41 +4,52 @@
     bench.run([TrialRun(16, 2e-4, seed=1), …], "A")       # those that the ledger has are not trained again
     bench.choose                                          # TrialLosses on the rows that decide
 
-Rows of the last comparison (`confirm`) are scored for runs of the rungs C and E only, lie in the same file and are read
-by `confirm` alone.
+Runs share forward passes; those that cannot (`why_in_turn`) train one after the other by the Trainer, on the same rows
+from the same starts. The first run of a folder trains alone: its time and memory are those of one run. Rows of the last
+comparison (`confirm`) are scored for runs of the rungs C and E only, lie in the same file and are read by `confirm`
+alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from rankwise.core.allocate import spectral_gains, spent
 from rankwise.core.factors import Factors
 from rankwise.core.site import Site
+from rankwise.data.dataset import Collator
+from rankwise.data.render import Renderer
+from rankwise.data.split import Parts
 from rankwise.errors import UsageError
 from rankwise.evaluate.likelihood import answer_losses
 from rankwise.files.atomic import atomic_write
 from rankwise.files.ledger import Ledger
-from rankwise.files.processes import gathered, own_share, process_index
+from rankwise.files.processes import announce, gathered, own_share, process_index
+from rankwise.models.sites import fused_experts
 from rankwise.options.advise import AdviseConfig
+from rankwise.page.text import memory, plural
 from rankwise.ranks.gain import input_spectra
 from rankwise.study.advice import UNIFORM, TrialLosses, TrialRun
 from rankwise.study.arms import Gains, ranks_within, uniform_ranks
 from rankwise.study.evidence import Array, by_group
+from rankwise.study.footprint import Footprint, at_most
 from rankwise.study.material import Material, ScoredItems
+from rankwise.train.estimate.gpus import memory_available
 from rankwise.train.together.fit import fit
-from rankwise.train.together.stacked import ArmSettings
+from rankwise.train.together.stacked import PASSED_ON, ArmSettings
 from rankwise.train.together.starts import SCALE, random_start, row_order
-from rankwise.train.together.train import Arm, TrainedArm
+from rankwise.train.together.train import Arm, TrainedArm, fitting
 
 BATCH_SECONDS = 180  # a batch that is cut starts anew: this much is lost at most
 CONFIRMED = "CE"
@@ -50,14 +61,19 @@ Ranks = Mapping[Site, int]
 @dataclass
 class ShortRuns:
     """The bench of one `advise`. recipe: hash of everything that decides how a trial trains, beside its key. largest:
-    the rank that the others are compared with."""
+    the rank that the others are compared with. in_turn: why runs share no forward pass; empty where they do. needs:
+    memory of a run, to which batches are cut. told: called with the seconds of a run as soon as they are known."""
 
     config: AdviseConfig
     material: Material
     ledger: Ledger
     recipe: str
     largest: int
+    in_turn: str = ""
+    needs: Footprint | None = None
+    told: Callable[[float], object] = lambda seconds: None
     asked: dict[TrialRun, str] = field(default_factory=dict)
+    is_told: bool = False
 
     @property
     def settings(self) -> ArmSettings:
@@ -79,25 +95,57 @@ class ShortRuns:
         """Ask for trials; processes share the batches of those that are not finished."""
         self.asked |= dict.fromkeys(trials, rung)
         left = [trial for trial in dict.fromkeys(trials) if self.key(trial) not in self.ledger]
-        size = self.batch_size()
-        batches = [left[start : start + size] for start in range(0, len(left), size)]
-        mine = own_share(batches, [float(len(batch)) for batch in batches])
-        for batch in tqdm(mine, desc=f"rung {rung}", unit="batch", disable=None, leave=False):
-            self.make(batch, rung)
-        gathered({})  # all have finished theirs
-        self.ledger.refresh()
+        with tqdm(total=len(left), desc=f"rung {rung}", unit="run", disable=None, leave=False) as bar:
+            while left:
+                self.tell()
+                size = self.batch_size()
+                count = min(len(left), size * process_index()[1])
+                batches = [left[start : min(start + size, count)] for start in range(0, count, size)]
+                for batch in own_share(batches, [float(len(batch)) for batch in batches]):
+                    self.make(batch, rung)
+                gathered({})  # all have finished theirs
+                self.ledger.refresh()
+                left = left[count:]
+                bar.update(count)
+        self.tell()
+
+    def tell(self) -> None:
+        """Say once how long a run takes."""
+        if self.seconds and not self.is_told:
+            self.is_told = True
+            self.told(self.seconds)
 
     def batch_size(self) -> int:
-        """Trials per batch: as many as take `BATCH_SECONDS`, by those that are finished."""
-        fitting = int(BATCH_SECONDS / self.seconds) if self.seconds else self.config.batch_arms
-        return max(1, min(self.config.batch_arms, fitting))
+        """Trials per batch: one where no time is known, else as many as take `BATCH_SECONDS` and fit into memory."""
+        if self.in_turn:
+            return 1
+        arms, _ = self.room
+        return max(1, min(arms, int(BATCH_SECONDS / self.seconds))) if self.seconds else 1
+
+    @cached_property
+    def room(self) -> tuple[int, int | None]:
+        """Trials in a batch, and of these in one forward pass (None: as many as the device works on well), as memory
+        allows in every process."""
+        asked = self.config.batch_arms
+        if self.needs is None:
+            return asked, None
+        device = self.material.model.device
+        free = memory_available(device) // (process_index()[1] if device.type == "cpu" else 1)
+        widest = self.config.batch_size * max(len(row["input_ids"]) for row in self.material.rows)
+        passes = fitting(widest, device)
+        mine = at_most(self.needs, free, asked, passes)
+        arms, at_once = (min(each) for each in zip(*gathered({process_index()[0]: mine}).values(), strict=True))
+        if arms < asked:
+            announce(f"memory: batches of {plural(arms, 'run')} instead of {asked}; {memory(free)} are free")
+        return arms, at_once if at_once < passes else None
 
     def make(self, trials: Sequence[TrialRun], rung: str) -> None:
         """One batch, from start to ledger."""
         material, arms = self.material, [self.arm(trial) for trial in trials]
         parts = {"dev": material.dev} | ({"test": material.test} if rung in CONFIRMED else {})
         scored = {name: part.batches for name, part in parts.items()}
-        fitted = fit(material.model, arms, material.rows, material.collate, self.settings, scored, watch=True)
+        how = {"in_turn": True} if self.in_turn else {"watch": True, "at_once": self.room[1]}
+        fitted = fit(material.model, arms, material.rows, material.collate, self.settings, scored, **how)
         for trial, result in zip(trials, fitted.trained, strict=True):
             self.keep(trial, result)
         rows = [
@@ -107,8 +155,11 @@ class ShortRuns:
                 "parameters": sum(a.numel() + b.numel() for a, b in result.pairs.values()),
                 "diverged": bool(fitted.losses["dev"][index].isnan().any()),
                 "train_losses": [round(loss, 6) if math.isfinite(loss) else None for loss in result.losses],
+                "tokens": result.tokens,
+                "training_seconds": round(fitted.training_seconds / len(trials), 3),
                 "seconds": round(fitted.seconds / len(trials), 3),
                 "peak_bytes": fitted.peak_bytes,
+                "batch": len(trials),
             }
             for index, (trial, result) in enumerate(zip(trials, fitted.trained, strict=True))
         ]
@@ -168,10 +219,12 @@ class ShortRuns:
     def eva_gains(self) -> Gains:
         """Share of the inputs' variance, on training rows (Paischer et al. 2024)."""
         rows = self.material.rows[:EVA_ROWS]
-        batches = [self.material.collate(rows[at : at + EVA_BATCH]) for at in range(0, len(rows), EVA_BATCH)]
-        names = ("input_ids", "attention_mask", "labels")
-        moved = [{name: batch[name].to(self.material.device) for name in names} for batch in batches]
-        return spectral_gains(input_spectra(self.material.model, list(self.material.sites), moved), "site")
+        device = self.material.device
+        batches = [
+            {name: value.to(device) for name, value in self.material.collate(rows[at : at + EVA_BATCH]).items()}
+            for at in range(0, len(rows), EVA_BATCH)
+        ]
+        return spectral_gains(input_spectra(self.material.model, list(self.material.sites), batches), "site")
 
     def is_kept(self, trial: TrialRun) -> bool:
         """Whether a trial's factors are kept, for the placements that are made of them."""
@@ -194,14 +247,18 @@ class ShortRuns:
         return {trial: self.ledger[self.key(trial)] for trial in self.asked}
 
     @property
+    def finished(self) -> list[dict[str, Any]]:
+        """Ledger rows of this recipe."""
+        return [row for row in self.ledger.rows.values() if row["key"]["recipe"] == self.recipe]
+
+    @property
     def seconds(self) -> float:
-        """Mean seconds of a trial; 0 before the first."""
-        finished = [row["seconds"] for row in self.ledger.rows.values()]
-        return sum(finished) / len(finished) if finished else 0.0
+        """Of a trial, by the median of those finished: a slow start counts little; 0 before the first."""
+        return median_seconds(self.finished)
 
     def affords(self, rung: str, trials: int) -> bool:
         """A rung that was begun goes on, whatever it takes: what stops the climb is recorded in no other place."""
-        rows = self.ledger.rows.values()
+        rows = self.finished
         if any(row["rung"] == rung for row in rows):
             return True
         processes = process_index()[1]
@@ -232,3 +289,18 @@ class ShortRuns:
 
     def base(self, scored: ScoredItems) -> Array:
         return by_group(answer_losses(self.material.model, scored.batches)[0].double().cpu().numpy(), scored.groups)
+
+
+def median_seconds(rows: Sequence[Mapping[str, Any]]) -> float:
+    return float(median(row["seconds"] for row in rows)) if rows else 0.0
+
+
+def why_in_turn(skeleton: PreTrainedModel, renderer: Renderer, parts: Parts, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Why runs cannot share a forward pass; empty where they can."""
+    shown = any(example.images for part in (parts.train, parts.dev, parts.test) for example in part)
+    if shown and renderer.sight is not None:
+        return "rows have pictures"
+    if fused_experts(skeleton):
+        return "the model has fused experts"
+    foreign = sorted(set(Collator.of(renderer.tokenizer, sight=renderer.sight)([rows[0]])) - PASSED_ON)
+    return f"the model takes {', '.join(foreign)} beside the tokens" if foreign else ""

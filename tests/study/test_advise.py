@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -15,18 +16,19 @@ import processes
 import pytest
 import torch
 import yaml
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
 from tiny import tiny_llama
 
 from rankwise import cli
-from rankwise.errors import DataError, DivergedError, UsageError
+from rankwise.errors import DataError, DivergedError, Interrupted, UsageError
 from rankwise.files.ledger import Ledger
 from rankwise.options.advise import AdviseConfig
 from rankwise.options.sections import DataSection, ModelSection
+from rankwise.page.blocks import lines
 from rankwise.report.report import build_report
-from rankwise.study import advise, trials
-from rankwise.study.material import load_material
+from rankwise.study import advice_page, advise, climb, material, trials
+from rankwise.study.advice import effect
 
 NAMES = ("The Vaults", "Alimentum", "Cotto", "Zizzi", "Aromi", "Fitzbillies", "Strada", "Giraffe", "Wildwood", "Clowns")
 AREAS = (
@@ -79,7 +81,8 @@ def content(folder: Path) -> dict[str, Any]:
     found = json.loads((folder / "advice.json").read_text())
     for row in (*found["trials"], *found["open"]):
         row.pop("seconds")
-    found.pop("seconds_per_run")
+    for name in ("seconds_per_run", "cost"):
+        found.pop(name)
     return found
 
 
@@ -116,9 +119,9 @@ def test_placements_spend_the_same_parameters(finished: Path) -> None:
 def test_ranks_by_eva_are_of_training_rows_alone_without_their_padding(base: Path, data: Path, tmp_path: Path) -> None:
     """Every row by itself, unpadded, its inputs centred over all of them; no row that decides or confirms is read."""
     config = small(base, data, tmp_path)
-    material = load_material(config.model, config.data, config.target, "cpu", advise.parts_of(config))
+    bench, _, _ = advise.prepare(config, tmp_path)
+    material, found = bench.material, bench.eva_gains
     rows = [row["input_ids"] for row in material.rows]
-    found = trials.ShortRuns(config, material, Ledger(tmp_path), "", largest=4).eva_gains
     seen: dict[str, list[torch.Tensor]] = {site.path: [] for site in material.sites}
     for path, inputs in seen.items():
         material.model.get_submodule(path).register_forward_pre_hook(
@@ -188,12 +191,14 @@ def test_an_interruption_costs_one_batch_and_changes_nothing(
         return whole(*arguments, **how)
 
     monkeypatch.setattr(trials, "fit", cut)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match=r"interrupted: \d+ finished short runs? kept in") as stop:
         advise.run(small(base, data, tmp_path))
+    assert stop.value.exit_code == 130
     assert len(Ledger(tmp_path)) == sum(made[:after])
     assert not (tmp_path / "advice.json").exists()
     monkeypatch.setattr(trials, "fit", whole)
-    advise.run(small(base, data, tmp_path))
+    _, *words = shlex.split(str(stop.value).partition("go on with: ")[2])
+    assert cli.main(words) == 0
     assert content(tmp_path) == content(finished)
 
 
@@ -267,7 +272,7 @@ def test_too_few_rows_are_refused_with_the_number_that_is_needed(base: Path, dat
 
 def test_a_dry_run_names_the_runs_and_guesses_no_time(finished: Path, base: Path, data: Path, tmp_path: Path) -> None:
     told = "\n".join(advise.describe(small(base, data, tmp_path)))
-    assert "A 4, B 10, C 13, D 16, E 20" in told and "not known before the first runs" in told
+    assert "A 4, B 10, C 13, D 16, E 20" in told and "not known before the first run" in told
     told = "\n".join(advise.describe(small(base, data, finished, minutes=1000)))
     assert "1000 minutes reach rung E" in told
 
@@ -291,3 +296,159 @@ def test_two_processes_share_the_runs_and_advise_what_one_does(
 def test_the_report_shows_the_advice(finished: Path, tmp_path: Path) -> None:
     page = build_report(finished, tmp_path / "report.html").read_text()
     assert "loss expected" in page and "rank 2 loses" in page
+
+
+def test_the_advice_as_configs_of_other_trainers(
+    finished: Path, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What has no place in a file is said; rank, alpha and rate are those of advice.yaml."""
+    every = ["peft", "axolotl", "swift", "unsloth", "llamafactory"]
+    out = shutil.copytree(finished, tmp_path / "advise")
+    advise.run(small(base, data, out, emit=every, num_epochs=2))
+    told, advised, configs = capsys.readouterr().out, content(out)["advised"], out / "configs"
+    peft = json.loads((configs / "peft.json").read_text())
+    assert (peft["r"], peft["lora_alpha"], peft["lora_dropout"]) == (advised["rank"], 2 * advised["rank"], 0)
+    assert LoraConfig(**peft).r == advised["rank"]
+    axolotl = yaml.safe_load((configs / "axolotl.yaml").read_text())
+    assert (axolotl["learning_rate"], axolotl["lr_scheduler"]) == (advised["learning_rate"], "linear")
+    assert (axolotl["micro_batch_size"], axolotl["num_epochs"], axolotl["lora_dropout"]) == (4, 2, 0)
+    for name in ("swift", "llamafactory"):
+        options = yaml.safe_load((configs / f"{name}.yaml").read_text())
+        assert (options["learning_rate"], options["lr_scheduler_type"]) == (advised["learning_rate"], "linear")
+        assert (options["per_device_train_batch_size"], options["num_train_epochs"]) == (4, 2)
+        assert (options["lora_rank"], options["warmup_ratio"]) == (advised["rank"], 0)
+    for name in ("peft", "unsloth"):
+        assert f"{name} takes the adapter only; set in your training script: learning_rate" in told
+    assert "axolotl takes" not in told
+
+
+def test_a_trainer_that_cannot_take_the_advice_is_named_when_all_is_written(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks that differ by matrix: where a matrix is too small for the largest."""
+    monkeypatch.setattr(trials.ShortRuns, "ranks", unequal)
+    with pytest.raises(UsageError, match=r"--emit swift: it takes one rank for all .* everything else is written"):
+        advise.run(small(base, data, tmp_path, minutes=1e-6, emit=["swift", "peft"]))
+    assert (tmp_path / "configs" / "peft.json").is_file() and (tmp_path / "advice.yaml").is_file()
+    assert not (tmp_path / "configs" / "swift.yaml").exists()
+
+
+def unequal(bench: trials.ShortRuns, trial: Any) -> dict[Any, int]:
+    return {site: 2 + place % 2 for place, site in enumerate(bench.material.sites)}
+
+
+def test_what_does_not_fit_into_memory_is_refused_with_its_size(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "fit", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(material, "load_weights", lambda *_: pytest.fail("loaded"))
+    config = small(base, data, tmp_path)
+    monkeypatch.setattr(advise, "memory_available", lambda device: 1000)
+    with pytest.raises(UsageError, match=r"the base does not fit: its weights take 0 MiB, and 0 MiB are free on this"):
+        advise.run(config)
+    monkeypatch.setattr(advise, "memory_available", lambda device: 10**6)
+    with pytest.raises(UsageError, match=r"not even one short run fits: .* lower --batch_size"):
+        advise.run(replace(config, batch_size=32))
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
+def test_batches_are_cut_to_the_memory_that_is_free(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, made = trials.fit, []
+
+    def counted(*arguments: Any, **how: Any) -> Any:
+        made.append((len(arguments[1]), how["at_once"]))
+        return whole(*arguments, **how)
+
+    monkeypatch.setattr(trials, "fit", counted)
+    bench, _, _ = advise.prepare(small(base, data, tmp_path / "asked"), tmp_path)
+    assert bench.needs is not None
+    free = int((2 * bench.needs.arm + bench.needs.activations) / 0.8 + 1000)
+    monkeypatch.setattr(trials, "memory_available", lambda device: free)
+    advise.run(small(base, data, tmp_path, minutes=1e-6))
+    assert made[0] == (1, 1) and max(count for count, _ in made) == 2 and {at_once for _, at_once in made} == {1}
+    assert "memory: batches of 2 runs instead of 16" in capsys.readouterr().out
+
+
+def test_the_real_run_takes_its_rows_and_epochs_at_the_measured_seconds(finished: Path, base: Path) -> None:
+    found = json.loads((finished / "advice.json").read_text())["cost"]
+    assert found["rows"] == round(0.95 * 110)
+    assert found["steps"] == 3 * math.ceil(found["rows"] / 4)
+    (alone,) = [row for row in Ledger(finished).rows.values() if row["batch"] == 1 and row["rung"] == "A"][:1]
+    per_token = alone["training_seconds"] / alone["tokens"]
+    assert found["seconds"] == pytest.approx(3 * found["rows"] * found["tokens_per_row"] * per_token, rel=0.5)
+    assert found["peak_bytes"] > 2**20
+
+
+def test_rows_that_are_learnt_by_heart_are_too_few(finished: Path, base: Path, data: Path, tmp_path: Path) -> None:
+    told = advise.run(small(base, data, tmp_path, steps=32, train_size=4, minutes=1e-6))
+    found = content(told)["too_few"]["overfit"]
+    assert (found["rows"], found["seen"]) == (4, 32) and found["above"] > found["margin"] >= 0.1
+    assert "4 rows were seen 32.0 times; held-out loss is" in (told / "advice.md").read_text()
+    assert "overfit" not in content(finished)["too_few"]
+
+
+def test_items_whose_interval_is_wider_than_delta_are_too_few() -> None:
+    def found(estimate: float, spread: float) -> Any:
+        sums = 10 * (estimate + spread * torch.linspace(-1, 1, 25).double().numpy())[None]
+        return effect(sums, 10 * torch.ones(25).double().numpy(), None)
+
+    assert advise.open_width(found(0.0, 0.01), 0.02) == 0, "narrow"
+    wide = advise.open_width(found(0.0, 0.2), 0.02)
+    assert wide == pytest.approx(found(0.0, 0.2).half_width()) and wide > 0.02
+    assert advise.open_width(found(0.9, 0.2), 0.02) == 0, "decided all the same"
+
+
+def test_a_dry_run_says_what_the_next_rung_costs_and_that_the_time_is_too_short(base: Path, data: Path) -> None:
+    rungs = climb.Rungs((1e-4, 1e-3, 1e-2), 2.5, (16, 4), ("mlp",), (0, 1, 2, 3), None)
+    (_, line) = advise.rung_lines(rungs, 60.0, 8)
+    assert line.startswith("8 minutes reach rung B (A 4 min") and line.endswith("; rung C takes 2 min 00 s more")
+    assert "reach rung E" in advise.rung_lines(rungs, 1.0, 8)[1] and "more" not in advise.rung_lines(rungs, 1.0, 8)[1]
+    assert "too short for rung A, which is climbed all the same" in advise.rung_lines(rungs, 60.0, 3)[1]
+
+
+def test_a_slow_first_run_does_not_decide_how_far_the_time_reaches(finished: Path, base: Path, data: Path) -> None:
+    rows = [{"seconds": seconds} for seconds in (300.0, 2.0, 3.0, 2.0)]
+    assert trials.median_seconds(rows) == 2.5
+    assert trials.median_seconds([]) == 0
+
+
+def test_how_far_the_time_reaches_is_said_once_a_run_is_measured(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        advise.run(small(base, data, tmp_path, minutes=1e-6))
+        told = capsys.readouterr().out
+        assert told.count("minutes are too short for rung A") == 1
+        assert told.index("too short for rung A") < told.index("learning rate")
+
+
+def test_the_screen_fits_a_terminal(finished: Path) -> None:
+    """Every subject at its longest: 25 lines, and none wider than 130 columns."""
+    advice = json.loads((finished / "advice.json").read_text())
+    effect = {"estimate": -0.123, "low": -0.223, "high": 0.123}
+    step = {"excess": effect, "bound": 0.123, "verdict": "undecided", "more_seeds": 1234}
+    ranks = [{"rank": rank, **step} for rank in (64, 32, 16, 8, 4, 2, 1)]
+    rates = {"within": [0.00012, 0.0012], "vertex": None, "why": "the losses around the best rate are not convex"}
+    rates |= {"cliff": 0.1, "at_edge": True}
+    longest = advice | {
+        "in_turn": "rows have pictures",
+        "rank": {"by_bound": 128, "by_estimate": 8, "steps": ranks},
+        "advised": advice["advised"] | {"rank": 128},
+        "rates": {"128": rates},
+        "prior": {"learning_rate": 0.00123, "calibrated": False},
+        "placement": None,
+        "placements": dict.fromkeys(["attention", "mlp", "energy"], effect),
+        "too_small": ["eva"],
+        "too_few": {
+            "items": 12345,
+            "half_width": 0.1,
+            "overfit": dict.fromkeys(["rows", "seen", "above", "margin"], 9),
+        },
+        "open": [{"rung": "E", "runs": 4, "seconds": 999}],
+    }
+    for each in (advice, longest):
+        shown = lines([advice_page.screen_table(each)])
+        assert len(shown) <= 25 and max(map(len, shown)) <= 130, "\n".join(shown)
+    assert "rank 8 loses" in "\n".join(shown)

@@ -129,8 +129,8 @@ def arguments(arm: Arm, settings: ArmSettings, folder: Path, device: torch.devic
     """TrainingArguments that say what `settings` says to `train_together`; float32 unless the base is otherwise."""
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         raise UsageError(
-            "an arm `norm:N` trains alone, on one GPU, and several are visible: start the study with one process "
-            "and CUDA_VISIBLE_DEVICES=0"
+            "a run that shares no forward pass with others (norm:N, rows with pictures, fused experts) trains on one "
+            "GPU, and several are visible: start one process, with CUDA_VISIBLE_DEVICES=0"
         )
     beta1, beta2 = settings.betas
     given = {

@@ -2,7 +2,7 @@
 
     fitted = fit(model, arms, rows, collate, settings, {"choose": batches}, watch=True)
     fitted.losses["choose"]           # (arms, items): summed nats of every item, nan for arms that diverged
-    fitted.tokens, fitted.seconds, fitted.peak_bytes
+    fitted.tokens, fitted.training_seconds, fitted.seconds, fitted.peak_bytes
 
 Arms share one frozen base and one forward pass; what cannot (rows with pictures) trains in turn, `in_turn`, by the
 Trainer, from the same starts on the same rows.
@@ -32,13 +32,14 @@ class Fitted:
     """Arms, trained and scored.
 
     losses: name of the rows → (arms, items) float64, the summed nats of every item; nan for arms that diverged. tokens:
-    trained on, of all arms, padding excluded. seconds, peak_bytes: of training and scoring; the memory of the process,
-    on a GPU that of the card.
+    trained on, of all arms, padding excluded. training_seconds: without scoring. seconds, peak_bytes: of training and
+    scoring; the memory of the process, on a GPU that of the card.
     """
 
     trained: list[TrainedArm]
     losses: dict[str, Tensor]
     tokens: int
+    training_seconds: float
     seconds: float
     peak_bytes: int
 
@@ -66,9 +67,11 @@ def fit(
             trained = [train_alone(model, arm, None, rows, collate, settings)[0] for arm in arms]
         else:
             trained = train_together(model, arms, rows, collate, settings, **how)
+        training = time.monotonic() - started
         found = score(model, trained, [arm.scales for arm in arms], scored, in_turn=in_turn)
     peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else memory.bytes
-    return Fitted(trained, found, sum(arm.tokens for arm in trained), time.monotonic() - started, peak)
+    tokens = sum(arm.tokens for arm in trained)
+    return Fitted(trained, found, tokens, training, time.monotonic() - started, peak)
 
 
 def score(
