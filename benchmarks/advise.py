@@ -114,11 +114,12 @@ class MeteredRuns(ShortRuns):
 
     def tokens(self, trials: Iterable[TrialRun]) -> int:
         """Trained on. A run that diverged has seen those up to where it left."""
-        return sum(self.seen(t, sum(x is not None for x in self.ledger[self.key(t)]["train_losses"])) for t in trials)
+        return sum(int(self.ledger[self.key(trial)]["tokens"]) for trial in trials)
 
-    def seen(self, trial: TrialRun, steps: int) -> int:
+    def planned(self, trial: TrialRun) -> int:
+        """Tokens of a run that goes to its end."""
         order = row_order(len(self.material.rows), self.config.steps * self.config.batch_size, trial.seed)
-        return sum(len(self.material.rows[row]["input_ids"]) for row in order[: steps * self.config.batch_size])
+        return sum(len(self.material.rows[row]["input_ids"]) for row in order)
 
     def took(self, trials: Iterable[TrialRun]) -> float:
         return float(sum(self.ledger[self.key(trial)]["seconds"] for trial in trials))
@@ -173,7 +174,7 @@ class Contest:
 
     @cached_property
     def advised(self) -> MeteredRuns:
-        limit = SHARE * sum(self.swept.seen(cell, self.extent.steps) for cell in self.extent.cells)
+        limit = SHARE * sum(map(self.swept.planned, self.extent.cells))
         return self.runs("advise", self.extent.advise_steps, slice(self.extent.confirm), limit)
 
     def sweep(self) -> dict[str, Any]:
