@@ -12,8 +12,7 @@ import random
 import signal
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -49,11 +48,10 @@ from rankwise.study.advice_page import CONFIG, advised_plan, run_options, screen
 from rankwise.study.climb import Conclusions, Rungs, climb
 from rankwise.study.design import digest
 from rankwise.study.evidence import LEVEL, Effect, student
-from rankwise.study.footprint import Footprint, footprint, most_learnt, refuse_too_large
+from rankwise.study.footprint import Footprint, footprint, free_memory, most_learnt, refuse_too_large
 from rankwise.study.material import load_material, own_device
 from rankwise.study.results import finite
 from rankwise.study.trials import ShortRuns, median_seconds, why_in_turn
-from rankwise.train.estimate.gpus import memory_available
 
 RANKS, RATIO = (16, 4, 1), 2.5
 CHOOSE, CONFIRM, SHARE, LEAST = 100, 150, 5, 20  # held-out items by default, at most a fifth of the prompts each
@@ -105,7 +103,7 @@ def prepare(config: AdviseConfig, folder: Path) -> tuple[ShortRuns, Rungs, int]:
 
     material = load_material(config.model, config.data, config.target, config.device, (parts, files), before_loading)
     recipe = digest([trial_settings(config), material.inputs(config.model)])[:16]
-    told = partial(tell_reach, config, rungs)
+    told = Reach(config, rungs)
     return ShortRuns(config, material, Ledger(folder), recipe, rungs.ranks[0], told=told, **known), rungs, count
 
 
@@ -122,13 +120,24 @@ def fitting_needs(
     learnt = max(lengths) if whole else most_learnt([row["labels"] for row in rows])
     sites = choose_sites(model_sites(skeleton), config.target).values()
     needs = footprint(skeleton, sites, rank, dtype, lengths, learnt, config.batch_size)
-    refuse_too_large(needs, memory_available(device), "the GPU" if device.type == "cuda" else "this machine")
+    refuse_too_large(needs, free_memory(device), "the GPU" if device.type == "cuda" else "this machine")
     return needs
 
 
-def tell_reach(config: AdviseConfig, rungs: Rungs, seconds: float) -> None:
-    _, line = rung_lines(rungs, seconds, config.minutes * process_index()[1])
-    announce(f"a short run takes {duration(seconds)}: {line}")
+@dataclass
+class Reach:
+    """Says how far the time reaches, by the seconds of a run, and again where that has changed."""
+
+    config: AdviseConfig
+    rungs: Rungs
+    said: str | None = None
+
+    def __call__(self, seconds: float) -> None:
+        minutes = self.config.minutes * process_index()[1]
+        reached = "".join(reached_rungs(self.rungs, seconds, minutes))
+        if reached != self.said:
+            self.said = reached
+            announce(f"a short run takes {duration(seconds)}: {rung_lines(self.rungs, seconds, minutes)[1]}")
 
 
 @contextmanager
@@ -307,12 +316,14 @@ def too_few(config: AdviseConfig, rungs: Rungs, bench: ShortRuns, found: Conclus
     told: dict[str, Any] = {}
     scores, advised = bench.choose, found.advised
     steps = found.rank.steps if found.rank else ()
-    contrasts = [step.excess for step in steps if step.excess] + list(found.tried.values())
+    contrasts: list[tuple[Effect, Sequence[float]]] = [(each.excess, [found.delta]) for each in steps if each.excess]
+    contrasts += [(each, [found.delta, -found.delta]) for each in found.tried.values()]
     if not contrasts:
         best, second = nearest_rates(scores.curve(advised.rank, UNIFORM, rungs.seeds[0]))
         first = TrialRun(advised.rank, best, rungs.seeds[0])
-        contrasts = [effect for effect in [scores.excess(replace(first, learning_rate=second), first)] if effect]
-    open_widths = [width for each in contrasts if (width := open_width(each, found.delta))]
+        further = scores.excess(replace(first, learning_rate=second), first)
+        contrasts = [(further, [found.delta])] if further else []
+    open_widths = [width for each, limits in contrasts if (width := open_width(each, found.delta, limits))]
     if open_widths:
         count = len(bench.material.dev.groups)
         told |= {"half_width": max(open_widths), "items": math.ceil(count * (max(open_widths) / found.delta) ** 2)}
@@ -332,11 +343,11 @@ def nearest_rates(curve: Mapping[float, float]) -> tuple[float, float]:
     return best, second
 
 
-def open_width(found: Effect, delta: float) -> float:
-    """Half of the interval over items alone, where it is above δ and leaves open on which side of ±δ the difference
-    lies; else 0."""
+def open_width(found: Effect, delta: float, limits: Sequence[float]) -> float:
+    """Half of the interval over items alone, where it is above δ and leaves open on which side of one of these limits
+    the difference lies; else 0."""
     width = float(student().ppf((1 + LEVEL) / 2, found.groups - 1)) * math.sqrt(found.item_variance)
-    return width if width > delta and abs(abs(found.estimate) - delta) < width else 0.0
+    return width if width > delta and min(abs(found.estimate - limit) for limit in limits) < width else 0.0
 
 
 def open_rungs(rungs: Rungs, found: Conclusions, seconds: float) -> list[dict[str, Any]]:
@@ -345,20 +356,26 @@ def open_rungs(rungs: Rungs, found: Conclusions, seconds: float) -> list[dict[st
     return [{"rung": rung, "runs": count, "seconds": round(count * seconds)} for rung, count in left.items()]
 
 
+def rung_ends(rungs: Rungs, seconds: float) -> dict[str, float]:
+    """Seconds to the end of each rung."""
+    counts = rungs.counts()
+    return dict(zip(counts, accumulate(count * seconds for count in counts.values()), strict=True))
+
+
+def reached_rungs(rungs: Rungs, seconds: float, minutes: float) -> list[str]:
+    return [rung for rung, end in rung_ends(rungs, seconds).items() if end <= 60 * minutes]
+
+
 def rung_lines(rungs: Rungs, seconds: float, minutes: float) -> list[str]:
     """How far the time reaches, by the time of a run that is known; nothing is guessed."""
     if not seconds:
         return [counts_line(rungs), "how long that takes is not known before the first run"]
-    counts = rungs.counts()
-    ends = dict(zip(counts, accumulate(count * seconds for count in counts.values()), strict=True))
-    reached = [rung for rung, end in ends.items() if end <= 60 * minutes]
-    times = ", ".join(f"{rung} {duration(end)}" for rung, end in ends.items())
-    left = [rung for rung in counts if rung not in reached]
+    counts, reached = rungs.counts(), reached_rungs(rungs, seconds, minutes)
+    times = ", ".join(f"{rung} {duration(end)}" for rung, end in rung_ends(rungs, seconds).items())
     if not reached:
-        return [
-            counts_line(rungs),
-            f"{minutes:g} minutes are too short for rung A, which is climbed all the same ({times})",
-        ]
+        short = f"{minutes:g} minutes are too short for rung A, which is climbed all the same"
+        return [counts_line(rungs), f"{short} ({times})"]
+    left = [rung for rung in counts if rung not in reached]
     more = f"; rung {left[0]} takes {duration(counts[left[0]] * seconds)} more" if left else ""
     return [counts_line(rungs), f"{minutes:g} minutes reach rung {reached[-1]} ({times}){more}"]
 

@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 from rankwise.core.site import Site
 from rankwise.data.vision_inputs import IGNORED
 from rankwise.errors import UsageError
+from rankwise.files.processes import gathered, process_index
 from rankwise.page.text import memory
+from rankwise.train.estimate.gpus import memory_available
 
 FLOAT32 = 4
 STATES = 4  # a factor, its gradient and two moments
@@ -62,6 +64,13 @@ def footprint(
 
 def most_learnt(labels: Sequence[Sequence[int]]) -> int:
     return max(sum(label != IGNORED for label in row) for row in labels)
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes for each process, measured by all at once: before any has loaded what the others do not see."""
+    rank, count = process_index()
+    free = min(gathered({rank: memory_available(device)}).values())
+    return free // count if device.type == "cpu" else free
 
 
 def refuse_too_large(needs: Footprint, free: int, where: str) -> None:

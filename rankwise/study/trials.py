@@ -43,9 +43,8 @@ from rankwise.ranks.gain import input_spectra
 from rankwise.study.advice import UNIFORM, TrialLosses, TrialRun
 from rankwise.study.arms import Gains, ranks_within, uniform_ranks
 from rankwise.study.evidence import Array, by_group
-from rankwise.study.footprint import Footprint, at_most
+from rankwise.study.footprint import Footprint, at_most, free_memory
 from rankwise.study.material import Material, ScoredItems
-from rankwise.train.estimate.gpus import memory_available
 from rankwise.train.together.fit import fit
 from rankwise.train.together.stacked import PASSED_ON, ArmSettings
 from rankwise.train.together.starts import SCALE, random_start, row_order
@@ -62,7 +61,8 @@ Ranks = Mapping[Site, int]
 class ShortRuns:
     """The bench of one `advise`. recipe: hash of everything that decides how a trial trains, beside its key. largest:
     the rank that the others are compared with. in_turn: why runs share no forward pass; empty where they do. needs:
-    memory of a run, to which batches are cut. told: called with the seconds of a run as soon as they are known."""
+    memory of a run, to which batches are cut. told: called with the seconds of a run around each batch, once they are
+    known."""
 
     config: AdviseConfig
     material: Material
@@ -73,7 +73,6 @@ class ShortRuns:
     needs: Footprint | None = None
     told: Callable[[float], object] = lambda seconds: None
     asked: dict[TrialRun, str] = field(default_factory=dict)
-    is_told: bool = False
 
     @property
     def settings(self) -> ArmSettings:
@@ -110,9 +109,7 @@ class ShortRuns:
         self.tell()
 
     def tell(self) -> None:
-        """Say once how long a run takes."""
-        if self.seconds and not self.is_told:
-            self.is_told = True
+        if self.seconds:
             self.told(self.seconds)
 
     def batch_size(self) -> int:
@@ -125,16 +122,15 @@ class ShortRuns:
     @cached_property
     def room(self) -> tuple[int, int | None]:
         """Trials in a batch, and of these in one forward pass (None: as many as the device works on well), as memory
-        allows in every process."""
+        allows; the same in every process."""
         asked = self.config.batch_arms
         if self.needs is None:
             return asked, None
         device = self.material.model.device
-        free = memory_available(device) // (process_index()[1] if device.type == "cpu" else 1)
+        free = free_memory(device)
         widest = self.config.batch_size * max(len(row["input_ids"]) for row in self.material.rows)
         passes = fitting(widest, device)
-        mine = at_most(self.needs, free, asked, passes)
-        arms, at_once = (min(each) for each in zip(*gathered({process_index()[0]: mine}).values(), strict=True))
+        arms, at_once = at_most(self.needs, free, asked, passes)
         if arms < asked:
             announce(f"memory: batches of {plural(arms, 'run')} instead of {asked}; {memory(free)} are free")
         return arms, at_once if at_once < passes else None

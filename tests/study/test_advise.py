@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 import shutil
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -27,7 +28,7 @@ from rankwise.options.advise import AdviseConfig
 from rankwise.options.sections import DataSection, ModelSection
 from rankwise.page.blocks import lines
 from rankwise.report.report import build_report
-from rankwise.study import advice_page, advise, climb, material, trials
+from rankwise.study import advice_page, advise, climb, footprint, material, trials
 from rankwise.study.advice import effect
 
 NAMES = ("The Vaults", "Alimentum", "Cotto", "Zizzi", "Aromi", "Fitzbillies", "Strada", "Giraffe", "Wildwood", "Clowns")
@@ -343,10 +344,10 @@ def test_what_does_not_fit_into_memory_is_refused_with_its_size(
     monkeypatch.setattr(trials, "fit", lambda *_, **__: pytest.fail("trained"))
     monkeypatch.setattr(material, "load_weights", lambda *_: pytest.fail("loaded"))
     config = small(base, data, tmp_path)
-    monkeypatch.setattr(advise, "memory_available", lambda device: 1000)
+    monkeypatch.setattr(footprint, "memory_available", lambda device: 1000)
     with pytest.raises(UsageError, match=r"the base does not fit: its weights take 0 MiB, and 0 MiB are free on this"):
         advise.run(config)
-    monkeypatch.setattr(advise, "memory_available", lambda device: 10**6)
+    monkeypatch.setattr(footprint, "memory_available", lambda device: 10**6)
     with pytest.raises(UsageError, match=r"not even one short run fits: .* lower --batch_size"):
         advise.run(replace(config, batch_size=32))
     assert not (tmp_path / "runs.jsonl").exists()
@@ -365,7 +366,7 @@ def test_batches_are_cut_to_the_memory_that_is_free(
     bench, _, _ = advise.prepare(small(base, data, tmp_path / "asked"), tmp_path)
     assert bench.needs is not None
     free = int((2 * bench.needs.arm + bench.needs.activations) / 0.8 + 1000)
-    monkeypatch.setattr(trials, "memory_available", lambda device: free)
+    monkeypatch.setattr(footprint, "memory_available", lambda device: free)
     advise.run(small(base, data, tmp_path, minutes=1e-6))
     assert made[0] == (1, 1) and max(count for count, _ in made) == 2 and {at_once for _, at_once in made} == {1}
     assert "memory: batches of 2 runs instead of 16" in capsys.readouterr().out
@@ -394,10 +395,24 @@ def test_items_whose_interval_is_wider_than_delta_are_too_few() -> None:
         sums = 10 * (estimate + spread * torch.linspace(-1, 1, 25).double().numpy())[None]
         return effect(sums, 10 * torch.ones(25).double().numpy(), None)
 
-    assert advise.open_width(found(0.0, 0.01), 0.02) == 0, "narrow"
-    wide = advise.open_width(found(0.0, 0.2), 0.02)
+    both = (0.02, -0.02)
+    assert advise.open_width(found(0.0, 0.01), 0.02, both) == 0, "narrow"
+    wide = advise.open_width(found(0.0, 0.2), 0.02, both)
     assert wide == pytest.approx(found(0.0, 0.2).half_width()) and wide > 0.02
-    assert advise.open_width(found(0.9, 0.2), 0.02) == 0, "decided all the same"
+    assert advise.open_width(found(0.9, 0.2), 0.02, both) == 0, "decided all the same"
+    assert advise.open_width(found(-0.04, 0.1), 0.02, both) > 0 == advise.open_width(found(-0.04, 0.1), 0.02, (0.02,))
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (Interrupted("at once", signal.SIGTERM), 143)])
+def test_a_signal_says_what_is_kept_and_how_to_go_on(
+    stop: BaseException, code: int, finished: Path, base: Path, data: Path
+) -> None:
+    config = small(base, data, finished)
+    bench, _, _ = advise.prepare(config, finished)
+    kept = rf"{len(bench.ledger)} finished short runs kept in .*go on with: "
+    with pytest.raises(Interrupted, match=kept) as told, advise.kept_when_interrupted(config, bench):
+        raise stop
+    assert told.value.exit_code == code
 
 
 def test_a_dry_run_says_what_the_next_rung_costs_and_that_the_time_is_too_short(base: Path, data: Path) -> None:
@@ -412,6 +427,18 @@ def test_a_slow_first_run_does_not_decide_how_far_the_time_reaches(finished: Pat
     rows = [{"seconds": seconds} for seconds in (300.0, 2.0, 3.0, 2.0)]
     assert trials.median_seconds(rows) == 2.5
     assert trials.median_seconds([]) == 0
+
+
+def test_how_far_the_time_reaches_is_said_again_where_that_has_changed(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rungs = climb.Rungs((1e-4, 1e-3, 1e-2), 2.5, (16, 4), ("mlp",), (0, 1, 2, 3), None)
+    told = advise.Reach(small(base, data, tmp_path, minutes=8), rungs)
+    for seconds in (300.0, 290.0, 60.0, 61.0, 62.0):
+        told(seconds)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("a short run takes 5 min 00 s: 8 minutes are too short for rung A")
+    assert second.startswith("a short run takes 1 min 00 s: 8 minutes reach rung B")
 
 
 def test_how_far_the_time_reaches_is_said_once_a_run_is_measured(
