@@ -63,7 +63,7 @@ OF_FLOATS = re.compile(  # files with digests of weights or of results: those fo
     r"manifest\.json$|^cache/|^depth/depth|final_summary|best_model\.json|^nets/\w+/(split|test_results)|downstream\.json"
     r"|^run/(evaluation_results|predictions\.settings)|^study/(runs|test_read)"
 )
-SINCE = ("arms",)  # options that are new since: at their default, nothing
+SINCE = ("arms", "plan")  # options that are new since: at their default, nothing
 NOTHING = re.compile(rf'(?m)^ *"?({"|".join(SINCE)})"?: null,?\n'.encode())
 PACKAGE = Path(rankwise.__file__).parent
 

@@ -87,8 +87,8 @@ class RanksConfig(Options):
     )
     metric: str = option(
         "weight",
-        choices=("weight", "activation", "loss"),
-        help="how singular directions are weighted: weight norm, activation or loss",
+        choices=("weight", "activation", "loss", "auto"),
+        help="how singular directions are weighted: weight norm, activation, loss, or the best by gain kept",
     )
     probe2: list[str] = reads([], help="further probes (deltas or checkpoints), for repeatability")
     gain: str | None = reads(help="held-out data to measure the plan's share of the loss gain on")
@@ -129,6 +129,7 @@ class CompressConfig(Options):
     energy: float | None = option(above=0, most=1, help="energy that each site keeps")
     budget: str | None = option(help="parameter budget: N, uniform:R, or 0.5%")
     normalise: str = option("none", choices=("none", "site"), help=NORMALISE)
+    plan: str | None = reads(help="rank plan of this adapter's sites, instead of energy or budget")
     uniform: bool = option(False, help="zero-pad to one rank, without patterns, for hot swapping and vLLM")
     scale: float | None = option(above=0, help="scale of an adapter without a config (loralib): lora_alpha / r")
     output_dir: str = output("compressed_adapter", help="adapter folder")

@@ -41,6 +41,7 @@ from rankwise.ranks.decide import (
 )
 from rankwise.ranks.deltas import DeltaSource
 from rankwise.ranks.fidelity import sentences, unpaired
+from rankwise.ranks.gain import Gain
 from rankwise.ranks.plots import SVD_FOLDER, write_delta_weights, write_plots, write_raw_data
 from rankwise.ranks.probe import Probe, measure_source, open_source, other_probe, source_metadata
 from rankwise.ranks.spectra import ALLOWED, dtypes, refuse_noise
@@ -53,6 +54,8 @@ def run(config: RanksConfig) -> RankPlan | None:
     UsageError at the end, when everything is written, where a trainer of `--emit` cannot take the plan.
     """
     config = check(config)
+    if config.metric == "auto":
+        sub_task("running").gain_halves(config)  # refuses too few rows before anything is measured
     started = time.perf_counter()
     if process_index()[0] != 0:
         measure_probes(config)
@@ -63,13 +66,14 @@ def run(config: RanksConfig) -> RankPlan | None:
         warnings: list[str] = []
         rounding = refuse_rounding(config, [probe, *others], warnings)
         decision = decide_ranks(config, probe)
-        plan = annotate(config, decision.plan, probe, rounding, warnings)
+        plan = annotate(config, decision, probe, rounding, warnings)
         plan.require_ranks(f"--budget {config.spectrum.budget}" if config.spectrum.budget else probe.source.description)
         evidence = Evidence(
             rounding=rounding,
-            gain=sub_task("running").measure_gain(config, plan, probe) if config.gain else None,
+            gain=kept_gain(config, decision, probe) if config.gain else None,
             repeats=compare_probes(config, probe, others) if others else None,
             explained_loss=decision.explained_loss,
+            choice=decision.choice,
         )
         record.outputs["plan"] = write_plan(folder / str(PLAN_FILE), plan)
         files = [folder / str(PLAN_FILE), *write_outputs(config, plan, probe, evidence)]
@@ -90,9 +94,11 @@ def run(config: RanksConfig) -> RankPlan | None:
 def describe(config: RanksConfig) -> list[str]:
     source = config.deltas or config.adapter or f"{config.base} and {config.tuned}"
     how = f"within {config.spectrum.budget}" if config.spectrum.budget else f"at {config.spectrum.svd_threshold} energy"
+    auto = ["choose the metric by gain kept on half of --gain, confirm it against uniform rank on the other half"]
     return [
         f"measure the spectra of {source} ({', '.join(config.sites.towers)} tower)",
         f"plan ranks {how}, between {config.spectrum.min_rank} and {config.spectrum.max_rank}",
+        *(auto if config.metric == "auto" else []),
     ]
 
 
@@ -117,11 +123,13 @@ def check(config: RanksConfig) -> RanksConfig:
         raise UsageError("ranks needs one of: BASE TUNED (two checkpoints), --deltas DIR, --adapter DIR")
     if config.signal in ("uniform", "random") and not config.spectrum.budget:
         raise UsageError(f"--signal {config.signal} has no spectrum to read ranks from; it needs --budget")
+    if config.metric == "auto":
+        require_for_auto(config)
     if config.metric == "loss" and not config.spectrum.budget:
         raise UsageError("--metric loss gives shares of a loss, not of energy: no threshold applies; it needs --budget")
     if config.metric != "weight" and config.signal != "delta":
         raise UsageError("--metric and --signal are alternatives: give one of them")
-    if runs_the_model(config) and not config.data.data_path:
+    if runs_the_model(config) and config.metric != "auto" and not config.data.data_path:
         raise UsageError("--metric activation|loss and --signal activation|gradient run the model: give --data_path")
     if config.adapter and config.spectrum.noise_floor != "none":
         raise UsageError("--noise_floor estimates the noise of a dense delta; an adapter's B·A has none")
@@ -129,6 +137,15 @@ def check(config: RanksConfig) -> RanksConfig:
     if (config.gain or config.data.data_path) and not config.data.task:
         raise UsageError("--gain and --data_path need --task, which says how rows become text; the data do not show it")
     return config
+
+
+def require_for_auto(config: RanksConfig) -> None:
+    absent = [name for name, value in (("--gain DATA", config.gain), ("--budget", config.spectrum.budget)) if not value]
+    if absent:
+        raise UsageError(
+            f"--metric auto needs {' and '.join(absent)}: it compares plans of equal parameters by the gain that they "
+            "keep; half of the rows choose, the other half confirms"
+        )
 
 
 def inputs(config: RanksConfig) -> dict[str, str | None]:
@@ -183,19 +200,30 @@ def refuse_rounding(config: RanksConfig, found: Sequence[Probe], warnings: list[
 
 
 def decide_ranks(config: RanksConfig, probe: Probe) -> Decision:
+    if config.metric == "auto":
+        chosen: Decision = sub_task("running").choose_metric(config, probe)
+        return chosen
     running = sub_task("running").running_model(config, probe) if runs_the_model(config) else None
     return decide(config, probe.spectra, probe.source.read, running)
 
 
+def kept_gain(config: RanksConfig, decision: Decision, probe: Probe) -> Gain:
+    """With `--metric auto` that on the rows that did not choose."""
+    if decision.choice:
+        return decision.choice.confirming
+    measured: Gain = sub_task("running").measure_gain(config, decision.plan, probe)
+    return measured
+
+
 def annotate(
-    config: RanksConfig, plan: RankPlan, probe: Probe, rounding: Histories | None, warnings: Sequence[str]
+    config: RanksConfig, decision: Decision, probe: Probe, rounding: Histories | None, warnings: Sequence[str]
 ) -> RankPlan:
     """The plan with its provenance."""
     asked = {"svd_threshold", "min_rank", "max_rank", "smoothing_factor", "round", "per", "budget", "normalise"}
     found = {name: Path(value) for name, value in sources(config).items() if value}
     doubt = " ".join(warning for warning in warnings if warning.endswith(ALLOWED))
     return replace(
-        rounding.marked(plan) if rounding else plan,
+        rounding.marked(decision.plan) if rounding else decision.plan,
         model_name=probe.model_name,
         description=f"ranks from {probe.source.description}",
         timestamp=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -204,6 +232,7 @@ def annotate(
             **{name: value for name, value in vars(config.spectrum).items() if name in asked},
             "signal": config.signal,
             "metric": config.metric,
+            **({"choice": decision.choice.facts()} if decision.choice else {}),
             "seed": config.seed,
             "inputs": {name: fingerprint(path) for name, path in found.items() if path.exists()},
             "stored_as": list(dtypes(probe.measured)),
@@ -244,8 +273,8 @@ def write_outputs(config: RanksConfig, plan: RankPlan, probe: Probe, evidence: E
 
 
 def next_command(config: RanksConfig, plan: RankPlan, probe: Probe, file: Path) -> str | None:
-    """Training with the plan; where no model is known, what can be done with the files alone; None for a plan of
-    flattened convolutions, which fits no model."""
+    """Training with the plan; truncation, where it was chosen for that; where no model is known, what can be done with
+    the files alone; None for a plan of flattened convolutions, which fits no model."""
     if all(row.site.tower == "unknown" for row in plan.sites):
         if config.adapter:
             return command_line("compress", config.adapter, energy=config.spectrum.svd_threshold)
@@ -253,6 +282,11 @@ def next_command(config: RanksConfig, plan: RankPlan, probe: Probe, file: Path) 
             return None
         sites = {"rename": config.sites.rename, "allow_unmatched": config.sites.allow_unmatched}
         return command_line("extract", config.base, config.tuned, plan=file, **sites)
+    if config.metric == "auto":
+        if config.adapter:
+            return command_line("compress", config.adapter, plan=file)
+        pair = [each for each in (config.base, config.tuned) if each and not config.deltas]
+        return command_line("extract", *pair, deltas=config.deltas, plan=file, rename=config.sites.rename)
     towers = {row.site.tower for row in plan.sites if row.rank}
     others = {} if towers <= {"language"} else {"lora": ",".join(sorted(towers))}
     others |= {} if not others or "language" in towers else {"freeze": "language"}

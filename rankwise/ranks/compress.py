@@ -31,6 +31,7 @@ from rankwise.files.adapter import (
 from rankwise.files.atomic import about_to_write
 from rankwise.files.checkpoint import ADAPTER_NAMES
 from rankwise.files.lineage import trained_rows
+from rankwise.files.plan import read_plan
 from rankwise.files.run_folder import RunFolder
 from rankwise.merge.write import own_files
 from rankwise.models.adapters import publish
@@ -62,7 +63,7 @@ class Ordered:
 def run(config: CompressConfig) -> Fidelity:
     check(config)
     adapter, folder = read_adapter(str(config.adapter), config.scale), RunFolder(config.output_dir)
-    with folder.lock(), folder.recording("compress", {"adapter": str(config.adapter)}) as record:
+    with folder.lock(), folder.recording("compress", {"adapter": str(config.adapter), "plan": config.plan}) as record:
         smaller, fidelity = compress_adapter(adapter, config)
         about_to_write()
         with tempfile.TemporaryDirectory(dir=folder.path, prefix=".adapter-") as temporary:
@@ -85,11 +86,13 @@ def check(config: CompressConfig) -> None:
     """Refuse invalid combinations of options before anything is read."""
     if not config.adapter:
         raise UsageError("compress needs an adapter: rankwise compress ADAPTER --energy 0.95 -o smaller/")
-    if config.energy is not None and config.budget:
-        raise UsageError("--energy and --budget are alternatives: give one of them")
-    if config.energy is None and not config.budget and not config.uniform:
+    given_sizes = [config.energy is not None, bool(config.budget), bool(config.plan)]
+    if sum(given_sizes) > 1:
+        raise UsageError("--energy, --budget and --plan are alternatives: give one of them")
+    if not any(given_sizes) and not config.uniform:
         raise UsageError(
-            "compress needs a size: --energy 0.95 or --budget N|uniform:R|P% (or --uniform alone: same product)"
+            "compress needs a size: --energy 0.95, --budget N|uniform:R|P% or --plan FILE (or --uniform alone: same "
+            "product)"
         )
     given = Path(config.adapter)  # in a recipe an earlier stage may still have to make it
     if given.exists() and Path(config.output_dir).resolve() == adapter_files(given)[0].parent.resolve():
@@ -121,6 +124,8 @@ def choose_ranks(config: CompressConfig, spectra: Mapping[Site, Spectrum]) -> di
     """Ranks by energy, by budget, or (--uniform alone) as they are. A site whose product is zero gets rank 0."""
     if config.energy is not None:
         return {site: spectrum.rank_for(config.energy, least=0) for site, spectrum in spectra.items()}
+    if config.plan:
+        return planned_ranks(config.plan, spectra)
     if not config.budget:
         return {site: 0 if spectrum.is_zero else len(spectrum) for site, spectrum in spectra.items()}
     budget = parse_budget(config.budget, spectra)
@@ -135,6 +140,16 @@ def choose_ranks(config: CompressConfig, spectra: Mapping[Site, Spectrum]) -> di
     return ranks
 
 
+def planned_ranks(file: str, spectra: Mapping[Site, Spectrum]) -> dict[Site, int]:
+    """Ranks of a plan, at most the adapter's own; sites that the plan leaves out get none."""
+    plan = read_plan(Path(file), {site.path: site for site in spectra})
+    plan.require_ranks(file)
+    return {
+        site: 0 if spectrum.is_zero else min(plan.ranks.get(site.path, 0), len(spectrum))
+        for site, spectrum in spectra.items()
+    }
+
+
 def shrink(pair: LoraPair, ordered: Ordered, rank: int, width: int | None) -> LoraPair:
     """The pair of this rank, zero-padded to `width` where one rank is wanted everywhere (the same product)."""
     factors = ordered.first(rank)
@@ -144,7 +159,7 @@ def shrink(pair: LoraPair, ordered: Ordered, rank: int, width: int | None) -> Lo
 
 def fidelity_of(adapter: LoraAdapter, site: Site, spectrum: Spectrum, rank: int, width: int | None) -> SiteFidelity:
     kept = spectrum.energy(rank).low
-    note = "" if rank else "its product is zero" if spectrum.is_zero else "the budget gives it no rank"
+    note = "" if rank else "its product is zero" if spectrum.is_zero else "the budget or plan gives it no rank"
     if note:
         note += ": all zeros" if width else ": left out"
     return SiteFidelity(
@@ -181,6 +196,8 @@ def next_command(config: CompressConfig, smaller: LoraAdapter) -> str:
 
 def describe(config: CompressConfig) -> list[str]:
     how = f"{config.energy} of its energy at every site" if config.energy is not None else f"the budget {config.budget}"
-    if config.energy is None and not config.budget:
+    if config.plan:
+        how = f"the ranks of {config.plan}"
+    elif config.energy is None and not config.budget:
         how = "the same product, zero-padded to one rank"
     return [f"compress the adapter to {how}, exactly, from its factors"]

@@ -39,6 +39,7 @@ from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError
 from rankwise.options.commands import RanksConfig
 from rankwise.options.sections import SpectrumSection
+from rankwise.ranks.choice import MetricChoice
 from rankwise.ranks.gain import Batch, Gain, gradient_spectra, input_spectra, loss_gains, output_change_spectra
 from rankwise.ranks.spectra import ALLOWED, FLOAT32_DELTAS, Measured, finding, noise_share, noise_share_both
 
@@ -118,11 +119,13 @@ class Running:
 
 @dataclass(frozen=True)
 class Decision:
-    """The plan; the budget in parameters, where there was one; the loss drop that loss shares add up to."""
+    """The plan; the budget in parameters, where there was one; the loss drop that loss shares add up to; with
+    `--metric auto` what chose."""
 
     plan: RankPlan
     budget: int | None = None
     explained_loss: float | None = None
+    choice: MetricChoice | None = None
 
 
 def decide(
@@ -143,7 +146,7 @@ def decide(
 def unsettled_sites(config: RanksConfig, spectra: Mapping[Site, Spectrum]) -> list[Site]:
     """Sites whose sketches leave open how a budget is best divided by the deltas' own energy."""
     own = config.spectrum
-    if own.budget is None or config.signal != "delta" or config.metric != "weight":
+    if own.budget is None or config.signal != "delta" or config.metric not in ("weight", "auto"):
         return []
     return unsettled(spectra, parse_budget(own.budget, spectra), rule_of(own), own.normalise)
 
@@ -316,4 +319,5 @@ class Evidence:
     gain: Gain | None = None
     repeats: Mapping[str, Any] | None = None
     explained_loss: float | None = None
+    choice: MetricChoice | None = None
     rounding: Histories | None = None

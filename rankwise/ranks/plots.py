@@ -227,6 +227,8 @@ def plan_blocks(plan: RankPlan) -> list[Block]:
         said += f" {plural(saturated, 'site')} did not reach the energy threshold within the largest rank."
     budget = plan.metadata.get("budget")
     said += f" Chosen within a budget of {budget}." if budget else ""
+    choice = plan.metadata.get("choice")
+    said += f" Metric by gain kept: {choice['metric']}, {choice['purpose']}." if choice else ""
     energy = Plot(
         "energy_heatmap", "Share of each delta's energy that its rank keeps", partial(plot_energy_heatmap, plan)
     )
@@ -256,6 +258,8 @@ def gain_blocks(gain: Mapping[str, Any]) -> list[Block]:
         spread = f"{percent(min(shuffles))} to {percent(max(shuffles))}"
         rows.append((f"{len(shuffles)} shuffles, mean and range", percent(sum(shuffles) / len(shuffles)), spread))
     note = "Share of the preliminary fine-tune's loss improvement that survives truncation to the plan's parameters."
+    if choice := gain.get("choice"):
+        note += f" Plan: --metric {choice['best']}, on items that did not choose it; {choice['purpose']}."
     if gain.get("defined") is False:
         note = "The fine-tune's own gain is not clearly above zero, so these shares mean nothing. " + note
     caption = "Share of the loss gain kept: the plan against uniform rank and shuffles of its own ranks"
@@ -310,7 +314,8 @@ def write_raw_data(
     content = {"svd_threshold": threshold, "sites": details, "explained_loss": evidence.explained_loss}
     files = [write_json(folder / "raw_data" / "detailed_svd_analysis.json", content)]
     if evidence.gain is not None:
-        files.append(write_json(folder / "raw_data" / "gain.json", evidence.gain.as_dict()))
+        chosen = {"choice": evidence.choice.facts()} if evidence.choice else {}
+        files.append(write_json(folder / "raw_data" / "gain.json", evidence.gain.as_dict() | chosen))
     if evidence.repeats is not None:
         files.append(write_json(folder / "raw_data" / "repeatability.json", dict(evidence.repeats)))
     return files

@@ -17,6 +17,7 @@ from rankwise.core.allocate import Rule
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import Site
 from rankwise.page.text import clip, duration, memory, percent, plural
+from rankwise.ranks.choice import PURPOSE, MetricChoice
 from rankwise.ranks.decide import Evidence
 from rankwise.ranks.spectra import Measured, dtypes, noise_share
 
@@ -110,6 +111,7 @@ class RanksSummary:
     gain_shuffles: tuple[float, ...] = ()
     gain_margin: tuple[float, float] | None = None
     gain_note: str = ""
+    choice: MetricChoice | None = None
     next_commands: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -143,7 +145,8 @@ def title_lines(summary: RanksSummary) -> list[str]:
 def finding_lines(summary: RanksSummary) -> list[str]:
     lines = [
         *(labelled("Rounding", summary.rounding, most=2) if summary.rounding else []),
-        *labelled("Energy", energy_finding(summary), most=3),
+        *(labelled("Metric", summary.choice.shares, most=1) if summary.choice else []),
+        *labelled("Energy", energy_finding(summary), most=2 if summary.choice else 3),
         *labelled("Parameters", spending(summary), most=1),
         *labelled("Repeatable", repeatability(summary), most=1),
         *labelled("Gain kept", gain_kept(summary), most=2),
@@ -194,13 +197,14 @@ def repeatability(summary: RanksSummary) -> str:
 def gain_kept(summary: RanksSummary) -> str:
     if summary.gain_plan is None or summary.gain_uniform is None:
         return summary.gain_note or "not measured, add --gain DATA"
-    said = f"plan {100 * summary.gain_plan:.1f} %, uniform {100 * summary.gain_uniform:.1f} %"
+    who = f"--metric {summary.choice.best}" if summary.choice else "plan"
+    said = f"{who} {100 * summary.gain_plan:.1f} %, uniform {100 * summary.gain_uniform:.1f} %"
     if summary.gain_shuffles:
         low, high = min(summary.gain_shuffles), max(summary.gain_shuffles)
         said += f", {len(summary.gain_shuffles)} shuffles {100 * low:.1f} to {100 * high:.1f} %"
     if summary.gain_margin is not None:
         low, high = summary.gain_margin
-        said += f"; plan − uniform {100 * (summary.gain_plan - summary.gain_uniform):+.1f} "
+        said += f"; {who} − uniform {100 * (summary.gain_plan - summary.gain_uniform):+.1f} "
         said += f"[{100 * low:+.1f}, {100 * high:+.1f}] points"
     return f"{said}. {summary.gain_note}" if summary.gain_note else said
 
@@ -209,6 +213,8 @@ def verdict(summary: RanksSummary) -> str:
     """The conclusion in words. Evidence against the plan comes before evidence for it."""
     if summary.noise_share is not None and summary.noise_share >= NOISY:
         return "mostly rounding noise: these ranks say more about the file format than about the training"
+    if summary.choice:
+        return choice_verdict(summary, summary.choice)
     moved = distance_from_uniform(summary.plan)
     if moved < DISGUISE:
         return (
@@ -218,6 +224,13 @@ def verdict(summary: RanksSummary) -> str:
     if summary.gain_plan is not None and summary.gain_uniform is not None:
         return gain_verdict(summary, summary.gain_plan)
     return unproven(summary)
+
+
+def choice_verdict(summary: RanksSummary, choice: MetricChoice) -> str:
+    """The metric that rows of its own confirmed, or why it is uniform rank; and what it was chosen for."""
+    if choice.confirmed and summary.gain_plan is not None:
+        return f"`--metric {choice.best}` {gain_verdict(summary, summary.gain_plan)}; {PURPOSE}"
+    return f"one rank everywhere: {choice.reason}; {PURPOSE}"
 
 
 def gain_verdict(summary: RanksSummary, plan: float) -> str:
@@ -362,6 +375,7 @@ def summarise(
         gain_shuffles=tuple(arm.kept for arm in gain.shuffles) if gain else (),
         gain_margin=gain.margin if gain else None,
         gain_note=undefined_note(evidence),
+        choice=evidence.choice,
     )
 
 

@@ -17,8 +17,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankwise.cli import main
+from rankwise.core.plan import PlannedSite, RankPlan
+from rankwise.core.site import describe
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import LoraAdapter, LoraPair, lora_config, read_adapter, write_adapter
+from rankwise.files.plan import write_plan
 from rankwise.options.commands import CompressConfig
 from rankwise.ranks.compress import check, compress_adapter, run
 
@@ -152,6 +155,20 @@ def test_a_budget_is_kept_and_spent_where_the_energy_is(normalise: str) -> None:
 def test_a_budget_that_buys_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match="below rank 1"):
         compress_adapter(random_adapter({"q": 4}), CompressConfig(adapter="a", budget="10"))
+
+
+def test_a_plan_gives_ranks_to_the_adapters_own_sites(tmp_path: Path) -> None:
+    adapter = random_adapter({"layers.0.q_proj": 4, "layers.1.q_proj": 4, "layers.2.q_proj": 4})
+    write_adapter(tmp_path / "first", adapter)
+    asked = {"layers.0.q_proj": 2, "layers.1.q_proj": 0, "layers.2.q_proj": 5}
+    sites = {path: describe(path, (12, 10)) for path in asked}
+    write_plan(tmp_path / "plan.json", RankPlan(tuple(PlannedSite(sites[path], rank) for path, rank in asked.items())))
+    smaller = ["--plan", str(tmp_path / "plan.json"), "-o", str(tmp_path / "out")]
+    assert main(["compress", str(tmp_path / "first"), *smaller]) == 0
+    pairs = read_adapter(tmp_path / "out").pairs
+    assert {path: pair.rank for path, pair in pairs.items()} == {"layers.0.q_proj": 2, "layers.2.q_proj": 4}
+    assert difference(pairs["layers.2.q_proj"], adapter.pairs["layers.2.q_proj"]) == pytest.approx(0, abs=1e-6)
+    assert main(["compress", str(tmp_path / "first"), *smaller, "--energy", "0.9"]) == 2
 
 
 @pytest.mark.parametrize("energy", [None, 0.9])

@@ -14,6 +14,8 @@ from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import describe
 from rankwise.page.text import duration, memory, percent
 from rankwise.ranks import summary as module
+from rankwise.ranks.choice import PURPOSE, UNIFORM, MetricChoice
+from rankwise.ranks.gain import Gain, KeptGain
 from rankwise.ranks.summary import HEIGHT, WIDTH, RanksSummary, distance_from_uniform, render, verdict
 
 
@@ -24,7 +26,7 @@ def plan_of(ranks: dict[str, int], shape: tuple[int, int] = (64, 64), tower: str
 UNEQUAL = plan_of(
     {f"layers.{i}.{name}": rank for i in range(4) for name, rank in (("q_proj", 4 + 6 * i), ("k_proj", 20))}
 )
-UNIFORM = plan_of({f"layers.{i}.{name}": 16 for i in range(4) for name in ("q_proj", "k_proj")})
+UNIFORM_PLAN = plan_of({f"layers.{i}.{name}": 16 for i in range(4) for name in ("q_proj", "k_proj")})
 BASE = RanksSummary(model="tiny", plan=UNEQUAL, stored_as=("float32",), seconds=12.0, peak_memory=2**30)
 BETTER: dict[str, Any] = {
     "gain_plan": 0.64,
@@ -55,6 +57,20 @@ def plans(draw: st.DrawFn) -> RankPlan:
     return RankPlan(tuple([*rows, PlannedSite(describe("head", (9, 9)), 3)] if draw(st.booleans()) else rows))
 
 
+def gain_of(losses: dict[str, float], margin: tuple[float, float] | None, low: float = 0.1) -> Gain:
+    arms = tuple(KeptGain(name, 100, loss, 2 - loss, 0.0, 1.0) for name, loss in losses.items())
+    return Gain(2.0, 1.0, 24, 240, low, 1.0, margin, arms)
+
+
+@st.composite
+def choices(draw: st.DrawFn) -> MetricChoice:
+    names = ["weight", "activation", "loss", UNIFORM]
+    losses = {name: draw(st.floats(-9, 11)) for name in names}
+    low = draw(st.sampled_from([-0.1, 0.1]))
+    margin = draw(st.none() | st.tuples(st.floats(-9, 9), st.floats(-9, 9)))
+    return MetricChoice(draw(st.sampled_from(names[:3])), gain_of(losses, None, low), gain_of(losses, margin, low))
+
+
 @st.composite
 def summaries(draw: st.DrawFn) -> RanksSummary:
     few = st.lists(lines, max_size=6).map(tuple)
@@ -77,6 +93,7 @@ def summaries(draw: st.DrawFn) -> RanksSummary:
         gain_shuffles=draw(st.lists(st.floats(-2, 2), max_size=9).map(tuple)),
         gain_margin=draw(st.none() | st.tuples(st.floats(-1, 1), st.floats(-1, 1))),
         gain_note=draw(st.just("") | lines),
+        choice=draw(st.none() | choices()),
         next_commands=draw(st.lists(st.lists(words, min_size=1, max_size=30).map(shlex.join), max_size=6).map(tuple)),
         files=draw(few),
         warnings=draw(few),
@@ -138,7 +155,7 @@ def test_what_was_not_measured_says_how_to_measure_it() -> None:
 
 
 def test_nearly_all_clipped_is_called_uniform_rank_and_points_to_the_budget() -> None:
-    shown = " ".join(render(replace(BASE, plan=UNIFORM, saturated_sites=8, clipped_sites=8)).split())
+    shown = " ".join(render(replace(BASE, plan=UNIFORM_PLAN, saturated_sites=8, clipped_sites=8)).split())
     assert "8 of 8 sites (100 %) saturate" in shown and "this is uniform rank. --budget N" in shown
     assert "uniform in disguise" in shown
     assert "this is uniform rank" not in render(replace(BASE, saturated_sites=5))
@@ -159,8 +176,8 @@ def test_with_a_budget_the_bounds_are_not_blamed() -> None:
         ({}, "unproven: one probe"),
         ({"rho_all": 0.95, "rho_within": 0.8}, "repeatable but unproven"),
         ({"rho_all": 0.95, "rho_within": 0.3}, "not repeatable"),
-        ({"plan": UNIFORM}, "uniform in disguise"),
-        ({"plan": UNIFORM, **BETTER}, "uniform in disguise"),
+        ({"plan": UNIFORM_PLAN}, "uniform in disguise"),
+        ({"plan": UNIFORM_PLAN, **BETTER}, "uniform in disguise"),
         ({"noise_share": 0.8, **BETTER}, "mostly rounding noise"),
         (BETTER, "keeps more than uniform and than all 2 shuffles, on this data; from one probe"),
         ({**BETTER, "rho_all": 0.9}, "all 2 shuffles, on this data; repeatable"),
@@ -176,6 +193,26 @@ def test_verdict_in_words(changes: dict[str, Any], said: str) -> None:
     assert said in verdict(replace(BASE, **changes))
 
 
+@pytest.mark.parametrize(
+    ("losses", "margin", "low", "said"),
+    [
+        ((1.2, 1.4), (0.01, 0.3), 0.1, "`--metric loss` keeps more than uniform and than all 2 shuffles"),
+        ((1.2, 1.4), (-0.01, 0.3), 0.1, "`--metric loss` is not confirmed, its gain over uniform is [-1.0, +30.0]"),
+        ((1.2, 1.4), (0.01, 0.3), -0.1, "one rank everywhere: the probe's own gain touches 0"),
+        ((1.4, 1.4), (0.01, 0.3), 0.1, "one rank everywhere: no metric keeps more on the items that choose"),
+    ],
+)
+def test_verdict_of_a_chosen_metric_says_what_it_is_for(
+    losses: tuple[float, float], margin: tuple[float, float], low: float, said: str
+) -> None:
+    arms = dict(zip(("loss", UNIFORM), losses, strict=True))
+    choice = MetricChoice("loss", gain_of(arms, None), gain_of(arms, margin, low))
+    found = replace(BASE, plan=UNIFORM_PLAN, choice=choice, **BETTER | {"gain_margin": margin})
+    assert said in verdict(found)
+    assert verdict(found).endswith(PURPOSE) and PURPOSE in " ".join(render(found).split())
+    assert "on the 24 items that choose: loss" in render(found)
+
+
 @settings(max_examples=100, deadline=None)
 @given(summaries())
 def test_verdict_claims_a_gain_only_with_an_interval_above_zero_and_every_shuffle_beaten(summary: RanksSummary) -> None:
@@ -187,7 +224,7 @@ def test_verdict_claims_a_gain_only_with_an_interval_above_zero_and_every_shuffl
 
 
 def test_distance_from_uniform_counts_the_parameters_that_lie_elsewhere() -> None:
-    assert distance_from_uniform(UNIFORM) == 0
+    assert distance_from_uniform(UNIFORM_PLAN) == 0
     assert distance_from_uniform(plan_of({"layers.0.q_proj": 4, "layers.1.q_proj": 12})) == pytest.approx(0.25)
     assert distance_from_uniform(plan_of({"layers.0.q_proj": 0, "layers.1.q_proj": 8})) == pytest.approx(0.5)
 
