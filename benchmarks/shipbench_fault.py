@@ -95,5 +95,5 @@ def convert(ship: Ship, fault: Fault, out: Path) -> None:
     plan = plan_export(
         ExportConfig(model=str(ship.other_model(fault.model)), outtype=[fault.form]), ship.plan.converter
     )
-    with model_view(plan.model, plan.changes) as view:
+    with model_view(plan.model, plan.changes, plan.name) as view:
         plan.converter.convert(view, out, fault.form, fault.kind == MMPROJ)

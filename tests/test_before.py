@@ -52,6 +52,7 @@ from rankwise.ranks.fidelity import read_fidelity
 from rankwise.ranks.plots import read_gain
 from rankwise.report.contents import read_sites
 from rankwise.report.report import build_report
+from rankwise.study.advice_page import read_advice
 from rankwise.study.design import Registration
 from rankwise.study.page import read_study
 from rankwise.train.checkpoints import find_damage
@@ -218,6 +219,7 @@ READ: dict[str, Read] = {
     r"fidelity\.json": read_fidelity,
     r"gain\.json": read_gain,
     r"study\.json": read_study,
+    r"advice\.json": read_advice,
     r"preregistration\.json": lambda file: registered(file.parent),
     r"runs\.jsonl": lambda file: rows_of(file.parent),
     r"labelled/(train|val|labels)\.jsonl": read_rows,

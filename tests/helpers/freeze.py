@@ -60,6 +60,8 @@ DEPTH = "--use_depth True --depth_checkpoint_path estimator --depth_input_size 5
 FEW = "--device cpu --max_new_tokens 2 --num_samples 4"
 STUDY = "--train_size 12 --dev_size 4 --test_size 4 --budgets uniform:2 --steps 2 --batch_size 4 --first_seeds 2"
 PROBE = "--probe_rows 8 --probe_steps 2 --grid_points 2 --grid_growth 1 --tuning_seeds 1 --more_seeds 1 --most_seeds 2"
+LADDER = "--steps 8 --batch_size 4 --rates 3e-4,3e-3,3e-2 --ranks 4,1 --placements mlp --delta 0.1 --choose_size 20"
+LADDER += " --confirm_size 20"
 NET = "--features cache --epochs 2 --rank 4 --device cpu"
 ALLOCATOR = "--allocator_init_warmup 1 --allocator_final_warmup 1 --allocator_mask_interval 1"
 
@@ -84,6 +86,7 @@ label: photos -o labelled --image_size 32 --requests_per_minute 60000 --max_retr
 label folders: photos --from_folders -o dataset --image_size 32
 evaluate: run {TEXT} {FEW} -o run
 study: --model_name base {TEXT} {STUDY} {PROBE} --arms uniform,energy -o study --device cpu --resamples 50
+advise: --model_name base --task e2e_nlg --data_path more {LADDER} -o advise --device cpu --seed 3 --no_plots
 merge: extracted --base_model base -o merged
 compare: run allocated -o comparison --no_plots
 report: run
@@ -118,7 +121,7 @@ TENSORS = (
 )
 KEPT = re.compile(rf"\.(json|jsonl|csv)$|^({TENSORS})\.safetensors$")
 LEFT_OUT = re.compile(  # what we gave, what libraries write, and what is another of what is kept
-    r"^(base|tuned|eye|estimator|data|pictures|photos)/|^talks\.json|tokenizer|^merged/.*config\.json$(?<!resolved_config\.json)|trainer_state"
+    r"^(base|tuned|eye|estimator|data|more|pictures|photos)/|^advise/(?!advice\.json)|^talks\.json|tokenizer|^merged/.*config\.json$(?<!resolved_config\.json)|trainer_state"
     r"|safetensors\.index\.json$|checkpoint-(2|7)/|^pipeline/(ranks|logs)/|^nets2/\w+/(history|split|test_|train|res|man)"
     r"|^gain/.*/detailed|^allocated/(grad|split|results|checkpoint)|^dataset/(conv|train|val|task|device|quar)|^log2/|^full/deltas/config"
     r"|^depth/(sites|grad|results|split|train)|^(run|depth)/checkpoint-4/adapter|^study/probe|svd_nn"
@@ -127,7 +130,7 @@ DATED = re.compile(r"logs_\d{8}_\d{6}")
 RULES = {  # what → where, pattern, value
     "place": ("", "{here}", "/here"),
     "time": ("", r"\b20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?", "2026-01-01T00:00:00"),
-    "duration": (r"json", r'("(?:\w*seconds|time|slowest|fastest)": )[\d.e+-]+', r"\g<1>0.5"),
+    "duration": (r"json", r'("(?:\w*seconds(?:_per_\w+)?|time|slowest|fastest)": )[\d.e+-]+', r"\g<1>0.5"),
     "duration in the log": (r"training_log\.csv", r"(?m)^(\d+,(?:[^,]*,){5})[\d.]+", r"\g<1>0.5"),
     "duration in a comparison": (r"comparison\.csv", r"(?m)^(\w+,\d+,\d+,)[\d.]+", r"\g<1>0.5"),
     "size": (r"rankwise_manifest", r'("size": )\d+', r"\g<1>1"),
@@ -156,6 +159,9 @@ def world() -> None:
     Path("data").mkdir()
     for name in ("trainset.csv", "devset.csv"):
         Path("data", name).write_text("\n".join(["mr,ref", *rows]) + "\n", encoding="utf-8")
+    Path("more").mkdir()
+    rows = [f'"name[{place} {number}]",{place} has {number} tables.' for place in PLACES for number in range(12)]
+    Path("more", "trainset.csv").write_text("\n".join(["mr,ref", *rows]) + "\n", encoding="utf-8")
     talks: list[dict[str, Any]] = []
     Path("pictures").mkdir()
     for number in range(12):
