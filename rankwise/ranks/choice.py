@@ -48,10 +48,10 @@ class MetricChoice:
     @property
     def shares(self) -> str:
         """What chose, in a line."""
-        where = f"on the {self.choosing.items} items that choose"
+        where = f"on {self.choosing.items} items that choose"
         if not self.choosing.defined:
             return f"{where} the probe's own gain touches 0"
-        return f"{where}: " + ", ".join(f"{arm.name} {100 * arm.kept:.1f} %" for arm in self.choosing.arms)
+        return ", ".join(f"{arm.name} {100 * arm.kept:.1f} %" for arm in self.choosing.arms) + f" {where}"
 
     @property
     def reason(self) -> str:
