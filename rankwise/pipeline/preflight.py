@@ -31,7 +31,7 @@ from rankwise.pipeline.table import stage_of
 INPUTS, OUTPUTS = ("read", "weights", "model"), ("folder", "file")  # kinds of paths (`option(path=…)`)
 DRAWING = ("ranks", "compare", "features compare", "features downstream")
 TRAINERS = ("train", "finetune")
-READING = (*TRAINERS, "ranks", "check", "evaluate", "merge", "study", "validate", "bundle")
+READING = (*TRAINERS, "ranks", "advise", "check", "evaluate", "merge", "study", "validate", "bundle")
 LLAMA = ("validate", "bundle")
 
 
@@ -121,7 +121,7 @@ EXTRAS = (
     Extra("liger_kernel", TRAINERS, "--use_liger_kernel", on("use_liger_kernel")),
     Extra("deepspeed", TRAINERS, "--deepspeed", on("deepspeed")),
     Extra("scipy.stats", ("ranks",), "--gain", on("gain"), "[eval]"),
-    Extra("scipy.stats", ("study", *LLAMA), "the command", brings="[eval]"),
+    Extra("scipy.stats", ("advise", "study", *LLAMA), "the command", brings="[eval]"),
     Extra("gguf", ("export",), "the command", lambda told: bool(told.model or told.adapter_gguf), "[device]"),
     Extra("gguf", LLAMA, "the command", lambda told: not told.replay, "[device]"),
     Extra("xllamacpp", LLAMA, "llama.cpp", lambda told: not told.server, "[device]", "--server ADDRESS"),
@@ -146,9 +146,7 @@ def ready(command: str, config: Any, made: Sequence[Path] = (), run: Path | None
     for check in ("check", "check_installed"):
         if hasattr(stage, check):
             getattr(stage, check)(config)
-    for item in options:
-        if item.path in OUTPUTS and item.default:
-            require_output(item, item.default)
+    require_outputs(config)
     if hasattr(stage, "ready"):
         stage.ready(config)
     else:
@@ -205,6 +203,12 @@ def require_input(item: Option, value: str, *, fetched: bool) -> None:
     elif not HUB_ID.fullmatch(value) and not (fetched and item.name in ("data_path", "images")):
         said = f"{value}: no such file or folder, nor a hub id of the form org/name (--{item.name})"
         raise DataError(f"{said}{neighbours(Path(value))}")
+
+
+def require_outputs(config: Any) -> None:
+    for item in options_of(config):
+        if item.path in OUTPUTS and item.default:
+            require_output(item, item.default)
 
 
 def require_output(item: Option, value: str) -> None:

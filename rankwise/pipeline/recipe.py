@@ -8,6 +8,9 @@ stages:
 `extends: NAME` takes another recipe's content and changes it: variables and options of stages of the same name are
 replaced one by one, further stages stand before the stage that they precede in the list, or last. The default of a
 variable may name the run folder and variables above it; `NAME: null` takes an inherited one out.
+
+`config: FILE` of a stage names a file of options of its command; the stage's own win. A file that an earlier stage
+makes is read when the stage's turn comes (`read_later`), any other before anything runs.
 """
 
 from __future__ import annotations
@@ -15,31 +18,37 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rankwise.errors import UsageError
-from rankwise.options.field import CONFIG_SUFFIXES, load_file, unknown
+from rankwise.errors import DataError, UsageError
+from rankwise.options.field import CONFIG_SUFFIXES, flatten, load_file, typed_values, unknown
 from rankwise.pipeline.idle import idle_among, sentences
 from rankwise.pipeline.table import ALIASES, COMMANDS, command_options, configured
 
 PACKAGED = Path(__file__).parents[1] / "recipes"
 DEFAULT_RUNS = Path("runs")
 KEYS = ("extends", "name", "description", "variables", "stages")
+STAGE_KEYS = ("name", "command", "nproc", "config")  # of a stage; the others are options of its command
+OUTPUTS = ("output_dir", "out", "run", "results_dir", "log_dir")
 PIPELINES = ("run", "batch", "demo")  # commands that run recipes themselves
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command with its options, variables replaced; `nproc` processes under torchrun."""
+    """One command with its options, variables replaced; `nproc` processes under torchrun.
+
+    config: a file with further options, over which its own win; None where there is none, or once it is read.
+    """
 
     name: str
     command: str
     options: dict[str, Any]
     nproc: int = 1
+    config: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ def options_for(path: Path, command: str) -> dict[str, Any]:
             f"{path} is a recipe with {len(found)} stages of the command {command!r} (it has {commands}); "
             "`rankwise run` runs all of it"
         )
-    return found[0].options
+    return with_file(found[0], f"{path}: stage {found[0].name}").options
 
 
 def load_recipe(path: Path, run: Path, changes: Sequence[str] = ()) -> Recipe:
@@ -187,12 +196,15 @@ def read_stage(row: Any, variables: Mapping[str, str], where: str) -> Stage:
     options = {
         key: substitute(value, variables, f"{where}: stage {name}: {key}")
         for key, value in row.items()
-        if key not in ("name", "command", "nproc")
+        if key not in STAGE_KEYS
     }
     processes = substitute(row.get("nproc", 1), variables, f"{where}: stage {name}: nproc")
     if not str(processes).isdecimal() or int(processes) < 1:
         raise UsageError(f"{where}: stage {name}: nproc must be a number of processes; got {processes!r}")
-    return Stage(name, command, options, int(processes))
+    config = substitute(row.get("config"), variables, f"{where}: stage {name}: config")
+    if config is not None and not isinstance(config, str):
+        raise UsageError(f"{where}: stage {name}: config must be the path of a file with options; got {config!r}")
+    return Stage(name, command, options, int(processes), Path(config) if config else None)
 
 
 def substitute(value: Any, variables: Mapping[str, str], where: str) -> Any:
@@ -233,18 +245,55 @@ def without_aliases(stage: Stage, option: str) -> dict[str, Any]:
 FLAG = re.compile(r"--(\w+)")
 
 
-def resolve_stages(recipe: Recipe, changes: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
+def resolve_stages(recipe: Recipe, changes: Sequence[str], chosen: Collection[str]) -> tuple[Recipe, dict[str, Any]]:
     """(the recipe without idle options and with a note on each, each stage's config by its name).
 
-    changes: the words of `--set`, which are in the recipe already.
+    changes: the words of `--set`, which are in the recipe already. chosen: names of the stages that will run. A stage
+    whose config file is read later keeps it; its config here is that of its own options.
     """
-    stages, configs, notes = list[Stage](), dict[str, Any](), list[str]()
+    stages, configs, notes, made = list[Stage](), dict[str, Any](), list[str](), list[Path]()
     for stage in recipe.stages:
-        kept, config, said = drop_idle(stage, options_set(stage, changes), f"{recipe.path}: stage {stage.name}")
+        if stage.config and (stage.name not in chosen or below(stage.config, made)):
+            kept, said = stage, list[str]()
+            config = configured(stage.command, stage.options, place_of(stage, recipe))
+        else:
+            kept, config, said = resolve_stage(stage, recipe, changes)
         stages.append(kept)
         configs[stage.name] = config
         notes += said
+        made += outputs(config) if stage.name in chosen else []
     return replace(recipe, stages=tuple(stages), notes=tuple(notes)), configs
+
+
+def resolve_stage(stage: Stage, recipe: Recipe, changes: Sequence[str]) -> tuple[Stage, Any, list[str]]:
+    """(the stage with the options of its config file and without idle ones, its config, notes)."""
+    where = place_of(stage, recipe)
+    return drop_idle(with_file(stage, where), options_set(stage, changes), where)
+
+
+def place_of(stage: Stage, recipe: Recipe) -> str:
+    return f"{recipe.path}: stage {stage.name}"
+
+
+def below(file: Path, folders: Sequence[Path]) -> bool:
+    return any(file.absolute().is_relative_to(folder.absolute()) for folder in folders)
+
+
+def outputs(config: Any) -> list[Path]:
+    """Where a stage writes, as far as its options say so."""
+    options = flatten(config)
+    return [Path(options[name]) for name in OUTPUTS if options.get(name)]
+
+
+def with_file(stage: Stage, where: str) -> Stage:
+    """The stage with the options of its config file, over which its own win. DataError where the file is missing."""
+    if stage.config is None:
+        return stage
+    if not stage.config.is_file():
+        raise DataError(f"{where}: config: {stage.config} does not exist, and no stage before has made it")
+    known = command_options(COMMANDS[stage.command])
+    given = typed_values(load_file(stage.config), known, f"{where}: {stage.config}")
+    return replace(stage, options=given | typed_values(stage.options, known, where), config=None)
 
 
 def options_set(stage: Stage, changes: Sequence[str]) -> set[str]:

@@ -38,12 +38,15 @@ from rankwise.page.blocks import table_lines
 from rankwise.page.text import duration
 from rankwise.pipeline import preflight
 from rankwise.pipeline.recipe import (
+    OUTPUTS,
     Recipe,
     Stage,
     find_recipe,
     load_recipe,
     note_shadowed,
+    outputs,
     packaged_lines,
+    resolve_stage,
     resolve_stages,
 )
 from rankwise.pipeline.table import COMMANDS, stage_of
@@ -51,7 +54,6 @@ from rankwise.pipeline.times import BEFORE, UNASKED, UNFINISHED, UNREACHED, Stag
 
 LOGS, MONITOR, AUTO = "logs", "monitor.csv", "auto"
 RECORD = "resolved_config.recipe.json"  # a stage may write into the run folder itself, and its config beside this one
-OUTPUTS = ("output_dir", "out", "run", "results_dir", "log_dir")
 FILLED = "depth_cache"  # by whichever stage finds it lacking
 
 
@@ -82,11 +84,22 @@ def run(config: RunConfig) -> Path | None:
             for index, stage in enumerate(recipe.stages):
                 if stage.name in chosen:
                     with mark_unfinished(times, stage.name):
-                        times[stage.name] = step(folder, recipe, index, configs[stage.name], again, monitor)
+                        options = read_late(stage, recipe, config) if stage.config else configs[stage.name]
+                        times[stage.name] = step(folder, recipe, index, options, again, monitor)
                     again = times[stage.name].ran or again
                     gc.collect()
         print(f"{recipe.name}: everything is in {folder.path}")
     return folder.path
+
+
+def read_late(stage: Stage, recipe: Recipe, config: RunConfig) -> Any:
+    """The config of a stage whose config file earlier stages have made, checked as the others were at the start."""
+    _, found, notes = resolve_stage(stage, recipe, config.set)
+    for note in notes:
+        print(note, file=sys.stderr)
+    with name_stage(stage):
+        preflight.ready(stage.command, found, run=run_folder(config))
+    return found
 
 
 @contextmanager
@@ -161,13 +174,21 @@ def ready(config: RunConfig, made: Sequence[Path] = ()) -> None:
     for stage in recipe.stages:
         if stage.name in chosen:
             with name_stage(stage):
-                preflight.ready(stage.command, configs[stage.name], there, run_folder(config))
+                if stage.config:
+                    preflight.require_outputs(configs[stage.name])
+                else:
+                    preflight.ready(stage.command, configs[stage.name], there, run_folder(config))
             there += outputs(configs[stage.name])
 
 
 def record_of(recipe: Recipe) -> dict[str, Any]:
     """The recipe as it was resolved, for the run folder."""
-    stages = [{"name": stage.name, "command": stage.command, **stage.options} for stage in recipe.stages]
+    stages = [
+        {"name": stage.name, "command": stage.command}
+        | ({"config": str(stage.config)} if stage.config else {})
+        | stage.options
+        for stage in recipe.stages
+    ]
     return {"recipe": str(recipe.path), "description": recipe.description, "stages": stages}
 
 
@@ -176,9 +197,8 @@ def prepare(config: RunConfig) -> tuple[Recipe, dict[str, Any]]:
     if not config.recipe:
         raise UsageError("run needs a recipe: rankwise run RECIPE.yaml, or the name of one of `rankwise run --list`")
     loaded = load_recipe(find_recipe(config.recipe), run_folder(config), config.set)
-    recipe, configs = resolve_stages(loaded, config.set)
-    selection(config, recipe)
-    return recipe, configs
+    chosen, _ = selection(config, loaded)
+    return resolve_stages(loaded, config.set, chosen)
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -195,12 +215,6 @@ def selection(config: RunConfig, recipe: Recipe) -> tuple[set[str], bool]:
             raise UsageError(f"{error}; the stages are {', '.join(names)}")
     chosen = names[names.index(config.from_) :] if config.from_ else names
     return {name for name in chosen if not config.only or name in config.only}, bool(config.force or config.from_)
-
-
-def outputs(config: Any) -> list[Path]:
-    """Where a stage writes, as far as its options say so."""
-    options = flatten(config)
-    return [Path(options[name]) for name in OUTPUTS if options.get(name)]
 
 
 def fingerprint_of(stage: Stage, config: Any, previous: str | None) -> str:
@@ -262,15 +276,19 @@ def describe(config: RunConfig) -> list[str]:
     recipe, configs = prepare(config)
     lines = [f"run {recipe.path} in {run_folder(config)}"]
     for stage in recipe.stages:
-        lines.append(f"{stage.name}: rankwise {stage.command} {as_flags(configs[stage.name])}")
+        if stage.config:
+            lines.append(f"{stage.name}: rankwise {stage.command} {stage.config} {as_flags(stage.options)}")
+            lines.append(f"  {stage.config} is read when this stage's turn comes, and checked then")
+            continue
+        lines.append(f"{stage.name}: rankwise {stage.command} {as_flags(flatten(configs[stage.name]))}")
         with name_stage(stage):
             lines += [f"  {line}" for line in preflight.describe(stage.command, configs[stage.name])]
     return lines
 
 
-def as_flags(config: Any) -> str:
-    """The resolved options as flags, less those that are unset or off."""
-    given = {name: value for name, value in flatten(config).items() if value not in (None, "", [], False)}
+def as_flags(options: Mapping[str, Any]) -> str:
+    """Options as flags, less those that are unset or off."""
+    given = {name: value for name, value in options.items() if value not in (None, "", [], False)}
     values = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in given.items()}
     return " ".join(f"--{name} {value}" for name, value in values.items())
 

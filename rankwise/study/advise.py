@@ -383,12 +383,16 @@ def rung_lines(rungs: Rungs, seconds: float, minutes: float) -> list[str]:
 def describe(config: AdviseConfig) -> list[str]:
     """The lines of --dry-run."""
     check(config)
+    first = f"short runs of {config.model.model_name}: {config.steps} steps of {config.batch_size} rows each"
+    last = f"write advice.json, advice.yaml, plots in {config.output_dir}"
+    if not Path(str(config.model.model_name), "config.json").is_file():  # on the hub, or an earlier stage makes it
+        return [first, "rates, ranks and the number of runs depend on the model's sizes", last]
     rungs = rungs_of(config, load_structure(config.model, str(config.model.model_name)))
     seconds = median_seconds([*Ledger(Path(config.output_dir)).rows.values()])
     rates = ", ".join(f"{rate:.3g}" for rate in rungs.grid)
     return [
-        f"short runs of {config.model.model_name}: {config.steps} steps of {config.batch_size} rows each",
+        first,
         f"rung A: learning rates {rates} at rank {rungs.ranks[0]}, then one between the best two",
         *rung_lines(rungs, seconds, config.minutes),
-        f"write advice.json, advice.yaml, plots in {config.output_dir}",
+        last,
     ]

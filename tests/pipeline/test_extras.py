@@ -78,6 +78,8 @@ LINES = [
     ("label photos", "openai", "label"),
     ("features capture photos.parquet --model base", "pyarrow", "data"),
     ("study --model_name base --task e2e_nlg --data_path rows.csv", "scipy", "eval"),
+    ("advise base rows.csv --task e2e_nlg", "scipy", "eval"),
+    ("advise base rows.7z --task samsum", "py7zr", "data"),
 ]
 
 

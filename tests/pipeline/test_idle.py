@@ -223,7 +223,7 @@ def test_the_advice_for_save_steps_is_not_refused_in_turn() -> None:
     ("recipe", "change", "left"),
     [
         ("demo", "ranks.signal=uniform", "ranks.min_rank"),
-        ("demo", "train.warm_start=none", "train.deltas"),
+        ("demo_vision", "train.warm_start=none", "train.deltas"),
         ("qwen_vl_ranks", "ranks.signal=uniform", "ranks.min_rank"),
     ],
 )
@@ -245,7 +245,7 @@ def test_a_recipes_own_setting_gives_way_to_set(
 
 def test_what_set_itself_gives_without_effect_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """In the words of `--set`, the option by any of its names."""
-    assert cli.main(["run", "demo", "--set", "train.select-by=generation", "--dry-run"]) == 2
+    assert cli.main(["run", "svd_ranks", "--set", "train.select-by=generation", "--dry-run"]) == 2
     said = capsys.readouterr().err
     assert "train.select_by acts only with train.select accuracy" in said and "--select" not in said
 

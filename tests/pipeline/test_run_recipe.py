@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from tiny import tiny_llama
 from rankwise import cli
 from rankwise.errors import UsageError
 from rankwise.files.plan import PLAN_FILE
-from rankwise.files.run_folder import RunFolder
+from rankwise.files.run_folder import CONFIG, RunFolder
 from rankwise.options.field import flatten, options_of
 from rankwise.pipeline import preflight
 from rankwise.pipeline.recipe import PACKAGED, Stage, find_recipe, load_recipe, read_content
@@ -102,6 +103,7 @@ def edited(recipe: Path, old: str, new: str) -> Path:
         ("name: page", "name: ranks", ("duplicate stage name", "ranks, ranks")),
         ("name: pair", "nmae: pair", ("'nmae'", "did you mean name")),
         ("min_rank: 1", "nproc: few", ("stage ranks", "nproc", "'few'")),
+        ("min_rank: 1", "config: [a, b]", ("stage ranks", "config must be the path of a file", "['a', 'b']")),
         ("stages:\n", "stages: []\nrest:\n", ("'rest'",)),
         ("  BUDGET: uniform:2", "  run: elsewhere", ("variables", "run folder")),
         ("command: report, run", "run", ("`command:`",)),
@@ -327,6 +329,113 @@ def test_the_documented_variables_reach_their_stages(monkeypatch: pytest.MonkeyP
     assert (ranks["svd_threshold"], ranks["budget"]) == ("0.8", "none"), "the threshold decides"
     assert stages["after"]["data_path"] == ranks["gain"] == "rows"
     assert train["model_name"] == "org/model"
+
+
+def chain(recipe: Path, file: str, *more: str) -> Path:
+    """The recipe with a second `ranks`, whose options come from a file."""
+    stage = ["  - name: again", "    command: ranks", f"    config: {file}", '    out: "${run}/again"', *more]
+    return edited(recipe, "  - {name: page", "\n".join([*stage, "  - {name: page"]))
+
+
+MADE = "${run}/ranks/" + CONFIG
+
+
+def settings(tmp_path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((tmp_path / "out" / "again" / CONFIG).read_text(encoding="utf-8"))
+    return found
+
+
+def test_a_stage_takes_its_options_from_a_file_that_an_earlier_one_makes(
+    run: Run, recipe: Path, tmp_path: Path
+) -> None:
+    file = chain(recipe, MADE, "    min_rank: 2")
+    code, output, error = run(file=file)
+    assert (code, ran(output)) == (0, ["ranks", "again", "page"]), error
+    found = settings(tmp_path)
+    assert (found["budget"], found["min_rank"]) == ("uniform:2", 2), "the stage's own options win"
+    assert found["output_dir"] == str(tmp_path / "out" / "again")
+    assert ran(run(file=file)[1]) == []
+    assert ran(run("--set", "ranks.budget=uniform:3", file=file)[1]) == ["ranks", "again", "page"]
+    assert settings(tmp_path)["budget"] == "uniform:3"
+    three = ("--set", "ranks.budget=uniform:3")
+    assert ran(run(*three, "--set", "again.budget=uniform:4", file=file)[1]) == ["again", "page"]
+    assert settings(tmp_path)["budget"] == "uniform:4"
+
+
+def test_another_file_makes_another_stage(run: Run, recipe: Path, tmp_path: Path) -> None:
+    """Its values count, not its bytes."""
+    file = chain(recipe, MADE)
+    assert run(file=file)[0] == 0
+    made = tmp_path / "out" / "ranks" / CONFIG
+    content = made.read_text()
+    made.write_text(content + "\n")
+    assert ran(run(file=file)[1]) == []
+    made.write_text(content.replace("uniform:2", "uniform:1"))
+    assert ran(run(file=file)[1]) == ["again", "page"]
+    assert settings(tmp_path)["budget"] == "uniform:1"
+
+
+def test_a_dry_run_says_which_file_is_read_later(run: Run, recipe: Path, tmp_path: Path) -> None:
+    code, output, error = run("--dry-run", file=chain(recipe, MADE))
+    made, again = (tmp_path / "out" / name for name in (f"ranks/{CONFIG}", "again"))
+    assert code == 0, error
+    assert f"again: rankwise ranks {made} --out {again}" in output
+    assert f"{made} is read when this stage's turn comes" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_wrong_with_a_file_of_options_is_said_with_the_stage(run: Run, recipe: Path, tmp_path: Path) -> None:
+    """At once where nothing makes the file, at the stage's turn where an earlier one does."""
+    own = tmp_path / "own.yaml"
+    own.write_text("budgte: uniform:1")
+    code, output, error = run(file=chain(recipe, str(own)))
+    assert (code, ran(output)) == (2, []), error
+    assert f"stage again: {own}: unknown option 'budgte'; did you mean budget" in error
+    code, output, error = run(file=chain(recipe, str(tmp_path / "none.yaml")))
+    assert (code, ran(output)) == (3, []), error
+    assert f"stage again: config: {tmp_path / 'none.yaml'} does not exist" in error
+    assert not (tmp_path / "out").exists()
+    code, output, error = run(file=chain(recipe, "${run}/ranks/none.yaml"))
+    assert (code, ran(output)) == (3, ["ranks"]), error
+    assert "stage again: config:" in error and "no stage before has made it" in error
+    code, output, error = run(file=chain(recipe, "${run}/ranks/" + PLAN_FILE.as_posix()))
+    assert (code, ran(output)) == (2, []), error
+    assert f"stage again: {tmp_path / 'out' / 'ranks' / PLAN_FILE}: unknown option" in error
+
+
+def test_a_stage_without_the_one_that_makes_its_file_reads_it_at_once(run: Run, recipe: Path, tmp_path: Path) -> None:
+    file = chain(recipe, MADE)
+    code, output, error = run("--only", "again", file=file)
+    assert (code, ran(output)) == (3, []), error
+    assert run("--only", "ranks", file=file)[0] == 0, "a stage that is not asked for needs no file"
+    assert "--budget uniform:2" in run("--only", "again", "--dry-run", file=file)[1]
+    assert ran(run("--only", "again", file=file)[1]) == ["again"]
+
+
+def test_options_of_a_file_that_are_idle_give_way_to_set(run: Run, recipe: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(f"{{base: {tmp_path / 'base'}, tuned: {tmp_path / 'tuned'}, round: power-of-two, no_plots: true}}")
+    file = chain(recipe, str(own))
+    code, _, error = run("--set", "again.signal=uniform", "--set", "again.budget=uniform:1", "--dry-run", file=file)
+    assert code == 0, error
+    assert "again.round acts only" in error
+
+
+def test_a_child_inherits_the_file_or_takes_it_out(recipe: Path, tmp_path: Path) -> None:
+    chain(recipe, MADE)
+    child = tmp_path / "child.yaml"
+    for row, wanted in (("base: x", tmp_path / "ranks" / CONFIG), ("config: null", None), ("config: y", Path("y"))):
+        child.write_text(f"extends: edited\nstages: [{{name: again, {row}}}]")
+        assert load_recipe(child, tmp_path).stages[1].config == wanted
+
+
+def test_the_command_alone_reads_the_file_of_its_stage(recipe: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("{budget: uniform:3, min_rank: 2, max_rank: 3}")
+    file = edited(recipe, "    min_rank: 1", f"    min_rank: 1\n    config: {own}")
+    config, _ = cli.resolve("ranks", [str(file)])
+    found = flatten(config)
+    assert [found[name] for name in ("budget", "min_rank", "max_rank")] == ["uniform:2", 1, 3]
 
 
 def test_two_runs_of_one_folder_exclude_each_other(tmp_path: Path, run: Run) -> None:
