@@ -1,4 +1,4 @@
-"""rankwise demo: the whole flow on a model and data that it makes itself. No network, no GPU, about three minutes.
+"""rankwise demo: the whole flow on a model and data that it makes itself. No network, no GPU, about four minutes.
 
 It makes a world (a grammar of restaurants; with --vision, drawings), a base model that knows it, and a task that the
 base has never met, and then runs `recipes/demo.yaml` (or demo_vision.yaml) like anyone would.
@@ -39,9 +39,9 @@ class World:
     course: BaseTraining
 
 
-# By --vision, then by --quick. The whole ones take about three minutes on two cores, with --vision four.
+# By --vision, then by --quick. The whole ones take about four minutes on two cores.
 WORLDS = {
-    False: {False: World(400, 64, BaseTraining(8000, 800, 800)), True: World(24, 6, BaseTraining(200, 400, 4))},
+    False: {False: World(400, 64, BaseTraining(8000, 800, 800)), True: World(64, 6, BaseTraining(200, 400, 4))},
     True: {
         False: World(800, 200, BaseTraining(6000, 400, 1400, eye_steps=180)),
         True: World(24, 10, BaseTraining(60, 340, 4, eye_steps=2)),
@@ -54,7 +54,11 @@ QUICK_CHANGES = tuple(
     "before.max_new_tokens=8 after.max_new_tokens=8 ranks.no_plots=true "
     "validate.num_samples=4 validate.parity_samples=4 validate.max_new_tokens=8".split()
 )
+QUICK_ADVICE = tuple(
+    f"advise.{change}" for change in "steps=8 ranks=4,2 choose_size=20 confirm_size=20 no_plots=true".split()
+)
 SHIPPING = ("merge", "export", "validate")  # stages that lead to llama.cpp and need its parts
+SEEDED = ("probe", "ranks", "advise", "train", "before", "after", "validate")
 METRICS = {False: ("bleu", "rouge_l"), True: ("exact_match", "token_f1")}
 
 
@@ -114,12 +118,17 @@ def make(config: DemoConfig, folder: Path) -> None:
 def recipe_config(config: DemoConfig, *, shipping: bool = True) -> RunConfig:
     """shipping: to llama.cpp and back as well."""
     recipe = recipe_name(config).replace("-", "_")
-    changes = [f"{name}.seed={config.seed}" for name in ("probe", "ranks", "train", "before", "after", "validate")]
-    changes += QUICK_CHANGES if config.quick else ()
-    path = find_recipe(recipe)
-    names = [stage.name for stage in load_recipe(path, run_folder(config)).stages if stage.name not in SHIPPING]
-    only = [] if shipping else names
+    names = stage_names(config)
+    changes = [f"{name}.seed={config.seed}" for name in names if name in SEEDED]
+    if config.quick:
+        changes += QUICK_CHANGES if config.vision else (*QUICK_CHANGES, *QUICK_ADVICE)
+    only = [] if shipping else [name for name in names if name not in SHIPPING]
     return RunConfig(recipe=recipe, output_dir=str(run_folder(config)), set=changes, only=only)
+
+
+def stage_names(config: DemoConfig) -> list[str]:
+    recipe = find_recipe(recipe_name(config).replace("-", "_"))
+    return [stage.name for stage in load_recipe(recipe, run_folder(config)).stages]
 
 
 def make_rows(folder: Path, world: World, generator: random.Random) -> None:
@@ -172,6 +181,5 @@ def describe(config: DemoConfig) -> list[str]:
     return [
         f"make a task of {rows} and a base model in {run_folder(config)}",
         f"pretrain the base for {world.course.steps} steps",
-        f"run the recipe {recipe_config(config).recipe!r} (finetune, ranks, train, evaluate before and after, merge, "
-        "export, validate, report)",
+        f"run the recipe {recipe_config(config).recipe!r} ({', '.join(stage_names(config))})",
     ]

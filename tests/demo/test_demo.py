@@ -91,7 +91,8 @@ def test_the_quick_demo_makes_every_file(tmp_path: Path, capsys: pytest.CaptureF
     assert str(folder / "report.html") in printed.splitlines()[-1]
     wanted = (
         *("data/trainset.csv", "data/devset.csv", "base/model.safetensors", "base/tokenizer.model"),
-        *("base/tokenizer.json", "probe/deltas", "ranks/configs/lora_rank_config.json", "train/adapter_config.json"),
+        *("base/tokenizer.json", "probe/deltas", "ranks/configs/lora_rank_config.json", "advise/advice.json"),
+        *("advise/advice.yaml", "train/adapter_config.json"),
         *("before/evaluation_results.json", "after/predictions.jsonl", "report.html", "report.md"),
     )
     assert not [name for name in wanted if not (folder / name).exists()]
@@ -99,7 +100,7 @@ def test_the_quick_demo_makes_every_file(tmp_path: Path, capsys: pytest.CaptureF
     plan = json.loads((folder / "ranks" / "configs" / "lora_rank_config.json").read_text(encoding="utf-8"))
     assert len(plan["rank_pattern"]) == 7 * 3
     assert cli.main(["demo", "--quick", "-o", str(folder)]) == 0
-    assert capsys.readouterr().out.count("done already") == (6 if demo.lacking_parts() else 9), "nothing again"
+    assert capsys.readouterr().out.count("done already") == (7 if demo.lacking_parts() else 10), "nothing again"
 
 
 def test_without_llama_cpp_the_demo_says_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
