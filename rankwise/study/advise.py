@@ -27,7 +27,7 @@ from rankwise.core.site import Site
 from rankwise.data.example import one_per_prompt
 from rankwise.data.render import Renderer
 from rankwise.data.renderer_for import sees
-from rankwise.data.sources.load import check_data, read_examples
+from rankwise.data.sources.load import check_data, read_examples, settle
 from rankwise.data.split import Parts, Sizes, divided
 from rankwise.errors import DataError, Interrupted, UsageError
 from rankwise.files.ledger import Ledger
@@ -62,6 +62,7 @@ NOT_THE_NUMBERS = ("batch_arms", "no_plots", "device")
 
 def run(config: AdviseConfig) -> Path:
     """Run the command. Returns the run folder."""
+    config = settle(config)
     check(config)
     folder, refused = RunFolder(config.output_dir), list[str]()
     try:
@@ -170,13 +171,15 @@ def next_command(config: AdviseConfig) -> str:
 
 def check(config: AdviseConfig) -> None:
     """Refuse invalid values before anything is read."""
-    check_data(config.data, "advise")
+    check_data(settle(config).data, "advise")
     if not config.model.model_name:
         raise UsageError("advise needs a model: rankwise advise MODEL ROWS")
     if len(set(config.ranks)) == 1:
         raise UsageError(f"--ranks {','.join(map(str, config.ranks))}: give at least two different ranks to compare")
-    if len(config.rates) in (1, 2):
-        raise UsageError("--rates: give at least three learning rates, or none (they then lie around the prior)")
+    if len(set(config.rates)) in (1, 2):
+        raise UsageError(
+            "--rates: give at least three different learning rates, or none (they then lie around the prior)"
+        )
 
 
 def inputs(config: AdviseConfig) -> dict[str, Path | str]:
@@ -382,6 +385,7 @@ def rung_lines(rungs: Rungs, seconds: float, minutes: float) -> list[str]:
 
 def describe(config: AdviseConfig) -> list[str]:
     """The lines of --dry-run."""
+    config = settle(config)
     check(config)
     first = f"short runs of {config.model.model_name}: {config.steps} steps of {config.batch_size} rows each"
     last = f"write advice.json, advice.yaml, plots in {config.output_dir}"

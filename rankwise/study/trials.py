@@ -228,7 +228,7 @@ class ShortRuns:
         return trial.rank == self.largest and trial.placement == UNIFORM and trial.seed == first
 
     def factors(self, trial: TrialRun) -> Path:
-        return self.ledger.folder / "factors" / f"rank{trial.rank}-{trial.learning_rate:g}.safetensors"
+        return self.ledger.folder / "factors" / self.recipe / f"rank{trial.rank}-{trial.learning_rate:g}.safetensors"
 
     def keep(self, trial: TrialRun, result: TrainedArm) -> None:
         if self.is_kept(trial) and not result.diverged:

@@ -213,6 +213,25 @@ def test_trials_of_other_settings_are_not_taken_over(finished: Path, base: Path,
     assert len(keys) == 1
 
 
+def test_the_kind_of_rows_is_seen_in_the_rows(finished: Path, base: Path, data: Path, tmp_path: Path) -> None:
+    config = replace(small(base, data, tmp_path, minutes=1e-6), data=DataSection(data_path=str(data)))
+    advise.check(config)  # before anything else, by the command line
+    advise.run(config)
+    keys, asked = Ledger(tmp_path).rows, Ledger(finished).rows
+    assert keys and set(keys) < set(asked)  # recognised and given are the same runs
+    assert yaml.safe_load((tmp_path / "advice.yaml").read_text())["task"] == "e2e_nlg"
+
+
+def test_factors_of_other_settings_are_not_taken_over(base: Path, data: Path, tmp_path: Path) -> None:
+    """Ranks by energy come from the factors of the best run: another length in that folder must not replace them."""
+    for steps in (8, 9):
+        advise.run(small(base, data, tmp_path, steps=steps, minutes=1e-6))
+    kept = {file: file.read_bytes() for file in (tmp_path / "factors").rglob("*.safetensors")}
+    trained = [row for row in Ledger(tmp_path).rows.values() if not row["diverged"]]
+    assert len(kept) == len(trained)
+    assert len(set(kept.values())) == len(kept)
+
+
 def test_the_time_limit_ends_the_climb_and_more_time_goes_on(base: Path, data: Path, tmp_path: Path) -> None:
     advise.run(small(base, data, tmp_path, minutes=1e-6))
     advice = content(tmp_path)
@@ -247,6 +266,7 @@ def test_where_every_rate_diverges_the_runs_are_kept(base: Path, data: Path, tmp
         ({"ranks": [4, 4]}, "at least two different ranks"),
         ({"ranks": [4096, 1]}, "above ⌊mn/"),
         ({"rates": [1e-3, 1e-2]}, "at least three"),
+        ({"rates": [1e-3, 1e-3, 1e-2]}, "at least three"),
         ({"target": "attention_only", "placements": ["mlp"]}, "--placements mlp"),
     ],
 )

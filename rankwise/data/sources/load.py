@@ -22,10 +22,13 @@ from rankwise.data.sources.rows import LARGE, RowFile, index_rows, speakers_of
 from rankwise.data.sources.table import OFFICIAL, SPLITS, Sought, Source, first_of, kind_of, source
 from rankwise.errors import DataError, UsageError
 from rankwise.files.processes import announce
+from rankwise.options.advise import AdviseConfig
 from rankwise.options.commands import CheckConfig, EvaluateConfig, FinetuneConfig, TrainConfig, ValidateConfig
 from rankwise.options.sections import DataSection
 
-Configured = TypeVar("Configured", FinetuneConfig, TrainConfig, CheckConfig, EvaluateConfig, ValidateConfig)
+Configured = TypeVar(
+    "Configured", FinetuneConfig, TrainConfig, CheckConfig, EvaluateConfig, ValidateConfig, AdviseConfig
+)
 HUB_ID = re.compile(r"(hf://)?(?P<id>[\w.-]+/[\w.-]+)")
 BY_DEFAULT = DataSection()
 DATA_SUFFIXES = set(".csv .json .jsonl .ndjson .tsv .txt .parquet .7z .bz2 .zip .gz .tgz .tar".split())
