@@ -71,12 +71,12 @@ def test_rows_with_pictures_train_in_turn_and_the_pictures_are_seen(
     assert (rows, len(bench.material.rows)) == (84, 32), "pictures of one question are no duplicates of one another"
     ledger = Ledger(tmp_path / "run")
     assert {row["batch"] for row in ledger.rows.values()} == {1}
-    kept = load_file(next((tmp_path / "run" / "factors").iterdir()))
+    kept = load_file(next((tmp_path / "run" / "factors").rglob("*.safetensors")))
     towers = tower_prefixes(bench.material.model)
     assert {tower_of(name[:-2], towers) for name in kept} == {"language"}
 
     (row, *_) = ledger.rows.values()
-    file = tmp_path / "run" / "factors" / f"rank2-{row['key']['learning_rate']:g}.safetensors"
+    (file,) = (tmp_path / "run" / "factors").rglob(f"rank2-{row['key']['learning_rate']:g}.safetensors")
     tensors = load_file(file)
     pairs = {name[:-2]: (tensors[name], tensors[f"{name[:-2]}.B"]) for name in tensors if name.endswith(".A")}
     base = load_model(str(model), torch.float32)
@@ -127,7 +127,7 @@ def test_a_model_with_fused_experts_trains_in_turn(
     model = tiny_mixtral(tmp_path / "model")
     advise.run(small(model, texts, tmp_path / "run", minutes=1e-6, placements=[]))
     assert "one after the other: the model has fused experts" in capsys.readouterr().out
-    kept = load_file(next((tmp_path / "run" / "factors").iterdir()))
+    kept = load_file(next((tmp_path / "run" / "factors").rglob("*.safetensors")))
     base = load_model(str(model), torch.float32)
     assert fused_experts(base) and {name[:-2] for name in kept} <= set(model_sites(base))
     assert not any("experts" in name for name in kept)
