@@ -39,8 +39,8 @@ from rankwise.options.advise import AdviseConfig
 from rankwise.options.sections import DataSection, ModelSection
 from rankwise.options.study import ProbeSection, StudyConfig
 from rankwise.ranks.deltas import open_deltas
-from rankwise.study.advice import UNIFORM, TrialLosses, TrialRun, rounded, upper_bound
-from rankwise.study.advise import prior_of, rungs_of, trial_settings
+from rankwise.study.advice import UNIFORM, TrialLosses, TrialRun, prior_of, rounded, upper_bound
+from rankwise.study.advise import rungs_of, trial_settings
 from rankwise.study.arms import Gains, ranks_within
 from rankwise.study.climb import Conclusions, climb
 from rankwise.study.design import digest

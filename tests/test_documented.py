@@ -30,7 +30,7 @@ def test_no_fenced_line_is_overlooked() -> None:
 def test_a_documented_line_is_understood(line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Command, flags and values; of `run` the recipe with the variables that are set, too."""
     monkeypatch.chdir(tmp_path)
-    for file in ("config.json", "runs/advise/advice.yaml"):
+    for file in ("config.json", "runs/advise/advice.yaml", "runs/demo/advise/advice.yaml"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("{}")
     words = list(line.words)

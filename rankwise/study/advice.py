@@ -15,6 +15,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -136,9 +137,9 @@ class Rates:
     """Learning rates of one rank.
 
     best: the best that was tried. within: those tried without a gap around the best whose loss is at most δ above it.
-    advised: the middle of these, never the last before a cliff. vertex: the minimum of the parabola through the best
-    and its neighbours in log rate; None with the reason in `why`. cliff: the lowest rate above the best at which
-    training diverged or lost half of the gain; None where no such rate was tried.
+    advised: the middle of these; the last before a cliff only where no lower rate was tried. vertex: the minimum of the
+    parabola through the best and its neighbours in log rate; None with the reason in `why`. cliff: the lowest rate
+    above the best at which training diverged or lost half of the gain; None where no such rate was tried.
     """
 
     best: float
@@ -302,6 +303,11 @@ def prior_rate(model_type: str, hidden: int) -> tuple[float, bool]:
     """
     known = next((p for start, p in PRIOR_EXPONENTS.items() if model_type.startswith(start)), None)
     return PRIOR_RATE * (PRIOR_HIDDEN / hidden) ** (UNCALIBRATED if known is None else known), known is not None
+
+
+def prior_of(model_config: Any) -> tuple[float, bool]:
+    text = model_config.get_text_config()
+    return prior_rate(text.model_type, text.hidden_size)
 
 
 def first_grid(prior: float, points: int, ratio: float) -> list[float]:

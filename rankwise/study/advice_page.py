@@ -22,7 +22,7 @@ from rankwise.page.canvas import BLUE, FAINT, GREY, drawable, legend, log_ticks,
 from rankwise.page.template import markdown
 from rankwise.page.text import duration, memory, number, plural
 from rankwise.study.advice import UNIFORM
-from rankwise.study.page import ceiling
+from rankwise.study.page import ceiling, draw_differences, format_interval, signed
 
 DOCUMENT = Document(
     "advice.json",
@@ -43,12 +43,7 @@ PLACES = {
 Advice = Mapping[str, Any]
 
 
-def nats(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
-
-
-def interval(row: Mapping[str, Any]) -> str:
-    return f"{nats(row['estimate'])} [{nats(row['low'])}, {nats(row['high'])}]"
+nats, interval = partial(signed, digits=3), partial(format_interval, digits=3)
 
 
 def advised_rates(advice: Advice) -> Mapping[str, Any]:
@@ -326,14 +321,8 @@ def plot_advice_placements(advice: Advice, path: Path | str) -> Path:
     if advice["placement"] is not None:
         rows.append((f"{PLACES[advice['challenger']]}, confirmed", advice["placement"], True))
     figure, axis = new_figure(6.4, 1.2 + 0.35 * max(1, len(rows)))
-    axis.axvspan(-advice["delta"], advice["delta"], color=FAINT, zorder=0)
-    axis.axvline(0, color=GREY, linewidth=0.8)
-    for y, (_, row, filled) in enumerate(rows):
-        error = [[row["estimate"] - row["low"]], [row["high"] - row["estimate"]]]
-        look = {"color": BLUE if filled else GREY, "fillstyle": "full" if filled else "none"}
-        axis.errorbar(row["estimate"], y, xerr=error, marker="o", markersize=5, capsize=3, **look)
-    axis.set_yticks(range(len(rows)), [name for name, _, _ in rows])
-    axis.set_ylim(max(1, len(rows)) - 0.4, -0.6)
+    names, found, filled = zip(*rows, strict=True) if rows else ((), (), ())
+    draw_differences(axis, names, found, filled, advice["delta"])
     name_axes(
         axis, "← better     nats per token (95 %)", "", f"minus one rank everywhere · grey: ±{advice['delta']:.3f}"
     )

@@ -7,21 +7,18 @@ rankwise advise MODEL train.jsonl --minutes 30
 
 from __future__ import annotations
 
-import math
 import random
 import signal
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from rankwise.core.allocate import spent
 from rankwise.core.plan import RankPlan
 from rankwise.core.site import Site
 from rankwise.data.example import one_per_prompt
@@ -38,24 +35,21 @@ from rankwise.models.load import load_structure, torch_dtype
 from rankwise.models.sites import fused_experts, model_sites
 from rankwise.models.targets import choose_sites
 from rankwise.options.advise import AdviseConfig
-from rankwise.options.commands import TrainConfig
 from rankwise.options.field import flatten
 from rankwise.page.blocks import lines
 from rankwise.page.text import command_line, duration, plural
 from rankwise.ranks.emit import unplaced, write_configs
-from rankwise.study.advice import UNIFORM, TrialRun, first_grid, prior_rate, rounded
+from rankwise.study.advice import first_grid, prior_of
+from rankwise.study.advice_content import conclude
 from rankwise.study.advice_page import CONFIG, advised_plan, run_options, screen_table, write_advice
-from rankwise.study.climb import Conclusions, Rungs, climb
+from rankwise.study.climb import Rungs, climb
 from rankwise.study.design import digest
-from rankwise.study.evidence import LEVEL, Effect, student
 from rankwise.study.footprint import Footprint, footprint, free_memory, most_learnt, refuse_too_large
 from rankwise.study.material import load_material, own_device
-from rankwise.study.results import finite
 from rankwise.study.trials import ShortRuns, median_seconds, why_in_turn
 
 RANKS, RATIO = (16, 4, 1), 2.5
 CHOOSE, CONFIRM, SHARE, LEAST = 100, 150, 5, 20  # held-out items by default, at most a fifth of the prompts each
-OVERFIT = 0.1  # of the gain: held-out loss above the training loss of rows seen more than once
 NOT_THE_RUNS = ("output_dir", "minutes", "ranks", "rates", "rate_points", "placements", "delta", "num_epochs", "emit")
 NOT_THE_NUMBERS = ("batch_arms", "no_plots", "device")
 
@@ -220,11 +214,6 @@ def rungs_of(config: AdviseConfig, skeleton: PreTrainedModel) -> Rungs:
     return Rungs(tuple(grid), RATIO, ranks, tuple(config.placements), seeds, config.delta)
 
 
-def prior_of(model_config: Any) -> tuple[float, bool]:
-    text = model_config.get_text_config()
-    return prior_rate(text.model_type, text.hidden_size)
-
-
 def ranks_of(config: AdviseConfig, sites: Collection[Site]) -> tuple[int, ...]:
     """Ranks to compare, descending. UsageError for a placement without matrices, and for a rank above ⌊mn/(m+n)⌋ of a
     matrix: there a LoRA pair has more parameters than the matrix."""
@@ -247,116 +236,6 @@ def counts_line(rungs: Rungs) -> str:
         total += count
         words.append(f"{rung} {total}")
     return f"short runs up to each rung: {', '.join(words)} (more where a grid grows)"
-
-
-def conclude(config: AdviseConfig, rungs: Rungs, bench: ShortRuns, found: Conclusions, rows: int) -> dict[str, Any]:
-    """Content of advice.json. rows: of the data set."""
-    losses, material = bench.choose, bench.material
-    prior, calibrated = prior_of(material.model.config)
-    return {
-        "metric": "nats per answer token",
-        "rung": found.rung,
-        "learnt": found.learnt,
-        "base_loss": float(losses.base.sum() / losses.tokens.sum()),
-        "gain": found.gain.as_dict() if found.gain else None,
-        "delta": found.delta,
-        "prior": {"learning_rate": rounded(prior), "calibrated": calibrated},
-        "advised": asdict(found.advised) | {"parameters": spent(bench.ranks(found.advised))},
-        "rates": {str(rank): asdict(rates) for rank, rates in found.rates.items()},
-        "rank": asdict(found.rank) if found.rank else None,
-        "placements": {name: effect.as_dict() for name, effect in found.tried.items()},
-        "too_small": found.too_small,
-        "challenger": found.challenger,
-        "placement": found.placement.as_dict() if found.placement else None,
-        "loss": found.loss.as_dict() if found.loss else None,
-        "trials": [
-            asdict(trial) | {"rung": row["rung"], "loss": finite(losses.loss(trial)), "seconds": row["seconds"]}
-            for trial, row in bench.rows.items()
-        ],
-        "data": {
-            "train": len(material.rows),
-            "choose": len(material.dev.groups),
-            "confirm": len(material.test.groups),
-            "removed": dict(material.parts.removed),
-        },
-        "steps": config.steps,
-        "batch_size": config.batch_size,
-        "minutes": config.minutes,
-        "seconds_per_run": bench.seconds,
-        "in_turn": bench.in_turn,
-        "cost": cost(config, bench, rows),
-        "too_few": too_few(config, rungs, bench, found) if found.learnt else {},
-        "open": open_rungs(rungs, found, bench.seconds),
-    }
-
-
-def cost(config: AdviseConfig, bench: ShortRuns, rows: int) -> dict[str, Any]:
-    """Time and memory of a short run that trained alone, and of the real run by the seconds per token of that one."""
-    alone = [row for row in bench.finished if row["batch"] == 1]
-    train = bench.material.rows
-    per_row = sum(len(row["input_ids"]) for row in train) / len(train)
-    per_token = median(row["training_seconds"] / max(1, row["tokens"]) for row in alone)
-    learnt = round(rows * (1 - TrainConfig().val_fraction))  # `train` holds some out
-    return {
-        "peak_bytes": max(row["peak_bytes"] for row in alone),
-        "device": torch.device(bench.material.device).type,
-        "seconds_per_token": per_token,
-        "tokens_per_row": per_row,
-        "rows": learnt,
-        "epochs": config.num_epochs,
-        "steps": math.ceil(config.num_epochs * math.ceil(learnt / config.batch_size)),
-        "seconds": learnt * config.num_epochs * per_row * per_token,
-    }
-
-
-def too_few(config: AdviseConfig, rungs: Rungs, bench: ShortRuns, found: Conclusions) -> dict[str, Any]:
-    """Where held-out items or training rows cannot carry the decision; empty where they can.
-
-    items: so many would decide what these leave open, at the same spread. overfit: held-out loss above the training
-    loss of rows that were seen more than once, where it passes `margin`.
-    """
-    assert found.gain is not None
-    told: dict[str, Any] = {}
-    scores, advised = bench.choose, found.advised
-    steps = found.rank.steps if found.rank else ()
-    contrasts: list[tuple[Effect, Sequence[float]]] = [(each.excess, [found.delta]) for each in steps if each.excess]
-    contrasts += [(each, [found.delta, -found.delta]) for each in found.tried.values()]
-    if not contrasts:
-        best, second = nearest_rates(scores.curve(advised.rank, UNIFORM, rungs.seeds[0]))
-        first = TrialRun(advised.rank, best, rungs.seeds[0])
-        further = scores.excess(replace(first, learning_rate=second), first)
-        contrasts = [(further, [found.delta])] if further else []
-    open_widths = [width for each, limits in contrasts if (width := open_width(each, found.delta, limits))]
-    if open_widths:
-        count = len(bench.material.dev.groups)
-        told |= {"half_width": max(open_widths), "items": math.ceil(count * (max(open_widths) / found.delta) ** 2)}
-    trial = replace(advised, placement=UNIFORM, seed=rungs.seeds[0])
-    seen = config.steps * config.batch_size / len(bench.material.rows)
-    last = bench.rows[trial]["train_losses"][-max(1, config.steps // 8) :]
-    margin = max(found.delta, OVERFIT * found.gain.estimate)
-    above = scores.loss(trial) - sum(last) / len(last)
-    if seen > 1 and above > margin:
-        told["overfit"] = {"rows": len(bench.material.rows), "seen": seen, "above": above, "margin": margin}
-    return told
-
-
-def nearest_rates(curve: Mapping[float, float]) -> tuple[float, float]:
-    """The best rate and the second best."""
-    best, second, *_ = sorted(curve, key=lambda rate: (curve[rate], rate))
-    return best, second
-
-
-def open_width(found: Effect, delta: float, limits: Sequence[float]) -> float:
-    """Half of the interval over items alone, where it is above δ and leaves open on which side of one of these limits
-    the difference lies; else 0."""
-    width = float(student().ppf((1 + LEVEL) / 2, found.groups - 1)) * math.sqrt(found.item_variance)
-    return width if width > delta and min(abs(found.estimate - limit) for limit in limits) < width else 0.0
-
-
-def open_rungs(rungs: Rungs, found: Conclusions, seconds: float) -> list[dict[str, Any]]:
-    """Rungs that were not climbed: what they would decide, and the time each takes."""
-    left = {rung: count for rung, count in rungs.counts().items() if rung > found.rung}
-    return [{"rung": rung, "runs": count, "seconds": round(count * seconds)} for rung, count in left.items()]
 
 
 def rung_ends(rungs: Rungs, seconds: float) -> dict[str, float]:
@@ -385,8 +264,6 @@ def rung_lines(rungs: Rungs, seconds: float, minutes: float) -> list[str]:
 
 def describe(config: AdviseConfig) -> list[str]:
     """The lines of --dry-run."""
-    config = settle(config)
-    check(config)
     first = f"short runs of {config.model.model_name}: {config.steps} steps of {config.batch_size} rows each"
     last = f"write advice.json, advice.yaml, plots in {config.output_dir}"
     if not Path(str(config.model.model_name), "config.json").is_file():  # on the hub, or an earlier stage makes it

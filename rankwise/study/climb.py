@@ -53,7 +53,7 @@ class Rungs:
     delta: float | None
 
     def counts(self) -> dict[str, int]:
-        """TrialBench of each rung where no grid has to grow."""
+        """Trials of each rung where no grid has to grow."""
         smaller = len(self.ranks) - 1
         per_rung = [len(self.grid) + 1, NEIGHBOURS * smaller, len(self.ranks), len(self.placements), 2 * FRESH]
         return dict(zip(LETTERS, per_rung, strict=True))

@@ -29,12 +29,13 @@ DOCUMENT = Document(
 Study = Mapping[str, Any]
 
 
-def signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
+def signed(value: float, digits: int = 4) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
-def format_interval(row: Mapping[str, Any]) -> str:
-    return f"{signed(row['estimate'])} [{signed(row['low'])}, {signed(row['high'])}]"
+def format_interval(row: Mapping[str, Any], digits: int = 4) -> str:
+    estimate, low, high = (signed(row[name], digits) for name in ("estimate", "low", "high"))
+    return f"{estimate} [{low}, {high}]"
 
 
 def place(row: Mapping[str, Any], study: Study) -> str:
@@ -272,25 +273,28 @@ def ceiling(found: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 def plot_study_differences(study: Study, path: Path | str) -> Path:
     """Every arm minus the common one with its 95 % interval; within the grey band of ±δ nothing is of interest."""
-    rows = study["differences"]
+    rows, delta = study["differences"], study["smallest_effect"]
     figure, axis = canvas.new_figure(7.2, 1.2 + 0.24 * len(rows))
-    delta = study["smallest_effect"]
-    axis.axvspan(-delta, delta, color=canvas.FAINT, zorder=0)
-    axis.axvline(0, color=canvas.GREY, linewidth=0.8)
-    for y, row in enumerate(rows):
-        error = canvas.error_bars([row["estimate"]], [(row["low"], row["high"])])
-        filled = "full" if row["primary"] else "none"
-        colour = canvas.BLUE if row["primary"] else canvas.GREY
-        axis.errorbar(
-            row["estimate"], y, xerr=error, color=colour, marker="o", fillstyle=filled, markersize=5, capsize=3
-        )
     names = [clip(f"{row['first']} · {place(row, study)}", 66) for row in rows]
-    canvas.name_rows(axis, names)
+    draw_differences(axis, names, rows, [row["primary"] for row in rows], delta)
     better = "← better     " if study["lower_is_better"] else ""
     common = ", ".join(dict.fromkeys(row["second"] for row in rows))
     title = f"minus {common} · filled: primary · grey: ±{delta:g}"
     canvas.name_axes(axis, f"{better}nats per token (95 %)", "", title)
     return canvas.save(figure, path)
+
+
+def draw_differences(
+    axis: Any, names: Sequence[str], rows: Sequence[Mapping[str, Any]], filled: Sequence[bool], delta: float
+) -> None:
+    """Named differences with their intervals from the top down, over the band of ±δ; filled ones have a verdict."""
+    axis.axvspan(-delta, delta, color=canvas.FAINT, zorder=0)
+    axis.axvline(0, color=canvas.GREY, linewidth=0.8)
+    for y, (row, full) in enumerate(zip(rows, filled, strict=True)):
+        error = canvas.error_bars([row["estimate"]], [(row["low"], row["high"])])
+        look = {"color": canvas.BLUE if full else canvas.GREY, "fillstyle": "full" if full else "none"}
+        axis.errorbar(row["estimate"], y, xerr=error, marker="o", markersize=5, capsize=3, **look)
+    canvas.name_rows(axis, names)
 
 
 PLOTS = {

@@ -49,6 +49,7 @@ class Truth:
     asked: list[TrialRun] = field(default_factory=list)
     rungs: list[str] = field(default_factory=list)
     too_small: tuple[str, ...] = ()
+    kept_back: Callable[[TrialRun], float] = lambda trial: 0.0  # added to losses on the rows kept back
     confirmed: list[TrialRun] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -86,7 +87,8 @@ class Truth:
 
     def confirm(self, trials: Sequence[TrialRun]) -> TrialLosses:
         self.confirmed += trials
-        return replace(self.choose, sums={trial: self.sums(trial, "confirm") for trial in trials})
+        sums = {trial: self.sums(trial, "confirm") + TOKENS * self.kept_back(trial) for trial in trials}
+        return replace(self.choose, sums=sums)
 
 
 def bowl(optimum: float = 1e-3, curvature: float = 0.05, **excess: float) -> Callable[[TrialRun], float]:
@@ -266,6 +268,34 @@ def test_another_placement_is_advised_where_it_is_better() -> None:
     found = climb(LADDER, truth)
     assert found.challenger == found.advised.placement == "energy"
     assert {trial.seed for trial in truth.confirmed if trial.placement == "energy"} == {3, 4}
+
+
+def test_a_placement_that_cannot_spend_the_parameters_is_left_out() -> None:
+    truth = Truth(
+        bowl(energy=-0.2, attention_only=-0.5), item_noise=0.01, arm_noise=1e-3, too_small=("attention_only",)
+    )
+    found = climb(LADDER, truth)
+    assert found.too_small == ["attention_only"]
+    assert set(found.tried) == {"mlp_only", "energy"}
+    assert found.challenger == "energy"
+
+
+def test_rows_kept_back_decide_the_last_comparison_and_nothing_before_it() -> None:
+    """They say the opposite of those that decide: small ranks lose there, and the challenger wins."""
+
+    def opposite(trial: TrialRun) -> float:
+        return 0.5 * (trial.rank < 16) - 0.3 * (trial.placement != "uniform")
+
+    noise = {"arm_noise": 1e-4, "item_noise": 0.01}
+    for budget in (15, 18, 22):
+        agreeing = climb(LADDER, Truth(bowl(energy=0.01), budget=budget, **noise))
+        opposed = climb(LADDER, Truth(bowl(energy=0.01), budget=budget, kept_back=opposite, **noise))
+        assert (opposed.rank, opposed.best, opposed.rates) == (agreeing.rank, agreeing.best, agreeing.rates)
+        assert (opposed.tried, opposed.challenger) == (agreeing.tried, agreeing.challenger)
+        assert opposed.loss is not None and agreeing.loss is not None
+        assert opposed.loss.estimate != pytest.approx(agreeing.loss.estimate, abs=0.1)
+    assert agreeing.placement is not None and agreeing.placement.word == "equivalent"
+    assert opposed.placement is not None and opposed.placement.word == "better"
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from rankwise.page.blocks import lines
 from rankwise.report.report import build_report
 from rankwise.study import advice_page, advise, climb, footprint, material, trials
 from rankwise.study.advice import effect
+from rankwise.study.advice_content import open_width
 
 NAMES = ("The Vaults", "Alimentum", "Cotto", "Zizzi", "Aromi", "Fitzbillies", "Strada", "Giraffe", "Wildwood", "Clowns")
 AREAS = (
@@ -416,11 +417,11 @@ def test_items_whose_interval_is_wider_than_delta_are_too_few() -> None:
         return effect(sums, 10 * torch.ones(25).double().numpy(), None)
 
     both = (0.02, -0.02)
-    assert advise.open_width(found(0.0, 0.01), 0.02, both) == 0, "narrow"
-    wide = advise.open_width(found(0.0, 0.2), 0.02, both)
+    assert open_width(found(0.0, 0.01), 0.02, both) == 0, "narrow"
+    wide = open_width(found(0.0, 0.2), 0.02, both)
     assert wide == pytest.approx(found(0.0, 0.2).half_width()) and wide > 0.02
-    assert advise.open_width(found(0.9, 0.2), 0.02, both) == 0, "decided all the same"
-    assert advise.open_width(found(-0.04, 0.1), 0.02, both) > 0 == advise.open_width(found(-0.04, 0.1), 0.02, (0.02,))
+    assert open_width(found(0.9, 0.2), 0.02, both) == 0, "decided all the same"
+    assert open_width(found(-0.04, 0.1), 0.02, both) > 0 == open_width(found(-0.04, 0.1), 0.02, (0.02,))
 
 
 @pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (Interrupted("at once", signal.SIGTERM), 143)])
