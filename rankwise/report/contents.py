@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -103,6 +104,11 @@ class Contents:
     times: tuple[StageTime, ...] = ()
     pictures: tuple[str, ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
+
+    def was_trained(self, plan: RankPlan) -> bool:
+        """Whether a plan's ranks, or a part of them, are those that were trained; so they are where nothing was yet."""
+        planned = Counter(plan.ranks.values())
+        return not self.sites or any(Counter(adapted.ranks) <= planned for _, adapted in self.sites)
 
     @property
     def is_empty(self) -> bool:

@@ -66,7 +66,7 @@ def by_task(scores: Sequence[Scored]) -> dict[str, list[Scored]]:
 
 def compose(contents: Contents, tasks: dict[str, list[Scored]], seen: dict[str, Gallery | None], title: str) -> Page:
     """The page in no format yet, its plots not drawn."""
-    lead: list[Block] = [ranks_plot(plan) for _, plan in contents.plans]
+    lead: list[Block] = [ranks_plot(plan) for _, plan in contents.plans if contents.was_trained(plan)]
     scored = [
         Section(f"Scores · {task}" if task else "Scores", score_blocks(results, seen[task]))
         for task, results in tasks.items()

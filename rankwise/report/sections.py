@@ -17,7 +17,7 @@ from rankwise.page.blocks import Block, Folded, Picture, Plot, Section, Table, W
 from rankwise.page.canvas import can_draw
 from rankwise.page.text import clip, duration, is_number, memory, number, plural, printable
 from rankwise.pipeline.times import time_table
-from rankwise.ranks.plots import plan_blocks
+from rankwise.ranks.plots import plan_blocks, ranks_plot
 from rankwise.report.contents import Adapted, Contents, StageRun
 from rankwise.train.gradient_plots import gradient_blocks
 from rankwise.train.gradient_summary import boundaries
@@ -58,7 +58,8 @@ def sections_of(contents: Contents, drawn: Set[str]) -> list[Section]:
 def artefacts(contents: Contents) -> Iterator[Found]:
     """What each artefact looks like, in its room's blocks; the scores have the headline."""
     for where, plan in contents.plans:
-        yield ("ranks",), where, plan_blocks(plan)
+        untrained = [] if contents.was_trained(plan) else [ranks_plot(plan)]  # else it leads the page
+        yield ("ranks",), where, [*untrained, *plan_blocks(plan)]
     for where, adapted in contents.sites:
         yield ("train",), where, [Words(adapted_sites(adapted))]
     for where, log in contents.logs:
@@ -104,7 +105,7 @@ def stage_facts(entry: Mapping[str, Any]) -> list[Block]:
         if name in STAGE_KEYS or isinstance(value, (dict, list)) or value is None:
             continue
         shown = memory(value) if name.endswith("_bytes") and is_number(value) else plain(value)
-        rows.append((name.replace("_bytes", "_memory").replace("_", " "), shown))
+        rows.append((name.replace("_memory_bytes", "_bytes").replace("_bytes", "_memory").replace("_", " "), shown))
     outputs = entry.get("outputs")
     if isinstance(outputs, dict) and outputs:
         paths = [str(row.get("path", name)) if isinstance(row, dict) else str(row) for name, row in outputs.items()]

@@ -21,10 +21,11 @@ from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.options.commands import ReportConfig
+from rankwise.page.blocks import Plot
 from rankwise.ranks.plots import plot_decay
 from rankwise.report import report as stage
-from rankwise.report.contents import read_scores
-from rankwise.report.report import build_report
+from rankwise.report.contents import Adapted, Contents, read_scores
+from rankwise.report.report import build_report, compose
 from rankwise.train.loss_plots import leading_metrics
 
 SHAPES = {
@@ -216,6 +217,18 @@ def test_secrets_in_settings_are_not_shown(run: Path) -> None:
     for name in ("report.html", "report.md"):
         text = (run / name).read_text(encoding="utf-8")
         assert "sk-secret" not in text and "learning_rate" in text
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_ranks_lead_the_page_only_where_they_were_trained(same: bool, tmp_path: Path) -> None:
+    plan = random_plan(random_spectra(2))
+    ranks = [row.rank if same else 1 + max(plan.ranks.values()) for row in plan.sites if row.rank]
+    adapted = Adapted(ranks, 1000, 0)
+    contents = Contents(tmp_path, plans=(("ranks", plan),), sites=(("train", adapted),))
+    page = compose(contents, {}, {}, "")
+    inner = [block.name for one in page.sections for block in one.blocks if isinstance(block, Plot)]
+    assert [block.name for block in page.lead if isinstance(block, Plot)] == (["ranks_heatmap"] if same else [])
+    assert inner.count("ranks_heatmap") == (0 if same else 1)
 
 
 def test_a_plan_alone_makes_a_page_without_empty_parts(tmp_path: Path) -> None:
