@@ -45,6 +45,7 @@ from rankwise.study.arms import Gains, ranks_within, uniform_ranks
 from rankwise.study.evidence import Array, by_group
 from rankwise.study.footprint import Footprint, at_most, free_memory
 from rankwise.study.material import Material, ScoredItems
+from rankwise.train.together.alone import StepLosses
 from rankwise.train.together.fit import fit
 from rankwise.train.together.stacked import PASSED_ON, ArmSettings
 from rankwise.train.together.starts import SCALE, random_start, row_order
@@ -62,7 +63,7 @@ class ShortRuns:
     """The bench of one `advise`. recipe: hash of everything that decides how a trial trains, beside its key. largest:
     the rank that the others are compared with. in_turn: why runs share no forward pass; empty where they do. needs:
     memory of a run, to which batches are cut. told: called with the seconds of a run around each batch, once they are
-    known."""
+    known. base_losses: what runs in turn are watched against."""
 
     config: AdviseConfig
     material: Material
@@ -73,6 +74,7 @@ class ShortRuns:
     needs: Footprint | None = None
     told: Callable[[float], object] = lambda seconds: None
     asked: dict[TrialRun, str] = field(default_factory=dict)
+    base_losses: StepLosses = field(default_factory=dict)
 
     @property
     def settings(self) -> ArmSettings:
@@ -140,8 +142,9 @@ class ShortRuns:
         material, arms = self.material, [self.arm(trial) for trial in trials]
         parts = {"dev": material.dev} | ({"test": material.test} if rung in CONFIRMED else {})
         scored = {name: part.batches for name, part in parts.items()}
-        how = {"in_turn": True} if self.in_turn else {"watch": True, "at_once": self.room[1]}
-        fitted = fit(material.model, arms, material.rows, material.collate, self.settings, scored, **how)
+        alone = {"in_turn": True, "base_losses": self.base_losses}
+        how: dict[str, Any] = alone if self.in_turn else {"at_once": self.room[1]}
+        fitted = fit(material.model, arms, material.rows, material.collate, self.settings, scored, watch=True, **how)
         for trial, result in zip(trials, fitted.trained, strict=True):
             self.keep(trial, result)
         rows = [

@@ -125,8 +125,13 @@ def test_a_model_with_fused_experts_trains_in_turn(
     texts: DataSection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_mixtral(tmp_path / "model")
-    advise.run(small(model, texts, tmp_path / "run", minutes=1e-6, placements=[]))
-    assert "one after the other: the model has fused experts" in capsys.readouterr().out
+    rates = [1e-3, 1e-2, 3e-2, 300.0]
+    advise.run(small(model, texts, tmp_path / "run", minutes=1e-6, placements=[], rates=rates))
+    told = capsys.readouterr().out
+    assert "one after the other: the model has fused experts" in told and "tower" not in told
+    rows = Ledger(tmp_path / "run").rows.values()
+    left = {row["key"]["learning_rate"]: row["train_losses"].count(None) for row in rows if row["diverged"]}
+    assert set(left) == {300.0} and left[300.0] > 0, "it leaves after an eighth"
     kept = load_file(next((tmp_path / "run" / "factors").rglob("*.safetensors")))
     base = load_model(str(model), torch.float32)
     assert fused_experts(base) and {name[:-2] for name in kept} <= set(model_sites(base))

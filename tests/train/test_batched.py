@@ -31,7 +31,7 @@ from rankwise.train.arguments import build_arguments
 from rankwise.train.gradient_table import StepTable
 from rankwise.train.phases import COLUMNS, PHASES_TABLE, PhaseKeeper
 from rankwise.train.together import train
-from rankwise.train.together.alone import train_alone
+from rankwise.train.together.alone import Undropped, train_alone
 from rankwise.train.together.fit import fit
 from rankwise.train.together.stacked import ArmSettings, Course, Stack, StackedAdamW, learning_rates, running
 from rankwise.train.together.train import Arm, TrainedArm, Validation, losses_together, train_together
@@ -527,6 +527,37 @@ def test_fitted_in_one_batch_or_in_turn_is_the_same() -> None:
         assert torch.allclose(one.losses[name], other.losses[name], atol=1e-4, equal_nan=True)
     assert [arm.tokens for arm in one.trained[:3]] == [arm.tokens for arm in other.trained[:3]]
     assert one.peak_bytes > 0 and [arm.diverged for arm in one.trained] == [False] * 3 + [True]
+
+
+def test_what_diverges_in_turn_leaves_as_it_does_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the same eighth, for the same reason; the others are as they are unwatched, and the base is asked once."""
+    model = tiny("llama")
+    model.lm_head.weight.data.mul_(20)  # one that can be worse than it is
+    settings = dataclasses.replace(SETTINGS, lr_scheduler="constant", warmup_steps=0)
+    good = make_arms(model)[0]
+    wild, lost = (dataclasses.replace(good, learning_rate=rate) for rate in (0.3, 1e36))
+    shared = (model, [good, wild, lost], Answers(), Collator(0), settings, {"dev": batches()})
+    known: dict[tuple[int, ...], float] = {}
+    one, other = fit(*shared, watch=True), fit(*shared, in_turn=True, watch=True, base_losses=known)
+    told = [re.split(r"(?<=mean loss )[\d.]+", fitted.trained[1].left) for fitted in (one, other)]
+    assert told[0] == told[1] and "steps 4 to 6, the base's there is 5.751" in told[0][1]
+    for mine, theirs in zip(one.trained, other.trained, strict=True):
+        assert mine.diverged == theirs.diverged
+        assert mine.losses == pytest.approx(theirs.losses, rel=0.05, nan_ok=True)
+    assert [arm.tokens for arm in one.trained[:2]] == [arm.tokens for arm in other.trained[:2]]
+    assert [sum(loss == loss for loss in arm.losses) for arm in other.trained] == [STEPS, 6, 1]
+    assert "not finite" in other.trained[2].left and not other.trained[0].left
+    assert other.losses["dev"][1:].isnan().all() and other.losses["dev"][0].isfinite().all()
+
+    def asked(self: Undropped, batch: Any) -> float:
+        raise AssertionError("the base's losses on these rows are known")
+
+    monkeypatch.setattr(Undropped, "base_loss", asked)
+    again = fit(*shared, in_turn=True, watch=True, base_losses=known)
+    unwatched = fit(*shared, in_turn=True)
+    assert [arm.left for arm in again.trained] == [arm.left for arm in other.trained]
+    assert distance(again.trained[0].pairs, unwatched.trained[0].pairs) == 0
+    assert not unwatched.trained[1].diverged and not unwatched.trained[1].left
 
 
 def test_rows_of_more_than_tokens_are_refused() -> None:

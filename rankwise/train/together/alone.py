@@ -4,18 +4,20 @@
     str(replay)        # all:1 > mlp:40 > attention: what a yoked arm trains as a fixed schedule
 
 `train_together` trains many arms at once and must know beforehand which sites move at which step. All else is alike:
-start, scales, order of rows, optimizer and schedule of the rate, and no dropout. `train_alone` goes through the
-project's own Trainer; `train_weights` is a plain loop over all weights, for probes and for the arm `full`.
+start, scales, order of rows, optimizer and schedule of the rate, what diverges, and no dropout. `train_alone` goes
+through the project's own Trainer; `train_weights` is a plain loop over all weights, for probes and for the arm `full`.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,7 +25,14 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, TrainingArguments, get_scheduler
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    get_scheduler,
+)
 
 from rankwise.core.phase import BoundNorm, Phases
 from rankwise.core.plan import PlannedSite, RankPlan
@@ -34,9 +43,10 @@ from rankwise.options.sections import LoraSection
 from rankwise.train.arguments import build_arguments
 from rankwise.train.phases import PhaseKeeper
 from rankwise.train.together.stacked import ArmSettings, Pairs
-from rankwise.train.together.train import Arm, Collate, TokenRows, TrainedArm
-from rankwise.train.trainer import RankwiseTrainer
+from rankwise.train.together.train import Arm, Collate, TokenRows, TrainedArm, compared, why_left
+from rankwise.train.trainer import SAMPLE_INDEX, RankwiseTrainer
 
+StepLosses = MutableMapping[tuple[int, ...], float]  # the base's, by the rows of a step
 JOB = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
@@ -47,6 +57,36 @@ class Undropped(RankwiseTrainer):
         model.eval()
         return super().compute_loss(model, *args, **rest)
 
+    @torch.no_grad()
+    def base_loss(self, batch: Mapping[str, Any]) -> float:
+        """Of the same model on a batch, without its adapter."""
+        inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != SAMPLE_INDEX})
+        with self.model.disable_adapter(), self.compute_loss_context_manager():
+            return float(self.compute_loss(self.model, inputs))
+
+
+class DivergenceStop(TrainerCallback):
+    """Ends a run that diverges, after the eighth of its steps that shows it.
+
+    of_base: the base's loss on the rows of a step (from 0). reason: why the run was ended; empty where it was not.
+    """
+
+    def __init__(self, of_base: Callable[[int], float]) -> None:
+        self.of_base, self.reason = of_base, ""
+        self.losses: list[float] = []
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if "loss" not in logs:
+            return
+        self.losses.append(logs["loss"])
+        steps = compared(state.global_step, state.max_steps)
+        if steps:
+            base = fmean(map(self.of_base, steps))
+            self.reason = why_left(fmean(self.losses[steps.start :]), base, True, steps)
+            control.should_training_stop = bool(self.reason) or control.should_training_stop
+
 
 def train_alone(
     model: PreTrainedModel,
@@ -55,11 +95,14 @@ def train_alone(
     rows: TokenRows,
     collate: Collate,
     settings: ArmSettings,
+    base_losses: StepLosses | None = None,
 ) -> tuple[TrainedArm, Phases | None]:
     """Train an arm, under an adaptive schedule if any; returns the result and the equivalent fixed schedule.
 
     The model is only read, and afterwards as it was. `arm.active` plays no part. An arm that diverged is told as
     `train_together` tells it; its fixed schedule stays in the phase in which it ended.
+
+    base_losses: the arm is watched, as `train_together` watches, against these; what is missing is computed and kept.
 
     Raises UsageError where the process sees several GPUs, Interrupted on a signal.
     """
@@ -68,20 +111,33 @@ def train_alone(
         folder = Path(name)
         reset = settings.phase_state == "reset"
         keeper = PhaseKeeper(schedule, folder, reset=reset, verbose=False) if schedule else None
+
+        def of_base(step: int) -> float:
+            assert base_losses is not None
+            taken = tuple(order[settings.taken(step)])
+            if taken not in base_losses:
+                base_losses[taken] = trainer.base_loss(collate([rows[index] for index in taken]))
+            return base_losses[taken]
+
+        stop = DivergenceStop(of_base) if base_losses is not None else None
         trainer = Undropped(
             model=adapted(twin, arm.start, arm.scales),
             args=arguments(arm, settings, folder, model.device),
             train_dataset=Subset(rows, order),  # type: ignore[arg-type]
             data_collator=collate,
             phases=keeper,
+            callbacks=[stop] if stop else [],
         )
-        diverged = not finishes(trainer)
+        finite = finishes(trainer)
         steps = [row for row in trainer.state.log_history if "loss" in row]
         nothing = [torch.nan] * (settings.steps - len(steps))
         pairs = {path: (pair.lora_A, pair.lora_B) for path, pair in lora_pairs(trainer.model).items()}
     losses, norms = ([float(row[column]) for row in steps] + nothing for column in ("loss", "grad_norm"))
     tokens = sum(len(rows[index]["input_ids"]) for index in order[: len(steps) * settings.batch_size])
-    result = TrainedArm(pairs, losses, norms, diverged, tokens=tokens)
+    left = ""
+    if stop is not None:
+        left = stop.reason if finite else why_left(math.nan, math.nan, False, range(len(steps) + 1))
+    result = TrainedArm(pairs, losses, norms, not finite or bool(left), left, tokens=tokens)
     if keeper is None:
         return result, None
     assert isinstance(keeper.schedule, BoundNorm)

@@ -5,7 +5,7 @@
     fitted.tokens, fitted.training_seconds, fitted.seconds, fitted.peak_bytes
 
 Arms share one frozen base and one forward pass; what cannot (rows with pictures) trains in turn, `in_turn`, by the
-Trainer, from the same starts on the same rows.
+Trainer, from the same starts on the same rows. Those that diverge leave early, however they train (`watch`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from rankwise.evaluate.likelihood import answer_losses
 from rankwise.files.monitor import PeakMemory
-from rankwise.train.together.alone import adapted, train_alone, twin_of
+from rankwise.train.together.alone import StepLosses, adapted, train_alone, twin_of
 from rankwise.train.together.stacked import ArmSettings
 from rankwise.train.together.starts import Pairs
 from rankwise.train.together.train import Arm, Batch, Collate, TokenRows, TrainedArm, losses_together, train_together
@@ -53,20 +53,24 @@ def fit(
     scored: Mapping[str, Sequence[Batch]],
     *,
     in_turn: bool = False,
+    watch: bool = False,
+    base_losses: StepLosses | None = None,
     **how: Any,
 ) -> Fitted:
     """Train all arms and score each on these batches; the model is only read, and afterwards as it was.
 
-    in_turn: one after the other by the Trainer; such arms are not watched. how: keywords of `train_together`.
+    in_turn: one after the other by the Trainer. base_losses: what such arms are watched against, as far as it is known,
+    and kept for the next. how: further keywords of `train_together`.
     """
     started, on_gpu = time.monotonic(), model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
     with PeakMemory() as memory:
         if in_turn:
-            trained = [train_alone(model, arm, None, rows, collate, settings)[0] for arm in arms]
+            known = ({} if base_losses is None else base_losses) if watch else None
+            trained = [train_alone(model, arm, None, rows, collate, settings, known)[0] for arm in arms]
         else:
-            trained = train_together(model, arms, rows, collate, settings, **how)
+            trained = train_together(model, arms, rows, collate, settings, watch=watch, **how)
         training = time.monotonic() - started
         found = score(model, trained, [arm.scales for arm in arms], scored, in_turn=in_turn)
     peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else memory.bytes

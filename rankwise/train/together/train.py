@@ -133,7 +133,7 @@ def train_together(
             training.step(together, step)
             if validation is not None and step + 1 in validation.steps:
                 training.validate(together, step + 1, validation)
-            if watch and step + 1 in eighths(settings.steps):
+            if watch:
                 training.dismiss(together, step + 1)
             after_step(step + 1)
             if not training.there:
@@ -202,18 +202,12 @@ class Training:
 
     def dismiss(self, together: Together, step: int) -> None:
         """Arms that diverge leave, the others go on as they were."""
-        count = min(WATCHED, max(1, step - max((end for end in eighths(self.settings.steps) if end < step), default=0)))
-        steps = range(step - count, step)
-        means = torch.stack(self.losses[-count:]).mean(0)[self.places()].tolist()
-        base = self.base_means(together, steps)
-        reasons = [
-            f"a loss or gradient was not finite by step {step}"
-            if not alive
-            else f"mean loss {mean:.4g} over steps {step - count + 1} to {step}, the base's there is {of_base:.4g}"
-            if not mean <= of_base * (1 + MARGIN)
-            else ""
-            for mean, of_base, alive in zip(means, base, self.optimizer.alive[:, 0].tolist(), strict=True)
-        ]
+        steps = compared(step, self.settings.steps)
+        if not steps:
+            return
+        means = torch.stack(self.losses[steps.start :]).mean(0)[self.places()].tolist()
+        alive = self.optimizer.alive[:, 0].tolist()
+        reasons = list(map(why_left, means, self.base_means(together, steps), alive, [steps] * len(means)))
         if any(reasons):
             self.leave(reasons)
 
@@ -269,6 +263,26 @@ class Training:
 def eighths(steps: int) -> list[int]:
     """The steps after which each eighth of a run is done."""
     return [-(-steps * part // 8) for part in range(1, 9)]
+
+
+def compared(step: int, steps: int) -> range:
+    """Steps (from 0) whose mean loss decides whether a run diverges, once so many of all are done: the last ones of an
+    eighth; none where no eighth ends."""
+    ends = [0, *eighths(steps)]
+    if step not in ends[1:]:
+        return range(0)
+    count = min(WATCHED, step - max(end for end in ends if end < step))
+    return range(step - count, step)
+
+
+def why_left(mean: float, of_base: float, alive: bool, steps: range) -> str:
+    """Why a run leaves after these steps, by its mean loss in them and the base's on the same rows; empty where it
+    stays."""
+    if not alive:
+        return f"a loss or gradient was not finite by step {steps.stop}"
+    if mean <= of_base * (1 + MARGIN):
+        return ""
+    return f"mean loss {mean:.4g} over steps {steps.start + 1} to {steps.stop}, the base's there is {of_base:.4g}"
 
 
 def mean_loss(rows: Sequence[tuple[float, int]]) -> float:
