@@ -231,21 +231,42 @@ def test_a_number_outside_its_range(
                 assert called([*name.split(), str(file)], capsys) == wanted
 
 
+def parts(defaults: Any) -> Iterator[tuple[Any, Option]]:
+    """Every option of a command, with the dataclass that it is a field of: the command's own, or a section."""
+    own = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}
+    for default in filter(dataclasses.is_dataclass, own.values()):
+        yield from parts(default)
+    for item in options_of(defaults):
+        if item.name in own and not dataclasses.is_dataclass(own[item.name]):
+            yield defaults, item
+
+
 @pytest.mark.parametrize("name", LINES)
 def test_a_number_outside_its_range_in_python(name: str) -> None:
-    def refused(defaults: Any) -> Iterator[str]:
-        for field in dataclasses.fields(defaults):
-            default = getattr(defaults, field.name)
-            if dataclasses.is_dataclass(default):
-                yield from refused(default)
-        for item in options_of(defaults):
-            for number, said in outside(item) if item.name in vars(defaults) else ():
-                with pytest.raises(UsageError, match=re.escape(f"--{item.name} {said}")):
-                    dataclasses.replace(defaults, **{item.name: [number] if item.is_list else number})
-                yield item.name
+    found = list(parts(COMMANDS[name].config))
+    assert {item.name for _, item in found} == {item.name for item in options_of(COMMANDS[name].config)}
+    for part, item in found:
+        for number, said in outside(item):
+            with pytest.raises(UsageError, match=re.escape(f"--{item.name} {said}")):
+                dataclasses.replace(part, **{item.name: [number] if item.is_list else number})
 
-    own = {item.name for item in options_of(COMMANDS[name].config) if item.range}
-    assert set(refused(COMMANDS[name].config)) == own
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_word_that_is_no_choice_in_python(
+    name: str, world: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the words of the command line; what is a choice, or may be unset, is taken."""
+    for part, item in parts(COMMANDS[name].config):
+        if not item.choices:
+            continue
+        near = f"{item.choices[-1]}_"
+        code, said = called(words(name, world, f"--{item.name}={near}"), capsys)
+        assert code == 2 and said.startswith(f"rankwise: --{item.name} takes {', '.join(item.choices)}; got '{near}'")
+        for wrong in [[item.choices[0], near]] if item.is_list else [near, None][: 2 - item.nullable]:
+            with pytest.raises(UsageError, match=re.escape(said.removeprefix("rankwise: ") if wrong else "got None")):
+                dataclasses.replace(part, **{item.name: wrong})
+        for right in [*item.choices, *[None][: int(item.nullable)]]:
+            dataclasses.replace(part, **{item.name: [right] if item.is_list and right else right})
 
 
 def test_a_number_outside_its_range_in_a_recipe(

@@ -36,7 +36,8 @@ class Rule:
     per: str = "site"
 
     def __post_init__(self) -> None:
-        SpectrumSection(self.threshold, self.min_rank, self.max_rank, self.smoothing)  # UsageError: out of range
+        # UsageError: out of range, no choice
+        SpectrumSection(self.threshold, self.min_rank, self.max_rank, self.smoothing, self.round, self.per)
         if self.min_rank > self.max_rank:
             raise UsageError(f"bounds need --min_rank ≤ --max_rank; got {self.min_rank} and {self.max_rank}")
 

@@ -87,8 +87,8 @@ def option(
 ) -> Any:
     """A dataclass field that becomes a flag. A list default is copied for every instance.
 
-    Numbers outside the range (least and most belong to it, below and above do not) are refused where they are
-    converted, and where a config is built (`Options`).
+    Numbers outside the range (least and most belong to it, below and above do not), and words that are not among the
+    choices, are refused where they are converted, and where a config is built (`Options`).
 
     A list takes commas and repeated flags; with `commas=False` (regexes, assignments) repeated flags only. What is
     secret is in no saved or printed config, and configs that differ in nothing else are equal. An address is saved and
@@ -111,12 +111,25 @@ output = partial(option, short="-o", path="folder")  # where a command's product
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What commands, their sections and settings derive from: no number outside its option's range can be built in."""
+    """What commands, their sections and settings derive from: no number outside its option's range, and no word that is
+    not among its choices, can be built in."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if "range" in field.metadata:
-                field.metadata["range"].check(f"--{field.name}", getattr(self, field.name))
+            if "range" not in field.metadata:
+                continue
+            name, value = f"--{field.name}", getattr(self, field.name)
+            field.metadata["range"].check(name, value)
+            choices = field.metadata["choices"]
+            if not choices or (value is None and may_be_unset(type(self), field)):
+                continue
+            for one in value if isinstance(value, (list, tuple)) else [value]:
+                if one not in choices:
+                    raise no_choice(name, one, choices)
+
+
+def may_be_unset(kind: Any, field: dataclasses.Field[Any]) -> bool:
+    return field.default is None or type(None) in typing.get_args(hints_of(kind)[field.name])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,14 +186,19 @@ def convert(option: Option, value: Any, where: str) -> Any:
     `none` and `null` mean "not set" unless they are among the choices; what always has a value refuses them.
     """
     converted = as_typed(option, value, where)
-    option.range.check(where if where == f"--{option.name}" else f"{where}: {option.name}", converted)
+    option.range.check(named(option, where), converted)
     return converted
+
+
+def named(option: Option, where: str) -> str:
+    """An option in the place where it was set: `--name`, `FILE: name`."""
+    return where if where == f"--{option.name}" else f"{where}: {option.name}"
 
 
 def as_typed(option: Option, value: Any, where: str) -> Any:
     """The value in the option's type and among its choices."""
-    named = option.choices is not None and value in option.choices
-    if not named and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+    chosen = option.choices is not None and value in option.choices
+    if not chosen and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
         if not option.nullable:
             raise UsageError(f"{where}: {option.name} needs a value; got {value!r}")
         return None
@@ -239,11 +257,16 @@ def check_choice(option: Option, value: Any, where: str) -> Any:
         return value
     words = FALSE if str(value).lower() == "false" else TRUE if str(value).lower() == "true" else set()
     found = [choice for choice in choices if choice in words]
-    if len(found) == 1:
-        return found[0]
+    if len(found) != 1:
+        raise no_choice(named(option, where), value, choices)
+    return found[0]
+
+
+def no_choice(name: str, value: Any, choices: Sequence[str]) -> UsageError:
+    """Error, in which `name` is the option's, for what is not one of its choices."""
     near = difflib.get_close_matches(str(value), choices, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise UsageError(f"{where}: {option.name} takes {', '.join(choices)}; got {value!r}{hint}")
+    return UsageError(f"{name} takes {', '.join(choices)}; got {value!r}{hint}")
 
 
 def split_list(text: str) -> list[str]:

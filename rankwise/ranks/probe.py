@@ -26,7 +26,7 @@ from rankwise.models.load import meta_model
 from rankwise.models.sites import fused_experts, model_sites, weight_table
 from rankwise.models.vocabulary import embedding_paths
 from rankwise.options.commands import RanksConfig
-from rankwise.options.sections import TOWERS, SitesSection
+from rankwise.options.sections import SitesSection
 from rankwise.ranks.deltas import (
     DELTAS,
     WEIGHT_TYPES,
@@ -45,9 +45,6 @@ NOT_ANALYSED = re.compile(r"(running_mean|running_var|num_batches_tracked)$")
 
 def filter_sites(sites: Mapping[str, Site], asked: SitesSection) -> dict[str, Site]:
     """The sites that --towers, --include and --exclude leave, in order. UsageError for a bad regex or for none left."""
-    for tower in asked.towers:
-        if tower not in TOWERS:
-            raise UsageError(f"--towers: {tower!r} is not one of {', '.join(TOWERS)}")
     include, exclude = compile_regex(asked.include, "--include"), compile_regex(asked.exclude, "--exclude")
     kept = {
         path: site

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -167,11 +168,13 @@ def test_undecided_spectra_are_refused() -> None:
         {"min_rank": -1},
         {"min_rank": 0, "max_rank": 0},
         {"smoothing": 1.5},
+        {"round": "up"},
+        {"per": "layer"},
     ],
 )
-def test_rules_that_mean_nothing_are_usage_errors(wrong: dict[str, float]) -> None:
+def test_rules_that_mean_nothing_are_usage_errors(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        Rule(**wrong)  # type: ignore[arg-type]
+        Rule(**wrong)
 
 
 def test_budgets_as_they_are_written() -> None:
