@@ -47,6 +47,7 @@ LAST = ("f32", "bf16", "f16", "q8_0")  # the form to ship is the smallest of the
 # Tokens of llama.cpp's context beyond the longest sample: a picture cut into more tiles shall show, not fail.
 ROOM = 1024
 LONGEST = 128  # tokens of an answer, where neither the command nor the device says
+RECORDED = "answers.jsonl"  # seconds and confidence of each of llama.cpp's answers
 BLIND = 4  # prompts without their pictures on the ladder
 
 
@@ -277,7 +278,7 @@ def answers_in(
 ) -> tuple[GGUFGenerator, ScoredAnswers]:
     """llama.cpp's answers to all items, recorded in the folder one by one; the engine knows their seconds."""
     folder.mkdir(parents=True, exist_ok=True)
-    engine = GGUFGenerator(runtime, trained.renderer, trained.decoding, record=folder / "answers.jsonl")
+    engine = GGUFGenerator(runtime, trained.renderer, trained.decoding, record=folder / RECORDED)
     return engine, answered(trained, engine, folder, trained.made_from(*one.files))
 
 

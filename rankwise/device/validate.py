@@ -17,6 +17,7 @@ from rankwise.data.sources.load import settle
 from rankwise.device.parity.ladder import verdict
 from rankwise.device.scores import DOCUMENT, change, gain_kept, items, scores
 from rankwise.device.sides import (
+    RECORDED,
     ScoredAnswers,
     Shipment,
     TrainedSide,
@@ -29,12 +30,15 @@ from rankwise.device.sides import (
 from rankwise.device.sweep import SWEEP, sweep_forms
 from rankwise.device.validation_page import draw, summary
 from rankwise.errors import UsageError, VerificationError
+from rankwise.evaluate.predictions import earlier_answers
 from rankwise.evaluate.tasks import TASKS
 from rankwise.evaluate.tasks import task as task_named
 from rankwise.files.processes import announce
 from rankwise.files.run_folder import RunFolder
 from rankwise.options.commands import ValidateConfig
 from rankwise.pipeline.idle import refuse_idle
+
+TRAINED, BEFORE = "trained", "before"  # folders of the model's own answers, and of its base's
 
 
 def run(config: ValidateConfig) -> dict[str, Any]:
@@ -46,8 +50,8 @@ def run(config: ValidateConfig) -> dict[str, Any]:
     with out.lock(), out.recording("validate", inputs(config, shipped)) as record:
         trained = trained_side(config, shipped)
         app = trained.app  # a folder without its pictures is refused before anything is answered
-        tuned = answers_of(trained, out / "trained")
-        base = answers_of(trained.on(config.base_model), out / "before") if config.base_model else None
+        tuned = answers_of(trained, out / TRAINED)
+        base = answers_of(trained.on(config.base_model), out / BEFORE) if config.base_model else None
         floor = trained.floor()
         found = {one.form: validated(config, trained, one, floor, app, out.path) for one in shipped.forms}
         content = described(config, trained, found, tuned, base) | {"floor": floor.as_dict() if floor else None}
@@ -82,6 +86,24 @@ def check(config: ValidateConfig) -> ValidateConfig:
         raise UsageError("--sweep runs files on this machine; leave --server out")
     refuse_idle(config)
     task_named(config.data.task).check()
+    return config
+
+
+def earlier(config: ValidateConfig) -> list[Path]:
+    """The answers of an earlier validation where this one writes its own."""
+    out, forms = Path(config.output_dir), [one.form for one in shipment(config).forms]
+    swept = [f"sweep/{form}" for form in {*forms, *config.sweep}] if config.sweep else []
+    places = [out / name for name in (TRAINED, BEFORE, *forms, *swept)]
+    return [file for place in places for file in (*earlier_answers(place), place / RECORDED) if file.is_file()]
+
+
+def going_on(config: ValidateConfig, *, unchanged: bool) -> ValidateConfig:
+    """The config of a recipe's stage that finds answers in its folder: those of another model, or to other items, are
+    deleted, once it is sure that this validation can begin."""
+    if not unchanged:
+        check(config)
+        for file in earlier(config):
+            file.unlink()
     return config
 
 

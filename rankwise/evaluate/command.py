@@ -31,7 +31,7 @@ from rankwise.evaluate.engines import (
     subject,
 )
 from rankwise.evaluate.generate import fitting
-from rankwise.evaluate.predictions import READ_FIRST, RESULTS, EvaluationResult
+from rankwise.evaluate.predictions import READ_FIRST, RESULTS, EvaluationResult, earlier_answers
 from rankwise.evaluate.tasks import TASKS, evaluate, part, task
 from rankwise.files.adapter import adapter_files
 from rankwise.files.atomic import fingerprint, fingerprints, write_text
@@ -46,7 +46,6 @@ from rankwise.page.text import with_interval
 from rankwise.pipeline.idle import refuse_idle
 
 CONFUSION, BESIDE = "confusion.csv", "resolved_config.evaluate.json"
-PREDICTIONS = "predictions*.json*"
 WINDOW = 1024  # tokens of a piece of text for --forget
 
 
@@ -83,13 +82,20 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult | None:
     return result or lost
 
 
-def start_over(config: EvaluateConfig) -> None:
-    """Delete the answers of an earlier evaluation in the folder, once it is sure that this one can begin."""
-    config = check(config)
-    check_installed(config)
-    base_and_adapter(str(config.model_name), config.base_model_id)
-    for file in output_folder(config).path.glob(PREDICTIONS):
-        file.unlink()
+def earlier(config: EvaluateConfig) -> list[Path]:
+    """The answers of an earlier evaluation in the folder."""
+    return earlier_answers(output_folder(config).path)
+
+
+def going_on(config: EvaluateConfig, *, unchanged: bool) -> EvaluateConfig:
+    """The config of a recipe's stage that finds answers in its folder: those of an evaluation of something else are
+    deleted, once it is sure that this one can begin."""
+    if not unchanged:
+        check_installed(check(config))
+        base_and_adapter(str(config.model_name), config.base_model_id)
+        for file in earlier(config):
+            file.unlink()
+    return config
 
 
 def config_name(folder: RunFolder) -> str:

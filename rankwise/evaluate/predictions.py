@@ -149,6 +149,11 @@ class Prediction:
         return row
 
 
+def earlier_answers(folder: Path) -> list[Path]:
+    """Files of predictions in a folder, whole or of one process, with their settings."""
+    return sorted(folder.glob("predictions*.json*"))
+
+
 def predict(
     generator: Answering, examples: Sequence[Example], path: str | Path, made_from: Mapping[str, Any] | None = None
 ) -> list[Prediction]:

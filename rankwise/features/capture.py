@@ -173,6 +173,13 @@ def energy_line(cache: FeatureCache) -> str:
     return f"at rank {rank} the best factors keep {kept:.2%} of a matrix's energy (median of {len(values)})"
 
 
+def earlier(config: CaptureConfig) -> list[Path]:
+    """What an earlier capture has left in the folder."""
+    cache = replaceable(Path(config.output_dir).expanduser())
+    cache.put_back()  # where a process was killed
+    return cache.there()
+
+
 def going_on(config: CaptureConfig, *, unchanged: bool) -> CaptureConfig:
     """The config of a recipe's stage that finds something in its folder: a capture of other things is made anew."""
     return config if unchanged else replace(config, overwrite=True)

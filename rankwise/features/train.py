@@ -28,6 +28,7 @@ from rankwise.features.job import (
     Start,
     allocation_of,
     arguments_of,
+    earlier_of,
     epochs_done,
     holds_run,
     refuse_earlier,
@@ -47,6 +48,7 @@ from rankwise.options.features import FactorTrainConfig, canonical
 from rankwise.page.canvas import drawable
 from rankwise.page.text import command_line, duration, percent
 from rankwise.pipeline.idle import refuse_idle
+from rankwise.train.checkpoints import MANIFEST
 from rankwise.train.gradient_table import TRAINING_LOG
 from rankwise.train.trainer import RankwiseTrainer
 
@@ -216,13 +218,20 @@ def last_words(folder: Path, rows: Sequence[Row], results: dict[str, Any], secon
     ]
 
 
+def earlier(config: FactorTrainConfig) -> list[Path]:
+    """What an earlier run has left in the folder that could be trained further."""
+    folder = folder_of(config)
+    earlier_of(folder).put_back()  # where a process was killed
+    files = [file for name in holds_run(folder) for file in (folder / name, folder / name / MANIFEST)]
+    return [file for file in files if file.is_file()]
+
+
 def going_on(config: FactorTrainConfig, *, unchanged: bool) -> FactorTrainConfig:
     """The config of a recipe's stage that finds an earlier run in its folder: what is left of the same run, or a run
     in its place."""
-    folder = folder_of(config)
-    if config.resume or not holds_run(folder):
+    if config.resume:
         return config
-    done = epochs_done(folder) if unchanged else None
+    done = epochs_done(folder_of(config)) if unchanged else None
     if done is None:
         return replace(config, overwrite=True)
     return replace(config, resume=True, epochs=max(0, config.epochs - done))

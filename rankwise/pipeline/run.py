@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -49,7 +49,7 @@ from rankwise.pipeline.recipe import (
     resolve_stage,
     resolve_stages,
 )
-from rankwise.pipeline.table import COMMANDS, stage_of
+from rankwise.pipeline.table import stage_of
 from rankwise.pipeline.times import BEFORE, UNASKED, UNFINISHED, UNREACHED, StageTime, time_table
 
 LOGS, MONITOR, AUTO = "logs", "monitor.csv", "auto"
@@ -153,13 +153,15 @@ def step(folder: RunFolder, recipe: Recipe, index: int, config: Any, again: bool
         return StageTime(stage.name, before["seconds"], before, BEFORE)
     started = time.monotonic()
     print(f"{title}: rankwise {stage.command}", flush=True)
-    ready = resuming(stage, config, before, mark)
-    write_mark(folder.path, stage.name, {"started": mark})
+    with name_stage(stage):
+        ready, begun = resuming(stage, config, before, mark)
+    write_mark(folder.path, stage.name, begun)
     with monitor.watching(stage.name) as samples:
         execute(stage, ready, folder / STATE)
     seconds, usage = round(time.monotonic() - started, 3), asdict(usage_of(samples))
     # A stage may write beside what it reads: the mark is that of the finished run.
-    write_mark(folder.path, stage.name, {"done": fingerprint_of(stage, config, previous), "seconds": seconds, **usage})
+    done = {"done": fingerprint_of(stage, config, previous), "seconds": seconds, **usage}
+    write_mark(folder.path, stage.name, done | {key: begun[key] for key in ("outputs",) if key in begun})
     print(f"{title}: {duration(seconds)}", flush=True)
     return StageTime(stage.name, seconds, usage)
 
@@ -233,21 +235,30 @@ def fingerprint_of(stage: Stage, config: Any, previous: str | None) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def resuming(stage: Stage, config: Any, before: Mapping[str, Any], mark: str) -> Any:
-    """A training stage that was stopped in the middle goes on from its newest complete checkpoint; one whose options
-    or inputs have changed since starts over. So does an evaluation, whose answers of before are deleted."""
-    if stage.command == "evaluate" and before and before.get("started") != mark:
-        stage_of(stage.command).start_over(config)
-    going_on = getattr(stage_of(stage.command), "going_on", None)
-    if going_on is not None and before:  # what this recipe has not made is not its to replace
-        return going_on(config, unchanged=before.get("started") == mark)
-    if not COMMANDS[stage.command].trainer or config.resume_from_checkpoint:
-        return config
-    if not any(Path(config.output_dir).glob("checkpoint-*")):
-        return config
-    if before.get("started") == mark:
-        return replace(config, resume_from_checkpoint="true")
-    return replace(config, training=config.training | {"overwrite": True})
+def resuming(stage: Stage, config: Any, before: Mapping[str, Any], mark: str) -> tuple[Any, dict[str, Any]]:
+    """(the config that a stage runs with, its mark meanwhile). Where it finds what it has made before, one that was
+    stopped goes on and one whose options or inputs have changed starts over, as its command says (`going_on`).
+
+    What this recipe has not made is not its to replace: its command decides. `outputs` of the mark: where the stage has
+    begun. `replaced`: modification times of what it starts over from, which outlives a start that comes to nothing.
+    """
+    command, where = stage_of(stage.command), places(config)
+    if not hasattr(command, "going_on"):
+        return config, {"started": mark}
+    own = set(before.get("outputs", where if before else []))
+    there = {str(path): path.stat().st_mtime_ns for path in command.earlier(config)}
+    if there and not where <= own:
+        return config, {"started": mark, "outputs": sorted(own)}
+    begun = {"started": mark, "outputs": sorted(own | where)}
+    if not there:
+        return config, begun
+    unchanged = before.get("started") == mark and not there.items() & before.get("replaced", {}).items()
+    return command.going_on(config, unchanged=unchanged), begun | ({} if unchanged else {"replaced": there})
+
+
+def places(config: Any) -> set[str]:
+    """Where a stage writes: where its options say, else beside its model."""
+    return {str(path) for path in outputs(config)} or {str(flatten(config).get("model_name"))}
 
 
 def execute(stage: Stage, config: Any, scratch: Path) -> None:

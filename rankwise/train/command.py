@@ -41,7 +41,8 @@ from rankwise.train.adapter import adapt_base, check_lora, choose_plan, describe
 from rankwise.train.arguments import build_arguments, quantization
 from rankwise.train.estimate.command import check_estimate, run_estimate
 from rankwise.train.job import Job, prepare, rates_of, settle_training
-from rankwise.train.launch import check_folder, starting_point, train_job
+from rankwise.train.launch import check_folder, finished_checkpoints, starting_point, train_job
+from rankwise.train.launch import going_on as going_on
 from rankwise.train.phases import gradient_norms, phase_keeper, schedule_of
 from rankwise.train.results import (
     Outcome,
@@ -60,6 +61,7 @@ from rankwise.train.selection import (
     save_task,
     selection_lines,
 )
+from rankwise.train.together.arm_folder import ARM
 from rankwise.train.together.command import describe_arms, run_arms
 from rankwise.train.towers import check_rates, default_towers, describe_towers, describe_trained, full_of, train_use
 from rankwise.train.trainer import RankwiseTrainer
@@ -163,6 +165,11 @@ def check(config: TrainConfig) -> TrainConfig:
     schedule_of(config.phases)
     asked(config.depth)
     return config
+
+
+def earlier(config: TrainConfig) -> list[Path]:
+    """What an earlier run has left in the folder: finished arms, or checkpoints."""
+    return sorted(Path(config.output_dir).glob(f"*/{ARM.name}")) if config.arms else finished_checkpoints(config)
 
 
 def base_name(config: TrainConfig) -> str:

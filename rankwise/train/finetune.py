@@ -41,7 +41,8 @@ from rankwise.train.estimate.cost import run_length
 from rankwise.train.estimate.gpus import memory_available, memory_needed, refuse_too_large
 from rankwise.train.gradient_table import TRAINING_LOG
 from rankwise.train.job import Job, base_facts, data_facts, earlier_checkpoint, render_rows
-from rankwise.train.launch import check_folder, starting_point, train_job
+from rankwise.train.launch import check_folder, finished_checkpoints, starting_point, train_job
+from rankwise.train.launch import going_on as going_on
 from rankwise.train.results import describe_losses, plain_model, whole_state, write_adapter_files
 from rankwise.train.towers import check_rates, describe_trained, finetune_use
 from rankwise.train.trainer import RankwiseTrainer
@@ -49,6 +50,7 @@ from rankwise.train.trainer import RankwiseTrainer
 LORA_RATE = 1e-4
 MAX_SHARD = "5GB"
 FEW_UPDATES = 50
+earlier = finished_checkpoints
 
 
 def language_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,13 +23,21 @@ from rankwise.files.processes import announce, process_index
 from rankwise.files.run_folder import CONFIG, RunFolder
 from rankwise.options.commands import FinetuneConfig, TrainConfig
 from rankwise.train.adalora import ALLOCATED_TABLE
-from rankwise.train.checkpoints import FirstStep, goes_on_from, refuse_earlier, resume_point
+from rankwise.train.checkpoints import (
+    MANIFEST,
+    FirstStep,
+    checkpoints,
+    goes_on_from,
+    refuse_earlier,
+    resume_point,
+)
 from rankwise.train.gradient_table import TRAINING_LOG
 from rankwise.train.gradients import GRADIENT_FILES
 from rankwise.train.job import Job
 from rankwise.train.phases import PHASES_TABLE
 from rankwise.train.trainer import RankwiseTrainer
 
+Config = TypeVar("Config", FinetuneConfig, TrainConfig)
 OF_A_RUN = ("checkpoint-*", CONFIG, TRAINING_LOG, *GRADIENT_FILES, PHASES_TABLE, ALLOCATED_TABLE)
 PACKING_EXACT, PACKING_ROUNDED = 1e-3, 0.1  # largest relative difference of logits in float32, and at 16 bits
 
@@ -53,6 +62,23 @@ def check_folder(config: FinetuneConfig | TrainConfig) -> None:
     folder = Path(config.output_dir)
     if process_index()[0] == 0 and goes_on_from(config.resume_from_checkpoint, folder) is None:
         refuse_earlier(folder, bool(config.training.get("overwrite")))
+
+
+def finished_checkpoints(config: FinetuneConfig | TrainConfig) -> list[Path]:
+    """Manifests of an earlier run's checkpoints, with which a fresh run does not mix."""
+    earlier_run(config).put_back()  # where a process was killed
+    found = [folder / MANIFEST for folder in checkpoints(Path(config.output_dir))]
+    return [file for file in found if file.is_file()]
+
+
+def going_on(config: Config, *, unchanged: bool) -> Config:
+    """The config of a recipe's stage that finds an earlier run in its folder: the rest of the same run, or a run in its
+    place."""
+    if config.resume_from_checkpoint:
+        return config
+    if unchanged:
+        return replace(config, resume_from_checkpoint="true")
+    return replace(config, training=config.training | {"overwrite": True})
 
 
 def earlier_run(config: FinetuneConfig | TrainConfig) -> Aside:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -288,3 +289,40 @@ def test_a_file_of_the_base_is_found_out(shipped: Path, tmp_path: Path, capsys: 
     assert content["outtype"] == "f16"
     assert content["parity"]["f16"]["first_broken"] in ("embeddings", "logprobs")  # the first where they are told
     assert "Conversion error" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_in_a_recipe_another_model_is_validated_anew(
+    shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the same folder; answers there that the recipe has not made are refused, and stay."""
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out" / "validation"
+    stage = f"command: validate, task: labels, data_path: {shipped / 'dataset'}, outtype: f16, parity_samples: 0"
+    exported = {name: shutil.copytree(shipped / name / "export", tmp_path / name) for name in ("tuned", "base")}
+    recipe.write_text(
+        f"stages: [{{{stage}, threads: 1, max_new_tokens: 4, export: {exported['tuned']}, "
+        "output_dir: '${run}/validation'}]\n"
+    )
+
+    def run(*flags: str) -> tuple[int, str]:
+        code = main(["run", str(recipe), "-o", str(tmp_path / "out"), *flags])
+        return code, capsys.readouterr().err
+
+    def answers(folder: Path) -> dict[str, str]:
+        return {str(file.relative_to(folder)): file.read_text() for file in sorted(folder.rglob("*.jsonl"))}
+
+    sweep = ("--set", "validate.sweep=q8_0")
+    assert run(*sweep)[0] == 0
+    first = answers(out)
+    assert {"trained/predictions.jsonl", "f16/answers.jsonl", "sweep/q8_0/answers.jsonl"} <= first.keys()
+    assert run(*sweep, "--set", "validate.max_new_tokens=5")[0] == 0
+    assert run("--set", f"validate.export={exported['base']}")[0] == 0
+    second = answers(out)
+    assert second.keys() == first.keys()
+    assert second["trained/predictions.jsonl"] != first["trained/predictions.jsonl"]
+    own = tmp_path / "own"
+    shutil.copytree(out, own)
+    for more in (("--set", "validate.max_new_tokens=3"), ("--set", "validate.seed=1")):
+        code, error = run("--set", f"validate.output_dir={own}", *more)
+        assert code == 2 and "choose another output folder" in error
+        assert answers(own) == second

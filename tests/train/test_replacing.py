@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ from rankwise.evaluate import command as evaluate
 from rankwise.features import train
 from rankwise.features.synthetic import SyntheticShards
 from rankwise.files.atomic import PLACE, Aside
-from rankwise.options.commands import EvaluateConfig
+from rankwise.options.commands import EvaluateConfig, TrainConfig
 from rankwise.options.sections import ScoredData
 from rankwise.train.checkpoints import MANIFEST, checkpoints
-from rankwise.train.launch import OF_A_RUN
+from rankwise.train.launch import OF_A_RUN, earlier_run
 from rankwise.train.trainer import RankwiseTrainer
 
 Tree = dict[str, bytes]
@@ -203,7 +203,93 @@ def test_a_capture_stays_until_the_first_shard_of_the_next_is_made(
     assert capture(tmp_path, "--seed", "42" if stays else "5") == 0, "what is there is whole, or is gone on with"
 
 
-# --- evaluate, in a recipe -------------------------------------------------------------------------------------------
+# --- stages of a recipe ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(base: Path, data: Path, tmp_path: Path) -> Callable[..., int]:
+    """`rankwise run` of a recipe that trains and evaluates, with flags; its exit code."""
+    common = f"task: e2e_nlg, data_path: {data}"
+    saving = "max_steps: 2, save_strategy: steps, save_steps: 1, per_device_train_batch_size: 4, use_cpu: true"
+    rows = [
+        f"{{command: train, model_name: {base}, {common}, {saving}, no_plots: true, output_dir: '${{run}}/train'}}",
+        f"{{command: evaluate, model_name: '${{run}}/train', {common}, split: train, num_samples: 2,"
+        " max_new_tokens: 2, output_dir: '${run}/after'}",
+    ]
+    file = tmp_path / "recipe.yaml"
+    file.write_text("stages:\n" + "".join(f"  - {row}\n" for row in rows))
+    return lambda *flags: cli.main(["run", str(file), "-o", str(tmp_path / "out"), *flags])
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "resolved_config.json").read_text())
+    return found
+
+
+def test_what_changed_starts_over_where_this_recipe_has_begun(recipe: Callable[..., int], tmp_path: Path) -> None:
+    """Also after starts that came to nothing, whose folder still holds the run that they were to replace."""
+    out = tmp_path / "out"
+    assert recipe() == 0
+    before = tree(out / "train")
+    seven, eight = (["--set", f"train.seed={seed}"] for seed in (7, 8))
+    for _ in range(2):
+        with failing_at(1):
+            assert recipe(*seven) == 4
+        assert tree(out / "train") == before
+    with failing_at(2):
+        assert recipe(*seven) == 4
+    assert [folder.name for folder in checkpoints(out / "train")] == ["checkpoint-1"]
+    assert recipe(*seven) == 0
+    assert settings(out / "train")["seed"] == 7
+    assert settings(out / "train")["resume_from_checkpoint"] == "true", "of the same run, the second step alone is left"
+    earlier_run(TrainConfig(output_dir=str(out / "train"))).take()  # and then the power goes
+    assert recipe(*eight) == 0
+    assert settings(out / "train")["seed"] == 8 and not (out / "train" / PLACE).exists()
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_what_the_recipe_has_not_made_is_refused_and_stays(
+    stage: str,
+    recipe: Callable[..., int],
+    base: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whether the stage has run before elsewhere or not, and whatever is changed after it was refused."""
+    own = tmp_path / "own"
+    if stage == "train":
+        assert cli.main(words("train", base, data, own)) == 0
+    else:
+        line = f"evaluate {base} --task e2e_nlg --data_path {data} --split train --num_samples 2 --max_new_tokens 2"
+        assert cli.main([*line.split(), "-o", str(own)]) == 0
+    before = tree(own)
+    there = ["--set", f"{stage}.output_dir={own}"]
+    remedy = {"train": "start over with --overwrite", "evaluate": "choose another output folder"}[stage]
+
+    def refused(*flags: str) -> None:
+        assert recipe("--only", stage, *there, *flags) == 2
+        assert f"stage {stage} " in (said := capsys.readouterr().err) and remedy in said
+        assert tree(own) == before
+
+    if stage == "train":
+        refused()
+        refused("--set", "train.seed=7")
+    assert recipe() == 0
+    refused()
+    refused("--set", f"{stage}.seed=7")
+    refused("--force")
+    assert recipe() == 0
+
+
+def test_arms_that_changed_start_over(recipe: Callable[..., int], tmp_path: Path) -> None:
+    file, out = tmp_path / "arms.yaml", tmp_path / "out" / "train"
+    arms = ["--only", "train", "--set", f"train.arms={file}", "--set", "train.lora_dropout=0"]
+    arms += ["--set", "train.save_strategy=no"]
+    for rank in (2, 3):
+        file.write_text(f"- {{name: a, rank: {rank}}}\n")
+        assert recipe(*arms) == 0
+        assert json.loads((out / "a" / "adapter_config.json").read_text())["r"] == rank
 
 
 def test_answers_stay_until_the_evaluation_that_replaces_them_can_begin(base: Path, tmp_path: Path) -> None:
@@ -213,9 +299,11 @@ def test_answers_stay_until_the_evaluation_that_replaces_them_can_begin(base: Pa
     right = EvaluateConfig(model_name=str(base), data=data, output_dir=str(tmp_path))
     for wrong in ({"num_samples": 0}, {"model_name": str(tmp_path / "nothing")}, {"num_fewshot": 2}):
         with pytest.raises((UsageError, DataError)):
-            evaluate.start_over(EvaluateConfig(**{**vars(right), **wrong}))
+            evaluate.going_on(EvaluateConfig(**{**vars(right), **wrong}), unchanged=False)
         assert answers.is_file()
-    evaluate.start_over(right)
+    evaluate.going_on(right, unchanged=True)
+    assert answers.is_file()
+    evaluate.going_on(right, unchanged=False)
     assert not answers.exists()
 
 
