@@ -4,6 +4,7 @@ Every message says what is wrong, where, and what to do. `cli.main` prints the m
 and exits with `exit_code`; as a library, catch `RankwiseError`.
 
     RankwiseError ── UsageError 2 · DataError 3 · DivergedError 4 · ServiceError 5 · VerificationError 6
+                  ├─ UndecidedError 7
                   └─ Interrupted 130 (SIGINT) / 143 (SIGTERM)
 """
 
@@ -47,6 +48,12 @@ class VerificationError(RankwiseError):
     """A result does not agree with what it was made from."""
 
     exit_code = 6
+
+
+class UndecidedError(RankwiseError):
+    """A check could neither prove nor refute: its data do not tell."""
+
+    exit_code = 7
 
 
 class Interrupted(RankwiseError):

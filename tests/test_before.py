@@ -64,7 +64,15 @@ OF_FLOATS = re.compile(  # files with digests of weights or of results: those fo
     r"manifest\.json$|^cache/|^depth/depth|final_summary|best_model\.json|^nets/\w+/(split|test_results)|downstream\.json"
     r"|^run/(evaluation_results|predictions\.settings)|^study/(runs|test_read)"
 )
-SINCE = ("arms", "plan")  # options that are new since: at their default, nothing
+SINCE = (
+    "arms",
+    "plan",
+    "served_model",
+    "api",
+    "write_cases",
+    "cases",
+    "answers",
+)  # options that are new since: at their default, nothing
 NOTHING = re.compile(rf'(?m)^ *"?({"|".join(SINCE)})"?: null,?\n'.encode())
 PACKAGE = Path(rankwise.__file__).parent
 
@@ -322,6 +330,8 @@ ELSEWHERE = {
     "rankwise-rank-plan/1": "read only, in test_plan.py",
     "rankwise-arm/1": "written and read in test_arms.py",
     "rankwise-arms/1": "written and read in test_arms.py",
+    "rankwise-cases/1": "written and read in test_handoff.py",
+    "rankwise-handoff/1": "written and read in test_handoff.py",
 }
 
 

@@ -351,7 +351,15 @@ REFUSED = {
     "report": ("@/empty",),
     "merge": ("@/lora --base_model @/empty", "@/lora", "@/base --base_model @/base"),
     "export": ("@/lora", "@/base --llama_cpp_dir @/empty"),
-    "validate": (f"@/export {ROWS}",),
+    "validate": (
+        f"@/export {ROWS}",
+        f"--reference @/lora --write_cases cases {ROWS}",
+        f"--reference @/base --server http://127.0.0.1:9/v1 {ROWS}",
+        "--cases @/empty --answers @/rows.csv",
+        "--cases @/empty",
+        f"@/export --served_model mine {ROWS}",
+        f"--reference @/base --base_model @/base --write_cases cases --mmproj @/rows.csv {ROWS}",
+    ),
     "bundle": ("@/export", "--replay @/empty"),
     "card": ("@/run",),
     "features capture": (

@@ -93,6 +93,11 @@ def describe(path: str, shape: tuple[int, ...], tower: str = "unknown", transpos
     )
 
 
+def is_expert(path: str) -> bool:
+    """Whether a module or parameter is one of a layer's experts, or holds all of them."""
+    return "experts" in path.split(".")
+
+
 def layer_of(path: str) -> int | None:
     """The number after `layers` (or layer, block, blocks, h), else the first one: a list of other modules may stand
     around the layers (`vision_embedding.0.encoder.layers.3`)."""

@@ -90,30 +90,40 @@ def renderer_for(
     *,
     strict: bool = False,
     anew: bool = False,
+    of_others: bool = False,
 ) -> Renderer:
     """The model's positions bound the length, its end tokens end answers, its processor makes image tokens.
 
     What training recorded (input.json) are the options' defaults; how prompts are made is printed. places: folders of
     what was trained, before the model's own: an adapter, an export, a run that goes on; an adapter's own tokenizer
     counts, as when it is merged. strict: see `recorded.compare`.
-    anew: a training that begins, see `recorded.as_recorded`.
+    anew: a training that begins, see `recorded.as_recorded`. of_others: perhaps of another trainer, which leaves no
+    record, so that its lack says nothing.
     """
     if data.task in CONVERSATIONS:
         said = warning_for if sees(data, config) else blind_warning_for
         if warning := said(config.model_type):
             announce(warning)
-    renderer, found = rendered_as(data, model, name, config, places, anew=anew)
+    renderer, found = rendered_as(data, model, name, config, places, anew=anew, of_others=of_others)
     compare(data, found, renderer, strict=strict)
     return renderer
 
 
 def rendered_as(
-    data: DataSection, model: ModelSection, name: str, config: Any, places: Sequence[Path] = (), *, anew: bool = False
+    data: DataSection,
+    model: ModelSection,
+    name: str,
+    config: Any,
+    places: Sequence[Path] = (),
+    *,
+    anew: bool = False,
+    of_others: bool = False,
 ) -> tuple[Renderer, Recorded]:
     """The renderer, and the record that its defaults are from."""
     folder = resolve(name, model.revision)
     places = [*places, folder]
     found = recorded(places)
+    found = Recorded() if of_others and not found.record else found
     data = as_recorded(data, found, anew=anew)
     seeing = sees(data, config)
     target = target_for(data, [*places, *([found.file.parent] if found.file else [])]) if seeing else None

@@ -3,6 +3,7 @@
 validate.py    `rankwise validate`: every item answered by llama.cpp and by the trained model, and the parity ladder
 sides.py       those two sides; scores.py, validation_page.py, sweep.py: validation.json, its page, the form to ship
 bundle.py      `rankwise bundle`: files, prompt, labels, threshold, clients and golden vectors; their replay
+handoff/       any trainer's model, any server or app: is what answers the tuned model?
 parity/        the ladder, from the picture to the answer, rung by rung, against a measured floor
 llama/         llama.cpp in a process of its own, or a server elsewhere
 """

@@ -4,6 +4,8 @@ rankwise validate exported_model --task labels --data_path dataset -o validation
 
 GGUF files ── LlamaServer ──┬── answers to every item ──▶ accuracy, confusion matrix, latency
 merged model ── HFReference ┴── parity ladder on some ──▶ the first rung that breaks, if one does
+
+Any other server, and any trainer's model: `handoff/command.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.data.sources.load import settle
+from rankwise.device.handoff import command as handoff
 from rankwise.device.parity.ladder import verdict
 from rankwise.device.scores import DOCUMENT, change, gain_kept, items, scores
 from rankwise.device.sides import (
@@ -45,6 +48,8 @@ def run(config: ValidateConfig) -> dict[str, Any]:
     """Run the command. Returns the content of validation.json. VerificationError, after everything is written, where
     a rung is broken or a limit is missed."""
     config = check(config)
+    if config.by_reference:
+        return handoff.run(config)
     shipped = shipment(config)
     out = RunFolder(config.output_dir)
     with out.lock(), out.recording("validate", inputs(config, shipped)) as record:
@@ -71,6 +76,8 @@ def run(config: ValidateConfig) -> dict[str, Any]:
 
 def check(config: ValidateConfig) -> ValidateConfig:
     """The config with its data's task; the options are checked before anything is read."""
+    if config.by_reference:
+        return handoff.check(config)
     config = settle(config)
     if not config.data.task or not config.data.data_path:
         raise UsageError("validate needs the items to answer: --task labels --data_path DATASET")
@@ -173,6 +180,8 @@ def failures(config: ValidateConfig, found: Mapping[str, Validated]) -> list[str
 
 
 def describe(config: ValidateConfig) -> list[str]:
+    if config.by_reference:
+        return handoff.describe(config)
     what = config.server or config.export
     lines = [f"answer the items of {config.data.data_path} with {what}, in llama.cpp, greedily"]
     if config.parity_samples:

@@ -40,6 +40,12 @@ SET = "STAGE.OPTION=VALUE, overrides the recipe; repeatable"
 LIST = "list the packaged recipes and stop"
 
 
+def by_reference(server: str | None, write_cases: str | None, cases: str | None) -> bool:
+    """Whether `validate` compares answers with a tuned model of any trainer: the options that say so. An
+    OpenAI-compatible server is known by its path."""
+    return bool(write_cases or cases or (server or "").rstrip("/").endswith("/v1"))
+
+
 @dataclass(frozen=True)
 class FinetuneConfig(Options):
     """Fine-tune all parameters briefly: for a meaningful delta, not for quality."""
@@ -308,7 +314,10 @@ class BundleConfig(Options):
     output_dir: str = output("bundle", help="bundle folder", aliases=("output_path",))
     outtype: str | None = option(help="quantization type to ship [q8_0 if exported, else the smallest]")
     validation: str | None = option("validation", help="`rankwise validate` folder: its items, verdict and confidences")
-    reference: str | None = option(help="merged model the files were made from [as recorded in the export]")
+    reference: str | None = option(
+        help="merged model the files were made from [as recorded in the export]; of a hand-off the tuned model, merged "
+        "or an adapter, of any trainer"
+    )
     data: ScoredData = field(default_factory=ScoredData)
     split: str | None = option(help="split to take golden vectors from [the validation's]", choices=SPLITS)
     num_golden: int = option(8, least=1, help="number of golden vectors, spread over kinds of images")
@@ -379,7 +388,20 @@ class ValidateConfig(Options):
     export: str | None = reads(help="export folder, or one GGUF file", aliases=("gguf", "model_path"))
     mmproj: str | None = reads(help="vision part of a single GGUF file")
     reference: str | None = option(help="merged model the files were made from [as recorded in the export]")
-    server: str | None = option(address=True, help="llama.cpp server that runs the files, on the phone for example")
+    server: str | None = option(
+        address=True,
+        help="llama.cpp server that runs the files, on the phone for example; or, http://HOST/v1, any "
+        "OpenAI-compatible server, which is asked whether it is --reference that answers",
+    )
+    served_model: str | None = option(help="name of the model at an OpenAI-compatible server [the only one there]")
+    api: str | None = option(
+        choices=("completions", "chat"), help="the only API of an OpenAI-compatible server to ask [all that it has]"
+    )
+    write_cases: str | None = option(
+        path="folder", help="folder for prompts, forced answers and both models' log-probabilities, to ask elsewhere"
+    )
+    cases: str | None = reads(help="such a folder, in place of the models")
+    answers: str | None = reads(help="what an app answered to --cases, as JSON Lines")
     data: ScoredData = field(default_factory=ScoredData)
     split: str = option("dev", choices=SPLITS, help="official split")
     num_samples: int | None = option(least=1, help="number of rows, in file order [all]")
@@ -409,3 +431,8 @@ class ValidateConfig(Options):
     device: str = option("auto", help="device of the float32 reference: auto, cpu or cuda")
     output_dir: str = output("validation", help="folder for validation.json, plots and predictions")
     seed: int = option(42, help="random seed of the bootstrap")
+
+    @property
+    def by_reference(self) -> bool:
+        """Whether any server, or an app, is compared with the tuned model: no GGUF files and no llama.cpp needed."""
+        return by_reference(self.server, self.write_cases, self.cases)

@@ -64,6 +64,10 @@ def saves_by_steps(told: Told) -> bool:
     return bool((told.save_strategy if "save_strategy" in told else strategy) == "steps")
 
 
+def hands_off(told: Told) -> bool:
+    return commands.by_reference(told.server, told.write_cases, told.cases)
+
+
 def reads_data(told: Told) -> bool:
     return told.metric != "weight" or told.signal in ("activation", "gradient")
 
@@ -229,7 +233,17 @@ TABLES: Mapping[type, list[Bound]] = {
         *with_("model_name", True, "compare revision trust_remote_code"),
         *with_("run_model", True, "attn_implementation"),
     ],
-    commands.ValidateConfig: [*OF_IMAGES, *with_("sweep", True, "sweep_margin llama_cpp_dir")],
+    commands.ValidateConfig: [
+        *OF_IMAGES,
+        *with_("sweep", True, "sweep_margin llama_cpp_dir"),
+        *bound("served_model api", "with --server http://HOST/v1", lambda told: hands_off(told) and bool(told.server)),
+        *bound(
+            "export mmproj parity_samples app_pixels min_accuracy min_agreement sweep context threads batch_size",
+            "on files or a server of llama.cpp, without --server http://HOST/v1, --write_cases and --cases",
+            lambda told: not hands_off(told),
+        ),
+        *without("cases", "reference base_model data_path num_samples write_cases max_new_tokens", ", which has them"),
+    ],
 }
 
 

@@ -23,6 +23,7 @@ from rankwise.errors import DataError, UsageError, need
 from rankwise.files.adapter import is_adapter
 from rankwise.files.atomic import rehearsal
 from rankwise.files.checkpoint import HUB_ID
+from rankwise.options.commands import by_reference
 from rankwise.options.field import Option, flatten, neighbours, options_of
 from rankwise.options.sections import TASKS
 from rankwise.pipeline.idle import Told
@@ -83,6 +84,10 @@ def of_bitsandbytes(told: Told) -> bool:
     return name.startswith(("paged_", "ademamix", "lion_")) or "bnb" in name or name == "adamw_8bit"
 
 
+def of_any_runtime(told: Told) -> bool:
+    return by_reference(told.server, told.write_cases, told.cases)
+
+
 TRACKERS = {name: name for name in "wandb tensorboard trackio mlflow comet_ml clearml neptune codecarbon".split()}
 TRACKERS |= {"dvclive": "dvclive", "swanlab": "swanlab", "dagshub": "dagshub"}
 TRACKERS |= {"flyte": "flytekit", "azure_ml": "azureml.core"}
@@ -123,8 +128,15 @@ EXTRAS = (
     Extra("scipy.stats", ("ranks",), "--gain", on("gain"), "[eval]"),
     Extra("scipy.stats", ("advise", "study", *LLAMA), "the command", brings="[eval]"),
     Extra("gguf", ("export",), "the command", lambda told: bool(told.model or told.adapter_gguf), "[device]"),
-    Extra("gguf", LLAMA, "the command", lambda told: not told.replay, "[device]"),
-    Extra("xllamacpp", LLAMA, "llama.cpp", lambda told: not told.server, "[device]", "--server ADDRESS"),
+    Extra("gguf", LLAMA, "the command", lambda told: not told.replay and not of_any_runtime(told), "[device]"),
+    Extra(
+        "xllamacpp",
+        LLAMA,
+        "llama.cpp",
+        lambda told: not told.server and not of_any_runtime(told),
+        "[device]",
+        "--server ADDRESS",
+    ),
     Extra("pooch", (*READING, "label"), "--download", on("download"), "[data]"),
     Extra("py7zr", READING, "a .7z file", ends("data_path", ".7z"), "[data]"),
     Extra("pyarrow.parquet", ("features capture",), "a parquet file", ends("images", ".parquet"), "[data]"),

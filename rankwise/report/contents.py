@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.core.plan import RankPlan
+from rankwise.device.handoff.page import FINDING as HANDOFF
 from rankwise.device.validation_page import VALIDATION
 from rankwise.errors import DataError
 from rankwise.evaluate.forgetting import FILE as FORGETTING
@@ -116,7 +117,7 @@ class Contents:
 
 
 # What is shown where it lies; each room says how.
-FINDINGS = (GAIN, ADVICE, STUDY, VALIDATION, EPOCHS, FACTORS, ANSWERS, FIDELITY)
+FINDINGS = (GAIN, ADVICE, STUDY, VALIDATION, HANDOFF, EPOCHS, FACTORS, ANSWERS, FIDELITY)
 
 
 GENERIC = ("evaluation", "evaluate", "results", "predictions", "final_model")

@@ -40,7 +40,7 @@ class Talk:
 
     url: http or https, host and port; a path in front of the API is kept. timeout: seconds for one answer. patience:
     seconds to wait for a server that is still loading its model. key: sent as bearer token, shown nowhere. lost: asked
-    when a request did not get through; it raises where it knows why no other will.
+    when a request did not get through; it raises where it knows why no other will. kind: of server, for messages.
     """
 
     url: str
@@ -48,6 +48,7 @@ class Talk:
     patience: float = 60.0
     key: str | None = field(default=None, repr=False)
     lost: Callable[[], None] = field(default=lambda: None, repr=False)
+    kind: str = "a llama.cpp server"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "url", _address(self.url))
@@ -82,7 +83,7 @@ class Talk:
                 if pause is None:
                     reason = str(error) or type(error).__name__
                     raise ServiceError(
-                        f"{self.url} cannot be reached: {reason}; is a llama.cpp server running there, and is the "
+                        f"{self.url} cannot be reached: {reason}; is {self.kind} running there, and is the "
                         "port open to this machine?"
                     ) from error
                 time.sleep(pause)
@@ -107,9 +108,9 @@ class Talk:
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise ServiceError(
-                f"{self.url}{path} answers {status} without a JSON object: {_shown(content)!r}; "
-                "is it a llama.cpp server?"
+            kind = Refusal if 400 <= status < 500 else ServiceError  # a path that the server does not have
+            raise kind(
+                f"{self.url}{path} answers {status} without a JSON object: {_shown(content)!r}; is it {self.kind}?"
             )
         if not 200 <= status < 300 or found.get("error"):  # a proxy may send an error with status 200
             raise self._refusal(path, status, found.get("error"), content)

@@ -1,0 +1,339 @@
+"""Does `rankwise validate` tell, from outside, whether what answers is the model that was trained? By another trainer.
+
+    rankwise export --install-converter
+    python benchmarks/handoff.py SmolLM2-135M-Instruct --data e2e_nlg --work FOLDER [--threads 2]
+    python benchmarks/handoff.py stories260K --data e2e_nlg --work FOLDER --quick
+
+A LoRA is trained with PEFT and the Trainer of transformers on E2E rows, nothing of ours in it. Then `validate
+--write_cases` runs once, timed, and its cases are put to servers: llama.cpp with the merged model (f16, Q8_0) and with
+base + `--lora`, and a loopback server over transformers that is right, or wrong in one way at a time. Kept is the first
+line of each verdict with its exit code. Power: the adapter at ever smaller scales, until `cannot tell`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from workload import command, machine
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
+
+from handed_off import in_two_bits
+from openai_server import Loopback
+
+from rankwise.data.sources.load import load
+from rankwise.device.llama.runtime import LlamaServer
+
+TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
+RANK, ALPHA, RATE, BATCH = 8, 32, 1e-3, 4
+OTHER = (
+    "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+)
+PLAIN = (  # for a model without a template of its own
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+SCALES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+ASKED = "Describe the restaurant in one sentence: {}"
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """Conversations as `apply_chat_template` writes them; only answers are learnt."""
+
+    def __init__(self, tokenizer: Any, rows: list[list[dict[str, str]]]) -> None:
+        self.rows = []
+        for row in rows:
+            before = tokenizer.apply_chat_template(row[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+            whole = tokenizer.apply_chat_template(row, return_dict=True)["input_ids"]
+            assert whole[: len(before)] == before
+            self.rows.append({"input_ids": whole, "labels": [-100] * len(before) + whole[len(before) :]})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+
+def padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    width = max(len(row["input_ids"]) for row in rows)
+    fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    whole = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    return {
+        name: torch.tensor([row[name] + [value] * (width - len(row[name])) for row in whole])
+        for name, value in fill.items()
+    }
+
+
+def talks(data: str, split: str, count: int) -> list[list[dict[str, str]]]:
+    found = load("e2e_nlg", data, split).items
+    seen: dict[str, list[dict[str, str]]] = {}
+    for one in found:
+        asked = "\n".join(turn.text for turn in one.turns[:-1])
+        row = [{"role": "user", "content": ASKED.format(asked)}, {"role": "assistant", "content": one.answer}]
+        seen.setdefault(asked, row)
+        if len(seen) == count:
+            break
+    return list(seen.values())
+
+
+class Bench:
+    """Folders of the run and what was measured. seconds: of each stage."""
+
+    def __init__(self, model: Path, data: str, work: Path, threads: int, quick: bool) -> None:
+        self.work, self.data, self.threads, self.quick = work, data, threads, quick
+        self.seconds: dict[str, float] = {}
+        self.base, self.adapter, self.merged = work / "base", work / "adapter", work / "merged"
+        self.rows, self.cases = work / "rows.jsonl", work / "cases"
+        work.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.tokenizer.chat_template = self.tokenizer.chat_template or PLAIN
+        if not self.base.is_dir():
+            AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).save_pretrained(self.base)
+            self.tokenizer.save_pretrained(self.base)
+            for file in model.glob("tokenizer.model"):
+                (self.base / file.name).write_bytes(file.read_bytes())
+        rows = talks(data, "dev", 8 if quick else 24)
+        lines = [json.dumps({"id": f"row-{n}", "messages": row}, ensure_ascii=False) for n, row in enumerate(rows)]
+        self.rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def timed(self, name: str, work: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        found = work()
+        self.seconds[name] = time.perf_counter() - started
+        print(f"{name}: {self.seconds[name]:.0f} s", flush=True)
+        return found
+
+    def train(self) -> None:
+        """PEFT and the Trainer, as their documentation has it."""
+        if (self.adapter / "adapter_config.json").is_file():
+            return
+        torch.manual_seed(0)
+        settings = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
+        model = get_peft_model(self.plain(), settings)
+        steps = 20 if self.quick else 40
+        arguments = TrainingArguments(
+            str(self.work / "trainer"),
+            max_steps=steps,
+            per_device_train_batch_size=BATCH,
+            learning_rate=RATE,
+            logging_steps=10,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            seed=0,
+        )
+        rows = Rows(self.tokenizer, talks(self.data, "train", steps * BATCH))
+        Trainer(model=model, args=arguments, train_dataset=rows, data_collator=padded).train()
+        model.save_pretrained(self.adapter)
+
+    def plain(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+
+    def tuned(self, share: Callable[[str], float] = lambda _: 1.0) -> Any:
+        """Merged by PEFT; base + share(parameter)·(tuned − base)."""
+        model = PeftModel.from_pretrained(self.plain(), self.adapter).merge_and_unload().eval()
+        base = dict(self.plain().named_parameters())
+        with torch.no_grad():
+            for name, one in model.named_parameters():
+                if share(name) != 1:
+                    one.copy_(base[name] + share(name) * (one - base[name]))
+        return model
+
+    def merge(self) -> None:
+        if not self.merged.is_dir():
+            self.tuned().save_pretrained(self.merged)
+            self.tokenizer.save_pretrained(self.merged)
+            for file in self.base.glob("tokenizer.model"):
+                (self.merged / file.name).write_bytes(file.read_bytes())
+
+    def rankwise(self, *words: str) -> tuple[int, str]:
+        """Exit code and output of a command, in a process."""
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+        line = [sys.executable, "-m", "rankwise.cli", *words]
+        done = subprocess.run(line, cwd=self.work, env=environment, capture_output=True, text=True)
+        assert done.returncode in (0, 6, 7), f"{' '.join(words)}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+        return done.returncode, done.stdout
+
+    def write_cases(self, tuned: Path | None = None, cases: Path | None = None) -> None:
+        models = ["--reference", str(tuned or self.adapter), "--base_model", str(self.base)]
+        self.rankwise("validate", *models, "--data_path", str(self.rows), "--write_cases", str(cases or self.cases))
+
+    def verdict(self, name: str, url: str, cases: Path | None = None) -> dict[str, Any]:
+        started = time.perf_counter()
+        words = [
+            "validate",
+            "--cases",
+            str(cases or self.cases),
+            "--server",
+            url,
+            "-o",
+            str(self.work / "verdicts" / name),
+        ]
+        code, said = self.rankwise(*words)
+        line = next(each for each in said.splitlines() if not each.startswith("note"))
+        print(f"{name}: exit {code}: {line}", flush=True)
+        return {"served": name, "line": line, "exit": code, "seconds": time.perf_counter() - started}
+
+
+def loopbacks(bench: Bench) -> Iterator[tuple[str, Callable[[], Any], dict[str, Any]]]:
+    """Name, the model that is served, and how."""
+    layers = bench.plain().config.num_hidden_layers
+
+    def half(name: str) -> float:
+        return float(any(f"layers.{number}." in name for number in range(layers // 2)))
+
+    bos = bench.tokenizer.bos_token_id
+    yield "tuned, float32", bench.tuned, {}
+    yield "tuned, bfloat16, top 5", lambda: bench.tuned().to(torch.bfloat16), {"most": 5}
+    yield "base", lambda: bench.plain().eval(), {}
+    yield "half of the layers", lambda: bench.tuned(half), {}
+    yield "attention alone", lambda: bench.tuned(lambda name: float("self_attn" in name)), {}
+    yield "half the scale", lambda: bench.tuned(lambda _: 0.5), {}
+    yield "alpha left out", lambda: bench.tuned(lambda _: RANK / ALPHA), {}
+    yield "another template", bench.tuned, {"template": OTHER}
+    yield "another template, chat alone", bench.tuned, {"template": OTHER, "apis": ["chat"]}
+    yield "a second BOS", bench.tuned, {"begin": bos}
+    yield "a context of 48 tokens", bench.tuned, {"keep": 48}
+    yield "weights of two bits", lambda: in_two_bits(bench.tuned()), {}
+
+
+class Remembering(Loopback):
+    """The same prompt by another API is not computed again."""
+
+    def distribution(self, ids: Any, inputs: Any) -> torch.Tensor:
+        known = self.__dict__.setdefault("known", {})
+        if tuple(ids) not in known:
+            known[tuple(ids)] = super().distribution(ids, inputs)
+        return known[tuple(ids)]
+
+
+def of_loopbacks(bench: Bench) -> Iterator[dict[str, Any]]:
+    for name, model, how in loopbacks(bench):
+        with Remembering(model(), bench.tokenizer, **how) as server:
+            yield {"by": "transformers, loopback", **bench.verdict(name, server.url)}
+
+
+def of_llama(bench: Bench) -> Iterator[dict[str, Any]]:
+    """llama.cpp's own OpenAI API."""
+    for name, files in {"merged": bench.merged, "base": bench.base}.items():
+        if not (bench.work / f"{name}-gguf").is_dir():
+            code, said = bench.rankwise(
+                "export", str(files), "-o", str(bench.work / f"{name}-gguf"), "--outtype", "f16,q8_0"
+            )
+            assert code == 0, said
+    for name, file in {
+        "merged, f16": "merged-gguf/model-f16.gguf",
+        "merged, Q8_0": "merged-gguf/model-q8_0.gguf",
+        "base, f16": "base-gguf/model-f16.gguf",
+    }.items():
+        with LlamaServer(bench.work / file, context=1024, threads=bench.threads) as runtime:
+            yield {"by": "llama.cpp", **bench.verdict(name, f"{runtime.talk.url}/v1")}
+
+
+def power(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Ever weaker adapters, served in bfloat16: where tuned, and where base answers cannot be told apart any more."""
+    for scale in SCALES:
+        folder, cases = bench.work / f"weak-{scale}", bench.work / f"cases-{scale}"
+        bench.tuned(lambda _, scale=scale: scale).save_pretrained(folder)
+        bench.tokenizer.save_pretrained(folder)
+        bench.write_cases(folder, cases)
+        found = {}
+        for name, model in (
+            ("tuned", lambda folder=folder: AutoModelForCausalLM.from_pretrained(folder)),
+            ("base", bench.plain),
+        ):
+            with Remembering(model().to(torch.bfloat16).eval(), bench.tokenizer) as server:
+                found[name] = bench.verdict(f"scale {scale}, {name}", server.url, cases)
+        apart = json.loads((bench.work / "verdicts" / f"scale {scale}, tuned" / "handoff.json").read_text())["apis"][0]
+        yield {"scale": scale, "apart": apart["apart"], "limit": apart["limit"], **found}
+
+
+def bench_all(model: Path, data: str, work: Path, threads: int, quick: bool) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    bench = Bench(model, data, work, threads, quick)
+    bench.timed("train", bench.train)
+    bench.timed("merge", bench.merge)
+    bench.timed("write the cases", bench.write_cases)
+    size = sum(file.stat().st_size for file in bench.cases.rglob("*") if file.is_file())
+    rows = [] if quick else list(of_llama(bench))
+    rows += of_loopbacks(bench)
+    return {
+        "model": model.name,
+        "machine": machine(),
+        "quick": quick,
+        "seconds": bench.seconds,
+        "case_bytes": size,
+        "verdicts": rows,
+        "power": list(power(bench)),
+    }
+
+
+def report(found: dict[str, Any], line: str) -> str:
+    rows = [
+        f"| {one['by']} | {one['served']} | {one['line']} | {one['exit']} | {one['seconds']:.0f} |"
+        for one in found["verdicts"]
+    ]
+    weak = [
+        f"| {one['scale']:g} | {one['apart']:.1e} | {one['limit']:.1e} | "
+        f"{one['tuned']['exit']} | {one['base']['exit']} |"
+        for one in found["power"]
+    ]
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in found["seconds"].items())
+    return "\n".join(
+        [
+            "# Is what answers the model that was trained?",
+            "",
+            f"{date.today()} · {found['machine']} · {found['model']} · `{line}`",
+            "",
+            f"LoRA of rank {RANK} by PEFT and the Trainer. Seconds: {seconds}. "
+            f"Cases: {found['case_bytes'] / 1e6:.2f} MB.",
+            "",
+            "| server | what it serves | first line of `rankwise validate` | exit code | seconds |",
+            "|---|---|---|---:|---:|",
+            *rows,
+            "",
+            "Power: the adapter at a smaller scale is the tuned model; it and the base are served in bfloat16.",
+            "",
+            "| scale | KL, tuned to base | rounding, KL | exit code, tuned served | exit code, base served |",
+            "|---:|---:|---:|---:|---:|",
+            *weak,
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--data", required=True, help="folder of E2E NLG")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="8 rows, 20 steps, no llama.cpp")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    given = parser.parse_args()
+    found = bench_all(
+        given.model.resolve(), str(Path(given.data).resolve()), given.work.resolve(), given.threads, given.quick
+    )
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "handoff.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (given.out / "handoff.md").write_text(report(found, command()), encoding="utf-8")
+    print(report(found, command()))
+
+
+if __name__ == "__main__":
+    main()
