@@ -44,8 +44,8 @@ OTHER = (
     "{% if add_generation_prompt %}### assistant:\n{% endif %}"
 )
 PLAIN = (  # for a model without a template of its own
-    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    "{% for m in messages %}<s>{{ m['role'] }}:\n{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:\n{% endif %}"
 )
 SCALES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 ASKED = "Describe the restaurant in one sentence: {}"
@@ -195,7 +195,7 @@ def loopbacks(bench: Bench) -> Iterator[tuple[str, Callable[[], Any], dict[str, 
     layers = bench.plain().config.num_hidden_layers
 
     def half(name: str) -> float:
-        return float(any(f"layers.{number}." in name for number in range(layers // 2)))
+        return float(any(f"layers.{number}." in name for number in range((layers + 1) // 2)))
 
     bos = bench.tokenizer.bos_token_id
     yield "tuned, float32", bench.tuned, {}

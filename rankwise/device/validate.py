@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.data.sources.load import settle
-from rankwise.device.handoff import command as handoff
 from rankwise.device.parity.ladder import verdict
 from rankwise.device.scores import DOCUMENT, change, gain_kept, items, scores
 from rankwise.device.sides import (
@@ -40,6 +39,9 @@ from rankwise.files.processes import announce
 from rankwise.files.run_folder import RunFolder
 from rankwise.options.commands import ValidateConfig
 from rankwise.pipeline.idle import refuse_idle
+from rankwise.pipeline.table import imported
+
+HANDOFF = "rankwise.device.handoff.command"  # imported only where it is asked for
 
 TRAINED, BEFORE = "trained", "before"  # folders of the model's own answers, and of its base's
 
@@ -49,7 +51,7 @@ def run(config: ValidateConfig) -> dict[str, Any]:
     a rung is broken or a limit is missed."""
     config = check(config)
     if config.by_reference:
-        return handoff.run(config)
+        return imported(HANDOFF).run(config)  # type: ignore[no-any-return]
     shipped = shipment(config)
     out = RunFolder(config.output_dir)
     with out.lock(), out.recording("validate", inputs(config, shipped)) as record:
@@ -77,7 +79,7 @@ def run(config: ValidateConfig) -> dict[str, Any]:
 def check(config: ValidateConfig) -> ValidateConfig:
     """The config with its data's task; the options are checked before anything is read."""
     if config.by_reference:
-        return handoff.check(config)
+        return imported(HANDOFF).check(config)  # type: ignore[no-any-return]
     config = settle(config)
     if not config.data.task or not config.data.data_path:
         raise UsageError("validate needs the items to answer: --task labels --data_path DATASET")
@@ -181,7 +183,7 @@ def failures(config: ValidateConfig, found: Mapping[str, Validated]) -> list[str
 
 def describe(config: ValidateConfig) -> list[str]:
     if config.by_reference:
-        return handoff.describe(config)
+        return imported(HANDOFF).describe(config)  # type: ignore[no-any-return]
     what = config.server or config.export
     lines = [f"answer the items of {config.data.data_path} with {what}, in llama.cpp, greedily"]
     if config.parity_samples:

@@ -84,7 +84,7 @@ def text_scene(folder: Path, *, add_bos: bool = False) -> HandedOff:
 
 def vision_scene(folder: Path) -> HandedOff:
     base = vision_model(folder / "base")
-    model = sharpened(load_model(str(base), torch.float32), 6.0)
+    model = sharpened(load_model(str(base), torch.float32), 2.0)
     model.save_pretrained(base)
     adapt(model, folder / "tuned", ["q_proj", "v_proj", "fc1", "down_proj"], size=0.2)
     (folder / "pictures").mkdir()

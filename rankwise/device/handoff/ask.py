@@ -31,7 +31,7 @@ Body = dict[str, Any]
 
 
 @dataclass
-class Asking:
+class OpenAIServer:
     """One server. left_out: API → why it tells nothing."""
 
     talk: Talk
@@ -40,7 +40,7 @@ class Asking:
     left_out: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, url: str, served_model: str | None, most: int) -> Asking:
+    def of(cls, url: str, served_model: str | None, most: int) -> OpenAIServer:
         """ServiceError where nothing like it answers; UsageError where it serves several models and none is named."""
         key = next(filter(None, map(os.environ.get, KEYS)), None)
         talk = Talk(url, key=key, kind=KIND)
@@ -180,7 +180,7 @@ def messages_of(cases: HandoffCases, case: HandoffCase, place: Place) -> list[Ma
         data = base64.b64encode(cases.pictures[next(pictures)]).decode()
         return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
-    said = [
+    said: list[Mapping[str, Any]] = [
         one if isinstance(one["content"], str) else {**one, "content": [shown(part) for part in one["content"]]}
         for one in case.messages
     ]

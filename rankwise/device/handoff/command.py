@@ -19,7 +19,7 @@ from typing import Any
 
 from rankwise.data.sources.load import check_data, settle
 from rankwise.device.handoff.answers import Heard, by_api, longer, read_answers
-from rankwise.device.handoff.ask import Asking
+from rankwise.device.handoff.ask import OpenAIServer
 from rankwise.device.handoff.cases import HandoffCases, read_cases, write_cases
 from rankwise.device.handoff.page import HANDOFF, handoff_blocks
 from rankwise.device.handoff.prepare import prepared
@@ -30,12 +30,12 @@ from rankwise.files.document import lines_of
 from rankwise.files.processes import announce
 from rankwise.files.run_folder import RunFolder
 from rankwise.options.commands import ValidateConfig
+from rankwise.options.sections import OUTTYPES
 from rankwise.page.blocks import drawn, into, lines, pictures
 from rankwise.page.canvas import drawable
 from rankwise.pipeline.idle import refuse_idle
 
 ANSWERS = "answers.jsonl"
-WIDE = ("f32", "f16", "bf16", "q8_0")  # types of weights that are not in few bits
 
 
 def run(config: ValidateConfig) -> dict[str, Any]:
@@ -118,13 +118,13 @@ def written(config: ValidateConfig, cases: HandoffCases) -> None:
         )
 
 
-def asked(config: ValidateConfig, cases: HandoffCases) -> tuple[Asking, list[Heard]]:
-    server = Asking.of(str(config.server), config.served_model, config.top)
+def asked(config: ValidateConfig, cases: HandoffCases) -> tuple[OpenAIServer, list[Heard]]:
+    server = OpenAIServer.of(str(config.server), config.served_model, config.top)
     return server, list(server.answers(cases, config.api))
 
 
 def concluded(config: ValidateConfig, cases: HandoffCases, answers: Sequence[Heard]) -> Conclusion:
-    strict = bool(config.outtype) and all(one in WIDE for one in config.outtype)
+    strict = bool(config.outtype) and all(one in OUTTYPES for one in config.outtype)
     told = by_api(cases, answers)
     return conclude(
         [
@@ -141,7 +141,9 @@ def concluded(config: ValidateConfig, cases: HandoffCases, answers: Sequence[Hea
     )
 
 
-def described(config: ValidateConfig, cases: HandoffCases, found: Conclusion, server: Asking | None) -> dict[str, Any]:
+def described(
+    config: ValidateConfig, cases: HandoffCases, found: Conclusion, server: OpenAIServer | None
+) -> dict[str, Any]:
     return {
         "verdict": found.line,
         "kind": found.kind,

@@ -35,8 +35,8 @@ HANDOFF = Document(
     ("verdict", "kind", "hypotheses", "apis"),
 )
 NEARER = (
-    "In the last column by how much nearer than the tuned model, row by row, between -1 and 1: the interval of the mean, "
-    "all compared at once. Above 0: better; below 0: worse; across: not told apart."
+    "In the last column by how much nearer than the tuned model, row by row, between -1 and 1: the interval of the "
+    "mean, all compared at once. Above 0: better; below 0: worse; across: not told apart."
 )
 LEAST = 1e-9  # KL where the plot's axis begins
 

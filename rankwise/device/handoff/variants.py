@@ -167,7 +167,8 @@ def in_bits(values: Tensor, bits: int) -> Tensor:
         return values
     blocks = values.reshape(*values.shape[:-1], -1, GROUP)
     scale = blocks.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny) / (2 ** (bits - 1) - 1)
-    return ((blocks / scale).round() * scale).reshape(values.shape)
+    rounded: Tensor = ((blocks / scale).round() * scale).reshape(values.shape)
+    return rounded
 
 
 def as_is(values: Tensor) -> Tensor:

@@ -277,8 +277,11 @@ def conclude(findings: Sequence[RouteFinding]) -> Conclusion:
     more = [_aside(one, first) for one in findings if one is not first]
     if first.untold:
         more.append(f"Not told apart from the tuned model on these rows: {', '.join(first.untold)}.")
-    if first.longer and kind != TUNED and first.words != counted(first.longer):
-        more.append(f"{first.route}: {counted(first.longer)}.")
+    more += [
+        f"{one.route}: {counted(one.longer)}{'; the answers do not show it' if one.kind == TUNED else ''}."
+        for one in findings
+        if one.longer and one.words != counted(one.longer)
+    ]
     return Conclusion(kind, _line(first, tuned if prompt else None), first.route, tuple(more), tuple(findings))
 
 
