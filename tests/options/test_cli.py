@@ -400,7 +400,7 @@ def test_every_kind_of_failure_has_its_exit_code(
 
 def test_every_error_of_ours_has_a_code_of_its_own() -> None:
     codes = [kind.exit_code for kind in RankwiseError.__subclasses__() if kind is not Interrupted]
-    assert sorted(codes) == [2, 3, 4, 5, 6]
+    assert sorted(codes) == [2, 3, 4, 5, 6, 7]
 
 
 def test_a_missing_checkpoint_is_bad_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
