@@ -118,13 +118,19 @@ class Material:
         return ScoredItems.of(self.parts.test, self.renderer, self.device)
 
     def inputs(self, model: ModelSection, deltas: Sequence[str] = ()) -> dict[str, Any]:
-        """Fingerprints of all that is read: runs of other inputs are not reused."""
-        return {
-            "base": fingerprints(base_files(resolve(str(model.model_name), model.revision))),
-            "data": [fingerprint(file) for file in self.files],
-            "prompts": self.renderer.settings,
-            "deltas": [fingerprint(open_deltas(Path(path)).checkpoint.files[0]) for path in deltas],
-        }
+        return inputs_of(model, self.files, self.renderer, deltas)
+
+
+def inputs_of(
+    model: ModelSection, files: Sequence[Path], renderer: Renderer, deltas: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Fingerprints of all that is read: runs of other inputs are not reused."""
+    return {
+        "base": fingerprints(base_files(resolve(str(model.model_name), model.revision))),
+        "data": [fingerprint(file) for file in files],
+        "prompts": renderer.settings,
+        "deltas": [fingerprint(open_deltas(Path(path)).checkpoint.files[0]) for path in deltas],
+    }
 
 
 def load_material(
