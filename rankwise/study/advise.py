@@ -40,7 +40,7 @@ from rankwise.page.blocks import lines
 from rankwise.page.text import command_line, duration, plural
 from rankwise.ranks.emit import unplaced, write_configs
 from rankwise.study.advice import first_grid, prior_of
-from rankwise.study.advice_content import conclude
+from rankwise.study.advice_content import conclude, frozen_lines, frozen_towers
 from rankwise.study.advice_page import CONFIG, advised_plan, run_options, screen_table, write_advice
 from rankwise.study.climb import Rungs, climb
 from rankwise.study.design import digest
@@ -65,6 +65,8 @@ def run(config: AdviseConfig) -> Path:
             if process_index()[0] == 0:
                 folder.save_config(config)
             announce(f"advise: {counts_line(rungs)}")
+            for line in frozen_lines(frozen_towers(bench.material.model)):
+                announce(line)
             if bench.in_turn:
                 announce(f"short runs train one after the other: {bench.in_turn}")
             with kept_when_interrupted(config, bench):
@@ -268,11 +270,13 @@ def describe(config: AdviseConfig) -> list[str]:
     last = f"write advice.json, advice.yaml, plots in {config.output_dir}"
     if not Path(str(config.model.model_name), "config.json").is_file():  # on the hub, or an earlier stage makes it
         return [first, "rates, ranks and the number of runs depend on the model's sizes", last]
-    rungs = rungs_of(config, load_structure(config.model, str(config.model.model_name)))
+    skeleton = load_structure(config.model, str(config.model.model_name))
+    rungs = rungs_of(config, skeleton)
     seconds = median_seconds([*Ledger(Path(config.output_dir)).rows.values()])
     rates = ", ".join(f"{rate:.3g}" for rate in rungs.grid)
     return [
         first,
+        *frozen_lines(frozen_towers(skeleton)),
         f"rung A: learning rates {rates} at rank {rungs.ranks[0]}, then one between the best two",
         *rung_lines(rungs, seconds, config.minutes),
         last,
