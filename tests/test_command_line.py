@@ -163,6 +163,14 @@ def test_help(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert code == 0 and said.startswith(f"usage: rankwise {name}")
 
 
+@pytest.mark.parametrize("name", [name for name, row in COMMANDS.items() if hasattr(row.config, "device")])
+def test_a_device_that_is_not_there(name: str, world: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("tpu", "cuda:99"):
+        code, said = called([*words(name, world), "--device", device], capsys)
+        assert code in (2, 3), (device, said)
+        assert code == 3 or ("--device" in said and device in said)
+
+
 @pytest.mark.parametrize("name", [name for name, (line, _) in LINES.items() if "@" in line])
 def test_a_missing_file(name: str, world: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each path of the line in turn; with and without --dry-run."""

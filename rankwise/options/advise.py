@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rankwise.options.field import Options, option, output
+from rankwise.options.field import Options, option, output, seeded
 from rankwise.options.sections import DEVICE, NO_PNG, SEED, TRAINERS, DataSection, ModelSection
 
 PLACEMENTS = ("attention", "mlp", "energy", "eva")
@@ -60,4 +60,4 @@ class AdviseConfig(Options):
     no_plots: bool = option(False, help=NO_PNG)
     output_dir: str = output("runs/advise", help="run folder")
     device: str = option("auto", help=DEVICE)
-    seed: int = option(42, help=SEED)
+    seed: int = seeded(42, help=SEED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from rankwise.options.field import Options, option, output, reads, reads_model, reads_or_hub
+from rankwise.options.field import Options, option, output, reads, reads_model, reads_or_hub, seeded
 from rankwise.options.sections import (
     CLASSIFY,
     DEVICE,
@@ -61,7 +61,7 @@ class FinetuneConfig(Options):
     gradient_accumulation: int = option(8, least=1, help="steps per update", aliases=("gradient_accumulation_steps",))
     num_epochs: float = option(1, help="epochs over the subset", aliases=("num_train_epochs",))
     use_wandb: bool = option(False, help="log to Weights & Biases (extra: track)")
-    seed: int = option(42, help=SEED)
+    seed: int = seeded(42, help=SEED)
     save: str = option(
         "deltas",
         choices=("deltas", "checkpoints", "both"),
@@ -107,7 +107,7 @@ class RanksConfig(Options):
     no_plots: bool = option(False, help=NO_PNG)
     save_delta_weights: bool = option(False, help="also write the deltas as float32 safetensors")
     device: str = option("cpu", help="cpu or cuda")
-    seed: int = option(42, help="random seed of the sketch, the null spectra and the shuffles")
+    seed: int = seeded(42, help="random seed of the sketch, the null spectra and the shuffles")
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class ExtractConfig(Options):
     no_verify: bool = option(False, help="skip verification: logits of base + adapter against the tuned model's")
     output_dir: str = output("extracted_adapter", help="adapter folder")
     device: str = option("cpu", help="cpu or cuda")
-    seed: int = option(42, help="random seed of the sketch")
+    seed: int = seeded(42, help="random seed of the sketch")
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class TrainConfig(Options):
     )
     max_val_samples: int | None = option(least=1, help="maximum number of validation rows")
     packing: bool = option(False, help="pack samples into rows of up to --max_seq_length tokens, kept apart")
-    seed: int = option(42, help=SEED)
+    seed: int = seeded(42, help=SEED)
     resume_from_checkpoint: str | None = option(help=RESUME)
     allow_partial_resume: bool = option(False, help=PARTIAL)
     training: dict[str, Any] = field(default_factory=dict)
@@ -216,7 +216,7 @@ class EvaluateConfig(Options):
     dtype: str = option("auto", choices=DTYPES, help="precision of the model")
     output_dir: str | None = output(help="folder for the scores [evaluation/ in the model's folder]")
     device: str = option("auto", help=DEVICE)
-    seed: int = option(42, help="random seed of sampling and bootstrap")
+    seed: int = seeded(42, help="random seed of sampling and bootstrap")
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class DemoConfig(Options):
 
     output_dir: str | None = output(help="run folder [runs/demo, or runs/demo-vision]")
     vision: bool = option(False, help="use a vision-language model and questions about generated images")
-    seed: int = option(42, help=SEED)
+    seed: int = seeded(42, help=SEED)
     quick: bool = option(False, help="take a few steps only, for tests; scores are meaningless")
 
 
@@ -259,7 +259,7 @@ class TinyConfig(Options):
     """Create a tiny vision-language model and sample images: input of `rankwise run quickstart`."""
 
     output_dir: str = output("runs/tiny", help="folder for base/ and photos/")
-    seed: int = option(42, help=SEED)
+    seed: int = seeded(42, help=SEED)
     quick: bool = option(False, help="take a few steps only, for tests; the base has learnt nothing")
 
 
@@ -338,7 +338,7 @@ class BundleConfig(Options):
     )
     context: int | None = option(help="context size of llama.cpp in tokens [as the longest sample needs]")
     threads: int | None = option(help="CPU threads for llama.cpp [llama.cpp's default]")
-    seed: int = option(42, help="random seed of the reference")
+    seed: int = seeded(42, help="random seed of the reference")
 
 
 FILES = ("auto", "adapter", "merged", "export", "bundle")
@@ -430,7 +430,7 @@ class ValidateConfig(Options):
     batch_size: int = option(8, least=1, help="prompts per step of the reference")
     device: str = option("auto", help="device of the float32 reference: auto, cpu or cuda")
     output_dir: str = output("validation", help="folder for validation.json, plots and predictions")
-    seed: int = option(42, help="random seed of the bootstrap")
+    seed: int = seeded(42, help="random seed of the bootstrap")
 
     @property
     def by_reference(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rankwise.errors import UsageError
-from rankwise.options.field import Options, option, output, reads, reads_model, reads_or_hub, unknown
+from rankwise.options.field import Options, option, output, reads, reads_model, reads_or_hub, seeded, unknown
 from rankwise.options.sections import DEVICE, DTYPES, IMAGE_FOLDER, NO_PNG, OUTSIDE
 
 # The names that `--arch` takes, each with its other names.
@@ -71,7 +71,7 @@ class CaptureConfig(Options):
     skip_bad: bool = option(False, help="skip unreadable images, listed in the index")
     overwrite: bool = option(False, help="delete an earlier capture in the folder and start over")
     device: str = option("auto", help=DEVICE)
-    seed: int = option(42, help="random seed of --synthetic")
+    seed: int = seeded(42, help="random seed of --synthetic")
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,7 @@ class FactorTrainConfig(Options):
     bf16: bool = option(False, help="use bf16 autocast")
     device: str = option("auto", help=DEVICE)
     num_workers: int = option(0, least=0, help="processes that read features")
-    seed: int = option(  # numpy takes no others
-        42, least=0, below=2**32, help="random seed of the 80/10/10 split by image, initial values and order"
-    )
+    seed: int = seeded(42, help="random seed of the 80/10/10 split by image, initial values and order")
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ class FactorCompareConfig(Options):
     repeats: int = option(3, least=1, help="timed passes; the fastest counts")
     no_plots: bool = option(False, help=NO_PNG)
     device: str = option("auto", help=DEVICE)
-    seed: int = option(42, help="random seed of the randomized SVD")
+    seed: int = seeded(42, help="random seed of the randomized SVD")
 
 
 @dataclass(frozen=True)
@@ -164,4 +162,4 @@ class DownstreamConfig(Options):
     dtype: str = option("auto", choices=DTYPES, help="precision of the model")
     no_plots: bool = option(False, help=NO_PNG)
     device: str = option("auto", help=DEVICE)
-    seed: int = option(42, help="random seed of the bootstrap")
+    seed: int = seeded(42, help="random seed of the bootstrap")

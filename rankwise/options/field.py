@@ -11,10 +11,11 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,8 @@ def option(
     printed: one with a password or a query, which may hold a key, is refused.
 
     path: what the text is the path of, if of anything. "read": a file or folder to read; "weights": the same, or a hub
-    id; "model": a model's folder, or a hub id; "folder" or "file": one to write.
+    id; "model": a model's folder, or a hub id; "text": a file, or what could stand in it; "folder" or "file": one to
+    write. A leading `~` of a path is the home folder.
     """
     metadata: dict[str, Any] = {"help": help, "aliases": tuple(aliases), "choices": choices, "short": short}
     metadata |= {"commas": commas, "secret": secret, "address": address, "path": path}
@@ -106,7 +108,9 @@ def option(
 
 
 reads, reads_or_hub, reads_model = (partial(option, path=kind) for kind in ("read", "weights", "model"))
+reads_or_text = partial(option, path="text")
 output = partial(option, short="-o", path="folder")  # where a command's product goes
+seeded = partial(option, least=0, below=2**32)  # numpy takes no others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +190,9 @@ def convert(option: Option, value: Any, where: str) -> Any:
     `none` and `null` mean "not set" unless they are among the choices; what always has a value refuses them.
     """
     converted = as_typed(option, value, where)
+    converted = each(os.path.expanduser, converted) if option.path else converted
+    if converted == "" and option.path in ("folder", "file"):  # of a variable that is not set, say
+        raise UsageError(f"{named(option, where)} is empty; give a path")
     option.range.check(named(option, where), converted)
     return converted
 
@@ -193,6 +200,24 @@ def convert(option: Option, value: Any, where: str) -> Any:
 def named(option: Option, where: str) -> str:
     """An option in the place where it was set: `--name`, `FILE: name`."""
     return where if where == f"--{option.name}" else f"{where}: {option.name}"
+
+
+def anywhere(option: Option, value: Any) -> Any:
+    """The value as it means the same from any folder: an absolute path of what lies on this disk; hub ids and texts as
+    they are."""
+    return each(absolute, value) if option.path else value
+
+
+def absolute(path: str) -> str:
+    there = os.path.expanduser(path)
+    return os.path.abspath(there) if os.path.exists(there) else path
+
+
+def each(change: Callable[[str], str], value: Any) -> Any:
+    """A text, or the texts of a list, changed; all else as it is."""
+    if isinstance(value, list):
+        return [each(change, item) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def as_typed(option: Option, value: Any, where: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rankwise.options.field import Options, option, output, reads, reads_or_hub
+from rankwise.options.field import Options, option, output, reads, reads_or_hub, seeded
 from rankwise.options.sections import OUTSIDE
 
 COCO_SPLITS = ("val2017", "train2017")
@@ -70,5 +70,5 @@ class LabelConfig(Options):
     image_size: int = option(256, least=1, help="side of the square image for device and teacher, in pixels")
     skip_bad: bool = option(False, help="skip and count unreadable images and rows instead of stopping")
     allow_outside: bool = option(False, help=OUTSIDE)
-    seed: int = option(42, help="random seed of image order and split")
+    seed: int = seeded(42, help="random seed of image order and split")
     teacher: TeacherSection = field(default_factory=TeacherSection)

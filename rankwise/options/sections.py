@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rankwise.options.field import Options, option, reads, reads_model, reads_or_hub
+from rankwise.options.field import Options, option, reads, reads_model, reads_or_hub, reads_or_text, seeded
 
 TASKS = ("e2e_nlg", "samsum", "wikisql", "multi_nli", "labels", "cota", "conversations")
 SCORED_TASKS = TASKS  # each has a scorer
@@ -63,7 +63,7 @@ class DataSection(Options):
         help="prompt format: headed sections, chat template or plain text; auto: as trained (input.json), else the "
         "chat template if the model has one and every row is a conversation",
     )
-    chat_template: str | None = option(help="Jinja chat template, as file or text [as trained; the model's own]")
+    chat_template: str | None = reads_or_text(help="Jinja chat template, as file or text [as trained; the model's own]")
     chat_template_kwargs: dict[str, Any] | None = option(
         help='variables for the chat template, as JSON: {"enable_thinking": false} [as trained]'
     )
@@ -85,7 +85,7 @@ class DataSection(Options):
     roles: list[str] = option([], help="map other role names of conversations: pupil=user,coach=assistant")
     aux_reason: bool = option(False, help="labels: also train on the teacher's reason, as answer to a second question")
     download: bool = option(False, help="download official files missing from --data_path (extra: data)")
-    device_target: str | None = option(
+    device_target: str | None = reads_or_text(
         help="device.json, or a folder with one: preprocess images and prompts as on that device; off: ignore it [as "
         "trained; the one beside the data or the model]"
     )
@@ -163,7 +163,7 @@ class ArmSection(Options):
     rank: int | None = option(least=1, help="rank at every adapted matrix [--lora_r]", aliases=("lora_r", "r"))
     plan: str | None = reads(help="rank plan [--lora_config]", aliases=("lora_config",))
     learning_rate: float | None = option(above=0, help="learning rate [--learning_rate]", aliases=("lr",))
-    seed: int | None = option(least=0, help="seed of initialisation and order of the rows [--seed]")
+    seed: int | None = seeded(None, help="seed of initialisation and order of the rows [--seed]")
     scale: float | None = option(above=0, help="scale of B·A: alpha/r, with rsLoRA alpha/√r [2, or the plan's]")
 
 

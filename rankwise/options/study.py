@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rankwise.options.field import Options, option, output, reads
+from rankwise.options.field import Options, option, output, reads, seeded
 from rankwise.options.sections import DEVICE, PHASE_STATES, SEED, TARGETS, DataSection, ModelSection
 
 
@@ -76,7 +76,7 @@ class StudyConfig(Options):
     more_seeds: int = option(4, least=1, help="seeds per extension, until all primary half-widths are at most δ/2")
     most_seeds: int = option(30, least=2, help="maximum number of reported seeds")
     resamples: int = option(2000, help="bootstrap resamples over seeds and items")
-    seed: int = option(42, help=SEED)
+    seed: int = seeded(42, help=SEED)
     output_dir: str = output("runs/study", help="run folder")
     batch_arms: int = option(16, least=1, help="arms trained together; changes the time, not the numbers")
     device: str = option("auto", help=DEVICE)

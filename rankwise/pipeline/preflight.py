@@ -159,6 +159,7 @@ def ready(command: str, config: Any, made: Sequence[Path] = (), run: Path | None
         if hasattr(stage, check):
             getattr(stage, check)(config)
     require_outputs(config)
+    require_device(getattr(config, "device", None))
     if hasattr(stage, "ready"):
         stage.ready(config)
     else:
@@ -215,6 +216,19 @@ def require_input(item: Option, value: str, *, fetched: bool) -> None:
     elif not HUB_ID.fullmatch(value) and not (fetched and item.name in ("data_path", "images")):
         said = f"{value}: no such file or folder, nor a hub id of the form org/name (--{item.name})"
         raise DataError(f"{said}{neighbours(Path(value))}")
+
+
+def require_device(name: str | None) -> None:
+    """UsageError for a device that PyTorch does not know or cannot use here."""
+    if name in (None, "auto", "cpu"):
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).splitlines()[0]
+        raise UsageError(f"--device {name}: not here ({said}); give auto, cpu or cuda") from error
 
 
 def require_outputs(config: Any) -> None:

@@ -24,6 +24,7 @@ from rankwise.models.load import meta_model
 from rankwise.models.sites import fused_experts
 from rankwise.models.targets import plan_fields
 from rankwise.options.commands import RanksConfig
+from rankwise.options.field import absolute
 from rankwise.ranks.probe import Probe
 
 INSTEAD = "train it with `rankwise train --lora-config`, or emit"
@@ -126,7 +127,8 @@ def llamafactory(plan: RankPlan, experts: bool) -> Fields:
 
 
 def model(key: str, plan: RankPlan) -> Fields:
-    return {key: plan.model_name} if plan.model_name else {}
+    """The base; a folder of this disk by its absolute path, for the file is used from anywhere."""
+    return {key: absolute(plan.model_name)} if plan.model_name else {}
 
 
 def one_rank(plan: RankPlan, trainer: str) -> Fields:

@@ -203,6 +203,31 @@ def test_numbers_in_files_are_numbers(tmp_path: Path, content: str) -> None:
     assert math.isclose(rate, 2e-4)
 
 
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell has not replaced it in a file, in quotes or behind a comma."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    file = tmp_path / "study.yaml"
+    file.write_text("model_name: ~/base\noutput_dir: ~/out\ndeltas: [~/a, b]\nquestion: ~/what\n")
+    config = resolved("study", str(file), "--data_path", "~/rows.csv", "--chat_template", "{{ x ~ '~/y' }}")
+    assert (config.model.model_name, config.output_dir) == (str(tmp_path / "base"), str(tmp_path / "out"))
+    assert (config.data.data_path, config.probe.deltas) == (str(tmp_path / "rows.csv"), [str(tmp_path / "a"), "b"])
+    assert (config.question, config.data.chat_template) == ("~/what", "{{ x ~ '~/y' }}")
+
+
+def test_an_empty_place_to_write_is_not_this_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "--output_dir is empty; give a path" in refused(capsys, "ranks", "a", "b", "-o", "")
+    (tmp_path / "a.yaml").write_text("output_dir: ''\n")
+    assert "a.yaml: output_dir is empty" in refused(capsys, "ranks", str(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize("name", [name for name, row in cli.COMMANDS.items() if hasattr(row.config, "seed")])
+def test_seeds_are_those_that_every_generator_takes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in ("-1", str(2**32)):
+        said = refused(capsys, *name.split(), "--seed", seed)
+        assert f"seed is {seed}; give a number of at least 0 and below 4294967296" in said
+
+
 def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
     file = save(tmp_path / "c.yaml", "max_rank: 32\nmin-rank: 2\npretrained: x\n")
     config = resolved("ranks", file, "--max_rank", "64")

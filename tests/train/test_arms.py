@@ -209,6 +209,13 @@ def test_options_that_arms_cannot_have(
         ([{"name": "a", "rank": 0}], "rank is 0; give a number of at least 1"),
         ([{"name": "a", "scale": -1}], "scale is -1.0"),
         ([{"name": "a", "learning_rate": "fast"}], "expected a number"),
+        ([{"name": "a", "learning_rate": 0}], "learning_rate is 0.0; give a number above 0"),
+        ([{"name": "a", "learning_rate": "nan"}], "learning_rate is nan; give a number above 0"),
+        ([{"name": "a", "learning_rate": "inf"}], "learning_rate is inf; give a number above 0"),
+        ([{"name": "a", "seed": -1}], "seed is -1; give a number of at least 0 and below 4294967296"),
+        ([{"name": "a", "seed": 2**32}], "seed is 4294967296; give a number"),
+        ([{"name": "a/b"}], "cannot be the arm's folder"),
+        (["a"], "expected a list of arms"),
         (
             [{"name": "b", "rank": 10}, {"name": "a", "rank": 11}],
             "arm a: rank 11 is above ⌊mn/(m+n)⌋ = 10 of model.layers.0",
