@@ -34,19 +34,17 @@ from rankwise.core.site import Site
 from rankwise.data.split import Sizes
 from rankwise.errors import DivergedError, need
 from rankwise.files.atomic import read_if_there, write_json
-from rankwise.files.ledger import Ledger
 from rankwise.options.advise import AdviseConfig
 from rankwise.options.sections import DataSection, ModelSection
 from rankwise.options.study import ProbeSection, StudyConfig
 from rankwise.ranks.deltas import open_deltas
 from rankwise.study.advice import UNIFORM, TrialLosses, TrialRun, prior_of, rounded, upper_bound
-from rankwise.study.advise import rungs_of, trial_settings
+from rankwise.study.advise import recipe_of, rungs_of
 from rankwise.study.arms import Gains, ranks_within
 from rankwise.study.climb import Conclusions, climb
-from rankwise.study.design import digest
 from rankwise.study.material import Material, is_of, load_material, read_parts, train_probe
 from rankwise.study.results import finite
-from rankwise.study.trials import ShortRuns
+from rankwise.study.trials import ShortRuns, short_runs
 from rankwise.train.together.starts import row_order
 
 LEAST, PART = 0.02, 0.01  # m: at least so many nats, and so much of the best cell's gain
@@ -165,8 +163,10 @@ class Contest:
         """name: of the folder of their ledger. tested: items of the test part that they are scored on, if at all."""
         config, parts = self.config(steps), self.material.parts
         material = replace(self.material, parts=replace(parts, test=parts.test[tested]))
-        recipe = digest([trial_settings(config), self.material.inputs(config.model)])[:16]
-        return MeteredRuns(config, material, Ledger(self.folder / name), recipe, max(self.extent.ranks), limit=limit)
+        recipe = recipe_of(config, self.material.renderer, self.material.files)
+        return MeteredRuns(
+            config, material, short_runs(self.folder / name), recipe, max(self.extent.ranks), limit=limit
+        )
 
     @cached_property
     def swept(self) -> MeteredRuns:

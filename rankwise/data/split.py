@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rankwise.data.example import Example, chosen, one_per_prompt
+from rankwise.data.example import Example, Examples, chosen, one_per_prompt
 from rankwise.data.label_answer import name_key
 from rankwise.errors import DataError
 from rankwise.files.document import Document
@@ -89,12 +89,14 @@ WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of rows. least: so many training rows will do where there are not as many as asked for."""
+    """Numbers of rows. least: so many training rows will do where there are not as many as asked for. options: what a
+    user lowers where there are too few, of each."""
 
     train: int
     dev: int
     test: int
     least: int | None = None
+    options: tuple[str, str, str] = ("--train_size", "--dev_size", "--test_size")
 
 
 @dataclass(frozen=True)
@@ -114,19 +116,16 @@ class Parts:
 
 
 def divided(
-    pool: Sequence[Example],
-    dev: Sequence[Example] | None,
-    test: Sequence[Example] | None,
-    sizes: Sizes,
-    generator: random.Random,
+    pool: Examples, dev: Examples | None, test: Examples | None, sizes: Sizes, generator: random.Random
 ) -> Parts:
     """The three parts. What has no rows of its own gets groups of the pool; dev and test take one row per prompt.
 
-    Raises DataError where fewer rows are left than asked for.
+    Raises DataError, naming file and option, where fewer rows are left than asked for.
     """
-    order = shuffled_by_group(pool, generator)
-    test_rows, order = take(order, sizes.test) if test is None else (drawn_rows(test, sizes.test, generator), order)
-    dev_rows, order = take(order, sizes.dev) if dev is None else (drawn_rows(dev, sizes.dev, generator), order)
+    order = shuffled_by_group(pool.items, generator)
+    of_train, of_dev, of_test = sizes.options
+    test_rows, rest = held_out(test, pool, order, sizes.test, of_test, generator)
+    dev_rows, order = held_out(dev, pool, rest, sizes.dev, of_dev, generator)
     words = telling_words([*order, *dev_rows, *test_rows])
     dev_left = without_near(dev_rows, test_rows, words)
     off_test = without_near(order, test_rows, words)
@@ -136,10 +135,12 @@ def divided(
         "train, in or near test": len(order) - len(off_test),
         "train, in or near dev": len(off_test) - len(off_both),
     }
-    if len(off_both) < (sizes.train if sizes.least is None else sizes.least):
+    needed = sizes.train if sizes.least is None else sizes.least
+    if len(off_both) < needed:
+        lower = f"lower {of_train}, {of_dev} or {of_test}, or give more rows"
         raise DataError(
-            f"{len(off_both):,} rows are left to train on, {sizes.least or sizes.train:,} are needed (--train_size); "
-            f"removed: {', '.join(f'{count} ({what})' for what, count in removed.items())}"
+            f"{place(pool)}{len(off_both):,} rows are left to train on, {needed:,} are needed; {lower}; removed: "
+            f"{', '.join(f'{count} ({what})' for what, count in removed.items())}"
         )
     train = generator.sample(off_both, min(sizes.train, len(off_both)))
     return Parts(tuple(train), tuple(dev_left), tuple(test_rows), removed)
@@ -155,8 +156,23 @@ def shuffled_by_group(rows: Sequence[Example], generator: random.Random) -> list
     return [row for name in names for row in groups[name]]
 
 
+def held_out(
+    own: Examples | None, pool: Examples, order: list[Example], count: int, option: str, generator: random.Random
+) -> tuple[list[Example], list[Example]]:
+    """Items of their own rows, or of the pool in this order, and what is left of it. DataError where they are too
+    few."""
+    rows, left = take(order if own is None else shuffled_by_group(own.items, generator), count)
+    if len(rows) < count:
+        raise DataError(
+            f"{place(pool if own is None else own)}{option} {count:,}: {len(rows):,} different prompts are there for "
+            "it; lower it, or give more rows"
+        )
+    return rows, left if own is None else order
+
+
 def take(order: Sequence[Example], count: int) -> tuple[list[Example], list[Example]]:
-    """One row per prompt of the first groups that give `count`, and the rows of the other groups."""
+    """One row per prompt of the first groups that give `count`, or fewer where all do not, and the rows of the other
+    groups."""
     rows: list[Example] = []
     seen: set[str] = set()
     for row in one_per_prompt(order):
@@ -164,14 +180,11 @@ def take(order: Sequence[Example], count: int) -> tuple[list[Example], list[Exam
             break
         rows.append(row)
         seen.add(row.group)
-    if len(rows) < count:
-        raise DataError(f"{count:,} items were asked for, and there are only {len(rows):,} prompts")
     return rows, [row for row in order if row.group not in seen]
 
 
-def drawn_rows(rows: Sequence[Example], count: int, generator: random.Random) -> list[Example]:
-    """`count` random rows with prompts of their own."""
-    return take(shuffled_by_group(rows, generator), count)[0]
+def place(examples: Examples) -> str:
+    return f"{examples.files[0]}: " if examples.files else ""
 
 
 def without_near(

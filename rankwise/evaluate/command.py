@@ -38,14 +38,14 @@ from rankwise.files.atomic import fingerprint, fingerprints, write_text
 from rankwise.files.checkpoint import base_files, resolve
 from rankwise.files.lineage import warn_of_training_rows
 from rankwise.files.processes import announce, finish, gathered, process_index
-from rankwise.files.run_folder import CONFIG, RunFolder, held
+from rankwise.files.run_folder import RunFolder, held
 from rankwise.options.commands import EvaluateConfig
 from rankwise.options.sections import HARNESS, SCORED_TASKS, is_harness
 from rankwise.page.blocks import lines
 from rankwise.page.text import with_interval
 from rankwise.pipeline.idle import refuse_idle
 
-CONFUSION, BESIDE = "confusion.csv", "resolved_config.evaluate.json"
+CONFUSION = "confusion.csv"
 WINDOW = 1024  # tokens of a piece of text for --forget
 
 
@@ -71,7 +71,7 @@ def evaluate_model(config: EvaluateConfig) -> EvaluationResult | None:
         result = score_task(config, tested, examples, folder, made_from) if config.data.task else None
         lost = measure_forgetting(config, tested, documents, folder, made_from) if config.forget else None
         if process_index()[0] == 0:
-            folder.save_config(config, config_name(folder))
+            folder.save_config(config, folder.config_name("evaluate"))
             found = {"results": (result, RESULTS.name), "forgetting": (lost, forgetting.FILE)}
             record.outputs |= {name: folder / file for name, (each, file) in found.items() if each}
     if result:
@@ -96,11 +96,6 @@ def going_on(config: EvaluateConfig, *, unchanged: bool) -> EvaluateConfig:
         for file in earlier(config):
             file.unlink()
     return config
-
-
-def config_name(folder: RunFolder) -> str:
-    """In the folder of another stage, a training run's say, that one's config keeps its name."""
-    return BESIDE if set(folder.stages()) - {"evaluate"} else CONFIG
 
 
 def check(config: EvaluateConfig) -> EvaluateConfig:

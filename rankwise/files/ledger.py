@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from torch import Tensor
 
 from rankwise.errors import DataError
 from rankwise.files.atomic import atomic_write, sha256
-from rankwise.files.document import append_lines, read_lines
+from rankwise.files.document import append_lines, read_lines, typed
 from rankwise.files.processes import process_index
 
 FOLDER = "runs"
+FILE = re.compile(r"runs(\.[1-9][0-9]*)?\.jsonl")
+REMEDY = "restore the file, take the line out to repeat its run, or choose another --output_dir"
 Row = dict[str, Any]
 
 
@@ -35,10 +38,14 @@ def text_of(key: Mapping[str, Any]) -> str:
 
 
 class Ledger:
-    """Finished runs of a folder. Several processes write files of their own and read all of them."""
+    """Finished runs of a folder. Several processes write files of their own and read all of them.
 
-    def __init__(self, folder: Path) -> None:
+    check: raises KeyError, TypeError or ValueError for an entry that is none of the command's own.
+    """
+
+    def __init__(self, folder: Path, check: Callable[[Row], object] = lambda row: None) -> None:
         self.folder = folder
+        self.check = check
         self.rows: dict[str, Row] = {}
         self._matrices: dict[tuple[str, str], Tensor] = {}
         self.refresh()
@@ -50,8 +57,15 @@ class Ledger:
 
     def refresh(self) -> None:
         """Read what the other processes have entered meanwhile."""
-        for path in sorted(self.folder.glob("runs*.jsonl")):
-            self.rows |= dict(read_lines(path, "an entry of a finished run", keyed))
+        for path in sorted(file for file in self.folder.glob("runs*.jsonl") if FILE.fullmatch(file.name)):
+            self.rows |= dict(read_lines(path, "an entry of a finished run of this command", self.keyed, REMEDY))
+
+    def keyed(self, row: Row) -> tuple[str, Row]:
+        """A line with its key as text. KeyError or TypeError where it is not of a run."""
+        for name, kind in (("key", dict), ("file", str), ("row", int)):
+            typed(row[name], kind)
+        self.check(row)
+        return text_of(row["key"]), row
 
     def __contains__(self, key: Mapping[str, Any]) -> bool:
         return text_of(key) in self.rows
@@ -79,22 +93,17 @@ class Ledger:
     def numbers(self, key: Mapping[str, Any], name: str) -> Tensor:
         """(items,) of one run. DataError where its file is gone or is not what was written."""
         row = self[key]
+        again = f"restore it, or take the lines that name it out of {self.folder / 'runs*.jsonl'} to repeat those runs"
+        path = self.folder / row["file"]
         if (row["file"], name) not in self._matrices:
-            path = self.folder / row["file"]
             try:
                 if "sha256" in row and sha256(path) != row["sha256"]:  # lines of earlier versions have none
-                    raise DataError(
-                        f"{path}: changed since it was written (its sha256 differs); restore the file, "
-                        "or delete it with its lines to repeat those runs"
-                    )
+                    raise DataError(f"{path}: changed since it was written (its sha256 differs); {again}")
                 with safe_open(path, framework="pt") as file:
                     self._matrices[row["file"], name] = file.get_tensor(name)
             except (OSError, SafetensorError) as error:
-                raise DataError(f"{path}: the numbers of a finished run cannot be read: {error}") from error
-        return self._matrices[row["file"], name][row["row"]]
-
-
-def keyed(row: Row) -> tuple[str, Row]:
-    """A line with its key as text. KeyError where it is not of a run."""
-    row["file"], row["row"]
-    return text_of(row["key"]), row
+                raise DataError(f"{path}: the numbers of a finished run cannot be read ({error}); {again}") from error
+        matrix = self._matrices[row["file"], name]
+        if not 0 <= row["row"] < len(matrix):
+            raise DataError(f"{path}: has no row {row['row']} for a finished run; {again}")
+        return matrix[row["row"]]

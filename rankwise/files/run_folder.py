@@ -132,6 +132,11 @@ class RunFolder:
         if visible and stage not in self.stages():
             raise UsageError(f"{self.path}: holds other files ({', '.join(visible[:3])} …); choose a new --output_dir")
 
+    def config_name(self, stage: str) -> str:
+        """Where a stage saves its config: in the folder of another one, a training run's say, that one's keeps its
+        name."""
+        return f"resolved_config.{stage}.json" if set(self.stages()) - {stage} else CONFIG
+
     def save_config(self, config: Any, name: str = CONFIG) -> Path:
         """Save a resolved config (mapping or dataclass) flat: the file, given to its command, reproduces it. Secrets
         are left out."""
@@ -189,7 +194,10 @@ class RunFolder:
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """The manifest's entries by stage; empty where no stage has finished yet."""
-        stages: dict[str, dict[str, Any]] = read_if_there(self / MANIFEST).get("stages", {})
+        try:
+            stages: dict[str, dict[str, Any]] = read_if_there(self / MANIFEST).get("stages", {})
+        except DataError as error:
+            raise DataError(f"{error}; restore it, or delete it: what the folder holds stays") from error
         return stages
 
     def _describe_output(self, path: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 from rankwise.core.schedule import phases_of
 from rankwise.errors import UsageError
 from rankwise.options import commands, features
+from rankwise.options.advise import AdviseConfig
 from rankwise.options.field import flatten
 from rankwise.options.sections import CONVERSATIONS, is_harness
 from rankwise.options.study import StudyConfig
@@ -221,6 +222,7 @@ TABLES: Mapping[type, list[Bound]] = {
         *with_("synthetic", True, "tokens channels spectrum smooth shared seed", "--synthetic N"),
         *without("synthetic", "image_size native num_images revision skip_bad", ", on pictures"),
     ],
+    AdviseConfig: ROWS,
     commands.EvaluateConfig: [
         *OF_IMAGES,
         *with_("do_sample", True, "temperature top_p"),

@@ -9,11 +9,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from rankwise.core.allocate import spent
-from rankwise.models.sites import towers_of
-from rankwise.models.targets import LANGUAGE
 from rankwise.options.advise import AdviseConfig
 from rankwise.options.commands import TrainConfig
 from rankwise.study.advice import UNIFORM, TrialRun, prior_of, rounded
@@ -63,27 +60,18 @@ def conclude(config: AdviseConfig, rungs: Rungs, bench: ShortRuns, found: Conclu
         "cost": cost(config, bench, rows),
         "too_few": too_few(config, rungs, bench, found) if found.learnt else {},
         "open": open_rungs(rungs, found, bench.seconds),
-        **({"frozen": frozen} if (frozen := frozen_towers(material.model)) else {}),
     }
 
 
-def frozen_towers(model: PreTrainedModel) -> list[str]:
-    """The towers that are not adapted: all but the language tower."""
-    return [tower for tower in towers_of(model) if tower not in LANGUAGE]
-
-
-def frozen_lines(frozen: Sequence[str]) -> list[str]:
-    """What to say of them; nothing of a model with one tower."""
-    return [f"adapters in the language tower only; frozen: {', '.join(frozen)}"] if frozen else []
-
-
 def cost(config: AdviseConfig, bench: ShortRuns, rows: int) -> dict[str, Any]:
-    """Time and memory of a short run that trained alone, and of the real run by the seconds per token of that one."""
-    alone = [row for row in bench.finished if row["batch"] == 1]
+    """Time and memory of a short run that trained alone, and of the real run by the seconds per token of that one; of
+    those that trained together where the lines of others are gone."""
+    alone = [row for row in bench.finished if row["batch"] == 1] or bench.finished
     train = bench.material.rows
     per_row = sum(len(row["input_ids"]) for row in train) / len(train)
     per_token = median(row["training_seconds"] / max(1, row["tokens"]) for row in alone)
-    learnt = round(rows * (1 - TrainConfig().val_fraction))  # `train` holds some out
+    usable = len(train) / len(bench.material.parts.train)  # --overlong drop, --skip_bad
+    learnt = round(rows * usable * (1 - TrainConfig().val_fraction))  # `train` holds some out
     return {
         "peak_bytes": max(row["peak_bytes"] for row in alone),
         "device": torch.device(bench.material.device).type,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rankwise.files.atomic import write_text
 from rankwise.files.document import Document
 from rankwise.files.plan import write_plan
 from rankwise.options.advise import AdviseConfig
-from rankwise.options.field import flatten
+from rankwise.options.field import anywhere, flatten, options_of
 from rankwise.page.blocks import Block, Finding, Folded, Page, Plot, Section, Table, drawn, into, pictures
 from rankwise.page.canvas import BLUE, FAINT, GREY, drawable, legend, log_ticks, name_axes, new_figure, save, style
 from rankwise.page.template import markdown
@@ -66,7 +66,18 @@ def rate_words(advice: Advice) -> list[str]:
         if rates["vertex"]
         else f"no parabola was fitted: {rates['why']}"
     )
-    if rates["cliff"]:
+    lost = [
+        trial
+        for trial in advice["trials"]
+        if trial["loss"] is None
+        and (trial["rank"], trial["placement"]) == (advice["advised"]["rank"], advice["advised"]["placement"])
+        and trial["learning_rate"] <= max(rates["best"], advice["advised"]["learning_rate"])
+    ]
+    if lost:
+        told.append(
+            f"{plural(len(lost), 'run')} with another seed diverged at this rate or below it: give lower --rates"
+        )
+    elif rates["cliff"]:
         told.append(f"too high: from {number(rates['cliff'])} on training diverges or loses half of the gain")
     if rates["at_edge"]:
         told.append("the best rate is the last that was tried on its side; a better one may lie beyond (--rates)")
@@ -89,8 +100,10 @@ def rank_words(advice: Advice) -> list[str]:
     first = max(0, min(last - 2, len(steps) - RANKS_SHOWN))
     shown = steps[first : first + RANKS_SHOWN]
     left = len(steps) - len(shown)
-    more_ranks = [f"{plural(left, 'more rank')} in advice.json"] if left else []
-    return told + [excess_words(step, advice) for step in shown] + more_ranks
+    rest = [f"{plural(left, 'more rank')} in advice.json"] if left else []
+    out = sorted({trial["rank"] for trial in advice["trials"]} - set(map(int, advice["rates"])), reverse=True)
+    rest += [f"rank {', '.join(map(str, out))}: every rate diverged, not compared"] if out else []
+    return told + [excess_words(step, advice) for step in shown] + ["; ".join(rest)] * bool(rest)
 
 
 def excess_words(step: Mapping[str, Any], advice: Advice) -> str:
@@ -127,12 +140,11 @@ def cost_words(advice: Advice) -> list[str]:
     """Time and memory of a short run, and what follows for the real one."""
     found, epochs = advice["cost"], advice["cost"]["epochs"]
     peak = f"{memory(found['peak_bytes'])} of {'GPU memory' if found['device'] == 'cuda' else 'memory'}"
-    towers = ", of the language tower only" if advice.get("frozen") else ""
     turn = [f"the short runs trained one after the other: {advice['in_turn']}"] if advice["in_turn"] else []
     return [
         f"a short run: {duration(advice['seconds_per_run'])}; one alone takes at most {peak}",
         *turn,
-        f"the real run{towers}: {found['steps']:,} steps ({epochs:g} epochs of {found['rows']:,} rows), about "
+        f"the real run: {found['steps']:,} steps ({epochs:g} epochs of {found['rows']:,} rows), about "
         f"{duration(found['seconds'])}:",
         f"training only, at the {1000 * found['seconds_per_token']:.2g} ms per token of a short run on this machine",
     ]
@@ -228,12 +240,13 @@ def trials_table(advice: Advice) -> Table:
 
 
 def train_options(config: AdviseConfig, advice: Advice, plan: Path | None) -> dict[str, Any]:
-    """Options of `rankwise train` for the real run, by name: those given, those advised, and the shape of the runs."""
+    """Options of `rankwise train` for the real run, by name: those given, those advised, and the shape of the runs.
+    Local files by their absolute paths: it may be started anywhere."""
     defaults = flatten(AdviseConfig())
-    shared = [item.name for section in (config.model, config.data) for item in fields(section)]
-    values = flatten(config)
-    given = {name: values[name] for name in (*shared, "target") if values[name] != defaults[name]}
-    lora = {"lora_config": str(plan)} if plan else {"lora_r": advice["advised"]["rank"]}
+    shared = [option for section in (config.model, config.data) for option in options_of(section)]
+    given = {item.name: anywhere(item, item.default) for item in shared if item.default != defaults[item.name]}
+    given |= {"target": config.target} if config.target else {}
+    lora = {"lora_config": os.path.abspath(plan)} if plan else {"lora_r": advice["advised"]["rank"]}
     return {**given, **lora, **run_options(config, advice), "seed": config.seed}
 
 
@@ -259,8 +272,10 @@ def advised_plan(config: AdviseConfig, advice: Advice, ranks: Mapping[Site, int]
 
 
 def write_advice(folder: Path, config: AdviseConfig, advice: Advice, ranks: RankPlan) -> dict[str, Path | str]:
-    """Write them into the run folder; what was written, by name. Nothing learnt: no advice.yaml."""
+    """Write them into the run folder; what was written, by name. Nothing learnt: no advice.yaml, nor an earlier one."""
     written: dict[str, Path | str] = {"advice": DOCUMENT.write(folder, advice)}
+    for earlier in (CONFIG, PLAN):
+        (folder / earlier).unlink(missing_ok=True)
     if advice["learnt"]:
         plan = write_plan(folder / PLAN, ranks) if advice["advised"]["placement"] != UNIFORM else None
         written |= {"plan": plan} if plan else {}

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import random
 import signal
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -21,15 +22,13 @@ from transformers import PreTrainedModel
 
 from rankwise.core.plan import RankPlan
 from rankwise.core.site import Site
-from rankwise.data.example import one_per_prompt
+from rankwise.data.example import Examples, one_per_prompt
 from rankwise.data.render import Renderer
-from rankwise.data.renderer_for import sees
+from rankwise.data.renderer_for import renderer_for, sees
 from rankwise.data.sources.load import check_data, read_examples, settle
 from rankwise.data.split import Parts, Sizes, divided
 from rankwise.errors import DataError, Interrupted, UsageError
-from rankwise.files.ledger import Ledger
 from rankwise.files.processes import announce, finish, process_index
-from rankwise.files.run_folder import CONFIG as RESOLVED
 from rankwise.files.run_folder import RunFolder, held
 from rankwise.models.load import load_structure, torch_dtype
 from rankwise.models.sites import fused_experts, model_sites
@@ -38,15 +37,16 @@ from rankwise.options.advise import AdviseConfig
 from rankwise.options.field import flatten
 from rankwise.page.blocks import lines
 from rankwise.page.text import command_line, duration, plural
+from rankwise.pipeline.idle import refuse_idle
 from rankwise.ranks.emit import unplaced, write_configs
 from rankwise.study.advice import first_grid, prior_of
-from rankwise.study.advice_content import conclude, frozen_lines, frozen_towers
+from rankwise.study.advice_content import conclude
 from rankwise.study.advice_page import CONFIG, advised_plan, run_options, screen_table, write_advice
 from rankwise.study.climb import Rungs, climb
 from rankwise.study.design import digest
 from rankwise.study.footprint import Footprint, footprint, free_memory, most_learnt, refuse_too_large
-from rankwise.study.material import load_material, own_device
-from rankwise.study.trials import ShortRuns, median_seconds, why_in_turn
+from rankwise.study.material import input_facts, load_material, own_device
+from rankwise.study.trials import ShortRuns, median_seconds, rows_of, short_runs, why_in_turn
 
 RANKS, RATIO = (16, 4, 1), 2.5
 CHOOSE, CONFIRM, SHARE, LEAST = 100, 150, 5, 20  # held-out items by default, at most a fifth of the prompts each
@@ -63,10 +63,8 @@ def run(config: AdviseConfig) -> Path:
         with held(folder, "advise", inputs(config)) as record:
             bench, rungs, rows = prepare(config, folder.path)
             if process_index()[0] == 0:
-                folder.save_config(config)
+                folder.save_config(config, folder.config_name("advise"))
             announce(f"advise: {counts_line(rungs)}")
-            for line in frozen_lines(frozen_towers(bench.material.model)):
-                announce(line)
             if bench.in_turn:
                 announce(f"short runs train one after the other: {bench.in_turn}")
             with kept_when_interrupted(config, bench):
@@ -90,7 +88,7 @@ def run(config: AdviseConfig) -> Path:
 def prepare(config: AdviseConfig, folder: Path) -> tuple[ShortRuns, Rungs, int]:
     """The bench, what is climbed on it, and the number of rows of the data set."""
     skeleton = load_structure(config.model, str(config.model.model_name))
-    rungs = rungs_of(config, skeleton)
+    rungs, ledger = rungs_of(config, skeleton), short_runs(folder)
     parts, files, count = parts_of(config, skeleton)
     known: dict[str, Any] = {}
 
@@ -99,9 +97,8 @@ def prepare(config: AdviseConfig, folder: Path) -> tuple[ShortRuns, Rungs, int]:
         known["needs"] = fitting_needs(config, skeleton, rungs.ranks[0], rows, whole=bool(known["in_turn"]))
 
     material = load_material(config.model, config.data, config.target, config.device, (parts, files), before_loading)
-    recipe = digest([trial_settings(config), material.inputs(config.model)])[:16]
-    told = Reach(config, rungs)
-    return ShortRuns(config, material, Ledger(folder), recipe, rungs.ranks[0], told=told, **known), rungs, count
+    recipe, told = recipe_of(config, material.renderer, files), Reach(config, rungs)
+    return ShortRuns(config, material, ledger, recipe, rungs.ranks[0], told=told, **known), rungs, count
 
 
 def fitting_needs(
@@ -144,7 +141,8 @@ def kept_when_interrupted(config: AdviseConfig, bench: ShortRuns) -> Iterator[No
         yield
     except (KeyboardInterrupt, Interrupted) as stop:
         number = signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.exit_code - 128
-        kept, again = plural(len(bench.finished), "finished short run"), Path(config.output_dir) / RESOLVED
+        kept, folder = plural(len(bench.finished), "finished short run"), RunFolder(config.output_dir)
+        again = folder / folder.config_name("advise")
         raise Interrupted(
             f"interrupted: {kept} kept in {config.output_dir}, what was in training is lost; go on with: "
             f"{command_line('advise', again)}",
@@ -167,7 +165,9 @@ def next_command(config: AdviseConfig) -> str:
 
 def check(config: AdviseConfig) -> None:
     """Refuse invalid values before anything is read."""
-    check_data(settle(config).data, "advise")
+    config = settle(config)
+    check_data(config.data, "advise")
+    refuse_idle(config)
     if not config.model.model_name:
         raise UsageError("advise needs a model: rankwise advise MODEL ROWS")
     if len(set(config.ranks)) == 1:
@@ -186,8 +186,7 @@ def inputs(config: AdviseConfig) -> dict[str, Path | str]:
 def parts_of(config: AdviseConfig, skeleton: PreTrainedModel) -> tuple[Parts, tuple[Path, ...], int]:
     """Rows to train on, items that decide (dev) and items kept back for the last comparison (test); the files; and the
     number of all rows."""
-    seeing = sees(config.data, skeleton.config)
-    pool = read_examples(config.data, str(config.data.data_path), sees_images=seeing)
+    pool = pool_of(config, skeleton)
     prompts = len(one_per_prompt(pool.items))
     share = prompts // SHARE
     if share < LEAST and None in (config.choose_size, config.confirm_size):
@@ -198,13 +197,22 @@ def parts_of(config: AdviseConfig, skeleton: PreTrainedModel) -> tuple[Parts, tu
     choose = config.choose_size or min(CHOOSE, share)
     confirm = config.confirm_size or min(CONFIRM, share)
     train = config.train_size or config.steps * config.batch_size
-    sizes = Sizes(train, choose, confirm, least=config.batch_size)
-    return divided(pool.items, None, None, sizes, random.Random(config.seed)), tuple(pool.files), len(pool.items)
+    sizes = Sizes(train, choose, confirm, config.batch_size, ("--batch_size", "--choose_size", "--confirm_size"))
+    return divided(pool, None, None, sizes, random.Random(config.seed)), tuple(pool.files), len(pool.items)
+
+
+def pool_of(config: AdviseConfig, skeleton: PreTrainedModel) -> Examples:
+    return read_examples(config.data, str(config.data.data_path), sees_images=sees(config.data, skeleton.config))
 
 
 def trial_settings(config: AdviseConfig) -> dict[str, Any]:
     """What decides how a trial trains and is scored: trials of other settings are not reused."""
     return {name: value for name, value in flatten(config).items() if name not in (*NOT_THE_RUNS, *NOT_THE_NUMBERS)}
+
+
+def recipe_of(config: AdviseConfig, renderer: Renderer, files: Sequence[Path]) -> str:
+    """Hash of everything that decides how a trial trains, beside its key."""
+    return digest([trial_settings(config), input_facts(config.model, renderer, files)])[:16]
 
 
 def rungs_of(config: AdviseConfig, skeleton: PreTrainedModel) -> Rungs:
@@ -264,6 +272,18 @@ def rung_lines(rungs: Rungs, seconds: float, minutes: float) -> list[str]:
     return [counts_line(rungs), f"{minutes:g} minutes reach rung {reached[-1]} ({times}){more}"]
 
 
+def known_seconds(config: AdviseConfig, skeleton: PreTrainedModel) -> float:
+    """Of a run of these settings, by those in the folder; 0 where there are none."""
+    ledger = short_runs(Path(config.output_dir))
+    if not ledger.rows or not Path(str(config.data.data_path)).exists():
+        return 0.0
+    with redirect_stdout(sys.stderr):  # what is said of the rows is no part of the config
+        settled = settle(config)
+        renderer = renderer_for(settled.data, config.model, str(config.model.model_name), skeleton.config)
+        files = tuple(pool_of(settled, skeleton).files)
+    return median_seconds(rows_of(ledger, recipe_of(settled, renderer, files)))
+
+
 def describe(config: AdviseConfig) -> list[str]:
     """The lines of --dry-run."""
     first = f"short runs of {config.model.model_name}: {config.steps} steps of {config.batch_size} rows each"
@@ -271,12 +291,10 @@ def describe(config: AdviseConfig) -> list[str]:
     if not Path(str(config.model.model_name), "config.json").is_file():  # on the hub, or an earlier stage makes it
         return [first, "rates, ranks and the number of runs depend on the model's sizes", last]
     skeleton = load_structure(config.model, str(config.model.model_name))
-    rungs = rungs_of(config, skeleton)
-    seconds = median_seconds([*Ledger(Path(config.output_dir)).rows.values()])
+    rungs, seconds = rungs_of(config, skeleton), known_seconds(config, skeleton)
     rates = ", ".join(f"{rate:.3g}" for rate in rungs.grid)
     return [
         first,
-        *frozen_lines(frozen_towers(skeleton)),
         f"rung A: learning rates {rates} at rank {rungs.ranks[0]}, then one between the best two",
         *rung_lines(rungs, seconds, config.minutes),
         last,

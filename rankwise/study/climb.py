@@ -157,7 +157,8 @@ def best_of(scores: TrialLosses, rank: int, seed: int) -> TrialRun:
 
 
 def find_the_ranks(ladder: Rungs, bench: TrialBench, found: Conclusions) -> None:
-    """At one common rate small ranks would look worse than they are: each is tried at three."""
+    """At one common rate small ranks would look worse than they are: each is tried at three. One that diverges at all
+    of them is out."""
     assert found.gain is not None
     seed, best = ladder.seeds[0], found.best[ladder.ranks[0]].learning_rate
     smaller = ladder.ranks[1:]
@@ -166,8 +167,10 @@ def find_the_ranks(ladder: Rungs, bench: TrialBench, found: Conclusions) -> None
         further = growth(bench.choose.curve(rank, UNIFORM, seed), ladder.ratio)
         if further is not None:
             bench.run([TrialRun(rank, further, seed)], "B")
-        found.best[rank] = best_of(bench.choose, rank, seed)
-        found.rates[rank] = find_rates(bench.choose.curve(rank, UNIFORM, seed), found.delta, found.gain.estimate)
+        curve = bench.choose.curve(rank, UNIFORM, seed)
+        if any(map(math.isfinite, curve.values())):
+            found.best[rank] = best_of(bench.choose, rank, seed)
+            found.rates[rank] = find_rates(curve, found.delta, found.gain.estimate)
     found.rank = find_rank(bench.choose, found.best, found.delta)
 
 
@@ -210,7 +213,8 @@ def try_placements(ladder: Rungs, bench: TrialBench, found: Conclusions) -> None
 
 
 def compare(ladder: Rungs, bench: TrialBench, found: Conclusions) -> None:
-    assert found.rank is not None
+    """A rate that diverges for a fresh seed is advised no more; a lower one is, where one was tried."""
+    assert found.rank is not None and found.gain is not None
     uniform = found.best[found.rank.by_bound]
     if found.challenger is None:
         return
@@ -221,4 +225,8 @@ def compare(ladder: Rungs, bench: TrialBench, found: Conclusions) -> None:
     effect = scores.excess(other, uniform)
     if effect is not None:
         found.placement = judge({found.challenger: effect}, found.delta)[found.challenger]
-    found.loss = scores.mean(found.tested)
+    curve = bench.choose.curve(uniform.rank, UNIFORM, ladder.seeds[0])
+    if any(map(math.isfinite, curve.values())):
+        found.rates[uniform.rank] = find_rates(curve, found.delta, found.gain.estimate)
+    if scores.seeds(found.tested):  # else all fresh runs of it diverged
+        found.loss = scores.mean(found.tested)

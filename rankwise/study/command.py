@@ -10,26 +10,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rankwise.data.render import Renderer
 from rankwise.data.split import PARTS, Parts, Sizes
-from rankwise.files.ledger import Ledger
 from rankwise.files.processes import announce, finish, gathered, process_index
 from rankwise.files.run_folder import RunFolder, held
 from rankwise.options.study import StudyConfig
 from rankwise.page.blocks import lines
 from rankwise.page.text import duration
 from rankwise.study.arms import RULES
-from rankwise.study.design import (
-    Design,
-    Registration,
-    declared_changes,
-    design_study,
-    digest,
-    register,
-    run_counts,
-)
-from rankwise.study.execution import Bench, matched_steps
-from rankwise.study.material import Material, inputs_of, load_material, open_probes, probe_cost, read_parts
+from rankwise.study.design import Design, Registration, design_study, digest, register, run_counts
+from rankwise.study.execution import Bench, finished_runs, matched_steps
+from rankwise.study.material import Material, load_material, open_probes, probe_cost, read_parts
 from rankwise.study.page import runs_rate, study_blocks, write_study
 from rankwise.study.plans import Plans
 from rankwise.study.protocol import report, tune, tuning_batch
@@ -45,14 +35,7 @@ def run(config: StudyConfig) -> Path:
     folder = RunFolder(config.output_dir)
     try:
         with held(folder, "study", inputs(config)) as record:
-            parts, files = parts_of(config)
-
-            def before_loading(renderer: Renderer, rows: object) -> None:
-                read = inputs_of(config.model, files, renderer, config.probe.deltas)
-                declared_changes(folder.path, design.content | {"inputs": read}, config.deviation)
-
-            how = (config.target, config.device, (parts, files), before_loading)
-            material = load_material(config.model, config.data, *how)
+            material = load_material(config.model, config.data, config.target, config.device, parts_of(config))
             registration = register_study(folder, design, material)
             bench = workbench(folder, design, material)
             if config.time_only:
@@ -101,7 +84,7 @@ def workbench(folder: RunFolder, design: Design, material: Material) -> Bench:
     plans = Plans(design.config, material, probes, folder / "plans" / recipe)
     plans.timed_steps = matched_steps(design, plans)
     extra = probe_cost(design.config) if "uniform+compute" in design.arms else 0
-    return Bench(design.config, material, plans, Ledger(folder.path), recipe, extra)
+    return Bench(design.config, material, plans, finished_runs(folder.path), recipe, extra)
 
 
 def needs_probe(design: Design) -> bool:
@@ -136,7 +119,7 @@ def cost_lines(design: Design, seconds: list[float]) -> list[str]:
 
 def describe(config: StudyConfig) -> list[str]:
     design = design_study(config)
-    seconds = [row["seconds"] for row in Ledger(Path(config.output_dir)).rows.values()]
+    seconds = [row["seconds"] for row in finished_runs(Path(config.output_dir)).rows.values()]
     return [
         f"compare {', '.join(design.arms)} of {config.model.model_name} at {', '.join(config.budgets)}",
         "give a verdict on " + "; ".join(" vs ".join(pair) for pair in design.contrasts),

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -19,7 +20,8 @@ from tqdm.auto import tqdm
 from rankwise.core.phase import BoundNorm, bind
 from rankwise.evaluate.likelihood import answer_losses
 from rankwise.files.atomic import read_if_there, read_object, write_json
-from rankwise.files.ledger import Ledger
+from rankwise.files.document import typed
+from rankwise.files.ledger import Ledger, Row
 from rankwise.files.processes import gathered, own_share, process_index
 from rankwise.options.study import StudyConfig
 from rankwise.study.arms import STATIC, compress_pairs, schedule_of, timed_like
@@ -35,7 +37,6 @@ from rankwise.train.together.train import Arm, TrainedArm, train_together
 
 LAST = 0.1
 Matrices = dict[str, Tensor]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -213,3 +214,15 @@ def step_time(design: Design, plans: Plans, schedule: str | None) -> float:
     started = time.perf_counter()
     train_together(*shared, settings)
     return (time.perf_counter() - started) / config.steps
+
+
+def finished_runs(folder: Path) -> Ledger:
+    """The ledger of a study's folder. DataError for entries of another command."""
+    return Ledger(folder, check_row)
+
+
+def check_row(row: Row) -> None:
+    """KeyError or TypeError for a ledger's row that is none of a study's run."""
+    for name in ("purpose", "recipe", "arm"):
+        typed(row["key"][name], str)
+    typed(row["seconds"], float)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,7 @@ from rankwise.models.sites import model_sites, weight_table
 from rankwise.models.targets import choose_sites
 from rankwise.options.sections import DataSection, ModelSection
 from rankwise.options.study import StudyConfig
+from rankwise.page.text import plural
 from rankwise.ranks.deltas import BaseWeights, SavedDeltas, open_deltas, write_deltas
 from rankwise.train.finetune import language_parameters
 from rankwise.train.job import render_rows
@@ -118,11 +119,11 @@ class Material:
         return ScoredItems.of(self.parts.test, self.renderer, self.device)
 
     def inputs(self, model: ModelSection, deltas: Sequence[str] = ()) -> dict[str, Any]:
-        return inputs_of(model, self.files, self.renderer, deltas)
+        return input_facts(model, self.renderer, self.files, deltas)
 
 
-def inputs_of(
-    model: ModelSection, files: Sequence[Path], renderer: Renderer, deltas: Sequence[str] = ()
+def input_facts(
+    model: ModelSection, renderer: Renderer, files: Sequence[Path], deltas: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Fingerprints of all that is read: runs of other inputs are not reused."""
     return {
@@ -144,7 +145,7 @@ def load_material(
     """Model and data, checked. float32 unless --dtype says otherwise: what is measured here is small.
 
     read: the parts of the data and the files they come from, as `read_parts` gives them. before_loading: called with
-    the renderer and the rendered training rows before any weights are read.
+    the renderer and the rendered training rows before any weights are read, and once all rows are known to be usable.
     """
     name = str(model.model_name)
     skeleton = load_structure(model, name)
@@ -153,12 +154,33 @@ def load_material(
     parts, files = read
     rendered = render_rows(parts.train, renderer)
     rows = [rendered[index] for index in range(len(rendered))]
+    for items in (parts.dev, parts.test):
+        check_held_out(items, renderer, parts.removed)
     before_loading(renderer, rows)
     device = device if device != "auto" else own_device()
     dtype = torch_dtype(model.dtype, trained=True, device=torch.device(device))
     weights = load_weights(model, name, dtype).to(device).eval()
     weights.requires_grad_(False)
     return Material(weights, renderer, sites, parts, rows, files, device)
+
+
+def check_held_out(items: Sequence[Example], renderer: Renderer, removed: Mapping[str, int]) -> None:
+    """Say which of the items are left out. DataError for those that cannot be rendered, and for fewer groups than a
+    spread can be estimated from: now, not after hours of training."""
+    try:
+        usable = RenderedDataset(items, renderer) if items else None
+    except DataError as error:
+        raise DataError(f"held-out items: {error}") from error
+    for note in usable.notes() if usable else []:
+        announce(f"held-out items: {note}")
+    groups = len({item.group for item in usable.examples}) if usable else 0
+    if groups < 2:
+        counts = ", ".join(f"{count} ({what})" for what, count in removed.items())
+        raise DataError(
+            f"held-out items: {len(usable or ())} can be used, of {plural(groups, 'group')}; at least two groups are "
+            f"needed to know how sure a difference is: give more rows, of more dialogues, tables or pictures; removed "
+            f"as near-duplicates: {counts}"
+        )
 
 
 def own_device() -> str:
@@ -173,8 +195,7 @@ def read_parts(
     pool = read_examples(data, str(data.data_path))
     dev = read_examples(data, dev_path, "dev") if dev_path else None
     test = read_examples(data, test_path, "test") if test_path else None
-    given = dev.items if dev else None, test.items if test else None
-    parts = divided(pool.items, given[0], given[1], sizes, random.Random(seed))
+    parts = divided(pool, dev, test, sizes, random.Random(seed))
     files = [file for examples in (pool, dev, test) if examples for file in examples.files]
     return parts, tuple(files)
 

@@ -1,6 +1,6 @@
 """Short runs of `advise`: trained together on one frozen base, scored on held-out rows, kept in a ledger.
 
-    bench = ShortRuns(config, material, Ledger(folder), recipe)
+    bench = ShortRuns(config, material, short_runs(folder), recipe)
     bench.run([TrialRun(16, 2e-4, seed=1), …], "A")       # those that the ledger has are not trained again
     bench.choose                                          # TrialLosses on the rows that decide
 
@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -31,10 +32,11 @@ from rankwise.core.site import Site
 from rankwise.data.dataset import Collator
 from rankwise.data.render import Renderer
 from rankwise.data.split import Parts
-from rankwise.errors import UsageError
+from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.likelihood import answer_losses
 from rankwise.files.atomic import atomic_write
-from rankwise.files.ledger import Ledger
+from rankwise.files.document import typed
+from rankwise.files.ledger import Ledger, Row
 from rankwise.files.processes import announce, gathered, own_share, process_index
 from rankwise.models.sites import fused_experts
 from rankwise.options.advise import AdviseConfig
@@ -55,6 +57,11 @@ BATCH_SECONDS = 180  # a batch that is cut starts anew: this much is lost at mos
 CONFIRMED = "CE"
 TOLERANCES = (0.005, 0.02, 0.1)  # of the parameters that are to be equal: small matrices have few ranks
 EVA_ROWS, EVA_BATCH = 64, 8
+FACTS: Mapping[str, type] = {
+    **{"rung": str, "diverged": bool, "train_losses": list, "batch": int},
+    **dict.fromkeys(("parameters", "tokens", "peak_bytes"), int),
+    **dict.fromkeys(("training_seconds", "seconds"), float),
+}  # of a ledger's row, with their types
 Ranks = Mapping[Site, int]
 
 
@@ -95,7 +102,8 @@ class ShortRuns:
     def run(self, trials: Sequence[TrialRun], rung: str) -> None:
         """Ask for trials; processes share the batches of those that are not finished."""
         self.asked |= dict.fromkeys(trials, rung)
-        left = [trial for trial in dict.fromkeys(trials) if self.key(trial) not in self.ledger]
+        missing = gathered(dict.fromkeys(trial for trial in trials if not self.is_finished(trial)))
+        left = [trial for trial in dict.fromkeys(trials) if trial in missing]  # alike in all processes
         with tqdm(total=len(left), desc=f"rung {rung}", unit="run", disable=None, leave=False) as bar:
             while left:
                 self.tell()
@@ -109,6 +117,15 @@ class ShortRuns:
                 left = left[count:]
                 bar.update(count)
         self.tell()
+
+    def is_finished(self, trial: TrialRun) -> bool:
+        """Whether it is in the ledger, with its factors where a placement may be made of them: another largest rank
+        than before has none."""
+        key = self.key(trial)
+        if key not in self.ledger:
+            return False
+        needs = "energy" in self.config.placements and self.is_kept(trial) and not self.ledger[key]["diverged"]
+        return not needs or self.factors(trial).is_file()
 
     def tell(self) -> None:
         if self.seconds:
@@ -200,12 +217,16 @@ class ShortRuns:
 
     def energy_gains(self) -> Gains:
         """σ² of the change that the best trial of the largest rank made, computed from its factors."""
-        best = self.best_of_largest
-        kept = load_file(self.factors(best))
-        found = {}
-        for site in self.material.sites:
-            factors = Factors(SCALE * kept[f"{site.path}.B"], kept[f"{site.path}.A"])
-            found[site] = factors.svd()[1].double().square().cpu()
+        file, found = self.factors(self.best_of_largest), {}
+        try:
+            kept = load_file(file)
+            for site in self.material.sites:
+                factors = Factors(SCALE * kept[f"{site.path}.B"], kept[f"{site.path}.A"])
+                found[site] = factors.svd()[1].double().square().cpu()
+        except (OSError, SafetensorError, KeyError) as error:
+            raise DataError(
+                f"{file}: no factors of a finished run of this model ({error}); delete it, and its run is made again"
+            ) from error
         return found
 
     @property
@@ -248,7 +269,7 @@ class ShortRuns:
     @property
     def finished(self) -> list[dict[str, Any]]:
         """Ledger rows of this recipe."""
-        return [row for row in self.ledger.rows.values() if row["key"]["recipe"] == self.recipe]
+        return rows_of(self.ledger, self.recipe)
 
     @property
     def seconds(self) -> float:
@@ -288,6 +309,30 @@ class ShortRuns:
 
     def base(self, scored: ScoredItems) -> Array:
         return by_group(answer_losses(self.material.model, scored.batches)[0].double().cpu().numpy(), scored.groups)
+
+
+def short_runs(folder: Path) -> Ledger:
+    """The ledger of a folder's short runs. DataError for entries of another command."""
+    return Ledger(folder, check_row)
+
+
+def rows_of(ledger: Ledger, recipe: str) -> list[Row]:
+    """Entries of runs of these settings."""
+    return [row for row in ledger.rows.values() if row["key"]["recipe"] == recipe]
+
+
+def check_row(row: Row) -> None:
+    """KeyError, TypeError or ValueError for a ledger's row that is none of a short run."""
+    TrialRun(**{name: value for name, value in row["key"].items() if name != "recipe"})
+    typed(row["key"]["recipe"], str)
+    for name, kind in FACTS.items():
+        typed(row[name], kind)
+    if not all(0 <= row[name] < math.inf for name in ("training_seconds", "seconds")):
+        raise ValueError(f"seconds are {row['training_seconds']} and {row['seconds']}")
+    if not row["train_losses"]:
+        raise ValueError("no train_losses")
+    for loss in row["train_losses"]:
+        typed(loss, float | None)
 
 
 def median_seconds(rows: Sequence[Mapping[str, Any]]) -> float:

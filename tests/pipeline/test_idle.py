@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rankwise import cli
+from rankwise.options.advise import AdviseConfig
 from rankwise.options.commands import (
     CheckConfig,
     EvaluateConfig,
@@ -35,6 +36,7 @@ NAMES = {
     RanksConfig: "ranks",
     ExtractConfig: "extract",
     StudyConfig: "study",
+    AdviseConfig: "advise",
     FactorTrainConfig: "features train",
     CaptureConfig: "features capture",
     EvaluateConfig: "evaluate",
@@ -48,6 +50,7 @@ NEEDED: Mapping[str, Mapping[str, Any]] = {
     "ranks": {"deltas": "probe"},
     "extract": {"deltas": "probe", "rank": 2},
     "study": MODEL_AND_ROWS,
+    "advise": MODEL_AND_ROWS,
     "features train": {},
     "features capture": {"model_name": "base", "images": "photos"},
     "evaluate": {"model_path": "base", "task": "e2e_nlg", "data_path": "rows.csv"},

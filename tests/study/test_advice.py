@@ -358,6 +358,33 @@ def test_a_rank_that_always_diverges_for_its_second_seed_is_out() -> None:
         climb(LADDER, Truth(lambda trial: math.inf if trial.seed == 2 else bowl()(trial), item_noise=0.01))
 
 
+def test_a_rank_that_diverges_at_all_of_its_rates_is_out() -> None:
+    found = climb(LADDER, Truth(lambda t: math.inf if t.rank == 4 else bowl()(t), arm_noise=1e-4, item_noise=0.01))
+    assert (found.rung, set(found.best), set(found.rates)) == ("E", {16, 1}, {16, 1})
+
+
+def test_a_rate_that_diverges_for_a_fresh_seed_is_not_advised() -> None:
+    steady = climb(LADDER, Truth(bowl(), arm_noise=1e-4, item_noise=0.01)).advised
+
+    def loss(trial: TrialRun) -> float:
+        return math.inf if trial.seed == 4 and trial.placement == "uniform" else bowl()(trial)
+
+    found = climb(LADDER, Truth(loss, arm_noise=1e-4, item_noise=0.01))
+    assert found.rung == "E" and found.advised.rank == steady.rank
+    assert found.advised.learning_rate < found.best[steady.rank].learning_rate == found.rates[steady.rank].cliff
+
+
+def test_fresh_seeds_that_all_diverge_confirm_nothing() -> None:
+    """The loss stays that of rung C, and no placement is advised."""
+
+    def loss(trial: TrialRun) -> float:
+        return math.inf if trial.seed > 2 and trial.placement == "uniform" else bowl(energy=-0.2)(trial)
+
+    found = climb(LADDER, Truth(loss, arm_noise=1e-4, item_noise=0.01))
+    assert (found.rung, found.challenger, found.placement) == ("E", "energy", None)
+    assert found.advised.placement == "uniform" and found.loss is not None and math.isfinite(found.loss.estimate)
+
+
 def test_a_climb_that_was_interrupted_ends_the_same() -> None:
     whole = Truth(bowl(1.2e-3, rank1=0.3), arm_noise=1e-3, item_noise=0.05)
     expected = climb(LADDER, whole)

@@ -19,7 +19,7 @@ from rankwise.core.allocate import TOLERANCE, equalise, is_equal, spent
 from rankwise.core.phase import bind, returns
 from rankwise.core.schedule import parse_schedule, permuted_form, random_form, reversed_form
 from rankwise.core.site import Site, describe
-from rankwise.data.example import Example, Turn
+from rankwise.data.example import Example, Examples, Turn
 from rankwise.data.split import Sizes, divided
 from rankwise.errors import DataError, UsageError
 from rankwise.files.ledger import Ledger
@@ -577,7 +577,8 @@ def test_parts_share_no_group_and_no_near_duplicate() -> None:
     turned = " ".join(reversed(facts[0].split()))
     pool = [example(number, text) for number, text in enumerate(facts[1:])]
     pool += [example(90, turned), example(91, facts[0].upper() + "!"), example(92, "else", group=facts[0])]
-    parts = divided(pool, None, [example(99, facts[0])], Sizes(6, 2, 1), random.Random(1))
+    test = Examples((example(99, facts[0]),))
+    parts = divided(Examples(tuple(pool)), None, test, Sizes(6, 2, 1), random.Random(1))
     ids = {row.id for row in (*parts.train, *parts.dev)}
     assert not ids & {"row-90", "row-91", "row-92"}
     assert not {row.group for row in parts.train} & {row.group for row in parts.dev}

@@ -70,11 +70,10 @@ class Embedding(Protocol):
 @dataclass(frozen=True)
 class Embedder:
     """The vision side of one exported form, by llama-cpp-python in a child process. VerificationError where llama.cpp
-    ends on the files. threads: None for llama.cpp's own choice."""
+    ends on the files."""
 
     text: Path
     mmproj: Path
-    threads: int | None = None
 
     @staticmethod
     def available() -> bool:
@@ -87,7 +86,7 @@ class Embedder:
             for name, image in zip(names, images, strict=True):
                 name.write_bytes(image)
             command = [sys.executable, "-m", "rankwise.device.parity.embed", "--model", str(self.text)]
-            command += ["--mmproj", str(self.mmproj), "--threads", str(self.threads or 0), folder]
+            command += ["--mmproj", str(self.mmproj), folder]
             done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
             if done.returncode:
                 raise VerificationError(f"llama.cpp crashed on {self.mmproj}:\n{done.stderr[-LAST:]}")
