@@ -263,7 +263,11 @@ def validated(
         if floor:
             limits = floor.thresholds(one.form, config.tolerance, config.min_agreement)
             # llama-cpp-python on the same files, where it is installed and they are on this machine
-            embedder = Embedder(one.text, one.mmproj) if one.text and one.mmproj and Embedder.available() else None
+            embedder = (
+                Embedder(one.text, one.mmproj, config.threads)
+                if one.text and one.mmproj and Embedder.available()
+                else None
+            )
             ladder = climb(trained.reference, runtime, trained.cases, limits, config.top, embedder, app)
         engine, answers = answers_in(trained, one, runtime, folder)
         if engine.unlike:

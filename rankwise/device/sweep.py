@@ -111,7 +111,8 @@ def sweep_forms(config: ValidateConfig, trained: TrainedSide, shipped: Shipment,
     if source is None or source.text is None:
         raise UsageError("--sweep needs f16 among the quantization types: rankwise export --outtype f16,q8_0")
     have = {one.form: one.text for one in shipped.forms if one.text and one.form in config.sweep}
-    made = prepared(source.text, [form for form in config.sweep if form not in have], config.llama_cpp_dir)
+    lacking = [form for form in config.sweep if form not in have]
+    made = prepared(source.text, lacking, config.llama_cpp_dir, config.threads)
     files = {source.form: source.text, **have, **made}
     forms = {form: Shipped(form, path, source.mmproj) for form, path in files.items()}
     found = sweep(
@@ -137,7 +138,9 @@ def ask(trained: TrainedSide, one: Shipped, folder: Path, runtime: Runtime) -> d
     return {item.id: ItemOutcome(correct, records[item.id].seconds) for item, correct in pairs}
 
 
-def prepared(source: Path, forms: Sequence[str], llama_cpp_dir: Path | str | None = None) -> dict[str, Path]:
+def prepared(
+    source: Path, forms: Sequence[str], llama_cpp_dir: Path | str | None = None, threads: int | None = None
+) -> dict[str, Path]:
     """Form → file beside `source` (…-f16.gguf or …-f32.gguf), quantized from it where it is not there yet."""
     stem, _, own = source.stem.rpartition("-")
     if own not in ("f32", "f16", "bf16") or not stem:
@@ -145,7 +148,7 @@ def prepared(source: Path, forms: Sequence[str], llama_cpp_dir: Path | str | Non
     files = {form: source.with_name(f"{stem}-{form}.gguf") for form in forms}
     for form, path in files.items():
         if not path.is_file():
-            quantize(source, path, form, llama_cpp_dir)
+            quantize(source, path, form, llama_cpp_dir, threads or 0)
     return files
 
 

@@ -9,8 +9,11 @@ from statistics import median
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from rankwise.core.allocate import spent
+from rankwise.models.sites import towers_of
+from rankwise.models.targets import LANGUAGE
 from rankwise.options.advise import AdviseConfig
 from rankwise.options.commands import TrainConfig
 from rankwise.study.advice import UNIFORM, TrialRun, prior_of, rounded
@@ -60,7 +63,18 @@ def conclude(config: AdviseConfig, rungs: Rungs, bench: ShortRuns, found: Conclu
         "cost": cost(config, bench, rows),
         "too_few": too_few(config, rungs, bench, found) if found.learnt else {},
         "open": open_rungs(rungs, found, bench.seconds),
+        **({"frozen": frozen} if (frozen := frozen_towers(material.model)) else {}),
     }
+
+
+def frozen_towers(model: PreTrainedModel) -> list[str]:
+    """The towers that are not adapted: all but the language tower."""
+    return [tower for tower in towers_of(model) if tower not in LANGUAGE]
+
+
+def frozen_lines(frozen: Sequence[str]) -> list[str]:
+    """What to say of them; nothing of a model with one tower."""
+    return [f"adapters in the language tower only; frozen: {', '.join(frozen)}"] if frozen else []
 
 
 def cost(config: AdviseConfig, bench: ShortRuns, rows: int) -> dict[str, Any]:

@@ -140,11 +140,12 @@ def cost_words(advice: Advice) -> list[str]:
     """Time and memory of a short run, and what follows for the real one."""
     found, epochs = advice["cost"], advice["cost"]["epochs"]
     peak = f"{memory(found['peak_bytes'])} of {'GPU memory' if found['device'] == 'cuda' else 'memory'}"
+    towers = ", of the language tower only" if advice.get("frozen") else ""
     turn = [f"the short runs trained one after the other: {advice['in_turn']}"] if advice["in_turn"] else []
     return [
         f"a short run: {duration(advice['seconds_per_run'])}; one alone takes at most {peak}",
         *turn,
-        f"the real run: {found['steps']:,} steps ({epochs:g} epochs of {found['rows']:,} rows), about "
+        f"the real run{towers}: {found['steps']:,} steps ({epochs:g} epochs of {found['rows']:,} rows), about "
         f"{duration(found['seconds'])}:",
         f"training only, at the {1000 * found['seconds_per_token']:.2g} ms per token of a short run on this machine",
     ]

@@ -40,12 +40,12 @@ from rankwise.page.text import command_line, duration, plural
 from rankwise.pipeline.idle import refuse_idle
 from rankwise.ranks.emit import unplaced, write_configs
 from rankwise.study.advice import first_grid, prior_of
-from rankwise.study.advice_content import conclude
+from rankwise.study.advice_content import conclude, frozen_lines, frozen_towers
 from rankwise.study.advice_page import CONFIG, advised_plan, run_options, screen_table, write_advice
 from rankwise.study.climb import Rungs, climb
 from rankwise.study.design import digest
 from rankwise.study.footprint import Footprint, footprint, free_memory, most_learnt, refuse_too_large
-from rankwise.study.material import input_facts, load_material, own_device
+from rankwise.study.material import inputs_of, load_material, own_device
 from rankwise.study.trials import ShortRuns, median_seconds, rows_of, short_runs, why_in_turn
 
 RANKS, RATIO = (16, 4, 1), 2.5
@@ -65,6 +65,8 @@ def run(config: AdviseConfig) -> Path:
             if process_index()[0] == 0:
                 folder.save_config(config, folder.config_name("advise"))
             announce(f"advise: {counts_line(rungs)}")
+            for line in frozen_lines(frozen_towers(bench.material.model)):
+                announce(line)
             if bench.in_turn:
                 announce(f"short runs train one after the other: {bench.in_turn}")
             with kept_when_interrupted(config, bench):
@@ -212,7 +214,7 @@ def trial_settings(config: AdviseConfig) -> dict[str, Any]:
 
 def recipe_of(config: AdviseConfig, renderer: Renderer, files: Sequence[Path]) -> str:
     """Hash of everything that decides how a trial trains, beside its key."""
-    return digest([trial_settings(config), input_facts(config.model, renderer, files)])[:16]
+    return digest([trial_settings(config), inputs_of(config.model, files, renderer)])[:16]
 
 
 def rungs_of(config: AdviseConfig, skeleton: PreTrainedModel) -> Rungs:
@@ -295,6 +297,7 @@ def describe(config: AdviseConfig) -> list[str]:
     rates = ", ".join(f"{rate:.3g}" for rate in rungs.grid)
     return [
         first,
+        *frozen_lines(frozen_towers(skeleton)),
         f"rung A: learning rates {rates} at rank {rungs.ranks[0]}, then one between the best two",
         *rung_lines(rungs, seconds, config.minutes),
         last,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rankwise.data.render import Renderer
 from rankwise.data.split import PARTS, Parts, Sizes
 from rankwise.files.processes import announce, finish, gathered, process_index
 from rankwise.files.run_folder import RunFolder, held
@@ -17,9 +18,17 @@ from rankwise.options.study import StudyConfig
 from rankwise.page.blocks import lines
 from rankwise.page.text import duration
 from rankwise.study.arms import RULES
-from rankwise.study.design import Design, Registration, design_study, digest, register, run_counts
+from rankwise.study.design import (
+    Design,
+    Registration,
+    declared_changes,
+    design_study,
+    digest,
+    register,
+    run_counts,
+)
 from rankwise.study.execution import Bench, finished_runs, matched_steps
-from rankwise.study.material import Material, load_material, open_probes, probe_cost, read_parts
+from rankwise.study.material import Material, inputs_of, load_material, open_probes, probe_cost, read_parts
 from rankwise.study.page import runs_rate, study_blocks, write_study
 from rankwise.study.plans import Plans
 from rankwise.study.protocol import report, tune, tuning_batch
@@ -35,7 +44,14 @@ def run(config: StudyConfig) -> Path:
     folder = RunFolder(config.output_dir)
     try:
         with held(folder, "study", inputs(config)) as record:
-            material = load_material(config.model, config.data, config.target, config.device, parts_of(config))
+            parts, files = parts_of(config)
+
+            def before_loading(renderer: Renderer, rows: object) -> None:
+                read = inputs_of(config.model, files, renderer, config.probe.deltas)
+                declared_changes(folder.path, design.content | {"inputs": read}, config.deviation)
+
+            how = (config.target, config.device, (parts, files), before_loading)
+            material = load_material(config.model, config.data, *how)
             registration = register_study(folder, design, material)
             bench = workbench(folder, design, material)
             if config.time_only:

@@ -328,9 +328,9 @@ def now() -> str:
 
 
 def register(folder: Path, content: Mapping[str, Any], deviation: str | None) -> Registration:
-    """Write the preregistration, or check that a study that has begun goes on as registered.
+    """Write the preregistration; of a study that has begun, put on record where it goes on otherwise.
 
-    Raises UsageError, naming every difference, where it does not and no deviation is declared.
+    Raises UsageError, naming every difference, where it does and no deviation is declared.
     """
     registration = Registration(folder)
     content = as_plain(content)
@@ -338,17 +338,26 @@ def register(folder: Path, content: Mapping[str, Any], deviation: str | None) ->
         facts = {"sha256": digest(content), "time": now(), "versions": versions()}
         PREREGISTRATION.write(folder, facts | {"content": content})
         return registration
-    changed = differences(registration.current, content) | other_versions(registration.latest.get("versions"))
+    changed = declared_changes(folder, content, deviation)
+    if changed:
+        assert deviation is not None
+        registration.deviate(deviation, {"changed": changed}, content)
+    return registration
+
+
+def declared_changes(folder: Path, content: Mapping[str, Any], deviation: str | None) -> dict[str, list[Any]]:
+    """What has changed since registration, if there was one. UsageError, naming it, where no deviation is declared."""
+    if not (folder / FILE).is_file():
+        return {}
+    latest = Registration(folder).latest
+    changed = differences(latest["content"], as_plain(content)) | other_versions(latest.get("versions"))
     if changed and not deviation:
         lines = "".join(f"\n  {name}: {before!r} → {after!r}" for name, (before, after) in changed.items())
         raise UsageError(
             f"{folder} holds a study that was registered otherwise:{lines}\n"
             "take another --output_dir, or go on with --deviation 'why', which the report will show"
         )
-    if changed:
-        assert deviation is not None
-        registration.deviate(deviation, {"changed": changed}, content)
-    return registration
+    return changed
 
 
 def other_versions(before: Mapping[str, Any] | None) -> dict[str, list[Any]]:

@@ -119,11 +119,11 @@ class Material:
         return ScoredItems.of(self.parts.test, self.renderer, self.device)
 
     def inputs(self, model: ModelSection, deltas: Sequence[str] = ()) -> dict[str, Any]:
-        return input_facts(model, self.renderer, self.files, deltas)
+        return inputs_of(model, self.files, self.renderer, deltas)
 
 
-def input_facts(
-    model: ModelSection, renderer: Renderer, files: Sequence[Path], deltas: Sequence[str] = ()
+def inputs_of(
+    model: ModelSection, files: Sequence[Path], renderer: Renderer, deltas: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Fingerprints of all that is read: runs of other inputs are not reused."""
     return {

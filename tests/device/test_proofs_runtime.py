@@ -193,6 +193,7 @@ OTHER = "import shutil, sys; shutil.copy(sys.argv[1].replace('model-f16', 'mmpro
         (FAILS, "failed (exit status 1)"),
         (CUTS, "not a whole GGUF file"),
         (OTHER, "its tensors differ from the source's"),
+        ("import sys; sys.exit('got ' + ' '.join(sys.argv[3:]))", "got Q4_0 1"),
     ],
 )
 def test_a_quantizer_that_goes_wrong(script: str, said: str, shipped: Path, tmp_path: Path, validate: Validate) -> None:
@@ -209,11 +210,12 @@ def test_a_quantizer_that_goes_wrong(script: str, said: str, shipped: Path, tmp_
 @pytest.mark.slow
 def test_a_vision_side_that_ends_on_a_file(validate: Validate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bindings are there, and end the process as they do on a broken file."""
-    (tmp_path / "llama_cpp.py").write_text("raise SystemExit('GGML_ASSERT')")
+    (tmp_path / "llama_cpp.py").write_text("import sys\nraise SystemExit(f'GGML_ASSERT {sys.argv[1:]}')")
     monkeypatch.setattr(Embedder, "available", staticmethod(lambda: True))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])]))
     code, said = validate("--outtype", "f16", parity=1)
     assert code == 6 and "llama.cpp crashed on" in said and "GGML_ASSERT" in said
+    assert "'--threads', '1'" in said, "as the command was told"
 
 
 def bindings(**wrong: int) -> tuple[Any, Any]:
@@ -243,6 +245,18 @@ def bindings(**wrong: int) -> tuple[Any, Any]:
         mtmd_encode_chunk=lambda *_: done["encode"],
     )
     return llama, vision
+
+
+@pytest.mark.parametrize(("given", "set_to"), [(["--threads", "3"], 3), (["--threads", "0"], None), ([], None)])
+def test_the_vision_side_takes_as_many_threads_as_it_is_told(
+    given: list[str], set_to: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama, vision = bindings()
+    settings = vision.mtmd_context_params_default()
+    vision.mtmd_context_params_default = lambda: settings
+    monkeypatch.setattr(embed, "_bindings", lambda: (llama, vision))
+    embed.main(["--model", "t.gguf", "--mmproj", "m.gguf", *given, str(tmp_path)])
+    assert vars(settings).get("n_threads") == set_to
 
 
 @pytest.mark.parametrize(

@@ -482,6 +482,7 @@ def test_the_screen_fits_a_terminal(finished: Path) -> None:
     rates |= {"cliff": 0.1, "at_edge": True}
     longest = advice | {
         "in_turn": "rows have pictures",
+        "frozen": ["vision", "projector"],
         "rank": {"by_bound": 128, "by_estimate": 8, "steps": ranks},
         "advised": advice["advised"] | {"rank": 128},
         "rates": {"128": rates},

@@ -21,7 +21,7 @@ from rankwise.files.ledger import Ledger
 from rankwise.models.load import load_model
 from rankwise.models.sites import fused_experts, model_sites, tower_of, tower_prefixes
 from rankwise.options.advise import AdviseConfig
-from rankwise.options.sections import DataSection, ModelSection
+from rankwise.options.sections import TOWERS, DataSection, ModelSection
 from rankwise.study import advise
 from rankwise.study.material import PicturedBatches
 from rankwise.study.trials import why_in_turn
@@ -67,6 +67,9 @@ def test_rows_with_pictures_train_in_turn_and_the_pictures_are_seen(
     advise.run(config)
     told = capsys.readouterr().out
     assert told.count("one after the other: rows have pictures") == 2, "before the runs, and on the screen"
+    assert told.count("adapters in the language tower only; frozen: vision") == 1
+    assert told.count("the real run, of the language tower only: ") == 1
+    assert "adapters in the language tower only; frozen: vision" in "\n".join(advise.describe(config))
     bench, _, rows = advise.prepare(config, tmp_path / "run")
     assert (rows, len(bench.material.rows)) == (84, 32), "pictures of one question are no duplicates of one another"
     ledger = Ledger(tmp_path / "run")
@@ -101,6 +104,13 @@ def test_the_whole_ladder_of_rows_with_pictures_ends_in_an_advice_that_train_run
     assert cli.main(["train", str(tmp_path / "run" / "advice.yaml"), "-o", str(tmp_path / "train")]) == 0
     adapted = load_file(tmp_path / "train" / "adapter_model.safetensors")
     assert adapted and not any("vision" in name or "connector" in name for name in adapted)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_tower_is_no_target(tower: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["advise", "model", "rows.json", "--target", tower, "-o", str(tmp_path / "run")]) == 2
+    assert f"--target takes attention_only, mlp_only, both, all; got '{tower}'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def tiny_mixtral(folder: Path) -> Path:

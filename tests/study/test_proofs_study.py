@@ -67,6 +67,16 @@ def test_started_again_it_finds_everything_as_it_was(copy: Path, monkeypatch: py
 # --- the registration ------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused is refused before weights are loaded, which may take minutes."""
+
+    def load(*_: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("rankwise.study.material.load_weights", load)
+
+
 def test_all_that_decides_the_outcome_is_registered(copy: Path) -> None:
     """Whatever is added to a study's options is registered, and makes runs of another recipe, unless named here."""
     config = own()
@@ -100,19 +110,19 @@ def recipe_without(found: design.Design, name: str) -> str:
         ({"most_seeds": 3}, "most_seeds: 2 → 3"),
     ],
 )
-def test_another_protocol(copy: Path, change: dict[str, Any], said: str) -> None:
+def test_another_protocol(copy: Path, unloaded: None, change: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=f"registered otherwise:(\n.*)*{said}"):
         stage.run(own(**change))
 
 
-def test_other_rows_under_the_same_name(copy: Path) -> None:
+def test_other_rows_under_the_same_name(copy: Path, unloaded: None) -> None:
     file = copy / "data.csv"
     file.write_text(file.read_text().replace("Cotto is in the north", "Cotto is far in the north"))
     with pytest.raises(UsageError, match=r"registered otherwise:\n  inputs: "):
         stage.run(own())
 
 
-def test_another_model_under_the_same_name(copy: Path) -> None:
+def test_another_model_under_the_same_name(copy: Path, unloaded: None) -> None:
     file = copy / "base" / "model.safetensors"
     save_file({key: 1.001 * tensor for key, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     with pytest.raises(UsageError, match=r"registered otherwise:\n  inputs: "):

@@ -1,6 +1,6 @@
 """Subprocess that runs llama.cpp's vision encoder alone: images in, embeddings out. A broken file may crash it.
 
-    python -m rankwise.device.parity.embed --model model.gguf --mmproj mmproj.gguf FOLDER
+    python -m rankwise.device.parity.embed --model model.gguf --mmproj mmproj.gguf [--threads N] FOLDER
 
 For every FOLDER/N.png it writes FOLDER/N.npy, (tokens, width) float32: what takes the place of the picture's tokens,
 tile by tile, the whole picture last. It needs llama-cpp-python, whose bindings reach below the server's API.
@@ -26,19 +26,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m rankwise.device.parity.embed", description=__doc__)
     for name in ("--model", "--mmproj"):
         parser.add_argument(name, required=True)
+    parser.add_argument("--threads", type=int, default=0, help="0: llama.cpp's own choice")
     parser.add_argument("folder", type=Path)
     given = parser.parse_args(arguments)
-    model, context = _loaded(given.model, given.mmproj)
+    model, context = _loaded(given.model, given.mmproj, given.threads)
     for picture in sorted(given.folder.glob("*.png")):
         np.save(picture.with_suffix(".npy"), _embedded(model, context, Image.open(picture).convert("RGB")))
 
 
-def _loaded(text: str, mmproj: str) -> tuple[Any, Any]:
+def _loaded(text: str, mmproj: str, threads: int) -> tuple[Any, Any]:
     llama, vision = _bindings()
     llama.llama_backend_init()
     model = llama.llama_model_load_from_file(text.encode(), llama.llama_model_default_params())
     settings = vision.mtmd_context_params_default()
     settings.use_gpu = settings.print_timings = settings.warmup = False
+    if threads:
+        settings.n_threads = threads
     context = vision.mtmd_init_from_file(mmproj.encode(), model, settings) if model else None
     if not context:
         raise VerificationError(f"llama.cpp can't load {text} with {mmproj}")

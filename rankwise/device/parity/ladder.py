@@ -70,10 +70,11 @@ class Embedding(Protocol):
 @dataclass(frozen=True)
 class Embedder:
     """The vision side of one exported form, by llama-cpp-python in a child process. VerificationError where llama.cpp
-    ends on the files."""
+    ends on the files. threads: None for llama.cpp's own choice."""
 
     text: Path
     mmproj: Path
+    threads: int | None = None
 
     @staticmethod
     def available() -> bool:
@@ -86,7 +87,7 @@ class Embedder:
             for name, image in zip(names, images, strict=True):
                 name.write_bytes(image)
             command = [sys.executable, "-m", "rankwise.device.parity.embed", "--model", str(self.text)]
-            command += ["--mmproj", str(self.mmproj), folder]
+            command += ["--mmproj", str(self.mmproj), "--threads", str(self.threads or 0), folder]
             done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
             if done.returncode:
                 raise VerificationError(f"llama.cpp crashed on {self.mmproj}:\n{done.stderr[-LAST:]}")
