@@ -176,10 +176,10 @@ def kept() -> None:
     write_json(HASHES, {"skia": version("skia-python"), "sizes": [SMALL, SIDE], "sha256_rgb": canvas})
 
 
-def into_docs(text: str) -> None:
+def into_docs(text: str, marks: tuple[str, str] = MARKS) -> None:
     """Between the marks."""
     page = DOCS.read_text(encoding="utf-8")
-    start, end = map(re.escape, MARKS)
+    start, end = map(re.escape, marks)
     write_text(DOCS, re.sub(f"(?s)({start}\n).*({end})", lambda found: f"{found[1]}{text}\n{found[2]}", page))
 
 

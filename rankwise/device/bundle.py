@@ -2,6 +2,7 @@
 
 rankwise bundle exported_model --validation validation -o bundle
 rankwise bundle --replay bundle --server http://192.168.1.20:8080
+rankwise bundle --replay bundle --answers phone.jsonl
 
 export, validation ── sound? ──▶ files, prompt, labels, threshold ─┐
 trained model, float32 ── golden vectors ──────────────────────────┴─▶ bundle/ ── replayed here ──▶ named
@@ -19,7 +20,9 @@ from typing import Any
 from rankwise.data.device import DeviceTarget, read_target
 from rankwise.data.input_record import InputRecord, announce_prompts, recorded
 from rankwise.data.label_task import LabelTask, read_task
+from rankwise.device.app_answers import TokenTexts, climbed, read_answers
 from rankwise.device.bundle_files import (
+    BUNDLE,
     GRAMMAR,
     Prompt,
     answers_spaced,
@@ -34,14 +37,17 @@ from rankwise.device.bundle_files import (
     write_manifest,
     write_parts,
 )
-from rankwise.device.clients import MODELFILE, ClientInputs, Template, client_files, end_texts, modelfile, template_of
+from rankwise.device.clients import ClientInputs, client_files
 from rankwise.device.golden import FOLDER, Golden, read_golden, write_golden
+from rankwise.device.llama.builds import other_build
 from rankwise.device.llama.client import ServerRuntime
 from rankwise.device.llama.runtime import LlamaServer, RemoteServer
-from rankwise.device.parity.floor import K
+from rankwise.device.modelfile import MODELFILE, Template, end_texts, modelfile, template_of
+from rankwise.device.parity.floor import K, measure_floor
 from rankwise.device.parity.ladder import Ladder, climb
 from rankwise.device.parity.pixels import AppPixels
-from rankwise.device.scores import DOCUMENT, Abstention, abstention
+from rankwise.device.scores import DOCUMENT, Abstention, abstention, latency
+from rankwise.device.shapes import with_all_shapes
 from rankwise.device.sides import LAST, ROOM, Shipment, Shipped, TrainedSide, context, trained_side
 from rankwise.device.validation_page import ladder_blocks
 from rankwise.errors import DataError, UsageError, VerificationError
@@ -223,9 +229,11 @@ def run(config: BundleConfig) -> dict[str, Any] | Ladder:
             record.outputs["golden"] = temporary / FOLDER
         inside.save_config(config)
         write_manifest(temporary, content)
-        ladder = replayed(config, temporary)
-        require(ladder, str(out.path))
-    report(config, content, ladder)
+        told = replayed(config, temporary)
+        require(told.ladder, str(out.path))
+        content |= {"replayed_on": told.build}
+        BUNDLE.write(temporary, BUNDLE.read(temporary) | content)
+    report(config, content, told)
     return content
 
 
@@ -235,6 +243,11 @@ def check(config: BundleConfig) -> None:
         raise UsageError("bundle needs an export: rankwise bundle EXPORT_FOLDER -o bundle, or --replay BUNDLE")
     if config.server and not config.replay:
         raise UsageError("--server runs the golden vectors of an existing bundle: add --replay BUNDLE")
+    if config.answers and not config.replay:
+        raise UsageError("--answers are an app's to the golden vectors of an existing bundle: add --replay BUNDLE")
+    if config.answers and (config.server or config.app_pixels):
+        other = "--server" if config.server else "--app_pixels"
+        raise UsageError(f"--answers say what the app sent and got, so nobody is asked: leave {other} out")
     if config.app_pixels and not config.replay:
         raise UsageError("--app_pixels is compared with the golden vectors of an existing bundle: add --replay BUNDLE")
     if config.app_pixels and not Path(config.app_pixels).is_dir():
@@ -256,10 +269,10 @@ def write_bundle(config: BundleConfig, source: ShippedForm, trained: TrainedSide
     if found.record:
         found.record.save(folder)
     write_parts(folder, prompt, target, task, answers, trained.renderer.end_ids, unsure.as_dict())
-    floor = trained.floor()
-    assert floor
+    cases = with_all_shapes(trained.cases, trained.renderer)
+    floor = measure_floor(trained.reference, cases, config.top)
     limits = floor.thresholds(source.form, source.tolerance(config))
-    write_golden(folder, trained.cases, trained.reference, limits, source.form, config.top)
+    write_golden(folder, cases, trained.reference, limits, source.form, config.top)
     facts = described(source, trained, unsure)
     template = write_clients(folder, trained, prompt, facts, found.record)
     spaced = answers_spaced(trained.items[0], trained.renderer)
@@ -304,34 +317,65 @@ def described(source: ShippedForm, trained: TrainedSide, unsure: Abstention) -> 
         "validation": source.scores,
         "threshold": unsure.threshold,
         "not_verified": list(source.doubts),
+        "validated_on": source.build,
     }
 
 
 # --- replaying -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Replayed:
+    """The ladder of the golden vectors, the build that answered and the validated one; what an app's answers took."""
+
+    ladder: Ladder
+    build: str | None
+    validated: str | None
+    times: Mapping[str, float] | None = None
+
+    def told(self) -> list[str]:
+        lines = [note] if (note := other_build(self.validated, self.build)) else []
+        if self.times:
+            lines.append("latency in the app: median {median:.3f} s, 95th percentile {p95:.3f} s".format(**self.times))
+        return lines
+
+
 def replay(config: BundleConfig, folder: Path) -> Ladder:
     """The ladder of a bundle's golden vectors. VerificationError where a rung differs."""
-    ladder = replayed(config, folder)
-    print("\n".join(lines(ladder_blocks({"golden vectors": ladder.as_dict()}))))
-    require(ladder, str(folder))
-    print(f"{folder}: {config.server or 'llama.cpp here'} agrees with the trained model")
-    return ladder
+    told = replayed(config, folder)
+    print("\n".join([*lines(ladder_blocks({"golden vectors": told.ladder.as_dict()})), *told.told()]))
+    require(told.ladder, str(folder))
+    print(f"{folder}: {config.answers or config.server or 'llama.cpp here'} agrees with the trained model")
+    return told.ladder
 
 
-def replayed(config: BundleConfig, folder: Path) -> Ladder:
+def replayed(config: BundleConfig, folder: Path) -> Replayed:
     content = read_bundle(folder)
     if config.replay:
         found = recorded([folder])
         announce_prompts(found.record, found)
-    golden = read_golden(folder, read_target(folder))
+    target = read_target(folder)
+    golden, validated = read_golden(folder, target), content.get("validated_on")
+    validated = validated or (target.runtime_build if target else None)  # bundles of before
+    if config.answers:
+        return replayed_by_app(config.answers, golden, GGUFFile(folder / content["model"]), validated)
     app = AppPixels.read(config.app_pixels, golden.cases) if config.app_pixels else None
     about_to_write()
     with runtime_for(config, folder, content, golden) as runtime:
         ladder = climb(golden, runtime, golden.cases, golden.thresholds, golden.top, app=app)
         if ladder.holds:
             check_parts(folder, runtime, golden)
-    return ladder
+        return Replayed(ladder, runtime.info.build, validated)
+
+
+def replayed_by_app(file: str, golden: Golden, model: GGUFFile, validated: str | None) -> Replayed:
+    """The ladder of what an app has written down. DataError for lines that are not one of each case."""
+    answers = read_answers(file, golden.cases)
+    about_to_write()
+    builds = sorted({answer.build for answer in answers.values() if answer.build})
+    ladder = climbed(golden, answers, TokenTexts.of(model))
+    times = latency([answer.ms / 1000 for answer in answers.values() if answer.ms is not None])
+    return Replayed(ladder, " and ".join(builds) or None, validated, times)
 
 
 def runtime_for(
@@ -376,10 +420,10 @@ def require(ladder: Ladder, where: str) -> None:
 # --- what people read ------------------------------------------------------------------------------------------------
 
 
-def report(config: BundleConfig, content: Mapping[str, Any], ladder: Ladder) -> None:
+def report(config: BundleConfig, content: Mapping[str, Any], told: Replayed) -> None:
     for doubt in content["not_verified"]:
         print(f"warning: bundled though {doubt}")
-    print("\n".join(lines(ladder_blocks({"golden vectors": ladder.as_dict()}))))
+    print("\n".join([*lines(ladder_blocks({"golden vectors": told.ladder.as_dict()})), *told.told()]))
     sure = content["threshold"]
     print("no confidence threshold; see abstain.json" if sure is None else f"abstain below a confidence of {sure:.3f}")
     print(f"bundle in {config.output_dir}")
@@ -393,7 +437,10 @@ def next_command(config: BundleConfig) -> str:
 def describe(config: BundleConfig) -> list[str]:
     if config.replay:
         asked = config.server or "a llama.cpp of our own"
-        return [f"put the golden vectors of {config.replay} to {asked}; exit 6 where a rung differs"]
+        what = f"put the golden vectors of {config.replay} to {asked}"
+        if config.answers:
+            what = f"compare an app's answers, {config.answers}, with the golden vectors of {config.replay}"
+        return [f"{what}; exit 6 where a rung differs"]
     return [
         f"check that the export {config.export} and its validation {config.validation} found nothing wrong",
         f"bundle files, prompt, labels, threshold and {config.num_golden} golden vectors",

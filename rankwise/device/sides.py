@@ -21,6 +21,7 @@ from rankwise.data.example import Example
 from rankwise.data.input_record import recorded, require_same, system_warning
 from rankwise.data.render import Renderer
 from rankwise.data.renderer_for import renderer_for
+from rankwise.device.llama.builds import other_build
 from rankwise.device.llama.client import ServerRuntime
 from rankwise.device.llama.generator import Answered, GGUFGenerator
 from rankwise.device.llama.runtime import LlamaServer, RemoteServer, Runtime
@@ -187,7 +188,7 @@ class Validated:
     def facts(self, items: Sequence[Example]) -> dict[str, Any]:
         return {
             **scores(self.answers.result, self.answers.predictions, items),
-            "latency": latency(self.records),
+            "latency": latency([answer.seconds for answer in self.records.values()]),
             "memory": self.memory,
             "runtime": self.build,
             "prompts_of_another_length": self.unlike,
@@ -274,6 +275,9 @@ def validated(
             other = f"{len(engine.unlike)} prompts are of another length in llama.cpp than in training"
             announce(f"warning: {one.form}: {other}")
         build, memory = runtime.info.build, runtime.memory()
+        pinned = trained.target.runtime_build if trained.target else None
+        if pinned and (note := other_build(pinned, build)):
+            announce(f"note: {one.form}: {note}")
         return Validated(one.form, build, answers, engine.answers(), memory, ladder, len(engine.unlike))
 
 

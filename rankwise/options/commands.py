@@ -333,6 +333,7 @@ class BundleConfig(Options):
     allow_unverified: bool = option(False, help="bundle even if export or validation is missing or failed")
     replay: str | None = reads(help="bundle whose golden vectors to replay instead; exit 6 if a rung differs")
     server: str | None = option(address=True, help="llama.cpp server to replay on [started here]")
+    answers: str | None = reads(help="for --replay: an app's answers to the golden vectors, one JSON line each")
     app_pixels: str | None = reads(
         help="for --replay: folder with the app's pixels for golden/*-source.*: *-device.png, or sha256_rgb.json"
     )

@@ -88,6 +88,15 @@ def of_any_runtime(told: Told) -> bool:
     return by_reference(told.server, told.write_cases, told.cases)
 
 
+def reads_gguf(told: Told) -> bool:
+    """validate, bundle; of a replay only the one that reads an app's answers, whose tokens may be texts."""
+    return not of_any_runtime(told) and bool(not told.replay or told.answers)
+
+
+def runs_llama_cpp(told: Told) -> bool:
+    return not of_any_runtime(told) and not told.server and not (told.replay and told.answers)
+
+
 TRACKERS = {name: name for name in "wandb tensorboard trackio mlflow comet_ml clearml neptune codecarbon".split()}
 TRACKERS |= {"dvclive": "dvclive", "swanlab": "swanlab", "dagshub": "dagshub"}
 TRACKERS |= {"flyte": "flytekit", "azure_ml": "azureml.core"}
@@ -128,15 +137,8 @@ EXTRAS = (
     Extra("scipy.stats", ("ranks",), "--gain", on("gain"), "[eval]"),
     Extra("scipy.stats", ("advise", "study", *LLAMA), "the command", brings="[eval]"),
     Extra("gguf", ("export",), "the command", lambda told: bool(told.model or told.adapter_gguf), "[device]"),
-    Extra("gguf", LLAMA, "the command", lambda told: not told.replay and not of_any_runtime(told), "[device]"),
-    Extra(
-        "xllamacpp",
-        LLAMA,
-        "llama.cpp",
-        lambda told: not told.server and not of_any_runtime(told),
-        "[device]",
-        "--server ADDRESS",
-    ),
+    Extra("gguf", LLAMA, "the command", reads_gguf, "[device]"),
+    Extra("xllamacpp", LLAMA, "llama.cpp", runs_llama_cpp, "[device]", "--server ADDRESS"),
     Extra("pooch", (*READING, "label"), "--download", on("download"), "[data]"),
     Extra("py7zr", READING, "a .7z file", ends("data_path", ".7z"), "[data]"),
     Extra("pyarrow.parquet", ("features capture",), "a parquet file", ends("images", ".parquet"), "[data]"),

@@ -15,16 +15,8 @@ from rankwise.data.device import MARKER
 from rankwise.data.example import Example, Turn
 from rankwise.data.render import Renderer
 from rankwise.device.bundle_files import INPUT, Prompt
-from rankwise.device.clients import (
-    CONVERSATION,
-    QUESTION,
-    ClientInputs,
-    Template,
-    client_files,
-    end_texts,
-    modelfile,
-    template_of,
-)
+from rankwise.device.clients import STATIC, ClientInputs, client_files
+from rankwise.device.modelfile import CONVERSATION, QUESTION, Template, end_texts, modelfile, template_of
 from rankwise.errors import DataError
 
 __all__ = ["pytestmark"]
@@ -131,11 +123,14 @@ def test_clients_have_the_bundles_constants(images: int, takes_input: bool, gram
     text = f'<|im_start|>User:{MARKER * images}Is "$x" \\ 5 € or\n水?{INPUT * takes_input}<|im_end|>\nAssistant:'
     facts: dict[str, Any] = FACTS | {"mmproj": "mmproj-m.gguf" if images else None}
     files = client_files(ClientInputs(Prompt(text, images, "", sent=True), ["<|im_end|>", "$</s>"], facts, grammar))
-    assert len(files) == 3
+    copied = {f"clients/{file.name}" for file in STATIC.iterdir()}
+    assert len(copied) == 3 and copied < set(files) and len(files) == 6
     for name, content in files.items():
+        if name in copied:
+            continue
         assert constants(name, content) == (text, ["<|im_end|>", "$</s>"])
         assert ("32" in content) and (("grammar" in content) is grammar)
         assert ("input: String" in content or "=> input)" in content) is takes_input, name
         assert ("mmproj-m.gguf" in content) is bool(images and not name.endswith(".kt")), name
         if not name.endswith(".mjs"):
-            assert "Not run by Rankwise" in content.split("\n\n")[0]
+            assert "Not run by Rankwise" in content.split("import ")[0]

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from rankwise.data.device import MARKER
+from rankwise.device.llama.builds import named
 from rankwise.errors import DataError, RankwiseError, ServiceError, UsageError
 
 LOADING = 503  # what a llama.cpp server answers until its model is loaded
@@ -207,7 +208,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class ServerRuntime:
-    """A llama.cpp server as a `Runtime`. build: its name where the server does not know it; peak: its memory."""
+    """A llama.cpp server as a `Runtime`. build: the package that brought it, as its name says; peak: its memory."""
 
     talk: Talk
     build: str | None = None
@@ -228,7 +229,7 @@ class ServerRuntime:
             )
         begin = self._begin_id()
         return RuntimeInfo(
-            build=self.build or str(props.get("build_info", "unknown")),
+            build=named(str(props.get("build_info", "")), self.build),
             marker=str(props["media_marker"]),
             model=str(props.get("model_path", "")),
             context=int(props["default_generation_settings"]["n_ctx"]),

@@ -17,6 +17,7 @@ from PIL import Image
 
 from rankwise.data.device import MARKER, encoded
 from rankwise.data.example import Example
+from rankwise.data.images import SCHEME
 from rankwise.data.pixels import kind_of
 from rankwise.data.render import Renderer
 from rankwise.data.split import in_turn
@@ -98,8 +99,8 @@ def stratum_of(example: Example, folder: Path | None) -> str:
     if not example.images or folder is None:
         return ""
     file = folder / example.sources[0]
-    if not file.is_file():
-        return UNKNOWN  # a data URL, or one of the internet
+    if SCHEME.match(example.sources[0]) or not file.is_file():
+        return UNKNOWN  # a data URL (which is too long for a name), or one of the internet
     with Image.open(file) as image:
         return kind_of(image)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -258,7 +258,9 @@ class Observed:
     token → log p at the places of the reference's answer; fewer than these where the runtime ends an answer inside it.
     wanted: the expected ids, pictures' own left out, as the runtime writes them. embeddings: (tokens, width) of all the
     case's pictures; None where nothing can tell them. handed: what the app says it sent, picture by picture (pixels, or
-    a hash of them); empty where it says nothing.
+    a hash of them); empty where it says nothing. template: the reference's prompt of a conversation and what the GGUF's
+    chat template makes of it, without BOS. by_app: an app asked, and not we: `case.images` were sent by nobody. ids:
+    the prompt's as the app says, pictures laid out; None where it does not.
     """
 
     case: Case
@@ -270,19 +272,35 @@ class Observed:
     refused: str = ""
     embeddings: Rows | None = None
     handed: tuple[Pixels | str | None, ...] = ()
+    template: tuple[str, str] | None = None
+    by_app: bool = False
+    ids: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, expected: Expected, runtime: Runtime, case: Case, top: int) -> Observed:
-        parts, wanted = text_ids(runtime, case), runtime.detokenize(expected.written)
+        seen = cls(
+            case,
+            expected,
+            text_ids(runtime, case),
+            runtime.detokenize(expected.written),
+            template=templated(expected, runtime),
+        )
         try:
             free = runtime.complete(case.prompt, case.images, max_new_tokens=len(expected.answer) + 1, top=top)
         except (DataError, UsageError, Refusal) as error:
-            return cls(case, expected, parts, wanted, refused=str(error))
-        return cls(case, expected, parts, wanted, free, forced_tops(expected, runtime, case, free, top))
+            return replace(seen, refused=str(error))
+        return replace(seen, free=free, tops=forced_tops(expected, runtime, case, free, top))
+
+    @property
+    def tells_prompt(self) -> bool:
+        """Whether it is known what the runtime read."""
+        return not self.refused and (not self.by_app or self.ids is not None)
 
     @property
     def whole_ids(self) -> list[int]:
         """The prompt as the runtime reads it, with the pictures laid out as the reference has them."""
+        if self.ids is not None:
+            return list(self.ids)
         found = list(self.text_ids[0])
         for expansion, part in zip(self.expected.expansions, self.text_ids[1:], strict=False):
             found += [*expansion, *part]
@@ -291,7 +309,17 @@ class Observed:
     @property
     def span(self) -> int:
         """Tokens that the runtime put in place of all pictures."""
+        if self.ids is not None:  # of which the embeddings can be told from the text
+            return self.expected.span + self.ids.count(self.expected.image_id) - self.expected.image_tokens
         return self.free.prompt_tokens - sum(map(len, self.text_ids)) if self.free else 0
+
+
+def templated(expected: Expected, runtime: Runtime) -> tuple[str, str] | None:
+    """A conversation's prompt by the reference's template and by the GGUF's, without BOS."""
+    if expected.template is None:
+        return None
+    (messages, text), begin = expected.template, runtime.info.begin_text
+    return text.removeprefix(begin), runtime.apply_template(messages, expected.template_kwargs).removeprefix(begin)
 
 
 def forced_tops(

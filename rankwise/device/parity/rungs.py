@@ -15,10 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from rankwise.data.device import changes
-from rankwise.device.llama.runtime import Runtime
 from rankwise.device.parity.cases import strata
 from rankwise.device.parity.floor import Divergence, Thresholds, compare, joined, leaders
 from rankwise.device.parity.pixels import (
@@ -39,7 +38,14 @@ NO_EMBEDDINGS = (
     "a llama.cpp server does not hand out the embeddings of a picture; with llama-cpp-python installed (pip install "
     "llama-cpp-python) they are measured. An error in them shows at the logprobs too"
 )
+UNTOLD = "the app's answers have no {}"
 SHOWN_IDS, SHOWN_CHARACTERS = 6, 40
+
+
+class Speech(Protocol):
+    """Writes ids out, for reasons."""
+
+    def detokenize(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -80,12 +86,13 @@ def unmeasured(rungs: Iterable[Mapping[str, Any]]) -> list[str]:
 # --- the prompt ------------------------------------------------------------------------------------------------------
 
 
-def pixels(seen: Sequence[Observed], _: Runtime, __: Thresholds) -> Rung:
+def pixels(seen: Sequence[Observed], _: Speech, __: Thresholds) -> Rung:
     """Every side within one grey level; ok only where a side has pictures that the device changes."""
     pictured = [one for one in seen if one.expected.pixels or one.case.images]
     if not pictured:
         return Rung("pixels", NOT_MEASURED, why=NO_PICTURE)
-    sent, app, skia = sent_by_us(pictured), told_by_app(pictured), seen_by_skia(pictured)
+    ours = [one for one in pictured if not one.by_app]
+    sent, app, skia = sent_by_us(ours), told_by_app(pictured), seen_by_skia(ours)
     # What is sent in its own size is at least decoded.
     sources = [(source.content, one.case.size) for one in pictured for source in one.case.sources]
     changed = sum(size is None or changes(content, size) for content, size in sources)
@@ -103,15 +110,18 @@ def pixels(seen: Sequence[Observed], _: Runtime, __: Thresholds) -> Rung:
     why = next((reason(side) for side in (sent, app, skia) if side.wrong), "")
     if why or app.found or (skia.found and changed):
         return judged("pixels", measured, limit, why, " and ".join(one.name for one in (skia, app) if one.found))
-    return Rung("pixels", NOT_MEASURED, measured, limit, not_measured(skia))
+    why = not_measured(skia) if ours else UNTOLD.format("sha256_rgb and no png")
+    return Rung("pixels", NOT_MEASURED, measured, limit, why)
 
 
-def image_tokens(seen: Sequence[Observed], _: Runtime, __: Thresholds) -> Rung:
+def image_tokens(seen: Sequence[Observed], _: Speech, __: Thresholds) -> Rung:
     """The numbers are equal, case by case."""
     pictured = [one for one in seen if one.case.images or one.expected.expansions]
     if not pictured:
         return Rung("image tokens", NOT_MEASURED, why=NO_PICTURE)
-    heard = [one for one in pictured if not one.refused]
+    heard = [one for one in pictured if one.tells_prompt]
+    if not any(one.tells_prompt or one.refused for one in pictured):
+        return Rung("image tokens", NOT_MEASURED, why=UNTOLD.format("prompt_ids"))
     measured = {
         "reference": sorted({one.expected.span for one in heard}),
         "runtime": sorted({one.span for one in heard}),
@@ -140,14 +150,16 @@ def why_other_count(pictured: Sequence[Observed], heard: Sequence[Observed]) -> 
     return ""
 
 
-def token_ids(seen: Sequence[Observed], runtime: Runtime, _: Thresholds) -> Rung:
+def token_ids(seen: Sequence[Observed], runtime: Speech, _: Thresholds) -> Rung:
     """Equal ids, and the runtime read what it was meant to."""
-    heard = [one for one in seen if not one.refused]
+    heard = [one for one in seen if one.tells_prompt]
+    if not any(one.tells_prompt or one.refused for one in seen):
+        return Rung("token ids", NOT_MEASURED, why=UNTOLD.format("prompt_ids"))
     refused = [one for one in seen if one.refused and not one.case.images]
     wrong = [one for one in heard if list(one.expected.ids) != one.whole_ids]
     read = [one for one in heard if one.free and echoed(one.free.prompt_text) != echoed(one.wanted)]
-    asked = [one for one in seen if one.expected.template]
-    templates = [why for one in asked if (why := template_reason(one, runtime))]
+    asked = [one for one in seen if one.template]
+    templates = [why for one in asked if (why := template_reason(one))]
     measured = {
         "cases": len(seen),
         "ids_equal": len(heard) - len(wrong),
@@ -170,7 +182,7 @@ def echoed(prompt: str) -> str:
     return prompt.removeprefix(" ")
 
 
-def ids_reason(one: Observed, runtime: Runtime) -> str:
+def ids_reason(one: Observed, runtime: Speech) -> str:
     expected, found = list(one.expected.ids), one.whole_ids
     begin = one.expected.begin_id
     if found == [begin, *expected]:
@@ -199,12 +211,11 @@ def text_reason(one: Observed) -> str:
     )
 
 
-def template_reason(one: Observed, runtime: Runtime) -> str:
+def template_reason(one: Observed) -> str:
     """Why the template in the GGUF is not training's; "" where it is."""
-    assert one.expected.template
-    messages, text = one.expected.template
-    begin, found = runtime.info.begin_text, runtime.apply_template(messages, one.expected.template_kwargs)
-    if found.removeprefix(begin) == text.removeprefix(begin):
+    assert one.template
+    text, found = one.template
+    if found == text:
         return ""
     return (
         f"the chat template in the GGUF makes {found!r} where the model's own makes "
@@ -215,7 +226,7 @@ def template_reason(one: Observed, runtime: Runtime) -> str:
 # --- the answer ------------------------------------------------------------------------------------------------------
 
 
-def embeddings(seen: Sequence[Observed], _: Runtime, thresholds: Thresholds) -> Rung:
+def embeddings(seen: Sequence[Observed], _: Speech, thresholds: Thresholds) -> Rung:
     """What the vision tower and the projector make of a picture, relative to its length (root mean square)."""
     pictured = [one for one in seen if one.case.images]
     if not pictured:
@@ -238,7 +249,7 @@ def embeddings(seen: Sequence[Observed], _: Runtime, thresholds: Thresholds) -> 
     return judged("embeddings", measured, limit, why if wrong else "", thresholds.note)
 
 
-def logprobs(seen: Sequence[Observed], _: Runtime, thresholds: Thresholds) -> Rung:
+def logprobs(seen: Sequence[Observed], _: Speech, thresholds: Thresholds) -> Rung:
     """KL within k floors, and no other likeliest token where the reference is sure."""
     heard = [one for one in seen if one.tops]
     threshold = {name: value for name, value in thresholds.as_dict().items() if name != "embeddings"}
@@ -305,7 +316,7 @@ REASONS = {
 }
 
 
-def text(seen: Sequence[Observed], _: Runtime, thresholds: Thresholds) -> Rung:
+def text(seen: Sequence[Observed], _: Speech, thresholds: Thresholds) -> Rung:
     """Answers are equal up to ties, and end where the reference's end."""
     heard = [one for one in seen if one.free and one.expected.greedy]
     if not heard:
@@ -336,7 +347,7 @@ def answered(one: Observed, margin: float) -> str:
     return TIE if leaders(one.expected.log_probs[place].double())[1] <= margin else DIFFERENT
 
 
-RUNGS: Mapping[str, Callable[[Sequence[Observed], Runtime, Thresholds], Rung]] = {
+RUNGS: Mapping[str, Callable[[Sequence[Observed], Speech, Thresholds], Rung]] = {
     "pixels": pixels,
     "image tokens": image_tokens,
     "token ids": token_ids,
