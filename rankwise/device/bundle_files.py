@@ -2,7 +2,7 @@
 
     export + validation + trained model ── write_bundle ──▶ DIR/
         model.gguf, mmproj.gguf             the files
-        Modelfile, clients/                 what asks the model: Ollama, llama.node, llama.rn, Kotlin; golden vectors too
+        Modelfile, clients/                 what asks the model: Ollama, llama.node, llama.rn, Kotlin; its replay
         prompt.txt, prompt.json             what the runtime is sent, the marker where a picture goes
         labels.json, labels.gbnf            the answers that there are, and a grammar of exactly these
         abstain.json, device.json           when to say "unsure"; what is done to a picture
@@ -329,8 +329,8 @@ def answering(labels: Sequence[str], unsure: Abstention, spaced: bool) -> str:
 FROM_CODE = """## From code
 
 `clients/` has about twenty lines each for llama.node (Node.js), llama.rn (React Native) and Android, with this \
-bundle's constants; what `device.json` says in Kotlin (`Picture.kt`); programs that run the golden vectors (`golden.mjs`, \
-`Golden.kt`); `Modelfile` is for Ollama (`ollama create NAME -f Modelfile`). """
+bundle's constants; what `device.json` says in Kotlin (`Picture.kt`); programs that run the golden vectors \
+(`golden.mjs`, `Golden.kt`); `Modelfile` is for Ollama (`ollama create NAME -f Modelfile`). """
 REPLAY = """## Replay the golden vectors
 
 `golden/golden.json` has inputs with what the trained model makes of them in float32: for each case the prompt, the
@@ -344,8 +344,8 @@ rankwise bundle --replay . --server http://PHONE:8080       # the phone's
 rankwise bundle --replay . --answers phone.jsonl            # what an app has written, its pixels included
 ```
 
-`clients/golden.mjs` (Node.js) and `clients/Golden.kt` (Android) write such lines, one for each case: `{"case": its id, \
-"text", "png" (base64, or "sha256_rgb") of the picture as it was sent, "prompt_ids" (-1 where the picture is), \
+`clients/golden.mjs` (Node.js) and `clients/Golden.kt` (Android) write such lines, one for each case: `{"case": its id,
+"text", "png" (base64, or "sha256_rgb") of the picture as it was sent, "prompt_ids" (-1 where the picture is),
 "top_logprobs": [[[id or text, log p], …] at each place], "ms", "build"}`.
 
 The first rung that differs is named, with what to look at; exit code 6. By hand, in this order:

@@ -197,6 +197,7 @@ def test_a_bundle_has_what_an_app_needs(made: Path, shipped: Path) -> None:
     assert unsure["n"] == 6
     assert "too few" in (made / "README.md").read_text(encoding="utf-8")
     assert content["not_verified"] == []
+    assert content["validated_on"] == content["replayed_on"] == target.runtime_build
 
 
 @pytest.mark.slow
@@ -212,7 +213,7 @@ def test_a_bundle_names_nothing_of_this_machine(made: Path, shipped: Path) -> No
         f"/{name}/",
     ]
     private += [*shipped.parts[1:-1], *([name] if name != "root" else [])]
-    files = [path for path in made.rglob("*") if path.is_file() and path.suffix not in (".gguf", ".png")]
+    files = [path for path in made.rglob("*") if path.is_file() and path.suffix not in (".gguf", ".png", ".jpeg")]
     texts = {path: path.read_text(encoding="utf-8") for path in files}
     for path in made.glob("*.gguf"):
         stated = GGUFFile(path).metadata
@@ -281,6 +282,7 @@ def test_a_sound_server_agrees_and_another_model_does_not(
     model, mmproj = made / "model-q8_0.gguf", made / "mmproj-model-q8_0.gguf"
     with LlamaServer(model, mmproj, 512, 1) as runtime:
         assert main(["bundle", "--replay", str(made), "--server", runtime.talk.url]) == 0
+        assert "the llama.cpp build that answered is unknown" in capsys.readouterr().out  # xllamacpp's tells none
         smaller = replace(read_target(made), image_size=48)  # an app that scales to another size
         golden = read_golden(made, smaller)
         first = climb(golden, runtime, golden.cases, golden.thresholds, golden.top).first_broken
