@@ -263,16 +263,17 @@ def laid_out(found: Sequence[int], expected: Expected) -> tuple[int, ...]:
 
 
 def identified(tops: Sequence[Top], expected: Expected, texts: TokenTexts) -> tuple[Mapping[int, float], ...]:
-    """Each place's tokens by id. Of several that are written alike, one that the reference names there; a text that no
-    token has gets a negative number, which is a token beside all others."""
+    """Each place's tokens by id. Of several that are written alike (a letter and its byte), the one that the reference
+    finds likeliest there; a text that no token has gets a negative number, which is a token beside all others."""
     found = []
     for place, top in enumerate(tops):
-        row = expected.log_probs[place] if place < len(expected.log_probs) else None
+        row = expected.log_probs[place].tolist() if place < len(expected.log_probs) else []
+        known = {each: value for each, value in enumerate(row) if not math.isnan(value)}
         one: dict[int, float] = {}
         for rank, (token, value) in enumerate(top):
-            known = [token] if isinstance(token, int) else [each for each in texts.ids(token) if each not in one]
-            likely = [each for each in known if row is not None and 0 <= each < len(row) and not row[each].isnan()]
-            one[next(iter([*likely, *known]), -2 - rank)] = value
+            alike = [token] if isinstance(token, int) else [each for each in texts.ids(token) if each not in one]
+            likely = sorted((each for each in alike if each in known), key=known.__getitem__, reverse=True)
+            one[next(iter([*likely, *alike]), -2 - rank)] = value
         found.append(one)
     return tuple(found)
 

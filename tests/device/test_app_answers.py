@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from PIL import Image
 from rankwise.cli import main
 from rankwise.data.device import MARKER, encoded, read_target
 from rankwise.data.example import Example, Turn
-from rankwise.device.app_answers import PICTURE, TokenTexts, laid_out, observed, parsed, read_answers
+from rankwise.device.app_answers import PICTURE, TokenTexts, identified, laid_out, observed, parsed, read_answers
 from rankwise.device.clients import STATIC
 from rankwise.device.golden import read_golden
 from rankwise.device.llama.client import ServerRuntime
@@ -153,6 +154,15 @@ def test_tokens_by_text_are_those_that_the_reference_names() -> None:
     seen = told(top_logprobs=[[[" red", -0.1], [" a", -3], ["never", -4]], [[3, -0.1], [" red", -2]]])
     assert seen.free.tokens == (2, 3, 1)  # the end token is not told
     assert [dict(top) for top in seen.tops] == [{2: -0.1, 4: -3, -4: -4}, {3: -0.1, 2: -2}]
+
+
+def test_of_tokens_that_are_written_alike_the_likelier_comes_first() -> None:
+    """ " a" is 4 and 6, as a letter and its byte are; the reference finds 6 likelier at the second place."""
+    rows = EXPECTED.log_probs.clone()
+    rows[1, 6] = -2.0
+    expected = replace(EXPECTED, log_probs=rows)
+    line = {"case": "a", "text": "red blue", "top_logprobs": [[["?", -1]], [[" a", -2.1], [" a", -9]]]}
+    assert identified(parsed(json.dumps(line)).tops, expected, TEXTS)[1] == {6: -2.1, 4: -9}
 
 
 def test_what_is_said_counts_where_the_likeliest_tokens_are_others() -> None:
