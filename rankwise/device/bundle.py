@@ -318,6 +318,7 @@ def described(source: ShippedForm, trained: TrainedSide, unsure: Abstention) -> 
         "threshold": unsure.threshold,
         "not_verified": list(source.doubts),
         "validated_on": source.build,
+        "replayed_on": None,  # known once it was
     }
 
 
