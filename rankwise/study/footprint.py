@@ -23,7 +23,8 @@ from rankwise.train.estimate.gpus import memory_available
 FLOAT32 = 4
 STATES = 4  # a factor, its gradient and two moments
 # Bytes that a layer keeps of a token for each hidden dimension in 16 bits, and copies of the logits in float32. Without
-# pairs it is 34 (Korthikanti et al. 2022, eq. 2); with pairs at all matrices of SmolLM2-135M it was 60.
+# pairs it is 34 (Korthikanti et al. 2022, eq. 2); with pairs at all matrices of SmolLM2-135M it was 60, of stories260K
+# 40 (benchmarks/footprint.py): the larger one, since what does not fit ends the process.
 KEPT, LOGITS = 60, 3
 SHARE = 0.8  # of what is free: allocators and libraries need some
 
