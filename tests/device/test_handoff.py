@@ -24,6 +24,7 @@ from rankwise.device.handoff.cases import read_cases, write_cases
 from rankwise.device.handoff.page import HANDOFF
 from rankwise.device.handoff.variants import in_bits
 from rankwise.device.llama.runtime import LlamaServer
+from rankwise.models.depth.encoder import DepthSettings, write_depth
 from rankwise.models.load import load_processor, load_tokenizer
 from rankwise.report.report import build_report
 
@@ -315,6 +316,24 @@ def test_a_damaged_folder_of_cases(scene: HandedOff, tmp_path: Path, capsys: Any
     code = main(["validate", "--cases", str(folder), "--server", "http://127.0.0.1:9/v1", "-o", str(tmp_path / "out")])
     assert code == 3 and str(folder) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_several_answers_to_one_question_are_one_row(scene: HandedOff, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (scene.folder / "rows.jsonl").read_text().splitlines()][:4]
+    again = [{**row, "id": f"{row['id']}, again"} for row in rows]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for pair in zip(rows, again, strict=True) for row in pair))
+    line = ["validate", "--reference", str(scene.tuned), "--base_model", str(scene.base), "--data_path", str(file)]
+    assert main([*line, "--write_cases", str(tmp_path / "cases"), "--num_samples", "3"]) == 0
+    assert [case.id for case in read_cases(tmp_path / "cases").cases] == ["r0", "r1", "r2"]
+
+
+def test_a_model_with_depth_is_refused(scene: HandedOff, tmp_path: Path, capsys: Any) -> None:
+    tuned = Path(shutil.copytree(scene.tuned, tmp_path / "tuned"))
+    write_depth(tuned, DepthSettings())
+    line = ["validate", "--reference", str(tuned), "--base_model", str(scene.base)]
+    line += ["--data_path", str(scene.folder / "rows.jsonl"), "--write_cases", str(tmp_path / "cases")]
+    assert main(line) == 2 and "takes depth, which no other runtime does" in capsys.readouterr().err
 
 
 # --- servers that cannot be judged -----------------------------------------------------------------------------------

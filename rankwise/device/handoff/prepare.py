@@ -7,7 +7,7 @@ every hypothesis ── log p at these places of the tokens that tuned or base f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +35,7 @@ from rankwise.files.adapter import CONFIG_NAME, adapter_files
 from rankwise.files.atomic import fingerprint, fingerprints, read_object
 from rankwise.files.checkpoint import resolve
 from rankwise.models.adapters import load_adapter
+from rankwise.models.depth.encoder import read_depth
 from rankwise.models.load import load_config, load_model
 from rankwise.options.commands import ValidateConfig
 from rankwise.options.sections import ModelSection
@@ -60,7 +61,12 @@ class Models:
         base, adapter = base_and_adapter(config.reference, config.base_model)
         if adapter is None and not config.base_model:
             raise UsageError("a merged model does not say what it was made from: give its base with --base_model BASE")
-        return cls(config.reference, base if adapter else str(config.base_model), adapter)
+        models = cls(config.reference, base if adapter else str(config.base_model), adapter)
+        if read_depth(adapter or resolve(models.tuned)) is not None:
+            raise UsageError(
+                f"{models.tuned} takes depth, which no other runtime does: compare it by rankwise evaluate"
+            )
+        return models
 
     @property
     def name(self) -> str:
@@ -91,7 +97,7 @@ def prepared(config: ValidateConfig) -> HandoffCases:
     items = read_examples(config.data, path, config.split, sees_images=renderer.sight is not None)
     longest = config.max_new_tokens or LONGEST
     renderer = renderer.leaving(longest)
-    examples = fitting(items.items[: config.num_samples or ITEMS], renderer)
+    examples = fitting(distinct(items.items, config.num_samples or ITEMS), renderer)
     if not examples:
         raise DataError(f"{path}: no items to ask")
     rendered = [renderer.prompt(example) for example in examples]
@@ -122,6 +128,16 @@ def prepared(config: ValidateConfig) -> HandoffCases:
         made_from={"data": fingerprints(items.files), "tuned": tuned_files(models)},
         pictures=pictures,
     )
+
+
+def distinct(items: Iterable[Example], count: int) -> list[Example]:
+    """The first samples of so many prompts: several answers to one question are one row, and no more."""
+    found: dict[Any, Example] = {}
+    for one in items:
+        found.setdefault(one.prompt, one)
+        if len(found) == count:
+            break
+    return list(found.values())
 
 
 def tuned_files(models: Models) -> str:
