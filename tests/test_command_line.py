@@ -368,7 +368,13 @@ REFUSED = {
         f"@/export --served_model mine {ROWS}",
         f"--reference @/base --base_model @/base --write_cases cases --mmproj @/rows.csv {ROWS}",
     ),
-    "bundle": ("@/export", "--replay @/empty"),
+    "bundle": (
+        "@/export",
+        "--replay @/empty",
+        "@/export --answers @/rows.csv",
+        "--replay @/empty --answers @/rows.csv --server http://phone:1",
+        "--replay @/empty --answers @/none.jsonl",
+    ),
     "card": ("@/run",),
     "features capture": (
         "@/photos --model @/base",

@@ -105,7 +105,7 @@ def llama_node(asking: ClientInputs) -> str:
         "",
         "if (realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {",
         "  console.log(await ask(...process.argv.slice(2)))",
-        "  await context.release()",
+        "  process.exit()",
         "}",
     ]
     return "\n".join(lines) + "\n"

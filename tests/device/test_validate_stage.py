@@ -237,6 +237,20 @@ def labelled_pictures(dataset: Path) -> None:
 
 
 @pytest.mark.slow
+def test_another_build_than_the_devices_is_said(
+    shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """device.json names what the phone has; the answers are another build's."""
+    export = Path(shutil.copytree(shipped / "tuned" / "export", tmp_path / "export"))
+    replace(TARGET, runtime_build="b10257-22dc605c4").save(export)
+    arguments = ["validate", str(export), "--task", "labels", "--data_path", str(shipped / "dataset")]
+    arguments += ["--outtype", "f16", "--parity_samples", "0", "--num_samples", "1", "--threads", "1"]
+    assert main([*arguments, "-o", str(tmp_path / "validation")]) == 0
+    said = capsys.readouterr().out
+    assert "note: f16: answered by xllamacpp " in said and "validated on b10257-22dc605c4" in said
+
+
+@pytest.mark.slow
 def test_the_whole_command(shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "validation"
     arguments = [
