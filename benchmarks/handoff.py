@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -35,6 +36,8 @@ from handed_off import in_two_bits
 from openai_server import Loopback
 
 from rankwise.data.sources.load import load
+from rankwise.device.handoff.cases import read_cases
+from rankwise.device.handoff.verdict import judge
 from rankwise.device.llama.runtime import LlamaServer
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
@@ -96,7 +99,8 @@ class Bench:
 
     def __init__(self, model: Path, data: str, work: Path, threads: int, quick: bool) -> None:
         self.work, self.data, self.threads, self.quick = work, data, threads, quick
-        self.seconds: dict[str, float] = {}
+        self.times = work / "seconds.json"
+        self.seconds: dict[str, float] = json.loads(self.times.read_text()) if self.times.is_file() else {}
         self.base, self.adapter, self.merged = work / "base", work / "adapter", work / "merged"
         self.rows, self.cases = work / "rows.jsonl", work / "cases"
         work.mkdir(parents=True, exist_ok=True)
@@ -111,12 +115,14 @@ class Bench:
         lines = [json.dumps({"id": f"row-{n}", "messages": row}, ensure_ascii=False) for n, row in enumerate(rows)]
         self.rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def timed(self, name: str, work: Callable[[], Any]) -> Any:
-        started = time.perf_counter()
-        found = work()
-        self.seconds[name] = time.perf_counter() - started
-        print(f"{name}: {self.seconds[name]:.0f} s", flush=True)
-        return found
+    def timed(self, name: str, work: Callable[[], Any]) -> None:
+        """Once, also of a run that was stopped and goes on."""
+        if name not in self.seconds:
+            started = time.perf_counter()
+            work()
+            self.seconds[name] = time.perf_counter() - started
+            self.times.write_text(json.dumps(self.seconds), encoding="utf-8")
+            print(f"{name}: {self.seconds[name]:.0f} s", flush=True)
 
     def train(self) -> None:
         """PEFT and the Trainer, as their documentation has it."""
@@ -173,12 +179,16 @@ class Bench:
         models = ["--reference", str(tuned or self.adapter), "--base_model", str(self.base)]
         self.rankwise("validate", *models, "--data_path", str(self.rows), "--write_cases", str(cases or self.cases))
 
-    def verdict(self, name: str, url: str, cases: Path | None = None) -> dict[str, Any]:
+    def verdict(self, name: str, url: str) -> dict[str, Any]:
+        """Of a server; kept, so that a run that was stopped goes on."""
+        kept = self.work / "verdicts" / name / "row.json"
+        if kept.is_file():
+            return dict(json.loads(kept.read_text(encoding="utf-8")))
         started = time.perf_counter()
         words = [
             "validate",
             "--cases",
-            str(cases or self.cases),
+            str(self.cases),
             "--server",
             url,
             "-o",
@@ -187,7 +197,9 @@ class Bench:
         code, said = self.rankwise(*words)
         line = next(each for each in said.splitlines() if not each.startswith("note"))
         print(f"{name}: exit {code}: {line}", flush=True)
-        return {"served": name, "line": line, "exit": code, "seconds": time.perf_counter() - started}
+        row = {"served": name, "line": line, "exit": code, "seconds": time.perf_counter() - started}
+        kept.write_text(json.dumps(row), encoding="utf-8")
+        return row
 
 
 def loopbacks(bench: Bench) -> Iterator[tuple[str, Callable[[], Any], dict[str, Any]]]:
@@ -246,21 +258,24 @@ def of_llama(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def power(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Ever weaker adapters, served in bfloat16: where tuned, and where base answers cannot be told apart any more."""
+    """Ever weaker adapters: where answers of the tuned model in bfloat16, and of the base, cannot be told apart any
+    more. By the cases alone, without a server."""
     for scale in SCALES:
-        folder, cases = bench.work / f"weak-{scale}", bench.work / f"cases-{scale}"
-        bench.tuned(lambda _, scale=scale: scale).save_pretrained(folder)
-        bench.tokenizer.save_pretrained(folder)
-        bench.write_cases(folder, cases)
+        folder, written = bench.work / f"weak-{scale}", bench.work / f"cases-{scale}"
+        if not written.is_dir():
+            bench.tuned(lambda _, scale=scale: scale).save_pretrained(folder)
+            bench.tokenizer.save_pretrained(folder)
+            bench.write_cases(folder, written)
+            shutil.rmtree(folder)
+        candidates = read_cases(written).candidates
         found = {}
-        for name, model in (
-            ("tuned", lambda folder=folder: AutoModelForCausalLM.from_pretrained(folder)),
-            ("base", bench.plain),
-        ):
-            with Remembering(model().to(torch.bfloat16).eval(), bench.tokenizer) as server:
-                found[name] = bench.verdict(f"scale {scale}, {name}", server.url, cases)
-        apart = json.loads((bench.work / "verdicts" / f"scale {scale}, tuned" / "handoff.json").read_text())["apis"][0]
-        yield {"scale": scale, "apart": apart["apart"], "limit": apart["limit"], **found}
+        for served in ("bfloat16", "base"):
+            told = {place: candidates.as_server(served, place, 20) for place in range(len(candidates.ids))}
+            found[served] = judge("ids", candidates, told, 10.0)
+        row = {"scale": scale, "apart": found["bfloat16"].apart, "limit": found["bfloat16"].limit}
+        row |= {served: one.kind for served, one in found.items()}
+        print(row, flush=True)
+        yield row
 
 
 def bench_all(model: Path, data: str, work: Path, threads: int, quick: bool) -> dict[str, Any]:
@@ -289,8 +304,7 @@ def report(found: dict[str, Any], line: str) -> str:
         for one in found["verdicts"]
     ]
     weak = [
-        f"| {one['scale']:g} | {one['apart']:.1e} | {one['limit']:.1e} | "
-        f"{one['tuned']['exit']} | {one['base']['exit']} |"
+        f"| {one['scale']:g} | {one['apart']:.1e} | {one['limit']:.1e} | {one['bfloat16']} | {one['base']} |"
         for one in found["power"]
     ]
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in found["seconds"].items())
@@ -307,10 +321,10 @@ def report(found: dict[str, Any], line: str) -> str:
             "|---|---|---|---:|---:|",
             *rows,
             "",
-            "Power: the adapter at a smaller scale is the tuned model; it and the base are served in bfloat16.",
+            "Power: the adapter at a smaller scale is the tuned model; top 20 of it in bfloat16 and of the base.",
             "",
-            "| scale | KL, tuned to base | rounding, KL | exit code, tuned served | exit code, base served |",
-            "|---:|---:|---:|---:|---:|",
+            "| scale | KL, base to tuned | rounding (10 floors), KL | tuned served | base served |",
+            "|---:|---:|---:|---|---|",
             *weak,
             "",
         ]
