@@ -36,8 +36,9 @@ from workload import command, machine
 
 from rankwise.data.example import Example
 from rankwise.data.sources.load import load as load_rows
-from rankwise.evaluate.engines import add_depth, base_and_adapter, renderer_of, subject
+from rankwise.evaluate.engines import add_depth, renderer_of, subject
 from rankwise.evaluate.generate import GenerationSettings, HFGenerator
+from rankwise.files.adapter import base_and_adapter
 from rankwise.options.commands import EvaluateConfig
 from rankwise.options.sections import DepthUseSection, ScoredData
 

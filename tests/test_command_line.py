@@ -361,6 +361,7 @@ REFUSED = {
     "export": ("@/lora", "@/base --llama_cpp_dir @/empty"),
     "validate": (
         f"@/export {ROWS}",
+        f"@/export --adapter_gguf @/lora {ROWS}",
         f"--reference @/lora --write_cases cases {ROWS}",
         f"--reference @/base --server http://127.0.0.1:9/v1 {ROWS}",
         "--cases @/empty --answers @/rows.csv",

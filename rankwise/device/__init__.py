@@ -5,5 +5,6 @@ sides.py       those two sides; scores.py, validation_page.py, sweep.py: validat
 bundle.py      `rankwise bundle`: files, prompt, labels, threshold, clients and golden vectors; their replay
 handoff/       any trainer's model, any server or app: is what answers the tuned model?
 parity/        the ladder, from the picture to the answer, rung by rung, against a measured floor
+lora/          an adapter on its base's GGUF: scale 1, 0, switched and by request, against transformers
 llama/         llama.cpp in a process of its own, or a server elsewhere
 """

@@ -192,6 +192,8 @@ def validation_doubts(
         return [f"there is no validation{place} (rankwise validate EXPORT …)"]
     if form not in validated["by_outtype"]:
         return [f"{form} was not validated, only {', '.join(validated['by_outtype'])}"]
+    if validated.get("adapters"):
+        return ["the files were validated with an adapter on top (--adapter_gguf), which is not in them: merge it"]
     found = [f"validation found: {failure}" for failure in validated["failures"] if failure.startswith(f"{form}:")]
     if form not in validated["parity"]:
         found.append(f"{form} was never on the parity ladder (--parity_samples 0)")

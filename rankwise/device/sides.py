@@ -25,9 +25,11 @@ from rankwise.device.llama.builds import other_build
 from rankwise.device.llama.client import ServerRuntime
 from rankwise.device.llama.generator import Answered, GGUFGenerator
 from rankwise.device.llama.runtime import LlamaServer, RemoteServer, Runtime
+from rankwise.device.lora.files import LoraFile, compared, lora_files
+from rankwise.device.lora.settings import Climbed, LoraSide, lora_side
 from rankwise.device.parity.cases import Case, blind, case_of, pick
 from rankwise.device.parity.floor import Floor, measure_floor
-from rankwise.device.parity.ladder import Embedder, Ladder, climb
+from rankwise.device.parity.ladder import Embedder, Ladder, observe
 from rankwise.device.parity.pixels import AppPixels
 from rankwise.device.parity.reference import HFReference
 from rankwise.device.scores import latency, rights, scores
@@ -35,10 +37,12 @@ from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.generate import GenerationSettings, HFGenerator, fitting, pick_device
 from rankwise.evaluate.predictions import EvaluationResult, Prediction, predict
 from rankwise.evaluate.tasks import Task, evaluate, task
+from rankwise.files.adapter import adapter_files, base_and_adapter
 from rankwise.files.atomic import fingerprint, fingerprints
 from rankwise.files.checkpoint import base_files, resolve
 from rankwise.files.processes import announce
 from rankwise.gguf.reading import GGUFFile, read_export
+from rankwise.models.adapters import load_adapter
 from rankwise.models.load import load_config, load_model
 from rankwise.options.commands import ValidateConfig
 from rankwise.options.sections import DataSection, ModelSection
@@ -60,25 +64,30 @@ class Shipped:
     text: Path | None = None
     mmproj: Path | None = None
     url: str | None = None
+    loras: tuple[Path, ...] = ()
 
     def start(self, context: int | None, threads: int | None) -> AbstractContextManager[ServerRuntime]:
         if self.url:
             return RemoteServer(self.url)
         assert self.text
-        return LlamaServer(self.text, self.mmproj, context, threads)
+        return LlamaServer(self.text, self.mmproj, context, threads, loras=self.loras)
 
     @property
     def files(self) -> list[Path]:
-        return [file for file in (self.text, self.mmproj) if file]
+        return [*(file for file in (self.text, self.mmproj) if file), *self.loras]
 
 
 @dataclass(frozen=True)
 class Shipment:
-    """All quantization types, the one to ship last. folder: of the export; reference: what it says it was made from."""
+    """All quantization types, the one to ship last. folder: of the export; reference: what it says it was made from.
+
+    loras: adapters on top of it, the first one applied; the reference is then that adapter.
+    """
 
     forms: tuple[Shipped, ...]
     folder: Path | None = None
     reference: str | None = None
+    loras: tuple[LoraFile, ...] = ()
 
 
 def shipment(config: ValidateConfig) -> Shipment:
@@ -99,7 +108,10 @@ def shipment(config: ValidateConfig) -> Shipment:
         forms = [Shipped(form, path, Path(config.mmproj) if config.mmproj else None)]
     else:
         raise UsageError("validate needs what was exported: rankwise validate EXPORT_FOLDER, or --server URL")
-    return Shipment(tuple(forms), path if exported else None, config.reference or reference)
+    loras = lora_files(config)
+    reference = loras[0].reference if loras else config.reference or reference
+    forms = [replace(form, loras=tuple(one.path for one in loras)) for form in forms]
+    return Shipment(tuple(forms), path if exported else None, reference, loras)
 
 
 def form_of(path: Path) -> str:
@@ -121,7 +133,7 @@ class ScoredAnswers:
 @dataclass(frozen=True)
 class TrainedSide:
     """The trained model with the items. renderer: as training had it, with room for an answer. read: the files that
-    the items came from."""
+    the items came from. adapter: the folder of the one that the model `name` has, if any."""
 
     config: ValidateConfig
     name: str
@@ -131,6 +143,7 @@ class TrainedSide:
     max_new_tokens: int
     model: Any
     read: tuple[Path, ...] = ()
+    adapter: Path | None = None
 
     @property
     def target(self) -> DeviceTarget | None:
@@ -142,7 +155,7 @@ class TrainedSide:
 
     def on(self, base: str) -> TrainedSide:
         """The same items for another model, the base."""
-        return replace(self, name=base, model=loaded(self.config, base))
+        return replace(self, name=base, model=loaded(self.config, base), adapter=None)
 
     @cached_property
     def reference(self) -> HFReference:
@@ -169,7 +182,8 @@ class TrainedSide:
 
 @dataclass(frozen=True)
 class Validated:
-    """One quantization type under the device's conditions. records: seconds and confidence by item."""
+    """One quantization type under the device's conditions. records: seconds and confidence by item. climbed: the other
+    settings of its LoRAs."""
 
     form: str
     build: str
@@ -178,6 +192,7 @@ class Validated:
     memory: int | None
     ladder: Ladder | None
     unlike: int
+    climbed: tuple[Climbed, ...] = ()
 
     @property
     def accuracy(self) -> float | None:
@@ -197,15 +212,16 @@ class Validated:
 
 def trained_side(config: ValidateConfig, shipped: Shipment) -> TrainedSide:
     """DataError where model, data and export are for different devices; UsageError where no reference is known."""
-    name = shipped.reference
-    if not name:
+    given = shipped.reference
+    if not given:
         raise UsageError("the model that was exported is not recorded; give the merged model with --reference MERGED")
-    if not Path(name).exists() and not config.reference:
-        raise DataError(f"{name}, the model that was exported, is missing; give it with --reference MERGED")
+    if not Path(given).exists() and not config.reference:
+        raise DataError(f"{given}, the model that was exported, is missing; give it with --reference MERGED")
     chosen = task(str(config.data.task))
-    places = [shipped.folder] if shipped.folder else []
-    if shipped.folder:
-        require_same(shipped.folder, resolve(name))
+    name, adapter = base_and_adapter(given, config.base_model)
+    places = [adapter] if adapter else [shipped.folder] if shipped.folder else []
+    if shipped.folder and not shipped.loras:
+        require_same(shipped.folder, resolve(given))
     data, model = as_exported(config, shipped), ModelSection(model_name=name)
     renderer = renderer_for(data, model, name, load_config(name), places, strict=True)
     target = renderer.sight.target if renderer.sight else None
@@ -218,11 +234,23 @@ def trained_side(config: ValidateConfig, shipped: Shipment) -> TrainedSide:
     system_warning(recorded([*places, resolve(name)]), usable)
     if not usable:
         raise DataError(f"{config.data.data_path}: no items to evaluate")
-    return TrainedSide(config, name, chosen, renderer, usable, longest, loaded(config, name), items.files)
+    trained = loaded(config, name, adapter)
+    return TrainedSide(config, name, chosen, renderer, usable, longest, trained, items.files, adapter)
 
 
-def loaded(config: ValidateConfig, name: str) -> Any:
-    return load_model(name, torch.float32).to(pick_device(config.device)).eval()
+def loaded(config: ValidateConfig, name: str, adapter: Path | None = None) -> Any:
+    model = load_model(name, torch.float32).to(pick_device(config.device))
+    return (load_adapter(model, adapter) if adapter else model).eval()
+
+
+def lora_side_of(trained: TrainedSide, shipped: Shipment, floor: Floor | None) -> LoraSide | None:
+    """What the LoRAs are held to; None without any, or where nothing is on the ladder."""
+    if not shipped.loras or floor is None:
+        return None
+    held = [compared(one, trained.name) for one in shipped.loras]
+    load = lambda folder: loaded(trained.config, trained.name, adapter_files(resolve(folder))[0].parent)  # noqa: E731
+    forms = [one.form for one in shipped.forms]
+    return lora_side(shipped.loras, held, trained.reference, floor, trained.cases, trained.config.top, forms, load)
 
 
 def as_exported(config: ValidateConfig, shipped: Shipment) -> DataSection:
@@ -245,6 +273,8 @@ def answers_of(trained: TrainedSide, folder: Path) -> ScoredAnswers:
     """The transformers model's own greedy answers to all items."""
     engine = HFGenerator(trained.model, trained.renderer, trained.decoding)
     made_from = trained.made_from() | {"model": fingerprints(base_files(resolve(trained.name)))}
+    if trained.adapter:
+        made_from |= {"adapter": fingerprints([file for file in adapter_files(trained.adapter) if file])}
     return answered(trained, engine, folder, made_from)
 
 
@@ -255,12 +285,18 @@ def answered(trained: TrainedSide, engine: Any, folder: Path, made_from: Mapping
 
 
 def validated(
-    config: ValidateConfig, trained: TrainedSide, one: Shipped, floor: Floor | None, app: AppPixels | None, out: Path
+    config: ValidateConfig,
+    trained: TrainedSide,
+    one: Shipped,
+    floor: Floor | None,
+    app: AppPixels | None,
+    out: Path,
+    loras: LoraSide | None = None,
 ) -> Validated:
     """Validate one quantization type: answer all items, run some of them on the ladder."""
     folder = out / one.form
     with one.start(config.context or context(trained.renderer), config.threads) as runtime:
-        ladder = None
+        ladder, climbed = None, []
         if floor:
             limits = floor.thresholds(one.form, config.tolerance, config.min_agreement)
             # llama-cpp-python on the same files, where it is installed and they are on this machine
@@ -269,16 +305,20 @@ def validated(
                 if one.text and one.mmproj and Embedder.available()
                 else None
             )
-            ladder = climb(trained.reference, runtime, trained.cases, limits, config.top, embedder, app)
+            seen = observe(trained.reference, runtime, trained.cases, config.top, embedder, app)
+            ladder = Ladder.of(seen, runtime, limits)
+            if loras:
+                ladder = loras.named(ladder, seen, limits)
+                climbed = loras.climb(runtime, one.form, config.tolerance)
         engine, answers = answers_in(trained, one, runtime, folder)
         if engine.unlike:
             other = f"{len(engine.unlike)} prompts are of another length in llama.cpp than in training"
             announce(f"warning: {one.form}: {other}")
-        build, memory = runtime.info.build, runtime.memory()
+        build, memory, records = runtime.info.build, runtime.memory(), engine.answers()
         pinned = trained.target.runtime_build if trained.target else None
         if pinned and (note := other_build(pinned, build)):
             announce(f"note: {one.form}: {note}")
-        return Validated(one.form, build, answers, engine.answers(), memory, ladder, len(engine.unlike))
+        return Validated(one.form, build, answers, records, memory, ladder, len(engine.unlike), tuple(climbed))
 
 
 def answers_in(

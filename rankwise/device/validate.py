@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.data.sources.load import settle
+from rankwise.device.lora.page import lora_failures, lora_verdict
 from rankwise.device.parity.ladder import verdict
 from rankwise.device.scores import DOCUMENT, change, gain_kept, items, scores
 from rankwise.device.sides import (
@@ -25,6 +26,7 @@ from rankwise.device.sides import (
     TrainedSide,
     Validated,
     answers_of,
+    lora_side_of,
     shipment,
     trained_side,
     validated,
@@ -60,8 +62,14 @@ def run(config: ValidateConfig) -> dict[str, Any]:
         tuned = answers_of(trained, out / TRAINED)
         base = answers_of(trained.on(config.base_model), out / BEFORE) if config.base_model else None
         floor = trained.floor()
-        found = {one.form: validated(config, trained, one, floor, app, out.path) for one in shipped.forms}
+        loras = lora_side_of(trained, shipped, floor)
+        found = {one.form: validated(config, trained, one, floor, app, out.path, loras) for one in shipped.forms}
         content = described(config, trained, found, tuned, base) | {"floor": floor.as_dict() if floor else None}
+        if loras:
+            told = {form: loras.told_apart(loras.limits(form, config.tolerance)) for form in found}
+            content["adapters"] = loras.as_dict({form: one.climbed for form, one in found.items()}, told)
+            content["verdict"] = lora_verdict(content["adapters"], content["parity"])
+            content["failures"] += lora_failures(content["adapters"])
         if config.sweep:
             content["sweep"] = SWEEP.stamped(sweep_forms(config, trained, shipped, out.path).as_dict())
             record.outputs["sweep"] = out / SWEEP.name
@@ -118,6 +126,7 @@ def going_on(config: ValidateConfig, *, unchanged: bool) -> ValidateConfig:
 
 def inputs(config: ValidateConfig, shipped: Shipment) -> dict[str, str | None]:
     named = {"data": config.data.data_path, "reference": shipped.reference, "base": config.base_model}
+    named |= {f"adapter {one.name}": one.reference for one in shipped.loras}
     files = {file.name: str(file) for one in shipped.forms for file in one.files}
     return {**named, **files}
 
@@ -184,13 +193,16 @@ def failures(config: ValidateConfig, found: Mapping[str, Validated]) -> list[str
 def describe(config: ValidateConfig) -> list[str]:
     if config.by_reference:
         return imported(HANDOFF).describe(config)  # type: ignore[no-any-return]
-    what = config.server or config.export
+    what = " with ".join([str(config.server or config.export), *(config.adapter_gguf and ["the adapter"])])
     lines = [f"answer the items of {config.data.data_path} with {what}, in llama.cpp, greedily"]
     if config.parity_samples:
+        against = "adapter in transformers" if config.adapter_gguf else "merged model"
         lines.append(
-            f"climb the parity ladder on up to {config.parity_samples} items for each form, against the merged model "
+            f"climb the parity ladder on up to {config.parity_samples} items for each form, against the {against} "
             "in float32; floors are measured on that model"
         )
+    if config.adapter_gguf and config.parity_samples:
+        lines.append("switch the adapters while the server runs (scale 0, 1 again, by request), with a ladder for each")
     if config.sweep:
         lines.append(f"make and compare the forms {', '.join(config.sweep)}")
     return [*lines, "exit with 6 where a rung is broken"]

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rankwise.device.lora.page import lora_blocks
 from rankwise.device.parity.rungs import said, unmeasured
 from rankwise.device.scores import DOCUMENT
 from rankwise.evaluate.classify import class_table, plot_confusion
@@ -38,6 +39,7 @@ def validation_blocks(content: Mapping[str, Any]) -> list[Block]:
     found: list[Block] = [Words(line) for line in content["verdict"]]
     found += [Words("Failed: " + "; ".join(content["failures"]))] if content["failures"] else []
     found += ladder_blocks(parity) if parity else []
+    found += lora_blocks(content["adapters"], parity) if content.get("adapters") else []
     found += [score_table(content), *(Words(line) for line in gain_sentences(content))]
     if CONFUSION in content:
         name = printable(content["outtype"], 20)

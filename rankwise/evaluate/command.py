@@ -24,7 +24,6 @@ from rankwise.evaluate.classify import class_table, confusion_table
 from rankwise.evaluate.engines import (
     Subject,
     add_depth,
-    base_and_adapter,
     compared_base,
     generator,
     renderer_of,
@@ -33,7 +32,7 @@ from rankwise.evaluate.engines import (
 from rankwise.evaluate.generate import fitting
 from rankwise.evaluate.predictions import READ_FIRST, RESULTS, EvaluationResult, earlier_answers
 from rankwise.evaluate.tasks import TASKS, evaluate, part, task
-from rankwise.files.adapter import adapter_files
+from rankwise.files.adapter import adapter_files, base_and_adapter
 from rankwise.files.atomic import fingerprint, fingerprints, write_text
 from rankwise.files.checkpoint import base_files, resolve
 from rankwise.files.lineage import warn_of_training_rows
@@ -46,6 +45,7 @@ from rankwise.page.text import with_interval
 from rankwise.pipeline.idle import refuse_idle
 
 CONFUSION = "confusion.csv"
+EFFECT = "adapter_effect"  # in the settings of a result: what the adapter does in vLLM
 WINDOW = 1024  # tokens of a piece of text for --forget
 
 
@@ -188,12 +188,23 @@ def score_task(
     usable = fitting(items, engine.renderer)
     system_warning(recorded(tested.places), usable)
     made_from = {**made_from, "data": fingerprints(examples.files), **depth_facts(tested.depth)}
+    by_vllm = config.engine == "vllm" and tested.adapter is not None
+    before = EvaluationResult.load(folder.path) if by_vllm and (folder / RESULTS.name).is_file() else None
     found = evaluate(chosen, engine, usable, folder.path, made_from, by=config.classify)
+    if found and by_vllm:
+        found = with_effect(found, getattr(engine, "effect", None), before)
+        found.save(folder.path)
     if found and chosen.classifies:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(confusion_table(found.settings["scoring"]))
         write_text(folder / CONFUSION, text.getvalue())
     return found
+
+
+def with_effect(result: EvaluationResult, effect: Any, before: EvaluationResult | None) -> EvaluationResult:
+    """The result with what its adapter does in vLLM: as measured now, or where nothing was left to answer, then."""
+    then = before.settings.get(EFFECT) if before else None
+    return replace(result, settings={**result.settings, EFFECT: effect.as_dict() if effect else then})
 
 
 def read_items(config: EvaluateConfig, *, sees_images: bool) -> Examples | None:

@@ -28,7 +28,7 @@ from rankwise.evaluate.classify import label_set
 from rankwise.evaluate.generate import GenerationSettings, Generator, HFGenerator, pick_device
 from rankwise.evaluate.likelihood import longest_answer
 from rankwise.evaluate.tasks import Task, part
-from rankwise.files.adapter import adapter_files, is_adapter, read_adapter
+from rankwise.files.adapter import base_and_adapter
 from rankwise.files.atomic import about_to_write
 from rankwise.files.checkpoint import resolve
 from rankwise.models.adapters import load_adapter
@@ -59,17 +59,6 @@ class Subject:
     def device(self) -> torch.device:
         device: torch.device = next(self.model.parameters()).device
         return device
-
-
-def base_and_adapter(path: str, base_model: str | None) -> tuple[str, Path | None]:
-    """(base model, adapter folder or None). Whatever takes an adapter accepts the run folder."""
-    folder = resolve(path)
-    if not is_adapter(folder):
-        return path, None
-    base = base_model or read_adapter(folder).base_model
-    if not base:
-        raise DataError(f"{folder}: the adapter doesn't say what its base model is; give it with --base_model_id")
-    return base, adapter_files(folder)[0].parent
 
 
 def renderer_of(config: EvaluateConfig, base: str, adapter: Path | None) -> Renderer:

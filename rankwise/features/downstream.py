@@ -17,7 +17,7 @@ from rankwise.data.sources.load import read_examples, task_of
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate import bootstrap
 from rankwise.evaluate.command import model_facts
-from rankwise.evaluate.engines import add_depth, base_and_adapter, renderer_of, subject
+from rankwise.evaluate.engines import add_depth, renderer_of, subject
 from rankwise.evaluate.predictions import installed
 from rankwise.features.answers import (
     Answers,
@@ -39,7 +39,7 @@ from rankwise.features.dataset import cached, read_split
 from rankwise.features.downstream_page import DOWNSTREAM, MARKDOWN, PICTURE, answer_blocks, answer_page
 from rankwise.features.measures import PCA, SVD, network
 from rankwise.features.trained import WEIGHTS, Network, is_of, networks, stretch_of
-from rankwise.files.adapter import adapter_files
+from rankwise.files.adapter import adapter_files, base_and_adapter
 from rankwise.files.atomic import fingerprint, write_text
 from rankwise.files.checkpoint import model_fingerprint, resolve
 from rankwise.files.processes import process_index

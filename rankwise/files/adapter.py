@@ -23,7 +23,7 @@ from rankwise.core.factors import Factors
 from rankwise.core.site import PEFT_PREFIX, pattern
 from rankwise.errors import DataError, UsageError
 from rankwise.files.atomic import atomic_files, read_object, write_json
-from rankwise.files.checkpoint import ADAPTER_NAMES, SAFETENSORS, open_checkpoint
+from rankwise.files.checkpoint import ADAPTER_NAMES, SAFETENSORS, open_checkpoint, resolve
 from rankwise.files.pickled import SUFFIXES
 
 # Options under which B·A is not, or not all of, the change of the weight.
@@ -275,6 +275,17 @@ def adapter_files(path: Path) -> tuple[Path, Path | None]:
     if len(alone) == 1:
         return alone[0], None
     raise DataError(f"{path}: no adapter here, nor in {' or '.join(FOLDERS[1:])} below it ({ADAPTER_NAMES[0]})")
+
+
+def base_and_adapter(path: str, base_model: str | None) -> tuple[str, Path | None]:
+    """(base model, adapter folder or None). Whatever takes an adapter accepts the run folder."""
+    folder = resolve(path)
+    if not is_adapter(folder):
+        return path, None
+    base = base_model or read_adapter(folder).base_model
+    if not base:
+        raise DataError(f"{folder}: the adapter doesn't say what its base model is; give it with --base_model")
+    return base, adapter_files(folder)[0].parent
 
 
 def beside(folder: Path | str, name: str) -> Path | None:

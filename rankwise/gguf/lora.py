@@ -8,7 +8,8 @@ own scale goes into its B. That is exact up to float32's rounding, and rank-patt
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,6 +31,8 @@ from rankwise.models.load import meta_model
 from rankwise.models.sites import tower_of, tower_prefixes
 
 ROUNDING = 1e-6  # relative: of one product in float32
+CLOSE, SAME_SCALE = 2e-2, 1e-2  # relative: of a file whose factors another converter rounded, to Q8_0 at worst
+SHOWN = 3  # sites with their scales in a message
 HALVES = (".lora_a", ".lora_b")
 """How llama.cpp's converter ends the names of A and B."""
 
@@ -110,7 +113,7 @@ def check_adapter(file: GGUFFile, adapter: LoraAdapter, config: Any) -> None:
 
     config: the base's, which says how many layers and heads there are; None where transformers has no class for it.
     """
-    names = sorted({name.removesuffix(HALVES[0]) for name in file.tensors if name.endswith(HALVES[0])})
+    names = sites_in(file)
     largest = largest_rank(adapter)
     if file.metadata.get("adapter.lora.alpha") != largest:
         raise VerificationError(f"{file.path}: alpha is {file.metadata.get('adapter.lora.alpha')}, not {largest}")
@@ -131,6 +134,11 @@ def check_adapter(file: GGUFFile, adapter: LoraAdapter, config: Any) -> None:
     strange += [site for site, pair in adapter.pairs.items() if not same_product(pair, folded.pairs[site], largest)]
     if strange:
         raise VerificationError(f"{file.path}: {first_few(strange)}: not the adapter's factors")
+
+
+def sites_in(file: GGUFFile) -> list[str]:
+    """llama.cpp's names of the sites that a LoRA's file holds."""
+    return sorted({name.removesuffix(HALVES[0]) for name in file.tensors if name.endswith(HALVES[0])})
 
 
 def same_product(pair: LoraPair, written: LoraPair, alpha: int) -> bool:
@@ -155,3 +163,71 @@ def is_site(file: GGUFFile, name: str, pair: LoraPair, text: Any) -> bool:
     # Without a config the head counts are not known: the rope order of any will do.
     how = relation(lora_b, pair.lora_B, [heads] if heads else divisors(len(lora_b)))
     return same_a and how is not None and as_converted(file.architecture, lora_b, pair.lora_B, how[0], heads)
+
+
+@dataclass(frozen=True)
+class HeldFactors:
+    """What a LoRA's file holds of an adapter, whichever converter wrote it.
+
+    sites: of the adapter. missing: those that the file lacks. other: those with other factors. scales: site → what the
+    file multiplies the adapter's own product by, where its factors are right and that is not 1. extra: names in the
+    file that are no site of the adapter.
+    """
+
+    sites: int
+    missing: tuple[str, ...]
+    other: tuple[str, ...]
+    scales: Mapping[str, float]
+    extra: tuple[str, ...]
+
+    @property
+    def why(self) -> str:
+        """What is wrong, in words; "" where nothing is."""
+        off = ", ".join(f"{site} ×{scale:.3g}" for site, scale in list(self.scales.items())[:SHOWN])
+        parts = (
+            (self.missing, f"{len(self.missing)} of {self.sites} sites are missing ({first_few(self.missing)})"),
+            (self.other, f"other factors than the adapter's at {len(self.other)} ({first_few(self.other)})"),
+            (self.scales, f"another scale than the adapter's at {len(self.scales)} ({off})"),
+            (self.extra, f"{len(self.extra)} sites that the adapter does not have ({first_few(self.extra)})"),
+        )
+        return "; ".join(words for wrong, words in parts if wrong)
+
+
+def held_factors(file: GGUFFile, adapter: LoraAdapter, config: Any) -> HeldFactors:
+    """Compare a LoRA's file with the adapter that it should be, up to the order of B's rows and to rounding.
+
+    config: as for `check_adapter`.
+    """
+    names, text = sites_in(file), config and config.get_text_config()
+    own = {site: site_name(file, site, text) for site in adapter.pairs}
+    free = set(names) - set(own.values())
+    places = {
+        site: own[site] if own[site] in names else next((one for one in free if times(file, one, pair)), None)
+        for site, pair in adapter.pairs.items()
+    }
+    found = {site: times(file, name, adapter.pairs[site]) for site, name in places.items() if name}
+    return HeldFactors(
+        sites=len(adapter.pairs),
+        missing=tuple(site for site, name in places.items() if not name),
+        other=tuple(site for site, scale in found.items() if scale is None),
+        scales={site: scale for site, scale in found.items() if scale is not None and abs(scale - 1) > SAME_SCALE},
+        extra=tuple(sorted(free - set(places.values()))),
+    )
+
+
+def times(file: GGUFFile, name: str, pair: LoraPair) -> float | None:
+    """What llama.cpp's product of a site is a multiple of a pair's by; None where it is no multiple."""
+    lora_a, lora_b = (file.tensor(name + half).double() for half in HALVES)
+    if lora_b.shape != pair.lora_B.shape or lora_a.numel() != pair.lora_A.numel():
+        return None
+    wanted_a, wanted_b = pair.lora_A.double(), pair.lora_B.double()
+    turned = lora_a if lora_a.shape == wanted_a.shape else lora_a.T
+    rows, wanted_rows = (factor.norm(dim=1).sort().values for factor in (lora_b, wanted_b))
+    pairs = ((turned, wanted_a), (rows, wanted_rows))
+    if not any(float(one.norm() * other.norm()) for one, other in (pairs[1], pairs[1][::-1])):
+        return 1.0  # B is zero on both sides
+    if any(float((one / one.norm() - other / other.norm()).norm()) > CLOSE for one, other in pairs):
+        return None
+    alpha = float(file.metadata.get("adapter.lora.alpha") or pair.rank)
+    size = alpha / pair.rank * turned.norm() * rows.norm()
+    return float(size / (pair.scale * wanted_a.norm() * wanted_rows.norm()))

@@ -388,7 +388,13 @@ class ValidateConfig(Options):
 
     export: str | None = reads(help="export folder, or one GGUF file", aliases=("gguf", "model_path"))
     mmproj: str | None = reads(help="vision part of a single GGUF file")
-    reference: str | None = option(help="merged model the files were made from [as recorded in the export]")
+    adapter_gguf: list[str] = reads(
+        [], help="LoRAs on top of the export, which is their base; the first is validated, the others loaded beside it"
+    )
+    reference: str | None = option(
+        help="merged model the files were made from, or with --adapter_gguf their adapters, in its order [as recorded "
+        "in the export]"
+    )
     server: str | None = option(
         address=True,
         help="llama.cpp server that runs the files, on the phone for example; or, http://HOST/v1, any "

@@ -53,6 +53,7 @@ def config(**how: Any) -> ValidateConfig:
         ({"min_agreement": 0.9, "parity_samples": 0}, "--parity_samples 0"),
         ({"tolerance": 0}, "--tolerance"),
         ({"sweep": ["q4_0"], "server": "http://phone:8080"}, "--sweep"),
+        ({"sweep": ["q4_0"], "adapter_gguf": ["a.gguf"]}, "without --adapter_gguf"),
     ],
 )
 def test_what_cannot_work_is_refused(how: dict[str, Any], said: str) -> None:

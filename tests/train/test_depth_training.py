@@ -31,8 +31,9 @@ from rankwise.data.sources.load import load as load_rows
 from rankwise.data.vision_inputs import Sight
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate import engines
-from rankwise.evaluate.engines import Subject, add_depth, base_and_adapter
+from rankwise.evaluate.engines import Subject, add_depth
 from rankwise.evaluate.generate import GenerationSettings, HFGenerator
+from rankwise.files.adapter import base_and_adapter
 from rankwise.models.adapt import quiet_peft
 from rankwise.models.depth.encoder import encoder_of, read_depth, write_depth
 from rankwise.models.isaac.modeling import IsaacForConditionalGeneration

@@ -12,7 +12,7 @@ import http.client
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -25,6 +25,7 @@ LOADING = 503  # what a llama.cpp server answers until its model is loaded
 PAUSES = (0.2, 0.5, 1.0)  # seconds between the tries of a request that did not get through
 EXAMPLE = "http://192.168.1.20:8080"
 LONGEST = 300  # characters of a server's own words in a message
+Told = TypeVar("Told")
 
 
 class Refusal(ServiceError):
@@ -56,18 +57,22 @@ class Talk:
 
     def get(self, path: str) -> dict[str, Any]:
         """The JSON object at a path; ServiceError where there is none."""
-        return self._answer("GET", path, None)
+        return self._answer("GET", path, None, dict)
 
-    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    def entries(self, path: str) -> list[Any]:
+        """The JSON array at a path; ServiceError where there is none."""
+        return self._answer("GET", path, None, list)
+
+    def post(self, path: str, body: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
         """The JSON object answered to a JSON body; Refusal for what the server did not take."""
-        return self._answer("POST", path, json.dumps(body).encode())
+        return self._answer("POST", path, json.dumps(body).encode(), dict)
 
-    def _answer(self, method: str, path: str, body: bytes | None) -> dict[str, Any]:
+    def _answer(self, method: str, path: str, body: bytes | None, kind: type[Told]) -> Told:
         started = time.monotonic()
         while True:
             status, content = self._tried(method, path, body)
             if status != LOADING:
-                return self._read(path, status, content)
+                return self._read(path, status, content, kind)
             if time.monotonic() - started > self.patience:
                 raise ServiceError(f"{self.url} is still loading its model after {self.patience:g} s")
             time.sleep(PAUSES[1])
@@ -103,18 +108,20 @@ class Talk:
         finally:
             connection.close()
 
-    def _read(self, path: str, status: int, content: bytes) -> dict[str, Any]:
+    def _read(self, path: str, status: int, content: bytes, kind: type[Told]) -> Told:
         try:
             found = json.loads(content)
         except ValueError:
             found = None
-        if not isinstance(found, dict):
-            kind = Refusal if 400 <= status < 500 else ServiceError  # a path that the server does not have
-            raise kind(
-                f"{self.url}{path} answers {status} without a JSON object: {_shown(content)!r}; is it {self.kind}?"
+        error = found.get("error") if isinstance(found, dict) else None  # a proxy may send an error with status 200
+        if isinstance(found, dict) and (error or not 200 <= status < 300):
+            raise self._refusal(path, status, error, content)
+        if not isinstance(found, kind) or not 200 <= status < 300:
+            failed = Refusal if 400 <= status < 500 else ServiceError  # a path that the server does not have
+            what = "object" if kind is dict else "array"
+            raise failed(
+                f"{self.url}{path} answers {status} without a JSON {what}: {_shown(content)!r}; is it {self.kind}?"
             )
-        if not 200 <= status < 300 or found.get("error"):  # a proxy may send an error with status 200
-            raise self._refusal(path, status, found.get("error"), content)
         return found
 
     def _refusal(self, path: str, status: int, error: Any, content: bytes) -> Refusal:
@@ -158,7 +165,6 @@ GREEDY = {
     "stop": [],
 }
 SHOWN = 200  # characters of an answer in a message
-Told = TypeVar("Told")
 TOO_LONG = "exceed_context_size_error"
 
 
@@ -207,13 +213,26 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class LoadedLora:
+    """A LoRA that the server has loaded. scale: what it is multiplied by for requests that name none."""
+
+    id: int
+    path: str
+    scale: float
+
+
+@dataclass(frozen=True)
 class ServerRuntime:
-    """A llama.cpp server as a `Runtime`. build: the package that brought it, as its name says; peak: its memory."""
+    """A llama.cpp server as a `Runtime`. build: the package that brought it, as its name says; peak: its memory.
+
+    lora: the scale of each LoRA, by its id, that every request names; None for the server's own scales.
+    """
 
     talk: Talk
     build: str | None = None
     where: str = ""
     peak: Callable[[], int | None] = lambda: None
+    lora: Mapping[int, float] | None = None
     _ending: dict[int, bool] = field(default_factory=dict, compare=False, repr=False)
     _pieces: dict[int, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -261,6 +280,21 @@ class ServerRuntime:
     def _told(self, path: str, body: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Told]) -> Told:
         return _understood(self.talk.url + path, read, self.talk.post(path, body))
 
+    def loras(self) -> list[LoadedLora]:
+        """What `--lora` has loaded. ServiceError where this build does not tell."""
+        path = "/lora-adapters"
+        read = lambda rows: [LoadedLora(int(row["id"]), str(row["path"]), float(row["scale"])) for row in rows]  # noqa: E731
+        return _understood(self.talk.url + path, read, self.talk.entries(path))
+
+    def set_scales(self, scales: Mapping[int, float]) -> None:
+        """Scales of the LoRAs by id, for all requests that name none. ServiceError where this build does not take
+        them."""
+        self.talk.post("/lora-adapters", _scaled(scales))
+
+    def naming(self, lora: Mapping[int, float] | None) -> ServerRuntime:
+        """The same server, with every request naming its LoRAs."""
+        return replace(self, lora=lora)
+
     def memory(self) -> int | None:
         """Peak resident memory of the runtime in bytes, its interpreter included; None where it can't be known."""
         return self.peak()
@@ -289,6 +323,7 @@ class ServerRuntime:
         assert grammar is None or force is None
         body: dict[str, Any] = {**GREEDY, "n_predict": max_new_tokens, "cache_prompt": reuse, "return_tokens": True}
         body |= {"prompt": self._sent(prompt, images), "n_probs": top, "post_sampling_probs": False}
+        body |= {} if self.lora is None else {"lora": _scaled(self.lora)}
         if grammar is not None:
             body["grammar"] = grammar
         wanted = self.tokenize(force) if isinstance(force, str) else None if force is None else list(force)
@@ -360,7 +395,11 @@ class ServerRuntime:
         return {"prompt_string": text.replace(MARKER, info.marker), "multimodal_data": encoded}
 
 
-def _understood(where: str, read: Callable[[Mapping[str, Any]], Told], answer: Mapping[str, Any]) -> Told:
+def _scaled(scales: Mapping[int, float]) -> list[dict[str, float]]:
+    return [{"id": number, "scale": scale} for number, scale in scales.items()]
+
+
+def _understood(where: str, read: Callable[[Any], Told], answer: Any) -> Told:
     """Parse a response. ServiceError where its JSON is not a llama.cpp server's."""
     try:
         return read(answer)

@@ -71,6 +71,7 @@ class Runtime(Protocol):
 class LlamaServer:
     """xllamacpp's llama.cpp in a child process while the context is open; it listens on this machine only.
 
+    loras: LoRAs on top of the model; the first one is applied, the others are at hand at scale 0.
     context: tokens of a prompt and its answer; None for as many as the model was made for. threads: None for
     llama.cpp's choice. exact: keys and values in float32 and no flash attention, for comparing a converted model with
     the original; a device keeps them in float16, which shows in the log-probabilities of unlikely answers.
@@ -83,6 +84,7 @@ class LlamaServer:
     context: int | None = None
     threads: int | None = None
     exact: bool = False
+    loras: tuple[Path, ...] = ()
     start_timeout: float = 300.0
     timeout: float = 600.0
     _child: subprocess.Popen[str] | None = field(default=None, init=False, repr=False)
@@ -91,10 +93,11 @@ class LlamaServer:
     @property
     def files(self) -> str:
         """The file names, for messages."""
-        return str(self.model) if self.mmproj is None else f"{self.model} with {self.mmproj}"
+        more = [*([self.mmproj] if self.mmproj else []), *self.loras]
+        return " with ".join([str(self.model), ", ".join(map(str, more))]) if more else str(self.model)
 
     def __enter__(self) -> ServerRuntime:
-        for path in (self.model, self.mmproj):
+        for path in (self.model, self.mmproj, *self.loras):
             if path is not None and not Path(path).is_file():
                 raise DataError(f"no file {path}; `rankwise export` makes GGUF files")
         if importlib.util.find_spec("xllamacpp") is None:
@@ -128,6 +131,8 @@ class LlamaServer:
         command = [sys.executable, "-m", "rankwise.device.llama.serve", "--model", str(self.model)]
         for name, value in (("--mmproj", self.mmproj), ("--context", self.context), ("--threads", self.threads)):
             command += [] if value is None else [name, str(value)]
+        for number, path in enumerate(self.loras):
+            command += ["--lora", str(path), "0" if number else "1"]
         return [*command, "--exact"] if self.exact else command
 
     def _address(self, child: subprocess.Popen[str]) -> str:

@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rankwise.device.llama.serve", description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--mmproj")
+    parser.add_argument("--lora", nargs=2, action="append", default=[], metavar=("FILE", "SCALE"))
     parser.add_argument("--context", type=int, default=0, help="tokens; 0: as many as the model was made for")
     parser.add_argument("--threads", type=int, default=0, help="0: llama.cpp's own choice")
     parser.add_argument("--exact", action="store_true", help="float32 keys and values, no flash attention")
@@ -59,6 +60,7 @@ def _loaded(given: argparse.Namespace) -> Any:
     settings.model.path = given.model
     if given.mmproj:
         settings.mmproj.path = given.mmproj
+    settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, float(scale)) for path, scale in given.lora]
     if given.threads:
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = given.threads
     settings.n_ctx = given.context

@@ -264,6 +264,10 @@ class Floor:
             embeddings=max(LEAST_DISTANCE, math.sqrt(k) * apart),
         )
 
+    def of(self, cases: Sequence[str]) -> Floor:
+        """The floor of some of the cases."""
+        return Floor({name: one.of(cases) for name, one in self.paths.items()}, self.embeddings)
+
     def as_dict(self) -> dict[str, dict[str, float]]:
         return {
             name: {
@@ -276,6 +280,11 @@ class Floor:
             }
             for name, one in self.paths.items()
         }
+
+
+def explaining(forms: Sequence[str]) -> list[str]:
+    """Names of the known-good paths that the floors of these forms take."""
+    return [name for name in PATHS if any(name in EXPLAINS.get(form.lower(), PATHS) for form in forms)]
 
 
 def chance(places: float) -> float:

@@ -45,6 +45,10 @@ class Ladder:
 
     rungs: tuple[Rung, ...]
 
+    @classmethod
+    def of(cls, seen: Sequence[Observed], runtime: Runtime, thresholds: Thresholds) -> Ladder:
+        return cls(tuple(rung(seen, runtime, thresholds) for rung in RUNGS.values()))
+
     @property
     def first_broken(self) -> Rung | None:
         return next((rung for rung in self.rungs if rung.status == BROKEN), None)
@@ -118,13 +122,25 @@ def climb(
     A case that the runtime refuses breaks the rung where that shows; it raises nothing. A server that is gone raises
     ServiceError, a GGUF that llama.cpp breaks down on VerificationError.
     """
+    return Ladder.of(observe(reference, runtime, cases, top, embedder, app), runtime, thresholds)
+
+
+def observe(
+    reference: Reference,
+    runtime: Runtime,
+    cases: Sequence[Case],
+    top: int = TOP,
+    embedder: Embedding | None = None,
+    app: AppPixels | None = None,
+) -> list[Observed]:
+    """Both sides of every case, as `climb` compares them."""
     assert cases
     seen = [Observed.of(reference.expected(case), runtime, case, top) for case in cases]
     if embedder:
         seen = with_embeddings(seen, embedder)
     if app:
         seen = [replace(one, handed=tuple(map(app.of, one.case.sources))) for one in seen]
-    return Ladder(tuple(rung(seen, runtime, thresholds) for rung in RUNGS.values()))
+    return seen
 
 
 def with_embeddings(seen: Sequence[Observed], embedder: Embedding) -> list[Observed]:

@@ -1,0 +1,106 @@
+"""The LoRAs of a validation as files, and the adapters in transformers that they should be.
+
+--adapter_gguf A.gguf,B.gguf, --reference or export.json beside them ── lora_files ──▶ LoraFile*
+LoraFile ── compared ──▶ Rung `adapter file`: sites, factors and scales, whichever converter wrote it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from rankwise.data.input_record import require_same
+from rankwise.device.parity.rungs import NOT_MEASURED, Rung, judged
+from rankwise.errors import DataError, UsageError
+from rankwise.files.adapter import is_adapter, read_adapter
+from rankwise.files.checkpoint import resolve
+from rankwise.gguf.lora import held_factors
+from rankwise.gguf.metadata import config_of
+from rankwise.gguf.reading import EXPORT, GGUFFile
+from rankwise.options.commands import ValidateConfig
+
+RUNG = "adapter file"
+UNKNOWN = "the adapter that it was made from is not recorded; give the adapters of all files with --reference A,B"
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA as GGUF. reference: the adapter in transformers that it should be; None where nothing says."""
+
+    path: Path
+    reference: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+def lora_files(config: ValidateConfig) -> tuple[LoraFile, ...]:
+    """UsageError where it is not known which adapter the first file is; DataError for a file or a folder that is
+    missing."""
+    paths = [file_at(Path(name)) for name in config.adapter_gguf]
+    given = config.reference.split(",") if config.reference and paths else []
+    if len(given) > len(paths):
+        raise UsageError(f"--reference names {len(given)} adapters for {len(paths)} files of --adapter_gguf")
+    if len(given) > 1 and len(given) != len(paths):
+        raise UsageError(f"--reference names {len(given)} of {len(paths)} adapters; name all of --adapter_gguf, or one")
+    if len(set(paths)) != len(paths):
+        raise UsageError("--adapter_gguf names a file twice: llama.cpp would add the adapter to itself")
+    found = tuple(LoraFile(path, name or recorded_adapter(path)) for path, name in zip_longest(paths, given))
+    if found and not found[0].reference:
+        raise UsageError(f"{found[0].path}: which adapter it was made from is not recorded; give it with --reference")
+    for one in found:
+        require_adapter(one)
+    return found
+
+
+def file_at(path: Path) -> Path:
+    """The GGUF itself, or that of an export folder."""
+    if not path.is_dir():
+        return path
+    content = EXPORT.read(path)
+    if "adapter_file" not in content:
+        raise UsageError(f"{path}: a model's export, not an adapter's: rankwise export --adapter_gguf ADAPTER")
+    return path / str(content["adapter_file"]["name"])
+
+
+def recorded_adapter(path: Path) -> str | None:
+    """What `rankwise export --adapter_gguf` recorded beside its file. DataError where that has moved."""
+    content = EXPORT.read(path.parent) if (path.parent / EXPORT.name).is_file() else {}
+    if content.get("adapter_file", {}).get("name") != path.name:
+        return None
+    found = str(content["adapter"]["path"])
+    if not Path(found).exists():
+        raise DataError(f"{found}, the adapter that {path.name} was made from, is missing; give it with --reference")
+    return found
+
+
+def require_adapter(one: LoraFile) -> None:
+    if not one.path.is_file():
+        raise DataError(f"no file {one.path}; `rankwise export --adapter_gguf ADAPTER` makes it")
+    if one.reference is None:
+        return
+    folder = resolve(one.reference)
+    if not is_adapter(folder):
+        raise UsageError(f"--reference {one.reference}: not an adapter, with which {one.name} could be compared")
+    require_same(one.path.parent, folder)
+
+
+def compared(one: LoraFile, base: str) -> Rung:
+    """The file against its adapter. base: the model, whose config says what the sites are called."""
+    if one.reference is None:
+        return Rung(RUNG, NOT_MEASURED, why=UNKNOWN)
+    file, adapter = GGUFFile(one.path), read_adapter(resolve(one.reference))
+    held = held_factors(file, adapter, config_of(resolve(base)))
+    measured: dict[str, Any] = {
+        "sites": held.sites,
+        "missing": len(held.missing),
+        "other_factors": len(held.other),
+        "other_scales": len(held.scales),
+        "not_of_the_adapter": len(held.extra),
+    }
+    whole = f"{one.name} does not hold the adapter {one.reference}: {held.why}; export it again, or name its adapter"
+    limit = dict.fromkeys(("missing", "other_factors", "other_scales", "not_of_the_adapter"), 0)
+    return judged(RUNG, measured, limit, whole if held.why else "")

@@ -1,0 +1,98 @@
+"""LoRAs of a validation in words and tables: the verdict, and every setting with its ladder.
+
+`adapters` of validation.json ── lora_verdict, lora_failures ──▶ sentences; lora_blocks ──▶ terminal, report
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rankwise.device.lora.settings import SERVED
+from rankwise.device.parity.rungs import BROKEN, NOT_MEASURED, said
+from rankwise.page.blocks import Block, Table, Words
+
+Content = Mapping[str, Any]
+
+
+def lora_verdict(adapters: Content, parity: Mapping[str, Content]) -> list[str]:
+    """Sentences, the most important first. parity: form → the ladder of the first file at scale 1."""
+    name, effect = adapters["files"][0]["name"], adapters["effect"]
+    lines = wrong_files(adapters)
+    for form, rows in tried(adapters, parity).items():
+        lines += [
+            f"{form}, {one['setting']}, breaks at the rung {broken_rung(one, '')}"
+            for one in rows
+            if one["first_broken"]
+        ]
+    if blind := [form for form, told in effect["told_apart"].items() if not told]:
+        lines.insert(
+            0,
+            f"Cannot tell {name} from its base ({', '.join(blind)}): on these rows they differ by a mean KL of "
+            f"{effect['kl_mean']:.2g}, within the limits; use rows that the adapter was trained for, or more of them",
+        )
+    if lines:
+        return lines
+    switched = all(not one["why"] for rows in adapters["settings"].values() for one in rows)
+    also = (
+        "the base at scale 0, itself again after that, and chosen by request" if switched else "not measured otherwise"
+    )
+    forms = f"{', '.join(parity)}; mean KL to the base {effect['kl_mean']:.2g}"
+    return [f"{name} in llama.cpp is the adapter at scale 1 ({forms}), {also}: no rung is broken."]
+
+
+def lora_failures(adapters: Content) -> list[str]:
+    """Reasons for exit code 6 beside the ladder at scale 1."""
+    return wrong_files(adapters) + [
+        f"{form}: {one['setting']}: the rung {broken_rung(one, ' is broken')}"
+        for form, rows in adapters["settings"].items()
+        for one in rows
+        if one["first_broken"]
+    ]
+
+
+def wrong_files(adapters: Content) -> list[str]:
+    return [one["file"]["why"] for one in adapters["files"] if one["file"]["status"] == BROKEN]
+
+
+def tried(adapters: Content, parity: Mapping[str, Content]) -> dict[str, list[Content]]:
+    """Form → its settings, the first file at scale 1 before the others."""
+    words = f"the adapter {adapters['files'][0]['reference']}"
+    return {
+        form: [{"setting": SERVED, "expects": words, "why": "", **ladder}, *adapters["settings"][form]]
+        for form, ladder in parity.items()
+    }
+
+
+def broken_rung(one: Content, verb: str) -> str:
+    broken = next(rung for rung in one["rungs"] if rung["name"] == one["first_broken"])
+    return f"`{broken['name']}`{verb}: {broken['why']}"
+
+
+def lora_blocks(adapters: Content, parity: Mapping[str, Content]) -> list[Block]:
+    """Every setting of every form, with what has to answer, and each file against its adapter."""
+    columns = tried(adapters, parity)
+    rows = [
+        (one["name"], f"the adapter {one['reference']}", *[said(one["file"])] * len(columns))
+        for one in adapters["files"]
+    ]
+    for row in zip(*columns.values(), strict=True):
+        rows.append((row[0]["setting"], row[0]["expects"], *map(cell, row)))
+    note = (
+        "The base's GGUF with its LoRAs on one running server: at scale 1 as loaded, then switched for all requests, "
+        "then by `lora` of a request. Each row is a ladder of its own against transformers; a file is compared factor "
+        "by factor."
+    )
+    why = dict.fromkeys(
+        f"{one['setting']} not measured: {one['why']}" for each in columns.values() for one in each if one["why"]
+    )
+    table = Table(("LoRA", "has to be", *columns), rows, first_number=2 + len(columns), note=note)
+    return [table, *map(Words, why)]
+
+
+def cell(one: Content) -> str:
+    """The first rung that breaks, else how much the log-probabilities prove."""
+    if one["first_broken"]:
+        return f"broken: {one['first_broken']}"
+    rung = next((rung for rung in one["rungs"] if rung["name"] == "logprobs"), None)
+    return said(rung) if rung else NOT_MEASURED
