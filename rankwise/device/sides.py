@@ -7,12 +7,13 @@ config ── trained_side ──▶ Trained ── answers_of ──▶ Answers
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -25,13 +26,12 @@ from rankwise.device.llama.builds import other_build
 from rankwise.device.llama.client import ServerRuntime
 from rankwise.device.llama.generator import Answered, GGUFGenerator
 from rankwise.device.llama.runtime import LlamaServer, RemoteServer, Runtime
-from rankwise.device.lora.files import LoraFile, compared, lora_files
-from rankwise.device.lora.settings import Climbed, LoraSide, lora_side
+from rankwise.device.lora.files import LoraFile, lora_files
 from rankwise.device.parity.cases import Case, blind, case_of, pick
-from rankwise.device.parity.floor import Floor, measure_floor
+from rankwise.device.parity.floor import Floor, Thresholds, measure_floor
 from rankwise.device.parity.ladder import Embedder, Ladder, observe
 from rankwise.device.parity.pixels import AppPixels
-from rankwise.device.parity.reference import HFReference
+from rankwise.device.parity.reference import HFReference, Observed
 from rankwise.device.scores import latency, rights, scores
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.generate import GenerationSettings, HFGenerator, fitting, pick_device
@@ -42,7 +42,6 @@ from rankwise.files.atomic import fingerprint, fingerprints
 from rankwise.files.checkpoint import base_files, resolve
 from rankwise.files.processes import announce
 from rankwise.gguf.reading import GGUFFile, read_export
-from rankwise.models.adapters import load_adapter
 from rankwise.models.load import load_config, load_model
 from rankwise.options.commands import ValidateConfig
 from rankwise.options.sections import DataSection, ModelSection
@@ -192,7 +191,7 @@ class Validated:
     memory: int | None
     ladder: Ladder | None
     unlike: int
-    climbed: tuple[Climbed, ...] = ()
+    climbed: Sequence[Mapping[str, Any]] = ()
 
     @property
     def accuracy(self) -> float | None:
@@ -239,18 +238,35 @@ def trained_side(config: ValidateConfig, shipped: Shipment) -> TrainedSide:
 
 
 def loaded(config: ValidateConfig, name: str, adapter: Path | None = None) -> Any:
-    model = load_model(name, torch.float32).to(pick_device(config.device))
-    return (load_adapter(model, adapter) if adapter else model).eval()
+    model = load_model(name, torch.float32).to(pick_device(config.device)).eval()
+    return lora("held").adapted(model, adapter) if adapter else model
 
 
-def lora_side_of(trained: TrainedSide, shipped: Shipment, floor: Floor | None) -> LoraSide | None:
-    """What the LoRAs are held to; None without any, or where nothing is on the ladder."""
+def lora(name: str) -> Any:
+    """A file of lora/ that only adapters on a base's GGUF need, imported where they are given."""
+    return importlib.import_module(f"rankwise.device.lora.{name}")
+
+
+class LoraLadders(Protocol):
+    """`lora.settings.LoraSide`: what LoRAs are held to."""
+
+    def named(self, ladder: Ladder, seen: Sequence[Observed], limits: Thresholds) -> Ladder: ...
+
+    def climb(self, runtime: ServerRuntime, form: str, tolerance: float) -> list[dict[str, Any]]: ...
+
+    def as_dict(self, climbed: Mapping[str, Sequence[Mapping[str, Any]]], tolerance: float) -> dict[str, Any]: ...
+
+
+def lora_ladders(trained: TrainedSide, shipped: Shipment, floor: Floor | None) -> LoraLadders | None:
+    """None without LoRAs, or where nothing is on the ladder."""
     if not shipped.loras or floor is None:
         return None
-    held = [compared(one, trained.name) for one in shipped.loras]
-    load = lambda folder: loaded(trained.config, trained.name, adapter_files(resolve(folder))[0].parent)  # noqa: E731
-    forms = [one.form for one in shipped.forms]
-    return lora_side(shipped.loras, held, trained.reference, floor, trained.cases, trained.config.top, forms, load)
+    forms, top = [one.form for one in shipped.forms], trained.config.top
+    load = partial(loaded, trained.config, trained.name)
+    found: LoraLadders = lora("settings").lora_side(
+        shipped.loras, trained.name, trained.reference, floor, trained.cases, top, forms, load
+    )
+    return found
 
 
 def as_exported(config: ValidateConfig, shipped: Shipment) -> DataSection:
@@ -291,12 +307,12 @@ def validated(
     floor: Floor | None,
     app: AppPixels | None,
     out: Path,
-    loras: LoraSide | None = None,
+    loras: LoraLadders | None = None,
 ) -> Validated:
     """Validate one quantization type: answer all items, run some of them on the ladder."""
     folder = out / one.form
     with one.start(config.context or context(trained.renderer), config.threads) as runtime:
-        ladder, climbed = None, []
+        ladder, climbed = None, list[dict[str, Any]]()
         if floor:
             limits = floor.thresholds(one.form, config.tolerance, config.min_agreement)
             # llama-cpp-python on the same files, where it is installed and they are on this machine
@@ -318,7 +334,7 @@ def validated(
         pinned = trained.target.runtime_build if trained.target else None
         if pinned and (note := other_build(pinned, build)):
             announce(f"note: {one.form}: {note}")
-        return Validated(one.form, build, answers, records, memory, ladder, len(engine.unlike), tuple(climbed))
+        return Validated(one.form, build, answers, records, memory, ladder, len(engine.unlike), climbed)
 
 
 def answers_in(

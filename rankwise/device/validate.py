@@ -26,7 +26,7 @@ from rankwise.device.sides import (
     TrainedSide,
     Validated,
     answers_of,
-    lora_side_of,
+    lora_ladders,
     shipment,
     trained_side,
     validated,
@@ -62,12 +62,11 @@ def run(config: ValidateConfig) -> dict[str, Any]:
         tuned = answers_of(trained, out / TRAINED)
         base = answers_of(trained.on(config.base_model), out / BEFORE) if config.base_model else None
         floor = trained.floor()
-        loras = lora_side_of(trained, shipped, floor)
+        loras = lora_ladders(trained, shipped, floor)
         found = {one.form: validated(config, trained, one, floor, app, out.path, loras) for one in shipped.forms}
         content = described(config, trained, found, tuned, base) | {"floor": floor.as_dict() if floor else None}
         if loras:
-            told = {form: loras.told_apart(loras.limits(form, config.tolerance)) for form in found}
-            content["adapters"] = loras.as_dict({form: one.climbed for form, one in found.items()}, told)
+            content["adapters"] = loras.as_dict({form: one.climbed for form, one in found.items()}, config.tolerance)
             content["verdict"] = lora_verdict(content["adapters"], content["parity"])
             content["failures"] += lora_failures(content["adapters"])
         if config.sweep:

@@ -284,7 +284,10 @@ def base_and_adapter(path: str, base_model: str | None) -> tuple[str, Path | Non
         return path, None
     base = base_model or read_adapter(folder).base_model
     if not base:
-        raise DataError(f"{folder}: the adapter doesn't say what its base model is; give it with --base_model")
+        raise DataError(
+            f"{folder}: the adapter doesn't say what its base model is; give it with --base_model_id (validate: "
+            "--base_model)"
+        )
     return base, adapter_files(folder)[0].parent
 
 

@@ -145,7 +145,7 @@ class DownstreamConfig(Options):
         help="vision-language model (or an adapter or run folder) that the features came from",
         aliases=("model", "model_path", "base_model"),
     )
-    base_model_id: str | None = reads_or_hub(help="base of an adapter [as recorded in it]", aliases=("base_model",))
+    base_model_id: str | None = reads_or_hub(help="base of an adapter [as recorded in it]")
     data_path: str | None = reads_or_hub(help="conversations with images: questions and reference answers")
     image_folder: str | None = reads(help=IMAGE_FOLDER)
     allow_outside: bool = option(False, help=OUTSIDE)

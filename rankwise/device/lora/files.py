@@ -9,20 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from rankwise.data.input_record import require_same
-from rankwise.device.parity.rungs import NOT_MEASURED, Rung, judged
 from rankwise.errors import DataError, UsageError
-from rankwise.files.adapter import is_adapter, read_adapter
+from rankwise.files.adapter import is_adapter
 from rankwise.files.checkpoint import resolve
-from rankwise.gguf.lora import held_factors
-from rankwise.gguf.metadata import config_of
-from rankwise.gguf.reading import EXPORT, GGUFFile
+from rankwise.gguf.reading import EXPORT
 from rankwise.options.commands import ValidateConfig
-
-RUNG = "adapter file"
-UNKNOWN = "the adapter that it was made from is not recorded; give the adapters of all files with --reference A,B"
 
 
 @dataclass(frozen=True)
@@ -86,21 +79,3 @@ def require_adapter(one: LoraFile) -> None:
     if not is_adapter(folder):
         raise UsageError(f"--reference {one.reference}: not an adapter, with which {one.name} could be compared")
     require_same(one.path.parent, folder)
-
-
-def compared(one: LoraFile, base: str) -> Rung:
-    """The file against its adapter. base: the model, whose config says what the sites are called."""
-    if one.reference is None:
-        return Rung(RUNG, NOT_MEASURED, why=UNKNOWN)
-    file, adapter = GGUFFile(one.path), read_adapter(resolve(one.reference))
-    held = held_factors(file, adapter, config_of(resolve(base)))
-    measured: dict[str, Any] = {
-        "sites": held.sites,
-        "missing": len(held.missing),
-        "other_factors": len(held.other),
-        "other_scales": len(held.scales),
-        "not_of_the_adapter": len(held.extra),
-    }
-    whole = f"{one.name} does not hold the adapter {one.reference}: {held.why}; export it again, or name its adapter"
-    limit = dict.fromkeys(("missing", "other_factors", "other_scales", "not_of_the_adapter"), 0)
-    return judged(RUNG, measured, limit, whole if held.why else "")

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rankwise.device.lora.settings import SERVED
 from rankwise.device.parity.rungs import BROKEN, NOT_MEASURED, said
 from rankwise.page.blocks import Block, Table, Words
 
 Content = Mapping[str, Any]
+SERVED = "scale 1"  # the first file as it is loaded
 
 
 def lora_verdict(adapters: Content, parity: Mapping[str, Content]) -> list[str]:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rankwise.device.llama.client import LoadedLora, ServerRuntime
 from rankwise.device.lora.files import LoraFile
+from rankwise.device.lora.held import compared
 from rankwise.device.lora.variants import Variants, off, rescaled
 from rankwise.device.parity.cases import Case
 from rankwise.device.parity.floor import (
@@ -31,9 +33,11 @@ from rankwise.device.parity.ladder import Ladder, observe
 from rankwise.device.parity.reference import Expected, HFReference, Observed
 from rankwise.device.parity.rungs import BROKEN, Rung, beyond
 from rankwise.errors import DataError, ServiceError
+from rankwise.files.adapter import adapter_files
+from rankwise.files.checkpoint import resolve
 
 MOST = 8  # cases of each setting: a LoRA that is switched wrongly is far off
-SERVED, BASE = "scale 1", "the base"
+BASE = "the base"
 Scales = Mapping[int, float]
 """Number of a file → its scale."""
 
@@ -92,10 +96,6 @@ class Climbed:
     ladder: Ladder | None
     why: str = ""
 
-    @property
-    def broken(self) -> Rung | None:
-        return self.ladder.first_broken if self.ladder else None
-
     def as_dict(self) -> dict[str, Any]:
         ladder = self.ladder.as_dict() if self.ladder else {"first_broken": None, "rungs": []}
         return {"setting": self.setting, "expects": self.expects, "why": self.why, **ladder}
@@ -144,7 +144,7 @@ class LoraSide:
 
     # --- on a running server
 
-    def climb(self, runtime: ServerRuntime, form: str, tolerance: float) -> list[Climbed]:
+    def climb(self, runtime: ServerRuntime, form: str, tolerance: float) -> list[dict[str, Any]]:
         """A ladder for every setting; the server's scales are afterwards as they were.
 
         DataError where the server has not loaded a file. A build without /lora-adapters switches nothing: then nothing
@@ -154,10 +154,10 @@ class LoraSide:
             before = runtime.loras()
         except ServiceError as error:
             why = f"this build of llama.cpp does not tell its LoRAs, so they cannot be switched while it runs: {error}"
-            return [Climbed(one.name, self.words(one.expects), None, why) for one in settings(self.files)]
+            return [Climbed(one.name, self.words(one.expects), None, why).as_dict() for one in settings(self.files)]
         ids = loaded_ids(self.files, before)
         try:
-            return [self.tried(runtime, ids, one, form, tolerance) for one in settings(self.files)]
+            return [self.tried(runtime, ids, one, form, tolerance).as_dict() for one in settings(self.files)]
         finally:
             runtime.set_scales({one.id: one.scale for one in before})
 
@@ -176,16 +176,21 @@ class LoraSide:
         ladder = Ladder.of(seen, asking, limits)
         return Climbed(setting.name, words, self.named(ladder, seen, limits, setting.expects))
 
-    def as_dict(self, climbed: Mapping[str, Sequence[Climbed]], told: Mapping[str, bool]) -> dict[str, Any]:
-        """The `adapters` of validation.json. told: form → whether adapter and base can be told apart there."""
+    def as_dict(self, climbed: Mapping[str, Sequence[Mapping[str, Any]]], tolerance: float) -> dict[str, Any]:
+        """The `adapters` of validation.json. climbed: form → what `climb` found."""
+        told = {form: self.told_apart(self.limits(form, tolerance)) for form in climbed}
         return {
             "files": [
                 {"name": one.name, "reference": one.reference, "bytes": one.path.stat().st_size, "file": rung.as_dict()}
                 for one, rung in zip(self.files, self.held, strict=True)
             ],
-            "effect": {"kl_mean": self.effect.mean, "kl_max": self.effect.max, "told_apart": dict(told)},
-            "settings": {form: [one.as_dict() for one in found] for form, found in climbed.items()},
+            "effect": {"kl_mean": self.effect.mean, "kl_max": self.effect.max, "told_apart": told},
+            "settings": {form: list(found) for form, found in climbed.items()},
         }
+
+
+def folder_of(reference: str) -> Path:
+    return adapter_files(resolve(reference))[0].parent
 
 
 def loaded_ids(files: Sequence[LoraFile], loaded: Sequence[LoadedLora]) -> list[int]:
@@ -203,16 +208,17 @@ def loaded_ids(files: Sequence[LoraFile], loaded: Sequence[LoadedLora]) -> list[
 
 def lora_side(
     files: Sequence[LoraFile],
-    held: Sequence[Rung],
+    base: str,
     reference: HFReference,
     floor: Floor,
     cases: Sequence[Case],
     top: int,
     forms: Sequence[str],
-    load: Callable[[str], Any],
+    load: Callable[[Path], Any],
 ) -> LoraSide:
-    """reference: the first adapter on its base, a PEFT model; floor: its noise floor on all cases. forms: of the base's
-    files. load: an adapter's folder → the same base with that adapter."""
+    """base: the model. reference: the first adapter on it, a PEFT model; floor: its noise floor on all cases. forms: of
+    the base's files. load: an adapter's folder → the base with that adapter."""
+    held = [compared(one, base) for one in files]
     few, paths = tuple(cases[:MOST]), explaining(forms)
     ids = [case.id for case in few]
     known: dict[int | None, KnownReference] = {}
@@ -225,6 +231,6 @@ def lora_side(
     parts = [compare(adapter[name].log_probs, top_of(base, top), name) for name, base in zip(ids, without, strict=True)]
     for number, one in enumerate(files[1:], 1):
         if one.reference:
-            other = replace(reference, model=load(one.reference), _known={})
+            other = replace(reference, model=load(folder_of(one.reference)), _known={})
             known[number] = KnownReference.of(one.name, other, few, top, paths)
     return LoraSide(tuple(files), tuple(held), few, known, variants, joined(parts), top)
