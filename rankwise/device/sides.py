@@ -7,7 +7,6 @@ config ── trained_side ──▶ Trained ── answers_of ──▶ Answers
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -45,6 +44,7 @@ from rankwise.gguf.reading import GGUFFile, read_export
 from rankwise.models.load import load_config, load_model
 from rankwise.options.commands import ValidateConfig
 from rankwise.options.sections import DataSection, ModelSection
+from rankwise.pipeline.table import imported
 
 FORMS = {0: "f32", 1: "f16", 7: "q8_0", 32: "bf16"}  # llama.cpp's general.file_type
 LAST = ("f32", "bf16", "f16", "q8_0")  # the form to ship is the smallest of these
@@ -244,7 +244,7 @@ def loaded(config: ValidateConfig, name: str, adapter: Path | None = None) -> An
 
 def lora(name: str) -> Any:
     """A file of lora/ that only adapters on a base's GGUF need, imported where they are given."""
-    return importlib.import_module(f"rankwise.device.lora.{name}")
+    return imported(f"rankwise.device.lora.{name}")
 
 
 class LoraLadders(Protocol):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.data.sources.load import settle
-from rankwise.device.lora.page import lora_failures, lora_verdict
+from rankwise.device.lora.page import lora_failures, lora_verdict, untold
 from rankwise.device.parity.ladder import verdict
 from rankwise.device.scores import DOCUMENT, change, gain_kept, items, scores
 from rankwise.device.sides import (
@@ -33,7 +33,7 @@ from rankwise.device.sides import (
 )
 from rankwise.device.sweep import SWEEP, sweep_forms
 from rankwise.device.validation_page import draw, summary
-from rankwise.errors import UsageError, VerificationError
+from rankwise.errors import UndecidedError, UsageError, VerificationError
 from rankwise.evaluate.predictions import earlier_answers
 from rankwise.evaluate.tasks import TASKS
 from rankwise.evaluate.tasks import task as task_named
@@ -49,8 +49,8 @@ TRAINED, BEFORE = "trained", "before"  # folders of the model's own answers, and
 
 
 def run(config: ValidateConfig) -> dict[str, Any]:
-    """Run the command. Returns the content of validation.json. VerificationError, after everything is written, where
-    a rung is broken or a limit is missed."""
+    """Run the command. Returns the content of validation.json. After everything is written: VerificationError where a
+    rung is broken or a limit is missed, UndecidedError where an adapter cannot be told from its base."""
     config = check(config)
     if config.by_reference:
         return imported(HANDOFF).run(config)  # type: ignore[no-any-return]
@@ -80,6 +80,8 @@ def run(config: ValidateConfig) -> dict[str, Any]:
     announce(f"results in {out.path}")
     if content["failures"]:
         raise VerificationError("; ".join(content["failures"]))
+    if loras and (line := untold(content["adapters"])):
+        raise UndecidedError(line)
     return content
 
 

@@ -240,7 +240,8 @@ TABLES: Mapping[type, list[Bound]] = {
         *with_("sweep", True, "sweep_margin llama_cpp_dir"),
         *bound("served_model api", "with --server http://HOST/v1", lambda told: hands_off(told) and bool(told.server)),
         *bound(
-            "export mmproj adapter_gguf parity_samples app_pixels min_accuracy min_agreement sweep context threads batch_size",
+            "export mmproj adapter_gguf parity_samples app_pixels min_accuracy min_agreement sweep context threads "
+            "batch_size",
             "on files or a server of llama.cpp, without --server http://HOST/v1, --write_cases and --cases",
             lambda told: not hands_off(told),
         ),

@@ -28,10 +28,9 @@ from rankwise.device.handoff.prompts import other_prompts
 from rankwise.device.handoff.variants import WAYS, Asked, Tuning, log_probs, wrong_scales
 from rankwise.device.handoff.verdict import Candidates, Hypothesis
 from rankwise.errors import DataError, UsageError
-from rankwise.evaluate.engines import base_and_adapter
 from rankwise.evaluate.generate import fitting, pick_device
 from rankwise.evaluate.likelihood import answer_ids
-from rankwise.files.adapter import CONFIG_NAME, adapter_files
+from rankwise.files.adapter import CONFIG_NAME, adapter_files, base_and_adapter
 from rankwise.files.atomic import fingerprint, fingerprints, read_object
 from rankwise.files.checkpoint import resolve
 from rankwise.models.adapters import load_adapter

@@ -25,12 +25,7 @@ def lora_verdict(adapters: Content, parity: Mapping[str, Content]) -> list[str]:
             for one in rows
             if one["first_broken"]
         ]
-    if blind := [form for form, told in effect["told_apart"].items() if not told]:
-        lines.insert(
-            0,
-            f"Cannot tell {name} from its base ({', '.join(blind)}): on these rows they differ by a mean KL of "
-            f"{effect['kl_mean']:.2g}, within the limits; use rows that the adapter was trained for, or more of them",
-        )
+    lines = [line for line in (untold(adapters),) if line] + lines
     if lines:
         return lines
     switched = all(not one["why"] for rows in adapters["settings"].values() for one in rows)
@@ -39,6 +34,18 @@ def lora_verdict(adapters: Content, parity: Mapping[str, Content]) -> list[str]:
     )
     forms = f"{', '.join(parity)}; mean KL to the base {effect['kl_mean']:.2g}"
     return [f"{name} in llama.cpp is the adapter at scale 1 ({forms}), {also}: no rung is broken."]
+
+
+def untold(adapters: Content) -> str:
+    """That the rows do not tell the first adapter from its base, if so."""
+    name, effect = adapters["files"][0]["name"], adapters["effect"]
+    blind = [form for form, told in effect["told_apart"].items() if not told]
+    if not blind:
+        return ""
+    return (
+        f"Cannot tell {name} from its base ({', '.join(blind)}): on these rows they differ by a mean KL of "
+        f"{effect['kl_mean']:.2g}, within the limits; use rows that the adapter was trained for, or more of them"
+    )
 
 
 def lora_failures(adapters: Content) -> list[str]:
