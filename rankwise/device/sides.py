@@ -25,7 +25,6 @@ from rankwise.device.llama.builds import other_build
 from rankwise.device.llama.client import ServerRuntime
 from rankwise.device.llama.generator import Answered, GGUFGenerator
 from rankwise.device.llama.runtime import LlamaServer, RemoteServer, Runtime
-from rankwise.device.lora.files import LoraFile, lora_files
 from rankwise.device.parity.cases import Case, blind, case_of, pick
 from rankwise.device.parity.floor import Floor, Thresholds, measure_floor
 from rankwise.device.parity.ladder import Embedder, Ladder, observe
@@ -77,6 +76,18 @@ class Shipped:
 
 
 @dataclass(frozen=True)
+class LoraFile:
+    """A LoRA as GGUF. reference: the adapter in transformers that it should be; None where nothing says."""
+
+    path: Path
+    reference: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+@dataclass(frozen=True)
 class Shipment:
     """All quantization types, the one to ship last. folder: of the export; reference: what it says it was made from.
 
@@ -107,7 +118,7 @@ def shipment(config: ValidateConfig) -> Shipment:
         forms = [Shipped(form, path, Path(config.mmproj) if config.mmproj else None)]
     else:
         raise UsageError("validate needs what was exported: rankwise validate EXPORT_FOLDER, or --server URL")
-    loras = lora_files(config)
+    loras: tuple[LoraFile, ...] = lora("files").lora_files(config) if config.adapter_gguf else ()
     reference = loras[0].reference if loras else config.reference or reference
     forms = [replace(form, loras=tuple(one.path for one in loras)) for form in forms]
     return Shipment(tuple(forms), path if exported else None, reference, loras)

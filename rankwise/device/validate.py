@@ -68,7 +68,7 @@ def run(config: ValidateConfig) -> dict[str, Any]:
         if loras:
             content["adapters"] = loras.as_dict({form: one.climbed for form, one in found.items()}, config.tolerance)
             content["verdict"] = lora_verdict(content["adapters"], content["parity"])
-            content["failures"] += lora_failures(content["adapters"])
+            content["failures"] += lora_failures(content["adapters"], content["parity"])
         if config.sweep:
             content["sweep"] = SWEEP.stamped(sweep_forms(config, trained, shipped, out.path).as_dict())
             record.outputs["sweep"] = out / SWEEP.name

@@ -10,15 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rankwise.device.lora.page import lora_blocks
 from rankwise.device.parity.rungs import said, unmeasured
 from rankwise.device.scores import DOCUMENT
 from rankwise.evaluate.classify import class_table, plot_confusion
 from rankwise.page.blocks import Block, Finding, Folded, Plot, Table, Words, drawn, into, lines, pictures
 from rankwise.page.canvas import drawable
 from rankwise.page.text import is_number, memory, number, percent, printable, with_interval
+from rankwise.pipeline.table import imported
 
 CONFUSION = "confusion_matrix"
+LORAS = "rankwise.device.lora.page"  # imported only where a validation has some
 
 
 def draw(content: Mapping[str, Any], folder: Path) -> dict[str, Path]:
@@ -39,7 +40,8 @@ def validation_blocks(content: Mapping[str, Any]) -> list[Block]:
     found: list[Block] = [Words(line) for line in content["verdict"]]
     found += [Words("Failed: " + "; ".join(content["failures"]))] if content["failures"] else []
     found += ladder_blocks(parity) if parity else []
-    found += lora_blocks(content["adapters"], parity) if content.get("adapters") else []
+    if content.get("adapters"):
+        found += imported(LORAS).lora_blocks(content["adapters"], parity)
     found += [score_table(content), *(Words(line) for line in gain_sentences(content))]
     if CONFUSION in content:
         name = printable(content["outtype"], 20)

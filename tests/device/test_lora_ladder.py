@@ -24,9 +24,10 @@ from rankwise.demo.restaurants import write_task
 from rankwise.device.bundle import validation_doubts
 from rankwise.device.llama.client import LoadedLora, Refusal, ServerRuntime
 from rankwise.device.llama.runtime import LlamaServer
-from rankwise.device.lora.files import LoraFile, lora_files
+from rankwise.device.lora.files import lora_files
 from rankwise.device.lora.settings import loaded_ids, settings
 from rankwise.device.scores import DOCUMENT
+from rankwise.device.sides import LoraFile
 from rankwise.device.validation_page import summary
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import read_adapter

@@ -6,5 +6,5 @@ variants.py    the adapter at other scales and in part of its sites: what answer
 settings.py    the ways in which a running server switches LoRAs, and a ladder for each
 page.py        all of it in words and tables
 
-`held`, `variants` and `settings` are imported where a validation has LoRAs.
+All of it is imported only where a validation has LoRAs.
 """

@@ -6,28 +6,16 @@ LoraFile ── compared ──▶ Rung `adapter file`: sites, factors and scale
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 from rankwise.data.input_record import require_same
+from rankwise.device.sides import LoraFile
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import is_adapter
 from rankwise.files.checkpoint import resolve
 from rankwise.gguf.reading import EXPORT
 from rankwise.options.commands import ValidateConfig
-
-
-@dataclass(frozen=True)
-class LoraFile:
-    """A LoRA as GGUF. reference: the adapter in transformers that it should be; None where nothing says."""
-
-    path: Path
-    reference: str | None = None
-
-    @property
-    def name(self) -> str:
-        return self.path.name
 
 
 def lora_files(config: ValidateConfig) -> tuple[LoraFile, ...]:

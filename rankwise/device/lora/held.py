@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rankwise.device.lora.files import LoraFile
 from rankwise.device.parity.rungs import NOT_MEASURED, Rung, judged
+from rankwise.device.sides import LoraFile
 from rankwise.files.adapter import read_adapter
 from rankwise.files.checkpoint import resolve
 from rankwise.gguf.lora import held_factors

@@ -48,14 +48,16 @@ def untold(adapters: Content) -> str:
     )
 
 
-def lora_failures(adapters: Content) -> list[str]:
-    """Reasons for exit code 6 beside the ladder at scale 1."""
-    return wrong_files(adapters) + [
-        f"{form}: {one['setting']}: the rung {broken_rung(one, ' is broken')}"
-        for form, rows in adapters["settings"].items()
-        for one in rows
-        if one["first_broken"]
-    ]
+def lora_failures(adapters: Content, parity: Mapping[str, Content]) -> list[str]:
+    """Reasons for exit code 6 beside the ladder at scale 1; where that is broken, the other settings by name only."""
+    lines = wrong_files(adapters)
+    for form, rows in adapters["settings"].items():
+        broken = [one for one in rows if one["first_broken"]]
+        if parity[form]["first_broken"]:
+            lines += [f"{form}: broken too: {', '.join(one['setting'] for one in broken)}"] if broken else []
+        else:
+            lines += [f"{form}: {one['setting']}: the rung {broken_rung(one, ' is broken')}" for one in broken]
+    return lines
 
 
 def wrong_files(adapters: Content) -> list[str]:

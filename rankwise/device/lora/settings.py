@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.device.llama.client import LoadedLora, ServerRuntime
-from rankwise.device.lora.files import LoraFile
 from rankwise.device.lora.held import compared
 from rankwise.device.lora.variants import Variants, off, rescaled
 from rankwise.device.parity.cases import Case
@@ -32,6 +31,7 @@ from rankwise.device.parity.floor import (
 from rankwise.device.parity.ladder import Ladder, observe
 from rankwise.device.parity.reference import Expected, HFReference, Observed
 from rankwise.device.parity.rungs import BROKEN, Rung, beyond
+from rankwise.device.sides import LoraFile
 from rankwise.errors import DataError, ServiceError
 from rankwise.files.adapter import adapter_files
 from rankwise.files.checkpoint import resolve
