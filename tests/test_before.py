@@ -72,6 +72,9 @@ SINCE = (
     "write_cases",
     "cases",
     "answers",
+    "imatrix",
+    "calibration_samples",
+    "calibration_data",
 )  # options that are new since: at their default, nothing
 NOTHING = re.compile(rf'(?m)^ *"?({"|".join(SINCE)})"?: null,?\n'.encode())
 PACKAGE = Path(rankwise.__file__).parent

@@ -368,6 +368,8 @@ REFUSED = {
         "--cases @/empty",
         f"@/export --served_model mine {ROWS}",
         f"--reference @/base --base_model @/base --write_cases cases --mmproj @/rows.csv {ROWS}",
+        f"@/export {ROWS} --sweep iq2_xs",
+        f"@/export {ROWS} --sweep q4_0 --imatrix @/rows.csv --calibration_samples 2",
     ),
     "bundle": (
         "@/export",

@@ -232,8 +232,7 @@ def trained_side(config: ValidateConfig, shipped: Shipment) -> TrainedSide:
     places = [adapter] if adapter else [shipped.folder] if shipped.folder else []
     if shipped.folder and not shipped.loras:
         require_same(shipped.folder, resolve(given))
-    data, model = as_exported(config, shipped), ModelSection(model_name=name)
-    renderer = renderer_for(data, model, name, load_config(name), places, strict=True)
+    renderer = renderer_of(config, shipped, name, places)
     target = renderer.sight.target if renderer.sight else None
     longest = config.max_new_tokens or (target.max_new_tokens if target else LONGEST)
     renderer = renderer.leaving(longest)
@@ -246,6 +245,12 @@ def trained_side(config: ValidateConfig, shipped: Shipment) -> TrainedSide:
         raise DataError(f"{config.data.data_path}: no items to evaluate")
     trained = loaded(config, name, adapter)
     return TrainedSide(config, name, chosen, renderer, usable, longest, trained, items.files, adapter)
+
+
+def renderer_of(config: ValidateConfig, shipped: Shipment, name: str, places: Sequence[Path]) -> Renderer:
+    """How the trained model is asked the rows of `config.data`, pictures as the export's device has them."""
+    data, model = as_exported(config, shipped), ModelSection(model_name=name)
+    return renderer_for(data, model, name, load_config(name), places, strict=True)
 
 
 def loaded(config: ValidateConfig, name: str, adapter: Path | None = None) -> Any:

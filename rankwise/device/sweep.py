@@ -9,23 +9,28 @@ Paired, because forms of one model mostly err on the same items: a difference of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rankwise.device.calibration import Calibration, calibrated, calibration_rows
 from rankwise.device.llama.runtime import LlamaServer, Runtime
 from rankwise.device.scores import NOT_INFERIOR, UNDECIDED, Difference, compared
 from rankwise.device.sides import Shipment, Shipped, TrainedSide, answers_in, context
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.bootstrap import wilson
 from rankwise.files.document import Document
-from rankwise.gguf.quantize import quantize
+from rankwise.files.processes import announce
+from rankwise.gguf.imatrix import Imatrix
+from rankwise.gguf.quantize import MATRIX_KEY, quantize, quantizer
+from rankwise.gguf.reading import GGUFFile, first_few
 from rankwise.options.commands import ValidateConfig
 
 SWEEP = Document("sweep.json", "rankwise-sweep/1", "a sweep", "rankwise validate --sweep")
 MARGIN = 0.02  # of accuracy
+MATRIX, WITH_MATRIX = "imatrix.gguf", "imatrix-"  # a file; what marks forms that were made with it
 SOURCES = ("f16", "bf16", "f32")  # what further forms are made from, the first that is there
 
 
@@ -62,7 +67,8 @@ class Tried:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All quantization types, largest first, and the one to ship: None if none is good enough. why: in a sentence."""
+    """All quantization types, largest first, and the one to ship: None if none is good enough. why: in a sentence.
+    imatrix: the importance matrix that they were made with."""
 
     tried: tuple[Tried, ...]
     differences: Mapping[str, Difference]
@@ -70,6 +76,7 @@ class Sweep:
     chosen: str | None
     why: str
     min_accuracy: float | None = None
+    imatrix: Mapping[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For sweep.json. Accuracies and differences in shares of 1, sizes in bytes, seconds."""
@@ -80,6 +87,7 @@ class Sweep:
             "min_accuracy": self.min_accuracy,
             "chosen": self.chosen,
             "why": self.why,
+            **({"imatrix": self.imatrix} if self.imatrix else {}),
             "forms": [self._row(tried) for tried in self.tried],
         }
 
@@ -104,26 +112,73 @@ class Sweep:
 # --- rankwise validate --sweep ---------------------------------------------------------------------------------------
 
 
-def sweep_forms(config: ValidateConfig, trained: TrainedSide, shipped: Shipment, out: Path) -> Sweep:
-    """Make the forms, run them, write sweep.json. UsageError where there is nothing to make them from, or no answer of
-    the task is right or wrong."""
+@dataclass(frozen=True)
+class Planned:
+    """What a sweep starts from, checked before anything is answered: the largest form, and what the importance matrix
+    is or will be computed on."""
+
+    source: Shipped
+    text: Path
+    imatrix: Imatrix | None = None
+    calibration: Calibration | None = None
+
+    def matrix(self, trained: TrainedSide, out: Path) -> Imatrix | None:
+        if self.calibration is None:
+            return self.imatrix
+        return calibrated(trained, self.calibration, self.text, out / "sweep" / MATRIX)
+
+    def facts(self, imatrix: Imatrix) -> dict[str, Any]:
+        return {
+            "file": imatrix.path.name,
+            "sha256": imatrix.sha256,
+            "datasets": list(imatrix.datasets),
+            "rows": len(self.calibration.rows) if self.calibration else None,
+            "pictures": self.calibration.pictures if self.calibration else None,
+        }
+
+
+def planned(config: ValidateConfig, trained: TrainedSide, shipped: Shipment) -> Planned:
+    """UsageError where there is nothing to make the forms from, or nothing that makes them; DataError for a matrix of
+    another model, and for calibration rows that are scored."""
     source = next((one for form in SOURCES for one in shipped.forms if one.form == form), None)
     if source is None or source.text is None:
         raise UsageError("--sweep needs f16 among the quantization types: rankwise export --outtype f16,q8_0")
+    imatrix = calibration = None
+    weighed = bool(config.imatrix or config.calibration_samples)
+    have = [one.form for one in shipped.forms if one.text]
+    files = form_files(source.text, [form for form in config.sweep if form not in have], weighed)
+    if not all(file.is_file() for file in files.values()):
+        quantizer(config.llama_cpp_dir, weighed)
+    if config.imatrix:
+        imatrix = Imatrix.read(config.imatrix)
+        if missing := imatrix.require_fit(GGUFFile(source.text)):
+            announce(f"warning: {imatrix.path} lacks {first_few(missing)}: quantized without it")
+    if config.calibration_samples:
+        calibration = calibration_rows(config, trained, shipped)
+    return Planned(source, source.text, imatrix, calibration)
+
+
+def sweep_forms(config: ValidateConfig, trained: TrainedSide, shipped: Shipment, plan: Planned, out: Path) -> Sweep:
+    """Make the forms, run them, write sweep.json. UsageError where no answer of the task is right or wrong."""
+    source, imatrix = plan.source, plan.matrix(trained, out)
     have = {one.form: one.text for one in shipped.forms if one.text and one.form in config.sweep}
-    lacking = [form for form in config.sweep if form not in have]
-    made = prepared(source.text, lacking, config.llama_cpp_dir, config.threads)
-    files = {source.form: source.text, **have, **made}
+    wanted = [form for form in config.sweep if form not in have]
+    made = prepared(plan.text, wanted, config.llama_cpp_dir, config.threads, imatrix)
+    files = {source.form: plan.text, **have, **made}
     forms = {form: Shipped(form, path, source.mmproj) for form, path in files.items()}
+    weighed = made if imatrix else {}
     found = sweep(
         files,
-        lambda runtime, form: ask(trained, forms[form], out / "sweep" / form, runtime),
+        lambda runtime, form: ask(
+            trained, forms[form], out / "sweep" / (WITH_MATRIX * (form in weighed) + form), runtime
+        ),
         mmproj=source.mmproj,
         margin=config.sweep_margin,
         min_accuracy=config.min_accuracy,
         context=config.context or context(trained.renderer),
         threads=config.threads,
     )
+    found = replace(found, imatrix=plan.facts(imatrix) if imatrix else None)
     found.save(out)
     return found
 
@@ -139,17 +194,26 @@ def ask(trained: TrainedSide, one: Shipped, folder: Path, runtime: Runtime) -> d
 
 
 def prepared(
-    source: Path, forms: Sequence[str], llama_cpp_dir: Path | str | None = None, threads: int | None = None
+    source: Path,
+    forms: Sequence[str],
+    llama_cpp_dir: Path | str | None = None,
+    threads: int | None = None,
+    imatrix: Imatrix | None = None,
 ) -> dict[str, Path]:
-    """Form → file beside `source` (…-f16.gguf or …-f32.gguf), quantized from it where it is not there yet."""
+    """Form → file beside `source`, quantized from it where it is not there yet, or was made with another matrix."""
+    files = form_files(source, forms, imatrix is not None)
+    for form, path in files.items():
+        if not path.is_file() or (imatrix and GGUFFile(path).metadata.get(MATRIX_KEY) != imatrix.sha256):
+            quantize(source, path, form, llama_cpp_dir, threads or 0, imatrix)
+    return files
+
+
+def form_files(source: Path, forms: Sequence[str], weighed: bool = False) -> dict[str, Path]:
+    """Form → …-FORM.gguf beside …-f16.gguf (or -f32, -bf16); with an importance matrix …-imatrix-FORM.gguf."""
     stem, _, own = source.stem.rpartition("-")
     if own not in ("f32", "f16", "bf16") or not stem:
         raise UsageError(f"{source}: a sweep starts from a file named …-f16.gguf (or -f32, -bf16), which it quantizes")
-    files = {form: source.with_name(f"{stem}-{form}.gguf") for form in forms}
-    for form, path in files.items():
-        if not path.is_file():
-            quantize(source, path, form, llama_cpp_dir, threads or 0)
-    return files
+    return {form: source.with_name(f"{stem}-{WITH_MATRIX if weighed else ''}{form}.gguf") for form in forms}
 
 
 def sweep(
@@ -209,6 +273,7 @@ def _why(
     if unsure:
         needed = max(one.needed or 0 for one in unsure.values())
         more = f"; undecided: {', '.join(unsure)}: more items would tell, about {needed:,} in all"
+        more += f" ({needed - len(ordered[0].items):,} more)" if needed else ""
     if chosen is None:
         return f"no form reaches an accuracy of {min_accuracy} and is not inferior to {largest}{more}"
     if chosen == largest:

@@ -31,7 +31,7 @@ from rankwise.device.sides import (
     trained_side,
     validated,
 )
-from rankwise.device.sweep import SWEEP, sweep_forms
+from rankwise.device.sweep import SWEEP, WITH_MATRIX, planned, sweep_forms
 from rankwise.device.validation_page import draw, summary
 from rankwise.errors import UndecidedError, UsageError, VerificationError
 from rankwise.evaluate.predictions import earlier_answers
@@ -39,6 +39,7 @@ from rankwise.evaluate.tasks import TASKS
 from rankwise.evaluate.tasks import task as task_named
 from rankwise.files.processes import announce
 from rankwise.files.run_folder import RunFolder
+from rankwise.gguf.quantize import CONVERTED, check_form
 from rankwise.options.commands import ValidateConfig
 from rankwise.pipeline.idle import refuse_idle
 from rankwise.pipeline.table import imported
@@ -59,6 +60,7 @@ def run(config: ValidateConfig) -> dict[str, Any]:
     with out.lock(), out.recording("validate", inputs(config, shipped)) as record:
         trained = trained_side(config, shipped)
         app = trained.app  # a folder without its pictures is refused before anything is answered
+        plan = planned(config, trained, shipped) if config.sweep else None
         tuned = answers_of(trained, out / TRAINED)
         base = answers_of(trained.on(config.base_model), out / BEFORE) if config.base_model else None
         floor = trained.floor()
@@ -69,8 +71,8 @@ def run(config: ValidateConfig) -> dict[str, Any]:
             content["adapters"] = loras.as_dict({form: one.climbed for form, one in found.items()}, config.tolerance)
             content["verdict"] = lora_verdict(content["adapters"], content["parity"])
             content["failures"] += lora_failures(content["adapters"], content["parity"])
-        if config.sweep:
-            content["sweep"] = SWEEP.stamped(sweep_forms(config, trained, shipped, out.path).as_dict())
+        if plan:
+            content["sweep"] = SWEEP.stamped(sweep_forms(config, trained, shipped, plan, out.path).as_dict())
             record.outputs["sweep"] = out / SWEEP.name
         record.outputs["validation"] = DOCUMENT.write(out, content)
         record.outputs |= draw(content, out.path)
@@ -102,6 +104,11 @@ def check(config: ValidateConfig) -> ValidateConfig:
         raise UsageError(f"--app_pixels: {config.app_pixels} is not a folder")
     if config.sweep and config.server:
         raise UsageError("--sweep runs files on this machine; leave --server out")
+    if config.imatrix and config.calibration_samples:
+        raise UsageError("--imatrix is a matrix and --calibration_samples makes one; give one of them")
+    for form in config.sweep:
+        if form not in CONVERTED:  # those are taken as they were exported
+            check_form(form, weighed=bool(config.imatrix or config.calibration_samples))
     refuse_idle(config)
     task_named(config.data.task).check()
     return config
@@ -110,7 +117,8 @@ def check(config: ValidateConfig) -> ValidateConfig:
 def earlier(config: ValidateConfig) -> list[Path]:
     """The answers of an earlier validation where this one writes its own."""
     out, forms = Path(config.output_dir), [one.form for one in shipment(config).forms]
-    swept = [f"sweep/{form}" for form in {*forms, *config.sweep}] if config.sweep else []
+    marks = ("", WITH_MATRIX) if config.sweep else ()
+    swept = [f"sweep/{mark}{form}" for mark in marks for form in {*forms, *config.sweep}]
     places = [out / name for name in (TRAINED, BEFORE, *forms, *swept)]
     return [file for place in places for file in (*earlier_answers(place), place / RECORDED) if file.is_file()]
 
@@ -206,4 +214,6 @@ def describe(config: ValidateConfig) -> list[str]:
         lines.append("switch the adapters while the server runs (scale 0, 1 again, by request), with a ladder for each")
     if config.sweep:
         lines.append(f"make and compare the forms {', '.join(config.sweep)}")
+    if config.calibration_samples:
+        lines.append(f"compute an importance matrix on up to {config.calibration_samples} rows of the training part")
     return [*lines, "exit with 6 where a rung is broken"]

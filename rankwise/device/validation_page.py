@@ -104,7 +104,12 @@ def sweep_table(swept: Mapping[str, Any]) -> Table:
             )
         )
     header = ("form", "size", "accuracy, %", "median latency", "p95", "peak memory with weights", "against the largest")
-    return Table(header, rows, note=swept["why"])
+    return Table(header, rows, note=". ".join([swept["why"], *matrix_sentences(swept.get("imatrix"))]))
+
+
+def matrix_sentences(imatrix: Mapping[str, Any] | None) -> list[str]:
+    """What the quantization types were weighed with."""
+    return [f"Made with an importance matrix ({'; '.join(imatrix['datasets'])})"] if imatrix else []
 
 
 def beside_largest(against: Mapping[str, Any] | None) -> str:

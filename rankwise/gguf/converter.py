@@ -30,12 +30,12 @@ from rankwise.data.sources.official import cache
 from rankwise.errors import DataError, ServiceError, UsageError, VerificationError
 from rankwise.files.atomic import about_to_write, atomic_files, atomic_folder, digest_of, sha256
 from rankwise.files.document import Document
+from rankwise.gguf.quantize import VARIABLE
 from rankwise.options.sections import OUTTYPES
 
 SCRIPT, ADAPTER_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 KEPT = (SCRIPT, ADAPTER_SCRIPT, "LICENSE", "conversion/", "gguf-py/gguf/", "gguf-py/LICENSE")
 INSIDE_PACKAGE = Path("vendor/llama.cpp")  # where llama-cpp-python's source package has it
-VARIABLE = "LLAMA_CPP_DIR"
 INSTALL = "rankwise export --install-converter"
 MANIFEST = Document("converter.json", "rankwise-converter/1", "an installed converter", INSTALL, ("files", "version"))
 REGISTRIES = {False: "TEXT_MODEL_MAP", True: "MMPROJ_MODEL_MAP"}

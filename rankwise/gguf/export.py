@@ -29,8 +29,8 @@ from rankwise.files.checkpoint import Checkpoint
 from rankwise.gguf.converter import Conversion
 from rankwise.gguf.metadata import check_numbers, check_tokenizer, silence, text_numbers, vision_numbers
 from rankwise.gguf.plan import REFERENCE, ExportPlan
-from rankwise.gguf.provenance import Origins, first_few, origins, require_complete
-from rankwise.gguf.reading import EXPORT, MMPROJ, TEXT, GGUFFile
+from rankwise.gguf.provenance import Origins, origins, require_complete
+from rankwise.gguf.reading import EXPORT, MMPROJ, TEXT, GGUFFile, first_few
 from rankwise.gguf.view import model_view
 
 Files = Mapping[tuple[str, str], GGUFFile]  # by (outtype, kind)

@@ -23,8 +23,8 @@ from rankwise.files.atomic import named, write_json
 from rankwise.files.checkpoint import ADAPTER_NAMES
 from rankwise.gguf.converter import Converter
 from rankwise.gguf.metadata import Vocabulary, config_of
-from rankwise.gguf.provenance import as_converted, divisors, first_few, relation, rotary_heads
-from rankwise.gguf.reading import SUFFIXES, GGUFFile, forms, name_table
+from rankwise.gguf.provenance import as_converted, divisors, relation, rotary_heads
+from rankwise.gguf.reading import SUFFIXES, GGUFFile, first_few, forms, name_table
 from rankwise.gguf.view import changes_for
 from rankwise.gguf.view import model_view as shown_to_converter
 from rankwise.models.load import meta_model

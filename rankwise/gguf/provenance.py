@@ -18,7 +18,7 @@ from torch import Tensor
 from rankwise.errors import VerificationError
 from rankwise.files.checkpoint import Checkpoint
 from rankwise.gguf.metadata import IDEFICS, PLAIN, QWEN_MERGER
-from rankwise.gguf.reading import SUFFIXES, GGUFFile, forms, gguf_names, name_table
+from rankwise.gguf.reading import SUFFIXES, GGUFFile, first_few, forms, gguf_names, name_table
 
 SAME, ROPE, ROWS, TRANSPOSED, PLUS_ONE, PART = (
     "same",
@@ -148,7 +148,6 @@ def row_keys(tensor: Tensor) -> Tensor:
 
 
 BUFFERS = ("rotary_emb.inv_freq", "position_ids", "attn.masked_bias", "attn.bias", "attention.bias")
-SHOWN = 4
 HEADS = ("attention.head_count", "attention.head_count_kv", "vision.attention.head_count")
 # What the converter does to tensors of families that are known (llama's queries and keys: `rotary_heads`). A transposed
 # matrix, a norm stored plus one, a part of a tensor: what is right for one family is damage in another.
@@ -306,7 +305,3 @@ def same_tensor(checkpoint: Checkpoint, one: str, other: str) -> bool:
     if checkpoint.shape(one) != checkpoint.shape(other):
         return False
     return torch.equal(checkpoint.tensor(one), checkpoint.tensor(other))
-
-
-def first_few(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -2,13 +2,15 @@
 
     model-f16.gguf ── quantize(…, "q4_0") ──▶ model-q4_0.gguf + what became of every tensor
 
-Where from: `llama-quantize` in --llama_cpp_dir, else the llama-cpp-python package, else `llama-quantize` on the PATH.
+Where from: `llama-quantize` in --llama_cpp_dir (else $LLAMA_CPP_DIR), else the llama-cpp-python package, else
+`llama-quantize` on the PATH; with an importance matrix never the package, whose call is given none.
 f32, f16, bf16 and q8_0 come from the converter (`rankwise export --outtype`).
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -19,17 +21,24 @@ from pathlib import Path
 
 from rankwise.errors import UsageError, VerificationError
 from rankwise.files.atomic import atomic_write
+from rankwise.gguf.imatrix import Imatrix, require_used
 from rankwise.gguf.reading import GGUFFile
 
-# What needs no importance matrix; smaller i-quants do, and their makers say so.
 FORMS = (
     *("q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0"),
     *("q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs"),
     *("q3_k_l", "q3_k_m", "q3_k_s", "q2_k"),
 )
+# With an importance matrix only: llama-quantize refuses most of them without, and makes the others unusable.
+WEIGHED = (
+    *("iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "q2_k_s"),
+    *("iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"),
+)
 CONVERTED = ("f32", "f16", "bf16")
 FULL = {0: "f32", 1: "f16", 32: "bf16"}  # llama.cpp's general.file_type of what may be quantized
+VARIABLE = "LLAMA_CPP_DIR"
 BINARY = "llama-quantize"
+MATRIX_KEY = "quantize.imatrix.sha256"  # which matrix a file was made with; the other keys are llama-quantize's own
 PLACES = ("", "bin", "build/bin")
 LAST_LINES = 15
 # The package's own call; a broken source may end the process that makes it.
@@ -56,27 +65,38 @@ class Quantized:
 
 
 def quantize(
-    source: Path | str, out: Path | str, form: str, llama_cpp_dir: Path | str | None = None, threads: int = 0
+    source: Path | str,
+    out: Path | str,
+    form: str,
+    llama_cpp_dir: Path | str | None = None,
+    threads: int = 0,
+    imatrix: Imatrix | None = None,
 ) -> Quantized:
-    """Write `source` (f32, f16 or bf16) in a form of `FORMS`; threads: 0 for as many as there are cores.
+    """Write `source` (f32, f16 or bf16) in a form of `FORMS`, or with an importance matrix of `WEIGHED`; threads: 0 for
+    as many as there are cores.
 
     UsageError for another form or source, or where no quantizer is found; VerificationError, with the end of its
-    output, where it fails. A file that is cut off never has the final name.
+    output, where it fails or leaves the matrix out. A file that is cut off never has the final name.
     """
-    source, out = Path(source), Path(out)
-    check_form(form)
+    source, out = Path(source).resolve(), Path(out)
+    check_form(form, imatrix is not None)
     whole = GGUFFile(source)
     kind = whole.metadata.get("general.file_type")
     if kind not in FULL:
         raise UsageError(f"{source} is already quantized (file type {kind}); give the f16 or f32 file")
-    command = quantizer(llama_cpp_dir)
+    command = quantizer(llama_cpp_dir, imatrix is not None)
+    if imatrix is not None:  # by its name alone: the file that is shipped says nothing of this machine's folders
+        command += ["--imatrix", imatrix.path.name, "--override-kv", f"{MATRIX_KEY}=str:{imatrix.sha256}"]
     with atomic_write(out) as temporary:
-        if len(command) > 1:
+        if command[0] == sys.executable:
             how = [f"LLAMA_FTYPE_MOSTLY_{form.upper()}", str(threads)]
         else:
             how = [form.upper(), *([str(threads)] if threads else [])]
-        _run([*command, str(source), str(temporary), *how], source, form)
+        words = [*command, str(source), str(temporary.resolve()), *how]
+        _run(words, source, form, imatrix.path.parent if imatrix else None)
         made = GGUFFile(temporary)
+        if imatrix is not None:
+            require_used(made, imatrix)
         here, there = ({one.name: one.shape for one in file.tensors.values()} for file in (made, whole))
         if here != there:
             raise VerificationError(f"{source} as {form}: its tensors differ from the source's; nothing was written")
@@ -86,33 +106,48 @@ def quantize(
     return Quantized(out, form, out.stat().st_size, dict(types))
 
 
-def check_form(form: str) -> None:
-    """UsageError, with the known types, for an unknown quantization type."""
+def check_form(form: str, weighed: bool = False) -> None:
+    """UsageError, with the known types, for an unknown quantization type, and for one that needs an importance matrix.
+
+    weighed: there is a matrix.
+    """
     if form in CONVERTED:
         raise UsageError(f"quantization type {form} is made by the converter: rankwise export --outtype {form}")
-    if form not in FORMS:
-        raise UsageError(f"unknown quantization type {form!r}; known are {', '.join(FORMS)}")
+    if form not in (*FORMS, *WEIGHED):
+        raise UsageError(f"unknown quantization type {form!r}; known are {', '.join((*FORMS, *WEIGHED))}")
+    if form in WEIGHED and not weighed:
+        raise UsageError(
+            f"quantization type {form} needs an importance matrix: --imatrix FILE, or --calibration_samples N rows of "
+            "the training part to compute one from"
+        )
 
 
-def quantizer(llama_cpp_dir: Path | str | None = None) -> list[str]:
-    """The command that quantizes, without its arguments; UsageError that names both ways to get one."""
-    found = [Path(llama_cpp_dir) / place / BINARY for place in PLACES] if llama_cpp_dir is not None else []
+def quantizer(llama_cpp_dir: Path | str | None = None, weighed: bool = False) -> list[str]:
+    """The command that quantizes, without its arguments; UsageError that names the ways to get one.
+
+    weighed: it shall take an importance matrix.
+    """
+    given = llama_cpp_dir or os.environ.get(VARIABLE)
+    found = [Path(given).expanduser().resolve() / place / BINARY for place in PLACES] if given else []
     if binary := next((one for one in found if one.is_file()), None):
         return [str(binary)]
-    if importlib.util.find_spec("llama_cpp") is not None:
+    if importlib.util.find_spec("llama_cpp") is not None and not weighed:
         return [sys.executable, "-c", DRIVER]
     on_path = shutil.which(BINARY)
     if on_path is not None:
         return [on_path]
+    package = "" if weighed else "pip install llama-cpp-python (it is built from source, which takes some minutes), or "
     raise UsageError(
-        "llama.cpp's quantizer is not installed: pip install llama-cpp-python (it is built from source, which takes "
-        f"some minutes), or build llama.cpp and name its folder with --llama_cpp_dir (or put {BINARY} on the PATH)"
+        f"llama.cpp's {'quantizer is' if not weighed else f'{BINARY}, which takes an importance matrix, is'} not "
+        f"installed: {package}build llama.cpp and name its folder with --llama_cpp_dir, or put {BINARY} on the PATH "
+        "(Debian unstable: apt-get install llama.cpp-tools)"
     )
 
 
-def _run(command: Sequence[str], source: Path, form: str) -> None:
+def _run(command: Sequence[str], source: Path, form: str, folder: Path | None = None) -> None:
     done = subprocess.run(
         command,
+        cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

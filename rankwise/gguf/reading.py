@@ -12,7 +12,7 @@ llama.cpp itself ends the process on a bad file, so this is asked first. Reading
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -130,6 +130,14 @@ class GGUFFile:
     def of_architecture(self, key: str) -> Any:
         """`attention.head_count` → the value of `llama.attention.head_count`; None where it is not stated."""
         return self.metadata.get(f"{self.architecture}.{key}")
+
+
+SHOWN = 4
+
+
+def first_few(names: Sequence[str]) -> str:
+    """For messages: a, b, c, d and 12 more."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 # --- what llama.cpp calls a checkpoint's tensors: model.layers.0.self_attn.q_proj.weight → blk.0.attn_q.weight --------

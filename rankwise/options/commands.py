@@ -431,6 +431,11 @@ class ValidateConfig(Options):
     max_new_tokens: int | None = option(least=1, help="maximum tokens per answer [the device's; 128 without one]")
     sweep: list[str] = option([], help="quantization types to try as well, made from f16: q5_k_m, q4_0 …")
     sweep_margin: float = option(0.02, above=0, below=1, help="non-inferiority margin of --sweep (accuracy)")
+    imatrix: str | None = reads(help="importance matrix (GGUF of llama-imatrix) for --sweep; iq1 to iq3 need one")
+    calibration_samples: int | None = option(
+        least=1, help="number of training rows, pictures included, to compute an importance matrix from"
+    )
+    calibration_data: str | None = reads(help="file of the calibration rows [the training part of --data_path]")
     llama_cpp_dir: str | None = reads(help="llama.cpp with llama-quantize, for --sweep [$LLAMA_CPP_DIR]")
     context: int | None = option(help="context size of llama.cpp in tokens [as the longest sample needs]")
     threads: int | None = option(help="CPU threads for llama.cpp [llama.cpp's default]")

@@ -237,7 +237,6 @@ TABLES: Mapping[type, list[Bound]] = {
     ],
     commands.ValidateConfig: [
         *OF_IMAGES,
-        *with_("sweep", True, "sweep_margin llama_cpp_dir"),
         *bound("served_model api", "with --server http://HOST/v1", lambda told: hands_off(told) and bool(told.server)),
         *bound(
             "export mmproj adapter_gguf parity_samples app_pixels min_accuracy min_agreement sweep context threads "
@@ -247,6 +246,8 @@ TABLES: Mapping[type, list[Bound]] = {
         ),
         *without("cases", "reference base_model data_path num_samples write_cases max_new_tokens", ", which has them"),
         *without("adapter_gguf", "sweep", ": it makes smaller files of a whole model"),
+        *with_("sweep", True, "sweep_margin llama_cpp_dir imatrix calibration_samples"),
+        *with_("calibration_samples", True, "calibration_data"),
     ],
 }
 
