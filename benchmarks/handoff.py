@@ -248,12 +248,20 @@ def of_llama(bench: Bench) -> Iterator[dict[str, Any]]:
                 "export", str(files), "-o", str(bench.work / f"{name}-gguf"), "--outtype", "f16,q8_0"
             )
             assert code == 0, said
-    for name, file in {
-        "merged, f16": "merged-gguf/model-f16.gguf",
-        "merged, Q8_0": "merged-gguf/model-q8_0.gguf",
-        "base, f16": "base-gguf/model-f16.gguf",
-    }.items():
-        with LlamaServer(bench.work / file, context=1024, threads=bench.threads) as runtime:
+    lora = bench.work / "lora-gguf"
+    if not lora.is_dir():
+        words = ["--adapter_gguf", str(bench.adapter), "--base_model", str(bench.base), "-o", str(lora)]
+        code, said = bench.rankwise("export", *words)
+        assert code == 0, said
+    merged, base = bench.work / "merged-gguf", bench.work / "base-gguf" / "model-f16.gguf"
+    served = {
+        "merged, f16": (merged / "model-f16.gguf", ()),
+        "merged, Q8_0": (merged / "model-q8_0.gguf", ()),
+        "base, f16, with --lora": (base, (next(lora.glob("*.gguf")),)),
+        "base, f16": (base, ()),
+    }
+    for name, (file, loras) in served.items():
+        with LlamaServer(file, context=1024, threads=bench.threads, loras=loras) as runtime:
             yield {"by": "llama.cpp", **bench.verdict(name, f"{runtime.talk.url}/v1")}
 
 

@@ -95,6 +95,8 @@ EXAMPLES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "without --adapter": ({}, {"adapter": "run"}),
     "without --deltas": ({}, {"deltas": "probe"}),
     "without --synthetic": ({}, {"synthetic": 8}),
+    "on files or a server of llama.cpp": ({}, {"write_cases": "cases"}),
+    "without --cases": ({"server": "http://HOST/v1"}, {"cases": "cases"}),
 }
 FOLLOWED = re.compile(r"with --(\w+)(?: (\S+))?")
 ROWS = [
@@ -125,6 +127,8 @@ def needed(name: str, among: Mapping[str, Any]) -> dict[str, Any]:
         del found["deltas"]
     if name == "features capture" and "synthetic" in among:
         found = dict(among)
+    if name == "validate" and {"server", "cases"} & among.keys():
+        del found["export"]
     return found
 
 

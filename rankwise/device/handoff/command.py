@@ -82,6 +82,7 @@ def quietly(config: ValidateConfig) -> HandoffCases:
 
 def check(config: ValidateConfig) -> ValidateConfig:
     """The config with its data's task; options that do not go together are refused before anything is read."""
+    refuse_idle(config)
     if config.answers and config.server:
         raise UsageError("--answers are what an app has told; a --server is asked: give one of them")
     if config.answers and not config.cases:
@@ -90,7 +91,6 @@ def check(config: ValidateConfig) -> ValidateConfig:
         )
     if config.cases and not (config.answers or config.server):
         raise UsageError("--cases need what was answered: --answers FILE, or --server http://HOST/v1")
-    refuse_idle(config)
     if config.cases:
         return config
     config = settle(config)
