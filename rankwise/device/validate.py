@@ -106,10 +106,10 @@ def check(config: ValidateConfig) -> ValidateConfig:
         raise UsageError("--sweep runs files on this machine; leave --server out")
     if config.imatrix and config.calibration_samples:
         raise UsageError("--imatrix is a matrix and --calibration_samples makes one; give one of them")
+    refuse_idle(config)
     for form in config.sweep:
         if form not in CONVERTED:  # those are taken as they were exported
             check_form(form, weighed=bool(config.imatrix or config.calibration_samples))
-    refuse_idle(config)
     task_named(config.data.task).check()
     return config
 

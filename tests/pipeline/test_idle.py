@@ -91,6 +91,7 @@ EXAMPLES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "with --run_model": ({"run_model": True, "model_name": "base"}, {}),
     "without --lora_config": ({}, {"lora_config": "plan.json"}),
     "without --budget": ({}, {"budget": "uniform:4"}),
+    "with --calibration_samples": ({"sweep": ["q8_0"], "calibration_samples": 4}, {}),
     "without --adapter_gguf": ({}, {"adapter_gguf": ["lora.gguf"]}),
     "without --adapter": ({}, {"adapter": "run"}),
     "without --deltas": ({}, {"deltas": "probe"}),
