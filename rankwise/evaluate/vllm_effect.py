@@ -34,7 +34,7 @@ CAUSES = (
     "vLLM loads adapters that it then does not apply, without an error: tensor names with another prefix than its "
     "modules have (vllm#34186), a text model inside a wrapper (vllm#48019), architectures such as Gemma 4 (vllm#41754)"
 )
-INSTEAD = "merge it (rankwise merge {adapter} -o merged) and evaluate that with vLLM, or use --engine transformers"
+INSTEAD = "merge it (`rankwise merge {adapter} -o merged`) and evaluate that with vLLM, or use --engine transformers"
 Values = np.ndarray[Any, np.dtype[np.float64]]
 
 

@@ -114,7 +114,7 @@ def written(config: ValidateConfig, cases: HandoffCases) -> None:
     )
     if not config.server:
         announce(
-            f"next: rankwise validate --cases {folder} --answers ANSWERS.jsonl (docs/handoff.md: what a line holds)"
+            f"what is answered is judged with --cases {folder} --answers FILE (docs/handoff.md: what a line holds)"
         )
 
 
