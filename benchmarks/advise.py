@@ -4,7 +4,8 @@
     python benchmarks/advise.py --stage table --work FOLDER [--out benchmarks/results]
 
     sweep    every rate × rank × 2 seeds, scored on *choose*; its best cell is the reference
-    advise   the product's own climb, rungs A to C, as far as a fifth of the sweep's tokens goes
+    advise   the product's own climb, rungs A to C, as far as a fifth of the sweep's tokens goes; the rate is the one
+             that it gives for a run of the sweep's steps
     judge    best cell, advised cell, prior's rate at rank 16: fresh seeds, scored once on *test*, paired
     plans    ranks from the change of an advise run against ranks from a full probe's, both trained
     table    advise.json and advise.md, of all pairs that have got anywhere
@@ -38,7 +39,7 @@ from rankwise.options.advise import AdviseConfig
 from rankwise.options.sections import DataSection, ModelSection
 from rankwise.options.study import ProbeSection, StudyConfig
 from rankwise.ranks.deltas import open_deltas
-from rankwise.study.advice import UNIFORM, TrialLosses, TrialRun, prior_of, rounded, upper_bound
+from rankwise.study.advice import UNIFORM, TrialLosses, TrialRun, long_run, prior_of, rounded, upper_bound
 from rankwise.study.advise import recipe_of, rungs_of
 from rankwise.study.arms import Gains, ranks_within
 from rankwise.study.climb import Conclusions, climb
@@ -221,9 +222,16 @@ class Contest:
             say(f"no advice: {error}")
             return Conclusions()
 
+    @property
+    def cell(self) -> TrialRun:
+        """What is advised for a run of the sweep's steps."""
+        found, extent = self.conclusions, self.extent
+        rates = found.rates[found.advised.rank]
+        return TrialRun(found.advised.rank, long_run(rates, extent.advise_steps, extent.steps).learning_rate, seed=0)
+
     def advise(self) -> dict[str, Any]:
         found, runs = self.conclusions, self.advised
-        cell = {"rank": found.advised.rank, "learning_rate": found.advised.learning_rate} if found.learnt else None
+        cell = {"rank": self.cell.rank, "learning_rate": self.cell.learning_rate} if found.learnt else None
         made = list(runs.asked)
         return {
             "advised": cell,
@@ -242,7 +250,7 @@ class Contest:
         prior = rounded(prior_of(self.material.model.config)[0])
         cells = {"best": self.best_cell(), "prior": TrialRun(max(self.extent.ranks), prior, 0)}
         if self.conclusions.learnt:
-            cells["advised"] = replace(self.conclusions.advised, seed=0)
+            cells["advised"] = self.cell
         losses = self.retrained(list(cells.values()))
         best = cells["best"]
         gain = float(losses.base.sum() / losses.tokens.sum()) - losses.mean(best).estimate

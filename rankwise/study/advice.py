@@ -137,7 +137,8 @@ class Rates:
     """Learning rates of one rank.
 
     best: the best that was tried. within: those tried without a gap around the best whose loss is at most δ above it.
-    advised: the middle of these; the last before a cliff only where no lower rate was tried. vertex: the minimum of the
+    advised: the middle of these, and highest: the highest that may be advised; the last before a cliff only where no
+    lower rate was tried. vertex: the minimum of the
     parabola through the best and its neighbours in log rate; None with the reason in `why`. cliff: the lowest rate
     above the best at which training diverged or lost half of the gain; None where no such rate was tried.
     """
@@ -145,6 +146,7 @@ class Rates:
     best: float
     within: tuple[float, ...]
     advised: float
+    highest: float
     vertex: float | None
     why: str
     cliff: float | None
@@ -168,13 +170,40 @@ def find_rates(curve: Curve, delta: float, gain: float) -> Rates:
     last = None if cliff is None else rates[rates.index(cliff) - 1]
     safe = [rate for rate in within if rate != last] or [rates[max(0, at - 1)]]
     vertex, why = find_vertex(curve, at)
-    return Rates(best, tuple(within), middle(within, safe), vertex, why, cliff, at in (0, len(rates) - 1))
+    edge = at in (0, len(rates) - 1)
+    return Rates(best, tuple(within), middle(within, safe), max(safe), vertex, why, cliff, edge)
 
 
 def middle(within: Sequence[float], allowed: Sequence[float]) -> float:
     """The allowed rate nearest to the geometric mean of the set's ends; of two equally near the lower."""
     centre = (math.log(within[0]) + math.log(within[-1])) / 2
     return min(allowed, key=lambda rate: (round(abs(math.log(rate) - centre), 9), rate))
+
+
+LENGTH_EXPONENT = -0.3  # best rate ∝ steps^p, benchmarks/run_length.py
+
+
+@dataclass(frozen=True)
+class LongRun:
+    """A run longer than the short ones: its learning rate is the middle of low to high."""
+
+    steps: int
+    low: float
+    high: float
+    learning_rate: float
+
+
+def long_run(rates: Rates, short: int, steps: int) -> LongRun:
+    """Learning rate of a run of so many steps, from the rates of runs of `short` steps.
+
+    The longer a run, the lower its best rate. By how much was measured on one model only, so the interval is widened,
+    not moved: its lower end is multiplied by (steps / short)^p. A run that is no longer gets the short runs' rate.
+    """
+    low = min(rates.within[0], rates.highest)
+    if steps <= short:
+        return LongRun(steps, low, rates.highest, rates.advised)
+    low = rounded(low * (steps / short) ** LENGTH_EXPONENT)
+    return LongRun(steps, low, rates.highest, rounded(math.sqrt(low * rates.highest)))
 
 
 def find_vertex(curve: Curve, at: int) -> tuple[float | None, str]:

@@ -16,7 +16,7 @@ from rankwise.models.sites import towers_of
 from rankwise.models.targets import LANGUAGE
 from rankwise.options.advise import AdviseConfig
 from rankwise.options.commands import TrainConfig
-from rankwise.study.advice import UNIFORM, TrialRun, prior_of, rounded
+from rankwise.study.advice import UNIFORM, TrialRun, long_run, prior_of, rounded
 from rankwise.study.climb import Conclusions, Rungs
 from rankwise.study.evidence import LEVEL, Effect, student
 from rankwise.study.results import finite
@@ -29,6 +29,7 @@ def conclude(config: AdviseConfig, rungs: Rungs, bench: ShortRuns, found: Conclu
     """Content of advice.json. rows: of the data set."""
     losses, material = bench.choose, bench.material
     prior, calibrated = prior_of(material.model.config)
+    needed = cost(config, bench, rows)
     return {
         "metric": "nats per answer token",
         "rung": found.rung,
@@ -38,6 +39,7 @@ def conclude(config: AdviseConfig, rungs: Rungs, bench: ShortRuns, found: Conclu
         "delta": found.delta,
         "prior": {"learning_rate": rounded(prior), "calibrated": calibrated},
         "advised": asdict(found.advised) | {"parameters": spent(bench.ranks(found.advised))},
+        "real_run": asdict(long_run(found.rates[found.advised.rank], config.steps, needed["steps"])),
         "rates": {str(rank): asdict(rates) for rank, rates in found.rates.items()},
         "rank": asdict(found.rank) if found.rank else None,
         "placements": {name: effect.as_dict() for name, effect in found.tried.items()},
@@ -60,7 +62,7 @@ def conclude(config: AdviseConfig, rungs: Rungs, bench: ShortRuns, found: Conclu
         "minutes": config.minutes,
         "seconds_per_run": bench.seconds,
         "in_turn": bench.in_turn,
-        "cost": cost(config, bench, rows),
+        "cost": needed,
         "too_few": too_few(config, rungs, bench, found) if found.learnt else {},
         "open": open_rungs(rungs, found, bench.seconds),
         **({"frozen": frozen} if (frozen := frozen_towers(material.model)) else {}),

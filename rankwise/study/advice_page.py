@@ -29,7 +29,7 @@ DOCUMENT = Document(
     "rankwise-advice/1",
     "an advice",
     made_by="rankwise advise",
-    parts=tuple("rung learnt gain delta prior rates placements trials data open cost too_few in_turn".split()),
+    parts=tuple("rung learnt gain delta prior rates real_run placements trials data open cost too_few in_turn".split()),
 )
 CONFIG, PLAN = "advice.yaml", "advice_plan.json"
 RANKS_SHOWN = 3  # beside the largest, on the screen
@@ -52,15 +52,23 @@ def advised_rates(advice: Advice) -> Mapping[str, Any]:
 
 
 def rate_words(advice: Advice) -> list[str]:
-    """The rate, the set that it is the middle of, the parabola, and what was known before."""
-    rates, prior = advised_rates(advice), advice["prior"]
+    """The rate of the real run and of the short ones, the set that it is the middle of, the parabola, and what was
+    known before."""
+    rates, prior, real = advised_rates(advice), advice["prior"], advice["real_run"]
     low, high = rates["within"][0], rates["within"][-1]
     rate, delta = number(advice["advised"]["learning_rate"]), f"{advice['delta']:.3f}"
-    told = [
+    short = (
         f"{rate}: from {number(low)} to {number(high)} no rate that was tried loses more than {delta} nats"
         if low != high
         else f"{rate}: every other rate that was tried loses more than {delta} nats against it"
-    ]
+    )
+    told = [short]
+    if real["steps"] > advice["steps"]:
+        span = f"{number(real['low'])} to {number(real['high'])}"
+        told = [
+            f"{number(real['learning_rate'])} for {real['steps']:,} steps, the middle of {span}; the longer, the lower",
+            f"for {advice['steps']} steps {short}",
+        ]
     told.append(
         f"lowest point of a parabola through the losses: {number(rates['vertex'])}"
         if rates["vertex"]
@@ -255,7 +263,7 @@ def run_options(config: AdviseConfig, advice: Advice) -> dict[str, Any]:
     """What is advised, and the shape of the runs, by `rankwise train`'s names."""
     return {
         "lora_dropout": 0.0,
-        "learning_rate": advice["advised"]["learning_rate"],
+        "learning_rate": advice["real_run"]["learning_rate"],
         "lr_scheduler_type": config.lr_scheduler_type,
         "warmup_ratio": config.warmup_ratio,
         "weight_decay": config.weight_decay,

@@ -12,6 +12,7 @@ import pytest
 
 from rankwise.errors import DivergedError
 from rankwise.study.advice import (
+    LENGTH_EXPONENT,
     SeedNoise,
     TrialLosses,
     TrialRun,
@@ -21,6 +22,7 @@ from rankwise.study.advice import (
     first_grid,
     further_seeds,
     growth,
+    long_run,
     prior_rate,
     refinement,
     smallest_effect,
@@ -146,6 +148,25 @@ def test_the_last_rate_before_a_cliff_is_never_advised(beyond: float) -> None:
         assert found.cliff == 1e-2
         assert found.best == 1e-3
         assert found.advised == 1e-4
+
+
+def test_a_longer_run_widens_the_rates_downwards_and_takes_the_middle() -> None:
+    curve = dict(zip([1e-4, 1e-3, 1e-2, 1e-1], [2.0, 1.0, 1.005, 1.8], strict=True))
+    rates = find_rates(curve, delta=0.01, gain=2.0)
+    assert (rates.within, rates.advised, rates.highest) == ((1e-3, 1e-2), 1e-3, 1e-2)
+    same = long_run(rates, short=40, steps=40)
+    assert (same.learning_rate, same.low, same.high) == (1e-3, 1e-3, 1e-2)
+    longer = long_run(rates, short=40, steps=40 * 16)
+    assert longer.low == pytest.approx(1e-3 * 16**LENGTH_EXPONENT, rel=0.05) and longer.high == 1e-2
+    assert longer.learning_rate == pytest.approx(math.sqrt(longer.low * longer.high), rel=0.05)
+    assert longer.low < longer.learning_rate < longer.high
+
+
+def test_a_longer_run_too_keeps_off_the_last_rate_before_a_cliff() -> None:
+    curve = dict(zip([1e-5, 1e-4, 1e-3, 1e-2], [1.2, 1.004, 1.0, math.inf], strict=True))
+    for delta in (0.01, 0.001):
+        found = long_run(find_rates(curve, delta, gain=1.0), short=40, steps=400)
+        assert found.high == 1e-4 > found.learning_rate > found.low
 
 
 def test_the_refinement_lies_half_a_step_towards_the_better_neighbour() -> None:

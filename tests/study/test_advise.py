@@ -141,7 +141,9 @@ def test_ranks_by_eva_are_of_training_rows_alone_without_their_padding(base: Pat
 
 def test_train_runs_the_advice_unchanged(finished: Path, base: Path, data: Path, tmp_path: Path) -> None:
     advice, options = content(finished)["advised"], yaml.safe_load((finished / "advice.yaml").read_text())
-    assert options["learning_rate"] == advice["learning_rate"]
+    real = content(finished)["real_run"]
+    assert real["steps"] == content(finished)["cost"]["steps"] > 8
+    assert options["learning_rate"] == real["learning_rate"] < advice["learning_rate"]
     assert options["lora_dropout"] == 0
     program, *words = shlex.split(advise.next_command(small(base, data, finished)))
     assert program == "rankwise"
@@ -328,15 +330,16 @@ def test_the_advice_as_configs_of_other_trainers(
     out = shutil.copytree(finished, tmp_path / "advise")
     advise.run(small(base, data, out, emit=every, num_epochs=2))
     told, advised, configs = capsys.readouterr().out, content(out)["advised"], out / "configs"
+    rate = content(out)["real_run"]["learning_rate"]
     peft = json.loads((configs / "peft.json").read_text())
     assert (peft["r"], peft["lora_alpha"], peft["lora_dropout"]) == (advised["rank"], 2 * advised["rank"], 0)
     assert LoraConfig(**peft).r == advised["rank"]
     axolotl = yaml.safe_load((configs / "axolotl.yaml").read_text())
-    assert (axolotl["learning_rate"], axolotl["lr_scheduler"]) == (advised["learning_rate"], "linear")
+    assert (axolotl["learning_rate"], axolotl["lr_scheduler"]) == (rate, "linear")
     assert (axolotl["micro_batch_size"], axolotl["num_epochs"], axolotl["lora_dropout"]) == (4, 2, 0)
     for name in ("swift", "llamafactory"):
         options = yaml.safe_load((configs / f"{name}.yaml").read_text())
-        assert (options["learning_rate"], options["lr_scheduler_type"]) == (advised["learning_rate"], "linear")
+        assert (options["learning_rate"], options["lr_scheduler_type"]) == (rate, "linear")
         assert (options["per_device_train_batch_size"], options["num_train_epochs"]) == (4, 2)
         assert (options["lora_rank"], options["warmup_ratio"]) == (advised["rank"], 0)
     for name in ("peft", "unsloth"):
