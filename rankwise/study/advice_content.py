@@ -37,6 +37,7 @@ def conclude(config: AdviseConfig, rungs: Rungs, bench: ShortRuns, found: Conclu
         "base_loss": float(losses.base.sum() / losses.tokens.sum()),
         "gain": found.gain.as_dict() if found.gain else None,
         "delta": found.delta,
+        "seed_deviation": math.sqrt(losses.noise.variance) if losses.noise else None,
         "prior": {"learning_rate": rounded(prior), "calibrated": calibrated},
         "advised": asdict(found.advised) | {"parameters": spent(bench.ranks(found.advised))},
         "real_run": asdict(long_run(found.rates[found.advised.rank], config.steps, needed["steps"])),

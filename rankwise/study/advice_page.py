@@ -57,11 +57,12 @@ def rate_words(advice: Advice) -> list[str]:
     rates, prior, real = advised_rates(advice), advice["prior"], advice["real_run"]
     low, high = rates["within"][0], rates["within"][-1]
     rate, delta = number(advice["advised"]["learning_rate"]), f"{advice['delta']:.3f}"
-    short = (
-        f"{rate}: from {number(low)} to {number(high)} no rate that was tried loses more than {delta} nats"
-        if low != high
-        else f"{rate}: every other rate that was tried loses more than {delta} nats against it"
-    )
+    if advice["advised"]["learning_rate"] not in rates["within"]:
+        short = f"{rate}: {number(rates['best'])} was better, but is the last rate before training fails"
+    elif low != high:
+        short = f"{rate}: from {number(low)} to {number(high)} no rate that was tried loses more than {delta} nats"
+    else:
+        short = f"{rate}: every other rate that was tried loses more than {delta} nats against it"
     told = [short]
     if real["steps"] > advice["steps"]:
         span = f"{number(real['low'])} to {number(real['high'])}"
@@ -154,8 +155,7 @@ def cost_words(advice: Advice) -> list[str]:
         f"a short run: {duration(advice['seconds_per_run'])}; one alone takes at most {peak}",
         *turn,
         f"the real run{towers}: {found['steps']:,} steps ({epochs:g} epochs of {found['rows']:,} rows), about "
-        f"{duration(found['seconds'])}:",
-        f"training only, at the {1000 * found['seconds_per_token']:.2g} ms per token of a short run on this machine",
+        f"{duration(found['seconds'])} of training at {1000 * found['seconds_per_token']:.2g} ms per token",
     ]
 
 
@@ -195,6 +195,9 @@ def screen(advice: Advice) -> list[tuple[str, list[str]]]:
         told = ["take longer runs (--steps) or look at the rows (`rankwise check`); there is no advice.yaml"]
         return [("gain", [f"nothing was learnt: {learnt}", *told])]
     loss, few = advice["loss"], few_words(advice)
+    spread = advice["seed_deviation"]
+    seeds = f"; another seed moves a loss by about ±{spread:.3f}" if spread is not None else ""
+    compared = f"compared on {data['choose']} items; a difference below {advice['delta']:.3f} (δ) counts as none{seeds}"
     expected = (
         f"{loss['estimate']:.3f} [{loss['low']:.3f}, {loss['high']:.3f}] on {data['confirm']} items kept back, after "
         f"{advice['steps']} steps"
@@ -209,7 +212,7 @@ def screen(advice: Advice) -> list[tuple[str, list[str]]]:
             "gain",
             [
                 f"{learnt}; without adapter the loss is {advice['base_loss']:.3f}",
-                f"compared on {data['choose']} items; a difference below {advice['delta']:.3f} (δ) counts as none",
+                compared,
             ],
         ),
         ("loss expected", [expected]),
@@ -300,25 +303,40 @@ def write_advice(folder: Path, config: AdviseConfig, advice: Advice, ranks: Rank
 
 
 def plot_advice_rates(advice: Advice, path: Path | str) -> Path:
-    """Loss against learning rate, a line per rank; the set within δ shaded, the advised rate ringed."""
+    """Loss against learning rate, a line per rank; the best of the short runs ringed, the rates of the real run shaded
+    with their middle."""
     figure, axis = new_figure(6.4, 4.0)
-    rates = advised_rates(advice)
-    axis.axvspan(rates["within"][0], rates["within"][-1], color=FAINT, zorder=0)
+    real = advice["real_run"]
+    axis.axvspan(real["low"], real["high"], color=FAINT, zorder=0)
+    told = f"{number(real['learning_rate'])} for {real['steps']:,} steps"
+    axis.axvline(real["learning_rate"], color=BLUE, linewidth=1.2, linestyle="--", label=told)
     first = min(trial["seed"] for trial in advice["trials"])
-    kept = [t for t in advice["trials"] if t["placement"] == UNIFORM and t["seed"] == first and t["loss"] is not None]
+    tried = [t for t in advice["trials"] if t["placement"] == UNIFORM and t["seed"] == first]
+    kept = [t for t in tried if t["loss"] is not None]
     for index, rank in enumerate(sorted({trial["rank"] for trial in kept}, reverse=True)):
         points = sorted((t["learning_rate"], t["loss"]) for t in kept if t["rank"] == rank)
         axis.plot(*zip(*points, strict=True), label=f"rank {rank}", linewidth=1, markersize=4, **style(index))
+    lost = sorted({t["learning_rate"] for t in tried if t["loss"] is None})
+    if lost:
+        axis.plot(lost, [0.97] * len(lost), "x", color="black", transform=axis.get_xaxis_transform(), label="diverged")
     axis.axvline(advice["prior"]["learning_rate"], color=GREY, linewidth=0.8, linestyle=":", label="by size alone")
     advised = advice["advised"]
     ring = [t["loss"] for t in kept if (t["rank"], t["learning_rate"]) == (advised["rank"], advised["learning_rate"])]
     for loss in ring:
-        axis.plot([advised["learning_rate"]], [loss], "o", markersize=11, fillstyle="none", color=BLUE, label="advised")
+        axis.plot(
+            [advised["learning_rate"]],
+            [loss],
+            "o",
+            markersize=11,
+            fillstyle="none",
+            color=BLUE,
+            label=f"for {advice['steps']} steps",
+        )
     axis.set_xscale("log")
     axis.set_ylim(*ceiling([(t["learning_rate"], t["loss"]) for t in kept]))
     log_ticks(axis.xaxis)
     legend(axis)
-    name_axes(axis, "learning rate", advice["metric"], f"grey: within {advice['delta']:.3f} of the best")
+    name_axes(axis, "learning rate", advice["metric"], "grey: rates for the real run")
     return save(figure, path)
 
 
@@ -355,7 +373,10 @@ def plot_advice_placements(advice: Advice, path: Path | str) -> Path:
 
 
 PLOTS = {
-    "advice_rates": (plot_advice_rates, "Loss against learning rate for each rank; grey: within δ of the best"),
+    "advice_rates": (
+        plot_advice_rates,
+        "Loss against learning rate for each rank; grey: rates for the real run, dashed: their middle",
+    ),
     "advice_ranks": (plot_advice_ranks, "Excess loss of smaller ranks with its upper bound; dashed: δ"),
     "advice_placements": (plot_advice_placements, "Placements minus one rank everywhere; grey: below δ"),
 }
