@@ -483,7 +483,7 @@ def test_the_screen_fits_a_terminal(finished: Path) -> None:
     step = {"excess": effect, "bound": 0.123, "verdict": "undecided", "more_seeds": 1234}
     ranks = [{"rank": rank, **step} for rank in (64, 32, 16, 8, 4, 2, 1)]
     rates = {"within": [0.00012, 0.0012], "vertex": None, "why": "the losses around the best rate are not convex"}
-    rates |= {"cliff": 0.1, "at_edge": True}
+    rates |= {"best": 0.0012, "cliff": 0.1, "at_edge": True}
     longest = advice | {
         "in_turn": "rows have pictures",
         "frozen": ["vision", "projector"],
