@@ -180,7 +180,7 @@ def middle(within: Sequence[float], allowed: Sequence[float]) -> float:
     return min(allowed, key=lambda rate: (round(abs(math.log(rate) - centre), 9), rate))
 
 
-LENGTH_EXPONENT = -0.3  # best rate ∝ steps^p, benchmarks/run_length.py
+LENGTH_EXPONENT = -0.11  # best rate ∝ steps^p, benchmarks/run_length.py
 
 
 @dataclass(frozen=True)

@@ -154,8 +154,8 @@ def cost_words(advice: Advice) -> list[str]:
     return [
         f"a short run: {duration(advice['seconds_per_run'])}; one alone takes at most {peak}",
         *turn,
-        f"the real run{towers}: {found['steps']:,} steps ({epochs:g} epochs of {found['rows']:,} rows), about "
-        f"{duration(found['seconds'])} of training at {1000 * found['seconds_per_token']:.2g} ms per token",
+        f"the real run{towers}: {found['steps']:,} steps ({epochs:g} × {found['rows']:,} rows), about "
+        f"{duration(found['seconds'])} ({1000 * found['seconds_per_token']:.2g} ms per token)",
     ]
 
 
@@ -196,7 +196,7 @@ def screen(advice: Advice) -> list[tuple[str, list[str]]]:
         return [("gain", [f"nothing was learnt: {learnt}", *told])]
     loss, few = advice["loss"], few_words(advice)
     spread = advice["seed_deviation"]
-    seeds = f"; another seed moves a loss by about ±{spread:.3f}" if spread is not None else ""
+    seeds = f"; another seed moves a loss by ±{spread:.3f}" if spread is not None else ""
     compared = f"compared on {data['choose']} items; a difference below {advice['delta']:.3f} (δ) counts as none{seeds}"
     expected = (
         f"{loss['estimate']:.3f} [{loss['low']:.3f}, {loss['high']:.3f}] on {data['confirm']} items kept back, after "

@@ -506,7 +506,7 @@ def test_the_screen_fits_a_terminal(finished: Path) -> None:
         shown = lines([advice_page.screen_table(each)])
         assert len(shown) <= 25 and max(map(len, shown)) <= 130, "\n".join(shown)
     text = "\n".join(shown)
-    assert "rank 8 loses" in text and "another seed moves a loss by about ±0.123" in text
+    assert "rank 8 loses" in text and "another seed moves a loss by ±0.123" in text
 
 
 def test_a_rate_below_the_best_that_was_tried_says_why(finished: Path) -> None:
