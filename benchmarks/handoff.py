@@ -253,10 +253,10 @@ def of_llama(bench: Bench) -> Iterator[dict[str, Any]]:
         words = ["--adapter_gguf", str(bench.adapter), "--base_model", str(bench.base), "-o", str(lora)]
         code, said = bench.rankwise("export", *words)
         assert code == 0, said
-    merged, base = bench.work / "merged-gguf", bench.work / "base-gguf" / "model-f16.gguf"
+    merged, base = bench.work / "merged-gguf", bench.work / "base-gguf" / "base-f16.gguf"
     served = {
-        "merged, f16": (merged / "model-f16.gguf", ()),
-        "merged, Q8_0": (merged / "model-q8_0.gguf", ()),
+        "merged, f16": (merged / "merged-f16.gguf", ()),
+        "merged, Q8_0": (merged / "merged-q8_0.gguf", ()),
         "base, f16, with --lora": (base, (next(lora.glob("*.gguf")),)),
         "base, f16": (base, ()),
     }
