@@ -2,7 +2,7 @@
 
     rankwise export --install-converter
     python benchmarks/handoff.py SmolLM2-135M-Instruct --data e2e_nlg --work FOLDER [--threads 2]
-    python benchmarks/handoff.py stories260K --data e2e_nlg --work FOLDER --quick
+    python benchmarks/handoff.py stories260K --data e2e_nlg --work FOLDER --quick --power
 
 A LoRA is trained with PEFT and the Trainer of transformers on E2E rows, nothing of ours in it. Then `validate
 --write_cases` runs once, timed, and its cases are put to servers: llama.cpp with the merged model (f16, Q8_0) and with
@@ -39,6 +39,7 @@ from rankwise.data.sources.load import load
 from rankwise.device.handoff.cases import read_cases
 from rankwise.device.handoff.verdict import judge
 from rankwise.device.llama.runtime import LlamaServer
+from rankwise.files.atomic import read_if_there, write_json, write_text
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 RANK, ALPHA, RATE, BATCH = 8, 32, 1e-3, 4
@@ -286,7 +287,7 @@ def power(bench: Bench) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def bench_all(model: Path, data: str, work: Path, threads: int, quick: bool) -> dict[str, Any]:
+def bench_all(model: Path, data: str, work: Path, threads: int, quick: bool, weaker: bool) -> dict[str, Any]:
     torch.set_num_threads(threads)
     bench = Bench(model, data, work, threads, quick)
     bench.timed("train", bench.train)
@@ -302,11 +303,14 @@ def bench_all(model: Path, data: str, work: Path, threads: int, quick: bool) -> 
         "seconds": bench.seconds,
         "case_bytes": size,
         "verdicts": rows,
-        "power": list(power(bench)),
+        "power": list(power(bench)) if weaker else [],
+        "date": str(date.today()),
+        "command": command(),
     }
 
 
-def report(found: dict[str, Any], line: str) -> str:
+def report(found: dict[str, Any]) -> list[str]:
+    """The section of one model."""
     rows = [
         f"| {one['by']} | {one['served']} | {one['line']} | {one['exit']} | {one['seconds']:.0f} |"
         for one in found["verdicts"]
@@ -316,27 +320,29 @@ def report(found: dict[str, Any], line: str) -> str:
         for one in found["power"]
     ]
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in found["seconds"].items())
-    return "\n".join(
-        [
-            "# Is what answers the model that was trained?",
-            "",
-            f"{date.today()} · {found['machine']} · {found['model']} · `{line}`",
-            "",
-            f"LoRA of rank {RANK} by PEFT and the Trainer. Seconds: {seconds}. "
-            f"Cases: {found['case_bytes'] / 1e6:.2f} MB.",
-            "",
-            "| server | what it serves | first line of `rankwise validate` | exit code | seconds |",
-            "|---|---|---|---:|---:|",
-            *rows,
-            "",
-            "Power: the adapter at a smaller scale is the tuned model; top 20 of it in bfloat16 and of the base.",
-            "",
-            "| scale | KL, base to tuned | rounding (10 floors), KL | tuned served | base served |",
-            "|---:|---:|---:|---|---|",
-            *weak,
-            "",
-        ]
-    )
+    lines = [
+        f"## {found['model']}",
+        "",
+        f"{found['date']} · {found['machine']} · `{found['command']}`",
+        "",
+        f"LoRA of rank {RANK} by PEFT and the Trainer. Seconds: {seconds}. Cases: {found['case_bytes'] / 1e6:.2f} MB.",
+        "",
+        "| server | what it serves | first line of `rankwise validate` | exit code | seconds |",
+        "|---|---|---|---:|---:|",
+        *rows,
+        "",
+    ]
+    if not weak:
+        return lines
+    return [
+        *lines,
+        "Power: the adapter at a smaller scale is the tuned model; top 20 of it in bfloat16 and of the base.",
+        "",
+        "| scale | KL, base to tuned | rounding (10 floors), KL | tuned served | base served |",
+        "|---:|---:|---:|---|---|",
+        *weak,
+        "",
+    ]
 
 
 def main() -> None:
@@ -347,14 +353,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="8 rows, 20 steps, no llama.cpp")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--power", action="store_true", help="also ever weaker adapters, six more times the cases")
     given = parser.parse_args()
-    found = bench_all(
-        given.model.resolve(), str(Path(given.data).resolve()), given.work.resolve(), given.threads, given.quick
-    )
+    work, data = given.work.resolve(), str(Path(given.data).resolve())
+    found = bench_all(given.model.resolve(), data, work, given.threads, given.quick, given.power)
+    place = given.out / "handoff.json"
+    models = read_if_there(place) | {found["model"]: found}
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "handoff.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (given.out / "handoff.md").write_text(report(found, command()), encoding="utf-8")
-    print(report(found, command()))
+    write_json(place, models)
+    sections = [line for one in models.values() for line in report(one)]
+    write_text(given.out / "handoff.md", "\n".join(["# Is what answers the model that was trained?", "", *sections]))
+    print("\n".join(report(found)))
 
 
 if __name__ == "__main__":
