@@ -165,14 +165,14 @@ def read_lines(
     remedy: str = "restore the file, or delete it to start anew",
 ) -> Iterator[T]:
     """One value per finished line. DataError, naming it, for one that is no JSON object, or that `parse` refuses with a
-    KeyError, TypeError or ValueError."""
+    KeyError, TypeError, ValueError, AttributeError or OverflowError: what values of another type end in."""
     for number, line in finished_lines(path):
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise TypeError(f"expected an object {{…}}, found {type(row).__name__}")
             yield parse(row)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise DataError(f"{path}, line {number}: not {what}: {error!r}; {remedy}") from error
 
 

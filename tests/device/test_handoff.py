@@ -269,6 +269,12 @@ BAD = {
     CHAT.replace("0", "99", 2).replace("r99", "r0")
     + ', "top_logprobs": [{"id": 5, "logprob": -1}]}': "place 99 was not",
     CHAT.replace("r0", "nobody") + ', "top_logprobs": [{"id": 5, "logprob": -1}]}': "'nobody'",
+    CHAT + ', "top_logprobs": [[5, -1.0]]}': "not an answer",
+    CHAT + ', "top_logprobs": {"a": -1}}': "not an answer",
+    CHAT + ', "response": {"choices": "abc"}}': "not an answer",
+    CHAT + ', "response": {"choices": [{"logprobs": "x"}]}}': "not an answer",
+    CHAT + ', "top_logprobs": [{"id": 1e999, "logprob": -1}]}': "not an answer",
+    "\n".join(2 * [CHAT + ', "top_logprobs": [{"id": 5, "logprob": -1}]}']): "was answered in line 1 already",
     "[]": "expected an object",
     "": "no answers",
 }

@@ -101,14 +101,21 @@ def entry(row: Mapping[str, Any]) -> TokenLogProb:
 
 
 def read_answers(path: Path, cases: HandoffCases) -> list[Heard]:
-    """DataError for a line that is no answer, or is to a place that was not asked."""
+    """DataError for a line that is no answer, is to a place that was not asked, or answers a place again."""
     remedy = "see docs/handoff.md for the form of a line"
     found = list(read_lines(path, "an answer", Heard.of, remedy))
     if not found:
-        raise DataError(f"{path}: no answers; a line in JSON for each, see docs/handoff.md")
+        raise DataError(f"{path}: no answers; one JSON object per line, see docs/handoff.md")
+    seen: dict[tuple[str, int, str], int] = {}
     for number, one in enumerate(found, 1):
         if cases.find(one.case, one.place) is None:
             raise DataError(f"{path}, line {number}: case {one.case!r}, place {one.place} was not asked in these cases")
+        first = seen.setdefault((one.case, one.place, one.api), number)
+        if first != number:
+            raise DataError(
+                f"{path}, line {number}: case {one.case!r}, place {one.place} by {one.api} was answered in line {first} "
+                "already; leave one of them"
+            )
     return found
 
 
