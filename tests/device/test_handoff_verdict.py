@@ -161,9 +161,22 @@ def test_fewer_than_four_items_have_no_interval() -> None:
 def test_weights_that_are_right_by_one_api_make_the_prompt_the_cause(candidates: Candidates) -> None:
     chat, ids = replace(found(candidates, "half"), route="chat"), found(candidates, "tuned")
     end = conclude([chat, ids])
-    assert end.kind == PROMPT and end.line.startswith("another prompt: template, BOS or system text; the weights are")
+    assert end.kind == PROMPT and end.line.startswith("another prompt: template, BOS, system text or ")
     assert conclude([ids, chat]).kind == TUNED
     assert "an app that uses this API gets other answers" in conclude([ids, chat]).more[0]
+
+
+def test_few_bits_do_not_excuse_prompts_where_the_weights_are_exact(candidates: Candidates) -> None:
+    """Token ids of another tokenizer, for example: answers as far off as weights of 4 bits, by one API only."""
+    text, ids = (
+        replace(found(candidates, "4 bits"), route="completions"),
+        replace(found(candidates, "tuned"), route="ids"),
+    )
+    assert text.kind == TUNED and text.words
+    end = conclude([text, ids])
+    assert end.kind == PROMPT and "the weights are the TUNED model's by ids" in end.line
+    both = replace(found(candidates, "4 bits"), route="ids")
+    assert conclude([text, both]).kind == TUNED, "served in 4 bits"
 
 
 def test_an_api_that_cannot_tell_leaves_it_to_the_others(candidates: Candidates) -> None:

@@ -113,8 +113,8 @@ def read_answers(path: Path, cases: HandoffCases) -> list[Heard]:
         first = seen.setdefault((one.case, one.place, one.api), number)
         if first != number:
             raise DataError(
-                f"{path}, line {number}: case {one.case!r}, place {one.place} by {one.api} was answered in line {first} "
-                "already; leave one of them"
+                f"{path}, line {number}: case {one.case!r}, place {one.place} by {one.api} was answered in line "
+                f"{first} already; leave one of them"
             )
     return found
 

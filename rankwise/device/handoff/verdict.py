@@ -32,6 +32,7 @@ EXPLAINED = 0.5  # of the tuned model's KL; what leaves more of it explains litt
 LEEWAY = 2.0  # other ways to round weights to as many bits as ours are not twice as bad
 TOLERABLE = 4  # bits of weights that are a way to serve a model and no fault
 LEAST_SHOWN = 1e-9  # nats
+ELSEWHERE = 10.0  # times farther off by one API than by another: no rounding of the same weights
 LITTLE = 0.2  # of the probability; a server that tells less says little
 FEWEST = 4  # items; a paired interval of fewer is wider than any effect
 
@@ -271,8 +272,8 @@ def conclude(findings: Sequence[RouteFinding]) -> Conclusion:
     """The verdict of all APIs, the one that an app would use first. Where it is not the tuned model that answers there,
     but is elsewhere, the weights are right, and the prompts are others."""
     first = next((one for one in findings if one.kind != UNDECIDED), findings[0])
-    tuned = next((one for one in findings if one.kind == TUNED), None)
-    prompt = first.kind not in (TUNED, UNDECIDED) and tuned is not None
+    tuned = min((one for one in findings if one.kind == TUNED), key=lambda one: one.kl[TUNED], default=None)
+    prompt = tuned is not None and (first.kind not in (TUNED, UNDECIDED) or by_prompt(first, tuned))
     kind = PROMPT if prompt else first.kind
     more = [_aside(one, first) for one in findings if one is not first]
     if first.untold:
@@ -285,11 +286,17 @@ def conclude(findings: Sequence[RouteFinding]) -> Conclusion:
     return Conclusion(kind, _line(first, tuned if prompt else None), first.route, tuple(more), tuple(findings))
 
 
+def by_prompt(first: RouteFinding, tuned: RouteFinding) -> bool:
+    """Whether answers that few bits would explain are those of another prompt: by the other API the same weights are
+    exact, and much nearer."""
+    return bool(first.words) and not tuned.words and first.kl[TUNED] > ELSEWHERE * tuned.kl[TUNED]
+
+
 def _line(one: RouteFinding, tuned: RouteFinding | None) -> str:
     """The first line."""
     near, base = nats(one.kl[TUNED]), nats(one.kl[BASE])
     if tuned:
-        cause = one.words if one.kind == PROMPT else "template, BOS or system text"
+        cause = one.words if one.kind == PROMPT else "template, BOS, system text or tokenizer"
         return (
             f"another prompt: {cause}; the weights are the TUNED model's by {tuned.route} "
             f"(KL {nats(tuned.kl[TUNED])}; by {one.route} {near})"
