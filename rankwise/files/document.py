@@ -158,15 +158,24 @@ def finished_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     return enumerate(content.split(b"\n")[:-1], 1)
 
 
+def given_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of a file that another program wrote: the last line may lack its end; blank lines and a BOM do not
+    count."""
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    return ((number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip())
+
+
 def read_lines(
     path: Path,
     what: str,
     parse: Callable[[dict[str, Any]], T],
     remedy: str = "restore the file, or delete it to start anew",
+    lines: Callable[[Path], Iterator[tuple[int, bytes]]] = finished_lines,
 ) -> Iterator[T]:
-    """One value per finished line. DataError, naming it, for one that is no JSON object, or that `parse` refuses with a
-    KeyError, TypeError, ValueError, AttributeError or OverflowError: what values of another type end in."""
-    for number, line in finished_lines(path):
+    """One value per line, by default per finished one. DataError, naming it, for one that is no JSON object, or that
+    `parse` refuses with a KeyError, TypeError, ValueError, AttributeError or OverflowError: what values of another type
+    end in."""
+    for number, line in lines(path):
         try:
             row = json.loads(line)
             if not isinstance(row, dict):

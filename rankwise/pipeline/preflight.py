@@ -23,10 +23,9 @@ from rankwise.errors import DataError, UsageError, need
 from rankwise.files.adapter import is_adapter
 from rankwise.files.atomic import rehearsal
 from rankwise.files.checkpoint import HUB_ID
-from rankwise.options.commands import by_reference
 from rankwise.options.field import Option, flatten, neighbours, options_of
 from rankwise.options.sections import TASKS
-from rankwise.pipeline.idle import Told
+from rankwise.pipeline.idle import Told, hands_off
 from rankwise.pipeline.table import stage_of
 
 INPUTS, OUTPUTS = ("read", "weights", "model"), ("folder", "file")  # kinds of paths (`option(path=…)`)
@@ -84,17 +83,13 @@ def of_bitsandbytes(told: Told) -> bool:
     return name.startswith(("paged_", "ademamix", "lion_")) or "bnb" in name or name == "adamw_8bit"
 
 
-def of_any_runtime(told: Told) -> bool:
-    return by_reference(told.server, told.write_cases, told.cases)
-
-
 def reads_gguf(told: Told) -> bool:
     """validate, bundle; of a replay only the one that reads an app's answers, whose tokens may be texts."""
-    return not of_any_runtime(told) and bool(not told.replay or told.answers)
+    return not hands_off(told) and bool(not told.replay or told.answers)
 
 
 def runs_llama_cpp(told: Told) -> bool:
-    return not of_any_runtime(told) and not told.server and not (told.replay and told.answers)
+    return not hands_off(told) and not told.server and not (told.replay and told.answers)
 
 
 TRACKERS = {name: name for name in "wandb tensorboard trackio mlflow comet_ml clearml neptune codecarbon".split()}

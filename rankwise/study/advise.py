@@ -56,8 +56,7 @@ NOT_THE_NUMBERS = ("batch_arms", "no_plots", "device")
 
 def run(config: AdviseConfig) -> Path:
     """Run the command. Returns the run folder."""
-    config = settle(config)
-    check(config)
+    config = check(config)
     folder, refused = RunFolder(config.output_dir), list[str]()
     try:
         with held(folder, "advise", inputs(config)) as record:
@@ -165,8 +164,8 @@ def next_command(config: AdviseConfig) -> str:
     return command_line("train", Path(config.output_dir) / CONFIG)
 
 
-def check(config: AdviseConfig) -> None:
-    """Refuse invalid values before anything is read."""
+def check(config: AdviseConfig) -> AdviseConfig:
+    """The config with its data's task; invalid values are refused before anything is read."""
     config = settle(config)
     check_data(config.data, "advise")
     refuse_idle(config)
@@ -178,6 +177,7 @@ def check(config: AdviseConfig) -> None:
         raise UsageError(
             "--rates: give at least three different learning rates, or none (they then lie around the prior)"
         )
+    return config
 
 
 def inputs(config: AdviseConfig) -> dict[str, Path | str]:

@@ -222,7 +222,7 @@ def test_too_few_rows(scene: HandedOff, tmp_path: Path, verdict: Any) -> None:
     few = HandedOff(scene.folder, scene.base, scene.tuned, tmp_path / "cases", scene.tokenizer)
     assert main(few.line("--write_cases", str(few.cases), "--num_samples", "3")) == 0
     line, code, _ = verdict(few, few.model())
-    assert line.endswith("3 items are too few: give at least 4)") and code == UNDECIDED
+    assert line.startswith("cannot tell: 3 of at least 4 items") and code == UNDECIDED
 
 
 # --- an app's answers ------------------------------------------------------------------------------------------------
@@ -255,6 +255,12 @@ def test_whole_responses_of_the_first_places(scene: HandedOff, tmp_path: Path, c
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     line, code, _ = judged(scene, file, tmp_path / "out", capsys)
     assert line.startswith("answers are the TUNED model's") and code == TUNED
+    file.write_text("\ufeff" + "\n\n".join(json.dumps(row) for row in rows))  # as editors and apps write files
+    assert judged(scene, file, tmp_path / "again", capsys)[0] == line
+    counted = [
+        json.loads((tmp_path / name / "handoff.json").read_text())["apis"][0]["places"] for name in ("out", "again")
+    ]
+    assert counted == [len(rows)] * 2, "the last line has no end"
 
 
 CHAT = '{"case": "r0", "place": 0, "api": "chat"'
@@ -274,7 +280,11 @@ BAD = {
     CHAT + ', "response": {"choices": "abc"}}': "not an answer",
     CHAT + ', "response": {"choices": [{"logprobs": "x"}]}}': "not an answer",
     CHAT + ', "top_logprobs": [{"id": 1e999, "logprob": -1}]}': "not an answer",
-    "\n".join(2 * [CHAT + ', "top_logprobs": [{"id": 5, "logprob": -1}]}']): "was answered in line 1 already",
+    "\n".join(2 * [CHAT + ', "top_logprobs": [{"id": 5, "logprob": -1}]}']): "was answered by chat already",
+    CHAT + ', "top_logprobs": [{"id": 5.5, "logprob": -1}]}': "expected an integer, found 5.5",
+    CHAT.replace('"place": 0', '"place": 0.7') + ', "top_logprobs": [{"id": 5, "logprob": -1}]}': "found 0.7",
+    CHAT + ', "top_logprobs": [{"id": 5, "logprob": NaN}]}': "logprob is NaN",
+    CHAT + ', "top_logprobs": [{"id": 5, "logprob": -Infinity}]}': "no log-probability above the least",
     "[]": "expected an object",
     "": "no answers",
 }

@@ -179,6 +179,14 @@ def test_few_bits_do_not_excuse_prompts_where_the_weights_are_exact(candidates: 
     assert conclude([text, both]).kind == TUNED, "served in 4 bits"
 
 
+def test_why_it_cannot_be_told_is_the_reason_that_holds(candidates: Candidates) -> None:
+    """Tokens of another vocabulary, and too few items, are not answers that are too close."""
+    foreign = {place: {TOKENS + 1000: -0.1} for place in range(ITEMS * PLACES)}
+    assert "told and known have 0% of the probability" in conclude([judge("ids", candidates, foreign, 10.0)]).line
+    few = {place: candidates.as_server("tuned", place, TOKENS) for place in range(PLACES)}
+    assert conclude([judge("ids", candidates, few, 10.0)]).line.startswith("cannot tell: 1 of at least 4 items")
+
+
 def test_an_api_that_cannot_tell_leaves_it_to_the_others(candidates: Candidates) -> None:
     unsure = replace(found(candidates, "tuned"), route="chat", kind=UNDECIDED, name="", words="")
     assert conclude([unsure, found(candidates, "base")]).kind == BASE

@@ -342,6 +342,8 @@ def test_ids_are_those_of_the_server() -> None:
     assert loaded_ids(files, loaded) == [7, 5]
     with pytest.raises(DataError, match=r"has not loaded z\.gguf \(LoRAs that it has: /a/x\.gguf"):
         loaded_ids([LoraFile(Path("z.gguf"))], loaded)
+    with pytest.raises(DataError, match="cannot be told apart"):
+        loaded_ids([LoraFile(Path("/here/x.gguf")), LoraFile(Path("/there/x.gguf"))], loaded)
 
 
 def test_every_setting_names_the_other_adapters() -> None:

@@ -341,3 +341,10 @@ def test_in_a_recipe_another_model_is_validated_anew(
         code, error = run("--set", f"validate.output_dir={own}", *more)
         assert code == 2 and "choose another output folder" in error
         assert answers(own) == second
+
+
+@pytest.mark.parametrize("how", [{"write_cases": "cases"}, {"cases": "cases", "answers": "got.jsonl"}])
+def test_a_hand_off_has_nothing_to_start_over_from(how: dict[str, str]) -> None:
+    """A recipe asks every stage what an earlier run has left: this one has no export to look into."""
+    assert validate.earlier(ValidateConfig(**how)) == []
+    assert validate.earlier(ValidateConfig(server="http://phone:8080/v1", reference="tuned")) == []

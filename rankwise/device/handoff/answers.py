@@ -22,7 +22,7 @@ from rankwise.device.handoff.cases import ROUTES, HandoffCases
 from rankwise.device.handoff.verdict import Told
 from rankwise.device.llama.client import LEAST_LOGPROB
 from rankwise.errors import DataError
-from rankwise.files.document import read_lines
+from rankwise.files.document import given_lines, read_lines
 
 AS_ID = "token_id:"
 SLACK = 0.01  # by which rounded probabilities may sum to more than 1
@@ -60,7 +60,9 @@ class Heard:
             raise ValueError("no log-probabilities")
         if sum(math.exp(one.logprob) for one in top) > 1 + SLACK:
             raise ValueError("probabilities that sum to more than 1")
-        return cls(str(row["case"]), int(row["place"]), api, tuple(top), None if count is None else int(count))
+        if all(one.logprob <= LEAST_LOGPROB for one in top):
+            raise ValueError("no log-probability above the least")
+        return cls(str(row["case"]), whole(row["place"]), api, tuple(top), None if count is None else whole(count))
 
     def as_row(self) -> dict[str, Any]:
         top = [
@@ -96,26 +98,37 @@ def entry(row: Mapping[str, Any]) -> TokenLogProb:
     known = row.get("id")
     if known is None and text.startswith(AS_ID):
         known = text.removeprefix(AS_ID)
-    value = LEAST_LOGPROB if value is None or math.isnan(value) else max(float(value), LEAST_LOGPROB)
-    return TokenLogProb(min(value, 0.0), None if known is None else int(known), text)
+    value = LEAST_LOGPROB if value is None else max(float(value), LEAST_LOGPROB)
+    if math.isnan(value):
+        raise ValueError("logprob is NaN")
+    return TokenLogProb(min(value, 0.0), None if known is None else whole(known), text)
+
+
+def whole(value: Any) -> int:
+    """An integer, also in digits; ValueError for a fraction."""
+    if isinstance(value, bool) or int(value) != float(value):
+        raise ValueError(f"expected an integer, found {value!r}")
+    return int(value)
 
 
 def read_answers(path: Path, cases: HandoffCases) -> list[Heard]:
     """DataError for a line that is no answer, is to a place that was not asked, or answers a place again."""
-    remedy = "see docs/handoff.md for the form of a line"
-    found = list(read_lines(path, "an answer", Heard.of, remedy))
+    seen: set[tuple[str, int, str]] = set()
+
+    def parse(row: Mapping[str, Any]) -> Heard:
+        one = Heard.of(row)
+        if cases.find(one.case, one.place) is None:
+            raise ValueError(f"case {one.case!r}, place {one.place} was not asked in these cases")
+        if (one.case, one.place, one.api) in seen:
+            raise ValueError(f"case {one.case!r}, place {one.place} was answered by {one.api} already")
+        seen.add((one.case, one.place, one.api))
+        return one
+
+    if not path.is_file():
+        raise DataError(f"{path}: no such file (--answers)")
+    found = list(read_lines(path, "an answer", parse, "see docs/handoff.md for the form of a line", given_lines))
     if not found:
         raise DataError(f"{path}: no answers; one JSON object per line, see docs/handoff.md")
-    seen: dict[tuple[str, int, str], int] = {}
-    for number, one in enumerate(found, 1):
-        if cases.find(one.case, one.place) is None:
-            raise DataError(f"{path}, line {number}: case {one.case!r}, place {one.place} was not asked in these cases")
-        first = seen.setdefault((one.case, one.place, one.api), number)
-        if first != number:
-            raise DataError(
-                f"{path}, line {number}: case {one.case!r}, place {one.place} by {one.api} was answered in line "
-                f"{first} already; leave one of them"
-            )
     return found
 
 

@@ -43,15 +43,10 @@ LEAST = 1e-9  # KL where the plot's axis begins
 
 def handoff_blocks(content: Mapping[str, Any]) -> list[Block]:
     """The verdict first."""
-    apis = content["apis"]
     found: list[Block] = [Words(content["verdict"]), *map(Words, content["more"])]
     found += [Words(f"Not asked: {name}: {why}") for name, why in content.get("left_out", {}).items()]
     found += [api_table(content), distance_table(content)]
-    return (
-        [*found, Plot("handoff_kl", "KL from the answers to each hypothesis, in nats", partial(draw, content))]
-        if apis
-        else found
-    )
+    return [*found, Plot("handoff_kl", "KL from the answers to each hypothesis, in nats", partial(draw, content))]
 
 
 def api_table(content: Mapping[str, Any]) -> Table:

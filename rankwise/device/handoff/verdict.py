@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rankwise.device.parity.floor import LEAST_KL, REST, chance
+from rankwise.device.parity.floor import LEAST_KL, REST, chance, effective
 from rankwise.errors import need
 
 Array = NDArray[np.float64]
@@ -84,8 +84,9 @@ class RouteFinding:
     kind: TUNED, BASE, PARTLY, PROMPT, OTHER or UNDECIDED. name: the hypothesis that explains them best; "" where none
     does. words: what it is. kl: hypothesis → mean KL from the answers. gains: rival → by how much nearer than the
     tuned model it is (`nearer`). limit: KL up to which arithmetic explains a difference; apart: KL from tuned to base.
-    untold: rivals that these rows do not tell from the tuned model. offered: tokens told at a place; mass: their
-    probability, both medians. longer: tokens of the prompt that the server counts beyond those of training.
+    untold: rivals that these rows do not tell from the tuned model. offered: tokens told at a place; mass: the
+    probability of those that are known, both medians. longer: tokens of the prompt that the server counts beyond those
+    of training.
     """
 
     route: str
@@ -201,10 +202,16 @@ def judge(
         items=distance.shape[1],
         places=len(told),
         offered=int(np.median([len(top) for top in told.values()])),
-        mass=float(np.median([min(1.0, sum(map(math.exp, top.values()))) for top in told.values()])),
+        mass=float(np.median([known_mass(candidates, place, top) for place, top in told.items()])),
         untold=untold,
         longer=longer,
     )
+
+
+def known_mass(candidates: Candidates, place: int, top: Told) -> float:
+    """Probability of the told tokens that the hypotheses know."""
+    tokens = {int(token) for token in candidates.ids[place]}
+    return min(1.0, sum(math.exp(value) for token, value in top.items() if token in tokens))
 
 
 def as_large_as(candidates: Candidates, told: Mapping[int, Told]) -> dict[str, float]:
@@ -228,9 +235,7 @@ def noise_limit(candidates: Candidates, told: Mapping[int, Told], k: float) -> f
     for one in candidates.hypotheses:
         if one.kind == SOUND:
             found = divergences(candidates, pretended(candidates, one.name, told))[candidates.number(TUNED)]
-            squares = float((found**2).sum())
-            places = float(found.sum()) ** 2 / squares if squares else float(len(found))
-            limit = max(limit, max(k, chance(places)) * float(found.mean()))
+            limit = max(limit, max(k, chance(effective(found))) * float(found.mean()))
     return limit
 
 
@@ -318,13 +323,14 @@ def _line(one: RouteFinding, tuned: RouteFinding | None) -> str:
         return f"another prompt: {explained} the prompt of training {near})"
     if one.kind == OTHER:
         return f"another model's: neither tuned (KL {near}) nor base (KL {base}), and {one.words}"
-    few = f"; {one.items} items are too few: give at least {FEWEST}" if one.items < FEWEST else ""
-    if one.mass < LITTLE:
-        few += f"; the tokens told have {one.mass:.0%} of the probability"
+    why = "base and tuned are too close on these rows"
+    if one.items < FEWEST:
+        why = f"{one.items} of at least {FEWEST} items"
+    elif one.mass < LITTLE:
+        why = f"tokens that are told and known have {one.mass:.0%} of the probability; is it the model's vocabulary?"
     return (
-        "cannot tell: base and tuned are too close on these rows "
-        f"(KL between them {nats(one.apart)}, of rounding up to {nats(one.limit)}; answers to tuned {near}, to base "
-        f"{base}{few})"
+        f"cannot tell: {why} (KL between them {nats(one.apart)}, of rounding up to {nats(one.limit)}; answers to tuned "
+        f"{near}, to base {base})"
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rankwise.device.llama.client import LoadedLora, ServerRuntime
+from rankwise.device.llama.client import LoadedLora, Refusal, ServerRuntime
 from rankwise.device.lora.held import compared
 from rankwise.device.lora.variants import Variants, off, rescaled
 from rankwise.device.parity.cases import Case
@@ -32,7 +32,7 @@ from rankwise.device.parity.ladder import Ladder, observe
 from rankwise.device.parity.reference import Expected, HFReference, Observed
 from rankwise.device.parity.rungs import BROKEN, Rung, beyond
 from rankwise.device.sides import LoraFile
-from rankwise.errors import DataError, ServiceError
+from rankwise.errors import DataError
 from rankwise.files.adapter import adapter_files
 from rankwise.files.checkpoint import resolve
 
@@ -152,7 +152,7 @@ class LoraSide:
         """
         try:
             before = runtime.loras()
-        except ServiceError as error:
+        except Refusal as error:
             why = f"this build of llama.cpp does not tell its LoRAs, so they cannot be switched while it runs: {error}"
             return [Climbed(one.name, self.words(one.expects), None, why).as_dict() for one in settings(self.files)]
         ids = loaded_ids(self.files, before)
@@ -203,6 +203,8 @@ def loaded_ids(files: Sequence[LoraFile], loaded: Sequence[LoadedLora]) -> list[
             has = ", ".join(each.path for each in loaded) or "none"
             raise DataError(f"the server has not loaded {one.name} (LoRAs that it has: {has}); start it with --lora")
         found.append(same[0])
+    if len(set(found)) < len(found):
+        raise DataError("LoRAs of one name cannot be told apart on the server; give the files different names")
     return found
 
 

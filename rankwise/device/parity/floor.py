@@ -84,10 +84,7 @@ class Divergence:
 
     @property
     def effective(self) -> float:
-        """Effective sample size of the mean, (Σ KL)² / Σ KL²: a few unsure places can make up nearly all of
-        it."""
-        squares = float((self.kl**2).sum())
-        return float(self.kl.sum()) ** 2 / squares if squares else float(len(self.positions))
+        return effective(self.kl)
 
     @property
     def flips(self) -> tuple[Position, ...]:
@@ -285,6 +282,12 @@ class Floor:
 def explaining(forms: Sequence[str]) -> list[str]:
     """Names of the known-good paths that the floors of these forms take."""
     return [name for name in PATHS if any(name in EXPLAINS.get(form.lower(), PATHS) for form in forms)]
+
+
+def effective(kl: np.ndarray) -> float:
+    """Effective sample size of the mean, (Σ KL)² / Σ KL²: a few unsure places can make up nearly all of it."""
+    squares = float((kl**2).sum())
+    return float(kl.sum()) ** 2 / squares if squares else float(len(kl))
 
 
 def chance(places: float) -> float:
