@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rankwise.core.site import Site, describe, nearest, pattern
+from rankwise.core.site import EXPERT_FIELDS, Site, from_row, nearest, pattern
 from rankwise.errors import DataError, UsageError
 
 FORMAT = "rankwise-rank-plan/2"
@@ -53,6 +53,7 @@ class PlannedSite:
         return self.parameters / self.site.size
 
     def as_dict(self) -> dict[str, Any]:
+        row = self.site.as_dict()
         return {
             "layer": self.site.layer,
             "path": self.site.path,
@@ -71,6 +72,7 @@ class PlannedSite:
             "method": self.method,
             "rank_if_base_rounded": self.rank_if_base_rounded,
             "compression_ratio": self.compression_ratio,
+            **{name: row[name] for name in EXPERT_FIELDS if name in row},
         }
 
 
@@ -191,10 +193,7 @@ KNOWN_KEYS = frozenset(RankPlan(()).as_dict())
 def recorded_sites(content: Mapping[str, Any]) -> dict[str, Site]:
     """The sites as the plan's own `layer_metadata` describes them, for readers that have no model at hand."""
     return {
-        row["path"]: replace(
-            describe(row["path"], row["shape"], row.get("tower", "unknown"), row.get("transposed", False)),
-            kind=row.get("kind", "other"),
-        )
+        row["path"]: replace(from_row(row), kind=row.get("kind", "other"))
         for rows in content.get("layer_metadata", {}).values()
         for row in rows
         if "path" in row and "shape" in row
@@ -302,6 +301,9 @@ def rows_from_patterns(content: Mapping[str, Any], sites: Mapping[str, Site], wh
             raise DataError(
                 f"{where}: {path} is {tuple(row['shape'])} in the plan and {sites[path].shape} in the model"
             )
+        experts = row.get("experts", 0)
+        if row and experts != sites[path].experts:
+            raise DataError(f"{where}: {path} has {experts} experts in the plan and {sites[path].experts} in the model")
         rows.append(clamped(sites[path], whole_rank(value, path, where), row))
     planned = {row.site.path for row in rows}
     left_out = [path for path, row in details.items() if row.get("r_final") == 0 and path not in planned]

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from rankwise.errors import DataError
 
 KINDS = ("attention", "mlp", "embed", "head", "other")
+
+# How PEFT's config names a site. A model with fused experts needs the last two: of a regex PEFT keeps bare names there,
+# and takes gate_proj, up_proj, down_proj, w1 … of any module for the experts'.
+PEFT_NAMES = {
+    "pattern": "one anchored regex in target_modules, for all sites",
+    "path": "its full path in target_modules, a list",
+    "parameter": "the full name of its parameter in target_parameters",
+}
 
 ATTENTION = frozenset(
     "q_proj k_proj v_proj o_proj out_proj qkv_proj qkv c_attn query_key_value Wqkv query key value q_lin k_lin v_lin "
@@ -33,10 +41,14 @@ MLP_PARENT = re.compile(r"mlp|feed_forward|ffn|intermediate", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Site:
-    """One adaptable matrix.
+    """One adaptable matrix, or a layer's stack of experts: one matrix per expert in one parameter.
 
     `shape` is (out_features, in_features) = (m, n) whatever the file's orientation; `transposed` says that the
     stored weight is (in, out), as in GPT-2's Conv1D. `projection` is the name shared by the layers (q_proj …).
+    `experts`: their number, along the parameter's first axis; 0 for one matrix. A rank is per expert, `shape` one
+    expert's, and `path` the parameter's own name. `peft`: how PEFT's config has to name the site, which `PEFT_NAMES`
+    explains. `swapped`: PEFT takes the in axis of the experts for their out axis, since they are stored (in, out) and
+    their module does not say so (`is_transposed`).
     """
 
     path: str
@@ -46,15 +58,23 @@ class Site:
     layer: int | None = None
     projection: str = ""
     transposed: bool = False
+    experts: int = 0
+    peft: str = "pattern"
+    swapped: bool = False
 
     def parameters(self, rank: int) -> int:
-        """Trainable parameters of a LoRA pair of this rank: r·(m + n)."""
-        return rank * sum(self.shape)
+        """Trainable parameters of the LoRA pairs of this rank: r·(m + n) per matrix."""
+        return self.matrices * rank * sum(self.shape)
+
+    @property
+    def matrices(self) -> int:
+        """The number of matrices: one, or one per expert."""
+        return self.experts or 1
 
     @property
     def size(self) -> int:
-        """Entries of the matrix, m·n."""
-        return self.shape[0] * self.shape[1]
+        """Entries of all matrices, m·n each."""
+        return self.matrices * self.shape[0] * self.shape[1]
 
     @property
     def full_rank(self) -> int:
@@ -63,7 +83,12 @@ class Site:
     @property
     def largest_rank(self) -> int:
         """⌊mn/(m+n)⌋: above it a LoRA pair has more parameters than the matrix itself."""
-        return max(1, self.size // sum(self.shape))
+        return max(1, self.shape[0] * self.shape[1] // sum(self.shape))
+
+    @property
+    def weight(self) -> str:
+        """The name of the parameter in the model."""
+        return self.path if self.experts else f"{self.path}.weight"
 
     @property
     def type_path(self) -> str:
@@ -72,14 +97,39 @@ class Site:
         return ".".join(part for part in self.path.split(".") if not part.isdigit())
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"shape": list(self.shape)}
+        """The site as a row of a file; `from_row` reads it. What only models with experts have stands where it differs
+        from the default."""
+        plain = {field.name: field.default for field in fields(self) if field.name in EXPERT_FIELDS}
+        row = asdict(self) | {"shape": list(self.shape)}
+        return {name: value for name, value in row.items() if name not in plain or value != plain[name]}
 
 
-def describe(path: str, shape: tuple[int, ...], tower: str = "unknown", transposed: bool = False) -> Site:
-    """The site at a module path. Raises ValueError where the shape is not that of a matrix."""
+EXPERT_FIELDS = ("experts", "peft", "swapped")
+
+
+def from_row(row: Mapping[str, Any]) -> Site:
+    """The site of a row with its path, shape and whatever else `as_dict` wrote. KeyError, TypeError or ValueError where
+    it is no such row."""
+    told = {name: row[name] for name in ("tower", "transposed", *EXPERT_FIELDS) if name in row}
+    return describe(row["path"], row["shape"], **told)
+
+
+def describe(
+    path: str,
+    shape: tuple[int, ...],
+    tower: str = "unknown",
+    transposed: bool = False,
+    experts: int = 0,
+    peft: str = "pattern",
+    swapped: bool = False,
+) -> Site:
+    """The site at a module path, or of the experts in the parameter of this name; shape: (out, in) of one matrix.
+
+    Raises ValueError where the shape is not that of a matrix.
+    """
     if len(shape) != 2:
         raise ValueError(f"{path}: a site is a matrix, got shape {tuple(shape)}")
-    parts = path.split(".")
+    parts = path.removesuffix(".weight").split(".")
     names = [part for part in parts if not part.isdigit()]
     projection = names[-1] if names else path
     return Site(
@@ -90,6 +140,9 @@ def describe(path: str, shape: tuple[int, ...], tower: str = "unknown", transpos
         layer=layer_of(path),
         projection=projection,
         transposed=transposed,
+        experts=experts,
+        peft=peft,
+        swapped=swapped,
     )
 
 

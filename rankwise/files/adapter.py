@@ -11,7 +11,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -184,10 +184,12 @@ FOREIGN = {
 
 @dataclass(frozen=True)
 class LoraPair:
-    """One adapted matrix: the delta is scale·B·A, (m, n), with A (r, n) and B (m, r) in the stored dtype.
+    """One adapted matrix: the delta is scale·B·A, (m, n), with A (r, n) and B (m, r) in the stored dtype. Of a layer's
+    experts: A (E, r, n) and B (E, m, r), the delta of each is the product of its own two (`core.experts`: as files hold
+    them).
 
     `fan_in_fan_out`: the base stores the weight as (n, m), as Conv1D and embeddings do. `embedding`: the pair
-    adapts an embedding table, which has key names of its own.
+    adapts an embedding table, which has key names of its own. `peft`, `swapped`: as a site's.
     """
 
     lora_A: Tensor
@@ -195,6 +197,8 @@ class LoraPair:
     scale: float
     fan_in_fan_out: bool = False
     embedding: bool = False
+    peft: str = "pattern"
+    swapped: bool = False
 
     @classmethod
     def of(cls, factors: Factors, scale: float = 2.0, fan_in_fan_out: bool = False) -> Self:
@@ -203,15 +207,27 @@ class LoraPair:
 
     @property
     def rank(self) -> int:
-        return self.lora_A.shape[0]
+        """Rank of the matrix, or of each expert's."""
+        return self.lora_A.shape[-2]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(m, n): (out_features, in_features) of the adapted layer."""
-        return self.lora_B.shape[0], self.lora_A.shape[1]
+        """(m, n): (out_features, in_features) of the adapted layer, or of each expert."""
+        return self.lora_B.shape[-2], self.lora_A.shape[-1]
+
+    @property
+    def experts(self) -> int:
+        """Their number; 0 for one matrix."""
+        return self.lora_A.shape[0] if self.lora_A.dim() == 3 else 0
+
+    def expert(self, index: int) -> LoraPair:
+        """The pair of one expert's matrix."""
+        return replace(self, lora_A=self.lora_A[index], lora_B=self.lora_B[index])
 
     def factors(self) -> Factors:
-        """The delta as float32 factors, the scale within the left one."""
+        """The delta of one matrix as float32 factors, the scale within the left one; of experts see `expert`."""
+        if self.experts:
+            raise ValueError(f"a pair of {self.experts} experts has no one product")
         return Factors(self.lora_B.float() * self.scale, self.lora_A.float())
 
 

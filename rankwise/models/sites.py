@@ -17,7 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.core.site import Site, describe
+from rankwise.core.site import Site, describe, is_expert
 from rankwise.errors import UsageError
 from rankwise.files.checkpoint import Weight
 
@@ -34,18 +34,42 @@ class WeightTable:
 
 
 def model_sites(model: PreTrainedModel) -> dict[str, Site]:
-    """Path → site of every linear weight that LoRA can target, in module order; the output head is not one."""
+    """Path → site of every linear weight and every parameter of experts that LoRA can target, in module order; the
+    output head is not one."""
     towers = tower_prefixes(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    fused = bool(fused_experts(model))
     sites = {}
     for path, module in model.named_modules():
         shape = linear_shape(module)
-        if shape is None or module is head:
-            continue
-        site = describe(path, shape, tower_of(path, towers), transposed=isinstance(module, Conv1D))
-        if site.kind != "head":
-            sites[path] = site
+        if shape is not None and module is not head:
+            peft = ("parameter" if path.rpartition(".")[2] in EXPERT_NAMES else "path") if fused else "pattern"
+            site = describe(path, shape, tower_of(path, towers), isinstance(module, Conv1D), peft=peft)
+            if site.kind != "head":
+                sites[path] = site
+        for name, parameter in module.named_parameters(recurse=False):
+            if is_expert_parameter(f"{path}.{name}", parameter, module):
+                sites[f"{path}.{name}"] = expert_site(f"{path}.{name}", parameter, module, tower_of(path, towers))
     return sites
+
+
+# PEFT takes these names of a module, in a model with fused experts, for the experts themselves.
+EXPERT_NAMES = frozenset(["gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"])
+UNDECLARED = frozenset(["Llama4TextExperts"])  # stored (E, in, out), without an `is_transposed` that says so
+
+
+def is_expert_parameter(name: str, parameter: nn.Parameter, module: nn.Module) -> bool:
+    """Whether a module's own parameter holds the matrices of several experts."""
+    return parameter.dim() == 3 and parameter.shape[0] > 1 and is_expert(name)
+
+
+def expert_site(name: str, parameter: nn.Parameter, module: nn.Module, tower: str) -> Site:
+    """The site of a layer's experts; shape: (out, in) of one of them."""
+    undeclared = type(module).__name__ in UNDECLARED
+    transposed = undeclared or bool(getattr(module, "is_transposed", False))
+    experts, *shape = parameter.shape
+    out_in = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+    return describe(name, out_in, tower, transposed, experts, "parameter", undeclared)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -102,8 +126,13 @@ def tower_of(path: str, towers: Mapping[str, str]) -> str:
 
 
 def fused_experts(model: PreTrainedModel) -> list[str]:
-    """Parameters with three dimensions (fused experts): listed, and left out of the analysis."""
-    return [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+    """The parameters that hold a layer's experts, by name."""
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if is_expert_parameter(f"{path}.{name}", parameter, module)
+    ]
 
 
 def weight_table(model: PreTrainedModel, keys: list[str]) -> WeightTable:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rankwise.core.measure import Delta, energy_of, from_difference, subtract
-from rankwise.core.site import Site, describe
+from rankwise.core.site import Site, from_row
 from rankwise.errors import DataError
 from rankwise.files.atomic import atomic_folder, write_json
 from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint
@@ -129,7 +129,7 @@ def open_deltas(path: Path) -> SavedDeltas:
     metadata = DELTAS.read(folder)
     checkpoint = open_checkpoint(folder)
     try:
-        rows = [describe(row["path"], row["shape"], row["tower"], row["transposed"]) for row in metadata["sites"]]
+        rows = [from_row(row) for row in metadata["sites"]]
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder / DELTAS.name}: not what `rankwise finetune` writes: {error!r}") from error
     for row in rows:

@@ -21,15 +21,13 @@ from rankwise.errors import UsageError
 from rankwise.files.atomic import write_text
 from rankwise.files.checkpoint import resolve
 from rankwise.models.load import meta_model
-from rankwise.models.sites import fused_experts
+from rankwise.models.sites import EXPERT_NAMES, fused_experts
 from rankwise.models.targets import plan_fields
 from rankwise.options.commands import RanksConfig
 from rankwise.options.field import absolute
 from rankwise.ranks.probe import Probe
 
 INSTEAD = "train it with `rankwise train --lora-config`, or emit"
-# PEFT takes these names of a model with fused experts for the experts themselves.
-EXPERT_NAMES = frozenset(["gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"])
 Fields = dict[str, Any]
 Targets = str | list[str]
 
