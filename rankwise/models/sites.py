@@ -8,18 +8,26 @@ conversion map: a plan made from raw keys would match nothing.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    Chunk,
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.core.site import Site, describe, is_expert
 from rankwise.errors import UsageError
 from rankwise.files.checkpoint import Weight
+from rankwise.models.expert_files import Converted, ExpertFiles, converted_experts, stored_experts
 
 DEPTH_MODULES = frozenset(["depth_model", "depth_preproc"])
 
@@ -27,10 +35,12 @@ DEPTH_MODULES = frozenset(["depth_model", "depth_preproc"])
 @dataclass(frozen=True)
 class WeightTable:
     """Module parameter → place in the files, and the parameters whose files transformers rewrites on loading
-    (fused experts and the like), which no view of one file can give."""
+    (fused experts and the like), which no view of one file can give. experts: of the parameters (E, a, b), however they
+    are stored, the files of each expert."""
 
     weights: dict[str, Weight]
     rewritten: tuple[str, ...]
+    experts: dict[str, ExpertFiles] = field(default_factory=dict)
 
 
 def model_sites(model: PreTrainedModel) -> dict[str, Site]:
@@ -143,6 +153,7 @@ def weight_table(model: PreTrainedModel, keys: list[str]) -> WeightTable:
     state = dict(model.state_dict(keep_vars=True))
     weights: dict[str, Weight] = {}
     rewritten: list[str] = []
+    converted: list[Converted] = []
     for key in sorted(keys, key=dot_natural_key):
         name, source = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if source is None:
@@ -152,9 +163,13 @@ def weight_table(model: PreTrainedModel, keys: list[str]) -> WeightTable:
         parts = chunks(converter, name)
         if parts is None:
             rewritten.append(name)
+            converted.append(Converted(key, apply_renamings(key, renamings), source, name, converter))
         for index, part in enumerate(parts or []):
             weights[part] = Weight(key, part=(index, len(parts or [])))
-    return WeightTable(weights, tuple(dict.fromkeys(rewritten)))
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    plain = {name: weight.key for name, weight in weights.items() if weight.part == (0, 1)}
+    experts = [*stored_experts(plain, shapes), *converted_experts(converted, shapes)]
+    return WeightTable(weights, tuple(dict.fromkeys(rewritten)), {files.parameter: files for files in experts})
 
 
 def chunks(converter: WeightConverter, first: str) -> list[str] | None:
