@@ -27,7 +27,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from workload import command, machine
 
-from rankwise.files.adapter import LoraAdapter, LoraPair, lora_config, write_adapter
+from rankwise.files.adapter import LoraAdapter, LoraPair, write_adapter
+from rankwise.files.adapter_config import lora_config
 from rankwise.files.checkpoint import Checkpoint, open_checkpoint
 
 HIDDEN, MLP, VOCABULARY, RANK = 1024, 4096, 32_000, 16

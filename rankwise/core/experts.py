@@ -10,9 +10,16 @@ PEFT (`lora.ParamWrapper`) trains one pair per parameter, with an own rank-r par
 
 Where the parameter is stored (E, in, out) and its module does not say so (`Site.swapped`: Llama 4), PEFT takes in for
 out, and its product is the transpose of the site's: split with `swapped` gives the site's own.
+
+The pairs of several parameters of one module are nested, the one that the module registered first innermost:
+`experts.base_layer.lora_A` belongs to it, `experts.lora_A` to the last. `nested_keys` names them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -38,3 +45,36 @@ def join_experts(lora_A: Tensor, lora_B: Tensor, swapped: bool = False) -> tuple
     """A (E, r, n) and B (E, m, r) → PEFT's flat pair; the inverse of `split_experts`."""
     a, b = (lora_B.mT, lora_A.mT) if swapped else (lora_A, lora_B)
     return a.reshape(-1, a.shape[2]), b.permute(1, 2, 0).reshape(b.shape[1], -1)
+
+
+@dataclass(frozen=True)
+class ExpertPlace:
+    """What the pair under a key of an adapter's file adapts: the parameter, the number of its experts; as a site's:
+    `swapped`, `order`."""
+
+    parameter: str
+    experts: int
+    swapped: bool = False
+    order: int = 0
+
+
+class Ordered(Protocol):
+    """Whatever knows its place among its module's parameters of experts: a site, a pair, an `ExpertPlace`."""
+
+    @property
+    def order(self) -> int: ...
+
+
+def nested_keys(adapted: Mapping[str, Ordered]) -> dict[str, str]:
+    """Parameter → module path under which PEFT saves its pair, of all adapted parameters of experts."""
+    modules: dict[str, list[str]] = {}
+    for name in sorted(adapted, key=lambda name: adapted[name].order, reverse=True):
+        modules.setdefault(name.rpartition(".")[0], []).append(name)
+    return {name: module + ".base_layer" * depth for module, held in modules.items() for depth, name in enumerate(held)}
+
+
+def targeted(names: Iterable[str], targets: Iterable[str]) -> list[str]:
+    """The parameters that PEFT's target_parameters match: by full name or by the end of it."""
+    targets = tuple(targets)
+    ends = tuple(f".{target}" for target in targets)
+    return [name for name in names if name in targets or name.endswith(ends)]

@@ -48,7 +48,8 @@ class Site:
     `experts`: their number, along the parameter's first axis; 0 for one matrix. A rank is per expert, `shape` one
     expert's, and `path` the parameter's own name. `peft`: how PEFT's config has to name the site, which `PEFT_NAMES`
     explains. `swapped`: PEFT takes the in axis of the experts for their out axis, since they are stored (in, out) and
-    their module does not say so (`is_transposed`).
+    their module does not say so (`is_transposed`). `order`: the number of the module's parameters of experts before
+    this one, which decides how PEFT nests their pairs.
     """
 
     path: str
@@ -61,6 +62,7 @@ class Site:
     experts: int = 0
     peft: str = "pattern"
     swapped: bool = False
+    order: int = 0
 
     def parameters(self, rank: int) -> int:
         """Trainable parameters of the LoRA pairs of this rank: r·(m + n) per matrix."""
@@ -104,7 +106,7 @@ class Site:
         return {name: value for name, value in row.items() if name not in plain or value != plain[name]}
 
 
-EXPERT_FIELDS = ("experts", "peft", "swapped")
+EXPERT_FIELDS = ("experts", "peft", "swapped", "order")
 
 
 def from_row(row: Mapping[str, Any]) -> Site:
@@ -122,6 +124,7 @@ def describe(
     experts: int = 0,
     peft: str = "pattern",
     swapped: bool = False,
+    order: int = 0,
 ) -> Site:
     """The site at a module path, or of the experts in the parameter of this name; shape: (out, in) of one matrix.
 
@@ -143,6 +146,7 @@ def describe(
         experts=experts,
         peft=peft,
         swapped=swapped,
+        order=order,
     )
 
 

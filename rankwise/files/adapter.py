@@ -7,11 +7,10 @@ write_adapter("runs/compressed", replace(adapter, pairs=smaller))
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,149 +18,27 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rankwise.core.experts import ExpertPlace, join_experts, nested_keys, split_experts
 from rankwise.core.factors import Factors
-from rankwise.core.site import PEFT_PREFIX, pattern
+from rankwise.core.site import PEFT_PREFIX
 from rankwise.errors import DataError, UsageError
+from rankwise.files.adapter_config import (
+    AdaptedSite,
+    complete_config,
+    config_name,
+    peft_name,
+    rank_of,
+    require_plain,
+    scale_of,
+)
 from rankwise.files.atomic import atomic_files, read_object, write_json
 from rankwise.files.checkpoint import ADAPTER_NAMES, SAFETENSORS, open_checkpoint, resolve
+from rankwise.files.document import Document, build
 from rankwise.files.pickled import SUFFIXES
 
-# Options under which B·A is not, or not all of, the change of the weight.
-NOT_PLAIN = {
-    "use_dora": "DoRA",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "BD-LoRA",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "arrow_config": "Arrow",
-    "alora_invocation_tokens": "activated LoRA",
-    "layer_replication": "layer replication",
-    "target_parameters": "LoRA on parameters (fused experts)",
-    "lora_bias": "LoRA with a bias on B",
-    "megatron_config": "Megatron LoRA",
-    "enable_lora": "MergedLinear, an early PEFT's LoRA on some of a fused q, k, v",
-}
-# Initialisations that move part of the base weight into the adapter: B·A is then no change of the base.
-MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# What the written regex and the plain delta make void.
-RESET: dict[str, Any] = {
-    "init_lora_weights": True,
-    "inference_mode": True,
-    "layers_to_transform": None,
-    "layers_pattern": None,
-    "exclude_modules": None,
-    "loftq_config": {},
-    "eva_config": None,
-    "corda_config": None,
-    "lora_ga_config": None,
-}
-
-
-def lora_config(
-    base_model: str | None,
-    task_type: str | None = "CAUSAL_LM",
-    dropout: float = 0.0,
-    modules_to_save: list[str] | None = None,
-) -> dict[str, Any]:
-    """The fields of a plain LoRA that do not follow from its tensors (`write_adapter` adds those)."""
-    return {
-        "base_model_name_or_path": base_model,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "lora_dropout": dropout,
-        "modules_to_save": modules_to_save,
-        "peft_type": "LORA",
-        "task_type": task_type,
-        "use_dora": False,
-        "use_rslora": False,
-    }
-
-
-def require_plain(config: Mapping[str, Any], file: Path) -> None:
-    """DataError, naming the variant, for every adapter that is not plain LoRA."""
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise DataError(f"{file}: peft_type is {kind or 'missing'}; only plain LoRA adapters can be read")
-    for option, name in NOT_PLAIN.items():
-        if config.get(option):
-            raise DataError(f"{file}: {name} ({option} is set); only plain LoRA adapters can be read")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(MOVES_BASE):
-        raise DataError(
-            f"{file}: init_lora_weights is {start!r}, which changes the base weights, so B·A is not the change of "
-            "the base; convert it first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
-        )
-    for key in ("r", "lora_alpha"):
-        if not _is_number(config.get(key)):
-            raise DataError(f"{file}: {key} is {config.get(key)!r}; a number is needed")
-
-
-def rank_of(config: Mapping[str, Any], path: str, file: Path) -> int:
-    """The rank that the config gives a site."""
-    return int(_matched(config, "rank_pattern", path, config["r"], file))
-
-
-def scale_of(config: Mapping[str, Any], path: str, file: Path) -> float:
-    """alpha / r, or alpha / √r with rsLoRA (Kalajdzievski 2023), of a site."""
-    alpha = _matched(config, "alpha_pattern", path, config["lora_alpha"], file)
-    return alpha / _divisor(rank_of(config, path, file), bool(config.get("use_rslora")))
-
-
-def _divisor(rank: int, use_rslora: bool) -> float:
-    return math.sqrt(rank) if use_rslora else rank
-
-
-def _matched(config: Mapping[str, Any], field: str, path: str, default: float, file: Path) -> float:
-    """The value of the first pattern that matches: a regex with a free prefix that ends at a dot."""
-    for key, value in (config.get(field) or {}).items():
-        try:
-            found = re.match(rf"(.*\.)?({key})$", path)
-        except re.error as error:
-            raise DataError(f"{file}: {field}: {key!r} is not a regular expression ({error})") from error
-        if found:
-            if not _is_number(value):
-                raise DataError(f"{file}: {field}: {key!r} has the value {value!r}; a number is needed")
-            return float(value)
-    return default
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-
-
-def target_regex(paths: Iterable[str]) -> str:
-    """One anchored regex for exactly these paths. PEFT would shorten a list of 20 or more to bare suffixes."""
-    return f"^(?:{'|'.join(re.escape(path) for path in paths)})$"
-
-
-def complete_config(
-    config: Mapping[str, Any], ranks: Mapping[str, int], scales: Mapping[str, float], fan_in_fan_out: bool
-) -> dict[str, Any]:
-    """The whole adapter_config.json for these sites.
-
-    The global r is the largest rank and lora_alpha belongs to it, so that a reader that ignores patterns scales
-    right where the scale is one; patterns name the sites that differ, by anchored full path.
-    """
-    use_rslora = bool(config.get("use_rslora"))
-    alphas = {path: _tidy(scales[path] * _divisor(rank, use_rslora)) for path, rank in ranks.items()}
-    largest = max(ranks, key=lambda path: ranks[path])
-    tensors = {
-        "r": ranks[largest],
-        "lora_alpha": alphas[largest],
-        "rank_pattern": {pattern(p): rank for p, rank in ranks.items() if rank != ranks[largest]},
-        "alpha_pattern": {pattern(p): alpha for p, alpha in alphas.items() if alpha != alphas[largest]},
-        "target_modules": target_regex(ranks),
-        "fan_in_fan_out": fan_in_fan_out,
-    }
-    whole = dict(config) | RESET | tensors
-    whole.pop("peft_version", None)
-    return dict(sorted(whole.items()))
-
-
-def _tidy(alpha: float) -> int | float:
-    """An integer where rounding alone made it a fraction."""
-    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-9) else alpha
-
+EXPERTS = Document(
+    "experts.json", "rankwise-experts/1", "a record of the experts that an adapter adapts", "", ("pairs",)
+)
 
 CONFIG_NAME = "adapter_config.json"
 FOLDERS = ("", "final_model", "lora_adapter")
@@ -189,7 +66,7 @@ class LoraPair:
     them).
 
     `fan_in_fan_out`: the base stores the weight as (n, m), as Conv1D and embeddings do. `embedding`: the pair
-    adapts an embedding table, which has key names of its own. `peft`, `swapped`: as a site's.
+    adapts an embedding table, which has key names of its own. `peft`, `swapped`, `order`: as a site's.
     """
 
     lora_A: Tensor
@@ -199,11 +76,12 @@ class LoraPair:
     embedding: bool = False
     peft: str = "pattern"
     swapped: bool = False
+    order: int = 0
 
     @classmethod
-    def of(cls, factors: Factors, scale: float = 2.0, fan_in_fan_out: bool = False) -> Self:
+    def of(cls, factors: Factors, scale: float = 2.0, fan_in_fan_out: bool = False, peft: str = "pattern") -> Self:
         """The pair whose scale·B·A is the factors' product."""
-        return cls(*factors.lora(scale), scale, fan_in_fan_out)
+        return cls(*factors.lora(scale), scale, fan_in_fan_out, peft=peft)
 
     @property
     def rank(self) -> int:
@@ -245,13 +123,18 @@ class LoraAdapter:
         return self.config.get("base_model_name_or_path")
 
 
-def read_adapter(path: Path | str, scale: float | None = None) -> LoraAdapter:
+def read_adapter(
+    path: Path | str, scale: float | None = None, places: Mapping[str, ExpertPlace] | None = None
+) -> LoraAdapter:
     """Read a plain LoRA adapter: PEFT's folder or file, a run folder that holds one, or a loralib state dict.
 
     `scale` (alpha / r) is for files without an adapter_config.json, and needed there: the tensors do not tell.
-    DataError, naming file and tensor, for other methods, for NaN and infinity, and for halves that do not fit.
+    `places`: key in the file → what a pair of experts adapts, for adapters without an experts.json (of other programs;
+    `models.adapters.expert_places` finds them). DataError, naming file and tensor, for other methods, for NaN and
+    infinity, for halves that do not fit, and for pairs of experts of which neither tells the parameter.
     """
     weights, config_file = adapter_files(Path(path))
+    places = recorded_places(weights.parent) if places is None else places
     config = read_object(config_file) if config_file else {}
     if config_file:
         require_plain(config, config_file)
@@ -262,11 +145,46 @@ def read_adapter(path: Path | str, scale: float | None = None) -> LoraAdapter:
     pairs = {}
     for (site, embedding), found in halves.items():
         lora_A, lora_B = _matching(site, found, weights)
+        place = places.get(site)
+        name = place.parameter if place else site
+        if config_file and not place:
+            _refuse_unplaced(config, site, lora_A.shape[0], config_file)
+        if place:
+            lora_A, lora_B = split_experts(lora_A, lora_B, place.experts, place.swapped)
         if config_file:
-            _check_rank(config, site, lora_A.shape[0], config_file)
-        factor = scale_of(config, site, config_file) if config_file else float(scale or 0)
-        pairs[site] = LoraPair(lora_A, lora_B, factor, embedding or bool(config.get("fan_in_fan_out")), embedding)
+            _check_rank(config, name, lora_A.shape[-2], config_file)
+        factor = scale_of(config, name, config_file) if config_file else float(scale or 0)
+        transposed = not place and (embedding or bool(config.get("fan_in_fan_out")))
+        told = ("parameter", place.swapped, place.order) if place else (peft_name(config, site), False, 0)
+        pairs[name] = LoraPair(lora_A, lora_B, factor, transposed, embedding, *told)
     return LoraAdapter(config, pairs, extra)
+
+
+def recorded_places(folder: Path) -> dict[str, ExpertPlace]:
+    """Key in the adapter's file → what the pair adapts, of a folder's `experts.json`; empty without one."""
+    file = folder / EXPERTS.name
+    if not file.is_file():
+        return {}
+    try:
+        return {row.pop("key"): build(ExpertPlace, row) for row in EXPERTS.read(folder)["pairs"]}
+    except (KeyError, TypeError, AttributeError, UsageError, DataError) as error:
+        raise DataError(f"{file}: not {EXPERTS.what} ({error})") from error
+
+
+def place_rows(places: Mapping[str, ExpertPlace]) -> dict[str, Any]:
+    """The content of `experts.json`."""
+    return {"pairs": [{"key": key, **asdict(place)} for key, place in places.items()]}
+
+
+def _refuse_unplaced(config: Mapping[str, Any], site: str, rows: int, config_file: Path) -> None:
+    """DataError for the pair of a parameter of experts: keys in the file do not tell which."""
+    if not config.get("target_parameters") or peft_name(config, site) == "parameter":
+        return
+    if ".base_layer" in site or rows != rank_of(config, site, config_file):
+        raise DataError(
+            f"{config_file}: LoRA on parameters of experts (target_parameters), and there is no {EXPERTS.name} to tell "
+            f"which one {site}.lora_A adapts; name the base model"
+        )
 
 
 def is_adapter(path: Path) -> bool:
@@ -419,15 +337,23 @@ def write_adapter(folder: Path | str, adapter: LoraAdapter) -> Path:
             raise DataError(f"{path}: rank 0 cannot be written as an adapter; leave the site out")
     if not adapter.pairs:
         raise DataError(f"{folder}: no sites to write; an adapter needs at least one")
+    experts = {path: pair for path, pair in adapter.pairs.items() if pair.experts}
+    keys = nested_keys(experts)
+    places = {keys[p]: ExpertPlace(p, pair.experts, pair.swapped, pair.order) for p, pair in experts.items()}
     config = complete_config(
         adapter.config,
-        {path: pair.rank for path, pair in adapter.pairs.items()},
-        {path: pair.scale for path, pair in adapter.pairs.items()},
+        [
+            AdaptedSite(pair.rank, pair.scale, config_name(path, pair.peft, pair.experts), pair.peft)
+            for path, pair in adapter.pairs.items()
+        ],
         any(pair.fan_in_fan_out and not pair.embedding for pair in adapter.pairs.values()),
     )
-    with atomic_files(folder / ADAPTER_NAMES[0], folder / CONFIG_NAME) as (weights_file, config_file):
+    names = (ADAPTER_NAMES[0], CONFIG_NAME, *([EXPERTS.name] if places else []))
+    with atomic_files(*(folder / name for name in names)) as (weights_file, config_file, *record):
         save_file(peft_tensors(adapter), weights_file, metadata={"format": "pt"})
         write_json(config_file, config)
+        for file in record:
+            file.write_text(EXPERTS.text(place_rows(places)), encoding="utf-8")
     return folder
 
 
@@ -441,7 +367,10 @@ def peft_tensors(adapter: LoraAdapter) -> dict[str, Tensor]:
         path, _, leaf = name.partition(".base_layer.")
         held = not leaf or path in adapter.pairs or path.endswith(".token_adapter")
         tensors[name if held else f"{path}.{leaf}"] = tensor
+    keys = nested_keys({path: pair for path, pair in adapter.pairs.items() if pair.experts})
     for path, pair in adapter.pairs.items():
-        for half, tensor in (("A", pair.lora_A), ("B", pair.lora_B)):
+        flat = join_experts(pair.lora_A, pair.lora_B, pair.swapped) if pair.experts else (pair.lora_A, pair.lora_B)
+        for half, tensor in zip("AB", flat, strict=True):
+            path = keys.get(path, path)
             tensors[f"{path}.lora_embedding_{half}" if pair.embedding else f"{path}.lora_{half}.weight"] = tensor
     return {PEFT_PREFIX + key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}

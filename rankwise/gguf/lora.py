@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from rankwise.errors import DataError, UsageError, VerificationError
-from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, lora_config, peft_tensors, read_adapter
+from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, peft_tensors, read_adapter
+from rankwise.files.adapter_config import lora_config
 from rankwise.files.atomic import named, write_json
 from rankwise.files.checkpoint import ADAPTER_NAMES
 from rankwise.gguf.converter import Converter

@@ -26,7 +26,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from rankwise.core.site import parameter_name
 from rankwise.errors import DataError, VerificationError
-from rankwise.files.adapter import CONFIG_NAME, adapter_files, adapter_tensors, require_plain
+from rankwise.files.adapter import CONFIG_NAME, adapter_files, adapter_tensors
+from rankwise.files.adapter_config import require_plain
 from rankwise.files.atomic import read_object
 from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint, resolve
 from rankwise.models.adapt import ADAPTER, lora_layers, quiet_peft

@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.errors import VerificationError
-from rankwise.files.adapter import CONFIG_NAME, PAIR_KEY, adapter_files, adapter_tensors, scale_of
+from rankwise.files.adapter import CONFIG_NAME, PAIR_KEY, adapter_files, adapter_tensors
+from rankwise.files.adapter_config import scale_of
 from rankwise.files.atomic import read_object
 from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint
 from rankwise.merge.logits import (

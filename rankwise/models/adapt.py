@@ -22,21 +22,24 @@ from typing import Any
 
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.adalora.layer import AdaLoraLayer
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rankwise.core.experts import ExpertPlace, nested_keys, split_experts
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.rank_budget import RankBudget
-from rankwise.core.site import PEFT_PREFIX
+from rankwise.core.site import PEFT_PREFIX, Site
 from rankwise.errors import UsageError, VerificationError
 from rankwise.files.adapter import LoraPair
+from rankwise.models.sites import expert_sites
 from rankwise.models.targets import plan_fields
 from rankwise.options.sections import LoraSection
 
 ADAPTER = "default"
 MOVES_BASE = ("pissa", "olora")
+UNMATCHED = "The following (rank|alpha)_pattern keys did not match"  # PEFT's warning
 SUFFIX = f".lora_E.{ADAPTER}"  # PEFT's rank pattern names a site by its Λ
 SHARED_FIELDS = ("lora_alpha", "target_modules", "fan_in_fan_out", "lora_dropout", "modules_to_save", "task_type")
 
@@ -166,11 +169,12 @@ def check_copied(model: PeftModel, full: Iterable[str]) -> None:
 
 
 def check_built(model: PeftModel, plan: RankPlan) -> None:
-    """Check that exactly the planned sites are adapted, each with A (r, n) and B (m, r)."""
+    """Check that exactly the planned sites are adapted, each with A (r, n) and B (m, r), one per expert."""
     built = built_shapes(model)
-    wanted = {
-        row.site.path: ((row.rank, row.site.shape[1]), (row.site.shape[0], row.rank)) for row in plan.sites if row.rank
-    }
+    wanted = {}
+    for path, site in plan.adapted.items():
+        m, n, rank, experts = *site.shape, plan.ranks[path], (site.experts,) if site.experts else ()
+        wanted[path] = ((*experts, rank, n), (*experts, m, rank))
     wrong = [path for path in {**wanted, **built} if built.get(path) != wanted.get(path)]
     if wrong:
         shown = "; ".join(f"{path}: planned {wanted.get(path)}, built {built.get(path)}" for path in wrong[:3])
@@ -182,25 +186,55 @@ def built_shapes(model: PeftModel) -> dict[str, tuple[tuple[int, ...], tuple[int
     return {
         path: (tuple(a.shape), tuple(b.shape))
         for path, layer in lora_layers(model).items()
-        for a, b in [factor_weights(layer)]
+        for a, b in [factor_weights(path, layer)]
     }
 
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Without the warning that PEFT causes in transformers ≥ 5.20 by asking for an attribute's old name."""
+    """Without the warning that PEFT causes in transformers ≥ 5.20 by asking for an attribute's old name, and without
+    the one for patterns of parameters, which it looks for among modules (`check_built` compares the ranks)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings(
+            "ignore", message="The following .*_pattern keys did not match", category=RuntimeWarning
+        )
         yield
 
 
 def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
-    """Path (in the base model) → adapted layer."""
-    return {
+    """Path of the site (in the base model) → adapted layer, in module order. The wrappers of several parameters of one
+    module are nested; each is its own site's layer."""
+    found = {
         name.removeprefix(PEFT_PREFIX): module
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }
+    return {site_path(name, layer): layer for name, layer in found.items()}
+
+
+def site_path(name: str, layer: LoraLayer) -> str:
+    """The site of an adapted layer of this name: the module, or the parameter of experts that a wrapper adapts."""
+    if not isinstance(layer, ParamWrapper):
+        return name
+    module = name.removesuffix(".base_layer" * (name.count(".base_layer")))
+    return module if layer.num_experts == 1 else f"{module}.{layer.parameter_name}"
+
+
+def layer_site(path: str, layer: LoraLayer) -> Site | None:
+    """The site of a layer that adapts experts; None for every other layer."""
+    if not isinstance(layer, ParamWrapper) or layer.num_experts == 1:
+        return None
+    base = layer.get_base_layer()
+    return next(site for site in expert_sites(path.rpartition(".")[0], base) if site.path == path)
+
+
+def expert_places(model: PeftModel) -> dict[str, ExpertPlace]:
+    """Key in the saved adapter → what the pair under it adapts, of all experts."""
+    sites = {path: layer_site(path, layer) for path, layer in lora_layers(model).items()}
+    experts = {path: site for path, site in sites.items() if site}
+    keys = nested_keys(experts)
+    return {keys[path]: ExpertPlace(path, site.experts, site.swapped, site.order) for path, site in experts.items()}
 
 
 def adalora_layers(model: PeftModel) -> dict[str, AdaLoraLayer]:
@@ -208,33 +242,49 @@ def adalora_layers(model: PeftModel) -> dict[str, AdaLoraLayer]:
     return {path: layer for path, layer in lora_layers(model).items() if isinstance(layer, AdaLoraLayer)}
 
 
-def factor_weights(layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    """A (r, n) and B (m, r) of an adapted layer; an embedding's lie under other names, AdaLoRA's are no modules."""
+def factor_weights(path: str, layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """A (r, n) and B (m, r) of an adapted layer, of experts (E, r, n) and (E, m, r): views of what trains. An
+    embedding's lie under other names, AdaLoRA's are no modules."""
     if ADAPTER in layer.lora_embedding_A:
         return layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
     a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-    return (a, b) if isinstance(a, Tensor) else (a.weight, b.weight)
+    if isinstance(a, Tensor):
+        return a, b
+    site = layer_site(path, layer)
+    return split_experts(a.weight, b.weight, site.experts, site.swapped) if site else (a.weight, b.weight)
 
 
 def lora_pairs(model: PeftModel) -> dict[str, LoraPair]:
     """Path → a copy of the pair (float32, on the CPU) with its scale."""
-    return {
-        path: LoraPair(
-            layer.lora_A[ADAPTER].weight.detach().float().cpu().clone(),
-            layer.lora_B[ADAPTER].weight.detach().float().cpu().clone(),
+    listed, pairs = bool(model.peft_config[ADAPTER].target_parameters), {}
+    for path, layer in lora_layers(model).items():
+        a, b = (half.detach().float().cpu().clone() for half in factor_weights(path, layer))
+        site = layer_site(path, layer)
+        pairs[path] = LoraPair(
+            a,
+            b,
             float(layer.scaling[ADAPTER]),
             bool(layer.fan_in_fan_out),
+            peft="parameter" if isinstance(layer, ParamWrapper) else "path" if listed else "pattern",
+            swapped=bool(site and site.swapped),
+            order=site.order if site else 0,
         )
-        for path, layer in lora_layers(model).items()
-    }
+    return pairs
 
 
 def site_parameters(model: PeftModel) -> dict[str, list[nn.Parameter]]:
-    """Path → what trains at that site: A, B, DoRA's magnitudes, a bias that trains with them."""
+    """Path → what trains at that site: A, B, DoRA's magnitudes, a bias that trains with them; of a wrapper that holds
+    another one its own pair alone."""
     return {
-        path: [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        path: [parameter for parameter in own_parameters(layer) if parameter.requires_grad]
         for path, layer in lora_layers(model).items()
     }
+
+
+def own_parameters(layer: LoraLayer) -> Iterable[nn.Parameter]:
+    if isinstance(layer, ParamWrapper):
+        return [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
+    return list(layer.parameters())
 
 
 def full_copies(model: PeftModel) -> dict[str, nn.Module]:

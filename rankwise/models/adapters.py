@@ -13,27 +13,32 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rankwise.core.experts import ExpertPlace, nested_keys, targeted
 from rankwise.core.plan import RankPlan
-from rankwise.core.site import PEFT_PREFIX, nearest
+from rankwise.core.site import PEFT_PREFIX, Site, nearest
 from rankwise.errors import DataError, VerificationError
 from rankwise.files.adapter import (
     CONFIG_NAME,
     COPY,
+    EXPERTS,
     ORIGINAL,
     LoraAdapter,
     LoraPair,
     adapter_files,
     adapter_tensors,
-    lora_config,
+    place_rows,
     read_adapter,
+    recorded_places,
     write_adapter,
 )
+from rankwise.files.adapter_config import lora_config
 from rankwise.files.atomic import atomic_files, read_object
 from rankwise.files.checkpoint import ADAPTER_NAMES, Checkpoint
 from rankwise.files.document import Document
 from rankwise.models.adapt import (
     ADAPTER,
     built_shapes,
+    expert_places,
     factor_weights,
     full_copies,
     lora_layers,
@@ -88,6 +93,8 @@ def save_adapter(
     config.base_model_name_or_path = base_name
     with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as temporary:
         model.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
+        if places := expert_places(model):
+            EXPERTS.write(temporary, place_rows(places))
         publish(Path(temporary), folder)
 
 
@@ -101,11 +108,29 @@ def full_weights(model: PeftModel) -> dict[str, Tensor]:
 
 
 def publish(source: Path, folder: Path) -> None:
-    """Move the two files of a saved adapter to their place; its config marks it as plain B·A."""
+    """Move the files of a saved adapter to their place; its config marks it as plain B·A."""
     content = read_object(source / CONFIG_NAME) | {"init_lora_weights": True, "eva_config": None}
-    with atomic_files(folder / ADAPTER_NAMES[0], folder / CONFIG_NAME) as (weights, config):
+    names = [ADAPTER_NAMES[0], CONFIG_NAME, *(name for name in (EXPERTS.name,) if (source / name).is_file())]
+    with atomic_files(*(folder / name for name in names)) as (weights, config, *record):
         (source / ADAPTER_NAMES[0]).rename(weights)
         config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for file in record:
+            (source / EXPERTS.name).rename(file)
+
+
+def known_places(sites: Mapping[str, Site], path: Path | str) -> dict[str, ExpertPlace] | None:
+    """Key in an adapter's file → what the pair adapts, where its folder has no record: by the model's sites and the
+    adapter's target_parameters. None where the folder has one, or the adapter adapts no experts."""
+    weights, config_file = adapter_files(Path(path))
+    if config_file is None or recorded_places(weights.parent):
+        return None
+    experts = {name: site for name, site in sites.items() if site.experts}
+    named = targeted(experts, read_object(config_file).get("target_parameters") or ())
+    keys = nested_keys({name: experts[name] for name in named})
+    return {
+        keys[name]: ExpertPlace(name, experts[name].experts, experts[name].swapped, experts[name].order)
+        for name in named
+    } or None
 
 
 def subtract_pairs(now: Mapping[str, LoraPair], before: Mapping[str, LoraPair]) -> dict[str, LoraPair]:
@@ -216,7 +241,7 @@ def check_recorded(model: PeftModel, folder: Path, where: str) -> None:
     if whole and "full" in content:
         raise DataError(f"{where}: modules trained in full differ from {SITES.name} ({min(whole)} …)")
     recorded = {row["path"]: row["shape"] for row in content["sites"]}
-    matched = {path: [b[0], a[1]] for path, (a, b) in built_shapes(model).items()}
+    matched = {path: [b[-2], a[-1]] for path, (a, b) in built_shapes(model).items()}
     if matched != recorded:
         wrong = sorted(path for path in {**recorded, **matched} if recorded.get(path) != matched.get(path))
         raise DataError(f"{where}: {len(wrong)} sites differ from {SITES.name} ({wrong[0]} …)")
@@ -227,6 +252,6 @@ def check_effect(model: PeftModel, where: str) -> None:
     config: Any = model.peft_config[ADAPTER]
     if config.peft_type != "LORA" or config.use_dora or config.bias != "none" or config.modules_to_save:
         return
-    pairs = [factor_weights(layer) for layer in lora_layers(model).values()]
+    pairs = [factor_weights(path, layer) for path, layer in lora_layers(model).items()]
     if pairs and not any(bool(a.any()) and bool(b.any()) for a, b in pairs):
         raise DataError(f"{where}: every B·A is zero, so the adapter has no effect; was it saved before training?")

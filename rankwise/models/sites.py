@@ -57,9 +57,7 @@ def model_sites(model: PreTrainedModel) -> dict[str, Site]:
             site = describe(path, shape, tower_of(path, towers), isinstance(module, Conv1D), peft=peft)
             if site.kind != "head":
                 sites[path] = site
-        for name, parameter in module.named_parameters(recurse=False):
-            if is_expert_parameter(f"{path}.{name}", parameter, module):
-                sites[f"{path}.{name}"] = expert_site(f"{path}.{name}", parameter, module, tower_of(path, towers))
+        sites |= {site.path: site for site in expert_sites(path, module, tower_of(path, towers))}
     return sites
 
 
@@ -73,13 +71,28 @@ def is_expert_parameter(name: str, parameter: nn.Parameter, module: nn.Module) -
     return parameter.dim() == 3 and parameter.shape[0] > 1 and is_expert(name)
 
 
-def expert_site(name: str, parameter: nn.Parameter, module: nn.Module, tower: str) -> Site:
-    """The site of a layer's experts; shape: (out, in) of one of them."""
+def expert_sites(path: str, module: nn.Module, tower: str = "language") -> list[Site]:
+    """The sites of the experts in a module's own parameters; shape: (out, in) of one expert."""
     undeclared = type(module).__name__ in UNDECLARED
     transposed = undeclared or bool(getattr(module, "is_transposed", False))
-    experts, *shape = parameter.shape
-    out_in = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-    return describe(name, out_in, tower, transposed, experts, "parameter", undeclared)
+    held = [
+        (f"{path}.{name}", parameter.shape)
+        for name, parameter in module.named_parameters(recurse=False)
+        if is_expert_parameter(f"{path}.{name}", parameter, module)
+    ]
+    return [
+        describe(
+            name,
+            tuple(sizes[:0:-1] if transposed else sizes[1:]),
+            tower,
+            transposed,
+            experts=sizes[0],
+            peft="parameter",
+            swapped=undeclared,
+            order=order,
+        )
+        for order, (name, sizes) in enumerate(held)
+    ]
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:

@@ -18,13 +18,21 @@ from typing import Any
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import Site, nearest
 from rankwise.errors import UsageError
-from rankwise.files.adapter import complete_config
+from rankwise.files.adapter_config import AdaptedSite, complete_config, config_name
 from rankwise.options.sections import TARGETS
 
 QUERY_VALUE = frozenset(["q_proj", "v_proj", "query", "value", "q_lin", "v_lin"])
 FUSED_QUERY_VALUE = frozenset(["qkv_proj", "qkv", "c_attn", "query_key_value", "Wqkv", "in_proj"])
 LANGUAGE = ("language",)
-TENSOR_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "fan_in_fan_out")
+TENSOR_FIELDS = (
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "target_parameters",
+    "fan_in_fan_out",
+)
 
 
 def choose_sites(
@@ -138,7 +146,13 @@ def scales(plan: RankPlan) -> dict[str, float]:
 
 
 def plan_fields(plan: RankPlan) -> dict[str, Any]:
-    """The fields of PEFT's config that a plan decides: largest rank as `r`, anchored patterns for others, one regex."""
-    transposed = {row.site.transposed for row in plan.sites if row.rank}
-    fields = complete_config({"use_rslora": plan.use_rslora}, plan.ranks, scales(plan), transposed == {True})
+    """The fields of PEFT's config that a plan decides: largest rank as `r`, anchored patterns for others, and one regex
+    for all sites; lists where the model has fused experts."""
+    adapted = plan.adapted
+    transposed = {site.transposed for site in adapted.values() if not site.experts}
+    sites = [
+        AdaptedSite(plan.ranks[path], scale, config_name(path, site.peft, site.experts), site.peft)
+        for (path, scale), site in zip(scales(plan).items(), adapted.values(), strict=True)
+    ]
+    fields = complete_config({"use_rslora": plan.use_rslora}, sites, transposed == {True})
     return {name: fields[name] for name in TENSOR_FIELDS} | {"use_rslora": plan.use_rslora}

@@ -18,16 +18,8 @@ from rankwise.core.site import Site
 from rankwise.core.site import describe as describe_site
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, UsageError
-from rankwise.files.adapter import (
-    CONFIG_NAME,
-    LoraAdapter,
-    LoraPair,
-    adapter_files,
-    carry,
-    lora_config,
-    read_adapter,
-    write_adapter,
-)
+from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, adapter_files, carry, read_adapter, write_adapter
+from rankwise.files.adapter_config import lora_config
 from rankwise.files.atomic import about_to_write
 from rankwise.files.checkpoint import ADAPTER_NAMES
 from rankwise.files.lineage import trained_rows

@@ -22,7 +22,8 @@ from rankwise.core.measure import Delta
 from rankwise.core.plan import PlannedSite, RankPlan, clamped
 from rankwise.core.site import Site
 from rankwise.errors import DataError, UsageError
-from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, carry, lora_config, write_adapter
+from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, carry, write_adapter
+from rankwise.files.adapter_config import lora_config
 from rankwise.files.atomic import about_to_write
 from rankwise.files.checkpoint import ADAPTER_NAMES, open_checkpoint, resolve
 from rankwise.files.plan import find_plan, read_plan

@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.core.factors import Factors
 from rankwise.errors import DataError, UsageError
-from rankwise.files.adapter import LoraAdapter, LoraPair, lora_config, read_adapter, target_regex, write_adapter
+from rankwise.files.adapter import LoraAdapter, LoraPair, read_adapter, write_adapter
+from rankwise.files.adapter_config import lora_config, target_regex
 
 # PEFT 0.21 reads a property that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -29,7 +29,8 @@ from rankwise.core.measure import Delta, from_difference
 from rankwise.core.plan import PlannedSite, RankPlan, load_plan
 from rankwise.core.site import Site
 from rankwise.errors import DataError, UsageError
-from rankwise.files.adapter import LoraAdapter, LoraPair, lora_config, read_adapter, write_adapter
+from rankwise.files.adapter import LoraAdapter, LoraPair, read_adapter, write_adapter
+from rankwise.files.adapter_config import lora_config
 from rankwise.models.adapt import ADAPTER, adapt, built_shapes, lora_layers, lora_pairs, quiet_peft
 from rankwise.models.adapters import load_adapter, save_adapter, write_sites
 from rankwise.models.load import load_model

@@ -20,7 +20,8 @@ from rankwise.cli import main
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.site import describe
 from rankwise.errors import DataError, UsageError
-from rankwise.files.adapter import LoraAdapter, LoraPair, lora_config, read_adapter, write_adapter
+from rankwise.files.adapter import LoraAdapter, LoraPair, read_adapter, write_adapter
+from rankwise.files.adapter_config import lora_config
 from rankwise.files.plan import write_plan
 from rankwise.options.commands import CompressConfig
 from rankwise.ranks.compress import check, compress_adapter, run

@@ -28,7 +28,8 @@ from rankwise import cli
 from rankwise.core.rank_budget import Importance, RankBudget, kept, triplet_scores
 from rankwise.data.dataset import Collator
 from rankwise.errors import DataError, VerificationError
-from rankwise.files.adapter import LoraAdapter, LoraPair, lora_config, read_adapter, write_adapter
+from rankwise.files.adapter import LoraAdapter, LoraPair, read_adapter, write_adapter
+from rankwise.files.adapter_config import lora_config
 from rankwise.files.plan import read_plan
 from rankwise.models.adapt import (
     ADAPTER,

@@ -21,7 +21,8 @@ from rankwise.core.phase import boundaries
 from rankwise.data.input_record import save_input
 from rankwise.data.split import SPLIT, Split
 from rankwise.errors import UsageError
-from rankwise.files.adapter import LoraAdapter, LoraPair, lora_config, write_adapter
+from rankwise.files.adapter import LoraAdapter, LoraPair, write_adapter
+from rankwise.files.adapter_config import lora_config
 from rankwise.files.atomic import atomic_folder, sha256
 from rankwise.files.document import Document
 from rankwise.files.plan import PLAN_FILE, write_plan
