@@ -316,7 +316,6 @@ def test_keys_with_an_adapter_name_and_without_prefix(tmp_path: Path) -> None:
         ({"peft_type": None}, "missing"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"init_lora_weights": "olora"}, "olora"),
-        ({"target_parameters": ["experts.up"]}, "fused experts"),
         ({"lora_bias": True}, "bias on B"),
         ({"enable_lora": [True, False, True]}, "MergedLinear"),
         ({"lora_alpha": None}, "lora_alpha is None"),
