@@ -58,14 +58,14 @@ class ExpertPlace:
     order: int = 0
 
 
-class Ordered(Protocol):
+class Nested(Protocol):
     """Whatever knows its place among its module's parameters of experts: a site, a pair, an `ExpertPlace`."""
 
     @property
     def order(self) -> int: ...
 
 
-def nested_keys(adapted: Mapping[str, Ordered]) -> dict[str, str]:
+def nested_keys(adapted: Mapping[str, Nested]) -> dict[str, str]:
     """Parameter → module path under which PEFT saves its pair, of all adapted parameters of experts."""
     modules: dict[str, list[str]] = {}
     for name in sorted(adapted, key=lambda name: adapted[name].order, reverse=True):
