@@ -232,9 +232,9 @@ def uniform(sites: Sequence[Site], parameters: int) -> dict[Site, int]:
 
 def shape_classes(sites: Iterable[Site]) -> list[list[Site]]:
     """Sites whose ranks can be exchanged without changing the number of parameters."""
-    found: dict[tuple[int, int], list[Site]] = {}
+    found: dict[tuple[int, int, int], list[Site]] = {}
     for site in sites:
-        found.setdefault((min(site.shape), max(site.shape)), []).append(site)
+        found.setdefault((site.experts, min(site.shape), max(site.shape)), []).append(site)
     return list(found.values())
 
 

@@ -10,7 +10,7 @@ where the certificate does not decide the caller's question, the exact path answ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -86,12 +86,13 @@ def block_energy(block: Tensor) -> float:
     return float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
 
 
-def subtract(base: Tensor, tuned: Tensor) -> Delta:
-    """The delta of two matrices of equal shape and any float types, subtracted in float32, block by block.
+def subtract(base: Tensor, tuned: Tensor, out: Tensor | None = None) -> Delta:
+    """The delta of two matrices of equal shape and any float types, subtracted in float32, block by block, into `out`
+    if given.
 
     Its energy is exact; the base's, of which only a ratio is reported, sums float32 norms of blocks.
     """
-    matrix = torch.empty(base.shape, dtype=torch.float32, device=base.device)
+    matrix = torch.empty(base.shape, dtype=torch.float32, device=base.device) if out is None else out
     changed, energy, base_energy = 0, 0.0, 0.0
     base_digits, tuned_digits = Digits(base.dtype), Digits(tuned.dtype)
     for rows in row_blocks(matrix):
@@ -151,9 +152,8 @@ def measure(
     if not math.isfinite(delta.energy):
         raise ValueError("the delta has entries that are NaN or infinite")
     if delta.energy == 0.0:
-        zeros = torch.zeros(min(up_to, *matrix.shape), dtype=torch.float64)
-        return Spectrum(zeros, 0.0, (matrix.shape[0], matrix.shape[1]), complete=True)
-    if exact or min(matrix.shape) <= SMALL_SIDE * (up_to + OVERSAMPLE):
+        return zero_spectrum((matrix.shape[0], matrix.shape[1]), up_to)
+    if exact or is_small(matrix.shape, up_to):
         return exact_spectrum(matrix, delta.energy)
     sketched = sketch(matrix, delta.energy, up_to, generator)
     for spectrum in (sketched.coarse, sketched.spectrum, sketched.refined):
@@ -166,14 +166,22 @@ def measure(
     return exact_spectrum(matrix, delta.energy, method=UNDECIDED)
 
 
+def is_small(shape: Sequence[int], up_to: int) -> bool:
+    """Whether a matrix is measured faster exactly than by a sketch of so many values."""
+    return min(shape) <= SMALL_SIDE * (up_to + OVERSAMPLE)
+
+
+def zero_spectrum(shape: tuple[int, int], up_to: int) -> Spectrum:
+    return Spectrum(torch.zeros(min(up_to, *shape), dtype=torch.float64), 0.0, shape, complete=True)
+
+
 def exact_spectrum(matrix: Tensor, energy: float, method: str = "exact") -> Spectrum:
     """Every singular value: eigenvalues of the smaller Gram matrix, in float64.
 
     The Gram matrix squares the condition number, which costs digits of values below 1e-8·σ₁ and nothing that
     an energy can see.
     """
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    values = gram_values(wide).cpu()
+    values = gram_values(wide_side(matrix)).cpu()
     return Spectrum(values, energy, (matrix.shape[0], matrix.shape[1]), method=method, complete=True)
 
 
@@ -194,11 +202,14 @@ class Sketch:
     shape: tuple[int, int]
     up_to: int
     generator: torch.Generator | None = None
+    bound: float | None = None
 
     @cached_property
     def residual(self) -> float:
         """Upper bound of ‖Δ − QQᵀΔ‖₂."""
-        return min(self.left_over, residual_norm(self.wide, self.basis, self.projected, self.generator))
+        if self.bound is None:
+            return min(self.left_over, float(residual_norm(self.wide, self.basis, self.projected, self.generator)))
+        return min(self.left_over, self.bound)
 
     def coarse(self) -> Spectrum:
         values = self.values[: self.up_to].cpu()
@@ -224,53 +235,80 @@ class Sketch:
 
 def sketch(matrix: Tensor, energy: float, up_to: int, generator: torch.Generator | None = None) -> Sketch:
     """The leading `up_to` values from a randomized basis of the short side, with a bound on the rest."""
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide_side(matrix)
     basis = range_basis(wide, min(up_to + OVERSAMPLE, wide.shape[0]), power_iterations=1, generator=generator)
     projected = basis.T @ wide
     values = gram_values(projected)
-    left_over = math.sqrt(max(0.0, energy - float(values.square().sum())) + ROUNDING * energy)
     shape = (matrix.shape[0], matrix.shape[1])
-    return Sketch(wide, basis, projected, values, left_over, energy, shape, up_to, generator)
+    return Sketch(wide, basis, projected, values, left_over(energy, values), energy, shape, up_to, generator)
+
+
+def sketches(
+    matrices: Tensor, energies: Sequence[float], up_to: int, generator: torch.Generator | None = None
+) -> list[Sketch]:
+    """The sketches of matrices of one shape, (b, m, n), made together, with the bounds of their residuals."""
+    wide = wide_side(matrices)
+    basis = range_basis(wide, min(up_to + OVERSAMPLE, wide.shape[1]), power_iterations=1, generator=generator)
+    projected = basis.mT @ wide
+    values, bounds = gram_values(projected), residual_norm(wide, basis, projected, generator).tolist()
+    shape = (matrices.shape[1], matrices.shape[2])
+    parts = zip(wide, basis, projected, values, energies, bounds, strict=True)
+    return [
+        Sketch(w, q, p, v, left_over(energy, v), energy, shape, up_to, generator, bound)
+        for w, q, p, v, energy, bound in parts
+    ]
+
+
+def wide_side(matrix: Tensor) -> Tensor:
+    """(…, m, n) or its transpose, whichever has m ≤ n."""
+    return matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
+
+
+def left_over(energy: float, values: Tensor) -> float:
+    """‖Δ − QQᵀΔ‖_F by the values of QᵀΔ."""
+    return math.sqrt(max(0.0, energy - float(values.square().sum())) + ROUNDING * energy)
 
 
 def range_basis(wide: Tensor, width: int, power_iterations: int, generator: torch.Generator | None) -> Tensor:
-    """Orthonormal basis Q (m, width) of the leading left subspace of a wide matrix (m ≤ n).
+    """Orthonormal basis Q (…, m, width) of the leading left subspace of wide matrices (…, m, n), m ≤ n.
 
     Power iterations are orthonormalised on the short side only, which is where the cost is small.
     """
-    image = wide @ torch.randn(wide.shape[1], width, generator=generator, dtype=wide.dtype, device=wide.device)
+    size = (*wide.shape[:-2], wide.shape[-1], width)
+    image = wide @ torch.randn(size, generator=generator, dtype=wide.dtype, device=wide.device)
     basis: Tensor = torch.linalg.qr(image).Q
     for _ in range(power_iterations):
-        basis = torch.linalg.qr(wide @ (wide.T @ basis)).Q
+        basis = torch.linalg.qr(wide @ (wide.mT @ basis)).Q
     return basis
 
 
 def gram_values(wide: Tensor) -> Tensor:
-    """Singular values of a (q, n) matrix, q ≤ n, float64, descending: its Gram matrix, summed block by block."""
-    gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=wide.device)
-    columns = max(1, BLOCK // wide.shape[0])
-    for start in range(0, wide.shape[1], columns):
-        block = wide[:, start : start + columns].double()
-        gram.addmm_(block, block.T)
+    """Singular values of (…, q, n) matrices, q ≤ n, float64, descending: Gram matrices, summed block by block."""
+    gram = torch.zeros(*wide.shape[:-1], wide.shape[-2], dtype=torch.float64, device=wide.device)
+    columns = max(1, BLOCK // math.prod(wide.shape[:-1]))
+    for start in range(0, wide.shape[-1], columns):
+        block = wide[..., start : start + columns].double()
+        gram.addmm_(block, block.mT) if wide.dim() == 2 else gram.baddbmm_(block, block.mT)
     values: Tensor = torch.linalg.eigvalsh(gram)
-    return values.flip(0).clamp(min=0).sqrt()
+    return values.flip(-1).clamp(min=0).sqrt()
 
 
-def residual_norm(wide: Tensor, basis: Tensor, projected: Tensor, generator: torch.Generator | None) -> float:
+def residual_norm(wide: Tensor, basis: Tensor, projected: Tensor, generator: torch.Generator | None) -> Tensor:
     """Upper bound of ‖R‖₂, R = Δ − QQᵀΔ, which is never formed: the largest Ritz value of RRᵀ in the block Krylov space
-    of random vectors (it nears ‖R‖₂² from below), times what it can be short of, see `safety`."""
-    probe = torch.randn(wide.shape[0], PROBES, generator=generator, dtype=wide.dtype, device=wide.device)
+    of random vectors (it nears ‖R‖₂² from below), times what it can be short of, see `safety`. Of one matrix, or a
+    batch."""
+    probe = torch.randn(*wide.shape[:-1], PROBES, generator=generator, dtype=wide.dtype, device=wide.device)
     blocks: list[Tensor] = []
     images: list[Tensor] = []
     for step in range(STEPS):
         for _ in range(2):  # once leaves float32's rounding of the first pass
             for known in (basis, *blocks):
-                probe = probe - known @ (known.T @ probe)
+                probe = probe - known @ (known.mT @ probe)
         blocks.append(torch.linalg.qr(probe).Q)
-        images.append(wide.T @ blocks[-1] - projected.T @ (basis.T @ blocks[-1]))
+        images.append(wide.mT @ blocks[-1] - projected.mT @ (basis.mT @ blocks[-1]))
         if step + 1 < STEPS:
             probe = wide @ images[-1] - basis @ (projected @ images[-1])
-    return safety(wide.shape[0]) * float(gram_values(torch.cat(images, 1).T)[0])
+    return safety(wide.shape[-2]) * gram_values(torch.cat(images, -1).mT)[..., 0]
 
 
 def safety(m: int) -> float:

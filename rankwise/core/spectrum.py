@@ -6,6 +6,7 @@ Notation: Δ is m×n with singular values σ₁ ≥ σ₂ ≥ …; energy E(k) =
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -204,6 +205,34 @@ class Spectrum:
         if not len(kept):
             kept = self.values[:1]
         return replace(self, values=kept, energy_total=float(kept.square().sum()), method=f"{self.method}, {rule}")
+
+
+def together(spectra: Sequence[Spectrum]) -> Spectrum:
+    """The spectrum of matrices of one shape that get the same rank each (a layer's experts): σᵢ² = Σ_e σ²_{e,i}.
+
+    So E(k) is what rank k for each keeps of the energy of all, and bounds are the sums of the single ones. As many
+    values as all of them have; of a complete one those that it has not are zero.
+    """
+    open_ended = [len(each) for each in spectra if not each.complete]
+    count = min(open_ended) if open_ended else max(map(len, spectra))
+    squares, missed = torch.zeros(2, count, dtype=torch.float64)
+    for each in spectra:
+        known = min(count, len(each))
+        squares[:known] += each.values[:known].square()
+        missed += torch.nn.functional.pad(each.missed()[:known], (0, count - known))
+    total = sum(each.energy_total for each in spectra)
+    slack = sum(each.rounding * each.energy_total for each in spectra)
+    refined = all(each.complete or each.excess is not None for each in spectra)
+    return Spectrum(
+        values=squares.sqrt(),
+        energy_total=total,
+        shape=spectra[0].shape,
+        residual=math.sqrt(sum(each.residual**2 for each in spectra)),
+        method=", ".join(dict.fromkeys(each.method for each in spectra if not each.is_zero)) or spectra[0].method,
+        complete=not open_ended,
+        excess=missed if refined and open_ended else None,
+        rounding=slack / total if total else 0.0,
+    )
 
 
 def shrunk_squares(squares: Tensor, beta: float) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rankwise.core.site import nearest, unwrapped
+from rankwise.core.site import is_expert, nearest, unwrapped
 from rankwise.errors import DataError, UsageError
 from rankwise.files.atomic import about_to_write, digest_of, fingerprints, read_object
 from rankwise.files.pickled import SUFFIXES, load_pickle
@@ -244,7 +244,11 @@ def _open_index(path: Path, index: Path) -> Checkpoint:
     files = {name: index.parent / name for name in dict.fromkeys(places.values())}
     missing = [name for name, file in files.items() if not file.is_file()]
     if missing:
-        raise DataError(f"{index.parent}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing)}")
+        lost = sorted((key for key, place in places.items() if place in missing), key=lambda key: not is_expert(key))
+        shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        raise DataError(
+            f"{index.parent}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing)} (with {shown})"
+        )
     checkpoint = _open_shards(path, files, places)
     there = {*checkpoint.shards, *checkpoint.loaded}
     absent = [f"{key} ({place})" for key, place in places.items() if key not in there]

@@ -42,9 +42,9 @@ from rankwise.ranks.decide import (
 from rankwise.ranks.deltas import DeltaSource
 from rankwise.ranks.fidelity import sentences, unpaired
 from rankwise.ranks.gain import Gain
+from rankwise.ranks.measured import ALLOWED, dtypes, refuse_noise
 from rankwise.ranks.plots import SVD_FOLDER, write_delta_weights, write_plots, write_raw_data
 from rankwise.ranks.probe import Probe, measure_source, open_source, other_probe, source_metadata
-from rankwise.ranks.spectra import ALLOWED, dtypes, refuse_noise
 from rankwise.ranks.summary import render, summarise
 
 

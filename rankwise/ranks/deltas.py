@@ -7,7 +7,7 @@ for site, delta in source.deltas(list_of_sites): ...
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from rankwise.errors import DataError
 from rankwise.files.atomic import atomic_folder, write_json
 from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint
 from rankwise.files.document import Document
+from rankwise.models.expert_files import ExpertFiles
 from rankwise.models.sites import WeightTable
 
 DELTAS = Document("deltas.json", "rankwise-deltas/1", "saved deltas", "rankwise finetune")
@@ -29,7 +30,7 @@ WEIGHT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class DeltaSource(Protocol):
-    """Sites, and the delta of each on demand."""
+    """Sites, and the delta of each on demand; of a layer's experts one at a time."""
 
     @property
     def sites(self) -> dict[str, Site]: ...
@@ -39,7 +40,9 @@ class DeltaSource(Protocol):
 
     def read(self, site: Site) -> Delta: ...
 
-    def prefetch(self, site: Site) -> None: ...
+    def expert(self, site: Site, expert: int) -> Delta: ...
+
+    def prefetch(self, site: Site, expert: int = 0) -> None: ...
 
 
 def deltas(source: DeltaSource, sites: Sequence[Site]) -> Iterator[tuple[Site, Delta]]:
@@ -59,10 +62,25 @@ def logical(tensor: Tensor, site: Site) -> Tensor:
 
 @dataclass(frozen=True)
 class WeightPair:
-    """Where a tensor lies in the base and in the tuned checkpoint; None: it is not there."""
+    """Where a tensor lies in the base and in the tuned checkpoint, and a layer's experts; None: it is not there."""
 
-    base: Weight | None
-    tuned: Weight | None
+    base: Weight | ExpertFiles | None
+    tuned: Weight | ExpertFiles | None
+
+
+def shape_of(place: Weight | ExpertFiles, checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Of a layer's experts the parameter's, of a block of a tensor the block's."""
+    if isinstance(place, ExpertFiles):
+        return place.shape
+    shape = checkpoint.shape(place.key)
+    return shape if place.part[1] == 1 else (shape[0] // place.part[1], *shape[1:])
+
+
+def matrices_of(place: Weight | ExpertFiles, checkpoint: Checkpoint) -> Iterator[Tensor]:
+    """The tensor, or a layer's experts one at a time."""
+    if isinstance(place, ExpertFiles):
+        return (place.expert(checkpoint, expert) for expert in range(place.experts))
+    return iter([place.read(checkpoint)])
 
 
 @dataclass(frozen=True)
@@ -83,18 +101,33 @@ class CheckpointPair:
     def weights(self, site: Site) -> tuple[Weight, Weight]:
         """The places of a site's weight, which lies in both."""
         place = self.places[weight_name(site.path, self.places)]
-        assert place.base is not None
-        assert place.tuned is not None
+        assert isinstance(place.base, Weight)
+        assert isinstance(place.tuned, Weight)
+        return place.base, place.tuned
+
+    def experts(self, site: Site) -> tuple[ExpertFiles, ExpertFiles]:
+        """The files of a site's experts, which lie in both."""
+        place = self.places[site.weight]
+        assert isinstance(place.base, ExpertFiles)
+        assert isinstance(place.tuned, ExpertFiles)
         return place.base, place.tuned
 
     def read(self, site: Site) -> Delta:
         base, tuned = self.weights(site)
         return subtract(logical(base.read(self.base), site), logical(tuned.read(self.tuned), site))
 
-    def prefetch(self, site: Site) -> None:
-        base, tuned = self.weights(site)
-        self.base.prefetch(base.key)
-        self.tuned.prefetch(tuned.key)
+    def expert(self, site: Site, expert: int) -> Delta:
+        base, tuned = self.experts(site)
+        delta = subtract(base.expert(self.base, expert), tuned.expert(self.tuned, expert))
+        return replace(delta, matrix=logical(delta.matrix, site))
+
+    def prefetch(self, site: Site, expert: int = 0) -> None:
+        if site.experts:
+            for files, checkpoint in zip(self.experts(site), (self.base, self.tuned), strict=True):
+                files.prefetch(checkpoint, expert)
+        else:
+            for weight, checkpoint in zip(self.weights(site), (self.base, self.tuned), strict=True):
+                checkpoint.prefetch(weight.key)
 
 
 def weight_name(path: str, names: Container[str]) -> str:
@@ -104,7 +137,7 @@ def weight_name(path: str, names: Container[str]) -> str:
 
 @dataclass(frozen=True)
 class SavedDeltas:
-    """The float32 deltas of a `rankwise finetune` run: `deltas/` with one tensor `<path>.weight` per matrix."""
+    """The float32 deltas of a `rankwise finetune` run: `deltas/` with one tensor per parameter, by its name."""
 
     checkpoint: Checkpoint
     sites: dict[str, Site]
@@ -112,11 +145,16 @@ class SavedDeltas:
     description: str = ""
 
     def read(self, site: Site) -> Delta:
-        matrix = logical(self.checkpoint.tensor(f"{site.path}.weight"), site)
+        matrix = logical(self.checkpoint.tensor(site.weight), site)
         return from_difference(matrix, float(self.metadata.get("base_energy", {}).get(site.path, 0.0)))
 
-    def prefetch(self, site: Site) -> None:
-        self.checkpoint.prefetch(f"{site.path}.weight")
+    def expert(self, site: Site, expert: int) -> Delta:
+        energies = self.metadata.get("base_energy", {}).get(site.path) or [0.0] * site.experts
+        return from_difference(logical(self.checkpoint.tensor(site.weight)[expert], site), float(energies[expert]))
+
+    def prefetch(self, site: Site, expert: int = 0) -> None:
+        if not site.experts:
+            self.checkpoint.prefetch(site.weight)
 
 
 def open_deltas(path: Path) -> SavedDeltas:
@@ -133,16 +171,21 @@ def open_deltas(path: Path) -> SavedDeltas:
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder / DELTAS.name}: not what `rankwise finetune` writes: {error!r}") from error
     for row in rows:
-        shape = checkpoint.shape(f"{row.path}.weight")
-        if shape != (row.shape[::-1] if row.transposed else row.shape):
-            raise DataError(f"{folder}: {row.path} is {shape} in the weights and {row.shape} in {DELTAS.name}")
+        shape, stored = checkpoint.shape(row.weight), row.shape[::-1] if row.transposed else row.shape
+        if shape != ((row.experts, *stored) if row.experts else stored):
+            told = f"{row.experts} × {row.shape}" if row.experts else f"{row.shape}"
+            raise DataError(f"{folder}: {row.path} is {shape} in the weights and {told} in {DELTAS.name}")
     return SavedDeltas(checkpoint, {row.path: row for row in rows}, metadata, str(path))
 
 
-def check_finite(site: Site, delta: Delta) -> None:
+def on_device(delta: Delta, device: str) -> Delta:
+    return delta if device == "cpu" else replace(delta, matrix=delta.matrix.to(device))
+
+
+def check_finite(site: Site, delta: Delta, name: str = "") -> None:
     """NaN and Inf name their tensor."""
     if not torch.isfinite(torch.tensor(delta.energy)):
-        raise DataError(f"{site.path}.weight: the delta has NaN or infinite entries; the run it comes from diverged")
+        raise DataError(f"{name or site.weight}: the delta has NaN or infinite entries; the run it comes from diverged")
 
 
 SHARD_BYTES = 2**30
@@ -161,12 +204,20 @@ class BaseWeights:
         cls, checkpoint: Checkpoint, table: WeightTable, parameters: Mapping[str, Tensor]
     ) -> BaseWeights:
         """Call this with the untrained parameters: those that the table lacks are copied now."""
-        copies = {name: value.detach().cpu().clone() for name, value in parameters.items() if name not in table.weights}
+        there = {*table.weights, *table.experts}
+        copies = {name: value.detach().cpu().clone() for name, value in parameters.items() if name not in there}
         return cls(checkpoint, table, copies)
 
     def read(self, name: str) -> Tensor:
-        copy = self.copies.get(name)
-        return (self.table.weights[name].read(self.checkpoint) if copy is None else copy).float()
+        if name in self.copies:
+            return self.copies[name].float()
+        place = self.table.weights.get(name) or self.table.experts[name]
+        return place.read(self.checkpoint).float()
+
+    def experts(self, name: str) -> Iterator[Tensor]:
+        """The matrices of a parameter with experts, one at a time."""
+        files = self.table.experts[name]
+        return (files.expert(self.checkpoint, expert).float() for expert in range(files.experts))
 
 
 def shards(tensors: Mapping[str, Tensor], limit: int = SHARD_BYTES) -> Iterator[list[str]]:
@@ -193,21 +244,30 @@ def write_deltas(
 ) -> Path:
     """tuned − base of every trained parameter, float32, under the parameter's name; whole or not at all.
 
-    One shard is in memory at a time. `deltas.json` holds the sites, the energy of each one's base weight, and `facts`.
+    One shard is in memory at a time. `deltas.json` holds the sites, the energy of each one's base weight (of experts a
+    list), and `facts`.
     """
     groups = list(shards(tuned, limit))
-    energies: dict[str, float] = {}
+    named = {site.weight: site for site in sites.values()}
+    energies: dict[str, Any] = {}
     places: dict[str, str] = {}
     with atomic_folder(folder) as temporary:
         for index, names in enumerate(tqdm(groups, desc="deltas", unit="shard", disable=None, leave=False), 1):
             file = f"deltas-{index:05d}-of-{len(groups):05d}.safetensors"
             differences = {}
             for name in names:
-                before = base.read(name)
-                differences[name] = (tuned[name].detach().to("cpu", torch.float32) - before).contiguous()
-                path = name.removesuffix(".weight")
-                if path in sites:
-                    energies[path] = energy_of(before)
+                after, site = tuned[name].detach().to("cpu", torch.float32, copy=True).contiguous(), named.get(name)
+                if site and site.experts:
+                    energies[site.path] = []
+                    for matrix, before in zip(after, base.experts(name), strict=True):
+                        matrix.sub_(before)
+                        energies[site.path].append(energy_of(before))
+                else:
+                    before = base.read(name)
+                    after.sub_(before)
+                    if site:
+                        energies[site.path] = energy_of(before)
+                differences[name] = after
             save_file(differences, temporary / file, metadata={"format": "pt"})
             places |= dict.fromkeys(names, file)
         size = 4 * sum(tensor.numel() for tensor in tuned.values())

@@ -36,11 +36,19 @@ from rankwise.options.commands import ExtractConfig
 from rankwise.options.sections import TOWERS
 from rankwise.page.text import command_line
 from rankwise.pipeline.idle import refuse_idle
-from rankwise.ranks.deltas import CheckpointPair, DeltaSource, SavedDeltas, check_finite, deltas, weight_name
+from rankwise.ranks.deltas import (
+    CheckpointPair,
+    DeltaSource,
+    SavedDeltas,
+    check_finite,
+    deltas,
+    on_device,
+    weight_name,
+)
 from rankwise.ranks.fidelity import RESIZED, Fidelity, OmittedTensor, SiteFidelity, left_out, require_kept
 from rankwise.ranks.probe import filter_sites, folder_of, open_source, source_metadata
 from rankwise.ranks.proof import Both, Makers, Proof, both_models, prove, with_tied
-from rankwise.ranks.spectra import on_device, site_generator
+from rankwise.ranks.spectra import site_generator
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,15 @@ from rankwise.files.adapter import LoraAdapter
 from rankwise.files.document import Document
 from rankwise.page.blocks import Block, Finding, Folded, Table
 from rankwise.page.text import amount, has_numbers, is_number, number, plural
-from rankwise.ranks.deltas import CheckpointPair, DeltaSource, SavedDeltas, WeightPair, weight_name
+from rankwise.ranks.deltas import (
+    CheckpointPair,
+    DeltaSource,
+    SavedDeltas,
+    WeightPair,
+    matrices_of,
+    shape_of,
+    weight_name,
+)
 
 DOCUMENT = Document("fidelity.json", "rankwise-fidelity/1", "a record of the energy kept")
 MEASURED = 1e-5  # of the energy: a delta against its factors, multiplied in float32
@@ -203,8 +211,8 @@ def unpaired(source: DeltaSource) -> list[OmittedTensor]:
     for name, place in source.places.items():
         if place.tuned is None or name in sites:
             continue
-        before = source.base.shape(place.base.key) if place.base else None
-        after = source.tuned.shape(place.tuned.key)
+        before = shape_of(place.base, source.base) if place.base else None
+        after = shape_of(place.tuned, source.tuned)
         if before != after:
             found.append(OmittedTensor(name, RESIZED if before else NEW, 0.0, after, before))
     return found
@@ -214,15 +222,14 @@ def compare_tensor(pair: CheckpointPair, name: str, place: WeightPair) -> Omitte
     """One tensor of both; None where they do not differ, or the tuned model has none (the base's stays then)."""
     if place.tuned is None:
         return None
-    after = place.tuned.read(pair.tuned)
+    shape = shape_of(place.tuned, pair.tuned)
     if place.base is None:
-        return OmittedTensor(name, NEW, 0.0, tuple(after.shape), None)
-    before = place.base.read(pair.base)
-    why = CHANGED if before.shape == after.shape else RESIZED
-    energy = common_energy(before, after)
-    return (
-        OmittedTensor(name, why, energy, tuple(after.shape), tuple(before.shape)) if energy or why == RESIZED else None
-    )
+        return OmittedTensor(name, NEW, 0.0, shape, None)
+    old = shape_of(place.base, pair.base)
+    why = CHANGED if old == shape else RESIZED
+    matrices = zip(matrices_of(place.base, pair.base), matrices_of(place.tuned, pair.tuned), strict=False)
+    energy = sum(common_energy(before, after) for before, after in matrices)
+    return OmittedTensor(name, why, energy, shape, old) if energy or why == RESIZED else None
 
 
 def common_energy(before: Tensor, after: Tensor) -> float:

@@ -27,7 +27,7 @@ from rankwise.page.blocks import Block, Finding, Folded, Plot, Table, Words
 from rankwise.page.text import clip, has_numbers, percent, plural
 from rankwise.ranks.decide import Evidence
 from rankwise.ranks.deltas import DeltaSource
-from rankwise.ranks.spectra import Measured
+from rankwise.ranks.measured import Measured
 from rankwise.ranks.summary import layer_ranges
 
 Cells = dict[tuple[str, int | None], float]

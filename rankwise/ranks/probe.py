@@ -22,8 +22,9 @@ from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import LoraAdapter, read_adapter
 from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint, resolve
+from rankwise.models.expert_files import ExpertFiles
 from rankwise.models.load import meta_model
-from rankwise.models.sites import fused_experts, model_sites, weight_table
+from rankwise.models.sites import model_sites, weight_table
 from rankwise.models.vocabulary import embedding_paths
 from rankwise.options.commands import RanksConfig
 from rankwise.options.sections import SitesSection
@@ -35,8 +36,10 @@ from rankwise.ranks.deltas import (
     SavedDeltas,
     WeightPair,
     open_deltas,
+    shape_of,
 )
-from rankwise.ranks.spectra import Measured, Question, Unsettled, measure_adapter, measure_sites
+from rankwise.ranks.measured import Measured
+from rankwise.ranks.spectra import Question, Unsettled, measure_adapter, measure_sites
 
 NOWHERE = WeightPair(None, None)
 CONV1D = frozenset(["c_attn", "c_proj", "c_fc", "q_attn"])  # modules of GPT-2 and its kin
@@ -95,10 +98,7 @@ def model_pair(
 ) -> CheckpointPair:
     sites = filter_sites(model_sites(model), asked)
     places = places_of(model, before, after, asked.rename)
-    experts = fused_experts(model)
-    if experts:
-        notes.append(f"{len(experts)} fused expert tensors are not analysed ({experts[0]} …)")
-    reasons = {path: mismatch(places.get(f"{path}.weight", NOWHERE), before, after) for path in sites}
+    reasons = {path: mismatch(places.get(site.weight, NOWHERE), before, after) for path, site in sites.items()}
     lines = [f"{path} {reason}" for path, reason in reasons.items() if reason]
     refuse_unmatched(lines, before.path, after.path, asked.allow_unmatched, notes)
     matching = {path: site for path, site in sites.items() if not reasons[path]}
@@ -119,10 +119,14 @@ def places_of(
     left, right = (model_weights(model, each) for each in names)
     brought = {key: name for name, key in names[0].items()}
     for name, weight in left.items():
-        if name not in right and brought[weight.key] in names[1]:
+        if name in right:
+            continue
+        if isinstance(weight, Weight) and brought[weight.key] in names[1]:
             right[name] = Weight(names[1][brought[weight.key]], weight.part)
+        elif isinstance(weight, ExpertFiles) and all(brought[key] in names[1] for key in weight.keys):
+            right[name] = weight.renamed({key: names[1][brought[key]] for key in weight.keys})
     for table, each in ((left, names[0]), (right, names[1])):
-        used = {weight.key for weight in table.values()}
+        used = {key for place in table.values() for key in keys_of(place)}
         table |= {name if name not in table else key: Weight(key) for name, key in each.items() if key not in used}
     for one, other in tied_ends(model):
         for table, opposite in ((left, right), (right, left)):
@@ -131,14 +135,20 @@ def places_of(
     return {name: WeightPair(left.get(name), right.get(name)) for name in {**left, **right}}
 
 
-def model_weights(model: PreTrainedModel, names: Mapping[str, str]) -> dict[str, Weight]:
+def model_weights(model: PreTrainedModel, names: Mapping[str, str]) -> dict[str, Weight | ExpertFiles]:
     """Parameter → place, of a checkpoint's tensors (name after `--rename` → key) that the model knows."""
-    known = model.state_dict()
-    found: dict[str, Weight] = {}
+    known, experts = model.state_dict(), {site.weight for site in model_sites(model).values() if site.experts}
+    found: dict[str, Weight | ExpertFiles] = {}
     for each in ({key: key for key in names.values()}, names):
-        table = weight_table(model, list(each)).weights
-        found = {n: Weight(each[w.key], w.part) for n, w in table.items() if n in known} | found
+        table = weight_table(model, list(each))
+        plain = {n: Weight(each[w.key], w.part) for n, w in table.weights.items() if n in known and n not in experts}
+        stacks = {n: files.renamed(each) for n, files in table.experts.items() if n in experts}
+        found = plain | stacks | found
     return found
+
+
+def keys_of(place: Weight | ExpertFiles) -> Collection[str]:
+    return place.keys if isinstance(place, ExpertFiles) else [place.key]
 
 
 def tied_ends(model: PreTrainedModel) -> list[tuple[str, str]]:
@@ -153,13 +163,21 @@ def mismatch(place: WeightPair, before: Checkpoint, after: Checkpoint) -> str | 
     absent = [where for where, (weight, _) in sides.items() if weight is None]
     if absent:
         return f"is missing in the {' and the '.join(absent)}"
+    for where, (weight, checkpoint) in sides.items():
+        if isinstance(weight, ExpertFiles) and (problem := weight.problem(checkpoint)):
+            return f"{problem}, in the {where} ({checkpoint.path})"
     found = [(weight, checkpoint) for weight, checkpoint in sides.values() if weight is not None]
-    one, other = (checkpoint.shape(weight.key) for weight, checkpoint in found)
+    one, other = (shape_of(weight, checkpoint) for weight, checkpoint in found)
     if one != other:
         return f"is {one} in the base and {other} in the tuned checkpoint"
-    types = [checkpoint.dtype(weight.key) for weight, checkpoint in found]
+    types = [checkpoint.dtype(key) for weight, checkpoint in found for key in stored_keys(weight)]
     odd = [str(dtype).removeprefix("torch.") for dtype in types if dtype not in WEIGHT_TYPES]
     return f"is stored as {odd[0]}, which is not a plain weight: dequantize it first" if odd else None
+
+
+def stored_keys(place: Weight | ExpertFiles) -> Collection[str]:
+    """The keys whose type is that of the weights: MXFP4's codes are no such."""
+    return [] if isinstance(place, ExpertFiles) and place.quantized else keys_of(place)
 
 
 def foreign_pair(before: Checkpoint, after: Checkpoint, asked: SitesSection, notes: list[str]) -> CheckpointPair:
@@ -209,7 +227,10 @@ class AdapterDeltas:
     def read(self, site: Site) -> Delta:
         return from_difference(self.adapter.pairs[site.path].factors().product())
 
-    def prefetch(self, site: Site) -> None:
+    def expert(self, site: Site, expert: int) -> Delta:
+        return from_difference(self.adapter.pairs[site.path].expert(expert).factors().product())
+
+    def prefetch(self, site: Site, expert: int = 0) -> None:
         """Nothing to prefetch: the factors are in memory."""
 
 
@@ -254,12 +275,12 @@ def open_adapter(path: str, model_name: str | None, asked: SitesSection, notes: 
     adapter, model = read_adapter(Path(path)), meta_model(model_name) if model_name else None
     known = model_sites(model) if model else {}
     if model:
-        check_base(adapter, known, [name for name, _ in model.named_modules()], f"{path} and {model_name}")
+        check_base(adapter, known, {*known, *dict(model.named_modules())}, f"{path} and {model_name}")
     whole = adapter.config.get("modules_to_save")
     if whole:
         notes.append(f"{path} also carries modules trained in full ({whole[0]} …): no factors, no spectrum")
     sites = {
-        name: known.get(name) or describe(name, pair.shape, transposed=pair.fan_in_fan_out)
+        name: known.get(name) or describe(name, pair.shape, transposed=pair.fan_in_fan_out, experts=pair.experts)
         for name, pair in adapter.pairs.items()
     }
     if not model_name:
@@ -277,8 +298,11 @@ def check_base(adapter: LoraAdapter, known: Mapping[str, Site], modules: Collect
             f"nearest: {near})"
         )
     for path in adapter.pairs:
-        if path in known and adapter.pairs[path].shape != known[path].shape:
-            raise DataError(f"{where} differ: {path} is {adapter.pairs[path].shape} and {known[path].shape}")
+        pair, site = adapter.pairs[path], known.get(path)
+        if site and pair.experts != site.experts:
+            raise DataError(f"{where} differ: {path} has {pair.experts or 'no'} experts and {site.experts or 'none'}")
+        if site and pair.shape != site.shape:
+            raise DataError(f"{where} differ: {path} is {pair.shape} and {site.shape}")
 
 
 def measure_source(

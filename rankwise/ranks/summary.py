@@ -19,7 +19,7 @@ from rankwise.core.site import Site
 from rankwise.page.text import clip, duration, memory, percent, plural
 from rankwise.ranks.choice import PURPOSE, MetricChoice
 from rankwise.ranks.decide import Evidence
-from rankwise.ranks.spectra import Measured, dtypes, noise_share
+from rankwise.ranks.measured import Measured, dtypes, noise_share
 
 MOST_RANGES = 6
 
@@ -277,7 +277,7 @@ def lowest_rho(summary: RanksSummary) -> float | None:
 
 def distance_from_uniform(plan: RankPlan) -> float:
     """Share of the plan's parameters that would have to move to another site to make all ranks equal."""
-    cost = sum(sum(row.site.shape) for row in plan.sites)
+    cost = sum(row.site.parameters(1) for row in plan.sites)
     return moved_share(plan.sites, [plan.parameters / max(1, cost)] * len(plan.sites))
 
 
@@ -293,7 +293,7 @@ def distance_from_types(plan: RankPlan) -> float:
 def moved_share(rows: Sequence[PlannedSite], ranks: Sequence[float]) -> float:
     """Half the parameters that lie in one plan and not in the other; a site's own limit caps the other plan."""
     moved = sum(
-        abs(row.rank - min(rank, row.site.largest_rank)) * sum(row.site.shape)
+        abs(row.rank - min(rank, row.site.largest_rank)) * row.site.parameters(1)
         for row, rank in zip(rows, ranks, strict=True)
     )
     return moved / 2 / max(1, sum(row.parameters for row in rows))

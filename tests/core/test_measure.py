@@ -28,7 +28,8 @@ from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError
 from rankwise.options.commands import RanksConfig
 from rankwise.options.sections import SpectrumSection
-from rankwise.ranks.spectra import Measured, measure_site, noise_share, refuse_noise, unchanged_share
+from rankwise.ranks.measured import Measured, noise_share, refuse_noise, unchanged_share
+from rankwise.ranks.spectra import measure_site
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,0 +1,185 @@
+"""Spectra of a layer's experts, streamed: a few matrices at a time, sketched together, never the whole parameter.
+
+    measured = measure_experts(source, site, config, question)      # Measured of the parameter, with one per expert
+
+The parameter's spectrum is σᵢ² = Σ_e σ²_{e,i}, so that rank r for each keeps Σ_e Σ_{i≤r} σ²_{e,i} of its energy.
+‖Δ_e‖² is exact, and rounding is judged expert by expert. Where the sketches leave the question open, closer bounds of
+all answer it, else exact spectra of the experts with the widest bounds, one after another until it is answered.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from rankwise.core.measure import (
+    UNDECIDED,
+    Delta,
+    Sketch,
+    exact_spectrum,
+    is_small,
+    marchenko_pastur_edge,
+    null_edge,
+    sketches,
+    zero_spectrum,
+)
+from rankwise.core.site import Site
+from rankwise.core.spectrum import Spectrum, Undecided
+from rankwise.files.adapter import LoraPair
+from rankwise.options.commands import RanksConfig
+from rankwise.options.sections import SpectrumSection
+from rankwise.ranks.deltas import DeltaSource, check_finite, on_device
+from rankwise.ranks.measured import Measured, correctable, histories, negligible, of_experts
+
+AT_ONCE = {"cpu": 2**25, "cuda": 2**31}  # bytes of float32 deltas: what a batch gains on a CPU, two matrices give
+Question = Callable[[Site, Spectrum], object]  # raises Undecided
+Sketched = Callable[[Sketch], Spectrum]
+
+
+@dataclass(frozen=True)
+class ExpertDelta:
+    """One expert's spectrum, and of its delta all but the matrix."""
+
+    spectrum: Spectrum
+    delta: Delta
+    edge: float
+
+    @property
+    def gap(self) -> float:
+        """How much energy the bounds of its spectrum leave open."""
+        return float(self.spectrum.missed()[-1]) if len(self.spectrum) else 0.0
+
+    def measured(self, section: SpectrumSection) -> Measured:
+        first, both = histories(self.spectrum, self.delta, section)
+        delta = self.delta
+        return Measured(
+            spectrum=first,
+            spectrum_both=both,
+            energy=delta.energy,
+            relative_change=delta.relative_change,
+            unchanged=delta.unchanged,
+            noise_share=delta.noise_share,
+            noise_share_both=delta.noise_share_both,
+            corrected=correctable(delta, negligible(section)),
+            stored_as=delta.stored_as if delta.energy else None,
+            null_edge=self.edge,
+            seconds=0.0,
+        )
+
+
+def measure_experts(
+    source: DeltaSource, site: Site, config: RanksConfig, question: Question, generator: torch.Generator
+) -> Measured:
+    """The parameter's spectra, which answer `question` under both histories of its rounding, and its experts'.
+
+    DataError, naming parameter and expert, for entries that are not finite.
+    """
+    started = time.perf_counter()
+    section = config.spectrum
+    found: dict[int, ExpertDelta] = {}
+
+    def rows() -> list[Measured]:
+        return [found[expert].measured(section) for expert in sorted(found)]
+
+    def answered() -> bool:
+        so_far = of_experts(rows(), math.nan, 0.0)
+        try:
+            for spectrum in filter(None, (so_far.spectrum, so_far.spectrum_both)):
+                question(site, spectrum)
+        except Undecided:
+            return False
+        return True
+
+    def exact(expert: int, method: str) -> ExpertDelta:
+        return exactly(read_expert(source, site, expert, config.device), generator, method)
+
+    if section.exact or section.noise_floor != "none" or is_small(site.shape, section.max_rank):
+        found |= {expert: exact(expert, "exact") for expert in range(site.experts)}
+    else:
+        bound: Sketched = Sketch.spectrum
+        for batch in batches(site, config.device):
+            bounded = sketch_batch(source, site, batch, config, generator)
+            found |= bounded(bound)
+            if batch.start == 0 and not answered():  # the first experts tell how close the bounds have to be
+                bound = Sketch.refined
+                found |= bounded(bound)
+        if bound is Sketch.spectrum and not answered():
+            for batch in batches(site, config.device):
+                found |= sketch_batch(source, site, batch, config, generator)(Sketch.refined)
+        for expert in sorted(found, key=lambda each: -found[each].gap):
+            if answered():
+                break
+            found[expert] = exact(expert, UNDECIDED)
+    base = sum(row.delta.base_energy for row in found.values())
+    return of_experts(rows(), base, time.perf_counter() - started)
+
+
+def batches(site: Site, device: str) -> Iterator[range]:
+    """The experts, as many at once as have AT_ONCE bytes."""
+    size = max(1, AT_ONCE["cuda" if device.startswith("cuda") else "cpu"] // (4 * math.prod(site.shape)))
+    for start in range(0, site.experts, size):
+        yield range(start, min(start + size, site.experts))
+
+
+def read_expert(source: DeltaSource, site: Site, expert: int, device: str) -> Delta:
+    """The delta of one expert on the device, the next one requested from the disk."""
+    if expert + 1 < site.experts:
+        source.prefetch(site, expert + 1)
+    delta = source.expert(site, expert)
+    check_finite(site, delta, f"{site.weight}, expert {expert}")
+    return on_device(delta, device)
+
+
+def exactly(delta: Delta, generator: torch.Generator, method: str = "exact") -> ExpertDelta:
+    if not delta.energy:
+        return unmoved(delta, (delta.matrix.shape[0], delta.matrix.shape[1]))
+    return ExpertDelta(exact_spectrum(delta.matrix, delta.energy, method), bare(delta), null_edge(delta, generator))
+
+
+def unmoved(delta: Delta, shape: tuple[int, int]) -> ExpertDelta:
+    return ExpertDelta(zero_spectrum(shape, min(shape)), bare(delta), 0.0)
+
+
+def bare(delta: Delta) -> Delta:
+    """Without the matrix, which is not kept."""
+    return replace(delta, matrix=torch.empty(0))
+
+
+def sketch_batch(
+    source: DeltaSource, site: Site, batch: Sequence[int], config: RanksConfig, generator: torch.Generator
+) -> Callable[[Sketched], dict[int, ExpertDelta]]:
+    """Read and sketch these experts together; what comes back gives their spectra with the bound that is asked for."""
+    stack = torch.empty(len(batch), *site.shape, device=config.device)
+    facts, edges = [], []
+    for place, expert in enumerate(batch):
+        delta = read_expert(source, site, expert, config.device)
+        stack[place] = delta.matrix
+        edges.append(null_edge(delta, generator) if delta.energy else 0.0)
+        facts.append(bare(delta))
+        del delta  # or the next one would be read while this one is still held
+    found = sketches(stack, [each.energy for each in facts], config.spectrum.max_rank, generator)
+
+    def bounded(bound: Sketched) -> dict[int, ExpertDelta]:
+        rows = zip(batch, facts, edges, found, strict=True)
+        return {
+            expert: ExpertDelta(bound(each), delta, edge) if delta.energy else unmoved(delta, site.shape)
+            for expert, delta, edge, each in rows
+        }
+
+    return bounded
+
+
+def measure_expert_pair(pair: LoraPair) -> Measured:
+    """Exact spectra of the experts' scale·B·A from their factors."""
+    dtype = str(pair.lora_A.dtype).removeprefix("torch.")
+    rows = []
+    for expert in range(pair.experts):
+        spectrum = pair.expert(expert).factors().spectrum()
+        total = spectrum.energy_total
+        edge = marchenko_pastur_edge(total, pair.shape)
+        rows.append(Measured(spectrum, None, total, math.nan, 0.0, 0.0, 0.0, False, dtype, edge, 0.0))
+    return replace(of_experts(rows, math.nan, 0.0), relative_change=math.nan)

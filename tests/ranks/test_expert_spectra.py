@@ -1,0 +1,327 @@
+"""Laws of the spectra of experts: each one's equals LAPACK's in float64, the parameter's is their sum of squares."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import experts
+import pytest
+import torch
+from planted import generator, truth
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rankwise import cli
+from rankwise.core.site import Site
+from rankwise.core.spectrum import Spectrum, together
+from rankwise.errors import DataError
+from rankwise.files.adapter import LoraAdapter, LoraPair
+from rankwise.files.checkpoint import open_checkpoint
+from rankwise.models.load import meta_model
+from rankwise.models.sites import model_sites, weight_table
+from rankwise.options.commands import RanksConfig
+from rankwise.options.sections import SitesSection, SpectrumSection
+from rankwise.ranks.deltas import BaseWeights, open_deltas, write_deltas
+from rankwise.ranks.measured import Measured, refuse_noise
+from rankwise.ranks.probe import AdapterDeltas, open_pair, open_source
+from rankwise.ranks.spectra import measure_adapter, measure_sites
+
+GATE_UP, DOWN = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"
+
+
+def expert_sites(model: PreTrainedModel) -> dict[str, Site]:
+    return {site.weight: site for site in model_sites(model).values() if site.experts}
+
+
+def planted_deltas(shape: tuple[int, ...], seed: int) -> Tensor:
+    """(E, a, b): expert e has e + 1 directions of its own, so that no expert can be taken for another."""
+    count, a, b = shape
+    found = torch.zeros(shape)
+    for expert in range(count):
+        draw = generator(100 * seed + expert)
+        rank = expert + 1
+        left, right = torch.randn(a, rank, generator=draw), torch.randn(rank, b, generator=draw)
+        found[expert] = 0.05 * (left * torch.logspace(0, -0.6, rank)) @ right
+    return found
+
+
+def saved_pair(
+    folder: Path,
+    family: str,
+    *,
+    fused: bool = False,
+    dtype: torch.dtype = torch.float32,
+    change: Callable[[tuple[int, ...], int], Tensor] = planted_deltas,
+    **config: int,
+) -> tuple[Path, Path, dict[str, Tensor]]:
+    """base/ and tuned/, and of every parameter with experts the difference that the files hold."""
+    model = experts.built(family, dtype=dtype, **config)
+    names = list(expert_sites(model))
+    before = {name: model.state_dict()[name].clone() for name in names}
+    model.save_pretrained(folder / "base", save_original_format=not fused)
+    with torch.no_grad():
+        for seed, name in enumerate(names):
+            parameter = model.get_parameter(name)
+            parameter += change(tuple(parameter.shape), seed).to(dtype)
+    model.save_pretrained(folder / "tuned", save_original_format=not fused)
+    return (
+        folder / "base",
+        folder / "tuned",
+        {n: model.state_dict()[n].double() - before[n].double() for n in names},
+    )
+
+
+def measured_pair(base: Path, tuned: Path, **spectrum: float) -> dict[str, Measured]:
+    config = RanksConfig(spectrum=SpectrumSection(**spectrum))  # type: ignore[arg-type]
+    found = measure_sites(open_pair(str(base), str(tuned), SitesSection(), []), config, lambda *_: None)
+    return {site.weight: row for site, row in found.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("family", experts.FAMILIES)
+def test_each_expert_has_its_own_spectrum(family: str, fused: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Float64 LAPACK per expert; every planted rank is found in its own expert and in no other."""
+    base, tuned, differences = saved_pair(tmp_path, family, fused=fused, dtype=dtype)
+    found = measured_pair(base, tuned)
+    assert set(differences) <= set(found)
+    for name, difference in differences.items():
+        row = found[name]
+        assert len(row.experts) == len(difference)
+        squares = torch.zeros(min(difference.shape[1:]), dtype=torch.float64)
+        for expert, (one, matrix) in enumerate(zip(row.experts, difference, strict=True)):
+            values = truth(matrix)
+            assert torch.allclose(one.spectrum.values, values, atol=1e-6 * float(values[0]), rtol=1e-6), (name, expert)
+            assert one.energy == pytest.approx(float(matrix.square().sum()), rel=1e-6)
+            if dtype is torch.float32:
+                assert one.spectrum.rank_for(1 - 1e-6) == expert + 1, (name, expert)
+            squares += values.square()
+        assert torch.allclose(row.spectrum.values.square(), squares, rtol=1e-6, atol=1e-9 * float(squares[0]))
+        assert row.energy == pytest.approx(float(difference.square().sum()), rel=1e-6)
+        assert row.spectrum.complete
+
+
+def test_out_equal_to_in_is_no_excuse(tmp_path: Path) -> None:
+    """2I = H: gate_up is square, and only the family says which axis is which."""
+    for family in ("gpt_oss", "llama4_text", "mixtral"):
+        base, tuned, differences = saved_pair(tmp_path / family, family, inner=32)
+        pair = open_pair(str(base), str(tuned), SitesSection(), [])
+        for site in pair.sites.values():
+            if site.experts:
+                stored = differences[site.weight][1].float()
+                matrix = pair.expert(site, 1).matrix
+                assert torch.allclose(matrix, stored.T if site.transposed else stored, atol=1e-6), site.path
+
+
+def decaying(shape: tuple[int, ...], seed: int) -> Tensor:
+    draw = generator(seed)
+    left = torch.linalg.qr(torch.randn(shape[0], shape[1], shape[1], generator=draw)).Q
+    right = torch.linalg.qr(torch.randn(shape[0], shape[2], shape[2], generator=draw)).Q
+    rank = min(shape[1:])
+    scale = torch.rand(shape[0], 1, 1, generator=draw) + 0.1
+    return scale * (left[:, :, :rank] * 0.9 ** torch.arange(rank)) @ right[:, :, :rank].mT
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.62, 0.9])
+def test_sketches_decide_what_exact_spectra_decide(threshold: float, tmp_path: Path) -> None:
+    """Short sides of 64 and 5 values: the sketch's path, whose ranks and bounds hold whichever way it goes."""
+    base, tuned, differences = saved_pair(tmp_path, "qwen3_moe", change=decaying, moe_intermediate_size=160)
+    config = RanksConfig(spectrum=SpectrumSection(max_rank=5))
+    pair = open_pair(str(base), str(tuned), SitesSection(), [])
+
+    def question(_: Site, spectrum: Spectrum) -> object:
+        return spectrum.rank_for(threshold, 1, 5)
+
+    found = {site.weight: row for site, row in measure_sites(pair, config, question).items()}
+    for name, difference in differences.items():
+        squares = torch.stack([truth(matrix).square() for matrix in difference]).sum(0)
+        kept = squares.cumsum(0) / squares.sum()
+        spectrum = found[name].spectrum
+        assert spectrum.rank_for(threshold, 1, 5) == min(5, int((kept < threshold).sum()) + 1)
+        for k in range(1, 6):
+            low, high = spectrum.energy(k)
+            assert low - 1e-6 <= float(kept[k - 1]) <= high + 1e-6, (name, k, spectrum.method)
+    methods = {row.spectrum.method for row in found.values() if row.experts}
+    assert any("sketch" in method for method in methods), methods
+
+
+def test_a_question_that_sketches_cannot_answer_is_answered_exactly(tmp_path: Path) -> None:
+    """Just beside the true energy the widest experts are measured exactly, and no more of them than it takes."""
+    base, tuned, differences = saved_pair(tmp_path, "qwen3_moe", change=decaying, moe_intermediate_size=160)
+    pair = open_pair(str(base), str(tuned), SitesSection(include="layers.0.*gate_up"), [])
+    squares = torch.stack([truth(matrix).square() for matrix in differences[GATE_UP]]).sum(0)
+    kept = squares.cumsum(0) / squares.sum()
+    for beside, rank in ((-1e-5, 3), (1e-5, 4)):
+        threshold = float(kept[2]) + beside
+
+        def question(_: Site, spectrum: Spectrum, threshold: float = threshold) -> object:
+            return spectrum.rank_for(threshold, 1, 5)
+
+        (row,) = measure_sites(pair, RanksConfig(spectrum=SpectrumSection(max_rank=5)), question).values()
+        assert row.spectrum.rank_for(threshold, 1, 5) == rank
+        assert "undecided" in row.spectrum.method
+
+
+def test_a_common_rank_keeps_the_sum_of_what_each_keeps() -> None:
+    """`together` of complete and truncated spectra: values, bounds and totals add up."""
+    matrices = [torch.randn(8, 12, generator=generator(seed)) * (seed + 1) for seed in range(3)]
+    whole = [Spectrum(truth(m), float(m.square().sum()), (8, 12), complete=True) for m in matrices]
+    both = together(whole)
+    for k in range(1, 9):
+        kept = sum(float(truth(m).square()[:k].sum()) for m in matrices) / both.energy_total
+        assert both.energy(k).low == pytest.approx(kept, rel=1e-6)
+    part = [Spectrum(each.values[:4], each.energy_total, (8, 12), residual=float(each.values[4])) for each in whole]
+    cut = together([*part[:2], whole[2]])
+    assert len(cut) == 4 and not cut.complete
+    assert torch.allclose(cut.values, both.values[:4])
+    assert float(cut.missed()[0]) >= float(sum(each.missed()[0] for each in part[:2])) - 1e-9
+
+
+# --- bad input is named by expert ------------------------------------------------------------------------------------
+
+
+def broken(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def ranks(base: Path, tuned: Path, out: Path, *options: str) -> int:
+    return cli.main(["ranks", str(base), str(tuned), "--output_dir", str(out), "--no_plots", *options])
+
+
+def fewer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in tensors.items() if ".experts.3." not in key}
+
+
+def without_one(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in tensors.items() if ".layers.1.block_sparse_moe.experts.2.w2." not in key}
+
+
+def with_nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"][3, 5] = float("nan")
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (fewer, (GATE_UP, "has 3 experts", "where the model has 4", "tuned checkpoint")),
+        (without_one, ("model.layers.1.mlp.experts.down_proj", "of expert 2", "tuned checkpoint")),
+        (with_nan, ("model.layers.1.mlp.experts.gate_up_proj, expert 2", "NaN")),
+    ],
+)
+def test_bad_experts_are_named_and_nothing_is_written(
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    names: tuple[str, ...],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base, tuned, _ = saved_pair(tmp_path, "mixtral")
+    broken(tuned, change)
+    assert ranks(base, tuned, tmp_path / "out") == DataError.exit_code
+    said = capsys.readouterr().err
+    assert all(name in said for name in names), said
+    assert not (tmp_path / "out" / "configs").exists()
+
+
+def test_another_number_of_fused_experts_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, tuned, _ = saved_pair(tmp_path, "gpt_oss")
+    broken(tuned, lambda tensors: {k: v[:3].contiguous() if "experts" in k else v for k, v in tensors.items()})
+    assert ranks(base, tuned, tmp_path / "out") == DataError.exit_code
+    said = capsys.readouterr().err
+    assert GATE_UP in said and "has 3 experts" in said and "where the model has 4" in said
+
+
+def test_a_missing_shard_names_the_experts_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, _, _ = saved_pair(tmp_path, "mixtral")
+    tuned = tmp_path / "sharded"
+    experts.built("mixtral").save_pretrained(tuned, max_shard_size="100KB")
+    shutil.copy(base / "config.json", tuned / "config.json")
+    places = json.loads((tuned / "model.safetensors.index.json").read_text())["weight_map"]
+    key = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    (tuned / places[key]).unlink()
+    lost = [name for name, file in places.items() if file == places[key]]
+    assert ranks(base, tuned, tmp_path / "out") == DataError.exit_code
+    said = capsys.readouterr().err
+    assert places[key] in said and any(name in said for name in lost if "experts" in name), said
+
+
+# --- other sources ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text"])
+def test_saved_deltas_are_the_same_source(family: str, tmp_path: Path) -> None:
+    """What `finetune` writes: one tensor per parameter, the base's energy of each expert."""
+    base, tuned, differences = saved_pair(tmp_path, family)
+    checkpoint, skeleton = open_checkpoint(base), meta_model(str(base))
+    weights = BaseWeights.before_training(checkpoint, weight_table(skeleton, checkpoint.keys()), differences)
+    assert not weights.copies, "experts are read from the files again, not copied"
+    after, after_model = open_checkpoint(tuned), meta_model(str(tuned))
+    table = weight_table(after_model, after.keys())
+    state = {name: table.experts[name].read(after) for name in differences}
+    write_deltas(tmp_path / "deltas", state, weights, model_sites(skeleton), {})
+    saved = open_deltas(tmp_path)
+    pair = open_pair(str(base), str(tuned), SitesSection(), [])
+    assert {site.weight for site in saved.sites.values()} == set(differences)
+    for site in saved.sites.values():
+        for expert in range(site.experts):
+            one, other = saved.expert(site, expert), pair.expert(site, expert)
+            assert torch.equal(one.matrix, other.matrix), (site.path, expert)
+            assert one.relative_change == pytest.approx(other.relative_change, rel=1e-5)
+
+
+def test_saved_deltas_of_another_number_of_experts_are_refused(tmp_path: Path) -> None:
+    base, _, differences = saved_pair(tmp_path, "mixtral")
+    checkpoint, skeleton = open_checkpoint(base), meta_model(str(base))
+    table = weight_table(skeleton, checkpoint.keys())
+    weights = BaseWeights.before_training(checkpoint, table, differences)
+    state = {name: table.experts[name].read(checkpoint) for name in differences}
+    folder = write_deltas(tmp_path / "deltas", state, weights, model_sites(skeleton), {})
+    content = (folder / "deltas.json").read_text().replace('"experts": 4', '"experts": 5')
+    (folder / "deltas.json").write_text(content)
+    with pytest.raises(DataError, match=r"\(4, 96, 64\) in the weights and 5 × \(96, 64\)"):
+        open_deltas(tmp_path)
+
+
+def test_an_adapter_is_measured_from_its_factors() -> None:
+    """Every expert's scale·B·A, and the same by its dense deltas."""
+    draw = generator(0)
+    pair = LoraPair(torch.randn(4, 3, 24, generator=draw), torch.randn(4, 40, 3, generator=draw), 0.5)
+    skeleton = experts.built("mixtral")
+    site = next(site for site in expert_sites(skeleton).values())
+    site = Site(site.path, (40, 24), experts=4)
+    source = AdapterDeltas(LoraAdapter({}, {site.path: pair}), {site.path: site}, "")
+    (row,) = measure_adapter(source.adapter, source.sites).values()
+    for expert, one in enumerate(row.experts):
+        values = truth(0.5 * pair.lora_B[expert].double() @ pair.lora_A[expert].double())
+        assert torch.allclose(one.spectrum.values, values[:3], rtol=1e-5)
+        assert torch.allclose(truth(source.expert(site, expert).matrix)[:3], values[:3], rtol=1e-4)
+    assert row.spectrum.complete and row.energy == pytest.approx(sum(one.energy for one in row.experts))
+
+
+# --- rounding --------------------------------------------------------------------------------------------------------
+
+
+def in_steps(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Expert 0 moves by far less than bf16's spacing, expert 1 not at all, the others by far more."""
+    found = decaying(shape, seed)
+    found[0] *= 2e-3
+    found[1] = 0
+    return found
+
+
+def test_rounding_is_judged_expert_by_expert(tmp_path: Path) -> None:
+    base, tuned, _ = saved_pair(tmp_path, "mixtral", dtype=torch.bfloat16, change=in_steps)
+    source = open_source(SitesSection(include="experts"), [], base=str(base), tuned=str(tuned))
+    found = measure_sites(source, RanksConfig(spectrum=SpectrumSection()), lambda *_: None)
+    row = next(row for site, row in found.items() if site.weight == GATE_UP)
+    assert row.experts[0].noise_share > 0.1 and row.experts[2].noise_share < 0.01
+    assert row.experts[1].energy == 0 and row.experts[1].unchanged == 1
+    assert row.unchanged < 0.5, "an expert that no token was routed to is no rounded one"
+    warnings: list[str] = []
+    refuse_noise(found, False, warnings)
+    assert any("experts are mostly rounding" in said and ", expert 0" in said for said in warnings), warnings
