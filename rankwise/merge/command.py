@@ -8,7 +8,7 @@ plan_merge ─▶ reference_logits ─▶ write_merged ─▶ require_written �
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from rankwise.files.checkpoint import HUB_ID
 from rankwise.files.lineage import trained_rows
 from rankwise.files.run_folder import RunFolder
 from rankwise.merge.logits import Batch, free_memory, needs_layers, prompt_batch, whole_bytes
-from rankwise.merge.plan import TOKENIZER_CONFIG, MergePlan, plan_merge
+from rankwise.merge.plan import TOKENIZER_CONFIG, MergePlan, is_mxfp4, plan_merge
+from rankwise.merge.routing import Reach, adapted_experts
 from rankwise.merge.verify import (
     Agreement,
     ReferenceLogits,
@@ -64,11 +65,12 @@ def run(config: MergeConfig) -> Agreement | None:
                     agreement = compare(reference, merged_logits(temporary, reference.batches, layered=layered))
                     agreement.require(plan.dtypes[0])
                     how = {"on": inputs_of(config), "layer_by_layer": layered, "share_of_rounding": share}
+                    how |= {"experts": asdict(reference.reach)} if reference.reach else {}
                     record.facts["verification"] = agreement.as_dict() | how
                 record.outputs |= {file.name: file for file in written.files}
                 record.facts |= written.as_facts()
                 inside.save_config(config)
-    report(config, plan, base, written, agreement)
+    report(config, plan, base, written, agreement, reference.reach if reference else None)
     return agreement
 
 
@@ -127,7 +129,15 @@ def by_layers(config: MergeConfig, plan: MergePlan) -> bool:
 
 def reference_of(config: MergeConfig, plan: MergePlan, base: str, layered: bool) -> ReferenceLogits:
     prompts = prompts_of(config, base, plan.adapter)
-    return reference_logits(base, plan.adapter, pictures=plan.sees, prompts=prompts, layered=layered, rows=plan.rows)
+    return reference_logits(
+        base,
+        plan.adapter,
+        pictures=plan.sees,
+        prompts=prompts,
+        layered=layered,
+        rows=plan.rows,
+        experts=adapted_experts(plan.change),
+    )
 
 
 def prompts_of(config: MergeConfig, base: str, adapter: Path) -> Batch | None:
@@ -148,7 +158,9 @@ def inputs_of(config: MergeConfig) -> str:
     return f"{plural(config.num_samples, 'prompt')} of {path}" if path else "random tokens"
 
 
-def report(config: MergeConfig, plan: MergePlan, base: str, written: Written, agreement: Agreement | None) -> None:
+def report(
+    config: MergeConfig, plan: MergePlan, base: str, written: Written, agreement: Agreement | None, reach: Reach | None
+) -> None:
     for note in notes(config, plan, base):
         print(f"note: {note}")
     dtypes = ", ".join(map(dtype_name, plan.dtypes))
@@ -157,6 +169,8 @@ def report(config: MergeConfig, plan: MergePlan, base: str, written: Written, ag
     if sentence := written.rounding.sentence():
         print(sentence)
     print(verdict(agreement, inputs_of(config)))
+    if reach:
+        print(reach.sentence())
     print(f"checkpoint in {config.output_dir}")
     rows: dict[str, Any] = trained_rows(Path(config.output_dir))
     print(f"next: {command_line('evaluate' if rows else 'export', config.output_dir, **rows)}")
@@ -168,6 +182,11 @@ def notes(config: MergeConfig, plan: MergePlan, base: str) -> list[str]:
     recorded = recorded_base(Path(str(config.adapter)))
     if recorded and recorded != base:
         found.append(f"the adapter records the base {recorded}; merged into {base}, whose names and shapes fit")
+    if is_mxfp4(plan.base.config or {}):
+        found.append(
+            f"the base's experts are in MXFP4: trained and merged dequantized, written as "
+            f"{dtype_name(plan.dtypes[0])}, without its quantization_config"
+        )
     if plan.untied:
         found.append(f"{' and '.join(sorted(plan.untied))} were one weight and are two now (tie_word_embeddings false)")
     if before != after:

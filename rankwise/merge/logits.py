@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from accelerate.utils import get_max_memory
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -39,6 +39,7 @@ from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint, resol
 from rankwise.merge.plan import quiet_ties, read_state
 from rankwise.models.adapt import ADAPTER
 from rankwise.models.adapters import attach_layers, fill_weights, load_adapter
+from rankwise.models.expert_files import ExpertFiles
 from rankwise.models.load import load_model, load_processor, weightless_model
 from rankwise.models.sites import weight_table
 from rankwise.models.vocabulary import resize, row_count, row_names, with_rows
@@ -73,10 +74,10 @@ def prompt_batch(renderer: Renderer, examples: Sequence[Example]) -> Batch:
     return {"input_ids": ids, "attention_mask": mask} | seen(renderer.sight, ids, [row.images for row in rows])
 
 
-def text_batch(model: Any, among: Collection[int] = ()) -> Batch:
+def text_batch(model: Any, among: Collection[int] = (), rows: int = SEQUENCES) -> Batch:
     """Random ordinary tokens: none that stands for an image, padding, or a beginning or end. Every other one is one of
     `among`, where that is given."""
-    ids = ordinary_tokens(model, SEQUENCES)
+    ids = ordinary_tokens(model, rows)
     if among:
         places = ids[:, ::2].numel()
         chosen = torch.tensor(list(among))[torch.arange(places) % len(among)]
@@ -209,9 +210,10 @@ class FileWeights:
         return with_rows(weight, self.rows) if self.rows and name in self.rowed else weight
 
 
-def weight_places(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Weight]:
+def weight_places(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Weight | ExpertFiles]:
     """Where the files hold each parameter; what is tied has its partner's place."""
-    found = dict(weight_table(model, checkpoint.keys()).weights)
+    table = weight_table(model, checkpoint.keys())
+    found: dict[str, Weight | ExpertFiles] = {**table.experts, **table.weights}
     for name, other in model.all_tied_weights_keys.items():
         for one, partner in ((name, other), (other, name)):
             if one not in found and partner in found:
@@ -298,8 +300,9 @@ def hook_layers(model: nn.Module, weights: Weights) -> None:
 
 
 def needs_inner_weights(module: nn.Module) -> bool:
-    """Whether a module uses weights of the modules in it without calling these: it gets all of them at once."""
-    return isinstance(module, nn.MultiheadAttention) or (
+    """Whether a module uses weights of the modules in it without calling these: it gets all of them at once. PEFT puts
+    what it adapts by parameter together before it calls the module."""
+    return isinstance(module, nn.MultiheadAttention | ParamWrapper) or (
         isinstance(module, LoraLayer) and bool(module.use_dora.get(ADAPTER))
     )
 

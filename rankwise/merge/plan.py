@@ -3,15 +3,16 @@
     plan = plan_merge("org/base", Path("saved_models/adapter"))
 
 PEFT's own layers merge, so DoRA is right as well: they stand on a skeleton of the model whose base weights are views of
-one zero and take no memory. `write.py` gives a layer its weight, lets it merge, and takes the weight away again.
+one zero and take no memory. `write.py` gives a layer its weight, lets it merge, and takes the weight away again. Of
+experts such a layer would want all at once: each is merged alone, from its own part of the pair.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -30,11 +31,12 @@ from rankwise.files.adapter import CONFIG_NAME, adapter_files, adapter_tensors
 from rankwise.files.adapter_config import require_plain
 from rankwise.files.atomic import read_object
 from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint, resolve
-from rankwise.models.adapt import ADAPTER, lora_layers, quiet_peft
+from rankwise.models.adapt import ADAPTER, factor_weights, layer_site, lora_layers, quiet_peft
 from rankwise.models.adapters import attach_layers, check_recorded, fill_weights
 from rankwise.models.depth.encoder import ENCODER, DepthSettings, attach_depth, read_depth
+from rankwise.models.expert_files import BLOCKS, ExpertFiles
 from rankwise.models.load import load_tokenizer, meta_model
-from rankwise.models.sites import tower_of, tower_prefixes, weight_table
+from rankwise.models.sites import WeightTable, tower_of, tower_prefixes, weight_table
 from rankwise.models.vocabulary import fit_vocabulary, row_count, row_names, token_count
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -44,13 +46,14 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 @dataclass(frozen=True)
 class Entry:
     """A tensor that is still to be made. `source`: the base's key that it comes from; `names`: the module parameters
-    that are equal row blocks of it."""
+    that are equal row blocks of it. `experts`: where the base has the parameter of experts that it belongs to."""
 
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     source: str = ""
     names: tuple[str, ...] = ()
+    experts: ExpertFiles | None = None
 
     @property
     def bytes(self) -> int:
@@ -58,28 +61,48 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class ExpertChange:
+    """The pair of a layer's experts: A (E, r, n), B (E, m, r). `transposed`: the model stores (in, out)."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scale: float
+    transposed: bool
+
+    @property
+    def number(self) -> int:
+        return len(self.lora_A)
+
+    def of(self, expert: int) -> Tensor:
+        """The change of one expert's matrix, as the model stores that."""
+        product = self.scale * (self.lora_B[expert] @ self.lora_A[expert])
+        return product.T if self.transposed else product
+
+
+@dataclass(frozen=True)
 class Skeleton:
     """What an adapter changes, by parameter name.
 
-    `layers`: PEFT layers with their trained factors. `whole`: parameters that it carries whole (a trained head, biases,
-    modules trained in full). `tokens`: trained rows of single tokens, (token ids, rows). `rowed`: parameters with a row
-    per token, changed or not.
+    `layers`: PEFT layers with their trained factors. `experts`: the pairs of experts. `whole`: parameters that it
+    carries whole (a trained head, biases, modules trained in full). `tokens`: trained rows of single tokens, (token
+    ids, rows). `rowed`: parameters with a row per token, changed or not.
     """
 
     layers: Mapping[str, LoraLayer]
     whole: dict[str, Tensor]
     tokens: Mapping[str, tuple[Tensor, Tensor]]
     rowed: frozenset[str]
+    experts: Mapping[str, ExpertChange] = field(default_factory=dict)
 
     @property
     def touched(self) -> frozenset[str]:
-        return frozenset([*self.layers, *self.whole, *self.tokens])
+        return frozenset([*self.layers, *self.experts, *self.whole, *self.tokens])
 
     def alike(self, one: str, other: str) -> bool:
         """Whether two parameters that are tied in the base are still equal with the adapter."""
         whole, tokens = (self.whole.get(one), self.whole.get(other)), (self.tokens.get(one), self.tokens.get(other))
         return (
-            not {one, other} & set(self.layers)
+            not {one, other} & {*self.layers, *self.experts}
             and same(*whole)
             and all(same(*parts) for parts in zip(*(rows or (None, None) for rows in tokens), strict=True))
         )
@@ -153,10 +176,14 @@ def plan_merge(base: str, adapter: Path, dtype: str = "auto") -> MergePlan:
     touched = change.touched | (change.rowed if rows[0] != rows[1] else set())
     apart = {one: other for one, other in tied.items() if one not in alike and touched & {one, other}}
     partner = {one: other for pair in apart.items() for one, other in (pair, pair[::-1])}
-    held = {*table.weights, *partner, *alike}
+    experts = written_alone(table, change)
+    held = {*table.weights, *experts, *partner, *alike}
     lacking = [name for name in touched if name not in held]
     if lacking:
         raise DataError(f"{where}: the files store {lacking[0]} in a different layout (fused?): it cannot be merged")
+    for name, files in experts.items():
+        if problem := files.problem(checkpoint):
+            raise DataError(f"{checkpoint.path}: {name} {problem}")
     special = special_tokens(checkpoint.path, folder, rows[1])
     config = with_special(merged_config(checkpoint.config or {}, dtype, bool(partner)), special)
     if rows[0] != rows[1]:
@@ -164,8 +191,18 @@ def plan_merge(base: str, adapter: Path, dtype: str = "auto") -> MergePlan:
     if partner:
         check_untied(model, config, partner)
     entries = entries_of(checkpoint, table.weights, partner, change, rows, dtype)
+    entries = with_experts(entries, experts, dtype)
     sees = any(tower_of(name.rpartition(".")[0], towers) in ("vision", "projector") for name in touched)
     return MergePlan(checkpoint, folder, entries, change, config, tuple(partner), rows, special, sees, depth)
+
+
+def written_alone(table: WeightTable, change: Skeleton) -> dict[str, ExpertFiles]:
+    """The parameters whose experts are written one by one: those that change, and those that the base has in MXFP4."""
+    return {
+        name: files
+        for name, files in table.experts.items()
+        if files.quantized or name in change.experts or (name in change.whole and name not in table.weights)
+    }
 
 
 def mergeable_folder(adapter: Path) -> Path:
@@ -182,12 +219,18 @@ def mergeable_folder(adapter: Path) -> Path:
 
 def refuse_quantized(base: str, config: Mapping[str, Any]) -> None:
     quantization = config.get("quantization_config")
-    if quantization:
+    if quantization and not is_mxfp4(config):
         kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise DataError(
             f"{base}: its files are quantized ({kind}), and merging into rounded weights would round the adapter away; "
             "give the full-precision model it was made from with --base_model"
         )
+
+
+def is_mxfp4(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's experts are in MXFP4 (gpt-oss), which transformers trains and merges dequantized."""
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
 
 
 def build_skeleton(model: PreTrainedModel, folder: Path, where: str) -> Skeleton:
@@ -198,11 +241,19 @@ def build_skeleton(model: PreTrainedModel, folder: Path, where: str) -> Skeleton
         skeleton = attach_layers(strip_weights(model), folder, where, False)
     fill_weights(skeleton, state, where, assign=True)
     check_recorded(skeleton, folder, where)
+    layers = lora_layers(skeleton)
+    sites = {path: site for path, layer in layers.items() if (site := layer_site(path, layer))}
     return Skeleton(
-        {f"{path}.weight": layer for path, layer in lora_layers(skeleton).items()},
+        {f"{path}.weight": layer for path, layer in layers.items() if path not in sites},
         {parameter_name(name): tensor for name, tensor in state.items() if not is_factor(name)},
         token_rows(skeleton),
         rowed,
+        {
+            path: ExpertChange(
+                *factor_weights(path, layers[path]), float(layers[path].scaling[ADAPTER]), site.transposed
+            )
+            for path, site in sites.items()
+        },
     )
 
 
@@ -254,6 +305,7 @@ def take_gate(depth: DepthSettings | None, model: PreTrainedModel, replaced: dic
 
 def refuse_no_effect(change: Skeleton, where: str) -> None:
     pairs = [[one for name, one in layer.named_parameters() if "lora_" in name] for layer in change.layers.values()]
+    pairs += [[pair.lora_A, pair.lora_B] for pair in change.experts.values()]
     if not change.whole and not change.tokens and not any(all(bool(one.any()) for one in pair) for pair in pairs):
         raise VerificationError(f"{where}: every B·A is zero, so the adapter has no effect; was it saved untrained?")
 
@@ -291,9 +343,13 @@ def merged_config(config: Mapping[str, Any], dtype: str, untie: bool) -> dict[st
         name: merged_config(value, dtype, untie) if isinstance(value, dict) and name.endswith("_config") else value
         for name, value in config.items()
     }
+    if is_mxfp4(config):
+        changed.pop("quantization_config")
+        changed |= {"dtype": "bfloat16"} if dtype == "auto" else {}
     if dtype != "auto":
-        changed.pop("torch_dtype", None)
         changed["dtype"] = dtype
+    if "dtype" in changed:
+        changed.pop("torch_dtype", None)
     if untie and ("architectures" in config or "tie_word_embeddings" in config):
         changed["tie_word_embeddings"] = False
     return changed
@@ -340,3 +396,20 @@ def entries_of(
         kept = dtype == "auto" or not stored.is_floating_point
         entries.append(Entry(key, shape, stored if kept else getattr(torch, dtype), source, blocks))
     return tuple(entries)
+
+
+def with_experts(entries: Sequence[Entry], experts: Mapping[str, ExpertFiles], dtype: str) -> tuple[Entry, ...]:
+    """The entries, with those told that hold experts; what is in MXFP4 becomes one tensor under the parameter's key."""
+    owners = {key: files for files in experts.values() for key in files.keys}
+    found = []
+    for entry in entries:
+        files = owners.get(entry.key)
+        if files is None:
+            found.append(entry)
+        elif not files.quantized:
+            found.append(replace(entry, names=(files.parameter,), experts=files))
+        elif entry.key.endswith(BLOCKS):
+            kind = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+            key = entry.key.removesuffix(BLOCKS)
+            found.append(Entry(key, files.shape, kind, entry.source, (files.parameter,), files))
+    return tuple(found)

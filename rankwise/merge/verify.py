@@ -7,8 +7,8 @@
 
 The files are computed past PEFT and past the plan of the merge: changed tensors are base + scale·B·A, entry by entry,
 rounded once; others are the base's. That shows what logits cannot: a matrix left unmerged that bfloat16's tolerance
-would hide, a vision tower that text never reaches, rows of tokens that no prompt holds. The logits, in float32, show
-that the model runs as base + adapter.
+would hide, a vision tower that text never reaches, rows of tokens that no prompt holds, an expert that no token is
+routed to (each one is compared alone). The logits, in float32, show that the model runs as base + adapter.
 """
 
 from __future__ import annotations
@@ -41,13 +41,17 @@ from rankwise.merge.logits import (
     weight_places,
 )
 from rankwise.merge.plan import MergePlan
+from rankwise.merge.routing import Experts, Reach, reached_experts
+from rankwise.models.expert_files import ExpertFiles
 from rankwise.models.load import meta_model
+from rankwise.models.sites import weight_table
 from rankwise.models.vocabulary import with_rows
 
 MAGNITUDE = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.weight)?")
 ORDER = 1e-6, 1e-5  # sums in another order: a share of the entry, and of the largest change in the matrix
 BLOCK = 2**22  # entries in memory at a time
 SHOWN = 3
+MORE = 32  # rows of tokens, where fewer reach not all of the adapted experts
 NO_EFFECT = 1e-6  # relative: what float32 sums in another order differ by
 # Relative error of the logits (rms) that rounding the merged weights may cause; a few times what was measured.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -55,16 +59,18 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 @dataclass(frozen=True)
 class Files:
-    """A model folder: its structure without weights, and where its files hold each parameter."""
+    """A model folder: its structure without weights, and where its files hold each parameter, and each expert of it."""
 
     checkpoint: Checkpoint
     model: PreTrainedModel
-    places: Mapping[str, Weight]
+    places: Mapping[str, Weight | ExpertFiles]
+    experts: Mapping[str, ExpertFiles]
 
     @classmethod
     def of(cls, folder: Path) -> Files:
         checkpoint, model = open_checkpoint(folder), meta_model(str(folder))
-        return cls(checkpoint, model, weight_places(model, checkpoint))
+        experts = weight_table(model, checkpoint.keys()).experts
+        return cls(checkpoint, model, weight_places(model, checkpoint), experts)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.places[name].read(self.checkpoint)
@@ -73,7 +79,8 @@ class Files:
         """Key → the parameters in it."""
         found: dict[str, list[str]] = {key: [] for key in self.checkpoint}
         for name, place in self.places.items():
-            found[place.key].append(name)
+            for key in place.keys if isinstance(place, ExpertFiles) else [place.key]:
+                found[key].append(name)
         return found
 
 
@@ -84,6 +91,12 @@ class Change:
     scale: float
     halves: dict[str, Tensor]
     magnitude: Tensor | None = None
+
+    def of_expert(self, expert: int, experts: int) -> Tensor:
+        """Of one expert of a parameter, as PEFT has it: A holds expert after expert, B's columns take turns."""
+        a, b = self.halves["A"].float(), self.halves["B"].float()
+        rank = len(a) // experts
+        return self.scale * (b[:, expert::experts] @ a[expert * rank : (expert + 1) * rank])
 
     def on(self, rows: slice, before: Tensor) -> Tensor:
         """Some rows of the changed weight, float32. DoRA (Liu et al. 2024): m · (W + Δ) / ‖W + Δ‖ by row."""
@@ -101,10 +114,19 @@ def require_written(plan: MergePlan, folder: Path) -> float:
     VerificationError, naming the tensors, where one is missing, is not the base's though nothing changes it, or is not
     base + adapter.
     """
-    base, merged, changes = Files.of(plan.base.path), Files.of(folder), dict(read_changes(plan.adapter))
-    wrong = [f"{key} is missing" for key in base.checkpoint if key not in merged.checkpoint]
+    base, merged = Files.of(plan.base.path), Files.of(folder)
+    changes = dict(read_changes(plan.adapter, merged.model))
+    packed = {key for place in base.experts.values() if place.quantized for key in place.keys}
+    wrong = [f"{key} is missing" for key in base.checkpoint if key not in merged.checkpoint and key not in packed]
+    compared = [name for name, files in base.experts.items() if files.quantized or name in plan.touched]
     largest = 0.0
+    for name in compared:
+        shares = expert_errors(name, plan, base, merged, changes.get(name))
+        largest = max(largest, *shares)
+        wrong += [f"{name}, expert {e}, is not base + adapter" for e, share in enumerate(shares) if not share <= 1]
     for key, names in merged.names().items():
+        if not set(names).isdisjoint(compared):
+            continue
         if plan.touched.isdisjoint(names):
             if not is_kept(key, names, base, merged):
                 wrong.append(f"{key} is not the base's")
@@ -151,6 +173,26 @@ def largest_error(name: str, plan: MergePlan, base: Files, merged: Files, change
     return worst
 
 
+def expert_errors(name: str, plan: MergePlan, base: Files, merged: Files, change: Change | None) -> list[float]:
+    """`largest_error` of every expert of a parameter, one in memory at a time."""
+    before, after = base.experts[name], merged.experts.get(name)
+    if after is None or after.problem(merged.checkpoint):
+        return [float("inf")] * before.experts
+    module, whole = merged.model.get_submodule(name.rpartition(".")[0]), plan.change.whole.get(name)
+    shares = []
+    for expert in range(before.experts):
+        stored = (before.expert(base.checkpoint, expert) if whole is None else whole[expert]).float()
+        written = after.expert(merged.checkpoint, expert)
+        wanted = stored
+        if change is not None:
+            product = change.of_expert(expert, before.experts)
+            wanted = stored + (product.T if getattr(module, "is_transposed", False) else product)
+        limit = allowed_error(wanted, (wanted - stored).abs().max(), written.dtype)
+        error = (written.float() - wanted).abs_() / limit
+        shares.append(float(error.nan_to_num(nan=float("inf")).max()))
+    return shares
+
+
 def starting_weight(name: str, plan: MergePlan, base: Files) -> Tensor:
     """What the adapter's factors are added to: the base's weight, or what the adapter has in its place, in as many rows
     as it has tokens; trained tokens' rows are the adapter's."""
@@ -175,7 +217,7 @@ def allowed_error(wanted: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
     return spacing.add_(of_change * change)
 
 
-def read_changes(adapter: Path) -> Iterator[tuple[str, Change]]:
+def read_changes(adapter: Path, model: PreTrainedModel) -> Iterator[tuple[str, Change]]:
     """Parameter → its change, by the tensors and the config of the adapter's files."""
     config = read_object(adapter / CONFIG_NAME)
     found: dict[str, Change] = {}
@@ -183,22 +225,34 @@ def read_changes(adapter: Path) -> Iterator[tuple[str, Change]]:
         match = PAIR_KEY.fullmatch(name) or MAGNITUDE.fullmatch(name)
         if match is None:
             continue
-        path = match["path"]
+        path = adapted_parameter(match["path"], model, config.get("target_parameters") or ())
         change = found.setdefault(path, Change(scale_of(config, path, adapter / CONFIG_NAME), {}))
         if "half" in match.groupdict():
             change.halves[match["half"]] = tensor
         else:
             change.magnitude = tensor
-    yield from ((f"{path}.weight", change) for path, change in found.items())
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    yield from ((path if path in parameters else f"{path}.weight", change) for path, change in found.items())
+
+
+def adapted_parameter(path: str, model: PreTrainedModel, targets: Sequence[str]) -> str:
+    """The parameter of experts that the pair under a key adapts, or the key's own module. PEFT wraps a module once per
+    parameter in target_parameters, in the order in which the module has them: the outermost key is the last one's."""
+    module = path.replace(".base_layer", "")
+    names = [f"{module}.{name}" for name, value in model.get_submodule(module).named_parameters(recurse=False)]
+    held = [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
+    depth = path.count(".base_layer")
+    return held[-1 - depth] if depth < len(held) and model.get_parameter(held[-1 - depth]).dim() == 3 else path
 
 
 @dataclass(frozen=True)
 class ReferenceLogits:
-    """Logits of the base and of base + adapter on the same inputs, float32."""
+    """Logits of the base and of base + adapter on the same inputs, float32; which experts these reach, of a mixture."""
 
     batches: Sequence[Batch]
     base: Tensor
     adapted: Tensor
+    reach: Reach | None = None
 
 
 @dataclass(frozen=True)
@@ -265,12 +319,14 @@ def reference_logits(
     prompts: Batch | None = None,
     layered: bool = False,
     rows: tuple[int, int] | None = None,
+    experts: Experts | None = None,
 ) -> ReferenceLogits:
     """Run the base, put the adapter on it, run it again. VerificationError where that changes nothing.
 
     pictures: look at images as well; an adapter of the vision tower or the projector shows only there. prompts: what
     to run them on, instead of random tokens. layered: one layer in memory at a time. rows: of the base's embeddings
     and of the adapter's, where they differ: the base gets as many (new ones zero), and both are asked about new tokens.
+    experts: the adapted ones; where a token goes to not all of them, more tokens are run.
     """
     model = load(base, layered, rows[1] if rows else None)
     batches = [for_decoder(model, prompts) if prompts else text_batch(model)]
@@ -278,13 +334,18 @@ def reference_logits(
         batches.append(text_batch(model, range(*rows)))
     if pictures and "pixel_values" not in batches[0]:
         batches.append(image_batch(model, base))
-    before = logits(model, batches)
+    with reached_experts(model, experts or {}) as reached:
+        before = logits(model, batches)
+        if not Reach.of(experts or {}, reached).whole:
+            batches.append(text_batch(model, rows=MORE))
+            before = torch.cat([before, logits(model, batches[-1:])])
     if layered:
         require_finite(before, model)
         adapted = layered_adapted(base, adapter)
     else:
         adapted = attach_adapter(model, adapter)
-    reference = ReferenceLogits(batches, before, logits(adapted, batches))
+    reach = Reach.of(experts, reached) if experts else None
+    reference = ReferenceLogits(batches, before, logits(adapted, batches), reach)
     require_effect(relative(reference.adapted - before, reference.adapted))
     return reference
 

@@ -39,6 +39,7 @@ from rankwise.files.run_folder import CONFIG, MANIFEST
 from rankwise.merge.plan import TOKENIZER_CONFIG, Entry, MergePlan
 from rankwise.models.adapt import ADAPTER
 from rankwise.models.depth.encoder import DEPTH, write_depth
+from rankwise.models.expert_files import ALL, ExpertFiles
 from rankwise.models.load import load_processor, load_tokenizer
 from rankwise.models.vocabulary import with_rows
 
@@ -188,6 +189,8 @@ def write_merged(plan: MergePlan, folder: Path, max_shard_size: str) -> Written:
 def make_tensor(plan: MergePlan, entry: Entry, rounding: Rounding | None = None) -> Tensor:
     """The merged tensor as it is written; `rounding` counts what that costs. DataError where it has entries that
     are not finite."""
+    if entry.experts:
+        return make_experts(plan, entry, entry.experts, rounding)
     stored = plan.base.tensor(entry.source)
     if not plan.touched & set(entry.names):
         return stored.to(entry.dtype)
@@ -204,6 +207,34 @@ def make_tensor(plan: MergePlan, entry: Entry, rounding: Rounding | None = None)
     return whole
 
 
+def make_experts(plan: MergePlan, entry: Entry, files: ExpertFiles, rounding: Rounding | None = None) -> Tensor:
+    """One tensor of the files that holds experts, or a part of one: expert by expert, each merged alone in float32."""
+    name, stored = files.parameter, plan.base.tensor(entry.source)
+    whole, change = plan.change.whole.get(name), plan.change.experts.get(name)
+    one = files.keys[entry.source]
+    written = torch.empty(entry.shape, dtype=entry.dtype)
+    for expert in range(files.experts) if one == ALL else [one]:
+
+        def in_file(matrix: Tensor, expert: int = expert) -> Tensor:
+            """The part of an expert's matrix that this tensor has."""
+            return matrix if files.quantized else files.in_files(plan.base, expert, matrix)[entry.source]
+
+        if whole is not None:
+            before = in_file(whole[expert])
+        elif files.quantized:
+            before = files.expert(plan.base, expert).float()
+        else:
+            before = (stored[expert] if one == ALL else stored).float()
+        merged = before if change is None else before + in_file(change.of(expert))
+        if change is not None and rounding is not None:
+            rounding.add(f"{name}, expert {expert}", before, merged, entry.dtype)
+        place = written[expert] if one == ALL else written
+        place.copy_(merged)
+        if not bool(torch.isfinite(place).all()):
+            raise DataError(f"{name}, expert {expert}: not finite once merged in {entry.dtype}; try --dtype float32")
+    return written
+
+
 def change_weight(plan: MergePlan, name: str, weight: Tensor) -> Tensor:
     weight = plan.change.whole.get(name, weight)
     if name in plan.resized:
@@ -217,7 +248,7 @@ def change_weight(plan: MergePlan, name: str, weight: Tensor) -> Tensor:
 
 def merge_layer(layer: LoraLayer, weight: Tensor) -> Tensor:
     """PEFT's merge of one layer, in float32 on a copy of the weight."""
-    base = layer.get_base_layer()
+    base = layer.get_base_layer()  # of a matrix that PEFT adapts by its parameter too
     empty = base.weight
     base.weight = nn.Parameter(weight.to(torch.float32, copy=True), requires_grad=False)
     layer.merge(adapter_names=[ADAPTER])
