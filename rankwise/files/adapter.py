@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -97,6 +97,10 @@ class LoraPair:
     def experts(self) -> int:
         """Their number; 0 for one matrix."""
         return self.lora_A.shape[0] if self.lora_A.dim() == 3 else 0
+
+    def matrices(self) -> Iterator[LoraPair]:
+        """The pair of each expert, or this one of one matrix."""
+        yield from (self.expert(index) for index in range(self.experts)) if self.experts else (self,)
 
     def expert(self, index: int) -> LoraPair:
         """The pair of one expert's matrix."""

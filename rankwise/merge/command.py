@@ -25,7 +25,7 @@ from rankwise.files.lineage import trained_rows
 from rankwise.files.run_folder import RunFolder
 from rankwise.merge.logits import Batch, free_memory, needs_layers, prompt_batch, whole_bytes
 from rankwise.merge.plan import TOKENIZER_CONFIG, MergePlan, is_mxfp4, plan_merge
-from rankwise.merge.routing import Reach, adapted_experts
+from rankwise.merge.routing import RoutedExperts, adapted_experts
 from rankwise.merge.verify import (
     Agreement,
     ReferenceLogits,
@@ -159,7 +159,12 @@ def inputs_of(config: MergeConfig) -> str:
 
 
 def report(
-    config: MergeConfig, plan: MergePlan, base: str, written: Written, agreement: Agreement | None, reach: Reach | None
+    config: MergeConfig,
+    plan: MergePlan,
+    base: str,
+    written: Written,
+    agreement: Agreement | None,
+    reach: RoutedExperts | None,
 ) -> None:
     for note in notes(config, plan, base):
         print(f"note: {note}")

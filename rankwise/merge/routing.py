@@ -3,7 +3,7 @@
 adapted = adapted_experts(plan.change)
 with reached_experts(model, adapted) as reached:
     logits(model, batches)
-Reach.of(adapted, reached)         # 46 of 48 adapted experts
+RoutedExperts.of(adapted, reached)         # 46 of 48 adapted experts
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Experts = dict[str, set[int]]  # path of the module that holds them → numbers
 
 
 @dataclass(frozen=True)
-class Reach:
+class RoutedExperts:
     """Number of the adapted experts, and of those that at least one of the compared tokens is routed to."""
 
     adapted: int
     reached: int
 
     @classmethod
-    def of(cls, adapted: Experts, reached: Experts) -> Reach:
+    def of(cls, adapted: Experts, reached: Experts) -> RoutedExperts:
         found = sum(len(numbers & reached.get(path, set())) for path, numbers in adapted.items())
         return cls(sum(map(len, adapted.values())), found)
 

@@ -41,7 +41,7 @@ from rankwise.merge.logits import (
     weight_places,
 )
 from rankwise.merge.plan import MergePlan
-from rankwise.merge.routing import Experts, Reach, reached_experts
+from rankwise.merge.routing import Experts, RoutedExperts, reached_experts
 from rankwise.models.expert_files import ExpertFiles
 from rankwise.models.load import meta_model
 from rankwise.models.sites import weight_table
@@ -252,7 +252,7 @@ class ReferenceLogits:
     batches: Sequence[Batch]
     base: Tensor
     adapted: Tensor
-    reach: Reach | None = None
+    reach: RoutedExperts | None = None
 
 
 @dataclass(frozen=True)
@@ -336,7 +336,7 @@ def reference_logits(
         batches.append(image_batch(model, base))
     with reached_experts(model, experts or {}) as reached:
         before = logits(model, batches)
-        if not Reach.of(experts or {}, reached).whole:
+        if not RoutedExperts.of(experts or {}, reached).whole:
             batches.append(text_batch(model, rows=MORE))
             before = torch.cat([before, logits(model, batches[-1:])])
     if layered:
@@ -344,7 +344,7 @@ def reference_logits(
         adapted = layered_adapted(base, adapter)
     else:
         adapted = attach_adapter(model, adapter)
-    reach = Reach.of(experts, reached) if experts else None
+    reach = RoutedExperts.of(experts, reached) if experts else None
     reference = ReferenceLogits(batches, before, logits(adapted, batches), reach)
     require_effect(relative(reference.adapted - before, reference.adapted))
     return reference

@@ -107,8 +107,8 @@ def full_weights(model: PeftModel) -> dict[str, Tensor]:
     }
 
 
-def publish(source: Path, folder: Path) -> None:
-    """Move the files of a saved adapter to their place; its config marks it as plain B·A."""
+def publish(source: Path, folder: Path) -> list[Path]:
+    """Move the files of a saved adapter to their place and return them; its config marks it as plain B·A."""
     content = read_object(source / CONFIG_NAME) | {"init_lora_weights": True, "eva_config": None}
     names = [ADAPTER_NAMES[0], CONFIG_NAME, *(name for name in (EXPERTS.name,) if (source / name).is_file())]
     with atomic_files(*(folder / name for name in names)) as (weights, config, *record):
@@ -116,6 +116,9 @@ def publish(source: Path, folder: Path) -> None:
         config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for file in record:
             (source / EXPERTS.name).rename(file)
+    if EXPERTS.name not in names:
+        (folder / EXPERTS.name).unlink(missing_ok=True)  # an earlier adapter's
+    return [folder / name for name in names]
 
 
 def known_places(sites: Mapping[str, Site], path: Path | str) -> dict[str, ExpertPlace] | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from rankwise.errors import DataError, UsageError, need
 from rankwise.files.atomic import about_to_write, read_object
-from rankwise.files.checkpoint import INDEX, NAMES, resolve
+from rankwise.files.checkpoint import HUB_ID, INDEX, NAMES, resolve
 from rankwise.files.processes import announce
 from rankwise.models.sites import outside_language, tower_prefixes
 from rankwise.options.sections import ModelSection
@@ -78,6 +79,17 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
                 "--trust_remote_code --revision COMMIT to `finetune` or `train` (`ranks --deltas` needs no model)"
             ) from error
         raise DataError(f"{folder}/config.json: {error}") from error
+
+
+def described_folder(name: str | None) -> Path | None:
+    """The folder with the config.json of a model that is on this machine, a hub id's in its cache; else None."""
+    if not name:
+        return None
+    folder = Path(name).expanduser()
+    if not folder.exists() and HUB_ID.fullmatch(name):
+        cached = try_to_load_from_cache(name, "config.json")
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    return folder if (folder / "config.json").is_file() else None
 
 
 def model_class(config: Any) -> Any:

@@ -138,6 +138,7 @@ class CompressConfig(Options):
     plan: str | None = reads(help="rank plan of this adapter's sites, instead of energy or budget")
     uniform: bool = option(False, help="zero-pad to one rank, without patterns, for hot swapping and vLLM")
     scale: float | None = option(above=0, help="scale of an adapter without a config (loralib): lora_alpha / r")
+    base_model: str | None = reads_model(help="base model, for adapters of experts [as the adapter records]")
     output_dir: str = output("compressed_adapter", help="adapter folder")
 
 

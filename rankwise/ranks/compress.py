@@ -1,6 +1,8 @@
 """rankwise compress: adapter → smaller adapter. Exact: QR of both factors and an r×r SVD, never the dense matrix.
 
 rankwise compress saved_models/high_rank --energy 0.95 -o smaller/
+
+Experts of one parameter get one rank, each the best factors of its own: rank r keeps Σ_e Σ_{i≤r} σ²_{e,i}.
 """
 
 from __future__ import annotations
@@ -12,22 +14,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from rankwise.core.allocate import Rule, by_budget, parse_budget, spectral_gains
 from rankwise.core.factors import Factors, balanced
 from rankwise.core.site import Site
 from rankwise.core.site import describe as describe_site
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, UsageError
-from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, adapter_files, carry, read_adapter, write_adapter
+from rankwise.files.adapter import LoraAdapter, LoraPair, adapter_files, carry, read_adapter, write_adapter
 from rankwise.files.adapter_config import lora_config
-from rankwise.files.atomic import about_to_write
-from rankwise.files.checkpoint import ADAPTER_NAMES
+from rankwise.files.atomic import about_to_write, read_object
 from rankwise.files.lineage import trained_rows
 from rankwise.files.plan import read_plan
 from rankwise.files.run_folder import RunFolder
+from rankwise.merge.plan import build_skeleton
 from rankwise.merge.write import own_files
-from rankwise.models.adapters import publish
+from rankwise.models.adapters import known_places, publish
 from rankwise.models.depth.encoder import read_depth, write_depth
+from rankwise.models.load import described_folder, meta_model
+from rankwise.models.sites import fused_experts, model_sites
 from rankwise.options.commands import CompressConfig
 from rankwise.page.text import command_line
 from rankwise.ranks.fidelity import Fidelity, SiteFidelity, require_all_kept
@@ -37,33 +45,47 @@ SCALE = 2.0  # alpha = 2r at every site, so that one rank and one alpha describe
 
 @dataclass(frozen=True)
 class Ordered:
-    """A site's product as factors in the order of its singular values: the first k columns are its best rank k."""
+    """A site's product as factors in the order of its singular values: the first k columns are its best rank k. Of
+    experts the factors and squared values of each, and the spectrum of all: σ²_i = Σ_e σ²_{e,i}."""
 
-    factors: Factors
+    factors: tuple[Factors, ...]
+    squares: Tensor
     spectrum: Spectrum
 
     @classmethod
-    def of(cls, factors: Factors) -> Ordered:
-        u, values, vt = factors.svd()
-        energy = float(values.square().sum())
-        return cls(balanced(u, values, vt), Spectrum(values, energy, factors.shape, method="factors", complete=True))
+    def of(cls, pair: LoraPair) -> Ordered:
+        found = [one.factors().svd() for one in pair.matrices()]
+        squares = torch.stack([values.square() for _, values, _ in found])
+        total = squares.sum(0)
+        spectrum = Spectrum(total.sqrt(), float(total.sum()), pair.shape, method="factors", complete=True)
+        return cls(tuple(balanced(*each) for each in found), squares, spectrum)
 
-    def first(self, rank: int) -> Factors:
-        return Factors(self.factors.left[:, :rank], self.factors.right[:rank])
+    def first(self, rank: int) -> list[Factors]:
+        """Of every matrix."""
+        return [Factors(each.left[:, :rank], each.right[:rank]) for each in self.factors]
+
+    def kept(self, rank: int) -> tuple[float, ...]:
+        """Share of every expert's energy; empty for one matrix, 1 for an expert that does not change."""
+        if len(self.factors) == 1:
+            return ()
+        shares = self.squares[:, :rank].sum(1) / self.squares.sum(1)
+        return tuple(shares.nan_to_num(nan=1.0).clamp(max=1.0).tolist())
 
 
 def run(config: CompressConfig) -> Fidelity:
     check(config)
-    adapter, folder = read_adapter(str(config.adapter), config.scale), RunFolder(config.output_dir)
+    adapter, model = read_with_base(config)
+    folder, source = RunFolder(config.output_dir), adapter_files(Path(str(config.adapter)))[0].parent
     with folder.lock(), folder.recording("compress", {"adapter": str(config.adapter), "plan": config.plan}) as record:
         smaller, fidelity = compress_adapter(adapter, config)
         about_to_write()
         with tempfile.TemporaryDirectory(dir=folder.path, prefix=".adapter-") as temporary:
             written = write_adapter(temporary, smaller)
             require_all_kept(adapter, read_adapter(written), fidelity)
-            publish(written, folder.path)
-        source = adapter_files(Path(str(config.adapter)))[0].parent
-        record.outputs |= {name: folder / name for name in (ADAPTER_NAMES[0], CONFIG_NAME)} | carry(source, folder.path)
+            if model is not None and fused_experts(model):
+                build_skeleton(model, written, f"{config.adapter} compressed, loaded by PEFT")
+            record.outputs |= {file.name: folder / file.name for file in publish(written, folder.path)}
+        record.outputs |= carry(source, folder.path)
         record.outputs |= {file.name: Path(shutil.copyfile(file, folder / file.name)) for file in own_files(source)}
         if depth := read_depth(source):
             record.outputs["depth"] = write_depth(folder.path, depth)
@@ -91,12 +113,46 @@ def check(config: CompressConfig) -> None:
         raise UsageError(f"--output_dir {config.output_dir} is where the adapter is: choose another folder")
 
 
+def read_with_base(config: CompressConfig) -> tuple[LoraAdapter, PreTrainedModel | None]:
+    """The adapter, in the form that its base asks for, and the base's structure. Where the base is not on this machine:
+    None, and the adapter in the form of its own config."""
+    path, config_file = str(config.adapter), adapter_files(Path(str(config.adapter)))[1]
+    content = read_object(config_file) if config_file else {}
+    folder = described_folder(config.base_model or content.get("base_model_name_or_path"))
+    if folder is None:
+        if config.base_model:
+            raise DataError(f"--base_model {config.base_model}: no folder with a config.json")
+        return read_adapter(path, config.scale), None
+    model = meta_model(str(folder))
+    sites = model_sites(model)
+    adapter = read_adapter(path, config.scale, known_places(sites, path) if config_file else None)
+    return replace(adapter, pairs={path: in_form(pair, path, sites) for path, pair in adapter.pairs.items()}), model
+
+
+def in_form(pair: LoraPair, path: str, sites: Mapping[str, Site]) -> LoraPair:
+    """The pair as PEFT's config has to name it in this model."""
+    if path in sites:
+        return replace(pair, peft=sites[path].peft)
+    if all(site.peft == "pattern" for site in sites.values()):
+        return replace(pair, peft="pattern")
+    return pair if pair.peft == "parameter" else replace(pair, peft="path")
+
+
 def compress_adapter(adapter: LoraAdapter, config: CompressConfig) -> tuple[LoraAdapter, Fidelity]:
     """The smaller adapter, in float32 whatever the original's dtype: rounding it again would not be exact."""
     sites = {
-        path: describe_site(path, pair.shape, transposed=pair.fan_in_fan_out) for path, pair in adapter.pairs.items()
+        path: describe_site(
+            path,
+            pair.shape,
+            transposed=pair.fan_in_fan_out,
+            experts=pair.experts,
+            peft=pair.peft,
+            swapped=pair.swapped,
+            order=pair.order,
+        )
+        for path, pair in adapter.pairs.items()
     }
-    ordered = {site: Ordered.of(adapter.pairs[path].factors()) for path, site in sites.items()}
+    ordered = {site: Ordered.of(adapter.pairs[path]) for path, site in sites.items()}
     if all(one.spectrum.is_zero for one in ordered.values()):
         raise DataError(
             f"{config.adapter}: every B·A is zero, so the adapter has no effect; was it saved before training?"
@@ -108,7 +164,7 @@ def compress_adapter(adapter: LoraAdapter, config: CompressConfig) -> tuple[Lora
         for site, rank in ranks.items()
         if rank or width
     }
-    table = tuple(fidelity_of(adapter, site, ordered[site].spectrum, rank, width) for site, rank in ranks.items())
+    table = tuple(fidelity_of(adapter, site, ordered[site], rank, width) for site, rank in ranks.items())
     return replace(adapter, config=settings(adapter), pairs=pairs), Fidelity(table)
 
 
@@ -144,18 +200,27 @@ def planned_ranks(file: str, spectra: Mapping[Site, Spectrum]) -> dict[Site, int
 
 def shrink(pair: LoraPair, ordered: Ordered, rank: int, width: int | None) -> LoraPair:
     """The pair of this rank, zero-padded to `width` where one rank is wanted everywhere (the same product)."""
-    factors = ordered.first(rank)
-    right, left = (factors.padded(width) if width else factors).lora(SCALE)
-    return LoraPair(right, left, SCALE, pair.fan_in_fan_out, pair.embedding)
+    found = [(factors.padded(width) if width else factors).lora(SCALE) for factors in ordered.first(rank)]
+    right, left = (torch.stack(halves) for halves in zip(*found, strict=True))
+    if not pair.experts:
+        right, left = right[0], left[0]
+    return replace(pair, lora_A=right, lora_B=left, scale=SCALE)
 
 
-def fidelity_of(adapter: LoraAdapter, site: Site, spectrum: Spectrum, rank: int, width: int | None) -> SiteFidelity:
+def fidelity_of(adapter: LoraAdapter, site: Site, ordered: Ordered, rank: int, width: int | None) -> SiteFidelity:
+    spectrum = ordered.spectrum
     kept = spectrum.energy(rank).low
     note = "" if rank else "its product is zero" if spectrum.is_zero else "the budget or plan gives it no rank"
     if note:
         note += ": all zeros" if width else ": left out"
     return SiteFidelity(
-        site, width or rank, spectrum.energy_total, kept, rank_before=adapter.pairs[site.path].rank, note=note
+        site,
+        width or rank,
+        spectrum.energy_total,
+        kept,
+        rank_before=adapter.pairs[site.path].rank,
+        note=note,
+        experts=ordered.kept(rank),
     )
 
 

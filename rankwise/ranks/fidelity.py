@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rankwise.core.factors import share_kept
@@ -39,7 +40,8 @@ EXACT = 1e-9  # factors against factors in float64; what is written in float32 l
 class SiteFidelity:
     """One site: `energy_total` is ‖Δ‖²_F of what was to be kept, `energy_kept` the share of it that is.
 
-    `rank` 0 means that the site is not in the adapter; `rank_before` is None where the source is no adapter.
+    `rank` 0 means that the site is not in the adapter; `rank_before` is None where the source is no adapter. `experts`:
+    the share of each expert's energy that is kept.
     """
 
     site: Site
@@ -48,6 +50,7 @@ class SiteFidelity:
     energy_kept: float
     rank_before: int | None = None
     note: str = ""
+    experts: tuple[float, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         before = {} if self.rank_before is None else {"rank_before": self.rank_before}
@@ -60,6 +63,7 @@ class SiteFidelity:
             "energy_total": self.energy_total,
             "shape": list(self.site.shape),
             "note": self.note,
+            **({"energy_kept_of_experts": list(self.experts)} if self.experts else {}),
         }
 
 
@@ -164,9 +168,16 @@ def require_all_kept(before: LoraAdapter, after: LoraAdapter, fidelity: Fidelity
     for row in fidelity.rows:
         path = row.site.path
         if row.energy_total and row.energy_kept:
-            old, new = before.pairs[path].factors(), after.pairs[path].factors() if path in after.pairs else None
-            kept = share_kept(old.inner(new), new.inner(new), old.inner(old)) if new else 0.0
-            require_kept(path, kept, row.energy_kept, EXACT)
+            olds, news = before.pairs[path].matrices(), after.pairs[path].matrices() if path in after.pairs else ()
+            sums = torch.zeros(3, dtype=torch.float64)
+            for expert, (old, new) in enumerate(zip(olds, news, strict=False)):
+                one, other = old.factors(), new.factors()
+                found = torch.tensor([one.inner(other), other.inner(other), one.inner(one)], dtype=torch.float64)
+                if row.experts and found[2]:
+                    kept = share_kept(*found.tolist())
+                    require_kept(f"{path}, expert {expert}", kept, row.experts[expert], EXACT)
+                sums += found
+            require_kept(path, share_kept(*sums.tolist()) if sums[2] else 0.0, row.energy_kept, EXACT)
 
 
 CHANGED, RESIZED, NEW = "changed", "resized", "only in the tuned model"

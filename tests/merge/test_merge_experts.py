@@ -21,7 +21,7 @@ from rankwise.files.checkpoint import open_checkpoint
 from rankwise.merge import write
 from rankwise.merge.command import run
 from rankwise.merge.plan import ExpertChange, plan_merge
-from rankwise.merge.routing import Reach, routed
+from rankwise.merge.routing import RoutedExperts, routed
 from rankwise.models import adapt as adapt_module
 from rankwise.models import expert_files as files_module
 from rankwise.models import sites as sites_module
@@ -291,4 +291,4 @@ def test_what_a_module_of_experts_is_given_tells_where_tokens_go() -> None:
     assert routed([hidden, torch.tensor([0, 5])], 2) == {1}
     assert routed([hidden], 3) == {0, 1, 2}
     assert routed([hidden, torch.ones(5, 8)], 3) == set()
-    assert Reach.of({"a": {0, 1}, "b": {2}}, {"a": {1, 5}}) == Reach(3, 1)
+    assert RoutedExperts.of({"a": {0, 1}, "b": {2}}, {"a": {1, 5}}) == RoutedExperts(3, 1)
