@@ -3,13 +3,15 @@
 What each trainer takes was read in its package (November 2026): axolotl 0.19.0 and unsloth 2026.10.9 hand
 `rank_pattern` and `alpha_pattern` on to PEFT; ms-swift 4.6.0 and LLaMA-Factory 0.9.5 have one rank. Targets are whole
 module paths everywhere: a bare projection name would train it in every layer and tower. LLaMA-Factory takes names only,
-and its table of model families decides what of a vision tower or projector may train.
+and its table of model families decides what of a vision tower or projector may train. Of a model with fused experts
+the experts, and dense matrices of their names, are targets by parameter, which PEFT, axolotl and ms-swift take.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +23,7 @@ from rankwise.errors import UsageError
 from rankwise.files.atomic import write_text
 from rankwise.files.checkpoint import resolve
 from rankwise.models.load import meta_model
-from rankwise.models.sites import EXPERT_NAMES, fused_experts
+from rankwise.models.sites import model_sites
 from rankwise.models.targets import plan_fields
 from rankwise.options.commands import RanksConfig
 from rankwise.options.field import absolute
@@ -29,7 +31,6 @@ from rankwise.ranks.probe import Probe
 
 INSTEAD = "train it with `rankwise train --lora-config`, or emit"
 Fields = dict[str, Any]
-Targets = str | list[str]
 
 
 def lora_fields(plan: RankPlan) -> Fields:
@@ -50,42 +51,45 @@ def whole(alpha: float) -> int | float:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def full_paths(plan: RankPlan, trainer: str) -> list[str]:
+def full_paths(plan: RankPlan, paths: Iterable[str], trainer: str) -> list[str]:
     """The paths as names, which match every module whose path ends like one. UsageError where another site's does."""
-    for path in plan.ranks:
+    paths = list(paths)
+    for path in paths:
         other = next((row.site.path for row in plan.sites if row.site.path.endswith(f".{path}")), None)
         if other:
             raise UsageError(f"--emit {trainer} matches name suffixes; {path} also matches {other}; {INSTEAD} peft")
-    return list(plan.ranks)
+    return paths
 
 
-def targets(plan: RankPlan, trainer: str, experts: bool) -> Targets:
-    """All sites as one anchored regex; as full paths for a model with fused experts, of whose regex PEFT keeps the
-    bare names. UsageError for names that it takes for the experts."""
-    if not experts:
-        return str(plan_fields(plan)["target_modules"])
-    taken = [row.site.path for row in plan.sites if row.rank and row.site.projection in EXPERT_NAMES]
-    if taken:
-        raise UsageError(
-            f"--emit {trainer}: the model has fused experts, and PEFT would train those in place of {taken[0]}; make a "
-            "plan without such sites (--exclude)"
-        )
-    return full_paths(plan, trainer)
+def has_experts(plan: RankPlan) -> bool:
+    """Whether the plan's model has fused experts, of which PEFT takes no regex."""
+    return any(row.site.peft != "pattern" for row in plan.sites)
 
 
-def peft(plan: RankPlan, experts: bool) -> Fields:
+def targets(plan: RankPlan, trainer: str) -> Fields:
+    """`target_modules`: all sites as one anchored regex, or as full paths where the model has fused experts; there
+    `target_parameters` as well, if there are any."""
+    given = plan_fields(plan)
+    modules, parameters = given["target_modules"], given["target_parameters"] or []
+    if not has_experts(plan):
+        return {"target_modules": modules}
+    found = {"target_modules": full_paths(plan, modules, trainer)}
+    return found | ({"target_parameters": full_paths(plan, parameters, trainer)} if parameters else {})
+
+
+def peft(plan: RankPlan) -> Fields:
     """`LoraConfig(**json.load(open(...)))`."""
-    return {**lora_fields(plan), "target_modules": targets(plan, "peft", experts), "task_type": "CAUSAL_LM"}
+    return {**lora_fields(plan), **targets(plan, "peft"), "task_type": "CAUSAL_LM"}
 
 
-def unsloth(plan: RankPlan, experts: bool) -> Fields:
+def unsloth(plan: RankPlan) -> Fields:
     """`FastLanguageModel.get_peft_model(model, **json.load(open(...)))`; what it does not know goes to LoraConfig."""
-    if experts:
+    if has_experts(plan):
         raise UsageError(f"--emit unsloth: it adds a model's fused experts to what trains; {INSTEAD} peft or axolotl")
-    return {**lora_fields(plan), "target_modules": targets(plan, "unsloth", experts)}
+    return {**lora_fields(plan), **targets(plan, "unsloth")}
 
 
-def axolotl(plan: RankPlan, experts: bool) -> Fields:
+def axolotl(plan: RankPlan) -> Fields:
     """Whole alphas only."""
     names = {"lora_alpha": "lora_alpha", "use_rslora": "peft_use_rslora"}
     fields = lora_fields(plan)
@@ -94,22 +98,20 @@ def axolotl(plan: RankPlan, experts: bool) -> Fields:
         **model("base_model", plan),
         "adapter": "lora",
         **{names.get(name, f"lora_{name}"): value for name, value in fields.items()},
-        "lora_target_modules": targets(plan, "axolotl", experts),
+        **{f"lora_{name}": value for name, value in targets(plan, "axolotl").items()},
     }
 
 
-def swift(plan: RankPlan, experts: bool) -> Fields:
+def swift(plan: RankPlan) -> Fields:
     """`swift sft swift.yaml …`."""
-    found = targets(plan, "swift", experts)
-    return {
-        **model("model", plan),
-        "tuner_type": "lora",
-        **one_rank(plan, "swift"),
-        ("target_regex" if isinstance(found, str) else "target_modules"): found,
-    }
+    found = targets(plan, "swift")
+    if isinstance(found["target_modules"], str):
+        found = {"target_regex": found["target_modules"]}
+    undropped = {"lora_dropout": 0.0} if "target_parameters" in found else {}  # its own default is none for parameters
+    return {**model("model", plan), "tuner_type": "lora", **one_rank(plan, "swift"), **found, **undropped}
 
 
-def llamafactory(plan: RankPlan, experts: bool) -> Fields:
+def llamafactory(plan: RankPlan) -> Fields:
     """`llamafactory-cli train llamafactory.yaml`."""
     outside = sorted({row.site.tower for row in plan.sites if row.rank} - {"language"})
     if outside:
@@ -119,8 +121,13 @@ def llamafactory(plan: RankPlan, experts: bool) -> Fields:
         )
     fields = one_rank(plan, "llamafactory")
     require_whole([fields["lora_alpha"]], "llamafactory", "peft or unsloth")
-    found = targets(plan, "llamafactory", experts)
-    names = found if isinstance(found, list) else full_paths(plan, "llamafactory")
+    parameters = targets(plan, "llamafactory").get("target_parameters")
+    if parameters:
+        raise UsageError(
+            f"--emit llamafactory: it takes names of modules, and PEFT adapts {parameters[0]} by parameter; {INSTEAD} "
+            "peft, axolotl or swift"
+        )
+    names = full_paths(plan, plan.ranks, "llamafactory")
     return {**model("model_name_or_path", plan), "finetuning_type": "lora", **fields, "lora_target": ",".join(names)}
 
 
@@ -155,7 +162,7 @@ def as_yaml(fields: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(fields), sort_keys=False, width=1000)
 
 
-TRAINERS: dict[str, tuple[Callable[[RankPlan, bool], Fields], Callable[[Mapping[str, Any]], str], str]] = {
+TRAINERS: dict[str, tuple[Callable[[RankPlan], Fields], Callable[[Mapping[str, Any]], str], str]] = {
     "peft": (peft, as_json, "json"),
     "axolotl": (axolotl, as_yaml, "yaml"),
     "swift": (swift, as_yaml, "yaml"),
@@ -193,11 +200,9 @@ def unplaced(trainer: str, options: Mapping[str, Any]) -> str:
     return f"{trainer} takes the adapter only; set in your training script: {', '.join(left)}" if left else ""
 
 
-def emit(
-    plan: RankPlan, trainer: str, experts: bool = False, options: Mapping[str, Any] = MappingProxyType({})
-) -> tuple[str, str]:
-    """(text, file suffix) of the plan for one trainer. experts: the model has fused experts. options: of the run, by
-    `rankwise train`'s names; the trainer's file gets those that it has a place for.
+def emit(plan: RankPlan, trainer: str, options: Mapping[str, Any] = MappingProxyType({})) -> tuple[str, str]:
+    """(text, file suffix) of the plan for one trainer. options: of the run, by `rankwise train`'s names; the trainer's
+    file gets those that it has a place for.
 
     Raises UsageError, naming what this trainer cannot express and what can, where it would train anything else.
     """
@@ -206,17 +211,17 @@ def emit(
     plan.require_ranks(f"--emit {trainer}: the plan")
     fields, written, suffix = TRAINERS[trainer]
     names = RUN_OPTIONS[trainer]
-    return written(fields(plan, experts) | {names[key]: options[key] for key in options if key in names}), suffix
+    return written(fields(plan) | {names[key]: options[key] for key in options if key in names}), suffix
 
 
 def write_configs(
-    folder: Path, trainers: Sequence[str], plan: RankPlan, experts: bool, options: Mapping[str, Any]
+    folder: Path, trainers: Sequence[str], plan: RankPlan, options: Mapping[str, Any]
 ) -> tuple[dict[str, Path], list[str]]:
     """One config per trainer, by name, and what the others cannot express."""
     files, refused = {}, []
     for trainer in trainers:
         try:
-            text, suffix = emit(plan, trainer, experts, options)
+            text, suffix = emit(plan, trainer, options)
         except UsageError as error:
             refused.append(str(error))
             continue
@@ -226,11 +231,16 @@ def write_configs(
 
 def write_emitted(config: RanksConfig, plan: RankPlan, probe: Probe) -> tuple[list[Path], list[str]]:
     """One config per trainer, and why the others cannot take the plan: known only now that it has been measured."""
-    files, refused = write_configs(Path(config.output_dir), config.emit, plan, has_experts(config, probe), {})
+    files, refused = write_configs(Path(config.output_dir), config.emit, of_model(plan, config, probe), {})
     return [*files.values()], refused
 
 
-def has_experts(config: RanksConfig, probe: Probe) -> bool:
-    """Whether the model has fused experts, which trainers may add to any target; False where it is not on this disk."""
+def of_model(plan: RankPlan, config: RanksConfig, probe: Probe) -> RankPlan:
+    """The plan with its sites as the model describes them, where that is on this disk: the files of an adapter do not
+    tell whether their model has fused experts."""
     folder = resolve(config.base) if config.base else Path(probe.model_name)
-    return (folder / "config.json").is_file() and bool(fused_experts(meta_model(str(folder))))
+    if not config.emit or not (folder / "config.json").is_file():
+        return plan
+    known = model_sites(meta_model(str(folder)))
+    rows = (replace(row, site=known.get(row.site.path, row.site)) for row in plan.sites)
+    return replace(plan, sites=tuple(rows))

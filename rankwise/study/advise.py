@@ -31,7 +31,7 @@ from rankwise.errors import DataError, Interrupted, UsageError
 from rankwise.files.processes import announce, finish, process_index
 from rankwise.files.run_folder import RunFolder, held
 from rankwise.models.load import load_structure, torch_dtype
-from rankwise.models.sites import fused_experts, model_sites
+from rankwise.models.sites import model_sites
 from rankwise.models.targets import choose_sites
 from rankwise.options.advise import AdviseConfig
 from rankwise.options.field import flatten
@@ -42,6 +42,7 @@ from rankwise.ranks.emit import unplaced, write_configs
 from rankwise.study.advice import first_grid, prior_of
 from rankwise.study.advice_content import conclude, frozen_lines, frozen_towers
 from rankwise.study.advice_page import CONFIG, advised_plan, run_options, screen_table, write_advice
+from rankwise.study.arms import PARTS, part_of
 from rankwise.study.climb import Rungs, climb
 from rankwise.study.design import digest
 from rankwise.study.footprint import Footprint, footprint, free_memory, most_learnt, refuse_too_large
@@ -77,7 +78,7 @@ def run(config: AdviseConfig) -> Path:
                 record.facts |= {"runs": len(bench.ledger), "rung": found.rung}
                 print("\n".join(lines([screen_table(advice)])))
                 if found.learnt:
-                    refused = write_emitted(config, advice, plan, bool(fused_experts(bench.material.model)))
+                    refused = write_emitted(config, advice, plan)
                     print(f"next: {next_command(config)}")
     finally:
         finish()
@@ -151,10 +152,10 @@ def kept_when_interrupted(config: AdviseConfig, bench: ShortRuns) -> Iterator[No
         ) from None
 
 
-def write_emitted(config: AdviseConfig, advice: Mapping[str, Any], plan: RankPlan, experts: bool) -> list[str]:
+def write_emitted(config: AdviseConfig, advice: Mapping[str, Any], plan: RankPlan) -> list[str]:
     """Configs for other trainers, with what they have no place for said; why the others cannot take the advice."""
     options = run_options(config, advice)
-    files, refused = write_configs(Path(config.output_dir), config.emit, plan, experts, options)
+    files, refused = write_configs(Path(config.output_dir), config.emit, plan, options)
     for trainer, file in files.items():
         print(": ".join(filter(None, [str(file), unplaced(trainer, options)])))
     return refused
@@ -227,11 +228,17 @@ def rungs_of(config: AdviseConfig, skeleton: PreTrainedModel) -> Rungs:
 
 
 def ranks_of(config: AdviseConfig, sites: Collection[Site]) -> tuple[int, ...]:
-    """Ranks to compare, descending. UsageError for a placement without matrices, and for a rank above ⌊mn/(m+n)⌋ of a
-    matrix: there a LoRA pair has more parameters than the matrix."""
-    for kind in ("attention", "mlp"):
-        if kind in config.placements and all(site.kind != kind for site in sites):
-            raise UsageError(f"--placements {kind}: none of the matrices to adapt is of that kind; leave it out")
+    """Ranks to compare, descending. UsageError for a placement without matrices or inputs, and for a rank above
+    ⌊mn/(m+n)⌋ of a matrix: there a LoRA pair has more parameters than the matrix."""
+    for part in PARTS:
+        if part in config.placements and not part_of(sites, part):
+            raise UsageError(f"--placements {part}: none of the matrices to adapt is of that kind; leave it out")
+    experts = part_of(sites, "experts")
+    if experts and "eva" in config.placements:
+        raise UsageError(
+            f"--placements eva: it measures inputs of modules, and {experts[0].path} is a parameter of experts; leave "
+            "it out, or give --target attention_only"
+        )
     narrow = min(sites, key=lambda site: site.largest_rank)
     if config.ranks and max(config.ranks) > narrow.largest_rank:
         raise UsageError(

@@ -12,23 +12,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import experts
 import pytest
-import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama
 from tiny_vision import tiny_qwen25vl
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedModel,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from rankwise.cli import main
 from rankwise.core.plan import PlannedSite, RankPlan
@@ -102,6 +94,8 @@ def of_axolotl(fields: dict[str, Any], _: PreTrainedModel) -> dict[str, Any]:
         "r": fields["lora_r"],
         "lora_alpha": fields["lora_alpha"],
         "target_modules": fields["lora_target_modules"],
+        "target_parameters": fields.get("lora_target_parameters"),
+        "lora_dropout": fields.get("lora_dropout", 0.0),
         "fan_in_fan_out": fields.get("lora_fan_in_fan_out"),
         "use_rslora": fields.get("peft_use_rslora", False),
         **patterns,
@@ -115,7 +109,9 @@ def of_swift(fields: dict[str, Any], _: PreTrainedModel) -> dict[str, Any]:
     return {
         "r": fields["lora_rank"],
         "lora_alpha": fields["lora_alpha"],
-        "target_modules": fields.get("target_regex") or fields["target_modules"],
+        "target_modules": fields["target_regex"] if "target_regex" in fields else fields["target_modules"],
+        "target_parameters": fields.get("target_parameters"),
+        "lora_dropout": fields.get("lora_dropout", 0.05),
         "use_rslora": fields.get("use_rslora", False),
     }
 
@@ -256,43 +252,53 @@ def test_matrices_stored_transposed_are_trained_exactly() -> None:
         assert trained(copy.deepcopy(model), trainer, emit(plan, trainer)[0]) == wanted(plan)
 
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+MIXTURES = sorted(experts.FAMILIES)
+OF_MIXTURES = ("peft", "axolotl", "swift")
 
 
-def mixtral() -> PreTrainedModel:
-    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
+@cache
+def mixture(family: str) -> PreTrainedModel:
+    return experts.built(family)
 
 
-def qwen3_moe() -> PreTrainedModel:
-    """Its first layer is dense."""
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=16, head_dim=8, mlp_only_layers=[0])
-    )
-
-
-@pytest.mark.parametrize("make", [mixtral, qwen3_moe])
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_experts_are_never_trained_in_place_of_a_plan(trainer: str, make: Callable[[], PreTrainedModel]) -> None:
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("trainer", OF_MIXTURES)
+@pytest.mark.parametrize(
+    ("kind", "rank"),
+    [
+        ("everything", lambda site: 2),
+        ("the last layer", lambda site: 2 * (site.layer == 1)),
+        ("experts' down projections", lambda site: 2 * (site.projection == "down_proj" and bool(site.experts))),
+        ("the attention of one layer", lambda site: 2 * (site.layer == 0 and site.kind == "attention")),
+        ("what is dense or shared", lambda site: 2 * (site.kind == "mlp" and not site.experts)),
+        ("uneven ranks", lambda site: 1 + (site.layer or 0) + bool(site.experts)),
+    ],
+)
+def test_a_plan_of_a_mixture_is_trained_exactly(
+    family: str, trainer: str, kind: str, rank: Callable[[Site], int]
+) -> None:
     """PEFT keeps the bare names of a regex there, and takes a dense layer's matrices for the experts."""
-    model = make()
-    sites = model_sites(model)
-    plan = plan_of(sites, lambda site: 2 * (site.layer == 0 and site.kind == "attention"))
-    if trainer == "unsloth":
-        with pytest.raises(UsageError, match="fused experts"):
-            emit(plan, trainer, experts=True)
+    plan = plan_of(model_sites(mixture(family)), rank)
+    if not plan.ranks:
+        assert kind != "everything"
+        return
+    if (trainer, kind) == ("swift", "uneven ranks"):
+        with pytest.raises(UsageError, match="one rank for all matrices"):
+            emit(plan, trainer)
     else:
-        assert trained(make(), trainer, emit(plan, trainer, experts=True)[0]) == wanted(plan)
-    dense = plan_of(sites, lambda site: 2 * (site.layer == 0))
-    if any(site.kind == "mlp" for site in sites.values()):
-        with pytest.raises(UsageError, match="fused experts"):
-            emit(dense, trainer, experts=True)
+        assert trained(copy.deepcopy(mixture(family)), trainer, emit(plan, trainer)[0]) == wanted(plan)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_trainers_that_cannot_take_experts_say_so(family: str) -> None:
+    plan = plan_of(model_sites(mixture(family)), lambda site: 2)
+    with pytest.raises(UsageError, match="--emit unsloth: it adds a model's fused experts to what trains"):
+        emit(plan, "unsloth")
+    with pytest.raises(UsageError, match=r"--emit llamafactory: .*by parameter; .* emit peft, axolotl or swift"):
+        emit(plan, "llamafactory")
+    attention = plan_of(model_sites(mixture(family)), lambda site: 2 * (site.kind == "attention"))
+    built = trained(copy.deepcopy(mixture(family)), "llamafactory", emit(attention, "llamafactory")[0])
+    assert built == wanted(attention)
 
 
 def test_names_that_end_another_sites_path_are_refused() -> None:
@@ -329,12 +335,11 @@ def test_what_a_trainer_cannot_take_ends_the_command_with_2_and_leaves_the_rest(
 
 def test_the_command_sees_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed, name in enumerate(("base", "tuned")):
-        torch.manual_seed(seed)
-        mixtral().save_pretrained(tmp_path / name)
+        experts.built("mixtral", seed=seed).save_pretrained(tmp_path / name)
     words = ["ranks", str(tmp_path / "base"), str(tmp_path / "tuned"), "-o", str(tmp_path / "out"), "--no-plots"]
     assert main([*words, "--min-rank", "1", "--include", r"layers\.0\.self_attn", "--emit", "peft,unsloth"]) == 2
     assert "--emit unsloth: it adds a model's fused experts to what trains" in capsys.readouterr().err
     plan = read_plan(tmp_path / "out", None)
     text = (tmp_path / "out" / "configs" / "peft.json").read_text()
-    assert trained(mixtral(), "peft", text) == wanted(plan)
+    assert trained(copy.deepcopy(mixture("mixtral")), "peft", text) == wanted(plan)
     assert {path.split(".")[2] for path in plan.ranks} == {"0"}
