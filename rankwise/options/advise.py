@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from rankwise.options.field import Options, option, output, seeded
 from rankwise.options.sections import DEVICE, NO_PNG, SEED, TRAINERS, DataSection, ModelSection
 
-PLACEMENTS = ("attention", "mlp", "energy", "eva")
+PLACEMENTS = ("attention", "mlp", "experts", "energy", "eva")
 
 
 @dataclass(frozen=True)

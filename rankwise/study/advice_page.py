@@ -37,6 +37,7 @@ PLACES = {
     UNIFORM: "one rank everywhere",
     "attention": "attention only",
     "mlp": "MLP only",
+    "experts": "experts only",
     "energy": "ranks by energy",
     "eva": "ranks by EVA",
 }

@@ -1,13 +1,13 @@
 """The valid names in `arms:` and `primary:`, and their meaning.
 
-plans    uniform  energy  loss …  shuffled  inverted:loss  compress  warm  plan-warm  uniform+compute  full  base
+plans    uniform  attention  mlp  experts  energy  loss …  shuffled  inverted:loss  compress  warm  plan-warm  uniform+compute  full  base
 phases   static   both:60 > mlp:60 > attention   reversed:…  permuted:…  random:…   static@…   full  base
          norm:20  yoked:norm:20
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,11 @@ from rankwise.options.field import unknown
 from rankwise.options.study import StudyConfig
 from rankwise.ranks.gain import Batch, input_spectra, loss_gains
 
+PARTS: Mapping[str, Callable[[Site], bool]] = {
+    "attention": lambda site: site.kind == "attention",
+    "mlp": lambda site: site.kind == "mlp",
+    "experts": lambda site: site.experts > 0,
+}
 RULES = ("energy", "site", "type", "loss", "eva")
 Gains = Mapping[Site, Tensor]
 
@@ -76,6 +81,10 @@ def ranks_within(gains: Gains, budget: int, max_rank: int, tolerance: float = TO
     return equalise(by_budget(gains, budget, rule), budget, worth, {site: rule.most(site) for site in gains}, tolerance)
 
 
+def part_of(sites: Iterable[Site], part: str) -> list[Site]:
+    return [site for site in sites if PARTS[part](site)]
+
+
 def uniform_ranks(sites: Sequence[Site], budget: int, tolerance: float = TOLERANCE) -> dict[Site, int]:
     """One rank everywhere, as nearly as the budget and the sizes of the matrices allow."""
     nothing = torch.zeros(0, dtype=torch.float64)
@@ -97,7 +106,9 @@ UNIFORM, STATIC, INVERTED, BASE, YOKED = "uniform", "static", "inverted", "base"
 NULLS = ("shuffled", INVERTED)
 REFERENCES = ("full", BASE)
 OTHERS = ("compress", "warm", "plan-warm", "uniform+compute")
-PLAN_ARMS = (UNIFORM, *RULES, *NULLS, *OTHERS, *REFERENCES)
+DEFAULT_PLAN_ARMS = (UNIFORM, *RULES, *NULLS, *OTHERS, *REFERENCES)
+PLAN_ARMS = (*DEFAULT_PLAN_ARMS, *PARTS)
+WITHOUT_EXPERTS = ("loss", "eva", "warm", "plan-warm", "compress")
 OF_A_RULE = (*NULLS, "plan-warm")
 CONTROLS = ("reversed", "permuted", "random")
 VERSUS = " vs "
@@ -165,7 +176,7 @@ def schedule_of(arm: str, steps: int, seed: int) -> Form | None:
 
 def default_arms(config: StudyConfig) -> list[str]:
     if config.kind == "plans":
-        return list(PLAN_ARMS)
+        return list(DEFAULT_PLAN_ARMS)
     third = max(1, config.steps // 3)
     schedule = f"both:{third} > mlp:{third} > attention"
     return [STATIC, schedule, *(f"{control}:{schedule}" for control in CONTROLS), f"{STATIC}@{schedule}"]
@@ -188,6 +199,26 @@ def check_arm(arm: str, config: StudyConfig) -> None:
         raise unknown(arm, known, "--arms", "arm")
 
 
+def check_mixture(arms: Iterable[str], config: StudyConfig, sites: Sequence[Site]) -> None:
+    """UsageError, naming the arm, for what no arm with experts can be; and for a part that the model does not have."""
+    arms, experts = list(arms), part_of(sites, "experts")
+    if config.kind == "plans":
+        empty = next((arm for arm in arms if arm in PARTS and not part_of(sites, arm)), None)
+        if empty:
+            raise UsageError(f"--arms {empty}: none of the matrices to adapt is of that kind; leave it out")
+    if experts and config.kind == "phases":
+        raise UsageError(
+            f"--kind phases: arms of a schedule share forward passes, and {experts[0].path} is a parameter of experts; "
+            "give --target attention_only, or compare runs of `rankwise train --phases`"
+        )
+    refused = [arm for arm in arms if rule_of(arm) in WITHOUT_EXPERTS or arm.partition(":")[0] in WITHOUT_EXPERTS]
+    if experts and refused:
+        raise UsageError(
+            f"--arms {refused[0]}: not for experts ({experts[0].path}); name the arms, for instance --arms "
+            "uniform,attention,experts,energy"
+        )
+
+
 def contrast(text: str, arms: tuple[str, ...]) -> tuple[str, str]:
     first, versus, second = (part.strip() for part in text.partition(VERSUS))
     if not versus.strip() or first == second:
@@ -199,10 +230,10 @@ def contrast(text: str, arms: tuple[str, ...]) -> tuple[str, str]:
 
 
 def default_contrasts(arms: tuple[str, ...], config: StudyConfig) -> tuple[tuple[str, str], ...]:
-    """Every rule against uniform rank; every schedule against training everything all the time, and one that chooses
+    """Every rule and part against uniform rank; every schedule against training everything all the time, and one that chooses
     against what it chose for another seed."""
     if config.kind == "plans":
-        return tuple((arm, UNIFORM) for arm in arms if arm in RULES and UNIFORM in arms)
+        return tuple((arm, UNIFORM) for arm in arms if arm in (*RULES, *PARTS) and UNIFORM in arms)
     own = [arm for arm in arms if has_phases(arm, config) and not control_of(arm)[0] and yoked_to(arm) is None]
     yoked = [(str(yoked_to(arm)), arm) for arm in arms if yoked_to(arm) is not None]
     return (*((arm, STATIC) for arm in own if STATIC in arms), *yoked)

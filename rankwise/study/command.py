@@ -17,7 +17,7 @@ from rankwise.files.run_folder import RunFolder, held
 from rankwise.options.study import StudyConfig
 from rankwise.page.blocks import lines
 from rankwise.page.text import duration
-from rankwise.study.arms import RULES
+from rankwise.study.arms import RULES, check_mixture
 from rankwise.study.design import (
     Design,
     Registration,
@@ -52,6 +52,7 @@ def run(config: StudyConfig) -> Path:
 
             how = (config.target, config.device, (parts, files), before_loading)
             material = load_material(config.model, config.data, *how)
+            check_mixture(design.arms, config, material.sites)
             registration = register_study(folder, design, material)
             bench = workbench(folder, design, material)
             if config.time_only:

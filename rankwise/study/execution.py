@@ -56,6 +56,11 @@ class Bench:
         found = ArmSettings(steps, config.batch_size, contender.scheduler, *rest)
         return replace(found, max_grad_norm=config.max_grad_norm, phase_state=contender.state)
 
+    @property
+    def in_turn(self) -> bool:
+        """Whether some arms adapt experts, which no stack does: all of them then train one after the other."""
+        return any(site.experts for site in self.material.sites)
+
     def order(self, run: Run, settings: ArmSettings) -> list[int]:
         return row_order(len(self.material.rows), settings.steps * settings.batch_size, run.seed)
 
@@ -86,13 +91,14 @@ class Bench:
         self.ledger.add(rows, matrices)
 
     def together(self, runs: Sequence[Run]) -> tuple[list[Row], Matrices]:
-        """Adapters: trained in one stack but where phases are chosen on the way, scored in one stack."""
+        """Adapters: trained in one stack but where phases are chosen on the way, scored in one stack; one after the
+        other where they adapt experts."""
         material, settings = self.material, self.settings(runs[0])
         arms = [self.plans.arm(run, settings.steps, self.order(run, settings), self.replay(run)) for run in runs]
         trained, replays = self.trained(runs, arms, settings)
         results = [self.final(run, result, arm.scales) for run, result, arm in zip(runs, trained, arms, strict=True)]
         parts = {name: part.batches for name, part in self.parts(runs[0]).items()}
-        matrices = score(material.model, results, [arm.scales for arm in arms], parts)
+        matrices = score(material.model, results, [arm.scales for arm in arms], parts, in_turn=self.in_turn)
         facts = [
             {
                 "parameters": sum(a.numel() + b.numel() for a, b in result.pairs.values()),
@@ -115,6 +121,8 @@ class Bench:
         """What came of them; and of one that chooses its phases, which is alone, the schedule that it amounts to."""
         material, shared = self.material, (self.material.rows, self.material.collate, settings)
         schedule = self.plans.schedule(runs[0], settings.steps, self.replay(runs[0]))
+        if self.in_turn and schedule is None:
+            return [train_alone(material.model, arm, None, *shared)[0] for arm in arms], [{}] * len(runs)
         if not isinstance(schedule, BoundNorm):
             return train_together(material.model, arms, *shared), [{}] * len(runs)
         result, replay = train_alone(material.model, arms[0], schedule, *shared)

@@ -32,7 +32,7 @@ SHARE = 0.8  # of what is free: allocators and libraries need some
 @dataclass(frozen=True)
 class Footprint:
     """Bytes: the frozen base; factors, gradients and AdamW's moments of one run of the largest rank; activations of one
-    run's widest batch, which are an estimate."""
+    run's widest batch, which are an estimate: W + s·B·A of all adapted experts included, which each forward makes."""
 
     base: int
     arm: int
@@ -60,7 +60,8 @@ def footprint(
     logits = LOGITS * FLOAT32 * batch_size * learnt * text.vocab_size
     parameters = sum(site.parameters(min(rank, site.largest_rank)) for site in sites)
     base = sum(parameter.numel() for parameter in skeleton.parameters()) * wide
-    return Footprint(base, STATES * FLOAT32 * parameters, kept + logits)
+    changed = sum(site.size for site in sites if site.experts) * wide
+    return Footprint(base, STATES * FLOAT32 * parameters, kept + logits + changed)
 
 
 def most_learnt(labels: Sequence[Sequence[int]]) -> int:

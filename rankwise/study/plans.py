@@ -22,7 +22,18 @@ from rankwise.options.sections import SpectrumSection
 from rankwise.options.study import StudyConfig
 from rankwise.ranks.deltas import SavedDeltas
 from rankwise.ranks.spectra import measure_sites
-from rankwise.study.arms import RULES, Gains, Probed, gains_of, ranks_within, rule_of, schedule_of, uniform_ranks
+from rankwise.study.arms import (
+    PARTS,
+    RULES,
+    Gains,
+    Probed,
+    gains_of,
+    part_of,
+    ranks_within,
+    rule_of,
+    schedule_of,
+    uniform_ranks,
+)
 from rankwise.study.design import Contender, Run
 from rankwise.study.material import Material, probe_rows
 from rankwise.train.adapter import input_directions
@@ -85,7 +96,7 @@ class Plans:
             chosen = replace(source, sites={site.path: site for site in self.sites})
             how = RanksConfig(spectrum=SpectrumSection(max_rank=self.max_rank, exact=True))
             measured = measure_sites(chosen, how, lambda *_: None)
-            deltas = {site: source.read(site).matrix.to(device) for site in self.sites}
+            deltas = {site: source.read(site).matrix.to(device) for site in self.sites if not site.experts}
             spectra = {site: row.spectrum for site, row in measured.items()}
             self._probed[probe] = Probed(self.material.model, spectra, deltas, self.signal_batches(probe))
         return self._probed[probe]
@@ -122,6 +133,8 @@ class Plans:
             if kind == "shuffled":
                 return shuffle(ranks, torch.Generator().manual_seed(seed))
             return invert(ranks) if kind == "inverted" else ranks
+        if kind in PARTS:
+            return uniform_ranks(part_of(self.sites, kind), self.budget(budget))
         return self.uniform(budget)
 
     def checked_ranks(self, contender: Contender, seed: int) -> Ranks:

@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -43,7 +44,7 @@ from rankwise.options.advise import AdviseConfig
 from rankwise.page.text import memory, plural
 from rankwise.ranks.gain import input_spectra
 from rankwise.study.advice import UNIFORM, TrialLosses, TrialRun
-from rankwise.study.arms import Gains, ranks_within, uniform_ranks
+from rankwise.study.arms import PARTS, Gains, part_of, ranks_within, uniform_ranks
 from rankwise.study.evidence import Array, by_group
 from rankwise.study.footprint import Footprint, at_most, free_memory
 from rankwise.study.material import Material, ScoredItems
@@ -210,8 +211,8 @@ class ShortRuns:
     def placed(self, placement: str, budget: int, tolerance: float) -> dict[Site, int]:
         """UsageError where no ranks come that near to the budget."""
         sites = list(self.material.sites)
-        if placement in ("attention", "mlp"):
-            return uniform_ranks([site for site in sites if site.kind == placement], budget, tolerance)
+        if placement in PARTS:
+            return uniform_ranks(part_of(sites, placement), budget, tolerance)
         gains = self.energy_gains() if placement == "energy" else self.eva_gains
         return ranks_within(gains, budget, max(site.largest_rank for site in sites), tolerance)
 
@@ -221,8 +222,9 @@ class ShortRuns:
         try:
             kept = load_file(file)
             for site in self.material.sites:
-                factors = Factors(SCALE * kept[f"{site.path}.B"], kept[f"{site.path}.A"])
-                found[site] = factors.svd()[1].double().square().cpu()
+                left, right = SCALE * kept[f"{site.path}.B"], kept[f"{site.path}.A"]
+                each = zip(left, right, strict=True) if site.experts else [(left, right)]
+                found[site] = torch.stack([Factors(*halves).svd()[1].double().square().cpu() for halves in each]).sum(0)
         except (OSError, SafetensorError, KeyError) as error:
             raise DataError(
                 f"{file}: no factors of a finished run of this model ({error}); delete it, and its run is made again"

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import experts
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import TEXTS, tiny_llama, tiny_tokenizer
+from tiny import tiny_llama
 from tiny_vision import tiny_qwen25vl, tiny_smolvlm
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from rankwise import cli
+from rankwise.core.allocate import spent
+from rankwise.errors import UsageError
 from rankwise.evaluate.likelihood import answer_losses
 from rankwise.files.ledger import Ledger
+from rankwise.models.adapt import lora_layers, lora_pairs, quiet_peft
 from rankwise.models.load import load_model
-from rankwise.models.sites import fused_experts, model_sites, tower_of, tower_prefixes
+from rankwise.models.sites import model_sites, tower_of, tower_prefixes
 from rankwise.options.advise import AdviseConfig
 from rankwise.options.sections import TOWERS, DataSection, ModelSection
 from rankwise.study import advise
+from rankwise.study.advice import TrialRun
 from rankwise.study.material import PicturedBatches
-from rankwise.study.trials import why_in_turn
-from rankwise.train.together.alone import adapted
+from rankwise.study.trials import TOLERANCES, why_in_turn
+from rankwise.train.together.alone import adapted, twin_of
+from rankwise.train.together.starts import random_start
 
 COLOURS = {"red": (250, 10, 10), "green": (10, 250, 10), "blue": (10, 10, 250), "white": (250, 250, 250)}
 QUESTIONS = ("<image>\nWhat colour?", "Which colour is this? <image>", "<image> Name its colour.")
@@ -113,15 +120,6 @@ def test_a_tower_is_no_target(tower: str, tmp_path: Path, capsys: pytest.Capture
     assert not (tmp_path / "run").exists()
 
 
-def tiny_mixtral(folder: Path) -> Path:
-    vocabulary = tiny_tokenizer(folder, TEXTS)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(0)
-    config = MixtralConfig(**sizes, vocab_size=len(vocabulary), num_key_value_heads=2, num_local_experts=4)
-    MixtralForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> DataSection:
     names, areas = ("Cotto", "Zizzi", "Aromi", "Strada", "Giraffe", "Clowns", "Alimentum"), range(12)
@@ -134,18 +132,104 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> DataSection:
 def test_a_model_with_fused_experts_trains_in_turn(
     texts: DataSection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tiny_mixtral(tmp_path / "model")
-    rates = [1e-3, 1e-2, 3e-2, 300.0]
+    model = experts.saved("mixtral", tmp_path / "model")
+    rates = [1e-3, 1e-2, 3e-2, 1e30]
     advise.run(small(model, texts, tmp_path / "run", minutes=1e-6, placements=[], rates=rates))
     told = capsys.readouterr().out
     assert "one after the other: the model has fused experts" in told and "tower" not in told
     rows = Ledger(tmp_path / "run").rows.values()
     left = {row["key"]["learning_rate"]: row["train_losses"].count(None) for row in rows if row["diverged"]}
-    assert set(left) == {300.0} and left[300.0] > 0, "it leaves after an eighth"
+    assert set(left) == {1e30} and left[1e30] > 0, "it leaves after an eighth"
     kept = load_file(next((tmp_path / "run" / "factors").rglob("*.safetensors")))
-    base = load_model(str(model), torch.float32)
-    assert fused_experts(base) and {name[:-2] for name in kept} <= set(model_sites(base))
-    assert not any("experts" in name for name in kept)
+    assert {name[:-2] for name in kept} == set(model_sites(load_model(str(model), torch.float32)))
+
+
+@pytest.fixture(scope="module")
+def advised(texts: DataSection, tmp_path_factory: pytest.TempPathFactory) -> tuple[AdviseConfig, Path]:
+    """An advice on a mixture that has a shared expert and a dense first layer, up to the placements."""
+    folder = tmp_path_factory.mktemp("mixture")
+    model = experts.saved("deepseek_v3", folder / "model")
+    config = small(
+        model,
+        texts,
+        folder / "run",
+        placements=["attention", "experts", "energy"],
+        emit=["peft", "unsloth"],
+        delta=10.0,
+    )
+    with pytest.raises(UsageError, match=r"--emit unsloth: .* The advice and everything else is written"):
+        advise.run(config)
+    return config, folder / "run"
+
+
+def test_placements_of_a_mixture_spend_the_same_parameters_where_they_say(advised: tuple[AdviseConfig, Path]) -> None:
+    config, folder = advised
+    advice = json.loads((folder / "advice.json").read_text())
+    assert set(advice["placements"]) == {"attention", "experts", "energy"} and not advice["too_small"]
+    bench, rungs, _ = advise.prepare(config, folder)
+    uniform = TrialRun(advice["advised"]["rank"], advice["advised"]["learning_rate"], seed=rungs.seeds[0])
+    ranks = {name: bench.ranks(replace(uniform, placement=name)) for name in ("uniform", "attention", "experts")}
+    adapted = {name: [site for site in found if found[site]] for name, found in ranks.items()}
+    assert {site.kind for site in adapted["attention"]} == {"attention"}
+    assert all(site.experts for site in adapted["experts"])
+    assert {bool(site.experts) for site in adapted["uniform"] if site.kind == "mlp"} == {True, False}
+    budget = spent(ranks["uniform"])
+    assert all(abs(spent(found) - budget) <= TOLERANCES[-1] * budget for found in ranks.values())
+    for row in Ledger(folder).rows.values():
+        trial = TrialRun(**{name: value for name, value in row["key"].items() if name != "recipe"})
+        assert row["batch"] == 1
+        if trial.placement in ranks and trial.rank == uniform.rank:
+            assert row["parameters"] == spent(ranks[trial.placement])
+
+
+def test_the_energy_of_experts_is_the_sum_over_them(advised: tuple[AdviseConfig, Path]) -> None:
+    config, folder = advised
+    bench, _, _ = advise.prepare(config, folder)
+    trials = [TrialRun(**{n: v for n, v in row["key"].items() if n != "recipe"}) for row in bench.ledger.rows.values()]
+    bench.asked = dict.fromkeys(trials, "A")
+    gains, kept = bench.energy_gains(), load_file(bench.factors(bench.best_of_largest))
+    for site, found in gains.items():
+        product = (2.0 * kept[f"{site.path}.B"] @ kept[f"{site.path}.A"]).double()
+        values = torch.linalg.svdvals(product if site.experts else product[None])[:, : len(found)]
+        assert torch.allclose(found, values.square().sum(0), rtol=1e-4, atol=1e-12), site.path
+        assert product.shape[:-2] == ((site.experts,) if site.experts else ())
+
+
+def test_the_advice_on_a_mixture_is_trained_by_train_and_by_peft(advised: tuple[AdviseConfig, Path]) -> None:
+    config, folder = advised
+    assert cli.main(["train", str(folder / "advice.yaml"), "-o", str(folder / "train"), "--max_steps", "2"]) == 0
+    emitted = json.loads((folder / "configs" / "peft.json").read_text())
+    model = load_model(str(config.model.model_name), torch.float32)
+    with quiet_peft():
+        built = get_peft_model(model, LoraConfig(**emitted))
+    sites = json.loads((folder / "train" / "sites.json").read_text())["sites"]
+    assert set(lora_layers(built)) == {site["path"] for site in sites}
+
+
+@pytest.mark.parametrize("family", sorted(experts.FAMILIES))
+def test_a_run_in_turn_begins_where_it_is_told_to(family: str) -> None:
+    model = experts.built(family)
+    ranks = {site: 1 + number % 2 for number, site in enumerate(model_sites(model).values())}
+    start = random_start(ranks, 3, largest=4)
+    start = {path: (a, torch.randn_like(b)) for path, (a, b) in start.items()}
+    with twin_of(model) as twin:
+        found = lora_pairs(adapted(twin, start, dict.fromkeys(start, 0.5)))
+    assert set(found) == set(start)
+    for path, (a, b) in start.items():
+        assert torch.equal(found[path].lora_A, a) and torch.equal(found[path].lora_B, b), path
+        assert found[path].scale == 0.5
+    wider = random_start({site: 2 for site in ranks}, 3, largest=4)
+    for site, rank in ranks.items():
+        assert torch.equal(wider[site.path][0][..., :rank, :], start[site.path][0]), "leading rows are shared"
+
+
+def test_what_no_run_of_experts_can_be_is_refused(
+    texts: DataSection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixture, dense = experts.saved("mixtral", tmp_path / "mixture"), tiny_llama(tmp_path / "dense")
+    for model, placement, said in ((mixture, "eva", "a parameter of experts"), (dense, "experts", "none of the")):
+        with pytest.raises(UsageError, match=f"--placements {placement}: .*{said}"):
+            advise.run(small(model, texts, tmp_path / "run", placements=[placement]))
 
 
 def test_text_rows_of_a_language_model_share_a_forward_pass(texts: DataSection, tmp_path: Path) -> None:

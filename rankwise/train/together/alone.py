@@ -37,7 +37,7 @@ from transformers import (
 from rankwise.core.phase import BoundNorm, Phases
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.errors import DivergedError, Interrupted, UsageError
-from rankwise.models.adapt import ADAPTER, adapt, lora_layers, lora_pairs
+from rankwise.models.adapt import ADAPTER, adapt, factor_weights, lora_layers, lora_pairs
 from rankwise.models.sites import model_sites
 from rankwise.options.sections import LoraSection
 from rankwise.train.arguments import build_arguments
@@ -171,13 +171,12 @@ def twin_of(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 def adapted(twin: PreTrainedModel, pairs: Pairs, scales: Mapping[str, float]) -> PeftModel:
     """The PEFT model of these factors and scales."""
     sites = model_sites(twin)
-    planned = [PlannedSite(sites[path], a.shape[0]) for path, (a, _) in pairs.items()]
+    planned = [PlannedSite(sites[path], a.shape[-2]) for path, (a, _) in pairs.items()]
     found = adapt(twin, RankPlan(tuple(planned)), LoraSection(lora_dropout=0.0))
     for path, layer in lora_layers(found).items():
-        a, b = pairs[path]
         layer.scaling[ADAPTER] = scales[path]
-        layer.lora_A[ADAPTER].weight.copy_(a)
-        layer.lora_B[ADAPTER].weight.copy_(b)
+        for half, start in zip(factor_weights(path, layer), pairs[path], strict=True):
+            half.copy_(start)
     return found
 
 

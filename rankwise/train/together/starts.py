@@ -20,12 +20,12 @@ from rankwise.core.site import Site
 from rankwise.ranks.spectra import site_generator
 
 SCALE = 2.0
-Pairs = dict[str, tuple[Tensor, Tensor]]
+Pairs = dict[str, tuple[Tensor, Tensor]]  # path → A (r, n), B (m, r); of experts (E, r, n), (E, m, r)
 Ranks = Mapping[Site, int]
 
 
 def random_start(ranks: Ranks, seed: int, largest: int) -> Pairs:
-    """LoRA's start: A uniform within ±1/√n as PEFT draws it, B zero; path → A (r, n), B (m, r).
+    """LoRA's start: A uniform within ±1/√n as PEFT draws it, B zero.
 
     A site's A depends on the seed and its path alone: arms of unequal rank share their leading rows.
     """
@@ -33,8 +33,10 @@ def random_start(ranks: Ranks, seed: int, largest: int) -> Pairs:
     for site, rank in ranks.items():
         if rank:
             rows, (m, n) = max(largest, rank), site.shape
-            drawn = torch.rand(rows, n, generator=site_generator(site, seed))
-            pairs[site.path] = (((2 * drawn - 1) / math.sqrt(n))[:rank].clone(), torch.zeros(m, rank))
+            each = (site.experts,) if site.experts else ()
+            drawn = torch.rand(*each, rows, n, generator=site_generator(site, seed))
+            start = ((2 * drawn - 1) / math.sqrt(n))[..., :rank, :].clone()
+            pairs[site.path] = (start, torch.zeros(*each, m, rank))
     return pairs
 
 
