@@ -393,7 +393,7 @@ REFUSED = {
     "run": ("@/wrong.yaml", "@/rows.csv"),
     "batch": ("@/own.yaml @/wrong.yaml",),
     "tiny": ("-o @/file/below",),
-    "demo": ("-o @/file/below",),
+    "demo": ("-o @/file/below", "--vision --experts"),
 }
 
 

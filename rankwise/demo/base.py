@@ -1,4 +1,4 @@
-"""Base models of a million parameters, trained from scratch: language models and vision-language models.
+"""Base models of one to three million parameters, trained from scratch: with or without experts, with or without eyes.
 
 images ── pretrain (Eye) ──▶ vision tower     it tells what is in each quarter of an image
 captions ── pretrain ──────▶ the whole        it says what is where, and has never been asked anything
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import LlamaTokenizer, PreTrainedModel
 
 from rankwise.data.dataset import Collator, RenderedDataset
 from rankwise.data.device import DeviceReader, DeviceTarget, device_processor
@@ -30,7 +31,6 @@ from rankwise.data.vision_inputs import Sight
 from rankwise.models.tiny import (
     SIDE,
     Eye,
-    random_llama,
     random_smolvlm,
     save_tokenizer,
     save_vision_tokenizer,
@@ -57,12 +57,21 @@ class BaseTraining:
     learning_rate: float = 3e-3
 
 
-def train_text_base(folder: Path, pages: list[str], more: list[str], course: BaseTraining, seed: int) -> None:
-    """A Llama that has read the pages, saved with its tokenizer. more: texts that the vocabulary has words for, too."""
+def train_text_base(
+    folder: Path,
+    pages: list[str],
+    more: list[str],
+    course: BaseTraining,
+    seed: int,
+    made: Callable[[LlamaTokenizer, int], PreTrainedModel],
+) -> None:
+    """A model that has read the pages, saved with its tokenizer. more: texts that the vocabulary has words for, too.
+    made: the untrained one, of a tokenizer and a seed."""
     started = time.monotonic()
     tokenizer = save_tokenizer(folder, [*pages[:2000], *more], course.vocabulary)
-    model = random_llama(tokenizer, seed)
-    print(f"base: a Llama of {amount(model.num_parameters())} parameters reads {course.samples:,} pages", flush=True)
+    model = made(tokenizer, seed)
+    family = model.config.model_type.capitalize()
+    print(f"base: a {family} of {amount(model.num_parameters())} parameters reads {course.samples:,} pages", flush=True)
     # every page is one sample with an end token, every token a label
     encoded = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(pages)["input_ids"]]
     rows = [{"input_ids": ids, "labels": ids, "sample_index": index} for index, ids in enumerate(encoded)]

@@ -1,15 +1,16 @@
 """rankwise demo: the whole flow on a model and data that it makes itself. No network, no GPU, about four minutes.
 
-It makes a world (a grammar of restaurants; with --vision, drawings), a base model that knows it, and a task that the
-base has never met, and then runs `recipes/demo.yaml` (or demo_vision.yaml) like anyone would.
+It makes a world (a grammar of restaurants; with --vision, drawings), a base model that knows it (with --experts, a
+mixture), and a task that the base has never met, and then runs `recipes/demo.yaml` (or demo_vision.yaml,
+demo_experts.yaml) like anyone would.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rankwise.data.device import DeviceTarget
@@ -23,7 +24,7 @@ from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.atomic import atomic_folder, read_object
 from rankwise.files.run_folder import RunFolder
 from rankwise.gguf.converter import find_converter
-from rankwise.models.tiny import SIDE
+from rankwise.models.tiny import SIDE, random_llama, random_mixtral
 from rankwise.options.commands import DemoConfig, RunConfig
 from rankwise.page.text import duration
 from rankwise.pipeline import run as recipes
@@ -39,27 +40,18 @@ class World:
     course: BaseTraining
 
 
-# By --vision, then by --quick. The whole ones take about four minutes on two cores.
-WORLDS = {
-    False: {False: World(400, 64, BaseTraining(8000, 800, 800)), True: World(64, 6, BaseTraining(200, 400, 4))},
-    True: {
-        False: World(800, 200, BaseTraining(6000, 400, 1400, eye_steps=180)),
-        True: World(24, 10, BaseTraining(60, 340, 4, eye_steps=2)),
-    },
-}
 REFERENCES, TURNS = 3, 3  # wordings per meaning representation, questions per image
 TRAIN, HELD_OUT = "train.json", "heldout.json"
 QUICK_CHANGES = tuple(
-    "train.max_steps=4 probe.subset_ratio=0.5 ranks.num_samples=6 before.num_samples=4 after.num_samples=4 "
-    "before.max_new_tokens=8 after.max_new_tokens=8 ranks.no_plots=true "
-    "validate.num_samples=4 validate.parity_samples=4 validate.max_new_tokens=8".split()
+    "train.max_steps=4 probe.subset_ratio=0.5 before.num_samples=4 after.num_samples=4 before.max_new_tokens=8 "
+    "after.max_new_tokens=8 validate.num_samples=4 validate.parity_samples=4 validate.max_new_tokens=8".split()
 )
+QUICK_GAIN = ("ranks.num_samples=6", "ranks.no_plots=true")
 QUICK_ADVICE = tuple(
     f"advise.{change}" for change in "steps=8 ranks=4,2 choose_size=20 confirm_size=20 no_plots=true".split()
 )
 SHIPPING = ("merge", "export", "validate")  # stages that lead to llama.cpp and need its parts
 SEEDED = ("probe", "ranks", "advise", "train", "before", "after", "validate")
-METRICS = {False: ("bleu", "rouge_l"), True: ("exact_match", "token_f1")}
 
 
 def run(config: DemoConfig) -> Path:
@@ -73,8 +65,13 @@ def run(config: DemoConfig) -> Path:
     recipes.run(recipe_config(config, shipping=not lacking))
     if lacking:
         print(f"left out: {', '.join(SHIPPING)}: {lacking}")
-    print(summary(folder, time.monotonic() - started, METRICS[config.vision]))
+    print(summary(folder, time.monotonic() - started, kind_of(config).metrics))
     return folder / "report.html"
+
+
+def check(config: DemoConfig) -> None:
+    if config.vision and config.experts:
+        raise UsageError("--vision and --experts are two demos: give one of them")
 
 
 def ready(config: DemoConfig) -> None:
@@ -100,19 +97,18 @@ def run_folder(config: DemoConfig) -> Path:
 
 def recipe_name(config: DemoConfig) -> str:
     """The recipe, whose name the run folder has too."""
-    return "demo-vision" if config.vision else "demo"
+    return kind_of(config).name
 
 
 def make(config: DemoConfig, folder: Path) -> None:
     """`data` and `base` in the run folder, each where it is not there yet."""
-    world = WORLDS[config.vision][config.quick]
-    data_of, base_of = (make_conversations, make_vision_base) if config.vision else (make_rows, make_text_base)
+    kind, world = kind_of(config), kind_of(config).world(config)
     if not (folder / "data").is_dir():
         with atomic_folder(folder / "data") as made:
-            data_of(made, world, random.Random(config.seed))
+            kind.data_of(made, world, random.Random(config.seed))
     if not (folder / "base").is_dir():
         with atomic_folder(folder / "base") as made:
-            base_of(made, folder / "data", world.course, config.seed)
+            kind.base_of(made, folder / "data", world.course, config.seed)
 
 
 def recipe_config(config: DemoConfig, *, shipping: bool = True) -> RunConfig:
@@ -121,7 +117,7 @@ def recipe_config(config: DemoConfig, *, shipping: bool = True) -> RunConfig:
     names = stage_names(config)
     changes = [f"{name}.seed={config.seed}" for name in names if name in SEEDED]
     if config.quick:
-        changes += QUICK_CHANGES if config.vision else (*QUICK_CHANGES, *QUICK_ADVICE)
+        changes += kind_of(config).quick_changes
     only = [] if shipping else [name for name in names if name not in SHIPPING]
     return RunConfig(recipe=recipe, output_dir=str(run_folder(config)), set=changes, only=only)
 
@@ -145,7 +141,12 @@ def make_conversations(folder: Path, world: World, generator: random.Random) -> 
 
 def make_text_base(folder: Path, data: Path, course: BaseTraining, seed: int) -> None:
     """A Llama of a million parameters that has read guide pages: it speaks, and has never seen the task."""
-    train_text_base(folder, guide(random.Random(seed), course.samples), prompts(data), course, seed)
+    train_text_base(folder, guide(random.Random(seed), course.samples), prompts(data), course, seed, random_llama)
+
+
+def make_expert_base(folder: Path, data: Path, course: BaseTraining, seed: int) -> None:
+    """A Mixtral of three million parameters that has read the same pages."""
+    train_text_base(folder, guide(random.Random(seed), course.samples), prompts(data), course, seed, random_mixtral)
 
 
 def make_vision_base(folder: Path, data: Path, course: BaseTraining, seed: int) -> None:
@@ -165,6 +166,57 @@ def prompts(data: Path) -> list[str]:
     return [sections(example, "").before[-1] for example in examples.items[:300]]
 
 
+@dataclass(frozen=True)
+class Demonstration:
+    """One of the demos. name: of its recipe and run folder. rows: what they are. data_of, base_of: make data and base.
+    quick_changes: of the recipe, with --quick. The whole of one takes about four minutes on two cores."""
+
+    name: str
+    rows: str
+    metrics: tuple[str, ...]
+    whole: World
+    quick: World
+    data_of: Callable[[Path, World, random.Random], None]
+    base_of: Callable[[Path, Path, BaseTraining, int], None]
+    quick_changes: tuple[str, ...]
+
+    def world(self, config: DemoConfig) -> World:
+        return self.quick if config.quick else self.whole
+
+
+TEXT = Demonstration(
+    "demo",
+    "meaning representations",
+    ("bleu", "rouge_l"),
+    World(400, 64, BaseTraining(8000, 800, 800)),
+    World(64, 6, BaseTraining(200, 400, 4)),
+    make_rows,
+    make_text_base,
+    (*QUICK_CHANGES, *QUICK_GAIN, *QUICK_ADVICE),
+)
+MIXTURE = replace(
+    TEXT,
+    name="demo-experts",
+    whole=replace(TEXT.whole, course=BaseTraining(8000, 800, 400)),
+    base_of=make_expert_base,
+    quick_changes=QUICK_CHANGES,
+)
+VISION = Demonstration(
+    "demo-vision",
+    "conversations about drawings",
+    ("exact_match", "token_f1"),
+    World(800, 200, BaseTraining(6000, 400, 1400, eye_steps=180)),
+    World(24, 10, BaseTraining(60, 340, 4, eye_steps=2)),
+    make_conversations,
+    make_vision_base,
+    (*QUICK_CHANGES, *QUICK_GAIN),
+)
+
+
+def kind_of(config: DemoConfig) -> Demonstration:
+    return VISION if config.vision else MIXTURE if config.experts else TEXT
+
+
 def summary(folder: Path, seconds: float, metrics: Sequence[str]) -> str:
     before, after = (EvaluationResult.load(folder / name) for name in ("before", "after"))
     facts = read_object(folder / "train" / "manifest.json")["stages"]["train"]
@@ -176,10 +228,9 @@ def summary(folder: Path, seconds: float, metrics: Sequence[str]) -> str:
 
 
 def describe(config: DemoConfig) -> list[str]:
-    world = WORLDS[config.vision][config.quick]
-    rows = f"{world.train_rows} {'conversations about drawings' if config.vision else 'meaning representations'}"
+    kind, world = kind_of(config), kind_of(config).world(config)
     return [
-        f"make a task of {rows} and a base model in {run_folder(config)}",
+        f"make a task of {world.train_rows} {kind.rows} and a base model in {run_folder(config)}",
         f"pretrain the base for {world.course.steps} steps",
         f"run the recipe {recipe_config(config).recipe!r} ({', '.join(stage_names(config))})",
     ]

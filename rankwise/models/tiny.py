@@ -1,6 +1,6 @@
-"""Untrained base models of the demos: about a million random parameters, and a vocabulary.
+"""Untrained base models of the demos: a million or three of random parameters, and a vocabulary.
 
-    texts ──▶ SentencePiece vocabulary ──▶ Llama                                        demo
+    texts ──▶ SentencePiece vocabulary ──▶ Llama, Mixtral                               demo
     picture of 64 × 64 ── 64 patches ── vision tower ── shuffled 2 × 2 ── projector ──▶ 16 image tokens ──▶ SmolVLM
 
 Tokenizers are stored in both forms that exist, `tokenizer.model` (the GGUF converter reads it) and `tokenizer.json`
@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sentencepiece
 import torch
@@ -25,6 +25,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
     SmolVLMImageProcessor,
@@ -34,6 +36,8 @@ from transformers import (
 
 from rankwise.errors import VerificationError
 from rankwise.files.atomic import atomic_write
+
+Model = TypeVar("Model", bound=nn.Module)
 
 WIDTH = 128
 TEXT = {
@@ -46,6 +50,7 @@ TEXT = {
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-6,
 }
+EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
 SIDE, PATCH, SHUFFLE = 64, 8, 2  # pixels, pixels, patches
 IMAGE_TOKENS = (SIDE // PATCH // SHUFFLE) ** 2
 VISION = {
@@ -142,16 +147,30 @@ def check_same_ids(pieces: SentencePieceProcessor, tokenizer: LlamaTokenizer, te
 
 def random_llama(tokenizer: LlamaTokenizer, seed: int) -> LlamaForCausalLM:
     """A Llama with random weights (float32) for this vocabulary."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
-        **TEXT | {"initializer_range": 0.08},
-    )
+    return seeded(lambda: LlamaForCausalLM(LlamaConfig(**text_settings(tokenizer))), seed)
+
+
+def random_mixtral(tokenizer: LlamaTokenizer, seed: int) -> MixtralForCausalLM:
+    """A Mixtral with random weights (float32) for this vocabulary: three layers of eight experts, two for a token."""
+    return seeded(lambda: MixtralForCausalLM(MixtralConfig(**text_settings(tokenizer), **EXPERTS)), seed)
+
+
+def text_settings(tokenizer: LlamaTokenizer) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tie_word_embeddings": True,
+        **TEXT,
+        "initializer_range": 0.08,
+    }
+
+
+def seeded(made: Callable[[], Model], seed: int) -> Model:
+    """What is made with random numbers of this seed; torch's own generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return made()
 
 
 def save_vision_tokenizer(folder: Path, texts: Sequence[str], vocab_size: int) -> LlamaTokenizer:
@@ -202,9 +221,7 @@ def random_smolvlm(tokenizer: LlamaTokenizer, seed: int) -> SmolVLMForConditiona
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = SmolVLMForConditionalGeneration(config)
+    model = seeded(lambda: SmolVLMForConditionalGeneration(config), seed)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model

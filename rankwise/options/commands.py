@@ -249,8 +249,9 @@ class ReportConfig(Options):
 class DemoConfig(Options):
     """Run the whole flow on a model and data created here, offline, on a CPU, in about three minutes."""
 
-    output_dir: str | None = output(help="run folder [runs/demo, or runs/demo-vision]")
+    output_dir: str | None = output(help="run folder [runs/demo, runs/demo-vision or runs/demo-experts]")
     vision: bool = option(False, help="use a vision-language model and questions about generated images")
+    experts: bool = option(False, help="use a mixture of experts; ranks are planned for each layer's experts")
     seed: int = seeded(42, help=SEED)
     quick: bool = option(False, help="take a few steps only, for tests; scores are meaningless")
 
