@@ -1,6 +1,7 @@
 """The valid names in `arms:` and `primary:`, and their meaning.
 
-plans    uniform  attention  mlp  experts  energy  loss …  shuffled  inverted:loss  compress  warm  plan-warm  uniform+compute  full  base
+plans    uniform  energy  loss …  shuffled  inverted:loss  compress  warm  plan-warm  uniform+compute  full  base
+         attention  mlp  experts
 phases   static   both:60 > mlp:60 > attention   reversed:…  permuted:…  random:…   static@…   full  base
          norm:20  yoked:norm:20
 """
@@ -230,8 +231,8 @@ def contrast(text: str, arms: tuple[str, ...]) -> tuple[str, str]:
 
 
 def default_contrasts(arms: tuple[str, ...], config: StudyConfig) -> tuple[tuple[str, str], ...]:
-    """Every rule and part against uniform rank; every schedule against training everything all the time, and one that chooses
-    against what it chose for another seed."""
+    """Every rule and part against uniform rank; every schedule against training everything all the time, and one that
+    chooses against what it chose for another seed."""
     if config.kind == "plans":
         return tuple((arm, UNIFORM) for arm in arms if arm in (*RULES, *PARTS) and UNIFORM in arms)
     own = [arm for arm in arms if has_phases(arm, config) and not control_of(arm)[0] and yoked_to(arm) is None]

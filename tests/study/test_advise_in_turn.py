@@ -218,7 +218,7 @@ def test_a_run_in_turn_begins_where_it_is_told_to(family: str) -> None:
     for path, (a, b) in start.items():
         assert torch.equal(found[path].lora_A, a) and torch.equal(found[path].lora_B, b), path
         assert found[path].scale == 0.5
-    wider = random_start({site: 2 for site in ranks}, 3, largest=4)
+    wider = random_start(dict.fromkeys(ranks, 2), 3, largest=4)
     for site, rank in ranks.items():
         assert torch.equal(wider[site.path][0][..., :rank, :], start[site.path][0]), "leading rows are shared"
 
