@@ -2,9 +2,9 @@
 
     parse_schedule(strategy("both-mlp-attn", 300, 600))      # both:300 > mlp:300 > attention
 
-A phase is parts joined by `+` and a length in optimizer steps; a part is words that each narrow it down: a kind (both,
-attention, mlp, all; embed, head, other where such sites are adapted), a tower, layers A-B, early or late (half of the
-layers, or from @CUT), random.
+A phase is parts joined by `+` and a length in optimizer steps; a part is words that each narrow it down: a kind (both:
+attention, mlp and mixer; each of them, all; embed, head, router, other where such sites are adapted), a tower, layers
+A-B, early or late (half of the layers, or from @CUT), random.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from rankwise.core.site import nearest
 from rankwise.errors import UsageError
 
 KINDS = {
-    "both": ("attention", "mlp"),
+    "both": ("attention", "mlp", "mixer"),
     "attention": ("attention",),
     "attn": ("attention",),
     "mlp": ("mlp",),
+    "mixer": ("mixer",),
+    "router": ("router",),
     "embed": ("embed",),
     "head": ("head",),
     "other": ("other",),

@@ -13,7 +13,8 @@ from typing import Any
 
 from rankwise.errors import DataError
 
-KINDS = ("attention", "mlp", "embed", "head", "other")
+ROUTER = "router"  # what chooses the experts, a shared expert's gate included: only the model tells it from a name
+KINDS = ("attention", "mlp", "mixer", "embed", "head", ROUTER, "other")
 
 # How PEFT's config names a site. A model with fused experts needs the last two: of a regex PEFT keeps bare names there,
 # and takes gate_proj, up_proj, down_proj, w1 … of any module for the experts'.
@@ -25,18 +26,27 @@ PEFT_NAMES = {
 
 ATTENTION = frozenset(
     "q_proj k_proj v_proj o_proj out_proj qkv_proj qkv c_attn query_key_value Wqkv query key value q_lin k_lin v_lin "
-    "out_lin attn_out q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj in_proj".split()
+    "out_lin attn_out q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj in_proj q k v to_q to_k to_v to_kv to_out".split()
 )
 MLP = frozenset(
     "gate_proj up_proj down_proj gate_up_proj fc1 fc2 c_fc lin1 lin2 dense_h_to_4h dense_4h_to_h w1 w2 w3 fc_in "
-    "fc_out".split()
+    "fc_out wi wi_0 wi_1 wo ffn".split()
 )
+MIXER = frozenset("x_proj dt_proj linear_x linear_y".split())
+SHARED_NAMES = frozenset("in_proj out_proj dt_proj key value receptance".split())  # the module around them tells first
 EMBED = frozenset(["wte", "wpe", "shared", "relative_attention_bias", "embed_tokens", "embed_positions", "embed_in"])
 EMBEDDING = re.compile(r"(?:.+_)?(?:emb|embed|embeds|embedding|embeddings)")  # word_embeddings, pos_embed
 HEAD = frozenset(["lm_head", "embed_out", "score", "classifier", "pre_classifier", "output_projection"])
-ATTENTION_PARENT = re.compile(r"attn|attention", re.IGNORECASE)
 LAYER_LIST = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)(?=\.|$)")
-MLP_PARENT = re.compile(r"mlp|feed_forward|ffn|intermediate", re.IGNORECASE)
+# What a module around a projection says of it, the first that fits. A mixer (state space, linear attention, recurrence)
+# keeps a state along the text in the place of attention. What is named like one may hold attention and MLP, too
+# (Nemotron-H's `mixer`, RecurrentGemma's `temporal_block`): it tells of names that are in no list.
+MIXING = re.compile(r"linear_attn|mamba2?|mlstm_layer|ssm", re.IGNORECASE)
+PARENTS = {
+    "mixer": re.compile(rf"{MIXING.pattern}|mixer|temporal_block|(?:short_)?conv", re.IGNORECASE),
+    "attention": re.compile(r".*(?:attn|attention).*", re.IGNORECASE),
+    "mlp": re.compile(r".*(?:mlp|feed_forward|ffn|intermediate).*|ff", re.IGNORECASE),
+}
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,7 @@ def from_row(row: Mapping[str, Any]) -> Site:
     """The site of a row with its path, shape and whatever else `as_dict` wrote. KeyError, TypeError or ValueError where
     it is no such row."""
     told = {name: row[name] for name in ("tower", "transposed", *EXPERT_FIELDS) if name in row}
+    told |= {"kind": ROUTER} if row.get("kind") == ROUTER else {}
     return describe(row["path"], row["shape"], **told)
 
 
@@ -125,8 +136,10 @@ def describe(
     peft: str = "pattern",
     swapped: bool = False,
     order: int = 0,
+    kind: str | None = None,
 ) -> Site:
     """The site at a module path, or of the experts in the parameter of this name; shape: (out, in) of one matrix.
+    kind: where the path does not tell it (a router's).
 
     Raises ValueError where the shape is not that of a matrix.
     """
@@ -139,7 +152,7 @@ def describe(
         path=path,
         shape=(int(shape[0]), int(shape[1])),
         tower=tower,
-        kind=kind_of(projection, ".".join(names[:-1])),
+        kind=kind or kind_of(projection, ".".join(names[:-1])),
         layer=layer_of(path),
         projection=projection,
         transposed=transposed,
@@ -167,17 +180,19 @@ def layer_of(path: str) -> int | None:
 def kind_of(projection: str, parent: str) -> str:
     """Kind by the projection's own name, else by the nearest module around it that tells (`attn.c_proj`,
     `mlp.c_proj`, BERT's `attention.output.dense`; its `output.dense` is the MLP's)."""
-    for kind, names in (("attention", ATTENTION), ("mlp", MLP), ("embed", EMBED), ("head", HEAD)):
+    holders = parent.split(".")[::-1]
+    if MIXING.fullmatch(holders[0]):
+        return "mixer"
+    told = (kind for holder in holders for kind, names in PARENTS.items() if names.fullmatch(holder))
+    around = next(told, None)
+    if around and projection in SHARED_NAMES:
+        return around
+    for kind, names in (("attention", ATTENTION), ("mlp", MLP), ("mixer", MIXER), ("embed", EMBED), ("head", HEAD)):
         if projection in names:
             return kind
     if EMBEDDING.fullmatch(projection):
         return "embed"
-    for holder in reversed(parent.split(".")):
-        if ATTENTION_PARENT.search(holder):
-            return "attention"
-        if MLP_PARENT.search(holder):
-            return "mlp"
-    return "mlp" if parent.endswith("output") else "other"
+    return around or ("mlp" if parent.endswith("output") else "other")
 
 
 def pattern(path: str) -> str:

@@ -7,13 +7,15 @@ conversion map: a plan made from raw keys would match nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN, get_model_conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
     WeightConverter,
@@ -24,7 +26,7 @@ from transformers.core_model_loading import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.core.site import Site, describe, is_expert
+from rankwise.core.site import ROUTER, Site, describe, is_expert
 from rankwise.errors import UsageError
 from rankwise.files.checkpoint import Weight
 from rankwise.models.expert_files import Converted, ExpertFiles, converted_experts, stored_experts
@@ -43,55 +45,134 @@ class WeightTable:
     experts: dict[str, ExpertFiles] = field(default_factory=dict)
 
 
-def model_sites(model: PreTrainedModel) -> dict[str, Site]:
+def model_sites(model: PreTrainedModel, routers: bool = False) -> dict[str, Site]:
     """Path → site of every linear weight and every parameter of experts that LoRA can target, in module order; the
-    output head is not one."""
+    output head is not one. `routers`: what chooses the experts, too.
+
+    Experts that stand below one another in one matrix (DBRX) are no sites: `flat_experts`.
+    """
     towers = tower_prefixes(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    fused = bool(fused_experts(model))
+    listed, routing, unread = names_paths(model), router_paths(model), past_modules(model)
     sites = {}
     for path, module in model.named_modules():
-        shape = linear_shape(module)
+        tower = tower_of(path, towers)
+        if path in routing:
+            if routers and (shape := router_shape(module)) is not None:
+                sites[path] = describe(path, shape, tower, peft="parameter", kind=ROUTER)
+            continue
+        shape = None if path in unread else linear_shape(module)
         if shape is not None and module is not head:
-            peft = ("parameter" if path.rpartition(".")[2] in EXPERT_NAMES else "path") if fused else "pattern"
-            site = describe(path, shape, tower_of(path, towers), isinstance(module, Conv1D), peft=peft)
+            peft = ("parameter" if path.rpartition(".")[2] in EXPERT_NAMES else "path") if listed else "pattern"
+            site = describe(path, shape, tower, isinstance(module, Conv1D), peft=peft)
             if site.kind != "head":
                 sites[path] = site
-        sites |= {site.path: site for site in expert_sites(path, module, tower_of(path, towers))}
+        sites |= {site.path: site for site in expert_sites(path, module, tower)}
     return sites
 
 
-# PEFT takes these names of a module, in a model with fused experts, for the experts themselves.
+# PEFT takes these names of a module, in models of the conversions below, for the experts themselves.
 EXPERT_NAMES = frozenset(["gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"])
-UNDECLARED = frozenset(["Llama4TextExperts"])  # stored (E, in, out), without an `is_transposed` that says so
+RENAMED = frozenset(["mixtral", "qwen2_moe"])
 
 
-def is_expert_parameter(name: str, parameter: nn.Parameter, module: nn.Module) -> bool:
-    """Whether a module's own parameter holds the matrices of several experts."""
-    return parameter.dim() == 3 and parameter.shape[0] > 1 and is_expert(name)
+def names_paths(model: PreTrainedModel) -> bool:
+    """Whether PEFT's config has to name the model's matrices one by one: with a regex PEFT finds experts' names in it,
+    in models with experts and in those of a family that has them."""
+    family = model.config.model_type
+    return {family, _MODEL_TO_CONVERSION_PATTERN.get(family)} & RENAMED != set() or bool(fused_experts(model))
+
+
+HOLDS_EXPERTS = re.compile(r"Experts$")  # classes: MixtralExperts, JetMoeParallelExperts, InklingSharedExperts
+ROUTES = re.compile(r"Router|TopKGating")
+ROUTER_NAMES = frozenset(["gate", "router", "shared_expert_gate"])
+MATRICES = (nn.Linear, nn.Embedding, Conv1D, _ConvNd)  # modules with one matrix, whatever its dimensions
+
+
+def expert_parameters(path: str, module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own parameters that hold the matrices of several experts, (E, …) with E ≥ 2."""
+    if not (HOLDS_EXPERTS.search(type(module).__name__) or is_expert(path)) or isinstance(module, MATRICES):
+        return {}
+    own = module.named_parameters(recurse=False)
+    return {name: one for name, one in own if one.dim() == 3 and one.shape[0] > 1}
 
 
 def expert_sites(path: str, module: nn.Module, tower: str = "language") -> list[Site]:
     """The sites of the experts in a module's own parameters; shape: (out, in) of one expert."""
-    undeclared = type(module).__name__ in UNDECLARED
-    transposed = undeclared or bool(getattr(module, "is_transposed", False))
-    held = [
-        (f"{path}.{name}", parameter.shape)
-        for name, parameter in module.named_parameters(recurse=False)
-        if is_expert_parameter(f"{path}.{name}", parameter, module)
-    ]
+    swapped = stored_in_out(module)
+    transposed = swapped or bool(getattr(module, "is_transposed", False))
     return [
         describe(
-            name,
-            tuple(sizes[:0:-1] if transposed else sizes[1:]),
+            f"{path}.{name}",
+            tuple(one.shape[:0:-1] if transposed else one.shape[1:]),
             tower,
             transposed,
-            experts=sizes[0],
+            experts=one.shape[0],
             peft="parameter",
-            swapped=undeclared,
+            swapped=swapped,
             order=order,
         )
-        for order, (name, sizes) in enumerate(held)
+        for order, (name, one) in enumerate(expert_parameters(path, module).items())
+    ]
+
+
+def stored_in_out(module: nn.Module) -> bool:
+    """Whether experts are stored (E, in, out) in a module that does not say so with `is_transposed`, as Llama 4's are.
+
+    The first parameter reads the stream (width H) into (gate and up of) the inner width, the last writes it: stored so
+    they are (E, H, 2I) and (E, I, H), else (E, 2I, H) and (E, H, I).
+    """
+    if hasattr(module, "is_transposed"):
+        return False
+    stacks = list(expert_parameters("", module).values())
+    if len(stacks) < 2:
+        return False
+    first, last = stacks[0].shape, stacks[-1].shape
+    return first[1] == last[2] and first[2] != last[1]
+
+
+STATE_SPACE = re.compile(r"Mamba\w*Mixer$")
+NO_OUT_PROJ = frozenset(["falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"])  # refused by PEFT, by type
+
+
+def past_modules(model: PreTrainedModel) -> frozenset[str]:
+    """Linear modules whose weight a state-space mixer reads past the module, and so past any adapter: the step width's
+    (`dt_proj`); by its fused kernels `out_proj`, where PEFT refuses it."""
+    refused = model.config.model_type in NO_OUT_PROJ
+    mixers = [path for path, module in model.named_modules() if STATE_SPACE.search(type(module).__name__)]
+    outs = [path for path, _ in model.named_modules() if refused and path.rpartition(".")[2] == "out_proj"]
+    return frozenset([*(f"{path}.dt_proj" for path in mixers), *outs])
+
+
+def router_paths(model: nn.Module) -> frozenset[str]:
+    """Paths of what chooses the experts: routers of any class with all that is in them, and a shared expert's gate."""
+    modules = dict(model.named_modules())
+    holders = {path for path, module in modules.items() if HOLDS_EXPERTS.search(type(module).__name__)}
+    blocks = {path.rpartition(".")[0] for path in holders}
+    tops = [
+        path
+        for path, module in modules.items()
+        if ROUTES.search(type(module).__name__)
+        or (path.rpartition(".")[2] in ROUTER_NAMES and path.rpartition(".")[0] in blocks)
+    ]
+    return frozenset(path for path in modules if any(path == top or path.startswith(f"{top}.") for top in tops))
+
+
+def router_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of a router's own matrix; None for what is no matrix."""
+    weight = getattr(module, "weight", None)
+    return (weight.shape[0], weight.shape[1]) if isinstance(weight, nn.Parameter) and weight.dim() == 2 else None
+
+
+def flat_experts(model: nn.Module) -> list[str]:
+    """Parameters that hold all experts of a layer below one another in one matrix (DBRX): PEFT has no pair for each."""
+    routing = router_paths(model)
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if is_expert(path) and not isinstance(module, MATRICES) and path not in routing
+        for name, one in module.named_parameters(recurse=False)
+        if one.dim() == 2 and not name.endswith("bias")
     ]
 
 
@@ -101,8 +182,6 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
         return module.nf, module.nx
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return None  # inside nn.MultiheadAttention, which reads the weight past any adapter
-    if isinstance(module, nn.Linear) and type(module).__name__.endswith("Router"):
-        return None  # Llama 4, Phi-MoE: it returns scores of experts beside logits, which no adapter can be added to
     if isinstance(module, nn.Linear):  # bitsandbytes' quantized ones are too
         return module.out_features, module.in_features
     return None
@@ -148,14 +227,9 @@ def tower_of(path: str, towers: Mapping[str, str]) -> str:
     return "projector" if towers[owner] == "vision" and any("merger" in part for part in inside) else towers[owner]
 
 
-def fused_experts(model: PreTrainedModel) -> list[str]:
+def fused_experts(model: nn.Module) -> list[str]:
     """The parameters that hold a layer's experts, by name."""
-    return [
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if is_expert_parameter(f"{path}.{name}", parameter, module)
-    ]
+    return [f"{path}.{name}" for path, module in model.named_modules() for name in expert_parameters(path, module)]
 
 
 def weight_table(model: PreTrainedModel, keys: list[str]) -> WeightTable:

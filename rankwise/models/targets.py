@@ -1,6 +1,6 @@
 """Adapted sites and their ranks: sites by part (`--target`) or by name (`--target_modules`), rank plans.
 
-    sites = choose_sites(model_sites(model), "attention_only")
+    sites = choose_sites(adaptable_sites(model, "attention_only"), "attention_only")
     plan = uniform_plan(sites, rank=8, alpha=None, use_rslora=False, model_name="org/base")
     plan_fields(plan)                  # r, lora_alpha, rank_pattern, target_modules … as PEFT's LoraConfig takes them
 
@@ -15,14 +15,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from rankwise.core.plan import PlannedSite, RankPlan
-from rankwise.core.site import Site, nearest
+from rankwise.core.site import ROUTER, Site, nearest
 from rankwise.errors import UsageError
 from rankwise.files.adapter_config import AdaptedSite, complete_config, config_name
+from rankwise.models.sites import flat_experts, model_sites
 from rankwise.options.sections import TARGETS
 
-QUERY_VALUE = frozenset(["q_proj", "v_proj", "query", "value", "q_lin", "v_lin"])
-FUSED_QUERY_VALUE = frozenset(["qkv_proj", "qkv", "c_attn", "query_key_value", "Wqkv", "in_proj"])
+QUERY_VALUE = frozenset("q_proj v_proj query value q_lin v_lin q v to_q to_v q_b_proj".split())
+# what holds keys and values in one, or queries, too; JetMoE's queries are experts
+FUSED_QUERY_VALUE = frozenset(
+    "qkv_proj qkv c_attn query_key_value Wqkv in_proj kv_proj kv_b_proj to_kv input_linear".split()
+)
+PARTS = {
+    "attention_only": ("attention",),
+    "mlp_only": ("mlp",),
+    "both": ("attention", "mlp", "mixer"),  # every layer's: of a state-space model the mixers are all there is
+}
 LANGUAGE = ("language",)
 TENSOR_FIELDS = (
     "r",
@@ -35,14 +46,34 @@ TENSOR_FIELDS = (
 )
 
 
+def adaptable_sites(
+    model: PreTrainedModel, target: str | None = None, names: Sequence[str] = (), routers: bool = False
+) -> dict[str, Site]:
+    """`model_sites` for what is to be adapted; with `routers` (`--lora router`) those of its experts, too.
+
+    UsageError for experts that PEFT has no pairs for, unless the attention alone or named matrices are asked for; and
+    for routers of a model without any.
+    """
+    flat = flat_experts(model)
+    if flat and not names and target != "attention_only":
+        raise UsageError(
+            f"{type(model).__name__} keeps the experts of a layer below one another in one matrix ({flat[0]} …), and "
+            "PEFT has no adapter for each of them: take `--target attention_only`, or --target_modules"
+        )
+    sites = model_sites(model, routers)
+    if routers and all(site.kind != ROUTER for site in sites.values()):
+        raise UsageError(f"--lora router: {type(model).__name__} has no router")
+    return sites
+
+
 def choose_sites(
     sites: Mapping[str, Site], target: str | None = None, names: Sequence[str] = (), towers: Sequence[str] = LANGUAGE
 ) -> dict[str, Site]:
-    """The sites to adapt, in model order. Where nothing is said: every linear layer of the asked towers of a model with
-    several, attention and MLP of a language model.
+    """The sites to adapt, in model order; routers, where they are among the sites, always. Where nothing is said: every
+    linear layer and expert of the asked towers of a model with several, attention, MLP and mixers of a language model.
 
     Args:
-        target: attention_only (queries and values, or the fused matrix that holds them), mlp_only, both, all.
+        target: attention_only (queries and values, or the fused matrix that holds them), mlp_only, both, all, experts.
         names: projection names or full paths, instead of a target.
 
     Raises:
@@ -56,7 +87,7 @@ def choose_sites(
     target = target or ("both" if {site.tower for site in sites.values()} <= set(LANGUAGE) else "all")
     found = by_name(sites, within, names, towers) if names else by_part(within, target)
     for tower in towers:
-        if all(site.tower != tower for site in found.values()):
+        if all(site.tower != tower or site.kind == ROUTER for site in found.values()):
             kinds = sorted({f"{site.projection} ({site.kind})" for site in within.values() if site.tower == tower})
             asked = f"--target_modules {','.join(names)}" if names else f"--target {target}"
             if not kinds:
@@ -72,11 +103,15 @@ def by_part(sites: Mapping[str, Site], target: str) -> dict[str, Site]:
     """Sites of a part of every layer, by kind and by the field's names of queries and values."""
     if target not in TARGETS:
         raise UsageError(f"--target must be one of {', '.join(TARGETS)}; got {target!r}")
-    kinds = {"mlp_only": ("mlp",), "both": ("attention", "mlp"), "attention_only": ("attention",)}.get(target)
-    kept = {path: site for path, site in sites.items() if kinds is None or site.kind in kinds}
-    if target != "attention_only":
-        return kept
-    return {path: site for path, site in kept.items() if site.projection in QUERY_VALUE | FUSED_QUERY_VALUE}
+    return {path: site for path, site in sites.items() if site.kind == ROUTER or is_part(site, target)}
+
+
+def is_part(site: Site, target: str) -> bool:
+    if target == "experts":
+        return site.experts > 0
+    if target == "attention_only" and site.projection not in QUERY_VALUE | FUSED_QUERY_VALUE:
+        return False
+    return target == "all" or site.kind in PARTS[target]
 
 
 def by_name(
@@ -86,7 +121,9 @@ def by_name(
     for name in names:
         if name not in within and name not in {site.projection for site in within.values()}:
             raise UsageError(explain_unmatched(name, sites, within, towers))
-    return {path: site for path, site in within.items() if path in names or site.projection in names}
+    return {
+        path: site for path, site in within.items() if path in names or site.projection in names or site.kind == ROUTER
+    }
 
 
 def explain_unmatched(name: str, sites: Mapping[str, Site], within: Mapping[str, Site], towers: Sequence[str]) -> str:

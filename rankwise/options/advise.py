@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rankwise.options.field import Options, option, output, seeded
-from rankwise.options.sections import DEVICE, NO_PNG, SEED, TRAINERS, DataSection, ModelSection
+from rankwise.options.sections import DEVICE, NO_PNG, SEED, TARGETS, TRAINERS, DataSection, ModelSection
 
 PLACEMENTS = ("attention", "mlp", "experts", "energy", "eva")
 
@@ -36,9 +36,7 @@ class AdviseConfig(Options):
         help="smallest difference that matters, nats per answer token [1 % of the gain, at least 0.01]",
         aliases=("smallest_effect",),
     )
-    target: str | None = option(
-        choices=("attention_only", "mlp_only", "both", "all"), help="matrices to adapt [all attention and MLP]"
-    )
+    target: str | None = option(choices=TARGETS, help="matrices to adapt [every layer's attention, MLP and mixer]")
     train_size: int | None = option(least=1, help="maximum number of training rows [as many as the steps take]")
     choose_size: int | None = option(
         least=20, help="number of held-out items that decide, one per prompt [100, at most a fifth of the prompts]"

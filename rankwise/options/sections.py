@@ -15,7 +15,7 @@ SPLITS = ("train", "dev", "test", "dev_matched", "dev_mismatched")
 TOWERS = ("language", "vision", "projector", "depth", "unknown")
 TRAINED_TOWERS = ("language", "vision", "projector")
 TRAINERS = ("peft", "axolotl", "swift", "unsloth", "llamafactory")
-TARGETS = ("attention_only", "mlp_only", "both", "all")
+TARGETS = ("attention_only", "mlp_only", "both", "all", "experts")
 PHASE_STATES = ("keep", "reset")
 CLASSIFY = ("likelihood", "generation")
 IF_OVERLONG = ("error", "drop", "truncate_source")
@@ -138,7 +138,7 @@ class LoraSection(Options):
     lora_bias: str = option("none", choices=("none", "all", "lora_only"), help="biases to train")
     target: str | None = option(
         choices=TARGETS,
-        help="matrices to adapt: q, v · gate, up, down · all seven · every linear layer",
+        help="matrices to adapt: q, v · gate, up, down · every layer's attention, MLP, mixer · all linear · experts",
     )
     target_modules: list[str] = option([], help="projection names or full paths to adapt, in the trained towers")
     use_rslora: bool = option(False, help="scale by alpha/√r instead of alpha/r (without a plan)")
@@ -192,7 +192,11 @@ class TowersSection(Options):
     """What happens to each tower of a vision-language model. A tower that is named in no list keeps its default."""
 
     freeze: list[str] = option([], choices=TRAINED_TOWERS, help="towers to freeze [vision, projector]")
-    lora: list[str] = option([], choices=TRAINED_TOWERS, help="towers to adapt [train: language]")
+    lora: list[str] = option(
+        [],
+        choices=(*TRAINED_TOWERS, "router"),
+        help="towers to adapt [train: language]; router: routers of experts, too",
+    )
     full: list[str] = option([], choices=TRAINED_TOWERS, help="towers to train in full [finetune: language]")
     language_lr: float | None = option(least=0, help="learning rate of the language tower [--learning_rate]")
     vision_lr: float | None = option(least=0, help="learning rate of the vision tower [--learning_rate]")

@@ -57,7 +57,7 @@ class StudyConfig(Options):
     train_size: int = option(2000, help="number of training rows")
     dev_size: int = option(250, least=2, help="number of items to tune on, one per prompt")
     test_size: int = option(250, least=2, help="number of items to report on, one per prompt")
-    target: str | None = option(choices=TARGETS, help="matrices to adapt [all attention and MLP]")
+    target: str | None = option(choices=TARGETS, help="matrices to adapt [every layer's attention, MLP and mixer]")
     budgets: list[str] = option(
         ["uniform:2", "uniform:4", "uniform:8"], help="parameter budgets: N, uniform:R, or 0.5%; one of them starved"
     )

@@ -31,8 +31,7 @@ from rankwise.errors import DataError, Interrupted, UsageError
 from rankwise.files.processes import announce, finish, process_index
 from rankwise.files.run_folder import RunFolder, held
 from rankwise.models.load import load_structure, torch_dtype
-from rankwise.models.sites import model_sites
-from rankwise.models.targets import choose_sites
+from rankwise.models.targets import adaptable_sites, choose_sites
 from rankwise.options.advise import AdviseConfig
 from rankwise.options.field import flatten
 from rankwise.page.blocks import lines
@@ -114,7 +113,7 @@ def fitting_needs(
     dtype = torch_dtype(config.model.dtype, trained=True, device=device)
     lengths = [len(row["input_ids"]) for row in rows]
     learnt = max(lengths) if whole else most_learnt([row["labels"] for row in rows])
-    sites = choose_sites(model_sites(skeleton), config.target).values()
+    sites = choose_sites(adaptable_sites(skeleton, config.target), config.target).values()
     needs = footprint(skeleton, sites, rank, dtype, lengths, learnt, config.batch_size)
     refuse_too_large(needs, free_memory(device), "the GPU" if device.type == "cuda" else "this machine")
     return needs
@@ -220,7 +219,7 @@ def recipe_of(config: AdviseConfig, renderer: Renderer, files: Sequence[Path]) -
 
 def rungs_of(config: AdviseConfig, skeleton: PreTrainedModel) -> Rungs:
     """What is climbed, from the model's sizes. UsageError where the matrices do not fit what is asked."""
-    ranks = ranks_of(config, choose_sites(model_sites(skeleton), config.target).values())
+    ranks = ranks_of(config, choose_sites(adaptable_sites(skeleton, config.target), config.target).values())
     prior, _ = prior_of(skeleton.config)
     seeds = (config.seed * 1000, config.seed * 1000 + 1, config.seed * 1000 + 2, config.seed * 1000 + 3)
     grid = sorted(set(config.rates)) or first_grid(prior, config.rate_points, RATIO)

@@ -33,7 +33,7 @@ from rankwise.files.processes import announce, gathered, process_index
 from rankwise.files.run_folder import CONFIG
 from rankwise.models.load import load_structure, load_weights, torch_dtype
 from rankwise.models.sites import model_sites, weight_table
-from rankwise.models.targets import choose_sites
+from rankwise.models.targets import adaptable_sites, choose_sites
 from rankwise.options.sections import DataSection, ModelSection
 from rankwise.options.study import StudyConfig
 from rankwise.page.text import plural
@@ -149,7 +149,7 @@ def load_material(
     """
     name = str(model.model_name)
     skeleton = load_structure(model, name)
-    sites = tuple(choose_sites(model_sites(skeleton), target).values())
+    sites = tuple(choose_sites(adaptable_sites(skeleton, target), target).values())
     renderer = renderer_for(data, model, name, skeleton.config)
     parts, files = read
     rendered = render_rows(parts.train, renderer)

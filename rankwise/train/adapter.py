@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from rankwise.core.factors import truncate
 from rankwise.core.plan import RankPlan, recorded_sites
-from rankwise.core.site import Site
+from rankwise.core.site import ROUTER, Site
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.likelihood import BESIDE
 from rankwise.files.atomic import read_object
@@ -28,7 +28,15 @@ from rankwise.models.adapt import ADAPTER, Allocation, adapt, adapt_allocated, c
 from rankwise.models.depth.encoder import attach_depth
 from rankwise.models.load import load_weights
 from rankwise.models.sites import tower_of
-from rankwise.models.targets import LANGUAGE, check_plan, choose_sites, restrict_plan, scales, uniform_plan
+from rankwise.models.targets import (
+    LANGUAGE,
+    adaptable_sites,
+    check_plan,
+    choose_sites,
+    restrict_plan,
+    scales,
+    uniform_plan,
+)
 from rankwise.options.commands import TrainConfig
 from rankwise.options.sections import LoraSection
 from rankwise.ranks.deltas import DeltaSource, deltas, open_deltas
@@ -52,6 +60,12 @@ def describe_target(lora: LoraSection) -> str:
     return ", ".join(lora.target_modules) or lora.target or "all attention and MLP projections"
 
 
+def sites_for(lora: LoraSection, model: PreTrainedModel, routers: bool = False) -> dict[str, Site]:
+    """What these options can adapt of a model; a plan says itself what it adapts."""
+    named = lora.target_modules or [plan for plan in (lora.lora_config,) if plan]
+    return adaptable_sites(model, lora.target, named, routers)
+
+
 def choose_plan(
     lora: LoraSection, sites: Mapping[str, Site], name: str, towers: Sequence[str] = LANGUAGE
 ) -> tuple[RankPlan, list[str]]:
@@ -62,6 +76,8 @@ def choose_plan(
         announce_scale(plan)
         return plan, []
     plan = load_plan(Path(lora.lora_config), sites, towers)
+    if any(site.kind == ROUTER for site in sites.values()) and all(row.site.kind != ROUTER for row in plan.sites):
+        raise UsageError(f"--lora router: {lora.lora_config} has no ranks of routers; leave it out")
     left_out: list[str] = []
     if lora.target or lora.target_modules:
         plan, left_out = restrict_plan(plan, choose_sites(sites, lora.target, lora.target_modules, towers))

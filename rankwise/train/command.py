@@ -26,7 +26,7 @@ from rankwise.files.run_folder import RunFolder, held
 from rankwise.models.adapt import MOVES_BASE, lora_pairs, trainable_parameters
 from rankwise.models.depth.encoder import attach_depth
 from rankwise.models.load import load_config, load_readable_structure
-from rankwise.models.sites import full_sites, model_sites
+from rankwise.models.sites import full_sites
 from rankwise.options.commands import TrainConfig
 from rankwise.pipeline.idle import refuse_idle
 from rankwise.train.adalora import (
@@ -37,7 +37,7 @@ from rankwise.train.adalora import (
     start_rank,
     starting_lora,
 )
-from rankwise.train.adapter import adapt_base, check_lora, choose_plan, describe_target
+from rankwise.train.adapter import adapt_base, check_lora, choose_plan, describe_target, sites_for
 from rankwise.train.arguments import build_arguments, quantization
 from rankwise.train.estimate.command import check_estimate, run_estimate
 from rankwise.train.job import Job, prepare, rates_of, settle_training
@@ -86,7 +86,8 @@ def run(config: TrainConfig) -> Path:
             attach_depth(skeleton, depth)
         whole = full_of(skeleton, towers)
         full = whole | gate_module(skeleton)
-        plan, left_out = choose_plan(starting_lora(config), model_sites(skeleton), name, towers.lora)
+        sites = sites_for(config.lora, skeleton, towers.routers)
+        plan, left_out = choose_plan(starting_lora(config), sites, name, towers.lora)
         for line in describe_trained(skeleton, plan, full):
             announce(line)
         keeper = phase_keeper(config.phases, plan.adapted, config.seed, arguments, full_sites(skeleton, list(whole)))

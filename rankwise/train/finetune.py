@@ -30,7 +30,7 @@ from rankwise.files.run_folder import Record, RunFolder, held
 from rankwise.models.adapt import adapt
 from rankwise.models.load import load_readable_structure, load_weights
 from rankwise.models.sites import check_towers, model_sites, tower_parameters, weight_table
-from rankwise.models.targets import choose_sites, uniform_plan
+from rankwise.models.targets import adaptable_sites, choose_sites, uniform_plan
 from rankwise.options.commands import FinetuneConfig
 from rankwise.options.sections import LoraSection, TowersSection
 from rankwise.page.text import amount, command_line, duration
@@ -87,7 +87,7 @@ def train_lora(config: FinetuneConfig, job: Job, skeleton: PreTrainedModel, chec
     if config.learning_rate < LORA_RATE:
         announce(f"note: --learning_rate {config.learning_rate:g} suits full fine-tuning; LoRA takes 1e-4 or more")
     towers = finetune_use(config.towers, config.method)
-    sites = choose_sites(model_sites(skeleton), towers=towers.lora)
+    sites = choose_sites(adaptable_sites(skeleton), towers=towers.lora)
     plan = uniform_plan(sites, config.lora_r, None, False, job.name)
     for line in describe_trained(skeleton, plan, {}):
         announce(line)

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback
 
 from rankwise.core.plan import RankPlan
+from rankwise.core.site import ROUTER
 from rankwise.errors import UsageError
 from rankwise.files.processes import announce
 from rankwise.models.sites import check_towers, full_modules, tower_of, tower_prefixes, towers_of
@@ -35,6 +36,7 @@ class TowerUse:
     lora: tuple[str, ...] = ()
     full: tuple[str, ...] = ()
     rates: Mapping[str, float] = field(default_factory=dict)
+    routers: bool = False  # what chooses the experts of the adapted towers gets adapters, too
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -46,7 +48,8 @@ def tower_use(section: TowersSection, language: str) -> TowerUse:
 
     UsageError where a tower stands in two lists, nothing trains, or a frozen tower has a learning rate.
     """
-    lists = ((FROZEN, section.freeze), (LORA, section.lora), (FULL, section.full))
+    adapted = [name for name in section.lora if name != ROUTER]
+    lists = ((FROZEN, section.freeze), (LORA, adapted), (FULL, section.full))
     uses = {"language": language, "vision": FROZEN, "projector": FROZEN}
     given: dict[str, str] = {}
     for use, towers in lists:
@@ -58,7 +61,8 @@ def tower_use(section: TowersSection, language: str) -> TowerUse:
     if not any(chosen.values()):
         raise UsageError("every tower is frozen: name one with --lora or --full")
     rates = {"language": section.language_lr, "vision": section.vision_lr, "projector": section.projector_lr}
-    found = TowerUse(chosen[LORA], chosen[FULL], {tower: rate for tower, rate in rates.items() if rate is not None})
+    own = {tower: rate for tower, rate in rates.items() if rate is not None}
+    found = TowerUse(chosen[LORA], chosen[FULL], own, ROUTER in section.lora)
     for tower in found.rates:
         if tower not in found.trained:
             raise UsageError(f"--{tower}_lr: the {tower} tower is frozen; --lora {tower} or --full {tower} trains it")
@@ -108,6 +112,8 @@ def train_use(section: TowersSection) -> TowerUse:
 def finetune_use(section: TowersSection, method: str) -> TowerUse:
     """Towers of `finetune`: in full with `--method full`, adapters with `--method lora`."""
     use = tower_use(section, FULL if method == "full" else LORA)
+    if use.routers:
+        raise UsageError("--lora router goes with `rankwise train`; `finetune` makes no plan for routers")
     odd, way = (use.lora, LORA) if method == "full" else (use.full, FULL)
     if odd:
         raise UsageError(f"--{way} {','.join(odd)} goes with --method {way}, and this is --method {method}")
@@ -119,6 +125,8 @@ def describe_towers(use: TowerUse) -> str:
     rated = {tower: tower + (f" (rate {use.rates[tower]:g})" if tower in use.rates else "") for tower in use.trained}
     parts = {"adapters in": use.lora, "in full:": use.full}
     lists = {how: ", ".join(rated[tower] for tower in towers) for how, towers in parts.items() if towers}
+    if use.routers:
+        lists["adapters in"] += " with its routers"
     return "train " + "; ".join(f"{how} {towers}" for how, towers in lists.items())
 
 

@@ -110,9 +110,10 @@ def test_every_site_is_read_from_its_file_as_the_model_has_it(tmp_path: Path, na
     sites = model_sites(model)
     assert sites == model_sites(meta_model(str(tmp_path))), "weights are not needed to know the sites"
     table = weight_table(model, checkpoint.keys())
-    sites = {path: site for path, site in sites.items() if not site.experts}  # test_expert_files.py
-    weights = {path: table.weights[site.weight] for path, site in sites.items()}
-    for path, site in sites.items():
+    assert {site.weight for site in sites.values()} <= {*table.weights, *table.experts}
+    weights = {path: table.weights[site.weight] for path, site in sites.items() if not site.experts}
+    for path in weights:  # experts: test_expert_files.py
+        site = sites[path]
         module = model.get_submodule(path)
         matrix = logical(weights[path].read(checkpoint), site)
         assert tuple(matrix.shape) == site.shape
@@ -154,12 +155,12 @@ def test_a_router_that_returns_scores_beside_logits_is_no_site() -> None:
     assert not any(path.endswith("router") for path in model_sites(model))
 
 
-def test_fused_experts_are_listed() -> None:
+def test_fused_experts_are_sites_and_listed() -> None:
     model = tiny_model("mixtral")
-    assert {site.kind for site in model_sites(model).values()} == {"attention", "mlp"}
     assert fused_experts(model) == [
         f"model.layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("gate_up_proj", "down_proj")
     ]
+    assert [path for path, site in model_sites(model).items() if site.experts] == fused_experts(model)
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,11 @@ from transformers import TrainingArguments
 from rankwise.errors import UsageError
 from rankwise.files.atomic import write_json
 from rankwise.models.load import load_structure
-from rankwise.models.sites import model_sites
 from rankwise.options.commands import TrainConfig
 from rankwise.options.sections import EstimateSection
 from rankwise.page.text import amount, memory, plural
 from rankwise.train.adalora import starting_lora
-from rankwise.train.adapter import choose_plan
+from rankwise.train.adapter import choose_plan, sites_for
 from rankwise.train.arguments import quantization
 from rankwise.train.estimate.cost import Length, Needs, Speed, Work, run_length, run_seconds, widths
 from rankwise.train.estimate.gpus import cards
@@ -50,7 +49,8 @@ def run_estimate(config: TrainConfig, name: str, arguments: TrainingArguments) -
     """Print memory, time and cost of the run instead of running it; returns the run folder it would have."""
     skeleton, towers = load_structure(config.model, name), train_use(config.towers)
     full = full_of(skeleton, towers)
-    plan, _ = choose_plan(starting_lora(config), model_sites(skeleton), name, towers.lora)
+    sites = sites_for(config.lora, skeleton, towers.routers)
+    plan, _ = choose_plan(starting_lora(config), sites, name, towers.lora)
     rows = rows_of(config, name, skeleton)
     shapes = Shapes(skeleton, plan, config.lora, full, config.model.attn_implementation)
     found = estimate(config, name, arguments, shapes, rows)

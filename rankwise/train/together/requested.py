@@ -22,11 +22,11 @@ from rankwise.core.phase import Norm
 from rankwise.core.plan import RankPlan
 from rankwise.errors import UsageError
 from rankwise.files.run_folder import CONFIG, MANIFEST
-from rankwise.models.sites import fused_experts, model_sites
+from rankwise.models.sites import fused_experts
 from rankwise.options.commands import TrainConfig
 from rankwise.options.field import options_of, read_values, typed_values
 from rankwise.options.sections import ArmSection, LoraSection
-from rankwise.train.adapter import choose_plan
+from rankwise.train.adapter import choose_plan, sites_for
 from rankwise.train.checkpoints import NEWEST, NO
 from rankwise.train.phases import schedule_of
 from rankwise.train.towers import train_use
@@ -126,7 +126,7 @@ def refuse(config: TrainConfig, arguments: TrainingArguments) -> None:
         for name, (refused, why) in table.items():
             if values[name] is not None and refused(values[name]):
                 raise UsageError(f"--arms does not go with --{name} {shown(values[name])}: {why}")
-    if set(use.lora) != {"language"} or use.rates:
+    if set(use.lora) != {"language"} or use.rates or use.routers:
         raise UsageError("--arms adapts the language tower, each arm at its own rate: leave other towers and rates out")
     if isinstance(form, Norm):
         raise UsageError(
@@ -191,7 +191,7 @@ def plan_arm(config: TrainConfig, arm: ArmSection, skeleton: PreTrainedModel, na
     and for one scale of a plan that has several.
     """
     own = config_of(config, arm, rate)
-    plan, left_out = choose_plan(own.lora, model_sites(skeleton), name)
+    plan, left_out = choose_plan(own.lora, sites_for(own.lora, skeleton), name)
     if arm.scale is not None and own.lora.lora_config is not None:
         if plan.use_rslora:
             raise UsageError(f"arm {arm.name}: the scale of an rsLoRA plan follows each rank; leave scale out")
