@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rankwise.core.experts import ExpertPlace, join_experts, nested_keys, split_experts
+from rankwise.core.experts import ExpertPlace, join_experts, nested_keys, split_experts, targeted
 from rankwise.core.factors import Factors
-from rankwise.core.site import PEFT_PREFIX
+from rankwise.core.site import PEFT_PREFIX, Site
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter_config import (
     AdaptedSite,
@@ -173,6 +173,21 @@ def recorded_places(folder: Path) -> dict[str, ExpertPlace]:
         return {row.pop("key"): build(ExpertPlace, row) for row in EXPERTS.read(folder)["pairs"]}
     except (KeyError, TypeError, AttributeError, UsageError, DataError) as error:
         raise DataError(f"{file}: not {EXPERTS.what} ({error})") from error
+
+
+def known_places(sites: Mapping[str, Site], path: Path | str) -> dict[str, ExpertPlace] | None:
+    """Key in an adapter's file → what the pair adapts, where its folder has no record: by the model's sites and the
+    adapter's target_parameters. None where the folder has one, or the adapter adapts no experts."""
+    weights, config_file = adapter_files(Path(path))
+    if config_file is None or recorded_places(weights.parent):
+        return None
+    experts = {name: site for name, site in sites.items() if site.experts}
+    named = targeted(experts, read_object(config_file).get("target_parameters") or ())
+    keys = nested_keys({name: experts[name] for name in named})
+    return {
+        keys[name]: ExpertPlace(name, experts[name].experts, experts[name].swapped, experts[name].order)
+        for name in named
+    } or None
 
 
 def place_rows(places: Mapping[str, ExpertPlace]) -> dict[str, Any]:

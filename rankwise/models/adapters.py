@@ -13,9 +13,8 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rankwise.core.experts import ExpertPlace, nested_keys, targeted
 from rankwise.core.plan import RankPlan
-from rankwise.core.site import PEFT_PREFIX, Site, nearest
+from rankwise.core.site import PEFT_PREFIX, nearest
 from rankwise.errors import DataError, VerificationError
 from rankwise.files.adapter import (
     CONFIG_NAME,
@@ -28,7 +27,6 @@ from rankwise.files.adapter import (
     adapter_tensors,
     place_rows,
     read_adapter,
-    recorded_places,
     write_adapter,
 )
 from rankwise.files.adapter_config import lora_config
@@ -119,21 +117,6 @@ def publish(source: Path, folder: Path) -> list[Path]:
     if EXPERTS.name not in names:
         (folder / EXPERTS.name).unlink(missing_ok=True)  # an earlier adapter's
     return [folder / name for name in names]
-
-
-def known_places(sites: Mapping[str, Site], path: Path | str) -> dict[str, ExpertPlace] | None:
-    """Key in an adapter's file → what the pair adapts, where its folder has no record: by the model's sites and the
-    adapter's target_parameters. None where the folder has one, or the adapter adapts no experts."""
-    weights, config_file = adapter_files(Path(path))
-    if config_file is None or recorded_places(weights.parent):
-        return None
-    experts = {name: site for name, site in sites.items() if site.experts}
-    named = targeted(experts, read_object(config_file).get("target_parameters") or ())
-    keys = nested_keys({name: experts[name] for name in named})
-    return {
-        keys[name]: ExpertPlace(name, experts[name].experts, experts[name].swapped, experts[name].order)
-        for name in named
-    } or None
 
 
 def subtract_pairs(now: Mapping[str, LoraPair], before: Mapping[str, LoraPair]) -> dict[str, LoraPair]:

@@ -24,7 +24,15 @@ from rankwise.core.site import Site
 from rankwise.core.site import describe as describe_site
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, UsageError
-from rankwise.files.adapter import LoraAdapter, LoraPair, adapter_files, carry, read_adapter, write_adapter
+from rankwise.files.adapter import (
+    LoraAdapter,
+    LoraPair,
+    adapter_files,
+    carry,
+    known_places,
+    read_adapter,
+    write_adapter,
+)
 from rankwise.files.adapter_config import lora_config
 from rankwise.files.atomic import about_to_write, read_object
 from rankwise.files.lineage import trained_rows
@@ -32,7 +40,7 @@ from rankwise.files.plan import read_plan
 from rankwise.files.run_folder import RunFolder
 from rankwise.merge.plan import build_skeleton
 from rankwise.merge.write import own_files
-from rankwise.models.adapters import known_places, publish
+from rankwise.models.adapters import publish
 from rankwise.models.depth.encoder import read_depth, write_depth
 from rankwise.models.load import described_folder, meta_model
 from rankwise.models.sites import fused_experts, model_sites

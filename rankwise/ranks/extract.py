@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,10 +23,10 @@ from rankwise.core.measure import Delta
 from rankwise.core.plan import PlannedSite, RankPlan, clamped
 from rankwise.core.site import Site
 from rankwise.errors import DataError, UsageError
-from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, carry, write_adapter
+from rankwise.files.adapter import LoraAdapter, LoraPair, carry, write_adapter
 from rankwise.files.adapter_config import lora_config
 from rankwise.files.atomic import about_to_write
-from rankwise.files.checkpoint import ADAPTER_NAMES, open_checkpoint, resolve
+from rankwise.files.checkpoint import open_checkpoint, resolve
 from rankwise.files.plan import find_plan, read_plan
 from rankwise.files.run_folder import RunFolder
 from rankwise.merge.write import tokenizer_files
@@ -47,7 +48,7 @@ from rankwise.ranks.deltas import (
 )
 from rankwise.ranks.fidelity import RESIZED, Fidelity, OmittedTensor, SiteFidelity, left_out, require_kept
 from rankwise.ranks.probe import filter_sites, folder_of, open_source, source_metadata
-from rankwise.ranks.proof import Both, Makers, Proof, both_models, prove, with_tied
+from rankwise.ranks.proof import Both, Makers, Proof, both_models, prove, require_experts, with_tied
 from rankwise.ranks.spectra import site_generator
 
 
@@ -66,9 +67,11 @@ class Whole:
 
 def find_whole(both: Both, rest: Sequence[OmittedTensor], pairs: Mapping[str, LoraPair]) -> Whole:
     """The modules that hold changed tensors and nothing else: embeddings, heads, norms, convolutions; no matrix that is
-    a site, because leaving that out was a choice. Of a tied pair of embeddings and head both or none."""
+    a site, and no module of experts that are, because leaving that out was a choice. Of a tied pair of embeddings and
+    head both or none."""
     model, changed = both.model, [row.name for row in rest]
-    sites, paths = model_sites(model), dict(model.named_modules())
+    sites = {site.weight.rpartition(".")[0] for site in model_sites(model).values()}
+    paths = dict(model.named_modules())
     holders = dict.fromkeys(name.rpartition(".")[0] for name in changed)
     modules = [path for path in holders if path in paths and path not in sites and not any(paths[path].children())]
     ends = embedding_paths(model)
@@ -87,9 +90,10 @@ def tensors_of(whole: Whole, both: Both) -> dict[str, Tensor]:
 
 
 def publish_proven(
-    folder: Path, adapter: LoraAdapter, both: Both | None, plan: RankPlan, fidelity: Fidelity
-) -> Proof | None:
-    """Write the adapter, whole or not at all: loaded by PEFT, it must give the logits that `fidelity` says it has.
+    folder: Path, adapter: LoraAdapter, source: DeltaSource, both: Both | None, plan: RankPlan, fidelity: Fidelity
+) -> tuple[Proof | None, list[Path]]:
+    """Write the adapter, whole or not at all: loaded by PEFT, it must give the logits that `fidelity` says it has, and
+    each expert must be the one it was made from. The proof, and the files.
 
     VerificationError where it does not. None: not compared, for want of a base with a config.
     """
@@ -102,22 +106,25 @@ def publish_proven(
             sees = any(tower_of(name, towers) in ("vision", "projector") for name in names)
             proof = prove(both, written, expected_weights(both, adapter.pairs, plan, fidelity), sees)
             proof.require()
-        publish(written, folder)
-    return proof
+            require_experts(source, written, both.model, fidelity)
+        return proof, publish(written, folder)
 
 
 def expected_weights(both: Both, pairs: Mapping[str, LoraPair], plan: RankPlan, fidelity: Fidelity) -> Makers:
     """The tuned model's weights; of sites base + B·A, of what is left out the base's."""
-    names = [f"{row.site.path}.weight" for row in plan.sites] + [row.name for row in fidelity.left_out]
+    names = [row.site.weight for row in plan.sites] + [row.name for row in fidelity.left_out]
     made = with_tied(both.model, {name: both.base[name] for name in names if name in both.base})
-    sites = {f"{row.site.path}.weight": row.site for row in plan.sites if row.site.path in pairs}
+    sites = {row.site.weight: row.site for row in plan.sites if row.site.path in pairs}
     made |= {name: partial(with_pair, both.base[name], pairs[site.path], site) for name, site in sites.items()}
     return both.tuned | made
 
 
 def with_pair(base: Callable[[], Tensor], pair: LoraPair, site: Site) -> Tensor:
-    product = pair.factors().product()
-    return base().float() + (product.T if site.transposed else product)
+    weight = base().to(torch.float32, copy=True)
+    for matrix, one in zip(weight if site.experts else [weight], pair.matrices(), strict=True):
+        product = one.factors().product()
+        matrix += product.T if site.transposed else product
+    return weight
 
 
 def tokenizer_of(tuned: str | None, rest: Sequence[OmittedTensor], fidelity: Fidelity, folder: Path) -> dict[str, Path]:
@@ -148,8 +155,9 @@ def run(config: ExtractConfig) -> Fidelity:
         fidelity = fidelity.beside(rest, [name.replace(".base_layer.", ".") for name in extra])
         carried = {"modules_to_save": list(whole.modules) or None, "bias": "lora_only" if whole.biases else "none"}
         adapter = LoraAdapter(settings(config, source, plan) | carried, pairs, extra)
-        proof = publish_proven(folder.path, adapter, None if config.no_verify else both, plan, fidelity)
-        record.outputs |= {name: folder / name for name in (ADAPTER_NAMES[0], CONFIG_NAME)}
+        checked = None if config.no_verify else both
+        proof, published = publish_proven(folder.path, adapter, source, checked, plan, fidelity)
+        record.outputs |= {file.name: file for file in published}
         record.outputs |= carry(Path(str(config.deltas or config.tuned)), folder.path)
         record.outputs |= tokenizer_of(config.tuned, rest, fidelity, folder.path)
         record.outputs["fidelity"] = fidelity.write(folder.path)
@@ -204,25 +212,67 @@ def factor_deltas(source: DeltaSource, plan: RankPlan, device: str, seed: int) -
     pairs: dict[str, LoraPair] = {}
     table: list[SiteFidelity] = []
     bar = tqdm(total=len(rows), desc="extract", unit="site", disable=not sys.stderr.isatty())
-    for site, delta in deltas(source, [row.site for row in plan.sites]):
+    for site, delta in deltas(source, [row.site for row in plan.sites if not row.site.experts]):
         check_finite(site, delta)
         row = rows[site.path]
         if row.rank and delta.energy:
             generator = site_generator(site, seed, device)
             factors = truncate(on_device(delta, device).matrix, row.rank, generator)
             factors = Factors(factors.left.cpu(), factors.right.cpu())
-            pairs[site.path] = pair = LoraPair.of(factors, plan.scale(row.rank), site.transposed)
+            pairs[site.path] = pair = LoraPair.of(factors, plan.scale(row.rank), site.transposed, site.peft)
             kept = min(1.0, factors.spectrum().energy_total / delta.energy)
             require_kept(site.path, kept_of(delta, pair.factors()), kept)
-            table.append(SiteFidelity(site, row.rank, delta.energy, kept, note=note_of(row, delta)))
+            note = note_of(row, delta.stored_as, delta.noise_share_both)
+            table.append(SiteFidelity(site, row.rank, delta.energy, kept, note=note))
         else:
-            why = "rank 0 in the plan: left out" if delta.energy else "the delta is zero: left out"
-            table.append(SiteFidelity(site, 0, delta.energy, float(not delta.energy), note=why))
+            table.append(SiteFidelity(site, 0, delta.energy, float(not delta.energy), note=why_omitted(delta.energy)))
+        bar.update()
+    for row in (row for row in plan.sites if row.site.experts):
+        stack, kept_row = factor_experts(source, row, plan.scale(row.rank) if row.rank else 1.0, device, seed)
+        pairs |= {row.site.path: stack} if stack else {}
+        table.append(kept_row)
         bar.update()
     bar.close()
     if not pairs:
         raise DataError(f"{source.description}: none of the {len(rows)} sites has changed; nothing to extract")
     return pairs, Fidelity(tuple(table))
+
+
+def factor_experts(
+    source: DeltaSource, row: PlannedSite, scale: float, device: str, seed: int
+) -> tuple[LoraPair | None, SiteFidelity]:
+    """The pairs of a layer's experts, each from its own delta alone, and what they keep. One that has not changed, or
+    has fewer directions, is filled up with zeros. None where the plan gives no rank, or no expert has changed."""
+    site, generator = row.site, site_generator(row.site, seed, device)
+    right, left = torch.zeros(site.experts, row.rank, site.shape[1]), torch.zeros(site.experts, site.shape[0], row.rank)
+    energies, kept, noise, stored_as = [0.0] * site.experts, [1.0] * site.experts, 0.0, None
+    for expert in range(site.experts):
+        if expert + 1 < site.experts:
+            source.prefetch(site, expert + 1)
+        delta = source.expert(site, expert)
+        check_finite(site, delta, f"{site.weight}, expert {expert}")
+        energies[expert] = delta.energy
+        if not delta.energy:
+            continue
+        noise, stored_as = noise + delta.energy * delta.noise_share_both, delta.stored_as or stored_as
+        kept[expert] = 0.0
+        if row.rank:
+            found = truncate(on_device(delta, device).matrix, row.rank, generator)
+            factors = Factors(found.left.cpu(), found.right.cpu())
+            kept[expert] = min(1.0, factors.spectrum().energy_total / delta.energy)
+            require_kept(f"{site.path}, expert {expert}", kept_of(delta, factors), kept[expert])
+            right[expert, : factors.rank], left[expert, :, : factors.rank] = factors.lora(scale)
+    total = sum(energies)
+    if not row.rank or not total:
+        return None, SiteFidelity(site, 0, total, float(not total), note=why_omitted(total))
+    share = sum(energy * part for energy, part in zip(energies, kept, strict=True)) / total
+    pair = LoraPair(right, left, scale, peft=site.peft, swapped=site.swapped, order=site.order)
+    note = note_of(row, stored_as, noise / total)
+    return pair, SiteFidelity(site, row.rank, total, share, note=note, experts=tuple(kept))
+
+
+def why_omitted(energy: float) -> str:
+    return "rank 0 in the plan: left out" if energy else "the delta is zero: left out"
 
 
 def kept_of(delta: Delta, factors: Factors) -> float:
@@ -231,15 +281,15 @@ def kept_of(delta: Delta, factors: Factors) -> float:
     return share_kept(inner, factors.inner(factors), delta.energy)
 
 
-def note_of(row: PlannedSite, delta: Delta) -> str:
+def note_of(row: PlannedSite, stored_as: str | None, noise: float) -> str:
     """That the rank was clamped, or how much of what is kept may be noise, in steps, so that sites with the same remark
     are told together."""
     if row.clipped and "above min" in row.clipped:
         return f"rank {row.clipped}: clamped"
-    share = next((limit for limit in (0.5, 0.1, 0.01) if delta.noise_share_both > limit), None)
+    share = next((limit for limit in (0.5, 0.1, 0.01) if noise > limit), None)
     if share is None:
         return ""
-    kind = f"{delta.stored_as} weights: more than {share:.0%} of the delta's energy"
+    kind = f"{stored_as} weights: more than {share:.0%} of the delta's energy"
     return f"{kind} may be rounding, and the energy kept counts it"
 
 

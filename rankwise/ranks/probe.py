@@ -20,7 +20,7 @@ from rankwise.core.measure import Delta, from_difference
 from rankwise.core.site import Site, describe, nearest
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import DataError, UsageError
-from rankwise.files.adapter import LoraAdapter, read_adapter
+from rankwise.files.adapter import LoraAdapter, known_places, read_adapter
 from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint, resolve
 from rankwise.models.expert_files import ExpertFiles
 from rankwise.models.load import meta_model
@@ -272,8 +272,9 @@ def open_source(
 
 
 def open_adapter(path: str, model_name: str | None, asked: SitesSection, notes: list[str]) -> AdapterDeltas:
-    adapter, model = read_adapter(Path(path)), meta_model(model_name) if model_name else None
+    model = meta_model(model_name) if model_name else None
     known = model_sites(model) if model else {}
+    adapter = read_adapter(Path(path), places=known_places(known, path))
     if model:
         check_base(adapter, known, {*known, *dict(model.named_modules())}, f"{path} and {model_name}")
     whole = adapter.config.get("modules_to_save")

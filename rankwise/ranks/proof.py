@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rankwise.core.factors import share_kept
 from rankwise.core.measure import same_as_stored
 from rankwise.errors import VerificationError
 from rankwise.files.checkpoint import Checkpoint, open_checkpoint
@@ -31,10 +32,11 @@ from rankwise.merge.logits import (
     stream_weights,
     text_batch,
 )
-from rankwise.merge.verify import NO_EFFECT, TOLERANCE, relative
+from rankwise.merge.verify import NO_EFFECT, TOLERANCE, read_changes, relative
 from rankwise.models.load import meta_model, weightless_model
 from rankwise.models.vocabulary import embedding_paths, resize, row_count
 from rankwise.ranks.deltas import CheckpointPair, DeltaSource, SavedDeltas, WeightPair
+from rankwise.ranks.fidelity import Fidelity, require_kept
 from rankwise.ranks.probe import folder_of, model_weights
 
 LOST = 0.1  # of the adapter's effect: a difference of rounding is far below it, an adapter half loaded far above
@@ -85,6 +87,26 @@ def prove(both: Both, adapter: Path, expected: Makers, sees: bool) -> Proof:
         effect=relative(wanted[:places, :columns] - old, old),
         distance=relative(after[:places, :columns] - whole[:places, :columns], old) / change if change else 0.0,
     )
+
+
+def require_experts(source: DeltaSource, adapter: Path, model: PreTrainedModel, fidelity: Fidelity) -> None:
+    """VerificationError, naming it, where an expert's pair in an adapter's file is not made from its own delta, by the
+    energy that it keeps: an expert that no token is routed to shows in no logit. Read past `core.experts`."""
+    changes = dict(read_changes(adapter, model))
+    for row in (row for row in fidelity.kept if row.experts):
+        site = row.site
+        module = model.get_submodule(site.path.rpartition(".")[0])
+        for expert, claimed in enumerate(row.experts):
+            name, delta = f"{site.path}, expert {expert}", source.expert(site, expert)
+            product = changes[site.path].of_expert(expert, site.experts)
+            stored = product.T if getattr(module, "is_transposed", False) else product
+            made = (stored.T if site.transposed else stored).double()
+            energy, after = delta.energy, float(made.square().sum())
+            if not energy and after:
+                raise VerificationError(f"{name} has a pair, and has not changed; nothing was written")
+            if energy:
+                inner = float((delta.matrix.cpu().double() * made).sum())
+                require_kept(name, share_kept(inner, after, energy), claimed)
 
 
 def made_logits(structure: str, makers: Makers, batches: list[Batch]) -> Tensor:

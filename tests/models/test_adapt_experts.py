@@ -28,10 +28,10 @@ from transformers import (
 from rankwise.core.experts import join_experts, split_experts
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.errors import DataError, VerificationError
-from rankwise.files.adapter import EXPERTS, read_adapter, write_adapter
+from rankwise.files.adapter import EXPERTS, known_places, read_adapter, write_adapter
 from rankwise.models import adapt as adapt_module
 from rankwise.models.adapt import ADAPTER, adapt, lora_layers, lora_pairs, quiet_peft, site_parameters
-from rankwise.models.adapters import known_places, load_adapter, save_adapter
+from rankwise.models.adapters import load_adapter, save_adapter
 from rankwise.models.sites import model_sites
 from rankwise.options.sections import LoraSection
 
