@@ -33,6 +33,7 @@ class Schedule(Protocol):
 class Part:
     """Some sites: of these kinds and this tower, in this range of layers; what is None does not restrict.
 
+    projection: of this name only. experts: only parameters that hold a layer's experts.
     half: early or late, of the layers on either side of `cut` (the first of the late ones; None: the middle of each
     tower's layers).
     at_random: as many sites as the rest of the part says, drawn from all sites: the null of a phase.
@@ -40,6 +41,8 @@ class Part:
 
     kinds: tuple[str, ...] = ()
     tower: str | None = None
+    projection: str | None = None
+    experts: bool = False
     layers: tuple[int, int] | None = None
     half: str | None = None
     cut: int | None = None
@@ -53,6 +56,8 @@ class Part:
             for path, site in sites.items()
             if (not self.kinds or site.kind in self.kinds)
             and (self.tower is None or site.tower == self.tower)
+            and (self.projection is None or site.projection == self.projection)
+            and (site.experts or not self.experts)
             and within(site.layer, spans[site.tower])
         }
         return frozenset(generator.sample(sorted(sites), len(found)) if self.at_random else found)
@@ -284,8 +289,9 @@ def parts_apart(one: Part, other: Part) -> bool:
         return False
     kinds = one.kinds and other.kinds and not set(one.kinds) & set(other.kinds)
     towers = one.tower and other.tower and one.tower != other.tower
+    names = one.projection and other.projection and one.projection != other.projection
     halves = {one.half, other.half} == OPPOSITE and one.cut == other.cut
-    return bool(kinds or towers or halves or layers_apart(one, other))
+    return bool(kinds or towers or names or halves or layers_apart(one, other))
 
 
 def layers_apart(one: Part, other: Part) -> bool:
@@ -306,7 +312,8 @@ def part_covers(whole: Part, some: Part) -> bool:
         return False
     kinds = not whole.kinds or (some.kinds and set(some.kinds) <= set(whole.kinds))
     tower = whole.tower in (None, some.tower)
+    name = whole.projection in (None, some.projection) and (some.experts or not whole.experts)
     place = (whole.half, whole.layers) == (None, None) or (
         (whole.half, whole.cut, whole.layers) == (some.half, some.cut, some.layers)
     )
-    return bool(kinds and tower and place)
+    return bool(kinds and tower and name and place)

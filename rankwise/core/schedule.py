@@ -3,8 +3,8 @@
     parse_schedule(strategy("both-mlp-attn", 300, 600))      # both:300 > mlp:300 > attention
 
 A phase is parts joined by `+` and a length in optimizer steps; a part is words that each narrow it down: a kind (both:
-attention, mlp and mixer; each of them, all; embed, head, router, other where such sites are adapted), a tower, layers
-A-B, early or late (half of the layers, or from @CUT), random.
+attention, mlp and mixer; each of them, all; embed, head, router, other where such sites are adapted), experts, a
+projection (down_proj), a tower, layers A-B, early or late (half of the layers, or from @CUT), random.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from dataclasses import replace
 
 from rankwise.core.phase import Form, Lisa, Norm, Part, Phase, Phases
-from rankwise.core.site import nearest
+from rankwise.core.site import ATTENTION, MLP, nearest
 from rankwise.errors import UsageError
 
 KINDS = {
@@ -37,7 +37,9 @@ STRATEGIES = {
     "both-mlp-both": ("both", "mlp", "both"),
     "early-late": ("early", "late"),
 }
-FORMS = "both:300 > mlp:300 > attention, layers 0-10:500 > layers 11-21, early > late, lisa:K@N, norm:N"
+FORMS = (
+    "both:300 > mlp:300 > attention, layers 0-10:500 > layers 11-21, early > late, experts, down_proj, lisa:K@N, norm:N"
+)
 PART = re.compile(r"(?P<half>early|late)(@(?P<cut>\d+))?|layers?\s+(?P<first>\d+)(\s*-\s*(?P<last>\d+))?|(?P<word>\w+)")
 
 
@@ -100,7 +102,11 @@ def narrow(part: Part, match: re.Match[str]) -> Part:
         return replace(part, tower=word)
     if word == "random":
         return replace(part, at_random=True)
-    known = [*KINDS, *TOWERS, *HALVES, "layers", "random"]
+    if word == "experts":
+        return replace(part, experts=True)
+    if word in ATTENTION | MLP or "_" in word:  # of a family with names of its own: that it matches is asked later
+        return replace(part, projection=word)
+    known = [*KINDS, *TOWERS, *HALVES, "layers", "random", "experts"]
     near = nearest(word, known) or known
     raise UsageError(f"--schedule: unknown kind of sites {word!r}; did you mean {', '.join(near)}? Forms: {FORMS}")
 

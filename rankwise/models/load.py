@@ -29,6 +29,8 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from rankwise.errors import DataError, UsageError, need
 from rankwise.files.atomic import about_to_write, read_object
@@ -149,6 +151,13 @@ def unquantized_modules(model: PreTrainedModel) -> list[str] | None:
     """Modules that a quantized base keeps as they are; None: transformers' own choice, which a list would replace."""
     towers = outside_language(model)
     return ["lm_head", *towers] if towers else None
+
+
+def quantized_linears(model: PreTrainedModel) -> frozenset[str]:
+    """Paths of the linear layers that bitsandbytes quantizes: all but those, and nothing else (no fused experts)."""
+    skip = unquantized_modules(model) or get_keys_to_not_convert(model)
+    linear = (path for path, module in model.named_modules() if isinstance(module, nn.Linear))
+    return frozenset(path for path in linear if should_convert_module(path, skip))
 
 
 def quantization_config(kind: str, model: PreTrainedModel) -> Any:

@@ -15,6 +15,7 @@ from rankwise.options.sections import (
     OUTTYPES,
     SEED,
     SPLITS,
+    TARGETS,
     TRAINERS,
     AllocationSection,
     DataSection,
@@ -69,6 +70,7 @@ class FinetuneConfig(Options):
     )
     method: str = option("full", choices=("full", "lora"), help="train all parameters, or a cheap high-rank LoRA probe")
     lora_r: int = option(64, least=1, help="rank of the LoRA probe", aliases=("r",))
+    target: str | None = option(choices=TARGETS, help="matrices to train alone: those of `train --target` [everything]")
     skip_shards: int = option(0, least=0, help="number of subsets to skip: disjoint data for a second probe")
     resume_from_checkpoint: str | None = option(help=RESUME)
     allow_partial_resume: bool = option(False, help=PARTIAL)
@@ -172,6 +174,7 @@ class TrainConfig(Options):
     )
     max_val_samples: int | None = option(least=1, help="maximum number of validation rows")
     packing: bool = option(False, help="pack samples into rows of up to --max_seq_length tokens, kept apart")
+    yes: bool = option(False, help="quantize a base of which most stays in 16 bits: fused experts")
     seed: int = seeded(42, help=SEED)
     resume_from_checkpoint: str | None = option(help=RESUME)
     allow_partial_resume: bool = option(False, help=PARTIAL)

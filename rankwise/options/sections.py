@@ -23,6 +23,7 @@ DEPTH_GATES, DEPTH_LAYOUTS = ("learned", "none"), ("split", "interleaved")
 DEPTH_CONTROLS = ("estimated", "off", "shuffled", "constant", "luminance", "ramp", "permuted", "file")
 MAX_SEQ_LENGTH, OVERLONG = 2048, "error"  # where neither an option nor a record says otherwise
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")  # what llama.cpp's converter writes
+DROPOUT = 0.05  # of LoRA, where nothing is said and PEFT can
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SEED, DEVICE, NO_PNG = "random seed", "auto, cpu or cuda", "write no PNG files"
 NORMALISE = "allocate by absolute energy, or by share per site"
@@ -134,7 +135,9 @@ class LoraSection(Options):
     lora_alpha: float | None = option(
         help="alpha, the scale's numerator [2·r; with rsLoRA 2·(maximum rank)]; a plan sets its own"
     )
-    lora_dropout: float = option(0.05, least=0, below=1, help="dropout on the adapter input")
+    lora_dropout: float | None = option(
+        least=0, below=1, help=f"dropout on the adapter input [{DROPOUT}; 0 where experts are adapted]"
+    )
     lora_bias: str = option("none", choices=("none", "all", "lora_only"), help="biases to train")
     target: str | None = option(
         choices=TARGETS,
@@ -153,6 +156,11 @@ class LoraSection(Options):
     deltas: str | None = reads(help="preliminary run for --warm_start delta")
     load_in_8bit: bool = option(False, help="quantize the base to 8 bit (extra: quant)")
     load_in_4bit: bool = option(False, help="quantize the base to 4 bit, NF4 (extra: quant)")
+
+    @property
+    def dropout(self) -> float:
+        """Of layers, where nothing is said; PEFT has none for parameters."""
+        return DROPOUT if self.lora_dropout is None else self.lora_dropout
 
 
 @dataclass(frozen=True)

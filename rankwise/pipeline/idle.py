@@ -117,6 +117,11 @@ TABLES: Mapping[type, list[Bound]] = {
         ),
         *with_("estimate", True, "gpu usd_per_hour utilisation estimate_out"),
         *bound(
+            "yes",
+            "with --load_in_4bit or --load_in_8bit",
+            lambda told: bool(told.load_in_4bit or told.load_in_8bit),
+        ),
+        *bound(
             "phase1_end",
             "with --dynamic_lora or a --phase_strategy of several phases (both-mlp-attn, …)",
             lambda told: phases(told) > 1,

@@ -143,7 +143,7 @@ def experiment_of(config: TrainConfig) -> ExperimentConfig:
         lora=LoRAConfig(
             config.lora.lora_r,
             float(config.lora.lora_alpha or 2 * config.lora.lora_r),
-            config.lora.lora_dropout,
+            config.lora.dropout,
             list(MODULES.get(config.lora.target or "both", config.lora.target_modules)),
         ),
         training=TrainingConfig(

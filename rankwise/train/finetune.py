@@ -58,13 +58,24 @@ def language_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     return tower_parameters(model, ["language"])
 
 
+def full_parameters(config: FinetuneConfig, model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """What `--method full` trains, by name: every parameter of the towers, or the matrices of `--target` alone."""
+    towers = finetune_use(config.towers, config.method).full
+    found = tower_parameters(model, towers)
+    if config.target is None:
+        return found
+    chosen = choose_sites(model_sites(model), config.target, towers=towers)
+    return {site.weight: found[site.weight] for site in chosen.values()}
+
+
 def train_full(config: FinetuneConfig, job: Job, skeleton: PreTrainedModel, checkpoint: Path | None) -> RankwiseTrainer:
-    """All parameters of the towers set to `full`, in float32; then the deltas, or both checkpoints."""
+    """All parameters of the towers set to `full`, or those of `--target`, in float32; then the deltas, or both
+    checkpoints."""
     folder, first = Path(config.output_dir), process_index()[0] == 0
     model = load_weights(config.model, job.name, torch.float32)
     model.requires_grad_(False)
     towers = finetune_use(config.towers, config.method)
-    trained = tower_parameters(model, towers.full)
+    trained = full_parameters(config, model)
     for parameter in trained.values():
         parameter.requires_grad_(True)
     files = open_checkpoint(resolve(job.name, config.model.revision))
@@ -87,7 +98,7 @@ def train_lora(config: FinetuneConfig, job: Job, skeleton: PreTrainedModel, chec
     if config.learning_rate < LORA_RATE:
         announce(f"note: --learning_rate {config.learning_rate:g} suits full fine-tuning; LoRA takes 1e-4 or more")
     towers = finetune_use(config.towers, config.method)
-    sites = choose_sites(adaptable_sites(skeleton), towers=towers.lora)
+    sites = choose_sites(adaptable_sites(skeleton), config.target, towers=towers.lora)
     plan = uniform_plan(sites, config.lora_r, None, False, job.name)
     for line in describe_trained(skeleton, plan, {}):
         announce(line)
@@ -193,7 +204,7 @@ def prepare(config: FinetuneConfig, name: str, arguments: TrainingArguments, ske
     rows = render_rows(choose_subset(config, examples), renderer)
     warn_few_updates(len(rows), arguments)
     if config.method == "full":
-        trained = sum(parameter.numel() for parameter in tower_parameters(skeleton, towers.full).values())
+        trained = sum(parameter.numel() for parameter in full_parameters(config, skeleton).values())
         needed = memory_needed(skeleton, trained, arguments, max(rows.lengths))
         announce(refuse_too_large(needed, memory_available(arguments.device)))
     facts = {
@@ -202,6 +213,8 @@ def prepare(config: FinetuneConfig, name: str, arguments: TrainingArguments, ske
         "subset": [config.subset_ratio, config.max_samples, config.skip_shards],
         "method": [config.method, config.lora_r if config.method == "lora" else None],
     }
+    if config.target is not None:
+        facts |= {"target": config.target}
     if config.towers != TowersSection():
         facts |= {"towers": list(towers.trained), "tower_rates": dict(towers.rates)}
     return Job(name, arguments, renderer, rows, facts=facts)
@@ -273,7 +286,8 @@ def finish(config: FinetuneConfig, trainer: RankwiseTrainer, samples: int, recor
 def describe(config: FinetuneConfig) -> list[str]:
     config = settle(config)
     towers = " and ".join(finetune_use(config.towers, config.method).trained)
-    what = f"every {towers} parameter" if config.method == "full" else f"a LoRA of rank {config.lora_r} ({towers})"
+    part = f"every {towers} parameter" if config.target is None else f"the {towers} matrices of --target {config.target}"
+    what = part if config.method == "full" else f"a LoRA of rank {config.lora_r} ({towers})"
     return [
         f"fine-tune {what} on {config.subset_ratio:.3%} of {config.data.data_path} (at most {config.max_samples:,} "
         f"rows) as {config.data.task}",

@@ -205,7 +205,7 @@ def adapter_facts(config: TrainConfig, plan: RankPlan, full: Sequence[str]) -> d
         "ranks": plan.ranks,
         "scales": sorted(set(scales(plan).values())),
         "lora": {
-            "dropout": lora.lora_dropout,
+            "dropout": lora.dropout,
             "bias": lora.lora_bias,
             "dora": lora.use_dora,
             "rslora": plan.use_rslora,

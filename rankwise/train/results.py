@@ -116,7 +116,7 @@ def save_allocated(
     folder.mkdir(parents=True, exist_ok=True)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # the proof without autocast
     plan = allocated_plan(start, keeper.kept)
-    settings = lora_config(job.name, dropout=config.lora.lora_dropout, modules_to_save=list(full) or None)
+    settings = lora_config(job.name, dropout=config.lora.dropout, modules_to_save=list(full) or None)
     pairs = plain_pairs(model, keeper.kept, start.alpha_over_rank)
     write_adapter(folder, LoraAdapter(settings, pairs, full_weights(model)))
     write_sites(folder, plan, left_out, full)

@@ -12,10 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.quantizers.base import get_keys_to_not_convert
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from rankwise.core.plan import RankPlan
 from rankwise.data.dataset import Collator, PackedDataset, RenderedDataset
@@ -23,7 +20,8 @@ from rankwise.data.renderer_for import own_length, renderer_for
 from rankwise.data.vision_inputs import Sight
 from rankwise.evaluate.likelihood import BESIDE
 from rankwise.models.adapt import adapt
-from rankwise.models.load import unquantized_modules
+from rankwise.models.load import quantized_linears
+from rankwise.models.sites import fused_experts
 from rankwise.options.commands import TrainConfig
 from rankwise.options.sections import EstimateSection, LoraSection
 from rankwise.train.arguments import autocast, frozen_dtype
@@ -150,9 +148,9 @@ class Shapes:
     def __post_init__(self) -> None:
         if self.attention == "eager":
             self.base.set_attn_implementation("eager")
-        skip = unquantized_modules(self.base) or get_keys_to_not_convert(self.base)
-        linear = {name: module for name, module in self.base.named_modules() if isinstance(module, nn.Linear)}
-        self.quantized = {id(module) for name, module in linear.items() if should_convert_module(name, skip)}
+        self.quantized = {id(self.base.get_submodule(path)) for path in quantized_linears(self.base)}
+        held = (name.rpartition(".") for name in fused_experts(self.base))
+        self.experts = {(id(self.base.get_submodule(path)), name) for path, _, name in held}
         self.model = adapt(self.base, self.plan, replace(self.lora, init_lora_weights="default"), self.full)
         self.model.config.use_cache = False
         self.model.train()
@@ -175,12 +173,13 @@ class Shapes:
         self.base.disable_input_require_grads()
 
     def unquantized(self) -> frozenset[str]:
-        """Parameters that a quantized base has in float32."""
+        """Parameters that a quantized base has in float32: what is neither quantized nor fused experts."""
         return frozenset(
             f"{path}.{name}"
             for path, module in self.model.named_modules()
             if id(module) not in self.quantized
             for name, _ in module.named_parameters(recurse=False)
+            if (id(module), name) not in self.experts
         )
 
     def fixed(self, way: Way, card: Card, optimizer: str) -> Fixed:

@@ -32,7 +32,16 @@ from torch.utils.flop_counter import flop_registry
 from rankwise.errors import UsageError
 
 MASKED = (torch.bool, torch.uint8)
+GROUPED = torch.ops.aten._grouped_mm  # of the experts that tokens are routed to; torch does not count it
 FREE = (torch.ops.aten._unsafe_view, torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided)
+
+
+def grouped_flops(left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
+    """Of products (S, k) × (E, k, n), and of their backward: every row meets one expert."""
+    return 2 * left.shape[-2] * left.shape[-1] * right.shape[-1]
+
+
+RULES = {**flop_registry, GROUPED: grouped_flops}
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,7 @@ class Counter(TorchDispatchMode):
         return result
 
     def _count(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        rule = flop_registry.get(func.overloadpacket)
+        rule = RULES.get(func.overloadpacket)
         if rule is not None:
             self.flops += rule(*args, **kwargs, out_val=result)
         elif not func.is_view and func.overloadpacket not in FREE:

@@ -121,6 +121,7 @@ def refuse(config: TrainConfig, arguments: TrainingArguments) -> None:
     own |= {name: getattr(config, name) for name in ("adapter_folder", "allow_partial_resume")}
     sections = (config.lora, config.allocation, config.depth, config.towers, config.selection, config.estimate)
     own |= {name: value for section in sections for name, value in vars(section).items()}
+    own["lora_dropout"] = config.lora.dropout
     told = {name: getattr(arguments, name, None) for name in TRAINING} | {"save_strategy": given.get("save_strategy")}
     for values, table in ((own, OWN), (told, TRAINING)):
         for name, (refused, why) in table.items():
