@@ -20,7 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
@@ -33,11 +34,12 @@ from rankwise.core.rank_budget import RankBudget
 from rankwise.core.site import PEFT_PREFIX, Site
 from rankwise.errors import UsageError, VerificationError
 from rankwise.files.adapter import LoraPair
-from rankwise.models.sites import expert_sites
+from rankwise.models.sites import expert_sites, fused_experts
 from rankwise.models.targets import plan_fields
 from rankwise.options.sections import LoraSection
 
 ADAPTER = "default"
+KEPT_AS_LOADED = ("gptq", "aqlm", "eetq", "torchao", "hqq")  # quantizations whose other weights PEFT does not widen
 MOVES_BASE = ("pissa", "olora")
 UNMATCHED = "The following (rank|alpha)_pattern keys did not match"  # PEFT's warning
 SUFFIX = f".lora_E.{ADAPTER}"  # PEFT's rank pattern names a site by its Λ
@@ -85,11 +87,12 @@ def adapt_allocated(
 
 
 def lora_config(plan: RankPlan, lora: LoraSection, full: Collection[str] = ()) -> LoraConfig:
-    """PEFT's config for the plan."""
+    """PEFT's config for the plan. Where nothing is said of dropout, it has what PEFT can: none for parameters."""
     check_savable(lora)
+    fields = plan_fields(plan)
     return LoraConfig(
-        **plan_fields(plan),
-        lora_dropout=lora.lora_dropout,
+        **fields,
+        lora_dropout=0.0 if lora.lora_dropout is None and fields["target_parameters"] else lora.dropout,
         bias=lora.lora_bias,
         use_dora=lora.use_dora,
         init_lora_weights=True if lora.init_lora_weights in ("default", "eva") else lora.init_lora_weights,
@@ -116,7 +119,7 @@ def adalora_config(lora: LoraConfig, allocation: Allocation) -> AdaLoraConfig:
 def wrap(model: PreTrainedModel, config: PeftConfig, full: Iterable[str] = ()) -> PeftModel:
     """The model in PEFT's wrapping, a quantized one made ready to train; copies of the `full` modules are float32."""
     if getattr(model, "quantization_method", None):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        prepare_quantized(model)
         keep_trainable_layout(model)
     with quiet_peft():
         adapted = get_peft_model(model, config, adapter_name=ADAPTER)
@@ -124,6 +127,18 @@ def wrap(model: PreTrainedModel, config: PeftConfig, full: Iterable[str] = ()) -
     for module in full_copies(adapted).values():
         module.float()
     return adapted
+
+
+def prepare_quantized(model: PreTrainedModel) -> None:
+    """Freeze a quantized model, with all that is not quantized in float32, as PEFT's `prepare_model_for_kbit_training`
+    has it, but for fused experts: they are most of such a model, and twice their size is no quantized base."""
+    method = str(getattr(model.quantization_method, "value", model.quantization_method))
+    kept = set(fused_experts(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        half = parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit"
+        if half and name not in kept and method not in KEPT_AS_LOADED:
+            parameter.data = parameter.data.float()
 
 
 def keep_trainable_layout(model: PreTrainedModel) -> None:
