@@ -286,7 +286,9 @@ def finish(config: FinetuneConfig, trainer: RankwiseTrainer, samples: int, recor
 def describe(config: FinetuneConfig) -> list[str]:
     config = settle(config)
     towers = " and ".join(finetune_use(config.towers, config.method).trained)
-    part = f"every {towers} parameter" if config.target is None else f"the {towers} matrices of --target {config.target}"
+    part = (
+        f"every {towers} parameter" if config.target is None else f"the {towers} matrices of --target {config.target}"
+    )
     what = part if config.method == "full" else f"a LoRA of rank {config.lora_r} ({towers})"
     return [
         f"fine-tune {what} on {config.subset_ratio:.3%} of {config.data.data_path} (at most {config.max_samples:,} "

@@ -15,6 +15,7 @@ from typing import Any
 from rankwise.errors import DataError, need
 from rankwise.page import canvas
 from rankwise.page.blocks import Block, Folded, Plot, drawn, into, pictures
+from rankwise.train.expert_record import Routing
 from rankwise.train.gradient_summary import (
     NAMES,
     NAN,
@@ -23,6 +24,7 @@ from rankwise.train.gradient_summary import (
     Layers,
     Series,
     by_kind,
+    expert_blocks,
     gradient_summary,
     mean,
     positive,
@@ -240,10 +242,29 @@ def gradient_plots(tables: GradientTables) -> list[Plot]:
             Plot("layer_comparison", "Mean gradient norm of each layer", partial(plot_layer_comparison, tables.layers)),
             Plot("gradient_evolution", "Layers at a few moments", partial(plot_gradient_evolution, tables.layers)),
         ]
+    if tables.experts.routings:
+        caption = f"Experts with a gradient: share of {tables.experts.steps:,} measured steps; white: none at any"
+        found.append(Plot("expert_routing", caption, partial(plot_routing, tables.experts.routings)))
     if factor_kinds(tables.factors):
         caption = "Gradient norms of the LoRA factors A and B, and the size of the delta"
         found.append(Plot("lora_factors", caption, partial(draw_factors, tables.factors, phases=tables.boundaries())))
     return found
+
+
+def plot_routing(routings: Sequence[Routing], path: Path | str) -> Path:
+    """Layers × experts: the share of the steps at which an expert had a gradient; blank (white) where it never had."""
+    count, most = len(routings), max(len(one.seen) for one in routings)
+    figure, (axis,) = canvas.panels(7.2, max(1.6, min(6.0, 0.16 * count + 1.0)))
+    grid = [positive(one.seen) + [NAN] * (most - len(one.seen)) for one in routings]
+    masked = need("numpy.ma", extra="plots").masked_invalid
+    edges = ([i - 0.5 for i in range(size + 1)] for size in (most, count))
+    image = axis.pcolormesh(*edges, masked(grid), cmap=canvas.colormap(), vmin=0, vmax=1)
+    axis.grid(False)
+    canvas.whole_ticks(axis.xaxis)
+    tick_layers(axis.set_yticks, [str(one.layer) if one.layer is not None else one.module for one in routings])
+    canvas.name_axes(axis, "expert", "layer")
+    canvas.colour_bar(figure, image, [axis], "share of steps with a gradient", pad=0.015, aspect=30)
+    return canvas.save(figure, path)
 
 
 SHOWN = 2  # plots; the others are folded
@@ -252,8 +273,20 @@ SHOWN = 2  # plots; the others are folded
 def gradient_blocks(tables: GradientTables) -> list[Block]:
     """The summary in numbers and words, and the plots."""
     plots = gradient_plots(tables)
-    folded = [Folded("Layers, moments and LoRA factors", plots[SHOWN:])] if plots[SHOWN:] else []
-    return [*summary_blocks(gradient_summary(tables.groups, tables.layers)), *plots[:SHOWN], *folded]
+    folded = (
+        [
+            Folded(
+                "Layers, moments, experts and LoRA factors"
+                if tables.experts.steps
+                else "Layers, moments and LoRA factors",
+                plots[SHOWN:],
+            )
+        ]
+        if plots[SHOWN:]
+        else []
+    )
+    words = [*summary_blocks(gradient_summary(tables.groups, tables.layers)), *expert_blocks(tables.experts)]
+    return [*words, *plots[:SHOWN], *folded]
 
 
 def plot_gradients(run_folder: Path, *, plots: bool = True) -> list[Path]:

@@ -9,7 +9,7 @@ import csv
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rankwise.errors import DataError
 from rankwise.files.atomic import write_json, write_text
 from rankwise.page.blocks import Block, Table, Words, lines
 from rankwise.page.text import number, percent, plural
+from rankwise.train.expert_record import ExpertRecord, read_experts
 from rankwise.train.gradient_table import GROUP_OF, GROUPS, LAYERS, NORMS, PER_LAYER, SiteNorm, stored, summary, views
 from rankwise.train.phases import PHASES_TABLE
 
@@ -159,6 +160,7 @@ class GradientTables:
     layers: Sequence[Mapping[str, Any]]
     factors: Series
     phases: Sequence[Change] = ()
+    experts: ExpertRecord = field(default_factory=ExpertRecord)
 
     def boundaries(self) -> list[Boundary]:
         return boundaries(self.phases) if self.phases else series(self.groups).boundaries()
@@ -170,11 +172,12 @@ def read_tables(folder: Path) -> GradientTables | None:
     factors = factor_series(stored(long)) if long.is_file() else series(())
     phases = read_phases(folder / PHASES_TABLE) if (folder / PHASES_TABLE).is_file() else []
     if (folder / GROUPS).is_file() and (folder / LAYERS).is_file():
-        return GradientTables(read_rows(folder / GROUPS), read_rows(folder / LAYERS), factors, phases)
+        rows = read_rows(folder / GROUPS), read_rows(folder / LAYERS)
+        return GradientTables(*rows, factors, phases, read_experts(folder))
     if not long.is_file():
         return None
     found = views(stored(long))
-    return GradientTables(found.groups, found.layers, factors, phases)
+    return GradientTables(found.groups, found.layers, factors, phases, read_experts(folder))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -219,7 +222,8 @@ def generate_summary_report(run: Path) -> list[Path]:
 
 def write_summary(tables: GradientTables, folder: Path) -> list[Path]:
     found = gradient_summary(tables.groups, tables.layers)
-    text = "\n".join(lines(summary_blocks(found)))
+    text = "\n".join(lines([*summary_blocks(found), *expert_blocks(tables.experts)]))
+    found |= {"experts": tables.experts.as_dict()} if tables.experts.steps else {}
     return [write_text(folder / TEXT, f"{text}\n"), write_json(folder / JSON, found)]
 
 
@@ -306,6 +310,11 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
         largest, smallest = f"{most} ({number(means[most])})", f"{least} ({number(means[least])})"
         said.append(f"Largest {NAMES[kind]} norm on average: layer {largest}; smallest: layer {smallest}.")
     return said
+
+
+def expert_blocks(found: ExpertRecord) -> list[Block]:
+    """Experts without a gradient, and change without effect, in words."""
+    return [Words(" ".join(found.sentences()))] if found.steps else []
 
 
 def phase_blocks(phases: Sequence[Mapping[str, Any]]) -> list[Block]:

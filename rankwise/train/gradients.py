@@ -15,24 +15,28 @@ Whose a parameter is: layers and PEFT's own wrappers are asked what they hold; a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rankwise.core.experts import split_experts
 from rankwise.core.site import PEFT_PREFIX, describe
 from rankwise.errors import UsageError
 from rankwise.files.atomic import write_json
+from rankwise.models.adapt import lora_layers, site_path
 from rankwise.models.sites import tower_of, tower_prefixes
+from rankwise.train.expert_norms import ExpertPair, expert_pairs, expert_rows, expert_values
+from rankwise.train.expert_record import EXPERT_NORMS, expert_table
 from rankwise.train.gradient_table import (
     COLUMNS,
     GRADIENT_SUMMARY,
@@ -53,9 +57,11 @@ from rankwise.train.gradient_table import (
     rounded,
     summary,
 )
+from rankwise.train.sharded import across_shards, numbers_by, sharding, whole
 
-GRADIENT_FILES = (NORMS, GROUPS, LAYERS, GRADIENT_SUMMARY)
+GRADIENT_FILES = (NORMS, GROUPS, LAYERS, GRADIENT_SUMMARY, EXPERT_NORMS)
 A, B, REST = "a", "b", "rest"
+WRAPPERS = (LoraLayer, AuxiliaryTrainingWrapper)
 ABSENT = -1.0  # in place of the norm of a gradient that is not there: a norm is never negative, and may be NaN
 
 
@@ -68,7 +74,8 @@ class GradientNorms(TrainerCallback):
             every step, and write site by site what `gradient_table.kept` names (24 kB a step with 210 sites).
         phase_at: name of the phase of an optimizer step (from 1, as in the tables).
 
-    A step that the loss scaler skips, its gradients not being finite, keeps its rows, with blank norms.
+    A step that the loss scaler skips, its gradients not being finite, keeps its rows, with blank norms. Where experts
+    are adapted, `expert_norms.csv` has a row for each of their parameters, at the steps of the table site by site.
     """
 
     def __init__(
@@ -83,27 +90,36 @@ class GradientNorms(TrainerCallback):
         self.norms = StepTable(output_dir / NORMS, COLUMNS)
         self.groups = StepTable(output_dir / GROUPS, GROUP_COLUMNS)
         self.layers = StepTable(output_dir / LAYERS, ("step",))
+        self.pairs: list[ExpertPair] = []
+        self.experts = expert_table(output_dir)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
         """Find the trainable parameters, and truncate the tables to the step that training resumes from."""
         self.model = trained_model(model)
         self.layers = StepTable(self.layers.path, layer_columns(self.model.places))
+        self.pairs = expert_pairs(model)
         if state.is_world_process_zero:
-            for table in (self.norms, self.groups, self.layers):
+            for table in (self.norms, self.groups, self.layers, *([self.experts] if self.pairs else [])):
                 table.cut(state.global_step)
 
     def wanted(self, step: int) -> bool:
         """Whether the norms of this optimizer step (from 1) are measured."""
         return self.every is None or step % self.every == 0
 
-    def values(self) -> Tensor:
-        """Norms of all trainable parameters' gradients (ABSENT where there is none), then ‖B·A‖ of all LoRA sites.
+    def detailed(self, step: int) -> bool:
+        """Whether a measured step is written site by site, and expert by expert."""
+        return self.every is not None or kept(step)
+
+    def values(self, step: int) -> Tensor:
+        """Norms of all trainable parameters' gradients (ABSENT where there is none), then ‖B·A‖ of all LoRA sites, then
+        where the step is detailed `expert_values`.
 
         A float32 tensor of one dimension on the gradients' device. With FSDP2 it is a collective call, and every
         process gets the norms of the whole gradient.
         """
         gradients = parameter_norms([one.parameter for one in self.model.parameters])
-        return torch.cat([gradients, delta_norms(self.model.pairs).to(gradients.device, non_blocking=True)])
+        parts = [delta_norms(self.model.pairs), *([expert_values(self.pairs)] if self.detailed(step) else [])]
+        return torch.cat([gradients, *(part.to(gradients.device, non_blocking=True) for part in parts)])
 
     def record(self, step: int, norms: Sequence[float], loss_scale: float, max_grad_norm: float | None) -> None:
         """Append the measurement of a step to the three tables.
@@ -113,10 +129,12 @@ class GradientNorms(TrainerCallback):
             loss_scale: of the gradient scaler, 1 without one: gradients are written without it.
             max_grad_norm: what the Trainer clips to (None, 0: it does not).
         """
-        rows = site_norms(self.model, norms, loss_scale, step, self.phase_at(step))
+        count = len(self.model.parameters) + len(self.model.pairs)
+        rows = site_norms(self.model, norms[:count], loss_scale, step, self.phase_at(step))
         if rows:
-            if self.every is not None or kept(step):
+            if self.detailed(step):
                 self.norms.extend(cells(row) for row in rows)
+                self.experts.extend(expert_rows(self.pairs, norms[count:], loss_scale, step))
             self.groups.append(group_row(rows, max_grad_norm))
             self.layers.append(layer_row(rows))
 
@@ -198,12 +216,13 @@ class TrainedParameter:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """The factors of a place: A (r, n), B (m, r), and the factor of B·A."""
+    """The factors of a place: A (r, n), B (m, r), and the factor of B·A; of experts A (E·r, n), B (m, r·E)."""
 
     place: int
     a: nn.Parameter
     b: nn.Parameter
     scale: float
+    experts: int = 1
 
 
 @dataclass(frozen=True)
@@ -222,8 +241,7 @@ def trained_model(model: nn.Module) -> TrainedModel:
     """
     model = extract_model_from_parallel(model)
     towers = prefixes(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    pairs = {name.removeprefix(PEFT_PREFIX): pair for name, layer in layers.items() if (pair := factors(layer))}
+    pairs = {path: pair for path, layer in lora_layers(model).items() if (pair := factors(layer))}
     parts = {id(pair[i]): part for pair in pairs.values() for i, part in ((0, A), (1, B))}
     paths: dict[str, int] = {}
     found = []
@@ -256,11 +274,13 @@ def parameter_towers(model: nn.Module) -> dict[int, str]:
 def owners(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(path of the module in the base model, parameter) of every parameter, shared ones once."""
     seen: set[int] = set()
-    holder, wrapper = "", None  # the last wrapper met; what lies inside it comes right after it
+    around: list[tuple[str, nn.Module]] = []  # the wrappers that a module lies in; only those of parameters are nested
     for name, module in model.named_modules():
-        if wrapper is None or not name.startswith(holder + "."):
-            holder, wrapper = name, module if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)) else None
-        path = (name if wrapper is None else within(holder, name, wrapper)).removeprefix(PEFT_PREFIX)
+        while around and not name.startswith(around[-1][0] + "."):
+            around.pop()
+        if isinstance(module, ParamWrapper) or (not around and isinstance(module, WRAPPERS)):
+            around.append((name, module))
+        path = (within(around[-1][0], name, around[-1][1]) if around else name).removeprefix(PEFT_PREFIX)
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
@@ -269,20 +289,23 @@ def owners(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def within(holder: str, name: str, wrapper: nn.Module) -> str:
     """The base model's path of a module inside a wrapper: the wrapper's own, but for what `modules_to_save` copies."""
+    if isinstance(wrapper, ParamWrapper):
+        return site_path(holder, wrapper)
     inner = name.removeprefix(holder).removeprefix(".").split(".")
     copied = inner[2:] if isinstance(wrapper, ModulesToSaveWrapper) and inner[0] == "modules_to_save" else []
     return ".".join([holder, *copied])
 
 
-def factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter, float] | None:
-    """(A, B, scale) of a layer's active adapter; None where it has none, or where B·A is not its delta
-    (AdaLoRA puts a diagonal between them, and fused experts share one A)."""
+def factors(layer: Any) -> tuple[nn.Parameter, nn.Parameter, float, int] | None:
+    """(A, B, scale, experts) of a layer's active adapter; None where it has none, or where B·A is not its delta
+    (AdaLoRA puts a diagonal between them)."""
     adapter = next(iter(layer.active_adapters), None)
     for first, second in ((layer.lora_A, layer.lora_B), (layer.lora_embedding_A, layer.lora_embedding_B)):
         if adapter in first:
             a, b = (getattr(container[adapter], "weight", container[adapter]) for container in (first, second))
-            plain = "lora_E" not in layer.adapter_layer_names and layer.r[adapter] == a.shape[0]
-            return (a, b, float(layer.scaling[adapter])) if plain else None
+            experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
+            plain = "lora_E" not in layer.adapter_layer_names and layer.r[adapter] * experts == a.shape[0]
+            return (a, b, float(layer.scaling[adapter]), experts) if plain else None
     return None
 
 
@@ -313,39 +336,19 @@ def parameter_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     return torch.stack(norms) if norms else torch.zeros(0)
 
 
-def numbers_by(keys: Iterable[Hashable]) -> dict[Any, list[int]]:
-    """Key → positions at which it stands: what one kernel, or one collective call, can take together."""
-    groups: dict[Any, list[int]] = {}
-    for i, key in enumerate(keys):
-        groups.setdefault(key, []).append(i)
-    return groups
-
-
-def sharding(tensor: Tensor | None) -> tuple[Any, Any] | None:
-    """Mesh and placements of a tensor in shards; None of a whole one."""
-    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
-
-
-def across_shards(norms: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
-    """Norms of whole gradients from those of the shards: squares are summed along the mesh's sharded dimensions."""
-    squares = norms.square()
-    for dimension, placement in enumerate(placements):
-        assert not placement.is_partial(), "FSDP2 leaves reduced gradients"
-        if not placement.is_replicate():
-            torch.distributed.all_reduce(squares, group=mesh.get_group(dimension))
-    return squares.sqrt()
-
-
 @torch.no_grad()
 def delta_norms(pairs: Sequence[Pair]) -> Tensor:
-    """‖scale·B·A‖_F of each pair, (S,) float32, without forming B·A: ‖BA‖² = ⟨BᵀB, AAᵀ⟩, matrices of r × r.
+    """‖scale·B·A‖_F of each pair, (S,) float32, without forming B·A: ‖BA‖² = ⟨BᵀB, AAᵀ⟩, matrices of r × r. Of experts
+    the root of their sum of squares.
 
     The factors of a convolution are flattened. Exactly 0 where A or B is; else to about 1e-7·‖A‖²‖B‖² in the square.
     """
     if not pairs:
         return torch.zeros(0)
     sides = whole([side.detach().flatten(1).float() for pair in pairs for side in (pair.a, pair.b)])
-    factors = list(zip(sides[::2], sides[1::2], strict=True))
+    factors = [
+        split_experts(a, b, pair.experts) for a, b, pair in zip(sides[::2], sides[1::2], pairs, strict=True)
+    ]  # (E, r, n), (E, m, r)
     device = factors[0][0].device
     squares = [torch.zeros((), device=device)] * len(pairs)
     for (place, *_), numbers in numbers_by((a.device, a.shape, b.shape) for a, b in factors).items():
@@ -357,39 +360,11 @@ def delta_norms(pairs: Sequence[Pair]) -> Tensor:
 
 
 def one_by_one(factors: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
-    """‖BA‖² of each (A, B)."""
-    return [torch.sum((b.T @ b) * (a @ a.T)) for a, b in factors]
+    """‖BA‖² of each (A, B), matrices or stacks of them."""
+    return [torch.sum((b.mT @ b) * (a @ a.mT)) for a, b in factors]
 
 
 def stacked(factors: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
     """The same of pairs alike in shape; it spares a GPU hundreds of launches, where a CPU would only copy."""
     a, b = (torch.stack(side) for side in zip(*factors, strict=True))
-    return torch.sum((b.mT @ b) * (a @ a.mT), dim=(1, 2)).unbind()
-
-
-def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, those in shards put together: one collective call for all that are sharded alike."""
-    found = list(tensors)
-    for shards, numbers in numbers_by(map(sharding, tensors)).items():
-        if shards is not None:
-            for i, tensor in zip(numbers, gathered([tensors[i] for i in numbers], *shards), strict=True):
-                found[i] = tensor
-    return found
-
-
-def gathered(shards: Sequence[Any], mesh: Any, placements: Sequence[Any]) -> list[Tensor]:
-    """Whole tensors of which each process has some rows, as FSDP2 deals them (torch.chunk): every process lays its
-    rows into zeros, and the sum over the processes is the whole."""
-    dimensions = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
-    if len(dimensions) != 1 or not placements[dimensions[0]].is_shard(0):
-        return [shard.full_tensor() for shard in shards]
-    (dimension,) = dimensions
-    flat = torch.zeros(sum(shard.numel() for shard in shards), device=shards[0].to_local().device)
-    pieces = zip(flat.split([shard.numel() for shard in shards]), shards, strict=True)
-    parts = [part.view(shard.shape) for part, shard in pieces]
-    for part, shard in zip(parts, shards, strict=True):
-        rows = shard.to_local()
-        first = mesh.get_local_rank(dimension) * -(-shard.shape[0] // mesh.size(dimension))
-        part[first : first + len(rows)] = rows
-    torch.distributed.all_reduce(flat, group=mesh.get_group(dimension))
-    return parts
+    return torch.sum((b.mT @ b) * (a @ a.mT), dim=tuple(range(1, a.dim()))).unbind()

@@ -18,7 +18,7 @@ from rankwise.core.plan import RankPlan
 from rankwise.data.split import SPLIT
 from rankwise.errors import VerificationError
 from rankwise.evaluate.likelihood import BESIDE
-from rankwise.files.adapter import LoraAdapter, LoraPair, write_adapter
+from rankwise.files.adapter import EXPERTS, LoraAdapter, LoraPair, write_adapter
 from rankwise.files.adapter_config import lora_config
 from rankwise.files.atomic import read_if_there, write_json
 from rankwise.files.checkpoint import open_checkpoint, resolve
@@ -40,6 +40,8 @@ from rankwise.options.field import flatten
 from rankwise.options.sections import SCORED_TASKS
 from rankwise.page.text import amount, command_line, duration, percent, plural
 from rankwise.train.adalora import ALLOCATED_TABLE, RankAllocation
+from rankwise.train.expert_norms import check_saved
+from rankwise.train.expert_record import read_experts
 from rankwise.train.gradient_plots import plot_gradients
 from rankwise.train.gradient_table import GRADIENT_SUMMARY, TRAINING_LOG
 from rankwise.train.gradients import GRADIENT_FILES
@@ -89,13 +91,19 @@ def write_adapter_files(
     full: Mapping[str, str] | None = None,
 ) -> None:
     """The adapter in this folder, and sites.json beside it. full: path → tower of the modules trained in full."""
-    state = whole_state(trainer)
+    state, learnt = whole_state(trainer), trainer.experts.learnt(kept_step(trainer.state))
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
         save_adapter(plain_model(trainer), folder, name, initial, state)
         write_sites(folder, plan, left_out, full)
+        check_saved(folder, learnt)
         if initial:
             require_converted(plain_model(trainer), folder, open_checkpoint(resolve(name)), meta_model(name))
+
+
+def kept_step(state: TrainerState) -> int:
+    """The step that the weights are of: the last one, or that of the best checkpoint."""
+    return state.best_global_step or state.global_step if state.best_model_checkpoint else state.global_step
 
 
 def save_allocated(
@@ -179,7 +187,8 @@ def finish(
     full: parameters of the whole model, which full fine-tuning would train.
     """
     folder, state, trainable = Path(config.output_dir), trainer.state, outcome.parameters
-    adapter = {name: adapter_folder(config) / name for name in ADAPTER_FILES}
+    adapter = {name: adapter_folder(config) / name for name in (*ADAPTER_FILES, EXPERTS.name)}
+    adapter = {name: file for name, file in adapter.items() if name in ADAPTER_FILES or file.is_file()}
     record.outputs |= adapter | {name: folder / name for name in (SPLIT.name, TRAINING_LOG)}
     record.outputs |= {path.name: path for path in (*tables_and_plots(config), *outcome.files)}
     record.facts |= {
@@ -198,6 +207,9 @@ def finish(
     )
     if outcome.said:
         print(outcome.said)
+    experts = read_experts(folder)
+    for line in (*experts.sentences(), *filter(None, [experts.warning()])):
+        print(line)
     if state.best_model_checkpoint:
         print(f"kept the best checkpoint: {best_checkpoint(state)}, {best_metric(trainer, config)}")
     print(f"adapter in {adapter_folder(config)}, losses in {folder / TRAINING_LOG}")

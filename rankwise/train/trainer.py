@@ -9,6 +9,7 @@ they are only hooked in. `before_step` is the place for whatever looks at gradie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ from rankwise.files.atomic import explained
 from rankwise.models.adapt import full_parameters
 from rankwise.train.adalora import RankAllocation
 from rankwise.train.checkpoints import CheckpointKeeper, discard_unsealed
+from rankwise.train.expert_norms import LearntExperts
 from rankwise.train.gradient_table import TrainingLog
 from rankwise.train.gradients import GradientNorms, parameter_towers
 from rankwise.train.interruption import EvaluationStopped, Interruption, StopOnSignal, stoppable
@@ -104,7 +106,8 @@ class RankwiseTrainer(Trainer):
         more = [RATE_COLUMN.format(tower) for tower in self.tower_rates]
         log = TrainingLog(Path(args.output_dir), more + ([ACCURACY] if accuracy else []))
         self._rates = RateWatch()
-        own = [FrozenPrefix(), log, phases, allocator, gradients, *stateful, keeper, self._rates]
+        self.experts = LearntExperts()
+        own = [FrozenPrefix(), log, phases, allocator, gradients, self.experts, *stateful, keeper, self._rates]
         super().__init__(args=args, callbacks=[*filter(None, own), *callbacks, self._stop], **rest)
         self.remove_callback(PrinterCallback)
         self.validation: list[Tensor] = []
@@ -226,7 +229,7 @@ class RankwiseTrainer(Trainer):
         table = self.gradients if self.gradients is not None and self.gradients.wanted(step + 1) else None
         values = [self.guard.values(self.trained_parameters())]
         if table is not None:
-            values.append(table.values().to(values[0].device))
+            values.append(table.values(step + 1).to(values[0].device))
         loss, norm, *norms = torch.cat(values).tolist()
         reason = self.guard.check(loss, norm, scaled=scaler is not None)
         if self.args.world_size > 1:
@@ -236,6 +239,8 @@ class RankwiseTrainer(Trainer):
             raise diverged(reason, step + 1, names, str(self.args.output_dir))
         if table is not None and self.is_world_process_zero():
             table.record(step + 1, norms, 1.0 if scaler is None else scaler.get_scale(), self.args.max_grad_norm)
+        if math.isfinite(norm):  # else a scaler skips the step
+            self.experts.see(step + 1, self.optimizer)
         self.guard.reset()
 
     def agree(self, reason: str | None) -> str | None:

@@ -299,7 +299,7 @@ def backward(model: Any, scale: float = 1.0) -> None:
 def measured(model: Any, loss_scale: float = 1.0) -> dict[str, SiteNorm]:
     table = GradientNorms(Path("nowhere"))
     table.model = trained_model(model)
-    rows = site_norms(table.model, table.values().tolist(), loss_scale, step=1, phase="")
+    rows = site_norms(table.model, table.values(1).tolist(), loss_scale, step=1, phase="")
     return {row.site: row for row in rows}
 
 
@@ -349,7 +349,7 @@ def test_a_step_that_the_scaler_skips_keeps_its_row_with_blank_norms(base: Path,
     table.model = trained_model(model)
     for step, value in ((1, 1.0), (2, math.inf), (3, math.nan)):
         first.lora_A.default.weight.grad.fill_(value)
-        table.record(step, table.values().tolist(), 2.0, 1.0)
+        table.record(step, table.values(1).tolist(), 2.0, 1.0)
     groups = views(load_rows(tmp_path)).groups
     assert groups[0]["total_norm"] > 0
     assert [set(row) for row in groups[1:]] == [{"step", "phase"}] * 2
