@@ -70,18 +70,25 @@ def expert_values(pairs: Sequence[ExpertPair]) -> Tensor:
     One float32 tensor on the gradients' device; NaN for norms of a pair that does not train at the moment. A collective
     call where parameters are in shards.
     """
-    found = []
+    found: list[Tensor] = []
     for pair in pairs:
-        a, b = pair.factors
-        factors = split_experts(*whole([side.detach().float() for side in (a, b)]), pair.experts)
-        norms = torch.full((pair.experts,), math.nan, device=factors[0].device)
-        if a.grad is not None and b.grad is not None:
-            parts = split_experts(*whole([side.grad.float() for side in (a, b) if side.grad is not None]), pair.experts)
-            norms = sum(part.square().sum((1, 2)) for part in parts).sqrt()
-        squares = torch.sum((factors[1].mT @ factors[1]) * (factors[0] @ factors[0].mT), dim=(1, 2)).clamp(min=0)
+        flat = pair.factors
+        a, b = split_experts(*halves([side.detach() for side in flat]), pair.experts)
+        norms = torch.full((pair.experts,), math.nan, device=a.device)
+        gradients = [side.grad for side in flat if side.grad is not None]
+        if len(gradients) == 2:
+            own = [part.square().sum((1, 2)) for part in split_experts(*halves(gradients), pair.experts)]
+            norms = torch.stack(own).sum(0).sqrt()
+        squares = torch.sum((b.mT @ b) * (a @ a.mT), dim=(1, 2)).clamp(min=0)
         deltas = abs(float(pair.wrapper.scaling[ADAPTER])) * squares.sqrt()
-        found += [norms, deltas, without_effect(pair, factors[1]).reshape(1).to(norms.device)]
+        found += [norms, deltas, without_effect(pair, b).reshape(1).to(norms.device)]
     return torch.cat(found) if found else torch.zeros(0)
+
+
+def halves(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """A and B, whole and in float32."""
+    a, b = whole([tensor.float() for tensor in tensors])
+    return a, b
 
 
 def without_effect(pair: ExpertPair, b: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def settled(config: TrainConfig, plan: RankPlan) -> TrainConfig:
     linear = [site for site in found if not site.experts]
     if linear and quantization(lora):
         raise UsageError(
-            f"--load_in_{quantization(lora)} does not go with {linear[0].path}: in a model with fused experts PEFT "
+            f"a base in {quantization(lora)} does not go with {linear[0].path}: in a model with fused experts PEFT "
             "adapts it by its parameter, which holds packed bits there; leave it out (--target experts, or "
             "--target_modules with other names)"
         )
@@ -103,5 +103,5 @@ def kept_whole(config: TrainConfig, model: PreTrainedModel, dtype: torch.dtype) 
         f"{str(dtype).removeprefix('torch.')}: at least {least / 1e9:.3g} GB of weights in each process"
     )
     if stays > MOST_IN_16_BITS * total and not config.yes:
-        raise UsageError(f"--load_in_{kind}: {said}. Leave it out, or accept that with --yes")
-    announce(f"note: --load_in_{kind}: {said}")
+        raise UsageError(f"a base in {kind}: {said}. Load it as it is, or accept that with --yes")
+    announce(f"note: a base in {kind}: {said}")

@@ -103,7 +103,8 @@ def write_adapter_files(
 
 def kept_step(state: TrainerState) -> int:
     """The step that the weights are of: the last one, or that of the best checkpoint."""
-    return state.best_global_step or state.global_step if state.best_model_checkpoint else state.global_step
+    best: int | None = state.best_global_step if state.best_model_checkpoint else None
+    return best or int(state.global_step)
 
 
 def save_allocated(

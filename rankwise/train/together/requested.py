@@ -117,7 +117,7 @@ def check_arm(arm: ArmSection, where: str) -> None:
 def refuse(config: TrainConfig, arguments: TrainingArguments) -> None:
     """UsageError naming the option that arms in one batch cannot do."""
     use, form, given = train_use(config.towers), schedule_of(config.phases), config.training
-    own = {"resume_from_checkpoint": config.resume_from_checkpoint, "packing": config.packing}
+    own: dict[str, Any] = {"resume_from_checkpoint": config.resume_from_checkpoint, "packing": config.packing}
     own |= {name: getattr(config, name) for name in ("adapter_folder", "allow_partial_resume")}
     sections = (config.lora, config.allocation, config.depth, config.towers, config.selection, config.estimate)
     own |= {name: value for section in sections for name, value in vars(section).items()}
