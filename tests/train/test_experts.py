@@ -9,56 +9,27 @@ from typing import Any
 import experts
 import pytest
 import torch
+from experts_trained import FAMILIES, RANK, adapted, make
 from peft.tuners.lora import ParamWrapper
-from rows import SETTINGS, Rows, Watch, equal, resumed, weights
+from rows import Rows, Watch, equal, resumed, weights
 from torch import nn
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 
 from rankwise.core.phase import bind
 from rankwise.core.schedule import parse_schedule
-from rankwise.data.dataset import Collator
-from rankwise.models.adapt import ADAPTER, adapt, lora_layers, lora_pairs, site_parameters
+from rankwise.models.adapt import ADAPTER, lora_layers, lora_pairs, site_parameters
 from rankwise.models.load import load_model, meta_model
 from rankwise.models.sites import model_sites
-from rankwise.models.targets import choose_sites, uniform_plan
-from rankwise.options.sections import LoraSection
-from rankwise.train.arguments import build_arguments
-from rankwise.train.checkpoints import identity_of
 from rankwise.train.expert_record import EXPERT_NORMS, expert_table, read_experts
 from rankwise.train.gradient_table import stored
 from rankwise.train.gradients import GradientNorms, trained_model
 from rankwise.train.phases import PhaseKeeper
-from rankwise.train.trainer import RankwiseTrainer
-
-FAMILIES = ("mixtral", "gpt_oss", "llama4_text", "deepseek_v3")
-RANK = 2
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
     return {family: experts.saved(family, folder / family) for family in FAMILIES}
-
-
-def adapted(base: Path, target: str = "experts", dtype: torch.dtype = torch.float32) -> Any:
-    set_seed(0)
-    model = load_model(str(base), dtype)
-    return adapt(model, uniform_plan(choose_sites(model_sites(model), target), RANK, None, False, "x"), LoraSection())
-
-
-def make(base: Path, folder: Path, target: str = "experts", dtype: Any = torch.float32, **given: Any) -> Any:
-    """A trainer of the experts: 12 steps, as `rows.make_trainer`."""
-    own = {name: given.pop(name) for name in ("phases", "gradients", "callbacks") if name in given}
-    folder.mkdir(parents=True, exist_ok=True)
-    arguments = build_arguments(folder, 1, {**SETTINGS, **given})
-    return RankwiseTrainer(
-        model=adapted(base, target, dtype),
-        args=arguments,
-        train_dataset=Rows(),
-        data_collator=Collator(0),
-        identity=identity_of(arguments),
-        **own,
-    )
 
 
 def expert_sites(base: Path) -> dict[str, Any]:
@@ -134,8 +105,7 @@ class RowsAway(Rows):
 
 def test_experts_that_no_token_meets_are_counted_and_named(bases: dict[str, Path], tmp_path: Path) -> None:
     base = bases["mixtral"]
-    trainer = make(base, tmp_path, max_steps=4, gradients=GradientNorms(tmp_path))
-    trainer.train_dataset = RowsAway(only_some(base))
+    trainer = make(base, tmp_path, max_steps=4, gradients=GradientNorms(tmp_path), rows=RowsAway(only_some(base)))
     before = {path: pair.lora_B for path, pair in lora_pairs(trainer.model).items()}
     trainer.train()
     found = read_experts(tmp_path)
