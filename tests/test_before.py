@@ -64,7 +64,7 @@ OF_FLOATS = re.compile(  # files with digests of weights or of results: those fo
     r"manifest\.json$|^cache/|^depth/depth|final_summary|best_model\.json|^nets/\w+/(split|test_results)|downstream\.json"
     r"|^run/(evaluation_results|predictions\.settings)|^study/(runs|test_read)"
 )
-SINCE = (
+NEW = (
     "arms",
     "plan",
     "served_model",
@@ -75,8 +75,12 @@ SINCE = (
     "imatrix",
     "calibration_samples",
     "calibration_data",
-)  # options that are new since: at their default, nothing
-NOTHING = re.compile(rf'(?m)^ *"?({"|".join(SINCE)})"?: null,?\n'.encode())
+    "base_model",
+    "target",
+    "target_parameters",
+)
+SINCE = {**dict.fromkeys(NEW), "yes": False}  # options and fields that are new since: at their default, nothing
+NOTHING = re.compile(rf"""(?m)^ *["']?({"|".join(SINCE)})["']?: (?:null|false),?\n""".encode())
 PACKAGE = Path(rankwise.__file__).parent
 
 
@@ -312,7 +316,7 @@ def test_a_config_is_read_by_its_command(name: str) -> None:
     if not cli.COMMANDS[command].takes_file:
         pytest.skip("takes no file")
     config, _ = cli.resolve(command, [str(BEFORE / name)])
-    assert flatten(config) == dict.fromkeys(flatten(config).keys() & set(SINCE)) | content
+    assert flatten(config) == {name: SINCE[name] for name in flatten(config) if name in SINCE} | content
 
 
 # --- the list is complete --------------------------------------------------------------------------------------------
@@ -334,6 +338,7 @@ ELSEWHERE = {
     "rankwise-arm/1": "written and read in test_arms.py",
     "rankwise-arms/1": "written and read in test_arms.py",
     "rankwise-cases/1": "written and read in test_handoff.py",
+    "rankwise-experts/1": "written and read in test_adapt_experts.py",
     "rankwise-handoff/1": "written and read in test_handoff.py",
 }
 

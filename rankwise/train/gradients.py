@@ -134,7 +134,8 @@ class GradientNorms(TrainerCallback):
         if rows:
             if self.detailed(step):
                 self.norms.extend(cells(row) for row in rows)
-                self.experts.extend(expert_rows(self.pairs, norms[count:], loss_scale, step))
+                if self.pairs:
+                    self.experts.extend(expert_rows(self.pairs, norms[count:], loss_scale, step))
             self.groups.append(group_row(rows, max_grad_norm))
             self.layers.append(layer_row(rows))
 
