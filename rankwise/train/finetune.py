@@ -98,7 +98,7 @@ def train_lora(config: FinetuneConfig, job: Job, skeleton: PreTrainedModel, chec
     if config.learning_rate < LORA_RATE:
         announce(f"note: --learning_rate {config.learning_rate:g} suits full fine-tuning; LoRA takes 1e-4 or more")
     towers = finetune_use(config.towers, config.method)
-    sites = choose_sites(adaptable_sites(skeleton), config.target, towers=towers.lora)
+    sites = choose_sites(adaptable_sites(skeleton, config.target), config.target, towers=towers.lora)
     plan = uniform_plan(sites, config.lora_r, None, False, job.name)
     for line in describe_trained(skeleton, plan, {}):
         announce(line)
