@@ -1,6 +1,6 @@
 """Texts as llama.cpp splits them by what a GGUF of SentencePiece's kind states, against transformers.
 
-    tokens, scores, types, space in front ── Pieces.ids(text) ──▶ must be ◀── tokenizer(text), in transformers
+    tokens, scores, types, space in front ── ScoredPieces.ids(text) ──▶ must be ◀── tokenizer(text), in transformers
     merges of tokenizer.json ── merge_scores ──▶ scores, without a tokenizer.model to take them from
 
 llama.cpp joins the two neighbours whose piece has the highest score, the leftmost first (llama-vocab.cpp,
@@ -43,7 +43,7 @@ LEADING = "  and so on"  # SentencePiece puts a space before every text, transfo
 
 
 @dataclass(frozen=True)
-class Pieces:
+class ScoredPieces:
     """A vocabulary as llama.cpp holds it. ids_of: token → id. special: those that a text holds as one token."""
 
     ids_of: Mapping[str, int]
@@ -53,7 +53,7 @@ class Pieces:
     spaced: bool
 
     @classmethod
-    def of(cls, file: GGUFFile) -> Pieces:
+    def of(cls, file: GGUFFile) -> ScoredPieces:
         tokens, types, scores = (
             file.metadata.get(key, []) for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", SCORES)
         )
@@ -128,7 +128,7 @@ def check_texts(file: GGUFFile, model: Path, template: str | None) -> tuple[int,
     """
     if file.metadata.get("tokenizer.ggml.model") != SENTENCEPIECE:
         return 0, []
-    pieces, tokenizer = Pieces.of(file), load_tokenizer(str(model))
+    pieces, tokenizer = ScoredPieces.of(file), load_tokenizer(str(model))
     texts = list(dict.fromkeys(probing_texts(pieces.ordinary)))
     for text, here in zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
         there = pieces.ids(text)
@@ -141,7 +141,7 @@ def check_texts(file: GGUFFile, model: Path, template: str | None) -> tuple[int,
     return len(texts), list(notes(pieces, tokenizer, template or ""))
 
 
-def notes(pieces: Pieces, tokenizer: Any, template: str) -> Iterator[str]:
+def notes(pieces: ScoredPieces, tokenizer: Any, template: str) -> Iterator[str]:
     def otherwise(text: str) -> bool:
         return bool(tokenizer(text, add_special_tokens=False)["input_ids"] != pieces.ids(text))
 
@@ -168,7 +168,7 @@ def notes(pieces: Pieces, tokenizer: Any, template: str) -> Iterator[str]:
 
 def merge_scores(tokenizer: Any) -> dict[int, float]:
     """Scores by which llama.cpp joins pieces in the order of a BPE's merges, by id; {} for another kind of tokenizer.
-    Pieces that no merge makes come last."""
+    ScoredPieces that no merge makes come last."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = json.loads(backend.to_str())["model"] if backend else {}
     if model.get("type") != "BPE" or not model.get("byte_fallback"):

@@ -18,7 +18,7 @@ from rankwise.gguf import export
 from rankwise.gguf.command import split
 from rankwise.gguf.converter import Converter
 from rankwise.gguf.reading import GGUFFile, read_export
-from rankwise.gguf.splitting import SCORES, Pieces, check_texts, merge_scores, probing_texts
+from rankwise.gguf.splitting import SCORES, ScoredPieces, check_texts, merge_scores, probing_texts
 
 pytest.importorskip("gguf")
 
@@ -44,7 +44,7 @@ def test_a_tokenizer_json_alone_is_split_as_transformers_does(
     said = capsys.readouterr().out
     assert "the tokenizer's 512 tokens, and 93 texts, split as transformers does" in said
     found = read_export(tmp_path / "out")
-    tokenizer, pieces = AutoTokenizer.from_pretrained(model), Pieces.of(GGUFFile(found.text("f16")))
+    tokenizer, pieces = AutoTokenizer.from_pretrained(model), ScoredPieces.of(GGUFFile(found.text("f16")))
     with (shared_data / "e2e_nlg" / "devset.csv").open(encoding="utf-8") as file:
         rows = list(dict.fromkeys(f"{row['mr']} => " for row in csv.DictReader(file)))
     with LlamaServer(found.text("f16"), threads=1) as runtime:
@@ -61,7 +61,7 @@ def test_a_real_vocabulary_of_32000_by_its_merges_alone(shared_data: Path) -> No
     ids = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["vocab"]
     special = frozenset(tokenizer.all_special_tokens)
     ordinary = tuple(token.replace("▁", " ") for token in ids if token not in special and not token.startswith("<0x"))
-    pieces = Pieces(ids, merge_scores(tokenizer), special, ordinary, spaced=True)
+    pieces = ScoredPieces(ids, merge_scores(tokenizer), special, ordinary, spaced=True)
     texts = list(probing_texts(ordinary))[:800]
     assert [pieces.ids(text) for text in texts] == tokenizer(texts, add_special_tokens=False)["input_ids"]
 
