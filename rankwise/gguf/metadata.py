@@ -34,6 +34,7 @@ from rankwise.gguf.splitting import (
     SENTENCEPIECE,
     SPACE,
     SPACED,
+    SPACES,
     SPECIAL_TYPES,
     merge_scores,
     probing_texts,
@@ -183,7 +184,6 @@ def pixel_numbers(images: Any) -> Iterator[tuple[str, list[float]]]:
 
 MODEL = "tokenizer.model"
 ADD_BOS = "tokenizer.ggml.add_bos_token"
-SPACES = (SPACE, "Ġ")  # how SentencePiece and byte-level BPE write a space
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ SPECIAL_TYPES = (2, 3, 4)  # llama.cpp reads a token in a text as one only if it
 NORMAL = 1
 SCORES = "tokenizer.ggml.scores"
 SPACE = "▁"  # how SentencePiece writes a space
+SPACES = (SPACE, "Ġ")  # and byte-level BPE
 PIECES = 24  # of the vocabulary, in one probing text
 TEXTS, ROUNDS = 4000, 8  # probing texts, and how often a piece is in one, at most; each is once
 PROBES = (
@@ -168,7 +169,7 @@ def notes(pieces: ScoredPieces, tokenizer: Any, template: str) -> Iterator[str]:
 
 def merge_scores(tokenizer: Any) -> dict[int, float]:
     """Scores by which llama.cpp joins pieces in the order of a BPE's merges, by id; {} for another kind of tokenizer.
-    ScoredPieces that no merge makes come last."""
+    Pieces that no merge makes come last."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = json.loads(backend.to_str())["model"] if backend else {}
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
