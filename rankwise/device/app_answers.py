@@ -38,8 +38,8 @@ from rankwise.device.parity.reference import Expected, Observed, Pixels, common
 from rankwise.device.parity.rungs import RUNGS
 from rankwise.errors import DataError
 from rankwise.files.document import build
-from rankwise.gguf.metadata import BYTE_LEVEL, SENTENCEPIECE
 from rankwise.gguf.reading import GGUFFile
+from rankwise.gguf.splitting import BYTE_LEVEL, SENTENCEPIECE
 
 MOST = 5  # mistakes that a message lists
 BYTE = re.compile(r"(?:byte: \\x|<0x)([0-9a-fA-F]{2})>?")  # a byte as runtimes and SentencePiece write it

@@ -153,9 +153,7 @@ def verdict(plan: ExportPlan, proof: Mapping[str, Any] | None) -> str:
     if proof is None:
         return "not verified (--no_verify)"
     tensors = sum(proof["checkpoint"]["tensors"].values())
-    lines = [
-        f"verified: {plural(tensors, 'tensor')} of the checkpoint, tokenizer and template as transformers has them"
-    ]
+    lines = [f"verified: {plural(tensors, 'tensor')} of the checkpoint; the tokenizer's {split(proof['tokenizer'])}"]
     for outtype, kinds in proof["errors"].items():
         worst = max(one["largest_rms"] for one in kinds.values())
         lines.append(f"  {outtype}: at most {worst:.1e} (relative rms) from the float32 weights in any tensor")
@@ -166,6 +164,14 @@ def verdict(plan: ExportPlan, proof: Mapping[str, Any] | None) -> str:
     if plan.base is None:
         lines.append("  not compared with the base (give it with --base_model)")
     return "\n".join(lines)
+
+
+def split(tokenizer: Mapping[str, Any]) -> str:
+    """What was compared of the tokenizer."""
+    parts = f"{plural(tokenizer['tokens'], 'token')}{' and template' if tokenizer['chat_template'] else ''}"
+    if tokenizer["texts"]:
+        return f"{parts}, and {plural(tokenizer['texts'], 'text')}, split as transformers does"
+    return f"{parts} (how texts are split is compared by `rankwise validate`)"
 
 
 def describe(config: ExportConfig) -> list[str]:

@@ -27,10 +27,11 @@ from rankwise.files.adapter import carry
 from rankwise.files.atomic import fingerprint, sha256
 from rankwise.files.checkpoint import Checkpoint
 from rankwise.gguf.converter import Conversion
-from rankwise.gguf.metadata import check_numbers, check_tokenizer, silence, text_numbers, vision_numbers
+from rankwise.gguf.metadata import MODEL, check_numbers, check_tokenizer, silence, text_numbers, vision_numbers
 from rankwise.gguf.plan import REFERENCE, ExportPlan
 from rankwise.gguf.provenance import Origins, origins, require_complete
 from rankwise.gguf.reading import EXPORT, MMPROJ, TEXT, GGUFFile, first_few
+from rankwise.gguf.splitting import check_texts, score
 from rankwise.gguf.view import model_view
 
 Files = Mapping[tuple[str, str], GGUFFile]  # by (outtype, kind)
@@ -56,6 +57,8 @@ def write_export(plan: ExportPlan, folder: Path) -> dict[str, Any]:
     for job in jobs:
         if plan.silenced and not job.mmproj:
             silence(job.outfile)
+        if not (job.mmproj or (plan.model / MODEL).is_file()):
+            score(job.outfile, plan.vocabulary.scores)
     files = {
         (outtype, kind): GGUFFile(folder / plan.file(outtype, kind)) for outtype in plan.outtypes for kind in plan.kinds
     }
@@ -77,7 +80,8 @@ def verification(plan: ExportPlan, files: Files, place: Path) -> dict[str, Any]:
     found = {kind: origins(file, plan.checkpoint) for kind, file in references.items()}
     text_alone = references[TEXT] if plan.sees and not plan.mmproj else None
     left_out = require_complete(plan.checkpoint, list(found.values()), text_alone)
-    metadata = check_tokenizer(references[TEXT], plan.vocabulary)
+    tokenizer = check_tokenizer(references[TEXT], plan.vocabulary)
+    texts, notes = check_texts(references[TEXT], plan.model, plan.vocabulary.template)
     numbers = {TEXT: text_numbers(references[TEXT], plan.model)}
     if MMPROJ in references:
         numbers[MMPROJ] = vision_numbers(references[MMPROJ], plan.model, plan.target)
@@ -103,7 +107,7 @@ def verification(plan: ExportPlan, files: Files, place: Path) -> dict[str, Any]:
             "made_by_the_converter": [name for one in found.values() for name in one.made],
             "left_out": left_out,
         },
-        "tokenizer": metadata,
+        "tokenizer": tokenizer | {"texts": texts, "notes": notes},
         "config": numbers,
         "errors": tables,
         "tuned": tuned_summary(tuned) if plan.base else None,
@@ -118,7 +122,7 @@ def description(plan: ExportPlan, files: Files, proof: dict[str, Any] | None) ->
         "converter": {"version": plan.converter.version, "sha256": plan.converter.sha256},
         "files": {outtype: files_of(plan, files, outtype) for outtype in plan.outtypes},
         "kept_wider": {file.path.name: kept_wider(file, outtype) for (outtype, _), file in files.items()},
-        "notes": list(plan.changes.notes),
+        "notes": [*plan.changes.notes, *(proof["tokenizer"]["notes"] if proof else [])],
         "verification": proof,
     }
 

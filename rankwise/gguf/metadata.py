@@ -9,7 +9,7 @@ whose meaning is certain are compared; of families that the tables don't know, t
 
 Of the tokenizer there are two traps: a `tokenizer.model`, which the converter reads, that differs from the
 `tokenizer.json` beside it, which transformers trained with; and a start token that llama.cpp adds by default before a
-prompt whose template has one already.
+prompt whose template has one already. Whether texts are then split alike is compared in splitting.py.
 """
 
 from __future__ import annotations
@@ -28,6 +28,17 @@ from rankwise.data.device import DeviceTarget, tiles
 from rankwise.errors import VerificationError, need
 from rankwise.files.atomic import read_object
 from rankwise.gguf.reading import GGUFFile
+from rankwise.gguf.splitting import (
+    BYTE_LEVEL,
+    SCORES,
+    SENTENCEPIECE,
+    SPACE,
+    SPACED,
+    SPACES,
+    SPECIAL_TYPES,
+    merge_scores,
+    probing_texts,
+)
 from rankwise.models.load import load_processor, load_tokenizer
 from rankwise.models.vocabulary import token_count
 
@@ -172,19 +183,7 @@ def pixel_numbers(images: Any) -> Iterator[tuple[str, list[float]]]:
 # --- the tokenizer ---------------------------------------------------------------------------------------------------
 
 MODEL = "tokenizer.model"
-SPECIAL_TYPES = (2, 3, 4)  # llama.cpp reads a token in a text as one only if it is unknown, control or user-defined
-PIECES = 24  # of the vocabulary, in one probing text
-PROBES = (
-    "The quick brown fox jumps over the lazy dog.",
-    "name[The Vaults], priceRange[more than £30], near[Café Adriatic]",
-    "two  spaces,\n\na\tline and 1234567890 digits",
-    "Größe, naïve, señor, 東京, 안녕, Привет, 🙂",
-    "def f(x):\n    return {'a': x ** 2}  # code",
-)
-
 ADD_BOS = "tokenizer.ggml.add_bos_token"
-SPACES = ("▁", "Ġ")  # how SentencePiece and byte-level BPE write a space
-LEADING = "  and so on"  # SentencePiece puts a space before every text, transformers 5 not before one that has it
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ class Vocabulary:
 
     tokens: by id, None where an id is unused. added: ids that a text holds as one token, whatever is around them.
     add_bos, add_eos: whether encoding a text adds them. spaced: whether a space is put before a text. scores: of the
-    ordinary pieces of `tokenizer.model`, by id; empty without one. merges: of byte-level BPE, in their order.
+    ordinary pieces of `tokenizer.model`, by id, else of a BPE's merges. merges: of byte-level BPE, in their order.
     """
 
     tokens: tuple[str | None, ...]
@@ -226,7 +225,7 @@ class Vocabulary:
             add_eos=bool(ids) and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id,
             template=template.get("default") if isinstance(template, dict) else template,
             spaced="".join(tokenizer.tokenize("a")).startswith(SPACES),
-            scores=piece_scores(folder),
+            scores=piece_scores(folder, tokenizer),
             merges=merges_of(tokenizer),
         )
 
@@ -234,37 +233,26 @@ class Vocabulary:
 # --- the two forms of one tokenizer ------------------------------------------------------------------------------
 
 
-def check_forms(folder: Path) -> list[str]:
-    """VerificationError, with a text, where tokenizer.model and the tokenizer of transformers disagree.
-
-    Returns a note where they do so only for texts that begin with a space: a prompt that a template makes has none.
-    """
+def check_forms(folder: Path) -> None:
+    """VerificationError, with a text, where tokenizer.model and the tokenizer of transformers disagree on one that does
+    not begin with a space."""
     if not (folder / MODEL).is_file():
-        return []
+        return
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
     tokenizer = load_tokenizer(str(folder))
-    for text in (*PROBES, *vocabulary_texts(pieces)):
+    words = (pieces.id_to_piece(i).replace(SPACE, " ") for i in ordinary_pieces(pieces) if pieces.get_score(i) != 0)
+    for text in probing_texts(words):
         here, there = tokenizer(text, add_special_tokens=False)["input_ids"], pieces.encode(text)
         if here != there:
             raise VerificationError(
                 f"{folder}: tokenizer.json and tokenizer.model disagree on {text!r}: {here} and {there}. transformers "
                 f"trained with the first, the converter reads the second; make {MODEL} anew, or remove it if it is old"
             )
-    if tokenizer(LEADING, add_special_tokens=False)["input_ids"] != pieces.encode(LEADING):
-        return ["a text that begins with a space has one token more in llama.cpp than in transformers"]
-    return []
 
 
-def vocabulary_texts(pieces: sentencepiece.SentencePieceProcessor) -> Iterator[str]:
-    """Texts that between them hold every ordinary piece of the vocabulary."""
-    words = [pieces.id_to_piece(i).replace("▁", " ") for i in ordinary_pieces(pieces) if pieces.get_score(i) != 0]
-    for start in range(0, len(words), PIECES):
-        yield "".join(words[start : start + PIECES]).strip()
-
-
-def piece_scores(folder: Path) -> dict[int, float]:
+def piece_scores(folder: Path, tokenizer: Any) -> dict[int, float]:
     if not (folder / MODEL).is_file():
-        return {}
+        return merge_scores(tokenizer)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
     return {index: pieces.get_score(index) for index in ordinary_pieces(pieces)}
 
@@ -342,7 +330,7 @@ def token_problems(file: GGUFFile, vocabulary: Vocabulary) -> Iterator[str]:
 
 def plain(token: str) -> str:
     """Without the sign that SentencePiece writes for a space (the converter takes it out of added tokens)."""
-    return token.replace("▁", " ")
+    return token.replace(SPACE, " ")
 
 
 def id_problems(file: GGUFFile, vocabulary: Vocabulary) -> Iterable[str]:
@@ -372,17 +360,17 @@ def splitting_problems(file: GGUFFile, vocabulary: Vocabulary) -> Iterator[str]:
         merges = tuple(file.metadata.get("tokenizer.ggml.merges", ()))
         if merges != vocabulary.merges:
             yield f"its {len(merges)} merges are not the tokenizer's {len(vocabulary.merges)}, or in another order"
-    scores = file.metadata.get("tokenizer.ggml.scores", ())
+        if file.metadata.get("tokenizer.ggml.pre") in (None, "default"):
+            yield "it names no pre-tokenizer (tokenizer.ggml.pre), so llama.cpp would split texts by its default"
+    scores = file.metadata.get(SCORES, ())
     if kind == SENTENCEPIECE and vocabulary.scores:
         other = [i for i, score in vocabulary.scores.items() if i not in vocabulary.added and not at(scores, i, score)]
         if other:
-            yield f"{len(other)} scores differ from {MODEL}'s, the first is that of {other[0]}"
+            yield f"{len(other)} scores differ from the tokenizer's, the first is that of {other[0]}"
 
 
 def at(scores: Sequence[float], index: int, score: float) -> bool:
     return index < len(scores) and isclose(scores[index], score, rel_tol=1e-6, abs_tol=1e-6)
 
 
-SENTENCEPIECE, BYTE_LEVEL = "llama", "gpt2"
-SPACED = {SENTENCEPIECE: True, BYTE_LEVEL: False}  # llama.cpp's default, by the kind of tokenizer
 STATED = ("bos_token_id", "eos_token_id", "padding_token_id", "add_bos_token", "add_eos_token")

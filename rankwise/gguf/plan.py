@@ -87,7 +87,7 @@ def plan_export(
         raise UsageError(f"{config.model}: --mmproj is for vision-language models, and this one has no vision_config")
     projector = looks if config.mmproj is None else config.mmproj
     checkpoint, vocabulary = open_checkpoint(folder), Vocabulary.of(folder, looks)
-    notes = check_forms(folder)
+    check_forms(folder)
     silenced = vocabulary.add_bos and not begins
     vocabulary = replace(vocabulary, add_bos=vocabulary.add_bos and begins)
     target = target or read_target(folder)
@@ -101,7 +101,7 @@ def plan_export(
         converter=converter,
         checkpoint=checkpoint,
         vocabulary=vocabulary,
-        changes=Changes(changes.files, (*(f"the converter was told: {note}" for note in changes.notes), *notes)),
+        changes=Changes(changes.files, tuple(f"the converter was told: {note}" for note in changes.notes)),
         target=target,
         base=base_checkpoint(folder, config.base_model),
         verify=not config.no_verify,

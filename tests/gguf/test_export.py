@@ -267,7 +267,7 @@ def test_two_forms_that_disagree_are_refused_with_a_text(copied: Path, failing: 
 
 
 def test_a_real_tokenizer_in_both_forms_agrees(shared_data: Path) -> None:
-    assert len(check_forms(shared_data / "model_configs" / "TinyLlama-1.1B-Chat-v1.0")) <= 1
+    check_forms(shared_data / "model_configs" / "TinyLlama-1.1B-Chat-v1.0")
 
 
 # --- the numbers beside the tensors --------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def test_a_space_in_front_and_other_scores_are_found(vision_export: Path, text_e
     field = reader.fields["tokenizer.ggml.scores"]
     field.parts[field.data[300]][0] -= 1
     reader.data.flush()
-    with pytest.raises(VerificationError, match=r"1 scores differ from tokenizer\.model's, the first is that of 300"):
+    with pytest.raises(VerificationError, match=r"1 scores differ from the tokenizer's, the first is that of 300"):
         check_tokenizer(GGUFFile(copy), own)
 
 

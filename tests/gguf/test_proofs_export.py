@@ -24,9 +24,10 @@ from transformers import PreTrainedTokenizerFast
 
 from rankwise.cli import main
 from rankwise.files.adapter import LoraPair
-from rankwise.gguf import lora, view
+from rankwise.gguf import lora, metadata, view
 from rankwise.gguf.converter import Conversion, Converter
 from rankwise.gguf.metadata import Vocabulary
+from rankwise.gguf.splitting import SCORES
 from rankwise.models.load import load_model
 
 gguf = pytest.importorskip("gguf")
@@ -244,7 +245,7 @@ TOKENIZER = {
     "fewer tokens": (lambda draft: stated(TOKENS, draft[TOKENS][:-1])(draft), "tokens where the tokenizer has"),
     "a special token as text": (edited("tokenizer.ggml.token_type", 5, 1), "would be read as plain text"),
     "no kinds of tokens": (lambda draft: draft.remove("tokenizer.ggml.token_type"), "would be read as plain text"),
-    "a score": (edited("tokenizer.ggml.scores", 300, -1e3), "1 scores differ from tokenizer.model's"),
+    "a score": (edited(SCORES, 300, -1e3), "1 scores differ from the tokenizer's"),
     "the start token": (stated("tokenizer.ggml.bos_token_id", 0), "start token 0 instead of"),
     "the end token": (stated("tokenizer.ggml.eos_token_id", 0), "end token 0 instead of"),
     "the padding token": (stated("tokenizer.ggml.padding_token_id", 0), "padding token 0 instead of"),
@@ -296,6 +297,11 @@ def test_merges_in_another_order(text_export: Path, tmp_path: Path, export: Expo
         draft[TOKENS] = [*own.tokens, *(f"[PAD{place}]" for place in range(len(own.tokens), 400))]
         draft["tokenizer.ggml.token_type"], draft["tokenizer.ggml.merges"] = [1] * 400, list(own.merges)
         draft["tokenizer.ggml.model"], draft["tokenizer.ggml.add_bos_token"] = "gpt2", False
+        draft["tokenizer.ggml.pre"] = "gpt-2"
+
+    def by_default(draft: Draft) -> None:
+        as_converted(draft)
+        draft["tokenizer.ggml.pre"] = "default"
 
     def reordered(draft: Draft) -> None:
         as_converted(draft)
@@ -305,6 +311,8 @@ def test_merges_in_another_order(text_export: Path, tmp_path: Path, export: Expo
     assert export(sound, text=as_converted) == (0, "")
     code, error = export(sound, text=reordered)
     assert code == 6 and "merges are not the tokenizer's" in error
+    code, error = export(sound, text=by_default)
+    assert code == 6 and "it names no pre-tokenizer" in error
 
 
 def test_a_second_form_of_the_tokenizer_that_disagrees(text_export: Path, tmp_path: Path, export: Export) -> None:
@@ -316,6 +324,15 @@ def test_a_second_form_of_the_tokenizer_that_disagrees(text_export: Path, tmp_pa
     file.write_text(json.dumps(content))
     code, error = export(sound)
     assert code == 6 and "tokenizer.json and tokenizer.model disagree on" in error
+
+
+def test_texts_that_llama_cpp_splits_otherwise(
+    text_export: Path, export: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores that no key of the tokenizer contradicts, since none is known: Unigram's, say."""
+    monkeypatch.setattr(metadata, "piece_scores", lambda *_: {})
+    code, error = export(text_export, text=lambda draft: draft.__setitem__(SCORES, draft[SCORES][::-1]))
+    assert code == 6 and "llama.cpp would split '" in error
 
 
 def test_a_converter_that_is_told_nothing(
