@@ -199,7 +199,7 @@ MIXTURE = replace(
     name="demo-experts",
     whole=replace(TEXT.whole, course=BaseTraining(8000, 800, 400)),
     base_of=make_expert_base,
-    quick_changes=QUICK_CHANGES,
+    quick_changes=(*QUICK_CHANGES, "ranks.no_plots=true"),
 )
 VISION = Demonstration(
     "demo-vision",

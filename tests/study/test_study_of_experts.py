@@ -17,7 +17,7 @@ from rankwise.options.sections import DataSection, ModelSection
 from rankwise.options.study import GridSection, ProbeSection, StudyConfig
 from rankwise.study import command as stage
 
-PARTS = ["uniform", "attention", "experts"]
+PARTS = ["uniform", "attention", "experts", "energy"]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,8 @@ def test_the_parts_of_a_mixture_are_arms_of_equal_parameters(mixture: Path, data
     contrasts = [row["contrast"] for row in study["verdicts"]]
     assert contrasts == [f"{arm} vs uniform" for arm in PARTS[1:]]
     assert not any(row["diverged"] for row in Ledger(tmp_path).rows.values())
+    plan = json.loads(next((tmp_path / "plans").rglob("energy-*.json")).read_text())
+    assert any("experts" in path for path in plan)
 
 
 @pytest.mark.parametrize("arm", ["loss", "eva", "warm", "plan-warm", "compress", "shuffled:loss"])
