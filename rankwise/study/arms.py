@@ -210,7 +210,7 @@ def check_mixture(arms: Iterable[str], config: StudyConfig, sites: Sequence[Site
     if experts and config.kind == "phases":
         raise UsageError(
             f"--kind phases: arms of a schedule share forward passes, and {experts[0].path} is a parameter of experts; "
-            "give --target attention_only, or compare runs of `rankwise train --phases`"
+            "give --target attention_only, or compare runs of `rankwise train` with schedules"
         )
     refused = [arm for arm in arms if rule_of(arm) in WITHOUT_EXPERTS or arm.partition(":")[0] in WITHOUT_EXPERTS]
     if experts and refused:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from rankwise.models.adapt import ADAPTER, built_shapes, lora_layers
 from rankwise.models.load import load_model
 from rankwise.models.sites import model_sites
 from rankwise.options.commands import ExtractConfig, MergeConfig
-from rankwise.ranks import extract
+from rankwise.ranks import extract, proof
 from rankwise.ranks.extract import run
 
 pytestmark = [
@@ -228,6 +229,27 @@ def test_two_experts_that_changed_places(
     monkeypatch.setattr(extract, "factor_experts", exchanged)
     with pytest.raises(VerificationError, match="expert 1: its factors keep"):
         extracted(qwen, tmp_path / "out", rank=RANK)
+    assert not (tmp_path / "out/adapter_model.safetensors").exists()
+
+
+def test_a_pair_of_an_expert_that_has_not_changed(
+    qwen: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned = qwen
+    before, after = load_file(base / "model.safetensors"), load_file(tuned / "model.safetensors")
+    shutil.copytree(tuned, tmp_path / "tuned")
+    kept = {key: before[key] if ".experts.1." in key else tensor for key, tensor in after.items()}
+    save_file(kept, tmp_path / "tuned/model.safetensors", metadata={"format": "pt"})
+    factor = extract.factor_experts
+
+    def moved(*given: Any) -> tuple[LoraPair | None, Any]:
+        found, row = factor(*given)
+        return found and replace(found, lora_A=found.lora_A.roll(1, 0), lora_B=found.lora_B.roll(1, 0)), row
+
+    monkeypatch.setattr(extract, "factor_experts", moved)
+    monkeypatch.setattr(proof, "require_kept", lambda *_: None)
+    with pytest.raises(VerificationError, match="expert 1 has a pair, and has not changed; nothing was written"):
+        extracted((base, tmp_path / "tuned"), tmp_path / "out", rank=RANK)
     assert not (tmp_path / "out/adapter_model.safetensors").exists()
 
 
