@@ -26,7 +26,7 @@ OVERSAMPLE = 10  # Halko et al. recommend 5 to 10
 SMALL_SIDE = 4  # a matrix whose short side is within 4× the sketch's width is faster to do exactly
 # Of the bound of what a sketch leaves out: vectors, and powers of RRᵀ that they span (with the 0th).
 PROBES, STEPS = 16, 4
-FAILURE = 1e-6  # half the probability that this bound is too low, for any spectrum
+FAILURE = 1e-6  # a third of the probability that one of these bounds is too low, for any spectrum
 UNDECIDED = "exact, undecided by the sketch"
 ROUNDING = 2e-6  # of E(k) by a sketch in float32: up to 3e-7 was seen on flat, polynomial and low-rank spectra
 
@@ -202,21 +202,27 @@ class Sketch:
     shape: tuple[int, int]
     up_to: int
     generator: torch.Generator | None = None
-    bound: float | None = None
+    known_bounds: tuple[float, float] | None = None
+
+    @cached_property
+    def bounds(self) -> tuple[float, float]:
+        """Upper bounds of ‖R‖₂ and ‖RRᵀ‖_F, R = Δ − QQᵀΔ."""
+        if self.known_bounds is not None:
+            return self.known_bounds
+        norm, square = residual_norms(self.wide, self.basis, self.projected, self.generator)
+        return float(norm), float(square)
 
     @cached_property
     def residual(self) -> float:
         """Upper bound of ‖Δ − QQᵀΔ‖₂."""
-        if self.bound is None:
-            return min(self.left_over, float(residual_norm(self.wide, self.basis, self.projected, self.generator)))
-        return min(self.left_over, self.bound)
+        return min(self.left_over, self.bounds[0])
 
     def coarse(self) -> Spectrum:
         values = self.values[: self.up_to].cpu()
         return Spectrum(values, self.energy, self.shape, residual=self.left_over, method="sketch", rounding=ROUNDING)
 
     def spectrum(self) -> Spectrum:
-        return replace(self.coarse(), residual=self.residual)
+        return replace(self.coarse(), residual=self.residual, residual_square=self.bounds[1])
 
     def refined(self) -> Spectrum:
         """The same values with a closer bound, for one more multiplication by Δ.
@@ -250,12 +256,12 @@ def sketches(
     wide = wide_side(matrices)
     basis = range_basis(wide, min(up_to + OVERSAMPLE, wide.shape[1]), power_iterations=1, generator=generator)
     projected = basis.mT @ wide
-    values, bounds = gram_values(projected), residual_norm(wide, basis, projected, generator).tolist()
+    values, bounds = gram_values(projected), residual_norms(wide, basis, projected, generator)
     shape = (matrices.shape[1], matrices.shape[2])
-    parts = zip(wide, basis, projected, values, energies, bounds, strict=True)
+    parts = zip(wide, basis, projected, values, energies, *(each.tolist() for each in bounds), strict=True)
     return [
-        Sketch(w, q, p, v, left_over(energy, v), energy, shape, up_to, generator, bound)
-        for w, q, p, v, energy, bound in parts
+        Sketch(w, q, p, v, left_over(energy, v), energy, shape, up_to, generator, (norm, square))
+        for w, q, p, v, energy, norm, square in parts
     ]
 
 
@@ -293,22 +299,34 @@ def gram_values(wide: Tensor) -> Tensor:
     return values.flip(-1).clamp(min=0).sqrt()
 
 
-def residual_norm(wide: Tensor, basis: Tensor, projected: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Upper bound of ‖R‖₂, R = Δ − QQᵀΔ, which is never formed: the largest Ritz value of RRᵀ in the block Krylov space
-    of random vectors (it nears ‖R‖₂² from below), times what it can be short of, see `safety`. Of one matrix, or a
-    batch."""
+def residual_norms(
+    wide: Tensor, basis: Tensor, projected: Tensor, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Upper bounds of ‖R‖₂ and ‖RRᵀ‖_F, R = Δ − QQᵀΔ, which is never formed. Of one matrix, or a batch.
+
+    The first is the largest Ritz value of RRᵀ in the block Krylov space of random vectors (it nears ‖R‖₂² from below),
+    times what it can be short of, see `safety`. The second comes from the same vectors: of b Gaussian z the mean S of
+    ‖RRᵀz‖² has the mean ‖RRᵀ‖²_F, and it is below S + 2√(t/b)·‖R‖₂²·‖RRᵀ‖_F but for a probability of e^{−t} (Laurent
+    and Massart 2000, for Σ λᵢ⁴ χ²ᵢ with Σ λᵢ⁸ ≤ λ₁⁴ Σ λᵢ⁴).
+    """
     probe = torch.randn(*wide.shape[:-1], PROBES, generator=generator, dtype=wide.dtype, device=wide.device)
     blocks: list[Tensor] = []
     images: list[Tensor] = []
+    square = torch.zeros(())
     for step in range(STEPS):
         for _ in range(2):  # once leaves float32's rounding of the first pass
             for known in (basis, *blocks):
                 probe = probe - known @ (known.mT @ probe)
-        blocks.append(torch.linalg.qr(probe).Q)
-        images.append(wide.mT @ blocks[-1] - projected.mT @ (basis.mT @ blocks[-1]))
+        block, scale = torch.linalg.qr(probe)
+        blocks.append(block)
+        images.append(wide.mT @ block - projected.mT @ (basis.mT @ block))
         if step + 1 < STEPS:
             probe = wide @ images[-1] - basis @ (projected @ images[-1])
-    return safety(wide.shape[-2]) * gram_values(torch.cat(images, -1).mT)[..., 0]
+        if step == 0:
+            square = (probe @ scale).double().square().sum((-2, -1)) / PROBES
+    norm = safety(wide.shape[-2]) * gram_values(torch.cat(images, -1).mT)[..., 0]
+    spread = math.sqrt(-math.log(FAILURE) / PROBES) * norm**2
+    return norm, spread + (spread**2 + square).sqrt()
 
 
 def safety(m: int) -> float:

@@ -31,9 +31,10 @@ class Spectrum:
 
     `residual` bounds the spectral norm of what the values leave out: ‖Δ − QQᵀΔ‖₂ for a sketch with basis Q,
     0 where the values are exact. With it (Weyl's inequality for QQᵀΔ, which is a compression of Δ)
-    Ê(k) ≤ E(k) ≤ Ê(k) + k·residual²/‖Δ‖²_F. `excess` is a closer bound of Σ_{i≤k}σᵢ² − Σ_{i≤k}σ̂ᵢ², where one was
-    computed, and `rounding` what float32 arithmetic may have added to or taken from E(k). `complete` says that no
-    singular value is missing.
+    Ê(k) ≤ E(k) ≤ Ê(k) + k·residual²/‖Δ‖²_F. `residual_square` bounds ‖RRᵀ‖_F of that remainder R, and with it the same
+    difference by √k·residual_square: closer where the tail falls off. `excess` is another bound of Σ_{i≤k}σᵢ² −
+    Σ_{i≤k}σ̂ᵢ², where one was computed, and `rounding` what float32 arithmetic may have added to or taken from E(k).
+    `complete` says that no singular value is missing.
     """
 
     values: Tensor
@@ -44,6 +45,7 @@ class Spectrum:
     complete: bool = False
     excess: Tensor | None = None
     rounding: float = 0.0
+    residual_square: float = math.inf
 
     def __post_init__(self) -> None:
         assert self.values.dim() == 1 and self.values.dtype == torch.float64, "values: float64 vector"
@@ -70,7 +72,8 @@ class Spectrum:
 
     def missed(self) -> Tensor:
         """Certified upper bound of Σ_{i≤k} (σᵢ² − σ̂ᵢ²) for k = 1 … len(self): no more than all that is left."""
-        missed = torch.arange(1, len(self) + 1, dtype=torch.float64) * self.residual**2
+        ranks = torch.arange(1, len(self) + 1, dtype=torch.float64)
+        missed = torch.minimum(ranks * self.residual**2, ranks.sqrt() * self.residual_square)
         left = self.energy_total * (1 + self.rounding) - float(self.values.square().sum())
         missed = missed.clamp(max=max(0.0, left))
         return missed if self.excess is None else torch.minimum(missed, self.excess)
@@ -228,6 +231,7 @@ def together(spectra: Sequence[Spectrum]) -> Spectrum:
         energy_total=total,
         shape=spectra[0].shape,
         residual=math.sqrt(sum(each.residual**2 for each in spectra)),
+        residual_square=sum(each.residual_square for each in spectra if each.residual),
         method=", ".join(dict.fromkeys(each.method for each in spectra if not each.is_zero)) or spectra[0].method,
         complete=not open_ended,
         excess=missed if refined and open_ended else None,

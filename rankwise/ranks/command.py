@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -39,7 +39,8 @@ from rankwise.ranks.decide import (
     runs_the_model,
     unsettled_sites,
 )
-from rankwise.ranks.deltas import DeltaSource
+from rankwise.ranks.deltas import DeltaSource, dense
+from rankwise.ranks.expert_map import expert_facts, few_hold_all
 from rankwise.ranks.fidelity import sentences, unpaired
 from rankwise.ranks.gain import Gain
 from rankwise.ranks.measured import ALLOWED, dtypes, refuse_noise
@@ -65,6 +66,8 @@ def run(config: RanksConfig) -> RankPlan | None:
         probe, *others = measure_probes(config)
         warnings: list[str] = []
         rounding = refuse_rounding(config, [probe, *others], warnings)
+        if (moved := expert_facts(probe.measured, config.spectrum.svd_threshold)) and (few := few_hold_all(moved)):
+            warnings.append(few)
         decision = decide_ranks(config, probe)
         plan = annotate(config, decision, probe, rounding, warnings)
         plan.require_ranks(f"--budget {config.spectrum.budget}" if config.spectrum.budget else probe.source.description)
@@ -163,6 +166,7 @@ def measure_probes(config: RanksConfig) -> list[Probe]:
     try:
         notes: list[str] = []
         source = open_source(config.sites, notes, **sources(config), model_name=config.model_name)
+        refuse_for_experts(config, source.sites)
         notes += sentences(unpaired(source), 0.0)
         metadata = source_metadata(source)
         model_name = config.model_name or config.base or str(metadata.get("model_name") or "")
@@ -172,6 +176,18 @@ def measure_probes(config: RanksConfig) -> list[Probe]:
         return [first, *(Probe(path, other, measure(config, other), "") for path, other in others)]
     finally:
         finish()
+
+
+def refuse_for_experts(config: RanksConfig, sites: Mapping[str, Site]) -> None:
+    """UsageError for what needs the inputs of a matrix: those of a layer's experts never come as one tensor."""
+    experts = [path for path, site in sites.items() if site.experts]
+    of_inputs = [f"--metric {config.metric}"] if config.metric in ("activation", "auto") else []
+    of_inputs += ["--signal activation"] if config.signal == "activation" else []
+    if experts and of_inputs:
+        raise UsageError(
+            f"{of_inputs[0]} needs the inputs of every matrix, and those of experts differ by what is routed to each "
+            f"({experts[0]} …): use --metric weight or loss, or leave the experts out (--exclude experts)"
+        )
 
 
 def measure(config: RanksConfig, source: DeltaSource) -> Any:
@@ -193,7 +209,7 @@ def refuse_rounding(config: RanksConfig, found: Sequence[Probe], warnings: list[
     negligible. With --allow_noise both are warnings."""
     for probe in found:
         refuse_noise(probe.measured, config.allow_noise, warnings)
-    rounding = ranks_by_history(config, found[0].measured, found[0].source.read)
+    rounding = ranks_by_history(config, found[0].measured, partial(dense, found[0].source))
     if rounding:
         rounding.refuse(config.allow_noise, warnings)
     return rounding
@@ -204,7 +220,7 @@ def decide_ranks(config: RanksConfig, probe: Probe) -> Decision:
         chosen: Decision = sub_task("running").choose_metric(config, probe)
         return chosen
     running = sub_task("running").running_model(config, probe) if runs_the_model(config) else None
-    return decide(config, probe.spectra, probe.source.read, running)
+    return decide(config, probe.spectra, partial(dense, probe.source), running)
 
 
 def kept_gain(config: RanksConfig, decision: Decision, probe: Probe) -> Gain:
@@ -257,7 +273,7 @@ def compare_probes(config: RanksConfig, probe: Probe, others: Sequence[Probe]) -
 def wanted_ranks(config: RanksConfig, probe: Probe) -> dict[Site, float]:
     """Ranks by a probe's own spectra: ranks under the budget, or r_raw before bounds and smoothing."""
     by_weight = replace(config, signal="delta", metric="weight")
-    plan = decide(by_weight, probe.spectra, probe.source.read, None).plan
+    plan = decide(by_weight, probe.spectra, partial(dense, probe.source), None).plan
     return {row.site: float(row.rank if config.spectrum.budget else row.r_raw or 0) for row in plan.sites}
 
 

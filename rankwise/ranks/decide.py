@@ -1,7 +1,7 @@
 """From spectra to ranks: by threshold or by budget, by whatever signal, under either history of rounding.
 
-decision = decide(config, probe.spectra, probe.source.read, running)
-found = ranks_by_history(config, probe.measured, probe.source.read)      # two plans, where rounding matters
+decision = decide(config, probe.spectra, partial(dense, probe.source), running)
+found = ranks_by_history(config, probe.measured, partial(dense, probe.source))      # two plans, where rounding matters
 
 Sketches: `unsettled` names the sites to measure exactly, so that a plan keeps what exact spectra would make it keep. A
 sketch is low by a fifth and more in a flat tail and exact where values stand out: a budget divided by its values would

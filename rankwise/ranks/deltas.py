@@ -53,6 +53,15 @@ def deltas(source: DeltaSource, sites: Sequence[Site]) -> Iterator[tuple[Site, D
         yield site, source.read(site)
 
 
+def dense(source: DeltaSource, site: Site) -> Delta:
+    """The whole delta, of a layer's experts (E, m, n): for whoever moves the model by it."""
+    if not site.experts:
+        return source.read(site)
+    parts = [source.expert(site, expert) for expert in range(site.experts)]
+    energy, base = sum(one.energy for one in parts), sum(one.base_energy for one in parts)
+    return replace(parts[0], matrix=torch.stack([one.matrix for one in parts]), energy=energy, base_energy=base)
+
+
 def logical(tensor: Tensor, site: Site) -> Tensor:
     """The stored tensor as (out, in): Conv1D transposed, a convolution flattened."""
     if site.transposed:

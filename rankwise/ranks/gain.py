@@ -24,7 +24,7 @@ from rankwise.core.allocate import invert, shuffle, uniform
 from rankwise.core.factors import leading_svd
 from rankwise.core.measure import Delta, exact_spectrum, from_difference
 from rankwise.core.site import Site
-from rankwise.core.spectrum import Spectrum
+from rankwise.core.spectrum import Spectrum, together
 
 Batch = Mapping[str, Tensor]
 OF_THE_LOSS = ("labels", "sample_index")  # what is no input of the model (`evaluate.likelihood.BESIDE`)
@@ -83,7 +83,7 @@ def only_trainable(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
         for parameter in before:
             parameter.requires_grad_(False)
         for site in sites:
-            model.get_parameter(f"{site.path}.weight").requires_grad_(True)
+            model.get_parameter(site.weight).requires_grad_(True)
         yield
     finally:
         for parameter, state in before.items():
@@ -104,9 +104,9 @@ def mean_gradients(model: nn.Module, sites: Sequence[Site], batches: Iterable[Ba
 
 
 def logical_gradient(model: nn.Module, site: Site) -> Tensor:
-    gradient = model.get_parameter(f"{site.path}.weight").grad
+    gradient = model.get_parameter(site.weight).grad
     assert gradient is not None, "a trainable weight has a gradient after backward"
-    return (gradient.T if site.transposed else gradient).detach().clone()
+    return (gradient.mT if site.transposed else gradient).detach().clone()
 
 
 def path_gradients(model: nn.Module, deltas: Mapping[Site, Tensor], batches: Sequence[Batch]) -> dict[Site, Tensor]:
@@ -126,12 +126,13 @@ def loss_shares(
     """Site → −σᵢ·uᵢᵀ Ḡ vᵢ in nats per token: what each singular direction took off the loss.
 
     Over all directions of all sites they sum to the loss drop of moving these sites (loss change allocation,
-    Lan et al. 2019).
+    Lan et al. 2019). The i-th of a layer's experts are one share, which rank i for each adds.
     """
-    return {
-        site: -(values * torch.einsum("mk,mn,kn->k", u, gradients[site], vt)).double()
+    found = {
+        site: -(values * torch.einsum("...mk,...mn,...kn->...k", u, gradients[site], vt)).double()
         for site, (u, values, vt) in triplets.items()
     }
+    return {site: share.sum(0) if site.experts else share for site, share in found.items()}
 
 
 def in_input_metric(delta: Delta, second: Tensor) -> Delta:
@@ -160,7 +161,10 @@ def input_spectra(model: nn.Module, sites: Sequence[Site], batches: Sequence[Bat
 def gradient_spectra(model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch]) -> dict[Site, Spectrum]:
     """Spectrum of each site's mean gradient at the base."""
     gradients = mean_gradients(model, sites, batches)
-    return {site: whole_spectrum(gradient, "gradient") for site, gradient in gradients.items()}
+    return {
+        site: together([whole_spectrum(matrix, "gradient") for matrix in (gradient if site.experts else [gradient])])
+        for site, gradient in gradients.items()
+    }
 
 
 def output_change_spectra(
@@ -185,25 +189,26 @@ def loss_gains(
     Taken in the order of σ, because truncation keeps leading directions; the allocator pools what is not concave.
     """
     gradients = path_gradients(model, deltas, batches)
-    triplets = {site: leading_svd(delta, site.full_rank) for site, delta in deltas.items()}
+    triplets = {site: leading(delta, site.full_rank) for site, delta in deltas.items()}
     shares = loss_shares(triplets, gradients)
     return {site: share[:up_to] for site, share in shares.items()}, sum(float(s.sum()) for s in shares.values())
 
 
 @contextmanager
 def moved(model: nn.Module, moves: Mapping[Site, Tensor]) -> Iterator[nn.Module]:
-    """The model with (out, in) matrices added to its sites' weights; put back bit for bit afterwards."""
-    kept = {site: model.get_parameter(f"{site.path}.weight").detach().clone() for site in moves}
+    """The model with (out, in) matrices, of experts (E, out, in), added to its sites' weights; put back bit for bit
+    afterwards."""
+    kept = {site: model.get_parameter(site.weight).detach().clone() for site in moves}
     try:
         with torch.no_grad():
             for site, move in moves.items():
-                weight = model.get_parameter(f"{site.path}.weight")
-                weight.add_((move.T if site.transposed else move).to(weight))
+                weight = model.get_parameter(site.weight)
+                weight.add_((move.mT if site.transposed else move).to(weight))
         yield model
     finally:
         with torch.no_grad():
             for site, before in kept.items():
-                model.get_parameter(f"{site.path}.weight").copy_(before)
+                model.get_parameter(site.weight).copy_(before)
 
 
 Ranks = Mapping[Site, int]
@@ -269,7 +274,15 @@ def arms_of(plan: Ranks, generator: torch.Generator, shuffles: int = SHUFFLES) -
 def truncations(deltas: Mapping[Site, Tensor], arms: Mapping[str, Ranks]) -> dict[Site, Triplets]:
     """Of every delta, as many singular triplets as the most generous arm takes."""
     most = {site: max(ranks[site] for ranks in arms.values()) for site in deltas}
-    return {site: leading_svd(delta, most[site]) for site, delta in deltas.items()}
+    return {site: leading(delta, most[site]) for site, delta in deltas.items()}
+
+
+def leading(delta: Tensor, rank: int) -> Triplets:
+    """Leading singular triplets of a matrix, or of each of a layer's experts (E, m, n)."""
+    if delta.dim() == 2:
+        return leading_svd(delta, rank)
+    u, values, vt = zip(*(leading_svd(matrix, rank) for matrix in delta), strict=True)
+    return torch.stack(u), torch.stack(values), torch.stack(vt)
 
 
 def at_ranks(triplets: Mapping[Site, Triplets], ranks: Ranks) -> dict[Site, Tensor]:
@@ -277,7 +290,7 @@ def at_ranks(triplets: Mapping[Site, Triplets], ranks: Ranks) -> dict[Site, Tens
     moves = {}
     for site, (u, values, vt) in triplets.items():
         rank = ranks[site]
-        moves[site] = (u[:, :rank] * values[:rank]) @ vt[:rank]
+        moves[site] = (u[..., :rank] * values[..., None, :rank]) @ vt[..., :rank, :]
     return moves
 
 
@@ -288,7 +301,7 @@ def gain_kept(
 
     Args:
         model: the base model, in evaluation mode.
-        deltas: site → dense delta (m, n).
+        deltas: site → dense delta (m, n), of a layer's experts (E, m, n).
         arms: name → ranks over the same sites.
         losses: model → (summed negative log-likelihood per item, scored tokens per item).
         seed: of the bootstrap over items.

@@ -26,7 +26,9 @@ from rankwise.page import canvas
 from rankwise.page.blocks import Block, Finding, Folded, Plot, Table, Words
 from rankwise.page.text import clip, has_numbers, percent, plural
 from rankwise.ranks.decide import Evidence
-from rankwise.ranks.deltas import DeltaSource
+from rankwise.ranks.deltas import DeltaSource, dense
+from rankwise.ranks.expert_map import FILE as EXPERTS
+from rankwise.ranks.expert_map import expert_facts, plot_expert_map
 from rankwise.ranks.measured import Measured
 from rankwise.ranks.summary import layer_ranges
 
@@ -313,6 +315,8 @@ def write_raw_data(
     }
     content = {"svd_threshold": threshold, "sites": details, "explained_loss": evidence.explained_loss}
     files = [write_json(folder / "raw_data" / "detailed_svd_analysis.json", content)]
+    if experts := expert_facts(measured, threshold):
+        files.append(write_json(folder / "raw_data" / EXPERTS, experts))
     if evidence.gain is not None:
         chosen = {"choice": evidence.choice.facts()} if evidence.choice else {}
         files.append(write_json(folder / "raw_data" / "gain.json", evidence.gain.as_dict() | chosen))
@@ -334,6 +338,8 @@ def write_plots(
     plots.mkdir(parents=True, exist_ok=True)
     plot_ranks_heatmap(plan, plots / "ranks_heatmap.png")
     plot_energy_heatmap(plan, plots / "energy_heatmap.png")
+    if experts := expert_facts(measured, threshold):
+        plot_expert_map(experts, plots / "expert_map.png")
     if evidence.gain is not None and evidence.gain.defined:
         plot_gain(evidence.gain.as_dict(), plots / "gain.png")
     for row in tqdm(plan.sites, desc="plots", unit="site", disable=not sys.stderr.isatty()):
@@ -342,8 +348,9 @@ def write_plots(
 
 
 def write_delta_weights(folder: Path, source: DeltaSource, sites: Sequence[Site]) -> Path:
-    """The analysed deltas as one float32 safetensors file, in the orientation of the module: (out, in)."""
+    """The analysed deltas as one float32 safetensors file, in the orientation of the module: (out, in); experts
+    (E, out, in)."""
     path = folder / "delta_weights.safetensors"
     with atomic_write(path) as temporary:
-        save_file({f"{site.path}.weight": source.read(site).matrix.contiguous() for site in sites}, str(temporary))
+        save_file({site.weight: dense(source, site).matrix.contiguous() for site in sites}, str(temporary))
     return path

@@ -31,6 +31,7 @@ from rankwise.options.commands import RanksConfig
 from rankwise.options.sections import ModelSection
 from rankwise.ranks.choice import METRICS, UNIFORM, choose, per_group
 from rankwise.ranks.decide import Decision, Running, decide
+from rankwise.ranks.deltas import dense
 from rankwise.ranks.gain import Gain, Losses, arms_of, gain_kept
 from rankwise.ranks.probe import Probe
 
@@ -86,7 +87,7 @@ def measure_gain(config: RanksConfig, plan: RankPlan, probe: Probe) -> Gain:
     ranks = {row.site: row.rank for row in plan.sites}
     generator = torch.Generator().manual_seed(config.seed)
     losses = functools.partial(answer_losses, batches=running.batches)
-    return gain_kept(running.model, dense(config, probe), arms_of(ranks, generator), losses, config.seed)
+    return gain_kept(running.model, moves(config, probe), arms_of(ranks, generator), losses, config.seed)
 
 
 def warn_of_probe_rows(config: RanksConfig) -> None:
@@ -95,8 +96,8 @@ def warn_of_probe_rows(config: RanksConfig) -> None:
         warn_of_training_rows(Path(config.deltas), held_out, "the gain tells")
 
 
-def dense(config: RanksConfig, probe: Probe) -> dict[Site, Tensor]:
-    return {site: probe.source.read(site).matrix.to(config.device) for site in probe.spectra}
+def moves(config: RanksConfig, probe: Probe) -> dict[Site, Tensor]:
+    return {site: dense(probe.source, site).matrix.to(config.device) for site in probe.spectra}
 
 
 def gain_halves(config: RanksConfig, examples: Examples | None = None) -> Split:
@@ -136,12 +137,12 @@ def choose_metric(config: RanksConfig, probe: Probe) -> Decision:
     found = {name: decided(config, probe, Running(model, measured), metric=name) for name in METRICS}
     found[UNIFORM] = decided(config, probe, None, signal=UNIFORM, metric="weight")
     plans = {name: {row.site: row.rank for row in one.plan.sites} for name, one in found.items()}
-    choice = choose(model, dense(config, probe), plans, choosing.losses, confirming.losses, config.seed)
+    choice = choose(model, moves(config, probe), plans, choosing.losses, confirming.losses, config.seed)
     return replace(found[choice.metric], choice=choice)
 
 
 def decided(config: RanksConfig, probe: Probe, running: Running | None, **changes: Any) -> Decision:
-    return decide(replace(config, **changes), probe.spectra, probe.source.read, running)
+    return decide(replace(config, **changes), probe.spectra, functools.partial(dense, probe.source), running)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from rankwise.core.site import Site
 from rankwise.page.text import clip, duration, memory, percent, plural
 from rankwise.ranks.choice import PURPOSE, MetricChoice
 from rankwise.ranks.decide import Evidence
+from rankwise.ranks.expert_map import expert_facts, movement
 from rankwise.ranks.measured import Measured, dtypes, noise_share
 
 MOST_RANGES = 6
@@ -112,6 +113,7 @@ class RanksSummary:
     gain_margin: tuple[float, float] | None = None
     gain_note: str = ""
     choice: MetricChoice | None = None
+    experts: str = ""
     next_commands: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -148,6 +150,7 @@ def finding_lines(summary: RanksSummary) -> list[str]:
         *(labelled("Metric", summary.choice.shares, most=1) if summary.choice else []),
         *labelled("Energy", energy_finding(summary), most=2 if summary.choice else 3),
         *labelled("Parameters", spending(summary), most=1),
+        *(labelled("Experts", summary.experts, most=1) if summary.experts else []),
         *labelled("Repeatable", repeatability(summary), most=1),
         *labelled("Gain kept", gain_kept(summary), most=2),
     ]
@@ -376,6 +379,7 @@ def summarise(
         gain_margin=gain.margin if gain else None,
         gain_note=undefined_note(evidence),
         choice=evidence.choice,
+        experts=movement(expert_facts(measured, rule.threshold)),
     )
 
 

@@ -2,8 +2,8 @@
 
 Found anywhere below the folder (checkpoints, hidden folders, earlier reports and links aside): manifest.json,
 resolved_config*.json, lora_rank_config.json, evaluation_results.json with predictions.jsonl beside it,
-forgetting.json, training_log.csv, phases.csv, the tables of gradient norms, gain.json, fidelity.json, sites.json,
-study.json, validation.json, what the commands on features leave, and the PNGs of `plots/`
+forgetting.json, training_log.csv, phases.csv, the tables of gradient norms, gain.json, experts.json, fidelity.json,
+sites.json, study.json, validation.json, what the commands on features leave, and the PNGs of `plots/`
 folders.
 """
 
@@ -34,6 +34,7 @@ from rankwise.files.run_folder import MANIFEST, STAGES, without_secrets
 from rankwise.models.adapters import SITES
 from rankwise.page.blocks import Finding
 from rankwise.pipeline.times import StageTime, read_times
+from rankwise.ranks.expert_map import EXPERT_MAP
 from rankwise.ranks.fidelity import FIDELITY
 from rankwise.ranks.plots import GAIN
 from rankwise.study.advice_page import ADVICE
@@ -117,7 +118,7 @@ class Contents:
 
 
 # What is shown where it lies; each room says how.
-FINDINGS = (GAIN, ADVICE, STUDY, VALIDATION, HANDOFF, EPOCHS, FACTORS, ANSWERS, FIDELITY)
+FINDINGS = (GAIN, EXPERT_MAP, ADVICE, STUDY, VALIDATION, HANDOFF, EPOCHS, FACTORS, ANSWERS, FIDELITY)
 
 
 GENERIC = ("evaluation", "evaluate", "results", "predictions", "final_model")

@@ -98,6 +98,26 @@ def test_what_a_sketch_leaves_out_is_bounded_even_where_it_hides(monkeypatch: py
     assert any(ratio < 1 for ratio in residual_ratios())
 
 
+def square_ratios() -> Iterator[float]:
+    """Bound ÷ truth of ‖RRᵀ‖_F, from one direction left over to hundreds."""
+    for seed in range(40):
+        place = torch.arange(96, dtype=torch.float64)
+        tail = torch.where(place < 20, 1.0, 1e-9) if seed % 4 == 0 else (1 + place) ** -(0.3 * (seed % 4))
+        matrix = with_squares(tail, seed)
+        found = sketch(matrix, energy_of(matrix), 6, generator(seed))
+        left = matrix.double() - found.basis.double() @ (found.basis.double().T @ matrix.double())
+        yield found.bounds[1] / float(torch.linalg.matrix_norm(left @ left.T))
+
+
+def test_the_sum_of_what_a_sketch_leaves_out_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By ‖RRᵀ‖_F, closely where many directions are left; without what a sample of 16 vectors can be short of, not."""
+    ratios = list(square_ratios())
+    assert min(ratios) >= 1 - 1e-5
+    assert min(ratios) < 2
+    monkeypatch.setattr(measuring, "FAILURE", 1.0)
+    assert any(ratio < 1 for ratio in square_ratios())
+
+
 @pytest.mark.parametrize("m", [64, 900, 20000])
 def test_the_factor_of_safety_is_the_quantile_that_it_is_said_to_be(m: int) -> None:
     stats = pytest.importorskip("scipy.stats")

@@ -18,7 +18,8 @@ from rankwise.core.site import describe
 from rankwise.errors import DataError, UsageError
 from rankwise.options.sections import SitesSection
 from rankwise.ranks.deltas import DELTAS, CheckpointPair, deltas, open_deltas
-from rankwise.ranks.probe import open_pair, open_source, other_probe, rename_keys
+from rankwise.ranks.foreign import rename_keys
+from rankwise.ranks.probe import open_pair, open_source, other_probe
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import experts
 import pytest
@@ -18,7 +20,7 @@ from transformers import PreTrainedModel
 from rankwise import cli
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum, together
-from rankwise.errors import DataError
+from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import LoraAdapter, LoraPair
 from rankwise.files.checkpoint import open_checkpoint
 from rankwise.models.load import meta_model
@@ -26,6 +28,7 @@ from rankwise.models.sites import model_sites, weight_table
 from rankwise.options.commands import RanksConfig
 from rankwise.options.sections import SitesSection, SpectrumSection
 from rankwise.ranks.deltas import BaseWeights, open_deltas, write_deltas
+from rankwise.ranks.gain import at_ranks, gradient_spectra, loss_gains, mean_gradients, moved, truncations
 from rankwise.ranks.measured import Measured, refuse_noise
 from rankwise.ranks.probe import AdapterDeltas, open_pair, open_source
 from rankwise.ranks.spectra import measure_adapter, measure_sites
@@ -325,3 +328,122 @@ def test_rounding_is_judged_expert_by_expert(tmp_path: Path) -> None:
     warnings: list[str] = []
     refuse_noise(found, False, warnings)
     assert any("experts are mostly rounding" in said and ", expert 0" in said for said in warnings), warnings
+
+
+# --- plans, the map of experts, other metrics ------------------------------------------------------------------------
+
+
+def plan_of(out: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((out / "configs" / "lora_rank_config.json").read_text())
+    return content
+
+
+@pytest.mark.parametrize("options", [("--svd_threshold", "0.8", "--smoothing_factor", "0"), ("--budget", "uniform:3")])
+def test_ranks_are_per_expert_and_paid_for_each(
+    options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Threshold and budget work on Σ_e σ²: the rank keeps what it says, and costs r·E·(m + n)."""
+    base, tuned, differences = saved_pair(tmp_path, "mixtral", change=decaying)
+    assert (
+        ranks(base, tuned, tmp_path / "out", "--min_rank", "1", "--allow_noise", "--include", "experts", *options) == 0
+    )
+    plan = plan_of(tmp_path / "out")
+    rows = {row["path"]: row for rows in plan["layer_metadata"].values() for row in rows}
+    assert plan["total_parameters"] == sum(4 * row["r_final"] * sum(row["shape"]) for row in rows.values())
+    for name, difference in differences.items():
+        squares = torch.stack([truth(matrix).square() for matrix in difference]).sum(0)
+        kept = squares.cumsum(0) / squares.sum()
+        row = rows[name]
+        assert row["energy_retained"] == pytest.approx(float(kept[row["r_final"] - 1]), abs=1e-6)
+        if "--svd_threshold" in options:
+            assert row["r_raw"] == int((kept < 0.8).sum()) + 1
+    if "--budget" in options:
+        assert plan["total_parameters"] <= sum(4 * 3 * sum(row["shape"]) for row in rows.values())
+    said = capsys.readouterr().out
+    assert "Experts" in said and "most moved: layer" in said
+    facts = json.loads((tmp_path / "out/analysis_outputs/svd/raw_data/experts.json").read_text())
+    by_path = {row["path"]: row for row in facts["parameters"]}
+    for name, difference in differences.items():
+        energies = [float(matrix.square().sum()) for matrix in difference]
+        assert by_path[name]["energy"] == pytest.approx(energies, rel=1e-5)
+
+
+def one_expert(shape: tuple[int, ...], seed: int) -> Tensor:
+    found = decaying(shape, seed) * 1e-3
+    found[2] *= 1e4
+    return found
+
+
+def test_few_experts_with_nearly_all_of_the_change_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], drawn_pictures: None
+) -> None:
+    """A warning with its figure, a map, a table of the most moved; in the report as well."""
+    base, tuned, _ = saved_pair(tmp_path, "qwen3_moe", change=one_expert)
+    out = tmp_path / "out"
+    assert cli.main(["ranks", str(base), str(tuned), "--output_dir", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"warning: [12] of 16 experts \(\d+(\.\d)? %\) hold 90", said), said
+    assert (out / "analysis_outputs/svd/plots/expert_map.png").stat().st_size > 10_000
+    assert cli.main(["report", str(out)]) == 0
+    page = (out / "report.md").read_text()
+    assert "expert_map" in page and "most moved" in page and "expert 2" in page
+
+
+def test_evenly_moved_experts_are_no_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, tuned, _ = saved_pair(tmp_path, "qwen3_moe", change=decaying)
+    assert ranks(base, tuned, tmp_path / "out") == 0
+    assert "hold 90" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--metric", "activation", "--budget", "uniform:4"), ("--signal", "activation", "--budget", "uniform:4")],
+)
+def test_metrics_of_inputs_refuse_experts_before_anything_is_read(
+    options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, tuned, _ = saved_pair(tmp_path, "mixtral")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    task = ("--task", "e2e_nlg", "--data_path", str(rows))
+    assert ranks(base, tuned, tmp_path / "out", *options, *task) == UsageError.exit_code
+    said = capsys.readouterr().err
+    assert "experts" in said and GATE_UP in said and options[1] in said
+
+
+def test_the_loss_drop_is_shared_by_directions_of_all_experts() -> None:
+    """`--metric loss`, `--signal gradient` and --gain move experts as they are stored: Llama 4 transposed, too."""
+    for family in ("mixtral", "llama4_text"):
+        model = experts.built(family)
+        sites = list(expert_sites(model).values())
+        batch = {"input_ids": torch.randint(3, 90, (4, 12), generator=generator(0))}
+        batch |= {"attention_mask": torch.ones_like(batch["input_ids"]), "labels": batch["input_ids"]}
+        draw = generator(1)
+        deltas = {site: 0.02 * torch.randn(site.experts, *site.shape, generator=draw) for site in sites}
+        before = {site: model.get_parameter(site.weight).detach().clone() for site in sites}
+
+        def loss() -> float:
+            with torch.no_grad():
+                return float(model(**batch).loss)  # noqa: B023
+
+        start = loss()
+        with moved(model, deltas):
+            drop = start - loss()
+            for site in sites:
+                change = model.get_parameter(site.weight).detach() - before[site]
+                expected = deltas[site].mT if site.transposed else deltas[site]
+                assert torch.allclose(change, expected, atol=1e-6)
+        gains, total = loss_gains(model, deltas, [batch], 64)
+        assert total == pytest.approx(drop, rel=0.02, abs=2e-4), family
+        assert all(len(gain) == min(64, site.full_rank) for site, gain in gains.items())
+        at_full = at_ranks(
+            truncations(deltas, {"all": {site: site.full_rank for site in sites}}),
+            {site: site.full_rank for site in sites},
+        )
+        for site in sites:
+            assert torch.allclose(at_full[site], deltas[site], atol=1e-5)
+            assert torch.equal(model.get_parameter(site.weight), before[site])
+        for site, spectrum in gradient_spectra(model, sites, [batch]).items():
+            gradient = mean_gradients(model, [site], [batch])[site]
+            squares = torch.stack([truth(matrix).square() for matrix in gradient]).sum(0)
+            assert torch.allclose(spectrum.values.square(), squares, rtol=1e-4, atol=1e-6 * float(squares[0]))
