@@ -155,8 +155,9 @@ def plot_expert_map(content: Mapping[str, Any], path: Path | str) -> Path:
     axis.set_yticks(list(range(0, count, -(-count // 32))))
     canvas.bare(axis)
     bar = canvas.colour_bar(figure, image, axis, "energy ÷ mean", pad=0.015, aspect=20)
-    bar.ax.yaxis.set_major_formatter(need("matplotlib.ticker", extra="plots").FormatStrFormatter("%g"))
+    bar.ax.yaxis.set_major_formatter(need("matplotlib.ticker", extra="plots").FormatStrFormatter("%.2g"))
     bar.ax.minorticks_off()
+    bar.set_ticks([norm.vmin, 1.0, norm.vmax])
     canvas.name_axes(axis, "layer", "expert", "Where the experts moved")
     return canvas.save(figure, path)
 
