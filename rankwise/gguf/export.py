@@ -12,8 +12,9 @@ number format says how far a value may be from its float32 original; an error be
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,10 @@ from rankwise.files.checkpoint import Checkpoint
 from rankwise.gguf.converter import Conversion
 from rankwise.gguf.metadata import MODEL, check_numbers, check_tokenizer, silence, text_numbers, vision_numbers
 from rankwise.gguf.plan import REFERENCE, ExportPlan
-from rankwise.gguf.provenance import Origins, origins, require_complete
+from rankwise.gguf.provenance import Origin, Origins, origins, require_complete
 from rankwise.gguf.reading import EXPORT, MMPROJ, TEXT, GGUFFile, first_few
 from rankwise.gguf.splitting import check_texts, score
+from rankwise.gguf.stacks import EXPERTS, label, stored
 from rankwise.gguf.view import model_view
 
 Files = Mapping[tuple[str, str], GGUFFile]  # by (outtype, kind)
@@ -196,8 +198,9 @@ def compare_tensors(file: GGUFFile, reference: GGUFFile, outtype: str) -> list[T
     damaged = [row for row in rows if not row.share <= 1]
     if damaged:
         worst = max(damaged, key=lambda row: row.max_abs)
+        names = [one for row in damaged for one in damaged_parts(file, reference, row)]
         raise VerificationError(
-            f"{file.path}: {first_few([row.name for row in damaged])}: not the values that were converted (the largest "
+            f"{file.path}: {first_few(names)}: not the values that were converted (the largest "
             f"error, {worst.max_abs:.3g} in {worst.name}, is more than rounding to {worst.type} makes)"
         )
     return rows
@@ -222,13 +225,31 @@ def require_same_tensors(file: GGUFFile, reference: GGUFFile, outtype: str) -> N
 
 
 def error_of(file: GGUFFile, reference: GGUFFile, name: str) -> TensorError:
-    original, kind = reference.tensor(name), file.tensors[name].type
-    error = file.tensor(name).sub_(original).abs_()
-    bound = rounding(original, kind).mul_(SLACK).add_(TINY)
-    share = (error / bound).max() if error.numel() else torch.zeros(())
-    norm, off = (float(torch.linalg.vector_norm(one, dtype=torch.float64)) for one in (original, error))
-    rms = off / norm if norm else off
-    return TensorError(name, kind, float(error.max()) if error.numel() else 0.0, rms, float(share))
+    """Of a stack one matrix at a time: that of all experts can be larger than memory."""
+    kind, largest, share, squares, off = file.tensors[name].type, 0.0, 0.0, 0.0, 0.0
+    for original, found in zip(reference.parts(name), file.parts(name), strict=True):
+        error = found.sub_(original).abs_()
+        if error.numel():
+            largest = max(largest, float(error.max()))
+            share = max(share, damage(error, original, kind), key=lambda one: math.inf if math.isnan(one) else one)
+        squares += float(torch.linalg.vector_norm(original, dtype=torch.float64)) ** 2
+        off += float(torch.linalg.vector_norm(error, dtype=torch.float64)) ** 2
+    return TensorError(name, kind, largest, math.sqrt(off / squares if squares else off), share)
+
+
+def damage(error: Tensor, original: Tensor, kind: str) -> float:
+    """The largest error as a share of what rounding to a type can cause."""
+    return float((error / rounding(original, kind).mul_(SLACK).add_(TINY)).max())
+
+
+def damaged_parts(file: GGUFFile, reference: GGUFFile, row: TensorError) -> list[str]:
+    """The tensor's name; of a stack its experts whose error rounding does not explain."""
+    if len(file.tensors[row.name].shape) != 3:
+        return [row.name]
+    pairs = enumerate(zip(reference.parts(row.name), file.parts(row.name), strict=True))
+    shares = {number: damage((found - original).abs(), original, row.type) for number, (original, found) in pairs}
+    what = "matrix" if EXPERTS.isdisjoint(row.name.split(".")) else "expert"
+    return [f"{row.name}, {what} {number}" for number, share in shares.items() if not share <= 1]
 
 
 def rounding(original: Tensor, kind: str) -> Tensor:
@@ -294,18 +315,32 @@ def tuning_kept(
     file: GGUFFile, sources: Origins, base: Checkpoint, merged: Checkpoint, changed: Sequence[str]
 ) -> list[KeptTuning]:
     """One row per tuned tensor of the file. VerificationError where the file has the base's tensor in its place."""
-    wanted, rows = set(changed), []
-    for name, origin in sources.found.items():
-        if origin.key not in wanted or name not in file.tensors:
-            continue
-        before, after = (origin.apply(which.tensor(origin.key).float()) for which in (base, merged))
-        if before is not None and after is not None:
-            written = file.tensor(name).reshape(before.shape)
-            rows.append(tuning_of(name, written, before, after))
+    wanted = set(changed)
+    rows = [
+        tuning_of(*one)
+        for name, origin in sources.found.items()
+        if name in file.tensors and not wanted.isdisjoint(origin.keys)
+        for one in changes_of(file, name, origin, base, merged)
+    ]
     lost = [row.name for row in rows if row.lost]
     if lost:
         raise VerificationError(f"{file.path}: {first_few(lost)}: nearer to the base's weights than to the tuned ones")
     return rows
+
+
+def changes_of(
+    file: GGUFFile, name: str, origin: Origin, base: Checkpoint, merged: Checkpoint
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """(name, written, before, after) of a tuned tensor; of a stack of each matrix that tuning changed."""
+    if not origin.cuts:
+        before, after = (origin.apply(which.tensor(origin.key).float()) for which in (base, merged))
+        if before is not None and after is not None:
+            yield name, file.tensor(name).reshape(before.shape), before, after
+    for cut in origin.cuts:
+        if cut.key in base and base.shape(cut.key) == merged.shape(cut.key):
+            old, new = (cut.take(which.tensor(cut.key)) for which in (base, merged))
+            if not rounded_only(old, new):
+                yield label(name, cut), stored(file, name, cut), old.float(), new.float()
 
 
 def tuning_of(name: str, written: Tensor, before: Tensor, after: Tensor) -> KeptTuning:

@@ -27,6 +27,7 @@ from transformers import CONFIG_MAPPING
 from rankwise.data.device import DeviceTarget, tiles
 from rankwise.errors import VerificationError, need
 from rankwise.files.atomic import read_object
+from rankwise.gguf.mixture import SOFTMAX, expert_numbers
 from rankwise.gguf.reading import GGUFFile
 from rankwise.gguf.splitting import (
     BYTE_LEVEL,
@@ -96,7 +97,11 @@ def check_numbers(file: GGUFFile, wanted: Mapping[str, Any]) -> None:
 
 def default_of(file: GGUFFile, key: str) -> Any:
     """What llama.cpp takes where a file does not state the key; None where it has nothing of its own."""
-    return {"rope.freq_base": 10000.0, "attention.head_count_kv": file.of_architecture("attention.head_count")}.get(key)
+    return {
+        "rope.freq_base": 10000.0,
+        "attention.head_count_kv": file.of_architecture("attention.head_count"),
+        "expert_gating_func": SOFTMAX,
+    }.get(key)
 
 
 def agree(stated: Any, wanted: Any) -> bool:
@@ -133,7 +138,7 @@ def text_numbers(file: GGUFFile, model: Path) -> dict[str, Any]:
     wanted = from_config(text, EVERYWHERE | (OF_PLAIN if plain else {}))
     # A key that other families leave out on purpose (another kind of norm, say) says nothing.
     known = {key: value for key, value in wanted.items() if plain or file.of_architecture(key) is not None}
-    return known | (dict(rope_numbers(text)) if plain else {})
+    return known | (dict(rope_numbers(text)) if plain else {}) | expert_numbers(file, text)
 
 
 def from_config(config: Any, keys: Mapping[str, str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from rankwise.files.checkpoint import Checkpoint, open_checkpoint, resolve
 from rankwise.gguf.converter import Converter
 from rankwise.gguf.metadata import Vocabulary, check_forms, config_of
 from rankwise.gguf.reading import MMPROJ, TEXT
+from rankwise.gguf.stacks import require_every_expert
 from rankwise.gguf.view import Changes, changes_for
 from rankwise.models.depth.encoder import DEPTH
 from rankwise.models.load import meta_model
@@ -88,6 +89,7 @@ def plan_export(
     projector = looks if config.mmproj is None else config.mmproj
     checkpoint, vocabulary = open_checkpoint(folder), Vocabulary.of(folder, looks)
     check_forms(folder)
+    require_every_expert(checkpoint)
     silenced = vocabulary.add_bos and not begins
     vocabulary = replace(vocabulary, add_bos=vocabulary.add_bos and begins)
     target = target or read_target(folder)

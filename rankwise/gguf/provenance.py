@@ -19,6 +19,7 @@ from rankwise.errors import VerificationError
 from rankwise.files.checkpoint import Checkpoint
 from rankwise.gguf.metadata import IDEFICS, PLAIN, QWEN_MERGER
 from rankwise.gguf.reading import SUFFIXES, GGUFFile, first_few, forms, gguf_names, name_table
+from rankwise.gguf.stacks import ALTERNATE, BY_HEADS, HALF, JOINED, STACKED, Cut, stacks, strangers
 
 SAME, ROPE, ROWS, TRANSPOSED, PLUS_ONE, PART = (
     "same",
@@ -158,11 +159,17 @@ ROPE_FACTORS = "rope_"  # begins the names of the vectors that a converter makes
 
 @dataclass(frozen=True)
 class Origin:
-    """A tensor of the GGUF: the checkpoint's key, and how the two relate. heads: of the rope order."""
+    """A tensor of the GGUF: the checkpoint's key, and how the two relate. heads: of the rope order. cuts: the matrices
+    that a stack was made of, each with its own key; `key` is the first one's."""
 
     key: str
     how: str
     heads: int | None = None
+    cuts: tuple[Cut, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(cut.key for cut in self.cuts) or (self.key,)
 
     def apply(self, tensor: Tensor) -> Tensor | None:
         """Another tensor of the checkpoint's form, as the converter would write it; None where that is not known."""
@@ -181,7 +188,8 @@ class Origins:
 
     def counts(self) -> dict[str, int]:
         hows = [origin.how for origin in self.found.values()]
-        return {how: hows.count(how) for how in (SAME, ROPE, ROWS, TRANSPOSED, PLUS_ONE, PART) if how in hows}
+        known = (SAME, ROPE, ROWS, TRANSPOSED, PLUS_ONE, PART, JOINED, STACKED, HALF, ALTERNATE, BY_HEADS)
+        return {how: hows.count(how) for how in known if how in hows}
 
 
 def origins(file: GGUFFile, checkpoint: Checkpoint) -> Origins:
@@ -189,10 +197,15 @@ def origins(file: GGUFFile, checkpoint: Checkpoint) -> Origins:
 
     VerificationError, naming both, where a tensor is not its namesake's, or a matrix comes from nowhere.
     """
-    named = gguf_names(checkpoint, file)
+    named, stacked = gguf_names(checkpoint, file), stacks(file, checkpoint)
     found: dict[str, Origin] = {}
-    made, wrong = [], []
+    made: list[str] = []
+    wrong: list[str] = []
     for name in file.tensors:
+        if name in stacked:
+            wrong += strangers(file, name, stacked, checkpoint)
+            found[name] = Origin(stacked[name][0].key, stacked[name][0].how, cuts=stacked[name])
+            continue
         stored = file.tensor(name)
         keys = [named[name]] if name in named else candidates(checkpoint, tuple(stored.shape), set(named.values()))
         origin = next(related(name, stored, keys, checkpoint, file), None)
@@ -204,7 +217,7 @@ def origins(file: GGUFFile, checkpoint: Checkpoint) -> Origins:
             wrong.append(f"{name} is not {named[name]}" if name in named else f"{name} is in no tensor of it")
     if wrong:
         raise VerificationError(f"{file.path.name} is not {checkpoint.path}: {first_few(wrong)}")
-    used = {origin.key for origin in found.values()}
+    used = {key for origin in found.values() for key in origin.keys}
     return Origins(found, tuple(made), tuple(key for key in checkpoint if key not in used))
 
 
@@ -274,7 +287,7 @@ def require_complete(checkpoint: Checkpoint, each: Sequence[Origins], text: GGUF
     the text model must be there.
     """
     known = None if text is None else text_keys(checkpoint, text)
-    used = {origin.key for one in each for origin in one.found.values()}
+    used = {key for one in each for origin in one.found.values() for key in origin.keys}
     missing = [key for key in checkpoint if key not in used]
     lacking, reasons = [], []
     for key in missing:

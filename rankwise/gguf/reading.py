@@ -110,18 +110,30 @@ class GGUFFile:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as float32, dequantized, in its row-major shape. VerificationError where it is absent."""
+        return self._values(name, self._stored(name).data).reshape(self.tensors[name].shape)
+
+    def part(self, name: str, number: int) -> Tensor:
+        """One of the matrices that a stack holds along its first axis, likewise: of a layer's experts, say."""
+        return self._values(name, self._stored(name).data[number]).reshape(self.tensors[name].shape[1:])
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """The tensor's matrices one by one: all of a stack, or the tensor itself."""
+        shape = self.tensors[name].shape
+        return (self.part(name, number) for number in range(shape[0])) if len(shape) == 3 else iter([self.tensor(name)])
+
+    def _stored(self, name: str) -> Any:
         if name not in self._by_name:
             raise VerificationError(f"{self.path}: has no tensor {name}")
-        stored = self._by_name[name]
+        return self._by_name[name]
+
+    def _values(self, name: str, data: Any) -> Tensor:
+        kind = self._by_name[name].tensor_type
         try:
-            values = self._gguf.quants.dequantize(stored.data, stored.tensor_type)
+            values = self._gguf.quants.dequantize(data, kind)
         except NotImplementedError as error:
-            raise VerificationError(
-                f"{self.path}: {name} has an unsupported type, {stored.tensor_type.name}"
-            ) from error
+            raise VerificationError(f"{self.path}: {name} has an unsupported type, {kind.name}") from error
         values = np.ascontiguousarray(values, dtype=np.float32)
-        whole = values.copy() if not values.flags.writeable else values
-        return torch.from_numpy(whole).reshape(self.tensors[name].shape)
+        return torch.from_numpy(values.copy() if not values.flags.writeable else values)
 
     @property
     def architecture(self) -> str:
@@ -146,6 +158,7 @@ def first_few(names: Sequence[str]) -> str:
 
 SUFFIXES = (".weight", ".bias")
 WITHIN = ("text_model.", "language_model.")  # what a vision-language model puts before its language tower's names
+ENDINGS = {"e_score_correction_bias": "e_score_correction.bias", "sinks": "sinks.weight"}
 BLOCKS = ("block_count", "vision.block_count")
 
 
@@ -163,12 +176,14 @@ def gguf_names(keys: Iterable[str], file: GGUFFile) -> dict[str, str]:
 
 
 def forms(key: str) -> Iterator[str]:
-    """The key, and what it would be if the model were its language tower alone."""
+    """The key, what it would be if the model were its language tower alone, and what converters write for parameters
+    without an ending of their own."""
     yield key
     for part in WITHIN:
         if part in key:
             yield key.replace(part, "")
             yield "model." + key.split(part, 1)[1]
+    yield from (key.replace(own, theirs) for own, theirs in ENDINGS.items() if key.endswith(own))
 
 
 def name_table(file: GGUFFile, blocks: int | None = None) -> Any:

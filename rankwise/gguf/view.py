@@ -24,7 +24,8 @@ from rankwise.errors import UsageError
 from rankwise.files.atomic import named, read_if_there, read_object, write_json, write_text
 from rankwise.files.checkpoint import HUB_ID
 from rankwise.gguf.converter import Converter
-from rankwise.gguf.metadata import MODEL, Vocabulary, plain_in_model
+from rankwise.gguf.metadata import MODEL, Vocabulary, config_of, plain_in_model
+from rankwise.gguf.mixture import IMPLIED, unlike_llama_cpp
 from rankwise.models.load import load_config, load_processor
 
 CONFIG, TOKENIZER, CARD = "config.json", "tokenizer_config.json", "README.md"
@@ -108,6 +109,8 @@ def config_change(model: Path, converter: Converter, mmproj: bool) -> Change:
     config = read_object(model / CONFIG)
     where = config.pop(PLACE, None)
     completed, notes = with_tower_name(config, converter, model)
+    completed, more = with_routing(completed, model)
+    notes += more
     if mmproj:
         require_known(str(first(config)), converter, model, mmproj=True)
         completed, more = with_vision_defaults(completed, model)
@@ -148,6 +151,18 @@ def refuse(name: str, model: Path, why: str) -> None:
         f"{model}: {name} cannot be exported: {why}. Run it with transformers (`rankwise evaluate`), or give a newer "
         "llama.cpp with --llama_cpp_dir"
     )
+
+
+def with_routing(config: dict[str, Any], model: Path) -> tuple[dict[str, Any], list[str]]:
+    """How the experts are chosen, where only the model's class says it. UsageError where llama.cpp cannot."""
+    loaded = config_of(model)
+    if loaded is None:
+        return config, []
+    if why := unlike_llama_cpp(loaded):
+        refuse(str(first(config)), model, why)
+    missing = {key: value for key, value in IMPLIED.get(loaded.model_type, {}).items() if key not in config}
+    notes = [f"{key} is {value}, which the config leaves to the class" for key, value in missing.items()]
+    return config | missing, notes
 
 
 def with_vision_defaults(config: dict[str, Any], model: Path) -> tuple[dict[str, Any], list[str]]:
