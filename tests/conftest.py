@@ -107,6 +107,13 @@ def text_export(converter: Converter, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
+def mixtures(converter: Converter, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny mixtures of experts: FAMILY/export (f32, f16, q8_0) of FAMILY/model, tuned from FAMILY/base."""
+    exported, made = (importlib.import_module(name) for name in ("exported", "exported_experts"))
+    return exported.once(exported.session_root(tmp_path_factory) / "mixtures", made.exported_mixtures)
+
+
+@pytest.fixture(scope="session")
 def vision_export(converter: Converter, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SmolVLM exported as f32, f16 and q8_0, with mmproj files; checkpoint in ../model, its base in ../base."""
     exported = importlib.import_module("exported")

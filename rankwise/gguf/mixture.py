@@ -59,7 +59,9 @@ def expert_numbers(file: GGUFFile, text: Any) -> dict[str, Any]:
 
 
 def valued(config: Any, names: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    found = {key: next((getattr(config, one) for one in each if hasattr(config, one)), None) for key, each in names.items()}
+    found = {
+        key: next((getattr(config, one) for one in each if hasattr(config, one)), None) for key, each in names.items()
+    }
     return {key: value for key, value in found.items() if isinstance(value, int | float) and value}
 
 

@@ -1,8 +1,8 @@
-"""Matrices of a GGUF that a converter joins, splits or turns, each with its own place in the checkpoint: experts above all.
+"""Matrices of a GGUF that a converter joins, splits or turns, each with its own place in the checkpoint.
 
     blk.1.ffn_gate_exps.weight[3] ◀── model.layers.1.mlp.experts.3.gate_proj.weight   (alone in its file: joined)
-                                  ◀── model.layers.1.mlp.experts.gate_up_proj[3]      (its first half, or every other row)
-    blk.1.attn_k_b.weight         ◀── model.layers.1.self_attn.kv_b_proj.weight       (of each head the first rows, turned)
+                                  ◀── model.layers.1.mlp.experts.gate_up_proj[3]      (first half, or every other row)
+    blk.1.attn_k_b.weight         ◀── model.layers.1.self_attn.kv_b_proj.weight       (of each head the first rows)
 
 Which rows are the gate's and which axis is the outputs' is the loaded model's to say (`is_concatenated`, a site's
 `transposed`): values alone would take an exchange of gate and up for another storage.
@@ -100,13 +100,13 @@ def cuts_of(
     how = STACKED if half is None else ALTERNATE if storage.alternate else HALF
     if alone := ALONE.search(key):
         return {int(alone[1]): Cut(key, JOINED, int(alone[1]), partial(piece, half=half))}
-    if len(shape) < len(stored) or half is not None and len(shape) == len(stored) and shape[0] != stored[0]:
+    if len(shape) < len(stored) or (half is not None and len(shape) == len(stored) and shape[0] != stored[0]):
         return {0: Cut(key, how, None, partial(piece, half=half, storage=storage))}
     take = partial(piece, half=half, storage=storage)
     return {one: Cut(key, how, one, partial(take, expert=one)) for one in range(shape[0])}
 
 
-def piece(tensor: Tensor, half: int | None, storage: Storage = Storage(), expert: int | None = None) -> Tensor:  # noqa: B008
+def piece(tensor: Tensor, half: int | None, storage: Storage = Storage(), expert: int | None = None) -> Tensor:
     """(out, in) of one matrix, or (out,) of a bias."""
     one = tensor if expert is None else tensor[expert]
     if storage.transposed and one.dim() == 2:
@@ -124,19 +124,21 @@ def of_heads(tensor: Tensor, half: int, stored: tuple[int, ...]) -> Tensor:
 
 def fused_storages(checkpoint: Checkpoint) -> Mapping[str, Storage]:
     """Key → storage of the fused experts, as the class of the model has it; {} where transformers has no such class."""
-    stacked = [key for key in checkpoint if len(checkpoint.shape(key)) > 1 and "experts" in key and not ALONE.search(key)]
+    stacked = [
+        key for key in checkpoint if len(checkpoint.shape(key)) > 1 and "experts" in key and not ALONE.search(key)
+    ]
     if not stacked or config_of(checkpoint.path) is None:
         return {}
     model = meta_model(str(checkpoint.path))
     keys = {name: weight.key for name, weight in weight_table(model, checkpoint.keys()).weights.items()}
-    found = {}
+    found: dict[str, Storage] = {}
     for site in model_sites(model).values():
         if not site.experts or site.weight not in keys:
             continue
         owner = model.get_submodule(site.weight.rpartition(".")[0])
         storage = Storage(site.transposed, not getattr(owner, "is_concatenated", True))
         # Biases stand beside the weights, under their name and `_bias`.
-        found |= {key: storage for key in (keys[site.weight], f"{keys[site.weight]}_bias")}
+        found |= dict.fromkeys((keys[site.weight], f"{keys[site.weight]}_bias"), storage)
     return found
 
 
@@ -152,7 +154,9 @@ def require_every_expert(checkpoint: Checkpoint) -> None:
         wanted = set().union(*experts.values())
         for number in range(max(every) + 1):
             missing = sorted(wanted - experts.get(number, set()))
-            lacking += [f"{layer}.{number}" if missing == sorted(wanted) else f"{layer}.{number}.{one}" for one in missing]
+            lacking += [
+                f"{layer}.{number}" if missing == sorted(wanted) else f"{layer}.{number}.{one}" for one in missing
+            ]
     if lacking:
         raise DataError(
             f"{checkpoint.path}: experts are missing: {first_few(list(dict.fromkeys(lacking)))}; is a shard missing? "
@@ -184,9 +188,7 @@ def same(found: Tensor, cut: Cut, checkpoint: Checkpoint) -> bool:
     return wanted.shape == found.shape and torch.equal(wanted.float(), found)
 
 
-def instead(
-    file: GGUFFile, name: str, cut: Cut, every: Mapping[str, tuple[Cut, ...]], checkpoint: Checkpoint
-) -> str:
+def instead(file: GGUFFile, name: str, cut: Cut, every: Mapping[str, tuple[Cut, ...]], checkpoint: Checkpoint) -> str:
     """What stands in a matrix's place: another one of the layer, its own rows in another order, or other values."""
     found, layer = stored(file, name, cut), name.split(".")[:2]
     for other, cuts in every.items():
