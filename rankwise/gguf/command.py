@@ -24,7 +24,7 @@ from rankwise.files.lineage import trained_rows
 from rankwise.files.run_folder import RunFolder
 from rankwise.gguf.converter import Converter, converter_folder, find_converter, install_converter
 from rankwise.gguf.export import write_export
-from rankwise.gguf.lora import largest_rank, read_plain, require_text_sites, write_adapter_gguf
+from rankwise.gguf.lora import largest_rank, read_plain, refuse_experts, require_text_sites, write_adapter_gguf
 from rankwise.gguf.plan import ExportPlan, plan_export, require_model, require_space
 from rankwise.gguf.reading import EXPORT, MMPROJ, TEXT, Exported, read_export
 from rankwise.models.load import load_config
@@ -41,6 +41,8 @@ def run(config: ExportConfig) -> Exported | Path | None:
     check(config)
     if config.model or config.adapter_gguf:
         RunFolder(config.output_dir).refuse_other_content(STAGE)
+    if config.adapter_gguf:
+        refuse_experts(Path(config.adapter_gguf))
     converter = the_converter(config)
     if config.adapter_gguf:
         return export_adapter(config, Path(config.adapter_gguf), converter)

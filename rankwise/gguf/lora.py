@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save_file
 
 from rankwise.errors import DataError, UsageError, VerificationError
-from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, peft_tensors, read_adapter
+from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, adapter_files, peft_tensors, read_adapter
 from rankwise.files.adapter_config import lora_config
-from rankwise.files.atomic import named, write_json
+from rankwise.files.atomic import named, read_object, write_json
 from rankwise.files.checkpoint import ADAPTER_NAMES
 from rankwise.gguf.converter import Converter
 from rankwise.gguf.metadata import Vocabulary, config_of
@@ -30,6 +30,7 @@ from rankwise.gguf.view import changes_for
 from rankwise.gguf.view import model_view as shown_to_converter
 from rankwise.models.load import meta_model
 from rankwise.models.sites import tower_of, tower_prefixes
+from rankwise.page.text import plural
 
 ROUNDING = 1e-6  # relative: of one product in float32
 CLOSE, SAME_SCALE = 2e-2, 1e-2  # relative: of a file whose factors another converter rounded, to Q8_0 at worst
@@ -47,6 +48,21 @@ def read_plain(adapter: Path) -> LoraAdapter:
             "factors. Merge it and export the merged model"
         )
     return found
+
+
+def refuse_experts(adapter: Path) -> None:
+    """UsageError for an adapter of a mixture's experts: llama.cpp's converter takes one matrix a pair."""
+    file = adapter_files(adapter)[1]
+    targets = (read_object(file).get("target_parameters") or []) if file else []
+    stacked = [name for name in targets if not str(name).endswith(".weight")]
+    if not stacked and targets:
+        stacked = [path for path, pair in read_adapter(adapter).pairs.items() if pair.experts]
+    if stacked:
+        raise UsageError(
+            f"{adapter}: it adapts the experts of {plural(len(stacked), 'parameter')} ({first_few(sorted(stacked))}), "
+            f"which llama.cpp's converter of LoRAs cannot write; merge it (rankwise merge {adapter} -o merged_model) "
+            "and export the merged model"
+        )
 
 
 def require_text_sites(adapter: LoraAdapter, base: Path, where: Path) -> None:

@@ -40,6 +40,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 SQUARE = {"gpt_oss": "gpt_oss, 2I = H", "llama4_text": "llama4_text, 2I = H"}  # shapes do not tell what is transposed
 
+UNDECIDED = "mixtral, near ties"
+
 
 def exported_mixtures(folder: Path) -> None:
     """Every family, and with 2I = H those that store (in, out)."""
@@ -48,6 +50,7 @@ def exported_mixtures(folder: Path) -> None:
         mixture(family, folder / family)
     for family, name in SQUARE.items():
         mixture(family, folder / name, inner=experts.HIDDEN // 2)
+    undecided(mixture("mixtral", folder / UNDECIDED))
     places = sorted(place for place in folder.iterdir() if place.is_dir())
     converter = taught(installed_converter(), places[0] / "model", folder / "converter")
     with ExitStack() as views:
@@ -74,6 +77,15 @@ def mixture(family: str, folder: Path, **settings: Any) -> Path:
             weights[key] = weight + 0.01 * torch.randn(weight.shape, generator=generator)
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     return model
+
+
+def undecided(model: Path) -> None:
+    """Two experts of the last layer have the same router row, up to float32's rounding: which of them a token that
+    wants one goes to is anybody's choice."""
+    weights = load_file(model / "model.safetensors")
+    row = weights[f"model.layers.{experts.LAYERS - 1}.block_sparse_moe.gate.weight"]
+    row[1] = row[0] * (1 + 2**-23)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
 
 
 def taught(converter: Converter, model: Path, folder: Path) -> Converter:

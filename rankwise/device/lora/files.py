@@ -14,6 +14,7 @@ from rankwise.device.sides import LoraFile
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import is_adapter
 from rankwise.files.checkpoint import resolve
+from rankwise.gguf.lora import refuse_experts
 from rankwise.gguf.reading import EXPORT
 from rankwise.options.commands import ValidateConfig
 
@@ -66,4 +67,5 @@ def require_adapter(one: LoraFile) -> None:
     folder = resolve(one.reference)
     if not is_adapter(folder):
         raise UsageError(f"--reference {one.reference}: not an adapter, with which {one.name} could be compared")
+    refuse_experts(folder)
     require_same(one.path.parent, folder)

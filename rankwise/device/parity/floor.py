@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from rankwise.device.parity.cases import Case
 from rankwise.device.parity.reference import HFReference, distance, embedded, forced
+from rankwise.device.parity.routing import Choices, Place, Rerouted, Routing, expert_counts, limit_beside
 from rankwise.errors import need
 from rankwise.evaluate.bootstrap import wilson
 
@@ -45,7 +46,8 @@ class Position:
 
     kl: nats, reference from other. first, other_first: the likeliest token of each; other_first is -1 where nothing
     is known. margin: log p of the reference's first token less that of its second. margin_difference: how far the
-    other side is from that margin, infinite where it does not name both tokens. case: whose answer it is.
+    other side is from that margin, infinite where it does not name both tokens. case: whose answer it is; number: of
+    the token in it.
     """
 
     kl: float
@@ -54,6 +56,7 @@ class Position:
     margin: float
     margin_difference: float
     case: str = ""
+    number: int = 0
 
     @property
     def flipped(self) -> bool:
@@ -113,6 +116,12 @@ class Divergence:
     def of(self, cases: Sequence[str]) -> Divergence:
         return Divergence(tuple(position for position in self.positions if position.case in cases))
 
+    def but(self, places: Collection[Place]) -> Divergence:
+        return Divergence(tuple(one for one in self.positions if (one.case, one.number) not in places))
+
+    def only(self, places: Collection[Place]) -> Divergence:
+        return Divergence(tuple(one for one in self.positions if (one.case, one.number) in places))
+
     def as_dict(self, margin: float) -> dict[str, Any]:
         """margin: below it a flip is a tie."""
         real = self.flips_above(margin)
@@ -139,20 +148,20 @@ def compare(log_probs: Tensor, tops: Sequence[Mapping[int, float]], case: str = 
             compared as far as they go.
     """
     rows = zip(log_probs.double(), tops, strict=False)
-    return Divergence(tuple(place(row, top, case) for row, top in rows))
+    return Divergence(tuple(place(row, top, case, number) for number, (row, top) in enumerate(rows)))
 
 
 def joined(parts: Sequence[Divergence]) -> Divergence:
     return Divergence(tuple(position for part in parts for position in part.positions))
 
 
-def place(row: Tensor, top: Mapping[int, float], case: str) -> Position:
+def place(row: Tensor, top: Mapping[int, float], case: str, number: int = 0) -> Position:
     """One place. row: (vocabulary,) float64."""
     (first, second), gap = leaders(row)
     known = first in top and second in top
     difference = abs(top[first] - top[second] - gap) if known else math.inf
     other = max(top, key=top.__getitem__) if top else -1
-    return Position(divergence(row, top), first, other, gap, difference, case)
+    return Position(divergence(row, top), first, other, gap, difference, case, number)
 
 
 def leaders(row: Tensor) -> tuple[tuple[int, int], float]:
@@ -209,7 +218,8 @@ EXPLAINS = {
 class Thresholds:
     """Limits for a runtime. kl_*: nats. margin: nats; where the reference is less sure than this, another
     likeliest token is a tie. agreement: least top-1 agreement, as asked for. k: how many floors they are.
-    embeddings: relative distance of a picture's embeddings."""
+    embeddings: relative distance of a picture's embeddings. apart: places that another choice of experts moves by more,
+    in near_ties of so many choices: not held to these limits, and counted."""
 
     kl_mean: float
     kl_p99: float
@@ -218,9 +228,11 @@ class Thresholds:
     agreement: float | None = None
     k: float = K
     embeddings: float = math.inf
+    apart: frozenset[Place] = frozenset()
+    near_ties: int = 0
 
     def as_dict(self) -> dict[str, float | None]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name not in ("apart", "near_ties")}
 
     @property
     def note(self) -> str:
@@ -231,10 +243,12 @@ class Thresholds:
 @dataclass(frozen=True)
 class Floor:
     """Divergence of every known-good path from the reference, by its name; and the largest relative distance of its
-    embeddings of pictures."""
+    embeddings of pictures. routing: of a mixture of experts, by the names of paths that a form explains, what the near
+    ties among their roundings decide."""
 
     paths: Mapping[str, Divergence]
     embeddings: Mapping[str, float] = field(default_factory=dict)
+    routing: Mapping[tuple[str, ...], Rerouted] = field(default_factory=dict)
 
     def thresholds(self, form: str, k: float = K, agreement: float | None = None) -> Thresholds:
         """Those for a file form (`f16`, `q8_0` …): k times the largest floor that the form explains, and never less
@@ -245,8 +259,12 @@ class Floor:
         """
         names = EXPLAINS.get(form.lower(), tuple(self.paths))
         known = [self.paths[name] for name in names if name in self.paths]
+        routing, apart = self.routing.get(tuple(names)), frozenset[Place]()
+        if routing and known:
+            apart = routing.apart(limit_beside([kl for one in known for kl in one.kl], LEAST_KL, k))
+            known = [settled for one in known if (settled := one.but(apart)).positions]
         k = max(k, chance(max(known, key=lambda one: one.mean).effective)) if known else k
-        apart = max((self.embeddings.get(name, 0.0) for name in names), default=0.0)
+        distance = max((self.embeddings.get(name, 0.0) for name in names), default=0.0)
 
         def largest(figure: str) -> float:
             return max((getattr(one, figure) for one in known), default=0.0)
@@ -258,12 +276,15 @@ class Floor:
             margin=max(LEAST_MARGIN, math.sqrt(k) * largest("margin_difference")),
             agreement=agreement,
             k=k,
-            embeddings=max(LEAST_DISTANCE, math.sqrt(k) * apart),
+            embeddings=max(LEAST_DISTANCE, math.sqrt(k) * distance),
+            apart=apart,
+            near_ties=routing.near_ties if routing else 0,
         )
 
     def of(self, cases: Sequence[str]) -> Floor:
         """The floor of some of the cases."""
-        return Floor({name: one.of(cases) for name, one in self.paths.items()}, self.embeddings)
+        routing = {names: one.of(cases) for names, one in self.routing.items()}
+        return Floor({name: one.of(cases) for name, one in self.paths.items()}, self.embeddings, routing)
 
     def as_dict(self) -> dict[str, dict[str, float]]:
         return {
@@ -308,16 +329,47 @@ def measure_floor(
     exact = [reference.expected(case) for case in cases]
     found: dict[str, Divergence] = {}
     distances: dict[str, float] = {}
+    choices = chosen(reference, cases)
     for name, (enter, batch) in PATHS.items():
         if names is not None and name not in names:
             continue
         with enter(reference.model) as model:
             if model is None:
                 continue
-            parts = zip(cases, exact, run(reference, model, cases, batch), strict=True)
+            with choices.watching(name) if choices and batch == 1 else nullcontext():
+                rows = run(reference, model, cases, batch)
+            parts = zip(cases, exact, rows, strict=True)
             found[name] = joined([compare(e.log_probs, top_of(o, top), case.id) for case, e, o in parts])
             distances[name] = farthest(reference, model, cases)
-    return Floor(found, distances)
+    return Floor(found, distances, rerouted(reference, cases, choices, top) if choices else {})
+
+
+def chosen(reference: HFReference, cases: Sequence[Case]) -> Routing | None:
+    """The reference's choices of experts; None for a dense model, and for one whose choices are made otherwise."""
+    experts = expert_counts(reference.model)
+    if not experts:
+        return None
+    with Choices(experts) as seen:
+        run(reference, reference.model, cases, 1)
+    return Routing(experts, tuple(seen.watched), tuple(seen.margins)) if seen.margins else None
+
+
+def rerouted(
+    reference: HFReference, cases: Sequence[Case], choices: Routing, top: int
+) -> dict[tuple[str, ...], Rerouted]:
+    """For the paths of every form: the reference against itself with their near ties decided the other way."""
+    found = {}
+    total = sum(len(margin) for margin in choices.margins)
+    for names in dict.fromkeys((*EXPLAINS.values(), tuple(choices.moved))):
+        ties, kl = choices.ties(names), dict[Place, float]()
+        if ties:
+            with Choices(choices.experts, choices.pairs, ties):
+                rows = run(reference, reference.model, cases, 1)
+            for case, row in zip(cases, rows, strict=True):
+                parts = compare(reference.expected(case).log_probs, top_of(row, top), case.id)
+                kl |= {(one.case, one.number): one.kl for one in parts.positions}
+        found[names] = Rerouted(kl, sum(int(one.sum()) for one in ties), total)
+    return found
 
 
 def run(reference: HFReference, model: Any, cases: Sequence[Case], batch: int) -> list[Tensor]:

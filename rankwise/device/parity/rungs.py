@@ -38,6 +38,10 @@ NO_EMBEDDINGS = (
     "a llama.cpp server does not hand out the embeddings of a picture; with llama-cpp-python installed (pip install "
     "llama-cpp-python) they are measured. An error in them shows at the logprobs too"
 )
+NO_SETTLED = (
+    "at every place a near tie in a router decides more than rounding does, so that llama.cpp may rightly choose other "
+    "experts: compare more items (--parity_samples)"
+)
 UNTOLD = "the app's answers have no {}"
 SHOWN_IDS, SHOWN_CHARACTERS = 6, 40
 
@@ -255,14 +259,30 @@ def logprobs(seen: Sequence[Observed], _: Speech, thresholds: Thresholds) -> Run
     threshold = {name: value for name, value in thresholds.as_dict().items() if name != "embeddings"}
     if not heard:
         return Rung("logprobs", NOT_MEASURED, {}, threshold, "the runtime told no log-probabilities of any answer")
-    parts = {one.case.id: compare(one.expected.log_probs, one.tops, one.case.id) for one in heard}
-    found = joined(list(parts.values()))
-    measured = found.as_dict(thresholds.margin)
+    every = {one.case.id: compare(one.expected.log_probs, one.tops, one.case.id) for one in heard}
+    parts = {name: one.but(thresholds.apart) for name, one in every.items()}
+    found, moved = joined(list(parts.values())), joined([one.only(thresholds.apart) for one in every.values()])
+    if not found.positions:
+        return Rung("logprobs", NOT_MEASURED, routed_apart(moved, thresholds), threshold, NO_SETTLED)
+    measured = found.as_dict(thresholds.margin) | routed_apart(moved, thresholds)
     measured |= {"floors": {name: thresholds.k * measured[name] / threshold[name] for name in KLS}}
     measured |= {"cases_not_told": len(seen) - len(heard), "by_kind": by_kind(heard, found)}
     facts = beyond(found, measured, thresholds)
     why = f"{'; '.join(facts)}. {suspect(heard, parts, thresholds)}" if facts else ""
     return judged("logprobs", measured, threshold, why, thresholds.note)
+
+
+def routed_apart(moved: Divergence, thresholds: Thresholds) -> dict[str, Any]:
+    """The places that another choice of experts may move, which no limit holds; {} where routers have no near ties."""
+    if not thresholds.near_ties:
+        return {}
+    return {
+        "near_ties_of_routers": thresholds.near_ties,
+        "positions_of_another_routing": len(moved.positions),
+        "kl_mean_of_another_routing": moved.mean if moved.positions else None,
+        "kl_max_of_another_routing": moved.max if moved.positions else None,
+        "flips_of_another_routing": len(moved.flips),
+    }
 
 
 def beyond(found: Divergence, measured: Mapping[str, Any], thresholds: Thresholds) -> list[str]:
@@ -287,6 +307,7 @@ def by_kind(heard: Sequence[Observed], found: Divergence) -> dict[str, dict[str,
     return {
         kind: {"positions": len(part.positions), "kl_mean": part.mean, "top1_agreement": part.agreement}
         for kind, part in parts.items()
+        if part.positions
     }
 
 
@@ -308,6 +329,7 @@ def suspect(heard: Sequence[Observed], parts: Mapping[str, Divergence], threshol
 
 
 EQUAL, TIE, RUNS_ON, STOPS, DIFFERENT = "equal", "tie", "runs on", "stops early", "different"
+ROUTED = "another routing"
 REASONS = {
     RUNS_ON: "the runtime writes on behind the end token of training, so the GGUF ends answers with another one: look "
     "at tokenizer.ggml.eos_token_id and at generation_config.json of the merged model",
@@ -321,9 +343,10 @@ def text(seen: Sequence[Observed], _: Speech, thresholds: Thresholds) -> Rung:
     heard = [one for one in seen if one.free and one.expected.greedy]
     if not heard:
         return Rung("text", NOT_MEASURED, why="no case was answered freely on both sides")
-    of: dict[str, list[Observed]] = {kind: [] for kind in (EQUAL, TIE, RUNS_ON, STOPS, DIFFERENT)}
+    kinds = (EQUAL, TIE, *((ROUTED,) if thresholds.near_ties else ()), RUNS_ON, STOPS, DIFFERENT)
+    of: dict[str, list[Observed]] = {kind: [] for kind in kinds}
     for one in heard:
-        of[answered(one, thresholds.margin)].append(one)
+        of[answered(one, thresholds)].append(one)
     measured = {"cases": len(heard), **{kind.replace(" ", "_"): len(members) for kind, members in of.items()}}
     why = ""
     if bad := next((kind for kind in REASONS if of[kind]), ""):
@@ -334,7 +357,7 @@ def text(seen: Sequence[Observed], _: Speech, thresholds: Thresholds) -> Rung:
     return judged("text", measured, {"different": 0, "margin": thresholds.margin}, why, thresholds.note)
 
 
-def answered(one: Observed, margin: float) -> str:
+def answered(one: Observed, thresholds: Thresholds) -> str:
     """How the runtime's own answer compares with the reference's."""
     assert one.free
     expected, found = one.expected.answer, one.free.tokens
@@ -344,7 +367,9 @@ def answered(one: Observed, margin: float) -> str:
         return RUNS_ON if ended and len(found) > place else EQUAL
     if place == len(found):
         return STOPS
-    return TIE if leaders(one.expected.log_probs[place].double())[1] <= margin else DIFFERENT
+    if leaders(one.expected.log_probs[place].double())[1] <= thresholds.margin:
+        return TIE
+    return ROUTED if (one.case.id, place) in thresholds.apart else DIFFERENT
 
 
 RUNGS: Mapping[str, Callable[[Sequence[Observed], Speech, Thresholds], Rung]] = {
