@@ -113,7 +113,7 @@ def calibrated(trained: TrainedSide, calibration: Calibration, source: Path, out
 
 def linear_layers(model: Any, file: GGUFFile) -> dict[str, Any]:
     """llama.cpp's name of every matrix that is weighed → the module whose weight it is."""
-    sites = [path for path, site in model_sites(model).items() if site.tower == "language"]
+    sites = [path for path, site in model_sites(model).items() if site.tower == "language" and not site.experts]
     modules = {name: model.get_submodule(key.removesuffix(".weight")) for name, key in named(sites, file).items()}
     missing = [name for name in weighed(file) if name not in modules]
     strange = [name for name, module in modules.items() if not same_columns(file.tensor(name), module)]

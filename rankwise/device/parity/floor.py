@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from rankwise.device.parity.cases import Case
 from rankwise.device.parity.reference import HFReference, distance, embedded, forced
-from rankwise.device.parity.routing import Choices, Place, Rerouted, Routing, expert_counts, limit_beside
+from rankwise.device.parity.routing import Choices, Place, Rerouted, ChosenExperts, expert_counts, limit_beside
 from rankwise.errors import need
 from rankwise.evaluate.bootstrap import wilson
 
@@ -344,18 +344,18 @@ def measure_floor(
     return Floor(found, distances, rerouted(reference, cases, choices, top) if choices else {})
 
 
-def chosen(reference: HFReference, cases: Sequence[Case]) -> Routing | None:
+def chosen(reference: HFReference, cases: Sequence[Case]) -> ChosenExperts | None:
     """The reference's choices of experts; None for a dense model, and for one whose choices are made otherwise."""
     experts = expert_counts(reference.model)
     if not experts:
         return None
     with Choices(experts) as seen:
         run(reference, reference.model, cases, 1)
-    return Routing(experts, tuple(seen.watched), tuple(seen.margins)) if seen.margins else None
+    return ChosenExperts(experts, tuple(seen.watched), tuple(seen.margins)) if seen.margins else None
 
 
 def rerouted(
-    reference: HFReference, cases: Sequence[Case], choices: Routing, top: int
+    reference: HFReference, cases: Sequence[Case], choices: ChosenExperts, top: int
 ) -> dict[tuple[str, ...], Rerouted]:
     """For the paths of every form: the reference against itself with their near ties decided the other way."""
     found = {}

@@ -63,7 +63,7 @@ class Choices(TorchFunctionMode):
 
 
 @dataclass(frozen=True)
-class Routing:
+class ChosenExperts:
     """The reference's choices, call by call. margins: (tokens,) each; moved: name of a known-good way → what it does to
     them."""
 
