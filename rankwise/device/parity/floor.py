@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from rankwise.device.parity.cases import Case
 from rankwise.device.parity.reference import HFReference, distance, embedded, forced
-from rankwise.device.parity.routing import Choices, Place, Rerouted, ChosenExperts, expert_counts, limit_beside
+from rankwise.device.parity.routing import Choices, ChosenExperts, Place, Rerouted, expert_counts, limit_beside
 from rankwise.errors import need
 from rankwise.evaluate.bootstrap import wilson
 
