@@ -14,7 +14,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -334,12 +334,16 @@ def model_fingerprint(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Weight:
-    """Location of a matrix: its key, and for fused tensors its block among equal row blocks."""
+    """Location of a matrix: its key, and for fused tensors its block among row blocks, which are equal or of these
+    sizes."""
 
     key: str
     part: tuple[int, int] = (0, 1)
+    sizes: tuple[int, ...] = ()
 
     def read(self, checkpoint: Checkpoint) -> Tensor:
-        tensor = checkpoint.tensor(self.key)
-        index, count = self.part
-        return tensor if count == 1 else tensor.chunk(count, dim=0)[index]
+        return self.blocks(checkpoint.tensor(self.key))[self.part[0]]
+
+    def blocks(self, tensor: Tensor) -> Sequence[Tensor]:
+        """All blocks of the tensor that this is one of."""
+        return tensor.split(self.sizes) if self.sizes else tensor.chunk(self.part[1]) if self.part[1] > 1 else (tensor,)

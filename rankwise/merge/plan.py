@@ -46,13 +46,15 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 @dataclass(frozen=True)
 class Entry:
     """A tensor that is still to be made. `source`: the base's key that it comes from; `names`: the module parameters
-    that are equal row blocks of it. `experts`: where the base has the parameter of experts that it belongs to."""
+    that are row blocks of it, `sizes` their rows where they are not equal. `experts`: where the base has the parameter
+    of experts that it belongs to."""
 
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     source: str = ""
     names: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
     experts: ExpertFiles | None = None
 
     @property
@@ -386,6 +388,7 @@ def entries_of(
     names: dict[str, list[str]] = {}
     for name, weight in sorted(weights.items(), key=lambda item: item[1].part[0]):
         names.setdefault(weight.key, []).append(name)
+    sizes = {weight.key: weight.sizes for weight in weights.values()}
     sources = {key: (key, tuple(names.get(key, ()))) for key in base}
     sources |= {name: (weights[other].key, (name,)) for name, other in partner.items() if name not in weights}
     resized = change.rowed if rows[0] != rows[1] else frozenset()
@@ -394,7 +397,7 @@ def entries_of(
         shape, stored = base.shape(source), base.dtype(source)
         shape = (rows[1], *shape[1:]) if resized & set(blocks) else shape
         kept = dtype == "auto" or not stored.is_floating_point
-        entries.append(Entry(key, shape, stored if kept else getattr(torch, dtype), source, blocks))
+        entries.append(Entry(key, shape, stored if kept else getattr(torch, dtype), source, blocks, sizes.get(key, ())))
     return tuple(entries)
 
 
@@ -411,5 +414,5 @@ def with_experts(entries: Sequence[Entry], experts: Mapping[str, ExpertFiles], d
         elif entry.key.endswith(BLOCKS):
             kind = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
             key = entry.key.removesuffix(BLOCKS)
-            found.append(Entry(key, files.shape, kind, entry.source, (files.parameter,), files))
+            found.append(Entry(key, files.shape, kind, entry.source, (files.parameter,), experts=files))
     return tuple(found)

@@ -195,7 +195,8 @@ def make_tensor(plan: MergePlan, entry: Entry, rounding: Rounding | None = None)
     if not plan.touched & set(entry.names):
         return stored.to(entry.dtype)
     written = []
-    for name, block in zip(entry.names, stored.chunk(len(entry.names)), strict=True):
+    blocks = stored.split(entry.sizes) if entry.sizes else stored.chunk(len(entry.names))
+    for name, block in zip(entry.names, blocks, strict=True):
         merged = change_weight(plan, name, block)
         if rounding is not None and name in plan.touched:
             rounding.add(name, with_rows(block, len(merged)), merged, entry.dtype)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN, get_model_conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
+    Split,
     WeightConverter,
     WeightRenaming,
     apply_renamings,
@@ -247,22 +248,24 @@ def weight_table(model: PreTrainedModel, keys: list[str]) -> WeightTable:
             weights[name] = Weight(key)
             continue
         converter = next(item for item in converters if source in item.source_patterns)
-        parts = chunks(converter, name)
+        parts = blocks(converter, name)
         if parts is None:
             rewritten.append(name)
             converted.append(Converted(key, apply_renamings(key, renamings), source, name, converter))
+        sizes = tuple(state[part].shape[0] for part in parts or [] if part in state)
+        sizes = sizes if len(set(sizes)) > 1 and len(sizes) == len(parts or []) else ()
         for index, part in enumerate(parts or []):
-            weights[part] = Weight(key, part=(index, len(parts or [])))
+            weights[part] = Weight(key, (index, len(parts or [])), sizes)
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     plain = {name: weight.key for name, weight in weights.items() if weight.part == (0, 1)}
     experts = [*stored_experts(plain, shapes), *converted_experts(converted, shapes)]
     return WeightTable(weights, tuple(dict.fromkeys(rewritten)), {files.parameter: files for files in experts})
 
 
-def chunks(converter: WeightConverter, first: str) -> list[str] | None:
-    """The targets of a converter that only splits one tensor into equal row blocks; None for any other."""
+def blocks(converter: WeightConverter, first: str) -> list[str] | None:
+    """The targets of a converter that only splits one tensor into row blocks; None for any other."""
     operations = converter.operations
-    if len(operations) != 1 or type(operations[0]) is not Chunk or operations[0].dim != 0:
+    if len(operations) != 1 or type(operations[0]) not in (Chunk, Split) or operations[0].dim != 0:
         return None
     lead = converter.target_patterns[0]
     return [first.replace(lead, target) for target in converter.target_patterns]

@@ -82,7 +82,8 @@ def shape_of(place: Weight | ExpertFiles, checkpoint: Checkpoint) -> tuple[int, 
     if isinstance(place, ExpertFiles):
         return place.shape
     shape = checkpoint.shape(place.key)
-    return shape if place.part[1] == 1 else (shape[0] // place.part[1], *shape[1:])
+    index, count = place.part
+    return shape if count == 1 else (place.sizes[index] if place.sizes else shape[0] // count, *shape[1:])
 
 
 def matrices_of(place: Weight | ExpertFiles, checkpoint: Checkpoint) -> Iterator[Tensor]:

@@ -120,7 +120,7 @@ def places_of(
         if name in right:
             continue
         if isinstance(weight, Weight) and brought[weight.key] in names[1]:
-            right[name] = Weight(names[1][brought[weight.key]], weight.part)
+            right[name] = replace(weight, key=names[1][brought[weight.key]])
         elif isinstance(weight, ExpertFiles) and all(brought[key] in names[1] for key in weight.keys):
             right[name] = weight.renamed({key: names[1][brought[key]] for key in weight.keys})
     for table, each in ((left, names[0]), (right, names[1])):
@@ -139,7 +139,7 @@ def model_weights(model: PreTrainedModel, names: Mapping[str, str]) -> dict[str,
     found: dict[str, Weight | ExpertFiles] = {}
     for each in ({key: key for key in names.values()}, names):
         table = weight_table(model, list(each))
-        plain = {n: Weight(each[w.key], w.part) for n, w in table.weights.items() if n in known and n not in experts}
+        plain = {n: replace(w, key=each[w.key]) for n, w in table.weights.items() if n in known and n not in experts}
         stacks = {n: files.renamed(each) for n, files in table.experts.items() if n in experts}
         found = plain | stacks | found
     return found
