@@ -218,9 +218,10 @@ def molmo2() -> Parts:
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
     config = Molmo2Config(
         text_config={**text_sizes(tokenizer), "head_dim": 8, "additional_vocab_size": 8},
-        vision_config={**TOWER, **heads, "image_size": [32, 32]},
+        vision_config={**TOWER, **heads, "image_size": [32, 32], "initializer_range": 0.05},
         adapter_config={
             **heads,
+            "initializer_range": 0.05,
             "vision_feature_layer": [-1, -2],
             "hidden_size": 32,
             "intermediate_size": 48,

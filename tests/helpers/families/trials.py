@@ -62,7 +62,13 @@ def tower_by_name(path: str) -> str:
 
 
 def linear_sites(subject: Subject) -> list[str]:
-    return [name for name, module in subject.family.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    """Linear layers, and modules that hold a layer's experts."""
+    modules = subject.family.model.named_modules()
+    return [name for name, module in modules if isinstance(module, torch.nn.Linear) or has_experts(name, module)]
+
+
+def has_experts(name: str, module: torch.nn.Module) -> bool:
+    return name.endswith("experts") and any(value.dim() == 3 for value in module.parameters(recurse=False))
 
 
 def unused_sites(subject: Subject) -> set[str]:
@@ -81,14 +87,14 @@ def unused_sites(subject: Subject) -> set[str]:
 
 
 def moved_sites(out: Path) -> dict[str, float]:
-    """Path → largest entry of B, which begins at zero."""
+    """Path → largest entry of B, which begins at zero; of the pairs of one module's experts the smaller one."""
     weights = load_file(out / "adapter_model.safetensors")
-    ends = ".lora_B.weight"
-    return {
-        name.removeprefix("base_model.model.").removesuffix(ends): value.abs().max().item()
-        for name, value in weights.items()
-        if name.endswith(ends)
-    }
+    ends, found = ".lora_B.weight", {}
+    for name, value in weights.items():
+        if name.endswith(ends):
+            path = name.removeprefix("base_model.model.").removesuffix(ends).replace(".base_layer", "")
+            found[path] = min(found.get(path, math.inf), value.abs().max().item())
+    return found
 
 
 @question("train")

@@ -37,8 +37,6 @@ LIMITED = {
 
 # Built and not exact, in words; without a line here the table quotes what differs.
 REFUSED = {
-    "molmo2": "its files hold attention matrices fused, which merge does not take apart",
     "hunyuan_vl": "its processor takes an image token only between its tokens of begin and end",
-    "glm4v_moe": "PEFT takes the matrices of its dense first layer for experts' and builds other sites than planned",
     "got_ocr2": "its processor takes no conversation with images: its own chat call raises an error",
 }
