@@ -161,6 +161,11 @@ def _log_probs(output: Any, start: int) -> Values:
 def max_rank(adapter: Path) -> int:
     """The smallest rank limit of vLLM that takes the adapter; UsageError for adapters that it would read wrong."""
     config: Mapping[str, Any] = read_object(adapter / CONFIG_NAME)
+    if config.get("target_parameters"):
+        raise UsageError(
+            f"{adapter} adapts parameters by name (experts), which vLLM does not read as PEFT writes them (vllm#41754); "
+            "merge it with `rankwise merge`, or take --engine transformers"
+        )
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         raise UsageError(
             f"{adapter} has ranks or scales per site, which vLLM does not read; write the uniform form, which changes "

@@ -313,6 +313,7 @@ def test_the_command_fails_with_exit_6_before_it_answers(
         ({"rank_pattern": {"q_proj": 4}}, "rankwise compress .* --uniform"),
         ({"alpha_pattern": {"q_proj": 4}}, "rankwise compress .* --uniform"),
         ({"use_dora": True}, "use_dora"),
+        ({"target_parameters": ["mlp.experts.down_proj"]}, "adapts parameters by name .* merge it"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias all"),
         ({"peft_type": "LOHA"}, "peft_type LOHA"),

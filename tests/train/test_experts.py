@@ -17,13 +17,20 @@ from transformers import TrainerCallback
 
 from rankwise.core.phase import bind
 from rankwise.core.schedule import parse_schedule
+from rankwise.errors import VerificationError
+from rankwise.models import adapters
 from rankwise.models.adapt import ADAPTER, lora_layers, lora_pairs, site_parameters
 from rankwise.models.load import load_model, meta_model
 from rankwise.models.sites import model_sites
+from rankwise.models.targets import choose_sites, uniform_plan
+from rankwise.train import results
+from rankwise.train.arguments import build_arguments
+from rankwise.train.expert_norms import check_saved
 from rankwise.train.expert_record import EXPERT_NORMS, expert_table, read_experts
 from rankwise.train.gradient_table import stored
 from rankwise.train.gradients import GradientNorms, trained_model
 from rankwise.train.phases import PhaseKeeper
+from rankwise.train.results import write_adapter_files
 
 
 @pytest.fixture(scope="module")
@@ -213,11 +220,57 @@ def test_resume_is_exact(bases: dict[str, Path], tmp_path: Path, family: str) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_checkpointed_activations_give_the_same_gradients(bases: dict[str, Path], tmp_path: Path, family: str) -> None:
-    found = []
-    for name, given in (("plain", {}), ("again", {"activation_checkpointing": True})):
+def test_checkpointed_activations_give_the_same_weights(bases: dict[str, Path], tmp_path: Path, family: str) -> None:
+    """Not reentrant where nothing is said, which transformers would have; asked for, that trains the same."""
+    ways: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "again": {"activation_checkpointing": True},
+        "reentrant": {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+    }
+    found = {}
+    for name, given in ways.items():
         trainer = make(bases[family], tmp_path / name, max_steps=2, **given)
         trainer.train()
-        found.append(weights(trainer))
-    for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-7)
+        found[name] = weights(trainer)
+    assert build_arguments(tmp_path, 1, ways["again"]).activation_checkpointing_kwargs == {"use_reentrant": False}
+    for name in ("again", "reentrant"):
+        for key, value in found["plain"].items():
+            torch.testing.assert_close(found[name][key], value, rtol=1e-5, atol=1e-7)
+
+
+# --- what is saved -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama4_text"])
+def test_experts_that_are_lost_on_the_way_to_the_file_are_found_out(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """axolotl#3772: what one process has of a shard is saved, and the rest is zero."""
+    trainer = make(bases[family], tmp_path, max_steps=2)
+    trainer.train()
+    plan = plan_of(bases[family])
+    write_adapter_files(trainer, tmp_path, "base", plan, [])
+
+    def first_half(_: Any) -> dict[str, torch.Tensor]:
+        state = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        for name, value in state.items():
+            if "lora_B" in name:
+                value[:, 1::4] = 0.0  # expert 1 of four
+        return state
+
+    monkeypatch.setattr(results, "whole_state", first_half)
+    with pytest.raises(VerificationError, match=r"1 expert of model.layers.*\(1\) have learnt") as raised:
+        write_adapter_files(trainer, tmp_path, "base", plan, [])
+    assert raised.value.exit_code == 6
+
+
+def plan_of(base: Path) -> Any:
+    return uniform_plan(choose_sites(model_sites(meta_model(str(base))), "experts"), RANK, None, False, "x")
+
+
+def test_a_pair_that_is_not_in_the_file_is_found_out(tmp_path: Path, bases: dict[str, Path]) -> None:
+    model = adapted(bases["mixtral"])
+    adapters.save_adapter(model, tmp_path, "base")
+    check_saved(tmp_path, {path: [] for path in expert_sites(bases["mixtral"])})
+    with pytest.raises(VerificationError, match=r"2 experts of model\.layers\.9"):
+        check_saved(tmp_path, {"model.layers.9.mlp.experts.down_proj": [0, 3]})
