@@ -163,8 +163,8 @@ def max_rank(adapter: Path) -> int:
     config: Mapping[str, Any] = read_object(adapter / CONFIG_NAME)
     if config.get("target_parameters"):
         raise UsageError(
-            f"{adapter} adapts parameters by name (experts), which vLLM does not read as PEFT writes them (vllm#41754); "
-            "merge it with `rankwise merge`, or take --engine transformers"
+            f"{adapter} adapts parameters by name (experts), and vLLM does not read those as PEFT writes them "
+            "(vllm#41754); merge it with `rankwise merge`, or take --engine transformers"
         )
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         raise UsageError(

@@ -1,4 +1,5 @@
-"""Arms that train by themselves: `norm:N`, which chooses on the way what trains next, rows of pictures, all weights.
+"""Arms that train by themselves: `norm:N`, which chooses on the way what trains next, rows of pictures, experts, all
+weights.
 
     trained, replay = train_alone(model, arm, bind(Norm(20), sites, seed=0), rows, collate, settings)
     str(replay)        # all:1 > mlp:40 > attention: what a yoked arm trains as a fixed schedule
@@ -34,7 +35,7 @@ from transformers import (
     get_scheduler,
 )
 
-from rankwise.core.phase import BoundNorm, Phases
+from rankwise.core.phase import Bound, BoundNorm, Phases
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.errors import DivergedError, Interrupted, UsageError
 from rankwise.models.adapt import ADAPTER, adapt, factor_weights, lora_layers, lora_pairs
@@ -91,13 +92,13 @@ class DivergenceStop(TrainerCallback):
 def train_alone(
     model: PreTrainedModel,
     arm: Arm,
-    schedule: BoundNorm | None,
+    schedule: Bound | None,
     rows: TokenRows,
     collate: Collate,
     settings: ArmSettings,
     base_losses: StepLosses | None = None,
 ) -> tuple[TrainedArm, Phases | None]:
-    """Train an arm, under an adaptive schedule if any; returns the result and the equivalent fixed schedule.
+    """Train an arm, under a schedule if any; returns the result and of an adaptive one the equivalent fixed schedule.
 
     The model is only read, and afterwards as it was. `arm.active` plays no part. An arm that diverged is told as
     `train_together` tells it; its fixed schedule stays in the phase in which it ended.
@@ -138,9 +139,8 @@ def train_alone(
     if stop is not None:
         left = stop.reason if finite else why_left(math.nan, math.nan, False, range(len(steps) + 1))
     result = TrainedArm(pairs, losses, norms, not finite or bool(left), left, tokens=tokens)
-    if keeper is None:
+    if keeper is None or not isinstance(keeper.schedule, BoundNorm):
         return result, None
-    assert isinstance(keeper.schedule, BoundNorm)
     return result, keeper.schedule.replay(max(1, len(steps)))
 
 

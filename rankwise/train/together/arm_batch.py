@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
 from typing import Any
@@ -35,7 +35,8 @@ from rankwise.train.phases import schedule_of
 from rankwise.train.rows import LengthGrouped, Seeded
 from rankwise.train.selection import balanced
 from rankwise.train.step import memory_advice
-from rankwise.train.together.alone import twin_of
+from rankwise.train.together.alone import train_alone, twin_of
+from rankwise.train.together.fit import score_in_turn
 from rankwise.train.together.requested import PlannedArm
 from rankwise.train.together.stacked import ArmSettings, check_keys, learning_rates
 from rankwise.train.together.train import Arm, TrainedArm, Validation, fitting, train_together
@@ -48,10 +49,12 @@ MEMORY = (
 
 @dataclass(frozen=True)
 class ArmBatch:
-    """What all arms share. config, job: the command's."""
+    """What all arms share. config, job: the command's. in_turn: the base has fused experts, whose arms train one after
+    the other, by the Trainer."""
 
     config: TrainConfig
     job: Job
+    in_turn: bool = False
 
     @property
     def rows(self) -> RenderedDataset:
@@ -115,6 +118,11 @@ class ArmBatch:
             raise UsageError("--arms does not go with rows that have images; train the arms one after the other")
         if not self.epoch(self.sampler(0)):
             raise UsageError("--dataloader_drop_last leaves no batch: fewer rows than --per_device_train_batch_size")
+        if self.in_turn and self.keeps_best:
+            raise UsageError(
+                "--arms does not go with --select loss here: the base has fused experts, so its arms train one after "
+                "the other and keep their last weights"
+            )
         check_keys(self.job.collator([self.rows[0]]))
         for arm in planned:
             learning_rates(self.settings, arm.learning_rate)
@@ -145,6 +153,9 @@ class ArmBatch:
         if not planned:
             return
         base = self.base()
+        if self.in_turn:
+            yield from self.train_in_turn(base, planned)
+            return
         length = fmean(self.rows.lengths[: self.settings.rows])
         size = fitting(math.ceil(length * self.settings.batch_size), base.device)
         for first in range(0, len(planned), size):
@@ -179,6 +190,24 @@ class ArmBatch:
             )
         for arm, result in zip(planned, trained, strict=True):
             yield arm, result, times
+
+    def train_in_turn(
+        self, base: PreTrainedModel, planned: Sequence[PlannedArm]
+    ) -> Iterator[tuple[PlannedArm, TrainedArm, list[float]]]:
+        """The same, arm after arm, validated at the end alone."""
+        known: dict[tuple[int, ...], float] = {}
+        for arm in planned:
+            print(arm.line())
+            own, started = self.arm(base, arm), time.monotonic()
+            with memory_advice(MEMORY):
+                result, _ = train_alone(
+                    base, own, self.schedule(arm), self.rows, self.job.collator, self.settings, known
+                )
+            steps, seconds = len(result.losses), time.monotonic() - started
+            if self.validation is not None and not result.diverged:
+                sums, tokens = score_in_turn(base, [result.pairs], [own.scales], self.validation.batches)
+                result = replace(result, validated={steps: float(sums.sum() / tokens.sum())})
+            yield arm, result, [seconds * (step + 1) / steps for step in range(steps)]
 
     def arm(self, base: PreTrainedModel, arm: PlannedArm) -> Arm:
         """Its factors as PEFT draws them from its seed, its order of the rows."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import TrainerState
 
 from rankwise.core.phase import boundaries
+from rankwise.core.site import Site
 from rankwise.data.input_record import save_input
 from rankwise.data.split import SPLIT, Split
 from rankwise.errors import UsageError
@@ -143,7 +144,7 @@ class ArmFolders:
 
     def pairs(self, arm: PlannedArm, trained: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, LoraPair]:
         scale, sites = scales(arm.plan), arm.plan.adapted
-        return {path: LoraPair(a, b, scale[path], sites[path].transposed) for path, (a, b) in trained.items()}
+        return {path: pair_of(sites[path], a, b, scale[path]) for path, (a, b) in trained.items()}
 
     def write_phases(self, arm: PlannedArm, place: Path, steps: int) -> None:
         schedule = self.batch.schedule(arm)
@@ -187,6 +188,12 @@ class ArmFolders:
             "left": facts.get("left"),
             "losses": describe_losses(history) if history else "no step was taken",
         }
+
+
+def pair_of(site: Site, a: Tensor, b: Tensor, scale: float) -> LoraPair:
+    """The pair of a site as a file has it."""
+    transposed = site.transposed and not site.experts
+    return LoraPair(a, b, scale, transposed, peft=site.peft, swapped=site.swapped, order=site.order)
 
 
 def write_log(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ from transformers import TrainingArguments
 from rankwise.errors import DivergedError
 from rankwise.files.atomic import about_to_write
 from rankwise.files.document import Document
+from rankwise.files.processes import announce, gathered, own_share, process_index
 from rankwise.files.processes import finish as leave_group
-from rankwise.files.processes import gathered, own_share, process_index
 from rankwise.files.run_folder import RunFolder, held
 from rankwise.models.load import load_readable_structure
+from rankwise.models.sites import fused_experts
 from rankwise.options.commands import TrainConfig
 from rankwise.page.text import amount, plural
+from rankwise.train.arguments import frozen_dtype
+from rankwise.train.experts import kept_whole, settled
 from rankwise.train.job import prepare
 from rankwise.train.results import next_command
 from rankwise.train.together.arm_batch import ArmBatch
@@ -37,16 +41,23 @@ ARMS = Document("arms.json", "rankwise-arms/1", "the arms of a run", "rankwise t
 
 def run_arms(config: TrainConfig, name: str, arguments: TrainingArguments, inputs: Mapping[str, str | None]) -> Path:
     """Train the arms of the file. Returns the run folder, which has a folder for each."""
-    refuse(config, arguments)
     arms, folder = read_arms(config), RunFolder(config.output_dir)
     try:
         with held(folder, "train", {**inputs, "arms": str(config.arms)}) as record:
             # what trains, on what: before a weight is loaded
             skeleton = load_readable_structure(config.model, name)
+            in_turn = bool(fused_experts(skeleton))
+            config = without_dropout(config) if in_turn else config
+            refuse(config, arguments)
             refuse_model(skeleton)
             planned = [plan_arm(config, arm, skeleton, name, arguments.learning_rate) for arm in arms]
+            kept_whole(config, skeleton, frozen_dtype(config.model.dtype, arguments))
+            for each in planned:
+                settled(each.config, each.plan)
             split, job = prepare(config, name, arguments, planned[0].plan, skeleton)
-            batch = ArmBatch(config, job)
+            if in_turn:
+                announce("the base has fused experts: its arms train one after the other, without dropout")
+            batch = ArmBatch(config, job, in_turn)
             batch.check(planned)
             folders = ArmFolders(batch, split, inputs, sum(each.numel() for each in skeleton.parameters()))
             left = folders.unfinished(planned)
@@ -68,6 +79,11 @@ def run_arms(config: TrainConfig, name: str, arguments: TrainingArguments, input
     finally:
         leave_group()
     return folder.path
+
+
+def without_dropout(config: TrainConfig) -> TrainConfig:
+    """With none where nothing is said: arms train without."""
+    return replace(config, lora=replace(config.lora, lora_dropout=config.lora.lora_dropout or 0.0))
 
 
 def tell(planned: Sequence[PlannedArm], rows: Sequence[Mapping[str, Any]]) -> None:

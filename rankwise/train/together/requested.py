@@ -22,7 +22,6 @@ from rankwise.core.phase import Norm
 from rankwise.core.plan import RankPlan
 from rankwise.errors import UsageError
 from rankwise.files.run_folder import CONFIG, MANIFEST
-from rankwise.models.sites import fused_experts
 from rankwise.options.commands import TrainConfig
 from rankwise.options.field import options_of, read_values, typed_values
 from rankwise.options.sections import ArmSection, LoraSection
@@ -214,10 +213,7 @@ def check_ranks(arm: ArmSection, plan: RankPlan, asked: int) -> None:
 
 
 def refuse_model(model: PreTrainedModel) -> None:
-    """UsageError for fused experts, and for dropout of the base's own, which the Trainer would apply."""
-    experts = fused_experts(model)
-    if experts:
-        raise UsageError(f"--arms does not go with fused experts ({experts[0]} …); train the arms one after the other")
+    """UsageError for dropout of the base's own, which the Trainer would apply."""
     dropped = {
         f"{path or 'the model'} ({rate:g})"
         for path, module in model.named_modules()
