@@ -155,6 +155,7 @@ class SavedDeltas:
     description: str = ""
 
     def read(self, site: Site) -> Delta:
+        assert not site.experts, "experts are read one at a time"
         matrix = logical(self.checkpoint.tensor(site.weight), site)
         return from_difference(matrix, float(self.metadata.get("base_energy", {}).get(site.path, 0.0)))
 

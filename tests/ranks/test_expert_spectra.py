@@ -16,12 +16,14 @@ from planted import generator, truth
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from rankwise import cli
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum, together
 from rankwise.errors import DataError, UsageError
-from rankwise.files.adapter import LoraAdapter, LoraPair
+from rankwise.files.adapter import LoraAdapter, LoraPair, write_adapter
+from rankwise.files.adapter_config import lora_config
 from rankwise.files.checkpoint import open_checkpoint
 from rankwise.models.load import meta_model
 from rankwise.models.sites import model_sites, weight_table
@@ -447,3 +449,47 @@ def test_the_loss_drop_is_shared_by_directions_of_all_experts() -> None:
             gradient = mean_gradients(model, [site], [batch])[site]
             squares = torch.stack([truth(matrix).square() for matrix in gradient]).sum(0)
             assert torch.allclose(spectrum.values.square(), squares, rtol=1e-4, atol=1e-6 * float(squares[0]))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text"])
+def test_a_saved_adapter_is_measured_per_expert(family: str, tmp_path: Path) -> None:
+    """From PEFT's own layout of factors, in the site's orientation, whatever axis PEFT takes for in."""
+    base = tmp_path / "base"
+    experts.built(family).save_pretrained(base)
+    draw, pairs = generator(0), {}
+    for site in expert_sites(meta_model(str(base))).values():
+        a, b = (torch.randn(site.experts, *size, generator=draw) for size in ((3, site.shape[1]), (site.shape[0], 3)))
+        pairs[site.path] = LoraPair(a, b, 2.0, site.transposed, peft=site.peft, swapped=site.swapped)
+    write_adapter(tmp_path / "adapter", LoraAdapter(lora_config(str(base)), pairs))
+    options = ["--output_dir", str(tmp_path / "out"), "--no_plots", "--model_name", str(base)]
+    assert cli.main(["ranks", "--adapter", str(tmp_path / "adapter"), *options]) == 0
+    rows = json.loads((tmp_path / "out/analysis_outputs/svd/raw_data/experts.json").read_text())["parameters"]
+    assert {row["path"] for row in rows} == set(pairs)
+    for row in rows:
+        pair = pairs[row["path"]]
+        energies = [
+            float((2.0 * b.double() @ a.double()).square().sum()) for a, b in zip(pair.lora_A, pair.lora_B, strict=True)
+        ]
+        assert row["energy"] == pytest.approx(energies, rel=1e-5)
+        assert set(row["rank_at_threshold"]) <= {1, 2, 3}
+
+
+def test_an_mxfp4_base_is_measured_dequantized(tmp_path: Path) -> None:
+    """gpt-oss as it is published: blocks and scales in the base, bfloat16 in the tuned checkpoint."""
+    base, tuned, _ = saved_pair(tmp_path, "gpt_oss", dtype=torch.bfloat16)
+    tensors, after = load_file(base / "model.safetensors"), load_file(tuned / "model.safetensors")
+    count, inner, outer = tensors.pop(GATE_UP).shape
+    draw = generator(3)
+    codes = {
+        f"{GATE_UP}_blocks": torch.randint(0, 256, (count, outer, inner // 32, 16), generator=draw, dtype=torch.uint8),
+        f"{GATE_UP}_scales": torch.randint(120, 124, (count, outer, inner // 32), generator=draw, dtype=torch.uint8),
+    }
+    save_file(tensors | codes, base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    before = convert_moe_packed_tensors(*codes.values())
+    found = measured_pair(base, tuned)[GATE_UP]
+    for expert, one in enumerate(found.experts):
+        values = truth(after[GATE_UP][expert].double() - before[expert].double())
+        assert torch.allclose(one.spectrum.values, values, rtol=1e-5, atol=1e-6 * float(values[0]))
