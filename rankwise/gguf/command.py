@@ -163,6 +163,8 @@ def verdict(plan: ExportPlan, proof: Mapping[str, Any] | None) -> str:
         f"  {name}: keeps at least {one['least_kept']:.2%} of the tuning in each of {plural(one['tensors'], 'tensor')}"
         for name, one in (proof["tuned"] or {}).items()
     ]
+    if other := proof["stored_otherwise_in_the_base"]:
+        lines.append(f"  {plural(len(other), 'tensor')} not compared with the base, which stores them otherwise")
     if plan.base is None:
         lines.append("  not compared with the base (give it with --base_model)")
     return "\n".join(lines)

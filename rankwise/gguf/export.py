@@ -113,6 +113,7 @@ def verification(plan: ExportPlan, files: Files, place: Path) -> dict[str, Any]:
         "config": numbers,
         "errors": tables,
         "tuned": tuned_summary(tuned) if plan.base else None,
+        "stored_otherwise_in_the_base": stored_otherwise(plan.base, plan.checkpoint) if plan.base else [],
         "base": str(plan.base.path) if plan.base else None,
     }
 
@@ -297,13 +298,18 @@ def changed_keys(base: Checkpoint, merged: Checkpoint) -> list[str]:
 
     VerificationError where there are none: the base itself was exported.
     """
-    both = [key for key in merged if key in base and base.shape(key) == merged.shape(key)]
-    changed = [key for key in both if not rounded_only(base.tensor(key), merged.tensor(key))]
-    if not changed:
+    other = set(stored_otherwise(base, merged))
+    changed = [key for key in merged if key not in other and not rounded_only(base.tensor(key), merged.tensor(key))]
+    if not changed and not other:
         raise VerificationError(
             f"{merged.path}: no tensor differs from the base {base.path}: is this the merged model, and the right base?"
         )
     return changed
+
+
+def stored_otherwise(base: Checkpoint, merged: Checkpoint) -> list[str]:
+    """Keys that the base lacks or has in another shape: what it holds in MXFP4, say. Their tuning cannot be told."""
+    return [key for key in merged if key not in base or base.shape(key) != merged.shape(key)]
 
 
 def rounded_only(before: Tensor, after: Tensor) -> bool:

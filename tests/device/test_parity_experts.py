@@ -10,7 +10,7 @@ import experts
 import numpy as np
 import pytest
 import torch
-from exported_experts import UNDECIDED
+from exported_experts import MORE, UNDECIDED
 from tiny import CHAT_TEMPLATE
 
 from rankwise.data.example import Example, Turn
@@ -53,7 +53,7 @@ def ladder(seen: list[Observed], limits: Thresholds, file: Path) -> Ladder:
     return Ladder.of(seen, Silent(), limits)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", list(experts.FAMILIES))
+@pytest.mark.parametrize("family", [*experts.FAMILIES, *MORE])
 def test_llama_cpp_runs_what_was_exported(family: str, mixtures: Path) -> None:
     """Float32 on both sides is equal to its rounding: the router, its scores, the shared experts and every expert."""
     reference, cases = side(mixtures / family / "model")

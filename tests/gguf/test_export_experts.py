@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from experts import FAMILIES
-from exported_experts import SQUARE
+from exported_experts import MORE, SQUARE
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("gguf")
@@ -25,7 +25,7 @@ from rankwise.gguf.provenance import origins
 from rankwise.gguf.reading import GGUFFile
 
 __all__ = ["export"]  # the fixture
-ALL = [*FAMILIES, *SQUARE.values()]
+ALL = [*FAMILIES, *MORE, *SQUARE.values()]
 GATE, UP, DOWN = (f"blk.1.ffn_{name}_exps.weight" for name in ("gate", "up", "down"))
 HOW = {
     "mixtral": {"joined": 6},
@@ -35,6 +35,8 @@ HOW = {
     "granitemoe": {"stacked": 2, "half": 4},
     "gpt_oss": {"stacked": 4, "alternate rows": 8},
     "llama4_text": {"stacked": 2, "half": 4},
+    "qwen2_moe": {"joined": 6},
+    "granitemoeshared": {"stacked": 2, "half": 8},  # two of each shared expert
 }
 
 
@@ -168,6 +170,11 @@ OWN: dict[str, tuple[str, Fault, str]] = {
         "deepseek_v3",
         lambda draft: draft.swap("blk.1.ffn_gate_shexp.weight", "blk.1.ffn_up_shexp.weight"),
         "blk.1.ffn_gate_shexp.weight is not",
+    ),
+    "the halves of a fused shared expert": (
+        "granitemoeshared",
+        lambda draft: draft.swap("blk.1.ffn_gate_shexp.weight", "blk.1.ffn_up_shexp.weight"),
+        "blk.1.ffn_gate_shexp.weight, is blk.1.ffn_up_shexp.weight",
     ),
     "routers exchanged": (
         "olmoe",

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from rankwise.errors import VerificationError
 from rankwise.files.checkpoint import Checkpoint, open_checkpoint
-from rankwise.gguf.export import changed_keys, compare_tensors, kept_wider, rounding, tuning_kept, tuning_of
+from rankwise.gguf.export import (
+    changed_keys,
+    compare_tensors,
+    kept_wider,
+    rounding,
+    stored_otherwise,
+    tuning_kept,
+    tuning_of,
+)
 from rankwise.gguf.provenance import Origin, holds, origins, relation, require_complete, rope_order
 from rankwise.gguf.reading import GGUFFile, gguf_names
 
@@ -443,3 +451,11 @@ def test_an_origin_maps_the_base_as_the_converter_did() -> None:
     weight = torch.randn(16, 8)
     assert torch.equal(Origin("k", "rope order", 4).apply(weight), rope_order(weight, 4))
     assert Origin("k", "same").apply(weight) is weight and Origin("k", "transposed").apply(weight) is None
+
+
+def test_what_the_base_stores_otherwise_is_not_taken_for_untuned(tmp_path: Path) -> None:
+    """gpt-oss in MXFP4 has blocks and scales where the merged model has one tensor: nothing is known of its tuning."""
+    key = LAYER + "self_attn.q_proj.weight"
+    packed = {f"{name}_blocks" if name == key else name: tensor for name, tensor in weights().items()}
+    base, merged = checkpoint(tmp_path / "base", packed), checkpoint(tmp_path / "merged", weights())
+    assert changed_keys(base, merged) == [] and stored_otherwise(base, merged) == [key]

@@ -14,6 +14,7 @@ import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import experts
 import torch
@@ -38,6 +39,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 8192,
     },
 }
+MORE = {
+    "qwen2_moe": lambda inner: experts.qwen3_moe(inner) | {
+        "norm_topk_prob": False,
+        "shared_expert_intermediate_size": 96,
+        "head_dim": 16,
+    },
+    "granitemoeshared": lambda inner: experts.granitemoe(inner) | {"shared_intermediate_size": 40},
+}  # fmt: skip
 SQUARE = {"gpt_oss": "gpt_oss, 2I = H", "llama4_text": "llama4_text, 2I = H"}  # shapes do not tell what is transposed
 
 UNDECIDED = "mixtral, near ties"
@@ -46,7 +55,7 @@ UNDECIDED = "mixtral, near ties"
 def exported_mixtures(folder: Path) -> None:
     """Every family, and with 2I = H those that store (in, out)."""
     folder.mkdir(parents=True)
-    for family in experts.FAMILIES:
+    for family in (*experts.FAMILIES, *MORE):
         mixture(family, folder / family)
     for family, name in SQUARE.items():
         mixture(family, folder / name, inner=experts.HIDDEN // 2)
@@ -68,7 +77,8 @@ def exported_mixtures(folder: Path) -> None:
 def mixture(family: str, folder: Path, **settings: Any) -> Path:
     """`folder`/base, and `folder`/model with a small change of some experts' matrices and of the queries'."""
     settings = SETTINGS.get(family, {}) | settings
-    base = experts.saved(family, folder / "base", tokenizer={"chat_template": CHAT_TEMPLATE}, **settings)
+    with patch.dict(experts.FAMILIES, MORE):
+        base = experts.saved(family, folder / "base", tokenizer={"chat_template": CHAT_TEMPLATE}, **settings)
     model = Path(shutil.copytree(base, folder / "model"))
     weights = load_file(model / "model.safetensors")
     generator = torch.Generator().manual_seed(1)
