@@ -24,7 +24,7 @@ from rankwise.files.checkpoint import HUB_ID
 from rankwise.files.lineage import trained_rows
 from rankwise.files.run_folder import RunFolder
 from rankwise.merge.logits import Batch, free_memory, needs_layers, prompt_batch, whole_bytes
-from rankwise.merge.plan import TOKENIZER_CONFIG, MergePlan, is_mxfp4, plan_merge
+from rankwise.merge.plan import TOKENIZER_CONFIG, MergePlan, plan_merge
 from rankwise.merge.routing import RoutedExperts, adapted_experts
 from rankwise.merge.verify import (
     Agreement,
@@ -36,7 +36,7 @@ from rankwise.merge.verify import (
     require_written,
 )
 from rankwise.merge.write import Written, dtype_name, require_space, shard_bytes, write_merged
-from rankwise.models.load import load_config
+from rankwise.models.load import is_mxfp4, load_config
 from rankwise.options.commands import MergeConfig
 from rankwise.options.sections import ModelSection
 from rankwise.page.text import command_line, memory, plural
@@ -187,7 +187,7 @@ def notes(config: MergeConfig, plan: MergePlan, base: str) -> list[str]:
     recorded = recorded_base(Path(str(config.adapter)))
     if recorded and recorded != base:
         found.append(f"the adapter records the base {recorded}; merged into {base}, whose names and shapes fit")
-    if is_mxfp4(plan.base.config or {}):
+    if is_mxfp4((plan.base.config or {}).get("quantization_config")):
         found.append(
             f"the base's experts are in MXFP4: trained and merged dequantized, written as "
             f"{dtype_name(plan.dtypes[0])}, without its quantization_config"

@@ -35,7 +35,7 @@ from rankwise.models.adapt import ADAPTER, factor_weights, layer_site, lora_laye
 from rankwise.models.adapters import attach_layers, check_recorded, fill_weights
 from rankwise.models.depth.encoder import ENCODER, DepthSettings, attach_depth, read_depth
 from rankwise.models.expert_files import BLOCKS, ExpertFiles
-from rankwise.models.load import load_tokenizer, meta_model
+from rankwise.models.load import is_mxfp4, load_tokenizer, meta_model
 from rankwise.models.sites import WeightTable, tower_of, tower_prefixes, weight_table
 from rankwise.models.vocabulary import fit_vocabulary, row_count, row_names, token_count
 
@@ -221,18 +221,12 @@ def mergeable_folder(adapter: Path) -> Path:
 
 def refuse_quantized(base: str, config: Mapping[str, Any]) -> None:
     quantization = config.get("quantization_config")
-    if quantization and not is_mxfp4(config):
+    if quantization and not is_mxfp4(quantization):
         kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise DataError(
             f"{base}: its files are quantized ({kind}), and merging into rounded weights would round the adapter away; "
             "give the full-precision model it was made from with --base_model"
         )
-
-
-def is_mxfp4(config: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's experts are in MXFP4 (gpt-oss), which transformers trains and merges dequantized."""
-    quantization = config.get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
 
 
 def build_skeleton(model: PreTrainedModel, folder: Path, where: str) -> Skeleton:
@@ -345,7 +339,7 @@ def merged_config(config: Mapping[str, Any], dtype: str, untie: bool) -> dict[st
         name: merged_config(value, dtype, untie) if isinstance(value, dict) and name.endswith("_config") else value
         for name, value in config.items()
     }
-    if is_mxfp4(config):
+    if is_mxfp4(config.get("quantization_config")):
         changed.pop("quantization_config")
         changed |= {"dtype": "bfloat16"} if dtype == "auto" else {}
     if dtype != "auto":

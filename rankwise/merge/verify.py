@@ -94,9 +94,9 @@ class Change:
 
     def of_expert(self, expert: int, experts: int) -> Tensor:
         """Of one expert of a parameter, as PEFT has it: A holds expert after expert, B's columns take turns."""
-        a, b = self.halves["A"].float(), self.halves["B"].float()
+        a, b = self.halves["A"], self.halves["B"]
         rank = len(a) // experts
-        return self.scale * (b[:, expert::experts] @ a[expert * rank : (expert + 1) * rank])
+        return self.scale * (b[:, expert::experts].float() @ a[expert * rank : (expert + 1) * rank].float())
 
     def on(self, rows: slice, before: Tensor) -> Tensor:
         """Some rows of the changed weight, float32. DoRA (Liu et al. 2024): m · (W + Δ) / ‖W + Δ‖ by row."""

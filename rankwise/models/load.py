@@ -189,6 +189,12 @@ def check_quantizer(config: Any) -> None:
         return  # this machine lacks the device, say: loading tells
 
 
+def is_mxfp4(quantization: Any) -> bool:
+    """Whether a config's `quantization_config` is of a model with experts in MXFP4 (gpt-oss)."""
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return getattr(quantization, "quant_method", method) == "mxfp4"
+
+
 def load_model(
     name: str,
     dtype: torch.dtype,
@@ -210,6 +216,9 @@ def load_model(
     if quantization:
         skeleton = meta_model(name, revision, trust_remote_code)
         extra["quantization_config"] = quantization_config(quantization, skeleton)
+    elif is_mxfp4(getattr(config, "quantization_config", None)):
+        extra["quantization_config"] = transformers.Mxfp4Config(dequantize=True)  # whatever this machine has
+        announce(f"note: {name} stores its experts in MXFP4; they are used dequantized, as {dtype}")
     folder = resolve(name, revision, code=trust_remote_code)
     check_index(folder)
     about_to_write()

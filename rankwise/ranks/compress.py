@@ -138,9 +138,13 @@ def read_with_base(config: CompressConfig) -> tuple[LoraAdapter, PreTrainedModel
 
 
 def in_form(pair: LoraPair, path: str, sites: Mapping[str, Site]) -> LoraPair:
-    """The pair as PEFT's config has to name it in this model."""
-    if path in sites:
-        return replace(pair, peft=sites[path].peft)
+    """The pair as PEFT's config has to name it in this model. DataError where the model has other experts there."""
+    site = sites.get(path)
+    if site:
+        told, has = ((one.experts, *one.shape) for one in (pair, site))
+        if told != has and (pair.experts or site.experts):
+            raise DataError(f"{path}: (experts, out, in) is {told} in the adapter and {has} in the base; another base?")
+        return replace(pair, peft=site.peft)
     if all(site.peft == "pattern" for site in sites.values()):
         return replace(pair, peft="pattern")
     return pair if pair.peft == "parameter" else replace(pair, peft="path")

@@ -247,6 +247,7 @@ def test_mxfp4_is_merged_dequantized_and_said(tmp_path: Path, capsys: pytest.Cap
     adapter = adapter_on(base, tmp_path / "adapter", target_modules=["q_proj"], target_parameters=names)
     out = merge(adapter, tmp_path / "out")
     printed = capsys.readouterr().out
+    assert "stores its experts in MXFP4; they are used dequantized" in printed
     assert "experts are in MXFP4: trained and merged dequantized, written as bfloat16" in printed
     config = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in config

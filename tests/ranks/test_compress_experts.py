@@ -192,6 +192,13 @@ def test_a_foreign_adapter_of_experts_needs_its_base(qwen: Path, tmp_path: Path)
     assert max(float((after[path] - before[path]).abs().max()) for path in before) < 1e-6
 
 
+def test_another_base_is_noticed_by_its_shapes(qwen: Path, tmp_path: Path) -> None:
+    adapter = on_all(qwen, tmp_path / "adapter")
+    other = experts.saved("qwen3_moe", tmp_path / "other", inner=32)
+    with pytest.raises(DataError, match=r"is \(8, 96, 64\) in the adapter and \(8, 64, 64\) in the base"):
+        small(adapter, tmp_path / "out", energy=0.9, base_model=str(other))
+
+
 # --- red --------------------------------------------------------------------------------------------------------------
 
 
