@@ -132,7 +132,7 @@ def read_with_base(config: CompressConfig) -> tuple[LoraAdapter, PreTrainedModel
             raise DataError(f"--base_model {config.base_model}: no folder with a config.json")
         return read_adapter(path, config.scale), None
     model = meta_model(str(folder))
-    sites = model_sites(model)
+    sites = model_sites(model, routers=True)
     adapter = read_adapter(path, config.scale, known_places(sites, path) if config_file else None)
     return replace(adapter, pairs={path: in_form(pair, path, sites) for path, pair in adapter.pairs.items()}), model
 

@@ -46,7 +46,7 @@ def made_base(case: str, folder: Path, **config: Any) -> Path:
 def targets_of(base: Path) -> tuple[list[str], list[str]]:
     """Modules, and parameters: all experts, and the dense linear layers that PEFT would take for experts."""
     sites = model_sites(load_model(str(base), torch.float32)).values()
-    modules = [site.path for site in sites if site.peft == "path"]
+    modules = [site.path for site in sites if site.peft != "parameter"]
     return modules[:3], [site.weight for site in sites if site.peft == "parameter"]
 
 
@@ -109,6 +109,19 @@ def test_layer_by_layer_says_the_same(pair: tuple[Path, Path], tmp_path: Path) -
     assert layered.effect == pytest.approx(whole.effect, rel=1e-4)
     assert layered.error < 1e-6
     expected, found = merged_by_peft(base, adapter), load_model(str(tmp_path / "layered"), torch.float32).state_dict()
+    assert max(float((found[name] - expected[name]).abs().max()) for name in found) < 1e-7
+
+
+@pytest.mark.parametrize("family", experts.FAMILIES)
+def test_a_router_beside_its_experts(family: str, tmp_path: Path) -> None:
+    base = experts.saved(family, tmp_path / "base")
+    sites = model_sites(load_model(str(base), torch.float32), routers=True).values()
+    routers = [site.weight for site in sites if site.kind == "router"]
+    assert routers
+    down = [site.weight for site in sites if site.experts and "down" in site.path]
+    adapter = adapter_on(base, tmp_path / "adapter", target_modules=[], target_parameters=routers + down)
+    found = load_model(str(merge(adapter, tmp_path / "out")), torch.float32).state_dict()
+    expected = merged_by_peft(base, adapter)
     assert max(float((found[name] - expected[name]).abs().max()) for name in found) < 1e-7
 
 

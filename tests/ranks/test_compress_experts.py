@@ -61,8 +61,8 @@ def foreign(base: Path, folder: Path, modules: list[str], parameters: list[str],
 
 
 def on_all(base: Path, folder: Path, **config: Any) -> Path:
-    sites = model_sites(load_model(str(base), torch.float32)).values()
-    modules = [site.path for site in sites if site.peft == "path"]
+    sites = model_sites(load_model(str(base), torch.float32), routers=True).values()
+    modules = [site.path for site in sites if site.peft != "parameter"]
     return foreign(base, folder, modules[:2], [site.weight for site in sites if site.peft == "parameter"], **config)
 
 
@@ -147,7 +147,7 @@ def test_dense_sites_alone_are_built_as_they_are(base: Path, tmp_path: Path) -> 
     """Of a regex PEFT keeps bare names there: one for layer 0's q_proj builds every q_proj."""
     sites = [site for site in model_sites(load_model(str(base), torch.float32)).values() if not site.experts]
     some = [site for index, site in enumerate(sites) if index % 3 == 0]
-    modules = [site.path for site in some if site.peft == "path"]
+    modules = [site.path for site in some if site.peft != "parameter"]
     adapter = foreign(base, tmp_path / "adapter", modules, [site.weight for site in some if site.peft == "parameter"])
     out = small(adapter, tmp_path / "out", energy=0.9)
     config = json.loads((out / "adapter_config.json").read_text())

@@ -21,13 +21,15 @@ from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.errors import DataError, VerificationError
 from rankwise.files import adapter as adapter_module
 from rankwise.files.adapter import EXPERTS, LoraPair, read_adapter
+from rankwise.files.checkpoint import open_checkpoint
 from rankwise.files.plan import write_plan
 from rankwise.merge import command as merge
 from rankwise.models.adapt import ADAPTER, built_shapes, lora_layers
-from rankwise.models.load import load_model
-from rankwise.models.sites import model_sites
+from rankwise.models.load import load_model, meta_model
+from rankwise.models.sites import model_sites, weight_table
 from rankwise.options.commands import ExtractConfig, MergeConfig
 from rankwise.ranks import extract, proof
+from rankwise.ranks.deltas import BaseWeights, write_deltas
 from rankwise.ranks.extract import run
 
 pytestmark = [
@@ -105,6 +107,22 @@ def test_extracted_and_merged_it_is_the_tuned_model(pair: tuple[Path, Path], tmp
     merge.run(MergeConfig(adapter=str(out), output_dir=str(tmp_path / "merged")))
     found, wanted = (weights(load_model(str(folder), torch.float32)) for folder in (tmp_path / "merged", pair[1]))
     assert max(float((found[name] - wanted[name]).abs().max()) for name in wanted) < 1e-5
+
+
+def test_saved_deltas_of_experts_are_extracted(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of `finetune`, read and proved against the base that they record."""
+    base, structure = open_checkpoint(pair[0]), meta_model(str(pair[0]))
+    before, after = (weights(load_model(str(folder), torch.float32)) for folder in pair)
+    unchanged = BaseWeights.before_training(base, weight_table(structure, base.keys()), before)
+    facts = {"model_name": str(pair[0])}
+    write_deltas(tmp_path / "run/deltas", after, unchanged, model_sites(structure), facts)
+    run(ExtractConfig(deltas=str(tmp_path / "run"), rank=RANK, output_dir=str(tmp_path / "out")))
+    extracted(pair, tmp_path / "same", rank=RANK)
+    found, wanted = read_adapter(tmp_path / "out").pairs, read_adapter(tmp_path / "same").pairs
+    assert found.keys() == wanted.keys()
+    for path, one in found.items():
+        for left, right in zip(one.matrices(), wanted[path].matrices(), strict=True):
+            assert torch.allclose(left.factors().product(), right.factors().product(), atol=1e-5), path
 
 
 def planned(base: Path, keep: Any) -> RankPlan:
