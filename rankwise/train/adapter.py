@@ -16,6 +16,7 @@ from peft.tuners.lora.eva import get_eva_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
+from rankwise.core.experts import join_experts, split_experts
 from rankwise.core.factors import truncate
 from rankwise.core.plan import RankPlan, recorded_sites
 from rankwise.core.site import ROUTER, Site
@@ -188,9 +189,25 @@ def warm_start(model: PeftModel, plan: RankPlan, source: DeltaSource, generator:
             "must be of one model"
         )
     layers, scale = lora_layers(model), scales(plan)
-    for site, delta in deltas(source, [row.site for row in plan.sites if row.rank]):
+    for site, delta in deltas(source, [site for site in plan.adapted.values() if not site.experts]):
         factors = truncate(delta.matrix, plan.ranks[site.path], generator)
         write_pair(layers[site.path], *factors.lora(scale[site.path]))
+    for site in plan.adapted.values():
+        if site.experts:
+            warm_experts(layers[site.path], site, source, plan.ranks[site.path], scale[site.path], generator)
+
+
+def warm_experts(
+    layer: LoraLayer, site: Site, source: DeltaSource, rank: int, scale: float, generator: torch.Generator
+) -> None:
+    """The same expert by expert. One that did not move keeps its random A: with both factors zero it never would."""
+    flat = [half[ADAPTER].weight.detach() for half in (layer.lora_A, layer.lora_B)]
+    a, b = (part.clone() for part in split_experts(*flat, site.experts, site.swapped))
+    for expert in range(site.experts):
+        delta = source.expert(site, expert)
+        if delta.energy:
+            a[expert], b[expert] = truncate(delta.matrix, rank, generator).lora(scale)
+    write_pair(layer, *join_experts(a, b, site.swapped))
 
 
 def input_directions(

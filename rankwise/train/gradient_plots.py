@@ -254,16 +254,16 @@ def gradient_plots(tables: GradientTables) -> list[Plot]:
 def plot_routing(routings: Sequence[Routing], path: Path | str) -> Path:
     """Layers × experts: the share of the steps at which an expert had a gradient; blank (white) where it never had."""
     count, most = len(routings), max(len(one.seen) for one in routings)
-    figure, (axis,) = canvas.panels(7.2, max(1.6, min(6.0, 0.16 * count + 1.0)))
+    figure, (axis,) = canvas.panels(7.2, max(1.7, min(6.0, 0.16 * count + 1.1)))
     grid = [positive(one.seen) + [NAN] * (most - len(one.seen)) for one in routings]
     masked = need("numpy.ma", extra="plots").masked_invalid
     edges = ([i - 0.5 for i in range(size + 1)] for size in (most, count))
-    image = axis.pcolormesh(*edges, masked(grid), cmap=canvas.colormap(), vmin=0, vmax=1)
+    image = axis.pcolormesh(*edges, masked(grid), cmap=canvas.colormap(), vmin=0, vmax=1, edgecolors="white", lw=0.3)
     axis.grid(False)
     canvas.whole_ticks(axis.xaxis)
     tick_layers(axis.set_yticks, [str(one.layer) if one.layer is not None else one.module for one in routings])
     canvas.name_axes(axis, "expert", "layer")
-    canvas.colour_bar(figure, image, [axis], "share of steps with a gradient", pad=0.015, aspect=30)
+    canvas.colour_bar(figure, image, [axis], "share of steps", pad=0.015, aspect=30)
     return canvas.save(figure, path)
 
 

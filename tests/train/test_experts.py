@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from rankwise.train import results
 from rankwise.train.arguments import build_arguments
 from rankwise.train.expert_norms import check_saved
 from rankwise.train.expert_record import EXPERT_NORMS, expert_table, read_experts
+from rankwise.train.gradient_plots import plot_gradients
 from rankwise.train.gradient_table import stored
 from rankwise.train.gradients import GradientNorms, trained_model
 from rankwise.train.phases import PhaseKeeper
@@ -120,6 +122,11 @@ def test_experts_that_no_token_meets_are_counted_and_named(bases: dict[str, Path
     assert found.steps == 4
     (sentence,) = found.sentences()
     assert "2 of 8 experts (model.layers.0.mlp.experts 0; model.layers.1.mlp.experts 0)" in sentence
+    written = {file.name for file in plot_gradients(tmp_path)}
+    assert "expert_routing.png" in written
+    assert sentence in (tmp_path / "gradient_summary.txt").read_text()
+    said = json.loads((tmp_path / "gradient_summary.json").read_text())["experts"]
+    assert said["without_gradient"] == {f"model.layers.{layer}.mlp.experts": [0] for layer in (0, 1)}
     for path, pair in lora_pairs(trainer.model).items():
         moved = [bool((pair.lora_B[e] != before[path][e]).any()) for e in range(4)]
         assert moved == [False, True, True, True]

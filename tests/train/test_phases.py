@@ -18,7 +18,7 @@ from tiny import tiny_llama
 from torch import nn
 from transformers import TrainerCallback
 
-from rankwise.core.phase import BoundNorm, BoundPhases, Lisa, Phases, bind, boundaries
+from rankwise.core.phase import BoundNorm, BoundPhases, Lisa, Phases, bind, boundaries, returns
 from rankwise.core.schedule import STRATEGIES, parse_schedule, strategy
 from rankwise.core.site import Site, describe
 from rankwise.errors import DataError, UsageError
@@ -98,6 +98,22 @@ def test_an_odd_number_of_layers_leaves_none_out() -> None:
 def test_kinds_layers_and_parts_combine(sites: dict[str, Site]) -> None:
     active = bound("mlp layers 0-1 + attention layers 3", sites).active(0)
     assert {(sites[path].kind, sites[path].layer) for path in active} == {("mlp", 0), ("mlp", 1), ("attention", 3)}
+
+
+def test_a_projection_and_experts_are_words_too(sites: dict[str, Site]) -> None:
+    active = bound("down_proj layers 0-1 + q_proj", sites).active(0)
+    assert {(sites[path].projection, sites[path].layer) for path in active} == {
+        *(("down_proj", layer) for layer in (0, 1)),
+        *(("q_proj", layer) for layer in range(LAYERS)),
+    }
+    with pytest.raises(UsageError, match="'experts' trains nothing"):
+        bound("experts", sites)
+    with pytest.raises(UsageError, match="'dwon_proj' trains nothing"):
+        bound("dwon_proj", sites)
+    mixed = sites | {"layers.0.mlp.experts.down_proj": describe("layers.0.mlp.experts.down_proj", (4, 4), experts=3)}
+    assert bound("experts", mixed).active(0) == {"layers.0.mlp.experts.down_proj"}
+    assert not returns(parse_schedule("gate_proj:2 > up_proj:2 > down_proj"))
+    assert returns(parse_schedule("experts:2 > up_proj:2 > down_proj"))
 
 
 def test_a_random_part_has_as_many_sites_and_follows_the_seed(sites: dict[str, Site]) -> None:
