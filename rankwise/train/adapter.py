@@ -201,8 +201,8 @@ def warm_experts(
     layer: LoraLayer, site: Site, source: DeltaSource, rank: int, scale: float, generator: torch.Generator
 ) -> None:
     """The same expert by expert. One that did not move keeps its random A: with both factors zero it never would."""
-    flat = [half[ADAPTER].weight.detach() for half in (layer.lora_A, layer.lora_B)]
-    a, b = (part.clone() for part in split_experts(*flat, site.experts, site.swapped))
+    flat_a, flat_b = (half[ADAPTER].weight.detach() for half in (layer.lora_A, layer.lora_B))
+    a, b = (part.clone() for part in split_experts(flat_a, flat_b, site.experts, site.swapped))
     for expert in range(site.experts):
         delta = source.expert(site, expert)
         if delta.energy:
