@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import experts
 import pytest
 import torch
 from peft import LoraConfig
@@ -246,23 +245,3 @@ def test_an_adapter_that_is_not_the_one_recorded(
     code = main([command, str(copy), *words[command]])
     assert code == (6 if name == "no effect" and command == "merge" else 3)
     assert said in capsys.readouterr().err
-
-
-# --- what is saved ---------------------------------------------------------------------------------------------------
-
-
-def test_what_an_expert_has_learnt_is_not_saved(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where shards are written without being gathered: names and shapes are right, and most of B is zero."""
-    save = saving.save_adapter
-
-    def in_part(model: Any, folder: Path, *given: Any) -> Any:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if ".experts." in name and "lora_B" in name:
-                    parameter[:, 2::4] = 0
-        return save(model, folder, *given)
-
-    monkeypatch.setattr(saving, "save_adapter", in_part)
-    mixture = experts.saved("mixtral", tmp_path / "mixture")
-    code, said = train("--model_name", str(mixture), "--target", "experts")
-    assert code == 6 and "1 expert of model.layers.0.mlp.experts" in said and "(2) have learnt" in said, said
