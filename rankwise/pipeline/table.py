@@ -74,7 +74,7 @@ COMMANDS = {
 }
 ALIASES = {"features extract": "features capture"}
 GROUPS = ("MEASURE", "TRAIN", "PROVE", "SHIP", "MORE")
-GO_ON = "yes"  # the option of commands that ask at a terminal
+ASKS, GO_ON = ("label",), "yes"  # commands that ask at a terminal, and their option to go on
 DRY_RUN = Option("dry_run", bool, False, "print the resolved config and what would be done, and stop")
 
 
@@ -107,7 +107,7 @@ def configured(name: str, raw: Mapping[str, Any], where: str) -> Any:
     for item in known:
         if item.secret and values.get(item.name) is not None:
             raise UsageError(f"{where}: {item.name}: recipes are saved with their values; {item.help}")
-        if item.name == GO_ON:
+        if name in ASKS and item.name == GO_ON:
             values.setdefault(GO_ON, True)
     return assemble(command, values)
 
