@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from rankwise import cli
+from rankwise.core.allocate import invert, shuffle
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum, together
 from rankwise.errors import DataError, UsageError
@@ -155,12 +156,13 @@ def test_sketches_decide_what_exact_spectra_decide(threshold: float, tmp_path: P
 
 
 def test_a_question_that_sketches_cannot_answer_is_answered_exactly(tmp_path: Path) -> None:
-    """Just beside the true energy the widest experts are measured exactly, and no more of them than it takes."""
+    """Near the true energy the widest experts are measured exactly, and no more of them than it takes."""
     base, tuned, differences = saved_pair(tmp_path, "qwen3_moe", change=decaying, moe_intermediate_size=160)
     pair = open_pair(str(base), str(tuned), SitesSection(include="layers.0.*gate_up"), [])
     squares = torch.stack([truth(matrix).square() for matrix in differences[GATE_UP]]).sum(0)
     kept = squares.cumsum(0) / squares.sum()
-    for beside, rank in ((-1e-5, 3), (1e-5, 4)):
+    exact = []
+    for beside, rank in ((-1e-5, 3), (1e-5, 4), (1e-4, 4), (2e-4, 4), (5e-4, 4)):
         threshold = float(kept[2]) + beside
 
         def question(_: Site, spectrum: Spectrum, threshold: float = threshold) -> object:
@@ -168,7 +170,10 @@ def test_a_question_that_sketches_cannot_answer_is_answered_exactly(tmp_path: Pa
 
         (row,) = measure_sites(pair, RanksConfig(spectrum=SpectrumSection(max_rank=5)), question).values()
         assert row.spectrum.rank_for(threshold, 1, 5) == rank
-        assert "undecided" in row.spectrum.method
+        assert ("undecided" in row.spectrum.method) == any("undecided" in one.spectrum.method for one in row.experts)
+        exact.append(sum("undecided" in one.spectrum.method for one in row.experts))
+    assert exact[0] and exact[1] and exact[1:] == sorted(exact[1:], reverse=True), exact
+    assert any(0 < count < 8 for count in exact), exact
 
 
 def test_a_common_rank_keeps_the_sum_of_what_each_keeps() -> None:
@@ -368,6 +373,16 @@ def test_ranks_are_per_expert_and_paid_for_each(
     for name, difference in differences.items():
         energies = [float(matrix.square().sum()) for matrix in difference]
         assert by_path[name]["energy"] == pytest.approx(energies, rel=1e-5)
+
+
+def test_ranks_are_exchanged_only_between_sites_of_equal_cost() -> None:
+    """A layer's experts are no peer of a matrix of their shape: shuffled and inverted plans cost what the plan does."""
+    kinds = (("up_proj", 0), ("experts.up_proj", 4), ("other.up_proj", 8))
+    sites = [Site(f"model.layers.{k}.mlp.{name}", (96, 64), experts=count) for k in range(6) for name, count in kinds]
+    plan = {site: 1 + 7 * number % 11 for number, site in enumerate(sites)}
+    cost = sum(site.parameters(rank) for site, rank in plan.items())
+    for other in (invert(plan), *(shuffle(plan, generator(seed)) for seed in range(5))):
+        assert other != plan and sum(site.parameters(rank) for site, rank in other.items()) == cost
 
 
 def one_expert(shape: tuple[int, ...], seed: int) -> Tensor:
