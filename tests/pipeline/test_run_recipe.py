@@ -294,13 +294,13 @@ VARIABLES = [
 ]
 
 
-@pytest.mark.parametrize(("path", "name", "value"), VARIABLES)
 def test_a_recipe_goes_on_where_a_command_asks_and_permits_nothing_else() -> None:
     """`train --yes` quantizes a base of which most stays in 16 bits; nothing asks for that at a terminal."""
-    assert configured("label", {}, "recipe").yes
+    assert flatten(configured("label", {}, "recipe"))["yes"]
     assert not configured("train", {"model_name": "base"}, "recipe").yes
 
 
+@pytest.mark.parametrize(("path", "name", "value"), VARIABLES)
 def test_every_variable_of_a_packaged_recipe_decides_something(
     path: Path, name: str, value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
