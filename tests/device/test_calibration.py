@@ -187,3 +187,11 @@ def cut(matrix: Path, out: Path) -> None:
     """The matrix without the last layer's."""
     with altered(matrix, out) as draft:
         draft.tensors = {name: value for name, value in draft.tensors.items() if not name.startswith("blk.2.")}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "granitemoe"])
+def test_a_mixtures_experts_are_refused_by_name(family: str, mixtures: Path) -> None:
+    """Fused experts are no linear layers in transformers: llama-imatrix has to make their matrix."""
+    model = load_model(str(mixtures / family / "model"), torch.float32)
+    with pytest.raises(DataError, match=r"_exps\.weight.*: no linear layer of its own in transformers.*--imatrix"):
+        linear_layers(model, GGUFFile(mixtures / family / "export" / "model-f16.gguf"))

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from served import text_gguf
@@ -20,6 +21,9 @@ from rankwise.gguf.reading import GGUFFile
 
 gguf = pytest.importorskip("gguf")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+from shipbench_gguf import altered  # noqa: E402
+
 TOKENS = 12
 # What llama-quantize does with a matrix, without the quantizing: read it, state it in the file.
 TAKES = f"""
@@ -147,3 +151,23 @@ def test_llama_quantize_weighs_with_it(form: str, model: GGUFFile, imatrix: Imat
     weights = torch.arange(1.0, model.tensors[name].shape[-1] + 1)
     errors = [float(((file.tensor(name) - model.tensor(name)).square() * weights).sum()) for file in (stated, plain)]
     assert errors[0] < errors[1]
+
+
+def test_a_matrix_of_experts_has_a_row_for_each(mixtures: Path, tmp_path: Path) -> None:
+    """As llama-imatrix writes them: sums (E, inputs) and counts (E, 1) of a stack."""
+    file = GGUFFile(mixtures / "mixtral" / "export" / "model-f16.gguf")
+    stacks = [name for name in weighed(file) if "_exps" in name]
+    assert len(stacks) == 6, "three projections in each of two layers"
+
+    def written(name: str, widths: dict[str, int]) -> Imatrix:
+        sums = {one: torch.ones(file.tensors[one].shape[-1]) for one in weighed(file)}
+        matrix = write(tmp_path / name, sums, TOKENS, 3, "labels", "", file.architecture)
+        with altered(matrix.path, tmp_path / name) as draft:
+            for one in stacks:
+                for what, width in ((SUMS, widths.get(one, file.tensors[one].shape[-1])), (COUNTS, 1)):
+                    draft.tensors[one + what] = (np.ones((4, width), np.float32), gguf.GGMLQuantizationType.F32)
+        return Imatrix.read(tmp_path / name)
+
+    assert written("sound.gguf", {}).require_fit(file) == []
+    with pytest.raises(DataError, match=rf"{stacks[0]} \(40 inputs, not 64\)"):
+        written("other.gguf", {stacks[0]: 40}).require_fit(file)
