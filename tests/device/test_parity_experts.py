@@ -101,6 +101,7 @@ def test_places_that_a_near_tie_decides_are_counted_apart(
     seen = climbed(reference, cases, file)
     rung = ladder(seen, limits, file)["logprobs"]
     apart = rung.measured["positions_of_another_routing"]
+    assert rung.note.endswith(f"; {apart} more places are near ties of routers")
     assert rung.status == "ok" and apart and rung.measured["near_ties_of_routers"] >= apart
     assert rung.measured["positions"] > apart / 4, "most of the answers are still compared"
     together = replace(limits, apart=frozenset())

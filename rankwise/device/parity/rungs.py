@@ -269,7 +269,8 @@ def logprobs(seen: Sequence[Observed], _: Speech, thresholds: Thresholds) -> Run
     measured |= {"cases_not_told": len(seen) - len(heard), "by_kind": by_kind(heard, found)}
     facts = beyond(found, measured, thresholds)
     why = f"{'; '.join(facts)}. {suspect(heard, parts, thresholds)}" if facts else ""
-    return judged("logprobs", measured, threshold, why, thresholds.note)
+    apart = f"; {len(moved.positions)} more places are near ties of routers" if moved.positions else ""
+    return judged("logprobs", measured, threshold, why, thresholds.note + apart)
 
 
 def routed_apart(moved: Divergence, thresholds: Thresholds) -> dict[str, Any]:
