@@ -76,6 +76,7 @@ EXAMPLES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "with --save_strategy steps (and": (BY_STEPS, {"early_stopping": 2}),
     "with --deltas FINETUNE_RUN": ({"deltas": "probe"}, {}),
     "with --gradient_checkpointing": ({"activation_checkpointing": True}, {}),
+    "with --load_in_4bit": ({"load_in_4bit": True}, {}),
     "with --metric activation|loss": ({"metric": "activation"}, {}),
     "with a threshold": ({}, {"budget": "uniform:4"}),
     "with --budget, on": ({"budget": "uniform:4"}, {}),
