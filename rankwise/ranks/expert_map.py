@@ -106,15 +106,16 @@ def name_of(one: MovedExpert) -> str:
 
 
 def movement(content: Mapping[str, Any] | None) -> str:
-    """The most moved experts, and how evenly the change is spread, in a line; empty without experts."""
+    """The most moved expert, and how evenly the change is spread, in a line; empty without experts."""
     experts = moved_experts(content) if content else []
     if not experts:
         return ""
     total = sum(one.energy for one in experts)
     if not total:
         return f"none of {len(experts)} experts has changed"
-    top = "; ".join(f"{name_of(one)} ({percent(one.energy / total)})" for one in by_change(experts)[:2])
-    return f"half of the change is in {holders(experts, 0.5)} of {len(experts)}; most moved: {top}"
+    top = by_change(experts)[0]
+    share = percent(top.energy / total)
+    return f"half of the change is in {holders(experts, 0.5)} of {len(experts)}; most moved: {name_of(top)} ({share})"
 
 
 def few_hold_all(content: Mapping[str, Any]) -> str | None:
