@@ -47,7 +47,7 @@ FREE = """
 # their own (test_arms.py).
 OPTIONS_FREE = """
     output_dir adapter_folder val_path resume_from_checkpoint allow_partial_resume estimate gpu usd_per_hour utilisation
-    estimate_out log_frequency no_plots select select_by early_stopping skip_bad allow_outside allow_urls download
+    yes estimate_out log_frequency no_plots select select_by early_stopping skip_bad allow_outside allow_urls download
     revision trust_remote_code depth_cache training arms
 """.split()
 Resume = Callable[..., tuple[int, str]]
