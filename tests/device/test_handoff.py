@@ -4,6 +4,7 @@ line and its exit code."""
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable
@@ -296,6 +297,82 @@ def test_a_line_that_is_no_answer(scene: HandedOff, tmp_path: Path, capsys: Any,
     _, code, said = judged(scene, tmp_path / "got.jsonl", tmp_path / "out", capsys)
     assert code == 3 and why in said and "got.jsonl" in said, said
     assert not (tmp_path / "out").exists()
+
+
+def told_otherwise(answers: Path, change: Callable[[list[dict[str, Any]]], None], top: int) -> Path:
+    """A file of answers with the likeliest tokens alone, and those changed."""
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    for row in rows:
+        row["top_logprobs"] = row["top_logprobs"][:top]
+        change(row["top_logprobs"])
+    answers.write_text("\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    return answers
+
+
+def on_base(base: int) -> Callable[[list[dict[str, Any]]], None]:
+    def change(top: list[dict[str, Any]]) -> None:
+        for one in top:
+            one["logprob"] /= math.log(base)
+
+    return change
+
+
+def probabilities(top: list[dict[str, Any]]) -> None:
+    for one in top:
+        one["logprob"] = math.exp(one["logprob"])
+
+
+def taken_alone(top: list[dict[str, Any]]) -> None:
+    for number, one in enumerate(top):
+        one["logprob"] = -math.inf if number else 0.0
+
+
+def other_ids(top: list[dict[str, Any]]) -> None:
+    for one in top:
+        one["id"] = 900_000 + len(one["token"])
+
+
+SCALES: dict[str, tuple[Callable[[list[dict[str, Any]]], None], int, str]] = {
+    "base 2": (on_base(2), 64, "log-probabilities on base 2"),
+    "base 2, the likeliest alone": (on_base(2), 1, "log-probabilities on base 2"),
+    "base 10": (on_base(10), 64, "more than 1: are these natural logarithms"),
+    "base 10, the likeliest alone": (on_base(10), 1, "log-probabilities on base 10"),
+    "probabilities": (probabilities, 64, "above 0: are these natural logarithms"),
+    "what was taken": (taken_alone, 1, "every answer is one token of probability 1"),
+    "what was taken, and others": (taken_alone, 5, "every answer is one token of probability 1"),
+    "another vocabulary": (other_ids, 20, "none of the tokens told, here or elsewhere"),
+}
+
+
+@pytest.mark.parametrize("base", [False, True], ids=["tuned", "base"])
+@pytest.mark.parametrize(("change", "top", "why"), SCALES.values(), ids=SCALES)
+def test_answers_that_are_no_log_probabilities(
+    scene: HandedOff, verdict: Any, tmp_path: Path, capsys: Any, base: bool, change: Any, top: int, why: str
+) -> None:
+    """In one way or another they passed as weights of few bits, or as the base's."""
+    verdict(scene, scene.model(base=base), "--top", "64", form="llama", most=64)
+    answers = told_otherwise(tmp_path / "out" / "answers.jsonl", change, top)
+    line, code, said = judged(scene, answers, tmp_path / "again", capsys)
+    assert code == 3 and why in said and f"{answers}, line " in said and not line, said
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(("how", "why"), [("base 2", "on base 2"), ("base 10", "more than 1"), ("taken", "taken at")])
+def test_a_server_that_tells_no_log_probabilities(
+    scene: HandedOff, tmp_path: Path, capsys: Any, how: str, why: str
+) -> None:
+    class Otherwise(Loopback):
+        def distribution(self, ids: Any, inputs: Any) -> torch.Tensor:
+            found = super().distribution(ids, inputs)
+            if how == "taken":
+                return torch.where(found == found.max(), 0.0, -math.inf)
+            return found / math.log(int(how.split()[1]))
+
+    with Otherwise(scene.model(), scene.tokenizer) as served:
+        out = ["-o", str(tmp_path / "out")]
+        code = main(["validate", "--cases", str(scene.cases), "--server", served.url, *out])
+    said = capsys.readouterr().err
+    assert code == 3 and why in said and f"{served.url}, case r0, place 0: " in said, said
 
 
 # --- the cases -------------------------------------------------------------------------------------------------------

@@ -11,14 +11,14 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rankwise.device.handoff.answers import Heard
+from rankwise.device.handoff.answers import Heard, Unnatural
 from rankwise.device.handoff.cases import CHAT, IDS, TEXT, HandoffCase, HandoffCases, Place
 from rankwise.device.llama.client import Refusal, Talk
 from rankwise.device.llama.runtime import KEY_VARIABLE
-from rankwise.errors import ServiceError, UsageError
+from rankwise.errors import DataError, ServiceError, UsageError
 
 KEYS = ("OPENAI_API_KEY", KEY_VARIABLE)
 COUNTS = (64, 20, 5, 1)  # log-probabilities per place; OpenAI's own limits are 20 (chat) and 5 (completions)
@@ -123,10 +123,14 @@ class OpenAIServer:
         else:
             text = [*case.ids, *case.answer[: place.forced]] if route == IDS else case.prompt + place.text
             response = self.talk.post("/completions", body | {"prompt": text})
+        where = f"{self.talk.url}, case {case.id}, place {place.forced}"
         try:
-            return Heard.of({"case": case.id, "place": place.forced, "api": route, "response": response})
+            heard = Heard.of({"case": case.id, "place": place.forced, "api": route, "response": response})
+        except Unnatural as error:
+            raise DataError(f"{where}: {route}: {error}") from error
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise Untold(f"{self.talk.url}: {route} answers without log-probabilities ({error})") from error
+        return replace(heard, where=where)
 
 
 class Untold(ServiceError):

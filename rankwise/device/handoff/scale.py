@@ -1,0 +1,59 @@
+"""Answers that are no natural log-probabilities of this model's tokens, refused before they are judged.
+
+Heard* ── require_known ──▶ by_api, judge ──▶ RouteFinding ── require_natural ──▶ a verdict
+
+What no distribution can be is found line by line (`Heard.of`). On base 2, probabilities sum to less than 1, as those of
+a flatter model would; on base 10 to more, unless few are told. That is found by what explains the answers: a hypothesis
+does once they are natural logarithms, and none does as they are told.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rankwise.device.handoff.answers import SLACK, Heard, by_api
+from rankwise.device.handoff.cases import HandoffCases
+from rankwise.device.handoff.verdict import FEWEST, RouteFinding, by_item, divergences, nats
+from rankwise.errors import DataError
+
+BASES = {2: math.log(2), 10: math.log(10)}
+CLEARLY = 0.25  # of the KL as told: what is left of it on the right base
+
+
+def require_known(cases: HandoffCases, answers: Sequence[Heard]) -> None:
+    """DataError where an API tells no token that tuned or base find likely anywhere: those of another vocabulary."""
+    texts = cases.ids_of(0).keys() | cases.ids_of(1).keys()
+    for api in cases.routes:
+        own = [one for one in answers if one.api == api]
+        told = [token for one in own for token in one.top]
+        if told and not any(one.id in cases.tokens if one.id is not None else one.text in texts for one in told):
+            first = told[0].text if told[0].id is None else told[0].id
+            raise DataError(
+                f"{own[0].where}: {api}: none of the tokens told, here or elsewhere, is one that tuned or base find "
+                f"likely, such as {first!r}: give the ids or the texts of {cases.reference}'s own tokenizer"
+            )
+
+
+def require_natural(cases: HandoffCases, answers: Sequence[Heard], finding: RouteFinding) -> None:
+    """DataError for one API's answers that are on another scale, or only say which token was taken."""
+    own, best = [one for one in answers if one.api == finding.route], min(finding.kl.values())
+    if best <= finding.limit:
+        return
+    if all(one.certain for one in own):
+        raise DataError(
+            f"{own[0].where}: {finding.route}: every answer is one token of probability 1, which is what was taken at "
+            "temperature 0, and not what the model says: tell log-probabilities from before sampling"
+        )
+    for base, factor in BASES.items():
+        scaled = [one.times(factor) for one in own]
+        if finding.items < FEWEST or any(one.mass > 1 + SLACK for one in scaled):
+            continue
+        told = by_api(cases, scaled)[finding.route]
+        items = [int(cases.candidates.cases[place]) for place in told]
+        natural = float(by_item(divergences(cases.candidates, told), items).mean(1).min())
+        if natural <= CLEARLY * best:
+            raise DataError(
+                f"{own[0].where}: {finding.route}: log-probabilities on base {base}: as natural ones the nearest model "
+                f"explains them (KL {nats(natural)}, as told {nats(best)}); multiply each by {factor:.4f}"
+            )
