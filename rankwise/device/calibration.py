@@ -34,6 +34,7 @@ from rankwise.gguf.imatrix import Imatrix, weighed, write
 from rankwise.gguf.reading import GGUFFile, first_few, gguf_names
 from rankwise.models.sites import model_sites
 from rankwise.options.commands import ValidateConfig
+from rankwise.page.text import plural
 
 ROUNDING = 0.02  # relative, of a column's sum of squares in half precision
 
@@ -52,7 +53,7 @@ class Calibration:
     @property
     def dataset(self) -> str:
         """For the file, and for people."""
-        return f"{len(self.rows)} rows, {self.pictures} pictures"
+        return f"{plural(len(self.rows), 'row')}, {plural(self.pictures, 'picture')}"
 
 
 def calibration_rows(config: ValidateConfig, trained: TrainedSide, shipped: Shipment) -> Calibration:
@@ -80,7 +81,7 @@ def calibration_rows(config: ValidateConfig, trained: TrainedSide, shipped: Ship
     if not rows:
         raise DataError(f"{found.files[0]}: no rows to calibrate on")
     if len(rows) < (config.calibration_samples or 0):
-        announce(f"note: {len(rows)} rows to calibrate on, fewer than --calibration_samples")
+        announce(f"note: {plural(len(rows), 'row')} to calibrate on, fewer than --calibration_samples")
     return Calibration(rows, renderer)
 
 

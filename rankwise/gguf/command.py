@@ -21,7 +21,7 @@ from rankwise.files.adapter import adapter_files, carry, contracts
 from rankwise.files.atomic import atomic_folder, fingerprint, sha256
 from rankwise.files.checkpoint import resolve
 from rankwise.files.lineage import trained_rows
-from rankwise.files.run_folder import RunFolder
+from rankwise.files.run_folder import RunFolder, without_places
 from rankwise.gguf.converter import Converter, converter_folder, find_converter, install_converter
 from rankwise.gguf.export import write_export
 from rankwise.gguf.lora import largest_rank, read_plain, require_text_sites, write_adapter_gguf
@@ -208,7 +208,7 @@ def export_adapter(config: ExportConfig, adapter: Path, converter: Converter) ->
             record.outputs |= carry(adapter_files(adapter)[0].parent, temporary)
             file = write_adapter_gguf(adapter, resolve(base), temporary / name, converter)
             content = {
-                "adapter": {"path": str(adapter), "fingerprint": fingerprint(adapter), "base": base},
+                "adapter": {"path": str(adapter), "fingerprint": fingerprint(adapter), "base": without_places(base)},
                 "converter": {"version": converter.version, "sha256": converter.sha256},
                 "files": {},
                 "adapter_file": {"name": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)},

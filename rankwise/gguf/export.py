@@ -26,6 +26,7 @@ from rankwise.errors import VerificationError
 from rankwise.files.adapter import carry
 from rankwise.files.atomic import fingerprint, sha256
 from rankwise.files.checkpoint import Checkpoint
+from rankwise.files.run_folder import without_places
 from rankwise.gguf.converter import Conversion
 from rankwise.gguf.metadata import MODEL, check_numbers, check_tokenizer, silence, text_numbers, vision_numbers
 from rankwise.gguf.plan import REFERENCE, ExportPlan
@@ -111,7 +112,7 @@ def verification(plan: ExportPlan, files: Files, place: Path) -> dict[str, Any]:
         "config": numbers,
         "errors": tables,
         "tuned": tuned_summary(tuned) if plan.base else None,
-        "base": str(plan.base.path) if plan.base else None,
+        "base": without_places(str(plan.base.path)) if plan.base else None,
     }
 
 

@@ -29,6 +29,7 @@ from rankwise.gguf.view import changes_for
 from rankwise.gguf.view import model_view as shown_to_converter
 from rankwise.models.load import meta_model
 from rankwise.models.sites import tower_of, tower_prefixes
+from rankwise.page.text import plural
 
 ROUNDING = 1e-6  # relative: of one product in float32
 CLOSE, SAME_SCALE = 2e-2, 1e-2  # relative: of a file whose factors another converter rounded, to Q8_0 at worst
@@ -185,10 +186,10 @@ class HeldFactors:
         """What is wrong, in words; "" where nothing is."""
         off = ", ".join(f"{site} ×{scale:.3g}" for site, scale in list(self.scales.items())[:SHOWN])
         parts = (
-            (self.missing, f"{len(self.missing)} of {self.sites} sites are missing ({first_few(self.missing)})"),
+            (self.missing, f"it lacks {len(self.missing)} of {plural(self.sites, 'site')} ({first_few(self.missing)})"),
             (self.other, f"other factors than the adapter's at {len(self.other)} ({first_few(self.other)})"),
             (self.scales, f"another scale than the adapter's at {len(self.scales)} ({off})"),
-            (self.extra, f"{len(self.extra)} sites that the adapter does not have ({first_few(self.extra)})"),
+            (self.extra, f"{plural(len(self.extra), 'site')} that the adapter does not have ({first_few(self.extra)})"),
         )
         return "; ".join(words for wrong, words in parts if wrong)
 

@@ -30,6 +30,7 @@ from rankwise.models.load import load_processor, load_tokenizer
 from rankwise.report.report import build_report
 
 TUNED, RED, UNDECIDED = 0, 6, 7
+TRAVELS = ("handoff.json", "answers.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ WEIGHTS: dict[str, tuple[Callable[[HandedOff], Any], str]] = {
     "twice the scale": (lambda scene: scene.mixed(lambda _: 2.0), "partly tuned: the adapter at twice its scale"),
     "weights of two bits": (
         lambda scene: rounded(scene.model(), 2),
-        "partly tuned: weights of 2 bits explains it best",
+        "partly tuned: weights of 2 bits explain it best",
     ),
 }
 PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -387,6 +388,16 @@ def test_cases_are_read_as_they_were_written(scene: HandedOff, seeing: HandedOff
     assert len(found.pictures) == len(found.cases)
 
 
+def test_what_travels_does_not_say_where_models_lie(scene: HandedOff, verdict: Any, tmp_path: Path) -> None:
+    """Cases go to whoever has the phone, a verdict to a colleague."""
+    verdict(scene, scene.model(), names=[str(scene.tuned)], apis=["completions"])
+    files = [*filter(Path.is_file, scene.cases.rglob("*")), *(tmp_path / "out" / name for name in TRAVELS)]
+    homes = [str(scene.folder).encode(), str(tmp_path).encode()]
+    assert len(files) > 3 and [file for file in files for home in homes if home in file.read_bytes()] == []
+    found = HANDOFF.read(tmp_path / "out")
+    assert (found["reference"], found["base"], found["served_model"]) == ("tuned", "base", "tuned")
+
+
 def test_prompts_are_those_of_the_models_own_template(scene: HandedOff) -> None:
     for case in read_cases(scene.cases).cases:
         own = scene.tokenizer.apply_chat_template(case.messages, add_generation_prompt=True, return_dict=True)
@@ -465,7 +476,7 @@ def test_few_bits_are_a_fault_where_the_server_runs_more(scene: HandedOff, verdi
     line, code, _ = verdict(scene, model)
     assert line.startswith("answers are the TUNED model's, as weights of 4 bits are (") and code == TUNED
     line, code, _ = verdict(scene, model, "--outtype", "f16")
-    assert line.startswith("partly tuned: weights of 4 bits explains it best") and code == RED
+    assert line.startswith("partly tuned: weights of 4 bits explain it best") and code == RED
 
 
 # --- mutants of the product's own path -------------------------------------------------------------------------------

@@ -29,11 +29,12 @@ from rankwise.errors import UndecidedError, UsageError, VerificationError
 from rankwise.files.atomic import about_to_write, write_text
 from rankwise.files.document import lines_of
 from rankwise.files.processes import announce
-from rankwise.files.run_folder import RunFolder
+from rankwise.files.run_folder import RunFolder, without_places
 from rankwise.options.commands import ValidateConfig
 from rankwise.options.sections import OUTTYPES
 from rankwise.page.blocks import drawn, into, lines, pictures
 from rankwise.page.canvas import drawable
+from rankwise.page.text import plural
 from rankwise.pipeline.idle import refuse_idle
 
 ANSWERS = "answers.jsonl"
@@ -110,10 +111,8 @@ def inputs(config: ValidateConfig) -> dict[str, str | None]:
 def written(config: ValidateConfig, cases: HandoffCases) -> None:
     about_to_write()
     folder = write_cases(Path(str(config.write_cases)), cases)
-    places = sum(len(case.places) for case in cases.cases)
-    announce(
-        f"{len(cases.cases)} cases, {places} places to ask, {len(cases.candidates.hypotheses)} hypotheses in {folder}"
-    )
+    counted = plural(len(cases.cases), "case"), plural(sum(len(case.places) for case in cases.cases), "place")
+    announce(f"{', '.join(counted)} to ask, {len(cases.candidates.hypotheses)} hypotheses in {folder}")
     if not config.server:
         announce(
             f"what is answered is judged with --cases {folder} --answers FILE (docs/handoff.md: what a line holds)"
@@ -149,7 +148,7 @@ def described(
         "reference": cases.reference,
         "base": cases.base,
         "server": server.talk.url if server else None,
-        "served_model": server.model if server else None,
+        "served_model": without_places(server.model) if server else None,
         "left_out": dict(server.left_out) if server else {},
         "tolerance": config.tolerance,
         "hypotheses": [asdict(one) for one in cases.candidates.hypotheses],

@@ -33,6 +33,7 @@ from rankwise.evaluate.likelihood import answer_ids
 from rankwise.files.adapter import CONFIG_NAME, adapter_files, base_and_adapter
 from rankwise.files.atomic import fingerprint, fingerprints, read_object
 from rankwise.files.checkpoint import resolve
+from rankwise.files.run_folder import without_places
 from rankwise.models.adapters import load_adapter
 from rankwise.models.depth.encoder import read_depth
 from rankwise.models.load import load_config, load_model
@@ -118,8 +119,8 @@ def prepared(config: ValidateConfig) -> HandoffCases:
     candidates = Candidates(tuple(one for one, _, _ in variants), numbers, likely, np.stack(values))
     cases, pictures = described(renderer, examples, asked)
     return HandoffCases(
-        reference=models.tuned,
-        base=models.base,
+        reference=without_places(models.tuned),
+        base=without_places(models.base),
         cases=cases,
         candidates=candidates,
         tokens=texts_of(renderer.tokenizer, likely),

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from rankwise.device.parity.floor import LEAST_KL, REST, chance, effective
 from rankwise.errors import need
+from rankwise.page.text import plural
 
 Array = NDArray[np.float64]
 Told = Mapping[int, float]
@@ -34,6 +35,7 @@ TOLERABLE = 4  # bits of weights that are a way to serve a model and no fault
 LEAST_SHOWN = 1e-9  # nats
 ELSEWHERE = 10.0  # times farther off by one API than by another: no rounding of the same weights
 LITTLE = 0.2  # of the probability; a server that tells less says little
+WEIGHTS = "weights"  # words of hypotheses that begin with it are plural
 FEWEST = 4  # items; a paired interval of fewer is wider than any effect
 
 
@@ -311,16 +313,12 @@ def _line(one: RouteFinding, tuned: RouteFinding | None) -> str:
         return f"answers are the TUNED model's{served} (KL {near}; to base {base})"
     if one.kind == BASE:
         return f"the BASE model's: the adapter has no effect (KL {base}; to tuned {near})"
-    if one.kind == PARTLY:
-        explained = (
-            f"{one.words} explains it best (KL {nats(one.kl[one.name])}; to" if one.name else f"{one.words} (KL to"
-        )
-        return f"partly tuned: {explained} tuned {near}, to base {base})"
-    if one.kind == PROMPT:
-        explained = (
-            f"{one.words} explains it best (KL {nats(one.kl[one.name])}; to" if one.name else f"{one.words} (KL to"
-        )
-        return f"another prompt: {explained} the prompt of training {near})"
+    if one.kind in (PARTLY, PROMPT):
+        verb = "explain" if one.words.startswith(WEIGHTS) else "explains"
+        best = f"{one.words} {verb} it best (KL {nats(one.kl[one.name])}; to" if one.name else f"{one.words} (KL to"
+        if one.kind == PARTLY:
+            return f"partly tuned: {best} tuned {near}, to base {base})"
+        return f"another prompt: {best} the prompt of training {near})"
     if one.kind == OTHER:
         return f"another model's: neither tuned (KL {near}) nor base (KL {base}), and {one.words}"
     why = "base and tuned are too close on these rows"
@@ -347,8 +345,7 @@ def _aside(one: RouteFinding, first: RouteFinding) -> str:
 
 def counted(longer: int) -> str:
     """Tokens of a prompt beside those of training, in words."""
-    count = f"{abs(longer)} token{'s' if abs(longer) != 1 else ''}"
-    return f"the server reads {count} {'more' if longer > 0 else 'fewer'} than training has"
+    return f"the server reads {plural(abs(longer), 'token')} {'more' if longer > 0 else 'fewer'} than training has"
 
 
 def nats(value: float) -> str:
