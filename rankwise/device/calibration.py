@@ -22,11 +22,11 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.data.example import Example
 from rankwise.data.render import Renderer
-from rankwise.device.parity.reference import forced
+from rankwise.device.parity.reference import inputs_of
 from rankwise.device.sides import Shipment, TrainedSide, renderer_of
 from rankwise.errors import DataError
 from rankwise.evaluate.generate import fitting
-from rankwise.evaluate.likelihood import answer_ids
+from rankwise.evaluate.likelihood import answer_ids, append_ids
 from rankwise.files.atomic import digest_of, fingerprints
 from rankwise.files.checkpoint import base_files, resolve
 from rankwise.files.processes import announce
@@ -160,7 +160,8 @@ def summed(layers: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
 
 
 def ran(model: Any, renderer: Renderer, row: Example) -> int:
-    """Run the model on a prompt and its answer; number of tokens."""
-    prompt, answer = renderer.prompt(row), answer_ids(renderer, row, row.answer)
-    forced(model, renderer, [prompt], [answer])
-    return len(prompt.input_ids) + len(answer)
+    """Run the model on a prompt and its answer, all of whose places reach every layer; number of tokens."""
+    whole = append_ids(renderer.prompt(row), answer_ids(renderer, row, row.answer))
+    with torch.inference_mode():
+        model(**inputs_of(model, renderer, whole))
+    return len(whole.input_ids)

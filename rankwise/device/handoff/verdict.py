@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rankwise.device.parity.floor import LEAST_KL, REST, chance, effective
+from rankwise.device.parity.floor import LEAST_KL, binned_kl, chance, effective
 from rankwise.errors import need
 from rankwise.page.text import plural
 
@@ -123,19 +123,14 @@ class Conclusion:
 
 def divergences(candidates: Candidates, told: Mapping[int, Told]) -> Array:
     """(H, places told): KL(told ‖ hypothesis) in nats, in the order of `told`."""
-    return np.stack([_divergence(candidates, place, top) for place, top in told.items()], 1)
+    return np.stack([_from_each(candidates, place, top) for place, top in told.items()], 1)
 
 
-def _divergence(candidates: Candidates, place: int, top: Told) -> Array:
-    """(H,), summed as `parity.floor.divergence` does."""
+def _from_each(candidates: Candidates, place: int, top: Told) -> Array:
+    """(H,)"""
     columns = [column for column, token in enumerate(candidates.ids[place]) if token >= 0 and int(token) in top]
-    log_q = np.array([top[int(candidates.ids[place, column])] for column in columns], dtype=np.float64)
-    log_p = candidates.log_probs[:, place, columns].astype(np.float64)
-    q, p = np.exp(log_q), np.exp(log_p)
-    rest_q, rest_p = max(1 - float(q.sum()), REST), np.maximum(1 - p.sum(1), REST)
-    named = (q * (log_q - log_p) - q + p).sum(1)
-    found: Array = named + rest_q * np.log(rest_q / rest_p) - rest_q + rest_p
-    return found
+    log_told = np.array([top[int(candidates.ids[place, column])] for column in columns], dtype=np.float64)
+    return binned_kl(log_told, candidates.log_probs[:, place, columns].astype(np.float64))
 
 
 def by_item(values: Array, items: Sequence[int]) -> Array:
