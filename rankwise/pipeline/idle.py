@@ -69,6 +69,11 @@ def hands_off(told: Told) -> bool:
     return commands.by_reference(told.server, told.write_cases, told.cases)
 
 
+def asks(told: Told) -> bool:
+    """Whether validate has answers to judge: not where it writes cases for others to ask."""
+    return not told.write_cases or bool(told.server)
+
+
 def reads_data(told: Told) -> bool:
     return told.metric != "weight" or told.signal in ("activation", "gradient")
 
@@ -240,11 +245,18 @@ TABLES: Mapping[type, list[Bound]] = {
         *bound("served_model api", "with --server http://HOST/v1", lambda told: hands_off(told) and bool(told.server)),
         *bound(
             "export mmproj adapter_gguf parity_samples app_pixels min_accuracy min_agreement sweep context threads "
-            "batch_size",
+            "batch_size seed",
             "on files or a server of llama.cpp, without --server http://HOST/v1, --write_cases and --cases",
             lambda told: not hands_off(told),
         ),
         *without("cases", "reference base_model data_path num_samples write_cases max_new_tokens", ", which has them"),
+        *without("cases", "split device", ": the rows and the models are not read again"),
+        *bound("output_dir outtype tolerance", "on what answers: --write_cases alone asks nobody", asks),
+        *bound(
+            "top",
+            "where a server or a file is run: --write_cases and --answers ask none",
+            lambda told: not told.answers and asks(told),
+        ),
         *without("adapter_gguf", "sweep", ": it makes smaller files of a whole model"),
         *with_("sweep", True, "sweep_margin llama_cpp_dir imatrix calibration_samples"),
         *with_("calibration_samples", True, "calibration_data"),
@@ -259,9 +271,14 @@ def as_said(default: Any) -> str:
 
 def idle_among(config: Any) -> list[Bound]:
     """The options that were given and have no effect among the others."""
-    told, defaults = Told(flatten(config)), flatten(type(config)())
-    rows = TABLES.get(type(config), ())
-    return [row for row in rows if told.get(row.option) != defaults.get(row.option) and not row.acts(told)]
+    values, defaults = flatten(config), flatten(type(config)())
+    return [row for row in idle_rows(config) if values.get(row.option) != defaults.get(row.option)]
+
+
+def idle_rows(config: Any) -> list[Bound]:
+    """Those of all options that have no effect among the others, given or not."""
+    told = Told(flatten(config))
+    return [row for row in TABLES.get(type(config), ()) if not row.acts(told)]
 
 
 def refuse_idle(config: Any) -> None:

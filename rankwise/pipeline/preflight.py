@@ -25,7 +25,7 @@ from rankwise.files.atomic import rehearsal
 from rankwise.files.checkpoint import HUB_ID
 from rankwise.options.field import Option, flatten, neighbours, options_of
 from rankwise.options.sections import TASKS
-from rankwise.pipeline.idle import Told, hands_off
+from rankwise.pipeline.idle import Told, hands_off, idle_rows
 from rankwise.pipeline.table import stage_of
 
 INPUTS, OUTPUTS = ("read", "weights", "model"), ("folder", "file")  # kinds of paths (`option(path=…)`)
@@ -179,7 +179,13 @@ def describe(command: str, config: Any) -> list[str]:
     """What a command reads, does and writes."""
     stage, options = stage_of(command), list(options_of(config))
     does = stage.describe(config) if hasattr(stage, "describe") else []
-    return [*named("read", options, INPUTS), *does, *named("write", options, OUTPUTS)]
+    return [*named("read", options, INPUTS), *does, *named("write", written(config), OUTPUTS)]
+
+
+def written(config: Any) -> list[Option]:
+    """The options that say where a command writes, less those that have no effect among the others."""
+    idle = {row.option for row in idle_rows(config)}
+    return [item for item in options_of(config) if item.path in OUTPUTS and item.default and item.name not in idle]
 
 
 def named(verb: str, options: Sequence[Option], kinds: Sequence[str]) -> list[str]:
@@ -229,9 +235,8 @@ def require_device(name: str | None) -> None:
 
 
 def require_outputs(config: Any) -> None:
-    for item in options_of(config):
-        if item.path in OUTPUTS and item.default:
-            require_output(item, item.default)
+    for item in written(config):
+        require_output(item, item.default)
 
 
 def require_output(item: Option, value: str) -> None:

@@ -38,7 +38,6 @@ from rankwise.page.blocks import table_lines
 from rankwise.page.text import duration
 from rankwise.pipeline import preflight
 from rankwise.pipeline.recipe import (
-    OUTPUTS,
     Recipe,
     Stage,
     find_recipe,
@@ -54,7 +53,7 @@ from rankwise.pipeline.times import BEFORE, UNASKED, UNFINISHED, UNREACHED, Stag
 
 LOGS, MONITOR, AUTO = "logs", "monitor.csv", "auto"
 RECORD = "resolved_config.recipe.json"  # a stage may write into the run folder itself, and its config beside this one
-FILLED = "depth_cache"  # by whichever stage finds it lacking
+FILLED = ("depth_cache", "run")  # options of folders that stages write into beside what they read there
 
 
 def run(config: RunConfig) -> Path | None:
@@ -229,7 +228,7 @@ def fingerprint_of(stage: Stage, config: Any, previous: str | None) -> str:
         f"{name} {value}": fingerprint(Path(value))
         for name, values in named.items()
         for value in values
-        if name not in (*OUTPUTS, FILLED, *no_inputs) and isinstance(value, str) and value and Path(value).exists()
+        if name not in (*FILLED, *no_inputs) and isinstance(value, str) and value and Path(value).exists()
     }
     content = json.dumps([stage.command, options, inputs, previous], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -20,8 +20,8 @@ from rankwise.data.check.comparison import Oracle
 from rankwise.data.images import ImageReader
 from rankwise.data.render import Renderer
 from rankwise.data.vision_inputs import Sight
-from rankwise.errors import UsageError
 from rankwise.device.handoff.variants import Asked, log_probs
+from rankwise.errors import UsageError
 from rankwise.evaluate.likelihood import answer_ids
 from rankwise.models.load import forward_inputs, load_config, load_model, load_processor
 

@@ -519,6 +519,32 @@ def test_from_the_models_to_the_report(scene: HandedOff, tmp_path: Path, capsys:
     assert "partly tuned: the tuning of the first half of the layers alone" in page and "handoff_kl" in page
 
 
+RECIPE = """
+name: handed off
+stages:
+  - name: cases
+    command: validate
+    reference: {tuned}
+    base_model: {base}
+    data_path: {rows}
+    write_cases: ${{run}}/cases
+  - {{name: verdict, command: validate, cases: "${{run}}/cases", server: {url}, output_dir: "${{run}}/verdict"}}
+"""
+
+
+def test_cases_of_one_stage_are_asked_by_the_next(scene: HandedOff, tmp_path: Path, capsys: Any) -> None:
+    """What a stage writes is what its options say, under whatever name; what it does not write is not missed."""
+    file = tmp_path / "recipe.yaml"
+    with Loopback(scene.model(), scene.tokenizer) as served:
+        rows = scene.folder / "rows.jsonl"
+        file.write_text(RECIPE.format(tuned=scene.tuned, base=scene.base, rows=rows, url=served.url))
+        assert main(["run", str(file), "-o", str(tmp_path / "run")]) == 0
+        assert HANDOFF.read(tmp_path / "run" / "verdict")["kind"] == "tuned"
+        capsys.readouterr()
+        assert main(["run", str(file), "-o", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.count("done already") == 2
+
+
 def test_a_merged_model_and_a_dry_run(scene: HandedOff, tmp_path: Path, capsys: Any) -> None:
     merged = tmp_path / "merged"
     scene.model().save_pretrained(merged)
@@ -529,7 +555,9 @@ def test_a_merged_model_and_a_dry_run(scene: HandedOff, tmp_path: Path, capsys: 
     assert main([*line, "--base_model", str(merged)]) == 3
     assert "equals its base in every weight" in capsys.readouterr().err
     line += ["--base_model", str(scene.base)]
+    capsys.readouterr()
     assert main([*line, "--dry-run"]) == 0 and not (tmp_path / "cases").exists()
+    assert f"# would write --write_cases {tmp_path / 'cases'}\n" in capsys.readouterr().out
     assert main(line) == 0
     ours, theirs = (read_cases(folder) for folder in (tmp_path / "cases", scene.cases))
     assert [one.places for one in ours.cases] == [one.places for one in theirs.cases]
