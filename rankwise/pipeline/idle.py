@@ -15,7 +15,7 @@ from rankwise.core.schedule import phases_of
 from rankwise.errors import UsageError
 from rankwise.options import commands, features
 from rankwise.options.advise import AdviseConfig
-from rankwise.options.field import flatten
+from rankwise.options.field import OUTPUTS, Option, flatten, options_of
 from rankwise.options.sections import CONVERSATIONS, is_harness
 from rankwise.options.study import StudyConfig
 
@@ -279,6 +279,12 @@ def idle_rows(config: Any) -> list[Bound]:
     """Those of all options that have no effect among the others, given or not."""
     told = Told(flatten(config))
     return [row for row in TABLES.get(type(config), ()) if not row.acts(told)]
+
+
+def written(config: Any) -> list[Option]:
+    """The options that say where a command writes, less those that have no effect among the others."""
+    idle = {row.option for row in idle_rows(config)}
+    return [item for item in options_of(config) if item.path in OUTPUTS and item.default and item.name not in idle]
 
 
 def refuse_idle(config: Any) -> None:

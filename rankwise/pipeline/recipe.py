@@ -25,8 +25,7 @@ from typing import Any
 
 from rankwise.errors import DataError, UsageError
 from rankwise.options.field import CONFIG_SUFFIXES, load_file, typed_values, unknown
-from rankwise.pipeline.idle import idle_among, sentences
-from rankwise.pipeline.preflight import written
+from rankwise.pipeline.idle import idle_among, sentences, written
 from rankwise.pipeline.table import ALIASES, COMMANDS, command_options, configured
 
 PACKAGED = Path(__file__).parents[1] / "recipes"

@@ -33,7 +33,7 @@ from rankwise.files.log import NOBODY, copier, logged
 from rankwise.files.monitor import Monitor, usage_of
 from rankwise.files.run_folder import SECRET, STATE, RunFolder, read_marks, write_mark
 from rankwise.options.commands import RunConfig
-from rankwise.options.field import flatten, options_of, unknown
+from rankwise.options.field import OUTPUTS, flatten, options_of, unknown
 from rankwise.page.blocks import table_lines
 from rankwise.page.text import duration
 from rankwise.pipeline import preflight
@@ -222,7 +222,7 @@ def fingerprint_of(stage: Stage, config: Any, previous: str | None) -> str:
     """Hash of a stage's resolved options, of the files that they name (what is written is not among them, nor is a
     choice: `.` may be one), and of the mark of the stage before it: what changes one, changes all after it."""
     options = flatten(config)
-    no_inputs = {item.name for item in options_of(config) if item.choices or item.path in preflight.OUTPUTS}
+    no_inputs = {item.name for item in options_of(config) if item.choices or item.path in OUTPUTS}
     named = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
     inputs = {
         f"{name} {value}": fingerprint(Path(value))
