@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -37,6 +37,7 @@ from transformers import (
 )
 from workload import command, machine
 
+from rankwise.data.device import DeviceTarget
 from rankwise.device.llama.runtime import LlamaServer
 from rankwise.files.atomic import read_if_there, write_json, write_text
 from rankwise.gguf.converter import find_converter
@@ -52,7 +53,11 @@ from tiny_vision import QWEN_SPECIALS, QWEN_TEMPLATE, qwen_ids, saved
 
 RANK, ALPHA, STEPS = 4, 16, 12
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
-LARGER = 30.0  # the output head of a tiny model: random weights find all tokens alike otherwise
+LARGER = {"smolvlm": 2.0, "qwen2_5_vl": 1.0}  # the output head: random weights find all tokens alike otherwise
+TARGETS_OF_TINY = {
+    "smolvlm": DeviceTarget(image_size=64, longest_edge=64, max_new_tokens=12),
+    "qwen2_5_vl": DeviceTarget(image_size=56, max_new_tokens=12),
+}
 ITEMS, LONGEST = 8, 12
 ROWS = [f"{text[:number]}." for text in TEXTS for number in (20, 34)]
 
@@ -253,16 +258,18 @@ def of_text(model: Path, data: str, work: Path, threads: int) -> Ladders:
 class TinyBench(Bench):
     """A tiny vision-language model with random weights, and rows with pictures."""
 
-    def __init__(self, make: Callable[[Path], Path], work: Path, threads: int) -> None:
+    def __init__(self, name: str, work: Path, threads: int) -> None:
         self.work, self.threads, self.seconds = work, threads, {}
         self.base, self.adapter, self.rows = work / "base", work / "adapter", work / "rows.jsonl"
         work.mkdir(parents=True, exist_ok=True)
         if not self.base.is_dir():
-            make(self.base)
+            TINY[name](self.base)
             model: Any = load_model(str(self.base), torch.float32)
             with torch.no_grad():
-                model.get_output_embeddings().weight.mul_(LARGER)
+                model.get_output_embeddings().weight.mul_(LARGER[name])
             model.save_pretrained(self.base)
+            TARGETS_OF_TINY[name].save(self.base)
+            TARGETS_OF_TINY[name].save(work)  # beside the rows
         rows = []
         for number, text in enumerate(ROWS[:ITEMS]):
             noise = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(number)).mul(255).byte().numpy()
@@ -273,7 +280,7 @@ class TinyBench(Bench):
 
 
 def of_tiny(name: str, work: Path, threads: int) -> Ladders:
-    bench = TinyBench(TINY[name], work, threads)
+    bench = TinyBench(name, work, threads)
     # the text model's sites: a LoRA of llama.cpp acts on no other
     targets = r".*(language_model|text_model).*\.(q_proj|v_proj|up_proj|down_proj)"
     for seed, folder in enumerate((bench.adapter, work / "other")):

@@ -25,6 +25,7 @@ from rankwise.device.bundle import validation_doubts
 from rankwise.device.llama.client import LoadedLora, Refusal, ServerRuntime
 from rankwise.device.llama.runtime import LlamaServer
 from rankwise.device.lora.files import lora_files
+from rankwise.device.lora.page import lora_failures, lora_verdict
 from rankwise.device.lora.settings import loaded_ids, settings
 from rankwise.device.scores import DOCUMENT
 from rankwise.device.sides import LoraFile
@@ -179,6 +180,26 @@ def test_a_lora_says_where_its_adapter_lies_once(world: World) -> None:
 def test_what_was_frozen_is_read_and_shown() -> None:
     content = DOCUMENT.read(FROZEN)
     assert "scale 1 again" in "\n".join(summary(content))
+
+
+def test_a_reason_is_told_once() -> None:
+    """Whatever it breaks besides; that it cannot be told from its base is no verdict where something is broken."""
+    content = DOCUMENT.read(FROZEN)
+    adapters, parity = content["adapters"], content["parity"]
+    adapters["effect"]["told_apart"] = {"f16": False, "q8_0": False}
+    for ladder in (parity["f16"], *adapters["settings"]["f16"][:2]):
+        ladder["first_broken"] = "logprobs"
+        rung = next(rung for rung in ladder["rungs"] if rung["name"] == "logprobs")
+        rung |= {"status": "broken", "why": "its scale is lost"}
+    content["verdict"] = lora_verdict(adapters, parity)
+    content["failures"] = ["f16: the rung `logprobs` is broken: its scale is lost", *lora_failures(adapters, parity)]
+    assert content["verdict"][0] == "f16, scale 1, breaks at the rung `logprobs`: its scale is lost"
+    assert content["verdict"][-1].startswith("Cannot tell first-lora-f32.gguf from its base")
+    said = "\n".join(summary(content))
+    assert (said.count("scale is lost"), said.count("f16: broken too: scale 0, scale 1 again")) == (1, 1)
+    content["failures"].append("f16: accuracy 0.100 is below --min_accuracy 0.9")
+    assert "Failed: f16: accuracy 0.100" in "\n".join(summary(content))
+    assert "the adapter first" in said and "/here/loras/first" not in said, "long paths leave no room for the table"
 
 
 def test_a_file_of_llama_cpps_own_converter(world: World, validate: Validating) -> None:

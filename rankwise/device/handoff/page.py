@@ -97,11 +97,12 @@ def better(gain: list[float | None] | None) -> str:
 def draw(content: Mapping[str, Any], path: Path) -> Path:
     """A row for each hypothesis, a mark for each API, on a logarithmic axis; a line where rounding ends."""
     apis, (deciding, ordered) = content["apis"], nearest_first(content)
-    figure, axis = new_figure(7.2, 1.2 + 0.22 * len(ordered))
+    figure, axis = new_figure(7.2, 1.2 + 0.3 * len(ordered))
     for number, one in enumerate(apis):
         values = [max(one["kl"][each["name"]], LEAST) for each in ordered]
         style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number], "linestyle": ""}
-        axis.plot(values, range(len(ordered)), label=one["route"], markersize=5, **style)
+        beside = 0.25 * (number - (len(apis) - 1) / 2)  # equal values of two APIs are both seen
+        axis.plot(values, [row + beside for row in range(len(ordered))], label=one["route"], markersize=4, **style)
     axis.axvline(deciding["limit"], color=GREY, linestyle="--", linewidth=1, label="rounding")
     axis.set_xscale("log")
     name_rows(axis, [one["name"] for one in ordered])

@@ -113,7 +113,7 @@ class Tuning:
     def _parts(self) -> Iterator[tuple[str, str, Callable[[str], bool]]]:
         towers, sites = tower_prefixes(self.model), {name: _site(name) for name in self.base}
         tower = {name: tower_of(name.rpartition(".")[0], towers) for name in self.base}
-        only = "the tuning of {} alone, the rest the base's,"
+        only = "the tuning of {} alone, the rest the base's"
         for words, second in (("first half", False), ("second half", True)):
             yield words, only.format(f"the {words} of the layers"), half_of(tower, second=second).__contains__
         for kind in dict.fromkeys(tower.values()):

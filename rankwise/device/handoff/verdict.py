@@ -309,8 +309,8 @@ def _line(one: RouteFinding, tuned: RouteFinding | None) -> str:
     if one.kind == BASE:
         return f"the BASE model's: the adapter has no effect (KL {base}; to tuned {near})"
     if one.kind in (PARTLY, PROMPT):
-        verb = "explain" if one.words.startswith(WEIGHTS) else "explains"
-        best = f"{one.words} {verb} it best (KL {nats(one.kl[one.name])}; to" if one.name else f"{one.words} (KL to"
+        verb = f"{',' if ',' in one.words else ''} explain{'' if one.words.startswith(WEIGHTS) else 's'}"
+        best = f"{one.words}{verb} it best (KL {nats(one.kl[one.name])}; to" if one.name else f"{one.words} (KL to"
         if one.kind == PARTLY:
             return f"partly tuned: {best} tuned {near}, to base {base})"
         return f"another prompt: {best} the prompt of training {near})"
