@@ -98,19 +98,8 @@ def talks(data: str, split: str, count: int) -> list[list[dict[str, str]]]:
 class Bench:
     """Folders of the run and what was measured. seconds: of each stage."""
 
-    def __init__(
-        self,
-        model: Path,
-        data: str,
-        work: Path,
-        threads: int,
-        quick: bool,
-        rank: int = RANK,
-        alpha: int = ALPHA,
-        steps: int | None = None,
-    ) -> None:
+    def __init__(self, model: Path, data: str, work: Path, threads: int, quick: bool) -> None:
         self.work, self.data, self.threads, self.quick = work, data, threads, quick
-        self.rank, self.alpha, self.steps = rank, alpha, steps or (20 if quick else 40)
         self.times = work / "seconds.json"
         self.seconds: dict[str, float] = json.loads(self.times.read_text()) if self.times.is_file() else {}
         self.base, self.adapter, self.merged = work / "base", work / "adapter", work / "merged"
@@ -141,11 +130,12 @@ class Bench:
         if (self.adapter / "adapter_config.json").is_file():
             return
         torch.manual_seed(0)
-        settings = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=TARGETS, task_type="CAUSAL_LM")
+        settings = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
         model = get_peft_model(self.plain(), settings)
+        steps = 20 if self.quick else 40
         arguments = TrainingArguments(
             str(self.work / "trainer"),
-            max_steps=self.steps,
+            max_steps=steps,
             per_device_train_batch_size=BATCH,
             learning_rate=RATE,
             logging_steps=10,
@@ -154,7 +144,7 @@ class Bench:
             use_cpu=True,
             seed=0,
         )
-        rows = Rows(self.tokenizer, talks(self.data, "train", self.steps * BATCH))
+        rows = Rows(self.tokenizer, talks(self.data, "train", steps * BATCH))
         Trainer(model=model, args=arguments, train_dataset=rows, data_collator=padded).train()
         model.save_pretrained(self.adapter)
 

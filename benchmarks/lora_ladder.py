@@ -2,7 +2,7 @@
 
     rankwise export --install-converter
     python benchmarks/lora_ladder.py SmolLM2-135M-Instruct --data e2e_nlg --work FOLDER [--threads 2]
-    python benchmarks/lora_ladder.py smolvlm --work FOLDER          # or qwen2_5_vl: tiny, random weights, with pictures
+    python benchmarks/lora_ladder.py smolvlm --work FOLDER          # tiny, random weights, with pictures
 
 A LoRA by PEFT, for a text model trained with the Trainer of transformers, is exported by `rankwise export
 --adapter_gguf` and by llama.cpp's own converter. Then `rankwise validate --adapter_gguf` runs on sound files and on
@@ -14,95 +14,42 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from handoff import Bench
+from handoff import ALPHA, RANK, TARGETS, Bench
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from shipbench_gguf import altered
-from transformers import (
-    LlamaTokenizer,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
-)
 from workload import command, machine
 
+from rankwise import cli
 from rankwise.data.device import DeviceTarget
 from rankwise.device.llama.runtime import LlamaServer
 from rankwise.files.atomic import read_if_there, write_json, write_text
 from rankwise.gguf.converter import find_converter
 from rankwise.gguf.lora import HALVES, sites_in
 from rankwise.gguf.reading import GGUFFile
-from rankwise.models import tiny
 from rankwise.models.load import load_model
+from rankwise.models.tiny import SIDE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
 from exported import TEXTS, vision_model
-from tiny_vision import QWEN_SPECIALS, QWEN_TEMPLATE, qwen_ids, saved
 
-RANK, ALPHA, STEPS = 4, 16, 12
-TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
-LARGER = {"smolvlm": 2.0, "qwen2_5_vl": 1.0}  # the output head: random weights find all tokens alike otherwise
-TARGETS_OF_TINY = {
-    "smolvlm": DeviceTarget(image_size=64, longest_edge=64, max_new_tokens=12),
-    "qwen2_5_vl": DeviceTarget(image_size=56, max_new_tokens=12),
-}
-ITEMS, LONGEST = 8, 12
+TINY = "smolvlm"
+LARGER = 2.0  # the output head: random weights find all tokens alike otherwise
+ITEMS, LONGEST, SHOWN = 8, 12, 240
+INSTEAD = re.compile(r"the answers are (.+?) \(mean KL|(neither the base nor .+?) explains")
 ROWS = [f"{text[:number]}." for text in TEXTS for number in (20, 34)]
-
-
-def qwen_tokenizer(pieces: Any) -> LlamaTokenizer:
-    """With the family's special tokens; in SentencePiece's form too, which the converter reads."""
-    return LlamaTokenizer(
-        **tiny.vocabulary_and_merges(pieces),
-        eos_token=QWEN_SPECIALS[1],
-        pad_token=QWEN_SPECIALS[1],
-        add_bos_token=False,
-        add_prefix_space=False,
-        extra_special_tokens=[one for one in QWEN_SPECIALS if one != QWEN_SPECIALS[1]],
-        chat_template=QWEN_TEMPLATE,
-    )
-
-
-def qwen_model(folder: Path) -> Path:
-    """A random Qwen2.5-VL that llama.cpp runs: windows in every second layer of the vision tower, and its epsilon."""
-    folder.mkdir(parents=True)
-    more = {"add_dummy_prefix": False, "user_defined_symbols": list(QWEN_SPECIALS)}
-    tokenizer = tiny.save_tokenizer(folder, TEXTS, 400, qwen_tokenizer, **more)
-    images = Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=56 * 112)
-    processor = Qwen2_5_VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=QWEN_TEMPLATE)
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    vision = {"depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
-    vision |= {"window_size": 112, "fullatt_block_indexes": [1, 3]}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **qwen_ids(tokenizer))
-    return saved(folder, Qwen2_5_VLForConditionalGeneration, config, processor, 0)
-
-
-TINY = {"smolvlm": vision_model, "qwen2_5_vl": qwen_model}
 
 
 @dataclass(frozen=True)
@@ -121,8 +68,10 @@ class Served:
 class Ladders:
     """One model with two adapters, and everything that is served of it."""
 
-    def __init__(self, bench: Bench, task: list[str], targets: list[str]) -> None:
-        self.bench, self.task, self.targets = bench, task, targets
+    items, longest = ITEMS, LONGEST
+
+    def __init__(self, bench: Bench, task: list[str]) -> None:
+        self.bench, self.task = bench, task
         self.other, self.gguf = bench.work / "other", bench.work / "base-gguf"
 
     def file(self, form: str, kind: str = "base") -> Path:
@@ -145,8 +94,8 @@ class Ladders:
                 self.done("export", "--adapter_gguf", str(adapter), *where)
 
     def done(self, *words: str) -> None:
-        code, said = self.bench.rankwise(*words)
-        assert code == 0, said
+        with redirect_stdout(sys.stderr):
+            assert cli.main([*words]) == 0
 
     def served(self) -> Iterator[Served]:
         work, adapter, f16 = self.bench.work, self.bench.adapter, self.file("f16")
@@ -191,46 +140,53 @@ class Ladders:
         return out
 
     def row(self, one: Served) -> dict[str, Any]:
-        """Kept, so that a run that was stopped goes on."""
+        """What is there is not run again, so that a run that was stopped goes on."""
         kept = self.bench.work / "ladders" / f"{one.name}.json"
-        if kept.is_file():
-            return dict(json.loads(kept.read_text(encoding="utf-8")))
-        kept.parent.mkdir(exist_ok=True)
-        if one.scale is None:
-            row = self.validated(one, [str(one.base), *(["--mmproj", str(one.mmproj)] if one.mmproj else [])])
-        else:
-            with LlamaServer(one.base, one.mmproj, 1024, self.bench.threads, loras=one.loras) as runtime:
-                runtime.set_scales({0: one.scale})
-                row = self.validated(one, ["--server", runtime.talk.url, "--outtype", "f16"])
-        kept.write_text(json.dumps(row), encoding="utf-8")
-        return row
-
-    def validated(self, one: Served, what: list[str]) -> dict[str, Any]:
-        out, started = self.bench.work / "validations" / one.name, time.perf_counter()
-        given = [*what, "--adapter_gguf", ",".join(map(str, one.loras))]
-        given += ["--reference", ",".join(map(str, one.reference)), *self.task, "--threads", str(self.bench.threads)]
-        given += ["--num_samples", str(ITEMS), "--max_new_tokens", str(LONGEST), "-o", str(out)]
-        code, _ = self.bench.rankwise("validate", *given)
-        found = json.loads((out / "validation.json").read_text(encoding="utf-8"))
+        if not kept.is_file():
+            kept.parent.mkdir(exist_ok=True)
+            kept.write_text(json.dumps(self.run(one)), encoding="utf-8")
+        taken = json.loads(kept.read_text(encoding="utf-8"))
+        found = json.loads((self.validation(one) / "validation.json").read_text(encoding="utf-8"))
         form, ladder = next(iter(found["parity"].items()))
-        settings = found["adapters"]["settings"][form]
-        broken = [one["setting"] for one in settings if one["first_broken"]]
-        broken = [*(["scale 1"] if ladder["first_broken"] else []), *broken]
+        settings = [{"setting": "scale 1", **ladder}, *found["adapters"]["settings"][form]]
         rung = next(one for one in ladder["rungs"] if one["name"] == "logprobs")
-        row = {
+        instead = INSTEAD.search(rung["why"])
+        return {
             "served": one.name,
-            "line": found["verdict"][0],
-            "broken": broken,
-            "settings": 1 + len(settings),
+            "line": found["verdict"][0].replace(f"{self.bench.work}/", ""),
+            "instead": next(filter(None, instead.groups())) if instead else "",
+            "broken": [one["setting"] for one in settings if one["first_broken"]],
+            "settings": len(settings),
             "kl": rung["measured"].get("kl_mean"),
             "floors": rung["measured"].get("floors", {}).get("kl_mean"),
             "effect": found["adapters"]["effect"]["kl_mean"],
-            "file": found["adapters"]["files"][0]["file"]["status"],
-            "exit": code,
-            "seconds": time.perf_counter() - started,
+            "exit": taken["exit"],
+            "seconds": taken["seconds"],
         }
-        print(f"{row['served']}: exit {code}, {row['seconds']:.0f} s: {row['line']}", flush=True)
-        return row
+
+    def validation(self, one: Served) -> Path:
+        return self.bench.work / "validations" / one.name
+
+    def run(self, one: Served) -> dict[str, Any]:
+        """Exit code and seconds."""
+        if one.scale is None:
+            return self.validate(one, [str(one.base), *(["--mmproj", str(one.mmproj)] if one.mmproj else [])])
+        with LlamaServer(one.base, one.mmproj, 1024, self.bench.threads, loras=one.loras) as runtime:
+            runtime.set_scales({0: one.scale})
+            return self.validate(one, ["--server", runtime.talk.url, "--outtype", "f16"])
+
+    def validate(self, one: Served, what: list[str]) -> dict[str, Any]:
+        started = time.perf_counter()
+        given = [*what, "--adapter_gguf", ",".join(map(str, one.loras))]
+        given += ["--reference", ",".join(map(str, one.reference)), *self.task, "--threads", str(self.bench.threads)]
+        given += f"--num_samples {self.items} --max_new_tokens {self.longest}".split()
+        given += ["-o", str(self.validation(one))]
+        with redirect_stdout(sys.stderr):
+            code = cli.main(["validate", *given])
+        assert code in (0, 6, 7), code
+        found = {"exit": code, "seconds": time.perf_counter() - started}
+        print(f"{one.name}: {found}", flush=True)
+        return found
 
 
 def random_adapter(base: Path, folder: Path, seed: int, targets: list[str], size: float) -> None:
@@ -249,27 +205,28 @@ def random_adapter(base: Path, folder: Path, seed: int, targets: list[str], size
 
 def of_text(model: Path, data: str, work: Path, threads: int) -> Ladders:
     """E2E rows; the adapter is trained on them."""
-    bench = Bench(model, data, work, threads, False, rank=RANK, alpha=ALPHA, steps=STEPS)
+    bench = Bench(model, data, work, threads, quick=False)
     bench.timed("train", bench.train)
     random_adapter(bench.base, work / "other", 1, TARGETS, 0.02)
-    return Ladders(bench, ["--task", "conversations", "--data_path", str(bench.rows)], TARGETS)
+    return Ladders(bench, ["--task", "conversations", "--prompt", "chat", "--data_path", str(bench.rows)])
 
 
 class TinyBench(Bench):
     """A tiny vision-language model with random weights, and rows with pictures."""
 
-    def __init__(self, name: str, work: Path, threads: int) -> None:
+    def __init__(self, work: Path, threads: int) -> None:
         self.work, self.threads, self.seconds = work, threads, {}
         self.base, self.adapter, self.rows = work / "base", work / "adapter", work / "rows.jsonl"
         work.mkdir(parents=True, exist_ok=True)
         if not self.base.is_dir():
-            TINY[name](self.base)
+            vision_model(self.base)
             model: Any = load_model(str(self.base), torch.float32)
             with torch.no_grad():
-                model.get_output_embeddings().weight.mul_(LARGER[name])
+                model.get_output_embeddings().weight.mul_(LARGER)
+                model.get_output_embeddings().weight[2] = 0  # </s>, at which llama.cpp ends every model's answers
             model.save_pretrained(self.base)
-            TARGETS_OF_TINY[name].save(self.base)
-            TARGETS_OF_TINY[name].save(work)  # beside the rows
+            for folder in (self.base, work):  # for the export, and for the rows
+                DeviceTarget(image_size=SIDE, longest_edge=SIDE, max_new_tokens=LONGEST).save(folder)
         rows = []
         for number, text in enumerate(ROWS[:ITEMS]):
             noise = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(number)).mul(255).byte().numpy()
@@ -279,22 +236,25 @@ class TinyBench(Bench):
         self.rows.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-def of_tiny(name: str, work: Path, threads: int) -> Ladders:
-    bench = TinyBench(name, work, threads)
+def of_tiny(work: Path, threads: int) -> Ladders:
+    bench = TinyBench(work, threads)
     # the text model's sites: a LoRA of llama.cpp acts on no other
     targets = r".*(language_model|text_model).*\.(q_proj|v_proj|up_proj|down_proj)"
     for seed, folder in enumerate((bench.adapter, work / "other")):
         random_adapter(bench.base, folder, seed, targets, 0.1)  # type: ignore[arg-type]
-    return Ladders(bench, ["--task", "conversations", "--data_path", str(bench.rows), "--split", "dev"], TARGETS)
+    return Ladders(bench, ["--task", "conversations", "--data_path", str(bench.rows)])
 
 
 def report(name: str, found: dict[str, Any]) -> list[str]:
     def floors(row: dict[str, Any]) -> str:
         return "" if row["floors"] is None else f"{row['floors']:.2g}"
 
+    def shortened(line: str) -> str:
+        return line if len(line) <= SHOWN else f"{line[:SHOWN].rpartition(' ')[0]} …"
+
     rows = [
-        f"| {one['served']} | {one['line']} | {', '.join(one['broken']) or 'none'} of {one['settings']} | "
-        f"{one['kl']:.1e} | {floors(one)} | {one['exit']} | {one['seconds']:.0f} |"
+        f"| {one['served']} | {shortened(one['line'])} | {', '.join(one['broken']) or 'none'} of {one['settings']} | "
+        f"{one['instead']} | {one['kl']:.1e} | {floors(one)} | {one['exit']} | {one['seconds']:.0f} |"
         for one in found["rows"]
     ]
     return [
@@ -302,11 +262,11 @@ def report(name: str, found: dict[str, Any]) -> list[str]:
         "",
         f"{found['date']} · {found['machine']} · `{found['command']}`",
         "",
-        f"LoRA of rank {RANK} by PEFT; mean KL to the base {found['rows'][0]['effect']:.2g}.",
+        f"LoRA of rank {found['rank']} by PEFT; mean KL to the base {found['rows'][0]['effect']:.2g}.",
         "",
-        "| served | first line of `rankwise validate` | broken settings | KL at scale 1 | noise floors | exit code "
-        "| seconds |",
-        "|---|---|---|---:|---:|---:|---:|",
+        "| served | first line of `rankwise validate` | broken settings | at scale 1 the answers are | KL | floors "
+        "| exit code | seconds |",
+        "|---|---|---|---|---:|---:|---:|---:|",
         *rows,
         "",
     ]
@@ -314,22 +274,27 @@ def report(name: str, found: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help=f"a text model's folder, or {' or '.join(TINY)}")
+    parser.add_argument("model", help=f"a text model's folder, or {TINY}")
     parser.add_argument("--data", help="folder of E2E NLG, for a text model")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--items", type=int, default=ITEMS)
+    parser.add_argument("--longest", type=int, default=LONGEST, help="tokens of an answer")
+    parser.add_argument("--only", nargs="+", help="names of what is served [all]")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     work = given.work.resolve()
-    if given.model in TINY:
-        name, ladders = f"tiny {given.model}", of_tiny(given.model, work, given.threads)
+    if given.model == TINY:
+        name, ladders = f"tiny {TINY}", of_tiny(work, given.threads)
     else:
         model = Path(given.model).resolve()
         name, ladders = model.name, of_text(model, str(Path(given.data).resolve()), work, given.threads)
+    ladders.items, ladders.longest = given.items, given.longest
     ladders.export()
-    rows = [ladders.row(one) for one in ladders.served()]
-    found = {"machine": machine(), "date": str(date.today()), "command": command(), "rows": rows}
+    rows = [ladders.row(one) for one in ladders.served() if not given.only or one.name in given.only]
+    rank = json.loads((ladders.bench.adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    found = {"rank": rank, "machine": machine(), "date": str(date.today()), "command": command(), "rows": rows}
     place = given.out / "lora_ladder.json"
     models = read_if_there(place) | {name: found}
     given.out.mkdir(parents=True, exist_ok=True)
