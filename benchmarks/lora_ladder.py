@@ -289,7 +289,7 @@ def main() -> None:
         name, ladders = f"tiny {TINY}", of_tiny(work, given.threads)
     else:
         model = Path(given.model).resolve()
-        name, ladders = model.name, of_text(model, str(Path(given.data).resolve()), work, given.threads)
+        name, ladders = Path(given.model).name, of_text(model, str(Path(given.data).resolve()), work, given.threads)
     ladders.items, ladders.longest = given.items, given.longest
     ladders.export()
     rows = [ladders.row(one) for one in ladders.served() if not given.only or one.name in given.only]
