@@ -153,7 +153,7 @@ def verdict(plan: ExportPlan, proof: Mapping[str, Any] | None) -> str:
     if proof is None:
         return "not verified (--no_verify)"
     tensors = sum(proof["checkpoint"]["tensors"].values())
-    lines = [f"verified: {plural(tensors, 'tensor')} of the checkpoint; the tokenizer's {split(proof['tokenizer'])}"]
+    lines = [f"verified: {plural(tensors, 'tensor')} of the checkpoint; {split(proof['tokenizer'])}"]
     for outtype, kinds in proof["errors"].items():
         worst = max(one["largest_rms"] for one in kinds.values())
         lines.append(f"  {outtype}: at most {worst:.1e} (relative rms) from the float32 weights in any tensor")
@@ -168,10 +168,10 @@ def verdict(plan: ExportPlan, proof: Mapping[str, Any] | None) -> str:
 
 def split(tokenizer: Mapping[str, Any]) -> str:
     """What was compared of the tokenizer."""
-    parts = f"{plural(tokenizer['tokens'], 'token')}{' and template' if tokenizer['chat_template'] else ''}"
+    parts = f"the tokenizer's {plural(tokenizer['tokens'], 'token')}{' and template' * tokenizer['chat_template']}"
     if tokenizer["texts"]:
-        return f"{parts}, and {plural(tokenizer['texts'], 'text')}, split as transformers does"
-    return f"{parts} (how texts are split is compared by `rankwise validate`)"
+        return f"{parts}; {plural(tokenizer['texts'], 'text')} split as transformers splits them"
+    return f"{parts} (`rankwise validate` compares how texts are split)"
 
 
 def describe(config: ExportConfig) -> list[str]:

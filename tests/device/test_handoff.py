@@ -358,6 +358,19 @@ def test_answers_that_are_no_log_probabilities(
     assert not (tmp_path / "again").exists()
 
 
+def test_another_model_on_another_base(scene: HandedOff, verdict: Any, tmp_path: Path, capsys: Any) -> None:
+    """Nothing explains its answers on any base; their sums do."""
+    model = scene.model()
+    with torch.no_grad():
+        for one in model.parameters():
+            one.add_(one.std() * torch.randn(one.shape, generator=torch.Generator().manual_seed(1)))
+    line, code, _ = verdict(scene, model, "--top", "64", form="llama", most=64)
+    assert code == RED, line
+    answers = told_otherwise(tmp_path / "out" / "answers.jsonl", on_base(2), 64)
+    _, code, said = judged(scene, answers, tmp_path / "again", capsys)
+    assert code == 3 and "on base 2: as natural ones they sum to" in said, said
+
+
 @pytest.mark.parametrize(("how", "why"), [("base 2", "on base 2"), ("base 10", "more than 1"), ("taken", "taken at")])
 def test_a_server_that_tells_no_log_probabilities(
     scene: HandedOff, tmp_path: Path, capsys: Any, how: str, why: str

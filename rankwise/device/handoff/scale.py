@@ -4,13 +4,15 @@ Heard* ── require_known ──▶ by_api, judge ──▶ RouteFinding ─�
 
 What no distribution can be is found line by line (`Heard.of`). On base 2, probabilities sum to less than 1, as those of
 a flatter model would; on base 10 to more, unless few are told. That is found by what explains the answers: a hypothesis
-does once they are natural logarithms, and none does as they are told.
+does once they are natural logarithms, and none does as they are told. Of another model, by the sums: what is flat in
+truth would sum to more than 1 at some place.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import median
 
 from rankwise.device.handoff.answers import SLACK, Heard, by_api
 from rankwise.device.handoff.cases import HandoffCases
@@ -19,6 +21,7 @@ from rankwise.errors import DataError
 
 BASES = {2: math.log(2), 10: math.log(10)}
 CLEARLY = 0.25  # of the KL as told: what is left of it on the right base
+WHOLE, PART, SEVERAL = 0.9, 0.8, 5  # medians over places: the probability told, on the right base and as told; tokens
 
 
 def require_known(cases: HandoffCases, answers: Sequence[Heard]) -> None:
@@ -52,8 +55,10 @@ def require_natural(cases: HandoffCases, answers: Sequence[Heard], finding: Rout
         told = by_api(cases, scaled)[finding.route]
         items = [int(cases.candidates.cases[place]) for place in told]
         natural = float(by_item(divergences(cases.candidates, told), items).mean(1).min())
-        if natural <= CLEARLY * best:
+        sums = [median(one.mass for one in each) for each in (scaled, own)]
+        if natural <= CLEARLY * best or (finding.offered >= SEVERAL and sums[0] >= WHOLE and sums[1] <= PART):
             raise DataError(
-                f"{own[0].where}: {finding.route}: log-probabilities on base {base}: as natural ones the nearest model "
-                f"explains them (KL {nats(natural)}, as told {nats(best)}); multiply each by {factor:.4f}"
+                f"{own[0].where}: {finding.route}: log-probabilities on base {base}: as natural ones they sum to "
+                f"{sums[0]:.0%} (as told {sums[1]:.0%}), their KL to the nearest model is {nats(natural)} (as told "
+                f"{nats(best)}); multiply each by {factor:.4f}"
             )
