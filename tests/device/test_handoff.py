@@ -56,7 +56,7 @@ def verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
             line = ["validate", "--cases", str(scene.cases), "--server", served.url, "-o", str(tmp_path / "out")]
             code = main([*line, *options])
         said = capsys.readouterr()
-        assert "Traceback" not in said.err, said.err
+        assert "Traceback" not in said.err and said.out, said.err
         return said.out.splitlines()[0], code, HANDOFF.read(tmp_path / "out")
 
     return found
@@ -356,19 +356,6 @@ def test_answers_that_are_no_log_probabilities(
     line, code, said = judged(scene, answers, tmp_path / "again", capsys)
     assert code == 3 and why in said and f"{answers}, line " in said and not line, said
     assert not (tmp_path / "again").exists()
-
-
-def test_another_model_on_another_base(scene: HandedOff, verdict: Any, tmp_path: Path, capsys: Any) -> None:
-    """Nothing explains its answers on any base; their sums do."""
-    model = scene.model()
-    with torch.no_grad():
-        for one in model.parameters():
-            one.add_(one.std() * torch.randn(one.shape, generator=torch.Generator().manual_seed(1)))
-    line, code, _ = verdict(scene, model, "--top", "64", form="llama", most=64)
-    assert code == RED, line
-    answers = told_otherwise(tmp_path / "out" / "answers.jsonl", on_base(2), 64)
-    _, code, said = judged(scene, answers, tmp_path / "again", capsys)
-    assert code == 3 and "on base 2: as natural ones they sum to" in said, said
 
 
 @pytest.mark.parametrize(("how", "why"), [("base 2", "on base 2"), ("base 10", "more than 1"), ("taken", "taken at")])
