@@ -20,7 +20,7 @@ from rankwise.device.handoff.verdict import FEWEST, RouteFinding, by_item, diver
 from rankwise.errors import DataError
 
 BASES = {2: math.log(2), 10: math.log(10)}
-CLEARLY = 0.1  # of the KL as told: what is left of it on the right base
+CLEARLY, FEW = 0.25, 0.1  # of the KL as told: what is left on the right base, by several tokens, and by fewer
 NEAR = 0.1  # what is told on the right base has as much probability as the model's own likeliest tokens, but for this
 WHOLE, PART, SEVERAL = 0.9, 0.8, 5  # medians over places: the probability told, on the right base and as told; tokens
 
@@ -59,8 +59,9 @@ def require_natural(cases: HandoffCases, answers: Sequence[Heard], finding: Rout
         natural, nearest = float(distances.min()), cases.candidates.hypotheses[int(distances.argmin())].name
         sums = [median(one.mass for one in each) for each in (scaled, own)]
         whole = [sum(map(math.exp, one.values())) for one in pretended(cases.candidates, nearest, told).values()]
-        fits = natural <= CLEARLY * best and sums[0] >= median(whole) - NEAR
-        if fits or (finding.offered >= SEVERAL and sums[0] >= WHOLE and sums[1] <= PART):
+        several = finding.offered >= SEVERAL
+        fits = natural <= (CLEARLY if several else FEW) * best and sums[0] >= median(whole) - NEAR
+        if fits or (several and sums[0] >= WHOLE and sums[1] <= PART):
             raise DataError(
                 f"{own[0].where}: {finding.route}: log-probabilities on base {base}: as natural ones they sum to "
                 f"{sums[0]:.0%} (as told {sums[1]:.0%}), their KL to the nearest model is {nats(natural)} (as told "
