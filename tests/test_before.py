@@ -29,6 +29,9 @@ from rankwise.data.device import read_target
 from rankwise.data.input_record import read_input
 from rankwise.data.label_task import read_task
 from rankwise.device.bundle_files import read_bundle
+from rankwise.device.handoff import answers as handoff_answers
+from rankwise.device.handoff.cases import read_cases, write_cases
+from rankwise.device.handoff.page import HANDOFF
 from rankwise.device.scores import DOCUMENT as VALIDATION
 from rankwise.errors import VerificationError
 from rankwise.evaluate.predictions import EvaluationResult
@@ -38,7 +41,7 @@ from rankwise.features.downstream_page import read_answers
 from rankwise.features.page import read_comparison
 from rankwise.features.trained import load_factorizer
 from rankwise.files.adapter import read_adapter
-from rankwise.files.atomic import read_json
+from rankwise.files.atomic import read_json, write_text
 from rankwise.files.document import lines_of
 from rankwise.files.ledger import Ledger
 from rankwise.files.plan import read_plan, write_plan
@@ -62,7 +65,7 @@ NUMBER = re.compile(rb"(?<![\w.])-?\d+(?:\.\d+(?:[eE][-+]?\d+)?|[eE][-+]?\d+)(?!
 DIGEST = re.compile(rb"\b[0-9a-f]{64}\b")
 OF_FLOATS = re.compile(  # files with digests of weights or of results: those follow the digits of floats
     r"manifest\.json$|^cache/|^depth/depth|final_summary|best_model\.json|^nets/\w+/(split|test_results)|downstream\.json"
-    r"|^run/(evaluation_results|predictions\.settings)|^study/(runs|test_read)"
+    r"|^(cases|handoff)/|^run/(evaluation_results|predictions\.settings)|^study/(runs|test_read)"
 )
 NEW = (
     "arms",
@@ -223,6 +226,9 @@ def exported(file: Path) -> Any:
 READ: dict[str, Read] = {
     r"export\.json": exported,
     r"validation\.json": VALIDATION.read,
+    r"cases/cases\.json": lambda file: read_cases(file.parent),
+    r"told\.jsonl": lambda file: handoff_answers.read_answers(file, read_cases(file.parent / "cases")),
+    r"handoff\.json": HANDOFF.read,
     r"lora_rank_config\.json": read_plan,
     r"peft\.json": lambda file: LoraConfig(**read_json(file)),
     r"run/sites\.json": read_sites,
@@ -253,6 +259,9 @@ READ: dict[str, Read] = {
 WRITE: dict[str, Write] = {
     r"lora_rank_config\.json": lambda plan, folder: write_plan(folder / "lora_rank_config.json", plan),
     r"task\.json": lambda task, folder: task.save(folder),
+    r"cases/cases\.json": lambda cases, folder: write_cases(folder / "cases", cases) / "cases.json",
+    r"told\.jsonl": lambda told, folder: write_text(folder / "told.jsonl", lines_of(one.as_row() for one in told)),
+    r"handoff\.json": lambda content, folder: HANDOFF.write(folder, content),
     r"device\.json": lambda target, folder: target.save(folder),
     r"input\.json": lambda found, folder: found[0].save(folder),
     r"depth\.json": lambda settings, folder: write_depth(folder, settings),
@@ -337,9 +346,7 @@ ELSEWHERE = {
     "rankwise-rank-plan/1": "read only, in test_plan.py",
     "rankwise-arm/1": "written and read in test_arms.py",
     "rankwise-arms/1": "written and read in test_arms.py",
-    "rankwise-cases/1": "written and read in test_handoff.py",
     "rankwise-experts/1": "written and read in test_adapt_experts.py",
-    "rankwise-handoff/1": "written and read in test_handoff.py",
 }
 
 

@@ -363,6 +363,7 @@ REFUSED = {
         f"@/export {ROWS}",
         f"@/export --adapter_gguf @/lora {ROWS}",
         f"--reference @/lora --write_cases cases {ROWS}",
+        f"--reference @/lora --write_cases cases -o out {ROWS}",
         f"--reference @/base --server http://127.0.0.1:9/v1 {ROWS}",
         "--cases @/empty --answers @/rows.csv",
         "--cases @/empty",

@@ -177,6 +177,19 @@ def layer_of(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
+def half_of(towers: Mapping[str, str], *, second: bool) -> frozenset[str]:
+    """The paths (path → its tower) in the first or the second half of their tower's layers; those outside of any layer
+    are in both. Of an odd number of layers the one in the middle is in the first half."""
+    depth: dict[str, int] = {}
+    for path, tower in towers.items():
+        depth[tower] = max(depth.get(tower, 0), 1 + (layer_of(path) or 0))
+    return frozenset(
+        path
+        for path, tower in towers.items()
+        if (layer := layer_of(path)) is None or (2 * layer >= depth[tower]) is second
+    )
+
+
 def kind_of(projection: str, parent: str) -> str:
     """Kind by the projection's own name, else by the nearest module around it that tells (`attn.c_proj`,
     `mlp.c_proj`, BERT's `attention.output.dense`; its `output.dense` is the MLP's)."""

@@ -116,7 +116,7 @@ def load_task(name_or_path: str | Path) -> LabelTask:
 
     Raises UsageError, naming file and key.
     """
-    path = Path(name_or_path).expanduser()
+    path = Path(name_or_path)
     if path.is_dir() and (path / TASK).is_file():
         path = path / TASK
     return _read(path) if path.is_file() else _packaged(path)

@@ -247,7 +247,7 @@ def target_for(data: DataSection, models: Sequence[Path]) -> DeviceTarget | None
         if given is None:
             raise DataError(f"--device_target {data.device_target}: no device.json is there")
         return given
-    path = Path(data.data_path or ".").expanduser()
+    path = Path(data.data_path or ".")
     own = [path if path.is_dir() else path.parent] if data.data_path else []
     places = [*own, *models]
     found = {place: target for place in places if (target := read_target(place))}
@@ -278,8 +278,8 @@ def sight_for(
 
 def image_folder(data: DataSection) -> Path:
     """Where the rows' image paths start."""
-    path = Path(data.data_path or ".").expanduser()
-    return Path(data.image_folder).expanduser() if data.image_folder else path if path.is_dir() else path.parent
+    path = Path(data.data_path or ".")
+    return Path(data.image_folder) if data.image_folder else path if path.is_dir() else path.parent
 
 
 def image_reader(data: DataSection) -> ImageReader:

@@ -120,7 +120,7 @@ def template_text(given: str | None) -> str | None:
     """
     if given is None or "{%" in given or "{{" in given:
         return given
-    path = Path(given).expanduser()
+    path = Path(given)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -31,10 +31,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from rankwise.device.bundle_files import spoken
 from rankwise.device.golden import Golden
-from rankwise.device.llama.client import LEAST_LOGPROB, Completion
+from rankwise.device.llama.client import LEAST_LOGPROB, REPLACED, Completion
 from rankwise.device.parity.cases import Case
 from rankwise.device.parity.ladder import Ladder
-from rankwise.device.parity.reference import Expected, Observed, Pixels, common
+from rankwise.device.parity.reference import Expected, Observed, Pixels, common, whole_characters
 from rankwise.device.parity.rungs import RUNGS
 from rankwise.errors import DataError
 from rankwise.files.document import build
@@ -45,7 +45,6 @@ MOST = 5  # mistakes that a message lists
 BYTE = re.compile(r"(?:byte: \\x|<0x)([0-9a-fA-F]{2})>?")  # a byte as runtimes and SentencePiece write it
 LITERAL, BYTE_TOKEN = (2, 3, 4), 6  # llama.cpp's kinds of tokens: unknown, control, user-defined; a byte
 PICTURE = -1
-REPLACED = "\ufffd"  # what is no whole character
 Top = Sequence[tuple[int | str, float]]
 
 
@@ -240,10 +239,8 @@ def observed(expected: Expected, case: Case, answer: AppAnswer, texts: TokenText
 
 
 def comparable(tokens: Sequence[int], expected: Expected, texts: TokenTexts) -> int:
-    """Places up to the first token that differs, and before the first that is a piece of a character: these have no
-    text of their own."""
-    pieces = (place for place, token in enumerate(expected.answer) if REPLACED in texts.detokenize([token]))
-    return min(common(tokens, expected.answer) + 1, next(pieces, len(expected.answer)))
+    """Places up to the first token that differs, and before the first that is a piece of a character."""
+    return min(common(tokens, expected.answer) + 1, whole_characters(expected.answer, texts.detokenize))
 
 
 def laid_out(found: Sequence[int], expected: Expected) -> tuple[int, ...]:

@@ -22,11 +22,11 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.data.example import Example
 from rankwise.data.render import Renderer
-from rankwise.device.parity.reference import forced
+from rankwise.device.parity.reference import inputs_of
 from rankwise.device.sides import Shipment, TrainedSide, renderer_of
 from rankwise.errors import DataError
 from rankwise.evaluate.generate import fitting
-from rankwise.evaluate.likelihood import answer_ids
+from rankwise.evaluate.likelihood import answer_ids, append_ids
 from rankwise.files.atomic import digest_of, fingerprints
 from rankwise.files.checkpoint import base_files, resolve
 from rankwise.files.processes import announce
@@ -34,6 +34,7 @@ from rankwise.gguf.imatrix import Imatrix, weighed, write
 from rankwise.gguf.reading import GGUFFile, first_few, gguf_names
 from rankwise.models.sites import model_sites
 from rankwise.options.commands import ValidateConfig
+from rankwise.page.text import plural
 
 ROUNDING = 0.02  # relative, of a column's sum of squares in half precision
 
@@ -52,7 +53,7 @@ class Calibration:
     @property
     def dataset(self) -> str:
         """For the file, and for people."""
-        return f"{len(self.rows)} rows, {self.pictures} pictures"
+        return f"{plural(len(self.rows), 'row')}, {plural(self.pictures, 'picture')}"
 
 
 def calibration_rows(config: ValidateConfig, trained: TrainedSide, shipped: Shipment) -> Calibration:
@@ -80,7 +81,7 @@ def calibration_rows(config: ValidateConfig, trained: TrainedSide, shipped: Ship
     if not rows:
         raise DataError(f"{found.files[0]}: no rows to calibrate on")
     if len(rows) < (config.calibration_samples or 0):
-        announce(f"note: {len(rows)} rows to calibrate on, fewer than --calibration_samples")
+        announce(f"note: {plural(len(rows), 'row')} to calibrate on, fewer than --calibration_samples")
     return Calibration(rows, renderer)
 
 
@@ -159,7 +160,8 @@ def summed(layers: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
 
 
 def ran(model: Any, renderer: Renderer, row: Example) -> int:
-    """Run the model on a prompt and its answer; number of tokens."""
-    prompt, answer = renderer.prompt(row), answer_ids(renderer, row, row.answer)
-    forced(model, renderer, [prompt], [answer])
-    return len(prompt.input_ids) + len(answer)
+    """Run the model on a prompt and its answer, all of whose places reach every layer; number of tokens."""
+    whole = append_ids(renderer.prompt(row), answer_ids(renderer, row, row.answer))
+    with torch.inference_mode():
+        model(**inputs_of(model, renderer, whole))
+    return len(whole.input_ids)

@@ -39,10 +39,12 @@ from rankwise.files.adapter import adapter_files, base_and_adapter
 from rankwise.files.atomic import fingerprint, fingerprints
 from rankwise.files.checkpoint import base_files, resolve
 from rankwise.files.processes import announce
+from rankwise.files.run_folder import without_places
 from rankwise.gguf.reading import GGUFFile, read_export
 from rankwise.models.load import load_config, load_model
 from rankwise.options.commands import ValidateConfig
 from rankwise.options.sections import DataSection, ModelSection
+from rankwise.page.text import plural
 from rankwise.pipeline.table import imported
 
 FORMS = {0: "f32", 1: "f16", 7: "q8_0", 32: "bf16"}  # llama.cpp's general.file_type
@@ -85,6 +87,11 @@ class LoraFile:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def adapter(self) -> str | None:
+        """What the adapter is called, for files that travel."""
+        return str(without_places(self.reference)) if self.reference else None
 
 
 @dataclass(frozen=True)
@@ -344,7 +351,7 @@ def validated(
                 climbed = loras.climb(runtime, one.form, config.tolerance)
         engine, answers = answers_in(trained, one, runtime, folder)
         if engine.unlike:
-            other = f"{len(engine.unlike)} prompts are of another length in llama.cpp than in training"
+            other = f"{plural(len(engine.unlike), 'prompt')} of another length in llama.cpp than in training"
             announce(f"warning: {one.form}: {other}")
         build, memory, records = runtime.info.build, runtime.memory(), engine.answers()
         pinned = trained.target.runtime_build if trained.target else None

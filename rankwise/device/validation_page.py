@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rankwise.device.parity.rungs import said, unmeasured
+from rankwise.device.parity.rungs import BROKEN, said, unmeasured
 from rankwise.device.scores import DOCUMENT
 from rankwise.evaluate.classify import class_table, plot_confusion
 from rankwise.page.blocks import Block, Finding, Folded, Plot, Table, Words, drawn, into, lines, pictures
@@ -38,7 +38,8 @@ def validation_blocks(content: Mapping[str, Any]) -> list[Block]:
     """The verdict, the ladder, the scores, the confusion matrix, the classes."""
     parity = content["parity"]
     found: list[Block] = [Words(line) for line in content["verdict"]]
-    found += [Words("Failed: " + "; ".join(content["failures"]))] if content["failures"] else []
+    more = failures_beside(content)
+    found += [Words("Failed: " + "; ".join(more))] if more else []
     found += ladder_blocks(parity) if parity else []
     if content.get("adapters"):
         found += imported(LORAS).lora_blocks(content["adapters"], parity)
@@ -54,6 +55,14 @@ def validation_blocks(content: Mapping[str, Any]) -> list[Block]:
     if content.get("sweep"):
         found.append(sweep_table(content["sweep"]))
     return found
+
+
+def failures_beside(content: Mapping[str, Any]) -> list[str]:
+    """Those whose reason the verdict does not tell."""
+    verdict = "\n".join(content["verdict"])
+    rungs = [rung for ladder in content["parity"].values() for rung in ladder["rungs"] if rung["status"] == BROKEN]
+    told = [rung["why"] for rung in rungs if rung["why"] in verdict]
+    return [line for line in content["failures"] if line not in verdict and not any(why in line for why in told)]
 
 
 def ladder_blocks(parity: Mapping[str, Any]) -> list[Block]:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from rankwise.data.dataset import Collator, RenderedDataset
+from rankwise.data.dataset import Collator, RenderedDataset, pad, seen
 from rankwise.data.example import Example
 from rankwise.data.render import Rendered, Renderer
-from rankwise.data.vision_inputs import IGNORED
+from rankwise.data.vision_inputs import IGNORED, Sight
 
 Batch = Mapping[str, Tensor]
 BESIDE = ("labels", "sample_index")  # what a batch holds for the loss and for messages, not for the model
@@ -33,9 +33,9 @@ def render_answers(renderer: Renderer, examples: Sequence[Example], answers: Seq
     return [[append_ids(prompt, end) for end in ends] for prompt in prompts]
 
 
-def append_ids(prompt: Rendered, end: list[int]) -> Rendered:
+def append_ids(prompt: Rendered, end: Sequence[int]) -> Rendered:
     """A prompt with an answer's ids behind it, which alone are learnt."""
-    return Rendered(prompt.input_ids + end, prompt.labels + end, images=prompt.images)
+    return Rendered([*prompt.input_ids, *end], [*prompt.labels, *end], images=prompt.images)
 
 
 def answer_ids(renderer: Renderer, example: Example, answer: str) -> list[int]:
@@ -124,11 +124,44 @@ def token_losses(model: nn.Module, inputs: Mapping[str, Any], learnt: Learnt) ->
 
     Only the learnt positions reach the output head: batch × length × vocabulary would not fit.
     """
-    with head_at(model, learnt.positions) as head:
-        logits = model(**inputs).logits
+    return F.cross_entropy(logits_at(model, inputs, learnt.positions), learnt.targets, reduction="none")
+
+
+@torch.inference_mode()
+def forced_log_probs(
+    model: Any,
+    sight: Sight | None,
+    rows: Sequence[Rendered],
+    places: Sequence[Sequence[int]] | None = None,
+    fill: int = 0,
+) -> list[Tensor]:
+    """For every row, a prompt with its answer: (places, vocabulary) float32, log p of the token behind each place.
+
+    All rows in one batch, padded on the right with `fill` and masked. places: in each row [those in front of its learnt
+    tokens].
+    """
+    places = places or [[at - 1 for at, label in enumerate(row.labels) if label != IGNORED] for row in rows]
+    width, device = max(len(row.input_ids) for row in rows), next(model.parameters()).device
+    ids, labels = (
+        pad([getattr(row, name) for row in rows], width, value)
+        for name, value in (("input_ids", fill), ("labels", IGNORED))
+    )
+    mask = pad([[1] * len(row.input_ids) for row in rows], width, 0)
+    inputs = {"input_ids": ids, "attention_mask": mask} | seen(sight, ids, [row.images for row in rows], labels)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    positions = [row * width + place for row, within in enumerate(places) for place in within]
+    logits = logits_at(
+        model, {name: value.to(device) for name, value in inputs.items()}, torch.tensor(positions, device=device)
+    )
+    return list(logits.log_softmax(-1).cpu().split([len(within) for within in places]))
+
+
+def logits_at(model: nn.Module, inputs: Mapping[str, Any], positions: Tensor) -> Tensor:
+    """(K, vocabulary) float32 at these positions (row·T + place)."""
+    with head_at(model, positions) as head:
+        logits: Tensor = model(**inputs).logits
     logits = logits.reshape(-1, logits.shape[-1])
-    logits = logits if head.ran else logits.index_select(0, learnt.positions)
-    return F.cross_entropy(logits.float(), learnt.targets, reduction="none")
+    return (logits if head.ran else logits.index_select(0, positions)).float()
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from rankwise.data.example import Example
-from rankwise.data.render import Renderer
+from rankwise.data.render import Rendered, Renderer
+from rankwise.data.vision_inputs import IGNORED
 from rankwise.errors import VerificationError
-from rankwise.evaluate.likelihood import answer_ids
+from rankwise.evaluate.likelihood import answer_ids, forced_log_probs
 from rankwise.files.checkpoint import base_files, resolve
 from rankwise.models.adapters import load_adapter
 from rankwise.models.load import load_model
@@ -138,7 +139,6 @@ def rows_of(renderer: Renderer, examples: Sequence[Example]) -> list[list[int]]:
     return [row[: renderer.limit] for row in rows]
 
 
-@torch.inference_mode()
 def in_transformers(rows: Sequence[Sequence[int]], base: str, adapter: Path) -> tuple[Values, Values]:
     """log p of each id but the first of every row, by base + adapter and by the base, in float32 on the CPU."""
     model: Any = load_adapter(load_model(base, torch.float32).eval(), adapter)
@@ -148,9 +148,8 @@ def in_transformers(rows: Sequence[Sequence[int]], base: str, adapter: Path) -> 
 
 
 def log_probs(model: Any, row: Sequence[int]) -> Values:
-    ids = torch.tensor([row])
-    steps = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1].double().log_softmax(-1)
-    values: Values = steps.gather(-1, ids[0, 1:, None])[:, 0].numpy()
+    steps = forced_log_probs(model, None, [Rendered([*row], [IGNORED, *row[1:]])])[0]
+    values: Values = steps.gather(-1, torch.tensor(row)[1:, None])[:, 0].double().numpy()
     return values
 
 

@@ -86,7 +86,7 @@ def open_cache(path: Path | str) -> FeatureCache:
 
     DataError where there is none, where it is unfinished or damaged, and for a shard that is missing or cut.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if (folder / INDEX).is_file():
         return indexed(folder, CACHE.read(folder))
     if (folder / RECIPE).is_file():

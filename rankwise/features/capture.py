@@ -79,7 +79,7 @@ def check(config: CaptureConfig) -> None:
 
 
 def captured(config: CaptureConfig) -> FeatureCache | None:
-    folder = RunFolder(Path(config.output_dir).expanduser())
+    folder = RunFolder(config.output_dir)
     with held(folder, STAGE, {"model": config.model_name, "images": config.images}) as record:
         shards = shards_of(config)
         writer = CacheWriter(folder.path, shards.recipe)
@@ -175,7 +175,7 @@ def energy_line(cache: FeatureCache) -> str:
 
 def earlier(config: CaptureConfig) -> list[Path]:
     """What an earlier capture has left in the folder."""
-    cache = replaceable(Path(config.output_dir).expanduser())
+    cache = replaceable(Path(config.output_dir))
     cache.put_back()  # where a process was killed
     return cache.there()
 

@@ -82,7 +82,7 @@ def run(config: FactorCompareConfig) -> Mapping[str, Any]:
         training=CacheSubset("training images", cache, split.train),
         sources=sources,
     )
-    folder = RunFolder(Path(config.results_dir).expanduser())
+    folder = RunFolder(config.results_dir)
     with folder.lock(), folder.recording(STAGE, inputs(config, found, cache)) as record:
         about_to_write()
         content = compared(comparison)

@@ -60,7 +60,7 @@ def run(config: DownstreamConfig) -> Mapping[str, Any]:
     check(config)
     bootstrap.check_installed()
     base, adapter = base_and_adapter(str(config.model_name), config.base_model_id)
-    folder = RunFolder(Path(config.results_dir).expanduser())
+    folder = RunFolder(config.results_dir)
     with folder.lock(), folder.recording(STAGE, inputs(config, base, adapter)) as record:
         content = compared(config, base, adapter)
         folder.save_config(config, CONFIG)

@@ -43,7 +43,7 @@ Step = Callable[[int], object]  # told how many more pictures are done
 def open_pictures(where: str, background: Colour = WHITE) -> FolderPictures | TablePictures:
     """The pictures of a folder, a parquet file or a data set, transparency on `background`. DataError where there are
     none. Names are unique; `open(place)` raises BadImage; `digest(count)` is that of the first ones."""
-    path = Path(where).expanduser()
+    path = Path(where)
     if path.is_file() and path.suffix == ".parquet":
         return of_parquet(path, background)
     if path.is_dir() and not any((path / name).is_file() for name in SAVED):
@@ -160,7 +160,7 @@ def of_dataset(where: str, background: Colour) -> TablePictures:
     """A data set saved by `datasets`, or of the hub; `:SPLIT` behind it says which split."""
     datasets = need("datasets", extra=EXTRA)
     name, _, split = where.partition(":")
-    path = Path(name).expanduser()
+    path = Path(name)
     try:
         loaded = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.load_dataset(name)
     except (OSError, ValueError, ConnectionError) as error:

@@ -52,7 +52,7 @@ def run(config: FactorShowConfig) -> tuple[Path, Path]:
 
 
 def describe(config: FactorShowConfig) -> list[str]:
-    folder = Path(config.results_dir).expanduser() / canonical(config.arch)
+    folder = Path(config.results_dir) / canonical(config.arch)
     pictures = " and ".join(map(str, targets(folder, config.image_idx)))
     return [f"approximate test image {config.image_idx} with {folder} and the SVD", f"write {pictures}"]
 

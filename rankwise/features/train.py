@@ -72,7 +72,7 @@ def run(config: FactorTrainConfig) -> Path:
         job = FactorJob(config, cache, settings, arguments_of(config, folder.path))
         start = start_of(config, folder.path, cache, settings, job.identity)
         allocation = allocation_of(job, start)
-        log = RunLog.begun(Path(config.log_dir).expanduser(), config)
+        log = RunLog.begun(Path(config.log_dir), config)
         trainer, history = trainer_of(job, start, allocation, log)
         began = time.monotonic()
         with room_made(start, folder.path):
@@ -100,8 +100,7 @@ def check(config: FactorTrainConfig) -> None:
 
 
 def folder_of(config: FactorTrainConfig) -> Path:
-    """The run folder. A `~` that no shell has expanded (in a file, behind `=`) is expanded here as everywhere."""
-    return Path(config.results_dir).expanduser() / canonical(config.arch)
+    return Path(config.results_dir) / canonical(config.arch)
 
 
 def settings_of(config: FactorTrainConfig, cache: FeatureCache) -> FactorizerSettings:

@@ -125,7 +125,7 @@ class Network:
 
 def networks(results_dir: str, archs: Sequence[str]) -> list[Network]:
     """Those asked for, or all that have finished. DataError for one that is not there or damaged."""
-    root = Path(results_dir).expanduser()
+    root = Path(results_dir)
     folders = [root / canonical(arch) for arch in archs] or sorted(file.parent for file in root.glob(f"*/{SETTINGS}"))
     for folder in folders:
         if not (folder / SETTINGS).is_file():

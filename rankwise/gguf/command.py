@@ -21,7 +21,7 @@ from rankwise.files.adapter import adapter_files, carry, contracts
 from rankwise.files.atomic import atomic_folder, fingerprint, sha256
 from rankwise.files.checkpoint import resolve
 from rankwise.files.lineage import trained_rows
-from rankwise.files.run_folder import RunFolder
+from rankwise.files.run_folder import RunFolder, without_places
 from rankwise.gguf.converter import Converter, converter_folder, find_converter, install_converter
 from rankwise.gguf.export import write_export
 from rankwise.gguf.lora import largest_rank, read_plain, refuse_experts, require_text_sites, write_adapter_gguf
@@ -155,7 +155,7 @@ def verdict(plan: ExportPlan, proof: Mapping[str, Any] | None) -> str:
     if proof is None:
         return "not verified (--no_verify)"
     tensors = sum(proof["checkpoint"]["tensors"].values())
-    lines = [f"verified: {plural(tensors, 'tensor')} of the checkpoint; the tokenizer's {split(proof['tokenizer'])}"]
+    lines = [f"verified: {plural(tensors, 'tensor')} of the checkpoint; {split(proof['tokenizer'])}"]
     for outtype, kinds in proof["errors"].items():
         worst = max(one["largest_rms"] for one in kinds.values())
         lines.append(f"  {outtype}: at most {worst:.1e} (relative rms) from the float32 weights in any tensor")
@@ -172,10 +172,10 @@ def verdict(plan: ExportPlan, proof: Mapping[str, Any] | None) -> str:
 
 def split(tokenizer: Mapping[str, Any]) -> str:
     """What was compared of the tokenizer."""
-    parts = f"{plural(tokenizer['tokens'], 'token')}{' and template' if tokenizer['chat_template'] else ''}"
+    parts = f"the tokenizer's {plural(tokenizer['tokens'], 'token')}{' and template' * tokenizer['chat_template']}"
     if tokenizer["texts"]:
-        return f"{parts}, and {plural(tokenizer['texts'], 'text')}, split as transformers does"
-    return f"{parts} (how texts are split is compared by `rankwise validate`)"
+        return f"{parts}; {plural(tokenizer['texts'], 'text')} split as transformers splits them"
+    return f"{parts} (`rankwise validate` compares how texts are split)"
 
 
 def describe(config: ExportConfig) -> list[str]:
@@ -212,7 +212,7 @@ def export_adapter(config: ExportConfig, adapter: Path, converter: Converter) ->
             record.outputs |= carry(adapter_files(adapter)[0].parent, temporary)
             file = write_adapter_gguf(adapter, resolve(base), temporary / name, converter)
             content = {
-                "adapter": {"path": str(adapter), "fingerprint": fingerprint(adapter), "base": base},
+                "adapter": {"path": str(adapter), "fingerprint": fingerprint(adapter), "base": without_places(base)},
                 "converter": {"version": converter.version, "sha256": converter.sha256},
                 "files": {},
                 "adapter_file": {"name": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)},

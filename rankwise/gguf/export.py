@@ -27,6 +27,7 @@ from rankwise.errors import VerificationError
 from rankwise.files.adapter import carry
 from rankwise.files.atomic import fingerprint, sha256
 from rankwise.files.checkpoint import Checkpoint
+from rankwise.files.run_folder import without_places
 from rankwise.gguf.converter import Conversion
 from rankwise.gguf.metadata import MODEL, check_numbers, check_tokenizer, silence, text_numbers, vision_numbers
 from rankwise.gguf.plan import REFERENCE, ExportPlan
@@ -114,7 +115,7 @@ def verification(plan: ExportPlan, files: Files, place: Path) -> dict[str, Any]:
         "errors": tables,
         "tuned": tuned_summary(tuned) if plan.base else None,
         "stored_otherwise_in_the_base": stored_otherwise(plan.base, plan.checkpoint) if plan.base else [],
-        "base": str(plan.base.path) if plan.base else None,
+        "base": without_places(str(plan.base.path)) if plan.base else None,
     }
 
 

@@ -202,10 +202,10 @@ class HeldFactors:
         """What is wrong, in words; "" where nothing is."""
         off = ", ".join(f"{site} ×{scale:.3g}" for site, scale in list(self.scales.items())[:SHOWN])
         parts = (
-            (self.missing, f"{len(self.missing)} of {self.sites} sites are missing ({first_few(self.missing)})"),
+            (self.missing, f"it lacks {len(self.missing)} of {plural(self.sites, 'site')} ({first_few(self.missing)})"),
             (self.other, f"other factors than the adapter's at {len(self.other)} ({first_few(self.other)})"),
             (self.scales, f"another scale than the adapter's at {len(self.scales)} ({off})"),
-            (self.extra, f"{len(self.extra)} sites that the adapter does not have ({first_few(self.extra)})"),
+            (self.extra, f"{plural(len(self.extra), 'site')} that the adapter does not have ({first_few(self.extra)})"),
         )
         return "; ".join(words for wrong, words in parts if wrong)
 

@@ -42,6 +42,7 @@ from rankwise.gguf.splitting import (
 )
 from rankwise.models.load import load_processor, load_tokenizer
 from rankwise.models.vocabulary import token_count
+from rankwise.page.text import plural
 
 SAME = 1e-5  # relative; float32 in the file, float64 in the config
 PLAIN = frozenset(["llama", "qwen2", "qwen2vl", "qwen3", "qwen3vl"])  # one kind of layer, whole rotary heads
@@ -324,12 +325,12 @@ def token_problems(file: GGUFFile, vocabulary: Vocabulary) -> Iterator[str]:
     other = [i for i, token in enumerate(vocabulary.tokens) if token is not None and plain(token) != plain(tokens[i])]
     if other:
         here, there = vocabulary.tokens[other[0]], tokens[other[0]]
-        yield f"{len(other)} tokens differ, the first is {other[0]}: {there!r} instead of {here!r}"
+        yield f"other tokens at {plural(len(other), 'id')}, the first is {other[0]}: {there!r} instead of {here!r}"
     split = [index for index in vocabulary.added if index >= len(types) or types[index] not in SPECIAL_TYPES]
     if split:
         yield (
-            f"{len(split)} added tokens would be read as plain text, the first is {vocabulary.added[split[0]]!r} "
-            f"({split[0]})"
+            f"{plural(len(split), 'added token')} would be read as plain text, the first is "
+            f"{vocabulary.added[split[0]]!r} ({split[0]})"
         )
 
 
@@ -371,7 +372,7 @@ def splitting_problems(file: GGUFFile, vocabulary: Vocabulary) -> Iterator[str]:
     if kind == SENTENCEPIECE and vocabulary.scores:
         other = [i for i, score in vocabulary.scores.items() if i not in vocabulary.added and not at(scores, i, score)]
         if other:
-            yield f"{len(other)} scores differ from the tokenizer's, the first is that of {other[0]}"
+            yield f"other scores than the tokenizer's at {plural(len(other), 'id')}, the first is {other[0]}"
 
 
 def at(scores: Sequence[float], index: int, score: float) -> bool:

@@ -88,7 +88,7 @@ def read_existing(
     image_column, label_column: where not given, the one column that bears a usual name. image_folder: where the paths
     of a file start; default its own folder. DataError with file and line; with `skip_bad` bad rows are listed instead.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     if path.is_dir():
         if image_column or label_column:
             raise UsageError(f"{path} is a folder, whose classes are its subfolders; columns are those of a file")
@@ -99,7 +99,7 @@ def read_existing(
     given = tuple(_in_file(source, image_column, label_column))
     if not given:
         raise DataError(f"{path}: no labels found ({len(source.rejected)} bad rows)")
-    reader = ImageReader(Path(image_folder or path.parent).expanduser(), allow_outside)
+    reader = ImageReader(Path(image_folder or path.parent), allow_outside)
     return Existing.of(given, reader, tuple(str(each) for each in source.rejected))
 
 

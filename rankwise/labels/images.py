@@ -102,7 +102,7 @@ def find_images(path: str | Path, split: str | None = None) -> ImageSet:
     split: `val2017` or `train2017`; the default is the one that is there, val2017 first. DataError for a folder without
     images, a broken annotation file, and images that the annotations list and the folder lacks.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; pass the folder of the images, or one in COCO's layout")
     for name in (split,) if split else COCO_SPLITS:
@@ -178,7 +178,7 @@ def download_coco(folder: str | Path) -> Path:
     A cut transfer goes on where it stopped; both archives are checked and unpacked with care. Raises ServiceError where
     they can't be had, DataError for other bytes.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(folder)
     annotations = folder / "annotations" / "instances_val2017.json"
     if not annotations.is_file():
         taken = unpacked(fetch(ANNOTATIONS, folder), [annotations.name]) / annotations.name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from rankwise.options.field import Options, option, output, reads, reads_model, reads_or_hub, seeded
+from rankwise.options.field import Options, option, output, reads, reads_model, reads_or_hub, reads_or_text, seeded
 from rankwise.options.sections import (
     CLASSIFY,
     DEVICE,
@@ -272,7 +272,7 @@ class TinyConfig(Options):
 class RunConfig(Options):
     """Run a pipeline of stages from one file."""
 
-    recipe: str | None = option(help="recipe file, or name of a packaged recipe")
+    recipe: str | None = reads_or_text(help="recipe file, or name of a packaged recipe")
     output_dir: str | None = output(help="run folder [runs/<recipe>]")
     set: list[str] = option([], commas=False, help=SET)
     only: list[str] = option([], help="stages to run, no others")
@@ -287,7 +287,7 @@ class RunConfig(Options):
 class BatchConfig(Options):
     """Run several recipes, one after the other, each in its own folder."""
 
-    recipes: list[str] = option([], commas=False, help="recipe files, or names of packaged recipes")
+    recipes: list[str] = reads_or_text([], commas=False, help="recipe files, or names of packaged recipes")
     output_dir: str = output("runs/batch", help="parent of the run folders")
     set: list[str] = option([], commas=False, help=SET)
     force: bool = option(False, help="rerun all stages")
@@ -318,7 +318,9 @@ class BundleConfig(Options):
     export: str | None = reads(help="export folder", aliases=("model_path",))
     output_dir: str = output("bundle", help="bundle folder", aliases=("output_path",))
     outtype: str | None = option(help="quantization type to ship [q8_0 if exported, else the smallest]")
-    validation: str | None = option("validation", help="`rankwise validate` folder: its items, verdict and confidences")
+    validation: str | None = reads_or_text(
+        "validation", help="`rankwise validate` folder: its items, verdict and confidences"
+    )
     reference: str | None = option(
         help="merged model the files were made from [as recorded in the export]; of a hand-off the tuned model, merged "
         "or an adapter, of any trainer"

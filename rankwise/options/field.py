@@ -26,6 +26,7 @@ from rankwise.errors import UsageError
 PARSERS = {".json": lambda text: json.loads(text, object_pairs_hook=unique), ".toml": tomllib.loads}
 CONFIG_SUFFIXES = (".yaml", ".yml", *PARSERS)
 hints_of = cache(typing.get_type_hints)  # milliseconds each, and a recipe asks for every stage of every change
+INPUTS, OUTPUTS = ("read", "weights", "model"), ("folder", "file")  # kinds of paths (`option(path=…)`)
 TRUE, FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
@@ -96,7 +97,7 @@ def option(
     printed: one with a password or a query, which may hold a key, is refused.
 
     path: what the text is the path of, if of anything. "read": a file or folder to read; "weights": the same, or a hub
-    id; "model": a model's folder, or a hub id; "text": a file, or what could stand in it; "folder" or "file": one to
+    id; "model": a model's folder, or a hub id; "text": a file, or what could stand for it; "folder" or "file": one to
     write. A leading `~` of a path is the home folder.
     """
     metadata: dict[str, Any] = {"help": help, "aliases": tuple(aliases), "choices": choices, "short": short}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rankwise.options.field import Options, option, output, reads, reads_or_hub, seeded
+from rankwise.options.field import Options, option, output, reads, reads_or_hub, reads_or_text, seeded
 from rankwise.options.sections import OUTSIDE
 
 COCO_SPLITS = ("val2017", "train2017")
@@ -63,7 +63,9 @@ class LabelConfig(Options):
     image_column: str | None = option(help="image column of --labels_file [detected by name]")
     label_column: str | None = option(help="label column of --labels_file [detected by name]")
     output_dir: str = output("./dataset", help="data set folder")
-    task_file: str | None = option(help="task: elements, or a YAML file [elements; without a teacher: the labels]")
+    task_file: str | None = reads_or_text(
+        help="task: elements, or a YAML file [elements; without a teacher: the labels]"
+    )
     num_images: int = option(1000, least=1, help="number of images to keep; the teacher is asked until reached")
     min_confidence: float = option(0.75, least=0, most=1, help="threshold below which answers are dropped")
     val_fraction: float = option(0.1, least=0, below=1, help="validation share of the images, per class")

@@ -215,7 +215,7 @@ class TowersSection(Options):
 class DepthUseSection(Options):
     """Where a depth-aware model gets depth from."""
 
-    depth_checkpoint_path: str | None = option(
+    depth_checkpoint_path: str | None = reads_or_text(
         help="Depth Anything V2: .pth, Hugging Face folder or id [Small, Apache-2.0; a trained model's own]"
     )
     depth_control: str | None = option(
@@ -223,7 +223,7 @@ class DepthUseSection(Options):
         help="control condition instead of estimated depth, same parameters; file: --depth_maps [as trained]",
     )
     depth_maps: str | None = reads(help="16-bit PNG depth (far = large): folder, or CSV of image_path,depth_path")
-    depth_cache: str | None = option(help="cache folder for computed maps [~/.cache/rankwise/depth]")
+    depth_cache: str | None = reads_or_text(help="cache folder for computed maps [~/.cache/rankwise/depth]")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from rankwise.core.schedule import phases_of
 from rankwise.errors import UsageError
 from rankwise.options import commands, features
 from rankwise.options.advise import AdviseConfig
-from rankwise.options.field import flatten
+from rankwise.options.field import OUTPUTS, Option, flatten, options_of
 from rankwise.options.sections import CONVERSATIONS, is_harness
 from rankwise.options.study import StudyConfig
 
@@ -67,6 +67,11 @@ def saves_by_steps(told: Told) -> bool:
 
 def hands_off(told: Told) -> bool:
     return commands.by_reference(told.server, told.write_cases, told.cases)
+
+
+def asks(told: Told) -> bool:
+    """Whether validate has answers to judge: not where it writes cases for others to ask."""
+    return not told.write_cases or bool(told.server)
 
 
 def reads_data(told: Told) -> bool:
@@ -245,11 +250,18 @@ TABLES: Mapping[type, list[Bound]] = {
         *bound("served_model api", "with --server http://HOST/v1", lambda told: hands_off(told) and bool(told.server)),
         *bound(
             "export mmproj adapter_gguf parity_samples app_pixels min_accuracy min_agreement sweep context threads "
-            "batch_size",
+            "batch_size seed",
             "on files or a server of llama.cpp, without --server http://HOST/v1, --write_cases and --cases",
             lambda told: not hands_off(told),
         ),
         *without("cases", "reference base_model data_path num_samples write_cases max_new_tokens", ", which has them"),
+        *without("cases", "split device", ": the rows and the models are not read again"),
+        *bound("output_dir outtype tolerance", "on what answers: --write_cases alone asks nobody", asks),
+        *bound(
+            "top",
+            "where a server or a file is run: --write_cases and --answers ask none",
+            lambda told: not told.answers and asks(told),
+        ),
         *without("adapter_gguf", "sweep", ": it makes smaller files of a whole model"),
         *with_("sweep", True, "sweep_margin llama_cpp_dir imatrix calibration_samples"),
         *with_("calibration_samples", True, "calibration_data"),
@@ -264,9 +276,20 @@ def as_said(default: Any) -> str:
 
 def idle_among(config: Any) -> list[Bound]:
     """The options that were given and have no effect among the others."""
-    told, defaults = Told(flatten(config)), flatten(type(config)())
-    rows = TABLES.get(type(config), ())
-    return [row for row in rows if told.get(row.option) != defaults.get(row.option) and not row.acts(told)]
+    values, defaults = flatten(config), flatten(type(config)())
+    return [row for row in idle_rows(config) if values.get(row.option) != defaults.get(row.option)]
+
+
+def idle_rows(config: Any) -> list[Bound]:
+    """Those of all options that have no effect among the others, given or not."""
+    told = Told(flatten(config))
+    return [row for row in TABLES.get(type(config), ()) if not row.acts(told)]
+
+
+def written(config: Any) -> list[Option]:
+    """The options that say where a command writes, less those that have no effect among the others."""
+    idle = {row.option for row in idle_rows(config)}
+    return [item for item in options_of(config) if item.path in OUTPUTS and item.default and item.name not in idle]
 
 
 def refuse_idle(config: Any) -> None:

@@ -23,12 +23,11 @@ from rankwise.errors import DataError, UsageError, need
 from rankwise.files.adapter import is_adapter
 from rankwise.files.atomic import rehearsal
 from rankwise.files.checkpoint import HUB_ID
-from rankwise.options.field import Option, flatten, neighbours, options_of
+from rankwise.options.field import INPUTS, OUTPUTS, Option, flatten, neighbours, options_of
 from rankwise.options.sections import TASKS
-from rankwise.pipeline.idle import Told, hands_off
+from rankwise.pipeline.idle import Told, hands_off, written
 from rankwise.pipeline.table import stage_of
 
-INPUTS, OUTPUTS = ("read", "weights", "model"), ("folder", "file")  # kinds of paths (`option(path=…)`)
 DRAWING = ("ranks", "compare", "features compare", "features downstream")
 TRAINERS = ("train", "finetune")
 READING = (*TRAINERS, "ranks", "advise", "check", "evaluate", "merge", "study", "validate", "bundle")
@@ -179,7 +178,7 @@ def describe(command: str, config: Any) -> list[str]:
     """What a command reads, does and writes."""
     stage, options = stage_of(command), list(options_of(config))
     does = stage.describe(config) if hasattr(stage, "describe") else []
-    return [*named("read", options, INPUTS), *does, *named("write", options, OUTPUTS)]
+    return [*named("read", options, INPUTS), *does, *named("write", written(config), OUTPUTS)]
 
 
 def named(verb: str, options: Sequence[Option], kinds: Sequence[str]) -> list[str]:
@@ -197,14 +196,14 @@ def require_inputs(options: Sequence[Option], made: Sequence[Path], run: Path | 
         for item in options:
             if item.path == kind and not (without_rows and item.name in ("images", "data_path")):
                 for value in item.default if isinstance(item.default, list) else [item.default]:
-                    path = Path(value or "").expanduser().absolute()
+                    path = Path(value or "").absolute()
                     if value and path != run and not any(path.is_relative_to(place) for place in made):
                         require_input(item, value, fetched=bool(told.download))
 
 
 def require_input(item: Option, value: str, *, fetched: bool) -> None:
     """A missing path may be a hub id, or a folder that `--download` fills; of a model's folder the config is asked."""
-    path = Path(value).expanduser()
+    path = Path(value)
     if path.exists():
         if item.path == "model" and not (path / "config.json").is_file() and not is_adapter(path):
             raise DataError(f"{path}: no config.json, so this is not a Hugging Face model folder (--{item.name})")
@@ -229,14 +228,13 @@ def require_device(name: str | None) -> None:
 
 
 def require_outputs(config: Any) -> None:
-    for item in options_of(config):
-        if item.path in OUTPUTS and item.default:
-            require_output(item, item.default)
+    for item in written(config):
+        require_output(item, item.default)
 
 
 def require_output(item: Option, value: str) -> None:
     """UsageError where a folder cannot be made or written into, or a file not be written."""
-    path, said = Path(value).expanduser(), f"--{item.name} {value}: cannot be written there"
+    path, said = Path(value), f"--{item.name} {value}: cannot be written there"
     place = nearest(path if item.path == "folder" else path.parent)
     if item.path == "file" and path.is_dir():
         raise UsageError(f"{said}: it is a folder; give a file's name")

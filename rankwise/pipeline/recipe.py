@@ -24,15 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import DataError, UsageError
-from rankwise.options.field import CONFIG_SUFFIXES, flatten, load_file, typed_values, unknown
-from rankwise.pipeline.idle import idle_among, sentences
+from rankwise.options.field import CONFIG_SUFFIXES, load_file, typed_values, unknown
+from rankwise.pipeline.idle import idle_among, sentences, written
 from rankwise.pipeline.table import ALIASES, COMMANDS, command_options, configured
 
 PACKAGED = Path(__file__).parents[1] / "recipes"
 DEFAULT_RUNS = Path("runs")
 KEYS = ("extends", "name", "description", "variables", "stages")
 STAGE_KEYS = ("name", "command", "nproc", "config")  # of a stage; the others are options of its command
-OUTPUTS = ("output_dir", "out", "run", "results_dir", "log_dir")
 PIPELINES = ("run", "batch", "demo")  # commands that run recipes themselves
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 
@@ -281,8 +280,7 @@ def below(file: Path, folders: Sequence[Path]) -> bool:
 
 def outputs(config: Any) -> list[Path]:
     """Where a stage writes, as far as its options say so."""
-    options = flatten(config)
-    return [Path(options[name]) for name in OUTPUTS if options.get(name)]
+    return [Path(item.default) for item in written(config)]
 
 
 def with_file(stage: Stage, where: str) -> Stage:

@@ -33,12 +33,11 @@ from rankwise.files.log import NOBODY, copier, logged
 from rankwise.files.monitor import Monitor, usage_of
 from rankwise.files.run_folder import SECRET, STATE, RunFolder, read_marks, write_mark
 from rankwise.options.commands import RunConfig
-from rankwise.options.field import flatten, options_of, unknown
+from rankwise.options.field import OUTPUTS, flatten, options_of, unknown
 from rankwise.page.blocks import table_lines
 from rankwise.page.text import duration
 from rankwise.pipeline import preflight
 from rankwise.pipeline.recipe import (
-    OUTPUTS,
     Recipe,
     Stage,
     find_recipe,
@@ -54,7 +53,7 @@ from rankwise.pipeline.times import BEFORE, UNASKED, UNFINISHED, UNREACHED, Stag
 
 LOGS, MONITOR, AUTO = "logs", "monitor.csv", "auto"
 RECORD = "resolved_config.recipe.json"  # a stage may write into the run folder itself, and its config beside this one
-FILLED = "depth_cache"  # by whichever stage finds it lacking
+FILLED = ("depth_cache", "run")  # options of folders that stages write into beside what they read there
 
 
 def run(config: RunConfig) -> Path | None:
@@ -223,13 +222,13 @@ def fingerprint_of(stage: Stage, config: Any, previous: str | None) -> str:
     """Hash of a stage's resolved options, of the files that they name (what is written is not among them, nor is a
     choice: `.` may be one), and of the mark of the stage before it: what changes one, changes all after it."""
     options = flatten(config)
-    no_inputs = {item.name for item in options_of(config) if item.choices or item.path in preflight.OUTPUTS}
+    no_inputs = {item.name for item in options_of(config) if item.choices or item.path in OUTPUTS}
     named = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
     inputs = {
         f"{name} {value}": fingerprint(Path(value))
         for name, values in named.items()
         for value in values
-        if name not in (*OUTPUTS, FILLED, *no_inputs) and isinstance(value, str) and value and Path(value).exists()
+        if name not in (*FILLED, *no_inputs) and isinstance(value, str) and value and Path(value).exists()
     }
     content = json.dumps([stage.command, options, inputs, previous], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -76,14 +76,10 @@ def rate_words(advice: Advice) -> list[str]:
         if rates["vertex"]
         else f"no parabola was fitted: {rates['why']}"
     )
-    lost = [
-        trial
-        for trial in advice["trials"]
-        if trial["loss"] is None
-        and (trial["rank"], trial["placement"]) == (advice["advised"]["rank"], advice["advised"]["placement"])
-        and trial["learning_rate"] <= max(rates["best"], advice["advised"]["learning_rate"])
-    ]
-    if lost:
+    advised = advice["advised"]
+    highest = max(rates["best"], advised["learning_rate"])
+    tried = diverged(advice, advised["placement"], advised["rank"])
+    if lost := [trial for trial in tried if trial["learning_rate"] <= highest]:
         told.append(
             f"{plural(len(lost), 'run')} with another seed diverged at this rate or below it: give lower --rates"
         )
@@ -93,6 +89,12 @@ def rate_words(advice: Advice) -> list[str]:
         told.append("the best rate is the last that was tried on its side; a better one may lie beyond (--rates)")
     calibrated = "" if prior["calibrated"] else "; the formula is not calibrated for this family"
     return [*told, f"the model's size alone would have said {number(prior['learning_rate'])}{calibrated}"]
+
+
+def diverged(advice: Advice, placement: str, rank: int | None = None) -> list[Mapping[str, Any]]:
+    """The runs of a placement, and of a rank where one is given, that diverged, whatever their seed."""
+    tried = [trial for trial in advice["trials"] if trial["placement"] == placement and rank in (None, trial["rank"])]
+    return [trial for trial in tried if trial["loss"] is None]
 
 
 def rank_words(advice: Advice) -> list[str]:
@@ -317,7 +319,7 @@ def plot_advice_rates(advice: Advice, path: Path | str) -> Path:
     for index, rank in enumerate(sorted({trial["rank"] for trial in kept}, reverse=True)):
         points = sorted((t["learning_rate"], t["loss"]) for t in kept if t["rank"] == rank)
         axis.plot(*zip(*points, strict=True), label=f"rank {rank}", linewidth=1, markersize=4, **style(index))
-    lost = sorted({t["learning_rate"] for t in tried if t["loss"] is None})
+    lost = sorted({t["learning_rate"] for t in diverged(advice, UNIFORM)})
     if lost:
         axis.plot(lost, [0.97] * len(lost), "x", color="black", transform=axis.get_xaxis_transform(), label="diverged")
     axis.axvline(advice["prior"]["learning_rate"], color=GREY, linewidth=0.8, linestyle=":", label="by size alone")

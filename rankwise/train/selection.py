@@ -170,7 +170,7 @@ def save_task(data: DataSection, folder: Path, *, everywhere: bool = False) -> d
     if data.task != "labels" or (process_index()[0] != 0 and not everywhere):
         return {}
     assert data.data_path is not None
-    path = Path(data.data_path).expanduser()
+    path = Path(data.data_path)
     return {"task": read_task(path if path.is_dir() else path.parent).save(folder)}
 
 

@@ -20,7 +20,9 @@ from rankwise.data.check.comparison import Oracle
 from rankwise.data.images import ImageReader
 from rankwise.data.render import Renderer
 from rankwise.data.vision_inputs import Sight
+from rankwise.device.handoff.variants import Asked, log_probs
 from rankwise.errors import UsageError
+from rankwise.evaluate.likelihood import answer_ids
 from rankwise.models.load import forward_inputs, load_config, load_model, load_processor
 
 SEEN = tuple(name for name, example in CONVERSATIONS.items() if example.images)
@@ -241,6 +243,22 @@ def test_paligemma_sees_prompts_in_both_directions(family_models: Callable[[str]
     changed[0, -1] = 5  # the last token of the answer
     before, after = (model(**{**batch, "input_ids": ids}).logits for ids in (batch["input_ids"], changed))
     torch.testing.assert_close(before[:, :-1], after[:, :-1], atol=1e-6, rtol=0)
+
+
+@PALIGEMMA
+@torch.inference_mode()
+def test_a_forced_answer_is_masked_as_in_training(family_models: Callable[[str], Path], pictures: Path) -> None:
+    """No place of an answer that a server is asked about sees what comes behind it, as in training."""
+    processor = load_processor(str(family_models("paligemma")))
+    renderer = Renderer(processor.tokenizer, style="raw", sight=Sight(processor, ImageReader(pictures)))
+    model, example = sees(family_models("paligemma")), CONVERSATIONS["one image"]
+    prompt, answer = renderer.prompt(example), answer_ids(renderer, example, example.answer)
+    places = tuple(range(len(answer)))
+    batch = batch_of(renderer, [example])
+    learnt = (batch.pop("labels")[0] != -100).nonzero()[:, 0] - 1
+    asked = Asked(tuple(prompt.input_ids), tuple(answer), places, example.images)
+    found = log_probs(model, renderer.sight, [asked])[0]
+    torch.testing.assert_close(found, model(**batch).logits[0, learnt].log_softmax(-1), atol=1e-5, rtol=0)
 
 
 @PALIGEMMA

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
+import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,13 +121,44 @@ def constants(name: str, content: str) -> tuple[str, list[str]]:
     return json.loads(written[0]), json.loads(written[1])
 
 
+def asking(images: int, takes_input: bool, grammar: bool) -> ClientInputs:
+    text = f'<|im_start|>User:{MARKER * images}Is "$x" \\ 5 € or\n水?{INPUT * takes_input}<|im_end|>\nAssistant:'
+    facts: dict[str, Any] = FACTS | {"mmproj": "mmproj-m.gguf" if images else None}
+    return ClientInputs(Prompt(text, images, "", sent=True), ["<|im_end|>", "$</s>"], facts, grammar)
+
+
+STRICT = "--noEmit --strict --skipLibCheck --target es2022 --module esnext --moduleResolution bundler"
+
+
+@pytest.mark.slow
+def test_what_is_given_to_llama_rn_is_what_it_declares(tmp_path: Path) -> None:
+    """The client's calls, checked by TypeScript against the package's own declarations; and that it is a check."""
+    modules = Path(os.environ.get("RANKWISE_NODE_MODULES") or "nowhere")
+    compiler = modules.resolve() / "typescript" / "bin" / "tsc"
+    if not (modules / "llama.rn").is_dir() or not compiler.is_file() or not shutil.which("node"):
+        pytest.skip("needs node, and RANKWISE_NODE_MODULES: a node_modules folder that has llama.rn and typescript")
+    (tmp_path / "node_modules").symlink_to(modules.resolve())
+
+    def checked(**files: str) -> str:
+        for name, content in files.items():
+            (tmp_path / f"{name}.ts").write_text(content, encoding="utf-8")
+        line = ["node", str(compiler), *STRICT.split(), *(f"{name}.ts" for name in files)]
+        return subprocess.run(line, cwd=tmp_path, capture_output=True, text=True).stdout
+
+    options = itertools.product([0, 1], [False, True], [False, True])
+    clients = {f"client{n}": client_files(asking(*one))["clients/llama.rn.ts"] for n, one in enumerate(options)}
+    assert checked(**clients) == ""
+    assert "'xtc_probabilty' does not exist" in checked(
+        other=clients["client0"].replace("...GREEDY", "xtc_probabilty: 0, ...GREEDY")
+    )
+
+
 @pytest.mark.parametrize("images", [0, 1])
 @pytest.mark.parametrize("takes_input", [False, True])
 @pytest.mark.parametrize("grammar", [False, True])
 def test_clients_have_the_bundles_constants(images: int, takes_input: bool, grammar: bool) -> None:
-    text = f'<|im_start|>User:{MARKER * images}Is "$x" \\ 5 € or\n水?{INPUT * takes_input}<|im_end|>\nAssistant:'
-    facts: dict[str, Any] = FACTS | {"mmproj": "mmproj-m.gguf" if images else None}
-    files = client_files(ClientInputs(Prompt(text, images, "", sent=True), ["<|im_end|>", "$</s>"], facts, grammar))
+    given = asking(images, takes_input, grammar)
+    text, files = given.prompt.text, client_files(given)
     copied = {f"clients/{file.name}" for file in STATIC.iterdir()}
     assert len(copied) == 3 and copied < set(files) and len(files) == 6
     for name, content in files.items():

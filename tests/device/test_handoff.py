@@ -4,6 +4,7 @@ line and its exit code."""
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from rankwise.models.load import load_processor, load_tokenizer
 from rankwise.report.report import build_report
 
 TUNED, RED, UNDECIDED = 0, 6, 7
+TRAVELS = ("handoff.json", "answers.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
             line = ["validate", "--cases", str(scene.cases), "--server", served.url, "-o", str(tmp_path / "out")]
             code = main([*line, *options])
         said = capsys.readouterr()
-        assert "Traceback" not in said.err, said.err
+        assert "Traceback" not in said.err and said.out, said.err
         return said.out.splitlines()[0], code, HANDOFF.read(tmp_path / "out")
 
     return found
@@ -123,7 +125,7 @@ WEIGHTS: dict[str, tuple[Callable[[HandedOff], Any], str]] = {
     "twice the scale": (lambda scene: scene.mixed(lambda _: 2.0), "partly tuned: the adapter at twice its scale"),
     "weights of two bits": (
         lambda scene: rounded(scene.model(), 2),
-        "partly tuned: weights of 2 bits explains it best",
+        "partly tuned: weights of 2 bits explain it best",
     ),
 }
 PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -298,6 +300,82 @@ def test_a_line_that_is_no_answer(scene: HandedOff, tmp_path: Path, capsys: Any,
     assert not (tmp_path / "out").exists()
 
 
+def told_otherwise(answers: Path, change: Callable[[list[dict[str, Any]]], None], top: int) -> Path:
+    """A file of answers with the likeliest tokens alone, and those changed."""
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    for row in rows:
+        row["top_logprobs"] = row["top_logprobs"][:top]
+        change(row["top_logprobs"])
+    answers.write_text("\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    return answers
+
+
+def on_base(base: int) -> Callable[[list[dict[str, Any]]], None]:
+    def change(top: list[dict[str, Any]]) -> None:
+        for one in top:
+            one["logprob"] /= math.log(base)
+
+    return change
+
+
+def probabilities(top: list[dict[str, Any]]) -> None:
+    for one in top:
+        one["logprob"] = math.exp(one["logprob"])
+
+
+def taken_alone(top: list[dict[str, Any]]) -> None:
+    for number, one in enumerate(top):
+        one["logprob"] = -math.inf if number else 0.0
+
+
+def other_ids(top: list[dict[str, Any]]) -> None:
+    for one in top:
+        one["id"] = 900_000 + len(one["token"])
+
+
+SCALES: dict[str, tuple[Callable[[list[dict[str, Any]]], None], int, str]] = {
+    "base 2": (on_base(2), 64, "log-probabilities on base 2"),
+    "base 2, the likeliest alone": (on_base(2), 1, "log-probabilities on base 2"),
+    "base 10": (on_base(10), 64, "more than 1: are these natural logarithms"),
+    "base 10, the likeliest alone": (on_base(10), 1, "log-probabilities on base 10"),
+    "probabilities": (probabilities, 64, "above 0: are these natural logarithms"),
+    "what was taken": (taken_alone, 1, "every answer is one token of probability 1"),
+    "what was taken, and others": (taken_alone, 5, "every answer is one token of probability 1"),
+    "another vocabulary": (other_ids, 20, "none of the tokens told, here or elsewhere"),
+}
+
+
+@pytest.mark.parametrize("base", [False, True], ids=["tuned", "base"])
+@pytest.mark.parametrize(("change", "top", "why"), SCALES.values(), ids=SCALES)
+def test_answers_that_are_no_log_probabilities(
+    scene: HandedOff, verdict: Any, tmp_path: Path, capsys: Any, base: bool, change: Any, top: int, why: str
+) -> None:
+    """In one way or another they passed as weights of few bits, or as the base's."""
+    verdict(scene, scene.model(base=base), "--top", "64", form="llama", most=64)
+    answers = told_otherwise(tmp_path / "out" / "answers.jsonl", change, top)
+    line, code, said = judged(scene, answers, tmp_path / "again", capsys)
+    assert code == 3 and why in said and f"{answers}, line " in said and not line, said
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(("how", "why"), [("base 2", "on base 2"), ("base 10", "more than 1"), ("taken", "taken at")])
+def test_a_server_that_tells_no_log_probabilities(
+    scene: HandedOff, tmp_path: Path, capsys: Any, how: str, why: str
+) -> None:
+    class Otherwise(Loopback):
+        def distribution(self, ids: Any, inputs: Any) -> torch.Tensor:
+            found = super().distribution(ids, inputs)
+            if how == "taken":
+                return torch.where(found == found.max(), 0.0, -math.inf)
+            return found / math.log(int(how.split()[1]))
+
+    with Otherwise(scene.model(), scene.tokenizer) as served:
+        out = ["-o", str(tmp_path / "out")]
+        code = main(["validate", "--cases", str(scene.cases), "--server", served.url, *out])
+    said = capsys.readouterr().err
+    assert code == 3 and why in said and f"{served.url}, case r0, place 0: " in said, said
+
+
 # --- the cases -------------------------------------------------------------------------------------------------------
 
 
@@ -308,6 +386,16 @@ def test_cases_are_read_as_they_were_written(scene: HandedOff, seeing: HandedOff
         for file in filter(Path.is_file, one.cases.rglob("*")):
             assert (tmp_path / "again" / file.relative_to(one.cases)).read_bytes() == file.read_bytes()
     assert len(found.pictures) == len(found.cases)
+
+
+def test_what_travels_does_not_say_where_models_lie(scene: HandedOff, verdict: Any, tmp_path: Path) -> None:
+    """Cases go to whoever has the phone, a verdict to a colleague."""
+    verdict(scene, scene.model(), names=[str(scene.tuned)], apis=["completions"])
+    files = [*filter(Path.is_file, scene.cases.rglob("*")), *(tmp_path / "out" / name for name in TRAVELS)]
+    homes = [str(scene.folder).encode(), str(tmp_path).encode()]
+    assert len(files) > 3 and [file for file in files for home in homes if home in file.read_bytes()] == []
+    found = HANDOFF.read(tmp_path / "out")
+    assert (found["reference"], found["base"], found["served_model"]) == ("tuned", "base", "tuned")
 
 
 def test_prompts_are_those_of_the_models_own_template(scene: HandedOff) -> None:
@@ -388,7 +476,7 @@ def test_few_bits_are_a_fault_where_the_server_runs_more(scene: HandedOff, verdi
     line, code, _ = verdict(scene, model)
     assert line.startswith("answers are the TUNED model's, as weights of 4 bits are (") and code == TUNED
     line, code, _ = verdict(scene, model, "--outtype", "f16")
-    assert line.startswith("partly tuned: weights of 4 bits explains it best") and code == RED
+    assert line.startswith("partly tuned: weights of 4 bits explain it best") and code == RED
 
 
 # --- mutants of the product's own path -------------------------------------------------------------------------------
@@ -431,6 +519,32 @@ def test_from_the_models_to_the_report(scene: HandedOff, tmp_path: Path, capsys:
     assert "partly tuned: the tuning of the first half of the layers alone" in page and "handoff_kl" in page
 
 
+RECIPE = """
+name: handed off
+stages:
+  - name: cases
+    command: validate
+    reference: {tuned}
+    base_model: {base}
+    data_path: {rows}
+    write_cases: ${{run}}/cases
+  - {{name: verdict, command: validate, cases: "${{run}}/cases", server: {url}, output_dir: "${{run}}/verdict"}}
+"""
+
+
+def test_cases_of_one_stage_are_asked_by_the_next(scene: HandedOff, tmp_path: Path, capsys: Any) -> None:
+    """What a stage writes is what its options say, under whatever name; what it does not write is not missed."""
+    file = tmp_path / "recipe.yaml"
+    with Loopback(scene.model(), scene.tokenizer) as served:
+        rows = scene.folder / "rows.jsonl"
+        file.write_text(RECIPE.format(tuned=scene.tuned, base=scene.base, rows=rows, url=served.url))
+        assert main(["run", str(file), "-o", str(tmp_path / "run")]) == 0
+        assert HANDOFF.read(tmp_path / "run" / "verdict")["kind"] == "tuned"
+        capsys.readouterr()
+        assert main(["run", str(file), "-o", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.count("done already") == 2
+
+
 def test_a_merged_model_and_a_dry_run(scene: HandedOff, tmp_path: Path, capsys: Any) -> None:
     merged = tmp_path / "merged"
     scene.model().save_pretrained(merged)
@@ -441,7 +555,9 @@ def test_a_merged_model_and_a_dry_run(scene: HandedOff, tmp_path: Path, capsys: 
     assert main([*line, "--base_model", str(merged)]) == 3
     assert "equals its base in every weight" in capsys.readouterr().err
     line += ["--base_model", str(scene.base)]
+    capsys.readouterr()
     assert main([*line, "--dry-run"]) == 0 and not (tmp_path / "cases").exists()
+    assert f"# would write --write_cases {tmp_path / 'cases'}\n" in capsys.readouterr().out
     assert main(line) == 0
     ours, theirs = (read_cases(folder) for folder in (tmp_path / "cases", scene.cases))
     assert [one.places for one in ours.cases] == [one.places for one in theirs.cases]

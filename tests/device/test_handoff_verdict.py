@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 
+from rankwise.device.handoff.answers import Heard, TokenLogProb
+from rankwise.device.handoff.cases import HandoffCase, HandoffCases, Place
+from rankwise.device.handoff.scale import require_natural
 from rankwise.device.handoff.verdict import (
     BASE,
     COARSE,
@@ -29,6 +32,7 @@ from rankwise.device.handoff.verdict import (
     nearer,
     spread,
 )
+from rankwise.errors import DataError
 
 WORDS = {
     "tuned": (TUNED, None),
@@ -198,3 +202,46 @@ def test_an_api_that_cannot_tell_leaves_it_to_the_others(candidates: Candidates)
 )
 def test_nats(value: float, said: str) -> None:
     assert nats(value) == said
+
+
+# --- on which scale answers are ---------------------------------------------------------------------------------------
+
+
+def heard(
+    candidates: Candidates, name: str, count: int, extra: float = 0.0, *, temperature: float = 1.0, unit: float = 1.0
+) -> tuple[HandoffCases, list[Heard], RouteFinding]:
+    """Answers of a hypothesis with noise of its own, after a temperature, in a unit of log-probability."""
+    noise = np.random.default_rng(1)
+    rows = candidates.log_probs[candidates.number(name)]
+    moved = log_softmax((rows + extra * noise.standard_normal(rows.shape)) / temperature) / unit
+    told = {place: {int(one): float(row[one]) for one in np.argsort(-row)[:count]} for place, row in enumerate(moved)}
+    places = [tuple(Place(PLACES * item + one, one, "", True) for one in range(PLACES)) for item in range(ITEMS)]
+    rows_ = tuple(HandoffCase(f"r{item}", "", (), (), own) for item, own in enumerate(places))
+    cases = HandoffCases("tuned", "base", rows_, candidates, dict.fromkeys(range(TOKENS), (None, None)))
+    answers = [
+        Heard(case.id, place.forced, "ids", tuple(TokenLogProb(value, id) for id, value in told[place.row].items()))
+        for case in rows_
+        for place in case.places
+    ]
+    return cases, answers, judge("ids", candidates, told, 10.0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 20, TOKENS])
+def test_natural_logarithms_are_not_refused(candidates: Candidates, count: int) -> None:
+    """Not those of any hypothesis, of another model, or of a sampler with a temperature."""
+    temperatures = (0.2, 1 / np.log(10), np.log(2), 1, 1 / np.log(2), np.log(10), 5)
+    for name, extra, temperature in product(WORDS, (0.0, 0.3, 1.0, 3.0), temperatures):
+        require_natural(*heard(candidates, name, count, extra, temperature=temperature))
+
+
+@pytest.mark.parametrize("base", [2, 10])
+@pytest.mark.parametrize(("name", "count"), [*product(("tuned", "base", "4 bits"), (1, 5, TOKENS))])
+def test_another_base_is_found(candidates: Candidates, base: int, name: str, count: int) -> None:
+    with pytest.raises(DataError, match=f"log-probabilities on base {base}: as natural ones"):
+        require_natural(*heard(candidates, name, count, unit=np.log(base)))
+
+
+def test_another_base_of_another_model_is_found_by_the_sums(candidates: Candidates) -> None:
+    """Nothing explains its answers on any base."""
+    with pytest.raises(DataError, match="on base 2: as natural ones they sum to 100%"):
+        require_natural(*heard(candidates, "tuned", TOKENS, 3.0, unit=np.log(2)))

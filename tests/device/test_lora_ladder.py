@@ -25,6 +25,7 @@ from rankwise.device.bundle import validation_doubts
 from rankwise.device.llama.client import LoadedLora, Refusal, ServerRuntime
 from rankwise.device.llama.runtime import LlamaServer
 from rankwise.device.lora.files import lora_files
+from rankwise.device.lora.page import lora_failures, lora_verdict
 from rankwise.device.lora.settings import loaded_ids, settings
 from rankwise.device.scores import DOCUMENT
 from rankwise.device.sides import LoraFile
@@ -34,7 +35,7 @@ from rankwise.files.adapter import read_adapter
 from rankwise.gguf.converter import Converter
 from rankwise.gguf.lora import HALVES, held_factors, sites_in
 from rankwise.gguf.metadata import config_of
-from rankwise.gguf.reading import GGUFFile, read_export
+from rankwise.gguf.reading import EXPORT, GGUFFile, read_export
 from rankwise.models.load import load_model
 from rankwise.options.commands import BundleConfig, ValidateConfig
 from rankwise.report.report import build_report
@@ -162,11 +163,43 @@ def test_two_adapters_on_one_server_are_those_of_transformers(world: World, vali
     assert kind(content["adapters"]) == kind(json.loads(FROZEN.read_text())["adapters"])
     (doubt,) = validation_doubts(BundleConfig(validation=str(validate.out)), read_export(world.base), "f16", content)
     assert "--adapter_gguf" in doubt
+    home = str(world.first.parent)
+    assert home not in (validate.out / DOCUMENT.name).read_text(), "adapters are called by name"
+
+
+def test_a_lora_says_where_its_adapter_lies_once(world: World) -> None:
+    """`validate --adapter_gguf` finds it by that; neither the GGUF nor the rest says where anything lies."""
+    file = world.file(world.first)
+    content = EXPORT.read(file.parent)
+    assert content["adapter"].pop("path") == str(world.first) and content["adapter"]["base"] == world.model.name
+    assert str(world.first.parent) not in json.dumps(content)
+    for home in (world.first.parent, world.model.parent):
+        assert str(home).encode() not in file.read_bytes()
 
 
 def test_what_was_frozen_is_read_and_shown() -> None:
     content = DOCUMENT.read(FROZEN)
     assert "scale 1 again" in "\n".join(summary(content))
+
+
+def test_a_reason_is_told_once() -> None:
+    """Whatever it breaks besides; that it cannot be told from its base is no verdict where something is broken."""
+    content = DOCUMENT.read(FROZEN)
+    adapters, parity = content["adapters"], content["parity"]
+    adapters["effect"]["told_apart"] = {"f16": False, "q8_0": False}
+    for ladder in (parity["f16"], *adapters["settings"]["f16"][:2]):
+        ladder["first_broken"] = "logprobs"
+        rung = next(rung for rung in ladder["rungs"] if rung["name"] == "logprobs")
+        rung |= {"status": "broken", "why": "its scale is lost"}
+    content["verdict"] = lora_verdict(adapters, parity)
+    content["failures"] = ["f16: the rung `logprobs` is broken: its scale is lost", *lora_failures(adapters, parity)]
+    assert content["verdict"][0] == "f16, scale 1, breaks at the rung `logprobs`: its scale is lost"
+    assert content["verdict"][-1].startswith("Cannot tell first-lora-f32.gguf from its base")
+    said = "\n".join(summary(content))
+    assert (said.count("scale is lost"), said.count("f16: broken too: scale 0, scale 1 again")) == (1, 1)
+    content["failures"].append("f16: accuracy 0.100 is below --min_accuracy 0.9")
+    assert "Failed: f16: accuracy 0.100" in "\n".join(summary(content))
+    assert "the adapter first" in said and "/here/loras/first" not in said, "long paths leave no room for the table"
 
 
 def test_a_file_of_llama_cpps_own_converter(world: World, validate: Validating) -> None:
@@ -199,7 +232,7 @@ def test_an_adapter_that_is_not_applied(world: World, validate: Validating, monk
     assert {name for name, rung in broken(content).items() if rung} == {"scale 1"}
     assert content["parity"]["f16"]["first_broken"] == "logprobs"
     said = why(content["parity"]["f16"])
-    assert said.startswith(f"{file.name}, where it has to be the adapter {world.first}: mean KL")
+    assert said.startswith(f"{file.name}, where it has to be the adapter {world.first.name}: mean KL")
     assert "the answers are the base's (mean KL" in said
     assert "loaded and not applied" in said
     assert said in validate.said.err
@@ -233,8 +266,8 @@ def test_half_of_the_tensors_missing(world: World, validate: Validating, tmp_pat
             del draft.tensors[name]
     code, content = validate(file, more=("--reference", str(world.first)))
     assert (code, content["parity"]["f16"]["first_broken"]) == (6, "logprobs")
-    assert "sites are missing" in content["adapters"]["files"][0]["file"]["why"]
-    assert "sites are missing" in why(content["parity"]["f16"]), "the reason of the ladder says what the file lacks"
+    assert "it lacks " in content["adapters"]["files"][0]["file"]["why"]
+    assert "it lacks " in why(content["parity"]["f16"]), "the reason of the ladder says what the file lacks"
 
 
 def test_another_adapters_file(world: World, validate: Validating) -> None:
@@ -366,7 +399,7 @@ def test_what_cannot_be_compared_is_refused(world: World, tmp_path: Path) -> Non
     assert asked(loose, other, reference=f"{world.first},{world.second}")[1].reference == str(world.second)
     for loras, reference, said in (
         ([loose], None, "give it with --reference"),
-        ([file], f"{world.first},{world.second}", "2 adapters for 1 files"),
+        ([file], f"{world.first},{world.second}", "2 adapters for 1 file of"),
         ([file, file], None, "names a file twice"),
         ([world.base], None, "a model's export"),
         ([file], str(world.model), "not an adapter"),
@@ -396,7 +429,7 @@ def test_factors_are_compared_whatever_wrote_them(world: World) -> None:
             f"another scale than the adapter's at 1 ({site} ×2)",
         ),
         ({**adapter.pairs, site: turned}, f"other factors than the adapter's at 1 ({site})"),
-        ({**adapter.pairs, "model.layers.9.mlp.up_proj": turned}, "1 of 10 sites are missing"),
-        (fewer, "1 sites that the adapter does not have"),
+        ({**adapter.pairs, "model.layers.9.mlp.up_proj": turned}, "it lacks 1 of 10 sites"),
+        (fewer, "1 site that the adapter does not have"),
     ):
         assert said in held_factors(file, replace(adapter, pairs=pairs), config).why

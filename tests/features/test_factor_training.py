@@ -361,15 +361,6 @@ def test_what_cannot_work_is_refused(make: Any, given: dict[str, Any], message: 
         trained(make(**given))
 
 
-def test_a_home_folder_is_one_folder(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    folder = trained(make(arch="MLP", epochs=1, results_dir="~/results", log_dir="~/log"))
-    assert folder == tmp_path / "results" / "MLP" and (tmp_path / "log").is_dir()
-    assert (folder / "split.json").is_file() and (folder / "best_model.json").is_file()
-    assert not (tmp_path / "~").exists()
-
-
 def test_a_log_folder_that_is_a_file_is_refused(make: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="--log_dir"):

@@ -243,9 +243,9 @@ def test_the_model_that_adds_no_start_token_says_so(vision_export: Path, text_ex
         ({"eos": 0}, "end token 5 instead of 0"),
         ({"bos": 0}, "start token 3 instead of 0"),
         ({"pad": 0}, "padding token 4 instead of 0"),
-        ({"tokens": ("<unk>", "changed")}, "1 tokens differ, the first is 1: '<s>' instead of 'changed'"),
+        ({"tokens": ("<unk>", "changed")}, "other tokens at 1 id, the first is 1: '<s>' instead of 'changed'"),
         ({"tokens": ("a",) * 4000}, "tokens where the tokenizer has 4000"),
-        ({"added": {300: "plain"}}, "1 added tokens would be read as plain text, the first is 'plain'"),
+        ({"added": {300: "plain"}}, "1 added token would be read as plain text, the first is 'plain'"),
     ],
 )
 def test_metadata_of_another_tokenizer_is_found(vision_export: Path, other: dict[str, Any], message: str) -> None:
@@ -379,7 +379,7 @@ def test_a_space_in_front_and_other_scores_are_found(vision_export: Path, text_e
     field = reader.fields["tokenizer.ggml.scores"]
     field.parts[field.data[300]][0] -= 1
     reader.data.flush()
-    with pytest.raises(VerificationError, match=r"1 scores differ from the tokenizer's, the first is that of 300"):
+    with pytest.raises(VerificationError, match=r"other scores than the tokenizer's at 1 id, the first is 300"):
         check_tokenizer(GGUFFile(copy), own)
 
 

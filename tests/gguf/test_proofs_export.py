@@ -241,11 +241,11 @@ def edited(key: str, place: int, value: Any) -> Fault:
 
 
 TOKENIZER = {
-    "a token": (edited(TOKENS, 300, "changed"), "1 tokens differ, the first is 300"),
+    "a token": (edited(TOKENS, 300, "changed"), "other tokens at 1 id, the first is 300"),
     "fewer tokens": (lambda draft: stated(TOKENS, draft[TOKENS][:-1])(draft), "tokens where the tokenizer has"),
     "a special token as text": (edited("tokenizer.ggml.token_type", 5, 1), "would be read as plain text"),
     "no kinds of tokens": (lambda draft: draft.remove("tokenizer.ggml.token_type"), "would be read as plain text"),
-    "a score": (edited(SCORES, 300, -1e3), "1 scores differ from the tokenizer's"),
+    "a score": (edited(SCORES, 300, -1e3), "other scores than the tokenizer's at 1 id, the first is 300"),
     "the start token": (stated("tokenizer.ggml.bos_token_id", 0), "start token 0 instead of"),
     "the end token": (stated("tokenizer.ggml.eos_token_id", 0), "end token 0 instead of"),
     "the padding token": (stated("tokenizer.ggml.padding_token_id", 0), "padding token 0 instead of"),

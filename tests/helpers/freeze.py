@@ -35,7 +35,11 @@ from tiny_vision import drawn_image, tiny_smolvlm
 
 from rankwise import cli
 from rankwise.device import bundle
+from rankwise.device.handoff.answers import Heard, TokenLogProb
+from rankwise.device.handoff.cases import TEXT as TEXT_API
+from rankwise.device.handoff.cases import read_cases
 from rankwise.device.sweep import ItemOutcome, Tried, choose
+from rankwise.files.document import lines_of
 from rankwise.gguf.converter import MANIFEST, find_converter
 from rankwise.pipeline.table import COMMANDS
 
@@ -106,6 +110,8 @@ tiny: -o tiny --quick
 demo: -o demo --quick
 """
 LINES = {name: line for name, _, line in (one.partition(": ") for one in re.split(r"\n(?=\S)", WRITTEN))}
+CASES = f"--reference tuned --base_model base {TEXT} --split dev --write_cases cases --num_samples 4 --max_new_tokens 3"
+TOLD = "told.jsonl"  # what a server that is the tuned model tells
 SHIPPING = {
     "export": "{model} -o again",
     "validate": "export --task labels --data_path dataset --outtype q8_0 -o validated --threads 1",
@@ -117,7 +123,8 @@ stages:
 """
 ONLY_DRY = ("batch", "tiny", "demo")
 TENSORS = (
-    r"extracted/adapter_model|maps/.*|cache/.*|study/runs/.*|nets2/AdaLoRA/(best_model|checkpoint-14/rank_allocation)"
+    r"extracted/adapter_model|cases/log_probs|maps/.*|cache/.*|study/runs/.*"
+    r"|nets2/AdaLoRA/(best_model|checkpoint-14/rank_allocation)"
 )
 KEPT = re.compile(rf"\.(json|jsonl|csv)$|^({TENSORS})\.safetensors$")
 LEFT_OUT = re.compile(  # what we gave, what libraries write, and what is another of what is kept
@@ -192,6 +199,20 @@ def run_all() -> Iterator[tuple[str, str]]:
             said(words)
 
 
+def hand_off() -> None:
+    """Cases, and the verdict on answers that are the tuned model's."""
+    said(["validate", *CASES.split(), "--device", "cpu"])
+    cases = read_cases(Path("cases"))
+    top = [cases.candidates.as_server("tuned", row, 64) for row in range(len(cases.candidates.ids))]
+    answers = [
+        Heard(case.id, place.forced, TEXT_API, tuple(TokenLogProb(value, id) for id, value in top[place.row].items()))
+        for case in cases.cases
+        for place in case.places
+    ]
+    Path(TOLD).write_text(lines_of(one.as_row() for one in answers), encoding="utf-8")
+    said(["validate", "--cases", "cases", "--answers", TOLD, "-o", "handoff"])
+
+
 def said(words: list[str]) -> str:
     """What a command line prints. It must succeed."""
     out, errors = io.StringIO(), io.StringIO()
@@ -209,6 +230,7 @@ def made(folder: Path) -> dict[str, bytes]:
         with mock.patch.dict(os.environ), mock.patch.object(os, "fsync"):  # the disk is not waited for
             world()
             dry = {f"{DRY}/{name.replace(' ', '_')}.yaml": text.encode() for name, text in run_all()}
+            hand_off()
         files = {kept_name(file): file.read_bytes() for file in kept(Path())}
     finally:
         os.chdir(before)

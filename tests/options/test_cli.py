@@ -215,6 +215,18 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_set(tmp_path: Path, monke
     assert (config.question, config.data.chat_template) == ("~/what", "{{ x ~ '~/y' }}")
 
 
+PLACES = re.compile(r"(?:.+_)?(?:path|dir|folder|file|cache|recipes?|validation)")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_option_of_a_place_says_so(name: str) -> None:
+    """So that its `~` is replaced, in one place for all."""
+    texts = [
+        item for item in table.command_options(cli.COMMANDS[name]) if "str" in str(item.annotation) and not item.choices
+    ]
+    assert [item.name for item in texts if PLACES.fullmatch(item.name) and not item.path] in ([], ["logging_dir"])
+
+
 def test_an_empty_place_to_write_is_not_this_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "--output_dir is empty; give a path" in refused(capsys, "ranks", "a", "b", "-o", "")
     (tmp_path / "a.yaml").write_text("output_dir: ''\n")

@@ -97,6 +97,8 @@ EXAMPLES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "without --adapter": ({}, {"adapter": "run"}),
     "without --deltas": ({}, {"deltas": "probe"}),
     "without --synthetic": ({}, {"synthetic": 8}),
+    "on what answers": ({"write_cases": "cases", "server": "http://HOST/v1"}, {"write_cases": "cases"}),
+    "where a server or a file is run": ({}, {"cases": "cases", "answers": "got.jsonl"}),
     "on files or a server of llama.cpp": ({}, {"write_cases": "cases"}),
     "without --cases": ({"server": "http://HOST/v1"}, {"cases": "cases"}),
 }

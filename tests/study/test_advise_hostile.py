@@ -322,7 +322,7 @@ def test_the_config_of_another_command_in_the_folder_keeps_its_name(world: Path,
         raise KeyboardInterrupt
 
 
-def test_a_run_of_the_advised_rate_that_diverged_is_told(world: Path) -> None:
+def test_a_run_of_the_advised_rate_that_diverged_is_told(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no lower rate was tried. Here a fresh seed did diverge, and a lower one is advised."""
     advice = json.loads((world / "run" / "advice.json").read_text())
     assert not any("diverged at this rate" in line for line in advice_page.rate_words(advice))
@@ -331,7 +331,13 @@ def test_a_run_of_the_advised_rate_that_diverged_is_told(world: Path) -> None:
     assert advice["advised"]["learning_rate"] < min(trial["learning_rate"] for trial in lost)
     trial = {**lost[0], "placement": "uniform", "learning_rate": advice["advised"]["learning_rate"]}
     lost = [trial, {**trial, "learning_rate": 1e9}]
-    told = advice_page.rate_words(advice | {"trials": [*advice["trials"], *lost]})
+    more = advice | {"trials": [*advice["trials"], *lost]}
+    figures: list[Any] = []
+    monkeypatch.setattr(advice_page, "save", lambda figure, path: figures.append(figure))
+    advice_page.plot_advice_rates(more, world / "rates.png")
+    crosses = next(line for line in figures[0].axes[0].lines if line.get_label() == "diverged").get_xdata()
+    assert {trial["learning_rate"] for trial in lost} <= set(crosses), "the plot shows what the words count"
+    told = advice_page.rate_words(more)
     assert "1 run with another seed diverged at this rate or below it: give lower --rates" in told
     assert not any("every rate diverged" in line for line in advice_page.rank_words(advice))
     rates = {rank: found for rank, found in advice["rates"].items() if rank != "2"}

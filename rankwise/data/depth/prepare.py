@@ -175,17 +175,17 @@ def prepared(
     maps = DepthMaps(
         sight.reader,
         sight.processor,
-        DepthCache(Path(use.depth_cache).expanduser() if use.depth_cache else CACHE.expanduser()),
+        DepthCache(Path(use.depth_cache) if use.depth_cache else CACHE.expanduser()),
         source,
         control="estimated" if settings.control == "shuffled" else settings.control,
-        files=DepthFiles.at(Path(str(use.depth_maps)).expanduser()) if settings.control == "file" else None,
+        files=DepthFiles.at(Path(str(use.depth_maps))) if settings.control == "file" else None,
         seed=seed,
     )
     if settings.control == "shuffled":
         maps = maps.shuffled(references)
     if estimator:
         estimator.model.to(device)
-        place = Path(estimator.name).expanduser()
+        place = Path(estimator.name)
         name = str(place.resolve()) if place.exists() else estimator.name  # a hub id as it is
         settings = replace(settings, estimator=name, estimator_hash=estimator.fingerprint)
     fill(maps, references, lambda name: estimator.depth(sight.reader.open(name)) if estimator else maps.own_map(name))

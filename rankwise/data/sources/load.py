@@ -84,7 +84,7 @@ def load(
     chosen = source(name)
     sought = chosen.sought(split)
     if how.download:
-        _complete(chosen, Path(path).expanduser(), sought)
+        _complete(chosen, Path(path), sought)
     if how.aux_reason and not chosen.reasons:
         raise UsageError(f"--aux_reason: rows of {name} have no reasons; those of a labelled data set (labels) have")
     rows = RowFile(find_file(path, sought), how.skip_bad, how)
@@ -120,7 +120,7 @@ def find_file(path: str | Path, sought: Sought) -> Path:
 
     A path that exists is never taken for a hub id, and neither is one with the suffix of a data file.
     """
-    local = Path(path).expanduser()
+    local = Path(path)
     if local.is_dir():
         return _opened(_in_folder(local, sought), sought)
     if local.exists():

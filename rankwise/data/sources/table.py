@@ -192,7 +192,7 @@ def kind_of(path: str | Path) -> str | None:
     conversations.
     None where nothing tells. DataError for a file that cannot be read.
     """
-    place = Path(path).expanduser()
+    place = Path(path)
     if is_labelled(place):
         return "labels"
     if place.is_dir():
@@ -206,13 +206,13 @@ def kind_of(path: str | Path) -> str | None:
 
 def is_labelled(path: str | Path | None) -> bool:
     """Whether a path is the folder of a labelled data set: its task beside its training rows."""
-    folder = Path(path or "").expanduser()
+    folder = Path(path or "")
     return bool(path) and all((folder / name).is_file() for name in (TASK, *SOURCES["labels"].files["train"]))
 
 
 def own_validation(path: str | Path) -> str | None:
     """The folder of a labelled data set again where it has validation rows of its own, for the split `dev`."""
-    file = Path(path).expanduser() / SOURCES["labels"].files["dev"][0]
+    file = Path(path) / SOURCES["labels"].files["dev"][0]
     return str(path) if file.is_file() and file.stat().st_size else None
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median_low
 from typing import Any
@@ -26,6 +26,12 @@ from rankwise.files.document import given_lines, read_lines
 
 AS_ID = "token_id:"
 SLACK = 0.01  # by which rounded probabilities may sum to more than 1
+FAR = 0.1  # by which they do not, however they were rounded
+UNNATURAL = "are these natural logarithms of probabilities?"
+
+
+class Unnatural(ValueError):
+    """What is told is far from being log-probabilities."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +45,14 @@ class TokenLogProb:
 
 @dataclass(frozen=True)
 class Heard:
-    """One line. prompt_tokens: tokens that were read, as far as told."""
+    """One line. prompt_tokens: tokens that were read, as far as told. where: its file and line, or the server."""
 
     case: str
     place: int
     api: str
     top: tuple[TokenLogProb, ...]
     prompt_tokens: int | None = None
+    where: str = ""
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Heard:
@@ -58,11 +65,29 @@ class Heard:
             raise ValueError(f"api is {api!r}; one of {', '.join(ROUTES)}")
         if not top:
             raise ValueError("no log-probabilities")
-        if sum(math.exp(one.logprob) for one in top) > 1 + SLACK:
-            raise ValueError("probabilities that sum to more than 1")
+        found = cls(str(row["case"]), whole(row["place"]), api, tuple(top), None if count is None else whole(count))
+        if found.mass > 1 + SLACK:
+            kind = Unnatural if found.mass > 1 + FAR else ValueError
+            raise kind(f"probabilities that sum to {found.mass:.3g}, more than 1: {UNNATURAL}")
         if all(one.logprob <= LEAST_LOGPROB for one in top):
             raise ValueError("no log-probability above the least")
-        return cls(str(row["case"]), whole(row["place"]), api, tuple(top), None if count is None else whole(count))
+        return found
+
+    @property
+    def mass(self) -> float:
+        """Probability of all tokens that were told."""
+        return sum(math.exp(one.logprob) for one in self.top)
+
+    @property
+    def certain(self) -> bool:
+        """Whether one token has probability 1, and the others, if any, none."""
+        values = sorted(one.logprob for one in self.top)
+        return values[-1] == 0 and all(value <= LEAST_LOGPROB for value in values[:-1])
+
+    def times(self, factor: float) -> Heard:
+        """Log-probabilities of another base."""
+        top = [replace(one, logprob=max(one.logprob * factor, LEAST_LOGPROB)) for one in self.top]
+        return replace(self, top=tuple(top))
 
     def as_row(self) -> dict[str, Any]:
         top = [
@@ -101,6 +126,8 @@ def entry(row: Mapping[str, Any]) -> TokenLogProb:
     value = LEAST_LOGPROB if value is None else max(float(value), LEAST_LOGPROB)
     if math.isnan(value):
         raise ValueError("logprob is NaN")
+    if value > SLACK:
+        raise Unnatural(f"logprob is {value:.4g}, above 0: {UNNATURAL}")
     return TokenLogProb(min(value, 0.0), None if known is None else whole(known), text)
 
 
@@ -129,7 +156,8 @@ def read_answers(path: Path, cases: HandoffCases) -> list[Heard]:
     found = list(read_lines(path, "an answer", parse, "see docs/handoff.md for the form of a line", given_lines))
     if not found:
         raise DataError(f"{path}: no answers; one JSON object per line, see docs/handoff.md")
-    return found
+    lines = (number for number, _ in given_lines(path))
+    return [replace(one, where=f"{path}, line {line}") for one, line in zip(found, lines, strict=True)]
 
 
 def by_api(cases: HandoffCases, answers: Sequence[Heard]) -> dict[str, dict[int, Told]]:

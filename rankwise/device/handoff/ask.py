@@ -11,14 +11,15 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rankwise.device.handoff.answers import Heard
+from rankwise.device.handoff.answers import Heard, Unnatural
 from rankwise.device.handoff.cases import CHAT, IDS, TEXT, HandoffCase, HandoffCases, Place
 from rankwise.device.llama.client import Refusal, Talk
 from rankwise.device.llama.runtime import KEY_VARIABLE
-from rankwise.errors import ServiceError, UsageError
+from rankwise.errors import DataError, ServiceError, UsageError
+from rankwise.page.text import plural
 
 KEYS = ("OPENAI_API_KEY", KEY_VARIABLE)
 COUNTS = (64, 20, 5, 1)  # log-probabilities per place; OpenAI's own limits are 20 (chat) and 5 (completions)
@@ -75,7 +76,7 @@ class OpenAIServer:
             except Untold:  # llama.cpp tells nothing of a piece of a character
                 untold += 1
         if untold:
-            self.left_out[f"{route}, {untold} of {len(asked)} places"] = "answered without log-probabilities"
+            self.left_out[f"{route}, {untold} of {plural(len(asked), 'place')}"] = "answered without log-probabilities"
 
     def _continued(
         self, cases: HandoffCases, case: HandoffCase, place: Place, extra: Body, alone: int | None
@@ -106,7 +107,7 @@ class OpenAIServer:
                     continue
                 wanted = len(case.ids) + place.forced
                 if route == IDS and heard.prompt_tokens not in (None, wanted):
-                    self.left_out[route] = f"{wanted} token ids are read as {heard.prompt_tokens} tokens"
+                    self.left_out[route] = f"{wanted} token ids are read as {plural(heard.prompt_tokens or 0, 'token')}"
                     return None
                 self.left_out.pop(route, None)
                 return extra
@@ -123,10 +124,14 @@ class OpenAIServer:
         else:
             text = [*case.ids, *case.answer[: place.forced]] if route == IDS else case.prompt + place.text
             response = self.talk.post("/completions", body | {"prompt": text})
+        where = f"{self.talk.url}, case {case.id}, place {place.forced}"
         try:
-            return Heard.of({"case": case.id, "place": place.forced, "api": route, "response": response})
+            heard = Heard.of({"case": case.id, "place": place.forced, "api": route, "response": response})
+        except Unnatural as error:
+            raise DataError(f"{where}: {route}: {error}") from error
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise Untold(f"{self.talk.url}: {route} answers without log-probabilities ({error})") from error
+        return replace(heard, where=where)
 
 
 class Untold(ServiceError):

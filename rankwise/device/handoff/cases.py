@@ -68,8 +68,12 @@ class HandoffCase:
 
 @dataclass(frozen=True, eq=False)
 class HandoffCases:
-    """All of it. tokens: id → (its text behind another token, its text alone), where no other id has that text.
-    template_kwargs: variables of the chat template. pictures: file → PNG, before they are written."""
+    """All of it.
+
+    reference, base: what the models are called, not where they lie. tokens: id → (its text behind another token, its
+    text alone), where no other id has that text. template_kwargs: variables of the chat template. pictures: file →
+    PNG, before they are written.
+    """
 
     reference: str
     base: str

@@ -23,16 +23,18 @@ from rankwise.device.handoff.ask import OpenAIServer
 from rankwise.device.handoff.cases import HandoffCases, read_cases, write_cases
 from rankwise.device.handoff.page import HANDOFF, handoff_blocks
 from rankwise.device.handoff.prepare import prepared
+from rankwise.device.handoff.scale import require_known, require_natural
 from rankwise.device.handoff.verdict import TUNED, UNDECIDED, Conclusion, as_dict, conclude, judge
 from rankwise.errors import UndecidedError, UsageError, VerificationError
 from rankwise.files.atomic import about_to_write, write_text
 from rankwise.files.document import lines_of
 from rankwise.files.processes import announce
-from rankwise.files.run_folder import RunFolder
+from rankwise.files.run_folder import RunFolder, without_places
 from rankwise.options.commands import ValidateConfig
 from rankwise.options.sections import OUTTYPES
 from rankwise.page.blocks import drawn, into, lines, pictures
 from rankwise.page.canvas import drawable
+from rankwise.page.text import plural
 from rankwise.pipeline.idle import refuse_idle
 
 ANSWERS = "answers.jsonl"
@@ -50,13 +52,14 @@ def run(config: ValidateConfig) -> dict[str, Any]:
         return {}
     cases = read_cases(Path(config.cases)) if config.cases else None
     answers = read_answers(Path(config.answers), cases) if config.answers and cases else None
+    found = concluded(config, cases, answers) if cases and answers else None
     out = RunFolder(config.output_dir)
     with out.lock(), out.recording("validate", inputs(config)) as record:
         cases = cases or quietly(config)
         if config.write_cases:
             written(config, cases)
         server, answers = (None, answers) if answers else asked(config, cases)
-        found = concluded(config, cases, answers)
+        found = found or concluded(config, cases, answers)
         content = described(config, cases, found, server)
         if server:
             record.outputs["answers"] = write_text(out / ANSWERS, lines_of(one.as_row() for one in answers))
@@ -108,10 +111,8 @@ def inputs(config: ValidateConfig) -> dict[str, str | None]:
 def written(config: ValidateConfig, cases: HandoffCases) -> None:
     about_to_write()
     folder = write_cases(Path(str(config.write_cases)), cases)
-    places = sum(len(case.places) for case in cases.cases)
-    announce(
-        f"{len(cases.cases)} cases, {places} places to ask, {len(cases.candidates.hypotheses)} hypotheses in {folder}"
-    )
+    counted = plural(len(cases.cases), "case"), plural(sum(len(case.places) for case in cases.cases), "place")
+    announce(f"{', '.join(counted)} to ask, {len(cases.candidates.hypotheses)} hypotheses in {folder}")
     if not config.server:
         announce(
             f"what is answered is judged with --cases {folder} --answers FILE (docs/handoff.md: what a line holds)"
@@ -124,21 +125,16 @@ def asked(config: ValidateConfig, cases: HandoffCases) -> tuple[OpenAIServer, li
 
 
 def concluded(config: ValidateConfig, cases: HandoffCases, answers: Sequence[Heard]) -> Conclusion:
+    """The verdict. DataError for answers that are no log-probabilities of this model's tokens."""
     strict = bool(config.outtype) and all(one in OUTTYPES for one in config.outtype)
-    told = by_api(cases, answers)
-    return conclude(
-        [
-            judge(
-                api,
-                cases.candidates,
-                places,
-                config.tolerance,
-                strict=strict,
-                longer=longer(cases, answers, api),
-            )
-            for api, places in told.items()
-        ]
-    )
+    require_known(cases, answers)
+    findings = [
+        judge(api, cases.candidates, places, config.tolerance, strict=strict, longer=longer(cases, answers, api))
+        for api, places in by_api(cases, answers).items()
+    ]
+    for one in findings:
+        require_natural(cases, answers, one)
+    return conclude(findings)
 
 
 def described(
@@ -152,7 +148,7 @@ def described(
         "reference": cases.reference,
         "base": cases.base,
         "server": server.talk.url if server else None,
-        "served_model": server.model if server else None,
+        "served_model": without_places(server.model) if server else None,
         "left_out": dict(server.left_out) if server else {},
         "tolerance": config.tolerance,
         "hypotheses": [asdict(one) for one in cases.candidates.hypotheses],

@@ -71,11 +71,14 @@ def api_table(content: Mapping[str, Any]) -> Table:
     return Table(header, rows, first_number=2, note=note)
 
 
+def nearest_first(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
+    """The API that decides, and the hypotheses from the nearest to its answers to the farthest."""
+    deciding = next(one for one in content["apis"] if one["route"] == content["api"])
+    return deciding, sorted(content["hypotheses"], key=lambda one: deciding["kl"][one["name"]])
+
+
 def distance_table(content: Mapping[str, Any]) -> Table:
-    """Hypotheses from the nearest to the farthest, of the API that decides."""
-    apis = content["apis"]
-    deciding = next(one for one in apis if one["route"] == content["api"])
-    ordered = sorted(content["hypotheses"], key=lambda one: deciding["kl"][one["name"]])
+    apis, (deciding, ordered) = content["apis"], nearest_first(content)
     rows = [
         (one["words"], *(nats(api["kl"][one["name"]]) for api in apis), better(deciding["gains"].get(one["name"])))
         for one in ordered
@@ -93,14 +96,13 @@ def better(gain: list[float | None] | None) -> str:
 
 def draw(content: Mapping[str, Any], path: Path) -> Path:
     """A row for each hypothesis, a mark for each API, on a logarithmic axis; a line where rounding ends."""
-    apis = content["apis"]
-    deciding = next(one for one in apis if one["route"] == content["api"])
-    ordered = sorted(content["hypotheses"], key=lambda one: deciding["kl"][one["name"]])
-    figure, axis = new_figure(7.2, 1.2 + 0.22 * len(ordered))
+    apis, (deciding, ordered) = content["apis"], nearest_first(content)
+    figure, axis = new_figure(7.2, 1.2 + 0.3 * len(ordered))
     for number, one in enumerate(apis):
         values = [max(one["kl"][each["name"]], LEAST) for each in ordered]
         style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number], "linestyle": ""}
-        axis.plot(values, range(len(ordered)), label=one["route"], markersize=5, **style)
+        beside = 0.25 * (number - (len(apis) - 1) / 2)  # equal values of two APIs are both seen
+        axis.plot(values, [row + beside for row in range(len(ordered))], label=one["route"], markersize=4, **style)
     axis.axvline(deciding["limit"], color=GREY, linestyle="--", linewidth=1, label="rounding")
     axis.set_xscale("log")
     name_rows(axis, [one["name"] for one in ordered])

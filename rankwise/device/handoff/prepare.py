@@ -27,12 +27,14 @@ from rankwise.device.handoff.cases import IMAGES, HandoffCase, HandoffCases, Pla
 from rankwise.device.handoff.prompts import other_prompts
 from rankwise.device.handoff.variants import WAYS, Asked, Tuning, log_probs, wrong_scales
 from rankwise.device.handoff.verdict import Candidates, Hypothesis
+from rankwise.device.llama.client import REPLACED
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.generate import fitting, pick_device
 from rankwise.evaluate.likelihood import answer_ids
 from rankwise.files.adapter import CONFIG_NAME, adapter_files, base_and_adapter
 from rankwise.files.atomic import fingerprint, fingerprints, read_object
 from rankwise.files.checkpoint import resolve
+from rankwise.files.run_folder import without_places
 from rankwise.models.adapters import load_adapter
 from rankwise.models.depth.encoder import read_depth
 from rankwise.models.load import load_config, load_model
@@ -40,7 +42,6 @@ from rankwise.options.commands import ValidateConfig
 from rankwise.options.sections import ModelSection
 
 ITEMS, LONGEST, PLACES = 24, 16, 6  # rows; tokens of an answer that are forced at most; places of one answer
-BROKEN = "\ufffd"  # what a piece of a character reads as
 LIKELY = 48  # tokens of each of the two models that are known at a place
 
 
@@ -118,8 +119,8 @@ def prepared(config: ValidateConfig) -> HandoffCases:
     candidates = Candidates(tuple(one for one, _, _ in variants), numbers, likely, np.stack(values))
     cases, pictures = described(renderer, examples, asked)
     return HandoffCases(
-        reference=models.tuned,
-        base=models.base,
+        reference=without_places(models.tuned),
+        base=without_places(models.base),
         cases=cases,
         candidates=candidates,
         tokens=texts_of(renderer.tokenizer, likely),
@@ -236,7 +237,7 @@ def described(
             ids = [*one.prompt, *one.answer[:forced_tokens]]
             behind = renderer.text(ids)[len(renderer.text(one.prompt)) :]
             same = bool(example.images) or list(renderer.tokenizer(text + behind)["input_ids"]) == ids
-            places.append(Place(row, forced_tokens, behind, same and BROKEN not in behind))
+            places.append(Place(row, forced_tokens, behind, same and REPLACED not in behind))
             row += 1
         names = [f"{IMAGES}/{number:03d}_{place}.png" for place in range(len(one.images))]
         if renderer.sight:

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.core.site import describe, is_expert
-from rankwise.data.dataset import seen
+from rankwise.core.site import describe, half_of, is_expert
+from rankwise.data.render import Rendered
+from rankwise.data.vision_inputs import IGNORED, Sight
 from rankwise.device.handoff.verdict import BASE, COARSE, PART, SOUND, TUNED, Hypothesis
 from rankwise.device.parity.floor import float16, in_q8_0, rounding
 from rankwise.errors import DataError
-from rankwise.evaluate.likelihood import head_at
+from rankwise.evaluate.likelihood import append_ids, forced_log_probs
 from rankwise.models.sites import tower_of, tower_prefixes
 
 Share = Callable[[str], float]
@@ -39,19 +40,21 @@ class Asked:
     places: tuple[int, ...]
     images: tuple[str, ...] = ()
 
+    @property
+    def row(self) -> Rendered:
+        """As far as it is needed."""
+        prompt = Rendered([*self.prompt], [IGNORED] * len(self.prompt), images=self.images)
+        return append_ids(prompt, self.answer[: max(self.places)])
 
-@torch.inference_mode()
-def log_probs(model: Any, sight: Any, asked: Sequence[Asked]) -> list[Tensor]:
+    @property
+    def behind(self) -> list[int]:
+        """The places in the row that the asked tokens stand behind."""
+        return [len(self.prompt) - 1 + place for place in self.places]
+
+
+def log_probs(model: Any, sight: Sight | None, asked: Sequence[Asked]) -> list[Tensor]:
     """(places, vocabulary) float32 of each; one row at a time, and only these places reach the output head."""
-    device, found = next(model.parameters()).device, []
-    for one in asked:
-        ids = torch.tensor([[*one.prompt, *one.answer[: max(one.places)]]])
-        at = torch.tensor([len(one.prompt) - 1 + place for place in one.places], device=device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | seen(sight, ids, [one.images])
-        with head_at(model, at) as head:
-            logits = model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False).logits[0]
-        found.append((logits if head.ran else logits[at]).float().log_softmax(-1).cpu())
-    return found
+    return [forced_log_probs(model, sight, [one.row], [one.behind])[0] for one in asked]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,18 +113,9 @@ class Tuning:
     def _parts(self) -> Iterator[tuple[str, str, Callable[[str], bool]]]:
         towers, sites = tower_prefixes(self.model), {name: _site(name) for name in self.base}
         tower = {name: tower_of(name.rpartition(".")[0], towers) for name in self.base}
-        depth = {
-            kind: 1 + max((site.layer or 0 for name, site in sites.items() if tower[name] == kind), default=0)
-            for kind in tower.values()
-        }
-
-        def half(name: str, second: bool) -> bool:
-            layer = sites[name].layer
-            return layer is None or (2 * layer >= depth[tower[name]]) is second
-
-        only = "the tuning of {} alone, the rest the base's,"
-        yield "first half", only.format("the first half of the layers"), lambda name: half(name, False)
-        yield "second half", only.format("the second half of the layers"), lambda name: half(name, True)
+        only = "the tuning of {} alone, the rest the base's"
+        for words, second in (("first half", False), ("second half", True)):
+            yield words, only.format(f"the {words} of the layers"), half_of(tower, second=second).__contains__
         for kind in dict.fromkeys(tower.values()):
             yield f"{kind} side", only.format(f"the {kind} side"), lambda name, kind=kind: tower[name] == kind  # type: ignore[misc]
         for kind, words in (("attention", "the attention"), ("mlp", "the MLPs")):

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rankwise.device.parity.floor import LEAST_KL, REST, chance, effective
+from rankwise.device.parity.floor import LEAST_KL, binned_kl, chance, effective
 from rankwise.errors import need
+from rankwise.page.text import plural
 
 Array = NDArray[np.float64]
 Told = Mapping[int, float]
@@ -34,6 +35,7 @@ TOLERABLE = 4  # bits of weights that are a way to serve a model and no fault
 LEAST_SHOWN = 1e-9  # nats
 ELSEWHERE = 10.0  # times farther off by one API than by another: no rounding of the same weights
 LITTLE = 0.2  # of the probability; a server that tells less says little
+WEIGHTS = "weights"  # words of hypotheses that begin with it are plural
 FEWEST = 4  # items; a paired interval of fewer is wider than any effect
 
 
@@ -121,19 +123,14 @@ class Conclusion:
 
 def divergences(candidates: Candidates, told: Mapping[int, Told]) -> Array:
     """(H, places told): KL(told ‖ hypothesis) in nats, in the order of `told`."""
-    return np.stack([_divergence(candidates, place, top) for place, top in told.items()], 1)
+    return np.stack([_from_each(candidates, place, top) for place, top in told.items()], 1)
 
 
-def _divergence(candidates: Candidates, place: int, top: Told) -> Array:
-    """(H,), summed as `parity.floor.divergence` does."""
+def _from_each(candidates: Candidates, place: int, top: Told) -> Array:
+    """(H,)"""
     columns = [column for column, token in enumerate(candidates.ids[place]) if token >= 0 and int(token) in top]
-    log_q = np.array([top[int(candidates.ids[place, column])] for column in columns], dtype=np.float64)
-    log_p = candidates.log_probs[:, place, columns].astype(np.float64)
-    q, p = np.exp(log_q), np.exp(log_p)
-    rest_q, rest_p = max(1 - float(q.sum()), REST), np.maximum(1 - p.sum(1), REST)
-    named = (q * (log_q - log_p) - q + p).sum(1)
-    found: Array = named + rest_q * np.log(rest_q / rest_p) - rest_q + rest_p
-    return found
+    log_told = np.array([top[int(candidates.ids[place, column])] for column in columns], dtype=np.float64)
+    return binned_kl(log_told, candidates.log_probs[:, place, columns].astype(np.float64))
 
 
 def by_item(values: Array, items: Sequence[int]) -> Array:
@@ -311,16 +308,12 @@ def _line(one: RouteFinding, tuned: RouteFinding | None) -> str:
         return f"answers are the TUNED model's{served} (KL {near}; to base {base})"
     if one.kind == BASE:
         return f"the BASE model's: the adapter has no effect (KL {base}; to tuned {near})"
-    if one.kind == PARTLY:
-        explained = (
-            f"{one.words} explains it best (KL {nats(one.kl[one.name])}; to" if one.name else f"{one.words} (KL to"
-        )
-        return f"partly tuned: {explained} tuned {near}, to base {base})"
-    if one.kind == PROMPT:
-        explained = (
-            f"{one.words} explains it best (KL {nats(one.kl[one.name])}; to" if one.name else f"{one.words} (KL to"
-        )
-        return f"another prompt: {explained} the prompt of training {near})"
+    if one.kind in (PARTLY, PROMPT):
+        verb = f"{',' if ',' in one.words else ''} explain{'' if one.words.startswith(WEIGHTS) else 's'}"
+        best = f"{one.words}{verb} it best (KL {nats(one.kl[one.name])}; to" if one.name else f"{one.words} (KL to"
+        if one.kind == PARTLY:
+            return f"partly tuned: {best} tuned {near}, to base {base})"
+        return f"another prompt: {best} the prompt of training {near})"
     if one.kind == OTHER:
         return f"another model's: neither tuned (KL {near}) nor base (KL {base}), and {one.words}"
     why = "base and tuned are too close on these rows"
@@ -347,8 +340,7 @@ def _aside(one: RouteFinding, first: RouteFinding) -> str:
 
 def counted(longer: int) -> str:
     """Tokens of a prompt beside those of training, in words."""
-    count = f"{abs(longer)} token{'s' if abs(longer) != 1 else ''}"
-    return f"the server reads {count} {'more' if longer > 0 else 'fewer'} than training has"
+    return f"the server reads {plural(abs(longer), 'token')} {'more' if longer > 0 else 'fewer'} than training has"
 
 
 def nats(value: float) -> str:

@@ -151,6 +151,7 @@ def _shown(content: bytes) -> str:
     return content[:LONGEST].decode(errors="replace")
 
 
+REPLACED = "\ufffd"  # what a piece of a character reads as
 LEAST_LOGPROB = -103.98  # nats; the smallest float32 is e^-103.28, and what is less comes as a probability of 0
 SURE = 1e4  # added to the logit of an end token that is wanted; log-probabilities are those before it
 GREEDY = {
@@ -342,7 +343,7 @@ class ServerRuntime:
         """A grammar of exactly these ids. An end token is no part of a grammar: the one that is wanted is made the
         likeliest where the grammar is through, which is where end tokens are let in."""
         inner, last = (ids[:-1], ids[-1:]) if self.ends(ids[-1]) else (ids, ())
-        broken = [token for token in dict.fromkeys(inner) if "\ufffd" in self._piece(token)]
+        broken = [token for token in dict.fromkeys(inner) if REPLACED in self._piece(token)]
         if broken:
             raise NotTold(
                 f"the answer's tokens {broken} are pieces of characters, whose log-probabilities a llama.cpp server "

@@ -17,6 +17,7 @@ from rankwise.files.checkpoint import resolve
 from rankwise.gguf.lora import refuse_experts
 from rankwise.gguf.reading import EXPORT
 from rankwise.options.commands import ValidateConfig
+from rankwise.page.text import plural
 
 
 def lora_files(config: ValidateConfig) -> tuple[LoraFile, ...]:
@@ -25,7 +26,7 @@ def lora_files(config: ValidateConfig) -> tuple[LoraFile, ...]:
     paths = [file_at(Path(name)) for name in config.adapter_gguf]
     given = config.reference.split(",") if config.reference and paths else []
     if len(given) > len(paths):
-        raise UsageError(f"--reference names {len(given)} adapters for {len(paths)} files of --adapter_gguf")
+        raise UsageError(f"--reference names {len(given)} adapters for {plural(len(paths), 'file')} of --adapter_gguf")
     if len(given) > 1 and len(given) != len(paths):
         raise UsageError(f"--reference names {len(given)} of {len(paths)} adapters; name all of --adapter_gguf, or one")
     if len(set(paths)) != len(paths):

@@ -40,6 +40,6 @@ def compared(one: LoraFile, base: str) -> Rung:
         "other_scales": len(held.scales),
         "not_of_the_adapter": len(held.extra),
     }
-    whole = f"{one.name} does not hold the adapter {one.reference}: {held.why}; export it again, or name its adapter"
+    whole = f"{one.name} does not hold the adapter {one.adapter}: {held.why}; export it again, or name its adapter"
     limit = dict.fromkeys(("missing", "other_factors", "other_scales", "not_of_the_adapter"), 0)
     return judged(RUNG, measured, limit, whole if held.why else "")

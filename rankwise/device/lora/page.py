@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rankwise.device.parity.rungs import BROKEN, NOT_MEASURED, said
@@ -20,12 +21,11 @@ def lora_verdict(adapters: Content, parity: Mapping[str, Content]) -> list[str]:
     name, effect = adapters["files"][0]["name"], adapters["effect"]
     lines = wrong_files(adapters)
     for form, rows in tried(adapters, parity).items():
-        lines += [
-            f"{form}, {one['setting']}, breaks at the rung {broken_rung(one, '')}"
-            for one in rows
-            if one["first_broken"]
-        ]
-    lines = [line for line in (untold(adapters),) if line] + lines
+        broken = [one for one in rows if one["first_broken"]]
+        told = broken[:1] if parity[form]["first_broken"] else broken
+        lines += [f"{form}, {one['setting']}, breaks at the rung {broken_rung(one, '')}" for one in told]
+        lines += broken_too(form, broken[len(told) :])
+    lines += [line for line in (untold(adapters),) if line]
     if lines:
         return lines
     switched = all(not one["why"] for rows in adapters["settings"].values() for one in rows)
@@ -54,10 +54,15 @@ def lora_failures(adapters: Content, parity: Mapping[str, Content]) -> list[str]
     for form, rows in adapters["settings"].items():
         broken = [one for one in rows if one["first_broken"]]
         if parity[form]["first_broken"]:
-            lines += [f"{form}: broken too: {', '.join(one['setting'] for one in broken)}"] if broken else []
+            lines += broken_too(form, broken)
         else:
             lines += [f"{form}: {one['setting']}: the rung {broken_rung(one, ' is broken')}" for one in broken]
     return lines
+
+
+def broken_too(form: str, rows: Sequence[Content]) -> list[str]:
+    """Settings by name, beside one whose reason is told."""
+    return [f"{form}: broken too: {', '.join(one['setting'] for one in rows)}"] if rows else []
 
 
 def wrong_files(adapters: Content) -> list[str]:
@@ -81,12 +86,11 @@ def broken_rung(one: Content, verb: str) -> str:
 def lora_blocks(adapters: Content, parity: Mapping[str, Content]) -> list[Block]:
     """Every setting of every form, with what has to answer, and each file against its adapter."""
     columns = tried(adapters, parity)
-    rows = [
-        (one["name"], f"the adapter {one['reference']}", *[said(one["file"])] * len(columns))
-        for one in adapters["files"]
-    ]
+    short = {f"the adapter {one['reference']}": f"the adapter {named(one)}" for one in adapters["files"]}
+    files = adapters["files"]
+    rows = [(one["name"], f"the adapter {named(one)}", *[said(one["file"])] * len(columns)) for one in files]
     for row in zip(*columns.values(), strict=True):
-        rows.append((row[0]["setting"], row[0]["expects"], *map(cell, row)))
+        rows.append((row[0]["setting"], short.get(row[0]["expects"], row[0]["expects"]), *map(cell, row)))
     note = (
         "The base's GGUF with its LoRAs on one running server: at scale 1 as loaded, then switched for all requests, "
         "then by `lora` of a request. Each row is a ladder of its own against transformers; a file is compared factor "
@@ -97,6 +101,11 @@ def lora_blocks(adapters: Content, parity: Mapping[str, Content]) -> list[Block]
     )
     table = Table(("LoRA", "has to be", *columns), rows, first_number=2 + len(columns), note=note)
     return [table, *map(Words, why)]
+
+
+def named(file: Content) -> str:
+    """The adapter of a file by its folder's name."""
+    return Path(str(file["reference"])).name
 
 
 def cell(one: Content) -> str:

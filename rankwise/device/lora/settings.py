@@ -140,7 +140,7 @@ class LoraSide:
         return f". {rung.why}" if rung and rung.status == BROKEN else ""
 
     def words(self, expects: int | None) -> str:
-        return BASE if expects is None else f"the adapter {self.files[expects].reference}"
+        return BASE if expects is None else f"the adapter {self.files[expects].adapter}"
 
     # --- on a running server
 
@@ -181,7 +181,7 @@ class LoraSide:
         told = {form: self.told_apart(self.limits(form, tolerance)) for form in climbed}
         return {
             "files": [
-                {"name": one.name, "reference": one.reference, "bytes": one.path.stat().st_size, "file": rung.as_dict()}
+                {"name": one.name, "reference": one.adapter, "bytes": one.path.stat().st_size, "file": rung.as_dict()}
                 for one, rung in zip(self.files, self.held, strict=True)
             ],
             "effect": {"kl_mean": self.effect.mean, "kl_max": self.effect.max, "told_apart": told},

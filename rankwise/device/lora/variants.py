@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from rankwise.core.site import layer_of
+from rankwise.core.site import half_of
 from rankwise.device.parity.cases import Case
 from rankwise.device.parity.floor import Divergence, compare, joined
 from rankwise.device.parity.reference import HFReference, Observed, forced
 from rankwise.models.adapt import ADAPTER, lora_layers
+from rankwise.models.sites import tower_of, tower_prefixes
 
 Rescaling = Callable[[str, float], float]
 """Site and its own scale → the scale that it has in a variant."""
@@ -88,7 +89,7 @@ class Variants:
             return [forced(model, renderer, [prompt], [answer])[0] for prompt, answer in pairs]
 
     def variants(self, expects: int | None) -> list[Variant]:
-        name, middle = self.name, self.middle
+        name = self.name
         on = Variant(
             f"those of {name} at scale 1",
             "it acts where another scale was asked for, so what is set does not reach the requests, or the GGUF has it "
@@ -116,21 +117,18 @@ class Variants:
                 "--adapter_gguf` folds the scales into B",
                 self.one_alpha,
             ),
-            Variant(
-                f"those of the first half of {name}'s layers",
-                "sites of the other half are missing from the file",
-                lambda path, scale: scale if (layer_of(path) or 0) < middle else 0.0,
-            ),
-            Variant(
-                f"those of the second half of {name}'s layers",
-                "sites of the other half are missing from the file",
-                lambda path, scale: scale if (layer_of(path) or 0) >= middle else 0.0,
-            ),
+            *(self.half(words, second) for words, second in (("first", False), ("second", True))),
         ]
 
-    @property
-    def middle(self) -> int:
-        return (max(layer_of(path) or 0 for path in lora_layers(self.reference.model)) + 1) // 2
+    def half(self, words: str, second: bool) -> Variant:
+        model = self.reference.model
+        towers = tower_prefixes(model.get_base_model())
+        kept = half_of({path: tower_of(path, towers) for path in lora_layers(model)}, second=second)
+        return Variant(
+            f"those of the {words} half of {self.name}'s layers",
+            "sites of the other half are missing from the file",
+            lambda path, scale: scale if path in kept else 0.0,
+        )
 
     def one_alpha(self, path: str, _: float) -> float:
         """alpha / r with the config's one alpha and the site's own rank, as llama.cpp's converter writes a LoRA."""

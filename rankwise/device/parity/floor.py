@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rankwise.device.parity.cases import Case
@@ -172,20 +173,25 @@ def leaders(row: Tensor) -> tuple[tuple[int, int], float]:
 
 
 def divergence(row: Tensor, top: Mapping[int, float]) -> float:
-    """KL in nats over the tokens that both sides name, and one bin for all others.
+    """KL in nats over the tokens that both sides name, and one bin for all others. row: NaN where not known."""
+    ids = [token for token in top if 0 <= token < len(row)]
+    log_p, log_q = row[ids].double().numpy(), np.array([top[token] for token in ids], dtype=np.float64)
+    known = ~np.isnan(log_p)
+    return float(binned_kl(log_p[known], log_q[known]))
+
+
+def binned_kl(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(…,): KL(p ‖ q) in nats over the tokens of the last axis, and one bin for all others.
 
     Summed as Σ p·log(p/q) − p + q: equal to KL for distributions, and no bin is negative, so that the rounding of the
     masses does not drown it.
     """
-    size = len(row)
-    ids = [token for token in top if 0 <= token < size]
-    log_p, log_q = row[ids], torch.tensor([top[token] for token in ids], dtype=torch.float64)
-    known = ~log_p.isnan()
-    log_p, log_q = log_p[known], log_q[known]
-    p, q = log_p.exp(), log_q.exp()
-    rest_p, rest_q = max(1 - float(p.sum()), REST), max(1 - float(q.sum()), REST)
-    named = torch.where(p > 0, p * (log_p - log_q), 0.0) - p + q
-    return float(named.sum()) + rest_p * math.log(rest_p / rest_q) - rest_p + rest_q
+    p, q = np.exp(log_p), np.exp(log_q)
+    rest_p, rest_q = (np.maximum(1 - one.sum(-1), REST) for one in (p, q))
+    with np.errstate(invalid="ignore"):  # 0·log 0
+        named: NDArray[np.float64] = (np.where(p > 0, p * (log_p - log_q), 0.0) - p + q).sum(-1)
+    found: NDArray[np.float64] = named + rest_p * np.log(rest_p / rest_q) - rest_p + rest_q
+    return found
 
 
 def top_of(log_probs: Tensor, count: int) -> list[dict[int, float]]:

@@ -17,7 +17,7 @@ Where the runtime's own answer is the reference's, it was forced along it alread
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -31,12 +31,11 @@ from transformers import GenerationConfig
 from rankwise.data.dataset import seen
 from rankwise.data.render import Rendered, Renderer
 from rankwise.data.template import joined, without_images
-from rankwise.data.vision_inputs import IGNORED
-from rankwise.device.llama.client import NotTold, Refusal
+from rankwise.device.llama.client import REPLACED, NotTold, Refusal
 from rankwise.device.llama.runtime import Completion, Runtime
 from rankwise.device.parity.cases import Case
 from rankwise.errors import DataError, ServiceError, UsageError
-from rankwise.evaluate.likelihood import answer_ids
+from rankwise.evaluate.likelihood import answer_ids, append_ids, forced_log_probs
 
 Pixels = NDArray[np.uint8]
 Rows = NDArray[np.float32]
@@ -181,36 +180,19 @@ def frames(inputs: Mapping[str, Tensor]) -> tuple[int, int, int]:
     return int(flat.shape[0]), int(flat.shape[-2]), int(flat.shape[-1])
 
 
-@torch.inference_mode()
 def forced(
     model: Any, renderer: Renderer, prompts: Sequence[Rendered], answers: Sequence[Sequence[int]]
 ) -> list[Tensor]:
-    """For every prompt with its answer: (answer, vocabulary) float32, log p of each token at each of its places.
-
-    All rows in one batch, padded on the right and masked.
-    """
-    rows = [[*prompt.input_ids, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    width, pad = max(map(len, rows)), renderer.end_ids[0]
-    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    learnt = torch.tensor(
-        [
-            [IGNORED] * len(prompt.input_ids) + [*answer] + [IGNORED] * (width - len(row))
-            for prompt, answer, row in zip(prompts, answers, rows, strict=True)
-        ]
-    )
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    inputs |= seen(renderer.sight, ids, [one.images for one in prompts], learnt)
-    device = next(model.parameters()).device
-    logits = model(**{name: value.to(device) for name, value in inputs.items()}).logits
-    places = [slice(len(prompt.input_ids) - 1, len(row) - 1) for prompt, row in zip(prompts, rows, strict=True)]
-    return [logits[row, place].float().log_softmax(-1).cpu() for row, place in enumerate(places)]
+    """For every prompt with its answer: (answer, vocabulary) float32, log p of each token at each of its places."""
+    rows = [append_ids(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return forced_log_probs(model, renderer.sight, rows, fill=renderer.end_ids[0])
 
 
 def inputs_of(model: Any, renderer: Renderer, rendered: Rendered) -> dict[str, Tensor]:
-    """What the model takes of one prompt."""
-    ids = torch.tensor([rendered.input_ids])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | seen(renderer.sight, ids, [rendered.images])
+    """What the model takes of one prompt, an answer behind it or none."""
+    ids, labels = torch.tensor([rendered.input_ids]), torch.tensor([rendered.labels])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs |= seen(renderer.sight, ids, [rendered.images], labels)
     device = next(model.parameters()).device
     return {name: value.to(device) for name, value in inputs.items()}
 
@@ -330,7 +312,7 @@ def forced_tops(
     answer, shared = expected.answer, common(free.tokens, expected.answer)
     if shared == len(answer) and free.top:
         return free.top[:shared]
-    whole = answer[: whole_characters(answer, runtime)]
+    whole = answer[: whole_characters(answer, runtime.detokenize)]
     if not whole:
         return ()
     try:
@@ -342,9 +324,9 @@ def forced_tops(
         return free.top[: shared + 1]
 
 
-def whole_characters(answer: Sequence[int], runtime: Runtime) -> int:
-    """How many of the ids come before the first that is a piece of a character."""
-    pieces = (number for number, token in enumerate(answer) if "\ufffd" in runtime.detokenize([token]))
+def whole_characters(answer: Sequence[int], detokenize: Callable[[Sequence[int]], str]) -> int:
+    """How many of the ids come before the first that is a piece of a character, which has no text of its own."""
+    pieces = (number for number, token in enumerate(answer) if REPLACED in detokenize([token]))
     return next(pieces, len(answer))
 
 
