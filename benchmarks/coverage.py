@@ -203,7 +203,8 @@ def counted(model: PreTrainedModel) -> dict[str, int]:
     """Type path of every matrix that counts → its entries, of all layers together."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tables = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    left = {id(module.weight) for module in model.modules() if isinstance(module, tables) or module is head}
+    heads = {head, *(module for path, module in model.named_modules() if path.endswith("lm_head"))}
+    left = {id(module.weight) for module in model.modules() if isinstance(module, tables) or module in heads}
     routing, found = router_paths(model), {}
     for name, one in model.named_parameters():
         path, _, leaf = name.rpartition(".")
@@ -304,9 +305,9 @@ def backward(model: PeftModel) -> bool:
     """The gradients of a pass over text, and one image where the model takes one; whether all it has took part."""
     base = model.get_base_model()
     total, makers = loss_of(run_text(base)), feature_makers(base)
-    features = next(features_of(makers), None)
-    (total if features is None else total + loss_of(features)).backward()
-    return features is not None or not makers
+    found = [loss_of(features) for features in features_of(makers)]
+    sum(found, total).backward()
+    return bool(found) or not makers
 
 
 def loss_of(output: Any) -> Tensor:
@@ -328,6 +329,8 @@ def feature_makers(model: PreTrainedModel) -> list[tuple[Any, Iterable[Content]]
     towers = [one for one in model.modules() if isinstance(one, PreTrainedModel)]
     made = [(one.get_image_features, one.config) for one in towers if hasattr(one, "get_image_features")]
     made += [(one, one.config) for one in towers if one.main_input_name == "pixel_values" and one is not model]
+    patched = [one for one in towers if "flattened_patches" in inspect.signature(one.forward).parameters]
+    made += [(one, one.config) for one in patched if one is not model]
     heard = [(one.get_audio_features, AUDIO) for one in towers if hasattr(one, "get_audio_features")]
     return [
         *((maker, image_inputs(getattr(config, "vision_config", None) or config)) for maker, config in made),
@@ -336,10 +339,12 @@ def feature_makers(model: PreTrainedModel) -> list[tuple[Any, Iterable[Content]]
 
 
 def features_of(makers: list[tuple[Any, Iterable[Content]]]) -> Iterator[Any]:
+    """What each makes of the first form that fits it."""
     for maker, forms in makers:
         for inputs in forms:
             try:
                 yield maker(**inputs)
+                break
             except FAULTS:
                 continue
 
@@ -356,6 +361,7 @@ def image_inputs(vision: Any) -> Iterator[Content]:
     rows = torch.rand(int(grid.prod()), 3 * frames * patch * patch)
     flat = {"pixel_values": rows[None], "pixel_attention_mask": torch.ones(1, rows.shape[0], dtype=torch.long)}
     yield flat | {"spatial_shapes": grid[:, 1:]}
+    yield {"flattened_patches": torch.rand(1, 9, 2 + 3 * patch * patch)}
     for name in ("image_grid_thw", "grid_thw", "image_grid_hws"):
         yield {"pixel_values": rows, name: grid}
     for side in (whole if isinstance(whole, int) else whole[0], 8 * patch, 16 * patch):
