@@ -346,6 +346,7 @@ ELSEWHERE = {
     "rankwise-rank-plan/1": "read only, in test_plan.py",
     "rankwise-arm/1": "written and read in test_arms.py",
     "rankwise-arms/1": "written and read in test_arms.py",
+    "rankwise-expert-changes/1": "written and read in test_expert_spectra.py",
     "rankwise-experts/1": "written and read in test_adapt_experts.py",
 }
 

@@ -222,7 +222,9 @@ def together(spectra: Sequence[Spectrum]) -> Spectrum:
     for each in spectra:
         known = min(count, len(each))
         squares[:known] += each.values[:known].square()
-        missed += torch.nn.functional.pad(each.missed()[:known], (0, count - known))
+        own = each.missed()[:known]
+        missed[:known] += own
+        missed[known:] += own[-1]  # cumulative: behind the last value it stays
     total = sum(each.energy_total for each in spectra)
     slack = sum(each.rounding * each.energy_total for each in spectra)
     refined = all(each.complete or each.excess is not None for each in spectra)

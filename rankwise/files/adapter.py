@@ -134,7 +134,7 @@ def read_adapter(
 
     `scale` (alpha / r) is for files without an adapter_config.json, and needed there: the tensors do not tell.
     `places`: key in the file → what a pair of experts adapts, for adapters without an experts.json (of other programs;
-    `models.adapters.expert_places` finds them). DataError, naming file and tensor, for other methods, for NaN and
+    `models.adapters.known_places` finds them). DataError, naming file and tensor, for other methods, for NaN and
     infinity, for halves that do not fit, and for pairs of experts of which neither tells the parameter.
     """
     weights, config_file = adapter_files(Path(path))
@@ -230,12 +230,18 @@ def adapter_files(path: Path) -> tuple[Path, Path | None]:
     raise DataError(f"{path}: no adapter here, nor in {' or '.join(FOLDERS[1:])} below it ({ADAPTER_NAMES[0]})")
 
 
+def recorded_base(path: Path) -> str | None:
+    """The base model that an adapter's config names; None where there is no config, or it names none."""
+    config_file = adapter_files(path)[1]
+    return (read_object(config_file).get("base_model_name_or_path") or None) if config_file else None
+
+
 def base_and_adapter(path: str, base_model: str | None) -> tuple[str, Path | None]:
     """(base model, adapter folder or None). Whatever takes an adapter accepts the run folder."""
     folder = resolve(path)
     if not is_adapter(folder):
         return path, None
-    base = base_model or read_adapter(folder).base_model
+    base = base_model or recorded_base(folder)
     if not base:
         raise DataError(
             f"{folder}: the adapter doesn't say what its base model is; give it with --base_model_id (validate: "
@@ -323,7 +329,7 @@ def _matching(site: str, found: Mapping[str, Tensor], weights: Path) -> tuple[Te
             "of its own), which is not one low-rank product; merge it with the program that trained it"
         )
     if lora_A.dim() != 2 or lora_B.dim() != 2:
-        raise DataError(f"{weights}: {site}: {shapes}: not matrices (convolutions and experts are not supported)")
+        raise DataError(f"{weights}: {site}: {shapes}: not matrices (convolutions are not supported)")
     if lora_A.shape[0] != lora_B.shape[1]:
         raise DataError(f"{weights}: {site}: {shapes}: the ranks differ")
     if lora_A.shape[0] == 0:

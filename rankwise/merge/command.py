@@ -18,8 +18,8 @@ from rankwise.data.input_record import announce_prompts, recorded
 from rankwise.data.renderer_for import renderer_for, require_input
 from rankwise.data.sources.load import read_examples, task_of
 from rankwise.errors import DataError, UsageError
-from rankwise.files.adapter import adapter_files
-from rankwise.files.atomic import about_to_write, atomic_folder, read_object
+from rankwise.files.adapter import recorded_base
+from rankwise.files.atomic import about_to_write, atomic_folder
 from rankwise.files.checkpoint import HUB_ID
 from rankwise.files.lineage import trained_rows
 from rankwise.files.run_folder import RunFolder
@@ -108,11 +108,6 @@ def made_from(config: MergeConfig) -> tuple[Path, str]:
     if not config.base_model and not Path(base).exists() and not HUB_ID.fullmatch(base):
         raise DataError(f"{adapter}: made for {base}, which is not on this machine; give the base with --base_model")
     return adapter, base
-
-
-def recorded_base(adapter: Path) -> str | None:
-    config_file = adapter_files(adapter)[1]
-    return (read_object(config_file).get("base_model_name_or_path") or None) if config_file else None
 
 
 def by_layers(config: MergeConfig, plan: MergePlan) -> bool:

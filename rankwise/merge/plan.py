@@ -182,7 +182,7 @@ def plan_merge(base: str, adapter: Path, dtype: str = "auto") -> MergePlan:
     held = {*table.weights, *experts, *partner, *alike}
     lacking = [name for name in touched if name not in held]
     if lacking:
-        raise DataError(f"{where}: the files store {lacking[0]} in a different layout (fused?): it cannot be merged")
+        raise DataError(f"{where}: the files store {lacking[0]} in a different layout: it cannot be merged")
     for name, files in experts.items():
         if problem := files.problem(checkpoint):
             raise DataError(f"{checkpoint.path}: {name} {problem}")

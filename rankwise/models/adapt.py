@@ -271,7 +271,7 @@ def factor_weights(path: str, layer: LoraLayer) -> tuple[Tensor, Tensor]:
 
 def lora_pairs(model: PeftModel) -> dict[str, LoraPair]:
     """Path → a copy of the pair (float32, on the CPU) with its scale."""
-    listed, pairs = bool(model.peft_config[ADAPTER].target_parameters), {}
+    pairs = {}
     for path, layer in lora_layers(model).items():
         a, b = (half.detach().float().cpu().clone() for half in factor_weights(path, layer))
         site = layer_site(path, layer)
@@ -280,11 +280,18 @@ def lora_pairs(model: PeftModel) -> dict[str, LoraPair]:
             b,
             float(layer.scaling[ADAPTER]),
             bool(layer.fan_in_fan_out),
-            peft="parameter" if isinstance(layer, ParamWrapper) else "path" if listed else "pattern",
+            peft=named_by(model, layer),
             swapped=bool(site and site.swapped),
             order=site.order if site else 0,
         )
     return pairs
+
+
+def named_by(model: PeftModel, layer: LoraLayer) -> str:
+    """How PEFT's config names a layer's site (`core.site.PEFT_NAMES`)."""
+    if isinstance(layer, ParamWrapper):
+        return "parameter"
+    return "pattern" if isinstance(model.peft_config[ADAPTER].target_modules, str) else "path"
 
 
 def site_parameters(model: PeftModel) -> dict[str, list[nn.Parameter]]:
@@ -364,7 +371,8 @@ def plain_pairs(model: PeftModel, kept: Mapping[str, Tensor], scale: float) -> d
         if bool(mask.any()):
             own = float(layer.scaling[ADAPTER]) / (float(layer.ranknum[ADAPTER]) + 1e-5)
             transposed = getattr(layer, "fan_in_fan_out", False)  # layers on quantized bases do not have it
-            pairs[path] = LoraPair(a[mask], b[:, mask] * (e[mask, 0] * (own / scale)), scale, bool(transposed))
+            b = b[:, mask] * (e[mask, 0] * (own / scale))
+            pairs[path] = LoraPair(a[mask], b, scale, bool(transposed), peft=named_by(model, layer))
     return pairs
 
 

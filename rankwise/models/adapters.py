@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,10 @@ def publish(source: Path, folder: Path) -> list[Path]:
 def subtract_pairs(now: Mapping[str, LoraPair], before: Mapping[str, LoraPair]) -> dict[str, LoraPair]:
     """Pairs whose B·A is the difference of two: [B, −B₀]·[A; A₀], exact."""
     return {
-        path: LoraPair(
-            torch.cat([pair.lora_A, before[path].lora_A]),
-            torch.cat([pair.lora_B, -before[path].lora_B], 1),
-            pair.scale,
-            pair.fan_in_fan_out,
+        path: replace(
+            pair,
+            lora_A=torch.cat([pair.lora_A, before[path].lora_A], -2),
+            lora_B=torch.cat([pair.lora_B, -before[path].lora_B], -1),
         )
         for path, pair in now.items()
     }

@@ -186,7 +186,7 @@ def random_gains(sites: Sequence[Site], rule: Rule, seed: int) -> dict[Site, Ten
     weights = torch.rand(len(sites), generator=generator, dtype=torch.float64) + 0.05
     steps = torch.arange(1, rule.max_rank + 1, dtype=torch.float64)
     return {
-        site: weight * sum(site.shape) / steps[: site.full_rank] for site, weight in zip(sites, weights, strict=True)
+        site: weight * site.parameters(1) / steps[: site.full_rank] for site, weight in zip(sites, weights, strict=True)
     }
 
 

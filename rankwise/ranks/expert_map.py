@@ -1,6 +1,6 @@
 """Where fine-tuning moved a mixture's experts: energy by expert and layer, as a map, a table, a sentence and a warning.
 
-content = expert_facts(measured, threshold)         # what experts.json holds; None without experts
+content = expert_facts(measured, threshold)         # what expert_changes.json holds; None without experts
 plot_expert_map(content, plots / "expert_map.png")
 few_hold_all(content)                               # the warning, where a tenth of the experts holds nearly all
 """
@@ -16,13 +16,15 @@ from typing import Any
 
 from rankwise.core.site import Site, from_row
 from rankwise.errors import DataError, need
-from rankwise.files.atomic import read_object
+from rankwise.files.document import Document
 from rankwise.page import canvas
 from rankwise.page.blocks import Block, Finding, Plot, Table, Words
 from rankwise.page.text import percent, plural
 from rankwise.ranks.measured import Measured
 
-FILE = "experts.json"
+CHANGES = Document(
+    "expert_changes.json", "rankwise-expert-changes/1", "the changes of experts", "rankwise ranks", ("parameters",)
+)
 PER_EXPERT = ("energy", "relative_change", "unchanged", "noise_share", "rank_at_threshold")
 NEARLY_ALL, FEW = 0.9, 0.1  # of the energy; of the experts
 SHOWN = 10
@@ -200,8 +202,8 @@ def expert_blocks(content: Mapping[str, Any]) -> list[Block]:
 
 
 def read_experts(path: Path) -> Mapping[str, Any]:
-    content = read_object(path)
-    rows = content.get("parameters")
+    content = CHANGES.read(path)
+    rows = content["parameters"]
     if not isinstance(rows, list) or not rows or not all(map(is_row, rows)):
         raise DataError(
             f"{path}: expected `parameters`, a list of objects with path, shape, experts and a number of each"
@@ -217,4 +219,4 @@ def is_row(row: Any) -> bool:
         return False
 
 
-EXPERT_MAP = Finding(FILE, ("ranks",), read_experts, expert_blocks)
+EXPERT_MAP = Finding(CHANGES.name, ("ranks",), read_experts, expert_blocks)

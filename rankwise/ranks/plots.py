@@ -27,8 +27,7 @@ from rankwise.page.blocks import Block, Finding, Folded, Plot, Table, Words
 from rankwise.page.text import clip, has_numbers, percent, plural
 from rankwise.ranks.decide import Evidence
 from rankwise.ranks.deltas import DeltaSource, dense
-from rankwise.ranks.expert_map import FILE as EXPERTS
-from rankwise.ranks.expert_map import expert_facts, plot_expert_map
+from rankwise.ranks.expert_map import CHANGES, expert_facts, plot_expert_map
 from rankwise.ranks.measured import Measured
 from rankwise.ranks.summary import layer_ranges
 
@@ -316,7 +315,7 @@ def write_raw_data(
     content = {"svd_threshold": threshold, "sites": details, "explained_loss": evidence.explained_loss}
     files = [write_json(folder / "raw_data" / "detailed_svd_analysis.json", content)]
     if experts := expert_facts(measured, threshold):
-        files.append(write_json(folder / "raw_data" / EXPERTS, experts))
+        files.append(CHANGES.write(folder / "raw_data", experts))
     if evidence.gain is not None:
         chosen = {"choice": evidence.choice.facts()} if evidence.choice else {}
         files.append(write_json(folder / "raw_data" / "gain.json", evidence.gain.as_dict() | chosen))

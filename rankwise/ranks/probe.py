@@ -23,7 +23,7 @@ from rankwise.files.adapter import LoraAdapter, known_places, read_adapter
 from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint, resolve
 from rankwise.models.expert_files import ExpertFiles
 from rankwise.models.load import meta_model
-from rankwise.models.sites import model_sites, weight_table
+from rankwise.models.sites import flat_experts, model_sites, weight_table
 from rankwise.models.vocabulary import embedding_paths
 from rankwise.options.commands import RanksConfig
 from rankwise.options.sections import SitesSection
@@ -95,6 +95,8 @@ def model_pair(
     before: Checkpoint, after: Checkpoint, model: PreTrainedModel, asked: SitesSection, notes: list[str]
 ) -> CheckpointPair:
     sites = filter_sites(model_sites(model), asked)
+    if flat := flat_experts(model):
+        notes.append(f"{len(flat)} parameters hold experts below one another in one matrix: not analysed ({flat[0]} …)")
     places = places_of(model, before, after, asked.rename)
     reasons = {path: mismatch(places.get(site.weight, NOWHERE), before, after) for path, site in sites.items()}
     lines = [f"{path} {reason}" for path, reason in reasons.items() if reason]

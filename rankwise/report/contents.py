@@ -2,8 +2,8 @@
 
 Found anywhere below the folder (checkpoints, hidden folders, earlier reports and links aside): manifest.json,
 resolved_config*.json, lora_rank_config.json, evaluation_results.json with predictions.jsonl beside it,
-forgetting.json, training_log.csv, phases.csv, the tables of gradient norms, gain.json, experts.json, fidelity.json,
-sites.json, study.json, validation.json, what the commands on features leave, and the PNGs of `plots/`
+forgetting.json, training_log.csv, phases.csv, the tables of gradient norms, gain.json, expert_changes.json,
+fidelity.json, sites.json, study.json, validation.json, what the commands on features leave, and the PNGs of `plots/`
 folders.
 """
 

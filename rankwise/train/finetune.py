@@ -64,7 +64,7 @@ def full_parameters(config: FinetuneConfig, model: PreTrainedModel) -> dict[str,
     found = tower_parameters(model, towers)
     if config.target is None:
         return found
-    chosen = choose_sites(model_sites(model), config.target, towers=towers)
+    chosen = choose_sites(adaptable_sites(model, config.target), config.target, towers=towers)
     return {site.weight: found[site.weight] for site in chosen.values()}
 
 

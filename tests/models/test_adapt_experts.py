@@ -28,10 +28,10 @@ from transformers import (
 from rankwise.core.experts import join_experts, split_experts
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.errors import DataError, VerificationError
-from rankwise.files.adapter import EXPERTS, known_places, read_adapter, write_adapter
+from rankwise.files.adapter import EXPERTS, base_and_adapter, known_places, read_adapter, write_adapter
 from rankwise.models import adapt as adapt_module
 from rankwise.models.adapt import ADAPTER, adapt, lora_layers, lora_pairs, quiet_peft, site_parameters
-from rankwise.models.adapters import load_adapter, save_adapter
+from rankwise.models.adapters import load_adapter, save_adapter, subtract_pairs
 from rankwise.models.sites import model_sites
 from rankwise.options.sections import LoraSection
 
@@ -231,3 +231,39 @@ def test_wrappers_are_peft_s_own(base: PreTrainedModel) -> None:
     plan = plan_of(base)
     for path, layer in lora_layers(adapt(base, plan, PLAIN)).items():
         assert isinstance(layer, ParamWrapper) == (plan.adapted[path].peft == "parameter")
+
+
+def test_a_difference_of_pairs_is_named_as_they_are(tmp_path: Path) -> None:
+    """After an initialisation that moved the base (pissa): of a mixture's attention, too, PEFT builds the plan."""
+    model = mixtral()
+    plan = plan_of(model, lambda index, path: "layers.0.self_attn" in path)
+    adapted = adapt(model, plan, replace(PLAIN, init_lora_weights="pissa"))
+    initial = lora_pairs(adapted)
+    fill(adapted)
+    save_adapter(adapted, tmp_path, "base", initial)
+    assert isinstance(json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"], list)
+    assert set(lora_layers(load_adapter(mixtral(), tmp_path))) == set(plan.ranks)
+
+
+def test_a_difference_of_experts_is_one_for_each() -> None:
+    adapted = adapt(mixtral(), plan_of(mixtral(), lambda index, path: path.endswith("down_proj")), PLAIN)
+    before = lora_pairs(adapted)
+    fill(adapted)
+    now = lora_pairs(adapted)
+    for path, pair in subtract_pairs(now, before).items():
+        products = [one.lora_B @ one.lora_A for one in (now[path], before[path])]
+        assert torch.allclose(pair.lora_B @ pair.lora_A, products[0] - products[1], atol=1e-6)
+        assert pair.experts == 4
+
+
+def test_the_base_of_a_foreign_adapter_is_read_from_its_config(tmp_path: Path) -> None:
+    """Without a record of the experts, too: `evaluate` and `validate` ask for the base first."""
+    base = mixtral()
+    names = [path for path, site in model_sites(base).items() if site.experts]
+    with quiet_peft():
+        adapted = get_peft_model(base, LoraConfig(r=2, target_modules=[], target_parameters=names), ADAPTER)
+    adapted.peft_config[ADAPTER].base_model_name_or_path = "some/base"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT looks for some/base on the hub
+        adapted.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    assert base_and_adapter(str(tmp_path), None) == ("some/base", tmp_path)

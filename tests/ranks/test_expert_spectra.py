@@ -368,7 +368,7 @@ def test_ranks_are_per_expert_and_paid_for_each(
         assert plan["total_parameters"] <= sum(4 * 3 * sum(row["shape"]) for row in rows.values())
     said = capsys.readouterr().out
     assert "Experts" in said and "most moved: layer" in said
-    facts = json.loads((tmp_path / "out/analysis_outputs/svd/raw_data/experts.json").read_text())
+    facts = json.loads((tmp_path / "out/analysis_outputs/svd/raw_data/expert_changes.json").read_text())
     by_path = {row["path"]: row for row in facts["parameters"]}
     for name, difference in differences.items():
         energies = [float(matrix.square().sum()) for matrix in difference]
@@ -478,7 +478,7 @@ def test_a_saved_adapter_is_measured_per_expert(family: str, tmp_path: Path) -> 
     write_adapter(tmp_path / "adapter", LoraAdapter(lora_config(str(base)), pairs))
     options = ["--output_dir", str(tmp_path / "out"), "--no_plots", "--model_name", str(base)]
     assert cli.main(["ranks", "--adapter", str(tmp_path / "adapter"), *options]) == 0
-    rows = json.loads((tmp_path / "out/analysis_outputs/svd/raw_data/experts.json").read_text())["parameters"]
+    rows = json.loads((tmp_path / "out/analysis_outputs/svd/raw_data/expert_changes.json").read_text())["parameters"]
     assert {row["path"] for row in rows} == set(pairs)
     for row in rows:
         pair = pairs[row["path"]]
