@@ -17,10 +17,11 @@ from rankwise.options.field import flatten
 def test_the_guides_json_is_the_recipes_training_stage(tmp_path: Path) -> None:
     """The recipe says what the guide's file says; beyond it only what the guide states in its text."""
     (tmp_path / "config.json").write_text(json.dumps(GUIDE))
-    from_json = flatten(resolve("train", [str(tmp_path / "config.json")])[0])
-    from_recipe = flatten(resolve("train", ["isaac_depth.yaml"])[0])
+    guide, recipe = (resolve("train", [file])[0] for file in (str(tmp_path / "config.json"), "isaac_depth.yaml"))
+    from_json, from_recipe = flatten(guide), flatten(recipe)
     other = {name for name in from_recipe if from_recipe[name] != from_json.get(name)}
-    assert other == {"task", "max_seq_length", "lora", "target", "output_dir"}
+    assert other == {"task", "max_seq_length", "lora", "target", "output_dir", "lora_dropout"}
+    assert guide.lora.dropout == recipe.lora.dropout == from_recipe["lora_dropout"] == 0.05
     assert from_recipe["max_seq_length"] == 16384
     assert from_recipe["lora"] == ["language", "projector"]
 

@@ -15,7 +15,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rankwise.core.phase import Form, Norm, bind
+from rankwise.core.phase import Form, Norm, Phase, bind
 from rankwise.core.schedule import parse_schedule
 from rankwise.core.site import Site, describe
 from rankwise.errors import UsageError
@@ -24,7 +24,7 @@ from rankwise.models.sites import tower_of, tower_prefixes
 from rankwise.scripts.experiment import DynamicLoRAConfig, Steps
 from rankwise.train.phases import PhaseKeeper
 
-EVERYTHING = {"attention", "mlp"}
+EVERYTHING = ("attention", "mlp")  # what the scripts name so is `both`, which trains mixers, too
 
 
 def create_phased_lora_config(
@@ -72,7 +72,12 @@ def phase_name(modules: Sequence[str]) -> str:
     kinds = [modules] if isinstance(modules, str) else list(modules)
     if not kinds:
         raise UsageError("a phase without modules trains nothing; name attention, mlp, or both")
-    return "both" if set(kinds) == EVERYTHING else " + ".join(kinds)
+    return "both" if set(kinds) == set(EVERYTHING) else " + ".join(kinds)
+
+
+def phase_modules(phase: Phase) -> list[str]:
+    """The kinds that `phase_name` gives this phase's name."""
+    return list(EVERYTHING) if phase.name == "both" else [kind for part in phase.parts for kind in part.kinds]
 
 
 def contiguous(names: Sequence[str], steps: Sequence[Steps]) -> Form:

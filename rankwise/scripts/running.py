@@ -31,7 +31,7 @@ from rankwise.scripts.experiment import (
     ModelConfig,
     TrainingConfig,
 )
-from rankwise.scripts.phases import schedule_of
+from rankwise.scripts.phases import phase_modules, schedule_of
 from rankwise.train import command as train
 from rankwise.train import phases
 
@@ -176,7 +176,7 @@ def dynamic_lora_of(config: TrainConfig) -> DynamicLoRAConfig:
     if form is None:
         return DynamicLoRAConfig()
     assert isinstance(form, Phases) and len(form.phases) == 3, "presets have three phases of kinds"
-    first, second, third = (list(phase.parts[0].kinds) for phase in form.phases)
+    first, second, third = map(phase_modules, form.phases)
     ends = [phase.steps or 0 for phase in form.phases[:2]]
     middle = sum(ends)
     return DynamicLoRAConfig(True, (0, ends[0]), (ends[0], middle), (middle, None), first, second, third)

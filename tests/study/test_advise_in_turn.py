@@ -116,7 +116,7 @@ def test_the_whole_ladder_of_rows_with_pictures_ends_in_an_advice_that_train_run
 @pytest.mark.parametrize("tower", TOWERS)
 def test_a_tower_is_no_target(tower: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["advise", "model", "rows.json", "--target", tower, "-o", str(tmp_path / "run")]) == 2
-    assert f"--target takes attention_only, mlp_only, both, all; got '{tower}'" in capsys.readouterr().err
+    assert f"--target takes attention_only, mlp_only, both, all, experts; got '{tower}'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
