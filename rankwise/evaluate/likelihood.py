@@ -140,7 +140,8 @@ def forced_log_probs(
     All rows in one batch, padded on the right with `fill` and masked. places: in each row [those in front of its learnt
     tokens].
     """
-    places = places or [[at - 1 for at, label in enumerate(row.labels) if label != IGNORED] for row in rows]
+    if places is None:
+        places = [[at - 1 for at, label in enumerate(row.labels) if label != IGNORED] for row in rows]
     width, device = max(len(row.input_ids) for row in rows), next(model.parameters()).device
     ids, labels = (
         pad([getattr(row, name) for row in rows], width, value)
@@ -148,11 +149,9 @@ def forced_log_probs(
     )
     mask = pad([[1] * len(row.input_ids) for row in rows], width, 0)
     inputs = {"input_ids": ids, "attention_mask": mask} | seen(sight, ids, [row.images for row in rows], labels)
-    inputs = {name: value.to(device) for name, value in inputs.items()}
     positions = [row * width + place for row, within in enumerate(places) for place in within]
-    logits = logits_at(
-        model, {name: value.to(device) for name, value in inputs.items()}, torch.tensor(positions, device=device)
-    )
+    on_device: dict[str, Any] = {name: value.to(device) for name, value in inputs.items()}
+    logits = logits_at(model, on_device | {"use_cache": False}, torch.tensor(positions, device=device))
     return list(logits.log_softmax(-1).cpu().split([len(within) for within in places]))
 
 

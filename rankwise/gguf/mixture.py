@@ -15,7 +15,12 @@ from rankwise.gguf.reading import GGUFFile
 
 SOFTMAX, SIGMOID = 1, 2  # gguf.ExpertGatingFuncType
 # What the router's class does and the converter reads from the config, by model_type.
-IMPLIED: Mapping[str, Mapping[str, Any]] = {"deepseek_v3": {"scoring_func": "sigmoid"}}
+IMPLIED: Mapping[str, Mapping[str, Any]] = {
+    "deepseek_v3": {"scoring_func": "sigmoid"},
+    "glm4_moe_lite": {"scoring_func": "sigmoid"},
+}
+# What scores the experts in transformers, by model_type; of others it is not known.
+GATING = {"deepseek_v2": SOFTMAX, "mistral4": SOFTMAX, "deepseek_v3": SIGMOID, "glm4_moe_lite": SIGMOID}
 # What llama.cpp does whatever a file states, by model_type.
 FIXED: Mapping[str, Mapping[str, Any]] = {
     "qwen2_moe": {"norm_topk_prob": False},
@@ -52,8 +57,8 @@ def expert_numbers(file: GGUFFile, text: Any) -> dict[str, Any]:
     if file.architecture in FAMILIES:
         wanted |= {key: value for key, value in valued(text, SIZES).items() if file.of_architecture(key) is not None}
     if file.architecture in STATED:
-        scores = IMPLIED.get(text.model_type, {}).get("scoring_func")
-        wanted["expert_gating_func"] = SIGMOID if scores == "sigmoid" else SOFTMAX
+        if text.model_type in GATING:
+            wanted["expert_gating_func"] = GATING[text.model_type]
         wanted["expert_weights_norm"] = bool(text.norm_topk_prob)
     return wanted
 

@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rankwise.core.site import is_expert
 from rankwise.errors import DataError
 from rankwise.files.checkpoint import Checkpoint
 from rankwise.gguf.metadata import config_of
@@ -124,9 +125,7 @@ def of_heads(tensor: Tensor, half: int, stored: tuple[int, ...]) -> Tensor:
 
 def fused_storages(checkpoint: Checkpoint) -> Mapping[str, Storage]:
     """Key → storage of the fused experts, as the class of the model has it; {} where transformers has no such class."""
-    stacked = [
-        key for key in checkpoint if len(checkpoint.shape(key)) > 1 and "experts" in key and not ALONE.search(key)
-    ]
+    stacked = [key for key in checkpoint if len(checkpoint.shape(key)) > 1 and is_expert(key) and not ALONE.search(key)]
     if not stacked or config_of(checkpoint.path) is None:
         return {}
     model = meta_model(str(checkpoint.path))

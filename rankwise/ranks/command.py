@@ -284,7 +284,7 @@ def write_outputs(config: RanksConfig, plan: RankPlan, probe: Probe, evidence: E
         write_plots(folder, plan, probe.measured, threshold, evidence)
         files.append(folder / "plots")
     if config.save_delta_weights:
-        files.append(write_delta_weights(folder, probe.source, list(probe.measured)))
+        files += write_delta_weights(folder, probe.source, list(probe.measured))
     return files
 
 

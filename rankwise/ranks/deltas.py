@@ -54,12 +54,25 @@ def deltas(source: DeltaSource, sites: Sequence[Site]) -> Iterator[tuple[Site, D
 
 
 def dense(source: DeltaSource, site: Site) -> Delta:
-    """The whole delta, of a layer's experts (E, m, n): for whoever moves the model by it."""
+    """The whole delta, of a layer's experts (E, m, n): for whoever moves the model by it. stored_as: None where the
+    experts that moved were stored in several formats."""
     if not site.experts:
         return source.read(site)
-    parts = [source.expert(site, expert) for expert in range(site.experts)]
-    energy, base = sum(one.energy for one in parts), sum(one.base_energy for one in parts)
-    return replace(parts[0], matrix=torch.stack([one.matrix for one in parts]), energy=energy, base_energy=base)
+    whole, parts = torch.empty(site.experts, *site.shape), list[Delta]()
+    for expert in range(site.experts):
+        part = source.expert(site, expert)
+        whole[expert] = part.matrix
+        parts.append(replace(part, matrix=whole[expert]))
+    formats = {one.stored_as for one in parts if one.energy}
+    return Delta(
+        matrix=whole,
+        energy=sum(one.energy for one in parts),
+        base_energy=sum(one.base_energy for one in parts),
+        unchanged=sum(one.unchanged for one in parts) / site.experts,
+        rounding_energy=sum(one.rounding_energy for one in parts),
+        stored_as=formats.pop() if len(formats) == 1 else None,
+        base_rounding=sum(one.base_rounding for one in parts),
+    )
 
 
 def logical(tensor: Tensor, site: Site) -> Tensor:

@@ -26,7 +26,7 @@ from rankwise.page import canvas
 from rankwise.page.blocks import Block, Finding, Folded, Plot, Table, Words
 from rankwise.page.text import clip, has_numbers, percent, plural
 from rankwise.ranks.decide import Evidence
-from rankwise.ranks.deltas import DeltaSource, dense
+from rankwise.ranks.deltas import SHARD_BYTES, DeltaSource, dense, shards
 from rankwise.ranks.expert_map import CHANGES, expert_facts, plot_expert_map
 from rankwise.ranks.measured import Measured
 from rankwise.ranks.summary import layer_ranges
@@ -346,10 +346,26 @@ def write_plots(
         plot_decay(found.spectrum, row, threshold, plots / f"{row.site.path}.png", found.null_edge)
 
 
-def write_delta_weights(folder: Path, source: DeltaSource, sites: Sequence[Site]) -> Path:
-    """The analysed deltas as one float32 safetensors file, in the orientation of the module: (out, in); experts
-    (E, out, in)."""
-    path = folder / "delta_weights.safetensors"
-    with atomic_write(path) as temporary:
-        save_file({site.weight: dense(source, site).matrix.contiguous() for site in sites}, str(temporary))
-    return path
+def write_delta_weights(
+    folder: Path, source: DeltaSource, sites: Sequence[Site], limit: int = SHARD_BYTES
+) -> list[Path]:
+    """The analysed deltas in float32, in the orientation of the module: (out, in); experts (E, out, in).
+
+    One safetensors file; of more than `limit` bytes shards and their index. One shard is in memory at a time.
+    """
+    named = {site.weight: site for site in sites}
+    shapes = {name: torch.empty((site.matrices, *site.shape), device="meta") for name, site in named.items()}
+    groups = list(shards(shapes, limit))
+    places: dict[str, str] = {}
+    files = []
+    for number, names in enumerate(groups, 1):
+        shard = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
+        files.append(folder / f"delta_weights{shard}.safetensors")
+        with atomic_write(files[-1]) as temporary:
+            save_file({name: dense(source, named[name]).matrix.contiguous() for name in names}, str(temporary))
+        places |= dict.fromkeys(names, files[-1].name)
+    if len(groups) > 1:
+        size = 4 * sum(one.numel() for one in shapes.values())
+        content = {"metadata": {"total_size": size}, "weight_map": places}
+        files.append(write_json(folder / "delta_weights.safetensors.index.json", content))
+    return files

@@ -40,7 +40,7 @@ from rankwise.models.targets import (
 )
 from rankwise.options.commands import TrainConfig
 from rankwise.options.sections import LoraSection
-from rankwise.ranks.deltas import DeltaSource, deltas, open_deltas
+from rankwise.ranks.deltas import DeltaSource, check_finite, deltas, open_deltas
 from rankwise.train.arguments import frozen_dtype, quantization
 from rankwise.train.job import Job
 
@@ -177,7 +177,8 @@ def write_pair(layer: LoraLayer, lora_a: Tensor, lora_b: Tensor | None = None) -
 def warm_start(model: PeftModel, plan: RankPlan, source: DeltaSource, generator: torch.Generator) -> None:
     """Start from a preliminary run: A and B of each site become the leading singular vectors of its delta.
 
-    base + adapter is then base + truncated delta. DataError where the run has no delta of a planned site.
+    base + adapter is then base + truncated delta. DataError where the run has no delta of a planned site, or one with
+    entries that are not finite.
     """
     settings = model.peft_config[ADAPTER]
     if settings.use_dora or settings.init_lora_weights is not True:
@@ -190,6 +191,7 @@ def warm_start(model: PeftModel, plan: RankPlan, source: DeltaSource, generator:
         )
     layers, scale = lora_layers(model), scales(plan)
     for site, delta in deltas(source, [site for site in plan.adapted.values() if not site.experts]):
+        check_finite(site, delta)
         factors = truncate(delta.matrix, plan.ranks[site.path], generator)
         write_pair(layers[site.path], *factors.lora(scale[site.path]))
     for site in plan.adapted.values():
@@ -205,6 +207,7 @@ def warm_experts(
     a, b = (part.clone() for part in split_experts(flat_a, flat_b, site.experts, site.swapped))
     for expert in range(site.experts):
         delta = source.expert(site, expert)
+        check_finite(site, delta, f"{site.weight}, expert {expert}")
         if delta.energy:
             a[expert], b[expert] = truncate(delta.matrix, rank, generator).lora(scale)
     write_pair(layer, *join_experts(a, b, site.swapped))
