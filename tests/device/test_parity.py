@@ -36,10 +36,9 @@ from rankwise.device.parity.floor import (
     divergence,
     joined,
     measure_floor,
-    q8_0,
-    rounding,
     top_of,
 )
+from rankwise.device.parity.known_good import q8_0, rounding
 from rankwise.device.parity.ladder import NAMES, Embedder, Ladder, climb, verdict
 from rankwise.device.parity.pixels import unavailable
 from rankwise.device.parity.reference import HFReference, Observed

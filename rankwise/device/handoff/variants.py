@@ -22,7 +22,7 @@ from rankwise.core.site import describe, half_of, is_expert
 from rankwise.data.render import Rendered
 from rankwise.data.vision_inputs import IGNORED, Sight
 from rankwise.device.handoff.verdict import BASE, COARSE, PART, SOUND, TUNED, Hypothesis
-from rankwise.device.parity.floor import float16, in_q8_0, rounding
+from rankwise.device.parity.known_good import float16, in_q8_0, rounding
 from rankwise.errors import DataError
 from rankwise.evaluate.likelihood import append_ids, forced_log_probs
 from rankwise.models.sites import tower_of, tower_prefixes

@@ -5,7 +5,7 @@
 
     reference (float32, one row at a time) ── against ──▶ the other attention kernel · rows padded together
                                                           float16 throughout · bfloat16 throughout
-                                                          Q8_0 in every linear layer
+                                                          Q8_0 in every linear layer and expert
                                                           ──▶ Floor ── × k ──▶ Thresholds
 
 A runtime gives its k likeliest tokens only. All others are one bin on both sides, so the KL here never exceeds the
@@ -18,22 +18,22 @@ so a fault of the conversion shows.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankwise.device.parity.cases import Case
+from rankwise.device.parity.known_good import PATHS
 from rankwise.device.parity.reference import HFReference, distance, embedded, forced
-from rankwise.device.parity.routing import Choices, ChosenExperts, Place, Rerouted, expert_counts, limit_beside
+from rankwise.device.parity.routing import Place, Rerouted, chosen, limit_beside, rerouted
 from rankwise.errors import need
 from rankwise.evaluate.bootstrap import wilson
 
@@ -205,7 +205,6 @@ def top_of(log_probs: Tensor, count: int) -> list[dict[int, float]]:
 
 # --- the floor -------------------------------------------------------------------------------------------------------
 
-BATCH = 4  # rows padded together
 K = 10.0  # in KL: about 3 in logits. Sound exports of the demos' models come out at 0.6 to 3 floors
 FALSE_ALARMS = 0.005  # of sound files, where a floor rests on so few places that chance alone exceeds k
 FEWEST = 2.0  # places; on one alone chance has no bound worth the name
@@ -335,7 +334,7 @@ def measure_floor(
     exact = [reference.expected(case) for case in cases]
     found: dict[str, Divergence] = {}
     distances: dict[str, float] = {}
-    choices = chosen(reference, cases)
+    choices = chosen(reference.model, lambda: run(reference, reference.model, cases, 1))
     for name, (enter, batch) in PATHS.items():
         if names is not None and name not in names:
             continue
@@ -347,35 +346,16 @@ def measure_floor(
             parts = zip(cases, exact, rows, strict=True)
             found[name] = joined([compare(e.log_probs, top_of(o, top), case.id) for case, e, o in parts])
             distances[name] = farthest(reference, model, cases)
-    return Floor(found, distances, rerouted(reference, cases, choices, top) if choices else {})
+    if choices is None:
+        return Floor(found, distances)
 
+    def kl(rows: Sequence[Tensor]) -> dict[Place, float]:
+        parts = zip(cases, exact, rows, strict=True)
+        moved = joined([compare(e.log_probs, top_of(o, top), case.id) for case, e, o in parts])
+        return {(one.case, one.number): one.kl for one in moved.positions}
 
-def chosen(reference: HFReference, cases: Sequence[Case]) -> ChosenExperts | None:
-    """The reference's choices of experts; None for a dense model, and for one whose choices are made otherwise."""
-    experts = expert_counts(reference.model)
-    if not experts:
-        return None
-    with Choices(experts) as seen:
-        run(reference, reference.model, cases, 1)
-    return ChosenExperts(experts, tuple(seen.watched), tuple(seen.margins)) if seen.margins else None
-
-
-def rerouted(
-    reference: HFReference, cases: Sequence[Case], choices: ChosenExperts, top: int
-) -> dict[tuple[str, ...], Rerouted]:
-    """For the paths of every form: the reference against itself with their near ties decided the other way."""
-    found = {}
-    total = sum(len(margin) for margin in choices.margins)
-    for names in dict.fromkeys((*EXPLAINS.values(), tuple(choices.moved))):
-        ties, kl = choices.ties(names), dict[Place, float]()
-        if ties:
-            with Choices(choices.experts, choices.pairs, ties):
-                rows = run(reference, reference.model, cases, 1)
-            for case, row in zip(cases, rows, strict=True):
-                parts = compare(reference.expected(case).log_probs, top_of(row, top), case.id)
-                kl |= {(one.case, one.number): one.kl for one in parts.positions}
-        found[names] = Rerouted(kl, sum(int(one.sum()) for one in ties), total)
-    return found
+    ways = (*EXPLAINS.values(), tuple(choices.moved))
+    return Floor(found, distances, rerouted(choices, ways, lambda: run(reference, reference.model, cases, 1), kl))
 
 
 def run(reference: HFReference, model: Any, cases: Sequence[Case], batch: int) -> list[Tensor]:
@@ -396,93 +376,3 @@ def farthest(reference: HFReference, model: Any, cases: Sequence[Case]) -> float
             assert rows is not None
             found.append(distance(rows, expected))
     return max(found)
-
-
-# --- ways of running a model that are all right ----------------------------------------------------------------------
-
-
-@contextmanager
-def other_attention(model: Any) -> Iterator[Any]:
-    """eager where the model runs another kernel, sdpa where it runs eager; None for families that have no other."""
-    before = model.config._attn_implementation
-    other = "sdpa" if before == "eager" else "eager"
-    if other == "sdpa" and not model._supports_sdpa:
-        yield None
-        return
-    model.set_attn_implementation(other)
-    try:
-        yield model
-    finally:
-        model.set_attn_implementation(before)
-
-
-@contextmanager
-def in_q8_0(model: Any) -> Iterator[Any]:
-    """As llama.cpp: inputs of a Q8_0 matrix are rounded to Q8_0 too, sums are float32, what comes out is float16."""
-    with rounding(model, q8_0, q8_0):
-        yield model
-
-
-def cast(model: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    return nullcontext(copy.deepcopy(model).to(dtype))
-
-
-PATHS: Mapping[str, tuple[Callable[[Any], AbstractContextManager[Any]], int]] = {  # with rows that are run together
-    "attention": (other_attention, 1),
-    "padded": (nullcontext, BATCH),
-    "float16": (partial(cast, dtype=torch.float16), 1),
-    "q8_0": (in_q8_0, 1),
-    "bfloat16": (partial(cast, dtype=torch.bfloat16), 1),
-}
-
-BLOCK, LEVELS = 32, 127  # Q8_0: 32 neighbours share a scale, the largest of them is ±127
-Rounding = Callable[[Tensor], Tensor]
-
-
-def float16(values: Tensor) -> Tensor:
-    return values.half().to(values.dtype)
-
-
-def q8_0(values: Tensor) -> Tensor:
-    """(…, n): rounded as ggml's Q8_0 does; to float16 where n is no whole number of blocks, as the converter does."""
-    if values.dim() < 2 or values.shape[-1] % BLOCK:
-        return float16(values)
-    blocks = values.float().reshape(*values.shape[:-1], -1, BLOCK)
-    scales = blocks.abs().amax(-1, keepdim=True) / LEVELS
-    steps = blocks * torch.where(scales > 0, 1 / scales, 0)
-    whole = torch.trunc(steps + 0.5 * steps.sign())  # halves away from zero, as C rounds
-    return (whole * scales.half().float()).reshape(values.shape).to(values.dtype)
-
-
-@contextmanager
-def rounding(model: nn.Module, weights: Rounding, inputs: Rounding) -> Iterator[None]:
-    """Matrices rounded by `weights`, inputs of linear layers by `inputs`, their outputs to float16. Vectors (norms,
-    biases) stay, as the converter keeps them in float32."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    before = [parameter.detach().clone() for parameter in matrices]
-    hooks = []
-
-    def round_inputs(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        return inputs(given[0]), *given[1:]
-
-    def round_outputs(_: nn.Module, __: Any, found: Tensor) -> Tensor:
-        return float16(found)
-
-    own: Any = getattr(model, "get_output_embeddings", lambda: None)
-    head = own()
-    try:
-        with torch.no_grad():
-            for parameter in matrices:
-                parameter.copy_(weights(parameter.detach()))
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                hooks.append(module.register_forward_pre_hook(round_inputs))
-                if module is not head:  # logits are read in float32
-                    hooks.append(module.register_forward_hook(round_outputs))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        with torch.no_grad():
-            for parameter, value in zip(matrices, before, strict=True):
-                parameter.copy_(value)

@@ -11,7 +11,7 @@ the other, and both are right. llama.cpp tells of no experts, so the reference's
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,3 +122,34 @@ def limit_beside(kl: Sequence[float], least: float, k: float) -> float:
     another routing do not move."""
     ordered = sorted(one for one in kl if math.isfinite(one))
     return max(least, k * ordered[len(ordered) // 2]) if ordered else least
+
+
+def chosen(model: Any, run: Callable[[], object]) -> ChosenExperts | None:
+    """The model's choices of experts while it is `run`; None for a dense one, and for one that chooses otherwise."""
+    experts = expert_counts(model)
+    if not experts:
+        return None
+    with Choices(experts) as seen:
+        run()
+    return ChosenExperts(experts, tuple(seen.watched), tuple(seen.margins)) if seen.margins else None
+
+
+def rerouted(
+    choices: ChosenExperts,
+    ways: Iterable[tuple[str, ...]],
+    run: Callable[[], Sequence[Tensor]],
+    kl: Callable[[Sequence[Tensor]], Mapping[Place, float]],
+) -> dict[tuple[str, ...], Rerouted]:
+    """For each of these groups of known-good ways: the reference with their near ties decided the other way.
+
+    run: the reference as it was when it chose. kl: how far what that gives is from the reference, by place.
+    """
+    found = {}
+    total = sum(len(margin) for margin in choices.margins)
+    for names in dict.fromkeys(ways):
+        ties, rows = choices.ties(names), list[Tensor]()
+        if ties:
+            with Choices(choices.experts, choices.pairs, ties):
+                rows = list(run())
+        found[names] = Rerouted(kl(rows) if rows else {}, sum(int(one.sum()) for one in ties), total)
+    return found
