@@ -165,29 +165,45 @@ def read_adapter(
 
 
 def recorded_places(folder: Path) -> dict[str, ExpertPlace]:
-    """Key in the adapter's file → what the pair adapts, of a folder's `experts.json`; empty without one."""
+    """Key in the adapter's file → what the pair adapts, of a folder's `experts.json`; empty without one. DataError
+    where a key is not the one under which PEFT saves the pair of its parameter."""
     file = folder / EXPERTS.name
     if not file.is_file():
         return {}
     try:
-        return {row.pop("key"): build(ExpertPlace, row) for row in EXPERTS.read(folder)["pairs"]}
+        found = {row.pop("key"): build(ExpertPlace, row) for row in EXPERTS.read(folder)["pairs"]}
     except (KeyError, TypeError, AttributeError, UsageError, DataError) as error:
         raise DataError(f"{file}: not {EXPERTS.what} ({error})") from error
+    keys = nested_keys({place.parameter: place for place in found.values()})
+    for key, place in found.items():
+        if keys[place.parameter] != key:
+            raise DataError(
+                f"{file}: {key} cannot be the pair of {place.parameter}, which PEFT saves as {keys[place.parameter]}"
+            )
+    return found
 
 
 def known_places(sites: Mapping[str, Site], path: Path | str) -> dict[str, ExpertPlace] | None:
-    """Key in an adapter's file → what the pair adapts, where its folder has no record: by the model's sites and the
-    adapter's target_parameters. None where the folder has one, or the adapter adapts no experts."""
+    """Key in an adapter's file → what the pair adapts, by the model's sites and the adapter's target_parameters. None
+    where the adapter adapts no experts. DataError where its folder's record says otherwise."""
     weights, config_file = adapter_files(Path(path))
-    if config_file is None or recorded_places(weights.parent):
+    if config_file is None:
         return None
     experts = {name: site for name, site in sites.items() if site.experts}
     named = targeted(experts, read_object(config_file).get("target_parameters") or ())
     keys = nested_keys({name: experts[name] for name in named})
-    return {
+    found = {
         keys[name]: ExpertPlace(name, experts[name].experts, experts[name].swapped, experts[name].order)
         for name in named
-    } or None
+    }
+    recorded = recorded_places(weights.parent)
+    if recorded and recorded != found:
+        wrong = min(key for key in {**found, **recorded} if found.get(key) != recorded.get(key))
+        raise DataError(
+            f"{weights.parent / EXPERTS.name}: {wrong} is {recorded.get(wrong)}, in the model "
+            f"{found.get(wrong)}: another base, or a changed file"
+        )
+    return found or None
 
 
 def place_rows(places: Mapping[str, ExpertPlace]) -> dict[str, Any]:

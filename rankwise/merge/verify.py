@@ -13,6 +13,7 @@ routed to (each one is compared alone). The logits, in float32, show that the mo
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.errors import VerificationError
+from rankwise.errors import DataError, VerificationError
 from rankwise.files.adapter import CONFIG_NAME, PAIR_KEY, adapter_files, adapter_tensors
 from rankwise.files.adapter_config import scale_of
 from rankwise.files.atomic import read_object
@@ -304,6 +305,9 @@ def proof_words(proof: Mapping[str, float]) -> str:
 
 
 def require_effect(effect: float) -> None:
+    """DataError for NaN, which is the base's own: an adapter's is refused where it is read."""
+    if math.isnan(effect):
+        raise DataError("the base's logits are NaN or infinite: its weights are damaged")
     if not effect > NO_EFFECT:
         raise VerificationError(
             f"the adapter changes the logits by {effect:.1g} (relative rms), no effect: is it the right one, "

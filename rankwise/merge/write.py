@@ -232,6 +232,8 @@ def make_experts(plan: MergePlan, entry: Entry, files: ExpertFiles, rounding: Ro
         place = written[expert] if one == ALL else written
         place.copy_(merged)
         if not bool(torch.isfinite(place).all()):
+            if not bool(torch.isfinite(before).all()):
+                raise DataError(f"{name}, expert {expert}: NaN or infinite in the base")
             raise DataError(f"{name}, expert {expert}: not finite once merged in {entry.dtype}; try --dtype float32")
     return written
 

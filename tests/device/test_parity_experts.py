@@ -18,9 +18,10 @@ from rankwise.data.render import Renderer
 from rankwise.device.llama.runtime import LlamaServer
 from rankwise.device.parity.cases import Case, case_of
 from rankwise.device.parity.floor import Floor, Thresholds, measure_floor, run
-from rankwise.device.parity.ladder import Ladder, observe
+from rankwise.device.parity.ladder import NAMES, Ladder, observe, verdict
 from rankwise.device.parity.reference import HFReference, Observed
 from rankwise.device.parity.routing import Choices, expert_counts
+from rankwise.device.parity.rungs import OK, Rung
 from rankwise.models.load import load_model, load_tokenizer
 
 pytest.importorskip("xllamacpp")
@@ -146,3 +147,12 @@ def test_a_dense_model_has_no_choices(text_export: Path) -> None:
     reference, cases = side(text_export.parent / "model")
     floor = measure_floor(reference, cases[:1], names=["attention"])
     assert floor.routing == {} and floor.thresholds("f16").near_ties == 0
+
+
+def test_the_verdict_says_what_near_ties_leave_unproven() -> None:
+    def told(measured: dict[str, dict[str, int]]) -> list[str]:
+        return verdict({"f16": Ladder(tuple(Rung(name, OK, measured.get(name, {})) for name in NAMES))})
+
+    [_, said] = told({"logprobs": {"positions_of_another_routing": 1}, "text": {"cases": 24, "another_routing": 14}})
+    assert "f16: 1 place of forced answers and 14 of 24 answers" in said
+    assert len(told({"text": {"cases": 24, "another_routing": 0}})) == 1

@@ -22,6 +22,7 @@ from rankwise.merge import write
 from rankwise.merge.command import run
 from rankwise.merge.plan import ExpertChange, plan_merge
 from rankwise.merge.routing import RoutedExperts, routed
+from rankwise.merge.verify import require_effect
 from rankwise.models import adapt as adapt_module
 from rankwise.models import expert_files as files_module
 from rankwise.models import sites as sites_module
@@ -306,3 +307,10 @@ def test_what_a_module_of_experts_is_given_tells_where_tokens_go() -> None:
     assert routed([hidden], 3) == {0, 1, 2}
     assert routed([hidden, torch.ones(5, 8)], 3) == set()
     assert RoutedExperts.of({"a": {0, 1}, "b": {2}}, {"a": {1, 5}}) == RoutedExperts(3, 1)
+
+
+def test_a_base_with_nan_is_named_as_what_is_wrong() -> None:
+    with pytest.raises(DataError, match="its weights are damaged"):
+        require_effect(float("nan"))
+    with pytest.raises(VerificationError, match="no effect"):
+        require_effect(0.0)

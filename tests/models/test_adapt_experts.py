@@ -267,3 +267,47 @@ def test_the_base_of_a_foreign_adapter_is_read_from_its_config(tmp_path: Path) -
         warnings.simplefilter("ignore")  # PEFT looks for some/base on the hub
         adapted.save_pretrained(str(tmp_path), save_embedding_layers=False)
     assert base_and_adapter(str(tmp_path), None) == ("some/base", tmp_path)
+
+
+def edited(folder: Path, change: Callable[[list[dict[str, object]]], None]) -> None:
+    file = folder / EXPERTS.name
+    content = json.loads(file.read_text())
+    change(content["pairs"])
+    file.write_text(json.dumps(content))
+
+
+def exchange_layers(rows: list[dict[str, object]]) -> None:
+    for row in rows:
+        row["parameter"] = str(row["parameter"]).translate(str.maketrans("01", "10"))
+
+
+def exchange_places(rows: list[dict[str, object]]) -> None:
+    """Right by themselves, wrong for the class that registers them."""
+    names = {"gate_up_proj": "down_proj", "down_proj": "gate_up_proj"}
+    for row in rows:
+        owner, _, name = str(row["parameter"]).rpartition(".")
+        row["parameter"] = f"{owner}.{names[name]}"
+
+
+def exchange_keys(rows: list[dict[str, object]]) -> None:
+    for row in rows:
+        row["order"] = 1 - int(str(row["order"]))
+
+
+@pytest.mark.parametrize("change", [exchange_layers, exchange_keys])
+def test_a_record_that_its_keys_refute_is_refused(
+    change: Callable[[list[dict[str, object]]], None], tmp_path: Path
+) -> None:
+    save_adapter(adapt(half_width(), plan_of(half_width()), PLAIN), tmp_path, "base")
+    edited(tmp_path, change)
+    with pytest.raises(DataError, match="cannot be the pair of"):
+        read_adapter(tmp_path)
+
+
+def test_a_record_that_the_model_refutes_is_refused(tmp_path: Path) -> None:
+    save_adapter(adapt(half_width(), plan_of(half_width()), PLAIN), tmp_path, "base")
+    assert known_places(model_sites(half_width()), tmp_path)
+    edited(tmp_path, exchange_places)
+    read_adapter(tmp_path)
+    with pytest.raises(DataError, match="another base, or a changed file"):
+        known_places(model_sites(half_width()), tmp_path)

@@ -34,6 +34,7 @@ from rankwise.device.parity.pixels import AppPixels
 from rankwise.device.parity.reference import Observed, Reference, Rows
 from rankwise.device.parity.rungs import BROKEN, NO_PICTURE, NOT_MEASURED, RUNGS, Rung
 from rankwise.errors import VerificationError
+from rankwise.page.text import plural
 
 NAMES = tuple(RUNGS)
 LAST = 800  # characters of what a failed process said
@@ -169,6 +170,7 @@ def verdict(ladders: Mapping[str, Ladder]) -> list[str]:
     if not broken:
         return [
             f"What runs in llama.cpp is what was trained ({', '.join(ladders)}): no rung is broken{unproven(ladders)}.",
+            *set_apart(ladders),
             *cost(ladders),
         ]
     lines = [
@@ -201,6 +203,19 @@ def blame(exact: list[str], rounded: list[str], broken: list[str]) -> str:
     return (
         f"{', '.join(broken)} is not what was trained; validate the f16 file too, which tells conversion from rounding."
     )
+
+
+def set_apart(ladders: Mapping[str, Ladder]) -> list[str]:
+    """Of a mixture of experts: how much near ties of routers leave unproven."""
+    parts = []
+    for form, ladder in ladders.items():
+        places, told = ladder["logprobs"].measured.get("positions_of_another_routing", 0), ladder["text"].measured
+        if places or told.get("another_routing"):
+            answers = f"{told.get('another_routing', 0)} of {told.get('cases', 0)} answers"
+            parts.append(f"{form}: {plural(places, 'place')} of forced answers and {answers}")
+    if not parts:
+        return []
+    return [f"Not proved, since near ties of routers may choose other experts there ({'; '.join(parts)})."]
 
 
 def cost(ladders: Mapping[str, Ladder]) -> list[str]:
