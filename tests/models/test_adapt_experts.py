@@ -305,7 +305,8 @@ def test_a_record_that_its_keys_refute_is_refused(
 
 
 def test_a_record_that_the_model_refutes_is_refused(tmp_path: Path) -> None:
-    save_adapter(adapt(half_width(), plan_of(half_width()), PLAIN), tmp_path, "base")
+    plan = RankPlan(tuple(PlannedSite(site, 3) for site in model_sites(half_width()).values()))
+    save_adapter(adapt(half_width(), plan, PLAIN), tmp_path, "base")
     assert known_places(model_sites(half_width()), tmp_path)
     edited(tmp_path, exchange_places)
     read_adapter(tmp_path)
