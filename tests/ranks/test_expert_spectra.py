@@ -474,7 +474,7 @@ def test_a_saved_adapter_is_measured_per_expert(family: str, tmp_path: Path) -> 
     draw, pairs = generator(0), {}
     for site in expert_sites(meta_model(str(base))).values():
         a, b = (torch.randn(site.experts, *size, generator=draw) for size in ((3, site.shape[1]), (site.shape[0], 3)))
-        pairs[site.path] = LoraPair(a, b, 2.0, site.transposed, peft=site.peft, swapped=site.swapped)
+        pairs[site.path] = LoraPair(a, b, 2.0, site.transposed, peft=site.peft, swapped=site.swapped, order=site.order)
     write_adapter(tmp_path / "adapter", LoraAdapter(lora_config(str(base)), pairs))
     options = ["--output_dir", str(tmp_path / "out"), "--no_plots", "--model_name", str(base)]
     assert cli.main(["ranks", "--adapter", str(tmp_path / "adapter"), *options]) == 0
