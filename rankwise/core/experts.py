@@ -62,6 +62,12 @@ class Nested(Protocol):
     """Whatever knows its place among its module's parameters of experts: a site, a pair, an `ExpertPlace`."""
 
     @property
+    def experts(self) -> int: ...
+
+    @property
+    def swapped(self) -> bool: ...
+
+    @property
     def order(self) -> int: ...
 
 
@@ -71,6 +77,12 @@ def nested_keys(adapted: Mapping[str, Nested]) -> dict[str, str]:
     for name in sorted(adapted, key=lambda name: adapted[name].order, reverse=True):
         modules.setdefault(name.rpartition(".")[0], []).append(name)
     return {name: module + ".base_layer" * depth for module, held in modules.items() for depth, name in enumerate(held)}
+
+
+def expert_places(adapted: Mapping[str, Nested]) -> dict[str, ExpertPlace]:
+    """Key under which PEFT saves a pair → what it adapts, of all adapted parameters of experts."""
+    keys = nested_keys(adapted)
+    return {keys[name]: ExpertPlace(name, one.experts, one.swapped, one.order) for name, one in adapted.items()}
 
 
 def targeted(names: Iterable[str], targets: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,27 +18,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rankwise.core.experts import ExpertPlace, join_experts, nested_keys, split_experts, targeted
+from rankwise.core.experts import ExpertPlace, expert_places, join_experts, nested_keys, split_experts, targeted
 from rankwise.core.factors import Factors
 from rankwise.core.site import PEFT_PREFIX, Site
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter_config import (
+    EXPERTS,
     AdaptedSite,
     complete_config,
     config_name,
     peft_name,
+    place_rows,
     rank_of,
+    recorded_places,
     require_plain,
     scale_of,
 )
 from rankwise.files.atomic import atomic_files, read_object, write_json
 from rankwise.files.checkpoint import ADAPTER_NAMES, SAFETENSORS, open_checkpoint, resolve
-from rankwise.files.document import Document, build
 from rankwise.files.pickled import SUFFIXES
-
-EXPERTS = Document(
-    "experts.json", "rankwise-experts/1", "a record of the experts that an adapter adapts", "", ("pairs",)
-)
 
 CONFIG_NAME = "adapter_config.json"
 FOLDERS = ("", "final_model", "lora_adapter")
@@ -164,25 +162,6 @@ def read_adapter(
     return LoraAdapter(config, pairs, extra)
 
 
-def recorded_places(folder: Path) -> dict[str, ExpertPlace]:
-    """Key in the adapter's file → what the pair adapts, of a folder's `experts.json`; empty without one. DataError
-    where a key is not the one under which PEFT saves the pair of its parameter."""
-    file = folder / EXPERTS.name
-    if not file.is_file():
-        return {}
-    try:
-        found = {row.pop("key"): build(ExpertPlace, row) for row in EXPERTS.read(folder)["pairs"]}
-    except (KeyError, TypeError, AttributeError, UsageError, DataError) as error:
-        raise DataError(f"{file}: not {EXPERTS.what} ({error})") from error
-    keys = nested_keys({place.parameter: place for place in found.values()})
-    for key, place in found.items():
-        if keys[place.parameter] != key:
-            raise DataError(
-                f"{file}: {key} cannot be the pair of {place.parameter}, which PEFT saves as {keys[place.parameter]}"
-            )
-    return found
-
-
 def known_places(sites: Mapping[str, Site], path: Path | str) -> dict[str, ExpertPlace] | None:
     """Key in an adapter's file → what the pair adapts, by the model's sites and the adapter's target_parameters. None
     where the adapter adapts no experts. DataError where its folder's record says otherwise."""
@@ -191,11 +170,7 @@ def known_places(sites: Mapping[str, Site], path: Path | str) -> dict[str, Exper
         return None
     experts = {name: site for name, site in sites.items() if site.experts}
     named = targeted(experts, read_object(config_file).get("target_parameters") or ())
-    keys = nested_keys({name: experts[name] for name in named})
-    found = {
-        keys[name]: ExpertPlace(name, experts[name].experts, experts[name].swapped, experts[name].order)
-        for name in named
-    }
+    found = expert_places({name: experts[name] for name in named})
     recorded = recorded_places(weights.parent)
     if recorded and recorded != found:
         wrong = min(key for key in {**found, **recorded} if found.get(key) != recorded.get(key))
@@ -204,11 +179,6 @@ def known_places(sites: Mapping[str, Site], path: Path | str) -> dict[str, Exper
             f"{found.get(wrong)}: another base, or a changed file"
         )
     return found or None
-
-
-def place_rows(places: Mapping[str, ExpertPlace]) -> dict[str, Any]:
-    """The content of `experts.json`."""
-    return {"pairs": [{"key": key, **asdict(place)} for key, place in places.items()]}
 
 
 def _refuse_unplaced(config: Mapping[str, Any], site: str, rows: int, config_file: Path) -> None:
@@ -378,9 +348,7 @@ def write_adapter(folder: Path | str, adapter: LoraAdapter) -> Path:
             raise DataError(f"{path}: rank 0 cannot be written as an adapter; leave the site out")
     if not adapter.pairs:
         raise DataError(f"{folder}: no sites to write; an adapter needs at least one")
-    experts = {path: pair for path, pair in adapter.pairs.items() if pair.experts}
-    keys = nested_keys(experts)
-    places = {keys[p]: ExpertPlace(p, pair.experts, pair.swapped, pair.order) for p, pair in experts.items()}
+    places = expert_places({path: pair for path, pair in adapter.pairs.items() if pair.experts})
     config = complete_config(
         adapter.config,
         [

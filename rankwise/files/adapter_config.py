@@ -1,19 +1,24 @@
 """The content of PEFT's adapter_config.json: what of it makes a plain LoRA, the rank and scale of a site, and the whole
-config of an adapter with these sites."""
+config of an adapter with these sites. And `experts.json` beside it: what pairs of experts adapt, which their keys do not
+tell."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise.core.experts import targeted
+from rankwise.core.experts import ExpertPlace, nested_keys, targeted
 from rankwise.core.site import PEFT_NAMES, pattern
-from rankwise.errors import DataError
+from rankwise.errors import DataError, UsageError
+from rankwise.files.document import Document, build
 
+EXPERTS = Document(
+    "experts.json", "rankwise-experts/1", "a record of the experts that an adapter adapts", "", ("pairs",)
+)
 # Options under which B·A is not, or not all of, the change of the weight.
 NOT_PLAIN = {
     "use_dora": "DoRA",
@@ -182,3 +187,27 @@ def _targets(sites: Sequence[AdaptedSite]) -> dict[str, Any]:
 def _tidy(alpha: float) -> int | float:
     """An integer where rounding alone made it a fraction."""
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-9) else alpha
+
+
+def recorded_places(folder: Path) -> dict[str, ExpertPlace]:
+    """Key in the adapter's file → what the pair adapts, of a folder's `experts.json`; empty without one. DataError
+    where a key is not the one under which PEFT saves the pair of its parameter."""
+    file = folder / EXPERTS.name
+    if not file.is_file():
+        return {}
+    try:
+        found = {row.pop("key"): build(ExpertPlace, row) for row in EXPERTS.read(folder)["pairs"]}
+    except (KeyError, TypeError, AttributeError, UsageError, DataError) as error:
+        raise DataError(f"{file}: not {EXPERTS.what} ({error})") from error
+    keys = nested_keys({place.parameter: place for place in found.values()})
+    for key, place in found.items():
+        if keys[place.parameter] != key:
+            raise DataError(
+                f"{file}: {key} cannot be the pair of {place.parameter}, which PEFT saves as {keys[place.parameter]}"
+            )
+    return found
+
+
+def place_rows(places: Mapping[str, ExpertPlace]) -> dict[str, Any]:
+    """The content of `experts.json`."""
+    return {"pairs": [{"key": key, **asdict(place)} for key, place in places.items()]}

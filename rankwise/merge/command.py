@@ -23,8 +23,9 @@ from rankwise.files.atomic import about_to_write, atomic_folder
 from rankwise.files.checkpoint import HUB_ID
 from rankwise.files.lineage import trained_rows
 from rankwise.files.run_folder import RunFolder
+from rankwise.merge.config import TOKENIZER_CONFIG
 from rankwise.merge.logits import Batch, free_memory, needs_layers, prompt_batch, whole_bytes
-from rankwise.merge.plan import TOKENIZER_CONFIG, MergePlan, plan_merge
+from rankwise.merge.plan import MergePlan, plan_merge
 from rankwise.merge.routing import RoutedExperts, adapted_experts
 from rankwise.merge.verify import (
     Agreement,

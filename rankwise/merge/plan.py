@@ -23,7 +23,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rankwise.core.site import parameter_name
 from rankwise.errors import DataError, VerificationError
@@ -31,16 +31,14 @@ from rankwise.files.adapter import CONFIG_NAME, adapter_files, adapter_tensors
 from rankwise.files.adapter_config import require_plain
 from rankwise.files.atomic import read_object
 from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint, resolve
+from rankwise.merge.config import merged_config, special_tokens, with_special, with_vocabulary
 from rankwise.models.adapt import ADAPTER, factor_weights, layer_site, lora_layers, quiet_peft
 from rankwise.models.adapters import attach_layers, check_recorded, fill_weights
 from rankwise.models.depth.encoder import ENCODER, DepthSettings, attach_depth, read_depth
 from rankwise.models.expert_files import BLOCKS, ExpertFiles
-from rankwise.models.load import is_mxfp4, load_tokenizer, meta_model
+from rankwise.models.load import is_mxfp4, meta_model
 from rankwise.models.sites import WeightTable, tower_of, tower_prefixes, weight_table
-from rankwise.models.vocabulary import fit_vocabulary, row_count, row_names, token_count
-
-TOKENIZER_CONFIG = "tokenizer_config.json"
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+from rankwise.models.vocabulary import fit_vocabulary, row_count, row_names
 
 
 @dataclass(frozen=True)
@@ -70,10 +68,6 @@ class ExpertChange:
     lora_B: Tensor
     scale: float
     transposed: bool
-
-    @property
-    def number(self) -> int:
-        return len(self.lora_A)
 
     def of(self, expert: int) -> Tensor:
         """The change of one expert's matrix, as the model stores that."""
@@ -304,58 +298,6 @@ def refuse_no_effect(change: Skeleton, where: str) -> None:
     pairs += [[pair.lora_A, pair.lora_B] for pair in change.experts.values()]
     if not change.whole and not change.tokens and not any(all(bool(one.any()) for one in pair) for pair in pairs):
         raise VerificationError(f"{where}: every B·A is zero, so the adapter has no effect; was it saved untrained?")
-
-
-def special_tokens(base: Path, adapter: Path, rows: int) -> dict[str, int]:
-    """The special tokens that differ from the base's. DataError where the adapter's tokenizer knows more tokens than
-    the merged model has rows for, and the base's does not."""
-    if not all((folder / TOKENIZER_CONFIG).is_file() for folder in (base, adapter)):
-        return {}
-    before, after = load_tokenizer(str(base)), load_tokenizer(str(adapter))
-    if token_count(after) > max(rows, token_count(before)):
-        raise DataError(
-            f"{adapter}: its tokenizer has {token_count(after)} tokens, and the embeddings {rows} rows: the rows of "
-            "the added tokens are not in the adapter (PEFT's save_pretrained takes save_embedding_layers=True). If "
-            "they were never trained, take the tokenizer's files out of the folder: the base's are used then"
-        )
-    ids = {name: getattr(after, name) for name in SPECIAL_IDS}
-    if ids["pad_token_id"] == ids["eos_token_id"]:
-        del ids["pad_token_id"]  # what stands in for a missing one is no choice
-    return {name: token for name, token in ids.items() if token is not None and token != getattr(before, name)}
-
-
-def with_special(config: Mapping[str, Any], special: Mapping[str, int]) -> dict[str, Any]:
-    """config.json with these special tokens, wherever it speaks of them."""
-    changed = {
-        name: with_special(value, special) if isinstance(value, dict) and name == "text_config" else value
-        for name, value in config.items()
-    }
-    return changed | {name: token for name, token in special.items() if name in config}
-
-
-def merged_config(config: Mapping[str, Any], dtype: str, untie: bool) -> dict[str, Any]:
-    """config.json of the merged model: the base's, with what the merge has changed, in its sub-configs as well."""
-    changed = {
-        name: merged_config(value, dtype, untie) if isinstance(value, dict) and name.endswith("_config") else value
-        for name, value in config.items()
-    }
-    if is_mxfp4(config.get("quantization_config")):
-        changed.pop("quantization_config")
-        changed |= {"dtype": "bfloat16"} if dtype == "auto" else {}
-    if dtype != "auto":
-        changed["dtype"] = dtype
-    if "dtype" in changed:
-        changed.pop("torch_dtype", None)
-    if untie and ("architectures" in config or "tie_word_embeddings" in config):
-        changed["tie_word_embeddings"] = False
-    return changed
-
-
-def with_vocabulary(config: Mapping[str, Any], settings: PreTrainedConfig, rows: int) -> dict[str, Any]:
-    """config.json with this many tokens, in the part of it that describes the decoder."""
-    text = settings.get_text_config()
-    part = next((name for name in settings.sub_configs if getattr(settings, name, None) is text), None)
-    return {**config, part: {**config.get(part, {}), "vocab_size": rows}} if part else {**config, "vocab_size": rows}
 
 
 def check_untied(model: PreTrainedModel, config: Mapping[str, Any], partner: Mapping[str, str]) -> None:

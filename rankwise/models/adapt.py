@@ -28,7 +28,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankwise.core.experts import ExpertPlace, nested_keys, split_experts
+from rankwise.core.experts import ExpertPlace, expert_places, split_experts
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.core.rank_budget import RankBudget
 from rankwise.core.site import PEFT_PREFIX, Site
@@ -244,12 +244,10 @@ def layer_site(path: str, layer: LoraLayer) -> Site | None:
     return next(site for site in expert_sites(path.rpartition(".")[0], base) if site.path == path)
 
 
-def expert_places(model: PeftModel) -> dict[str, ExpertPlace]:
+def model_places(model: PeftModel) -> dict[str, ExpertPlace]:
     """Key in the saved adapter → what the pair under it adapts, of all experts."""
     sites = {path: layer_site(path, layer) for path, layer in lora_layers(model).items()}
-    experts = {path: site for path, site in sites.items() if site}
-    keys = nested_keys(experts)
-    return {keys[path]: ExpertPlace(path, site.experts, site.swapped, site.order) for path, site in experts.items()}
+    return expert_places({path: site for path, site in sites.items() if site})
 
 
 def adalora_layers(model: PeftModel) -> dict[str, AdaLoraLayer]:

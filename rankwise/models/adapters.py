@@ -20,28 +20,26 @@ from rankwise.errors import DataError, VerificationError
 from rankwise.files.adapter import (
     CONFIG_NAME,
     COPY,
-    EXPERTS,
     ORIGINAL,
     LoraAdapter,
     LoraPair,
     adapter_files,
     adapter_tensors,
-    place_rows,
     read_adapter,
     write_adapter,
 )
-from rankwise.files.adapter_config import lora_config
+from rankwise.files.adapter_config import EXPERTS, lora_config, place_rows
 from rankwise.files.atomic import atomic_files, read_object
 from rankwise.files.checkpoint import ADAPTER_NAMES, Checkpoint
 from rankwise.files.document import Document
 from rankwise.models.adapt import (
     ADAPTER,
     built_shapes,
-    expert_places,
     factor_weights,
     full_copies,
     lora_layers,
     lora_pairs,
+    model_places,
     quiet_peft,
 )
 from rankwise.models.sites import weight_table
@@ -92,7 +90,7 @@ def save_adapter(
     config.base_model_name_or_path = base_name
     with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as temporary:
         model.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
-        if places := expert_places(model):
+        if places := model_places(model):
             EXPERTS.write(temporary, place_rows(places))
         publish(Path(temporary), folder)
 

@@ -38,8 +38,8 @@ from rankwise.files.atomic import about_to_write, read_object
 from rankwise.files.lineage import trained_rows
 from rankwise.files.plan import read_plan
 from rankwise.files.run_folder import RunFolder
+from rankwise.merge.beside import own_files
 from rankwise.merge.plan import build_skeleton
-from rankwise.merge.write import own_files
 from rankwise.models.adapters import publish
 from rankwise.models.depth.encoder import read_depth, write_depth
 from rankwise.models.load import described_folder, meta_model

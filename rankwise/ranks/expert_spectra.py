@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,18 +22,15 @@ from rankwise.core.measure import (
     Sketch,
     exact_spectrum,
     is_small,
-    marchenko_pastur_edge,
     null_edge,
     sketches,
     zero_spectrum,
 )
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum, Undecided
-from rankwise.files.adapter import LoraPair
 from rankwise.options.commands import RanksConfig
-from rankwise.options.sections import SpectrumSection
 from rankwise.ranks.deltas import DeltaSource, check_finite, on_device
-from rankwise.ranks.measured import Measured, correctable, histories, negligible, of_experts
+from rankwise.ranks.measured import Measured, of_experts
 
 AT_ONCE = {"cpu": 2**25, "cuda": 2**31}  # bytes of float32 deltas: what a batch gains on a CPU, two matrices give
 Question = Callable[[Site, Spectrum], object]  # raises Undecided
@@ -53,23 +50,6 @@ class ExpertDelta:
         """How much energy the bounds of its spectrum leave open."""
         return float(self.spectrum.missed()[-1]) if len(self.spectrum) else 0.0
 
-    def measured(self, section: SpectrumSection) -> Measured:
-        first, both = histories(self.spectrum, self.delta, section)
-        delta = self.delta
-        return Measured(
-            spectrum=first,
-            spectrum_both=both,
-            energy=delta.energy,
-            relative_change=delta.relative_change,
-            unchanged=delta.unchanged,
-            noise_share=delta.noise_share,
-            noise_share_both=delta.noise_share_both,
-            corrected=correctable(delta, negligible(section)),
-            stored_as=delta.stored_as if delta.energy else None,
-            null_edge=self.edge,
-            seconds=0.0,
-        )
-
 
 def measure_experts(
     source: DeltaSource, site: Site, config: RanksConfig, question: Question, generator: torch.Generator
@@ -81,12 +61,17 @@ def measure_experts(
     started = time.perf_counter()
     section = config.spectrum
     found: dict[int, ExpertDelta] = {}
+    rows: dict[int, Measured] = {}
 
-    def rows() -> list[Measured]:
-        return [found[expert].measured(section) for expert in sorted(found)]
+    def take(new: Mapping[int, ExpertDelta]) -> None:
+        found.update(new)
+        rows.update({e: Measured.of(one.spectrum, one.delta, section, one.edge, 0.0) for e, one in new.items()})
+
+    def known(base_energy: float = math.nan) -> Measured:
+        return of_experts([rows[expert] for expert in sorted(rows)], base_energy, time.perf_counter() - started)
 
     def answered() -> bool:
-        so_far = of_experts(rows(), math.nan, 0.0)
+        so_far = known()
         try:
             for spectrum in filter(None, (so_far.spectrum, so_far.spectrum_both)):
                 question(site, spectrum)
@@ -98,24 +83,24 @@ def measure_experts(
         return exactly(read_expert(source, site, expert, config.device), generator, method)
 
     if section.exact or section.noise_floor != "none" or is_small(site.shape, section.max_rank):
-        found |= {expert: exact(expert, "exact") for expert in range(site.experts)}
+        for expert in range(site.experts):
+            take({expert: exact(expert, "exact")})
     else:
         bound: Sketched = Sketch.spectrum
         for batch in batches(site, config.device):
             bounded = sketch_batch(source, site, batch, config, generator)
-            found |= bounded(bound)
+            take(bounded(bound))
             if batch.start == 0 and not answered():  # the first experts tell how close the bounds have to be
                 bound = Sketch.refined
-                found |= bounded(bound)
+                take(bounded(bound))
         if bound is Sketch.spectrum and not answered():
             for batch in batches(site, config.device):
-                found |= sketch_batch(source, site, batch, config, generator)(Sketch.refined)
+                take(sketch_batch(source, site, batch, config, generator)(Sketch.refined))
         for expert in sorted(found, key=lambda each: -found[each].gap):
             if answered():
                 break
-            found[expert] = exact(expert, UNDECIDED)
-    base = sum(row.delta.base_energy for row in found.values())
-    return of_experts(rows(), base, time.perf_counter() - started)
+            take({expert: exact(expert, UNDECIDED)})
+    return known(sum(row.delta.base_energy for row in found.values()))
 
 
 def batches(site: Site, device: str) -> Iterator[range]:
@@ -171,15 +156,3 @@ def sketch_batch(
         }
 
     return bounded
-
-
-def measure_expert_pair(pair: LoraPair) -> Measured:
-    """Exact spectra of the experts' scale·B·A from their factors."""
-    dtype = str(pair.lora_A.dtype).removeprefix("torch.")
-    rows = []
-    for expert in range(pair.experts):
-        spectrum = pair.expert(expert).factors().spectrum()
-        total = spectrum.energy_total
-        edge = marchenko_pastur_edge(total, pair.shape)
-        rows.append(Measured(spectrum, None, total, math.nan, 0.0, 0.0, 0.0, False, dtype, edge, 0.0))
-    return replace(of_experts(rows, math.nan, 0.0), relative_change=math.nan)

@@ -29,7 +29,7 @@ from rankwise.files.atomic import about_to_write
 from rankwise.files.checkpoint import open_checkpoint, resolve
 from rankwise.files.plan import find_plan, read_plan
 from rankwise.files.run_folder import RunFolder
-from rankwise.merge.write import tokenizer_files
+from rankwise.merge.beside import tokenizer_files
 from rankwise.models.adapters import publish
 from rankwise.models.sites import model_sites, tower_of, tower_prefixes
 from rankwise.models.vocabulary import embedding_paths

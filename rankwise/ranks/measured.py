@@ -9,14 +9,16 @@ A parameter with experts has a row for each (`Measured.experts`): rounding is ju
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from rankwise.core.measure import Delta
+from rankwise.core.measure import Delta, marchenko_pastur_edge
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum, together
 from rankwise.errors import DataError
+from rankwise.files.adapter import LoraPair
 from rankwise.options.sections import SpectrumSection
 
 NEGLIGIBLE = 0.01  # a share of rounding noise; sites with more that cannot be corrected are reported
@@ -47,6 +49,32 @@ class Measured:
     null_edge: float
     seconds: float
     experts: tuple[Measured, ...] = ()
+
+    @classmethod
+    def of(cls, spectrum: Spectrum, delta: Delta, section: SpectrumSection, edge: float, seconds: float) -> Measured:
+        """A matrix's, by the spectrum and the statistics of its delta; edge: the `null_edge`."""
+        first, both = histories(spectrum, delta, section)
+        return cls(
+            spectrum=first,
+            spectrum_both=both,
+            energy=delta.energy,
+            relative_change=delta.relative_change,
+            unchanged=delta.unchanged,
+            noise_share=delta.noise_share,
+            noise_share_both=delta.noise_share_both,
+            corrected=correctable(delta, negligible(section)),
+            stored_as=delta.stored_as if delta.energy else None,
+            null_edge=edge,
+            seconds=seconds,
+        )
+
+    @classmethod
+    def of_pair(cls, pair: LoraPair) -> Measured:
+        """Exact, of scale·B·A from the factors; nothing is rounded, and the base is not known."""
+        started, spectrum = time.perf_counter(), pair.factors().spectrum()
+        dtype, total = str(pair.lora_A.dtype).removeprefix("torch."), spectrum.energy_total
+        edge, seconds = marchenko_pastur_edge(total, pair.shape), time.perf_counter() - started
+        return cls(spectrum, None, total, math.nan, 0.0, 0.0, 0.0, False, dtype, edge, seconds)
 
     @property
     def above_null(self) -> bool:

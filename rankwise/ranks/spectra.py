@@ -5,6 +5,7 @@ measured = measure_sites(source, RanksConfig(), question)
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import zlib
@@ -14,15 +15,15 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from rankwise.core.measure import UNDECIDED, Delta, marchenko_pastur_edge, measure, null_edge
+from rankwise.core.measure import UNDECIDED, Delta, measure, null_edge
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum
 from rankwise.files.adapter import LoraAdapter
 from rankwise.files.processes import gathered, own_share
 from rankwise.options.commands import RanksConfig
 from rankwise.ranks.deltas import DeltaSource, check_finite, deltas, on_device
-from rankwise.ranks.expert_spectra import measure_expert_pair, measure_experts
-from rankwise.ranks.measured import Measured, correctable, histories, negligible
+from rankwise.ranks.expert_spectra import measure_experts
+from rankwise.ranks.measured import Measured, histories, of_experts
 
 Question = Callable[[Site, Spectrum], object]  # raises Undecided
 Unsettled = Callable[[Mapping[Site, Spectrum]], Collection[Site]]
@@ -100,33 +101,18 @@ def measure_site(site: Site, delta: Delta, config: RanksConfig, question: Questi
             question(site, spectrum)
 
     found = measure(delta, section.max_rank, asked, exact=exact, generator=generator)
-    spectrum, spectrum_both = histories(found, delta, section)
-    return Measured(
-        spectrum=spectrum,
-        spectrum_both=spectrum_both,
-        energy=delta.energy,
-        relative_change=delta.relative_change,
-        unchanged=delta.unchanged,
-        noise_share=delta.noise_share,
-        noise_share_both=delta.noise_share_both,
-        corrected=correctable(delta, negligible(section)),
-        stored_as=delta.stored_as if delta.energy else None,
-        null_edge=null_edge(delta, generator) if delta.energy else 0.0,
-        seconds=time.perf_counter() - started,
-    )
+    edge = null_edge(delta, generator) if delta.energy else 0.0
+    return Measured.of(found, delta, section, edge, time.perf_counter() - started)
 
 
 def measure_adapter(adapter: LoraAdapter, sites: Mapping[str, Site]) -> dict[Site, Measured]:
     """Exact spectra of scale·B·A from its factors: two thin QRs and an r×r SVD each, never the dense matrix."""
     measured = {}
     for path, site in sites.items():
-        started = time.perf_counter()
+        pair = adapter.pairs[path]
         if site.experts:
-            measured[site] = replace(measure_expert_pair(adapter.pairs[path]), seconds=time.perf_counter() - started)
-            continue
-        spectrum = adapter.pairs[path].factors().spectrum()
-        dtype = str(adapter.pairs[path].lora_A.dtype).removeprefix("torch.")
-        total, edge = spectrum.energy_total, marchenko_pastur_edge(spectrum.energy_total, site.shape)
-        found = Measured(spectrum, None, total, float("nan"), 0.0, 0.0, 0.0, False, dtype, edge, 0.0)  # nothing rounded
-        measured[site] = replace(found, seconds=time.perf_counter() - started)
+            rows = [Measured.of_pair(pair.expert(expert)) for expert in range(site.experts)]
+            measured[site] = of_experts(rows, math.nan, sum(row.seconds for row in rows))
+        else:
+            measured[site] = Measured.of_pair(pair)
     return measured

@@ -18,8 +18,8 @@ from rankwise.core.plan import RankPlan
 from rankwise.data.split import SPLIT
 from rankwise.errors import VerificationError
 from rankwise.evaluate.likelihood import BESIDE
-from rankwise.files.adapter import EXPERTS, LoraAdapter, LoraPair, write_adapter
-from rankwise.files.adapter_config import lora_config
+from rankwise.files.adapter import LoraAdapter, LoraPair, write_adapter
+from rankwise.files.adapter_config import EXPERTS, lora_config
 from rankwise.files.atomic import read_if_there, write_json
 from rankwise.files.checkpoint import open_checkpoint, resolve
 from rankwise.files.lineage import row_options

@@ -112,7 +112,7 @@ def test_too_small_a_disk_is_seen_before_anything_is_written(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert main(["merge", str(adapter), "-o", str(tmp_path / "out")]) == 3
     assert "are free" in capsys.readouterr().err
     assert not (tmp_path / "out" / "config.json").exists()

@@ -28,7 +28,8 @@ from transformers import (
 from rankwise.core.experts import join_experts, split_experts
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.errors import DataError, VerificationError
-from rankwise.files.adapter import EXPERTS, base_and_adapter, known_places, read_adapter, write_adapter
+from rankwise.files.adapter import base_and_adapter, known_places, read_adapter, write_adapter
+from rankwise.files.adapter_config import EXPERTS
 from rankwise.models import adapt as adapt_module
 from rankwise.models.adapt import ADAPTER, adapt, lora_layers, lora_pairs, quiet_peft, site_parameters
 from rankwise.models.adapters import load_adapter, save_adapter, subtract_pairs

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rankwise.errors import DataError, VerificationError
 from rankwise.files import adapter as adapter_module
-from rankwise.files.adapter import EXPERTS, LoraAdapter, LoraPair, read_adapter, write_adapter
-from rankwise.files.adapter_config import lora_config
+from rankwise.files.adapter import LoraAdapter, LoraPair, read_adapter, write_adapter
+from rankwise.files.adapter_config import EXPERTS, lora_config
 from rankwise.models.adapt import ADAPTER, built_shapes, lora_layers
 from rankwise.models.load import load_model
 from rankwise.models.sites import model_sites

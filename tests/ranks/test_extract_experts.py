@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from rankwise.core.plan import PlannedSite, RankPlan
 from rankwise.errors import DataError, VerificationError
 from rankwise.files import adapter as adapter_module
-from rankwise.files.adapter import EXPERTS, LoraPair, read_adapter
+from rankwise.files.adapter import LoraPair, read_adapter
+from rankwise.files.adapter_config import EXPERTS
 from rankwise.files.checkpoint import open_checkpoint
 from rankwise.files.plan import write_plan
 from rankwise.merge import command as merge
