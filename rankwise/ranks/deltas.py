@@ -53,6 +53,16 @@ def deltas(source: DeltaSource, sites: Sequence[Site]) -> Iterator[tuple[Site, D
         yield site, source.read(site)
 
 
+def read_expert(source: DeltaSource, site: Site, expert: int, device: str = "cpu") -> Delta:
+    """The delta of one expert on the device, the next one's bytes requested from the disk. DataError, naming parameter
+    and expert, for entries that are not finite."""
+    if expert + 1 < site.experts:
+        source.prefetch(site, expert + 1)
+    delta = source.expert(site, expert)
+    check_finite(site, delta, f"{site.weight}, expert {expert}")
+    return on_device(delta, device)
+
+
 def dense(source: DeltaSource, site: Site) -> Delta:
     """The whole delta, of a layer's experts (E, m, n): for whoever moves the model by it. stored_as: None where the
     experts that moved were stored in several formats."""
@@ -60,7 +70,7 @@ def dense(source: DeltaSource, site: Site) -> Delta:
         return source.read(site)
     whole, parts = torch.empty(site.experts, *site.shape), list[Delta]()
     for expert in range(site.experts):
-        part = source.expert(site, expert)
+        part = read_expert(source, site, expert)
         whole[expert] = part.matrix
         parts.append(replace(part, matrix=whole[expert]))
     formats = {one.stored_as for one in parts if one.energy}

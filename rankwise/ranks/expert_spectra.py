@@ -29,7 +29,7 @@ from rankwise.core.measure import (
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum, Undecided
 from rankwise.options.commands import RanksConfig
-from rankwise.ranks.deltas import DeltaSource, check_finite, on_device
+from rankwise.ranks.deltas import DeltaSource, read_expert
 from rankwise.ranks.measured import Measured, of_experts
 
 AT_ONCE = {"cpu": 2**25, "cuda": 2**31}  # bytes of float32 deltas: what a batch gains on a CPU, two matrices give
@@ -108,15 +108,6 @@ def batches(site: Site, device: str) -> Iterator[range]:
     size = max(1, AT_ONCE["cuda" if device.startswith("cuda") else "cpu"] // (4 * math.prod(site.shape)))
     for start in range(0, site.experts, size):
         yield range(start, min(start + size, site.experts))
-
-
-def read_expert(source: DeltaSource, site: Site, expert: int, device: str) -> Delta:
-    """The delta of one expert on the device, the next one requested from the disk."""
-    if expert + 1 < site.experts:
-        source.prefetch(site, expert + 1)
-    delta = source.expert(site, expert)
-    check_finite(site, delta, f"{site.weight}, expert {expert}")
-    return on_device(delta, device)
 
 
 def exactly(delta: Delta, generator: torch.Generator, method: str = "exact") -> ExpertDelta:

@@ -44,6 +44,7 @@ from rankwise.ranks.deltas import (
     check_finite,
     deltas,
     on_device,
+    read_expert,
     weight_name,
 )
 from rankwise.ranks.fidelity import RESIZED, Fidelity, OmittedTensor, SiteFidelity, left_out, require_kept
@@ -247,17 +248,14 @@ def factor_experts(
     right, left = torch.zeros(site.experts, row.rank, site.shape[1]), torch.zeros(site.experts, site.shape[0], row.rank)
     energies, kept, noise, stored_as = [0.0] * site.experts, [1.0] * site.experts, 0.0, None
     for expert in range(site.experts):
-        if expert + 1 < site.experts:
-            source.prefetch(site, expert + 1)
-        delta = source.expert(site, expert)
-        check_finite(site, delta, f"{site.weight}, expert {expert}")
+        delta = read_expert(source, site, expert, device)
         energies[expert] = delta.energy
         if not delta.energy:
             continue
         noise, stored_as = noise + delta.energy * delta.noise_share_both, delta.stored_as or stored_as
         kept[expert] = 0.0
         if row.rank:
-            found = truncate(on_device(delta, device).matrix, row.rank, generator)
+            found = truncate(delta.matrix, row.rank, generator)
             factors = Factors(found.left.cpu(), found.right.cpu())
             kept[expert] = min(1.0, factors.spectrum().energy_total / delta.energy)
             require_kept(f"{site.path}, expert {expert}", kept_of(delta, factors), kept[expert])

@@ -35,7 +35,7 @@ from rankwise.merge.logits import (
 from rankwise.merge.verify import NO_EFFECT, TOLERANCE, read_changes, relative
 from rankwise.models.load import meta_model, weightless_model
 from rankwise.models.vocabulary import embedding_paths, resize, row_count
-from rankwise.ranks.deltas import CheckpointPair, DeltaSource, SavedDeltas, WeightPair
+from rankwise.ranks.deltas import CheckpointPair, DeltaSource, SavedDeltas, WeightPair, read_expert
 from rankwise.ranks.fidelity import Fidelity, require_kept
 from rankwise.ranks.probe import folder_of, model_weights
 
@@ -97,7 +97,7 @@ def require_experts(source: DeltaSource, adapter: Path, model: PreTrainedModel, 
         site = row.site
         module = model.get_submodule(site.path.rpartition(".")[0])
         for expert, claimed in enumerate(row.experts):
-            name, delta = f"{site.path}, expert {expert}", source.expert(site, expert)
+            name, delta = f"{site.path}, expert {expert}", read_expert(source, site, expert)
             product = changes[site.path].of_expert(expert, site.experts)
             stored = product.T if getattr(module, "is_transposed", False) else product
             made = (stored.T if site.transposed else stored).double()

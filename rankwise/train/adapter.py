@@ -40,7 +40,7 @@ from rankwise.models.targets import (
 )
 from rankwise.options.commands import TrainConfig
 from rankwise.options.sections import LoraSection
-from rankwise.ranks.deltas import DeltaSource, check_finite, deltas, open_deltas
+from rankwise.ranks.deltas import DeltaSource, check_finite, deltas, open_deltas, read_expert
 from rankwise.train.arguments import frozen_dtype, quantization
 from rankwise.train.job import Job
 
@@ -206,8 +206,7 @@ def warm_experts(
     flat_a, flat_b = (half[ADAPTER].weight.detach() for half in (layer.lora_A, layer.lora_B))
     a, b = (part.clone() for part in split_experts(flat_a, flat_b, site.experts, site.swapped))
     for expert in range(site.experts):
-        delta = source.expert(site, expert)
-        check_finite(site, delta, f"{site.weight}, expert {expert}")
+        delta = read_expert(source, site, expert)
         if delta.energy:
             a[expert], b[expert] = truncate(delta.matrix, rank, generator).lora(scale)
     write_pair(layer, *join_experts(a, b, site.swapped))
