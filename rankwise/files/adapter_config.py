@@ -1,6 +1,6 @@
 """The content of PEFT's adapter_config.json: what of it makes a plain LoRA, the rank and scale of a site, and the whole
-config of an adapter with these sites. And `experts.json` beside it: what each pair of experts adapts, which its key does
-not tell."""
+config of an adapter with these sites. And `experts.json` beside it: what each pair of experts adapts, which its
+key does not tell."""
 
 from __future__ import annotations
 

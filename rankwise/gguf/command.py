@@ -155,12 +155,12 @@ def verdict(plan: ExportPlan, proof: Mapping[str, Any] | None) -> str:
     if proof is None:
         return "not verified (--no_verify)"
     tensors = sum(proof["checkpoint"]["tensors"].values())
-    lines = [f"verified: {plural(tensors, 'tensor')} of the checkpoint; {split(proof['tokenizer'])}"]
+    lines = [f"verified: {plural(tensors, 'tensor')} of the files against the checkpoint; {split(proof['tokenizer'])}"]
     for outtype, kinds in proof["errors"].items():
         worst = max(one["largest_rms"] for one in kinds.values())
         lines.append(f"  {outtype}: at most {worst:.1e} (relative rms) from the float32 weights in any tensor")
     lines += [
-        f"  {name}: keeps at least {one['least_kept']:.2%} of the tuning in each of {plural(one['tensors'], 'tensor')}"
+        f"  {name}: keeps at least {one['least_kept']:.2%} of the tuning in each of {plural(one['tensors'], 'weight')}"
         for name, one in (proof["tuned"] or {}).items()
     ]
     if other := proof["stored_otherwise_in_the_base"]:
