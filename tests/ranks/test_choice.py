@@ -22,6 +22,7 @@ from rankwise.data.example import Example, Examples, Turn
 from rankwise.data.render import Renderer
 from rankwise.errors import DataError
 from rankwise.evaluate.likelihood import answer_losses, training_batches
+from rankwise.files.adapter import read_adapter
 from rankwise.files.plan import PLAN_FILE, read_plan
 from rankwise.models.load import load_model, load_tokenizer
 from rankwise.models.sites import model_sites
@@ -344,3 +345,23 @@ def test_what_it_cannot_do_without_is_refused_by_name(
     assert cli.main(argv) == code
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_every_command_that_a_chosen_plan_is_for_takes_it(base: Path, rows: Path, tmp_path: Path) -> None:
+    """Chosen from a preliminary run's deltas; extraction and warm start then hold the same truncation at its ranks."""
+    probe, out, task = tmp_path / "probe", tmp_path / "ranks", f"--task e2e_nlg --data_path {rows}"
+    line = f"finetune --model_name {base} {task} -o {probe} --subset_ratio 1 --max_steps 8 --lr 3e-3"
+    assert cli.main(line.split()) == 0
+    ranks(out, "--deltas", probe, *auto(rows, "--budget", "uniform:2"))
+    plan = out / PLAN_FILE
+    extracted = f"extract --deltas {probe} --plan {plan} -o {tmp_path / 'extracted'}"
+    warm = f"train --model_name {base} {task} -o {tmp_path / 'warm'} --lora_config {plan} --warm_start delta"
+    assert cli.main(extracted.split()) == 0
+    assert cli.main([*warm.split(), "--deltas", str(probe), "--lr", "0", "--max_steps", "1"]) == 0
+    ours, started = (read_adapter(tmp_path / name).pairs for name in ("extracted", "warm"))
+    assert {path: pair.rank for path, pair in ours.items()} == {
+        path: rank for path, rank in read_plan(out).ranks.items() if rank
+    }
+    assert ours.keys() == started.keys()
+    for path, pair in ours.items():
+        torch.testing.assert_close(started[path].factors().product(), pair.factors().product(), atol=1e-5, rtol=1e-3)
