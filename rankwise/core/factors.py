@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rankwise.core.measure import OVERSAMPLE, SMALL_SIDE, range_basis
-from rankwise.core.spectrum import Spectrum
+from rankwise.core.spectrum import Spectrum, all_values
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class Factors:
     def spectrum(self) -> Spectrum:
         """The exact spectrum of the product; its energy is the sum of the squares, and nothing is missing."""
         _, values, _ = self.svd()
-        values = values.cpu()
-        return Spectrum(values, float(values.square().sum()), self.shape, method="factors", complete=True)
+        return all_values(values.cpu(), self.shape, "factors")
 
     def inner(self, other: Factors) -> float:
         """⟨left·right, other's⟩_F in float64, through an r × r' matrix: tr((LᵀL')(R'Rᵀ))."""
@@ -76,6 +75,15 @@ class Factors:
     def lora(self, scale: float) -> tuple[Tensor, Tensor]:
         """(A (r, n), B (m, r)) of a LoRA pair with scale·B·A = left·right."""
         return self.right.contiguous(), (self.left / scale).contiguous()
+
+
+def squared_norms(left: Tensor, right: Tensor) -> Tensor:
+    """‖left·right‖²_F of each product of a batch, (…): of left (…, m, r) and right (…, r, n), in their precision.
+
+    ⟨LᵀL, RRᵀ⟩, matrices of r × r: no product is formed. Exactly 0 where either is; else to rounding of ‖L‖²‖R‖², by
+    which it may lie below 0.
+    """
+    return ((left.mT @ left) * (right @ right.mT)).sum((-2, -1))
 
 
 def share_kept(inner: float, after: float, before: float) -> float:

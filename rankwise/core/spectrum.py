@@ -210,6 +210,11 @@ class Spectrum:
         return replace(self, values=kept, energy_total=float(kept.square().sum()), method=f"{self.method}, {rule}")
 
 
+def all_values(values: Tensor, shape: tuple[int, int], method: str) -> Spectrum:
+    """The spectrum whose singular values are these: none is missing, and its energy is the sum of their squares."""
+    return Spectrum(values, float(values.square().sum()), shape, method=method, complete=True)
+
+
 def together(spectra: Sequence[Spectrum]) -> Spectrum:
     """The spectrum of matrices of one shape that get the same rank each (a layer's experts): σᵢ² = Σ_e σ²_{e,i}.
 

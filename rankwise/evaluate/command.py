@@ -32,12 +32,13 @@ from rankwise.evaluate.engines import (
 from rankwise.evaluate.generate import fitting
 from rankwise.evaluate.predictions import READ_FIRST, RESULTS, EvaluationResult, earlier_answers
 from rankwise.evaluate.tasks import TASKS, evaluate, part, task
-from rankwise.files.adapter import adapter_files, base_and_adapter
+from rankwise.files.adapter import adapter_files, base_and_adapter, recorded_base
 from rankwise.files.atomic import fingerprint, fingerprints, write_text
 from rankwise.files.checkpoint import base_files, resolve
 from rankwise.files.lineage import warn_of_training_rows
 from rankwise.files.processes import announce, finish, gathered, process_index
 from rankwise.files.run_folder import RunFolder, held
+from rankwise.models.load import another_base
 from rankwise.options.commands import EvaluateConfig
 from rankwise.options.sections import HARNESS, SCORED_TASKS, is_harness
 from rankwise.page.blocks import lines
@@ -62,6 +63,8 @@ def run(config: EvaluateConfig) -> EvaluationResult | None:
 def evaluate_model(config: EvaluateConfig) -> EvaluationResult | None:
     folder = output_folder(config)
     base, adapter = base_and_adapter(str(config.model_name), config.base_model_id)
+    for note in another_base("the adapter", recorded_base(adapter), base) if adapter else []:
+        announce(f"note: {note}")
     made_from = model_facts(base, adapter)
     with held(folder, "evaluate", inputs(config, base, adapter)) as record:
         renderer = renderer_of(config, base, adapter)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -63,8 +63,9 @@ class LoraPair:
     experts: A (E, r, n) and B (E, m, r), the delta of each is the product of its own two (`core.experts`: as files hold
     them).
 
-    `fan_in_fan_out`: the base stores the weight as (n, m), as Conv1D and embeddings do. `embedding`: the pair
-    adapts an embedding table, which has key names of its own. `peft`, `swapped`, `order`: as a site's.
+    `fan_in_fan_out`: the base stores the weight as (n, m), as Conv1D and embeddings do; of experts no file tells, and
+    whoever knows the model says so. `embedding`: the pair adapts an embedding table, which has key names of its own.
+    `peft`, `swapped`, `order`: as a site's.
     """
 
     lora_A: Tensor
@@ -80,6 +81,12 @@ class LoraPair:
     def of(cls, factors: Factors, scale: float = 2.0, fan_in_fan_out: bool = False, peft: str = "pattern") -> Self:
         """The pair whose scale·B·A is the factors' product."""
         return cls(*factors.lora(scale), scale, fan_in_fan_out, peft=peft)
+
+    @classmethod
+    def of_experts(cls, pairs: Sequence[LoraPair], site: Site) -> Self:
+        """The pair of a site's experts, by the pair of each, which are of one rank and scale."""
+        a, b = torch.stack([one.lora_A for one in pairs]), torch.stack([one.lora_B for one in pairs])
+        return cls(a, b, pairs[0].scale, site.transposed, False, site.peft, site.swapped, site.order)
 
     @property
     def rank(self) -> int:
@@ -109,6 +116,11 @@ class LoraPair:
         if self.experts:
             raise ValueError(f"a pair of {self.experts} experts has no one product")
         return Factors(self.lora_B.float() * self.scale, self.lora_A.float())
+
+    def change(self) -> Tensor:
+        """scale·B·A of one matrix, float32, as the base stores that: (n, m) with `fan_in_fan_out`, else (m, n)."""
+        product = self.factors().product()
+        return product.T if self.fan_in_fan_out else product
 
 
 @dataclass(frozen=True)
@@ -355,7 +367,7 @@ def write_adapter(folder: Path | str, adapter: LoraAdapter) -> Path:
             AdaptedSite(pair.rank, pair.scale, config_name(path, pair.peft, pair.experts), pair.peft)
             for path, pair in adapter.pairs.items()
         ],
-        any(pair.fan_in_fan_out and not pair.embedding for pair in adapter.pairs.values()),
+        any(pair.fan_in_fan_out and not pair.embedding and not pair.experts for pair in adapter.pairs.values()),
     )
     names = (ADAPTER_NAMES[0], CONFIG_NAME, *([EXPERTS.name] if places else []))
     with atomic_files(*(folder / name for name in names)) as (weights_file, config_file, *record):

@@ -37,7 +37,7 @@ from rankwise.merge.verify import (
     require_written,
 )
 from rankwise.merge.write import Written, dtype_name, require_space, shard_bytes, write_merged
-from rankwise.models.load import is_mxfp4, load_config
+from rankwise.models.load import another_base, is_mxfp4, load_config
 from rankwise.options.commands import MergeConfig
 from rankwise.options.sections import ModelSection
 from rankwise.page.text import command_line, memory, plural
@@ -179,10 +179,8 @@ def report(
 
 def notes(config: MergeConfig, plan: MergePlan, base: str) -> list[str]:
     """Notes on deviations from adapter or base: another base, weights no longer tied, the adapter's own tokens."""
-    found, (before, after) = [], plan.rows
-    recorded = recorded_base(Path(str(config.adapter)))
-    if recorded and recorded != base:
-        found.append(f"the adapter records the base {recorded}; merged into {base}, whose names and shapes fit")
+    before, after = plan.rows
+    found = another_base("the adapter", recorded_base(Path(str(config.adapter))), base)
     if is_mxfp4((plan.base.config or {}).get("quantization_config")):
         found.append(
             f"the base's experts are in MXFP4: trained and merged dequantized, written as "

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from rankwise.core.site import parameter_name
 from rankwise.errors import DataError, VerificationError
-from rankwise.files.adapter import CONFIG_NAME, adapter_files, adapter_tensors
+from rankwise.files.adapter import CONFIG_NAME, LoraPair, adapter_files, adapter_tensors
 from rankwise.files.adapter_config import require_plain
 from rankwise.files.atomic import read_object
 from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint, resolve
@@ -61,21 +61,6 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class ExpertChange:
-    """The pair of a layer's experts: A (E, r, n), B (E, m, r). `transposed`: the model stores (in, out)."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    scale: float
-    transposed: bool
-
-    def of(self, expert: int) -> Tensor:
-        """The change of one expert's matrix, as the model stores that."""
-        product = self.scale * (self.lora_B[expert] @ self.lora_A[expert])
-        return product.T if self.transposed else product
-
-
-@dataclass(frozen=True)
 class Skeleton:
     """What an adapter changes, by parameter name.
 
@@ -88,7 +73,7 @@ class Skeleton:
     whole: dict[str, Tensor]
     tokens: Mapping[str, tuple[Tensor, Tensor]]
     rowed: frozenset[str]
-    experts: Mapping[str, ExpertChange] = field(default_factory=dict)
+    experts: Mapping[str, LoraPair] = field(default_factory=dict)
 
     @property
     def touched(self) -> frozenset[str]:
@@ -239,9 +224,7 @@ def build_skeleton(model: PreTrainedModel, folder: Path, where: str) -> Skeleton
         token_rows(skeleton),
         rowed,
         {
-            path: ExpertChange(
-                *factor_weights(path, layers[path]), float(layers[path].scaling[ADAPTER]), site.transposed
-            )
+            path: LoraPair(*factor_weights(path, layers[path]), float(layers[path].scaling[ADAPTER]), site.transposed)
             for path, site in sites.items()
         },
     )

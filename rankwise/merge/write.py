@@ -200,7 +200,7 @@ def make_experts(plan: MergePlan, entry: Entry, files: ExpertFiles, rounding: Ro
             before = files.expert(plan.base, expert).float()
         else:
             before = (stored[expert] if one == ALL else stored).float()
-        merged = before if change is None else before + in_file(change.of(expert))
+        merged = before if change is None else before + in_file(change.expert(expert).change())
         if change is not None and rounding is not None:
             rounding.add(f"{name}, expert {expert}", before, merged, entry.dtype)
         place = written[expert] if one == ALL else written

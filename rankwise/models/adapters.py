@@ -137,9 +137,9 @@ def require_converted(model: PeftModel, folder: Path, base: Checkpoint, skeleton
     wrong = []
     for path, layer in lora_layers(model).items():
         now, pair = layer.get_base_layer().weight, pairs[path]
-        stored, change = places[f"{path}.weight"].read(base).float(), pair.factors().product()
+        stored, change = places[f"{path}.weight"].read(base).float(), pair.change()
         trained = now.detach().cpu().float() + layer.get_delta_weight(ADAPTER).detach().cpu().float()
-        error = trained - stored - (change.T if pair.fan_in_fan_out else change)
+        error = trained - stored - change
         rounding = max(torch.finfo(now.dtype).eps, CONVERTED)
         if not float(error.norm()) <= rounding * float(stored.norm()) + CONVERTED * float(change.norm()):
             wrong.append(path)

@@ -34,7 +34,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from rankwise.errors import DataError, UsageError, need
 from rankwise.files.atomic import about_to_write, read_object
-from rankwise.files.checkpoint import HUB_ID, INDEX, NAMES, resolve
+from rankwise.files.checkpoint import HUB_ID, INDEX, NAMES, model_fingerprint, resolve
 from rankwise.files.processes import announce
 from rankwise.models.sites import outside_language, tower_prefixes
 from rankwise.options.sections import ModelSection
@@ -92,6 +92,17 @@ def described_folder(name: str | None) -> Path | None:
         cached = try_to_load_from_cache(name, "config.json")
         folder = Path(cached).parent if isinstance(cached, str) else folder
     return folder if (folder / "config.json").is_file() else None
+
+
+def another_base(what: str, recorded: str | None, base: str | None) -> list[str]:
+    """The note that an adapter, plan or run (`what`) records another base than the one it is used with; none where it
+    records none, or where both are here and have the same configuration and weights."""
+    if not recorded or not base or recorded == base:
+        return []
+    here = [folder for name in (recorded, base) if (folder := described_folder(name))]
+    if len(here) == 2 and len({model_fingerprint(folder) for folder in here}) == 1:
+        return []
+    return [f"{what} records the base {recorded}; used with {base}, whose names and shapes fit"]
 
 
 def model_class(config: Any) -> Any:

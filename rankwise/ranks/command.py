@@ -25,6 +25,7 @@ from rankwise.files.lineage import row_options, rows_of
 from rankwise.files.plan import PLAN_FILE, write_plan
 from rankwise.files.processes import finish, process_index
 from rankwise.files.run_folder import RunFolder
+from rankwise.models.load import another_base
 from rankwise.options.commands import RanksConfig
 from rankwise.page.text import command_line
 from rankwise.pipeline.idle import refuse_idle
@@ -170,6 +171,7 @@ def measure_probes(config: RanksConfig) -> list[Probe]:
         notes += sentences(unpaired(source), 0.0)
         metadata = source_metadata(source)
         model_name = config.model_name or config.base or str(metadata.get("model_name") or "")
+        notes += another_base(str(config.deltas), metadata.get("model_name"), model_name)
         name = config.deltas or config.adapter or str(config.tuned)
         first = Probe(name, source, measure(config, source), model_name, metadata, notes)
         others = [(path, other_probe(path, config.base, config.sites, [])) for path in config.probe2]

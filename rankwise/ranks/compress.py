@@ -14,15 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankwise.core.allocate import Rule, by_budget, parse_budget, spectral_gains
 from rankwise.core.factors import Factors, balanced
 from rankwise.core.site import Site
 from rankwise.core.site import describe as describe_site
-from rankwise.core.spectrum import Spectrum
+from rankwise.core.spectrum import Spectrum, all_values, together
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import (
     LoraAdapter,
@@ -42,7 +40,7 @@ from rankwise.merge.beside import own_files
 from rankwise.merge.plan import build_skeleton
 from rankwise.models.adapters import publish
 from rankwise.models.depth.encoder import read_depth, write_depth
-from rankwise.models.load import described_folder, meta_model
+from rankwise.models.load import another_base, described_folder, meta_model
 from rankwise.models.sites import fused_experts, model_sites
 from rankwise.options.commands import CompressConfig
 from rankwise.page.text import command_line
@@ -54,19 +52,17 @@ SCALE = 2.0  # alpha = 2r at every site, so that one rank and one alpha describe
 @dataclass(frozen=True)
 class Ordered:
     """A site's product as factors in the order of its singular values: the first k columns are its best rank k. Of
-    experts the factors and squared values of each, and the spectrum of all: σ²_i = Σ_e σ²_{e,i}."""
+    experts the factors and the spectrum of each, and the one of all (`core.spectrum.together`)."""
 
     factors: tuple[Factors, ...]
-    squares: Tensor
+    spectra: tuple[Spectrum, ...]
     spectrum: Spectrum
 
     @classmethod
     def of(cls, pair: LoraPair) -> Ordered:
         found = [one.factors().svd() for one in pair.matrices()]
-        squares = torch.stack([values.square() for _, values, _ in found])
-        total = squares.sum(0)
-        spectrum = Spectrum(total.sqrt(), float(total.sum()), pair.shape, method="factors", complete=True)
-        return cls(tuple(balanced(*each) for each in found), squares, spectrum)
+        spectra = tuple(all_values(values, pair.shape, "factors") for _, values, _ in found)
+        return cls(tuple(balanced(*each) for each in found), spectra, together(spectra))
 
     def first(self, rank: int) -> list[Factors]:
         """Of every matrix."""
@@ -74,10 +70,7 @@ class Ordered:
 
     def kept(self, rank: int) -> tuple[float, ...]:
         """Share of every expert's energy; empty for one matrix, 1 for an expert that does not change."""
-        if len(self.factors) == 1:
-            return ()
-        shares = self.squares[:, :rank].sum(1) / self.squares.sum(1)
-        return tuple(shares.nan_to_num(nan=1.0).clamp(max=1.0).tolist())
+        return tuple(each.energy(rank).low for each in self.spectra) if len(self.spectra) > 1 else ()
 
 
 def run(config: CompressConfig) -> Fidelity:
@@ -172,7 +165,7 @@ def compress_adapter(adapter: LoraAdapter, config: CompressConfig) -> tuple[Lora
     ranks = choose_ranks(config, {site: one.spectrum for site, one in ordered.items()})
     width = max(ranks.values()) if config.uniform else None
     pairs = {
-        site.path: shrink(adapter.pairs[site.path], ordered[site], rank, width)
+        site.path: shrink(adapter.pairs[site.path], site, ordered[site], rank, width)
         for site, rank in ranks.items()
         if rank or width
     }
@@ -210,13 +203,12 @@ def planned_ranks(file: str, spectra: Mapping[Site, Spectrum]) -> dict[Site, int
     }
 
 
-def shrink(pair: LoraPair, ordered: Ordered, rank: int, width: int | None) -> LoraPair:
+def shrink(pair: LoraPair, site: Site, ordered: Ordered, rank: int, width: int | None) -> LoraPair:
     """The pair of this rank, zero-padded to `width` where one rank is wanted everywhere (the same product)."""
-    found = [(factors.padded(width) if width else factors).lora(SCALE) for factors in ordered.first(rank)]
-    right, left = (torch.stack(halves) for halves in zip(*found, strict=True))
-    if not pair.experts:
-        right, left = right[0], left[0]
-    return replace(pair, lora_A=right, lora_B=left, scale=SCALE)
+    found = [LoraPair.of(factors.padded(width or rank), SCALE) for factors in ordered.first(rank)]
+    if site.experts:
+        return LoraPair.of_experts(found, site)
+    return replace(pair, lora_A=found[0].lora_A, lora_B=found[0].lora_B, scale=SCALE)
 
 
 def fidelity_of(adapter: LoraAdapter, site: Site, ordered: Ordered, rank: int, width: int | None) -> SiteFidelity:
@@ -245,7 +237,10 @@ def settings(adapter: LoraAdapter) -> dict[str, Any]:
 
 
 def report(config: CompressConfig, fidelity: Fidelity, smaller: LoraAdapter) -> None:
-    for note in fidelity.notes():
+    recorded, plan = smaller.base_model, read_plan(Path(config.plan)) if config.plan else None
+    notes = another_base("the adapter", recorded, config.base_model)
+    notes += another_base(str(config.plan), plan.model_name, config.base_model or recorded) if plan else []
+    for note in [*notes, *fidelity.notes()]:
         print(f"note: {note}")
     if smaller.extra:
         print(f"note: {len(smaller.extra)} further tensors kept as they are ({', '.join(list(smaller.extra)[:3])} …)")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,6 @@ from tqdm import tqdm
 from rankwise.core.factors import Factors, share_kept, truncate
 from rankwise.core.measure import Delta
 from rankwise.core.plan import PlannedSite, RankPlan, clamped
-from rankwise.core.site import Site
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import LoraAdapter, LoraPair, carry, write_adapter
 from rankwise.files.adapter_config import lora_config
@@ -31,6 +30,7 @@ from rankwise.files.plan import find_plan, read_plan
 from rankwise.files.run_folder import RunFolder
 from rankwise.merge.beside import tokenizer_files
 from rankwise.models.adapters import publish
+from rankwise.models.load import another_base
 from rankwise.models.sites import model_sites, tower_of, tower_prefixes
 from rankwise.models.vocabulary import embedding_paths
 from rankwise.options.commands import ExtractConfig
@@ -115,16 +115,16 @@ def expected_weights(both: Both, pairs: Mapping[str, LoraPair], plan: RankPlan, 
     """The tuned model's weights; of sites base + B·A, of what is left out the base's."""
     names = [row.site.weight for row in plan.sites] + [row.name for row in fidelity.left_out]
     made = with_tied(both.model, {name: both.base[name] for name in names if name in both.base})
-    sites = {row.site.weight: row.site for row in plan.sites if row.site.path in pairs}
-    made |= {name: partial(with_pair, both.base[name], pairs[site.path], site) for name, site in sites.items()}
+    adapted = {row.site.weight: pairs[row.site.path] for row in plan.sites if row.site.path in pairs}
+    made |= {name: partial(with_pair, both.base[name], pair) for name, pair in adapted.items()}
     return both.tuned | made
 
 
-def with_pair(base: Callable[[], Tensor], pair: LoraPair, site: Site) -> Tensor:
+def with_pair(base: Callable[[], Tensor], pair: LoraPair) -> Tensor:
+    """The base's weight, or that of all experts, with the pair's change, float32."""
     weight = base().to(torch.float32, copy=True)
-    for matrix, one in zip(weight if site.experts else [weight], pair.matrices(), strict=True):
-        product = one.factors().product()
-        matrix += product.T if site.transposed else product
+    for matrix, one in zip(weight if pair.experts else [weight], pair.matrices(), strict=True):
+        matrix += one.change()
     return weight
 
 
@@ -198,6 +198,8 @@ def planned_ranks(config: ExtractConfig, source: DeltaSource, notes: list[str]) 
         return RankPlan(tuple(clamped(site, config.rank, {}) for site in source.sites.values()))
     plan = read_plan(Path(config.plan or ""), source.sites)
     plan.require_ranks(str(config.plan))
+    base = config.base or source_metadata(source).get("model_name")
+    notes += another_base(str(config.plan), plan.model_name, base)
     kept = filter_sites({row.site.path: row.site for row in plan.sites}, config.sites)
     left_out = [row.site.path for row in plan.sites if row.site.path not in kept]
     if left_out:
@@ -208,65 +210,60 @@ def planned_ranks(config: ExtractConfig, source: DeltaSource, notes: list[str]) 
 
 
 def factor_deltas(source: DeltaSource, plan: RankPlan, device: str, seed: int) -> tuple[dict[str, LoraPair], Fidelity]:
-    """Pairs and their fidelity, one delta in memory at a time. DataError for entries that are not finite."""
-    rows = {row.site.path: row for row in plan.sites}
+    """Pairs and their fidelity, one matrix in memory at a time; those of experts last. DataError for entries that are
+    not finite, and where no site has changed."""
     pairs: dict[str, LoraPair] = {}
     table: list[SiteFidelity] = []
-    bar = tqdm(total=len(rows), desc="extract", unit="site", disable=not sys.stderr.isatty())
-    for site, delta in deltas(source, [row.site for row in plan.sites if not row.site.experts]):
-        check_finite(site, delta)
-        row = rows[site.path]
-        if row.rank and delta.energy:
-            generator = site_generator(site, seed, device)
-            factors = truncate(on_device(delta, device).matrix, row.rank, generator)
-            factors = Factors(factors.left.cpu(), factors.right.cpu())
-            pairs[site.path] = pair = LoraPair.of(factors, plan.scale(row.rank), site.transposed, site.peft)
-            kept = min(1.0, factors.spectrum().energy_total / delta.energy)
-            require_kept(site.path, kept_of(delta, pair.factors()), kept)
-            note = note_of(row, delta.stored_as, delta.noise_share_both)
-            table.append(SiteFidelity(site, row.rank, delta.energy, kept, note=note))
-        else:
-            table.append(SiteFidelity(site, 0, delta.energy, float(not delta.energy), note=why_omitted(delta.energy)))
-        bar.update()
-    for row in (row for row in plan.sites if row.site.experts):
-        stack, kept_row = factor_experts(source, row, plan.scale(row.rank) if row.rank else 1.0, device, seed)
-        pairs |= {row.site.path: stack} if stack else {}
-        table.append(kept_row)
-        bar.update()
-    bar.close()
+    with tqdm(total=len(plan.sites), desc="extract", unit="site", disable=not sys.stderr.isatty()) as bar:
+        for row, found in planned_deltas(source, plan, device):
+            pair, kept = factor_site(row, found, plan, seed, device)
+            pairs |= {row.site.path: pair} if pair else {}
+            table.append(kept)
+            bar.update()
     if not pairs:
-        raise DataError(f"{source.description}: none of the {len(rows)} sites has changed; nothing to extract")
+        raise DataError(f"{source.description}: none of the {len(table)} sites has changed; nothing to extract")
     return pairs, Fidelity(tuple(table))
 
 
-def factor_experts(
-    source: DeltaSource, row: PlannedSite, scale: float, device: str, seed: int
+def planned_deltas(source: DeltaSource, plan: RankPlan, device: str) -> Iterator[tuple[PlannedSite, Iterable[Delta]]]:
+    """The planned sites, with the delta of each, or of each of its experts in turn."""
+    rows = {row.site.path: row for row in plan.sites}
+    for site, delta in deltas(source, [row.site for row in plan.sites if not row.site.experts]):
+        check_finite(site, delta)
+        yield rows[site.path], [on_device(delta, device)]
+    for row in plan.sites:
+        if row.site.experts:
+            yield row, (read_expert(source, row.site, expert, device) for expert in range(row.site.experts))
+
+
+def factor_site(
+    row: PlannedSite, found: Iterable[Delta], plan: RankPlan, seed: int, device: str
 ) -> tuple[LoraPair | None, SiteFidelity]:
-    """The pairs of a layer's experts, each from its own delta alone, and what they keep. One that has not changed, or
-    has fewer directions, is filled up with zeros. None where the plan gives no rank, or no expert has changed."""
-    site, generator = row.site, site_generator(row.site, seed, device)
-    right, left = torch.zeros(site.experts, row.rank, site.shape[1]), torch.zeros(site.experts, site.shape[0], row.rank)
-    energies, kept, noise, stored_as = [0.0] * site.experts, [1.0] * site.experts, 0.0, None
-    for expert in range(site.experts):
-        delta = read_expert(source, site, expert, device)
-        energies[expert] = delta.energy
-        if not delta.energy:
-            continue
-        noise, stored_as = noise + delta.energy * delta.noise_share_both, delta.stored_as or stored_as
-        kept[expert] = 0.0
-        if row.rank:
-            found = truncate(delta.matrix, row.rank, generator)
-            factors = Factors(found.left.cpu(), found.right.cpu())
-            kept[expert] = min(1.0, factors.spectrum().energy_total / delta.energy)
-            require_kept(f"{site.path}, expert {expert}", kept_of(delta, factors), kept[expert])
-            right[expert, : factors.rank], left[expert, :, : factors.rank] = factors.lora(scale)
+    """The pair of a site, of its experts each from its own delta alone, and what it keeps. The pair of an expert that
+    has not changed is zero. None where the plan gives no rank, or nothing has changed."""
+    site, rank, generator = row.site, row.rank, site_generator(row.site, seed, device)
+    scale = plan.scale(rank) if rank else 1.0
+    pairs, energies, kept, noise, stored_as = list[LoraPair](), list[float](), list[float](), 0.0, None
+    for number, delta in enumerate(found):
+        factors = Factors(torch.zeros(site.shape[0], rank), torch.zeros(rank, site.shape[1]))
+        if rank and delta.energy:
+            factors = truncate(delta.matrix, rank, generator)
+            factors = Factors(factors.left.cpu(), factors.right.cpu())
+        pairs.append(LoraPair.of(factors, scale, site.transposed, site.peft))
+        energies.append(delta.energy)
+        kept.append(float(not delta.energy))
+        if delta.energy:
+            kept[-1] = min(1.0, factors.spectrum().energy_total / delta.energy)
+            name = f"{site.path}, expert {number}" if site.experts else site.path
+            require_kept(name, kept_of(delta, pairs[-1].factors()), kept[-1])
+            noise, stored_as = noise + delta.energy * delta.noise_share_both, delta.stored_as or stored_as
     total = sum(energies)
-    if not row.rank or not total:
+    if not rank or not total:
         return None, SiteFidelity(site, 0, total, float(not total), note=why_omitted(total))
+    pair = LoraPair.of_experts(pairs, site) if site.experts else pairs[0]
     share = sum(energy * part for energy, part in zip(energies, kept, strict=True)) / total
-    pair = LoraPair(right, left, scale, peft=site.peft, swapped=site.swapped, order=site.order)
-    note = note_of(row, stored_as, noise / total)
-    return pair, SiteFidelity(site, row.rank, total, share, note=note, experts=tuple(kept))
+    note, experts = note_of(row, stored_as, noise / total), tuple(kept) if site.experts else ()
+    return pair, SiteFidelity(site, rank, total, share, note=note, experts=experts)
 
 
 def why_omitted(energy: float) -> str:

@@ -22,7 +22,7 @@ from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import LoraAdapter, known_places, read_adapter
 from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint, resolve
 from rankwise.models.expert_files import ExpertFiles
-from rankwise.models.load import meta_model
+from rankwise.models.load import another_base, meta_model
 from rankwise.models.sites import flat_experts, model_sites, weight_table
 from rankwise.models.vocabulary import embedding_paths
 from rankwise.options.commands import RanksConfig
@@ -277,6 +277,7 @@ def open_adapter(path: str, model_name: str | None, asked: SitesSection, notes: 
     adapter = read_adapter(Path(path), places=known_places(known, path))
     if model:
         check_base(adapter, known, {*known, *dict(model.named_modules())}, f"{path} and {model_name}")
+        notes += another_base("the adapter", adapter.base_model, model_name)
     whole = adapter.config.get("modules_to_save")
     if whole:
         notes.append(f"{path} also carries modules trained in full ({whole[0]} …): no factors, no spectrum")

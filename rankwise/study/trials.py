@@ -21,7 +21,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -30,6 +29,7 @@ from transformers import PreTrainedModel
 from rankwise.core.allocate import spectral_gains, spent
 from rankwise.core.factors import Factors
 from rankwise.core.site import Site
+from rankwise.core.spectrum import together
 from rankwise.data.dataset import Collator
 from rankwise.data.render import Renderer
 from rankwise.data.split import Parts
@@ -218,18 +218,18 @@ class ShortRuns:
 
     def energy_gains(self) -> Gains:
         """σ² of the change that the best trial of the largest rank made, computed from its factors."""
-        file, found = self.factors(self.best_of_largest), {}
+        file, spectra = self.factors(self.best_of_largest), {}
         try:
             kept = load_file(file)
             for site in self.material.sites:
                 left, right = SCALE * kept[f"{site.path}.B"], kept[f"{site.path}.A"]
                 each = zip(left, right, strict=True) if site.experts else [(left, right)]
-                found[site] = torch.stack([Factors(*halves).svd()[1].double().square().cpu() for halves in each]).sum(0)
+                spectra[site] = together([Factors(*halves).spectrum() for halves in each])
         except (OSError, SafetensorError, KeyError) as error:
             raise DataError(
                 f"{file}: no factors of a finished run of this model ({error}); delete it, and its run is made again"
             ) from error
-        return found
+        return spectral_gains(spectra)
 
     @property
     def best_of_largest(self) -> TrialRun:

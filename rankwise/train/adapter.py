@@ -27,7 +27,7 @@ from rankwise.files.plan import find_plan, read_plan
 from rankwise.files.processes import announce
 from rankwise.models.adapt import ADAPTER, Allocation, adapt, adapt_allocated, check_savable, lora_config, lora_layers
 from rankwise.models.depth.encoder import attach_depth
-from rankwise.models.load import load_weights
+from rankwise.models.load import another_base, load_weights
 from rankwise.models.sites import tower_of
 from rankwise.models.targets import (
     LANGUAGE,
@@ -77,6 +77,8 @@ def choose_plan(
         announce_scale(plan)
         return plan, []
     plan = load_plan(Path(lora.lora_config), sites, towers)
+    for note in another_base(lora.lora_config, plan.model_name, name):
+        announce(f"note: {note}")
     if any(site.kind == ROUTER for site in sites.values()) and all(row.site.kind != ROUTER for row in plan.sites):
         raise UsageError(f"--lora router: {lora.lora_config} has no ranks of routers; leave it out")
     left_out: list[str] = []
@@ -143,8 +145,10 @@ def adapt_base(
         return model
     model = adapt(base, plan, config.lora, full)
     if config.lora.deltas:
-        generator = torch.Generator().manual_seed(config.seed)
-        warm_start(model, plan, open_deltas(Path(config.lora.deltas)), generator)
+        generator, source = torch.Generator().manual_seed(config.seed), open_deltas(Path(config.lora.deltas))
+        for note in another_base(config.lora.deltas, source.metadata.get("model_name"), job.name):
+            announce(f"note: {note}")
+        warm_start(model, plan, source, generator)
     return model
 
 

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from rankwise.core.experts import split_experts
+from rankwise.core.factors import squared_norms
 from rankwise.core.site import layer_of
 from rankwise.errors import VerificationError
 from rankwise.files.adapter import LoraPair, read_adapter
@@ -79,8 +80,7 @@ def expert_values(pairs: Sequence[ExpertPair]) -> Tensor:
         if len(gradients) == 2:
             own = [part.square().sum((1, 2)) for part in split_experts(*halves(gradients), pair.experts)]
             norms = torch.stack(own).sum(0).sqrt()
-        squares = torch.sum((b.mT @ b) * (a @ a.mT), dim=(1, 2)).clamp(min=0)
-        deltas = abs(float(pair.wrapper.scaling[ADAPTER])) * squares.sqrt()
+        deltas = abs(float(pair.wrapper.scaling[ADAPTER])) * squared_norms(b, a).clamp(min=0).sqrt()
         found += [norms, deltas, without_effect(pair, b).reshape(1).to(norms.device)]
     return torch.cat(found) if found else torch.zeros(0)
 

@@ -30,6 +30,7 @@ from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.core.experts import split_experts
+from rankwise.core.factors import squared_norms
 from rankwise.core.site import PEFT_PREFIX, describe
 from rankwise.errors import UsageError
 from rankwise.files.atomic import write_json
@@ -339,8 +340,8 @@ def parameter_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 @torch.no_grad()
 def delta_norms(pairs: Sequence[Pair]) -> Tensor:
-    """‖scale·B·A‖_F of each pair, (S,) float32, without forming B·A: ‖BA‖² = ⟨BᵀB, AAᵀ⟩, matrices of r × r. Of experts
-    the root of their sum of squares.
+    """‖scale·B·A‖_F of each pair, (S,) float32, without forming B·A (`core.factors.squared_norms`). Of experts the root
+    of their sum of squares.
 
     The factors of a convolution are flattened. Exactly 0 where A or B is; else to about 1e-7·‖A‖²‖B‖² in the square.
     """
@@ -361,11 +362,11 @@ def delta_norms(pairs: Sequence[Pair]) -> Tensor:
 
 
 def one_by_one(factors: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
-    """‖BA‖² of each (A, B), matrices or stacks of them."""
-    return [torch.sum((b.mT @ b) * (a @ a.mT)) for a, b in factors]
+    """‖BA‖² of each (A (E, r, n), B (E, m, r)), of its E products together."""
+    return [squared_norms(b, a).sum() for a, b in factors]
 
 
 def stacked(factors: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
     """The same of pairs alike in shape; it spares a GPU hundreds of launches, where a CPU would only copy."""
     a, b = (torch.stack(side) for side in zip(*factors, strict=True))
-    return torch.sum((b.mT @ b) * (a @ a.mT), dim=tuple(range(1, a.dim()))).unbind()
+    return squared_norms(b, a).sum(1).unbind()

@@ -17,10 +17,11 @@ from transformers.core_model_loading import MergeModulelist
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from rankwise.errors import DataError, VerificationError
+from rankwise.files.adapter import LoraPair
 from rankwise.files.checkpoint import open_checkpoint
 from rankwise.merge import write
 from rankwise.merge.command import run
-from rankwise.merge.plan import ExpertChange, plan_merge
+from rankwise.merge.plan import plan_merge
 from rankwise.merge.routing import RoutedExperts, routed
 from rankwise.merge.verify import require_effect
 from rankwise.models import adapt as adapt_module
@@ -179,14 +180,14 @@ def test_naive_slices_of_the_factors(red: tuple[Path, Path], tmp_path: Path, mon
 def test_two_experts_that_changed_places(
     red: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of = ExpertChange.of
-    monkeypatch.setattr(ExpertChange, "of", lambda self, e: of(self, {6: 7, 7: 6}.get(e, e)))
+    expert = LoraPair.expert
+    monkeypatch.setattr(LoraPair, "expert", lambda self, e: expert(self, {6: 7, 7: 6}.get(e, e)))
     expect_red(red[1], tmp_path / "out", r"8 tensors .*down_proj, expert 6, is not .*down_proj, expert 7, is not")
 
 
 def test_one_expert_left_unmerged(red: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    of = ExpertChange.of
-    monkeypatch.setattr(ExpertChange, "of", lambda self, e: of(self, e) * (e != 5))
+    expert = LoraPair.expert
+    monkeypatch.setattr(LoraPair, "expert", lambda self, e: replace(expert(self, e), scale=self.scale * (e != 5)))
     expect_red(red[1], tmp_path / "out", "4 tensors .*expert 5, is not")
 
 
@@ -215,8 +216,8 @@ def test_an_expert_that_no_token_reaches_is_proved_by_its_entries(
     assert "reach 14 of 16 adapted experts" in capsys.readouterr().out
     record = json.loads((out / "manifest.json").read_text())["stages"]["merge"]["verification"]["experts"]
     assert record == {"adapted": 16, "reached": 14}
-    of = ExpertChange.of
-    monkeypatch.setattr(ExpertChange, "of", lambda self, e: of(self, e) * (e != 3))
+    expert = LoraPair.expert
+    monkeypatch.setattr(LoraPair, "expert", lambda self, e: replace(expert(self, e), scale=self.scale * (e != 3)))
     expect_red(adapter, tmp_path / "red", "expert 3, is not base")
 
 

@@ -238,14 +238,16 @@ def test_two_experts_that_changed_places(
     qwen: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the pairs themselves, so that what is expected of the logits is as wrong."""
-    factor = extract.factor_experts
+    factor = extract.factor_site
 
     def exchanged(*given: Any) -> tuple[LoraPair | None, Any]:
         found, row = factor(*given)
         order = [0, 2, 1, *range(3, 8)]
-        return found and replace(found, lora_A=found.lora_A[order], lora_B=found.lora_B[order]), row
+        if found is None or not found.experts:
+            return found, row
+        return replace(found, lora_A=found.lora_A[order], lora_B=found.lora_B[order]), row
 
-    monkeypatch.setattr(extract, "factor_experts", exchanged)
+    monkeypatch.setattr(extract, "factor_site", exchanged)
     with pytest.raises(VerificationError, match="expert 1: its factors keep"):
         extracted(qwen, tmp_path / "out", rank=RANK)
     assert not (tmp_path / "out/adapter_model.safetensors").exists()
@@ -259,13 +261,15 @@ def test_a_pair_of_an_expert_that_has_not_changed(
     shutil.copytree(tuned, tmp_path / "tuned")
     kept = {key: before[key] if ".experts.1." in key else tensor for key, tensor in after.items()}
     save_file(kept, tmp_path / "tuned/model.safetensors", metadata={"format": "pt"})
-    factor = extract.factor_experts
+    factor = extract.factor_site
 
     def moved(*given: Any) -> tuple[LoraPair | None, Any]:
         found, row = factor(*given)
-        return found and replace(found, lora_A=found.lora_A.roll(1, 0), lora_B=found.lora_B.roll(1, 0)), row
+        if found is None or not found.experts:
+            return found, row
+        return replace(found, lora_A=found.lora_A.roll(1, 0), lora_B=found.lora_B.roll(1, 0)), row
 
-    monkeypatch.setattr(extract, "factor_experts", moved)
+    monkeypatch.setattr(extract, "factor_site", moved)
     monkeypatch.setattr(proof, "require_kept", lambda *_: None)
     with pytest.raises(VerificationError, match="expert 1 has a pair, and has not changed; nothing was written"):
         extracted((base, tmp_path / "tuned"), tmp_path / "out", rank=RANK)
