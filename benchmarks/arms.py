@@ -44,7 +44,7 @@ from rankwise.models.sites import model_sites
 from rankwise.models.targets import choose_sites, scales, uniform_plan
 from rankwise.options.sections import LoraSection
 from rankwise.train.arguments import build_arguments
-from rankwise.train.together.stacked import ArmSettings
+from rankwise.train.together.optimizer import ArmSettings
 from rankwise.train.together.train import Arm, TrainedArm, train_together
 from rankwise.train.trainer import RankwiseTrainer
 

@@ -35,7 +35,7 @@ from rankwise.models.sites import model_sites
 from rankwise.models.targets import choose_sites
 from rankwise.options.sections import ModelSection
 from rankwise.study import footprint
-from rankwise.train.together.stacked import ArmSettings
+from rankwise.train.together.optimizer import ArmSettings
 from rankwise.train.together.starts import SCALE, random_start, row_order
 from rankwise.train.together.train import Arm, train_together
 

@@ -31,7 +31,7 @@ from rankwise.study.plans import Plans
 from rankwise.train.finetune import language_parameters
 from rankwise.train.together.alone import borrowed, train_alone, train_weights
 from rankwise.train.together.fit import score
-from rankwise.train.together.stacked import ArmSettings
+from rankwise.train.together.optimizer import ArmSettings
 from rankwise.train.together.starts import random_start, row_order, scales_of
 from rankwise.train.together.train import Arm, TrainedArm, train_together
 

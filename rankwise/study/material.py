@@ -41,7 +41,7 @@ from rankwise.ranks.deltas import BaseWeights, SavedDeltas, open_deltas, write_d
 from rankwise.train.finetune import language_parameters
 from rankwise.train.job import render_rows
 from rankwise.train.together.alone import borrowed, train_weights
-from rankwise.train.together.stacked import ArmSettings
+from rankwise.train.together.optimizer import ArmSettings
 from rankwise.train.together.starts import row_order
 
 SCORING_BATCH, PICTURED_BATCH = 16, 8

@@ -50,7 +50,8 @@ from rankwise.study.footprint import Footprint, at_most, free_memory
 from rankwise.study.material import Material, ScoredItems
 from rankwise.train.together.alone import StepLosses
 from rankwise.train.together.fit import fit
-from rankwise.train.together.stacked import PASSED_ON, ArmSettings
+from rankwise.train.together.optimizer import ArmSettings
+from rankwise.train.together.stacked import PASSED_ON
 from rankwise.train.together.starts import SCALE, random_start, row_order
 from rankwise.train.together.train import Arm, TrainedArm, fitting
 

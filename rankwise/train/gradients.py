@@ -362,11 +362,11 @@ def delta_norms(pairs: Sequence[Pair]) -> Tensor:
 
 
 def one_by_one(factors: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
-    """‖BA‖² of each (A (E, r, n), B (E, m, r)), of its E products together."""
+    """‖BA‖² of each (A, B), matrices or stacks of them."""
     return [squared_norms(b, a).sum() for a, b in factors]
 
 
 def stacked(factors: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
     """The same of pairs alike in shape; it spares a GPU hundreds of launches, where a CPU would only copy."""
     a, b = (torch.stack(side) for side in zip(*factors, strict=True))
-    return squared_norms(b, a).sum(1).unbind()
+    return squared_norms(b, a).reshape(len(a), -1).sum(1).unbind()

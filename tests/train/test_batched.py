@@ -33,7 +33,8 @@ from rankwise.train.phases import COLUMNS, PHASES_TABLE, PhaseKeeper
 from rankwise.train.together import train
 from rankwise.train.together.alone import Undropped, train_alone
 from rankwise.train.together.fit import fit
-from rankwise.train.together.stacked import ArmSettings, Course, Stack, StackedAdamW, learning_rates, running
+from rankwise.train.together.optimizer import ArmSettings, Course, StackedAdamW, learning_rates
+from rankwise.train.together.stacked import Stack, running
 from rankwise.train.together.train import Arm, TrainedArm, Validation, losses_together, train_together
 from rankwise.train.trainer import RankwiseTrainer
 

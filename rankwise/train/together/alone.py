@@ -43,7 +43,8 @@ from rankwise.models.sites import model_sites
 from rankwise.options.sections import LoraSection
 from rankwise.train.arguments import build_arguments
 from rankwise.train.phases import PhaseKeeper
-from rankwise.train.together.stacked import ArmSettings, Pairs
+from rankwise.train.together.optimizer import ArmSettings
+from rankwise.train.together.stacked import Pairs
 from rankwise.train.together.train import Arm, Collate, TokenRows, TrainedArm, compared, why_left
 from rankwise.train.trainer import SAMPLE_INDEX, RankwiseTrainer
 

@@ -37,8 +37,9 @@ from rankwise.train.selection import balanced
 from rankwise.train.step import memory_advice
 from rankwise.train.together.alone import train_alone, twin_of
 from rankwise.train.together.fit import score_in_turn
+from rankwise.train.together.optimizer import ArmSettings, learning_rates
 from rankwise.train.together.requested import PlannedArm
-from rankwise.train.together.stacked import ArmSettings, check_keys, learning_rates
+from rankwise.train.together.stacked import check_keys
 from rankwise.train.together.train import Arm, TrainedArm, Validation, fitting, train_together
 
 MEMORY = (

@@ -38,8 +38,8 @@ from rankwise.train.phases import COLUMNS, PHASES_TABLE
 from rankwise.train.results import ADAPTER_FILES, RESULTS_SUMMARY, describe_losses, write_results_summary
 from rankwise.train.selection import save_task
 from rankwise.train.together.arm_batch import ArmBatch
+from rankwise.train.together.optimizer import learning_rates
 from rankwise.train.together.requested import PlannedArm
-from rankwise.train.together.stacked import learning_rates
 from rankwise.train.together.train import TrainedArm
 
 ARM = Document("arm.json", "rankwise-arm/1", "an arm", "rankwise train --arms", ("identity", "files", "result"))

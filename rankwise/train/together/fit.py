@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from rankwise.evaluate.likelihood import answer_losses
 from rankwise.files.monitor import PeakMemory
 from rankwise.train.together.alone import StepLosses, adapted, train_alone, twin_of
-from rankwise.train.together.stacked import ArmSettings
+from rankwise.train.together.optimizer import ArmSettings
 from rankwise.train.together.starts import Pairs
 from rankwise.train.together.train import Arm, Batch, Collate, TokenRows, TrainedArm, losses_together, train_together
 

@@ -28,16 +28,8 @@ from transformers import PreTrainedModel
 from rankwise.data.vision_inputs import IGNORED
 from rankwise.errors import UsageError
 from rankwise.evaluate.likelihood import Learnt
-from rankwise.train.together.stacked import (
-    Active,
-    ArmSettings,
-    Course,
-    Stack,
-    StackedAdamW,
-    Together,
-    learning_rates,
-    running,
-)
+from rankwise.train.together.optimizer import Active, ArmSettings, Course, StackedAdamW, learning_rates
+from rankwise.train.together.stacked import Stack, Together, running
 
 Batch = Mapping[str, Tensor]
 Collate = Callable[[Sequence[Mapping[str, Any]]], Batch]
