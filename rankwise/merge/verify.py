@@ -93,11 +93,13 @@ class Change:
     halves: dict[str, Tensor]
     magnitude: Tensor | None = None
 
-    def of_expert(self, expert: int, experts: int) -> Tensor:
-        """Of one expert of a parameter, as PEFT has it: A holds expert after expert, B's columns take turns."""
+    def of_expert(self, expert: int, experts: int, module: nn.Module) -> Tensor:
+        """Of one expert of this module's parameter, as the module stores its matrix, float32. PEFT's A holds expert
+        after expert, B's columns take turns, and its product is turned where the module says `is_transposed`."""
         a, b = self.halves["A"], self.halves["B"]
         rank = len(a) // experts
-        return self.scale * (b[:, expert::experts].float() @ a[expert * rank : (expert + 1) * rank].float())
+        product = self.scale * (b[:, expert::experts].float() @ a[expert * rank : (expert + 1) * rank].float())
+        return product.T if getattr(module, "is_transposed", False) else product
 
     def on(self, rows: slice, before: Tensor) -> Tensor:
         """Some rows of the changed weight, float32. DoRA (Liu et al. 2024): m · (W + Δ) / ‖W + Δ‖ by row."""
@@ -184,10 +186,7 @@ def expert_errors(name: str, plan: MergePlan, base: Files, merged: Files, change
     for expert in range(before.experts):
         stored = (before.expert(base.checkpoint, expert) if whole is None else whole[expert]).float()
         written = after.expert(merged.checkpoint, expert)
-        wanted = stored
-        if change is not None:
-            product = change.of_expert(expert, before.experts)
-            wanted = stored + (product.T if getattr(module, "is_transposed", False) else product)
+        wanted = stored if change is None else stored + change.of_expert(expert, before.experts, module)
         limit = allowed_error(wanted, (wanted - stored).abs().max(), written.dtype)
         error = (written.float() - wanted).abs_() / limit
         shares.append(float(error.nan_to_num(nan=float("inf")).max()))

@@ -98,8 +98,7 @@ def require_experts(source: DeltaSource, adapter: Path, model: PreTrainedModel, 
         module = model.get_submodule(site.path.rpartition(".")[0])
         for expert, claimed in enumerate(row.experts):
             name, delta = f"{site.path}, expert {expert}", read_expert(source, site, expert)
-            product = changes[site.path].of_expert(expert, site.experts)
-            stored = product.T if getattr(module, "is_transposed", False) else product
+            stored = changes[site.path].of_expert(expert, site.experts, module)
             made = (stored.T if site.transposed else stored).double()
             energy, after = delta.energy, float(made.square().sum())
             if not energy and after:

@@ -40,7 +40,7 @@ from rankwise.train.adalora import (
 from rankwise.train.adapter import adapt_base, check_lora, choose_plan, describe_target, sites_for
 from rankwise.train.arguments import build_arguments, frozen_dtype, quantization
 from rankwise.train.estimate.command import check_estimate, run_estimate
-from rankwise.train.experts import kept_whole, refuse_asked, settled
+from rankwise.train.experts import refuse_asked, report_unquantized, settle_dropout
 from rankwise.train.job import Job, prepare, rates_of, settle_training
 from rankwise.train.launch import check_folder, finished_checkpoints, starting_point, train_job
 from rankwise.train.launch import going_on as going_on
@@ -89,8 +89,8 @@ def run(config: TrainConfig) -> Path:
         full = whole | gate_module(skeleton)
         sites = sites_for(config.lora, skeleton, towers.routers)
         plan, left_out = choose_plan(starting_lora(config), sites, name, towers.lora)
-        config = settled(config, plan)
-        kept_whole(config, skeleton, frozen_dtype(config.model.dtype, arguments))
+        config = settle_dropout(config, plan)
+        report_unquantized(config, skeleton, frozen_dtype(config.model.dtype, arguments))
         for line in describe_trained(skeleton, plan, full):
             announce(line)
         keeper = phase_keeper(config.phases, plan.adapted, config.seed, arguments, full_sites(skeleton, list(whole)))

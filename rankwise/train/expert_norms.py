@@ -123,12 +123,12 @@ def expert_rows(
             continue
         finite = all(map(math.isfinite, norms))
         routed = sum(norm > 0 for norm in norms) if finite else None
-        lists = (several(norm / loss_scale for norm in norms) if finite else None, several(deltas))
+        lists = (one_cell(norm / loss_scale for norm in norms) if finite else None, one_cell(deltas))
         effect = None if math.isnan(share) else f"{share:.6g}"
         yield [step, pair.path, layer_of(pair.path), pair.experts, routed, effect, *lists]
 
 
-def several(numbers: Iterable[float]) -> str:
+def one_cell(numbers: Iterable[float]) -> str:
     """`0.0123 0 0.00456`: one cell for all experts of a parameter."""
     return " ".join(f"{number:.4g}" for number in numbers)
 
@@ -146,14 +146,16 @@ class LearntExperts(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Whatever a resumed run brings along has learnt before."""
         self.pairs = expert_pairs(model) if hasattr(extract_model_from_parallel(model), "peft_config") else []
-        self.first = {pair.path: torch.where(held(pair.factors[1], pair.experts), 1, NEVER) for pair in self.pairs}
+        self.first = {
+            pair.path: torch.where(nonzero_experts(pair.factors[1], pair.experts), 1, NEVER) for pair in self.pairs
+        }
 
     def see(self, step: int, optimizer: Any) -> None:
         """Call it when a step (from 1) is about to be taken. Nothing waits for the device."""
         if self.pairs and max(group["lr"] for group in optimizer.param_groups) > 0:
             for pair in self.pairs:
                 if (gradient := pair.factors[1].grad) is not None:
-                    now = torch.where(held(gradient, pair.experts), step, NEVER)
+                    now = torch.where(nonzero_experts(gradient, pair.experts), step, NEVER)
                     self.first[pair.path] = torch.minimum(self.first[pair.path], now)
 
     def learnt(self, step: int) -> dict[str, list[int]]:
@@ -170,7 +172,7 @@ class LearntExperts(TrainerCallback):
 
 
 @torch.no_grad()
-def held(b: Tensor, experts: int) -> Tensor:
+def nonzero_experts(b: Tensor, experts: int) -> Tensor:
     """(E,): whether anything of each expert's part of B (m, r·E), or of what this process has of it, is not zero."""
     mine = b.to_local() if isinstance(b, DTensor) else b
     return mine.reshape(len(mine), -1, experts).ne(0).any(0).any(0)
@@ -186,7 +188,7 @@ def check_saved(folder: Path, learnt: Mapping[str, Sequence[int]]) -> None:
         return
     pairs = read_adapter(folder).pairs
     for path, experts in learnt.items():
-        lost = [expert for expert in experts if path not in pairs or not started(pairs[path], expert).any()]
+        lost = [expert for expert in experts if path not in pairs or not zero_at_start(pairs[path], expert).any()]
         if lost:
             raise VerificationError(
                 f"{folder}: {plural(len(lost), 'expert')} of {path} ({', '.join(map(str, lost[:NAMED]))}"
@@ -195,6 +197,6 @@ def check_saved(folder: Path, learnt: Mapping[str, Sequence[int]]) -> None:
             )
 
 
-def started(pair: LoraPair, expert: int) -> Tensor:
+def zero_at_start(pair: LoraPair, expert: int) -> Tensor:
     """What PEFT starts with zeros, of one expert: B, or where it takes in for out the site's A."""
     return pair.lora_A[expert] if pair.swapped else pair.lora_B[expert]

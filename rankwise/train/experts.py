@@ -1,8 +1,8 @@
 """What a run says and refuses where it adapts parameters by their name: a layer's experts, above all.
 
     refuse_asked(config)                        of the options alone, before anything is read
-    config = settled(config, plan)              the plan is known: dropout 0, or UsageError that names the option
-    kept_whole(config, model, dtype)            a 4-bit base keeps its experts in 16 bits
+    config = settle_dropout(config, plan)       the plan is known: dropout 0, or UsageError that names the option
+    report_unquantized(config, model, dtype)    a 4-bit base keeps its experts in 16 bits
 
 PEFT adds s·B·A to such a parameter in each forward pass (`lora.ParamWrapper`); there is no input of a layer to drop,
 and nothing to decompose.
@@ -55,7 +55,7 @@ def refuse_asked(config: TrainConfig) -> None:
         refuse(config, "--target experts")
 
 
-def settled(config: TrainConfig, plan: RankPlan) -> TrainConfig:
+def settle_dropout(config: TrainConfig, plan: RankPlan) -> TrainConfig:
     """The config with its dropout: none in the whole run where PEFT has none for a planned site.
 
     UsageError naming the option that does not go with such a site.
@@ -84,7 +84,7 @@ def refuse(config: TrainConfig, beside: str) -> None:
             raise UsageError(f"{beside} does not go with --{name} {told[name]}: {why}")
 
 
-def kept_whole(config: TrainConfig, model: PreTrainedModel, dtype: torch.dtype) -> None:
+def report_unquantized(config: TrainConfig, model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Say how much of a base that is to be quantized stays in 16 bits: bitsandbytes quantizes linear layers alone.
 
     UsageError where that is most of it, without --yes. model: may be on the meta device; dtype: of what stays.

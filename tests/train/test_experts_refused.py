@@ -122,7 +122,7 @@ def test_the_least_memory_of_a_known_model(capsys: pytest.CaptureFixture[str]) -
 
     from rankwise.errors import UsageError
     from rankwise.options.commands import TrainConfig
-    from rankwise.train.experts import kept_whole
+    from rankwise.train.experts import report_unquantized
 
     sizes = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_hidden_layers": 48}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936}
@@ -130,7 +130,7 @@ def test_the_least_memory_of_a_known_model(capsys: pytest.CaptureFixture[str]) -
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **sizes, **heads))
     config = TrainConfig(lora=LoraSection(load_in_4bit=True))
     with pytest.raises(UsageError, match=r"95 % of the base's 30.5B parameters.* at least (60\.9|61) GB"):
-        kept_whole(config, model, torch.bfloat16)
+        report_unquantized(config, model, torch.bfloat16)
 
 
 def test_experts_of_a_quantized_base_keep_their_precision_and_their_pairs_are_float32(

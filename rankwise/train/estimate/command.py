@@ -39,7 +39,7 @@ from rankwise.train.estimate.shapes import (
     rows_of,
     ways_of,
 )
-from rankwise.train.experts import settled
+from rankwise.train.experts import settle_dropout
 from rankwise.train.towers import full_of, train_use
 
 MOST_ROWS = 4096  # the largest batch that is looked for
@@ -52,7 +52,7 @@ def run_estimate(config: TrainConfig, name: str, arguments: TrainingArguments) -
     full = full_of(skeleton, towers)
     sites = sites_for(config.lora, skeleton, towers.routers)
     plan, _ = choose_plan(starting_lora(config), sites, name, towers.lora)
-    config = settled(config, plan)
+    config = settle_dropout(config, plan)
     rows = rows_of(config, name, skeleton)
     shapes = Shapes(skeleton, plan, config.lora, full, config.model.attn_implementation)
     found = estimate(config, name, arguments, shapes, rows)

@@ -29,7 +29,7 @@ from rankwise.models.sites import fused_experts
 from rankwise.options.commands import TrainConfig
 from rankwise.page.text import amount, plural
 from rankwise.train.arguments import frozen_dtype
-from rankwise.train.experts import kept_whole, settled
+from rankwise.train.experts import report_unquantized, settle_dropout
 from rankwise.train.job import prepare
 from rankwise.train.results import next_command
 from rankwise.train.together.arm_batch import ArmBatch
@@ -51,9 +51,9 @@ def run_arms(config: TrainConfig, name: str, arguments: TrainingArguments, input
             refuse(config, arguments)
             refuse_model(skeleton)
             planned = [plan_arm(config, arm, skeleton, name, arguments.learning_rate) for arm in arms]
-            kept_whole(config, skeleton, frozen_dtype(config.model.dtype, arguments))
+            report_unquantized(config, skeleton, frozen_dtype(config.model.dtype, arguments))
             for each in planned:
-                settled(each.config, each.plan)
+                settle_dropout(each.config, each.plan)
             split, job = prepare(config, name, arguments, planned[0].plan, skeleton)
             if in_turn:
                 announce("the base has fused experts: its arms train one after the other, without dropout")
