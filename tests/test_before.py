@@ -43,7 +43,7 @@ from rankwise.features.trained import load_factorizer
 from rankwise.files.adapter import read_adapter
 from rankwise.files.atomic import read_json, write_text
 from rankwise.files.document import lines_of
-from rankwise.files.ledger import Ledger
+from rankwise.files.ledger import HEAD, Ledger
 from rankwise.files.plan import read_plan, write_plan
 from rankwise.files.run_folder import RunFolder, read_marks, write_mark
 from rankwise.gguf.reading import MMPROJ, TEXT, read_export
@@ -56,8 +56,8 @@ from rankwise.ranks.plots import read_gain
 from rankwise.report.contents import read_sites
 from rankwise.report.report import build_report
 from rankwise.study.advice_page import read_advice
-from rankwise.study.design import Registration
 from rankwise.study.page import read_study
+from rankwise.study.registration import ITEMS, Registration
 from rankwise.train.checkpoints import find_damage
 from rankwise.train.gradient_table import stored
 
@@ -81,9 +81,16 @@ NEW = (
     "base_model",
     "target",
     "target_parameters",
+    "assumed_seed_sd",
+    "assumed_item_sd",
 )
-SINCE = {**dict.fromkeys(NEW), "yes": False}  # options and fields that are new since: at their default, nothing
-NOTHING = re.compile(rf"""(?m)^ *["']?({"|".join(SINCE)})["']?: (?:null|false),?\n""".encode())
+SINCE = {
+    **dict.fromkeys(NEW),
+    "yes": False,
+    "predictions": [],
+    "primary_budgets": [],
+}  # options and fields that are new since: at their default, nothing
+NOTHING = re.compile(rf"""(?m)^ *["']?({"|".join(SINCE)})["']?: (?:null|false|\[\]),?\n""".encode())
 PACKAGE = Path(rankwise.__file__).parent
 
 
@@ -243,6 +250,8 @@ READ: dict[str, Read] = {
     r"advice\.json": read_advice,
     r"preregistration\.json": lambda file: registered(file.parent),
     r"runs\.jsonl": lambda file: rows_of(file.parent),
+    r"runs\.head\.json": HEAD.read,
+    r"study/items\.json": ITEMS.read,
     r"labelled/(train|val|labels)\.jsonl": read_rows,
     r"ledger\.jsonl": lambda file: AnswerLedger(file).entries,
     r"gradient_norms\.csv": lambda file: list(stored(file)),

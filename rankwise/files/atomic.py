@@ -290,6 +290,11 @@ def digest_of(content: Any, **how: Any) -> str:
     return hashlib.sha256(json.dumps(content, **how).encode()).hexdigest()
 
 
+def digest(content: Any) -> str:
+    """SHA-256 of a value as canonical JSON: keys sorted, no spaces, UTF-8."""
+    return digest_of(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
 def fingerprint(path: Path | str) -> str:
     """SHA-256 of the content of a file or folder, in hexadecimal; location and times do not count.
 

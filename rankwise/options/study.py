@@ -63,6 +63,16 @@ class StudyConfig(Options):
     )
     arms: list[str] = option([], help="arms to compare; see docs/study.md [by kind]")
     primary: list[str] = option([], help="primary contrasts, as `energy vs uniform` [every arm's own]")
+    primary_budgets: list[str] = option([], help="budgets with a verdict on the primary contrasts [all of --budgets]")
+    predictions: list[str] = option(
+        [], commas=False, help="outcomes predicted beforehand, as `energy vs uniform: better: REASON`"
+    )
+    assumed_seed_sd: float | None = option(
+        least=0, help="assumed standard deviation of a paired difference between seeds (nats), for the power"
+    )
+    assumed_item_sd: float | None = option(
+        least=0, help="assumed standard deviation of a paired difference between items (nats), for the power"
+    )
     metric: str = option("loss", choices=("loss",), help="nats per answer token")
     smallest_effect: float = option(0.02, above=0, help="smallest effect of interest, δ", aliases=("delta",))
     schedule_plan: str = option("uniform", help="phases: rank plan that all arms share")

@@ -28,6 +28,7 @@ from rankwise.data.renderer_for import renderer_for, sees
 from rankwise.data.sources.load import check_data, read_examples, settle
 from rankwise.data.split import Parts, Sizes, divided
 from rankwise.errors import DataError, Interrupted, UsageError
+from rankwise.files.atomic import digest
 from rankwise.files.processes import announce, finish, process_index
 from rankwise.files.run_folder import RunFolder, held
 from rankwise.models.load import load_structure, torch_dtype
@@ -43,7 +44,6 @@ from rankwise.study.advice_content import conclude, frozen_lines, frozen_towers
 from rankwise.study.advice_page import CONFIG, advised_plan, run_options, screen_table, write_advice
 from rankwise.study.arms import PARTS, part_of
 from rankwise.study.climb import Rungs, climb
-from rankwise.study.design import digest
 from rankwise.study.footprint import Footprint, footprint, free_memory, most_learnt, refuse_too_large
 from rankwise.study.material import inputs_of, load_material, own_device
 from rankwise.study.trials import ShortRuns, median_seconds, rows_of, short_runs, why_in_turn

@@ -1,7 +1,7 @@
 """The valid names in `arms:` and `primary:`, and their meaning.
 
 plans    uniform  energy  loss …  shuffled  inverted:loss  compress  warm  plan-warm  uniform+compute  full  base
-         attention  mlp  experts
+         eva+start  gora+start  attention  mlp  experts
 phases   static   both:60 > mlp:60 > attention   reversed:…  permuted:…  random:…   static@…   full  base
          norm:20  yoked:norm:20
 """
@@ -30,7 +30,9 @@ PARTS: Mapping[str, Callable[[Site], bool]] = {
     "mlp": lambda site: site.kind == "mlp",
     "experts": lambda site: site.experts > 0,
 }
-RULES = ("energy", "site", "type", "loss", "eva")
+OF_THE_BASE = ("fisher", "gora", "adalora")  # rules that need training rows, and no probe's deltas
+RULES = ("energy", "site", "type", "loss", "eva", *OF_THE_BASE)
+STARTED = ("eva+start", "gora+start")  # a rule's ranks, and its initialization as well
 Gains = Mapping[Site, Tensor]
 
 
@@ -107,9 +109,11 @@ UNIFORM, STATIC, INVERTED, BASE, YOKED = "uniform", "static", "inverted", "base"
 NULLS = ("shuffled", INVERTED)
 REFERENCES = ("full", BASE)
 OTHERS = ("compress", "warm", "plan-warm", "uniform+compute")
-DEFAULT_PLAN_ARMS = (UNIFORM, *RULES, *NULLS, *OTHERS, *REFERENCES)
-PLAN_ARMS = (*DEFAULT_PLAN_ARMS, *PARTS)
-WITHOUT_EXPERTS = ("loss", "eva", "warm", "plan-warm", "compress")
+DEFAULT_PLAN_ARMS = (UNIFORM, "energy", "site", "type", "loss", "eva+start", *NULLS, *OTHERS, *REFERENCES)
+PLAN_ARMS = (UNIFORM, *RULES, *STARTED, *NULLS, *OTHERS, *REFERENCES, *PARTS)
+WITHOUT_EXPERTS = ("loss", "eva", *OF_THE_BASE, "warm", "plan-warm", "compress")
+# What a registration and a ledger call an arm: `eva` was once the name of `eva+start`, whose runs stay valid.
+RECORDED = {"eva+start": "eva", "eva": "eva-ranks"}
 OF_A_RULE = (*NULLS, "plan-warm")
 CONTROLS = ("reversed", "permuted", "random")
 VERSUS = " vs "
@@ -117,8 +121,13 @@ VERSUS = " vs "
 
 def rule_of(arm: str) -> str:
     """The rule whose ranks an arm takes, shuffles or inverts: energy unless it says so (`shuffled:loss`)."""
-    name, _, rule = arm.partition(":")
+    name, _, rule = arm.removesuffix("+start").partition(":")
     return rule or (name if name in RULES else "energy")
+
+
+def recorded(arm: str) -> str:
+    """The arm's name in registrations and ledgers."""
+    return RECORDED.get(arm, arm)
 
 
 def control_of(arm: str) -> tuple[str, str]:
@@ -220,13 +229,13 @@ def check_mixture(arms: Iterable[str], config: StudyConfig, sites: Sequence[Site
         )
 
 
-def contrast(text: str, arms: tuple[str, ...]) -> tuple[str, str]:
+def contrast(text: str, arms: tuple[str, ...], option: str = "--primary") -> tuple[str, str]:
     first, versus, second = (part.strip() for part in text.partition(VERSUS))
-    if not versus.strip() or first == second:
-        raise UsageError(f"--primary takes `ARM vs ARM`; got {text!r}")
+    if not versus or first == second:
+        raise UsageError(f"{option} takes `ARM vs ARM`; got {text!r}")
     for arm in (first, second):
         if arm not in arms:
-            raise unknown(arm, arms, f"--primary {text!r}", "arm")
+            raise unknown(arm, arms, f"{option} {text!r}", "arm")
     return first, second
 
 
@@ -234,7 +243,7 @@ def default_contrasts(arms: tuple[str, ...], config: StudyConfig) -> tuple[tuple
     """Every rule and part against uniform rank; every schedule against training everything all the time, and one that
     chooses against what it chose for another seed."""
     if config.kind == "plans":
-        return tuple((arm, UNIFORM) for arm in arms if arm in (*RULES, *PARTS) and UNIFORM in arms)
+        return tuple((arm, UNIFORM) for arm in arms if arm in (*RULES, *STARTED, *PARTS) and UNIFORM in arms)
     own = [arm for arm in arms if has_phases(arm, config) and not control_of(arm)[0] and yoked_to(arm) is None]
     yoked = [(str(yoked_to(arm)), arm) for arm in arms if yoked_to(arm) is not None]
     return (*((arm, STATIC) for arm in own if STATIC in arms), *yoked)

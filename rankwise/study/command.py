@@ -12,30 +12,25 @@ from typing import Any
 
 from rankwise.data.render import Renderer
 from rankwise.data.split import PARTS, Parts, Sizes
+from rankwise.files.atomic import digest
 from rankwise.files.processes import announce, finish, gathered, process_index
 from rankwise.files.run_folder import RunFolder, held
 from rankwise.options.study import StudyConfig
 from rankwise.page.blocks import lines
 from rankwise.page.text import duration
-from rankwise.study.arms import RULES, check_mixture
-from rankwise.study.design import (
-    Design,
-    Registration,
-    declared_changes,
-    design_study,
-    digest,
-    register,
-    run_counts,
-)
+from rankwise.study.arms import NULLS, OF_THE_BASE, RULES, STARTED, UNIFORM, check_mixture, rule_of
+from rankwise.study.design import Design, design_study, run_counts
 from rankwise.study.execution import Bench, finished_runs, matched_steps
 from rankwise.study.material import Material, inputs_of, load_material, open_probes, probe_cost, read_parts
 from rankwise.study.page import runs_rate, study_blocks, write_study
 from rankwise.study.plans import Plans
+from rankwise.study.predictions import power, power_lines
 from rankwise.study.protocol import report, tune, tuning_batch
+from rankwise.study.registration import Registration, declared_changes, register
 from rankwise.study.results import FinishedStudy, conclude
 
 check = design_study  # of options, before anything is read
-NEED_A_PROBE = (*RULES, "shuffled", "inverted", "warm", "plan-warm")
+WARM = ("warm", "plan-warm")
 
 
 def run(config: StudyConfig) -> Path:
@@ -54,7 +49,7 @@ def run(config: StudyConfig) -> Path:
             material = load_material(config.model, config.data, *how)
             check_mixture(design.arms, config, material.sites)
             registration = register_study(folder, design, material)
-            bench = workbench(folder, design, material)
+            bench = workbench(folder, design, material, registration)
             if config.time_only:
                 time_one_batch(design, bench)
                 return folder.path
@@ -87,27 +82,35 @@ def read_by(config: StudyConfig, material: Material) -> dict[str, Any]:
 def register_study(folder: RunFolder, design: Design, material: Material) -> Registration:
     """The study on record before its first run; only the first process writes, the others wait for it."""
     if process_index()[0] == 0:
-        register(folder.path, design.content | {"inputs": read_by(design.config, material)}, design.config.deviation)
+        content, judged = design.content | {"inputs": read_by(design.config, material)}, len(design.pairs())
+        register(folder.path, content, material.record(), power(design.config, judged), design.config.deviation)
         folder.save_config(design.config)
         PARTS.write(folder, material.parts.record())
     gathered({})
     return Registration(folder.path)
 
 
-def workbench(folder: RunFolder, design: Design, material: Material) -> Bench:
+def workbench(folder: RunFolder, design: Design, material: Material, registration: Registration) -> Bench:
     """Probes, plans and ledger; probes are trained only where an arm needs them."""
     recipe = digest([design.recipe, read_by(design.config, material)])[:16]
     probes = open_probes(material, design.config, folder.path, recipe) if needs_probe(design) else []
     plans = Plans(design.config, material, probes, folder / "plans" / recipe)
     plans.timed_steps = matched_steps(design, plans)
     extra = probe_cost(design.config) if "uniform+compute" in design.arms else 0
-    return Bench(design.config, material, plans, finished_runs(folder.path), recipe, extra)
+    return Bench(design.config, material, plans, finished_runs(folder.path, registration.chain), recipe, extra)
 
 
 def needs_probe(design: Design) -> bool:
     if design.config.kind == "phases":
-        return design.config.schedule_plan != "uniform"
-    return any(arm.partition(":")[0] in NEED_A_PROBE for arm in design.arms)
+        return design.config.schedule_plan not in (UNIFORM, *OF_THE_BASE)
+    return any(uses_a_probe(arm) for arm in design.arms)
+
+
+def uses_a_probe(arm: str) -> bool:
+    """Whether the arm's ranks or start come from a probe's deltas."""
+    name = arm.partition(":")[0]
+    by_rule = name in (*RULES, *STARTED, *NULLS, *WARM) and rule_of(arm) not in OF_THE_BASE
+    return by_rule or name in WARM
 
 
 def rate(bench: Bench) -> int:
@@ -141,5 +144,7 @@ def describe(config: StudyConfig) -> list[str]:
         f"compare {', '.join(design.arms)} of {config.model.model_name} at {', '.join(config.budgets)}",
         "give a verdict on " + "; ".join(" vs ".join(pair) for pair in design.contrasts),
         *cost_lines(design, seconds),
+        *power_lines(config, len(design.pairs())),
+        *(f"predicted: {text}" for text in config.predictions),
         f"register {digest(design.content)[:16]}… (with fingerprints of model and data) in {config.output_dir}",
     ]

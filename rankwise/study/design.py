@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from rankwise.data.sources.load import check_data
-from rankwise.errors import UsageError, VerificationError
-from rankwise.files.atomic import digest_of, read_if_there, write_json
-from rankwise.files.document import Document, append_lines, as_plain, finished_lines, read_lines
-from rankwise.files.run_folder import versions
-from rankwise.options.field import flatten
+from rankwise.errors import UsageError
+from rankwise.files.atomic import digest
+from rankwise.options.field import flatten, unknown
 from rankwise.options.study import StudyConfig
 from rankwise.pipeline.idle import refuse_idle
 from rankwise.study.arms import (
@@ -33,10 +29,26 @@ from rankwise.study.arms import (
     default_arms,
     default_contrasts,
     has_state,
+    recorded,
     yoked_to,
 )
+from rankwise.study.predictions import predicted
 
 NOT_DESIGN = ("output_dir", "batch_arms", "device", "deviation", "time_only")
+# The options of the first registrations, which are in every hash. One that is added later must not make a study of
+# before another one: it is in the hashes only where it is not at its default, which therefore never changes.
+FIRST_OPTIONS = frozenset(
+    """question kind model_name revision trust_remote_code dtype attn_implementation task data_path prompt chat_template
+    chat_template_kwargs max_seq_length overlong skip_bad image_folder allow_outside allow_urls repeat_image image_first
+    roles aux_reason download device_target deltas probes probe_rows probe_steps probe_batch_size probe_learning_rate
+    grid_low grid_high grid_points grid_growth full_grid_low full_grid_high tuning_seeds scales lr_schedulers
+    phase_states dev_path test_path train_size dev_size test_size target budgets arms primary metric smallest_effect
+    schedule_plan steps batch_size warmup_steps weight_decay max_grad_norm max_rank first_seeds more_seeds most_seeds
+    resamples seed""".split()
+)
+# Options that are registered, but change no run: a ledger's keys do not depend on them.
+ASKED = ("question", "arms", "primary", "budgets", "smallest_effect", "resamples", "kind", "metric")
+ASKED_LATER = ("primary_budgets", "predictions", "assumed_seed_sd", "assumed_item_sd")
 TUNING_OFFSET = 500
 
 
@@ -85,7 +97,7 @@ class Run:
         own = {name: value for name, value in vars(self).items() if name not in ("contender", "source")}
         told = ("scale", "learning_rate", "seed")
         replays = {"replays": {name: vars(self.source)[name] for name in told}} if self.source is not None else {}
-        return vars(self.contender) | own | replays
+        return vars(self.contender) | {"arm": recorded(self.contender.arm)} | own | replays
 
 
 @dataclass(frozen=True)
@@ -127,8 +139,10 @@ class Design:
         return RateGrid(own.grid_low, own.grid_high, own.grid_points)
 
     def pairs(self) -> list[tuple[Contender, Contender]]:
-        """The primary contrasts in every budget and way of training."""
-        return [pair for first, second in self.contrasts for pair in self.paired(first, second)]
+        """The primary contrasts in every primary budget and way of training: those that get a verdict."""
+        budgets = ("", *(self.config.primary_budgets or self.config.budgets))
+        found = [pair for first, second in self.contrasts for pair in self.paired(first, second)]
+        return [pair for pair in found if all(each.budget in budgets for each in pair)]
 
     def paired(self, first: str, second: str) -> list[tuple[Contender, Contender]]:
         """first and second in the same budget and scheduler; phase states are matched where they matter to both."""
@@ -154,23 +168,25 @@ class Design:
 
     @property
     def content(self) -> dict[str, Any]:
-        """All preregistered decisions: the content that is hashed."""
-        rest = {name: value for name, value in flatten(self.config).items() if name not in NOT_DESIGN}
-        return rest | {"arms": list(self.arms), "primary": [VERSUS.join(pair) for pair in self.contrasts]}
+        """All preregistered decisions: the content that is hashed. Options that are newer than the first registrations
+        are left out at their default."""
+        defaults = flatten(type(self.config)())
+        rest = {
+            name: value
+            for name, value in flatten(self.config).items()
+            if name not in NOT_DESIGN and (name in FIRST_OPTIONS or value != defaults[name])
+        }
+        pairs = [VERSUS.join(map(recorded, pair)) for pair in self.contrasts]
+        return rest | {"arms": [recorded(arm) for arm in self.arms], "primary": pairs}
 
     @property
     def recipe(self) -> str:
         """Hash of the settings that determine a run's training and scoring: runs of another recipe are not reused."""
-        asked = ("question", "arms", "primary", "budgets", "smallest_effect", "resamples", "kind", "metric")
         grids = tuple(flatten(self.config.grid))
         counts = ("first_seeds", "more_seeds", "most_seeds")
-        rest = {name: value for name, value in self.content.items() if name not in (*asked, *grids, *counts)}
+        left_out = (*ASKED, *ASKED_LATER, *grids, *counts)
+        rest = {name: value for name, value in self.content.items() if name not in left_out}
         return digest(rest)[:16]
-
-
-def digest(content: Any) -> str:
-    """SHA-256 of the content as canonical JSON."""
-    return digest_of(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
 def design_study(config: StudyConfig) -> Design:
@@ -183,6 +199,7 @@ def design_study(config: StudyConfig) -> Design:
     contrasts = tuple(contrast(text, arms) for text in config.primary) or default_contrasts(arms, config)
     if not contrasts:
         raise UsageError(f"no primary contrast among the arms {', '.join(arms)}; name them, as in --primary 'a vs b'")
+    predicted(config, arms, contrasts)
     return Design(config, arms, contrasts)
 
 
@@ -220,6 +237,10 @@ def check(config: StudyConfig) -> None:
         raise UsageError("--lr_schedulers and --phase_states are crossed in a study of phases; give one of each")
     if not config.budgets:
         raise UsageError("study needs --budgets: parameter budgets of every arm")
+    if other := next((budget for budget in config.primary_budgets if budget not in config.budgets), None):
+        raise unknown(other, config.budgets, "--primary_budgets", "budget")
+    if (config.assumed_seed_sd is None) != (config.assumed_item_sd is None):
+        raise UsageError("the power needs both, --assumed_seed_sd and --assumed_item_sd, or neither")
 
 
 def run_counts(design: Design) -> Mapping[str, int]:
@@ -239,135 +260,3 @@ def further_counts(config: StudyConfig) -> list[int]:
     """Numbers of seeds at which the stop rule is asked."""
     steps = math.ceil((config.most_seeds - config.first_seeds) / config.more_seeds)
     return [min(config.first_seeds + i * config.more_seeds, config.most_seeds) for i in range(steps + 1)]
-
-
-PREREGISTRATION = Document("preregistration.json", "rankwise-preregistration/1", "a preregistration", "rankwise study")
-FILE, DEVIATIONS, TEST_READ = PREREGISTRATION.name, "deviations.jsonl", "test_read.json"
-
-
-@dataclass(frozen=True)
-class Registration:
-    """A registered study in its folder."""
-
-    folder: Path
-
-    @property
-    def first(self) -> dict[str, Any]:
-        """VerificationError where it was altered."""
-        return sound(PREREGISTRATION.read(self.folder), str(self.folder / FILE))
-
-    @property
-    def deviations(self) -> list[dict[str, Any]]:
-        """VerificationError where one was altered."""
-        path = self.folder / DEVIATIONS
-        return [
-            sound(row, f"{path}, line {number}")
-            for number, row in enumerate(read_lines(path, "a deviation", dict, "restore the file"), 1)
-        ]
-
-    @property
-    def test_read(self) -> dict[str, Any] | None:
-        return read_if_there(self.folder / TEST_READ) or None
-
-    def deviate(self, why: str, what: Mapping[str, Any], content: Mapping[str, Any]) -> None:
-        """Put a deviation on record, with what was known when it was decided."""
-        row = {
-            "time": now(),
-            "why": why,
-            **what,
-            "runs_finished": sum(len(list(finished_lines(path))) for path in self.folder.glob("runs*.jsonl")),
-            "test_was_read": self.test_read is not None,
-            "sha256": digest(content),
-            "versions": versions(),
-            "content": content,
-        }
-        append_lines(self.folder / DEVIATIONS, [as_plain(row, sort_keys=True)])
-
-    def read_test(self, runs: Sequence[Mapping[str, Any]], deviation: str | None) -> None:
-        """Mark that the test items of these runs are looked at; once, or as a deviation.
-
-        The same runs again show the same numbers, and are no second reading.
-        """
-        mark = digest(sorted(digest(key) for key in runs))
-        before = self.test_read
-        if before is not None and before["runs_sha256"] == mark:
-            return
-        if before is not None and not deviation:
-            raise UsageError(
-                f"{self.folder}: the test items were read on {before['time']} for {before['runs']} runs, and now "
-                f"{len(runs)} others or more would be read; give --deviation 'why', which the report will show"
-            )
-        if before is not None:
-            assert deviation is not None
-            self.deviate(deviation, {"test_read_again": before["time"]}, self.current)
-        write_json(self.folder / TEST_READ, {"time": now(), "runs": len(runs), "runs_sha256": mark})
-
-    @property
-    def latest(self) -> dict[str, Any]:
-        """The current design: as registered, or as changed by the last deviation."""
-        return [self.first, *self.deviations][-1]
-
-    @property
-    def current(self) -> dict[str, Any]:
-        content: dict[str, Any] = self.latest["content"]
-        return content
-
-
-def sound(record: dict[str, Any], where: str) -> dict[str, Any]:
-    """VerificationError where a record's content is not what its hash is of."""
-    if digest(record["content"]) != record["sha256"]:
-        raise VerificationError(
-            f"{where}: not what was registered: its content has another sha256 than it states. Put the file back as it "
-            "was, or take another --output_dir"
-        )
-    return record
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def register(folder: Path, content: Mapping[str, Any], deviation: str | None) -> Registration:
-    """Write the preregistration; of a study that has begun, put on record where it goes on otherwise.
-
-    Raises UsageError, naming every difference, where it does and no deviation is declared.
-    """
-    registration = Registration(folder)
-    content = as_plain(content)
-    if not (folder / FILE).is_file():
-        facts = {"sha256": digest(content), "time": now(), "versions": versions()}
-        PREREGISTRATION.write(folder, facts | {"content": content})
-        return registration
-    changed = declared_changes(folder, content, deviation)
-    if changed:
-        assert deviation is not None
-        registration.deviate(deviation, {"changed": changed}, content)
-    return registration
-
-
-def declared_changes(folder: Path, content: Mapping[str, Any], deviation: str | None) -> dict[str, list[Any]]:
-    """What has changed since registration, if there was one. UsageError, naming it, where no deviation is declared."""
-    if not (folder / FILE).is_file():
-        return {}
-    latest = Registration(folder).latest
-    changed = differences(latest["content"], as_plain(content)) | other_versions(latest.get("versions"))
-    if changed and not deviation:
-        lines = "".join(f"\n  {name}: {before!r} → {after!r}" for name, (before, after) in changed.items())
-        raise UsageError(
-            f"{folder} holds a study that was registered otherwise:{lines}\n"
-            "take another --output_dir, or go on with --deviation 'why', which the report will show"
-        )
-    return changed
-
-
-def other_versions(before: Mapping[str, Any] | None) -> dict[str, list[Any]]:
-    """Libraries that have changed since registration: the runs would mix versions."""
-    here, there = ({f"version of {name}": one for name, one in found.items()} for found in (before or {}, versions()))
-    return differences(here, there) if before else {}
-
-
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[Any]]:
-    names = dict.fromkeys([*before, *after])
-    return {
-        name: [before.get(name), after.get(name)] for name in names if before.get(name, ...) != after.get(name, ...)
-    }

@@ -161,16 +161,27 @@ def judge(
     Tests of difference and of equivalence are two families, each adjusted by Holm. Where both reject, the difference
     is real and below δ: `equivalent` is then the more useful word.
     """
-    different = holm([effect.p_difference for effect in effects.values()])
-    equal = holm([effect.p_equivalence(smallest_effect) for effect in effects.values()])
-    alpha = 1 - level
+    found = words_of(list(effects.values()), smallest_effect, lower_is_better=lower_is_better, level=level)
     verdicts = {}
-    for (name, effect), p, q in zip(effects.items(), different, equal, strict=True):
-        better = (effect.estimate < 0) == lower_is_better
-        word = "equivalent" if q < alpha else "undecided" if p >= alpha else "better" if better else "worse"
-        more = further_seeds(effect, smallest_effect, 1 - alpha / len(effects)) if word == "undecided" else None
+    for (name, effect), (word, p, q) in zip(effects.items(), found, strict=True):
+        alpha = (1 - level) / len(effects)
+        more = further_seeds(effect, smallest_effect, 1 - alpha) if word == "undecided" else None
         verdicts[name] = Verdict(word, effect, p, q, more)
     return verdicts
+
+
+def words_of(
+    effects: Sequence[Effect], smallest_effect: float, *, lower_is_better: bool = True, level: float = LEVEL
+) -> list[tuple[str, float, float]]:
+    """Verdict, p of a difference and p of equivalence, both after Holm, of each effect."""
+    different = holm([effect.p_difference for effect in effects])
+    equal = holm([effect.p_equivalence(smallest_effect) for effect in effects])
+    alpha, rows = 1 - level, []
+    for effect, p, q in zip(effects, different, equal, strict=True):
+        better = (effect.estimate < 0) == lower_is_better
+        word = "equivalent" if q < alpha else "undecided" if p >= alpha else "better" if better else "worse"
+        rows.append((word, p, q))
+    return rows
 
 
 def further_seeds(effect: Effect, smallest_effect: float, level: float = LEVEL) -> int | None:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from rankwise.core.phase import BoundNorm, bind
 from rankwise.evaluate.likelihood import answer_losses
-from rankwise.files.atomic import read_if_there, read_object, write_json
+from rankwise.files.atomic import digest, read_if_there, read_object, write_json
 from rankwise.files.document import typed
 from rankwise.files.ledger import Ledger, Row
 from rankwise.files.processes import gathered, own_share, process_index
@@ -102,6 +102,7 @@ class Bench:
         facts = [
             {
                 "parameters": sum(a.numel() + b.numel() for a, b in result.pairs.values()),
+                "ranks": self.rank_map(runs[index]),
                 "diverged": bool(matrices["dev"][index].isnan().any()),
                 "train_loss": last_loss(result.losses),
                 "steps": settings.steps,
@@ -110,6 +111,15 @@ class Bench:
             for index, (result, replay) in enumerate(zip(results, replays, strict=True))
         ]
         return facts, matrices
+
+    def rank_map(self, run: Run) -> str:
+        """Hash of the ranks that a run trains, which are kept under it."""
+        ranks = {site.path: rank for site, rank in self.plans.ranks(run.contender, run.seed).items()}
+        whole = {site.path: ranks.get(site.path, 0) for site in self.plans.sites}
+        name = digest(whole)
+        if not (path := self.ledger.folder / RANKS / f"{name[:16]}.json").is_file():
+            write_json(path, whole)
+        return name
 
     def replay(self, run: Run) -> str | None:
         """The choices of the run that a yoked one replays."""
@@ -188,7 +198,7 @@ def last_loss(losses: Sequence[float]) -> float | None:
     return mean if math.isfinite(mean) else None
 
 
-STEP_TIMES = "step_times.json"
+STEP_TIMES, RANKS = "step_times.json", "ranks"
 
 
 def matched_steps(design: Design, plans: Plans) -> dict[str, int]:
@@ -224,9 +234,9 @@ def step_time(design: Design, plans: Plans, schedule: str | None) -> float:
     return (time.perf_counter() - started) / config.steps
 
 
-def finished_runs(folder: Path) -> Ledger:
-    """The ledger of a study's folder. DataError for entries of another command."""
-    return Ledger(folder, check_row)
+def finished_runs(folder: Path, start: Mapping[str, Any] | None = None) -> Ledger:
+    """The ledger of a study's folder; start: what its chain is bound to. DataError for entries of another command."""
+    return Ledger(folder, check_row, start)
 
 
 def check_row(row: Row) -> None:

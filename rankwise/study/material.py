@@ -49,11 +49,18 @@ SCORING_BATCH, PICTURED_BATCH = 16, 8
 
 @dataclass(frozen=True)
 class ScoredItems:
-    """Items that runs are scored on, as batches, with the learnt tokens and the group of each."""
+    """Items that runs are scored on, as batches, with the id, the learnt tokens and the group of each."""
 
     batches: Sequence[Batch]
     tokens: NDArray[np.float64]
     groups: tuple[str, ...]
+    ids: tuple[str, ...]
+
+    def record(self) -> dict[str, list[Any]]:
+        """In the order of the columns of a ledger's matrices; groups numbered as they appear."""
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(self.groups))}
+        groups = [numbers[name] for name in self.groups]
+        return {"ids": list(self.ids), "groups": groups, "tokens": [int(count) for count in self.tokens]}
 
     @classmethod
     def of(cls, examples: Sequence[Example], renderer: Renderer, device: str) -> ScoredItems:
@@ -61,14 +68,14 @@ class ScoredItems:
         data = RenderedDataset(examples, renderer)
         order = sorted(range(len(data)), key=lambda index: data.lengths[index])
         items = [data.examples[index] for index in order]
-        groups = tuple(item.group for item in items)
+        groups, ids = tuple(item.group for item in items), tuple(item.id for item in items)
         if any(item.images for item in items) and renderer.sight is not None:
             tokens = [sum(label != IGNORED for label in data[index]["labels"][1:]) for index in order]
-            return cls(PicturedBatches(items, renderer), np.array(tokens, dtype=np.float64), groups)
+            return cls(PicturedBatches(items, renderer), np.array(tokens, dtype=np.float64), groups, ids)
         batches = training_batches(items, renderer, SCORING_BATCH)
         counts = torch.cat([(batch["labels"][:, 1:] != IGNORED).sum(1) for batch in batches])
         moved = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
-        return cls(moved, counts.double().numpy(), groups)
+        return cls(moved, counts.double().numpy(), groups, ids)
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,11 @@ class Material:
     @cached_property
     def test(self) -> ScoredItems:
         return ScoredItems.of(self.parts.test, self.renderer, self.device)
+
+    def record(self) -> dict[str, Any]:
+        """What a ledger's numbers are of: path → (m, n, experts) of the sites, and the items."""
+        sites = {site.path: [*site.shape, site.experts] for site in self.sites}
+        return {"sites": sites, "dev": self.dev.record(), "test": self.test.record()}
 
     def inputs(self, model: ModelSection, deltas: Sequence[str] = ()) -> dict[str, Any]:
         return inputs_of(model, self.files, self.renderer, deltas)

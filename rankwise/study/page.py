@@ -47,6 +47,19 @@ def place(row: Mapping[str, Any], study: Study) -> str:
 
 def verdict_sentence(row: Mapping[str, Any], study: Study) -> str:
     """One contrast in words, with the difference in nats per token and its 95 % interval."""
+    return f"{judged_sentence(row, study)}{prediction_sentence(row)}"
+
+
+def prediction_sentence(row: Mapping[str, Any]) -> str:
+    """What was predicted beforehand, and whether it came out so; nothing where nothing was."""
+    if "prediction" not in row:
+        return ""
+    because = f" ({row['predicted_because']})" if row["predicted_because"] else ""
+    outcome = {True: "it came out so", False: "it came out otherwise", None: "that is neither shown nor refuted"}
+    return f" Predicted beforehand: {row['prediction']}{because}; {outcome[row['as_predicted']]}."
+
+
+def judged_sentence(row: Mapping[str, Any], study: Study) -> str:
     first, second, where = row["first"], row["second"], place(row, study)
     if row["verdict"] == "diverged":
         return f"{where}: {first} and {second} cannot be compared: fewer than two seeds of both stayed finite."
@@ -64,10 +77,10 @@ def verdict_sentence(row: Mapping[str, Any], study: Study) -> str:
 def assay_sentence(row: Mapping[str, Any], study: Study) -> str:
     """Whether the bad plan did harm; where not, no verdict about plans means anything on this task."""
     against = ", ".join(f"{format_interval(effect)} against {name}" for name, effect in row["against"].items())
-    where = place(row, study)
+    where, told = place(row, study), "".join(map(prediction_sentence, row.get("predictions", {}).values()))
     if row["works"]:
-        return f"{where}: the task tells plans apart: {row['arm']} is worse ({against})."
-    return f"{where}: this task cannot tell plans apart: {row['arm']} is not worse ({against})."
+        return f"{where}: the task tells plans apart: {row['arm']} is worse ({against}).{told}"
+    return f"{where}: this task cannot tell plans apart: {row['arm']} is not worse ({against}).{told}"
 
 
 def deviation_sentence(row: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -21,10 +22,13 @@ from rankwise.options.commands import RanksConfig
 from rankwise.options.sections import SpectrumSection
 from rankwise.options.study import StudyConfig
 from rankwise.ranks.deltas import SavedDeltas
+from rankwise.ranks.gain import mean_gradients
 from rankwise.ranks.spectra import measure_sites
 from rankwise.study.arms import (
+    OF_THE_BASE,
     PARTS,
     RULES,
+    STARTED,
     Gains,
     Probed,
     gains_of,
@@ -35,9 +39,21 @@ from rankwise.study.arms import (
     uniform_ranks,
 )
 from rankwise.study.design import Contender, Run
+from rankwise.study.importance import (
+    FISHER_RANK,
+    ITEMS,
+    allocated_sizes,
+    diminishing,
+    gradient_start,
+    gradient_variance,
+    items_of,
+    mean_products,
+)
 from rankwise.study.material import Material, probe_rows
 from rankwise.train.adapter import input_directions
-from rankwise.train.together.starts import Pairs, directed_start, random_start, scales_of, warm_start
+from rankwise.train.together.alone import allocated_ranks
+from rankwise.train.together.optimizer import ArmSettings
+from rankwise.train.together.starts import SCALE, Pairs, directed_start, random_start, row_order, scales_of, warm_start
 from rankwise.train.together.train import Arm
 
 HIGH = 4
@@ -54,10 +70,11 @@ class Plans:
     probes: Sequence[SavedDeltas]
     folder: Path
     timed_steps: Mapping[str, int] = field(default_factory=dict)
-    _gains: dict[tuple[str, int], Gains] = field(default_factory=dict)
+    _gains: dict[tuple[str, str, int], Gains] = field(default_factory=dict)
     _ranks: dict[tuple[str, str, int], Ranks] = field(default_factory=dict)
     _probed: dict[int, Probed] = field(default_factory=dict)
     _directions: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    _gradients: dict[int, Mapping[Site, Tensor]] = field(default_factory=dict)
 
     @property
     def max_rank(self) -> int:
@@ -79,7 +96,7 @@ class Plans:
         return self._ranks["uniform", budget, 0]
 
     def probe_of(self, seed: int) -> int:
-        return seed % max(1, len(self.probes))
+        return seed % (len(self.config.probe.deltas) or self.config.probe.probes)
 
     def signal_batches(self, probe: int) -> list[Batch]:
         """Training rows for rules that run the model: the probe's own where it is the study's."""
@@ -101,10 +118,48 @@ class Plans:
             self._probed[probe] = Probed(self.material.model, spectra, deltas, self.signal_batches(probe))
         return self._probed[probe]
 
-    def gains(self, rule: str, probe: int) -> Gains:
-        if (rule, probe) not in self._gains:
-            self._gains[rule, probe] = gains_of(rule, self.probed(probe), self.max_rank)
-        return self._gains[rule, probe]
+    def gains(self, rule: str, budget: str, probe: int) -> Gains:
+        """Of all budgets alike, but for AdaLoRA, which is run for each."""
+        place = (rule, budget if rule == "adalora" else "", probe)
+        if place not in self._gains:
+            if rule in OF_THE_BASE:
+                values = self.values(rule, budget, probe)
+                self._gains[place] = {site: diminishing(value, self.max_rank) for site, value in values.items()}
+            else:
+                self._gains[place] = gains_of(rule, self.probed(probe), self.max_rank)
+        return self._gains[place]
+
+    def values(self, rule: str, budget: str, probe: int) -> Mapping[Site, float]:
+        """The number per site that a rule ranks by."""
+        model, sites = self.material.model, self.sites
+        if rule == "gora":
+            return mean_products(model, self.gradients(probe))
+        if rule == "adalora":
+            return allocated_sizes(self.adalora(budget, probe))
+        start = random_start(dict.fromkeys(sites, FISHER_RANK), self.config.seed, self.max_rank)
+        return gradient_variance(model, sites, items_of(self.signal_batches(probe)), start, SCALE)
+
+    def gradients(self, probe: int) -> Mapping[Site, Tensor]:
+        """Of the mean loss of the first items of a probe's rows."""
+        if probe not in self._gradients:
+            batches = self.signal_batches(probe)[: ITEMS // SIGNAL_BATCH]
+            self._gradients[probe] = mean_gradients(self.material.model, self.sites, batches)
+        return self._gradients[probe]
+
+    def adalora(self, budget: str, probe: int) -> Mapping[Site, int]:
+        """What AdaLoRA's ranks are after as many steps on a probe's rows as the probe has, from twice the budget's
+        mean rank to that, at the middle of the grid of rates (Zhang et al. 2023, arXiv 2303.10512, sections 3.2 and
+        3.3). Departures: only the ranks are taken; another LoRA of these ranks is trained from the start."""
+        own, grid, material = self.config.probe, self.config.grid, self.material
+        rows = [material.rows[position] for position in probe_rows(material, self.config, probe)]
+        settings = ArmSettings(own.probe_steps, own.probe_batch_size)
+        order = row_order(len(rows), settings.steps * settings.batch_size, self.config.seed + probe)
+        rate = (grid.grid_low * grid.grid_high) ** 0.5
+        target = max(1, round(fmean(self.uniform(budget).values())))
+        found = allocated_ranks(
+            material.model, self.sites, target, rate, rows, order, material.collate, settings, self.config.seed + probe
+        )
+        return {site: found[site.path] for site in self.sites}
 
     def of_rule(self, rule: str, budget: str, seed: int) -> Ranks:
         """The ranks that a rule gives, from the probe whose turn it is; kept in the folder, for they can be costly."""
@@ -112,7 +167,7 @@ class Plans:
         if (rule, budget, probe) not in self._ranks:
             path = self.folder / f"{rule}-{budget.replace(':', '-')}-{probe}.json"
             if not path.is_file():
-                found = ranks_within(self.gains(rule, probe), self.budget(budget), self.max_rank)
+                found = ranks_within(self.gains(rule, budget, probe), self.budget(budget), self.max_rank)
                 write_json(path, {site.path: rank for site, rank in found.items()})
             kept = read_object(path)
             self._ranks[rule, budget, probe] = {site: kept[site.path] for site in self.sites}
@@ -128,7 +183,7 @@ class Plans:
         if kind == "compress":
             high = uniform(self.sites, HIGH * self.budget(budget))
             return {site: min(rank, self.max_rank) for site, rank in high.items()}
-        if kind in (*RULES, "shuffled", "inverted", "plan-warm"):
+        if kind in (*RULES, *STARTED, "shuffled", "inverted", "plan-warm"):
             ranks = self.of_rule(rule_of(contender.arm), budget, seed)
             if kind == "shuffled":
                 return shuffle(ranks, torch.Generator().manual_seed(seed))
@@ -154,9 +209,12 @@ class Plans:
         kind = run.contender.arm.partition(":")[0]
         if kind in ("warm", "plan-warm"):
             return warm_start(ranks, self.probed(self.probe_of(run.seed)).deltas, scales, run.seed)
-        if kind == "eva":
+        if kind == "eva+start":
             return directed_start(ranks, self.directions(run.contender.budget, ranks))
-        return random_start(ranks, run.seed, self.max_rank)
+        drawn = random_start(ranks, run.seed, self.max_rank)
+        if kind == "gora+start":
+            return gradient_start(drawn, ranks, self.gradients(self.probe_of(run.seed)), scales)
+        return drawn
 
     def directions(self, budget: str, ranks: Ranks) -> Mapping[str, Tensor]:
         """EVA's start: leading directions of every site's inputs."""

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from rankwise.study.arms import INVERTED, REFERENCES, RULES, STATIC, UNIFORM, VERSUS, rule_of
-from rankwise.study.design import Contender, Design, Registration
-from rankwise.study.evidence import assay_works, judge
+from rankwise.study.design import Contender, Design
+from rankwise.study.evidence import Effect, assay_works, judge
 from rankwise.study.execution import Bench
+from rankwise.study.predictions import PredictedOutcome, predicted
 from rankwise.study.protocol import Reported, Tuned, effect_of, report_run
+from rankwise.study.registration import Registration
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def conclude(outcome: FinishedStudy, registration: Registration) -> dict[str, An
         for contender in design.contenders
         for seed in seeds
     ]
-    registration.read_test(runs, config.deviation)
+    registration.read_test(runs, outcome.bench.ledger.heads(), config.deviation)
     return {
         "question": config.question,
         "kind": config.kind,
@@ -85,8 +87,14 @@ def verdicts(outcome: FinishedStudy) -> list[dict[str, Any]]:
         names = {"contrast": f"{design.label(first)}{VERSUS}{design.label(second)}", **setting(first, second)}
         names |= {"first": design.label(first), "second": design.label(second)}
         verdict = found.get(str(number))
-        rows.append(names | (verdict.as_dict() if verdict else {"verdict": "diverged"}))
+        row = names | (verdict.as_dict() if verdict else {"verdict": "diverged"})
+        prediction = expected(design).get((first.arm, second.arm))
+        rows.append(row | (prediction.beside(row["verdict"]) if prediction else {}))
     return rows
+
+
+def expected(design: Design) -> dict[tuple[str, str], PredictedOutcome]:
+    return predicted(design.config, design.arms, design.contrasts)
 
 
 def assays(outcome: FinishedStudy) -> list[dict[str, Any]]:
@@ -96,14 +104,22 @@ def assays(outcome: FinishedStudy) -> list[dict[str, Any]]:
     for contender in design.contenders:
         if contender.arm.partition(":")[0] != INVERTED:
             continue
+        guesses = {second: found for (first, second), found in expected(design).items() if first == contender.arm}
         others = [everything.get((name, contender.budget)) for name in (rule_of(contender.arm), UNIFORM)]
         effects = {other.arm: outcome.effect(contender, other) for other in others if other is not None}
         known = {name: effect for name, effect in effects.items() if effect is not None}
         if known:
             against = {name: effect.as_dict() for name, effect in known.items()}
             works = assay_works(list(known.values()))
+            told = {name: found.beside(side_of(known[name])) for name, found in guesses.items() if name in known}
             rows.append({"arm": contender.arm, **setting(contender), "works": works, "against": against})
+            rows[-1] |= {"predictions": told} if told else {}
     return rows
+
+
+def side_of(effect: Effect) -> str:
+    """In a word of verdicts, one-sided and by itself."""
+    return "worse" if assay_works([effect]) else "undecided"
 
 
 def arm_row(outcome: FinishedStudy, contender: Contender) -> dict[str, Any]:
@@ -128,20 +144,22 @@ def arm_row(outcome: FinishedStudy, contender: Contender) -> dict[str, Any]:
 
 
 def differences(outcome: FinishedStudy) -> list[dict[str, Any]]:
-    """Every arm but the references against the one that all are compared with, primary or not; without verdicts."""
+    """Every arm but the references against the one that all are compared with, primary or not, and the primary
+    contrasts at budgets where they are not judged; without verdicts."""
     design = outcome.design
     common = UNIFORM if design.config.kind == "plans" else STATIC
-    primary = set(design.pairs())
+    primary, asked = set(design.pairs()), list[tuple[Contender, Contender]]()
     rows = []
     for arm in design.arms:
-        if arm in (common, *REFERENCES):
-            continue
-        for first, second in design.paired(arm, common):
-            effect = outcome.effect(first, second)
-            if effect is not None:
-                labels = {"first": design.label(first), "second": design.label(second)}
-                asked = {"primary": (first, second) in primary}
-                rows.append({**labels, **setting(first, second), **asked, **effect.as_dict()})
+        if arm not in (common, *REFERENCES):
+            asked += design.paired(arm, common)
+    unjudged = [pair for names in design.contrasts for pair in design.paired(*names) if pair not in primary]
+    for first, second in dict.fromkeys([*asked, *unjudged]):
+        effect = outcome.effect(first, second)
+        if effect is not None:
+            labels = {"first": design.label(first), "second": design.label(second)}
+            judged = {"primary": (first, second) in primary}
+            rows.append({**labels, **setting(first, second), **judged, **effect.as_dict()})
     return rows
 
 

@@ -99,13 +99,14 @@ def allocation_of(config: TrainConfig, plan: RankPlan, rows: int, arguments: Tra
             f"{small[0].projection} out of --target_modules"
         )
     steps, sites = run_length(rows, arguments.per_device_train_batch_size, arguments).updates, len(plan.ranks)
-    budget = RankBudget(
-        rank=first * sites,
-        keep_ratio=last / first,
-        init_warmup=default(section.allocator_init_warmup, steps // 10),
-        final_warmup=default(section.allocator_final_warmup, 3 * steps // 10),
-        mask_interval=default(section.allocator_mask_interval, max(1, steps // 100)),
-        total_steps=steps,
+    budget = budget_of(
+        first,
+        last,
+        sites,
+        steps,
+        init_warmup=section.allocator_init_warmup,
+        final_warmup=section.allocator_final_warmup,
+        mask_interval=section.allocator_mask_interval,
     )
     announce(
         f"allocator: rank {first} at each of {plural(sites, 'site')} ({budget.rank:,} in all) for "
@@ -114,6 +115,28 @@ def allocation_of(config: TrainConfig, plan: RankPlan, rows: int, arguments: Tra
         f"{plural(budget.final_warmup, 'step')} of {budget.total_steps:,} with the final ranks"
     )
     return Allocation(first, last, budget, section.allocator_orth)
+
+
+def budget_of(
+    first: int,
+    last: int,
+    sites: int,
+    steps: int,
+    *,
+    init_warmup: int | None = None,
+    final_warmup: int | None = None,
+    mask_interval: int | None = None,
+) -> RankBudget:
+    """From rank `first` at every site to `last` on average. Where nothing is given: a tenth of the steps at full rank,
+    the last three tenths with the final ranks, a mask every hundredth."""
+    return RankBudget(
+        rank=first * sites,
+        keep_ratio=last / first,
+        init_warmup=default(init_warmup, steps // 10),
+        final_warmup=default(final_warmup, 3 * steps // 10),
+        mask_interval=default(mask_interval, max(1, steps // 100)),
+        total_steps=steps,
+    )
 
 
 def default(given: int | None, otherwise: int) -> int:

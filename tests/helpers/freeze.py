@@ -131,7 +131,7 @@ LEFT_OUT = re.compile(  # what we gave, what libraries write, and what is anothe
     r"^(base|tuned|eye|estimator|data|more|pictures|photos)/|^advise/(?!advice\.json)|^talks\.json|tokenizer|^merged/.*config\.json$(?<!resolved_config\.json)|trainer_state"
     r"|safetensors\.index\.json$|checkpoint-(2|7)/|^pipeline/(ranks|logs)/|^nets2/\w+/(history|split|test_|train|res|man)"
     r"|^gain/.*/detailed|^allocated/(grad|split|results|checkpoint)|^dataset/(conv|train|val|task|device|quar)|^log2/|^full/deltas/config"
-    r"|^depth/(sites|grad|results|split|train)|^(run|depth)/checkpoint-4/adapter|^study/probe|svd_nn"
+    r"|^depth/(sites|grad|results|split|train)|^(run|depth)/checkpoint-4/adapter|^study/(probe|ranks)|svd_nn"
 )
 DATED = re.compile(r"logs_\d{8}_\d{6}")
 RULES = {  # what → where, pattern, value

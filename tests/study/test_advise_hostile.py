@@ -137,7 +137,7 @@ def test_without_the_line_of_the_run_that_trained_alone(world: Path, copy: Path)
 def test_numbers_that_are_gone_say_how_to_repeat_their_runs(world: Path, copy: Path) -> None:
     (file,) = {json.loads(line)["file"] for line in (copy / "runs.jsonl").read_text().splitlines()[:1]}
     (copy / file).unlink()
-    with pytest.raises(DataError, match=r"cannot be read .* take the lines that name it out of .*runs\*\.jsonl"):
+    with pytest.raises(DataError, match=r"cannot be read .* cut .*runs\*\.jsonl off before the lines that name it"):
         advise.run(config(world, copy))
     lines = (copy / "runs.jsonl").read_text().splitlines(keepends=True)
     (copy / "runs.jsonl").write_text("".join(line for line in lines if file not in line))

@@ -17,9 +17,9 @@ from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.options.field import flatten
 from rankwise.options.study import StudyConfig
 from rankwise.study import command as stage
-from rankwise.study import design, plans, protocol
-from rankwise.study import design as registration
-from rankwise.study.design import DEVIATIONS, FILE, TEST_READ, Registration, design_study
+from rankwise.study import design, plans, protocol, registration
+from rankwise.study.design import design_study
+from rankwise.study.registration import DEVIATIONS, FILE, TEST_READ, Registration
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +79,13 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_all_that_decides_the_outcome_is_registered(copy: Path) -> None:
     """Whatever is added to a study's options is registered, and makes runs of another recipe, unless named here."""
-    config = own()
+    later = {"predictions": ["energy vs uniform: better"], "primary_budgets": ["uniform:3"]}
+    config = own(**later, assumed_seed_sd=1.0, assumed_item_sd=1.0)
     found = design_study(config)
     assert set(flatten(config)) - set(found.content) == {"output_dir", "batch_arms", "device", "deviation", "time_only"}
     grids = {name for name in flatten(config) if name in flatten(config.grid)}
     asked = {"question", "arms", "primary", "budgets", "smallest_effect", "resamples", "kind", "metric"}
+    asked |= {*later, "assumed_seed_sd", "assumed_item_sd"}
     others = {
         name
         for name, value in flatten(config).items()

@@ -22,6 +22,7 @@ from rankwise.core.site import Site, describe
 from rankwise.data.example import Example, Examples, Turn
 from rankwise.data.split import Sizes, divided
 from rankwise.errors import DataError, UsageError
+from rankwise.files.atomic import digest
 from rankwise.files.ledger import Ledger
 from rankwise.options.sections import DataSection, ModelSection
 from rankwise.options.study import GridSection, ProbeSection, StudyConfig
@@ -29,31 +30,12 @@ from rankwise.report.report import build_report
 from rankwise.study import command as stage
 from rankwise.study import execution
 from rankwise.study.arms import compress_pairs, ranks_within, schedule_of, type_means
-from rankwise.study.design import DEVIATIONS, FILE, TEST_READ, Registration, design_study, digest
+from rankwise.study.design import design_study
+from rankwise.study.registration import DEVIATIONS, FILE, TEST_READ, Registration
 from rankwise.train.together.starts import random_start, row_order, scales_of
 from rankwise.train.together.train import Arm, train_together
 
-NAMES = ("The Vaults", "Alimentum", "Cotto", "Zizzi", "Aromi", "Fitzbillies", "Strada", "Giraffe")
-AREAS = ("riverside", "city centre", "north", "old town")
 ARMS = ["uniform", "energy", "shuffled", "inverted"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """32 meaning representations with two sentences each."""
-    rows = ["mr,ref"]
-    for name in NAMES:
-        for area in AREAS:
-            facts = f'"name[{name}], area[{area}]"'
-            rows += [f"{facts},{name} is in the {area}.", f"{facts},In the {area} there is {name}."]
-    file = tmp_path_factory.mktemp("data") / "trainset.csv"
-    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return file
 
 
 def small(base: Path, data: Path, out: Path, **changes: Any) -> StudyConfig:
@@ -543,7 +525,8 @@ def test_shuffled_plans_are_fresh_for_every_seed(base: Path, data: Path, tmp_pat
     config = small(base, data, tmp_path, arms=["uniform", "energy", "shuffled"], time_only=True)
     design = design_study(config)
     material = stage.load_material(config.model, config.data, config.target, config.device, stage.parts_of(config))
-    bench = stage.workbench(stage.RunFolder(tmp_path), design, material)
+    registration = stage.register_study(stage.RunFolder(tmp_path), design, material)
+    bench = stage.workbench(stage.RunFolder(tmp_path), design, material, registration)
     contender = next(each for each in design.contenders if each.arm == "shuffled")
     drawn = [tuple(bench.plans.ranks(contender, seed).values()) for seed in range(6)]
     assert len(set(drawn)) > 3 and drawn[0] == tuple(bench.plans.ranks(contender, 0).values())

@@ -37,10 +37,20 @@ from transformers import (
 
 from rankwise.core.phase import Bound, BoundNorm, Phases
 from rankwise.core.plan import PlannedSite, RankPlan
+from rankwise.core.site import Site
 from rankwise.errors import DivergedError, Interrupted, UsageError
-from rankwise.models.adapt import ADAPTER, adapt, factor_weights, lora_layers, lora_pairs
+from rankwise.models.adapt import (
+    ADAPTER,
+    Allocation,
+    adapt,
+    adapt_allocated,
+    factor_weights,
+    lora_layers,
+    lora_pairs,
+)
 from rankwise.models.sites import model_sites
 from rankwise.options.sections import LoraSection
+from rankwise.train.adalora import RankAllocation, budget_of
 from rankwise.train.arguments import build_arguments
 from rankwise.train.phases import PhaseKeeper
 from rankwise.train.together.optimizer import ArmSettings
@@ -143,6 +153,50 @@ def train_alone(
     if keeper is None or not isinstance(keeper.schedule, BoundNorm):
         return result, None
     return result, keeper.schedule.replay(max(1, len(steps)))
+
+
+def allocated_ranks(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    target: int,
+    learning_rate: float,
+    rows: TokenRows,
+    order: Sequence[int],
+    collate: Collate,
+    settings: ArmSettings,
+    seed: int,
+) -> dict[str, int]:
+    """Path → rank that AdaLoRA leaves a site of twice the mean rank `target`, by the defaults of `train --allocator
+    adalora`. The model is only read.
+
+    UsageError where a site is too small for the starting rank, DivergedError where the run diverges.
+    """
+    first = 2 * target
+    if small := next((site for site in sites if site.full_rank < first), None):
+        raise UsageError(
+            f"adalora starts with rank {first} everywhere, twice the budget's, and {small.path} {small.shape} has no "
+            f"more than {small.full_rank}; lower --budgets, or leave the arm out"
+        )
+    allocation = Allocation(first, target, budget_of(first, target, len(sites), settings.steps))
+    nothing = Arm({}, {}, learning_rate, order)
+    with tempfile.TemporaryDirectory(prefix="rankwise-") as name, single_process(), twin_of(model) as twin:
+        folder = Path(name)
+        own = model_sites(twin)
+        plan = RankPlan(tuple(PlannedSite(own[site.path], first) for site in sites))
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            allocated = adapt_allocated(twin, plan, LoraSection(lora_dropout=0.0), allocation)
+        allocator = RankAllocation(allocation, folder)
+        trainer = Undropped(
+            model=allocated,
+            args=arguments(nothing, settings, folder, model.device),
+            train_dataset=Subset(rows, order),  # type: ignore[arg-type]
+            data_collator=collate,
+            allocator=allocator,
+        )
+        if not finishes(trainer):
+            raise DivergedError(f"the arm adalora diverged at rate {learning_rate:g}, the middle of the grid; lower it")
+    return {path: int(mask.sum()) for path, mask in allocator.kept.items()}
 
 
 def finishes(trainer: RankwiseTrainer) -> bool:
