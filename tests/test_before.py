@@ -83,6 +83,8 @@ NEW = (
     "target_parameters",
     "assumed_seed_sd",
     "assumed_item_sd",
+    "metric",
+    "intruders",
 )
 SINCE = {
     **dict.fromkeys(NEW),
@@ -357,6 +359,7 @@ ELSEWHERE = {
     "rankwise-arms/1": "written and read in test_arms.py",
     "rankwise-expert-changes/1": "written and read in test_expert_spectra.py",
     "rankwise-experts/1": "written and read in test_adapt_experts.py",
+    "rankwise-intruders/1": "written and read in test_intruders.py",
 }
 
 

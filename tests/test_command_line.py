@@ -328,10 +328,15 @@ def test_a_dry_run(name: str, world: Path, here: Path, capsys: pytest.CaptureFix
 ON_BASE = "--model_name @/base --task e2e_nlg"
 # Command → lines on the folder `@` that are refused once options have been read: by what is in the files.
 REFUSED = {
-    "ranks": ("@/base @/empty", "--deltas @/empty", "--adapter @/base"),
+    "ranks": ("@/base @/empty", "--deltas @/empty", "--adapter @/base", "@/empty --adapter @/lora"),
     "ranks diff": ("@/plan.json @/rows.csv",),
     "extract": ("@/base @/tuned --plan @/rows.csv", "--deltas @/empty --rank 2"),
-    "compress": ("@/base --energy 0.9", "@/lora --budget 1"),
+    "compress": (
+        "@/base --energy 0.9",
+        "@/lora --budget 1",
+        "@/lora --energy 0.9 --metric sigma",
+        "@/lora --intruders 0.5 --base_model @/empty",
+    ),
     "finetune": (
         f"{ON_BASE} --data_path @/wrong.csv",
         f"{ON_BASE} --data_path @/rows.csv --max_seq_length 4",

@@ -84,7 +84,7 @@ class RanksConfig(Options):
     base: str | None = reads_or_hub(help="base checkpoint: folder, file or hub id", aliases=("pretrained",))
     tuned: str | None = reads_or_hub(help="fine-tuned checkpoint", aliases=("finetuned",))
     deltas: str | None = reads(help=DELTAS)
-    adapter: str | None = reads_or_hub(help="LoRA adapter, measured from its factors, not the dense matrix")
+    adapter: str | None = reads_or_hub(help="LoRA adapter, by its factors; with BASE its intruder dimensions, too")
     output_dir: str = output(".", help="folder for configs/ and analysis_outputs/svd/", aliases=("out",))
     spectrum: SpectrumSection = field(default_factory=SpectrumSection)
     sites: SitesSection = field(default_factory=SitesSection)
@@ -137,10 +137,19 @@ class CompressConfig(Options):
     energy: float | None = option(above=0, most=1, help="energy that each site keeps")
     budget: str | None = option(help="parameter budget: N, uniform:R, or 0.5%")
     normalise: str = option("none", choices=("none", "site"), help=NORMALISE)
+    metric: str | None = option(
+        choices=("energy", "sigma"),
+        help="what --budget goes by: energy per parameter, or σ alone, one threshold for all sites [energy]",
+    )
     plan: str | None = reads(help="rank plan of this adapter's sites, instead of energy or budget")
     uniform: bool = option(False, help="zero-pad to one rank, without patterns, for hot swapping and vLLM")
+    intruders: float | None = option(
+        least=0,
+        most=1,
+        help="scale intruder dimensions by this: 1 keeps them, 0 removes them; needs the base's weights",
+    )
     scale: float | None = option(above=0, help="scale of an adapter without a config (loralib): lora_alpha / r")
-    base_model: str | None = reads_model(help="base model, for adapters of experts [as the adapter records]")
+    base_model: str | None = reads_model(help="base, for --intruders and adapters of experts [as the adapter records]")
     output_dir: str = output("compressed_adapter", help="adapter folder")
 
 

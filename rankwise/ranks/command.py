@@ -1,6 +1,7 @@
 """rankwise ranks: two checkpoints (or saved deltas, or an adapter) → the spectrum of every matrix → a rank plan.
 
 rankwise ranks BASE TUNED --budget uniform:16 --gain data/devset.csv --task e2e_nlg
+rankwise ranks BASE --adapter ADAPTER                       # and its intruder dimensions (`intruders`)
 
     open the deltas ─ measure spectra ─ refuse rounding noise ─ decide ranks ─ gather evidence ─ write plan and summary
 """
@@ -20,6 +21,7 @@ from rankwise.core.plan import RankPlan
 from rankwise.core.site import Site
 from rankwise.core.spectrum import Spectrum
 from rankwise.errors import UsageError
+from rankwise.files.adapter import LoraPair
 from rankwise.files.atomic import about_to_write, fingerprint
 from rankwise.files.lineage import row_options, rows_of
 from rankwise.files.plan import PLAN_FILE, write_plan
@@ -44,9 +46,10 @@ from rankwise.ranks.deltas import DeltaSource, dense
 from rankwise.ranks.expert_map import expert_facts, few_hold_all
 from rankwise.ranks.fidelity import sentences, unpaired
 from rankwise.ranks.gain import Gain
+from rankwise.ranks.intruders import BaseMatrices, IntruderTable, examine, time_note
 from rankwise.ranks.measured import ALLOWED, dtypes, refuse_noise
 from rankwise.ranks.plots import SVD_FOLDER, write_delta_weights, write_plots, write_raw_data
-from rankwise.ranks.probe import Probe, measure_source, open_source, other_probe, source_metadata
+from rankwise.ranks.probe import AdapterDeltas, Probe, measure_source, open_source, other_probe, source_metadata
 from rankwise.ranks.summary import render, summarise
 
 
@@ -78,6 +81,7 @@ def run(config: RanksConfig) -> RankPlan | None:
             repeats=compare_probes(config, probe, others) if others else None,
             explained_loss=decision.explained_loss,
             choice=decision.choice,
+            intruders=count_intruders(config, probe),
         )
         record.outputs["plan"] = write_plan(folder / str(PLAN_FILE), plan)
         files = [folder / str(PLAN_FILE), *write_outputs(config, plan, probe, evidence)]
@@ -103,6 +107,7 @@ def describe(config: RanksConfig) -> list[str]:
         f"measure the spectra of {source} ({', '.join(config.sites.towers)} tower)",
         f"plan ranks {how}, between {config.spectrum.min_rank} and {config.spectrum.max_rank}",
         *(auto if config.metric == "auto" else []),
+        *(["count intruder dimensions of base + adapter"] if config.base and config.adapter else []),
     ]
 
 
@@ -122,9 +127,11 @@ def check(config: RanksConfig) -> RanksConfig:
     config = with_task(config)
     rule_of(config.spectrum)
     given = [bool(config.base and config.tuned), bool(config.deltas), bool(config.adapter)]
-    half = (config.tuned and not config.base) or (config.base and not config.tuned and not config.probe2)
-    if sum(given) != 1 or half:
-        raise UsageError("ranks needs one of: BASE TUNED (two checkpoints), --deltas DIR, --adapter DIR")
+    alone = config.base and not config.tuned and not config.probe2 and not config.adapter
+    if sum(given) != 1 or alone or (config.tuned and not config.base):
+        raise UsageError(
+            "ranks needs one of: BASE TUNED (two checkpoints), --deltas DIR, --adapter DIR (with or without BASE)"
+        )
     if config.signal in ("uniform", "random") and not config.spectrum.budget:
         raise UsageError(f"--signal {config.signal} has no spectrum to read ranks from; it needs --budget")
     if config.metric == "auto":
@@ -166,7 +173,10 @@ def measure_probes(config: RanksConfig) -> list[Probe]:
     """The first probe and those of --probe2, measured by all processes together."""
     try:
         notes: list[str] = []
-        source = open_source(config.sites, notes, **sources(config), model_name=config.model_name)
+        known = config.model_name or (config.base if config.adapter else None)
+        source = open_source(config.sites, notes, **sources(config), model_name=known)
+        if process_index()[0] == 0 and (compared := compared_with_base(config, source)):
+            print(time_note(*compared, config.device))
         refuse_for_experts(config, source.sites)
         notes += sentences(unpaired(source), 0.0)
         metadata = source_metadata(source)
@@ -215,6 +225,23 @@ def refuse_rounding(config: RanksConfig, found: Sequence[Probe], warnings: list[
     if rounding:
         rounding.refuse(config.allow_noise, warnings)
     return rounding
+
+
+def count_intruders(config: RanksConfig, probe: Probe) -> IntruderTable | None:
+    """Of an adapter whose base is given."""
+    compared = compared_with_base(config, probe.source)
+    if compared is None:
+        return None
+    table, _ = examine(*compared, device=config.device)
+    probe.notes.extend(table.notes())
+    return table
+
+
+def compared_with_base(config: RanksConfig, source: DeltaSource) -> tuple[BaseMatrices, dict[str, LoraPair]] | None:
+    """BASE and the pairs of --adapter at the analysed sites; None where it is not both that are given."""
+    if not config.base or not isinstance(source, AdapterDeltas):
+        return None
+    return BaseMatrices.open(config.base), {path: source.adapter.pairs[path] for path in source.sites}
 
 
 def decide_ranks(config: RanksConfig, probe: Probe) -> Decision:

@@ -1,6 +1,7 @@
 """rankwise compress: adapter → smaller adapter. Exact: QR of both factors and an r×r SVD, never the dense matrix.
 
 rankwise compress saved_models/high_rank --energy 0.95 -o smaller/
+rankwise compress saved_models/high_rank --intruders 0.5 -o milder/     # same ranks, intruder dimensions halved
 
 Experts of one parameter get one rank, each the best factors of its own: rank r keeps Σ_e Σ_{i≤r} σ²_{e,i}.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rankwise.core.allocate import Rule, by_budget, parse_budget, spectral_gains
@@ -43,8 +45,9 @@ from rankwise.models.depth.encoder import read_depth, write_depth
 from rankwise.models.load import another_base, described_folder, meta_model
 from rankwise.models.sites import fused_experts, model_sites
 from rankwise.options.commands import CompressConfig
-from rankwise.page.text import command_line
-from rankwise.ranks.fidelity import Fidelity, SiteFidelity, require_all_kept
+from rankwise.page.text import command_line, percent
+from rankwise.ranks.fidelity import EXACT, Fidelity, SiteFidelity, require_all_kept
+from rankwise.ranks.intruders import BaseMatrices, IntruderTable, examine, time_note
 
 SCALE = 2.0  # alpha = 2r at every site, so that one rank and one alpha describe a uniform adapter
 
@@ -77,7 +80,13 @@ def run(config: CompressConfig) -> Fidelity:
     check(config)
     adapter, model = read_with_base(config)
     folder, source = RunFolder(config.output_dir), adapter_files(Path(str(config.adapter)))[0].parent
-    with folder.lock(), folder.recording("compress", {"adapter": str(config.adapter), "plan": config.plan}) as record:
+    base = base_matrices(config, adapter) if config.intruders is not None else None
+    inputs = {"adapter": str(config.adapter), "plan": config.plan} | ({"base": base.name} if base else {})
+    with folder.lock(), folder.recording("compress", inputs) as record:
+        if base:
+            about_to_write()
+            intruders, pairs = examine(base, adapter.pairs, config.intruders)
+            adapter = replace(adapter, pairs=pairs)
         smaller, fidelity = compress_adapter(adapter, config)
         about_to_write()
         with tempfile.TemporaryDirectory(dir=folder.path, prefix=".adapter-") as temporary:
@@ -91,9 +100,11 @@ def run(config: CompressConfig) -> Fidelity:
         if depth := read_depth(source):
             record.outputs["depth"] = write_depth(folder.path, depth)
         record.outputs["fidelity"] = fidelity.write(folder.path)
+        if base:
+            record.outputs["intruders"] = intruders.write(folder.path)
         record.facts |= fidelity.beside((), list(smaller.extra)).facts()
         folder.save_config(config)
-    report(config, fidelity, smaller)
+    report(config, fidelity, smaller, intruders if base else None)
     return fidelity
 
 
@@ -104,11 +115,13 @@ def check(config: CompressConfig) -> None:
     given_sizes = [config.energy is not None, bool(config.budget), bool(config.plan)]
     if sum(given_sizes) > 1:
         raise UsageError("--energy, --budget and --plan are alternatives: give one of them")
-    if not any(given_sizes) and not config.uniform:
+    if not any(given_sizes) and not config.uniform and config.intruders is None:
         raise UsageError(
             "compress needs a size: --energy 0.95, --budget N|uniform:R|P% or --plan FILE (or --uniform alone: same "
-            "product)"
+            "product; or --intruders alone: same ranks)"
         )
+    if config.metric == "sigma" and (not config.budget or config.uniform or config.normalise != "none"):
+        raise UsageError("--metric sigma divides a --budget by one threshold, without --uniform and --normalise")
     given = Path(config.adapter)  # in a recipe an earlier stage may still have to make it
     if given.exists() and Path(config.output_dir).resolve() == adapter_files(given)[0].parent.resolve():
         raise UsageError(f"--output_dir {config.output_dir} is where the adapter is: choose another folder")
@@ -187,10 +200,31 @@ def choose_ranks(config: CompressConfig, spectra: Mapping[Site, Spectrum]) -> di
         ranks = {site: 0 if spectrum.is_zero else min(rank, len(spectrum)) for site, spectrum in spectra.items()}
     else:
         rule = Rule(min_rank=0, max_rank=max(len(spectrum) for spectrum in spectra.values()))
-        ranks = by_budget(spectral_gains(spectra, config.normalise), budget, rule)
+        sigma = config.metric == "sigma"
+        ranks = by_budget(sigma_gains(spectra) if sigma else spectral_gains(spectra, config.normalise), budget, rule)
     if not any(ranks.values()):
         raise UsageError(f"--budget {config.budget} ({budget:,} parameters) is below rank 1 of any site")
     return ranks
+
+
+def sigma_gains(spectra: Mapping[Site, Spectrum]) -> dict[Site, Tensor]:
+    """Gains whose order per parameter is that of σ alone, of experts their root mean square: the budget then keeps what
+    is above one threshold for all sites, to the last step that fits."""
+    return {site: spectrum.values / site.matrices**0.5 * site.parameters(1) for site, spectrum in spectra.items()}
+
+
+def base_matrices(config: CompressConfig, adapter: LoraAdapter) -> BaseMatrices:
+    """The weights that --intruders compares with; says how long that takes. DataError where the base is not here."""
+    named = config.base_model or adapter.base_model
+    folder = described_folder(named)
+    if folder is None:
+        raise DataError(
+            f"--intruders compares with the base's weights, and the base ({named or 'the adapter names none'}) is not "
+            "on this machine: give its folder with --base_model"
+        )
+    base = BaseMatrices.open(str(folder))
+    print(time_note(base, adapter.pairs))
+    return base
 
 
 def planned_ranks(file: str, spectra: Mapping[Site, Spectrum]) -> dict[Site, int]:
@@ -236,12 +270,18 @@ def settings(adapter: LoraAdapter) -> dict[str, Any]:
     return lora_config(None, task_type=None, modules_to_save=modules or None)
 
 
-def report(config: CompressConfig, fidelity: Fidelity, smaller: LoraAdapter) -> None:
+def report(
+    config: CompressConfig, fidelity: Fidelity, smaller: LoraAdapter, intruders: IntruderTable | None = None
+) -> None:
     recorded, plan = smaller.base_model, read_plan(Path(config.plan)) if config.plan else None
     notes = another_base("the adapter", recorded, config.base_model)
     notes += another_base(str(config.plan), plan.model_name, config.base_model or recorded) if plan else []
-    for note in [*notes, *fidelity.notes()]:
+    for note in [*notes, *fidelity.notes(), *(intruders.notes() if intruders else [])]:
         print(f"note: {note}")
+    if intruders:
+        lost = 1 - intruders.energy_kept
+        held = f"; the ranks hold all but {percent(lost)} of the scaled change (worst site)" if lost > EXACT else ""
+        print(f"intruders × {intruders.scale:g}: {intruders.sentence()}{held}")
     if smaller.extra:
         print(f"note: {len(smaller.extra)} further tensors kept as they are ({', '.join(list(smaller.extra)[:3])} …)")
     form = " · one rank, no patterns" if config.uniform else ""
@@ -263,5 +303,9 @@ def describe(config: CompressConfig) -> list[str]:
     if config.plan:
         how = f"the ranks of {config.plan}"
     elif config.energy is None and not config.budget:
-        how = "the same product, zero-padded to one rank"
-    return [f"compress the adapter to {how}, exactly, from its factors"]
+        how = "the same product, zero-padded to one rank" if config.uniform else "its own ranks"
+    scaled = f"scale the intruder dimensions of base + adapter by {config.intruders}"
+    return [
+        *([scaled] if config.intruders is not None else []),
+        f"compress the adapter to {how}, exactly, from its factors",
+    ]

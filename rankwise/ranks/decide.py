@@ -41,6 +41,7 @@ from rankwise.options.commands import RanksConfig
 from rankwise.options.sections import SpectrumSection
 from rankwise.ranks.choice import MetricChoice
 from rankwise.ranks.gain import Batch, Gain, gradient_spectra, input_spectra, loss_gains, output_change_spectra
+from rankwise.ranks.intruders import IntruderTable
 from rankwise.ranks.measured import ALLOWED, FLOAT32_DELTAS, Measured, finding, noise_share, noise_share_both
 
 TOLERANCE = 1e-3  # of the energy kept: the law of --budget
@@ -321,3 +322,4 @@ class Evidence:
     explained_loss: float | None = None
     choice: MetricChoice | None = None
     rounding: Histories | None = None
+    intruders: IntruderTable | None = None

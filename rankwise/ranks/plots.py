@@ -316,6 +316,8 @@ def write_raw_data(
     files = [write_json(folder / "raw_data" / "detailed_svd_analysis.json", content)]
     if experts := expert_facts(measured, threshold):
         files.append(CHANGES.write(folder / "raw_data", experts))
+    if evidence.intruders:
+        files.append(evidence.intruders.write(folder / "raw_data"))
     if evidence.gain is not None:
         chosen = {"choice": evidence.choice.facts()} if evidence.choice else {}
         files.append(write_json(folder / "raw_data" / "gain.json", evidence.gain.as_dict() | chosen))

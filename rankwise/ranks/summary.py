@@ -1,8 +1,6 @@
 """The one-screen summary of `rankwise ranks`: from numbers to at most 24 lines of text, the verdict in words.
 
-    print(render(summarise(plan, measured, rule, budget, evidence, seconds, memory)))
-
-It says "no evidence" where there is none.
+print(render(summarise(plan, measured, rule, budget, evidence, seconds, memory)))    # "no evidence" where there is none
 """
 
 from __future__ import annotations
@@ -114,6 +112,7 @@ class RanksSummary:
     gain_note: str = ""
     choice: MetricChoice | None = None
     experts: str = ""
+    intruders: str = ""
     next_commands: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -151,6 +150,7 @@ def finding_lines(summary: RanksSummary) -> list[str]:
         *labelled("Energy", energy_finding(summary), most=2 if summary.choice else 3),
         *labelled("Parameters", spending(summary), most=1),
         *(labelled("Experts", summary.experts, most=1) if summary.experts else []),
+        *(labelled("Intruders", summary.intruders, most=2) if summary.intruders else []),
         *labelled("Repeatable", repeatability(summary), most=1),
         *labelled("Gain kept", gain_kept(summary), most=2),
     ]
@@ -380,6 +380,7 @@ def summarise(
         gain_note=undefined_note(evidence),
         choice=evidence.choice,
         experts=movement(expert_facts(measured, rule.threshold)),
+        intruders=evidence.intruders.sentence() if evidence.intruders else "",
     )
 
 

@@ -3,8 +3,8 @@
 Found anywhere below the folder (checkpoints, hidden folders, earlier reports and links aside): manifest.json,
 resolved_config*.json, lora_rank_config.json, evaluation_results.json with predictions.jsonl beside it,
 forgetting.json, training_log.csv, phases.csv, the tables of gradient norms, gain.json, expert_changes.json,
-fidelity.json, sites.json, study.json, validation.json, what the commands on features leave, and the PNGs of `plots/`
-folders.
+intruders.json, fidelity.json, sites.json, study.json, validation.json, what the commands on features leave, and the
+PNGs of `plots/` folders.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from rankwise.page.blocks import Finding
 from rankwise.pipeline.times import StageTime, read_times
 from rankwise.ranks.expert_map import EXPERT_MAP
 from rankwise.ranks.fidelity import FIDELITY
+from rankwise.ranks.intruders import INTRUDERS
 from rankwise.ranks.plots import GAIN
 from rankwise.study.advice_page import ADVICE
 from rankwise.study.page import STUDY
@@ -118,7 +119,7 @@ class Contents:
 
 
 # What is shown where it lies; each room says how.
-FINDINGS = (GAIN, EXPERT_MAP, ADVICE, STUDY, VALIDATION, HANDOFF, EPOCHS, FACTORS, ANSWERS, FIDELITY)
+FINDINGS = (GAIN, EXPERT_MAP, INTRUDERS, ADVICE, STUDY, VALIDATION, HANDOFF, EPOCHS, FACTORS, ANSWERS, FIDELITY)
 
 
 GENERIC = ("evaluation", "evaluate", "results", "predictions", "final_model")

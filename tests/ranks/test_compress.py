@@ -153,6 +153,28 @@ def test_a_budget_is_kept_and_spent_where_the_energy_is(normalise: str) -> None:
         assert mean >= sum(row.energy_kept for row in same_size.rows) / 3 - 1e-9
 
 
+def test_one_threshold_keeps_the_largest_singular_values_of_all_sites() -> None:
+    """Whatever a rank costs: what is kept is above what is not, up to the first value that did not fit."""
+    small, large = random_adapter({"small": 4}), random_adapter({"large": 4}, 1, rows=60, columns=50)
+    first = [float(energies(pair)[0]) for one in (small, large) for pair in one.pairs.values()]
+    wider = replace(large.pairs["large"], scale=1.5 * (2 * first[0] / first[1]) ** 0.5)  # its largest σ²: twice small's
+    adapter = LoraAdapter(small.config, {**small.pairs, "large": wider})
+    squares = {path: energies(pair) for path, pair in adapter.pairs.items()}
+    for budget in (110, 154, 264, 400):
+        after, _ = compress_adapter(adapter, CompressConfig(budget=str(budget), metric="sigma"))
+        ranks = {path: after.pairs[path].rank if path in after.pairs else 0 for path in adapter.pairs}
+        spent = 22 * ranks["small"] + 110 * ranks["large"]
+        assert spent <= budget
+        kept = min(float(squares[path][rank - 1]) for path, rank in ranks.items() if rank)
+        cost = {"small": 22, "large": 110}
+        for path, rank in ranks.items():
+            if rank < 4 and float(squares[path][rank]) > kept * (1 + 1e-6):
+                assert spent + cost[path] > budget, (budget, ranks)
+    energy, _ = compress_adapter(adapter, CompressConfig(budget="110"))
+    sigma, _ = compress_adapter(adapter, CompressConfig(budget="110", metric="sigma"))
+    assert energy.pairs.keys() == {"small"} and sigma.pairs.keys() == {"large"}, "the cost of a rank counts in one only"
+
+
 def test_a_budget_that_buys_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match="below rank 1"):
         compress_adapter(random_adapter({"q": 4}), CompressConfig(adapter="a", budget="10"))
@@ -261,6 +283,9 @@ def test_what_cannot_work_is_refused_before_anything_is_read(tmp_path: Path) -> 
         {"adapter": str(tmp_path), "energy": 1.5},
         {"adapter": str(tmp_path), "energy": 0.9, "scale": -1.0},
         {"adapter": str(tmp_path), "energy": 0.9, "output_dir": str(tmp_path)},
+        {"adapter": str(tmp_path), "energy": 0.9, "metric": "sigma"},
+        {"adapter": str(tmp_path), "budget": "100", "metric": "sigma", "uniform": True},
+        {"adapter": str(tmp_path), "intruders": 1.5},
     ):
         with pytest.raises(UsageError):
             check(CompressConfig(**options))  # type: ignore[arg-type]
