@@ -428,7 +428,7 @@ def test_what_cannot_be_is_refused_before_anything_is_read(
 def test_the_packages_studies_are_found_by_name(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("ranks", "phases"):
+    for name in ("ranks", "phases", "referee"):
         words = ["study", name, "--model_name", str(base), "--data_path", str(data), "-o", str(tmp_path), "--dry-run"]
         assert cli.main([*words, "--train_size", "30", "--dev_size", "5", "--test_size", "6"]) == 0
         assert "runs to tune" in capsys.readouterr().out
