@@ -35,9 +35,9 @@ from rankwise import cli
 from rankwise.data.device import DeviceTarget
 from rankwise.device.llama.runtime import LlamaServer
 from rankwise.files.atomic import read_if_there, write_json, write_text
+from rankwise.files.gguf import GGUFFile
 from rankwise.gguf.converter import find_converter
 from rankwise.gguf.lora import HALVES, sites_in
-from rankwise.gguf.reading import GGUFFile
 from rankwise.models.load import load_model
 from rankwise.models.tiny import SIDE
 

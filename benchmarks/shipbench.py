@@ -34,10 +34,10 @@ from rankwise.device.parity.ladder import climb
 from rankwise.device.sides import context
 from rankwise.errors import ServiceError, VerificationError
 from rankwise.files.atomic import write_json, write_text
+from rankwise.files.gguf import GGUFFile
 from rankwise.gguf.converter import find_converter
 from rankwise.gguf.export import verification
 from rankwise.gguf.plan import plan_export
-from rankwise.gguf.reading import GGUFFile
 from rankwise.options.commands import ExportConfig
 
 FAULTS = [*APP, *FILES]

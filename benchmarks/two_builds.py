@@ -36,7 +36,7 @@ from rankwise.device.parity.reference import Observed, common
 from rankwise.device.parity.rungs import RUNGS, said
 from rankwise.device.scores import latency
 from rankwise.files.atomic import write_json
-from rankwise.gguf.reading import GGUFFile
+from rankwise.files.gguf import GGUFFile
 
 MARKS = ("<!-- two_builds: made by benchmarks/two_builds.py -->", "<!-- /two_builds -->")
 SHOWN = ("pixels", "image tokens", "token ids", "logprobs", "text")

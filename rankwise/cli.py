@@ -24,7 +24,7 @@ from rankwise.options.field import CONFIG_SUFFIXES, Option, load_file, typed_val
 from rankwise.options.flags import build_parser, parse_flags
 from rankwise.page import terminal
 from rankwise.pipeline.recipe import PIPELINES, options_for, packaged_recipe
-from rankwise.pipeline.table import ALIASES, COMMANDS, DRY_RUN, GROUPS, Command, assemble, command_options, stage_of
+from rankwise.pipeline.table import ALIASES, COMMANDS, DRY_RUN, GROUPS, Command, assemble, command_options
 
 RECIPES = Path(__file__).parent / "recipes"
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w-]*)")
@@ -149,7 +149,7 @@ def dispatch(argv: Sequence[str]) -> None:
     if dry_run:
         preflight.dry_run(name, config)
     else:
-        stage_of(name).run(config)
+        preflight.run(name, config)
 
 
 def explain_flags(words: Sequence[str], message: str) -> str:

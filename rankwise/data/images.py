@@ -35,9 +35,8 @@ from PIL import Image
 
 from rankwise.data.example import Example, View
 from rankwise.data.pixels import WHITE, Colour, Unreadable, is_picture, picture, upright_size
-from rankwise.data.sources.official import cache
 from rankwise.errors import DataError
-from rankwise.files.atomic import about_to_write, atomic_write
+from rankwise.files.atomic import about_to_write, atomic_write, cache
 
 DATA_URL = re.compile(r"data:(?P<type>image/[\w.+-]+)(;[\w-]+=[^;,]*)*;base64,", re.IGNORECASE)
 SCHEME = re.compile(r"(?P<name>[a-z][a-z0-9+.-]+)://|(?P<bare>data|file):", re.IGNORECASE)

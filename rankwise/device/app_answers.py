@@ -38,7 +38,7 @@ from rankwise.device.parity.reference import Expected, Observed, Pixels, common,
 from rankwise.device.parity.rungs import RUNGS
 from rankwise.errors import DataError
 from rankwise.files.document import build
-from rankwise.gguf.reading import GGUFFile
+from rankwise.files.gguf import GGUFFile
 from rankwise.gguf.splitting import BYTE_LEVEL, SENTENCEPIECE
 
 MOST = 5  # mistakes that a message lists

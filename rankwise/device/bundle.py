@@ -53,8 +53,9 @@ from rankwise.device.validation_page import ladder_blocks
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.adapter import TASK
 from rankwise.files.atomic import about_to_write, atomic_folder, fingerprint, read_object, sha256, write_text
+from rankwise.files.gguf import GGUFFile
 from rankwise.files.run_folder import CONFIG, RunFolder, called
-from rankwise.gguf.reading import Exported, GGUFFile, read_export
+from rankwise.gguf.reading import Exported, read_export
 from rankwise.options.commands import BundleConfig, ValidateConfig
 from rankwise.page.blocks import lines
 from rankwise.page.text import command_line

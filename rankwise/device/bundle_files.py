@@ -33,7 +33,7 @@ from rankwise.errors import DataError, VerificationError
 from rankwise.evaluate.likelihood import answer_ids
 from rankwise.files.atomic import read_object, sha256, write_json, write_text
 from rankwise.files.document import Document
-from rankwise.gguf.reading import GGUFFile
+from rankwise.files.gguf import GGUFFile
 from rankwise.gguf.splitting import SPACES
 
 BUNDLE = Document("bundle.json", "rankwise-bundle/1", "a bundle", "rankwise bundle", ("files",))

@@ -29,9 +29,10 @@ from rankwise.evaluate.generate import fitting
 from rankwise.evaluate.likelihood import answer_ids, append_ids
 from rankwise.files.atomic import digest_of, fingerprints
 from rankwise.files.checkpoint import base_files, resolve
+from rankwise.files.gguf import GGUFFile
 from rankwise.files.processes import announce
 from rankwise.gguf.imatrix import Imatrix, weighed, write
-from rankwise.gguf.reading import GGUFFile, first_few, gguf_names
+from rankwise.gguf.reading import first_few, gguf_names
 from rankwise.models.sites import model_sites
 from rankwise.options.commands import ValidateConfig
 from rankwise.page.text import plural

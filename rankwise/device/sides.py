@@ -38,9 +38,10 @@ from rankwise.evaluate.tasks import Task, evaluate, task
 from rankwise.files.adapter import adapter_files, base_and_adapter
 from rankwise.files.atomic import fingerprint, fingerprints
 from rankwise.files.checkpoint import base_files, resolve
+from rankwise.files.gguf import GGUFFile
 from rankwise.files.processes import announce
 from rankwise.files.run_folder import without_places
-from rankwise.gguf.reading import GGUFFile, read_export
+from rankwise.gguf.reading import read_export
 from rankwise.models.load import load_config, load_model
 from rankwise.options.commands import ValidateConfig
 from rankwise.options.sections import DataSection, ModelSection

@@ -22,10 +22,11 @@ from rankwise.device.sides import Shipment, Shipped, TrainedSide, answers_in, co
 from rankwise.errors import DataError, UsageError
 from rankwise.evaluate.bootstrap import wilson
 from rankwise.files.document import Document
+from rankwise.files.gguf import GGUFFile
 from rankwise.files.processes import announce
 from rankwise.gguf.imatrix import Imatrix
 from rankwise.gguf.quantize import MATRIX_KEY, quantize, quantizer
-from rankwise.gguf.reading import GGUFFile, first_few
+from rankwise.gguf.reading import first_few
 from rankwise.options.commands import ValidateConfig
 
 SWEEP = Document("sweep.json", "rankwise-sweep/1", "a sweep", "rankwise validate --sweep")

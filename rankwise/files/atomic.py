@@ -210,6 +210,12 @@ def free_space(path: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
+def cache() -> Path:
+    """Where archives and GGUF models are kept unpacked; nothing there is needed once it is gone."""
+    own, general = os.environ.get("RANKWISE_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own).expanduser() if own else Path(general or "~/.cache").expanduser() / "rankwise"
+
+
 def write_text(path: Path | str, text: str) -> Path:
     """Write UTF-8 text atomically; returns the path."""
     with atomic_write(path) as temporary:

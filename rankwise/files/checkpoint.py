@@ -27,6 +27,7 @@ from torch import Tensor
 from rankwise.core.site import is_expert, nearest, unwrapped
 from rankwise.errors import DataError, UsageError
 from rankwise.files.atomic import about_to_write, digest_of, fingerprints, read_object
+from rankwise.files.gguf import is_gguf, unpacked
 from rankwise.files.pickled import SUFFIXES, load_pickle
 
 LENGTH_BYTES = 8
@@ -280,7 +281,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def resolve(name_or_path: Path | str, revision: str | None = None, *, code: bool = False) -> Path:
-    """A local path, or the local copy of a hub model (`org/name`), downloaded where it is not there yet.
+    """A local path, or the local copy of a hub model (`org/name`), downloaded where it is not there yet; of a model in
+    one GGUF file the folder that it is unpacked to.
 
     Only weights, configuration and tokenizer files are fetched; Python files only with `code`, which whoever asks
     for it must have pinned to a revision. DataError where there is neither.
@@ -289,7 +291,7 @@ def resolve(name_or_path: Path | str, revision: str | None = None, *, code: bool
     if local.exists():
         if revision is not None:
             raise UsageError(f"{local} is a local path: a revision applies to hub ids only")
-        return local
+        return unpacked(local) if is_gguf(local) else local
     name = str(name_or_path)
     if not HUB_ID.fullmatch(name):
         raise DataError(f"{name}: no such file or folder (and not a hub id of the form org/name)")

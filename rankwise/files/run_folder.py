@@ -30,8 +30,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from rankwise.errors import DataError, UsageError
-from rankwise.files.atomic import about_to_write, fingerprint, read_if_there, rehearsing, write_json
+from rankwise.files.atomic import about_to_write, fingerprint, read_if_there, read_object, rehearsing, write_json
 from rankwise.files.document import Document
+from rankwise.files.gguf import SOURCE
 from rankwise.files.monitor import PeakMemory
 from rankwise.files.processes import process_index
 from rankwise.options.field import flatten
@@ -206,15 +207,17 @@ class RunFolder:
         return {"path": shown.as_posix(), "fingerprint": fingerprint(path)}
 
 
-def describe_input(value: Path | str) -> dict[str, str]:
-    """A path with the fingerprint of what it holds; a name (a hub id, say) as it is."""
+def describe_input(value: Path | str) -> dict[str, Any]:
+    """A path with the fingerprint of what it holds, and the GGUF file that it was unpacked from; a name (a hub id, say)
+    as it is."""
     path = Path(value)
     if path.exists():
-        return {"path": str(value), "fingerprint": fingerprint(path)}
+        origin = {"gguf": read_object(path / SOURCE)} if (path / SOURCE).is_file() else {}
+        return {"path": str(value), "fingerprint": fingerprint(path), **origin}
     return {"name": str(value)}
 
 
-def called(row: Mapping[str, str]) -> dict[str, str]:
+def called(row: Mapping[str, Any]) -> dict[str, Any]:
     """An input's or a model's description with its name in place of its path; the fingerprint stays."""
     rest = {name: value for name, value in row.items() if name != "path"}
     return {"name": Path(row["path"]).resolve().name, **rest} if "path" in row else rest

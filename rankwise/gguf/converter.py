@@ -26,9 +26,8 @@ from zlib import error as ZlibError
 
 from filelock import FileLock
 
-from rankwise.data.sources.official import cache
 from rankwise.errors import DataError, ServiceError, UsageError, VerificationError
-from rankwise.files.atomic import about_to_write, atomic_files, atomic_folder, digest_of, sha256
+from rankwise.files.atomic import about_to_write, atomic_files, atomic_folder, cache, digest_of, sha256
 from rankwise.files.document import Document
 from rankwise.gguf.quantize import VARIABLE
 from rankwise.options.sections import OUTTYPES

@@ -27,12 +27,13 @@ from rankwise.errors import VerificationError
 from rankwise.files.adapter import carry
 from rankwise.files.atomic import fingerprint, sha256
 from rankwise.files.checkpoint import Checkpoint
+from rankwise.files.gguf import GGUFFile
 from rankwise.files.run_folder import without_places
 from rankwise.gguf.converter import Conversion
 from rankwise.gguf.metadata import MODEL, check_numbers, check_tokenizer, silence, text_numbers, vision_numbers
 from rankwise.gguf.plan import REFERENCE, ExportPlan
 from rankwise.gguf.provenance import Origin, Origins, origins, require_complete
-from rankwise.gguf.reading import EXPORT, MMPROJ, TEXT, GGUFFile, first_few
+from rankwise.gguf.reading import EXPORT, MMPROJ, TEXT, first_few
 from rankwise.gguf.splitting import check_texts, score
 from rankwise.gguf.stacks import EXPERTS, label, stored
 from rankwise.gguf.view import model_view

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rankwise.errors import DataError, VerificationError, need
 from rankwise.files.atomic import atomic_write, sha256
-from rankwise.gguf.reading import GGUFFile, first_few
+from rankwise.files.gguf import GGUFFile
+from rankwise.gguf.reading import first_few
 
 TYPE = "imatrix"  # general.type
 DATASETS, CHUNKS, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"

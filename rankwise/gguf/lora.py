@@ -22,10 +22,11 @@ from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, adapter_f
 from rankwise.files.adapter_config import lora_config
 from rankwise.files.atomic import named, read_object, write_json
 from rankwise.files.checkpoint import ADAPTER_NAMES
+from rankwise.files.gguf import GGUFFile
 from rankwise.gguf.converter import Converter
 from rankwise.gguf.metadata import Vocabulary, config_of
 from rankwise.gguf.provenance import as_converted, divisors, relation, rotary_heads
-from rankwise.gguf.reading import SUFFIXES, GGUFFile, first_few, forms, name_table
+from rankwise.gguf.reading import SUFFIXES, first_few, forms, name_table
 from rankwise.gguf.view import changes_for
 from rankwise.gguf.view import model_view as shown_to_converter
 from rankwise.models.load import meta_model

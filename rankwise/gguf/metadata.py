@@ -27,8 +27,8 @@ from transformers import CONFIG_MAPPING
 from rankwise.data.device import DeviceTarget, tiles
 from rankwise.errors import VerificationError, need
 from rankwise.files.atomic import read_object
+from rankwise.files.gguf import GGUFFile
 from rankwise.gguf.mixture import SOFTMAX, expert_numbers
-from rankwise.gguf.reading import GGUFFile
 from rankwise.gguf.splitting import (
     BYTE_LEVEL,
     SCORES,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rankwise.gguf.reading import GGUFFile
+from rankwise.files.gguf import GGUFFile
 
 SOFTMAX, SIGMOID = 1, 2  # gguf.ExpertGatingFuncType
 # What the router's class does and the converter reads from the config, by model_type.

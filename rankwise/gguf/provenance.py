@@ -17,8 +17,9 @@ from torch import Tensor
 
 from rankwise.errors import VerificationError
 from rankwise.files.checkpoint import Checkpoint
+from rankwise.files.gguf import GGUFFile
 from rankwise.gguf.metadata import IDEFICS, PLAIN, QWEN_MERGER
-from rankwise.gguf.reading import SUFFIXES, GGUFFile, first_few, forms, gguf_names, name_table
+from rankwise.gguf.reading import SUFFIXES, first_few, forms, gguf_names, name_table
 from rankwise.gguf.stacks import ALTERNATE, BY_HEADS, HALF, JOINED, STACKED, Cut, stacks, strangers
 
 SAME, ROPE, ROWS, TRANSPOSED, PLUS_ONE, PART = (

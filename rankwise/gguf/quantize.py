@@ -21,8 +21,8 @@ from pathlib import Path
 
 from rankwise.errors import UsageError, VerificationError
 from rankwise.files.atomic import atomic_write
+from rankwise.files.gguf import GGUFFile
 from rankwise.gguf.imatrix import Imatrix, require_used
-from rankwise.gguf.reading import GGUFFile
 
 FORMS = (
     *("q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0"),

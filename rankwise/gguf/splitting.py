@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import VerificationError, need
-from rankwise.gguf.reading import GGUFFile
+from rankwise.files.gguf import GGUFFile
 from rankwise.models.load import load_tokenizer
 
 SENTENCEPIECE, BYTE_LEVEL = "llama", "gpt2"

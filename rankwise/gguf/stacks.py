@@ -21,8 +21,9 @@ from torch import Tensor
 from rankwise.core.site import is_expert
 from rankwise.errors import DataError
 from rankwise.files.checkpoint import Checkpoint
+from rankwise.files.gguf import GGUFFile
 from rankwise.gguf.metadata import config_of
-from rankwise.gguf.reading import SUFFIXES, GGUFFile, first_few, forms, name_table
+from rankwise.gguf.reading import SUFFIXES, first_few, forms, name_table
 from rankwise.models.load import meta_model
 from rankwise.models.sites import model_sites, weight_table
 

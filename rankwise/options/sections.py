@@ -40,7 +40,7 @@ class ModelSection(Options):
     """Which model, and how it is loaded."""
 
     model_name: str | None = reads_model(
-        help="base model: folder or hub id", aliases=("model_path", "base_model", "model_name_or_path")
+        help="base model: folder, hub id or GGUF file", aliases=("model_path", "base_model", "model_name_or_path")
     )
     revision: str | None = option(help="hub revision (a commit hash where remote code is allowed)")
     trust_remote_code: bool = option(False, help="run the repository's own code; needs --revision COMMIT")

@@ -1,6 +1,7 @@
 """Checks before a command reads or writes anything: libraries, options, inputs, output locations; and its dry run.
 
     ready("train", config)              UsageError, DataError, or nothing
+    run("train", config)                the command
     ready("train", config, made, run)   in a recipe: earlier stages make what is at or below `made`; `run` is its folder
     dry_run("train", config)            the command itself up to its first write; then what it would do
 
@@ -12,6 +13,7 @@ options that do not go together, its `check_installed(config)` what a scored tas
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +24,8 @@ from typing import Any
 from rankwise.errors import DataError, UsageError, need
 from rankwise.files.adapter import is_adapter
 from rankwise.files.atomic import rehearsal
-from rankwise.files.checkpoint import HUB_ID
+from rankwise.files.checkpoint import HUB_ID, resolve
+from rankwise.files.gguf import is_gguf, model_in
 from rankwise.options.field import INPUTS, OUTPUTS, Option, flatten, neighbours, options_of
 from rankwise.options.sections import TASKS
 from rankwise.pipeline.idle import Told, hands_off, written
@@ -32,6 +35,7 @@ DRAWING = ("ranks", "compare", "features compare", "features downstream")
 TRAINERS = ("train", "finetune")
 READING = (*TRAINERS, "ranks", "advise", "check", "evaluate", "merge", "study", "validate", "bundle")
 LLAMA = ("validate", "bundle")
+MODELS = ("model", "weights", "text")  # kinds of paths (`option(path=…)`) that a GGUF file may be the model of
 
 
 @dataclass(frozen=True)
@@ -162,13 +166,30 @@ def ready(command: str, config: Any, made: Sequence[Path] = (), run: Path | None
         require_inputs(options, [path.absolute() for path in made], run.absolute() if run else None)
 
 
+def run(command: str, config: Any) -> None:
+    """The command itself, on the folders that models in GGUF files are unpacked to."""
+    stage_of(command).run(unpacked_models(config))
+
+
+def unpacked_models(config: Any) -> Any:
+    """The config with the folder of every model that it names as a GGUF file."""
+    changed = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            changed[field.name] = unpacked_models(value)
+        elif field.metadata.get("path") in MODELS and isinstance(value, str) and is_gguf(Path(value)):
+            changed[field.name] = str(resolve(value))
+    return dataclasses.replace(config, **changed)
+
+
 def dry_run(command: str, config: Any) -> None:
     """Run the command up to its first write; print the resolved config and what it would do. What it says on the way is
     no part of the config."""
     import yaml
 
     with contextlib.redirect_stdout(sys.stderr), rehearsal():
-        stage_of(command).run(config)
+        run(command, config)
     print(yaml.safe_dump(flatten(config), sort_keys=False, allow_unicode=True), end="")
     for line in describe(command, config):
         print("# would " + line.replace("\n", "\n#   "))
@@ -204,7 +225,9 @@ def require_inputs(options: Sequence[Option], made: Sequence[Path], run: Path | 
 def require_input(item: Option, value: str, *, fetched: bool) -> None:
     """A missing path may be a hub id, or a folder that `--download` fills; of a model's folder the config is asked."""
     path = Path(value)
-    if path.exists():
+    if is_gguf(path) and item.path in MODELS:
+        model_in(path)
+    elif path.exists():
         if item.path == "model" and not (path / "config.json").is_file() and not is_adapter(path):
             raise DataError(f"{path}: no config.json, so this is not a Hugging Face model folder (--{item.name})")
     elif item.path == "read":

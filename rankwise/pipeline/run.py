@@ -265,7 +265,7 @@ def execute(stage: Stage, config: Any, scratch: Path) -> None:
         if stage.nproc > 1:
             run_in_processes(stage.command, flatten(config), stage.nproc, scratch / f"{stage.name}.json")
         else:
-            stage_of(stage.command).run(config)
+            preflight.run(stage.command, config)
     sys.stdout.flush()
 
 

@@ -36,7 +36,7 @@ from rankwise.device.llama.runtime import LlamaServer
 from rankwise.device.parity.ladder import climb
 from rankwise.device.scores import abstention, fewest, lower_bound
 from rankwise.errors import DataError, UsageError, VerificationError
-from rankwise.gguf.reading import GGUFFile
+from rankwise.files.gguf import GGUFFile
 from rankwise.options.commands import BundleConfig
 from rankwise.options.sections import ScoredData
 

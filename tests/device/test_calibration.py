@@ -26,9 +26,10 @@ from rankwise.device.calibration import linear_layers, ran, summed
 from rankwise.device.parity.reference import inputs_of
 from rankwise.errors import DataError
 from rankwise.evaluate.tasks import task
+from rankwise.files.gguf import GGUFFile
 from rankwise.gguf.imatrix import COUNTS, SUMS
 from rankwise.gguf.quantize import MATRIX_KEY
-from rankwise.gguf.reading import GGUFFile, read_export
+from rankwise.gguf.reading import read_export
 from rankwise.models.load import load_config, load_model
 from rankwise.options.sections import DataSection, ModelSection
 

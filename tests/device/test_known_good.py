@@ -12,7 +12,7 @@ from test_parity_experts import side
 from torch import Tensor, nn
 
 from rankwise.device.parity.known_good import in_q8_0, q8_0, rounding
-from rankwise.gguf.reading import GGUFFile
+from rankwise.files.gguf import GGUFFile
 from rankwise.models.sites import router_paths
 
 

@@ -32,10 +32,11 @@ from rankwise.device.sides import LoraFile
 from rankwise.device.validation_page import summary
 from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import read_adapter
+from rankwise.files.gguf import GGUFFile
 from rankwise.gguf.converter import Converter
 from rankwise.gguf.lora import HALVES, held_factors, sites_in
 from rankwise.gguf.metadata import config_of
-from rankwise.gguf.reading import EXPORT, GGUFFile, read_export
+from rankwise.gguf.reading import EXPORT, read_export
 from rankwise.models.load import load_model
 from rankwise.options.commands import BundleConfig, ValidateConfig
 from rankwise.report.report import build_report

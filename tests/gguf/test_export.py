@@ -26,6 +26,7 @@ from rankwise.device.llama.runtime import LlamaServer
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.atomic import read_object, sha256, write_json
 from rankwise.files.checkpoint import open_checkpoint
+from rankwise.files.gguf import GGUFFile
 from rankwise.gguf.command import describe, run
 from rankwise.gguf.converter import Conversion, Converter, own_converter
 from rankwise.gguf.export import compare_tensors
@@ -41,7 +42,7 @@ from rankwise.gguf.metadata import (
 )
 from rankwise.gguf.plan import ExportPlan, plan_export, require_space
 from rankwise.gguf.provenance import origins
-from rankwise.gguf.reading import GGUFFile, read_export
+from rankwise.gguf.reading import read_export
 from rankwise.gguf.view import changes_for, model_view
 from rankwise.models.load import load_model
 from rankwise.options.commands import ExportConfig

@@ -20,9 +20,9 @@ from test_proofs_export import Draft, Export, Fault, changed, export
 
 from rankwise.cli import main
 from rankwise.files.checkpoint import open_checkpoint
+from rankwise.files.gguf import GGUFFile
 from rankwise.gguf.export import changed_keys, compare_tensors, tuning_kept
 from rankwise.gguf.provenance import origins
-from rankwise.gguf.reading import GGUFFile
 
 __all__ = ["export"]  # the fixture
 ALL = [*FAMILIES, *MORE, *SQUARE.values()]

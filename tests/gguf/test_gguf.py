@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rankwise.errors import VerificationError
 from rankwise.files.checkpoint import Checkpoint, open_checkpoint
+from rankwise.files.gguf import GGUFFile
 from rankwise.gguf.export import (
     changed_keys,
     compare_tensors,
@@ -28,7 +29,7 @@ from rankwise.gguf.export import (
     tuning_of,
 )
 from rankwise.gguf.provenance import Origin, holds, origins, relation, require_complete, rope_order
-from rankwise.gguf.reading import GGUFFile, gguf_names
+from rankwise.gguf.reading import gguf_names
 
 gguf = pytest.importorskip("gguf")
 

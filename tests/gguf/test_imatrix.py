@@ -14,10 +14,10 @@ from served import text_gguf
 from test_quantize import COPIES, binary
 
 from rankwise.errors import DataError, UsageError, VerificationError
+from rankwise.files.gguf import GGUFFile
 from rankwise.gguf import quantize as module
 from rankwise.gguf.imatrix import COUNTS, SUMS, Imatrix, weighed, write
 from rankwise.gguf.quantize import FORMS, MATRIX_KEY, WEIGHED, check_form, quantize, quantizer
-from rankwise.gguf.reading import GGUFFile
 
 gguf = pytest.importorskip("gguf")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

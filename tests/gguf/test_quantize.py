@@ -11,9 +11,9 @@ import torch
 from served import text_gguf
 
 from rankwise.errors import UsageError, VerificationError
+from rankwise.files.gguf import GGUFFile
 from rankwise.gguf import quantize as module
 from rankwise.gguf.quantize import FORMS, check_form, quantize, quantizer
-from rankwise.gguf.reading import GGUFFile
 
 HAS_PACKAGE = importlib.util.find_spec("llama_cpp") is not None
 COPIES = "import shutil, sys; shutil.copy(sys.argv[1], sys.argv[2]); print(sys.argv[3:])"

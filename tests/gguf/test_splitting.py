@@ -14,10 +14,11 @@ from rankwise.cli import main
 from rankwise.device.llama.runtime import LlamaServer
 from rankwise.errors import VerificationError
 from rankwise.files.atomic import read_object, write_json
+from rankwise.files.gguf import GGUFFile
 from rankwise.gguf import export
 from rankwise.gguf.command import split
 from rankwise.gguf.converter import Converter
-from rankwise.gguf.reading import GGUFFile, read_export
+from rankwise.gguf.reading import read_export
 from rankwise.gguf.splitting import SCORES, ScoredPieces, check_texts, merge_scores, probing_texts
 
 pytest.importorskip("gguf")

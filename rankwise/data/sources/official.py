@@ -31,7 +31,7 @@ from zlib import error as ZlibError
 from filelock import FileLock
 
 from rankwise.errors import DataError, ServiceError, need
-from rankwise.files.atomic import about_to_write, atomic_folder, explained, fingerprint, sha256
+from rankwise.files.atomic import about_to_write, atomic_folder, cache, explained, fingerprint, sha256
 
 LARGEST = 4 * 2**30  # bytes that an archive may unpack to; MultiNLI, the largest one known, has about 1.2 GiB
 MOST_MEMBERS = 10_000
@@ -77,12 +77,6 @@ def unpacked_into(archive: Path, wanted: Collection[str], folder: Path) -> Path:
             with atomic_folder(folder) as temporary, _readable(archive):
                 read(archive, frozenset(wanted), temporary)
     return folder
-
-
-def cache() -> Path:
-    """Where unpacked archives are kept; nothing there is needed once it is gone."""
-    own, general = os.environ.get("RANKWISE_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(own).expanduser() if own else Path(general or "~/.cache").expanduser() / "rankwise"
 
 
 @contextmanager

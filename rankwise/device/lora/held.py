@@ -13,9 +13,9 @@ from rankwise.device.parity.rungs import NOT_MEASURED, Rung, judged
 from rankwise.device.sides import LoraFile
 from rankwise.files.adapter import read_adapter
 from rankwise.files.checkpoint import resolve
+from rankwise.files.gguf import GGUFFile
 from rankwise.gguf.lora import held_factors
 from rankwise.gguf.metadata import config_of
-from rankwise.gguf.reading import GGUFFile
 from rankwise.models.adapters import load_adapter
 
 RUNG = "adapter file"
