@@ -112,7 +112,7 @@ def power_lines(config: StudyConfig, contrasts: int) -> list[str]:
     if not found:
         return ["power: unknown without --assumed_seed_sd and --assumed_item_sd (a pilot's, of paired differences)"]
     return [
-        f"power: at {row['seeds']} seeds, a true difference of {-row['true']:g} comes out "
+        f"power: at {row['seeds']} seeds, a true difference of {abs(row['true']):g} comes out "
         + ", ".join(f"{word} {row[word]:.0%}" for word in WORDS)
         for row in found
     ]

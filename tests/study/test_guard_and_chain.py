@@ -25,9 +25,9 @@ from rankwise.options.field import flatten, option
 from rankwise.options.study import StudyConfig
 from rankwise.study import command as stage
 from rankwise.study import execution
-from rankwise.study.design import FIRST_OPTIONS, Run, design_study
+from rankwise.study.design import FIRST_OPTIONS, Run, design_study, run_counts
 from rankwise.study.execution import finished_runs
-from rankwise.study.predictions import power
+from rankwise.study.predictions import power, predicted
 from rankwise.study.registration import FILE, ITEMS, TEST_READ, Registration, declared_changes
 
 STUDY = Path(__file__).parent / "data" / "first"  # written before there were chains; never made anew
@@ -226,6 +226,24 @@ def test_a_ledger_without_a_start_has_no_chain(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     ledger.add([{"key": {"arm": "a"}, "seconds": 1.0}], {"dev": torch.zeros(1, 2)})
     assert "previous" not in ledger[{"arm": "a"}] and not list(tmp_path.glob("*.head.json"))
+
+
+REFEREE = Path(__file__).parents[2] / "benchmarks" / "referee"
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "judged"), [("smollm2", 66, 3), ("stories260k_e2e", 936, 3), ("stories260k_samsum", 936, 3)]
+)
+def test_the_referees_studies_are_designs_with_power_and_predictions(name: str, runs: int) -> None:
+    config, _ = cli.resolve("study", [str(REFEREE / f"{name}.yaml"), "--model_name", "model", "--data_path", "data"])
+    assert isinstance(config, StudyConfig)
+    design = design_study(config)
+    counts = run_counts(design)
+    assert counts["least"] == counts["most"] == runs and len(design.pairs()) == 3
+    named = predicted(config, design.arms, design.contrasts)
+    assert set(design.contrasts) | {("inverted", "uniform")} == set(named)
+    assert named["fisher", "uniform"].word == "equivalent" and named["inverted", "uniform"].word == "worse"
+    assert [row["true"] for row in power(config, 3)] == [0.0, -config.smallest_effect]
 
 
 # --- predictions and power -------------------------------------------------------------------------------------------
