@@ -20,8 +20,9 @@ from rankwise.errors import UsageError, need
 from rankwise.evaluate.generate import Generated, GenerationSettings, LabelScores
 from rankwise.evaluate.likelihood import prompt_of, render_answers
 from rankwise.evaluate.vllm_effect import AdapterEffect, Values, measure, rows_of
-from rankwise.files.adapter import CONFIG_NAME
+from rankwise.files.adapter import CONFIG_NAME, adapter_files, single_experts
 from rankwise.files.atomic import read_object
+from rankwise.files.checkpoint import open_checkpoint
 from rankwise.files.processes import announce
 
 EXTRA = "vllm"
@@ -161,9 +162,9 @@ def _log_probs(output: Any, start: int) -> Values:
 def max_rank(adapter: Path) -> int:
     """The smallest rank limit of vLLM that takes the adapter; UsageError for adapters that it would read wrong."""
     config: Mapping[str, Any] = read_object(adapter / CONFIG_NAME)
-    if config.get("target_parameters"):
+    if config.get("target_parameters") or single_experts(open_checkpoint(adapter_files(adapter)[0])):
         raise UsageError(
-            f"{adapter} adapts parameters by name (experts), and vLLM does not read those as PEFT writes them "
+            f"{adapter} adapts parameters by name or single experts, and vLLM does not read those as PEFT writes them "
             "(vllm#41754); merge it with `rankwise merge`, or take --engine transformers"
         )
     if config.get("rank_pattern") or config.get("alpha_pattern"):

@@ -18,10 +18,18 @@ import torch
 from safetensors.torch import save_file
 
 from rankwise.errors import DataError, UsageError, VerificationError
-from rankwise.files.adapter import CONFIG_NAME, LoraAdapter, LoraPair, adapter_files, peft_tensors, read_adapter
+from rankwise.files.adapter import (
+    CONFIG_NAME,
+    LoraAdapter,
+    LoraPair,
+    adapter_files,
+    peft_tensors,
+    read_adapter,
+    single_experts,
+)
 from rankwise.files.adapter_config import lora_config
 from rankwise.files.atomic import named, read_object, write_json
-from rankwise.files.checkpoint import ADAPTER_NAMES
+from rankwise.files.checkpoint import ADAPTER_NAMES, open_checkpoint
 from rankwise.files.gguf import GGUFFile
 from rankwise.gguf.converter import Converter
 from rankwise.gguf.metadata import Vocabulary, config_of
@@ -58,9 +66,10 @@ def refuse_experts(adapter: Path) -> None:
     stacked = [name for name in targets if not str(name).endswith(".weight")]
     if not stacked and targets:
         stacked = [path for path, pair in read_adapter(adapter).pairs.items() if pair.experts]
+    stacked = stacked or single_experts(open_checkpoint(adapter_files(adapter)[0]))
     if stacked:
         raise UsageError(
-            f"{adapter}: it adapts the experts of {plural(len(stacked), 'parameter')} ({first_few(sorted(stacked))}), "
+            f"{adapter}: it adapts experts ({plural(len(stacked), 'site')}: {first_few(sorted(stacked))}), "
             f"which llama.cpp's converter of LoRAs cannot write; merge it (rankwise merge {adapter} -o merged_model) "
             "and export the merged model"
         )

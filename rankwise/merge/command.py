@@ -18,7 +18,7 @@ from rankwise.data.input_record import announce_prompts, recorded
 from rankwise.data.renderer_for import renderer_for, require_input
 from rankwise.data.sources.load import read_examples, task_of
 from rankwise.errors import DataError, UsageError
-from rankwise.files.adapter import recorded_base
+from rankwise.files.adapter import adapter_files, recorded_base
 from rankwise.files.atomic import about_to_write, atomic_folder
 from rankwise.files.checkpoint import HUB_ID
 from rankwise.files.lineage import trained_rows
@@ -58,7 +58,7 @@ def run(config: MergeConfig) -> Agreement | None:
         reference = None if config.no_verify else reference_of(config, plan, base, layered)
         with atomic_folder(out.path) as temporary:
             inside = RunFolder(temporary)
-            with inside.recording("merge", {"base": base, "adapter": plan.adapter}) as record:
+            with inside.recording("merge", {"base": base, "adapter": adapter_files(adapter)[0].parent}) as record:
                 written = write_merged(plan, temporary, config.max_shard_size)
                 require_input(temporary)
                 if reference:

@@ -37,6 +37,7 @@ from rankwise.models.adapters import attach_layers, check_recorded, fill_weights
 from rankwise.models.depth.encoder import ENCODER, DepthSettings, attach_depth, read_depth
 from rankwise.models.expert_files import BLOCKS, ExpertFiles
 from rankwise.models.load import is_mxfp4, meta_model
+from rankwise.models.per_expert import in_todays_layout
 from rankwise.models.sites import WeightTable, tower_of, tower_prefixes, weight_table
 from rankwise.models.vocabulary import fit_vocabulary, row_count, row_names
 
@@ -142,6 +143,7 @@ def plan_merge(base: str, adapter: Path, dtype: str = "auto") -> MergePlan:
     """
     folder = mergeable_folder(adapter)
     checkpoint, model = open_checkpoint(resolve(base)), meta_model(base)
+    folder = in_todays_layout(model, folder)
     refuse_quantized(base, checkpoint.config or {})
     where = f"adapter {folder} (made for {read_object(folder / CONFIG_NAME).get('base_model_name_or_path')}) on {base}"
     table = weight_table(model, checkpoint.keys())

@@ -3,7 +3,7 @@
 `sites.py`: what can be adapted, its tower, its place in the files. `targets.py`: which of it, at which rank.
 `adapt.py`: a plan → PEFT. `adapters.py`, `vocabulary.py`: an adapter from the disk onto a model. `vision_features.py`:
 what the language part gets of images. `cut_down.py`, `tiny.py`: small models. depth/, isaac/: architectures of our own.
-Expert sites of mixtures of experts will be named in `sites.py` and adapted by `adapt.py`.
+`expert_files.py`: a layer's experts in files; `per_expert.py`: adapters of single experts on today's parameters.
 """
 
 from __future__ import annotations

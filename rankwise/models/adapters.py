@@ -42,6 +42,7 @@ from rankwise.models.adapt import (
     model_places,
     quiet_peft,
 )
+from rankwise.models.per_expert import in_todays_layout
 from rankwise.models.sites import weight_table
 from rankwise.models.targets import scales
 from rankwise.models.vocabulary import fit_vocabulary
@@ -156,7 +157,7 @@ def load_adapter(model: PreTrainedModel, path: Path | str, *, trainable: bool = 
     Raises DataError, naming adapter and model, where keys are missing or left over, shapes differ, the matched
     sites are not those of `sites.json`, or a LoRA adapter changes nothing.
     """
-    weights, config_file = adapter_files(Path(path))
+    weights, config_file = adapter_files(in_todays_layout(model, path))
     if config_file is None:
         raise DataError(f"{path}: {CONFIG_NAME} is missing next to the weights; it names the adapted modules")
     folder = weights.parent

@@ -43,6 +43,7 @@ from rankwise.merge.plan import build_skeleton
 from rankwise.models.adapters import publish
 from rankwise.models.depth.encoder import read_depth, write_depth
 from rankwise.models.load import another_base, described_folder, meta_model
+from rankwise.models.per_expert import in_todays_layout, refuse_single_experts
 from rankwise.models.sites import fused_experts, model_sites
 from rankwise.options.commands import CompressConfig
 from rankwise.page.text import command_line, percent
@@ -136,8 +137,11 @@ def read_with_base(config: CompressConfig) -> tuple[LoraAdapter, PreTrainedModel
     if folder is None:
         if config.base_model:
             raise DataError(f"--base_model {config.base_model}: no folder with a config.json")
-        return read_adapter(path, config.scale), None
+        adapter = read_adapter(path, config.scale)
+        refuse_single_experts(adapter.pairs, path)
+        return adapter, None
     model = meta_model(str(folder))
+    path = str(in_todays_layout(model, path))
     sites = model_sites(model, routers=True)
     adapter = read_adapter(path, config.scale, known_places(sites, path) if config_file else None)
     return replace(adapter, pairs={path: in_form(pair, path, sites) for path, pair in adapter.pairs.items()}), model

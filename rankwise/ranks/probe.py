@@ -23,6 +23,7 @@ from rankwise.files.adapter import LoraAdapter, known_places, read_adapter
 from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint, resolve
 from rankwise.models.expert_files import ExpertFiles
 from rankwise.models.load import another_base, meta_model
+from rankwise.models.per_expert import in_todays_layout, refuse_single_experts
 from rankwise.models.sites import flat_experts, model_sites, weight_table
 from rankwise.models.vocabulary import embedding_paths
 from rankwise.options.commands import RanksConfig
@@ -273,8 +274,11 @@ def open_source(
 
 def open_adapter(path: str, model_name: str | None, asked: SitesSection, notes: list[str]) -> AdapterDeltas:
     model = meta_model(model_name) if model_name else None
-    known = model_sites(model) if model else {}
-    adapter = read_adapter(Path(path), places=known_places(known, path))
+    known = model_sites(model, routers=True) if model else {}
+    read = in_todays_layout(model, path) if model else Path(path)
+    adapter = read_adapter(read, places=known_places(known, read))
+    if model is None:
+        refuse_single_experts(adapter.pairs, path)
     if model:
         check_base(adapter, known, {*known, *dict(model.named_modules())}, f"{path} and {model_name}")
         notes += another_base("the adapter", adapter.base_model, model_name)
