@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import UsageError
-from rankwise.files.plan import read_plan
+from rankwise.files.plan import find_plan, read_plan
 from rankwise.options.commands import DiffConfig
+from rankwise.page.text import percent
+from rankwise.ranks.expert_map import CHANGES, SHOWN, MovedExpert, moved_experts, read_experts, shares
+
+RAW_DATA = Path("analysis_outputs/svd/raw_data")  # of a `ranks` run, beside configs/
 
 
 def plans(config: DiffConfig) -> tuple[str, str]:
@@ -27,6 +31,31 @@ def run(config: DiffConfig) -> dict[str, Any]:
     print(f"{names[0]}: {len(first.ranks)} sites, {first.parameters:,} parameters")
     print(f"{names[1]}: {len(second.ranks)} sites, {second.parameters:,} parameters")
     print(f"{len(paths)} sites differ" + (":" if paths else ""))
+    sites = {**second.adapted, **first.adapted}
     for path in paths:
-        print(f"  {path}: {first.ranks.get(path, '-')} → {second.ranks.get(path, '-')}")
-    return {"differing": paths, "parameters": (first.parameters, second.parameters)}
+        count = sites[path].experts
+        of = f", of each of {count} experts" if count else ""
+        print(f"  {path}: {first.ranks.get(path, '-')} → {second.ranks.get(path, '-')}{of}")
+    moved = moved_apart(*(shares(experts_beside(find_plan(Path(name)))) for name in names))
+    if moved:
+        print("experts whose share of the experts' change differs most:")
+        for name, (one, other) in moved.items():
+            print(f"  {name}: {percent(one)} → {percent(other)}")
+    return {"differing": paths, "parameters": (first.parameters, second.parameters), "experts": moved}
+
+
+def experts_beside(plan: Path) -> list[MovedExpert]:
+    """The experts that the analysis beside a plan measured; none where there is no such file."""
+    file = plan.parent.parent / RAW_DATA / CHANGES.name
+    return moved_experts(read_experts(file)) if file.is_file() else []
+
+
+def moved_apart(first: dict[str, float], second: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """Expert → its share in each, those that differ most first; empty where either has no experts."""
+    both = (
+        {name: (first.get(name, 0.0), second.get(name, 0.0)) for name in {**first, **second}}
+        if first and second
+        else {}
+    )
+    ordered = sorted(both, key=lambda name: -abs(both[name][0] - both[name][1]))
+    return {name: both[name] for name in ordered[:SHOWN] if both[name][0] != both[name][1]}

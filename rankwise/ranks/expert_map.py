@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rankwise.core.site import Site, from_row
+from rankwise.core.site import Site, from_row, layer_of
 from rankwise.errors import DataError, need
 from rankwise.files.document import Document
 from rankwise.page import canvas
@@ -82,6 +82,22 @@ def moved_experts(content: Mapping[str, Any]) -> list[MovedExpert]:
         )
         for (owner, expert), rows in found.items()
     ]
+
+
+def shares(experts: Sequence[MovedExpert]) -> dict[str, float]:
+    """Expert, named → its share of the change of all, the most moved first; empty where nothing moved."""
+    total = sum(one.energy for one in experts)
+    return {name_of(one): one.energy / total for one in by_change(experts)} if total else {}
+
+
+def trained_experts(changes: Mapping[str, Sequence[float]]) -> list[MovedExpert]:
+    """Every expert that an adapter changes. changes: parameter → ‖s·B·A‖² of each of its experts."""
+    found: dict[tuple[str, int], float] = {}
+    for name, energies in changes.items():
+        owner = name.rpartition(".")[0]
+        for expert, energy in enumerate(energies):
+            found[owner, expert] = found.get((owner, expert), 0.0) + energy
+    return [MovedExpert(owner, layer_of(owner), expert, energy, {}) for (owner, expert), energy in found.items()]
 
 
 def owner_of(site: Site) -> str:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rankwise.errors import DataError, UsageError
@@ -22,8 +23,10 @@ from rankwise.options.commands import CompareConfig
 from rankwise.page import canvas
 from rankwise.page.blocks import Table, lines
 from rankwise.page.template import markdown_table
-from rankwise.page.text import amount, clip, duration, is_number, metric_name, number, with_interval
+from rankwise.page.text import amount, clip, duration, is_number, metric_name, number, percent, with_interval
+from rankwise.ranks.expert_map import EXPERT_MAP, moved_experts, shares, trained_experts
 from rankwise.report.contents import Contents, Scored, read_run
+from rankwise.train.expert_record import ExpertRecord
 from rankwise.train.gradient_summary import gradient_summary
 from rankwise.train.loss_plots import points, shared_metrics
 
@@ -31,6 +34,8 @@ CSV, MARKDOWN, JSON, PICTURE = "comparison.csv", "comparison.md", "comparison.js
 SUMMARY = "results_summary.json"  # of `rankwise train`: config, train_loss, gradient_stats
 GRADIENTS = ("attention_mean", "mlp_mean", "attention_to_mlp_ratio")
 MOST_SCORES = 2  # panels of the picture
+MOVERS, MOVERS_SHOWN = 10, 3  # experts in the record, and in the table
+EXPERT_PARTS = ("norms", "changes")
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,8 @@ class Row:
 
     trained: trainable_parameters, steps, seconds, train_loss, eval_loss (the least). gradients: attention_mean and
     mlp_mean over the steps at which each trained, attention_to_mlp_ratio over those at which both did. scores: the
-    run's own by task, those from before training left out. What is not known is None.
+    run's own by task, those from before training left out. experts: of a mixture, as `experts` gives it. What is
+    not known is None.
     """
 
     name: str
@@ -47,13 +53,15 @@ class Row:
     trained: dict[str, float | None] = field(default_factory=dict)
     gradients: dict[str, float | None] = field(default_factory=dict)
     scores: dict[str, EvaluationResult] = field(default_factory=dict)
+    experts: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         scores = {
             task: {"n": result.n, "metrics": result.metrics, "intervals_95": result.intervals}
             for task, result in self.scores.items()
         }
-        return {"run": self.name, "folder": self.folder, **self.trained, **self.gradients, "scores": scores}
+        told = {"experts": self.experts} if self.experts else {}
+        return {"run": self.name, "folder": self.folder, **self.trained, **self.gradients, "scores": scores, **told}
 
 
 def read_rows(folders: Sequence[Path]) -> list[Row]:
@@ -73,7 +81,8 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def row_of(name: str, contents: Contents) -> Row:
-    return Row(name, str(contents.run), trained(contents), gradients(contents), scores(contents.scores))
+    told = trained(contents), gradients(contents), scores(contents.scores), experts(contents)
+    return Row(name, str(contents.run), *told)
 
 
 def trained(contents: Contents) -> dict[str, float | None]:
@@ -104,6 +113,33 @@ def gradients(contents: Contents) -> dict[str, float | None]:
     return {**means, "attention_to_mlp_ratio": found["attention_to_mlp_ratio"]}
 
 
+def experts(contents: Contents) -> dict[str, Any]:
+    """Of a mixture: norms (mean gradient norm by parameter, over its layers), changes (squared change by parameter, of
+    all layers), movers (expert → its share of the change of all, the most moved first). By the run that trained last;
+    without one by the two checkpoints that `ranks` compared. Empty without experts."""
+    record = contents.gradients[-1][1].experts if contents.gradients else ExpertRecord()
+    changes, moved = record.changes, trained_experts(record.changes)
+    for finding, _, content in contents.findings if not changes else ():
+        if finding is EXPERT_MAP:
+            changes = {row["path"]: row["energy"] for row in content["parameters"]}
+            moved = moved_experts(content)
+    norms = {name: [record.norms[path] for path in paths] for name, paths in by_name(record.norms).items()}
+    found = {
+        "norms": {name: fmean(values) for name, values in norms.items()},
+        "changes": {name: sum(sum(changes[path]) for path in paths) for name, paths in by_name(changes).items()},
+        "movers": dict(list(shares(moved).items())[:MOVERS]),
+    }
+    return found if changes else {}
+
+
+def by_name(paths: Iterable[str]) -> dict[str, list[str]]:
+    """A parameter's own name → its paths, of all layers."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        found.setdefault(path.rpartition(".")[2], []).append(path)
+    return found
+
+
 def scores(found: Sequence[Scored]) -> dict[str, EvaluationResult]:
     """The newest result of each task and method after training (of a run without training, the newest)."""
     after = [one for one in found if not one.is_before] or list(found)
@@ -116,7 +152,19 @@ def scores(found: Sequence[Scored]) -> dict[str, EvaluationResult]:
 def flat(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The rows as cells by column; scores as task.metric, with .low and .high of the 95 % interval, and task.n."""
     metrics = {task: metrics_of(rows, task) for task in tasks_of(rows)}
-    return [{"run": row.name, **row.trained, **row.gradients, **flat_scores(row, metrics)} for row in rows]
+    names = {
+        part: list(dict.fromkeys(name for row in rows for name in row.experts.get(part, ()))) for part in EXPERT_PARTS
+    }
+    return [
+        {"run": row.name, **row.trained, **row.gradients, **flat_experts(row, names), **flat_scores(row, metrics)}
+        for row in rows
+    ]
+
+
+def flat_experts(row: Row, names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    return {
+        f"experts.{part}.{name}": row.experts.get(part, {}).get(name) for part, found in names.items() for name in found
+    }
 
 
 def flat_scores(row: Row, metrics: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -167,12 +215,28 @@ def comparison_table(rows: Sequence[Row]) -> Table:
             if any(cell is not None for cell in cells):
                 write = shown.get(name, number)
                 found.append([name.replace("_", " "), *("" if cell is None else write(cell) for cell in cells)])
+    found += expert_lines(rows)
     for task in tasks_of(rows):
         for metric in metrics_of(rows, task):
             found.append([f"{task}: {metric_name(metric)}", *(score_cell(row, task, metric) for row in rows)])
         found.append([f"{task}: items", *(number(row.scores[task].n) if task in row.scores else "" for row in rows)])
     note = "In brackets: 95 % intervals. Blank: not measured, or nothing trained there."
     return Table(("", *(row.name for row in rows)), found, note=note)
+
+
+def expert_lines(rows: Sequence[Row]) -> list[list[str]]:
+    """Lines of the table for mixtures: per parameter, and the most moved experts of each run."""
+    found = []
+    for part, says in {"norms": "mean gradient norm", "changes": "squared change"}.items():
+        for name in dict.fromkeys(name for row in rows for name in row.experts.get(part, ())):
+            values = [row.experts.get(part, {}).get(name) for row in rows]
+            cells = ["" if value is None else number(value) for value in values]
+            found.append([f"{name} of all experts, {says}", *cells])
+    movers = [list(row.experts.get("movers", {}).items()) for row in rows]
+    for place in range(min(MOVERS_SHOWN, max(map(len, movers), default=0))):
+        cells = [f"{one[place][0]} ({percent(one[place][1])})" if place < len(one) else "" for one in movers]
+        found.append([f"most moved expert, {place + 1}", *cells])
+    return found
 
 
 def score_cell(row: Row, task: str, metric: str) -> str:

@@ -48,11 +48,16 @@ class Routing:
 
 @dataclass(frozen=True)
 class ExpertRecord:
-    """What a run's table says. without_effect: the last measured share, by site, of bases in 16 bits."""
+    """What a run's table says. without_effect: the last measured share, by site, of bases in 16 bits. norms: of each
+    parameter's gradient, all experts together, the mean over the steps at which it trained. changes: ‖s·B·A‖² of each
+    expert of a parameter, as last measured.
+    """
 
     steps: int = 0
     routings: tuple[Routing, ...] = ()
     without_effect: Mapping[str, float] = field(default_factory=dict)
+    norms: Mapping[str, float] = field(default_factory=dict)
+    changes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -97,12 +102,16 @@ def read_experts(folder: Path) -> ExpertRecord:
     DataError: a cell that is not what was written.
     """
     table, hits, effect, steps = expert_table(folder), dict[str, list[list[bool]]](), dict[str, float](), 0
+    totals, changes = dict[str, list[float]](), dict[str, tuple[float, ...]]()
     for _, rows in groupby(table.read(), key=lambda row: row["step"]):
         steps, routed = steps + 1, dict[str, list[bool]]()
         for row in rows:
             try:
                 module, norms = row["site"].rpartition(".")[0], [float(norm) for norm in row["norms"].split()]
                 effect |= {row["site"]: float(row["without_effect"])} if row["without_effect"] else {}
+                if norms:
+                    totals.setdefault(row["site"], []).append(math.hypot(*norms))
+                changes[row["site"]] = tuple(float(delta) ** 2 for delta in row["deltas"].split())
                 before = routed.get(module, [False] * len(norms))
                 routed |= {module: [one or norm > 0 for one, norm in zip(before, norms, strict=True)]} if norms else {}
             except (AttributeError, KeyError, ValueError) as error:
@@ -110,4 +119,5 @@ def read_experts(folder: Path) -> ExpertRecord:
         for module, found in routed.items():
             hits.setdefault(module, []).append(found)
     shares = {module: [fmean(column) for column in zip(*found, strict=True)] for module, found in hits.items()}
-    return ExpertRecord(steps, tuple(Routing(module, tuple(seen)) for module, seen in shares.items()), effect)
+    routings = tuple(Routing(module, tuple(seen)) for module, seen in shares.items())
+    return ExpertRecord(steps, routings, effect, {site: fmean(norms) for site, norms in totals.items()}, changes)

@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 
 from rankwise import cli
+from rankwise.core.site import describe
 from rankwise.evaluate.predictions import EvaluationResult
 from rankwise.files.atomic import write_json
 from rankwise.page.template import markdown_table
-from rankwise.report.compare import SUMMARY, Row, comparison_table, plot_comparison, read_rows
+from rankwise.ranks.expert_map import CHANGES, PER_EXPERT
+from rankwise.report.compare import SUMMARY, Row, comparison_table, plot_comparison, read_rows, table_text
+from rankwise.train.expert_record import EXPERT_COLUMNS, EXPERT_NORMS
 from rankwise.train.gradient_table import SiteNorm, views
 from rankwise.train.results import RESULTS_SUMMARY
 
@@ -166,3 +169,49 @@ def test_runs_of_one_name_are_told_apart_and_names_cannot_break_the_table(tmp_pa
     trained = {"train_loss": 0.5, "eval_loss": math.pi}
     text = markdown_table(comparison_table([Row("a|b", "x", trained), Row("c", "y", trained)]))
     assert text[:3] == ["|  | a\\|b | c |", "|---|---:|---:|", "| train loss | 0.5 | 0.5 |"]
+
+
+def with_experts(folder: Path, scale: float) -> Path:
+    """A run whose adapter changes two layers of two experts, as `train --log_frequency 1` leaves its table."""
+    lines = [",".join(EXPERT_COLUMNS)]
+    for step in (1, 2):
+        for layer, deltas in ((0, "1 0"), (1, f"{scale} 2")):
+            place = f"model.layers.{layer}.mlp.experts.down_proj"
+            lines.append(f"{step},{place},{layer},2,2,,{3 * step} {4 * step},{deltas}")
+    (folder / EXPERT_NORMS).write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_runs_of_mixtures_are_compared_by_parameter_and_by_expert(runs: list[Path], tmp_path: Path) -> None:
+    with_experts(runs[0], 2.0)
+    with_experts(runs[1], 0.0)
+    one, other, none = read_rows(runs)
+    assert one.experts["norms"] == {"down_proj": 7.5}, "5 and 10, all experts together, over two steps"
+    assert one.experts["changes"] == {"down_proj": 9.0}
+    assert one.experts["movers"] == {
+        "layer 1, expert 0": 4 / 9,
+        "layer 1, expert 1": 4 / 9,
+        "layer 0, expert 0": 1 / 9,
+        "layer 0, expert 1": 0.0,
+    }
+    assert other.experts["movers"]["layer 1, expert 1"] == 0.8
+    assert none.experts == {}
+    assert "experts" not in none.record()
+    lines = {line[0]: line[1:] for line in comparison_table([one, other, none]).rows}
+    assert lines["down_proj of all experts, squared change"] == ["9", "5", ""]
+    assert lines["most moved expert, 1"][2] == ""
+    assert lines["most moved expert, 1"][1].startswith("layer 1, expert 1 (80")
+    (table,) = csv.DictReader(table_text([one]).splitlines())
+    assert float(table["experts.norms.down_proj"]) == 7.5
+
+
+def test_runs_of_ranks_are_compared_by_what_moved(runs: list[Path]) -> None:
+    row = describe("model.layers.3.mlp.experts.down_proj", (8, 6), experts=2).as_dict()
+    row |= {name: [0.0, 0.0] for name in PER_EXPERT} | {"energy": [1.0, 3.0]}
+    CHANGES.write(runs[2], {"svd_threshold": 0.9, "parameters": [row]})
+    found = read_rows(runs)[2].experts
+    assert found == {
+        "norms": {},
+        "changes": {"down_proj": 4.0},
+        "movers": {"layer 3, expert 1": 0.75, "layer 3, expert 0": 0.25},
+    }
