@@ -162,9 +162,9 @@ def _log_probs(output: Any, start: int) -> Values:
 def max_rank(adapter: Path) -> int:
     """The smallest rank limit of vLLM that takes the adapter; UsageError for adapters that it would read wrong."""
     config: Mapping[str, Any] = read_object(adapter / CONFIG_NAME)
-    if config.get("target_parameters") or single_experts(open_checkpoint(adapter_files(adapter)[0])):
+    if config.get("target_parameters"):
         raise UsageError(
-            f"{adapter} adapts parameters by name or single experts, and vLLM does not read those as PEFT writes them "
+            f"{adapter} adapts parameters by name (experts), and vLLM does not read those as PEFT writes them "
             "(vllm#41754); merge it with `rankwise merge`, or take --engine transformers"
         )
     if config.get("rank_pattern") or config.get("alpha_pattern"):
@@ -179,4 +179,9 @@ def max_rank(adapter: Path) -> int:
     found = [rank for rank in RANKS if rank >= int(config["r"])]
     if not found:
         raise UsageError(f"{adapter} has rank {config['r']}, vLLM takes {RANKS[-1]} at most; compress or merge it")
+    if single := single_experts(open_checkpoint(adapter_files(adapter)[0])):
+        raise UsageError(
+            f"{adapter} adapts single experts ({single[0]} …), for which vLLM's effect cannot be compared here; "
+            "merge it with `rankwise merge`, or take --engine transformers"
+        )
     return found[0]

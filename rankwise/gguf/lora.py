@@ -66,10 +66,11 @@ def refuse_experts(adapter: Path) -> None:
     stacked = [name for name in targets if not str(name).endswith(".weight")]
     if not stacked and targets:
         stacked = [path for path, pair in read_adapter(adapter).pairs.items() if pair.experts]
-    stacked = stacked or single_experts(open_checkpoint(adapter_files(adapter)[0]))
+    single = [] if stacked else single_experts(open_checkpoint(adapter_files(adapter)[0]))
+    what, stacked = ("module", single) if single else ("parameter", stacked)
     if stacked:
         raise UsageError(
-            f"{adapter}: it adapts experts ({plural(len(stacked), 'site')}: {first_few(sorted(stacked))}), "
+            f"{adapter}: it adapts the experts of {plural(len(stacked), what)} ({first_few(sorted(stacked))}), "
             f"which llama.cpp's converter of LoRAs cannot write; merge it (rankwise merge {adapter} -o merged_model) "
             "and export the merged model"
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from rankwise.errors import UsageError, VerificationError
 from rankwise.files.atomic import atomic_write
 from rankwise.files.gguf import GGUFFile
 from rankwise.gguf.imatrix import Imatrix, require_used
+from rankwise.gguf.reading import first_few
 
 FORMS = (
     *("q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0"),
@@ -36,6 +38,8 @@ WEIGHED = (
 )
 CONVERTED = ("f32", "f16", "bf16")
 FULL = {0: "f32", 1: "f16", 32: "bf16"}  # llama.cpp's general.file_type of what may be quantized
+MANTISSA = {"F32": 23, "F16": 10, "BF16": 7}
+UNLIKE = 0.9  # relative error of a matrix that says nothing of the other
 VARIABLE = "LLAMA_CPP_DIR"
 BINARY = "llama-quantize"
 MATRIX_KEY = "quantize.imatrix.sha256"  # which matrix a file was made with; the other keys are llama-quantize's own
@@ -100,10 +104,36 @@ def quantize(
         here, there = ({one.name: one.shape for one in file.tensors.values()} for file in (made, whole))
         if here != there:
             raise VerificationError(f"{source} as {form}: its tensors differ from the source's; nothing was written")
+        require_close(made, whole, form)
         types: Counter[str] = Counter()
         for tensor in made.tensors.values():
             types[tensor.type] += tensor.bytes
     return Quantized(out, form, out.stat().st_size, dict(types))
+
+
+def require_close(made: GGUFFile, whole: GGUFFile, form: str) -> None:
+    """VerificationError, naming them, for matrices, of a stack one by one, that are not those of the source within what
+    their types round: a root mean square of `rounding_of` the matrix's own."""
+    wrong = []
+    for name, tensor in made.tensors.items():
+        limit = rounding_of(tensor.type)
+        for number, (before, after) in enumerate(zip(whole.parts(name), made.parts(name), strict=True)):
+            if not float((after - before).norm()) <= limit * float(before.norm()):
+                wrong.append(f"{name}, matrix {number}" if len(tensor.shape) == 3 else name)
+    if wrong:
+        raise VerificationError(
+            f"{whole.path} as {form}: {first_few(wrong)}: not the source's values within the type's rounding; nothing "
+            "was written"
+        )
+
+
+def rounding_of(kind: str) -> float:
+    """Relative error that a type may have, by its bits: three to four times that of normally distributed weights (q2_k
+    0.30, q3_k 0.15, q4_0 0.09, q5_k 0.04, q6_k 0.02, q8_0 0.005). Another matrix of the same size has 1.4."""
+    if kind in MANTISSA:
+        return 2.0 ** (1 - MANTISSA[kind])
+    bits = re.search(r"\d+", kind)
+    return min(UNLIKE, 2.0 ** (2 - int(bits[0]))) if bits else UNLIKE
 
 
 def check_form(form: str, weighed: bool = False) -> None:
