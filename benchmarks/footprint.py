@@ -1,11 +1,13 @@
 """How far is the memory that `rankwise advise` expects of a short run from what one takes?
 
-    python benchmarks/footprint.py MODEL [MODEL …] [--lengths 64,192 --batches 1,4 --learnt 0.25,1 --rank 16]
+    python benchmarks/footprint.py MODEL|mixture [MODEL …] [--lengths 64,192 --batches 1,4 --learnt 0.25,1 --rank 16]
 
 Each case trains one run alone, as `advise` does first: rows of one length of random ids, of which the last ones are
-learnt. Measured is what the process holds (RssAnon; on a GPU what torch's allocator has given out) at its highest,
-above what it held with the model loaded; estimated are adapter, optimizer and activations. Below the table stand the
-constants that fit all cases best, by relative error. Models of earlier runs keep their rows.
+learnt. `mixture` and `mixture-2-layers`: Mixtrals of random weights (46 and 45 million parameters, 8 and 24 experts)
+made on the spot, whose run trains as `advise` trains it, by the Trainer. Measured is what the process holds (RssAnon;
+on a GPU what torch's allocator has given out) at its highest, above what it held with the model loaded; estimated are
+adapter, optimizer and activations. Below the table stand the constants that fit all cases best, by relative error.
+Models of earlier runs keep their rows.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from datetime import date
 from itertools import product
@@ -26,15 +29,17 @@ from typing import Any
 import numpy as np
 import torch
 from estimate import ALLOCATOR, Peak
+from transformers import MixtralConfig
 from workload import command, machine
 
 from rankwise.data.dataset import Collator
 from rankwise.data.render import IGNORED
-from rankwise.models.load import load_model, load_structure
+from rankwise.models.load import load_model, load_structure, new_model
 from rankwise.models.sites import model_sites
 from rankwise.models.targets import choose_sites
 from rankwise.options.sections import ModelSection
 from rankwise.study import footprint
+from rankwise.train.together.alone import train_alone
 from rankwise.train.together.optimizer import ArmSettings
 from rankwise.train.together.starts import SCALE, random_start, row_order
 from rankwise.train.together.train import Arm, train_together
@@ -48,6 +53,23 @@ def rows_of(count: int, length: int, learnt: int, vocabulary: int) -> list[dict[
     return [{"input_ids": row, "labels": [IGNORED] * (length - learnt) + row[length - learnt :]} for row in ids]
 
 
+MIXTURES = {
+    "mixture": {"num_hidden_layers": 6, "num_local_experts": 8},
+    "mixture-2-layers": {"num_hidden_layers": 2, "num_local_experts": 24},
+}
+
+
+def place_of(name: str, folder: Path) -> str:
+    """The folder of a model; a mixture is made there."""
+    if name not in MIXTURES:
+        return name
+    sizes = {"hidden_size": 384, "intermediate_size": 768, "vocab_size": 2048, "num_experts_per_tok": 2}
+    config = MixtralConfig(num_attention_heads=6, num_key_value_heads=6, **sizes, **MIXTURES[name])
+    torch.manual_seed(0)
+    new_model(config, dtype=torch.float32).save_pretrained(folder / name)
+    return str(folder / name)
+
+
 def measured(name: str, rank: int, cases: Sequence[Sequence[int]], steps: int) -> list[int]:
     """One run of each case in this process: bytes at its highest above what the process held with the model loaded."""
     model = load_model(name, torch.float32).to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -59,7 +81,10 @@ def measured(name: str, rank: int, cases: Sequence[Sequence[int]], steps: int) -
     def run(length: int, batch: int, learnt: int) -> None:
         arm = Arm(start, dict.fromkeys(start, SCALE), 1e-3, row_order(batch, steps * batch, 0))
         rows = rows_of(batch, length, learnt, vocabulary)
-        train_together(model, [arm], rows, Collator(0), ArmSettings(steps, batch), at_once=1)
+        if any(site.experts for site in sites):
+            train_alone(model, arm, None, rows, Collator(0), ArmSettings(steps, batch))
+        else:
+            train_together(model, [arm], rows, Collator(0), ArmSettings(steps, batch), at_once=1)
 
     run(8, 1, 4)  # imports and pools are not the run's
     peaks = []
@@ -91,8 +116,10 @@ def compared(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     found, place = [], Path(name)
     called = place.parent.name if place.name == "hf_converted" else place.name
     for (length, batch, learnt), peak in zip(cases, child(name, options, cases), strict=True):
-        needs = footprint.footprint(skeleton, sites, options.rank, torch.float32, [length], learnt, batch)
-        logits = footprint.LOGITS * footprint.FLOAT32 * batch * learnt * text.vocab_size
+        whole = any(site.experts for site in sites)
+        told = length if whole else learnt  # a run by itself computes the logits of all tokens
+        needs = footprint.footprint(skeleton, sites, options.rank, torch.float32, [length], told, batch)
+        logits = footprint.LOGITS * footprint.FLOAT32 * batch * told * text.vocab_size
         row = {"model": called, "length": length, "batch": batch, "learnt": learnt, "arm": needs.arm}
         row |= {"logits": logits, "kept": needs.activations - logits, "estimated": needs.run, "measured": peak}
         found.append(row)
@@ -133,7 +160,8 @@ def main() -> None:
     if options.cases:
         print(json.dumps(measured(options.models[0], options.rank, options.cases, options.steps)))
         return
-    rows = [row for name in options.models for row in compared(name, options)]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row for name in options.models for row in compared(place_of(name, Path(folder)), options)]
     table, made = options.out / "footprint.json", {row["model"] for row in rows}
     before = json.loads(table.read_text()) if table.is_file() else []
     rows = [row for row in before if row["model"] not in made] + rows

@@ -32,7 +32,8 @@ SHARE = 0.8  # of what is free: allocators and libraries need some
 @dataclass(frozen=True)
 class Footprint:
     """Bytes: the frozen base; factors, gradients and AdamW's moments of one run of the largest rank; activations of one
-    run's widest batch, which are an estimate: W + s·B·A of all adapted experts included, which each forward makes."""
+    run's widest batch, which are an estimate: W + s·B·A of all adapted experts included, which each forward makes and
+    keeps, and of the largest parameter of experts its gradient, through which those of A and B go."""
 
     base: int
     arm: int
@@ -60,7 +61,8 @@ def footprint(
     logits = LOGITS * FLOAT32 * batch_size * learnt * text.vocab_size
     parameters = sum(site.parameters(min(rank, site.largest_rank)) for site in sites)
     base = sum(parameter.numel() for parameter in skeleton.parameters()) * wide
-    changed = sum(site.size for site in sites if site.experts) * wide
+    experts = [site.size for site in sites if site.experts]
+    changed = (sum(experts) + max(experts, default=0)) * wide
     return Footprint(base, STATES * FLOAT32 * parameters, kept + logits + changed)
 
 
