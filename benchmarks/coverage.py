@@ -12,6 +12,7 @@ convolutions, tables of positions, routers (`--lora router` adapts them).
 from __future__ import annotations
 
 import argparse
+import hashlib
 import inspect
 import json
 import logging
@@ -22,7 +23,7 @@ import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from datetime import date
 from importlib.metadata import version
 from itertools import product
@@ -43,12 +44,16 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rankwise.errors import RankwiseError
+from rankwise.models import sites
 from rankwise.models.adapt import adapt, lora_layers
 from rankwise.models.cut_down import UNFIT
 from rankwise.models.sites import flat_experts, model_sites, router_paths
 from rankwise.models.targets import uniform_plan
 from rankwise.options.sections import LoraSection
 
+# Of what measures a row: this file above the pages, and the sites.
+MEASURES = Path(__file__).read_text().partition("\ndef table(")[0] + inspect.getsource(sites)
+SCRIPT = hashlib.sha256(MEASURES.encode()).hexdigest()[:10]
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 TASKS = {"causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "image-text": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
@@ -62,7 +67,7 @@ DEPTHS = re.compile(r"(num_(hidden_|encoder_|decoder_|global_)?layers|n_layers?|
 HEADS = re.compile(r"(heads|n_head|head_num|n_groups)$")
 WIDTHS = re.compile(
     r"(hidden_size|intermediate_size\w*|d_model|n_embd|n_inner|embed_dim|d_ff|ffn_dim|ffn_hidden_size|dim|width|rank"
-    r"|inner_dim|lru_width|mamba_d_ssm|projection_dim|hidden_dim|out_hidden_size|\w+_ffn_dim|mlp_dim)$"
+    r"|out_channel|inner_dim|lru_width|mamba_d_ssm|projection_dim|hidden_dim|out_hidden_size|\w+_ffn_dim|mlp_dim)$"
 )
 TOKEN = re.compile(r"_token_(id|index)$|_token$")
 CROSS = re.compile(r"encoder_attn|cross_?attn|crossattention|cross_attention")
@@ -124,6 +129,8 @@ def shrink(part: Content, depth: int | None, factor: int) -> None:
             for key, value in part.items():
                 if isinstance(value, list) and len(value) == whole:
                     part[key] = [value[place] for place in kept]
+                elif isinstance(value, list) and key.endswith("layers_indices"):  # whose states are handed on
+                    part[key] = [min(at, depth - 1) for at in value]
                 elif numbered(value) and "label" not in key:
                     part[key] = {kept.index(int(at)): one for at, one in value.items() if int(at) in kept}
             part[name] = depth
@@ -221,8 +228,8 @@ def pairs_of(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def examined(kind: str, task: str) -> Content:
-    """The row of a type."""
-    row: Content = {"task": task, "type": kind}
+    """The row of a type. script: the version of what measured it."""
+    row: Content = {"task": task, "type": kind, "script": SCRIPT}
     try:
         whole = default_model(kind, task)
     except FAULTS as error:  # what a default config lacks is not our matter
@@ -231,21 +238,21 @@ def examined(kind: str, task: str) -> Content:
         row["refused"] = f"experts below one another in one matrix ({type_path(flat[0])})"
     wanted = counted(whole)
     best: Content = {}
-    reasons = []
+    reasons: list[tuple[int | None, str]] = []
     for depth, factor in SIZES:
+        if any(one == depth and reasons.count((one, why)) > 1 for one, why in reasons):
+            continue  # the same fault at two widths: it is the depth's
         try:
             found = tried(kind, task, depth, factor, wanted)
         except FAULTS as error:
-            reasons.append(said(error))
-            if reasons.count(reasons[-1]) > 1:
-                break
+            reasons.append((depth, said(error)))
             continue
         same_again = found["missed"] == best.get("missed")
         best = max(best, found, key=lambda one: one.get("share", -1.0))
         if best["share"] >= ENOUGH or not found["larger"] or same_again:
             break
     best.pop("larger", None)
-    return row | (best or {"unshrunk": reasons[0] if reasons else "no size fits"})
+    return row | (best or {"unshrunk": reasons[0][1] if reasons else "no size fits"})
 
 
 def said(error: BaseException) -> str:
@@ -257,14 +264,14 @@ def tried(kind: str, task: str, depth: int | None, factor: int, wanted: dict[str
     config = small_config(kind, depth, factor)
     model = small_model(kind, task, config)
     there = set(counted(model))
-    sites = model_sites(model)
-    wrapped = adapt(model, uniform_plan(sites, RANK, None, False, kind), LoraSection(lora_dropout=0.0))
+    found = model_sites(model)
+    wrapped = adapt(model, uniform_plan(found, RANK, None, False, kind), LoraSection(lora_dropout=0.0))
     complete = backward(wrapped)
     still = {path for path, (_, b) in pairs_of(wrapped).items() if b.grad is None or not bool(b.grad.abs().max() > 0)}
     unlike = reloaded(wrapped)
-    bad = {type_path(sites[path].weight): "no gradient" for path in still}
-    bad |= {type_path(sites[path].weight): "loaded otherwise" for path in unlike}
-    proven = {type_path(site.weight) for site in sites.values()} - set(bad)
+    bad = {type_path(found[path].weight): "no gradient" for path in still}
+    bad |= {type_path(found[path].weight): "loaded otherwise" for path in unlike}
+    proven = {type_path(site.weight) for site in found.values()} - set(bad)
     seen = sum(size for name, size in wanted.items() if name in proven)
     missed = sorted((name for name in wanted if name not in proven), key=wanted.__getitem__, reverse=True)
     if not complete and seen < ENOUGH * sum(wanted.values()):
@@ -275,30 +282,32 @@ def tried(kind: str, task: str, depth: int | None, factor: int, wanted: dict[str
         "divided": factor,
         "missed": [f"{name} ({bad.get(name, 'no site')})" for name in missed[:4]],
         "larger": bool(still) or not set(missed) <= there,  # may show more
-        "experts": sum(1 for site in sites.values() if site.experts),
-        "names": sorted({site.peft for site in sites.values()}),
+        "experts": sum(1 for site in found.values() if site.experts),
+        "names": sorted({site.peft for site in found.values()}),
     }
 
 
 def run_text(model: PreTrainedModel) -> Any:
     """What the model makes of two rows of text."""
-    text, takes = model.config.get_text_config(), inspect.signature(model.forward).parameters
+    text, known = model.config.get_text_config(), inspect.signature(model.forward).parameters
     vocabulary = min(int(getattr(text, "vocab_size", 0) or 64), 1000)
     ids = torch.randint(5, vocabulary, (2, TOKENS), generator=torch.Generator().manual_seed(0))
     inputs: Content = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
+    if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in known:
         inputs["decoder_input_ids"] = ids
     elif any(CROSS.search(path) for path, _ in model.named_modules()):  # a decoder that reads another's states
         states = torch.rand(2, TOKENS, text.hidden_size)
         ways = {"encoder_hidden_states": states, "encoder_outputs": (states,), "cross_attention_states": states}
-        inputs |= {name: value for name, value in ways.items() if name in takes}
-    if "moe_mm_token_type_ids" in takes:  # Ernie: an image's tokens have experts of their own
+        inputs |= {name: value for name, value in ways.items() if name in known}
+    if "moe_mm_token_type_ids" in known:  # Ernie: an image's tokens have experts of their own
         inputs["moe_mm_token_type_ids"] = torch.arange(TOKENS).expand(2, TOKENS) % 2
-    if "pixel_values" in takes and takes["pixel_values"].default is inspect.Parameter.empty:
+    if "pixel_values" in known and known["pixel_values"].default is inspect.Parameter.empty:
         inputs["pixel_values"] = torch.rand(2, 3, *[model.config.vision_config.image_size] * 2)
-    if "bbox" in takes:
+    if "protein_input_ids" in known:
+        inputs |= {"protein_input_ids": ids % 20, "protein_attention_mask": torch.ones_like(ids)}
+    if "bbox" in known:
         inputs["bbox"] = torch.arange(4).expand(2, TOKENS, 4) * 0.1
-    return model(**inputs, **({"use_cache": False} if "use_cache" in takes else {}))
+    return model(**inputs, **({"use_cache": False} if "use_cache" in known else {}))
 
 
 def backward(model: PeftModel) -> bool:
@@ -328,10 +337,10 @@ def feature_makers(model: PreTrainedModel) -> list[tuple[Any, Iterable[Content]]
     """What makes features of images or sound, or is a tower of them, and the usual forms of its inputs."""
     towers = [one for one in model.modules() if isinstance(one, PreTrainedModel)]
     made = [(one.get_image_features, one.config) for one in towers if hasattr(one, "get_image_features")]
-    made += [(one, one.config) for one in towers if one.main_input_name == "pixel_values" and one is not model]
-    patched = [one for one in towers if "flattened_patches" in inspect.signature(one.forward).parameters]
-    made += [(one, one.config) for one in patched if one is not model]
+    made += [(one, one.config) for one in towers if "pixel_values" in takes(one) and "input_ids" not in takes(one)]
+    made += [(one, one.config) for one in towers if "flattened_patches" in takes(one) and one is not model]
     heard = [(one.get_audio_features, AUDIO) for one in towers if hasattr(one, "get_audio_features")]
+    heard += [(one, AUDIO) for one in towers if {"hidden_states", "mask"} <= set(takes(one))]  # Phi-4's encoder
     return [
         *((maker, image_inputs(getattr(config, "vision_config", None) or config)) for maker, config in made),
         *heard,
@@ -349,7 +358,14 @@ def features_of(makers: list[tuple[Any, Iterable[Content]]]) -> Iterator[Any]:
                 continue
 
 
-AUDIO = [{"input_features": torch.rand(1, bands, 3000)} for bands in (80, 128)]
+def takes(module: nn.Module) -> Collection[str]:
+    return inspect.signature(module.forward).parameters
+
+
+AUDIO: list[Content] = [
+    *({"input_features": torch.rand(1, bands, 3000)} for bands in (80, 128)),
+    {"hidden_states": torch.rand(1, 64, 80), "mask": torch.ones(1, 64, dtype=torch.bool)},
+]
 
 
 def image_inputs(vision: Any) -> Iterator[Content]:
@@ -358,12 +374,18 @@ def image_inputs(vision: Any) -> Iterator[Content]:
     whole = getattr(vision, "image_size", None) or 8 * patch
     frames, merge = getattr(vision, "temporal_patch_size", 1) or 1, getattr(vision, "spatial_merge_size", 2) or 2
     grid = torch.tensor([[1, 2 * merge, 2 * merge]])
-    rows = torch.rand(int(grid.prod()), 3 * frames * patch * patch)
+    count = int(grid.prod())
+    rows = torch.rand(count, 3 * frames * patch * patch)
     flat = {"pixel_values": rows[None], "pixel_attention_mask": torch.ones(1, rows.shape[0], dtype=torch.long)}
     yield flat | {"spatial_shapes": grid[:, 1:]}
-    yield {"flattened_patches": torch.rand(1, 9, 2 + 3 * patch * patch)}
+    yield {"pixel_values": rows, "image_grid_hw": grid[:, 1:]}
+    for side in dict.fromkeys((patch, 16)):
+        yield {"flattened_patches": torch.rand(1, 9, 2 + 3 * side * side)}
     for name in ("image_grid_thw", "grid_thw", "image_grid_hws"):
         yield {"pixel_values": rows, name: grid}
+        yield {"pixel_values": torch.rand(count, 3, patch, patch), name: grid}
+        yield {"pixel_values": torch.rand(count, 3 * 2 * patch * patch), name: grid}
+    yield {"pixel_values": torch.rand(1, 3, patch, count * patch), "target_sizes": grid[:, 1:].int()}
     for side in (whole if isinstance(whole, int) else whole[0], 8 * patch, 16 * patch):
         picture, sizes = torch.rand(1, 3, side, side), torch.tensor([[side, side]])
         yield {"pixel_values": picture}
@@ -371,6 +393,10 @@ def image_inputs(vision: Any) -> Iterator[Content]:
         yield {"pixel_values": picture[None], "image_sizes": sizes}
         yield {"pixel_values": picture[None]}
         yield {"pixel_values": picture[None], "pixel_attention_mask": torch.ones(1, 1, side, side, dtype=torch.bool)}
+        yield {"pixel_values": picture[None], "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool)}
+        tiles, one = getattr(vision, "max_num_tiles", 1), torch.ones(1, 1, dtype=torch.long)
+        ratios = {"aspect_ratio_ids": one, "aspect_ratio_mask": one[..., None].expand(1, 1, tiles)}
+        yield {"pixel_values": picture.expand(1, 1, tiles, 3, side, side)} | ratios
 
 
 def reloaded(model: PeftModel) -> set[str]:
@@ -404,7 +430,12 @@ def in_own_process(kind: str, task: str) -> Content:
         process.join()
         if place.is_file():
             return json.loads(place.read_text())
-        return {"task": task, "type": kind, "unshrunk": f"no small model within {PATIENCE} s or the memory"}
+        return {
+            "task": task,
+            "type": kind,
+            "script": SCRIPT,
+            "unshrunk": f"no small model within {PATIENCE} s or the memory",
+        }
 
 
 def table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> list[str]:
@@ -437,7 +468,7 @@ def families_page(content: Content) -> str:
         "",
         f"**{len(good)} of {len(measured)} ({len(good) / max(1, len(measured)):.1%}) are adapted to at least "
         f"{ENOUGH:.0%}.** {len(unshrunk)} more were not tried at a small size; {len(unbuilt)} cannot be made from "
-        f"their default config; {sum(map(len, TASKS.values())) - len(rows)} are not run yet.",
+        f"their default config; {sum(map(len, TASKS.values())) - len(rows)} are not run yet. {said_of_scripts(rows)}",
         "",
         "## Mixtures of experts",
         "",
@@ -474,6 +505,13 @@ def families_page(content: Content) -> str:
     return "\n".join(text)
 
 
+def said_of_scripts(rows: list[Content]) -> str:
+    """How many rows which version of what measures them made."""
+    made = [row["script"] for row in rows]
+    told = ", ".join(f"{made.count(script)} by {script}" for script in sorted(set(made), key=made.count, reverse=True))
+    return f"Rows by the version of the script: {told}."
+
+
 def measured_table(content: Content) -> str:
     """results/coverage.md: every type."""
     lines = []
@@ -497,17 +535,20 @@ def versions() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*")
-    parser.add_argument("--again", action="store_true", help="measure again what the file has")
+    parser.add_argument(
+        "--again", action="store_true", help="measure again what another version of this script measured"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     kept = json.loads(options.out.read_text()) if options.out.is_file() else {}
-    rows = {(row["task"], row["type"]): row for row in kept.get("rows", []) if kept.get("versions") == versions()}
+    before = kept.get("rows", []) if kept.get("versions") == versions() else []
+    rows = {(row["task"], row["type"]): {"script": "an earlier one", **row} for row in before}
     get_checkpoint_conversion_mapping("mixtral")  # transformers' table, made once for all processes
     for task, names in TASKS.items():
         for kind in names:
             if options.types and kind not in options.types:
                 continue
-            if (task, kind) in rows and not options.again:
+            if (task, kind) in rows and not (options.again and rows[task, kind].get("script") != SCRIPT):
                 continue
             started = time.monotonic()
             row = in_own_process(kind, task)
