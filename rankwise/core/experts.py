@@ -17,6 +17,7 @@ The pairs of several parameters of one module are nested, the one that the modul
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -83,6 +84,15 @@ def expert_places(adapted: Mapping[str, Nested]) -> dict[str, ExpertPlace]:
     """Key under which PEFT saves a pair → what it adapts, of all adapted parameters of experts."""
     keys = nested_keys(adapted)
     return {keys[name]: ExpertPlace(name, one.experts, one.swapped, one.order) for name, one in adapted.items()}
+
+
+# A matrix of one expert, as models had them before their experts were one parameter.
+SINGLE = re.compile(r"(?P<path>(?:.*\.)?experts\.\d+\..*?)(?:\.lora_.*)?")
+
+
+def single_experts(names: Iterable[str]) -> list[str]:
+    """The sites among these (paths, or keys of an adapter's file) that are matrices of single experts."""
+    return list(dict.fromkeys(found["path"] for name in names if (found := SINGLE.fullmatch(name))))
 
 
 def targeted(names: Iterable[str], targets: Iterable[str]) -> list[str]:

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from rankwise.core.experts import single_experts
 from rankwise.data.example import Example
 from rankwise.data.render import Renderer
 from rankwise.errors import UsageError, need
 from rankwise.evaluate.generate import Generated, GenerationSettings, LabelScores
 from rankwise.evaluate.likelihood import prompt_of, render_answers
 from rankwise.evaluate.vllm_effect import AdapterEffect, Values, measure, rows_of
-from rankwise.files.adapter import CONFIG_NAME, adapter_files, single_experts
+from rankwise.files.adapter import CONFIG_NAME, adapter_files
 from rankwise.files.atomic import read_object
 from rankwise.files.checkpoint import open_checkpoint
 from rankwise.files.processes import announce

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -43,8 +43,6 @@ FOLDERS = ("", "final_model", "lora_adapter")
 CHECKPOINT = "checkpoint-"
 # PEFT: <path>.lora_A.weight, <path>.lora_embedding_A; loralib: <path>.lora_A
 PAIR_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(\.weight)?")
-# One expert of a layer, as models had them before their experts were one parameter.
-SINGLE_EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.")
 # PEFT's untrained and trained copy of a whole module; with bias="all" and resized embeddings it saves both.
 ORIGINAL, COPY = ".original_module.", ".modules_to_save."
 # Tensors of other methods, which belong to a pair but are not halves of it.
@@ -193,12 +191,6 @@ def known_places(sites: Mapping[str, Site], path: Path | str) -> dict[str, Exper
             f"{found.get(wrong)}: another base, or a changed file"
         )
     return found or None
-
-
-def single_experts(names: Iterable[str]) -> list[str]:
-    """The sites among these (paths, or keys of an adapter's file) that are matrices of single experts."""
-    halves = ((name, PAIR_KEY.fullmatch(name)) for name in names if SINGLE_EXPERT.search(name))
-    return list(dict.fromkeys(found["path"] if found else name for name, found in halves))
 
 
 def _refuse_unplaced(config: Mapping[str, Any], site: str, rows: int, config_file: Path) -> None:

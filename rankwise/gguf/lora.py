@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from rankwise.core.experts import single_experts
 from rankwise.errors import DataError, UsageError, VerificationError
 from rankwise.files.adapter import (
     CONFIG_NAME,
@@ -25,7 +26,6 @@ from rankwise.files.adapter import (
     adapter_files,
     peft_tensors,
     read_adapter,
-    single_experts,
 )
 from rankwise.files.adapter_config import lora_config
 from rankwise.files.atomic import named, read_object, write_json

@@ -22,9 +22,8 @@ from rankwise.gguf.reading import MMPROJ, TEXT
 from rankwise.gguf.stacks import require_every_expert
 from rankwise.gguf.view import Changes, changes_for
 from rankwise.models.depth.encoder import DEPTH
-from rankwise.models.load import meta_model
+from rankwise.models.load import embedding_paths, meta_model
 from rankwise.models.sites import weight_table
-from rankwise.models.vocabulary import embedding_paths
 from rankwise.options.commands import ExportConfig
 
 BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # of one weight

@@ -151,6 +151,12 @@ def meta_model(name: str, revision: str | None = None, trust_remote_code: bool =
         raise DataError(f"{name}/config.json: cannot build a model from it: {error}") from error
 
 
+def embedding_paths(model: PreTrainedModel) -> list[str]:
+    """Paths of the modules with a row per token: the input embeddings, and the output head where there is one."""
+    ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    return [path for path, module in model.named_modules() if any(module is end for end in ends)]
+
+
 def weightless_model(name: str) -> PreTrainedModel:
     """`meta_model` whose buffers are real: what a forward pass needs beside weights that come and go."""
     config = load_config(name)

@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, Transpose
 
+from rankwise.core.experts import single_experts
 from rankwise.core.site import Site
 from rankwise.errors import DataError
 from rankwise.files.adapter import (
@@ -30,7 +31,6 @@ from rankwise.files.adapter import (
     LoraPair,
     adapter_files,
     read_adapter,
-    single_experts,
     write_adapter,
 )
 from rankwise.files.adapter_config import EXPERTS

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from rankwise.core.site import parameter_name
 from rankwise.errors import DataError
+from rankwise.models.load import embedding_paths
 
 
 def fit_vocabulary(
@@ -34,12 +35,6 @@ def fit_vocabulary(
         require_rows(model, state, config, range(before, rows), where)
         resize(model, rows)
     return state
-
-
-def embedding_paths(model: PreTrainedModel) -> list[str]:
-    """Paths of the modules with a row per token: the input embeddings, and the output head where there is one."""
-    ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
-    return [path for path, module in model.named_modules() if any(module is end for end in ends)]
 
 
 def row_names(model: PreTrainedModel) -> frozenset[str]:

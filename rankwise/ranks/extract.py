@@ -30,9 +30,8 @@ from rankwise.files.plan import find_plan, read_plan
 from rankwise.files.run_folder import RunFolder
 from rankwise.merge.beside import tokenizer_files
 from rankwise.models.adapters import publish
-from rankwise.models.load import another_base
+from rankwise.models.load import another_base, embedding_paths
 from rankwise.models.sites import model_sites, tower_of, tower_prefixes
-from rankwise.models.vocabulary import embedding_paths
 from rankwise.options.commands import ExtractConfig
 from rankwise.options.sections import TOWERS
 from rankwise.page.text import command_line

@@ -22,10 +22,9 @@ from rankwise.errors import DataError, UsageError
 from rankwise.files.adapter import LoraAdapter, known_places, read_adapter
 from rankwise.files.checkpoint import Checkpoint, Weight, open_checkpoint, resolve
 from rankwise.models.expert_files import ExpertFiles
-from rankwise.models.load import another_base, meta_model
+from rankwise.models.load import another_base, embedding_paths, meta_model
 from rankwise.models.per_expert import in_todays_layout, refuse_single_experts
 from rankwise.models.sites import flat_experts, model_sites, weight_table
-from rankwise.models.vocabulary import embedding_paths
 from rankwise.options.commands import RanksConfig
 from rankwise.options.sections import SitesSection
 from rankwise.ranks.deltas import (

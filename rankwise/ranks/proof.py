@@ -33,8 +33,8 @@ from rankwise.merge.logits import (
     text_batch,
 )
 from rankwise.merge.verify import NO_EFFECT, TOLERANCE, read_changes, relative
-from rankwise.models.load import meta_model, weightless_model
-from rankwise.models.vocabulary import embedding_paths, resize, row_count
+from rankwise.models.load import embedding_paths, meta_model, weightless_model
+from rankwise.models.vocabulary import resize, row_count
 from rankwise.ranks.deltas import CheckpointPair, DeltaSource, SavedDeltas, WeightPair, read_expert
 from rankwise.ranks.fidelity import Fidelity, require_kept
 from rankwise.ranks.probe import folder_of, model_weights
