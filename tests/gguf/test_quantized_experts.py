@@ -21,12 +21,12 @@ pytest.importorskip("gguf")
 from rankwise.device.parity.floor import measure_floor
 from rankwise.errors import UsageError, VerificationError
 from rankwise.files.checkpoint import open_checkpoint
+from rankwise.files.gguf import GGUFFile
 from rankwise.gguf import quantize as module
 from rankwise.gguf.export import changed_keys, tuning_kept
 from rankwise.gguf.plan import plan_export
 from rankwise.gguf.provenance import origins
 from rankwise.gguf.quantize import quantize, quantizer, rounding_of
-from rankwise.gguf.reading import GGUFFile
 from rankwise.gguf.view import model_view
 from rankwise.options.commands import ExportConfig
 
