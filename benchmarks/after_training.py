@@ -1,6 +1,8 @@
 """What an SVD still buys after training: a rank-32 adapter compressed three ways, and its intruder dimensions scaled.
 
     python benchmarks/after_training.py --model stories260K --data e2e_nlg --work FOLDER [--adapter DIR]
+    python benchmarks/after_training.py --title "SmolLM2-135M × E2E" --model SMOLLM2 --data e2e_nlg --work FOLDER \\
+        --rate 1.3e-3 --steps 50 --batch_size 4 --held_out 100
     python benchmarks/after_training.py --stage table [--out benchmarks/results]
 
 Without --adapter a rank-32 one is trained on all linear layers (--steps of --batch_size rows). `rankwise compress`

@@ -39,7 +39,7 @@ TOP, COSINE = 10, 0.5  # PEFT's defaults: leading vectors per matrix, and the |c
 RESOLVED = 1e-12  # of the largest eigenvalue: below, a Gram matrix in float64 tells no direction
 CONVERGED, ITERATIONS = 1e-12, 40
 SHARE = 1 / 8  # of the short side: a wider block costs as much as all eigenvectors do
-TIMED = 384  # rows of the matrix whose decomposition is timed for the estimate
+TIMED = (384, 768)  # shape of the matrix whose comparison is timed for the estimate
 GRAM = 0.2  # time of a Gram matrix's entry products against an eigendecomposition's, per n³
 DOCUMENT = Document(
     "intruders.json", "rankwise-intruders/1", "a count of intruder dimensions", "rankwise ranks", ("sites",)
@@ -266,15 +266,14 @@ def examine(
 
 
 def time_note(base: BaseMatrices, pairs: Mapping[str, LoraPair], device: str = "cpu") -> str:
-    """What a comparison takes, from one timed decomposition: said before it starts."""
+    """What a comparison takes, by a timed one of a small matrix: said before it starts."""
     sites = base.comparable(pairs)
-    symmetric = torch.randn(TIMED, TIMED, dtype=torch.float64, device=device)
-    symmetric = symmetric @ symmetric.T
-    torch.linalg.eigh(symmetric[:8, :8])
+    weight, left, right = (torch.randn(*size, device=device) for size in (TIMED, (TIMED[0], 8), (8, TIMED[1])))
+    compare(weight[:8, :8], Factors(left[:8], right[:, :8]))
     started = time.perf_counter()
-    float(torch.linalg.eigh(symmetric)[0][-1])
-    per_cube = (time.perf_counter() - started) / TIMED**3
-    seconds = per_cube * sum(decompositions(site, pairs[site.path].rank) for site in sites)
+    float(compare(weight, Factors(left, right)).values[0])
+    unit = (time.perf_counter() - started) / work(TIMED, 8)
+    seconds = unit * sum(work(site.shape, pairs[site.path].rank) for site in sites)
     largest = max((site.shape for site in sites), key=lambda shape: (min(shape), max(shape)))
     return (
         f"intruders: singular vectors of {len(sites):,} matrices of the base (largest {largest[0]:,} × "
@@ -282,9 +281,9 @@ def time_note(base: BaseMatrices, pairs: Mapping[str, LoraPair], device: str = "
     )
 
 
-def decompositions(site: Site, rank: int) -> float:
-    """Work of one site, in cubes: W's eigenvectors, those of W + Δ where the block is wide, and two Gram matrices."""
-    short, long = sorted(site.shape)
+def work(shape: tuple[int, int], rank: int) -> float:
+    """Of `compare`, in cubes: W's eigenvectors, those of W + Δ where the block is wide, and two Gram matrices."""
+    short, long = sorted(shape)
     whole = 2 if 2 * TOP + rank > SHARE * short else 1 + SHARE
     return short**3 * whole + 2 * GRAM * long * short**2
 
