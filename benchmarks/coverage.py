@@ -211,7 +211,8 @@ def counted(model: PreTrainedModel) -> dict[str, int]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tables = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     heads = {head, *(module for path, module in model.named_modules() if path.endswith("lm_head"))}
-    left = {id(module.weight) for module in model.modules() if isinstance(module, tables) or module in heads}
+    ends = (module for module in model.modules() if isinstance(module, tables) or module in heads)
+    left = {id(module.weight) for module in ends if hasattr(module, "weight")}  # RoBERTa's head is a block
     routing, found = router_paths(model), {}
     for name, one in model.named_parameters():
         path, _, leaf = name.rpartition(".")
