@@ -231,9 +231,7 @@ def test_a_ledger_without_a_start_has_no_chain(tmp_path: Path) -> None:
 REFEREE = Path(__file__).parents[2] / "benchmarks" / "referee"
 
 
-@pytest.mark.parametrize(
-    ("name", "runs", "judged"), [("smollm2", 66, 3), ("stories260k_e2e", 936, 3), ("stories260k_samsum", 936, 3)]
-)
+@pytest.mark.parametrize(("name", "runs"), [("smollm2", 66), ("stories260k_e2e", 936), ("stories260k_samsum", 936)])
 def test_the_referees_studies_are_designs_with_power_and_predictions(name: str, runs: int) -> None:
     config, _ = cli.resolve("study", [str(REFEREE / f"{name}.yaml"), "--model_name", "model", "--data_path", "data"])
     assert isinstance(config, StudyConfig)
@@ -243,7 +241,7 @@ def test_the_referees_studies_are_designs_with_power_and_predictions(name: str, 
     named = predicted(config, design.arms, design.contrasts)
     assert set(design.contrasts) | {("inverted", "uniform")} == set(named)
     assert named["fisher", "uniform"].word == "equivalent" and named["inverted", "uniform"].word == "worse"
-    assert [row["true"] for row in power(config, 3)] == [0.0, -config.smallest_effect]
+    assert [row["true"] for row in power(config, 3)[:2]] == [0.0, -config.smallest_effect]
 
 
 # --- predictions and power -------------------------------------------------------------------------------------------
